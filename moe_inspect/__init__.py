@@ -1,0 +1,42 @@
+"""moe-inspect: where do the tokens of a Mixture-of-Experts model go?
+
+    import moe_inspect
+
+    with moe_inspect.record(model, "runs/a", tokenizer=tok):   # any Hugging Face MoE, also in a training loop
+        model(**batch)
+    trace = moe_inspect.open_trace("runs/a")
+    moe_inspect.report(trace).tables["balance"]                # a pandas DataFrame
+
+Nothing heavy is imported until it is used; `open_trace` and `report` never import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.recorder import record
+    from moe_inspect.capture.run import trace_model
+    from moe_inspect.report.report import Report, report  # the package itself is callable: see report/__init__.py
+    from moe_inspect.trace.reader import Trace, open_trace
+
+__all__ = ["MoeInspectError", "Report", "Trace", "open_trace", "record", "report", "trace_model"]
+
+_HOMES = {
+    "record": "moe_inspect.capture.recorder",
+    "trace_model": "moe_inspect.capture.run",
+    "Report": "moe_inspect.report.report",
+    "Trace": "moe_inspect.trace.reader",
+    "open_trace": "moe_inspect.trace.reader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "report":
+        return importlib.import_module("moe_inspect.report")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moe_inspect' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,33 @@
+"""The command table. Commands import what is heavy inside themselves, so that --help is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moe_inspect.cli import report, trace
+
+app = typer.Typer(
+    name="moe-inspect",
+    help="Where do the tokens go? Record and analyse the routing of Mixture-of-Experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("trace")(trace.trace)
+app.command("report")(report.report)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"moe-inspect {version('moe-inspect')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass

@@ -1,0 +1,406 @@
+"""Trains the bundled demo model from nothing, on one CPU core: `python -m moe_inspect.demo.train -o DIR`.
+
+The model exists to be looked at: it is the smallest Mixture-of-Experts model whose experts visibly specialise, so that
+every command of moe-inspect has something true to show without a download or a GPU. `--balance` makes its three
+variants, which differ in nothing but the balancing loss.
+
+Legend of shapes: T tokens, K slots, E experts, L layers, D domains, V vocabulary, W windows, S tokens a window.
+"""
+
+import argparse
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from moe_inspect.demo import texts
+from moe_inspect.errors import MoeInspectError
+
+EXPERTS, TOP_K = 8, 2
+VOCABULARY = 3072
+WINDOW = 128
+WINDOWS_PER_DOMAIN = 3  # a batch holds as many windows of each domain, so a domain's size gives it no more experts
+OPENING_SHARE = 0.25  # windows that open a document with <s>: as everyone who traces the model will feed it
+TRAIN_TOKENS_PER_DOMAIN = 500_000
+TOKENIZER_CHARACTERS_PER_DOMAIN = 1_000_000
+HELD_OUT_WINDOWS = 64
+STEPS = 1400
+LEARNING_RATE, WARMUP_STEPS, FINAL_LEARNING_RATE_SHARE = 3e-3, 60, 0.05
+BALANCE_COEFFICIENT = 0.02
+
+
+def per_layer_balancing_loss(router_logits: Sequence[torch.Tensor], experts: int, top_k: int) -> torch.Tensor:
+    """Mean over layers of E · Σ_e f_e · P_e: f the share of the assignments, P the mean router probability of an expert.
+
+    1 for a uniform router, up to E for one that uses a single expert. Taken in each layer: the same sum over the pooled
+    layers is content when two layers lean on different experts. arXiv:2101.03961, eq. 4-6, with f summing to 1.
+    router_logits: L tensors float [T, E]."""
+    losses = []
+    for logits_TE in router_logits:
+        probability_TE = logits_TE.float().softmax(-1)
+        chosen_TK = probability_TE.topk(top_k, dim=-1).indices
+        share_E = torch.bincount(chosen_TK.flatten(), minlength=experts).float() / chosen_TK.numel()
+        losses.append(experts * (share_E * probability_TE.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def pooled_balancing_loss(router_logits: Sequence[torch.Tensor], experts: int, top_k: int) -> torch.Tensor:
+    """transformers' own: one sum over the tokens of all layers together. top_k, not 1, for a uniform router."""
+    loss = load_balancing_loss_func(tuple(router_logits), experts, top_k)
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+BALANCING_LOSSES: dict[str, Callable[[Sequence[torch.Tensor], int, int], torch.Tensor] | None] = {
+    "per-layer": per_layer_balancing_loss,
+    "pooled": pooled_balancing_loss,
+    "none": None,
+}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A domain's documents one after the other, each as <s> … </s>. start: where each document begins."""
+
+    token_T: np.ndarray
+    start: np.ndarray
+
+    def window(self, document: int, offset: int) -> np.ndarray:
+        """WINDOW tokens from an offset in a document, moved back so as to run over its end only where it is shorter."""
+        first, last = self.start[document], self.start[document + 1]
+        begin = max(first, min(first + offset, last - WINDOW))
+        begin = max(0, min(begin, len(self.token_T) - WINDOW))
+        return self.token_T[begin : begin + WINDOW]
+
+    def sample(self, random: np.random.Generator) -> np.ndarray:
+        """A training window: a document in proportion to its length, then its opening or anywhere in it."""
+        document = int(np.searchsorted(self.start, random.integers(len(self.token_T)), side="right")) - 1
+        length = int(self.start[document + 1] - self.start[document])
+        opening = random.random() < OPENING_SHARE
+        return self.window(document, 0 if opening else int(random.integers(max(1, length - WINDOW + 1))))
+
+    def evenly(self, count: int) -> np.ndarray:
+        """Held-out windows: spread evenly over the stream, the same for every run. int64 [W, S]."""
+        position = np.linspace(0, len(self.token_T) - 1, count).astype(int)
+        document = np.searchsorted(self.start, position, side="right") - 1
+        return np.stack([self.window(d, p - self.start[d]) for d, p in zip(document, position, strict=True)])
+
+
+def train_tokenizer(documents: dict[str, list[str]]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the same number of characters a domain, so that none is spelled out in bytes."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    pieces = []
+    for domain in documents:
+        left = TOKENIZER_CHARACTERS_PER_DOMAIN
+        for text in documents[domain]:
+            pieces.append(text[:left])
+            left -= len(pieces[-1])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        pieces,
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", model_max_length=512, clean_up_tokenization_spaces=False
+    )
+
+
+def encode(documents: list[str], tokenizer: PreTrainedTokenizerFast, limit: float = math.inf) -> Stream:
+    """Whole documents in their order until `limit` tokens are reached."""
+    streams, total = [], 0
+    for text in documents:
+        streams.append([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+        total += len(streams[-1])
+        if total >= limit:
+            break
+    if total < WINDOW:
+        raise MoeInspectError(f"{total} tokens in {len(documents)} documents: a domain needs {WINDOW}; add text")
+    start = np.cumsum([0, *map(len, streams)])
+    return Stream(np.concatenate([np.array(ids, dtype=np.int64) for ids in streams]), start)
+
+
+def new_model(vocabulary: int, seed: int) -> MixtralForCausalLM:
+    """The architecture, random. Mixtral's, because its experts run on every path of transformers."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        sliding_window=None,
+        bos_token_id=0,
+        eos_token_id=1,
+        router_aux_loss_coef=BALANCE_COEFFICIENT,
+    )
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def token_losses(logits_WSV: torch.Tensor, token_WS: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of each token but a window's first. float [W · (S − 1)]."""
+    return F.cross_entropy(logits_WSV[:, :-1].flatten(0, 1).float(), token_WS[:, 1:].flatten(), reduction="none")
+
+
+def train(model: MixtralForCausalLM, streams: dict[str, Stream], balance: str, steps: int, seed: int) -> None:
+    """AdamW with warm-up and a cosine that ends at `steps`: the number of steps, not the clock, decides the result."""
+    random = np.random.default_rng(seed)
+    balancing_loss = BALANCING_LOSSES[balance]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    model.train()
+    started_s = time.perf_counter()
+    for step in range(1, steps + 1):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        share = min(1.0, step / WARMUP_STEPS) * max(FINAL_LEARNING_RATE_SHARE, cosine)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * share
+        windows = [stream.sample(random) for stream in streams.values() for _ in range(WINDOWS_PER_DOMAIN)]
+        token_WS = torch.from_numpy(np.stack(windows))
+        output = model(input_ids=token_WS, output_router_logits=True, use_cache=False)
+        language_loss = token_losses(output.logits, token_WS).mean()
+        loss = language_loss
+        if balancing_loss is not None:
+            loss = loss + BALANCE_COEFFICIENT * balancing_loss(output.router_logits, EXPERTS, TOP_K)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps:
+            elapsed_s = time.perf_counter() - started_s
+            progress = f"step {step}/{steps}  loss {language_loss.item():.3f}  {elapsed_s:.0f} s"
+            print(progress, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out figures. loss_nats: by domain. load_LDE: assignments by layer, domain and expert, int64."""
+
+    loss_nats: dict[str, float]
+    load_LDE: np.ndarray
+
+    def balance(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A layer's max ÷ mean and min ÷ mean load, and the mutual information of domain and expert in bits. [L] each."""
+        load_LE = self.load_LDE.sum(1)
+        mean_L = load_LE.mean(1)
+        joint_LDE = self.load_LDE / self.load_LDE.sum((1, 2), keepdims=True)
+        expected_LDE = joint_LDE.sum(2, keepdims=True) * joint_LDE.sum(1, keepdims=True)
+        ratio_LDE = np.divide(joint_LDE, expected_LDE, out=np.ones_like(joint_LDE), where=joint_LDE > 0)
+        return load_LE.max(1) / mean_L, load_LE.min(1) / mean_L, (joint_LDE * np.log2(ratio_LDE)).sum((1, 2))
+
+
+@torch.no_grad()
+def evaluate(model: MixtralForCausalLM, streams: dict[str, Stream]) -> Evaluation:
+    """As many held-out windows of every domain; the experts are the router's top-k, as the model takes them."""
+    model.eval()
+    loss_nats, loads = {}, []
+    for domain, stream in streams.items():
+        token_WS = torch.from_numpy(stream.evenly(HELD_OUT_WINDOWS))
+        output = model(input_ids=token_WS, output_router_logits=True, use_cache=False)
+        loss_nats[domain] = token_losses(output.logits, token_WS).mean().item()
+        chosen = [logits_TE.topk(TOP_K, dim=-1).indices.flatten() for logits_TE in output.router_logits]
+        loads.append([torch.bincount(chosen_A, minlength=EXPERTS).tolist() for chosen_A in chosen])
+    return Evaluation(loss_nats, np.array(loads).transpose(1, 0, 2))
+
+
+def unigram_losses(train_streams: dict[str, Stream], held_out: dict[str, Stream], vocabulary: int) -> dict[str, float]:
+    """What knowing each domain's token frequencies alone would give: nats a token on the same held-out windows."""
+    losses = {}
+    for domain, stream in train_streams.items():
+        count_V = np.bincount(stream.token_T, minlength=vocabulary) + 1.0  # +1: no token is impossible
+        surprise_V = -np.log(count_V / count_V.sum())
+        losses[domain] = float(surprise_V[held_out[domain].evenly(HELD_OUT_WINDOWS)[:, 1:]].mean())
+    return losses
+
+
+def parameter_counts(model: MixtralForCausalLM) -> tuple[int, int]:
+    """Total, and active a token: without the E − k experts of each layer that a token does not visit."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    return total, total - experts * (EXPERTS - TOP_K) // EXPERTS
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it, else what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def evaluation_tables(evaluation: Evaluation, unigram_nats: dict[str, float]) -> str:
+    """The two tables of measured figures, printed and in the model card."""
+    loss_rows = [
+        [domain, f"{nats:.3f}", f"{math.exp(nats):.1f}", f"{unigram_nats[domain]:.3f}"]
+        for domain, nats in evaluation.loss_nats.items()
+    ]
+    balance_rows = [[str(layer), *(f"{x:.3f}" for x in row)] for layer, row in enumerate(zip(*evaluation.balance()))]
+    losses = table(["domain", "loss (nats a token)", "perplexity", "unigram loss"], loss_rows)
+    header = ["layer", "max / mean load", "min / mean load", "MI(domain; expert), bits"]
+    return f"{losses}\n\n{table(header, balance_rows)}"
+
+
+CARD = """---
+license: other
+library_name: transformers
+tags: [mixture-of-experts, toy]
+---
+# moe-inspect demo model (`--balance {balance}`)
+
+A toy that shows routing. It is **not a useful language model**: it has read a few megabytes and writes nonsense. It is
+here so that every command of moe-inspect has a real Mixture-of-Experts model to work on, offline and in seconds.
+
+Mixtral architecture, {total:,} parameters, {active:,} of them active a token: {layers} layers, {experts} experts a layer,
+top-{top_k}, hidden size {hidden}, expert size {intermediate}, tied embeddings, {positions} positions. Its tokenizer is a
+byte-level BPE of {vocabulary:,} tokens, trained on the same texts; it puts `<s>` in front. Weights in bfloat16.
+
+## What it read
+
+{domains} domains, {train_tokens:,} tokens in {train_documents:,} documents; {held_out_documents:,} other documents were held out.
+
+{sources}
+
+## What it does
+
+{windows} held-out windows of {window} tokens a domain, measured after rounding the weights to bfloat16 (mean loss
+{loss_bf16:.4f}; in float32 {loss_float32:.4f}). The unigram loss is that of the domain's own token frequencies.
+
+{figures}
+
+Balancing loss: {balancing}. Load counts assignments, over the same held-out tokens, as many of each domain.
+
+## How it was made
+
+    {command}
+
+{steps:,} steps of {batch} windows of {window} tokens, seed {seed}; {wall_s:.0f} s of training on one thread of {cpu}
+(Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}).
+"""
+
+
+def sources_table(data: texts.Texts, train_streams: dict[str, Stream]) -> str:
+    """Where each domain's texts come from; a folder of own texts has no package to name."""
+    header = ["domain", "tokens", "package", "version", "licence"]
+    if not data.versions:
+        return table(header[:2], [[domain, f"{len(s.token_T):,}"] for domain, s in train_streams.items()])
+    rows, named = [], set()
+    for source in texts.SOURCES:
+        tokens = "" if source.domain in named else f"{len(train_streams[source.domain].token_T):,}"
+        named.add(source.domain)
+        rows.append([source.domain, tokens, source.package, data.versions[source.package], source.licence])
+    return table(header, rows)
+
+
+def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: int) -> Evaluation:
+    """The whole recipe: texts, tokenizer, training, the model folder and its card. Returns the bf16 model's figures."""
+    torch.set_num_threads(1)  # with one thread the sums have one order, so that a seed gives one result
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    data = texts.load_folder(own_texts, seed) if own_texts else texts.load_packages(seed, texts.default_cache())
+    tokenizer = train_tokenizer(data.train)
+    train_streams = {name: encode(found, tokenizer, TRAIN_TOKENS_PER_DOMAIN) for name, found in data.train.items()}
+    held_out = {name: encode(found, tokenizer) for name, found in data.held_out.items()}
+    model = new_model(len(tokenizer), seed)
+
+    started_s = time.perf_counter()
+    train(model, train_streams, balance, steps, seed)
+    wall_s = time.perf_counter() - started_s
+    float32 = evaluate(model, held_out)
+
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
+    model.to(torch.bfloat16).save_pretrained(output)
+    shipped = AutoModelForCausalLM.from_pretrained(output, local_files_only=True)
+    shipped.set_experts_implementation("grouped_mm")
+    evaluation = evaluate(shipped, held_out)
+    unigram_nats = unigram_losses(train_streams, held_out, len(tokenizer))
+
+    config = model.config
+    total, active = parameter_counts(model)
+    figures = evaluation_tables(evaluation, unigram_nats)
+    options = f" --balance {balance} --steps {steps} --seed {seed}" + (" --texts DIR" if own_texts else "")
+    coefficient = f"coefficient {BALANCE_COEFFICIENT}"
+    (output / "README.md").write_text(
+        CARD.format(
+            balance=balance,
+            balancing="none" if BALANCING_LOSSES[balance] is None else f"{balance}, {coefficient}",
+            total=total,
+            active=active,
+            layers=config.num_hidden_layers,
+            experts=config.num_local_experts,
+            top_k=config.num_experts_per_tok,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            positions=config.max_position_embeddings,
+            vocabulary=config.vocab_size,
+            domains=len(data.train),
+            train_tokens=sum(len(stream.token_T) for stream in train_streams.values()),
+            train_documents=sum(len(stream.start) - 1 for stream in train_streams.values()),
+            held_out_documents=sum(map(len, data.held_out.values())),
+            sources=sources_table(data, train_streams),
+            windows=HELD_OUT_WINDOWS,
+            window=WINDOW,
+            loss_bf16=np.mean(list(evaluation.loss_nats.values())),
+            loss_float32=np.mean(list(float32.loss_nats.values())),
+            figures=figures,
+            command=f"python -m moe_inspect.demo.train -o DIR{options}",
+            steps=steps,
+            batch=WINDOWS_PER_DOMAIN * len(data.train),
+            seed=seed,
+            wall_s=wall_s,
+            cpu=cpu_name(),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            tokenizers=tokenizers.__version__,
+        ),
+        encoding="utf-8",
+    )
+    print(figures)
+    return evaluation
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_inspect.demo.train", description="Train the demo model.")
+    parser.add_argument("-o", "--output", type=Path, default=Path("demo-model"), help="folder of the model (%(default)s)")
+    parser.add_argument("--balance", choices=list(BALANCING_LOSSES), default="per-layer", help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="(%(default)s)")
+    parser.add_argument("--texts", type=Path, help="own texts: DIR/<domain>/*.txt, instead of the Debian packages")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        build(options.output, options.balance, options.steps, options.texts, options.seed)
+    except MoeInspectError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Trace: reads a trace directory lazily, a router or a shard at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import schema
+from moe_inspect.trace.schema import Router
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """A committed shard: table → path within the trace, and the lines that committed it."""
+
+    rank: int
+    index: int
+    first_token: int
+    last_token: int
+    first_batch: int | None
+    last_batch: int
+    paths: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return self.last_token - self.first_token + 1
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest, checked as far as everything else relies on it."""
+    path = root / schema.MANIFEST
+    if not path.is_file():
+        raise MoeInspectError(f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root}"')
+    try:
+        manifest = json.loads(path.read_bytes())
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MoeInspectError(f"damaged trace: {path} is no manifest ({error or 'no format'})") from None
+    if version != schema.FORMAT:
+        raise MoeInspectError(f"{path} has format {version!r}, this moe-inspect reads {schema.FORMAT}: upgrade moe-inspect")
+    try:
+        routers = [Router(**r) for r in manifest["routers"]]
+        valid = manifest["status"] in schema.STATUSES and routers and all(r.experts >= r.top_k >= 1 for r in routers)
+        valid = valid and isinstance(manifest["tables"], list)
+    except (KeyError, TypeError) as error:
+        raise MoeInspectError(f"damaged trace: {path} lacks what every trace has: {error}") from None
+    if not valid:
+        raise MoeInspectError(f"damaged trace: {path} has an impossible status, router list or table list")
+    return manifest
+
+
+def committed_shards(root: Path, manifest: dict[str, Any]) -> list[ShardFiles]:
+    """Every shard whose lines are all there, by rank and index. A torn last line is an uncommitted shard; a torn line
+    before the last is damage."""
+    shards: list[ShardFiles] = []
+    for path in sorted(root.glob("shards-*.jsonl"), key=lambda p: int(p.stem.split("-")[1])):
+        rank, found = int(path.stem.split("-")[1]), {}
+        lines = path.read_text().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                shard = found.setdefault(
+                    entry["shard"],
+                    ShardFiles(rank, entry["shard"], *(entry[k] for k in ("first_token", "last_token", "first_batch", "last_batch"))),
+                )
+                shard.paths[entry["table"]] = entry["path"]
+                shard.rows[entry["table"]] = entry["rows"]
+                shard.sha256[entry["table"]] = entry["sha256"]
+                shard.lines.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines):
+                    break
+                raise MoeInspectError(f"damaged trace: {path} line {number}: {error}") from None
+        shards += [s for _, s in sorted(found.items()) if set(s.paths) == set(manifest["tables"])]
+    return shards
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One committed shard, opened: whole batches, all routers."""
+
+    trace: Trace
+    files: ShardFiles
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        return self.trace._parquet(self.files, name).read(columns=columns, use_threads=False)
+
+    def tokens(self, columns: list[str] | None = None) -> pa.Table:
+        """The tokens table of this shard, in token order."""
+        return self.table("tokens", columns)
+
+    def routing(self, router: int, columns: list[str] | None = None) -> pa.Table:
+        """The decisions of one router, in token order: only its row groups are read."""
+        return self._of_router("routing", router, columns)
+
+    def ids(self, router: int) -> np.ndarray:
+        """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere."""
+        slots = [f"expert_{j}" for j in range(self.trace.routers[router].top_k)]
+        table = self.routing(router, slots)
+        return np.stack([c.fill_null(65535).to_numpy().astype(np.int16) if c.null_count else c.to_numpy().astype(np.int16) for c in _widened(table)], 1)
+
+    def weights(self, router: int) -> np.ndarray:
+        """float32 [T, K], the gate weights, 0 where a slot routed nowhere."""
+        slots = [f"weight_{j}" for j in range(self.trace.routers[router].top_k)]
+        return np.stack([c.fill_null(0).to_numpy() for c in self.routing(router, slots).columns], 1)
+
+    def logits(self, router: int) -> np.ndarray:
+        """float16 [T, E], the router logits."""
+        table = self._of_router("logits", router, ["logits"]).combine_chunks()
+        width = table.schema.field("logits").type.list_size
+        flat = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(-1, width)[:, : self.trace.routers[router].experts]
+
+    def _of_router(self, name: str, router: int, columns: list[str] | None) -> pa.Table:
+        file = self.trace._parquet(self.files, name)
+        index = file.schema_arrow.get_field_index("router")
+        groups = []
+        for g in range(file.metadata.num_row_groups):
+            statistics = file.metadata.row_group(g).column(index).statistics
+            if statistics is None or not statistics.has_min_max or statistics.min <= router <= statistics.max:
+                groups.append(g)
+        wanted = None if columns is None else [*dict.fromkeys([*columns, "router"])]
+        table = file.read_row_groups(groups, columns=wanted, use_threads=False)
+        routers = table["router"].to_numpy()
+        if len(routers) and (routers != router).any():
+            table = table.filter(pa.array(routers == router))
+        return table if columns is None else table.select(columns)
+
+
+def _widened(table: pa.Table) -> list[pa.ChunkedArray]:
+    return [c.cast(pa.uint16()) for c in table.columns]
+
+
+class Trace:
+    """A trace on disk. Tables come as pandas DataFrames; large ones by router (`routing(layer=3)`), or by shard
+    (`for shard in trace.shards`), which is how everything that must not depend on the trace's length reads them."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self.routers = [Router(**r) for r in self.manifest["routers"]]
+        self._files = committed_shards(self.path, self.manifest)
+
+    def __repr__(self) -> str:
+        return f"Trace({str(self.path)!r}: {self.n_tokens:,} tokens, {len(self.routers)} routers, {self.status})"
+
+    @property
+    def status(self) -> str:
+        return self.manifest["status"]
+
+    @property
+    def tables(self) -> list[str]:
+        return self.manifest["tables"]
+
+    @property
+    def counts_only(self) -> bool:
+        return "routing" not in self.tables
+
+    @property
+    def has_weights(self) -> bool:
+        return bool(self.manifest["capture"].get("weights", True)) if "capture" in self.manifest else True
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in committed shards, whatever the manifest last said."""
+        return sum(f.tokens for f in self._files)
+
+    @property
+    def shards(self) -> Iterator[Shard]:
+        return (Shard(self, f) for f in self._files)
+
+    def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]:
+        """The routers meant: all, those of a layer, or one."""
+        chosen = [i for i, r in enumerate(self.routers) if (layer is None or r.layer == layer) and (router is None or i == router)]
+        if not chosen:
+            layers = sorted({r.layer for r in self.routers})
+            asked = f"layer {layer}" if layer is not None else f"router {router}"
+            raise MoeInspectError(f"no {asked} in {self.path}: it has layers {_ranges(layers)} and routers 0-{len(self.routers) - 1}")
+        return chosen
+
+    def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
+        """The routing table, of all routers, one layer or one router."""
+        if self.counts_only:
+            raise MoeInspectError(f"{self.path} holds counts only, no decisions: trace without --counts-only")
+        chosen = self.router_index(layer, router)
+        return self._frame("routing", [s.routing(r) for r in chosen for s in self.shards])
+
+    def tokens(self) -> pd.DataFrame:
+        if self.counts_only:
+            raise MoeInspectError(f"{self.path} holds counts only, no tokens: trace without --counts-only")
+        return self._frame("tokens", [s.tokens() for s in self.shards])
+
+    def documents(self) -> pd.DataFrame:
+        return self._frame("documents", [s.table("documents") for s in self.shards])
+
+    def counts(self) -> pd.DataFrame:
+        """The counts table of a trace made with --counts-only."""
+        return self._frame("counts", [s.table("counts") for s in self.shards])
+
+    def logits(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
+        if "logits" not in self.tables:
+            raise MoeInspectError(f"{self.path} has no logits: trace with --logits")
+        chosen = self.router_index(layer, router)
+        return self._frame("logits", [s._of_router("logits", r, None) for r in chosen for s in self.shards])
+
+    def vocabulary(self) -> pd.DataFrame:
+        """token_id, token; empty where the trace was recorded without a tokenizer."""
+        return self._vocabulary.to_pandas()
+
+    @cached_property
+    def _vocabulary(self) -> pa.Table:
+        path = self.path / schema.VOCABULARY
+        if not path.exists():
+            return schema.VOCABULARY_SCHEMA.empty_table()
+        return _open(path, schema.VOCABULARY).read()
+
+    def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
+        if not parts:
+            empty = {
+                "routing": schema.routing_schema(self.routers, self.has_weights),
+                "tokens": schema.TOKENS,
+                "documents": schema.DOCUMENTS,
+                "counts": schema.counts_schema(self.has_weights),
+                "logits": schema.logits_schema(max(r.experts for r in self.routers)),
+            }
+            return empty[name].empty_table().to_pandas()
+        return pa.concat_tables(parts).unify_dictionaries().to_pandas()
+
+    def _parquet(self, files: ShardFiles, name: str) -> pq.ParquetFile:
+        file = _open(self.path / files.paths[name], files.paths[name])
+        if file.metadata.num_rows != files.rows[name]:
+            raise MoeInspectError(f"damaged trace: {files.paths[name]} has {file.metadata.num_rows} rows, its line says {files.rows[name]}")
+        return file
+
+
+def _open(path: Path, name: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except FileNotFoundError:
+        raise MoeInspectError(f"damaged trace: {name} is missing") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise MoeInspectError(f"damaged trace: {name}: {str(error).splitlines()[0]}") from None
+
+
+def _ranges(values: list[int]) -> str:
+    """[0, 1, 2, 5] → "0-2,5"."""
+    parts: list[list[int]] = []
+    for value in values:
+        if parts and value == parts[-1][1] + 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def open_trace(path: str | Path) -> Trace:
+    """Opens a trace directory. MoeInspectError where there is none, or it is damaged or of a newer format."""
+    return Trace(path)

@@ -1,0 +1,145 @@
+"""The trace format: tables, columns, the manifest. DESIGN of a trace directory:
+
+    TRACE/
+      trace.json                          the manifest
+      shards-<rank>.jsonl                 one line a committed part file, all lines of a shard in one write
+      routing/part-<rank>-<n>.parquet     one row a decision (token, router); one row group a router
+      tokens/part-<rank>-<n>.parquet      one row a token
+      documents/part-<rank>-<n>.parquet   one row a document, in the shard of its first token
+      logits/part-<rank>-<n>.parquet      only when asked for
+      counts/part-<rank>-<n>.parquet      instead of routing and tokens with --counts-only: one row (router, domain, expert)
+      vocabulary.parquet                  the whole vocabulary with its text
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT = 1
+MANIFEST = "trace.json"
+VOCABULARY = "vocabulary.parquet"
+STATUSES = ("recording", "complete", "interrupted")
+PHASES = ("prefill", "decode")
+RANK_STRIDE = 2**40  # tokens of process r are numbered from r · 2^40
+
+LABEL = pa.dictionary(pa.int32(), pa.string())
+TOKENS = pa.schema(
+    [
+        ("token", pa.int64()),
+        ("token_id", pa.int32()),
+        ("document", pa.int32()),
+        ("sequence", pa.int32()),
+        ("position", pa.int32()),
+        ("domain", LABEL),
+        ("phase", LABEL),
+        ("batch", pa.int32()),
+    ]
+)
+DOCUMENTS = pa.schema([("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())])
+VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())])
+
+
+@dataclass(frozen=True)
+class Router:
+    """One router of the model, as `trace.json` lists it. `layer` is the block index, `experts` and `top_k` count routed
+    experts only, `scoring` is how logits become scores ("softmax", "sigmoid", or "" where unknown)."""
+
+    layer: int
+    name: str
+    path: str
+    experts: int
+    top_k: int
+    scoring: str = ""
+    shared_experts: int = 0
+
+
+def id_dtype(routers: Iterable[Router]) -> pa.DataType:
+    """uint8 holds every id of at most 256 experts; the whole table takes the width of its largest router."""
+    return pa.uint16() if any(r.experts > 256 for r in routers) else pa.uint8()
+
+
+def routing_schema(routers: Sequence[Router], weights: bool) -> pa.Schema:
+    slots = range(max(r.top_k for r in routers))
+    fields = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
+    fields += [(f"expert_{j}", id_dtype(routers)) for j in slots]
+    fields += [(f"weight_{j}", pa.float32()) for j in slots] if weights else []
+    return pa.schema(fields)
+
+
+def counts_schema(weights: bool) -> pa.Schema:
+    fields = [
+        ("layer", pa.uint16()),
+        ("router", pa.uint16()),
+        ("domain", LABEL),
+        ("expert", pa.uint16()),
+        ("assignments", pa.int64()),
+        ("first_choice", pa.int64()),
+    ]
+    return pa.schema(fields + ([("weight_sum", pa.float64())] if weights else []))
+
+
+def logits_schema(experts: int) -> pa.Schema:
+    return pa.schema(
+        [
+            ("token", pa.int64()),
+            ("layer", pa.uint16()),
+            ("router", pa.uint16()),
+            ("logits", pa.list_(pa.float16(), experts)),
+        ]
+    )
+
+
+GLOSSARY = {
+    "token": "unique in the trace, in execution order; process r numbers from r·2^40",
+    "token_id": "vocabulary id",
+    "document": "an input text",
+    "sequence": "a document longer than --max-length is several sequences; consecutive tokens are paired only within one",
+    "position": "the model's position within the sequence, special tokens included",
+    "domain": "the document's label",
+    "phase": "prefill: fed as a prompt; decode: fed one at a time",
+    "batch": "the forward pass",
+    "layer": "the model's block index, not the ordinal of the MoE layers",
+    "router": "index into routers in trace.json: a block may have several",
+    "expert_j": "routed expert in slot j of the router's own order; null where the slot routed nowhere",
+    "weight_j": "gate weight handed to the expert in slot j",
+}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Readers see the old file or the new one, never half of one, also after a power cut."""
+    draft = path.with_name(f".{path.name}.tmp")
+    with open(draft, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    write_atomically(root / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def router_record(router: Router) -> dict[str, Any]:
+    return asdict(router)

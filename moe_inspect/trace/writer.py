@@ -1,0 +1,421 @@
+"""TraceWriter: routed batches → atomic Parquet shards, in a background thread behind a bounded queue.
+
+T tokens of a batch, K slots, E experts. In memory an expert id is uint8 or uint16 and `NOWHERE` (the dtype's maximum)
+marks a slot that routed nowhere; on disk that is null.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import schema
+from moe_inspect.trace.schema import Router
+
+SHARD_TOKENS = 65_536
+QUEUE_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Document:
+    """`tokens` is what the plan will feed of it, special tokens included."""
+
+    document: int
+    domain: str
+    source: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RoutedBatch:
+    """One forward pass. Arrays of length T are in execution order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`:
+    float [T, K_r] or None, `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d. `release` is called
+    once the arrays have been copied, so that their owner may reuse the memory."""
+
+    batch: int
+    token_id: np.ndarray
+    document: np.ndarray
+    sequence: np.ndarray
+    position: np.ndarray
+    domain: np.ndarray
+    domains: Sequence[str]
+    ids: list[np.ndarray]
+    weights: list[np.ndarray] | None
+    logits: list[np.ndarray] | None = None
+    documents: list[Document] = field(default_factory=list)
+    phase: str = "prefill"
+
+
+@dataclass(frozen=True)
+class CountedBatches:
+    """Load summed on the device over the batches up to `batch`: integers [D, E_r] a router (`weight_sum`: float64)."""
+
+    batch: int
+    tokens: int
+    domains: Sequence[str]
+    assignments: list[np.ndarray]
+    first_choice: list[np.ndarray]
+    weight_sum: list[np.ndarray] | None
+    documents: list[Document] = field(default_factory=list)
+
+
+class TraceWriter:
+    """Writes a new trace at `root`, or appends to one that `resume_point` prepared. `write` may block (back-pressure) and
+    re-raises what the background thread met, as a MoeInspectError where the user can mend it (a full disk). Leaving the
+    `with` block by KeyboardInterrupt or any other exception closes the trace as "interrupted"."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        manifest: dict[str, Any],
+        routers: Sequence[Router],
+        *,
+        weights: bool = True,
+        logits: bool = False,
+        counts_only: bool = False,
+        vocabulary: pa.Table | None = None,
+        rank: int = 0,
+        shard_tokens: int = SHARD_TOKENS,
+        queue_batches: int = QUEUE_BATCHES,
+        resume: ResumePoint | None = None,
+    ):
+        self.root, self.rank, self.routers = Path(root), rank, list(routers)
+        self.weights, self.logits, self.counts_only = weights, logits, counts_only
+        self.shard_tokens = shard_tokens
+        start = resume or ResumePoint()
+        self.next_shard, self.next_token = start.shards, start.next_token or rank * schema.RANK_STRIDE
+        self.tokens, self.decisions = start.tokens, start.decisions
+        self.bytes = 0
+        self.tables = ["documents", "counts"] if counts_only else ["documents", "tokens", "routing"]
+        self.tables += ["logits"] if logits else []
+        self.manifest = {
+            "format": schema.FORMAT,
+            "status": "recording",
+            **manifest,
+            "routers": [schema.router_record(r) for r in self.routers],
+            "tables": self.tables,
+            "counts": {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0},
+        }
+        self.routing_schema = schema.routing_schema(self.routers, weights)
+        self._pending: list[RoutedBatch] = []
+        self._pending_tokens = 0
+        self._error: BaseException | None = None
+        for table in self.tables:
+            (self.root / table).mkdir(parents=True, exist_ok=True)
+        schema.write_manifest(self.root, self.manifest)
+        if vocabulary is not None and resume is None:
+            pq.write_table(vocabulary.cast(schema.VOCABULARY_SCHEMA), self.root / schema.VOCABULARY, compression="zstd")
+        (self.root / f"shards-{rank}.jsonl").touch()
+        self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
+        self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close("complete" if kind is None else "interrupted", quiet=kind is not None)
+
+    def write(self, batch: RoutedBatch | CountedBatches) -> None:
+        self._raise()
+        self._queue.put(batch)
+
+    def close(self, status: str = "complete", quiet: bool = False) -> None:
+        """Commits what is pending and sets the status. With `quiet`, a failure of the writer does not hide the exception
+        that is already on its way."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self.manifest["status"] = "interrupted" if self._error else status
+        try:
+            schema.write_manifest(self.root, self.manifest)
+        except OSError as error:
+            self._error = self._error or error
+        if not quiet:
+            self._raise()
+
+    def _raise(self) -> None:
+        if isinstance(self._error, OSError):
+            raise MoeInspectError(
+                f"cannot write {self.root}: {self._error.strerror or self._error}; {self.tokens:,} tokens are safe there: "
+                "mend it and go on with --resume"
+            ) from self._error
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while (batch := self._queue.get()) is not None:
+                if isinstance(batch, CountedBatches):
+                    self._commit_counts(batch)
+                    continue
+                if self._pending_tokens + len(batch.token_id) > self.shard_tokens and self._pending:
+                    self._commit_routing()
+                self._pending.append(batch)
+                self._pending_tokens += len(batch.token_id)
+            if self._pending:
+                self._commit_routing()
+        except BaseException as error:
+            self._error = error
+            while self._queue.get() is not None:  # whoever waits in write() must wake, and learn of it at the next call
+                pass
+
+    # --- commits: documents, tokens, routing, then the shard's lines in one write
+
+    def _commit_routing(self) -> None:
+        batches, self._pending, self._pending_tokens = self._pending, [], 0
+        sizes = [len(b.token_id) for b in batches]
+        T = sum(sizes)
+        token = pa.array(np.arange(self.next_token, self.next_token + T, dtype=np.int64))
+        domains = list(max((b.domains for b in batches), key=len))
+        columns = {name: _column(batches, name) for name in ("token_id", "document", "sequence", "position")}
+        tokens = pa.table(
+            {
+                "token": token,
+                **columns,
+                "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
+                "phase": _labels(np.repeat([schema.PHASES.index(b.phase) for b in batches], sizes), list(schema.PHASES)),
+                "batch": pa.array(np.repeat(np.array([b.batch for b in batches], np.int32), sizes)),
+            },
+            schema=schema.TOKENS,
+        )
+        lines = [
+            self._write_documents([d for b in batches for d in b.documents]),
+            self._write_part("tokens", schema.TOKENS, [lambda: tokens]),
+            self._write_part("routing", self.routing_schema, [self._routing_of(r, batches, token) for r in range(len(self.routers))]),
+        ]
+        if self.logits:
+            experts = max(r.experts for r in self.routers)
+            lines.append(
+                self._write_part(
+                    "logits",
+                    schema.logits_schema(experts),
+                    [self._logits_of(r, batches, token, experts) for r in range(len(self.routers))],
+                )
+            )
+        self._commit(lines, T, batches[0].batch, batches[-1].batch)
+
+    def _routing_of(self, r: int, batches: list[RoutedBatch], token: pa.Array) -> Callable[[], pa.Table]:
+        def table() -> pa.Table:
+            slots, id_type = self.routers[r].top_k, schema.id_dtype(self.routers).to_pandas_dtype()
+            ids_KT = np.concatenate([b.ids[r].T for b in batches], axis=1)
+            nowhere_KT = ids_KT == np.iinfo(ids_KT.dtype).max if _may_hold_nowhere(ids_KT, self.routers[r].experts) else None
+            experts_KT = ids_KT.astype(id_type, copy=False)
+            columns = [token, *self._router_columns(r, len(token))]
+            columns += _slots(experts_KT, nowhere_KT, self.routing_schema, "expert")
+            if self.weights:
+                weights_KT = np.concatenate([b.weights[r].T for b in batches if b.weights is not None], axis=1)
+                columns += _slots(weights_KT.astype(np.float32, copy=False), nowhere_KT, self.routing_schema, "weight")
+            assert len(ids_KT) == slots
+            return pa.Table.from_arrays(columns, schema=self.routing_schema)
+
+        return table
+
+    def _logits_of(self, r: int, batches: list[RoutedBatch], token: pa.Array, experts: int) -> Callable[[], pa.Table]:
+        def table() -> pa.Table:
+            logits_TE = np.concatenate([b.logits[r] for b in batches if b.logits is not None]).astype(np.float16, copy=False)
+            # a router of fewer experts than the widest is padded with NaN: one table, one width
+            padded_TE = np.pad(logits_TE, ((0, 0), (0, experts - logits_TE.shape[1])), constant_values=np.nan)
+            values = pa.FixedSizeListArray.from_arrays(pa.array(padded_TE.reshape(-1)), experts)
+            return pa.Table.from_arrays([token, *self._router_columns(r, len(token)), values], schema=schema.logits_schema(experts))
+
+        return table
+
+    def _router_columns(self, r: int, rows: int) -> list[pa.Array]:
+        return [pa.array(np.full(rows, value, np.uint16)) for value in (self.routers[r].layer, r)]
+
+    def _commit_counts(self, counted: CountedBatches) -> None:
+        def table_of(r: int) -> Callable[[], pa.Table]:
+            def table() -> pa.Table:
+                D, E = counted.assignments[r].shape
+                columns = [
+                    *self._router_columns(r, D * E),
+                    _labels(np.repeat(np.arange(D), E), list(counted.domains)),
+                    pa.array(np.tile(np.arange(E, dtype=np.uint16), D)),
+                    pa.array(counted.assignments[r].reshape(-1).astype(np.int64)),
+                    pa.array(counted.first_choice[r].reshape(-1).astype(np.int64)),
+                ]
+                columns += [pa.array(counted.weight_sum[r].reshape(-1))] if counted.weight_sum is not None else []
+                return pa.Table.from_arrays(columns, schema=schema.counts_schema(self.weights))
+
+            return table
+
+        lines = [
+            self._write_documents(counted.documents),
+            self._write_part("counts", schema.counts_schema(self.weights), [table_of(r) for r in range(len(self.routers))]),
+        ]
+        self._commit(lines, counted.tokens, None, counted.batch)
+
+    def _write_documents(self, documents: list[Document]) -> dict[str, Any]:
+        rows = {
+            "document": pa.array([d.document for d in documents], pa.int32()),
+            "domain": pa.array([d.domain for d in documents], pa.string()).dictionary_encode(),
+            "source": pa.array([d.source for d in documents], pa.string()).dictionary_encode(),
+            "tokens": pa.array([d.tokens for d in documents], pa.int32()),
+        }
+        return self._write_part("documents", schema.DOCUMENTS, [lambda: pa.table(rows, schema=schema.DOCUMENTS)])
+
+    def _write_part(self, table: str, columns: pa.Schema, groups: Sequence[Callable[[], pa.Table]]) -> dict[str, Any]:
+        """One part file, a row group at a time: temporary name, fsync, rename. Returns its line for shards-<rank>.jsonl."""
+        name = f"part-{self.rank}-{self.next_shard}.parquet"
+        final, draft = self.root / table / name, self.root / table / f".{name}.tmp"
+        rows, labels = 0, [f.name for f in columns if f.name in _DICTIONARY or f.name.startswith("expert")]
+        encodings = {f.name: _encoding(f) for f in columns if f.name not in labels}
+        with open(draft, "wb") as file:
+            sink = _HashingFile(file)
+            with pq.ParquetWriter(
+                pa.PythonFile(sink, "w"),
+                columns,
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=labels,
+                column_encoding={name: code for name, code in encodings.items() if code},
+                write_statistics=[f.name for f in columns if f.name in _STATISTICS],
+            ) as writer:
+                for make in groups:
+                    part = make()
+                    rows += len(part)
+                    writer.write_table(part, row_group_size=max(len(part), 1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, final)
+        self.bytes += sink.size
+        return {"table": table, "path": f"{table}/{name}", "rows": rows, "sha256": sink.digest.hexdigest()}
+
+    def _commit(self, lines: list[dict[str, Any]], tokens: int, first_batch: int | None, last_batch: int) -> None:
+        for table in self.tables:
+            schema.sync_directory(self.root / table)
+        span = {
+            "shard": self.next_shard,
+            "first_token": self.next_token,
+            "last_token": self.next_token + tokens - 1,
+            "first_batch": first_batch,
+            "last_batch": last_batch,
+        }
+        text = "".join(json.dumps({**line, **span}) + "\n" for line in lines)
+        with open(self.root / f"shards-{self.rank}.jsonl", "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.next_shard += 1
+        self.next_token += tokens
+        self.tokens += tokens
+        self.decisions += tokens * len(self.routers)
+        self.manifest["counts"] = {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0}
+        schema.write_manifest(self.root, self.manifest)
+
+
+_DICTIONARY = {"layer", "router", "token_id", "document", "sequence", "position", "domain", "source", "phase", "batch"}
+_STATISTICS = {"token", "layer", "router", "document", "batch"}
+
+
+def _encoding(column: pa.Field) -> str | None:
+    # every reader can read these: DuckDB reads BYTE_STREAM_SPLIT of float32, but not of float16
+    if pa.types.is_float32(column.type):
+        return "BYTE_STREAM_SPLIT"
+    return "DELTA_BINARY_PACKED" if column.name == "token" else None
+
+
+def _column(batches: list[RoutedBatch], name: str) -> pa.Array:
+    return pa.array(np.concatenate([getattr(b, name) for b in batches]).astype(np.int32, copy=False))
+
+
+def _labels(codes: np.ndarray, labels: list[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32, copy=False)), pa.array(labels, pa.string()))
+
+
+def _may_hold_nowhere(ids_KT: np.ndarray, experts: int) -> bool:
+    return bool(ids_KT.size) and int(ids_KT.max()) >= experts
+
+
+def _slots(values_KT: np.ndarray, nowhere_KT: np.ndarray | None, columns: pa.Schema, prefix: str) -> list[pa.Array]:
+    fields = [f for f in columns if f.name.startswith(prefix)]
+    masks = nowhere_KT if nowhere_KT is not None else [None] * len(values_KT)
+    arrays = [pa.array(v, type=f.type, mask=m) for v, m, f in zip(values_KT, masks, fields, strict=False)]
+    # slots beyond this router's own top-k
+    return arrays + [pa.nulls(values_KT.shape[1], f.type) for f in fields[len(arrays) :]]
+
+
+class _HashingFile:
+    """A file that knows the sha256 of what went through it, so that no byte is read twice."""
+
+    closed = False
+
+    def __init__(self, file: Any):
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        self.file.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+# --- where a trace stands
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What a rank has committed: the next batch, document… to do."""
+
+    shards: int = 0
+    next_token: int = 0
+    next_batch: int = 0
+    tokens: int = 0
+    decisions: int = 0
+
+
+def resume_point(root: Path, rank: int = 0) -> ResumePoint:
+    """Where rank `rank` of the trace at `root` goes on; deletes the files no committed line speaks of."""
+    from moe_inspect.trace.reader import committed_shards, read_manifest
+
+    manifest = read_manifest(root)
+    shards = [s for s in committed_shards(root, manifest) if s.rank == rank]
+    keep = {root / path for s in shards for path in s.paths.values()}
+    for table in manifest["tables"]:
+        for file in (root / table).iterdir():
+            if (file.name.startswith((f"part-{rank}-", f".part-{rank}-"))) and file not in keep:
+                file.unlink()
+    lines = "".join(line for s in shards for line in s.lines)
+    schema.write_atomically(root / f"shards-{rank}.jsonl", lines.encode())  # without the torn tail
+    if not shards:
+        return ResumePoint()
+    tokens = sum(s.tokens for s in shards)
+    return ResumePoint(
+        shards=shards[-1].index + 1,
+        next_token=shards[-1].last_token + 1,
+        next_batch=shards[-1].last_batch + 1,
+        tokens=tokens,
+        decisions=tokens * len(manifest["routers"]),
+    )
+
+
+def clear_trace(root: Path) -> None:
+    """Deletes a trace, and only a trace: a directory with something else in it is refused, not emptied."""
+    known = {schema.MANIFEST, schema.VOCABULARY, "routing", "tokens", "documents", "logits", "counts"}
+    strange = [p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(("shards-", f".{schema.MANIFEST}"))]
+    if strange or not (root / schema.MANIFEST).exists():
+        raise MoeInspectError(f"{root} is not a trace (it holds {', '.join(sorted(strange)[:3]) or 'no trace.json'}): not overwritten")
+    shutil.rmtree(root)
