@@ -23,6 +23,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from moe_inspect.errors import MoeInspectError
+
 FORMAT = 1
 MANIFEST = "trace.json"
 VOCABULARY = "vocabulary.parquet"
@@ -143,3 +145,14 @@ def fingerprint(value: Any) -> str:
 
 def router_record(router: Router) -> dict[str, Any]:
     return asdict(router)
+
+
+def parse_ranges(text: str) -> list[int]:
+    """ "0-3,7" → [0, 1, 2, 3, 7]."""
+    values: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise MoeInspectError(f"cannot read layers {text!r}: write them like 0-3,7")
+        values.update(range(int(first), int(last or first) + 1))
+    return sorted(values)

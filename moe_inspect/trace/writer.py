@@ -116,8 +116,10 @@ class TraceWriter:
         for table in self.tables:
             (self.root / table).mkdir(parents=True, exist_ok=True)
         schema.write_manifest(self.root, self.manifest)
-        if vocabulary is not None and resume is None:
-            pq.write_table(vocabulary.cast(schema.VOCABULARY_SCHEMA), self.root / schema.VOCABULARY, compression="zstd")
+        if vocabulary is not None and not (self.root / schema.VOCABULARY).exists():
+            sink = pa.BufferOutputStream()
+            pq.write_table(vocabulary.cast(schema.VOCABULARY_SCHEMA), sink, compression="zstd")
+            schema.write_atomically(self.root / schema.VOCABULARY, sink.getvalue().to_pybytes())
         (self.root / f"shards-{rank}.jsonl").touch()
         self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
         self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)

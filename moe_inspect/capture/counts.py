@@ -1,0 +1,94 @@
+"""Counts kept on the device: what a training loop, or --counts-only, records instead of decisions.
+
+T rows (padding included), K slots, E experts, D domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import CountedBatches, Document
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.recorder import Rows
+
+
+class DeviceCounts:
+    """Load by router, domain and expert, summed on each router's device; nothing waits for the device until `take`."""
+
+    def __init__(self, routers: Sequence[Router], devices: Sequence[torch.device], weights: bool):
+        self.routers, self.devices, self.weights = list(routers), list(devices), weights
+        self.tokens = self.batch = self.taken_tokens = 0
+        self.documents: list[Document] = []
+        self._taken = [np.zeros(r.experts, np.int64) for r in routers]
+        self._sums: list[list[torch.Tensor]] = []
+        self._base: dict[torch.device, torch.Tensor] = {}
+        self._grow(1)
+
+    def _grow(self, domains: int) -> None:
+        """Room for `domains`; expert E is where padding and slots that routed nowhere are counted, and left out."""
+        kinds = [torch.int64, torch.int64, torch.float64][: 3 if self.weights else 2]
+        old, self._sums = self._sums, []
+        for r, (router, device) in enumerate(zip(self.routers, self.devices, strict=True)):
+            sums = [torch.zeros((domains, router.experts + 1), dtype=kind, device=device) for kind in kinds]
+            for new, before in zip(sums, old[r] if old else [], strict=False):
+                new[: len(before)] = before
+            self._sums.append(sums)
+
+    def begin(self, rows: Rows, domains: int) -> None:
+        """Where each row of the coming forward pass is counted: its domain, or −1 for padding."""
+        if domains > len(self._sums[0][0]):
+            self._grow(domains)
+        domain_T = np.full(len(rows.real), -1, np.int64)
+        domain_T[rows.real] = rows.domain
+        self._base = {d: torch.from_numpy(domain_T).to(d, non_blocking=True) for d in set(self.devices)}
+
+    def add(self, r: int, row: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """The decisions of one call of router r, for the rows from `row` on."""
+        E = self.routers[r].experts
+        domain_T1 = self._base[self.devices[r]][row : row + len(ids_TK), None]
+        outside_TK = (ids_TK < 0) | (ids_TK >= E) | (domain_T1 < 0)
+        slot_TK = domain_T1.clamp(min=0) * (E + 1) + ids_TK.long().masked_fill(outside_TK, E)
+        assignments, first_choice, *weight_sum = (s.view(-1) for s in self._sums[r])
+        assignments.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK).reshape(-1))
+        first_choice.scatter_add_(0, slot_TK[:, 0], torch.ones_like(slot_TK[:, 0]))
+        for sums in weight_sum:
+            sums.scatter_add_(0, slot_TK.reshape(-1), weights_TK.reshape(-1).to(sums.dtype))
+
+    def end(self, rows: Rows, batch: int) -> None:
+        self.tokens += int(rows.real.sum())
+        self.batch = batch
+        self.documents += rows.documents
+
+    def take(self, domains: list[str]) -> CountedBatches:
+        """What was counted since the last `take`, brought to the host."""
+        host = [[s[:, :-1].cpu().numpy() for s in sums] for sums in self._sums]
+        self._taken = [t + h[0].sum(0) for t, h in zip(self._taken, host, strict=True)]
+        self.taken_tokens += self.tokens
+        counted = CountedBatches(
+            self.batch,
+            self.tokens,
+            domains[: len(host[0][0])],
+            [h[0] for h in host],
+            [h[1] for h in host],
+            [h[2] for h in host] if self.weights else None,
+            self.documents,
+        )
+        self.tokens, self.documents, old = 0, [], len(self._sums[0][0])
+        self._sums = []
+        self._grow(old)
+        return counted
+
+    def totals(self, all_ranks: bool = False) -> tuple[list[np.ndarray], int]:
+        """(assignments int64 [E] a router, tokens) since the recording began; with `all_ranks` over all processes."""
+        load = [torch.from_numpy(t).to(s[0].device) + s[0][:, :-1].sum(0) for t, s in zip(self._taken, self._sums, strict=True)]
+        tokens = torch.tensor(self.taken_tokens + self.tokens, device=load[0].device)
+        if all_ranks:
+            for tensor in [*load, tokens]:
+                torch.distributed.all_reduce(tensor)
+        return [t.cpu().numpy() for t in load], int(tokens)

@@ -1,0 +1,139 @@
+"""Models and tokenizers: a hub id, a directory, or "demo"."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import schema
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def model_location(name: str) -> str:
+    """What transformers is to load: "demo" is the bundled model, everything else stands for itself."""
+    if name != "demo":
+        return name
+    from moe_inspect.demo import MODEL_DIR
+
+    return str(MODEL_DIR)
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's config; MoeInspectError where there is no such model."""
+    from transformers import AutoConfig
+
+    location = model_location(name)
+    if os.sep in location and not location.startswith("hf://") and not Path(location).is_dir() and location.count("/") != 1:
+        raise MoeInspectError(f"no model at {location}: give a hub id, a directory, or demo")
+    try:
+        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error)}") from None
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_location(name), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise MoeInspectError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from None
+
+
+def load_model(
+    name: str,
+    config: Any,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    random_init: int | None = None,
+) -> torch.nn.Module:
+    """The causal language model in eval mode on `device` ("auto": cuda where there is one). With `random_init` its weights
+    are drawn with that seed instead of read: the untrained baseline."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise MoeInspectError(f"no device {place!r} here: {_first_line(error)}") from None
+    try:
+        if random_init is not None:
+            torch.manual_seed(random_init)
+            wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_location(name),
+                config=config,
+                revision=revision,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error)}") from None
+    return model.to(place).eval()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def config_record(config: Any) -> dict[str, Any]:
+    """The config as plain JSON."""
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Changes whenever the tokenizer could give other ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return schema.fingerprint(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))
+
+
+def vocabulary_table(tokenizer: Any, size: int) -> pa.Table:
+    """token_id int32, token string, of `size` ids at least. Byte-level pieces are shown as the text they stand for, with ▁
+    for a space as SentencePiece writes it, and bytes that are no text as <0x..>; null where the tokenizer has no such id."""
+    size = max(size, len(tokenizer))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+    if _is_byte_level(tokenizer):
+        special = set(tokenizer.all_special_tokens)
+        pieces = [p if p is None or p in special else _readable(p) for p in pieces]
+    pieces += [None] * (size - len(pieces))
+    return pa.table({"token_id": pa.array(np.arange(size, dtype=np.int32)), "token": pa.array(pieces, pa.string())})
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder") or {})
+
+
+def _byte_alphabet() -> dict[str, int]:
+    # GPT-2's table: printable bytes stand for themselves, the others are shifted to U+0100 and up in their order
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _readable(piece: str) -> str:
+    """"ĠÐ¿ÑĢÐ¸" → "▁при"."""
+    if any(c not in _BYTE_OF for c in piece):
+        return piece  # an added token, which is text already
+    text = bytes(_BYTE_OF[c] for c in piece).decode("utf-8", errors="surrogateescape")
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text).replace(" ", "▁")

@@ -1,0 +1,553 @@
+"""Recorder: attaches to a model, sees every router's choice in every forward pass, writes the trace, detaches (always).
+
+B batch rows, S positions, T = B·S rows a router sees (padding included), K slots, E experts, D domains.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from moe_inspect.capture import experts as experts_implementation
+from moe_inspect.capture.counts import DeviceCounts
+from moe_inspect.capture.models import config_record, vocabulary_table
+from moe_inspect.capture.ring import Page, Ring
+from moe_inspect.capture.routers import Site, choice_among, find_routers
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import schema
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import SHARD_TOKENS, Document, ResumePoint, RoutedBatch, TraceWriter, clear_trace
+
+CAPTURES = ("auto", "dispatch", "tap")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one forward pass is fed: `real` bool [T] marks what is no padding, in the order the routers see it; the other
+    arrays have one entry a real row, `domain` as codes into `domains`."""
+
+    real: np.ndarray
+    token_id: np.ndarray
+    document: np.ndarray
+    sequence: np.ndarray
+    position: np.ndarray
+    domain: np.ndarray
+    documents: list[Document] = field(default_factory=list)
+    phase: str = "prefill"
+
+
+def record(model: torch.nn.Module, path: str | Path | None = None, **options: Any) -> Recorder:
+    """Records every forward pass of `model` within the `with` block: `with record(model, "runs/a", tokenizer=tok): …`.
+    The options are Recorder's."""
+    return Recorder(model, path, **options)
+
+
+class Recorder:
+    """Context manager that records `model` into the trace at `path`.
+
+    Each batch row is a sequence of its own document, unless `documents` and `domains` (one value a batch row) say
+    otherwise, here for every forward pass or with `label` for the next; `attention_mask` is honoured, a reset of
+    `position_ids` starts a new sequence, and a forward pass with a key-value cache goes on with its rows' sequences.
+
+    tokenizer     its vocabulary goes into the trace
+    capture       "dispatch": our experts implementation routes and records; "tap": the model's own is left alone and its
+                  calls are watched; "auto": dispatch where the model would run the stock grouped_mm on a GPU
+    layers        only these block indices
+    weights, logits     whether the gate weights, the router logits are recorded
+    counts_only   keeps only counts on the device ([routers, domains, experts]); with `every=N` of each N-th forward pass.
+                  `path` may be None then, and `balance()` gives the table
+    overwrite     replaces a trace at `path`; without it an existing one is refused
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        path: str | Path | None = None,
+        *,
+        tokenizer: Any = None,
+        capture: str = "auto",
+        layers: Sequence[int] | None = None,
+        weights: bool = True,
+        logits: bool = False,
+        counts_only: bool = False,
+        every: int = 1,
+        documents: Sequence[Any] | None = None,
+        domains: Sequence[str] | None = None,
+        overwrite: bool = False,
+        resume: ResumePoint | None = None,
+        manifest: dict[str, Any] | None = None,
+        shard_tokens: int = SHARD_TOKENS,
+    ):
+        if capture not in CAPTURES:
+            raise MoeInspectError(f"no capture {capture!r}: choose from {', '.join(CAPTURES)}")
+        if path is None and not counts_only:
+            raise MoeInspectError("record needs a path for the trace (only counts_only=True works without)")
+        if every != 1 and not counts_only:
+            raise MoeInspectError("every=N samples counts: give counts_only=True with it")
+        if counts_only and logits:
+            raise MoeInspectError("counts_only keeps no logits: drop one of the two")
+        self.model, self.path, self.tokenizer = model, Path(path) if path is not None else None, tokenizer
+        self.weights, self.logits, self.counts_only, self.every = weights, logits, counts_only, every
+        self.shard_tokens, self.resume, self._extra = shard_tokens, resume, manifest or {}
+        self.sites = self._chosen(find_routers(model), layers)
+        self.mode = self._mode(capture)
+        if logits and any(s.logits_module is None for s in self.sites):
+            raise MoeInspectError(f"{type(model).__name__} does not show its router logits: trace without --logits")
+        if self.path is not None and resume is None:
+            prepare_directory(self.path, overwrite)
+        self.routers: list[Router] = []
+        self.writer: TraceWriter | None = None
+        self.tokens = 0
+        self.domains: list[str] = []
+        self._labels = (documents, domains)
+        self._next_labels: tuple[Sequence[Any] | None, Sequence[str] | None] | None = None
+        self._planned: Rows | None = None
+        self._names: dict[Any, int] = {}
+        self._documents = self._sequences = 0
+        self._last: Rows | None = None
+        self._forwards = resume.next_batch if resume else 0
+        self._stack = ExitStack()
+        self._staged: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] | None = {}
+        self._staged_logits: dict[int, list[torch.Tensor]] = {}
+        self._rings: dict[torch.device, Ring] = {}
+        self._ring_of: list[tuple[Ring, int]] = []
+        self._counts: DeviceCounts | None = None
+        self._current: Rows | None = None
+        self._leaving: list[tuple[int, Rows]] = []
+        self._logit_rows: list[int] = []
+        self._seen: list[int] = [0] * len(self.sites)
+
+    # --- attach and detach
+
+    def __enter__(self) -> Recorder:
+        hooks = [
+            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.model.register_forward_hook(self._after),
+        ]
+        for r, site in enumerate(self.sites):
+            if site.adapter is not None:
+                hooks.append(site.module.register_forward_hook(self._adapted(r, site.adapter)))
+            elif self.mode == "tap":
+                hooks.append(site.module.register_forward_pre_hook(self._tapped(r), with_kwargs=True))
+            if self.logits and site.logits_module is not None:
+                hooks.append(site.logits_module.register_forward_hook(self._logits_seen(r, site.logits_index)))
+        for hook in hooks:
+            self._stack.callback(hook.remove)
+        if self.mode == "dispatch":
+            self._take_over()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stack.close()
+        try:
+            if kind is None or issubclass(kind, KeyboardInterrupt):
+                self._drain(everything=True)
+                self._flush_counts()
+        finally:
+            if self.writer is not None:
+                self.writer.close("complete" if kind is None else "interrupted", quiet=kind is not None)
+
+    def _take_over(self) -> None:
+        experts_implementation.register()
+        model: Any = self.model
+        self._stack.callback(model.set_experts_implementation, model.get_experts_implementation())
+        model.set_experts_implementation(experts_implementation.NAME)
+        for r, site in enumerate(self.sites):
+            if site.adapter is None:
+                setattr(site.module, experts_implementation.SINK, self._sink(r))
+                self._stack.callback(delattr, site.module, experts_implementation.SINK)
+
+    def _mode(self, capture: str) -> str:
+        on_interface = all(hasattr(s.module, "is_transposed") and hasattr(s.module, "has_gate") for s in self.sites if s.adapter is None)
+        can = on_interface and any(s.adapter is None for s in self.sites) and hasattr(self.model, "set_experts_implementation")
+        if capture == "dispatch" and not can:
+            raise MoeInspectError(f"{type(self.model).__name__} is not on transformers' experts interface: use --capture tap")
+        if capture != "auto":
+            return capture
+        stock = can and set(self.model.get_experts_implementation().values()) == {"grouped_mm"}
+        return "dispatch" if stock and next(self.model.parameters()).is_cuda else "tap"
+
+    def _chosen(self, sites: list[Site], layers: Sequence[int] | None) -> list[Site]:
+        if layers is None:
+            return sites
+        unknown = sorted(set(layers) - {s.layer for s in sites})
+        if unknown:
+            raise MoeInspectError(f"no router in layer {unknown[0]}: the MoE layers are {', '.join(str(s.layer) for s in sites)}")
+        return [s for s in sites if s.layer in set(layers)]
+
+    # --- what the hooks see
+
+    def label(self, *, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None) -> None:
+        """The document and the domain of each batch row of the next forward pass."""
+        self._next_labels = (documents, domains)
+
+    def expect(self, rows: Rows) -> None:
+        """What the next forward pass is fed, from who planned it."""
+        self._planned = rows
+
+    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._current = self._planned or self._read_rows(args, kwargs)
+        self._planned = None
+        self._seen = [0] * len(self.sites)
+        self._logit_rows = [0] * len(self.sites)
+        self._staged_logits = {}
+        T = len(self._current.real)
+        if self.counts_only:
+            if self._counts is not None and self._forwards % self.every == 0:
+                self._counts.begin(self._current, len(self.domains))
+        elif self._staged is None:
+            self._drain()
+            for ring in self._rings.values():
+                ring.begin(T)
+        else:
+            self._staged = {}
+
+    def _sink(self, r: int) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        def sink(ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+            if self._current is not None:  # outside the model's own forward: a recomputation, and not recorded twice
+                self._write(r, ids_TK.detach(), weights_TK.detach())
+
+        return sink
+
+    def _write(self, r: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        row, self._seen[r] = self._seen[r], self._seen[r] + len(ids_TK)
+        if self._staged is not None:
+            self._staged.setdefault(r, []).append((ids_TK.clone(), weights_TK.clone()))
+        elif self._counts is not None:
+            if self._forwards % self.every == 0:
+                self._counts.add(r, row, ids_TK, weights_TK)
+        else:
+            ring, local = self._ring_of[r]
+            ring.write(local, ids_TK, weights_TK)
+
+    def _tapped(self, r: int) -> Callable[..., None]:
+        sink = self._sink(r)
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            choice = choice_among([*args, *kwargs.values()])
+            if choice is not None:  # else the completeness check names the module
+                sink(*choice)
+
+        return hook
+
+    def _adapted(self, r: int, adapter: Callable[..., Any]) -> Callable[..., None]:
+        sink = self._sink(r)
+        return lambda module, args, output: sink(*adapter(module, output))
+
+    def _logits_seen(self, r: int, index: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._current is None:
+                return
+            logits_TE = (output[index] if isinstance(output, tuple | list) else output).detach().reshape(-1, self.sites[r].experts)
+            row, self._logit_rows[r] = self._logit_rows[r], self._logit_rows[r] + len(logits_TE)
+            if self._staged is not None:
+                self._staged_logits.setdefault(r, []).append(logits_TE.clone())
+            else:
+                ring, local = self._ring_of[r]
+                ring.write_logits(local, row, logits_TE)
+
+        return hook
+
+    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        rows, self._current = self._current, None
+        assert rows is not None
+        self._check_complete(len(rows.real))
+        if self._staged is not None:
+            self._begin_with(rows)
+        if self._counts is not None:
+            if self._forwards % self.every == 0:
+                self._counts.end(rows, self._forwards)
+                if self._counts.tokens >= self.shard_tokens:
+                    self._flush_counts()
+        else:
+            for ring in self._rings.values():
+                ring.end()
+            self._leaving.append((self._forwards, rows))
+            self._drain(everything=all(not ring.on_gpu for ring in self._rings.values()))
+        self._forwards += 1
+        self.tokens += int(rows.real.sum())
+        self._last = rows
+
+    def _check_complete(self, T: int) -> None:
+        """Every router must have seen every token exactly once, or the trace would be silently wrong."""
+        for site, seen, logits in zip(self.sites, self._seen, self._logit_rows, strict=True):
+            if seen != T:
+                raise MoeInspectError(
+                    f"{site.path} routed {seen} rows in a forward pass of {T}: this model's routing cannot be seen "
+                    "(fused experts, or a layer that runs several times)"
+                )
+            if self.logits and logits != T:
+                raise MoeInspectError(f"{site.path} showed logits of {logits} rows in a forward pass of {T}: trace without --logits")
+
+    # --- the first forward pass says what the pages and the table look like
+
+    def _begin_with(self, rows: Rows) -> None:
+        """Top-k, dtypes and devices are what the first forward pass showed, not what a config claims. Its decisions were
+        kept aside (`_staged`), and are written now."""
+        staged, self._staged = self._staged, None
+        assert staged is not None
+        first = [staged[r][0] for r in range(len(self.sites))]
+        self.routers = [
+            Router(s.layer, s.path.split(".", 1)[-1], s.path, s.experts, ids.shape[1], s.scoring, s.shared_experts)
+            for s, (ids, _) in zip(self.sites, first, strict=True)
+        ]
+        bf16 = all(w.dtype == torch.bfloat16 for _, w in first)
+        if self.path is not None:
+            self.writer = self._open_writer("bfloat16" if bf16 else "float16")
+        if self.counts_only:
+            self._counts = DeviceCounts(self.routers, [ids.device for ids, _ in first], self.weights)
+            self._counts.begin(rows, len(self.domains))
+        else:
+            self._make_rings([ids.device for ids, _ in first], torch.bfloat16 if bf16 else torch.float16, len(rows.real))
+        self._seen = [0] * len(self.sites)
+        for r in range(len(self.sites)):
+            for ids, weights in staged[r]:
+                self._write(r, ids, weights)
+            row = 0
+            for logits in self._staged_logits.get(r, []):
+                if row == 0:
+                    self._refuse_probabilities(r, logits)
+                ring, local = self._ring_of[r]
+                ring.write_logits(local, row, logits)
+                row += len(logits)
+        self._staged_logits = {}
+
+    def _refuse_probabilities(self, r: int, logits_TE: torch.Tensor) -> None:
+        values = logits_TE.float()
+        if bool((values >= 0).all()) and torch.allclose(values.sum(1), torch.ones(len(values), device=values.device), atol=1e-2):
+            raise MoeInspectError(f"{self.sites[r].path} shows probabilities where its family declares logits: trace without --logits")
+
+    def _make_rings(self, devices: list[torch.device], weight_dtype: torch.dtype, T: int) -> None:
+        self._ring_of = [None] * len(self.sites)  # type: ignore[list-item]
+        for device in dict.fromkeys(devices):
+            local = [r for r, d in enumerate(devices) if d == device]
+            ring = Ring(
+                device,
+                [self.routers[r].top_k for r in local],
+                [self.routers[r].experts for r in local],
+                weight_dtype if self.weights else None,
+                self.logits,
+            )
+            ring.begin(T)
+            self._rings[device] = ring
+            for n, r in enumerate(local):
+                self._ring_of[r] = (ring, n)
+
+    def _open_writer(self, weight_dtype: str) -> TraceWriter:
+        assert self.path is not None
+        text = self.model.config.get_text_config()
+        manifest = {
+            "model": {"id": getattr(self.model.config, "_name_or_path", ""), "revision": None, "class": type(self.model).__name__},
+            **self._extra,
+        }
+        manifest["model"]["config"] = config_record(self.model.config)
+        manifest["capture"] = {**capture_facts(self.model, self.mode), "weights": self.weights, "weight_dtype": weight_dtype if self.weights else None}
+        vocabulary: pa.Table | None = None
+        if self.tokenizer is not None:
+            vocabulary = vocabulary_table(self.tokenizer, getattr(text, "vocab_size", 0) or 0)
+        return TraceWriter(
+            self.path,
+            manifest,
+            self.routers,
+            weights=self.weights,
+            logits=self.logits,
+            counts_only=self.counts_only,
+            vocabulary=vocabulary,
+            resume=self.resume,
+            shard_tokens=self.shard_tokens,
+        )
+
+    # --- from pages to the writer
+
+    def _drain(self, everything: bool = False) -> None:
+        """Hands the pages that have arrived to the writer; waits for one where the ring is full."""
+        while self._leaving:
+            rings = list(self._rings.values())
+            wait = everything or any(ring.full for ring in rings)
+            if not all([ring.arrived(wait) for ring in rings]):
+                return
+            number, rows = self._leaving.pop(0)
+            pages = [ring.oldest() for ring in rings]
+            page_of = {id(ring): page for ring, page in zip(rings, pages, strict=True)}
+            self._hand_over(number, rows, [(page_of[id(ring)], local) for ring, local in self._ring_of])
+            for ring in rings:
+                ring.take()
+
+    def _hand_over(self, number: int, rows: Rows, pages: list[tuple[Page, int]]) -> None:
+        keep = None if rows.real.all() else np.flatnonzero(rows.real)
+        every = range(len(self.sites))
+        assert self.writer is not None
+        self.writer.write(
+            RoutedBatch(
+                number,
+                rows.token_id,
+                rows.document,
+                rows.sequence,
+                rows.position,
+                rows.domain,
+                list(self.domains),
+                ids=[_rows_of(*pages[r], "ids", keep) for r in every],
+                weights=[_rows_of(*pages[r], "weights", keep) for r in every] if self.weights else None,
+                logits=[_rows_of(*pages[r], "logits", keep) for r in every] if self.logits else None,
+                documents=rows.documents,
+                phase=rows.phase,
+            )
+        )
+
+    def _flush_counts(self) -> None:
+        if self._counts is not None and self.writer is not None and self._counts.tokens:
+            self.writer.write(self._counts.take(list(self.domains)))
+
+    def balance(self, all_ranks: bool = False) -> Any:
+        """The balance table of what has been counted since the recording began (`counts_only=True`); with `all_ranks`
+        summed over the processes of torch.distributed."""
+        from moe_inspect.analysis.balance import balance_of_counts
+
+        if self._counts is None:
+            raise MoeInspectError("balance() reads counts on the device: record with counts_only=True, after a forward pass")
+        load, tokens = self._counts.totals(all_ranks)
+        return balance_of_counts(self.routers, load, tokens)
+
+    # --- what a forward pass is fed, when nobody planned it
+
+    def domain_code(self, label: str) -> int:
+        """The code of a domain label, new or known."""
+        if label not in self.domains:
+            self.domains.append(label)
+        return self.domains.index(label)
+
+    def _read_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        names = ("input_ids", "attention_mask", "position_ids")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
+        fed = ids if ids is not None else embeds
+        if fed is None:
+            raise MoeInspectError("record saw a forward pass with neither input_ids nor inputs_embeds")
+        B, S = fed.shape[:2]
+        past = _past_length(given.get("past_key_values"))
+        real_BS = np.ones((B, S), bool) if mask is None or mask.dim() != 2 else mask[:, -S:].cpu().numpy().astype(bool)
+        token_BS = ids.cpu().numpy() if ids is not None else np.full((B, S), -1)
+        given_positions = given.get("position_ids")
+        if given_positions is not None and given_positions.dim() == 2:
+            position_BS = np.broadcast_to(given_positions.cpu().numpy(), (B, S))
+        else:
+            position_BS = np.broadcast_to(np.arange(past, past + S), (B, S))
+        documents, domains = self._next_labels or self._labels
+        self._next_labels = None
+        for name, values in (("documents", documents), ("domains", domains)):
+            if values is not None and len(values) != B:
+                raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")
+        if past and self._last is not None and self._row_state is not None and len(self._row_state[0]) == B:
+            document_BS, sequence_BS, domain_BS = (np.repeat(state[:, None], S, 1) for state in self._row_state)
+            new: list[Document] = []
+        else:
+            document_BS, sequence_BS, domain_BS, new = self._number(real_BS, position_BS, documents, domains)
+        self._row_state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
+        real = real_BS.reshape(-1)
+        flat = [a.reshape(-1)[real].astype(np.int32) for a in (token_BS, document_BS, sequence_BS, position_BS, domain_BS)]
+        return Rows(real, *flat, documents=new, phase="decode" if past else "prefill")
+
+    _row_state: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def _number(
+        self, real_BS: np.ndarray, position_BS: np.ndarray, documents: Sequence[Any] | None, domains: Sequence[str] | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Document]]:
+        """Document, sequence and domain code of each position; a sequence begins with each row and, within a row, where
+        the positions start again."""
+        B, S = real_BS.shape
+        starts_BS = np.zeros((B, S), bool)
+        starts_BS[:, 1:] = (position_BS[:, 1:] <= position_BS[:, :-1]) & real_BS[:, 1:] & real_BS[:, :-1]
+        starts_BS[:, 0] = True
+        sequence_BS = self._sequences + np.cumsum(starts_BS.reshape(-1)).reshape(B, S) - 1
+        self._sequences = int(sequence_BS.max()) + 1
+        label_B = [str(d) for d in domains] if domains is not None else [""] * B
+        domain_BS = np.repeat(np.array([self.domain_code(d) for d in label_B])[:, None], S, 1)
+        document_BS = np.empty((B, S), np.int64)
+        new: dict[int, Document] = {}
+        for b, s in zip(*np.nonzero(starts_BS), strict=True):
+            known = documents is not None and documents[b] in self._names
+            number = self._names[documents[b]] if known and documents is not None else self._documents
+            document_BS[b, s:] = number
+            if not known:
+                self._documents += 1
+                if documents is not None:
+                    self._names[documents[b]] = number
+                source = str(documents[b]) if documents is not None else ""
+                new[number] = Document(number, label_B[b], source, 0)
+        sizes = np.bincount(document_BS[real_BS], minlength=self._documents)
+        return document_BS, sequence_BS, domain_BS, [Document(d.document, d.domain, d.source, int(sizes[n])) for n, d in new.items()]
+
+
+def _rows_of(page: Page, r: int, kind: str, keep: np.ndarray | None) -> np.ndarray:
+    """A copy of the rows that are no padding; the page may be written again afterwards."""
+    rows = page.of(kind, r)
+    assert rows is not None
+    if rows.dtype == torch.bfloat16:  # numpy has none; float32 holds it exactly
+        bits = rows.view(torch.int16).numpy()
+        bits = bits[keep] if keep is not None else bits
+        return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    values = rows.numpy()
+    values = values[keep] if keep is not None else values.copy()
+    return values.view(np.uint16) if values.dtype == np.int16 else values
+
+
+def _past_length(cache: Any) -> int:
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def capture_facts(model: torch.nn.Module, mode: str) -> dict[str, Any]:
+    """Who recorded what with which versions: what the manifest says of the capture."""
+    import transformers
+
+    from moe_inspect.capture.kernels import triton
+
+    parameter = next(model.parameters())
+    return {
+        "mode": mode,
+        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "versions": {
+            "moe-inspect": _own_version(),
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "triton": triton.__version__ if triton is not None else None,
+        },
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+    }
+
+
+def _own_version() -> str:
+    from importlib.metadata import version
+
+    return version("moe-inspect")
+
+
+def prepare_directory(path: Path, overwrite: bool) -> None:
+    """Makes the directory of a new trace; an existing trace goes only with `overwrite`, anything else never."""
+    if path.exists() and not path.is_dir():
+        raise MoeInspectError(f"{path} is a file: give a directory for the trace")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            kind = "a trace" if (path / schema.MANIFEST).exists() else "something"
+            raise MoeInspectError(f"there is {kind} at {path}: choose another place, or --overwrite or --resume a trace")
+        clear_trace(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MoeInspectError(f"cannot write {path}: {error.strerror}") from None

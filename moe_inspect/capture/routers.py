@@ -1,0 +1,138 @@
+"""Finds every router of a model: the seam where its choice is handed over.
+
+A family on transformers' experts interface, or with the same call, needs no entry here: its experts module is called with
+the router's choice. `ADAPTERS` holds the few families with no such call: a router class → a function of that router's
+output. T tokens, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    import torch
+
+Choice = tuple["torch.Tensor", "torch.Tensor"]  # expert ids int [T, K], gate weights float [T, K]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one router's choice can be seen. `adapter` is None where the choice is an argument of `module`'s call, else a
+    function of `module`'s output. `experts`: E."""
+
+    module: torch.nn.Module
+    path: str
+    layer: int
+    experts: int
+    scoring: str
+    shared_experts: int
+    adapter: Callable[[torch.nn.Module, Any], Choice] | None = None
+    logits_module: torch.nn.Module | None = None
+    logits_index: int = 0
+
+
+def _llama4(router: torch.nn.Module, output: Any) -> Choice:
+    # the score multiplies the expert's input; every expert is called, with zeros where it was not chosen
+    scores_TE, logits_TE = output
+    ids_TK = logits_TE.topk(router.top_k, dim=1).indices  # the router's own call on its own logits
+    return ids_TK, scores_TE.gather(1, ids_TK)
+
+
+ADAPTERS: dict[str, Callable[[torch.nn.Module, Any], Choice]] = {"Llama4Router": _llama4}
+NOT_ROUTED = {"Llama4TextExperts", "JetMoeParallelExperts", "InklingSharedExperts"}  # *Experts that no choice is handed to
+SIGMOID = {"deepseek_v3", "glm4_moe", "llama4_text", "llama4"}  # where the config does not say
+
+
+def find_routers(model: torch.nn.Module) -> list[Site]:
+    """The routers of `model` in execution order of their layers. MoeInspectError where it has none."""
+    logits = _logits_modules(model)
+    sites = []
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        adapter = ADAPTERS.get(kind)
+        if adapter is None and (not kind.endswith("Experts") or kind in NOT_ROUTED):
+            continue
+        config = getattr(module, "config", None) or model.config.get_text_config()
+        layer = layer_of(path)
+        source = (module, logits[path][1]) if path in logits else _nearest(path, logits)
+        sites.append(
+            Site(
+                module,
+                path,
+                layer,
+                experts_of(module),
+                scoring_of(config),
+                shared_experts_of(config),
+                adapter,
+                *(source or (None, 0)),
+            )
+        )
+    if not sites:
+        raise MoeInspectError(f"{type(model).__name__} is a dense model: it has no router, so there is nothing to trace")
+    return sorted(sites, key=lambda s: s.layer)
+
+
+def layer_of(path: str) -> int:
+    """The block index in a module path: "model.layers.3.mlp.experts" → 3."""
+    found = re.search(r"(?:layers|blocks|h|block|layer)\.(\d+)\.", path + ".")
+    if found is None:
+        raise MoeInspectError(f"no layer number in the module path {path}: this model's layout is not known")
+    return int(found.group(1))
+
+
+def experts_of(module: torch.nn.Module) -> int:
+    """E of a module: never the largest id seen, or dead experts would vanish."""
+    for name in ("total_experts", "num_experts", "n_routed_experts"):
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    stacked = next((p for p in module.parameters() if p.dim() == 3), None)
+    if stacked is None:
+        raise MoeInspectError(f"cannot tell how many experts {type(module).__name__} has")
+    return int(stacked.shape[0])
+
+
+def scoring_of(config: Any) -> str:
+    """How logits become scores."""
+    stated = getattr(config, "scoring_func", None)
+    return stated if isinstance(stated, str) else "sigmoid" if config.model_type in SIGMOID else "softmax"
+
+
+def shared_experts_of(config: Any) -> int:
+    for name in ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    return int(bool(getattr(config, "shared_expert_intermediate_size", 0)) or config.model_type == "llama4_text")
+
+
+def choice_among(arguments: list[Any]) -> Choice | None:
+    """The router's choice among the arguments of an experts call, by dtype and shape, never by position: the 2-D integer
+    tensor and the floating-point tensor of its shape. None where there is none."""
+    tensors = [a for a in arguments if hasattr(a, "dtype") and hasattr(a, "dim")][1:]  # the first holds the hidden states
+    ids = [t for t in tensors if t.dim() == 2 and not t.dtype.is_floating_point and t.element_size() > 1]
+    weights = [t for t in tensors if ids and t.dtype.is_floating_point and t.shape == ids[0].shape]
+    return (ids[0], weights[0]) if ids and weights else None
+
+
+def _logits_modules(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, int]]:
+    """path → (module, index in its output) of the router logits, as each transformers family itself declares them for
+    `output_router_logits`."""
+    declared: dict[type, int] = {}
+    for module in model.modules():
+        recorders = getattr(module, "_can_record_outputs", None) or {}
+        entries = recorders.get("router_logits", [])
+        for entry in entries if isinstance(entries, list | tuple) else [entries]:
+            if hasattr(entry, "target_class"):
+                declared[entry.target_class] = entry.index
+    return {path: (m, declared[type(m)]) for path, m in model.named_modules() if type(m) in declared}
+
+
+def _nearest(path: str, logits: dict[str, tuple[torch.nn.Module, int]]) -> tuple[torch.nn.Module, int] | None:
+    """The router beside these experts: the one of the same parent module."""
+    parent = path.rpartition(".")[0]
+    return next((found for where, found in logits.items() if where.rpartition(".")[0] == parent), None)

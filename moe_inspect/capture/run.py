@@ -1,0 +1,222 @@
+"""Trace a model over a corpus: what `moe-inspect trace` calls."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
+from moe_inspect.capture.models import config_record, load_config, load_model, load_tokenizer, tokenizer_fingerprint
+from moe_inspect.capture.recorder import Recorder, Rows, prepare_directory
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import schema
+from moe_inspect.trace.reader import Trace, read_manifest
+from moe_inspect.trace.writer import Document, ResumePoint, resume_point
+
+MAX_LENGTH = 2048
+
+
+def trace_model(
+    model: str,
+    out: str | Path,
+    *,
+    data: Sequence[str] = (),
+    text_field: str = "text",
+    domain_field: str | None = None,
+    max_tokens: int | None = None,
+    max_length: int | None = None,
+    batch_tokens: int = 8192,
+    special_tokens: bool = True,
+    capture: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_init: int | None = None,
+    layers: Sequence[int] | None = None,
+    weights: bool = True,
+    logits: bool = False,
+    counts_only: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Trace:
+    """Feeds the corpus `data` (default: the bundled one) to the model and records every routing decision at `out`.
+
+    model        a hub id, a directory, or "demo"
+    data         files, folders, globs, fsspec URLs, each optionally behind DOMAIN=
+    max_length   longer documents are split; default: what the model takes, at most 2048
+    random_init  draws the weights with this seed instead of reading them
+    resume       goes on with an interrupted trace of the same corpus, model and options
+    progress     called with (tokens done, tokens in all or None) after every forward pass
+
+    Raises MoeInspectError for what the caller can mend.
+    """
+    out = Path(out)
+    if resume and not (out / schema.MANIFEST).exists():
+        resume = False  # nothing was committed: the trace starts at its beginning
+    if not resume:
+        prepare_directory(out, overwrite)
+    sources = find_sources(data or [_bundled_corpus()])
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    plan = Plan(
+        sources, text_field, domain_field, max_tokens, _fitting(max_length, config), batch_tokens, special_tokens
+    )
+    options = {
+        **plan.options(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "model": model,
+        "revision": revision,
+        "config": schema.fingerprint(_comparable(config)),
+        "random_init": random_init,
+        "dtype": dtype,
+        "layers": sorted(layers) if layers is not None else None,
+        "weights": weights,
+        "logits": logits,
+        "counts_only": counts_only,
+    }
+    start = _resumed(out, options) if resume else None
+    if start is not None and read_manifest(out)["status"] == "complete":
+        return Trace(out)
+    batches = plan.batches(tokenizer)
+    first = next(batches, None)
+    if first is None:
+        raise MoeInspectError(f"the corpus is empty: no text in {', '.join(data) or 'the bundled corpus'}")
+    network = load_model(
+        model, config, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code, random_init=random_init
+    )
+    with torch.inference_mode():
+        recorder = Recorder(
+            network,
+            out,
+            tokenizer=tokenizer,
+            capture=capture,
+            layers=layers,
+            weights=weights,
+            logits=logits,
+            counts_only=counts_only,
+            resume=start or ResumePoint(),
+            manifest={
+                "model": {"id": model, "revision": getattr(config, "_commit_hash", None) or revision, "class": type(network).__name__},
+                "corpus": _corpus_record(options, plan, tokenizer),
+            },
+        )
+        with recorder:
+            done = start.tokens if start else 0
+            for number, batch in enumerate(chain([first], batches)):
+                if start is not None and number < start.next_batch:
+                    continue
+                done += feed(network, recorder, batch, tokenizer)
+                if progress is not None:
+                    progress(done, plan.estimated_tokens())
+            if recorder.writer is not None:
+                recorder.writer.manifest["corpus"] |= plan.stats.record()
+    return Trace(out)
+
+
+def feed(network: torch.nn.Module, recorder: Recorder, batch: list[Sequence_], tokenizer: Any) -> int:
+    """One forward pass over right-padded rows; returns the tokens fed, padding not counted."""
+    lengths = [len(s.ids) for s in batch]
+    shape = (len(batch), max(lengths))
+    ids_BS = np.full(shape, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, np.int64)
+    mask_BS = np.arange(shape[1]) < np.array(lengths)[:, None]
+    ids_BS[mask_BS] = np.concatenate([s.ids for s in batch])
+    recorder.expect(
+        Rows(
+            real=mask_BS.reshape(-1),
+            token_id=ids_BS[mask_BS].astype(np.int32),
+            document=_repeated([s.document for s in batch], lengths),
+            sequence=_repeated([s.sequence for s in batch], lengths),
+            position=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+            domain=_repeated([recorder.domain_code(s.domain) for s in batch], lengths),
+            documents=[Document(s.document, s.domain, s.source, s.document_tokens) for s in batch if s.document_tokens is not None],
+        )
+    )
+    device = next(network.parameters()).device
+    # the head would make [T, vocabulary] logits that nobody reads: only the last position's are kept
+    network(
+        input_ids=torch.from_numpy(ids_BS).to(device),
+        attention_mask=torch.from_numpy(mask_BS.astype(np.int64)).to(device),
+        use_cache=False,
+        logits_to_keep=1,
+    )
+    return sum(lengths)
+
+
+def _repeated(values: list[int], lengths: list[int]) -> np.ndarray:
+    return np.repeat(np.array(values, np.int32), lengths)
+
+
+def _bundled_corpus() -> str:
+    from moe_inspect.demo import CORPUS_DIR
+
+    return str(CORPUS_DIR)
+
+
+def _fitting(max_length: int | None, config: Any) -> int:
+    """The model's own limit holds, unless it states none."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
+    if max_length is not None and max_length > limit:
+        raise MoeInspectError(f"--max-length {max_length} is beyond the {limit} positions of this model")
+    return max_length or min(limit, MAX_LENGTH)
+
+
+def _comparable(config: Any) -> dict[str, Any]:
+    record = config_record(config)
+    return {k: v for k, v in record.items() if k not in ("transformers_version", "_name_or_path")}
+
+
+def _corpus_record(options: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[str, Any]:
+    from moe_inspect.capture.corpus import Frame, special_frame
+
+    frame = special_frame(tokenizer) if plan.special_tokens else Frame()
+    names = tokenizer.convert_ids_to_tokens
+    return {
+        "plan": options,
+        "plan_hash": schema.fingerprint(options),
+        "special_tokens": {"before": names(list(frame.before)), "after": names(list(frame.after))},
+        "truncation": "none: longer documents are split" if plan.max_tokens is None else f"the corpus is cut at {plan.max_tokens} tokens",
+    }
+
+
+# --- going on with a trace
+
+
+def _resumed(out: Path, options: dict[str, Any]) -> ResumePoint:
+    """Where the trace at `out` goes on; refuses another plan, and a trace whose writer is still at work."""
+    manifest = read_manifest(out)
+    then = manifest.get("corpus", {}).get("plan")
+    if then is None:
+        raise MoeInspectError(f'{out} was not made by "moe-inspect trace": it cannot be resumed')
+    for key, now in options.items():
+        if then.get(key) != now:
+            raise MoeInspectError(f"{out} was made with {_difference(key, then.get(key), now)}: resume with the same, or --overwrite")
+    capture = manifest["capture"]
+    if manifest["status"] == "recording" and capture["host"] == socket.gethostname() and capture["pid"] != os.getpid() and _alive(capture["pid"]):
+        raise MoeInspectError(f"process {capture['pid']} is still writing {out}: wait for it, or stop it")
+    return resume_point(out)
+
+
+def _difference(key: str, then: Any, now: Any) -> str:
+    if key != "sources":
+        return f"{key.replace('_', ' ')} {then!r}, not {now!r}"
+    changed = [b["path"] for a, b in zip(then or [], now, strict=False) if a != b] or [s["path"] for s in (then or now)[-1:]]
+    return f"other data (see {changed[0]})"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

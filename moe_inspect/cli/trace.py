@@ -1,0 +1,181 @@
+"""`moe-inspect trace`: record where a model sends every token of a corpus."""
+
+from __future__ import annotations
+
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_inspect.errors import MoeInspectError
+
+INSTALL = "pip install 'moe-inspect[trace]'"
+
+
+class Capture(StrEnum):
+    auto = "auto"
+    dispatch = "dispatch"
+    tap = "tap"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def trace(
+    model: Annotated[str, typer.Argument(help='A hub id, a directory, or "demo" (bundled, offline).')],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The directory of the trace.", show_default=False)],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="[DOMAIN=]SRC, repeated: a .txt, .jsonl, .csv or .parquet file, a folder (its subfolders are domains), a quoted glob, "
+            "or an fsspec URL (hf:// s3:// …). Default: the bundled corpus.",
+            show_default=False,
+        ),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    domain_field: Annotated[
+        str | None, typer.Option(help='The field that holds the domain (default: "domain" where there is one).', show_default=False)
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.", show_default=False)] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Split longer documents (default: what the model takes, at most 2048).", show_default=False),
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a forward pass, padding included.")] = 8192,
+    special_tokens: Annotated[bool, typer.Option(help="Frame each text as the tokenizer does (<s> …).")] = True,
+    capture: Annotated[
+        Capture, typer.Option(help="dispatch: our experts implementation routes and records; tap: the model's own is watched.")
+    ] = Capture.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint is stored.")] = Dtype.auto,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")] = False,
+    random_init: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Draw the weights with this seed: the untrained baseline.", show_default=False)
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)] = None,
+    weights: Annotated[bool, typer.Option(help="Record the gate weights.")] = True,
+    logits: Annotated[bool, typer.Option("--logits", help="Record the router logits too.")] = False,
+    counts_only: Annotated[bool, typer.Option("--counts-only", help="Keep counts by layer, domain and expert, no decisions.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted trace of the same corpus and options.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trace that is there.")] = False,
+) -> None:
+    """Run a Mixture-of-Experts model over text and record which experts every token was sent to, at every layer."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume keeps what is there, --overwrite does not: give one of the two")
+    chosen = _layers(layers)
+    _need_torch()
+    from moe_inspect.capture.run import trace_model
+
+    began = time.monotonic()
+    _stop_on_sigterm()
+    _quiet()
+    try:
+        with _Progress() as progress:
+            written = trace_model(
+                model,
+                output,
+                data=data or (),
+                text_field=text_field,
+                domain_field=domain_field,
+                max_tokens=max_tokens,
+                max_length=max_length,
+                batch_tokens=batch_tokens,
+                special_tokens=special_tokens,
+                capture=str(capture),
+                device=device,
+                dtype=str(dtype),
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                random_init=random_init,
+                layers=chosen,
+                weights=weights,
+                logits=logits,
+                counts_only=counts_only,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        print(f'interrupted: {output} is readable; "--resume" goes on with it', file=sys.stderr)
+        raise
+    size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+    routers, seconds = len(written.routers), time.monotonic() - began
+    print(
+        f"{written.n_tokens:,} tokens × {routers} routers = {written.n_tokens * routers:,} decisions "
+        f"in {output} ({size / 1e6:.1f} MB, {seconds:.1f} s)",
+        file=sys.stderr,
+    )
+
+
+def _layers(text: str | None) -> list[int] | None:
+    from moe_inspect.trace.schema import parse_ranges
+
+    return None if text is None else parse_ranges(text)
+
+
+def _need_torch() -> None:
+    """The capture side is an extra: say how to get it before anything else is done."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MoeInspectError(f"tracing needs {error.name}: {INSTALL}") from None
+
+
+def _stop_on_sigterm() -> None:
+    """A scheduler's SIGTERM closes the trace as Ctrl-C does."""
+    import signal
+
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+
+def _quiet() -> None:
+    """transformers' own bars and notices would tear ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class _Progress:
+    """Tokens, tokens/s and time left, on a terminal only."""
+
+    def __enter__(self) -> _Progress:
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("tracing"),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f} tokens"),
+                TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("", total=None, rate=0)
+            self.began: float | None = None
+        return self
+
+    def __call__(self, done: int, total: int | None) -> None:
+        if self.bar is None:
+            return
+        if self.began is None:  # the first forward pass pays for what is made once
+            self.began, self.first = time.monotonic(), done
+        elapsed = time.monotonic() - self.began
+        rate = (done - self.first) / elapsed if elapsed > 0 else 0
+        self.bar.update(self.task, completed=done, total=total, rate=rate)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
