@@ -265,7 +265,9 @@ def interleaved(sources: Sequence[Source], text_field: str, domain_field: str | 
                 stats.empty_documents += 1
 
 
-def _documents_of(sources: Sequence[Source], text_field: str, domain_field: str | None, stats: CorpusStats) -> Iterator[tuple[str, str, str]]:
+def _documents_of(
+    sources: Sequence[Source], text_field: str, domain_field: str | None, stats: CorpusStats
+) -> Iterator[tuple[str, str, str]]:
     for source in sources:
         for domain, text, size in read_documents(source, text_field, domain_field):
             stats.bytes_read += size
@@ -303,7 +305,8 @@ def sequences(
         raise MoeInspectError(f"--max-length {max_length} leaves no room for text beside the tokenizer's special tokens")
     left = max_tokens if max_tokens is not None else sys.maxsize
     document = sequence = 0
-    for chunk in iter(lambda it=iter(documents): list(islice(it, TEXTS_A_CALL)), []):
+    waiting = iter(documents)
+    while chunk := list(islice(waiting, TEXTS_A_CALL)):
         encoded = tokenizer([text for _, _, text in chunk], add_special_tokens=False, verbose=False)["input_ids"]
         for (domain, source, _), ids in zip(chunk, encoded, strict=True):
             pieces = [[*frame.before, *ids[at : at + room], *frame.after] for at in range(0, len(ids), room)]

@@ -15,7 +15,7 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, Document
 
 if TYPE_CHECKING:
-    from moe_inspect.capture.recorder import Rows
+    from moe_inspect.capture.rows import Rows
 
 
 class DeviceCounts:

@@ -6,6 +6,8 @@ T tokens, K slots, S = T·K, E experts, H hidden, I intermediate.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
@@ -15,7 +17,7 @@ NAME = "moe_inspect"
 SINK = "_moe_inspect_sink"  # set on an experts module while it is recorded: a function of (ids, weights)
 
 
-def experts_forward(self: torch.nn.Module, hidden_TH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def experts_forward(self: Any, hidden_TH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """What transformers calls in place of its `grouped_mm`; the flags on `self` say what this family's experts have."""
     T, K = top_k_index.shape
     sink = getattr(self, SINK, None)

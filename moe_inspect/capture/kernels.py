@@ -6,6 +6,8 @@ is no expert's: a sentinel, a skip expert.
 
 from __future__ import annotations
 
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# (pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with triton)
 import torch
 
 try:
@@ -21,7 +23,12 @@ def nowhere(page_ids: torch.Tensor) -> int:
 
 
 def record(
-    ids_TK: torch.Tensor, weights_TK: torch.Tensor | None, page_ids_PK: torch.Tensor, page_weights_PK: torch.Tensor | None, row: int, experts: int
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    page_ids_PK: torch.Tensor,
+    page_weights_PK: torch.Tensor | None,
+    row: int,
+    experts: int,
 ) -> None:
     """Writes a decision a row into the page from `row` on: ids as uint8 (E < 256) or int16, weights rounded to the page's
     dtype. `ids_TK`: int32 or int64; `weights_TK`: any float, or None with `page_weights_PK`. Asynchronous on a GPU."""
@@ -32,7 +39,12 @@ def record(
 
 
 def record_torch(
-    ids_TK: torch.Tensor, weights_TK: torch.Tensor | None, page_ids_PK: torch.Tensor, page_weights_PK: torch.Tensor | None, row: int, experts: int
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    page_ids_PK: torch.Tensor,
+    page_weights_PK: torch.Tensor | None,
+    row: int,
+    experts: int,
 ) -> None:
     rows = slice(row, row + len(ids_TK))
     page_ids_PK[rows] = ids_TK

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
-
-if TYPE_CHECKING:
-    import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -59,7 +56,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     random_init: int | None = None,
-) -> torch.nn.Module:
+) -> Any:
     """The causal language model in eval mode on `device` ("auto": cuda where there is one). With `random_init` its weights
     are drawn with that seed instead of read: the untrained baseline."""
     import torch
@@ -74,7 +71,7 @@ def load_model(
         if random_init is not None:
             torch.manual_seed(random_init)
             wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
-            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 model_location(name),
@@ -132,7 +129,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def _readable(piece: str) -> str:
-    """"ĠÐ¿ÑĢÐ¸" → "▁при"."""
+    """ "ĠÐ¿ÑĢÐ¸" → "▁при"."""
     if any(c not in _BYTE_OF for c in piece):
         return piece  # an added token, which is text already
     text = bytes(_BYTE_OF[c] for c in piece).decode("utf-8", errors="surrogateescape")

@@ -1,6 +1,6 @@
 """Recorder: attaches to a model, sees every router's choice in every forward pass, writes the trace, detaches (always).
 
-B batch rows, S positions, T = B·S rows a router sees (padding included), K slots, E experts, D domains.
+T rows a router sees (padding included), K slots, E experts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,16 @@ from moe_inspect.capture.counts import DeviceCounts
 from moe_inspect.capture.models import config_record, vocabulary_table
 from moe_inspect.capture.ring import Page, Ring
 from moe_inspect.capture.routers import Site, choice_among, find_routers
+from moe_inspect.capture.rows import RowReader, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import SHARD_TOKENS, Document, ResumePoint, RoutedBatch, TraceWriter, clear_trace
+from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter, clear_trace
 
 CAPTURES = ("auto", "dispatch", "tap")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What one forward pass is fed: `real` bool [T] marks what is no padding, in the order the routers see it; the other
-    arrays have one entry a real row, `domain` as codes into `domains`."""
-
-    real: np.ndarray
-    token_id: np.ndarray
-    document: np.ndarray
-    sequence: np.ndarray
-    position: np.ndarray
-    domain: np.ndarray
-    documents: list[Document] = field(default_factory=list)
-    phase: str = "prefill"
-
-
-def record(model: torch.nn.Module, path: str | Path | None = None, **options: Any) -> Recorder:
+def record(model: Any, path: str | Path | None = None, **options: Any) -> Recorder:
     """Records every forward pass of `model` within the `with` block: `with record(model, "runs/a", tokenizer=tok): …`.
     The options are Recorder's."""
     return Recorder(model, path, **options)
@@ -71,7 +56,7 @@ class Recorder:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         path: str | Path | None = None,
         *,
         tokenizer: Any = None,
@@ -108,13 +93,8 @@ class Recorder:
         self.routers: list[Router] = []
         self.writer: TraceWriter | None = None
         self.tokens = 0
-        self.domains: list[str] = []
-        self._labels = (documents, domains)
-        self._next_labels: tuple[Sequence[Any] | None, Sequence[str] | None] | None = None
+        self.reader = RowReader(documents, domains)
         self._planned: Rows | None = None
-        self._names: dict[Any, int] = {}
-        self._documents = self._sequences = 0
-        self._last: Rows | None = None
         self._forwards = resume.next_batch if resume else 0
         self._stack = ExitStack()
         self._staged: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] | None = {}
@@ -159,9 +139,8 @@ class Recorder:
 
     def _take_over(self) -> None:
         experts_implementation.register()
-        model: Any = self.model
-        self._stack.callback(model.set_experts_implementation, model.get_experts_implementation())
-        model.set_experts_implementation(experts_implementation.NAME)
+        self._stack.callback(self.model.set_experts_implementation, self.model.get_experts_implementation())
+        self.model.set_experts_implementation(experts_implementation.NAME)
         for r, site in enumerate(self.sites):
             if site.adapter is None:
                 setattr(site.module, experts_implementation.SINK, self._sink(r))
@@ -189,14 +168,14 @@ class Recorder:
 
     def label(self, *, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None) -> None:
         """The document and the domain of each batch row of the next forward pass."""
-        self._next_labels = (documents, domains)
+        self.reader.label(documents, domains)
 
     def expect(self, rows: Rows) -> None:
         """What the next forward pass is fed, from who planned it."""
         self._planned = rows
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._current = self._planned or self._read_rows(args, kwargs)
+        self._current = self._planned or self.reader.read(args, kwargs)
         self._planned = None
         self._seen = [0] * len(self.sites)
         self._logit_rows = [0] * len(self.sites)
@@ -204,7 +183,7 @@ class Recorder:
         T = len(self._current.real)
         if self.counts_only:
             if self._counts is not None and self._forwards % self.every == 0:
-                self._counts.begin(self._current, len(self.domains))
+                self._counts.begin(self._current, len(self.reader.domains))
         elif self._staged is None:
             self._drain()
             for ring in self._rings.values():
@@ -276,7 +255,6 @@ class Recorder:
             self._drain(everything=all(not ring.on_gpu for ring in self._rings.values()))
         self._forwards += 1
         self.tokens += int(rows.real.sum())
-        self._last = rows
 
     def _check_complete(self, T: int) -> None:
         """Every router must have seen every token exactly once, or the trace would be silently wrong."""
@@ -306,7 +284,7 @@ class Recorder:
             self.writer = self._open_writer("bfloat16" if bf16 else "float16")
         if self.counts_only:
             self._counts = DeviceCounts(self.routers, [ids.device for ids, _ in first], self.weights)
-            self._counts.begin(rows, len(self.domains))
+            self._counts.begin(rows, len(self.reader.domains))
         else:
             self._make_rings([ids.device for ids, _ in first], torch.bfloat16 if bf16 else torch.float16, len(rows.real))
         self._seen = [0] * len(self.sites)
@@ -351,7 +329,11 @@ class Recorder:
             **self._extra,
         }
         manifest["model"]["config"] = config_record(self.model.config)
-        manifest["capture"] = {**capture_facts(self.model, self.mode), "weights": self.weights, "weight_dtype": weight_dtype if self.weights else None}
+        manifest["capture"] = {
+            **capture_facts(self.model, self.mode),
+            "weights": self.weights,
+            "weight_dtype": weight_dtype if self.weights else None,
+        }
         vocabulary: pa.Table | None = None
         if self.tokenizer is not None:
             vocabulary = vocabulary_table(self.tokenizer, getattr(text, "vocab_size", 0) or 0)
@@ -374,7 +356,7 @@ class Recorder:
         while self._leaving:
             rings = list(self._rings.values())
             wait = everything or any(ring.full for ring in rings)
-            if not all([ring.arrived(wait) for ring in rings]):
+            if not all(ring.arrived(wait) for ring in rings):
                 return
             number, rows = self._leaving.pop(0)
             pages = [ring.oldest() for ring in rings]
@@ -395,7 +377,7 @@ class Recorder:
                 rows.sequence,
                 rows.position,
                 rows.domain,
-                list(self.domains),
+                list(self.reader.domains),
                 ids=[_rows_of(*pages[r], "ids", keep) for r in every],
                 weights=[_rows_of(*pages[r], "weights", keep) for r in every] if self.weights else None,
                 logits=[_rows_of(*pages[r], "logits", keep) for r in every] if self.logits else None,
@@ -406,7 +388,7 @@ class Recorder:
 
     def _flush_counts(self) -> None:
         if self._counts is not None and self.writer is not None and self._counts.tokens:
-            self.writer.write(self._counts.take(list(self.domains)))
+            self.writer.write(self._counts.take(list(self.reader.domains)))
 
     def balance(self, all_ranks: bool = False) -> Any:
         """The balance table of what has been counted since the recording began (`counts_only=True`); with `all_ranks`
@@ -417,75 +399,6 @@ class Recorder:
             raise MoeInspectError("balance() reads counts on the device: record with counts_only=True, after a forward pass")
         load, tokens = self._counts.totals(all_ranks)
         return balance_of_counts(self.routers, load, tokens)
-
-    # --- what a forward pass is fed, when nobody planned it
-
-    def domain_code(self, label: str) -> int:
-        """The code of a domain label, new or known."""
-        if label not in self.domains:
-            self.domains.append(label)
-        return self.domains.index(label)
-
-    def _read_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-        names = ("input_ids", "attention_mask", "position_ids")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
-        fed = ids if ids is not None else embeds
-        if fed is None:
-            raise MoeInspectError("record saw a forward pass with neither input_ids nor inputs_embeds")
-        B, S = fed.shape[:2]
-        past = _past_length(given.get("past_key_values"))
-        real_BS = np.ones((B, S), bool) if mask is None or mask.dim() != 2 else mask[:, -S:].cpu().numpy().astype(bool)
-        token_BS = ids.cpu().numpy() if ids is not None else np.full((B, S), -1)
-        given_positions = given.get("position_ids")
-        if given_positions is not None and given_positions.dim() == 2:
-            position_BS = np.broadcast_to(given_positions.cpu().numpy(), (B, S))
-        else:
-            position_BS = np.broadcast_to(np.arange(past, past + S), (B, S))
-        documents, domains = self._next_labels or self._labels
-        self._next_labels = None
-        for name, values in (("documents", documents), ("domains", domains)):
-            if values is not None and len(values) != B:
-                raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")
-        if past and self._last is not None and self._row_state is not None and len(self._row_state[0]) == B:
-            document_BS, sequence_BS, domain_BS = (np.repeat(state[:, None], S, 1) for state in self._row_state)
-            new: list[Document] = []
-        else:
-            document_BS, sequence_BS, domain_BS, new = self._number(real_BS, position_BS, documents, domains)
-        self._row_state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
-        real = real_BS.reshape(-1)
-        flat = [a.reshape(-1)[real].astype(np.int32) for a in (token_BS, document_BS, sequence_BS, position_BS, domain_BS)]
-        return Rows(real, *flat, documents=new, phase="decode" if past else "prefill")
-
-    _row_state: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-
-    def _number(
-        self, real_BS: np.ndarray, position_BS: np.ndarray, documents: Sequence[Any] | None, domains: Sequence[str] | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Document]]:
-        """Document, sequence and domain code of each position; a sequence begins with each row and, within a row, where
-        the positions start again."""
-        B, S = real_BS.shape
-        starts_BS = np.zeros((B, S), bool)
-        starts_BS[:, 1:] = (position_BS[:, 1:] <= position_BS[:, :-1]) & real_BS[:, 1:] & real_BS[:, :-1]
-        starts_BS[:, 0] = True
-        sequence_BS = self._sequences + np.cumsum(starts_BS.reshape(-1)).reshape(B, S) - 1
-        self._sequences = int(sequence_BS.max()) + 1
-        label_B = [str(d) for d in domains] if domains is not None else [""] * B
-        domain_BS = np.repeat(np.array([self.domain_code(d) for d in label_B])[:, None], S, 1)
-        document_BS = np.empty((B, S), np.int64)
-        new: dict[int, Document] = {}
-        for b, s in zip(*np.nonzero(starts_BS), strict=True):
-            known = documents is not None and documents[b] in self._names
-            number = self._names[documents[b]] if known and documents is not None else self._documents
-            document_BS[b, s:] = number
-            if not known:
-                self._documents += 1
-                if documents is not None:
-                    self._names[documents[b]] = number
-                source = str(documents[b]) if documents is not None else ""
-                new[number] = Document(number, label_B[b], source, 0)
-        sizes = np.bincount(document_BS[real_BS], minlength=self._documents)
-        return document_BS, sequence_BS, domain_BS, [Document(d.document, d.domain, d.source, int(sizes[n])) for n, d in new.items()]
 
 
 def _rows_of(page: Page, r: int, kind: str, keep: np.ndarray | None) -> np.ndarray:
@@ -501,11 +414,7 @@ def _rows_of(page: Page, r: int, kind: str, keep: np.ndarray | None) -> np.ndarr
     return values.view(np.uint16) if values.dtype == np.int16 else values
 
 
-def _past_length(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
-def capture_facts(model: torch.nn.Module, mode: str) -> dict[str, Any]:
+def capture_facts(model: Any, mode: str) -> dict[str, Any]:
     """Who recorded what with which versions: what the manifest says of the capture."""
     import transformers
 

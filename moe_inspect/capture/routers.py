@@ -48,7 +48,7 @@ NOT_ROUTED = {"Llama4TextExperts", "JetMoeParallelExperts", "InklingSharedExpert
 SIGMOID = {"deepseek_v3", "glm4_moe", "llama4_text", "llama4"}  # where the config does not say
 
 
-def find_routers(model: torch.nn.Module) -> list[Site]:
+def find_routers(model: Any) -> list[Site]:
     """The routers of `model` in execution order of their layers. MoeInspectError where it has none."""
     logits = _logits_modules(model)
     sites = []

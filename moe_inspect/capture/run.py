@@ -14,7 +14,8 @@ import torch
 
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
 from moe_inspect.capture.models import config_record, load_config, load_model, load_tokenizer, tokenizer_fingerprint
-from moe_inspect.capture.recorder import Recorder, Rows, prepare_directory
+from moe_inspect.capture.recorder import Recorder, prepare_directory
+from moe_inspect.capture.rows import Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace, read_manifest
@@ -67,9 +68,7 @@ def trace_model(
     sources = find_sources(data or [_bundled_corpus()])
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-    plan = Plan(
-        sources, text_field, domain_field, max_tokens, _fitting(max_length, config), batch_tokens, special_tokens
-    )
+    plan = Plan(sources, text_field, domain_field, max_tokens, _fitting(max_length, config), batch_tokens, special_tokens)
     options = {
         **plan.options(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -122,7 +121,7 @@ def trace_model(
     return Trace(out)
 
 
-def feed(network: torch.nn.Module, recorder: Recorder, batch: list[Sequence_], tokenizer: Any) -> int:
+def feed(network: Any, recorder: Recorder, batch: list[Sequence_], tokenizer: Any) -> int:
     """One forward pass over right-padded rows; returns the tokens fed, padding not counted."""
     lengths = [len(s.ids) for s in batch]
     shape = (len(batch), max(lengths))
@@ -136,7 +135,7 @@ def feed(network: torch.nn.Module, recorder: Recorder, batch: list[Sequence_], t
             document=_repeated([s.document for s in batch], lengths),
             sequence=_repeated([s.sequence for s in batch], lengths),
             position=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-            domain=_repeated([recorder.domain_code(s.domain) for s in batch], lengths),
+            domain=_repeated([recorder.reader.domain_code(s.domain) for s in batch], lengths),
             documents=[Document(s.document, s.domain, s.source, s.document_tokens) for s in batch if s.document_tokens is not None],
         )
     )
@@ -200,7 +199,12 @@ def _resumed(out: Path, options: dict[str, Any]) -> ResumePoint:
         if then.get(key) != now:
             raise MoeInspectError(f"{out} was made with {_difference(key, then.get(key), now)}: resume with the same, or --overwrite")
     capture = manifest["capture"]
-    if manifest["status"] == "recording" and capture["host"] == socket.gethostname() and capture["pid"] != os.getpid() and _alive(capture["pid"]):
+    if (
+        manifest["status"] == "recording"
+        and capture["host"] == socket.gethostname()
+        and capture["pid"] != os.getpid()
+        and _alive(capture["pid"])
+    ):
         raise MoeInspectError(f"process {capture['pid']} is still writing {out}: wait for it, or stop it")
     return resume_point(out)
 

@@ -110,7 +110,9 @@ class Shard:
         """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere."""
         slots = [f"expert_{j}" for j in range(self.trace.routers[router].top_k)]
         table = self.routing(router, slots)
-        return np.stack([c.fill_null(65535).to_numpy().astype(np.int16) if c.null_count else c.to_numpy().astype(np.int16) for c in _widened(table)], 1)
+        return np.stack(
+            [c.fill_null(65535).to_numpy().astype(np.int16) if c.null_count else c.to_numpy().astype(np.int16) for c in _widened(table)], 1
+        )
 
     def weights(self, router: int) -> np.ndarray:
         """float32 [T, K], the gate weights, 0 where a slot routed nowhere."""

@@ -1,14 +1,14 @@
 """The trace format: tables, columns, the manifest. DESIGN of a trace directory:
 
-    TRACE/
-      trace.json                          the manifest
-      shards-<rank>.jsonl                 one line a committed part file, all lines of a shard in one write
-      routing/part-<rank>-<n>.parquet     one row a decision (token, router); one row group a router
-      tokens/part-<rank>-<n>.parquet      one row a token
-      documents/part-<rank>-<n>.parquet   one row a document, in the shard of its first token
-      logits/part-<rank>-<n>.parquet      only when asked for
-      counts/part-<rank>-<n>.parquet      instead of routing and tokens with --counts-only: one row (router, domain, expert)
-      vocabulary.parquet                  the whole vocabulary with its text
+TRACE/
+  trace.json                          the manifest
+  shards-<rank>.jsonl                 one line a committed part file, all lines of a shard in one write
+  routing/part-<rank>-<n>.parquet     one row a decision (token, router); one row group a router
+  tokens/part-<rank>-<n>.parquet      one row a token
+  documents/part-<rank>-<n>.parquet   one row a document, in the shard of its first token
+  logits/part-<rank>-<n>.parquet      only when asked for
+  counts/part-<rank>-<n>.parquet      instead of routing and tokens with --counts-only: one row (router, domain, expert)
+  vocabulary.parquet                  the whole vocabulary with its text
 """
 
 from __future__ import annotations

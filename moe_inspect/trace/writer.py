@@ -283,9 +283,9 @@ class TraceWriter:
                 columns,
                 compression="zstd",
                 compression_level=1,
-                use_dictionary=labels,
+                use_dictionary=labels,  # pyright: ignore[reportArgumentType]  (pyarrow's stub knows only bool)
                 column_encoding={name: code for name, code in encodings.items() if code},
-                write_statistics=[f.name for f in columns if f.name in _STATISTICS],
+                write_statistics=[f.name for f in columns if f.name in _STATISTICS],  # pyright: ignore[reportArgumentType]
             ) as writer:
                 for make in groups:
                     part = make()
