@@ -1,0 +1,209 @@
+"""Report: the tables of a trace, each computed when it is first asked for, and the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis import tokenids
+from moe_inspect.analysis.aggregate import Counts, count
+from moe_inspect.analysis.select import Selection, ranges, select
+from moe_inspect.analysis.uncertainty import FEWEST_DOCUMENTS
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.report import verdict
+from moe_inspect.report.tables import TABLES, specialization_by_id, vocabulary_of
+from moe_inspect.trace.reader import Trace, open_trace
+
+
+def report(
+    trace: Trace | str | Path,
+    *,
+    layers: str | int | Iterable[int] | None = None,
+    domains: str | Iterable[str] | None = None,
+    phase: str | None = None,
+    top: int = 20,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """The report on a trace, or on what is asked of it: layers "0-3,7", domains, phase "prefill" or "decode".
+
+    `top`: token ids an expert in the vocabulary table, 0 for all. `progress` is told of tokens counted as they are."""
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    return Report(trace, select(trace, layers, domains, phase), top, progress)
+
+
+class Report:
+    """`tables["balance"]` and the others are DataFrames; `verdict()` says in sentences what they come to."""
+
+    def __init__(self, trace: Trace, selection: Selection, top: int = 20, progress: Callable[[int], None] | None = None):
+        if top < 0:
+            raise MoeInspectError(f"top is {top}: give the number of token ids an expert, 0 for all")
+        self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
+        self.tables: Mapping[str, pd.DataFrame] = _Tables(self)
+
+    def __repr__(self) -> str:
+        return f"Report({str(self.trace.path)!r}, tables: {', '.join(TABLES)})"
+
+    def verdict(self) -> list[str]:
+        """Plain sentences, most important first."""
+        return verdict.verdict(self)
+
+    @property
+    def warning(self) -> str | None:
+        """What to know before believing any of it: the trace is not complete, or something was dropped."""
+        said = {
+            "recording": "this trace is still being recorded: the report is of what is committed so far",
+            "interrupted": "this trace was interrupted: the report is of what was committed",
+        }.get(self.trace.status)
+        dropped = self.dropped
+        lost = f"{dropped:,} decisions were dropped while recording" if dropped else None
+        return "; ".join(s for s in (said, lost) if s) or None
+
+    @property
+    def dropped(self) -> int:
+        return int(self.trace.manifest.get("counts", {}).get("dropped", 0))
+
+    @cached_property
+    def counts(self) -> Counts:
+        return count(self.trace, self.selection, self.progress)
+
+    @cached_property
+    def by_id(self) -> list[dict[str, float]]:
+        """What `specialization` needs of the pass by token id, a router each. The vocabulary falls out of the same pass."""
+        rows, words = [], []
+        for tables in tokenids.by_token_id(self.trace, self.selection, self.counts, nulls=True, progress=self.progress):
+            rows.append(specialization_by_id(tables, len(self.counts.domains)))
+            if self.top:
+                words.append(vocabulary_of(tables, self, self._text_of))
+        if words:
+            self.__dict__["vocabulary"] = pd.concat(words, ignore_index=True)
+        return rows
+
+    @cached_property
+    def vocabulary(self) -> pd.DataFrame:
+        if self.counts.counts_only:
+            raise MoeInspectError(f"{self.trace.path} holds counts only, no token ids: no vocabulary table; trace without --counts-only")
+        least = tokenids.MIN_COUNT if self.top else 1
+        passes = tokenids.by_token_id(self.trace, self.selection, self.counts, nulls=False, min_count=least, progress=self.progress)
+        return pd.concat([vocabulary_of(tables, self, self._text_of) for tables in passes], ignore_index=True)
+
+    @cached_property
+    def _text_of(self) -> pd.Series:
+        frame = self.trace.vocabulary().drop_duplicates("token_id")
+        return pd.Series(frame["token"].to_numpy(object), index=frame["token_id"].to_numpy())
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The rows of `summary`."""
+        trace, counts, manifest = self.trace, self.counts, self.trace.manifest
+        routers = self.selection.routers
+        capture, model = manifest.get("capture", {}), manifest.get("model", {})
+        facts: list[tuple[str, object]] = [("status", trace.status)]
+        facts += [("warning", self.warning)] if self.warning else []
+        facts += [
+            ("model", model.get("id") or model.get("class")),
+            ("capture_mode", capture.get("mode")),
+            ("device", capture.get("device")),
+            ("dtype", capture.get("dtype")),
+            ("layers", ranges(sorted({trace.routers[r].layer for r in routers}))),
+            ("routers", len(routers)),
+        ]
+        facts += [("domains_selected", ", ".join(sorted(self.selection.domains)))] if self.selection.domains else []
+        facts += [("phase_selected", self.selection.phase)] if self.selection.phase else []
+        facts += [
+            ("tokens", counts.tokens),
+            ("documents", counts.documents),
+            *((f"tokens_in_{domain}", int(n)) for domain, n in zip(counts.domain_order, counts.tokens_D, strict=True)),
+            ("decisions", counts.tokens * len(routers)),
+            ("assignments", sum(int(counts.load_E(r).sum()) for r in routers)),
+            ("null_slots", sum(counts.of[r].null_slots for r in routers)),
+            ("dropped", self.dropped),
+        ]
+        facts += self._worst()
+        facts += list(verdict.THRESHOLDS.items())
+        facts += [("note", note) for note in self.notes()]
+        return [(key, "unknown" if value is None else str(value)) for key, value in facts]
+
+    def _worst(self) -> list[tuple[str, object]]:
+        balance: Any = self.tables["balance"]
+        facts: list[tuple[str, object]] = [("dead_experts", int(balance["dead_experts"].fillna(0).sum()))]
+        if balance["max_vio"].notna().any():
+            worst = balance.loc[balance["max_vio"].idxmax()]
+            facts += [("worst_layer", int(worst["layer"])), ("worst_router", int(worst["router"]))]
+            facts += [("worst_max_over_mean", f"{worst['max_over_mean']:.6g}"), ("worst_noise_floor", f"{worst['noise_floor']:.6g}")]
+        pooled = self.pooled_max_over_mean()
+        return facts + ([("pooled_max_over_mean", f"{pooled:.6g}")] if pooled is not None else [])
+
+    def pooled_max_over_mean(self) -> float | None:
+        """What adding up the loads of all routers before dividing would have shown; None where they have different experts."""
+        counts = self.counts
+        sizes = {counts.routers[r].experts for r in self.selection.routers}
+        if len(sizes) > 1 or len(self.selection.routers) < 2:
+            return None
+        load_E = np.sum([counts.load_E(r) for r in self.selection.routers], axis=0)
+        return float(load_E.max() / load_E.mean()) if load_E.any() else None
+
+    def notes(self) -> list[str]:
+        """Why a column is NaN."""
+        counts, notes = self.counts, []
+        if counts.counts_only:
+            notes.append("counts only: no intervals, batches, nulls or token ids; trace without --counts-only for those")
+        elif len(counts.units) < FEWEST_DOCUMENTS:
+            notes.append(f"{len(counts.units)} documents: intervals, design effect and domain nulls need {FEWEST_DOCUMENTS}")
+        if len(counts.domains) < 2:
+            notes.append("one domain: domain_mi_*, jsd_bits need two; label sources as DOMAIN=SRC when tracing")
+        if not self.trace.has_weights:
+            notes.append("no weights recorded: weight_sum is NaN")
+        if any(not counts.load_E(r).any() for r in self.selection.routers):
+            notes.append("a router without a single assignment has no balance")
+        if not counts.counts_only:
+            notes += self._token_id_notes()
+        return notes
+
+    def _token_id_notes(self) -> list[str]:
+        widest = max(self.trace.routers[r].experts for r in self.selection.routers)
+        judged = tokenids.frequent(self.counts, tokenids.MIN_COUNT, tokenids.CELLS // widest)
+        if not len(judged.ids_V):
+            return [
+                f"no token id occurs {tokenids.MIN_COUNT} times: token_mi_*, domain_mi_given_token_*, vocabulary_specialization are NaN"
+            ]
+        said = f"token ids are judged from {tokenids.MIN_COUNT} occurrences: {len(judged.ids_V):,} ids, {judged.coverage:.1%} of the tokens"
+        notes = (
+            [said]
+            if self.trace.vocabulary().size
+            else [said, "no vocabulary in the trace: token is missing, give a tokenizer when tracing"]
+        )
+        if len(self.counts.domains) > 1:
+            paired, clusters = tokenids.pair_ids_of(self.counts, widest)
+            if paired.coverage < judged.coverage:
+                notes.append(
+                    f"domain_mi_given_token_bits is of the {len(paired.ids_V):,} most frequent token ids ({paired.coverage:.1%} of the "
+                    f"tokens), documents in {clusters} clusters a domain, to bound its memory"
+                )
+        return notes
+
+
+class _Tables(Mapping[str, pd.DataFrame]):
+    """name → DataFrame, made when first asked for."""
+
+    def __init__(self, of: Report):
+        self._report, self._made = of, dict[str, pd.DataFrame]()
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        if name not in TABLES:
+            raise MoeInspectError(f"no table {name!r}: there are {', '.join(TABLES)}")
+        if name not in self._made:
+            self._made[name] = TABLES[name](self._report)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in TABLES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TABLES)
+
+    def __len__(self) -> int:
+        return len(TABLES)

@@ -1,0 +1,213 @@
+"""The report's tables, one function each: aggregates → DataFrame. `layer, router` come first where a row is about a router.
+
+A table is a function decorated with @table: `Report.tables`, `--table` and its help take it from TABLES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis import balance as bal
+from moe_inspect.analysis import specialization as sp
+from moe_inspect.analysis import tokenids
+from moe_inspect.analysis import uncertainty as unc
+
+if TYPE_CHECKING:
+    from moe_inspect.report.report import Report
+
+TABLES: dict[str, Callable[[Report], pd.DataFrame]] = {}
+
+
+def table(function: Callable[[Report], pd.DataFrame]) -> Callable[[Report], pd.DataFrame]:
+    """Registers a table under the function's name."""
+    TABLES[function.__name__] = function
+    return function
+
+
+@table
+def summary(report: Report) -> pd.DataFrame:
+    """A row a fact: key, value (text)."""
+    return pd.DataFrame(report.facts(), columns=["key", "value"]).astype({"key": "str", "value": "str"})
+
+
+@table
+def balance(report: Report) -> pd.DataFrame:
+    """A row a router: how even its load is, and what chance alone would give."""
+    counts, rows = report.counts, []
+    weights_RU = None if counts.counts_only else unc.resample_weights(counts.domain_of_unit_U)
+    for r in report.selection.routers:
+        router, load_E = counts.routers[r], counts.load_E(r)
+        E, k, total = router.experts, router.top_k, int(load_E.sum())
+        row: dict[str, float | None] = {
+            "layer": router.layer,
+            "router": r,
+            "experts": E,
+            "top_k": k,
+            "tokens": counts.tokens,
+            "assignments": total,
+        }
+        row |= {name: float(m.function(load_E[None])[0]) for name, m in bal.METRICS.items()}
+        row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
+        row["noise_floor"] = unc.noise_floor(round(total / k), E, k)  # null slots make no load, by chance or otherwise
+        row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(counts.of[r].assignments_UE, weights_RU)
+        units = (counts.of[r].assignments_UE, counts.tokens_U, counts.domain_of_unit_U)
+        row["design_effect"] = float("nan") if counts.counts_only else unc.design_effect(*units)
+        row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(report, r, total / (k * counts.tokens))
+        rows.append(row)
+    columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *bal.METRICS, "busiest_expert", "noise_floor"]
+    columns += ["max_vio_low", "max_vio_high", "max_vio_batch", "noise_floor_batch", "design_effect"]
+    frame = pd.DataFrame(rows, columns=columns)
+    # whole numbers that may be missing
+    return frame.astype({"dead_experts": "Int64", "busiest_expert": "Int64"})
+
+
+def _by_batch(report: Report, router: int, filled: float) -> tuple[float, float]:
+    """Mean max_vio over batches, and the noise floor of batches of their sizes. Batches under half the largest are left
+    out: the last one is often a remnant, in which chance is all there is to see. `filled`: share of slots that routed."""
+    counts = report.counts
+    if not counts.batches or filled <= 0:
+        return float("nan"), float("nan")
+    largest, row = max(counts.batches), report.selection.routers.index(router)
+    kept = {size: value for size, value in counts.batches.items() if 2 * size >= largest}
+    n_S = np.array([n for n, _ in kept.values()])
+    vio_S = np.array([vio_L[row] for _, vio_L in kept.values()])
+    E, k = counts.routers[router].experts, counts.routers[router].top_k
+    floor_S = unc.noise_floors(np.array(list(kept)) * filled, E, k)
+    return float(vio_S.sum() / n_S.sum()), float((n_S * floor_S).sum() / n_S.sum())
+
+
+@table
+def load(report: Report) -> pd.DataFrame:
+    """A row an expert of a router: its load, absolute and against the mean."""
+    counts, parts = report.counts, []
+    for r in report.selection.routers:
+        load_E = counts.load_E(r)
+        columns = {
+            "expert": np.arange(len(load_E)),
+            "assignments": load_E,
+            "share": sp.share_by_domain(load_E[None])[0],
+            "load_ratio": bal.load_ratio(load_E[None])[0],
+            "first_choice": counts.first_choice_E(r),
+            "weight_sum": counts.weight_sum_E(r),
+        }
+        parts.append(_of_router(report, r, columns))
+    return _stacked(parts)
+
+
+@table
+def domains(report: Report) -> pd.DataFrame:
+    """A row an expert in a domain: activation = assignments ÷ tokens of the domain (sums to k over the experts), lift = that
+    to the mean of the domains' activations."""
+    counts, parts = report.counts, []
+    D, tokens_D = len(counts.domains), counts.tokens_D
+    for r in report.selection.routers:
+        assignments_DE = counts.assignments_DE(r)
+        E = assignments_DE.shape[1]
+        activation_DE = assignments_DE / tokens_D[:, None]
+        mean_E = activation_DE.mean(0)
+        columns = {
+            "domain": np.repeat(np.array(counts.domain_order, object), E),
+            "expert": np.tile(np.arange(E), D),
+            "tokens": np.repeat(tokens_D, E),
+            "assignments": assignments_DE.reshape(-1),
+            "activation": activation_DE.reshape(-1),
+            "lift": (activation_DE / np.where(mean_E > 0, mean_E, np.nan)).reshape(-1),
+        }
+        parts.append(_of_router(report, r, columns))
+    return _stacked(parts)
+
+
+@table
+def specialization(report: Report) -> pd.DataFrame:
+    """A row a router: how much the domain, the token id, and the domain beyond the token id tell of the expert, each beside
+    what shuffled labels give."""
+    if report.counts.counts_only:
+        rows = [_domain_specialization(report, r) for r in report.selection.routers]
+    else:
+        rows = [{**_domain_specialization(report, r), **by_id} for r, by_id in zip(report.selection.routers, report.by_id, strict=True)]
+    return pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(dict.fromkeys(SPECIALIZATION, float))
+
+
+SPECIALIZATION = (
+    "domain_mi_bits",
+    "domain_mi_null_bits",
+    "domain_mi_null_p99_bits",
+    "domain_mi_given_token_bits",
+    "domain_mi_given_token_null_bits",
+    "token_mi_bits",
+    "token_mi_null_bits",
+    "jsd_bits",
+    "vocabulary_specialization",
+    "vocabulary_specialization_null",
+)
+
+
+def _domain_specialization(report: Report, router: int) -> dict[str, float]:
+    counts = report.counts
+    assignments_DE = counts.assignments_DE(router)
+    null, p99 = float("nan"), float("nan")
+    if not counts.counts_only and len(counts.units) >= unc.FEWEST_DOCUMENTS:
+        null, p99 = sp.domain_mi_null_bits(counts.of[router].assignments_UE, counts.domain_of_unit_U)
+    return {
+        "layer": counts.routers[router].layer,
+        "router": router,
+        "domain_mi_bits": sp.domain_mi_bits(assignments_DE),
+        "domain_mi_null_bits": null,
+        "domain_mi_null_p99_bits": p99,
+        "jsd_bits": sp.jsd_bits(assignments_DE),
+    }
+
+
+def specialization_by_id(tables: tokenids.TokenTables, D: int) -> dict[str, float]:
+    """The columns of `specialization` that need token ids."""
+    token_mi, token_mi_null = tokenids.token_mi(tables)
+    row = {
+        "token_mi_bits": token_mi,
+        "token_mi_null_bits": token_mi_null,
+        "vocabulary_specialization": sp.vocabulary_specialization(tables.first_VE),
+        "vocabulary_specialization_null": float(np.mean([sp.vocabulary_specialization(f) for f in tables.shuffled_first])),
+    }
+    if tables.by_unit is not None:
+        counts_PE, token_P, domain_P = tables.pairs(D)
+        row["domain_mi_given_token_bits"] = sp.conditional_mi_bits(*sp.by_group(counts_PE, token_P, domain_P))
+        null = sp.conditional_mi_null_bits(counts_PE, token_P, domain_P, tokenids.SHUFFLES) if len(counts_PE) else float("nan")
+        row["domain_mi_given_token_null_bits"] = null
+    return row
+
+
+@table
+def vocabulary(report: Report) -> pd.DataFrame:
+    """A row an expert and a token id: the token ids most exclusively sent to it. fraction and first_choice_fraction are of
+    the token id's occurrences."""
+    return report.vocabulary
+
+
+def vocabulary_of(tables: tokenids.TokenTables, report: Report, text_of: pd.Series) -> pd.DataFrame:
+    """The rows of `vocabulary` of one router."""
+    expert, row = tokenids.top_token_ids(tables, report.top)
+    ids, occurrences = tables.token_ids.ids_V[row], tables.token_ids.occurrences_V[row]
+    columns = {
+        "expert": expert,
+        "token_id": ids,
+        "token": text_of.reindex(ids).to_numpy(object),
+        "count": tables.any_VE[row, expert].astype(np.int64),
+        "fraction": tables.any_VE[row, expert] / np.maximum(occurrences, 1),
+        "first_choice_fraction": tables.first_VE[row, expert] / np.maximum(occurrences, 1),
+        "occurrences": occurrences,
+    }
+    return _of_router(report, tables.router, columns)
+
+
+def _of_router(report: Report, router: int, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+    frame = pd.DataFrame(columns)
+    frame.insert(0, "layer", report.counts.routers[router].layer)
+    frame.insert(1, "router", router)
+    return frame
+
+
+def _stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(parts, ignore_index=True)

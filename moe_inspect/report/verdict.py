@@ -1,0 +1,253 @@
+"""The report in words: what is wrong, how sure that is, and what the usual single figure would have hidden.
+
+Each function takes the report's tables and returns one sentence or none. What chance can explain is never called a fault.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.analysis.uncertainty import noise_floor
+
+if TYPE_CHECKING:
+    from moe_inspect.report.report import Report
+
+UNEVEN = 0.2  # max_vio from which imbalance is worth acting on: the busiest expert 20 % above the mean
+OVERLOADED = 2.0  # load ratio
+STARVED = 0.1  # load ratio
+SLIGHT_BITS = 0.1  # of domain information: a router that was never trained can reach as much
+THRESHOLDS: dict[str, object] = {
+    "threshold_uneven": f"max_vio >= {UNEVEN} and above chance",
+    "threshold_overloaded": f"load_ratio >= {OVERLOADED}",
+    "threshold_starved": f"load_ratio < {STARVED}",
+}
+
+
+def verdict(report: Report) -> list[str]:
+    """Plain sentences, most important first."""
+    said = [
+        report.warning and f"Careful: {report.warning}.",
+        _balance(report),
+        _dead(report),
+        _crowded(report),
+        _pooled(report),
+        _overloading_domain(report),
+        *_domains(report),
+        _token_ids(report),
+        _judged_on(report),
+    ]
+    return [sentence for sentence in said if sentence]
+
+
+def _frames(report: Report) -> Any:
+    """The tables, untyped: pandas' own annotations make a union of every result."""
+    return report.tables
+
+
+def above_chance(row: Any) -> bool:
+    """Whether a router's max_vio is more than chance gives: the low end of its interval beyond the noise floor, which
+    tokens that come in documents raise by √ design effect. Without an interval, twice the floor."""
+    if not row["max_vio"] > row["noise_floor"]:
+        return False
+    if math.isnan(row["max_vio_low"]):
+        return row["max_vio"] > 2 * row["noise_floor"]
+    return row["max_vio_low"] > chance(row)
+
+
+def chance(row: Any) -> float:
+    """The max_vio that chance gives documents like these."""
+    effect = row["design_effect"]
+    return row["noise_floor"] * math.sqrt(max(1.0, 1.0 if math.isnan(effect) else effect))
+
+
+def _balance(report: Report) -> str:
+    balance = _frames(report)["balance"].dropna(subset=["max_vio"])
+    if balance.empty:
+        return "No router made a single assignment: there is no load to judge."
+    row = balance.loc[balance["max_vio"].idxmax()]
+    uneven = sum(above_chance(r) and r["max_vio"] >= UNEVEN for _, r in balance.iterrows())
+    busiest = f"expert {int(row['busiest_expert'])} gets {row['max_over_mean']:.2f}x the mean load"
+    low, high = 1 + row["max_vio_low"], 1 + row["max_vio_high"]
+    sure = "" if math.isnan(low) else f"95% interval {low:.2f}-{high:.2f}x; "
+    beside = f"({sure}chance alone would give {1 + chance(row):.2f}x)"
+    where, of = _where(report, row), "its only router is" if len(balance) == 1 else f"{uneven} of {len(balance)} routers are"
+    if above_chance(row) and row["max_vio"] >= UNEVEN:
+        return (
+            f"{where} is the worst balanced: {busiest} {beside}; {of} uneven."
+            if len(balance) > 1
+            else f"{where} is uneven: {busiest} {beside}."
+        )
+    if above_chance(row):
+        return f"Balance is good: at the worst, {where[0].lower()}{where[1:]}, {busiest} {beside}."
+    if chance(row) >= UNEVEN:
+        return (
+            f"Too little to judge balance by: the worst is {where[0].lower()}{where[1:]}, where {busiest}, but chance alone would give "
+            f"{1 + chance(row):.2f}x on so few tokens or documents."
+        )
+    return f"Nothing is wrong with the balance: at the worst, {where[0].lower()}{where[1:]}, {busiest}, no more than chance would give {beside}."
+
+
+def _dead(report: Report) -> str | None:
+    balance = _frames(report)["balance"]
+    dead = balance[balance["dead_experts"].fillna(0) > 0]
+    if dead.empty:
+        return None
+    load = _frames(report)["load"]
+    places, likely = [], 0.0
+    for _, row in dead.iterrows():
+        ids = load.loc[(load["router"] == row["router"]) & (load["assignments"] == 0), "expert"].tolist()
+        places.append(f"{_where(report, row)[0].lower()}{_where(report, row)[1:]}: {_listed(ids)}")
+        picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
+        likely = max(likely, row["experts"] * (1 - picked) ** row["tokens"])
+    n = int(dead["dead_experts"].sum())
+    said = f"{n} dead {'expert' if n == 1 else 'experts'} in {len(dead)} of {len(balance)} routers ({_some(places, 4, '; ')})"
+    tokens = f"{report.counts.tokens:,} tokens"
+    if likely > 0.01:
+        return f"{said}: but {tokens} are too few to call an expert dead, chance alone leaves some without any."
+    return f"{said}: not one of {tokens} went there."
+
+
+def _crowded(report: Report) -> str | None:
+    load = _frames(report)["load"]
+    over, starved = load[load["load_ratio"] >= OVERLOADED], load[(load["load_ratio"] < STARVED) & (load["assignments"] > 0)]
+    parts = []
+    real = {r["router"] for _, r in _frames(report)["balance"].iterrows() if r["max_vio"] == r["max_vio"] and above_chance(r)}
+    over, starved = over[over["router"].isin(real)], starved[starved["router"].isin(real)]
+    if len(over):
+        parts.append(
+            f"{_n(len(over), 'expert')} in {_n(over['router'].nunique(), 'router')} {_verb(over, 'get')} at least {OVERLOADED:g}x the mean load"
+        )
+    if len(starved):
+        parts.append(
+            f"{_n(len(starved), 'expert')} in {_n(starved['router'].nunique(), 'router')} {_verb(starved, 'get')} under a tenth of it"
+        )
+        if not len(over):
+            parts[-1] = parts[-1].replace("of it", "of the mean load")
+    return f"{' and '.join(parts)}." if parts else None
+
+
+def _pooled(report: Report) -> str | None:
+    pooled, balance = report.pooled_max_over_mean(), _frames(report)["balance"]
+    if pooled is None or not balance["max_vio"].notna().any():
+        return None
+    row = balance.loc[balance["max_vio"].idxmax()]
+    if not above_chance(row) or row["max_vio"] < UNEVEN or pooled - 1 > row["max_vio"] / 2:
+        return None
+    where = _where(report, row)
+    return f"Pooled over all layers the same routing reads {pooled:.2f}x: a pooled figure would have hidden {where[0].lower()}{where[1:]}."
+
+
+def _overloading_domain(report: Report) -> str | None:
+    domains = _frames(report)["domains"]
+    if domains["domain"].nunique() < 2:
+        return None
+    mean = domains.groupby(["router", "domain"])["assignments"].transform("mean")
+    rated = domains.assign(ratio=domains["assignments"] / mean.where(mean > 0))
+    rows = rated.loc[rated.groupby(["router", "domain"])["ratio"].idxmax().dropna()]
+    balance = _frames(report)["balance"].set_index("router")
+    for _, row in rows.sort_values("ratio", ascending=False).iterrows():
+        overall = balance.loc[row["router"]]
+        T = round(row["tokens"] * overall["assignments"] / (overall["tokens"] * overall["top_k"]))
+        floor = noise_floor(T, int(overall["experts"]), int(overall["top_k"])) * chance(overall) / max(overall["noise_floor"], 1e-9)
+        if row["ratio"] - 1 >= UNEVEN and row["ratio"] - 1 > 2 * floor and row["ratio"] - 1 > 1.5 * overall["max_vio"]:
+            where = _where(report, row)
+            return (
+                f'"{row["domain"]}" overloads expert {row["expert"]} of {where[0].lower()}{where[1:]}: {row["ratio"]:.2f}x the mean load on '
+                f"its {row['tokens']:,} tokens, where all domains together come to at most {overall['max_over_mean']:.2f}x."
+            )
+    return None
+
+
+def _domains(report: Report) -> list[str]:
+    table = _frames(report)["specialization"]
+    known = table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
+    if known.empty:
+        return []
+    # of many routers some exceed their 99th percentile by luck: half as much again is asked
+    margin = known["domain_mi_null_p99_bits"] - known["domain_mi_null_bits"]
+    real = known[known["domain_mi_bits"] - known["domain_mi_null_bits"] > 1.5 * margin]
+    if real.empty:
+        return ["No expert specialises by domain: routing tells no more of it than documents with their labels shuffled would."]
+    effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
+    row = real.loc[effect.idxmax()]
+    found = _specialist(report, int(row["router"]))
+    where = _where(report, row)
+    said = (
+        f"Experts specialise by domain in {len(real)} of {len(table)} routers, most in {where[0].lower()}{where[1:]}"
+        f" ({row['domain_mi_bits']:.3f} bits; shuffled documents give {row['domain_mi_null_bits']:.3f}){found}."
+    )
+    if effect.max() < SLIGHT_BITS:
+        said += " That is slight: a router that was never trained can show as much."
+    sentences = [said]
+    given, null = row["domain_mi_given_token_bits"], row["domain_mi_given_token_null_bits"]
+    if effect.max() >= SLIGHT_BITS / 5 and not math.isnan(given) and not math.isnan(null):
+        beyond = max(given - null, 0)
+        share = "most of it is vocabulary" if beyond < effect.max() / 3 else "it is not vocabulary alone"
+        sentences.append(f"Once the token id is known, the domain still tells {beyond:.3f} bits of the expert there: {share}.")
+    return sentences
+
+
+def _specialist(report: Report, router: int) -> str:
+    """The expert whose activation rises most above its mean over domains, in which domain."""
+    rows = _frames(report)["domains"]
+    rows = rows[(rows["router"] == router) & (rows["lift"] > 1)]
+    if rows.empty:
+        return ""
+    best = rows.loc[(rows["activation"] - rows["activation"] / rows["lift"]).idxmax()]
+    return f': expert {best["expert"]} takes {best["activation"]:.0%} of the tokens of "{best["domain"]}", {best["lift"]:.1f}x its mean over domains'
+
+
+def _token_ids(report: Report) -> str | None:
+    table = _frames(report)["specialization"].dropna(subset=["vocabulary_specialization", "vocabulary_specialization_null"])
+    if table.empty:
+        return None
+    effect = table["vocabulary_specialization"] - table["vocabulary_specialization_null"]
+    row = table.loc[effect.idxmax()]
+    if effect.max() < 0.02 or not row["token_mi_bits"] > row["token_mi_null_bits"]:
+        return "The token id does not decide the expert: tokens of one id spread as shuffled ids would."
+    where = _where(report, row)
+    said = (
+        f"The token id decides most in {where[0].lower()}{where[1:]}: {row['vocabulary_specialization']:.0%} of first choices are the favourite "
+        f"of their token id ({row['vocabulary_specialization_null']:.0%} with the ids shuffled)"
+    )
+    if not report.top:
+        return said + "."
+    words = _frames(report)["vocabulary"]
+    words = words[(words["router"] == row["router"]) & words["token"].notna()]
+    if words.empty:
+        return said + "."
+    best = words.loc[(words["first_choice_fraction"] * np.log1p(words["count"])).idxmax()]
+    return f"{said}; expert {best['expert']} is the first choice of {best['first_choice_fraction']:.0%} of its {best['occurrences']:,} {best['token']!r}."
+
+
+def _judged_on(report: Report) -> str:
+    counts = report.counts
+    documents = f" of {_n(counts.documents, 'document')}" if counts.documents else ""
+    domains = f" in {_n(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
+    return f"Judged on {counts.tokens:,} tokens{documents}{domains}, {_n(len(report.selection.routers), 'router')}."
+
+
+def _where(report: Report, row: Any) -> str:
+    """ "Layer 3", or with the router where its layer has several."""
+    layer, router = int(row["layer"]), int(row["router"])
+    several = sum(r.layer == layer for r in report.trace.routers) > 1
+    return f"Layer {layer} ({report.trace.routers[router].name or f'router {router}'})" if several else f"Layer {layer}"
+
+
+def _listed(ids: list[int]) -> str:
+    return _some([str(i) for i in ids], 6, ", ")
+
+
+def _some(items: list[str], most: int, between: str) -> str:
+    return between.join(items[:most]) + (f"{between}{len(items) - most} more" if len(items) > most else "")
+
+
+def _verb(subjects: Any, verb: str) -> str:
+    return f"{verb}s" if len(subjects) == 1 else verb
+
+
+def _n(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

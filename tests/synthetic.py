@@ -1,0 +1,94 @@
+"""Synthetic traces, written through TraceWriter: what a test states about routing becomes a trace on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch, TraceWriter
+
+
+def routers(L: int, E: int, k: int) -> list[Router]:
+    return [Router(layer, "mlp.gate", f"model.layers.{layer}.mlp.gate", E, k) for layer in range(L)]
+
+
+def uniform_ids(rng: np.random.Generator, T: int, E: int, k: int) -> np.ndarray:
+    """k distinct experts of E by lot, in random order. uint16 [T, k]"""
+    return np.argsort(rng.random((T, E)), axis=1)[:, :k].astype(np.uint16)
+
+
+def write_trace(
+    root: Path,
+    ids: Sequence[np.ndarray],
+    experts: int | Sequence[int],
+    *,
+    document: np.ndarray | None = None,
+    domain_of_document: Sequence[str] = ("text",),
+    token_id: np.ndarray | None = None,
+    weights: Sequence[np.ndarray] | None = None,
+    batch_tokens: int = 500,
+    shard_tokens: int = 2_000,
+    words: int = 0,
+    phases: Sequence[str] = ("prefill",),
+    batch_order: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    manifest: dict | None = None,
+    status: str = "complete",
+) -> Trace:
+    """ids[r]: [T, K] of router r, the dtype's maximum where a slot routed nowhere. `document`: of each token, default all
+    in 0. Batch b is of phase `phases[b % len(phases)]`. `batch_order`: in which order the batches are written."""
+    T = len(ids[0])
+    sizes = [experts] * len(ids) if isinstance(experts, int) else list(experts)
+    document = np.zeros(T, np.int32) if document is None else np.asarray(document, np.int32)
+    labels = sorted(set(domain_of_document))
+    code_of = np.array([labels.index(domain_of_document[d % len(domain_of_document)]) for d in range(document.max() + 1)], np.int32)
+    token_id = np.zeros(T, np.int32) if token_id is None else np.asarray(token_id, np.int32)
+    layer_of = range(len(ids)) if layers is None else layers
+    listed = [Router(layer, "gate", f"layers.{layer}.{r}", sizes[r], ids[r].shape[1]) for r, layer in enumerate(layer_of)]
+    vocabulary = pa.table({"token_id": range(words), "token": [f" w{i}" for i in range(words)]}) if words else None
+    manifest = {
+        "model": {"id": "synthetic"},
+        "capture": {"weights": weights is not None, "mode": "tap", "dtype": "float32"},
+        **(manifest or {}),
+    }
+    writer = TraceWriter(root, manifest, listed, weights=weights is not None, vocabulary=vocabulary, shard_tokens=shard_tokens)
+    starts = list(range(0, T, batch_tokens))
+    seen: set[int] = set()
+    for b in batch_order if batch_order is not None else range(len(starts)):
+        part = slice(starts[b], starts[b] + batch_tokens)
+        new = [int(d) for d in np.unique(document[part]) if d not in seen]
+        seen.update(new)
+        writer.write(
+            RoutedBatch(
+                b,
+                token_id[part],
+                document[part],
+                document[part],
+                np.arange(len(document[part]), dtype=np.int32),
+                code_of[document[part]],
+                labels,
+                [i[part] for i in ids],
+                None if weights is None else [w[part] for w in weights],
+                documents=[Document(d, labels[code_of[d]], "synthetic", int((document == d).sum())) for d in new],
+                phase=phases[b % len(phases)],
+            )
+        )
+    writer.close(status)
+    return open_trace(root)
+
+
+def write_counts(root: Path, loads: Sequence[np.ndarray], k: int, domains: Sequence[str] = ("text",)) -> Trace:
+    """A counts-only trace; loads[r]: [D, E] assignments of router r."""
+    listed = routers(len(loads), loads[0].shape[1], k)
+    with TraceWriter(
+        root, {"model": {"id": "synthetic"}, "capture": {"weights": False}}, listed, weights=False, counts_only=True
+    ) as writer:
+        tokens = int(loads[0].sum()) // k
+        first = [load // k for load in loads]
+        writer.write(CountedBatches(0, tokens, list(domains), [load.astype(np.int64) for load in loads], first, None))
+    return open_trace(root)
