@@ -37,9 +37,9 @@ OPENING_SHARE = 0.25  # windows that open a document with <s>: as everyone who t
 TRAIN_TOKENS_PER_DOMAIN = 500_000
 TOKENIZER_CHARACTERS_PER_DOMAIN = 1_000_000
 HELD_OUT_WINDOWS = 64
-STEPS = 1400
+STEPS = 2000
 LEARNING_RATE, WARMUP_STEPS, FINAL_LEARNING_RATE_SHARE = 3e-3, 60, 0.05
-BALANCE_COEFFICIENT = 0.02
+BALANCE_COEFFICIENT = 0.05
 
 
 def per_layer_balancing_loss(router_logits: Sequence[torch.Tensor], experts: int, top_k: int) -> torch.Tensor:
@@ -127,7 +127,7 @@ def encode(documents: list[str], tokenizer: PreTrainedTokenizerFast, limit: floa
     """Whole documents in their order until `limit` tokens are reached."""
     streams, total = [], 0
     for text in documents:
-        streams.append([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+        streams.append([*tokenizer.backend_tokenizer.encode(text).ids, tokenizer.eos_token_id])
         total += len(streams[-1])
         if total >= limit:
             break
@@ -166,6 +166,11 @@ def token_losses(logits_WSV: torch.Tensor, token_WS: torch.Tensor) -> torch.Tens
     return F.cross_entropy(logits_WSV[:, :-1].flatten(0, 1).float(), token_WS[:, 1:].flatten(), reduction="none")
 
 
+def loads(logits_TE: torch.Tensor) -> np.ndarray:
+    """Assignments of each expert: its places among the routers' top-k, which is how the model chooses. int64 [E]."""
+    return torch.bincount(logits_TE.topk(TOP_K, dim=-1).indices.flatten(), minlength=EXPERTS).numpy()
+
+
 def train(model: MixtralForCausalLM, streams: dict[str, Stream], balance: str, steps: int, seed: int) -> None:
     """AdamW with warm-up and a cosine that ends at `steps`: the number of steps, not the clock, decides the result."""
     random = np.random.default_rng(seed)
@@ -191,8 +196,9 @@ def train(model: MixtralForCausalLM, streams: dict[str, Stream], balance: str, s
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps:
             elapsed_s = time.perf_counter() - started_s
-            progress = f"step {step}/{steps}  loss {language_loss.item():.3f}  {elapsed_s:.0f} s"
-            print(progress, file=sys.stderr, flush=True)
+            worst = max(load_E.max() / load_E.mean() for load_E in map(loads, output.router_logits))
+            progress = f"step {step}/{steps}  loss {language_loss.item():.3f}  worst layer's max / mean load {worst:.2f}"
+            print(f"{progress}  {elapsed_s:.0f} s", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -214,16 +220,15 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: MixtralForCausalLM, streams: dict[str, Stream]) -> Evaluation:
-    """As many held-out windows of every domain; the experts are the router's top-k, as the model takes them."""
+    """As many held-out windows of every domain, so that a balanced layer would have uniform load over them."""
     model.eval()
-    loss_nats, loads = {}, []
+    loss_nats, load_DLE = {}, []
     for domain, stream in streams.items():
         token_WS = torch.from_numpy(stream.evenly(HELD_OUT_WINDOWS))
         output = model(input_ids=token_WS, output_router_logits=True, use_cache=False)
         loss_nats[domain] = token_losses(output.logits, token_WS).mean().item()
-        chosen = [logits_TE.topk(TOP_K, dim=-1).indices.flatten() for logits_TE in output.router_logits]
-        loads.append([torch.bincount(chosen_A, minlength=EXPERTS).tolist() for chosen_A in chosen])
-    return Evaluation(loss_nats, np.array(loads).transpose(1, 0, 2))
+        load_DLE.append([loads(logits_TE) for logits_TE in output.router_logits])
+    return Evaluation(loss_nats, np.array(load_DLE).transpose(1, 0, 2))
 
 
 def unigram_losses(train_streams: dict[str, Stream], held_out: dict[str, Stream], vocabulary: int) -> dict[str, float]:
