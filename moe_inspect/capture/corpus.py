@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz")
 TEXTS_A_CALL = 64  # documents given to the tokenizer at once
-WINDOW_BATCHES = 8  # sequences of so many batches are sorted by length together: less padding, bounded memory
+WINDOW_BATCHES = 16  # sequences of so many batches are sorted by length together: less padding, bounded memory
 DOMAIN_FIELD = "domain"
+BUNDLED = "demo:"  # stands for the folder of the bundled corpus in the name of a source
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ class CorpusStats:
 
 
 def find_sources(data: Sequence[str]) -> list[Source]:
-    """`--data` values → files, in a fixed order. Each value: a file, a folder (subfolders are domains), a glob or an
+    """`--data` values → files, in a fixed order; none: the bundled corpus. Each value: a file, a folder (subfolders are domains), a glob or an
     fsspec URL, optionally behind `DOMAIN=`."""
     found: list[Source] = []
-    for value in data:
+    for value in data or [str(CORPUS_DIR)]:
         domain, location = _split_label(value)
         files = list(_expand(location))
         if not files:
@@ -128,7 +130,14 @@ def _stem(path: str) -> str:
 
 
 def _shown(filesystem: Any, path: str) -> str:
-    return path if _is_local(filesystem) else filesystem.unstrip_protocol(path)
+    """The name a source is recorded by: the bundled corpus reads the same wherever it is installed."""
+    if not _is_local(filesystem):
+        return filesystem.unstrip_protocol(path)
+    return BUNDLED + str(Path(path).relative_to(CORPUS_DIR)) if Path(path).is_relative_to(CORPUS_DIR) else path
+
+
+def _located(name: str) -> str:
+    return str(CORPUS_DIR / name.removeprefix(BUNDLED)) if name.startswith(BUNDLED) else name
 
 
 def _is_local(filesystem: Any) -> bool:
@@ -183,7 +192,7 @@ def _opened(path: str) -> Iterator[Any]:
     import fsspec
 
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
+        with fsspec.open(_located(path), "rb", compression="infer") as file:
             yield file
     except OSError as error:
         raise MoeInspectError(f"cannot read {path}: {error}") from None
@@ -259,7 +268,6 @@ def interleaved(sources: Sequence[Source], text_field: str, domain_field: str | 
             if document is None:
                 turns.remove(turn)
             elif document[2].strip():
-                stats.documents += 1
                 yield document
             else:
                 stats.empty_documents += 1
@@ -312,8 +320,10 @@ def sequences(
             pieces = [[*frame.before, *ids[at : at + room], *frame.after] for at in range(0, len(ids), room)]
             pieces = list(_cut(pieces, left))
             total = sum(map(len, pieces))
-            if not pieces:
+            if not pieces:  # a text of no tokens
+                stats.empty_documents += 1
                 continue
+            stats.documents += 1
             stats.split_documents += len(pieces) > 1
             stats.tokens += total
             for n, piece in enumerate(pieces):

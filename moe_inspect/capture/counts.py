@@ -35,7 +35,8 @@ class DeviceCounts:
         kinds = [torch.int64, torch.int64, torch.float64][: 3 if self.weights else 2]
         old, self._sums = self._sums, []
         for r, (router, device) in enumerate(zip(self.routers, self.devices, strict=True)):
-            sums = [torch.zeros((domains, router.experts + 1), dtype=kind, device=device) for kind in kinds]
+            with torch.inference_mode(False):
+                sums = [torch.zeros((domains, router.experts + 1), dtype=kind, device=device) for kind in kinds]
             for new, before in zip(sums, old[r] if old else [], strict=False):
                 new[: len(before)] = before
             self._sums.append(sums)

@@ -91,8 +91,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def config_record(config: Any) -> dict[str, Any]:
-    """The config as plain JSON."""
-    return json.loads(config.to_json_string(use_diff=False))
+    """The config as plain JSON, without the place it was read from."""
+    return {k: v for k, v in json.loads(config.to_json_string(use_diff=False)).items() if k != "_name_or_path"}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

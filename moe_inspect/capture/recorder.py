@@ -25,6 +25,7 @@ from moe_inspect.capture.routers import Site, choice_among, find_routers
 from moe_inspect.capture.rows import RowReader, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
+from moe_inspect.trace.reader import read_manifest, refuse_while_written
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter, clear_trace
 
@@ -452,6 +453,8 @@ def prepare_directory(path: Path, overwrite: bool) -> None:
         if not overwrite:
             kind = "a trace" if (path / schema.MANIFEST).exists() else "something"
             raise MoeInspectError(f"there is {kind} at {path}: choose another place, or --overwrite or --resume a trace")
+        if (path / schema.MANIFEST).exists():
+            refuse_while_written(path, read_manifest(path))
         clear_trace(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

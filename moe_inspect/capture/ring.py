@@ -22,11 +22,12 @@ class Page:
 
     def __init__(self, ring: Ring, capacity: int):
         self.capacity, self.rows, self.ring = capacity, [0] * len(ring.slots), ring
-        self.ids = torch.empty(capacity * sum(ring.slots), dtype=ring.id_dtype, device=ring.device)
-        self.weights = torch.empty_like(self.ids, dtype=ring.weight_dtype) if ring.weight_dtype else None
-        size = capacity * sum(ring.experts)
-        self.logits = torch.empty(size, dtype=torch.float16, device=ring.device) if ring.logits else None
-        self.host = {k: self._pinned(getattr(self, k)) for k in ("ids", "weights", "logits")}
+        slots, size = capacity * sum(ring.slots), capacity * sum(ring.experts)
+        with torch.inference_mode(False):  # a page made in inference mode could not be written outside it
+            self.ids = torch.empty(slots, dtype=ring.id_dtype, device=ring.device)
+            self.weights = torch.empty(slots, dtype=ring.weight_dtype, device=ring.device) if ring.weight_dtype else None
+            self.logits = torch.empty(size, dtype=torch.float16, device=ring.device) if ring.logits else None
+            self.host = {k: self._pinned(getattr(self, k)) for k in ("ids", "weights", "logits")}
         self.copied = torch.cuda.Event() if ring.on_gpu else None
 
     def _pinned(self, tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,7 +17,7 @@ from moe_inspect.capture.recorder import Recorder, prepare_directory
 from moe_inspect.capture.rows import Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
-from moe_inspect.trace.reader import Trace, read_manifest
+from moe_inspect.trace.reader import Trace, read_manifest, refuse_while_written
 from moe_inspect.trace.writer import Document, ResumePoint, resume_point
 
 MAX_LENGTH = 2048
@@ -65,7 +64,7 @@ def trace_model(
         resume = False  # nothing was committed: the trace starts at its beginning
     if not resume:
         prepare_directory(out, overwrite)
-    sources = find_sources(data or [_bundled_corpus()])
+    sources = find_sources(data)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     plan = Plan(sources, text_field, domain_field, max_tokens, _fitting(max_length, config), batch_tokens, special_tokens)
@@ -140,24 +139,22 @@ def feed(network: Any, recorder: Recorder, batch: list[Sequence_], tokenizer: An
         )
     )
     device = next(network.parameters()).device
-    # the head would make [T, vocabulary] logits that nobody reads: only the last position's are kept
     network(
         input_ids=torch.from_numpy(ids_BS).to(device),
         attention_mask=torch.from_numpy(mask_BS.astype(np.int64)).to(device),
-        use_cache=False,
-        logits_to_keep=1,
+        **quick_call(network),
     )
     return sum(lengths)
 
 
+def quick_call(network: Any) -> dict[str, Any]:
+    """No key-value cache, and no [T, vocabulary] logits, which nobody reads, where the model can do without."""
+    can = inspect.signature(network.forward).parameters
+    return {"use_cache": False, **({"logits_to_keep": 1} if "logits_to_keep" in can else {})}
+
+
 def _repeated(values: list[int], lengths: list[int]) -> np.ndarray:
     return np.repeat(np.array(values, np.int32), lengths)
-
-
-def _bundled_corpus() -> str:
-    from moe_inspect.demo import CORPUS_DIR
-
-    return str(CORPUS_DIR)
 
 
 def _fitting(max_length: int | None, config: Any) -> int:
@@ -169,8 +166,7 @@ def _fitting(max_length: int | None, config: Any) -> int:
 
 
 def _comparable(config: Any) -> dict[str, Any]:
-    record = config_record(config)
-    return {k: v for k, v in record.items() if k not in ("transformers_version", "_name_or_path")}
+    return {k: v for k, v in config_record(config).items() if k != "transformers_version"}
 
 
 def _corpus_record(options: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[str, Any]:
@@ -192,20 +188,13 @@ def _corpus_record(options: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[
 def _resumed(out: Path, options: dict[str, Any]) -> ResumePoint:
     """Where the trace at `out` goes on; refuses another plan, and a trace whose writer is still at work."""
     manifest = read_manifest(out)
+    refuse_while_written(out, manifest)
     then = manifest.get("corpus", {}).get("plan")
     if then is None:
         raise MoeInspectError(f'{out} was not made by "moe-inspect trace": it cannot be resumed')
     for key, now in options.items():
         if then.get(key) != now:
             raise MoeInspectError(f"{out} was made with {_difference(key, then.get(key), now)}: resume with the same, or --overwrite")
-    capture = manifest["capture"]
-    if (
-        manifest["status"] == "recording"
-        and capture["host"] == socket.gethostname()
-        and capture["pid"] != os.getpid()
-        and _alive(capture["pid"])
-    ):
-        raise MoeInspectError(f"process {capture['pid']} is still writing {out}: wait for it, or stop it")
     return resume_point(out)
 
 
@@ -214,13 +203,3 @@ def _difference(key: str, then: Any, now: Any) -> str:
         return f"{key.replace('_', ' ')} {then!r}, not {now!r}"
     changed = [b["path"] for a, b in zip(then or [], now, strict=False) if a != b] or [s["path"] for s in (then or now)[-1:]]
     return f"other data (see {changed[0]})"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,6 +62,21 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if not valid:
         raise MoeInspectError(f"damaged trace: {path} has an impossible status, router list or table list")
     return manifest
+
+
+def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
+    """MoeInspectError where the process that writes this trace is still at work on this machine."""
+    capture = manifest.get("capture", {})
+    pid = capture.get("pid")
+    if manifest["status"] != "recording" or capture.get("host") != socket.gethostname() or pid in (None, os.getpid()):
+        return
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return
+    except PermissionError:
+        pass  # it runs, as another user
+    raise MoeInspectError(f"process {pid} is still writing {root}: wait for it, or stop it")
 
 
 def committed_shards(root: Path, manifest: dict[str, Any]) -> list[ShardFiles]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,23 @@ GLOSSARY = {
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers see the old file or the new one, never half of one, also after a power cut."""
-    draft = path.with_name(f".{path.name}.tmp")
-    with open(draft, "wb") as file:
+    with draft_of(path) as draft, open(draft, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(draft, path)
     sync_directory(path.parent)
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` if all went well, and is gone (its space with it) if not."""
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        yield draft
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    os.replace(draft, path)
 
 
 def sync_directory(path: Path) -> None:

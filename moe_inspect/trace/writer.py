@@ -12,6 +12,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 
 SHARD_TOKENS = 65_536
+SHARD_SECONDS = 60.0  # a slow model's decisions become readable, and safe, after so long at the latest
 QUEUE_BATCHES = 4
 
 
@@ -89,12 +91,13 @@ class TraceWriter:
         vocabulary: pa.Table | None = None,
         rank: int = 0,
         shard_tokens: int = SHARD_TOKENS,
+        shard_seconds: float = SHARD_SECONDS,
         queue_batches: int = QUEUE_BATCHES,
         resume: ResumePoint | None = None,
     ):
         self.root, self.rank, self.routers = Path(root), rank, list(routers)
         self.weights, self.logits, self.counts_only = weights, logits, counts_only
-        self.shard_tokens = shard_tokens
+        self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
         start = resume or ResumePoint()
         self.next_shard, self.next_token = start.shards, start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
@@ -111,7 +114,7 @@ class TraceWriter:
         }
         self.routing_schema = schema.routing_schema(self.routers, weights)
         self._pending: list[RoutedBatch] = []
-        self._pending_tokens = 0
+        self._pending_tokens, self._pending_since = 0, time.monotonic()
         self._error: BaseException | None = None
         for table in self.tables:
             (self.root / table).mkdir(parents=True, exist_ok=True)
@@ -164,8 +167,11 @@ class TraceWriter:
                 if isinstance(batch, CountedBatches):
                     self._commit_counts(batch)
                     continue
-                if self._pending_tokens + len(batch.token_id) > self.shard_tokens and self._pending:
+                full = self._pending_tokens + len(batch.token_id) > self.shard_tokens
+                if self._pending and (full or time.monotonic() - self._pending_since > self.shard_seconds):
                     self._commit_routing()
+                if not self._pending:
+                    self._pending_since = time.monotonic()
                 self._pending.append(batch)
                 self._pending_tokens += len(batch.token_id)
             if self._pending:
@@ -273,10 +279,9 @@ class TraceWriter:
     def _write_part(self, table: str, columns: pa.Schema, groups: Sequence[Callable[[], pa.Table]]) -> dict[str, Any]:
         """One part file, a row group at a time: temporary name, fsync, rename. Returns its line for shards-<rank>.jsonl."""
         name = f"part-{self.rank}-{self.next_shard}.parquet"
-        final, draft = self.root / table / name, self.root / table / f".{name}.tmp"
         rows, labels = 0, [f.name for f in columns if f.name in _DICTIONARY or f.name.startswith("expert")]
         encodings = {f.name: _encoding(f) for f in columns if f.name not in labels}
-        with open(draft, "wb") as file:
+        with schema.draft_of(self.root / table / name) as draft, open(draft, "wb") as file:
             sink = _HashingFile(file)
             with pq.ParquetWriter(
                 pa.PythonFile(sink, "w"),
@@ -293,7 +298,6 @@ class TraceWriter:
                     writer.write_table(part, row_group_size=max(len(part), 1))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, final)
         self.bytes += sink.size
         return {"table": table, "path": f"{table}/{name}", "rows": rows, "sha256": sink.digest.hexdigest()}
 

@@ -1,0 +1,327 @@
+"""`moe-inspect trace` as a user runs it: a process, files, a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import moe_inspect
+from tests.conftest import Cli
+from tests.families import build, handed_over
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "two",
+    "dogs",
+    "ran",
+    "home",
+    "again",
+    "and",
+    "the",
+    "old",
+    "moon",
+    "rose",
+    "over",
+    "every",
+    "roof",
+]
+
+
+def save(family: str, path: Path) -> Path:
+    """A tiny random model of this family with a small tokenizer, as a directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    build(family).save_pretrained(path)
+    return path
+
+
+def write_jsonl(path: Path, documents: int, words: int, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    rows = [{"text": " ".join(rng.choice(WORDS, rng.integers(2, words))), "domain": "xy"[n % 2]} for n in range(documents)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> Path:
+    return save("qwen3_moe", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: Any) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents=40, words=120)
+
+
+def test_a_saved_model_is_traced_exactly(cli: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+    """The ids and weights that the experts of the same model receive for the same documents, one at a time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = cli("trace", model, "-o", "t", "--data", corpus, "--max-length", 64, "--batch-tokens", 600)
+    assert done.stdout == ""
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert f"{trace.n_tokens:,} tokens × 2 routers = {trace.n_tokens * 2:,} decisions in t" in done.stderr
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    tokens = trace.tokens()
+    assert set(tokens["domain"]) == {"x", "y"}
+    documents = trace.documents().set_index("document")
+    routing = {layer: trace.routing(layer=layer).set_index("token") for layer in (0, 1)}
+    for number, row in enumerate(rows):
+        own = tokens[tokens["document"] == number].sort_values(["sequence", "position"])
+        plain = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        pieces = [[0, *plain[at : at + 63]] for at in range(0, len(plain), 63)]  # no token of a long document is lost
+        assert own["token_id"].tolist() == [i for piece in pieces for i in piece]
+        assert set(own["domain"]) == {row["domain"]} == {documents.loc[number, "domain"]}
+        assert documents.loc[number, "tokens"] == len(own)
+        for (_, part), piece in zip(own.groupby("sequence"), pieces, strict=True):
+            for layer in (0, 1):
+                ids, weights = handed_over(network, layer, {"input_ids": torch.tensor([piece])})
+                got = routing[layer].loc[part["token"]]
+                assert (np.sort(got[[f"expert_{j}" for j in range(4)]], 1) == np.sort(ids, 1)).all()
+                expected = np.take_along_axis(weights, np.argsort(ids, 1), 1)
+                order = np.argsort(got[[f"expert_{j}" for j in range(4)]].to_numpy(), 1)
+                seen = np.take_along_axis(got[[f"weight_{j}" for j in range(4)]].to_numpy(), order, 1)
+                np.testing.assert_allclose(seen, expected, rtol=2**-10)
+
+
+def test_dispatch_and_tap_give_the_same_rows(cli: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+    for capture in ("tap", "dispatch"):
+        cli("trace", model, "-o", capture, "--data", corpus, "--capture", capture)
+    a, b = (moe_inspect.open_trace(tmp_path / c) for c in ("tap", "dispatch"))
+    assert a.routing().equals(b.routing())
+    assert (a.manifest["capture"]["mode"], b.manifest["capture"]["mode"]) == ("tap", "dispatch")
+
+
+def test_options(cli: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+    common = ("trace", model, "--data", f"mine={corpus}", "--data", corpus, "--max-tokens", 500)
+    cli(*common, "-o", "a", "--layers", 1, "--no-weights", "--logits", "--no-special-tokens")
+    a = moe_inspect.open_trace(tmp_path / "a")
+    assert [r.layer for r in a.routers] == [1]
+    assert "weight_0" not in a.routing()
+    assert a.n_tokens == 500
+    assert set(a.tokens()["domain"]) == {"mine", "x", "y"}
+    assert 0 not in set(a.tokens()["token_id"])
+    assert a.manifest["corpus"]["special_tokens"] == {"before": [], "after": []}
+    assert len(a.logits(layer=1)["logits"].iloc[0]) == 8
+    cli(*common, "-o", "b", "--counts-only", "--random-init", 3)
+    b = moe_inspect.open_trace(tmp_path / "b")
+    assert b.counts().groupby("router")["assignments"].sum().tolist() == [500 * 4] * 2
+    assert b.manifest["corpus"]["special_tokens"] == {"before": ["<s>"], "after": []}
+    assert b.manifest["corpus"]["plan"]["random_init"] == 3
+    vocabulary = a.vocabulary()
+    assert len(vocabulary) == 300
+    assert "▁the" in set(vocabulary["token"])
+
+
+def test_the_manifest_says_how_it_was_made(cli: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+    cli("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 300, "--dtype", "bfloat16")
+    manifest = json.loads((tmp_path / "t/trace.json").read_text())
+    assert manifest["format"] == 1
+    assert manifest["status"] == "complete"
+    assert manifest["model"]["class"] == "Qwen3MoeForCausalLM"
+    assert manifest["model"]["config"]["num_experts_per_tok"] == 4
+    assert manifest["capture"]["dtype"] == manifest["capture"]["weight_dtype"] == "bfloat16"
+    assert manifest["counts"] == {"tokens": 300, "decisions": 600, "dropped": 0}
+    assert manifest["routers"][0] == {
+        "layer": 0,
+        "name": "layers.0.mlp.experts",
+        "path": "model.layers.0.mlp.experts",
+        "experts": 8,
+        "top_k": 4,
+        "scoring": "softmax",
+        "shared_experts": 0,
+    }
+    assert set(manifest["capture"]["versions"]) == {"moe-inspect", "python", "torch", "transformers", "triton"}
+
+
+# --- interrupted, killed, resumed
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: Any) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "long.jsonl", documents=3000, words=140)
+
+
+def start(model: Path, corpus: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moe_inspect", "trace", model, "-o", out, "--data", corpus, "--batch-tokens", "4000", *more]
+    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_a_shard(process: subprocess.Popen[str], out: Path) -> None:
+    for _ in range(1200):
+        if (out / "shards-0.jsonl").exists() and (out / "shards-0.jsonl").stat().st_size:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError("no shard in 24 s")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, long_corpus: Path, tmp_path_factory: Any) -> moe_inspect.Trace:
+    out = tmp_path_factory.mktemp("whole") / "t"
+    assert start(model, long_corpus, out).wait() == 0
+    trace = moe_inspect.open_trace(out)
+    assert len(list(trace.shards)) >= 3
+    return trace
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "status"),
+    [(signal.SIGKILL, -9, "recording"), (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 130, "interrupted")],
+)
+def test_killed_and_resumed_is_as_if_nothing_happened(
+    how: signal.Signals, code: int, status: str, cli: Cli, tmp_path: Path, model: Path, long_corpus: Path, uninterrupted: moe_inspect.Trace
+) -> None:
+    process = start(model, long_corpus, tmp_path / "t")
+    wait_for_a_shard(process, tmp_path / "t")
+    process.send_signal(how)
+    _, said = process.communicate()
+    assert process.returncode == code, said
+    if how != signal.SIGKILL:
+        assert said.splitlines()[-1].startswith("interrupted: ")
+        assert "Traceback" not in said
+    half = moe_inspect.open_trace(tmp_path / "t")
+    assert half.status == status
+    assert 0 < half.n_tokens < uninterrupted.n_tokens
+    assert len(half.routing(router=1)) == half.n_tokens
+    report = cli("report", "t", "--table", "summary", "--format", "csv")
+    assert report.stderr.startswith("warning: ")
+    assert status in report.stdout
+    cli("trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens", 4000, check=1)  # it is not lost by accident
+    other = cli("trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens", 4001, "--resume", check=1)
+    assert "t was made with batch tokens 4000, not 4001" in other.stderr
+    cli("trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens", 4000, "--resume")
+    whole = moe_inspect.open_trace(tmp_path / "t")
+    assert whole.status == "complete"
+    for table in ("routing", "tokens", "documents"):
+        pd.testing.assert_frame_equal(getattr(whole, table)(), getattr(uninterrupted, table)())
+    with pytest.raises(AssertionError):
+        pd.testing.assert_frame_equal(half.tokens(), uninterrupted.tokens())
+
+
+def test_resume_refuses_other_data(cli: Cli, tmp_path: Path, model: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", documents=5, words=10)
+    cli("trace", model, "-o", "t", "--data", corpus)
+    cli("trace", model, "-o", "t", "--data", corpus, "--resume")  # complete already: nothing to do
+    write_jsonl(corpus, documents=5, words=10, seed=1)
+    done = cli("trace", model, "-o", "t", "--data", corpus, "--resume", check=1)
+    assert done.stderr == f"error: t was made with other data (see {corpus}): resume with the same, or --overwrite\n"
+    cli("trace", model, "-o", "t", "--data", corpus, "--overwrite")
+
+
+def test_two_writers_are_kept_apart(cli: Cli, tmp_path: Path, model: Path, long_corpus: Path) -> None:
+    process = start(model, long_corpus, tmp_path / "t")
+    try:
+        wait_for_a_shard(process, tmp_path / "t")
+        process.send_signal(signal.SIGSTOP)
+        for option in ("--resume", "--overwrite"):
+            done = cli("trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens", 4000, option, check=1)
+            assert f"process {process.pid} is still writing t" in done.stderr
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("/no/such/model", "-o", "t"), "error: no model at /no/such/model"),
+        (("no-such-model", "-o", "t"), "error: cannot load model 'no-such-model'"),
+        (("MODEL", "-o", "t", "--data", "nothing.txt"), "error: no text at nothing.txt"),
+        (("MODEL", "-o", "t", "--data", "blank.txt"), "error: the corpus is empty"),
+        (("MODEL", "-o", "t", "--data", "title.jsonl"), "choose one with --text-field from title"),
+        (("MODEL", "-o", "t", "--data", "blank.txt", "--max-length", "9999"), "error: --max-length 9999 is beyond the 256 positions"),
+        (("MODEL", "-o", "blank.txt", "--data", "blank.txt"), "error: blank.txt is a file"),
+        (("MODEL", "-o", "blank.txt/t", "--data", "blank.txt"), "error: cannot write blank.txt/t"),
+        (("MODEL", "-o", "t", "--data", "title.jsonl", "--layers", "x"), "error: cannot read layers 'x'"),
+        (("MODEL", "-o", "t", "--data", "text.txt", "--layers", "5"), "error: no router in layer 5"),
+        (("MODEL", "-o", "t", "--data", "text.txt", "--device", "cuda:9"), "error: no device 'cuda:9' here"),
+        (("DENSE", "-o", "t", "--data", "text.txt"), "LlamaForCausalLM is a dense model"),
+    ],
+)
+def test_bad_input_is_one_clear_line(cli: Cli, tmp_path: Path, model: Path, dense: Path, arguments: tuple[str, ...], says: str) -> None:
+    (tmp_path / "blank.txt").write_text("  \n")
+    (tmp_path / "text.txt").write_text("the cat")
+    (tmp_path / "title.jsonl").write_text('{"title": "x"}\n')
+    named = [{"MODEL": str(model), "DENSE": str(dense)}.get(a, a) for a in arguments]
+    done = cli("trace", *named, check=1)
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: Any, model: Path) -> Path:
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, path / name)
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=300)
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def test_without_torch_the_install_line_is_printed(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide/torch.py").write_text('raise ModuleNotFoundError("No module named torch", name="torch")')
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "hide")}
+    done = cli("trace", "demo", "-o", "t", check=1, env=environment)
+    assert done.stderr == "error: tracing needs torch: pip install 'moe-inspect[trace]'\n"
+    assert not (tmp_path / "t").exists()
+
+
+def test_help_is_light(cli: Cli) -> None:
+    program = "import sys; sys.argv = ['moe-inspect', '--help']\nfrom moe_inspect.__main__ import main\ntry: main()\nexcept SystemExit: pass\nprint(sorted(m for m in ('torch', 'pandas', 'numpy', 'pyarrow', 'transformers') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "trace" in cli("--help").stdout
+    assert cli("--version").stdout.startswith("moe-inspect ")
+
+
+def test_a_terminal_sees_progress(tmp_path: Path, model: Path, corpus: Path) -> None:
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "moe_inspect", "trace", str(model), "-o", str(tmp_path / "t"), "--data", str(corpus)]
+    process = subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})
+    os.close(follower)
+    seen = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            seen += chunk
+    except OSError:  # the other end has closed
+        pass
+    assert process.wait() == 0
+    assert b"tokens/s" in seen
+    assert b"decisions" in seen

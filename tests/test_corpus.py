@@ -1,0 +1,186 @@
+"""Files become documents, sequences and batches; nothing is lost, and bad input is one clear line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_inspect.capture.corpus import CorpusStats, Frame, Plan, Sequence_, batches, find_sources, interleaved, sequences, special_frame
+from moe_inspect.errors import MoeInspectError
+
+
+class Characters:
+    """A tokenizer: a character is a token; with special tokens, 0 in front and 1 behind."""
+
+    def __init__(self, before: list[int], after: list[int]):
+        self.before, self.after = before, after
+
+    def __call__(self, text: Any, add_special_tokens: bool, **_: Any) -> dict[str, Any]:
+        def encode(one: str) -> list[int]:
+            ids = [ord(c) + 2 for c in one]
+            return [*self.before, *ids, *self.after] if add_special_tokens else ids
+
+        return {"input_ids": encode(text) if isinstance(text, str) else [encode(one) for one in text]}
+
+
+def documents(data: list[Any], text_field: str = "text", domain_field: str | None = None) -> list[tuple[str, str]]:
+    found = interleaved(find_sources([str(d) for d in data]), text_field, domain_field, CorpusStats())
+    return [(domain, text) for domain, _, text in found]
+
+
+def test_every_format(tmp_path: Path) -> None:
+    rows = [{"text": "eins\nzwei", "domain": "x"}, {"text": "drei", "domain": "y"}]
+    (tmp_path / "a.txt").write_text("alpha")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "\n")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(r) + "\n" for r in rows)
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "domain"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
+        assert documents([tmp_path / name]) == [("x", "eins\nzwei"), ("y", "drei")]
+    assert documents([tmp_path / "a.txt"]) == [("a", "alpha")]
+
+
+def test_labels_and_folders(tmp_path: Path) -> None:
+    for place in ("de/1.txt", "de/deep/2.txt", "en/3.txt", "4.txt", ".hidden/5.txt", "en/readme.md"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(place)
+    assert set(documents([tmp_path])) == {("de", "de/1.txt"), ("de", "de/deep/2.txt"), ("en", "en/3.txt"), (tmp_path.name, "4.txt")}
+    assert documents([f"mine={tmp_path / 'de'}"]) == [("mine", "de/1.txt"), ("mine", "de/deep/2.txt")]
+    assert documents([tmp_path / "e*" / "*.txt"]) == [("3", "en/3.txt")]
+    (tmp_path / "both.jsonl").write_text('{"body": "t", "kind": "k"}\n')
+    assert documents([tmp_path / "both.jsonl"], "body") == [("both", "t")]
+    assert documents([tmp_path / "both.jsonl"], "body", "kind") == [("k", "t")]
+    assert documents([f"label={tmp_path / 'both.jsonl'}"], "body", "kind") == [("label", "t")]
+
+
+def test_domains_take_turns(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "a{n}"}}\n' for n in range(4)))
+    (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "b{n}"}}\n' for n in range(2)))
+    assert [t for _, t in documents([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])] == ["a0", "b0", "a1", "b1", "a2", "a3"]
+
+
+def test_an_fsspec_url() -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/x/1.txt", b"one")
+    memory.pipe("/corpus/y/2.txt", b"two")
+    assert documents(["memory://corpus"]) == [("x", "one"), ("y", "two")]
+    assert find_sources(["memory://corpus"])[0].path == "memory:///corpus/x/1.txt"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"body": 1, "title": 2}\n', "no text field 'text': choose one with --text-field from body, title"),
+        ("a.jsonl", b'{"text": 7}\n', "holds int, not text"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text"', "line 2 is no JSON"),
+        ("a.jsonl", b"[1]\n", "no JSON object but list"),
+        ("a.csv", b"title,body\n1,2\n", "from title, body"),
+        ("a.parquet", b"PAR1....", "is no Parquet file"),
+        ("a.txt", b"caf\xe9", "is not UTF-8 \\(byte 3\\)"),
+        ("a.csv", b"text\ncaf\xe9\n", "is not UTF-8"),
+        ("a.jsonl.gz", b"not gzip", "cannot read"),
+    ],
+)
+def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MoeInspectError, match=says) as caught:
+        documents([tmp_path / name])
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_places_are_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.md").write_text("x")
+    for place, says in (("none.txt", "no text at"), ("empty", "no text at"), ("*.txt", "no text at"), ("a.md", "must end in")):
+        with pytest.raises(MoeInspectError, match=says):
+            find_sources([str(tmp_path / place)])
+    with pytest.raises(MoeInspectError, match="cannot open nosuch://x"):
+        find_sources(["nosuch://x"])
+
+
+def test_a_parquet_without_the_text_field_lists_its_fields(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(MoeInspectError, match="from body, n"):
+        documents([tmp_path / "a.parquet"])
+
+
+def test_white_space_is_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": " \\n"}\n{"text": "x"}\n')
+    plan = Plan(find_sources([str(tmp_path / "a.jsonl")]))
+    assert sum(map(len, plan.batches(Characters([], [])))) == 1
+    stats = plan.stats
+    assert (stats.documents, stats.empty_documents) == (1, 1)
+
+
+def test_the_frame_is_found_by_asking() -> None:
+    assert special_frame(Characters([0], [1])) == Frame((0,), (1,))
+    assert special_frame(Characters([], [])) == Frame()
+
+
+texts = st.lists(st.text("abc", min_size=1, max_size=60), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts, st.integers(3, 20), st.one_of(st.none(), st.integers(1, 200)), st.booleans(), st.integers(1, 60))
+def test_every_token_is_fed_once(texts: list[str], max_length: int, max_tokens: int | None, framed: bool, batch_tokens: int) -> None:
+    frame = Frame((0,), (1,)) if framed else Frame()
+    tokenizer = Characters([0], [1])
+    stats = CorpusStats()
+    rows = list(sequences((("d", "s", t) for t in texts), tokenizer, frame, max_length, max_tokens, stats))
+    assert all(0 < len(r.ids) <= max_length for r in rows)
+    fed = sum(len(r.ids) for r in rows)
+    if max_tokens is not None:
+        assert fed <= max_tokens
+    if max_tokens is None:
+        for number, text in enumerate(texts):
+            own = [r for r in rows if r.document == number]
+            assert [chr(i - 2) for r in own for i in r.ids if i > 1] == list(text)
+            assert own[0].document_tokens == sum(len(r.ids) for r in own)
+            assert all(r.document_tokens is None for r in own[1:])
+    else:
+        assert fed == min(
+            max_tokens, sum(len(r.ids) for r in sequences((("d", "s", t) for t in texts), tokenizer, frame, max_length, None, stats))
+        )
+    packed = list(batches(rows, batch_tokens))
+    assert sorted(r.sequence for b in packed for r in b) == [r.sequence for r in rows]
+    assert all(len(b) == 1 or len(b) * max(len(r.ids) for r in b) <= batch_tokens for b in packed)
+
+
+def test_packing_wastes_little() -> None:
+    rng = np.random.default_rng(0)
+    rows = [Sequence_(n, n, "d", "s", np.zeros(rng.integers(1, 512), np.int32), None) for n in range(2000)]
+    packed = list(batches(rows, 4096))
+    padded = sum(len(b) * max(len(r.ids) for r in b) for b in packed)
+    in_order = [rows[at : at + 8] for at in range(0, len(rows), 8)]
+    assert sum(len(r.ids) for r in rows) / padded > 0.9
+    assert sum(len(r.ids) for r in rows) / sum(len(b) * max(len(r.ids) for r in b) for b in in_order) < 0.7
+
+
+def test_no_room_beside_the_special_tokens() -> None:
+    with pytest.raises(MoeInspectError, match="--max-length 2"):
+        list(sequences([("d", "s", "x")], Characters([0], [1]), Frame((0,), (1,)), 2, None, CorpusStats()))
+
+
+def test_the_plan_sees_changed_data(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    before = Plan(find_sources([str(tmp_path / "a.txt")])).options()
+    assert before == Plan(find_sources([str(tmp_path / "a.txt")])).options()
+    (tmp_path / "a.txt").write_text("two")
+    assert before != Plan(find_sources([str(tmp_path / "a.txt")])).options()

@@ -1,0 +1,85 @@
+"""Real routing of real models against what their authors published. Skipped where the data is not beside the project."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_inspect.analysis import balance as bal
+from moe_inspect.report.report import report
+from moe_inspect.trace.reader import Trace
+from tests.synthetic import write_counts, write_trace
+
+REAL = Path(__file__).parent.parent.parent / "shared" / "real"
+ESFT, FIDDLER = REAL / "esft_law", REAL / "fiddler_mixtral"
+needs_esft = pytest.mark.skipif(not ESFT.is_dir(), reason=f"no {ESFT}")
+needs_fiddler = pytest.mark.skipif(not FIDDLER.is_dir(), reason=f"no {FIDDLER}")
+
+
+def parsed(layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids [T, 6], weights [T, 6], document [T]; a line is a sequence: ids, a gap, weights."""
+    ids, weights, document = [], [], []
+    for number, line in enumerate((ESFT / f"expert_weights_{layer}.txt").read_text().splitlines()):
+        left, right = line.split("\t\t")
+        ids.append(np.array(left.split("\t"), np.uint16).reshape(-1, 6))
+        weights.append(np.array(right.split("\t"), np.float32).reshape(-1, 6))
+        document += [number] * len(ids[-1])
+    return np.concatenate(ids), np.concatenate(weights), np.array(document)
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    layers = [parsed(layer) for layer in range(1, 27)]
+    document = layers[0][2]
+    shortest = min(len(ids) for ids, _, _ in layers)
+    assert shortest == len(document)
+    root = tmp_path_factory.mktemp("esft") / "t"
+    return write_trace(root, [i for i, _, _ in layers], 64, document=document, weights=[w for _, w, _ in layers], layers=range(1, 27))
+
+
+@needs_esft
+def test_deepseek_v2_lite_has_the_scores_its_authors_published(deepseek: Trace):
+    published = json.loads((ESFT / "summary.json").read_text())
+    load = report(deepseek).tables["load"]
+    share = load.set_index(["layer", "expert"])["share"]
+    gate = load.set_index(["layer", "expert"])["weight_sum"] / report(deepseek).counts.tokens
+    pairs = [(layer, expert) for layer in range(1, 27) for expert in range(64)]
+    token_scores = np.array([published["token_scores"][str(layer)][str(e)] for layer, e in pairs])
+    gate_scores = np.array([published["gate_scores"][str(layer)][str(e)] for layer, e in pairs])
+    assert np.abs(share.loc[pairs].to_numpy() - token_scores).max() <= 5.1e-5  # published to 4 digits
+    assert np.abs(gate.loc[pairs].to_numpy() - gate_scores).max() <= 1e-4  # and the weights are stored to fp16
+    # positive control: one layer against another is far off
+    assert np.abs(share.loc[pairs[:64]].to_numpy() - token_scores[64:128]).max() > 5e-3
+
+
+@needs_esft
+def test_deepseek_v2_lite_is_unbalanced_on_law_and_the_verdict_says_so(deepseek: Trace):
+    made = report(deepseek)
+    balance = made.tables["balance"]
+    assert balance["max_over_mean"].mean() == pytest.approx(3.5, abs=0.1)
+    assert balance["dead_experts"].sum() == 0
+    assert (balance["max_vio_low"] > balance["noise_floor"]).all()
+    worst = balance.loc[balance["max_vio"].idxmax()]
+    assert made.verdict()[0].startswith(f"Layer {worst['layer']:.0f} is the worst balanced: expert {worst['busiest_expert']:.0f}")
+    assert "26 of 26 routers are uneven" in made.verdict()[0]
+
+
+@needs_fiddler
+@pytest.mark.parametrize("model", ["mixtral_8x7b_original", "mixtral_8x7b_instruct"])
+def test_mixtral_on_mmlu(model: str, tmp_path: Path):
+    files = sorted((FIDDLER / model).glob("*.json"))
+    counts_DLE = np.array([json.loads(f.read_text())["expert_popularity"] for f in files])
+    assert counts_DLE.shape == (7, 32, 8)
+    subjects = [f.stem.removeprefix("expert_popularity_") for f in files]
+    made = report(write_counts(tmp_path / "t", list(counts_DLE.transpose(1, 0, 2)), 2, subjects))
+    by_subject = np.array([bal.max_over_mean(counts_LE) for counts_LE in counts_DLE])
+    assert 1.2 < by_subject.mean(1).min() < by_subject.mean(1).max() < 1.5
+    information = made.tables["specialization"]["domain_mi_bits"]
+    assert information.mean() == pytest.approx(0.013, abs=0.002)
+    if model.endswith("original"):
+        assert by_subject.max() == pytest.approx(1.99, abs=0.01)
+        assert np.unravel_index(by_subject.argmax(), by_subject.shape)[1] == 16
+        assert (1 / np.array([bal.min_over_max(c) for c in counts_DLE])).max() == pytest.approx(46.5, abs=0.1)

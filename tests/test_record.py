@@ -1,0 +1,221 @@
+"""`record`: whatever is done with the model inside, the trace holds each routed token once, and the model is left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.errors import MoeInspectError
+from tests.families import build, token_batch
+
+LENGTHS = [9, 5, 12]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("mixtral")
+
+
+def routed(path: Path, layer: int = 1) -> np.ndarray:
+    return moe_inspect.open_trace(path).routing(layer=layer)[["expert_0", "expert_1"]].to_numpy()
+
+
+def test_rows_are_sequences_of_their_own_documents(model: Any, tmp_path: Path) -> None:
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(**token_batch(LENGTHS))
+        model(**token_batch([4]))
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    tokens = trace.tokens()
+    assert tokens.groupby("document").size().tolist() == [*LENGTHS, 4]
+    assert trace.documents()["tokens"].tolist() == [*LENGTHS, 4]
+    assert tokens["batch"].tolist() == [0] * sum(LENGTHS) + [1] * 4
+    assert (tokens.groupby("document")["position"].apply(list).tolist()) == [list(range(n)) for n in [*LENGTHS, 4]]
+    assert (tokens["sequence"] == tokens["document"]).all()
+    assert len(trace.routing()) == 2 * len(tokens) == trace.manifest["counts"]["decisions"]
+
+
+def test_labels_name_documents_and_domains(model: Any, tmp_path: Path) -> None:
+    with moe_inspect.record(model, tmp_path / "t", domains=["x", "y", "x"]) as recorder, torch.no_grad():
+        model(**token_batch(LENGTHS))
+        recorder.label(documents=["same", "same"], domains=["z", "z"])
+        model(**token_batch([3, 3]))
+        recorder.label(domains=["one too few"])
+        with pytest.raises(MoeInspectError, match="domains has 1 values, the forward pass has 3 rows"):
+            model(**token_batch(LENGTHS))
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.tokens().groupby("domain", observed=True).size().to_dict() == {"x": 21, "y": 5, "z": 6}
+    assert trace.documents()["domain"].tolist() == ["x", "y", "x", "z"]
+    assert trace.documents()["tokens"].tolist() == [*LENGTHS, 6]
+    assert trace.tokens()["sequence"].nunique() == 5
+
+
+def test_left_padding_is_no_token(model: Any, tmp_path: Path) -> None:
+    right = token_batch([9, 5])
+    left = {k: torch.stack([row.roll(9 - n) for row, n in zip(v, [9, 5], strict=True)]) for k, v in right.items()}
+    position = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    for name, batch in (("right", right), ("left", {**left, "position_ids": position})):
+        with moe_inspect.record(model, tmp_path / name), torch.no_grad():
+            model(**batch)
+    a, b = (moe_inspect.open_trace(tmp_path / name).tokens() for name in ("right", "left"))
+    assert a.equals(b)
+    assert (routed(tmp_path / "right") == routed(tmp_path / "left")).mean() > 0.95
+
+
+def test_packed_rows_are_split_where_positions_start_again(model: Any, tmp_path: Path) -> None:
+    ids = token_batch([12])["input_ids"]
+    position = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(input_ids=ids, position_ids=position)
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert tokens["sequence"].tolist() == [0] * 5 + [1] * 3 + [2] * 4
+    assert tokens["position"].tolist() == position[0].tolist()
+
+
+def test_generate_goes_on_with_its_sequences(model: Any, tmp_path: Path) -> None:
+    prompt = token_batch([6, 6])
+    with moe_inspect.record(model, tmp_path / "t"):
+        out = model.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert (tokens["phase"] == "prefill").sum() == 12
+    assert (tokens["phase"] == "decode").sum() == 2 * 4  # the last token is never fed
+    for document in (0, 1):
+        own = tokens[tokens["document"] == document]
+        assert own["token_id"].tolist() == out[document, :-1].tolist()
+        assert own["position"].tolist() == list(range(10))
+
+
+def test_training_with_checkpointing_records_each_token_once(tmp_path: Path) -> None:
+    model = build("qwen3_moe").train()
+    model.gradient_checkpointing_enable()
+    inputs = token_batch([9])
+    with moe_inspect.record(model, tmp_path / "t"):
+        for _ in range(2):
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.n_tokens == 18
+    assert len(trace.routing()) == 36
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "gate.weight" in n)
+
+
+def test_dispatch_has_the_gradients_of_stock(tmp_path: Path) -> None:
+    inputs = token_batch(LENGTHS)
+    gradients = []
+    for capture in ("tap", "dispatch"):
+        model = build("qwen3_moe").train()
+        model.set_experts_implementation("grouped_mm")
+        with moe_inspect.record(model, tmp_path / capture, capture=capture):
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(expected + 1, expected)
+
+
+def test_inference_mode_may_begin_and_end(model: Any, tmp_path: Path) -> None:
+    with moe_inspect.record(model, tmp_path / "t"):
+        with torch.inference_mode():
+            model(**token_batch([5]))
+        with torch.no_grad():
+            model(**token_batch([3]))
+        model(**token_batch([50]))  # and a larger one needs a new page
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 58
+
+
+def test_only_some_layers(model: Any, tmp_path: Path) -> None:
+    with moe_inspect.record(model, tmp_path / "t", layers=[1], weights=False), torch.no_grad():
+        model(**token_batch(LENGTHS))
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert [r.layer for r in trace.routers] == [1]
+    assert "weight_0" not in trace.routing()
+    with pytest.raises(MoeInspectError, match="no router in layer 7: the MoE layers are 0, 1"):
+        moe_inspect.record(model, tmp_path / "u", layers=[0, 7])
+
+
+def test_counts_equal_the_decisions_counted(model: Any, tmp_path: Path) -> None:
+    batches = [token_batch(LENGTHS, seed) for seed in range(5)]
+    for name, options in (("full", {}), ("counts", {"counts_only": True})):
+        with moe_inspect.record(model, tmp_path / name, domains=["x", "y", "x"], **options), torch.no_grad():
+            for batch in batches:
+                model(**batch)
+    full, counts = (moe_inspect.open_trace(tmp_path / name) for name in ("full", "counts"))
+    assert counts.n_tokens == full.n_tokens
+    assert counts.documents().equals(full.documents())
+    rows = full.routing().merge(full.tokens(), on="token")
+    got = counts.counts().set_index(["router", "domain", "expert"])
+    for (router, domain), part in rows.groupby(["router", "domain"], observed=True):
+        load = np.bincount(part[["expert_0", "expert_1"]].to_numpy().ravel(), minlength=8)
+        first = np.bincount(part["expert_0"], minlength=8)
+        assert (got.loc[(router, domain), "assignments"] == load).all()
+        assert (got.loc[(router, domain), "first_choice"] == first).all()
+        weights = [part.loc[part[f"expert_{j}"] == e, f"weight_{j}"].sum() for e in range(8) for j in range(2)]
+        np.testing.assert_allclose(got.loc[(router, domain), "weight_sum"], np.reshape(weights, (8, 2)).sum(1), rtol=2e-3)
+
+
+def test_sampled_counts_without_a_trace(model: Any) -> None:
+    batches = [token_batch([8], seed) for seed in range(6)]
+    tables = []
+    for every, fed in ((1, batches[::3]), (3, batches)):
+        with moe_inspect.record(model, counts_only=True, every=every) as recorder, torch.no_grad():
+            for batch in fed:
+                model(**batch)
+            tables.append(recorder.balance())
+    assert tables[0].equals(tables[1])
+    assert tables[0]["tokens"].tolist() == [16, 16]
+    assert tables[0]["assignments"].tolist() == [32, 32]
+
+
+def test_a_router_that_saw_too_little_is_an_error(model: Any, tmp_path: Path) -> None:
+    experts = model.model.layers[1].mlp.experts
+    stock = experts.forward
+    with moe_inspect.record(model, tmp_path / "t") as recorder, torch.no_grad():
+        model(**token_batch([4]))
+        block = model.model.layers[1].mlp
+        kept, block.forward = block.forward, lambda hidden: hidden  # as a fused block that never calls its experts
+        try:
+            with pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4"):
+                model(**token_batch([4]))
+        finally:
+            block.forward = kept
+        assert recorder.tokens == 4
+    assert experts.forward == stock
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    dense = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=10))
+    with pytest.raises(MoeInspectError, match="LlamaForCausalLM is a dense model: it has no router"):
+        moe_inspect.record(dense, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_what_is_there_is_not_overwritten(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/thesis.tex").write_text("years")
+    with pytest.raises(MoeInspectError, match="there is something at"):
+        moe_inspect.record(model, tmp_path / "t")
+    with pytest.raises(MoeInspectError, match=r"is not a trace \(it holds thesis.tex\): not overwritten"):
+        moe_inspect.record(model, tmp_path / "t", overwrite=True)
+    assert (tmp_path / "t/thesis.tex").read_text() == "years"
+    with pytest.raises(MoeInspectError, match="cannot write"):
+        moe_inspect.record(model, tmp_path / "t/thesis.tex/below")
+
+
+def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
+    for options, says in (
+        ({"capture": "spy"}, "no capture 'spy'"),
+        ({"every": 2}, "give counts_only=True"),
+        ({"counts_only": True, "logits": True}, "keeps no logits"),
+    ):
+        with pytest.raises(MoeInspectError, match=says):
+            moe_inspect.record(model, tmp_path / "t", **options)
+    with pytest.raises(MoeInspectError, match="needs a path"):
+        moe_inspect.record(model)

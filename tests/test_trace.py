@@ -1,0 +1,258 @@
+"""The trace format: what is written is what is read, by every reader, whatever the shards; damage is one clear line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import schema
+from moe_inspect.trace.reader import open_trace
+from moe_inspect.trace.schema import Router, parse_ranges
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
+
+
+def a_batch(rng: np.random.Generator, number: int, T: int, routers: list[Router], nowhere: bool = False) -> RoutedBatch:
+    ids, weights = [], []
+    for r in routers:
+        kind = np.uint8 if r.experts < 256 else np.uint16
+        chosen = rng.integers(0, r.experts, (T, r.top_k)).astype(kind)
+        if nowhere:
+            chosen[rng.random(chosen.shape) < 0.3] = np.iinfo(kind).max
+        ids.append(chosen)
+        weights.append(rng.random((T, r.top_k)).astype(np.float16))
+    row = np.arange(T, dtype=np.int32)
+    documents = [Document(number, f"d{number % 3}", "made", T)]
+    code = np.full(T, number % 3, np.int32)
+    return RoutedBatch(
+        number, row % 50, np.full(T, number, np.int32), row * 0 + number, row, code, ["d0", "d1", "d2"], ids, weights, None, documents
+    )
+
+
+def written(root: Path, batches: list[RoutedBatch], routers: list[Router], **options: Any) -> None:
+    with TraceWriter(root, {"model": {"id": "made"}}, routers, **options) as writer:
+        for batch in batches:
+            writer.write(batch)
+
+
+ROUTERS = [Router(1, "a", "layers.1.a", 8, 2), Router(1, "b", "layers.1.b", 60, 4), Router(3, "a", "layers.3.a", 8, 2)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    st.sampled_from([1, 30, 65_536]),
+    st.booleans(),
+    st.sampled_from([8, 255, 256, 257, 512]),
+)
+def test_rows_come_back_whatever_the_shards(
+    tmp_path_factory: Any, sizes: list[int], shard_tokens: int, nowhere: bool, experts: int
+) -> None:
+    root = tmp_path_factory.mktemp("trace")
+    routers = [*ROUTERS, Router(5, "a", "layers.5.a", experts, 3)]
+    rng = np.random.default_rng(len(sizes))
+    batches = [a_batch(rng, n, T, routers, nowhere) for n, T in enumerate(sizes)]
+    written(root, batches, routers, shard_tokens=shard_tokens)
+    trace = open_trace(root)
+    assert trace.n_tokens == sum(sizes) == trace.manifest["counts"]["tokens"]
+    assert trace.manifest["counts"]["decisions"] == sum(sizes) * 4
+    tokens = trace.tokens()
+    assert (tokens["token"] == range(sum(sizes))).all()
+    assert (tokens["domain"] == [f"d{n % 3}" for n, T in enumerate(sizes) for _ in range(T)]).all()
+    for r, router in enumerate(routers):
+        table = trace.routing(router=r)
+        expected = np.concatenate([b.ids[r] for b in batches]).astype(float)
+        expected[expected == np.iinfo(batches[0].ids[r].dtype).max] = np.nan
+        got = table[[f"expert_{j}" for j in range(router.top_k)]].to_numpy(float)
+        assert np.array_equal(got, expected, equal_nan=True)
+        weights = np.concatenate([b.weights[r] for b in batches if b.weights]).astype(np.float32)
+        got_weights = table[[f"weight_{j}" for j in range(router.top_k)]].to_numpy(np.float32)
+        assert np.array_equal(got_weights, np.where(np.isnan(expected), np.nan, weights), equal_nan=True)
+        assert set(table["layer"]) <= {router.layer}
+        unused = [c for c in table if c.startswith("expert_") and int(c[7:]) >= router.top_k]
+        assert table[unused].isna().all().all()
+        ids = np.concatenate([s.ids(r) for s in trace.shards]) if sizes else np.empty((0, router.top_k))
+        assert np.array_equal(ids, np.nan_to_num(expected, nan=-1))
+
+
+def test_columns_and_encodings(tmp_path: Path) -> None:
+    written(tmp_path / "t", [a_batch(np.random.default_rng(0), 0, 500, ROUTERS)], ROUTERS)
+    file = pq.ParquetFile(tmp_path / "t/routing/part-0-0.parquet")
+    names = ["token", "layer", "router", *(f"expert_{j}" for j in range(4)), *(f"weight_{j}" for j in range(4))]
+    assert file.schema_arrow.names == names
+    assert file.schema_arrow.field("expert_0").type == pa.uint8()
+    assert file.schema_arrow.field("weight_0").type == pa.float32()
+    assert file.metadata.num_row_groups == len(ROUTERS)
+    group = file.metadata.row_group(0)
+    encodings = {group.column(i).path_in_schema: set(group.column(i).encodings) for i in range(group.num_columns)}
+    assert "DELTA_BINARY_PACKED" in encodings["token"]
+    assert "BYTE_STREAM_SPLIT" in encodings["weight_0"]
+    assert "RLE_DICTIONARY" in encodings["expert_0"]
+    assert group.column(0).compression == "ZSTD"
+    wide = [Router(0, "a", "layers.0.a", 257, 2)]
+    written(tmp_path / "wide", [a_batch(np.random.default_rng(0), 0, 5, wide)], wide, weights=False)
+    names = pq.read_schema(tmp_path / "wide/routing/part-0-0.parquet")
+    assert names.field("expert_0").type == pa.uint16()
+    assert not any(n.startswith("weight") for n in names.names)
+
+
+def test_manifest_counts_and_lines_agree(tmp_path: Path) -> None:
+    import hashlib
+
+    rng = np.random.default_rng(1)
+    written(tmp_path, [a_batch(rng, n, 20, ROUTERS) for n in range(5)], ROUTERS, shard_tokens=40)
+    lines = [json.loads(line) for line in (tmp_path / "shards-0.jsonl").read_text().splitlines()]
+    assert [line["table"] for line in lines[:3]] == ["documents", "tokens", "routing"]
+    for line in lines:
+        data = (tmp_path / line["path"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == line["sha256"]
+        assert pq.read_metadata(tmp_path / line["path"]).num_rows == line["rows"]
+    assert sum(line["rows"] for line in lines if line["table"] == "routing") == 5 * 20 * 3
+    assert json.loads((tmp_path / "trace.json").read_text())["status"] == "complete"
+
+
+def test_uncommitted_files_are_ignored_and_resume_deletes_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    written(tmp_path, [a_batch(rng, n, 20, ROUTERS) for n in range(5)], ROUTERS, shard_tokens=40)
+    lines = (tmp_path / "shards-0.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 9
+    # the last shard's lines are torn: its files are there, but nothing says they are whole
+    (tmp_path / "shards-0.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    trace = open_trace(tmp_path)
+    assert trace.n_tokens == 80
+    assert len(trace.routing(router=0)) == 80
+    point = resume_point(tmp_path)
+    assert (point.next_token, point.next_batch, point.shards) == (80, 4, 2)
+    assert sorted(p.name for p in (tmp_path / "routing").iterdir()) == ["part-0-0.parquet", "part-0-1.parquet"]
+    with TraceWriter(tmp_path, {}, ROUTERS, resume=point, shard_tokens=40) as writer:
+        writer.write(a_batch(rng, 4, 20, ROUTERS))
+    assert open_trace(tmp_path).n_tokens == 100
+    assert (open_trace(tmp_path).tokens()["token"] == range(100)).all()
+
+
+def test_a_slow_model_commits_by_time(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for seconds, shards in ((0.0, 3), (60.0, 1)):
+        root = tmp_path / str(seconds)
+        written(root, [a_batch(rng, n, 5, ROUTERS) for n in range(3)], ROUTERS, shard_seconds=seconds)
+        assert len(list(open_trace(root).shards)) == shards
+
+
+def test_an_exception_leaves_a_readable_interrupted_trace(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    with pytest.raises(KeyboardInterrupt), TraceWriter(tmp_path, {}, ROUTERS) as writer:
+        writer.write(a_batch(rng, 0, 20, ROUTERS))
+        raise KeyboardInterrupt
+    trace = open_trace(tmp_path)
+    assert trace.status == "interrupted"
+    assert trace.n_tokens == 20
+
+
+def test_a_full_disk_is_one_clear_line_and_what_was_committed_is_safe(tmp_path: Path) -> None:
+    """The process may not write files beyond a size: every write past it fails, as on a full disk."""
+    program = f"""
+import numpy as np, resource, sys
+from pathlib import Path
+from tests.test_trace import ROUTERS, a_batch
+from moe_inspect.trace.writer import TraceWriter
+from moe_inspect.errors import MoeInspectError
+try:
+    with TraceWriter({str(tmp_path / "t")!r}, {{}}, ROUTERS, shard_tokens=2000) as writer:
+        for n in range(60):
+            if n == 20:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            writer.write(a_batch(np.random.default_rng(n), n, 1000, ROUTERS))
+except MoeInspectError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1
+    assert "File too large" in done.stdout
+    assert "--resume" in done.stdout
+    trace = open_trace(tmp_path / "t")
+    assert trace.status == "interrupted"
+    assert 0 < trace.n_tokens < 60_000
+    assert len(trace.routing(router=2)) == trace.n_tokens
+    assert not list((tmp_path / "t").rglob("*.tmp"))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # only the child was limited
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda root: (root / "trace.json").unlink(), "no trace at"),
+        (lambda root: (root / "trace.json").write_text("{"), "damaged trace"),
+        (lambda root: (root / "trace.json").write_text("[]"), "damaged trace"),
+        (lambda root: change(root, format=2), "upgrade moe-inspect"),
+        (lambda root: change(root, status="odd"), "damaged trace"),
+        (lambda root: change(root, routers=[]), "damaged trace"),
+        (lambda root: change(root, routers=[{"layer": 1}]), "damaged trace"),
+        (lambda root: (root / "routing/part-0-0.parquet").unlink(), "is missing"),
+        (lambda root: (root / "routing/part-0-0.parquet").write_bytes(b"PAR1 no more"), "damaged trace"),
+        (lambda root: (root / "shards-0.jsonl").write_text("?\n" + (root / "shards-0.jsonl").read_text()), "line 1"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Any, says: str) -> None:
+    written(tmp_path, [a_batch(np.random.default_rng(0), 0, 20, ROUTERS)], ROUTERS)
+    open_trace(tmp_path).routing(router=0)  # positive control: it reads before the damage
+    damage(tmp_path)
+    with pytest.raises(MoeInspectError, match=says) as caught:
+        open_trace(tmp_path).routing(router=0)
+    assert "\n" not in str(caught.value)
+
+
+def change(root: Path, **values: Any) -> None:
+    manifest = json.loads((root / "trace.json").read_text())
+    (root / "trace.json").write_text(json.dumps({**manifest, **values}))
+
+
+def test_unknown_layers_are_named(tmp_path: Path) -> None:
+    written(tmp_path, [a_batch(np.random.default_rng(0), 0, 20, ROUTERS)], ROUTERS)
+    assert len(open_trace(tmp_path).routing(layer=1)) == 40
+    with pytest.raises(MoeInspectError, match=r"no layer 2 .* layers 1,3"):
+        open_trace(tmp_path).routing(layer=2)
+
+
+def test_ranges() -> None:
+    assert parse_ranges("0-3,7") == [0, 1, 2, 3, 7]
+    for bad in ("", "3-1", "a", "1,,2", "-1"):
+        with pytest.raises(MoeInspectError, match="write them like"):
+            parse_ranges(bad)
+
+
+def test_pandas_polars_and_duckdb_read_the_same_rows(tmp_path: Path) -> None:
+    import duckdb
+    import polars as pl
+
+    rng = np.random.default_rng(4)
+    written(tmp_path, [a_batch(rng, n, 300, ROUTERS, nowhere=True) for n in range(4)], ROUTERS, shard_tokens=600)
+    for table in ("routing", "tokens", "documents"):
+        files = str(tmp_path / table / "*.parquet")
+        keys = ["router", "token"] if table == "routing" else ["token"] if table == "tokens" else ["document"]
+        by_pandas = pd.read_parquet(tmp_path / table).sort_values(keys).reset_index(drop=True)
+        by_polars = pl.read_parquet(files).sort(keys)
+        by_duckdb = duckdb.sql(f"select * from read_parquet('{files}') order by {', '.join(keys)}")
+        assert list(by_pandas) == by_polars.columns == by_duckdb.columns
+        for name in by_pandas:
+            expected = by_pandas[name].astype(object).where(by_pandas[name].notna(), None).tolist()
+            assert by_polars[name].to_list() == expected
+            assert [row[0] for row in by_duckdb.select(name).fetchall()] == expected
+    assert by_polars.equals(by_polars)
+    assert not by_polars.equals(by_polars.reverse())
+
+
+def test_the_schema_is_the_contract() -> None:
+    assert schema.TOKENS.names == ["token", "token_id", "document", "sequence", "position", "domain", "phase", "batch"]
+    assert schema.DOCUMENTS.names == ["document", "domain", "source", "tokens"]
