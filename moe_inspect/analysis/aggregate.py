@@ -37,7 +37,7 @@ class Counts:
     """What one shard, or any number of them together, comes to.
 
     A unit is (domain, cluster of documents); rows of `assignments_UE` follow `units`, rows of `first_choice_DE` follow
-    `domains`, both in order of appearance. `batches[T]` holds, for the batches of T tokens, how many there were and the
+    `domains`, both sorted once anything has been added, so that the order of shards shows nowhere. `batches[T]` holds, for the batches of T tokens, how many there were and the
     sum over them of each router's max_vio. `token_ids_V[i]` counts the occurrences of token id i."""
 
     routers: list[Router]
@@ -58,18 +58,19 @@ class Counts:
             self.of.setdefault(r, RouterCounts(nothing.astype(np.int64), nothing.astype(np.int64), nothing))
 
     def add(self, other: Counts) -> Counts:
-        """Adds `other` in place. Addition is associative and commutative but for the order of domains and units."""
-        domain_rows, self.domains = _aligned(self.domains, other.domains)
-        unit_rows, self.units = _aligned(self.units, other.units)
-        self.tokens_U = _added(self.tokens_U, other.tokens_U, unit_rows, len(self.units))
+        """Adds `other` in place. Addition is associative and commutative."""
+        domains, units = sorted({*self.domains, *other.domains}), sorted({*self.units, *other.units})
+        domain_rows, unit_rows = _rows(self.domains, other.domains, domains), _rows(self.units, other.units, units)
+        self.domains, self.units = domains, units
+        self.tokens_U = _added(self.tokens_U, other.tokens_U, unit_rows)
         for r, mine in self.of.items():
             theirs = other.of[r]
-            mine.assignments_UE = _added(mine.assignments_UE, theirs.assignments_UE, unit_rows, len(self.units))
-            mine.first_choice_DE = _added(mine.first_choice_DE, theirs.first_choice_DE, domain_rows, len(self.domains))
+            mine.assignments_UE = _added(mine.assignments_UE, theirs.assignments_UE, unit_rows)
+            mine.first_choice_DE = _added(mine.first_choice_DE, theirs.first_choice_DE, domain_rows)
             if mine.weight_sum_DE is None or theirs.weight_sum_DE is None:
                 mine.weight_sum_DE = None
             else:
-                mine.weight_sum_DE = _added(mine.weight_sum_DE, theirs.weight_sum_DE, domain_rows, len(self.domains))
+                mine.weight_sum_DE = _added(mine.weight_sum_DE, theirs.weight_sum_DE, domain_rows)
             mine.null_slots += theirs.null_slots
         for size, (n, max_vio_L) in other.batches.items():
             before, sum_L = self.batches.get(size, (0, 0.0))
@@ -86,13 +87,8 @@ class Counts:
         return int(self.tokens_U.sum())
 
     @property
-    def domain_order(self) -> list[str]:
-        """The domains, sorted: the row order of every [D, …] array below."""
-        return sorted(self.domains)
-
-    @property
     def domain_of_unit_U(self) -> np.ndarray:
-        code = {domain: d for d, domain in enumerate(self.domain_order)}
+        code = {domain: d for d, domain in enumerate(self.domains)}
         return np.array([code[domain] for domain, _ in self.units], np.int64)
 
     @property
@@ -289,17 +285,18 @@ def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     return array.indices.to_numpy(), array.dictionary.to_pylist()
 
 
-def _aligned(mine: list[Any], theirs: list[Any]) -> tuple[np.ndarray, list[Any]]:
-    """Where the rows of `theirs` go in `mine`, and `mine` with the new ones at its end."""
-    row_of = {label: row for row, label in enumerate(mine)}
-    for label in theirs:
-        row_of.setdefault(label, len(row_of))
-    return np.array([row_of[label] for label in theirs], np.int64), list(row_of)
+def _rows(mine: list[Any], theirs: list[Any], both: list[Any]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Where the rows of `mine` and of `theirs` go among `both`, and how many those are."""
+    row_of = {label: row for row, label in enumerate(both)}
+    return np.array([row_of[label] for label in mine], np.int64), np.array([row_of[label] for label in theirs], np.int64), len(both)
 
 
-def _added(mine: np.ndarray, theirs: np.ndarray, rows: np.ndarray, length: int) -> np.ndarray:
-    mine = _padded(mine, length)
-    mine[rows] += theirs
+def _added(mine: np.ndarray, theirs: np.ndarray, rows: tuple[np.ndarray, np.ndarray, int]) -> np.ndarray:
+    my_rows, their_rows, length = rows
+    if len(mine) != length:
+        mine, before = np.zeros((length, *mine.shape[1:]), mine.dtype), mine
+        mine[my_rows] = before
+    mine[their_rows] += theirs
     return mine
 
 

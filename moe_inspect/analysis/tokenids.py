@@ -130,7 +130,7 @@ def _count_shard(shard, selection: Selection, counts: Counts, group: list[TokenT
     pair_row_T = None
     if (pair_ids := group[0].pair_ids) is not None:
         clusters = group[0].clusters
-        code = {domain: d for d, domain in enumerate(counts.domain_order)}
+        code = {domain: d for d, domain in enumerate(counts.domains)}
         domain_T = np.array([code.get(domain, 0) for domain in chosen.domains])[chosen.domain_T]
         kept_T = pair_ids.rows(chosen.token_id_T)
         unit_T = domain_T * clusters + chosen.document_T % clusters

@@ -89,7 +89,7 @@ def balance(report: Report) -> Figure | None:
         return None
     x, vio = np.arange(len(table)), table["max_vio"].to_numpy()
     figure, axes = plt.subplots(figsize=(float(np.clip(0.28 * len(table), 6, 15)), 4), layout="constrained")
-    floor = np.array([chance(row) for _, row in table.iterrows()])
+    floor = np.array([chance(row) for row in table.to_dict("records")])
     axes.fill_between(
         np.r_[-0.5, x, len(x) - 0.5], 1, 1 + np.r_[floor[0], floor, floor[-1]], color="0.85", label="what chance alone gives", lw=0
     )
@@ -137,7 +137,7 @@ def domains(report: Report) -> Figure | None:
         E = counts.routers[r].experts
         image = _ratios(axes, table.loc[table["router"] == r, "lift"].to_numpy().reshape(D, E))
         axes.set_title(f"layer {_label(report, r)}", fontsize=9, loc="left")
-        axes.set_yticks(range(D), [d if len(d) <= 18 else d[:17] + "…" for d in counts.domain_order], fontsize=8)
+        axes.set_yticks(range(D), [d if len(d) <= 18 else d[:17] + "…" for d in counts.domains], fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes.tick_params(axis="x", labelsize=8)
     for axes in grid.flat[len(chosen) :]:

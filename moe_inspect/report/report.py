@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,7 +115,7 @@ class Report:
         facts += [
             ("tokens", counts.tokens),
             ("documents", counts.documents),
-            *((f"tokens_in_{domain}", int(n)) for domain, n in zip(counts.domain_order, counts.tokens_D, strict=True)),
+            *((f"tokens_in_{domain}", int(n)) for domain, n in zip(counts.domains, counts.tokens_D, strict=True)),
             ("decisions", counts.tokens * len(routers)),
             ("assignments", sum(int(counts.load_E(r).sum()) for r in routers)),
             ("null_slots", sum(counts.of[r].null_slots for r in routers)),
@@ -128,11 +127,9 @@ class Report:
         return [(key, "unknown" if value is None else str(value)) for key, value in facts]
 
     def _worst(self) -> list[tuple[str, object]]:
-        balance: Any = self.tables["balance"]
-        facts: list[tuple[str, object]] = [("dead_experts", int(balance["dead_experts"].fillna(0).sum()))]
-        if balance["max_vio"].notna().any():
-            worst = balance.loc[balance["max_vio"].idxmax()]
-            facts += [("worst_layer", int(worst["layer"])), ("worst_router", int(worst["router"]))]
+        facts: list[tuple[str, object]] = [("dead_experts", sum(int(row["dead_experts"]) for row in verdict.routers(self)))]
+        if worst := verdict.worst_router(self):
+            facts += [("worst_layer", worst["layer"]), ("worst_router", worst["router"])]
             facts += [("worst_max_over_mean", f"{worst['max_over_mean']:.6g}"), ("worst_noise_floor", f"{worst['noise_floor']:.6g}")]
         pooled = self.pooled_max_over_mean()
         return facts + ([("pooled_max_over_mean", f"{pooled:.6g}")] if pooled is not None else [])

@@ -110,7 +110,7 @@ def domains(report: Report) -> pd.DataFrame:
         activation_DE = assignments_DE / tokens_D[:, None]
         mean_E = activation_DE.mean(0)
         columns = {
-            "domain": np.repeat(np.array(counts.domain_order, object), E),
+            "domain": np.repeat(np.array(counts.domains, object), E),
             "expert": np.tile(np.arange(E), D),
             "tokens": np.repeat(tokens_D, E),
             "assignments": assignments_DE.reshape(-1),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROWS = 10  # of a table in the report; --table has them all
 MOST_ROWS = 2_000  # of --format table: Rich is slow, and nobody reads more
-FILE_WIDTH = 10_000  # in a file no line is broken
+FILE_WIDTH = 10_000
 FILE_CELLS = 128  # characters of a heatmap row in a file
 
 # upper end of the load ratio → character, with Unicode and without; 0 is a dead expert
@@ -81,12 +81,16 @@ CUTS: dict[str, tuple[list[str], str]] = {
 }
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # Rich would exit with 1; the command knows better
+
+
 def console_for(file: TextIO) -> Console:
-    """Text as it is: tokens hold brackets and colons that must not become markup."""
-    console = Console(file=file, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(file=file, markup=False, highlight=False, emoji=False, width=FILE_WIDTH, color_system=None)
-    return console
+    """Text as it is: tokens hold brackets and colons that must not become markup. No line of a file is broken."""
+    plain = {"file": file, "markup": False, "highlight": False, "emoji": False}
+    console = _Console(**plain)
+    return console if console.is_terminal else _Console(**plain, width=FILE_WIDTH, color_system=None)
 
 
 def print_report(report: Report, file: TextIO) -> None:
@@ -116,7 +120,7 @@ def print_table(frame: Any, file: TextIO) -> int:
 def print_frame(frame: Any, console: Console, title: str | None = None) -> None:
     """A DataFrame; one too wide for the terminal comes in several parts, each with layer and router in front."""
     cells = {name: [_said(v) for v in frame[name]] for name in frame.columns}
-    width_of = {name: max([len(name), *(Text(c).cell_len for c in column)]) + 2 for name, column in cells.items()}
+    width_of = {name: max([len(name), *(Text(c).cell_len for c in column)]) + 3 for name, column in cells.items()}
     lead = [name for name in ("layer", "router") if name in cells]
     parts: list[list[str]] = [list(lead)]
     for name in cells:
@@ -193,7 +197,7 @@ def print_heatmap(report: Report, console: Console) -> None:
             line.append("no load")
         elif numbers:
             for ratio in ratios[r]:
-                line.append(f"{ratio:>5.2f}" if ratio < 99.5 else f"{ratio:>5.0f}", style=_style(ratio))
+                line.append(f"{ratio:>5.2f}" if ratio < 99.5 else f"{ratio:>5.0f}", style=_style(ratio, "on "))
         else:
             for ratio in _extremes(ratios[r], together):
                 line.append(_character(ratio, unicode), style=_style(ratio))
@@ -241,10 +245,10 @@ def _character(ratio: float, unicode: bool) -> str:
     raise AssertionError(ratio)
 
 
-def _style(ratio: float) -> str:
-    """Blue under the mean, red above it, nothing near it."""
+def _style(ratio: float, on: str = "") -> str:
+    """Blue under the mean, red above it, nothing near it; of the character, or of the ground it is "on "."""
     far = min(abs(math.log2(max(ratio, 1e-3))) / 1.5, 1.0)
     if far < 0.15:
         return ""
-    fade = round(225 - 145 * far)
-    return f"black on rgb(255,{fade},{fade})" if ratio > 1 else f"black on rgb({fade},{fade},255)"
+    fade, ink = round(215 - 145 * far), "black " if on else ""
+    return f"{ink}{on}rgb(255,{fade},{fade})" if ratio > 1 else f"{ink}{on}rgb({fade},{fade},255)"

@@ -47,6 +47,15 @@ def _frames(report: Report) -> Any:
     return report.tables
 
 
+def routers(report: Report) -> list[dict[str, Any]]:
+    """The rows of `balance` that have load."""
+    return _frames(report)["balance"].dropna(subset=["max_vio"]).to_dict("records")
+
+
+def worst_router(report: Report) -> dict[str, Any] | None:
+    return max(routers(report), key=lambda row: row["max_vio"], default=None)
+
+
 def above_chance(row: Any) -> bool:
     """Whether a router's max_vio is more than chance gives: the low end of its interval beyond the noise floor, which
     tokens that come in documents raise by √ design effect. Without an interval, twice the floor."""
@@ -64,11 +73,10 @@ def chance(row: Any) -> float:
 
 
 def _balance(report: Report) -> str:
-    balance = _frames(report)["balance"].dropna(subset=["max_vio"])
-    if balance.empty:
+    row, balance = worst_router(report), routers(report)
+    if row is None:
         return "No router made a single assignment: there is no load to judge."
-    row = balance.loc[balance["max_vio"].idxmax()]
-    uneven = sum(above_chance(r) and r["max_vio"] >= UNEVEN for _, r in balance.iterrows())
+    uneven = sum(above_chance(r) and r["max_vio"] >= UNEVEN for r in balance)
     busiest = f"expert {int(row['busiest_expert'])} gets {row['max_over_mean']:.2f}x the mean load"
     low, high = 1 + row["max_vio_low"], 1 + row["max_vio_high"]
     sure = "" if math.isnan(low) else f"95% interval {low:.2f}-{high:.2f}x; "
@@ -91,18 +99,18 @@ def _balance(report: Report) -> str:
 
 
 def _dead(report: Report) -> str | None:
-    balance = _frames(report)["balance"]
-    dead = balance[balance["dead_experts"].fillna(0) > 0]
-    if dead.empty:
+    balance = routers(report)
+    dead = [row for row in balance if row["dead_experts"]]
+    if not dead:
         return None
     load = _frames(report)["load"]
     places, likely = [], 0.0
-    for _, row in dead.iterrows():
+    for row in dead:
         ids = load.loc[(load["router"] == row["router"]) & (load["assignments"] == 0), "expert"].tolist()
         places.append(f"{_where(report, row)[0].lower()}{_where(report, row)[1:]}: {_listed(ids)}")
         picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
         likely = max(likely, row["experts"] * (1 - picked) ** row["tokens"])
-    n = int(dead["dead_experts"].sum())
+    n = sum(int(row["dead_experts"]) for row in dead)
     said = f"{n} dead {'expert' if n == 1 else 'experts'} in {len(dead)} of {len(balance)} routers ({_some(places, 4, '; ')})"
     tokens = f"{report.counts.tokens:,} tokens"
     if likely > 0.01:
@@ -114,7 +122,7 @@ def _crowded(report: Report) -> str | None:
     load = _frames(report)["load"]
     over, starved = load[load["load_ratio"] >= OVERLOADED], load[(load["load_ratio"] < STARVED) & (load["assignments"] > 0)]
     parts = []
-    real = {r["router"] for _, r in _frames(report)["balance"].iterrows() if r["max_vio"] == r["max_vio"] and above_chance(r)}
+    real = {row["router"] for row in routers(report) if above_chance(row)}
     over, starved = over[over["router"].isin(real)], starved[starved["router"].isin(real)]
     if len(over):
         parts.append(
@@ -130,10 +138,9 @@ def _crowded(report: Report) -> str | None:
 
 
 def _pooled(report: Report) -> str | None:
-    pooled, balance = report.pooled_max_over_mean(), _frames(report)["balance"]
-    if pooled is None or not balance["max_vio"].notna().any():
+    pooled, row = report.pooled_max_over_mean(), worst_router(report)
+    if pooled is None or row is None:
         return None
-    row = balance.loc[balance["max_vio"].idxmax()]
     if not above_chance(row) or row["max_vio"] < UNEVEN or pooled - 1 > row["max_vio"] / 2:
         return None
     where = _where(report, row)
@@ -147,9 +154,9 @@ def _overloading_domain(report: Report) -> str | None:
     mean = domains.groupby(["router", "domain"])["assignments"].transform("mean")
     rated = domains.assign(ratio=domains["assignments"] / mean.where(mean > 0))
     rows = rated.loc[rated.groupby(["router", "domain"])["ratio"].idxmax().dropna()]
-    balance = _frames(report)["balance"].set_index("router")
+    balance = {row["router"]: row for row in routers(report)}
     for _, row in rows.sort_values("ratio", ascending=False).iterrows():
-        overall = balance.loc[row["router"]]
+        overall = balance[row["router"]]
         T = round(row["tokens"] * overall["assignments"] / (overall["tokens"] * overall["top_k"]))
         floor = noise_floor(T, int(overall["experts"]), int(overall["top_k"])) * chance(overall) / max(overall["noise_floor"], 1e-9)
         if row["ratio"] - 1 >= UNEVEN and row["ratio"] - 1 > 2 * floor and row["ratio"] - 1 > 1.5 * overall["max_vio"]:

@@ -1,0 +1,293 @@
+"""The pass: every assignment counted once, whatever the shards, and what cannot be counted refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_inspect.analysis import tokenids
+from moe_inspect.analysis.aggregate import CLUSTERS, Counts, count, count_shard, merge
+from moe_inspect.analysis.select import parse_layers, select
+from moe_inspect.analysis.uncertainty import noise_floor
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.report import report
+from moe_inspect.trace.schema import Router
+from tests.synthetic import uniform_ids, write_counts, write_trace
+
+NOWHERE = np.iinfo(np.uint16).max
+T, E, K = 3_000, 8, 2
+
+
+def arguments(seed: int = 0, L: int = 2, null: float = 0.0) -> dict:
+    rng = np.random.default_rng(seed)
+    ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
+    for ids_TK in ids:
+        ids_TK[rng.random(ids_TK.shape) < null] = NOWHERE
+    return {
+        "ids": ids,
+        "experts": E,
+        "document": np.arange(T) // 75,
+        "domain_of_document": [("code", "law", "prose")[d % 3] for d in range(40)],
+        "token_id": rng.integers(0, 90, T),
+        "weights": [rng.random((T, K)).astype(np.float32) for _ in range(L)],
+        "batch_tokens": 250,
+        "shard_tokens": 1_000,
+    }
+
+
+def sorted_counts(counts: Counts) -> dict:
+    """Everything in a Counts in an order of its own."""
+    units = sorted(range(len(counts.units)), key=lambda u: counts.units[u])
+    domains = sorted(range(len(counts.domains)), key=lambda d: counts.domains[d])
+    return {
+        "units": [counts.units[u] for u in units],
+        "tokens": counts.tokens_U[units].tolist(),
+        "assignments": {r: c.assignments_UE[units].tolist() for r, c in counts.of.items()},
+        "first": {r: c.first_choice_DE[domains].tolist() for r, c in counts.of.items()},
+        "weights": {r: None if c.weight_sum_DE is None else c.weight_sum_DE[domains].round(6).tolist() for r, c in counts.of.items()},
+        "null": {r: c.null_slots for r, c in counts.of.items()},
+        "batches": {size: (n, np.round(vio, 9).tolist()) for size, (n, vio) in sorted(counts.batches.items())},
+        "token_ids": counts.token_ids_V.tolist(),
+        "documents": counts.documents,
+    }
+
+
+def test_counts_are_those_of_counting_by_hand(tmp_path: Path):
+    given_ = arguments(null=0.1)
+    trace = write_trace(tmp_path / "t", **given_)
+    counts = count(trace, select(trace))
+    domain_T = np.array(given_["domain_of_document"])[given_["document"]]
+    for r, ids_TK in enumerate(given_["ids"]):
+        there = ids_TK != NOWHERE
+        assert counts.load_E(r).tolist() == np.bincount(ids_TK[there], minlength=E).tolist()
+        assert counts.of[r].null_slots == (~there).sum()
+        assert counts.load_E(r).sum() == T * K - (~there).sum()
+        for d, domain in enumerate(counts.domains):
+            mine = (domain_T == domain)[:, None] & there
+            assert counts.assignments_DE(r)[d].tolist() == np.bincount(ids_TK[mine], minlength=E).tolist()
+        first = ids_TK[:, 0][there[:, 0]]
+        assert counts.first_choice_E(r).tolist() == np.bincount(first, minlength=E).tolist()
+        # the writer keeps weights to fp16 precision
+        sums_E = np.bincount(ids_TK[there], given_["weights"][r][there], E)
+        np.testing.assert_allclose(counts.weight_sum_E(r), sums_E, rtol=1e-3)
+    assert counts.tokens_D.tolist() == [int((domain_T == d).sum()) for d in counts.domains]
+    assert counts.token_ids_V.tolist() == np.bincount(given_["token_id"]).tolist()
+    assert counts.documents == 40
+
+
+def test_dead_experts_count_although_no_id_speaks_of_them(tmp_path: Path):
+    trace = write_trace(tmp_path / "t", [np.array([[0, 1]] * 50, np.uint16)], 16)
+    balance = report(trace).tables["balance"].iloc[0]
+    assert balance["experts"] == 16
+    assert balance["dead_experts"] == 14
+    assert balance["max_over_mean"] == 8
+
+
+def test_a_router_with_fewer_experts_and_slots_than_the_widest(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    ids = [uniform_ids(rng, 400, 16, 4), uniform_ids(rng, 400, 4, 1)]
+    trace = write_trace(tmp_path / "t", ids, [16, 4], layers=[3, 3])
+    balance = report(trace).tables["balance"]
+    assert balance["assignments"].tolist() == [1_600, 400]
+    assert balance["layer"].tolist() == [3, 3]
+    assert balance["router"].tolist() == [0, 1]
+    assert len(report(trace).tables["load"]) == 20
+
+
+@given(st.integers(250, 3_000), st.permutations(range(12)))
+@settings(max_examples=6, deadline=None)
+def test_shards_and_their_order_change_nothing(tmp_path_factory: pytest.TempPathFactory, shard_tokens: int, order: list[int]):
+    root = tmp_path_factory.mktemp("traces")
+    given_ = arguments(null=0.05)
+    whole = write_trace(root / "whole", **given_ | {"shard_tokens": T})
+    split = write_trace(root / "split", **given_ | {"shard_tokens": shard_tokens, "batch_order": order})
+    assert sorted_counts(count(whole, select(whole))) == sorted_counts(count(split, select(split)))
+    a, b = report(whole).tables, report(split).tables
+    for name in ("load", "domains", "balance", "vocabulary"):
+        pd.testing.assert_frame_equal(a[name], b[name], check_exact=False, rtol=1e-6)
+    known = [c for c in a["specialization"].columns if not c.endswith(("token_null_bits", "token_mi_null_bits", "specialization_null"))]
+    pd.testing.assert_frame_equal(a["specialization"][known], b["specialization"][known], check_exact=False, rtol=0.3)
+
+
+def test_merging_is_associative_and_leaves_the_parts_alone(tmp_path: Path):
+    trace = write_trace(tmp_path / "t", **arguments(null=0.05))
+    a, b, c = (count_shard(shard, select(trace)) for shard in trace.shards)
+    before = sorted_counts(a)
+    left, right, turned = merge([merge([a, b]), c]), merge([a, merge([b, c])]), merge([c, a, b])
+    assert sorted_counts(left) == sorted_counts(right) == sorted_counts(turned) == sorted_counts(count(trace, select(trace)))
+    assert sorted_counts(a) == before
+    assert sorted_counts(merge([a, b])) != sorted_counts(left)  # positive control
+
+
+def test_renumbering_experts_renumbers_the_load_and_nothing_else(tmp_path: Path):
+    given_ = arguments()
+    order = np.random.default_rng(1).permutation(E)
+    plain = report(write_trace(tmp_path / "a", **given_)).tables
+    turned = report(write_trace(tmp_path / "b", **given_ | {"ids": [order[i].astype(np.uint16) for i in given_["ids"]]})).tables
+    metrics = plain["balance"].drop(columns=["busiest_expert"])
+    pd.testing.assert_frame_equal(metrics, turned["balance"].drop(columns=["busiest_expert"]))
+    pd.testing.assert_frame_equal(plain["specialization"], turned["specialization"])
+    load = turned["load"].pivot(index="router", columns="expert", values="assignments").to_numpy()
+    assert (load[:, order] == plain["load"].pivot(index="router", columns="expert", values="assignments").to_numpy()).all()
+
+
+def test_selecting_domains_layers_and_phase(tmp_path: Path):
+    given_ = arguments(L=3)
+    trace = write_trace(tmp_path / "t", **given_, phases=("prefill", "decode"), layers=[1, 4, 9])
+    domain_T = np.array(given_["domain_of_document"])[given_["document"]]
+    decode_T = (np.arange(T) // 250) % 2 == 1
+    counts = count(trace, select(trace, "1-4", ["law", "code"], "decode"))
+    keep_T = np.isin(domain_T, ["law", "code"]) & decode_T
+    assert list(counts.of) == [0, 1]
+    assert counts.tokens == keep_T.sum()
+    assert counts.load_E(1).tolist() == np.bincount(given_["ids"][1][keep_T].reshape(-1), minlength=E).tolist()
+    assert counts.domains == ["code", "law"]
+    facts = dict(report(trace, layers=4, domains="law", phase="prefill").facts())
+    assert facts["layers"] == "4"
+    assert facts["domains_selected"] == "law"
+    assert facts["phase_selected"] == "prefill"
+    # the token id tables follow the same selection
+    words = report(trace, domains="law", top=0).tables["vocabulary"]
+    assert words[words["router"] == 0]["count"].sum() == (domain_T == "law").sum() * K
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"layers": "7"}, "it has layers 0-1"),
+        ({"layers": "a-b"}, "is not like 0-3,7"),
+        ({"domains": ["law", "opera"]}, "no domain opera in .*: it has code, law, prose"),
+        ({"phase": "training"}, "prefill and decode"),
+        ({"phase": "decode"}, "no tokens of phase decode"),
+        ({"top": -1}, "top is -1"),
+    ],
+)
+def test_asking_for_what_is_not_there(tmp_path: Path, asked: dict, says: str):
+    trace = write_trace(tmp_path / "t", **arguments())
+    with pytest.raises(MoeInspectError, match=says):
+        report(trace, **asked).tables["balance"]
+
+
+def test_an_empty_trace_says_so(tmp_path: Path):
+    trace = write_trace(tmp_path / "t", [np.zeros((0, 2), np.uint16)], 4, document=np.zeros(1), status="interrupted")
+    with pytest.raises(MoeInspectError, match="nothing is committed"):
+        report(trace).tables["load"]
+
+
+def test_layers_as_written():
+    listed = [Router(layer, "gate", "", 8, 2) for layer in (0, 1, 1, 5)]
+    assert parse_layers("0-1, 5", listed) == [0, 1, 2, 3]
+    assert parse_layers("1", listed) == [1, 2]  # a layer may have several routers
+    assert parse_layers("2-9", listed) == [3]  # a range takes what exists in it
+    assert parse_layers(5, listed) == [3]
+    assert parse_layers([0, 5], listed) == [0, 3]
+    assert parse_layers(None, listed) == [0, 1, 2, 3]
+    assert parse_layers("5,2", listed) == []
+
+
+def test_batches_have_a_floor_of_their_own_and_a_remnant_is_left_out(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    ids = uniform_ids(rng, 4_100, 16, 2)
+    ids[4_000:] = [0, 1]  # a last batch of 100: max_vio 7 in it
+    trace = write_trace(tmp_path / "t", [ids], 16, batch_tokens=400)
+    row = report(trace).tables["balance"].iloc[0]
+    by_hand = [np.bincount(ids[i : i + 400].reshape(-1), minlength=16).max() * 16 / 800 - 1 for i in range(0, 4_000, 400)]
+    assert row["max_vio_batch"] == pytest.approx(np.mean(by_hand))
+    assert row["noise_floor_batch"] == pytest.approx(noise_floor(400, 16, 2), rel=0.05)
+    assert row["max_vio_batch"] == pytest.approx(row["noise_floor_batch"], rel=0.15)
+    ids[:400] = [0, 1]  # positive control: a whole batch is not left out
+    control = report(write_trace(tmp_path / "c", [ids], 16, batch_tokens=400)).tables["balance"].iloc[0]
+    assert control["max_vio_batch"] > row["max_vio_batch"] + 0.5
+
+
+def test_balanced_routing_reads_as_its_noise_floor(tmp_path: Path):
+    rng = np.random.default_rng(5)
+    trace = write_trace(tmp_path / "t", [uniform_ids(rng, T, 64, 8) for _ in range(8)], 64, document=np.arange(T) // 50)
+    table = report(trace).tables["balance"]
+    assert table["max_vio"].mean() == pytest.approx(table["noise_floor"].mean(), rel=0.15)
+    assert (table["max_vio_low"] < table["noise_floor"]).all()
+    assert table["cv"].mean() == pytest.approx(np.sqrt((64 - 8) / (8 * T)), rel=0.1)
+    assert table["design_effect"].mean() == pytest.approx(1, abs=0.15)
+
+
+def test_disjoint_domains_hide_from_the_pooled_load(tmp_path: Path):
+    rng = np.random.default_rng(6)
+    domain_T = (np.arange(T) // 75) % 2
+    ids = (uniform_ids(rng, T, 4, 2) + 4 * domain_T[:, None]).astype(np.uint16)
+    trace = write_trace(tmp_path / "t", [ids], 8, document=np.arange(T) // 75, domain_of_document=["a", "b"])
+    tables = report(trace).tables
+    assert tables["balance"]["max_over_mean"].iloc[0] < 1.1
+    assert tables["specialization"]["domain_mi_bits"].iloc[0] == pytest.approx(1)
+    assert tables["specialization"]["jsd_bits"].iloc[0] == pytest.approx(1)
+    rows = tables["domains"]
+    assert rows.groupby("domain")["assignments"].apply(lambda a: a.max() / a.mean()).min() >= 2
+    assert rows.groupby("domain")["activation"].sum().tolist() == [2, 2]  # sums to k
+    assert rows["lift"].max() == pytest.approx(2)
+
+
+def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
+    loads = [np.array([[40, 20, 20, 0], [20, 20, 20, 20]]), np.full((2, 4), 20)]
+    made = report(write_counts(tmp_path / "t", loads, 2, ["code", "law"]))
+    balance = made.tables["balance"]
+    assert balance["max_over_mean"].tolist() == [60 * 4 / 160, 1]
+    assert balance["tokens"].tolist() == [80, 80]
+    assert balance[["max_vio_low", "max_vio_high", "max_vio_batch", "design_effect"]].isna().all().all()
+    assert made.tables["load"]["assignments"].tolist() == [60, 40, 40, 20, 40, 40, 40, 40]
+    assert made.tables["domains"].groupby(["router", "domain"])["activation"].sum().tolist() == [2] * 4
+    special = made.tables["specialization"]
+    assert special["domain_mi_bits"].iloc[0] > 0
+    assert special["domain_mi_bits"].iloc[1] == pytest.approx(0)
+    assert special[["domain_mi_null_bits", "token_mi_bits", "domain_mi_given_token_bits"]].isna().all().all()
+    assert any("counts only" in note for note in made.notes())
+    assert made.verdict()
+    with pytest.raises(MoeInspectError, match="counts only"):
+        made.tables["vocabulary"]
+    with pytest.raises(MoeInspectError, match="counts only"):
+        report(made.trace, phase="decode")
+    one = report(made.trace, domains="code").tables["balance"]
+    assert one["assignments"].tolist() == [80, 80]
+
+
+def test_counts_only_and_decisions_agree(tmp_path: Path):
+    given_ = arguments()
+    routed = report(write_trace(tmp_path / "a", **given_))
+    loads = [routed.counts.assignments_DE(r) for r in range(2)]
+    counted = report(write_counts(tmp_path / "b", loads, K, routed.counts.domains))
+    columns = ["layer", "router", "domain", "expert", "assignments"]
+    pd.testing.assert_frame_equal(routed.tables["domains"][columns], counted.tables["domains"][columns])
+
+
+def test_damage_is_named(tmp_path: Path):
+    trace = write_trace(tmp_path / "t", **arguments())
+    manifest = json.loads((trace.path / "trace.json").read_text())
+    manifest["routers"][0]["experts"] = 5
+    (trace.path / "trace.json").write_text(json.dumps(manifest))
+    with pytest.raises(MoeInspectError, match="router 0 has 5 experts and an assignment to expert 7"):
+        report(trace.path).tables["load"]
+
+
+def test_memory_does_not_grow_with_documents(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    trace = write_trace(tmp_path / "t", [uniform_ids(rng, T, E, K)], E, document=np.arange(T))
+    counts = count(trace, select(trace))
+    assert counts.documents == T
+    assert len(counts.units) == CLUSTERS
+    assert report(trace).tables["balance"]["design_effect"].iloc[0] == pytest.approx(1, abs=0.3)
+
+
+def test_token_ids_beyond_the_budget_are_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given_ = arguments()
+    trace = write_trace(tmp_path / "t", **given_)
+    whole = report(trace).tables["specialization"]
+    assert not any("most frequent" in note for note in report(trace).notes())
+    monkeypatch.setattr(tokenids, "CELLS", 30 * 3 * 17 * E)
+    made = report(trace)
+    assert any("the 30 most frequent token ids" in note for note in made.notes())
+    assert (made.tables["specialization"]["domain_mi_given_token_bits"] != whole["domain_mi_given_token_bits"]).all()
+    pd.testing.assert_series_equal(made.tables["specialization"]["token_mi_bits"], whole["token_mi_bits"])

@@ -1,0 +1,99 @@
+"""Balance metrics: by hand, against published counts, and what must hold for every metric there is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from moe_inspect.analysis import balance as bal
+from moe_inspect.analysis.balance import METRICS
+
+# computed from the OLMoE authors' published counts of Mixtral-8x7B on C4, any of 2, 208,896 tokens
+MIXTRAL = {
+    0: ([56947, 49733, 50426, 49453, 52127, 57956, 42632, 58518], (1.121, 0.816, 0.097, 0.9977, 0.053)),
+    7: ([50706, 54716, 51313, 50515, 56215, 49525, 53315, 51487], (1.076, 0.948, 0.041, 0.9996, 0.023)),
+    15: ([47396, 58718, 55366, 32510, 55049, 57385, 57170, 54198], (1.124, 0.623, 0.155, 0.9936, 0.073)),
+}
+
+
+def one(name: str, load: list[int]) -> float:
+    return float(METRICS[name].function(np.array([load]))[0])
+
+
+def test_by_hand_on_two_routers_of_four_experts():
+    load_LE = np.array([[4, 2, 2, 0], [1, 1, 1, 1]])
+    assert bal.max_over_mean(load_LE).tolist() == [2, 1]
+    assert bal.max_vio(load_LE).tolist() == [1, 0]
+    assert bal.min_over_max(load_LE).tolist() == [0, 1]
+    assert bal.cv(load_LE) == pytest.approx([np.sqrt(2) / 2, 0])  # deviations 2, 0, 0, −2 around a mean of 2
+    assert bal.gini(load_LE) == pytest.approx([(-3 * 0 - 2 + 2 + 3 * 4) / (4 * 8), 0])
+    assert bal.entropy(load_LE) == pytest.approx([(0.5 * np.log(2) + 0.5 * np.log(4)) / np.log(4), 1])  # 1/2, 1/4, 1/4
+    assert bal.dead_experts(load_LE).tolist() == [1, 0]
+    assert bal.busiest_expert(load_LE).tolist() == [0, 0]
+    assert bal.load_ratio(load_LE)[0].tolist() == [2, 1, 1, 0]
+
+
+@pytest.mark.parametrize("layer", MIXTRAL)
+def test_values_of_published_mixtral_counts(layer: int):
+    load, (max_mean, min_mean, cv, entropy, gini) = MIXTRAL[layer]
+    assert sum(load) == 208_896 * 2
+    assert one("max_over_mean", load) == pytest.approx(max_mean, abs=6e-4)
+    assert one("min_over_max", load) == pytest.approx(min_mean / max_mean, abs=1e-3)
+    assert one("cv", load) == pytest.approx(cv, abs=6e-4)
+    assert one("entropy", load) == pytest.approx(entropy, abs=6e-5)
+    assert one("gini", load) == pytest.approx(gini, abs=6e-4)
+
+
+@pytest.mark.parametrize(("E", "k"), [(8, 2), (64, 8), (128, 8), (60, 4)])
+def test_every_token_on_the_same_experts(E: int, k: int):
+    load = [100] * k + [0] * (E - k)
+    assert one("max_over_mean", load) == pytest.approx(E / k)
+    assert one("cv", load) == pytest.approx(np.sqrt(E / k - 1))
+    assert one("gini", load) == pytest.approx(1 - k / E)
+    assert one("entropy", load) == pytest.approx(np.log(k) / np.log(E))
+    assert one("dead_experts", load) == E - k
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_uniform_load_is_ideal_and_other_load_is_not(name: str):
+    assert one(name, [7] * 16) == pytest.approx(METRICS[name].ideal)
+    assert one(name, [14, 0] + [7] * 14) != pytest.approx(METRICS[name].ideal)  # positive control
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_no_load_has_no_value(name: str):
+    assert np.isnan(one(name, [0] * 8))
+    both = METRICS[name].function(np.array([[0] * 4, [1, 2, 3, 4]]))
+    assert np.isnan(both[0])
+    assert not np.isnan(both[1])
+
+
+loads = arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(2, 12)), elements=st.integers(0, 10_000))
+
+
+@pytest.mark.parametrize("name", METRICS)
+@given(load_LE=loads, data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_renumbering_experts_changes_nothing(name: str, load_LE: np.ndarray, data: st.DataObject):
+    order = data.draw(st.permutations(range(load_LE.shape[1])))
+    function = METRICS[name].function
+    np.testing.assert_allclose(function(load_LE[:, order]), function(load_LE), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@given(load_LE=loads)
+@settings(max_examples=40, deadline=None)
+def test_routers_do_not_mix(name: str, load_LE: np.ndarray):
+    function = METRICS[name].function
+    together = function(load_LE)
+    alone = np.concatenate([function(load_LE[i : i + 1]) for i in range(len(load_LE))])
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_explains_itself(name: str):
+    assert len(METRICS[name].explanation) > 20
+    assert METRICS[name].unit

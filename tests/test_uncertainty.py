@@ -1,0 +1,129 @@
+"""Noise floors and intervals say what chance would show: checked by making chance."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from moe_inspect.analysis import uncertainty as unc
+from tests.synthetic import uniform_ids
+
+FLOORS = {
+    (8, 2): {256: 1.15, 1_024: 1.08, 4_096: 1.04, 16_384: 1.02},
+    (64, 8): {256: 1.41, 1_024: 1.20, 4_096: 1.10, 16_384: 1.05},
+    (256, 8): {256: 2.13, 1_024: 1.52, 4_096: 1.26, 16_384: 1.13},
+}
+
+
+@pytest.mark.parametrize(("E", "k"), FLOORS)
+def test_noise_floor_is_the_published_one(E: int, k: int):
+    for T, ratio in FLOORS[E, k].items():
+        assert 1 + unc.noise_floor(T, E, k) == pytest.approx(ratio, abs=0.02 + 0.01 * (T == 256 and E == 256))
+
+
+@pytest.mark.parametrize(("T", "E", "k"), [(1, 4, 1), (1, 8, 2), (20, 16, 4), (300, 8, 7), (200, 4, 1)])
+def test_noise_floor_is_what_drawing_gives(T: int, E: int, k: int):
+    rng = np.random.default_rng(1)
+    drawn = [np.bincount(uniform_ids(rng, T, E, k).reshape(-1), minlength=E).max() * E / (k * T) - 1 for _ in range(1_500)]
+    floor = unc.noise_floor(T, E, k)
+    assert floor == pytest.approx(np.mean(drawn), rel=0.06)
+    assert floor != pytest.approx(np.mean(drawn) * 1.2, rel=0.06)  # positive control
+
+
+def test_simulated_and_gaussian_floors_meet():
+    T = 64 * unc.GAUSSIAN_FROM // 8
+    assert unc.noise_floor(T - 1, 64, 8) == pytest.approx(unc.noise_floor(T, 64, 8), rel=0.05)
+
+
+def test_floor_of_the_trivial_cases():
+    assert unc.noise_floor(100, 8, 8) == 0
+    assert np.isnan(unc.noise_floor(0, 8, 2))
+    assert unc.noise_floor(1, 8, 2) == 3
+
+
+def test_floors_between_simulated_sizes():
+    sizes = np.array([1, 100, 300, 1_500])
+    between = unc.noise_floors(sizes, 64, 8)
+    assert between == pytest.approx([unc.noise_floor(int(T), 64, 8) for T in sizes], rel=0.05)
+
+
+def test_floors_are_quick():
+    unc.noise_floor.cache_clear()
+    began = time.process_time()
+    for T in (1_000, 30_000, 1_000_000):
+        unc.noise_floor(T, 256, 8)
+    assert time.process_time() - began < 1.0
+
+
+def documents(rng: np.random.Generator, style: float, U: int = 60, tokens: int = 100, E: int = 8, k: int = 2) -> np.ndarray:
+    """Assignments of U documents, each with preferences of its own (`style` 0: none). int64 [U, E]"""
+    preference_UE = rng.normal(0, style, (U, E))
+    noise_UTE = rng.gumbel(size=(U, tokens, E))
+    ids_UTK = np.argsort(-(preference_UE[:, None] + noise_UTE), axis=2)[:, :, :k]
+    return np.stack([np.bincount(ids_UTK[u].reshape(-1), minlength=E) for u in range(U)])
+
+
+@pytest.mark.parametrize("style", [0.0, 0.7])
+def test_interval_covers_the_truth(style: float):
+    """The truth of every expert is a ratio of 1: of 60 traces at most a few intervals of a fixed expert may miss it, with
+    documents that differ as with ones that do not."""
+    rng = np.random.default_rng(3)
+    strata_U = np.repeat([0, 1], 30)
+    weights_RU = unc.resample_weights(strata_U)
+    missed = beyond = 0
+    for _ in range(60):
+        assignments_UE = documents(rng, style)
+        busiest = assignments_UE.sum(0).argmax()
+        swapped_UE = assignments_UE.copy()
+        # a fixed expert, not the luckiest: make it the busiest by adding the same to each of its documents
+        swapped_UE[:, 0] += 40
+        low, high = unc.max_vio_interval(swapped_UE, weights_RU)
+        truth = (25 + 40) * 8 / (8 * 25 + 40) - 1
+        missed += not low <= truth <= high
+        low, high = unc.max_vio_interval(assignments_UE, weights_RU)
+        sample = assignments_UE[:, busiest].sum() / assignments_UE.sum() * 8 - 1
+        assert low <= sample <= high  # the identity held fixed, so the sample's own value is inside
+        effect = unc.design_effect(assignments_UE, np.full(60, 100), strata_U)
+        beyond += low > unc.noise_floor(6_000, 8, 2) * np.sqrt(max(effect, 1))
+    assert missed <= 8
+    assert beyond == 0, "balanced traces called unbalanced"
+
+
+def test_an_interval_of_real_imbalance_excludes_chance():
+    assignments_UE = documents(np.random.default_rng(3), 0.7)
+    assignments_UE[:, 5] += 30
+    low, high = unc.max_vio_interval(assignments_UE, unc.resample_weights(np.zeros(60, np.int64)))
+    assert low > unc.noise_floor(6_000, 8, 2) * 5
+    assert high < 2
+
+
+def test_design_effect_is_one_without_documents_and_large_with_them():
+    rng = np.random.default_rng(4)
+    strata_U, tokens_U = np.zeros(60, np.int64), np.full(60, 100)
+    free = np.mean([unc.design_effect(documents(rng, 0), tokens_U, strata_U) for _ in range(20)])
+    bound = np.mean([unc.design_effect(documents(rng, 0.7), tokens_U, strata_U) for _ in range(20)])
+    assert free == pytest.approx(1, abs=0.15)
+    assert bound > 5
+
+
+def test_too_few_documents_have_no_interval():
+    assert unc.resample_weights(np.zeros(4, np.int64)) is None
+    assert all(np.isnan(unc.max_vio_interval(np.ones((4, 8), np.int64), None)))
+    assert np.isnan(unc.design_effect(np.ones((4, 8), np.int64), np.ones(4), np.zeros(4, np.int64)))
+    assert unc.resample_weights(np.zeros(5, np.int64)) is not None
+
+
+def test_resampling_keeps_the_variance_of_a_mean():
+    values_U = np.random.default_rng(5).normal(size=8)
+    weights_RU = unc.resample_weights(np.zeros(8, np.int64), R=40_000)
+    assert weights_RU is not None
+    assert (weights_RU @ values_U / 8).var() == pytest.approx(values_U.var(ddof=1) / 8, rel=0.05)
+
+
+def test_permuting_keeps_every_label():
+    labels_U = np.array([0, 0, 1, 2, 2, 2])
+    permuted = unc.permuted_labels(labels_U, 50)
+    assert (np.sort(permuted, axis=1) == np.sort(labels_U)).all()
+    assert (permuted != labels_U).any()
