@@ -53,11 +53,16 @@ SOURCES = (
 )
 DOMAINS = tuple(dict.fromkeys(source.domain for source in SOURCES))
 
+
+def set_of(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # Function words decide a paragraph's language: translated manuals leave untranslated paragraphs in English.
 FUNCTION_WORDS = {
-    "english": frozenset("the of and to is a in that for it be this you are with not or by as can on".split()),
-    "german": frozenset("der die das und ist nicht sie ein eine zu den von für mit auf werden wird dem im des".split()),
-    "russian": frozenset("в и не на что для это с по как из или вы к о от если может быть при их он чтобы".split()),
+    "english": set_of("the of and to is a in that for it be this you are with not or by as can on"),
+    "german": set_of("der die das und ist nicht sie ein eine zu den von für mit auf werden wird dem im des"),
+    "russian": set_of("в и не на что для это с по как из или вы к о от если может быть при их он чтобы"),
 }
 
 
@@ -70,8 +75,8 @@ class Texts:
     versions: dict[str, str]
 
 
-BLOCK_TAGS = frozenset("p div li dd dt td th h1 h2 h3 h4 h5 h6 ul ol dl table tr body section br pre".split())
-SKIPPED_TAGS = frozenset(("pre", "script", "style", "head"))
+BLOCK_TAGS = set_of("p div li dd dt td th h1 h2 h3 h4 h5 h6 ul ol dl table tr body section br pre")
+SKIPPED_TAGS = set_of("pre script style head")
 
 
 class _Paragraphs(HTMLParser):
@@ -145,6 +150,8 @@ def fetch(package: str, cache: Path) -> tuple[Path, str]:
     folder = cache / package
     if not (folder / "version").exists():
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.deb"):  # what an interrupted run left
+            stale.unlink()
         try:
             subprocess.run(["apt-get", "download", package], cwd=folder, check=True, capture_output=True, text=True)
             (archive,) = folder.glob("*.deb")
@@ -152,10 +159,11 @@ def fetch(package: str, cache: Path) -> tuple[Path, str]:
             field = ["dpkg-deb", "-f", archive, "Version"]
             version = subprocess.run(field, check=True, capture_output=True, text=True).stdout
         except FileNotFoundError as error:
-            raise MoeInspectError(f"no {error.filename} here: the texts come from Debian packages; or give --texts DIR")
+            way_out = "the texts come out of Debian packages; give your own with --texts DIR"
+            raise MoeInspectError(f"no {error.filename} on this system: {way_out}") from error
         except subprocess.CalledProcessError as error:
             reason = (error.stderr.strip() or str(error)).splitlines()[-1]
-            raise MoeInspectError(f"cannot fetch the Debian package {package} ({reason}): run apt-get update first")
+            raise MoeInspectError(f"cannot fetch the Debian package {package}: run apt-get update ({reason})") from error
         archive.unlink()
         (folder / "version").write_text(version)
     return folder / "files", (folder / "version").read_text().strip()
@@ -192,10 +200,7 @@ def load_packages(seed: int, cache: Path) -> Texts:
 
 def load_folder(folder: Path, seed: int) -> Texts:
     """Own texts: a subfolder a domain, a .txt file a document."""
-    documents = {
-        sub.name: [path.read_text(encoding="utf-8") for path in sorted(sub.glob("*.txt"))]
-        for sub in sorted(folder.glob("*/"))
-    }
+    documents = {sub.name: [path.read_text(encoding="utf-8") for path in sorted(sub.glob("*.txt"))] for sub in sorted(folder.glob("*/"))}
     if not documents:
         raise MoeInspectError(f"no domains in {folder}: it needs one subfolder of .txt files a domain")
     return _split_all(documents, seed, {})

@@ -10,7 +10,6 @@ Legend of shapes: T tokens, K slots, E experts, L layers, D domains, V vocabular
 import argparse
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,15 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moe_inspect.demo import texts
+from moe_inspect.demo import card, texts
 from moe_inspect.errors import MoeInspectError
 
 EXPERTS, TOP_K = 8, 2
@@ -59,7 +56,7 @@ def per_layer_balancing_loss(router_logits: Sequence[torch.Tensor], experts: int
 
 def pooled_balancing_loss(router_logits: Sequence[torch.Tensor], experts: int, top_k: int) -> torch.Tensor:
     """transformers' own: one sum over the tokens of all layers together. top_k, not 1, for a uniform router."""
-    loss = load_balancing_loss_func(tuple(router_logits), experts, top_k)
+    loss = load_balancing_loss_func(tuple(router_logits), experts, top_k)  # pyright: ignore[reportArgumentType]
     assert isinstance(loss, torch.Tensor)
     return loss
 
@@ -248,81 +245,6 @@ def parameter_counts(model: MixtralForCausalLM) -> tuple[int, int]:
     return total, total - experts * (EXPERTS - TOP_K) // EXPERTS
 
 
-def cpu_name() -> str:
-    """The processor's name as Linux gives it, else what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
-def evaluation_tables(evaluation: Evaluation, unigram_nats: dict[str, float]) -> str:
-    """The two tables of measured figures, printed and in the model card."""
-    loss_rows = [
-        [domain, f"{nats:.3f}", f"{math.exp(nats):.1f}", f"{unigram_nats[domain]:.3f}"]
-        for domain, nats in evaluation.loss_nats.items()
-    ]
-    balance_rows = [[str(layer), *(f"{x:.3f}" for x in row)] for layer, row in enumerate(zip(*evaluation.balance()))]
-    losses = table(["domain", "loss (nats a token)", "perplexity", "unigram loss"], loss_rows)
-    header = ["layer", "max / mean load", "min / mean load", "MI(domain; expert), bits"]
-    return f"{losses}\n\n{table(header, balance_rows)}"
-
-
-CARD = """---
-license: other
-library_name: transformers
-tags: [mixture-of-experts, toy]
----
-# moe-inspect demo model (`--balance {balance}`)
-
-A toy that shows routing. It is **not a useful language model**: it has read a few megabytes and writes nonsense. It is
-here so that every command of moe-inspect has a real Mixture-of-Experts model to work on, offline and in seconds.
-
-Mixtral architecture, {total:,} parameters, {active:,} of them active a token: {layers} layers, {experts} experts a layer,
-top-{top_k}, hidden size {hidden}, expert size {intermediate}, tied embeddings, {positions} positions. Its tokenizer is a
-byte-level BPE of {vocabulary:,} tokens, trained on the same texts; it puts `<s>` in front. Weights in bfloat16.
-
-## What it read
-
-{domains} domains, {train_tokens:,} tokens in {train_documents:,} documents; {held_out_documents:,} other documents were held out.
-
-{sources}
-
-## What it does
-
-{windows} held-out windows of {window} tokens a domain, measured after rounding the weights to bfloat16 (mean loss
-{loss_bf16:.4f}; in float32 {loss_float32:.4f}). The unigram loss is that of the domain's own token frequencies.
-
-{figures}
-
-Balancing loss: {balancing}. Load counts assignments, over the same held-out tokens, as many of each domain.
-
-## How it was made
-
-    {command}
-
-{steps:,} steps of {batch} windows of {window} tokens, seed {seed}; {wall_s:.0f} s of training on one thread of {cpu}
-(Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}).
-"""
-
-
-def sources_table(data: texts.Texts, train_streams: dict[str, Stream]) -> str:
-    """Where each domain's texts come from; a folder of own texts has no package to name."""
-    header = ["domain", "tokens", "package", "version", "licence"]
-    if not data.versions:
-        return table(header[:2], [[domain, f"{len(s.token_T):,}"] for domain, s in train_streams.items()])
-    rows, named = [], set()
-    for source in texts.SOURCES:
-        tokens = "" if source.domain in named else f"{len(train_streams[source.domain].token_T):,}"
-        named.add(source.domain)
-        rows.append([source.domain, tokens, source.package, data.versions[source.package], source.licence])
-    return table(header, rows)
-
-
 def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: int) -> Evaluation:
     """The whole recipe: texts, tokenizer, training, the model folder and its card. Returns the bf16 model's figures."""
     torch.set_num_threads(1)  # with one thread the sums have one order, so that a seed gives one result
@@ -340,19 +262,20 @@ def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: 
 
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
-    model.to(torch.bfloat16).save_pretrained(output)
-    shipped = AutoModelForCausalLM.from_pretrained(output, local_files_only=True)
+    model.bfloat16().save_pretrained(output)
+    shipped = MixtralForCausalLM.from_pretrained(output, local_files_only=True)
     shipped.set_experts_implementation("grouped_mm")
     evaluation = evaluate(shipped, held_out)
     unigram_nats = unigram_losses(train_streams, held_out, len(tokenizer))
 
     config = model.config
     total, active = parameter_counts(model)
-    figures = evaluation_tables(evaluation, unigram_nats)
+    train_tokens = {domain: len(stream.token_T) for domain, stream in train_streams.items()}
+    figures = f"{card.losses(evaluation.loss_nats, unigram_nats)}\n\n{card.balance(*evaluation.balance())}"
     options = f" --balance {balance} --steps {steps} --seed {seed}" + (" --texts DIR" if own_texts else "")
     coefficient = f"coefficient {BALANCE_COEFFICIENT}"
     (output / "README.md").write_text(
-        CARD.format(
+        card.CARD.format(
             balance=balance,
             balancing="none" if BALANCING_LOSSES[balance] is None else f"{balance}, {coefficient}",
             total=total,
@@ -365,10 +288,10 @@ def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: 
             positions=config.max_position_embeddings,
             vocabulary=config.vocab_size,
             domains=len(data.train),
-            train_tokens=sum(len(stream.token_T) for stream in train_streams.values()),
+            train_tokens=sum(train_tokens.values()),
             train_documents=sum(len(stream.start) - 1 for stream in train_streams.values()),
             held_out_documents=sum(map(len, data.held_out.values())),
-            sources=sources_table(data, train_streams),
+            sources=card.sources(data, train_tokens),
             windows=HELD_OUT_WINDOWS,
             window=WINDOW,
             loss_bf16=np.mean(list(evaluation.loss_nats.values())),
@@ -379,11 +302,8 @@ def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: 
             batch=WINDOWS_PER_DOMAIN * len(data.train),
             seed=seed,
             wall_s=wall_s,
-            cpu=cpu_name(),
-            python=platform.python_version(),
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-            tokenizers=tokenizers.__version__,
+            cpu=card.cpu_name(),
+            versions=card.versions(),
         ),
         encoding="utf-8",
     )

@@ -1,0 +1,94 @@
+"""The demo model's card. Every figure in it is handed in by the run that measured it."""
+
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+from moe_inspect.demo import texts
+
+CARD = """---
+license: other
+library_name: transformers
+tags: [mixture-of-experts, toy]
+---
+# moe-inspect demo model (`--balance {balance}`)
+
+A toy that shows routing. It is **not a useful language model**: it has read a few megabytes and writes nonsense. It is
+here so that every command of moe-inspect has a real Mixture-of-Experts model to work on, offline and in seconds.
+
+Mixtral architecture, {total:,} parameters, {active:,} of them active a token: {layers} layers, {experts} experts a layer,
+top-{top_k}, hidden size {hidden}, expert size {intermediate}, tied embeddings, {positions} positions. Its tokenizer is a
+byte-level BPE of {vocabulary:,} tokens, trained on the same texts; it puts `<s>` in front. Weights in bfloat16.
+
+## What it read
+
+{domains} domains, {train_tokens:,} tokens in {train_documents:,} documents; {held_out_documents:,} other documents were held out.
+
+{sources}
+
+## What it does
+
+{windows} held-out windows of {window} tokens a domain, measured after rounding the weights to bfloat16 (mean loss
+{loss_bf16:.4f}; in float32 {loss_float32:.4f}). The unigram loss is that of the domain's own token frequencies.
+
+{figures}
+
+Balancing loss: {balancing}. Load counts assignments, over the same held-out tokens, as many of each domain.
+
+## How it was made
+
+    {command}
+
+{steps:,} steps of {batch} windows of {window} tokens, seed {seed}; {wall_s:.0f} s of training on one thread of {cpu}
+({versions}).
+"""
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it, else what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def sources(data: texts.Texts, train_tokens: dict[str, int]) -> str:
+    """Where each domain's texts come from; a folder of own texts has no package to name."""
+    header = ["domain", "tokens", "package", "version", "licence"]
+    if not data.versions:
+        return table(header[:2], [[domain, f"{tokens:,}"] for domain, tokens in train_tokens.items()])
+    rows, named = [], set()
+    for source in texts.SOURCES:
+        tokens = "" if source.domain in named else f"{train_tokens[source.domain]:,}"
+        named.add(source.domain)
+        rows.append([source.domain, tokens, source.package, data.versions[source.package], source.licence])
+    return table(header, rows)
+
+
+def losses(loss_nats: dict[str, float], unigram_nats: dict[str, float]) -> str:
+    """Held-out loss by domain beside what the domain's token frequencies alone would give."""
+    rows = [[domain, f"{x:.3f}", f"{math.exp(x):.1f}", f"{unigram_nats[domain]:.3f}"] for domain, x in loss_nats.items()]
+    return table(["domain", "loss (nats a token)", "perplexity", "unigram loss"], rows)
+
+
+def balance(max_over_mean_L: np.ndarray, min_over_mean_L: np.ndarray, domain_mi_bits_L: np.ndarray) -> str:
+    """A line a layer."""
+    columns = zip(max_over_mean_L, min_over_mean_L, domain_mi_bits_L, strict=True)
+    rows = [[str(layer), *(f"{x:.3f}" for x in row)] for layer, row in enumerate(columns)]
+    return table(["layer", "max / mean load", "min / mean load", "MI(domain; expert), bits"], rows)
+
+
+def versions() -> str:
+    """What a rerun needs to be the same run."""
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, tokenizers {tokenizers.__version__}"
+    return f"Python {platform.python_version()}, {libraries}"

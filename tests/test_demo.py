@@ -1,0 +1,265 @@
+"""The demo: what is bundled is what it says, and the recipe that made it runs."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_inspect.demo import CORPUS_DIR, MODEL_DIR, texts, train
+from moe_inspect.errors import MoeInspectError
+
+torch.set_num_threads(1)
+
+DOMAINS = sorted(path.name for path in CORPUS_DIR.iterdir())
+DOCUMENTS = sorted(CORPUS_DIR.glob("*/*.txt"))
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [f"{path.parent.name}/{path.stem}" for path in paths]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, local_files_only=True).eval()
+
+
+@pytest.fixture
+def own_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three domains of three documents, long enough for windows on both sides of the split; few windows, to be quick."""
+    monkeypatch.setattr(train, "HELD_OUT_WINDOWS", 4)
+    for domain in DOMAINS[:3]:
+        found = [path.read_text(encoding="utf-8") for path in sorted((CORPUS_DIR / domain).glob("*.txt"))]
+        (tmp_path / "texts" / domain).mkdir(parents=True)
+        for n in range(3):
+            (tmp_path / "texts" / domain / f"{n}.txt").write_text("\n".join(found[n:] + found[:n]), encoding="utf-8")
+    return tmp_path / "texts"
+
+
+# the corpus
+
+
+def test_corpus_has_the_domains_the_model_was_trained_on():
+    assert sorted(texts.DOMAINS) == DOMAINS
+    assert len(DOMAINS) >= 6
+    assert all(len(list((CORPUS_DIR / domain).glob("*.txt"))) >= 8 for domain in DOMAINS)
+
+
+def test_corpus_documents_differ():
+    assert len({path.read_text(encoding="utf-8") for path in DOCUMENTS}) == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=names(DOCUMENTS))
+def test_corpus_document_has_60_to_200_tokens(path, tokenizer):
+    token_ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
+    assert 60 <= len(token_ids) <= 200
+
+
+@pytest.mark.parametrize("path", sorted((CORPUS_DIR / "python").glob("*.txt")), ids=lambda path: path.stem)
+def test_corpus_python_compiles(path):
+    compile(path.read_text(encoding="utf-8"), path.name, "exec")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("path", sorted((CORPUS_DIR / "c").glob("*.txt")), ids=lambda path: path.stem)
+def test_corpus_c_compiles_without_a_warning(path):
+    command = ["cc", "-x", "c", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((CORPUS_DIR / "metamath").glob("*.txt")), ids=lambda path: path.stem)
+def test_corpus_metamath_statements_and_scopes_are_closed(path):
+    tokens = path.read_text(encoding="utf-8").split()
+    assert tokens.count("${") == tokens.count("$}")
+    assert tokens.count("$(") == tokens.count("$)")
+    statements = sum(tokens.count(keyword) for keyword in ("$p", "$a", "$e", "$d", "$c"))
+    assert tokens.count("$.") == statements > 0
+
+
+# the model
+
+
+def test_model_folder_is_small():
+    assert sum(path.stat().st_size for path in MODEL_DIR.iterdir()) <= 6_000_000
+
+
+def test_model_is_bfloat16_with_8_experts_and_top_2():
+    config = json.loads((MODEL_DIR / "config.json").read_text())
+    assert (config["dtype"], config["num_local_experts"], config["num_experts_per_tok"]) == ("bfloat16", 8, 2)
+    assert config["num_hidden_layers"] >= 4
+    with safe_open(MODEL_DIR / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_tokenizer_puts_bos_in_front_and_round_trips_every_domain(tokenizer):
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    assert tokenizer("a", add_special_tokens=False)["input_ids"][0] != tokenizer.bos_token_id
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_model_card_states_source_licence_and_figures():
+    card = (MODEL_DIR / "README.md").read_text(encoding="utf-8")
+    for source in texts.SOURCES:
+        assert source.package in card
+        assert source.licence in card
+    assert all(f"| {domain} |" in card for domain in DOMAINS)
+    assert "not a useful language model" in card
+
+
+@torch.no_grad()
+def corpus_losses(model, tokenizer) -> dict[str, float]:
+    """Nats a token of each domain of the bundled corpus."""
+    losses = {}
+    for domain in DOMAINS:
+        nats = []
+        for path in sorted((CORPUS_DIR / domain).glob("*.txt")):
+            token_WS = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+            nats.append(train.token_losses(model(input_ids=token_WS).logits, token_WS))
+        losses[domain] = torch.cat(nats).mean().item()
+    return losses
+
+
+def test_model_has_learned_every_domain_of_the_corpus(model, tokenizer):
+    learned = corpus_losses(model, tokenizer)
+    random = corpus_losses(train.new_model(len(tokenizer), seed=1).eval(), tokenizer)
+    for domain in DOMAINS:
+        assert learned[domain] < math.log(len(tokenizer)) - 2, learned
+        assert learned[domain] < random[domain] - 2, (learned, random)
+        assert abs(random[domain] - math.log(len(tokenizer))) < 0.5, random
+
+
+def corpus_loads(model, tokenizer) -> np.ndarray:
+    """Assignments, int64 [L, D, E], by the bundled corpus."""
+    load_LDE = np.zeros((model.config.num_hidden_layers, len(DOMAINS), train.EXPERTS), dtype=np.int64)
+    for d, domain in enumerate(DOMAINS):
+        for path in (CORPUS_DIR / domain).glob("*.txt"):
+            token_WS = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                output = model(input_ids=token_WS, output_router_logits=True)
+            load_LDE[:, d] += np.stack([train.loads(logits_TE) for logits_TE in output.router_logits])
+    return load_LDE
+
+
+def test_model_is_balanced_in_every_layer_and_specialises_by_domain(model, tokenizer):
+    max_over_mean_L, min_over_mean_L, mi_bits_L = train.Evaluation({}, corpus_loads(model, tokenizer)).balance()
+    assert max_over_mean_L.max() < 1.6
+    assert min_over_mean_L.min() > 0.3
+    assert mi_bits_L.min() > 0.1
+    assert mi_bits_L.max() > 0.3
+
+
+# the recipe
+
+
+def test_balance_of_a_hand_computed_load():
+    """One layer keeps two domains apart, in the other an expert takes all."""
+    load_LDE = np.array([[[4, 0], [0, 4]], [[4, 0], [4, 0]]])
+    max_over_mean_L, min_over_mean_L, mi_bits_L = train.Evaluation({}, load_LDE).balance()
+    np.testing.assert_allclose(max_over_mean_L, [1, 2])
+    np.testing.assert_allclose(min_over_mean_L, [1, 0])
+    np.testing.assert_allclose(mi_bits_L, [1, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_uniform_router_scores_1_in_each_layer_and_top_k_when_pooled(layers):
+    logits = [torch.zeros(16, 8)] * layers
+    assert train.per_layer_balancing_loss(logits, 8, 2).item() == pytest.approx(1)
+    assert train.pooled_balancing_loss(logits, 8, 2).item() == pytest.approx(2)
+
+
+def test_pooled_loss_is_blind_to_layers_that_collapse_onto_different_experts():
+    """Two layers, each with one half of the experts: uniform when pooled, and 2 for a layer that uses half."""
+    left, right = torch.zeros(16, 4), torch.zeros(16, 4)
+    left[:, :2], right[:, 2:] = 30, 30
+    assert train.pooled_balancing_loss([left, right], 4, 2).item() == pytest.approx(2)
+    assert train.per_layer_balancing_loss([left, right], 4, 2).item() == pytest.approx(2)
+    assert train.pooled_balancing_loss([left, left], 4, 2).item() == pytest.approx(4)
+
+
+def test_windows_do_not_cross_a_document_that_is_long_enough():
+    length = train.WINDOW * 2
+    stream = train.Stream(np.repeat(np.arange(5), length), np.arange(6) * length)
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        assert len(set(stream.sample(random))) == 1
+    windows_WS = stream.evenly(40)
+    assert windows_WS.shape == (40, train.WINDOW)
+    assert (windows_WS == windows_WS[:, :1]).all()
+    assert set(windows_WS[:, 0]) == set(range(5))
+
+
+def test_short_documents_are_packed_with_the_next():
+    stream = train.Stream(np.repeat(np.arange(20), 10), np.arange(21) * 10)
+    assert stream.window(0, 0).shape == (train.WINDOW,)
+    assert stream.window(19, 5).shape == (train.WINDOW,)
+
+
+def test_split_is_by_document_and_by_seed():
+    documents = [f"document {n} " * 20 for n in range(50)]
+    kept, held_out = texts.split(documents, "english", seed=0)
+    assert sorted(kept + held_out) == sorted(documents)
+    assert held_out == texts.split(documents, "english", seed=0)[1]
+    assert held_out != texts.split(documents, "english", seed=1)[1]
+    assert 1 <= len(held_out) <= 5
+
+
+def test_prose_keeps_its_own_language_once():
+    german = "<div>Der Rechner wird im nächsten Schritt neu gestartet, und das System ist nicht mehr erreichbar.</div>"
+    english = "<p>The computer is restarted in the next step, and the system can not be reached for as long.</p>"
+    page = f"<html><head><title>x</title></head><body>{german}{english}{german}<pre>{english}</pre></body></html>"
+    (found,) = texts.prose(page, "german", set())
+    assert found.startswith("Der Rechner")
+    assert "The computer" not in found
+    assert found.count("Rechner") == 1
+
+
+@pytest.mark.parametrize("balance", list(train.BALANCING_LOSSES))
+def test_recipe_runs_end_to_end(balance, own_texts, tmp_path, capsys):
+    output = tmp_path / "model"
+    assert train.main(["-o", str(output), "--balance", balance, "--steps", "3", "--texts", str(own_texts)]) == 0
+    assert "MI(domain; expert)" in capsys.readouterr().out
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert f"--balance {balance} --steps 3 --seed 0 --texts DIR" in card
+    tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(output, local_files_only=True)
+    assert model.dtype == torch.bfloat16
+    assert model.generate(**tokenizer("a", return_tensors="pt", return_token_type_ids=False), max_new_tokens=2).shape[0] == 1
+
+
+def test_recipe_is_deterministic_and_the_seed_matters(own_texts, tmp_path):
+    def weights(name: str, *options: str) -> bytes:
+        train.main(["-o", str(tmp_path / name), "--steps", "2", "--texts", str(own_texts), *options])
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    assert weights("a") == weights("b")
+    assert weights("a") != weights("c", "--seed", "1")
+
+
+def test_missing_texts_are_named(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert train.main(["-o", str(tmp_path / "model"), "--texts", str(tmp_path / "empty")]) == 1
+    assert str(tmp_path / "empty") in capsys.readouterr().err
+    (tmp_path / "texts" / "english").mkdir(parents=True)
+    (tmp_path / "texts" / "english" / "1.txt").write_text("one")
+    with pytest.raises(MoeInspectError, match="english has 1 document"):
+        texts.load_folder(tmp_path / "texts", seed=0)
+
+
+def test_package_constants_import_nothing_heavy():
+    code = "import sys, moe_inspect.demo; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pandas')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
