@@ -97,9 +97,7 @@ class Counts:
 
     def assignments_DE(self, router: int) -> np.ndarray:
         """int64 [D, E]"""
-        total_DE = np.zeros((len(self.domains), self.routers[router].experts), np.int64)
-        np.add.at(total_DE, self.domain_of_unit_U, self.of[router].assignments_UE)
-        return total_DE
+        return _by_domain(self.of[router].assignments_UE, self.domain_of_unit_U, len(self.domains))
 
     def load_E(self, router: int) -> np.ndarray:
         """int64 [E]: assignments of each expert, all domains."""
@@ -205,12 +203,17 @@ def _count_routed(shard: Shard, selection: Selection) -> Counts:
         E = trace.routers[r].experts
         ids_TK = chosen.of(shard.ids(r), r)
         weights_TK = chosen.of(shard.weights(r), r) if trace.has_weights else None
-        assignments_UE, null_slots = _counted(unit_T, ids_TK, U, E, r)
-        first_choice_DE, _ = _counted(domain_T, ids_TK[:, :1], D, E, r)
-        sums_DE = None if weights_TK is None else _counted(domain_T, ids_TK, D, E, r, weights_TK)[0]
-        part.of[r] = RouterCounts(assignments_UE, first_choice_DE, sums_DE, null_slots)
+        cell_N, there_TK = _cells(unit_T, ids_TK, E, r)
+        assignments_UE = np.bincount(cell_N, minlength=U * E).reshape(U, E)
+        first_choice_DE = np.bincount(_cells(domain_T, ids_TK[:, :1], E, r)[0], minlength=D * E).reshape(D, E)
+        sums_DE = None
+        if weights_TK is not None:
+            weights_N = weights_TK.T[there_TK.T] if there_TK is not None else weights_TK.T.reshape(-1)
+            sums_DE = _by_domain(np.bincount(cell_N, weights_N, U * E).reshape(U, E), domain_of_U, D)
+        part.of[r] = RouterCounts(assignments_UE, first_choice_DE, sums_DE, ids_TK.size - len(cell_N))
         # what the batches add up to is the whole: a batch is one forward pass, and never crosses a shard
-        load_BE = assignments_UE.sum(0)[None] if len(batch_B) == 1 else _counted(batch_of_T, ids_TK, len(batch_B), E, r)[0]
+        B = len(batch_B)
+        load_BE = assignments_UE.sum(0)[None] if B == 1 else np.bincount(_cells(batch_of_T, ids_TK, E, r)[0], minlength=B * E).reshape(B, E)
         total_B = load_BE.sum(1)
         max_vio_LB[row] = np.where(total_B > 0, load_BE.max(1) * E / np.maximum(total_B, 1) - 1, 0)
     for size in np.unique(size_B):
@@ -220,22 +223,20 @@ def _count_routed(shard: Shard, selection: Selection) -> Counts:
     return part
 
 
-def _counted(
-    row_T: np.ndarray, ids_TK: np.ndarray, rows: int, E: int, router: int, weights_TK: np.ndarray | None = None
-) -> tuple[np.ndarray, int]:
-    """[rows, E] counts (or sums of weights) of the slots that routed somewhere, and how many did not."""
-    cell_TK = row_T[:, None] * E + ids_TK
-    null_slots = 0
+def _cells(row_T: np.ndarray, ids_TK: np.ndarray, E: int, router: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """row · E + expert of every slot that routed somewhere, slot by slot, and which those are (None: all). int64 [N]"""
     top, bottom = (int(ids_TK.max()), int(ids_TK.min())) if ids_TK.size else (0, 0)
     if top >= E:
         raise MoeInspectError(f"damaged trace: router {router} has {E} experts and an assignment to expert {top}")
-    if bottom < 0:
-        there_TK = ids_TK >= 0
-        null_slots = int(there_TK.size - there_TK.sum())
-        cell_TK = cell_TK[there_TK]
-        weights_TK = None if weights_TK is None else weights_TK[there_TK]
-    weights = None if weights_TK is None else weights_TK.reshape(-1)
-    return np.bincount(cell_TK.reshape(-1), weights, rows * E).reshape(rows, E), null_slots
+    cell_KT = row_T * E + ids_TK.T
+    there_TK = ids_TK >= 0 if bottom < 0 else None
+    return cell_KT.reshape(-1) if there_TK is None else cell_KT[there_TK.T], there_TK
+
+
+def _by_domain(values_UE: np.ndarray, domain_of_U: np.ndarray, D: int) -> np.ndarray:
+    total_DE = np.zeros((D, values_UE.shape[1]), values_UE.dtype)
+    np.add.at(total_DE, domain_of_U, values_UE)
+    return total_DE
 
 
 def _count_counted(shard: Shard, selection: Selection) -> Counts:

@@ -20,7 +20,8 @@ from moe_inspect.trace.reader import Trace
 
 MIN_COUNT = 8  # occurrences from which the routing of a token id can be told from chance
 CELLS = 2**24  # of one table; all tables of a group of routers hold a few times as many
-SHUFFLES = 3  # of the token ids; a sum over many token ids hardly varies from one to the next
+SHUFFLES = 5  # of the token ids, where there are few tokens; over many, one hardly differs from the next
+SHORT = 100_000  # tokens
 UNIT_CLUSTERS = (127, 61, 31, 17)  # clusters of documents a domain: the most that let every token id in
 
 
@@ -83,14 +84,15 @@ def by_token_id(
 ) -> Iterator[TokenTables]:
     """The tables of every router selected, in order."""
     widest = max(trace.routers[r].experts for r in selection.routers)
+    shuffles = 0 if not nulls else SHUFFLES if counts.tokens < SHORT else 1
     token_ids = frequent(counts, min_count, CELLS // widest)
     pair_ids, clusters = (None, 0) if not nulls or len(counts.domains) < 2 else pair_ids_of(counts, widest)
-    cells = len(token_ids.ids_V) * widest * (2 + 2 * SHUFFLES * nulls)
+    cells = len(token_ids.ids_V) * widest * (2 + 2 * shuffles)
     cells += len(pair_ids.ids_V) * len(counts.domains) * clusters * widest if pair_ids else 0
     at_once = max(1, 2 * CELLS // max(cells, 1))
     for start in range(0, len(selection.routers), at_once):
         group = selection.routers[start : start + at_once]
-        tables = [_empty(trace, r, token_ids, pair_ids, clusters, len(counts.domains), nulls) for r in group]
+        tables = [_empty(trace, r, token_ids, pair_ids, clusters, len(counts.domains), shuffles) for r in group]
         for shard in trace.shards:
             _count_shard(shard, selection, counts, tables)
             if progress:
@@ -105,14 +107,14 @@ def pair_ids_of(counts: Counts, E: int) -> tuple[TokenIds, int]:
     return frequent(counts, MIN_COUNT, max(1, CELLS // (D * clusters * E))), clusters
 
 
-def _empty(trace: Trace, router: int, token_ids: TokenIds, pair_ids: TokenIds | None, clusters: int, D: int, nulls: bool) -> TokenTables:
+def _empty(trace: Trace, router: int, token_ids: TokenIds, pair_ids: TokenIds | None, clusters: int, D: int, shuffles: int) -> TokenTables:
     V, E = len(token_ids.ids_V), trace.routers[router].experts
 
     def table(rows: int = V) -> np.ndarray:
         return np.zeros((rows, E), np.uint32)
 
-    shuffles = range(SHUFFLES if nulls else 0)
-    tables = TokenTables(router, token_ids, table(), table(), [table() for _ in shuffles], [table() for _ in shuffles])
+    shuffled_any, shuffled_first = ([table() for _ in range(shuffles)] for _ in range(2))
+    tables = TokenTables(router, token_ids, table(), table(), shuffled_any, shuffled_first)
     if pair_ids is not None:
         tables.pair_ids, tables.clusters = pair_ids, clusters
         tables.by_unit = np.zeros((len(pair_ids.ids_V), D * clusters, E), np.uint32)

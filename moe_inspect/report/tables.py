@@ -174,7 +174,7 @@ def specialization_by_id(tables: tokenids.TokenTables, D: int) -> dict[str, floa
     if tables.by_unit is not None:
         counts_PE, token_P, domain_P = tables.pairs(D)
         row["domain_mi_given_token_bits"] = sp.conditional_mi_bits(*sp.by_group(counts_PE, token_P, domain_P))
-        null = sp.conditional_mi_null_bits(counts_PE, token_P, domain_P, tokenids.SHUFFLES) if len(counts_PE) else float("nan")
+        null = sp.conditional_mi_null_bits(counts_PE, token_P, domain_P, len(tables.shuffled_any)) if len(counts_PE) else float("nan")
         row["domain_mi_given_token_null_bits"] = null
     return row
 

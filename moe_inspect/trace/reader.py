@@ -124,17 +124,17 @@ class Shard:
         return self._of_router("routing", router, columns)
 
     def ids(self, router: int) -> np.ndarray:
-        """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere."""
+        """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere. Slots are
+        contiguous in memory, as they are on disk."""
         slots = [f"expert_{j}" for j in range(self.trace.routers[router].top_k)]
         table = self.routing(router, slots)
-        return np.stack(
-            [c.fill_null(65535).to_numpy().astype(np.int16) if c.null_count else c.to_numpy().astype(np.int16) for c in _widened(table)], 1
-        )
+        columns = [_widened(c).to_numpy() if c.null_count else c.to_numpy() for c in table.columns]
+        return np.stack([c.astype(np.int16) for c in columns]).T
 
     def weights(self, router: int) -> np.ndarray:
         """float32 [T, K], the gate weights, 0 where a slot routed nowhere."""
         slots = [f"weight_{j}" for j in range(self.trace.routers[router].top_k)]
-        return np.stack([c.fill_null(0).to_numpy() for c in self.routing(router, slots).columns], 1)
+        return np.stack([c.fill_null(0).to_numpy() if c.null_count else c.to_numpy() for c in self.routing(router, slots).columns]).T
 
     def logits(self, router: int) -> np.ndarray:
         """float16 [T, E], the router logits."""
@@ -159,8 +159,9 @@ class Shard:
         return table if columns is None else table.select(columns)
 
 
-def _widened(table: pa.Table) -> list[pa.ChunkedArray]:
-    return [c.cast(pa.uint16()) for c in table.columns]
+def _widened(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # 65535 as int16 is −1, and no uint8 id
+    return column.cast(pa.uint16()).fill_null(65535)
 
 
 class Trace:
