@@ -71,10 +71,10 @@ def id_dtype(routers: Iterable[Router]) -> pa.DataType:
 
 def routing_schema(routers: Sequence[Router], weights: bool) -> pa.Schema:
     slots = range(max(r.top_k for r in routers))
-    fields = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
-    fields += [(f"expert_{j}", id_dtype(routers)) for j in slots]
+    keys = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
+    fields = [(f"expert_{j}", id_dtype(routers)) for j in slots]
     fields += [(f"weight_{j}", pa.float32()) for j in slots] if weights else []
-    return pa.schema(fields)
+    return pa.schema([pa.field(*key, nullable=False) for key in keys] + [pa.field(*f) for f in fields])
 
 
 def counts_schema(weights: bool) -> pa.Schema:

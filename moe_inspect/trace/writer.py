@@ -27,8 +27,9 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 
 SHARD_TOKENS = 65_536
+SHARD_BYTES = 32 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
 SHARD_SECONDS = 60.0  # a slow model's decisions become readable, and safe, after so long at the latest
-QUEUE_BATCHES = 4
+QUEUE_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class RoutedBatch:
     logits: list[np.ndarray] | None = None
     documents: list[Document] = field(default_factory=list)
     phase: str = "prefill"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for arrays in (self.ids, self.weights, self.logits) if arrays is not None for a in arrays)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ class TraceWriter:
         }
         self.routing_schema = schema.routing_schema(self.routers, weights)
         self._pending: list[RoutedBatch] = []
-        self._pending_tokens, self._pending_since = 0, time.monotonic()
+        self._pending_tokens = self._pending_bytes = 0
+        self._pending_since = time.monotonic()
         self._error: BaseException | None = None
         for table in self.tables:
             (self.root / table).mkdir(parents=True, exist_ok=True)
@@ -144,6 +150,11 @@ class TraceWriter:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
+        try:
+            if self._pending and self._error is None:
+                self._commit_routing()
+        except OSError as error:
+            self._error = error
         self.manifest["status"] = "interrupted" if self._error else status
         try:
             schema.write_manifest(self.root, self.manifest)
@@ -163,28 +174,37 @@ class TraceWriter:
 
     def _run(self) -> None:
         try:
-            while (batch := self._queue.get()) is not None:
+            for batch in iter(self._queue.get, None):
                 if isinstance(batch, CountedBatches):
                     self._commit_counts(batch)
-                    continue
-                full = self._pending_tokens + len(batch.token_id) > self.shard_tokens
-                if self._pending and (full or time.monotonic() - self._pending_since > self.shard_seconds):
-                    self._commit_routing()
-                if not self._pending:
-                    self._pending_since = time.monotonic()
-                self._pending.append(batch)
-                self._pending_tokens += len(batch.token_id)
-            if self._pending:
-                self._commit_routing()
+                else:
+                    self._take(batch)
         except BaseException as error:
             self._error = error
-            while self._queue.get() is not None:  # whoever waits in write() must wake, and learn of it at the next call
+            for _ in iter(self._queue.get, None):  # whoever waits in write() must wake, and learn of it at the next call
                 pass
+
+    def _take(self, batch: RoutedBatch) -> None:
+        if self._pending and self._is_due(batch):
+            self._commit_routing()
+        if not self._pending:
+            self._pending_since = time.monotonic()
+        self._pending.append(batch)
+        self._pending_tokens += len(batch.token_id)
+        self._pending_bytes += batch.nbytes
+
+    def _is_due(self, batch: RoutedBatch) -> bool:
+        """Whether the shard is to be committed before `batch` joins it: it would grow too large, or has waited too long."""
+        return (
+            self._pending_tokens + len(batch.token_id) > self.shard_tokens
+            or self._pending_bytes + batch.nbytes > SHARD_BYTES
+            or time.monotonic() - self._pending_since > self.shard_seconds
+        )
 
     # --- commits: documents, tokens, routing, then the shard's lines in one write
 
     def _commit_routing(self) -> None:
-        batches, self._pending, self._pending_tokens = self._pending, [], 0
+        batches, self._pending, self._pending_tokens, self._pending_bytes = self._pending, [], 0, 0
         sizes = [len(b.token_id) for b in batches]
         T = sum(sizes)
         token = pa.array(np.arange(self.next_token, self.next_token + T, dtype=np.int64))
@@ -219,14 +239,14 @@ class TraceWriter:
     def _routing_of(self, r: int, batches: list[RoutedBatch], token: pa.Array) -> Callable[[], pa.Table]:
         def table() -> pa.Table:
             slots, id_type = self.routers[r].top_k, schema.id_dtype(self.routers).to_pandas_dtype()
-            ids_KT = np.concatenate([b.ids[r].T for b in batches], axis=1)
+            ids_KT = _slot_major([b.ids[r] for b in batches], batches[0].ids[r].dtype)
             nowhere_KT = ids_KT == np.iinfo(ids_KT.dtype).max if _may_hold_nowhere(ids_KT, self.routers[r].experts) else None
             experts_KT = ids_KT.astype(id_type, copy=False)
             columns = [token, *self._router_columns(r, len(token))]
             columns += _slots(experts_KT, nowhere_KT, self.routing_schema, "expert")
             if self.weights:
-                weights_KT = np.concatenate([b.weights[r].T for b in batches if b.weights is not None], axis=1)
-                columns += _slots(weights_KT.astype(np.float32, copy=False), nowhere_KT, self.routing_schema, "weight")
+                weights_KT = _slot_major([b.weights[r] for b in batches if b.weights is not None], np.float32)
+                columns += _slots(weights_KT, nowhere_KT, self.routing_schema, "weight")
             assert len(ids_KT) == slots
             return pa.Table.from_arrays(columns, schema=self.routing_schema)
 
@@ -279,15 +299,16 @@ class TraceWriter:
     def _write_part(self, table: str, columns: pa.Schema, groups: Sequence[Callable[[], pa.Table]]) -> dict[str, Any]:
         """One part file, a row group at a time: temporary name, fsync, rename. Returns its line for shards-<rank>.jsonl."""
         name = f"part-{self.rank}-{self.next_shard}.parquet"
+        # expert ids leave the dictionary encoding bit-packed and near their entropy: zstd only costs time on them
         rows, labels = 0, [f.name for f in columns if f.name in _DICTIONARY or f.name.startswith("expert")]
         encodings = {f.name: _encoding(f) for f in columns if f.name not in labels}
-        with schema.draft_of(self.root / table / name) as draft, open(draft, "wb") as file:
+        with schema.draft_of(self.root / table / name) as draft, open(draft, "wb", buffering=2**20) as file:
             sink = _HashingFile(file)
             with pq.ParquetWriter(
                 pa.PythonFile(sink, "w"),
                 columns,
-                compression="zstd",
-                compression_level=1,
+                compression={f.name: "none" if f.name.startswith("expert") else "zstd" for f in columns},
+                compression_level={f.name: 1 for f in columns if not f.name.startswith("expert")},
                 use_dictionary=labels,  # pyright: ignore[reportArgumentType]  (pyarrow's stub knows only bool)
                 column_encoding={name: code for name, code in encodings.items() if code},
                 write_statistics=[f.name for f in columns if f.name in _STATISTICS],  # pyright: ignore[reportArgumentType]
@@ -347,12 +368,25 @@ def _may_hold_nowhere(ids_KT: np.ndarray, experts: int) -> bool:
     return bool(ids_KT.size) and int(ids_KT.max()) >= experts
 
 
+def _slot_major(parts_TK: list[np.ndarray], dtype: Any) -> np.ndarray:
+    """[K, T], each slot contiguous: what a column is made of without another copy."""
+    values_KT = np.empty((parts_TK[0].shape[1], sum(map(len, parts_TK))), dtype)
+    return np.concatenate([part.T for part in parts_TK], axis=1, out=values_KT)
+
+
 def _slots(values_KT: np.ndarray, nowhere_KT: np.ndarray | None, columns: pa.Schema, prefix: str) -> list[pa.Array]:
     fields = [f for f in columns if f.name.startswith(prefix)]
     masks = nowhere_KT if nowhere_KT is not None else [None] * len(values_KT)
-    arrays = [pa.array(v, type=f.type, mask=m) for v, m, f in zip(values_KT, masks, fields, strict=False)]
+    arrays = [_array(v, m, f.type) for v, m, f in zip(values_KT, masks, fields, strict=False)]
     # slots beyond this router's own top-k
     return arrays + [pa.nulls(values_KT.shape[1], f.type) for f in fields[len(arrays) :]]
+
+
+def _array(values_T: np.ndarray, null_T: np.ndarray | None, kind: pa.DataType) -> pa.Array:
+    if null_T is not None:
+        return pa.array(values_T, type=kind, mask=null_T)
+    assert values_T.flags.c_contiguous
+    return pa.Array.from_buffers(kind, len(values_T), [None, pa.py_buffer(values_T)])
 
 
 class _HashingFile:

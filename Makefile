@@ -1,0 +1,34 @@
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev]'
+	touch $@
+
+.PHONY: help demo test lint bench clean
+
+help: ## What there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus, report, draw the pictures (build/demo)
+	$(BIN)/moe-inspect trace demo -o build/demo/trace --logits --overwrite
+	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots
+
+test: $(VENV)/.installed ## The whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)
+	$(BIN)/python -m benchmarks.run
+
+clean: ## Remove what make made
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

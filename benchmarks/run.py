@@ -1,0 +1,229 @@
+"""`make bench`: what tracing and reporting cost on this machine. Prints a table, writes benchmarks/results/<machine>.json.
+
+Each comparison runs side by side in one run and is given as a ratio: machines are noisy, ratios less so.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LAYERS, EXPERTS, TOP_K, BATCH = 48, 128, 8, 8192  # Qwen3-30B-A3B's shape
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    packages = ("moe-inspect", "torch", "transformers", "pyarrow", "pandas", "numpy")
+    return {
+        "processor": model,
+        "cores": sum(line.startswith("processor") for line in lines),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "date": date.today().isoformat(),
+        "command": "make bench",
+    }
+
+
+# --- traced ÷ untraced
+
+
+def overhead(rounds: int = 15) -> dict[str, float]:
+    """The bundled model over the bundled corpus, passes with and without `record` in turn."""
+    import torch
+
+    from moe_inspect.capture.corpus import Plan, find_sources
+    from moe_inspect.capture.models import load_config, load_model, load_tokenizer
+    from moe_inspect.capture.recorder import Recorder
+    from moe_inspect.capture.run import feed
+
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer("demo")
+    network = load_model("demo", load_config("demo"))
+    batches = list(Plan(find_sources([]), max_length=512).batches(tokenizer))
+    silent = Recorder(network, counts_only=True)  # what feed() tells of its rows must go somewhere: it is never entered
+
+    def one_pass(recorder: Recorder | None) -> float:
+        began = time.perf_counter()
+        with recorder or nullcontext():
+            tokens = sum(feed(network, recorder or silent, batch, tokenizer) for batch in batches)
+        return tokens / (time.perf_counter() - began)
+
+    rates: dict[str, list[float]] = {"untraced": [], "tap": [], "dispatch": []}
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
+        for n in range(rounds + 1):
+            for name, found in rates.items():
+                recorder = None if name == "untraced" else Recorder(network, Path(scratch) / f"{name}{n}", capture=name)
+                rate = one_pass(recorder)
+                if n:  # the first round warms up
+                    found.append(rate)
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    return {
+        "untraced_tokens_per_s": median["untraced"],
+        "traced_over_untraced_tap": statistics.median(b / a for a, b in zip(rates["untraced"], rates["tap"], strict=True)),
+        "traced_over_untraced_dispatch": statistics.median(b / a for a, b in zip(rates["untraced"], rates["dispatch"], strict=True)),
+    }
+
+
+# --- the writer
+
+
+def qwen_like(rounding: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """ids uint8 [BATCH, 8] and renormalised softmax weights of 8 layers: experts of unlike popularity, tokens of unlike
+    confidence."""
+    rng = np.random.default_rng(0)
+    ids, weights = [], []
+    for _ in range(8):
+        logits = rng.normal(0, 0.6, EXPERTS) + rng.normal(0, 1, (BATCH, EXPERTS)) * rng.uniform(0.7, 1.6, (BATCH, 1))
+        top = np.argsort(-logits, 1)[:, :TOP_K]
+        chosen = np.exp(np.take_along_axis(logits, top, 1))
+        weight = (chosen / chosen.sum(1, keepdims=True)).astype(np.float32)
+        ids.append(top.astype(np.uint8))
+        weights.append(to_bf16(weight) if rounding == "bf16" else weight.astype(np.float16))
+    return ids, weights
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+
+
+def stream(assignments: int, rounding: str) -> Iterator[Any]:
+    from moe_inspect.trace.writer import Document, RoutedBatch
+
+    ids, weights = qwen_like(rounding)
+    rng = np.random.default_rng(1)
+    for n in range(max(1, round(assignments / (BATCH * LAYERS * TOP_K)))):
+        order = rng.permutation(BATCH)  # no batch is a copy of another, as far as a compressor can see
+        row = np.arange(BATCH, dtype=np.int32)
+        yield RoutedBatch(
+            n,
+            rng.zipf(1.3, BATCH).clip(max=150_000).astype(np.int32),
+            row // 512 + n * 16,
+            row // 512 + n * 16,
+            row % 512,
+            row // 512 % 8,
+            list("abcdefgh"),
+            [np.roll(ids[layer % 8][order], layer // 8, 1) for layer in range(LAYERS)],
+            [weights[layer % 8][order] for layer in range(LAYERS)] if rounding != "none" else None,
+            documents=[Document(n * 16 + d, "abcdefgh"[d % 8], "made", 512) for d in range(16)],
+        )
+
+
+def write(assignments: int, rounding: str) -> dict[str, float]:
+    """Runs in a process of its own: its peak memory and CPU time are the writer's."""
+    import pandas  # noqa: F401  (pyarrow looks for it at its first write: no part of writing)
+
+    from moe_inspect.trace.schema import Router
+    from moe_inspect.trace.writer import TraceWriter
+
+    routers = [Router(layer, "experts", f"layers.{layer}.mlp.experts", EXPERTS, TOP_K) for layer in range(LAYERS)]
+    making = 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        began, cpu_began = time.perf_counter(), time.process_time()
+        with TraceWriter(scratch, {}, routers, weights=rounding != "none") as writer:
+            batches = stream(assignments, rounding)
+            while True:
+                before = time.thread_time()
+                batch = next(batches, None)
+                making += time.thread_time() - before
+                if batch is None:
+                    break
+                writer.write(batch)
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu_began - making
+        written = writer.tokens * LAYERS * TOP_K
+        size = sum(f.stat().st_size for f in Path(scratch).rglob("*.parquet"))
+    return {
+        "assignments": written,
+        "million_assignments_per_cpu_s": written / cpu / 1e6,
+        "wall_s": seconds,
+        "bytes_per_assignment": size / written,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def in_a_process(function: str, *arguments: object) -> dict[str, float]:
+    program = f"import json; from benchmarks.run import {function}; print(json.dumps({function}{arguments!r}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+# --- starting
+
+
+def start(*arguments: str, times: int = 7) -> float:
+    """Median wall seconds of a whole command."""
+    walls = []
+    for _ in range(times):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "moe_inspect", *arguments], cwd=ROOT, capture_output=True, check=True)
+        walls.append(time.perf_counter() - began)
+    return statistics.median(walls)
+
+
+def main() -> None:
+    measured: dict[str, Any] = {}
+    rows: list[tuple[str, float, str]] = []
+
+    def row(label: str, value: float, bar: str, fine: Callable[[float], bool]) -> None:
+        rows.append((label, value, f"{bar} {'yes' if fine(value) else 'NO'}"))
+        print(f"{label:<66}{value:>10.3f}   {rows[-1][2]}", flush=True)
+
+    measured["overhead"] = found = overhead()
+    for capture in ("tap", "dispatch"):
+        row(
+            f"traced ÷ untraced tokens/s, bundled model, {capture}", found[f"traced_over_untraced_{capture}"], "≥ 0.95", lambda v: v >= 0.95
+        )
+    measured["writer"] = writer = {
+        f"{r} {n:.0e}": in_a_process("write", n, r) for r, n in (("fp16", 1e6), ("fp16", 1e7), ("fp16", 1e8), ("bf16", 1e8), ("none", 1e8))
+    }
+    row(
+        "writer, million assignments a CPU-second (48 layers × 8 of 128)",
+        writer["fp16 1e+08"]["million_assignments_per_cpu_s"],
+        "≥ 40",
+        lambda v: v >= 40,
+    )
+    row(
+        "peak memory at 1e8 ÷ at 1e7 assignments",
+        writer["fp16 1e+08"]["peak_memory_mib"] / writer["fp16 1e+07"]["peak_memory_mib"],
+        "flat (≤ 1.5)",
+        lambda v: v <= 1.5,
+    )
+    for rounding, most in (("fp16", 2.75), ("bf16", 2.2), ("none", 0.95)):
+        row(
+            f"bytes an assignment, weights {rounding}",
+            writer[f"{rounding} 1e+08"]["bytes_per_assignment"],
+            f"≤ {most}",
+            lambda v, most=most: v <= most,
+        )
+    measured["start_s"] = {"help": start("--help"), "report": start("report", "sample_traces/balanced")}
+    row("moe-inspect --help, seconds", measured["start_s"]["help"], "≤ 0.4", lambda v: v <= 0.4)
+    row("moe-inspect report sample_traces/balanced, seconds", measured["start_s"]["report"], "≤ 2.5", lambda v: v <= 2.5)
+
+    facts = machine()
+    name = "-".join(f"{facts['processor']} {facts['cores']} cores".lower().replace("(r)", "").split())
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    target = RESULTS / f"cpu-{''.join(c for c in name if c.isalnum() or c == '-')}.json"
+    target.write_text(json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False) + "\n")
+    print(f"written to {target.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
