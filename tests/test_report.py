@@ -188,6 +188,7 @@ def test_text_in_a_file_keeps_every_column_and_number(made: Report):
         )
         assert head
     assert "…" not in text
+    assert not any(line.startswith("•") and line.endswith(" ") for line in text.splitlines())
     assert "\x1b" not in text
     ratio = made.tables["load"]["load_ratio"].to_numpy()
     assert f"layer 3  {''.join(f'{v:5.2f}' for v in ratio[24:])}" in text
@@ -221,6 +222,12 @@ def test_a_terminal_gets_lines_it_can_hold(made: Report):
     lines = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
+
+
+def test_an_encoding_that_lacks_a_character_loses_that_character_only(cli: Cli, trace: Trace):
+    done = cli("report", trace.path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.stdout.isascii()
+    assert "? Layer 3 is the worst balanced" in done.stdout
 
 
 def test_tokens_that_look_like_markup_are_text():

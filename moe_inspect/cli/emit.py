@@ -52,6 +52,8 @@ def text_to(output: Path | None) -> Iterator[TextIO]:
     """Where text goes: a file, or stdout."""
     if output is None:
         with quiet_pipe():
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="replace")  # a token in a script that the terminal's encoding lacks
             yield sys.stdout
             sys.stdout.flush()
         return

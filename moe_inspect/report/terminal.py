@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -98,17 +97,30 @@ def print_report(report: Report, file: TextIO) -> None:
     console, facts = console_for(file), dict(report.facts())
     console.print(Text(f"{facts['model']} · {report.trace.path} · {facts['status']}", style="bold"))
     console.print()
-    for sentence in report.verdict():
-        console.print(Padding(Text(f"• {sentence}"), (0, 0, 0, 1)) if console.is_terminal else Text(f"• {sentence}"))
+    _print_verdict(report.verdict(), console)
     print_heatmap(report, console)
     for name, (columns, what) in CUTS.items():
         if name == "vocabulary" and report.counts.counts_only:
             continue
         frame = _cut(name, report.tables[name])
         shown = f"{name}: {what}, {len(frame):,} of {len(report.tables[name]):,} rows" if len(frame) < len(report.tables[name]) else name
-        print_frame(frame[columns] if console.is_terminal else frame, console, shown)
+        if console.is_terminal:
+            several = len({r.layer for r in report.trace.routers}) < len(report.trace.routers)
+            frame = frame[[c for c in columns if several or c != "router"]]
+        print_frame(frame, console, shown)
     for note in report.notes():
         console.print(Text(f"note: {note}", style="dim"))
+
+
+def _print_verdict(sentences: list[str], console: Console) -> None:
+    if not console.is_terminal:
+        for sentence in sentences:
+            console.print(Text(f"• {sentence}"))
+        return
+    hanging = Table.grid(padding=(0, 1, 0, 0))
+    for sentence in sentences:
+        hanging.add_row(Text("•"), Text(sentence))
+    console.print(hanging)
 
 
 def print_table(frame: Any, file: TextIO) -> int:
@@ -120,7 +132,7 @@ def print_table(frame: Any, file: TextIO) -> int:
 def print_frame(frame: Any, console: Console, title: str | None = None) -> None:
     """A DataFrame; one too wide for the terminal comes in several parts, each with layer and router in front."""
     cells = {name: [_said(v) for v in frame[name]] for name in frame.columns}
-    width_of = {name: max([len(name), *(Text(c).cell_len for c in column)]) + 3 for name, column in cells.items()}
+    width_of = {name: max([len(name), *(Text(c).cell_len for c in column)]) + 2 for name, column in cells.items()}
     lead = [name for name in ("layer", "router") if name in cells]
     parts: list[list[str]] = [list(lead)]
     for name in cells:
@@ -130,7 +142,7 @@ def print_frame(frame: Any, console: Console, title: str | None = None) -> None:
             parts.append(list(lead))
         parts[-1].append(name)
     for number, names in enumerate(parts):
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         for name in names:
             numeric = frame[name].dtype.kind in "iuf"
             table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=True, overflow="ellipsis")

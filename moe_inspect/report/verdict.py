@@ -81,12 +81,10 @@ def _balance(report: Report) -> str:
     low, high = 1 + row["max_vio_low"], 1 + row["max_vio_high"]
     sure = "" if math.isnan(low) else f"95% interval {low:.2f}-{high:.2f}x; "
     beside = f"({sure}chance alone would give {1 + chance(row):.2f}x)"
-    where, of = _where(report, row), "its only router is" if len(balance) == 1 else f"{uneven} of {len(balance)} routers are"
+    where, of = _where(report, row), f"{uneven} of {len(balance)} routers {'is' if uneven == 1 else 'are'} uneven"
     if above_chance(row) and row["max_vio"] >= UNEVEN:
         return (
-            f"{where} is the worst balanced: {busiest} {beside}; {of} uneven."
-            if len(balance) > 1
-            else f"{where} is uneven: {busiest} {beside}."
+            f"{where} is the worst balanced: {busiest} {beside}; {of}." if len(balance) > 1 else f"{where} is uneven: {busiest} {beside}."
         )
     if above_chance(row):
         return f"Balance is good: at the worst, {where[0].lower()}{where[1:]}, {busiest} {beside}."
@@ -121,8 +119,7 @@ def _dead(report: Report) -> str | None:
 def _crowded(report: Report) -> str | None:
     load = _frames(report)["load"]
     over, starved = load[load["load_ratio"] >= OVERLOADED], load[(load["load_ratio"] < STARVED) & (load["assignments"] > 0)]
-    parts = []
-    real = {row["router"] for row in routers(report) if above_chance(row)}
+    real, parts = {row["router"] for row in routers(report) if above_chance(row)}, []
     over, starved = over[over["router"].isin(real)], starved[starved["router"].isin(real)]
     if len(over):
         parts.append(
