@@ -18,6 +18,7 @@ from moe_inspect.analysis.uncertainty import noise_floor
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report.report import report
 from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
 NOWHERE = np.iinfo(np.uint16).max
@@ -204,6 +205,49 @@ def test_batches_have_a_floor_of_their_own_and_a_remnant_is_left_out(tmp_path: P
     ids[:400] = [0, 1]  # positive control: a whole batch is not left out
     control = report(write_trace(tmp_path / "c", [ids], 16, batch_tokens=400)).tables["balance"].iloc[0]
     assert control["max_vio_batch"] > row["max_vio_batch"] + 0.5
+
+
+def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_said(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    listed = [Router(0, "gate", "layers.0", 8, 2)]
+    with TraceWriter(tmp_path / "t", {"model": {}, "capture": {"weights": False}}, listed, weights=False) as writer:
+        for b, size in enumerate([200, 200, 4, 4, 4]):
+            zeros = np.zeros(size, np.int32)
+            ids = [uniform_ids(rng, size, 8, 2)]
+            phase = "prefill" if size == 200 else "decode"
+            writer.write(RoutedBatch(b, zeros, zeros, zeros, zeros, zeros, ["text"], ids, None, phase=phase))
+    made = report(tmp_path / "t")
+    assert made.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(noise_floor(200, 8, 2), rel=0.05)
+    assert any("max_vio_batch is of 2 of 5 batches" in note for note in made.notes())
+    decode = report(tmp_path / "t", phase="decode")
+    assert decode.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(noise_floor(4, 8, 2), rel=0.05)
+    assert not any("max_vio_batch" in note for note in decode.notes())
+
+
+def test_ranks_of_a_distributed_run_add_up(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    listed, loads = [Router(0, "gate", "layers.0", 8, 2)], []
+    for rank in range(2):
+        ids = uniform_ids(rng, 300, 8, 2)
+        loads.append(np.bincount(ids.reshape(-1), minlength=8))
+        with TraceWriter(tmp_path / "t", {"model": {}, "capture": {"weights": False}}, listed, weights=False, rank=rank) as writer:
+            zeros = np.zeros(300, np.int32)
+            writer.write(RoutedBatch(0, zeros, np.arange(300) // 30 + 10 * rank, zeros, zeros, zeros, ["text"], [ids], None))
+    made = report(tmp_path / "t")
+    assert made.tables["load"]["assignments"].tolist() == (loads[0] + loads[1]).tolist()
+    assert made.counts.batches[300][0] == 2  # batch 0 of either rank is a forward pass of its own
+    assert len(made.counts.units) == 20
+
+
+def test_tokens_without_ids_leave_the_rest_of_the_report_alone(tmp_path: Path):
+    given_ = arguments() | {"token_id": np.full(T, -1)}
+    made = report(write_trace(tmp_path / "t", **given_))
+    assert made.tables["vocabulary"].empty
+    special = made.tables["specialization"]
+    assert special[["token_mi_bits", "vocabulary_specialization", "domain_mi_given_token_bits"]].isna().all().all()
+    assert special["domain_mi_bits"].notna().all()
+    assert any("no token id occurs 8 times" in note for note in made.notes())
+    assert made.verdict()
 
 
 def test_balanced_routing_reads_as_its_noise_floor(tmp_path: Path):

@@ -15,7 +15,7 @@ from moe_inspect.analysis.select import Selection, ranges, select
 from moe_inspect.analysis.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report import verdict
-from moe_inspect.report.tables import TABLES, specialization_by_id, vocabulary_of
+from moe_inspect.report.tables import TABLES, specialization_by_id, vocabulary_of, whole_batches
 from moe_inspect.trace.reader import Trace, open_trace
 
 
@@ -156,6 +156,9 @@ class Report:
             notes.append("no weights recorded: weight_sum is NaN")
         if any(not counts.load_E(r).any() for r in self.selection.routers):
             notes.append("a router without a single assignment has no balance")
+        batches, whole = (sum(n for n, _ in sizes.values()) for sizes in (counts.batches, whole_batches(counts)))
+        if batches - whole > 1:
+            notes.append(f"max_vio_batch is of {whole:,} of {batches:,} batches: the others hold under half the tokens of the largest")
         if not counts.counts_only:
             notes += self._token_id_notes()
         return notes

@@ -15,6 +15,7 @@ from moe_inspect.analysis import balance as bal
 from moe_inspect.analysis import specialization as sp
 from moe_inspect.analysis import tokenids
 from moe_inspect.analysis import uncertainty as unc
+from moe_inspect.analysis.aggregate import Counts
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
@@ -66,18 +67,22 @@ def balance(report: Report) -> pd.DataFrame:
 
 
 def _by_batch(report: Report, router: int, filled: float) -> tuple[float, float]:
-    """Mean max_vio over batches, and the noise floor of batches of their sizes. Batches under half the largest are left
-    out: the last one is often a remnant, in which chance is all there is to see. `filled`: share of slots that routed."""
+    """Mean max_vio over batches, and the noise floor of batches of their sizes. `filled`: share of slots that routed."""
     counts = report.counts
     if not counts.batches or filled <= 0:
         return float("nan"), float("nan")
-    largest, row = max(counts.batches), report.selection.routers.index(router)
-    kept = {size: value for size, value in counts.batches.items() if 2 * size >= largest}
+    kept, row = whole_batches(counts), report.selection.routers.index(router)
     n_S = np.array([n for n, _ in kept.values()])
     vio_S = np.array([vio_L[row] for _, vio_L in kept.values()])
     E, k = counts.routers[router].experts, counts.routers[router].top_k
     floor_S = unc.noise_floors(np.array(list(kept)) * filled, E, k)
     return float(vio_S.sum() / n_S.sum()), float((n_S * floor_S).sum() / n_S.sum())
+
+
+def whole_batches(counts: Counts) -> dict[int, tuple[int, np.ndarray]]:
+    """`counts.batches` without those under half the largest: the last batch is often a remnant, in which chance is all there
+    is to see."""
+    return {size: value for size, value in counts.batches.items() if 2 * size >= max(counts.batches)}
 
 
 @table
