@@ -35,7 +35,7 @@ def experts_forward(self: Any, hidden_TH: torch.Tensor, top_k_index: torch.Tenso
     y_SH = _grouped_linear(
         h_SI, self.down_proj, ends, bias=self.down_proj_bias[biased_S] if self.has_bias else None, is_transposed=self.is_transposed
     )
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # a flag of later releases
         y_SH = self.post_expert_norm(y_SH)
     y_SH = y_SH * top_k_weights.reshape(-1)[permutation].unsqueeze(-1)
     return y_SH[inverse].view(T, K, -1).sum(1).to(hidden_TH.dtype)

@@ -21,7 +21,7 @@ from moe_inspect.capture import experts as experts_implementation
 from moe_inspect.capture.counts import DeviceCounts
 from moe_inspect.capture.models import config_record, vocabulary_table
 from moe_inspect.capture.ring import Page, Ring
-from moe_inspect.capture.routers import Site, choice_among, find_routers
+from moe_inspect.capture.routers import Site, choice_among, find_routers, logits_among
 from moe_inspect.capture.rows import RowReader, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
@@ -117,11 +117,11 @@ class Recorder:
         ]
         for r, site in enumerate(self.sites):
             if site.adapter is not None:
-                hooks.append(site.module.register_forward_hook(self._adapted(r, site.adapter)))
+                hooks.append(site.module.register_forward_hook(self._adapted(r, site.adapter.choice)))
             elif self.mode == "tap":
                 hooks.append(site.module.register_forward_pre_hook(self._tapped(r), with_kwargs=True))
             if self.logits and site.logits_module is not None:
-                hooks.append(site.logits_module.register_forward_hook(self._logits_seen(r, site.logits_index)))
+                hooks.append(site.logits_module.register_forward_hook(self._logits_seen(r, site)))
         for hook in hooks:
             self._stack.callback(hook.remove)
         if self.mode == "dispatch":
@@ -224,11 +224,11 @@ class Recorder:
         sink = self._sink(r)
         return lambda module, args, output: sink(*adapter(module, output))
 
-    def _logits_seen(self, r: int, index: int) -> Callable[..., None]:
+    def _logits_seen(self, r: int, site: Site) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._current is None:
+            logits_TE = logits_among(output, site)
+            if self._current is None or logits_TE is None:  # the completeness check speaks of missing ones
                 return
-            logits_TE = (output[index] if isinstance(output, tuple | list) else output).detach().reshape(-1, self.sites[r].experts)
             row, self._logit_rows[r] = self._logit_rows[r], self._logit_rows[r] + len(logits_TE)
             if self._staged is not None:
                 self._staged_logits.setdefault(r, []).append(logits_TE.clone())

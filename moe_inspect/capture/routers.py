@@ -21,9 +21,18 @@ Choice = tuple["torch.Tensor", "torch.Tensor"]  # expert ids int [T, K], gate we
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """`choice`: what the router chose, from its output. `logits_index`: where its logits are in it."""
+
+    choice: Callable[[torch.nn.Module, Any], Choice]
+    logits_index: int
+
+
+@dataclass(frozen=True)
 class Site:
-    """Where one router's choice can be seen. `adapter` is None where the choice is an argument of `module`'s call, else a
-    function of `module`'s output. `experts`: E."""
+    """Where one router's choice can be seen. `adapter` is None where the choice is an argument of `module`'s call, else it
+    reads `module`'s output. `experts`: E. `logits_module`: the module whose output holds the router logits, if known, at
+    `logits_index`, or (None) wherever E values a row stand."""
 
     module: torch.nn.Module
     path: str
@@ -31,9 +40,9 @@ class Site:
     experts: int
     scoring: str
     shared_experts: int
-    adapter: Callable[[torch.nn.Module, Any], Choice] | None = None
+    adapter: Adapter | None = None
     logits_module: torch.nn.Module | None = None
-    logits_index: int = 0
+    logits_index: int | None = None
 
 
 def _llama4(router: torch.nn.Module, output: Any) -> Choice:
@@ -43,14 +52,14 @@ def _llama4(router: torch.nn.Module, output: Any) -> Choice:
     return ids_TK, scores_TE.gather(1, ids_TK)
 
 
-ADAPTERS: dict[str, Callable[[torch.nn.Module, Any], Choice]] = {"Llama4Router": _llama4}
+ADAPTERS = {"Llama4Router": Adapter(_llama4, logits_index=1)}
 NOT_ROUTED = {"Llama4TextExperts", "JetMoeParallelExperts", "InklingSharedExperts"}  # *Experts that no choice is handed to
 SIGMOID = {"deepseek_v3", "glm4_moe", "llama4_text", "llama4"}  # where the config does not say
 
 
 def find_routers(model: Any) -> list[Site]:
     """The routers of `model` in execution order of their layers. MoeInspectError where it has none."""
-    logits = _logits_modules(model)
+    declared = _declared_logits(model)
     sites = []
     for path, module in model.named_modules():
         kind = type(module).__name__
@@ -58,20 +67,10 @@ def find_routers(model: Any) -> list[Site]:
         if adapter is None and (not kind.endswith("Experts") or kind in NOT_ROUTED):
             continue
         config = getattr(module, "config", None) or model.config.get_text_config()
-        layer = layer_of(path)
-        source = (module, logits[path][1]) if path in logits else _nearest(path, logits)
-        sites.append(
-            Site(
-                module,
-                path,
-                layer,
-                experts_of(module),
-                scoring_of(config),
-                shared_experts_of(config),
-                adapter,
-                *(source or (None, 0)),
-            )
-        )
+        router = module if adapter is not None else _router_beside(model, path)
+        index = adapter.logits_index if adapter is not None else declared.get(type(router))
+        facts = (experts_of(module), scoring_of(config), shared_experts_of(config))
+        sites.append(Site(module, path, layer_of(path), *facts, adapter, router, index))
     if not sites:
         raise MoeInspectError(f"{type(model).__name__} is a dense model: it has no router, so there is nothing to trace")
     return sorted(sites, key=lambda s: s.layer)
@@ -119,20 +118,28 @@ def choice_among(arguments: list[Any]) -> Choice | None:
     return (ids[0], weights[0]) if ids and weights else None
 
 
-def _logits_modules(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, int]]:
-    """path → (module, index in its output) of the router logits, as each transformers family itself declares them for
-    `output_router_logits`."""
+def logits_among(output: Any, site: Site) -> torch.Tensor | None:
+    """The router logits [T, E] in the output of `site.logits_module`: at the declared index, else the one tensor of E
+    floating-point values a row (the order of the others has changed between releases). None where that is not one."""
+    parts = output if isinstance(output, tuple | list) else (output,)
+    if site.logits_index is not None:
+        parts = parts[site.logits_index : site.logits_index + 1]
+    found = [t for t in parts if hasattr(t, "dtype") and t.dtype.is_floating_point and t.shape[-1] == site.experts]
+    return found[0].detach().reshape(-1, site.experts) if len(found) == 1 else None
+
+
+def _declared_logits(model: Any) -> dict[type, int]:
+    """Router class → index of the logits in its output, where the family declares it for `output_router_logits`."""
     declared: dict[type, int] = {}
     for module in model.modules():
-        recorders = getattr(module, "_can_record_outputs", None) or {}
-        entries = recorders.get("router_logits", [])
+        entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
         for entry in entries if isinstance(entries, list | tuple) else [entries]:
             if hasattr(entry, "target_class"):
                 declared[entry.target_class] = entry.index
-    return {path: (m, declared[type(m)]) for path, m in model.named_modules() if type(m) in declared}
+    return declared
 
 
-def _nearest(path: str, logits: dict[str, tuple[torch.nn.Module, int]]) -> tuple[torch.nn.Module, int] | None:
-    """The router beside these experts: the one of the same parent module."""
-    parent = path.rpartition(".")[0]
-    return next((found for where, found in logits.items() if where.rpartition(".")[0] == parent), None)
+def _router_beside(model: Any, experts_path: str) -> torch.nn.Module | None:
+    """The router module among the siblings of these experts."""
+    parent = model.get_submodule(experts_path.rpartition(".")[0])
+    return next((m for m in parent.children() if re.search(r"(Router|Gate|Gating)$", type(m).__name__)), None)
