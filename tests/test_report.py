@@ -169,6 +169,29 @@ def test_counts_only_has_a_verdict(tmp_path: Path):
     assert said[0].startswith("Layer 0 is the worst balanced: expert 3 gets 4.50x")
 
 
+RNG = np.random.default_rng(9)
+ODD = {
+    "a router without load": ([uniform_ids(RNG, 500, 8, 2), np.full((500, 2), 65535, np.uint16)], 8, "1 of 2 routers made no assignment"),
+    "one token": ([np.array([[0, 1]], np.uint16)], 8, "1 token is too few"),
+    "one expert": ([np.zeros((200, 1), np.uint16)], 1, "Nothing is wrong"),
+    "every expert every time": ([uniform_ids(RNG, 200, 4, 4)], 4, "Nothing is wrong"),
+    "two routers in a layer": ([uniform_ids(RNG, 900, 16, 4), uniform_ids(RNG, 900, 4, 1)], [16, 4], "layer 3 (router "),
+    "more experts than a byte": ([uniform_ids(RNG, 500, 512, 10)], 512, "Too little to judge"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.filterwarnings("error")
+def test_odd_traces_have_a_whole_report(tmp_path: Path, case: str):
+    ids, experts, says = ODD[case]
+    layers = [3] * len(ids) if isinstance(experts, list) else None
+    made = report(
+        write_trace(tmp_path / "t", ids, experts, document=np.arange(len(ids[0])) // 20, domain_of_document=["a", "b"], layers=layers)
+    )
+    assert says in text_of(made)
+    assert all(len(made.tables[name].columns) for name in TABLES)
+
+
 # --- text
 
 

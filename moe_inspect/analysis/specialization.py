@@ -42,9 +42,9 @@ def domain_mi_bits(assignments_DE: np.ndarray) -> float:
 
 def domain_mi_null_bits(assignments_UE: np.ndarray, domain_U: np.ndarray, R: int = PERMUTATIONS) -> tuple[float, float]:
     """Mean and 99th percentile of `domain_mi_bits` with the domain labels permuted among the documents (units): what
-    documents that each have a style of their own, but no domain, would show. NaN with fewer than two domains."""
+    documents that each have a style of their own, but no domain, would show. NaN with fewer than two domains, or no load."""
     D, E = int(domain_U.max(initial=-1)) + 1, assignments_UE.shape[1]
-    if D < 2:
+    if D < 2 or not assignments_UE.any():
         return float("nan"), float("nan")
     assignments_UE = assignments_UE.astype(float)
     labels_RU = permuted_labels(domain_U, R)

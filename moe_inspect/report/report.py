@@ -149,7 +149,9 @@ class Report:
         if counts.counts_only:
             notes.append("counts only: no intervals, batches, nulls or token ids; trace without --counts-only for those")
         elif len(counts.units) < FEWEST_DOCUMENTS:
-            notes.append(f"{len(counts.units)} documents: intervals, design effect and domain nulls need {FEWEST_DOCUMENTS}")
+            notes.append(
+                f"{verdict.counted(len(counts.units), 'document')}: intervals, design effect and domain nulls need {FEWEST_DOCUMENTS}"
+            )
         if len(counts.domains) < 2:
             notes.append("one domain: domain_mi_*, jsd_bits need two; label sources as DOMAIN=SRC when tracing")
         if not self.trace.has_weights:
@@ -170,7 +172,7 @@ class Report:
             return [
                 f"no token id occurs {tokenids.MIN_COUNT} times: token_mi_*, domain_mi_given_token_*, vocabulary_specialization are NaN"
             ]
-        said = f"token ids are judged from {tokenids.MIN_COUNT} occurrences: {len(judged.ids_V):,} ids, {judged.coverage:.1%} of the tokens"
+        said = f"token ids are judged from {tokenids.MIN_COUNT} occurrences: {verdict.counted(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
         notes = (
             [said]
             if self.trace.vocabulary().size

@@ -131,7 +131,7 @@ def print_table(frame: Any, file: TextIO) -> int:
 
 def print_frame(frame: Any, console: Console, title: str | None = None) -> None:
     """A DataFrame; one too wide for the terminal comes in several parts, each with layer and router in front."""
-    cells = {name: [_said(v) for v in frame[name]] for name in frame.columns}
+    cells = {name: ["-" if gone else _said(v) for v, gone in zip(frame[name], frame[name].isna(), strict=True)] for name in frame.columns}
     width_of = {name: max([len(name), *(Text(c).cell_len for c in column)]) + 2 for name, column in cells.items()}
     lead = [name for name in ("layer", "router") if name in cells]
     parts: list[list[str]] = [list(lead)]
@@ -155,8 +155,6 @@ def print_frame(frame: Any, console: Console, title: str | None = None) -> None:
 
 
 def _said(value: Any) -> str:
-    if value is None or value != value or str(value) == "<NA>":
-        return "-"
     if isinstance(value, (float, np.floating)):
         return f"{value:,.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
     if isinstance(value, (int, np.integer)):

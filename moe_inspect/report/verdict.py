@@ -31,6 +31,7 @@ def verdict(report: Report) -> list[str]:
     said = [
         report.warning and f"Careful: {report.warning}.",
         _balance(report),
+        _silent(report),
         _dead(report),
         _crowded(report),
         _pooled(report),
@@ -87,13 +88,22 @@ def _balance(report: Report) -> str:
             f"{where} is the worst balanced: {busiest} {beside}; {of}." if len(balance) > 1 else f"{where} is uneven: {busiest} {beside}."
         )
     if above_chance(row):
-        return f"Balance is good: at the worst, {where[0].lower()}{where[1:]}, {busiest} {beside}."
+        return f"Balance is good: at the worst, {where.lower()}, {busiest} {beside}."
     if chance(row) >= UNEVEN:
         return (
-            f"Too little to judge balance by: the worst is {where[0].lower()}{where[1:]}, where {busiest}, but chance alone would give "
+            f"Too little to judge balance by: the worst is {where.lower()}, where {busiest}, but chance alone would give "
             f"{1 + chance(row):.2f}x on so few tokens or documents."
         )
-    return f"Nothing is wrong with the balance: at the worst, {where[0].lower()}{where[1:]}, {busiest}, no more than chance would give {beside}."
+    return f"Nothing is wrong with the balance: at the worst, {where.lower()}, {busiest}, no more than chance would give {beside}."
+
+
+def _silent(report: Report) -> str | None:
+    table = _frames(report)["balance"]
+    silent = table[table["assignments"] == 0].to_dict("records")
+    if not silent or len(silent) == len(table):
+        return None
+    places = _some([_where(report, row).lower() for row in silent], 6, ", ")
+    return f"{len(silent)} of {len(table)} routers made no assignment at all: {places}."
 
 
 def _dead(report: Report) -> str | None:
@@ -105,14 +115,14 @@ def _dead(report: Report) -> str | None:
     places, likely = [], 0.0
     for row in dead:
         ids = load.loc[(load["router"] == row["router"]) & (load["assignments"] == 0), "expert"].tolist()
-        places.append(f"{_where(report, row)[0].lower()}{_where(report, row)[1:]}: {_listed(ids)}")
+        places.append(f"{_where(report, row).lower()}: {_listed(ids)}")
         picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
         likely = max(likely, row["experts"] * (1 - picked) ** row["tokens"])
     n = sum(int(row["dead_experts"]) for row in dead)
     said = f"{n} dead {'expert' if n == 1 else 'experts'} in {len(dead)} of {len(balance)} routers ({_some(places, 4, '; ')})"
-    tokens = f"{report.counts.tokens:,} tokens"
+    tokens = counted(report.counts.tokens, "token")
     if likely > 0.01:
-        return f"{said}: but {tokens} are too few to call an expert dead, chance alone leaves some without any."
+        return f"{said}: but {tokens} {'are' if report.counts.tokens > 1 else 'is'} too few to call an expert dead, chance alone leaves some without any."
     return f"{said}: not one of {tokens} went there."
 
 
@@ -123,11 +133,11 @@ def _crowded(report: Report) -> str | None:
     over, starved = over[over["router"].isin(real)], starved[starved["router"].isin(real)]
     if len(over):
         parts.append(
-            f"{_n(len(over), 'expert')} in {_n(over['router'].nunique(), 'router')} {_verb(over, 'get')} at least {OVERLOADED:g}x the mean load"
+            f"{counted(len(over), 'expert')} in {counted(over['router'].nunique(), 'router')} {_verb(over, 'get')} at least {OVERLOADED:g}x the mean load"
         )
     if len(starved):
         parts.append(
-            f"{_n(len(starved), 'expert')} in {_n(starved['router'].nunique(), 'router')} {_verb(starved, 'get')} under a tenth of it"
+            f"{counted(len(starved), 'expert')} in {counted(starved['router'].nunique(), 'router')} {_verb(starved, 'get')} under a tenth of it"
         )
         if not len(over):
             parts[-1] = parts[-1].replace("of it", "of the mean load")
@@ -141,7 +151,7 @@ def _pooled(report: Report) -> str | None:
     if not above_chance(row) or row["max_vio"] < UNEVEN or pooled - 1 > row["max_vio"] / 2:
         return None
     where = _where(report, row)
-    return f"Pooled over all layers the same routing reads {pooled:.2f}x: a pooled figure would have hidden {where[0].lower()}{where[1:]}."
+    return f"Pooled over all layers the same routing reads {pooled:.2f}x: a pooled figure would have hidden {where.lower()}."
 
 
 def _overloading_domain(report: Report) -> str | None:
@@ -149,8 +159,8 @@ def _overloading_domain(report: Report) -> str | None:
     if domains["domain"].nunique() < 2:
         return None
     mean = domains.groupby(["router", "domain"])["assignments"].transform("mean")
-    rated = domains.assign(ratio=domains["assignments"] / mean.where(mean > 0))
-    rows = rated.loc[rated.groupby(["router", "domain"])["ratio"].idxmax().dropna()]
+    rated = domains.assign(ratio=domains["assignments"] / mean)[mean > 0]
+    rows = rated.loc[rated.groupby(["router", "domain"])["ratio"].idxmax()]
     balance = {row["router"]: row for row in routers(report)}
     for _, row in rows.sort_values("ratio", ascending=False).iterrows():
         overall = balance[row["router"]]
@@ -159,7 +169,7 @@ def _overloading_domain(report: Report) -> str | None:
         if row["ratio"] - 1 >= UNEVEN and row["ratio"] - 1 > 2 * floor and row["ratio"] - 1 > 1.5 * overall["max_vio"]:
             where = _where(report, row)
             return (
-                f'"{row["domain"]}" overloads expert {row["expert"]} of {where[0].lower()}{where[1:]}: {row["ratio"]:.2f}x the mean load on '
+                f'"{row["domain"]}" overloads expert {row["expert"]} of {where.lower()}: {row["ratio"]:.2f}x the mean load on '
                 f"its {row['tokens']:,} tokens, where all domains together come to at most {overall['max_over_mean']:.2f}x."
             )
     return None
@@ -180,7 +190,7 @@ def _domains(report: Report) -> list[str]:
     found = _specialist(report, int(row["router"]))
     where = _where(report, row)
     said = (
-        f"Experts specialise by domain in {len(real)} of {len(table)} routers, most in {where[0].lower()}{where[1:]}"
+        f"Experts specialise by domain in {len(real)} of {len(table)} routers, most in {where.lower()}"
         f" ({row['domain_mi_bits']:.3f} bits; shuffled documents give {row['domain_mi_null_bits']:.3f}){found}."
     )
     if effect.max() < SLIGHT_BITS:
@@ -206,7 +216,7 @@ def _specialist(report: Report, router: int) -> str:
 
 def _token_ids(report: Report) -> str | None:
     table = _frames(report)["specialization"].dropna(subset=["vocabulary_specialization", "vocabulary_specialization_null"])
-    if table.empty:
+    if table.empty or not table["token_mi_null_bits"].max() > 0:  # with a single token id there is nothing to tell
         return None
     effect = table["vocabulary_specialization"] - table["vocabulary_specialization_null"]
     row = table.loc[effect.idxmax()]
@@ -214,7 +224,7 @@ def _token_ids(report: Report) -> str | None:
         return "The token id does not decide the expert: tokens of one id spread as shuffled ids would."
     where = _where(report, row)
     said = (
-        f"The token id decides most in {where[0].lower()}{where[1:]}: {row['vocabulary_specialization']:.0%} of first choices are the favourite "
+        f"The token id decides most in {where.lower()}: {row['vocabulary_specialization']:.0%} of first choices are the favourite "
         f"of their token id ({row['vocabulary_specialization_null']:.0%} with the ids shuffled)"
     )
     if not report.top:
@@ -229,16 +239,16 @@ def _token_ids(report: Report) -> str | None:
 
 def _judged_on(report: Report) -> str:
     counts = report.counts
-    documents = f" of {_n(counts.documents, 'document')}" if counts.documents else ""
-    domains = f" in {_n(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
-    return f"Judged on {counts.tokens:,} tokens{documents}{domains}, {_n(len(report.selection.routers), 'router')}."
+    documents = f" of {counted(counts.documents, 'document')}" if counts.documents else ""
+    domains = f" in {counted(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
+    return f"Judged on {counted(counts.tokens, 'token')}{documents}{domains}, {counted(len(report.selection.routers), 'router')}."
 
 
 def _where(report: Report, row: Any) -> str:
     """ "Layer 3", or with the router where its layer has several."""
     layer, router = int(row["layer"]), int(row["router"])
     several = sum(r.layer == layer for r in report.trace.routers) > 1
-    return f"Layer {layer} ({report.trace.routers[router].name or f'router {router}'})" if several else f"Layer {layer}"
+    return f"Layer {layer} (router {router})" if several else f"Layer {layer}"
 
 
 def _listed(ids: list[int]) -> str:
@@ -253,5 +263,5 @@ def _verb(subjects: Any, verb: str) -> str:
     return f"{verb}s" if len(subjects) == 1 else verb
 
 
-def _n(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
