@@ -45,8 +45,8 @@ def machine() -> dict[str, Any]:
 # --- traced ÷ untraced
 
 
-def overhead(rounds: int = 15) -> dict[str, float]:
-    """The bundled model over the bundled corpus, passes with and without `record` in turn."""
+def overhead(rounds: int = 11, times: int = 8) -> dict[str, float]:
+    """The bundled model over the bundled corpus `times` over, with and without `record` in turn."""
     import torch
 
     from moe_inspect.capture.corpus import Plan, find_sources
@@ -57,7 +57,7 @@ def overhead(rounds: int = 15) -> dict[str, float]:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer("demo")
     network = load_model("demo", load_config("demo"))
-    batches = list(Plan(find_sources([]), max_length=512).batches(tokenizer))
+    batches = list(Plan(find_sources([]), max_length=512).batches(tokenizer)) * times
     silent = Recorder(network, counts_only=True)  # what feed() tells of its rows must go somewhere: it is never entered
 
     def one_pass(recorder: Recorder | None) -> float:

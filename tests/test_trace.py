@@ -154,7 +154,7 @@ def test_a_slow_model_commits_by_time(tmp_path: Path) -> None:
 
 def test_an_exception_leaves_a_readable_interrupted_trace(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
-    with pytest.raises(KeyboardInterrupt), TraceWriter(tmp_path, {}, ROUTERS) as writer:
+    with pytest.raises(KeyboardInterrupt), TraceWriter(tmp_path, {}, ROUTERS) as writer:  # noqa: PT012
         writer.write(a_batch(rng, 0, 20, ROUTERS))
         raise KeyboardInterrupt
     trace = open_trace(tmp_path)

@@ -330,11 +330,7 @@ class Recorder:
             **self._extra,
         }
         manifest["model"]["config"] = config_record(self.model.config)
-        manifest["capture"] = {
-            **capture_facts(self.model, self.mode),
-            "weights": self.weights,
-            "weight_dtype": weight_dtype if self.weights else None,
-        }
+        manifest["capture"] = {**capture_facts(self.model, self.mode), "weight_dtype": weight_dtype if self.weights else None}
         vocabulary: pa.Table | None = None
         if self.tokenizer is not None:
             vocabulary = vocabulary_table(self.tokenizer, getattr(text, "vocab_size", 0) or 0)
@@ -394,12 +390,16 @@ class Recorder:
     def balance(self, all_ranks: bool = False) -> Any:
         """The balance table of what has been counted since the recording began (`counts_only=True`); with `all_ranks`
         summed over the processes of torch.distributed."""
-        from moe_inspect.analysis.balance import balance_of_counts
-
         if self._counts is None:
             raise MoeInspectError("balance() reads counts on the device: record with counts_only=True, after a forward pass")
+        from moe_inspect.analysis.aggregate import Counts, RouterCounts
+        from moe_inspect.report.tables import balance_of
+
         load, tokens = self._counts.totals(all_ranks)
-        return balance_of_counts(self.routers, load, tokens)
+        counts = Counts(self.routers, tuple(range(len(self.routers))), [""], [("", 0)], np.array([tokens]), counts_only=True)
+        for r, load_E in enumerate(load):
+            counts.of[r] = RouterCounts(load_E[None], load_E[None] * 0, None)
+        return balance_of(counts)
 
 
 def _rows_of(page: Page, r: int, kind: str, keep: np.ndarray | None) -> np.ndarray:

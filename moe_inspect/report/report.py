@@ -55,7 +55,7 @@ class Report:
     def warning(self) -> str | None:
         """What to know before believing any of it: the trace is not complete, or something was dropped."""
         said = {
-            "recording": "this trace is still being recorded: the report is of what is committed so far",
+            "recording": "this trace is still being recorded, or was cut off: the report is of what is committed so far",
             "interrupted": "this trace was interrupted: the report is of what was committed",
         }.get(self.trace.status)
         dropped = self.dropped

@@ -38,9 +38,14 @@ def summary(report: Report) -> pd.DataFrame:
 @table
 def balance(report: Report) -> pd.DataFrame:
     """A row a router: how even its load is, and what chance alone would give."""
-    counts, rows = report.counts, []
+    return balance_of(report.counts)
+
+
+def balance_of(counts: Counts) -> pd.DataFrame:
+    """The balance table of any counts, a finished trace's or those of a recording under way."""
+    rows = []
     weights_RU = None if counts.counts_only else unc.resample_weights(counts.domain_of_unit_U)
-    for r in report.selection.routers:
+    for r in counts.indices:
         router, load_E = counts.routers[r], counts.load_E(r)
         E, k, total = router.experts, router.top_k, int(load_E.sum())
         row: dict[str, float | None] = {
@@ -57,7 +62,7 @@ def balance(report: Report) -> pd.DataFrame:
         row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(counts.of[r].assignments_UE, weights_RU)
         units = (counts.of[r].assignments_UE, counts.tokens_U, counts.domain_of_unit_U)
         row["design_effect"] = float("nan") if counts.counts_only else unc.design_effect(*units)
-        row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(report, r, total / (k * counts.tokens))
+        row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(counts, r, total / (k * counts.tokens))
         rows.append(row)
     columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *bal.METRICS, "busiest_expert", "noise_floor"]
     columns += ["max_vio_low", "max_vio_high", "max_vio_batch", "noise_floor_batch", "design_effect"]
@@ -66,12 +71,11 @@ def balance(report: Report) -> pd.DataFrame:
     return frame.astype({"dead_experts": "Int64", "busiest_expert": "Int64"})
 
 
-def _by_batch(report: Report, router: int, filled: float) -> tuple[float, float]:
+def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
     """Mean max_vio over batches, and the noise floor of batches of their sizes. `filled`: share of slots that routed."""
-    counts = report.counts
     if not counts.batches or filled <= 0:
         return float("nan"), float("nan")
-    kept, row = whole_batches(counts), report.selection.routers.index(router)
+    kept, row = whole_batches(counts), counts.indices.index(router)
     n_S = np.array([n for n, _ in kept.values()])
     vio_S = np.array([vio_L[row] for _, vio_L in kept.values()])
     E, k = counts.routers[router].experts, counts.routers[router].top_k

@@ -56,7 +56,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         routers = [Router(**r) for r in manifest["routers"]]
         valid = manifest["status"] in schema.STATUSES and routers and all(r.experts >= r.top_k >= 1 for r in routers)
-        valid = valid and isinstance(manifest["tables"], list)
+        valid = valid and isinstance(manifest["tables"], list) and isinstance(manifest["capture"]["weights"], bool)
     except (KeyError, TypeError) as error:
         raise MoeInspectError(f"damaged trace: {path} lacks what every trace has: {error}") from None
     if not valid:
@@ -64,19 +64,25 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
-    """MoeInspectError where the process that writes this trace is still at work on this machine."""
-    capture = manifest.get("capture", {})
+def writer_of(manifest: dict[str, Any]) -> int | None:
+    """The process that is writing this trace, as far as this machine can tell: None where it is done or gone."""
+    capture = manifest["capture"]
     pid = capture.get("pid")
     if manifest["status"] != "recording" or capture.get("host") != socket.gethostname() or pid in (None, os.getpid()):
-        return
+        return None
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return
+        return None
     except PermissionError:
         pass  # it runs, as another user
-    raise MoeInspectError(f"process {pid} is still writing {root}: wait for it, or stop it")
+    return pid
+
+
+def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
+    """MoeInspectError where the process that writes this trace is still at work on this machine."""
+    if (pid := writer_of(manifest)) is not None:
+        raise MoeInspectError(f"process {pid} is still writing {root}: wait for it, or stop it")
 
 
 def committed_shards(root: Path, manifest: dict[str, Any]) -> list[ShardFiles]:
@@ -191,7 +197,7 @@ class Trace:
 
     @property
     def has_weights(self) -> bool:
-        return bool(self.manifest["capture"].get("weights", True)) if "capture" in self.manifest else True
+        return bool(self.manifest["capture"]["weights"])
 
     @property
     def n_tokens(self) -> int:

@@ -113,6 +113,7 @@ class TraceWriter:
             "format": schema.FORMAT,
             "status": "recording",
             **manifest,
+            "capture": {**manifest.get("capture", {}), "weights": weights},
             "routers": [schema.router_record(r) for r in self.routers],
             "tables": self.tables,
             "counts": {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0},
@@ -304,12 +305,13 @@ class TraceWriter:
         encodings = {f.name: _encoding(f) for f in columns if f.name not in labels}
         with schema.draft_of(self.root / table / name) as draft, open(draft, "wb", buffering=2**20) as file:
             sink = _HashingFile(file)
+            # (pyarrow's stubs know only one value for all columns)
             with pq.ParquetWriter(
                 pa.PythonFile(sink, "w"),
                 columns,
-                compression={f.name: "none" if f.name.startswith("expert") else "zstd" for f in columns},
+                compression={f.name: "none" if f.name.startswith("expert") else "zstd" for f in columns},  # pyright: ignore[reportArgumentType]
                 compression_level={f.name: 1 for f in columns if not f.name.startswith("expert")},
-                use_dictionary=labels,  # pyright: ignore[reportArgumentType]  (pyarrow's stub knows only bool)
+                use_dictionary=labels,  # pyright: ignore[reportArgumentType]
                 column_encoding={name: code for name, code in encodings.items() if code},
                 write_statistics=[f.name for f in columns if f.name in _STATISTICS],  # pyright: ignore[reportArgumentType]
             ) as writer:
