@@ -325,3 +325,20 @@ def test_a_terminal_sees_progress(tmp_path: Path, model: Path, corpus: Path) -> 
     assert process.wait() == 0
     assert b"tokens/s" in seen
     assert b"decisions" in seen
+
+
+def test_overwrite_keeps_the_old_trace_until_there_is_a_new_one(cli: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+    cli("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100)
+    cli("trace", "no-such-model", "-o", "t", "--data", corpus, "--overwrite", check=1)
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 100
+    cli("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 50, "--overwrite")
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 50
+
+
+def test_resume_completes_a_trace_that_lacks_only_its_status(cli: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+    cli("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100)
+    path = tmp_path / "t/trace.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "status": "recording", "counts": {"tokens": 0, "decisions": 0, "dropped": 0}}))
+    cli("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100, "--resume")
+    assert json.loads(path.read_text()) == whole

@@ -219,3 +219,30 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
             moe_inspect.record(model, tmp_path / "t", **options)
     with pytest.raises(MoeInspectError, match="needs a path"):
         moe_inspect.record(model)
+
+
+def test_a_forward_pass_cut_short_counts_nowhere(model: Any, tmp_path: Path) -> None:
+    """An interrupt between two layers: what the first one routed is in no count, and the sums still agree."""
+    block = model.model.layers[1]
+    with pytest.raises(KeyboardInterrupt), moe_inspect.record(model, tmp_path / "t", counts_only=True), torch.no_grad():  # noqa: PT012
+        model(**token_batch(LENGTHS))
+        hook = block.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        try:
+            model(**token_batch(LENGTHS))
+        finally:
+            hook.remove()
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.status == "interrupted"
+    assert trace.n_tokens == sum(LENGTHS)
+    assert trace.counts().groupby("router")["assignments"].sum().tolist() == [2 * sum(LENGTHS)] * 2
+
+
+def test_an_exception_in_the_model_is_not_in_the_trace(model: Any, tmp_path: Path) -> None:
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(**token_batch(LENGTHS))
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[1, 10_000]]))
+        model(**token_batch([4]))
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.n_tokens == sum(LENGTHS) + 4
+    assert len(trace.routing(layer=1)) == trace.n_tokens

@@ -26,25 +26,22 @@ class DeviceCounts:
         self.tokens = self.batch = self.taken_tokens = 0
         self.documents: list[Document] = []
         self._taken = [np.zeros(r.experts, np.int64) for r in routers]
-        self._sums: list[list[torch.Tensor]] = []
         self._base: dict[torch.device, torch.Tensor] = {}
-        self._grow(1)
+        self._sums = self._zeros(1)
+        self._now = self._zeros(1)  # of the forward pass under way: one that is cut short counts nowhere
 
-    def _grow(self, domains: int) -> None:
+    def _zeros(self, domains: int) -> list[list[torch.Tensor]]:
         """Room for `domains`; expert E is where padding and slots that routed nowhere are counted, and left out."""
         kinds = [torch.int64, torch.int64, torch.float64][: 3 if self.weights else 2]
-        old, self._sums = self._sums, []
-        for r, (router, device) in enumerate(zip(self.routers, self.devices, strict=True)):
-            with torch.inference_mode(False):
-                sums = [torch.zeros((domains, router.experts + 1), dtype=kind, device=device) for kind in kinds]
-            for new, before in zip(sums, old[r] if old else [], strict=False):
-                new[: len(before)] = before
-            self._sums.append(sums)
+        with torch.inference_mode(False):
+            return [
+                [torch.zeros((domains, router.experts + 1), dtype=kind, device=device) for kind in kinds]
+                for router, device in zip(self.routers, self.devices, strict=True)
+            ]
 
     def begin(self, rows: Rows, domains: int) -> None:
         """Where each row of the coming forward pass is counted: its domain, or −1 for padding."""
-        if domains > len(self._sums[0][0]):
-            self._grow(domains)
+        self._now = self._zeros(max(domains, len(self._sums[0][0])))
         domain_T = np.full(len(rows.real), -1, np.int64)
         domain_T[rows.real] = rows.domain
         self._base = {d: torch.from_numpy(domain_T).to(d, non_blocking=True) for d in set(self.devices)}
@@ -55,15 +52,18 @@ class DeviceCounts:
         domain_T1 = self._base[self.devices[r]][row : row + len(ids_TK), None]
         outside_TK = (ids_TK < 0) | (ids_TK >= E) | (domain_T1 < 0)
         slot_TK = domain_T1.clamp(min=0) * (E + 1) + ids_TK.long().masked_fill(outside_TK, E)
-        assignments, first_choice, *weight_sum = (s.view(-1) for s in self._sums[r])
+        assignments, first_choice, *weight_sum = (s.view(-1) for s in self._now[r])
         assignments.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK).reshape(-1))
         first_choice.scatter_add_(0, slot_TK[:, 0], torch.ones_like(slot_TK[:, 0]))
         for sums in weight_sum:
             sums.scatter_add_(0, slot_TK.reshape(-1), weights_TK.reshape(-1).to(sums.dtype))
 
     def end(self, rows: Rows, batch: int) -> None:
-        self.tokens += int(rows.real.sum())
-        self.batch = batch
+        """The forward pass is over, and seen whole: now it counts."""
+        for now, before in zip(self._now, self._sums, strict=True):
+            for sums, older in zip(now, before, strict=True):
+                sums[: len(older)] += older
+        self._sums, self.tokens, self.batch = self._now, self.tokens + int(rows.real.sum()), batch
         self.documents += rows.documents
 
     def take(self, domains: list[str]) -> CountedBatches:
@@ -80,9 +80,8 @@ class DeviceCounts:
             [h[2] for h in host] if self.weights else None,
             self.documents,
         )
-        self.tokens, self.documents, old = 0, [], len(self._sums[0][0])
-        self._sums = []
-        self._grow(old)
+        self.tokens, self.documents = 0, []
+        self._sums = self._zeros(len(self._sums[0][0]))
         return counted
 
     def totals(self, all_ranks: bool = False) -> tuple[list[np.ndarray], int]:

@@ -27,7 +27,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import read_manifest, refuse_while_written
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter, clear_trace
+from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter, clear_trace, refuse_unless_trace
 
 CAPTURES = ("auto", "dispatch", "tap")
 
@@ -90,7 +90,7 @@ class Recorder:
         if logits and any(s.logits_module is None for s in self.sites):
             raise MoeInspectError(f"{type(model).__name__} does not show its router logits: trace without --logits")
         if self.path is not None and resume is None:
-            prepare_directory(self.path, overwrite)
+            check_directory(self.path, overwrite)
         self.routers: list[Router] = []
         self.writer: TraceWriter | None = None
         self.tokens = 0
@@ -131,9 +131,11 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
         try:
-            if kind is None or issubclass(kind, KeyboardInterrupt):
+            if kind is None:
                 self._drain(everything=True)
-                self._flush_counts()
+            # an interrupt may have cut a hand-over short: what is still in the ring is left out, so that no batch is missing
+            # between others, and --resume feeds it again
+            self._flush_counts()
         finally:
             if self.writer is not None:
                 self.writer.close("complete" if kind is None else "interrupted", quiet=kind is not None)
@@ -324,6 +326,8 @@ class Recorder:
 
     def _open_writer(self, weight_dtype: str) -> TraceWriter:
         assert self.path is not None
+        if self.resume is None and (self.path / schema.MANIFEST).exists():
+            clear_trace(self.path)
         text = self.model.config.get_text_config()
         manifest = {
             "model": {"id": getattr(self.model.config, "_name_or_path", ""), "revision": None, "class": type(self.model).__name__},
@@ -445,20 +449,20 @@ def _own_version() -> str:
     return version("moe-inspect")
 
 
-def prepare_directory(path: Path, overwrite: bool) -> None:
-    """Makes the directory of a new trace; an existing trace goes only with `overwrite`, anything else never."""
+def check_directory(path: Path, overwrite: bool) -> None:
+    """Makes the directory of a new trace, or refuses it: an existing trace is replaced only with `overwrite` (when the first
+    forward pass is over, not before), anything else never."""
     if path.exists() and not path.is_dir():
         raise MoeInspectError(f"{path} is a file: give a directory for the trace")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             kind = "a trace" if (path / schema.MANIFEST).exists() else "something"
             raise MoeInspectError(f"there is {kind} at {path}: choose another place, or --overwrite or --resume a trace")
-        if (path / schema.MANIFEST).exists():
-            refuse_while_written(path, read_manifest(path))
-        clear_trace(path)
+        refuse_unless_trace(path)
+        refuse_while_written(path, read_manifest(path))
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
+        probe = path / f".{schema.MANIFEST}.probe"
         probe.touch()
         probe.unlink()
     except OSError as error:

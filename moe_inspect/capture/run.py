@@ -13,7 +13,7 @@ import torch
 
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
 from moe_inspect.capture.models import config_record, load_config, load_model, load_tokenizer, tokenizer_fingerprint
-from moe_inspect.capture.recorder import Recorder, prepare_directory
+from moe_inspect.capture.recorder import Recorder, check_directory
 from moe_inspect.capture.rows import Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
@@ -63,7 +63,7 @@ def trace_model(
     if resume and not (out / schema.MANIFEST).exists():
         resume = False  # nothing was committed: the trace starts at its beginning
     if not resume:
-        prepare_directory(out, overwrite)
+        check_directory(out, overwrite)
     sources = find_sources(data)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -101,7 +101,8 @@ def trace_model(
             weights=weights,
             logits=logits,
             counts_only=counts_only,
-            resume=start or ResumePoint(),
+            resume=start,
+            overwrite=overwrite,
             manifest={
                 "model": {"id": model, "revision": getattr(config, "_commit_hash", None) or revision, "class": type(network).__name__},
                 "corpus": _corpus_record(options, plan, tokenizer),
@@ -117,6 +118,8 @@ def trace_model(
                     progress(done, plan.estimated_tokens())
             if recorder.writer is not None:
                 recorder.writer.manifest["corpus"] |= plan.stats.record()
+    if recorder.writer is None and start is not None:  # all was committed but the status
+        _complete(out, start, plan)
     return Trace(out)
 
 
@@ -196,6 +199,13 @@ def _resumed(out: Path, options: dict[str, Any]) -> ResumePoint:
         if then.get(key) != now:
             raise MoeInspectError(f"{out} was made with {_difference(key, then.get(key), now)}: resume with the same, or --overwrite")
     return resume_point(out)
+
+
+def _complete(out: Path, start: ResumePoint, plan: Plan) -> None:
+    manifest = read_manifest(out)
+    manifest["corpus"] |= plan.stats.record()
+    counts = {"tokens": start.tokens, "decisions": start.decisions, "dropped": 0}
+    schema.write_manifest(out, {**manifest, "status": "complete", "counts": counts})
 
 
 def _difference(key: str, then: Any, now: Any) -> str:

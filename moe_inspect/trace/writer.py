@@ -123,9 +123,10 @@ class TraceWriter:
         self._pending_tokens = self._pending_bytes = 0
         self._pending_since = time.monotonic()
         self._error: BaseException | None = None
-        for table in self.tables:
-            (self.root / table).mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         schema.write_manifest(self.root, self.manifest)
+        for table in self.tables:
+            (self.root / table).mkdir(exist_ok=True)
         if vocabulary is not None and not (self.root / schema.VOCABULARY).exists():
             sink = pa.BufferOutputStream()
             pq.write_table(vocabulary.cast(schema.VOCABULARY_SCHEMA), sink, compression="zstd")
@@ -454,10 +455,16 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
     )
 
 
-def clear_trace(root: Path) -> None:
-    """Deletes a trace, and only a trace: a directory with something else in it is refused, not emptied."""
+def refuse_unless_trace(root: Path) -> None:
+    """MoeInspectError where a directory holds something that no trace does: it is not emptied."""
     known = {schema.MANIFEST, schema.VOCABULARY, "routing", "tokens", "documents", "logits", "counts"}
     strange = [p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(("shards-", f".{schema.MANIFEST}"))]
     if strange or not (root / schema.MANIFEST).exists():
         raise MoeInspectError(f"{root} is not a trace (it holds {', '.join(sorted(strange)[:3]) or 'no trace.json'}): not overwritten")
+
+
+def clear_trace(root: Path) -> None:
+    """Deletes a trace, and only a trace."""
+    refuse_unless_trace(root)
     shutil.rmtree(root)
+    root.mkdir()
