@@ -266,7 +266,8 @@ def test_tokens_that_look_like_markup_are_text():
 
 def test_csv_and_json_carry_every_digit(cli: Cli, trace: Trace, made: Report):
     expected = made.tables["balance"]
-    csv = pd.read_csv(io.StringIO(cli("report", trace.path, "--table", "balance", "--format", "csv").stdout))
+    text = cli("report", trace.path, "--table", "balance", "--format", "csv").stdout
+    csv = pd.read_csv(io.StringIO(text), float_precision="round_trip")
     assert list(csv.columns) == list(expected.columns)
     assert csv["cv"].tolist() == expected["cv"].tolist()
     lines = [json.loads(line) for line in cli("report", trace.path, "--table", "balance", "--format", "json").stdout.splitlines()]
