@@ -63,7 +63,7 @@ def overhead(rounds: int = 11, times: int = 8) -> dict[str, float]:
     def one_pass(recorder: Recorder | None) -> float:
         began = time.perf_counter()
         with recorder or nullcontext():
-            tokens = sum(feed(network, recorder or silent, batch, tokenizer) for batch in batches)
+            tokens = sum(feed(network, recorder or silent, batch, documents, tokenizer) for batch, documents in batches)
         return tokens / (time.perf_counter() - began)
 
     rates: dict[str, list[float]] = {"untraced": [], "tap": [], "dispatch": []}
@@ -91,7 +91,7 @@ def qwen_like(rounding: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     rng = np.random.default_rng(0)
     ids, weights = [], []
     for _ in range(8):
-        logits = rng.normal(0, 0.6, EXPERTS) + rng.normal(0, 1, (BATCH, EXPERTS)) * rng.uniform(0.7, 1.6, (BATCH, 1))
+        logits = rng.normal(0, 0.35, EXPERTS) + rng.normal(0, 1, (BATCH, EXPERTS)) * rng.uniform(0.7, 1.6, (BATCH, 1))
         top = np.argsort(-logits, 1)[:, :TOP_K]
         chosen = np.exp(np.take_along_axis(logits, top, 1))
         weight = (chosen / chosen.sum(1, keepdims=True)).astype(np.float32)

@@ -15,7 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.capture.corpus import CorpusStats, Frame, Plan, Sequence_, batches, find_sources, interleaved, sequences, special_frame
+from moe_inspect.capture.corpus import (
+    CorpusStats,
+    Frame,
+    Plan,
+    Sequence_,
+    batches,
+    find_sources,
+    interleaved,
+    sequences,
+    special_frame,
+    with_documents,
+)
 from moe_inspect.errors import MoeInspectError
 
 
@@ -95,6 +106,10 @@ def test_an_fsspec_url() -> None:
         ("a.txt", b"caf\xe9", "is not UTF-8 \\(byte 3\\)"),
         ("a.csv", b"text\ncaf\xe9\n", "is not UTF-8"),
         ("a.jsonl.gz", b"not gzip", "cannot read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 999)[:30], "cannot read"),
+        ("a.jsonl.xz", b"not xz", "cannot read"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', "character 0 is half of one"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
     ],
 )
 def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:
@@ -124,7 +139,7 @@ def test_a_parquet_without_the_text_field_lists_its_fields(tmp_path: Path) -> No
 def test_white_space_is_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": " \\n"}\n{"text": "x"}\n')
     plan = Plan(find_sources([str(tmp_path / "a.jsonl")]))
-    assert sum(map(len, plan.batches(Characters([], [])))) == 1
+    assert sum(len(batch) for batch, _ in plan.batches(Characters([], []))) == 1
     stats = plan.stats
     assert (stats.documents, stats.empty_documents) == (1, 1)
 
@@ -152,20 +167,24 @@ def test_every_token_is_fed_once(texts: list[str], max_length: int, max_tokens: 
         for number, text in enumerate(texts):
             own = [r for r in rows if r.document == number]
             assert [chr(i - 2) for r in own for i in r.ids if i > 1] == list(text)
-            assert own[0].document_tokens == sum(len(r.ids) for r in own)
-            assert all(r.document_tokens is None for r in own[1:])
+            assert {r.document_tokens for r in own} == {sum(len(r.ids) for r in own)}
+            assert {r.document_sequences for r in own} == {len(own)}
     else:
         assert fed == min(
             max_tokens, sum(len(r.ids) for r in sequences((("d", "s", t) for t in texts), tokenizer, frame, max_length, None, stats))
         )
     packed = list(batches(rows, batch_tokens))
     assert sorted(r.sequence for b in packed for r in b) == [r.sequence for r in rows]
+    fed: set[int] = set()
+    for batch, new in with_documents(packed):  # a document's row comes with the first of its sequences to be fed
+        assert {d.document for d in new} == {r.document for r in batch} - fed
+        fed |= {r.document for r in batch}
     assert all(len(b) == 1 or len(b) * max(len(r.ids) for r in b) <= batch_tokens for b in packed)
 
 
 def test_packing_wastes_little() -> None:
     rng = np.random.default_rng(0)
-    rows = [Sequence_(n, n, "d", "s", np.zeros(rng.integers(1, 512), np.int32), None) for n in range(2000)]
+    rows = [Sequence_(n, n, "d", "s", np.zeros(rng.integers(1, 512), np.int32), 1, 1) for n in range(2000)]
     packed = list(batches(rows, 4096))
     padded = sum(len(b) * max(len(r.ids) for r in b) for b in packed)
     in_order = [rows[at : at + 8] for at in range(0, len(rows), 8)]

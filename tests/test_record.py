@@ -246,3 +246,73 @@ def test_an_exception_in_the_model_is_not_in_the_trace(model: Any, tmp_path: Pat
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.n_tokens == sum(LENGTHS) + 4
     assert len(trace.routing(layer=1)) == trace.n_tokens
+
+
+def test_a_recording_is_entered_once(model: Any, tmp_path: Path) -> None:
+    recorder = moe_inspect.record(model, tmp_path / "t")
+    with recorder, torch.no_grad():
+        model(**token_batch([4]))
+    with pytest.raises(MoeInspectError, match="call record again"):
+        recorder.__enter__()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_trace_begun_meanwhile_is_not_replaced(model: Any, tmp_path: Path) -> None:
+    first, second = (moe_inspect.record(model, tmp_path / "t") for _ in range(2))
+    with first, torch.no_grad():
+        model(**token_batch([4]))
+    with pytest.raises(MoeInspectError, match="there is a trace at"), second, torch.no_grad():
+        model(**token_batch([9]))
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
+    with moe_inspect.record(model, tmp_path / "t", overwrite=True), torch.no_grad():
+        model(**token_batch([9]))
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 9
+
+
+def test_two_recordings_at_once(model: Any, tmp_path: Path) -> None:
+    with moe_inspect.record(model, tmp_path / "a", capture="dispatch"), torch.no_grad():
+        with pytest.raises(MoeInspectError, match="with dispatch already"), moe_inspect.record(model, tmp_path / "b", capture="dispatch"):
+            pass
+        with moe_inspect.record(model, tmp_path / "c", capture="tap"):
+            model(**token_batch(LENGTHS))
+    assert (routed(tmp_path / "a") == routed(tmp_path / "c")).all()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_failed_first_pass_may_be_tried_again(model: Any, tmp_path: Path) -> None:
+    for name, options in (("rows", {}), ("counts", {"counts_only": True})):
+        with moe_inspect.record(model, tmp_path / name, documents=["a", "b", "c"], **options), torch.no_grad():
+            hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(**token_batch(LENGTHS))
+            hook.remove()
+            model(**token_batch(LENGTHS))
+        trace = moe_inspect.open_trace(tmp_path / name)
+        assert trace.n_tokens == sum(LENGTHS)
+        assert trace.documents()["source"].tolist() == ["a", "b", "c"]
+        assert trace.documents()["document"].tolist() == [0, 1, 2]
+
+
+def test_labels_given_for_one_pass_keep_the_others(model: Any, tmp_path: Path) -> None:
+    with moe_inspect.record(model, tmp_path / "t", domains=["x", "y"]) as recorder, torch.no_grad():
+        recorder.label(documents=["a", "b"])
+        model(**token_batch([4, 5]))
+    assert moe_inspect.open_trace(tmp_path / "t").documents()[["domain", "source"]].to_numpy().tolist() == [["x", "a"], ["y", "b"]]
+
+
+def test_caches_are_told_apart(model: Any, tmp_path: Path) -> None:
+    """Two conversations in turn: each goes on with its own documents."""
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        caches = [model(**token_batch([n], seed=n), use_cache=True).past_key_values for n in (4, 6)]
+        for cache in (*caches[::-1], *caches):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert tokens.loc[tokens["phase"] == "decode", "position"].tolist() == [6, 4, 5, 7]
+    assert tokens.loc[tokens["phase"] == "decode", "document"].tolist() == [1, 0, 0, 1]
+
+
+def test_a_mask_that_hides_the_padding_is_refused(model: Any, tmp_path: Path) -> None:
+    inputs = token_batch([4, 2])
+    inputs["attention_mask"] = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    with pytest.raises(MoeInspectError, match="padding from a 4-D attention mask"), moe_inspect.record(model, tmp_path / "t"):
+        model(**inputs)

@@ -7,8 +7,10 @@ import csv
 import hashlib
 import io
 import json
+import lzma
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,12 +22,14 @@ import numpy as np
 
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.writer import Document
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz")
 TEXTS_A_CALL = 64  # documents given to the tokenizer at once
 WINDOW_BATCHES = 16  # sequences of so many batches are sorted by length together: less padding, bounded memory
 DOMAIN_FIELD = "domain"
+SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one
 BUNDLED = "demo:"  # stands for the folder of the bundled corpus in the name of a source
 
 
@@ -49,7 +53,8 @@ class Sequence_:
     domain: str
     source: str
     ids: np.ndarray
-    document_tokens: int | None  # of the whole document, in its first sequence only
+    document_tokens: int
+    document_sequences: int
 
 
 @dataclass
@@ -69,13 +74,15 @@ class CorpusStats:
 # --- sources
 
 
-def find_sources(data: Sequence[str]) -> list[Source]:
+def find_sources(data: Sequence[str], leave_out: Path | None = None) -> list[Source]:
     """`--data` values → files, in a fixed order; none: the bundled corpus. Each value: a file, a folder (subfolders are domains), a glob or an
-    fsspec URL, optionally behind `DOMAIN=`."""
+    fsspec URL, optionally behind `DOMAIN=`. What lies below `leave_out` (the trace) is no text."""
     found: list[Source] = []
     for value in data or [str(CORPUS_DIR)]:
         domain, location = _split_label(value)
-        files = list(_expand(location))
+        files = [
+            f for f in _expand(location) if leave_out is None or not (_is_local(f[0]) and Path(f[1]).is_relative_to(leave_out.resolve()))
+        ]
         if not files:
             raise MoeInspectError(f"no text at {location}: give a file, folder or glob of {', '.join(READERS)}")
         for filesystem, path, guess in files:
@@ -96,7 +103,7 @@ def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
 
     try:
         filesystem, path = fsspec.core.url_to_fs(location)
-        if any(c in path for c in "*?["):
+        if any(c in path for c in "*?[") and not filesystem.exists(path):
             for match in sorted(filesystem.glob(path)):
                 if filesystem.isfile(match) and _kind(match):
                     yield filesystem, match, _stem(match)
@@ -171,9 +178,12 @@ def read_documents(source: Source, text_field: str, domain_field: str | None) ->
     for number, (row, size) in enumerate(rows(source, (text_field, wanted)), 1):
         if not isinstance(row.get(text_field), str):
             raise MoeInspectError(_no_text(source.path, number, row, text_field))
+        if (broken := SURROGATE.search(row[text_field])) is not None:
+            raise MoeInspectError(f"{source.path} row {number}: character {broken.start()} is half of one (a lone surrogate)")
         label = row.get(wanted)
         if label is None and domain_field is not None and not source.fixed:
-            raise MoeInspectError(f"{source.path} row {number}: no domain field {domain_field!r}: its fields are {_fields(row)}")
+            why = f"field {wanted!r} is null" if wanted in row else f"no domain field {wanted!r}: its fields are {_fields(row)}"
+            raise MoeInspectError(f"{source.path} row {number}: {why}")
         yield source.domain if source.fixed or label is None else str(label), row[text_field], size
 
 
@@ -192,9 +202,10 @@ def _opened(path: str) -> Iterator[Any]:
     import fsspec
 
     try:
-        with fsspec.open(_located(path), "rb", compression="infer") as file:
+        filesystem, place = fsspec.core.url_to_fs(path) if "://" in path else (fsspec.filesystem("file"), _located(path))
+        with filesystem.open(place, "rb", compression="infer") as file:
             yield file
-    except OSError as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise MoeInspectError(f"cannot read {path}: {error}") from None
 
 
@@ -216,7 +227,7 @@ def _json_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(_utf8(line, path))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise MoeInspectError(f"{path} line {number} is no JSON: {error}") from None
             if not isinstance(row, dict):
                 raise MoeInspectError(f"{path} line {number} is no JSON object but {type(row).__name__}")
@@ -326,8 +337,8 @@ def sequences(
             stats.documents += 1
             stats.split_documents += len(pieces) > 1
             stats.tokens += total
-            for n, piece in enumerate(pieces):
-                yield Sequence_(document, sequence, domain, source, np.array(piece, np.int32), total if n == 0 else None)
+            for piece in pieces:
+                yield Sequence_(document, sequence, domain, source, np.array(piece, np.int32), total, len(pieces))
                 sequence += 1
             document, left = document + 1, left - total
             if left == 0:
@@ -367,6 +378,20 @@ def _packed(window: list[Sequence_], batch_tokens: int) -> Iterator[list[Sequenc
         yield batch
 
 
+def with_documents(planned: Iterable[list[Sequence_]]) -> Iterator[tuple[list[Sequence_], list[Document]]]:
+    """Each batch with the documents that it is the first to feed a sequence of."""
+    to_come: dict[int, int] = {}  # sequences yet to be fed of the documents under way
+    for batch in planned:
+        new = []
+        for row in batch:
+            if row.document not in to_come:
+                new.append(Document(row.document, row.domain, row.source, row.document_tokens))
+            to_come[row.document] = to_come.get(row.document, row.document_sequences) - 1
+            if not to_come[row.document]:
+                del to_come[row.document]
+        yield batch, new
+
+
 # --- the plan
 
 
@@ -395,7 +420,8 @@ class Plan:
         whole = round(self.stats.tokens * max(sum(sizes) / self.stats.bytes_read, 1))
         return whole if self.max_tokens is None else min(whole, self.max_tokens)
 
-    def batches(self, tokenizer: Any) -> Iterator[list[Sequence_]]:
+    def batches(self, tokenizer: Any) -> Iterator[tuple[list[Sequence_], list[Document]]]:
         documents = interleaved(self.sources, self.text_field, self.domain_field, self.stats)
         frame = special_frame(tokenizer) if self.special_tokens else Frame()
-        return batches(sequences(documents, tokenizer, frame, self.max_length, self.max_tokens, self.stats), self.batch_tokens)
+        rows = sequences(documents, tokenizer, frame, self.max_length, self.max_tokens, self.stats)
+        return with_documents(batches(rows, self.batch_tokens))

@@ -1,5 +1,5 @@
-"""The experts implementation `moe_inspect`: dispatches with our kernel, which also writes the record, then the grouped
-matrix product. What is recorded is what executed.
+"""The experts implementation `moe_inspect`: hands the router's choice to the recorder, groups the slots by expert (a stable
+sort: `kernels.dispatch`), then the grouped matrix products. What is recorded is what executed.
 
 T tokens, K slots, S = T·K, E experts, H hidden, I intermediate.
 """

@@ -33,7 +33,8 @@ def record(
     """Writes a decision a row into the page from `row` on: ids as uint8 (E < 256) or int16, weights rounded to the page's
     dtype. `ids_TK`: int32 or int64; `weights_TK`: any float, or None with `page_weights_PK`. Asynchronous on a GPU."""
     if ids_TK.is_cuda and triton is not None:
-        record_triton(ids_TK, weights_TK, page_ids_PK, page_weights_PK, row, experts)
+        with torch.cuda.device(ids_TK.device):  # Triton launches on the current device, which may be another
+            record_triton(ids_TK, weights_TK, page_ids_PK, page_weights_PK, row, experts)
     else:
         record_torch(ids_TK, weights_TK, page_ids_PK, page_weights_PK, row, experts)
 

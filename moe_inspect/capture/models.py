@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,8 +13,6 @@ import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def model_location(name: str) -> str:
@@ -34,17 +33,20 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         raise MoeInspectError(f"no model at {location}: give a hub id, a directory, or demo")
     try:
         return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error)}") from None
+    except Exception as error:  # whatever a broken config.json makes transformers raise, the file is the user's
+        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error)}") from error
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_location(name), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise MoeInspectError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from None
+        tokenizer = AutoTokenizer.from_pretrained(model_location(name), revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise MoeInspectError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise MoeInspectError(f"the tokenizer of {name!r} makes no tokens of a text: are its files there?")
+    return tokenizer
 
 
 def load_model(
@@ -64,30 +66,52 @@ def load_model(
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise MoeInspectError(f"no device {place!r} here: {_first_line(error)}") from None
     try:
         if random_init is not None:
             torch.manual_seed(random_init)
             wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
             model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            missing: set[str] = set()
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            both: Any = AutoModelForCausalLM.from_pretrained(
                 model_location(name),
                 config=config,
                 revision=revision,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
                 trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, ImportError) as error:
-        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error)}") from None
+            model, loaded = both
+            missing = set(loaded["missing_keys"])
+    except Exception as error:  # as above: the weights are the user's
+        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error)}") from error
+    if missing:  # transformers draws them at random: what they routed would be no one's routing
+        raise MoeInspectError(f"the weights of {name!r} lack {len(missing)} parameters, {min(missing)} the first: not traced")
     return model.to(place).eval()
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def weights_fingerprint(name: str, config: Any) -> str | None:
+    """Tells one set of weights from another without reading them through: the commit on the hub, or size, beginning and end
+    of each file of a directory."""
+    place = Path(model_location(name))
+    if not place.is_dir():
+        return getattr(config, "_commit_hash", None)
+    parts = []
+    for file in sorted(f for f in place.iterdir() if f.suffix in (".safetensors", ".bin")):
+        size = file.stat().st_size
+        with open(file, "rb") as data:
+            head = data.read(2**20)
+            data.seek(max(size - 2**20, 0))
+            parts.append([file.name, size, hashlib.sha256(head + data.read()).hexdigest()])
+    return schema.fingerprint(parts)
 
 
 def config_record(config: Any) -> dict[str, Any]:

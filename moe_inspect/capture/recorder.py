@@ -45,6 +45,9 @@ class Recorder:
     otherwise, here for every forward pass or with `label` for the next; `attention_mask` is honoured, a reset of
     `position_ids` starts a new sequence, and a forward pass with a key-value cache goes on with its rows' sequences.
 
+    What the model executes is what is recorded: `generate` feeds padding to rows that have ended, and its beams are rows
+    like others.
+
     tokenizer     its vocabulary goes into the trace
     capture       "dispatch": our experts implementation routes and records; "tap": the model's own is left alone and its
                   calls are watched; "auto": dispatch where the model would run the stock grouped_mm on a GPU
@@ -84,7 +87,7 @@ class Recorder:
             raise MoeInspectError("counts_only keeps no logits: drop one of the two")
         self.model, self.path, self.tokenizer = model, Path(path) if path is not None else None, tokenizer
         self.weights, self.logits, self.counts_only, self.every = weights, logits, counts_only, every
-        self.shard_tokens, self.resume, self._extra = shard_tokens, resume, manifest or {}
+        self.shard_tokens, self.resume, self.overwrite, self._extra = shard_tokens, resume, overwrite, manifest or {}
         self.sites = self._chosen(find_routers(model), layers)
         self.mode = self._mode(capture)
         if logits and any(s.logits_module is None for s in self.sites):
@@ -96,6 +99,7 @@ class Recorder:
         self.tokens = 0
         self.reader = RowReader(documents, domains)
         self._planned: Rows | None = None
+        self._entered = False
         self._forwards = resume.next_batch if resume else 0
         self._stack = ExitStack()
         self._staged: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] | None = {}
@@ -111,26 +115,46 @@ class Recorder:
     # --- attach and detach
 
     def __enter__(self) -> Recorder:
-        hooks = [
-            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.model.register_forward_hook(self._after),
-        ]
-        for r, site in enumerate(self.sites):
-            if site.adapter is not None:
-                hooks.append(site.module.register_forward_hook(self._adapted(r, site.adapter.choice)))
-            elif self.mode == "tap":
-                hooks.append(site.module.register_forward_pre_hook(self._tapped(r), with_kwargs=True))
-            if self.logits and site.logits_module is not None:
-                hooks.append(site.logits_module.register_forward_hook(self._logits_seen(r, site)))
-        for hook in hooks:
-            self._stack.callback(hook.remove)
-        if self.mode == "dispatch":
-            self._take_over()
+        if self._entered:
+            raise MoeInspectError("this recording is over: call record again for another")
+        self._entered = True
+        try:
+            self._attach()
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
+    def _attach(self) -> None:
+        def keep(hook: Any) -> None:
+            self._stack.callback(hook.remove)
+
+        keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
+        keep(self.model.register_forward_hook(self._after))
+        for r, site in enumerate(self.sites):
+            if site.adapter is not None:
+                keep(site.module.register_forward_hook(self._adapted(r, site.adapter.choice)))
+            elif self.mode == "tap":
+                keep(site.module.register_forward_pre_hook(self._tapped(r), with_kwargs=True))
+            if self.logits and site.logits_module is not None:
+                keep(site.logits_module.register_forward_hook(self._logits_seen(r, site)))
+        if self.mode == "dispatch":
+            self._take_over()
+
+    def _take_over(self) -> None:
+        if any(hasattr(site.module, experts_implementation.SINK) for site in self.sites):
+            raise MoeInspectError("this model is being recorded with dispatch already: record it a second time with tap")
+        experts_implementation.register()
+        self._stack.callback(self.model.set_experts_implementation, self.model.get_experts_implementation())
+        self.model.set_experts_implementation(experts_implementation.NAME)
+        for r, site in enumerate(self.sites):
+            if site.adapter is None:
+                setattr(site.module, experts_implementation.SINK, self._sink(r))
+                self._stack.callback(delattr, site.module, experts_implementation.SINK)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stack.close()
         try:
+            self._stack.close()
             if kind is None:
                 self._drain(everything=True)
             # an interrupt may have cut a hand-over short: what is still in the ring is left out, so that no batch is missing
@@ -139,15 +163,6 @@ class Recorder:
         finally:
             if self.writer is not None:
                 self.writer.close("complete" if kind is None else "interrupted", quiet=kind is not None)
-
-    def _take_over(self) -> None:
-        experts_implementation.register()
-        self._stack.callback(self.model.set_experts_implementation, self.model.get_experts_implementation())
-        self.model.set_experts_implementation(experts_implementation.NAME)
-        for r, site in enumerate(self.sites):
-            if site.adapter is None:
-                setattr(site.module, experts_implementation.SINK, self._sink(r))
-                self._stack.callback(delattr, site.module, experts_implementation.SINK)
 
     def _mode(self, capture: str) -> str:
         on_interface = all(hasattr(s.module, "is_transposed") and hasattr(s.module, "has_gate") for s in self.sites if s.adapter is None)
@@ -183,16 +198,15 @@ class Recorder:
         self._seen = [0] * len(self.sites)
         self._logit_rows = [0] * len(self.sites)
         self._staged_logits = {}
-        T = len(self._current.real)
-        if self.counts_only:
-            if self._counts is not None and self._forwards % self.every == 0:
+        if self._staged is not None:
+            self._staged = {}
+        elif self._counts is not None:
+            if self._forwards % self.every == 0:
                 self._counts.begin(self._current, len(self.reader.domains))
-        elif self._staged is None:
+        else:
             self._drain()
             for ring in self._rings.values():
-                ring.begin(T)
-        else:
-            self._staged = {}
+                ring.begin(len(self._current.real))
 
     def _sink(self, r: int) -> Callable[[torch.Tensor, torch.Tensor], None]:
         def sink(ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
@@ -256,6 +270,7 @@ class Recorder:
                 ring.end()
             self._leaving.append((self._forwards, rows))
             self._drain(everything=all(not ring.on_gpu for ring in self._rings.values()))
+        self.reader.confirm(output)
         self._forwards += 1
         self.tokens += int(rows.real.sum())
 
@@ -326,8 +341,10 @@ class Recorder:
 
     def _open_writer(self, weight_dtype: str) -> TraceWriter:
         assert self.path is not None
-        if self.resume is None and (self.path / schema.MANIFEST).exists():
-            clear_trace(self.path)
+        if self.resume is None:
+            check_directory(self.path, self.overwrite)  # another recording may have begun there meanwhile
+            if self.overwrite and (self.path / schema.MANIFEST).exists():
+                clear_trace(self.path)
         text = self.model.config.get_text_config()
         manifest = {
             "model": {"id": getattr(self.model.config, "_name_or_path", ""), "revision": None, "class": type(self.model).__name__},
@@ -359,12 +376,13 @@ class Recorder:
             wait = everything or any(ring.full for ring in rings)
             if not all(ring.arrived(wait) for ring in rings):
                 return
-            number, rows = self._leaving.pop(0)
+            number, rows = self._leaving[0]
             pages = [ring.oldest() for ring in rings]
             page_of = {id(ring): page for ring, page in zip(rings, pages, strict=True)}
             self._hand_over(number, rows, [(page_of[id(ring)], local) for ring, local in self._ring_of])
             for ring in rings:
                 ring.take()
+            self._leaving.pop(0)
 
     def _hand_over(self, number: int, rows: Rows, pages: list[tuple[Page, int]]) -> None:
         keep = None if rows.real.all() else np.flatnonzero(rows.real)
@@ -439,6 +457,7 @@ def capture_facts(model: Any, mode: str) -> dict[str, Any]:
         },
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "pid": os.getpid(),
+        "process_start": schema.process_start(os.getpid()),
         "host": socket.gethostname(),
     }
 
@@ -452,18 +471,29 @@ def _own_version() -> str:
 def check_directory(path: Path, overwrite: bool) -> None:
     """Makes the directory of a new trace, or refuses it: an existing trace is replaced only with `overwrite` (when the first
     forward pass is over, not before), anything else never."""
-    if path.exists() and not path.is_dir():
-        raise MoeInspectError(f"{path} is a file: give a directory for the trace")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            kind = "a trace" if (path / schema.MANIFEST).exists() else "something"
-            raise MoeInspectError(f"there is {kind} at {path}: choose another place, or --overwrite or --resume a trace")
-        refuse_unless_trace(path)
-        refuse_while_written(path, read_manifest(path))
     try:
+        if path.exists() and not path.is_dir():
+            raise MoeInspectError(f"{path} is a file: give a directory for the trace")
+        if path.is_dir() and any(path.iterdir()):
+            if not overwrite:
+                kind = "a trace" if (path / schema.MANIFEST).exists() else "something"
+                raise MoeInspectError(
+                    f"there is {kind} at {path}: choose another place, or replace a trace with --overwrite (overwrite=True), "
+                    "or go on with it by --resume"
+                )
+            refuse_unless_trace(path)
+            if (manifest := _readable_manifest(path)) is not None:
+                refuse_while_written(path, manifest)
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{schema.MANIFEST}.probe"
+        probe = path / f".{schema.MANIFEST}.tmp"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise MoeInspectError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _readable_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(path)
+    except MoeInspectError:  # damaged, or of another format: it can be replaced, and nobody is writing it
+        return None

@@ -76,9 +76,9 @@ class Ring:
         """Takes a free page with room for a forward pass of `tokens` rows a router. The caller has seen to it that fewer
         than `pages` are leaving (`full`)."""
         assert not self.full
-        page = self.free.pop() if self.free else None
-        if page is None or page.capacity < tokens:
-            page = Page(self, tokens)
+        # a page leaves whole: one made for a prompt is too large for a decode step
+        page = next((p for p in self.free if tokens <= p.capacity <= 8 * tokens), None) or Page(self, tokens)
+        self.free = [p for p in self.free if p is not page][-self.pages :]
         page.rows = [0] * len(self.slots)
         self.page = page
 

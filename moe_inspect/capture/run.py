@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
-from moe_inspect.capture.models import config_record, load_config, load_model, load_tokenizer, tokenizer_fingerprint
+from moe_inspect.capture.models import config_record, load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
 from moe_inspect.capture.recorder import Recorder, check_directory
 from moe_inspect.capture.rows import Rows
 from moe_inspect.errors import MoeInspectError
@@ -64,7 +64,7 @@ def trace_model(
         resume = False  # nothing was committed: the trace starts at its beginning
     if not resume:
         check_directory(out, overwrite)
-    sources = find_sources(data)
+    sources = find_sources(data, leave_out=out)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     plan = Plan(sources, text_field, domain_field, max_tokens, _fitting(max_length, config), batch_tokens, special_tokens)
@@ -74,6 +74,7 @@ def trace_model(
         "model": model,
         "revision": revision,
         "config": schema.fingerprint(_comparable(config)),
+        "weights_hash": None if random_init is not None else weights_fingerprint(model, config),
         "random_init": random_init,
         "dtype": dtype,
         "layers": sorted(layers) if layers is not None else None,
@@ -110,20 +111,20 @@ def trace_model(
         )
         with recorder:
             done = start.tokens if start else 0
-            for number, batch in enumerate(chain([first], batches)):
+            for number, (batch, documents) in enumerate(chain([first], batches)):
                 if start is not None and number < start.next_batch:
                     continue
-                done += feed(network, recorder, batch, tokenizer)
+                done += feed(network, recorder, batch, documents, tokenizer)
                 if progress is not None:
                     progress(done, plan.estimated_tokens())
             if recorder.writer is not None:
-                recorder.writer.manifest["corpus"] |= plan.stats.record()
+                recorder.writer.at_close["corpus"] = plan.stats.record()
     if recorder.writer is None and start is not None:  # all was committed but the status
         _complete(out, start, plan)
     return Trace(out)
 
 
-def feed(network: Any, recorder: Recorder, batch: list[Sequence_], tokenizer: Any) -> int:
+def feed(network: Any, recorder: Recorder, batch: list[Sequence_], documents: list[Document], tokenizer: Any) -> int:
     """One forward pass over right-padded rows; returns the tokens fed, padding not counted."""
     lengths = [len(s.ids) for s in batch]
     shape = (len(batch), max(lengths))
@@ -138,15 +139,18 @@ def feed(network: Any, recorder: Recorder, batch: list[Sequence_], tokenizer: An
             sequence=_repeated([s.sequence for s in batch], lengths),
             position=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
             domain=_repeated([recorder.reader.domain_code(s.domain) for s in batch], lengths),
-            documents=[Document(s.document, s.domain, s.source, s.document_tokens) for s in batch if s.document_tokens is not None],
+            documents=documents,
         )
     )
     device = next(network.parameters()).device
-    network(
-        input_ids=torch.from_numpy(ids_BS).to(device),
-        attention_mask=torch.from_numpy(mask_BS.astype(np.int64)).to(device),
-        **quick_call(network),
-    )
+    try:
+        network(
+            input_ids=torch.from_numpy(ids_BS).to(device),
+            attention_mask=torch.from_numpy(mask_BS.astype(np.int64)).to(device),
+            **quick_call(network),
+        )
+    except torch.OutOfMemoryError as error:
+        raise MoeInspectError(f"{device} is out of memory in a forward pass of {ids_BS.size:,} tokens: lower --batch-tokens") from error
     return sum(lengths)
 
 

@@ -75,7 +75,7 @@ def trace(
     from moe_inspect.capture.run import trace_model
 
     began = time.monotonic()
-    _stop_on_sigterm()
+    _stop_cleanly()
     _quiet()
     try:
         with _Progress() as progress:
@@ -104,7 +104,9 @@ def trace(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        print(f'interrupted: {output} is readable; "--resume" goes on with it', file=sys.stderr)
+        began_writing = (output / "trace.json").exists()
+        state = f'{output} is readable; "--resume" goes on with it' if began_writing else "nothing was traced yet"
+        print(f"interrupted: {state}", file=sys.stderr)
         raise
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     routers, seconds = len(written.routers), time.monotonic() - began
@@ -130,11 +132,17 @@ def _need_torch() -> None:
         raise MoeInspectError(f"tracing needs {error.name}: {INSTALL}") from None
 
 
-def _stop_on_sigterm() -> None:
-    """A scheduler's SIGTERM closes the trace as Ctrl-C does."""
+def _stop_cleanly() -> None:
+    """Ctrl-C and a scheduler's SIGTERM close the trace; a second one does not cut the closing short."""
     import signal
 
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    def stop(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def _quiet() -> None:

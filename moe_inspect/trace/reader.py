@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class ShardFiles:
     paths: dict[str, str] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -76,7 +77,8 @@ def writer_of(manifest: dict[str, Any]) -> int | None:
         return None
     except PermissionError:
         pass  # it runs, as another user
-    return pid
+    then, now = capture.get("process_start"), schema.process_start(pid)
+    return pid if then is None or now is None or then == now else None  # the number may have gone to another process
 
 
 def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
@@ -89,9 +91,10 @@ def committed_shards(root: Path, manifest: dict[str, Any]) -> list[ShardFiles]:
     """Every shard whose lines are all there, by rank and index. A torn last line is an uncommitted shard; a torn line
     before the last is damage."""
     shards: list[ShardFiles] = []
-    for path in sorted(root.glob("shards-*.jsonl"), key=lambda p: int(p.stem.split("-")[1])):
-        rank, found = int(path.stem.split("-")[1]), {}
-        lines = path.read_text().splitlines(keepends=True)
+    ranks = {int(m[1]): p for p in root.iterdir() if (m := re.fullmatch(r"shards-(\d+)\.jsonl", p.name))}
+    for rank, path in sorted(ranks.items()):
+        found: dict[int, ShardFiles] = {}
+        lines = path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)

@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def logits_schema(experts: int) -> pa.Schema:
     )
 
 
-GLOSSARY = {
+GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     "token": "unique in the trace, in execution order; process r numbers from r·2^40",
     "token_id": "vocabulary id",
     "document": "an input text",
@@ -149,13 +149,18 @@ def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     write_atomically(root / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def process_start(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot: with its number it names a process once and for all. None where the
+    system does not say (it has no /proc)."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def fingerprint(value: Any) -> str:
     """sha256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def router_record(router: Router) -> dict[str, Any]:
-    return asdict(router)
 
 
 def parse_ranges(text: str) -> list[int]:
@@ -163,7 +168,8 @@ def parse_ranges(text: str) -> list[int]:
     values: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        numbers = [first, last] if dash else [first]
+        if not all(n.isascii() and n.isdecimal() and len(n) < 5 for n in numbers) or (dash and int(last) < int(first)):
             raise MoeInspectError(f"cannot read layers {text!r}: write them like 0-3,7")
         values.update(range(int(first), int(last or first) + 1))
     return sorted(values)

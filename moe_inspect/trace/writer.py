@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import queue
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ class Document:
 @dataclass(frozen=True)
 class RoutedBatch:
     """One forward pass. Arrays of length T are in execution order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`:
-    float [T, K_r] or None, `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d. `release` is called
-    once the arrays have been copied, so that their owner may reuse the memory."""
+    float [T, K_r] or None, `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d."""
 
     batch: int
     token_id: np.ndarray
@@ -106,7 +106,7 @@ class TraceWriter:
         start = resume or ResumePoint()
         self.next_shard, self.next_token = start.shards, start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
-        self.bytes = 0
+        self.at_close: dict[str, Any] = {}  # merged into the manifest's sections when the background thread is done
         self.tables = ["documents", "counts"] if counts_only else ["documents", "tokens", "routing"]
         self.tables += ["logits"] if logits else []
         self.manifest = {
@@ -114,8 +114,9 @@ class TraceWriter:
             "status": "recording",
             **manifest,
             "capture": {**manifest.get("capture", {}), "weights": weights},
-            "routers": [schema.router_record(r) for r in self.routers],
+            "routers": [asdict(r) for r in self.routers],
             "tables": self.tables,
+            "columns": schema.GLOSSARY,
             "counts": {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0},
         }
         self.routing_schema = schema.routing_schema(self.routers, weights)
@@ -144,6 +145,7 @@ class TraceWriter:
 
     def write(self, batch: RoutedBatch | CountedBatches) -> None:
         self._raise()
+        assert self._thread.is_alive(), "written to after close"
         self._queue.put(batch)
 
     def close(self, status: str = "complete", quiet: bool = False) -> None:
@@ -157,6 +159,8 @@ class TraceWriter:
                 self._commit_routing()
         except OSError as error:
             self._error = error
+        for section, values in self.at_close.items():
+            self.manifest[section] = {**self.manifest.get(section, {}), **values}
         self.manifest["status"] = "interrupted" if self._error else status
         try:
             schema.write_manifest(self.root, self.manifest)
@@ -322,7 +326,6 @@ class TraceWriter:
                     writer.write_table(part, row_group_size=max(len(part), 1))
             file.flush()
             os.fsync(file.fileno())
-        self.bytes += sink.size
         return {"table": table, "path": f"{table}/{name}", "rows": rows, "sha256": sink.digest.hexdigest()}
 
     def _commit(self, lines: list[dict[str, Any]], tokens: int, first_batch: int | None, last_batch: int) -> None:
@@ -438,11 +441,11 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
     shards = [s for s in committed_shards(root, manifest) if s.rank == rank]
     keep = {root / path for s in shards for path in s.paths.values()}
     for table in manifest["tables"]:
-        for file in (root / table).iterdir():
+        for file in (root / table).iterdir() if (root / table).is_dir() else ():
             if (file.name.startswith((f"part-{rank}-", f".part-{rank}-"))) and file not in keep:
                 file.unlink()
-    lines = "".join(line for s in shards for line in s.lines)
-    schema.write_atomically(root / f"shards-{rank}.jsonl", lines.encode())  # without the torn tail
+    lines = b"".join(line for s in shards for line in s.lines)
+    schema.write_atomically(root / f"shards-{rank}.jsonl", lines)  # without the torn tail
     if not shards:
         return ResumePoint()
     tokens = sum(s.tokens for s in shards)
@@ -458,13 +461,13 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
 def refuse_unless_trace(root: Path) -> None:
     """MoeInspectError where a directory holds something that no trace does: it is not emptied."""
     known = {schema.MANIFEST, schema.VOCABULARY, "routing", "tokens", "documents", "logits", "counts"}
-    strange = [p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(("shards-", f".{schema.MANIFEST}"))]
+    strange = [p.name for p in root.iterdir() if p.name not in known and not re.fullmatch(r"shards-\d+\.jsonl|\..*\.tmp", p.name)]
     if strange or not (root / schema.MANIFEST).exists():
         raise MoeInspectError(f"{root} is not a trace (it holds {', '.join(sorted(strange)[:3]) or 'no trace.json'}): not overwritten")
 
 
 def clear_trace(root: Path) -> None:
-    """Deletes a trace, and only a trace."""
+    """Empties the directory of a trace, and only of a trace."""
     refuse_unless_trace(root)
-    shutil.rmtree(root)
-    root.mkdir()
+    for path in root.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
