@@ -229,11 +229,31 @@ def test_killed_and_resumed_is_as_if_nothing_happened(
 def test_resume_refuses_other_data(cli: Cli, tmp_path: Path, model: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", documents=5, words=10)
     cli("trace", model, "-o", "t", "--data", corpus)
-    cli("trace", model, "-o", "t", "--data", corpus, "--resume")  # complete already: nothing to do
+    assert cli("trace", model, "-o", "t", "--data", corpus, "--resume").stderr.startswith("complete already: ")
     write_jsonl(corpus, documents=5, words=10, seed=1)
     done = cli("trace", model, "-o", "t", "--data", corpus, "--resume", check=1)
     assert done.stderr == f"error: t was made with other data (see {corpus}): resume with the same, or --overwrite\n"
     cli("trace", model, "-o", "t", "--data", corpus, "--overwrite")
+
+
+def test_resume_refuses_other_weights(cli: Cli, tmp_path: Path, corpus: Path) -> None:
+    model = save("mixtral", tmp_path / "m")
+    cli("trace", model, "-o", "t", "--data", corpus)
+    manifest = tmp_path / "t/trace.json"
+    manifest.write_text(manifest.read_text().replace('"complete"', '"interrupted"'))
+    build("mixtral", seed=1).save_pretrained(model)
+    assert "was made with weights hash" in cli("trace", model, "-o", "t", "--data", corpus, "--resume", check=1).stderr
+
+
+def test_a_second_ctrl_c_does_not_cut_the_closing_short(tmp_path: Path, model: Path, long_corpus: Path) -> None:
+    process = start(model, long_corpus, tmp_path / "t")
+    wait_for_a_shard(process, tmp_path / "t")
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.005)
+    process.communicate()
+    assert process.returncode == 130
+    assert moe_inspect.open_trace(tmp_path / "t").status == "interrupted"
 
 
 def test_two_writers_are_kept_apart(cli: Cli, tmp_path: Path, model: Path, long_corpus: Path) -> None:
@@ -256,6 +276,7 @@ def test_two_writers_are_kept_apart(cli: Cli, tmp_path: Path, model: Path, long_
     ("arguments", "says"),
     [
         (("/no/such/model", "-o", "t"), "error: no model at /no/such/model"),
+        (("./nomodel", "-o", "t"), "error: no model at ./nomodel"),
         (("no-such-model", "-o", "t"), "error: cannot load model 'no-such-model'"),
         (("MODEL", "-o", "t", "--data", "nothing.txt"), "error: no text at nothing.txt"),
         (("MODEL", "-o", "t", "--data", "blank.txt"), "error: the corpus is empty"),
@@ -267,17 +288,45 @@ def test_two_writers_are_kept_apart(cli: Cli, tmp_path: Path, model: Path, long_
         (("MODEL", "-o", "t", "--data", "text.txt", "--layers", "5"), "error: no router in layer 5"),
         (("MODEL", "-o", "t", "--data", "text.txt", "--device", "cuda:9"), "error: no device 'cuda:9' here"),
         (("DENSE", "-o", "t", "--data", "text.txt"), "LlamaForCausalLM is a dense model"),
+        (("MODEL", "-o", "t", "--data", "text.txt", "--device", "meta"), "error: no device 'meta' here"),
+        (("BROKEN/lacking", "-o", "t", "--data", "text.txt"), "lack 4 parameters, model.layers.0.mlp.experts.down_proj the first"),
+        (("BROKEN/torn", "-o", "t", "--data", "text.txt"), "error: cannot load model"),
+        (("BROKEN/odd", "-o", "t", "--data", "text.txt"), "error: cannot load model"),
+        (("BROKEN/wordless", "-o", "t", "--data", "text.txt"), "tokenizer of"),
     ],
 )
-def test_bad_input_is_one_clear_line(cli: Cli, tmp_path: Path, model: Path, dense: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_bad_input_is_one_clear_line(
+    cli: Cli, tmp_path: Path, model: Path, dense: Path, broken: Path, arguments: tuple[str, ...], says: str
+) -> None:
     (tmp_path / "blank.txt").write_text("  \n")
     (tmp_path / "text.txt").write_text("the cat")
     (tmp_path / "title.jsonl").write_text('{"title": "x"}\n')
-    named = [{"MODEL": str(model), "DENSE": str(dense)}.get(a, a) for a in arguments]
+    named = [{"MODEL": str(model), "DENSE": str(dense)}.get(a, a).replace("BROKEN", str(broken)) for a in arguments]
     done = cli("trace", *named, check=1)
     assert says in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stdout == ""
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: Any, model: Path) -> Path:
+    """The model with experts missing, with a torn weights file, with an odd config, without its tokenizer."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    place = tmp_path_factory.mktemp("broken")
+    for name in ("lacking", "torn", "odd", "wordless"):
+        shutil.copytree(model, place / name)
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "experts" not in k}, place / "lacking/model.safetensors", {"format": "pt"})
+    (place / "torn/model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    config = json.loads((model / "config.json").read_text())
+    (place / "odd/config.json").write_text(json.dumps({**config, "hidden_size": "x"}))
+    for file in (place / "wordless").glob("tokenizer*"):
+        file.unlink()
+    return place
 
 
 @pytest.fixture(scope="module")

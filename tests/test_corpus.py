@@ -78,6 +78,24 @@ def test_labels_and_folders(tmp_path: Path) -> None:
     assert documents([f"label={tmp_path / 'both.jsonl'}"], "body", "kind") == [("label", "t")]
 
 
+def test_a_null_domain_and_odd_names(tmp_path: Path) -> None:
+    (tmp_path / "n.jsonl").write_text('{"text": "x", "domain": null}\n')
+    assert documents([tmp_path / "n.jsonl"]) == [("n", "x")]
+    with pytest.raises(MoeInspectError, match="row 1: field 'domain' is null"):
+        documents([tmp_path / "n.jsonl"], "text", "domain")
+    for name in ("a[1].txt", "x::y.txt"):
+        (tmp_path / name).write_text("odd")
+        assert [text for _, text in documents([tmp_path / name])] == ["odd"]
+
+
+def test_the_trace_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "run/routing").mkdir(parents=True)
+    (tmp_path / "run/routing/part-0-0.parquet").write_text("not text")
+    assert len(find_sources([str(tmp_path)])) == 2
+    assert [Path(s.path).name for s in find_sources([str(tmp_path)], leave_out=tmp_path / "run")] == ["a.txt"]
+
+
 def test_domains_take_turns(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "a{n}"}}\n' for n in range(4)))
     (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "b{n}"}}\n' for n in range(2)))
@@ -137,11 +155,11 @@ def test_a_parquet_without_the_text_field_lists_its_fields(tmp_path: Path) -> No
 
 
 def test_white_space_is_left_out_and_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": " \\n"}\n{"text": "x"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": " \\n"}\n{"text": "x"}\n{"text": null}\n')
     plan = Plan(find_sources([str(tmp_path / "a.jsonl")]))
     assert sum(len(batch) for batch, _ in plan.batches(Characters([], []))) == 1
     stats = plan.stats
-    assert (stats.documents, stats.empty_documents) == (1, 1)
+    assert (stats.documents, stats.empty_documents) == (1, 2)
 
 
 def test_the_frame_is_found_by_asking() -> None:

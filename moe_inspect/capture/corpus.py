@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -84,7 +85,8 @@ def find_sources(data: Sequence[str], leave_out: Path | None = None) -> list[Sou
             f for f in _expand(location) if leave_out is None or not (_is_local(f[0]) and Path(f[1]).is_relative_to(leave_out.resolve()))
         ]
         if not files:
-            raise MoeInspectError(f"no text at {location}: give a file, folder or glob of {', '.join(READERS)}")
+            reached = " (or it cannot be reached)" if "://" in location else ""
+            raise MoeInspectError(f"no text at {location}{reached}: give a file, folder or glob of {', '.join(READERS)}")
         for filesystem, path, guess in files:
             found.append(Source(_shown(filesystem, path), domain or guess, domain is not None, *_identity(filesystem, path)))
     return found
@@ -102,7 +104,10 @@ def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
     import fsspec
 
     try:
-        filesystem, path = fsspec.core.url_to_fs(location)
+        if "://" in location:
+            filesystem, path = fsspec.core.url_to_fs(location)
+        else:
+            filesystem, path = fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(location))
         if any(c in path for c in "*?[") and not filesystem.exists(path):
             for match in sorted(filesystem.glob(path)):
                 if filesystem.isfile(match) and _kind(match):
@@ -176,6 +181,8 @@ def read_documents(source: Source, text_field: str, domain_field: str | None) ->
     wanted = domain_field or DOMAIN_FIELD
     rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[kind or ""]
     for number, (row, size) in enumerate(rows(source, (text_field, wanted)), 1):
+        if text_field in row and row[text_field] is None:
+            row[text_field] = ""  # counted as an empty document
         if not isinstance(row.get(text_field), str):
             raise MoeInspectError(_no_text(source.path, number, row, text_field))
         if (broken := SURROGATE.search(row[text_field])) is not None:

@@ -29,7 +29,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     from transformers import AutoConfig
 
     location = model_location(name)
-    if os.sep in location and not location.startswith("hf://") and not Path(location).is_dir() and location.count("/") != 1:
+    if location.startswith((".", "~", os.sep)) and not Path(location).is_dir():
         raise MoeInspectError(f"no model at {location}: give a hub id, a directory, or demo")
     try:
         return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)

@@ -32,19 +32,26 @@ from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, Tra
 CAPTURES = ("auto", "dispatch", "tap")
 
 
-def record(model: Any, path: str | Path | None = None, **options: Any) -> Recorder:
+def record(
+    model: Any,
+    path: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    capture: str = "auto",
+    layers: Sequence[int] | None = None,
+    weights: bool = True,
+    logits: bool = False,
+    counts_only: bool = False,
+    every: int = 1,
+    documents: Sequence[Any] | None = None,
+    domains: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Recorder:
     """Records every forward pass of `model` within the `with` block: `with record(model, "runs/a", tokenizer=tok): …`.
-    The options are Recorder's."""
-    return Recorder(model, path, **options)
-
-
-class Recorder:
-    """Context manager that records `model` into the trace at `path`.
 
     Each batch row is a sequence of its own document, unless `documents` and `domains` (one value a batch row) say
-    otherwise, here for every forward pass or with `label` for the next; `attention_mask` is honoured, a reset of
-    `position_ids` starts a new sequence, and a forward pass with a key-value cache goes on with its rows' sequences.
-
+    otherwise, here for every forward pass or with the recorder's `label` for the next; `attention_mask` is honoured, a reset
+    of `position_ids` starts a new sequence, and a forward pass with a key-value cache goes on with its rows' sequences.
     What the model executes is what is recorded: `generate` feeds padding to rows that have ended, and its beams are rows
     like others.
 
@@ -54,9 +61,29 @@ class Recorder:
     layers        only these block indices
     weights, logits     whether the gate weights, the router logits are recorded
     counts_only   keeps only counts on the device ([routers, domains, experts]); with `every=N` of each N-th forward pass.
-                  `path` may be None then, and `balance()` gives the table
+                  `path` may be None then, and the recorder's `balance()` gives the table
     overwrite     replaces a trace at `path`; without it an existing one is refused
-    """
+
+    Raises MoeInspectError for a dense model, a place that cannot be written, and, in a forward pass, where a router has not
+    seen every token exactly once."""
+    return Recorder(
+        model,
+        path,
+        tokenizer=tokenizer,
+        capture=capture,
+        layers=layers,
+        weights=weights,
+        logits=logits,
+        counts_only=counts_only,
+        every=every,
+        documents=documents,
+        domains=domains,
+        overwrite=overwrite,
+    )
+
+
+class Recorder:
+    """The context manager behind `record`; `resume` and `manifest` are for who plans the batches."""
 
     def __init__(
         self,
@@ -469,7 +496,7 @@ def _own_version() -> str:
 
 
 def check_directory(path: Path, overwrite: bool) -> None:
-    """Makes the directory of a new trace, or refuses it: an existing trace is replaced only with `overwrite` (when the first
+    """Sees to it that a new trace can be written at `path`, or refuses: an existing trace is replaced only with `overwrite` (when the first
     forward pass is over, not before), anything else never."""
     try:
         if path.exists() and not path.is_dir():
@@ -484,10 +511,13 @@ def check_directory(path: Path, overwrite: bool) -> None:
             refuse_unless_trace(path)
             if (manifest := _readable_manifest(path)) is not None:
                 refuse_while_written(path, manifest)
+        new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{schema.MANIFEST}.tmp"
         probe.touch()
         probe.unlink()
+        if new:  # nothing is left behind where no trace comes of it
+            path.rmdir()
     except OSError as error:
         raise MoeInspectError(f"cannot write {path}: {error.strerror}") from None
 

@@ -67,14 +67,14 @@ def trace(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted trace of the same corpus and options.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trace that is there.")] = False,
 ) -> None:
-    """Run a Mixture-of-Experts model over text and record which experts every token was sent to, at every layer."""
+    """Record which experts a model sends every token of a text to."""
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what is there, --overwrite does not: give one of the two")
     chosen = _layers(layers)
     _need_torch()
     from moe_inspect.capture.run import trace_model
 
-    began = time.monotonic()
+    began, complete_before = time.monotonic(), resume and _is_complete(output)
     _stop_cleanly()
     _quiet()
     try:
@@ -111,10 +111,18 @@ def trace(
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     routers, seconds = len(written.routers), time.monotonic() - began
     print(
-        f"{written.n_tokens:,} tokens × {routers} routers = {written.n_tokens * routers:,} decisions "
-        f"in {output} ({size / 1e6:.1f} MB, {seconds:.1f} s)",
+        f"{'complete already: ' if complete_before else ''}{written.n_tokens:,} tokens × {routers} routers = "
+        f"{written.n_tokens * routers:,} decisions{' counted' if counts_only else ''} in {output} "
+        f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)",
         file=sys.stderr,
     )
+
+
+def _is_complete(output: Path) -> bool:
+    from moe_inspect.trace.reader import read_manifest
+    from moe_inspect.trace.schema import MANIFEST
+
+    return (output / MANIFEST).exists() and read_manifest(output)["status"] == "complete"
 
 
 def _layers(text: str | None) -> list[int] | None:
