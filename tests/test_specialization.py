@@ -54,6 +54,13 @@ def test_what_cannot_be_known_is_nan():
     assert np.isnan(sp.conditional_mi_bits(np.zeros((0, 4), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)))
 
 
+def test_ways_to_part_documents_into_domains():
+    assert sp.relabellings(np.array([0, 0, 1, 1])) == 3  # ab|cd ac|bd ad|bc
+    assert sp.relabellings(np.array([0, 0, 1, 2, 3])) == 10  # which two go together
+    assert sp.relabellings(np.arange(6)) == 1
+    assert sp.relabellings(np.arange(60) % 4) > 10**30
+
+
 def test_domain_beyond_token_id_by_hand():
     token_G, domain_G = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
     # the token id decides: the domain adds nothing

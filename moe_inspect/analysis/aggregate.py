@@ -122,13 +122,13 @@ def merge(parts: Iterable[Counts]) -> Counts:
 
 
 def count(trace: Trace, selection: Selection, progress: Callable[[int], None] | None = None) -> Counts:
-    """The pass. MoeInspectError where the selection holds no token, naming what there is. `progress` is told of the tokens
-    of every shard done."""
+    """The pass. MoeInspectError where the selection holds no token, naming what there is. `progress` is told of the
+    decisions of every shard done."""
     total = Counts(trace.routers, selection.routers)
     for shard in trace.shards:
         total.add(count_shard(shard, selection))
         if progress:
-            progress(shard.files.tokens)
+            progress(shard.files.tokens * len(selection.routers))
     missing = (selection.domains or set()) - total.labels
     if missing:
         raise MoeInspectError(f"no domain {', '.join(sorted(missing))} in {trace.path}: it has {', '.join(sorted(total.labels))}")

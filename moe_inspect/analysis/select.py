@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.reader import _ranges as ranges
-from moe_inspect.trace.schema import PHASES, Router
+from moe_inspect.trace.schema import PHASES, Router, parse_ranges
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,12 @@ def parse_layers(layers: str | int | Iterable[int] | None, routers: list[Router]
     blocks have no router); a single layer must exist."""
     if layers is None:
         return list(range(len(routers)))
-    parts = [str(layers)] if isinstance(layers, (str, int)) else [str(layer) for layer in layers]
+    text = _said(layers)
+    parse_ranges(text)  # a complaint names all that was asked for
     wanted: set[int] = set()
     there = {r.layer for r in routers}
-    for part in ",".join(parts).split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise MoeInspectError(f"layers {part.strip()!r} is not like 0-3,7")
-        first, last = int(match[1]), int(match[2] or match[1])
-        found = {layer for layer in there if first <= layer <= last}
+    for part in text.split(","):
+        found = there.intersection(parse_ranges(part))
         if not found:
             return []
         wanted |= found

@@ -8,6 +8,8 @@ shuffled labels give, and only the difference means anything.
 
 from __future__ import annotations
 
+from math import factorial, prod
+
 import numpy as np
 
 from moe_inspect.analysis.balance import _positive
@@ -54,6 +56,14 @@ def domain_mi_null_bits(assignments_UE: np.ndarray, domain_U: np.ndarray, R: int
         values.append(mutual_information_bits(share_by_domain(member_RDU @ assignments_UE)))
     null_R = np.concatenate(values)
     return float(np.nanmean(null_R)), float(np.nanquantile(null_R, 0.99))
+
+
+def relabellings(domain_U: np.ndarray) -> int:
+    """In how many ways the documents (units) can be parted into domains of the same sizes, domains of one size being alike:
+    what the null is drawn from. Of fewer than a hundred none can lie beyond the 99th percentile."""
+    size_D = np.bincount(domain_U).tolist()
+    alike = np.bincount(size_D).tolist()
+    return factorial(len(domain_U)) // prod(map(factorial, size_D)) // prod(map(factorial, alike))
 
 
 def jsd_bits(assignments_DE: np.ndarray) -> float:
