@@ -25,6 +25,16 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+ENDINGS = {".csv": Format.csv, ".json": Format.json, ".jsonl": Format.json, ".parquet": Format.parquet}
+TEXT = ("", ".txt", ".md")
+
+
+def format_of(output: Path | None) -> Format | None:
+    """The format that a file's ending asks for: text for stdout and .txt; None where an ending says nothing."""
+    ending = output.suffix.lower() if output else ""
+    return Format.table if ending in TEXT else ENDINGS.get(ending)
+
+
 def emit(frame: pd.DataFrame, form: Format, output: Path | None) -> None:
     """Writes a table to `output`, or to stdout."""
     if form is Format.table:

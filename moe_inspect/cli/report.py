@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import Format, emit, text_to
+from moe_inspect.cli.emit import Format, emit, format_of, text_to
 
 
 class Phase(StrEnum):
@@ -29,7 +29,12 @@ def report(
             show_default=False,
         ),
     ] = None,
-    format: Annotated[Format, typer.Option(help="Of the table; json is one object a line.")] = Format.table,
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help="Of the table; json is one object a line. By default what the file's ending says, else table.", show_default=False
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file instead of stdout.", show_default=False)] = None,
     plots: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write pictures (PNG) into this directory.", show_default=False)
@@ -43,10 +48,14 @@ def report(
 ) -> None:
     """Say where the tokens of a trace went: which layers and experts are out of balance, against chance, and what each expert
     specialises in. Needs neither torch nor the model."""
-    if format is not Format.table and table is None:
+    ending = format_of(output)
+    if table is None and (format or ending or Format.table) is not Format.table:
         from moe_inspect.report.tables import TABLES
 
-        raise typer.BadParameter(f"--format {format} is of one table: add --table {', '.join(TABLES)}")
+        asked = f"--format {format}" if format else f"-o {output}"
+        raise typer.BadParameter(f"{asked} is of one table: add --table {', '.join(TABLES)}")
+    if table and not format and not ending:
+        raise typer.BadParameter(f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}")
     from moe_inspect.report.report import report as make
     from moe_inspect.report.terminal import print_report
 
@@ -63,7 +72,7 @@ def report(
         for path in write_plots(made, plots):
             print(f"wrote {path}", file=sys.stderr)
     if table:
-        emit(made.tables[table], format, output)
+        emit(made.tables[table], format or ending or Format.table, output)
         return
     with text_to(output) as file:
         print_report(made, file)
@@ -71,14 +80,14 @@ def report(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int], None] | None]:
-    """Tokens counted so far, on a terminal, and only once there is something to wait for."""
+    """Decisions read so far, on a terminal: each once for the load and once more where token ids count."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("counting: {task.completed:,.0f} tokens"), TimeElapsedColumn())
+    columns = (TextColumn("{task.completed:,.0f} decisions read"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
-        yield lambda tokens: bar.advance(task, tokens)
+        yield lambda decisions: bar.advance(task, decisions)
