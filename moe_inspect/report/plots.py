@@ -88,10 +88,15 @@ def balance(report: Report) -> Figure | None:
     if not table["max_vio"].notna().any():
         return None
     x, vio = np.arange(len(table)), table["max_vio"].to_numpy()
-    figure, axes = plt.subplots(figsize=(float(np.clip(0.28 * len(table), 6, 15)), 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(float(np.clip(0.28 * len(table), 6.5, 15)), 4.5), layout="constrained")
     floor = np.array([chance(row) for row in table.to_dict("records")])
     axes.fill_between(
-        np.r_[-0.5, x, len(x) - 0.5], 1, 1 + np.r_[floor[0], floor, floor[-1]], color="0.85", label="what chance alone gives", lw=0
+        np.r_[-0.5, x, len(x) - 0.5],
+        1,
+        1 + np.r_[floor[0], floor, floor[-1]],
+        color="0.85",
+        label="what chance gives documents like these",
+        lw=0,
     )
     low, high = table["max_vio_low"].to_numpy(), table["max_vio_high"].to_numpy()
     if not np.isnan(low).all():
@@ -112,14 +117,14 @@ def balance(report: Report) -> Figure | None:
     )
     axes.set(xlabel="layer", ylabel="max ÷ mean load", xlim=(-0.5, len(x) - 0.5))
     axes.set_ylim(bottom=min(0.98, axes.get_ylim()[0]))
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=2)  # within the axes its marks look like data
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 @plot
 def domains(report: Report) -> Figure | None:
-    """How much each domain uses each expert, against the mean over domains; a panel a layer."""
+    """Lift: the activation of each expert in each domain ÷ its mean over the domains, its own included; a panel a layer."""
     counts, D = report.counts, len(report.counts.domains)
     if D < 2:
         return None
@@ -145,9 +150,9 @@ def domains(report: Report) -> Figure | None:
     for axes in grid[-1]:
         axes.set_xlabel("expert")
     shown = "" if len(chosen) == len(information) else f" (the {len(chosen)} of {len(information)} layers that differ most by domain)"
-    figure.suptitle(f"Which domain uses which expert more than the others do{shown}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"Activation of each expert in each domain, against its mean over the domains{shown}", fontsize=10, x=0.01, ha="left")
     if image is not None:
-        _colour_bar(figure, image, grid.ravel().tolist(), "activation ÷ mean over domains")
+        _colour_bar(figure, image, grid.ravel().tolist(), "activation ÷ its mean over the domains")
     return figure
 
 
