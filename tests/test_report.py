@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,11 +125,17 @@ def test_what_is_planted_is_said(made: Report):
     said = made.verdict()
     worst = made.tables["balance"].iloc[3]["max_over_mean"]
     assert said[0].startswith(f"Layer 3 is the worst balanced: expert 5 gets {worst:.2f}x the mean load (95% interval")
+    assert re.search(r"; [1-4] of 4 routers (is|are) uneven \(at least 1.2x and beyond chance\)\.$", said[0])
+    row = made.tables["balance"].iloc[3]
+    assert f"chance would give {1 + row['noise_floor']:.2f}x to independent tokens" in said[0]
     assert "1 dead expert in 1 of 4 routers (layer 3: 6): not one of 6,000 tokens went there." in said
     together = "\n".join(said)
-    assert "a pooled figure would have hidden layer 3" in together
+    assert "ooled" not in together  # 1.3x is not fine either
     assert '"code" overloads expert 3 of layer 2' in together
     assert "most in layer 2 (" in together
+    bits = made.tables["specialization"].iloc[2]
+    given, null = bits["domain_mi_given_token_bits"], bits["domain_mi_given_token_null_bits"]
+    assert f"the domain tells {given:.3f} bits of the expert there ({null:.3f} with the documents shuffled)" in together
     assert "expert 3 takes 8" in together
     assert "The token id decides most in layer 1: 100% of first choices" in together
     assert "Judged on 6,000 tokens of 60 documents in 4 domains, 4 routers." in together
@@ -167,6 +174,60 @@ def test_counts_only_has_a_verdict(tmp_path: Path):
     load[0, 3] = 900
     said = report(write_counts(tmp_path / "t", [load, np.full((1, 8), 200)], 2)).verdict()
     assert said[0].startswith("Layer 0 is the worst balanced: expert 3 gets 4.50x")
+    assert "counts alone have no interval" in said[0]
+    two = report(write_counts(tmp_path / "two", [np.vstack([load, load[:, ::-1]])], 2, domains=("law", "math"))).verdict()
+    assert any(s.startswith("Whether experts specialise by domain cannot be told from counts alone") for s in two)
+
+
+def styled(root: Path, documents: int, domains: list[str]) -> Report:
+    """Every document has one favourite expert of its own, whatever its domain."""
+    rng = np.random.default_rng(4)
+    document = np.arange(documents * 100) // 100
+    ids = uniform_ids(rng, len(document), E, K)
+    first = (document * 3 + 1) % E
+    ids = np.where(rng.random(len(document))[:, None] < 0.7, np.stack([first, (first + 1) % E], axis=1), ids).astype(np.uint16)
+    return report(write_trace(root, [ids], E, document=document, domain_of_document=domains))
+
+
+@pytest.mark.parametrize(("documents", "domains"), [(4, "abcd"), (5, "abcda"), (8, "abcdefab"), (4, "aabb")])
+def test_too_few_documents_say_neither_yes_nor_no(tmp_path: Path, documents: int, domains: str):
+    said = styled(tmp_path / "t", documents, list(domains)).verdict()
+    assert any(s.startswith(f"Too few documents to tell whether experts specialise by domain: {documents} documents") for s in said)
+    assert not any(word in " ".join(said) for word in ("No expert", "Experts specialise", "overloads", "uneven", "is the worst", "Nothing"))
+
+
+def test_fewer_than_five_documents_are_not_blamed_on_the_model(tmp_path: Path):
+    said = styled(tmp_path / "few", 3, ["a"]).verdict()
+    assert said[0].startswith("Too little to judge balance by")
+    assert "fewer than 5 documents cannot tell the model from the text" in said[0]
+    ids = np.tile([[1, 2]], (4_000, 1)).astype(np.uint16)
+    one, many = (report(write_trace(tmp_path / str(n), [ids], E, document=np.arange(4_000) * n // 4_000)).verdict() for n in (1, 40))
+    assert one[0].startswith("Too little to judge balance by")
+    assert "cannot tell the model from the text" in one[1]
+    assert many[0].startswith("Layer 0 is uneven (at least 1.2x and beyond chance): expert 1 gets 4.00x")
+    assert many[1].endswith("not one of 4,000 tokens went there.")
+
+
+def test_a_domain_of_few_documents_overloads_nothing(tmp_path: Path):
+    rng = np.random.default_rng(5)
+    ids, document = uniform_ids(rng, T, E, K), DOCUMENT
+    for few, says in (([7], "cannot tell the domain from its text"), ([1, 7, 20, 33, 41, 50], '"law" overloads expert 3 of layer 0')):
+        labels = ["law" if d in few else "prose" for d in range(60)]
+        routed = np.where(np.isin(document, few)[:, None], [[3, 5]], ids).astype(np.uint16)
+        said = "\n".join(report(write_trace(tmp_path / str(len(few)), [routed], E, document=document, domain_of_document=labels)).verdict())
+        assert says in said
+        assert ("overloads" in said) == (len(few) >= 5)
+
+
+def test_what_pooling_hides_is_said_of_the_layers_looked_at(tmp_path: Path):
+    rng = np.random.default_rng(6)
+    ids = [uniform_ids(rng, T, E, K) for _ in range(3)]
+    for r in (0, 1):  # each the other's complement
+        ids[r] = np.where(rng.random(T)[:, None] < 0.4, np.argsort(rng.random((T, 4)), axis=1)[:, :2] + 4 * r, ids[r]).astype(np.uint16)
+    trace = write_trace(tmp_path / "t", ids, E, document=DOCUMENT)
+    assert any(s.startswith("Pooled over all layers") for s in report(trace).verdict())
+    assert any(s.startswith("Pooled over the 2 layers selected") for s in report(trace, layers="0-1").verdict())
+    assert not any(s.startswith("Pooled") for s in report(trace, layers="0,2").verdict())  # there it shows
 
 
 RNG = np.random.default_rng(9)
@@ -211,7 +272,11 @@ def test_text_in_a_file_keeps_every_column_and_number(made: Report):
         )
         assert head
     assert "…" not in text
-    assert not any(line.startswith("•") and line.endswith(" ") for line in text.splitlines())
+    assert not any(line.endswith(" ") for line in text.splitlines())
+    assert "more columns" not in text
+    sentences = text[text.index("•") : text.index("\n\nload of")].splitlines()
+    assert 90 < max(map(len, sentences)) <= 100
+    assert " ".join("\n".join(sentences).split()) == " ".join(("• " + " • ".join(made.verdict())).split())
     assert "\x1b" not in text
     ratio = made.tables["load"]["load_ratio"].to_numpy()
     assert f"layer 3  {''.join(f'{v:5.2f}' for v in ratio[24:])}" in text
@@ -240,11 +305,37 @@ def test_a_terminal_gets_lines_it_can_hold(made: Report):
         terminal.print_report(made, file)
     finally:
         os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
-    import re
-
     lines = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
+    text = " ".join(" ".join(lines).split())
+    for name, left_out in (("balance", 10), ("domains", 2)):
+        assert f"+ {left_out} more columns: moe-inspect report" in text
+        assert f"--table {name}" in text
+
+
+def test_one_domain_has_nothing_to_compare(tmp_path: Path, made: Report):
+    one = text_of(report(planted(tmp_path / "t"), domains="law"))
+    assert "domains: only one, 'law', so none to compare it with" in one
+    assert " lift" not in one
+    assert " lift" in text_of(made)
+
+
+def test_the_domains_shown_are_in_the_order_said(made: Report):
+    shown = terminal._cut("domains", made.tables["domains"])
+    above = shown["activation"] - shown["activation"] / shown["lift"]
+    assert "by activation minus that mean" in terminal.CUTS["domains"][1]
+    assert above.is_monotonic_decreasing
+    assert len(shown) == terminal.ROWS
+
+
+def test_progress_counts_each_decision_as_often_as_it_is_read(trace: Trace):
+    told: list[int] = []
+    made = report(trace, progress=told.append)
+    assert made.tables["balance"].size
+    assert sum(told) == T * 4
+    assert made.tables["specialization"].size
+    assert sum(told) == 2 * T * 4
 
 
 def test_an_encoding_that_lacks_a_character_loses_that_character_only(cli: Cli, trace: Trace):
@@ -292,6 +383,22 @@ def test_parquet_into_a_pipe_and_a_file(trace: Trace, tmp_path: Path, made: Repo
         pd.testing.assert_frame_equal(pq.read_table(source).to_pandas(), made.tables["load"])
 
 
+@pytest.mark.parametrize("ending", ["csv", "CSV", "json", "jsonl", "parquet", "txt", "md", ""])
+def test_the_ending_of_the_file_says_the_format(cli: Cli, trace: Trace, tmp_path: Path, made: Report, ending: str):
+    name = f"load.{ending}" if ending else "load"
+    cli("report", trace.path, "--table", "load", "-o", name)
+    data, expected = (tmp_path / name).read_bytes(), made.tables["load"]
+    read = {"csv": pd.read_csv, "json": lambda f: pd.read_json(f, lines=True), "parquet": pd.read_parquet}
+    form = {"jsonl": "json"}.get(ending.lower(), ending.lower())
+    if form in read:
+        assert read[form](io.BytesIO(data))["assignments"].tolist() == expected["assignments"].tolist()
+        cli("report", trace.path, "--table", "load", "-o", name, "--format", "table")  # what is said outright goes first
+        data = (tmp_path / name).read_bytes()
+    lines = data.decode().splitlines()
+    assert lines[0].split() == list(expected.columns)
+    assert not any(line != line.rstrip() for line in lines)
+
+
 def test_the_report_in_words_on_stdout_and_in_a_file(cli: Cli, trace: Trace, tmp_path: Path):
     done = cli("report", trace.path)
     assert "• Layer 3 is the worst balanced" in done.stdout
@@ -316,6 +423,9 @@ def test_selecting_on_the_command_line(cli: Cli, trace: Trace):
     [
         (["--format", "csv"], 2, "summary, balance, load, domains, specialization, vocabulary"),
         (["--format", "yaml", "--table", "load"], 2, "yaml"),
+        (["-o", "load.csv"], 2, "-o load.csv is of one table: add --table summary"),
+        (["--table", "load", "-o", "load.xlsx"], 2, "no format goes by this ending, add --format table, csv, json, parquet"),
+        (["--layers", "3-1"], 1, "error: cannot read layers '3-1': write them like 0-3,7"),
         (["--table", "gini"], 1, "error: no table 'gini': there are summary, balance"),
         (["--layers", "9"], 1, "it has layers 0-3"),
         (["--domain", "opera"], 1, "it has code, law, math, prose"),
@@ -342,7 +452,8 @@ def test_head_ends_quietly(trace: Trace):
         command = f"{sys.executable} -m moe_inspect report {trace.path} --table vocabulary --top 0 --format {form} | head -n 1"
         done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+        # a text table may fit the pipe before head closes it
+        assert done.stderr == "" or (form == "table" and "more rows: --format" in done.stderr)
         assert len(done.stdout.splitlines()) == 1
 
 
@@ -362,6 +473,21 @@ def test_plots_are_pictures(cli: Cli, trace: Trace, tmp_path: Path):
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         assert len(data) > 10_000
         assert name in done.stderr
+
+
+def test_pictures_say_what_they_show(made: Report):
+    from moe_inspect.report.plots import PLOTS
+
+    figure = PLOTS["balance"](made)
+    assert figure is not None
+    figure.canvas.draw()
+    legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_tightbbox()
+    assert axes is not None
+    assert not legend.overlaps(axes)
+    assert figure.axes[0].get_legend() is None
+    figure = PLOTS["domains"](made)
+    assert figure is not None
+    assert "against its mean over the domains" in figure.get_suptitle()
 
 
 def test_plots_without_domains_or_documents(tmp_path: Path):

@@ -30,7 +30,8 @@ def report(
 ) -> Report:
     """The report on a trace, or on what is asked of it: layers "0-3,7", domains, phase "prefill" or "decode".
 
-    `top`: token ids an expert in the vocabulary table, 0 for all. `progress` is told of tokens counted as they are."""
+    `top`: token ids an expert in the vocabulary table, 0 for all. `progress` is told of decisions as they
+    are read; what goes by token id reads them a second time."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     return Report(trace, select(trace, layers, domains, phase), top, progress)
 
@@ -153,7 +154,8 @@ class Report:
                 f"{verdict.counted(len(counts.units), 'document')}: intervals, design effect and domain nulls need {FEWEST_DOCUMENTS}"
             )
         if len(counts.domains) < 2:
-            notes.append("one domain: domain_mi_*, jsd_bits need two; label sources as DOMAIN=SRC when tracing")
+            way_out = "" if self.selection.domains else "; label sources as DOMAIN=SRC when tracing"
+            notes.append(f"one domain: domain_mi_*, jsd_bits need two{way_out}")
         if not self.trace.has_weights:
             notes.append("no weights recorded: weight_sum is NaN")
         if any(not counts.load_E(r).any() for r in self.selection.routers):

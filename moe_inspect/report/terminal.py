@@ -7,7 +7,9 @@ there. L routers, E experts.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TextIO
+import shlex
+import textwrap
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 ROWS = 10  # of a table in the report; --table has them all
 MOST_ROWS = 2_000  # of --format table: Rich is slow, and nobody reads more
 FILE_WIDTH = 10_000
+FILE_TEXT = 100  # columns of sentences in a file
 FILE_CELLS = 128  # characters of a heatmap row in a file
 
 # upper end of the load ratio → character, with Unicode and without; 0 is a dead expert
@@ -58,7 +61,7 @@ CUTS: dict[str, tuple[list[str], str]] = {
     "load": (["layer", "router", "expert", "assignments", "share", "load_ratio", "first_choice"], "the most and the least loaded experts"),
     "domains": (
         ["layer", "router", "domain", "expert", "tokens", "activation", "lift"],
-        "where a domain raises an expert's activation most",
+        "furthest above the mean over the domains, by activation minus that mean",
     ),
     "specialization": (
         [
@@ -80,6 +83,16 @@ CUTS: dict[str, tuple[list[str], str]] = {
 }
 
 
+class _Trimmed:
+    """A file without the blanks that Rich pads the last column with."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.encoding, self.flush = file, file.encoding, file.flush
+
+    def write(self, text: str) -> None:
+        self.file.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise  # Rich would exit with 1; the command knows better
@@ -87,9 +100,9 @@ class _Console(Console):
 
 def console_for(file: TextIO) -> Console:
     """Text as it is: tokens hold brackets and colons that must not become markup. No line of a file is broken."""
-    plain = {"file": file, "markup": False, "highlight": False, "emoji": False}
-    console = _Console(**plain)
-    return console if console.is_terminal else _Console(**plain, width=FILE_WIDTH, color_system=None)
+    plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+    console = _Console(**plain, file=file)
+    return console if console.is_terminal else _Console(**plain, file=cast("TextIO", _Trimmed(file)), width=FILE_WIDTH, color_system=None)
 
 
 def print_report(report: Report, file: TextIO) -> None:
@@ -102,25 +115,48 @@ def print_report(report: Report, file: TextIO) -> None:
     for name, (columns, what) in CUTS.items():
         if name == "vocabulary" and report.counts.counts_only:
             continue
-        frame = _cut(name, report.tables[name])
-        shown = f"{name}: {what}, {len(frame):,} of {len(report.tables[name]):,} rows" if len(frame) < len(report.tables[name]) else name
+        if name == "domains" and len(report.counts.domains) < 2:
+            console.print()
+            console.print(Text(f"domains: only one, {', '.join(map(repr, report.counts.domains))}, so none to compare it with"))
+            continue
+        whole = report.tables[name]
+        frame = _cut(name, whole)
+        if name == "specialization" and not whole["domain_mi_bits"].notna().to_numpy().any():
+            what = "the first routers"
+        shown = f"{name}: {what}, {len(frame):,} of {len(whole):,} rows" if len(frame) < len(whole) else name
         if console.is_terminal:
             several = len({r.layer for r in report.trace.routers}) < len(report.trace.routers)
             frame = frame[[c for c in columns if several or c != "router"]]
         print_frame(frame, console, shown)
-    for note in report.notes():
-        console.print(Text(f"note: {note}", style="dim"))
+        if left_out := len(whole.columns) - len(frame.columns):
+            columns = "column" if left_out == 1 else "columns"
+            command = f"moe-inspect report {shlex.quote(str(report.trace.path))} --table {name}"
+            console.print(Text(f"+ {left_out} more {columns}: {command}", style="dim"))
+    notes = report.notes()
+    if notes:
+        console.print()
+    for note in notes:
+        console.print(Text(_wrapped("note: ", note, console), style="dim"))
 
 
 def _print_verdict(sentences: list[str], console: Console) -> None:
     if not console.is_terminal:
         for sentence in sentences:
-            console.print(Text(f"• {sentence}"))
+            console.print(Text(_wrapped("• ", sentence, console)))
         return
     hanging = Table.grid(padding=(0, 1, 0, 0))
     for sentence in sentences:
         hanging.add_row(Text("•"), Text(sentence))
     console.print(hanging)
+
+
+def _wrapped(lead: str, sentence: str, console: Console) -> str:
+    """A sentence over several lines of a file; a terminal breaks it by itself."""
+    if console.is_terminal:
+        return lead + sentence
+    return textwrap.fill(
+        sentence, FILE_TEXT, initial_indent=lead, subsequent_indent=" " * len(lead), break_long_words=False, break_on_hyphens=False
+    )
 
 
 def print_table(frame: Any, file: TextIO) -> int:
@@ -148,7 +184,8 @@ def print_frame(frame: Any, console: Console, title: str | None = None) -> None:
             table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=True, overflow="ellipsis")
         for row in zip(*(cells[name] for name in names), strict=True):
             table.add_row(*(Text(cell) for cell in row))
-        console.print()
+        if title or number:
+            console.print()
         if title and number == 0:
             console.print(Text(title, style="bold"))
         console.print(table)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.analysis.uncertainty import noise_floor
+from moe_inspect.analysis.specialization import relabellings
+from moe_inspect.analysis.uncertainty import FEWEST_DOCUMENTS, noise_floor
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
@@ -19,10 +20,14 @@ UNEVEN = 0.2  # max_vio from which imbalance is worth acting on: the busiest exp
 OVERLOADED = 2.0  # load ratio
 STARVED = 0.1  # load ratio
 SLIGHT_BITS = 0.1  # of domain information: a router that was never trained can reach as much
+MODERATE_BITS = 0.2  # of domain information: where shuffled documents can reach as much, finding none means nothing
+FEWEST_RELABELLINGS = 100  # below this nothing can lie beyond the 99th percentile of the null
+BY_UNEVEN = f"at least {1 + UNEVEN:g}x and beyond chance"
 THRESHOLDS: dict[str, object] = {
     "threshold_uneven": f"max_vio >= {UNEVEN} and above chance",
     "threshold_overloaded": f"load_ratio >= {OVERLOADED}",
     "threshold_starved": f"load_ratio < {STARVED}",
+    "threshold_no_domain": f"domain_mi_null_p99_bits < {MODERATE_BITS}",
 }
 
 
@@ -57,14 +62,13 @@ def worst_router(report: Report) -> dict[str, Any] | None:
     return max(routers(report), key=lambda row: row["max_vio"], default=None)
 
 
-def above_chance(row: Any) -> bool:
+def above_chance(report: Report, row: Any) -> bool:
     """Whether a router's max_vio is more than chance gives: the low end of its interval beyond the noise floor, which
-    tokens that come in documents raise by √ design effect. Without an interval, twice the floor."""
-    if not row["max_vio"] > row["noise_floor"]:
-        return False
-    if math.isnan(row["max_vio_low"]):
+    tokens that come in documents raise by √ design effect. Too few documents have no interval, and nothing is beyond chance
+    then; counts alone know no documents, and are held against twice the floor."""
+    if report.counts.counts_only:
         return row["max_vio"] > 2 * row["noise_floor"]
-    return row["max_vio_low"] > chance(row)
+    return row["max_vio"] > row["noise_floor"] and row["max_vio_low"] > chance(row)
 
 
 def chance(row: Any) -> float:
@@ -73,28 +77,44 @@ def chance(row: Any) -> float:
     return row["noise_floor"] * math.sqrt(max(1.0, 1.0 if math.isnan(effect) else effect))
 
 
+def few_documents(report: Report) -> bool:
+    """Whether there are too few documents to tell the model from the text."""
+    return not report.counts.counts_only and len(report.counts.units) < FEWEST_DOCUMENTS
+
+
+def _chance(row: Any) -> str:
+    independent, documents = f"{1 + row['noise_floor']:.2f}x", f"{1 + chance(row):.2f}x"
+    return f"chance would give {independent} to independent tokens" + (
+        f", {documents} to documents like these" if documents != independent else ""
+    )
+
+
 def _balance(report: Report) -> str:
     row, balance = worst_router(report), routers(report)
     if row is None:
         return "No router made a single assignment: there is no load to judge."
-    uneven = sum(above_chance(r) and r["max_vio"] >= UNEVEN for r in balance)
     busiest = f"expert {int(row['busiest_expert'])} gets {row['max_over_mean']:.2f}x the mean load"
+    where = _where(report, row)
+    if few_documents(report):
+        return (
+            f"Too little to judge balance by: at the most, {where.lower()}, {busiest} ({_chance(row)}), but fewer than "
+            f"{FEWEST_DOCUMENTS} documents cannot tell the model from the text."
+        )
+    uneven = sum(above_chance(report, r) and r["max_vio"] >= UNEVEN for r in balance)
+    of = f"{uneven} of {len(balance)} routers {'is' if uneven == 1 else 'are'} uneven ({BY_UNEVEN})"
     low, high = 1 + row["max_vio_low"], 1 + row["max_vio_high"]
-    sure = "" if math.isnan(low) else f"95% interval {low:.2f}-{high:.2f}x; "
-    beside = f"({sure}chance alone would give {1 + chance(row):.2f}x)"
-    where, of = _where(report, row), f"{uneven} of {len(balance)} routers {'is' if uneven == 1 else 'are'} uneven"
-    if above_chance(row) and row["max_vio"] >= UNEVEN:
-        return (
-            f"{where} is the worst balanced: {busiest} {beside}; {of}." if len(balance) > 1 else f"{where} is uneven: {busiest} {beside}."
-        )
-    if above_chance(row):
+    sure = "counts alone have no interval" if math.isnan(low) else f"95% interval {low:.2f}-{high:.2f}x"
+    beside = f"({sure}; {_chance(row)})"
+    if above_chance(report, row) and row["max_vio"] >= UNEVEN:
+        if len(balance) == 1:
+            return f"{where} is uneven ({BY_UNEVEN}): {busiest} {beside}."
+        return f"{where} is the worst balanced: {busiest} {beside}; {of}."
+    if above_chance(report, row):
         return f"Balance is good: at the worst, {where.lower()}, {busiest} {beside}."
-    if chance(row) >= UNEVEN:
-        return (
-            f"Too little to judge balance by: the worst is {where.lower()}, where {busiest}, but chance alone would give "
-            f"{1 + chance(row):.2f}x on so few tokens or documents."
-        )
-    return f"Nothing is wrong with the balance: at the worst, {where.lower()}, {busiest}, no more than chance would give {beside}."
+    if chance(row) >= UNEVEN or row["max_vio"] >= UNEVEN:
+        others = f"; {of}" if uneven else ""
+        return f"Too little to judge balance by: at the worst, {where.lower()}, {busiest}, which may be chance {beside}{others}."
+    return f"Nothing is wrong with the balance: at the worst, {where.lower()}, {busiest}, no more than chance may give {beside}."
 
 
 def _silent(report: Report) -> str | None:
@@ -123,13 +143,15 @@ def _dead(report: Report) -> str | None:
     tokens = counted(report.counts.tokens, "token")
     if likely > 0.01:
         return f"{said}: but {tokens} {'are' if report.counts.tokens > 1 else 'is'} too few to call an expert dead, chance alone leaves some without any."
+    if few_documents(report):
+        return f"{said}: not one of {tokens} went there, but fewer than {FEWEST_DOCUMENTS} documents cannot tell the model from the text."
     return f"{said}: not one of {tokens} went there."
 
 
 def _crowded(report: Report) -> str | None:
     load = _frames(report)["load"]
     over, starved = load[load["load_ratio"] >= OVERLOADED], load[(load["load_ratio"] < STARVED) & (load["assignments"] > 0)]
-    real, parts = {row["router"] for row in routers(report) if above_chance(row)}, []
+    real, parts = {row["router"] for row in routers(report) if above_chance(report, row)}, []
     over, starved = over[over["router"].isin(real)], starved[starved["router"].isin(real)]
     if len(over):
         parts.append(
@@ -148,10 +170,13 @@ def _pooled(report: Report) -> str | None:
     pooled, row = report.pooled_max_over_mean(), worst_router(report)
     if pooled is None or row is None:
         return None
-    if not above_chance(row) or row["max_vio"] < UNEVEN or pooled - 1 > row["max_vio"] / 2:
+    if not above_chance(report, row) or row["max_vio"] < UNEVEN or pooled - 1 > min(UNEVEN, row["max_vio"] / 2):
         return None
-    where = _where(report, row)
-    return f"Pooled over all layers the same routing reads {pooled:.2f}x: a pooled figure would have hidden {where.lower()}."
+    chosen, where = report.selection.routers, _where(report, row)
+    layers = len({report.trace.routers[r].layer for r in chosen})
+    of = "layers" if layers == len(chosen) else "routers"
+    over = f"all {of}" if len(chosen) == len(report.trace.routers) else f"the {len(chosen)} {of} selected"
+    return f"Pooled over {over} the same routing reads {pooled:.2f}x: a pooled figure would have hidden {where.lower()}."
 
 
 def _overloading_domain(report: Report) -> str | None:
@@ -162,27 +187,44 @@ def _overloading_domain(report: Report) -> str | None:
     rated = domains.assign(ratio=domains["assignments"] / mean)[mean > 0]
     rows = rated.loc[rated.groupby(["router", "domain"])["ratio"].idxmax()]
     balance = {row["router"]: row for row in routers(report)}
+    counts, unsure = report.counts, None
+    documents = dict(zip(counts.domains, np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains)).tolist(), strict=True))
     for _, row in rows.sort_values("ratio", ascending=False).iterrows():
         overall = balance[row["router"]]
         T = round(row["tokens"] * overall["assignments"] / (overall["tokens"] * overall["top_k"]))
         floor = noise_floor(T, int(overall["experts"]), int(overall["top_k"])) * chance(overall) / max(overall["noise_floor"], 1e-9)
         if row["ratio"] - 1 >= UNEVEN and row["ratio"] - 1 > 2 * floor and row["ratio"] - 1 > 1.5 * overall["max_vio"]:
-            where = _where(report, row)
-            return (
-                f'"{row["domain"]}" overloads expert {row["expert"]} of {where.lower()}: {row["ratio"]:.2f}x the mean load on '
-                f"its {row['tokens']:,} tokens, where all domains together come to at most {overall['max_over_mean']:.2f}x."
+            where, together = _where(report, row).lower(), "the" if report.selection.domains else "all"
+            if counts.counts_only or documents[row["domain"]] >= FEWEST_DOCUMENTS:
+                return (
+                    f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: {row["ratio"]:.2f}x the mean load on '
+                    f"its {row['tokens']:,} tokens, where {together} domains together come to at most {overall['max_over_mean']:.2f}x."
+                )
+            unsure = unsure or (
+                f"Expert {row['expert']} of {where} gets {row['ratio']:.2f}x the mean load on the {row['tokens']:,} tokens of "
+                f'"{row["domain"]}", but fewer than {FEWEST_DOCUMENTS} documents of it cannot tell the domain from its text.'
             )
-    return None
+    return unsure
 
 
 def _domains(report: Report) -> list[str]:
     table = _frames(report)["specialization"]
-    known = table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
-    if known.empty:
+    counts, known = report.counts, table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
+    if len(counts.domains) < 2 or table["domain_mi_bits"].isna().all():
         return []
+    if counts.counts_only:
+        return ["Whether experts specialise by domain cannot be told from counts alone: they hold no documents to shuffle."]
+    documents = f"{counted(counts.documents, 'document')} in {counted(len(counts.domains), 'domain')}"
+    if known.empty or relabellings(counts.domain_of_unit_U) < FEWEST_RELABELLINGS:
+        return [f"Too few documents to tell whether experts specialise by domain: {documents} can hardly be shuffled."]
     # of many routers some exceed their 99th percentile by luck: half as much again is asked
     margin = known["domain_mi_null_p99_bits"] - known["domain_mi_null_bits"]
     real = known[known["domain_mi_bits"] - known["domain_mi_null_bits"] > 1.5 * margin]
+    if real.empty and (reach := known["domain_mi_null_p99_bits"].max()) >= MODERATE_BITS:
+        return [
+            f"Too few documents to tell whether experts specialise by domain: {documents} give up to {reach:.2f} bits when shuffled "
+            f'(a "no" takes less than {MODERATE_BITS:g}).'
+        ]
     if real.empty:
         return ["No expert specialises by domain: routing tells no more of it than documents with their labels shuffled would."]
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
@@ -200,7 +242,10 @@ def _domains(report: Report) -> list[str]:
     if effect.max() >= SLIGHT_BITS / 5 and not math.isnan(given) and not math.isnan(null):
         beyond = max(given - null, 0)
         share = "most of it is vocabulary" if beyond < effect.max() / 3 else "it is not vocabulary alone"
-        sentences.append(f"Once the token id is known, the domain still tells {beyond:.3f} bits of the expert there: {share}.")
+        sentences.append(
+            f"Once the token id is known, the domain tells {given:.3f} bits of the expert there ({null:.3f} with the documents shuffled): "
+            f"{share}."
+        )
     return sentences
 
 
