@@ -240,7 +240,11 @@ def test_pandas_polars_and_duckdb_read_the_same_rows(tmp_path: Path) -> None:
     import polars as pl
 
     rng = np.random.default_rng(4)
-    written(tmp_path, [a_batch(rng, n, 300, ROUTERS, nowhere=True) for n in range(4)], ROUTERS, shard_tokens=600)
+    even = [Router(layer, "a", f"layers.{layer}.a", 8, 2) for layer in range(3)]
+    # some shards have slots that routed nowhere, some have none
+    written(tmp_path, [a_batch(rng, n, 300, even, nowhere=n in (1, 2)) for n in range(6)], even, shard_tokens=600)
+    nullable = [pq.read_schema(p).field("expert_0").nullable for p in sorted((tmp_path / "routing").iterdir())]
+    assert nullable == [True, True, False]
     for table in ("routing", "tokens", "documents"):
         files = str(tmp_path / table / "*.parquet")
         keys = ["router", "token"] if table == "routing" else ["token"] if table == "tokens" else ["document"]

