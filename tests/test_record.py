@@ -213,6 +213,7 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
     for options, says in (
         ({"capture": "spy"}, "no capture 'spy'"),
         ({"every": 2}, "give counts_only=True"),
+        ({"resume": True}, "only trace_model can resume"),
         ({"counts_only": True, "logits": True}, "keeps no logits"),
     ):
         with pytest.raises(MoeInspectError, match=says):

@@ -32,21 +32,7 @@ from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, Tra
 CAPTURES = ("auto", "dispatch", "tap")
 
 
-def record(
-    model: Any,
-    path: str | Path | None = None,
-    *,
-    tokenizer: Any = None,
-    capture: str = "auto",
-    layers: Sequence[int] | None = None,
-    weights: bool = True,
-    logits: bool = False,
-    counts_only: bool = False,
-    every: int = 1,
-    documents: Sequence[Any] | None = None,
-    domains: Sequence[str] | None = None,
-    overwrite: bool = False,
-) -> Recorder:
+class Recorder:
     """Records every forward pass of `model` within the `with` block: `with record(model, "runs/a", tokenizer=tok): …`.
 
     Each batch row is a sequence of its own document, unless `documents` and `domains` (one value a batch row) say
@@ -64,26 +50,10 @@ def record(
                   `path` may be None then, and the recorder's `balance()` gives the table
     overwrite     replaces a trace at `path`; without it an existing one is refused
 
+    `resume`, `manifest` and `shard_tokens` are for who plans the batches (`trace_model`).
+
     Raises MoeInspectError for a dense model, a place that cannot be written, and, in a forward pass, where a router has not
     seen every token exactly once."""
-    return Recorder(
-        model,
-        path,
-        tokenizer=tokenizer,
-        capture=capture,
-        layers=layers,
-        weights=weights,
-        logits=logits,
-        counts_only=counts_only,
-        every=every,
-        documents=documents,
-        domains=domains,
-        overwrite=overwrite,
-    )
-
-
-class Recorder:
-    """The context manager behind `record`; `resume` and `manifest` are for who plans the batches."""
 
     def __init__(
         self,
@@ -110,6 +80,8 @@ class Recorder:
             raise MoeInspectError("record needs a path for the trace (only counts_only=True works without)")
         if every != 1 and not counts_only:
             raise MoeInspectError("every=N samples counts: give counts_only=True with it")
+        if not isinstance(resume, ResumePoint | None):
+            raise MoeInspectError("only trace_model can resume: it knows which batch comes next")
         if counts_only and logits:
             raise MoeInspectError("counts_only keeps no logits: drop one of the two")
         self.model, self.path, self.tokenizer = model, Path(path) if path is not None else None, tokenizer
@@ -449,6 +421,9 @@ class Recorder:
         for r, load_E in enumerate(load):
             counts.of[r] = RouterCounts(load_E[None], load_E[None] * 0, None)
         return balance_of(counts)
+
+
+record = Recorder  # the public name: `with moe_inspect.record(model, path): …`
 
 
 def _rows_of(page: Page, r: int, kind: str, keep: np.ndarray | None) -> np.ndarray:
