@@ -46,8 +46,10 @@ def report(
     phase: Annotated[Phase | None, typer.Option(help="Only prompt tokens, or only generated ones.", show_default=False)] = None,
     top: Annotated[int, typer.Option(min=0, help="Token ids an expert in the vocabulary table; 0 is all.")] = 20,
 ) -> None:
-    """Say where the tokens of a trace went: which layers and experts are out of balance, against chance, and what each expert
-    specialises in. Needs neither torch nor the model."""
+    """Say where the tokens went: balance, and what each expert takes.
+
+    Which layers and experts are out of balance, against what chance gives, and what each expert specialises in. Needs neither
+    torch nor the model."""
     ending = format_of(output)
     if table is None and (format or ending or Format.table) is not Format.table:
         from moe_inspect.report.tables import TABLES
