@@ -317,3 +317,21 @@ def test_a_mask_that_hides_the_padding_is_refused(model: Any, tmp_path: Path) ->
     inputs["attention_mask"] = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     with pytest.raises(MoeInspectError, match="padding from a 4-D attention mask"), moe_inspect.record(model, tmp_path / "t"):
         model(**inputs)
+
+
+def test_probabilities_are_not_taken_for_logits(model: Any, tmp_path: Path) -> None:
+    """Refused before anything is written: the trace that is there stays."""
+    with moe_inspect.record(model, tmp_path / "t", logits=True), torch.no_grad():
+        model(**token_batch(LENGTHS))
+    gate = model.model.layers[1].mlp.gate
+    hook = gate.register_forward_hook(lambda m, args, output: (output[0].softmax(-1), *output[1:]))
+    try:
+        with (
+            pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts shows probabilities"),
+            moe_inspect.record(model, tmp_path / "t", logits=True, overwrite=True),
+            torch.no_grad(),
+        ):
+            model(**token_batch([4]))
+    finally:
+        hook.remove()
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS)

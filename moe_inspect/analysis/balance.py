@@ -21,10 +21,6 @@ class Metric:
     ideal: float
     unit: str
 
-    @property
-    def explanation(self) -> str:
-        return " ".join((self.function.__doc__ or "").split())
-
 
 METRICS: dict[str, Metric] = {}
 

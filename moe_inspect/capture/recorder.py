@@ -296,6 +296,8 @@ class Recorder:
             Router(s.layer, s.path.split(".", 1)[-1], s.path, s.experts, ids.shape[1], s.scoring, s.shared_experts)
             for s, (ids, _) in zip(self.sites, first, strict=True)
         ]
+        for r, logits in self._staged_logits.items():
+            self._refuse_probabilities(r, logits[0])
         bf16 = all(w.dtype == torch.bfloat16 for _, w in first)
         if self.path is not None:
             self.writer = self._open_writer("bfloat16" if bf16 else "float16")
@@ -310,8 +312,6 @@ class Recorder:
                 self._write(r, ids, weights)
             row = 0
             for logits in self._staged_logits.get(r, []):
-                if row == 0:
-                    self._refuse_probabilities(r, logits)
                 ring, local = self._ring_of[r]
                 ring.write_logits(local, row, logits)
                 row += len(logits)
