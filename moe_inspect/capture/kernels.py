@@ -1,14 +1,21 @@
-"""The Triton kernels and, beside each, its torch twin: the same result to the bit, and what a CPU runs.
+"""The Triton kernels that dispatch tokens to experts and record where they went and, beside each, its torch twin: the same
+result to the bit, and what a CPU runs.
 
-T tokens, K slots. A page holds the rows of one forward pass; `NOWHERE` (255, or −1 in an int16 page) marks a slot whose id
-is no expert's: a sentinel, a skip expert.
+T tokens, K slots, S = T·K, E experts, H hidden; a ring's page holds P rows. Positions count the rows a router has seen since its
+ring was made; row `position` lies in page `position // P % pages`. What is written, and where, is decided on the device alone: a
+CUDA graph may be replayed without a line of Python and goes on where the last replay ended.
 """
 
 from __future__ import annotations
 
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # (pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with triton)
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -16,95 +23,522 @@ try:
 except ImportError:  # no Triton on this platform: the twins do the work
     triton = None
 
+# None of these is measured on a GPU yet: benchmarks/gpu.py sweeps them
+ONE_LAUNCH = 2048  # slots that one program groups alone
+TWO_LAUNCHES = 16384  # entries of the table blocks × E that every program of the second launch can afford to sum by itself
+CHUNK = 128  # slots that are ranked against each other at once
+RECORD_BLOCK = 1024  # slots a program
 
-def nowhere(page_ids: torch.Tensor) -> int:
-    """The mark of a slot that routed nowhere, in this page's dtype."""
-    return 255 if page_ids.dtype == torch.uint8 else -1
+
+def slots_a_program(slots: int) -> int:
+    """Enough for some 128 programs, about as many as a large GPU has multiprocessors."""
+    return min(1024, max(256, 1 << (max(1, slots // 128) - 1).bit_length()))
 
 
-def record(
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    page_ids_PK: torch.Tensor,
-    page_weights_PK: torch.Tensor | None,
-    row: int,
-    experts: int,
-) -> None:
-    """Writes a decision a row into the page from `row` on: ids as uint8 (E < 256) or int16, weights rounded to the page's
-    dtype. `ids_TK`: int32 or int64; `weights_TK`: any float, or None with `page_weights_PK`. Asynchronous on a GPU."""
-    if ids_TK.is_cuda and triton is not None:
-        with torch.cuda.device(ids_TK.device):  # Triton launches on the current device, which may be another
-            record_triton(ids_TK, weights_TK, page_ids_PK, page_weights_PK, row, experts)
+def recording_warps(block: int) -> int:
+    """8 slots a thread: a decision of k = 8 is then one vector store of ids and one of weights."""
+    return max(1, block // 256)
+
+
+@dataclass(frozen=True, eq=False)
+class Tape:
+    """Where the decisions of one router are written: its part of a ring's pages, and the state on the device that says
+    from which position on (`cursor[lane]`), up to which one (`limit`, moved when a page has been drained: what lies beyond is
+    not written but counted in `dropped[lane]`) and whether at all (`enabled`; if not, the cursor stands still)."""
+
+    ids: Tensor | None  # uint8 (E < 256) or int16, all pages
+    weights: Tensor | None  # float16 or bfloat16, all pages
+    cursor: Tensor  # int64 [lanes]
+    dropped: Tensor  # int64 [lanes], in rows
+    limit: Tensor  # int64 [1]
+    enabled: Tensor  # int32 [1]
+    lane: int
+    K: int  # values a row
+    experts: int
+    base: int  # where this router's part of a page begins, in values
+    page_values: int  # values a page, of all routers
+    P: int  # rows a page, a power of two of at least 16 (alignment)
+    pages: int
+
+    @property
+    def mark(self) -> int:
+        """The id of a slot that routed nowhere: a sentinel, a skip expert."""
+        return nowhere(self.ids) if self.ids is not None else 0
+
+    def part(self, tensor: Tensor, page: int) -> Tensor:
+        """This router's [P, K] of page `page` of `tensor`."""
+        start = page * self.page_values + self.base
+        return tensor[start : start + self.P * self.K].view(self.P, self.K)
+
+
+class Dispatch(NamedTuple):
+    """The slots grouped by expert, in token order within one; all int32. Slots whose id is no expert's come last, beyond
+    offsets[E], and are in no count."""
+
+    counts: Tensor  # [E]
+    offsets: Tensor  # [E + 1], from 0
+    permutation: Tensor  # [S]: the slot at each place
+    inverse: Tensor  # [S]: the place of each slot
+    token: Tensor  # [S]: the token at each place, permutation // K
+
+
+def nowhere(ids: Tensor) -> int:
+    return 255 if ids.dtype == torch.uint8 else -1
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    return triton is not None and tensor.is_cuda
+
+
+def _on(tensor: Tensor) -> Any:
+    """Triton launches on the current device, which under a device map may be another."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+# --- record: the trace write alone, for routers that are tapped
+
+
+def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
+    """Appends T decisions to the tape: ids (any integer type) in the tape's, those outside 0…E−1 as its mark; weights (any
+    floating-point type) rounded to the tape's. Asynchronous on a GPU."""
+    weights_TK = weights_TK.detach() if weights_TK is not None else None
+    if torch.compiler.is_compiling():
+        torch.ops.moe_inspect.record(ids_TK, weights_TK, *_tensors(tape), _numbers(tape))
     else:
-        record_torch(ids_TK, weights_TK, page_ids_PK, page_weights_PK, row, experts)
+        _record(tape, ids_TK, weights_TK)
 
 
-def record_torch(
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    page_ids_PK: torch.Tensor,
-    page_weights_PK: torch.Tensor | None,
-    row: int,
-    experts: int,
-) -> None:
-    rows = slice(row, row + len(ids_TK))
-    page_ids_PK[rows] = ids_TK
-    outside_TK = (ids_TK < 0) | (ids_TK >= experts)
-    page_ids_PK[rows].masked_fill_(outside_TK, nowhere(page_ids_PK))
-    if page_weights_PK is not None and weights_TK is not None:
-        page_weights_PK[rows] = weights_TK
+def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
+    if runs_triton(tape.cursor):
+        with _on(tape.cursor):
+            record_triton(tape, ids_TK, weights_TK)
+    else:
+        record_torch(tape, ids_TK, weights_TK)
+
+
+def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
+    if not int(tape.enabled):
+        return
+    T = len(ids_TK if ids_TK is not None else weights_TK)
+    first = int(tape.cursor[tape.lane])
+    room = max(0, min(T, int(tape.limit) - first))
+    done = 0
+    while done < room:
+        page, row = divmod(first + done, tape.P)
+        n = min(tape.P - row, room - done)
+        if tape.ids is not None and ids_TK is not None:
+            written, ids = tape.part(tape.ids, page % tape.pages)[row : row + n], ids_TK[done : done + n]
+            written.copy_(ids)
+            written.masked_fill_((ids < 0) | (ids >= tape.experts), tape.mark)
+        if tape.weights is not None and weights_TK is not None:
+            tape.part(tape.weights, page % tape.pages)[row : row + n] = weights_TK[done : done + n]
+        done += n
+    tape.cursor[tape.lane] += T
+    if room < T:
+        tape.dropped[tape.lane] += T - room
 
 
 if triton is not None:
 
     @triton.jit
-    def _record(ids, weights, page_ids, page_weights, first, slots, experts, mark, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < slots
-        expert = tl.load(ids + i, mask=inside, other=0).to(tl.int32)
-        expert = tl.where((expert < 0) | (expert >= experts), mark, expert)
-        tl.store(page_ids + first + i, expert.to(page_ids.dtype.element_ty), mask=inside)
-        if HAS_WEIGHTS:
+    def _experts(ids, i, inside, E):
+        """The expert of each slot (0 where there is none), and whether there is one."""
+        raw = tl.load(ids + i, mask=inside, other=0)
+        somewhere = inside & (raw >= 0) & (raw < E)
+        return tl.where(somewhere, raw, 0).to(tl.int32), somewhere
+
+    @triton.jit
+    def _room(at, limit, enabled, T):
+        return tl.minimum(tl.maximum(tl.load(limit) - at, 0), T).to(tl.int32) * tl.load(enabled)
+
+    @triton.jit
+    def _write(
+        i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
+        K: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
+    ):  # fmt: skip
+        """Slots `i` of this call onto the tape. The row's offset times K plus the slot is what axis analysis can see through:
+        K values in a row become one vector store."""
+        at = tl.load(cursor + lane)
+        inside = i < _room(at, limit, enabled, T) * K
+        row = (at % (P * PAGES)).to(tl.int32) + i // K
+        offset = row // P % PAGES * page_values + base + row % P * K + i % K
+        if IDS:
+            value = tl.where(somewhere, expert, MARK)
+            tl.store(tape_ids + offset, value.to(tape_ids.dtype.element_ty), mask=inside)
+        if WEIGHTS:
             weight = tl.load(weights + i, mask=inside, other=0.0)
-            tl.store(page_weights + first + i, weight.to(page_weights.dtype.element_ty), mask=inside)
+            tl.store(tape_weights + offset, weight.to(tape_weights.dtype.element_ty), mask=inside)
 
-    def record_triton(
-        ids_TK: torch.Tensor,
-        weights_TK: torch.Tensor | None,
-        page_ids_PK: torch.Tensor,
-        page_weights_PK: torch.Tensor | None,
-        row: int,
-        experts: int,
-        block: int = 1024,
-    ) -> None:
-        """One launch, one element a lane: ids and weights are contiguous in the call and in the page alike."""
-        slots, K = ids_TK.numel(), ids_TK.shape[1]
-        if slots == 0:
+    @triton.jit
+    def _advance(T, cursor, dropped, limit, enabled, lane):
+        """One program, after every other has read the cursor."""
+        at = tl.load(cursor + lane)
+        on = tl.load(enabled)
+        tl.store(cursor + lane, at + T * on)
+        tl.store(dropped + lane, tl.load(dropped + lane) + T * on - _room(at, limit, enabled, T))
+
+    @triton.jit(do_not_specialize=["T", "lane"])
+    def _record_kernel(
+        ids, weights, T, E, tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values,
+        K: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
+        ALONE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < T * K
+        expert, somewhere = tl.zeros([BLOCK], tl.int32), inside
+        if IDS:
+            expert, somewhere = _experts(ids, i, inside, E)
+        _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
+               K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+        if ALONE:
+            tl.debug_barrier()
+            _advance(T, cursor, dropped, limit, enabled, lane)
+
+    @triton.jit(do_not_specialize=["T", "lane"])
+    def _advance_kernel(T, cursor, dropped, limit, enabled, lane):
+        _advance(T, cursor, dropped, limit, enabled, lane)
+
+    def _where_to(tape: Tape | None, ids_TK: Tensor | None, weights_TK: Tensor | None, anything: Tensor) -> tuple[tuple, tuple, dict]:
+        """What the kernels are told of a tape: tensors and numbers, those of the advance, and constants. Without one,
+        `anything` stands where a tensor must."""
+        if tape is None:
+            return (anything,) * 6 + (0, 0, 0), (), {"P": 16, "PAGES": 1, "MARK": 0, "IDS": False, "WEIGHTS": False}
+        state = (tape.cursor, tape.dropped, tape.limit, tape.enabled)
+        pages = tuple(t if t is not None else anything for t in (tape.ids, tape.weights))
+        constants = {
+            "P": tape.P,
+            "PAGES": tape.pages,
+            "MARK": tape.mark,
+            "IDS": tape.ids is not None and ids_TK is not None,
+            "WEIGHTS": tape.weights is not None and weights_TK is not None,
+        }
+        return (*pages, *state, tape.lane, tape.base, tape.page_values), (*state, tape.lane), constants
+
+    def record_triton(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
+        """One launch for up to RECORD_BLOCK slots, else two: the cursor may only move when every program has read it."""
+        fed = ids_TK if ids_TK is not None else weights_TK
+        T, K = fed.shape
+        if T == 0:
             return
-        has_weights = page_weights_PK is not None and weights_TK is not None
-        ids_TK = ids_TK.contiguous()
-        _record[(triton.cdiv(slots, block),)](
-            ids_TK,
-            weights_TK.contiguous() if has_weights else ids_TK,
-            page_ids_PK,
-            page_weights_PK if has_weights else page_ids_PK,
-            row * K,
-            slots,
-            experts,
-            nowhere(page_ids_PK),
-            HAS_WEIGHTS=has_weights,
-            BLOCK=block,
-        )
+        ids, weights = (t.contiguous() if t is not None else tape.cursor for t in (ids_TK, weights_TK))
+        place, state, constants = _where_to(tape, ids_TK, weights_TK, tape.cursor)
+        blocks = triton.cdiv(T * K, RECORD_BLOCK)
+        _record_kernel[(blocks,)](ids, weights, T, tape.experts, *place, K=K, **constants, ALONE=blocks == 1, BLOCK=RECORD_BLOCK)
+        if blocks > 1:
+            _advance_kernel[(1,)](T, *state, num_warps=1)
 
 
-def dispatch(ids_TK: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token → expert dispatch: `offsets` int32 [E + 1], `permutation` int64 [T·K] (the slots, by expert, in token order
-    within one) and its inverse. Ids outside 0…E−1 come last, beyond offsets[E]."""
+# --- dispatch: groups the slots by expert and, with a tape, records them in the same launches
+
+
+def dispatch(ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None) -> Dispatch:
+    """Token → expert dispatch: stable, the same to the bit from run to run, no atomics, nothing waits for the device.
+    With `tape` the T decisions are recorded as well, as `record` would."""
+    weights_TK = weights_TK.detach() if weights_TK is not None else None
+    if not torch.compiler.is_compiling():
+        return _dispatch(ids_TK, weights_TK, experts, tape)
+    if tape is None:
+        return Dispatch(*torch.ops.moe_inspect.dispatch(ids_TK, experts))
+    return Dispatch(*torch.ops.moe_inspect.dispatch_recording(ids_TK, weights_TK, experts, *_tensors(tape), _numbers(tape)))
+
+
+def _dispatch(ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None) -> Dispatch:
+    if runs_triton(ids_TK):
+        with _on(ids_TK):
+            return dispatch_triton(ids_TK, weights_TK, experts, tape)
+    return dispatch_torch(ids_TK, weights_TK, experts, tape)
+
+
+def dispatch_torch(ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None) -> Dispatch:
+    if tape is not None:
+        record_torch(tape, ids_TK, weights_TK)
     flat = ids_TK.reshape(-1)
     flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
-    ordered, permutation = torch.sort(flat, stable=True)
-    bounds = torch.arange(experts + 1, device=flat.device, dtype=flat.dtype)
-    offsets = torch.searchsorted(ordered, bounds).to(torch.int32)
+    ordered, order = torch.sort(flat, stable=True)
+    permutation = order.int()
+    offsets = torch.searchsorted(ordered, torch.arange(experts + 1, device=flat.device, dtype=flat.dtype)).int()
     inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(len(permutation), device=flat.device)
-    return offsets, permutation, inverse
+    inverse[order] = torch.arange(len(order), device=flat.device, dtype=torch.int32)
+    return Dispatch(offsets.diff(), offsets, permutation, inverse, permutation // max(1, ids_TK.shape[1]))
+
+
+if triton is not None:
+
+    @triton.jit
+    def _place(
+        ids, permutation, inverse, token, base_E, nowhere, first, end, E,
+        K: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        """Slots [first, end): behind `base_E` of their expert, those of no expert behind `nowhere`, each behind the earlier
+        ones like it. No sort: a slot's rank is how many of the earlier slots of its chunk share its expert."""
+        j = tl.arange(0, CHUNK)
+        for chunk in tl.range(0, tl.cdiv(end - first, CHUNK)):
+            i = first + chunk * CHUNK + j
+            inside = i < end
+            expert, somewhere = _experts(ids, i, inside, E)
+            kind = tl.where(somewhere, expert, BINS)  # beyond every expert: no expert's slots rank among themselves
+            earlier = (kind[:, None] == kind[None, :]) & (j[None, :] < j[:, None])
+            place = tl.where(somewhere, tl.gather(base_E, expert, 0), nowhere) + tl.sum(earlier.to(tl.int32), 1)
+            tl.store(permutation + place, i, mask=inside)
+            tl.store(token + place, i // K, mask=inside)
+            tl.store(inverse + i, place, mask=inside)
+            base_E += tl.histogram(expert, BINS, mask=somewhere)
+            nowhere += tl.sum((inside & (somewhere == 0)).to(tl.int32), 0)
+
+    @triton.jit(do_not_specialize=["T", "lane"])
+    def _one_kernel(
+        ids, weights, T, E, counts, offsets, permutation, inverse, token,
+        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values,
+        K: tl.constexpr, BINS: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr,
+        IDS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        """The whole dispatch by one program."""
+        count_E = tl.zeros([BINS], tl.int32)
+        for block in tl.range(0, tl.cdiv(T * K, BLOCK)):
+            i = block * BLOCK + tl.arange(0, BLOCK)
+            expert, somewhere = _experts(ids, i, i < T * K, E)
+            count_E += tl.histogram(expert, BINS, mask=somewhere)
+            if IDS:
+                _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
+                       K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+        e = tl.arange(0, BINS)
+        end_E = tl.cumsum(count_E, 0)
+        tl.store(counts + e, count_E, mask=e < E)
+        tl.store(offsets + 1 + e, end_E, mask=e < E)
+        tl.store(offsets, 0)
+        _place(ids, permutation, inverse, token, end_E - count_E, tl.sum(count_E, 0), 0, T * K, E, K, BINS, CHUNK)
+        if IDS:
+            tl.debug_barrier()
+            _advance(T, cursor, dropped, limit, enabled, lane)
+
+    @triton.jit(do_not_specialize=["T", "lane"])
+    def _count_kernel(
+        ids, weights, T, E, partial,
+        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values,
+        K: tl.constexpr, BINS: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr,
+        IDS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """First launch: partial[block, E] and the record."""
+        block = tl.program_id(0)
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        expert, somewhere = _experts(ids, i, i < T * K, E)
+        if IDS:
+            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
+                   K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+        e = tl.arange(0, BINS)
+        tl.store(partial + block * E + e, tl.histogram(expert, BINS, mask=somewhere), mask=e < E)
+
+    @triton.jit(do_not_specialize=["blocks"])
+    def _scan_kernel(partial, counts, blocks, E, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Second of three launches: each column of partial [blocks, E] becomes its exclusive running sum, counts its total."""
+        e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        running_E = tl.zeros([COLUMNS], tl.int32)
+        for first in tl.range(0, blocks, ROWS):
+            row = first + tl.arange(0, ROWS)
+            inside = (row[:, None] < blocks) & (e[None, :] < E)
+            at = partial + row[:, None] * E + e[None, :]
+            count = tl.load(at, mask=inside, other=0)
+            tl.store(at, running_E[None, :] + tl.cumsum(count, 0) - count, mask=inside)
+            running_E += tl.sum(count, 0)
+        tl.store(counts + e, running_E, mask=e < E)
+
+    @triton.jit(do_not_specialize=["T", "lane", "blocks"])
+    def _scatter_kernel(
+        ids, T, E, blocks, partial, counts, offsets, permutation, inverse, token, cursor, dropped, limit, enabled, lane,
+        K: tl.constexpr, BINS: tl.constexpr, SCANNED: tl.constexpr, ADVANCE: tl.constexpr,
+        BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        """Last launch: each program's slots behind those of the programs before it."""
+        block = tl.program_id(0)
+        e = tl.arange(0, BINS)
+        before_E = tl.zeros([BINS], tl.int32)
+        count_E = tl.zeros([BINS], tl.int32)
+        if SCANNED:
+            before_E += tl.load(partial + block * E + e, mask=e < E, other=0)
+            count_E += tl.load(counts + e, mask=e < E, other=0)
+        else:
+            for first in tl.range(0, blocks, ROWS):
+                row = first + tl.arange(0, ROWS)
+                inside = (row[:, None] < blocks) & (e[None, :] < E)
+                count = tl.load(partial + row[:, None] * E + e[None, :], mask=inside, other=0)
+                count_E += tl.sum(count, 0)
+                before_E += tl.sum(tl.where(row[:, None] < block, count, 0), 0)
+        end_E = tl.cumsum(count_E, 0)
+        first_slot = block * BLOCK
+        nowhere = tl.sum(count_E, 0) + first_slot - tl.sum(before_E, 0)
+        _place(ids, permutation, inverse, token, end_E - count_E + before_E, nowhere, first_slot,
+               tl.minimum(first_slot + BLOCK, T * K), E, K, BINS, CHUNK)  # fmt: skip
+        if block == 0:
+            tl.store(offsets + 1 + e, end_E, mask=e < E)
+            tl.store(offsets, 0)
+            if not SCANNED:
+                tl.store(counts + e, count_E, mask=e < E)
+            if ADVANCE:
+                _advance(T, cursor, dropped, limit, enabled, lane)
+
+    def dispatch_triton(
+        ids_TK: Tensor,
+        weights_TK: Tensor | None,
+        experts: int,
+        tape: Tape | None = None,
+        launches: int | None = None,
+        block: int | None = None,
+    ) -> Dispatch:
+        """`launches` 1 (at most ONE_LAUNCH slots), 2 or 3, of `block` slots a program; None chooses by size."""
+        T, K = ids_TK.shape
+        S = T * K
+        out = empty_dispatch(ids_TK, experts)
+        if S == 0:
+            out.counts.zero_()
+            out.offsets.zero_()
+            return out
+        ids = ids_TK.contiguous()
+        weights = weights_TK.contiguous() if weights_TK is not None else ids
+        place, state, constants = _where_to(tape, ids_TK, weights_TK, ids)
+        constants |= {"K": K, "BINS": max(16, triton.next_power_of_2(experts))}
+        block = block or slots_a_program(S)
+        blocks = triton.cdiv(S, block)
+        if launches is None:
+            launches = 1 if S <= ONE_LAUNCH else 2 if blocks * experts <= TWO_LAUNCHES else 3
+        if launches == 1:
+            assert S <= ONE_LAUNCH
+            _one_kernel[(1,)](ids, weights, T, experts, *out, *place, **constants, BLOCK=RECORD_BLOCK, CHUNK=CHUNK)
+            return out
+        partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
+        _count_kernel[(blocks,)](ids, weights, T, experts, partial, *place, **constants, BLOCK=block, num_warps=recording_warps(block))
+        if launches == 3:
+            _scan_kernel[(triton.cdiv(experts, 16),)](partial, out.counts, blocks, experts, ROWS=64, COLUMNS=16)
+        _scatter_kernel[(blocks,)](
+            ids, T, experts, blocks, partial, *out, *(state or (*place[2:6], 0)),
+            K=K, BINS=constants["BINS"], SCANNED=launches == 3, ADVANCE=tape is not None,
+            BLOCK=block, ROWS=max(1, min(64, 4096 // constants["BINS"])), CHUNK=CHUNK,
+        )  # fmt: skip
+        return out
+
+
+def empty_dispatch(ids_TK: Tensor, experts: int) -> Dispatch:
+    S = ids_TK.shape[0] * ids_TK.shape[1]
+    return Dispatch(*(ids_TK.new_empty(n, dtype=torch.int32) for n in (experts, experts + 1, S, S, S)))
+
+
+# --- combine: weights the experts' outputs and sums them over a token's slots
+
+
+def combine_torch(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) -> Tensor:
+    """out[t] = Σ_k weight[t, k] · y[place of slot (t, k)], [T, H], in the type that y and weight promote to. `inverse_S` None:
+    y is in slot order. Differentiable."""
+    T, K = weights_TK.shape
+    y_SH = y_SH if inverse_S is None else y_SH[inverse_S.long()]
+    return (y_SH * weights_TK.reshape(-1, 1)).view(T, K, -1).sum(1)
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["T", "lane"])
+    def _combine_kernel(
+        y, ids, weights, inverse, offsets, out, T, E, H,
+        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values,
+        K: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
+        GROUPED: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """A token's row, a part of its columns, a program. The very first program also records the whole call (`IDS`)."""
+        t = tl.program_id(0).to(tl.int64)
+        h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = h < H
+        sum_H = tl.zeros([COLUMNS], tl.float32)
+        for k in tl.static_range(K):
+            place = t * K + k
+            end = T * K
+            if GROUPED:
+                place = tl.load(inverse + place).to(tl.int64)
+                end = tl.load(offsets + E)  # rows beyond belong to no expert: nobody wrote them
+            row = tl.load(y + place * H + h, mask=inside & (place < end), other=0.0)
+            product = row.to(tl.float32) * tl.load(weights + t * K + k).to(tl.float32)
+            if ROUND:
+                product = product.to(y.dtype.element_ty).to(tl.float32)
+            sum_H += product
+        if ROUND:
+            sum_H = sum_H.to(y.dtype.element_ty).to(tl.float32)
+        tl.store(out + t * H + h, sum_H.to(out.dtype.element_ty), mask=inside)
+        if IDS and (tl.program_id(0) + tl.program_id(1) == 0):
+            i = tl.arange(0, BLOCK)
+            expert, somewhere = _experts(ids, i, i < T * K, E)
+            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
+                   K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+            tl.debug_barrier()
+            _advance(T, cursor, dropped, limit, enabled, lane)
+
+    def combine_triton(
+        y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
+        tape: Tape | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What `combine_torch` computes, in one pass over y and one launch, in the same roundings; places of no expert count
+        as zero. With `grouped` None, y is in slot order, and `tape` records the call (at most RECORD_BLOCK slots) in the same launch."""
+        T, K = weights_TK.shape
+        H = y_SH.shape[1]
+        assert tape is None or (grouped is None and T * K <= RECORD_BLOCK)
+        out = torch.empty((T, H), dtype=dtype, device=y_SH.device)
+        if T == 0:
+            return out
+        place, _, constants = _where_to(tape, ids_TK, weights_TK, ids_TK)
+        inverse, offsets = (grouped.inverse, grouped.offsets) if grouped is not None else (ids_TK, ids_TK)
+        _combine_kernel[(T, triton.cdiv(H, 1024))](
+            y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous(), inverse, offsets, out, T, experts, H, *place,
+            K=K, **constants, GROUPED=grouped is not None, ROUND=torch.promote_types(y_SH.dtype, weights_TK.dtype).itemsize == 2,
+            COLUMNS=1024, BLOCK=RECORD_BLOCK,
+        )  # fmt: skip
+        return out
+
+
+# --- the same as operators, which torch.compile takes as they are
+
+
+def _tensors(tape: Tape) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    return tape.ids, tape.weights, tape.cursor, tape.dropped, tape.limit, tape.enabled
+
+
+def _numbers(tape: Tape) -> list[int]:
+    return [tape.lane, tape.K, tape.experts, tape.base, tape.page_values, tape.P, tape.pages]
+
+
+_TAPE = "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!) cursor, Tensor(d!) dropped, Tensor limit, Tensor enabled, int[] numbers"
+_MUTATED = ("tape_ids", "tape_weights", "cursor", "dropped")
+
+
+@torch.library.custom_op("moe_inspect::record", mutates_args=_MUTATED, schema=f"(Tensor? ids, Tensor? weights, {_TAPE}) -> ()")
+def _record_op(ids, weights, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
+    _record(Tape(tape_ids, tape_weights, cursor, dropped, limit, enabled, *numbers), ids, weights)
+
+
+@_record_op.register_fake
+def _(ids, weights, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
+    return None
+
+
+_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+
+@torch.library.custom_op("moe_inspect::dispatch", mutates_args=(), schema=f"(Tensor ids, int experts) -> {_FIVE}")
+def _dispatch_op(ids, experts):  # type: ignore[no-untyped-def]
+    return tuple(_dispatch(ids, None, experts, None))
+
+
+@_dispatch_op.register_fake
+def _(ids, experts):  # type: ignore[no-untyped-def]
+    return tuple(empty_dispatch(ids, experts))
+
+
+@torch.library.custom_op(
+    "moe_inspect::dispatch_recording",
+    mutates_args=_MUTATED,
+    schema=f"(Tensor ids, Tensor? weights, int experts, {_TAPE}) -> {_FIVE}",
+)
+def _dispatch_recording_op(ids, weights, experts, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
+    return tuple(_dispatch(ids, weights, experts, Tape(tape_ids, tape_weights, cursor, dropped, limit, enabled, *numbers)))
+
+
+@_dispatch_recording_op.register_fake
+def _(ids, weights, experts, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
+    return tuple(empty_dispatch(ids, experts))
