@@ -74,7 +74,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], targ
         (i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in ALIGNED
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
 
 
 def resources(found: Any) -> dict[str, int]:
@@ -98,7 +98,10 @@ def main(gpu: str) -> None:
     for name, kernel, types, constants, warps in variants():
         found = compiled(kernel, types, constants, target, warps)
         stores = sorted(set(re.findall(r"st\.global[.\w]*?(v\d\.\w+|b\d+)", found.asm.get("ptx", ""))))
-        print(json.dumps({"kernel": name, "gpu": gpu, **resources(found), "shared_bytes": found.metadata.shared, "stores": stores}), flush=True)
+        print(
+            json.dumps({"kernel": name, "gpu": gpu, **resources(found), "shared_bytes": found.metadata.shared, "stores": stores}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

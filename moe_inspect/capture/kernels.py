@@ -9,6 +9,7 @@ CUDA graph may be replayed without a line of Python and goes on where the last r
 from __future__ import annotations
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # (pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with triton)
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ except ImportError:  # no Triton on this platform: the twins do the work
 # None of these is measured on a GPU yet: benchmarks/gpu.py sweeps them
 ONE_LAUNCH = 2048  # slots that one program groups alone
 TWO_LAUNCHES = 16384  # entries of the table blocks × E that every program of the second launch can afford to sum by itself
-CHUNK = 128  # slots that are ranked against each other at once
+CHUNK = 64  # slots that are ranked against each other at once
 RECORD_BLOCK = 1024  # slots a program
 
 
@@ -454,7 +455,7 @@ if triton is not None:
             if GROUPED:
                 place = tl.load(inverse + place).to(tl.int64)
                 end = tl.load(offsets + E)  # rows beyond belong to no expert: nobody wrote them
-            row = tl.load(y + place * H + h, mask=inside & (place < end), other=0.0)
+            row = tl.load(y + place * H + h, mask=h < tl.where(place < end, H, 0), other=0.0)
             product = row.to(tl.float32) * tl.load(weights + t * K + k).to(tl.float32)
             if ROUND:
                 product = product.to(y.dtype.element_ty).to(tl.float32)
@@ -487,7 +488,7 @@ if triton is not None:
         _combine_kernel[(T, triton.cdiv(H, 1024))](
             y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous(), inverse, offsets, out, T, experts, H, *place,
             K=K, **constants, GROUPED=grouped is not None, ROUND=torch.promote_types(y_SH.dtype, weights_TK.dtype).itemsize == 2,
-            COLUMNS=1024, BLOCK=RECORD_BLOCK,
+            COLUMNS=1024, BLOCK=RECORD_BLOCK, enable_fp_fusion=False,  # as stock: product, rounding, sum
         )  # fmt: skip
         return out
 

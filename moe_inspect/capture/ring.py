@@ -1,56 +1,31 @@
-"""Pages that a forward pass is recorded into, on the device it runs on, and their way to the host.
+"""The pages that the kernels record into, on the device they run on, and their way to the host.
 
-A page holds one forward pass: for each router r the ids [P, K_r], the weights [P, K_r] and, if asked, the logits [P, E_r],
-each kind in one contiguous tensor, so that a page leaves the GPU in one copy a kind: event → side stream → pinned memory.
-The ring blocks when all pages are on their way; it never overwrites one that has not been taken.
+Rows have positions: the n-th row that a router sees lies in page n // P % pages, at n % P. A page holds the ids of all routers of
+its device, then, each kind in one contiguous tensor: so a full page leaves in one copy a kind (event → side stream → pinned
+memory). The device writes no row at or beyond `limit`, and only a page whose rows have been handed over moves it: nothing that is
+still needed is overwritten, whoever launches the kernels. What lies beyond the limit the device counts.
+
+R routers, K slots, E experts, P rows a page.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from moe_inspect.capture import kernels
+from moe_inspect.capture.kernels import Tape
 
-PAGES = 3
-
-
-class Page:
-    """Device tensors, their pinned twins (the same tensors on a CPU) and the event after which the twins are whole."""
-
-    def __init__(self, ring: Ring, capacity: int):
-        self.capacity, self.rows, self.ring = capacity, [0] * len(ring.slots), ring
-        slots, size = capacity * sum(ring.slots), capacity * sum(ring.experts)
-        with torch.inference_mode(False):  # a page made in inference mode could not be written outside it
-            self.ids = torch.empty(slots, dtype=ring.id_dtype, device=ring.device)
-            self.weights = torch.empty(slots, dtype=ring.weight_dtype, device=ring.device) if ring.weight_dtype else None
-            self.logits = torch.empty(size, dtype=torch.float16, device=ring.device) if ring.logits else None
-            self.host = {k: self._pinned(getattr(self, k)) for k in ("ids", "weights", "logits")}
-        self.copied = torch.cuda.Event() if ring.on_gpu else None
-
-    def _pinned(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None or not self.ring.on_gpu:
-            return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-
-    def view(self, tensor: torch.Tensor, r: int, widths: Sequence[int]) -> torch.Tensor:
-        """Router r's part of a page tensor, [P, width_r]."""
-        start = self.capacity * sum(widths[:r])
-        return tensor[start : start + self.capacity * widths[r]].view(self.capacity, widths[r])
-
-    def of(self, kind: str, r: int) -> torch.Tensor | None:
-        """Router r's rows on the host: `ids`, `weights` or `logits`; None where the ring does not keep them."""
-        tensor = self.host[kind]
-        if tensor is None:
-            return None
-        widths = self.ring.experts if kind == "logits" else self.ring.slots
-        return self.view(tensor, r, widths)[: self.rows[r]]
+PAGE_ROWS = 1024  # on a CPU a page is its own host copy, and few large ones cost less
+PAGE_ROWS_CPU = 4096
+FORWARDS = 3  # that fit into a ring beside each other: one is written, one leaves, one is read
 
 
 class Ring:
-    """Pages of the routers of one device. `slots[r]` = K_r, `experts[r]` = E_r; `weight_dtype` None: no weights."""
+    """Pages of the routers of one device. `slots[r]` = K_r, `experts[r]` = E_r; `weight_dtype` None: no weights. It holds
+    forward passes of at least `rows` rows."""
 
     def __init__(
         self,
@@ -59,76 +34,201 @@ class Ring:
         experts: Sequence[int],
         weight_dtype: torch.dtype | None,
         logits: bool = False,
-        pages: int = PAGES,
+        rows: int = 1,
+        page_rows: int | None = None,
     ):
-        self.device, self.slots, self.experts = device, list(slots), list(experts)
-        self.weight_dtype, self.logits = weight_dtype, logits
-        # one value is kept for "nowhere", so 256 experts need the wider type
-        self.id_dtype = torch.uint8 if max(experts) < 256 else torch.int16
         self.on_gpu = device.type == "cuda"
-        self.pages = pages if self.on_gpu else 1
+        self.P = page_rows or (PAGE_ROWS if self.on_gpu else PAGE_ROWS_CPU)
+        forwards = FORWARDS if self.on_gpu and not logits else 1
+        # one more, since a forward pass may begin at a page's end
+        self.pages = forwards * -(-rows // self.P) + 1
+        self.device, self.slots, self.experts = device, list(slots), list(experts)
+        widths = {"ids": self.slots, "weights": self.slots if weight_dtype else [], "logits": self.experts if logits else []}
+        # one value is kept for "nowhere", so 256 experts need the wider type
+        kinds = {"ids": torch.uint8 if max(experts) < 256 else torch.int16, "weights": weight_dtype, "logits": torch.float16}
+        lanes = len(self.slots) * (2 if logits else 1)
+        with torch.inference_mode(False):  # a page made in inference mode could not be written outside it
+            made = {name: torch.empty(self.pages * self.P * sum(w), dtype=kinds[name], device=device) for name, w in widths.items() if w}
+            self.host = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) if self.on_gpu else t for name, t in made.items()}
+            self.cursor, self.dropped = (torch.zeros(lanes, dtype=torch.int64, device=device) for _ in range(2))
+            self.limit = torch.full((1,), self.capacity, dtype=torch.int64, device=device)
+            self.enabled = torch.ones(1, dtype=torch.int32, device=device)
+        self._made = made
+        self.tapes = [self._tape(r, self.slots, "ids", "weights") for r in range(len(slots))]
+        self.logit_tapes = [self._tape(r, self.experts, None, "logits", len(slots)) for r in range(len(slots))] if logits else []
+        if self.on_gpu:  # so that torch.compile's CUDA graphs write where these are, and copy nothing
+            for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
+                torch._dynamo.mark_static_address(tensor, guard=False)
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None
-        self.free: list[Page] = []
-        self.leaving: deque[Page] = deque()
-        self.page: Page | None = None
+        self.events = [torch.cuda.Event() for _ in range(self.pages)] if self.on_gpu else []
+        self.head = 0  # the position at which the next forward pass begins
+        self.left = 0  # pages that have started to leave
+        self.drained = 0  # pages that have been handed over
 
-    def begin(self, tokens: int) -> None:
-        """Takes a free page with room for a forward pass of `tokens` rows a router. The caller has seen to it that fewer
-        than `pages` are leaving (`full`)."""
-        assert not self.full
-        # a page leaves whole: one made for a prompt is too large for a decode step
-        page = next((p for p in self.free if tokens <= p.capacity <= 8 * tokens), None) or Page(self, tokens)
-        self.free = [p for p in self.free if p is not page][-self.pages :]
-        page.rows = [0] * len(self.slots)
-        self.page = page
+    def _tape(self, r: int, widths: list[int], ids: str | None, weights: str, lane: int = 0) -> Tape:
+        return Tape(
+            self._made.get(ids) if ids else None,
+            self._made.get(weights),
+            self.cursor,
+            self.dropped,
+            self.limit,
+            self.enabled,
+            lane=lane + r,
+            K=widths[r],
+            experts=self.experts[r],
+            base=self.P * sum(widths[:r]),
+            page_values=self.P * sum(widths),
+            P=self.P,
+            pages=self.pages,
+        )
 
     @property
-    def full(self) -> bool:
-        return len(self.leaving) >= self.pages
+    def capacity(self) -> int:
+        return self.pages * self.P
 
-    def write(self, r: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        """The decisions of one call of router r. A call beyond the page's end is counted, not written: the completeness
-        check speaks of it."""
-        page = self.page
-        assert page is not None
-        row, page.rows[r] = page.rows[r], page.rows[r] + len(ids_TK)
-        if page.rows[r] <= page.capacity:
-            weights = page.view(page.weights, r, self.slots) if page.weights is not None else None
-            kernels.record(ids_TK, weights_TK, page.view(page.ids, r, self.slots), weights, row, self.experts[r])
+    @property
+    def fits(self) -> int:
+        """Rows of the largest forward pass that can always be held, wherever it begins."""
+        return self.capacity - self.P
 
-    def write_logits(self, r: int, row: int, logits_TE: torch.Tensor) -> None:
-        page = self.page
-        assert page is not None
-        assert page.logits is not None
-        if row + len(logits_TE) <= page.capacity:
-            page.view(page.logits, r, self.experts)[row : row + len(logits_TE)] = logits_TE
+    @property
+    def room(self) -> int:
+        """Rows that can be written now."""
+        return (self.drained + self.pages) * self.P - self.head
 
-    def end(self) -> None:
-        """The forward pass is over: its page starts to leave."""
-        page, self.page = self.page, None
-        assert page is not None
-        if page.copied is not None:
-            assert self.stream is not None
+    def stand(self) -> Tensor:
+        """Where the cursors stand, [lanes]: on a GPU, once what has been launched so far has run."""
+        stand = torch.empty(self.cursor.shape, dtype=torch.int64, pin_memory=self.on_gpu)
+        return stand.copy_(self.cursor, non_blocking=True)
+
+    def end(self, rows: int) -> None:
+        """A forward pass of `rows` rows has been launched: the pages it filled start to leave."""
+        self.head += rows
+        self._leave(self.head // self.P)
+
+    def _leave(self, until: int) -> None:
+        if self.stream is not None and self.left < until:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                for kind in ("ids", "weights", "logits"):
-                    if (pinned := page.host[kind]) is not None:
-                        pinned.copy_(getattr(page, kind), non_blocking=True)
-                page.copied.record(self.stream)
-        self.leaving.append(page)
+                for page in range(self.left, until):
+                    for name, tensor in self._made.items():
+                        values = len(tensor) // self.pages
+                        at = slice(page % self.pages * values, (page % self.pages + 1) * values)
+                        self.host[name][at].copy_(tensor[at], non_blocking=True)
+                    self.events[page % self.pages].record(self.stream)
+        self.left = max(self.left, until)
 
-    def arrived(self, wait: bool) -> bool:
-        """Whether the oldest leaving page is whole on the host; with `wait`, waits until it is."""
-        page = self.leaving[0]
-        if page.copied is None or page.copied.query():
+    def arrived(self, position: int, wait: bool) -> bool:
+        """Whether all rows before `position` are on the host. With `wait`, sees to it, if need be with a page that is not full
+        (which leaves again when it is)."""
+        last = (position - 1) // self.P
+        if not self.on_gpu or position == 0:
             return True
+        if last >= self.left:
+            if not wait:
+                return False
+            self._leave(last + 1)
+            self.left = self.head // self.P
+        event = self.events[last % self.pages]
         if wait:
-            page.copied.synchronize()
-        return wait
+            event.synchronize()
+        return event.query()
 
-    def oldest(self) -> Page:
-        return self.leaving[0]
+    def rows(self, kind: str, r: int, start: int, count: int) -> list[np.ndarray]:
+        """Rows [start, start + count) of router r on the host, as views into the pages they lie in: `ids`, `weights` or
+        `logits` (16-bit integers and bfloat16 as uint16)."""
+        tape, tensor = (self.logit_tapes if kind == "logits" else self.tapes)[r], self.host[kind]
+        if tensor.dtype in (torch.int16, torch.bfloat16):
+            tensor = tensor.view(torch.uint16)
+        found: list[np.ndarray] = []
+        while count > 0 or not found:
+            page, row = divmod(start, self.P)
+            n = min(self.P - row, count)
+            found.append(tape.part(tensor, page % self.pages)[row : row + n].numpy())
+            start, count = start + n, count - n
+        return found
 
-    def take(self) -> None:
-        """The oldest page's rows have been copied out: it may be written again."""
-        self.free.append(self.leaving.popleft())
+    def handed_over(self, position: int) -> None:
+        """The rows before `position` have been copied out: pages that lie before it may be written again."""
+        if position // self.P > self.drained:
+            self.drained = position // self.P
+            self.limit.fill_((self.drained + self.pages) * self.P)
+
+    def rewind(self) -> None:
+        """Back to the end of the last forward pass that ended: one failed, and its rows are written over."""
+        self.cursor.fill_(self.head)
+
+
+class Rings:
+    """The rings of a model, one a device, in step. `routers`: device, top-k and experts of each router."""
+
+    def __init__(self, routers: Sequence[tuple[torch.device, int, int]], weight_dtype: torch.dtype | None, logits: bool, rows: int):
+        self._of: list[tuple[Ring, int]] = [None] * len(routers)  # type: ignore[list-item]
+        self._rings: list[Ring] = []
+        self._bf16 = weight_dtype == torch.bfloat16
+        for device in dict.fromkeys(d for d, _, _ in routers):
+            local = [r for r, (d, _, _) in enumerate(routers) if d == device]
+            ring = Ring(device, [routers[r][1] for r in local], [routers[r][2] for r in local], weight_dtype, logits, rows)
+            self._rings.append(ring)
+            for n, r in enumerate(local):
+                self._of[r] = (ring, n)
+        self.tapes = [ring.tapes[n] for ring, n in self._of]
+        self.logit_tapes = [ring.logit_tapes[n] for ring, n in self._of] if logits else []
+        self.on_gpu = any(ring.on_gpu for ring in self._rings)
+
+    @property
+    def head(self) -> int:
+        return self._rings[0].head
+
+    @property
+    def fits(self) -> int:
+        return min(ring.fits for ring in self._rings)
+
+    @property
+    def room(self) -> int:
+        return min(ring.room for ring in self._rings)
+
+    def enable(self, on: bool) -> None:
+        for ring in self._rings:
+            ring.enabled.fill_(int(on))
+
+    def rewind(self) -> None:
+        for ring in self._rings:
+            ring.rewind()
+
+    def end(self, rows: int) -> None:
+        for ring in self._rings:
+            ring.end(rows)
+
+    def arrived(self, position: int, wait: bool) -> bool:
+        return all(ring.arrived(position, wait) for ring in self._rings)
+
+    def handed_over(self, position: int) -> None:
+        for ring in self._rings:
+            ring.handed_over(position)
+
+    def stands(self) -> list[Tensor]:
+        return [ring.stand() for ring in self._rings]
+
+    def seen(self, stands: list[Tensor], start: int) -> tuple[list[int], list[int] | None]:
+        """Rows that each router saw after position `start`, up to where its ring's cursors stood, and those of logits."""
+        stand_of = {id(ring): (stand - start).tolist() for ring, stand in zip(self._rings, stands, strict=True)}
+        seen = [stand_of[id(ring)][n] for ring, n in self._of]
+        return seen, [stand_of[id(ring)][len(ring.tapes) + n] for ring, n in self._of] if self.logit_tapes else None
+
+    def dropped(self) -> list[int]:
+        """Rows that each router's device left out, by its own count. Waits for the device."""
+        dropped_of = {id(ring): ring.dropped.tolist() for ring in self._rings}
+        return [dropped_of[id(ring)][n] for ring, n in self._of]
+
+    def rows(self, kind: str, r: int, start: int, count: int, keep: np.ndarray | None) -> np.ndarray:
+        """A copy of router r's rows [start, start + count), or of those at `keep` among them; bfloat16 as float32, which holds
+        it exactly."""
+        ring, n = self._of[r]
+        parts = ring.rows(kind, n, start, count)
+        values = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if keep is not None:
+            values = values[keep]
+        elif len(parts) == 1:
+            values = values.copy()
+        return (values.astype(np.uint32) << 16).view(np.float32) if kind == "weights" and self._bf16 else values

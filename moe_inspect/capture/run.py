@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
+from moe_inspect.capture.manifest import check_directory
 from moe_inspect.capture.models import config_record, load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
-from moe_inspect.capture.recorder import Recorder, check_directory
+from moe_inspect.capture.recorder import Recorder
 from moe_inspect.capture.rows import Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema

@@ -106,6 +106,7 @@ class TraceWriter:
         start = resume or ResumePoint()
         self.next_shard, self.next_token = start.shards, start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
+        self.dropped = 0  # decisions that were made and not handed over, told by who records
         self.at_close: dict[str, Any] = {}  # merged into the manifest's sections when the background thread is done
         self.tables = ["documents", "counts"] if counts_only else ["documents", "tokens", "routing"]
         self.tables += ["logits"] if logits else []
@@ -142,6 +143,11 @@ class TraceWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close("complete" if kind is None else "interrupted", quiet=kind is not None)
 
+    @property
+    def full(self) -> bool:
+        """Whether `write` would wait."""
+        return self._queue.full()
+
     def write(self, batch: RoutedBatch | CountedBatches) -> None:
         self._raise()
         assert self._thread.is_alive(), "written to after close"
@@ -161,6 +167,7 @@ class TraceWriter:
         for section, values in self.at_close.items():
             self.manifest[section] = {**self.manifest.get(section, {}), **values}
         self.manifest["status"] = "interrupted" if self._error else status
+        self.manifest["counts"]["dropped"] = self.dropped
         try:
             schema.write_manifest(self.root, self.manifest)
         except OSError as error:
@@ -353,7 +360,7 @@ class TraceWriter:
         self.next_token += tokens
         self.tokens += tokens
         self.decisions += tokens * len(self.routers)
-        self.manifest["counts"] = {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0}
+        self.manifest["counts"] = {"tokens": self.tokens, "decisions": self.decisions, "dropped": self.dropped}
         schema.write_manifest(self.root, self.manifest)
 
 

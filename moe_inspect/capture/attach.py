@@ -1,0 +1,226 @@
+"""Attaches a recorder to a model, and detaches it: hooks around each forward pass, a sink at each router, our experts
+implementation where it dispatches; also where torch.compile has come between.
+
+T tokens, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_inspect.capture import experts as experts_implementation
+from moe_inspect.capture import kernels
+from moe_inspect.capture.kernels import Tape
+from moe_inspect.capture.routers import Site, choice_among, logits_among
+from moe_inspect.errors import MoeInspectError
+
+CAPTURES = ("auto", "dispatch", "tap")
+
+
+class Records(Protocol):
+    """What is told of a forward pass: its beginning, with the model's arguments; what each router chose (and its logits), until
+    there is a tape; its end, with the model's output."""
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None: ...
+    def take_logits(self, r: int, logits_TE: Tensor) -> None: ...
+    def end(self, output: Any) -> None: ...
+
+
+class Sink:
+    """Where the values of one router go: says on which tape a kernel is to write them, or takes them itself. Outside the model's
+    own forward pass they go nowhere: a recomputation is not recorded twice."""
+
+    def __init__(self, attachment: Attachment, take: Callable[..., None]):
+        self.attachment, self.take = attachment, take
+        self.tape: Tape | None = None
+
+    def __call__(self, *values: Tensor) -> Tape | None:
+        if not self.attachment.open:
+            return None
+        if self.tape is None:
+            self.take(*(v.detach() for v in values))
+        return self.tape
+
+
+class Attachment:
+    """`sinks[r]` and `logit_sinks[r]` belong to `sites[r]`. `open` while a forward pass of the model is under way,
+    unless `paused`."""
+
+    def __init__(self, model: Any, sites: Sequence[Site], mode: str, logits: bool, records: Records):
+        self.outer, self.model, self.sites, self.mode, self.records = model, uncompiled(model), sites, mode, records
+        self.open = self.paused = False
+        self.sinks = [Sink(self, functools.partial(records.take, r)) for r in range(len(sites))]
+        self.logit_sinks = [Sink(self, functools.partial(records.take_logits, r)) for r in range(len(sites))] if logits else []
+        self.compiled = is_compiled(model)
+        self._bracketed = False
+        self._stack, self._stance = ExitStack(), ExitStack()
+
+    def attach(self) -> None:
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        self.open, self.paused = False, True  # should a wrapped call outlive this
+        self._stance.close()
+        self._stack.close()
+
+    def _attach(self) -> None:
+        def keep(hook: Any) -> None:
+            self._stack.callback(hook.remove)
+
+        if self.compiled:  # compiled code does not look again which hooks there are
+            torch.compiler.reset()
+            self._stack.callback(torch.compiler.reset)
+        keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
+        keep(self.model.register_forward_hook(self._after))
+        if self.outer is not self.model:
+            self._replace(self.outer, "forward", self._around)
+        if getattr(self.model, "_compiled_call_impl", None) is not None:
+            self._replace(self.model, "_compiled_call_impl", self._around)
+        if hasattr(self.model, "get_compiled_call"):  # what `generate` decodes with on a GPU
+            self._replace(self.model, "get_compiled_call", lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)))
+        for r, site in enumerate(self.sites):
+            if site.adapter is not None:
+                keep(site.module.register_forward_hook(_adapted(self.sinks[r], site.adapter.choice)))
+            elif self.mode == "tap":
+                keep(site.module.register_forward_pre_hook(_tapped(self.sinks[r]), with_kwargs=True))
+            if self.logit_sinks and site.logits_module is not None:
+                keep(site.logits_module.register_forward_hook(_logits_seen(self.logit_sinks[r], site)))
+        if self.mode == "dispatch":
+            self._take_over()
+
+    def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
+        """An attribute of `owner` becomes what is `made_of` it, until detached."""
+        if name in vars(owner):
+            self._stack.callback(setattr, owner, name, vars(owner)[name])
+        else:
+            self._stack.callback(delattr, owner, name)
+        setattr(owner, name, made_of(getattr(owner, name)))
+
+    def _take_over(self) -> None:
+        if any(hasattr(site.module, experts_implementation.SINK) for site in self.sites):
+            raise MoeInspectError("this model is being recorded with dispatch already: record it a second time with tap")
+        experts_implementation.register()
+        self._stack.callback(self.model.set_experts_implementation, self.model.get_experts_implementation())
+        self.model.set_experts_implementation(experts_implementation.NAME)
+        for sink, site in zip(self.sinks, self.sites, strict=True):
+            if site.adapter is None:
+                setattr(site.module, experts_implementation.SINK, sink)
+                self._stack.callback(delattr, site.module, experts_implementation.SINK)
+
+    # --- around a forward pass
+
+    def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A compiled call, with what the hooks would do outside it: within, they are not there."""
+
+        @functools.wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._bracketed:
+                return call(*args, **kwargs)
+            self._bracketed = True
+            try:
+                self._begin(args, kwargs)
+                output = call(*args, **kwargs)
+                self._end(output)
+            finally:
+                self._bracketed = False
+            return output
+
+        return run
+
+    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (torch.compiler.is_compiling() or self._bracketed):
+            self._begin(args, kwargs)
+
+    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not (torch.compiler.is_compiling() or self._bracketed):
+            self._end(output)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused:
+            return
+        self._stance.close()
+        if self.compiled and any(sink.tape is None for sink in self.sinks):
+            # until there are tapes (the first forward pass shows what they must hold) the sinks are plain Python
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self.records.begin(args, kwargs)
+        self.open = True
+
+    def _end(self, output: Any) -> None:
+        if self.paused:
+            return
+        self.open = False
+        self._stance.close()
+        self.records.end(output)
+
+
+def _tapped(sink: Sink) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        choice = choice_among([*args, *kwargs.values()])
+        if choice is not None and (tape := sink(*choice)) is not None:  # without one the completeness check names the module
+            kernels.record(tape, *choice)
+
+    return hook
+
+
+def _adapted(sink: Sink, choice_of: Callable[..., Any]) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        choice = choice_of(module, output)
+        if (tape := sink(*choice)) is not None:
+            kernels.record(tape, *choice)
+
+    return hook
+
+
+def _logits_seen(sink: Sink, site: Site) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        logits_TE = logits_among(output, site)
+        if logits_TE is not None and (tape := sink(logits_TE)) is not None:
+            kernels.record(tape, None, logits_TE)
+
+    return hook
+
+
+def uncompiled(model: Any) -> Any:
+    """The model that torch.compile(model) wraps, or `model`."""
+    return getattr(model, "_orig_mod", model)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile has been at any part of `model`."""
+    compiled = (hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    return any(compiled) or hasattr(uncompiled(model), "_compiled_call")
+
+
+def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
+    """What a capture comes to: "auto" is dispatch where the model would run the stock grouped_mm on a GPU."""
+    if capture not in CAPTURES:
+        raise MoeInspectError(f"no capture {capture!r}: choose from {', '.join(CAPTURES)}")
+    called = [s.module for s in sites if s.adapter is None]
+    fp8 = any(type(m).__name__.startswith("FP8") for m in called)  # has a registry of its own
+    parallel = any(is_expert_parallel(m) for m in called)
+    on_interface = all(hasattr(m, "is_transposed") and hasattr(m, "has_gate") for m in called)
+    can = bool(called) and on_interface and hasattr(model, "set_experts_implementation")
+    if capture == "dispatch" and (fp8 or parallel or not can):
+        why = "has FP8 experts" if fp8 else "runs expert-parallel" if parallel else "is not on transformers' experts interface"
+        raise MoeInspectError(f"{type(model).__name__} {why}: use --capture tap")
+    if capture != "auto":
+        return capture
+    stock = can and not fp8 and not parallel and set(model.get_experts_implementation().values()) == {"grouped_mm"}
+    return "dispatch" if stock and next(model.parameters()).is_cuda else "tap"
+
+
+def is_expert_parallel(module: torch.nn.Module) -> bool:
+    """Whether this module's experts are some of those its router chooses from: within its forward ids are another's or local
+    then, at its call they are global."""
+    return getattr(module, "_is_expert_parallel", False)
