@@ -25,8 +25,8 @@ NUMBERS = ("T", "E", "H", "blocks", "lane", "base", "page_values")
 ALIGNED = ("base", "page_values", "H")  # multiples of 16 by construction (H: in the models there are)
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """(name, kernel, types, constants, warps) of everything that is launched."""
+def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, types, constants, options) of everything that is launched."""
     for E, K in SHAPES:
         ids = "*u8" if E < 256 else "*i16"
         for weight in ("fp16", "bf16"):
@@ -34,34 +34,35 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]
             tape = {"P": 4096, "PAGES": 8, "MARK": 255 if E < 256 else -1, "IDS": True, "WEIGHTS": True}
             shape = {"K": K, "BINS": max(16, triton.next_power_of_2(E))}
             block, chunk = {"BLOCK": kernels.RECORD_BLOCK}, {"CHUNK": kernels.CHUNK}
+            one, ranking = {"BLOCK": kernels.ONE_LAUNCH}, kernels.RANKING
             name = f"E{E} k{K} {weight}"
-            yield f"record {name}", kernels._record_kernel, types, {**tape, **block, "K": K, "ALONE": False}, 4
-            yield f"dispatch 1/1 {name}", kernels._one_kernel, types, {**shape, **tape, **block, **chunk}, 4
+            yield f"record {name}", kernels._record_kernel, types, {**tape, **block, "K": K, "ALONE": False}, {}
+            yield f"dispatch 1/1 {name}", kernels._one_kernel, types, {**shape, **tape, **one, **chunk}, ranking
             for size in BLOCKS:
-                warps = kernels.recording_warps(size)
+                warps = {"num_warps": kernels.recording_warps(size)}
                 yield f"dispatch 1/2 {name} block {size}", kernels._count_kernel, types, {**shape, **tape, "BLOCK": size}, warps
             grouped = {"GROUPED": True, "ROUND": weight == "bf16", "COLUMNS": 1024}
             y = {"y": "*bf16", "out": "*bf16"}
             off = {"P": 16, "PAGES": 1, "MARK": 0, "IDS": False, "WEIGHTS": False}
-            yield f"combine {name}", kernels._combine_kernel, {**types, **y}, {**off, **block, **grouped, "K": K}, 4
+            yield f"combine {name}", kernels._combine_kernel, {**types, **y}, {**off, **block, **grouped, "K": K}, {}
             few = {**grouped, "GROUPED": False}
-            yield f"combine + record {name}", kernels._combine_kernel, {**types, **y}, {**tape, **block, **few, "K": K}, 4
+            yield f"combine + record {name}", kernels._combine_kernel, {**types, **y}, {**tape, **block, **few, "K": K}, {}
         name, rows = f"E{E} k{K}", {"ROWS": max(1, min(64, 4096 // shape["BINS"]))}
-        yield f"record alone {name}", kernels._record_kernel, types, {**tape, **block, "K": K, "ALONE": True}, 4
-        yield f"dispatch 1/1 off {name}", kernels._one_kernel, types, {**shape, **off, **block, **chunk}, 4
-        yield f"dispatch 1/2 off {name}", kernels._count_kernel, types, {**shape, **off, **block}, 4
+        yield f"record alone {name}", kernels._record_kernel, types, {**tape, **block, "K": K, "ALONE": True}, {}
+        yield f"dispatch 1/1 off {name}", kernels._one_kernel, types, {**shape, **off, **one, **chunk}, ranking
+        yield f"dispatch 1/2 off {name}", kernels._count_kernel, types, {**shape, **off, **block}, {}
         for scanned in (False, True):
             for size in BLOCKS:
                 constants = {**shape, **chunk, **rows, "BLOCK": size, "SCANNED": scanned, "ADVANCE": True}
-                yield f"dispatch {'3/3' if scanned else '2/2'} {name} block {size}", kernels._scatter_kernel, types, constants, 4
-        yield f"dispatch 2/3 {name}", kernels._scan_kernel, types, {"ROWS": 64, "COLUMNS": 16}, 4
+                yield f"dispatch {'3/3' if scanned else '2/2'} {name} block {size}", kernels._scatter_kernel, types, constants, ranking
+        yield f"dispatch 2/3 {name}", kernels._scan_kernel, types, {"ROWS": 64, "COLUMNS": 16}, {}
     logits = {"weights": "*fp32", "tape_weights": "*fp16"}
     off = {"P": 4096, "PAGES": 8, "MARK": 0, "IDS": False, "WEIGHTS": True, "ALONE": False}
-    yield "record logits E64", kernels._record_kernel, logits, {**off, "K": 64, "BLOCK": kernels.RECORD_BLOCK}, 4
-    yield "advance", kernels._advance_kernel, {}, {}, 1
+    yield "record logits E64", kernels._record_kernel, logits, {**off, "K": 64, "BLOCK": kernels.RECORD_BLOCK}, {}
+    yield "advance", kernels._advance_kernel, {}, {}, {"num_warps": 1}
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], target: GPUTarget, warps: int) -> Any:
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: dict[str, int]) -> Any:
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -74,7 +75,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], targ
         (i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in ALIGNED
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+    return triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": False, **options})
 
 
 def resources(found: Any) -> dict[str, int]:
@@ -95,8 +96,8 @@ def resources(found: Any) -> dict[str, int]:
 def main(gpu: str) -> None:
     backend, arch, warp = TARGETS[gpu]
     target = GPUTarget(backend, arch, warp)
-    for name, kernel, types, constants, warps in variants():
-        found = compiled(kernel, types, constants, target, warps)
+    for name, kernel, types, constants, options in variants():
+        found = compiled(kernel, types, constants, target, options)
         stores = sorted(set(re.findall(r"st\.global[.\w]*?(v\d\.\w+|b\d+)", found.asm.get("ptx", ""))))
         print(
             json.dumps({"kernel": name, "gpu": gpu, **resources(found), "shared_bytes": found.metadata.shared, "stores": stores}),

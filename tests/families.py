@@ -61,6 +61,29 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         n_shared_experts=1,
         first_k_dense_replace=1,
     ),
+    "dots1": lambda: hf.Dots1Config(
+        **BASE,
+        head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ),
+    "ernie4_5_moe": lambda: hf.Ernie4_5_MoeConfig(
+        **BASE,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        moe_num_experts=8,
+        moe_k=3,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+    ),
+    "flex_olmo": lambda: hf.FlexOlmoConfig(**BASE, intermediate_size=24, num_experts=8, num_experts_per_tok=3),
+    "hunyuan_v1_moe": lambda: hf.HunYuanMoEV1Config(**BASE, head_dim=8, intermediate_size=24, num_experts=8, moe_topk=3),
     "llama4": lambda: hf.Llama4TextConfig(
         **BASE,
         head_dim=8,
@@ -71,7 +94,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         interleave_moe_layer_step=1,
     ),
 }
-DENSE_FIRST = {"deepseek_v2", "deepseek_v3", "glm4_moe"}  # layer 0 has no router
+DENSE_FIRST = {"deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe"}  # layer 0 has no router
 NO_INTERFACE = {"llama4"}
 
 

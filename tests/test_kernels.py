@@ -1,105 +1,151 @@
-"""The record kernel against its torch twin, in Triton's interpreter; and compiled ahead of time for real GPUs."""
+"""The kernels in Triton's interpreter and their torch twins, both against numpy; as operators; and compiled for real GPUs."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from moe_inspect.capture.kernels import dispatch, nowhere, record_torch, triton
+from moe_inspect.capture import kernels
+from tests.aot import TARGETS
+from tests.kernel_checks import CHECKS, Case, assert_close, choice, is_possible, pairwise, tape_for
 
-if triton is None:
+if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)
 
-from moe_inspect.capture.kernels import record_triton
-
-POISON = 77
+CASES = pairwise()
 
 
-def page(T: int, K: int, experts: int, weight_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    kind = torch.uint8 if experts < 256 else torch.int16
-    return torch.full((T + 9, K), POISON, dtype=kind), torch.full((T + 9, K), float(POISON), dtype=weight_dtype)
+def test_the_cases_cover_every_pair() -> None:
+    assert 120 <= len(CASES) <= 220
+    for a, b in (("E", "K"), ("E", "T"), ("K", "T"), ("launches", "tape"), ("skew", "tape")):
+        from tests.kernel_checks import DIMENSIONS
+
+        met = {(getattr(c, a), getattr(c, b)) for c in CASES}
+        assert met >= {(x, y) for x in DIMENSIONS[a] for y in DIMENSIONS[b] if is_possible({a: x, b: y})}
 
 
-@pytest.mark.parametrize("T", [0, 1, 7, 371, 1023])
-@pytest.mark.parametrize(("experts", "K"), [(8, 1), (8, 2), (8, 8), (60, 4), (64, 6), (255, 8), (256, 8), (512, 10)])
-@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32])
-def test_record_equals_its_twin(T: int, experts: int, K: int, id_dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(T * experts + K)
-    ids = torch.randint(0, experts, (T, K), generator=generator).to(id_dtype)
-    ids[torch.rand(T, K, generator=generator) < 0.1] = experts  # sentinels and skip experts
-    ids[torch.rand(T, K, generator=generator) < 0.05] = -1
-    weights = torch.rand(T, K, generator=generator).half()
-    pages = [page(T, K, experts, torch.float16) for _ in range(2)]
-    record_torch(ids, weights, *pages[0], row=5, experts=experts)
-    record_triton(ids, weights, *pages[1], row=5, experts=experts, block=256)
-    for twin, kernel in zip(*pages, strict=True):
-        assert torch.equal(twin, kernel)
-    written, marks = pages[1][0], nowhere(pages[1][0])
-    assert (written[:5] == POISON).all()
-    assert (written[5 + T :] == POISON).all()
-    inside = (ids >= 0) & (ids < experts)
-    assert torch.equal(written[5 : 5 + T].long(), torch.where(inside, ids.long(), marks))
-    if T:
-        pages[1][0][5, 0] ^= 1  # positive control: one bit is seen
-        assert not torch.equal(pages[0][0], pages[1][0])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("twin", [False, True], ids=["kernel", "twin"])
+@pytest.mark.parametrize("check", CHECKS.values(), ids=list(CHECKS))
+def test_kernel_and_twin_are_right(check: Callable[..., None], twin: bool, case: Case) -> None:
+    check(kernels, case, twin)
 
 
-def test_bf16_and_strided_arguments() -> None:
-    ids = torch.arange(40).reshape(4, 10).T % 8  # [10, 4], not contiguous
-    weights = torch.rand(10, 4).bfloat16().float().T.contiguous().T
-    pages = [page(10, 4, 8, torch.bfloat16) for _ in range(2)]
-    for write, (page_ids, page_weights) in zip((record_torch, record_triton), pages, strict=True):
-        write(ids, weights, page_ids, page_weights, row=0, experts=8)
-    assert torch.equal(pages[0][0], pages[1][0])
-    assert torch.equal(pages[1][1][:10], weights.bfloat16())
+def test_the_measure_of_error_can_fail() -> None:
+    x = torch.randn(100)
+    with pytest.raises(AssertionError):
+        assert_close(x + 1e-3, x.double(), torch.float32)
+    with pytest.raises(AssertionError):
+        assert_close(x.where(x != x[0], x[0] + 1), x.double(), torch.float16)
 
 
-def test_without_weights_only_ids_are_written() -> None:
-    page_ids, _ = page(3, 2, 8, torch.float16)
-    record_triton(torch.tensor([[1, 2], [3, 4], [5, 6]]), None, page_ids, None, row=0, experts=8)
-    assert page_ids[:3].tolist() == [[1, 2], [3, 4], [5, 6]]
+def test_strided_arguments() -> None:
+    case = Case(8, 4, 10, "uniform", 1, torch.int64, "float32 as float16", "in one page", False)
+    ids, weights = choice(case)
+    assert weights is not None
+    strided, strided_weights = ids.T.contiguous().T, weights.T.contiguous().T
+    assert not strided.is_contiguous()
+    tapes = [tape_for(kernels, case) for _ in range(2)]
+    found = kernels.dispatch_triton(ids, weights, 8, tapes[0]), kernels.dispatch_triton(strided, strided_weights, 8, tapes[1])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert torch.equal(tapes[0].ids, tapes[1].ids)
+    assert torch.equal(tapes[0].weights, tapes[1].weights)
 
 
-@pytest.mark.parametrize(("T", "K", "experts"), [(0, 2, 8), (1, 1, 1), (7, 2, 8), (371, 8, 64), (1023, 8, 256)])
-def test_dispatch_is_a_stable_grouping(T: int, K: int, experts: int) -> None:
-    ids = torch.randint(0, experts + 1, (T, K), generator=torch.Generator().manual_seed(T))  # id E: routed nowhere
-    offsets, permutation, inverse = dispatch(ids, experts)
-    flat = ids.reshape(-1)
-    counts = torch.bincount(flat, minlength=experts + 1)
-    assert torch.equal(offsets.diff().long(), counts[:experts])
-    assert torch.equal(torch.sort(permutation).values, torch.arange(T * K))
-    assert torch.equal(permutation[inverse], torch.arange(T * K))
-    for e in range(experts):
-        group = permutation[offsets[e] : offsets[e + 1]]
-        assert (flat[group] == e).all()
-        assert (group.diff() > 0).all()
+def test_the_same_to_the_bit_whatever_the_program_size() -> None:
+    ids, _ = choice(Case(60, 6, 400, "zipf", 2, torch.int64, "none", "none", True))
+    first, *others = (kernels.dispatch_triton(ids, None, 60, launches=n, block=b) for n in (2, 3) for b in (256, 512, 1024))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from moe_inspect.capture.kernels import _record
-backend, arch, warp = sys.argv[1], sys.argv[2], int(sys.argv[3])
-target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, warp)
-for page in ("u8", "i16"):
-    for weight in ("fp16", "bf16"):
-        signature = {"ids": "*i64", "weights": "*fp32", "page_ids": "*" + page, "page_weights": "*" + weight, "first": "i32",
-                     "slots": "i32", "experts": "i32", "mark": "i32", "HAS_WEIGHTS": "constexpr", "BLOCK": "constexpr"}
-        source = ASTSource(fn=_record, signature=signature, constexprs={"HAS_WEIGHTS": True, "BLOCK": 1024})
-        compiled = triton.compile(source, target=target, options={"num_warps": 4})
-        print(page, weight, sorted(compiled.asm))
-"""
+def test_program_sizes() -> None:
+    assert {kernels.slots_a_program(s) for s in range(0, 2**21, 777)} == {256, 512, 1024}
+    assert kernels.slots_a_program(8192 * 8) == 512
 
 
-@pytest.mark.parametrize(("backend", "arch", "warp"), [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)])
-def test_record_compiles_for_real_gpus(backend: str, arch: str, warp: int) -> None:
+# --- as operators
+
+
+def arguments(tape: Any) -> tuple[Any, ...]:
+    return (*kernels._tensors(tape), kernels._numbers(tape))
+
+
+@pytest.mark.parametrize("on_triton", [False, True], ids=["twin", "kernel"])
+def test_operators_keep_their_word(on_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: on_triton)
+    case = Case(60, 4, 20, "uniform", None, torch.int64, "float16", "across pages", True)
+    ids, weights = choice(case)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for op, args in (
+        (torch.ops.moe_inspect.dispatch, (ids, 60)),
+        (torch.ops.moe_inspect.record, (ids, weights, *arguments(tape_for(kernels, case)))),
+        (torch.ops.moe_inspect.dispatch_recording, (ids, weights, 60, *arguments(tape_for(kernels, case)))),
+    ):
+        assert set(torch.library.opcheck(op.default, args, test_utils=tests).values()) == {"SUCCESS"}
+
+
+# --- compiled ahead of time
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """Every variant for every target; the processes share the cores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE, backend, arch, str(warp)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("cubin" if backend == "cuda" else "hsaco") == 4
+    started = {
+        gpu: subprocess.Popen(
+            [sys.executable, "-m", "tests.aot", gpu], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for gpu in TARGETS
+    }
+    found = {}
+    for gpu, process in started.items():
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        found[gpu] = [json.loads(line) for line in out.splitlines()]
+    return found
+
+
+def stored(row: dict[str, Any], bits: int) -> bool:
+    """Whether some store to global memory is that wide."""
+    wide = {"b16": 16, "b32": 32, "b64": 64, "b128": 128, "v2.b32": 64, "v4.b32": 128, "v2.b16": 32, "v4.b16": 64, "v4.b8": 32}
+    return any(wide.get(store) == bits for store in row["stores"])
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_nothing_spills(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+    assert len(compiled[gpu]) == len(compiled["sm_90"]) > 100
+    for row in compiled[gpu]:
+        assert row["stack"] == row["spills"] == 0, row
+        assert 0 < row["registers"] <= 255, row
+
+
+@pytest.mark.parametrize("gpu", [g for g in TARGETS if g.startswith("sm")])
+def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+    """Eight ids of a byte in 64 bits (two bytes each above 255 experts: 128), eight weights in 128; four in half of that."""
+    recording = [r for r in compiled[gpu] if r["kernel"].startswith(("record ", "dispatch 1/")) and " off" not in r["kernel"]]
+    for k, ids, weights in (("E64 k8", 64, 128), ("E256 k8", 128, 128), ("E60 k4", 32, 64)):
+        rows = [r for r in recording if k in r["kernel"]]
+        assert len(rows) >= 8
+        for row in rows:
+            assert stored(row, ids), row
+            assert stored(row, weights), row
+    single = [r for r in recording if "E8 k2" in r["kernel"]]  # positive control: two slots are no vector
+    assert single
+    assert not any(stored(r, 128) for r in single)
+
+
+def test_the_register_table(compiled: dict[str, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Registers a thread, as every run of the tests prints them."""
+    names = [row["kernel"] for row in compiled["sm_90"]]
+    with capsys.disabled():
+        print(f"\n{'registers a thread':<44}" + "".join(f"{gpu:>8}" for gpu in TARGETS))
+        for n, name in enumerate(names):
+            print(f"{name:<44}" + "".join(f"{compiled[gpu][n]['registers']:>8}" for gpu in TARGETS))
+    assert all([row["kernel"] for row in compiled[gpu]] == names for gpu in TARGETS)

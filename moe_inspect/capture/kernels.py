@@ -28,6 +28,8 @@ except ImportError:  # no Triton on this platform: the twins do the work
 ONE_LAUNCH = 2048  # slots that one program groups alone
 TWO_LAUNCHES = 16384  # entries of the table blocks × E that every program of the second launch can afford to sum by itself
 CHUNK = 64  # slots that are ranked against each other at once
+# of programs that rank. Told no number of registers, ptxas aims at 64 and puts some bytes of some variants on the stack
+RANKING = {"num_warps": 8} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
 RECORD_BLOCK = 1024  # slots a program
 
 
@@ -296,14 +298,12 @@ if triton is not None:
         IDS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
         """The whole dispatch by one program."""
-        count_E = tl.zeros([BINS], tl.int32)
-        for block in tl.range(0, tl.cdiv(T * K, BLOCK)):
-            i = block * BLOCK + tl.arange(0, BLOCK)
-            expert, somewhere = _experts(ids, i, i < T * K, E)
-            count_E += tl.histogram(expert, BINS, mask=somewhere)
-            if IDS:
-                _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
-                       K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+        i = tl.arange(0, BLOCK)
+        expert, somewhere = _experts(ids, i, i < T * K, E)
+        if IDS:
+            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
+                   K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+        count_E = tl.histogram(expert, BINS, mask=somewhere)
         e = tl.arange(0, BINS)
         end_E = tl.cumsum(count_E, 0)
         tl.store(counts + e, count_E, mask=e < E)
@@ -405,7 +405,9 @@ if triton is not None:
             launches = 1 if S <= ONE_LAUNCH else 2 if blocks * experts <= TWO_LAUNCHES else 3
         if launches == 1:
             assert S <= ONE_LAUNCH
-            _one_kernel[(1,)](ids, weights, T, experts, *out, *place, **constants, BLOCK=RECORD_BLOCK, CHUNK=CHUNK)
+            _one_kernel[(1,)](
+                ids, weights, T, experts, *out, *place, **constants, BLOCK=ONE_LAUNCH, CHUNK=CHUNK, **RANKING,
+            )  # fmt: skip
             return out
         partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
         _count_kernel[(blocks,)](ids, weights, T, experts, partial, *place, **constants, BLOCK=block, num_warps=recording_warps(block))
@@ -415,6 +417,7 @@ if triton is not None:
             ids, T, experts, blocks, partial, *out, *(state or (*place[2:6], 0)),
             K=K, BINS=constants["BINS"], SCANNED=launches == 3, ADVANCE=tape is not None,
             BLOCK=block, ROWS=max(1, min(64, 4096 // constants["BINS"])), CHUNK=CHUNK,
+            **RANKING,
         )  # fmt: skip
         return out
 
