@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_inspect.capture import experts as experts_implementation
 from moe_inspect.capture import kernels
 from moe_inspect.capture.kernels import Tape
-from moe_inspect.capture.routers import Site, choice_among, logits_among
+from moe_inspect.capture.routers import Site, choice_among, is_expert_parallel, logits_among
 from moe_inspect.errors import MoeInspectError
 
 CAPTURES = ("auto", "dispatch", "tap")
@@ -218,9 +218,3 @@ def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
         return capture
     stock = can and not fp8 and not parallel and set(model.get_experts_implementation().values()) == {"grouped_mm"}
     return "dispatch" if stock and next(model.parameters()).is_cuda else "tap"
-
-
-def is_expert_parallel(module: torch.nn.Module) -> bool:
-    """Whether this module's experts are some of those its router chooses from: within its forward ids are another's or local
-    then, at its call they are global."""
-    return getattr(module, "_is_expert_parallel", False)

@@ -23,7 +23,6 @@ SINK = "_moe_inspect_sink"  # set on an experts module while it is recorded: (id
 # Up to here a copy of each slot's expert (transformers' `batched_mm`) beats grouping: 64 slots are 16 tokens of Qwen1.5-MoE,
 # where Hugging Face measured 52 ms against 64, and at 128 tokens 316 against 76 (docs-benchmarks/experts-backends on the hub)
 FEW_SLOTS = 64
-IN_ONE_PASS = (torch.float32, torch.bfloat16, torch.float16)
 
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -40,7 +39,7 @@ def experts_forward(self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_wei
 def _grouped(self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None) -> Tensor:
     grouped = kernels.dispatch(ids_TK, weights_TK, self.num_experts, tape)
     ends_E, token_S = grouped.offsets[1:], grouped.token
-    one_pass = _in_one_pass(self, hidden_TH)
+    one_pass = _in_one_pass(hidden_TH)
     # the products leave the rows beyond the last expert as they find them, forward and backward: where other ranks' slots may
     # be there, nothing may come of them (the fused sum does not look at them)
     masked = _may_have_sentinels(self) and not one_pass
@@ -70,7 +69,7 @@ def _copied(self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, ta
         return _batched_linear(x_S, weight[expert_S], bias[expert_S] if bias is not None else None, is_transposed=self.is_transposed)
 
     y_SH = _mlp(self, hidden_TH.repeat_interleave(ids_TK.shape[1], dim=0), linear)
-    if _in_one_pass(self, hidden_TH):
+    if _in_one_pass(hidden_TH):
         return kernels.combine_triton(y_SH, ids_TK, weights_TK, None, hidden_TH.dtype, self.num_experts, tape)
     if tape is not None:
         kernels.record(tape, ids_TK, weights_TK)
@@ -91,10 +90,9 @@ def _may_have_sentinels(self: Any) -> bool:
     return getattr(self, "_is_expert_parallel", True)
 
 
-def _in_one_pass(self: Any, hidden_TH: Tensor) -> bool:
+def _in_one_pass(hidden_TH: Tensor) -> bool:
     """Whether the fused kernel weighs and sums: it has no gradient, and torch.compile fuses these steps by itself."""
-    plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return plain and kernels.runs_triton(hidden_TH) and self.down_proj.dtype in IN_ONE_PASS
+    return kernels.runs_triton(hidden_TH) and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def register() -> None:

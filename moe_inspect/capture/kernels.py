@@ -435,7 +435,7 @@ def combine_torch(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) ->
     y is in slot order. Differentiable."""
     T, K = weights_TK.shape
     y_SH = y_SH if inverse_S is None else y_SH[inverse_S.long()]
-    return (y_SH * weights_TK.reshape(-1, 1)).view(T, K, -1).sum(1)
+    return (y_SH * weights_TK.reshape(-1, 1)).view(T, K, y_SH.shape[1]).sum(1)
 
 
 if triton is not None:

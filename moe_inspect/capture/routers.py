@@ -85,7 +85,14 @@ def layer_of(path: str) -> int:
 
 
 def experts_of(module: torch.nn.Module) -> int:
-    """E of a module: never the largest id seen, or dead experts would vanish."""
+    """E of a module: never the largest id seen, or dead experts would vanish. Under expert parallelism the module holds some of
+    them, and the config tells how many there are."""
+    if is_expert_parallel(module):
+        config = module.config
+        for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+            if isinstance(getattr(config, name, None), int):
+                return getattr(config, name)
+        raise MoeInspectError(f"{type(module).__name__} is expert-parallel, and its config does not say how many experts there are")
     for name in ("total_experts", "num_experts", "n_routed_experts"):
         value = getattr(module, name, None)
         if isinstance(value, int):
@@ -94,6 +101,12 @@ def experts_of(module: torch.nn.Module) -> int:
     if stacked is None:
         raise MoeInspectError(f"cannot tell how many experts {type(module).__name__} has")
     return int(stacked.shape[0])
+
+
+def is_expert_parallel(module: torch.nn.Module) -> bool:
+    """Whether this module's experts are some of those its router chooses from: at its call ids are global, within its forward
+    local ones or another rank's."""
+    return getattr(module, "_is_expert_parallel", False)
 
 
 def scoring_of(config: Any) -> str:

@@ -1,0 +1,335 @@
+"""The experts implementation: through the kernels (Triton's interpreter) and their twins it computes what stock computes, forward
+and backward, for everything transformers' interface can carry; compiled and in `generate`; and leaves a model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+
+import moe_inspect
+from moe_inspect.capture import experts, kernels
+from moe_inspect.capture.attach import mode_of
+from moe_inspect.capture.routers import find_routers
+from moe_inspect.errors import MoeInspectError
+from tests.families import FAMILIES, NO_INTERFACE, build, token_batch
+
+ON_INTERFACE = sorted(set(FAMILIES) - NO_INTERFACE)
+LENGTHS = [9, 5]
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the kernels run, and their launchers."""
+    if kernels.triton is None:
+        pytest.skip("no triton on this platform")
+    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
+
+
+@pytest.fixture(autouse=True)
+def stable_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock sorts unstably, and the order of an expert's rows shows in the last bit (where vector instructions end, how a
+    gradient is summed up). Here it sorts as we do, so that bits can be compared."""
+    sort = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda x, **options: sort(x, **{**options, "stable": True}))
+
+
+def routing(model: Any, path: Path, run: Callable[[Any], Any], **options: Any) -> pd.DataFrame:
+    with moe_inspect.record(model, path, **options), torch.no_grad():
+        run(model)
+    return moe_inspect.open_trace(path).routing()
+
+
+# --- whole models
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["grouped", "copied"])
+@pytest.mark.parametrize("family", ON_INTERFACE)
+def test_through_the_kernels_a_model_computes_what_stock_does(
+    family: str, few: bool, on_triton: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(experts, "FEW_SLOTS", 1000 if few else 0)
+    model, inputs = build(family), token_batch(LENGTHS)
+    model.set_experts_implementation("batched_mm" if few else "grouped_mm")
+    with torch.no_grad():
+        stock = model(**inputs).logits
+    ours: list[torch.Tensor] = []
+    tapped = routing(model, tmp_path / "tap", lambda m: [m(**inputs) for _ in range(2)], capture="tap")
+    dispatched = routing(model, tmp_path / "dispatch", lambda m: ours.extend(m(**inputs).logits for _ in range(2)), capture="dispatch")
+    assert all(torch.equal(o, stock) for o in ours)
+    assert tapped.equals(dispatched)
+    assert len(tapped) == 2 * sum(LENGTHS) * len(find_routers(model))
+
+
+def test_without_a_recorder_it_dispatches_and_records_nothing(on_triton: None, tmp_path: Path) -> None:
+    model, inputs = build("olmoe"), token_batch(LENGTHS)
+    experts.register()
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        model.set_experts_implementation("moe_inspect")
+        assert torch.equal(model(**inputs).logits, stock)
+        with moe_inspect.record(model, tmp_path / "t", capture="dispatch") as recorder:
+            model(**inputs)
+            with recorder.paused():
+                assert torch.equal(model(**inputs).logits, stock)
+            model(**inputs)
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 2 * sum(LENGTHS)
+
+
+@pytest.mark.parametrize("capture", ["tap", "dispatch"])
+def test_detached_a_model_is_what_it_was(capture: str, tmp_path: Path) -> None:
+    def state(model: Any) -> list[Any]:
+        """Every attribute of every module; of hooks, which there are (their counters move on)."""
+        return [(name, sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if "hooks" in k}) for name, m in model.named_modules()]
+
+    model, inputs = build("qwen3_moe"), token_batch(LENGTHS)
+    before, weights = state(model), {k: v.clone() for k, v in model.state_dict().items()}
+    implementation = model.get_experts_implementation()
+    recorder = moe_inspect.record(model, tmp_path / "t", capture=capture, logits=True)
+    with recorder, torch.no_grad():
+        model(**inputs)
+        assert state(model) != before
+    assert state(model) == before
+    assert model.get_experts_implementation() == implementation
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="stop"), moe_inspect.record(model, tmp_path / "u", capture=capture):
+        raise RuntimeError("stop")
+    assert state(model) == before
+
+
+# --- one experts module, with every flag the interface has
+
+
+def module(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    config: Any = SimpleNamespace(
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=24,
+        moe_hidden_size=16,
+        moe_latent_size=None,
+        num_local_experts=6,
+        n_routed_experts=6,
+        moe_num_experts=6,
+        hidden_act="silu",
+        mlp_hidden_act="relu2",
+        post_norm_eps=1e-6,
+        swiglu_alpha=1.702,
+        swiglu_limit=7.0,
+        _experts_implementation="grouped_mm",
+    )
+    family, name = {
+        "plain": ("mixtral", "MixtralExperts"),
+        "bias, transposed, interleaved": ("gpt_oss", "GptOssExperts"),
+        "ungated": ("nemotron_h", "NemotronHExperts"),
+        "transposed": ("aria", "AriaExperts"),
+        "post-expert norm": ("muse_spark", "MuseSparkExperts"),
+    }[kind]
+    try:
+        modeling = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=[name])
+    except ModuleNotFoundError:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    if not hasattr(getattr(modeling, name), "_apply_gate"):
+        pytest.skip(f"in transformers {transformers.__version__} {name} is not on the interface")
+    torch.manual_seed(0)
+    made = getattr(modeling, name)(config)
+    if not hasattr(made, "is_transposed"):
+        pytest.skip(f"in transformers {transformers.__version__} {name} is not on the interface")
+    for parameter in made.parameters():
+        parameter.data.normal_(std=0.3)
+    return made.to(dtype)
+
+
+KINDS = ("plain", "bias, transposed, interleaved", "ungated", "transposed", "post-expert norm")
+
+
+def arguments(T: int, dtype: torch.dtype = torch.float32, sentinels: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    hidden = torch.randn(T, 16, generator=generator).to(dtype)
+    ids = torch.rand(T, 6, generator=generator).topk(3, 1).indices
+    weights = torch.rand(T, 3, generator=generator).to(dtype)
+    if sentinels:
+        other = torch.rand(T, 3, generator=generator) < 0.4
+        ids, weights = ids.masked_fill(other, 6), weights.masked_fill(other, 0.0)
+    return hidden, ids, weights
+
+
+def outcome(forward: Any, made: Any, T: int, **options: Any) -> list[torch.Tensor]:
+    """Output, and the gradients of the hidden states, the gate weights and every parameter."""
+    hidden, ids, weights = arguments(T, **options)
+    hidden.requires_grad_()
+    weights.requires_grad_()
+    made.zero_grad()
+    output = forward(made, hidden, ids, weights)
+    (output * torch.linspace(-1, 1, 16)).sum().backward()
+    assert hidden.grad is not None
+    assert weights.grad is not None
+    # nobody grouped: no parameter has a part in an empty output
+    return [output.detach(), hidden.grad, weights.grad, *(p.grad.clone() for p in made.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("T", [0, 1, 7, 50])
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_gradients_are_those_of_stock(kind: str, T: int, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module(kind)
+    for few, stock in ((0, grouped_mm_experts_forward), (1000, batched_mm_experts_forward)):
+        monkeypatch.setattr(experts, "FEW_SLOTS", few)
+        theirs, ours = outcome(stock, made, T), outcome(experts.experts_forward, made, T)
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+        with torch.no_grad():  # the fused sum
+            assert torch.equal(experts.experts_forward(made, *arguments(T)), theirs[0])
+    if T:
+        assert not torch.equal(ours[0], ours[0] + 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_ranks_slots_take_no_part(kind: str, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module(kind)
+    made._is_expert_parallel = True
+    for few, stock in ((0, grouped_mm_experts_forward), (1000, batched_mm_experts_forward)):
+        monkeypatch.setattr(experts, "FEW_SLOTS", few)
+        theirs, ours = outcome(stock, made, 20, sentinels=True), outcome(experts.experts_forward, made, 20, sentinels=True)
+        theirs[2].masked_fill_(arguments(20, sentinels=True)[1] == 6, 0.0)  # 5.17's batched_mm gives their weights a gradient
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+            assert a.isfinite().all()
+        with torch.no_grad():
+            assert torch.equal(experts.experts_forward(made, *arguments(20, sentinels=True)), theirs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_other_types(dtype: torch.dtype, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "FEW_SLOTS", 0)
+    made, given = module("plain", dtype), arguments(20, dtype)
+    with torch.no_grad():
+        ours, theirs = experts.experts_forward(made, *given), grouped_mm_experts_forward(made, *given)
+    assert ours.dtype == theirs.dtype == dtype
+    # (the interpreter rounds float32 to bfloat16 otherwise than torch)
+    assert torch.equal(ours, theirs) if dtype != torch.bfloat16 else (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()
+
+
+def test_autocast(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "FEW_SLOTS", 0)
+    made, (hidden, ids, weights) = module("plain", torch.bfloat16), arguments(20)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # the norm before it gives float32
+        ours, theirs = (f(made, hidden, ids, weights) for f in (experts.experts_forward, grouped_mm_experts_forward))
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert torch.equal(ours, theirs)
+
+
+# --- what is left to the tap
+
+
+def test_what_dispatch_cannot_take_over_is_tapped() -> None:
+    model = build("olmoe")
+    sites = find_routers(model)
+    assert mode_of(model, sites, "dispatch") == "dispatch"
+    sites[1].module._is_expert_parallel = True
+    assert mode_of(model, sites, "auto") == "tap"
+    with pytest.raises(MoeInspectError, match="OlmoeForCausalLM runs expert-parallel: use --capture tap"):
+        mode_of(model, sites, "dispatch")
+    sites[1].module._is_expert_parallel = False
+    sites[1].module.__class__ = type("FP8Experts", (type(sites[1].module),), {})
+    assert mode_of(model, sites, "auto") == "tap"
+    with pytest.raises(MoeInspectError, match="OlmoeForCausalLM has FP8 experts: use --capture tap"):
+        mode_of(model, sites, "dispatch")
+
+
+def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> None:
+    """As AllReduceEP does it: the experts of this rank are half of them, their forward is called with local ids and other
+    slots' weights masked."""
+    whole, inputs = build("olmoe"), token_batch(LENGTHS)
+    expected = routing(whole, tmp_path / "whole", lambda m: m(**inputs))
+    for site in find_routers(whole):
+        part, forward = site.module, site.module.forward
+        part._is_expert_parallel, part.num_experts = True, 4
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(part, name, torch.nn.Parameter(getattr(part, name)[:4]))
+
+        def on_this_rank(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, forward: Any = forward) -> torch.Tensor:
+            return forward(hidden, torch.where(ids < 4, ids, 4), weights.masked_fill(ids >= 4, 0.0))
+
+        part.forward = on_this_rank
+    found = routing(whole, tmp_path / "part", lambda m: m(**inputs))
+    first = found.layer == 0  # what follows the first layer lacks the other rank's share
+    assert found[first].equals(expected[first])
+    assert moe_inspect.open_trace(tmp_path / "part").routers[0].experts == 8
+    assert found.filter(like="expert_").to_numpy().max() > 3
+
+
+# --- compiled, and in generate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["twin", "kernel"])
+@pytest.mark.parametrize("capture", ["tap", "dispatch"])
+def test_compiled_whole_it_records_the_same(capture: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """fullgraph: a graph break would raise. dynamic: other sizes need no other graph."""
+    batches = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5, 12], [7, 20], [31, 2, 3, 4], [9, 5, 12]])]
+    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: on_gpu)
+    model = build("olmoe")
+    outputs: dict[str, list[torch.Tensor]] = {"eager": [], "compiled": []}
+    eager = routing(model, tmp_path / "e", lambda m: outputs["eager"].extend(m(**b).logits for b in batches), capture=capture)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    found = routing(compiled, tmp_path / "c", lambda m: outputs["compiled"].extend(m(**b).logits for b in batches), capture=capture)
+    assert found.equals(eager)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs.values(), strict=True))
+    with torch.no_grad():  # detached, it is compiled anew, and records no more
+        assert torch.allclose(compiled(**batches[0]).logits, outputs["eager"][0], atol=1e-5)
+    assert len(moe_inspect.open_trace(tmp_path / "c").routing()) == len(eager)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["model.compile()", "each layer"])
+def test_compiled_in_place_it_records_the_same(part: str, tmp_path: Path) -> None:
+    model, inputs = build("olmoe"), token_batch(LENGTHS)
+    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(3)])
+    for compiled in [model] if part == "model.compile()" else model.model.layers:
+        compiled.compile(backend="aot_eager")
+        with torch.no_grad():
+            model(**inputs)  # it has been compiled before it is recorded
+    assert routing(model, tmp_path / "c", lambda m: [m(**inputs) for _ in range(3)]).equals(eager)
+
+
+@pytest.mark.slow
+def test_compiled_training_counts_the_same(tmp_path: Path) -> None:
+    model, inputs = build("olmoe").train(), token_batch([8, 8])
+
+    def step(m: Any) -> None:
+        m(**inputs, labels=inputs["input_ids"]).loss.backward()
+        model.zero_grad()
+
+    tables = []
+    for m in (model, torch.compile(model, backend="aot_eager")):
+        with moe_inspect.record(m, counts_only=True, every=2) as recorder:
+            for _ in range(5):
+                step(m)
+            tables.append(recorder.balance())
+    assert tables[0].equals(tables[1])
+    assert tables[0].tokens.tolist() == [48, 48]
+
+
+@pytest.mark.parametrize("capture", ["tap", "dispatch"])
+def test_generate_records_prefill_and_decode(capture: str, on_triton: None, tmp_path: Path) -> None:
+    model = build("mixtral")
+    prompt = {"input_ids": torch.arange(2, 8).reshape(1, 6), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    text: list[torch.Tensor] = []
+
+    def run(m: Any) -> None:
+        text.append(m.generate(**prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1))
+
+    found = routing(model, tmp_path / "t", run, capture=capture)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.tokens().phase.value_counts().to_dict() == {"decode": 7, "prefill": 6}
+    whole = routing(model, tmp_path / "whole", lambda m: m(text[0][:, :-1]), capture="tap")
+    a, b = (np.sort(t.filter(like="expert_").to_numpy(), 1) for t in (found.sort_values(["router", "token"]), whole))
+    assert (a == b).mean() > 0.97  # a step at a time may round otherwise than all at once

@@ -1,0 +1,118 @@
+"""The tests of the kernels and the ring can fail: each mistake of this list, put in on purpose, makes one of their checks do so.
+A mutation is a line of the source and the wrong one; it must be found there once, so that none of them goes stale unseen."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.util
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from moe_inspect.capture import kernels, ring
+from tests import test_ring
+from tests.kernel_checks import check_combine, check_dispatch, check_record, small_cases
+
+if kernels.triton is None:
+    pytest.skip("no triton on this platform", allow_module_level=True)
+
+KERNELS = {
+    "wrong permutation: later slots rank first": ("(j[None, :] < j[:, None])", "(j[None, :] > j[:, None])"),
+    "wrong permutation: a slot ranks behind itself": ("(j[None, :] < j[:, None])", "(j[None, :] <= j[:, None])"),
+    "wrong permutation: blocks swapped": ("row[:, None] < block, count", "row[:, None] > block, count"),
+    "wrong permutation: chunks forget each other": ("base_E += tl.histogram", "base_E + tl.histogram"),
+    "inverse not written": ("tl.store(inverse + i, place, mask=inside)", "pass"),
+    "token of another slot": ("tl.store(token + place, i // K,", "tl.store(token + place, (i + 1) // K,"),
+    "dropped last element": ("            inside = i < end\n", "            inside = i < end - 1\n"),
+    "dropped last row of the record": ("_room(at, limit, enabled, T) * K\n        row", "(_room(at, limit, enabled, T) - 1) * K\n        row"),
+    "shifted record": ("row = (at % (P * PAGES)).to(tl.int32) + i // K", "row = (at % (P * PAGES)).to(tl.int32) + i // K + 1"),
+    "record of another slot": ("row % P * K + i % K", "row % P * K + (i + 1) % K"),
+    "off-by-one page": ("row // P % PAGES * page_values", "(row // P + 1) % PAGES * page_values"),
+    "the ring does not close": ("row // P % PAGES * page_values", "row // P * page_values"),
+    "beyond the limit by one": ("tl.load(limit) - at, 0)", "tl.load(limit) + 1 - at, 0)"),
+    "disabled it records": (".to(tl.int32) * tl.load(enabled)", ".to(tl.int32)"),
+    "disabled it moves on": ("at + T * on", "at + T"),
+    "the cursor of another router": ("tl.store(cursor + lane, at", "tl.store(cursor + lane + 1, at"),
+    "nothing dropped": ("tl.load(dropped + lane) + T * on - _room", "tl.load(dropped + lane) + 0 * T * on + 0 * _room"),
+    "strangers counted": ("inside & (raw >= 0) & (raw < E)", "inside & (raw >= 0) & (raw < E + 1)"),
+    "strangers lie among the experts": ("tl.gather(base_E, expert, 0), nowhere)", "tl.gather(base_E, expert, 0), nowhere - 1)"),
+    "the scan is inclusive": ("tl.cumsum(count, 0) - count, mask", "tl.cumsum(count, 0), mask"),
+    "offsets from one": ("tl.store(offsets, 0)\n        _place", "tl.store(offsets, 1)\n        _place"),
+    "weights of slot 0": ("tl.load(weights + t * K + k)", "tl.load(weights + t * K)"),
+    "rows nobody wrote are summed": ("tl.where(place < end, H, 0)", "tl.where(place >= 0, H, 0)"),
+    "twin: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", "tape.part(tape.ids, (page + 1) % tape.pages)"),
+    "twin: shifted record": ("page % tape.pages)[row : row + n], ids_TK", "page % tape.pages)[row + 1 : row + n + 1], ids_TK"),
+    "twin: wrong weights": ("= weights_TK[done : done + n]", "= weights_TK[:n]"),
+    "twin: beyond the limit": ("max(0, min(T, int(tape.limit) - first))", "T"),
+    "twin: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
+}  # fmt: skip
+RING = {
+    "a page is free a page too early": ("self.drained = position // self.P\n", "self.drained = position // self.P + 1\n"),
+    "off-by-one page on the host": ("tape.part(tensor, page % self.pages)", "tape.part(tensor, (page + 1) % self.pages)"),
+    "rows shifted on the host": ("[row : row + n].numpy()", "[row + 1 : row + n + 1].numpy()"),
+    "the routers' parts overlap": ("base=self.P * sum(widths[:r])", "base=self.P * sum(widths[: r - 1])"),
+    "one page less than it says": ("return self.pages * self.P\n", "return (self.pages + 1) * self.P\n"),
+    "the limit stays": ("self.limit.fill_((self.drained + self.pages) * self.P)", "pass"),
+}
+
+
+def mutated(module: ModuleType, old: str, new: str, path: Path) -> ModuleType:
+    """A copy of `module` with `new` for `old`, under another name (and other operators)."""
+    source = Path(module.__file__ or "").read_text()
+    assert source.count(old) == 1, f"{source.count(old)} times in {module.__name__}: {old}"
+    file = path / "mutated.py"
+    file.write_text(source.replace(old, new).replace('"moe_inspect::', f'"mutated_{abs(hash((old, new)))}::'))
+    spec = importlib.util.spec_from_file_location("mutated", file)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules["mutated"] = made  # dataclasses look their module up
+    spec.loader.exec_module(made)
+    return made
+
+
+def run_kernel_checks(module: ModuleType) -> None:
+    for case in small_cases():
+        for check in (check_dispatch, check_record, check_combine) if case.launches == 1 else (check_dispatch,):
+            for twin in (False, True):
+                check(module, case, twin)
+
+
+def run_ring_checks(module: ModuleType) -> None:
+    """Passes of sizes that fill pages exactly, almost, and not at all; handed over at once and late."""
+    for behind in (0, 1, 3):
+        test_ring.follow(module, [16, 1, 15, 40, 7, 33, 16, 40, 2, 40, 31] * 3, behind)
+    test_ring.follow(module, [40, 23, 40, 40, 17, 40] * 4, 4, drop=True)
+
+
+def notices(check: Callable[[ModuleType], None], broken: ModuleType) -> bool:
+    """Whether `check` fails. In a process of its own: a kernel that writes where it must not may bring it down."""
+
+    def run() -> None:
+        faulthandler.disable()
+        check(broken)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    return child.exitcode != 0
+
+
+def test_unmutated_all_is_well(tmp_path: Path) -> None:
+    source = '"""The Triton kernels'
+    assert not notices(run_kernel_checks, mutated(kernels, source, source, tmp_path))
+    assert not notices(run_ring_checks, ring)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_broken_kernel_is_seen(name: str, tmp_path: Path) -> None:
+    assert notices(run_kernel_checks, mutated(kernels, *KERNELS[name], tmp_path))
+
+
+@pytest.mark.parametrize("name", RING)
+def test_a_broken_ring_is_seen(name: str, tmp_path: Path) -> None:
+    assert notices(run_ring_checks, mutated(ring, *RING[name], tmp_path))

@@ -1,0 +1,277 @@
+"""The ring: what comes out is what went in, at its position, whatever the sizes; nothing that is still needed is overwritten, also
+where nobody on the host looks; what is dropped is counted, and device, manifest and report agree."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_inspect
+from moe_inspect.capture import kernels, recorder, ring
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.writer import TraceWriter
+from tests.families import build, token_batch
+
+CPU = torch.device("cpu")
+
+
+def decisions(start: int, T: int, K: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decisions that tell their position."""
+    position = torch.arange(start, start + T).unsqueeze(1)
+    slot = torch.arange(K)
+    return (position * 7 + slot) % experts, ((position % 97) / 128 + slot / 1024).float()
+
+
+def follow(module: ModuleType, sizes: list[int], behind: int, P: int = 16, rows: int = 40, drop: bool = False) -> None:
+    """Writes forward passes of these sizes on the tapes of two routers, hands them over `behind` passes later, and compares."""
+    held = module.Ring(CPU, [2, 5], [8, 300], torch.float16, rows=rows, page_rows=P)
+    waiting: list[tuple[int, int, int]] = []
+    lost = 0
+
+    def hand_over() -> None:
+        start, T, kept = waiting.pop(0)
+        for r, (K, E) in enumerate(((2, 8), (5, 300))):
+            ids, weights = decisions(start, kept, K, E)
+            assert np.concatenate(held.rows("ids", r, start, kept)).astype(np.int64).tolist() == ids.tolist()
+            assert np.concatenate(held.rows("weights", r, start, kept)).tolist() == weights.half().tolist()
+        held.handed_over(start + T)
+
+    for T in sizes:
+        while waiting and (len(waiting) > behind or held.room < T) and not (drop and len(waiting) <= behind):
+            hand_over()
+        kept = min(T, max(0, held.room))
+        assert drop or kept == T
+        for r, (K, E) in enumerate(((2, 8), (5, 300))):
+            kernels.record_torch(held.tapes[r], *decisions(held.head, T, K, E))
+        waiting.append((held.head, T, kept))
+        lost += T - kept
+        held.end(T)
+        assert held.stand().tolist() == [held.head] * 2
+    while waiting:
+        hand_over()
+    assert held.dropped.tolist() == [lost] * 2
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_what_comes_out_is_what_went_in(sizes: list[int], behind: int) -> None:
+    follow(ring, sizes, behind)
+
+
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=30), st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_with_dropping_what_is_kept_is_right_and_the_rest_is_counted(sizes: list[int], behind: int) -> None:
+    follow(ring, sizes, behind, drop=True)
+
+
+def test_a_ring_nobody_drains_keeps_its_first_rows() -> None:
+    """As when a graph is replayed and replayed: the kernel stops at the limit by itself."""
+    held = ring.Ring(CPU, [2], [8], torch.float16, rows=32, page_rows=16)
+    for n in range(10):
+        kernels.record_torch(held.tapes[0], *decisions(n * 16, 16, 2, 8))
+    kept = held.capacity
+    assert np.concatenate(held.rows("ids", 0, 0, kept)).tolist() == decisions(0, kept, 2, 8)[0].tolist()
+    assert held.dropped.tolist() == [160 - kept]
+    assert held.cursor.tolist() == [160]
+
+
+# --- in a recording
+
+
+@pytest.fixture
+def slow_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = TraceWriter._take
+
+    def slowly(self: TraceWriter, batch: Any) -> None:
+        time.sleep(0.05)
+        take(self, batch)
+
+    monkeypatch.setattr(TraceWriter, "_take", slowly)
+
+
+def small_pages(monkeypatch: pytest.MonkeyPatch, rows: int = 16) -> None:
+    monkeypatch.setattr(ring, "PAGE_ROWS_CPU", rows)
+
+
+@pytest.mark.parametrize("page_rows", [16, 32, 4096])
+@pytest.mark.parametrize("capture", ["tap", "dispatch"])
+def test_pages_do_not_show_in_the_trace(capture: str, page_rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_pages(monkeypatch, page_rows)
+    model = build("olmoe")
+    batches = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5], [30, 31, 2], [3], [64, 64], [17]])]  # the ring grows
+    with moe_inspect.record(model, tmp_path / "t", capture=capture, logits=True) as rec, torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for n, batch in enumerate(batches):
+        with moe_inspect.record(model, tmp_path / f"alone{n}", capture="tap", logits=True), torch.no_grad():
+            model(**batch)
+    whole = next(moe_inspect.open_trace(tmp_path / "t").shards)
+    alone = [next(moe_inspect.open_trace(tmp_path / f"alone{n}").shards) for n in range(len(batches))]
+    assert rec.tokens == sum(int(b["attention_mask"].sum()) for b in batches)
+    for r in range(2):
+        for values in ("ids", "weights", "logits"):
+            parts = [getattr(shard, values)(r) for shard in alone]
+            assert (getattr(whole, values)(r) == np.concatenate(parts)).all()
+
+
+def test_a_slow_writer_is_waited_for(slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_pages(monkeypatch)
+    model, batch = build("olmoe"), token_batch([9, 5])
+    with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
+        for _ in range(20):
+            model(**batch)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert rec.tokens == trace.n_tokens == 20 * 14
+    assert trace.manifest["counts"] == {"tokens": 280, "decisions": 560, "dropped": 0}
+
+
+def test_what_is_dropped_is_counted_everywhere(slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_pages(monkeypatch)
+    model, batch = build("olmoe"), token_batch([9, 5])  # 14 tokens in 18 rows
+    with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
+        for _ in range(40):
+            model(**batch)
+        assert rec._rings is not None
+        on_device = rec._rings.dropped()
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    tokens, dropped = trace.n_tokens, trace.manifest["counts"]["dropped"]
+    assert 0 < tokens < 40 * 14
+    assert tokens == rec.tokens
+    assert tokens * 2 + dropped == 40 * 14 * 2  # two routers: every decision is there or counted
+    assert on_device == [rec._dropped_rows] * 2
+    assert rec._dropped_rows >= dropped / 2
+    report = moe_inspect.report(trace)
+    assert report.tables["summary"].set_index("key").value["dropped"] == str(dropped)
+    assert f"{dropped:,} decisions were dropped while recording" in str(report.warning)
+    load = report.tables["load"].groupby("router").assignments.sum()
+    assert load.tolist() == [tokens * 4] * 2
+    # what is there is right: each pass is a part of the same one
+    whole = tmp_path / "whole"
+    with moe_inspect.record(model, whole), torch.no_grad():
+        model(**batch)
+    one = moe_inspect.open_trace(whole).routing(layer=1).filter(like="expert_").to_numpy()
+    found, batches = trace.routing(layer=1).filter(like="expert_").to_numpy(), trace.tokens().batch.to_numpy()
+    for n in np.unique(batches):
+        rows = found[batches == n]
+        assert (rows == one[: len(rows)]).all()
+
+
+def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: Path) -> None:
+    model = build("olmoe")
+    with moe_inspect.record(model, tmp_path / "t", ring_tokens=5000) as rec, torch.no_grad():
+        model(**token_batch([9, 5]))
+        assert rec._rings is not None
+        fits = rec._rings.fits
+        assert fits >= 5000
+        with pytest.raises(MoeInspectError, match=rf"20,000 rows is more than the {fits:,} there is room for .* ring_tokens=20000"):
+            rec.step(20000)
+        model(**token_batch([9]))
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 23
+
+
+# --- graphs replayed by hand
+
+
+class Replay:
+    """Stands for a CUDA graph of the model's forward: what it launches runs again on the same tensors, and not a line of the
+    model's Python."""
+
+    def __init__(self, rec: Any, choices: list[tuple[torch.Tensor, torch.Tensor]]):
+        self.launches = list(zip(rec._rings.tapes, choices, strict=True))
+
+    def replay(self) -> None:
+        for tape, choice in self.launches:
+            kernels.record_torch(tape, *choice)
+
+
+def replayed(path: Path, **options: Any) -> tuple[Any, Replay, list[tuple[torch.Tensor, torch.Tensor]]]:
+    model = build("olmoe")
+    rec = moe_inspect.record(model, path, **options)
+    rec.__enter__()
+    with torch.no_grad():
+        model(**token_batch([4]))
+    choices = [(torch.zeros(6, 4, dtype=torch.long), torch.zeros(6, 4)) for _ in range(2)]
+    return rec, Replay(rec, choices), choices
+
+
+def test_replays_that_are_announced_are_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_pages(monkeypatch)
+    rec, graph, choices = replayed(tmp_path / "t")
+    for n in range(30):
+        for ids, weights in choices:
+            ids.copy_((torch.arange(24).reshape(6, 4) + n) % 8)
+            weights.fill_(n / 64)
+        rec.step(6, input_ids=torch.full((2, 3), n))
+        graph.replay()
+    rec.__exit__(None)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.n_tokens == 4 + 30 * 6
+    table, tokens = trace.routing(layer=1).iloc[4:], trace.tokens().iloc[4:]
+    assert (tokens.token_id.to_numpy() == np.repeat(np.arange(30), 6)).all()
+    assert tokens.document.nunique() == 60
+    assert (table.weight_2.to_numpy() == np.repeat(np.arange(30), 6) / 64).all()
+    assert (table.expert_0.to_numpy().reshape(30, 6) == (np.arange(0, 24, 4) + np.arange(30)[:, None]) % 8).all()
+
+
+def test_replays_nobody_announced_are_an_error_and_overwrite_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_pages(monkeypatch)
+    rec, graph, _ = replayed(tmp_path / "t")
+    rec.step(6)
+    for _ in range(9):
+        graph.replay()
+    with pytest.raises(MoeInspectError, match=r"routed 54 rows in a forward pass of 6: .* a CUDA graph replayed without step\(\)"):
+        rec.__exit__(None)
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
+
+
+def test_replays_within_paused_are_not_recorded(tmp_path: Path) -> None:
+    rec, graph, _ = replayed(tmp_path / "t")
+    rec.step(6)
+    graph.replay()
+    with rec.paused():
+        graph.replay()
+        graph.replay()
+    rec.step(6)
+    graph.replay()
+    rec.__exit__(None)
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4 + 12
+
+
+def test_step_comes_after_a_forward_pass(tmp_path: Path) -> None:
+    with moe_inspect.record(build("olmoe"), tmp_path / "t") as rec:
+        with pytest.raises(MoeInspectError, match=r"step\(\) follows a forward pass"):
+            rec.step(4)
+        with torch.no_grad():
+            rec.model(**token_batch([4]))
+        with pytest.raises(MoeInspectError, match=r"step\(5\) with inputs of 6 rows"):
+            rec.step(5, input_ids=torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """While a stream captures, the host must not look at anything, and nothing has run."""
+    model, batch = build("olmoe"), token_batch([4])
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
+        capturing[0] = True
+        with pytest.raises(MoeInspectError, match="record a forward pass before capturing a CUDA graph"):
+            model(**batch)
+        capturing[0] = False
+        model(**batch)
+        capturing[0] = True
+        monkeypatch.setattr(recorder.RowReader, "read", lambda *a: pytest.fail("looked at the inputs"))
+        launched: list[Any] = []
+        monkeypatch.setattr(kernels, "record_torch", lambda tape, *choice: launched.append(tape))
+        model(**batch)
+        assert launched == rec._rings.tapes
+        capturing[0] = False
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
