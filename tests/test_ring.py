@@ -72,6 +72,65 @@ def test_with_dropping_what_is_kept_is_right_and_the_rest_is_counted(sizes: list
     follow(ring, sizes, behind, drop=True)
 
 
+class LateStream:
+    """Stands for a side stream: what it was given to copy, it copies when asked whether it has, one page a question; until then
+    the device may write over it."""
+
+    def __init__(self, device: torch.device, pages: int):
+        self.waiting: list[tuple[int, Any]] = []
+
+    def pinned(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(like, 77)
+
+    def copy(self, page: int, pairs: Any) -> None:
+        self.waiting.append((page, pairs))
+
+    def arrived(self, page: int, wait: bool) -> bool:
+        while self.waiting and (wait or page != self.waiting[0][0]):
+            for host, device in self.waiting.pop(0)[1]:
+                host.copy_(device)
+            if not wait:
+                break
+        return page not in [p for p, _ in self.waiting]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "side_stream", LateStream)
+
+
+@pytest.mark.parametrize("page_rows", [16, 32, 4096])
+def test_pages_that_leave_late_arrive_right(page_rows: int, late: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ring, "PAGE_ROWS_CPU", page_rows)
+    model = build("olmoe")
+    batches = [token_batch([n % 5 + 1, 3], n) for n in range(40)] + [token_batch([70, 3]), token_batch([1])]
+    tables = []
+    for name, stream in (("late", LateStream), ("at once", lambda device, pages: None)):
+        monkeypatch.setattr(ring, "side_stream", stream)
+        with moe_inspect.record(model, tmp_path / name) as rec, torch.no_grad():
+            for batch in batches:
+                model(**batch)
+            assert rec._rings is not None
+            assert rec._rings.at_once == (name == "at once")
+        tables.append(moe_inspect.open_trace(tmp_path / name).routing())
+    assert tables[0].equals(tables[1])
+
+
+def test_a_router_that_saw_too_little_is_found_when_its_page_arrives(late: None, tmp_path: Path) -> None:
+    model = build("mixtral")
+    rec = moe_inspect.record(model, tmp_path / "t")
+    rec.__enter__()
+    block = model.model.layers[1].mlp
+    with torch.no_grad():
+        model(**token_batch([5]))
+        kept, block.forward = block.forward, lambda hidden: hidden
+        model(**token_batch([4]))
+        block.forward = kept
+    with pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4"):
+        rec.__exit__(None)
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 5
+
+
 def test_a_ring_nobody_drains_keeps_its_first_rows() -> None:
     """As when a graph is replayed and replayed: the kernel stops at the limit by itself."""
     held = ring.Ring(CPU, [2], [8], torch.float16, rows=32, page_rows=16)

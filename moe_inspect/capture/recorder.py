@@ -273,7 +273,7 @@ class Recorder:
         assert rows is not None
         T = len(rows.real)
         forward = Forward(self._forwards, rows, rings.head, min(T, max(0, rings.room)), rings.stands())
-        if not rings.on_gpu:  # else it is seen when it has arrived
+        if rings.at_once:  # else it is seen when it has arrived
             self._check(forward)
         rings.end(T)
         self._leaving.append(forward)
@@ -320,7 +320,7 @@ class Recorder:
             forward = self._leaving[0]
             if not rings.arrived(forward.start + len(forward.rows.real), wait):
                 return
-            if rings.on_gpu:
+            if not rings.at_once:
                 self._check(forward)
             self._hand_over(forward)
             rings.handed_over(forward.start + len(forward.rows.real))

@@ -23,6 +23,35 @@ PAGE_ROWS_CPU = 4096
 FORWARDS = 3  # that fit into a ring beside each other: one is written, one leaves, one is read
 
 
+class SideStream:
+    """Copies pages of a GPU to pinned memory, beside the stream that the model runs on."""
+
+    def __init__(self, device: torch.device, pages: int):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.copied = [torch.cuda.Event() for _ in range(pages)]
+
+    def pinned(self, like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+    def copy(self, page: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Starts copying (to, from) once what has been launched so far on the current stream has run."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for host, device in pairs:
+                host.copy_(device, non_blocking=True)
+            self.copied[page].record(self.stream)
+
+    def arrived(self, page: int, wait: bool) -> bool:
+        if wait:
+            self.copied[page].synchronize()
+        return self.copied[page].query()
+
+
+def side_stream(device: torch.device, pages: int) -> SideStream | None:
+    """None where the host reads the device's memory."""
+    return SideStream(device, pages) if device.type == "cuda" else None
+
+
 class Ring:
     """Pages of the routers of one device. `slots[r]` = K_r, `experts[r]` = E_r; `weight_dtype` None: no weights. It holds
     forward passes of at least `rows` rows."""
@@ -37,30 +66,28 @@ class Ring:
         rows: int = 1,
         page_rows: int | None = None,
     ):
-        self.on_gpu = device.type == "cuda"
-        self.P = page_rows or (PAGE_ROWS if self.on_gpu else PAGE_ROWS_CPU)
-        forwards = FORWARDS if self.on_gpu and not logits else 1
+        on_gpu = device.type == "cuda"
+        self.P = page_rows or (PAGE_ROWS if on_gpu else PAGE_ROWS_CPU)
         # one more, since a forward pass may begin at a page's end
-        self.pages = forwards * -(-rows // self.P) + 1
-        self.device, self.slots, self.experts = device, list(slots), list(experts)
+        self.pages = (FORWARDS if on_gpu and not logits else 1) * -(-rows // self.P) + 1
+        self.side = side_stream(device, self.pages)
+        self.slots, self.experts = list(slots), list(experts)
         widths = {"ids": self.slots, "weights": self.slots if weight_dtype else [], "logits": self.experts if logits else []}
         # one value is kept for "nowhere", so 256 experts need the wider type
         kinds = {"ids": torch.uint8 if max(experts) < 256 else torch.int16, "weights": weight_dtype, "logits": torch.float16}
         lanes = len(self.slots) * (2 if logits else 1)
         with torch.inference_mode(False):  # a page made in inference mode could not be written outside it
             made = {name: torch.empty(self.pages * self.P * sum(w), dtype=kinds[name], device=device) for name, w in widths.items() if w}
-            self.host = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) if self.on_gpu else t for name, t in made.items()}
+            self.host = {name: self.side.pinned(t) if self.side else t for name, t in made.items()}
             self.cursor, self.dropped = (torch.zeros(lanes, dtype=torch.int64, device=device) for _ in range(2))
             self.limit = torch.full((1,), self.capacity, dtype=torch.int64, device=device)
             self.enabled = torch.ones(1, dtype=torch.int32, device=device)
         self._made = made
         self.tapes = [self._tape(r, self.slots, "ids", "weights") for r in range(len(slots))]
         self.logit_tapes = [self._tape(r, self.experts, None, "logits", len(slots)) for r in range(len(slots))] if logits else []
-        if self.on_gpu:  # so that torch.compile's CUDA graphs write where these are, and copy nothing
+        if on_gpu:  # so that torch.compile's CUDA graphs write where these are, and copy nothing
             for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        self.stream = torch.cuda.Stream(device) if self.on_gpu else None
-        self.events = [torch.cuda.Event() for _ in range(self.pages)] if self.on_gpu else []
         self.head = 0  # the position at which the next forward pass begins
         self.left = 0  # pages that have started to leave
         self.drained = 0  # pages that have been handed over
@@ -98,7 +125,7 @@ class Ring:
 
     def stand(self) -> Tensor:
         """Where the cursors stand, [lanes]: on a GPU, once what has been launched so far has run."""
-        stand = torch.empty(self.cursor.shape, dtype=torch.int64, pin_memory=self.on_gpu)
+        stand = self.side.pinned(self.cursor) if self.side else torch.empty_like(self.cursor)
         return stand.copy_(self.cursor, non_blocking=True)
 
     def end(self, rows: int) -> None:
@@ -107,32 +134,25 @@ class Ring:
         self._leave(self.head // self.P)
 
     def _leave(self, until: int) -> None:
-        if self.stream is not None and self.left < until:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                for page in range(self.left, until):
-                    for name, tensor in self._made.items():
-                        values = len(tensor) // self.pages
-                        at = slice(page % self.pages * values, (page % self.pages + 1) * values)
-                        self.host[name][at].copy_(tensor[at], non_blocking=True)
-                    self.events[page % self.pages].record(self.stream)
+        if self.side is not None:
+            for page in range(self.left, until):
+                n = page % self.pages
+                parts = [(self.host[name].view(self.pages, -1)[n], t.view(self.pages, -1)[n]) for name, t in self._made.items()]
+                self.side.copy(n, parts)
         self.left = max(self.left, until)
 
     def arrived(self, position: int, wait: bool) -> bool:
         """Whether all rows before `position` are on the host. With `wait`, sees to it, if need be with a page that is not full
         (which leaves again when it is)."""
         last = (position - 1) // self.P
-        if not self.on_gpu or position == 0:
+        if self.side is None or position == 0:
             return True
         if last >= self.left:
             if not wait:
                 return False
             self._leave(last + 1)
             self.left = self.head // self.P
-        event = self.events[last % self.pages]
-        if wait:
-            event.synchronize()
-        return event.query()
+        return self.side.arrived(last % self.pages, wait)
 
     def rows(self, kind: str, r: int, start: int, count: int) -> list[np.ndarray]:
         """Rows [start, start + count) of router r on the host, as views into the pages they lie in: `ids`, `weights` or
@@ -174,7 +194,7 @@ class Rings:
                 self._of[r] = (ring, n)
         self.tapes = [ring.tapes[n] for ring, n in self._of]
         self.logit_tapes = [ring.logit_tapes[n] for ring, n in self._of] if logits else []
-        self.on_gpu = any(ring.on_gpu for ring in self._rings)
+        self.at_once = all(ring.side is None for ring in self._rings)  # the host sees what has been written when it has been
 
     @property
     def head(self) -> int:
