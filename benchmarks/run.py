@@ -6,6 +6,7 @@ Each comparison runs side by side in one run and is given as a ratio: machines a
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
+        "allocator": {name: os.environ[name] for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX") if name in os.environ},
         "date": date.today().isoformat(),
         "command": "make bench",
     }
@@ -44,8 +46,22 @@ def machine() -> dict[str, Any]:
 # --- traced ÷ untraced
 
 
-def overhead(rounds: int = 11, times: int = 8) -> dict[str, float]:
-    """The bundled model over the bundled corpus `times` over, with and without `record` in turn."""
+def many_layers() -> Any:
+    """24 layers of 64 experts, 8 a token, so narrow that recording has as little to hide behind as it ever has."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    narrow = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "head_dim": 16, "num_attention_heads": 4}
+    config = Qwen3MoeConfig(
+        **narrow, num_key_value_heads=2, num_hidden_layers=24, num_experts=64, num_experts_per_tok=8, vocab_size=4096, pad_token_id=0
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
+    """The bundled model, or the one of many layers, over the bundled corpus `times` over, with and without `record` in turn; in
+    a process of its own."""
     import torch
 
     from moe_inspect.capture.corpus import Plan, find_sources
@@ -55,7 +71,7 @@ def overhead(rounds: int = 11, times: int = 8) -> dict[str, float]:
 
     torch.set_num_threads(1)
     tokenizer = load_tokenizer("demo")
-    network = load_model("demo", load_config("demo"))
+    network = load_model("demo", load_config("demo")) if name == "bundled" else many_layers()
     batches = list(Plan(find_sources([]), max_length=512).batches(tokenizer)) * times
     silent = Recorder(network, counts_only=True)  # what feed() tells of its rows must go somewhere: it is never entered
 
@@ -68,17 +84,19 @@ def overhead(rounds: int = 11, times: int = 8) -> dict[str, float]:
     rates: dict[str, list[float]] = {"untraced": [], "tap": [], "dispatch": []}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
         for n in range(rounds + 1):
-            for name, found in rates.items():
-                recorder = None if name == "untraced" else Recorder(network, Path(scratch) / f"{name}{n}", capture=name)
+            for capture, found in rates.items():
+                recorder = None if capture == "untraced" else Recorder(network, Path(scratch) / f"{capture}{n}", capture=capture)
                 rate = one_pass(recorder)
                 if n:  # the first round warms up
                     found.append(rate)
-    median = {name: statistics.median(found) for name, found in rates.items()}
-    return {
-        "untraced_tokens_per_s": median["untraced"],
-        "traced_over_untraced_tap": statistics.median(b / a for a, b in zip(rates["untraced"], rates["tap"], strict=True)),
-        "traced_over_untraced_dispatch": statistics.median(b / a for a, b in zip(rates["untraced"], rates["dispatch"], strict=True)),
-    }
+    measured = {"tokens_a_pass": sum(len(s.ids) for batch, _ in batches for s in batch), "rounds": rounds}
+    measured["untraced_tokens_per_s"] = statistics.median(rates["untraced"])
+    for capture in ("tap", "dispatch"):
+        ratios = sorted(b / a for a, b in zip(rates["untraced"], rates[capture], strict=True))
+        quarter = len(ratios) // 4
+        measured[f"traced_over_untraced_{capture}"] = statistics.median(ratios)
+        measured[f"traced_over_untraced_{capture}_quartiles"] = [ratios[quarter], ratios[-1 - quarter]]
+    return measured
 
 
 # --- the writer
@@ -190,11 +208,13 @@ def main() -> None:
         verdict = "" if fine is None else "yes" if fine(value) else "NO"
         print(f"{label:<66}{value:>10.3f}   {bar} {verdict}".rstrip(), flush=True)
 
-    measured["overhead"] = found = overhead()
-    for capture in ("tap", "dispatch"):
-        row(
-            f"traced ÷ untraced tokens/s, bundled model, {capture}", found[f"traced_over_untraced_{capture}"], "≥ 0.95", lambda v: v >= 0.95
-        )
+    measured["overhead"] = found = {
+        name: in_a_process("overhead", name, *passes) for name, passes in {"bundled": (11, 8), "24 layers": (11, 1)}.items()
+    }
+    for name, ratios in found.items():
+        for capture in ("tap", "dispatch"):
+            ratio = ratios[f"traced_over_untraced_{capture}"]
+            row(f"traced ÷ untraced tokens/s, {name}, {capture}", ratio, "≥ 0.97", lambda v: v >= 0.97)
     measured["writer"] = writer = {
         f"{r} {n:.0e}": in_a_process("write", n, r) for r, n in (("fp16", 1e6), ("fp16", 1e7), ("fp16", 1e8), ("bf16", 1e8), ("none", 1e8))
     }
