@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
+    from moe_inspect.capture.describe import Description, describe
     from moe_inspect.capture.recorder import record
     from moe_inspect.capture.run import trace_model
     from moe_inspect.report.report import Report, report  # the package itself is callable: see report/__init__.py
     from moe_inspect.trace.reader import Trace, open_trace
 
-__all__ = ["MoeInspectError", "Report", "Trace", "open_trace", "record", "report", "trace_model"]
+__all__ = ["Description", "MoeInspectError", "Report", "Trace", "describe", "open_trace", "record", "report", "trace_model"]
 
 _HOMES = {
+    "describe": "moe_inspect.capture.describe",
+    "Description": "moe_inspect.capture.describe",
     "record": "moe_inspect.capture.recorder",
     "trace_model": "moe_inspect.capture.run",
     "Report": "moe_inspect.report.report",

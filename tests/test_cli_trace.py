@@ -348,7 +348,7 @@ def test_without_torch_the_install_line_is_printed(cli: Cli, tmp_path: Path) -> 
     (tmp_path / "hide/torch.py").write_text('raise ModuleNotFoundError("No module named torch", name="torch")')
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "hide")}
     done = cli("trace", "demo", "-o", "t", check=1, env=environment)
-    assert done.stderr == "error: tracing needs torch: pip install 'moe-inspect[trace]'\n"
+    assert done.stderr == "error: this needs torch: pip install 'moe-inspect[trace]'\n"
     assert not (tmp_path / "t").exists()
 
 

@@ -103,6 +103,19 @@ def experts_of(module: torch.nn.Module) -> int:
     return int(stacked.shape[0])
 
 
+TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+def top_k_of(site: Site) -> int:
+    """The k that a router declares. What it hands over shows only when it runs."""
+    config = getattr(site.module, "config", None)
+    for owner in (site.logits_module, site.module, config):
+        for name in TOP_K:
+            if isinstance(value := getattr(owner, name, None), int) and not isinstance(value, bool):
+                return value
+    raise MoeInspectError(f"cannot tell how many experts a token {site.path} chooses")
+
+
 def is_expert_parallel(module: torch.nn.Module) -> bool:
     """Whether this module's experts are some of those its router chooses from: at its call ids are global, within its forward
     local ones or another rank's."""

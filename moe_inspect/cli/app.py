@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli import report, trace
+from moe_inspect.cli import describe, report, trace
 
 app = typer.Typer(
     name="moe-inspect",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("trace")(trace.trace)
 app.command("report")(report.report)
+app.command("describe")(describe.describe)
 
 
 def _version(asked: bool) -> None:

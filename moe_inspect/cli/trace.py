@@ -10,9 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_inspect.errors import MoeInspectError
-
-INSTALL = "pip install 'moe-inspect[trace]'"
+from moe_inspect.cli.needs import need_torch, quiet
 
 
 class Capture(StrEnum):
@@ -71,12 +69,12 @@ def trace(
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what is there, --overwrite does not: give one of the two")
     chosen = _layers(layers)
-    _need_torch()
+    need_torch()
     from moe_inspect.capture.run import trace_model
 
     began, complete_before = time.monotonic(), resume and _is_complete(output)
     _stop_cleanly()
-    _quiet()
+    quiet()
     try:
         with _Progress() as progress:
             written = trace_model(
@@ -131,15 +129,6 @@ def _layers(text: str | None) -> list[int] | None:
     return None if text is None else parse_ranges(text)
 
 
-def _need_torch() -> None:
-    """The capture side is an extra: say how to get it before anything else is done."""
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise MoeInspectError(f"tracing needs {error.name}: {INSTALL}") from None
-
-
 def _stop_cleanly() -> None:
     """Ctrl-C and a scheduler's SIGTERM close the trace; a second one does not cut the closing short."""
     import signal
@@ -151,14 +140,6 @@ def _stop_cleanly() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-
-
-def _quiet() -> None:
-    """transformers' own bars and notices would tear ours."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 class _Progress:

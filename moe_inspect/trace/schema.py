@@ -165,6 +165,17 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def ranges(values: Iterable[int]) -> str:
+    """[0, 1, 2, 3, 7] → "0-3, 7"."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)
+
+
 def parse_ranges(text: str) -> list[int]:
     """ "0-3,7" → [0, 1, 2, 3, 7]."""
     values: set[int] = set()

@@ -1,0 +1,24 @@
+"""What commands of the capture side need before anything else is done."""
+
+from __future__ import annotations
+
+from moe_inspect.errors import MoeInspectError
+
+INSTALL = "pip install 'moe-inspect[trace]'"
+
+
+def need_torch() -> None:
+    """The capture side is an extra: says how to get it."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MoeInspectError(f"this needs {error.name}: {INSTALL}") from None
+
+
+def quiet() -> None:
+    """transformers' own bars and notices would tear ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

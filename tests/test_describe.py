@@ -1,0 +1,117 @@
+"""What a model is before it runs, against the parameter counts that real configurations are known by."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+
+import moe_inspect
+from moe_inspect.capture.describe import PEAK_FLOPS, describe_table
+from moe_inspect.errors import MoeInspectError
+from tests.conftest import ROOT, Cli
+from tests.families import FAMILIES, build
+
+CONFIGS = ROOT / "docs" / "configs"
+# from the safetensors indices of the released models; the active count of Mixtral is Mistral's "12.9B", OLMoE's "1.3B"
+KNOWN = {
+    "mixtral-8x7b": (46_702_792_704, 12_879_925_248),
+    "olmoe-1b-7b": (6_919_161_856, 1_282_017_280),
+    "deepseek-v3": (671_026_404_352, 37_552_282_624),
+    "llama-2-7b": (6_738_415_616, 6_738_415_616),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_to_the_digit(name: str) -> None:
+    moe_inspect.describe(str(CONFIGS / "llama-2-7b.json"))  # imports
+    began = time.process_time()
+    made = moe_inspect.describe(str(CONFIGS / f"{name}.json"))
+    assert (made.parameters, made.parameters_active) == KNOWN[name]
+    assert time.process_time() - began < 30  # no weight was made: 3e10 parameters would have taken minutes
+    assert sum(made.total.values()) == made.parameters
+
+
+def test_flops_by_hand() -> None:
+    """Llama-2-7B: two for each entry of its matrices, embeddings left out, four for each key, head and dimension."""
+    made = moe_inspect.describe(str(CONFIGS / "llama-2-7b.json"), context=1000)
+    matrices = 6_738_415_616 - 131_072_000 - 65 * 4096
+    assert made.flops_a_token(1000) == 2 * matrices + 4 * 1000 * 32 * 4096
+    mixtral = moe_inspect.describe(str(CONFIGS / "mixtral-8x7b.json"))
+    assert mixtral.flops_a_token(0) == 2 * (12_879_925_248 - 131_072_000 - 65 * 4096)
+    assert mixtral.flops_a_token(0, dense=True) == 2 * (46_702_792_704 - 131_072_000 - 65 * 4096)
+    deepseek = moe_inspect.describe(str(CONFIGS / "deepseek-v3.json"))
+    assert deepseek.score_width == 61 * 128 * (192 + 128)
+
+
+def test_training_and_its_inverse() -> None:
+    made = moe_inspect.describe(str(CONFIGS / "llama-2-70b.json"))
+    assert made.parameters == 68_976_648_192
+    facts = {key: value for key, value, _ in made.training(2e12, "a100", 0.4, 1_720_320)}
+    assert facts["training.flops"] == pytest.approx(6 * 68.7e9 * 2e12, rel=0.05)
+    assert 0.40 < facts["training.mfu"] < 0.46
+    assert facts["training.gpu_hours"] == pytest.approx(1_720_320 * facts["training.mfu"] / 0.4)
+    assert set(PEAK_FLOPS) == {"a100", "h100", "h200", "b200"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_counts_what_the_built_model_has(family: str, tmp_path: Path) -> None:
+    """On the meta device as in memory, every parameter in one part; and of the routed experts k in E are active."""
+    model = build(family)
+    FAMILIES[family]().save_pretrained(tmp_path)
+    made = moe_inspect.describe(str(tmp_path))
+    assert made.parameters == sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and "shared" not in n)
+    assert made.total["routed experts"] == experts
+    k = {k for _, _, k in made.routers}.pop()
+    assert made.active["routed experts"] == pytest.approx(experts * k / 8)
+    assert made.parameters - made.parameters_active == experts - made.active["routed experts"]
+    assert made.total["router"] > 0
+    assert made.total["attention"] > 0
+
+
+def test_the_command(cli: Cli, tmp_path: Path) -> None:
+    config = CONFIGS / "mixtral-8x7b.json"
+    said = cli("describe", config).stdout
+    assert "46,702,792,704" in said
+    assert "where this one needs 3.63x" in said
+    rows = [json.loads(line) for line in cli("describe", config, "--format", "json").stdout.splitlines()]
+    assert {"key": "parameters.active", "value": 12_879_925_248, "text": "12,879,925,248"} in rows
+    cli("describe", config, "--train-tokens", "2e12", "--gpu", "a100", "--mfu", "0.4", "-o", "facts.csv")
+    assert pd.read_csv(tmp_path / "facts.csv").set_index("key").value["training.gpu_hours"] > 1e5
+    dense = cli("describe", CONFIGS / "llama-2-7b.json").stdout
+    assert "no router: a dense model" in dense
+    assert "dense_of_same_total_size" in dense
+    assert cli("describe", config, "--mfu", "0.4", check=2).stderr.strip().endswith("add --train-tokens")
+
+
+def test_from_a_trace_and_the_bundled_model() -> None:
+    demo, traced = moe_inspect.describe("demo"), moe_inspect.describe(str(ROOT / "sample_traces" / "balanced"))
+    assert demo.parameters == traced.parameters == 2_561_152
+    assert describe_table(demo).equals(describe_table(traced))
+
+
+def test_bad_input_gets_one_line(tmp_path: Path) -> None:
+    for text, message in (
+        ("{", "is no model's config"),
+        ('{"a": 1}', "is of no model type that transformers knows: None"),
+        ('{"model_type": "nothing"}', "is of no model type that transformers knows: 'nothing'"),
+        ("[1]", "is no model's config"),
+    ):
+        path = tmp_path / "config.json"
+        path.write_text(text)
+        with pytest.raises(MoeInspectError, match=message):
+            moe_inspect.describe(str(path))
+    with pytest.raises(MoeInspectError, match=r"cannot load model|no model at"):
+        moe_inspect.describe(str(tmp_path / "nowhere"))
+    vision = transformers.ViTConfig()
+    vision.save_pretrained(tmp_path / "vit")
+    with pytest.raises(MoeInspectError, match="cannot build a causal language model of"):
+        moe_inspect.describe(str(tmp_path / "vit"))
+    assert not any(p.is_meta for p in build("mixtral").parameters())
+    assert torch.get_default_device() == torch.device("cpu")
