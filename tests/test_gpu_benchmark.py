@@ -1,0 +1,86 @@
+"""The GPU benchmark: where there is no GPU every branch of it runs at toy size, and its correctness section can fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_inspect.capture import kernels
+from tests.conftest import ROOT
+
+if kernels.triton is None:
+    pytest.skip("no triton on this platform", allow_module_level=True)
+
+SECTIONS = ("ceilings", "correctness", "micro", "models", "graphs", "writer")
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
+    before = sorted((ROOT / "benchmarks/results").iterdir())
+    done = python("benchmarks/gpu.py", "--dry-run")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for title in (*SECTIONS, "targets"):
+        assert f"\n=== {title}" in done.stdout
+    assert done.stdout.startswith("DRY RUN ON A CPU, AT TOY SIZE: THE FIGURES MEAN NOTHING")
+    assert "left out for want of time: nothing\nWRONG: 0\n" in done.stdout
+    for target in ("traced ÷ untraced", "record on ÷ off", "traced ÷ output_router_logits", "traced ÷ hook", "dispatch with record"):
+        assert f"\n{target}" in done.stdout.partition("=== targets")[2]
+    assert sorted((ROOT / "benchmarks/results").iterdir()) == before
+
+
+BREAKAGES = {
+    "a place": ("dispatch_triton", "made.permutation[0] += 1", "dispatch T"),
+    "a place, now and then": ("dispatch_triton", "made.permutation[0] += next(calls) % 2", "dispatch T"),
+    "a recorded id": ("record_triton", "kwargs['tape'].ids[0] += 1", "record T"),
+    "a sum": ("combine_triton", "made[0, 0] += 1", "combine T"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "breakage", "found"), BREAKAGES.values(), ids=list(BREAKAGES))
+def test_a_wrong_kernel_is_found_and_nothing_is_timed(kernel: str, breakage: str, found: str) -> None:
+    done = python(
+        "-c",
+        f"""
+import itertools, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+from benchmarks import gpu
+calls, right = itertools.count(), gpu.kernels.{kernel}
+def wrong(*args, **kwargs):
+    made = right(*args, **kwargs)
+    {breakage}
+    return made
+gpu.kernels.{kernel} = wrong
+sys.exit(gpu.main(["--dry-run", "--sanitized", "--only", "correctness", "--only", "micro"]))
+""",
+    )
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"WRONG: {found}" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "=== micro" not in done.stdout
+
+
+def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.gpu import DRY, Bench, Cpu, models
+
+    bench = Bench(Cpu(), DRY, False, 0.0, {}, [], [], [])
+    models(bench)
+    assert bench.figures == {}
+    assert "Mixtral prefill 2×8 eager" in bench.cut
+    assert "CUT, no time left: OLMoE decode 1 CUDA graph" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = python("benchmarks/gpu.py")
+    assert done.returncode == 2
+    assert "no CUDA GPU here (--dry-run needs none)" in done.stderr
