@@ -1,0 +1,241 @@
+"""Every Mixture-of-Experts family that the installed transformers ships, as a tiny random model on the CPU.
+
+`python -m tests.zoo` builds and runs each and prints one line a family. The list of families is read from the installed
+package, so what a newer release brings is in it by itself: it is built by the generic part, or fails by name until it gets a
+line in `OVERRIDES` or `WHY_NOT`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+
+from tests.families import VOCABULARY, token_batch
+
+PACKAGE = Path(hf.__file__).parent / "models"
+ROUTED = re.compile(r"^class (\w+(?:Experts|MoE|Moe))\b", re.MULTILINE)  # Doge and ViTPose have a *MoE and no *Experts
+
+
+def _find_families() -> list[str]:
+    files = sorted(PACKAGE.glob("*/modeling_*.py"))
+    return sorted({file.parent.name for file in files if ROUTED.search(file.read_text(encoding="utf-8"))})
+
+
+FAMILIES: list[str] = _find_families()
+
+# Which class of a family: the first of these that it has. All run on text alone. A family without a text-only language model is
+# built with its towers, which its inputs leave idle.
+ENDINGS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification", "ForBlockDiffusion", "Backbone")
+CLASSES = {"qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}  # its first ForConditionalGeneration is abstract
+
+CRASHES = {  # upstream, by release
+    "5.17": {"doge": "TypeError in the decoder layer of this release: it drops out a mixture's (output, logits) as if it were a tensor"}
+}
+WHY_NOT: dict[str, str] = {
+    "vitpose_backbone": "a vision backbone without a language model, and without a router: the data set's index picks the expert",
+    **CRASHES.get(hf.__version__.rpartition(".")[0], {}),
+}
+ALONE = {"doge"}  # the tokens of a batch change each other's routing: only batches of one unpadded sequence mean anything
+
+# A value for every field of a config, or of a config in it, that has the name.
+SMALL: dict[str, Any] = {
+    # tokens
+    "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "max_position_embeddings": 256,
+    "max_seq_len": 256,
+    # layers: one dense, then sparse ones, where a family knows the difference
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), 4),
+    **dict.fromkeys(("num_dense_layers", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("encoder_sparse_step", "decoder_sparse_step"), 2),
+    **dict.fromkeys(("num_sparse_encoder_layers", "num_sparse_decoder_layers"), 2),
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "n_layers_per_attn_res_block": 1,
+    # experts
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), 3),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    "n_group": 4,
+    "topk_group": 2,
+    # widths
+    **dict.fromkeys(("hidden_size", "d_model"), 32),
+    **dict.fromkeys(("intermediate_size", "dense_intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", "ffn_hidden_size"), 24),
+    **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "share_expert_dim"), 24),
+    "shared_experts_intermediate_size": 24,
+    "moe_hidden_size": 16,
+    "router_hidden_size": 16,
+    "hidden_size_per_layer_input": 8,
+    "initializer_range": 0.3,
+    "init_std": 0.3,
+    # attention
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "kv_n_heads", "swa_num_key_value_heads", "index_n_heads", "o_groups"), 2),
+    "swa_num_attention_heads": 4,
+    **dict.fromkeys(("head_dim", "swa_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim"), 8),
+    **dict.fromkeys(("kv_channels", "d_kv"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("sliding_window", "sliding_window_size"), 8),
+    "index_topk": 4,
+    "rel_extent": 16,
+    "hc_lowrank": 8,
+    # linear attention and state spaces
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_head_dim"), 8),
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("linear_num_key_heads", "n_groups"), 2),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "chunk_size", "mamba_chunk_size"), 8),
+    # towers
+    "depth": 1,
+    "image_size": 28,
+    "max_image_size": 32,
+    "num_position_embeddings": 16,
+    **dict.fromkeys(("out_hidden_size", "output_dim", "output_channels"), 32),
+    **dict.fromkeys(("projector_hidden_size", "projection_intermediate_size"), 32),
+    "mlp_dim": 48,
+    "downsample_channels": [32, 32],
+    "hidden_sizes": [8, 8, 8, 8],
+    "downsample_hidden_size": 8,
+}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+LINEAR_THEN_FULL = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+
+# What no name tells: fields that must fit each other, switches that are off by default, names of one family alone.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": LINEAR_THEN_FULL},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "num_key_value_heads": 1, "hc_mult": 2},
+    "diffusion_gemma": {
+        "text_config": {"global_head_dim": 8},
+        "vision_config": TOWER | {"model_type": "gemma4_vision", "position_embedding_size": 16},
+        "canvas_length": 5,
+    },
+    "doge": {"is_moe": True, "num_experts": 16},  # a product of two sets of keys: a square number
+    "dots3_note": {
+        **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_head_dim"), 16),
+        **dict.fromkeys(("swa_qk_nope_head_dim", "swa_v_head_dim"), 8),
+    },
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [24, 16], "rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}}},
+    "gemma4": {"enable_moe_block": True, "global_head_dim": 8},
+    "glm4v_moe": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1]}}},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_kpool": 2, "hc_mult": 2}},
+    "granitemoehybrid": {"layer_types": LINEAR_THEN_FULL, "mamba_expand": 1},
+    "hy_v4_vl": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1]}}},
+    "inkling2_loop": {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2, "loop_gate_rank": 8},
+    "jamba": {"attn_layer_period": 4, "attn_layer_offset": 2},
+    "kimi_linear": {"layer_types": LINEAR_THEN_FULL},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "llama4": {"interleave_moe_layer_step": 2},
+    "longcat_flash": {"num_layers": 2, "zero_expert_num": 4},
+    "mistral_large4": {"vision_config": TOWER | {"model_type": "pixtral"}},
+    "qwen3_omni_moe": {"vision_start_token_id": 151652},
+    "qwen4_exp": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def model_class(family: str) -> type[hf.PreTrainedModel]:
+    classes: dict[str, type] = {}
+    for file in sorted((PACKAGE / family).glob("modeling_*.py")):
+        module = importlib.import_module(f"transformers.models.{family}.{file.stem}")
+        own = (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__)
+        classes |= {c.__name__: c for c in own if issubclass(c, hf.PreTrainedModel)}
+    named = [CLASSES[family]] if family in CLASSES else [n for end in ENDINGS for n in classes if n.endswith(end)]
+    return classes[named[0]]
+
+
+def _shrink(kind: type[hf.PreTrainedConfig], overrides: dict[str, Any]) -> hf.PreTrainedConfig:
+    fields = {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
+    values = {name: value for name, value in SMALL.items() if name in fields}
+    if "kv_lora_rank" in fields:  # latent attention shares no key heads
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    values |= overrides
+    for name, part in kind.sub_configs.items():
+        if part is not hf.AutoConfig:
+            values[name] = _shrink(part, overrides.get(name, {}))
+    return kind(**values)
+
+
+def config(family: str) -> hf.PreTrainedConfig:
+    return _shrink(model_class(family).config_class, OVERRIDES.get(family, {}))
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A tiny random model in eval mode whose routers do choose: what a checkpoint would bring and random weights leave at a
+    constant (selection biases, scales, a table of hashed experts, one family's gate) is random too."""
+    torch.manual_seed(seed)
+    model = model_class(family)._from_config(config(family), dtype=dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if re.search(r"(e_score_correction_bias|expert_bias|balancing_biases)$", name):
+            tensor.data += 0.2 * torch.randn(tensor.shape)
+        elif name.endswith("per_expert_scale"):
+            tensor.data.uniform_(0.5, 1.5)
+        elif name.endswith("tid2eid"):
+            tensor.data = torch.rand(len(tensor), 8).argsort(1)[:, : tensor.shape[1]]
+        elif name.endswith("router.gate.weight") and not tensor.any():
+            tensor.data.normal_(std=0.3)
+    return model.eval()
+
+
+def inputs(family: str, lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Right-padded random token ids, and as many unpadded ones for a decoder of its own."""
+    batch = token_batch(lengths, seed)
+    if "decoder_input_ids" in inspect.signature(model_class(family).forward).parameters:
+        batch["decoder_input_ids"] = token_batch([max(lengths)] * len(lengths), seed + 1)["input_ids"]
+    return batch
+
+
+def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits [B, S, C]."""
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def routed_layers(model: Any) -> str:
+    """Which layers have routed experts, by the names of their classes: "1 2 3", or a list for each stack of layers."""
+    stacks: dict[str, set[int]] = {}
+    for path, module in model.named_modules():
+        found = re.match(r"(.*?)\.?(?:layers|blocks|block|h)\.(\d+)\.", path)
+        if found and ROUTED.match(f"class {type(module).__name__}"):
+            stacks.setdefault(found[1], set()).add(int(found[2]))
+    return ", ".join((f"{stack}: " if len(stacks) > 1 else "") + " ".join(map(str, sorted(layers))) for stack, layers in stacks.items())
+
+
+def main() -> int:
+    warnings.simplefilter("ignore")
+    hf.logging.set_verbosity_error()
+    failures = 0
+    for family in FAMILIES:
+        if family in WHY_NOT:
+            print(f"{family:<22} not built: {WHY_NOT[family]}")
+            continue
+        try:
+            model = build(family)
+            logits = outputs(model, inputs(family, [5] if family in ALONE else [5, 3]))
+            verdict = "ok" if logits.isfinite().all() else "outputs that are not finite"
+        except Exception as error:  # a family of a newer release may fail in any way, and the others still get their line
+            print(f"{family:<22} {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            failures += 1
+            continue
+        failures += verdict != "ok"
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{family:<22} {type(model).__name__:<46} {parameters:>8,} parameters  layers {routed_layers(model):<28} {verdict}")
+    print(f"transformers {hf.__version__}: {len(FAMILIES)} families, {failures} failed, {len(WHY_NOT.keys() & set(FAMILIES))} not built")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
