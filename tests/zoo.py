@@ -71,7 +71,9 @@ SMALL: dict[str, Any] = {
     "topk_group": 2,
     # widths
     **dict.fromkeys(("hidden_size", "d_model"), 32),
-    **dict.fromkeys(("intermediate_size", "dense_intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 48),
+    **dict.fromkeys(
+        ("intermediate_size", "dense_intermediate_size", "intermediate_size_mlp", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 48
+    ),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", "ffn_hidden_size"), 24),
     **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "share_expert_dim"), 24),
     "shared_experts_intermediate_size": 24,
@@ -88,7 +90,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("kv_channels", "d_kv"), 8),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("sliding_window", "sliding_window_size"), 8),
-    "index_topk": 4,
+    "index_topk": 64,  # all: the scores of so few index heads are often tied at zero, and the padding would break the ties
     "rel_extent": 16,
     "hc_lowrank": 8,
     # linear attention and state spaces
@@ -118,7 +120,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "num_key_value_heads": 1, "hc_mult": 2},
     "diffusion_gemma": {
-        "text_config": {"global_head_dim": 8},
+        "text_config": {"global_head_dim": 8, "sliding_window": 64},  # the canvas sees what the cache keeps: nothing but padding, if short
         "vision_config": TOWER | {"model_type": "gemma4_vision", "position_embedding_size": 16},
         "canvas_length": 5,
     },
@@ -142,9 +144,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 4},
     "mistral_large4": {"vision_config": TOWER | {"model_type": "pixtral"}},
     "qwen3_omni_moe": {"vision_start_token_id": 151652},
-    "qwen4_exp": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2},
+    "qwen4_exp": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 2},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+SPREAD = 0.07  # of selection biases: enough to change choices, not so much that they alone choose
 
 
 def model_class(family: str) -> type[hf.PreTrainedModel]:
@@ -180,7 +184,7 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any
     model = model_class(family)._from_config(config(family), dtype=dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if re.search(r"(e_score_correction_bias|expert_bias|balancing_biases)$", name):
-            tensor.data += 0.2 * torch.randn(tensor.shape)
+            tensor.data.normal_(std=SPREAD)
         elif name.endswith("per_expert_scale"):
             tensor.data.uniform_(0.5, 1.5)
         elif name.endswith("tid2eid"):
@@ -194,7 +198,11 @@ def inputs(family: str, lengths: list[int], seed: int = 0) -> dict[str, torch.Te
     """Right-padded random token ids, and as many unpadded ones for a decoder of its own."""
     batch = token_batch(lengths, seed)
     if "decoder_input_ids" in inspect.signature(model_class(family).forward).parameters:
-        batch["decoder_input_ids"] = token_batch([max(lengths)] * len(lengths), seed + 1)["input_ids"]
+        decoded = token_batch([max(lengths)] * len(lengths), seed + 1)
+        batch["decoder_input_ids"] = decoded["input_ids"]
+        if hasattr(config(family), "canvas_length"):  # a decoder that reads the encoder's cache masks both at once and goes on counting
+            batch["decoder_position_ids"] = torch.tensor(lengths)[:, None] + torch.arange(max(lengths))
+            batch["decoder_attention_mask"] = torch.cat([batch["attention_mask"], decoded["attention_mask"]], dim=1)
     return batch
 
 
