@@ -56,6 +56,7 @@ class Sequence_:
     ids: np.ndarray
     document_tokens: int
     document_sequences: int
+    continued: bool = False  # decoded tokens are to follow
 
 
 @dataclass
@@ -322,10 +323,16 @@ def special_frame(tokenizer: Any) -> Frame:
 
 
 def sequences(
-    documents: Iterable[tuple[str, str, str]], tokenizer: Any, frame: Frame, max_length: int, max_tokens: int | None, stats: CorpusStats
+    documents: Iterable[tuple[str, str, str]],
+    tokenizer: Any,
+    frame: Frame,
+    max_length: int,
+    max_tokens: int | None,
+    stats: CorpusStats,
+    generate: bool = False,
 ) -> Iterator[Sequence_]:
     """Documents → rows of at most `max_length` tokens, each within `frame`. A longer document is several rows; the last
-    row is cut where `max_tokens` is reached."""
+    row is cut where `max_tokens` is reached. With `generate` a document's last row is to be continued: nothing ends it."""
     room = max_length - len(frame.before) - len(frame.after)
     if room < 1:
         raise MoeInspectError(f"--max-length {max_length} leaves no room for text beside the tokenizer's special tokens")
@@ -336,6 +343,8 @@ def sequences(
         encoded = tokenizer([text for _, _, text in chunk], add_special_tokens=False, verbose=False)["input_ids"]
         for (domain, source, _), ids in zip(chunk, encoded, strict=True):
             pieces = [[*frame.before, *ids[at : at + room], *frame.after] for at in range(0, len(ids), room)]
+            if generate and pieces and frame.after:
+                pieces[-1] = pieces[-1][: -len(frame.after)]
             pieces = list(_cut(pieces, left))
             total = sum(map(len, pieces))
             if not pieces:  # a text of no tokens
@@ -344,8 +353,9 @@ def sequences(
             stats.documents += 1
             stats.split_documents += len(pieces) > 1
             stats.tokens += total
-            for piece in pieces:
-                yield Sequence_(document, sequence, domain, source, np.array(piece, np.int32), total, len(pieces))
+            for n, piece in enumerate(pieces):
+                continued = generate and n == len(pieces) - 1
+                yield Sequence_(document, sequence, domain, source, np.array(piece, np.int32), total, len(pieces), continued)
                 sequence += 1
             document, left = document + 1, left - total
             if left == 0:
@@ -360,24 +370,27 @@ def _cut(pieces: list[list[int]], left: int) -> Iterator[list[int]]:
         left -= len(piece)
 
 
-def batches(rows: Iterable[Sequence_], batch_tokens: int) -> Iterator[list[Sequence_]]:
+def batches(rows: Iterable[Sequence_], batch_tokens: int, generate: int = 0) -> Iterator[list[Sequence_]]:
     """Rows → forward passes of at most `batch_tokens` tokens, padding included (one longer row is a batch of its own).
-    Within a window of a few batches rows of like length come together."""
+    Within a window of a few batches rows of like length come together; rows that are to be continued by `generate` tokens
+    only with those of the same length, so that no padding is decoded."""
     window: list[Sequence_] = []
     size = 0
     for row in rows:
         window.append(row)
         size += len(row.ids)
         if size >= WINDOW_BATCHES * batch_tokens:
-            yield from _packed(window, batch_tokens)
+            yield from _packed(window, batch_tokens, generate)
             window, size = [], 0
-    yield from _packed(window, batch_tokens)
+    yield from _packed(window, batch_tokens, generate)
 
 
-def _packed(window: list[Sequence_], batch_tokens: int) -> Iterator[list[Sequence_]]:
+def _packed(window: list[Sequence_], batch_tokens: int, generate: int) -> Iterator[list[Sequence_]]:
     batch: list[Sequence_] = []
-    for row in sorted(window, key=lambda s: len(s.ids)):  # stable: equal lengths keep their order
-        if batch and (len(batch) + 1) * len(row.ids) > batch_tokens:
+    for row in sorted(window, key=lambda s: (s.continued, len(s.ids))):  # stable: equal lengths keep their order
+        too_long = (len(batch) + 1) * (len(row.ids) + generate * row.continued) > batch_tokens
+        apart = batch and (row.continued != batch[0].continued or (row.continued and len(row.ids) != len(batch[0].ids)))
+        if batch and (too_long or apart):
             yield batch
             batch = []
         batch.append(row)
@@ -413,10 +426,11 @@ class Plan:
     max_length: int = 2048
     batch_tokens: int = 8192
     special_tokens: bool = True
+    generate: int = 0
     stats: CorpusStats = field(default_factory=CorpusStats)
 
     def options(self) -> dict[str, Any]:
-        keys = ("text_field", "domain_field", "max_tokens", "max_length", "batch_tokens", "special_tokens")
+        keys = ("text_field", "domain_field", "max_tokens", "max_length", "batch_tokens", "special_tokens", "generate")
         return {**{k: getattr(self, k) for k in keys}, "sources": [asdict(s) for s in self.sources]}
 
     def estimated_tokens(self) -> int | None:
@@ -430,5 +444,5 @@ class Plan:
     def batches(self, tokenizer: Any) -> Iterator[tuple[list[Sequence_], list[Document]]]:
         documents = interleaved(self.sources, self.text_field, self.domain_field, self.stats)
         frame = special_frame(tokenizer) if self.special_tokens else Frame()
-        rows = sequences(documents, tokenizer, frame, self.max_length, self.max_tokens, self.stats)
-        return with_documents(batches(rows, self.batch_tokens))
+        rows = sequences(documents, tokenizer, frame, self.max_length, self.max_tokens, self.stats, self.generate > 0)
+        return with_documents(batches(rows, self.batch_tokens, self.generate))

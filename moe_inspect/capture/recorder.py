@@ -170,6 +170,11 @@ class Recorder:
         """What the next forward pass is fed, from who planned it."""
         self._planned = rows
 
+    def end_group(self) -> None:
+        """The passes of a group are over: what was counted may be committed."""
+        if self._counts is not None and self._counts.tokens >= self.shard_tokens:
+            self._flush_counts()
+
     def step(self, tokens: int, **inputs: Any) -> None:
         """Announces a forward pass of `tokens` rows a router that runs without the model being called: a CUDA graph replayed
         by hand, on this stream. Waits until there is room for it. `inputs`: what the model would be called with (`input_ids`,
@@ -177,7 +182,7 @@ class Recorder:
         if self._staged is not None or self.counts_only:
             raise MoeInspectError("step() follows a forward pass that was recorded as usual, into a trace")
         self._fixed = True
-        rows = self._planned or self.reader.read((), inputs or {"input_ids": torch.full((1, tokens), -1)})
+        rows = self._next_rows((), inputs or {"input_ids": torch.full((1, tokens), -1)})
         if len(rows.real) != tokens:
             raise MoeInspectError(f"step({tokens}) with inputs of {len(rows.real)} rows")
         self._start(rows)
@@ -207,7 +212,7 @@ class Recorder:
                 raise MoeInspectError("record a forward pass before capturing a CUDA graph: what it routes must be known (no counts_only)")
             self._fixed = True
             return
-        rows = self._planned or self.reader.read(args, kwargs)
+        rows = self._next_rows(args, kwargs)
         self._seen = [0] * len(self.sites)
         if self._staged is not None:
             self._current = rows
@@ -220,6 +225,13 @@ class Recorder:
                 self._counts.begin(rows, len(self.reader.domains))
         else:
             self._start(rows)
+
+    def _next_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        """What the coming forward pass is fed: as planned, else as its arguments say."""
+        planned, self._planned = self._planned, None
+        if planned is not None and planned.number is not None:
+            self._forwards = planned.number
+        return planned or self.reader.read(args, kwargs)
 
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
         """One call of router r, before there is a tape or where there is none."""
@@ -352,6 +364,7 @@ class Recorder:
                 logits=of("logits") if self.logits else None,
                 documents=rows.documents,
                 phase=rows.phase,
+                group=rows.group,
             )
         )
 
@@ -375,8 +388,8 @@ class Recorder:
         if self._counting:
             self._check_seen(len(rows.real), self._seen)
             counts.end(rows, self._forwards)
-            if counts.tokens >= self.shard_tokens:
-                self._flush_counts()
+            if rows.group is None:
+                self.end_group()
         self._forwards += 1
         self.tokens += int(rows.real.sum())
 

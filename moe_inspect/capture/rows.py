@@ -29,6 +29,8 @@ class Rows:
     domain: np.ndarray
     documents: list[Document] = field(default_factory=list)
     phase: str = "prefill"
+    number: int | None = None  # of the forward pass, from who planned it
+    group: int | None = None  # passes that are committed together, or not at all
 
 
 State = tuple[np.ndarray, np.ndarray, np.ndarray]  # document, sequence and domain code of each batch row, [B] each
@@ -56,7 +58,7 @@ class RowReader:
         """The forward pass that was read is over and recorded, and this is what it returned: the key-value cache in it holds
         the rows read. One that failed is forgotten at the next `read`."""
         self._undo = None
-        cache = _cache_among(output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ())
+        cache = cache_among(output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ())
         if cache is not None and self._read_state is not None:
             self._state_of[cache] = self._read_state
 
@@ -80,7 +82,7 @@ class RowReader:
                 del self._names[name]
         self._undo = (self._documents, self._sequences, [])
         B, S = fed.shape[:2]
-        cache = _cache_among(given.values())
+        cache = cache_among(given.values())
         past = int(cache.get_seq_length()) if cache is not None else 0
         real_BS = _real(given.get("attention_mask"), B, S)
         token_BS = ids.cpu().numpy() if ids is not None else np.full((B, S), -1)
@@ -134,7 +136,7 @@ class RowReader:
         return document_BS, sequence_BS, domain_BS, [Document(d.document, d.domain, d.source, int(sizes[n])) for n, d in new.items()]
 
 
-def _cache_among(values: Iterable[Any]) -> Any:
+def cache_among(values: Iterable[Any]) -> Any:
     """The key-value cache, whatever this release calls it."""
     return next((v for v in values if hasattr(v, "get_seq_length")), None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
 from moe_inspect.capture.manifest import check_directory
 from moe_inspect.capture.models import config_record, load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
 from moe_inspect.capture.recorder import Recorder
-from moe_inspect.capture.rows import Rows
+from moe_inspect.capture.rows import Rows, cache_among
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace, read_manifest, refuse_while_written
@@ -35,6 +36,9 @@ def trace_model(
     max_length: int | None = None,
     batch_tokens: int = 8192,
     special_tokens: bool = True,
+    generate: int = 0,
+    temperature: float = 0.0,
+    seed: int = 0,
     capture: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
@@ -54,6 +58,7 @@ def trace_model(
     model        a hub id, a directory, or "demo"
     data         files, folders, globs, fsspec URLs, each optionally behind DOMAIN=
     max_length   longer documents are split; default: what the model takes, at most 2048
+    generate     goes on with each document by so many tokens, one at a time: the likeliest, or with `temperature` drawn by `seed`
     random_init  draws the weights with this seed instead of reading them
     resume       goes on with an interrupted trace of the same corpus, model and options
     progress     called with (tokens done, tokens in all or None) after every forward pass
@@ -68,9 +73,12 @@ def trace_model(
     sources = find_sources(data, leave_out=out)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-    plan = Plan(sources, text_field, domain_field, max_tokens, _fitting(max_length, config), batch_tokens, special_tokens)
+    plan = Plan(
+        sources, text_field, domain_field, max_tokens, _fitting(max_length, config, generate), batch_tokens, special_tokens, generate
+    )
     options = {
         **plan.options(),
+        **({"temperature": temperature, "seed": seed} if generate else {}),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": model,
         "revision": revision,
@@ -112,10 +120,15 @@ def trace_model(
         )
         with recorder:
             done = start.tokens if start else 0
+            passes = generate + 1  # of a batch: numbers are left free where fewer are needed
             for number, (batch, documents) in enumerate(chain([first], batches)):
-                if start is not None and number < start.next_batch:
+                if start is not None and number * passes < start.next_batch:
                     continue
-                done += feed(network, recorder, batch, documents, tokenizer)
+                if batch[0].continued:
+                    decoding = Decoding(generate, temperature, seed + number, end_ids(network, tokenizer))
+                    done += decode(network, recorder, batch, documents, number * passes, decoding)
+                else:
+                    done += feed(network, recorder, batch, documents, tokenizer, number * passes)
                 if progress is not None:
                     progress(done, plan.estimated_tokens())
             if recorder.writer is not None:
@@ -125,7 +138,9 @@ def trace_model(
     return Trace(out)
 
 
-def feed(network: Any, recorder: Recorder, batch: list[Sequence_], documents: list[Document], tokenizer: Any) -> int:
+def feed(
+    network: Any, recorder: Recorder, batch: list[Sequence_], documents: list[Document], tokenizer: Any, number: int | None = None
+) -> int:
     """One forward pass over right-padded rows; returns the tokens fed, padding not counted."""
     lengths = [len(s.ids) for s in batch]
     shape = (len(batch), max(lengths))
@@ -141,6 +156,7 @@ def feed(network: Any, recorder: Recorder, batch: list[Sequence_], documents: li
             position=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
             domain=_repeated([recorder.reader.domain_code(s.domain) for s in batch], lengths),
             documents=documents,
+            number=number,
         )
     )
     device = next(network.parameters()).device
@@ -155,21 +171,97 @@ def feed(network: Any, recorder: Recorder, batch: list[Sequence_], documents: li
     return sum(lengths)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    tokens: int  # that are fed after the prompt, at most
+    temperature: float  # 0: the likeliest token
+    seed: int
+    ends: frozenset[int]  # token ids after which nothing is fed
+
+
+def end_ids(network: Any, tokenizer: Any) -> frozenset[int]:
+    stated = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
+    stated = stated if stated is not None else tokenizer.eos_token_id
+    return frozenset([stated] if isinstance(stated, int) else stated or [])
+
+
+def decode(network: Any, recorder: Recorder, batch: list[Sequence_], documents: list[Document], number: int, decoding: Decoding) -> int:
+    """Rows of one length, then a token of each at a time, with a key-value cache and no padding; a row that has met an end
+    token is fed nothing that is recorded. Returns the tokens fed."""
+    device = next(network.parameters()).device
+    generator = torch.Generator().manual_seed(decoding.seed)
+    fed_BS = torch.from_numpy(np.stack([s.ids for s in batch]).astype(np.int64))
+    fields = ("document", "sequence")
+    of_row = {name: np.array([getattr(s, name) for s in batch], np.int32) for name in fields}
+    of_row["domain"] = np.array([recorder.reader.domain_code(s.domain) for s in batch], np.int32)
+    running = np.ones(len(batch), bool)
+    cache: dict[str, Any] = {}
+    fed = position = 0
+    for step in range(decoding.tokens + 1):
+        S = fed_BS.shape[1]
+        real = np.repeat(running, S)
+        recorder.expect(
+            Rows(
+                real=real,
+                token_id=fed_BS.numpy().reshape(-1)[real].astype(np.int32),
+                **{name: np.repeat(values, S)[real] for name, values in of_row.items()},
+                position=np.tile(np.arange(position, position + S, dtype=np.int32), len(batch))[real],
+                documents=documents if step == 0 else [],
+                phase="decode" if step else "prefill",
+                number=number + step,
+                group=number,
+            )
+        )
+        output = network(input_ids=fed_BS.to(device), use_cache=True, **last_logits(network), **cache)
+        fed, position = fed + int(real.sum()), position + S
+        cache = cache_of(network, output)
+        next_B = chosen(output.logits[:, -1].float().cpu(), decoding.temperature, generator)
+        running &= ~np.isin(next_B.numpy(), list(decoding.ends))
+        if not running.any():
+            break
+        fed_BS = next_B[:, None]
+    recorder.end_group()
+    return fed
+
+
+def chosen(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    """The next token of each row, [B]."""
+    if not temperature:
+        return logits_BV.argmax(1)
+    return torch.multinomial(torch.softmax(logits_BV / temperature, 1), 1, generator=generator)[:, 0]
+
+
+def cache_of(network: Any, output: Any) -> dict[str, Any]:
+    """The key-value cache in a model's output, as the argument the next call takes it by."""
+    held = cache_among(output.values())
+    if held is None:
+        raise MoeInspectError(f"{type(network).__name__} keeps no key-value cache: trace without --generate")
+    takes = inspect.signature(network.forward).parameters
+    return {"cache" if "cache" in takes else "past_key_values": held}  # the name changed in 5.2x
+
+
+def last_logits(network: Any) -> dict[str, int]:
+    """Only the logits of the last position, where the model can do so."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
+
+
 def quick_call(network: Any) -> dict[str, Any]:
     """No key-value cache, and no [T, vocabulary] logits, which nobody reads, where the model can do without."""
-    can = inspect.signature(network.forward).parameters
-    return {"use_cache": False, **({"logits_to_keep": 1} if "logits_to_keep" in can else {})}
+    return {"use_cache": False, **last_logits(network)}
 
 
 def _repeated(values: list[int], lengths: list[int]) -> np.ndarray:
     return np.repeat(np.array(values, np.int32), lengths)
 
 
-def _fitting(max_length: int | None, config: Any) -> int:
-    """The model's own limit holds, unless it states none."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
+def _fitting(max_length: int | None, config: Any, generate: int) -> int:
+    """The model's own limit holds, unless it states none, and leaves room for what is to be decoded."""
+    limit = (getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH + generate) - generate
+    if limit < 1:
+        raise MoeInspectError(f"--generate {generate} leaves no room for a prompt in the positions of this model")
     if max_length is not None and max_length > limit:
-        raise MoeInspectError(f"--max-length {max_length} is beyond the {limit} positions of this model")
+        after = f" that --generate {generate} leaves" if generate else ""
+        raise MoeInspectError(f"--max-length {max_length} is beyond the {limit} positions of this model{after}")
     return max_length or min(limit, MAX_LENGTH)
 
 

@@ -48,6 +48,11 @@ def trace(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a forward pass, padding included.")] = 8192,
     special_tokens: Annotated[bool, typer.Option(help="Frame each text as the tokenizer does (<s> …).")] = True,
+    generate: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Go on with each document by N tokens, decoded one at a time, and trace them too.")
+    ] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="Of what is generated; 0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at a temperature.")] = 0,
     capture: Annotated[
         Capture, typer.Option(help="dispatch: our experts implementation routes and records; tap: the model's own is watched.")
     ] = Capture.auto,
@@ -87,6 +92,9 @@ def trace(
                 max_length=max_length,
                 batch_tokens=batch_tokens,
                 special_tokens=special_tokens,
+                generate=generate,
+                temperature=temperature,
+                seed=seed,
                 capture=str(capture),
                 device=device,
                 dtype=str(dtype),

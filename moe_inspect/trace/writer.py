@@ -60,6 +60,7 @@ class RoutedBatch:
     logits: list[np.ndarray] | None = None
     documents: list[Document] = field(default_factory=list)
     phase: str = "prefill"
+    group: int | None = None  # passes of one group follow each other and are committed together, or not at all
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +161,8 @@ class TraceWriter:
             self._queue.put(None)
             self._thread.join()
         try:
+            if status != "complete" and self._pending and (group := self._pending[-1].group) is not None:
+                self._pending = [b for b in self._pending if b.group != group]  # more of it may have been to come
             if self._pending and self._error is None:
                 self._commit_routing()
         except OSError as error:
@@ -197,7 +200,8 @@ class TraceWriter:
                 pass
 
     def _take(self, batch: RoutedBatch) -> None:
-        if self._pending and self._is_due(batch):
+        together = self._pending and batch.group is not None and batch.group == self._pending[-1].group
+        if self._pending and not together and self._is_due(batch):
             self._commit_routing()
         if not self._pending:
             self._pending_since = time.monotonic()
