@@ -7,6 +7,7 @@ line in `OVERRIDES` or `WHY_NOT`.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import re
@@ -170,7 +171,7 @@ def _shrink(kind: type[hf.PreTrainedConfig], overrides: dict[str, Any]) -> hf.Pr
     for name, part in kind.sub_configs.items():
         if part is not hf.AutoConfig:
             values[name] = _shrink(part, overrides.get(name, {}))
-    return kind(**values)
+    return kind(**copy.deepcopy(values))  # a config may change what it is given
 
 
 def config(family: str) -> hf.PreTrainedConfig:
@@ -188,20 +189,20 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any
         elif name.endswith("per_expert_scale"):
             tensor.data.uniform_(0.5, 1.5)
         elif name.endswith("tid2eid"):
-            tensor.data = torch.rand(len(tensor), 8).argsort(1)[:, : tensor.shape[1]]
+            tensor.data = torch.rand(len(tensor), SMALL["n_routed_experts"]).argsort(1)[:, : tensor.shape[1]]
         elif name.endswith("router.gate.weight") and not tensor.any():
             tensor.data.normal_(std=0.3)
     return model.eval()
 
 
 def inputs(family: str, lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Right-padded random token ids, and as many unpadded ones for a decoder of its own."""
+    """Right-padded random token ids, and for a decoder of its own unpadded ones, one more a row."""
     batch = token_batch(lengths, seed)
     if "decoder_input_ids" in inspect.signature(model_class(family).forward).parameters:
-        decoded = token_batch([max(lengths)] * len(lengths), seed + 1)
+        decoded = token_batch([max(lengths) + 1] * len(lengths), seed + 1)
         batch["decoder_input_ids"] = decoded["input_ids"]
         if hasattr(config(family), "canvas_length"):  # a decoder that reads the encoder's cache masks both at once and goes on counting
-            batch["decoder_position_ids"] = torch.tensor(lengths)[:, None] + torch.arange(max(lengths))
+            batch["decoder_position_ids"] = torch.tensor(lengths)[:, None] + torch.arange(max(lengths) + 1)
             batch["decoder_attention_mask"] = torch.cat([batch["attention_mask"], decoded["attention_mask"]], dim=1)
     return batch
 
