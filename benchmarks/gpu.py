@@ -707,16 +707,16 @@ def report_contest(bench: Bench, title: str, work: Workload, found: dict[str, di
 
 def few_slots(bench: Bench, model: Any) -> list[dict[str, Any]]:
     """One experts module with few tokens: from how many slots on grouping is faster than a copy of each slot's expert."""
-    module, kept, rows = find_routers(model)[0].module, experts.FEW_SLOTS, []
+    module, kept, rows = find_routers(model)[0].module, experts.are_few, []
     E, K = module.num_experts, model.config.num_experts_per_tok
 
-    def ours(few: int, *given: Tensor) -> Tensor:
-        experts.FEW_SLOTS = few
+    def ours(few: bool, *given: Tensor) -> Tensor:
+        experts.are_few = lambda slots, experts: few
         return experts.experts_forward(module, *given)
 
     ways = {"stock grouped": functools.partial(grouped_mm_experts_forward, module)}
     ways |= {"stock batched": functools.partial(batched_mm_experts_forward, module)}
-    ways |= {"grouped": functools.partial(ours, 0), "copied": functools.partial(ours, 2**30)}
+    ways |= {"grouped": functools.partial(ours, False), "copied": functools.partial(ours, True)}
     try:
         for B in bench.sizes.few:
             hidden = torch.randn(B, model.config.hidden_size, device=bench.device.type).bfloat16()
@@ -730,7 +730,7 @@ def few_slots(bench: Bench, model: Any) -> list[dict[str, Any]]:
                     row[f"{name} us"] = "out of memory"
             rows.append(row)
     finally:
-        experts.FEW_SLOTS = kept
+        experts.are_few = kept
     return rows
 
 

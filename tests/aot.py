@@ -21,7 +21,7 @@ from moe_inspect.capture import kernels
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 SHAPES = ((8, 2), (60, 4), (64, 8), (256, 8), (512, 10))  # E, k
 BLOCKS = (256, 512, 1024)  # every value of kernels.slots_a_program
-NUMBERS = ("T", "E", "H", "blocks", "lane", "base", "page_values")
+NUMBERS = ("T", "E", "H", "blocks", "lane", "base", "page_values", "pages")
 ALIGNED = ("base", "page_values", "H")  # multiples of 16 by construction (H: in the models there are)
 
 
@@ -31,7 +31,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         ids = "*u8" if E < 256 else "*i16"
         for weight in ("fp16", "bf16"):
             types = {"ids": "*i64", "weights": "*fp32" if weight == "fp16" else "*bf16", "tape_ids": ids, "tape_weights": "*" + weight}
-            tape = {"P": 4096, "PAGES": 8, "MARK": 255 if E < 256 else -1, "IDS": True, "WEIGHTS": True}
+            tape = {"P": 4096, "MARK": 255 if E < 256 else -1, "IDS": True, "WEIGHTS": True}
             shape = {"K": K, "BINS": max(16, triton.next_power_of_2(E))}
             block, chunk = {"BLOCK": kernels.RECORD_BLOCK}, {"CHUNK": kernels.CHUNK}
             one, ranking = {"BLOCK": kernels.ONE_LAUNCH}, kernels.RANKING
@@ -43,7 +43,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                 yield f"dispatch 1/2 {name} block {size}", kernels._count_kernel, types, {**shape, **tape, "BLOCK": size}, warps
             grouped = {"GROUPED": True, "ROUND": weight == "bf16", "COLUMNS": 1024}
             y = {"y": "*bf16", "out": "*bf16"}
-            off = {"P": 16, "PAGES": 1, "MARK": 0, "IDS": False, "WEIGHTS": False}
+            off = {"P": 16, "MARK": 0, "IDS": False, "WEIGHTS": False}
             yield f"combine {name}", kernels._combine_kernel, {**types, **y}, {**off, **block, **grouped, "K": K}, {}
             few = {**grouped, "GROUPED": False}
             yield f"combine + record {name}", kernels._combine_kernel, {**types, **y}, {**tape, **block, **few, "K": K}, {}
@@ -57,7 +57,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                 yield f"dispatch {'3/3' if scanned else '2/2'} {name} block {size}", kernels._scatter_kernel, types, constants, ranking
         yield f"dispatch 2/3 {name}", kernels._scan_kernel, types, {"ROWS": 64, "COLUMNS": 16}, {}
     logits = {"weights": "*fp32", "tape_weights": "*fp16"}
-    off = {"P": 4096, "PAGES": 8, "MARK": 0, "IDS": False, "WEIGHTS": True, "ALONE": False}
+    off = {"P": 4096, "MARK": 0, "IDS": False, "WEIGHTS": True, "ALONE": False}
     yield "record logits E64", kernels._record_kernel, logits, {**off, "K": 64, "BLOCK": kernels.RECORD_BLOCK}, {}
     yield "advance", kernels._advance_kernel, {}, {}, {"num_warps": 1}
 

@@ -56,7 +56,7 @@ def routing(model: Any, path: Path, run: Callable[[Any], Any], **options: Any) -
 def test_through_the_kernels_a_model_computes_what_stock_does(
     family: str, few: bool, on_triton: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(experts, "FEW_SLOTS", 1000 if few else 0)
+    monkeypatch.setattr(experts, "are_few", lambda slots, E: few)
     model, inputs = build(family), token_batch(LENGTHS)
     model.set_experts_implementation("batched_mm" if few else "grouped_mm")
     with torch.no_grad():
@@ -179,14 +179,13 @@ def outcome(forward: Any, made: Any, T: int, **options: Any) -> list[torch.Tenso
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_and_gradients_are_those_of_stock(kind: str, T: int, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made = module(kind)
-    for few, stock in ((0, grouped_mm_experts_forward), (1000, batched_mm_experts_forward)):
-        monkeypatch.setattr(experts, "FEW_SLOTS", few)
-        theirs, ours = outcome(stock, made, T), outcome(experts.experts_forward, made, T)
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(a, b)
-        with torch.no_grad():  # the fused sum
-            assert torch.equal(experts.experts_forward(made, *arguments(T)), theirs[0])
+    theirs, ours = (outcome(f, made, T) for f in (grouped_mm_experts_forward, experts.experts_forward))
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    with torch.no_grad():  # the fused sum
+        for few, stock in ((False, grouped_mm_experts_forward), (True, batched_mm_experts_forward)):
+            monkeypatch.setattr(experts, "are_few", lambda slots, E, few=few: few)
+            assert torch.equal(experts.experts_forward(made, *arguments(T)), stock(made, *arguments(T)))
     if T:
         assert not torch.equal(ours[0], ours[0] + 1e-6)
 
@@ -195,20 +194,19 @@ def test_output_and_gradients_are_those_of_stock(kind: str, T: int, on_triton: N
 def test_other_ranks_slots_take_no_part(kind: str, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made = module(kind)
     made._is_expert_parallel = True
-    for few, stock in ((0, grouped_mm_experts_forward), (1000, batched_mm_experts_forward)):
-        monkeypatch.setattr(experts, "FEW_SLOTS", few)
-        theirs, ours = outcome(stock, made, 20, sentinels=True), outcome(experts.experts_forward, made, 20, sentinels=True)
-        theirs[2].masked_fill_(arguments(20, sentinels=True)[1] == 6, 0.0)  # 5.17's batched_mm gives their weights a gradient
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(a, b)
-            assert a.isfinite().all()
-        with torch.no_grad():
-            assert torch.equal(experts.experts_forward(made, *arguments(20, sentinels=True)), theirs[0])
+    theirs, ours = (outcome(f, made, 20, sentinels=True) for f in (grouped_mm_experts_forward, experts.experts_forward))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(a.isfinite().all() for a in ours)
+    given = arguments(20, sentinels=True)
+    with torch.no_grad():
+        for few, stock in ((False, grouped_mm_experts_forward), (True, batched_mm_experts_forward)):
+            monkeypatch.setattr(experts, "are_few", lambda slots, E, few=few: few)
+            assert torch.equal(experts.experts_forward(made, *given), stock(made, *given))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_in_other_types(dtype: torch.dtype, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "FEW_SLOTS", 0)
+    monkeypatch.setattr(experts, "are_few", lambda slots, E: False)
     made, given = module("plain", dtype), arguments(20, dtype)
     with torch.no_grad():
         ours, theirs = experts.experts_forward(made, *given), grouped_mm_experts_forward(made, *given)
@@ -218,12 +216,23 @@ def test_in_other_types(dtype: torch.dtype, on_triton: None, monkeypatch: pytest
 
 
 def test_autocast(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "FEW_SLOTS", 0)
+    monkeypatch.setattr(experts, "are_few", lambda slots, E: False)
     made, (hidden, ids, weights) = module("plain", torch.bfloat16), arguments(20)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # the norm before it gives float32
         ours, theirs = (f(made, hidden, ids, weights) for f in (experts.experts_forward, grouped_mm_experts_forward))
     assert ours.dtype == theirs.dtype == torch.float32
     assert torch.equal(ours, theirs)
+
+
+def test_copies_are_made_for_few_slots_without_a_gradient(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient would keep a copy of the experts' weights a slot: gigabytes that stock does not need."""
+    made = module("plain")
+    monkeypatch.setattr(experts, "_copied", lambda *given: "copied")
+    assert [experts.are_few(s, e) for s, e in ((64, 64), (65, 128), (16, 8), (8, 8))] == [True, False, False, True]
+    with torch.no_grad():
+        assert experts.experts_forward(made, *arguments(2)) == "copied"
+        assert isinstance(experts.experts_forward(made, *arguments(3)), torch.Tensor)  # 9 slots of 6 experts
+    assert isinstance(experts.experts_forward(made, *arguments(2)), torch.Tensor)
 
 
 # --- what is left to the tap
@@ -242,6 +251,17 @@ def test_what_dispatch_cannot_take_over_is_tapped() -> None:
     assert mode_of(model, sites, "auto") == "tap"
     with pytest.raises(MoeInspectError, match="OlmoeForCausalLM has FP8 experts: use --capture tap"):
         mode_of(model, sites, "dispatch")
+
+
+def test_a_release_that_hands_over_local_ids_is_refused() -> None:
+    model = build("olmoe")
+    sites = find_routers(model)
+    for site in sites:
+        vars(site.module).pop("_is_expert_parallel", None)
+    assert mode_of(model, sites, "auto") == "tap"
+    model.config.distributed_config = SimpleNamespace(enable_expert_parallel=True)
+    with pytest.raises(MoeInspectError, match="gives experts local ids under expert parallelism"):
+        mode_of(model, sites, "auto")
 
 
 def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> None:
@@ -298,6 +318,43 @@ def test_compiled_in_place_it_records_the_same(part: str, tmp_path: Path) -> Non
         with torch.no_grad():
             model(**inputs)  # it has been compiled before it is recorded
     assert routing(model, tmp_path / "c", lambda m: [m(**inputs) for _ in range(3)]).equals(eager)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "within", "around a step"])
+def test_compiled_behind_the_recorders_back_it_records_the_same(when: str, tmp_path: Path) -> None:
+    """record(model) where torch.compile(model) is called: at the cost of a graph break, nothing goes unseen."""
+    model, inputs = build("olmoe"), token_batch(LENGTHS)
+    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(3)])
+    before = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        before(**inputs)
+
+    def run(m: Any) -> None:
+        if when == "around a step":
+            called = torch.compile(lambda: m(**inputs).logits.sum(), backend="aot_eager")
+        else:
+            compiled = before if when == "before" else torch.compile(m, backend="aot_eager")
+            called = lambda: compiled(**inputs)  # noqa: E731
+        for _ in range(3):
+            called()
+
+    assert routing(model, tmp_path / "c", run).equals(eager)
+
+
+def test_recordings_may_end_in_the_order_they_began(tmp_path: Path) -> None:
+    model, inputs = build("olmoe"), token_batch(LENGTHS)
+    attributes = sorted(vars(model))
+    a, b = (moe_inspect.record(model, tmp_path / name, capture="tap") for name in "ab")
+    with torch.no_grad():
+        a.__enter__()
+        b.__enter__()
+        model(**inputs)
+        a.__exit__(None)
+        model(**inputs)
+        b.__exit__(None)
+    assert [moe_inspect.open_trace(tmp_path / name).n_tokens for name in "ab"] == [14, 28]
+    assert sorted(vars(model)) == attributes
 
 
 @pytest.mark.slow

@@ -314,9 +314,32 @@ def test_caches_are_told_apart(model: Any, tmp_path: Path) -> None:
 
 def test_a_mask_that_hides_the_padding_is_refused(model: Any, tmp_path: Path) -> None:
     inputs = token_batch([4, 2])
-    inputs["attention_mask"] = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
-    with pytest.raises(MoeInspectError, match="padding from a 4-D attention mask"), moe_inspect.record(model, tmp_path / "t"):
+    inputs["attention_mask"] = torch.ones(2, 4, 4, dtype=torch.bool).tril()
+    with pytest.raises(MoeInspectError, match="padding from a 3-D attention mask"), moe_inspect.record(model, tmp_path / "t"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("kind", [bool, float])
+def test_a_mask_of_what_each_position_sees_shows_the_padding(kind: type, model: Any, tmp_path: Path) -> None:
+    seen = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    seen[1, :, :, :2] = False  # the second row is padded on the left
+    mask = seen if kind is bool else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(input_ids=token_batch([4, 4])["input_ids"], attention_mask=mask)
+    assert moe_inspect.open_trace(tmp_path / "t").tokens().groupby("document").size().tolist() == [4, 2]
+
+
+def test_generate_with_a_static_cache_knows_its_padding(model: Any, tmp_path: Path) -> None:
+    ids = torch.arange(2, 14).reshape(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    with moe_inspect.record(model, tmp_path / "t"):
+        model.generate(ids, attention_mask=mask, cache_implementation="static", max_new_tokens=4, do_sample=False, eos_token_id=None)
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert tokens.groupby(["document", "phase"]).size().to_dict() == {
+        (0, "prefill"): 6, (0, "decode"): 3, (1, "prefill"): 3, (1, "decode"): 3,
+    }  # fmt: skip
+    assert tokens.sequence.nunique() == 2
 
 
 def test_probabilities_are_not_taken_for_logits(model: Any, tmp_path: Path) -> None:

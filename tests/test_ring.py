@@ -82,6 +82,12 @@ class LateStream:
     def pinned(self, like: torch.Tensor) -> torch.Tensor:
         return torch.full_like(like, 77)
 
+    def follow(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
     def copy(self, page: int, pairs: Any) -> None:
         self.waiting.append((page, pairs))
 
@@ -322,15 +328,67 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
         capturing[0] = True
-        with pytest.raises(MoeInspectError, match="record a forward pass before capturing a CUDA graph"):
+        with pytest.raises(MoeInspectError, match="record two forward passes before capturing a CUDA graph"):
             model(**batch)
         capturing[0] = False
         model(**batch)
+        model(**batch)
         capturing[0] = True
-        monkeypatch.setattr(recorder.RowReader, "read", lambda *a: pytest.fail("looked at the inputs"))
+        monkeypatch.setattr(recorder.RowReader, "note", lambda *a: pytest.fail("looked at the inputs"))
         launched: list[Any] = []
         monkeypatch.setattr(kernels, "record_torch", lambda tape, *choice: launched.append(tape))
         model(**batch)
         assert launched == rec._rings.tapes
         capturing[0] = False
-    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 8
+
+
+# --- what went wrong once
+
+
+def test_dropping_survives_growth_and_failure(slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The device's count of dropped rows is that of the host, also when a larger pass made the ring grow, and when one failed
+    after some routers had dropped."""
+    small_pages(monkeypatch)
+    model = build("olmoe")
+    with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
+        for _ in range(20):
+            model(**token_batch([9, 5]))
+        assert rec._dropped_rows > 0
+        model(**token_batch([90]))
+        for _ in range(20):
+            model(**token_batch([9, 5]))
+        block = model.model.layers[1].mlp
+        kept, block.forward = block.forward, lambda hidden: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            model(**token_batch([9, 5]))
+        block.forward = kept
+        model(**token_batch([9, 5]))
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.status == "complete"
+    assert trace.n_tokens * 2 + trace.manifest["counts"]["dropped"] == (41 * 14 + 90) * 2
+
+
+def test_a_trace_whose_end_did_not_add_up_is_not_complete(late: None, tmp_path: Path) -> None:
+    rec, graph, _ = replayed(tmp_path / "t")
+    graph.replay()
+    with pytest.raises(MoeInspectError, match=r"replayed without step|routed 6 rows in a forward pass of 0"):
+        rec.__exit__(None)
+    assert moe_inspect.open_trace(tmp_path / "t").status == "interrupted"
+
+
+def test_paused_within_paused(tmp_path: Path) -> None:
+    model = build("olmoe")
+    with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
+        model(**token_batch([4]))
+        with rec.paused():
+            with rec.paused():
+                model(**token_batch([5]))
+            model(**token_batch([6]))
+        model(**token_batch([7]))
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 11
+
+
+def test_a_ring_that_32_bits_cannot_address_is_refused() -> None:
+    with pytest.raises(MoeInspectError, match=r"900,000 rows a forward pass of 24,576 values each are too many at once: feed at most"):
+        ring.Ring(CPU, [8] * 48, [512] * 48, torch.float16, logits=True, rows=900_000)

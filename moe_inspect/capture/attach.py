@@ -7,6 +7,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from torch import Tensor
 from moe_inspect.capture import experts as experts_implementation
 from moe_inspect.capture import kernels
 from moe_inspect.capture.kernels import Tape
-from moe_inspect.capture.routers import Site, choice_among, is_expert_parallel, logits_among
+from moe_inspect.capture.routers import Site, choice_among, is_expert_parallel, logits_among, wants_expert_parallel
 from moe_inspect.errors import MoeInspectError
 
 CAPTURES = ("auto", "dispatch", "tap")
@@ -55,7 +56,7 @@ class Attachment:
 
     def __init__(self, model: Any, sites: Sequence[Site], mode: str, logits: bool, records: Records):
         self.outer, self.model, self.sites, self.mode, self.records = model, uncompiled(model), sites, mode, records
-        self.open = self.paused = False
+        self.open = self.paused = self.over = False
         self.sinks = [Sink(self, functools.partial(records.take, r)) for r in range(len(sites))]
         self.logit_sinks = [Sink(self, functools.partial(records.take_logits, r)) for r in range(len(sites))] if logits else []
         self.compiled = is_compiled(model)
@@ -70,7 +71,7 @@ class Attachment:
             raise
 
     def detach(self) -> None:
-        self.open, self.paused = False, True  # should a wrapped call outlive this
+        self.open, self.over = False, True
         self._stance.close()
         self._stack.close()
 
@@ -78,7 +79,7 @@ class Attachment:
         def keep(hook: Any) -> None:
             self._stack.callback(hook.remove)
 
-        if self.compiled:  # compiled code does not look again which hooks there are
+        if self.compiled or _has_compiled():  # compiled code does not look again which hooks there are
             torch.compiler.reset()
             self._stack.callback(torch.compiler.reset)
         keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -100,12 +101,24 @@ class Attachment:
             self._take_over()
 
     def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
-        """An attribute of `owner` becomes what is `made_of` it, until detached."""
-        if name in vars(owner):
-            self._stack.callback(setattr, owner, name, vars(owner)[name])
-        else:
-            self._stack.callback(delattr, owner, name)
-        setattr(owner, name, made_of(getattr(owner, name)))
+        """An attribute of `owner` becomes what is `made_of` it, until detached. Another recorder may have come on top of ours by
+        then, and puts back what was before ours."""
+        made = made_of(getattr(owner, name))
+        made.attachment, made.before = self, vars(owner).get(name)
+        setattr(owner, name, made)
+
+        def put_back() -> None:
+            if vars(owner)[name] is not made:
+                return
+            before = made.before
+            while (other := getattr(before, "attachment", None)) is not None and other.over:
+                before = before.before
+            if before is not None:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+        self._stack.callback(put_back)
 
     def _take_over(self) -> None:
         if any(hasattr(site.module, experts_implementation.SINK) for site in self.sites):
@@ -139,25 +152,29 @@ class Attachment:
         return run
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (torch.compiler.is_compiling() or self._bracketed):
+        if not self._bracketed:
             self._begin(args, kwargs)
 
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not (torch.compiler.is_compiling() or self._bracketed):
+        if not self._bracketed:
             self._end(output)
 
+    # A call that was compiled behind our back (torch.compile(model) with record(model), a compiled training step) breaks its
+    # graph here; record(torch.compile(model)) does not.
+    @torch.compiler.disable(reason="to record it without a graph break, record what torch.compile returned")
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.paused:
+        if self.paused or self.over:
             return
         self._stance.close()
-        if self.compiled and any(sink.tape is None for sink in self.sinks):
+        if (self.compiled or _has_compiled()) and any(sink.tape is None for sink in self.sinks):
             # until there are tapes (the first forward pass shows what they must hold) the sinks are plain Python
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         self.records.begin(args, kwargs)
         self.open = True
 
+    @torch.compiler.disable(reason="to record it without a graph break, record what torch.compile returned")
     def _end(self, output: Any) -> None:
-        if self.paused:
+        if self.paused or self.over:
             return
         self.open = False
         self._stance.close()
@@ -202,6 +219,12 @@ def is_compiled(model: Any) -> bool:
     return any(compiled) or hasattr(uncompiled(model), "_compiled_call")
 
 
+def _has_compiled() -> bool:
+    """Whether torch.compile has been at work in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"])
+
+
 def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
     """What a capture comes to: "auto" is dispatch where the model would run the stock grouped_mm on a GPU."""
     if capture not in CAPTURES:
@@ -209,6 +232,8 @@ def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
     called = [s.module for s in sites if s.adapter is None]
     fp8 = any(type(m).__name__.startswith("FP8") for m in called)  # has a registry of its own
     parallel = any(is_expert_parallel(m) for m in called)
+    if wants_expert_parallel(model) and not all(hasattr(m, "_is_expert_parallel") for m in called):
+        raise MoeInspectError("this release of transformers gives experts local ids under expert parallelism: 5.24 gives global ones")
     on_interface = all(hasattr(m, "is_transposed") and hasattr(m, "has_gate") for m in called)
     can = bool(called) and on_interface and hasattr(model, "set_experts_implementation")
     if capture == "dispatch" and (fp8 or parallel or not can):

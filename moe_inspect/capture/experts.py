@@ -32,8 +32,14 @@ def experts_forward(self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_wei
     `generate` decodes with; the flags on `self` say what this family's experts have."""
     sink = getattr(self, SINK, None)
     tape = sink(top_k_index, top_k_weights) if sink is not None else None
-    few = kernels.runs_triton(hidden_TH) and top_k_index.numel() <= FEW_SLOTS
-    return (_copied if few else _grouped)(self, hidden_TH, top_k_index, top_k_weights, tape)
+    copied = kernels.runs_triton(hidden_TH) and not torch.is_grad_enabled() and are_few(top_k_index.numel(), self.num_experts)
+    return (_copied if copied else _grouped)(self, hidden_TH, top_k_index, top_k_weights, tape)
+
+
+def are_few(slots: int, experts: int) -> bool:
+    """Whether a copy of its expert for each slot is the quicker way: hardly where slots must share experts, and never with a
+    gradient, which would keep the copies."""
+    return slots <= min(FEW_SLOTS, experts)
 
 
 def _grouped(self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None) -> Tensor:

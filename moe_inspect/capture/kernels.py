@@ -158,15 +158,16 @@ if triton is not None:
 
     @triton.jit
     def _write(
-        i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
-        K: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
+        i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
+        K: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
     ):  # fmt: skip
         """Slots `i` of this call onto the tape. The row's offset times K plus the slot is what axis analysis can see through:
         K values in a row become one vector store."""
         at = tl.load(cursor + lane)
         inside = i < _room(at, limit, enabled, T) * K
-        row = (at % (P * PAGES)).to(tl.int32) + i // K
-        offset = row // P % PAGES * page_values + base + row % P * K + i % K
+        row = (at % (P * pages)).to(tl.int32) + i // K
+        page = row // P  # what fits passes the ring's end at most once
+        offset = tl.where(page < pages, page, page - pages) * page_values + base + row % P * K + i % K
         if IDS:
             value = tl.where(somewhere, expert, MARK)
             tl.store(tape_ids + offset, value.to(tape_ids.dtype.element_ty), mask=inside)
@@ -182,10 +183,10 @@ if triton is not None:
         tl.store(cursor + lane, at + T * on)
         tl.store(dropped + lane, tl.load(dropped + lane) + T * on - _room(at, limit, enabled, T))
 
-    @triton.jit(do_not_specialize=["T", "lane"])
+    @triton.jit(do_not_specialize=["T", "lane", "pages"])
     def _record_kernel(
-        ids, weights, T, E, tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values,
-        K: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
+        ids, weights, T, E, tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values, pages,
+        K: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
         ALONE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -193,8 +194,8 @@ if triton is not None:
         expert, somewhere = tl.zeros([BLOCK], tl.int32), inside
         if IDS:
             expert, somewhere = _experts(ids, i, inside, E)
-        _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
-               K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+        _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
+               K, P, MARK, IDS, WEIGHTS)  # fmt: skip
         if ALONE:
             tl.debug_barrier()
             _advance(T, cursor, dropped, limit, enabled, lane)
@@ -207,17 +208,18 @@ if triton is not None:
         """What the kernels are told of a tape: tensors and numbers, those of the advance, and constants. Without one,
         `anything` stands where a tensor must."""
         if tape is None:
-            return (anything,) * 6 + (0, 0, 0), (), {"P": 16, "PAGES": 1, "MARK": 0, "IDS": False, "WEIGHTS": False}
+            return (anything,) * 6 + (0, 0, 0, 1), (), {"P": 16, "MARK": 0, "IDS": False, "WEIGHTS": False}
+        fed = ids_TK if ids_TK is not None else weights_TK
+        assert fed.shape[1] == tape.K, f"{fed.shape[1]} values a row on a tape of {tape.K}"
         state = (tape.cursor, tape.dropped, tape.limit, tape.enabled)
         pages = tuple(t if t is not None else anything for t in (tape.ids, tape.weights))
         constants = {
             "P": tape.P,
-            "PAGES": tape.pages,
             "MARK": tape.mark,
             "IDS": tape.ids is not None and ids_TK is not None,
             "WEIGHTS": tape.weights is not None and weights_TK is not None,
         }
-        return (*pages, *state, tape.lane, tape.base, tape.page_values), (*state, tape.lane), constants
+        return (*pages, *state, tape.lane, tape.base, tape.page_values, tape.pages), (*state, tape.lane), constants
 
     def record_triton(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
         """One launch for up to RECORD_BLOCK slots, else two: the cursor may only move when every program has read it."""
@@ -290,19 +292,19 @@ if triton is not None:
             base_E += tl.histogram(expert, BINS, mask=somewhere)
             nowhere += tl.sum((inside & (somewhere == 0)).to(tl.int32), 0)
 
-    @triton.jit(do_not_specialize=["T", "lane"])
+    @triton.jit(do_not_specialize=["T", "lane", "pages"])
     def _one_kernel(
         ids, weights, T, E, counts, offsets, permutation, inverse, token,
-        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values,
-        K: tl.constexpr, BINS: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr,
+        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values, pages,
+        K: tl.constexpr, BINS: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr,
         IDS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
         """The whole dispatch by one program."""
         i = tl.arange(0, BLOCK)
         expert, somewhere = _experts(ids, i, i < T * K, E)
         if IDS:
-            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
-                   K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
+                   K, P, MARK, IDS, WEIGHTS)  # fmt: skip
         count_E = tl.histogram(expert, BINS, mask=somewhere)
         e = tl.arange(0, BINS)
         end_E = tl.cumsum(count_E, 0)
@@ -314,11 +316,11 @@ if triton is not None:
             tl.debug_barrier()
             _advance(T, cursor, dropped, limit, enabled, lane)
 
-    @triton.jit(do_not_specialize=["T", "lane"])
+    @triton.jit(do_not_specialize=["T", "lane", "pages"])
     def _count_kernel(
         ids, weights, T, E, partial,
-        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values,
-        K: tl.constexpr, BINS: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr,
+        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values, pages,
+        K: tl.constexpr, BINS: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr,
         IDS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """First launch: partial[block, E] and the record."""
@@ -326,8 +328,8 @@ if triton is not None:
         i = block * BLOCK + tl.arange(0, BLOCK)
         expert, somewhere = _experts(ids, i, i < T * K, E)
         if IDS:
-            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
-                   K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
+                   K, P, MARK, IDS, WEIGHTS)  # fmt: skip
         e = tl.arange(0, BINS)
         tl.store(partial + block * E + e, tl.histogram(expert, BINS, mask=somewhere), mask=e < E)
 
@@ -440,11 +442,11 @@ def combine_torch(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) ->
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["T", "lane"])
+    @triton.jit(do_not_specialize=["T", "lane", "pages"])
     def _combine_kernel(
         y, ids, weights, inverse, offsets, out, T, E, H,
-        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values,
-        K: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
+        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values, pages,
+        K: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
         GROUPED: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A token's row, a part of its columns, a program. The very first program also records the whole call (`IDS`)."""
@@ -469,8 +471,8 @@ if triton is not None:
         if IDS and (tl.program_id(0) + tl.program_id(1) == 0):
             i = tl.arange(0, BLOCK)
             expert, somewhere = _experts(ids, i, i < T * K, E)
-            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values,
-                   K, P, PAGES, MARK, IDS, WEIGHTS)  # fmt: skip
+            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
+                   K, P, MARK, IDS, WEIGHTS)  # fmt: skip
             tl.debug_barrier()
             _advance(T, cursor, dropped, limit, enabled, lane)
 
@@ -478,8 +480,8 @@ if triton is not None:
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
         tape: Tape | None = None,
     ) -> Tensor:  # fmt: skip
-        """What `combine_torch` computes, in one pass over y and one launch, in the same roundings; places of no expert count
-        as zero. With `grouped` None, y is in slot order, and `tape` records the call (at most RECORD_BLOCK slots) in the same launch."""
+        """What `combine_torch` computes, in one pass over y and one launch, product and sum rounded as there (on a GPU torch
+        adds more than four slots in another order); places of no expert count as zero. With `grouped` None, y is in slot order, and `tape` records the call (at most RECORD_BLOCK slots) in the same launch."""
         T, K = weights_TK.shape
         H = y_SH.shape[1]
         assert tape is None or (grouped is None and T * K <= RECORD_BLOCK)

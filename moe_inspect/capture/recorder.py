@@ -24,7 +24,7 @@ from moe_inspect.capture.manifest import capture_facts, check_directory
 from moe_inspect.capture.models import config_record, vocabulary_table
 from moe_inspect.capture.ring import Rings
 from moe_inspect.capture.routers import Site, find_routers
-from moe_inspect.capture.rows import RowReader, Rows
+from moe_inspect.capture.rows import Given, RowReader, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
@@ -36,7 +36,7 @@ class Forward:
     """A forward pass on its way to the writer: its rows lie in the rings from position `start` on, the first `kept` of them."""
 
     number: int
-    rows: Rows
+    fed: Rows | Given
     start: int
     kept: int
     stands: list[Tensor]  # of each ring: where its cursors stood afterwards
@@ -65,8 +65,8 @@ class Recorder:
 
     `resume`, `manifest` and `shard_tokens` are for who plans the batches (`trace_model`).
 
-    A CUDA graph replayed by hand: record at least one forward pass as usual, capture another, then call `step` before each
-    replay.
+    A CUDA graph replayed by hand: record two forward passes of its shape as usual (the first shows what there is to record,
+    the second loads the kernels), capture another, then call `step` before each replay.
 
     Raises MoeInspectError for a dense model, a place that cannot be written, and, in a forward pass, where a router has not
     seen every token exactly once."""
@@ -125,7 +125,8 @@ class Recorder:
         self._leaving: deque[Forward] = deque()
         self._counts: DeviceCounts | None = None
         self._counting = False
-        self._current: Rows | None = None  # of the forward pass under way
+        self._current: Rows | Given | None = None  # what the forward pass under way is fed
+        self._given: Given | None = None  # the same, unless it was planned
         self._stepped = False  # it is one that `step` announced
         self._capturing = False  # it is one that a CUDA graph captures: nothing runs
         self._seen: list[int] = [0] * len(self.sites)
@@ -141,16 +142,18 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        status = "interrupted"
         try:
             self.attachment.detach()
             if kind is None:
                 self._finish()
+                status = "complete"
             # an interrupt may have cut a hand-over short: what is still in the ring is left out, so that no batch is missing
             # between others, and --resume feeds it again
             self._flush_counts()
         finally:
             if self.writer is not None:
-                self.writer.close("complete" if kind is None else "interrupted", quiet=kind is not None)
+                self.writer.close(status, quiet=status != "complete")
 
     def _chosen(self, sites: list[Site], layers: Sequence[int] | None) -> list[Site]:
         if layers is None:
@@ -182,56 +185,66 @@ class Recorder:
         if self._staged is not None or self.counts_only:
             raise MoeInspectError("step() follows a forward pass that was recorded as usual, into a trace")
         self._fixed = True
-        rows = self._next_rows((), inputs or {"input_ids": torch.full((1, tokens), -1)})
-        if len(rows.real) != tokens:
-            raise MoeInspectError(f"step({tokens}) with inputs of {len(rows.real)} rows")
-        self._start(rows)
+        fed = self._next((), inputs or {"input_ids": torch.full((1, tokens), -1)})
+        if tokens != fed.T:
+            raise MoeInspectError(f"step({tokens}) with inputs of {fed.T} rows")
+        self._start(fed)
         self._stepped = True
-        self.reader.confirm(inputs)
+        self._confirm(inputs)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Forward passes within are not recorded, CUDA graphs replayed within neither."""
         self._end_step()
-        self.attachment.paused = True
+        before, self.attachment.paused = self.attachment.paused, True
         if self._rings is not None:
             self._rings.enable(False)
         try:
             yield
         finally:
-            self.attachment.paused = False
+            self.attachment.paused = before
             if self._rings is not None:
-                self._rings.enable(True)
+                self._rings.enable(not before)
 
     # --- what the attachment says of a forward pass
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if self._capturing:  # only the kernels' launches matter; the host must not look at anything now
-            if self._staged is not None or self.counts_only:
-                raise MoeInspectError("record a forward pass before capturing a CUDA graph: what it routes must be known (no counts_only)")
+            if self._forwards < 2 or self.counts_only:
+                raise MoeInspectError("record two forward passes before capturing a CUDA graph, and a trace, not counts_only")
             self._fixed = True
             return
-        rows = self._next_rows(args, kwargs)
+        fed = self._next(args, kwargs)
         self._seen = [0] * len(self.sites)
         if self._staged is not None:
-            self._current = rows
+            self._current = self._read(fed)
             self._staged = [[] for _ in self.sites]
             self._staged_logits = [[] for _ in self.sites]
         elif self._counts is not None:
-            self._current = rows
+            self._current = rows = self._read(fed)
             self._counting = self._forwards % self.every == 0
             if self._counting:
                 self._counts.begin(rows, len(self.reader.domains))
         else:
-            self._start(rows)
+            self._start(fed)
 
-    def _next_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    def _next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | Given:
         """What the coming forward pass is fed: as planned, else as its arguments say."""
-        planned, self._planned = self._planned, None
-        if planned is not None and planned.number is not None:
+        planned, self._planned, self._given = self._planned, None, None
+        if planned is None:
+            self._given = self.reader.note(args, kwargs)
+            return self._given
+        if planned.number is not None:
             self._forwards = planned.number
-        return planned or self.reader.read(args, kwargs)
+        return planned
+
+    def _read(self, fed: Rows | Given) -> Rows:
+        return fed if isinstance(fed, Rows) else self.reader.rows(fed)
+
+    def _confirm(self, output: Any) -> None:
+        if self._given is not None:
+            self.reader.confirm(self._given, output)
 
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
         """One call of router r, before there is a tape or where there is none."""
@@ -254,17 +267,17 @@ class Recorder:
             self._end_counted(self._counts)
         else:
             self._end_forward()
-        self.reader.confirm(output)
+        self._confirm(output)
 
     # --- a forward pass that is recorded on tapes
 
-    def _start(self, rows: Rows) -> None:
+    def _start(self, fed: Rows | Given) -> None:
         """Back-pressure is here: waits until the rings have room, unless decisions may be dropped."""
         self._end_step()
-        rings, T = self._rings, len(rows.real)
+        rings, T = self._rings, fed.T
         assert rings is not None
         if self._current is not None:  # the forward pass before this one failed
-            rings.rewind()
+            rings.rewind(self._dropped_rows)
         self._drain()
         too_large = rings.fits < T
         while rings.room < T and self._leaving and (too_large or not self.drop):
@@ -276,25 +289,23 @@ class Recorder:
                     f"record with ring_tokens={T}"
                 )
             self._make_rings(T)
-        self._current = rows
+        self._current = self._read(fed) if rings.at_once else fed
 
     def _end_forward(self) -> None:
         """A forward pass has been launched, and need not have run."""
-        rings, rows = self._rings, self._current
+        rings, fed = self._rings, self._current
         assert rings is not None
-        assert rows is not None
-        T = len(rows.real)
-        forward = Forward(self._forwards, rows, rings.head, min(T, max(0, rings.room)), rings.stands())
+        assert fed is not None
+        T = fed.T
+        forward = Forward(self._forwards, fed, rings.head, min(T, max(0, rings.room)), rings.stands())
         if rings.at_once:  # else it is seen when it has arrived
             self._check(forward)
         rings.end(T)
         self._leaving.append(forward)
+        self.reader.settle()
         self._current = None
         self._forwards += 1
-        self.tokens += int(rows.real[: forward.kept].sum())
         self._dropped_rows += T - forward.kept
-        if self.writer is not None:
-            self.writer.dropped += int(rows.real[forward.kept :].sum()) * len(self.sites)
         self._drain()
 
     def _end_step(self) -> None:
@@ -307,7 +318,7 @@ class Recorder:
         """Every router must have seen every token exactly once, or the trace would be silently wrong."""
         assert self._rings is not None
         seen = self._rings.seen(forward.stands, forward.start)
-        self._check_seen(len(forward.rows.real), *seen)
+        self._check_seen(forward.fed.T, *seen)
 
     def _check_seen(self, T: int, seen: Sequence[int], logits: Sequence[int] | None = None) -> None:
         for site, n in zip(self.sites, seen, strict=True):
@@ -330,22 +341,25 @@ class Recorder:
             if self.drop and not wait and self.writer.full:
                 return
             forward = self._leaving[0]
-            if not rings.arrived(forward.start + len(forward.rows.real), wait):
+            if not rings.arrived(forward.start + forward.fed.T, wait):
                 return
             if not rings.at_once:
                 self._check(forward)
             self._hand_over(forward)
-            rings.handed_over(forward.start + len(forward.rows.real))
+            rings.handed_over(forward.start + forward.fed.T)
             self._leaving.popleft()
             most = most - 1 if most is not None else None
 
     def _hand_over(self, forward: Forward) -> None:
-        rings, rows = self._rings, forward.rows
+        rings, rows = self._rings, self._read(forward.fed)
+        self.reader.settle()
         assert rings is not None
         assert self.writer is not None
         real = rows.real[: forward.kept]
         keep = None if real.all() else np.flatnonzero(real)
         n = int(real.sum())
+        self.tokens += n
+        self.writer.dropped += (int(rows.real.sum()) - n) * len(self.sites)
 
         def of(kind: str) -> list[np.ndarray]:
             return [rings.rows(kind, r, forward.start, forward.kept, keep) for r in range(len(self.sites))]
@@ -371,20 +385,23 @@ class Recorder:
     def _finish(self) -> None:
         """Everything to the writer; device and host must agree on what was dropped."""
         self._end_step()
+        if self._rings is not None:
+            self._rings.synchronize()
         self._drain(wait=True)
         if self._rings is None:
             return
         if self._current is not None:  # the last forward pass failed
-            self._rings.rewind()
-        dropped = self._rings.dropped()  # waits for the device
-        self._check_seen(0, *self._rings.seen(self._rings.stands(), self._rings.head))
+            self._rings.rewind(self._dropped_rows)
+        stands, dropped = self._rings.stands(), self._rings.dropped()  # the second waits for the device, and for the first
+        self._check_seen(0, *self._rings.seen(stands, self._rings.head))
         assert all(n == self._dropped_rows for n in dropped), f"the device dropped {dropped} rows, the host {self._dropped_rows}"
 
     # --- a forward pass that is counted
 
     def _end_counted(self, counts: DeviceCounts) -> None:
         rows, self._current = self._current, None
-        assert rows is not None
+        assert isinstance(rows, Rows)
+        self.reader.settle()
         if self._counting:
             self._check_seen(len(rows.real), self._seen)
             counts.end(rows, self._forwards)
@@ -404,8 +421,8 @@ class Recorder:
         kept aside (`_staged`), and are written now."""
         staged, logits, rows = self._staged, self._staged_logits, self._current
         assert staged is not None
-        assert rows is not None
-        T = len(rows.real)
+        assert isinstance(rows, Rows)
+        T = rows.T
         self._check_seen(T, [_length(calls) for calls in staged], [_length(calls) for calls in logits] if self.logits else None)
         first = [calls[0] for calls in staged]
         self.routers = [
@@ -417,6 +434,8 @@ class Recorder:
                 self._refuse_probabilities(r, calls[0])
         self._shape = [(ids.device, ids.shape[1], s.experts) for s, (ids, _) in zip(self.sites, first, strict=True)]
         self._weight_dtype = torch.bfloat16 if all(w.dtype == torch.bfloat16 for _, w in first) else torch.float16
+        if not self.counts_only:
+            self._make_rings(self.ring_tokens or T)
         if self.path is not None:
             self.writer = self._open_writer()
         self._staged, self._staged_logits = None, []
@@ -428,7 +447,6 @@ class Recorder:
                 for choice in calls:
                     self.take(r, *choice)
             return
-        self._make_rings(self.ring_tokens or T)
         self._current = None
         self._start(rows)
         assert self._rings is not None
@@ -448,6 +466,7 @@ class Recorder:
         """Rings that hold forward passes of `rows` rows; those before them, if any, are empty."""
         assert not self._leaving
         self._rings = Rings(self._shape, self._weight_dtype if self.weights else None, self.logits, rows)
+        self._rings.rewind(self._dropped_rows)
         for sink, tape in zip(self.attachment.sinks, self._rings.tapes, strict=True):
             sink.tape = tape
         for sink, tape in zip(self.attachment.logit_sinks, self._rings.logit_tapes, strict=True):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.kernels import Tape
+from moe_inspect.errors import MoeInspectError
 
 PAGE_ROWS = 1024  # on a CPU a page is its own host copy, and few large ones cost less
 PAGE_ROWS_CPU = 4096
@@ -28,14 +29,19 @@ class SideStream:
 
     def __init__(self, device: torch.device, pages: int):
         self.device, self.stream = device, torch.cuda.Stream(device)
+        self.source = torch.cuda.current_stream(device)  # that the last forward pass ran on
         self.copied = [torch.cuda.Event() for _ in range(pages)]
 
     def pinned(self, like: Tensor) -> Tensor:
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
+
+    def follow(self) -> None:
+        """A forward pass has been launched on the current stream."""
+        self.source = torch.cuda.current_stream(self.device)
 
     def copy(self, page: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Starts copying (to, from) once what has been launched so far on the current stream has run."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        """Starts copying (to, from) once the forward passes launched so far have run."""
+        self.stream.wait_stream(self.source)
         with torch.cuda.stream(self.stream):
             for host, device in pairs:
                 host.copy_(device, non_blocking=True)
@@ -45,6 +51,9 @@ class SideStream:
         if wait:
             self.copied[page].synchronize()
         return self.copied[page].query()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
 
 
 def side_stream(device: torch.device, pages: int) -> SideStream | None:
@@ -76,6 +85,12 @@ class Ring:
         # one value is kept for "nowhere", so 256 experts need the wider type
         kinds = {"ids": torch.uint8 if max(experts) < 256 else torch.int16, "weights": weight_dtype, "logits": torch.float16}
         lanes = len(self.slots) * (2 if logits else 1)
+        widest = max(map(sum, widths.values()))
+        if self.capacity * widest >= 2**31:  # the kernels reckon offsets in 32 bits
+            most = 2**31 // widest // self.P // 2 * self.P
+            raise MoeInspectError(
+                f"{rows:,} rows a forward pass of {widest:,} values each are too many at once: feed at most {most:,} tokens"
+            )
         with torch.inference_mode(False):  # a page made in inference mode could not be written outside it
             made = {name: torch.empty(self.pages * self.P * sum(w), dtype=kinds[name], device=device) for name, w in widths.items() if w}
             self.host = {name: self.side.pinned(t) if self.side else t for name, t in made.items()}
@@ -130,6 +145,8 @@ class Ring:
 
     def end(self, rows: int) -> None:
         """A forward pass of `rows` rows has been launched: the pages it filled start to leave."""
+        if self.side is not None:
+            self.side.follow()
         self.head += rows
         self._leave(self.head // self.P)
 
@@ -174,9 +191,11 @@ class Ring:
             self.drained = position // self.P
             self.limit.fill_((self.drained + self.pages) * self.P)
 
-    def rewind(self) -> None:
-        """Back to the end of the last forward pass that ended: one failed, and its rows are written over."""
+    def rewind(self, dropped: int) -> None:
+        """Back to the end of the last forward pass that ended, with `dropped` rows then: one failed, and its rows are written
+        over."""
         self.cursor.fill_(self.head)
+        self.dropped.fill_(dropped)
 
 
 class Rings:
@@ -212,9 +231,14 @@ class Rings:
         for ring in self._rings:
             ring.enabled.fill_(int(on))
 
-    def rewind(self) -> None:
+    def rewind(self, dropped: int) -> None:
         for ring in self._rings:
-            ring.rewind()
+            ring.rewind(dropped)
+
+    def synchronize(self) -> None:
+        for ring in self._rings:
+            if ring.side is not None:
+                ring.side.synchronize()
 
     def end(self, rows: int) -> None:
         for ring in self._rings:

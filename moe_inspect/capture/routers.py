@@ -122,6 +122,12 @@ def is_expert_parallel(module: torch.nn.Module) -> bool:
     return getattr(module, "_is_expert_parallel", False)
 
 
+def wants_expert_parallel(model: Any) -> bool:
+    """Whether the model was loaded with its experts shared out over ranks."""
+    distributed = getattr(model.config, "distributed_config", None)
+    return bool(getattr(distributed, "enable_expert_parallel", False) or (getattr(distributed, "ep_size", None) or 1) > 1)
+
+
 def scoring_of(config: Any) -> str:
     """How logits become scores."""
     stated = getattr(config, "scoring_func", None)

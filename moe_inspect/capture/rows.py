@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import Document
@@ -32,8 +33,38 @@ class Rows:
     number: int | None = None  # of the forward pass, from who planned it
     group: int | None = None  # passes that are committed together, or not at all
 
+    @property
+    def T(self) -> int:
+        return len(self.real)
+
 
 State = tuple[np.ndarray, np.ndarray, np.ndarray]  # document, sequence and domain code of each batch row, [B] each
+
+
+@dataclass
+class Held:
+    """What a key-value cache holds: `length` positions of each row and, once that is read, of which sequences."""
+
+    length: int
+    state: State | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a forward pass was called with: copies on the host, whole once it has run (the host waits for nothing)."""
+
+    B: int
+    S: int
+    token_BS: torch.Tensor | None
+    mask_BS: torch.Tensor | None
+    position: torch.Tensor | None  # [B, S] or [S]
+    labels: dict[str, Sequence[Any] | None]
+    before: Held | None  # of the cache it was given
+    after: Held
+
+    @property
+    def T(self) -> int:
+        return self.B * self.S
 
 
 class RowReader:
@@ -46,21 +77,12 @@ class RowReader:
         self._next_labels: dict[str, Sequence[Any] | None] = {}
         self._names: dict[Any, int] = {}
         self._documents = self._sequences = 0
-        self._state_of: WeakKeyDictionary[Any, State] = WeakKeyDictionary()  # key-value cache → the rows it holds
-        self._read_state: State | None = None  # of the forward pass under way
-        self._undo: tuple[int, int, list[Any]] | None = None  # counters before the forward pass under way, names new in it
+        self._held: WeakKeyDictionary[Any, Held] = WeakKeyDictionary()  # key-value cache → the rows it holds
+        self._undo: tuple[int, int, list[Any]] | None = None  # counters before the rows read last, names new in them
 
     def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
         """Document and domain of each batch row of the next forward pass."""
         self._next_labels = {"documents": documents, "domains": domains}
-
-    def confirm(self, output: Any) -> None:
-        """The forward pass that was read is over and recorded, and this is what it returned: the key-value cache in it holds
-        the rows read. One that failed is forgotten at the next `read`."""
-        self._undo = None
-        cache = cache_among(output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ())
-        if cache is not None and self._read_state is not None:
-            self._state_of[cache] = self._read_state
 
     def domain_code(self, label: str) -> int:
         """The code of a domain label, new or known."""
@@ -68,25 +90,19 @@ class RowReader:
             self.domains.append(label)
         return self.domains.index(label)
 
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-        """What these arguments of the model's call feed it."""
+    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """What these arguments of the model's call feed it, to be read by `rows`."""
         names = ("input_ids", "attention_mask", "position_ids")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         fed = ids if ids is not None else embeds
         if fed is None:
             raise MoeInspectError("record saw a forward pass with neither input_ids nor inputs_embeds")
-        if self._undo is not None:
-            self._documents, self._sequences, names_to_forget = self._undo
-            for name in names_to_forget:
-                del self._names[name]
-        self._undo = (self._documents, self._sequences, [])
         B, S = fed.shape[:2]
         cache = cache_among(given.values())
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        real_BS = _real(given.get("attention_mask"), B, S)
-        token_BS = ids.cpu().numpy() if ids is not None else np.full((B, S), -1)
-        position_BS = np.broadcast_to(_positions(given.get("position_ids"), past, S), (B, S))
+        before = self._held.get(cache) if cache is not None else None
+        past = _length(cache, before) if cache is not None else 0
+        mask, position = given.get("attention_mask"), given.get("position_ids")
         labels = {
             name: given_now if (given_now := self._next_labels.get(name)) is not None else usual for name, usual in self._labels.items()
         }
@@ -94,16 +110,45 @@ class RowReader:
         for name, values in labels.items():
             if values is not None and len(values) != B:
                 raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")
-        state = self._state_of.get(cache) if past else None
+        if position is None:
+            position = torch.arange(past, past + S)
+        elif position.dim() == 3:  # of the several planes of multimodal positions the first is the text's
+            position = position[0]
+        token_BS, mask_BS, position = (_kept(t) for t in (ids, _mask(mask, B, S, past), position))
+        return Given(B, S, token_BS, mask_BS, position, labels, before if past else None, Held(past + S))
+
+    def confirm(self, given: Given, output: Any) -> None:
+        """The forward pass has been launched, and returned this: the key-value cache in it holds the rows it was given."""
+        cache = cache_among(output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ())
+        if cache is not None:
+            self._held[cache] = given.after
+
+    def rows(self, given: Given) -> Rows:
+        """The rows of a forward pass, in the order of the passes. Unless `settle` follows it failed, and the next one takes
+        its numbers."""
+        if self._undo is not None:
+            self._documents, self._sequences, names_to_forget = self._undo
+            for name in names_to_forget:
+                del self._names[name]
+        self._undo = (self._documents, self._sequences, [])
+        B, S = given.B, given.S
+        real_BS = given.mask_BS.numpy().astype(bool) if given.mask_BS is not None else np.ones((B, S), bool)
+        token_BS = given.token_BS.numpy() if given.token_BS is not None else np.full((B, S), -1)
+        position_BS = np.broadcast_to(given.position.numpy() if given.position is not None else 0, (B, S))
+        state = given.before.state if given.before is not None else None
         if state is not None and len(state[0]) == B:
             document_BS, sequence_BS, domain_BS = (np.repeat(rows[:, None], S, 1) for rows in state)
             new: list[Document] = []
         else:
-            document_BS, sequence_BS, domain_BS, new = self._number(real_BS, position_BS, **labels)
-        self._read_state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
+            document_BS, sequence_BS, domain_BS, new = self._number(real_BS, position_BS, **given.labels)
+        given.after.state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
         real = real_BS.reshape(-1)
         flat = [a.reshape(-1)[real].astype(np.int32) for a in (token_BS, document_BS, sequence_BS, position_BS, domain_BS)]
-        return Rows(real, *flat, documents=new, phase="decode" if past and S == 1 else "prefill")
+        return Rows(real, *flat, documents=new, phase="decode" if given.after.length > S and S == 1 else "prefill")
+
+    def settle(self) -> None:
+        """The rows read last were recorded."""
+        self._undo = None
 
     def _number(
         self, real_BS: np.ndarray, position_BS: np.ndarray, documents: Sequence[Any] | None, domains: Sequence[str] | None
@@ -141,18 +186,31 @@ def cache_among(values: Iterable[Any]) -> Any:
     return next((v for v in values if hasattr(v, "get_seq_length")), None)
 
 
-def _real(mask: Any, B: int, S: int) -> np.ndarray:
-    """bool [B, S]: what is no padding."""
-    if mask is None or (B == 1 and getattr(mask, "ndim", None) != 2):  # a single row needs no padding
-        return np.ones((B, S), bool)
-    if getattr(mask, "ndim", None) != 2:
-        kind = f"{mask.ndim}-D" if hasattr(mask, "ndim") else type(mask).__name__
+def _length(cache: Any, held: Held | None) -> int:
+    """Positions in a cache. A static one counts on its device: asked only where nobody has counted along."""
+    length = cache.get_seq_length()
+    return held.length if held is not None and getattr(length, "is_cuda", False) else int(length)
+
+
+def _kept(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy on the host, which waits for nothing: whole once what has been launched so far has run."""
+    if tensor is None or not tensor.is_cuda:
+        return tensor.detach().clone() if tensor is not None else None
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _mask(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:
+    """[B, S], true for what is no padding; None where nothing is."""
+    if isinstance(mask, dict):  # one a kind of layer
+        mask = mask.get("full_attention")
+    ndim = getattr(mask, "ndim", None)
+    if mask is None or (B == 1 and ndim != 2):  # a single row needs no padding
+        return None
+    if ndim == 4 and mask.shape[2] == S and mask.shape[3] >= past + S:
+        # made for a static cache, [B, 1, S, keys]: a row's last position sees whatever of it is no padding
+        last = mask[:, 0, -1, past : past + S]
+        return (last if last.dtype == torch.bool else last == 0).expand(B, S)
+    if ndim != 2:
+        kind = f"{ndim}-D" if ndim is not None else type(mask).__name__
         raise MoeInspectError(f"record cannot tell padding from a {kind} attention mask: give the model the [rows, positions] one")
-    return mask[:, -S:].cpu().numpy().astype(bool)
-
-
-def _positions(given: Any, past: int, S: int) -> np.ndarray:
-    """[B, S] or [S]; of the several planes of multimodal positions the first is the text's."""
-    if given is None:
-        return np.arange(past, past + S)
-    return (given[0] if given.dim() == 3 else given).cpu().numpy()
+    return mask[:, -S:]
