@@ -10,7 +10,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev]'
 	touch $@
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-families lint bench clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,10 @@ demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus, rep
 
 test: $(VENV)/.installed ## The whole test suite
 	$(BIN)/python -m pytest
+
+test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes docs/families.md
+	$(BIN)/python -m tests.test_zoo
+	$(BIN)/python -m pytest -s tests/test_zoo.py
 
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .

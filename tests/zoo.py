@@ -223,6 +223,23 @@ def routed_layers(model: Any) -> str:
     return ", ".join((f"{stack}: " if len(stacks) > 1 else "") + " ".join(map(str, sorted(layers))) for stack, layers in stacks.items())
 
 
+def page(how: dict[str, str]) -> str:
+    """The families and how each is traced, as Markdown."""
+    counts = {kind: sum(said.startswith(kind) for said in how.values()) for kind in ("dispatch", "tap", "adapter", "refused")}
+    lines = [
+        f"# The {len(how)} Mixture-of-Experts families of transformers {hf.__version__}",
+        "",
+        f"{counts['dispatch']} can be traced by dispatch or tap, {counts['tap']} by tap, {counts['adapter']} by an adapter; "
+        f"{counts['refused']} are refused. Each is built as a tiny random model and compared with what it executes, found without the",
+        "hook (`tests/test_zoo.py`). Written by `make test-families`.",
+        "",
+        "| family | class | |",
+        "|---|---|---|",
+        *(f"| {f} | {model_class(f).__name__ if f not in WHY_NOT else ''} | {said} |" for f, said in how.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()

@@ -40,14 +40,19 @@ class Sink:
 
     def __init__(self, attachment: Attachment, take: Callable[..., None]):
         self.attachment, self.take = attachment, take
-        self.tape: Tape | None = None
+        self.tapes: list[Tape] = []  # one for each time that a forward pass runs its layer
+        self.calls = 0  # in the forward pass under way
 
     def __call__(self, *values: Tensor) -> Tape | None:
         if not self.attachment.open:
             return None
-        if self.tape is None:
+        if not self.tapes:
             self.take(*(v.detach() for v in values))
-        return self.tape
+            return None
+        if len(self.tapes) == 1:
+            return self.tapes[0]
+        self.calls += 1
+        return self.tapes[(self.calls - 1) % len(self.tapes)]
 
 
 class Attachment:
@@ -91,7 +96,9 @@ class Attachment:
         if hasattr(self.model, "get_compiled_call"):  # what `generate` decodes with on a GPU
             self._replace(self.model, "get_compiled_call", lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)))
         for r, site in enumerate(self.sites):
-            if site.adapter is not None:
+            if site.adapter is not None and site.adapter.at_call:
+                keep(site.module.register_forward_pre_hook(_adapted_call(self.sinks[r], site.adapter.choice), with_kwargs=True))
+            elif site.adapter is not None:
                 keep(site.module.register_forward_hook(_adapted(self.sinks[r], site.adapter.choice)))
             elif self.mode == "tap":
                 keep(site.module.register_forward_pre_hook(_tapped(self.sinks[r]), with_kwargs=True))
@@ -166,9 +173,11 @@ class Attachment:
         if self.paused or self.over:
             return
         self._stance.close()
-        if (self.compiled or _has_compiled()) and any(sink.tape is None for sink in self.sinks):
+        if (self.compiled or _has_compiled()) and not all(sink.tapes for sink in self.sinks):
             # until there are tapes (the first forward pass shows what they must hold) the sinks are plain Python
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        for sink in (*self.sinks, *self.logit_sinks):
+            sink.calls = 0
         self.records.begin(args, kwargs)
         self.open = True
 
@@ -192,7 +201,16 @@ def _tapped(sink: Sink) -> Callable[..., None]:
 
 def _adapted(sink: Sink, choice_of: Callable[..., Any]) -> Callable[..., None]:
     def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        choice = choice_of(module, output)
+        choice = choice_of(module, list(args), output)
+        if (tape := sink(*choice)) is not None:
+            kernels.record(tape, *choice)
+
+    return hook
+
+
+def _adapted_call(sink: Sink, choice_of: Callable[..., Any]) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        choice = choice_of(module, [*args, *kwargs.values()], None)
         if (tape := sink(*choice)) is not None:
             kernels.record(tape, *choice)
 

@@ -110,7 +110,8 @@ class Recorder:
             raise MoeInspectError(f"{type(self.model).__name__} does not show its router logits: trace without --logits")
         if self.path is not None and resume is None:
             check_directory(self.path, overwrite)
-        self.routers: list[Router] = []
+        self.routers: list[Router] = []  # a site's one after another: a layer that runs twice has two
+        self._routers_of: list[list[int]] = []  # of each site
         self.writer: TraceWriter | None = None
         self.tokens = 0
         self.reader = RowReader(documents, domains)
@@ -251,8 +252,10 @@ class Recorder:
         row, self._seen[r] = self._seen[r], self._seen[r] + len(ids_TK)
         if self._staged is not None:
             self._staged[r].append((ids_TK.clone(), weights_TK.clone()))
-        elif self._counts is not None and self._counting:
-            self._counts.add(r, row, ids_TK, weights_TK)
+        elif self._counts is not None and self._counting and self._current is not None:
+            time, row = divmod(row, self._current.T)
+            if time < len(self._routers_of[r]):  # else the completeness check speaks of it
+                self._counts.add(self._routers_of[r][time], row, ids_TK, weights_TK)
 
     def take_logits(self, r: int, logits_TE: Tensor) -> None:
         self._staged_logits[r].append(logits_TE.clone())
@@ -321,16 +324,19 @@ class Recorder:
         self._check_seen(forward.fed.T, *seen)
 
     def _check_seen(self, T: int, seen: Sequence[int], logits: Sequence[int] | None = None) -> None:
-        for site, n in zip(self.sites, seen, strict=True):
+        for path, n in zip(self._paths(), seen, strict=True):
             if n != T:
-                why = "fused experts, or a layer that runs several times"
+                why = "fused experts, or a layer that runs now once and now twice"
                 raise MoeInspectError(
-                    f"{site.path} routed {n} rows in a forward pass of {T}: this model's routing cannot be seen "
+                    f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be seen "
                     f"({why + ', or a CUDA graph replayed without step()' if self._fixed else why})"
                 )
-        for site, n in zip(self.sites, logits or (), strict=logits is not None):
+        for path, n in zip(self._paths(), logits or (), strict=logits is not None):
             if n != T:
-                raise MoeInspectError(f"{site.path} showed logits of {n} rows in a forward pass of {T}: trace without --logits")
+                raise MoeInspectError(f"{path} showed logits of {n} rows in a forward pass of {T}: trace without --logits")
+
+    def _paths(self) -> list[str]:
+        return [r.path for r in self.routers] or [s.path for s in self.sites]
 
     def _drain(self, wait: bool = False, most: int | None = None) -> None:
         """Hands the forward passes that have arrived to the writer, up to `most`; with `wait` waits for them, and for it."""
@@ -359,10 +365,10 @@ class Recorder:
         keep = None if real.all() else np.flatnonzero(real)
         n = int(real.sum())
         self.tokens += n
-        self.writer.dropped += (int(rows.real.sum()) - n) * len(self.sites)
+        self.writer.dropped += (int(rows.real.sum()) - n) * len(self.routers)
 
         def of(kind: str) -> list[np.ndarray]:
-            return [rings.rows(kind, r, forward.start, forward.kept, keep) for r in range(len(self.sites))]
+            return [rings.rows(kind, r, forward.start, forward.kept, keep) for r in range(len(self.routers))]
 
         self.writer.write(
             RoutedBatch(
@@ -403,7 +409,8 @@ class Recorder:
         assert isinstance(rows, Rows)
         self.reader.settle()
         if self._counting:
-            self._check_seen(len(rows.real), self._seen)
+            times = [len(routers) for routers in self._routers_of]
+            self._check_seen(rows.T, [n // t for n, t in zip(self._seen, times, strict=True) for _ in range(t)])
             counts.end(rows, self._forwards)
             if rows.group is None:
                 self.end_group()
@@ -423,29 +430,31 @@ class Recorder:
         assert staged is not None
         assert isinstance(rows, Rows)
         T = rows.T
-        self._check_seen(T, [_length(calls) for calls in staged], [_length(calls) for calls in logits] if self.logits else None)
-        first = [calls[0] for calls in staged]
-        self.routers = [
-            Router(s.layer, s.path.split(".", 1)[-1], s.path, s.experts, ids.shape[1], s.scoring, s.shared_experts)
-            for s, (ids, _) in zip(self.sites, first, strict=True)
-        ]
+        times = [len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1 for calls in staged]
+        seen = [_length(calls) // t for calls, t in zip(staged, times, strict=True)]
+        self._check_seen(T, seen, [_length(calls) // t for calls, t in zip(logits, times, strict=True)] if self.logits else None)
         for r, calls in enumerate(logits):
             if calls:
                 self._refuse_probabilities(r, calls[0])
-        self._shape = [(ids.device, ids.shape[1], s.experts) for s, (ids, _) in zip(self.sites, first, strict=True)]
+        runs = [(site, time) for site, t in zip(self.sites, times, strict=True) for time in range(t)]
+        staged, logits = _by_run(staged, times), _by_run(logits, times)
+        first = [calls[0] for calls in staged]
+        self._shape = [(ids.device, ids.shape[1], site.experts) for (site, _), (ids, _) in zip(runs, first, strict=True)]
+        self._routers_of = [[n for n, (s, _) in enumerate(runs) if s is site] for site in self.sites]
         self._weight_dtype = torch.bfloat16 if all(w.dtype == torch.bfloat16 for _, w in first) else torch.float16
+        self.routers = [_router(site, time, shape[1]) for (site, time), shape in zip(runs, self._shape, strict=True)]
+        if self.path is not None and self.writer is None:
+            self.writer = self._open_writer()
         if not self.counts_only:
             self._make_rings(self.ring_tokens or T)
-        if self.path is not None:
-            self.writer = self._open_writer()
         self._staged, self._staged_logits = None, []
         if self.counts_only:
             self._counts, self._counting = DeviceCounts(self.routers, [ids.device for ids, _ in first], self.weights), True
             self._counts.begin(rows, len(self.reader.domains))
             self._seen = [0] * len(self.sites)
-            for r, calls in enumerate(staged):
-                for choice in calls:
-                    self.take(r, *choice)
+            for site, routers in enumerate(self._routers_of):
+                for choice in [choice for r in routers for choice in staged[r]]:
+                    self.take(site, *choice)
             return
         self._current = None
         self._start(rows)
@@ -467,10 +476,9 @@ class Recorder:
         assert not self._leaving
         self._rings = Rings(self._shape, self._weight_dtype if self.weights else None, self.logits, rows)
         self._rings.rewind(self._dropped_rows)
-        for sink, tape in zip(self.attachment.sinks, self._rings.tapes, strict=True):
-            sink.tape = tape
-        for sink, tape in zip(self.attachment.logit_sinks, self._rings.logit_tapes, strict=True):
-            sink.tape = tape
+        for sinks, tapes in ((self.attachment.sinks, self._rings.tapes), (self.attachment.logit_sinks, self._rings.logit_tapes)):
+            for sink, routers in zip(sinks, self._routers_of, strict=False):
+                sink.tapes = [tapes[r] for r in routers]
 
     def _open_writer(self) -> TraceWriter:
         assert self.path is not None
@@ -519,6 +527,17 @@ class Recorder:
 
 
 record = Recorder  # the public name: `with moe_inspect.record(model, path): …`
+
+
+def _router(site: Site, time: int, top_k: int) -> Router:
+    again = f" (run {time + 1})" if time else ""
+    name, path = site.path.split(".", 1)[-1] + again, site.path + again
+    return Router(site.layer, name, path, site.experts, top_k, site.scoring, site.shared_experts)
+
+
+def _by_run(calls_of: list[list[Any]], times: list[int]) -> list[list[Any]]:
+    """The calls of each site → the calls of each run of its layer."""
+    return [run for calls, t in zip(calls_of, times, strict=True) for run in ([[c] for c in calls] if t > 1 else [calls])]
 
 
 def _length(calls: Sequence[Any]) -> int:

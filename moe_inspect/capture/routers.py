@@ -1,12 +1,13 @@
 """Finds every router of a model: the seam where its choice is handed over.
 
 A family on transformers' experts interface, or with the same call, needs no entry here: its experts module is called with
-the router's choice. `ADAPTERS` holds the few families with no such call: a router class → a function of that router's
-output. T tokens, K slots, E experts.
+the router's choice. `ADAPTERS` holds the few that have no such call, or mean something else by it: a class → what its router
+chose. T tokens, K slots, E experts.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +23,17 @@ Choice = tuple["torch.Tensor", "torch.Tensor"]  # expert ids int [T, K], gate we
 
 @dataclass(frozen=True)
 class Adapter:
-    """`choice`: what the router chose, from its output. `logits_index`: where its logits are in it."""
+    """`choice`: what the router chose, of (module, arguments, output); with `at_call` the module is the experts', and there is no
+    output yet. `logits_index`: where in the output the router logits are, if it is a router. `experts`: E, where the module does
+    not say. `alone`: the tokens of a batch change each other's routing, so that sequences are fed one at a time. `applies`: to
+    which modules of the class."""
 
-    choice: Callable[[torch.nn.Module, Any], Choice]
-    logits_index: int
+    choice: Callable[[torch.nn.Module, list[Any], Any], Choice]
+    at_call: bool = False
+    logits_index: int | None = None
+    experts: Callable[[Any], int] | None = None
+    alone: bool = False
+    applies: Callable[[Any], bool] = lambda module: True
 
 
 @dataclass(frozen=True)
@@ -45,16 +53,62 @@ class Site:
     logits_index: int | None = None
 
 
-def _llama4(router: torch.nn.Module, output: Any) -> Choice:
+def _llama4(router: Any, arguments: list[Any], output: Any) -> Choice:
     # the score multiplies the expert's input; every expert is called, with zeros where it was not chosen
     scores_TE, logits_TE = output
     ids_TK = logits_TE.topk(router.top_k, dim=1).indices  # the router's own call on its own logits
     return ids_TK, scores_TE.gather(1, ids_TK)
 
 
-ADAPTERS = {"Llama4Router": Adapter(_llama4, logits_index=1)}
+def _jetmoe(router: Any, arguments: list[Any], output: Any) -> Choice:
+    # two a block: of the MLP's experts, and of the attention's; what it returns is sorted by expert, but for the logits
+    values_TK, ids_TK = output[4].topk(router.top_k, dim=1)
+    return ids_TK, values_TK.softmax(1).type_as(values_TK)
+
+
+def _doge(mixture: Any, arguments: list[Any], output: Any) -> Choice:
+    # product keys: an expert is a pair of keys, and the k best pairs are among those of the best keys of each set
+    (x_TK, y_TK), (x_ids, y_ids) = output[1].topk(mixture.num_keys, dim=-1)
+    scores = (x_TK[:, :, None] + y_TK[:, None]).flatten(1)
+    pairs = (x_ids[:, :, None] * mixture.num_keys + y_ids[:, None]).flatten(1)
+    values_TK, at_TK = scores.topk(mixture.top_k, dim=-1)
+    weights_TK = values_TK.softmax(-1)
+    if mixture.norm_topk_prob:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return pairs.gather(1, at_TK), weights_TK
+
+
+def _zaya(experts: Any, arguments: list[Any], output: Any) -> Choice:
+    # a token that skips the experts is handed to expert 0 with weight 0
+    ids_TK, weights_TK = _called_with(arguments)
+    return ids_TK.masked_fill(weights_TK == 0, -1), weights_TK
+
+
+def _aria(experts: Any, arguments: list[Any], output: Any) -> Choice:
+    # up to transformers 5.17 it is handed the logits, and chooses by itself
+    values_TK, ids_TK = arguments[1].topk(experts.config.moe_topk, dim=1)
+    return ids_TK, values_TK.softmax(-1)
+
+
+def _called_with(arguments: list[Any]) -> Choice:
+    choice = choice_among(arguments)
+    assert choice is not None
+    return choice
+
+
+ADAPTERS = {
+    "Llama4Router": Adapter(_llama4, logits_index=1),
+    "JetMoeTopKGating": Adapter(_jetmoe, logits_index=4),
+    "DogeCDMoE": Adapter(_doge, alone=True),
+    "ZayaExperts": Adapter(_zaya, at_call=True),
+    # ids beyond the routed experts are identity experts': they compute nothing
+    "LongcatFlashExperts": Adapter(lambda m, a, o: _called_with(a), at_call=True, experts=lambda m: m.num_routed_experts),
+    "AriaExperts": Adapter(
+        _aria, at_call=True, experts=lambda m: m.config.moe_num_experts, applies=lambda m: not hasattr(m, "gate_up_proj")
+    ),
+}
+TOWER = re.compile(r"(?:^|[._])(?:vision|visual|audio|image)(?:[._]|$)")  # of a multimodal model: sees no token
 NOT_ROUTED = {"Llama4TextExperts", "JetMoeParallelExperts", "InklingSharedExperts"}  # *Experts that no choice is handed to
-SIGMOID = {"deepseek_v3", "glm4_moe", "llama4_text", "llama4"}  # where the config does not say
 
 
 def find_routers(model: Any) -> list[Site]:
@@ -64,16 +118,26 @@ def find_routers(model: Any) -> list[Site]:
     for path, module in model.named_modules():
         kind = type(module).__name__
         adapter = ADAPTERS.get(kind)
-        if adapter is None and (not kind.endswith("Experts") or kind in NOT_ROUTED):
+        if adapter is not None and not adapter.applies(module):
+            adapter = None
+        if TOWER.search(path) or (adapter is None and (not kind.endswith("Experts") or kind in NOT_ROUTED)):
             continue
         config = getattr(module, "config", None) or model.config.get_text_config()
-        router = module if adapter is not None else _router_beside(model, path)
-        index = adapter.logits_index if adapter is not None else declared.get(type(router))
-        facts = (experts_of(module), scoring_of(config), shared_experts_of(config))
-        sites.append(Site(module, path, layer_of(path), *facts, adapter, router, index))
+        if adapter is None or adapter.at_call:
+            router = _router_beside(model, path)
+            index = declared.get(type(router))
+        else:
+            router, index = module, adapter.logits_index
+        experts = adapter.experts(module) if adapter is not None and adapter.experts is not None else experts_of(module)
+        facts = (experts, scoring_of(config, router), shared_experts_of(config, model, path))
+        shown = router if adapter is None or adapter.at_call or index is not None else None
+        sites.append(Site(module, path, layer_of(path), *facts, adapter, shown, index))
+    stacks = {part for s in sites for part in ("encoder", "decoder") if part in s.path.split(".")}
+    if len(stacks) == 2:  # they route different tokens: what one of them is fed says nothing of the other
+        raise MoeInspectError(f"{type(model).__name__} routes in its encoder and in its decoder: encoder-decoder models are not traced")
     if not sites:
         raise MoeInspectError(f"{type(model).__name__} is a dense model: it has no router, so there is nothing to trace")
-    return sorted(sites, key=lambda s: s.layer)
+    return sorted(sites, key=lambda s: (s.layer, "attention" not in s.path))  # a block's attention runs before its MLP
 
 
 def layer_of(path: str) -> int:
@@ -103,7 +167,7 @@ def experts_of(module: torch.nn.Module) -> int:
     return int(stacked.shape[0])
 
 
-TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+TOP_K = ("top_k", "moe_top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 def top_k_of(site: Site) -> int:
@@ -128,17 +192,28 @@ def wants_expert_parallel(model: Any) -> bool:
     return bool(getattr(distributed, "enable_expert_parallel", False) or (getattr(distributed, "ep_size", None) or 1) > 1)
 
 
-def scoring_of(config: Any) -> str:
-    """How logits become scores."""
+def scoring_of(config: Any, router: torch.nn.Module | None) -> str:
+    """How logits become scores: what the config states, else what the router's own code calls; "" where neither says."""
     stated = getattr(config, "scoring_func", None)
-    return stated if isinstance(stated, str) else "sigmoid" if config.model_type in SIGMOID else "softmax"
+    if isinstance(stated, str):
+        return stated
+    try:
+        code = inspect.getsource(type(router))
+    except (OSError, TypeError):
+        return ""
+    return next((name for name in ("sparsemixer", "sigmoid", "softmax") if name in code), "softmax")
 
 
-def shared_experts_of(config: Any) -> int:
+def shared_experts_of(config: Any, model: Any, experts_path: str) -> int:
+    """Experts that every token of this layer goes to: as many as the config says, or one where the block has a shared MLP."""
+    block = experts_path.rpartition(".")[0]
+    owners = (block, block.rpartition(".")[0])  # of some families the shared one stands beside the block
+    if not any("shared" in name for owner in owners for name, _ in model.get_submodule(owner).named_children()):
+        return 0
     for name in ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    return int(bool(getattr(config, "shared_expert_intermediate_size", 0)) or config.model_type == "llama4_text")
+        if isinstance(value := getattr(config, name, None), int) and value > 0:
+            return value
+    return 1
 
 
 def choice_among(arguments: list[Any]) -> Choice | None:

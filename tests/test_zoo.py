@@ -1,0 +1,251 @@
+"""Every family that the installed transformers ships: traced exactly, adapted, or refused by name. What routed where is found
+without the hook: an expert is disturbed, and the positions whose layer output changes are those that went to it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.capture.attach import mode_of
+from moe_inspect.capture.routers import Site, find_routers
+from moe_inspect.errors import MoeInspectError
+from tests import zoo
+from tests.conftest import ROOT
+
+BUILT = [f for f in zoo.FAMILIES if f not in zoo.WHY_NOT]
+LENGTHS = [9, 5, 12]
+# what these do with the router's choice cannot be told from outside by disturbing an expert
+UNDISTURBED = {
+    "doge": "an expert is a row of an embedding: see below",
+    "inkling2_loop": "a layer runs twice, and disturbed in its first run it routes otherwise in its second: see below",
+}
+
+
+def batch(family: str) -> dict[str, torch.Tensor]:
+    return zoo.inputs(family, LENGTHS[:1] if family in zoo.ALONE else LENGTHS)
+
+
+def recorded(model: Any, path: Path, inputs: dict[str, torch.Tensor], capture: str, **options: Any) -> moe_inspect.Trace:
+    with moe_inspect.record(model, path, capture=capture, **options), torch.no_grad():
+        model(**inputs)
+    return moe_inspect.open_trace(path)
+
+
+def slots(trace: moe_inspect.Trace, router: int, prefix: str) -> np.ndarray:
+    table = trace.routing()
+    table = table[table.router == router]
+    return table[[c for c in table if c.startswith(prefix)][: trace.routers[router].top_k]].to_numpy(np.float64)
+
+
+def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    """bool [T, E]: the positions whose output changes when an expert's last matrix does. The output of the block that holds the
+    experts, or where that does not run by itself of the whole layer."""
+    T = inputs["input_ids"].numel()
+    parent = model.get_submodule(site.path.rpartition(".")[0])
+    owner = parent if site.adapter is not None and not site.adapter.at_call else site.module
+    inside = re.match(r".*?(?:layers|blocks|block|h)\.\d+(?=\.)", site.path)
+    assert inside is not None
+    stacked = [p for p in owner.parameters() if (p.dim() == 3 and len(p) >= site.experts)]
+    stacked = stacked or [p.view(site.experts, -1, p.shape[1]) for p in owner.parameters() if p.dim() == 2]
+    last = stacked[-1].detach()
+    seen: dict[str, list[torch.Tensor]] = {"block": [], "layer": []}
+
+    def watch(name: str) -> Any:
+        return lambda m, a, out: seen[name].append((out[0] if isinstance(out, tuple) else out).reshape(T, -1))
+
+    hooks = [m.register_forward_hook(watch(n)) for n, m in (("block", parent), ("layer", model.get_submodule(inside[0])))]
+    try:
+        with torch.no_grad():
+            model(**inputs)
+            for e in range(site.experts):
+                kept = last[e].clone()
+                last[e] *= -3
+                model(**inputs)
+                last[e] = kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = seen["block"] or seen["layer"]
+    return np.stack([(x != outputs[0]).any(-1).numpy() for x in outputs[1:]], 1)
+
+
+def how(family: str) -> str:
+    """dispatch and tap, tap, adapter, or why not."""
+    model = zoo.build(family)
+    try:
+        sites = find_routers(model)
+    except MoeInspectError as error:
+        return f"refused: {error}"
+    if any(s.adapter is not None for s in sites):
+        return "adapter"
+    try:
+        mode_of(model, sites, "dispatch")
+    except MoeInspectError:
+        return "tap"
+    return "dispatch, tap"
+
+
+HOW = {family: how(family) if family in BUILT else f"refused: {zoo.WHY_NOT[family]}" for family in zoo.FAMILIES}
+TRACED = [f for f in BUILT if not HOW[f].startswith("refused")]
+CASES = [(f, c) for f in TRACED for c in ("tap", "dispatch") if c == "tap" or HOW[f] == "dispatch, tap"]
+
+
+def test_none_is_skipped() -> None:
+    print()
+    for family, said in HOW.items():
+        print(f"{family:<24}{said}")
+    assert len(HOW) == len(zoo.FAMILIES) >= 64
+    assert {f for f, said in HOW.items() if said.startswith("refused")} <= {
+        "vitpose_backbone", "switch_transformers", "nllb_moe", "diffusion_gemma", *zoo.WHY_NOT,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "capture"), CASES)
+def test_recorded_is_what_executed(family: str, capture: str, tmp_path: Path) -> None:
+    model, inputs = zoo.build(family), batch(family)
+    real = inputs["attention_mask"].flatten().bool().numpy()
+    with torch.no_grad():
+        bare = zoo.outputs(model, inputs)
+    with moe_inspect.record(model, tmp_path / "t", capture=capture), torch.no_grad():
+        watched = zoo.outputs(model, inputs)
+    assert torch.allclose(bare, watched, atol=1e-5) if capture == "dispatch" else torch.equal(bare, watched)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.n_tokens == real.sum()
+    sites = find_routers(model)
+    assert len(trace.routers) >= len(sites)
+    assert {r.layer for r in trace.routers} == {s.layer for s in sites}
+    if family in UNDISTURBED:
+        return
+    for r, site in enumerate(sites):
+        ids, weights = slots(trace, r, "expert_"), slots(trace, r, "weight_")
+        chosen = np.zeros((len(ids), site.experts), bool)
+        row, slot = np.nonzero(~np.isnan(ids) & (weights != 0))  # a weight of zero leaves no trace in the output
+        chosen[row, ids[row, slot].astype(int)] = True
+        found = disturbed(model, site, inputs)[real]
+        assert (chosen == found).all(), f"{site.path}: {(chosen != found).sum()} of {found.sum()}"
+        assert np.isnan(ids).sum() == 0 or family in ("zaya", "longcat_flash")
+
+
+@pytest.mark.parametrize("family", [f for f in TRACED if f not in zoo.ALONE])
+def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> None:
+    model, inputs = zoo.build(family), zoo.inputs(family, LENGTHS)
+    together = recorded(model, tmp_path / "together", inputs, "tap")
+    with moe_inspect.record(model, tmp_path / "alone", capture="tap"), torch.no_grad():
+        for row, length in enumerate(LENGTHS):
+            model(input_ids=inputs["input_ids"][row : row + 1, :length], attention_mask=inputs["attention_mask"][row : row + 1, :length])
+    alone = moe_inspect.open_trace(tmp_path / "alone")
+    names = ["token_id", "document", "position"]
+    assert together.tokens()[names].equals(alone.tokens()[names])
+    for r in range(len(together.routers)):
+        a, b = (np.sort(slots(t, r, "expert_"), 1) for t in (together, alone))
+        assert (np.nan_to_num(a, nan=-1) == np.nan_to_num(b, nan=-1)).mean() > 0.98  # products of another shape round otherwise
+
+
+# --- the quirks
+
+
+def test_a_skipped_token_is_routed_nowhere(tmp_path: Path) -> None:
+    if "zaya" not in TRACED:
+        pytest.skip("no zaya in this release")
+    trace = recorded(zoo.build("zaya"), tmp_path / "t", zoo.inputs("zaya", [200]), "tap")
+    ids, weights = trace.routing().expert_0, trace.routing().weight_0
+    assert 0 < ids.isna().sum() < len(ids)
+    assert (ids.isna() == weights.isna()).all()
+    assert (weights.dropna() > 0).all()
+
+
+def test_identity_experts_are_no_experts(tmp_path: Path) -> None:
+    if "longcat_flash" not in TRACED:
+        pytest.skip("no longcat_flash in this release")
+    trace = recorded(zoo.build("longcat_flash"), tmp_path / "t", zoo.inputs("longcat_flash", [100]), "tap")
+    assert {r.experts for r in trace.routers} == {8}
+    ids = slots(trace, 0, "expert_")
+    assert np.isnan(ids).any()
+    assert np.nanmax(ids) == 7
+
+
+def test_doge_looks_up_what_is_recorded(tmp_path: Path) -> None:
+    if "doge" not in TRACED:
+        pytest.skip("doge crashes in this release")
+    model, inputs = zoo.build("doge"), batch("doge")
+    looked_up: dict[str, list[np.ndarray]] = {}
+    for path, m in model.named_modules():
+        if path.endswith("down_embed"):
+            m.register_forward_hook(lambda m, a, out, path=path: looked_up.setdefault(path, []).append(a[0].numpy().copy()))
+    trace = recorded(model, tmp_path / "t", inputs, "tap")
+    assert len(trace.routers) == len(looked_up) == 4
+    for r, calls in enumerate(looked_up.values()):
+        assert (slots(trace, r, "expert_") == calls[0].reshape(len(calls[0].reshape(-1)) // 3, 3)).all()
+
+
+def test_two_routers_in_a_block(tmp_path: Path) -> None:
+    trace = recorded(zoo.build("jetmoe"), tmp_path / "t", batch("jetmoe"), "tap")
+    assert [r.layer for r in trace.routers] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert ["self_attention" in r.path for r in trace.routers] == [True, False] * 4
+    assert (slots(trace, 0, "expert_") != slots(trace, 1, "expert_")).any()
+
+
+def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
+    if "inkling2_loop" not in TRACED:
+        pytest.skip("no inkling2_loop in this release")
+    model, inputs = zoo.build("inkling2_loop"), batch("inkling2_loop")
+    seen: dict[str, list[np.ndarray]] = {}
+    sites = find_routers(model)
+    for site in sites:
+        forward = site.module.forward
+
+        def watched(hidden: Any, ids: Any, weights: Any, path: str = site.path, forward: Any = forward) -> Any:
+            seen.setdefault(path, []).append(ids.numpy().copy())
+            return forward(hidden, ids, weights)
+
+        site.module.forward = watched
+    with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
+        model(**inputs)
+        first = {path: list(calls) for path, calls in seen.items()}
+        model(**inputs)
+    with moe_inspect.record(model, counts_only=True) as recorder, torch.no_grad():
+        model(**inputs)
+        balance = recorder.balance()
+    trace, real = moe_inspect.open_trace(tmp_path / "t"), inputs["attention_mask"].flatten().bool().numpy()
+    runs = [(site.path, time) for site in sites for time in range(len(first[site.path]))]
+    assert len(trace.routers) == len(balance) == len(runs) > len(sites)
+    assert [r.path for r in trace.routers] == [path + (f" (run {time + 1})" if time else "") for path, time in runs]
+    for r, (path, time) in enumerate(runs):
+        assert (slots(trace, r, "expert_")[: real.sum()] == first[path][time][real]).all()
+        assert (slots(trace, r, "expert_")[real.sum() :] == first[path][time][real]).all()
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    for family in ("switch_transformers", "nllb_moe"):
+        with pytest.raises(MoeInspectError, match="routes in its encoder and in its decoder: encoder-decoder models are not traced"):
+            moe_inspect.record(zoo.build(family), tmp_path / "t")
+
+
+@pytest.mark.parametrize("family", TRACED)
+def test_what_is_said_of_the_routers(family: str) -> None:
+    model = zoo.build(family)
+    sites = find_routers(model)
+    assert {s.experts for s in sites} <= {8, 16}
+    assert {s.scoring for s in sites} <= {"softmax", "sigmoid", "sparsemixer", "sqrtsoftplus"}
+    for site in sites:
+        shared = [n for n, p in model.named_parameters() if re.search(r"shared", n) and n.startswith(site.path.rpartition(".")[0])]
+        assert site.shared_experts or not shared, shared[:1]
+
+
+def test_the_page_says_what_the_tests_found() -> None:
+    """docs/families.md, written by `make test-families`."""
+    page = (ROOT / "docs" / "families.md").read_text()
+    version = re.search(r"transformers (\S+)", page)
+    assert version is not None
+    if version[1] == zoo.hf.__version__:
+        assert page == zoo.page(HOW), "docs/families.md is stale: run make test-families"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "families.md").write_text(zoo.page(HOW))
