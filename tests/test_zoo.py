@@ -75,6 +75,32 @@ def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.nda
     return np.stack([(x != outputs[0]).any(-1).numpy() for x in outputs[1:]], 1)
 
 
+def handed_over(model: Any, sites: list[Site], inputs: dict[str, torch.Tensor]) -> list[np.ndarray | None]:
+    """The gate weights [T, K] that each experts module is called with; None where a router's own output was read."""
+    received: dict[int, np.ndarray] = {}
+
+    def watch(r: int, forward: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)][1:]
+            ids = next((t for t in tensors if not t.dtype.is_floating_point and t.dim() == 2), None)
+            if ids is not None:
+                received[r] = next(t for t in tensors if t.dtype.is_floating_point and t.shape == ids.shape).float().numpy().copy()
+            return forward(*args, **kwargs)
+
+        return watched
+
+    called = [(r, s.module) for r, s in enumerate(sites) if s.adapter is None or s.adapter.at_call]
+    for r, module in called:
+        module.forward = watch(r, module.forward)
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for _, module in called:
+            del module.forward
+    return [received.get(r) for r in range(len(sites))]
+
+
 def how(family: str) -> str:
     """dispatch and tap, tap, adapter, or why not."""
     model = zoo.build(family)
@@ -122,8 +148,14 @@ def test_recorded_is_what_executed(family: str, capture: str, tmp_path: Path) ->
     assert {r.layer for r in trace.routers} == {s.layer for s in sites}
     if family in UNDISTURBED:
         return
+    executed = handed_over(model, sites, inputs)
+    assert any(w is not None for w in executed) or HOW[family] == "adapter"
     for r, site in enumerate(sites):
         ids, weights = slots(trace, r, "expert_"), slots(trace, r, "weight_")
+        if (w := executed[r]) is not None:
+            there = ~np.isnan(ids)
+            # 2^-25 is half the step of the smallest half-precision numbers
+            assert (np.abs(weights - w[real])[there] <= 2**-10 * np.abs(w[real])[there] + 2**-25).all()
         chosen = np.zeros((len(ids), site.experts), bool)
         row, slot = np.nonzero(~np.isnan(ids) & (weights != 0))  # a weight of zero leaves no trace in the output
         chosen[row, ids[row, slot].astype(int)] = True

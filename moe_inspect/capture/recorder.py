@@ -22,6 +22,7 @@ from moe_inspect.capture.attach import Attachment, mode_of, uncompiled
 from moe_inspect.capture.counts import DeviceCounts
 from moe_inspect.capture.manifest import capture_facts, check_directory
 from moe_inspect.capture.models import config_record, vocabulary_table
+from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.ring import Rings
 from moe_inspect.capture.routers import Site, find_routers
 from moe_inspect.capture.rows import Given, RowReader, Rows
@@ -63,7 +64,7 @@ class Recorder:
     ring_tokens   rows of the largest forward pass to make room for on the device. By default the room grows as needed, which it
                   cannot once CUDA graphs write into it
 
-    `resume`, `manifest` and `shard_tokens` are for who plans the batches (`trace_model`).
+    `ranks`, `resume`, `manifest` and `shard_tokens` are for who plans the batches (`trace_model`).
 
     A CUDA graph replayed by hand: record two forward passes of its shape as usual (the first shows what there is to record,
     the second loads the kernels), capture another, then call `step` before each replay.
@@ -88,6 +89,7 @@ class Recorder:
         overwrite: bool = False,
         drop: bool = False,
         ring_tokens: int | None = None,
+        ranks: Ranks | None = None,
         resume: ResumePoint | None = None,
         manifest: dict[str, Any] | None = None,
         shard_tokens: int = SHARD_TOKENS,
@@ -108,7 +110,8 @@ class Recorder:
         self.mode = mode_of(self.model, self.sites, capture)
         if logits and any(s.logits_module is None for s in self.sites):
             raise MoeInspectError(f"{type(self.model).__name__} does not show its router logits: trace without --logits")
-        if self.path is not None and resume is None:
+        self.ranks = ranks
+        if self.path is not None and resume is None and ranks is None:
             check_directory(self.path, overwrite)
         self.routers: list[Router] = []  # a site's one after another: a layer that runs twice has two
         self._routers_of: list[list[int]] = []  # of each site
@@ -125,7 +128,7 @@ class Recorder:
         self._fixed = ring_tokens is not None  # something else holds the rings' addresses, or their size was asked for
         self._leaving: deque[Forward] = deque()
         self._counts: DeviceCounts | None = None
-        self._counting = False
+        self._counting = self._in_group = False
         self._current: Rows | Given | None = None  # what the forward pass under way is fed
         self._given: Given | None = None  # the same, unless it was planned
         self._stepped = False  # it is one that `step` announced
@@ -151,7 +154,8 @@ class Recorder:
                 status = "complete"
             # an interrupt may have cut a hand-over short: what is still in the ring is left out, so that no batch is missing
             # between others, and --resume feeds it again
-            self._flush_counts()
+            if not self._in_group:
+                self._flush_counts()
         finally:
             if self.writer is not None:
                 self.writer.close(status, quiet=status != "complete")
@@ -176,6 +180,7 @@ class Recorder:
 
     def end_group(self) -> None:
         """The passes of a group are over: what was counted may be committed."""
+        self._in_group = False
         if self._counts is not None and self._counts.tokens >= self.shard_tokens:
             self._flush_counts()
 
@@ -412,7 +417,8 @@ class Recorder:
             times = [len(routers) for routers in self._routers_of]
             self._check_seen(rows.T, [n // t for n, t in zip(self._seen, times, strict=True) for _ in range(t)])
             counts.end(rows, self._forwards)
-            if rows.group is None:
+            self._in_group = rows.group is not None
+            if not self._in_group:
                 self.end_group()
         self._forwards += 1
         self.tokens += int(rows.real.sum())
@@ -482,7 +488,10 @@ class Recorder:
 
     def _open_writer(self) -> TraceWriter:
         assert self.path is not None
-        if self.resume is None:
+        ranks = self.ranks
+        if ranks is not None and ranks.rank:
+            ranks.hear("open")  # rank 0 has made way
+        elif self.resume is None:
             check_directory(self.path, self.overwrite)  # another recording may have begun there meanwhile
             if self.overwrite and (self.path / schema.MANIFEST).exists():
                 clear_trace(self.path)
@@ -499,7 +508,7 @@ class Recorder:
         vocabulary: pa.Table | None = None
         if self.tokenizer is not None:
             vocabulary = vocabulary_table(self.tokenizer, getattr(text, "vocab_size", 0) or 0)
-        return TraceWriter(
+        writer = TraceWriter(
             self.path,
             manifest,
             self.routers,
@@ -507,9 +516,14 @@ class Recorder:
             logits=self.logits,
             counts_only=self.counts_only,
             vocabulary=vocabulary,
+            rank=ranks.rank if ranks is not None else 0,
             resume=self.resume,
             shard_tokens=self.shard_tokens,
         )
+        if ranks is not None:
+            ranks.say("open")
+            writer.others = ranks.status
+        return writer
 
     def balance(self, all_ranks: bool = False) -> Any:
         """The balance table of what has been counted since the recording began (`counts_only=True`); with `all_ranks`

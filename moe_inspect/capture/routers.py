@@ -129,7 +129,11 @@ def find_routers(model: Any) -> list[Site]:
         else:
             router, index = module, adapter.logits_index
         experts = adapter.experts(module) if adapter is not None and adapter.experts is not None else experts_of(module)
-        facts = (experts, scoring_of(config, router), shared_experts_of(config, model, path))
+        facts = (
+            experts,
+            scoring_of(config, router or model.get_submodule(path.rpartition(".")[0])),
+            shared_experts_of(config, model, path),
+        )
         shown = router if adapter is None or adapter.at_call or index is not None else None
         sites.append(Site(module, path, layer_of(path), *facts, adapter, shown, index))
     stacks = {part for s in sites for part in ("encoder", "decoder") if part in s.path.split(".")}
@@ -192,8 +196,8 @@ def wants_expert_parallel(model: Any) -> bool:
     return bool(getattr(distributed, "enable_expert_parallel", False) or (getattr(distributed, "ep_size", None) or 1) > 1)
 
 
-def scoring_of(config: Any, router: torch.nn.Module | None) -> str:
-    """How logits become scores: what the config states, else what the router's own code calls; "" where neither says."""
+def scoring_of(config: Any, router: torch.nn.Module) -> str:
+    """How logits become scores: what the config states, else what the code of the router (or of its block) calls."""
     stated = getattr(config, "scoring_func", None)
     if isinstance(stated, str):
         return stated

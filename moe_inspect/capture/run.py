@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
 from moe_inspect.capture.manifest import check_directory
 from moe_inspect.capture.models import config_record, load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
+from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.capture.rows import Rows, cache_among
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace, read_manifest, refuse_while_written
-from moe_inspect.trace.writer import Document, ResumePoint, resume_point
+from moe_inspect.trace.writer import Document, ResumePoint, committed_counts, resume_point
 
 MAX_LENGTH = 2048
 
@@ -65,11 +67,15 @@ def trace_model(
 
     Raises MoeInspectError for what the caller can mend.
     """
-    out = Path(out)
-    if resume and not (out / schema.MANIFEST).exists():
-        resume = False  # nothing was committed: the trace starts at its beginning
-    if not resume:
-        check_directory(out, overwrite)
+    out, ranks = Path(out), Ranks()
+
+    def goes_on() -> bool:
+        there = resume and (out / schema.MANIFEST).exists()  # else nothing was committed: the trace starts at its beginning
+        if not there:
+            check_directory(out, overwrite)
+        return there
+
+    resume = ranks.agree("resume", goes_on)
     sources = find_sources(data, leave_out=out)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -90,16 +96,25 @@ def trace_model(
         "weights": weights,
         "logits": logits,
         "counts_only": counts_only,
+        "ranks": ranks.world,
     }
-    start = _resumed(out, options) if resume else None
-    if start is not None and read_manifest(out)["status"] == "complete":
+    start = _resumed(out, options, ranks.rank) if resume else None
+    complete = start is not None and read_manifest(out)["status"] == "complete"
+    ranks.gather("read", "")  # before rank 0 writes there again
+    if complete:
         return Trace(out)
     batches = plan.batches(tokenizer)
     first = next(batches, None)
     if first is None:
         raise MoeInspectError(f"the corpus is empty: no text in {', '.join(data) or 'the bundled corpus'}")
     network = load_model(
-        model, config, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code, random_init=random_init
+        model,
+        config,
+        revision=revision,
+        dtype=dtype,
+        device=f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and ranks.world > 1 and torch.cuda.is_available() else device,
+        trust_remote_code=trust_remote_code,
+        random_init=random_init,
     )
     with torch.inference_mode():
         recorder = Recorder(
@@ -111,6 +126,7 @@ def trace_model(
             weights=weights,
             logits=logits,
             counts_only=counts_only,
+            ranks=ranks,
             resume=start,
             overwrite=overwrite,
             manifest={
@@ -121,8 +137,11 @@ def trace_model(
         with recorder:
             done = start.tokens if start else 0
             passes = generate + 1  # of a batch: numbers are left free where fewer are needed
-            for number, (batch, documents) in enumerate(chain([first], batches)):
-                if start is not None and number * passes < start.next_batch:
+            planned = chain([first], batches)
+            if any(site.adapter is not None and site.adapter.alone for site in recorder.sites):
+                planned = singly(planned)
+            for number, (batch, documents) in enumerate(planned):
+                if not ranks.takes(number) or (start is not None and number * passes < start.next_batch):
                     continue
                 if batch[0].continued:
                     decoding = Decoding(generate, temperature, seed + number, end_ids(network, tokenizer))
@@ -133,9 +152,19 @@ def trace_model(
                     progress(done, plan.estimated_tokens())
             if recorder.writer is not None:
                 recorder.writer.at_close["corpus"] = plan.stats.record()
-    if recorder.writer is None and start is not None:  # all was committed but the status
-        _complete(out, start, plan)
+    # this rank had nothing to write: no batch was left for it, or all was committed but the status
+    if recorder.writer is None and ranks.status("complete") == "complete" and ranks.rank == 0:
+        _complete(out, plan)
+    ranks.agree("over", lambda: True)  # the manifest says so now
     return Trace(out)
+
+
+def singly(planned: Iterable[tuple[list[Sequence_], list[Document]]]) -> Iterator[tuple[list[Sequence_], list[Document]]]:
+    """One row a forward pass: for a model where the rows of a batch change each other's routing."""
+    for batch, documents in planned:
+        new = {d.document: d for d in documents}
+        for row in batch:
+            yield [row], [new.pop(row.document)] if row.document in new else []
 
 
 def feed(
@@ -285,7 +314,7 @@ def _corpus_record(options: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[
 # --- going on with a trace
 
 
-def _resumed(out: Path, options: dict[str, Any]) -> ResumePoint:
+def _resumed(out: Path, options: dict[str, Any], rank: int) -> ResumePoint:
     """Where the trace at `out` goes on; refuses another plan, and a trace whose writer is still at work."""
     manifest = read_manifest(out)
     refuse_while_written(out, manifest)
@@ -295,13 +324,13 @@ def _resumed(out: Path, options: dict[str, Any]) -> ResumePoint:
     for key, now in options.items():
         if then.get(key) != now:
             raise MoeInspectError(f"{out} was made with {_difference(key, then.get(key), now)}: resume with the same, or --overwrite")
-    return resume_point(out)
+    return resume_point(out, rank)
 
 
-def _complete(out: Path, start: ResumePoint, plan: Plan) -> None:
+def _complete(out: Path, plan: Plan) -> None:
     manifest = read_manifest(out)
     manifest["corpus"] |= plan.stats.record()
-    counts = {"tokens": start.tokens, "decisions": start.decisions, "dropped": 0}
+    counts = {**committed_counts(out, manifest), "dropped": 0}
     schema.write_manifest(out, {**manifest, "status": "complete", "counts": counts})
 
 

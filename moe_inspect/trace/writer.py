@@ -108,6 +108,7 @@ class TraceWriter:
         self.next_shard, self.next_token = start.shards, start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
         self.dropped = 0  # decisions that were made and not handed over, told by who records
+        self.others: Callable[[str], str] = lambda status: status  # own status → that of all ranks, when they have closed
         self.at_close: dict[str, Any] = {}  # merged into the manifest's sections when the background thread is done
         self.tables = ["documents", "counts"] if counts_only else ["documents", "tokens", "routing"]
         self.tables += ["logits"] if logits else []
@@ -126,10 +127,10 @@ class TraceWriter:
         self._pending_since = time.monotonic()
         self._error: BaseException | None = None
         self.root.mkdir(parents=True, exist_ok=True)
-        schema.write_manifest(self.root, self.manifest)
+        self._write_manifest()
         for table in self.tables:
             (self.root / table).mkdir(exist_ok=True)
-        if vocabulary is not None and not (self.root / schema.VOCABULARY).exists():
+        if vocabulary is not None and rank == 0 and not (self.root / schema.VOCABULARY).exists():
             sink = pa.BufferOutputStream()
             pq.write_table(vocabulary.cast(schema.VOCABULARY_SCHEMA), sink, compression="zstd")
             schema.write_atomically(self.root / schema.VOCABULARY, sink.getvalue().to_pybytes())
@@ -169,14 +170,20 @@ class TraceWriter:
             self._error = error
         for section, values in self.at_close.items():
             self.manifest[section] = {**self.manifest.get(section, {}), **values}
-        self.manifest["status"] = "interrupted" if self._error else status
+        self.manifest["status"] = self.others("interrupted" if self._error else status)
         self.manifest["counts"]["dropped"] = self.dropped
         try:
-            schema.write_manifest(self.root, self.manifest)
+            if self.rank == 0:
+                self.manifest["counts"] |= committed_counts(self.root, self.manifest)
+            self._write_manifest()
         except OSError as error:
             self._error = self._error or error
         if not quiet:
             self._raise()
+
+    def _write_manifest(self) -> None:
+        if self.rank == 0:
+            schema.write_manifest(self.root, self.manifest)
 
     def _raise(self) -> None:
         if isinstance(self._error, OSError):
@@ -365,7 +372,7 @@ class TraceWriter:
         self.tokens += tokens
         self.decisions += tokens * len(self.routers)
         self.manifest["counts"] = {"tokens": self.tokens, "decisions": self.decisions, "dropped": self.dropped}
-        schema.write_manifest(self.root, self.manifest)
+        self._write_manifest()
 
 
 _DICTIONARY = {"layer", "router", "token_id", "document", "sequence", "position", "domain", "source", "phase", "batch"}
@@ -448,6 +455,14 @@ class ResumePoint:
     next_batch: int = 0
     tokens: int = 0
     decisions: int = 0
+
+
+def committed_counts(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
+    """Tokens and decisions in the committed shards of all ranks."""
+    from moe_inspect.trace.reader import committed_shards
+
+    tokens = sum(s.tokens for s in committed_shards(root, manifest))
+    return {"tokens": tokens, "decisions": tokens * len(manifest["routers"])}
 
 
 def resume_point(root: Path, rank: int = 0) -> ResumePoint:

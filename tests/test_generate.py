@@ -1,0 +1,137 @@
+"""`--generate N`: each document goes on by N decoded tokens, without padding; what is recorded of them is what a prefill of the whole
+text would show; and a prompt and what follows it are committed together or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.capture import run
+from moe_inspect.capture.corpus import CorpusStats, Frame, batches, sequences
+from moe_inspect.capture.models import load_config, load_model
+from moe_inspect.errors import MoeInspectError
+from tests.conftest import Cli
+from tests.test_cli_trace import save, write_jsonl
+
+N = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> str:
+    return str(save("qwen3_moe", tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: Any) -> str:
+    return str(write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents=30, words=40))
+
+
+def traced(model: str, corpus: str, out: Path, **options: Any) -> moe_inspect.Trace:
+    return moe_inspect.trace_model(model, out, data=[corpus], **{"generate": N, "max_length": 24, "batch_tokens": 200, **options})
+
+
+def rows(trace: moe_inspect.Trace) -> pd.DataFrame:
+    facts = trace.tokens().drop(columns="batch")
+    return trace.routing().merge(facts, on="token").sort_values(["router", "sequence", "position"]).drop(columns="token")
+
+
+def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(model: str, corpus: str, tmp_path: Path) -> None:
+    trace = traced(model, corpus, tmp_path / "t")
+    tokens = trace.tokens()
+    decoded = tokens[tokens.phase == "decode"]
+    a_document = decoded.groupby("document").size().reindex(trace.documents().document, fill_value=0)
+    ends = a_document < N  # it met </s>, which is not fed
+    assert (a_document[~ends] == N).all()
+    assert (~ends).sum() > 20
+    assert len(tokens) * 2 == len(trace.routing())
+    assert trace.documents().tokens.sum() == (tokens.phase == "prefill").sum()
+    # a document's last sequence goes on, where its prompt ended; the pieces before it do not
+    for _, text in tokens.groupby("sequence"):
+        assert text.position.tolist() == list(range(len(text)))
+        assert text.phase.tolist() == sorted(text.phase, reverse=True)
+    assert decoded.groupby("document").sequence.nunique().max() == 1
+    last = decoded.groupby("document").sequence.first()
+    assert (last == tokens.groupby("document").sequence.max().loc[last.index]).all()
+    network = load_model(model, load_config(model))
+    with moe_inspect.record(network, tmp_path / "replay"), torch.inference_mode():
+        for _, text in tokens.sort_values(["sequence", "position"]).groupby("sequence"):
+            logits = network(input_ids=torch.from_numpy(text.token_id.to_numpy(np.int64))[None]).logits[0]
+            fed = text[text.phase == "decode"]
+            likeliest = logits.argmax(1).numpy()[fed.position.to_numpy() - 1]
+            assert (likeliest == fed.token_id.to_numpy()).all()
+    found, replayed = rows(trace), rows(moe_inspect.open_trace(tmp_path / "replay"))
+    chosen = [np.sort(t.filter(like="expert_").to_numpy(), 1) for t in (found, replayed)]
+    assert (chosen[0] == chosen[1]).all()
+
+
+def test_sampling_goes_by_its_seed(model: str, corpus: str, tmp_path: Path) -> None:
+    a, b, c = (traced(model, corpus, tmp_path / f"{n}", temperature=1.0, seed=seed) for n, seed in enumerate((1, 1, 2)))
+    assert rows(a).equals(rows(b))
+    assert not rows(a).token_id.reset_index(drop=True).equals(rows(c).token_id.reset_index(drop=True))
+
+
+@pytest.mark.parametrize("counts_only", [False, True])
+def test_cut_short_and_resumed_is_as_if_nothing_happened(
+    counts_only: bool, model: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = traced(model, corpus, tmp_path / "whole", counts_only=counts_only)
+    chosen, calls = run.chosen, [0]
+
+    def interrupted(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 40:
+            raise KeyboardInterrupt
+        return chosen(*args)
+
+    monkeypatch.setattr(run, "chosen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        traced(model, corpus, tmp_path / "cut", counts_only=counts_only)
+    cut = moe_inspect.open_trace(tmp_path / "cut")
+    assert cut.status == "interrupted"
+    assert cut.n_tokens < whole.n_tokens
+    assert counts_only or cut.n_tokens > 0
+    again = traced(model, corpus, tmp_path / "cut", resume=True, counts_only=counts_only)
+    assert again.status == "complete"
+    assert again.n_tokens == whole.n_tokens
+    if not counts_only:
+        assert rows(again).reset_index(drop=True).equals(rows(whole).reset_index(drop=True))
+
+
+def test_counts_are_those_of_the_decisions(model: str, corpus: str, tmp_path: Path) -> None:
+    tables = [moe_inspect.report(traced(model, corpus, tmp_path / str(c), counts_only=c)).tables["load"] for c in (False, True)]
+    assert tables[0].assignments.tolist() == tables[1].assignments.tolist()
+
+
+def test_the_plan() -> None:
+    class Letters:
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+            return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+    texts = [("x", "s", text) for text in ("abcdefgh", "abc", "xyz", "abcd", "ab")]
+    made = list(sequences(texts, Letters(), Frame((1,), (2,)), 6, None, CorpusStats(), generate=True))
+    assert [(len(s.ids), s.continued) for s in made] == [(6, False), (5, True), (4, True), (4, True), (5, True), (3, True)]
+    assert all((s.ids[-1] == 2) != s.continued for s in made)  # nothing ends what is to be continued
+    planned = [[len(s.ids) for s in batch] for batch in batches(made, 18, generate=4)]
+    assert planned == [[6], [3], [4, 4], [5, 5]]  # one length a batch, and room for what follows
+
+
+def test_there_must_be_room(model: str, corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(MoeInspectError, match="--max-length 250 is beyond the 246 positions of this model that --generate 10 leaves"):
+        traced(model, corpus, tmp_path / "t", generate=10, max_length=250)
+    with pytest.raises(MoeInspectError, match="--generate 256 leaves no room for a prompt"):
+        traced(model, corpus, tmp_path / "t", generate=256, max_length=None)
+
+
+def test_the_command(cli: Cli, tmp_path: Path) -> None:
+    cli("trace", "demo", "-o", "t", "--generate", "2", "--max-tokens", "1000", "--temperature", "0.5", "--seed", "3")
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert (tokens[tokens.phase == "decode"].groupby("document").size() <= 2).all()
+    assert tokens[tokens.phase == "decode"].document.nunique() > 3
+    summary = cli("report", "t", "--phase", "decode", "--table", "balance", "--format", "csv").stdout
+    assert summary.count("\n") == 5
