@@ -391,3 +391,20 @@ def test_resume_completes_a_trace_that_lacks_only_its_status(cli: Cli, tmp_path:
     path.write_text(json.dumps({**whole, "status": "recording", "counts": {"tokens": 0, "decisions": 0, "dropped": 0}}))
     cli("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100, "--resume")
     assert json.loads(path.read_text()) == whole
+
+
+def test_a_device_map_spreads_the_model(cli: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+    cli("trace", model, "-o", "a", "--data", corpus)
+    cli("trace", model, "-o", "b", "--data", corpus, "--device-map", "auto")
+    a, b = (moe_inspect.open_trace(tmp_path / name) for name in "ab")
+    assert a.routing().equals(b.routing())
+    error = cli("trace", model, "-o", "c", "--data", corpus, "--device-map", "auto", "--device", "cpu", check=1).stderr
+    assert error == "error: a device map is for weights that are read: give neither a device nor --random-init with it\n"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_in_every_dtype(dtype: str, tmp_path: Path, model: Path, corpus: Path) -> None:
+    trace = moe_inspect.trace_model(str(model), tmp_path / "t", data=[str(corpus)], dtype=dtype)
+    assert trace.manifest["capture"]["dtype"] == dtype
+    assert trace.manifest["capture"]["weight_dtype"] == ("bfloat16" if dtype == "bfloat16" else "float16")
+    assert trace.routing().filter(like="weight_").sum(axis=1).between(0.98, 1.02).all()  # Qwen3's are renormalised

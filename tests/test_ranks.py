@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import moe_inspect
+from tests.conftest import ROOT
+from tests.families import build
 
 
 def torchrun(path: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
@@ -98,3 +101,44 @@ def test_all_end_where_the_first_refuses(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert "there is something at t" in err
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["mine.txt"]
+
+
+EXPERT_PARALLEL = """
+import sys
+import torch
+from torch import distributed
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+import moe_inspect
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(ep_size=2, **{sys.argv[2]: 2}))
+rank = distributed.get_rank()
+assert next(m for n, m in model.named_modules() if n.endswith("experts")).num_experts == 4
+ids = torch.arange(2, 26).reshape(2, 12)
+with moe_inspect.record(model, f"{sys.argv[2]}-{rank}") as recorder, torch.no_grad():
+    assert recorder.mode == "tap"
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+distributed.barrier()
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", ["tp_size", "fsdp_size"], ids=["all-reduce", "all-to-all"])
+def test_experts_of_other_ranks_are_recorded_by_their_global_ids(sharing: str, tmp_path: Path) -> None:
+    """transformers' own expert parallelism, two ranks, each with half the experts."""
+    from transformers.distributed import DistributedConfig
+
+    if "ep_size" not in DistributedConfig.__dataclass_fields__:
+        pytest.skip("this release of transformers hands over local ids, and is refused")
+    build("qwen3_moe").save_pretrained(tmp_path / "model")
+    (tmp_path / "program.py").write_text(EXPERT_PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "program.py", "model", sharing]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    with moe_inspect.record(build("qwen3_moe"), tmp_path / "whole") as recorder, torch.no_grad():
+        recorder.model(input_ids=torch.arange(2, 26).reshape(2, 12))
+    whole = moe_inspect.open_trace(tmp_path / "whole").routing().filter(like="expert_")
+    for rank in (0, 1):
+        trace = moe_inspect.open_trace(tmp_path / f"{sharing}-{rank}")
+        assert [r.experts for r in trace.routers] == [8, 8]
+        assert trace.routing().filter(like="expert_").equals(whole)

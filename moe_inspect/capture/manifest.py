@@ -25,7 +25,7 @@ def capture_facts(model: Any, mode: str) -> dict[str, Any]:
     parameter = next(model.parameters())
     return {
         "mode": mode,
-        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type,
+        "device": ", ".join(dict.fromkeys(_device_name(p.device) for p in model.parameters())),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "versions": {
             "moe-inspect": _own_version(),
@@ -39,6 +39,10 @@ def capture_facts(model: Any, mode: str) -> dict[str, Any]:
         "process_start": schema.process_start(os.getpid()),
         "host": socket.gethostname(),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _own_version() -> str:

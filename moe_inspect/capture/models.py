@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,21 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     random_init: int | None = None,
 ) -> Any:
-    """The causal language model in eval mode on `device` ("auto": cuda where there is one). With `random_init` its weights
-    are drawn with that seed instead of read: the untrained baseline."""
+    """The causal language model in eval mode on `device` ("auto": cuda where there is one), or spread over devices as
+    accelerate's `device_map` says ("auto", "balanced", …). With `random_init` its weights are drawn with that seed instead of
+    read: the untrained baseline."""
     import torch
     from transformers import AutoModelForCausalLM
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device_map is not None and (device != "auto" or random_init is not None):
+        raise MoeInspectError("a device map is for weights that are read: give neither a device nor --random-init with it")
+    if device_map is not None and find_spec("accelerate") is None:
+        raise MoeInspectError("a device map needs accelerate: pip install 'moe-inspect[accelerate]'")
     try:
         torch.ones(1, device=place).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -83,6 +90,7 @@ def load_model(
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **({"device_map": device_map} if device_map is not None else {}),
             )
             model, loaded = both
             missing = set(loaded["missing_keys"])
@@ -90,7 +98,7 @@ def load_model(
         raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error)}") from error
     if missing:  # transformers draws them at random: what they routed would be no one's routing
         raise MoeInspectError(f"the weights of {name!r} lack {len(missing)} parameters, {min(missing)} the first: not traced")
-    return model.to(place).eval()
+    return (model if device_map is not None else model.to(place)).eval()
 
 
 def _first_line(error: BaseException) -> str:

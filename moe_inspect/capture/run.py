@@ -43,6 +43,7 @@ def trace_model(
     seed: int = 0,
     capture: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -113,6 +114,7 @@ def trace_model(
         revision=revision,
         dtype=dtype,
         device=f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and ranks.world > 1 and torch.cuda.is_available() else device,
+        device_map=device_map,
         trust_remote_code=trust_remote_code,
         random_init=random_init,
     )

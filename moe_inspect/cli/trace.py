@@ -58,6 +58,9 @@ def trace(
         Capture, typer.Option(help="dispatch: our experts implementation routes and records; tap: the model's own is watched.")
     ] = Capture.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(metavar="MAP", help="Spread the model over devices: auto, balanced, … (accelerate).", show_default=False)
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint is stored.")] = Dtype.auto,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")] = False,
@@ -98,6 +101,7 @@ def trace(
                 seed=seed,
                 capture=str(capture),
                 device=device,
+                device_map=device_map,
                 dtype=str(dtype),
                 revision=revision,
                 trust_remote_code=trust_remote_code,
