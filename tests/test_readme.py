@@ -29,6 +29,7 @@ def place(tmp_path_factory: Any) -> Path:
     write_jsonl(path / "articles.jsonl", documents=10, words=50)
     pd.read_json(write_jsonl(path / "code.jsonl", documents=10, words=50), lines=True).to_parquet(path / "code.parquet")
     (path / "sample_traces").symlink_to(ROOT / "sample_traces")
+    (path / "docs").symlink_to(ROOT / "docs")
     return path
 
 

@@ -331,7 +331,7 @@ class Recorder:
     def _check_seen(self, T: int, seen: Sequence[int], logits: Sequence[int] | None = None) -> None:
         for path, n in zip(self._paths(), seen, strict=True):
             if n != T:
-                why = "fused experts, or a layer that runs now once and now twice"
+                why = "fused experts, or kernels of the hub that bypass their call: load the model without them"
                 raise MoeInspectError(
                     f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be seen "
                     f"({why + ', or a CUDA graph replayed without step()' if self._fixed else why})"

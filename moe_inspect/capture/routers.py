@@ -117,6 +117,8 @@ def find_routers(model: Any) -> list[Site]:
     sites = []
     for path, module in model.named_modules():
         kind = type(module).__name__
+        if kind.startswith("Mxfp4"):  # neither the router nor the experts are called
+            raise MoeInspectError(f"{path} routes within a fused kernel: load the model with Mxfp4Config(dequantize=True)")
         adapter = ADAPTERS.get(kind)
         if adapter is not None and not adapter.applies(module):
             adapter = None
