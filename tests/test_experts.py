@@ -329,6 +329,23 @@ def test_compiled_in_place_it_records_the_same(part: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_what_generate_compiles_for_decoding_records_the_same(tmp_path: Path) -> None:
+    from transformers.generation.configuration_utils import CompileConfig
+
+    model, inputs = build("olmoe"), token_batch(LENGTHS)
+    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(3)], capture="dispatch")
+
+    def run(m: Any) -> None:
+        m(**inputs)
+        compiled = m.get_compiled_call(CompileConfig(fullgraph=True, dynamic=True, backend="aot_eager", mode=None))
+        for _ in range(2):
+            compiled(**inputs)
+
+    assert routing(model, tmp_path / "c", run, capture="dispatch").equals(eager)
+    assert "get_compiled_call" not in vars(model)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "within", "around a step"])
 def test_compiled_behind_the_recorders_back_it_records_the_same(when: str, tmp_path: Path) -> None:
     """record(model) where torch.compile(model) is called: at the cost of a graph break, nothing goes unseen."""

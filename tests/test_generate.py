@@ -135,3 +135,16 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     assert tokens[tokens.phase == "decode"].document.nunique() > 3
     summary = cli("report", "t", "--phase", "decode", "--table", "balance", "--format", "csv").stdout
     assert summary.count("\n") == 5
+
+
+def test_one_at_a_time_each_document_is_named_once(model: str, corpus: str) -> None:
+    """For models whose routing depends on the other rows of a batch."""
+    plan = run.Plan(run.find_sources([corpus]), max_length=24, batch_tokens=200)
+    tokenizer = run.load_tokenizer(model)
+    together, singly = list(plan.batches(tokenizer)), list(run.singly(plan.batches(tokenizer)))
+    assert max(len(batch) for batch, _ in together) > 1
+    assert all(len(batch) == 1 for batch, _ in singly)
+    assert [row.sequence for batch, _ in singly for row in batch] == [row.sequence for batch, _ in together for row in batch]
+    named = [sorted(d.document for _, new in planned for d in new) for planned in (singly, together)]
+    assert named[0] == named[1] == list(range(30))
+    assert all(d.document == batch[0].document for batch, new in singly for d in new)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import moe_inspect
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.families import build
 
 
@@ -101,6 +101,11 @@ def test_all_end_where_the_first_refuses(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert "there is something at t" in err
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["mine.txt"]
+
+
+def test_half_a_launcher_is_none(cli: Cli) -> None:
+    error = cli("trace", "demo", "-o", "t", check=1, env={**os.environ, "WORLD_SIZE": "2"}).stderr
+    assert error == "error: WORLD_SIZE is 2, but RANK is not set: start the processes with torchrun\n"
 
 
 EXPERT_PARALLEL = """

@@ -17,6 +17,8 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._store: Any = None
         if self.world > 1:
+            if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+                raise MoeInspectError(f"WORLD_SIZE is {self.world}, but {missing[0]} is not set: start the processes with torchrun")
             from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
             from torch.distributed.rendezvous import rendezvous
 
