@@ -103,9 +103,28 @@ def test_all_end_where_the_first_refuses(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["mine.txt"]
 
 
+def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(alone: moe_inspect.Trace, tmp_path: Path) -> None:
+    process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500")
+    assert process.wait() == 0
+    (tmp_path / "t" / "shards-1.jsonl").write_text("")
+    manifest = tmp_path / "t" / "trace.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "status": "interrupted"}))
+    process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500", "--resume")
+    try:
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.status == "complete"
+    assert trace.manifest["counts"] == alone.manifest["counts"]
+    assert rows(trace).equals(rows(alone))
+
+
 def test_half_a_launcher_is_none(cli: Cli) -> None:
     error = cli("trace", "demo", "-o", "t", check=1, env={**os.environ, "WORLD_SIZE": "2"}).stderr
     assert error == "error: WORLD_SIZE is 2, but RANK is not set: start the processes with torchrun\n"
+    cli("trace", "demo", "-o", "u", "--max-tokens", "100", env={**os.environ, "RANK": "1"})
 
 
 EXPERT_PARALLEL = """

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moe_inspect
+from moe_inspect.capture.rows import Held, _length, _mask
 from moe_inspect.errors import MoeInspectError
 from tests.families import build, token_batch
 
@@ -327,6 +328,29 @@ def test_a_mask_of_what_each_position_sees_shows_the_padding(kind: type, model: 
     with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
         model(input_ids=token_batch([4, 4])["input_ids"], attention_mask=mask)
     assert moe_inspect.open_trace(tmp_path / "t").tokens().groupby("document").size().tolist() == [4, 2]
+
+
+def test_of_masks_by_layer_the_full_one_tells() -> None:
+    full = torch.tensor([[True, True], [False, True]])
+    assert _mask({"sliding_attention": None, "full_attention": full}, 2, 2, 0) is not None
+    assert _mask({"sliding_attention": None, "full_attention": None}, 2, 2, 0) is None
+    with pytest.raises(MoeInspectError, match="padding from a dict attention mask"):
+        _mask({"sliding_attention": full}, 2, 2, 0)
+
+
+def test_a_cache_that_counts_on_its_device_is_asked_when_it_may_have_been_reset() -> None:
+    class OnDevice(int):
+        is_cuda = True
+
+    class Cache:
+        length = OnDevice(9)
+
+        def get_seq_length(self) -> OnDevice:
+            return self.length
+
+    held = Held(7)
+    assert _length(Cache(), held, S=1) == 7  # nobody waits for the device in a step of decoding
+    assert _length(Cache(), held, S=4) == _length(Cache(), None, S=1) == 9
 
 
 def test_generate_with_a_static_cache_knows_its_padding(model: Any, tmp_path: Path) -> None:

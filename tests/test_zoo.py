@@ -13,6 +13,7 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture.attach import mode_of
+from moe_inspect.capture.recorder import _shares
 from moe_inspect.capture.routers import Site, find_routers
 from moe_inspect.errors import MoeInspectError
 from tests import zoo
@@ -251,6 +252,29 @@ def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
     for r, (path, time) in enumerate(runs):
         assert (slots(trace, r, "expert_")[: real.sum()] == first[path][time][real]).all()
         assert (slots(trace, r, "expert_")[real.sum() :] == first[path][time][real]).all()
+
+
+def test_too_many_rows_of_a_layer_that_runs_twice_are_seen() -> None:
+    assert _shares(20, 2, 10) == [10, 10]
+    assert _shares(21, 2, 10) == [10, 11]
+    assert _shares(10, 2, 10) == [10, 0]
+    assert _shares(7, 1, 10) == [7]
+
+
+@pytest.mark.parametrize("family", TRACED)
+def test_describe_knows_what_is_active(family: str, tmp_path: Path) -> None:
+    """Of the routed experts k in E, of everything else all."""
+    zoo.config(family).save_pretrained(tmp_path)
+    try:
+        made = moe_inspect.describe(str(tmp_path))
+    except MoeInspectError as error:
+        if "cannot build a causal language model of" not in str(error):  # a class of another kind
+            raise
+        return
+    assert made.parameters - made.parameters_active == made.total["routed experts"] - made.active["routed experts"] > 0
+    k_of = {k / experts for _, experts, k in made.routers}
+    assert min(k_of) - 0.01 <= made.active["routed experts"] / made.total["routed experts"] <= max(k_of) + 0.01
+    assert made.total["router"] > 0
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def describe(model: str, *, context: int | None = None, revision: str | None = N
     except MoeInspectError:
         sites = []
     if sites:
-        made.routers = [(s.layer, s.experts, top_k_of(s)) for s in sites]
+        made.routers = [(s.layer, s.experts, top_k_of(s, built)) for s in sites]
         made.scoring, made.shared_experts = sites[0].scoring, sites[0].shared_experts
     _count_parameters(made, built, sites)
     made.score_width = sum(_score_width(m, text) for m in built.modules())
@@ -170,7 +170,7 @@ def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any
 
 
 def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
-    share_of = {prefix: top_k_of(site) / site.experts for site in sites for prefix in _expert_prefixes(built, site)}
+    share_of = {prefix: top_k_of(site, built) / site.experts for site in sites for prefix in _expert_prefixes(built, site)}
     routers = {name + "." for name, m in built.named_modules() if any(m is s.logits_module for s in sites) and name + "." not in share_of}
     embedded, head = built.get_input_embeddings(), built.get_output_embeddings()
     tied = head is not None and head.weight is embedded.weight
@@ -190,6 +190,8 @@ def _expert_prefixes(built: Any, site: Site) -> list[str]:
     """Where the parameters of this router's experts are."""
     if site.adapter is None:
         return [site.path + "."]
+    if site.adapter.parameters:
+        return [f"{site.path}.{name}." for name in site.adapter.parameters]
     parent = site.path.rpartition(".")[0]
     return [f"{parent}.{n}." for n, m in built.get_submodule(parent).named_children() if type(m).__name__.endswith("Experts")]
 
@@ -202,6 +204,7 @@ def _part_of(name: str, parameter: Any, embedded: Any, head: Any, routers: set[s
     if any(name.startswith(prefix) for prefix in routers):
         return "router"
     rules = {
+        "router": r"router",
         "shared experts": r"shared_expert|shared_mlp",
         "norms and others": r"norm",
         "attention": r"attn|attention|mixer|mamba|linear_attn|\.conv",
@@ -215,8 +218,10 @@ def _score_width(module: Any, text: Any) -> int:
     if not type(module).__name__.endswith("Attention") or not hasattr(module, "scaling"):
         return 0
     heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None) or text.num_attention_heads
-    width = getattr(module, "head_dim", None) or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    query, value = getattr(module, "qk_head_dim", None) or width, getattr(module, "v_head_dim", None) or width
+    query, value = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
+    if query is None or value is None:
+        width = getattr(module, "head_dim", None) or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        query, value = query or width, value or width
     return heads * (query + value)
 
 

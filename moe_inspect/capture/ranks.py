@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
@@ -14,16 +14,16 @@ class Ranks:
     """`rank` of `world`; 0 of 1 where no launcher says otherwise."""
 
     def __init__(self) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0)) if self.world > 1 else 0
         self._store: Any = None
         if self.world > 1:
-            if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
                 raise MoeInspectError(f"WORLD_SIZE is {self.world}, but {missing[0]} is not set: start the processes with torchrun")
             from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
             from torch.distributed.rendezvous import rendezvous
 
             store, _, _ = next(rendezvous("env://"))
-            store.set_timeout(timedelta(days=30))  # a rank waits as long as another works; the launcher ends all when one fails
             self._store = PrefixStore(f"moe-inspect-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def takes(self, batch: int) -> bool:
@@ -34,7 +34,10 @@ class Ranks:
             self._store.set(what, value)
 
     def hear(self, what: str) -> str:
-        """What a rank said or will say; waits for it."""
+        """What a rank said or will say. Waits for it as long as that works (the launcher ends all when one fails), and can be
+        interrupted meanwhile."""
+        while not self._store.check([what]):
+            time.sleep(0.05)
         return self._store.get(what).decode()
 
     def agree(self, what: str, decide: Callable[[], bool]) -> bool:

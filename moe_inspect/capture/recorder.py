@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -329,19 +329,17 @@ class Recorder:
         self._check_seen(forward.fed.T, *seen)
 
     def _check_seen(self, T: int, seen: Sequence[int], logits: Sequence[int] | None = None) -> None:
-        for path, n in zip(self._paths(), seen, strict=True):
-            if n != T:
-                why = "fused experts, or kernels of the hub that bypass their call: load the model without them"
-                raise MoeInspectError(
-                    f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be seen "
-                    f"({why + ', or a CUDA graph replayed without step()' if self._fixed else why})"
-                )
-        for path, n in zip(self._paths(), logits or (), strict=logits is not None):
-            if n != T:
-                raise MoeInspectError(f"{path} showed logits of {n} rows in a forward pass of {T}: trace without --logits")
+        for rows_of in (seen, logits):
+            for router, n in zip(self.routers, rows_of or (), strict=bool(rows_of)):
+                if n != T:
+                    self._refuse_rows(router.path, n, T, logits=rows_of is logits)
 
-    def _paths(self) -> list[str]:
-        return [r.path for r in self.routers] or [s.path for s in self.sites]
+    def _refuse_rows(self, path: str, n: int, T: int, logits: bool) -> NoReturn:
+        if logits:
+            raise MoeInspectError(f"{path} showed logits of {n} rows in a forward pass of {T}: trace without --logits")
+        why = "fused experts, or kernels of the hub that bypass their call: load the model without them"
+        why += ", or a CUDA graph replayed without step()" if self._fixed else ""
+        raise MoeInspectError(f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be seen ({why})")
 
     def _drain(self, wait: bool = False, most: int | None = None) -> None:
         """Hands the forward passes that have arrived to the writer, up to `most`; with `wait` waits for them, and for it."""
@@ -415,7 +413,7 @@ class Recorder:
         self.reader.settle()
         if self._counting:
             times = [len(routers) for routers in self._routers_of]
-            self._check_seen(rows.T, [n // t for n, t in zip(self._seen, times, strict=True) for _ in range(t)])
+            self._check_seen(rows.T, [share for n, t in zip(self._seen, times, strict=True) for share in _shares(n, t, rows.T)])
             counts.end(rows, self._forwards)
             self._in_group = rows.group is not None
             if not self._in_group:
@@ -437,8 +435,10 @@ class Recorder:
         assert isinstance(rows, Rows)
         T = rows.T
         times = [len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1 for calls in staged]
-        seen = [_length(calls) // t for calls, t in zip(staged, times, strict=True)]
-        self._check_seen(T, seen, [_length(calls) // t for calls, t in zip(logits, times, strict=True)] if self.logits else None)
+        for calls_of in (staged, logits) if self.logits else (staged,):
+            for site, calls, t in zip(self.sites, calls_of, times, strict=True):
+                if (n := _length(calls)) != t * T:
+                    self._refuse_rows(site.path, n, T, logits=calls_of is logits)
         for r, calls in enumerate(logits):
             if calls:
                 self._refuse_probabilities(r, calls[0])
@@ -547,6 +547,11 @@ def _router(site: Site, time: int, top_k: int) -> Router:
     again = f" (run {time + 1})" if time else ""
     name, path = site.path.split(".", 1)[-1] + again, site.path + again
     return Router(site.layer, name, path, site.experts, top_k, site.scoring, site.shared_experts)
+
+
+def _shares(n: int, times: int, T: int) -> list[int]:
+    """n rows that a site saw, by the runs of its layer; what is too many goes to the last."""
+    return [min(T, max(0, n - time * T)) if time < times - 1 else max(0, n - time * T) for time in range(times)]
 
 
 def _by_run(calls_of: list[list[Any]], times: list[int]) -> list[list[Any]]:

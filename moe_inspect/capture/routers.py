@@ -34,6 +34,7 @@ class Adapter:
     experts: Callable[[Any], int] | None = None
     alone: bool = False
     applies: Callable[[Any], bool] = lambda module: True
+    parameters: tuple[str, ...] = ()  # of the module: the experts', where they are no module of their own
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _called_with(arguments: list[Any]) -> Choice:
 ADAPTERS = {
     "Llama4Router": Adapter(_llama4, logits_index=1),
     "JetMoeTopKGating": Adapter(_jetmoe, logits_index=4),
-    "DogeCDMoE": Adapter(_doge, alone=True),
+    "DogeCDMoE": Adapter(_doge, alone=True, parameters=("down_embed", "up_embed")),
     "ZayaExperts": Adapter(_zaya, at_call=True),
     # ids beyond the routed experts are identity experts': they compute nothing
     "LongcatFlashExperts": Adapter(lambda m, a, o: _called_with(a), at_call=True, experts=lambda m: m.num_routed_experts),
@@ -176,10 +177,10 @@ def experts_of(module: torch.nn.Module) -> int:
 TOP_K = ("top_k", "moe_top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
-def top_k_of(site: Site) -> int:
-    """The k that a router declares. What it hands over shows only when it runs."""
-    config = getattr(site.module, "config", None)
-    for owner in (site.logits_module, site.module, config):
+def top_k_of(site: Site, model: Any) -> int:
+    """The k that a router, its block or the config declares. What it hands over shows only when it runs."""
+    block = model.get_submodule(site.path.rpartition(".")[0])
+    for owner in (site.logits_module, site.module, block, getattr(site.module, "config", None), model.config.get_text_config()):
         for name in TOP_K:
             if isinstance(value := getattr(owner, name, None), int) and not isinstance(value, bool):
                 return value

@@ -61,6 +61,7 @@ class Given:
     labels: dict[str, Sequence[Any] | None]
     before: Held | None  # of the cache it was given
     after: Held
+    copied: Any = None  # the CUDA event after which the copies are whole
 
     @property
     def T(self) -> int:
@@ -101,7 +102,7 @@ class RowReader:
         B, S = fed.shape[:2]
         cache = cache_among(given.values())
         before = self._held.get(cache) if cache is not None else None
-        past = _length(cache, before) if cache is not None else 0
+        past = _length(cache, before, S) if cache is not None else 0
         mask, position = given.get("attention_mask"), given.get("position_ids")
         labels = {
             name: given_now if (given_now := self._next_labels.get(name)) is not None else usual for name, usual in self._labels.items()
@@ -115,7 +116,11 @@ class RowReader:
         elif position.dim() == 3:  # of the several planes of multimodal positions the first is the text's
             position = position[0]
         token_BS, mask_BS, position = (_kept(t) for t in (ids, _mask(mask, B, S, past), position))
-        return Given(B, S, token_BS, mask_BS, position, labels, before if past else None, Held(past + S))
+        copied = None
+        if fed.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(fed.device))
+        return Given(B, S, token_BS, mask_BS, position, labels, before if past else None, Held(past + S), copied)
 
     def confirm(self, given: Given, output: Any) -> None:
         """The forward pass has been launched, and returned this: the key-value cache in it holds the rows it was given."""
@@ -131,6 +136,8 @@ class RowReader:
             for name in names_to_forget:
                 del self._names[name]
         self._undo = (self._documents, self._sequences, [])
+        if given.copied is not None:
+            given.copied.synchronize()
         B, S = given.B, given.S
         real_BS = given.mask_BS.numpy().astype(bool) if given.mask_BS is not None else np.ones((B, S), bool)
         token_BS = given.token_BS.numpy() if given.token_BS is not None else np.full((B, S), -1)
@@ -186,10 +193,11 @@ def cache_among(values: Iterable[Any]) -> Any:
     return next((v for v in values if hasattr(v, "get_seq_length")), None)
 
 
-def _length(cache: Any, held: Held | None) -> int:
-    """Positions in a cache. A static one counts on its device: asked only where nobody has counted along."""
+def _length(cache: Any, held: Held | None, S: int) -> int:
+    """Positions in a cache. A static one counts on its device, which would have to be waited for: a step of one token goes by
+    our own count; a longer one asks, for the cache may have been reset or cropped."""
     length = cache.get_seq_length()
-    return held.length if held is not None and getattr(length, "is_cuda", False) else int(length)
+    return held.length if S == 1 and held is not None and getattr(length, "is_cuda", False) else int(length)
 
 
 def _kept(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -201,8 +209,9 @@ def _kept(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def _mask(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:
     """[B, S], true for what is no padding; None where nothing is."""
-    if isinstance(mask, dict):  # one a kind of layer
-        mask = mask.get("full_attention")
+    by_layer: dict[str, Any] = mask if hasattr(mask, "get") else {}  # one a kind of layer
+    if "full_attention" in by_layer or (by_layer and all(m is None for m in by_layer.values())):
+        return _mask(by_layer.get("full_attention"), B, S, past)
     ndim = getattr(mask, "ndim", None)
     if mask is None or (B == 1 and ndim != 2):  # a single row needs no padding
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -136,7 +137,7 @@ def trace_model(
                 "corpus": _corpus_record(options, plan, tokenizer),
             },
         )
-        with recorder:
+        with _told(ranks, recorder), recorder:
             done = start.tokens if start else 0
             passes = generate + 1  # of a batch: numbers are left free where fewer are needed
             planned = chain([first], batches)
@@ -155,10 +156,23 @@ def trace_model(
             if recorder.writer is not None:
                 recorder.writer.at_close["corpus"] = plan.stats.record()
     # this rank had nothing to write: no batch was left for it, or all was committed but the status
+    if recorder.writer is None and ranks.rank == 0:
+        ranks.say("open")
     if recorder.writer is None and ranks.status("complete") == "complete" and ranks.rank == 0:
         _complete(out, plan)
     ranks.agree("over", lambda: True)  # the manifest says so now
     return Trace(out)
+
+
+@contextmanager
+def _told(ranks: Ranks, recorder: Recorder) -> Iterator[None]:
+    """A rank that ends before it had anything to write says so: the first waits for all."""
+    try:
+        yield
+    except BaseException:
+        if recorder.writer is None:
+            ranks.say(f"closed-{ranks.rank}", "interrupted")
+        raise
 
 
 def singly(planned: Iterable[tuple[list[Sequence_], list[Document]]]) -> Iterator[tuple[list[Sequence_], list[Document]]]:

@@ -119,7 +119,7 @@ def trace(
         state = f'{output} is readable; "--resume" goes on with it' if began_writing else "nothing was traced yet"
         print(f"interrupted: {state}", file=sys.stderr)
         raise
-    if int(os.environ.get("RANK", 0)):  # of a torchrun: the first speaks for all
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0":  # of a torchrun: the first speaks for all
         return
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     routers, seconds = len(written.routers), time.monotonic() - began

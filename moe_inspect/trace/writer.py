@@ -170,7 +170,11 @@ class TraceWriter:
             self._error = error
         for section, values in self.at_close.items():
             self.manifest[section] = {**self.manifest.get(section, {}), **values}
-        self.manifest["status"] = self.others("interrupted" if self._error else status)
+        interrupted: KeyboardInterrupt | None = None
+        try:
+            self.manifest["status"] = self.others("interrupted" if self._error else status)
+        except KeyboardInterrupt as error:  # while waiting for other ranks
+            self.manifest["status"], interrupted = "interrupted", error
         self.manifest["counts"]["dropped"] = self.dropped
         try:
             if self.rank == 0:
@@ -178,6 +182,8 @@ class TraceWriter:
             self._write_manifest()
         except OSError as error:
             self._error = self._error or error
+        if interrupted is not None:
+            raise interrupted
         if not quiet:
             self._raise()
 
