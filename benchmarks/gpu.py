@@ -833,7 +833,7 @@ def check_graphs(bench: Bench, model: Any, B: int, S: int) -> None:
 
     def check_copies(way: str, recorder: Any, run: Callable[[], Any]) -> None:
         """No launch of a step may take half as long as a copy of the ring's ids, its smaller part, would."""
-        a = torch.empty(recorder.attachment.sinks[0].tape.ids.nbytes, dtype=torch.uint8, device=device.type)
+        a = torch.empty(recorder.attachment.sinks[0].tapes[0].ids.nbytes, dtype=torch.uint8, device=device.type)
         b = torch.empty_like(a)
         copy_us = median_us(bench, lambda: b.copy_(a))
         launches = device.launches(run)
