@@ -298,8 +298,7 @@ def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on_gpu", [False, True], ids=["twin", "kernel"])
-@pytest.mark.parametrize("capture", ["tap", "dispatch"])
+@pytest.mark.parametrize(("capture", "on_gpu"), [("tap", False), ("dispatch", False), ("dispatch", True)], ids=str)
 def test_compiled_whole_it_records_the_same(capture: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """fullgraph: a graph break would raise. dynamic: other sizes need no other graph."""
     batches = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5, 12], [7, 20], [31, 2, 3, 4], [9, 5, 12]])]
