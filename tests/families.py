@@ -32,6 +32,16 @@ DEEPSEEK = {
     "first_k_dense_replace": 1,
     "moe_intermediate_size": 24,
 }
+GLM = {
+    **BASE,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: hf.MixtralConfig(**BASE, intermediate_size=48, num_local_experts=8, num_experts_per_tok=2),
@@ -51,28 +61,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "granitemoe": lambda: hf.GraniteMoeConfig(**BASE, intermediate_size=24, num_local_experts=8, num_experts_per_tok=3),
     "phimoe": lambda: hf.PhimoeConfig(**BASE, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2),
-    "glm4_moe": lambda: hf.Glm4MoeConfig(
-        **BASE,
-        head_dim=8,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-    ),
-    "dots1": lambda: hf.Dots1Config(
-        **BASE,
-        head_dim=8,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
-    ),
+    "glm4_moe": lambda: hf.Glm4MoeConfig(**GLM),
+    "dots1": lambda: hf.Dots1Config(**GLM, n_group=1, topk_group=1),
     "ernie4_5_moe": lambda: hf.Ernie4_5_MoeConfig(
         **BASE,
         intermediate_size=48,

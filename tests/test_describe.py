@@ -13,6 +13,7 @@ import transformers
 
 import moe_inspect
 from moe_inspect.capture.describe import PEAK_FLOPS, describe_table
+from moe_inspect.cli.describe import Gpu
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli
 from tests.families import FAMILIES, build
@@ -56,7 +57,7 @@ def test_training_and_its_inverse() -> None:
     assert facts["training.flops"] == pytest.approx(6 * 68.7e9 * 2e12, rel=0.05)
     assert 0.40 < facts["training.mfu"] < 0.46
     assert facts["training.gpu_hours"] == pytest.approx(1_720_320 * facts["training.mfu"] / 0.4)
-    assert set(PEAK_FLOPS) == {"a100", "h100", "h200", "b200"}
+    assert set(PEAK_FLOPS) == set(Gpu)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -148,3 +148,12 @@ def test_one_at_a_time_each_document_is_named_once(model: str, corpus: str) -> N
     named = [sorted(d.document for _, new in planned for d in new) for planned in (singly, together)]
     assert named[0] == named[1] == list(range(30))
     assert all(d.document == batch[0].document for batch, new in singly for d in new)
+
+
+def test_out_of_memory_says_what_to_do() -> None:
+    class Full(torch.nn.Linear):
+        def forward(self, **_: Any) -> Any:
+            raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(MoeInspectError, match="cpu is out of memory in a forward pass of 6 tokens: lower --batch-tokens"):
+        run.forward(Full(1, 1), torch.zeros(2, 3, dtype=torch.long))

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_inspect.capture import experts as experts_implementation
 from moe_inspect.capture import kernels
 from moe_inspect.capture.kernels import Tape
-from moe_inspect.capture.routers import Site, choice_among, is_expert_parallel, logits_among, wants_expert_parallel
+from moe_inspect.capture.routers import Choice, Site, called_with, is_expert_parallel, logits_among, wants_expert_parallel
 from moe_inspect.errors import MoeInspectError
 
 CAPTURES = ("auto", "dispatch", "tap")
@@ -96,12 +96,11 @@ class Attachment:
         if hasattr(self.model, "get_compiled_call"):  # what `generate` decodes with on a GPU
             self._replace(self.model, "get_compiled_call", lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)))
         for r, site in enumerate(self.sites):
-            if site.adapter is not None and site.adapter.at_call:
-                keep(site.module.register_forward_pre_hook(_adapted_call(self.sinks[r], site.adapter.choice), with_kwargs=True))
-            elif site.adapter is not None:
-                keep(site.module.register_forward_hook(_adapted(self.sinks[r], site.adapter.choice)))
-            elif self.mode == "tap":
-                keep(site.module.register_forward_pre_hook(_tapped(self.sinks[r]), with_kwargs=True))
+            if site.adapter is not None and not site.adapter.at_call:
+                keep(site.module.register_forward_hook(_after_call(self.sinks[r], site.adapter.choice)))
+            elif site.adapter is not None or self.mode == "tap":
+                choice_of = site.adapter.choice if site.adapter is not None else called_with
+                keep(site.module.register_forward_pre_hook(_at_call(self.sinks[r], choice_of), with_kwargs=True))
             if self.logit_sinks and site.logits_module is not None:
                 keep(site.logits_module.register_forward_hook(_logits_seen(self.logit_sinks[r], site)))
         if self.mode == "dispatch":
@@ -190,31 +189,23 @@ class Attachment:
         self.records.end(output)
 
 
-def _tapped(sink: Sink) -> Callable[..., None]:
+def _at_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        choice = choice_among([*args, *kwargs.values()])
-        if choice is not None and (tape := sink(*choice)) is not None:  # without one the completeness check names the module
-            kernels.record(tape, *choice)
+        _seen(sink, choice_of(module, [*args, *kwargs.values()], None))
 
     return hook
 
 
-def _adapted(sink: Sink, choice_of: Callable[..., Any]) -> Callable[..., None]:
+def _after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
     def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        choice = choice_of(module, list(args), output)
-        if (tape := sink(*choice)) is not None:
-            kernels.record(tape, *choice)
+        _seen(sink, choice_of(module, list(args), output))
 
     return hook
 
 
-def _adapted_call(sink: Sink, choice_of: Callable[..., Any]) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        choice = choice_of(module, [*args, *kwargs.values()], None)
-        if (tape := sink(*choice)) is not None:
-            kernels.record(tape, *choice)
-
-    return hook
+def _seen(sink: Sink, choice: Choice | None) -> None:
+    if choice is not None and (tape := sink(*choice)) is not None:  # where there is no choice the completeness check names the module
+        kernels.record(tape, *choice)
 
 
 def _logits_seen(sink: Sink, site: Site) -> Callable[..., None]:

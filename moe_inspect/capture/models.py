@@ -74,8 +74,8 @@ def load_model(
         raise MoeInspectError("a device map needs accelerate: pip install 'moe-inspect[accelerate]'")
     try:
         torch.ones(1, device=place).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise MoeInspectError(f"no device {place!r} here: {_first_line(error)}") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch asserts where it was built without that device
+        raise MoeInspectError(f"no device {place!r} here: {_first_line(error)}") from error
     try:
         if random_init is not None:
             torch.manual_seed(random_init)

@@ -28,7 +28,7 @@ class Adapter:
     not say. `alone`: the tokens of a batch change each other's routing, so that sequences are fed one at a time. `applies`: to
     which modules of the class."""
 
-    choice: Callable[[torch.nn.Module, list[Any], Any], Choice]
+    choice: Callable[[torch.nn.Module, list[Any], Any], Choice | None]
     at_call: bool = False
     logits_index: int | None = None
     experts: Callable[[Any], int] | None = None
@@ -79,9 +79,12 @@ def _doge(mixture: Any, arguments: list[Any], output: Any) -> Choice:
     return pairs.gather(1, at_TK), weights_TK
 
 
-def _zaya(experts: Any, arguments: list[Any], output: Any) -> Choice:
+def _zaya(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
     # a token that skips the experts is handed to expert 0 with weight 0
-    ids_TK, weights_TK = _called_with(arguments)
+    choice = choice_among(arguments)
+    if choice is None:
+        return None
+    ids_TK, weights_TK = choice
     return ids_TK.masked_fill(weights_TK == 0, -1), weights_TK
 
 
@@ -91,10 +94,9 @@ def _aria(experts: Any, arguments: list[Any], output: Any) -> Choice:
     return ids_TK, values_TK.softmax(-1)
 
 
-def _called_with(arguments: list[Any]) -> Choice:
-    choice = choice_among(arguments)
-    assert choice is not None
-    return choice
+def called_with(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
+    """What an experts module is called with; what is recorded where nothing else is said here."""
+    return choice_among(arguments)
 
 
 ADAPTERS = {
@@ -103,7 +105,7 @@ ADAPTERS = {
     "DogeCDMoE": Adapter(_doge, alone=True, parameters=("down_embed", "up_embed")),
     "ZayaExperts": Adapter(_zaya, at_call=True),
     # ids beyond the routed experts are identity experts': they compute nothing
-    "LongcatFlashExperts": Adapter(lambda m, a, o: _called_with(a), at_call=True, experts=lambda m: m.num_routed_experts),
+    "LongcatFlashExperts": Adapter(called_with, at_call=True, experts=lambda m: m.num_routed_experts),
     "AriaExperts": Adapter(
         _aria, at_call=True, experts=lambda m: m.config.moe_num_experts, applies=lambda m: not hasattr(m, "gate_up_proj")
     ),

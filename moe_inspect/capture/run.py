@@ -204,16 +204,19 @@ def feed(
             number=number,
         )
     )
+    mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
+    forward(network, torch.from_numpy(ids_BS), attention_mask=mask, **quick_call(network))
+    return sum(lengths)
+
+
+def forward(network: Any, ids_BS: torch.Tensor, **options: Any) -> Any:
+    """The model's output of these tokens; MoeInspectError where they are too many for the device."""
     device = next(network.parameters()).device
     try:
-        network(
-            input_ids=torch.from_numpy(ids_BS).to(device),
-            attention_mask=torch.from_numpy(mask_BS.astype(np.int64)).to(device),
-            **quick_call(network),
-        )
+        return network(input_ids=ids_BS.to(device), **options)
     except torch.OutOfMemoryError as error:
-        raise MoeInspectError(f"{device} is out of memory in a forward pass of {ids_BS.size:,} tokens: lower --batch-tokens") from error
-    return sum(lengths)
+        tokens = ids_BS.numel()
+        raise MoeInspectError(f"{device} is out of memory in a forward pass of {tokens:,} tokens: lower --batch-tokens") from error
 
 
 @dataclass(frozen=True)
@@ -233,14 +236,15 @@ def end_ids(network: Any, tokenizer: Any) -> frozenset[int]:
 def decode(network: Any, recorder: Recorder, batch: list[Sequence_], documents: list[Document], number: int, decoding: Decoding) -> int:
     """Rows of one length, then a token of each at a time, with a key-value cache and no padding; a row that has met an end
     token is fed nothing that is recorded. Returns the tokens fed."""
-    device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(decoding.seed)
     fed_BS = torch.from_numpy(np.stack([s.ids for s in batch]).astype(np.int64))
-    fields = ("document", "sequence")
-    of_row = {name: np.array([getattr(s, name) for s in batch], np.int32) for name in fields}
-    of_row["domain"] = np.array([recorder.reader.domain_code(s.domain) for s in batch], np.int32)
+    of_row = {
+        "document": [s.document for s in batch],
+        "sequence": [s.sequence for s in batch],
+        "domain": [recorder.reader.domain_code(s.domain) for s in batch],
+    }
     running = np.ones(len(batch), bool)
-    cache: dict[str, Any] = {}
+    usual, cache = {"use_cache": True, **last_logits(network)}, {}
     fed = position = 0
     for step in range(decoding.tokens + 1):
         S = fed_BS.shape[1]
@@ -249,7 +253,7 @@ def decode(network: Any, recorder: Recorder, batch: list[Sequence_], documents: 
             Rows(
                 real=real,
                 token_id=fed_BS.numpy().reshape(-1)[real].astype(np.int32),
-                **{name: np.repeat(values, S)[real] for name, values in of_row.items()},
+                **{name: _repeated(values, [S] * len(batch))[real] for name, values in of_row.items()},
                 position=np.tile(np.arange(position, position + S, dtype=np.int32), len(batch))[real],
                 documents=documents if step == 0 else [],
                 phase="decode" if step else "prefill",
@@ -257,7 +261,7 @@ def decode(network: Any, recorder: Recorder, batch: list[Sequence_], documents: 
                 group=number,
             )
         )
-        output = network(input_ids=fed_BS.to(device), use_cache=True, **last_logits(network), **cache)
+        output = forward(network, fed_BS, **usual, **cache)
         fed, position = fed + int(real.sum()), position + S
         cache = cache_of(network, output)
         next_B = chosen(output.logits[:, -1].float().cpu(), decoding.temperature, generator)
@@ -282,7 +286,7 @@ def cache_of(network: Any, output: Any) -> dict[str, Any]:
     if held is None:
         raise MoeInspectError(f"{type(network).__name__} keeps no key-value cache: trace without --generate")
     takes = inspect.signature(network.forward).parameters
-    return {"cache" if "cache" in takes else "past_key_values": held}  # the name changed in 5.2x
+    return {"cache" if "cache" in takes else "past_key_values": held}  # transformers 5.24 calls it so
 
 
 def last_logits(network: Any) -> dict[str, int]:
