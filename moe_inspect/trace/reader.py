@@ -132,6 +132,14 @@ class Shard:
         """The decisions of one router, in token order: only its row groups are read."""
         return self._of_router("routing", router, columns)
 
+    def seen(self, router: int) -> np.ndarray | None:
+        """bool [T]: which tokens of the shard reach the router; None where all do. Its decisions are theirs, in this order."""
+        listed = self.trace.routers[router]
+        if not listed.stack:
+            return None
+        phase_T = self.tokens(["phase"])["phase"].to_pandas().astype(str)
+        return phase_T.map(listed.sees).to_numpy(bool)
+
     def ids(self, router: int) -> np.ndarray:
         """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere. Slots are
         contiguous in memory, as they are on disk."""

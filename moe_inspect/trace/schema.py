@@ -30,7 +30,7 @@ FORMAT = 1
 MANIFEST = "trace.json"
 VOCABULARY = "vocabulary.parquet"
 STATUSES = ("recording", "complete", "interrupted")
-PHASES = ("prefill", "decode")
+PHASES = ("prefill", "decode", "encode")  # encode: fed to the encoder of an encoder-decoder
 RANK_STRIDE = 2**40  # tokens of process r are numbered from r · 2^40
 
 LABEL = pa.dictionary(pa.int32(), pa.string())
@@ -53,7 +53,8 @@ VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())]
 @dataclass(frozen=True)
 class Router:
     """One router of the model, as `trace.json` lists it. `layer` is the block index, `experts` and `top_k` count routed
-    experts only, `scoring` is how logits become scores ("softmax", "sigmoid", or "" where unknown)."""
+    experts only, `scoring` is how logits become scores ("softmax", "sigmoid", or "" where unknown). `stack` is "encoder" or
+    "decoder" in a model that has both, else "": which tokens reach the router."""
 
     layer: int
     name: str
@@ -62,6 +63,11 @@ class Router:
     top_k: int
     scoring: str = ""
     shared_experts: int = 0
+    stack: str = ""
+
+    def sees(self, phase: str) -> bool:
+        """Whether tokens of this phase reach the router: the encoder's see those of "encode", the decoder's the others."""
+        return not self.stack or (self.stack == "encoder") == (phase == "encode")
 
 
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:
@@ -109,7 +115,7 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     "sequence": "a document longer than --max-length is several sequences; consecutive tokens are paired only within one",
     "position": "the model's position within the sequence, special tokens included",
     "domain": "the document's label",
-    "phase": "prefill: fed as a prompt; decode: fed one at a time",
+    "phase": "prefill: fed as a prompt; decode: fed one at a time; encode: fed to the encoder, whose routers alone see it",
     "batch": "the forward pass",
     "layer": "the model's block index, not the ordinal of the MoE layers",
     "router": "index into routers in trace.json: a block may have several",
