@@ -20,7 +20,7 @@ demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus, rep
 	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots
 
 test: $(VENV)/.installed ## The whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes docs/families.md
 	$(BIN)/python -m tests.test_zoo

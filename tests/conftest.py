@@ -18,6 +18,14 @@ ROOT = Path(__file__).parent.parent
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what tests found, whichever process they ran in."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "print":
+                terminalreporter.write_line("\n" + text)
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     """Runs `moe-inspect …` as a user does, in an empty directory."""

@@ -141,11 +141,11 @@ def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, An
     assert not any(stored(r, 128) for r in single)
 
 
-def test_the_register_table(compiled: dict[str, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_register_table(compiled: dict[str, list[dict[str, Any]]], record_property: Callable[[str, str], None]) -> None:
     """Registers a thread, as every run of the tests prints them."""
     names = [row["kernel"] for row in compiled["sm_90"]]
-    with capsys.disabled():
-        print(f"\n{'registers a thread':<44}" + "".join(f"{gpu:>8}" for gpu in TARGETS))
-        for n, name in enumerate(names):
-            print(f"{name:<44}" + "".join(f"{compiled[gpu][n]['registers']:>8}" for gpu in TARGETS))
+    lines = [f"{'registers a thread':<44}" + "".join(f"{gpu:>8}" for gpu in TARGETS)]
+    for n, name in enumerate(names):
+        lines.append(f"{name:<44}" + "".join(f"{compiled[gpu][n]['registers']:>8}" for gpu in TARGETS))
+    record_property("print", "\n".join(lines))
     assert all([row["kernel"] for row in compiled[gpu]] == names for gpu in TARGETS)
