@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli import describe, report, trace
+from moe_inspect.cli import describe, report, simulate, trace
 
 app = typer.Typer(
     name="moe-inspect",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("trace")(trace.trace)
 app.command("report")(report.report)
 app.command("describe")(describe.describe)
+app.add_typer(simulate.app, name="simulate")
 
 
 def _version(asked: bool) -> None:

@@ -1,0 +1,14 @@
+"""`moe-inspect simulate …`: one file a command."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    help="What would it cost, and what would help? Replay a trace under other assumptions.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.callback()
+def _simulate() -> None:
+    pass
