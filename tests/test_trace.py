@@ -263,3 +263,37 @@ def test_pandas_polars_and_duckdb_read_the_same_rows(tmp_path: Path) -> None:
 def test_the_schema_is_the_contract() -> None:
     assert schema.TOKENS.names == ["token", "token_id", "document", "sequence", "position", "domain", "phase", "batch"]
     assert schema.DOCUMENTS.names == ["document", "domain", "source", "tokens"]
+
+
+def test_a_router_has_rows_of_the_tokens_that_it_sees(tmp_path: Path) -> None:
+    """Of an encoder-decoder: batches of both kinds of tokens, of one alone, and one that nothing of is decoded."""
+    listed = [Router(1, "gate", f"{stack}.1", 4, 1, stack=stack) for stack in ("encoder", "decoder")]
+    fed = [(3, 2), (2, 0), (0, 2), (1, 1)]  # tokens of the encoder, of the decoder
+    ids, tokens = np.arange(11, dtype=np.uint8) % 4, 0
+    with TraceWriter(tmp_path, {"capture": {}}, listed, weights=False, shard_tokens=7) as writer:
+        for number, (encoded, decoded) in enumerate(fed):
+            n = encoded + decoded
+            of_token, where = np.zeros(n, np.int32), ids[tokens : tokens + n, None]
+            phase = "decode" if number == 2 else "prefill"
+            writer.write(
+                RoutedBatch(
+                    number, of_token, of_token, of_token, of_token, of_token, ["x"], [where[:encoded], where[encoded:]], None,
+                    phase=phase, encoded=encoded,
+                )
+            )  # fmt: skip
+            tokens += n
+    trace = open_trace(tmp_path)
+    phases = trace.tokens().phase.to_numpy(str)
+    assert list(phases) == ["encode"] * 3 + ["prefill"] * 2 + ["encode"] * 2 + ["decode"] * 2 + ["encode", "prefill"]
+    for r, sees in enumerate((phases == "encode", phases != "encode")):
+        routing = trace.routing(router=r)
+        assert list(routing.token) == list(np.flatnonzero(sees))
+        assert list(routing.expert_0) == list(ids[sees])
+    assert len(list(trace.shards)) > 1
+    for shard in trace.shards:
+        for r in range(2):
+            seen = shard.seen(r)
+            assert seen is not None
+            assert len(shard.ids(r)) == seen.sum()
+    assert trace.manifest["counts"] == {"tokens": 11, "decisions": 11, "dropped": 0}
+    assert trace.n_decisions == 11

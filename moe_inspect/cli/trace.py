@@ -122,10 +122,11 @@ def trace(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0":  # of a torchrun: the first speaks for all
         return
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+    stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
     routers, seconds = len(written.routers), time.monotonic() - began
     print(
-        f"{'complete already: ' if complete_before else ''}{written.n_tokens:,} tokens × {routers} routers = "
-        f"{written.n_tokens * routers:,} decisions{' counted' if counts_only else ''} in {output} "
+        f"{'complete already: ' if complete_before else ''}{written.n_tokens:,} tokens {'at' if stacks else '×'} {routers} routers = "
+        f"{written.n_decisions:,} decisions{' counted' if counts_only else ''} in {output} "
         f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)",
         file=sys.stderr,
     )

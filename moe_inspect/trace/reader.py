@@ -32,6 +32,7 @@ class ShardFiles:
     last_token: int
     first_batch: int | None
     last_batch: int
+    decisions: int
     paths: dict[str, str] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
@@ -98,9 +99,11 @@ def committed_shards(root: Path, manifest: dict[str, Any]) -> list[ShardFiles]:
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
+                span = {k: entry[k] for k in ("first_token", "last_token", "first_batch", "last_batch")}
+                # a trace that does not say so is one in which every router saw every token
+                everywhere = (span["last_token"] - span["first_token"] + 1) * len(manifest["routers"])
                 shard = found.setdefault(
-                    entry["shard"],
-                    ShardFiles(rank, entry["shard"], *(entry[k] for k in ("first_token", "last_token", "first_batch", "last_batch"))),
+                    entry["shard"], ShardFiles(rank, entry["shard"], **span, decisions=entry.get("decisions", everywhere))
                 )
                 shard.paths[entry["table"]] = entry["path"]
                 shard.rows[entry["table"]] = entry["rows"]
@@ -137,8 +140,9 @@ class Shard:
         listed = self.trace.routers[router]
         if not listed.stack:
             return None
-        phase_T = self.tokens(["phase"])["phase"].to_pandas().astype(str)
-        return phase_T.map(listed.sees).to_numpy(bool)
+        phase_T = self.tokens(["phase"])["phase"].unify_dictionaries().combine_chunks()
+        sees = np.array([listed.sees(phase) for phase in phase_T.dictionary.to_pylist()], bool)
+        return sees[phase_T.indices.to_numpy()]
 
     def ids(self, router: int) -> np.ndarray:
         """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere. Slots are
@@ -214,6 +218,11 @@ class Trace:
     def n_tokens(self) -> int:
         """Tokens in committed shards, whatever the manifest last said."""
         return sum(f.tokens for f in self._files)
+
+    @property
+    def n_decisions(self) -> int:
+        """Decisions in committed shards, counted ones included: tokens × routers, unless it is an encoder-decoder's."""
+        return sum(f.decisions for f in self._files)
 
     @property
     def shards(self) -> Iterator[Shard]:

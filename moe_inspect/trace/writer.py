@@ -46,7 +46,8 @@ class Document:
 @dataclass(frozen=True)
 class RoutedBatch:
     """One forward pass. Arrays of length T are in execution order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`:
-    float [T, K_r] or None, `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d."""
+    float [T, K_r] or None, `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d. Of an encoder-decoder the
+    first `encoded` tokens were fed to the encoder, the others to the decoder, and a router has rows only of those it sees."""
 
     batch: int
     token_id: np.ndarray
@@ -61,6 +62,13 @@ class RoutedBatch:
     documents: list[Document] = field(default_factory=list)
     phase: str = "prefill"
     group: int | None = None  # passes of one group follow each other and are committed together, or not at all
+    encoded: int = 0
+
+    def seen(self, router: Router) -> slice:
+        """Which of its tokens a router sees."""
+        if not router.stack:
+            return slice(None)
+        return slice(self.encoded) if router.stack == "encoder" else slice(self.encoded, None)
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +77,8 @@ class RoutedBatch:
 
 @dataclass(frozen=True)
 class CountedBatches:
-    """Load summed on the device over the batches up to `batch`: integers [D, E_r] a router (`weight_sum`: float64)."""
+    """Load summed on the device over the batches up to `batch`: integers [D, E_r] a router (`weight_sum`: float64). `decisions`: of
+    all routers, where they did not all see every token."""
 
     batch: int
     tokens: int
@@ -78,6 +87,7 @@ class CountedBatches:
     first_choice: list[np.ndarray]
     weight_sum: list[np.ndarray] | None
     documents: list[Document] = field(default_factory=list)
+    decisions: int | None = None
 
 
 class TraceWriter:
@@ -244,7 +254,7 @@ class TraceWriter:
                 "token": token,
                 **facts,
                 "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
-                "phase": _labels(np.repeat([schema.PHASES.index(b.phase) for b in batches], sizes), list(schema.PHASES)),
+                "phase": _labels(np.concatenate([_phases(b) for b in batches]), list(schema.PHASES)),
                 "batch": pa.array(np.repeat(np.array([b.batch for b in batches], np.int32), sizes)),
             },
             schema=schema.TOKENS,
@@ -255,6 +265,7 @@ class TraceWriter:
             self._write_part("tokens", schema.TOKENS, [lambda: tokens]),
             self._write_part("routing", columns, [self._routing_of(r, batches, token, columns) for r in range(len(self.routers))]),
         ]
+        decisions = lines[-1]["rows"]
         if self.logits:
             experts = max(r.experts for r in self.routers)
             lines.append(
@@ -264,7 +275,7 @@ class TraceWriter:
                     [self._logits_of(r, batches, token, experts) for r in range(len(self.routers))],
                 )
             )
-        self._commit(lines, T, batches[0].batch, batches[-1].batch)
+        self._commit(lines, T, decisions, batches[0].batch, batches[-1].batch)
 
     def _routed_nowhere(self, batches: list[RoutedBatch]) -> bool:
         """Whether any slot of these batches is null in the table."""
@@ -275,11 +286,13 @@ class TraceWriter:
 
     def _routing_of(self, r: int, batches: list[RoutedBatch], token: pa.Array, schema_of: pa.Schema) -> Callable[[], pa.Table]:
         def table() -> pa.Table:
-            ids_KT = _slot_major([b.ids[r] for b in batches], batches[0].ids[r].dtype)
+            parts = [b.ids[r] for b in batches]
+            ids_KT = _slot_major(parts, max((p.dtype for p in parts if len(p)), default=parts[0].dtype))
             assert len(ids_KT) == self.routers[r].top_k
+            seen = self._seen(r, batches, token)
             nowhere_KT = ids_KT == np.iinfo(ids_KT.dtype).max if _holds_nowhere(ids_KT, self.routers[r].experts) else None
             experts_KT = ids_KT.astype(schema.id_dtype(self.routers).to_pandas_dtype(), copy=False)
-            columns = [token, *self._router_columns(r, len(token))]
+            columns = [seen, *self._router_columns(r, len(seen))]
             columns += _slots(experts_KT, nowhere_KT, schema_of, "expert")
             if self.weights:
                 weights_KT = _slot_major([b.weights[r] for b in batches if b.weights is not None], np.float32)
@@ -294,9 +307,20 @@ class TraceWriter:
             # a router of fewer experts than the widest is padded with NaN: one table, one width
             padded_TE = np.pad(logits_TE, ((0, 0), (0, experts - logits_TE.shape[1])), constant_values=np.nan)
             values = pa.FixedSizeListArray.from_arrays(pa.array(padded_TE.reshape(-1)), experts)
-            return pa.Table.from_arrays([token, *self._router_columns(r, len(token)), values], schema=schema.logits_schema(experts))
+            seen = self._seen(r, batches, token)
+            return pa.Table.from_arrays([seen, *self._router_columns(r, len(seen)), values], schema=schema.logits_schema(experts))
 
         return table
+
+    def _seen(self, r: int, batches: list[RoutedBatch], token: pa.Array) -> pa.Array:
+        """Those of the tokens that router r sees."""
+        if not self.routers[r].stack:
+            return token
+        parts, start = [], 0
+        for batch in batches:
+            parts.append(token[start : start + len(batch.token_id)][batch.seen(self.routers[r])])
+            start += len(batch.token_id)
+        return pa.concat_arrays(parts)
 
     def _router_columns(self, r: int, rows: int) -> list[pa.Array]:
         return [pa.array(np.full(rows, value, np.uint16)) for value in (self.routers[r].layer, r)]
@@ -321,7 +345,8 @@ class TraceWriter:
             self._write_documents(counted.documents),
             self._write_part("counts", schema.counts_schema(self.weights), [table_of(r) for r in range(len(self.routers))]),
         ]
-        self._commit(lines, counted.tokens, None, counted.batch)
+        decisions = counted.decisions if counted.decisions is not None else counted.tokens * len(self.routers)
+        self._commit(lines, counted.tokens, decisions, None, counted.batch)
 
     def _write_documents(self, documents: list[Document]) -> dict[str, Any]:
         rows = {
@@ -358,13 +383,14 @@ class TraceWriter:
             os.fsync(file.fileno())
         return {"table": table, "path": f"{table}/{name}", "rows": rows, "sha256": sink.digest.hexdigest()}
 
-    def _commit(self, lines: list[dict[str, Any]], tokens: int, first_batch: int | None, last_batch: int) -> None:
+    def _commit(self, lines: list[dict[str, Any]], tokens: int, decisions: int, first_batch: int | None, last_batch: int) -> None:
         for table in self.tables:
             schema.sync_directory(self.root / table)
         span = {
             "shard": self.next_shard,
             "first_token": self.next_token,
             "last_token": self.next_token + tokens - 1,
+            "decisions": decisions,
             "first_batch": first_batch,
             "last_batch": last_batch,
         }
@@ -376,7 +402,7 @@ class TraceWriter:
         self.next_shard += 1
         self.next_token += tokens
         self.tokens += tokens
-        self.decisions += tokens * len(self.routers)
+        self.decisions += decisions
         self.manifest["counts"] = {"tokens": self.tokens, "decisions": self.decisions, "dropped": self.dropped}
         self._write_manifest()
 
@@ -390,6 +416,12 @@ def _encoding(column: pa.Field) -> str | None:
     if pa.types.is_float32(column.type):
         return "BYTE_STREAM_SPLIT"
     return "DELTA_BINARY_PACKED" if column.name == "token" else None
+
+
+def _phases(batch: RoutedBatch) -> np.ndarray:
+    codes = np.full(len(batch.token_id), schema.PHASES.index(batch.phase))
+    codes[: batch.encoded] = schema.PHASES.index("encode")
+    return codes
 
 
 def _column(batches: list[RoutedBatch], name: str) -> pa.Array:
@@ -467,8 +499,8 @@ def committed_counts(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
     """Tokens and decisions in the committed shards of all ranks."""
     from moe_inspect.trace.reader import committed_shards
 
-    tokens = sum(s.tokens for s in committed_shards(root, manifest))
-    return {"tokens": tokens, "decisions": tokens * len(manifest["routers"])}
+    shards = committed_shards(root, manifest)
+    return {"tokens": sum(s.tokens for s in shards), "decisions": sum(s.decisions for s in shards)}
 
 
 def resume_point(root: Path, rank: int = 0) -> ResumePoint:
@@ -486,13 +518,12 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
     schema.write_atomically(root / f"shards-{rank}.jsonl", lines)  # without the torn tail
     if not shards:
         return ResumePoint()
-    tokens = sum(s.tokens for s in shards)
     return ResumePoint(
         shards=shards[-1].index + 1,
         next_token=shards[-1].last_token + 1,
         next_batch=shards[-1].last_batch + 1,
-        tokens=tokens,
-        decisions=tokens * len(manifest["routers"]),
+        tokens=sum(s.tokens for s in shards),
+        decisions=sum(s.decisions for s in shards),
     )
 
 
