@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.analysis import tokenids
-from moe_inspect.analysis.aggregate import CLUSTERS, Counts, count, count_shard, merge
+from moe_inspect.analysis.aggregate import BASE, CLUSTERS, Counts, merge
+from moe_inspect.analysis.engine import count_trace as count
+from moe_inspect.analysis.fragment import count_shard
 from moe_inspect.analysis.select import parse_layers, select
 from moe_inspect.analysis.uncertainty import noise_floor
 from moe_inspect.errors import MoeInspectError
@@ -53,7 +55,7 @@ def sorted_counts(counts: Counts) -> dict:
         "first": {r: c.first_choice_DE[domains].tolist() for r, c in counts.of.items()},
         "weights": {r: None if c.weight_sum_DE is None else c.weight_sum_DE[domains].round(6).tolist() for r, c in counts.of.items()},
         "null": {r: c.null_slots for r, c in counts.of.items()},
-        "batches": {size: (n, np.round(vio, 9).tolist()) for size, (n, vio) in sorted(counts.batches.items())},
+        "batches": {r: {size: (n, round(vio, 9)) for size, (n, vio) in sorted(c.batches.items())} for r, c in counts.of.items()},
         "token_ids": counts.token_ids_V.tolist(),
         "documents": counts.documents,
     }
@@ -118,7 +120,7 @@ def test_shards_and_their_order_change_nothing(tmp_path_factory: pytest.TempPath
 
 def test_merging_is_associative_and_leaves_the_parts_alone(tmp_path: Path):
     trace = write_trace(tmp_path / "t", **arguments(null=0.05))
-    a, b, c = (count_shard(shard, select(trace)) for shard in trace.shards)
+    a, b, c = (count_shard(shard, select(trace), BASE) for shard in trace.shards)
     before = sorted_counts(a)
     left, right, turned = merge([merge([a, b]), c]), merge([a, merge([b, c])]), merge([c, a, b])
     assert sorted_counts(left) == sorted_counts(right) == sorted_counts(turned) == sorted_counts(count(trace, select(trace)))
@@ -238,7 +240,7 @@ def test_ranks_of_a_distributed_run_add_up(tmp_path: Path):
             writer.write(RoutedBatch(0, zeros, np.arange(300) // 30 + 10 * rank, zeros, zeros, zeros, ["text"], [ids], None))
     made = report(tmp_path / "t")
     assert made.tables["load"]["assignments"].tolist() == (loads[0] + loads[1]).tolist()
-    assert made.counts.batches[300][0] == 2  # batch 0 of either rank is a forward pass of its own
+    assert made.counts.of[0].batches[300][0] == 2  # batch 0 of either rank is a forward pass of its own
     assert len(made.counts.units) == 20
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_inspect.analysis import specialization as sp
-from moe_inspect.analysis.aggregate import Counts, selected_tokens
+from moe_inspect.analysis.aggregate import Counts
+from moe_inspect.analysis.fragment import selected_tokens
 from moe_inspect.analysis.select import Selection
 from moe_inspect.analysis.uncertainty import SEED
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Shard, Trace
 
 MIN_COUNT = 8  # occurrences from which the routing of a token id can be told from chance
 CELLS = 2**24  # of one table; all tables of a group of routers hold a few times as many
@@ -94,7 +95,8 @@ def by_token_id(
         group = selection.routers[start : start + at_once]
         tables = [_empty(trace, r, token_ids, pair_ids, clusters, len(counts.domains), shuffles) for r in group]
         for shard in trace.shards:
-            _count_shard(shard, selection, counts, tables)
+            for stack in sorted({trace.routers[r].stack for r in group}):
+                _count_shard(shard, selection, stack, counts, [t for t in tables if trace.routers[t.router].stack == stack])
             if progress:
                 progress(shard.files.tokens * len(group))
         yield from tables
@@ -121,8 +123,8 @@ def _empty(trace: Trace, router: int, token_ids: TokenIds, pair_ids: TokenIds | 
     return tables
 
 
-def _count_shard(shard, selection: Selection, counts: Counts, group: list[TokenTables]) -> None:  # type: ignore[no-untyped-def]
-    chosen = selected_tokens(shard, selection)
+def _count_shard(shard: Shard, selection: Selection, stack: str, counts: Counts, group: list[TokenTables]) -> None:
+    chosen = selected_tokens(shard, selection, stack)
     if not len(chosen.domain_T):
         return
     row_T = group[0].token_ids.rows(chosen.token_id_T)

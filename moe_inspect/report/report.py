@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis import tokenids
-from moe_inspect.analysis.aggregate import Counts, count
+from moe_inspect.analysis.aggregate import Counts
+from moe_inspect.analysis.engine import count_trace
 from moe_inspect.analysis.select import Selection, ranges, select
 from moe_inspect.analysis.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.errors import MoeInspectError
@@ -69,7 +70,7 @@ class Report:
 
     @cached_property
     def counts(self) -> Counts:
-        return count(self.trace, self.selection, self.progress)
+        return count_trace(self.trace, self.selection, progress=self.progress)
 
     @cached_property
     def by_id(self) -> list[dict[str, float]]:
@@ -117,7 +118,7 @@ class Report:
             ("tokens", counts.tokens),
             ("documents", counts.documents),
             *((f"tokens_in_{domain}", int(n)) for domain, n in zip(counts.domains, counts.tokens_D, strict=True)),
-            ("decisions", counts.tokens * len(routers)),
+            ("decisions", counts.decisions),
             ("assignments", sum(int(counts.load_E(r).sum()) for r in routers)),
             ("null_slots", sum(counts.of[r].null_slots for r in routers)),
             ("dropped", self.dropped),
@@ -160,7 +161,8 @@ class Report:
             notes.append("no weights recorded: weight_sum is NaN")
         if any(not counts.load_E(r).any() for r in self.selection.routers):
             notes.append("a router without a single assignment has no balance")
-        batches, whole = (sum(n for n, _ in sizes.values()) for sizes in (counts.batches, whole_batches(counts)))
+        sizes = max((counts.of[r].batches for r in self.selection.routers), key=len)
+        batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
         if batches - whole > 1:
             notes.append(f"max_vio_batch is of {whole:,} of {batches:,} batches: the others hold under half the tokens of the largest")
         if not counts.counts_only:

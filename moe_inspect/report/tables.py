@@ -53,16 +53,16 @@ def balance_of(counts: Counts) -> pd.DataFrame:
             "router": r,
             "experts": E,
             "top_k": k,
-            "tokens": counts.tokens,
+            "tokens": counts.tokens_of(r),
             "assignments": total,
         }
         row |= {name: float(m.function(load_E[None])[0]) for name, m in bal.METRICS.items()}
         row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
         row["noise_floor"] = unc.noise_floor(round(total / k), E, k)  # null slots make no load, by chance or otherwise
         row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(counts.of[r].assignments_UE, weights_RU)
-        units = (counts.of[r].assignments_UE, counts.tokens_U, counts.domain_of_unit_U)
+        units = (counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U)
         row["design_effect"] = float("nan") if counts.counts_only else unc.design_effect(*units)
-        row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(counts, r, total / (k * counts.tokens))
+        row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(counts, r, total / max(k * counts.tokens_of(r), 1))
         rows.append(row)
     columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *bal.METRICS, "busiest_expert", "noise_floor"]
     columns += ["max_vio_low", "max_vio_high", "max_vio_batch", "noise_floor_batch", "design_effect"]
@@ -73,20 +73,20 @@ def balance_of(counts: Counts) -> pd.DataFrame:
 
 def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
     """Mean max_vio over batches, and the noise floor of batches of their sizes. `filled`: share of slots that routed."""
-    if not counts.batches or filled <= 0:
+    kept = whole_batches(counts.of[router].batches)
+    if not kept or filled <= 0:
         return float("nan"), float("nan")
-    kept, row = whole_batches(counts), counts.indices.index(router)
     n_S = np.array([n for n, _ in kept.values()])
-    vio_S = np.array([vio_L[row] for _, vio_L in kept.values()])
+    vio_S = np.array([vio for _, vio in kept.values()])
     E, k = counts.routers[router].experts, counts.routers[router].top_k
     floor_S = unc.noise_floors(np.array(list(kept)) * filled, E, k)
     return float(vio_S.sum() / n_S.sum()), float((n_S * floor_S).sum() / n_S.sum())
 
 
-def whole_batches(counts: Counts) -> dict[int, tuple[int, np.ndarray]]:
-    """`counts.batches` without those under half the largest: the last batch is often a remnant, in which chance is all there
+def whole_batches(batches: dict[int, tuple[int, float]]) -> dict[int, tuple[int, float]]:
+    """`RouterCounts.batches` without those under half the largest: the last batch is often a remnant, in which chance is all there
     is to see."""
-    return {size: value for size, value in counts.batches.items() if 2 * size >= max(counts.batches)}
+    return {size: value for size, value in batches.items() if 2 * size >= max(batches)}
 
 
 @table
@@ -112,11 +112,11 @@ def domains(report: Report) -> pd.DataFrame:
     """A row an expert in a domain: activation = assignments ÷ tokens of the domain (sums to k over the experts), lift = that
     to the mean of the domains' activations."""
     counts, parts = report.counts, []
-    D, tokens_D = len(counts.domains), counts.tokens_D
+    D = len(counts.domains)
     for r in report.selection.routers:
-        assignments_DE = counts.assignments_DE(r)
+        assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
         E = assignments_DE.shape[1]
-        activation_DE = assignments_DE / tokens_D[:, None]
+        activation_DE = assignments_DE / np.where(tokens_D > 0, tokens_D, np.nan)[:, None]
         mean_E = activation_DE.mean(0)
         columns = {
             "domain": np.repeat(np.array(counts.domains, object), E),

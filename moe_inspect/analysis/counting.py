@@ -1,0 +1,142 @@
+"""What the decisions of one router in one shard come to, in numpy: plain functions on arrays.
+
+T tokens, K slots, E experts here, N experts of the next router, X rows (units, domains, windows …), D domains, S samples, P
+pairs of consecutive tokens. ids_TK: int16, −1 where a slot routed nowhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK = 2**22  # cells of a temporary table
+
+
+@dataclass(frozen=True)
+class Order:
+    """How tokens follow each other within their sequences: by_T sorts them by (document, sequence, position), `follows_T`
+    says, in that order, whether a token's position is the next after the one before it in the same sequence. A sample is
+    the tokens of one sequence: sample_T (in token order), the size of each and one token of it."""
+
+    by_T: np.ndarray
+    follows_T: np.ndarray
+    sample_T: np.ndarray
+    size_S: np.ndarray
+    first_S: np.ndarray
+
+
+def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndarray) -> Order:
+    """The steps of a generated sequence are in other batches than its prompt, so neighbours are not found by token order."""
+    by_T = np.lexsort((position_T, sequence_T, document_T))
+    d, s, p = document_T[by_T], sequence_T[by_T], position_T[by_T]
+    same_T = np.r_[False, (d[1:] == d[:-1]) & (s[1:] == s[:-1])][: len(d)]
+    follows_T = same_T & np.r_[False, p[1:] == p[:-1] + 1][: len(p)]
+    sample_T = np.empty(len(d), np.int64)
+    sample_T[by_T] = np.cumsum(~same_T) - 1
+    return Order(by_T, follows_T, sample_T, np.bincount(sample_T), by_T[~same_T])
+
+
+def load(row_T: np.ndarray, ids_TK: np.ndarray, X: int, E: int) -> np.ndarray:
+    """Assignments of each expert by row. int64 [X, E]"""
+    return np.bincount(_cells(row_T, ids_TK, E)[0], minlength=X * E).reshape(X, E)
+
+
+def weight_sum(row_T: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray, X: int, E: int) -> np.ndarray:
+    """Weights of each expert's assignments by row. float64 [X, E]"""
+    cell, there_TK = _cells(row_T, ids_TK, E)
+    weights = weights_TK.T[there_TK.T] if there_TK is not None else weights_TK.T.reshape(-1)
+    return np.bincount(cell, weights, X * E).reshape(X, E)
+
+
+def _cells(row_T: np.ndarray, ids_TK: np.ndarray, E: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """row · E + expert of every slot that routed somewhere, slot by slot, and which those are (None: all)."""
+    cell_KT = row_T * E + ids_TK.T
+    there_TK = ids_TK >= 0 if ids_TK.size and int(ids_TK.min()) < 0 else None
+    return cell_KT.reshape(-1) if there_TK is None else cell_KT[there_TK.T], there_TK
+
+
+def pairs(ids_TK: np.ndarray, next_TK: np.ndarray, E: int, N: int) -> np.ndarray:
+    """How often a token chose expert e here and expert n there: all pairs of slots, also of the same array. int64 [E, N]"""
+    # the slots that routed nowhere go to one more expert, which is cut off
+    here_KT, there_KT = (np.where(i < 0, size, i).T.astype(np.int64) for i, size in ((ids_TK, E), (next_TK, N)))
+    total = np.zeros((E + 1) * (N + 1), np.int64)
+    for here_T in here_KT:
+        for there_T in there_KT:
+            total += np.bincount(here_T * (N + 1) + there_T, minlength=len(total))
+    return total.reshape(E + 1, N + 1)[:E, :N].copy()
+
+
+def repetition(ids_TK: np.ndarray, order: Order, domain_T: np.ndarray, D: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By domain: pairs of consecutive tokens, those with the same first choice, those with an expert in common. int64 [D]"""
+    after = np.flatnonzero(order.follows_T)
+    before_PK, after_PK = ids_TK[order.by_T[after - 1]], ids_TK[order.by_T[after]]
+    domain_P = domain_T[order.by_T[after]]
+    first_P = (before_PK[:, 0] == after_PK[:, 0]) & (after_PK[:, 0] >= 0)
+    any_P = np.zeros(len(after), bool)
+    for slot_P in before_PK.T:
+        any_P |= ((slot_P[:, None] == after_PK) & (slot_P >= 0)[:, None]).any(1)
+    every, first, common = (np.bincount(domain_P[chosen], minlength=D) for chosen in (slice(None), first_P, any_P))
+    return every.astype(np.int64), first.astype(np.int64), common.astype(np.int64)
+
+
+def srp(ids_TK: np.ndarray, order: Order, E: int, m: int) -> np.ndarray:
+    """How many (m consecutive tokens of a sequence, expert) have f of the m tokens choose the expert. int64 [m+1]. The
+    windows slide by one token; a sequence of fewer than m tokens has none. arXiv:2505.16056."""
+    T = len(order.by_T)
+    place_T = np.arange(T)
+    run_start_T = np.maximum.accumulate(np.where(order.follows_T, 0, place_T))
+    last = np.flatnonzero(place_T - run_start_T >= m - 1)  # the last token of each window
+    histogram = np.zeros(m + 1, np.int64)
+    sorted_TK = ids_TK[order.by_T]
+    step = max(1, BLOCK // (T + 1))
+    for first_expert in range(0, E, step):
+        width = min(step, E - first_expert)
+        chosen = np.zeros((T + 1, width + 1), np.int32)  # one more column takes what is no expert of this block
+        inside_TK = (sorted_TK >= first_expert) & (sorted_TK < first_expert + width)
+        chosen[place_T[:, None] + 1, np.where(inside_TK, sorted_TK - first_expert, width)] = 1
+        cumulative = chosen[:, :width].cumsum(0)
+        histogram += np.bincount((cumulative[last + 1] - cumulative[last + 1 - m]).reshape(-1), minlength=m + 1)
+    return histogram
+
+
+def weight_confidence(weights_TK: np.ndarray) -> dict[str, float]:
+    """Sums of what the k weights alone say of the router's confidence; decisions without any weight are left out."""
+    weights_TK = weights_TK.astype(float)
+    mass_T = weights_TK.sum(1)
+    share_TK = np.sort(weights_TK[mass_T > 0] / mass_T[mass_T > 0, None], axis=1)[:, ::-1]
+    second_T = share_TK[:, 1] if share_TK.shape[1] > 1 else 0
+    return {
+        "weight_decisions": int((mass_T > 0).sum()),
+        "weight_entropy_sum": float(-(share_TK * np.log(np.where(share_TK > 0, share_TK, 1))).sum()),
+        "weight_margin_sum": float((share_TK[:, 0] - second_T).sum()),
+        "weight_mass_sum": float(mass_T.sum()),
+    }
+
+
+def logit_confidence(logits_TE: np.ndarray, k: int, scoring: str) -> dict[str, float | np.ndarray]:
+    """Sums of what the logits say of the router's confidence and of its losses (fields of RouterCounts). A decision with a
+    NaN or +inf is left out; −inf is an expert masked away, read as the lowest float16."""
+    lowest = float(np.finfo(np.float16).min)
+    logits_TE = logits_TE.astype(np.float64)
+    logits_TE = np.maximum(logits_TE[(logits_TE < np.inf).all(1)], lowest)
+    T, E = logits_TE.shape
+    top_TE = logits_TE.max(1, keepdims=True)
+    exp_TE = np.exp(logits_TE - top_TE)
+    logsumexp_T = top_TE[:, 0] + np.log(exp_TE.sum(1))
+    score_TE = 1 / (1 + np.exp(-logits_TE)) if scoring == "sigmoid" else exp_TE
+    total_T1 = score_TE.sum(1, keepdims=True)
+    p_TE = np.divide(score_TE, total_T1, out=np.full_like(score_TE, 1 / E), where=total_T1 > 0)
+    ranked_TE, ranked_p_TE = np.sort(logits_TE, axis=1)[:, ::-1], np.sort(p_TE, axis=1)[:, ::-1]
+    nan = float("nan")
+    boundary_T = ranked_TE[:, k - 1] - ranked_TE[:, k] if k < E else None
+    return {
+        "logit_decisions": T,
+        "probability_sum_E": p_TE.sum(0),
+        "z_sum": float((logsumexp_T**2).sum()),
+        "entropy_sum": float(-(p_TE * np.log(np.where(p_TE > 0, p_TE, 1))).sum()),
+        "top1_margin_sum": float((ranked_TE[:, 0] - ranked_TE[:, 1]).sum()) if E > 1 else nan,
+        "boundary_margin_sum": float(boundary_T.sum()) if boundary_T is not None else nan,
+        "topk_mass_sum": float(ranked_p_TE[:, :k].sum()),
+        "ties": int((boundary_T == 0).sum()) if boundary_T is not None else 0,
+    }

@@ -1,0 +1,273 @@
+"""The counts of one shard.
+
+L routers, E experts, K slots, T tokens selected, D domains, U units (clusters of documents), B batches, W windows, S samples
+(the tokens of a sequence in the shard).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.analysis import counting
+from moe_inspect.analysis.aggregate import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts
+from moe_inspect.analysis.select import Selection
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Shard
+from moe_inspect.trace.schema import PHASES
+
+NEEDS_WEIGHTS = frozenset({"load", "esft", "weights"})
+NEEDS_ORDER = frozenset({"repetition", "srp", "esft"})
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How the trace is cut into windows: `tokens` of each rank to a window, `count` windows. `before` is the number of
+    tokens that each shard, by (rank, index), has before it in its rank: ranks run side by side, and so do their windows."""
+
+    tokens: int
+    count: int
+    before: dict[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class SelectedTokens:
+    """The tokens of a shard that the selection takes and a stack's routers see. `keep_R` says which of a router's R
+    decisions are theirs, None where all are; the other arrays are of the tokens kept, in token order."""
+
+    keep_R: np.ndarray | None
+    rows: int
+    number_T: np.ndarray
+    domain_T: np.ndarray
+    domains: list[str]
+    document_T: np.ndarray
+    token_id_T: np.ndarray
+    batch_T: np.ndarray
+    sequence_T: np.ndarray | None
+    position_T: np.ndarray | None
+    labels: set[str]
+
+    def of(self, values_RK: np.ndarray, router: int) -> np.ndarray:
+        """The decisions of the tokens kept."""
+        if len(values_RK) != self.rows:
+            raise MoeInspectError(f"damaged trace: router {router} has {len(values_RK)} decisions of a shard's {self.rows} tokens")
+        return values_RK if self.keep_R is None else values_RK[self.keep_R]
+
+    @cached_property
+    def order(self) -> counting.Order:
+        """How the tokens follow each other within their sequences."""
+        assert self.sequence_T is not None
+        assert self.position_T is not None
+        return counting.order_of(self.document_T, self.sequence_T, self.position_T)
+
+
+def selected_tokens(shard: Shard, selection: Selection, stack: str = "", order: bool = False) -> SelectedTokens:
+    """Reads the tokens table of a shard and drops what the selection leaves out or the stack's routers do not see."""
+    names = ["token_id", "document", "batch", "domain"] + (["phase"] if selection.phase or stack else [])
+    table = shard.tokens(names + (["sequence", "position"] if order else []))
+    code_T, domains = codes(table["domain"])
+    labels = {domains[d] for d in np.unique(code_T)}
+    keep_T = seen_T = None
+    if selection.domains is not None:
+        keep_T = np.isin(code_T, [d for d, domain in enumerate(domains) if domain in selection.domains])
+    if "phase" in names:
+        phase_T, phases = codes(table["phase"])
+        if stack:
+            seen_T = np.isin(phase_T, [p for p, phase in enumerate(phases) if (phase == PHASES[2]) == (stack == "encoder")])
+        if selection.phase:
+            match_T = np.isin(phase_T, [p for p, phase in enumerate(phases) if phase == selection.phase])
+            keep_T = match_T if keep_T is None else keep_T & match_T
+    rows = len(table) if seen_T is None else int(seen_T.sum())
+    keep_R = keep_T if seen_T is None or keep_T is None else keep_T[seen_T]
+    taken_T = keep_T if seen_T is None else seen_T if keep_T is None else seen_T & keep_T
+
+    def taken(values: np.ndarray) -> np.ndarray:
+        return values if taken_T is None else values[taken_T]
+
+    sequence_T, position_T = (taken(table[n].to_numpy()) if order else None for n in ("sequence", "position"))
+    return SelectedTokens(
+        keep_R,
+        rows,
+        taken(np.arange(len(table))),
+        taken(code_T),
+        domains,
+        taken(table["document"].to_numpy()),
+        taken(table["token_id"].to_numpy()),
+        taken(table["batch"].to_numpy()),
+        sequence_T,
+        position_T,
+        labels,
+    )
+
+
+def count_shard(shard: Shard, selection: Selection, wants: frozenset[str], windows: Windows | None = None) -> Counts:
+    """The counts of one shard: what the whole adds up from. Sequences do not cross shards but where a recording's own
+    generation loop was cut (see `selected_tokens`)."""
+    W = windows.count if windows else 0
+    part = Counts(
+        shard.trace.routers,
+        selection.routers,
+        wants=wants,
+        window_tokens=windows.tokens if windows else 0,
+        first_token_W=np.full(W, -1, np.int64),
+    )
+    part.documents = _documents(shard, selection)
+    _count_counted(shard, selection, part) if shard.trace.counts_only else _count_routed(shard, selection, part, windows)
+    return part
+
+
+def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Windows | None) -> None:
+    order = bool(part.wants & NEEDS_ORDER)
+    every = selected_tokens(shard, selection, order=order)
+    part.labels = every.labels
+    if not len(every.domain_T):
+        return
+    key_U, part.tokens_U = np.unique(_unit(every), return_counts=True)
+    part.units = [(every.domains[key // CLUSTERS], int(key % CLUSTERS)) for key in key_U]
+    domain_U, domain_of_U = np.unique(key_U // CLUSTERS, return_inverse=True)
+    part.domains = [every.domains[d] for d in domain_U]
+    part.token_ids_V = np.bincount(every.token_id_T[every.token_id_T >= 0]).astype(np.int64)
+    if windows and "windows" in part.wants:
+        first_T = windows.before[shard.files.rank, shard.files.index] + every.number_T
+        window_W, at_W = np.unique(first_T // windows.tokens, return_index=True)
+        part.first_token_W[window_W] = shard.files.first_token + every.number_T[at_W]
+    for stack in sorted({part.routers[r].stack for r in part.indices}):
+        seen = every if not stack else selected_tokens(shard, selection, stack, order)
+        tokens = _Tokens(seen, key_U, domain_of_U, windows, shard)
+        if stack:
+            part.tokens_SU[stack] = np.bincount(tokens.unit_T, minlength=len(key_U)).astype(np.int64)
+        before: tuple[int, np.ndarray] | None = None
+        for r in (r for r in part.indices if part.routers[r].stack == stack):
+            ids_TK = _checked(seen.of(shard.ids(r), r), part.routers[r].experts, r)
+            part.of[r] = _count_router(shard, part, r, ids_TK, seen, tokens)
+            if before is not None and "transitions" in part.wants:
+                b, of_b_TK = before
+                shape = (part.routers[b].experts, part.routers[r].experts)
+                part.of[b].next_EN = counting.pairs(of_b_TK, ids_TK, *shape)
+                part.of[b].next_first_EN = counting.pairs(of_b_TK[:, :1], ids_TK[:, :1], *shape)
+            before = (r, ids_TK)
+
+
+class _Tokens:
+    """What the routers of one stack share in a shard: where each of its tokens counts."""
+
+    def __init__(self, seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, windows: Windows | None, shard: Shard):
+        self.domain_of_U, self.U, self.D = domain_of_U, len(key_U), int(domain_of_U.max()) + 1
+        self.unit_T = np.searchsorted(key_U, _unit(seen))
+        self.domain_T = domain_of_U[self.unit_T]
+        self.batch_B, self.batch_T, self.size_B = np.unique(seen.batch_T, return_inverse=True, return_counts=True)
+        self.window_T = None
+        if windows:
+            self.window_T = (windows.before[shard.files.rank, shard.files.index] + seen.number_T) // windows.tokens
+            self.W = windows.count
+
+
+def _count_router(shard: Shard, part: Counts, r: int, ids_TK: np.ndarray, seen: SelectedTokens, tokens: _Tokens) -> RouterCounts:
+    E, k, wants, D, U = part.routers[r].experts, part.routers[r].top_k, part.wants, tokens.D, tokens.U
+    weighted = shard.trace.has_weights and bool(wants & NEEDS_WEIGHTS)
+    weights_TK = seen.of(shard.weights(r), r) if weighted else None
+    assignments_UE = counting.load(tokens.unit_T, ids_TK, U, E)
+    first_choice_DE = counting.load(tokens.domain_T, ids_TK[:, :1], D, E)
+    weight_sum_DE = counting.weight_sum(tokens.domain_T, ids_TK, weights_TK, D, E) if weights_TK is not None else None
+    mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, ids_TK.size - int(assignments_UE.sum()))
+    mine.batches = _batches(tokens, ids_TK, E, assignments_UE.sum(0))
+    if "pairs" in wants:
+        mine.together_EE = counting.pairs(ids_TK, ids_TK, E, E)
+    if "windows" in wants and tokens.window_T is not None:
+        mine.window_load_WE = counting.load(tokens.window_T, ids_TK, tokens.W, E)
+        mine.window_tokens_W = np.bincount(tokens.window_T, minlength=tokens.W).astype(np.int64)
+    if wants & NEEDS_ORDER:
+        order = seen.order
+        if "repetition" in wants:
+            mine.pairs_D, mine.first_same_D, mine.any_same_D = counting.repetition(ids_TK, order, tokens.domain_T, D)
+        if "srp" in wants:
+            mine.srp = {m: counting.srp(ids_TK, order, E, m) for m in SRP_LENGTHS}
+        if "esft" in wants:
+            mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
+            mine.samples_D = np.bincount(tokens.domain_T[order.first_S], minlength=D).astype(np.int64)
+            each_TK = np.broadcast_to(mean_T[:, None] / k, ids_TK.shape)
+            mine.esft_token_DE = counting.weight_sum(tokens.domain_T, ids_TK, each_TK, D, E)
+            if weights_TK is not None:
+                mine.esft_gate_DE = counting.weight_sum(tokens.domain_T, ids_TK, weights_TK * mean_T[:, None], D, E)
+    if "weights" in wants and weights_TK is not None:
+        for name, value in counting.weight_confidence(weights_TK).items():
+            setattr(mine, name, value)
+    if "logits" in wants and "logits" in shard.trace.tables:
+        for name, value in counting.logit_confidence(seen.of(shard.logits(r), r), k, part.routers[r].scoring).items():
+            setattr(mine, name, value)
+    return mine
+
+
+def _unit(seen: SelectedTokens) -> np.ndarray:
+    return seen.domain_T.astype(np.int64) * CLUSTERS + seen.document_T % CLUSTERS
+
+
+def _checked(ids_TK: np.ndarray, E: int, router: int) -> np.ndarray:
+    top = int(ids_TK.max()) if ids_TK.size else 0
+    if top >= E:
+        raise MoeInspectError(f"damaged trace: router {router} has {E} experts and an assignment to expert {top}")
+    return ids_TK
+
+
+def _batches(tokens: _Tokens, ids_TK: np.ndarray, E: int, load_E: np.ndarray) -> dict[int, tuple[int, float]]:
+    # what the batches add up to is the whole: a batch is one forward pass, and never crosses a shard
+    B = len(tokens.batch_B)
+    load_BE = load_E[None] if B == 1 else counting.load(tokens.batch_T, ids_TK, B, E)
+    total_B = load_BE.sum(1)
+    max_vio_B = np.where(total_B > 0, load_BE.max(1) * E / np.maximum(total_B, 1) - 1, 0)
+    size, of_B = np.unique(tokens.size_B, return_inverse=True)
+    n, vio = np.bincount(of_B), np.bincount(of_B, max_vio_B)
+    return {int(s): (int(a), float(v)) for s, a, v in zip(size, n, vio, strict=True)}
+
+
+def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
+    """The shard of a counts-only trace: sums by domain, no documents to tell apart."""
+    table = shard.table("counts")
+    code, domains = codes(table["domain"])
+    part.labels, part.counts_only = {domains[d] for d in np.unique(code)}, True
+    kept = [d for d, domain in enumerate(domains) if domain in part.labels and (not selection.domains or domain in selection.domains)]
+    part.domains = [domains[d] for d in kept]
+    part.units = [(domain, 0) for domain in part.domains]
+    row_of = {d: row for row, d in enumerate(kept)}
+    router, expert = table["router"].to_numpy(), table["expert"].to_numpy()
+    weighted, ranked = "weight_sum" in table.column_names, table["first_choice"].null_count == 0
+    tokens_LD = []
+    for r in selection.routers:
+        E, k = part.routers[r].experts, part.routers[r].top_k
+        mine = (router == r) & np.isin(code, kept)
+        cell = np.array([row_of[d] for d in code[mine]], np.int64) * E + expert[mine]
+
+        def summed(name: str, mine: np.ndarray = mine, cell: np.ndarray = cell, E: int = E) -> np.ndarray:
+            return np.bincount(cell, table[name].to_numpy()[mine], len(kept) * E).reshape(len(kept), E)
+
+        assignments_DE = summed("assignments").astype(np.int64)
+        first_choice_DE = summed("first_choice").astype(np.int64) if ranked else None
+        part.of[r] = RouterCounts(assignments_DE, first_choice_DE, summed("weight_sum") if weighted else None)
+        tokens_LD.append(first_choice_DE.sum(1) if first_choice_DE is not None else np.rint(assignments_DE.sum(1) / k).astype(np.int64))
+    # a token may have no first choice at one router, but at another: the router that missed fewest tells how many there were
+    stack_L = [part.routers[r].stack for r in selection.routers]
+    by_stack = {s: np.max([t for t, of in zip(tokens_LD, stack_L, strict=True) if of == s], axis=0) for s in stack_L}
+    part.tokens_U = np.sum(list(by_stack.values()), axis=0).astype(np.int64)
+    part.tokens_SU = {s: tokens_U for s, tokens_U in by_stack.items() if s}
+    for r in selection.routers:
+        part.of[r].null_slots = part.tokens_of(r) * part.routers[r].top_k - int(part.of[r].assignments_UE.sum())
+
+
+def _documents(shard: Shard, selection: Selection) -> int:
+    """Documents that begin in this shard."""
+    if selection.domains is None:
+        return shard.files.rows["documents"]
+    code, domains = codes(shard.table("documents", ["domain"])["domain"])
+    return int(np.isin(code, [d for d, domain in enumerate(domains) if domain in selection.domains]).sum())
+
+
+def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Dictionary codes and labels of a column; a label may be unused."""
+    if not len(column):
+        return np.zeros(0, np.int32), []
+    array = column.unify_dictionaries().combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.indices.to_numpy(), array.dictionary.to_pylist()
