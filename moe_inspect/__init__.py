@@ -22,9 +22,21 @@ if TYPE_CHECKING:
     from moe_inspect.capture.recorder import record
     from moe_inspect.capture.run import trace_model
     from moe_inspect.report.report import Report, report  # the package itself is callable: see report/__init__.py
+    from moe_inspect.simulate.capacity import simulate_capacity
     from moe_inspect.trace.reader import Trace, open_trace
 
-__all__ = ["Description", "MoeInspectError", "Report", "Trace", "describe", "open_trace", "record", "report", "trace_model"]
+__all__ = [
+    "Description",
+    "MoeInspectError",
+    "Report",
+    "Trace",
+    "describe",
+    "open_trace",
+    "record",
+    "report",
+    "simulate_capacity",
+    "trace_model",
+]
 
 _HOMES = {
     "describe": "moe_inspect.capture.describe",
@@ -34,6 +46,7 @@ _HOMES = {
     "Report": "moe_inspect.report.report",
     "Trace": "moe_inspect.trace.reader",
     "open_trace": "moe_inspect.trace.reader",
+    "simulate_capacity": "moe_inspect.simulate.capacity",
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from moe_inspect.cli.simulate import capacity
+
 app = typer.Typer(
     help="What would it cost, and what would help? Replay a trace under other assumptions.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -12,3 +14,6 @@ app = typer.Typer(
 @app.callback()
 def _simulate() -> None:
     pass
+
+
+app.command("capacity")(capacity.capacity)

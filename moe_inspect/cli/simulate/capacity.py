@@ -1,0 +1,53 @@
+"""`moe-inspect simulate capacity`: what a capacity factor would drop."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from moe_inspect.cli.simulate.show import FormatOption, LayersOption, OutputOption, PlotsOption, TableOption, TraceArgument, numbers, show
+
+
+class Order(StrEnum):
+    arrival = "arrival"
+    token = "token"
+    weight = "weight"
+
+
+def capacity(
+    trace: TraceArgument,
+    capacity_factor: Annotated[
+        list[str] | None, typer.Option(help="Capacity = ceil(factor · G · k / E) of a group of G tokens. Repeated or comma-separated.")
+    ] = None,
+    group_tokens: Annotated[
+        str, typer.Option(metavar="N|batch|sequence", help="What is a group: a forward pass, at most N tokens of one, or a sequence.")
+    ] = "batch",
+    order: Annotated[
+        Order,
+        typer.Option(help="Who is served first: all first choices (arrival, GShard), token by token (Switch), the highest gate weight."),
+    ] = Order.arrival,
+    target_drop: Annotated[float, typer.Option(min=0, max=1, help="Find the least factor that drops at most this share.")] = 0.01,
+    layers: LayersOption = None,
+    table: TableOption = None,
+    format: FormatOption = None,
+    output: OutputOption = None,
+    plots: PlotsOption = None,
+) -> None:
+    """What experts of limited capacity would drop: by layer, domain and place, and the factor that would do.
+
+    Simulated: which tokens a model drops changes what it computes next, and that is not replayed."""
+    if group_tokens not in ("batch", "sequence") and not group_tokens.isdecimal():
+        raise typer.BadParameter(f"--group-tokens: {group_tokens!r} is no whole number, batch or sequence")
+    from moe_inspect.simulate.capacity import simulate_capacity
+
+    simulation = simulate_capacity(
+        trace,
+        capacity_factors=numbers(capacity_factor or ["1.0,1.25,2.0"], "--capacity-factor", float, 0),
+        group_tokens=int(group_tokens) if group_tokens.isdecimal() else group_tokens,  # type: ignore[arg-type]
+        order=order.value,
+        target_drop=target_drop,
+        layers=layers,
+    )
+    show(simulation, table=table, format=format, output=output, plots=plots)

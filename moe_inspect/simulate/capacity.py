@@ -1,0 +1,394 @@
+"""`simulate capacity`: what a capacity factor would drop, of routing that dropped nothing.
+
+An expert takes capacity = ceil(cf · G · k / E) assignments of a group of G tokens (GShard, arXiv:2006.16668; Switch, arXiv:2101.03961);
+what comes later in its queue is dropped. The tokens' later choices are those recorded: a real drop would change them.
+
+T tokens, K slots, E experts, G groups, F capacity factors (ascending), D domains, P the two places (document, group), N tenths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moe_inspect.analysis.select import select
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.result import Simulation, need_decisions
+from moe_inspect.simulate.stream import check_length, coded, cut, deciles, is_small, runs, sequence_deciles, slots
+from moe_inspect.trace.reader import Shard, Trace, open_trace
+from moe_inspect.trace.schema import Router
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+Order = Literal["arrival", "token", "weight"]
+ORDERS = {
+    "arrival": "first choices of all tokens, then second choices (GShard)",
+    "token": "token after token, each with all its choices (Switch)",
+    "weight": "the highest gate weight first",
+}
+PLACES = ("document", "group")
+STEP = 100  # the factor that is needed is told in hundredths
+MOST_FACTORS = 50
+
+
+def simulate_capacity(
+    trace: Trace | str | Path,
+    *,
+    capacity_factors: Sequence[float] = (1.0, 1.25, 2.0),
+    group_tokens: int | Literal["batch", "sequence"] = "batch",
+    order: Order = "arrival",
+    target_drop: float = 0.01,
+    layers: str | int | Iterable[int] | None = None,
+) -> Simulation:
+    """What experts of limited capacity would drop. A group is a forward pass, at most `group_tokens` tokens of one, or the tokens
+    of one sequence in one. `order`: who is served first. `target_drop`: the drop rate for which the least factor is sought."""
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    need_decisions(trace, "simulate capacity")
+    factors = _checked(trace, capacity_factors, group_tokens, order, target_drop)
+    chosen = select(trace, layers=layers).routers
+    small = is_small(trace, chosen)
+    tallies = {r: Tally(trace.routers[r], factors) for r in chosen}
+    domains: list[str] = []
+    tokens, hit_F, lost_F = 0, np.zeros(len(factors), np.int64), np.zeros(len(factors), np.int64)
+    for shard in trace.shards:
+        queues = Queues(shard, group_tokens, domains)
+        hit_T, lost_T = np.zeros(queues.tokens, np.uint8), np.zeros(queues.tokens, np.uint8)
+        for r in chosen:
+            seen, worst_T, best_T = queues.of_router(r, tallies[r], order, small)
+            hit_T[seen] = np.maximum(hit_T[seen], worst_T)
+            lost_T[seen] = np.maximum(lost_T[seen], best_T)
+        tokens += queues.tokens
+        hit_F += _at_least(hit_T, len(factors))
+        lost_F += _at_least(lost_T, len(factors))
+    if not tokens:
+        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
+    tables = _tables(trace, tallies, domains, (tokens, hit_F, lost_F), target_drop)
+    settings = {"capacity_factors": list(factors), "group_tokens": group_tokens, "order": order, "target_drop": target_drop}
+    verdict = _verdict(tables, settings)
+    return Simulation("capacity", tables, verdict, settings, lambda: _figure(tables, settings), ("capacity", "capacity_needed"))
+
+
+def capacity(factor: float, tokens: int, k: int, E: int) -> int:
+    """ceil(factor · tokens · k / E), exactly: 1.1 is eleven tenths, not the float next to it."""
+    exact = Fraction(repr(float(factor)))
+    return -(-exact.numerator * tokens * k // (exact.denominator * E))
+
+
+def _checked(trace: Trace, factors: Sequence[float], group: int | str, order: str, target: float) -> tuple[float, ...]:
+    found = tuple(sorted({float(f) for f in factors}))
+    if not found or len(found) > MOST_FACTORS or not all(0 < f < 1e6 for f in found):
+        raise MoeInspectError(f"capacity factors {list(factors)}: give 1 to {MOST_FACTORS} of them, each above 0")
+    if group not in ("batch", "sequence") and not (isinstance(group, int) and group >= 1):
+        raise MoeInspectError(f"group tokens {group!r}: a group is at least 1 token, a batch or a sequence")
+    if order not in ORDERS:
+        raise MoeInspectError(f"no order {order!r}: there are {', '.join(ORDERS)}")
+    if order == "weight" and not trace.has_weights:
+        raise MoeInspectError(f"{trace.path} holds no gate weights, which order weight needs: trace without --no-weights")
+    if not 0 <= target < 1:
+        raise MoeInspectError(f"target drop {target}: a share from 0 to below 1")
+    return found
+
+
+@dataclass
+class Tally:
+    """What the shards of one router add up to. `last_*[f]`: assignments that factor f drops and the next larger does not."""
+
+    router: Router
+    factors: tuple[float, ...]
+    decisions: int = 0
+    assignments: int = 0
+    groups: int = 0
+    places_F: np.ndarray = field(init=False)
+    hit_F: np.ndarray = field(init=False)
+    lost_F: np.ndarray = field(init=False)
+    last_FD: np.ndarray = field(init=False)
+    made_D: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    last_FPN: np.ndarray = field(init=False)
+    made_PN: np.ndarray = field(default_factory=lambda: np.zeros((2, 10), np.int64))
+    dropped_at: np.ndarray = field(init=False)  # by factors of 1/STEP, 2/STEP, …
+    places_at: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        F, most = len(self.factors), -(-STEP * self.router.experts // self.router.top_k)
+        self.places_F, self.hit_F, self.lost_F = (np.zeros(F, np.int64) for _ in range(3))
+        self.last_FD, self.last_FPN = np.zeros((F, 0), np.int64), np.zeros((F, 2, 10), np.int64)
+        self.dropped_at, self.places_at = np.zeros(most, np.int64), np.zeros(most, np.int64)
+
+    def domains(self, D: int) -> None:
+        """Makes room for domains that appear with a later shard."""
+        more = D - len(self.made_D)
+        self.made_D = np.pad(self.made_D, (0, more))
+        self.last_FD = np.pad(self.last_FD, ((0, 0), (0, more)))
+
+    def loads(self, size_G: np.ndarray, load_GE: np.ndarray) -> None:
+        """What every hundredth of a factor would drop: Σ max(0, load − capacity), exact, in memory that no trace makes grow."""
+        k, E = self.router.top_k, self.router.experts
+        n = np.arange(1, len(self.dropped_at) + 1)
+        for size in np.unique(size_G):
+            at_G = size_G == size
+            load_C = np.bincount(load_GE[at_G].ravel(), minlength=size + 1)
+            above_C = np.cumsum(load_C[::-1])[::-1] - load_C  # experts with more than c
+            excess_C = np.append(np.cumsum(above_C[::-1])[::-1], 0)
+            capacity_n = -(-n * int(size) * k // (STEP * E))
+            self.dropped_at += excess_C[np.minimum(capacity_n, size + 1)]
+            self.places_at += capacity_n * E * int(at_G.sum())
+
+    def needed(self, target: float) -> tuple[float, float, float]:
+        """The least factor, in hundredths, that drops at most `target`; what it drops; the share of places it leaves empty."""
+        at = int(np.argmax(self.dropped_at <= target * self.assignments))
+        dropped = int(self.dropped_at[at])
+        return (at + 1) / STEP, dropped / self.assignments, 1 - (self.assignments - dropped) / int(self.places_at[at])
+
+
+class Queues:
+    """One shard: which tokens form groups, where each stands, and the drops of one router after the other."""
+
+    def __init__(self, shard: Shard, group: int | str, domains: list[str]) -> None:
+        self.shard = shard
+        table = shard.tokens(["sequence", "batch", "domain"])
+        self.tokens = len(table)
+        code_T, labels = coded(table["domain"])
+        used = [labels[c] for c in np.unique(code_T)]
+        domains += [label for label in used if label not in domains]
+        row_of = np.array([domains.index(label) if label in domains else -1 for label in labels], np.int64)
+        self.domains, self.domain_T = domains, row_of[code_T]
+        self.sequence_T, self.batch_T = table["sequence"].to_numpy(), table["batch"].to_numpy()
+        self.group = group
+        self.stacks: dict[str, tuple[Any, np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def stack(self, router: int) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+        """The tokens that reach the router, their groups, domains and places: the same for all routers of a stack."""
+        name = self.shard.trace.routers[router].stack
+        if name not in self.stacks:
+            seen = self.shard.seen(router)
+            seen = slice(None) if seen is None else np.flatnonzero(seen)
+            batch_T, sequence_T = self.batch_T[seen], self.sequence_T[seen]
+            start_G = runs(batch_T, sequence_T) if self.group == "sequence" else runs(batch_T)
+            if isinstance(self.group, int):
+                start_G = cut(start_G, self.group)
+            self.stacks[name] = seen, start_G, self.domain_T[seen], np.stack([sequence_deciles(sequence_T), deciles(start_G)])
+        return self.stacks[name]
+
+    def of_router(self, router: int, tally: Tally, order: str, small: bool) -> tuple[Any, np.ndarray, np.ndarray]:
+        """Adds the router's drops to its tally. Returns which tokens of the shard reach it, and for each under how many of the
+        factors it loses an assignment, and all of them. uint8 [T]"""
+        seen, start_G, domain_T, decile_PT = self.stack(router)
+        k, E, T = tally.router.top_k, tally.router.experts, len(domain_T)
+        ids_KT = slots(self.shard, router)
+        check_length(ids_KT.T, T, router)
+        size_G = np.diff(start_G)
+        size_S, of_G = np.unique(size_G, return_inverse=True)
+        room_SF = np.array([[capacity(f, int(s), k, E) for f in tally.factors] for s in size_S], np.int64).reshape(-1, len(tally.factors))
+        room_GF = np.ascontiguousarray(room_SF[of_G])
+        visit_N = np.zeros(0, np.int64)
+        if order == "weight":  # of equal weights the earlier
+            weight_N = np.ascontiguousarray(self.shard.weights(router).T).ravel()
+            visit_N = np.lexsort((-weight_N, np.tile(np.repeat(np.arange(len(size_G)), size_G), k)))
+        tally.domains(len(self.domains))
+        load_GE = np.zeros((len(size_G), E), np.int32)
+        worst_T, best_T = np.zeros(T, np.uint8), np.full(T, 255, np.uint8)
+        if small:
+            sweep = overflow_numpy
+        else:
+            from moe_inspect.simulate.kernels import overflow as sweep
+        inputs = (ids_KT, start_G, room_GF, visit_N, order == "token", E, domain_T, decile_PT)
+        sweep(*inputs, tally.last_FD, tally.last_FPN, load_GE, worst_T, best_T)
+        best_T = np.minimum(best_T, worst_T)  # nothing dropped, or nothing to drop
+        made_T = (ids_KT >= 0).sum(0) if T and ids_KT.min() < 0 else np.full(T, k)
+        tally.decisions += T
+        tally.assignments += int(made_T.sum())
+        tally.groups += len(size_G)
+        tally.places_F += room_GF.sum(0) * E
+        tally.hit_F += _at_least(worst_T, len(tally.factors))
+        tally.lost_F += _at_least(best_T, len(tally.factors))
+        tally.made_D += np.bincount(domain_T, made_T, len(self.domains)).astype(np.int64)
+        tally.made_PN += np.stack([np.bincount(decile_T, made_T, 10) for decile_T in decile_PT]).astype(np.int64)
+        tally.loads(size_G, load_GE)
+        return seen, worst_T, best_T
+
+
+def overflow_numpy(
+    ids_KT: np.ndarray,
+    start_G: np.ndarray,
+    room_GF: np.ndarray,
+    visit_N: np.ndarray,
+    by_token: bool,
+    E: int,
+    domain_T: np.ndarray,
+    decile_PT: np.ndarray,
+    last_FD: np.ndarray,
+    last_FPN: np.ndarray,
+    load_GE: np.ndarray,
+    worst_T: np.ndarray,
+    best_T: np.ndarray,
+) -> None:
+    """Who stands where in which queue. ids_KT: experts, −1 for none. room_GF: capacities, ascending. visit_N: indices into the
+    flat ids_KT in the order of service, or empty. Adds to last_FD, last_FPN and load_GE; worst_T and best_T become the most and
+    the fewest factors that drop an assignment of the token."""
+    K, T = ids_KT.shape
+    group_T = np.repeat(np.arange(len(start_G) - 1), np.diff(start_G))
+    if not len(visit_N):
+        flat = np.arange(K * T).reshape(K, T)
+        visit_N = flat.T.ravel() if by_token else flat.ravel()[np.argsort(np.tile(group_T, K), kind="stable")]
+    visit_N = visit_N[ids_KT.ravel()[visit_N] >= 0]
+    token_N = visit_N % max(T, 1)
+    queue_N = group_T[token_N] * E + ids_KT.ravel()[visit_N]
+    order_N = np.argsort(queue_N, kind="stable")
+    start = runs(queue_N[order_N])
+    place_N = np.empty(len(queue_N), np.int64)
+    place_N[order_N] = np.arange(len(queue_N)) - np.repeat(start[:-1], np.diff(start))
+    load_GE += np.bincount(queue_N, minlength=load_GE.size).reshape(load_GE.shape).astype(np.int32)
+    level_N = (place_N[:, None] >= room_GF[group_T[token_N]]).sum(1)
+    np.maximum.at(worst_T, token_N, level_N.astype(np.uint8))
+    np.minimum.at(best_T, token_N, level_N.astype(np.uint8))
+    at = np.flatnonzero(level_N)
+    np.add.at(last_FD, (level_N[at] - 1, domain_T[token_N[at]]), 1)
+    for place, decile_T in enumerate(decile_PT):
+        np.add.at(last_FPN, (level_N[at] - 1, place, decile_T[token_N[at]]), 1)
+
+
+def _at_least(level_T: np.ndarray, F: int) -> np.ndarray:
+    """How many tokens each factor meets: those whose level is above its index. int64 [F]"""
+    return np.bincount(level_T, minlength=F + 1)[::-1].cumsum()[::-1][1 : F + 1]
+
+
+def _tables(
+    trace: Trace, tallies: dict[int, Tally], domains: list[str], across: tuple[int, np.ndarray, np.ndarray], target: float
+) -> dict[str, pd.DataFrame]:
+    import pandas as pd
+
+    rows: dict[str, list[dict[str, object]]] = {name: [] for name in ("capacity", "capacity_needed", "by_domain", "by_position")}
+    for r, tally in tallies.items():
+        dropped_FD, dropped_FPN = _dropped(tally.last_FD), _dropped(tally.last_FPN)
+        key: dict[str, object] = {"layer": tally.router.layer, "router": r}
+        for f, factor in enumerate(tally.factors):
+            at = {**key, "capacity_factor": factor}
+            dropped = int(dropped_FD[f].sum())
+            rows["capacity"].append(
+                {
+                    **at,
+                    "drop_rate": _share(dropped, tally.assignments),
+                    "tokens_hit": _share(int(tally.hit_F[f]), tally.decisions),
+                    "tokens_lost": _share(int(tally.lost_F[f]), tally.decisions),
+                    "unused_capacity": 1 - _share(tally.assignments - dropped, int(tally.places_F[f])),
+                    "groups": tally.groups,
+                    "decisions": tally.decisions,
+                    "assignments": tally.assignments,
+                    "dropped": dropped,
+                }
+            )
+            for d in np.argsort(domains):
+                made, gone = int(tally.made_D[d]) if d < len(tally.made_D) else 0, int(dropped_FD[f, d]) if d < len(tally.made_D) else 0
+                if made:
+                    by = {"domain": domains[d], "assignments": made, "dropped": gone, "drop_rate": _share(gone, made)}
+                    rows["by_domain"].append({**at, **by})
+            for p, place in enumerate(PLACES):
+                for tenth in range(10):
+                    made, gone = int(tally.made_PN[p, tenth]), int(dropped_FPN[f, p, tenth])
+                    by = {"position_in": place, "tenth": tenth + 1, "assignments": made, "dropped": gone, "drop_rate": _share(gone, made)}
+                    rows["by_position"].append({**at, **by})
+        if tally.assignments:
+            needed = dict(zip(("capacity_factor", "drop_rate", "unused_capacity"), tally.needed(target), strict=True))
+            rows["capacity_needed"].append({**key, "target_drop": target, **needed})
+    factors = next(iter(tallies.values())).factors
+    tokens, hit_F, lost_F = across
+    everywhere = [
+        {"capacity_factor": f, "tokens": tokens, "hit_anywhere": _share(int(h), tokens), "lost_anywhere": _share(int(n), tokens)}
+        for f, h, n in zip(factors, hit_F, lost_F, strict=True)
+    ]
+    return {
+        "capacity": pd.DataFrame(rows["capacity"]),
+        "capacity_needed": pd.DataFrame(
+            rows["capacity_needed"], columns=["layer", "router", "target_drop", "capacity_factor", "drop_rate", "unused_capacity"]
+        ),
+        "capacity_tokens": pd.DataFrame(everywhere),
+        "capacity_by_domain": pd.DataFrame(rows["by_domain"]),
+        "capacity_by_position": pd.DataFrame(rows["by_position"]),
+    }
+
+
+def _dropped(last_F: np.ndarray) -> np.ndarray:
+    """What a larger factor drops every smaller one drops too."""
+    return last_F[::-1].cumsum(0)[::-1]
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _middle(factors: Sequence[float]) -> float:
+    return factors[len(factors) // 2]
+
+
+def _group(group: int | str) -> str:
+    return {"batch": "a forward pass", "sequence": "a sequence"}.get(str(group), f"{group} tokens")
+
+
+def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    factor = _middle(settings["capacity_factors"])
+    main, across, needed = (tables[name] for name in ("capacity", "capacity_tokens", "capacity_needed"))
+    at = main[main["capacity_factor"] == factor].dropna(subset=["drop_rate"])
+    if at.empty:
+        return ["Simulated: no router made an assignment, so nothing could be dropped."]
+    worst = at.loc[at["drop_rate"].idxmax()]
+    everywhere = across[across["capacity_factor"] == factor].iloc[0]
+    said = [
+        f"Simulated: at capacity factor {factor:g}, in groups of {_group(settings['group_tokens'])}, layer {worst['layer']:.0f} would drop most: "
+        f"{worst['drop_rate']:.1%} of its assignments; {worst['tokens_hit']:.1%} of its tokens would lose a choice and {worst['tokens_lost']:.1%} all of them.",
+        f"Simulated, over all layers: {everywhere['hit_anywhere']:.1%} of tokens would lose a choice somewhere, and "
+        f"{everywhere['lost_anywhere']:.1%} every choice of some layer.",
+    ]
+    most = needed.loc[needed["capacity_factor"].idxmax()]
+    said.append(
+        f"Simulated: to drop at most {settings['target_drop']:.3g} of every layer's assignments takes a factor of {most['capacity_factor']:.2f} "
+        f"(layer {most['layer']:.0f}), which leaves {most['unused_capacity']:.0%} of that layer's places empty."
+    )
+    ends = tables["capacity_by_position"].query("capacity_factor == @factor and router == @worst.router")
+    for place in PLACES:
+        rate = ends[ends["position_in"] == place].set_index("tenth")["drop_rate"]
+        said.append(
+            f"Simulated, layer {worst['layer']:.0f}, drops by place in the {place}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
+        )
+    return said
+
+
+def _figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
+    """Left: what each layer drops. Right: where in its document and group the worst layer's drops fall."""
+    from matplotlib.figure import Figure
+
+    factors = settings["capacity_factors"]
+    main, ends = tables["capacity"], tables["capacity_by_position"]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
+    shades = [0.35 + 0.6 * i / max(1, len(factors) - 1) for i in range(len(factors))]
+    for factor, shade in zip(factors, shades[::-1], strict=True):
+        at = main[main["capacity_factor"] == factor]
+        colour = (0.75, 0.22 * (1 - shade) + 0.1, 0.17, shade)
+        left.plot(range(len(at)), at["drop_rate"], "o-", ms=4, lw=1.2, color=colour, label=f"capacity factor {factor:g}")
+    step = max(1, len(at) // 24)
+    left.set_xticks(range(0, len(at), step), [f"{layer}" for layer in at["layer"].iloc[::step]], fontsize=8)
+    left.set(xlabel="layer", ylabel="share of assignments dropped")
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8, frameon=False)
+    left.set_title(f"Simulated drops in groups of {_group(settings['group_tokens'])}", loc="left", fontsize=10)
+    factor = _middle(factors)
+    mid = main[main["capacity_factor"] == factor]
+    worst = mid.loc[mid["drop_rate"].fillna(-1).idxmax()]
+    for place, marker, colour in zip(PLACES, ("o-", "s--"), ("#2c3e50", "#2980b9"), strict=True):
+        at = ends[(ends["capacity_factor"] == factor) & (ends["router"] == worst["router"]) & (ends["position_in"] == place)]
+        right.plot(at["tenth"], at["drop_rate"], marker, ms=4, lw=1.2, color=colour, label=f"tenth of the {place}")
+    right.set(xlabel="tenth (10 is the end)", xticks=range(1, 11))
+    right.set_ylim(bottom=0)
+    right.legend(fontsize=8, frameon=False)
+    right.set_title(f"Layer {worst['layer']:.0f} at factor {factor:g}: who is dropped", loc="left", fontsize=10)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    return figure

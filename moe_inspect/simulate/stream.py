@@ -1,0 +1,77 @@
+"""What simulations read of a shard's tokens, once for all routers of a stack.
+
+T tokens that the routers see, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Shard, Trace
+
+SMALL = 3_000_000  # assignments: below this plain numpy is done before numba has been imported and its code loaded
+
+
+def is_small(trace: Trace, routers: Iterable[int], times: int = 1) -> bool:
+    """Whether the twins without numba are the quicker way. `times`: how often each assignment is gone through."""
+    return trace.n_tokens * sum(trace.routers[r].top_k for r in routers) * times < SMALL
+
+
+def coded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Codes and labels of a dictionary column; a label may be unused."""
+    if not len(column):
+        return np.zeros(0, np.int32), []
+    array = column.unify_dictionaries().combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.indices.to_numpy(), array.dictionary.to_pylist()
+
+
+def slots(shard: Shard, router: int) -> np.ndarray:
+    """int16 [K, T]: the experts of each decision, slot by slot, −1 where one routed nowhere; checked against the manifest."""
+    ids_TK, E = shard.ids(router), shard.trace.routers[router].experts
+    if ids_TK.size and int(ids_TK.max()) >= E:
+        raise MoeInspectError(f"damaged trace: router {router} has {E} experts and an assignment to expert {int(ids_TK.max())}")
+    return np.ascontiguousarray(ids_TK.T)
+
+
+def check_length(values: np.ndarray, tokens: int, router: int) -> None:
+    if len(values) != tokens:
+        raise MoeInspectError(f"damaged trace: router {router} has {len(values)} decisions in a shard of {tokens} tokens that reach it")
+
+
+def runs(*keys_T: np.ndarray) -> np.ndarray:
+    """Where a run of tokens with the same keys begins, and the end. int64 [G + 1]"""
+    T = len(keys_T[0])
+    if not T:
+        return np.zeros(1, np.int64)
+    changed_T = np.zeros(T, bool)
+    changed_T[0] = True
+    for key_T in keys_T:
+        changed_T[1:] |= key_T[1:] != key_T[:-1]
+    return np.append(np.flatnonzero(changed_T), T)
+
+
+def cut(start_G: np.ndarray, size: int) -> np.ndarray:
+    """Runs cut into pieces of at most `size` tokens. int64 [G + 1]"""
+    T = int(start_G[-1])
+    place_T = np.arange(T) - np.repeat(start_G[:-1], np.diff(start_G))
+    return np.append(np.flatnonzero(place_T % size == 0), T)
+
+
+def deciles(start_G: np.ndarray) -> np.ndarray:
+    """The tenth of its group each token is in. uint8 [T]"""
+    size_G = np.diff(start_G)
+    place_T = np.arange(int(start_G[-1])) - np.repeat(start_G[:-1], size_G)
+    return (10 * place_T // np.repeat(size_G, size_G)).astype(np.uint8)
+
+
+def sequence_deciles(sequence_T: np.ndarray) -> np.ndarray:
+    """The tenth of its sequence (of what the shard holds of it) each token is in, wherever its tokens lie. uint8 [T]"""
+    order_T = np.argsort(sequence_T, kind="stable")
+    decile_T = np.empty(len(sequence_T), np.uint8)
+    decile_T[order_T] = deciles(runs(sequence_T[order_T]))
+    return decile_T
