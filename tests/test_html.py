@@ -1,0 +1,83 @@
+"""The page: what a hostile corpus cannot do to it, what its tables and texts read like."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moe_inspect.report import html
+from moe_inspect.report.html import Section
+
+HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+def test_a_page_shows_what_is_hostile_and_runs_none_of_it():
+    table = pd.DataFrame({"token": [HOSTILE, "\x1b[31m\u202eevil\n"], HOSTILE: [1, 2]})
+    sections = [Section(HOSTILE, HOSTILE, table=table, definitions={HOSTILE: HOSTILE})]
+    made = html.page(
+        HOSTILE, [HOSTILE], sections, warnings=[HOSTILE], facts=[(HOSTILE, HOSTILE, HOSTILE)], subtitle=HOSTILE, footer=HOSTILE
+    )
+    assert "<img" not in made
+    assert made.count("<script>") == 1  # the page's own
+    assert "&lt;script&gt;alert(&#34;x&#34;)" in made
+    assert "\x1b" not in made
+    assert "\u202e" not in made
+    assert r"\x1b[31m\u202eevil\n" in made
+
+
+def test_the_policy_names_every_script_and_allows_nothing_else():
+    figure = {"data": [{"type": "bar", "x": [html.label(HOSTILE)], "y": [1]}], "layout": {}}
+    made = html.page("t", [], [Section("s", figure=figure)])
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', made)
+    assert policy
+    policy = policy[1].replace("&#39;", "'")
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy.split(";")[1]
+    for script in re.findall(r"<script>(.*?)</script>", made, re.S):
+        assert html._sha256(script) in policy
+    assert "http" not in re.sub(r"http-equiv|http://www.w3.org/[\w/]*", "", made)
+    assert "plotly" not in html.page("t", [], [Section("s", table=pd.DataFrame({"a": [1]}))]).partition("<script>")[0]
+
+
+def test_two_sections_of_one_title_have_ids_of_their_own():
+    made = html.page("t", [], [Section("Load"), Section("Load")])
+    ids = re.findall(r'\bid="([^"]*)"', made)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), "–"),
+        (None, "–"),
+        (pd.NA, "–"),
+        (0.12345, "0.123"),
+        (0.0, "0.000"),
+        (1e-5, "1.0e-05"),
+        (12345, "12,345"),
+        (np.int64(7), "7"),
+        ("▁the", "▁the"),
+        (" a b ", "␣a b␣"),
+        ("\n", r"\n"),
+        ("\u200b", r"\u200b"),
+        ("<0xE2>", "<0xE2>"),
+        (True, "True"),
+    ],
+)
+def test_cells_are_readable(value: object, said: str):
+    assert html.number(value) == said
+
+
+def test_a_long_table_is_cut_and_says_so():
+    made = html.page("t", [], [Section("s", table=pd.DataFrame({"a": range(1_234)}))])
+    assert made.count("<tr>") == html.MOST_ROWS + 1
+    assert "1,134 more rows" in made
+
+
+def test_a_drawing_is_an_image():
+    made = html.page("t", [], [Section("s", "of <x>", svg="<svg onload='alert(1)'/>")])
+    assert "onload" not in made
+    assert 'alt="s. of &lt;x&gt;" src="data:image/svg+xml;base64,' in made
