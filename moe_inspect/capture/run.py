@@ -16,14 +16,15 @@ import torch
 
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
 from moe_inspect.capture.manifest import check_directory
-from moe_inspect.capture.models import config_record, load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
+from moe_inspect.capture.models import load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.recorder import Recorder
+from moe_inspect.capture.resume import comparable, complete_now, corpus_record, resumed
 from moe_inspect.capture.rows import Rows, cache_among
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
-from moe_inspect.trace.reader import Trace, read_manifest, refuse_while_written
-from moe_inspect.trace.writer import Document, ResumePoint, committed_counts, resume_point
+from moe_inspect.trace.reader import Trace, read_manifest
+from moe_inspect.trace.writer import Document
 
 MAX_LENGTH = 2048
 
@@ -82,7 +83,7 @@ def trace_model(
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     plan = Plan(
-        sources, text_field, domain_field, max_tokens, _fitting(max_length, config, generate), batch_tokens, special_tokens, generate
+        sources, text_field, domain_field, max_tokens, fitting(max_length, config, generate), batch_tokens, special_tokens, generate
     )
     options = {
         **plan.options(),
@@ -90,7 +91,7 @@ def trace_model(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "model": model,
         "revision": revision,
-        "config": schema.fingerprint(_comparable(config)),
+        "config": schema.fingerprint(comparable(config)),
         "weights_hash": None if random_init is not None else weights_fingerprint(model, config),
         "random_init": random_init,
         "dtype": dtype,
@@ -100,7 +101,7 @@ def trace_model(
         "counts_only": counts_only,
         "ranks": ranks.world,
     }
-    start = _resumed(out, options, ranks.rank) if resume else None
+    start = resumed(out, options, ranks.rank) if resume else None
     complete = start is not None and read_manifest(out)["status"] == "complete"
     ranks.gather("read", "")  # before rank 0 writes there again
     if complete:
@@ -134,7 +135,7 @@ def trace_model(
             overwrite=overwrite,
             manifest={
                 "model": {"id": model, "revision": getattr(config, "_commit_hash", None) or revision, "class": type(network).__name__},
-                "corpus": _corpus_record(options, plan, tokenizer),
+                "corpus": corpus_record(options, plan, tokenizer),
             },
         )
         with _told(ranks, recorder), recorder:
@@ -159,7 +160,7 @@ def trace_model(
     if recorder.writer is None and ranks.rank == 0:
         ranks.say("open")
     if recorder.writer is None and ranks.status("complete") == "complete" and ranks.rank == 0:
-        _complete(out, plan)
+        complete_now(out, plan)
     ranks.agree("over", lambda: True)  # the manifest says so now
     return Trace(out)
 
@@ -303,7 +304,7 @@ def _repeated(values: list[int], lengths: list[int]) -> np.ndarray:
     return np.repeat(np.array(values, np.int32), lengths)
 
 
-def _fitting(max_length: int | None, config: Any, generate: int) -> int:
+def fitting(max_length: int | None, config: Any, generate: int) -> int:
     """The model's own limit holds, unless it states none, and leaves room for what is to be decoded."""
     limit = (getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH + generate) - generate
     if limit < 1:
@@ -312,50 +313,3 @@ def _fitting(max_length: int | None, config: Any, generate: int) -> int:
         after = f" that --generate {generate} leaves" if generate else ""
         raise MoeInspectError(f"--max-length {max_length} is beyond the {limit} positions of this model{after}")
     return max_length or min(limit, MAX_LENGTH)
-
-
-def _comparable(config: Any) -> dict[str, Any]:
-    return {k: v for k, v in config_record(config).items() if k != "transformers_version"}
-
-
-def _corpus_record(options: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[str, Any]:
-    from moe_inspect.capture.corpus import Frame, special_frame
-
-    frame = special_frame(tokenizer) if plan.special_tokens else Frame()
-    names = tokenizer.convert_ids_to_tokens
-    return {
-        "plan": options,
-        "plan_hash": schema.fingerprint(options),
-        "special_tokens": {"before": names(list(frame.before)), "after": names(list(frame.after))},
-        "truncation": "none: longer documents are split" if plan.max_tokens is None else f"the corpus is cut at {plan.max_tokens} tokens",
-    }
-
-
-# --- going on with a trace
-
-
-def _resumed(out: Path, options: dict[str, Any], rank: int) -> ResumePoint:
-    """Where the trace at `out` goes on; refuses another plan, and a trace whose writer is still at work."""
-    manifest = read_manifest(out)
-    refuse_while_written(out, manifest)
-    then = manifest.get("corpus", {}).get("plan")
-    if then is None:
-        raise MoeInspectError(f'{out} was not made by "moe-inspect trace": it cannot be resumed')
-    for key, now in options.items():
-        if then.get(key) != now:
-            raise MoeInspectError(f"{out} was made with {_difference(key, then.get(key), now)}: resume with the same, or --overwrite")
-    return resume_point(out, rank)
-
-
-def _complete(out: Path, plan: Plan) -> None:
-    manifest = read_manifest(out)
-    manifest["corpus"] |= plan.stats.record()
-    counts = {**committed_counts(out, manifest), "dropped": 0}
-    schema.write_manifest(out, {**manifest, "status": "complete", "counts": counts})
-
-
-def _difference(key: str, then: Any, now: Any) -> str:
-    if key != "sources":
-        return f"{key.replace('_', ' ')} {then!r}, not {now!r}"
-    changed = [b["path"] for a, b in zip(then or [], now, strict=False) if a != b] or [s["path"] for s in (then or now)[-1:]]
-    return f"other data (see {changed[0]})"
