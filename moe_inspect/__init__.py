@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_inspect.capture.recorder import record
     from moe_inspect.capture.run import trace_model
     from moe_inspect.report.report import Report, report  # the package itself is callable: see report/__init__.py
+    from moe_inspect.simulate.cache import simulate_cache
     from moe_inspect.simulate.capacity import simulate_capacity
     from moe_inspect.trace.reader import Trace, open_trace
 
@@ -34,6 +35,7 @@ __all__ = [
     "open_trace",
     "record",
     "report",
+    "simulate_cache",
     "simulate_capacity",
     "trace_model",
 ]
@@ -46,6 +48,7 @@ _HOMES = {
     "Report": "moe_inspect.report.report",
     "Trace": "moe_inspect.trace.reader",
     "open_trace": "moe_inspect.trace.reader",
+    "simulate_cache": "moe_inspect.simulate.cache",
     "simulate_capacity": "moe_inspect.simulate.capacity",
 }
 

@@ -63,3 +63,116 @@ def _queue(e, t, g, least, count_E, capacity_GF, domain_T, decile_PT, last_FD, l
     last_FPN[level - 1, 1, decile_PT[1, t]] += 1
     worst_T[t] = max(worst_T[t], level)
     best_T[t] = min(best_T[t], level)
+
+
+@njit(nogil=True, cache=True)
+def lru(ids_KT: np.ndarray, phase_T: np.ndarray, rank_E: np.ndarray, touched_E: np.ndarray, at_PE: np.ndarray, cold_P: np.ndarray) -> None:
+    """Least recently used, for every number of slots at once: s slots hold the s experts used last, so an access hits where the
+    expert's rank in the order of last use (0 is the latest) is below s. at_PE[p, rank] counts accesses to known experts; cold_P
+    those to new ones. rank_E (uint8 or uint16) and touched_E carry on from call to call."""
+    K, T = ids_KT.shape
+    zero, one = rank_E.dtype.type(0), rank_E.dtype.type(1)
+    for t in range(T):
+        for k in range(K):  # the k experts of a decision are judged together, before any of them counts as used
+            e = ids_KT[k, t]
+            if e >= 0:
+                if touched_E[e]:
+                    at_PE[phase_T[t], rank_E[e]] += 1
+                else:
+                    touched_E[e] = True
+                    cold_P[phase_T[t]] += 1
+        for k in range(K):
+            e = ids_KT[k, t]
+            if e >= 0:
+                rank = rank_E[e]
+                for i in range(len(rank_E)):  # no branch and no lone store, which the vector loads of the next round would wait for
+                    here = rank_E[i]
+                    rank_E[i] = here + one if here < rank else (zero if here == rank else here)
+
+
+@njit(nogil=True, cache=True)
+def lfu(
+    ids_KT: np.ndarray, phase_T: np.ndarray, slots: int, in_E: np.ndarray, count_E: np.ndarray, last_E: np.ndarray, hits_P: np.ndarray
+) -> None:
+    """Least frequently used, of equals the least recently. in_E: which experts are in; last_E[E] counts accesses; all carry on."""
+    K, T = ids_KT.shape
+    E = len(in_E)
+    held = in_E.sum()
+    for t in range(T):
+        for k in range(K):
+            e = ids_KT[k, t]
+            if e >= 0:
+                count_E[e] += 1
+                last_E[E] += 1
+                last_E[e] = last_E[E]
+                hits_P[phase_T[t]] += in_E[e]
+        for k in range(K):
+            e = ids_KT[k, t]
+            if e < 0 or in_E[e]:
+                continue
+            if held == slots:
+                victim = -1
+                for i in range(E):
+                    if in_E[i] and (
+                        victim < 0 or count_E[i] < count_E[victim] or (count_E[i] == count_E[victim] and last_E[i] < last_E[victim])
+                    ):
+                        wanted = False
+                        for j in range(K):
+                            wanted |= ids_KT[j, t] == i
+                        if not wanted:
+                            victim = i
+                in_E[victim] = False
+                held -= 1
+            in_E[e] = True
+            held += 1
+
+
+@njit(nogil=True, cache=True)
+def belady(
+    ids_KT: np.ndarray, phase_T: np.ndarray, slots: int, known_E: np.ndarray, room_E: np.ndarray, known: np.ndarray, hits_P: np.ndarray
+) -> None:
+    """Belady's optimum without looking ahead, in memory for E experts: an access hits where its expert could have been kept since
+    its last use beside all that has been kept so far (Jain and Lin 2016, OPTgen; as intervals by their ends: Carlisle and Lloyd 1995).
+
+    known_E[:known[0]]: experts that could still be kept, latest use first. room_E[i]: the fewest slots free at any decision between
+    the last use of expert i of that list and that of the one before it."""
+    K, T = ids_KT.shape
+    n = known[0]
+    for t in range(T):
+        wanted = 0
+        for k in range(K):
+            e = ids_KT[k, t]
+            if e < 0:
+                continue
+            wanted += 1
+            at = 0
+            while at < n and known_E[at] != e:
+                at += 1
+            if at == n:
+                continue
+            hits_P[phase_T[t]] += 1
+            full = n - 1
+            for i in range(at, -1, -1):  # it has taken a slot at every decision since its last use
+                room_E[i] -= 1
+                if room_E[i] == 0:
+                    full = i
+            if at + 1 < n:
+                room_E[at + 1] = min(room_E[at + 1], room_E[at])
+            for i in range(at, n - 1):
+                known_E[i], room_E[i] = known_E[i + 1], room_E[i + 1]
+            n -= 1
+            n = min(n, full)  # where all slots were taken, nothing older can have been kept
+        if wanted == 0:
+            continue
+        for i in range(n - 1, -1, -1):
+            known_E[i + wanted], room_E[i + wanted] = known_E[i], room_E[i]
+        if n:
+            room_E[wanted] = min(room_E[wanted], slots - wanted)
+            n = 0 if room_E[wanted] == 0 else n
+        n += wanted
+        at = 0
+        for k in range(K - 1, -1, -1):
+            if ids_KT[k, t] >= 0:
+                known_E[at], room_E[at] = ids_KT[k, t], slots + 1
+                at += 1
+    known[0] = n

@@ -1,0 +1,54 @@
+"""`moe-inspect simulate cache`: experts that are kept elsewhere and fetched when wanted."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moe_inspect.cli.simulate.show import (
+    FormatOption,
+    LayersOption,
+    OutputOption,
+    PlotsOption,
+    TableOption,
+    TraceArgument,
+    numbers,
+    show,
+    split,
+)
+
+
+def cache(
+    trace: TraceArgument,
+    slots: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Experts of a layer that fit into fast memory. Repeated or comma-separated; default k, 2k, 4k.", show_default=False
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Who makes room: lru, lfu or belady (the bound). Repeated or comma-separated; default all.")
+    ] = None,
+    expert_mb: Annotated[float | None, typer.Option(help="Size of an expert, in 10^6 bytes.", show_default=False)] = None,
+    gb_per_s: Annotated[float | None, typer.Option(help="Speed of the link, in 10^9 bytes a second.", show_default=False)] = None,
+    layers: LayersOption = None,
+    table: TableOption = None,
+    format: FormatOption = None,
+    output: OutputOption = None,
+    plots: PlotsOption = None,
+) -> None:
+    """How often offloaded experts would be in fast memory when wanted, at batch size 1; and what fetching the others costs.
+
+    Each layer has its own slots, empty at first; the experts of a decision are wanted together; sequences run one after the other."""
+    from moe_inspect.simulate.cache import POLICIES, simulate_cache
+
+    simulation = simulate_cache(
+        trace,
+        slots=numbers(slots, "--slots", int) if slots else None,
+        policies=split(policy) or tuple(POLICIES),
+        expert_mb=expert_mb,
+        gb_per_s=gb_per_s,
+        layers=layers,
+    )
+    show(simulation, table=table, format=format, output=output, plots=plots)

@@ -1,0 +1,182 @@
+"""Caches of experts: hits against naive implementations, and Belady against every way there is."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.cache import POLICIES, Compiled, Plain, replay, simulate_cache
+from tests.conftest import ROOT, Cli
+from tests.synthetic import uniform_ids, write_counts, write_trace
+
+
+@st.composite
+def streams(draw: st.DrawFn, most_experts: int = 7, most_tokens: int = 60) -> tuple[np.ndarray, int, int]:
+    """ids_KT, E, slots"""
+    E = draw(st.integers(1, most_experts))
+    K, T = draw(st.integers(1, min(E, 3))), draw(st.integers(1, most_tokens))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    skew = rng.random(E) ** draw(st.sampled_from([0, 3]))
+    ids_TK = np.argsort(-(np.log(skew + 1e-9) + rng.gumbel(size=(T, E))), axis=1)[:, :K].astype(np.int16)
+    ids_TK[rng.random((T, K)) < draw(st.sampled_from([0, 0.2]))] = -1
+    return np.ascontiguousarray(ids_TK.T), E, draw(st.integers(K, E))
+
+
+def naive_lru(ids_KT: np.ndarray, slots: int) -> int:
+    held: OrderedDict[int, None] = OrderedDict()
+    hits = 0
+    for row in ids_KT.T.tolist():
+        wanted = [e for e in row if e >= 0]
+        hits += sum(e in held for e in wanted)
+        for e in wanted:
+            held.pop(e, None)
+            held[e] = None
+        while len(held) > slots:
+            held.popitem(last=False)
+    return hits
+
+
+def naive_lfu(ids_KT: np.ndarray, slots: int) -> int:
+    held: list[int] = []
+    past: list[int] = []
+    hits = 0
+    for row in ids_KT.T.tolist():
+        wanted = [e for e in row if e >= 0]
+        hits += sum(e in held for e in wanted)
+        past += wanted
+        held += [e for e in wanted if e not in held]
+        while len(held) > slots:
+            rarest = min((e for e in held if e not in wanted), key=lambda e: (past.count(e), -past[::-1].index(e)))
+            held.remove(rarest)
+    return hits
+
+
+def best_of_all(ids_KT: np.ndarray, slots: int) -> int:
+    """The most hits that any sequence of evictions reaches, by trying them all."""
+    most = {frozenset(): 0}
+    for row in ids_KT.T.tolist():
+        wanted = frozenset(e for e in row if e >= 0)
+        after: dict[frozenset, int] = {}
+        for held, hits in most.items():
+            rest = held - wanted
+            for kept in combinations(rest, min(len(rest), slots - len(wanted))):
+                state = wanted | frozenset(kept)
+                after[state] = max(after.get(state, 0), hits + len(held & wanted))
+        most = after
+    return max(most.values())
+
+
+NAIVE = {"lru": naive_lru, "lfu": naive_lfu, "belady": best_of_all}
+
+
+def compiled_hits(ids_KT: np.ndarray, E: int, slots: int, name: str, cuts: int = 3) -> np.ndarray:
+    cache = Compiled(E, [slots], [name])
+    for part in np.array_split(ids_KT, cuts, axis=1):  # carried from shard to shard
+        cache.feed(np.ascontiguousarray(part), np.zeros(part.shape[1], np.uint8))
+    return cache.hits()[name, slots]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=120, deadline=None)
+@given(case=streams(most_experts=6, most_tokens=40))
+def test_hits_equal_a_naive_implementation(name: str, case: tuple[np.ndarray, int, int]):
+    ids_KT, E, slots = case
+    expected = NAIVE[name](ids_KT, slots)
+    assert replay(ids_KT, slots, name).sum() == expected
+    assert compiled_hits(ids_KT, E, slots, name).sum() == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=streams(most_experts=30, most_tokens=200))
+def test_belady_hits_at_least_as_often_as_any_policy(case: tuple[np.ndarray, int, int]):
+    ids_KT, E, slots = case
+    hits = {name: replay(ids_KT, slots, name) for name in POLICIES}
+    for name in POLICIES:
+        assert (hits["belady"].cumsum() >= hits[name].cumsum()).all()  # at every moment, not only in the end
+        assert compiled_hits(ids_KT, E, slots, name).sum() == hits[name].sum()
+
+
+def test_a_stream_by_hand():
+    ids_KT = np.array([[0, 1, 2, 0, 1, 2]], np.int16)  # in a circle: the worst there is for LRU
+    assert replay(ids_KT, 2, "lru").tolist() == [0, 0, 0, 0, 0, 0]
+    assert replay(ids_KT, 2, "belady").tolist() == [0, 0, 0, 1, 0, 1]
+    assert replay(ids_KT, 3, "lru").tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_uniform_routing_hits_as_often_as_slots_are_of_experts(tmp_path: Path):
+    trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 6_000, 16, 2)], 16)
+    table = simulate_cache(trace, slots=[4, 8, 16], policies=["lru"]).tables["cache"]
+    assert table["hit_rate"].tolist() == pytest.approx([0.25, 0.5, 1 - 16 / 12_000], abs=0.015)
+    assert table["even_share"].tolist() == [0.25, 0.5, 1.0]
+    assert table["hit_rate_warm"].iloc[2] == 1.0
+
+
+def test_sequences_run_one_after_the_other_and_phases_are_told_apart(tmp_path: Path):
+    # two sequences decoded side by side: 0 1 | 0 1 | 0 1; alone, each asks for its own expert time and again
+    ids = np.array([[0], [1], [0], [1], [0], [1]], np.uint16)
+    trace = write_trace(tmp_path / "t", [ids], 4, batch_tokens=2, document=np.array([0, 1] * 3), phases=("prefill", "decode", "decode"))
+    made = simulate_cache(trace, slots=[1], policies=["lru"])
+    row = made.tables["cache"].iloc[0]
+    assert (row["hits"], row["accesses"], row["cold_misses"], row["hit_rate_warm"]) == (4, 6, 2, 1.0)
+    phases = made.tables["cache_by_phase"].set_index("phase")["hit_rate"]
+    assert phases.to_dict() == {"prefill": 0.0, "decode": 1.0}
+
+
+def test_tokens_a_second_are_what_the_link_allows(tmp_path: Path):
+    ids = np.array([0, 1] * 500, np.uint16)[:, None]
+    speed = simulate_cache(write_trace(tmp_path / "t", [ids, ids], 2), slots=[1], policies=["lru"], expert_mb=100, gb_per_s=10)
+    row = speed.tables["cache_speed"].iloc[0]
+    assert row["transfers_per_token"] == 2  # one a layer, each time
+    assert (row["mb_per_token"], row["tokens_per_s"], row["held_gb"]) == (200, 50, 0.2)
+
+
+def test_the_compiled_path_gives_the_same_tables(monkeypatch: pytest.MonkeyPatch):
+    trace = ROOT / "sample_traces/collapsed"
+    monkeypatch.setattr("moe_inspect.simulate.stream.SMALL", 10**9)
+    plain = simulate_cache(trace, slots=[3, 5], layers="2-3")
+    monkeypatch.setattr("moe_inspect.simulate.stream.SMALL", 0)
+    compiled = simulate_cache(trace, slots=[3, 5], layers="2-3")
+    for name, table in plain.tables.items():
+        assert table.equals(compiled.tables[name]), name
+    hit = compiled.tables["cache"].pivot_table(index=["router", "slots"], columns="policy", values="hit_rate")
+    assert (hit["belady"] > hit[["lru", "lfu"]].max(axis=1)).all()
+
+
+def test_a_router_of_over_256_experts(tmp_path: Path):
+    ids = uniform_ids(np.random.default_rng(1), 400, 300, 4)
+    ids_KT = np.ascontiguousarray(ids.T.astype(np.int16))
+    for name in POLICIES:
+        assert compiled_hits(ids_KT, 300, 200, name).sum() == replay(ids_KT, 200, name).sum() > 0
+
+
+def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
+    with pytest.raises(MoeInspectError, match="holds counts only, no order of tokens, which simulate cache needs"):
+        simulate_cache(write_counts(tmp_path / "counts", [np.full((1, 4), 10)], 2))
+    trace = ROOT / "sample_traces/balanced"
+    with pytest.raises(MoeInspectError, match="1 slots hold less than one decision of layer 0: give at least 2"):
+        simulate_cache(trace, slots=[1, 4])
+    with pytest.raises(MoeInspectError, match="no policy fifo: there are lru, lfu, belady"):
+        simulate_cache(trace, policies=["fifo"])
+    with pytest.raises(MoeInspectError, match="give --expert-mb and --gb-per-s"):
+        simulate_cache(trace, expert_mb=10)
+
+
+def test_the_plain_cache_of_no_token_has_no_hits():
+    assert Plain(4, [2], ["lru"]).hits()["lru", 2].sum() == 0
+
+
+def test_the_command(cli: Cli, tmp_path: Path):
+    trace = ROOT / "sample_traces/collapsed"
+    done = cli(
+        "simulate", "cache", trace, "--slots", "2,4", "--policy", "lru,belady", "--expert-mb", 90, "--gb-per-s", 25, "--plots", tmp_path
+    )
+    assert "A hot set worth caching?" in done.stdout
+    assert "tokens/s" in done.stdout
+    assert (tmp_path / "cache.png").stat().st_size > 10_000
