@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_inspect.report.report import Report, report  # the package itself is callable: see report/__init__.py
     from moe_inspect.simulate.cache import simulate_cache
     from moe_inspect.simulate.capacity import simulate_capacity
+    from moe_inspect.simulate.routing import simulate_routing
     from moe_inspect.trace.reader import Trace, open_trace
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "report",
     "simulate_cache",
     "simulate_capacity",
+    "simulate_routing",
     "trace_model",
 ]
 
@@ -50,6 +52,7 @@ _HOMES = {
     "open_trace": "moe_inspect.trace.reader",
     "simulate_cache": "moe_inspect.simulate.cache",
     "simulate_capacity": "moe_inspect.simulate.capacity",
+    "simulate_routing": "moe_inspect.simulate.routing",
 }
 
 

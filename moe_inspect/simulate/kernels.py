@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from moe_inspect.simulate import algorithms
+
 
 @njit(nogil=True, cache=True)
 def overflow(
@@ -176,3 +178,6 @@ def belady(
                 known_E[at], room_E[at] = ids_KT[k, t], slots + 1
                 at += 1
     known[0] = n
+
+
+serve_in_turn = njit(nogil=True, cache=True)(algorithms.serve_in_turn)

@@ -1,0 +1,52 @@
+"""`moe-inspect simulate routing`: other routing algorithms on the same logits."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moe_inspect.cli.simulate.show import (
+    FormatOption,
+    LayersOption,
+    OutputOption,
+    PlotsOption,
+    TableOption,
+    TraceArgument,
+    numbers,
+    show,
+    split,
+)
+
+
+def routing(
+    trace: TraceArgument,
+    algorithm: Annotated[
+        list[str] | None, typer.Option(help='Only these, e.g. "top-k,loss-free bias". Repeated or comma-separated.', show_default=False)
+    ] = None,
+    top_k: Annotated[list[str] | None, typer.Option(help="Experts a token, of top-k; default 1, k and 2k.", show_default=False)] = None,
+    top_p: Annotated[list[str] | None, typer.Option(help="Probability to be reached, of top-p; default 0.7.", show_default=False)] = None,
+    capacity_factor: Annotated[
+        list[str] | None, typer.Option(help="Of next best, which re-routes what finds no room; default 1.0 and 1.25.", show_default=False)
+    ] = None,
+    layers: LayersOption = None,
+    table: TableOption = None,
+    format: FormatOption = None,
+    output: OutputOption = None,
+    plots: PlotsOption = None,
+) -> None:
+    """What other routing algorithms would do with the logits this model computed (trace with --logits).
+
+    Balance, probability mass kept, agreement with the model's own choices, whether a token's routing depends on later tokens, and
+    when each is the one to use."""
+    from moe_inspect.simulate.routing import simulate_routing
+
+    simulation = simulate_routing(
+        trace,
+        algorithms=split(algorithm) or None,
+        top_k=numbers(top_k, "--top-k", int) if top_k else None,
+        top_p=numbers(top_p or ["0.7"], "--top-p", float, 0),
+        capacity_factor=numbers(capacity_factor or ["1.0,1.25"], "--capacity-factor", float, 0),
+        layers=layers,
+    )
+    show(simulation, table=table, format=format, output=output, plots=plots)

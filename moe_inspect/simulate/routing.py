@@ -1,0 +1,250 @@
+"""`simulate routing`: other routing algorithms on the logits that the model computed.
+
+T tokens of a batch, E experts. A batch is a forward pass, as recorded. What another routing would do to the model's quality is
+not simulated: its experts were trained with their own; how much of the router's probability is kept says how far off it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.analysis.select import select
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.algorithms import ALGORITHMS, SEED, Algorithm, Batch, batch_of, largest
+from moe_inspect.simulate.result import Simulation, need_decisions
+from moe_inspect.simulate.stream import check_length, runs, slots
+from moe_inspect.trace.reader import Shard, Trace, open_trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+SAMPLE = 16_384  # tokens from which algorithms with a memory warm up
+EVEN = 0.2  # max_vio below which a router counts as balanced, as in the report
+
+
+def simulate_routing(
+    trace: Trace | str | Path,
+    *,
+    algorithms: Sequence[str] | None = None,
+    top_k: Sequence[int] | None = None,
+    top_p: Sequence[float] = (0.7,),
+    capacity_factor: Sequence[float] = (1.0, 1.25),
+    layers: str | int | Iterable[int] | None = None,
+) -> Simulation:
+    """Balance, probability mass and agreement of other routing algorithms. `top_k`: default 1, k and 2k. `capacity_factor`: of
+    "next best"."""
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    need_decisions(trace, "simulate routing")
+    if "logits" not in trace.tables:
+        raise MoeInspectError(f"{trace.path} has no logits, which simulate routing needs: trace with --logits")
+    unknown = [name for name in algorithms or [] if name not in ALGORITHMS]
+    if unknown:
+        raise MoeInspectError(f"no algorithm {', '.join(unknown)}: there are {', '.join(ALGORITHMS)}")
+    if not all(0 < p <= 1 for p in top_p) or not all(0 < f < 1e6 for f in capacity_factor) or not all(k >= 1 for k in top_k or []):
+        raise MoeInspectError(
+            f"top-k {top_k}, top-p {top_p}, capacity factor {capacity_factor}: k is at least 1, 0 < p <= 1, factors above 0"
+        )
+    chosen = select(trace, layers=layers).routers
+    named = [ALGORITHMS[name] for name in algorithms or ALGORITHMS]
+    given: dict[str, Sequence[float] | None] = {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor}
+    runs_of = {
+        r: [Run(a, value) for a in named for value in _values(a, given, trace.routers[r].top_k, trace.routers[r].experts)] for r in chosen
+    }
+    own_of = dict.fromkeys(chosen, 0.0)  # mass of the router's own top-k
+    for r in chosen:
+        for shard in trace.shards:
+            decisions = Decisions(shard, r)
+            for run in runs_of[r]:
+                if run.memory is None and len(decisions.logits_TE):
+                    run.memory = run.algorithm.prepare(decisions.sample())
+            for batch in decisions.batches():
+                own_of[r] += float(batch.share_TE[largest(batch.scores_TE, batch.k)].sum(dtype=np.float64))
+                for run in runs_of[r]:
+                    run.add(batch)
+    if not any(run.tokens for found in runs_of.values() for run in found):
+        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
+    tables = _tables(trace, runs_of, own_of)
+    settings = {"batch": "a forward pass", **given, "scoring": sorted({trace.routers[r].scoring or "softmax (not stated)" for r in chosen})}
+    return Simulation("routing", tables, _verdict(tables, settings), settings, lambda: _figure(tables), ("routing_algorithms",))
+
+
+def _values(algorithm: Algorithm, given: dict[str, Sequence[float] | None], k: int, E: int) -> list[float]:
+    if not algorithm.setting:
+        return [0]
+    values = given[algorithm.setting] or (1, k, 2 * k)
+    return sorted({min(v, E) for v in values}) if algorithm.setting == "top_k" else sorted(set(values))
+
+
+class Decisions:
+    """What one router decided in one shard, from which logits."""
+
+    def __init__(self, shard: Shard, r: int) -> None:
+        self.router, seen = shard.trace.routers[r], shard.seen(r)
+        table = shard.tokens(["batch", "token_id"])
+        kept = slice(None) if seen is None else seen
+        self.batch_T, self.token_id_T = table["batch"].to_numpy()[kept], table["token_id"].to_numpy()[kept]
+        ids_KT, self.logits_TE = slots(shard, r), shard.logits(r)
+        check_length(ids_KT.T, len(self.batch_T), r)
+        check_length(self.logits_TE, len(self.batch_T), r)
+        if np.isnan(self.logits_TE).any() or not np.isfinite(self.logits_TE).any(1).all():
+            raise MoeInspectError(f"{shard.trace.path}: router {r} has logits that are NaN, or tokens without a finite one")
+        model_TE = np.zeros((len(self.batch_T), self.router.experts + 1), bool)
+        model_TE[np.arange(len(self.batch_T)), ids_KT] = True  # −1, nowhere, is the last column
+        self.model_TE = model_TE[:, :-1]
+
+    def batch(self, part: Any, number: int) -> Batch:
+        k, scoring = self.router.top_k, self.router.scoring
+        return batch_of(self.logits_TE[part], self.model_TE[part], self.token_id_T[part], k, scoring, number)
+
+    def batches(self) -> Iterator[Batch]:
+        start_G = runs(self.batch_T)
+        for first, last in pairwise(start_G):
+            yield self.batch(slice(first, last), int(self.batch_T[first]))
+
+    def sample(self) -> Batch:
+        """At most SAMPLE of its tokens, drawn by lot."""
+        drawn = np.random.default_rng(SEED).permutation(len(self.batch_T))[:SAMPLE]
+        return self.batch(np.sort(drawn), -1)
+
+
+@dataclass
+class Run:
+    """One algorithm, at one value of its setting, on one router: what the batches add up to."""
+
+    algorithm: Algorithm
+    value: float
+    memory: dict[str, Any] | None = None
+    tokens: int = 0
+    load_E: np.ndarray | None = None
+    mass: float = 0.0
+    agreed: int = 0
+    recorded: int = 0
+    unrouted: int = 0
+    batches: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return f"{self.algorithm.name} {self.value:g}" if self.algorithm.setting else self.algorithm.name
+
+    def add(self, batch: Batch) -> None:
+        chosen_TE = self.algorithm.choose(batch, self.value, self.memory)
+        load_E = chosen_TE.sum(0)
+        self.tokens += len(chosen_TE)
+        self.load_E = load_E if self.load_E is None else self.load_E + load_E
+        self.mass += float(batch.share_TE[chosen_TE].sum(dtype=np.float64))
+        self.agreed += int((chosen_TE & batch.model_TE).sum())
+        self.recorded += int(batch.model_TE.sum())
+        self.unrouted += int((~chosen_TE.any(1)).sum())
+        self.batches.append((len(chosen_TE), _max_vio(load_E)))
+
+    def row(self, own: float) -> dict[str, object]:
+        """`own`: what the router's own top-k holds of its probability, summed over the tokens."""
+        assert self.load_E is not None
+        size = max(n for n, _ in self.batches)
+        return {
+            "algorithm": self.label,
+            "experts_per_token": float(self.load_E.sum() / self.tokens),
+            "max_vio": _max_vio(self.load_E),
+            "max_vio_batch": float(np.mean([vio for n, vio in self.batches if 2 * n >= size])),
+            "mass": self.mass / self.tokens,
+            "mass_retained": self.mass / own,
+            "agreement": self.agreed / self.recorded if self.recorded else float("nan"),
+            "unrouted": self.unrouted / self.tokens,
+            "leaks_future": bool(self.algorithm.leaks),
+            "tokens": self.tokens,
+        }
+
+
+def _max_vio(load_E: np.ndarray) -> float:
+    return float(load_E.max() / load_E.mean() - 1) if load_E.any() else float("nan")
+
+
+def _tables(trace: Trace, runs_of: dict[int, list[Run]], own_of: dict[int, float]) -> dict[str, pd.DataFrame]:
+    import pandas as pd
+
+    rows = [
+        {"layer": trace.routers[r].layer, "router": r, **run.row(own_of[r])} for r, found in runs_of.items() for run in found if run.tokens
+    ]
+    routing: Any = pd.DataFrame(rows)
+    said = []
+    by_label = {run.label: run.algorithm for found in runs_of.values() for run in found}
+    for label, algorithm in by_label.items():
+        mine = routing[routing["algorithm"] == label]
+        said.append(
+            {
+                "algorithm": label,
+                "max_vio_worst": mine["max_vio"].max(),
+                "mass_retained_least": mine["mass_retained"].min(),
+                "agreement_least": mine["agreement"].min(),
+                "leaks_future": bool(algorithm.leaks),
+                "use_when": algorithm.use_when,
+            }
+        )
+    return {"routing": routing, "routing_algorithms": pd.DataFrame(said)}
+
+
+def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    routing, advice = tables["routing"], tables["routing_algorithms"]
+    said = []
+    recorded = routing[routing["algorithm"] == "as recorded"]
+    if len(recorded):
+        worst = recorded.loc[recorded["max_vio"].idxmax()]
+        said.append(f"As recorded, layer {worst['layer']:.0f} is the least balanced: max_vio {worst['max_vio']:.2f} over all tokens.")
+        bias = routing[(routing["router"] == worst["router"]) & (routing["algorithm"] == "loss-free bias")]
+        if len(bias):
+            row = bias.iloc[0]
+            said.append(
+                f"Simulated: a loss-free bias would bring layer {worst['layer']:.0f} to max_vio {row['max_vio']:.2f} ({row['max_vio_batch']:.2f} by batch), "
+                f"keeping {row['mass_retained']:.0%} of the probability mass of the router's own top choices and {row['agreement']:.0%} of the model's choices."
+            )
+    usable = advice[~advice["leaks_future"] & ~advice["algorithm"].isin(["hash", "random"])]
+    even = usable[usable["max_vio_worst"] < EVEN]
+    if len(even):
+        best = even.loc[even["mass_retained_least"].idxmax()]
+        said.append(
+            f"Simulated: of those that need not see the future, {best['algorithm']} keeps most among the ones that balance every layer "
+            f"(max_vio below {EVEN:g}): at least {best['mass_retained_least']:.0%} of the mass."
+        )
+    else:
+        said.append(f"Simulated: none that need not see the future balances every layer (max_vio below {EVEN:g}).")
+    leaking = [f"{label} ({ALGORITHMS[label].leaks})" for label in advice[advice["leaks_future"]]["algorithm"]]
+    if leaking:
+        said.append(
+            f"Leak the future: {', '.join(leaking)}: a token's experts depend on later tokens, which a model that generates does not have."
+        )
+    if any("not stated" in scoring for scoring in settings["scoring"]):
+        said.append("The trace does not say how some routers score: softmax was taken.")
+    said.append("What another routing does to quality is not simulated: these experts were trained with their own.")
+    return said
+
+
+def _figure(tables: dict[str, Any]) -> Figure:
+    """Each algorithm, at the layer that is least balanced as it is: imbalance, and the probability mass that is kept."""
+    from matplotlib.figure import Figure
+
+    routing = tables["routing"]
+    recorded = routing[routing["algorithm"] == "as recorded"]
+    base = recorded if len(recorded) else routing
+    worst = base.loc[base["max_vio"].idxmax()]
+    at = routing[routing["router"] == worst["router"]].iloc[::-1]
+    colours = ["#c0392b" if leaks else "#2c3e50" for leaks in at["leaks_future"]]
+    figure = Figure(figsize=(9.5, 1.3 + 0.3 * len(at)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, column, form in ((left, "max_vio", "{:.2f}"), (right, "mass_retained", "{:.0%}")):
+        bars = axes.barh(at["algorithm"], at[column], color=colours, height=0.65)
+        axes.bar_label(bars, [form.format(value) for value in at[column]], padding=3, fontsize=8)
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.axvline(EVEN, color="0.4", lw=0.8, ls="--")
+    left.set_title(f"Simulated, layer {worst['layer']:.0f}: max_vio (dashed: {EVEN:g}, balanced)", loc="left", fontsize=10)
+    right.set_title("probability mass, ÷ the router's own top-k", loc="left", fontsize=10)
+    if at["leaks_future"].any():
+        figure.supxlabel("red: sees the whole batch, so leaks the future", fontsize=8, color="#c0392b")
+    return figure

@@ -1,0 +1,150 @@
+"""Routing algorithms on logits: each against what defines it, and against what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_inspect import open_trace
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate import kernels
+from moe_inspect.simulate.algorithms import ALGORITHMS, Algorithm, Batch, batch_of, largest, serve_in_turn
+from moe_inspect.simulate.routing import simulate_routing
+from tests.conftest import ROOT, Cli
+from tests.synthetic import uniform_ids, write_counts, write_trace
+
+VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
+
+
+def batch(logits_TE: np.ndarray, k: int = 2, scoring: str = "softmax") -> Batch:
+    logits_TE = logits_TE.astype(np.float16)
+    return batch_of(logits_TE, largest(logits_TE, k), np.arange(len(logits_TE)) % 17, k, scoring, 0)
+
+
+def skewed(seed: int = 0, T: int = 200, E: int = 8) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(T, E)) + np.linspace(2, 0, E)
+
+
+def choose(of: Algorithm, made: Batch) -> np.ndarray:
+    return of.choose(made, VALUES[of.setting], of.prepare(made))
+
+
+@pytest.mark.parametrize("of", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_what_leaks_the_future_says_so_and_nothing_else_does(of: Algorithm):
+    memory = of.prepare(batch(skewed(5)))
+    moved = 0
+    for seed in range(5):
+        logits_TE = skewed(seed)
+        later_TE = logits_TE.copy()
+        later_TE[100:] = skewed(seed + 50)[100:, ::-1]
+        first, second = (
+            of.choose(batch(x), VALUES[of.setting], {k: v.copy() for k, v in memory.items()})[:100] for x in (logits_TE, later_TE)
+        )
+        moved += int((first != second).sum())
+    assert bool(moved) == bool(of.leaks)
+
+
+@pytest.mark.parametrize("of", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_experts_a_token_and_types(of: Algorithm):
+    chosen_TE = choose(of, batch(skewed()))
+    assert chosen_TE.shape == (200, 8)
+    assert chosen_TE.dtype == bool
+    if of.name not in ("top-p", "expert choice", "next best"):
+        assert (chosen_TE.sum(1) == 2).all()
+    one = choose(of, batch(skewed(T=1)))
+    assert one.shape == (1, 8)
+    assert one.any()
+    assert of.use_when
+
+
+def test_largest_takes_the_lowest_id_of_equals():
+    assert largest(np.array([[1, 2, 2, 2], [0, 0, 0, 0]]), 2).tolist() == [[False, True, True, False], [True, True, False, False]]
+
+
+def test_top_p_by_hand():
+    made = batch(np.log(np.array([[0.5, 0.25, 0.125, 0.125], [0.97, 0.01, 0.01, 0.01]])))
+    found = [ALGORITHMS["top-p"].choose(made, p, {}).sum(1).tolist() for p in (0.4, 0.6, 0.8, 1.0)]
+    assert found == [[1, 1], [2, 1], [3, 1], [4, 4]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**32))
+def test_next_best_equals_a_naive_queue(T: int, E: int, k: int, room: int, seed: int):
+    order_TE = np.argsort(np.random.default_rng(seed).random((T, E)), axis=1)
+    taken = dict.fromkeys(range(E), 0)
+    expected = np.zeros((T, E), bool)
+    for t in range(T):
+        for e in [int(e) for e in order_TE[t] if taken[int(e)] < room][:k]:
+            taken[e] += 1
+            expected[t, e] = True
+    assert (serve_in_turn(order_TE, k, room) == expected).all()
+    assert (kernels.serve_in_turn(order_TE, k, room) == expected).all()
+
+
+def test_expert_choice_gives_every_expert_the_same():
+    chosen_TE = choose(ALGORITHMS["expert choice"], batch(skewed()))
+    assert chosen_TE.sum(0).tolist() == [50] * 8
+    worst_taken = np.where(chosen_TE, batch(skewed()).scores_TE, 1).min(0)
+    best_left = np.where(chosen_TE, 0, batch(skewed()).scores_TE).max(0)
+    assert (worst_taken >= best_left).all()
+
+
+def test_sinkhorn_evens_out_what_top_k_does_not():
+    logits_TE = skewed(T=4000)
+    vio = {name: (lambda c: c.max() / c.mean() - 1)(choose(ALGORITHMS[name], batch(logits_TE)).sum(0)) for name in ("top-k", "sinkhorn")}
+    assert vio["sinkhorn"] < 0.1 < 0.5 < vio["top-k"]
+
+
+def test_a_bias_moves_by_the_sign_of_the_load_error():
+    memory = {"bias_E": np.zeros(4, np.float32)}
+    made = batch(np.array([[9.0, 5, 1, 0]] * 10), k=2)
+    ALGORITHMS["loss-free bias"].choose(made, 0.25, memory)
+    assert memory["bias_E"].tolist() == [-0.25, -0.25, 0.25, 0.25]
+
+
+def test_a_loss_free_bias_evens_the_collapsed_layer_and_keeps_four_fifths_of_the_mass():
+    table = simulate_routing(ROOT / "sample_traces/collapsed", layers=3).tables["routing"].set_index("algorithm")
+    assert table.loc["as recorded", "max_vio"] > 1.8
+    assert table.loc["loss-free bias", "max_vio"] < 0.2
+    assert table.loc["loss-free bias", "mass_retained"] >= 0.8
+    assert table.loc["as recorded", ["mass_retained", "agreement"]].tolist() == pytest.approx([1, 1], abs=1e-6)
+    assert table.loc["top-k 2", "agreement"] > 0.99  # the logits are those that chose, but for ties in float16
+    assert table.loc["random", "agreement"] == pytest.approx(2 / 8, abs=0.02)
+    assert table.loc["random", "mass_retained"] < 0.5
+
+
+def test_scoring_is_the_routers_own():
+    trace = open_trace(ROOT / "sample_traces/balanced")
+    own = simulate_routing(trace, algorithms=["top-k"], layers=0).tables["routing"]
+    trace.routers[0] = replace(trace.routers[0], scoring="sigmoid")
+    other = simulate_routing(trace, algorithms=["top-k"], layers=0).tables["routing"]
+    assert (own["max_vio"] == other["max_vio"]).all()  # the order is the same
+    assert (own["mass"] > other["mass"]).all()  # the sigmoid is flatter
+    scores = batch(np.zeros((1, 4)), scoring="sigmoid").scores_TE
+    assert scores.tolist() == [[0.5] * 4]
+
+
+def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
+    with pytest.raises(MoeInspectError, match="holds counts only, no order of tokens, which simulate routing needs"):
+        simulate_routing(write_counts(tmp_path / "counts", [np.full((1, 4), 10)], 2))
+    trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 50, 4, 2)], 4)
+    with pytest.raises(MoeInspectError, match="has no logits, which simulate routing needs: trace with --logits"):
+        simulate_routing(trace)
+    with pytest.raises(MoeInspectError, match="no algorithm best: there are as recorded"):
+        simulate_routing(ROOT / "sample_traces/balanced", algorithms=["best"])
+
+
+def test_the_command(cli: Cli, tmp_path: Path):
+    trace = ROOT / "sample_traces/collapsed"
+    done = cli("simulate", "routing", trace, "--layers", 3, "--top-k", "1,2", "--plots", tmp_path)
+    assert "Simulated: a loss-free bias would bring layer 3 to max_vio" in done.stdout
+    assert (tmp_path / "routing.png").stat().st_size > 10_000
+    lines = cli("simulate", "routing", trace, "--algorithm", "top-k,random", "--format", "csv").stdout.splitlines()
+    assert lines[0].startswith("layer,router,algorithm,experts_per_token,max_vio,max_vio_batch,mass,mass_retained,agreement")
+    assert len(lines) == 1 + 4 * 4
