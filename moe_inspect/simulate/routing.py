@@ -183,7 +183,7 @@ def _tables(trace: Trace, runs_of: dict[int, list[Run]], own_of: dict[int, float
                 "max_vio_worst": mine["max_vio"].max(),
                 "mass_retained_least": mine["mass_retained"].min(),
                 "agreement_least": mine["agreement"].min(),
-                "leaks_future": bool(algorithm.leaks),
+                "leaks_future": "yes" if algorithm.leaks else "no",
                 "use_when": algorithm.use_when,
             }
         )
@@ -204,7 +204,7 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
                 f"Simulated: a loss-free bias would bring layer {worst['layer']:.0f} to max_vio {row['max_vio']:.2f} ({row['max_vio_batch']:.2f} by batch), "
                 f"keeping {row['mass_retained']:.0%} of the probability mass of the router's own top choices and {row['agreement']:.0%} of the model's choices."
             )
-    usable = advice[~advice["leaks_future"] & ~advice["algorithm"].isin(["hash", "random"])]
+    usable = advice[(advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])]
     even = usable[usable["max_vio_worst"] < EVEN]
     if len(even):
         best = even.loc[even["mass_retained_least"].idxmax()]
@@ -214,7 +214,7 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         )
     else:
         said.append(f"Simulated: none that need not see the future balances every layer (max_vio below {EVEN:g}).")
-    leaking = [f"{label} ({ALGORITHMS[label].leaks})" for label in advice[advice["leaks_future"]]["algorithm"]]
+    leaking = [f"{label} ({ALGORITHMS[label].leaks})" for label in advice[advice["leaks_future"] == "yes"]["algorithm"]]
     if leaking:
         said.append(
             f"Leak the future: {', '.join(leaking)}: a token's experts depend on later tokens, which a model that generates does not have."
