@@ -169,6 +169,12 @@ def test_the_command(cli: Cli, tmp_path: Path):
     done = cli("simulate", "capacity", trace, "--capacity-factor", "1,1.5", "--group-tokens", "sequence", "--plots", tmp_path)
     assert "Simulated: at capacity factor 1.5, in groups of a sequence" in done.stdout
     assert (tmp_path / "capacity.png").stat().st_size > 10_000
+    cli("simulate", "capacity", trace, "--html", tmp_path / "page.html", "--table", "capacity", "--format", "csv")
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>moe-inspect simulate capacity" in page
+    assert "Simulated: at capacity factor 1.25" in page
+    assert "image/svg+xml" in page
+    assert "capacity_by_position" in page
     table = cli("simulate", "capacity", trace, "--table", "capacity_by_position", "--format", "csv").stdout
     assert table.splitlines()[0] == "layer,router,capacity_factor,position_in,tenth,assignments,dropped,drop_rate"
     assert "is no whole number, batch or sequence" in cli("simulate", "capacity", trace, "--group-tokens", "x", check=2).stderr

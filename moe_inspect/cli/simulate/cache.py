@@ -8,6 +8,7 @@ import typer
 
 from moe_inspect.cli.simulate.show import (
     FormatOption,
+    HtmlOption,
     LayersOption,
     OutputOption,
     PlotsOption,
@@ -37,6 +38,7 @@ def cache(
     format: FormatOption = None,
     output: OutputOption = None,
     plots: PlotsOption = None,
+    html: HtmlOption = None,
 ) -> None:
     """How often offloaded experts would be in fast memory when wanted, at batch size 1; and what fetching the others costs.
 
@@ -51,4 +53,4 @@ def cache(
         gb_per_s=gb_per_s,
         layers=layers,
     )
-    show(simulation, table=table, format=format, output=output, plots=plots)
+    show(simulation, table=table, format=format, output=output, plots=plots, html=html)

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.simulate.show import FormatOption, LayersOption, OutputOption, PlotsOption, TableOption, TraceArgument, numbers, show
+from moe_inspect.cli.simulate.show import (
+    FormatOption,
+    HtmlOption,
+    LayersOption,
+    OutputOption,
+    PlotsOption,
+    TableOption,
+    TraceArgument,
+    numbers,
+    show,
+)
 
 
 class Order(StrEnum):
@@ -34,6 +44,7 @@ def capacity(
     format: FormatOption = None,
     output: OutputOption = None,
     plots: PlotsOption = None,
+    html: HtmlOption = None,
 ) -> None:
     """What experts of limited capacity would drop: by layer, domain and place, and the factor that would do.
 
@@ -50,4 +61,4 @@ def capacity(
         target_drop=target_drop,
         layers=layers,
     )
-    show(simulation, table=table, format=format, output=output, plots=plots)
+    show(simulation, table=table, format=format, output=output, plots=plots, html=html)

@@ -8,6 +8,7 @@ import typer
 
 from moe_inspect.cli.simulate.show import (
     FormatOption,
+    HtmlOption,
     LayersOption,
     OutputOption,
     PlotsOption,
@@ -34,6 +35,7 @@ def routing(
     format: FormatOption = None,
     output: OutputOption = None,
     plots: PlotsOption = None,
+    html: HtmlOption = None,
 ) -> None:
     """What other routing algorithms would do with the logits this model computed (trace with --logits).
 
@@ -49,4 +51,4 @@ def routing(
         capacity_factor=numbers(capacity_factor or ["1.0,1.25"], "--capacity-factor", float, 0),
         layers=layers,
     )
-    show(simulation, table=table, format=format, output=output, plots=plots)
+    show(simulation, table=table, format=format, output=output, plots=plots, html=html)

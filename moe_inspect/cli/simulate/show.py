@@ -29,6 +29,10 @@ OutputOption = Annotated[Path | None, typer.Option("-o", "--output", help="Write
 PlotsOption = Annotated[
     Path | None, typer.Option("--plots", metavar="DIR", help="Also write the picture (PNG) into this directory.", show_default=False)
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Also write a page of the verdict, the picture and the tables.", show_default=False),
+]
 LayersOption = Annotated[str | None, typer.Option("--layers", help="Only these layers, e.g. 0-3,7.", show_default=False)]
 DomainOption = Annotated[
     list[str] | None, typer.Option("--domain", help="Only tokens of this domain; repeated or comma-separated.", show_default=False)
@@ -57,7 +61,9 @@ def numbers(values: Sequence[str] | str, option: str, kind: type[N], least: floa
     return found
 
 
-def show(simulation: Simulation, *, table: str | None, format: Format | None, output: Path | None, plots: Path | None) -> None:
+def show(
+    simulation: Simulation, *, table: str | None, format: Format | None, output: Path | None, plots: Path | None, html: Path | None = None
+) -> None:
     """The verdict and the tables as text; or one table, where `table`, `format` or the ending of `output` asks for it."""
     ending = format_of(output)
     main = next(iter(simulation.tables))
@@ -67,6 +73,12 @@ def show(simulation: Simulation, *, table: str | None, format: Format | None, ou
         raise typer.BadParameter(f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}")
     if plots is not None:
         _draw(simulation, plots)
+    if html is not None:
+        from moe_inspect.simulate.page import page
+
+        with text_to(html) as file:
+            file.write(page(simulation))
+        print(f"wrote {html}", file=sys.stderr)
     if table or format or ending is not Format.table:
         emit(simulation.tables[table or main], format or ending or Format.table, output)
         return

@@ -1,0 +1,37 @@
+"""A simulation as HTML: sections for a page of its own, or to go into another."""
+
+from __future__ import annotations
+
+import io
+
+from moe_inspect.report.html import Section
+from moe_inspect.report.html import page as html_page
+from moe_inspect.simulate.result import Simulation
+
+ROWS = 400  # of a table on the page
+
+
+def sections(simulation: Simulation) -> list[Section]:
+    """The picture, then the tables, those first that the text shows."""
+    found = []
+    if simulation.figure is not None:
+        drawing = io.StringIO()
+        simulation.figure().savefig(drawing, format="svg", bbox_inches="tight")
+        found.append(
+            Section(f"simulate {simulation.name}", "Simulated: the trace replayed under other assumptions.", svg=drawing.getvalue())
+        )
+    for name in dict.fromkeys([*simulation.shown, *simulation.tables]):
+        table = simulation.tables[name]
+        cut = f"The first {ROWS} of {len(table):,} rows." if len(table) > ROWS else ""
+        found.append(Section(name, cut, table=table.head(ROWS)))
+    return found
+
+
+def page(simulation: Simulation) -> str:
+    """The page as one string of HTML."""
+    assumed = "; ".join(f"{name.replace('_', ' ')}: {_said(value)}" for name, value in simulation.settings.items() if value is not None)
+    return html_page(f"moe-inspect simulate {simulation.name}", simulation.verdict, sections(simulation), subtitle=assumed)
+
+
+def _said(value: object) -> str:
+    return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
