@@ -1,4 +1,4 @@
-"""What a manifest says of how a trace came to be, and whether one can be written at a place."""
+"""What a manifest says of how a trace came to be."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
-from moe_inspect.trace.reader import read_manifest, refuse_while_written
-from moe_inspect.trace.writer import refuse_unless_trace
 
 
 def capture_facts(model: Any, mode: str) -> dict[str, Any]:
@@ -49,37 +46,3 @@ def _own_version() -> str:
     from importlib.metadata import version
 
     return version("moe-inspect")
-
-
-def check_directory(path: Path, overwrite: bool) -> None:
-    """Sees to it that a new trace can be written at `path`, or refuses: an existing trace is replaced only with `overwrite` (when the first
-    forward pass is over, not before), anything else never."""
-    try:
-        if path.exists() and not path.is_dir():
-            raise MoeInspectError(f"{path} is a file: give a directory for the trace")
-        if path.is_dir() and any(path.iterdir()):
-            if not overwrite:
-                kind = "a trace" if (path / schema.MANIFEST).exists() else "something"
-                raise MoeInspectError(
-                    f"there is {kind} at {path}: choose another place, or replace a trace with --overwrite (overwrite=True), "
-                    "or go on with it by --resume"
-                )
-            refuse_unless_trace(path)
-            if (manifest := _readable_manifest(path)) is not None:
-                refuse_while_written(path, manifest)
-        new = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{schema.MANIFEST}.tmp"
-        probe.touch()
-        probe.unlink()
-        if new:  # nothing is left behind where no trace comes of it
-            path.rmdir()
-    except OSError as error:
-        raise MoeInspectError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _readable_manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_manifest(path)
-    except MoeInspectError:  # damaged, or of another format: it can be replaced, and nobody is writing it
-        return None

@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_inspect.capture import kernels
 from moe_inspect.capture.attach import Attachment, mode_of, uncompiled
 from moe_inspect.capture.counts import DeviceCounts
-from moe_inspect.capture.manifest import capture_facts, check_directory
+from moe_inspect.capture.manifest import capture_facts
 from moe_inspect.capture.models import config_record, vocabulary_table
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.ring import Rings
@@ -28,6 +28,7 @@ from moe_inspect.capture.routers import Site, find_routers
 from moe_inspect.capture.rows import Given, RowReader, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
+from moe_inspect.trace.place import check_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter, clear_trace
 

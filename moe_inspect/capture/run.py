@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
-from moe_inspect.capture.manifest import check_directory
 from moe_inspect.capture.models import load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.recorder import Recorder
@@ -23,6 +22,7 @@ from moe_inspect.capture.resume import comparable, complete_now, corpus_record, 
 from moe_inspect.capture.rows import Rows, cache_among
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
+from moe_inspect.trace.place import check_directory
 from moe_inspect.trace.reader import Trace, read_manifest
 from moe_inspect.trace.writer import Document
 

@@ -77,14 +77,14 @@ class RoutedBatch:
 
 @dataclass(frozen=True)
 class CountedBatches:
-    """Load summed on the device over the batches up to `batch`: integers [D, E_r] a router (`weight_sum`: float64). `decisions`: of
-    all routers, where they did not all see every token."""
+    """Load summed over the batches up to `batch`: integers [D, E_r] a router (`weight_sum`: float64). `first_choice` is None where a
+    source does not say: null in the table. `decisions`: of all routers, where they did not all see every token."""
 
     batch: int
     tokens: int
     domains: Sequence[str]
     assignments: list[np.ndarray]
-    first_choice: list[np.ndarray]
+    first_choice: list[np.ndarray] | None
     weight_sum: list[np.ndarray] | None
     documents: list[Document] = field(default_factory=list)
     decisions: int | None = None
@@ -334,7 +334,9 @@ class TraceWriter:
                     _labels(np.repeat(np.arange(D), E), list(counted.domains)),
                     pa.array(np.tile(np.arange(E, dtype=np.uint16), D)),
                     pa.array(counted.assignments[r].reshape(-1).astype(np.int64)),
-                    pa.array(counted.first_choice[r].reshape(-1).astype(np.int64)),
+                    pa.nulls(D * E, pa.int64())
+                    if counted.first_choice is None
+                    else pa.array(counted.first_choice[r].reshape(-1).astype(np.int64)),
                 ]
                 columns += [pa.array(counted.weight_sum[r].reshape(-1))] if counted.weight_sum is not None else []
                 return pa.Table.from_arrays(columns, schema=schema.counts_schema(self.weights))

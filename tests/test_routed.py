@@ -1,0 +1,205 @@
+"""The payloads of vLLM's and SGLang's routed experts, and what a config.json says of a model's routers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.config import facts_of, read_facts
+from moe_inspect.trace.importers import routed
+from moe_inspect.trace.schema import Router
+from tests.conftest import ROOT
+from tests.synthetic import uniform_ids
+
+
+def npy(array: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def layered(T: int, blocks: int, E: int, k: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.stack([uniform_ids(rng, T, E, k) for _ in range(blocks)], axis=1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_vllm_payload_is_the_array_that_went_in(dtype: type, order: str):
+    ids_TBK = np.asarray(layered(9, 3, 8, 2), dtype, order)
+    assert np.array_equal(routed.decode_vllm(npy(ids_TBK), "here"), ids_TBK)
+
+
+def test_an_sglang_payload_is_raw_int32():
+    ids_TBK = layered(5, 4, 8, 2).astype(np.int32)
+    text = base64.b64encode(ids_TBK.tobytes()).decode()
+    assert np.array_equal(routed.decode_sglang(text, 4, 2, "here"), ids_TBK)
+    with pytest.raises(MoeInspectError, match="here is 160 bytes: no whole number of tokens of 7 layers"):
+        routed.decode_sglang(text, 7, 2, "here")
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (None, "is NoneType"),
+        ("%%%", "is no base64"),
+        ("é", "is no base64"),
+        (base64.b64encode(b"nothing").decode(), "is no .npy"),
+        (npy(np.zeros((2, 2, 2), np.float32)), "no .npy of integers"),
+        (npy(np.zeros((2, 2), np.uint8)), "has shape"),
+        (npy(np.zeros((2, 2, 2), np.uint8))[:-4], "declares"),
+        (base64.b64encode(base64.b64decode(npy(np.zeros((2, 2, 2), np.uint8))).replace(b"(2, 2, 2)", b"(9, 9, 9)")).decode(), "declares"),
+        (base64.b64encode(base64.b64decode(npy(np.array([None], object).reshape(1, 1, 1)[:0].astype("u1")))).decode(), "has|declares|is"),
+    ],
+)
+def test_a_bad_payload_is_one_line(payload: object, said: str):
+    if payload is not None and said == "has|declares|is":
+        assert routed.decode_vllm(payload, "f").shape == (0, 1, 1)  # a response of one token has no row, and is fine
+        return
+    with pytest.raises(MoeInspectError, match=said) as raised:
+        routed.decode_vllm(payload, "f line 3: routed_experts")
+    assert "\n" not in str(raised.value)
+    assert "f line 3" in str(raised.value)
+
+
+def test_a_router_gets_its_block_and_what_is_no_decision_is_refused():
+    ids_TBK = layered(20, 4, 8, 2).astype(np.uint8)
+    ids_TBK[:, 0] = 0  # a dense block as the engines show it
+    assert routed.dense_blocks(ids_TBK) == [0]
+    routers = [Router(layer, "experts", "", 8, 2) for layer in (1, 3)]
+    one, three = routed.select_routers(ids_TBK, routers, 4, "f")
+    assert np.array_equal(one, ids_TBK[:, 1])
+    assert np.array_equal(three, ids_TBK[:, 3])
+    with pytest.raises(MoeInspectError, match=r"layer 0: token 0 goes to one expert twice \(\[0, 0\]\); a dense layer"):
+        routed.select_routers(ids_TBK, [Router(0, "experts", "", 8, 2)], 4, "f")
+    with pytest.raises(MoeInspectError, match="f has 4 layers, the model's config 5"):
+        routed.select_routers(ids_TBK, routers, 5, "f")
+    ids_TBK[7, 3, 1] = 8
+    with pytest.raises(MoeInspectError, match="f, layer 3: token 7 goes to expert 8 of 8"):
+        routed.select_routers(ids_TBK, routers, 4, "f")
+
+
+@pytest.mark.parametrize(("E", "dtype"), [(8, np.uint8), (255, np.uint8), (256, np.uint16), (300, np.uint16)])
+def test_minus_one_is_nowhere(E: int, dtype: type):
+    ids = routed.checked_ids(np.array([[0, 1, -1], [E - 1, -1, -1]], np.int32), Router(0, "", "", E, 3), "f")
+    assert ids.dtype == dtype
+    assert ids.tolist() == [[0, 1, np.iinfo(dtype).max], [E - 1, np.iinfo(dtype).max, np.iinfo(dtype).max]]
+    assert routed.checked_ids(np.array([[2, 1, -1]]), Router(0, "", "", E, 2), "f").shape == (1, 2)
+
+
+@pytest.mark.parametrize("k", [2, 6, 20])
+def test_repeats_are_found_wherever_they_are(k: int):
+    ids_TK = uniform_ids(np.random.default_rng(k), 50, 32, k).astype(np.int32)
+    assert not routed.repeats(ids_TK).any()
+    ids_TK[31, k - 1] = ids_TK[31, 0]
+    assert np.nonzero(routed.repeats(ids_TK))[0].tolist() == [31]
+    assert not routed.repeats(np.array([[-1] * k])).any()
+
+
+def test_the_longest_run_of_identical_rows():
+    ids_TBK = layered(30, 2, 64, 4)
+    assert routed.identical_run(ids_TBK) == 1
+    ids_TBK[10:17] = ids_TBK[10]
+    assert routed.identical_run(ids_TBK) == 7
+    assert routed.identical_run(ids_TBK[:0]) == 0
+
+
+# --- config.json
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({"num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 2}, [0, 1, 2, 3]),
+        (
+            {"num_hidden_layers": 6, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "moe_layer_freq": 2},
+            [2, 4],
+        ),
+        ({"num_hidden_layers": 4, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_layer_freq": [0, 1, 0, 1]}, [1, 3]),
+        ({"num_hidden_layers": 6, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 2, "mlp_only_layers": [3]}, [1, 5]),
+        ({"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}, [1, 3]),
+        ({"num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]}, [1, 2]),
+        ({"text_config": {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}}, [0, 1]),
+        ({"n_layers": 2, "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}}, [0, 1]),
+        ({"num_hidden_layers": 4, "moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 2}, [1, 2]),
+    ],
+)
+def test_a_config_says_which_blocks_route(config: dict, layers: list[int]):
+    facts = facts_of(config, "m", "m/config.json")
+    assert sorted(facts.experts) == layers
+    assert set(facts.experts.values()) == {8}
+    assert set(facts.top_k.values()) == {2}
+    assert [r.layer for r in facts.routers()] == layers
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "lacks num_hidden_layers"),
+        ({"num_hidden_layers": 2}, "lacks n_routed_experts"),
+        ({"num_hidden_layers": 2, "num_experts": 8}, "lacks num_experts_per_tok"),
+        ({"num_hidden_layers": 10**9, "num_experts": 8, "num_experts_per_tok": 2}, "num_hidden_layers is 1000000000"),
+        ({"num_hidden_layers": 2, "num_experts": "8", "num_experts_per_tok": 2}, "num_experts is '8'"),
+        ({"num_hidden_layers": 2, "num_experts": 2, "num_experts_per_tok": 3}, "3 experts a token of only 2"),
+        ({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_layer_freq": [1]}, "moe_layer_freq is '.1.'"),
+        ({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 0.5}, "decoder_sparse_step is"),
+        ({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 2}, "dense model"),
+    ],
+)
+def test_a_config_that_says_nothing_of_use_is_named(config: dict, said: str):
+    with pytest.raises(MoeInspectError, match=said):
+        facts_of(config, "m", "m/config.json")
+
+
+def test_configs_are_read_from_where_they_are(tmp_path: Path):
+    deepseek = read_facts(ROOT / "docs/configs/deepseek-v3.json")
+    assert sorted(deepseek.experts) == list(range(3, 61))
+    assert (deepseek.layers, deepseek.experts[3], deepseek.top_k[3], deepseek.shared_experts) == (61, 256, 8, 1)
+    assert sorted(read_facts("demo").experts) == [0, 1, 2, 3]
+    assert sorted(read_facts(ROOT / "sample_traces/balanced").experts) == [0, 1, 2, 3]
+    with pytest.raises(MoeInspectError, match=r"no config at nowhere\.json"):
+        read_facts("nowhere.json")
+    with pytest.raises(MoeInspectError, match=r"dense|lacks"):
+        read_facts(ROOT / "docs/configs/llama-2-7b.json")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(MoeInspectError, match="no model's config"):
+        read_facts(tmp_path)
+
+
+def test_the_vocabulary_is_the_tokenizers_own():
+    import pandas as pd
+
+    ours = read_facts("demo").vocabulary()
+    assert ours is not None
+    pd.testing.assert_frame_equal(ours.to_pandas(), pd.read_parquet(ROOT / "sample_traces/balanced/vocabulary.parquet"))
+
+
+def test_a_config_alone_says_what_the_built_model_has():
+    """Of every family that the installed transformers ships."""
+    torch = pytest.importorskip("torch")
+    from moe_inspect.capture.routers import find_routers, top_k_of
+    from tests import zoo
+
+    compared = 0
+    for family in zoo.FAMILIES:
+        if family in zoo.WHY_NOT:
+            continue
+        with torch.device("meta"):
+            model = zoo.model_class(family)._from_config(zoo.config(family))
+        try:
+            sites = find_routers(model)
+        except MoeInspectError:  # routers of two stacks
+            continue
+        if any(getattr(s, "stack", "") for s in sites):
+            continue
+        facts = facts_of(json.loads(model.config.to_json_string(use_diff=False)), family, family)
+        stated = {(layer, facts.experts[layer], facts.top_k[layer]) for layer in facts.experts}
+        assert stated == {(s.layer, s.experts, top_k_of(s, model)) for s in sites}, family
+        compared += 1
+    assert compared >= 55
