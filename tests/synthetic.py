@@ -92,3 +92,21 @@ def write_counts(root: Path, loads: Sequence[np.ndarray], k: int, domains: Seque
         first = [load // k for load in loads]
         writer.write(CountedBatches(0, tokens, list(domains), [load.astype(np.int64) for load in loads], first, None))
     return open_trace(root)
+
+
+def encoder_decoder(root: Path) -> Trace:
+    """Two routers of 2 experts, k = 1, with logits: the encoder's sends its 6 tokens to expert 0, the decoder's its 4 to 0 and 1 in turn."""
+    listed = [
+        Router(0, "gate", "encoder.0", 2, 1, "softmax", stack="encoder"),
+        Router(0, "gate", "decoder.0", 2, 1, "softmax", stack="decoder"),
+    ]
+    manifest = {"model": {"id": "synthetic"}, "capture": {"weights": False}}
+    ids = [np.zeros((6, 1), np.uint8), np.arange(4, dtype=np.uint8)[:, None] % 2]
+    logits = [np.where(np.arange(2) == i, 2, 0).astype(np.float16) for i in ids]
+    zeros, place = np.zeros(10, np.int32), np.r_[:6, :4].astype(np.int32)
+    with TraceWriter(root, manifest, listed, weights=False, logits=True) as writer:
+        batch = RoutedBatch(
+            0, zeros, zeros, zeros, place, zeros, ["text"], ids, None, logits, [Document(0, "text", "synthetic", 10)], encoded=6
+        )
+        writer.write(batch)
+    return open_trace(root)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache import POLICIES, Compiled, Plain, replay, simulate_cache
 from tests.conftest import ROOT, Cli
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 
 @st.composite
@@ -127,6 +127,11 @@ def test_sequences_run_one_after_the_other_and_phases_are_told_apart(tmp_path: P
     assert (row["hits"], row["accesses"], row["cold_misses"], row["hit_rate_warm"]) == (4, 6, 2, 1.0)
     phases = made.tables["cache_by_phase"].set_index("phase")["hit_rate"]
     assert phases.to_dict() == {"prefill": 0.0, "decode": 1.0}
+
+
+def test_an_encoder_decoders_caches_see_the_tokens_their_router_sees(tmp_path: Path):
+    phases = simulate_cache(encoder_decoder(tmp_path / "t"), slots=[1], policies=["lru"]).tables["cache_by_phase"]
+    assert phases[["router", "phase", "accesses", "hits"]].values.tolist() == [[0, "encode", 6, 5], [1, "prefill", 4, 0]]
 
 
 def test_tokens_a_second_are_what_the_link_allows(tmp_path: Path):

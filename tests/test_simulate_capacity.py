@@ -15,7 +15,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels
 from moe_inspect.simulate.capacity import ORDERS, capacity, overflow_numpy, simulate_capacity
 from tests.conftest import ROOT, Cli
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 FACTORS = (0.5, 1.0, 1.25, 2.0)
 
@@ -141,17 +141,13 @@ def test_order_moves_drops_and_does_not_change_how_many():
 
 
 def test_an_encoder_decoders_groups_are_of_the_tokens_a_router_sees(tmp_path: Path):
-    from dataclasses import replace
-
-    ids = [np.zeros((8, 1), np.uint16), np.array([[0], [1]] * 4, np.uint16)]
-    trace = write_trace(tmp_path / "t", ids, 2, batch_tokens=4, phases=("prefill", "prefill"))
-    expected = simulate_capacity(trace, capacity_factors=[1.0]).tables["capacity"]["drop_rate"].tolist()
-    assert expected == [0.5, 0.0]
-    trace.routers[0] = replace(trace.routers[0], stack="decoder")
-    assert simulate_capacity(trace, capacity_factors=[1.0]).tables["capacity"]["drop_rate"].tolist() == expected
-    trace.routers[0] = replace(trace.routers[0], stack="encoder")  # it sees none of these tokens, and yet has decisions
-    with pytest.raises(MoeInspectError, match="router 0 has 8 decisions in a shard of 0 tokens"):
-        simulate_capacity(trace)
+    made = simulate_capacity(encoder_decoder(tmp_path / "t"), capacity_factors=[1.0])
+    # the encoder's router sends its 6 tokens to expert 0, which takes 3; the decoder's its 4 tokens to 0 and 1 in turn
+    rows = made.tables["capacity"].set_index("router")
+    assert rows["decisions"].tolist() == [6, 4]
+    assert rows["dropped"].tolist() == [3, 0]
+    across = made.tables["capacity_tokens"].iloc[0]
+    assert (across["tokens"], across["hit_anywhere"]) == (10, 0.3)
 
 
 def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):

@@ -16,7 +16,7 @@ from moe_inspect.simulate import kernels
 from moe_inspect.simulate.algorithms import ALGORITHMS, Algorithm, Batch, batch_of, largest, serve_in_turn
 from moe_inspect.simulate.routing import simulate_routing
 from tests.conftest import ROOT, Cli
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
 
@@ -128,6 +128,13 @@ def test_scoring_is_the_routers_own():
     assert (own["mass"] > other["mass"]).all()  # the sigmoid is flatter
     scores = batch(np.zeros((1, 4)), scoring="sigmoid").scores_TE
     assert scores.tolist() == [[0.5] * 4]
+
+
+def test_an_encoder_decoders_routers_see_their_own_tokens(tmp_path: Path):
+    table = simulate_routing(encoder_decoder(tmp_path / "t"), algorithms=["as recorded", "top-k"], top_k=[1]).tables["routing"]
+    assert table["tokens"].tolist() == [6, 6, 4, 4]
+    assert table["agreement"].tolist() == [1.0] * 4
+    assert table["max_vio"].tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
