@@ -122,9 +122,9 @@ def test_the_plan() -> None:
 
 
 def test_there_must_be_room(model: str, corpus: str, tmp_path: Path) -> None:
-    with pytest.raises(MoeInspectError, match="--max-length 250 is beyond the 246 positions of this model that --generate 10 leaves"):
+    with pytest.raises(MoeInspectError, match="--max-length 250 is beyond the 246 positions of this model that 10 generated tokens leave"):
         traced(model, corpus, tmp_path / "t", generate=10, max_length=250)
-    with pytest.raises(MoeInspectError, match="--generate 256 leaves no room for a prompt"):
+    with pytest.raises(MoeInspectError, match="generating 256 tokens leaves no room for a prompt"):
         traced(model, corpus, tmp_path / "t", generate=256, max_length=None)
 
 

@@ -15,15 +15,22 @@ from moe_inspect.trace import schema
 
 def capture_facts(model: Any, mode: str) -> dict[str, Any]:
     """Who recorded what with which versions: what the manifest says of the capture."""
-    import transformers
-
-    from moe_inspect.capture.kernels import triton
-
     parameter = next(model.parameters())
     return {
         "mode": mode,
         "device": ", ".join(dict.fromkeys(_device_name(p.device) for p in model.parameters())),
         "dtype": str(parameter.dtype).removeprefix("torch."),
+        **process_facts([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def process_facts(command: list[str]) -> dict[str, Any]:
+    """Which process, of which versions, was started how."""
+    import transformers
+
+    from moe_inspect.capture.kernels import triton
+
+    return {
         "versions": {
             "moe-inspect": _own_version(),
             "python": sys.version.split()[0],
@@ -31,7 +38,7 @@ def capture_facts(model: Any, mode: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "triton": triton.__version__ if triton is not None else None,
         },
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command,
         "pid": os.getpid(),
         "process_start": schema.process_start(os.getpid()),
         "host": socket.gethostname(),

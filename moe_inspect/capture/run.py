@@ -304,12 +304,14 @@ def _repeated(values: list[int], lengths: list[int]) -> np.ndarray:
     return np.repeat(np.array(values, np.int32), lengths)
 
 
-def fitting(max_length: int | None, config: Any, generate: int) -> int:
-    """The model's own limit holds, unless it states none, and leaves room for what is to be decoded."""
-    limit = (getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH + generate) - generate
+def fitting(max_length: int | None, config: Any, generate: int, served: int | None = None) -> int:
+    """The longest sequence: the model's own limit holds (and that of a server), unless it states none, and leaves room for what is
+    to be decoded."""
+    stated = [n for n in (getattr(config.get_text_config(), "max_position_embeddings", None), served) if n]
+    limit = min(stated or [MAX_LENGTH + generate]) - generate
     if limit < 1:
-        raise MoeInspectError(f"--generate {generate} leaves no room for a prompt in the positions of this model")
+        raise MoeInspectError(f"generating {generate} tokens leaves no room for a prompt in the positions of this model")
     if max_length is not None and max_length > limit:
-        after = f" that --generate {generate} leaves" if generate else ""
+        after = f" that {generate} generated tokens leave" if generate else ""
         raise MoeInspectError(f"--max-length {max_length} is beyond the {limit} positions of this model{after}")
     return max_length or min(limit, MAX_LENGTH)

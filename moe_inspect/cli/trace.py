@@ -20,6 +20,11 @@ class Capture(StrEnum):
     tap = "tap"
 
 
+class EngineName(StrEnum):
+    vllm = "vllm"
+    sglang = "sglang"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -28,7 +33,11 @@ class Dtype(StrEnum):
 
 
 def trace(
-    model: Annotated[str, typer.Argument(help='A hub id, a directory, or "demo" (bundled, offline).')],
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(help='A hub id, a directory, "demo" (bundled, offline), or with --engine the URL of a server.', metavar="MODEL|URL"),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The directory of the trace.", show_default=False)],
     data: Annotated[
         list[str] | None,
@@ -73,47 +82,72 @@ def trace(
     counts_only: Annotated[bool, typer.Option("--counts-only", help="Keep counts by layer, domain and expert, no decisions.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted trace of the same corpus and options.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trace that is there.")] = False,
+    engine: Annotated[EngineName | None, typer.Option(help="What serves at the URL.", show_default=False)] = None,
+    model_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Of an engine's model: a hub id or a directory with its config and tokenizer.", show_default=False
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Of an engine: sequences under way at once.")] = 8,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Of an engine: silence after which it is asked again.")
+    ] = 600.0,
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", envvar="MOE_INSPECT_API_KEY", help="Of an engine: sent to it, written nowhere.", show_default=False),
+    ] = None,
 ) -> None:
     """Record which experts a model sends every token of a text to."""
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what is there, --overwrite does not: give one of the two")
+    _check_engine_options(context, model, engine, model_config)
     chosen = _layers(layers)
     need_torch()
     from moe_inspect.capture.run import trace_model
 
+    shared: dict[str, Any] = {
+        "data": data or (),
+        "text_field": text_field,
+        "domain_field": domain_field,
+        "max_tokens": max_tokens,
+        "max_length": max_length,
+        "batch_tokens": batch_tokens,
+        "special_tokens": special_tokens,
+        "generate": generate,
+        "temperature": temperature,
+        "seed": seed,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "layers": chosen,
+        "resume": resume,
+        "overwrite": overwrite,
+    }
     began, complete_before = time.monotonic(), resume and _is_complete(output)
     _stop_cleanly()
     quiet()
     try:
         with _Progress() as progress:
-            written = trace_model(
-                model,
-                output,
-                data=data or (),
-                text_field=text_field,
-                domain_field=domain_field,
-                max_tokens=max_tokens,
-                max_length=max_length,
-                batch_tokens=batch_tokens,
-                special_tokens=special_tokens,
-                generate=generate,
-                temperature=temperature,
-                seed=seed,
-                capture=str(capture),
-                device=device,
-                device_map=device_map,
-                dtype=str(dtype),
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                random_init=random_init,
-                layers=chosen,
-                weights=weights,
-                logits=logits,
-                counts_only=counts_only,
-                resume=resume,
-                overwrite=overwrite,
-                progress=progress,
-            )
+            if engine is not None and model_config is not None:
+                from moe_inspect.capture.engine_run import trace_engine
+
+                of_engine = {"engine": str(engine), "model_config": model_config, "concurrency": concurrency, "timeout_s": timeout}
+                written = trace_engine(model, output, **shared, **of_engine, api_key=api_key, progress=progress)
+            else:
+                written = trace_model(
+                    model,
+                    output,
+                    **shared,
+                    capture=str(capture),
+                    device=device,
+                    device_map=device_map,
+                    dtype=str(dtype),
+                    random_init=random_init,
+                    weights=weights,
+                    logits=logits,
+                    counts_only=counts_only,
+                    progress=progress,
+                )
     except KeyboardInterrupt:
         began_writing = (output / "trace.json").exists()
         state = f'{output} is readable; "--resume" goes on with it' if began_writing else "nothing was traced yet"
@@ -130,6 +164,27 @@ def trace(
         f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)",
         file=sys.stderr,
     )
+
+
+NOT_OF_ENGINES = ("capture", "device", "device_map", "dtype", "random_init", "weights", "logits", "counts_only")
+OF_ENGINES = ("model_config", "concurrency", "timeout", "api_key")
+
+
+def _check_engine_options(context: typer.Context, model: str, engine: str | None, model_config: str | None) -> None:
+    """A URL and --engine belong together, and with either only the options that mean something there."""
+    is_url = model.startswith(("http://", "https://"))
+    given = [o for o in context.params if (source := context.get_parameter_source(o)) is not None and source.name == "COMMANDLINE"]
+    if is_url and engine is None:
+        raise typer.BadParameter("a URL is traced with --engine vllm or --engine sglang")
+    if engine is not None and not is_url:
+        raise typer.BadParameter(f"--engine {engine} takes the URL of a server, like http://HOST:PORT; the model goes to --model-config")
+    if engine is not None and model_config is None:
+        raise typer.BadParameter("--engine needs --model-config: the hub id or directory of the model that is served")
+    wrong = [o for o in given if o in (NOT_OF_ENGINES if engine is not None else OF_ENGINES)]
+    if wrong:
+        option = f"--{wrong[0].replace('_', '-')}"
+        why = "it runs the model, and hands back no weights and no logits" if engine is not None else "there is none"
+        raise typer.BadParameter(f"{option} means nothing {'to an engine' if engine is not None else 'without an engine'}: {why}")
 
 
 def _is_complete(output: Path) -> bool:

@@ -1,0 +1,134 @@
+"""Asking a server over HTTP: patiently, and no more of it at once than it was said to bear."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
+import tenacity
+
+from moe_inspect.errors import MoeInspectError
+
+ATTEMPTS = 6
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, where the server does not say (Retry-After)
+LONGEST_ASKED_WAIT_S = 300.0
+CONNECT_S = 10.0
+ERROR_BYTES = 2**16
+
+
+class _Again(Exception):
+    """Another attempt may do: the server is busy, starting, or its connection broke."""
+
+    def __init__(self, why: str, wait_s: float | None = None):
+        super().__init__(why)
+        self.wait_s = wait_s
+
+
+def split_url(url: str) -> tuple[str, httpx.BasicAuth | None]:
+    """The root of a server's API and the credentials in its URL, which are in neither messages nor manifests."""
+    parts = urlsplit(url)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise MoeInspectError(f"{url.rpartition('@')[2]} is no URL: {error}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise MoeInspectError(f"{url.rpartition('@')[2]} is no URL of a server: write it like http://HOST:PORT")
+    place = f"[{host}]" if ":" in host else host
+    path = parts.path.rstrip("/").removesuffix("/v1")  # as OpenAI's clients are given it
+    root = urlunsplit((parts.scheme, place + (f":{port}" if port else ""), path, "", ""))
+    return root, httpx.BasicAuth(parts.username, parts.password or "") if parts.username else None
+
+
+def client(url: str, api_key: str | None, timeout_s: float, concurrency: int) -> httpx.AsyncClient:
+    root, auth = split_url(url)
+    return httpx.AsyncClient(
+        base_url=root,
+        auth=auth,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None),
+        limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+    )
+
+
+async def ask(http: httpx.AsyncClient, path: str, body: dict[str, Any] | None = None, most_bytes: int = 2**24) -> dict[str, Any] | None:
+    """The JSON object that a POST of `body` (a GET without one) is answered with; None where there is no such path."""
+    root = str(http.base_url).rstrip("/")
+    attempts = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(_Again),
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=_wait,
+        reraise=True,
+    )
+    try:
+        status, data = await attempts(_once, http, path, body, most_bytes)
+    except _Again as error:
+        raise MoeInspectError(f"{root} was asked {ATTEMPTS} times, the last time {error}: when it answers, go on with --resume") from None
+    if status == 404:
+        return None
+    if status in (401, 403):
+        raise MoeInspectError(f"{root} wants another key (HTTP {status}): give it by --api-key or MOE_INSPECT_API_KEY")
+    if status != 200:
+        raise MoeInspectError(f"{root}{path} refused the request (HTTP {status}): {_message(data)}")
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise MoeInspectError(f"{root}{path} answered with no JSON object but {data[:60]!r}: is it the engine that --engine names?")
+    return answer
+
+
+async def _once(http: httpx.AsyncClient, path: str, body: dict[str, Any] | None, most_bytes: int) -> tuple[int, bytes]:
+    try:
+        async with http.stream("GET" if body is None else "POST", path, json=body) as response:
+            status = response.status_code
+            data = bytearray()
+            async for part in response.aiter_bytes():
+                data += part
+                if len(data) > (most_bytes if status == 200 else ERROR_BYTES):
+                    break
+            if status == 200 and len(data) > most_bytes:
+                raise MoeInspectError(f"{path} answered with more than {most_bytes:,} bytes, which no true answer has: not read on")
+            if status in (408, 429) or status >= 500:
+                raise _Again(f"with HTTP {status}: {_message(bytes(data))}", _asked_wait(response.headers.get("retry-after")))
+            return status, bytes(data)
+    except httpx.TransportError as error:
+        raise _Again(f"without an answer ({type(error).__name__}{f': {error}' if str(error) else ''})") from error
+    except httpx.HTTPError as error:
+        raise MoeInspectError(f"{path} answered what cannot be read: {error}") from None
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome is not None else None
+    if isinstance(error, _Again) and error.wait_s is not None:
+        return error.wait_s
+    return tenacity.wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S)(state)
+
+
+def _asked_wait(header: str | None) -> float | None:
+    """Retry-After, in seconds or as a date; None where it says nothing."""
+    if header is None:
+        return None
+    try:
+        wait_s = float(header)
+    except ValueError:
+        try:
+            wait_s = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(wait_s, 0.0), LONGEST_ASKED_WAIT_S) if wait_s == wait_s else None
+
+
+def _message(data: bytes) -> str:
+    """What a server says of an error, on one line."""
+    try:
+        said = json.loads(data)
+        said = said.get("error", said.get("detail", said)) if isinstance(said, dict) else said
+        text = str(said.get("message", said) if isinstance(said, dict) else said)
+    except (ValueError, RecursionError):
+        text = data.decode(errors="replace")
+    return " ".join(text.split())[:300] or "no reason given"
