@@ -19,6 +19,7 @@ from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from moe_inspect.capture.describe import Description, describe
+    from moe_inspect.capture.engine_run import trace_engine
     from moe_inspect.capture.recorder import record
     from moe_inspect.capture.run import trace_model
     from moe_inspect.report.report import Report, report  # the package itself is callable: see report/__init__.py
@@ -39,6 +40,7 @@ __all__ = [
     "simulate_cache",
     "simulate_capacity",
     "simulate_routing",
+    "trace_engine",
     "trace_model",
 ]
 
@@ -46,6 +48,7 @@ _HOMES = {
     "describe": "moe_inspect.capture.describe",
     "Description": "moe_inspect.capture.describe",
     "record": "moe_inspect.capture.recorder",
+    "trace_engine": "moe_inspect.capture.engine_run",
     "trace_model": "moe_inspect.capture.run",
     "Report": "moe_inspect.report.report",
     "Trace": "moe_inspect.trace.reader",

@@ -1,0 +1,441 @@
+"""`trace URL --engine`: a server that speaks the protocols as strictly as the engines do, whose decisions are a known function of
+token, position and layer, so that every row of the trace is checked; and servers that are slow, busy, broken, or lie."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moe_inspect
+from moe_inspect.capture import engine_http
+from moe_inspect.capture.engine_run import _without_secrets, trace_engine
+from moe_inspect.capture.engines import ENGINES
+from moe_inspect.cli.trace import EngineName
+from moe_inspect.errors import MoeInspectError
+from tests.conftest import Cli
+from tests.test_cli_trace import save, write_jsonl
+
+LAYERS, EXPERTS, K, DENSE, VOCABULARY, END = 2, 8, 3, 0, 300, 1  # of the tiny DeepSeek-V3
+KEY = "sesame"
+MODEL_LENGTH = 200
+SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+FIELDS = {
+    "/v1/completions": {
+        "model",
+        "prompt",
+        "max_tokens",
+        "return_token_ids",
+        "routed_experts_prompt_start",
+        "cache_salt",
+        "seed",
+        *SAMPLING,
+    },
+    "/generate": {
+        "input_ids",
+        "sampling_params",
+        "return_routed_experts",
+        "routed_experts_start_len",
+        "return_prompt_token_ids",
+        "extra_key",
+    },
+}
+
+
+def decisions(token: np.ndarray, position: np.ndarray, layer: int) -> np.ndarray:
+    """[T, K], distinct."""
+    return ((token * 7 + position * 3 + layer * 5)[:, None] + np.arange(K)) % EXPERTS
+
+
+def continued(prompt: list[int], most: int) -> list[int]:
+    """What the server generates: some sequences end early, by END."""
+    made: list[int] = []
+    while len(made) < most and END not in made:
+        made.append(END if len(prompt) % 4 == 0 and len(made) == 2 else 2 + (sum(prompt) + 31 * len(made)) % (VOCABULARY - 2))
+    return made
+
+
+class Server:
+    """`behave(n, path, body)` may return (status, headers, raw answer) in place of the true one to request n, or `edit` it."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        self.behave: Callable[[int, str, dict[str, Any]], tuple[int, dict[str, str], bytes] | None] = lambda *_: None
+        self.edit: Callable[[dict[str, Any]], None] = lambda answer: None
+        self.routed: Callable[[np.ndarray], np.ndarray] = lambda routed: routed
+        self.delay_s: Callable[[int], float] = lambda n: 0.0
+        self.model_type, self.key = "deepseek_v3", None
+        self.salts: set[str] = set()
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if strange := set(body) - FIELDS[path]:
+            return 400, {"error": {"message": f"unknown field {strange}"}}
+        vllm = path == "/v1/completions"
+        sampling = body if vllm else body["sampling_params"]
+        if not vllm and set(sampling) - {"max_new_tokens", "sampling_seed", *SAMPLING}:
+            return 400, {"error": {"message": "unknown sampling parameter"}}
+        prompt, most = (body["prompt"], body["max_tokens"]) if vllm else (body["input_ids"], sampling["max_new_tokens"])
+        if vllm and (body["model"] != "served" or body["return_token_ids"] is not True):
+            return 404, {"error": {"message": "no such model"}}
+        if not (prompt and all(type(i) is int and 0 <= i < VOCABULARY for i in prompt) and len(prompt) + most <= MODEL_LENGTH):
+            return 400, {"error": {"message": "maximum context length exceeded"}}
+        made = continued(prompt, most)
+        fed = np.array(prompt + made[:-1])
+        routed = np.zeros((len(fed), LAYERS, K), np.int64)
+        for layer in range(DENSE + 1, LAYERS):
+            routed[:, layer] = decisions(fed, np.arange(len(fed)), layer)
+        routed = self.routed(routed)
+        finish = "stop" if made[-1] == END else "length"
+        if vllm:
+            sink = io.BytesIO()
+            np.save(sink, routed.astype(np.uint8))
+            choice = {"index": 0, "text": "", "finish_reason": finish, "token_ids": made, "prompt_token_ids": prompt}
+            choice["routed_experts"] = base64.b64encode(sink.getvalue()).decode()
+            return 200, {"choices": [choice], "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(made)}}
+        facts = {"finish_reason": {"type": finish}, "prompt_tokens": len(prompt), "completion_tokens": len(made)}
+        if body["return_routed_experts"]:
+            facts["routed_experts"] = base64.b64encode(routed.astype("<i4")[body["routed_experts_start_len"] :].tobytes()).decode()
+        return 200, {"text": "", "output_ids": made, "prompt_token_ids": prompt, "meta_info": facts}
+
+    def about(self, path: str) -> dict[str, Any] | None:
+        return {
+            "/v1/models": {"data": [{"id": "served", "root": "/models/tiny", "max_model_len": MODEL_LENGTH}]},
+            "/version": {"version": "0.33.0"},
+            "/model_info": {"model_path": "/models/tiny", "model_type": self.model_type},
+            "/server_info": {"version": "0.5.23", "api_key": KEY},
+        }.get(path)
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def reply(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def allowed(self) -> bool:
+            if server.key is None or self.headers["Authorization"] == f"Bearer {server.key}":
+                return True
+            self.reply(401, b'{"error": "Unauthorized"}')
+            return False
+
+        def do_GET(self) -> None:
+            if self.allowed():
+                found = server.about(self.path)
+                self.reply(200 if found else 404, json.dumps(found or {"detail": "Not Found"}).encode())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if not self.allowed():
+                return
+            if self.path not in FIELDS:
+                return self.reply(404, b"{}")
+            with server.lock:
+                n = len(server.requests)
+                server.requests.append((self.path, body))
+                server.now += 1
+                server.most = max(server.most, server.now)
+            time.sleep(server.delay_s(n))
+            instead = server.behave(n, self.path, body)
+            status, answer = server.answer(self.path, body)
+            server.edit(answer)
+            with server.lock:
+                server.now -= 1
+            if instead is None:
+                self.reply(status, json.dumps(answer).encode())
+            else:
+                self.reply(instead[0], instead[2], instead[1])
+                self.close_connection = True
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listening.daemon_threads = True
+    listening.handle_error = lambda *_: None  # who asked has gone: that is part of the tests
+    threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_port}"
+    finally:
+        listening.shutdown()
+        listening.server_close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> str:
+    return str(save("deepseek_v3", tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: Any) -> str:
+    return str(write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents=40, words=60))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine_http, "FIRST_WAIT_S", 0.01)
+
+
+def traced(url: str, out: Path, model: str, corpus: str, engine: str = "vllm", **options: Any) -> moe_inspect.Trace:
+    usual = {"data": [corpus], "max_length": 40, "batch_tokens": 300, "concurrency": 4}
+    return trace_engine(url, out, engine=engine, model_config=model, **{**usual, **options})
+
+
+def rows(trace: moe_inspect.Trace) -> Any:
+    return trace.routing().merge(trace.tokens(), on="token")
+
+
+def check_rows(trace: moe_inspect.Trace) -> None:
+    found = rows(trace)
+    assert len(found) == trace.n_tokens > 0
+    assert set(found["layer"]) == {DENSE + 1}
+    expected = decisions(found.token_id.to_numpy(np.int64), found.position.to_numpy(np.int64), DENSE + 1)
+    assert (found[[f"expert_{j}" for j in range(K)]].to_numpy() == expected).all()
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("generate", [0, 5])
+def test_every_row_is_what_the_server_decided(engine: str, generate: int, model: str, corpus: str, tmp_path: Path) -> None:
+    server = Server()
+    server.delay_s = lambda n: 0.02 * (n % 3 == 0)  # answers come in another order than they were asked for
+    with serving(server) as url:
+        trace = traced(url, tmp_path / "t", model, corpus, engine, generate=generate)
+    check_rows(trace)
+    tokens = trace.tokens()
+    for _, text in tokens.groupby("sequence"):
+        assert text.position.tolist() == list(range(len(text)))
+        prompt, made = (text[text.phase == p].token_id.tolist() for p in ("prefill", "decode"))
+        last = text.sequence.iloc[0] == tokens[tokens.document == text.document.iloc[0]].sequence.max()
+        assert made == (continued(prompt, generate + 1)[:-1] if generate and last else [])
+    assert (tokens.phase == "decode").any() == (generate > 0)
+    assert len({b["cache_salt" if engine == "vllm" else "extra_key"] for _, b in server.requests}) == len(server.requests)
+    capture = trace.manifest["capture"]
+    assert (capture["mode"], capture["engine"], capture["url"]) == ("engine", engine, url)
+    assert capture["server"]["version"] == {"vllm": "0.33.0", "sglang": "0.5.23"}[engine]
+    assert not capture["weights"]
+    assert "weight_0" not in trace.routing()
+
+
+def test_the_tokens_are_those_of_a_local_trace(model: str, corpus: str, tmp_path: Path) -> None:
+    options = {"max_length": 40, "batch_tokens": 300}
+    with serving(Server()) as url:
+        served = traced(url, tmp_path / "served", model, corpus)
+    local = moe_inspect.trace_model(model, tmp_path / "local", data=[corpus], **options)
+    assert served.tokens().equals(local.tokens())
+    assert served.documents().equals(local.documents())
+    assert served.manifest["routers"] == local.manifest["routers"]
+
+
+def test_concurrency_is_bounded_and_changes_nothing(model: str, corpus: str, tmp_path: Path) -> None:
+    found = {}
+    for concurrency in (1, 8):
+        server = Server()
+        server.delay_s = lambda n: 0.002 * (n % 5)
+        with serving(server) as url:
+            found[concurrency] = rows(traced(url, tmp_path / f"{concurrency}", model, corpus, generate=2, concurrency=concurrency))
+        assert server.most <= concurrency
+        assert server.most > concurrency // 2  # they are under way together
+    assert found[1].equals(found[8])
+
+
+def test_a_busy_server_is_asked_again_as_it_says(model: str, corpus: str, tmp_path: Path, monkeypatch: Any) -> None:
+    server, waited = Server(), []
+    monkeypatch.setattr(engine_http, "LONGEST_ASKED_WAIT_S", 0.01)
+    real = engine_http._asked_wait
+    monkeypatch.setattr(engine_http, "_asked_wait", lambda header: waited.append(header) or real(header))
+    busy = {
+        0: (503, {}, b"starting"),
+        1: (429, {"Retry-After": "7"}, b"{}"),
+        2: (200, {"Content-Length": "100"}, b'{"cut'),
+        5: (500, {}, b""),
+    }
+    server.behave = lambda n, *_: busy.get(n)
+    with serving(server) as url:
+        trace = traced(url, tmp_path / "t", model, corpus)
+    check_rows(trace)
+    assert "7" in waited
+    assert len(server.requests) == trace.tokens().sequence.nunique() + len(busy)
+
+
+def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(model: str, corpus: str, tmp_path: Path) -> None:
+    whole = Server()
+    with serving(whole) as url:
+        expected = rows(traced(url, tmp_path / "whole", model, corpus, generate=3))
+    server = Server()
+    server.behave = lambda n, *_: (503, {}, b'{"error": {"message": "engine\\ndead"}}') if n >= 20 else None
+    with serving(server) as url:
+        with pytest.raises(MoeInspectError, match=r"asked 6 times, the last time with HTTP 503: engine dead: .*--resume"):
+            traced(url, tmp_path / "t", model, corpus, generate=3)
+        cut = moe_inspect.open_trace(tmp_path / "t")
+        assert cut.manifest["status"] == "interrupted"
+        assert 0 < cut.n_tokens < len(expected)
+        check_rows(cut)
+        server.behave = lambda *_: None
+        before = len(server.requests)
+        with pytest.raises(MoeInspectError, match="made with generate 3, not 2"):
+            traced(url, tmp_path / "t", model, corpus, generate=2, resume=True)
+        trace = traced(url, tmp_path / "t", model, corpus, generate=3, resume=True)
+        assert len(server.requests) - before < len(whole.requests)  # what was committed is not asked for again
+        assert rows(trace).equals(expected)
+        assert trace.manifest["status"] == "complete"
+        again = len(server.requests)
+        traced(url, tmp_path / "t", model, corpus, generate=3, resume=True)
+        assert len(server.requests) == again
+
+
+def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+    def edit(answer: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        for name in parents:
+            answer = answer[int(name)] if isinstance(answer, list) else answer[name]
+        answer[last] = value
+
+    return edit
+
+
+def _changed(change: Callable[[np.ndarray], object]) -> Callable[[np.ndarray], np.ndarray]:
+    def routed(array: np.ndarray) -> np.ndarray:
+        changed = array.copy()
+        result = change(changed)
+        return changed if result is None else np.asarray(result)
+
+    return routed
+
+
+LIES: dict[str, tuple[str, str, Any, str]] = {
+    "the flag is not set (vllm)": (
+        "vllm",
+        "edit",
+        _set("choices.0.routed_experts", None),
+        "start the server with --enable-return-routed-experts",
+    ),
+    "the flag is not set (sglang)": ("sglang", "edit", _set("meta_info.routed_experts", None), "start the server with --enable-return-"),
+    "cut base64": ("vllm", "edit", _set("choices.0.routed_experts", "k05VTVB"), "base64"),
+    "no array": ("vllm", "edit", _set("choices.0.routed_experts", "AAAA"), "no .npy"),
+    "cut array": ("sglang", "edit", _set("meta_info.routed_experts", "AAAAAA=="), "no whole number of tokens"),
+    "another prompt": ("vllm", "edit", _set("choices.0.prompt_token_ids", [5]), "ran another prompt"),
+    "a cut prompt": ("sglang", "edit", _set("meta_info.prompt_tokens", 1), "ran another prompt"),
+    "ids beyond the vocabulary": ("vllm", "edit", _set("choices.0.token_ids", [VOCABULARY]), "no list of ids below 300"),
+    "no token ids": ("sglang", "edit", _set("output_ids", None), "no list of ids"),
+    "aborted": ("sglang", "edit", _set("meta_info.finish_reason", {"type": "abort"}), "ended by 'abort'"),
+    "too many tokens": ("vllm", "edit", _set("choices.0.token_ids", [3, 4]), "2 of 1 tokens were generated"),
+    "rows of a cached prefix left out": ("vllm", "routed", _changed(lambda a: a[1:]), "serve without a prefix cache"),
+    "too many rows": ("sglang", "routed", _changed(lambda a: np.concatenate([a, a[:1]])), "rows"),
+    "a layer too few": ("vllm", "routed", _changed(lambda a: a[:, 1:]), "1 layers, the model's config 2"),
+    "another top-k": ("vllm", "routed", _changed(lambda a: a[:, :, :2]), "2 experts a token"),
+    "an expert beyond E": ("vllm", "routed", _changed(lambda a: a.__setitem__((0, 1, 0), EXPERTS)), "expert 8 of 8"),
+    "an expert twice": ("sglang", "routed", _changed(lambda a: a.__setitem__((0, 1, 0), a[0, 1, 1])), "one expert twice"),
+    "a layer that was not recorded": ("vllm", "routed", _changed(lambda a: a.__setitem__(slice(None), 0)), "one expert twice"),
+    "a dense layer that routes": ("vllm", "routed", _changed(lambda a: a.__setitem__((0, 0, 0), 4)), "no router in layer 0"),
+    "no JSON": ("vllm", "behave", lambda *_: (200, {}, b"<html>"), "no JSON object but b'<html>'"),
+    "endless": ("vllm", "behave", lambda *_: (200, {}, b" " * 2**22), "not read on"),
+    "a redirect": ("vllm", "behave", lambda *_: (307, {"Location": "/elsewhere"}, b""), "HTTP 307"),
+    "a refusal": ("sglang", "behave", lambda *_: (400, {}, b'{"error": {"message": "too long"}}'), "HTTP 400.: too long"),
+}
+
+
+@pytest.mark.parametrize("lie", list(LIES))
+def test_an_answer_that_cannot_be_true_is_one_line_and_nothing_is_written(lie: str, model: str, corpus: str, tmp_path: Path) -> None:
+    engine, hook, what, said = LIES[lie]
+    server = Server()
+    setattr(server, hook, what)
+    with serving(server) as url, pytest.raises(MoeInspectError, match=said) as error:
+        traced(url, tmp_path / "t", model, corpus, engine)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_server_of_another_model_or_engine_is_refused(model: str, corpus: str, tmp_path: Path) -> None:
+    server = Server()
+    with serving(server) as url:
+        server.model_type = "mixtral"
+        with pytest.raises(MoeInspectError, match=r"the server's model is mixtral .*that of --model-config deepseek_v3"):
+            traced(url, tmp_path / "t", model, corpus, "sglang")
+        with pytest.raises(MoeInspectError, match="no router in layer 0: the MoE layers are 1"):
+            traced(url, tmp_path / "t", model, corpus, layers=[0])
+        with pytest.raises(MoeInspectError, match="--max-length 200 is beyond the 199 positions"):
+            traced(url, tmp_path / "t", model, corpus, max_length=200)
+        assert not server.requests
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(cli: Cli, model: str, corpus: str, tmp_path: Path) -> None:
+    server = Server()
+    server.key = KEY
+    with serving(server) as url:
+        usual = ("--engine", "sglang", "--model-config", model, "--data", corpus, "--max-tokens", 200)
+        refused = cli("trace", url, "-o", "t", *usual, check=1)
+        assert "--api-key or MOE_INSPECT_API_KEY" in refused.stderr
+        done = cli("trace", url + "/v1", "-o", "t", *usual, "--api-key", KEY)
+    check_rows(moe_inspect.open_trace(tmp_path / "t"))
+    assert KEY not in done.stderr
+    assert all(KEY.encode() not in f.read_bytes() for f in (tmp_path / "t").rglob("*") if f.is_file())
+    url = "http://user:secret@host:1/v1"
+    hidden = _without_secrets(["x/moe-inspect", "trace", url, "--api-key=a", "--api-key", "b", "--seed", "3"], url)
+    assert hidden == ["moe-inspect", "trace", "http://host:1", "--api-key=…", "--api-key", "…", "--seed", "3"]
+
+
+def test_ctrl_c_closes_the_trace(model: str, corpus: str, tmp_path: Path, monkeypatch: Any) -> None:
+    server = Server()
+
+    def interrupted(done: int, total: int | None) -> None:
+        if done > 300:
+            raise KeyboardInterrupt
+
+    with serving(server) as url:
+        with pytest.raises(KeyboardInterrupt):
+            traced(url, tmp_path / "t", model, corpus, progress=interrupted)
+        cut = moe_inspect.open_trace(tmp_path / "t")
+        assert cut.manifest["status"] == "interrupted"
+        check_rows(cut)
+        trace = traced(url, tmp_path / "t", model, corpus, resume=True)
+        expected = traced(url, tmp_path / "whole", model, corpus)
+    assert rows(trace).equals(rows(expected))
+
+
+def test_usage(cli: Cli) -> None:
+    url, engine = "http://localhost:1", ("--engine", "vllm", "--model-config", "demo")
+    for arguments, said in (
+        ((url,), "a URL is traced with --engine"),
+        (("demo", *engine), "takes the URL of a server"),
+        ((url, "--engine", "vllm"), "needs --model-config"),
+        ((url, *engine, "--device", "cpu"), "--device means nothing to an engine"),
+        (("demo", "--concurrency", "2"), "--concurrency means nothing without an engine"),
+    ):
+        done = cli("trace", *arguments, "-o", "t", check=2)
+        assert said in " ".join(done.stderr.replace("│", " ").split()), done.stderr
+
+
+def test_the_engines_of_the_command_line_are_those_there_are() -> None:
+    assert set(EngineName) == set(ENGINES)
+
+
+def test_a_timeout_is_asked_again() -> None:
+    server = Server()
+    server.delay_s = lambda n: 0.4 if n == 0 else 0.0
+
+    async def asked(url: str) -> Any:
+        async with engine_http.client(url, None, 0.15, 1) as http:
+            return await engine_http.ask(http, "/generate", {"input_ids": [1]})
+
+    server.answer = lambda path, body: (200, {"fine": True})
+    with serving(server) as url:
+        assert asyncio.run(asked(url)) == {"fine": True}
+    assert len(server.requests) == 2
