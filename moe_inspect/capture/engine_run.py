@@ -17,13 +17,14 @@ import numpy as np
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
 from moe_inspect.capture.engine_http import ask, client, split_url
 from moe_inspect.capture.engines import ENGINES, Answer, Asked, Engine, Served, most_bytes, read_answer
-from moe_inspect.capture.manifest import check_directory, process_facts
+from moe_inspect.capture.manifest import process_facts
 from moe_inspect.capture.models import config_record, load_config, load_tokenizer, tokenizer_fingerprint, vocabulary_table
 from moe_inspect.capture.resume import comparable, complete_now, corpus_record, resumed
 from moe_inspect.capture.routers import find_routers, top_k_of
 from moe_inspect.capture.run import fitting
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
+from moe_inspect.trace.place import check_directory
 from moe_inspect.trace.reader import Trace, read_manifest
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWriter, clear_trace
