@@ -96,6 +96,8 @@ class RouterCounts:
                 setattr(self, name, None)
             elif axis in rows:
                 setattr(self, name, _added(mine, theirs, rows[axis]))
+            elif isinstance(mine, np.ndarray):
+                mine += theirs
             else:
                 setattr(self, name, mine + theirs)
         for size, (n, max_vio) in other.batches.items():

@@ -1,8 +1,11 @@
-"""The pass over a trace: the counts of every shard, added up."""
+"""The pass over a trace: the counts of every shard, added up; on the threads of this machine, or on a dask cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,11 @@ from moe_inspect.analysis.aggregate import BASE, WANTS, Counts
 from moe_inspect.analysis.fragment import Windows, count_shard
 from moe_inspect.analysis.select import Selection
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Shard, Trace, open_trace
 
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
+LONG = 20_000_000  # assignments from which the compiled kernels are worth the second that loading them takes
 
 
 def count_trace(
@@ -28,15 +32,21 @@ def count_trace(
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
     """The counts of what is selected. `wants`: names of WANTS. `window`: tokens of a window, by default so many that there
-    are WINDOWS. `progress` is told of the decisions of every shard done. MoeInspectError where the selection holds no token,
-    naming what there is."""
+    are WINDOWS. `threads`: None is one a core. `scheduler`: a dask.distributed client, or the address of a scheduler whose
+    workers see the trace at the same path. `progress` is told of the decisions of every shard done. MoeInspectError where the
+    selection holds no token, naming what there is.
+
+    Shards are added in their order however they were shared out: the same trace gives the same counts, to the last digit."""
     asked = frozenset(wants)
     assert asked <= set(WANTS), f"no such counts: {asked - set(WANTS)}"
     windows = windows_of(trace, selection, window) if "windows" in asked else None
     nothing_W = np.full(windows.count if windows else 0, -1, np.int64)
     total = Counts(trace.routers, selection.routers, wants=asked, window_tokens=windows.tokens if windows else 0, first_token_W=nothing_W)
-    for shard in trace.shards:
-        total.add(count_shard(shard, selection, asked, windows))
+    assignments = trace.n_tokens * sum(trace.routers[r].top_k for r in selection.routers)
+    arguments = (selection, asked, windows, assignments >= LONG)
+    parts = _on_threads(trace, arguments, threads) if scheduler is None else _on_cluster(trace, arguments, scheduler)
+    for shard, part in zip(trace.shards, parts, strict=True):
+        total.add(part)
         if progress:
             progress(shard.files.tokens * len(selection.routers))
     missing = (selection.domains or set()) - total.labels
@@ -46,6 +56,56 @@ def count_trace(
         said = f" of phase {selection.phase}" if selection.phase else ""
         raise MoeInspectError(f"{trace.path} holds no tokens{said}" + ("" if trace.n_tokens else " yet: nothing is committed"))
     return total
+
+
+def _on_threads(trace: Trace, arguments: tuple[Any, ...], threads: int | None) -> Iterator[Counts]:
+    """The counts of every shard, in order; no more of them at once than there are threads and one."""
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    if threads == 1 or not arguments[-1]:  # what numpy counts holds the GIL
+        yield from (count_shard(shard, *arguments) for shard in trace.shards)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[Counts]] = deque()
+        for shard in trace.shards:
+            ahead.append(pool.submit(count_shard, shard, *arguments))
+            if len(ahead) > threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _on_cluster(trace: Trace, arguments: tuple[Any, ...], scheduler: Any) -> Iterator[Counts]:
+    """The same by dask.distributed: a task a shard, twice as many at once as the cluster has threads."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise MoeInspectError("counting on a cluster needs dask: pip install 'moe-inspect[dask]'") from None
+    if isinstance(scheduler, str):
+        try:
+            client = Client(scheduler, timeout="10s")
+        except (OSError, TimeoutError, ValueError) as error:
+            raise MoeInspectError(f"no dask scheduler answers at {scheduler}: {error}") from None
+    else:
+        client = scheduler
+    try:
+        workers: Any = client.nthreads()
+        most = 2 * max(1, sum(workers.values()))
+        ahead: deque[Any] = deque()
+        for position in range(len(list(trace.shards))):
+            ahead.append(client.submit(_shard_of, str(trace.path), position, arguments, pure=False))
+            if len(ahead) >= most:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        if client is not scheduler:
+            client.close()
+
+
+def _shard_of(path: str, position: int, arguments: tuple[Any, ...]) -> Counts:
+    """What a worker does: opens the trace where it stands, counts one shard of it."""
+    shards: list[Shard] = list(open_trace(path).shards)
+    return count_shard(shards[position], *arguments)
 
 
 def windows_of(trace: Trace, selection: Selection, window: int | None) -> Windows:

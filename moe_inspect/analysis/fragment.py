@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -103,9 +104,13 @@ def selected_tokens(shard: Shard, selection: Selection, stack: str = "", order: 
     )
 
 
-def count_shard(shard: Shard, selection: Selection, wants: frozenset[str], windows: Windows | None = None) -> Counts:
-    """The counts of one shard: what the whole adds up from. Sequences do not cross shards but where a recording's own
-    generation loop was cut (see `selected_tokens`)."""
+def count_shard(shard: Shard, selection: Selection, wants: frozenset[str], windows: Windows | None = None, fast: bool = False) -> Counts:
+    """The counts of one shard: what the whole adds up from. A sequence's tokens are in one shard, prompt and what
+    was generated from it together; but a generation loop under `record` may go on in the next shard, and the pair at such an
+    edge is not counted. `fast`: by the compiled kernels."""
+    by = counting
+    if fast:
+        from moe_inspect.analysis import kernels as by
     W = windows.count if windows else 0
     part = Counts(
         shard.trace.routers,
@@ -115,11 +120,11 @@ def count_shard(shard: Shard, selection: Selection, wants: frozenset[str], windo
         first_token_W=np.full(W, -1, np.int64),
     )
     part.documents = _documents(shard, selection)
-    _count_counted(shard, selection, part) if shard.trace.counts_only else _count_routed(shard, selection, part, windows)
+    _count_counted(shard, selection, part) if shard.trace.counts_only else _count_routed(shard, selection, part, windows, by)
     return part
 
 
-def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Windows | None) -> None:
+def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Windows | None, by: Any) -> None:
     order = bool(part.wants & NEEDS_ORDER)
     every = selected_tokens(shard, selection, order=order)
     part.labels = every.labels
@@ -142,12 +147,12 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
         before: tuple[int, np.ndarray] | None = None
         for r in (r for r in part.indices if part.routers[r].stack == stack):
             ids_TK = _checked(seen.of(shard.ids(r), r), part.routers[r].experts, r)
-            part.of[r] = _count_router(shard, part, r, ids_TK, seen, tokens)
+            part.of[r] = _count_router(shard, part, r, ids_TK, seen, tokens, by)
             if before is not None and "transitions" in part.wants:
                 b, of_b_TK = before
                 shape = (part.routers[b].experts, part.routers[r].experts)
-                part.of[b].next_EN = counting.pairs(of_b_TK, ids_TK, *shape)
-                part.of[b].next_first_EN = counting.pairs(of_b_TK[:, :1], ids_TK[:, :1], *shape)
+                part.of[b].next_EN = by.pairs(of_b_TK, ids_TK, *shape)
+                part.of[b].next_first_EN = by.pairs(of_b_TK[:, :1], ids_TK[:, :1], *shape)
             before = (r, ids_TK)
 
 
@@ -165,33 +170,33 @@ class _Tokens:
             self.W = windows.count
 
 
-def _count_router(shard: Shard, part: Counts, r: int, ids_TK: np.ndarray, seen: SelectedTokens, tokens: _Tokens) -> RouterCounts:
+def _count_router(shard: Shard, part: Counts, r: int, ids_TK: np.ndarray, seen: SelectedTokens, tokens: _Tokens, by: Any) -> RouterCounts:
     E, k, wants, D, U = part.routers[r].experts, part.routers[r].top_k, part.wants, tokens.D, tokens.U
     weighted = shard.trace.has_weights and bool(wants & NEEDS_WEIGHTS)
     weights_TK = seen.of(shard.weights(r), r) if weighted else None
-    assignments_UE = counting.load(tokens.unit_T, ids_TK, U, E)
-    first_choice_DE = counting.load(tokens.domain_T, ids_TK[:, :1], D, E)
-    weight_sum_DE = counting.weight_sum(tokens.domain_T, ids_TK, weights_TK, D, E) if weights_TK is not None else None
+    assignments_UE = by.load(tokens.unit_T, ids_TK, U, E)
+    first_choice_DE = by.load(tokens.domain_T, ids_TK[:, :1], D, E)
+    weight_sum_DE = by.weight_sum(tokens.domain_T, ids_TK, weights_TK, D, E) if weights_TK is not None else None
     mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, ids_TK.size - int(assignments_UE.sum()))
-    mine.batches = _batches(tokens, ids_TK, E, assignments_UE.sum(0))
+    mine.batches = _batches(tokens, ids_TK, E, assignments_UE.sum(0), by)
     if "pairs" in wants:
-        mine.together_EE = counting.pairs(ids_TK, ids_TK, E, E)
+        mine.together_EE = by.pairs(ids_TK, ids_TK, E, E)
     if "windows" in wants and tokens.window_T is not None:
-        mine.window_load_WE = counting.load(tokens.window_T, ids_TK, tokens.W, E)
+        mine.window_load_WE = by.load(tokens.window_T, ids_TK, tokens.W, E)
         mine.window_tokens_W = np.bincount(tokens.window_T, minlength=tokens.W).astype(np.int64)
     if wants & NEEDS_ORDER:
         order = seen.order
         if "repetition" in wants:
-            mine.pairs_D, mine.first_same_D, mine.any_same_D = counting.repetition(ids_TK, order, tokens.domain_T, D)
+            mine.pairs_D, mine.first_same_D, mine.any_same_D = by.repetition(ids_TK, order, tokens.domain_T, D)
         if "srp" in wants:
-            mine.srp = {m: counting.srp(ids_TK, order, E, m) for m in SRP_LENGTHS}
+            mine.srp = {m: by.srp(ids_TK, order, E, m) for m in SRP_LENGTHS}
         if "esft" in wants:
             mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
             mine.samples_D = np.bincount(tokens.domain_T[order.first_S], minlength=D).astype(np.int64)
             each_TK = np.broadcast_to(mean_T[:, None] / k, ids_TK.shape)
-            mine.esft_token_DE = counting.weight_sum(tokens.domain_T, ids_TK, each_TK, D, E)
+            mine.esft_token_DE = by.weight_sum(tokens.domain_T, ids_TK, each_TK, D, E)
             if weights_TK is not None:
-                mine.esft_gate_DE = counting.weight_sum(tokens.domain_T, ids_TK, weights_TK * mean_T[:, None], D, E)
+                mine.esft_gate_DE = by.weight_sum(tokens.domain_T, ids_TK, weights_TK * mean_T[:, None], D, E)
     if "weights" in wants and weights_TK is not None:
         for name, value in counting.weight_confidence(weights_TK).items():
             setattr(mine, name, value)
@@ -212,10 +217,10 @@ def _checked(ids_TK: np.ndarray, E: int, router: int) -> np.ndarray:
     return ids_TK
 
 
-def _batches(tokens: _Tokens, ids_TK: np.ndarray, E: int, load_E: np.ndarray) -> dict[int, tuple[int, float]]:
+def _batches(tokens: _Tokens, ids_TK: np.ndarray, E: int, load_E: np.ndarray, by: Any) -> dict[int, tuple[int, float]]:
     # what the batches add up to is the whole: a batch is one forward pass, and never crosses a shard
     B = len(tokens.batch_B)
-    load_BE = load_E[None] if B == 1 else counting.load(tokens.batch_T, ids_TK, B, E)
+    load_BE = load_E[None] if B == 1 else by.load(tokens.batch_T, ids_TK, B, E)
     total_B = load_BE.sum(1)
     max_vio_B = np.where(total_B > 0, load_BE.max(1) * E / np.maximum(total_B, 1) - 1, 0)
     size, of_B = np.unique(tokens.size_B, return_inverse=True)

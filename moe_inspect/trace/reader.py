@@ -127,6 +127,10 @@ class Shard:
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return self.trace._parquet(self.files, name).read(columns=columns, use_threads=False)
 
+    @cached_property
+    def _opened(self) -> dict[str, tuple[pq.ParquetFile, list[tuple[int, int]]]]:
+        return {}
+
     def tokens(self, columns: list[str] | None = None) -> pa.Table:
         """The tokens table of this shard, in token order."""
         return self.table("tokens", columns)
@@ -149,8 +153,10 @@ class Shard:
         contiguous in memory, as they are on disk."""
         slots = [f"expert_{j}" for j in range(self.trace.routers[router].top_k)]
         table = self.routing(router, slots)
-        columns = [_widened(c).to_numpy() if c.null_count else c.to_numpy() for c in table.columns]
-        return np.stack([c.astype(np.int16) for c in columns]).T
+        ids_KT = np.empty((len(slots), len(table)), np.int16)
+        for slot_T, column in zip(ids_KT, table.columns, strict=True):
+            slot_T[:] = _widened(column).to_numpy() if column.null_count else column.to_numpy()
+        return ids_KT.T
 
     def weights(self, router: int) -> np.ndarray:
         """float32 [T, K], the gate weights, 0 where a slot routed nowhere."""
@@ -165,19 +171,26 @@ class Shard:
         return flat.reshape(-1, width)[:, : self.trace.routers[router].experts]
 
     def _of_router(self, name: str, router: int, columns: list[str] | None) -> pa.Table:
-        file = self.trace._parquet(self.files, name)
-        index = file.schema_arrow.get_field_index("router")
-        groups = []
-        for g in range(file.metadata.num_row_groups):
-            statistics = file.metadata.row_group(g).column(index).statistics
-            if statistics is None or not statistics.has_min_max or statistics.min <= router <= statistics.max:
-                groups.append(g)
+        if name not in self._opened:
+            file = self.trace._parquet(self.files, name)
+            self._opened[name] = file, _routers_of_groups(file)
+        file, spans = self._opened[name]
+        groups = [g for g, (first, last) in enumerate(spans) if first <= router <= last]
+        if columns is not None and all(spans[g] == (router, router) for g in groups):
+            return file.read_row_groups(groups, columns=columns, use_threads=False)
         wanted = None if columns is None else [*dict.fromkeys([*columns, "router"])]
         table = file.read_row_groups(groups, columns=wanted, use_threads=False)
         routers = table["router"].to_numpy()
         if len(routers) and (routers != router).any():
             table = table.filter(pa.array(routers == router))
         return table if columns is None else table.select(columns)
+
+
+def _routers_of_groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
+    """The first and last router in each row group, any where the file does not say."""
+    index = file.schema_arrow.get_field_index("router")
+    found = [file.metadata.row_group(g).column(index).statistics for g in range(file.metadata.num_row_groups)]
+    return [(s.min, s.max) if s is not None and s.has_min_max else (0, 2**16) for s in found]
 
 
 def _widened(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -1,0 +1,227 @@
+"""What is counted of one router: by hand, the compiled kernels as their twins, and all of it whatever the shards."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_inspect.analysis import counting, engine, kernels
+from moe_inspect.analysis.aggregate import WANTS, Counts, RouterCounts, merge
+from moe_inspect.analysis.engine import count_trace, windows_of
+from moe_inspect.analysis.fragment import count_shard
+from moe_inspect.analysis.select import select
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import RoutedBatch, TraceWriter
+from tests.synthetic import uniform_ids, write_trace
+
+NOWHERE = np.iinfo(np.uint16).max
+T, E, K = 1_200, 8, 3
+
+
+def ids_with_gaps(seed: int, tokens: int = T, E: int = E, k: int = K, null: float = 0.1) -> np.ndarray:
+    """int16 [T, K], −1 where a slot routed nowhere"""
+    rng = np.random.default_rng(seed)
+    ids_TK = uniform_ids(rng, tokens, E, k).astype(np.int16)
+    ids_TK[rng.random(ids_TK.shape) < null] = -1
+    return ids_TK
+
+
+def made(root: Path, shard_tokens: int = 400, seed: int = 0, relabel: np.ndarray | None = None) -> Trace:
+    ids = [np.where(i < 0, NOWHERE, i if relabel is None else relabel[i]).astype(np.uint16) for i in map(ids_with_gaps, (seed, seed + 1))]
+    weights = [np.random.default_rng(9).random((T, K)).astype(np.float16).astype(np.float32) for _ in ids]
+    documents = {"document": np.arange(T) // 40, "domain_of_document": ["code", "law", "prose"]}
+    return write_trace(root, ids, E, weights=weights, batch_tokens=200, shard_tokens=shard_tokens, **documents)
+
+
+def same(a: Counts, b: Counts) -> None:
+    assert (a.domains, a.units, a.tokens, a.documents) == (b.domains, b.units, b.tokens, b.documents)
+    assert a.first_token_W.tolist() == b.first_token_W.tolist()
+    for r, mine in a.of.items():
+        for name in (f.name for f in fields(RouterCounts)):
+            x, y = getattr(mine, name), getattr(b.of[r], name)
+            if name == "srp":
+                assert {m: h.tolist() for m, h in x.items()} == {m: h.tolist() for m, h in y.items()}
+            elif name == "batches":
+                assert x.keys() == y.keys()
+                assert all(x[s] == pytest.approx(y[s]) for s in x)
+            elif x is None:
+                assert y is None
+            else:
+                np.testing.assert_allclose(x, y, rtol=1e-12, err_msg=name)
+
+
+def test_pairs_by_hand():
+    here, there = np.array([[0, 1], [0, -1]], np.int16), np.array([[2, 0], [1, 2]], np.int16)
+    for by in (counting, kernels):
+        assert by.pairs(here, here, 2, 2).tolist() == [[2, 1], [1, 1]]
+        assert by.pairs(here, there, 2, 3).tolist() == [[1, 1, 2], [1, 0, 1]]
+
+
+def test_repetition_and_segments_follow_a_sequence_across_batches():
+    # two sequences decoded side by side: their tokens alternate, the second starts a new sequence of the same document at 2
+    document, sequence = np.array([7, 8, 7, 8, 7, 7]), np.array([0, 1, 0, 1, 0, 2])
+    order = counting.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 0]))
+    ids_TK = np.array([[0, 1], [3, 2], [0, 2], [2, 3], [1, 3], [1, 3]], np.int16)
+    domain_T = np.array([0, 1, 0, 1, 0, 0])
+    for by in (counting, kernels):
+        every, first, common = by.repetition(ids_TK, order, domain_T, 2)
+        assert every.tolist() == [2, 1]
+        assert first.tolist() == [1, 0]
+        assert common.tolist() == [1, 1]
+        # windows of 2 tokens: {0,1},{0,2} then {0,2},{1,3}; {3,2},{2,3}
+        assert by.srp(ids_TK, order, 4, 2).tolist() == [1 + 0 + 2, 2 + 4 + 0, 1 + 0 + 2]
+    assert sorted(order.size_S.tolist()) == [1, 2, 3]
+
+
+@given(st.integers(0, 10_000), st.sampled_from([(4, 1), (8, 3), (130, 6)]), st.integers(0, 300))
+@settings(max_examples=25, deadline=None)
+def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens: int):
+    rng = np.random.default_rng(seed)
+    experts, k = shape
+    ids_TK, next_TK = (ids_with_gaps(seed + i, tokens, experts, k) for i in range(2))
+    row_T, weights_TK = rng.integers(0, 3, tokens), rng.random((tokens, k)).astype(np.float32)
+    sequence_T = rng.integers(0, 3, tokens)
+    order = counting.order_of(sequence_T // 2, sequence_T, np.arange(tokens) // 3)
+    for name, arguments in {
+        "load": (row_T, ids_TK, 3, experts),
+        "weight_sum": (row_T, ids_TK, weights_TK, 3, experts),
+        "pairs": (ids_TK, next_TK, experts, experts),
+        "repetition": (ids_TK, order, row_T, 3),
+    }.items():
+        np.testing.assert_allclose(getattr(counting, name)(*arguments), getattr(kernels, name)(*arguments), rtol=1e-6)
+    assert (counting.pairs(ids_TK, ids_TK, experts, experts) == kernels.pairs(ids_TK, ids_TK, experts, experts)).all()
+    for m in (1, 2, 5):
+        assert counting.srp(ids_TK, order, experts, m).tolist() == kernels.srp(ids_TK, order, experts, m).tolist()
+
+
+def test_a_wrong_kernel_would_be_noticed():
+    ids_TK = ids_with_gaps(0)
+    assert (counting.pairs(ids_TK, ids_TK, E, E) != kernels.pairs(np.roll(ids_TK, 1, 0), ids_TK, E, E)).any()
+
+
+@given(st.integers(200, T), st.integers(0, 3))
+@settings(max_examples=6, deadline=None)
+def test_shards_threads_and_kernels_change_nothing(tmp_path_factory: pytest.TempPathFactory, shard_tokens: int, seed: int):
+    root = tmp_path_factory.mktemp("traces")
+    whole, split = made(root / "whole", T, seed), made(root / "split", shard_tokens, seed)
+    expected = count_trace(whole, select(whole), WANTS, window=100)
+    same(count_trace(split, select(split), WANTS, window=100), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "LONG", 0)
+        same(count_trace(split, select(split), WANTS, window=100, threads=1), expected)
+        same(count_trace(split, select(split), WANTS, window=100, threads=3), expected)
+
+
+def test_merging_everything_is_associative_and_commutative(tmp_path: Path):
+    trace = made(tmp_path / "t")
+    windows = windows_of(trace, select(trace), 300)
+    a, b, c = (count_shard(shard, select(trace), frozenset(WANTS), windows) for shard in trace.shards)
+    left = merge([merge([a, b]), c])
+    same(left, merge([a, merge([b, c])]))
+    same(left, merge([c, b, a]))
+    with pytest.raises(AssertionError):
+        same(left, merge([a, b]))
+
+
+def test_renumbering_experts_renumbers_the_pairs(tmp_path: Path):
+    turn = np.random.default_rng(3).permutation(E)
+    plain, turned = (made(tmp_path / n, relabel=r) for n, r in (("a", None), ("b", turn)))
+    a, b = (count_trace(t, select(t), WANTS).of[0] for t in (plain, turned))
+    for name in ("together_EE", "next_EN", "next_first_EN"):
+        assert (getattr(b, name)[np.ix_(turn, turn)] == getattr(a, name)).all()
+    np.testing.assert_allclose(b.esft_token_DE[:, turn], a.esft_token_DE)
+    assert all((b.srp[m] == a.srp[m]).all() for m in a.srp)
+    assert b.pairs_D.tolist() == a.pairs_D.tolist()
+    assert b.any_same_D.tolist() == a.any_same_D.tolist()
+
+
+def test_sums_that_must_hold(tmp_path: Path):
+    trace = made(tmp_path / "t")
+    counts = count_trace(trace, select(trace), WANTS)
+    mine, load_E = counts.of[0], counts.load_E(0)
+    there_T = (ids_with_gaps(0) >= 0).sum(1)
+    next_T = (ids_with_gaps(1) >= 0).sum(1)
+    assert np.diag(mine.together_EE).tolist() == load_E.tolist()
+    assert mine.together_EE.sum() == (there_T**2).sum()
+    assert mine.next_EN.sum() == (there_T * next_T).sum()
+    assert counts.of[1].next_EN is None  # there is none after it
+    assert mine.window_load_WE.sum(0).tolist() == load_E.tolist()
+    assert sum(tokens for _, _, tokens, _ in counts.windows(0)) == T
+    assert [first for _, first, _, _ in counts.windows(0)] == list(range(0, T, counts.window_tokens))
+    assert mine.pairs_D.sum() == T - 30  # 30 documents of 40 tokens
+    for m, histogram in mine.srp.items():
+        assert histogram.sum() == (30 * max(0, 40 - m + 1)) * E
+    assert mine.samples_D.tolist() == [10, 10, 10]
+    np.testing.assert_allclose(mine.esft_token_DE.sum(), there_T.sum() / K / 40)
+
+
+def test_windows_too_many_for_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trace = made(tmp_path / "t")
+    monkeypatch.setattr(engine, "WINDOW_CELLS", 2 * E * 100)
+    with pytest.raises(MoeInspectError, match=r"window 5 cuts the trace into 240: .* give 12 or more"):
+        count_trace(trace, select(trace), {"windows"}, window=5)
+    assert count_trace(trace, select(trace), {"windows"}, window=12).window_tokens == 12
+
+
+def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
+    stacks = ("encoder", "encoder", "decoder", "decoder")
+    routers = [Router(layer, "gate", f"layers.{layer}", 4, 2, stack=stack) for layer, stack in enumerate(stacks)]
+    rng = np.random.default_rng(0)
+    fed = {}
+    with TraceWriter(tmp_path / "t", {"model": {}, "capture": {"weights": False}}, routers, weights=False) as writer:
+        for b, (phase, size) in enumerate((("encode", 60), ("prefill", 20))):
+            zeros = np.zeros(size, np.int32)
+            ids = [uniform_ids(rng, size if r.sees(phase) else 0, 4, 2) for r in routers]
+            fed[phase] = [i for i in ids if len(i)]
+            position_T, encoded = np.arange(size, dtype=np.int32), size if phase == "encode" else 0
+            writer.write(RoutedBatch(b, zeros, zeros, zeros, position_T, zeros, ["text"], ids, None, encoded=encoded))
+    trace = open_trace(tmp_path / "t")
+    counts = count_trace(trace, select(trace), {"pairs", "transitions", "repetition", "windows", "srp"})
+    assert [counts.tokens_of(r) for r in range(4)] == [60, 60, 20, 20]
+    assert (counts.tokens, counts.decisions) == (80, 160)
+    assert [counts.next_router(r) for r in range(4)] == [1, None, 3, None]
+    assert (
+        counts.of[0].next_EN.tolist() == counting.pairs(fed["encode"][0].astype(np.int16), fed["encode"][1].astype(np.int16), 4, 4).tolist()
+    )
+    assert [int(counts.of[r].pairs_D.sum()) for r in range(4)] == [59, 59, 19, 19]
+    assert counts.of[0].batches.keys() == {60}
+    assert counts.of[2].batches.keys() == {20}
+
+
+def test_what_logits_and_weights_say_by_hand():
+    logits = np.array([[0, 0, 0, 0], [3, 1, 1, 0], [np.nan, 0, 0, 0]], np.float16)
+    said = counting.logit_confidence(logits, 2, "softmax")
+    p = np.exp([3, 1, 1, 0]) / np.exp([3, 1, 1, 0]).sum()
+    assert said["logit_decisions"] == 2
+    np.testing.assert_allclose(said["probability_sum_E"], 0.25 + p)
+    assert said["z_sum"] == pytest.approx(np.log(4) ** 2 + np.log(np.exp([3, 1, 1, 0]).sum()) ** 2)
+    assert said["entropy_sum"] == pytest.approx(np.log(4) - (p * np.log(p)).sum())
+    assert said["top1_margin_sum"] == 2
+    assert said["boundary_margin_sum"] == 0
+    assert said["ties"] == 2
+    assert said["topk_mass_sum"] == pytest.approx(0.5 + p[:2].sum())
+    assert np.isnan(counting.logit_confidence(logits, 4, "softmax")["boundary_margin_sum"])
+    weights = counting.weight_confidence(np.array([[0.3, 0.1], [0.2, 0.2], [0, 0]], np.float32))
+    assert weights["weight_decisions"] == 2
+    assert weights["weight_margin_sum"] == pytest.approx(0.5)
+    assert weights["weight_mass_sum"] == pytest.approx(0.8)
+    assert weights["weight_entropy_sum"] == pytest.approx(np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+
+
+def test_a_cluster_counts_the_same(tmp_path: Path):
+    distributed = pytest.importorskip("distributed")
+    trace = made(tmp_path / "t")
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        same(count_trace(trace, select(trace), WANTS, scheduler=client), count_trace(trace, select(trace), WANTS))
+    with pytest.raises(MoeInspectError, match="no dask scheduler answers at nonsense"):
+        count_trace(trace, select(trace), WANTS, scheduler="nonsense://nowhere:1")
