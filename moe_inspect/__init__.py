@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.cache import simulate_cache
     from moe_inspect.simulate.capacity import simulate_capacity
     from moe_inspect.simulate.routing import simulate_routing
+    from moe_inspect.trace.importers.run import import_trace
     from moe_inspect.trace.reader import Trace, open_trace
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Report",
     "Trace",
     "describe",
+    "import_trace",
     "open_trace",
     "record",
     "report",
@@ -52,6 +54,7 @@ _HOMES = {
     "trace_model": "moe_inspect.capture.run",
     "Report": "moe_inspect.report.report",
     "Trace": "moe_inspect.trace.reader",
+    "import_trace": "moe_inspect.trace.importers.run",
     "open_trace": "moe_inspect.trace.reader",
     "simulate_cache": "moe_inspect.simulate.cache",
     "simulate_capacity": "moe_inspect.simulate.capacity",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli import describe, report, simulate, trace
+from moe_inspect.cli import describe, import_, report, simulate, trace
 
 app = typer.Typer(
     name="moe-inspect",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("trace")(trace.trace)
 app.command("report")(report.report)
 app.command("describe")(describe.describe)
+app.command("import")(import_.import_)
 app.add_typer(simulate.app, name="simulate")
 
 

@@ -1,0 +1,178 @@
+"""Foreign files → a trace: what `moe-inspect import` calls. It is written beside its place and moved there when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import schema
+from moe_inspect.trace.config import read_facts
+from moe_inspect.trace.importers import FORMATS
+from moe_inspect.trace.importers.job import Imported, Job, Source, one_ranks_experts
+from moe_inspect.trace.importers.registry import sniff
+from moe_inspect.trace.place import check_directory
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter, clear_trace
+
+ONE_RANK_TOKENS = 256  # so many tokens that keep to half of the experts do not do so by chance
+
+
+def import_trace(
+    format: str,
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Trace:
+    """Imports files of another tool as a trace at `out`.
+
+    format        a name of FORMATS, or "auto": by the looks of the first file, told to `warn`
+    sources       files and folders, each optionally behind DOMAIN=
+    model         a hub id, a directory, a config.json or "demo": gives experts, top-k, which layers are dense, and the vocabulary
+    experts, top_k  where neither the files nor a config say so
+    progress      called with (bytes read, bytes in all)
+
+    Raises MoeInspectError for what the caller can mend; nothing is left at `out` then."""
+    warn = warn or (lambda line: warnings.warn(line, stacklevel=3))
+    out = Path(out)
+    check_directory(out, overwrite, resumable=False)
+    listed = [_source(text) for text in sources]
+    try:
+        if format == "auto":
+            format = sniff(listed)
+            warn(f"taken for {format}: {FORMATS[format].reads.replace('`', '')}")
+        if format not in FORMATS:
+            raise MoeInspectError(f"no format {format!r}: there are {', '.join(FORMATS)}, auto")
+        job = Job(listed, read_facts(model) if model is not None else None, experts, top_k, warn, _progress(listed, progress))
+        imported = FORMATS[format].run(job)
+        vocabulary = job.facts.vocabulary() if job.facts is not None else None
+        batches = watched(imported, vocabulary, warn)
+        first = next(batches, None)
+        if first is None:
+            raise MoeInspectError(f"{listed[0].path} holds no decisions")
+        _write(out, chain([first], batches), imported, vocabulary, _manifest(format, job, imported))
+    except OSError as error:
+        raise MoeInspectError(f"cannot read {error.filename or listed[0].path}: {error.strerror or error}") from None
+    return Trace(out)
+
+
+def _source(text: str | Path) -> Source:
+    label, equals, place = str(text).partition("=")
+    if equals and label and "/" not in label and not Path(str(text)).exists():
+        return Source(Path(place), label)
+    return Source(Path(text), None)
+
+
+def _progress(sources: list[Source], progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    if progress is None:
+        return lambda n: None
+    files = [f for s in sources for f in (s.path.rglob("*") if s.path.is_dir() else [s.path]) if f.is_file()]
+    total, done = sum(f.stat().st_size for f in files), 0
+
+    def read(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(done, total)
+
+    return read
+
+
+def _manifest(format: str, job: Job, imported: Imported) -> dict[str, Any]:
+    return {
+        "model": job.facts.record() if job.facts else {"id": "unknown", "revision": None, "class": None, "config": {}},
+        "capture": {
+            "mode": "import",
+            "format": format,
+            "device": None,
+            "dtype": None,
+            "versions": {"moe-inspect": version("moe-inspect"), "python": sys.version.split()[0]},
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "pid": os.getpid(),
+            "process_start": schema.process_start(os.getpid()),
+            "host": socket.gethostname(),
+        },
+        "corpus": {"sources": [{"path": str(s.path), "domain": s.domain} for s in job.sources], "notes": imported.notes},
+    }
+
+
+def _write(
+    out: Path, batches: Iterator[RoutedBatch | CountedBatches], imported: Imported, vocabulary: pa.Table | None, manifest: dict[str, Any]
+) -> None:
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with TraceWriter(
+            draft,
+            manifest,
+            imported.routers,
+            weights=imported.weights,
+            logits=imported.logits,
+            counts_only=imported.counts_only,
+            vocabulary=vocabulary,
+            shard_seconds=float("inf"),  # shards by size alone: the same files make the same trace
+        ) as writer:
+            for batch in batches:
+                writer.write(batch)
+        if out.is_dir() and any(out.iterdir()):
+            clear_trace(out)
+        os.replace(draft, out)
+    except MoeInspectError as error:
+        if isinstance(error.__cause__, OSError):  # the writer speaks of resuming, which an import does not
+            raise MoeInspectError(f"cannot write {out}: {error.__cause__.strerror or error.__cause__}; nothing was imported") from None
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(draft)
+
+
+def watched(imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str], None]) -> Iterator[RoutedBatch | CountedBatches]:
+    """Passes batches on; refuses token ids beyond the vocabulary, and warns of what no whole dump of a router looks like."""
+    routers = imported.routers
+    there = [np.zeros(r.experts, bool) for r in routers]
+    tokens, ascending = 0, not imported.weights and not imported.counts_only and min(r.top_k for r in routers) > 1
+    for batch in imported.batches:
+        if isinstance(batch, CountedBatches):
+            tokens += batch.tokens
+            for r, load_DE in enumerate(batch.assignments):
+                there[r] |= load_DE.any(0)
+        else:
+            if vocabulary is not None and len(batch.token_id) and int(batch.token_id.max()) >= len(vocabulary):
+                raise MoeInspectError(
+                    f"token id {int(batch.token_id.max())} of a vocabulary of {len(vocabulary):,}: is the config the model's?"
+                )
+            tokens += len(batch.token_id)
+            for r, ids_TK in enumerate(batch.ids):
+                _mark(there[r], ids_TK, routers[r])
+            ascending = ascending and all(_ascends(ids_TK) for ids_TK in batch.ids)
+        yield batch
+    if len({r.experts for r in routers}) == 1 and tokens >= ONE_RANK_TOKENS and (block := one_ranks_experts(np.array(there))):
+        warn(f"only experts {block[0]}-{block[1]} of {routers[0].experts} are ever chosen: one rank's own? give the files of all ranks")
+    if ascending and tokens >= ONE_RANK_TOKENS:
+        warn("every token's experts come in the order of their ids, not of the router's choice: first choices mean nothing")
+
+
+def _mark(there_E: np.ndarray, ids_TK: np.ndarray, router: Router) -> None:
+    if not there_E.all():
+        there_E |= np.bincount(ids_TK.reshape(-1), minlength=router.experts)[: router.experts] > 0
+
+
+def _ascends(ids_TK: np.ndarray) -> bool:
+    return bool((ids_TK[:, 1:] >= ids_TK[:, :-1]).all())

@@ -1,0 +1,284 @@
+"""Foreign files, made to the letter of their formats from decisions that the tests know.
+
+T tokens, K slots, L layers with experts.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.synthetic import uniform_ids
+
+E, K, LAYERS, DENSE = 8, 2, 3, 0  # block 0 is dense
+CONFIG = {"num_hidden_layers": LAYERS, "num_experts": E, "num_experts_per_tok": K, "mlp_only_layers": [DENSE], "vocab_size": 100}
+ROUTED = [layer for layer in range(LAYERS) if layer != DENSE]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written: where, and for decisions the ids [T, K] of each router in the order of the trace, for counts the load [E]."""
+
+    source: Path
+    ids: list[np.ndarray] | None = None
+    load: list[np.ndarray] | None = None
+    config: bool = True
+
+
+MAKERS: dict[str, Callable[[Path], Made]] = {}
+
+
+def maker(name: str) -> Callable[[Callable[[Path], Made]], Callable[[Path], Made]]:
+    def register(make: Callable[[Path], Made]) -> Callable[[Path], Made]:
+        MAKERS[name] = make
+        return make
+
+    return register
+
+
+def config_file(root: Path) -> Path:
+    path = root / "model.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def drawn(T: int, seed: int = 0, routers: int = len(ROUTED)) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [uniform_ids(rng, T, E, K).astype(np.int64) for _ in range(routers)]
+
+
+def blocks(ids: list[np.ndarray]) -> np.ndarray:
+    """[T, blocks, K] as engines have it: the dense block reads as expert 0."""
+    whole = np.zeros((len(ids[0]), LAYERS, K), np.int64)
+    for layer, ids_TK in zip(ROUTED, ids, strict=True):
+        whole[:, layer] = ids_TK
+    return whole
+
+
+def npy(array: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@maker("vllm-routed")
+def vllm(root: Path) -> Made:
+    parts = [drawn(T, T) for T in (6, 1, 9)]
+    rows = []
+    for n, ids in enumerate(parts):
+        T = len(ids[0])
+        prompt = min(4, T)
+        rows.append(
+            {
+                "prompt_token_ids": list(range(prompt)),
+                "token_ids": list(range(50, 50 + T + 1 - prompt)),
+                "routed_experts": npy(blocks(ids).astype(np.uint8)),
+                "domain": "ab"[n % 2],
+            }
+        )
+    lines(root / "v.jsonl", rows)
+    return Made(root / "v.jsonl", [np.concatenate(p) for p in zip(*parts, strict=True)])
+
+
+@maker("vllm-npy")
+def vllm_npy(root: Path) -> Made:
+    ids = drawn(12)
+    np.save(root / "a.npy", blocks(ids).astype(np.uint16))
+    np.save(root / "a.token_ids.npy", np.arange(12))
+    return Made(root / "a.npy", ids)
+
+
+@maker("sglang-routed")
+def sglang_routed(root: Path) -> Made:
+    ids, start = drawn(7), 3
+    text = base64.b64encode(blocks(ids).astype("<i4").tobytes()).decode()
+    lines(root / "s.jsonl", [{"prompt_token_ids": [1] * 5, "token_ids": [2] * 6, "routed_experts": text, "start": start}])
+    return Made(root / "s.jsonl", ids)
+
+
+def physical_map() -> np.ndarray:
+    """[blocks, P]: 8 logical experts in 10 places, in another order in each layer."""
+    rng = np.random.default_rng(5)
+    return np.stack([rng.permutation([*range(E), 3, 5]) for _ in range(LAYERS)])
+
+
+def physical(ids: list[np.ndarray]) -> np.ndarray:
+    """int32 [blocks, T, 8], a replica of each expert drawn by lot, −1 where nothing was written."""
+    rng, maps = np.random.default_rng(6), physical_map()
+    topk = np.full((LAYERS, len(ids[0]), 8), -1, np.int32)
+    for layer, ids_TK in zip(ROUTED, ids, strict=True):
+        for t, k in np.ndindex(ids_TK.shape):
+            topk[layer, t, k] = rng.choice(np.nonzero(maps[layer] == ids_TK[t, k])[0])
+    return topk
+
+
+@maker("sglang-per_token")
+def sglang_per_token(root: Path) -> Made:
+    import torch
+
+    prefill, decode = drawn(7, 1), drawn(3, 2)
+    common = {"rank": 0, "gatherer_key": "primary", "misc_objects": []}
+    records = [
+        {
+            **common,
+            "forward_pass_id": 0,
+            "input_ids": list(range(7)),
+            "positions": [0, 1, 2, 3, 5, 6, 7],
+            "extend_seq_lens": [4, 3],
+            "forward_mode": 1,
+            "topk_ids_of_layer": torch.tensor(physical(prefill)),
+            "global_physical_count": torch.zeros(LAYERS, 10, dtype=torch.int32),
+        },
+        {
+            **common,
+            "forward_pass_id": 1,
+            "input_ids": [7, 8, 9],
+            "positions": [4, 8, 30],
+            "extend_seq_lens": None,
+            "forward_mode": 2,
+            "topk_ids_of_layer": torch.tensor(physical(decode)),
+            "global_physical_count": torch.zeros(LAYERS, 10, dtype=torch.int32),
+        },
+    ]
+    path = root / "expert_distribution_recorder_1.5_0.pt"
+    torch.save({"records": records, "last_physical_to_logical_map": torch.tensor(physical_map())}, path)
+    return Made(path, [np.concatenate(p) for p in zip(prefill, decode, strict=True)])
+
+
+@maker("sglang-per_pass")
+def sglang_per_pass(root: Path) -> Made:
+    import torch
+
+    load = [np.zeros(E, np.int64) for _ in ROUTED]
+    for rank in range(2):
+        ids = drawn(16, 10 + rank)
+        count = np.zeros((LAYERS, 10), np.int32)
+        for layer, row in enumerate(physical(ids)):
+            count[layer] = np.bincount(row[row >= 0], minlength=10)
+        load = [total + np.bincount(i.reshape(-1), minlength=E) for total, i in zip(load, ids, strict=True)]
+        record = {"forward_pass_id": 4, "rank": rank, "gatherer_key": "primary", "global_physical_count": torch.tensor(count)}
+        content = {"records": [record], "last_physical_to_logical_map": torch.tensor(physical_map())}
+        torch.save(content, root / f"expert_distribution_recorder_1.5_{rank}.pt")
+    return Made(root, load=load)
+
+
+@maker("sglang-stat")
+def sglang_stat(root: Path) -> Made:
+    import torch
+
+    ids = drawn(40, 3)
+    count = np.zeros((5, LAYERS, E), np.int32)  # two rows of the ring were never written
+    for layer, ids_TK in zip(ROUTED, ids, strict=True):
+        for s, part in enumerate(np.split(ids_TK, 2)):
+            count[s, layer] = np.bincount(part.reshape(-1), minlength=E)
+    path = root / "expert_distribution_recorder_1.5.pt"
+    torch.save({"rank": 0, "logical_count": torch.tensor(count), "average_utilization_rate_over_window": None}, path)
+    return Made(path, load=[np.bincount(i.reshape(-1), minlength=E) for i in ids])
+
+
+def _tensorrt(root: Path, raw: bool) -> list[np.ndarray]:
+    from safetensors.numpy import save_file
+
+    (root / "meta_info.json").write_text(json.dumps({"num_experts": E, "num_experts_per_token": K}))
+    parts = []
+    for rank in range(2):
+        tensors = {}
+        for iteration in (50, 51):
+            ids = drawn(9 + rank, rank * 100 + iteration)
+            parts.append(ids)
+            for layer, ids_TK in zip(ROUTED, ids, strict=True):
+                counts = np.bincount(ids_TK.reshape(-1), minlength=E)
+                tensors[f"{iteration}_{layer}"] = ids_TK.astype(np.int32) if raw else counts
+        save_file(tensors, root / f"rank{rank}{'_raw' if raw else ''}.safetensors")
+    return [np.concatenate(p) for p in zip(*parts, strict=True)]
+
+
+@maker("tensorrt-llm")
+def tensorrt(root: Path) -> Made:
+    return Made(root, load=[np.bincount(i.reshape(-1), minlength=E) for i in _tensorrt(root, False)], config=False)
+
+
+@maker("tensorrt-llm-raw")
+def tensorrt_raw(root: Path) -> Made:
+    return Made(root, _tensorrt(root, True), config=False)
+
+
+@maker("megatron")
+def megatron(root: Path) -> Made:
+    parts = []
+    for rank in range(2):
+        rows, sidecar = [], b""
+        for step in range(2):
+            ids = drawn(5 + rank, 10 * step + rank)
+            parts.append(ids)
+            for layer, ids_TK in zip(ROUTED, ids, strict=True):
+                logits = np.random.default_rng(layer).normal(size=(len(ids_TK), E)).astype(np.float32)
+                data = (logits.view(np.uint32) >> 16).astype("<u2").tobytes()
+                rows.append(
+                    {
+                        "step": step,
+                        "stage": "pre_dispatch",
+                        "block": "decoder",
+                        "layer": layer + 1,  # Megatron numbers from 1
+                        "rank": rank,
+                        "num_tokens": len(ids_TK),
+                        "topk": K,
+                        "top_indices": ids_TK.tolist(),
+                        "logit_offset": len(sidecar),
+                        "logit_bytes": len(data),
+                        "logit_shape": [len(ids_TK), E],
+                    }
+                )
+                sidecar += data
+        lines(root / f"router_trace_rank{rank}.jsonl", rows)
+        (root / f"logits_rank{rank}.bin").write_bytes(sidecar)
+    return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)], config=False)
+
+
+@maker("esft")
+def esft(root: Path) -> Made:
+    folder = root / "law"
+    folder.mkdir()
+    ids = drawn(10, 4)
+    for layer, ids_TK in zip(ROUTED, ids, strict=True):
+        text = ""
+        for part in np.split(ids_TK, [4]):
+            left = "\t".join(map(str, part.reshape(-1)))
+            text += f"{left}\t\t" + "\t".join(["0.25"] * part.size) + "\n"
+        (folder / f"expert_weights_{layer}.txt").write_text(text)
+    return Made(folder, ids)
+
+
+@maker("fiddler")
+def fiddler(root: Path) -> Made:
+    load = [np.bincount(i.reshape(-1), minlength=E) for i in drawn(30, 8)]
+    written = {"total_input_tokens": 11, "expert_popularity": [i.tolist() for i in load]}
+    (root / "expert_popularity_law.json").write_text(json.dumps(written))
+    return Made(root, load=load, config=False)
+
+
+@maker("counts")
+def counts(root: Path) -> Made:
+    load = [np.bincount(i.reshape(-1), minlength=E) for i in drawn(30, 9)]
+    rows = [{"layer": layer, "expert": e, "count": int(n)} for layer, row in zip(ROUTED, load, strict=True) for e, n in enumerate(row)]
+    (root / "c.csv").write_text("layer,expert,count\n" + "".join(f"{r['layer']},{r['expert']},{r['count']}\n" for r in rows))
+    return Made(root / "c.csv", load=load)
+
+
+FORMAT_OF = {name: name for name in ("sglang-routed", "vllm-routed", "megatron", "esft", "fiddler", "counts", "tensorrt-llm")} | {
+    "vllm-npy": "vllm-routed",
+    "sglang-per_token": "sglang",
+    "sglang-per_pass": "sglang",
+    "sglang-stat": "sglang",
+    "tensorrt-llm-raw": "tensorrt-llm",
+}

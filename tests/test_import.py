@@ -1,0 +1,175 @@
+"""Each foreign format, made from known decisions, comes back as those; what is not of the format is one line and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.report import report
+from moe_inspect.trace.importers import FORMATS
+from moe_inspect.trace.importers.run import import_trace
+from moe_inspect.trace.reader import Trace
+from tests import foreign
+from tests.foreign import FORMAT_OF, MAKERS, ROUTED
+from tests.test_real_data import ESFT, FIDDLER, needs_esft, needs_fiddler
+
+
+def imported(name: str, tmp_path: Path, format: str | None = None, **options) -> tuple[Trace, foreign.Made, list[str]]:
+    said: list[str] = []
+    (tmp_path / "in").mkdir()
+    made = MAKERS[name](tmp_path / "in")
+    model = foreign.config_file(tmp_path) if made.config else None
+    trace = import_trace(format or FORMAT_OF[name], [made.source], tmp_path / "t", model=model, warn=said.append, **options)
+    return trace, made, said
+
+
+def loads(trace: Trace) -> list[np.ndarray]:
+    table = trace.counts().groupby(["router", "expert"])["assignments"].sum()
+    return [table.loc[r].to_numpy() for r in range(len(trace.routers))]
+
+
+def test_every_format_has_a_file_made_for_it():
+    assert set(FORMAT_OF.values()) == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_was_written_comes_back(name: str, tmp_path: Path):
+    trace, made, said = imported(name, tmp_path)
+    assert trace.status == "complete"
+    assert [r.layer for r in trace.routers] == (ROUTED if name != "fiddler" else [0, 1])
+    assert {(r.experts, r.top_k) for r in trace.routers} == {(foreign.E, foreign.K)}
+    assert trace.manifest["capture"]["mode"] == "import"
+    assert trace.manifest["capture"]["format"] == FORMAT_OF[name]
+    if made.ids is not None:
+        for r, ids_TK in enumerate(made.ids):
+            table = trace.routing(router=r)
+            assert np.array_equal(table[["expert_0", "expert_1"]].to_numpy(), ids_TK)
+        assert trace.n_tokens == len(made.ids[0])
+    else:
+        assert made.load is not None
+        assert [load.tolist() for load in loads(trace)] == [load.tolist() for load in made.load]
+        assert trace.counts()["first_choice"].isna().all()
+    assert said == []
+    assert not list(tmp_path.glob(".t*"))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_auto_names_what_it_takes_a_file_for(name: str, tmp_path: Path):
+    trace, _, said = imported(name, tmp_path, "auto")
+    assert said[0].startswith(f"taken for {FORMAT_OF[name]}: ")
+    assert trace.manifest["capture"]["format"] == FORMAT_OF[name]
+
+
+def test_positions_phases_and_documents_of_responses(tmp_path: Path):
+    tokens = imported("vllm-routed", tmp_path)[0].tokens()
+    assert tokens["phase"].tolist() == ["prefill"] * 4 + ["decode"] * 2 + ["prefill"] + ["prefill"] * 4 + ["decode"] * 5
+    assert tokens["position"].tolist() == [*range(6), 0, *range(9)]
+    assert tokens["token_id"].tolist() == [0, 1, 2, 3, 50, 51, 0, 0, 1, 2, 3, 50, 51, 52, 53, 54]
+    assert tokens["document"].tolist() == [0] * 6 + [1] + [2] * 9
+    assert tokens["domain"].tolist() == ["a"] * 6 + ["b"] + ["a"] * 9
+
+
+def test_sglangs_start_is_where_positions_start(tmp_path: Path):
+    tokens = imported("sglang-routed", tmp_path)[0].tokens()
+    assert tokens["position"].tolist() == list(range(3, 10))
+    assert tokens["phase"].tolist() == ["prefill"] * 2 + ["decode"] * 5
+
+
+def test_sequences_of_an_sglang_pass(tmp_path: Path):
+    tokens = imported("sglang-per_token", tmp_path)[0].tokens()
+    assert tokens["sequence"].tolist() == [0] * 4 + [1] * 3 + [2, 3, 4]
+    assert tokens["position"].tolist() == [0, 1, 2, 3, 5, 6, 7, 4, 8, 30]
+    assert tokens["batch"].tolist() == [0] * 7 + [1] * 3
+    assert tokens["phase"].tolist() == ["prefill"] * 7 + ["decode"] * 3
+
+
+def test_logits_of_a_sidecar(tmp_path: Path):
+    trace = imported("megatron", tmp_path)[0]
+    found = np.stack(trace.logits(layer=2)["logits"].to_list())[:5]
+    drawn = np.random.default_rng(2).normal(size=(5, foreign.E)).astype(np.float32)
+    assert np.abs(found - drawn).max() < 0.02  # bfloat16 cut off
+    assert np.abs(found[::-1] - drawn).max() > 0.5
+
+
+def test_dense_layers_are_refused_without_a_config(tmp_path: Path):
+    made = MAKERS["vllm-routed"](tmp_path)
+    with pytest.raises(MoeInspectError, match="does not say how many experts there are"):
+        import_trace("vllm-routed", [made.source], tmp_path / "t")
+    with pytest.raises(MoeInspectError, match=r"all 6 tokens go to one expert in layer 0, as a dense layer reads: give --model"):
+        import_trace("vllm-routed", [made.source], tmp_path / "t", experts=8)
+    assert not (tmp_path / "t").exists()
+
+
+def test_nothing_is_left_of_what_ends_halfway_and_an_old_trace_stays(tmp_path: Path):
+    trace, made, _ = imported("vllm-routed", tmp_path)
+    before = sorted(p.name for p in (tmp_path / "t").rglob("*"))
+    with pytest.raises(MoeInspectError, match="--overwrite"):
+        import_trace("vllm-routed", [made.source], trace.path, experts=8)
+    made.source.write_text(made.source.read_text() + "{}\n")
+    with pytest.raises(MoeInspectError, match=r"v\.jsonl line 4: routed_experts is NoneType"):
+        import_trace("vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "t").rglob("*")) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "model.json", "t"]
+    made.source.write_text(made.source.read_text()[:-3])
+    assert import_trace("vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True).n_tokens == 16
+
+
+def test_warm_up_rows_and_one_ranks_experts_are_told(tmp_path: Path):
+    ids_TBK = np.tile(np.array([1, 2]), (1500, 2, 1)).astype(np.uint8)
+    row = {"prompt_token_ids": [0] * 1501, "token_ids": [], "routed_experts": foreign.npy(ids_TBK)}
+    foreign.lines(tmp_path / "w.jsonl", [row])
+    said: list[str] = []
+    (tmp_path / "c.json").write_text(json.dumps({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}))
+    import_trace("vllm-routed", [tmp_path / "w.jsonl"], tmp_path / "t", model=tmp_path / "c.json", warn=said.append)
+    assert any("1,500 consecutive tokens were routed alike" in line for line in said)
+    assert any("only experts 1-2 of 8" in line for line in said)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_report_reads_it(name: str, tmp_path: Path):
+    trace, made, _ = imported(name, tmp_path)
+    balance = report(trace).tables["balance"]
+    load = made.load or [np.bincount(i.reshape(-1), minlength=foreign.E) for i in made.ids or []]
+    assert balance["assignments"].tolist() == [int(row.sum()) for row in load]
+    assert balance["max_over_mean"].tolist() == pytest.approx([row.max() / row.mean() for row in load])
+    assert report(trace).verdict()
+
+
+@needs_esft
+def test_esft_has_the_scores_its_authors_published(tmp_path: Path):
+    trace = import_trace("esft", [ESFT], tmp_path / "t")
+    assert [(r.layer, r.experts, r.top_k) for r in trace.routers] == [(layer, 64, 6) for layer in range(1, 27)]
+    published = json.loads((ESFT / "summary.json").read_text())
+    load = report(trace).tables["load"].set_index(["layer", "expert"])
+    for layer in range(1, 27):
+        token = np.array([published["token_scores"][str(layer)][str(e)] for e in range(64)])
+        gate = np.array([published["gate_scores"][str(layer)][str(e)] for e in range(64)])
+        assert np.abs(load.loc[layer]["share"].to_numpy() - token).max() <= 5.1e-5
+        assert np.abs(load.loc[layer]["weight_sum"].to_numpy() / trace.n_tokens - gate).max() <= 5e-4
+    assert len(trace.documents()) == (ESFT / "expert_weights_1.txt").read_text().count("\n")
+    assert set(trace.documents()["domain"]) == {"esft_law"}
+
+
+@needs_fiddler
+def test_fiddlers_subjects_are_domains_and_its_tokens_half_the_sums(tmp_path: Path):
+    folder = FIDDLER / "mixtral_8x7b_original"
+    trace = import_trace("fiddler", [folder], tmp_path / "t")
+    assert sorted(trace.counts()["domain"].unique()) == sorted(p.stem.removeprefix("expert_popularity_") for p in folder.iterdir())
+    rows = [json.loads(p.read_text())["expert_popularity"][0] for p in folder.iterdir()]
+    assert trace.n_tokens == sum(sum(row) for row in rows) // 2
+    assert len(report(trace).tables["balance"]) == 32
+
+
+def test_the_command(cli, tmp_path: Path):
+    made = MAKERS["counts"](tmp_path)
+    done = cli("import", "auto", made.source, "-o", "t", "--top-k", 2)
+    assert "taken for counts" in done.stderr
+    assert "imported 30 tokens, 2 routers" in done.stderr
+    assert done.stdout == ""
+    assert "error: there is a trace at t" in cli("import", "counts", made.source, "-o", "t", check=1).stderr
+    cli("import", "nonsense", made.source, "-o", "t", check=2)
+    assert len(cli("report", "t", "--table", "load", "--format", "csv").stdout.splitlines()) == 17
