@@ -63,7 +63,7 @@ def pairwise() -> list[Case]:
     }
     cases = []
     while missing:
-        wanted = dict(min(missing, key=str))
+        wanted = dict(min(missing, key=lambda pair: sorted(map(str, pair))))  # the same in every process: a set has no order
         best: dict[str, Any] = {}
         gain = -1
         for _ in range(60):
