@@ -157,6 +157,7 @@ def test_the_manifest_says_how_it_was_made(cli: Cli, tmp_path: Path, model: Path
         "top_k": 4,
         "scoring": "softmax",
         "shared_experts": 0,
+        "stack": "",
     }
     assert set(manifest["capture"]["versions"]) == {"moe-inspect", "python", "torch", "transformers", "triton"}
 

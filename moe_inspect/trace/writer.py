@@ -254,7 +254,10 @@ class TraceWriter:
                 "token": token,
                 **facts,
                 "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
-                "phase": _labels(np.concatenate([_phases(b) for b in batches]), list(schema.PHASES)),
+                "phase": _labels(
+                    np.concatenate([_phases(b) for b in batches]),
+                    list(schema.PHASES if any(r.stack for r in self.routers) else schema.PHASES[:2]),
+                ),
                 "batch": pa.array(np.repeat(np.array([b.batch for b in batches], np.int32), sizes)),
             },
             schema=schema.TOKENS,
