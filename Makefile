@@ -33,6 +33,7 @@ lint: $(VENV)/.installed ## ruff and pyright
 
 bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.report
 
 clean: ## Remove what make made
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

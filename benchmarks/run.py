@@ -30,7 +30,7 @@ LAYERS, EXPERTS, TOP_K, BATCH = 48, 128, 8, 8192  # Qwen3-30B-A3B's shape
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    packages = ("moe-inspect", "torch", "transformers", "pyarrow", "pandas", "numpy")
+    packages = ("moe-inspect", "torch", "transformers", "pyarrow", "pandas", "numpy", "numba", "polars", "duckdb")
     return {
         "processor": model,
         "cores": sum(line.startswith("processor") for line in lines),
@@ -182,8 +182,8 @@ def peak_memory_mib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def in_a_process(function: str, *arguments: object) -> dict[str, float]:
-    program = f"import json; from benchmarks.run import {function}; print(json.dumps({function}{arguments!r}))"
+def in_a_process(function: str, *arguments: object, module: str = "benchmarks.run") -> dict[str, Any]:
+    program = f"import json; from {module} import {function}; print(json.dumps({function}{arguments!r}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 

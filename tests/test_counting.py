@@ -80,12 +80,12 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
     assert sorted(order.size_S.tolist()) == [1, 2, 3]
 
 
-@given(st.integers(0, 10_000), st.sampled_from([(4, 1), (8, 3), (130, 6)]), st.integers(0, 300))
-@settings(max_examples=25, deadline=None)
-def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens: int):
+@given(st.integers(0, 10_000), st.sampled_from([(4, 1), (8, 3), (130, 6), (20, 8)]), st.integers(0, 300), st.sampled_from([0, 0.1]))
+@settings(max_examples=40, deadline=None)
+def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens: int, null: float):
     rng = np.random.default_rng(seed)
     experts, k = shape
-    ids_TK, next_TK = (ids_with_gaps(seed + i, tokens, experts, k) for i in range(2))
+    ids_TK, next_TK = (ids_with_gaps(seed + i, tokens, experts, k, null) for i in range(2))
     row_T, weights_TK = rng.integers(0, 3, tokens), rng.random((tokens, k)).astype(np.float32)
     sequence_T = rng.integers(0, 3, tokens)
     order = counting.order_of(sequence_T // 2, sequence_T, np.arange(tokens) // 3)

@@ -19,7 +19,7 @@ def _load(ids_KT, row_T, total_XE):  # type: ignore[no-untyped-def]
         row_E = total_XE[row_T[t]]
         for j in range(K):
             if ids_KT[j, t] >= 0:
-                row_E[ids_KT[j, t]] += 1
+                row_E[np.uint64(ids_KT[j, t])] += 1
 
 
 def load(row_T: np.ndarray, ids_TK: np.ndarray, X: int, E: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def _weight_sum(ids_KT, weights_KT, row_T, total_XE):  # type: ignore[no-untyped
         row_E = total_XE[row_T[t]]
         for j in range(K):
             if ids_KT[j, t] >= 0:
-                row_E[ids_KT[j, t]] += weights_KT[j, t]
+                row_E[np.uint64(ids_KT[j, t])] += weights_KT[j, t]
 
 
 def weight_sum(row_T: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray, X: int, E: int) -> np.ndarray:
@@ -49,16 +49,16 @@ def weight_sum(row_T: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray, X:
 @njit(nogil=True, cache=True)
 def _pairs(here_KT, there_KT, total_EN):  # type: ignore[no-untyped-def]
     (K, T), J = here_KT.shape, len(there_KT)
-    here_K, there_J = np.empty(K, np.int64), np.empty(J, np.int64)
+    here_K, there_J = np.empty(K, np.uint64), np.empty(J, np.uint64)  # unsigned: no index counts from the end
     for t in range(T):
         n = m = 0
         for i in range(K):
             if here_KT[i, t] >= 0:
-                here_K[n] = here_KT[i, t]
+                here_K[n] = np.uint64(here_KT[i, t])
                 n += 1
         for j in range(J):
             if there_KT[j, t] >= 0:
-                there_J[m] = there_KT[j, t]
+                there_J[m] = np.uint64(there_KT[j, t])
                 m += 1
         for i in range(n):
             row_N = total_EN[here_K[i]]
@@ -70,12 +70,12 @@ def _pairs(here_KT, there_KT, total_EN):  # type: ignore[no-untyped-def]
 def _together(ids_KT, total_EE):  # type: ignore[no-untyped-def]
     """The upper triangle of the slots: what makes a symmetric table with its transpose."""
     K, T = ids_KT.shape
-    here_K = np.empty(K, np.int64)
+    here_K = np.empty(K, np.uint64)
     for t in range(T):
         n = 0
         for i in range(K):
             if ids_KT[i, t] >= 0:
-                here_K[n] = ids_KT[i, t]
+                here_K[n] = np.uint64(ids_KT[i, t])
                 n += 1
         for i in range(n):
             row_E = total_EE[here_K[i]]
@@ -83,14 +83,40 @@ def _together(ids_KT, total_EE):  # type: ignore[no-untyped-def]
                 row_E[here_K[j]] += np.uint32(1)
 
 
+@njit(nogil=True, cache=True)
+def _pairs_of_8(here_KT, there_KT, total_EN):  # type: ignore[no-untyped-def]
+    """`_pairs` of 8 slots that all routed somewhere: bounds the compiler knows, which it unrolls."""
+    there_J = np.empty(8, np.uint64)
+    for t in range(here_KT.shape[1]):
+        for j in range(8):
+            there_J[j] = np.uint64(there_KT[j, t])
+        for i in range(8):
+            row_N = total_EN[np.uint64(here_KT[i, t])]
+            for j in range(8):
+                row_N[there_J[j]] += np.uint32(1)
+
+
+@njit(nogil=True, cache=True)
+def _together_of_8(ids_KT, total_EE):  # type: ignore[no-untyped-def]
+    here_K = np.empty(8, np.uint64)
+    for t in range(ids_KT.shape[1]):
+        for i in range(8):
+            here_K[i] = np.uint64(ids_KT[i, t])
+        for i in range(7):
+            row_E = total_EE[here_K[i]]
+            for j in range(i + 1, 8):
+                row_E[here_K[j]] += np.uint32(1)
+
+
 def pairs(ids_TK: np.ndarray, next_TK: np.ndarray, E: int, N: int) -> np.ndarray:
     """uint32 [E, N]: of one shard, so that the table stays in the nearest caches."""
     total_EN = np.zeros((E, N), np.uint32)
+    eight = ids_TK.shape[1] == next_TK.shape[1] == 8 and min(ids_TK.min(initial=0), next_TK.min(initial=0)) >= 0
     if next_TK is ids_TK:
-        _together(_slots(ids_TK), total_EN)
+        (_together_of_8 if eight else _together)(_slots(ids_TK), total_EN)
         own_E = load(np.zeros(len(ids_TK), np.int64), ids_TK, 1, E)[0]
         return total_EN + total_EN.T + np.diag(own_E).astype(np.uint32)
-    _pairs(_slots(ids_TK), _slots(next_TK), total_EN)
+    (_pairs_of_8 if eight else _pairs)(_slots(ids_TK), _slots(next_TK), total_EN)
     return total_EN
 
 
