@@ -1,65 +1,48 @@
 """Is the load of a router balanced? One plain function a metric, on load_LE: int64 [routers, experts], assignments.
 
-L routers, E experts. A function is a metric by being decorated: the balance table, the documentation and the property
-tests take it from METRICS. Every one is NaN for a router without load, and none changes when experts are renumbered.
+L routers, E experts, G GPUs, B forward passes. The balance table takes every metric of load_LE that is registered for it. Every one is NaN for
+a router without load, and none changes when experts are renumbered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 
+from moe_inspect.analysis.registry import METRICS, Metric, metric
 
-@dataclass(frozen=True)
-class Metric:
-    """`ideal` is the value under perfectly even load."""
-
-    name: str
-    function: Callable[[np.ndarray], np.ndarray]
-    ideal: float
-    unit: str
+STARVED = 0.1  # load ratio under which an expert is starved
 
 
-METRICS: dict[str, Metric] = {}
+def of_load() -> dict[str, Metric]:
+    """The metrics of the balance table that take the load alone, in its columns' order."""
+    return {name: m for name, m in METRICS.items() if m.table == "balance" and m.parameters == ("load_LE",)}
 
 
-def metric(*, ideal: float, unit: str) -> Callable[[Callable[[np.ndarray], np.ndarray]], Callable[[np.ndarray], np.ndarray]]:
-    """Registers a function of load_LE as a balance metric under its own name."""
-
-    def register(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-        METRICS[function.__name__] = Metric(function.__name__, function, ideal, unit)
-        return function
-
-    return register
-
-
-@metric(ideal=1.0, unit="ratio")
+@metric(table="balance", ideal=1.0, unit="ratio", range="1 to E/k", axes="L")
 def max_over_mean(load_LE: np.ndarray) -> np.ndarray:
     """Load of the busiest expert ÷ mean load. 1 is even, E/k is every token on the same k experts."""
     return load_LE.max(1) / _mean(load_LE)
 
 
-@metric(ideal=0.0, unit="ratio")
+@metric(table="balance", ideal=0.0, unit="ratio", range="0 to E/k − 1", axes="L", source="arXiv:2408.15664")
 def max_vio(load_LE: np.ndarray) -> np.ndarray:
-    """(max − mean) / mean of the load, over all tokens ("global" MaxVio). 0 is even. arXiv:2408.15664."""
+    """(max − mean) / mean of the load, over all tokens ("global" MaxVio). 0 is even."""
     return max_over_mean(load_LE) - 1
 
 
-@metric(ideal=1.0, unit="ratio")
+@metric(table="balance", ideal=1.0, unit="ratio", range="0 to 1", axes="L")
 def min_over_max(load_LE: np.ndarray) -> np.ndarray:
     """Load of the least busy expert ÷ load of the busiest, in [0, 1]. 1 is even, 0 has a dead expert."""
     return load_LE.min(1) / _positive(load_LE.max(1))
 
 
-@metric(ideal=0.0, unit="ratio")
+@metric(table="balance", ideal=0.0, unit="ratio", range="0 to √(E/k − 1)", axes="L", source="arXiv:1701.06538")
 def cv(load_LE: np.ndarray) -> np.ndarray:
-    """Coefficient of variation: population σ ÷ mean of the load. 0 is even; chance alone gives √((E−k)/(kT)). Shazeer 2017."""
+    """Coefficient of variation: population σ ÷ mean of the load. 0 is even; chance alone gives √((E−k)/(kT))."""
     return load_LE.std(1) / _mean(load_LE)
 
 
-@metric(ideal=0.0, unit="ratio")
+@metric(table="balance", ideal=0.0, unit="ratio", range="0 to 1 − k/E", axes="L")
 def gini(load_LE: np.ndarray) -> np.ndarray:
     """Gini coefficient Σ(2i−E−1)c₍ᵢ₎ / (E·Σc), in [0, 1−k/E]. 0 is even, 1−k/E is every token on the same k experts."""
     E = load_LE.shape[1]
@@ -67,7 +50,7 @@ def gini(load_LE: np.ndarray) -> np.ndarray:
     return (rank_E * np.sort(load_LE, axis=1)).sum(1) / _positive(E * load_LE.sum(1))
 
 
-@metric(ideal=1.0, unit="ratio to ln E")
+@metric(table="balance", ideal=1.0, unit="ratio to ln E", range="ln k/ln E to 1", axes="L")
 def entropy(load_LE: np.ndarray) -> np.ndarray:
     """Entropy of the load ÷ ln E, in [ln k / ln E, 1]. 1 is even. Defined as 1 for a router of one expert."""
     share_LE = load_LE / _positive(load_LE.sum(1))[:, None]
@@ -76,10 +59,43 @@ def entropy(load_LE: np.ndarray) -> np.ndarray:
     return nats_L / np.log(E) if E > 1 else nats_L + 1
 
 
-@metric(ideal=0.0, unit="experts")
+@metric(table="balance", ideal=0.0, unit="experts", range="0 to E − k", axes="L")
 def dead_experts(load_LE: np.ndarray) -> np.ndarray:
     """Experts with no load at all. Means little on few tokens: always read with the number of tokens beside it."""
     return np.where(load_LE.sum(1) > 0, (load_LE == 0).sum(1), np.nan)
+
+@metric(table="balance", ideal="E", unit="experts", range="k to E", axes="L")
+def effective_experts(load_LE: np.ndarray) -> np.ndarray:
+    """Exponential of the entropy of the load: how many evenly loaded experts would be as diverse. E is even."""
+    share_LE = load_LE / _positive(load_LE.sum(1))[:, None]
+    return np.exp(-(share_LE * np.log(np.where(share_LE > 0, share_LE, 1))).sum(1))
+
+
+@metric(table="balance", ideal=0.0, unit="experts", range="0 to E − 1", axes="L")
+def starved_experts(load_LE: np.ndarray) -> np.ndarray:
+    """Experts with load, but under a tenth of the mean load. Means little on few tokens, like dead_experts."""
+    starved_LE = (load_LE > 0) & (load_LE < STARVED * load_LE.mean(1, keepdims=True))
+    return np.where(load_LE.sum(1) > 0, starved_LE.sum(1), np.nan)
+
+
+@metric(table="balance", ideal=1.0, unit="ratio", range="k/E to 1", axes="L")
+def balancedness(load_LE: np.ndarray) -> np.ndarray:
+    """Mean ÷ max load, with a GPU to each expert: the share of the GPUs' time that is work while all wait for the busiest.
+    The slowdown is 1 ÷ this. Any placement's is that of its GPUs' loads: give load_LG."""
+    return 1 / max_over_mean(load_LE)
+
+
+@metric(table="balance", ideal=0.0, unit="ratio", range="0 to √(E − 1)", axes="L", source="arXiv:1701.06538")
+def importance_cv(weight_sum_LE: np.ndarray) -> np.ndarray:
+    """Coefficient of variation of the summed gate weights of each expert ("importance"). NaN without weights."""
+    return cv(weight_sum_LE)
+
+
+@metric(table="balance", ideal=0.0, unit="ratio", range="0 to E/k − 1", source="arXiv:2408.15664")
+def max_vio_batch(load_BE: np.ndarray) -> float:
+    """Mean over forward passes (B) of the max_vio of each ("batch" MaxVio); passes without load are left out."""
+    vio_B = max_vio(load_BE)
+    return float(np.nanmean(vio_B)) if not np.isnan(vio_B).all() else float("nan")
 
 
 def busiest_expert(load_LE: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from math import factorial, prod
 import numpy as np
 
 from moe_inspect.analysis.balance import _positive
+from moe_inspect.analysis.registry import metric
 from moe_inspect.analysis.uncertainty import SEED, permuted_labels
 
 PERMUTATIONS = 200
@@ -34,6 +35,22 @@ def share_by_domain(assignments_DE: np.ndarray) -> np.ndarray:
     return assignments_DE / _positive(assignments_DE.sum(-1, keepdims=True))
 
 
+@metric(table="domains", ideal="k / E", unit="assignments a token", range="0 to 1, sums to k", axes="DE", source="arXiv:2409.02060, eq. 7")
+def activation(assignments_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
+    """Assignments of an expert in a domain ÷ tokens of the domain. (By assignment it would sum to 1 and be 1/E by chance:
+    that is `share`.) NaN for a domain without tokens."""
+    return assignments_DE / _positive(tokens_D)[:, None]
+
+
+@metric(table="domains", ideal=1.0, unit="ratio", range="0 to D", axes="DE")
+def lift(assignments_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
+    """Activation of an expert in a domain ÷ the mean of its activations over the domains. NaN for an expert without load."""
+    activation_DE = activation(assignments_DE, tokens_D)
+    known = ~np.isnan(activation_DE).any(1)
+    return activation_DE / _positive(activation_DE[known].sum(0) / max(known.sum(), 1))
+
+
+@metric(table="specialization", ideal=0.0, unit="bits", range="0 to log₂ min(D, E)")
 def domain_mi_bits(assignments_DE: np.ndarray) -> float:
     """I(domain; expert) with the domains equally weighted, however many tokens each has. 0 is no specialisation; n domains
     on disjoint blocks of experts give log₂ n. NaN with fewer than two domains."""
@@ -66,6 +83,7 @@ def relabellings(domain_U: np.ndarray) -> int:
     return factorial(len(domain_U)) // prod(map(factorial, size_D)) // prod(map(factorial, alike))
 
 
+@metric(table="specialization", ideal=0.0, unit="bits", range="0 to 1")
 def jsd_bits(assignments_DE: np.ndarray) -> float:
     """Jensen–Shannon divergence between the expert shares of two domains, in [0, 1], its mean over all pairs. NaN with
     fewer than two domains that have load. (The divergence of all domains at once is `domain_mi_bits`.)"""
@@ -78,13 +96,29 @@ def jsd_bits(assignments_DE: np.ndarray) -> float:
     return float(mutual_information_bits(pairs_P2E).mean())
 
 
+@metric(table="specialization", ideal="1 / E", unit="ratio", range="1/E to 1", source="arXiv:2409.02060, eq. 8")
 def vocabulary_specialization(first_choice_VE: np.ndarray) -> float:
     """The share of tokens whose first choice is the favourite of their token id: Σ_x max_e N_xe ÷ Σ_x N_x, in [1/E, 1].
-    1: the token id alone decides. Rows: the token ids frequent enough to judge. NaN without any. arXiv:2409.02060, eq. 8,
+    1: the token id alone decides. Rows: the token ids frequent enough to judge. NaN without any. Eq. 8
     averaged over occurrences."""
     return float(first_choice_VE.max(1, initial=0).sum() / _positive(np.asarray(first_choice_VE.sum())))
 
 
+@metric(table="specialization", ideal="k / E", unit="ratio", range="k/E to 1", source="arXiv:2409.02060, eq. 8")
+def vocabulary_specialization_any(any_VE: np.ndarray, occurrences_V: np.ndarray) -> float:
+    """The share of tokens that reach, with any choice, the expert that most tokens of their id reach: Σ_x max_e N_xe ÷ Σ_x N_x.
+    Saturates as k grows: read it beside the first choice's. NaN without token ids to judge."""
+    return float(any_VE.max(1, initial=0).sum() / _positive(np.asarray(occurrences_V.sum())))
+
+
+@metric(table="specialization", ideal=0.0, unit="bits", range="0 to log₂ E")
+def token_mi_bits(any_VE: np.ndarray) -> float:
+    """Plug-in I(token id; expert) over the token ids frequent enough to judge. Its bias is large: read it only beside the same
+    with the token ids shuffled (token_mi_null_bits). NaN without any."""
+    return float(mutual_information_bits(any_VE.astype(float))) if any_VE.any() else float("nan")
+
+
+@metric(table="specialization", column="domain_mi_given_token_bits", ideal=0.0, unit="bits", range="0 to log₂ min(D, E)")
 def conditional_mi_bits(counts_GE: np.ndarray, token_G: np.ndarray, domain_G: np.ndarray) -> float:
     """I(domain; expert | token id): what the domain says of the expert once the token id is known, i.e. topic beyond
     vocabulary. Domains equally weighted. Row g counts the assignments of one token id in one domain; rows of a token id lie

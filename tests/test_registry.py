@@ -1,0 +1,160 @@
+"""What must hold of every metric there is: even routing gives the value it says, numbering experts anew changes nothing, and it
+explains itself. Arguments are made by their names, whose last letters are their axes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_inspect.analysis.registry import METRICS, Metric, listing, metric, metrics
+
+metrics()
+E, K, T = 12, 3, 8_800  # so that even counts are whole numbers
+SIZES = {"L": 2, "D": 3, "E": E, "N": E, "G": 4, "B": 5, "V": 6, "W": 4, "U": 7, "M": 17}
+DECISIONS = 100
+EVEN: dict[str, object] = {
+    "together_EE": np.where(np.eye(E, dtype=bool), T * K // E, T * K * (K - 1) // (E * (E - 1))),
+    "next_EN": np.full((E, E), T * K * K // E**2),
+    "load_E": np.full(E, T * K // E),
+    "assignments_DE": np.full((3, E), T * K // E),
+    "esft_token_DE": np.full((3, E), 5 / E),
+    "esft_gate_DE": np.full((3, E), 5 / E),
+    "weight_sum_DE": np.full((3, E), T / E),
+    "weight_sum_E": np.full(E, DECISIONS * K / E**2),
+    "samples_D": np.full(3, 5),
+    "tokens_D": np.full(3, T),
+    "first_same_D": np.full(3, 11),
+    "any_same_D": np.full(3, 11 * E * (1 - math.comb(E - K, K) / math.comb(E, K))),
+    "pairs_D": np.full(3, 11 * E),
+    "windows_M": np.eye(1, 17, 16 * K // E, dtype=int)[0] * E,
+    "any_VE": np.full((6, E), 10),
+    "first_choice_VE": np.full((6, E), 10),
+    "occurrences_V": np.full(6, 10 * E // K),
+    "counts_GE": np.full((4, E), 10),
+    "token_G": np.array([0, 0, 1, 1]),
+    "domain_G": np.array([0, 1, 0, 1]),
+    "decisions": DECISIONS,
+    "z_sum": DECISIONS * math.log(E) ** 2,
+    "entropy_sum": DECISIONS * math.log(E),
+    "top1_margin_sum": 0.0,
+    "boundary_margin_sum": 0.0,
+    "topk_mass_sum": DECISIONS * K / E,
+    "ties": DECISIONS,
+    "weight_entropy_sum": DECISIONS * math.log(K),
+    "weight_margin_sum": 0.0,
+    "ranks": 4,
+    "capacity_factor": 1.25,
+}
+
+
+def axes_of(parameter: str) -> str:
+    last = parameter.rpartition("_")[2]
+    return last if last.isupper() else ""
+
+
+def even(parameter: str) -> object:
+    if parameter in EVEN:
+        return EVEN[parameter]
+    return np.full([SIZES[axis] for axis in axes_of(parameter)], 7)
+
+
+def drawn(parameter: str, rng: np.random.Generator) -> object:
+    """Uneven counts; what must be in an order or in proportion is."""
+    axes = axes_of(parameter)
+    if not axes or parameter in ("token_G", "domain_G"):
+        return EVEN[parameter]
+    values = rng.integers(0, 50, [SIZES[axis] for axis in axes])
+    if parameter == "together_EE":
+        values = values + values.T
+        np.fill_diagonal(values, values.sum(1) // (K - 1))
+    if parameter == "load_LE":
+        values[:, 4:6] = 0, 1  # one dead, one starved
+    return values + (parameter == "tokens_D")
+
+
+def renumbered(values: object, axes: str, order: dict[str, list[int]]) -> np.ndarray:
+    array = np.asarray(values)
+    for axis, letter in enumerate(axes):
+        if letter in order:
+            array = np.take(array, order[letter], axis)
+    return array
+
+
+def value_of(m: Metric, arguments: dict[str, object]) -> np.ndarray:
+    value = np.asarray(m.function(**arguments), float)
+    assert value.ndim == len(m.axes), f"{m.name} says that its axes are {m.axes!r}"
+    return value
+
+
+def ideal_of(m: Metric) -> float:
+    known = {"E": E, "k": K, "C": math.comb, "log": math.log}
+    return float(eval(m.ideal, known)) if isinstance(m.ideal, str) else m.ideal
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_even_routing_gives_the_value_it_says(name: str):
+    m = METRICS[name]
+    value = value_of(m, {p: even(p) for p in m.parameters})
+    value = value[~np.isnan(value)]  # the diagonal of pairs
+    assert value.size
+    np.testing.assert_allclose(value, ideal_of(m), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_other_routing_gives_another_value(name: str):
+    """The positive control of the test before."""
+    m = METRICS[name]
+    rng = np.random.default_rng(3)
+    arguments = {p: drawn(p, rng) for p in m.parameters}
+    for p in m.parameters:
+        if p.endswith(("_sum", "ties")):
+            arguments[p] = 1.5 * DECISIONS
+    value = value_of(m, arguments)
+    assert np.nanmax(np.abs(value - ideal_of(m))) > 1e-3
+
+
+@pytest.mark.parametrize("name", METRICS)
+@given(seed=st.integers(0, 2**32 - 1), data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_numbering_experts_anew_changes_nothing(name: str, seed: int, data: st.DataObject):
+    m, rng = METRICS[name], np.random.default_rng(seed)
+    arguments = {p: drawn(p, rng) for p in m.parameters}
+    if "ranks" in arguments:  # which of two equally loaded experts is packed first is a matter of their numbers
+        arguments["load_WE"] = rng.permuted(np.arange(SIZES["W"] * E) * 97 % 101).reshape(-1, E)
+    order = {"E": data.draw(st.permutations(range(E))), "N": data.draw(st.permutations(range(E)))}
+    turned = value_of(m, {p: renumbered(v, axes_of(p), order) if axes_of(p) else v for p, v in arguments.items()})
+    np.testing.assert_allclose(turned, renumbered(value_of(m, arguments), m.axes, order), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.filterwarnings("error")
+def test_what_cannot_be_known_is_nan_or_nothing_not_an_error(name: str):
+    m = METRICS[name]
+    nothing = {p: np.zeros_like(np.asarray(even(p))) if axes_of(p) or p == "decisions" else even(p) for p in m.parameters}
+    value = value_of(m, nothing)
+    assert np.isnan(value).all() or name == "domain_mi_given_token_bits" or (value == 0).all()
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_explains_itself(name: str):
+    m = METRICS[name]
+    assert len(m.first_sentence) > 20
+    assert m.unit
+    assert m.range
+    assert m.first_sentence[0].isupper() or m.first_sentence[0] in "½("
+
+
+def test_a_name_is_given_once():
+    with pytest.raises(AssertionError, match="two metrics gini"):
+
+        @metric(table="balance", ideal=0.0, unit="", range="")
+        def gini() -> None:
+            pass
+
+
+def test_the_listing_has_every_metric():
+    assert [row["metric"] for row in listing()] == [m.column for m in METRICS.values()]
