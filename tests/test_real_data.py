@@ -43,9 +43,8 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 @needs_esft
 def test_deepseek_v2_lite_has_the_scores_its_authors_published(deepseek: Trace):
     published = json.loads((ESFT / "summary.json").read_text())
-    load = report(deepseek).tables["load"]
-    share = load.set_index(["layer", "expert"])["share"]
-    gate = load.set_index(["layer", "expert"])["weight_sum"] / report(deepseek).counts.tokens
+    esft = report(deepseek).tables["esft"].set_index(["layer", "expert"])
+    share, gate = esft["token_score"], esft["gate_score"]
     pairs = [(layer, expert) for layer in range(1, 27) for expert in range(64)]
     token_scores = np.array([published["token_scores"][str(layer)][str(e)] for layer, e in pairs])
     gate_scores = np.array([published["gate_scores"][str(layer)][str(e)] for layer, e in pairs])

@@ -24,7 +24,7 @@ EVEN: dict[str, object] = {
     "esft_token_DE": np.full((3, E), 5 / E),
     "esft_gate_DE": np.full((3, E), 5 / E),
     "weight_sum_DE": np.full((3, E), T / E),
-    "weight_sum_E": np.full(E, DECISIONS * K / E**2),
+    "weight_mass_sum": DECISIONS * K / E,
     "samples_D": np.full(3, 5),
     "tokens_D": np.full(3, T),
     "first_same_D": np.full(3, 11),

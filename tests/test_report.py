@@ -34,6 +34,10 @@ COLUMNS = {
     "specialization": "layer router domain_mi_bits domain_mi_null_bits domain_mi_null_p99_bits domain_mi_given_token_bits "
     "domain_mi_given_token_null_bits token_mi_bits token_mi_null_bits jsd_bits vocabulary_specialization",
     "vocabulary": "layer router expert token_id token count fraction",
+    "coactivation": "layer router expert other probability lift",
+    "transitions": "layer router next_layer expert next_expert probability lift",
+    "repetition": "layer router domain first_choice first_choice_random any_choice any_choice_random",
+    "windows": "layer router window first_token tokens max_over_mean busiest_expert",
 }
 DOCUMENT = np.arange(T) // 100
 DOMAINS = [("code", "law", "math", "prose")[d % 4] for d in range(60)]
@@ -309,7 +313,7 @@ def test_a_terminal_gets_lines_it_can_hold(made: Report):
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
     text = " ".join(" ".join(lines).split())
-    for name, left_out in (("balance", 10), ("domains", 2)):
+    for name, left_out in (("balance", 14), ("domains", 2)):
         assert f"+ {left_out} more columns: moe-inspect report" in text
         assert f"--table {name}" in text
 

@@ -64,6 +64,7 @@ def dead_experts(load_LE: np.ndarray) -> np.ndarray:
     """Experts with no load at all. Means little on few tokens: always read with the number of tokens beside it."""
     return np.where(load_LE.sum(1) > 0, (load_LE == 0).sum(1), np.nan)
 
+
 @metric(table="balance", ideal="E", unit="experts", range="k to E", axes="L")
 def effective_experts(load_LE: np.ndarray) -> np.ndarray:
     """Exponential of the entropy of the load: how many evenly loaded experts would be as diverse. E is even."""

@@ -1,7 +1,7 @@
 """How sure is a router, and what do the training losses say of it? Pure functions on sums over decisions.
 
-N decisions (those with recorded logits, or weights), E experts, k choices. Sums of logits are of the full softmax, whatever
-turns logits into gate weights; sums of weights are of the k weights handed to the experts.
+N decisions (those with recorded logits, or weights), E experts, k choices. Probabilities are of all E experts: the softmax of
+the logits, or of a sigmoid router its scores made to sum to 1. Weights are the k handed to the experts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moe_inspect.analysis.registry import metric
 @metric(table="router", ideal=1.0, unit="ratio", range="0 to E/k; 1 or more where both agree", source="arXiv:2101.03961, eq. 4")
 def aux_loss(load_E: np.ndarray, probability_sum_E: np.ndarray) -> float:
     """Switch load-balancing loss of one router, E·Σ f_e·P_e, with f the share of assignments and P the mean softmax of the
-    logits. 1 is even. (A loss pooled over layers, or with f by token, which gives k, is another number.) NaN without logits."""
+    logits (of a sigmoid router its scores, made to sum to 1). 1 is even. (A loss pooled over layers, or with f by token, which gives k, is another number.) NaN without logits."""
     share_E = load_E / _positive(np.asarray(load_E.sum()))
     probability_E = probability_sum_E / _positive(np.asarray(probability_sum_E.sum()))
     return float(len(load_E) * (share_E * probability_E).sum())
@@ -29,7 +29,7 @@ def z_loss(z_sum: float, decisions: int) -> float:
 
 @metric(table="router", ideal="log(E)", unit="nats", range="0 to ln E")
 def gate_entropy_nats(entropy_sum: float, decisions: int) -> float:
-    """Mean entropy of the softmax of the logits of one decision: 0 is certain, ln E knows nothing. NaN without logits."""
+    """Mean entropy of the probabilities of one decision: 0 is certain, ln E knows nothing. NaN without logits."""
     return _mean(entropy_sum, decisions)
 
 
@@ -48,7 +48,7 @@ def boundary_margin(boundary_margin_sum: float, decisions: int) -> float:
 
 @metric(table="router", ideal="k / E", unit="ratio", range="k/E to 1")
 def top_k_mass(topk_mass_sum: float, decisions: int) -> float:
-    """Mean softmax probability of the k largest logits together: 1 is a router that wants no other expert. NaN without logits."""
+    """Mean probability of the k most probable experts together: 1 is a router that wants no other expert. NaN without logits."""
     return _mean(topk_mass_sum, decisions)
 
 
@@ -74,10 +74,10 @@ def weight_margin(weight_margin_sum: float, decisions: int) -> float:
 
 
 @metric(table="router", ideal="k / E", unit="weight", range="0 and up; 1 where weights are renormalised")
-def weight_mass(weight_sum_E: np.ndarray, decisions: int) -> float:
+def weight_mass(weight_mass_sum: float, decisions: int) -> float:
     """Mean sum of a decision's k gate weights as handed to the experts: of a softmax not renormalised, the mass of the k chosen.
     NaN without weights."""
-    return _mean(float(weight_sum_E.sum()), decisions)
+    return _mean(weight_mass_sum, decisions)
 
 
 def _mean(total: float, decisions: int) -> float:

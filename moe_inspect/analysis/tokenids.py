@@ -164,10 +164,8 @@ def _accumulate(table: np.ndarray, row_T: np.ndarray, ids_TK: np.ndarray) -> Non
 
 def token_mi(tables: TokenTables) -> tuple[float, float]:
     """I(token id; expert) in bits over the token ids counted, and its mean with the token ids shuffled."""
-    if not len(tables.any_VE) or not tables.any_VE.any():
-        return float("nan"), float("nan")
-    null = [float(sp.mutual_information_bits(any_VE.astype(float))) for any_VE in tables.shuffled_any]
-    return float(sp.mutual_information_bits(tables.any_VE.astype(float))), float(np.mean(null))
+    null = [sp.token_mi_bits(any_VE) for any_VE in tables.shuffled_any]
+    return sp.token_mi_bits(tables.any_VE), float(np.mean(null))
 
 
 def top_token_ids(tables: TokenTables, top: int) -> tuple[np.ndarray, np.ndarray]:

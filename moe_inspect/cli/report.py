@@ -7,25 +7,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    from moe_inspect.report.gate import Gate
 
 
 class Phase(StrEnum):
     prefill = "prefill"
     decode = "decode"
+    encoder = "encode"
 
 
 def report(
-    trace: Annotated[Path, typer.Argument(help="The directory of a trace.", show_default=False)],
+    trace: Annotated[Path | None, typer.Argument(help="The directory of a trace.", show_default=False)] = None,
     table: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="One table instead of the report: summary, balance, load, domains, specialization or vocabulary.",
+            help="One table instead of the report: summary, balance, load, domains, specialization, vocabulary, coactivation, "
+            "transitions, repetition, locality, router, esft, windows or drift.",
             show_default=False,
         ),
     ] = None,
@@ -43,31 +49,79 @@ def report(
     domain: Annotated[
         list[str] | None, typer.Option(help="Only tokens of this domain; repeated or comma-separated.", show_default=False)
     ] = None,
-    phase: Annotated[Phase | None, typer.Option(help="Only prompt tokens, or only generated ones.", show_default=False)] = None,
-    top: Annotated[int, typer.Option(min=0, help="Token ids an expert in the vocabulary table; 0 is all.")] = 20,
+    phase: Annotated[
+        Phase | None, typer.Option(help="Only prompt tokens, generated ones, or those fed to an encoder.", show_default=False)
+    ] = None,
+    top: Annotated[
+        int, typer.Option(min=0, help="Token ids an expert in the vocabulary table, partners in tables of pairs; 0 is all.")
+    ] = 20,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a window in windows and drift; by default a 64th of the trace.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="From where the verdict says so (summary lists them); repeated.", show_default=False),
+    ] = None,
+    fail_above: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=VALUE", help="Exit with 3 if any router selected is above; repeated.", show_default=False),
+    ] = None,
+    fail_below: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=VALUE", help="Exit with 3 if any router selected is below; repeated.", show_default=False),
+    ] = None,
+    list_metrics: Annotated[bool, typer.Option("--list-metrics", help="Every metric: definition, range, source.")] = False,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Count on this dask.distributed cluster.", show_default=False)
+    ] = None,
 ) -> None:
     """Say where the tokens went: balance, and what each expert takes.
 
     Which layers and experts are out of balance, against what chance gives, and what each expert specialises in. Needs neither
     torch nor the model."""
     ending = format_of(output)
+    if list_metrics:
+        import pandas as pd
+
+        from moe_inspect.analysis.registry import listing
+
+        emit(pd.DataFrame(listing()), format or ending or Format.table, output)
+        return
+    if trace is None:
+        raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
     if table is None and (format or ending or Format.table) is not Format.table:
-        from moe_inspect.report.tables import TABLES
+        from moe_inspect.report.report import TABLES
 
         asked = f"--format {format}" if format else f"-o {output}"
         raise typer.BadParameter(f"{asked} is of one table: add --table {', '.join(TABLES)}")
     if table and not format and not ending:
         raise typer.BadParameter(f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}")
+    from moe_inspect.report.gate import breaches, gated
     from moe_inspect.report.report import report as make
-    from moe_inspect.report.terminal import print_report
+    from moe_inspect.report.terminal import print_report, printable
 
     domains = [label for value in domain or [] for label in value.split(",")]
+    limits = {name: value for text in threshold or [] for name, value in [_threshold(text)]}
+    gates = [*_gates(fail_above, above=True), *_gates(fail_below, above=False)]
     with _progress() as progress:
-        made = make(trace, layers=layers, domains=domains, phase=phase and phase.value, top=top, progress=progress)
-        for name in [table] if table else ("balance", "specialization"):  # what has something to count
+        made = make(
+            trace,
+            layers=layers,
+            domains=domains,
+            phase=phase and phase.value,
+            top=top,
+            window=window,
+            thresholds=limits,
+            scheduler=scheduler,
+            progress=progress,
+        )
+        wanted = [table] if table else ["balance", "specialization", *(["router"] if made.trace.has_weights else [])]
+        made.prepare([*wanted, *(gated()[g.metric] for g in gates)])
+        for name in wanted:  # what has something to count
             made.tables[name]
+        breached = breaches(made, gates)
     if made.warning:
-        print(f"warning: {made.warning}", file=sys.stderr)
+        print(f"warning: {printable(made.warning)}", file=sys.stderr)
     if plots is not None:
         from moe_inspect.report.plots import write_plots
 
@@ -75,9 +129,36 @@ def report(
             print(f"wrote {path}", file=sys.stderr)
     if table:
         emit(made.tables[table], format or ending or Format.table, output)
-        return
-    with text_to(output) as file:
-        print_report(made, file)
+    else:
+        with text_to(output) as file:
+            print_report(made, file)
+    for line in breached:
+        print(f"failed: {line}", file=sys.stderr)
+    if breached:
+        raise typer.Exit(3)
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    from moe_inspect.report.thresholds import thresholds
+
+    name, _, value = text.partition("=")
+    try:
+        thresholds({name.strip(): float(value)})
+    except (ValueError, MoeInspectError) as error:
+        said = str(error) if isinstance(error, MoeInspectError) else "write it like uneven=0.3"
+        raise typer.BadParameter(f"--threshold {text}: {said}") from None
+    return name.strip(), float(value)
+
+
+def _gates(texts: list[str] | None, above: bool) -> list[Gate]:
+    if not texts:
+        return []
+    from moe_inspect.report.gate import gate
+
+    try:
+        return [gate(text, above) for text in texts]
+    except MoeInspectError as error:
+        raise typer.BadParameter(f"{'--fail-above' if above else '--fail-below'}: {error}") from None
 
 
 @contextmanager

@@ -10,14 +10,18 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis import tokenids
-from moe_inspect.analysis.aggregate import Counts
+from moe_inspect.analysis.aggregate import BASE, Counts
 from moe_inspect.analysis.engine import count_trace
 from moe_inspect.analysis.select import Selection, ranges, select
 from moe_inspect.analysis.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report import verdict
-from moe_inspect.report.tables import TABLES, specialization_by_id, vocabulary_of, whole_batches
+from moe_inspect.report.tables import WANTS, every_table, specialization_by_id, vocabulary_of, whole_batches
+from moe_inspect.report.thresholds import thresholds as thresholds_of
+from moe_inspect.report.words import counted
 from moe_inspect.trace.reader import Trace, open_trace
+
+TABLES = every_table()
 
 
 def report(
@@ -27,23 +31,42 @@ def report(
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
     top: int = 20,
+    window: int | None = None,
+    thresholds: Mapping[str, float] | None = None,
+    scheduler: object = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """The report on a trace, or on what is asked of it: layers "0-3,7", domains, phase "prefill" or "decode".
+    """The report on a trace, or on what is asked of it: layers "0-3,7", domains, phase "prefill", "decode" or "encode".
 
-    `top`: token ids an expert in the vocabulary table, 0 for all. `progress` is told of decisions as they
-    are read; what goes by token id reads them a second time."""
+    `top`: token ids, and partners in tables of pairs, of each expert, 0 for all. `window`: tokens of a window, by default a
+    64th of the trace. `thresholds`: of the verdict, {"uneven": 0.3}. `scheduler`: address of a dask.distributed cluster.
+    `progress` is told of decisions as they are read; what goes by token id reads them a second time."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
-    return Report(trace, select(trace, layers, domains, phase), top, progress)
+    chosen = select(trace, layers, domains, phase)
+    return Report(trace, chosen, top, progress, window=window, thresholds=thresholds, scheduler=scheduler)
 
 
 class Report:
     """`tables["balance"]` and the others are DataFrames; `verdict()` says in sentences what they come to."""
 
-    def __init__(self, trace: Trace, selection: Selection, top: int = 20, progress: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        trace: Trace,
+        selection: Selection,
+        top: int = 20,
+        progress: Callable[[int], None] | None = None,
+        *,
+        window: int | None = None,
+        thresholds: Mapping[str, float] | None = None,
+        scheduler: object = None,
+    ):
         if top < 0:
             raise MoeInspectError(f"top is {top}: give the number of token ids an expert, 0 for all")
+        if window is not None and window < 1:
+            raise MoeInspectError(f"window is {window}: give the number of its tokens, 1 or more")
         self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
+        self.window, self.scheduler, self.thresholds = window, scheduler, thresholds_of(thresholds)
+        self._counts: Counts | None = None
         self.tables: Mapping[str, pd.DataFrame] = _Tables(self)
 
     def __repr__(self) -> str:
@@ -68,9 +91,30 @@ class Report:
     def dropped(self) -> int:
         return int(self.trace.manifest.get("counts", {}).get("dropped", 0))
 
-    @cached_property
+    @property
     def counts(self) -> Counts:
-        return count_trace(self.trace, self.selection, progress=self.progress)
+        return self.counts_for()
+
+    def counts_for(self, *wants: str) -> Counts:
+        """The counts with at least these among them. What is not counted yet takes another pass: `prepare` saves that."""
+        asked = BASE if self.trace.counts_only else BASE.union(wants) - (set() if "logits" in self.trace.tables else {"logits"})
+        if self._counts is None or not asked <= self._counts.wants:
+            asked |= self._counts.wants if self._counts else frozenset()
+            self._counts = count_trace(
+                self.trace, self.selection, asked, window=self.window, scheduler=self.scheduler, progress=self.progress
+            )
+        return self._counts
+
+    def prepare(self, tables: Iterable[str]) -> None:
+        """Counts in one pass what these tables need."""
+        known = [name for name in tables if name in WANTS]
+        self.counts_for(*frozenset[str]().union(*(WANTS[name] for name in known)))
+
+    def decisions(self, table: str) -> Counts:
+        """The counts for a table that counts alone cannot make."""
+        if self.trace.counts_only:
+            raise MoeInspectError(f"{self.trace.path} holds counts only, no decisions: no {table} table; trace without --counts-only")
+        return self.counts_for(*WANTS[table])
 
     @cached_property
     def by_id(self) -> list[dict[str, float]]:
@@ -124,7 +168,7 @@ class Report:
             ("dropped", self.dropped),
         ]
         facts += self._worst()
-        facts += list(verdict.THRESHOLDS.items())
+        facts += self.thresholds.facts()
         facts += [("note", note) for note in self.notes()]
         return [(key, "unknown" if value is None else str(value)) for key, value in facts]
 
@@ -151,16 +195,16 @@ class Report:
         if counts.counts_only:
             notes.append("counts only: no intervals, batches, nulls or token ids; trace without --counts-only for those")
         elif len(counts.units) < FEWEST_DOCUMENTS:
-            notes.append(
-                f"{verdict.counted(len(counts.units), 'document')}: intervals, design effect and domain nulls need {FEWEST_DOCUMENTS}"
-            )
+            notes.append(f"{counted(len(counts.units), 'document')}: intervals, design effect and domain nulls need {FEWEST_DOCUMENTS}")
         if len(counts.domains) < 2:
             way_out = "" if self.selection.domains else "; label sources as DOMAIN=SRC when tracing"
             notes.append(f"one domain: domain_mi_*, jsd_bits need two{way_out}")
         if not self.trace.has_weights:
-            notes.append("no weights recorded: weight_sum is NaN")
+            notes.append("no weights recorded: weight_sum, importance_cv, gate_score, weight_* are NaN")
         if any(not counts.load_E(r).any() for r in self.selection.routers):
             notes.append("a router without a single assignment has no balance")
+        if "logits" not in self.trace.tables:
+            notes.append("no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN; trace with --logits for those")
         sizes = max((counts.of[r].batches for r in self.selection.routers), key=len)
         batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
         if batches - whole > 1:
@@ -176,7 +220,7 @@ class Report:
             return [
                 f"no token id occurs {tokenids.MIN_COUNT} times: token_mi_*, domain_mi_given_token_*, vocabulary_specialization are NaN"
             ]
-        said = f"token ids are judged from {tokenids.MIN_COUNT} occurrences: {verdict.counted(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
+        said = f"token ids are judged from {tokenids.MIN_COUNT} occurrences: {counted(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
         notes = (
             [said]
             if self.trace.vocabulary().size

@@ -1,11 +1,13 @@
 """The report's tables, one function each: aggregates → DataFrame. `layer, router` come first where a row is about a router.
 
-A table is a function decorated with @table: `Report.tables`, `--table` and its help take it from TABLES.
+A table is a function decorated with @table: `Report.tables`, `--table` and its help take it from TABLES. What goes by pairs of
+experts is in pair_tables.py, what goes by router or over time in router_tables.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,22 +22,66 @@ from moe_inspect.analysis.aggregate import Counts
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
-TABLES: dict[str, Callable[[Report], pd.DataFrame]] = {}
+Maker = Callable[["Report"], pd.DataFrame]
+TABLES: dict[str, Maker] = {}
+WANTS: dict[str, frozenset[str]] = {}  # what each table needs counted
+BY_ROUTER: dict[str, tuple[str, ...]] = {}  # the numeric columns of the tables of a row a router: what a gate can be put on
 
 
-def table(function: Callable[[Report], pd.DataFrame]) -> Callable[[Report], pd.DataFrame]:
-    """Registers a table under the function's name."""
-    TABLES[function.__name__] = function
-    return function
+def table(*wants: str, by_router: tuple[str, ...] = ()) -> Callable[[Maker], Maker]:
+    """Registers a table under the function's name, with what it needs counted beyond the load (aggregate.WANTS)."""
+
+    def register(function: Maker) -> Maker:
+        name = function.__name__
+        TABLES[name], WANTS[name] = function, frozenset(wants)
+        if by_router:
+            BY_ROUTER[name] = by_router
+        return function
+
+    return register
 
 
-@table
+def every_table() -> dict[str, Maker]:
+    """TABLES with every file read that adds to it."""
+    for home in ("pair_tables", "router_tables"):
+        importlib.import_module(f"moe_inspect.report.{home}")
+    return TABLES
+
+
+BALANCE = (
+    *bal.of_load(),
+    "busiest_expert",
+    "noise_floor",
+    "max_vio_low",
+    "max_vio_high",
+    "max_vio_batch",
+    "noise_floor_batch",
+    "design_effect",
+    "importance_cv",
+)
+SPECIALIZATION = (
+    "domain_mi_bits",
+    "domain_mi_null_bits",
+    "domain_mi_null_p99_bits",
+    "domain_mi_given_token_bits",
+    "domain_mi_given_token_null_bits",
+    "token_mi_bits",
+    "token_mi_null_bits",
+    "jsd_bits",
+    "vocabulary_specialization",
+    "vocabulary_specialization_null",
+    "vocabulary_specialization_any",
+    "vocabulary_specialization_any_null",
+)
+
+
+@table()
 def summary(report: Report) -> pd.DataFrame:
     """A row a fact: key, value (text)."""
     return pd.DataFrame(report.facts(), columns=["key", "value"]).astype({"key": "str", "value": "str"})
 
 
-@table
+@table(by_router=BALANCE)
 def balance(report: Report) -> pd.DataFrame:
     """A row a router: how even its load is, and what chance alone would give."""
     return balance_of(report.counts)
@@ -56,19 +102,19 @@ def balance_of(counts: Counts) -> pd.DataFrame:
             "tokens": counts.tokens_of(r),
             "assignments": total,
         }
-        row |= {name: float(m.function(load_E[None])[0]) for name, m in bal.METRICS.items()}
+        row |= {name: float(m.function(load_E[None])[0]) for name, m in bal.of_load().items()}
         row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
         row["noise_floor"] = unc.noise_floor(round(total / k), E, k)  # null slots make no load, by chance or otherwise
         row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(counts.of[r].assignments_UE, weights_RU)
         units = (counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U)
         row["design_effect"] = float("nan") if counts.counts_only else unc.design_effect(*units)
         row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(counts, r, total / max(k * counts.tokens_of(r), 1))
+        row["importance_cv"] = float(bal.importance_cv(counts.weight_sum_E(r)[None])[0])
         rows.append(row)
-    columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *bal.METRICS, "busiest_expert", "noise_floor"]
-    columns += ["max_vio_low", "max_vio_high", "max_vio_batch", "noise_floor_batch", "design_effect"]
+    columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE]
     frame = pd.DataFrame(rows, columns=columns)
     # whole numbers that may be missing
-    return frame.astype({"dead_experts": "Int64", "busiest_expert": "Int64"})
+    return frame.astype(dict.fromkeys(("dead_experts", "starved_experts", "busiest_expert"), "Int64"))
 
 
 def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
@@ -89,7 +135,7 @@ def whole_batches(batches: dict[int, tuple[int, float]]) -> dict[int, tuple[int,
     return {size: value for size, value in batches.items() if 2 * size >= max(batches)}
 
 
-@table
+@table()
 def load(report: Report) -> pd.DataFrame:
     """A row an expert of a router: its load, absolute and against the mean."""
     counts, parts = report.counts, []
@@ -103,11 +149,11 @@ def load(report: Report) -> pd.DataFrame:
             "first_choice": counts.first_choice_E(r),
             "weight_sum": counts.weight_sum_E(r),
         }
-        parts.append(_of_router(report, r, columns))
-    return _stacked(parts)
+        parts.append(of_router(report, r, columns))
+    return stacked(parts)
 
 
-@table
+@table()
 def domains(report: Report) -> pd.DataFrame:
     """A row an expert in a domain: activation = assignments ÷ tokens of the domain (sums to k over the experts), lift = that
     to the mean of the domains' activations."""
@@ -116,21 +162,19 @@ def domains(report: Report) -> pd.DataFrame:
     for r in report.selection.routers:
         assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
         E = assignments_DE.shape[1]
-        activation_DE = assignments_DE / np.where(tokens_D > 0, tokens_D, np.nan)[:, None]
-        mean_E = activation_DE.mean(0)
         columns = {
             "domain": np.repeat(np.array(counts.domains, object), E),
             "expert": np.tile(np.arange(E), D),
             "tokens": np.repeat(tokens_D, E),
             "assignments": assignments_DE.reshape(-1),
-            "activation": activation_DE.reshape(-1),
-            "lift": (activation_DE / np.where(mean_E > 0, mean_E, np.nan)).reshape(-1),
+            "activation": sp.activation(assignments_DE, tokens_D).reshape(-1),
+            "lift": sp.lift(assignments_DE, tokens_D).reshape(-1),
         }
-        parts.append(_of_router(report, r, columns))
-    return _stacked(parts)
+        parts.append(of_router(report, r, columns))
+    return stacked(parts)
 
 
-@table
+@table(by_router=SPECIALIZATION)
 def specialization(report: Report) -> pd.DataFrame:
     """A row a router: how much the domain, the token id, and the domain beyond the token id tell of the expert, each beside
     what shuffled labels give."""
@@ -139,20 +183,6 @@ def specialization(report: Report) -> pd.DataFrame:
     else:
         rows = [{**_domain_specialization(report, r), **by_id} for r, by_id in zip(report.selection.routers, report.by_id, strict=True)]
     return pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(dict.fromkeys(SPECIALIZATION, float))
-
-
-SPECIALIZATION = (
-    "domain_mi_bits",
-    "domain_mi_null_bits",
-    "domain_mi_null_p99_bits",
-    "domain_mi_given_token_bits",
-    "domain_mi_given_token_null_bits",
-    "token_mi_bits",
-    "token_mi_null_bits",
-    "jsd_bits",
-    "vocabulary_specialization",
-    "vocabulary_specialization_null",
-)
 
 
 def _domain_specialization(report: Report, router: int) -> dict[str, float]:
@@ -174,11 +204,15 @@ def _domain_specialization(report: Report, router: int) -> dict[str, float]:
 def specialization_by_id(tables: tokenids.TokenTables, D: int) -> dict[str, float]:
     """The columns of `specialization` that need token ids."""
     token_mi, token_mi_null = tokenids.token_mi(tables)
+    occurrences_V = tables.token_ids.occurrences_V
+    any_null = [sp.vocabulary_specialization_any(a, occurrences_V) for a in tables.shuffled_any]
     row = {
         "token_mi_bits": token_mi,
         "token_mi_null_bits": token_mi_null,
         "vocabulary_specialization": sp.vocabulary_specialization(tables.first_VE),
         "vocabulary_specialization_null": float(np.mean([sp.vocabulary_specialization(f) for f in tables.shuffled_first])),
+        "vocabulary_specialization_any": sp.vocabulary_specialization_any(tables.any_VE, occurrences_V),
+        "vocabulary_specialization_any_null": float(np.mean(any_null)),
     }
     if tables.by_unit is not None:
         counts_PE, token_P, domain_P = tables.pairs(D)
@@ -188,7 +222,7 @@ def specialization_by_id(tables: tokenids.TokenTables, D: int) -> dict[str, floa
     return row
 
 
-@table
+@table()
 def vocabulary(report: Report) -> pd.DataFrame:
     """A row an expert and a token id: the token ids most exclusively sent to it. fraction and first_choice_fraction are of
     the token id's occurrences."""
@@ -208,15 +242,16 @@ def vocabulary_of(tables: tokenids.TokenTables, report: Report, text_of: pd.Seri
         "first_choice_fraction": tables.first_VE[row, expert] / np.maximum(occurrences, 1),
         "occurrences": occurrences,
     }
-    return _of_router(report, tables.router, columns)
+    return of_router(report, tables.router, columns)
 
 
-def _of_router(report: Report, router: int, columns: dict[str, np.ndarray]) -> pd.DataFrame:
-    frame = pd.DataFrame(columns)
+def of_router(report: Report, router: int, columns: Mapping[str, object]) -> pd.DataFrame:
+    """Rows about a router: `layer, router` in front."""
+    frame = pd.DataFrame(dict(columns))
     frame.insert(0, "layer", report.counts.routers[router].layer)
     frame.insert(1, "router", router)
     return frame
 
 
-def _stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
+def stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)

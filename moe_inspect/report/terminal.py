@@ -76,6 +76,10 @@ CUTS: dict[str, tuple[list[str], str]] = {
         ],
         "the routers that tell domains apart best",
     ),
+    "router": (
+        ["layer", "router", "weight_mass", "weight_entropy_nats", "aux_loss", "z_loss", "gate_entropy_nats", "top_k_mass", "tie_rate"],
+        "the least decided routers",
+    ),
     "vocabulary": (
         ["layer", "router", "expert", "token", "count", "fraction", "first_choice_fraction"],
         "the token ids that follow one expert most",
@@ -108,12 +112,14 @@ def console_for(file: TextIO) -> Console:
 def print_report(report: Report, file: TextIO) -> None:
     """The whole report."""
     console, facts = console_for(file), dict(report.facts())
-    console.print(Text(f"{facts['model']} · {report.trace.path} · {facts['status']}", style="bold"))
+    console.print(Text(printable(f"{facts['model']} · {report.trace.path} · {facts['status']}"), style="bold"))
     console.print()
     _print_verdict(report.verdict(), console)
     print_heatmap(report, console)
     for name, (columns, what) in CUTS.items():
         if name == "vocabulary" and report.counts.counts_only:
+            continue
+        if name == "router" and not (report.trace.has_weights or "logits" in report.trace.tables):
             continue
         if name == "domains" and len(report.counts.domains) < 2:
             console.print()
@@ -136,10 +142,11 @@ def print_report(report: Report, file: TextIO) -> None:
     if notes:
         console.print()
     for note in notes:
-        console.print(Text(_wrapped("note: ", note, console), style="dim"))
+        console.print(Text(_wrapped("note: ", printable(note), console), style="dim"))
 
 
 def _print_verdict(sentences: list[str], console: Console) -> None:
+    sentences = [printable(sentence) for sentence in sentences]
     if not console.is_terminal:
         for sentence in sentences:
             console.print(Text(_wrapped("• ", sentence, console)))
@@ -196,7 +203,12 @@ def _said(value: Any) -> str:
         return f"{value:,.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
-    return value if value.isprintable() else repr(value)[1:-1]
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """A text of which nothing can steer a terminal: control characters, escapes and direction marks are spelled out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _cut(name: str, frame: Any) -> Any:
@@ -215,6 +227,9 @@ def _cut(name: str, frame: Any) -> Any:
             if frame["domain_mi_bits"].notna().any()
             else frame.head(ROWS)
         )
+    if name == "router" and len(frame) > ROWS:
+        by = "gate_entropy_nats" if frame["gate_entropy_nats"].notna().any() else "weight_entropy_nats"
+        return frame.nlargest(ROWS, by).sort_values(["layer", "router"]) if frame[by].notna().any() else frame.head(ROWS)
     if name == "vocabulary":
         return frame.loc[(frame["first_choice_fraction"] * np.log1p(frame["count"])).nlargest(ROWS).index]
     return frame

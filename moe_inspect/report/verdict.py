@@ -10,52 +10,45 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.analysis.specialization import relabellings
 from moe_inspect.analysis.uncertainty import FEWEST_DOCUMENTS, noise_floor
+from moe_inspect.report.doubts import doubts, one_rank
+from moe_inspect.report.words import counted, listed, some, verb
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
-UNEVEN = 0.2  # max_vio from which imbalance is worth acting on: the busiest expert 20 % above the mean
-OVERLOADED = 2.0  # load ratio
-STARVED = 0.1  # load ratio
-SLIGHT_BITS = 0.1  # of domain information: a router that was never trained can reach as much
-MODERATE_BITS = 0.2  # of domain information: where shuffled documents can reach as much, finding none means nothing
-FEWEST_RELABELLINGS = 100  # below this nothing can lie beyond the 99th percentile of the null
-BY_UNEVEN = f"at least {1 + UNEVEN:g}x and beyond chance"
-THRESHOLDS: dict[str, object] = {
-    "threshold_uneven": f"max_vio >= {UNEVEN} and above chance",
-    "threshold_overloaded": f"load_ratio >= {OVERLOADED}",
-    "threshold_starved": f"load_ratio < {STARVED}",
-    "threshold_no_domain": f"domain_mi_null_p99_bits < {MODERATE_BITS}",
-}
-
 
 def verdict(report: Report) -> list[str]:
     """Plain sentences, most important first."""
+    from moe_inspect.report.verdict_routing import confidence, domains, token_ids
+
     said = [
         report.warning and f"Careful: {report.warning}.",
+        one_rank(report),
         _balance(report),
         _silent(report),
         _dead(report),
         _crowded(report),
+        _waiting(report),
         _pooled(report),
         _overloading_domain(report),
-        *_domains(report),
-        _token_ids(report),
+        *domains(report),
+        token_ids(report),
+        confidence(report),
+        *doubts(report),
         _judged_on(report),
     ]
     return [sentence for sentence in said if sentence]
 
 
-def _frames(report: Report) -> Any:
+def frames(report: Report) -> Any:
     """The tables, untyped: pandas' own annotations make a union of every result."""
     return report.tables
 
 
 def routers(report: Report) -> list[dict[str, Any]]:
     """The rows of `balance` that have load."""
-    return _frames(report)["balance"].dropna(subset=["max_vio"]).to_dict("records")
+    return frames(report)["balance"].dropna(subset=["max_vio"]).to_dict("records")
 
 
 def worst_router(report: Report) -> dict[str, Any] | None:
@@ -77,6 +70,14 @@ def chance(row: Any) -> float:
     return row["noise_floor"] * math.sqrt(max(1.0, 1.0 if math.isnan(effect) else effect))
 
 
+def by_uneven(report: Report) -> str:
+    return f"at least {1 + report.thresholds.uneven:g}x and beyond chance"
+
+
+def uneven(report: Report, row: Any) -> bool:
+    return row["max_vio"] >= report.thresholds.uneven and above_chance(report, row)
+
+
 def few_documents(report: Report) -> bool:
     """Whether there are too few documents to tell the model from the text."""
     return not report.counts.counts_only and len(report.counts.units) < FEWEST_DOCUMENTS
@@ -94,35 +95,35 @@ def _balance(report: Report) -> str:
     if row is None:
         return "No router made a single assignment: there is no load to judge."
     busiest = f"expert {int(row['busiest_expert'])} gets {row['max_over_mean']:.2f}x the mean load"
-    where = _where(report, row)
+    where = where_of(report, row)
     if few_documents(report):
         return (
             f"Too little to judge balance by: at the most, {where.lower()}, {busiest} ({_chance(row)}), but fewer than "
             f"{FEWEST_DOCUMENTS} documents cannot tell the model from the text."
         )
-    uneven = sum(above_chance(report, r) and r["max_vio"] >= UNEVEN for r in balance)
-    of = f"{uneven} of {len(balance)} routers {'is' if uneven == 1 else 'are'} uneven ({BY_UNEVEN})"
+    n = sum(uneven(report, r) for r in balance)
+    of = f"{n} of {len(balance)} routers {'is' if n == 1 else 'are'} uneven ({by_uneven(report)})"
     low, high = 1 + row["max_vio_low"], 1 + row["max_vio_high"]
     sure = "counts alone have no interval" if math.isnan(low) else f"95% interval {low:.2f}-{high:.2f}x"
     beside = f"({sure}; {_chance(row)})"
-    if above_chance(report, row) and row["max_vio"] >= UNEVEN:
+    if uneven(report, row):
         if len(balance) == 1:
-            return f"{where} is uneven ({BY_UNEVEN}): {busiest} {beside}."
+            return f"{where} is uneven ({by_uneven(report)}): {busiest} {beside}."
         return f"{where} is the worst balanced: {busiest} {beside}; {of}."
     if above_chance(report, row):
         return f"Balance is good: at the worst, {where.lower()}, {busiest} {beside}."
-    if chance(row) >= UNEVEN or row["max_vio"] >= UNEVEN:
-        others = f"; {of}" if uneven else ""
+    if chance(row) >= report.thresholds.uneven or row["max_vio"] >= report.thresholds.uneven:
+        others = f"; {of}" if n else ""
         return f"Too little to judge balance by: at the worst, {where.lower()}, {busiest}, which may be chance {beside}{others}."
     return f"Nothing is wrong with the balance: at the worst, {where.lower()}, {busiest}, no more than chance may give {beside}."
 
 
 def _silent(report: Report) -> str | None:
-    table = _frames(report)["balance"]
+    table = frames(report)["balance"]
     silent = table[table["assignments"] == 0].to_dict("records")
     if not silent or len(silent) == len(table):
         return None
-    places = _some([_where(report, row).lower() for row in silent], 6, ", ")
+    places = some([where_of(report, row).lower() for row in silent], 6, ", ")
     return f"{len(silent)} of {len(table)} routers made no assignment at all: {places}."
 
 
@@ -131,15 +132,15 @@ def _dead(report: Report) -> str | None:
     dead = [row for row in balance if row["dead_experts"]]
     if not dead:
         return None
-    load = _frames(report)["load"]
+    load = frames(report)["load"]
     places, likely = [], 0.0
     for row in dead:
         ids = load.loc[(load["router"] == row["router"]) & (load["assignments"] == 0), "expert"].tolist()
-        places.append(f"{_where(report, row).lower()}: {_listed(ids)}")
+        places.append(f"{where_of(report, row).lower()}: {listed(ids)}")
         picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
         likely = max(likely, row["experts"] * (1 - picked) ** row["tokens"])
     n = sum(int(row["dead_experts"]) for row in dead)
-    said = f"{n} dead {'expert' if n == 1 else 'experts'} in {len(dead)} of {len(balance)} routers ({_some(places, 4, '; ')})"
+    said = f"{n} dead {'expert' if n == 1 else 'experts'} in {len(dead)} of {len(balance)} routers ({some(places, 4, '; ')})"
     tokens = counted(report.counts.tokens, "token")
     if likely > 0.01:
         return f"{said}: but {tokens} {'are' if report.counts.tokens > 1 else 'is'} too few to call an expert dead, chance alone leaves some without any."
@@ -149,30 +150,50 @@ def _dead(report: Report) -> str | None:
 
 
 def _crowded(report: Report) -> str | None:
-    load = _frames(report)["load"]
-    over, starved = load[load["load_ratio"] >= OVERLOADED], load[(load["load_ratio"] < STARVED) & (load["assignments"] > 0)]
+    load = frames(report)["load"]
+    over, starved = (
+        load[load["load_ratio"] >= report.thresholds.overloaded],
+        load[(load["load_ratio"] < report.thresholds.starved) & (load["assignments"] > 0)],
+    )
     real, parts = {row["router"] for row in routers(report) if above_chance(report, row)}, []
     over, starved = over[over["router"].isin(real)], starved[starved["router"].isin(real)]
     if len(over):
         parts.append(
-            f"{counted(len(over), 'expert')} in {counted(over['router'].nunique(), 'router')} {_verb(over, 'get')} at least {OVERLOADED:g}x the mean load"
+            f"{counted(len(over), 'expert')} in {counted(over['router'].nunique(), 'router')} {verb(over, 'get')} at least {report.thresholds.overloaded:g}x the mean load"
         )
     if len(starved):
         parts.append(
-            f"{counted(len(starved), 'expert')} in {counted(starved['router'].nunique(), 'router')} {_verb(starved, 'get')} under a tenth of it"
+            f"{counted(len(starved), 'expert')} in {counted(starved['router'].nunique(), 'router')} {verb(starved, 'get')} under {report.thresholds.starved:.0%} of it"
         )
         if not len(over):
             parts[-1] = parts[-1].replace("of it", "of the mean load")
     return f"{' and '.join(parts)}." if parts else None
 
 
+def _waiting(report: Report) -> str | None:
+    """What unevenness costs: a layer is done when its busiest GPU is, so with a GPU to each expert the others wait."""
+    balance, worst = routers(report), worst_router(report)
+    if worst is None or not uneven(report, worst):
+        return None
+    # the time of a layer is that of its busiest expert, its work that of the mean
+    share = 1 - sum(row["assignments"] / row["experts"] for row in balance) / sum(
+        row["max_over_mean"] * row["assignments"] / row["experts"] for row in balance
+    )
+    alone = f" ({1 - worst['balancedness']:.0%} at {where_of(report, worst).lower()})" if len(balance) > 1 else ""
+    said = f"With a GPU to each expert, {share:.0%} of their compute would be spent waiting for the busiest{alone}"
+    batch = worst["max_vio_batch"]
+    if not math.isnan(batch) and batch > worst["max_vio"]:
+        said += f"; forward pass by forward pass it is more, the busiest there gets {1 + batch:.2f}x on average"
+    return f"{said}."
+
+
 def _pooled(report: Report) -> str | None:
     pooled, row = report.pooled_max_over_mean(), worst_router(report)
     if pooled is None or row is None:
         return None
-    if not above_chance(report, row) or row["max_vio"] < UNEVEN or pooled - 1 > min(UNEVEN, row["max_vio"] / 2):
+    if not uneven(report, row) or pooled - 1 > min(report.thresholds.uneven, row["max_vio"] / 2):
         return None
-    chosen, where = report.selection.routers, _where(report, row)
+    chosen, where = report.selection.routers, where_of(report, row)
     layers = len({report.trace.routers[r].layer for r in chosen})
     of = "layers" if layers == len(chosen) else "routers"
     over = f"all {of}" if len(chosen) == len(report.trace.routers) else f"the {len(chosen)} {of} selected"
@@ -180,7 +201,7 @@ def _pooled(report: Report) -> str | None:
 
 
 def _overloading_domain(report: Report) -> str | None:
-    domains = _frames(report)["domains"]
+    domains = frames(report)["domains"]
     if domains["domain"].nunique() < 2:
         return None
     mean = domains.groupby(["router", "domain"])["assignments"].transform("mean")
@@ -193,8 +214,8 @@ def _overloading_domain(report: Report) -> str | None:
         overall = balance[row["router"]]
         T = round(row["tokens"] * overall["assignments"] / (overall["tokens"] * overall["top_k"]))
         floor = noise_floor(T, int(overall["experts"]), int(overall["top_k"])) * chance(overall) / max(overall["noise_floor"], 1e-9)
-        if row["ratio"] - 1 >= UNEVEN and row["ratio"] - 1 > 2 * floor and row["ratio"] - 1 > 1.5 * overall["max_vio"]:
-            where, together = _where(report, row).lower(), "the" if report.selection.domains else "all"
+        if row["ratio"] - 1 >= report.thresholds.uneven and row["ratio"] - 1 > 2 * floor and row["ratio"] - 1 > 1.5 * overall["max_vio"]:
+            where, together = where_of(report, row).lower(), "the" if report.selection.domains else "all"
             if counts.counts_only or documents[row["domain"]] >= FEWEST_DOCUMENTS:
                 return (
                     f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: {row["ratio"]:.2f}x the mean load on '
@@ -207,81 +228,6 @@ def _overloading_domain(report: Report) -> str | None:
     return unsure
 
 
-def _domains(report: Report) -> list[str]:
-    table = _frames(report)["specialization"]
-    counts, known = report.counts, table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
-    if len(counts.domains) < 2 or table["domain_mi_bits"].isna().all():
-        return []
-    if counts.counts_only:
-        return ["Whether experts specialise by domain cannot be told from counts alone: they hold no documents to shuffle."]
-    documents = f"{counted(counts.documents, 'document')} in {counted(len(counts.domains), 'domain')}"
-    if known.empty or relabellings(counts.domain_of_unit_U) < FEWEST_RELABELLINGS:
-        return [f"Too few documents to tell whether experts specialise by domain: {documents} can hardly be shuffled."]
-    # of many routers some exceed their 99th percentile by luck: half as much again is asked
-    margin = known["domain_mi_null_p99_bits"] - known["domain_mi_null_bits"]
-    real = known[known["domain_mi_bits"] - known["domain_mi_null_bits"] > 1.5 * margin]
-    if real.empty and (reach := known["domain_mi_null_p99_bits"].max()) >= MODERATE_BITS:
-        return [
-            f"Too few documents to tell whether experts specialise by domain: {documents} give up to {reach:.2f} bits when shuffled "
-            f'(a "no" takes less than {MODERATE_BITS:g}).'
-        ]
-    if real.empty:
-        return ["No expert specialises by domain: routing tells no more of it than documents with their labels shuffled would."]
-    effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
-    row = real.loc[effect.idxmax()]
-    found = _specialist(report, int(row["router"]))
-    where = _where(report, row)
-    said = (
-        f"Experts specialise by domain in {len(real)} of {len(table)} routers, most in {where.lower()}"
-        f" ({row['domain_mi_bits']:.3f} bits; shuffled documents give {row['domain_mi_null_bits']:.3f}){found}."
-    )
-    if effect.max() < SLIGHT_BITS:
-        said += " That is slight: a router that was never trained can show as much."
-    sentences = [said]
-    given, null = row["domain_mi_given_token_bits"], row["domain_mi_given_token_null_bits"]
-    if effect.max() >= SLIGHT_BITS / 5 and not math.isnan(given) and not math.isnan(null):
-        beyond = max(given - null, 0)
-        share = "most of it is vocabulary" if beyond < effect.max() / 3 else "it is not vocabulary alone"
-        sentences.append(
-            f"Once the token id is known, the domain tells {given:.3f} bits of the expert there ({null:.3f} with the documents shuffled): "
-            f"{share}."
-        )
-    return sentences
-
-
-def _specialist(report: Report, router: int) -> str:
-    """The expert whose activation rises most above its mean over domains, in which domain."""
-    rows = _frames(report)["domains"]
-    rows = rows[(rows["router"] == router) & (rows["lift"] > 1)]
-    if rows.empty:
-        return ""
-    best = rows.loc[(rows["activation"] - rows["activation"] / rows["lift"]).idxmax()]
-    return f': expert {best["expert"]} takes {best["activation"]:.0%} of the tokens of "{best["domain"]}", {best["lift"]:.1f}x its mean over domains'
-
-
-def _token_ids(report: Report) -> str | None:
-    table = _frames(report)["specialization"].dropna(subset=["vocabulary_specialization", "vocabulary_specialization_null"])
-    if table.empty or not table["token_mi_null_bits"].max() > 0:  # with a single token id there is nothing to tell
-        return None
-    effect = table["vocabulary_specialization"] - table["vocabulary_specialization_null"]
-    row = table.loc[effect.idxmax()]
-    if effect.max() < 0.02 or not row["token_mi_bits"] > row["token_mi_null_bits"]:
-        return "The token id does not decide the expert: tokens of one id spread as shuffled ids would."
-    where = _where(report, row)
-    said = (
-        f"The token id decides most in {where.lower()}: {row['vocabulary_specialization']:.0%} of first choices are the favourite "
-        f"of their token id ({row['vocabulary_specialization_null']:.0%} with the ids shuffled)"
-    )
-    if not report.top:
-        return said + "."
-    words = _frames(report)["vocabulary"]
-    words = words[(words["router"] == row["router"]) & words["token"].notna()]
-    if words.empty:
-        return said + "."
-    best = words.loc[(words["first_choice_fraction"] * np.log1p(words["count"])).idxmax()]
-    return f"{said}; expert {best['expert']} is the first choice of {best['first_choice_fraction']:.0%} of its {best['occurrences']:,} {best['token']!r}."
-
-
 def _judged_on(report: Report) -> str:
     counts = report.counts
     documents = f" of {counted(counts.documents, 'document')}" if counts.documents else ""
@@ -289,24 +235,8 @@ def _judged_on(report: Report) -> str:
     return f"Judged on {counted(counts.tokens, 'token')}{documents}{domains}, {counted(len(report.selection.routers), 'router')}."
 
 
-def _where(report: Report, row: Any) -> str:
+def where_of(report: Report, row: Any) -> str:
     """ "Layer 3", or with the router where its layer has several."""
     layer, router = int(row["layer"]), int(row["router"])
     several = sum(r.layer == layer for r in report.trace.routers) > 1
     return f"Layer {layer} (router {router})" if several else f"Layer {layer}"
-
-
-def _listed(ids: list[int]) -> str:
-    return _some([str(i) for i in ids], 6, ", ")
-
-
-def _some(items: list[str], most: int, between: str) -> str:
-    return between.join(items[:most]) + (f"{between}{len(items) - most} more" if len(items) > most else "")
-
-
-def _verb(subjects: Any, verb: str) -> str:
-    return f"{verb}s" if len(subjects) == 1 else verb
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")

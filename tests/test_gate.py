@@ -1,0 +1,93 @@
+"""Gates end with 3 and say who failed; thresholds change what the verdict says; the list of metrics is the README's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_inspect.analysis.registry import METRICS, metrics
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.gate import breaches, gate, gated
+from moe_inspect.report.report import report
+from tests.conftest import ROOT, Cli
+from tests.metrics_table import table
+from tests.synthetic import uniform_ids, write_trace
+
+T, E, K = 2_000, 8, 2
+
+
+def trace(root: Path) -> Path:
+    """Router 0 by chance; router 1: half of the tokens to experts 5 and 2."""
+    rng = np.random.default_rng(0)
+    ids = [uniform_ids(rng, T, E, K) for _ in range(2)]
+    ids[1][rng.random(T) < 0.5] = [5, 2]
+    write_trace(root, ids, E, document=np.arange(T) // 50, domain_of_document=["a", "b"])
+    return root
+
+
+def test_a_breach_is_named_and_exits_with_3(cli: Cli, tmp_path: Path):
+    trace(tmp_path / "t")
+    done = cli("report", "t", "--table", "load", "--format", "csv", "--fail-above", "max_vio=0.5", "--fail-below", "gini=0", check=3)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("failed: layer 1 (router 1): max_vio is 1.")
+    assert lines[0].endswith(", above 0.5")
+    assert len(done.stdout.splitlines()) == 1 + 2 * E  # the table all the same
+    cli("report", "t", "--table", "load", "--layers", "0", "--fail-above", "max_vio=0.5", check=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--fail-above", "ginny=1"], "no metric 'ginny': there are max_over_mean, max_vio"),
+        (["--fail-below", "gini"], "write it like gini=0.5"),
+        (["--threshold", "even=1"], "no threshold 'even': there are uneven, overloaded"),
+        (["--threshold", "uneven=-1"], "give a number from 0 up"),
+        (["--threshold", "uneven"], "write it like uneven=0.3"),
+    ],
+)
+def test_a_limit_on_nothing_is_a_usage_error(cli: Cli, tmp_path: Path, option: list[str], says: str):
+    trace(tmp_path / "t")
+    done = cli("report", "t", *option, check=2)
+    assert says in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_every_gate_has_its_column(tmp_path: Path):
+    made = report(trace(tmp_path / "t"))
+    for metric, name in gated().items():
+        assert metric in made.tables[name].columns
+
+
+def test_what_has_no_value_does_not_pass(tmp_path: Path):
+    made = report(trace(tmp_path / "t"))
+    (line, _) = breaches(made, [gate("aux_loss=2", above=True)])  # no logits
+    assert "has no value (NaN) to hold against 2" in line
+    assert breaches(made, [gate("next_accuracy=0.9", above=True)]) == []  # the last layer has no next one
+    assert len(breaches(made, [gate("next_accuracy=0.9", above=False)])) == 1  # positive control
+    with pytest.raises(MoeInspectError, match="no metric"):
+        gate("gini_=1", above=True)
+
+
+def test_thresholds_move_the_verdict_and_are_listed(tmp_path: Path):
+    root = trace(tmp_path / "t")
+    assert "1 of 2 routers is uneven (at least 1.2x" in report(root).verdict()[0]
+    far = report(root, thresholds={"uneven": 3})
+    assert far.verdict()[0].startswith("Balance is good")
+    assert dict(far.facts())["threshold_uneven"] == "max_vio >= 3 and above chance"
+
+
+def test_the_list_of_metrics_needs_no_trace(cli: Cli):
+    import io
+
+    import pandas as pd
+
+    listed = pd.read_csv(io.StringIO(cli("report", "--list-metrics", "--format", "csv").stdout))
+    assert listed["metric"].tolist() == [m.column for m in metrics().values()]
+    assert len(METRICS) > 30
+    assert "TRACE" in cli("report", check=2).stderr
+
+
+def test_the_readme_has_the_table_of_the_registry():
+    assert table() in (ROOT / "README.md").read_text(), "python -m tests.metrics_table writes it"

@@ -1,0 +1,145 @@
+"""Pairs, repetition, segments, windows, ESFT: by hand, and whole traces by lot against the values known for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_inspect.analysis import pairs, windows
+from moe_inspect.report.doubts import in_runs
+from moe_inspect.report.report import report
+from tests.synthetic import uniform_ids, write_counts, write_trace
+
+
+@pytest.mark.parametrize(
+    ("E", "k", "known"), [(8, 2, 0.4643), (64, 8, 0.6791), (128, 8, 0.4123), (256, 8, 0.2271), (64, 6, 0.4601), (60, 4, 0.2468)]
+)
+def test_random_choices_share_an_expert_as_often_as_is_known(E: int, k: int, known: float):
+    assert pairs.any_choice_random(E, k) == pytest.approx(known, abs=5e-5)
+
+
+def test_coactivation_by_hand():
+    # decisions {0,1} twice, {0,2} once
+    together = np.array([[3, 2, 1], [2, 2, 0], [1, 0, 1]])
+    probability = pairs.coactivation(together)
+    np.testing.assert_allclose(probability, [[np.nan, 2 / 3, 1 / 3], [1, np.nan, 0], [1, 0, np.nan]])
+    # given the loads, chance has no other choice than these pairs
+    np.testing.assert_allclose(pairs.coactivation_lift(together)[[0, 1, 0, 2], [1, 0, 2, 0]], 1, rtol=0.02)
+
+
+def test_chance_keeps_the_loads_and_is_exact_for_two_choices():
+    rng = np.random.default_rng(0)
+    w = np.array([5.0, 3, 2, 2, 1, 1])
+    p = np.outer(w, w) * (1 - np.eye(6))  # two distinct experts, with these preferences
+    together = p / p.sum() * 10_000
+    np.testing.assert_allclose(pairs.together_by_chance(together + np.diag(together.sum(1))), together, rtol=1e-6)
+    uneven = rng.integers(1, 90, (6, 6))
+    uneven = uneven + uneven.T
+    np.fill_diagonal(uneven, 0)
+    np.testing.assert_allclose(pairs.together_by_chance(uneven).sum(1), uneven.sum(1), rtol=1e-6)
+
+
+def test_transitions_by_hand():
+    next_EN = np.array([[3, 1], [0, 4]])
+    np.testing.assert_allclose(pairs.transition(next_EN, np.array([4, 4])), [[0.75, 0.25], [0, 1]])
+    np.testing.assert_allclose(pairs.transition_lift(next_EN), [[2, 0.4], [0, 1.6]])
+    assert pairs.next_accuracy(next_EN) == 7 / 8
+    assert pairs.next_accuracy_marginal(next_EN) == 5 / 8
+    assert pairs.next_accuracy_null(next_EN * 1000) == pytest.approx(5 / 8, abs=0.02)
+
+
+def test_segments_by_hand():
+    assert pairs.srp(np.array([6, 2])) == 1  # m = 1
+    # two windows of 2 tokens, k = 1, 4 experts: one stays (f = 2), the other goes (1, 1)
+    assert pairs.srp(np.array([5, 2, 1])) == pytest.approx(max(2 * 4 / (2 * 3 + 4), 2 * 2 / (2 * 1 + 4)))
+    assert np.isnan(pairs.srp(np.array([4, 0, 0])))
+
+
+def test_choices_by_lot_have_the_values_of_chance(tmp_path: Path):
+    rng = np.random.default_rng(1)
+    T, E, k = 12_000, 8, 2
+    ids = [uniform_ids(rng, T, E, k) for _ in range(2)]
+    made = report(write_trace(tmp_path / "t", ids, E, document=np.arange(T) // 200, domain_of_document=["a", "b"], shard_tokens=4_000))
+    assert made.tables["coactivation"]["probability"].to_numpy() == pytest.approx(1 / 7, abs=0.02)
+    assert len(made.tables["coactivation"]) == 2 * E * (E - 1)
+    assert made.tables["transitions"]["probability"].to_numpy() == pytest.approx(k / E, abs=0.03)
+    repetition = made.tables["repetition"]
+    assert repetition["first_choice"].to_numpy() == pytest.approx(1 / 8, abs=0.02)
+    assert repetition["any_choice"].to_numpy() == pytest.approx(0.4643, abs=0.03)
+    locality = made.tables["locality"].iloc[0]
+    for m in (4, 16, 64):
+        assert locality[f"srp_{m}"] == pytest.approx(locality[f"srp_{m}_by_load"], abs=0.01)
+    assert locality["next_accuracy"] == pytest.approx(locality["next_accuracy_null"], abs=0.01)
+    drift = made.tables["drift"]
+    np.testing.assert_allclose(drift["total_variation"], drift["total_variation_floor"], rtol=0.15)
+    np.testing.assert_allclose(drift["window_jsd_bits"], drift["window_jsd_floor_bits"], rtol=0.25)
+    lift = made.tables["coactivation"]
+    assert (np.abs(lift["lift"] - 1) < 4 * lift["lift_sd"]).all()
+
+
+def test_one_pass_counts_what_is_prepared(tmp_path: Path):
+    told: list[int] = []
+    rng = np.random.default_rng(2)
+    made = report(write_trace(tmp_path / "t", [uniform_ids(rng, 500, 8, 2)], 8), progress=told.append)
+    made.prepare(["coactivation", "drift", "balance"])
+    for name in ("coactivation", "drift", "balance", "load"):
+        assert made.tables[name].size
+    assert sum(told) == 500
+    assert made.tables["esft"].size
+    assert sum(told) == 1_000
+
+
+def test_counts_alone_say_what_they_can(tmp_path: Path):
+    made = report(write_counts(tmp_path / "t", [np.full((1, 8), 100)] * 2, 2))
+    assert made.tables["esft"]["token_score"].to_numpy() == pytest.approx(1 / 8)
+    assert made.tables["router"]["weight_mass"].isna().all()
+    from moe_inspect.errors import MoeInspectError
+
+    for name in ("coactivation", "transitions", "repetition", "locality", "windows", "drift"):
+        with pytest.raises(MoeInspectError, match=f"counts only, no decisions: no {name} table"):
+            made.tables[name]
+
+
+def test_one_ranks_counts_are_not_dead_experts(tmp_path: Path):
+    load = np.zeros((1, 16), np.int64)
+    load[0, 4:8] = 500
+    assert report(write_counts(tmp_path / "a", [load, load], 2)).verdict()[0].startswith("Only experts 4-7 of 16 have any load")
+    load[0, 12] = 10  # positive control
+    assert not any("Only experts" in s for s in report(write_counts(tmp_path / "b", [load, load], 2)).verdict())
+
+
+def test_warm_up_rows_are_noticed(tmp_path: Path):
+    rng = np.random.default_rng(3)
+    ids, token_id = uniform_ids(rng, 1_000, 8, 2), rng.integers(1, 99, 1_000)
+    plain = report(write_trace(tmp_path / "a", [ids], 8, token_id=token_id)).verdict()
+    ids[:64], token_id[:64] = [1, 2], 0
+    warm = report(write_trace(tmp_path / "b", [ids], 8, token_id=token_id)).verdict()
+    assert not any("warm-up" in s for s in plain)
+    assert any(s.startswith("64 of the first 1,000 tokens are in runs of 16 or more identical rows") for s in warm)
+    assert in_runs(np.array([[1], [1], [1], [2], [2]]), 3) == 3
+
+
+def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
+    import io
+
+    from moe_inspect.report.terminal import print_report
+
+    rng = np.random.default_rng(4)
+    hostile = "\x1b[31mred\x07"
+    trace = write_trace(
+        tmp_path / "t", [uniform_ids(rng, 900, 8, 2)], 8, document=np.arange(900) // 300, domain_of_document=[hostile, "b", "c"]
+    )
+    file = io.StringIO()
+    print_report(report(trace), file)
+    assert "\x1b" not in file.getvalue()
+    assert "\x07" not in file.getvalue()
+    assert "\\x1b[31mred" in file.getvalue()
+
+
+def test_packing_by_hand():
+    assert windows.pack(np.array([4, 3, 2, 1]), 2).tolist() == [0, 1, 1, 0]
+    load_WE = np.array([[4, 3, 2, 1], [1, 2, 3, 4]])
+    assert windows.balancedness_fresh(load_WE, 2) == 1
+    assert windows.drop_rate(np.array([[8, 0, 0, 0]]), 1.25).tolist() == [5 / 8]
