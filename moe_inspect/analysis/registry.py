@@ -65,10 +65,9 @@ def metric(
 
 
 def metrics() -> dict[str, Metric]:
-    """METRICS with every file read that adds to it."""
-    for home in HOMES:
-        importlib.import_module(f"moe_inspect.analysis.{home}")
-    return METRICS
+    """METRICS with every file read that adds to it, in the order of the files, whichever was read first."""
+    homes = [importlib.import_module(f"moe_inspect.analysis.{home}").__name__ for home in HOMES]
+    return dict(sorted(METRICS.items(), key=lambda item: homes.index(item[1].function.__module__)))
 
 
 def listing() -> list[dict[str, str]]:
