@@ -157,4 +157,4 @@ def test_a_name_is_given_once():
 
 
 def test_the_listing_has_every_metric():
-    assert [row["metric"] for row in listing()] == [m.column for m in METRICS.values()]
+    assert [row["metric"] for row in listing()] == [m.column for m in metrics().values()]
