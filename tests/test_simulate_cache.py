@@ -116,6 +116,9 @@ def test_uniform_routing_hits_as_often_as_slots_are_of_experts(tmp_path: Path):
     assert table["hit_rate"].tolist() == pytest.approx([0.25, 0.5, 1 - 16 / 12_000], abs=0.015)
     assert table["even_share"].tolist() == [0.25, 0.5, 1.0]
     assert table["hit_rate_warm"].iloc[2] == 1.0
+    assert simulate_cache(trace, slots=[4]).verdict[0].startswith("A hot set worth caching? No")
+    assert simulate_cache(trace, slots=[16]).verdict[0].endswith("ask with fewer.")
+    assert simulate_cache(ROOT / "sample_traces/collapsed", slots=[4]).verdict[0].startswith("A hot set worth caching? Yes: in 4 of 4")
 
 
 def test_sequences_run_one_after_the_other_and_phases_are_told_apart(tmp_path: Path):

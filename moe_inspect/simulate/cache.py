@@ -268,16 +268,10 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     main, speed = tables["cache"].dropna(subset=["hit_rate"]), tables["cache_speed"]
     if main.empty:
         return ["Simulated: no router made an assignment, so nothing could be cached."]
-    size = settings["slots"][(len(settings["slots"]) - 1) // 2]
+    size = settings["slots"][len(settings["slots"]) // 2]
     at = main[main["slots"] == size]
     once = at.drop_duplicates("router")
-    hot = (once["hot_set_share"] >= HOT * once["even_share"]).sum()
-    low, high = once["hot_set_share"].min(), once["hot_set_share"].max()
-    said = [
-        f"A hot set worth caching? {'Yes' if hot == len(once) else 'In part' if hot else 'No'}: in {hot} of {len(once)} layers the {size} busiest experts "
-        f"get at least {HOT:g}x what even load would give {size} experts ({_percents(low, high)} of accesses; even: "
-        f"{_percents(once['even_share'].min(), once['even_share'].max())})."
-    ]
+    said = [_hot_set(once, size)]
     for name in settings["policies"]:
         rate = at[at["policy"] == name]["hit_rate"]
         bound = " (the bound: it sees the future)" if name == "belady" else ""
@@ -296,6 +290,18 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return said
 
 
+def _hot_set(once: Any, size: int) -> str:
+    """Whether the busiest experts of each layer are wanted so often that holding them pays. once: a row a router."""
+    if (HOT * once["even_share"] >= 1).all():
+        return f"A hot set worth caching? With {size} slots nearly all experts are in: ask with fewer."
+    hot = int((once["hot_set_share"] >= HOT * once["even_share"]).sum())
+    return (
+        f"A hot set worth caching? {'Yes' if hot == len(once) else 'In part' if hot else 'No'}: in {hot} of {len(once)} layers the {size} busiest "
+        f"experts get at least {HOT:g}x what even load would give them ({_percents(once['hot_set_share'].min(), once['hot_set_share'].max())} of "
+        f"accesses; even: {_percents(once['even_share'].min(), once['even_share'].max())})."
+    )
+
+
 def _percents(low: float, high: float) -> str:
     return f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
 
@@ -306,7 +312,7 @@ def _figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
 
     main = tables["cache"]
     colours = {"lru": "#2980b9", "lfu": "#27ae60", "belady": "#2c3e50"}
-    size = settings["slots"][(len(settings["slots"]) - 1) // 2]
+    size = settings["slots"][len(settings["slots"]) // 2]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in settings["policies"]:

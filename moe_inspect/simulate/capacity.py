@@ -347,11 +347,11 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     ]
     most = needed.loc[needed["capacity_factor"].idxmax()]
     said.append(
-        f"Simulated: to drop at most {settings['target_drop']:.3g} of every layer's assignments takes a factor of {most['capacity_factor']:.2f} "
+        f"Simulated: to drop at most {100 * settings['target_drop']:.3g}% of every layer's assignments takes a factor of {most['capacity_factor']:.2f} "
         f"(layer {most['layer']:.0f}), which leaves {most['unused_capacity']:.0%} of that layer's places empty."
     )
     ends = tables["capacity_by_position"].query("capacity_factor == @factor and router == @worst.router")
-    for place in PLACES:
+    for place in PLACES[:1] if settings["group_tokens"] == "sequence" else PLACES:
         rate = ends[ends["position_in"] == place].set_index("tenth")["drop_rate"]
         said.append(
             f"Simulated, layer {worst['layer']:.0f}, drops by place in the {place}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
