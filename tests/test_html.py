@@ -10,6 +10,7 @@ import pytest
 
 from moe_inspect.report import html
 from moe_inspect.report.html import Section
+from moe_inspect.report.text import number
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -68,7 +69,7 @@ def test_two_sections_of_one_title_have_ids_of_their_own():
     ],
 )
 def test_cells_are_readable(value: object, said: str):
-    assert html.number(value) == said
+    assert number(value) == said
 
 
 def test_a_long_table_is_cut_and_says_so():

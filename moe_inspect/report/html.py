@@ -11,8 +11,6 @@ import gzip
 import hashlib
 import io
 import json
-import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.text import number, readable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,29 +107,6 @@ def svg_of(figure: Figure) -> str:
 def label(text: object) -> str:
     """A text for a plotly figure, which reads markup in labels: as it is, never as markup."""
     return readable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def readable(text: object) -> str:
-    """A text in which every character is seen: line ends, control and direction marks as escapes, a blank at an end as ␣."""
-    text = "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else _escape(c) for c in str(text))
-    inner = text.strip(" ")
-    lead = len(text) - len(text.lstrip(" "))
-    return "␣" * lead + inner + "␣" * (len(text) - lead - len(inner)) if inner else "␣" * len(text)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A cell as people read it; "–" where there is none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "<NA>":
-        return "–"
-    if isinstance(value, (float, np.floating)):
-        return f"{value:,.{digits}f}" if abs(value) >= 10**-digits or value == 0 else f"{value:.1e}"
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return f"{value:,}"
-    return readable(value)
 
 
 def rows_of(frame: pd.DataFrame) -> dict[str, Any]:

@@ -18,7 +18,7 @@ moe.colour = (name) => {
 
 moe.coloured = (value, known = {}) => {
   if (typeof value === "string") return value[0] === "@" ? (known[value] ??= moe.colour(value.slice(1))) : value;
-  if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map((v) => moe.coloured(v, known));
+  if (Array.isArray(value)) return value.map((v) => moe.coloured(v, known));
   if (value === null || typeof value !== "object") return value;
   return Object.fromEntries(Object.entries(value).map(([key, v]) => [key, moe.coloured(v, known)]));
 };

@@ -1,0 +1,446 @@
+"""What the page of a report shows, a function a section, and the data that its map draws from.
+
+L routers, E experts of the widest of them, D domains. A section is a function decorated with @section: it returns a Section, or
+in words why there is none to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.balance import METRICS
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.report import html
+from moe_inspect.report.html import Section
+from moe_inspect.report.text import layer_label, readable
+from moe_inspect.report.verdict import UNEVEN, above_chance, chance, counted, routers, worst_router
+
+if TYPE_CHECKING:
+    from moe_inspect.report.report import Report
+
+SECTIONS: dict[str, Callable[[Report], Section | str]] = {}
+CELLS = 800_000  # load by domain, router and expert: the domains with the most tokens, up to so many numbers
+ENTRIES = 160_000  # of each list that cards show, over all experts
+MOST_LINES = 12  # routers drawn as lines; more make a heatmap
+PAIRS = 60  # of a table of pairs
+
+
+def section(function: Callable[[Report], Section | str]) -> Callable[[Report], Section | str]:
+    """Registers a section of the page, in the order of the page."""
+    SECTIONS[function.__name__] = function
+    return function
+
+
+def report_page(report: Report) -> str:
+    """The page of a report, as HTML."""
+    sections, left_out = [], []
+    for make in SECTIONS.values():
+        try:
+            made = make(report)
+        except MoeInspectError as error:  # what this trace cannot give is said on the page
+            made = str(error)
+        (sections if isinstance(made, Section) else left_out).append(made)
+    data, short = map_data(report)
+    return html.page(
+        str(dict(report.facts())["model"]),
+        report.verdict(),
+        sections,
+        subtitle=_subtitle(report),
+        warnings=[report.warning] if report.warning else [],
+        facts=_tiles(report),
+        left_out=[*left_out, *short],
+        data=data,
+        footer="Every figure is of one router at a time: expert 3 of one layer has nothing to do with expert 3 of the next. Load counts "
+        "assignments; a token makes k of them at each router. Made by moe-inspect.",
+    )
+
+
+def _subtitle(report: Report) -> str:
+    counts, trace = report.counts, report.trace
+    shapes = sorted({(trace.routers[r].experts, trace.routers[r].top_k) for r in report.selection.routers})
+    said = [
+        str(trace.path.resolve().name),
+        counted(counts.tokens, "token") + (f" of {counted(counts.documents, 'document')}" if counts.documents else ""),
+        counted(len(counts.domains), "domain"),
+        f"{counted(len(report.selection.routers), 'router')}, {' and '.join(f'{k} of {E} experts' for E, k in shapes)} a token",
+    ]
+    return " · ".join(said + ([f"{report.selection.phase} only"] if report.selection.phase else []))
+
+
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    worst, rows = worst_router(report), routers(report)
+    if worst is None:
+        return []
+    uneven = sum(above_chance(report, row) and row["max_vio"] >= UNEVEN for row in rows)
+    pooled = report.pooled_max_over_mean()
+    tiles = [
+        ("busiest expert ÷ mean", f"{worst['max_over_mean']:.2f}×", f"layer {layer_label(report, int(worst['router']))}, the worst"),
+        ("chance would give", f"{1 + chance(worst):.2f}×", "documents like these"),
+        ("uneven routers", f"{uneven} of {len(rows)}", f"{1 + UNEVEN:g}× and beyond chance"),
+        ("dead experts", str(sum(int(row["dead_experts"]) for row in rows)), f"of {sum(int(row['experts']) for row in rows):,}"),
+    ]
+    return tiles + ([("pooled over layers", f"{pooled:.2f}×", "what one figure would say")] if pooled else [])
+
+
+def _definitions(*names: str) -> dict[str, str]:
+    return {name: " ".join((METRICS[name].function.__doc__ or "").split()) for name in names}
+
+
+# --- the sections
+
+
+@section
+def load(report: Report) -> Section | str:
+    """Layers × experts, drawn by map.js."""
+    if not routers(report):
+        return "load: no router made an assignment"
+    return Section(
+        "Load of every expert",
+        "The load of an expert as a ratio to the mean of its layer, on a scale on which a half is as far from even as double. Click a "
+        "cell, or move with the arrow keys and press Enter, for the expert's card.",
+        widget="map",
+        definitions={
+            "load ratio": "assignments of an expert ÷ the mean over the experts of its router; within a domain, of that domain's tokens. "
+            "1 is even, E/k is every token.",
+            "dead": "not one assignment; judged on the tokens of this trace only.",
+        },
+    )
+
+
+@section
+def balance(report: Report) -> Section | str:
+    """max/mean by layer, its interval, and what chance gives."""
+    table: Any = report.tables["balance"]
+    if not table["max_vio"].notna().any():
+        return "balance: no router made an assignment"
+    x, labels = _layers(report, table)
+    floor = 1 + np.array([chance(row) for row in table.to_dict("records")])
+    edge = np.r_[-0.5, x, len(x) - 0.5]
+    value = 1 + table["max_vio"].to_numpy()
+    data: list[dict[str, Any]] = [
+        _line(edge, np.ones(len(edge)), "", line={"width": 0}, showlegend=False, hoverinfo="skip"),
+        _line(edge, np.r_[floor[0], floor, floor[-1]], "chance, for documents like these", line={"width": 0}, fill="tonexty", fillcolor="@band"),
+    ]
+    busiest = {"mode": "markers", "marker": {"color": "@accent", "size": 8}, "hovertemplate": "layer %{text}: %{y:.3f}×", "text": labels}
+    if table["max_vio_low"].notna().any():
+        upper, lower = (table[c].to_numpy() + 1 for c in ("max_vio_high", "max_vio_low"))
+        bars = {"type": "data", "symmetric": False, "array": _numbers(upper - value), "arrayminus": _numbers(value - lower)}
+        busiest["error_y"] = {**bars, "color": "@accent", "thickness": 3, "width": 0}
+        busiest["name"] = "busiest expert, with its 95 % interval"
+    data.append({"type": "scatter", "x": _numbers(x), "y": _numbers(value), "name": "busiest expert", **busiest})
+    if table["max_vio_batch"].notna().any():
+        batch = {"mode": "markers", "marker": {"color": "@second", "symbol": "line-ew-open", "size": 12, "line": {"width": 2}}}
+        data.append(_line(x, 1 + table["max_vio_batch"].to_numpy(), "busiest of a batch, mean over batches", **batch))
+    pooled = report.pooled_max_over_mean()
+    if pooled is not None:
+        ends = np.array([edge[0], edge[-1]])
+        data.append(_line(ends, np.full(2, pooled), f"pooled over layers: {pooled:.2f}×", line={"color": "@third", "dash": "dash", "width": 1.5}))
+    return Section(
+        "Balance by layer",
+        "How much more than the mean the busiest expert of each layer gets. Within the grey band chance alone explains it.",
+        figure={"data": data, "layout": {"xaxis": _layer_axis(labels), "yaxis": {"title": {"text": "max ÷ mean load"}}, "height": 380}},
+        table=table,
+        definitions={
+            **_definitions("max_over_mean"),
+            "chance": "the ratio that a router choosing by lot would show on as many tokens, widened by how alike the tokens of a "
+            "document are (design effect).",
+            "interval": "of the busiest expert's load ratio, from resampling documents; fewer than five documents have none.",
+            **_definitions("cv", "gini", "entropy"),
+        },
+    )
+
+
+@section
+def windows(report: Report) -> Section | str:
+    """Load over time: max/mean of each router in windows of the trace, in execution order."""
+    if report.counts.counts_only:
+        return "load over time: counts alone have no order"
+    table: Any = report.tables["windows"]
+    if table["window"].nunique() < 2:
+        return "load over time: the trace is a single window"
+    first: Any = table.drop_duplicates("window").sort_values("window")["first_token"].to_numpy()
+    wide = table.pivot_table(index="router", columns="window", values="max_over_mean", sort=True, dropna=False)
+    wide = wide.reindex([r for r in report.selection.routers if r in wide.index])
+    labels = [layer_label(report, r) for r in wide.index]
+    ticks = np.unique(np.linspace(0, len(first) - 1, min(8, len(first))).round().astype(int))
+    axis = {"title": {"text": "first token of the window"}, "tickvals": _numbers(ticks), "ticktext": [f"{first[t]:,}" for t in ticks]}
+    x = np.arange(wide.shape[1])
+    if len(wide) <= MOST_LINES:
+        data = [_line(x, wide.to_numpy()[i], f"layer {label}", mode="lines") for i, label in enumerate(labels)]
+        layout: dict[str, Any] = {"xaxis": axis, "yaxis": {"title": {"text": "max ÷ mean load"}}, "height": 360}
+    else:
+        data = [_heatmap(wide.to_numpy(), x, "window %{x}, layer %{customdata}: %{z:.2f}×", np.array([[v] * len(x) for v in labels]))]
+        layout = {"xaxis": axis, "yaxis": {**_layer_axis(labels), "autorange": "reversed"}, "height": 120 + 9 * len(wide)}
+    return Section(
+        "Load over time",
+        "The busiest expert ÷ the mean, in windows of the trace in the order it ran. Text that changes shows as steps, a router that drifts as a slope.",
+        figure={"data": data, "layout": layout},
+        table=table,
+    )
+
+
+@section
+def domains(report: Report) -> Section | str:
+    """Domain × expert of one router, drawn by map.js."""
+    if len(report.counts.domains) < 2:
+        return "domains: there is only one"
+    table: Any = report.tables["domains"]
+    rise = table["activation"] - table["activation"] / table["lift"]
+    return Section(
+        "Domains and experts",
+        "What each expert takes of each domain, against its mean over the domains.",
+        widget="domains",
+        table=table.loc[rise.sort_values(ascending=False, kind="stable").index],
+        definitions={
+            "activation": "assignments of the expert in a domain ÷ tokens of the domain; over the experts it sums to k.",
+            "lift": "activation ÷ its mean over the domains, this one included. 1 is no preference.",
+        },
+    )
+
+
+@section
+def specialization(report: Report) -> Section | str:
+    """How much domain and token id tell of the expert, by layer, each beside what shuffled labels give."""
+    table: Any = report.tables["specialization"]
+    x, labels = _layers(report, table)
+    pairs = [
+        ("domain", "domain_mi_bits", "domain_mi_null_bits", "@accent"),
+        ("domain, token id known", "domain_mi_given_token_bits", "domain_mi_given_token_null_bits", "@third"),
+        ("token id", "token_mi_bits", "token_mi_null_bits", "@second"),
+    ]
+    data = []
+    for name, column, null, colour in pairs:
+        if table[column].notna().any():
+            data.append(_line(x, table[column].to_numpy(), name, line={"color": colour}, mode="lines+markers"))
+            if table[null].notna().any():
+                dotted = {"color": colour, "dash": "dot", "width": 1.5}
+                data.append(_line(x, table[null].to_numpy(), f"{name}: shuffled", line=dotted, mode="lines"))
+    if not data:
+        return "specialization: neither two domains nor token ids to tell apart"
+    return Section(
+        "What decides the expert",
+        "Bits that the domain, and the token id, tell of the chosen expert. Only the distance to the dotted line of the same colour means "
+        "anything: shuffled labels give as much as that.",
+        figure={"data": data, "layout": {"xaxis": _layer_axis(labels), "yaxis": {"title": {"text": "bits"}, "rangemode": "tozero"}}},
+        table=table,
+        definitions={
+            "domain": "mutual information of expert and domain, domains weighted alike; shuffled: document labels permuted.",
+            "token id known": "the same among tokens of one id: topic beyond vocabulary.",
+            "token id": "mutual information of expert and token id, ids of at least 8 occurrences.",
+        },
+    )
+
+
+@section
+def repetition(report: Report) -> Section | str:
+    """How often the next token goes to the same expert, by domain."""
+    if report.counts.counts_only:
+        return "repetition: counts alone have no order"
+    table: Any = report.tables["repetition"]
+    order = {r: i for i, r in enumerate(report.selection.routers)}
+    labels, data = [layer_label(report, r) for r in report.selection.routers], []
+    for name, rows in table.groupby("domain", sort=False):
+        data.append(_line(rows["router"].map(order).to_numpy(), rows["first_choice"].to_numpy(), html.label(name), mode="lines+markers"))
+    chance_of = table.groupby("router", sort=False)["first_choice_random"].first()
+    x = np.array([order[r] for r in chance_of.index])
+    data.append(_line(x, chance_of.to_numpy(), "by chance", mode="lines", line={"color": "@soft", "dash": "dot"}))
+    return Section(
+        "Repetition",
+        "How often two consecutive tokens have the same first choice: what a cache of experts lives on.",
+        figure={"data": data, "layout": {"xaxis": _layer_axis(labels), "yaxis": {"title": {"text": "share of pairs"}, "rangemode": "tozero"}}},
+        table=table,
+    )
+
+
+@section
+def coactivation(report: Report) -> Section | str:
+    """The pairs of experts most often chosen together."""
+    if report.counts.counts_only:
+        return "co-activation and transitions: counts alone know no decisions"
+    table: Any = report.tables["coactivation"]
+    if table.empty:
+        return "co-activation: one expert a token makes no pairs"
+    return Section(
+        "Chosen together",
+        "The pairs of experts that one decision chooses most often beyond what their loads explain. Each card lists its expert's partners.",
+        table=_strongest(table[table["expert"] != table["other"]]),
+        definitions={
+            "probability": "P(other chosen, given expert chosen), over all pairs of slots; (k − 1)/(E − 1) by chance.",
+            "lift": "against what the other expert's load alone would give.",
+        },
+    )
+
+
+@section
+def transitions(report: Report) -> Section | str:
+    """The strongest links between the experts of one layer and the next."""
+    if report.counts.counts_only:
+        return ""
+    table: Any = report.tables["transitions"]
+    if table.empty:
+        return "transitions: no two layers follow each other"
+    return Section(
+        "From layer to layer",
+        "Where the tokens of an expert go at the next layer: the links furthest beyond what the loads explain.",
+        table=_strongest(table),
+        definitions={"probability": "P(next expert chosen at the next MoE layer, given expert chosen here), over all pairs of slots."},
+    )
+
+
+@section
+def router(report: Report) -> Section | str:
+    """How sure the routers are."""
+    table: Any = report.tables["router"]
+    return Section("Router confidence", "How decided each router is, from its logits where they were recorded, else from its gate weights.", table=table)
+
+
+@section
+def facts(report: Report) -> Section | str:
+    return Section("About this trace", table=report.tables["summary"])
+
+
+# --- what they are made of
+
+
+def _layers(report: Report, table: Any) -> tuple[np.ndarray, list[str]]:
+    return np.arange(len(table)), [layer_label(report, int(r)) for r in table["router"]]
+
+
+def _layer_axis(labels: list[str]) -> dict[str, Any]:
+    step = max(1, len(labels) // 24)
+    shown = list(range(0, len(labels), step))
+    return {"title": {"text": "layer"}, "tickvals": shown, "ticktext": [labels[i] for i in shown], "zeroline": False}
+
+
+def _line(x: np.ndarray, y: np.ndarray, name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "scatter", "x": _numbers(x), "y": _numbers(y), "name": name, "mode": "lines", **more}
+
+
+def _heatmap(z: np.ndarray, x: np.ndarray, said: str, customdata: np.ndarray) -> dict[str, Any]:
+    scale = [[0, "@even"], [0.5, "@higher"], [1, "@high"]]
+    bar = {"thickness": 10, "outlinewidth": 0, "title": {"text": "max ÷ mean", "side": "right"}}
+    most = float(np.nanquantile(z, 0.99))
+    return {
+        "type": "heatmap",
+        "z": [_numbers(row) for row in z],
+        "x": _numbers(x),
+        "customdata": customdata.tolist(),
+        "hovertemplate": said + "<extra></extra>",
+        "colorscale": scale,
+        "zmin": 1,
+        "zmax": max(most, 1.1),
+        "colorbar": bar,
+    }
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """For JSON: five digits, None where there is none."""
+    return [None if np.isnan(v) else float(f"{v:.5g}") if isinstance(v, float) else v for v in np.asarray(values).tolist()]
+
+
+def _strongest(table: Any) -> pd.DataFrame:
+    """The pairs that happen most beyond chance: by what their probability has above that of independent choices."""
+    beyond = table["probability"] - table["probability"] / table["lift"]
+    return table.loc[beyond.nlargest(PAIRS).index]
+
+
+# --- the data of map.js
+
+
+def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
+    """What map.js draws the map, the domains and the cards from; and what had to be left out of it, in words.
+
+    load: [domain][router][expert] assignments; tokens: [domain][router]. Lists of an expert (words, partners, nexts) are columns with
+    `start`: those of expert e of router row l are start[first[l] + e] … start[first[l] + e + 1]."""
+    if not routers(report):
+        return None, []
+    chosen, short, table = report.selection.routers, list[str](), _table(report, "domains")
+    sizes = np.array([report.trace.routers[r].experts for r in chosen])
+    first = np.r_[0, np.cumsum(sizes)]
+    labels = sorted(report.counts.domains, key=lambda d: -int(table.loc[table["domain"] == d, "tokens"].max()))
+    most = max(1, CELLS // int(first[-1]))
+    if len(labels) > most:
+        short.append(f"{len(labels) - most} of {len(labels)} domains, those with the fewest tokens, on the map")
+    kept = [d for d in report.counts.domains if d in set(labels[:most])]
+    load, tokens = [], []
+    for name in kept:
+        rows = {r: group for r, group in table[table["domain"] == name].groupby("router")}
+        load.append([rows[r]["assignments"].tolist() for r in chosen])
+        tokens.append([int(rows[r]["tokens"].iloc[0]) for r in chosen])
+    of_router = {r: group for r, group in _table(report, "load").groupby("router")}
+    entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
+    position = {r: i for i, r in enumerate(chosen)}
+    bits = _table(report, "specialization")["domain_mi_bits"]
+    data: dict[str, Any] = {
+        "layers": [{"label": layer_label(report, r), "experts": int(E)} for r, E in zip(chosen, sizes, strict=True)],
+        "first": first.tolist(),
+        "domains": [readable(d) for d in kept],
+        "all": [of_router[r]["assignments"].tolist() for r in chosen],
+        "load": load if len(report.counts.domains) > 1 else [],
+        "tokens": tokens,
+        "choices": [_numbers(of_router[r]["first_choice"].to_numpy(float)) for r in chosen],
+        "weights": [_numbers((of_router[r]["weight_sum"] / of_router[r]["assignments"]).to_numpy(float)) for r in chosen]
+        if report.trace.has_weights
+        else None,
+        "telling": int(bits.argmax()) if bits.notna().any() else 0,
+        "words": _words(report, first, position, entries),
+        "partners": None,
+        "nexts": None,
+    }
+    if not report.counts.counts_only:
+        pairs: Any = _table(report, "coactivation")
+        data["partners"] = _pairs(pairs[pairs["expert"] != pairs["other"]], "other", first, position, entries)
+        links: Any = _table(report, "transitions")
+        data["nexts"] = _pairs(links, "next_expert", first, position, entries)
+        next_of = links.drop_duplicates("router").set_index("router")["next_layer"]
+        data["next"] = [_next_row(report, chosen, r, next_of.get(r)) for r in chosen]
+    return data, short
+
+
+def _next_row(report: Report, chosen: Any, router: int, layer: Any) -> int | None:
+    """Which row of the map the transitions of a router lead to: the first router of that layer after it, in its stack."""
+    stack = report.trace.routers[router].stack
+    rows = [i for i, r in enumerate(chosen) if r > router and report.trace.routers[r].layer == layer and report.trace.routers[r].stack == stack]
+    return rows[0] if rows else None
+
+
+def _words(report: Report, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any] | None:
+    if report.counts.counts_only or not report.top:
+        return None
+    table: Any = report.tables["vocabulary"]
+    table, start = _by_expert(table, first, position, entries)
+    ids, texts = pd.factorize(table["token_id"])
+    text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
+    return {
+        "start": start,
+        "texts": [f"id {i}" if text_of[i] is None or text_of[i] != text_of[i] else readable(text_of[i]) for i in texts],
+        "text": ids.tolist(),
+        "count": table["count"].tolist(),
+        "share": _thousandths(table["fraction"]),
+        "choice": _thousandths(table["first_choice_fraction"]),
+    }
+
+
+def _pairs(table: Any, other: str, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any]:
+    table, start = _by_expert(table.sort_values("probability", ascending=False, kind="stable"), first, position, entries)
+    return {"start": start, "other": table[other].tolist(), "share": _thousandths(table["probability"]), "lift": _numbers(table["lift"].round(2))}
+
+
+def _by_expert(table: Any, first: np.ndarray, position: dict[int, int], entries: int) -> tuple[Any, list[int]]:
+    """The first `entries` rows of each expert, in the order of experts, and where each begins."""
+    table = table[table.groupby(["router", "expert"], sort=False).cumcount() < entries]
+    flat = first[table["router"].map(position).to_numpy(int)] + table["expert"].to_numpy(int)
+    order = np.argsort(flat, kind="stable")
+    return table.iloc[order], np.searchsorted(flat[order], np.arange(first[-1] + 1)).tolist()
+
+
+def _thousandths(values: Any) -> list[int]:
+    return (values.to_numpy(float) * 1000).round().astype(int).tolist()
+
+
+def _table(report: Report, name: str) -> Any:
+    return report.tables[name]
