@@ -10,14 +10,14 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev]'
 	touch $@
 
-.PHONY: help demo test test-families lint bench clean
+.PHONY: help demo test test-families lint picture bench clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus, report, draw the pictures (build/demo)
+demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus; report, page and pictures (build/demo)
 	$(BIN)/moe-inspect trace demo -o build/demo/trace --logits --overwrite
-	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots
+	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots --html build/demo/report.html
 
 test: $(VENV)/.installed ## The whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -30,6 +30,9 @@ lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+picture: $(VENV)/.installed ## The picture that the README opens with, of the page of the bundled model (needs chromium)
+	$(BIN)/python docs/picture.py
 
 bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)
 	$(BIN)/python -m benchmarks.run

@@ -45,7 +45,9 @@ def test_the_commands_run_as_they_stand(place: Path) -> None:
     said = [run(f"set -o pipefail; {command}" if "|" in command else command, place) for command in COMMANDS if "duckdb" not in command]
     assert any("assignments" in text for text in said)
     run(next(c for c in COMMANDS if "duckdb" in c), place)
-    assert {p.name for p in (place / "pictures").iterdir()} == {"load.png", "balance.png", "domains.png"}
+    pictures = {p.name for p in (place / "pictures").iterdir()}
+    assert pictures >= {f"{name}.{form}" for name in ("load", "balance", "domains") for form in ("png", "svg")}
+    assert 100_000 < (place / "report.html").stat().st_size < 6_000_000
     assert set(pd.read_csv(place / "load.csv").groupby("layer")["assignments"].sum()) == {
         len(pd.read_parquet(place / "runs/demo/tokens")) * 2
     }
@@ -57,6 +59,10 @@ def test_the_python_runs_as_it_stands(place: Path) -> None:
     assert len(programs) == 2
     for program in programs:
         run([sys.executable, "-c", program], place)
+
+
+def test_the_picture_is_light() -> None:
+    assert 20_000 < (ROOT / "docs/report.png").stat().st_size <= 300_000
 
 
 def test_what_the_readme_names_is_there() -> None:

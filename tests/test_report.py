@@ -469,12 +469,15 @@ def test_a_warning_goes_to_stderr(cli: Cli, tmp_path: Path):
 
 
 def test_plots_are_pictures(cli: Cli, trace: Trace, tmp_path: Path):
+    from moe_inspect.report.plots import PLOTS
+
     done = cli("report", trace.path, "--table", "balance", "--plots", "pictures")
     names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
-    assert names == ["balance.png", "domains.png", "load.png"]
+    assert {"balance.png", "domains.svg", "load.png", "specialization.svg"} <= set(names)
+    assert {Path(name).stem for name in names} <= set(PLOTS)
     for name in names:
         data = (tmp_path / "pictures" / name).read_bytes()
-        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" if name.endswith("png") else data[:5] == b"<?xml"
         assert len(data) > 10_000
         assert name in done.stderr
 
@@ -498,7 +501,40 @@ def test_plots_without_domains_or_documents(tmp_path: Path):
     from moe_inspect.report.plots import write_plots
 
     made = report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2))
-    assert sorted(p.name for p in write_plots(made, tmp_path / "p")) == ["balance.png", "load.png"]
+    assert sorted(p.name for p in write_plots(made, tmp_path / "p")) == ["balance.png", "balance.svg", "load.png", "load.svg"]
+
+
+def test_pictures_leave_the_notebooks_backend_alone(trace: Trace, tmp_path: Path):
+    code = (
+        "import sys, moe_inspect; from moe_inspect.report.plots import write_plots\n"
+        f"write_plots(moe_inspect.report(r'{trace.path}'), r'{tmp_path / 'p'}'); print('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_a_page_from_the_command_line(cli: Cli, trace: Trace, tmp_path: Path):
+    done = cli("report", trace.path, "--html", "page.html", "--table", "load", "--format", "csv")
+    assert "wrote page.html" in done.stderr
+    assert done.stdout.startswith("layer,router,expert")
+    assert "Layer 3 is the worst balanced" in (tmp_path / "page.html").read_text()
+    assert "cannot write no/such/page.html" in cli("report", trace.path, "--html", "no/such/page.html", check=1).stderr
+
+
+def test_a_page_of_counts_says_what_it_lacks(tmp_path: Path):
+    from moe_inspect.report.sections import report_page
+
+    page = report_page(report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2)))
+    said = page.partition('class="left-out">')[2].partition("</p>")[0]
+    assert "domains: there is only one" in said
+    assert said.count("\n") == 0
+
+
+def test_a_report_shows_itself_in_a_notebook(made: Report):
+    html = made._repr_html_()
+    assert "Layer 3 is the worst balanced" in html
+    assert 'src="data:image/png;base64,' in html
+    assert "<script" not in html
+    assert len(html) < 300_000
 
 
 def test_help_names_every_table_and_imports_nothing_heavy(cli: Cli):

@@ -43,7 +43,10 @@ def report(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file instead of stdout.", show_default=False)] = None,
     plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write pictures (PNG) into this directory.", show_default=False)
+        Path | None, typer.Option(metavar="DIR", help="Also write pictures (PNG and SVG) into this directory.", show_default=False)
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page that opens in any browser, on its own.", show_default=False)
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)] = None,
     domain: Annotated[
@@ -127,6 +130,12 @@ def report(
 
         for path in write_plots(made, plots):
             print(f"wrote {path}", file=sys.stderr)
+    if html is not None:
+        from moe_inspect.report.html import write_page
+        from moe_inspect.report.sections import report_page
+
+        write_page(html, report_page(made))
+        print(f"wrote {html}", file=sys.stderr)
     if table:
         emit(made.tables[table], format or ending or Format.table, output)
     else:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from moe_inspect.errors import MoeInspectError
@@ -131,6 +131,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(type(value))
+
+
+def template(name: str) -> Template:
+    """A template that escapes, with the filters `rows`, `picture` and `readable`."""
+    return _environment().get_template(name)
 
 
 @cache

@@ -1,6 +1,6 @@
-"""Pictures of a report, as PNG. The only file that imports matplotlib.
+"""Pictures of a report, as PNG and SVG, by matplotlib without pyplot: in a notebook pyplot's figures and backend are the user's.
 
-L routers, E experts, D domains. A plot is a function decorated with @plot that draws one figure, or returns None where the
+L routers, E experts, F experts of the next layer's router, W windows, D domains. A plot is a function decorated with @plot that draws one figure, or returns None where the
 trace does not hold what it shows.
 """
 
@@ -11,26 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moe_inspect.analysis.balance import load_ratio
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.text import cut, layer_label, readable
 from moe_inspect.report.verdict import chance
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from moe_inspect.report.report import Report
 
 PLOTS: dict[str, Callable[[Report], Figure | None]] = {}
 PANELS = 8  # layers shown where each takes a panel
+MATRICES = 4  # the same, where a panel is a matrix of experts
 FAR = np.log2(4)  # colours are saturated at a quarter and at four times the mean
 DEAD = "#202020"
+LINES = 10  # routers that can be told apart as lines; more make a heatmap
+# Okabe and Ito's colours, which the colour-blind tell apart; yellow, too light on white, comes last
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKS = ("-", "--", ":", "-.")
 
 
 def plot(function: Callable[[Report], Figure | None]) -> Callable[[Report], Figure | None]:
@@ -40,16 +43,17 @@ def plot(function: Callable[[Report], Figure | None]) -> Callable[[Report], Figu
 
 
 def write_plots(report: Report, directory: str | Path) -> list[Path]:
-    """Draws every plot the trace has the data for. Returns the files."""
+    """Draws every plot the trace has the data for, as NAME.png and NAME.svg. Returns the files."""
     directory, written = Path(directory), []
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, draw in PLOTS.items():
             if (figure := draw(report)) is None:
                 continue
-            figure.savefig(directory / f"{name}.png", dpi=150, bbox_inches="tight")
-            plt.close(figure)
-            written.append(directory / f"{name}.png")
+            for path in (directory / f"{name}.png", directory / f"{name}.svg"):
+                metadata = {"Date": None} if path.suffix == ".svg" else None  # the same trace makes the same file
+                figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
+                written.append(path)
     except OSError as error:
         raise MoeInspectError(f"cannot write {directory}: {error.strerror or error}") from None
     return written
@@ -65,9 +69,9 @@ def load(report: Report) -> Figure | None:
         load_E = report.counts.load_E(r)
         ratio_LE[row, : len(load_E)] = load_ratio(load_E[None])[0]
     width, height = float(np.clip(0.16 * widest, 5, 15)), float(np.clip(0.3 * len(routers), 2, 12))
-    figure, axes = plt.subplots(figsize=(width + 2, height + 1.2), layout="constrained")
+    figure, axes = _figure(width + 2, height + 1.2)
     image = _ratios(axes, ratio_LE)
-    _layer_ticks(axes.yaxis, [_label(report, r) for r in routers])
+    _layer_ticks(axes.yaxis, [layer_label(report, r) for r in routers])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set(xlabel="expert", ylabel="layer")
     if ratio_LE.size <= 160:
@@ -75,7 +79,7 @@ def load(report: Report) -> Figure | None:
     worst = np.nan_to_num(ratio_LE, nan=-1)
     at = np.unravel_index(worst.argmax(), worst.shape)
     dead = int((ratio_LE == 0).sum())
-    title = f"Busiest: expert {at[1]} of layer {_label(report, routers[int(at[0])])}, {worst.max():.2f}x the mean load of its layer"
+    title = f"Busiest: expert {at[1]} of layer {layer_label(report, routers[int(at[0])])}, {worst.max():.2f}x the mean load of its layer"
     axes.set_title(title + (f"; {dead} dead (black)" if dead else "; no dead expert"), loc="left", fontsize=10)
     _colour_bar(figure, image, axes, "load ÷ mean load of the layer")
     return figure
@@ -88,7 +92,7 @@ def balance(report: Report) -> Figure | None:
     if not table["max_vio"].notna().any():
         return None
     x, vio = np.arange(len(table)), table["max_vio"].to_numpy()
-    figure, axes = plt.subplots(figsize=(float(np.clip(0.28 * len(table), 6.5, 15)), 4.5), layout="constrained")
+    figure, axes = _figure(_breadth(len(table)), 4.5)
     floor = np.array([chance(row) for row in table.to_dict("records")])
     axes.fill_between(
         np.r_[-0.5, x, len(x) - 0.5],
@@ -109,9 +113,9 @@ def balance(report: Report) -> Figure | None:
     pooled = report.pooled_max_over_mean()
     if pooled is not None:
         axes.axhline(pooled, color="#2980b9", lw=1, ls="--", label=f"pooled over layers: {pooled:.2f}")
-    _layer_ticks(axes.xaxis, [_label(report, r) for r in report.selection.routers])
+    _layer_ticks(axes.xaxis, [layer_label(report, r) for r in report.selection.routers])
     worst = int(np.nanargmax(vio))
-    label = _label(report, report.selection.routers[worst])
+    label = layer_label(report, report.selection.routers[worst])
     axes.set_title(
         f"Layer {label} is the least balanced: its busiest expert gets {1 + vio[worst]:.2f}x the mean load", loc="left", fontsize=10
     )
@@ -136,13 +140,13 @@ def domains(report: Report) -> Figure | None:
     rows = -(-len(chosen) // columns)
     width = float(np.clip(0.16 * widest, 4, 13 / columns))
     size = (columns * width + 2.5, rows * (float(np.clip(0.24 * D, 0.8, 6)) + 0.75) + 0.6)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = _grid(*size, rows, columns)
     image = None
     for axes, r in zip(grid.flat, chosen, strict=False):
         E = counts.routers[r].experts
         image = _ratios(axes, table.loc[table["router"] == r, "lift"].to_numpy().reshape(D, E))
-        axes.set_title(f"layer {_label(report, r)}", fontsize=9, loc="left")
-        axes.set_yticks(range(D), [d if len(d) <= 18 else d[:17] + "…" for d in counts.domains], fontsize=8)
+        axes.set_title(f"layer {layer_label(report, r)}", fontsize=9, loc="left")
+        axes.set_yticks(range(D), [_plain(cut(readable(d))) for d in counts.domains], fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes.tick_params(axis="x", labelsize=8)
     for axes in grid.flat[len(chosen) :]:
@@ -156,6 +160,199 @@ def domains(report: Report) -> Figure | None:
     return figure
 
 
+@plot
+def windows(report: Report) -> Figure | None:
+    """max/mean of each router in windows of the trace, in the order it ran."""
+    if report.counts.counts_only or "windows" not in report.tables:
+        return None
+    table: Any = report.tables["windows"]
+    if table["window"].nunique() < 2:
+        return None
+    ratio_LW = table.pivot_table(index="router", columns="window", values="max_over_mean", dropna=False)
+    first_W = table.drop_duplicates("window").sort_values("window")["first_token"].to_numpy()
+    labels = [layer_label(report, r) for r in ratio_LW.index]
+    L, W = ratio_LW.shape
+    if L <= LINES:
+        figure, axes = _figure(8, 4.2)
+        for i, (label, ratio_W) in enumerate(zip(labels, ratio_LW.to_numpy(), strict=True)):
+            axes.plot(ratio_W, color=COLOURS[i % 8], ls=MARKS[i // 8 % 4], marker="o", ms=3, lw=1.3, label=f"layer {label}")
+        axes.set_ylabel("max ÷ mean load")
+        figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=5)
+        _bare(axes)
+    else:
+        figure, axes = _figure(float(np.clip(0.16 * W, 6, 13)), float(np.clip(0.18 * L, 3, 12)))
+        most = max(float(np.nanquantile(ratio_LW, 0.99)), 1.1)
+        image = axes.imshow(ratio_LW, aspect="auto", cmap="cividis", vmin=1, vmax=most, interpolation="nearest")
+        _layer_ticks(axes.yaxis, labels)
+        axes.set_ylabel("layer")
+        figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=35, extend="max", label="max ÷ mean load")
+    shown = np.unique(np.linspace(0, W - 1, min(8, W)).round().astype(int))
+    axes.set_xticks(shown, [f"{first_W[t]:,}" for t in shown], fontsize=8)
+    axes.set_xlabel("first token of the window")
+    axes.set_title("Busiest expert against the mean load, window by window", loc="left", fontsize=10)
+    return figure
+
+
+@plot
+def specialization(report: Report) -> Figure | None:
+    """Bits that domain and token id tell of the expert, by layer, each beside what shuffled labels give."""
+    table: Any = report.tables["specialization"]
+    x = np.arange(len(table))
+    figure, axes = _figure(_breadth(len(table)), 4.2)
+    kinds = (
+        ("domain", "domain_mi_bits", "domain_mi_null_bits"),
+        ("domain, token id known", "domain_mi_given_token_bits", "domain_mi_given_token_null_bits"),
+        ("token id", "token_mi_bits", "token_mi_null_bits"),
+    )
+    known = [kind for kind in kinds if table[kind[1]].notna().any()]
+    if not known:
+        return None
+    for colour, (name, column, null) in zip(COLOURS, known, strict=False):
+        axes.plot(x, table[column], color=colour, marker="o", ms=4, lw=1.4, label=name)
+        axes.plot(x, table[null], color=colour, ls=":", lw=1.2, label=f"{name}, labels shuffled")
+    _layer_ticks(axes.xaxis, [layer_label(report, int(r)) for r in table["router"]])
+    axes.set(xlabel="layer", ylabel="information on the expert (bits)")
+    axes.set_ylim(bottom=0)
+    axes.set_title("What the domain and the token id tell of the expert", loc="left", fontsize=10)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=3)
+    _bare(axes)
+    return figure
+
+
+@plot
+def coactivation(report: Report) -> Figure | None:
+    """Which experts one decision chooses together, against chance: a panel for each of the routers where it is most marked."""
+    if report.counts.counts_only or "coactivation" not in report.tables:
+        return None
+    table: Any = report.tables["coactivation"]
+    return _pairs(report, table[table["expert"] != table["other"]], "other", "Experts chosen together", "other expert")
+
+
+@plot
+def transitions(report: Report) -> Figure | None:
+    """Which experts of the next layer the tokens of an expert go to, against chance."""
+    if report.counts.counts_only or "transitions" not in report.tables:
+        return None
+    return _pairs(report, report.tables["transitions"], "next_expert", "Experts of one layer and the next", "expert of the next layer")
+
+
+@plot
+def repetition(report: Report) -> Figure | None:
+    """How often the next token has the same first choice, by layer and domain."""
+    if report.counts.counts_only or "repetition" not in report.tables:
+        return None
+    table: Any = report.tables["repetition"]
+    if table.empty:
+        return None
+    chosen = list(report.selection.routers)
+    figure, axes = _figure(_breadth(len(chosen)), 4.2)
+    share = table.pivot_table(index="router", columns="domain", values="first_choice", sort=False, dropna=False).reindex(chosen)
+    for i, name in enumerate(share.columns):
+        axes.plot(
+            share[name].to_numpy(), color=COLOURS[i % 8], ls=MARKS[i // 8 % 4], marker="o", ms=3, lw=1.3, label=_plain(cut(readable(name)))
+        )
+    random = table.groupby("router")["first_choice_random"].first().reindex(chosen)
+    axes.plot(random.to_numpy(), color="0.5", ls=":", lw=1.5, label="by chance")
+    _layer_ticks(axes.xaxis, [layer_label(report, r) for r in chosen])
+    axes.set(xlabel="layer", ylabel="share of pairs of consecutive tokens")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Consecutive tokens with the same first choice", loc="left", fontsize=10)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=5)
+    _bare(axes)
+    return figure
+
+
+@plot
+def router(report: Report) -> Figure | None:
+    """How decided each router is: entropy, margin and mass of its choice, from logits or else from gate weights."""
+    if report.counts.counts_only or "router" not in report.tables:
+        return None
+    table: Any = report.tables["router"]
+    names = {
+        "gate_entropy_nats": "entropy of the softmax (nats)",
+        "top_k_mass": "probability of the chosen k",
+        "boundary_margin": "margin to the next expert (logits)",
+        "weight_entropy_nats": "entropy of the k weights (nats)",
+        "weight_margin": "first weight − second",
+    }
+    known = [name for name in names if name in table and table[name].notna().any()]
+    from_logits = [name for name in known if not name.startswith("weight")]
+    known = from_logits or known
+    if not known:
+        return None
+    figure, grid = _grid(_breadth(len(table)), 1.7 * len(known) + 1, len(known), 1)
+    for axes, name, colour in zip(grid[:, 0], known, COLOURS, strict=False):
+        axes.plot(table[name].to_numpy(), color=colour, marker="o", ms=4, lw=1.3)
+        axes.set_title(names[name], loc="left", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.set_xticks([])
+        _bare(axes)
+    _layer_ticks(grid[-1, 0].xaxis, [layer_label(report, int(r)) for r in table["router"]])
+    grid[-1, 0].set_xlabel("layer")
+    figure.suptitle(
+        f"How decided the routers are, from their {'logits' if from_logits else 'gate weights'}", fontsize=10, x=0.01, ha="left"
+    )
+    return figure
+
+
+def _pairs(report: Report, table: Any, other: str, title: str, xlabel: str) -> Figure | None:
+    """Lift of pairs of experts, a panel for each of the routers where pairs are furthest from chance."""
+    if table.empty:
+        return None
+    beyond = (table["probability"] - table["probability"] / table["lift"]).abs().groupby(table["router"]).sum()
+    chosen = sorted(beyond.nlargest(MATRICES).index)
+    columns = min(2, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure, grid = _grid(4.6 * columns + 1, 4.1 * rows + 0.6, rows, columns)
+    image = None
+    for axes, r in zip(grid.flat, chosen, strict=False):
+        part = table[table["router"] == r]
+        size_E, size_F = (int(part[name].max()) + 1 for name in ("expert", other))
+        lift_EF = np.full((size_E, size_F), np.nan)
+        lift_EF[part["expert"].to_numpy(int), part[other].to_numpy(int)] = part["lift"]
+        image = _ratios(axes, lift_EF)
+        axes.set_title(f"layer {layer_label(report, int(r))}", fontsize=9, loc="left")
+        axes.set(xlabel=xlabel, ylabel="expert")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.tick_params(labelsize=8)
+    for axes in grid.flat[len(chosen) :]:
+        axes.set_axis_off()
+    shown = "" if len(chosen) == len(beyond) else f" (the {len(chosen)} of {len(beyond)} layers furthest from chance)"
+    figure.suptitle(f"{title}, against chance{shown}", fontsize=10, x=0.01, ha="left")
+    if image is not None:
+        _colour_bar(figure, image, grid.ravel().tolist(), "times as often as by chance")
+    return figure
+
+
+def _grid(width: float, height: float, rows: int, columns: int) -> tuple[Figure, Any]:
+    """A figure of so many inches, and its axes [rows, columns]."""
+    figure = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure, axes = _grid(width, height, 1, 1)
+    return figure, axes[0, 0]
+
+
+def _breadth(layers: int) -> float:
+    return float(np.clip(0.28 * layers, 6.5, 15))
+
+
+def _bare(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.92", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def _plain(text: str) -> str:
+    """A label of the corpus: $ would begin a formula, and a leading _ would hide it from the legend."""
+    text = text.replace("$", r"\$")
+    return "\u200a" + text if text.startswith("_") else text
+
+
 def _spread(table: Any, router: int) -> float:
     """How far the activations of a router are from the same in every domain."""
     rows = table[table["router"] == router]
@@ -164,7 +361,7 @@ def _spread(table: Any, router: int) -> float:
 
 def _ratios(axes: Any, ratio: np.ndarray) -> Any:
     """A ratio on a logarithmic scale on which a half is as far from 1 as double; zero is black, missing white."""
-    colours = plt.get_cmap("RdBu_r").with_extremes(bad="white", under=DEAD)
+    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="white", under=DEAD)
     exponent = np.where(ratio == 0, -99, np.clip(np.log2(np.where(ratio > 0, ratio, 1)), -FAR, FAR))
     values = np.ma.masked_invalid(np.where(np.isnan(ratio), np.nan, exponent))
     return axes.imshow(values, aspect="auto", cmap=colours, norm=TwoSlopeNorm(0, -FAR, FAR), interpolation="nearest")
@@ -187,9 +384,3 @@ def _layer_ticks(axis: Any, labels: list[str]) -> None:
     step = max(1, len(labels) // 32)
     axis.set_ticks(range(0, len(labels), step), labels[::step])
     axis.set_tick_params(labelsize=8)
-
-
-def _label(report: Report, router: int) -> str:
-    layer = report.trace.routers[router].layer
-    several = sum(r.layer == layer for r in report.trace.routers) > 1
-    return f"{layer}/{router}" if several else str(layer)

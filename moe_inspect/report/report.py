@@ -72,6 +72,12 @@ class Report:
     def __repr__(self) -> str:
         return f"Report({str(self.trace.path)!r}, tables: {', '.join(TABLES)})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a report that a cell ends with."""
+        from moe_inspect.report.notebook import notebook
+
+        return notebook(self)
+
     def verdict(self) -> list[str]:
         """Plain sentences, most important first."""
         return verdict.verdict(self)

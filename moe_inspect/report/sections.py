@@ -23,9 +23,17 @@ if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
 SECTIONS: dict[str, Callable[[Report], Section | str]] = {}
+LATER = ("windows", "repetition", "coactivation", "transitions", "router")
 CELLS = 800_000  # load by domain, router and expert: the domains with the most tokens, up to so many numbers
 ENTRIES = 160_000  # of each list that cards show, over all experts
 MOST_LINES = 12  # routers drawn as lines; more make a heatmap
+CONFIDENCE = {
+    "gate_entropy_nats": "entropy of the softmax (nats)",
+    "top_k_mass": "probability of the chosen k",
+    "boundary_margin": "margin to the next expert (logits)",
+    "weight_entropy_nats": "entropy of the k weights (nats)",
+    "weight_margin": "first weight − second",
+}
 PAIRS = 60  # of a table of pairs
 
 
@@ -38,12 +46,17 @@ def section(function: Callable[[Report], Section | str]) -> Callable[[Report], S
 def report_page(report: Report) -> str:
     """The page of a report, as HTML."""
     sections, left_out = [], []
-    for make in SECTIONS.values():
+    for name, make in SECTIONS.items():
+        if name in LATER and name not in report.tables:
+            continue
         try:
             made = make(report)
         except MoeInspectError as error:  # what this trace cannot give is said on the page
             made = str(error)
-        (sections if isinstance(made, Section) else left_out).append(made)
+        if isinstance(made, Section):
+            sections.append(made)
+        elif made:
+            left_out.append(made)
     data, short = map_data(report)
     return html.page(
         str(dict(report.facts())["model"]),
@@ -87,7 +100,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _definitions(*names: str) -> dict[str, str]:
-    return {name: " ".join((METRICS[name].function.__doc__ or "").split()) for name in names}
+    return {name: " ".join((METRICS[name].function.__doc__ or "").split()) for name in names if name in METRICS}
 
 
 # --- the sections
@@ -123,7 +136,14 @@ def balance(report: Report) -> Section | str:
     value = 1 + table["max_vio"].to_numpy()
     data: list[dict[str, Any]] = [
         _line(edge, np.ones(len(edge)), "", line={"width": 0}, showlegend=False, hoverinfo="skip"),
-        _line(edge, np.r_[floor[0], floor, floor[-1]], "chance, for documents like these", line={"width": 0}, fill="tonexty", fillcolor="@band"),
+        _line(
+            edge,
+            np.r_[floor[0], floor, floor[-1]],
+            "chance, for documents like these",
+            line={"width": 0},
+            fill="tonexty",
+            fillcolor="@band",
+        ),
     ]
     busiest = {"mode": "markers", "marker": {"color": "@accent", "size": 8}, "hovertemplate": "layer %{text}: %{y:.3f}×", "text": labels}
     if table["max_vio_low"].notna().any():
@@ -138,7 +158,9 @@ def balance(report: Report) -> Section | str:
     pooled = report.pooled_max_over_mean()
     if pooled is not None:
         ends = np.array([edge[0], edge[-1]])
-        data.append(_line(ends, np.full(2, pooled), f"pooled over layers: {pooled:.2f}×", line={"color": "@third", "dash": "dash", "width": 1.5}))
+        data.append(
+            _line(ends, np.full(2, pooled), f"pooled over layers: {pooled:.2f}×", line={"color": "@third", "dash": "dash", "width": 1.5})
+        )
     return Section(
         "Balance by layer",
         "How much more than the mean the busiest expert of each layer gets. Within the grey band chance alone explains it.",
@@ -251,7 +273,10 @@ def repetition(report: Report) -> Section | str:
     return Section(
         "Repetition",
         "How often two consecutive tokens have the same first choice: what a cache of experts lives on.",
-        figure={"data": data, "layout": {"xaxis": _layer_axis(labels), "yaxis": {"title": {"text": "share of pairs"}, "rangemode": "tozero"}}},
+        figure={
+            "data": data,
+            "layout": {"xaxis": _layer_axis(labels), "yaxis": {"title": {"text": "share of pairs"}, "rangemode": "tozero"}},
+        },
         table=table,
     )
 
@@ -294,8 +319,21 @@ def transitions(report: Report) -> Section | str:
 @section
 def router(report: Report) -> Section | str:
     """How sure the routers are."""
+    if report.counts.counts_only:
+        return "router confidence: counts alone know no weights"
     table: Any = report.tables["router"]
-    return Section("Router confidence", "How decided each router is, from its logits where they were recorded, else from its gate weights.", table=table)
+    known = [name for name in CONFIDENCE if name in table and table[name].notna().any()]
+    if not known:
+        return "router confidence: neither logits nor weights were recorded"
+    x, labels = _layers(report, table)
+    data = [_line(x, table[name].to_numpy(), html.label(CONFIDENCE[name]), mode="lines+markers") for name in known]
+    return Section(
+        "Router confidence",
+        "How decided each router is: from its logits where they were recorded, else from the gate weights of the chosen.",
+        figure={"data": data, "layout": {"xaxis": _layer_axis(labels), "yaxis": {"rangemode": "tozero"}}},
+        table=table,
+        definitions=_definitions(*known),
+    )
 
 
 @section
@@ -368,10 +406,10 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
     kept = [d for d in report.counts.domains if d in set(labels[:most])]
     load, tokens = [], []
     for name in kept:
-        rows = {r: group for r, group in table[table["domain"] == name].groupby("router")}
+        rows = dict(iter(table[table["domain"] == name].groupby("router")))
         load.append([rows[r]["assignments"].tolist() for r in chosen])
         tokens.append([int(rows[r]["tokens"].iloc[0]) for r in chosen])
-    of_router = {r: group for r, group in _table(report, "load").groupby("router")}
+    of_router = dict(iter(_table(report, "load").groupby("router")))
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
     position = {r: i for i, r in enumerate(chosen)}
     bits = _table(report, "specialization")["domain_mi_bits"]
@@ -382,7 +420,7 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
         "all": [of_router[r]["assignments"].tolist() for r in chosen],
         "load": load if len(report.counts.domains) > 1 else [],
         "tokens": tokens,
-        "choices": [_numbers(of_router[r]["first_choice"].to_numpy(float)) for r in chosen],
+        "choices": [_numbers(of_router[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen],
         "weights": [_numbers((of_router[r]["weight_sum"] / of_router[r]["assignments"]).to_numpy(float)) for r in chosen]
         if report.trace.has_weights
         else None,
@@ -391,7 +429,7 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
         "partners": None,
         "nexts": None,
     }
-    if not report.counts.counts_only:
+    if not report.counts.counts_only and "coactivation" in report.tables:
         pairs: Any = _table(report, "coactivation")
         data["partners"] = _pairs(pairs[pairs["expert"] != pairs["other"]], "other", first, position, entries)
         links: Any = _table(report, "transitions")
@@ -404,7 +442,9 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
 def _next_row(report: Report, chosen: Any, router: int, layer: Any) -> int | None:
     """Which row of the map the transitions of a router lead to: the first router of that layer after it, in its stack."""
     stack = report.trace.routers[router].stack
-    rows = [i for i, r in enumerate(chosen) if r > router and report.trace.routers[r].layer == layer and report.trace.routers[r].stack == stack]
+    rows = [
+        i for i, r in enumerate(chosen) if r > router and report.trace.routers[r].layer == layer and report.trace.routers[r].stack == stack
+    ]
     return rows[0] if rows else None
 
 
@@ -427,7 +467,12 @@ def _words(report: Report, first: np.ndarray, position: dict[int, int], entries:
 
 def _pairs(table: Any, other: str, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any]:
     table, start = _by_expert(table.sort_values("probability", ascending=False, kind="stable"), first, position, entries)
-    return {"start": start, "other": table[other].tolist(), "share": _thousandths(table["probability"]), "lift": _numbers(table["lift"].round(2))}
+    return {
+        "start": start,
+        "other": table[other].tolist(),
+        "share": _thousandths(table["probability"]),
+        "lift": _numbers(table["lift"].round(2)),
+    }
 
 
 def _by_expert(table: Any, first: np.ndarray, position: dict[int, int], entries: int) -> tuple[Any, list[int]]:

@@ -1,0 +1,268 @@
+"""The page in a browser: Chromium, headless, started once. Hostile corpora, the mouse, the keyboard, both themes, large models."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moe_inspect.report.report import Report, report
+from moe_inspect.report.sections import report_page
+from tests.synthetic import uniform_ids, write_trace
+
+HOSTILE = '<script>window.pwned = 1</script><img src=x onerror="window.pwned = 1">'
+LABELS = ("<b>code</b>", "law", "math", "prose")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("REQUIRE_CHROMIUM"),
+    reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path",
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """4 × 8: expert 5 of layer 3 takes half, code goes to expert 3 of layer 2; every token id has a hostile text."""
+    T, E, rng = 6_000, 8, np.random.default_rng(0)
+    document = np.arange(T) // 100
+    domain = [LABELS[d % 4] for d in range(60)]
+    ids = [uniform_ids(rng, T, E, 2) for _ in range(4)]
+    code = np.array([domain[d] == LABELS[0] for d in document])
+    ids[2][code] = np.stack([np.full(T, 3), (3 + rng.integers(1, E, T)) % E], axis=1)[code]
+    ids[3][rng.random(T) < 0.5] = [5, 2]
+    weights = [np.full((T, 2), 0.5, np.float32)] * 4
+    root = tmp_path_factory.mktemp("small") / "t"
+    settings: dict[str, Any] = {"document": document, "domain_of_document": domain, "token_id": rng.integers(0, 50, T)}
+    trace = write_trace(root, ids, E, weights=weights, words=50, manifest={"model": {"id": HOSTILE}}, **settings)
+    words = {"token_id": pa.array(range(50), pa.int32()), "token": [f"{HOSTILE}\n\u202e{i}" for i in range(50)]}
+    pq.write_table(pa.table(words), root / "vocabulary.parquet")
+    return report(trace)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """61 × 256 × 8, four domains. k distinct experts by steps from a first one, which sorting lots would take too long for."""
+    L, E, k, T, rng = 61, 256, 8, 2_000, np.random.default_rng(0)
+    token_id = np.minimum(rng.zipf(1.2, T), 499)
+    ids = [((rng.integers(0, E, (T, 1)) + np.arange(k) * rng.integers(1, 31, (T, 1))) % E).astype(np.uint16) for _ in range(L)]
+    settings: dict[str, Any] = {"document": np.arange(T) // 100, "domain_of_document": LABELS, "token_id": token_id, "words": 500}
+    return report(write_trace(tmp_path_factory.mktemp("large") / "t", ids, E, shard_tokens=T, **settings))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, "REQUIRE_CHROMIUM is set, and there is none"
+    with sync_playwright() as tool:
+        started = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield started
+        started.close()
+
+
+class Opened:
+    """A page in the browser, and all that it asked for and complained of."""
+
+    def __init__(self, browser: Any, file: Path, text: str, **context: Any):
+        file.write_text(text, encoding="utf-8")
+        self.address, self.requests, self.complaints = file.as_uri(), list[str](), list[str]()
+        self.view = browser.new_page(viewport={"width": 1280, "height": 900}, **context)
+        self.view.on("request", lambda request: self.requests.append(request.url))
+        self.view.on("console", lambda message: self.complaints.append(message.text) if message.type in ("error", "warning") else None)
+        self.view.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.view.goto(self.address)
+        self.view.wait_for_selector("html[data-ready]", state="attached", timeout=30_000)
+
+    def foreign(self) -> list[str]:
+        return [url for url in self.requests if url.partition("#")[0] != self.address and not url.startswith(("data:", "blob:"))]
+
+    def map(self, what: str) -> Any:
+        return self.view.evaluate(f'document.querySelector(".grid .plot").data[0].{what}')
+
+    def until(self, true: str) -> None:
+        """Waits for an expression to hold; not by playwright's own way, which evaluates text within the page: its policy forbids that."""
+        for _ in range(200):
+            if self.view.evaluate(true):
+                return
+            self.view.wait_for_timeout(25)
+        raise AssertionError(f"never true: {true}")
+
+    def title(self) -> str | None:
+        return self.view.evaluate('(c => c && !c.hidden ? c.querySelector("h2").textContent : null)(document.getElementById("card"))')
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Any, small: Report, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    page = Opened(browser, tmp_path_factory.mktemp("page") / "page.html", report_page(small))
+    yield page
+    page.view.close()
+
+
+def test_it_renders_without_a_complaint_and_asks_for_nothing(opened: Opened):
+    plots = opened.view.locator(".plot")
+    assert plots.count() >= 4
+    assert all(plots.nth(i).locator("svg.main-svg").count() for i in range(plots.count()))
+    assert opened.complaints == []
+    assert opened.foreign() == []
+    assert opened.view.locator("#s1 h2").inner_text() == "Load of every expert"
+
+
+def test_the_map_shows_the_load_table(opened: Opened, small: Report):
+    table: Any = small.tables["load"]
+    row = table[(table["layer"] == 3) & (table["expert"] == 5)].iloc[0]
+    assert f"expert 5<br>{row['load_ratio']:.2f}× the mean load" in opened.map("customdata[3][5]")
+    assert f"{int(row['assignments']):,} assignments" in opened.map("customdata[3][5]")
+    assert opened.map("z[3][5]") == pytest.approx(np.log2(row["load_ratio"]))
+
+
+def test_domains_and_order_switch_what_the_map_shows(opened: Opened, small: Report):
+    before = opened.map("z[2]")
+    opened.view.get_by_label("Text").select_option(label=LABELS[0])
+    opened.until("document.querySelector('.grid .plot').data[0].customdata[2][3].includes('in &lt;b&gt;code')")
+    table: Any = small.tables["domains"]
+    code = table[(table["layer"] == 2) & (table["domain"] == LABELS[0])]["assignments"].to_numpy()
+    assert 2 ** np.array(opened.map("z[2]")) == pytest.approx(np.clip(code / code.mean(), 0.25, 4))
+    assert opened.map("z[2]") != before
+    opened.view.get_by_label("Text").select_option(label="all domains")
+    opened.view.get_by_label("Order").select_option(label="by load")
+    load: Any = small.tables["load"][small.tables["load"]["layer"] == 3]
+    busiest = int(load["load_ratio"].to_numpy().argmax())
+    opened.until(f"document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert {busiest}<')")
+    assert opened.map("z[3]") == sorted(opened.map("z[3]"), reverse=True)
+    opened.view.get_by_label("Order").select_option(label="by expert id")
+    opened.until("document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert 0')")
+
+
+def test_a_click_opens_the_card_of_the_expert(opened: Opened):
+    opened.view.locator(".grid").scroll_into_view_if_needed()
+    drawn = opened.view.locator(".grid .plot .nsewdrag").bounding_box()
+    opened.view.mouse.click(drawn["x"] + drawn["width"] * 5.5 / 8, drawn["y"] + drawn["height"] * 3.5 / 4)
+    opened.until("!document.getElementById('card').hidden")
+    assert opened.title() == "Layer 3 · expert 5"
+    opened.view.keyboard.press("Escape")
+    assert opened.title() is None
+
+
+def test_the_keyboard_alone_is_enough(opened: Opened):
+    opened.view.locator(".grid").focus()
+    opened.view.keyboard.press("Home")
+    for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowUp", "ArrowDown", "ArrowRight", "ArrowRight"):
+        opened.view.keyboard.press(key)
+    assert opened.view.locator("#now").inner_text().startswith("Layer 1, expert 2: ")
+    opened.view.keyboard.press("Enter")
+    assert opened.title() == "Layer 1 · expert 2"
+    assert opened.view.evaluate("document.activeElement.id") == "card"
+    opened.view.keyboard.press("Escape")
+    assert opened.title() is None
+    assert opened.view.evaluate("document.activeElement.className") == "grid"
+
+
+def test_what_is_hostile_is_text(opened: Opened):
+    opened.view.locator(".grid").focus()
+    opened.view.keyboard.press("Enter")
+    card = opened.view.locator("#card").inner_text()
+    assert HOSTILE + r"\n\u202e" in card
+    assert "<b>code</b>" in card
+    assert HOSTILE in opened.view.locator("h1").inner_text()
+    assert "<b>code</b>" in opened.view.locator(".ytick").filter(has_text="code").first.text_content()
+    assert opened.view.evaluate("window.pwned") is None
+    assert opened.view.locator("img").count() == 0
+    opened.view.keyboard.press("Escape")
+
+
+CONTRAST = """() => {
+  const parse = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c.length && c[3] !== 0) return c; } return [255, 255, 255]; };
+  const found = {};
+  for (const query of ["h1", ".subtitle", ".verdict li", "p.text", ".facts dd", ".facts dt", ".definitions dd", "td", "th", "summary", "button", "select", ".now", ".xtick text", ".ytick text", ".legendtext", ".gtitle, .xtitle, .ytitle"])
+    for (const e of document.querySelectorAll(query)) {
+      const style = getComputedStyle(e);
+      const [a, b] = [light(parse(e instanceof SVGElement ? style.fill : style.color)), light(ground(e))].sort((x, y) => y - x);
+      found[query] = Math.min(found[query] ?? 99, (a + 0.05) / (b + 0.05));
+    }
+  return found;
+}"""
+
+
+def test_both_themes_are_legible(opened: Opened):
+    light = opened.view.evaluate(CONTRAST)
+    paper = "getComputedStyle(document.documentElement).backgroundColor"
+    before = opened.view.evaluate(paper)
+    opened.view.get_by_label("Switch between light and dark").click()
+    opened.until("getComputedStyle(document.querySelector('.ytick text')).fill.match(/\\d+/)[0] > 128")
+    dark = opened.view.evaluate(CONTRAST)
+    assert before != opened.view.evaluate(paper)
+    assert len(light) == len(dark) >= 15
+    assert min(light.values()) >= 4.5, light
+    assert min(dark.values()) >= 4.5, dark
+    opened.view.evaluate("document.querySelector('h1').style.color = getComputedStyle(document.documentElement).backgroundColor")
+    assert min(opened.view.evaluate(CONTRAST).values()) < 1.1  # what cannot be read is found
+    opened.view.get_by_label("Switch between light and dark").click()
+
+
+def test_the_policy_stops_scripts_and_requests(browser: Any, opened: Opened):
+    view = browser.new_page()
+    said = list[str]()
+    view.on("console", lambda message: said.append(message.text))
+    inject = """() => {
+      const script = document.createElement("script"); script.textContent = "window.ran = 1"; document.head.append(script);
+      return fetch("data:text/plain,x").then(() => "fetched", () => "refused");
+    }"""
+    view.goto("about:blank")
+    assert view.evaluate(inject) == "fetched"
+    assert view.evaluate("window.ran") == 1
+    view.goto(opened.address)
+    assert view.evaluate(inject) == "refused"
+    assert view.evaluate("window.ran") is None
+    assert any("Content Security Policy" in text for text in said)
+    view.close()
+
+
+def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
+    text = report_page(large)
+    assert len(text.encode()) <= 6_000_000
+    page = Opened(browser, tmp_path / "large.html", text, color_scheme="dark")
+    assert len(page.map("z")) == 61
+    assert len(page.map("z[60]")) == 256
+    ticks = page.view.evaluate(
+        """[...document.querySelectorAll('.grid .ytick text')].map((t) => { const r = t.getBoundingClientRect(); return [r.top, r.bottom]; })"""
+    )
+    ticks.sort()
+    assert len(ticks) > 20
+    assert all(above[1] <= below[0] + 2 for above, below in pairwise(ticks))
+    page.view.locator(".grid").focus()
+    for key in ("End", "ArrowDown", "Enter"):
+        page.view.keyboard.press(key)
+    assert page.title() == "Layer 1 · expert 255"
+    assert page.complaints == []
+    assert page.foreign() == []
+    page.view.close()
+
+
+def test_a_narrow_window_does_not_scroll_sideways(opened: Opened):
+    opened.view.set_viewport_size({"width": 390, "height": 800})
+    opened.view.wait_for_timeout(300)
+    assert opened.view.evaluate("document.documentElement.scrollWidth") <= 390
+    opened.view.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_ids_are_unique_and_every_figure_is_named(opened: Opened):
+    html = opened.view.content()
+    assert not re.findall(r'aria-label=""', html)
+    unnamed = "[...document.querySelectorAll('[data-figure], .grid, select, button, [role=dialog]')].filter((e) => !(e.ariaLabel || e.labels?.length || e.textContent || e.getAttribute('aria-labelledby'))).length"
+    assert opened.view.evaluate(unnamed) == 0
+    assert (
+        opened.view.evaluate(
+            "(ids => ids.length - new Set(ids).size)([...document.querySelectorAll('main [id], body > [id]')].filter((e) => !e.closest('svg')).map((e) => e.id))"
+        )
+        == 0
+    )
