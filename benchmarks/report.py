@@ -114,10 +114,11 @@ def _by_duckdb(columns: list[Any], shape: tuple[int, int]) -> np.ndarray:
 
     total = np.zeros(shape, np.int64)
     connection = duckdb.connect(config={"threads": 1})
-    for a, b in columns:
-        connection.register("pair", pd.DataFrame({"a": a, "b": b}))
-        sizes = connection.sql("select a, b, count(*) as n from pair group by a, b").fetchnumpy()
-        total[sizes["a"], sizes["b"]] += sizes["n"]
+    frame = pd.DataFrame({f"{side}{i}": column for i, pair in enumerate(columns) for side, column in zip("ab", pair, strict=True)})
+    connection.register("slots", frame)
+    every = " union all ".join(f"select a{i} as a, b{i} as b from slots" for i in range(len(columns)))
+    sizes = connection.sql(f"select a, b, count(*) as n from ({every}) group by a, b").fetchnumpy()
+    total[sizes["a"], sizes["b"]] = sizes["n"]
     return total
 
 
