@@ -17,7 +17,9 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.report import html
 from moe_inspect.report.html import Section
 from moe_inspect.report.text import layer_label, readable
-from moe_inspect.report.verdict import UNEVEN, above_chance, chance, counted, routers, worst_router
+from moe_inspect.report.verdict import chance, routers, worst_router
+from moe_inspect.report.verdict import uneven as is_uneven
+from moe_inspect.report.words import counted
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
@@ -88,12 +90,12 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     worst, rows = worst_router(report), routers(report)
     if worst is None:
         return []
-    uneven = sum(above_chance(report, row) and row["max_vio"] >= UNEVEN for row in rows)
+    uneven = sum(is_uneven(report, row) for row in rows)
     pooled = report.pooled_max_over_mean()
     tiles = [
         ("busiest expert ÷ mean", f"{worst['max_over_mean']:.2f}×", f"layer {layer_label(report, int(worst['router']))}, the worst"),
         ("chance would give", f"{1 + chance(worst):.2f}×", "documents like these"),
-        ("uneven routers", f"{uneven} of {len(rows)}", f"{1 + UNEVEN:g}× and beyond chance"),
+        ("uneven routers", f"{uneven} of {len(rows)}", f"{1 + report.thresholds.uneven:g}× and beyond chance"),
         ("dead experts", str(sum(int(row["dead_experts"]) for row in rows)), f"of {sum(int(row['experts']) for row in rows):,}"),
     ]
     return tiles + ([("pooled over layers", f"{pooled:.2f}×", "what one figure would say")] if pooled else [])
