@@ -1,0 +1,192 @@
+"""Our placement: a local search from the best of several constructions, EPLB's among them, with the replicas of an expert apart.
+
+Moves lower the busiest GPU: two slots change places, or a slot goes from one replicated expert to another. Replicas share their
+expert's load evenly. E experts, P slots, G GPUs, S = P / G slots of a GPU. Deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_inspect.simulate.eplb import replicate
+
+CLOSE = 1e-4  # relative to what no placement can undercut: nearer than this there is nothing to gain
+TRIES = 6  # moves of a replica that are followed up at a time
+KICKS, PATIENT_KICKS = 12, 300  # random disturbances; the latter while a start is still ahead of the search
+CANDIDATES = 20_000  # replica moves looked at in a round
+SMALLEST = 1e-9  # relative; below this a gain is rounding
+
+
+class State:
+    """A placement under search. slots_GS: expert of each slot; copies_GE: replicas of an expert on a GPU."""
+
+    def __init__(self, load_E: np.ndarray, slots_GS: np.ndarray):
+        self.load_E, self.slots_GS = load_E, slots_GS.copy()
+        G, E = len(slots_GS), len(load_E)
+        self.copies_GE = np.zeros((G, E), np.int64)
+        np.add.at(self.copies_GE, (np.arange(G)[:, None], slots_GS), 1)
+        self.weigh()
+
+    def weigh(self) -> None:
+        self.replicas_E = self.copies_GE.sum(0)
+        self.each_E = self.load_E / self.replicas_E
+        self.load_G = self.each_E[self.slots_GS].sum(1)
+
+    @property
+    def most(self) -> float:
+        return float(self.load_G.max())
+
+    def put(self, gpu: int, slot: int, expert: int) -> None:
+        self.copies_GE[gpu, self.slots_GS[gpu, slot]] -= 1
+        self.copies_GE[gpu, expert] += 1
+        self.slots_GS[gpu, slot] = expert
+
+    def swap(self, g: int, i: int, h: int, j: int) -> None:
+        a, b = self.slots_GS[g, i], self.slots_GS[h, j]
+        self.put(g, i, b)
+        self.put(h, j, a)
+        self.load_G[g] += self.each_E[b] - self.each_E[a]
+        self.load_G[h] += self.each_E[a] - self.each_E[b]
+
+
+def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarray]) -> np.ndarray:
+    """The expert of each slot, int64 [P]: the heaviest GPU no heavier than in any of `starts`, and no two replicas of an expert on
+    one GPU, unless there are so many slots that each GPU holds every expert anyway. `starts`: placements [P] of others."""
+    E, S = len(load_E), slots // gpus
+    if S >= E:  # the same experts on every GPU: the load is the same too
+        spare = np.argsort(-load_E, kind="stable")[: S % E]
+        return np.tile(np.concatenate([np.tile(np.arange(E), S // E), spare]), gpus).astype(np.int64)
+    load_E = load_E.astype(np.float64)
+    expert_P, replicas_E = replicate(load_E, slots, most=gpus)
+    bound = max(load_E.sum() / gpus, float((load_E / replicas_E).max()))
+    target = min((State(load_E, start.reshape(gpus, S)).most for start in starts), default=np.inf)
+    begun = [start for start in starts if np.bincount(start, minlength=E).max() <= gpus]
+    states = [apart(State(load_E, s.reshape(gpus, S))) for s in (*begun, _packed(load_E, expert_P, replicas_E, gpus))]
+    for state in states:
+        descend(state)
+    best = min(states, key=lambda state: state.most)
+    rng = np.random.default_rng(0)
+    for kick in range(PATIENT_KICKS):
+        good = best.most <= target * (1 + SMALLEST)
+        if good and (kick >= KICKS or best.most <= bound * (1 + CLOSE)):
+            break
+        state = best if kick == 0 else kicked(best, rng)
+        improve(state, bound)
+        best = min(best, state, key=lambda state: state.most)
+    return best.slots_GS.reshape(-1).astype(np.int64)
+
+
+def _packed(load_E: np.ndarray, expert_P: np.ndarray, replicas_E: np.ndarray, gpus: int) -> np.ndarray:
+    """The heaviest replica first, each to the lightest GPU with room that lacks its expert (where there is one). int64 [P]"""
+    each_E, S = load_E / replicas_E, len(expert_P) // gpus
+    placed: list[list[int]] = [[] for _ in range(gpus)]
+    load = [0.0] * gpus
+    for expert in expert_P[np.argsort(-each_E[expert_P], kind="stable")].tolist():
+        room = [g for g in range(gpus) if len(placed[g]) < S]
+        g = min([g for g in room if expert not in placed[g]] or room, key=load.__getitem__)
+        placed[g].append(expert)
+        load[g] += each_E[expert]
+    return np.array(placed, np.int64).reshape(-1)
+
+
+def apart(state: State) -> State:
+    """Exchanges replicas that share a GPU for others, at the least cost to the heavier of the two GPUs. Each exchange leaves one
+    pair fewer, and there is always one: a GPU that lacks the expert holds something the first GPU lacks, or holds it twice."""
+    G, S = state.slots_GS.shape
+    while len(crowded := np.argwhere(state.copies_GE > 1)):
+        h, a = (int(v) for v in crowded[0])
+        i = int(np.argmax(state.slots_GS[h] == a))
+        b_GS = state.slots_GS
+        twice_GS = np.take_along_axis(state.copies_GE, b_GS, 1) > 1
+        allowed_GS = (state.copies_GE[:, a] == 0)[:, None] & ((state.copies_GE[h, b_GS] == 0) | twice_GS)
+        gain_GS = state.each_E[a] - state.each_E[b_GS]
+        cost_GS = np.where(allowed_GS, np.maximum(state.load_G[h] - gain_GS, state.load_G[:, None] + gain_GS), np.inf)
+        g, j = divmod(int(cost_GS.argmin()), S)
+        assert g < G and allowed_GS[g, j]
+        state.swap(h, i, g, j)
+    return state
+
+
+def descend(state: State) -> None:
+    """Exchanges a slot of the busiest GPU for that of another, the best exchange first, as long as it helps."""
+    S = state.slots_GS.shape[1]
+    lacks_EG = (state.copies_GE == 0).T
+    while True:
+        h = int(state.load_G.argmax())
+        most, a_S = state.load_G[h], state.slots_GS[h]
+        gain_SP = state.each_E[a_S][:, None] - state.each_E[state.slots_GS].reshape(1, -1)
+        other_SP = np.repeat(state.load_G, S)[None] + gain_SP
+        worse_SP = np.maximum(most - gain_SP, other_SP)
+        allowed_SP = np.repeat(lacks_EG[a_S], S, axis=1) & lacks_EG[state.slots_GS.reshape(-1), h][None]
+        worse_SP[~allowed_SP] = np.inf
+        i, p = divmod(int(worse_SP.argmin()), worse_SP.shape[1])
+        if not worse_SP[i, p] < most * (1 - SMALLEST):
+            return
+        g, j = divmod(p, S)
+        a, b = a_S[i], state.slots_GS[g, j]
+        lacks_EG[[a, b], [h, g]], lacks_EG[[a, b], [g, h]] = True, False
+        state.swap(h, i, g, j)
+
+
+def improve(state: State, bound: float) -> None:
+    """Exchanges, then moves of a replica with exchanges after each, as long as either helps."""
+    descend(state)
+    while state.most > bound * (1 + CLOSE):
+        trials = []
+        for gpu, slot, expert in replica_moves(state):
+            trial = State(state.load_E, state.slots_GS)
+            trial.put(gpu, slot, expert)
+            trial.weigh()
+            descend(trial)
+            trials.append(trial)
+        best = min(trials, key=lambda trial: trial.most, default=None)
+        if best is None or best.most >= state.most * (1 - SMALLEST):
+            return
+        state.__dict__.update(best.__dict__)
+
+
+def replica_moves(state: State) -> list[tuple[int, int, int]]:
+    """(GPU, slot, expert that it gets) of the moves of a replica that leave the lightest heaviest GPU: more replicas of what the
+    busiest GPU holds, or a replicated expert leaves it."""
+    G, S = state.slots_GS.shape
+    h, on_GE = int(state.load_G.argmax()), state.copies_GE > 0
+    spare_P = np.flatnonzero(state.replicas_E[state.slots_GS.reshape(-1)] > 1)
+    more_E = np.flatnonzero(state.replicas_E < G)
+    if not len(spare_P) or not len(more_E):
+        return []
+    p_M, y_M = (m.reshape(-1) for m in np.meshgrid(spare_P, more_E, indexing="ij"))
+    g_M, x_M = p_M // S, state.slots_GS.reshape(-1)[p_M]
+    helps_M = (on_GE[h, y_M] | (g_M == h)) & ~on_GE[g_M, y_M]
+    p_M, y_M, g_M, x_M = p_M[helps_M], y_M[helps_M], g_M[helps_M], x_M[helps_M]
+    if len(p_M) > CANDIDATES:
+        few = np.linspace(0, len(p_M) - 1, CANDIDATES).astype(np.int64)
+        p_M, y_M, g_M, x_M = p_M[few], y_M[few], g_M[few], x_M[few]
+    if not len(p_M):
+        return []
+    load_E, replicas_E = state.load_E, state.replicas_E
+    fewer_M, more_M = load_E[x_M] / (replicas_E[x_M] - 1), load_E[y_M] / (replicas_E[y_M] + 1)
+    load_MG = state.load_G + on_GE[:, x_M].T * (fewer_M - state.each_E[x_M])[:, None] + on_GE[:, y_M].T * (more_M - state.each_E[y_M])[:, None]
+    load_MG[np.arange(len(p_M)), g_M] += more_M - fewer_M
+    first = np.argsort(load_MG.max(1), kind="stable")[:TRIES]
+    return [(int(g_M[m]), int(p_M[m] % S), int(y_M[m])) for m in first]
+
+
+def kicked(state: State, rng: np.random.Generator) -> State:
+    """A few slots exchanged at random, one of them on the busiest GPU, and perhaps a replica moved at random."""
+    new = State(state.load_E, state.slots_GS)
+    G, S = state.slots_GS.shape
+    spare_P = np.flatnonzero(new.replicas_E[new.slots_GS.reshape(-1)] > 1)
+    if len(spare_P) and rng.random() < 0.5:
+        g, i = divmod(int(rng.choice(spare_P)), S)
+        allowed_E = np.flatnonzero((new.copies_GE[g] == 0) & (new.replicas_E < G))
+        if len(allowed_E):
+            new.put(g, i, int(rng.choice(allowed_E)))
+            new.weigh()
+    for n in range(int(rng.integers(1, 4))):
+        g = int(new.load_G.argmax()) if n == 0 else int(rng.integers(G))
+        h, i, j = int(rng.integers(G)), int(rng.integers(S)), int(rng.integers(S))
+        if g != h and new.copies_GE[h, new.slots_GS[g, i]] == 0 and new.copies_GE[g, new.slots_GS[h, j]] == 0:
+            new.swap(g, i, h, j)
+    return new
