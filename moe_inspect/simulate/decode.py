@@ -1,0 +1,252 @@
+"""`simulate decode`: the distinct experts of a step in which B sequences decode together.
+
+A step is the tokens at one position of B different sequences, in the order in which the trace has them: sequences stand in for requests.
+Where the trace has generated tokens only those count, each at its place after the prompt; else prompts stand in for them.
+
+T tokens, K slots, E experts, B the batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.select import Selection, select
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.placement import _check_domains
+from moe_inspect.simulate.result import Simulation, need_decisions, seen_by
+from moe_inspect.simulate.sizes import expert_bytes
+from moe_inspect.simulate.stream import check_length, is_small, slots
+from moe_inspect.trace.reader import Trace, open_trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SATURATED = 0.95  # of the experts a step reads them as good as all
+RIDGE = 295.0  # FLOP a byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
+LARGEST = 2**24
+
+
+class Steps:
+    """The steps of one router that are still filling up, and the sums over those that are full. Memory is set by positions, experts
+    and batch sizes, not by the trace's length."""
+
+    def __init__(self, E: int, batches: Sequence[int]):
+        self.E, self.batch_B = E, np.array(batches, np.int64)
+        self.there_BPE = np.zeros((len(batches), 0, E), bool)
+        self.tokens_BP = np.zeros((len(batches), 0), np.int64)
+        self.steps_B, self.distinct_B = np.zeros(len(batches), np.int64), np.zeros(len(batches), np.int64)
+        self.load_E, self.tokens = np.zeros(E, np.int64), 0
+
+    def add(self, ids_KT: np.ndarray, position_T: np.ndarray, small: bool) -> None:
+        if not len(position_T):
+            return
+        more = int(position_T.max()) + 1 - self.tokens_BP.shape[1]
+        if more > 0:
+            self.there_BPE = np.pad(self.there_BPE, ((0, 0), (0, more), (0, 0)))
+            self.tokens_BP = np.pad(self.tokens_BP, ((0, 0), (0, more)))
+        self.load_E += np.bincount(ids_KT[ids_KT >= 0], minlength=self.E)
+        self.tokens += len(position_T)
+        fill = fill_steps_numpy
+        if not small:
+            from moe_inspect.simulate.steps import fill_steps as fill
+        fill(ids_KT, position_T, self.batch_B, self.there_BPE, self.tokens_BP, self.steps_B, self.distinct_B)
+
+
+def fill_steps_numpy(
+    ids_KT: np.ndarray,
+    position_T: np.ndarray,
+    batch_B: np.ndarray,
+    there_BPE: np.ndarray,
+    tokens_BP: np.ndarray,
+    steps_B: np.ndarray,
+    distinct_B: np.ndarray,
+) -> None:
+    """Adds tokens to the steps of their positions, and full steps to the sums; the last four arrays change in place. The twin of
+    `steps.fill_steps`, which is the plain statement of it."""
+    T, E = len(position_T), there_BPE.shape[2]
+    order_T = np.argsort(position_T, kind="stable")
+    sorted_T = position_T[order_T]
+    place_T = np.arange(T) - np.searchsorted(sorted_T, sorted_T)
+    ids_KT = ids_KT[:, order_T]
+    for b, B in enumerate(batch_B.tolist()):
+        nth_T = place_T + tokens_BP[b, sorted_T]
+        step_T = nth_T // B  # 0: the one that was still filling up
+        key_T = np.cumsum(np.r_[0, (np.diff(sorted_T) != 0) | (np.diff(step_T) != 0)])
+        there = np.zeros((key_T[-1] + 1, E), bool)
+        first = np.flatnonzero(np.r_[True, np.diff(key_T) > 0])
+        position, step = sorted_T[first], step_T[first]
+        begun = step == 0
+        there[begun] = there_BPE[b, position[begun]]
+        routed_KT = ids_KT >= 0
+        there[np.broadcast_to(key_T, ids_KT.shape)[routed_KT], ids_KT[routed_KT]] = True
+        last = np.r_[first[1:], T] - 1
+        full = (nth_T[last] + 1) % B == 0
+        steps_B[b] += int(full.sum())
+        distinct_B[b] += int(there[full].sum())
+        tokens_BP[b] = (tokens_BP[b] + np.bincount(position_T, minlength=tokens_BP.shape[1])) % B
+        there_BPE[b, position[full]] = False
+        there_BPE[b, position[~full]] = there[~full]
+
+
+def independent(E: int, k: int, B: int) -> float:
+    """Distinct experts of B tokens that each choose k of E by lot: E (1 − (1 − k/E)^B)."""
+    return E * (1 - (1 - k / E) ** B)
+
+
+def from_marginals(activation_E: np.ndarray, B: float) -> float:
+    """Distinct experts of B tokens drawn independently, each expert chosen as often as it is: Σ 1 − (1 − activation)^B."""
+    return float((1 - (1 - activation_E) ** B).sum())
+
+
+def simulate_decode(
+    trace: Trace | str | Path,
+    *,
+    batches: Sequence[int] = (1, 8, 32, 128),
+    expert_mb: float | None = None,
+    flops_per_byte: float = RIDGE,
+    layers: str | int | Iterable[int] | None = None,
+    domains: str | Iterable[str] | None = None,
+    phase: str | None = None,
+) -> Simulation:
+    """How many experts a decode step reads. `expert_mb`: the size of one expert, 10⁶ bytes (default: from the model's config).
+    `flops_per_byte`: of the GPU, from which on computing is the limit, no longer reading."""
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    need_decisions(trace, "simulate decode")
+    sizes = sorted(set(batches))
+    if not sizes or sizes[0] < 1 or sizes[-1] > LARGEST:
+        raise MoeInspectError(f"batch {', '.join(map(str, sizes))}: give numbers of sequences from 1 to {LARGEST:,}")
+    selection = select(trace, layers, domains, phase)
+    _check_domains(trace, selection)
+    chosen, decoded = _with_phase(trace, selection)
+    steps = {r: Steps(trace.routers[r].experts, sizes) for r in chosen.routers}
+    small, first_of = is_small(trace, chosen.routers, len(sizes)), dict[tuple[str, int, int], int]()
+    for shard in trace.shards:
+        for r in chosen.routers:
+            taken_T, columns = seen_by(shard, r, chosen, ("sequence", "position"))
+            ids_KT, position_T = slots(shard, r), columns["position"].astype(np.int64)
+            check_length(ids_KT.T, len(taken_T), r)
+            if decoded:
+                position_T = _after_prompt(first_of, trace.routers[r].stack, shard.files.rank, columns["sequence"], position_T)
+            steps[r].add(ids_KT if taken_T.all() else np.ascontiguousarray(ids_KT[:, taken_T]), position_T, small)
+    if not any(of.tokens for of in steps.values()):
+        raise MoeInspectError(f"{trace.path} holds no tokens of what was selected")
+    table = _table(trace, steps, expert_mb)
+    needed = _needed(trace, steps, flops_per_byte)
+    tables = {"decode": table, "batch_needed": needed}
+    settings = {"batches": sizes, "phase": chosen.phase, "decoded": decoded, "expert_mb": expert_mb, "flops_per_byte": flops_per_byte}
+    return Simulation("decode", tables, _verdict(tables, settings), settings, lambda: _figure(tables), ("decode",))
+
+
+def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
+    """Generated tokens only, where there are some and no phase was asked for."""
+    if selection.phase is not None:
+        return selection, selection.phase == "decode"
+    if any("decode" in s.tokens(["phase"])["phase"].to_pandas().astype(str).unique() for s in trace.shards):
+        routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
+        if routers:
+            return Selection(routers, selection.domains, "decode"), True
+    return selection, False
+
+
+def _after_prompt(
+    first_of: dict[tuple[str, int, int], int], stack: str, rank: int, sequence_T: np.ndarray, position_T: np.ndarray
+) -> np.ndarray:
+    """The place of each generated token after its prompt: its position less that of the sequence's first generated token."""
+    sequence_S, at_S, of_T = np.unique(sequence_T, return_index=True, return_inverse=True)
+    first_S = [first_of.setdefault((stack, rank, int(s)), int(position_T[at])) for s, at in zip(sequence_S, at_S, strict=True)]
+    return position_T - np.array(first_S, np.int64)[of_T]
+
+
+def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.DataFrame:
+    rows = []
+    for r, of in steps.items():
+        router = trace.routers[r]
+        size = expert_mb * 1e6 if expert_mb is not None else expert_bytes(trace, r)
+        activation_E = of.load_E / max(1, of.tokens)
+        for b, B in enumerate(of.batch_B.tolist()):
+            distinct = of.distinct_B[b] / of.steps_B[b] if of.steps_B[b] else np.nan
+            rows.append(
+                {"layer": router.layer, "router": r, "batch": B, "steps": of.steps_B[b], "distinct_experts": distinct}
+                | {"independent": independent(router.experts, router.top_k, B), "from_marginals": from_marginals(activation_E, B)}
+                | {"share_of_experts": distinct / router.experts, "tokens_per_expert": activation_E.sum() * B / distinct}
+                | {"experts_per_token": distinct / B, "bytes_per_token": distinct * size / B if size else np.nan}
+            )
+    return pd.DataFrame(rows)
+
+
+def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> pd.DataFrame:
+    """The batch from which a step reads as good as all experts, and the one from which computing, not reading, is the limit: both
+    by the measured marginals. A weight of 2 bytes is used for 2 FLOP a token, so an expert needs `flops_per_byte` tokens."""
+    rows = []
+    for r, of in steps.items():
+        activation_E, k = of.load_E / max(1, of.tokens), of.load_E.sum() / max(1, of.tokens)
+        E = int((of.load_E > 0).sum())
+        full = _least(lambda B, a=activation_E, E=E: from_marginals(a, B) >= SATURATED * E) if E else None
+        bound = _least(lambda B, a=activation_E, k=k: B * k >= flops_per_byte * from_marginals(a, B)) if E else None
+        rows.append({"layer": trace.routers[r].layer, "router": r, "reached_experts": E, "reads_all_from": full, "compute_bound_from": bound})
+    return pd.DataFrame(rows).astype({"reads_all_from": "Int64", "compute_bound_from": "Int64"})
+
+
+def _least(holds: Any) -> int | None:
+    """The least batch up to LARGEST from which `holds` is true."""
+    if not holds(LARGEST):
+        return None
+    low, high = 0, LARGEST
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _verdict(tables: dict[str, pd.DataFrame], settings: dict[str, Any]) -> list[str]:
+    table, needed = tables["decode"], tables["batch_needed"]
+    of = "generated tokens" if settings["decoded"] else "prompt tokens, in place of generated ones (trace with --generate for those)"
+    said = []
+    for batch, mine in table.dropna(subset=["distinct_experts"]).groupby("batch"):
+        distinct, lot = mine["distinct_experts"].mean(), mine["independent"].mean()
+        said.append(
+            f"{batch:,} {'sequence reads' if batch == 1 else 'sequences together read'} {distinct:.1f} experts a layer and step "
+            f"({mine['share_of_experts'].mean():.0%} of them; by lot it would be {lot:.1f})"
+            + (f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights a token." if mine["bytes_per_token"].notna().all() else ".")
+        )
+    short = sorted(set(table.loc[table["steps"] == 0, "batch"]))
+    if short:
+        said.append(f"No step of {', '.join(map(str, short))}: the trace holds too few sequences at any position.")
+    if needed["reads_all_from"].notna().any():
+        said.append(
+            f"From {needed['reads_all_from'].max():,} sequences on a step reads {SATURATED:.0%} of the experts that are used at all, in every layer: "
+            "before that a larger batch reads more, after it only shares the reading out."
+        )
+    if needed["compute_bound_from"].notna().any():
+        said.append(
+            f"Beyond about {needed['compute_bound_from'].median():,.0f} sequences a larger batch stops helping: computing is then the limit, not "
+            f"reading (16-bit weights, {settings['flops_per_byte']:g} FLOP a byte)."
+        )
+    return [*said, f"Simulated: steps of the same position of different sequences, from {of}."]
+
+
+def _figure(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Distinct experts by batch size: each layer, and the two baselines."""
+    from matplotlib.figure import Figure
+
+    table = tables["decode"].dropna(subset=["distinct_experts"])
+    made = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = made.subplots()
+    for number, (_, mine) in enumerate(table.groupby("router")):
+        axes.plot(mine["batch"], mine["distinct_experts"], color="0.6", lw=1, label="each layer" if number == 0 else None)
+    mean = table.groupby("batch")[["distinct_experts", "independent", "from_marginals"]].mean()
+    axes.plot(mean.index, mean["distinct_experts"], "o-", color="#c0392b", lw=2, label="mean over layers")
+    axes.plot(mean.index, mean["independent"], "--", color="#2c3e50", label="by lot")
+    axes.plot(mean.index, mean["from_marginals"], ":", color="#2980b9", lw=2, label="independent, experts as popular as they are")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(mean.index), [f"{batch:g}" for batch in mean.index])
+    axes.set(xlabel="sequences decoded together", ylabel="distinct experts a step")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return made

@@ -1,0 +1,363 @@
+"""`simulate placement`: expert parallelism. Which GPU gets which expert, fitted on the trace's first part, judged on the rest.
+
+L routers, E experts, P slots, G GPUs, W windows, T tokens, K slots of a decision. Replicas of an expert share its load evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.select import Selection, select
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
+from moe_inspect.simulate.result import Simulation, seen_by
+from moe_inspect.simulate.sizes import hidden_bytes, text_config
+from moe_inspect.simulate.stream import check_length, is_small, slots
+from moe_inspect.trace.reader import Trace, open_trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WINDOWS = 16  # by default
+MOST_WINDOWS = 4_096
+SAMPLE = 8_192  # decisions of a router by which --minimize ranks judges an exchange
+CHUNK = 16_384  # tokens at a time in numpy
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens in order, each rank's on their own: window w covers the shares edge_W[w] to edge_W[w + 1] of every rank's tokens, the
+    first `fit` of them are what is fitted on."""
+
+    edge_W: np.ndarray
+    fit: int
+    tokens: int
+
+    @property
+    def judged(self) -> slice:
+        whole = len(self.edge_W) - 1
+        return slice(self.fit if self.fit < whole else 0, whole)
+
+
+def simulate_placement(
+    trace: Trace | str | Path,
+    *,
+    gpus: int | None = None,
+    nodes: int = 1,
+    physical_experts: int | None = None,
+    groups: int | None = None,
+    policies: Sequence[str] | None = None,
+    fit_share: float = 0.5,
+    window: int | None = None,
+    minimize: Literal["ranks"] | None = None,
+    slack: float = 0.0,
+    layers: str | int | Iterable[int] | None = None,
+    domains: str | Iterable[str] | None = None,
+    phase: str | None = None,
+) -> Simulation:
+    """What placements of the experts on GPUs come to. `physical_experts`: slots in all, replicas included (default: one an expert).
+    `groups`: of experts, for hierarchical EPLB (default: the config's). `window`: tokens, for how a plan ages. `minimize`: "ranks"
+    lets "ours" trade its lead over EPLB's balance (and `slack` of the load more) for GPUs that a token need not reach."""
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    selection = select(trace, layers, domains, phase)
+    chosen = list(policies or POLICIES)
+    layouts = _layouts(trace, selection, gpus, nodes, physical_experts, groups)
+    if unknown := [name for name in chosen if name not in POLICIES]:
+        raise MoeInspectError(f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}")
+    if not 0 < fit_share <= 1 or slack < 0 or (window is not None and window < 1):
+        raise MoeInspectError(f"fit share {fit_share}, slack {slack}, window {window}: above 0 and at most 1; at least 0; at least 1")
+    _check_domains(trace, selection)
+    small = is_small(trace, selection.routers)
+    if trace.counts_only:
+        windows, loads = _counted(trace, selection)
+    else:
+        windows = _windows(trace, selection, fit_share, window)
+        loads = _loads(trace, selection, windows, small)
+    fitted = {r: load_WE[: windows.fit].sum(0) for r, load_WE in loads.items()}
+    plans = {(r, name): POLICIES[name](fitted[r], layouts[r]) for r in selection.routers for name in chosen}
+    if minimize and "ours" in chosen and not trace.counts_only:
+        _fewer_ranks(trace, selection, windows, layouts, fitted, plans, slack)
+    reach = {} if trace.counts_only else _reach(trace, selection, windows, layouts, plans, small)
+    tables = _tables(trace, windows, layouts, loads, plans, reach)
+    one = next(iter(layouts.values()))
+    settings: dict[str, Any] = {
+        "gpus": one.gpus,
+        "nodes": one.nodes,
+        "groups": one.groups,
+        "physical_experts": physical_experts,
+        "policies": chosen,
+        "fit_share": None if trace.counts_only else fit_share,
+        "window": None if trace.counts_only else -(-windows.tokens // (len(windows.edge_W) - 1)),
+        "minimize": minimize,
+        "layers": model_layers(trace),
+        "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
+        "counts_only": trace.counts_only,
+    }
+    from moe_inspect.simulate.placement_said import figure, verdict
+
+    return Simulation("placement", tables, verdict(tables, settings), settings, lambda: figure(tables, settings), ("policies",))
+
+
+def model_layers(trace: Trace) -> int:
+    """All blocks of the model, dense ones too; where the config does not say, as many as there are up to the last router."""
+    known = text_config(trace).get("num_hidden_layers")
+    return max(known if isinstance(known, int) else 0, 1 + max(r.layer for r in trace.routers))
+
+
+def _layouts(
+    trace: Trace, selection: Selection, gpus: int | None, nodes: int, slots: int | None, groups: int | None
+) -> dict[int, Layout]:
+    """The layout of each router, checked."""
+    sizes = {trace.routers[r].experts for r in selection.routers}
+    if slots is not None and slots < max(sizes):
+        raise MoeInspectError(f"{slots} physical experts for {max(sizes)} experts: each needs a slot, give at least {max(sizes)}")
+    held = {slots} if slots is not None else sizes
+    if gpus is None:  # two slots a GPU at least, or there would be nothing to choose
+        most = max(1, min(8, min(held) // 2))
+        gpus = next((g for g in range(most, 0, -1) if not any(n % g for n in held) and g % nodes == 0), 0)
+        if not gpus:
+            raise MoeInspectError(f"no number of GPUs up to {most} divides {ranges_of(held)} slots and among {nodes} nodes: give gpus")
+    if gpus < 1 or nodes < 1 or gpus % nodes:
+        raise MoeInspectError(f"{gpus} GPUs on {nodes} nodes: give each node the same number of GPUs")
+    if uneven := sorted(n for n in held if n % gpus):
+        raise MoeInspectError(f"{uneven[0]} physical experts on {gpus} GPUs: each GPU holds the same number, give a multiple of {gpus}")
+    if groups is None:
+        known = text_config(trace).get("n_group")
+        groups = known if isinstance(known, int) and known > 0 and not any(E % known for E in sizes) else 1
+    if groups < 1 or any(E % groups for E in sizes):
+        raise MoeInspectError(f"{groups} groups of {ranges_of(sizes)} experts: groups are of the same size, give a divisor")
+    return {r: Layout(slots or trace.routers[r].experts, gpus, nodes, groups) for r in selection.routers}
+
+
+def ranges_of(values: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(values)))
+
+
+def _check_domains(trace: Trace, selection: Selection) -> None:
+    if selection.domains is not None:
+        there = set((trace.counts() if trace.counts_only else trace.documents())["domain"].astype(str))
+        if missing := selection.domains - there:
+            raise MoeInspectError(f"no domain {', '.join(sorted(missing))} in {trace.path}: it has {', '.join(sorted(there))}")
+
+
+def _counted(trace: Trace, selection: Selection) -> tuple[Windows, dict[int, np.ndarray]]:
+    """Counts know no order: one window, fitted on and judged by."""
+    table = trace.counts()
+    if selection.domains is not None:
+        table = table[table["domain"].astype(str).isin(sorted(selection.domains))]
+    loads = {}
+    for r in selection.routers:
+        mine = table[table["router"] == r]
+        load_E = np.bincount(mine["expert"].to_numpy(), mine["assignments"].to_numpy(), trace.routers[r].experts)
+        loads[r] = load_E[None].astype(np.int64)
+    return Windows(np.array([0.0, 1.0]), 1, trace.n_tokens), loads
+
+
+def _windows(trace: Trace, selection: Selection, fit_share: float, window: int | None) -> Windows:
+    tokens = sum(_selected(trace, selection).values())
+    if not tokens:
+        raise MoeInspectError(f"{trace.path} holds no tokens of what was selected" if trace.n_tokens else f"{trace.path} holds no tokens yet")
+    whole = WINDOWS if window is None else -(-tokens // window)
+    if whole > MOST_WINDOWS:
+        raise MoeInspectError(f"windows of {window} tokens make {whole:,} of {tokens:,}: give at least {-(-tokens // MOST_WINDOWS)}")
+    fit = max(1, round(whole * fit_share))
+    rest = 0 if fit_share == 1 else max(1, whole - fit)
+    edge_W = np.concatenate([np.linspace(0, fit_share, fit + 1), np.linspace(fit_share, 1, rest + 1)[1:]])
+    return Windows(edge_W, fit, tokens)
+
+
+def _selected(trace: Trace, selection: Selection) -> dict[int, int]:
+    """The tokens selected of each rank."""
+    found: dict[int, int] = {}
+    for shard in trace.shards:
+        taken = shard.files.tokens if _takes_all(selection) else int(_taken(shard, selection).sum())
+        found[shard.files.rank] = found.get(shard.files.rank, 0) + taken
+    return found
+
+
+def _takes_all(selection: Selection) -> bool:
+    return selection.domains is None and selection.phase is None
+
+
+def _taken(shard: Any, selection: Selection) -> np.ndarray:
+    """bool [T]: the tokens of a shard that the selection takes, whatever router sees them."""
+    names = [*(["domain"] if selection.domains is not None else []), *(["phase"] if selection.phase else [])]
+    taken_T = np.ones(shard.files.tokens, bool)
+    if names:
+        table = shard.tokens(names).to_pandas()
+        if selection.domains is not None:
+            taken_T &= table["domain"].astype(str).isin(sorted(selection.domains)).to_numpy()
+        if selection.phase:
+            taken_T &= (table["phase"].astype(str) == selection.phase).to_numpy()
+    return taken_T
+
+
+def _decisions(trace: Trace, selection: Selection, windows: Windows) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(router, ids int16 [K, T], window of each token int64 [T]), shard by shard."""
+    of_rank, before = _selected(trace, selection), dict[int, int]()
+    for shard in trace.shards:
+        rank = shard.files.rank
+        taken_T = _taken(shard, selection)
+        place_T = before.get(rank, 0) + np.cumsum(taken_T) - 1
+        before[rank] = before.get(rank, 0) + int(taken_T.sum())
+        window_T = np.searchsorted(windows.edge_W, place_T / max(1, of_rank[rank]), side="right") - 1
+        for r in selection.routers:
+            seen_T = shard.seen(r)
+            kept_T = taken_T if seen_T is None else taken_T[seen_T]
+            ids_KT, mine_T = slots(shard, r), window_T if seen_T is None else window_T[seen_T]
+            check_length(ids_KT.T, len(mine_T), r)
+            if not kept_T.all():
+                ids_KT, mine_T = np.ascontiguousarray(ids_KT[:, kept_T]), mine_T[kept_T]
+            yield r, ids_KT, mine_T
+
+
+def _loads(trace: Trace, selection: Selection, windows: Windows, small: bool) -> dict[int, np.ndarray]:
+    """Assignments of each expert in each window, int64 [W, E], a router."""
+    loads = {r: np.zeros((len(windows.edge_W) - 1, trace.routers[r].experts), np.int64) for r in selection.routers}
+    if small:
+        count = count_windows_numpy
+    else:
+        from moe_inspect.simulate.reach import count_windows as count
+    for r, ids_KT, window_T in _decisions(trace, selection, windows):
+        count(ids_KT, window_T, loads[r])
+    return loads
+
+
+def count_windows_numpy(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray) -> None:
+    """Adds the assignments of each window to load_WE: the twin of `reach.count_windows`."""
+    W, E = load_WE.shape
+    cell_N = (window_T * E + ids_KT)[ids_KT >= 0]
+    load_WE += np.bincount(cell_N, minlength=W * E).reshape(W, E)
+
+
+def reached_numpy(ids_KT: np.ndarray, share_EG: np.ndarray) -> float:
+    """The sum over decisions of the GPUs each is expected to reach: Σ_t Σ_g 1 − Π_k (1 − share). The twin of `reach.reached`."""
+    miss_EG = np.vstack([1 - share_EG, np.ones(share_EG.shape[1])])  # the last row: −1, a slot that routed nowhere
+    total = 0.0
+    for start in range(0, ids_KT.shape[1], CHUNK):
+        total += float((1 - miss_EG[ids_KT[:, start : start + CHUNK]].prod(0)).sum())
+    return total
+
+
+def _reach(
+    trace: Trace, selection: Selection, windows: Windows, layouts: dict[int, Layout], plans: dict[tuple[int, str], np.ndarray], small: bool
+) -> dict[tuple[int, str], tuple[float, float]]:
+    """GPUs and nodes that a token of the judged part reaches, its own included, by (router, policy)."""
+    share = {key: [shares(plan, trace.routers[key[0]].experts, n) for n in (layouts[key[0]].gpus, layouts[key[0]].nodes)] for key, plan in plans.items()}
+    if small:
+        total = reached_numpy
+    else:
+        from moe_inspect.simulate.reach import reached, table_of
+
+        tables = {id(s): table_of(s) for pair in share.values() for s in pair}
+
+        def total(ids_KT: np.ndarray, share_EG: np.ndarray) -> float:
+            return reached(ids_KT, *tables[id(share_EG)], share_EG.shape[1])
+
+    sums, decisions = {key: np.zeros(2) for key in plans}, dict.fromkeys(selection.routers, 0)
+    for r, ids_KT, window_T in _decisions(trace, selection, windows):
+        kept_KT = np.ascontiguousarray(ids_KT[:, window_T >= windows.judged.start])
+        decisions[r] += kept_KT.shape[1]
+        for key in [key for key in plans if key[0] == r]:
+            gpu_EG, node_EN = share[key]
+            by_node = total(kept_KT, node_EN) if layouts[r].nodes > 1 else float((kept_KT >= 0).any(0).sum())
+            sums[key] += (total(kept_KT, gpu_EG), by_node)
+    return {key: (s[0] / decisions[key[0]], s[1] / decisions[key[0]]) for key, s in sums.items() if decisions[key[0]]}
+
+
+def _fewer_ranks(
+    trace: Trace,
+    selection: Selection,
+    windows: Windows,
+    layouts: dict[int, Layout],
+    fitted: dict[int, np.ndarray],
+    plans: dict[tuple[int, str], np.ndarray],
+    slack: float,
+) -> None:
+    """Replaces the plans of "ours" by ones that reach fewer GPUs, on a sample of the decisions they were fitted on. No GPU is loaded
+    more than the best EPLB's heaviest × (1 + slack)."""
+    from moe_inspect.simulate.reach import fewer_reached
+
+    step = max(1, int(windows.tokens * windows.edge_W[windows.fit]) // SAMPLE)
+    samples: dict[int, list[np.ndarray]] = {r: [] for r in selection.routers}
+    for r, ids_KT, window_T in _decisions(trace, selection, windows):
+        samples[r].append(ids_KT[:, window_T < windows.fit][:, ::step])
+    for r, parts in samples.items():
+        ids_KM, layout, load_E = np.ascontiguousarray(np.concatenate(parts, axis=1)), layouts[r], fitted[r]
+        best = min(_gpu_load(load_E, POLICIES[name](load_E, layout), layout.gpus).max() for name in ("eplb", "eplb-global"))
+        plans[r, "ours"] = fewer_reached(plans[r, "ours"], layout.gpus, load_E, ids_KM, best * (1 + slack))
+
+
+def _gpu_load(load_E: np.ndarray, expert_P: np.ndarray, gpus: int) -> np.ndarray:
+    """float64 [G]"""
+    return load_E @ shares(expert_P, len(load_E), gpus)
+
+
+def _ratio(load_G: np.ndarray) -> float:
+    return float(load_G.max() / load_G.mean()) if load_G.any() else np.nan
+
+
+def _tables(
+    trace: Trace,
+    windows: Windows,
+    layouts: dict[int, Layout],
+    loads: dict[int, np.ndarray],
+    plans: dict[tuple[int, str], np.ndarray],
+    reach: dict[tuple[int, str], tuple[float, float]],
+) -> dict[str, pd.DataFrame]:
+    size = hidden_bytes(trace)
+    judged, rows, window_rows, plan_rows = windows.judged, [], [], []
+    best = "ours" if any(name == "ours" for _, name in plans) else next(iter(plans))[1]
+    first_W = np.round(windows.edge_W * windows.tokens).astype(np.int64)
+    for (r, name), plan in plans.items():
+        layout, load_WE, E = layouts[r], loads[r], trace.routers[r].experts
+        share_EG, where = shares(plan, E, layout.gpus), {"layer": trace.routers[r].layer, "router": r}
+        load_G = load_WE[judged].sum(0) @ share_EG
+        ratio = _ratio(load_G)
+        ranks, on_nodes = reach.get((r, name), (np.nan, np.nan))
+        sent = 2 * ranks * (1 - 1 / layout.gpus)
+        rows.append(
+            where
+            | {"policy": name, "max_over_mean": ratio, "balancedness": 1 / ratio, "slowdown": ratio, "ranks_per_token": ranks}
+            | {"nodes_per_token": on_nodes, "activations_per_token": sent, "moved_bytes_per_token": sent * size if size else np.nan}
+            | {"fit_max_over_mean": _ratio(load_WE[: windows.fit].sum(0) @ share_EG), "colocated": colocated(plan, layout.gpus)}
+            | {"max_load": load_G.max(), "mean_load": load_G.mean()}
+        )
+        for w, load_E in enumerate(load_WE):
+            ratio = _ratio(load_E @ share_EG)
+            window_rows.append(
+                {"window": w, "first_token": first_W[w], "tokens": first_W[w + 1] - first_W[w], "part": "fit" if w < windows.fit else "judged"}
+                | where
+                | {"policy": name, "max_over_mean": ratio, "balancedness": 1 / ratio}
+            )
+        if name == best:
+            replicas_E = np.bincount(plan, minlength=E)
+            room = layout.slots // layout.gpus
+            for p, e in enumerate(plan.tolist()):
+                gpu = p // room
+                node = gpu // (layout.gpus // layout.nodes)
+                plan_rows.append(where | {"policy": name, "slot": p, "gpu": gpu, "node": node, "expert": e, "replicas": replicas_E[e]})
+    table = pd.DataFrame(rows)
+    return {"placement": table, "policies": _by_policy(table), "windows": pd.DataFrame(window_rows), "plan": pd.DataFrame(plan_rows)}
+
+
+def _by_policy(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a policy. balancedness_sglang: mean over layers of mean ÷ max; balancedness_vllm: Σ mean ÷ Σ max."""
+    rows = []
+    for name, mine in table.dropna(subset=["max_over_mean"]).groupby("policy", sort=False):
+        vllm = mine["mean_load"].sum() / mine["max_load"].sum()
+        rows.append(
+            {"policy": name, "balancedness_sglang": mine["balancedness"].mean(), "balancedness_vllm": vllm, "slowdown": 1 / vllm}
+            | {"worst_max_over_mean": mine["max_over_mean"].max(), "fit_max_over_mean": mine["fit_max_over_mean"].mean()}
+            | {"ranks_per_token": mine["ranks_per_token"].mean(), "nodes_per_token": mine["nodes_per_token"].mean()}
+            | {"moved_bytes_per_token": mine["moved_bytes_per_token"].sum(min_count=1), "colocated": mine["colocated"].sum()}
+        )
+    if not rows:
+        raise MoeInspectError("no router made an assignment in the judged part: there is no load to place")
+    return pd.DataFrame(rows)

@@ -1,0 +1,46 @@
+"""Bytes of a hidden state and of an expert, from the config that the manifest keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_inspect.trace.reader import Trace
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+UNGATED = ("nllb-moe", "nllb_moe", "switch_transformers", "nemotron_h")  # two matrices an expert; the others have a gate too
+WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "d_ff", "intermediate_size")
+
+
+def text_config(trace: Trace) -> dict[str, Any]:
+    """The config of the language model; empty where the manifest has none."""
+    config = trace.manifest.get("model", {}).get("config")
+    config = config if isinstance(config, dict) else {}
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def hidden_bytes(trace: Trace) -> float | None:
+    """Of a token's hidden state, in the dtype the model ran in; None where the manifest does not say."""
+    width, size = _number(text_config(trace), "hidden_size", "d_model"), _element_bytes(trace)
+    return width * size if width and size else None
+
+
+def expert_bytes(trace: Trace, router: int) -> float | None:
+    """Of one expert's weights: its two matrices, three where it has a gate; None where the manifest does not say."""
+    config = text_config(trace)
+    stack = trace.routers[router].stack
+    inner = {**config, **(config["ffn_config"] if isinstance(config.get("ffn_config"), dict) else {})}
+    width = _number(inner, *([f"{stack}_ffn_dim"] if stack else []), *WIDTHS)
+    hidden, size = _number(config, "hidden_size", "d_model"), _element_bytes(trace)
+    matrices = 2 if config.get("model_type") in UNGATED else 3
+    return matrices * hidden * width * size if hidden and width and size else None
+
+
+def _element_bytes(trace: Trace) -> int | None:
+    config = text_config(trace)
+    ran_in = trace.manifest.get("capture", {}).get("dtype")
+    return BYTES.get(str(ran_in)) or BYTES.get(str(config.get("dtype") or config.get("torch_dtype")))
+
+
+def _number(config: dict[str, Any], *names: str) -> int | None:
+    return next((config[name] for name in names if type(config.get(name)) is int and config[name] > 0), None)
