@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from moe_inspect.report.report import Report, report  # the package itself is callable: see report/__init__.py
     from moe_inspect.simulate.cache import simulate_cache
     from moe_inspect.simulate.capacity import simulate_capacity
+    from moe_inspect.simulate.decode import simulate_decode
+    from moe_inspect.simulate.placement import simulate_placement
+    from moe_inspect.simulate.plan import write_plan
     from moe_inspect.simulate.routing import simulate_routing
     from moe_inspect.trace.importers.run import import_trace
     from moe_inspect.trace.reader import Trace, open_trace
@@ -41,9 +44,12 @@ __all__ = [
     "report",
     "simulate_cache",
     "simulate_capacity",
+    "simulate_decode",
+    "simulate_placement",
     "simulate_routing",
     "trace_engine",
     "trace_model",
+    "write_plan",
 ]
 
 _HOMES = {
@@ -58,6 +64,9 @@ _HOMES = {
     "open_trace": "moe_inspect.trace.reader",
     "simulate_cache": "moe_inspect.simulate.cache",
     "simulate_capacity": "moe_inspect.simulate.capacity",
+    "simulate_decode": "moe_inspect.simulate.decode",
+    "simulate_placement": "moe_inspect.simulate.placement",
+    "write_plan": "moe_inspect.simulate.plan",
     "simulate_routing": "moe_inspect.simulate.routing",
 }
 

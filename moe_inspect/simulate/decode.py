@@ -162,7 +162,7 @@ def _after_prompt(
     return position_T - np.array(first_S, np.int64)[of_T]
 
 
-def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.DataFrame:
+def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> Any:
     rows = []
     for r, of in steps.items():
         router = trace.routers[r]
@@ -179,7 +179,7 @@ def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd
     return pd.DataFrame(rows)
 
 
-def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> pd.DataFrame:
+def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> Any:
     """The batch from which a step reads as good as all experts, and the one from which computing, not reading, is the limit: both
     by the measured marginals. A weight of 2 bytes is used for 2 FLOP a token, so an expert needs `flops_per_byte` tokens."""
     rows = []
@@ -188,8 +188,11 @@ def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> pd.
         E = int((of.load_E > 0).sum())
         full = _least(lambda B, a=activation_E, E=E: from_marginals(a, B) >= SATURATED * E) if E else None
         bound = _least(lambda B, a=activation_E, k=k: B * k >= flops_per_byte * from_marginals(a, B)) if E else None
-        rows.append({"layer": trace.routers[r].layer, "router": r, "reached_experts": E, "reads_all_from": full, "compute_bound_from": bound})
-    return pd.DataFrame(rows).astype({"reads_all_from": "Int64", "compute_bound_from": "Int64"})
+        rows.append(
+            {"layer": trace.routers[r].layer, "router": r, "reached_experts": E, "reads_all_from": full, "compute_bound_from": bound}
+        )
+    made: Any = pd.DataFrame(rows)
+    return made.astype({"reads_all_from": "Int64", "compute_bound_from": "Int64"})
 
 
 def _least(holds: Any) -> int | None:
@@ -203,7 +206,7 @@ def _least(holds: Any) -> int | None:
     return high
 
 
-def _verdict(tables: dict[str, pd.DataFrame], settings: dict[str, Any]) -> list[str]:
+def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     table, needed = tables["decode"], tables["batch_needed"]
     of = "generated tokens" if settings["decoded"] else "prompt tokens, in place of generated ones (trace with --generate for those)"
     said = []
@@ -212,7 +215,11 @@ def _verdict(tables: dict[str, pd.DataFrame], settings: dict[str, Any]) -> list[
         said.append(
             f"{batch:,} {'sequence reads' if batch == 1 else 'sequences together read'} {distinct:.1f} experts a layer and step "
             f"({mine['share_of_experts'].mean():.0%} of them; by lot it would be {lot:.1f})"
-            + (f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights a token." if mine["bytes_per_token"].notna().all() else ".")
+            + (
+                f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights a token."
+                if mine["bytes_per_token"].notna().all()
+                else "."
+            )
         )
     short = sorted(set(table.loc[table["steps"] == 0, "batch"]))
     if short:
@@ -230,7 +237,7 @@ def _verdict(tables: dict[str, pd.DataFrame], settings: dict[str, Any]) -> list[
     return [*said, f"Simulated: steps of the same position of different sequences, from {of}."]
 
 
-def _figure(tables: dict[str, pd.DataFrame]) -> Figure:
+def _figure(tables: dict[str, Any]) -> Figure:
     """Distinct experts by batch size: each layer, and the two baselines."""
     from matplotlib.figure import Figure
 

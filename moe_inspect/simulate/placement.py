@@ -16,13 +16,13 @@ import pandas as pd
 from moe_inspect.analysis.select import Selection, select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
-from moe_inspect.simulate.result import Simulation, seen_by
+from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.sizes import hidden_bytes, text_config
 from moe_inspect.simulate.stream import check_length, is_small, slots
 from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 WINDOWS = 16  # by default
 MOST_WINDOWS = 4_096
@@ -110,9 +110,7 @@ def model_layers(trace: Trace) -> int:
     return max(known if isinstance(known, int) else 0, 1 + max(r.layer for r in trace.routers))
 
 
-def _layouts(
-    trace: Trace, selection: Selection, gpus: int | None, nodes: int, slots: int | None, groups: int | None
-) -> dict[int, Layout]:
+def _layouts(trace: Trace, selection: Selection, gpus: int | None, nodes: int, slots: int | None, groups: int | None) -> dict[int, Layout]:
     """The layout of each router, checked."""
     sizes = {trace.routers[r].experts for r in selection.routers}
     if slots is not None and slots < max(sizes):
@@ -148,7 +146,7 @@ def _check_domains(trace: Trace, selection: Selection) -> None:
 
 def _counted(trace: Trace, selection: Selection) -> tuple[Windows, dict[int, np.ndarray]]:
     """Counts know no order: one window, fitted on and judged by."""
-    table = trace.counts()
+    table: Any = trace.counts()
     if selection.domains is not None:
         table = table[table["domain"].astype(str).isin(sorted(selection.domains))]
     loads = {}
@@ -162,7 +160,9 @@ def _counted(trace: Trace, selection: Selection) -> tuple[Windows, dict[int, np.
 def _windows(trace: Trace, selection: Selection, fit_share: float, window: int | None) -> Windows:
     tokens = sum(_selected(trace, selection).values())
     if not tokens:
-        raise MoeInspectError(f"{trace.path} holds no tokens of what was selected" if trace.n_tokens else f"{trace.path} holds no tokens yet")
+        raise MoeInspectError(
+            f"{trace.path} holds no tokens of what was selected" if trace.n_tokens else f"{trace.path} holds no tokens yet"
+        )
     whole = WINDOWS if window is None else -(-tokens // window)
     if whole > MOST_WINDOWS:
         raise MoeInspectError(f"windows of {window} tokens make {whole:,} of {tokens:,}: give at least {-(-tokens // MOST_WINDOWS)}")
@@ -249,7 +249,10 @@ def _reach(
     trace: Trace, selection: Selection, windows: Windows, layouts: dict[int, Layout], plans: dict[tuple[int, str], np.ndarray], small: bool
 ) -> dict[tuple[int, str], tuple[float, float]]:
     """GPUs and nodes that a token of the judged part reaches, its own included, by (router, policy)."""
-    share = {key: [shares(plan, trace.routers[key[0]].experts, n) for n in (layouts[key[0]].gpus, layouts[key[0]].nodes)] for key, plan in plans.items()}
+    share = {
+        key: [shares(plan, trace.routers[key[0]].experts, n) for n in (layouts[key[0]].gpus, layouts[key[0]].nodes)]
+        for key, plan in plans.items()
+    }
     if small:
         total = reached_numpy
     else:
@@ -310,7 +313,7 @@ def _tables(
     loads: dict[int, np.ndarray],
     plans: dict[tuple[int, str], np.ndarray],
     reach: dict[tuple[int, str], tuple[float, float]],
-) -> dict[str, pd.DataFrame]:
+) -> dict[str, Any]:
     size = hidden_bytes(trace)
     judged, rows, window_rows, plan_rows = windows.judged, [], [], []
     best = "ours" if any(name == "ours" for _, name in plans) else next(iter(plans))[1]
@@ -332,7 +335,12 @@ def _tables(
         for w, load_E in enumerate(load_WE):
             ratio = _ratio(load_E @ share_EG)
             window_rows.append(
-                {"window": w, "first_token": first_W[w], "tokens": first_W[w + 1] - first_W[w], "part": "fit" if w < windows.fit else "judged"}
+                {
+                    "window": w,
+                    "first_token": first_W[w],
+                    "tokens": first_W[w + 1] - first_W[w],
+                    "part": "fit" if w < windows.fit else "judged",
+                }
                 | where
                 | {"policy": name, "max_over_mean": ratio, "balancedness": 1 / ratio}
             )
@@ -347,7 +355,7 @@ def _tables(
     return {"placement": table, "policies": _by_policy(table), "windows": pd.DataFrame(window_rows), "plan": pd.DataFrame(plan_rows)}
 
 
-def _by_policy(table: pd.DataFrame) -> pd.DataFrame:
+def _by_policy(table: Any) -> Any:
     """One row a policy. balancedness_sglang: mean over layers of mean ÷ max; balancedness_vllm: Σ mean ÷ Σ max."""
     rows = []
     for name, mine in table.dropna(subset=["max_over_mean"]).groupby("policy", sort=False):

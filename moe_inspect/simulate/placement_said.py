@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 
-def verdict(tables: dict[str, pd.DataFrame], settings: dict[str, Any]) -> list[str]:
+def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Plain sentences, most important first."""
     rows: dict[str, Any] = {row["policy"]: row for row in tables["policies"].to_dict("records")}
     best = min(rows.values(), key=lambda row: (round(row["slowdown"], 9), row["policy"] != "ours"))
@@ -49,7 +48,7 @@ def verdict(tables: dict[str, pd.DataFrame], settings: dict[str, Any]) -> list[s
     return said
 
 
-def _aged(tables: dict[str, pd.DataFrame], settings: dict[str, Any], policy: str) -> list[str]:
+def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list[str]:
     by_window: Any = tables["windows"]
     mine = by_window[by_window["policy"] == policy].groupby(["window", "part"], sort=True)["max_over_mean"].mean().reset_index()
     fit, judged = mine[mine["part"] == "fit"]["max_over_mean"], mine[mine["part"] == "judged"]["max_over_mean"]
@@ -63,7 +62,7 @@ def _aged(tables: dict[str, pd.DataFrame], settings: dict[str, Any], policy: str
     ]
 
 
-def figure(tables: dict[str, pd.DataFrame], settings: dict[str, Any]) -> Figure:
+def figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
     """Left: max/mean over GPUs by layer, on the judged part. Right: by window, the mean over layers, as the plan ages."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

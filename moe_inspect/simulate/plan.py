@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation
@@ -17,12 +18,13 @@ ENDINGS = (".json", ".yaml", ".yml")
 
 def write_plan(simulation: Simulation, path: str | Path) -> str:
     """Writes the plan (the table "plan") and returns what was written, in words."""
-    path, table = Path(path), simulation.tables["plan"]
+    path = Path(path)
+    table: Any = simulation.tables["plan"]
     if path.suffix.lower() not in ENDINGS:
         raise MoeInspectError(f"no plan goes by the ending of {path}: .json is SGLang's, .yaml TensorRT-LLM's")
     slots = {layer: mine["expert"].tolist() for layer, mine in table.groupby("layer")}
     if table.groupby("layer")["router"].nunique().max() > 1 or len({len(row) for row in slots.values()}) > 1:
-        raise MoeInspectError("a plan has one router a layer, with the same number of slots at all: choose such layers with --layers")
+        raise MoeInspectError("a plan has one router a layer, with the same number of slots: choose such layers with --layers")
     P, E = len(next(iter(slots.values()))), int(table["expert"].max()) + 1
     if path.suffix.lower() == ".json":
         layers = int(str(simulation.settings["layers"]))

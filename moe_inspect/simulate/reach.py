@@ -4,6 +4,7 @@ placements that reach fewer.
 T tokens, K slots, E experts, G GPUs, P physical slots, S = P / G of a GPU, M decisions of a sample. Of each chosen expert one replica
 is used, any with the same chance and independently: GPU g is reached with probability 1 − Π (1 − its share of the expert).
 """
+# ruff: noqa: NPY002 (compiled code draws from numba's own generator)
 
 from __future__ import annotations
 
@@ -72,9 +73,7 @@ def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray)
 
 
 @njit(nogil=True, cache=True)
-def anneal(
-    ids_KM: np.ndarray, slots_GS: np.ndarray, load_E: np.ndarray, limit: float, proposals: int, heat: float, seed: int
-) -> None:
+def anneal(ids_KM: np.ndarray, slots_GS: np.ndarray, load_E: np.ndarray, limit: float, proposals: int, heat: float, seed: int) -> None:
     """Exchanges slots of `slots_GS` in place so that the decisions of the sample reach fewer GPUs, no GPU loaded beyond `limit`.
 
     Simulated annealing on the exact expectation: for each decision and GPU it keeps the number of chosen experts that are there

@@ -31,8 +31,8 @@ class State:
 
     def weigh(self) -> None:
         self.replicas_E = self.copies_GE.sum(0)
-        self.each_E = self.load_E / self.replicas_E
-        self.load_G = self.each_E[self.slots_GS].sum(1)
+        self.each_E: np.ndarray = self.load_E / self.replicas_E
+        self.load_G: np.ndarray = self.each_E[self.slots_GS].sum(1)
 
     @property
     def most(self) -> float:
@@ -62,8 +62,8 @@ def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarra
     expert_P, replicas_E = replicate(load_E, slots, most=gpus)
     bound = max(load_E.sum() / gpus, float((load_E / replicas_E).max()))
     target = min((State(load_E, start.reshape(gpus, S)).most for start in starts), default=np.inf)
-    begun = [start for start in starts if np.bincount(start, minlength=E).max() <= gpus]
-    states = [apart(State(load_E, s.reshape(gpus, S))) for s in (*begun, _packed(load_E, expert_P, replicas_E, gpus))]
+    begun = [apart(State(load_E, s.reshape(gpus, S))) for s in (*starts, _packed(load_E, expert_P, replicas_E, gpus))]
+    states = [state for state in begun if state is not None]
     for state in states:
         descend(state)
     best = min(states, key=lambda state: state.most)
@@ -82,20 +82,20 @@ def _packed(load_E: np.ndarray, expert_P: np.ndarray, replicas_E: np.ndarray, gp
     """The heaviest replica first, each to the lightest GPU with room that lacks its expert (where there is one). int64 [P]"""
     each_E, S = load_E / replicas_E, len(expert_P) // gpus
     placed: list[list[int]] = [[] for _ in range(gpus)]
-    load = [0.0] * gpus
+    load: list[float] = [0.0] * gpus
     for expert in expert_P[np.argsort(-each_E[expert_P], kind="stable")].tolist():
         room = [g for g in range(gpus) if len(placed[g]) < S]
         g = min([g for g in room if expert not in placed[g]] or room, key=load.__getitem__)
         placed[g].append(expert)
-        load[g] += each_E[expert]
+        load[g] += float(each_E[expert])
     return np.array(placed, np.int64).reshape(-1)
 
 
-def apart(state: State) -> State:
+def apart(state: State) -> State | None:
     """Exchanges replicas that share a GPU for others, at the least cost to the heavier of the two GPUs. Each exchange leaves one
-    pair fewer, and there is always one: a GPU that lacks the expert holds something the first GPU lacks, or holds it twice."""
+    pair fewer. None where one is left: only where an expert that has more replicas than there are GPUs, which may share one, is in the way."""
     G, S = state.slots_GS.shape
-    while len(crowded := np.argwhere(state.copies_GE > 1)):
+    while len(crowded := np.argwhere((state.copies_GE > 1) & (state.replicas_E <= G))):
         h, a = (int(v) for v in crowded[0])
         i = int(np.argmax(state.slots_GS[h] == a))
         b_GS = state.slots_GS
@@ -104,7 +104,8 @@ def apart(state: State) -> State:
         gain_GS = state.each_E[a] - state.each_E[b_GS]
         cost_GS = np.where(allowed_GS, np.maximum(state.load_G[h] - gain_GS, state.load_G[:, None] + gain_GS), np.inf)
         g, j = divmod(int(cost_GS.argmin()), S)
-        assert g < G and allowed_GS[g, j]
+        if not allowed_GS[g, j]:
+            return None
         state.swap(h, i, g, j)
     return state
 
@@ -152,7 +153,7 @@ def replica_moves(state: State) -> list[tuple[int, int, int]]:
     busiest GPU holds, or a replicated expert leaves it."""
     G, S = state.slots_GS.shape
     h, on_GE = int(state.load_G.argmax()), state.copies_GE > 0
-    spare_P = np.flatnonzero(state.replicas_E[state.slots_GS.reshape(-1)] > 1)
+    spare_P = _spare(state)
     more_E = np.flatnonzero(state.replicas_E < G)
     if not len(spare_P) or not len(more_E):
         return []
@@ -167,17 +168,25 @@ def replica_moves(state: State) -> list[tuple[int, int, int]]:
         return []
     load_E, replicas_E = state.load_E, state.replicas_E
     fewer_M, more_M = load_E[x_M] / (replicas_E[x_M] - 1), load_E[y_M] / (replicas_E[y_M] + 1)
-    load_MG = state.load_G + on_GE[:, x_M].T * (fewer_M - state.each_E[x_M])[:, None] + on_GE[:, y_M].T * (more_M - state.each_E[y_M])[:, None]
+    load_MG = (
+        state.load_G + on_GE[:, x_M].T * (fewer_M - state.each_E[x_M])[:, None] + on_GE[:, y_M].T * (more_M - state.each_E[y_M])[:, None]
+    )
     load_MG[np.arange(len(p_M)), g_M] += more_M - fewer_M
     first = np.argsort(load_MG.max(1), kind="stable")[:TRIES]
     return [(int(g_M[m]), int(p_M[m] % S), int(y_M[m])) for m in first]
+
+
+def _spare(state: State) -> np.ndarray:
+    """Slots of experts that can do without one. Not of those with more replicas than GPUs: with fewer they must not share one."""
+    replicas_P = state.replicas_E[state.slots_GS.reshape(-1)]
+    return np.flatnonzero((replicas_P > 1) & (replicas_P <= len(state.slots_GS)))
 
 
 def kicked(state: State, rng: np.random.Generator) -> State:
     """A few slots exchanged at random, one of them on the busiest GPU, and perhaps a replica moved at random."""
     new = State(state.load_E, state.slots_GS)
     G, S = state.slots_GS.shape
-    spare_P = np.flatnonzero(new.replicas_E[new.slots_GS.reshape(-1)] > 1)
+    spare_P = _spare(new)
     if len(spare_P) and rng.random() < 0.5:
         g, i = divmod(int(rng.choice(spare_P)), S)
         allowed_E = np.flatnonzero((new.copies_GE[g] == 0) & (new.replicas_E < G))

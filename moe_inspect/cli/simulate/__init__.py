@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from moe_inspect.cli.simulate import cache, capacity, routing
+from moe_inspect.cli.simulate import cache, capacity, decode, placement, routing
 
 app = typer.Typer(
     help="What would it cost, and what would help? Replay a trace under other assumptions.", no_args_is_help=True, rich_markup_mode=None
@@ -17,5 +17,7 @@ def _simulate() -> None:
 
 
 app.command("capacity")(capacity.capacity)
+app.command("placement")(placement.placement)
+app.command("decode")(decode.decode)
 app.command("cache")(cache.cache)
 app.command("routing")(routing.routing)

@@ -9,6 +9,7 @@ import typer
 from moe_inspect.cli.simulate.show import (
     DomainOption,
     FormatOption,
+    HtmlOption,
     LayersOption,
     OutputOption,
     PhaseOption,
@@ -23,7 +24,9 @@ from moe_inspect.cli.simulate.show import (
 
 def decode(
     trace: TraceArgument,
-    batch: Annotated[list[str] | None, typer.Option(help="Sequences decoded together; repeated or comma-separated.", show_default="1,8,32,128")] = None,
+    batch: Annotated[
+        list[str] | None, typer.Option(help="Sequences decoded together; repeated or comma-separated.", show_default="1,8,32,128")
+    ] = None,
     expert_mb: Annotated[
         float | None, typer.Option(min=0, help="Size of one expert, MB. Default: from the model's config.", show_default=False)
     ] = None,
@@ -35,6 +38,7 @@ def decode(
     format: FormatOption = None,
     output: OutputOption = None,
     plots: PlotsOption = None,
+    html: HtmlOption = None,
 ) -> None:
     """How many experts a decode step reads, by how many sequences are decoded together.
 
@@ -50,4 +54,4 @@ def decode(
         domains=split(domain),
         phase=phase and phase.value,
     )
-    show(simulation, table=table, format=format, output=output, plots=plots)
+    show(simulation, table=table, format=format, output=output, plots=plots, html=html)

@@ -12,6 +12,7 @@ import typer
 from moe_inspect.cli.simulate.show import (
     DomainOption,
     FormatOption,
+    HtmlOption,
     LayersOption,
     PhaseOption,
     PlotsOption,
@@ -68,6 +69,7 @@ def placement(
         ),
     ] = None,
     plots: PlotsOption = None,
+    html: HtmlOption = None,
 ) -> None:
     """Which GPU should hold which expert: balance, ranks a token reaches, how a plan ages.
 
@@ -85,13 +87,14 @@ def placement(
         policies=split(policy),
         fit_share=fit_share,
         window=window,
-        minimize=minimize and minimize.value,
+        minimize="ranks" if minimize else None,
         slack=slack,
         layers=layers,
         domains=split(domain),
         phase=phase and phase.value,
     )
-    if output is not None and table is None and output.suffix.lower() in ENDINGS:
+    is_plan = output is not None and output.suffix.lower() in ENDINGS and (table is None or output.suffix.lower() != ".json")
+    if output is not None and is_plan:
         print(f"wrote {output}: {write_plan(simulation, output)}", file=sys.stderr)
         output = None
-    show(simulation, table=table, format=format, output=output, plots=plots)
+    show(simulation, table=table, format=format, output=output, plots=plots, html=html)

@@ -1,0 +1,187 @@
+"""Placement: EPLB against its published values, ours against EPLB, what a token reaches, plans that engines read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.eplb import eplb
+from moe_inspect.simulate.placement import count_windows_numpy, reached_numpy, simulate_placement
+from moe_inspect.simulate.plan import write_plan
+from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
+from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.test_real_data import FIDDLER, deepseek, needs_esft, needs_fiddler  # noqa: F401  (a fixture)
+
+# github.com/deepseek-ai/EPLB, its example
+WEIGHT_LE = np.array([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]])
+PLACED_LP = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
+LOAD_LG = [[121.5, 86.5, 125, 113, 147.5, 131.5, 156, 152], [173, 179.5, 120.5, 172, 123, 152, 118.5, 117.5]]
+
+
+def ratio(load_E: np.ndarray, expert_P: np.ndarray, gpus: int) -> float:
+    load_G = load_E @ shares(expert_P, len(load_E), gpus)
+    return load_G.max() / load_G.mean()
+
+
+def no_worse(load_E: np.ndarray, layout: Layout) -> tuple[float, float]:
+    """max/mean of ours and of the best EPLB, checked."""
+    ours = POLICIES["ours"](load_E, layout)
+    assert sorted(set(ours.tolist())) == list(range(len(load_E)))
+    assert len(ours) == layout.slots
+    assert colocated(ours, layout.gpus) == 0
+    best = min(ratio(load_E, POLICIES[name](load_E, layout), layout.gpus) for name in ("eplb", "eplb-global"))
+    mine = ratio(load_E, ours, layout.gpus)
+    assert mine <= best * (1 + 1e-9)
+    return mine, best
+
+
+def zipf(rng: np.random.Generator, E: int) -> np.ndarray:
+    share_E = rng.permutation(np.arange(1, E + 1) ** -rng.uniform(0.1, 2.0))
+    return rng.multinomial(100_000, share_E / share_E.sum())
+
+
+def some_layout(rng: np.random.Generator, E: int) -> Layout:
+    gpus = int(rng.choice([2, 4, 8, 16]))
+    room = -(-E // gpus)
+    return Layout(gpus * int(rng.integers(room, room + 3)), gpus, 2, 4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_eplb_places_as_published(layer: int) -> None:
+    load_E = WEIGHT_LE[layer]
+    placed_P = eplb(load_E, 16, 4, 2, 8)
+    assert placed_P.tolist() == PLACED_LP[layer]
+    assert (load_E @ shares(placed_P, 12, 8)).tolist() == LOAD_LG[layer]
+    assert ratio(load_E, eplb(load_E, 16, 1, 1, 8), 8) == pytest.approx([1.0726, 1.1903][layer], abs=5e-5)
+    no_worse(load_E, Layout(16, 8, 2, 4))
+
+
+def test_ours_is_no_worse_than_eplb_and_keeps_replicas_apart() -> None:
+    rng, better = np.random.default_rng(0), 0
+    for _ in range(60):
+        E = int(rng.choice([8, 16, 32, 64]))
+        layout = some_layout(rng, E)
+        if layout.slots // layout.gpus >= E:
+            continue
+        mine, best = no_worse(zipf(rng, E), layout)
+        better += mine < best - 1e-6
+    assert better >= 10
+
+
+def test_with_room_for_every_expert_on_every_gpu_balance_is_perfect() -> None:
+    load_E = np.array([100, 1, 1])
+    assert ratio(load_E, POLICIES["ours"](load_E, Layout(8, 2)), 2) == pytest.approx(1)
+
+
+def test_colocated_sees_replicas_that_share_a_gpu() -> None:
+    assert colocated(np.array([0, 0, 1, 2]), 2) == 1
+    assert colocated(np.array([0, 0, 0, 1]), 2) == 0  # three replicas on two GPUs cannot but share one
+    assert colocated(np.array([0, 1, 0, 2]), 2) == 0
+
+
+@needs_esft
+def test_ours_on_deepseek_v2_lite(deepseek) -> None:  # noqa: F811
+    made = simulate_placement(deepseek, gpus=8, physical_experts=72, policies=["eplb", "eplb-global", "ours"], fit_share=1)
+    by = made.tables["placement"].pivot(index="layer", columns="policy", values="max_over_mean")
+    assert (by["ours"] <= by[["eplb", "eplb-global"]].min(axis=1) * (1 + 1e-9)).all()
+    assert made.tables["placement"].query("policy == 'ours'")["colocated"].sum() == 0
+    assert len(by) == 26
+
+
+@needs_fiddler
+@pytest.mark.parametrize("model", ["mixtral_8x7b_original", "mixtral_8x7b_instruct"])
+def test_ours_on_mixtral(model: str) -> None:
+    counts_LE = np.sum([json.loads(f.read_text())["expert_popularity"] for f in (FIDDLER / model).glob("*.json")], axis=0)
+    for load_E in counts_LE:
+        no_worse(load_E, Layout(12, 4))
+        no_worse(load_E, Layout(8, 4))
+
+
+def test_the_loops_equal_their_twins() -> None:
+    from moe_inspect.simulate.reach import count_windows, reached, table_of
+
+    rng = np.random.default_rng(1)
+    ids_KT = np.ascontiguousarray(uniform_ids(rng, 300, 12, 3).astype(np.int16).T)
+    ids_KT[2, ::7] = -1
+    share_EG = shares(eplb(WEIGHT_LE[0], 16, 4, 2, 8), 12, 8)
+    expected = sum(1 - np.prod([1 - share_EG[e, g] for e in ids_KT[:, t] if e >= 0]) for t in range(300) for g in range(8))
+    assert reached_numpy(ids_KT, share_EG) == pytest.approx(expected)
+    assert reached(ids_KT, *table_of(share_EG), 8) == pytest.approx(expected)
+    window_T, mine, theirs = rng.integers(0, 5, 300), np.zeros((5, 12), np.int64), np.zeros((5, 12), np.int64)
+    count_windows_numpy(ids_KT, window_T, mine)
+    count_windows(ids_KT, window_T, theirs)
+    assert (mine == theirs).all()
+    assert mine.sum() == (ids_KT >= 0).sum()
+
+
+def test_a_token_reaches_the_ranks_of_its_experts(tmp_path: Path) -> None:
+    """Experts 0 and 1 are always chosen together: contiguous puts them on one GPU of 2, round-robin on two."""
+    trace = write_trace(tmp_path / "t", [np.tile(np.array([[0, 1], [2, 3]], np.uint16), (100, 1))], 4)
+    made = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin"])
+    rows = made.tables["placement"].set_index("policy")
+    assert rows["ranks_per_token"].to_dict() == {"contiguous": 1.0, "round-robin": 2.0}
+    assert (rows["max_over_mean"] == 1).all()
+    assert rows["activations_per_token"].to_dict() == {"contiguous": 1.0, "round-robin": 2.0}
+    fewer = simulate_placement(trace, gpus=2, policies=["ours"], minimize="ranks")
+    assert fewer.tables["placement"]["ranks_per_token"].item() == 1.0
+
+
+def test_a_plan_ages_where_the_text_changes(tmp_path: Path) -> None:
+    """The first half goes to experts 0 and 1, the second to 2 and 3."""
+    ids = np.repeat(np.array([[0], [1], [2], [3]], np.uint16), 500, axis=0)
+    ids[:1000] = np.tile([[0], [1]], (500, 1))
+    ids[1000:] = np.tile([[2], [3]], (500, 1))
+    table = simulate_placement(write_trace(tmp_path / "t", [ids], 4), gpus=2, policies=["contiguous"], window=500).tables["windows"]
+    assert table["tokens"].tolist() == [500] * 4
+    assert table["part"].tolist() == ["fit", "fit", "judged", "judged"]
+    assert table["max_over_mean"].tolist() == [2.0] * 4
+
+
+def test_counts_alone_give_a_placement_and_no_ranks(tmp_path: Path) -> None:
+    made = simulate_placement(write_counts(tmp_path / "t", [np.array([[40, 30, 20, 10]])], 2), gpus=2)
+    table = made.tables["placement"]
+    assert table["ranks_per_token"].isna().all()
+    assert table.set_index("policy")["max_over_mean"]["ours"] == 1.0
+    assert table.set_index("policy")["max_over_mean"]["contiguous"] == pytest.approx(1.4)
+    assert any("Counts only" in sentence for sentence in made.verdict)
+
+
+def test_plans_are_what_engines_read(tmp_path: Path) -> None:
+    ids = [uniform_ids(np.random.default_rng(r), 400, 8, 2) for r in range(2)]
+    trace = write_trace(tmp_path / "t", ids, 8, layers=[1, 3], manifest={"model": {"config": {"num_hidden_layers": 5}}})
+    made = simulate_placement(trace, gpus=4, physical_experts=12)
+    write_plan(made, tmp_path / "plan.json")
+    rows = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
+    assert [len(row) for row in rows] == [12] * 5
+    assert all(set(row) == set(range(8)) for row in rows)
+    write_plan(made, tmp_path / "plan.yaml")
+    plan = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    assert set(plan) == {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
+    assert plan["num_slots"] == 12
+    assert plan["initial_global_assignments"] == {1: rows[1], 3: rows[3]}
+    with pytest.raises(MoeInspectError, match=r"plan\.txt"):
+        write_plan(made, tmp_path / "plan.txt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"physical_experts": 7}, "7 physical experts for 8 experts"),
+        ({"physical_experts": 10, "gpus": 4}, "10 physical experts on 4 GPUs"),
+        ({"gpus": 4, "nodes": 3}, "4 GPUs on 3 nodes"),
+        ({"gpus": 4, "groups": 3}, "3 groups of 8 experts"),
+        ({"policies": ["best"]}, "no policy best"),
+        ({"fit_share": 0.0}, "fit share 0"),
+        ({"domains": "nowhere"}, "no domain nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_a_line(settings: dict, said: str, tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 100, 8, 2)], 8)
+    with pytest.raises(MoeInspectError, match=said) as raised:
+        simulate_placement(trace, **settings)
+    assert "\n" not in str(raised.value)
