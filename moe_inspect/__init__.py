@@ -29,15 +29,19 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.placement import simulate_placement
     from moe_inspect.simulate.plan import write_plan
     from moe_inspect.simulate.routing import simulate_routing
+    from moe_inspect.trace.export import export_trace
     from moe_inspect.trace.importers.run import import_trace
     from moe_inspect.trace.reader import Trace, open_trace
+    from moe_inspect.trace.verify import Verification, verify
 
 __all__ = [
     "Description",
     "MoeInspectError",
     "Report",
     "Trace",
+    "Verification",
     "describe",
+    "export_trace",
     "import_trace",
     "open_trace",
     "record",
@@ -49,6 +53,7 @@ __all__ = [
     "simulate_routing",
     "trace_engine",
     "trace_model",
+    "verify",
     "write_plan",
 ]
 
@@ -60,7 +65,10 @@ _HOMES = {
     "trace_model": "moe_inspect.capture.run",
     "Report": "moe_inspect.report.report",
     "Trace": "moe_inspect.trace.reader",
+    "export_trace": "moe_inspect.trace.export",
     "import_trace": "moe_inspect.trace.importers.run",
+    "Verification": "moe_inspect.trace.verify",
+    "verify": "moe_inspect.trace.verify",
     "open_trace": "moe_inspect.trace.reader",
     "simulate_cache": "moe_inspect.simulate.cache",
     "simulate_capacity": "moe_inspect.simulate.capacity",

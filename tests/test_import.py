@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from moe_inspect.trace.importers import FORMATS
 from moe_inspect.trace.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests import foreign
+from tests.conftest import ROOT
 from tests.foreign import FORMAT_OF, MAKERS, ROUTED
 from tests.test_real_data import ESFT, FIDDLER, needs_esft, needs_fiddler
 
@@ -173,3 +176,19 @@ def test_the_command(cli, tmp_path: Path):
     assert "error: there is a trace at t" in cli("import", "counts", made.source, "-o", "t", check=1).stderr
     cli("import", "nonsense", made.source, "-o", "t", check=2)
     assert len(cli("report", "t", "--table", "load", "--format", "csv").stdout.splitlines()) == 17
+
+
+def test_the_readmes_table_is_the_registrys():
+    text = (ROOT / "README.md").read_text().partition("\n## Import\n")[2].partition("\n## Verify")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{f.name}` | {f.reads} | {f.gives} |" for f in FORMATS.values()]
+
+
+def test_the_commands_help_names_every_format(cli):
+    said = cli("import", "--help").stdout
+    assert all(name in said for name in (*FORMATS, "auto"))
+
+
+def test_importing_needs_no_torch_but_for_its_files():
+    program = "import sys; import moe_inspect.trace.importers.run, moe_inspect.trace.verify, moe_inspect.trace.export; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli import describe, import_, report, simulate, trace
+from moe_inspect.cli import describe, export, import_, report, simulate, trace, verify
 
 app = typer.Typer(
     name="moe-inspect",
@@ -20,6 +20,8 @@ app.command("trace")(trace.trace)
 app.command("report")(report.report)
 app.command("describe")(describe.describe)
 app.command("import")(import_.import_)
+app.command("verify")(verify.verify)
+app.command("export")(export.export)
 app.add_typer(simulate.app, name="simulate")
 
 

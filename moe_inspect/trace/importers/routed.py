@@ -148,7 +148,7 @@ def identical_run(routed_TBK: np.ndarray) -> int:
         ]  # few, in a real dump: the rest is looked at for these alone
         same_T[rows + 1] = (routed_TBK[rows + 1] == routed_TBK[rows]).all((1, 2))
     breaks = np.nonzero(~same_T)[0]
-    return int(np.diff([*breaks, T]).max()) if T else 0
+    return int(np.diff(np.append(breaks, T)).max()) if T else 0
 
 
 def _unbase64(text: object, where: str) -> bytes:

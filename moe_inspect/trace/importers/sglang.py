@@ -246,9 +246,11 @@ def _routers_of_tokens(job: Job, files: list[File], B: int, E: int) -> list[Rout
             if job.facts.layers != B:
                 raise MoeInspectError(f"{where} has {B} layers, {job.facts.id} {job.facts.layers}: is the config the model's?")
             return job.facts.routers()
-        routes_B = (topk_BTK >= 0).any((1, 2))
+        routes_B = np.any(topk_BTK >= 0, axis=(1, 2))
         k = job.top_k or int((topk_BTK >= 0).any((0, 1)).sum())
-        dense = [b for b in dense_blocks(topk_BTK.transpose(1, 0, 2)[:, :, :k]) if routes_B[b]] if k > 1 else []
+        dense = (
+            [b for b in dense_blocks(topk_BTK.transpose(1, 0, 2)[:, :, :k]) if b in set(np.nonzero(routes_B)[0].tolist())] if k > 1 else []
+        )
         if dense:
             raise MoeInspectError(
                 f"{where}: all tokens go to one expert in layer {dense[0]}, as a dense layer reads: give --model or --config"

@@ -1,0 +1,111 @@
+"""What is exported is what was there: read back, or read as the tool reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.export import EXPORTS, export_trace
+from moe_inspect.trace.importers.run import import_trace
+from moe_inspect.trace.reader import Trace
+from tests.synthetic import uniform_ids, write_counts, write_trace
+
+T, E, K = 240, 8, 2
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    rng = np.random.default_rng(1)
+    ids = [uniform_ids(rng, T, E, K) for _ in range(2)]
+    return write_trace(
+        tmp_path_factory.mktemp("export") / "t",
+        ids,
+        E,
+        document=np.repeat(np.arange(24), 10),
+        domain_of_document=("a", "b/c"),
+        weights=[(rng.integers(1, 200, (T, K)) / 256).astype(np.float32) for _ in range(2)],
+        batch_tokens=10,
+        shard_tokens=100,
+        layers=[1, 3],
+    )
+
+
+def truth(trace: Trace) -> pd.DataFrame:
+    """A row an assignment, through pandas alone."""
+    rows = trace.routing().merge(trace.tokens(), on="token")
+    parts = [rows.assign(slot=j, expert=rows[f"expert_{j}"], weight=rows[f"weight_{j}"]) for j in range(K)]
+    return pd.concat(parts).sort_values(["router", "token", "slot"]).reset_index(drop=True)
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_counts_come_back_as_they_were(ending: str, trace: Trace, tmp_path: Path):
+    export_trace(trace, "counts", tmp_path / f"c.{ending}")
+    back = import_trace("counts", [tmp_path / f"c.{ending}"], tmp_path / "t").counts()
+    expected = (
+        truth(trace)
+        .groupby(["layer", "domain", "expert"], observed=True)
+        .agg(n=("slot", "size"), first=("slot", lambda s: (s == 0).sum()), w=("weight", "sum"))
+    )
+    found = back.assign(domain=back["domain"].astype(str)).set_index(["layer", "domain", "expert"])
+    for (layer, domain, expert), row in expected.iterrows():
+        at = found.loc[(layer, domain, expert)]
+        assert (at["assignments"], at["first_choice"]) == (row["n"], row["first"])
+        assert at["weight_sum"] == pytest.approx(row["w"], rel=1e-6)
+    assert back["assignments"].sum() == T * 2 * K
+
+
+def test_esft_comes_back_as_it_was(trace: Trace, tmp_path: Path):
+    export_trace(trace, "esft", tmp_path / "e")
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["a", "b_c"]
+    back = import_trace("esft", [tmp_path / "e"], tmp_path / "t", experts=E, top_k=K)
+    columns = ["expert_0", "expert_1", "weight_0", "weight_1"]
+    for layer in (1, 3):
+        ours = trace.routing(layer=layer).merge(trace.tokens(), on="token").sort_values(["domain", "document", "position"])
+        assert np.array_equal(back.routing(layer=layer)[columns].to_numpy(), ours[columns].to_numpy())
+    scores = json.loads((tmp_path / "e/a/summary.json").read_text())
+    mine = truth(trace).query("domain == 'a' and layer == 3")
+    assert scores["token_scores"]["3"]["5"] == pytest.approx((mine["expert"] == 5).mean())
+    assert scores["gate_scores"]["3"]["5"] == pytest.approx(mine.loc[mine["expert"] == 5, "weight"].sum() / mine["token"].nunique())
+    with pytest.raises(MoeInspectError, match="there is something at"):
+        export_trace(trace, "esft", tmp_path / "e")
+
+
+def test_sglang_gets_a_row_a_layer_of_the_model(trace: Trace, tmp_path: Path):
+    export_trace(trace, "sglang", tmp_path / "s.json")
+    load = np.array(json.loads((tmp_path / "s.json").read_text())["logical_count"])
+    assert load.shape == (4, E)
+    assert not load[[0, 2]].any()
+    expected = truth(trace).groupby(["layer", "expert"]).size()
+    assert {(layer, e): n for layer in (1, 3) for e, n in enumerate(load[layer]) if n} == expected.to_dict()
+
+
+def test_long_parquet_is_a_row_an_assignment(trace: Trace, tmp_path: Path):
+    export_trace(trace, "long-parquet", tmp_path / "l.parquet")
+    found = duckdb.sql(f"select * from '{tmp_path}/l.parquet' order by router, token, slot").df()
+    columns = ["token", "layer", "router", "slot", "expert", "weight", "token_id", "document", "sequence", "position", "batch"]
+    assert np.array_equal(found[columns].to_numpy(float), truth(trace)[columns].to_numpy(float))
+
+
+@pytest.mark.parametrize("format", EXPORTS)
+def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
+    trace = write_counts(tmp_path / "t", [np.arange(8)[None] + 10] * 2, 2)
+    if format in ("esft", "long-parquet"):
+        with pytest.raises(MoeInspectError, match="holds counts only, no decisions"):
+            export_trace(trace, format, tmp_path / "o")
+        return
+    assert export_trace(trace, format, tmp_path / "o.json").stat().st_size
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_command(cli, trace: Trace, tmp_path: Path):
+    assert "wrote c.csv" in cli("export", trace.path, "--format", "counts", "-o", "c.csv").stderr
+    assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + 2 * 2 * E
+    assert "counts are written as" in cli("export", trace.path, "--format", "counts", "-o", "c.txt", check=1).stderr
+    assert "within the trace" in cli("export", trace.path, "--format", "counts", "-o", trace.path / "c.csv", check=1).stderr
+    cli("export", trace.path, "--format", "nonsense", "-o", "c", check=2)

@@ -1,0 +1,249 @@
+"""verify finds each planted corruption, names it by file and row, and calls fine what is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.verify import verify
+from tests import foreign
+from tests.conftest import ROOT
+from tests.synthetic import uniform_ids, write_counts, write_trace
+
+T, E, K, L = 300, 8, 2, 3
+Change = Callable[[dict[str, list]], None]
+
+
+@pytest.fixture(scope="module")
+def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of 100 tokens, ten documents in two domains, weights, a vocabulary, an empty slot."""
+    rng = np.random.default_rng(0)
+    ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
+    ids[1][5, 1] = np.iinfo(np.uint16).max
+    root = tmp_path_factory.mktemp("fine") / "t"
+    document = np.repeat(np.arange(30), 10)
+    write_trace(
+        root,
+        ids,
+        E,
+        document=document,
+        domain_of_document=("a", "b"),
+        token_id=rng.integers(0, 50, T),
+        weights=[rng.random((T, K)).astype(np.float32) for _ in range(L)],
+        batch_tokens=10,
+        shard_tokens=100,
+        words=50,
+    )
+    for shard in range(3):  # the writer of the tests numbers positions by batch: here each batch is a document
+        assert (root / f"tokens/part-0-{shard}.parquet").exists()
+    return root
+
+
+def rewrite(root: Path, table: str, shard: int, change: Change) -> None:
+    """Changes the columns of a part, row group by row group, and its line with it: only what it says is wrong."""
+    path = root / table / f"part-0-{shard}.parquet"
+    file = pq.ParquetFile(path)
+    schema, sizes = file.schema_arrow, [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+    columns = file.read().to_pydict()
+    before = len(columns[schema.names[0]])
+    change(columns)
+    after = len(columns[schema.names[0]])
+    schema = pa.schema([f.with_nullable(True) for f in schema])
+    made = pa.table(columns, schema=schema)
+    with pq.ParquetWriter(path, schema) as writer:
+        at = 0
+        for size in [*sizes[:-1], sizes[-1] + after - before]:
+            writer.write_table(made.slice(at, size), row_group_size=max(size, 1))
+            at += size
+    lines = [json.loads(line) for line in (root / "shards-0.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["path"] == f"{table}/part-0-{shard}.parquet":
+            line |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": after}
+    (root / "shards-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def put(column: str, row: int, value: object) -> Change:
+    def change(columns: dict[str, list]) -> None:
+        columns[column][row] = value
+
+    return change
+
+
+def copy_of(column: str, row: int, source: str) -> Change:
+    def change(columns: dict[str, list]) -> None:
+        columns[column][row] = columns[source][row]
+
+    return change
+
+
+def dropped(columns: dict[str, list]) -> None:
+    for values in columns.values():
+        values.pop()
+
+
+def swapped(columns: dict[str, list]) -> None:
+    for values in columns.values():
+        values[3], values[4] = values[4], values[3]
+
+
+def of_line(**values: object) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        lines = [json.loads(line) for line in (root / "shards-0.jsonl").read_text().splitlines()]
+        lines[4] |= values
+        (root / "shards-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    return change
+
+
+def of_manifest(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        manifest = json.loads((root / "trace.json").read_text())
+        change(manifest)
+        (root / "trace.json").write_text(json.dumps(manifest))
+
+    return apply
+
+
+def in_table(table: str, shard: int, change: Change) -> Callable[[Path], None]:
+    return lambda root: rewrite(root, table, shard, change)
+
+
+def flip(root: Path) -> None:
+    path = root / "routing/part-0-2.parquet"
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(bytes(data))
+
+
+# name: (what is done, file, row, what is said)
+CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str, int | None, str]] = {
+    "a bit": (flip, "routing/part-0-2.parquet", None, "sha256 is"),
+    "a file gone": (lambda root: (root / "tokens/part-0-1.parquet").unlink(), "tokens/part-0-1.parquet", None, "missing"),
+    "an orphan": (lambda root: shutil.copy(root / "tokens/part-0-1.parquet", root / "tokens/part-0-9.parquet"), "tokens/part-0-9.parquet", None, "an orphan"),
+    "rows misstated": (of_line(rows=99), "tokens/part-0-1.parquet", None, "it has 100 rows, its line says 99"),
+    "a shard elsewhere": (of_line(first_token=101), "shards-0.jsonl", None, "states tokens and batches .101, 199"),
+    "an id beyond E": (in_table("routing", 1, put("expert_1", 123, 8)), "routing/part-0-1.parquet", 123, "expert_1 is 8, router 1 has 8"),
+    "an expert twice": (in_table("routing", 0, copy_of("expert_1", 207, "expert_0")), "routing/part-0-0.parquet", 207, "is in slots 0 and 1"),
+    "a decision missing": (in_table("routing", 1, dropped), "routing/part-0-1.parquet", 299, "router 2 .layer 2. has 99 decisions, it saw 100"),
+    "decisions out of order": (in_table("routing", 1, swapped), "routing/part-0-1.parquet", 3, "token is 104, not 103"),
+    "another layer": (in_table("routing", 1, put("layer", 250, 7)), "routing/part-0-1.parquet", 250, "layer is 7, not 2"),
+    "a router unknown": (in_table("routing", 1, put("router", 299, 3)), "routing/part-0-1.parquet", 299, "router is 3, the manifest lists 3"),
+    "a weight that is none": (in_table("routing", 2, put("weight_0", 17, float("inf"))), "routing/part-0-2.parquet", 17, "weight_0 is inf"),
+    "a weight without expert": (in_table("routing", 2, put("expert_1", 17, None)), "routing/part-0-2.parquet", 17, "weight_1 is there, expert_1 is null"),
+    "a token number twice": (in_table("tokens", 1, put("token", 40, 139)), "tokens/part-0-1.parquet", 40, "token is 139, not 140"),
+    "a token id beyond": (in_table("tokens", 1, put("token_id", 40, 50)), "tokens/part-0-1.parquet", 40, "token_id is 50, of a vocabulary of 50"),
+    "a position skipped": (in_table("tokens", 1, put("position", 44, 9)), "tokens/part-0-1.parquet", 44, "position is 9 in sequence 14"),
+    "a document undeclared": (in_table("tokens", 1, put("document", 44, 77)), "tokens/part-0-1.parquet", 44, "document 77 is declared nowhere"),
+    "a document twice": (in_table("documents", 1, put("document", 3, 2)), "documents/part-0-1.parquet", 3, "declared a second time"),
+    "another domain": (in_table("tokens", 1, put("domain", 5, "b")), "tokens/part-0-1.parquet", 5, "domain is 'b', document 10 is of 'a'"),
+    "a phase unknown": (in_table("tokens", 0, put("phase", 5, "train")), "tokens/part-0-0.parquet", 5, "phase is 'train'"),
+    "a fact missing": (in_table("tokens", 0, put("sequence", 5, None)), "tokens/part-0-0.parquet", 5, "sequence is null"),
+    "totals misstated": (of_manifest(lambda m: m["counts"].update(tokens=301)), "trace.json", None, "counts.tokens is 301, the shards have 300"),
+    "a manifest damaged": (lambda root: (root / "trace.json").write_text("{}"), "trace.json", None, "damaged trace"),
+}  # fmt: skip
+
+
+def test_the_clean_trace_is_fine(fine: Path):
+    found = verify(fine)
+    assert found.ok, found
+    assert (found.tokens, found.decisions, found.empty_slots, found.documents) == (T, T * L, 1, 30)
+    assert found.assignments == T * L * K - 1
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corruption_is_found_and_named(name: str, fine: Path, tmp_path: Path):
+    corrupt, file, row, said = CORRUPTIONS[name]
+    shutil.copytree(fine, tmp_path / "t")
+    corrupt(tmp_path / "t")
+    found = verify(tmp_path / "t")
+    assert not found.ok
+    assert (found.file, found.row) == (file, row), found
+    import re
+
+    assert re.search(said, found.violation or ""), found
+
+
+def test_rewriting_alone_corrupts_nothing(fine: Path, tmp_path: Path):
+    shutil.copytree(fine, tmp_path / "t")
+    for table in ("tokens", "routing", "documents"):
+        rewrite(tmp_path / "t", table, 1, lambda columns: None)
+    assert verify(tmp_path / "t").ok
+
+
+COUNTS: dict[str, tuple[Change, int | None, str]] = {
+    "an assignment too many": (lambda c: put("assignments", 2, c["assignments"][2] + 1)(c), 0, "assignments and"),
+    "below zero": (put("assignments", 2, -1), 2, "assignments is -1"),
+    "an expert twice": (put("expert", 2, 1), 0, "lists expert 1 2 times"),
+    "an expert beyond": (put("expert", 2, 8), 2, "expert is 8"),
+    "first choices beyond": (lambda c: put("first_choice", 2, c["assignments"][2] + 1)(c), 2, "first_choice is"),
+    "another layer": (put("layer", 9, 9), 9, "layer is 9, not 1"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_verified_too(name: str, tmp_path: Path):
+    load = np.arange(8)[None] + 10
+    write_counts(tmp_path / "t", [load, load], 2)
+    assert verify(tmp_path / "t").ok
+    change, row, said = COUNTS[name]
+    rewrite(tmp_path / "t", "counts", 0, change)
+    found = verify(tmp_path / "t")
+    assert not found.ok
+    assert said in (found.violation or "")
+    assert (found.file, found.row) == ("counts/part-0-0.parquet", row)
+
+
+@pytest.mark.parametrize("name", ["balanced", "collapsed", "untrained"])
+def test_the_sample_traces_are_fine(name: str):
+    found = verify(ROOT / "sample_traces" / name)
+    assert found.ok, found
+    assert any("logits" in line for line in found.checked)
+
+
+@pytest.mark.parametrize("name", foreign.MAKERS)
+def test_what_is_imported_is_fine(name: str, tmp_path: Path):
+    from tests.test_import import imported
+
+    trace, _, _ = imported(name, tmp_path)
+    found = verify(trace.path)
+    assert found.ok, found
+
+
+def test_the_commands(cli, fine: Path, tmp_path: Path):
+    done = cli("verify", fine)
+    assert "is fine: 300 tokens, 900 decisions, 1,799 assignments in 3 shards" in done.stdout
+    shutil.copytree(fine, tmp_path / "t")
+    rewrite(tmp_path / "t", "routing", 1, put("expert_1", 123, 8))
+    done = cli("verify", "t", check=1)
+    assert done.stdout == ""
+    assert done.stderr == "error: t/routing/part-0-1.parquet row 123: expert_1 is 8, router 1 has 8 experts\n"
+    said = json.loads(cli("verify", "t", "--json", check=1).stdout)
+    assert (said["ok"], said["file"], said["row"]) == (False, "routing/part-0-1.parquet", 123)
+    assert "no trace at nowhere" in cli("verify", "nowhere", check=1).stderr
+    with pytest.raises(MoeInspectError):
+        verify(tmp_path / "nowhere")
+
+
+def test_traces_of_the_demo_model_are_fine(tmp_path: Path):
+    pytest.importorskip("torch")
+    import moe_inspect
+
+    options = {"max_tokens": 600, "batch_tokens": 256}
+    for name, more in {
+        "generated": {"generate": 4, "max_tokens": 200},
+        "logits": {"logits": True},
+        "counts": {"counts_only": True},
+    }.items():
+        moe_inspect.trace_model("demo", tmp_path / name, **{**options, **more})
+        found = verify(tmp_path / name)
+        assert found.ok, (name, found)
+        assert found.empty_slots == 0
