@@ -125,13 +125,13 @@ def test_the_map_shows_the_load_table(opened: Opened, small: Report):
 
 def test_domains_and_order_switch_what_the_map_shows(opened: Opened, small: Report):
     before = opened.map("z[2]")
-    opened.view.get_by_label("Text").select_option(label=LABELS[0])
+    opened.view.locator("#map-domain").select_option(label=LABELS[0])
     opened.until("document.querySelector('.grid .plot').data[0].customdata[2][3].includes('in &lt;b&gt;code')")
     table: Any = small.tables["domains"]
     code = table[(table["layer"] == 2) & (table["domain"] == LABELS[0])]["assignments"].to_numpy()
     assert 2 ** np.array(opened.map("z[2]")) == pytest.approx(np.clip(code / code.mean(), 0.25, 4))
     assert opened.map("z[2]") != before
-    opened.view.get_by_label("Text").select_option(label="all domains")
+    opened.view.locator("#map-domain").select_option(label="all domains")
     opened.view.get_by_label("Order").select_option(label="by load")
     load: Any = small.tables["load"][small.tables["load"]["layer"] == 3]
     busiest = int(load["load_ratio"].to_numpy().argmax())
