@@ -10,7 +10,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev]'
 	touch $@
 
-.PHONY: help demo test test-families lint picture bench clean
+.PHONY: help demo test test-families lint picture bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,13 @@ picture: $(VENV)/.installed ## The picture that the README opens with, of the pa
 bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
+
+FUZZ_SECONDS ?= 600
+FUZZED := vllm-routed vllm-npy sglang-routed sglang-per_token sglang-per_pass sglang-stat tensorrt-llm tensorrt-llm-raw megatron esft fiddler counts
+
+fuzz: $(VENV)/.installed ## Fuzz every importer, FUZZ_SECONDS=600 each; what breaks one stays in tests/crashes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,fuzz]'
+	for name in $(FUZZED); do $(BIN)/python -m tests.fuzz $$name --seconds $(FUZZ_SECONDS) || exit 1; done
 
 clean: ## Remove what make made
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

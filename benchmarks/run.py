@@ -22,6 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.imports import SHAPES
+from benchmarks.imports import measure as measure_imports
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS, EXPERTS, TOP_K, BATCH = 48, 128, 8, 8192  # Qwen3-30B-A3B's shape
@@ -238,6 +241,16 @@ def main() -> None:
             f"≤ {most}",
             lambda v, most=most: v <= most,
         )
+    measured["imports"] = imports = measure_imports()
+    for format in SHAPES:
+        row(
+            f"import {format}, million assignments a CPU-second",
+            imports[f"{format} 3e+07"]["million_assignments_per_cpu_s"],
+            "≥ 3",
+            lambda v: v >= 3,
+        )
+        memory = imports[f"{format} 3e+07"]["peak_memory_mib"] / imports[f"{format} 3e+06"]["peak_memory_mib"]
+        row(f"import {format}, peak memory at 3e7 ÷ at 3e6 assignments", memory, "flat (≤ 1.5)", lambda v: v <= 1.5)
     measured["start_s"] = {"help": start("--help"), "report": start("report", "sample_traces/balanced")}
     row("moe-inspect --help, seconds", measured["start_s"]["help"], "≤ 0.4", lambda v: v <= 0.4)
     row("moe-inspect report sample_traces/balanced, seconds", measured["start_s"]["report"], "≤ 2.5", lambda v: v <= 2.5)

@@ -122,8 +122,8 @@ def _tables(job: Job, path: Path) -> Iterator[pa.Table]:
                     yield _named(pa.table(batch), path)
         else:
             yield _named(_json_table(job, path), path)
-    except pa.ArrowException as error:
-        raise MoeInspectError(f"{path}: {str(error).splitlines()[0]}") from None
+    except (pa.ArrowException, UnicodeDecodeError, OverflowError, TypeError) as error:  # the last three of values that no column holds
+        raise MoeInspectError(f"{path}: {(str(error).splitlines() or ['unreadable'])[0]}") from None
     if path.suffix in (".csv", ".parquet"):
         job.read(path.stat().st_size)
 

@@ -1,0 +1,144 @@
+"""Hostile files: whatever is in them, an import ends in a trace that verifies or in one line, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.importers import FORMATS
+from moe_inspect.trace.importers.run import import_trace
+from tests import foreign, fuzz
+from tests.foreign import MAKERS
+
+quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Path], bytes, Path | None]]:
+    root = tmp_path_factory.mktemp("hostile")
+    model = foreign.config_file(root)
+    seeds = {name: fuzz.seed(name, root / name) for name in MAKERS}
+    return {name: (names, data, model if config else None) for name, (names, data, config) in seeds.items()}
+
+
+def fresh(place: Path) -> Path:
+    shutil.rmtree(place, ignore_errors=True)
+    (place / "in").mkdir(parents=True)
+    return place
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@quick
+@given(data=st.data())
+def test_any_bytes_are_a_trace_or_one_line(name: str, data: st.DataObject, made: dict, tmp_path_factory: pytest.TempPathFactory):
+    names, whole, model = made[name]
+    changed = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(changed) - 1))
+        how = data.draw(st.sampled_from(["set", "cut", "insert", "end"]))
+        if how == "set":
+            changed[at] = data.draw(st.integers(0, 255))
+        elif how == "cut":
+            del changed[at : at + data.draw(st.integers(1, 40))]
+        elif how == "insert":
+            changed[at:at] = data.draw(st.binary(min_size=1, max_size=8))
+        else:
+            del changed[max(at, 1) :]
+        if not changed:
+            return
+    fuzz.check(name, names, bytes(changed), fresh(tmp_path_factory.getbasetemp() / "place"), model)
+
+
+LINES = ["vllm-routed", "sglang-routed", "megatron"]
+
+
+@pytest.mark.parametrize("name", LINES)
+@quick
+@given(data=st.data())
+def test_any_value_in_a_field_is_a_trace_or_one_line(name: str, data: st.DataObject, made: dict, tmp_path_factory: pytest.TempPathFactory):
+    names, whole, model = made[name]
+    parts = whole.split(fuzz.BETWEEN)
+    at = next(i for i, n in enumerate(names) if n.suffix == ".jsonl")
+    rows = [json.loads(line) for line in parts[at].splitlines()]
+    row = data.draw(st.sampled_from(rows))
+    row[data.draw(st.sampled_from(sorted(row)))] = data.draw(JSON)
+    parts[at] = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    fuzz.check(name, names, fuzz.BETWEEN.join(parts), fresh(tmp_path_factory.getbasetemp() / "place"), model)
+
+
+@pytest.mark.parametrize("name", ["sglang-per_token", "sglang-per_pass", "sglang-stat"])
+@quick
+@given(data=st.data())
+def test_any_value_in_a_pt_is_a_trace_or_one_line(name: str, data: st.DataObject, made: dict, tmp_path_factory: pytest.TempPathFactory):
+    import torch
+
+    names, whole, model = made[name]
+    content = torch.load(io.BytesIO(whole.split(fuzz.BETWEEN)[0]), weights_only=True)
+    within = data.draw(st.sampled_from([content, *content.get("records", [])]))
+    shape = data.draw(st.lists(st.integers(0, 11), max_size=4))
+    tensor = st.sampled_from([torch.int32, torch.uint8, torch.float32, torch.bool, torch.bfloat16, torch.complex64]).map(
+        lambda d: torch.ones(shape).to(d)
+    )
+    strided = st.just(torch.zeros(1, dtype=torch.int32).expand(3, 10**6, 8))
+    within[data.draw(st.sampled_from(sorted(within)))] = data.draw(JSON | tensor | strided)
+    file = io.BytesIO()
+    torch.save(content, file)
+    fuzz.check(name, names[:1], file.getvalue(), fresh(tmp_path_factory.getbasetemp() / "place"), model)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path("/nonexistent/never").touch, ())
+
+
+def test_nothing_is_unpickled_and_no_archive_unpacked(tmp_path: Path):
+    import torch
+
+    torch.save({"logical_count": Bomb()}, tmp_path / "a.pt")
+    with pytest.raises(MoeInspectError, match=r"a\.pt is no \.pt that can be read safely"):
+        import_trace("sglang", [tmp_path / "a.pt"], tmp_path / "t", top_k=2)
+    torch.save({"logical_count": torch.zeros(1, 2, 8, dtype=torch.int32)}, tmp_path / "b.pt")
+    with zipfile.ZipFile(tmp_path / "b.pt") as stored, zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as squeezed:
+        for entry in stored.infolist():
+            squeezed.writestr(entry.filename, stored.read(entry), zipfile.ZIP_DEFLATED)
+    with pytest.raises(MoeInspectError, match=r"c\.pt is no \.pt that can be read safely"):
+        import_trace("sglang", [tmp_path / "c.pt"], tmp_path / "t", top_k=2)
+    (tmp_path / "d.npy").write_bytes(b"")
+    np.save(tmp_path / "d.npy", np.array([[[None]]]), allow_pickle=True)
+    with pytest.raises(MoeInspectError, match=r"d\.npy is no \.npy of integers"):
+        import_trace("vllm-routed", [tmp_path / "d.npy"], tmp_path / "t", experts=8)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("content", [b"", b"\0" * 50, b"{}", b"[]", b"null\n", b'{"records": []}', b"[" * 100_000, b"9" * 5000])
+def test_what_is_nothing_of_the_kind(format: str, content: bytes, tmp_path: Path):
+    for suffix in (".jsonl", ".json", ".csv", ".parquet", ".npy", ".pt", ".safetensors", ".txt"):
+        (tmp_path / f"x{suffix}").write_bytes(content)
+        with pytest.raises(MoeInspectError) as raised:
+            import_trace(format, [tmp_path / f"x{suffix}"], tmp_path / "t", model="demo")
+        assert "\n" not in str(raised.value)
+    assert not (tmp_path / "t").exists()
+    with pytest.raises(MoeInspectError, match="no file or folder"):
+        import_trace(format, [tmp_path / "nowhere"], tmp_path / "t", model="demo")
+
+
+@pytest.mark.parametrize("crash", sorted(fuzz.CRASHES.glob("*-*")), ids=lambda p: p.name[:40])
+def test_what_once_broke_an_importer_does_so_no_more(crash: Path, made: dict, tmp_path: Path):
+    name = max((n for n in MAKERS if crash.name.startswith(n)), key=len)
+    names, _, model = made[name]
+    fuzz.check(name, names, crash.read_bytes(), fresh(tmp_path / "place"), model)
