@@ -163,7 +163,7 @@ def domains(report: Report) -> Figure | None:
 @plot
 def windows(report: Report) -> Figure | None:
     """max/mean of each router in windows of the trace, in the order it ran."""
-    if report.counts.counts_only or "windows" not in report.tables:
+    if report.counts.counts_only:
         return None
     table: Any = report.tables["windows"]
     if table["window"].nunique() < 2:
@@ -222,7 +222,7 @@ def specialization(report: Report) -> Figure | None:
 @plot
 def coactivation(report: Report) -> Figure | None:
     """Which experts one decision chooses together, against chance: a panel for each of the routers where it is most marked."""
-    if report.counts.counts_only or "coactivation" not in report.tables:
+    if report.counts.counts_only:
         return None
     table: Any = report.tables["coactivation"]
     return _pairs(report, table[table["expert"] != table["other"]], "other", "Experts chosen together", "other expert")
@@ -231,7 +231,7 @@ def coactivation(report: Report) -> Figure | None:
 @plot
 def transitions(report: Report) -> Figure | None:
     """Which experts of the next layer the tokens of an expert go to, against chance."""
-    if report.counts.counts_only or "transitions" not in report.tables:
+    if report.counts.counts_only:
         return None
     return _pairs(report, report.tables["transitions"], "next_expert", "Experts of one layer and the next", "expert of the next layer")
 
@@ -239,7 +239,7 @@ def transitions(report: Report) -> Figure | None:
 @plot
 def repetition(report: Report) -> Figure | None:
     """How often the next token has the same first choice, by layer and domain."""
-    if report.counts.counts_only or "repetition" not in report.tables:
+    if report.counts.counts_only:
         return None
     table: Any = report.tables["repetition"]
     if table.empty:
@@ -265,7 +265,7 @@ def repetition(report: Report) -> Figure | None:
 @plot
 def router(report: Report) -> Figure | None:
     """How decided each router is: entropy, margin and mass of its choice, from logits or else from gate weights."""
-    if report.counts.counts_only or "router" not in report.tables:
+    if report.counts.counts_only:
         return None
     table: Any = report.tables["router"]
     names = {

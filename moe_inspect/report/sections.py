@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.balance import METRICS
+from moe_inspect.analysis.registry import metrics
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report import html
+from moe_inspect.report.doubts import doubts, one_rank
 from moe_inspect.report.html import Section
 from moe_inspect.report.text import layer_label, readable
-from moe_inspect.report.verdict import chance, routers, worst_router
-from moe_inspect.report.verdict import uneven as is_uneven
+from moe_inspect.report.verdict import chance, routers, uneven, worst_router
 from moe_inspect.report.words import counted
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
 SECTIONS: dict[str, Callable[[Report], Section | str]] = {}
-LATER = ("windows", "repetition", "coactivation", "transitions", "router")
 CELLS = 800_000  # load by domain, router and expert: the domains with the most tokens, up to so many numbers
 ENTRIES = 160_000  # of each list that cards show, over all experts
 MOST_LINES = 12  # routers drawn as lines; more make a heatmap
@@ -47,10 +46,9 @@ def section(function: Callable[[Report], Section | str]) -> Callable[[Report], S
 
 def report_page(report: Report) -> str:
     """The page of a report, as HTML."""
+    report.prepare(SECTIONS)
     sections, left_out = [], []
-    for name, make in SECTIONS.items():
-        if name in LATER and name not in report.tables:
-            continue
+    for make in SECTIONS.values():
         try:
             made = make(report)
         except MoeInspectError as error:  # what this trace cannot give is said on the page
@@ -60,12 +58,14 @@ def report_page(report: Report) -> str:
         elif made:
             left_out.append(made)
     data, short = map_data(report)
+    warnings = [said for said in (report.warning, one_rank(report), *doubts(report)) if said]
+    verdict = [said for said in report.verdict() if said not in warnings and said != f"Careful: {report.warning}."]
     return html.page(
         str(dict(report.facts())["model"]),
-        report.verdict(),
+        verdict,
         sections,
         subtitle=_subtitle(report),
-        warnings=[report.warning] if report.warning else [],
+        warnings=warnings,
         facts=_tiles(report),
         left_out=[*left_out, *short],
         data=data,
@@ -90,19 +90,23 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     worst, rows = worst_router(report), routers(report)
     if worst is None:
         return []
-    uneven = sum(is_uneven(report, row) for row in rows)
     pooled = report.pooled_max_over_mean()
     tiles = [
         ("busiest expert ÷ mean", f"{worst['max_over_mean']:.2f}×", f"layer {layer_label(report, int(worst['router']))}, the worst"),
         ("chance would give", f"{1 + chance(worst):.2f}×", "documents like these"),
-        ("uneven routers", f"{uneven} of {len(rows)}", f"{1 + report.thresholds.uneven:g}× and beyond chance"),
+        (
+            "uneven routers",
+            f"{sum(uneven(report, row) for row in rows)} of {len(rows)}",
+            f"{1 + report.thresholds.uneven:g}× and beyond chance",
+        ),
         ("dead experts", str(sum(int(row["dead_experts"]) for row in rows)), f"of {sum(int(row['experts']) for row in rows):,}"),
     ]
     return tiles + ([("pooled over layers", f"{pooled:.2f}×", "what one figure would say")] if pooled else [])
 
 
 def _definitions(*names: str) -> dict[str, str]:
-    return {name: " ".join((METRICS[name].function.__doc__ or "").split()) for name in names if name in METRICS}
+    known = metrics()
+    return {name: known[name].formula for name in names}
 
 
 # --- the sections
@@ -195,6 +199,8 @@ def windows(report: Report) -> Section | str:
     x = np.arange(wide.shape[1])
     if len(wide) <= MOST_LINES:
         data = [_line(x, wide.to_numpy()[i], f"layer {label}", mode="lines") for i, label in enumerate(labels)]
+        floor = 1 + table.groupby("window")["noise_floor"].max().to_numpy()
+        data.append(_line(x, floor, "chance", line={"color": "@soft", "dash": "dot"}))
         layout: dict[str, Any] = {"xaxis": axis, "yaxis": {"title": {"text": "max ÷ mean load"}}, "height": 360}
     else:
         data = [_heatmap(wide.to_numpy(), x, "window %{x}, layer %{customdata}: %{z:.2f}×", np.array([[v] * len(x) for v in labels]))]
@@ -431,23 +437,14 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
         "partners": None,
         "nexts": None,
     }
-    if not report.counts.counts_only and "coactivation" in report.tables:
+    if not report.counts.counts_only:
         pairs: Any = _table(report, "coactivation")
         data["partners"] = _pairs(pairs[pairs["expert"] != pairs["other"]], "other", first, position, entries)
         links: Any = _table(report, "transitions")
         data["nexts"] = _pairs(links, "next_expert", first, position, entries)
-        next_of = links.drop_duplicates("router").set_index("router")["next_layer"]
-        data["next"] = [_next_row(report, chosen, r, next_of.get(r)) for r in chosen]
+        next_of = links.drop_duplicates("router").set_index("router")["next_router"]
+        data["next"] = [position.get(next_of.get(r)) for r in chosen]
     return data, short
-
-
-def _next_row(report: Report, chosen: Any, router: int, layer: Any) -> int | None:
-    """Which row of the map the transitions of a router lead to: the first router of that layer after it, in its stack."""
-    stack = report.trace.routers[router].stack
-    rows = [
-        i for i, r in enumerate(chosen) if r > router and report.trace.routers[r].layer == layer and report.trace.routers[r].stack == stack
-    ]
-    return rows[0] if rows else None
 
 
 def _words(report: Report, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any] | None:
