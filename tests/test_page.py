@@ -132,12 +132,12 @@ def test_domains_and_order_switch_what_the_map_shows(opened: Opened, small: Repo
     assert 2 ** np.array(opened.map("z[2]")) == pytest.approx(np.clip(code / code.mean(), 0.25, 4))
     assert opened.map("z[2]") != before
     opened.view.locator("#map-domain").select_option(label="all domains")
-    opened.view.get_by_role("combobox", name="Order").select_option(label="by load")
+    opened.view.locator("#map-order").select_option(label="by load")
     load: Any = small.tables["load"][small.tables["load"]["layer"] == 3]
     busiest = int(load["load_ratio"].to_numpy().argmax())
     opened.until(f"document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert {busiest}<')")
     assert opened.map("z[3]") == sorted(opened.map("z[3]"), reverse=True)
-    opened.view.get_by_role("combobox", name="Order").select_option(label="by expert id")
+    opened.view.locator("#map-order").select_option(label="by expert id")
     opened.until("document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert 0')")
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moe_inspect.analysis.balance import load_ratio
+from moe_inspect.analysis.pairs import coactivation_lift, transition_lift
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report.text import cut, layer_label, readable
 from moe_inspect.report.verdict import chance
@@ -175,7 +176,9 @@ def windows(report: Report) -> Figure | None:
     if L <= LINES:
         figure, axes = _figure(8, 4.2)
         for i, (label, ratio_W) in enumerate(zip(labels, ratio_LW.to_numpy(), strict=True)):
-            axes.plot(ratio_W, color=COLOURS[i % 8], ls=MARKS[i // 8 % 4], marker="o", ms=3, lw=1.3, label=f"layer {label}")
+            axes.plot(ratio_W, color=COLOURS[i % 8], ls=MARKS[i // 8 % 4], lw=1.2, label=f"layer {label}")
+        floor_W = table.groupby("window")["noise_floor"].max().to_numpy()
+        axes.fill_between(np.arange(W), 1, 1 + floor_W, color="0.88", lw=0, label="what chance gives")
         axes.set_ylabel("max ÷ mean load")
         figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=5)
         _bare(axes)
@@ -224,8 +227,11 @@ def coactivation(report: Report) -> Figure | None:
     """Which experts one decision chooses together, against chance: a panel for each of the routers where it is most marked."""
     if report.counts.counts_only:
         return None
-    table: Any = report.tables["coactivation"]
-    return _pairs(report, table[table["expert"] != table["other"]], "other", "Experts chosen together", "other expert")
+    counts: Any = report.decisions("coactivation")
+    lift_of = {r: coactivation_lift(counts.of[r].together_EE) for r in _furthest(report.tables["coactivation"])}
+    for lift_EE in lift_of.values():
+        np.fill_diagonal(lift_EE, np.nan)
+    return _pairs(report, lift_of, "Experts chosen together", "other expert")
 
 
 @plot
@@ -233,7 +239,9 @@ def transitions(report: Report) -> Figure | None:
     """Which experts of the next layer the tokens of an expert go to, against chance."""
     if report.counts.counts_only:
         return None
-    return _pairs(report, report.tables["transitions"], "next_expert", "Experts of one layer and the next", "expert of the next layer")
+    counts: Any = report.decisions("transitions")
+    lift_of = {r: transition_lift(counts.of[r].next_EN) for r in _furthest(report.tables["transitions"])}
+    return _pairs(report, lift_of, "Experts of one layer and the next", "expert of the next layer")
 
 
 @plot
@@ -284,7 +292,7 @@ def router(report: Report) -> Figure | None:
     for axes, name, colour in zip(grid[:, 0], known, COLOURS, strict=False):
         axes.plot(table[name].to_numpy(), color=colour, marker="o", ms=4, lw=1.3)
         axes.set_title(names[name], loc="left", fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * (table[name].max() or 1))
         axes.set_xticks([])
         _bare(axes)
     _layer_ticks(grid[-1, 0].xaxis, [layer_label(report, int(r)) for r in table["router"]])
@@ -295,22 +303,23 @@ def router(report: Report) -> Figure | None:
     return figure
 
 
-def _pairs(report: Report, table: Any, other: str, title: str, xlabel: str) -> Figure | None:
-    """Lift of pairs of experts, a panel for each of the routers where pairs are furthest from chance."""
-    if table.empty:
-        return None
+def _furthest(table: Any) -> list[int]:
+    """The routers whose listed pairs are furthest from chance, in order of layers."""
     beyond = (table["probability"] - table["probability"] / table["lift"]).abs().groupby(table["router"]).sum()
-    chosen = sorted(beyond.nlargest(MATRICES).index)
+    return sorted(int(r) for r in beyond.nlargest(MATRICES).index)
+
+
+def _pairs(report: Report, lift_of: dict[int, np.ndarray], title: str, xlabel: str) -> Figure | None:
+    """Lift of pairs of experts [E, F], a panel for each router of `lift_of`."""
+    if not lift_of:
+        return None
+    chosen = list(lift_of)
     columns = min(2, len(chosen))
     rows = -(-len(chosen) // columns)
     figure, grid = _grid(4.6 * columns + 1, 4.1 * rows + 0.6, rows, columns)
     image = None
     for axes, r in zip(grid.flat, chosen, strict=False):
-        part = table[table["router"] == r]
-        size_E, size_F = (int(part[name].max()) + 1 for name in ("expert", other))
-        lift_EF = np.full((size_E, size_F), np.nan)
-        lift_EF[part["expert"].to_numpy(int), part[other].to_numpy(int)] = part["lift"]
-        image = _ratios(axes, lift_EF)
+        image = _ratios(axes, lift_of[r])
         axes.set_title(f"layer {layer_label(report, int(r))}", fontsize=9, loc="left")
         axes.set(xlabel=xlabel, ylabel="expert")
         for axis in (axes.xaxis, axes.yaxis):
@@ -318,7 +327,8 @@ def _pairs(report: Report, table: Any, other: str, title: str, xlabel: str) -> F
         axes.tick_params(labelsize=8)
     for axes in grid.flat[len(chosen) :]:
         axes.set_axis_off()
-    shown = "" if len(chosen) == len(beyond) else f" (the {len(chosen)} of {len(beyond)} layers furthest from chance)"
+    routers = len(report.selection.routers)
+    shown = f" (the {len(chosen)} of {routers} layers furthest from chance)" if len(chosen) == MATRICES < routers else ""
     figure.suptitle(f"{title}, against chance{shown}", fontsize=10, x=0.01, ha="left")
     if image is not None:
         _colour_bar(figure, image, grid.ravel().tolist(), "times as often as by chance")

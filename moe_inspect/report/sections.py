@@ -333,6 +333,7 @@ def router(report: Report) -> Section | str:
     known = [name for name in CONFIDENCE if name in table and table[name].notna().any()]
     if not known:
         return "router confidence: neither logits nor weights were recorded"
+    known = [name for name in known if not name.startswith("weight")] or known
     x, labels = _layers(report, table)
     data = [_line(x, table[name].to_numpy(), html.label(CONFIDENCE[name]), mode="lines+markers") for name in known]
     return Section(

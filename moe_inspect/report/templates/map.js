@@ -104,9 +104,10 @@ moe.map = async (data) => {
     if (!card.hidden) open(at.row, at.expert, false);
     if (layerTable.open) fillTable();
   };
-  const [orderLabel] = choose("Order", ["by expert id", "by load"], (value) => ((at.byLoad = value === 1), redraw()));
+  const [orderLabel, orderSelect] = choose("Order", ["by expert id", "by load"], (value) => ((at.byLoad = value === 1), redraw()));
   const [domainLabel, domainSelect] = choose("Text", ["all domains", ...data.domains], (value) => ((at.domain = value - 1), redraw()));
   domainSelect.id = "map-domain";
+  orderSelect.id = "map-order";
   const layerTable = h("details", {}, h("summary", {}, "As a table, a layer at a time"));
   place.append(h("div", { className: "controls" }, data.load.length ? domainLabel : null, orderLabel, legend("× the mean load")), grid, now, layerTable);
 

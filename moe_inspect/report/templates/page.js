@@ -29,6 +29,7 @@ moe.layout = (given = {}) => {
   const layout = {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
+    colorway: ["@second", "@accent", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "@soft"],
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: "@ink" },
     margin: { l: 50, r: 16, t: 16, b: 44 },
     height: 340,
