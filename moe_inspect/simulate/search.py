@@ -52,8 +52,9 @@ class State:
 
 
 def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarray]) -> np.ndarray:
-    """The expert of each slot, int64 [P]: the heaviest GPU no heavier than in any of `starts`, and no two replicas of an expert on
-    one GPU, unless there are so many slots that each GPU holds every expert anyway. `starts`: placements [P] of others."""
+    """The expert of each slot, int64 [P], from `starts`, placements [P] of others. No two replicas of an expert are on one GPU, unless
+    it has more than there are GPUs. The heaviest GPU is no heavier than in any start that keeps them apart too; one that does not can
+    be lighter than anything that does, by little: two of 1,000 random Zipf loads, by under 0.06 %."""
     E, S = len(load_E), slots // gpus
     if S >= E:  # the same experts on every GPU: the load is the same too
         spare = np.argsort(-load_E, kind="stable")[: S % E]
