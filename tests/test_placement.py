@@ -11,9 +11,10 @@ import yaml
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.eplb import eplb
-from moe_inspect.simulate.placement import count_windows_numpy, reached_numpy, simulate_placement
+from moe_inspect.simulate.placement import reached_numpy, simulate_placement
 from moe_inspect.simulate.plan import write_plan
 from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
+from moe_inspect.simulate.windows import count_windows_numpy
 from tests.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_real_data import FIDDLER, deepseek, needs_esft, needs_fiddler  # noqa: F401  (a fixture)
 

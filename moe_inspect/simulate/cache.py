@@ -167,17 +167,17 @@ class Plain:
         self.parts: list[tuple[np.ndarray, np.ndarray]] = []
 
     def feed(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
-        there_KT = ids_KT >= 0
         self.decisions_P += np.bincount(phase_T, minlength=len(PHASES))
-        self.accesses_P += np.bincount(phase_T, there_KT.sum(0), len(PHASES)).astype(np.int64)
-        self.load_E += np.bincount(ids_KT[there_KT], minlength=len(self.load_E))
         self.run(ids_KT, phase_T)
 
     def run(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
+        there_KT = ids_KT >= 0
+        self.accesses_P += np.bincount(phase_T, there_KT.sum(0), len(PHASES)).astype(np.int64)
+        self.load_E += np.bincount(ids_KT[there_KT], minlength=len(self.load_E))
         self.parts.append((ids_KT, phase_T))
 
     def hits(self) -> dict[tuple[str, int], np.ndarray]:
-        """Of each policy and number of slots, by phase. Also settles cold_P."""
+        """Of each policy and number of slots, by phase. Also settles what else is counted by phase."""
         if not self.parts:
             return {(name, size): np.zeros(len(PHASES), np.int64) for name in self.names for size in self.sizes}
         ids_KT, phase_T = (np.concatenate([part[i] for part in self.parts], axis=-1) for i in (0, 1))
@@ -204,14 +204,19 @@ class Compiled(Plain):
         }
         self.held = {(name, size): fresh[name]() for name, size in self.done}
 
+    def lru(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What `kernels.lru` takes."""
+        return ids_KT, phase_T, self.rank_E, self.touched_E, self.load_E, self.at_PE, self.cold_P
+
     def run(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
         from moe_inspect.simulate import kernels
 
-        kernels.lru(ids_KT, phase_T, self.rank_E, self.touched_E, self.at_PE, self.cold_P)  # also where not asked for: it finds cold_P
+        kernels.lru(*self.lru(ids_KT, phase_T))  # also where not asked for: it counts accesses
         for (name, size), held in self.held.items():
             getattr(kernels, name)(ids_KT, phase_T, size, *held, self.done[name, size])
 
     def hits(self) -> dict[tuple[str, int], np.ndarray]:
+        self.accesses_P = self.at_PE.sum(1) + self.cold_P
         of_lru = {("lru", size): self.at_PE[:, :size].sum(1) for size in self.sizes}
         return {(name, size): (of_lru | self.done)[name, size] for name in self.names for size in self.sizes}
 

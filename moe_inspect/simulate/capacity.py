@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_inspect.analysis.select import select
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.capacity_said import PLACES, figure, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.stream import check_length, coded, cut, deciles, is_small, runs, sequence_deciles, slots
 from moe_inspect.trace.reader import Shard, Trace, open_trace
@@ -25,7 +26,6 @@ from moe_inspect.trace.schema import Router
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 Order = Literal["arrival", "token", "weight"]
 ORDERS = {
@@ -33,7 +33,6 @@ ORDERS = {
     "token": "token after token, each with all its choices (Switch)",
     "weight": "the highest gate weight first",
 }
-PLACES = ("document", "group")
 STEP = 100  # the factor that is needed is told in hundredths
 MOST_FACTORS = 50
 
@@ -71,8 +70,8 @@ def simulate_capacity(
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
     tables = _tables(trace, tallies, domains, (tokens, hit_F, lost_F), target_drop)
     settings = {"capacity_factors": list(factors), "group_tokens": group_tokens, "order": order, "target_drop": target_drop}
-    verdict = _verdict(tables, settings)
-    return Simulation("capacity", tables, verdict, settings, lambda: _figure(tables, settings), ("capacity", "capacity_needed"))
+    said = verdict(tables, settings)
+    return Simulation("capacity", tables, said, settings, lambda: figure(tables, settings), ("capacity", "capacity_needed"))
 
 
 def capacity(factor: float, tokens: int, k: int, E: int) -> int:
@@ -147,6 +146,24 @@ class Tally:
         return (at + 1) / STEP, dropped / self.assignments, 1 - (self.assignments - dropped) / int(self.places_at[at])
 
 
+@dataclass(frozen=True)
+class Stack:
+    """The tokens of a shard that reach the routers of a stack, their groups, domains and places; and how many there are in each."""
+
+    seen: Any
+    start_G: np.ndarray
+    domain_T: np.ndarray
+    decile_PT: np.ndarray
+    tokens_D: np.ndarray
+    tokens_PN: np.ndarray
+
+
+def _made(domain_T: np.ndarray, decile_PT: np.ndarray, made_T: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """made_T (None: 1 each) summed by domain, int64 [D], and by place and tenth, int64 [P, N]."""
+    by_place = [np.bincount(decile_T, made_T, 10) for decile_T in decile_PT]
+    return np.bincount(domain_T, made_T).astype(np.int64), np.stack(by_place).astype(np.int64)
+
+
 class Queues:
     """One shard: which tokens form groups, where each stands, and the drops of one router after the other."""
 
@@ -161,10 +178,9 @@ class Queues:
         self.domains, self.domain_T = domains, row_of[code_T]
         self.sequence_T, self.batch_T = table["sequence"].to_numpy(), table["batch"].to_numpy()
         self.group = group
-        self.stacks: dict[str, tuple[Any, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.stacks: dict[str, Stack] = {}
 
-    def stack(self, router: int) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
-        """The tokens that reach the router, their groups, domains and places: the same for all routers of a stack."""
+    def stack(self, router: int) -> Stack:
         name = self.shard.trace.routers[router].stack
         if name not in self.stacks:
             seen = self.shard.seen(router)
@@ -173,13 +189,15 @@ class Queues:
             start_G = runs(batch_T, sequence_T) if self.group == "sequence" else runs(batch_T)
             if isinstance(self.group, int):
                 start_G = cut(start_G, self.group)
-            self.stacks[name] = seen, start_G, self.domain_T[seen], np.stack([sequence_deciles(sequence_T), deciles(start_G)])
+            decile_PT = np.stack([sequence_deciles(sequence_T), deciles(start_G)])
+            self.stacks[name] = Stack(seen, start_G, self.domain_T[seen], decile_PT, *_made(self.domain_T[seen], decile_PT, None))
         return self.stacks[name]
 
     def of_router(self, router: int, tally: Tally, order: str, small: bool) -> tuple[Any, np.ndarray, np.ndarray]:
         """Adds the router's drops to its tally. Returns which tokens of the shard reach it, and for each under how many of the
         factors it loses an assignment, and all of them. uint8 [T]"""
-        seen, start_G, domain_T, decile_PT = self.stack(router)
+        stack = self.stack(router)
+        start_G, domain_T, decile_PT = stack.start_G, stack.domain_T, stack.decile_PT
         k, E, T = tally.router.top_k, tally.router.experts, len(domain_T)
         ids_KT = slots(self.shard, router)
         check_length(ids_KT.T, T, router)
@@ -201,17 +219,19 @@ class Queues:
         inputs = (ids_KT, start_G, room_GF, visit_N, order == "token", E, domain_T, decile_PT)
         sweep(*inputs, tally.last_FD, tally.last_FPN, load_GE, worst_T, best_T)
         best_T = np.minimum(best_T, worst_T)  # nothing dropped, or nothing to drop
-        made_T = (ids_KT >= 0).sum(0) if T and ids_KT.min() < 0 else np.full(T, k)
+        made_D, made_PN = stack.tokens_D * k, stack.tokens_PN * k
+        if T and ids_KT.min() < 0:
+            made_D, made_PN = _made(domain_T, decile_PT, (ids_KT >= 0).sum(0))
         tally.decisions += T
-        tally.assignments += int(made_T.sum())
+        tally.assignments += int(made_D.sum())
         tally.groups += len(size_G)
         tally.places_F += room_GF.sum(0) * E
         tally.hit_F += _at_least(worst_T, len(tally.factors))
         tally.lost_F += _at_least(best_T, len(tally.factors))
-        tally.made_D += np.bincount(domain_T, made_T, len(self.domains)).astype(np.int64)
-        tally.made_PN += np.stack([np.bincount(decile_T, made_T, 10) for decile_T in decile_PT]).astype(np.int64)
+        tally.made_D[: len(made_D)] += made_D
+        tally.made_PN += made_PN
         tally.loads(size_G, load_GE)
-        return seen, worst_T, best_T
+        return stack.seen, worst_T, best_T
 
 
 def overflow_numpy(
@@ -321,74 +341,3 @@ def _dropped(last_F: np.ndarray) -> np.ndarray:
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
-
-
-def _middle(factors: Sequence[float]) -> float:
-    return factors[len(factors) // 2]
-
-
-def _group(group: int | str) -> str:
-    return {"batch": "a forward pass", "sequence": "a sequence"}.get(str(group), f"{group} tokens")
-
-
-def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    factor = _middle(settings["capacity_factors"])
-    main, across, needed = (tables[name] for name in ("capacity", "capacity_tokens", "capacity_needed"))
-    at = main[main["capacity_factor"] == factor].dropna(subset=["drop_rate"])
-    if at.empty:
-        return ["Simulated: no router made an assignment, so nothing could be dropped."]
-    worst = at.loc[at["drop_rate"].idxmax()]
-    everywhere = across[across["capacity_factor"] == factor].iloc[0]
-    said = [
-        f"Simulated: at capacity factor {factor:g}, in groups of {_group(settings['group_tokens'])}, layer {worst['layer']:.0f} would drop most: "
-        f"{worst['drop_rate']:.1%} of its assignments; {worst['tokens_hit']:.1%} of its tokens would lose a choice and {worst['tokens_lost']:.1%} all of them.",
-        f"Simulated, over all layers: {everywhere['hit_anywhere']:.1%} of tokens would lose a choice somewhere, and "
-        f"{everywhere['lost_anywhere']:.1%} every choice of some layer.",
-    ]
-    most = needed.loc[needed["capacity_factor"].idxmax()]
-    said.append(
-        f"Simulated: to drop at most {100 * settings['target_drop']:.3g}% of every layer's assignments takes a factor of {most['capacity_factor']:.2f} "
-        f"(layer {most['layer']:.0f}), which leaves {most['unused_capacity']:.0%} of that layer's places empty."
-    )
-    ends = tables["capacity_by_position"].query("capacity_factor == @factor and router == @worst.router")
-    for place in PLACES[:1] if settings["group_tokens"] == "sequence" else PLACES:
-        rate = ends[ends["position_in"] == place].set_index("tenth")["drop_rate"]
-        said.append(
-            f"Simulated, layer {worst['layer']:.0f}, drops by place in the {place}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
-        )
-    return said
-
-
-def _figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
-    """Left: what each layer drops. Right: where in its document and group the worst layer's drops fall."""
-    from matplotlib.figure import Figure
-
-    factors = settings["capacity_factors"]
-    main, ends = tables["capacity"], tables["capacity_by_position"]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
-    shades = [0.35 + 0.6 * i / max(1, len(factors) - 1) for i in range(len(factors))]
-    for factor, shade in zip(factors, shades[::-1], strict=True):
-        at = main[main["capacity_factor"] == factor]
-        colour = (0.75, 0.22 * (1 - shade) + 0.1, 0.17, shade)
-        left.plot(range(len(at)), at["drop_rate"], "o-", ms=4, lw=1.2, color=colour, label=f"capacity factor {factor:g}")
-    step = max(1, len(at) // 24)
-    left.set_xticks(range(0, len(at), step), [f"{layer}" for layer in at["layer"].iloc[::step]], fontsize=8)
-    left.set(xlabel="layer", ylabel="share of assignments dropped")
-    left.set_ylim(bottom=0)
-    left.legend(fontsize=8, frameon=False)
-    left.set_title(f"Simulated drops in groups of {_group(settings['group_tokens'])}", loc="left", fontsize=10)
-    factor = _middle(factors)
-    mid = main[main["capacity_factor"] == factor]
-    worst = mid.loc[mid["drop_rate"].fillna(-1).idxmax()]
-    for place, marker, colour in zip(PLACES, ("o-", "s--"), ("#2c3e50", "#2980b9"), strict=True):
-        at = ends[(ends["capacity_factor"] == factor) & (ends["router"] == worst["router"]) & (ends["position_in"] == place)]
-        right.plot(at["tenth"], at["drop_rate"], marker, ms=4, lw=1.2, color=colour, label=f"tenth of the {place}")
-    right.set(xlabel="tenth (10 is the end)", xticks=range(1, 11))
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=8, frameon=False)
-    right.set_title(f"Layer {worst['layer']:.0f} at factor {factor:g}: who is dropped", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    return figure

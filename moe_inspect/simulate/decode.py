@@ -3,7 +3,7 @@
 A step is the tokens at one position of B different sequences, in the order in which the trace has them: sequences stand in for requests.
 Where the trace has generated tokens only those count, each at its place after the prompt; else prompts stand in for them.
 
-T tokens, K slots, E experts, B the batch sizes.
+T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 experts.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import pandas as pd
 
 from moe_inspect.analysis.select import Selection, select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.placement import _check_domains
-from moe_inspect.simulate.result import Simulation, need_decisions, seen_by
+from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.sizes import expert_bytes
-from moe_inspect.simulate.stream import check_length, is_small, slots
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.simulate.stream import check_domains, check_length, is_small, slots, taken
+from moe_inspect.trace.reader import Shard, Trace, open_trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +36,7 @@ class Steps:
 
     def __init__(self, E: int, batches: Sequence[int]):
         self.E, self.batch_B = E, np.array(batches, np.int64)
-        self.there_BPE = np.zeros((len(batches), 0, E), bool)
+        self.there_BPW = np.zeros((len(batches), 0, -(-E // 64)), np.uint64)
         self.tokens_BP = np.zeros((len(batches), 0), np.int64)
         self.steps_B, self.distinct_B = np.zeros(len(batches), np.int64), np.zeros(len(batches), np.int64)
         self.load_E, self.tokens = np.zeros(E, np.int64), 0
@@ -47,28 +46,29 @@ class Steps:
             return
         more = int(position_T.max()) + 1 - self.tokens_BP.shape[1]
         if more > 0:
-            self.there_BPE = np.pad(self.there_BPE, ((0, 0), (0, more), (0, 0)))
+            self.there_BPW = np.pad(self.there_BPW, ((0, 0), (0, more), (0, 0)))
             self.tokens_BP = np.pad(self.tokens_BP, ((0, 0), (0, more)))
-        self.load_E += np.bincount(ids_KT[ids_KT >= 0], minlength=self.E)
         self.tokens += len(position_T)
         fill = fill_steps_numpy
         if not small:
             from moe_inspect.simulate.steps import fill_steps as fill
-        fill(ids_KT, position_T, self.batch_B, self.there_BPE, self.tokens_BP, self.steps_B, self.distinct_B)
+        fill(ids_KT, position_T, self.batch_B, self.there_BPW, self.tokens_BP, self.steps_B, self.distinct_B, self.load_E)
 
 
 def fill_steps_numpy(
     ids_KT: np.ndarray,
     position_T: np.ndarray,
     batch_B: np.ndarray,
-    there_BPE: np.ndarray,
+    there_BPW: np.ndarray,
     tokens_BP: np.ndarray,
     steps_B: np.ndarray,
     distinct_B: np.ndarray,
+    load_E: np.ndarray,
 ) -> None:
-    """Adds tokens to the steps of their positions, and full steps to the sums; the last four arrays change in place. The twin of
+    """Adds tokens to the steps of their positions, and full steps to the sums; the last five arrays change in place. The twin of
     `steps.fill_steps`, which is the plain statement of it."""
-    T, E = len(position_T), there_BPE.shape[2]
+    T, E, W = len(position_T), len(load_E), there_BPW.shape[2]
+    load_E += np.bincount(ids_KT[ids_KT >= 0], minlength=E)
     order_T = np.argsort(position_T, kind="stable")
     sorted_T = position_T[order_T]
     place_T = np.arange(T) - np.searchsorted(sorted_T, sorted_T)
@@ -81,7 +81,7 @@ def fill_steps_numpy(
         first = np.flatnonzero(np.r_[True, np.diff(key_T) > 0])
         position, step = sorted_T[first], step_T[first]
         begun = step == 0
-        there[begun] = there_BPE[b, position[begun]]
+        there[begun] = np.unpackbits(there_BPW[b, position[begun]].view(np.uint8), axis=1, count=E, bitorder="little")
         routed_KT = ids_KT >= 0
         there[np.broadcast_to(key_T, ids_KT.shape)[routed_KT], ids_KT[routed_KT]] = True
         last = np.r_[first[1:], T] - 1
@@ -89,8 +89,9 @@ def fill_steps_numpy(
         steps_B[b] += int(full.sum())
         distinct_B[b] += int(there[full].sum())
         tokens_BP[b] = (tokens_BP[b] + np.bincount(position_T, minlength=tokens_BP.shape[1])) % B
-        there_BPE[b, position[full]] = False
-        there_BPE[b, position[~full]] = there[~full]
+        there_BPW[b, position[full]] = 0
+        filling = np.pad(there[~full], ((0, 0), (0, 64 * W - E)))
+        there_BPW[b, position[~full]] = np.packbits(filling, axis=1, bitorder="little").view(np.uint64)
 
 
 def independent(E: int, k: int, B: int) -> float:
@@ -121,18 +122,19 @@ def simulate_decode(
     if not sizes or sizes[0] < 1 or sizes[-1] > LARGEST:
         raise MoeInspectError(f"batch {', '.join(map(str, sizes))}: give numbers of sequences from 1 to {LARGEST:,}")
     selection = select(trace, layers, domains, phase)
-    _check_domains(trace, selection)
+    check_domains(trace, selection)
     chosen, decoded = _with_phase(trace, selection)
     steps = {r: Steps(trace.routers[r].experts, sizes) for r in chosen.routers}
     small, first_of = is_small(trace, chosen.routers, len(sizes)), dict[tuple[str, int, int], int]()
     for shard in trace.shards:
+        of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for r in chosen.routers:
-            taken_T, columns = seen_by(shard, r, chosen, ("sequence", "position"))
-            ids_KT, position_T = slots(shard, r), columns["position"].astype(np.int64)
-            check_length(ids_KT.T, len(taken_T), r)
-            if decoded:
-                position_T = _after_prompt(first_of, trace.routers[r].stack, shard.files.rank, columns["sequence"], position_T)
-            steps[r].add(ids_KT if taken_T.all() else np.ascontiguousarray(ids_KT[:, taken_T]), position_T, small)
+            if (stack := trace.routers[r].stack) not in of_stack:
+                of_stack[stack] = _places(shard, r, chosen, first_of if decoded else None)
+            taken_N, position_T = of_stack[stack]
+            ids_KT = slots(shard, r)
+            check_length(ids_KT.T, len(taken_N), r)
+            steps[r].add(ids_KT if taken_N.all() else np.ascontiguousarray(ids_KT[:, taken_N]), position_T, small)
     if not any(of.tokens for of in steps.values()):
         raise MoeInspectError(f"{trace.path} holds no tokens of what was selected")
     table = _table(trace, steps, expert_mb)
@@ -146,20 +148,29 @@ def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
     """Generated tokens only, where there are some and no phase was asked for."""
     if selection.phase is not None:
         return selection, selection.phase == "decode"
-    if any("decode" in s.tokens(["phase"])["phase"].to_pandas().astype(str).unique() for s in trace.shards):
+    if any(taken(shard, Selection(selection.routers, phase="decode")).any() for shard in trace.shards):
         routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
         if routers:
             return Selection(routers, selection.domains, "decode"), True
     return selection, False
 
 
-def _after_prompt(
-    first_of: dict[tuple[str, int, int], int], stack: str, rank: int, sequence_T: np.ndarray, position_T: np.ndarray
-) -> np.ndarray:
-    """The place of each generated token after its prompt: its position less that of the sequence's first generated token."""
+def _places(
+    shard: Shard, router: int, selection: Selection, first_of: dict[tuple[str, int, int], int] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the shard's tokens that the router sees are selected, bool [N], and the positions of those, int64 [T]. With
+    `first_of` (by stack, rank and sequence; it carries on) counted from the sequence's first selected token: its place after the prompt."""
+    table, taken_N = shard.tokens(["sequence", "position"]), taken(shard, selection)
+    sequence_N, position_N = table["sequence"].to_numpy(), table["position"].to_numpy().astype(np.int64)
+    if (seen := shard.seen(router)) is not None:
+        sequence_N, position_N, taken_N = sequence_N[seen], position_N[seen], taken_N[seen]
+    sequence_T, position_T = sequence_N[taken_N], position_N[taken_N]
+    if first_of is None:
+        return taken_N, position_T
+    stack, rank = shard.trace.routers[router].stack, shard.files.rank
     sequence_S, at_S, of_T = np.unique(sequence_T, return_index=True, return_inverse=True)
     first_S = [first_of.setdefault((stack, rank, int(s)), int(position_T[at])) for s, at in zip(sequence_S, at_S, strict=True)]
-    return position_T - np.array(first_S, np.int64)[of_T]
+    return taken_N, position_T - np.array(first_S, np.int64)[of_T]
 
 
 def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> Any:

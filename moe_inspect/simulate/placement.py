@@ -5,10 +5,9 @@ L routers, E experts, P slots, G GPUs, W windows, T tokens, K slots of a decisio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,31 +17,12 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.sizes import hidden_bytes, text_config
-from moe_inspect.simulate.stream import check_length, is_small, slots
+from moe_inspect.simulate.stream import check_domains, is_small
+from moe_inspect.simulate.windows import Windows, counted, decisions, loads_of, windows_of
 from moe_inspect.trace.reader import Trace, open_trace
 
-if TYPE_CHECKING:
-    pass
-
-WINDOWS = 16  # by default
-MOST_WINDOWS = 4_096
 SAMPLE = 8_192  # decisions of a router by which --minimize ranks judges an exchange
 CHUNK = 16_384  # tokens at a time in numpy
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Tokens in order, each rank's on their own: window w covers the shares edge_W[w] to edge_W[w + 1] of every rank's tokens, the
-    first `fit` of them are what is fitted on."""
-
-    edge_W: np.ndarray
-    fit: int
-    tokens: int
-
-    @property
-    def judged(self) -> slice:
-        whole = len(self.edge_W) - 1
-        return slice(self.fit if self.fit < whole else 0, whole)
 
 
 def simulate_placement(
@@ -72,13 +52,13 @@ def simulate_placement(
         raise MoeInspectError(f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}")
     if not 0 < fit_share <= 1 or slack < 0 or (window is not None and window < 1):
         raise MoeInspectError(f"fit share {fit_share}, slack {slack}, window {window}: above 0 and at most 1; at least 0; at least 1")
-    _check_domains(trace, selection)
+    check_domains(trace, selection)
     small = is_small(trace, selection.routers)
     if trace.counts_only:
-        windows, loads = _counted(trace, selection)
+        windows, loads = counted(trace, selection)
     else:
-        windows = _windows(trace, selection, fit_share, window)
-        loads = _loads(trace, selection, windows, small)
+        windows = windows_of(trace, selection, fit_share, window)
+        loads = loads_of(trace, selection, windows, small)
     fitted = {r: load_WE[: windows.fit].sum(0) for r, load_WE in loads.items()}
     plans = {(r, name): POLICIES[name](fitted[r], layouts[r]) for r in selection.routers for name in chosen}
     if minimize and "ours" in chosen and not trace.counts_only:
@@ -137,105 +117,6 @@ def ranges_of(values: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(values)))
 
 
-def _check_domains(trace: Trace, selection: Selection) -> None:
-    if selection.domains is not None:
-        there = set((trace.counts() if trace.counts_only else trace.documents())["domain"].astype(str))
-        if missing := selection.domains - there:
-            raise MoeInspectError(f"no domain {', '.join(sorted(missing))} in {trace.path}: it has {', '.join(sorted(there))}")
-
-
-def _counted(trace: Trace, selection: Selection) -> tuple[Windows, dict[int, np.ndarray]]:
-    """Counts know no order: one window, fitted on and judged by."""
-    table: Any = trace.counts()
-    if selection.domains is not None:
-        table = table[table["domain"].astype(str).isin(sorted(selection.domains))]
-    loads = {}
-    for r in selection.routers:
-        mine = table[table["router"] == r]
-        load_E = np.bincount(mine["expert"].to_numpy(), mine["assignments"].to_numpy(), trace.routers[r].experts)
-        loads[r] = load_E[None].astype(np.int64)
-    return Windows(np.array([0.0, 1.0]), 1, trace.n_tokens), loads
-
-
-def _windows(trace: Trace, selection: Selection, fit_share: float, window: int | None) -> Windows:
-    tokens = sum(_selected(trace, selection).values())
-    if not tokens:
-        raise MoeInspectError(
-            f"{trace.path} holds no tokens of what was selected" if trace.n_tokens else f"{trace.path} holds no tokens yet"
-        )
-    whole = WINDOWS if window is None else -(-tokens // window)
-    if whole > MOST_WINDOWS:
-        raise MoeInspectError(f"windows of {window} tokens make {whole:,} of {tokens:,}: give at least {-(-tokens // MOST_WINDOWS)}")
-    fit = max(1, round(whole * fit_share))
-    rest = 0 if fit_share == 1 else max(1, whole - fit)
-    edge_W = np.concatenate([np.linspace(0, fit_share, fit + 1), np.linspace(fit_share, 1, rest + 1)[1:]])
-    return Windows(edge_W, fit, tokens)
-
-
-def _selected(trace: Trace, selection: Selection) -> dict[int, int]:
-    """The tokens selected of each rank."""
-    found: dict[int, int] = {}
-    for shard in trace.shards:
-        taken = shard.files.tokens if _takes_all(selection) else int(_taken(shard, selection).sum())
-        found[shard.files.rank] = found.get(shard.files.rank, 0) + taken
-    return found
-
-
-def _takes_all(selection: Selection) -> bool:
-    return selection.domains is None and selection.phase is None
-
-
-def _taken(shard: Any, selection: Selection) -> np.ndarray:
-    """bool [T]: the tokens of a shard that the selection takes, whatever router sees them."""
-    names = [*(["domain"] if selection.domains is not None else []), *(["phase"] if selection.phase else [])]
-    taken_T = np.ones(shard.files.tokens, bool)
-    if names:
-        table = shard.tokens(names).to_pandas()
-        if selection.domains is not None:
-            taken_T &= table["domain"].astype(str).isin(sorted(selection.domains)).to_numpy()
-        if selection.phase:
-            taken_T &= (table["phase"].astype(str) == selection.phase).to_numpy()
-    return taken_T
-
-
-def _decisions(trace: Trace, selection: Selection, windows: Windows) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(router, ids int16 [K, T], window of each token int64 [T]), shard by shard."""
-    of_rank, before = _selected(trace, selection), dict[int, int]()
-    for shard in trace.shards:
-        rank = shard.files.rank
-        taken_T = _taken(shard, selection)
-        place_T = before.get(rank, 0) + np.cumsum(taken_T) - 1
-        before[rank] = before.get(rank, 0) + int(taken_T.sum())
-        window_T = np.searchsorted(windows.edge_W, place_T / max(1, of_rank[rank]), side="right") - 1
-        for r in selection.routers:
-            seen_T = shard.seen(r)
-            kept_T = taken_T if seen_T is None else taken_T[seen_T]
-            ids_KT, mine_T = slots(shard, r), window_T if seen_T is None else window_T[seen_T]
-            check_length(ids_KT.T, len(mine_T), r)
-            if not kept_T.all():
-                ids_KT, mine_T = np.ascontiguousarray(ids_KT[:, kept_T]), mine_T[kept_T]
-            yield r, ids_KT, mine_T
-
-
-def _loads(trace: Trace, selection: Selection, windows: Windows, small: bool) -> dict[int, np.ndarray]:
-    """Assignments of each expert in each window, int64 [W, E], a router."""
-    loads = {r: np.zeros((len(windows.edge_W) - 1, trace.routers[r].experts), np.int64) for r in selection.routers}
-    if small:
-        count = count_windows_numpy
-    else:
-        from moe_inspect.simulate.reach import count_windows as count
-    for r, ids_KT, window_T in _decisions(trace, selection, windows):
-        count(ids_KT, window_T, loads[r])
-    return loads
-
-
-def count_windows_numpy(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray) -> None:
-    """Adds the assignments of each window to load_WE: the twin of `reach.count_windows`."""
-    W, E = load_WE.shape
-    cell_N = (window_T * E + ids_KT)[ids_KT >= 0]
-    load_WE += np.bincount(cell_N, minlength=W * E).reshape(W, E)
-
-
 def reached_numpy(ids_KT: np.ndarray, share_EG: np.ndarray) -> float:
     """The sum over decisions of the GPUs each is expected to reach: Σ_t Σ_g 1 − Π_k (1 − share). The twin of `reach.reached`."""
     miss_EG = np.vstack([1 - share_EG, np.ones(share_EG.shape[1])])  # the last row: −1, a slot that routed nowhere
@@ -263,15 +144,15 @@ def _reach(
         def total(ids_KT: np.ndarray, share_EG: np.ndarray) -> float:
             return reached(ids_KT, *tables[id(share_EG)], share_EG.shape[1])
 
-    sums, decisions = {key: np.zeros(2) for key in plans}, dict.fromkeys(selection.routers, 0)
-    for r, ids_KT, window_T in _decisions(trace, selection, windows):
-        kept_KT = np.ascontiguousarray(ids_KT[:, window_T >= windows.judged.start])
-        decisions[r] += kept_KT.shape[1]
+    sums, tokens = {key: np.zeros(2) for key in plans}, dict.fromkeys(selection.routers, 0)
+    for r, ids_KT, _ in decisions(trace, selection, windows, since=windows.judged.start):
+        tokens[r] += ids_KT.shape[1]
+        routed = int((ids_KT >= 0).any(0).sum())
         for key in [key for key in plans if key[0] == r]:
             gpu_EG, node_EN = share[key]
-            by_node = total(kept_KT, node_EN) if layouts[r].nodes > 1 else float((kept_KT >= 0).any(0).sum())
-            sums[key] += (total(kept_KT, gpu_EG), by_node)
-    return {key: (s[0] / decisions[key[0]], s[1] / decisions[key[0]]) for key, s in sums.items() if decisions[key[0]]}
+            by_node = total(ids_KT, node_EN) if layouts[r].nodes > 1 else routed
+            sums[key] += (total(ids_KT, gpu_EG), by_node)
+    return {key: (s[0] / tokens[key[0]], s[1] / tokens[key[0]]) for key, s in sums.items() if tokens[key[0]]}
 
 
 def _fewer_ranks(
@@ -289,7 +170,7 @@ def _fewer_ranks(
 
     step = max(1, int(windows.tokens * windows.edge_W[windows.fit]) // SAMPLE)
     samples: dict[int, list[np.ndarray]] = {r: [] for r in selection.routers}
-    for r, ids_KT, window_T in _decisions(trace, selection, windows):
+    for r, ids_KT, window_T in decisions(trace, selection, windows):
         samples[r].append(ids_KT[:, window_T < windows.fit][:, ::step])
     for r, parts in samples.items():
         ids_KM, layout, load_E = np.ascontiguousarray(np.concatenate(parts, axis=1)), layouts[r], fitted[r]

@@ -9,6 +9,8 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MARKERS = "os^vDP"
+
 
 def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Plain sentences, most important first."""
@@ -72,11 +74,16 @@ def figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
     made = Figure(figsize=(11 if aged else 6.5, 4.2), layout="constrained")
     grid: Any = made.subplots(1, 2 if aged else 1, squeeze=False)[0]
     routers = whole.drop_duplicates("router")
-    for number, name in enumerate(settings["policies"]):
-        style: dict[str, Any] = {"color": f"C{number}", "label": name, "lw": 2.2 if name == "ours" else 1.2, "marker": "o", "ms": 3}
-        grid[0].plot(range(len(routers)), whole[whole["policy"] == name]["max_over_mean"], **style)
+    names = settings["policies"]
+    for number, name in enumerate(names):  # side by side, or those that tie would hide each other
+        aside = (number - (len(names) - 1) / 2) * 0.7 / len(names)
+        style: dict[str, Any] = {"color": f"C{number}", "label": name, "marker": MARKERS[number % len(MARKERS)], "ms": 5}
+        grid[0].plot(np.arange(len(routers)) + aside, whole[whole["policy"] == name]["max_over_mean"], ls="", **style)
         if aged:
-            grid[1].plot(by_window[by_window["policy"] == name].groupby("window")["max_over_mean"].mean(), **style)
+            mean = by_window[by_window["policy"] == name].groupby("window")["max_over_mean"].mean()
+            grid[1].plot(mean.index + aside, mean, lw=1, **style)
+    for edge in range(1, len(routers)):
+        grid[0].axvline(edge - 0.5, color="0.9", lw=0.8, zorder=0)
     labels = [f"{row['layer']}" if routers["layer"].is_unique else f"{row['layer']}/{row['router']}" for row in routers.to_dict("records")]
     step = max(1, len(labels) // 24)
     grid[0].set_xticks(range(0, len(labels), step), labels[::step], fontsize=8)

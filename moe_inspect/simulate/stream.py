@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
+from moe_inspect.analysis.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Shard, Trace
 
@@ -41,6 +42,27 @@ def slots(shard: Shard, router: int) -> np.ndarray:
 def check_length(values: np.ndarray, tokens: int, router: int) -> None:
     if len(values) != tokens:
         raise MoeInspectError(f"damaged trace: router {router} has {len(values)} decisions in a shard of {tokens} tokens that reach it")
+
+
+def check_domains(trace: Trace, selection: Selection) -> None:
+    """MoeInspectError where the trace lacks a domain that was asked for."""
+    if selection.domains is not None:
+        there = set((trace.counts() if trace.counts_only else trace.documents())["domain"].astype(str))
+        if missing := selection.domains - there:
+            raise MoeInspectError(f"no domain {', '.join(sorted(missing))} in {trace.path}: it has {', '.join(sorted(there))}")
+
+
+def taken(shard: Shard, selection: Selection) -> np.ndarray:
+    """bool [T]: the tokens of a shard that the selection takes, whatever router sees them."""
+    asked = {"domain": selection.domains, "phase": {selection.phase} if selection.phase else None}
+    wanted = {name: labels for name, labels in asked.items() if labels is not None}
+    taken_T = np.ones(shard.files.tokens, bool)
+    table = shard.tokens(list(wanted)) if wanted else None
+    for name, labels in wanted.items():
+        assert table is not None
+        code_T, there = coded(table[name])
+        taken_T &= np.isin(code_T, [code for code, label in enumerate(there) if label in labels])
+    return taken_T
 
 
 def runs(*keys_T: np.ndarray) -> np.ndarray:
