@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +39,32 @@ def cli(tmp_path: Path) -> Cli:
         )
         if check is not None:
             assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """As `cli`, in this process: for what does not hang on being one of its own, and need not import torch anew."""
+    from moe_inspect.__main__ import main
+
+    def run(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["moe-inspect", *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                main()
+        except SystemExit as done:
+            code = int(done.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        done = subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+        if check is not None:
+            assert code == check, f"exit {code}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run

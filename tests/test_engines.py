@@ -7,6 +7,7 @@ import asyncio
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -256,7 +257,7 @@ def test_concurrency_is_bounded_and_changes_nothing(model: str, corpus: str, tmp
     assert found[1].equals(found[8])
 
 
-def test_a_busy_server_is_asked_again_as_it_says(model: str, corpus: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_busy_server_is_asked_again_as_it_says(model: str, corpus: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     server, waited = Server(), []
     monkeypatch.setattr(engine_http, "LONGEST_ASKED_WAIT_S", 0.01)
     real = engine_http._asked_wait
@@ -271,6 +272,7 @@ def test_a_busy_server_is_asked_again_as_it_says(model: str, corpus: str, tmp_pa
     with serving(server) as url:
         trace = traced(url, tmp_path / "t", model, corpus)
     check_rows(trace)
+    assert f"{url}: HTTP 503: starting; it is asked again in 0 s (1 of 6 attempts made)\n" in capsys.readouterr().err
     assert "7" in waited
     assert len(server.requests) == trace.tokens().sequence.nunique() + len(busy)
 
@@ -376,14 +378,14 @@ def test_a_server_of_another_model_or_engine_is_refused(model: str, corpus: str,
         assert not server.requests
 
 
-def test_the_key_goes_to_the_server_and_nowhere_else(cli: Cli, model: str, corpus: str, tmp_path: Path) -> None:
+def test_the_key_goes_to_the_server_and_nowhere_else(cli_here: Cli, model: str, corpus: str, tmp_path: Path) -> None:
     server = Server()
     server.key = KEY
     with serving(server) as url:
         usual = ("--engine", "sglang", "--model-config", model, "--data", corpus, "--max-tokens", 200)
-        refused = cli("trace", url, "-o", "t", *usual, check=1)
+        refused = cli_here("trace", url, "-o", "t", *usual, check=1)
         assert "--api-key or MOE_INSPECT_API_KEY" in refused.stderr
-        done = cli("trace", url + "/v1", "-o", "t", *usual, "--api-key", KEY)
+        done = cli_here("trace", url + "/v1", "-o", "t", *usual, "--api-key", KEY)
     check_rows(moe_inspect.open_trace(tmp_path / "t"))
     assert KEY not in done.stderr
     assert all(KEY.encode() not in f.read_bytes() for f in (tmp_path / "t").rglob("*") if f.is_file())
@@ -410,7 +412,7 @@ def test_ctrl_c_closes_the_trace(model: str, corpus: str, tmp_path: Path, monkey
     assert rows(trace).equals(rows(expected))
 
 
-def test_usage(cli: Cli) -> None:
+def test_usage(cli_here: Cli) -> None:
     url, engine = "http://localhost:1", ("--engine", "vllm", "--model-config", "demo")
     for arguments, said in (
         ((url,), "a URL is traced with --engine"),
@@ -419,8 +421,45 @@ def test_usage(cli: Cli) -> None:
         ((url, *engine, "--device", "cpu"), "--device means nothing to an engine"),
         (("demo", "--concurrency", "2"), "--concurrency means nothing without an engine"),
     ):
-        done = cli("trace", *arguments, "-o", "t", check=2)
+        done = cli_here("trace", *arguments, "-o", "t", check=2)
         assert said in " ".join(done.stderr.replace("│", " ").split()), done.stderr
+
+
+@pytest.mark.parametrize("there", ["nobody", "silent", "starting"])
+def test_a_server_that_is_not_up_is_one_line_at_once(there: str, cli_here: Cli, tmp_path: Path, monkeypatch: Any) -> None:
+    """Asked once, and not waited for longer than FIRST_CONTACT_S."""
+    asked, once = [], engine_http._once
+
+    async def counted(http: Any, path: str, *more: Any) -> tuple[int, bytes]:
+        asked.append(path)
+        if there == "starting":
+            raise engine_http._Again("HTTP 503: starting", 100.0)
+        return await once(http, path, *more)
+
+    monkeypatch.setattr(engine_http, "_once", counted)
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # connections are taken, and nothing is said
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        if there == "nobody":
+            listening.close()
+        else:
+            monkeypatch.setattr(engine_http, "FIRST_CONTACT_S", 0.3)
+        done = cli_here("trace", url, "-o", "t", "--engine", "vllm", "--model-config", "demo", check=1)
+        with pytest.raises(MoeInspectError, match="no server is ready at"):
+            trace_engine(url, tmp_path / "t", engine="vllm", model_config="demo")
+    why = {"nobody": "no answer (ConnectError: All connection attempts failed)", "silent": "no answer", "starting": "HTTP 503: starting"}
+    assert done.stderr.startswith(f"error: no server is ready at {url}, {why[there]}")
+    assert done.stderr.endswith(": check the address, and that the server is up\n")
+    assert done.stderr.count("\n") == 1
+    assert asked == ["/v1/models"] * 2  # by the command, and by the function
+
+
+def test_requests_that_wait_together_say_so_once(capsys: Any) -> None:
+    tell = engine_http.teller()
+    for what, wait_s in (("a", 0.01), ("b", 0.01)):
+        tell(what, wait_s)
+    time.sleep(0.02)
+    tell("c", 0.01)
+    assert capsys.readouterr().err == "a\nc\n"
 
 
 def test_the_engines_of_the_command_line_are_those_there_are() -> None:

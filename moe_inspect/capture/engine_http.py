@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -17,7 +20,9 @@ ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, where the server does not say (Retry-After)
 LONGEST_ASKED_WAIT_S = 300.0
 CONNECT_S = 10.0
-ERROR_BYTES = 2**16
+FIRST_CONTACT_S = 5.0
+MODELS = "/v1/models"  # of every engine
+MOST_BYTES, ERROR_BYTES = 2**24, 2**16
 
 
 class _Again(Exception):
@@ -54,19 +59,76 @@ def client(url: str, api_key: str | None, timeout_s: float, concurrency: int) ->
     )
 
 
-async def ask(http: httpx.AsyncClient, path: str, body: dict[str, Any] | None = None, most_bytes: int = 2**24) -> dict[str, Any] | None:
+def refuse_unless_up(url: str, api_key: str | None) -> None:
+    """MoeInspectError where no server answers there at once."""
+
+    async def once() -> None:
+        async with client(url, api_key, FIRST_CONTACT_S, 1) as http:
+            await reach(http)
+
+    asyncio.run(once())
+
+
+async def reach(http: httpx.AsyncClient) -> dict[str, Any] | None:
+    """What a server lists of models, as `ask` has it, but now or never: at first a wrong address is likelier than a busy server."""
+    root = root_of(http)
+    try:
+        async with asyncio.timeout(FIRST_CONTACT_S):
+            status, data = await _once(http, MODELS, None, MOST_BYTES)
+    except (_Again, TimeoutError) as error:
+        said = str(error) or f"no answer in {FIRST_CONTACT_S:g} s"
+        raise MoeInspectError(f"no server is ready at {root}, {said}: check the address, and that the server is up") from None
+    return _understood(root, MODELS, status, data)
+
+
+def teller() -> Callable[[str, float], None]:
+    """Says on stderr why a request waits, once for all that wait at the same time."""
+    over = 0.0
+
+    def tell(what: str, wait_s: float) -> None:
+        nonlocal over
+        if (now := time.monotonic()) >= over:
+            over = now + wait_s
+            print(what, file=sys.stderr)
+
+    return tell
+
+
+async def ask(
+    http: httpx.AsyncClient,
+    path: str,
+    body: dict[str, Any] | None = None,
+    most_bytes: int = MOST_BYTES,
+    tell: Callable[[str, float], None] | None = None,
+) -> dict[str, Any] | None:
     """The JSON object that a POST of `body` (a GET without one) is answered with; None where there is no such path."""
-    root = str(http.base_url).rstrip("/")
+    root, tell = root_of(http), tell or teller()
+
+    def say(state: tenacity.RetryCallState) -> None:
+        error, wait_s = state.outcome and state.outcome.exception(), state.next_action.sleep if state.next_action else 0.0
+        tell(f"{root}: {error}; it is asked again in {wait_s:.0f} s ({state.attempt_number} of {ATTEMPTS} attempts made)", wait_s)
+
     attempts = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(_Again),
         stop=tenacity.stop_after_attempt(ATTEMPTS),
         wait=_wait,
+        before_sleep=say,
         reraise=True,
     )
     try:
         status, data = await attempts(_once, http, path, body, most_bytes)
     except _Again as error:
-        raise MoeInspectError(f"{root} was asked {ATTEMPTS} times, the last time {error}: when it answers, go on with --resume") from None
+        raise MoeInspectError(
+            f"{root} was asked {ATTEMPTS} times, the last time with {error}: when it answers, go on with --resume"
+        ) from None
+    return _understood(root, path, status, data)
+
+
+def root_of(http: httpx.AsyncClient) -> str:
+    return str(http.base_url).rstrip("/")
+
+
+def _understood(root: str, path: str, status: int, data: bytes) -> dict[str, Any] | None:
     if status == 404:
         return None
     if status in (401, 403):
@@ -94,10 +156,10 @@ async def _once(http: httpx.AsyncClient, path: str, body: dict[str, Any] | None,
             if status == 200 and len(data) > most_bytes:
                 raise MoeInspectError(f"{path} answered with more than {most_bytes:,} bytes, which no true answer has: not read on")
             if status in (408, 429) or status >= 500:
-                raise _Again(f"with HTTP {status}: {_message(bytes(data))}", _asked_wait(response.headers.get("retry-after")))
+                raise _Again(f"HTTP {status}: {_message(bytes(data))}", _asked_wait(response.headers.get("retry-after")))
             return status, bytes(data)
     except httpx.TransportError as error:
-        raise _Again(f"without an answer ({type(error).__name__}{f': {error}' if str(error) else ''})") from error
+        raise _Again(f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})") from error
     except httpx.HTTPError as error:
         raise MoeInspectError(f"{path} answered what cannot be read: {error}") from None
 

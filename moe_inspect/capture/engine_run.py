@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
-from moe_inspect.capture.engine_http import ask, client, split_url
+from moe_inspect.capture.engine_http import MODELS, ask, client, reach, root_of, split_url, teller
 from moe_inspect.capture.engines import ENGINES, Answer, Asked, Engine, Served, most_bytes, read_answer
 from moe_inspect.capture.manifest import process_facts
 from moe_inspect.capture.models import config_record, load_config, load_tokenizer, tokenizer_fingerprint, vocabulary_table
@@ -150,13 +150,12 @@ def routers_of(config: Any, trust_remote_code: bool = False) -> tuple[str, list[
 
 async def ask_about(http: httpx.AsyncClient, engine: Engine, config: Any) -> dict[str, Any]:
     """What the server says of itself: model, path, version, max_model_len. MoeInspectError where its model is not the config's."""
-    root = str(http.base_url).rstrip("/")
-    models = await ask(http, "/v1/models")
+    root, models = root_of(http), await reach(http)
     cards = models.get("data") if models is not None else None
     cards = [c for c in cards if isinstance(c, dict) and not c.get("parent")] if isinstance(cards, list) else []  # no adapters
     if not cards or not isinstance(cards[0].get("id"), str):
-        raise MoeInspectError(f"{root}/v1/models names no model: is it the engine that --engine names?")
-    info = await ask(http, engine.about) if engine.about != "/v1/models" else {}
+        raise MoeInspectError(f"{root}{MODELS} names no model: is it the engine that --engine names?")
+    info = await ask(http, engine.about) if engine.about != MODELS else {}
     version = (await ask(http, engine.version_at) or {}).get("version")
     length = cards[0].get("max_model_len")
     about = {
@@ -191,7 +190,7 @@ async def _feed(
     the server, and what is kept in memory does not grow with the corpus."""
     gate, run, passes = asyncio.Semaphore(concurrency), uuid.uuid4().hex, plan.generate + 1
     ahead: deque[tuple[int, list[Sequence_], list[Document], list[asyncio.Task[Answer]]]] = deque()
-    done = output.start.tokens if output.start is not None else 0
+    done, tell = output.start.tokens if output.start is not None else 0, teller()
 
     async def answer(row: Sequence_) -> Answer:
         name = f"sequence {row.sequence} ({row.source})"
@@ -199,7 +198,7 @@ async def _feed(
             name, row.ids, passes if row.continued else 1, temperature, (seed + row.sequence) % 2**31, f"moe-inspect-{run}-{row.sequence}"
         )
         async with gate:
-            said = await ask(http, engine.path, engine.body(asked, served), most_bytes(asked, served))
+            said = await ask(http, engine.path, engine.body(asked, served), most_bytes(asked, served), tell)
         try:
             if said is None:
                 raise MoeInspectError(f"there is no {engine.path}: is it the engine that --engine names?")

@@ -25,17 +25,40 @@ def model_location(name: str) -> str:
     return str(MODEL_DIR)
 
 
+HOW_TO_NAME = "give a directory, a hub id that is cached or can be reached, or demo"
+
+
+def refuse_unless_found(name: str, revision: str | None = None) -> None:
+    """MoeInspectError where there is no such model, as far as that shows without torch, transformers and the network."""
+    location = model_location(name)
+    if Path(location).is_dir():
+        return
+    if location.startswith((".", "~", os.sep)):
+        raise MoeInspectError(f"no model at {location}: {HOW_TO_NAME}")
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(location, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error).rstrip('.')}: {HOW_TO_NAME}") from error
+    if constants.HF_HUB_OFFLINE and not isinstance(cached, str):
+        raise MoeInspectError(
+            f"cannot load model {name!r}: there is no such directory, it is not in the cache, and HF_HUB_OFFLINE is set: {HOW_TO_NAME}"
+        )
+
+
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's config; MoeInspectError where there is no such model."""
     from transformers import AutoConfig
 
+    refuse_unless_found(name, revision)
     location = model_location(name)
-    if location.startswith((".", "~", os.sep)) and not Path(location).is_dir():
-        raise MoeInspectError(f"no model at {location}: give a hub id, a directory, or demo")
     try:
         return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a broken config.json makes transformers raise, the file is the user's
-        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error)}") from error
+        way_out = "" if Path(location).is_dir() else f": {HOW_TO_NAME}"
+        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error).rstrip('.')}{way_out}") from error
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -43,9 +43,9 @@ def describe(
     revision: Annotated[str | None, typer.Option(help="Of the model on the hub.", show_default=False)] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the hub.")] = False,
 ) -> None:
-    """Say what a model is: parameters, memory and FLOPs, sparse against dense.
+    """Say what a model is: its parameters, memory and FLOPs.
 
-    Reads no weights: a config is enough. Active parameters are those a token meets: of each router's experts its top k."""
+    Sparse against dense. Reads no weights: a config is enough. Active parameters are those a token meets: of each router's experts its top k."""
     if (mfu or gpu_hours) and train_tokens is None:
         raise typer.BadParameter("--mfu and --gpu-hours are about training: add --train-tokens")
     form = format or format_of(output)

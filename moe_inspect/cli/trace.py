@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,6 +104,7 @@ def trace(
         raise typer.BadParameter("--resume keeps what is there, --overwrite does not: give one of the two")
     _check_engine_options(context, model, engine, model_config)
     chosen = _layers(layers)
+    _refuse_early(model, output, model_config, revision, api_key, resume, overwrite)
     need_torch()
     from moe_inspect.capture.run import trace_model
 
@@ -185,6 +187,27 @@ def _check_engine_options(context: typer.Context, model: str, engine: str | None
         option = f"--{wrong[0].replace('_', '-')}"
         why = "it runs the model, and hands back no weights and no logits" if engine is not None else "there is none"
         raise typer.BadParameter(f"{option} means nothing {'to an engine' if engine is not None else 'without an engine'}: {why}")
+
+
+def _refuse_early(
+    model: str, output: Path, model_config: str | None, revision: str | None, api_key: str | None, resume: bool, overwrite: bool
+) -> None:
+    """What is wrong for certain is said before torch is imported, which takes seconds. `trace_model` and `trace_engine` look again."""
+    from moe_inspect.trace.place import check_directory
+    from moe_inspect.trace.schema import MANIFEST
+
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # of a torchrun another process may have begun there
+    if alone and not (resume and (output / MANIFEST).exists()):
+        check_directory(output, overwrite)
+    if find_spec("torch") is None:  # then the rest of the extra may be missing too
+        return
+    from moe_inspect.capture.models import refuse_unless_found
+
+    refuse_unless_found(model_config or model, revision)
+    if model_config is not None:
+        from moe_inspect.capture.engine_http import refuse_unless_up
+
+        refuse_unless_up(model, api_key)
 
 
 def _is_complete(output: Path) -> bool:

@@ -40,9 +40,9 @@ def cache(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """How often offloaded experts would be in fast memory when wanted, at batch size 1; and what fetching the others costs.
+    """Say how often offloaded experts would be in fast memory.
 
-    Each layer has its own slots, empty at first; the experts of a decision are wanted together; sequences run one after the other."""
+    When wanted, at batch size 1; and what fetching the others costs. Each layer has its own slots, empty at first; the experts of a decision are wanted together; sequences run one after the other."""
     from moe_inspect.simulate.cache import POLICIES, simulate_cache
 
     simulation = simulate_cache(

@@ -46,9 +46,9 @@ def capacity(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """What experts of limited capacity would drop: by layer, domain and place, and the factor that would do.
+    """Say what experts of limited capacity would drop, and where.
 
-    Simulated: which tokens a model drops changes what it computes next, and that is not replayed."""
+    By layer, domain and place, and the factor that would do. Simulated: which tokens a model drops changes what it computes next, and that is not replayed."""
     if group_tokens not in ("batch", "sequence") and not group_tokens.isdecimal():
         raise typer.BadParameter(f"--group-tokens: {group_tokens!r} is no whole number, batch or sequence")
     from moe_inspect.simulate.capacity import simulate_capacity

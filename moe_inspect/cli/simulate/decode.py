@@ -40,9 +40,9 @@ def decode(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """How many experts a decode step reads, by how many sequences are decoded together.
+    """Say how many experts a decode step reads.
 
-    Documents stand in for requests: the tokens at one position of B of them are a step."""
+    By how many sequences are decoded together. Documents stand in for requests: the tokens at one position of B of them are a step."""
     from moe_inspect.simulate.decode import simulate_decode
 
     simulation = simulate_decode(

@@ -71,9 +71,9 @@ def placement(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """Which GPU should hold which expert: balance, ranks a token reaches, how a plan ages.
+    """Say which GPU should hold which expert.
 
-    Fitted on the first part of the trace and judged on the rest. The plan written is that of "ours", where it is among the
+    Balance, ranks a token reaches, how a plan ages. Fitted on the first part of the trace and judged on the rest. The plan written is that of "ours", where it is among the
     policies, else of the first."""
     from moe_inspect.simulate.placement import simulate_placement
     from moe_inspect.simulate.plan import ENDINGS, write_plan

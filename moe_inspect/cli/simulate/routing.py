@@ -37,9 +37,9 @@ def routing(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """What other routing algorithms would do with the logits this model computed (trace with --logits).
+    """Say what other routing algorithms would do with the logits.
 
-    Balance, probability mass kept, agreement with the model's own choices, whether a token's routing depends on later tokens, and
+    Those this model computed (trace with --logits): balance, probability mass kept, agreement with the model's own choices, whether a token's routing depends on later tokens, and
     when each is the one to use."""
     from moe_inspect.simulate.routing import simulate_routing
 
