@@ -100,6 +100,7 @@ class Sizes:
     few: tuple[int, ...]  # B of the sweep of FEW_SLOTS
     cache: int  # positions
     rounds: tuple[int, int]  # at least, at most
+    steps: int  # that warm a rival up, and of its turn at least
     turn_s: float  # of a rival in a round
     batches: tuple[tuple[int, int], ...]  # B, positions where recorded rows are checked: many slots, and few
     ring_tokens: int  # there: a ring so large that a copy of it shows
@@ -122,6 +123,7 @@ FULL = Sizes(
     few=(1, 2, 4, 8, 16, 32, 64, 128),
     cache=512,
     rounds=(3, 9),
+    steps=3,
     turn_s=0.3,
     batches=((4, 100), (2, 4)),
     ring_tokens=6_000_000,
@@ -137,12 +139,13 @@ DRY = Sizes(
     combines=((4, 8, 2, 40),),
     calls=1,
     samples=1,
-    width=TOY,
+    width={**TOY, "num_hidden_layers": 1},
     prefill=(2, 8),
     decode=(1,),
     few=(1, 2),
     cache=32,
     rounds=(1, 1),
+    steps=1,
     turn_s=0.0,
     batches=((2, 20), (2, 3)),
     ring_tokens=64,
@@ -470,7 +473,8 @@ def sanitize(bench: Bench) -> None:
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, env=environment, start_new_session=True, **output) as process:
             try:
-                said, _ = process.communicate(timeout=max(30.0, min(120.0, bench.deadline - time.perf_counter())))
+                limit_s = None if bench.device.dry else max(30.0, min(120.0, bench.deadline - time.perf_counter()))
+                said, _ = process.communicate(timeout=limit_s)
                 bench.figures["sanitizer"] = "clean" if process.returncode == 0 else said[-2000:]
                 bench.expect(process.returncode == 0, f"compute-sanitizer: exit {process.returncode}\n{said[-2000:]}")
             except subprocess.TimeoutExpired:
@@ -611,7 +615,7 @@ def running(bench: Bench, model: Any, rival: str, work: Workload, captured: bool
         if rival == ON:
             trace = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trace"
             recorder = stack.enter_context(moe_inspect.record(model, trace, capture="dispatch", ring_tokens=host_ids.numel()))
-        for _ in range(3):
+        for _ in range(bench.sizes.steps):
             call()
         step = bench.device.graph(call, recorder) if captured else call
         if captured and recorder is not None:
@@ -655,7 +659,7 @@ def contest(bench: Bench, model: Any, work: Workload, captured: bool, until: flo
                 with running(bench, model, name, work, captured) as step:
                     if "steps" not in row:
                         once, _ = timed(bench, step, 1)
-                        row["steps"] = max(3, min(sizes.cache - 20, int(sizes.turn_s / once)))
+                        row["steps"] = max(sizes.steps, min(sizes.cache - 20, int(sizes.turn_s / once)))
                         row["launches"] = None if captured else len(device.launches(step))
                     seconds, each_ms = timed(bench, step, row["steps"])
                     began = time.perf_counter()
@@ -944,7 +948,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = Cpu() if options.dry_run else Cuda()
     sizes = DRY if options.dry_run else FULL
     if options.sanitized:
-        sizes = replace(sizes, T=sizes.T[-1:] if options.dry_run else (8, 512), routers=sizes.routers[:2], blocks=(256,), repeats=1)
+        few = {"T": DRY.T[-1:], "routers": DRY.routers[-1:]} if options.dry_run else {"T": (8, 512), "routers": sizes.routers[:2]}
+        sizes = replace(sizes, **few, blocks=(256,), repeats=1)
     if options.dry_run:
         print(WARNING)
         torch.set_num_threads(1)

@@ -18,7 +18,7 @@ SECTIONS = ("ceilings", "correctness", "micro", "models", "graphs", "writer")
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow

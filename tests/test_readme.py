@@ -54,7 +54,8 @@ def test_the_commands_run_as_they_stand(place: Path) -> None:
 
 
 def test_the_python_runs_as_it_stands(place: Path) -> None:
-    run([sys.executable, "-m", "moe_inspect", "trace", "demo", "-o", "runs/demo", "--overwrite"], place)
+    if not (place / "runs/demo").exists():  # where the commands have not run before
+        run([sys.executable, "-m", "moe_inspect", "trace", "demo", "-o", "runs/demo"], place)
     programs = [block for kind, block in BLOCKS if kind == "python"]
     assert len(programs) == 2
     for program in programs:
