@@ -158,13 +158,15 @@ def test_esft_has_the_scores_its_authors_published(tmp_path: Path):
 
 
 @needs_fiddler
-def test_fiddlers_subjects_are_domains_and_its_tokens_half_the_sums(tmp_path: Path):
+def test_fiddlers_unused_expert_is_in_the_verdict_and_its_subjects_are_domains(tmp_path: Path):
     folder = FIDDLER / "mixtral_8x7b_original"
     trace = import_trace("fiddler", [folder], tmp_path / "t")
     assert sorted(trace.counts()["domain"].unique()) == sorted(p.stem.removeprefix("expert_popularity_") for p in folder.iterdir())
     rows = [json.loads(p.read_text())["expert_popularity"][0] for p in folder.iterdir()]
     assert trace.n_tokens == sum(sum(row) for row in rows) // 2
-    assert len(report(trace).tables["balance"]) == 32
+    said = " ".join(report(trace).verdict())
+    assert '"international_law" leaves expert 3 of layer 11 nearly unused: 0.04x the mean load' in said
+    assert "46.5 times less than the busiest expert there" in said
 
 
 def test_the_command(cli, tmp_path: Path):

@@ -32,6 +32,7 @@ def verdict(report: Report) -> list[str]:
         _waiting(report),
         _pooled(report),
         _overloading_domain(report),
+        _deserting_domain(report),
         *domains(report),
         token_ids(report),
         confidence(report),
@@ -226,6 +227,29 @@ def _overloading_domain(report: Report) -> str | None:
                 f'"{row["domain"]}", but fewer than {FEWEST_DOCUMENTS} documents of it cannot tell the domain from its text.'
             )
     return unsure
+
+
+def _deserting_domain(report: Report) -> str | None:
+    """An expert that one domain hardly uses and the others do. Of counts alone: where documents tell, `domains` says more."""
+    domains = frames(report)["domains"]
+    if not report.counts.counts_only or domains["domain"].nunique() < 2:
+        return None
+    of_router = domains.groupby(["router", "domain"])["assignments"]
+    mean, most = of_router.transform("mean"), of_router.transform("max")
+    load = frames(report)["load"].set_index(["router", "expert"])["load_ratio"]
+    overall = domains.set_index(["router", "expert"]).index.map(load).to_numpy()
+    # beyond chance: four standard deviations of a count below its mean
+    few = domains["assignments"] < np.minimum(report.thresholds.starved * mean, mean - 4 * np.sqrt(mean))
+    rows = domains.assign(ratio=domains["assignments"] / mean, most=most)[few & (overall >= report.thresholds.starved)]
+    if not len(rows):
+        return None
+    row = rows.loc[rows["ratio"].idxmin()]
+    times = f", {row['most'] / row['assignments']:.1f} times less than the busiest expert there" if row["assignments"] else ""
+    others = f"; so it is with {counted(len(rows) - 1, 'other expert')} in some domain" if len(rows) > 1 else ""
+    return (
+        f'"{row["domain"]}" leaves expert {row["expert"]} of {where_of(report, row).lower()} nearly unused: {row["ratio"]:.2f}x the mean '
+        f"load on its {row['tokens']:,} tokens{times}{others}."
+    )
 
 
 def _judged_on(report: Report) -> str:
