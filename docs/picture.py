@@ -13,13 +13,13 @@ from playwright.sync_api import sync_playwright
 import moe_inspect
 from moe_inspect.report.sections import report_page
 
-WIDTH, HEIGHT = 1180, 1090  # down to the map
+WIDTH, HEIGHT = 1180, 1150  # down to the map
 OUTPUT = Path(__file__).parent / "report.png"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as place:
-        trace = moe_inspect.trace_model("demo", Path(place) / "trace", logits=True)
+        trace = moe_inspect.trace_model("demo", Path(place) / "demo", logits=True)
         page = Path(place) / "report.html"
         page.write_text(report_page(moe_inspect.report(trace)), encoding="utf-8")
         with sync_playwright() as tool:

@@ -17,7 +17,7 @@ import pytest
 
 from moe_inspect.report.report import Report, report
 from moe_inspect.report.sections import report_page
-from tests.synthetic import uniform_ids, write_trace
+from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 HOSTILE = '<script>window.pwned = 1</script><img src=x onerror="window.pwned = 1">'
 LABELS = ("<b>code</b>", "law", "math", "prose")
@@ -266,3 +266,30 @@ def test_ids_are_unique_and_every_figure_is_named(opened: Opened):
         )
         == 0
     )
+
+
+def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    loads = [rng.integers(0, 50, (2, 8)) for _ in range(2)]
+    loads[0][:, 3] = 0
+    traces = {
+        "two stacks": encoder_decoder(tmp_path / "stacks"),
+        "counts only": write_counts(tmp_path / "counts", loads, 2, domains=("a", "b")),
+        "one choice, no words": write_trace(tmp_path / "one", [uniform_ids(rng, 300, 8, 1)], 8),
+        "a router without load": write_trace(tmp_path / "none", [np.full((300, 1), 65535, np.uint16), uniform_ids(rng, 300, 8, 1)], 8),
+    }
+    text_of = {}
+    for i, (name, trace) in enumerate(traces.items()):
+        page = Opened(browser, tmp_path / f"{i}.html", report_page(report(trace)))
+        page.view.locator(".grid").focus()
+        page.view.keyboard.press("Enter")
+        assert page.title(), name
+        assert page.complaints == [], name
+        text_of[name] = page.view.locator("main").inner_text()
+        page.view.close()
+    assert "Load of every expert" in text_of["two stacks"]
+    assert "enc 0" in text_of["two stacks"]
+    assert "counts alone have no order" in text_of["counts only"]
+    assert "domains: there is only one" in text_of["one choice, no words"]
+    assert "co-activation: one expert a token makes no pairs" in text_of["one choice, no words"]
+    assert all(text.count("Not shown:") == 1 for text in text_of.values())
