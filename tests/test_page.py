@@ -250,8 +250,7 @@ def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
 
 def test_a_narrow_window_does_not_scroll_sideways(opened: Opened):
     opened.view.set_viewport_size({"width": 390, "height": 800})
-    opened.view.wait_for_timeout(300)
-    assert opened.view.evaluate("document.documentElement.scrollWidth") <= 390
+    opened.until("document.documentElement.scrollWidth <= 390")
     opened.view.set_viewport_size({"width": 1280, "height": 900})
 
 

@@ -1,4 +1,4 @@
-"""What the page of a report shows, a function a section, and the data that its map draws from.
+"""What the page of a report shows, a function a section, each with what it means.
 
 L routers, E experts of the widest of them, D domains. A section is a function decorated with @section: it returns a Section, or
 in words why there is none to show.
@@ -17,7 +17,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.report import html
 from moe_inspect.report.doubts import doubts, one_rank
 from moe_inspect.report.html import Section
-from moe_inspect.report.text import layer_label, readable
+from moe_inspect.report.map_data import map_data, numbers
+from moe_inspect.report.text import layer_label
 from moe_inspect.report.verdict import chance, routers, uneven, worst_router
 from moe_inspect.report.words import counted
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
 SECTIONS: dict[str, Callable[[Report], Section | str]] = {}
-CELLS = 800_000  # load by domain, router and expert: the domains with the most tokens, up to so many numbers
-ENTRIES = 160_000  # of each list that cards show, over all experts
 MOST_LINES = 12  # routers drawn as lines; more make a heatmap
 CONFIDENCE = {
     "gate_entropy_nats": "entropy of the softmax (nats)",
@@ -154,10 +153,10 @@ def balance(report: Report) -> Section | str:
     busiest = {"mode": "markers", "marker": {"color": "@accent", "size": 8}, "hovertemplate": "layer %{text}: %{y:.3f}×", "text": labels}
     if table["max_vio_low"].notna().any():
         upper, lower = (table[c].to_numpy() + 1 for c in ("max_vio_high", "max_vio_low"))
-        bars = {"type": "data", "symmetric": False, "array": _numbers(upper - value), "arrayminus": _numbers(value - lower)}
+        bars = {"type": "data", "symmetric": False, "array": numbers(upper - value), "arrayminus": numbers(value - lower)}
         busiest["error_y"] = {**bars, "color": "@accent", "thickness": 3, "width": 0}
         busiest["name"] = "busiest expert, with its 95 % interval"
-    data.append({"type": "scatter", "x": _numbers(x), "y": _numbers(value), "name": "busiest expert", **busiest})
+    data.append({"type": "scatter", "x": numbers(x), "y": numbers(value), "name": "busiest expert", **busiest})
     if table["max_vio_batch"].notna().any():
         batch = {"mode": "markers", "marker": {"color": "@second", "symbol": "line-ew-open", "size": 12, "line": {"width": 2}}}
         data.append(_line(x, 1 + table["max_vio_batch"].to_numpy(), "busiest of a batch, mean over batches", **batch))
@@ -195,7 +194,7 @@ def windows(report: Report) -> Section | str:
     wide = wide.reindex([r for r in report.selection.routers if r in wide.index])
     labels = [layer_label(report, r) for r in wide.index]
     ticks = np.unique(np.linspace(0, len(first) - 1, min(8, len(first))).round().astype(int))
-    axis = {"title": {"text": "first token of the window"}, "tickvals": _numbers(ticks), "ticktext": [f"{first[t]:,}" for t in ticks]}
+    axis = {"title": {"text": "first token of the window"}, "tickvals": numbers(ticks), "ticktext": [f"{first[t]:,}" for t in ticks]}
     x = np.arange(wide.shape[1])
     if len(wide) <= MOST_LINES:
         data = [_line(x, wide.to_numpy()[i], f"layer {label}", mode="lines") for i, label in enumerate(labels)]
@@ -364,7 +363,7 @@ def _layer_axis(labels: list[str]) -> dict[str, Any]:
 
 
 def _line(x: np.ndarray, y: np.ndarray, name: str, **more: Any) -> dict[str, Any]:
-    return {"type": "scatter", "x": _numbers(x), "y": _numbers(y), "name": name, "mode": "lines", **more}
+    return {"type": "scatter", "x": numbers(x), "y": numbers(y), "name": name, "mode": "lines", **more}
 
 
 def _heatmap(z: np.ndarray, x: np.ndarray, said: str, customdata: np.ndarray) -> dict[str, Any]:
@@ -373,8 +372,8 @@ def _heatmap(z: np.ndarray, x: np.ndarray, said: str, customdata: np.ndarray) ->
     most = float(np.nanquantile(z, 0.99))
     return {
         "type": "heatmap",
-        "z": [_numbers(row) for row in z],
-        "x": _numbers(x),
+        "z": [numbers(row) for row in z],
+        "x": numbers(x),
         "customdata": customdata.tolist(),
         "hovertemplate": said + "<extra></extra>",
         "colorscale": scale,
@@ -384,108 +383,7 @@ def _heatmap(z: np.ndarray, x: np.ndarray, said: str, customdata: np.ndarray) ->
     }
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
-    """For JSON: five digits, None where there is none."""
-    return [None if np.isnan(v) else float(f"{v:.5g}") if isinstance(v, float) else v for v in np.asarray(values).tolist()]
-
-
 def _strongest(table: Any) -> pd.DataFrame:
     """The pairs that happen most beyond chance: by what their probability has above that of independent choices."""
     beyond = table["probability"] - table["probability"] / table["lift"]
     return table.loc[beyond.nlargest(PAIRS).index]
-
-
-# --- the data of map.js
-
-
-def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
-    """What map.js draws the map, the domains and the cards from; and what had to be left out of it, in words.
-
-    load: [domain][router][expert] assignments; tokens: [domain][router]. Lists of an expert (words, partners, nexts) are columns with
-    `start`: those of expert e of router row l are start[first[l] + e] … start[first[l] + e + 1]."""
-    if not routers(report):
-        return None, []
-    chosen, short, table = report.selection.routers, list[str](), _table(report, "domains")
-    sizes = np.array([report.trace.routers[r].experts for r in chosen])
-    first = np.r_[0, np.cumsum(sizes)]
-    labels = sorted(report.counts.domains, key=lambda d: -int(table.loc[table["domain"] == d, "tokens"].max()))
-    most = max(1, CELLS // int(first[-1]))
-    if len(labels) > most:
-        short.append(f"{len(labels) - most} of {len(labels)} domains, those with the fewest tokens, on the map")
-    kept = [d for d in report.counts.domains if d in set(labels[:most])]
-    load, tokens = [], []
-    for name in kept:
-        rows = dict(iter(table[table["domain"] == name].groupby("router")))
-        load.append([rows[r]["assignments"].tolist() for r in chosen])
-        tokens.append([int(rows[r]["tokens"].iloc[0]) for r in chosen])
-    of_router = dict(iter(_table(report, "load").groupby("router")))
-    entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
-    position = {r: i for i, r in enumerate(chosen)}
-    bits = _table(report, "specialization")["domain_mi_bits"]
-    data: dict[str, Any] = {
-        "layers": [{"label": layer_label(report, r), "experts": int(E)} for r, E in zip(chosen, sizes, strict=True)],
-        "first": first.tolist(),
-        "domains": [readable(d) for d in kept],
-        "all": [of_router[r]["assignments"].tolist() for r in chosen],
-        "load": load if len(report.counts.domains) > 1 else [],
-        "tokens": tokens,
-        "choices": [_numbers(of_router[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen],
-        "weights": [_numbers((of_router[r]["weight_sum"] / of_router[r]["assignments"]).to_numpy(float)) for r in chosen]
-        if report.trace.has_weights
-        else None,
-        "telling": int(bits.argmax()) if bits.notna().any() else 0,
-        "words": _words(report, first, position, entries),
-        "partners": None,
-        "nexts": None,
-    }
-    if not report.counts.counts_only:
-        pairs: Any = _table(report, "coactivation")
-        data["partners"] = _pairs(pairs[pairs["expert"] != pairs["other"]], "other", first, position, entries)
-        links: Any = _table(report, "transitions")
-        data["nexts"] = _pairs(links, "next_expert", first, position, entries)
-        next_of = links.drop_duplicates("router").set_index("router")["next_router"]
-        data["next"] = [position.get(next_of.get(r)) for r in chosen]
-    return data, short
-
-
-def _words(report: Report, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any] | None:
-    if report.counts.counts_only or not report.top:
-        return None
-    table: Any = report.tables["vocabulary"]
-    table, start = _by_expert(table, first, position, entries)
-    ids, texts = pd.factorize(table["token_id"])
-    text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
-    return {
-        "start": start,
-        "texts": [f"id {i}" if text_of[i] is None or text_of[i] != text_of[i] else readable(text_of[i]) for i in texts],
-        "text": ids.tolist(),
-        "count": table["count"].tolist(),
-        "share": _thousandths(table["fraction"]),
-        "choice": _thousandths(table["first_choice_fraction"]),
-    }
-
-
-def _pairs(table: Any, other: str, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any]:
-    table, start = _by_expert(table.sort_values("probability", ascending=False, kind="stable"), first, position, entries)
-    return {
-        "start": start,
-        "other": table[other].tolist(),
-        "share": _thousandths(table["probability"]),
-        "lift": _numbers(table["lift"].round(2)),
-    }
-
-
-def _by_expert(table: Any, first: np.ndarray, position: dict[int, int], entries: int) -> tuple[Any, list[int]]:
-    """The first `entries` rows of each expert, in the order of experts, and where each begins."""
-    table = table[table.groupby(["router", "expert"], sort=False).cumcount() < entries]
-    flat = first[table["router"].map(position).to_numpy(int)] + table["expert"].to_numpy(int)
-    order = np.argsort(flat, kind="stable")
-    return table.iloc[order], np.searchsorted(flat[order], np.arange(first[-1] + 1)).tolist()
-
-
-def _thousandths(values: Any) -> list[int]:
-    return (values.to_numpy(float) * 1000).round().astype(int).tolist()
-
-
-def _table(report: Report, name: str) -> Any:
-    return report.tables[name]
