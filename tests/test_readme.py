@@ -62,6 +62,12 @@ def test_the_python_runs_as_it_stands(place: Path) -> None:
         run([sys.executable, "-c", program], place)
 
 
+def test_the_output_shown_is_what_the_report_says(place: Path) -> None:
+    shown = next(block for kind, block in BLOCKS if kind == "text" and block.startswith("• "))
+    assert len(shown.splitlines()) > 5
+    assert shown in run([sys.executable, "-m", "moe_inspect", "report", "sample_traces/collapsed"], place)
+
+
 def test_the_picture_is_light() -> None:
     assert 20_000 < (ROOT / "docs/report.png").stat().st_size <= 300_000
 

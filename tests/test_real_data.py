@@ -82,3 +82,5 @@ def test_mixtral_on_mmlu(model: str, tmp_path: Path):
         assert by_subject.max() == pytest.approx(1.99, abs=0.01)
         assert np.unravel_index(by_subject.argmax(), by_subject.shape)[1] == 16
         assert (1 / np.array([bal.min_over_max(c) for c in counts_DLE])).max() == pytest.approx(46.5, abs=0.1)
+        least = "Expert 3 of layer 11 is the least used: 0.22x the mean load, the busiest there gets 5.6x as much"
+        assert f'{least} and 46.5x on "international_law".' in made.verdict()

@@ -60,7 +60,7 @@ def coactivation(report: Report) -> pd.DataFrame:
 @table("transitions")
 def transitions(report: Report) -> pd.DataFrame:
     """A row an expert and one of the next MoE layer: P(next_expert chosen there, given expert chosen here), over all pairs of
-    slots, and its lift to how often next_expert is chosen at all."""
+    slots, and its lift to how often next_expert is chosen at all. No interval: pairs are counted by router, not by document."""
     counts, parts = report.decisions("transitions"), []
     for r in report.selection.routers:
         after, next_EN = counts.next_router(r), counts.of[r].next_EN
@@ -84,7 +84,8 @@ def transitions(report: Report) -> pd.DataFrame:
 @table("repetition")
 def repetition(report: Report) -> pd.DataFrame:
     """A row a domain: how often a token's first choice is that of the token before it in its sequence, and how often the two
-    share any expert; beside it what independent choices give, even ones (random) and ones of the domain's loads (by_load)."""
+    share any expert; beside it what independent choices give, even ones (random) and ones of the domain's loads (by_load). No interval: neighbours are counted by
+    domain, not by document; they are alike within a document, so an interval of independent pairs would be too narrow."""
     counts, parts = report.decisions("repetition"), []
     for r in report.selection.routers:
         router, of = counts.routers[r], counts.of[r]
@@ -106,7 +107,7 @@ def repetition(report: Report) -> pd.DataFrame:
 def locality(report: Report) -> pd.DataFrame:
     """A row a router: how far a choice can be told from the token before (repetition, all domains), from the segment (SRP of m
     tokens, beside that of independent choices with these loads) and from the layer before (accuracy of predicting the next MoE
-    layer's first choice, beside its marginal and its null)."""
+    layer's first choice, beside its marginal and its null). No intervals, for the reason that `repetition` has none."""
     counts, rows = report.decisions("locality"), []
     for r in report.selection.routers:
         of, total = counts.of[r], float(_known(counts.of[r].pairs_D).sum())

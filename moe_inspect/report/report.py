@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -98,6 +99,14 @@ class Report:
         return int(self.trace.manifest.get("counts", {}).get("dropped", 0))
 
     @property
+    def imported(self) -> bool:
+        return self.trace.manifest.get("capture", {}).get("mode") == "import"
+
+    def _whole(self) -> str:
+        """How to get more than counts."""
+        return "import a recording of every token" if self.imported else "trace without --counts-only"
+
+    @property
     def counts(self) -> Counts:
         return self.counts_for()
 
@@ -119,8 +128,14 @@ class Report:
     def decisions(self, table: str) -> Counts:
         """The counts for a table that counts alone cannot make."""
         if self.trace.counts_only:
-            raise MoeInspectError(f"{self.trace.path} holds counts only, no decisions: no {table} table; trace without --counts-only")
+            raise MoeInspectError(f"{self.trace.path} holds counts only, no decisions: no {table} table; {self._whole()}")
         return self.counts_for(*WANTS[table])
+
+    @cached_property
+    def loaded(self) -> list[dict[str, Any]]:
+        """The rows of `balance` of the routers that have any load."""
+        table: Any = self.tables["balance"]
+        return table.dropna(subset=["max_vio"]).to_dict("records")
 
     @cached_property
     def by_id(self) -> list[dict[str, float]]:
@@ -137,7 +152,7 @@ class Report:
     @cached_property
     def vocabulary(self) -> pd.DataFrame:
         if self.counts.counts_only:
-            raise MoeInspectError(f"{self.trace.path} holds counts only, no token ids: no vocabulary table; trace without --counts-only")
+            raise MoeInspectError(f"{self.trace.path} holds counts only, no token ids: no vocabulary table; {self._whole()}")
         least = tokenids.MIN_COUNT if self.top else 1
         passes = tokenids.by_token_id(self.trace, self.selection, self.counts, nulls=False, min_count=least, progress=self.progress)
         return pd.concat([vocabulary_of(tables, self, self._text_of) for tables in passes], ignore_index=True)
@@ -199,7 +214,7 @@ class Report:
         """Why a column is NaN."""
         counts, notes = self.counts, []
         if counts.counts_only:
-            notes.append("counts only: no intervals, batches, nulls or token ids; trace without --counts-only for those")
+            notes.append(f"counts only: no intervals, batches, nulls or token ids; {self._whole()} for those")
         elif len(counts.units) < FEWEST_DOCUMENTS:
             notes.append(f"{counted(len(counts.units), 'document')}: intervals, design effect and domain nulls need {FEWEST_DOCUMENTS}")
         if len(counts.domains) < 2:
@@ -210,7 +225,8 @@ class Report:
         if any(not counts.load_E(r).any() for r in self.selection.routers):
             notes.append("a router without a single assignment has no balance")
         if "logits" not in self.trace.tables:
-            notes.append("no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN; trace with --logits for those")
+            way_out = "" if self.imported else "; trace with --logits for those"
+            notes.append(f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{way_out}")
         sizes = max((counts.of[r].batches for r in self.selection.routers), key=len)
         batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
         if batches - whole > 1:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import shlex
 import textwrap
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
 ROWS = 10  # of a table in the report; --table has them all
-MOST_ROWS = 2_000  # of --format table: Rich is slow, and nobody reads more
+MOST_ROWS = 2_000  # of --format table: nobody reads more
+MOST_ROUTERS = 32  # of the map of loads on a terminal; beyond that the least balanced
+GAP = 2  # between columns
+# what says which row it is
+LEAD = ("layer", "router", "domain", "expert", "other", "next_layer", "next_router", "next_expert", "window", "token_id", "metric")
 FILE_WIDTH = 10_000
 FILE_TEXT = 100  # columns of sentences in a file
 FILE_CELLS = 128  # characters of a heatmap row in a file
@@ -40,21 +45,21 @@ RAMP = [
     (math.inf, "█", "@"),
 ]
 
-# table → (columns on a terminal, what the rows shown are)
+# table → (columns on a terminal, as many as fit, most telling first; what the rows shown are)
 CUTS: dict[str, tuple[list[str], str]] = {
     "balance": (
         [
             "layer",
             "router",
             "max_over_mean",
-            "max_vio_low",
-            "max_vio_high",
             "noise_floor",
-            "max_vio_batch",
+            "busiest_expert",
+            "dead_experts",
             "cv",
             "gini",
-            "dead_experts",
-            "busiest_expert",
+            "max_vio_low",
+            "max_vio_high",
+            "max_vio_batch",
         ],
         "the least balanced routers",
     ),
@@ -87,16 +92,6 @@ CUTS: dict[str, tuple[list[str], str]] = {
 }
 
 
-class _Trimmed:
-    """A file without the blanks that Rich pads the last column with."""
-
-    def __init__(self, file: TextIO):
-        self.file, self.encoding, self.flush = file, file.encoding, file.flush
-
-    def write(self, text: str) -> None:
-        self.file.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
-
-
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise  # Rich would exit with 1; the command knows better
@@ -106,7 +101,7 @@ def console_for(file: TextIO) -> Console:
     """Text as it is: tokens hold brackets and colons that must not become markup. No line of a file is broken."""
     plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
     console = _Console(**plain, file=file)
-    return console if console.is_terminal else _Console(**plain, file=cast("TextIO", _Trimmed(file)), width=FILE_WIDTH, color_system=None)
+    return console if console.is_terminal else _Console(**plain, file=file, width=FILE_WIDTH, color_system=None)
 
 
 def print_report(report: Report, file: TextIO) -> None:
@@ -133,8 +128,7 @@ def print_report(report: Report, file: TextIO) -> None:
         if console.is_terminal:
             several = len({r.layer for r in report.trace.routers}) < len(report.trace.routers)
             frame = frame[[c for c in columns if several or c != "router"]]
-        print_frame(frame, console, shown)
-        if left_out := len(whole.columns) - len(frame.columns):
+        if left_out := len(whole.columns) - print_frame(frame, console, shown, fitting=console.is_terminal):
             columns = "column" if left_out == 1 else "columns"
             command = f"moe-inspect report {shlex.quote(str(report.trace.path))} --table {name}"
             console.print(Text(f"+ {left_out} more {columns}: {command}", style="dim"))
@@ -172,30 +166,60 @@ def print_table(frame: Any, file: TextIO) -> int:
     return max(0, len(frame) - MOST_ROWS)
 
 
-def print_frame(frame: Any, console: Console, title: str | None = None) -> None:
-    """A DataFrame; one too wide for the terminal comes in several parts, each with layer and router in front."""
+def print_frame(frame: Any, console: Console, title: str | None = None, fitting: bool = False) -> int:
+    """A DataFrame; one too wide for the terminal comes in several parts, each with what its rows are about in front; `fitting`:
+    only the first part. Returns how many columns are shown."""
     cells = {name: ["-" if gone else _said(v) for v, gone in zip(frame[name], frame[name].isna(), strict=True)] for name in frame.columns}
-    width_of = {name: max([len(name), *(Text(c).cell_len for c in column)]) + 2 for name, column in cells.items()}
-    lead = [name for name in ("layer", "router") if name in cells]
-    parts: list[list[str]] = [list(lead)]
-    for name in cells:
-        if name in lead:
-            continue
-        if sum(width_of[n] for n in [*parts[-1], name]) > console.width and len(parts[-1]) > len(lead):
-            parts.append(list(lead))
-        parts[-1].append(name)
-    for number, names in enumerate(parts):
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for name in names:
-            numeric = frame[name].dtype.kind in "iuf"
-            table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=True, overflow="ellipsis")
-        for row in zip(*(cells[name] for name in names), strict=True):
-            table.add_row(*(Text(cell) for cell in row))
+    if fitting:
+        cells = {name: [_clipped(cell, console.width // 3) for cell in column] for name, column in cells.items()}
+    width_of = {name: max([len(name), *map(cell_len, column)]) for name, column in cells.items()}
+    parts = _parts(width_of, console.width)
+    for number, names in enumerate(parts[:1] if fitting else parts):
         if title or number:
             console.print()
         if title and number == 0:
             console.print(Text(title, style="bold"))
-        console.print(table)
+        right = [frame[name].dtype.kind in "iuf" for name in names]
+        widths = [width_of[name] for name in names]
+        lines = [_row(row, widths, right) for row in zip(*(cells[name] for name in names), strict=True)]
+        if console.is_terminal and sum(widths) + GAP * (len(widths) - 1) > console.width:  # the last column is a long text
+            before = sum(widths[:-1]) + GAP * (len(widths) - 1)
+            room = max(console.width - before, 20)
+            lines = [textwrap.fill(line, before + room, subsequent_indent=" " * before, break_on_hyphens=False) for line in lines]
+            widths[-1] = room
+        console.print(Text(_row(names, widths, right), style="bold"), soft_wrap=True)
+        console.print(Text("\n".join(["─" * (sum(widths) + GAP * (len(widths) - 1)), *lines])), soft_wrap=True)
+    return len(parts[0]) if fitting else len(cells)
+
+
+def _parts(width_of: dict[str, int], room: int) -> list[list[str]]:
+    """The columns in as few parts as fit the room, each led by what says which row it is, where that leaves half the room."""
+    names = list(width_of)
+    lead = [name for name in names if name in LEAD]
+    if sum(width_of[n] + GAP for n in lead) > room // 2:
+        lead = [name for name in lead if name in ("layer", "router")]
+    if names[:1] == ["key"]:
+        return [names]
+    parts = [list(lead)]
+    for name in names:
+        if name in lead:
+            continue
+        if sum(width_of[n] + GAP for n in [*parts[-1], name]) - GAP > room and len(parts[-1]) > len(lead):
+            parts.append(list(lead))
+        parts[-1].append(name)
+    return parts
+
+
+def _row(cells: Iterable[str], widths: list[int], right: list[bool]) -> str:
+    padded = []
+    for cell, width, to_the_right in zip(cells, widths, right, strict=True):
+        blanks = " " * (width - cell_len(cell))
+        padded.append(blanks + cell if to_the_right else cell + blanks)
+    return (" " * GAP).join(padded).rstrip(" ")
+
+
+def _clipped(cell: str, most: int) -> str:
+    return cell if cell_len(cell) <= most else set_cell_size(cell, most - 1) + "…"
 
 
 def _said(value: Any) -> str:
@@ -240,6 +264,8 @@ def print_heatmap(report: Report, console: Console) -> None:
     not fit, a character is the most extreme of several experts next to each other, and the title says so."""
     counts, routers = report.counts, report.selection.routers
     ratios = {r: load_ratio(counts.load_E(r)[None])[0] for r in routers}
+    if console.is_terminal and len(routers) > MOST_ROUTERS:
+        routers = sorted(sorted(routers, key=lambda r: -np.nan_to_num(ratios[r]).max())[:MOST_ROUTERS])
     widest = max(len(ratio_E) for ratio_E in ratios.values())
     label_of = {r: _label(report, r) for r in routers}
     indent = max(len(label) for label in label_of.values()) + 2
@@ -249,6 +275,8 @@ def print_heatmap(report: Report, console: Console) -> None:
     unicode = (console.encoding or "").lower().startswith("utf")
     console.print()
     console.print(Text(_heatmap_title(numbers, together), style="bold"))
+    if len(routers) < len(ratios):
+        console.print(Text(f"the least balanced, {len(routers)} of {len(ratios)} routers"))
     if numbers:
         console.print(Text(" " * indent + "".join(f"{e:>5}" for e in range(widest))))
     else:

@@ -17,6 +17,9 @@ from moe_inspect.report.words import counted, listed, some, verb
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
+LITTLE_USED = 0.5  # load ratio under which the least used expert is named
+ENOUGH_LOAD = 100  # mean load of a domain's experts from which one with few assignments is not just unlucky
+
 
 def verdict(report: Report) -> list[str]:
     """Plain sentences, most important first."""
@@ -29,6 +32,7 @@ def verdict(report: Report) -> list[str]:
         _silent(report),
         _dead(report),
         _crowded(report),
+        _least_used(report),
         _waiting(report),
         _pooled(report),
         _overloading_domain(report),
@@ -49,7 +53,7 @@ def frames(report: Report) -> Any:
 
 def routers(report: Report) -> list[dict[str, Any]]:
     """The rows of `balance` that have load."""
-    return frames(report)["balance"].dropna(subset=["max_vio"]).to_dict("records")
+    return report.loaded
 
 
 def worst_router(report: Report) -> dict[str, Any] | None:
@@ -169,6 +173,35 @@ def _crowded(report: Report) -> str | None:
         if not len(over):
             parts[-1] = parts[-1].replace("of it", "of the mean load")
     return f"{' and '.join(parts)}." if parts else None
+
+
+def _least_used(report: Report) -> str | None:
+    """The expert of the router where the busiest is furthest above the least used, if that has less than half the mean load."""
+    rows = [row for row in routers(report) if above_chance(report, row) and row["min_over_max"] > 0]
+    row = min(rows, key=lambda row: row["min_over_max"], default=None)
+    if row is None:
+        return None
+    ratio = row["min_over_max"] * row["max_over_mean"]
+    if ratio >= LITTLE_USED or 1 - ratio < 2 * chance(row):
+        return None
+    router, times = int(row["router"]), 1 / row["min_over_max"]
+    expert = int(report.counts.load_E(router).argmin())
+    said = f"Expert {expert} of {where_of(report, row).lower()} is the least used: {ratio:.2f}x the mean load, the busiest there gets {times:.1f}x as much"
+    return said + _least_used_in(report, router, expert, times) + "."
+
+
+def _least_used_in(report: Report, router: int, expert: int, times: float) -> str:
+    """The domain in which that is worst, of those with text enough to tell."""
+    counts = report.counts
+    documents_D = np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains))
+    found = []
+    for domain, documents, load_E in zip(counts.domains, documents_D, counts.assignments_DE(router), strict=True):
+        if load_E.mean() >= ENOUGH_LOAD and (counts.counts_only or documents >= FEWEST_DOCUMENTS):
+            found.append((float("inf") if not load_E[expert] else load_E.max() / load_E[expert], domain))
+    worst, domain = max(found, default=(0.0, ""))
+    if len(counts.domains) < 2 or worst < 1.5 * times:
+        return ""
+    return f' and {worst:.1f}x on "{domain}"' if math.isfinite(worst) else f', and on "{domain}" it is never chosen'
 
 
 def _waiting(report: Report) -> str | None:

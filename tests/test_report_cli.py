@@ -1,0 +1,229 @@
+"""The report from the command line, end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from moe_inspect.report.report import Report, report
+from moe_inspect.report.tables import TABLES
+from moe_inspect.trace.reader import Trace
+from tests.conftest import Cli
+from tests.planted import planted
+from tests.synthetic import write_counts, write_trace
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    return planted(tmp_path_factory.mktemp("planted") / "t")
+
+
+@pytest.fixture(scope="module")
+def made(trace: Trace) -> Report:
+    return report(trace)
+
+
+def test_csv_and_json_carry_every_digit(cli: Cli, trace: Trace, made: Report):
+    expected = made.tables["balance"]
+    text = cli("report", trace.path, "--table", "balance", "--format", "csv").stdout
+    csv = pd.read_csv(io.StringIO(text), float_precision="round_trip")
+    assert list(csv.columns) == list(expected.columns)
+    assert csv["cv"].tolist() == expected["cv"].tolist()
+    lines = [json.loads(line) for line in cli("report", trace.path, "--table", "balance", "--format", "json").stdout.splitlines()]
+    assert [line["max_vio_low"] for line in lines] == expected["max_vio_low"].tolist()
+    assert [type(line["dead_experts"]) for line in lines] == [int] * 4
+
+
+def test_nan_is_null_in_json(cli: Cli, tmp_path: Path):
+    write_trace(tmp_path / "t", [np.array([[0, 1]] * 20, np.uint16)], 4)
+    line = json.loads(cli("report", "t", "--table", "specialization", "--format", "json").stdout)
+    assert line["domain_mi_bits"] is None
+    assert line["layer"] == 0
+    summary = [json.loads(s) for s in cli("report", "t", "--table", "summary", "--format", "json").stdout.splitlines()]
+    assert any(s["key"] == "note" and "one domain" in s["value"] for s in summary)
+
+
+def test_parquet_into_a_pipe_and_a_file(trace: Trace, tmp_path: Path, made: Report):
+    command = [sys.executable, "-m", "moe_inspect", "report", str(trace.path), "--table", "load", "--format", "parquet"]
+    piped = subprocess.run(command, capture_output=True, check=True).stdout
+    subprocess.run([*command, "-o", str(tmp_path / "load.parquet")], check=True)
+    for source in (io.BytesIO(piped), tmp_path / "load.parquet"):
+        pd.testing.assert_frame_equal(pq.read_table(source).to_pandas(), made.tables["load"])
+
+
+@pytest.mark.parametrize("ending", ["csv", "CSV", "json", "jsonl", "parquet", "txt", "md", ""])
+def test_the_ending_of_the_file_says_the_format(cli: Cli, trace: Trace, tmp_path: Path, made: Report, ending: str):
+    name = f"load.{ending}" if ending else "load"
+    cli("report", trace.path, "--table", "load", "-o", name)
+    data, expected = (tmp_path / name).read_bytes(), made.tables["load"]
+    read = {"csv": pd.read_csv, "json": lambda f: pd.read_json(f, lines=True), "parquet": pd.read_parquet}
+    form = {"jsonl": "json"}.get(ending.lower(), ending.lower())
+    if form in read:
+        assert read[form](io.BytesIO(data))["assignments"].tolist() == expected["assignments"].tolist()
+        cli("report", trace.path, "--table", "load", "-o", name, "--format", "table")  # what is said outright goes first
+        data = (tmp_path / name).read_bytes()
+    lines = data.decode().splitlines()
+    assert lines[0].split() == list(expected.columns)
+    assert not any(line != line.rstrip() for line in lines)
+
+
+def test_the_report_in_words_on_stdout_and_in_a_file(cli: Cli, trace: Trace, tmp_path: Path):
+    done = cli("report", trace.path)
+    assert "• Layer 3 is the worst balanced" in done.stdout
+    assert done.stderr == ""
+    assert cli("report", trace.path, "-o", "report.txt").stdout == ""
+    assert (tmp_path / "report.txt").read_text() == done.stdout
+
+
+def test_selecting_on_the_command_line(cli: Cli, trace: Trace):
+    out = cli(
+        "report", trace.path, "--table", "domains", "--format", "csv", "--layers", "1,3", "--domain", "law,code", "--domain", "math"
+    ).stdout
+    frame = pd.read_csv(io.StringIO(out))
+    assert frame["layer"].unique().tolist() == [1, 3]
+    assert sorted(frame["domain"].unique()) == ["code", "law", "math"]
+    words = pd.read_csv(io.StringIO(cli("report", trace.path, "--table", "vocabulary", "--format", "csv", "--top", 2).stdout))
+    assert words.groupby(["router", "expert"]).size().max() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--format", "csv"], 2, "summary, balance, load, domains, specialization, vocabulary"),
+        (["--format", "yaml", "--table", "load"], 2, "yaml"),
+        (["-o", "load.csv"], 2, "-o load.csv is of one table: add --table summary"),
+        (["--table", "load", "-o", "load.xlsx"], 2, "no format goes by this ending, add --format table, csv, json, parquet"),
+        (["--layers", "3-1"], 1, "error: cannot read layers '3-1': write them like 0-3,7"),
+        (["--table", "gini"], 1, "error: no table 'gini': there are summary, balance"),
+        (["--layers", "9"], 1, "it has layers 0-3"),
+        (["--domain", "opera"], 1, "it has code, law, math, prose"),
+        (["--table", "load", "-o", "no/such/place.csv"], 1, "error: cannot write no/such/place.csv: No such file or directory"),
+        (["-o", "no/such/place.txt"], 1, "error: cannot write no/such/place.txt"),
+        (["--plots", "/dev/null/x"], 1, "error: cannot write /dev/null/x"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(cli: Cli, trace: Trace, arguments: list[str], code: int, says: str):
+    done = cli("report", trace.path, *arguments, check=code)
+    assert says in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    if code == 1:
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_no_trace_there(cli: Cli):
+    assert "no trace at nowhere" in cli("report", "nowhere", check=1).stderr
+
+
+def test_head_ends_quietly(trace: Trace):
+    for form in ("csv", "json", "table"):
+        command = f"{sys.executable} -m moe_inspect report {trace.path} --table vocabulary --top 0 --format {form} | head -n 1"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        # a text table may fit the pipe before head closes it
+        assert done.stderr == "" or (form == "table" and "more rows: --format" in done.stderr)
+        assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_warning_goes_to_stderr(cli: Cli, tmp_path: Path):
+    planted(tmp_path / "t", status="interrupted")
+    done = cli("report", "t", "--table", "load", "--format", "csv")
+    assert done.stderr.startswith("warning: this trace was interrupted")
+    assert len(done.stdout.splitlines()) == 33
+
+
+def test_plots_are_pictures(cli: Cli, trace: Trace, tmp_path: Path):
+    from moe_inspect.report.plots import PLOTS
+
+    done = cli("report", trace.path, "--table", "balance", "--plots", "pictures")
+    names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
+    assert {"balance.png", "domains.svg", "load.png", "specialization.svg"} <= set(names)
+    assert {Path(name).stem for name in names} <= set(PLOTS)
+    for name in names:
+        data = (tmp_path / "pictures" / name).read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" if name.endswith("png") else data[:5] == b"<?xml"
+        assert len(data) > 10_000
+        assert name in done.stderr
+
+
+def test_pictures_say_what_they_show(made: Report):
+    from moe_inspect.report.plots import PLOTS
+
+    figure = PLOTS["balance"](made)
+    assert figure is not None
+    figure.canvas.draw()
+    legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_tightbbox()
+    assert axes is not None
+    assert not legend.overlaps(axes)
+    assert figure.axes[0].get_legend() is None
+    figure = PLOTS["domains"](made)
+    assert figure is not None
+    assert "against its mean over the domains" in figure.get_suptitle()
+
+
+def test_plots_without_domains_or_documents(tmp_path: Path):
+    from moe_inspect.report.plots import write_plots
+
+    made = report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2))
+    assert sorted(p.name for p in write_plots(made, tmp_path / "p")) == ["balance.png", "balance.svg", "load.png", "load.svg"]
+
+
+def test_pictures_leave_the_notebooks_backend_alone(trace: Trace):
+    code = (
+        "import sys, moe_inspect; from moe_inspect.report.plots import PLOTS\n"
+        f"PLOTS['load'](moe_inspect.report(r'{trace.path}')); print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True False"
+
+
+def test_a_page_from_the_command_line(cli: Cli, trace: Trace, tmp_path: Path):
+    done = cli("report", trace.path, "--html", "page.html", "--table", "load", "--format", "csv")
+    assert "wrote page.html" in done.stderr
+    assert done.stdout.startswith("layer,router,expert")
+    assert "Layer 3 is the worst balanced" in (tmp_path / "page.html").read_text()
+    assert "cannot write no/such/page.html" in cli("report", trace.path, "--html", "no/such/page.html", check=1).stderr
+
+
+def test_a_page_of_counts_says_what_it_lacks(tmp_path: Path):
+    from moe_inspect.report.sections import report_page
+
+    page = report_page(report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2)))
+    said = page.partition('class="left-out">')[2].partition("</p>")[0]
+    assert "domains: there is only one" in said
+    assert said.count("\n") == 0
+
+
+def test_a_report_shows_itself_in_a_notebook(made: Report):
+    html = made._repr_html_()
+    assert "Layer 3 is the worst balanced" in html
+    assert 'src="data:image/png;base64,' in html
+    assert "<script" not in html
+    assert len(html) < 300_000
+
+
+def test_help_names_every_table_and_imports_nothing_heavy(cli: Cli):
+    said = cli("report", "--help").stdout
+    assert all(name in said for name in TABLES)
+    code = (
+        "import sys; from moe_inspect.cli import app; print([m for m in ('torch', 'pandas', 'pyarrow', 'matplotlib') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_no_torch_and_no_matplotlib_in_a_report(trace: Trace):
+    code = (
+        "import sys, io, moe_inspect.analysis, moe_inspect.report\n"
+        "from moe_inspect.report.terminal import print_report\n"
+        f"print_report(moe_inspect.report(r'{trace.path}'), io.StringIO())\n"
+        "print([m for m in ('torch', 'transformers', 'triton', 'matplotlib', 'typer') if m in sys.modules], 'pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] True"

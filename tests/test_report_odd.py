@@ -1,0 +1,145 @@
+"""Every table, and the report in words, of traces that lack something or lie at an edge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.report import Report, report
+from moe_inspect.report.tables import every_table
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.writer import CountedBatches, TraceWriter
+from tests.planted import text_of
+from tests.synthetic import encoder_decoder, routers, uniform_ids, write_counts, write_trace
+
+NOWHERE = np.iinfo(np.uint16).max
+NEED_DECISIONS = {"vocabulary", "coactivation", "transitions", "repetition", "locality", "windows", "drift"}
+RNG = np.random.default_rng(9)
+
+
+def imported_counts(root: Path) -> Trace:
+    """Counts of which the source does not say what came first."""
+    load = RNG.integers(5, 50, (2, 8)) * 2
+    with TraceWriter(root, {"capture": {"weights": False, "mode": "import"}}, routers(2, 8, 2), weights=False, counts_only=True) as writer:
+        writer.write(CountedBatches(0, int(load.sum()) // 2, ["a", "b"], [load, load], None, None))
+    return open_trace(root)
+
+
+def of(ids: list[np.ndarray], experts: int | list[int], documents: int = 10, **settings: Any) -> Callable[[Path], Trace]:
+    T = len(ids[0])
+    settings = {"document": np.arange(T) * documents // T, "domain_of_document": ["a", "b"]} | settings
+    return lambda root: write_trace(root, ids, experts, **settings)
+
+
+def some_null(T: int, E: int, k: int) -> np.ndarray:
+    ids = uniform_ids(RNG, T, E, k)
+    ids[RNG.random((T, k)) < 0.3] = NOWHERE
+    return ids
+
+
+# trace → a part of what its report says
+ODD: dict[str, tuple[Callable[[Path], Trace], str]] = {
+    "counts": (lambda root: write_counts(root, [np.full((1, 8), 200)], 2), "trace without --counts-only for those"),
+    "imported counts": (imported_counts, "import a recording of every token for those"),
+    "neither weights nor vocabulary": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8), "no weights recorded"),
+    "one token": (of([np.array([[0, 1]], np.uint16)], 8, 1, weights=[np.full((1, 2), 0.5, np.float32)]), "1 token is too few"),
+    "one document": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, 1, words=5), "Too little to judge"),
+    "one domain": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, domain_of_document=["a"]), "domains: only one, 'a'"),
+    "an encoder and a decoder": (encoder_decoder, "Judged on 10 tokens"),
+    "two routers in a layer": (of([uniform_ids(RNG, 300, 16, 4), uniform_ids(RNG, 300, 4, 1)], [16, 4], layers=[3, 3]), "layer 3 (router "),
+    "one choice": (of([uniform_ids(RNG, 300, 8, 1)] * 2, 8, weights=[np.ones((300, 1), np.float32)] * 2), "Judged on 300 tokens"),
+    "one expert": (of([np.zeros((300, 1), np.uint16)] * 2, 1), "Nothing is wrong"),
+    "every expert every time": (of([uniform_ids(RNG, 200, 4, 4)], 4), "Nothing is wrong"),
+    "null slots": (of([some_null(400, 8, 3)] * 2, 8), "Judged on 400 tokens"),
+    "a router without load": (
+        of([uniform_ids(RNG, 500, 8, 2), np.full((500, 2), NOWHERE, np.uint16)], 8),
+        "1 of 2 routers made no assignment",
+    ),
+    "more experts than a byte": (of([uniform_ids(RNG, 500, 512, 10)], 512), "Too little to judge"),
+    "a large model": (of([uniform_ids(RNG, 40, 256, 8) for _ in range(61)], 256, words=3), "40 tokens are few for 256 experts"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.filterwarnings("error")
+def test_every_table_is_right_or_says_what_it_lacks(tmp_path: Path, case: str):
+    trace, says = ODD[case][0](tmp_path / "t"), ODD[case][1]
+    made, lacking = report(trace, top=0, window=trace.n_tokens // 3 + 1), {}
+    made.prepare([] if trace.counts_only else every_table())
+    for name in every_table():
+        try:
+            table: Any = made.tables[name]
+        except MoeInspectError as error:
+            lacking[name] = str(error)
+            continue
+        assert not np.isinf(table.select_dtypes("number").to_numpy(float, na_value=np.nan)).any()
+        if name in RIGHT:
+            for r in made.selection.routers:
+                RIGHT[name](made, r, table[table["router"] == r])
+    assert set(lacking) == (NEED_DECISIONS if trace.counts_only else set())
+    assert all(said.startswith(f"{trace.path} holds counts only, no ") and "\n" not in said for said in lacking.values())
+    assert says in " ".join(text_of(made).split())
+
+
+def _load(made: Report, r: int, rows: Any) -> None:
+    counts = made.counts
+    slots = counts.tokens_of(r) * counts.routers[r].top_k
+    assert len(rows) == counts.routers[r].experts
+    assert rows["assignments"].sum() == slots - counts.of[r].null_slots
+    assert rows["share"].sum() == pytest.approx(1 if rows["assignments"].any() else 0)
+    assert rows["first_choice"].isna().all() or rows["first_choice"].sum() <= counts.tokens_of(r)
+
+
+def _domains(made: Report, r: int, rows: Any) -> None:
+    assert (rows["activation"] * rows["tokens"]).sum() == pytest.approx(rows["assignments"].sum())
+    assert rows["assignments"].sum() == made.counts.load_E(r).sum()
+
+
+def _esft(made: Report, r: int, rows: Any) -> None:
+    sums = rows.groupby("domain")["token_score"].sum(min_count=1).dropna()
+    assert sums.tolist() == pytest.approx([1] * len(sums))
+    assert len(sums) == len(made.counts.domains) or not made.counts.load_E(r).all()
+
+
+def _coactivation(made: Report, r: int, rows: Any) -> None:
+    counts, k = made.counts, made.counts.routers[r].top_k
+    if not counts.of[r].null_slots:
+        assert rows["together"].sum() == counts.tokens_of(r) * k * (k - 1)
+
+
+def _transitions(made: Report, r: int, rows: Any) -> None:
+    counts, after = made.counts, made.counts.next_router(r)
+    if after is None:
+        assert rows.empty
+    elif not counts.of[r].null_slots + counts.of[after].null_slots:
+        assert rows["together"].sum() == counts.tokens_of(r) * counts.routers[r].top_k * counts.routers[after].top_k
+
+
+def _repetition(made: Report, r: int, rows: Any) -> None:
+    assert rows["pairs"].sum() == made.counts.tokens_of(r) - made.counts.documents
+    assert rows["any_choice"].isna().all() or (rows["any_choice"] >= rows["first_choice"]).all()
+
+
+def _windows(made: Report, r: int, rows: Any) -> None:
+    assert rows["tokens"].sum() == made.counts.tokens_of(r)
+
+
+def _by_router(made: Report, r: int, rows: Any) -> None:
+    assert len(rows) == 1
+
+
+RIGHT: dict[str, Callable[[Report, int, Any], None]] = {
+    "load": _load,
+    "domains": _domains,
+    "esft": _esft,
+    "coactivation": _coactivation,
+    "transitions": _transitions,
+    "repetition": _repetition,
+    "windows": _windows,
+    **dict.fromkeys(("balance", "specialization", "locality", "router", "drift"), _by_router),
+}
