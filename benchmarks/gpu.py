@@ -223,9 +223,9 @@ class Cpu:
 
         def replay() -> None:
             attachment = recorder.attachment
-            attachment._bracketed = attachment.open = True
+            attachment._bracketed = attachment.gates[""].open = True
             run()
-            attachment._bracketed = attachment.open = False
+            attachment._bracketed = attachment.gates[""].open = False
 
         return run if recorder is None else replay
 
@@ -889,7 +889,7 @@ def writer(bench: Bench) -> None:
                     for batch in batches:
                         model(input_ids=batch.to(bench.device.type), use_cache=False)
                 took = time.perf_counter() - began
-                on_device = sum(recorder._rings.dropped())
+                on_device = sum(recorder.stacks[""].rings.dropped())
                 trace = moe_inspect.open_trace(f"{scratch}/t")
                 facts = dict(moe_inspect.report(trace).tables["summary"].to_numpy().tolist())
                 L, fed = len(trace.routers), B * S * len(batches)

@@ -116,8 +116,8 @@ def test_pages_that_leave_late_arrive_right(page_rows: int, late: None, monkeypa
         with moe_inspect.record(model, tmp_path / name) as rec, torch.no_grad():
             for batch in batches:
                 model(**batch)
-            assert rec._rings is not None
-            assert rec._rings.at_once == (name == "at once")
+            assert rec.stacks[""].rings is not None
+            assert rec.stacks[""].rings.at_once == (name == "at once")
         tables.append(moe_inspect.open_trace(tmp_path / name).routing())
     assert tables[0].equals(tables[1])
 
@@ -204,15 +204,15 @@ def test_what_is_dropped_is_counted_everywhere(slow_writer: None, monkeypatch: p
     with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
         for _ in range(40):
             model(**batch)
-        assert rec._rings is not None
-        on_device = rec._rings.dropped()
+        assert rec.stacks[""].rings is not None
+        on_device = rec.stacks[""].rings.dropped()
     trace = moe_inspect.open_trace(tmp_path / "t")
     tokens, dropped = trace.n_tokens, trace.manifest["counts"]["dropped"]
     assert 0 < tokens < 40 * 14
     assert tokens == rec.tokens
     assert tokens * 2 + dropped == 40 * 14 * 2  # two routers: every decision is there or counted
-    assert on_device == [rec._dropped_rows] * 2
-    assert rec._dropped_rows >= dropped / 2
+    assert on_device == [rec.stacks[""].dropped_rows] * 2
+    assert rec.stacks[""].dropped_rows >= dropped / 2
     report = moe_inspect.report(trace)
     assert report.tables["summary"].set_index("key").value["dropped"] == str(dropped)
     assert f"{dropped:,} decisions were dropped while recording" in str(report.warning)
@@ -233,8 +233,8 @@ def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: 
     model = build("olmoe")
     with moe_inspect.record(model, tmp_path / "t", ring_tokens=5000) as rec, torch.no_grad():
         model(**token_batch([9, 5]))
-        assert rec._rings is not None
-        fits = rec._rings.fits
+        assert rec.stacks[""].rings is not None
+        fits = rec.stacks[""].rings.fits
         assert fits >= 5000
         with pytest.raises(MoeInspectError, match=rf"20,000 rows is more than the {fits:,} there is room for .* ring_tokens=20000"):
             rec.step(20000)
@@ -250,7 +250,7 @@ class Replay:
     model's Python."""
 
     def __init__(self, rec: Any, choices: list[tuple[torch.Tensor, torch.Tensor]]):
-        self.launches = list(zip(rec._rings.tapes, choices, strict=True))
+        self.launches = list(zip(rec.stacks[""].rings.tapes, choices, strict=True))
 
     def replay(self) -> None:
         for tape, choice in self.launches:
@@ -338,7 +338,7 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
         launched: list[Any] = []
         monkeypatch.setattr(kernels, "record_torch", lambda tape, *choice: launched.append(tape))
         model(**batch)
-        assert launched == rec._rings.tapes
+        assert launched == rec.stacks[""].rings.tapes
         capturing[0] = False
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 8
 
@@ -354,7 +354,7 @@ def test_dropping_survives_growth_and_failure(slow_writer: None, monkeypatch: py
     with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
         for _ in range(20):
             model(**token_batch([9, 5]))
-        assert rec._dropped_rows > 0
+        assert rec.stacks[""].dropped_rows > 0
         model(**token_batch([90]))
         for _ in range(20):
             model(**token_batch([9, 5]))

@@ -13,8 +13,8 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture.attach import mode_of
-from moe_inspect.capture.recorder import _shares
 from moe_inspect.capture.routers import Site, find_routers
+from moe_inspect.capture.stacks import shares
 from moe_inspect.errors import MoeInspectError
 from tests import zoo
 from tests.conftest import ROOT
@@ -259,10 +259,10 @@ def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
 
 
 def test_too_many_rows_of_a_layer_that_runs_twice_are_seen() -> None:
-    assert _shares(20, 2, 10) == [10, 10]
-    assert _shares(21, 2, 10) == [10, 11]
-    assert _shares(10, 2, 10) == [10, 0]
-    assert _shares(7, 1, 10) == [7]
+    assert shares(20, 2, 10) == [10, 10]
+    assert shares(21, 2, 10) == [10, 11]
+    assert shares(10, 2, 10) == [10, 0]
+    assert shares(7, 1, 10) == [7]
 
 
 @pytest.mark.parametrize("family", TRACED)

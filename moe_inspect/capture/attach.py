@@ -25,26 +25,36 @@ CAPTURES = ("auto", "dispatch", "tap")
 
 
 class Records(Protocol):
-    """What is told of a forward pass: its beginning, with the model's arguments; what each router chose (and its logits), until
-    there is a tape; its end, with the model's output."""
+    """What is told of a forward pass: its beginning; of each stack in it ("": the model is one) what it is fed and what it returned;
+    what each router chose (and its logits), until there is a tape; its end."""
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def begin(self) -> None: ...
+    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def returned(self, stack: str, output: Any) -> None: ...
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None: ...
     def take_logits(self, r: int, logits_TE: Tensor) -> None: ...
-    def end(self, output: Any) -> None: ...
+    def end(self) -> None: ...
+
+
+class Gate:
+    """Whether a stack's routers are recorded now: while a call of `module` is under way. Outside it a recomputation is not
+    recorded twice."""
+
+    def __init__(self, stack: str, module: torch.nn.Module):
+        self.stack, self.module = stack, module
+        self.open = False
 
 
 class Sink:
-    """Where the values of one router go: says on which tape a kernel is to write them, or takes them itself. Outside the model's
-    own forward pass they go nowhere: a recomputation is not recorded twice."""
+    """Where the values of one router go while its gate is open: says on which tape a kernel is to write them, or takes them itself."""
 
-    def __init__(self, attachment: Attachment, take: Callable[..., None]):
-        self.attachment, self.take = attachment, take
+    def __init__(self, gate: Gate, take: Callable[..., None]):
+        self.gate, self.take = gate, take
         self.tapes: list[Tape] = []  # one for each time that a forward pass runs its layer
         self.calls = 0  # in the forward pass under way
 
     def __call__(self, *values: Tensor) -> Tape | None:
-        if not self.attachment.open:
+        if not self.gate.open:
             return None
         if not self.tapes:
             self.take(*(v.detach() for v in values))
@@ -56,14 +66,18 @@ class Sink:
 
 
 class Attachment:
-    """`sinks[r]` and `logit_sinks[r]` belong to `sites[r]`. `open` while a forward pass of the model is under way,
-    unless `paused`."""
+    """`sinks[r]` and `logit_sinks[r]` belong to `sites[r]`. A forward pass is a call of the model or, of an encoder-decoder, also one of
+    a stack by itself, as `generate` calls the encoder."""
 
     def __init__(self, model: Any, sites: Sequence[Site], mode: str, logits: bool, records: Records):
         self.outer, self.model, self.sites, self.mode, self.records = model, uncompiled(model), sites, mode, records
-        self.open = self.paused = self.over = False
-        self.sinks = [Sink(self, functools.partial(records.take, r)) for r in range(len(sites))]
-        self.logit_sinks = [Sink(self, functools.partial(records.take_logits, r)) for r in range(len(sites))] if logits else []
+        self.paused = self.over = False
+        self.gates = {s.stack: Gate(s.stack, self.model.get_submodule(s.stack_path)) for s in sites}
+        self._in_model = False  # of an encoder-decoder: a call of the whole is under way
+        self._alone: Gate | None = None  # or one of this stack by itself
+        gates = [self.gates[s.stack] for s in sites]
+        self.sinks = [Sink(gate, functools.partial(records.take, r)) for r, gate in enumerate(gates)]
+        self.logit_sinks = [Sink(gate, functools.partial(records.take_logits, r)) for r, gate in enumerate(gates)] if logits else []
         self.compiled = is_compiled(model)
         self._bracketed = False
         self._stack, self._stance = ExitStack(), ExitStack()
@@ -76,7 +90,8 @@ class Attachment:
             raise
 
     def detach(self) -> None:
-        self.open, self.over = False, True
+        self._shut()
+        self.over = True
         self._stance.close()
         self._stack.close()
 
@@ -88,7 +103,12 @@ class Attachment:
             torch.compiler.reset()
             self._stack.callback(torch.compiler.reset)
         keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
-        keep(self.model.register_forward_hook(self._after))
+        stacks = [gate for stack, gate in self.gates.items() if stack]
+        # whether or not it raised: what a stack is called for afterwards is no part of it
+        keep(self.model.register_forward_hook(self._after, always_call=bool(stacks)))
+        for gate in stacks:
+            keep(gate.module.register_forward_pre_hook(functools.partial(self._before_stack, gate), with_kwargs=True))
+            keep(gate.module.register_forward_hook(functools.partial(self._after_stack, gate)))
         if self.outer is not self.model:
             self._replace(self.outer, "forward", self._around)
         if getattr(self.model, "_compiled_call_impl", None) is not None:
@@ -151,6 +171,9 @@ class Attachment:
                 self._begin(args, kwargs)
                 output = call(*args, **kwargs)
                 self._end(output)
+            except BaseException:
+                self._shut()
+                raise
             finally:
                 self._bracketed = False
             return output
@@ -171,22 +194,62 @@ class Attachment:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.paused or self.over:
             return
+        self._in_model = True
+        self._begin_pass()
+        if "" in self.gates:
+            self._open(self.gates[""], args, kwargs)
+
+    @torch.compiler.disable(reason="to record it without a graph break, record what torch.compile returned")
+    def _end(self, output: Any) -> None:
+        if self.paused or self.over:
+            return
+        self._shut()
+        if output is None:  # it raised
+            return
+        if "" in self.gates:
+            self.records.returned("", output)
+        self._end_pass()
+
+    @torch.compiler.disable(reason="the stacks of an encoder-decoder are told apart outside compiled code")
+    def _before_stack(self, gate: Gate, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused or self.over:
+            return
+        if not self._in_model:
+            self._alone = gate
+            self._begin_pass()
+        self._open(gate, args, kwargs)
+
+    @torch.compiler.disable(reason="the stacks of an encoder-decoder are told apart outside compiled code")
+    def _after_stack(self, gate: Gate, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.paused or self.over or not gate.open:
+            return
+        gate.open = False
+        self.records.returned(gate.stack, output)
+        if self._alone is gate:
+            self._shut()
+            self._end_pass()
+
+    def _begin_pass(self) -> None:
         self._stance.close()
         if (self.compiled or _has_compiled()) and not all(sink.tapes for sink in self.sinks):
             # until there are tapes (the first forward pass shows what they must hold) the sinks are plain Python
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         for sink in (*self.sinks, *self.logit_sinks):
             sink.calls = 0
-        self.records.begin(args, kwargs)
-        self.open = True
+        self.records.begin()
 
-    @torch.compiler.disable(reason="to record it without a graph break, record what torch.compile returned")
-    def _end(self, output: Any) -> None:
-        if self.paused or self.over:
-            return
-        self.open = False
+    def _open(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.records.feed(gate.stack, args, kwargs)
+        gate.open = True
+
+    def _end_pass(self) -> None:
         self._stance.close()
-        self.records.end(output)
+        self.records.end()
+
+    def _shut(self) -> None:
+        self._in_model, self._alone = False, None
+        for gate in self.gates.values():
+            gate.open = False
 
 
 def _at_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:

@@ -26,9 +26,10 @@ class DeviceCounts:
         self.tokens = self.batch = self.taken_tokens = 0
         self.documents: list[Document] = []
         self._taken = [np.zeros(r.experts, np.int64) for r in routers]
-        self._base: dict[torch.device, torch.Tensor] = {}
+        self.decisions = 0
+        self._base: dict[int, torch.Tensor] = {}  # of each router fed
         self._sums = self._zeros(1)
-        self._now = self._zeros(1)  # of the forward pass under way: one that is cut short counts nowhere
+        self.begin()
 
     def _zeros(self, domains: int) -> list[list[torch.Tensor]]:
         """Room for `domains`; expert E is where padding and slots that routed nowhere are counted, and left out."""
@@ -39,17 +40,24 @@ class DeviceCounts:
                 for router, device in zip(self.routers, self.devices, strict=True)
             ]
 
-    def begin(self, rows: Rows, domains: int) -> None:
-        """Where each row of the coming forward pass is counted: its domain, or −1 for padding."""
-        self._now = self._zeros(max(domains, len(self._sums[0][0])))
+    def begin(self) -> None:
+        """A forward pass begins: one that is cut short counts nowhere."""
+        self._now = self._zeros(len(self._sums[0][0]))
+        self._fed: list[tuple[Rows, int]] = []  # to so many routers
+
+    def feed(self, routers: Sequence[int], rows: Rows, domains: int) -> None:
+        """Where each row that these routers see in the forward pass is counted: its domain, or −1 for padding."""
+        self._now = [_padded(sums, domains) for sums in self._now]
         domain_T = np.full(len(rows.real), -1, np.int64)
         domain_T[rows.real] = rows.domain
-        self._base = {d: torch.from_numpy(domain_T).to(d, non_blocking=True) for d in set(self.devices)}
+        base = {d: torch.from_numpy(domain_T).to(d, non_blocking=True) for d in {self.devices[r] for r in routers}}
+        self._base |= {r: base[self.devices[r]] for r in routers}
+        self._fed.append((rows, len(routers)))
 
     def add(self, r: int, row: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """The decisions of one call of router r, for the rows from `row` on."""
         E = self.routers[r].experts
-        domain_T1 = self._base[self.devices[r]][row : row + len(ids_TK), None]
+        domain_T1 = self._base[r][row : row + len(ids_TK), None]
         outside_TK = (ids_TK < 0) | (ids_TK >= E) | (domain_T1 < 0)
         slot_TK = domain_T1.clamp(min=0) * (E + 1) + ids_TK.long().masked_fill(outside_TK, E)
         assignments, first_choice, *weight_sum = (s.view(-1) for s in self._now[r])
@@ -58,13 +66,16 @@ class DeviceCounts:
         for sums in weight_sum:
             sums.scatter_add_(0, slot_TK.reshape(-1), weights_TK.reshape(-1).to(sums.dtype))
 
-    def end(self, rows: Rows, batch: int) -> None:
+    def end(self, batch: int) -> None:
         """The forward pass is over, and seen whole: now it counts."""
         for now, before in zip(self._now, self._sums, strict=True):
             for sums, older in zip(now, before, strict=True):
                 sums[: len(older)] += older
-        self._sums, self.tokens, self.batch = self._now, self.tokens + int(rows.real.sum()), batch
-        self.documents += rows.documents
+        self._sums, self.batch = self._now, batch
+        for rows, routers in self._fed:
+            n = int(rows.real.sum())
+            self.tokens, self.decisions = self.tokens + n, self.decisions + n * routers
+            self.documents += rows.documents
 
     def take(self, domains: list[str]) -> CountedBatches:
         """What was counted since the last `take`, brought to the host."""
@@ -79,8 +90,9 @@ class DeviceCounts:
             [h[1] for h in host],
             [h[2] for h in host] if self.weights else None,
             self.documents,
+            self.decisions,
         )
-        self.tokens, self.documents = 0, []
+        self.tokens, self.decisions, self.documents = 0, 0, []
         self._sums = self._zeros(len(self._sums[0][0]))
         return counted
 
@@ -92,3 +104,8 @@ class DeviceCounts:
             for tensor in [*load, tokens]:
                 torch.distributed.all_reduce(tensor)
         return [t.cpu().numpy() for t in load], int(tokens)
+
+
+def _padded(sums: list[torch.Tensor], domains: int) -> list[torch.Tensor]:
+    missing = domains - len(sums[0])
+    return [torch.nn.functional.pad(s, (0, 0, 0, missing)) for s in sums] if missing > 0 else sums

@@ -5,27 +5,27 @@ T rows a router sees (padding included), K slots, E experts.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from moe_inspect.capture import kernels
 from moe_inspect.capture.attach import Attachment, mode_of, uncompiled
 from moe_inspect.capture.counts import DeviceCounts
 from moe_inspect.capture.manifest import capture_facts
 from moe_inspect.capture.models import config_record, vocabulary_table
 from moe_inspect.capture.ranks import Ranks
-from moe_inspect.capture.ring import Rings
 from moe_inspect.capture.routers import Site, find_routers
 from moe_inspect.capture.rows import Given, RowReader, Rows
+from moe_inspect.capture.stacks import Pass, Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.place import check_directory
@@ -35,13 +35,13 @@ from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, Tra
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass on its way to the writer: its rows lie in the rings from position `start` on, the first `kept` of them."""
+    """A forward pass on its way to the writer."""
 
     number: int
-    fed: Rows | Given
-    start: int
-    kept: int
-    stands: list[Tensor]  # of each ring: where its cursors stood afterwards
+    passes: list[Pass]  # of an encoder-decoder: of the encoder, then of the decoder
+
+    def arrived(self, wait: bool) -> bool:
+        return all(p.stack.rings is not None and p.stack.rings.arrived(p.start + p.fed.T, wait) for p in self.passes)
 
 
 class Recorder:
@@ -51,7 +51,8 @@ class Recorder:
     otherwise, here for every forward pass or with the recorder's `label` for the next; `attention_mask` is honoured, a reset
     of `position_ids` starts a new sequence, and a forward pass with a key-value cache goes on with its rows' sequences.
     What the model executes is what is recorded: `generate` feeds padding to rows that have ended, and its beams are rows
-    like others.
+    like others. Of an encoder-decoder the tokens of both stacks are recorded (phase "encode" are the encoder's), each with its own
+    mask: labels padded with -100 are tokens to a decoder that is given no `decoder_attention_mask`.
 
     tokenizer     its vocabulary goes into the trace
     capture       "dispatch": our experts implementation routes and records; "tap": the model's own is left alone and its
@@ -111,31 +112,43 @@ class Recorder:
         self.mode = mode_of(self.model, self.sites, capture)
         if logits and any(s.logits_module is None for s in self.sites):
             raise MoeInspectError(f"{type(self.model).__name__} does not show its router logits: trace without --logits")
+        self._at: dict[int, tuple[str, int]] = {}  # of each site: its stack, and which of the stack's it is
         self.ranks = ranks
         if self.path is not None and resume is None and ranks is None:
             check_directory(self.path, overwrite)
-        self.routers: list[Router] = []  # a site's one after another: a layer that runs twice has two
-        self._routers_of: list[list[int]] = []  # of each site
         self.writer: TraceWriter | None = None
         self.tokens = 0
-        self.reader = RowReader(documents, domains)
         self.attachment = Attachment(model, self.sites, self.mode, logits, self)
-        self._planned: Rows | None = None
+        self.stacks = {name: self._stack(name) for name in self.attachment.gates}
+        self.reader = RowReader({name: _arguments(gate.module) for name, gate in self.attachment.gates.items()}, documents, domains)
+        self._planned: dict[str, Rows] = {}  # of the next forward pass, by stack
+        self._plan: dict[str, Rows] = {}  # of the one under way
         self._entered = False
         self._forwards = resume.next_batch if resume else 0
-        self._staged: list[list[tuple[Tensor, Tensor]]] | None = []  # of the first forward pass: each router's calls
-        self._staged_logits: list[list[Tensor]] = []
-        self._rings: Rings | None = None
         self._fixed = ring_tokens is not None  # something else holds the rings' addresses, or their size was asked for
         self._leaving: deque[Forward] = deque()
         self._counts: DeviceCounts | None = None
         self._counting = self._in_group = False
-        self._current: Rows | Given | None = None  # what the forward pass under way is fed
-        self._given: Given | None = None  # the same, unless it was planned
+        self._returned: list[tuple[Given, Any]] = []  # what the stacks in this forward pass were given, and returned
+        self._opened = False  # the routers are known, and what their pages hold
         self._stepped = False  # it is one that `step` announced
         self._capturing = False  # it is one that a CUDA graph captures: nothing runs
-        self._seen: list[int] = [0] * len(self.sites)
-        self._dropped_rows = 0
+
+    def _stack(self, name: str) -> Stack:
+        of_stack = [r for r, site in enumerate(self.sites) if site.stack == name]
+        sinks, logit_sinks = self.attachment.sinks, self.attachment.logit_sinks
+        self._at.update({r: (name, n) for n, r in enumerate(of_stack)})
+        return Stack(
+            name,
+            [self.sites[r] for r in of_stack],
+            [sinks[r] for r in of_stack],
+            [logit_sinks[r] for r in of_stack] if logit_sinks else [],
+            self.model,
+        )
+
+    @property
+    def routers(self) -> list[Router]:
+        return [router for stack in self.stacks.values() for router in stack.routers]
 
     # --- attach and detach
 
@@ -175,9 +188,9 @@ class Recorder:
         """The document and the domain of each batch row of the next forward pass."""
         self.reader.label(documents, domains)
 
-    def expect(self, rows: Rows) -> None:
-        """What the next forward pass is fed, from who planned it."""
-        self._planned = rows
+    def expect(self, *rows: Rows) -> None:
+        """What the next forward pass is fed (of an encoder-decoder, each of its stacks), from who planned it."""
+        self._planned = {r.stack: r for r in rows}
 
     def end_group(self) -> None:
         """The passes of a group are over: what was counted may be committed."""
@@ -189,104 +202,133 @@ class Recorder:
         """Announces a forward pass of `tokens` rows a router that runs without the model being called: a CUDA graph replayed
         by hand, on this stream. Waits until there is room for it. `inputs`: what the model would be called with (`input_ids`,
         `attention_mask`, `position_ids`, `past_key_values`); without them its rows are one document of unknown tokens."""
-        if self._staged is not None or self.counts_only:
+        if list(self.stacks) != [""]:
+            raise MoeInspectError(f"{type(self.model).__name__} is two stacks, and step() says nothing of which it feeds: call the model")
+        stack = self.stacks[""]
+        if stack.staged is not None or self.counts_only:
             raise MoeInspectError("step() follows a forward pass that was recorded as usual, into a trace")
-        self._fixed = True
-        fed = self._next((), inputs or {"input_ids": torch.full((1, tokens), -1)})
+        self._fix()
+        self._begin()
+        fed = self._next(stack, (), inputs or {"input_ids": torch.full((1, tokens), -1)})
         if tokens != fed.T:
             raise MoeInspectError(f"step({tokens}) with inputs of {fed.T} rows")
-        self._start(fed)
+        self._make_room(stack, fed)
         self._stepped = True
-        self._confirm(inputs)
+        self._confirm(stack, inputs)
+
+    def _fix(self) -> None:
+        """A CUDA graph writes into the rings: they stay where they are."""
+        self._fixed = self.stacks[""].replayed = True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Forward passes within are not recorded, CUDA graphs replayed within neither."""
         self._end_step()
         before, self.attachment.paused = self.attachment.paused, True
-        if self._rings is not None:
-            self._rings.enable(False)
+        self._enable(False)
         try:
             yield
         finally:
             self.attachment.paused = before
-            if self._rings is not None:
-                self._rings.enable(not before)
+            self._enable(not before)
+
+    def _enable(self, on: bool) -> None:
+        for stack in self.stacks.values():
+            if stack.rings is not None:
+                stack.rings.enable(on)
 
     # --- what the attachment says of a forward pass
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self) -> None:
         self._capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if self._capturing:  # only the kernels' launches matter; the host must not look at anything now
-            if self._forwards < 2 or self.counts_only:
-                raise MoeInspectError("record two forward passes before capturing a CUDA graph, and a trace, not counts_only")
-            self._fixed = True
+            if self._forwards < 2 or self.counts_only or list(self.stacks) != [""]:
+                raise MoeInspectError("record two forward passes before capturing a CUDA graph, and a trace of one stack, not counts_only")
+            self._fix()
             return
-        fed = self._next(args, kwargs)
-        self._seen = [0] * len(self.sites)
-        if self._staged is not None:
-            self._current = self._read(fed)
-            self._staged = [[] for _ in self.sites]
-            self._staged_logits = [[] for _ in self.sites]
-        elif self._counts is not None:
-            self._current = rows = self._read(fed)
-            self._counting = self._forwards % self.every == 0
-            if self._counting:
-                self._counts.begin(rows, len(self.reader.domains))
-        else:
-            self._start(fed)
+        self._begin()
 
-    def _next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | Given:
-        """What the coming forward pass is fed: as planned, else as its arguments say."""
-        planned, self._planned, self._given = self._planned, None, None
-        if planned is None:
-            self._given = self.reader.note(args, kwargs)
-            return self._given
-        if planned.number is not None:
-            self._forwards = planned.number
-        return planned
+    def _begin(self) -> None:
+        self._end_step()
+        self.reader.forget()  # the forward pass before this one, if it failed
+        for stack in self.stacks.values():
+            stack.begin()
+        self._plan, self._planned, self._returned = self._planned, {}, []
+        self._forwards = next((r.number for r in self._plan.values() if r.number is not None), self._forwards)
+        self._counting = self._forwards % self.every == 0
+        if self._counts is not None:
+            self._counts.begin()
+
+    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._capturing:
+            return
+        of = self.stacks[stack]
+        if of.fed is not None:
+            raise MoeInspectError(f"the {stack} ran twice in one forward pass of {type(self.model).__name__}: call it by itself")
+        fed = self._next(of, args, kwargs)
+        if of.staged is None and self._counts is None:
+            self._make_room(of, fed)
+            return
+        of.fed = self._read(fed)
+        if of.staged is None:
+            self._count(of)
+
+    def _next(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | Given:
+        """What the coming call of a stack is fed: as planned, else as its arguments say."""
+        if stack.name in self._plan:
+            return self._plan[stack.name]
+        encoder = self.stacks["encoder"].given if stack.name == "decoder" and "encoder" in self.stacks else None
+        stack.given = self.reader.note(args, kwargs, stack.name, encoder)
+        return stack.given
 
     def _read(self, fed: Rows | Given) -> Rows:
         return fed if isinstance(fed, Rows) else self.reader.rows(fed)
 
-    def _confirm(self, output: Any) -> None:
-        if self._given is not None:
-            self.reader.confirm(self._given, output)
+    def returned(self, stack: str, output: Any) -> None:
+        if not self._capturing:
+            self._confirm(self.stacks[stack], output)
+
+    def _confirm(self, stack: Stack, output: Any) -> None:
+        if stack.given is not None:
+            self._returned.append((stack.given, output))
 
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        """One call of router r, before there is a tape or where there is none."""
-        row, self._seen[r] = self._seen[r], self._seen[r] + len(ids_TK)
-        if self._staged is not None:
-            self._staged[r].append((ids_TK.clone(), weights_TK.clone()))
-        elif self._counts is not None and self._counting and self._current is not None:
-            time, row = divmod(row, self._current.T)
-            if time < len(self._routers_of[r]):  # else the completeness check speaks of it
-                self._counts.add(self._routers_of[r][time], row, ids_TK, weights_TK)
+        """One call of the router at site r, before there is a tape or where there is none."""
+        name, n = self._at[r]
+        stack = self.stacks[name]
+        row, stack.seen[n] = stack.seen[n], stack.seen[n] + len(ids_TK)
+        if stack.staged is not None:
+            stack.staged[n].append((ids_TK.clone(), weights_TK.clone()))
+        elif self._counts is not None and self._counting and stack.fed is not None:
+            time, row = divmod(row, stack.fed.T)
+            if time < stack.times[n]:  # else the completeness check speaks of it
+                self._counts.add(stack.first_router + stack.routers_of[n][time], row, ids_TK, weights_TK)
 
     def take_logits(self, r: int, logits_TE: Tensor) -> None:
-        self._staged_logits[r].append(logits_TE.clone())
+        name, n = self._at[r]
+        self.stacks[name].staged_logits[n].append(logits_TE.clone())
 
-    def end(self, output: Any) -> None:
+    def end(self) -> None:
         if self._capturing:
             self._capturing = False
             return
-        if self._staged is not None:
-            self._begin_with()
-        if self._counts is not None:
-            self._end_counted(self._counts)
-        else:
-            self._end_forward()
-        self._confirm(output)
+        fed = [stack for stack in self.stacks.values() if stack.fed is not None]
+        if new := [stack for stack in fed if stack.staged is not None]:
+            self._begin_with(new)
+        if fed and self._counts is not None:
+            self._end_counted(self._counts, fed)
+        elif fed:  # nothing is recorded of a stack without routers
+            self._end_forward(fed)
+        for given, output in self._returned:
+            self.reader.confirm(given, output)
+        self._returned = []
 
     # --- a forward pass that is recorded on tapes
 
-    def _start(self, fed: Rows | Given) -> None:
+    def _make_room(self, stack: Stack, fed: Rows | Given) -> None:
         """Back-pressure is here: waits until the rings have room, unless decisions may be dropped."""
-        self._end_step()
-        rings, T = self._rings, fed.T
+        rings, T = stack.rings, fed.T
         assert rings is not None
-        if self._current is not None:  # the forward pass before this one failed
-            rings.rewind(self._dropped_rows)
         self._drain()
         too_large = rings.fits < T
         while rings.room < T and self._leaving and (too_large or not self.drop):
@@ -297,130 +339,137 @@ class Recorder:
                     f"a forward pass of {T:,} rows is more than the {rings.fits:,} there is room for on the device: "
                     f"record with ring_tokens={T}"
                 )
-            self._make_rings(T)
-        self._current = self._read(fed) if rings.at_once else fed
+            self._make_rings(stack, T)
+            rings = stack.rings
+            assert rings is not None
+        stack.fed = self._read(fed) if rings.at_once else fed
 
-    def _end_forward(self) -> None:
+    def _make_rings(self, stack: Stack, rows: int) -> None:
+        assert not any(p.stack is stack for forward in self._leaving for p in forward.passes)
+        stack.make_rings(rows, self._weight_dtype if self.weights else None)
+
+    def _end_forward(self, fed: Sequence[Stack]) -> None:
         """A forward pass has been launched, and need not have run."""
-        rings, fed = self._rings, self._current
-        assert rings is not None
-        assert fed is not None
-        T = fed.T
-        forward = Forward(self._forwards, fed, rings.head, min(T, max(0, rings.room)), rings.stands())
-        if rings.at_once:  # else it is seen when it has arrived
-            self._check(forward)
-        rings.end(T)
-        self._leaving.append(forward)
+        passes = [stack.end() for stack in fed]
+        for done in passes:
+            if (rings := done.stack.rings) is not None and rings.at_once:  # else it is seen when it has arrived
+                done.stack.check(done)
+        for done in passes:
+            assert done.stack.rings is not None
+            done.stack.rings.end(done.fed.T)
+            done.stack.dropped_rows += done.fed.T - done.kept
+            done.stack.fed = None
+        self._leaving.append(Forward(self._forwards, passes))
         self.reader.settle()
-        self._current = None
         self._forwards += 1
-        self._dropped_rows += T - forward.kept
         self._drain()
 
     def _end_step(self) -> None:
         """The forward pass that `step` announced is over."""
         if self._stepped:
             self._stepped = False
-            self._end_forward()
-
-    def _check(self, forward: Forward) -> None:
-        """Every router must have seen every token exactly once, or the trace would be silently wrong."""
-        assert self._rings is not None
-        seen = self._rings.seen(forward.stands, forward.start)
-        self._check_seen(forward.fed.T, *seen)
-
-    def _check_seen(self, T: int, seen: Sequence[int], logits: Sequence[int] | None = None) -> None:
-        for rows_of in (seen, logits):
-            for router, n in zip(self.routers, rows_of or (), strict=bool(rows_of)):
-                if n != T:
-                    self._refuse_rows(router.path, n, T, logits=rows_of is logits)
-
-    def _refuse_rows(self, path: str, n: int, T: int, logits: bool) -> NoReturn:
-        if logits:
-            raise MoeInspectError(f"{path} showed logits of {n} rows in a forward pass of {T}: trace without --logits")
-        why = "fused experts, or kernels of the hub that bypass their call: load the model without them"
-        why += ", or a CUDA graph replayed without step()" if self._fixed else ""
-        raise MoeInspectError(f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be seen ({why})")
+            self.end()
 
     def _drain(self, wait: bool = False, most: int | None = None) -> None:
         """Hands the forward passes that have arrived to the writer, up to `most`; with `wait` waits for them, and for it."""
-        rings = self._rings
         while self._leaving and most != 0:
-            assert rings is not None
             assert self.writer is not None
             if self.drop and not wait and self.writer.full:
                 return
             forward = self._leaving[0]
-            if not rings.arrived(forward.start + forward.fed.T, wait):
+            if not forward.arrived(wait):
                 return
-            if not rings.at_once:
-                self._check(forward)
+            for done in forward.passes:
+                if done.stack.rings is not None and not done.stack.rings.at_once:
+                    done.stack.check(done)
             self._hand_over(forward)
-            rings.handed_over(forward.start + forward.fed.T)
+            for done in forward.passes:
+                assert done.stack.rings is not None
+                done.stack.rings.handed_over(done.start + done.fed.T)
             self._leaving.popleft()
             most = most - 1 if most is not None else None
 
     def _hand_over(self, forward: Forward) -> None:
-        rings, rows = self._rings, self._read(forward.fed)
-        self.reader.settle()
-        assert rings is not None
         assert self.writer is not None
-        real = rows.real[: forward.kept]
-        keep = None if real.all() else np.flatnonzero(real)
-        n = int(real.sum())
-        self.tokens += n
-        self.writer.dropped += (int(rows.real.sum()) - n) * len(self.routers)
+        parts = [(done, self._read(done.fed)) for done in forward.passes]
+        self.reader.settle()
+        kept = {done.stack.name: rows.real[: done.kept] for done, rows in parts}
+        counts = {name: int(real.sum()) for name, real in kept.items()}
+        self.tokens += sum(counts.values())
+        for done, rows in parts:
+            self.writer.dropped += (int(rows.real.sum()) - counts[done.stack.name]) * len(done.stack.routers)
 
-        def of(kind: str) -> list[np.ndarray]:
-            return [rings.rows(kind, r, forward.start, forward.kept, keep) for r in range(len(self.routers))]
+        def of_tokens(name: str) -> np.ndarray:
+            arrays = [getattr(rows, name)[: counts[done.stack.name]] for done, rows in parts]
+            return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
+        def of_routers(kind: str) -> list[np.ndarray]:
+            found: list[np.ndarray] = []
+            for name, stack in self.stacks.items():
+                done = next((p for p in forward.passes if p.stack is stack), None)
+                if done is None:  # this forward pass fed it nothing
+                    widths = [router.experts if kind == "logits" else router.top_k for router in stack.routers]
+                    found += [np.empty((0, width), {"ids": np.uint8, "weights": np.float32}.get(kind, np.float16)) for width in widths]
+                    continue
+                assert stack.rings is not None
+                keep = None if kept[name].all() else np.flatnonzero(kept[name])
+                found += [stack.rings.rows(kind, r, done.start, done.kept, keep) for r in range(len(stack.routers))]
+            return found
+
+        _, last = parts[-1]
         self.writer.write(
             RoutedBatch(
                 forward.number,
-                rows.token_id[:n],
-                rows.document[:n],
-                rows.sequence[:n],
-                rows.position[:n],
-                rows.domain[:n],
+                *(of_tokens(name) for name in ("token_id", "document", "sequence", "position", "domain")),
                 list(self.reader.domains),
-                ids=of("ids"),
-                weights=of("weights") if self.weights else None,
-                logits=of("logits") if self.logits else None,
-                documents=rows.documents,
-                phase=rows.phase,
-                group=rows.group,
+                ids=of_routers("ids"),
+                weights=of_routers("weights") if self.weights else None,
+                logits=of_routers("logits") if self.logits else None,
+                documents=[document for _, rows in parts for document in rows.documents],
+                phase=last.phase,
+                group=last.group,
+                encoded=counts.get("encoder", 0),
             )
         )
 
     def _finish(self) -> None:
         """Everything to the writer; device and host must agree on what was dropped."""
         self._end_step()
-        if self._rings is not None:
-            self._rings.synchronize()
+        for stack in self.stacks.values():
+            if stack.rings is not None:
+                stack.rings.synchronize()
         self._drain(wait=True)
-        if self._rings is None:
-            return
-        if self._current is not None:  # the last forward pass failed
-            self._rings.rewind(self._dropped_rows)
-        stands, dropped = self._rings.stands(), self._rings.dropped()  # the second waits for the device, and for the first
-        self._check_seen(0, *self._rings.seen(stands, self._rings.head))
-        assert all(n == self._dropped_rows for n in dropped), f"the device dropped {dropped} rows, the host {self._dropped_rows}"
+        for stack in self.stacks.values():
+            if (rings := stack.rings) is None:
+                continue
+            if stack.fed is not None:  # the last forward pass failed
+                rings.rewind(stack.dropped_rows)
+            stands, dropped = rings.stands(), rings.dropped()  # the second waits for the device, and for the first
+            stack.check_seen(0, *rings.seen(stands, rings.head))
+            assert all(n == stack.dropped_rows for n in dropped), f"the device dropped {dropped} rows, the host {stack.dropped_rows}"
 
     # --- a forward pass that is counted
 
-    def _end_counted(self, counts: DeviceCounts) -> None:
-        rows, self._current = self._current, None
-        assert isinstance(rows, Rows)
+    def _count(self, stack: Stack) -> None:
+        assert isinstance(stack.fed, Rows)
+        if self._counts is not None and self._counting:
+            routers = range(stack.first_router, stack.first_router + len(stack.routers))
+            self._counts.feed(routers, stack.fed, len(self.reader.domains))
+
+    def _end_counted(self, counts: DeviceCounts, fed: Sequence[Stack]) -> None:
         self.reader.settle()
+        rows = [stack.fed for stack in fed if isinstance(stack.fed, Rows)]
         if self._counting:
-            times = [len(routers) for routers in self._routers_of]
-            self._check_seen(rows.T, [share for n, t in zip(self._seen, times, strict=True) for share in _shares(n, t, rows.T)])
-            counts.end(rows, self._forwards)
-            self._in_group = rows.group is not None
+            for stack in fed:
+                stack.check_counted()
+            counts.end(self._forwards)
+            self._in_group = rows[-1].group is not None
             if not self._in_group:
                 self.end_group()
         self._forwards += 1
-        self.tokens += int(rows.real.sum())
+        self.tokens += sum(int(r.real.sum()) for r in rows)
+        for stack in fed:
+            stack.fed = None
 
     def _flush_counts(self) -> None:
         if self._counts is not None and self.writer is not None and self._counts.tokens:
@@ -428,64 +477,43 @@ class Recorder:
 
     # --- the first forward pass says what the pages and the table look like
 
-    def _begin_with(self) -> None:
-        """Top-k, dtypes and devices are what the first forward pass showed, not what a config claims. Its decisions were
-        kept aside (`_staged`), and are written now."""
-        staged, logits, rows = self._staged, self._staged_logits, self._current
-        assert staged is not None
-        assert isinstance(rows, Rows)
-        T = rows.T
-        times = [len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1 for calls in staged]
-        for calls_of in (staged, logits) if self.logits else (staged,):
-            for site, calls, t in zip(self.sites, calls_of, times, strict=True):
-                if (n := _length(calls)) != t * T:
-                    self._refuse_rows(site.path, n, T, logits=calls_of is logits)
-        for r, calls in enumerate(logits):
-            if calls:
-                self._refuse_probabilities(r, calls[0])
-        runs = [(site, time) for site, t in zip(self.sites, times, strict=True) for time in range(t)]
-        staged, logits = _by_run(staged, times), _by_run(logits, times)
-        first = [calls[0] for calls in staged]
-        self._shape = [(ids.device, ids.shape[1], site.experts) for (site, _), (ids, _) in zip(runs, first, strict=True)]
-        self._routers_of = [[n for n, (s, _) in enumerate(runs) if s is site] for site in self.sites]
-        self._weight_dtype = torch.bfloat16 if all(w.dtype == torch.bfloat16 for _, w in first) else torch.float16
-        self.routers = [_router(site, time, shape[1]) for (site, time), shape in zip(runs, self._shape, strict=True)]
-        if self.path is not None and self.writer is None:
+    def _begin_with(self, new: Sequence[Stack]) -> None:
+        """These stacks have run for the first time. What they chose was kept aside, and is written now."""
+        dtypes = [dtype for stack in new for dtype in stack.settle_shape()]
+        if self._opened:
+            for stack in new:
+                stack.refuse_undeclared()
+        else:
+            self._open(torch.bfloat16 if all(d == torch.bfloat16 for d in dtypes) else torch.float16)
+        for stack in new:
+            rows, staged = stack.fed, stack.staged
+            assert isinstance(rows, Rows)
+            assert staged is not None
+            if self.counts_only:
+                stack.staged, stack.staged_logits, stack.seen = None, [], [0] * len(stack.sites)
+                self._count(stack)
+                for site, choices in zip(self._sites_of(stack), stack.routers_of, strict=True):
+                    for choice in [choice for r in choices for choice in staged[r]]:
+                        self.take(site, *choice)
+            else:
+                self._make_rings(stack, self.ring_tokens or rows.T)
+                stack.fed = None
+                self._make_room(stack, rows)
+                stack.unstage()
+
+    def _sites_of(self, stack: Stack) -> list[int]:
+        return [r for r, (name, _) in self._at.items() if name == stack.name]
+
+    def _open(self, weight_dtype: torch.dtype) -> None:
+        self._opened, self._weight_dtype = True, weight_dtype
+        first = 0
+        for stack in self.stacks.values():
+            stack.first_router, first = first, first + len(stack.routers)
+        if self.path is not None:
             self.writer = self._open_writer()
-        if not self.counts_only:
-            self._make_rings(self.ring_tokens or T)
-        self._staged, self._staged_logits = None, []
         if self.counts_only:
-            self._counts, self._counting = DeviceCounts(self.routers, [ids.device for ids, _ in first], self.weights), True
-            self._counts.begin(rows, len(self.reader.domains))
-            self._seen = [0] * len(self.sites)
-            for site, routers in enumerate(self._routers_of):
-                for choice in [choice for r in routers for choice in staged[r]]:
-                    self.take(site, *choice)
-            return
-        self._current = None
-        self._start(rows)
-        assert self._rings is not None
-        for tape, calls in zip(self._rings.tapes, staged, strict=True):
-            for choice in calls:
-                kernels.record(tape, *choice)
-        for tape, calls in zip(self._rings.logit_tapes, logits, strict=False):
-            for values in calls:
-                kernels.record(tape, None, values)
-
-    def _refuse_probabilities(self, r: int, logits_TE: Tensor) -> None:
-        values = logits_TE.float()
-        if bool((values >= 0).all()) and torch.allclose(values.sum(1), torch.ones(len(values), device=values.device), atol=1e-2):
-            raise MoeInspectError(f"{self.sites[r].path} shows probabilities where its family declares logits: trace without --logits")
-
-    def _make_rings(self, rows: int) -> None:
-        """Rings that hold forward passes of `rows` rows; those before them, if any, are empty."""
-        assert not self._leaving
-        self._rings = Rings(self._shape, self._weight_dtype if self.weights else None, self.logits, rows)
-        self._rings.rewind(self._dropped_rows)
-        for sinks, tapes in ((self.attachment.sinks, self._rings.tapes), (self.attachment.logit_sinks, self._rings.logit_tapes)):
-            for sink, routers in zip(sinks, self._routers_of, strict=False):
-                sink.tapes = [tapes[r] for r in routers]
+            self._counts = DeviceCounts(self.routers, [d for stack in self.stacks.values() for d in stack.devices()], self.weights)
+            self._counts.begin()
 
     def _open_writer(self) -> TraceWriter:
         assert self.path is not None
@@ -544,22 +572,5 @@ class Recorder:
 record = Recorder  # the public name: `with moe_inspect.record(model, path): …`
 
 
-def _router(site: Site, time: int, top_k: int) -> Router:
-    again = f" (run {time + 1})" if time else ""
-    name, path = site.path.split(".", 1)[-1] + again, site.path + again
-    return Router(site.layer, name, path, site.experts, top_k, site.scoring, site.shared_experts)
-
-
-def _shares(n: int, times: int, T: int) -> list[int]:
-    """n rows that a site saw, by the runs of its layer; what is too many goes to the last."""
-    return [min(T, max(0, n - time * T)) if time < times - 1 else max(0, n - time * T) for time in range(times)]
-
-
-def _by_run(calls_of: list[list[Any]], times: list[int]) -> list[list[Any]]:
-    """The calls of each site → the calls of each run of its layer."""
-    return [run for calls, t in zip(calls_of, times, strict=True) for run in ([[c] for c in calls] if t > 1 else [calls])]
-
-
-def _length(calls: Sequence[Any]) -> int:
-    """Rows of the calls of one router; a choice is (ids, weights)."""
-    return sum(len(call[0]) if isinstance(call, tuple) else len(call) for call in calls)
+def _arguments(module: torch.nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)

@@ -11,14 +11,14 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
+
+import torch
 
 from moe_inspect.errors import MoeInspectError
 
-if TYPE_CHECKING:
-    import torch
-
-Choice = tuple["torch.Tensor", "torch.Tensor"]  # expert ids int [T, K], gate weights float [T, K]
+Choice = tuple[torch.Tensor, torch.Tensor]  # expert ids int [T, K], gate weights float [T, K]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Adapter:
     alone: bool = False
     applies: Callable[[Any], bool] = lambda module: True
     parameters: tuple[str, ...] = ()  # of the module: the experts', where they are no module of their own
+    top_k: int | None = None  # where neither the module nor the config says
+    note: str = ""  # what a reader of the trace must know
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,13 @@ class Site:
     adapter: Adapter | None = None
     logits_module: torch.nn.Module | None = None
     logits_index: int | None = None
+    stack: str = ""  # "encoder" or "decoder" of a model that has both
+
+    @property
+    def stack_path(self) -> str:
+        """The module whose calls feed this router its tokens: the model itself ("") where that is not two stacks."""
+        parts = self.path.split(".")
+        return ".".join(parts[: parts.index(self.stack) + 1]) if self.stack else ""
 
 
 def _llama4(router: Any, arguments: list[Any], output: Any) -> Choice:
@@ -94,6 +103,29 @@ def _aria(experts: Any, arguments: list[Any], output: Any) -> Choice:
     return ids_TK, values_TK.softmax(-1)
 
 
+def _switch(experts: Any, arguments: list[Any], output: Any) -> Choice:
+    # one-hot [T, 1, E], all zeros where the token came after the expert's capacity
+    _, chosen_T1E, weights_T1 = arguments
+    return chosen_T1E.argmax(2).masked_fill(chosen_T1E.sum(2) == 0, -1), weights_T1
+
+
+def _nllb(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
+    # Handed a mask of each token's first choice and the gate weights of both, the experts' code takes the mask for ids: what runs is
+    # expert 1 with the weight of the first choice (where capacity left it one), and expert 0 with the weights of all others
+    if not _takes_mask_for_ids(type(experts)):
+        return None
+    _, mask_TE, weights_TE = arguments
+    first_T, others_T = (weights_TE * mask_TE).sum(1), (weights_TE * (1 - mask_TE)).sum(1)
+    weights_TK = torch.stack([first_T, others_T], 1)
+    ids_TK = torch.tensor([1, 0], device=weights_TK.device).expand(len(weights_TK), 2)
+    return ids_TK.masked_fill(weights_TK == 0, -1), weights_TK
+
+
+@cache
+def _takes_mask_for_ids(kind: type) -> bool:
+    return "one_hot(router_mask" in inspect.getsource(kind)
+
+
 def called_with(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
     """What an experts module is called with; what is recorded where nothing else is said here."""
     return choice_among(arguments)
@@ -109,14 +141,26 @@ ADAPTERS = {
     "AriaExperts": Adapter(
         _aria, at_call=True, experts=lambda m: m.config.moe_num_experts, applies=lambda m: not hasattr(m, "gate_up_proj")
     ),
+    "SwitchTransformersExperts": Adapter(_switch, at_call=True, top_k=1),
+    "NllbMoeExperts": Adapter(
+        _nllb,
+        at_call=True,
+        alone=True,  # its routers take the padding mask of some attentions the wrong way round, and count capacity over a batch
+        top_k=2,
+        note="this release of transformers runs experts 1 and 0 whatever NLLB's routers choose (its experts take the mask of the "
+        "first choices for ids): the trace says what ran",
+    ),
 }
 TOWER = re.compile(r"(?:^|[._])(?:vision|visual|audio|image)(?:[._]|$)")  # of a multimodal model: sees no token
+STACKS = {"encoder", "decoder"}
 NOT_ROUTED = {"Llama4TextExperts", "JetMoeParallelExperts", "InklingSharedExperts"}  # *Experts that no choice is handed to
 
 
 def find_routers(model: Any) -> list[Site]:
     """The routers of `model` in execution order of their layers. MoeInspectError where it has none."""
     declared = _declared_logits(model)
+    names = {part for path, _ in model.named_modules() if not TOWER.search(path) for part in path.split(".")}
+    stacks = STACKS & names if names >= STACKS else set()
     sites = []
     for path, module in model.named_modules():
         kind = type(module).__name__
@@ -140,13 +184,12 @@ def find_routers(model: Any) -> list[Site]:
             shared_experts_of(config, model, path),
         )
         shown = router if adapter is None or adapter.at_call or index is not None else None
-        sites.append(Site(module, path, layer_of(path), *facts, adapter, shown, index))
-    stacks = {part for s in sites for part in ("encoder", "decoder") if part in s.path.split(".")}
-    if len(stacks) == 2:  # they route different tokens: what one of them is fed says nothing of the other
-        raise MoeInspectError(f"{type(model).__name__} routes in its encoder and in its decoder: encoder-decoder models are not traced")
+        stack = next((part for part in path.split(".") if part in stacks), "")
+        sites.append(Site(module, path, layer_of(path), *facts, adapter, shown, index, stack))
     if not sites:
         raise MoeInspectError(f"{type(model).__name__} is a dense model: it has no router, so there is nothing to trace")
-    return sorted(sites, key=lambda s: (s.layer, "attention" not in s.path))  # a block's attention runs before its MLP
+    # the encoder runs before the decoder, and a block's attention before its MLP
+    return sorted(sites, key=lambda s: (s.stack == "decoder", s.layer, "attention" not in s.path))
 
 
 def layer_of(path: str) -> int:
@@ -181,6 +224,8 @@ TOP_K = ("top_k", "moe_top_k", "num_experts_per_tok", "num_experts_per_token", "
 
 def top_k_of(site: Site, model: Any) -> int:
     """The k that a router, its block or the config declares. What it hands over shows only when it runs."""
+    if site.adapter is not None and site.adapter.top_k is not None:
+        return site.adapter.top_k
     block = model.get_submodule(site.path.rpartition(".")[0])
     for owner in (site.logits_module, site.module, block, getattr(site.module, "config", None), model.config.get_text_config()):
         for name in TOP_K:

@@ -5,7 +5,8 @@ B batch rows, S positions, T = B·S rows a router sees (padding included).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,7 +21,7 @@ from moe_inspect.trace.writer import Document
 @dataclass(frozen=True)
 class Rows:
     """What one forward pass is fed: `real` bool [T] marks what is no padding, in the order the routers see it; the other
-    arrays have one entry a real row, `domain` as codes into `domains`."""
+    arrays have one entry a real row, `domain` as codes into `domains`. `stack`: what is fed, of an encoder-decoder."""
 
     real: np.ndarray
     token_id: np.ndarray
@@ -32,6 +33,7 @@ class Rows:
     phase: str = "prefill"
     number: int | None = None  # of the forward pass, from who planned it
     group: int | None = None  # passes that are committed together, or not at all
+    stack: str = ""
 
     @property
     def T(self) -> int:
@@ -59,8 +61,9 @@ class Given:
     mask_BS: torch.Tensor | None
     position: torch.Tensor | None  # [B, S] or [S]
     labels: dict[str, Sequence[Any] | None]
-    before: Held | None  # of the cache it was given
+    before: Held | None  # of the cache it was given, or what the encoder read
     after: Held
+    stack: str = ""
     copied: Any = None  # the CUDA event after which the copies are whole
 
     @property
@@ -72,13 +75,16 @@ class RowReader:
     """Reads it off the model's own arguments, when nobody planned it. Numbers documents and sequences as they come; keeps
     the domain labels (`domains[code]`)."""
 
-    def __init__(self, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None):
+    def __init__(self, names: Mapping[str, Sequence[str]], documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None):
+        """`names`: of each stack the names of the arguments it is called with, in their order."""
+        self._argument_names = names
         self.domains: list[str] = []
         self._labels = {"documents": documents, "domains": domains}
         self._next_labels: dict[str, Sequence[Any] | None] = {}
         self._names: dict[Any, int] = {}
         self._documents = self._sequences = 0
         self._held: WeakKeyDictionary[Any, Held] = WeakKeyDictionary()  # key-value cache → the rows it holds
+        self._encoded: deque[tuple[torch.Tensor, Held]] = deque(maxlen=8)  # encoder passes: their first outputs, [B, C], and rows
         self._undo: tuple[int, int, list[Any]] | None = None  # counters before the rows read last, names new in them
 
     def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
@@ -91,10 +97,12 @@ class RowReader:
             self.domains.append(label)
         return self.domains.index(label)
 
-    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        """What these arguments of the model's call feed it, to be read by `rows`."""
-        names = ("input_ids", "attention_mask", "position_ids")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any], stack: str = "", encoder: Given | None = None) -> Given:
+        """What these arguments of the call of the model, or of one of its stacks, feed it, to be read by `rows`. `encoder`: what
+        the encoder was fed in the same forward pass."""
+        given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
+        if stack == "decoder":  # which some call by the names that the model's own call has for them
+            given |= {name.removeprefix("decoder_"): value for name, value in given.items() if name.startswith("decoder_")}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         fed = ids if ids is not None else embeds
         if fed is None:
@@ -103,14 +111,16 @@ class RowReader:
         cache = cache_among(given.values())
         before = self._held.get(cache) if cache is not None else None
         past = _length(cache, before, S) if cache is not None else 0
+        before = before if past else None
+        if before is None and stack == "decoder":
+            before = encoder.after if encoder is not None else self._read_by_encoder(given.get("encoder_hidden_states"))
         mask, position = given.get("attention_mask"), given.get("position_ids")
         labels = {
             name: given_now if (given_now := self._next_labels.get(name)) is not None else usual for name, usual in self._labels.items()
         }
         self._next_labels = {}
-        for name, values in labels.items():
-            if values is not None and len(values) != B:
-                raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")
+        if before is None or stack != "decoder":
+            _check_labels(labels, B)
         if position is None:
             position = torch.arange(past, past + S)
         elif position.dim() == 3:  # of the several planes of multimodal positions the first is the text's
@@ -120,22 +130,32 @@ class RowReader:
         if fed.is_cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(fed.device))
-        return Given(B, S, token_BS, mask_BS, position, labels, before if past else None, Held(past + S), copied)
+        return Given(B, S, token_BS, mask_BS, position, labels, before, Held(past + S), stack, copied)
 
     def confirm(self, given: Given, output: Any) -> None:
         """The forward pass has been launched, and returned this: the key-value cache in it holds the rows it was given."""
-        cache = cache_among(output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ())
+        values = list(output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ())
+        cache = cache_among(values)
         if cache is not None:
             self._held[cache] = given.after
+        if given.stack == "encoder" and values:
+            self._encoded.append((values[0][:, 0].detach().clone(), given.after))
+
+    def _read_by_encoder(self, hidden_BSC: torch.Tensor | None) -> Held | None:
+        """What the encoder pass read that returned this, here found by its values: they may have been copied, and each row
+        repeated, since. None where it was not seen."""
+        for first_BC, held in reversed(self._encoded if hidden_BSC is not None else ()):
+            assert hidden_BSC is not None
+            times, rest = divmod(len(hidden_BSC), len(first_BC))
+            if times and not rest and torch.equal(hidden_BSC[::times, 0].to(first_BC), first_BC):
+                return held
+        return None
 
     def rows(self, given: Given) -> Rows:
-        """The rows of a forward pass, in the order of the passes. Unless `settle` follows it failed, and the next one takes
-        its numbers."""
-        if self._undo is not None:
-            self._documents, self._sequences, names_to_forget = self._undo
-            for name in names_to_forget:
-                del self._names[name]
-        self._undo = (self._documents, self._sequences, [])
+        """The rows of a forward pass (of an encoder-decoder, of one stack in it), in the order of the passes. Until `settle`
+        follows they can be `forgotten`."""
+        if self._undo is None:
+            self._undo = (self._documents, self._sequences, [])
         if given.copied is not None:
             given.copied.synchronize()
         B, S = given.B, given.S
@@ -143,18 +163,29 @@ class RowReader:
         token_BS = given.token_BS.numpy() if given.token_BS is not None else np.full((B, S), -1)
         position_BS = np.broadcast_to(given.position.numpy() if given.position is not None else 0, (B, S))
         state = given.before.state if given.before is not None else None
-        if state is not None and len(state[0]) == B:
-            document_BS, sequence_BS, domain_BS = (np.repeat(rows[:, None], S, 1) for rows in state)
+        times = B // len(state[0]) if state is not None and (given.stack == "decoder" or len(state[0]) == B) else 0
+        if state is not None and times * len(state[0]) == B:  # transformers repeats a row for each of its beams
+            document_BS, sequence_BS, domain_BS = (np.repeat(np.repeat(rows, times)[:, None], S, 1) for rows in state)
             new: list[Document] = []
         else:
+            _check_labels(given.labels, B)
             document_BS, sequence_BS, domain_BS, new = self._number(real_BS, position_BS, **given.labels)
         given.after.state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
         real = real_BS.reshape(-1)
         flat = [a.reshape(-1)[real].astype(np.int32) for a in (token_BS, document_BS, sequence_BS, position_BS, domain_BS)]
-        return Rows(real, *flat, documents=new, phase="decode" if given.after.length > S and S == 1 else "prefill")
+        phase = "encode" if given.stack == "encoder" else "decode" if given.after.length > S and S == 1 else "prefill"
+        return Rows(real, *flat, documents=new, phase=phase, stack=given.stack)
+
+    def forget(self) -> None:
+        """The forward pass whose rows were read since `settle` failed: the next one takes its numbers."""
+        if self._undo is not None:
+            self._documents, self._sequences, names_to_forget = self._undo
+            for name in names_to_forget:
+                del self._names[name]
+            self._undo = None
 
     def settle(self) -> None:
-        """The rows read last were recorded."""
+        """The rows read since were recorded."""
         self._undo = None
 
     def _number(
@@ -186,6 +217,12 @@ class RowReader:
                 new[number] = Document(number, label_B[b], source, 0)
         sizes = np.bincount(document_BS[real_BS], minlength=self._documents)
         return document_BS, sequence_BS, domain_BS, [Document(d.document, d.domain, d.source, int(sizes[n])) for n, d in new.items()]
+
+
+def _check_labels(labels: dict[str, Sequence[Any] | None], B: int) -> None:
+    for name, values in labels.items():
+        if values is not None and len(values) != B:
+            raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")
 
 
 def cache_among(values: Iterable[Any]) -> Any:
