@@ -44,7 +44,7 @@ WHY_NOT: dict[str, str] = {
     "vitpose_backbone": "a vision backbone without a language model, and without a router: the data set's index picks the expert",
     **CRASHES.get(hf.__version__.rpartition(".")[0], {}),
 }
-ALONE = {"doge"}  # the tokens of a batch change each other's routing: only batches of one unpadded sequence mean anything
+ALONE = {"doge", "nllb_moe"}  # the tokens of a batch change each other's routing: only batches of one unpadded sequence mean anything
 
 # A value for every field of a config, or of a config in it, that has the name.
 SMALL: dict[str, Any] = {
@@ -205,6 +205,15 @@ def inputs(family: str, lengths: list[int], seed: int = 0) -> dict[str, torch.Te
             batch["decoder_position_ids"] = torch.tensor(lengths)[:, None] + torch.arange(max(lengths) + 1)
             batch["decoder_attention_mask"] = torch.cat([batch["attention_mask"], decoded["attention_mask"]], dim=1)
     return batch
+
+
+def alone(batch: dict[str, torch.Tensor], row: int, length: int) -> dict[str, torch.Tensor]:
+    """One row of `inputs`, unpadded."""
+    one = {name: values[row : row + 1] for name, values in batch.items()}
+    one |= {name: one[name][:, :length] for name in ("input_ids", "attention_mask")}
+    if "decoder_attention_mask" in one:
+        one["decoder_attention_mask"] = torch.ones(1, length + one["decoder_input_ids"].shape[1], dtype=torch.long)
+    return one
 
 
 def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

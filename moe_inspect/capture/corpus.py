@@ -330,9 +330,10 @@ def sequences(
     max_tokens: int | None,
     stats: CorpusStats,
     generate: bool = False,
+    whole: bool = False,
 ) -> Iterator[Sequence_]:
     """Documents → rows of at most `max_length` tokens, each within `frame`. A longer document is several rows; the last
-    row is cut where `max_tokens` is reached. With `generate` a document's last row is to be continued: nothing ends it."""
+    row is cut where `max_tokens` is reached. With `generate` a document's last row is to be continued: nothing ends it, unless it is fed `whole`, to an encoder."""
     room = max_length - len(frame.before) - len(frame.after)
     if room < 1:
         raise MoeInspectError(f"--max-length {max_length} leaves no room for text beside the tokenizer's special tokens")
@@ -343,7 +344,7 @@ def sequences(
         encoded = tokenizer([text for _, _, text in chunk], add_special_tokens=False, verbose=False)["input_ids"]
         for (domain, source, _), ids in zip(chunk, encoded, strict=True):
             pieces = [[*frame.before, *ids[at : at + room], *frame.after] for at in range(0, len(ids), room)]
-            if generate and pieces and frame.after:
+            if generate and not whole and pieces and frame.after:
                 pieces[-1] = pieces[-1][: -len(frame.after)]
             pieces = list(_cut(pieces, left))
             total = sum(map(len, pieces))
@@ -427,6 +428,7 @@ class Plan:
     batch_tokens: int = 8192
     special_tokens: bool = True
     generate: int = 0
+    encoded: bool = False  # fed to an encoder
     stats: CorpusStats = field(default_factory=CorpusStats)
 
     def options(self) -> dict[str, Any]:
@@ -444,5 +446,5 @@ class Plan:
     def batches(self, tokenizer: Any) -> Iterator[tuple[list[Sequence_], list[Document]]]:
         documents = interleaved(self.sources, self.text_field, self.domain_field, self.stats)
         frame = special_frame(tokenizer) if self.special_tokens else Frame()
-        rows = sequences(documents, tokenizer, frame, self.max_length, self.max_tokens, self.stats, self.generate > 0)
+        rows = sequences(documents, tokenizer, frame, self.max_length, self.max_tokens, self.stats, self.generate > 0, self.encoded)
         return with_documents(batches(rows, self.batch_tokens, self.generate))

@@ -27,6 +27,7 @@ class DeviceCounts:
         self.documents: list[Document] = []
         self._taken = [np.zeros(r.experts, np.int64) for r in routers]
         self.decisions = 0
+        self._tokens_R = np.zeros(len(self.routers), np.int64)  # that each router has seen since the recording began
         self._base: dict[int, torch.Tensor] = {}  # of each router fed
         self._sums = self._zeros(1)
         self.begin()
@@ -43,7 +44,7 @@ class DeviceCounts:
     def begin(self) -> None:
         """A forward pass begins: one that is cut short counts nowhere."""
         self._now = self._zeros(len(self._sums[0][0]))
-        self._fed: list[tuple[Rows, int]] = []  # to so many routers
+        self._fed: list[tuple[Rows, Sequence[int]]] = []  # to which routers
 
     def feed(self, routers: Sequence[int], rows: Rows, domains: int) -> None:
         """Where each row that these routers see in the forward pass is counted: its domain, or −1 for padding."""
@@ -52,7 +53,7 @@ class DeviceCounts:
         domain_T[rows.real] = rows.domain
         base = {d: torch.from_numpy(domain_T).to(d, non_blocking=True) for d in {self.devices[r] for r in routers}}
         self._base |= {r: base[self.devices[r]] for r in routers}
-        self._fed.append((rows, len(routers)))
+        self._fed.append((rows, routers))
 
     def add(self, r: int, row: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """The decisions of one call of router r, for the rows from `row` on."""
@@ -74,7 +75,8 @@ class DeviceCounts:
         self._sums, self.batch = self._now, batch
         for rows, routers in self._fed:
             n = int(rows.real.sum())
-            self.tokens, self.decisions = self.tokens + n, self.decisions + n * routers
+            self.tokens, self.decisions = self.tokens + n, self.decisions + n * len(routers)
+            self._tokens_R[list(routers)] += n
             self.documents += rows.documents
 
     def take(self, domains: list[str]) -> CountedBatches:
@@ -96,14 +98,15 @@ class DeviceCounts:
         self._sums = self._zeros(len(self._sums[0][0]))
         return counted
 
-    def totals(self, all_ranks: bool = False) -> tuple[list[np.ndarray], int]:
-        """(assignments int64 [E] a router, tokens) since the recording began; with `all_ranks` over all processes."""
+    def totals(self, all_ranks: bool = False) -> tuple[list[np.ndarray], int, np.ndarray]:
+        """(assignments int64 [E] a router, tokens, those of each router) since the recording began; with `all_ranks` over all processes."""
         load = [torch.from_numpy(t).to(s[0].device) + s[0][:, :-1].sum(0) for t, s in zip(self._taken, self._sums, strict=True)]
         tokens = torch.tensor(self.taken_tokens + self.tokens, device=load[0].device)
+        tokens_R = torch.from_numpy(self._tokens_R.copy()).to(tokens.device)
         if all_ranks:
-            for tensor in [*load, tokens]:
+            for tensor in [*load, tokens, tokens_R]:
                 torch.distributed.all_reduce(tensor)
-        return [t.cpu().numpy() for t in load], int(tokens)
+        return [t.cpu().numpy() for t in load], int(tokens), tokens_R.cpu().numpy()
 
 
 def _padded(sums: list[torch.Tensor], domains: int) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe_inspect.capture.models import load_config
+from moe_inspect.capture.models import auto_class, load_config
 from moe_inspect.capture.routers import Site, find_routers, top_k_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
@@ -122,15 +122,14 @@ def describe(model: str, *, context: int | None = None, revision: str | None = N
     """`model`: a hub id, a directory, a config.json, a trace (by its manifest), or "demo". `context`: what a token attends to, at
     most 4096 by default."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = _config_of(model, revision, trust_remote_code)
     try:
         with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            built: Any = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MoeInspectError(f"cannot build a causal language model of {model}: {line}") from error
+        raise MoeInspectError(f"cannot build a language model of {model}: {line}") from error
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or CONTEXT
     made = Description(config, type(built).__name__, getattr(text, "num_hidden_layers", 0), context or min(CONTEXT, longest))
@@ -210,7 +209,7 @@ def _part_of(name: str, parameter: Any, embedded: Any, head: Any, routers: set[s
         "attention": r"attn|attention|mixer|mamba|linear_attn|\.conv",
         "dense": r"mlp|feed_forward|ffn|\.block_sparse_moe\.",
     }
-    return next((part for part, pattern in rules.items() if re.search(pattern, name)), "norms and others")
+    return next((part for part, pattern in rules.items() if re.search(pattern, name, re.IGNORECASE)), "norms and others")
 
 
 def _score_width(module: Any, text: Any) -> int:
@@ -220,7 +219,12 @@ def _score_width(module: Any, text: Any) -> int:
     heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None) or text.num_attention_heads
     query, value = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
     if query is None or value is None:
-        width = getattr(module, "head_dim", None) or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        width = (
+            getattr(module, "head_dim", None)
+            or getattr(module, "key_value_proj_dim", None)
+            or getattr(text, "head_dim", None)
+            or text.hidden_size // text.num_attention_heads
+        )
         query, value = query or width, value or width
     return heads * (query + value)
 

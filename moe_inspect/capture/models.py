@@ -73,6 +73,13 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     return tokenizer
 
 
+def auto_class(config: Any) -> Any:
+    """What transformers builds a language model of this config with."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
 def load_model(
     name: str,
     config: Any,
@@ -84,11 +91,10 @@ def load_model(
     trust_remote_code: bool = False,
     random_init: int | None = None,
 ) -> Any:
-    """The causal language model in eval mode on `device` ("auto": cuda where there is one), or spread over devices as
+    """The language model in eval mode on `device` ("auto": cuda where there is one), or spread over devices as
     accelerate's `device_map` says ("auto", "balanced", …). With `random_init` its weights are drawn with that seed instead of
     read: the untrained baseline."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device_map is not None and (device != "auto" or random_init is not None):
@@ -103,10 +109,10 @@ def load_model(
         if random_init is not None:
             torch.manual_seed(random_init)
             wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            model: Any = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
             missing: set[str] = set()
         else:
-            both: Any = AutoModelForCausalLM.from_pretrained(
+            both: Any = auto_class(config).from_pretrained(
                 model_location(name),
                 config=config,
                 revision=revision,

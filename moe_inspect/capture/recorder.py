@@ -420,7 +420,11 @@ class Recorder:
         self.writer.write(
             RoutedBatch(
                 forward.number,
-                *(of_tokens(name) for name in ("token_id", "document", "sequence", "position", "domain")),
+                of_tokens("token_id"),
+                of_tokens("document"),
+                of_tokens("sequence"),
+                of_tokens("position"),
+                of_tokens("domain"),
                 list(self.reader.domains),
                 ids=of_routers("ids"),
                 weights=of_routers("weights") if self.weights else None,
@@ -562,8 +566,9 @@ class Recorder:
         from moe_inspect.analysis.aggregate import Counts, RouterCounts
         from moe_inspect.report.tables import balance_of
 
-        load, tokens = self._counts.totals(all_ranks)
+        load, tokens, tokens_R = self._counts.totals(all_ranks)
         counts = Counts(self.routers, tuple(range(len(self.routers))), [""], [("", 0)], np.array([tokens]), counts_only=True)
+        counts.tokens_SU = {router.stack: tokens_R[r : r + 1] for r, router in enumerate(self.routers) if router.stack}
         for r, load_E in enumerate(load):
             counts.of[r] = RouterCounts(load_E[None], load_E[None] * 0, None)
         return balance_of(counts)

@@ -83,7 +83,15 @@ def trace_model(
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     plan = Plan(
-        sources, text_field, domain_field, max_tokens, fitting(max_length, config, generate), batch_tokens, special_tokens, generate
+        sources,
+        text_field,
+        domain_field,
+        max_tokens,
+        fitting(max_length, config, generate),
+        batch_tokens,
+        special_tokens,
+        generate,
+        encoded=bool(getattr(config, "is_encoder_decoder", False)),
     )
     options = {
         **plan.options(),
@@ -120,6 +128,8 @@ def trace_model(
         trust_remote_code=trust_remote_code,
         random_init=random_init,
     )
+    from moe_inspect.capture.seq2seq import translate
+
     with torch.inference_mode():
         recorder = Recorder(
             network,
@@ -140,14 +150,18 @@ def trace_model(
         )
         with _told(ranks, recorder), recorder:
             done = start.tokens if start else 0
-            passes = generate + 1  # of a batch: numbers are left free where fewer are needed
+            passes = generate + (2 if plan.encoded else 1)  # of a batch: numbers are left free where fewer are needed
             planned = chain([first], batches)
             if any(site.adapter is not None and site.adapter.alone for site in recorder.sites):
                 planned = singly(planned)
             for number, (batch, documents) in enumerate(planned):
                 if not ranks.takes(number) or (start is not None and number * passes < start.next_batch):
                     continue
-                if batch[0].continued:
+                if plan.encoded:
+                    tokens = generate if batch[0].continued else 0
+                    decoding = Decoding(tokens, temperature, seed + number, end_ids(network, tokenizer))
+                    done += translate(network, recorder, batch, documents, tokenizer, number * passes, decoding)
+                elif batch[0].continued:
                     decoding = Decoding(generate, temperature, seed + number, end_ids(network, tokenizer))
                     done += decode(network, recorder, batch, documents, number * passes, decoding)
                 else:
@@ -189,10 +203,7 @@ def feed(
 ) -> int:
     """One forward pass over right-padded rows; returns the tokens fed, padding not counted."""
     lengths = [len(s.ids) for s in batch]
-    shape = (len(batch), max(lengths))
-    ids_BS = np.full(shape, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, np.int64)
-    mask_BS = np.arange(shape[1]) < np.array(lengths)[:, None]
-    ids_BS[mask_BS] = np.concatenate([s.ids for s in batch])
+    ids_BS, mask_BS = padded(batch, tokenizer)
     recorder.expect(
         Rows(
             real=mask_BS.reshape(-1),
@@ -210,11 +221,20 @@ def feed(
     return sum(lengths)
 
 
-def forward(network: Any, ids_BS: torch.Tensor, **options: Any) -> Any:
+def padded(batch: list[Sequence_], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int64, mask bool) [B, S] of right-padded rows."""
+    lengths = np.array([len(s.ids) for s in batch])
+    mask_BS = np.arange(lengths.max()) < lengths[:, None]
+    ids_BS = np.full(mask_BS.shape, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, np.int64)
+    ids_BS[mask_BS] = np.concatenate([s.ids for s in batch])
+    return ids_BS, mask_BS
+
+
+def forward(network: Any, ids_BS: torch.Tensor, name: str = "input_ids", **options: Any) -> Any:
     """The model's output of these tokens; MoeInspectError where they are too many for the device."""
     device = next(network.parameters()).device
     try:
-        return network(input_ids=ids_BS.to(device), **options)
+        return network(**{name: ids_BS.to(device)}, **options)
     except torch.OutOfMemoryError as error:
         tokens = ids_BS.numel()
         raise MoeInspectError(f"{device} is out of memory in a forward pass of {tokens:,} tokens: lower --batch-tokens") from error
@@ -239,7 +259,7 @@ def decode(network: Any, recorder: Recorder, batch: list[Sequence_], documents: 
     token is fed nothing that is recorded. Returns the tokens fed."""
     generator = torch.Generator().manual_seed(decoding.seed)
     fed_BS = torch.from_numpy(np.stack([s.ids for s in batch]).astype(np.int64))
-    of_row = {
+    of_row: dict[str, list[int]] = {
         "document": [s.document for s in batch],
         "sequence": [s.sequence for s in batch],
         "domain": [recorder.reader.domain_code(s.domain) for s in batch],
@@ -254,7 +274,9 @@ def decode(network: Any, recorder: Recorder, batch: list[Sequence_], documents: 
             Rows(
                 real=real,
                 token_id=fed_BS.numpy().reshape(-1)[real].astype(np.int32),
-                **{name: _repeated(values, [S] * len(batch))[real] for name, values in of_row.items()},
+                document=_repeated(of_row["document"], [S] * len(batch))[real],
+                sequence=_repeated(of_row["sequence"], [S] * len(batch))[real],
+                domain=_repeated(of_row["domain"], [S] * len(batch))[real],
                 position=np.tile(np.arange(position, position + S, dtype=np.int32), len(batch))[real],
                 documents=documents if step == 0 else [],
                 phase="decode" if step else "prefill",

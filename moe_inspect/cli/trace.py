@@ -60,7 +60,12 @@ def trace(
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a forward pass, padding included.")] = 8192,
     special_tokens: Annotated[bool, typer.Option(help="Frame each text as the tokenizer does (<s> …).")] = True,
     generate: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Go on with each document by N tokens, decoded one at a time, and trace them too.")
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Go on with each document by N tokens, decoded one at a time, and trace them too; an encoder-decoder decodes them after its start token.",
+        ),
     ] = 0,
     temperature: Annotated[float, typer.Option(min=0, help="Of what is generated; 0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn at a temperature.")] = 0,

@@ -1,0 +1,161 @@
+"""Encoder-decoders: each stack's routers see its own tokens, in `trace`, in `record` and in `generate`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.capture.routers import find_routers
+from moe_inspect.demo import MODEL_DIR
+from moe_inspect.errors import MoeInspectError
+from tests import zoo
+
+TEXTS = ["The cat sat on the mat.", "A dog.", "Where do the tokens go?"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Switch with the bundled tokenizer, and texts."""
+    from transformers import AutoTokenizer
+
+    root = tmp_path_factory.mktemp("seq2seq")
+    config = zoo.config("switch_transformers")
+    config.vocab_size, config.decoder_start_token_id, config.eos_token_id = len(AutoTokenizer.from_pretrained(MODEL_DIR)), 3, None
+    torch.manual_seed(0)
+    model = zoo.model_class("switch_transformers")._from_config(config)
+    model.generation_config.decoder_start_token_id = 3
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(root / "model")
+    for file in MODEL_DIR.glob("*token*"):
+        shutil.copy(file, root / "model")
+    (root / "texts").mkdir()
+    for n, text in enumerate(TEXTS):
+        (root / "texts" / f"{n}.txt").write_text(text)
+    return root
+
+
+def traced(place: Path, out: Path, **options: Any) -> moe_inspect.Trace:
+    return moe_inspect.trace_model(str(place / "model"), out, data=[str(place / "texts")], **options)
+
+
+def decisions(trace: moe_inspect.Trace) -> pd.DataFrame:
+    tokens = trace.tokens().astype({"phase": str})
+    return trace.routing().merge(tokens, on="token").drop(columns=["token", "batch"])
+
+
+def test_a_corpus_goes_to_the_encoder_and_is_decoded_from(place: Path, tmp_path: Path) -> None:
+    trace = traced(place, tmp_path / "t", generate=4)
+    tokens = trace.tokens()
+    counts = tokens.phase.value_counts().to_dict()
+    assert counts["prefill"] == 3
+    assert counts["decode"] == 12
+    assert set(tokens[tokens.phase == "prefill"].token_id) == {3}
+    stated = trace.documents().set_index("document").tokens.to_dict()  # as the tokenizer frames them, whether or not they are gone on with
+    assert tokens[tokens.phase == "encode"].groupby("document").size().to_dict() == stated
+    assert [r.stack for r in trace.routers] == ["encoder"] * 2 + ["decoder"] * 2
+    for r, router in enumerate(trace.routers):
+        assert len(trace.routing(router=r)) == (counts["encode"] if router.stack == "encoder" else 15)
+    assert trace.n_decisions == 2 * counts["encode"] + 2 * 15
+
+
+def test_what_was_decoded_routes_the_same_in_one_forward_pass(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM
+
+    trace = traced(place, tmp_path / "t", generate=4)
+    tokens = trace.tokens()
+    model = AutoModelForSeq2SeqLM.from_pretrained(place / "model").eval()
+    with moe_inspect.record(model, tmp_path / "whole"), torch.no_grad():
+        for document in range(3):
+            of = tokens[tokens.document == document]
+            fed = {"input_ids": of[of.phase == "encode"].token_id, "decoder_input_ids": of[of.phase != "encode"].token_id}
+            model(**{name: torch.tensor(ids.to_numpy(np.int64))[None] for name, ids in fed.items()})
+    whole = moe_inspect.open_trace(tmp_path / "whole")
+    both = [
+        decisions(t).assign(phase=lambda d: d.phase == "encode").sort_values(["router", "document", "position"]) for t in (trace, whole)
+    ]
+    assert (both[0].token_id.to_numpy() == both[1].token_id.to_numpy()).all()
+    assert (both[0].expert_0.to_numpy() == both[1].expert_0.to_numpy()).mean() > 0.97
+
+
+def test_counted_they_are_the_same_and_resumed_too(place: Path, tmp_path: Path) -> None:
+    trace = traced(place, tmp_path / "t", generate=2, batch_tokens=16)
+    counted = traced(place, tmp_path / "c", generate=2, batch_tokens=16, counts_only=True)
+    assert counted.n_decisions == trace.n_decisions == trace.manifest["counts"]["decisions"]
+    load = trace.routing().groupby(["router", "expert_0"]).size()
+    found = counted.counts().groupby(["router", "expert"]).assignments.sum()
+    assert found[found > 0].to_list() == load.to_list()
+    again = tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        traced(place, again, generate=2, batch_tokens=16, progress=interrupt)
+    assert moe_inspect.open_trace(again).status == "interrupted"
+    resumed = traced(place, again, generate=2, batch_tokens=16, resume=True)
+    assert resumed.routing().equals(trace.routing())
+    assert resumed.tokens().equals(trace.tokens())
+
+
+def interrupt(done: int, total: int | None) -> None:
+    if done > 15:
+        raise KeyboardInterrupt
+
+
+def test_generate_calls_the_encoder_by_itself(tmp_path: Path) -> None:
+    model = zoo.build("switch_transformers")
+    inputs = {k: v for k, v in zoo.inputs("switch_transformers", [6, 4]).items() if not k.startswith("decoder")}
+    with moe_inspect.record(model, tmp_path / "t", documents=["a", "b"]), torch.no_grad():
+        model.generate(**inputs, decoder_start_token_id=0, max_new_tokens=4, eos_token_id=None, num_beams=2, do_sample=False)
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert tokens.groupby("phase", observed=True).size().to_dict() == {"encode": 10, "prefill": 4, "decode": 12}
+    assert tokens[tokens.phase != "encode"].groupby("document").size().to_dict() == {0: 8, 1: 8}
+
+
+def test_labels_are_shifted_and_each_stack_has_its_mask(tmp_path: Path) -> None:
+    model, inputs = zoo.build("switch_transformers"), zoo.inputs("switch_transformers", [6, 4])
+    model.config.decoder_start_token_id = 0
+    labels, mask = inputs["decoder_input_ids"], torch.ones_like(inputs["decoder_input_ids"])
+    mask[1, 3:] = 0
+    fed = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(**fed, labels=labels, decoder_attention_mask=mask)
+        encoded = model.get_encoder()(**fed)
+        model(encoder_outputs=encoded, attention_mask=fed["attention_mask"], labels=labels)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    tokens = trace.tokens()
+    first = tokens[(tokens.batch == 0) & (tokens.phase == "prefill")]
+    assert list(first.token_id) == [0, *labels[0, :-1].tolist(), 0, *labels[1, :2].tolist()]
+    assert tokens.groupby(["batch", "phase"], observed=True).size().to_dict() == {
+        (0, "prefill"): 10, (0, "encode"): 10, (1, "encode"): 10, (2, "prefill"): 14,
+    }  # fmt: skip
+    assert set(tokens[tokens.batch == 1].document) == set(tokens[tokens.batch == 2].document) == {2, 3}
+
+
+def test_a_stack_that_is_not_seen_is_refused(tmp_path: Path) -> None:
+    """And a forward pass that failed leaves nothing."""
+    model, inputs = zoo.build("switch_transformers"), zoo.inputs("switch_transformers", [6])
+    experts = next(s.module for s in find_routers(model) if s.stack == "decoder")
+    stock = type(experts).forward
+    with moe_inspect.record(model, tmp_path / "t") as recorder, torch.no_grad():
+        model(**inputs)
+        experts.register_forward_pre_hook(fails)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        experts._forward_pre_hooks.popitem()
+        model.get_encoder()(input_ids=inputs["input_ids"])
+        assert recorder.tokens == 6 + 7 + 6
+    parent = model.get_submodule(next(p for p, m in model.named_modules() if m is experts).rpartition(".")[0])
+    parent.forward = lambda hidden: hidden
+    with moe_inspect.record(model, tmp_path / "u"), torch.no_grad():
+        with pytest.raises(MoeInspectError, match=r"decoder.* routed 0 rows in a forward pass of 7"):
+            model(**inputs)
+    assert type(experts).forward is stock
+    assert not (tmp_path / "u" / "routing").exists()
+
+
+def fails(*_: object) -> None:
+    raise ZeroDivisionError
