@@ -54,7 +54,9 @@ def fed_to(site: Site, inputs: dict[str, torch.Tensor]) -> np.ndarray:
 def last_matrices(owner: torch.nn.Module, experts: int) -> list[torch.Tensor]:
     """The last matrix of each expert."""
     if isinstance(owner, torch.nn.ModuleDict):
-        return [[p for p in expert.parameters() if p.dim() == 2][-1].detach() for expert in owner.values()]
+        return [
+            [p for p in expert.parameters() if p.dim() == 2][-1].detach() for name, expert in owner.items() if name.startswith("expert_")
+        ]
     stacked = [p for p in owner.parameters() if (p.dim() == 3 and len(p) >= experts)]
     stacked = stacked or [p.view(experts, -1, p.shape[1]) for p in owner.parameters() if p.dim() == 2]
     return list(stacked[-1].detach())
