@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis import counting, engine, kernels
+from moe_inspect.analysis import counting, engine, kernels, tokenids
 from moe_inspect.analysis.aggregate import WANTS, Counts, RouterCounts, merge
 from moe_inspect.analysis.engine import count_trace, windows_of
 from moe_inspect.analysis.fragment import count_shard
 from moe_inspect.analysis.select import select
+from moe_inspect.cli.app import app
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
@@ -89,14 +90,20 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
     row_T, weights_TK = rng.integers(0, 3, tokens), rng.random((tokens, k)).astype(np.float32)
     sequence_T = rng.integers(0, 3, tokens)
     order = counting.order_of(sequence_T // 2, sequence_T, np.arange(tokens) // 3)
+    places = counting.Places(row_T, row_T // 2, np.arange(tokens) // 40, np.arange(tokens) // 50, 3, 2, 8, 6)
+    for ours, twin in zip(kernels.loads(ids_TK, places, experts), counting.loads(ids_TK, places, experts), strict=True):
+        assert (ours == twin).all()
+    runs = counting.Places(np.arange(tokens) // 30 % 3, row_T * 0, row_T * 0, row_T * 0, 3, 1, 1, 1)
+    assert (kernels.loads(ids_TK, runs, experts)[0] == counting.load(runs.unit_T, ids_TK, 3, experts)).all()
+    own_E = counting.load(row_T * 0, ids_TK, 1, experts)[0]
+    assert (kernels.together(ids_TK, own_E) == counting.together(ids_TK, own_E)).all()
+    assert kernels.weight_confidence(weights_TK) == pytest.approx(counting.weight_confidence(weights_TK), rel=1e-5, abs=1e-6 * tokens)
     for name, arguments in {
-        "load": (row_T, ids_TK, 3, experts),
         "weight_sum": (row_T, ids_TK, weights_TK, 3, experts),
         "pairs": (ids_TK, next_TK, experts, experts),
         "repetition": (ids_TK, order, row_T, 3),
     }.items():
         np.testing.assert_allclose(getattr(counting, name)(*arguments), getattr(kernels, name)(*arguments), rtol=1e-6)
-    assert (counting.pairs(ids_TK, ids_TK, experts, experts) == kernels.pairs(ids_TK, ids_TK, experts, experts)).all()
     for m in (1, 2, 5):
         assert counting.srp(ids_TK, order, experts, m).tolist() == kernels.srp(ids_TK, order, experts, m).tolist()
 
@@ -225,3 +232,74 @@ def test_a_cluster_counts_the_same(tmp_path: Path):
         same(count_trace(trace, select(trace), WANTS, scheduler=client), count_trace(trace, select(trace), WANTS))
     with pytest.raises(MoeInspectError, match="no dask scheduler answers at nonsense"):
         count_trace(trace, select(trace), WANTS, scheduler="nonsense://nowhere:1")
+
+
+def by_stack(root: Path) -> Trace:
+    """An encoder fed token id 1 six times, a decoder fed it twice and id 2 twice."""
+    routers = [Router(0, "gate", f"{stack}.0", 2, 1, stack=stack) for stack in ("encoder", "decoder")]
+    zeros, token_id = np.zeros(10, np.int32), np.array([1] * 8 + [2] * 2, np.int32)
+    ids = [np.zeros((n, 1), np.uint8) for n in (6, 4)]
+    with TraceWriter(root, {"model": {}, "capture": {"weights": False}}, routers, weights=False) as writer:
+        place = np.r_[:6, :4].astype(np.int32)
+        writer.write(RoutedBatch(0, token_id, zeros, zeros, place, zeros, ["text"], ids, None, encoded=6))
+    return open_trace(root)
+
+
+def test_token_ids_are_counted_by_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trace = by_stack(tmp_path / "t")
+    for long in (engine.LONG, 0):
+        monkeypatch.setattr(engine, "LONG", long)
+        counts = count_trace(trace, select(trace))
+        assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
+        encoder, decoder = tokenids.by_token_id(trace, select(trace), counts, nulls=False, min_count=1)
+        assert (encoder.token_ids.occurrences_V.tolist(), encoder.any_VE.tolist()) == ([6], [[6, 0]])
+        assert (decoder.token_ids.occurrences_V.tolist(), decoder.any_VE.tolist()) == ([2, 2], [[2, 0], [2, 0]])
+        assert decoder.token_ids.coverage == 1
+
+
+def generated(root: Path, shard_tokens: int, steps: int = 30) -> Trace:
+    """Two prompts of 5 tokens and a pass a generated token, as a generation loop of one's own under `record` leaves them; twice."""
+    rng = np.random.default_rng(0)
+    listed = [Router(layer, "gate", f"layers.{layer}", E, K) for layer in range(2)]
+    with TraceWriter(root, {"model": {}, "capture": {"weights": False}}, listed, weights=False, shard_tokens=shard_tokens) as writer:
+        for b in range(2 * steps):
+            turn, step = divmod(b, steps)
+            each = 5 if step == 0 else 1
+            rows = np.repeat(np.arange(2, dtype=np.int32) + 2 * turn, each)
+            place = np.tile(np.arange(each, dtype=np.int32) + (step + 4 if step else 0), 2)
+            ids = [uniform_ids(rng, 2 * each, E, K) for _ in listed]
+            domain, phase = rows * 0, "decode" if step else "prefill"
+            writer.write(RoutedBatch(b, rows, rows, rows, place, domain, ["text"], ids, None, phase=phase))
+    return open_trace(root)
+
+
+@pytest.mark.parametrize("shard_tokens", [8, 20, 50])
+def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: int):
+    whole, split = generated(tmp_path / "whole", 10_000), generated(tmp_path / "split", shard_tokens)
+    assert (len(list(whole.shards)), len(list(split.shards))) == (1, 2 if shard_tokens > 8 else 4)
+    counts = [count_trace(t, select(t), {"repetition", "srp", "esft"}, window=10) for t in (whole, split)]
+    assert counts[0].of[0].pairs_D.tolist() == [4 * 33]
+    if shard_tokens > 8:
+        same(*counts)
+    else:  # the whole of a turn is more than writer.CONTINUED such shards: two sequences, two pairs at each of the two edges
+        assert counts[1].of[0].pairs_D.tolist() == [4 * 33 - 4]
+
+
+def test_a_trace_elsewhere_is_read_by_its_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    fsspec = pytest.importorskip("fsspec")
+    trace = made(tmp_path / "t")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "t"), "/somewhere/t", recursive=True)
+    try:
+        for url in ("memory://somewhere/t", f"file://{tmp_path / 't'}"):
+            there = open_trace(url)
+            assert str(there.path) == url
+            same(count_trace(there, select(there), WANTS), count_trace(trace, select(trace), WANTS))
+            app(["report", url, "--table", "balance", "--format", "csv"], standalone_mode=False)
+            assert capsys.readouterr().out.startswith("layer,router")
+        with pytest.raises(MoeInspectError, match="no trace at memory://nowhere"):
+            open_trace("memory://nowhere")
+        with pytest.raises(MoeInspectError, match="cannot open strange://t"):
+            open_trace("strange://t")
+    finally:
+        memory.rm("/somewhere", recursive=True)

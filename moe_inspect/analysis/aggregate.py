@@ -115,7 +115,7 @@ class Counts:
 
     A unit is (domain, cluster of documents); rows by unit follow `units`, rows by domain follow `domains`, both sorted once
     anything has been added, so that the order of shards shows nowhere. tokens_U: int64, the tokens of each; tokens_SU: the
-    same by stack, where the model has two. `token_ids_V[i]` counts the occurrences of token id i.
+    same by stack, where the model has two. `token_ids_V[i]` counts the occurrences of token id i; token_ids_SV: by stack.
     `first_token_W`: int64, the first token of each window of `window_tokens` tokens, −1 for one without any."""
 
     routers: list[Router]
@@ -126,6 +126,7 @@ class Counts:
     tokens_SU: dict[str, np.ndarray] = field(default_factory=dict)
     of: dict[int, RouterCounts] = field(default_factory=dict)
     token_ids_V: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    token_ids_SV: dict[str, np.ndarray] = field(default_factory=dict)
     labels: set[str] = field(default_factory=set)
     documents: int = 0
     counts_only: bool = False
@@ -136,6 +137,7 @@ class Counts:
     def __post_init__(self) -> None:
         for stack in {self.routers[r].stack for r in self.indices} - {""}:
             self.tokens_SU.setdefault(stack, np.zeros(len(self.units), np.int64))
+            self.token_ids_SV.setdefault(stack, np.zeros(0, np.int64))
         for r in self.indices:
             self.of.setdefault(r, self._nothing(r))
 
@@ -169,8 +171,8 @@ class Counts:
         self.tokens_SU = {s: _added(mine_U, other.tokens_SU[s], rows["U"]) for s, mine_U in self.tokens_SU.items()}
         for r, mine in self.of.items():
             mine.add(other.of[r], rows)
-        V = max(len(self.token_ids_V), len(other.token_ids_V))
-        self.token_ids_V = _padded(self.token_ids_V, V) + _padded(other.token_ids_V, V)
+        self.token_ids_V = _summed(self.token_ids_V, other.token_ids_V)
+        self.token_ids_SV = {s: _summed(mine_V, other.token_ids_SV[s]) for s, mine_V in self.token_ids_SV.items()}
         # −1 as uint64 is the largest of all
         self.first_token_W = np.minimum(self.first_token_W.astype(np.uint64), other.first_token_W.astype(np.uint64)).astype(np.int64)
         self.labels |= other.labels
@@ -205,6 +207,10 @@ class Counts:
 
     def tokens_of(self, router: int) -> int:
         return int(self.tokens_U_of(router).sum())
+
+    def token_ids_V_of(self, router: int) -> np.ndarray:
+        """int64 [V]: the occurrences of each token id among the tokens the router saw."""
+        return self.token_ids_SV.get(self.routers[router].stack, self.token_ids_V)
 
     def next_router(self, router: int) -> int | None:
         """The router that the same tokens reach next, of those selected; None for the last."""
@@ -284,7 +290,9 @@ def _added(mine: np.ndarray, theirs: np.ndarray, rows: Rows) -> np.ndarray:
     return mine
 
 
-def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    if len(values) == length:
-        return values
-    return np.concatenate([values, np.zeros((length - len(values), *values.shape[1:]), values.dtype)])
+def _summed(a_V: np.ndarray, b_V: np.ndarray) -> np.ndarray:
+    """As long as the longer of the two."""
+    longer, shorter = (a_V, b_V) if len(a_V) >= len(b_V) else (b_V, a_V)
+    total = longer.copy()
+    total[: len(shorter)] += shorter
+    return total

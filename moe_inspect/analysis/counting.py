@@ -7,6 +7,7 @@ pairs of consecutive tokens. ids_TK: int16, −1 where a slot routed nowhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -37,6 +38,35 @@ def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndar
     return Order(by_T, follows_T, sample_T, np.bincount(sample_T), by_T[~same_T])
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a shard count: the rows of each by unit, domain, batch and window, and how many rows there are.
+    start_G: where a run of tokens of one unit, batch and window begins, and the end."""
+
+    unit_T: np.ndarray
+    domain_T: np.ndarray
+    batch_T: np.ndarray
+    window_T: np.ndarray
+    U: int
+    D: int
+    B: int
+    W: int
+
+    @cached_property
+    def start_G(self) -> np.ndarray:
+        changed_T = np.ones(len(self.unit_T) + 1, bool)
+        changed_T[1:-1] = np.diff(self.unit_T).astype(bool) | np.diff(self.batch_T).astype(bool) | np.diff(self.window_T).astype(bool)
+        return np.flatnonzero(changed_T)
+
+
+def loads(ids_TK: np.ndarray, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Assignments by unit, first choices by unit, assignments by batch and by window. int64 [U, E], [U, E], [B, E], [W, E]"""
+    first_UE = load(places.unit_T, ids_TK[:, :1], places.U, E)
+    rows = ((places.unit_T, places.U), (places.batch_T, places.B), (places.window_T, places.W))
+    units_UE, batches_BE, windows_WE = (load(row_T, ids_TK, X, E) for row_T, X in rows)
+    return units_UE, first_UE, batches_BE, windows_WE
+
+
 def load(row_T: np.ndarray, ids_TK: np.ndarray, X: int, E: int) -> np.ndarray:
     """Assignments of each expert by row. int64 [X, E]"""
     return np.bincount(_cells(row_T, ids_TK, E)[0], minlength=X * E).reshape(X, E)
@@ -65,6 +95,11 @@ def pairs(ids_TK: np.ndarray, next_TK: np.ndarray, E: int, N: int) -> np.ndarray
         for there_T in there_KT:
             total += np.bincount(here_T * (N + 1) + there_T, minlength=len(total))
     return total.reshape(E + 1, N + 1)[:E, :N].copy()
+
+
+def together(ids_TK: np.ndarray, load_E: np.ndarray) -> np.ndarray:
+    """How often a token chose both: symmetric, load_E (its own) on the diagonal. int64 [E, E]"""
+    return pairs(ids_TK, ids_TK, len(load_E), len(load_E))
 
 
 def repetition(ids_TK: np.ndarray, order: Order, domain_T: np.ndarray, D: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -42,8 +42,7 @@ def count_trace(
     windows = windows_of(trace, selection, window) if "windows" in asked else None
     nothing_W = np.full(windows.count if windows else 0, -1, np.int64)
     total = Counts(trace.routers, selection.routers, wants=asked, window_tokens=windows.tokens if windows else 0, first_token_W=nothing_W)
-    assignments = trace.n_tokens * sum(trace.routers[r].top_k for r in selection.routers)
-    arguments = (selection, asked, windows, assignments >= LONG)
+    arguments = (selection, asked, windows, is_long(trace, selection))
     parts = _on_threads(trace, arguments, threads) if scheduler is None else _on_cluster(trace, arguments, scheduler)
     for shard, part in zip(trace.shards, parts, strict=True):
         total.add(part)
@@ -56,6 +55,11 @@ def count_trace(
         said = f" of phase {selection.phase}" if selection.phase else ""
         raise MoeInspectError(f"{trace.path} holds no tokens{said}" + ("" if trace.n_tokens else " yet: nothing is committed"))
     return total
+
+
+def is_long(trace: Trace, selection: Selection) -> bool:
+    """Whether to count by the compiled kernels."""
+    return trace.n_tokens * sum(trace.routers[r].top_k for r in selection.routers) >= LONG
 
 
 def _on_threads(trace: Trace, arguments: tuple[Any, ...], threads: int | None) -> Iterator[Counts]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.analysis import counting
-from moe_inspect.analysis.aggregate import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts
+from moe_inspect.analysis.aggregate import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts, by_domain
 from moe_inspect.analysis.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Shard
@@ -105,9 +105,9 @@ def selected_tokens(shard: Shard, selection: Selection, stack: str = "", order: 
 
 
 def count_shard(shard: Shard, selection: Selection, wants: frozenset[str], windows: Windows | None = None, fast: bool = False) -> Counts:
-    """The counts of one shard: what the whole adds up from. A sequence's tokens are in one shard, prompt and what
-    was generated from it together; but a generation loop under `record` may go on in the next shard, and the pair at such an
-    edge is not counted. `fast`: by the compiled kernels."""
+    """The counts of one shard: what the whole adds up from. A sequence's tokens are in one shard, prompt and what was
+    generated from it together. Only a loop that generates more than writer.CONTINUED shards hold goes on in the next: the
+    pair at that edge is not counted. `fast`: by the compiled kernels."""
     by = counting
     if fast:
         from moe_inspect.analysis import kernels as by
@@ -134,20 +134,21 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
     part.units = [(every.domains[key // CLUSTERS], int(key % CLUSTERS)) for key in key_U]
     domain_U, domain_of_U = np.unique(key_U // CLUSTERS, return_inverse=True)
     part.domains = [every.domains[d] for d in domain_U]
-    part.token_ids_V = np.bincount(every.token_id_T[every.token_id_T >= 0]).astype(np.int64)
+    part.token_ids_V = _occurrences(every)
     if windows and "windows" in part.wants:
         first_T = windows.before[shard.files.rank, shard.files.index] + every.number_T
         window_W, at_W = np.unique(first_T // windows.tokens, return_index=True)
         part.first_token_W[window_W] = shard.files.first_token + every.number_T[at_W]
     for stack in sorted({part.routers[r].stack for r in part.indices}):
         seen = every if not stack else selected_tokens(shard, selection, stack, order)
-        tokens = _Tokens(seen, key_U, domain_of_U, windows, shard)
+        places = _places(seen, key_U, domain_of_U, windows if "windows" in part.wants else None, shard)
         if stack:
-            part.tokens_SU[stack] = np.bincount(tokens.unit_T, minlength=len(key_U)).astype(np.int64)
+            part.token_ids_SV[stack] = _occurrences(seen)
+            part.tokens_SU[stack] = np.bincount(places.unit_T, minlength=len(key_U)).astype(np.int64)
         before: tuple[int, np.ndarray] | None = None
         for r in (r for r in part.indices if part.routers[r].stack == stack):
             ids_TK = _checked(seen.of(shard.ids(r), r), part.routers[r].experts, r)
-            part.of[r] = _count_router(shard, part, r, ids_TK, seen, tokens, by)
+            part.of[r] = _count_router(shard, part, r, ids_TK, seen, places, by)
             if before is not None and "transitions" in part.wants:
                 b, of_b_TK = before
                 shape = (part.routers[b].experts, part.routers[r].experts)
@@ -156,54 +157,56 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
             before = (r, ids_TK)
 
 
-class _Tokens:
+def _places(seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, windows: Windows | None, shard: Shard) -> counting.Places:
     """What the routers of one stack share in a shard: where each of its tokens counts."""
-
-    def __init__(self, seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, windows: Windows | None, shard: Shard):
-        self.domain_of_U, self.U, self.D = domain_of_U, len(key_U), int(domain_of_U.max()) + 1
-        self.unit_T = np.searchsorted(key_U, _unit(seen))
-        self.domain_T = domain_of_U[self.unit_T]
-        self.batch_B, self.batch_T, self.size_B = np.unique(seen.batch_T, return_inverse=True, return_counts=True)
-        self.window_T = None
-        if windows:
-            self.window_T = (windows.before[shard.files.rank, shard.files.index] + seen.number_T) // windows.tokens
-            self.W = windows.count
+    unit_T = np.searchsorted(key_U, _unit(seen))
+    batch_B, batch_T = np.unique(seen.batch_T, return_inverse=True)
+    first = windows.before[shard.files.rank, shard.files.index] if windows else 0
+    window_T = (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
+    sizes = len(key_U), int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1
+    return counting.Places(unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes)
 
 
-def _count_router(shard: Shard, part: Counts, r: int, ids_TK: np.ndarray, seen: SelectedTokens, tokens: _Tokens, by: Any) -> RouterCounts:
-    E, k, wants, D, U = part.routers[r].experts, part.routers[r].top_k, part.wants, tokens.D, tokens.U
+def _count_router(
+    shard: Shard, part: Counts, r: int, ids_TK: np.ndarray, seen: SelectedTokens, places: counting.Places, by: Any
+) -> RouterCounts:
+    E, k, wants, D = part.routers[r].experts, part.routers[r].top_k, part.wants, places.D
     weighted = shard.trace.has_weights and bool(wants & NEEDS_WEIGHTS)
     weights_TK = seen.of(shard.weights(r), r) if weighted else None
-    assignments_UE = by.load(tokens.unit_T, ids_TK, U, E)
-    first_choice_DE = by.load(tokens.domain_T, ids_TK[:, :1], D, E)
-    weight_sum_DE = by.weight_sum(tokens.domain_T, ids_TK, weights_TK, D, E) if weights_TK is not None else None
+    assignments_UE, first_UE, load_BE, load_WE = by.loads(ids_TK, places, E)
+    first_choice_DE = by_domain(first_UE, part.domain_of_unit_U, D)
+    weight_sum_DE = by.weight_sum(places.domain_T, ids_TK, weights_TK, D, E) if weights_TK is not None else None
     mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, ids_TK.size - int(assignments_UE.sum()))
-    mine.batches = _batches(tokens, ids_TK, E, assignments_UE.sum(0), by)
+    mine.batches = _batches(np.bincount(places.batch_T, minlength=places.B), load_BE)
     if "pairs" in wants:
-        mine.together_EE = by.pairs(ids_TK, ids_TK, E, E)
-    if "windows" in wants and tokens.window_T is not None:
-        mine.window_load_WE = by.load(tokens.window_T, ids_TK, tokens.W, E)
-        mine.window_tokens_W = np.bincount(tokens.window_T, minlength=tokens.W).astype(np.int64)
+        mine.together_EE = by.together(ids_TK, assignments_UE.sum(0))
+    if "windows" in wants:
+        mine.window_load_WE, mine.window_tokens_W = load_WE, np.bincount(places.window_T, minlength=places.W)
     if wants & NEEDS_ORDER:
         order = seen.order
         if "repetition" in wants:
-            mine.pairs_D, mine.first_same_D, mine.any_same_D = by.repetition(ids_TK, order, tokens.domain_T, D)
+            mine.pairs_D, mine.first_same_D, mine.any_same_D = by.repetition(ids_TK, order, places.domain_T, D)
         if "srp" in wants:
             mine.srp = {m: by.srp(ids_TK, order, E, m) for m in SRP_LENGTHS}
         if "esft" in wants:
             mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
-            mine.samples_D = np.bincount(tokens.domain_T[order.first_S], minlength=D).astype(np.int64)
+            mine.samples_D = np.bincount(places.domain_T[order.first_S], minlength=D).astype(np.int64)
             each_TK = np.broadcast_to(mean_T[:, None] / k, ids_TK.shape)
-            mine.esft_token_DE = by.weight_sum(tokens.domain_T, ids_TK, each_TK, D, E)
+            mine.esft_token_DE = by.weight_sum(places.domain_T, ids_TK, each_TK, D, E)
             if weights_TK is not None:
-                mine.esft_gate_DE = by.weight_sum(tokens.domain_T, ids_TK, weights_TK * mean_T[:, None], D, E)
+                mine.esft_gate_DE = by.weight_sum(places.domain_T, ids_TK, weights_TK * mean_T[:, None], D, E)
     if "weights" in wants and weights_TK is not None:
-        for name, value in counting.weight_confidence(weights_TK).items():
+        for name, value in by.weight_confidence(weights_TK).items():
             setattr(mine, name, value)
     if "logits" in wants and "logits" in shard.trace.tables:
         for name, value in counting.logit_confidence(seen.of(shard.logits(r), r), k, part.routers[r].scoring).items():
             setattr(mine, name, value)
     return mine
+
+
+def _occurrences(seen: SelectedTokens) -> np.ndarray:
+    """int64 [V]: of each token id; a token of unknown id is −1."""
+    return np.bincount(seen.token_id_T[seen.token_id_T >= 0]).astype(np.int64)
 
 
 def _unit(seen: SelectedTokens) -> np.ndarray:
@@ -217,13 +220,10 @@ def _checked(ids_TK: np.ndarray, E: int, router: int) -> np.ndarray:
     return ids_TK
 
 
-def _batches(tokens: _Tokens, ids_TK: np.ndarray, E: int, load_E: np.ndarray, by: Any) -> dict[int, tuple[int, float]]:
-    # what the batches add up to is the whole: a batch is one forward pass, and never crosses a shard
-    B = len(tokens.batch_B)
-    load_BE = load_E[None] if B == 1 else by.load(tokens.batch_T, ids_TK, B, E)
+def _batches(size_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
     total_B = load_BE.sum(1)
-    max_vio_B = np.where(total_B > 0, load_BE.max(1) * E / np.maximum(total_B, 1) - 1, 0)
-    size, of_B = np.unique(tokens.size_B, return_inverse=True)
+    max_vio_B = np.where(total_B > 0, load_BE.max(1) * load_BE.shape[1] / np.maximum(total_B, 1) - 1, 0)
+    size, of_B = np.unique(size_B, return_inverse=True)
     n, vio = np.bincount(of_B), np.bincount(of_B, max_vio_B)
     return {int(s): (int(a), float(v)) for s, a, v in zip(size, n, vio, strict=True)}
 

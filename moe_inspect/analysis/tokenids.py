@@ -7,6 +7,7 @@ what that leaves out is `coverage`. Memory does not grow with the trace.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from moe_inspect.analysis import specialization as sp
 from moe_inspect.analysis.aggregate import Counts
+from moe_inspect.analysis.engine import is_long
 from moe_inspect.analysis.fragment import selected_tokens
 from moe_inspect.analysis.select import Selection
 from moe_inspect.analysis.uncertainty import SEED
@@ -41,15 +43,17 @@ class TokenIds:
         return np.where(known_T, self.row_of[np.where(known_T, token_id_T, 0)], -1)
 
 
-def frequent(counts: Counts, min_count: int, most: int) -> TokenIds:
-    """The token ids that occur at least `min_count` times, the `most` most frequent of them."""
-    occurrences = counts.token_ids_V
+def frequent(counts: Counts, min_count: int, most: int, router: int | None = None) -> TokenIds:
+    """The token ids that occur at least `min_count` times, the `most` most frequent of them; among the tokens a router saw,
+    or all."""
+    occurrences = counts.token_ids_V if router is None else counts.token_ids_V_of(router)
+    tokens = counts.tokens if router is None else counts.tokens_of(router)
     ids_V = np.flatnonzero(occurrences >= max(min_count, 1))
     if len(ids_V) > most:
         ids_V = np.sort(ids_V[np.argsort(-occurrences[ids_V], kind="stable")[:most]])
     row_of = np.full(max(len(occurrences), 1), -1, np.int64)
     row_of[ids_V] = np.arange(len(ids_V))
-    return TokenIds(ids_V, occurrences[ids_V], row_of, float(occurrences[ids_V].sum() / counts.tokens))
+    return TokenIds(ids_V, occurrences[ids_V], row_of, float(occurrences[ids_V].sum() / max(tokens, 1)))
 
 
 @dataclass
@@ -86,27 +90,32 @@ def by_token_id(
     """The tables of every router selected, in order."""
     widest = max(trace.routers[r].experts for r in selection.routers)
     shuffles = 0 if not nulls else SHUFFLES if counts.tokens < SHORT else 1
-    token_ids = frequent(counts, min_count, CELLS // widest)
-    pair_ids, clusters = (None, 0) if not nulls or len(counts.domains) < 2 else pair_ids_of(counts, widest)
-    cells = len(token_ids.ids_V) * widest * (2 + 2 * shuffles)
-    cells += len(pair_ids.ids_V) * len(counts.domains) * clusters * widest if pair_ids else 0
-    at_once = max(1, 2 * CELLS // max(cells, 1))
-    for start in range(0, len(selection.routers), at_once):
-        group = selection.routers[start : start + at_once]
-        tables = [_empty(trace, r, token_ids, pair_ids, clusters, len(counts.domains), shuffles) for r in group]
-        for shard in trace.shards:
-            for stack in sorted({trace.routers[r].stack for r in group}):
-                _count_shard(shard, selection, stack, counts, [t for t in tables if trace.routers[t.router].stack == stack])
-            if progress:
-                progress(shard.files.tokens * len(group))
-        yield from tables
+    accumulate = _accumulate
+    if is_long(trace, selection):
+        from moe_inspect.analysis.kernels import accumulate
+    for stack, alike in itertools.groupby(selection.routers, lambda r: trace.routers[r].stack):
+        routers = list(alike)
+        token_ids = frequent(counts, min_count, CELLS // widest, routers[0])
+        pair_ids, clusters = (None, 0) if not nulls or len(counts.domains) < 2 else pair_ids_of(counts, widest, routers[0])
+        cells = len(token_ids.ids_V) * widest * (2 + 2 * shuffles)
+        cells += len(pair_ids.ids_V) * len(counts.domains) * clusters * widest if pair_ids else 0
+        at_once = max(1, 2 * CELLS // max(cells, 1))
+        for start in range(0, len(routers), at_once):
+            group = routers[start : start + at_once]
+            tables = [_empty(trace, r, token_ids, pair_ids, clusters, len(counts.domains), shuffles) for r in group]
+            for shard in trace.shards:
+                _count_shard(shard, selection, stack, counts, tables, accumulate)
+                if progress:
+                    progress(shard.files.tokens * len(group))
+            yield from tables
 
 
-def pair_ids_of(counts: Counts, E: int) -> tuple[TokenIds, int]:
-    D, frequent_enough = len(counts.domains), int((counts.token_ids_V >= MIN_COUNT).sum())
+def pair_ids_of(counts: Counts, E: int, router: int | None = None) -> tuple[TokenIds, int]:
+    occurrences = counts.token_ids_V if router is None else counts.token_ids_V_of(router)
+    D, frequent_enough = len(counts.domains), int((occurrences >= MIN_COUNT).sum())
     fitting = [c for c in UNIT_CLUSTERS if frequent_enough * D * c * E <= CELLS]
     clusters = fitting[0] if fitting else UNIT_CLUSTERS[-1]
-    return frequent(counts, MIN_COUNT, max(1, CELLS // (D * clusters * E))), clusters
+    return frequent(counts, MIN_COUNT, max(1, CELLS // (D * clusters * E)), router), clusters
 
 
 def _empty(trace: Trace, router: int, token_ids: TokenIds, pair_ids: TokenIds | None, clusters: int, D: int, shuffles: int) -> TokenTables:
@@ -123,7 +132,9 @@ def _empty(trace: Trace, router: int, token_ids: TokenIds, pair_ids: TokenIds | 
     return tables
 
 
-def _count_shard(shard: Shard, selection: Selection, stack: str, counts: Counts, group: list[TokenTables]) -> None:
+def _count_shard(
+    shard: Shard, selection: Selection, stack: str, counts: Counts, group: list[TokenTables], accumulate: Callable[..., None]
+) -> None:
     chosen = selected_tokens(shard, selection, stack)
     if not len(chosen.domain_T):
         return
@@ -141,13 +152,13 @@ def _count_shard(shard: Shard, selection: Selection, stack: str, counts: Counts,
         pair_row_T = np.where(kept_T >= 0, kept_T * len(counts.domains) * clusters + unit_T, -1)
     for tables in group:
         ids_TK = chosen.of(shard.ids(tables.router), tables.router)
-        _accumulate(tables.any_VE, row_T, ids_TK)
-        _accumulate(tables.first_VE, row_T, ids_TK[:, :1])
+        accumulate(tables.any_VE, row_T, ids_TK)
+        accumulate(tables.first_VE, row_T, ids_TK[:, :1])
         for any_VE, first_VE, order_T in zip(tables.shuffled_any, tables.shuffled_first, shuffled, strict=True):
-            _accumulate(any_VE, order_T, ids_TK)
-            _accumulate(first_VE, order_T, ids_TK[:, :1])
+            accumulate(any_VE, order_T, ids_TK)
+            accumulate(first_VE, order_T, ids_TK[:, :1])
         if tables.by_unit is not None and pair_row_T is not None:
-            _accumulate(tables.by_unit.reshape(-1, tables.by_unit.shape[-1]), pair_row_T, ids_TK)
+            accumulate(tables.by_unit.reshape(-1, tables.by_unit.shape[-1]), pair_row_T, ids_TK)
 
 
 def _accumulate(table: np.ndarray, row_T: np.ndarray, ids_TK: np.ndarray) -> None:

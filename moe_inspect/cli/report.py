@@ -25,7 +25,7 @@ class Phase(StrEnum):
 
 
 def report(
-    trace: Annotated[Path | None, typer.Argument(help="The directory of a trace.", show_default=False)] = None,
+    trace: Annotated[str | None, typer.Argument(help="The directory of a trace, or its URL (s3://…).", show_default=False)] = None,
     table: Annotated[
         str | None,
         typer.Option(

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
+from moe_inspect.trace.remote import Remote, place
 from moe_inspect.trace.schema import Router
 
 
@@ -43,7 +44,7 @@ class ShardFiles:
         return self.last_token - self.first_token + 1
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path | Remote) -> dict[str, Any]:
     """The manifest, checked as far as everything else relies on it."""
     path = root / schema.MANIFEST
     if not path.is_file():
@@ -88,7 +89,7 @@ def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
         raise MoeInspectError(f"process {pid} is still writing {root}: wait for it, or stop it")
 
 
-def committed_shards(root: Path, manifest: dict[str, Any]) -> list[ShardFiles]:
+def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[ShardFiles]:
     """Every shard whose lines are all there, by rank and index. A torn last line is an uncommitted shard; a torn line
     before the last is damage."""
     shards: list[ShardFiles] = []
@@ -199,11 +200,11 @@ def _widened(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 class Trace:
-    """A trace on disk. Tables come as pandas DataFrames; large ones by router (`routing(layer=3)`), or by shard
+    """A trace. Tables come as pandas DataFrames; large ones by router (`routing(layer=3)`), or by shard
     (`for shard in trace.shards`), which is how everything that must not depend on the trace's length reads them."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path | Remote):
+        self.path = place(path)
         self.manifest = read_manifest(self.path)
         self.routers = [Router(**r) for r in self.manifest["routers"]]
         self._files = committed_shards(self.path, self.manifest)
@@ -306,9 +307,11 @@ class Trace:
         return file
 
 
-def _open(path: Path, name: str) -> pq.ParquetFile:
+def _open(path: Path | Remote, name: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        if isinstance(path, Remote):
+            return pq.ParquetFile(path.path, filesystem=path.filesystem)
+        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     except FileNotFoundError:
         raise MoeInspectError(f"damaged trace: {name} is missing") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -327,5 +330,5 @@ def _ranges(values: list[int]) -> str:
 
 
 def open_trace(path: str | Path) -> Trace:
-    """Opens a trace directory. MoeInspectError where there is none, or it is damaged or of a newer format."""
+    """Opens a trace directory, of this machine or by a URL that fsspec can read (`s3://bucket/trace`). MoeInspectError where there is none, or it is damaged or of a newer format."""
     return Trace(path)

@@ -30,6 +30,7 @@ from moe_inspect.trace.schema import Router
 SHARD_TOKENS = 65_536
 SHARD_BYTES = 32 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
 SHARD_SECONDS = 60.0  # a slow model's decisions become readable, and safe, after so long at the latest
+CONTINUED = 8  # times as much, and as long, where the next batch goes on with sequences of this shard
 QUEUE_BATCHES = 2
 
 
@@ -135,6 +136,7 @@ class TraceWriter:
         self._pending: list[RoutedBatch] = []
         self._pending_tokens = self._pending_bytes = 0
         self._pending_since = time.monotonic()
+        self._reached: dict[tuple[int, int], int] = {}  # document, sequence → its last position among what is pending
         self._error: BaseException | None = None
         self.root.mkdir(parents=True, exist_ok=True)
         self._write_manifest()
@@ -224,26 +226,32 @@ class TraceWriter:
 
     def _take(self, batch: RoutedBatch) -> None:
         together = self._pending and batch.group is not None and batch.group == self._pending[-1].group
+        reached = _reached(batch)
         if self._pending and not together and self._is_due(batch):
-            self._commit_routing()
+            # what is counted of consecutive tokens is counted shard by shard: a sequence stays in one, as far as memory allows
+            continued = any(self._reached.get(key) == first - 1 for key, (first, _) in reached.items())
+            if not continued or self._is_due(batch, CONTINUED):
+                self._commit_routing()
         if not self._pending:
             self._pending_since = time.monotonic()
         self._pending.append(batch)
+        self._reached.update((key, last) for key, (_, last) in reached.items())
         self._pending_tokens += len(batch.token_id)
         self._pending_bytes += batch.nbytes
 
-    def _is_due(self, batch: RoutedBatch) -> bool:
+    def _is_due(self, batch: RoutedBatch, times: int = 1) -> bool:
         """Whether the shard is to be committed before `batch` joins it: it would grow too large, or has waited too long."""
         return (
-            self._pending_tokens + len(batch.token_id) > self.shard_tokens
-            or self._pending_bytes + batch.nbytes > SHARD_BYTES
-            or time.monotonic() - self._pending_since > self.shard_seconds
+            self._pending_tokens + len(batch.token_id) > times * self.shard_tokens
+            or self._pending_bytes + batch.nbytes > times * SHARD_BYTES
+            or time.monotonic() - self._pending_since > times * self.shard_seconds
         )
 
     # --- commits: documents, tokens, routing, then the shard's lines in one write
 
     def _commit_routing(self) -> None:
         batches, self._pending, self._pending_tokens, self._pending_bytes = self._pending, [], 0, 0
+        self._reached = {}
         sizes = [len(b.token_id) for b in batches]
         T = sum(sizes)
         token = pa.array(np.arange(self.next_token, self.next_token + T, dtype=np.int64))
@@ -421,6 +429,17 @@ def _encoding(column: pa.Field) -> str | None:
     if pa.types.is_float32(column.type):
         return "BYTE_STREAM_SPLIT"
     return "DELTA_BINARY_PACKED" if column.name == "token" else None
+
+
+def _reached(batch: RoutedBatch) -> dict[tuple[int, int], tuple[int, int]]:
+    """(document, sequence) → the first and the last position of its last run of rows; those of an encoder come before."""
+    changed_T = np.ones(len(batch.document) + 1, bool)
+    changed_T[1:-1] = (np.diff(batch.document) != 0) | (np.diff(batch.sequence) != 0)
+    changed_T[min(batch.encoded, len(batch.document))] = True
+    edges = np.flatnonzero(changed_T)
+    first, last = edges[:-1], edges[1:] - 1
+    keys = zip(batch.document[first].tolist(), batch.sequence[first].tolist(), strict=True)
+    return dict(zip(keys, zip(batch.position[first].tolist(), batch.position[last].tolist(), strict=True), strict=True))
 
 
 def _phases(batch: RoutedBatch) -> np.ndarray:
