@@ -6,6 +6,7 @@ includes neither the imports nor the making of the trace.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -34,11 +35,12 @@ def make(root: str, assignments: float) -> dict[str, float]:
 
 def ours(root: str, threads: int) -> dict[str, Any]:
     """The pass with everything the standard tables but vocabulary need of it; without the null of token ids."""
-    from moe_inspect.analysis import kernels  # noqa: F401
+    from moe_inspect.analysis import engine, kernels  # noqa: F401
     from moe_inspect.analysis.engine import count_trace
     from moe_inspect.analysis.select import select
     from moe_inspect.trace.reader import open_trace
 
+    engine.LONG = 0  # the compiled kernels, also at a reduced scale
     trace = open_trace(root)
     began, cpu = time.perf_counter(), time.process_time()
     counts = count_trace(trace, select(trace), WANTS, threads=threads)
@@ -57,7 +59,10 @@ def digest(assignments_DE: Any, together_EE: Any, next_EN: Any, first_same_D: An
 
 
 def competitor(name: str, root: str) -> dict[str, Any]:
-    """Load by domain, co-activation, transitions, repetition: a router at a time, as one would write it."""
+    """Load by domain, co-activation, transitions, repetition of first choices: a router at a time, as one would write it, on
+    one thread. What ours counts in the same pass it is spared: gate weights, load by document, batch and window, repetition
+    of any choice."""
+    os.environ["POLARS_MAX_THREADS"] = "1"
     import pandas as pd
     import pyarrow.dataset as ds
 
