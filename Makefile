@@ -37,6 +37,7 @@ picture: $(VENV)/.installed ## The picture that the README opens with, of the pa
 bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.simulate
 
 FUZZ_SECONDS ?= 600
 FUZZED := vllm-routed vllm-npy sglang-routed sglang-per_token sglang-per_pass sglang-stat tensorrt-llm tensorrt-llm-raw megatron esft fiddler counts

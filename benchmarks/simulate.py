@@ -1,4 +1,5 @@
-"""Speed of the simulations, in million decisions a CPU-second: `python -m benchmarks.simulate [NAME …]`. A benchmark is a function.
+"""Speed of the simulations, in million decisions a CPU-second, and what placement comes to: `python -m benchmarks.simulate [NAME …]`.
+A benchmark is a function. Prints a table, writes benchmarks/results/simulate-<machine>.json.
 
 "kernel" is the sweep alone, on decisions in memory; "trace" is the whole simulation of a trace on disk, reading included.
 """
@@ -9,7 +10,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +19,24 @@ import numpy as np
 SHAPES = ((8, 2), (64, 8), (128, 8), (256, 8))
 TOKENS, ROUTERS = 65_536, 16
 Rates = Iterator[tuple[str, float, float | None]]  # what, the rate, what it should reach
-BENCHMARKS: dict[str, Callable[[], Rates]] = {}
+Figures = Iterator[tuple[str, float, str, bool | None]]  # what, the figure, what it should be, whether it is
+BENCHMARKS: dict[str, Callable[[], Figures]] = {}
+
+
+def figures(function: Callable[[], Figures]) -> Callable[[], Figures]:
+    """Registers what yields figures of any kind."""
+    BENCHMARKS[function.__name__] = function
+    return function
 
 
 def benchmark(function: Callable[[], Rates]) -> Callable[[], Rates]:
-    BENCHMARKS[function.__name__] = function
+    """Registers what yields rates, in million decisions a CPU-second."""
+
+    def judged() -> Figures:
+        for label, reached, bar in function():
+            yield label, reached, f"≥ {bar}" if bar else "", reached >= bar if bar else None
+
+    BENCHMARKS[function.__name__] = judged
     return function
 
 
@@ -89,7 +103,7 @@ def cache() -> Rates:
             def sweep(ids_KT: np.ndarray = ids_KT, E: int = E, k: int = k, name: str = name) -> None:
                 held = Compiled(E, [2 * k], [name])
                 if name == "lru":
-                    kernels.lru(ids_KT, phase_T, held.rank_E, held.touched_E, held.at_PE, held.cold_P)
+                    kernels.lru(*held.lru(ids_KT, phase_T))
                 else:
                     getattr(kernels, name)(ids_KT, phase_T, 2 * k, *held.held[name, 2 * k], held.done[name, 2 * k])
 
@@ -100,18 +114,108 @@ def cache() -> Rates:
             yield f"cache, lru, trace, {k} of {E}", rate(partial(simulate_cache, trace, policies=["lru"]), 4 * TOKENS * ROUTERS, 2), 20
 
 
-def measure(names: list[str]) -> dict[str, float]:
-    """Prints a line a rate, in million decisions a CPU-second; returns them."""
+@benchmark
+def decode() -> Rates:
+    from moe_inspect.simulate.decode import Steps, simulate_decode
+
+    position_T = np.arange(TOKENS) % 512
+    for E, k in SHAPES:
+        ids_KT = np.ascontiguousarray(zipf(TOKENS, E, k).T)
+        sweep = partial(lambda ids_KT, E: Steps(E, [1, 8, 32, 128]).add(ids_KT, position_T, small=False), ids_KT, E)
+        yield f"decode, four batch sizes, kernel, {k} of {E}", rate(sweep, TOKENS), 20
+    for E, k in ((8, 2), (128, 8)):
+        with tempfile.TemporaryDirectory() as directory:
+            trace = on_disk(Path(directory) / "t", E, k)
+            yield f"decode, four batch sizes, trace, {k} of {E}", rate(partial(simulate_decode, trace), 4 * TOKENS * ROUTERS, 2), 20
+
+
+@benchmark
+def placement() -> Rates:
+    """Evaluation: the load of every expert in every window, and the GPUs that every token reaches."""
+    from moe_inspect.simulate.placement import simulate_placement
+    from moe_inspect.simulate.policies import POLICIES, Layout, shares
+    from moe_inspect.simulate.reach import count_windows, reached, table_of
+
+    window_T = np.arange(TOKENS) // 4096
+    for E, k in SHAPES:
+        ids_KT, layout = np.ascontiguousarray(zipf(TOKENS, E, k).T), Layout(E * 9 // 8 // 4 * 4, 4)
+        load_E = np.bincount(ids_KT.ravel(), minlength=E)
+        table = table_of(shares(POLICIES["ours"](load_E, layout), E, 4))
+
+        def sweep(ids_KT: np.ndarray = ids_KT, table: tuple = table, E: int = E) -> None:
+            count_windows(ids_KT, window_T, np.zeros((16, E), np.int64))
+            reached(ids_KT, *table, 4)
+
+        yield f"placement, a plan evaluated, kernel, {k} of {E}", rate(sweep, TOKENS), 20
+    for E, k in ((8, 2), (128, 8)):
+        with tempfile.TemporaryDirectory() as directory:
+            trace = on_disk(Path(directory) / "t", E, k)
+            run = partial(simulate_placement, trace, gpus=4, policies=["eplb"])
+            yield f"placement, a plan evaluated, trace, {k} of {E}", rate(run, 4 * TOKENS * ROUTERS, 2), 20
+
+
+@figures
+def plans() -> Figures:
+    """58 layers of 256 experts into 288 slots on 32 GPUs in 4 nodes."""
+    from moe_inspect.simulate.policies import POLICIES, Layout
+
+    load_LE = np.random.default_rng(0).zipf(1.2, (58, 256)).clip(max=10**5)
+    for name, most in (("eplb", 1), ("ours", 10)):
+        began = time.process_time()
+        for load_E in load_LE:
+            POLICIES[name](load_E, Layout(288, 32, 4, 8))
+        seconds = time.process_time() - began
+        yield f"{name}, 58 x 256 experts into 288 slots, CPU-seconds", seconds, f"≤ {most}", seconds <= most
+
+
+@figures
+def balance() -> Figures:
+    """Ours against the better EPLB, on the loads that both are fitted to: 1,000 random Zipf loads in random layouts."""
+    from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
+
+    rng = np.random.default_rng(2026)
+    count = dict.fromkeys(("better", "equal", "worse", "replicas on one GPU"), 0)
+    for _ in range(1_000):
+        E, gpus = int(rng.choice([8, 16, 32, 64, 128, 256])), int(rng.choice([2, 4, 8, 16, 32]))
+        room = -(-E // gpus)
+        layout = Layout(gpus * int(rng.integers(room, room + 3)), gpus, 2, 4)
+        share_E = rng.permutation(np.arange(1, E + 1) ** -rng.uniform(0.1, 2.0))
+        load_E = rng.multinomial(100_000, share_E / share_E.sum())
+        plan_of = {name: POLICIES[name](load_E, layout) for name in ("ours", "eplb", "eplb-global")}
+        most = {name: float((load_E @ shares(plan, E, gpus)).max()) for name, plan in plan_of.items()}
+        best = min(most["eplb"], most["eplb-global"])
+        worse, better = most["ours"] > best * (1 + 1e-9), most["ours"] < best * (1 - 1e-6)
+        count["worse" if worse else "better" if better else "equal"] += 1
+        if layout.slots // gpus < E:  # else every GPU has every expert
+            count["replicas on one GPU"] += colocated(plan_of["ours"], gpus)
+    for name, number in count.items():
+        bar = name in ("worse", "replicas on one GPU")
+        yield f"ours against EPLB on 1,000 Zipf loads: {name}", number, "≤ 0" if bar else "", number == 0 if bar else None
+
+
+def measure(names: Sequence[str] = ()) -> dict[str, float]:
+    """Prints a line a figure; returns them."""
     found = {}
     for name in names or BENCHMARKS:
-        for label, reached, bar in BENCHMARKS[name]():
-            found[label] = round(reached, 2)
-            print(
-                f"{label:<66}{reached:>10.1f}   {'' if bar is None else f'≥ {bar} ' + ('yes' if reached >= bar else 'NO')}".rstrip(),
-                flush=True,
-            )
+        for label, figure, bar, fine in BENCHMARKS[name]():
+            found[label] = round(figure, 3)
+            verdict = "" if fine is None else "yes" if fine else "NO"
+            print(f"{label:<66}{figure:>10.4g}   {bar} {verdict}".rstrip(), flush=True)
     return found
 
 
+def main(names: Sequence[str]) -> None:
+    from benchmarks.run import RESULTS, machine
+
+    measured, facts = measure(names), machine() | {"command": "python -m benchmarks.simulate"}
+    if names:
+        return  # a part is looked at, not kept
+    name = "-".join(f"{facts['processor']} {facts['cores']} cores".lower().replace("(r)", "").split())
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    target = RESULTS / f"simulate-{''.join(c for c in name if c.isalnum() or c == '-')}.json"
+    target.write_text(json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False) + "\n")
+    print(f"written to {target}")
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1:])), file=sys.stderr)
+    main(sys.argv[1:])

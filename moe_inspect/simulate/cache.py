@@ -1,7 +1,8 @@
 """`simulate cache`: experts on a slow memory, `slots` of each layer in a fast one. How often is an expert already there?
 
 What is accessed, exactly: each router has its own slots, empty at first and kept from one text to the next. Sequences run one
-after the other, in the order in which they began, each token by token (batch size 1), also where the trace was prefilled at once. The
+after the other, in the order in which they began, each token by token (batch size 1), also where the trace was prefilled at once; one
+that goes on in a later shard goes on there. The
 k experts of a decision are wanted together: hits are counted before any is loaded, all that miss are loaded, and none of the k makes
 room for another, so slots >= k. The first touch of an expert is a cold miss, under any policy.
 

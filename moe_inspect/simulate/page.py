@@ -29,9 +29,12 @@ def sections(simulation: Simulation) -> list[Section]:
 
 def page(simulation: Simulation) -> str:
     """The page as one string of HTML."""
-    assumed = "; ".join(f"{name.replace('_', ' ')}: {_said(value)}" for name, value in simulation.settings.items() if value is not None)
+    assumed = "; ".join(f"{name.replace('_', ' ')}: {_said(value)}" for name, value in simulation.settings.items() if _said(value))
     return html_page(f"moe-inspect simulate {simulation.name}", simulation.verdict, sections(simulation), subtitle=assumed)
 
 
 def _said(value: object) -> str:
+    """Nothing of what was not asked for."""
+    if value is None or value is False:
+        return ""
     return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)

@@ -28,7 +28,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         said.append(
             f"{best['policy']} brings that to {best['slowdown']:.2f}x"
             + (f" ({', '.join(others)})" if others else "")
-            + f": {1 - best['slowdown'] / first['slowdown']:.0%} less waiting for the busiest GPU."
+            + f": {1 - best['slowdown'] / first['slowdown']:.0%} less time."
         )
     elif len(rows) > 1:
         said.append(f"No other policy is better than {first['policy']} here.")

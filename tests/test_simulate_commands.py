@@ -1,0 +1,150 @@
+"""`simulate placement` and `simulate decode` as a user meets them, and on traces of every kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from moe_inspect.cli.app import app
+from moe_inspect.simulate.decode import simulate_decode
+from moe_inspect.simulate.placement import simulate_placement
+from tests.conftest import ROOT
+from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
+
+TRACE = ROOT / "sample_traces/collapsed"
+
+
+def run(*arguments: object, exit_code: int = 0) -> Result:
+    """In this process: what a new one would spend on imports is not what is asked."""
+    done = CliRunner().invoke(app, ["simulate", *map(str, arguments)])
+    assert done.exit_code == exit_code, f"exit {done.exit_code}\n{done.output}"
+    return done
+
+
+COLUMNS = {
+    ("placement", "placement"): "layer,router,policy,max_over_mean,balancedness,slowdown,ranks_per_token,nodes_per_token",
+    ("placement", "policies"): "policy,balancedness_sglang,balancedness_vllm,slowdown",
+    ("placement", "windows"): "window,first_token,tokens,part,layer,router,policy,max_over_mean",
+    ("placement", "plan"): "layer,router,policy,slot,gpu,node,expert,replicas",
+    ("decode", "decode"): "layer,router,batch,steps,distinct_experts,independent,from_marginals",
+    ("decode", "batch_needed"): "layer,router,reached_experts,reads_all_from,compute_bound_from",
+}
+
+
+@pytest.mark.parametrize(("command", "table"), COLUMNS)
+def test_every_table_in_every_format(command: str, table: str, tmp_path: Path) -> None:
+    text = run(command, TRACE, "--table", table, "--format", "csv").stdout
+    assert text.startswith(COLUMNS[command, table])
+    rows = text.count("\n") - 1
+    lines = run(command, TRACE, "--table", table, "--format", "json").stdout.splitlines()
+    assert len(lines) == rows > 0
+    assert json.loads(lines[0]).keys() == set(text.splitlines()[0].split(","))
+    run(command, TRACE, "--table", table, "-o", tmp_path / "t.parquet")
+    assert len(pd.read_parquet(tmp_path / "t.parquet")) == rows
+
+
+def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
+    options = ("--gpus", 4, "--physical-experts", 12, "--policy", "contiguous,eplb,ours")
+    done = run("placement", TRACE, *options, "-o", tmp_path / "plan.json", "--plots", tmp_path, "--html", tmp_path / "page.html")
+    assert "by vLLM's convention" in done.stdout
+    assert "ours, 4 MoE layers of 12 slots on 4 GPUs" in done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
+    assert [sorted(set(row)) for row in plan] == [list(range(8))] * 4
+    assert (tmp_path / "placement.png").stat().st_size > 10_000
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>moe-inspect simulate placement" in page
+    assert "counts only" not in page  # a setting that does not apply
+    run("placement", TRACE, *options, "-o", tmp_path / "plan.yaml")
+    assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["initial_global_assignments"] == dict(enumerate(plan))
+
+
+def test_decode_draws_and_writes_a_page(tmp_path: Path) -> None:
+    done = run("decode", TRACE, "--batch", "1,8", "--expert-mb", 10, "--plots", tmp_path, "--html", tmp_path / "page.html")
+    assert "1 sequence reads 2.0 experts a layer and step" in done.stdout
+    assert (tmp_path / "decode.png").stat().st_size > 10_000
+    assert "<title>moe-inspect simulate decode" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("placement", TRACE, "--table", "nothing"), "no table 'nothing'"),
+        (("placement", TRACE, "-o", "plan.png"), "no format goes by this ending"),
+        (("placement", TRACE, "--minimize", "bytes"), "'bytes' is not"),
+        (("decode", TRACE, "--batch", "1,x"), "'x' is no whole number"),
+        (("decode", TRACE, "--batch", "0"), "0 is below 1"),
+        (("decode", TRACE, "--phase", "later"), "'later' is not"),
+    ],
+)
+def test_bad_usage_exits_2_and_names_what_is_wrong(arguments: tuple[object, ...], said: str) -> None:
+    done = run(*arguments, exit_code=2)
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_what_can_be_mended_exits_1_in_a_line(cli, tmp_path: Path) -> None:
+    said = cli("simulate", "placement", TRACE, "--gpus", 3, check=1).stderr
+    assert "8 physical experts on 3 GPUs" in said
+    assert said.count("\n") == 1
+
+
+def test_an_encoder_decoders_routers_are_placed_by_their_own_tokens(tmp_path: Path) -> None:
+    """The encoder sends all to expert 0, the decoder in turn to 0 and 1; two GPUs, an expert each, all of it judged."""
+    made = simulate_placement(encoder_decoder(tmp_path / "t"), gpus=2, policies=["contiguous"], fit_share=1.0)
+    rows = made.tables["placement"].set_index("router")
+    assert rows["max_over_mean"].to_dict() == {0: 2.0, 1: 1.0}
+    assert rows["ranks_per_token"].to_dict() == {0: 1.0, 1: 1.0}
+    assert (2 * rows["mean_load"]).to_dict() == {0: 6.0, 1: 4.0}
+
+
+def test_an_encoder_decoders_steps_are_of_the_tokens_a_router_sees(tmp_path: Path) -> None:
+    table = simulate_decode(encoder_decoder(tmp_path / "t"), batches=[1]).tables["decode"].set_index("router")
+    assert table["steps"].to_dict() == {0: 6, 1: 4}
+    assert table["from_marginals"].to_dict() == {0: 1.0, 1: 1.0}
+
+
+def test_two_routers_a_layer_keep_apart_and_no_plan_file_holds_both(tmp_path: Path) -> None:
+    ids = [np.tile(np.array([[e]], np.uint16), (64, 1)) for e in (0, 1)]
+    trace = write_trace(tmp_path / "t", ids, 2, layers=[3, 3])
+    table = simulate_placement(trace, gpus=2, policies=["contiguous"]).tables["plan"]
+    assert table.groupby("router")["expert"].apply(list).to_dict() == {0: [0, 1], 1: [0, 1]}
+    assert simulate_decode(trace, batches=[1]).tables["decode"]["router"].tolist() == [0, 1]
+    assert "one router a layer" in str(run("placement", trace.path, "--gpus", 2, "-o", tmp_path / "p.json", exit_code=1).exception)
+
+
+def test_slots_that_route_nowhere_load_no_gpu_and_read_no_expert(tmp_path: Path) -> None:
+    ids = np.tile(np.array([[0, 65535], [65535, 65535]], np.uint16), (50, 1))
+    trace = write_trace(tmp_path / "t", [ids], 2)
+    row = simulate_placement(trace, gpus=2, policies=["contiguous"], fit_share=1.0).tables["placement"].iloc[0]
+    assert (row["max_load"], row["ranks_per_token"]) == (50, 0.5)
+    assert simulate_decode(trace, batches=[1]).tables["decode"]["distinct_experts"].item() == 0.5
+
+
+def test_256_experts_and_one_gpu(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 600, 256, 8)], 256)
+    one = simulate_placement(trace, gpus=1).tables["placement"]
+    assert (one["max_over_mean"] == 1).all()
+    assert (one["ranks_per_token"] == 1).all()
+    many = simulate_placement(trace, gpus=8, nodes=2, physical_experts=288).tables["placement"]
+    assert many["nodes_per_token"].between(1, 2).all()
+    assert simulate_decode(trace, batches=[1]).tables["decode"]["distinct_experts"].item() == 8
+
+
+def test_counts_alone_write_a_plan(tmp_path: Path) -> None:
+    trace = write_counts(tmp_path / "t", [np.array([[40, 30, 20, 10]]), np.array([[10, 10, 10, 70]])], 2)
+    run("placement", trace.path, "--gpus", 2, "--physical-experts", 6, "-o", tmp_path / "plan.json")
+    assert [len(row) for row in json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]] == [6, 6]
+    assert "holds counts only" in str(run("decode", trace.path, exit_code=1).exception)
+
+
+def test_where_replicas_need_not_share_a_gpu_the_search_finds_it() -> None:
+    """Found by looking for loads where EPLB, whose replicas do share, was ahead."""
+    from moe_inspect.simulate.policies import Layout
+    from tests.test_placement import no_worse
+
+    no_worse(np.array([29404, 17494, 12788, 6333, 8838, 7713, 10430, 7000]), Layout(64, 32, 2, 4))
