@@ -57,7 +57,7 @@ def export_trace(trace: str | Path | Trace, format: str, output: str | Path) -> 
         raise MoeInspectError(f"no format {format!r}: there are {', '.join(EXPORTS)}")
     opened = trace if isinstance(trace, Trace) else Trace(trace)
     output = Path(output)
-    if output.resolve().is_relative_to(opened.path.resolve()):
+    if isinstance(opened.path, Path) and output.resolve().is_relative_to(opened.path.resolve()):
         raise MoeInspectError(f"{output} is within the trace: write it elsewhere")
     try:
         EXPORTS[format](opened, output)

@@ -124,7 +124,7 @@ def _check_files(trace: Trace, shard: ShardFiles) -> None:
             said = f"the line of {line['path']} states tokens and batches {stated}, another of its shard {span}"
             raise Violation(f"shards-{shard.rank}.jsonl", None, said)
     for table, name in shard.paths.items():
-        path = trace.path / name
+        path = _local(trace) / name
         if re.fullmatch(rf"{table}/part-{shard.rank}-\d+\.parquet", name) is None:
             raise Violation(f"shards-{shard.rank}.jsonl", None, f"{table} of shard {shard.index} is at {name}, not in {table}/")
         if not path.is_file():
@@ -139,6 +139,12 @@ def _check_files(trace: Trace, shard: ShardFiles) -> None:
     if "tokens" in shard.rows and shard.rows["tokens"] != shard.tokens:
         said = f"{shard.rows['tokens']} rows for tokens {shard.first_token} to {shard.last_token}"
         raise Violation(shard.paths["tokens"], None, said)
+
+
+def _local(trace: Trace) -> Path:
+    if not isinstance(trace.path, Path):
+        raise MoeInspectError(f"verify reads every byte of a trace: copy {trace.path} to this machine")
+    return trace.path
 
 
 def _check_numbering(files: list[ShardFiles]) -> None:
@@ -156,7 +162,8 @@ def _check_orphans(trace: Trace, files: list[ShardFiles]) -> None:
         return  # a file whose line is yet to come
     known = {path for shard in files for path in shard.paths.values()}
     for table in trace.tables:
-        for file in sorted((trace.path / table).iterdir()) if (trace.path / table).is_dir() else ():
+        folder = _local(trace) / table
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
             if f"{table}/{file.name}" not in known:
                 raise Violation(f"{table}/{file.name}", None, "an orphan: no line of shards-*.jsonl speaks of it (--resume deletes it)")
 

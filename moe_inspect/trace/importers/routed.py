@@ -143,9 +143,8 @@ def identical_run(routed_TBK: np.ndarray) -> int:
     T = len(routed_TBK)
     same_T = np.zeros(T, bool)
     if T > 1:
-        rows = np.nonzero((routed_TBK[1:, -1] == routed_TBK[:-1, -1]).all(1))[
-            0
-        ]  # few, in a real dump: the rest is looked at for these alone
+        # few, in a real dump: the rest is looked at for these alone
+        rows = np.flatnonzero((routed_TBK[1:, -1] == routed_TBK[:-1, -1]).all(1))
         same_T[rows + 1] = (routed_TBK[rows + 1] == routed_TBK[rows]).all((1, 2))
     breaks = np.nonzero(~same_T)[0]
     return int(np.diff(np.append(breaks, T)).max()) if T else 0
