@@ -18,7 +18,7 @@ from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
 from moe_inspect.capture.engine_http import MODELS, ask, client, reach, root_of, split_url, teller
 from moe_inspect.capture.engines import ENGINES, Answer, Asked, Engine, Served, most_bytes, read_answer
 from moe_inspect.capture.manifest import process_facts
-from moe_inspect.capture.models import config_record, load_config, load_tokenizer, tokenizer_fingerprint, vocabulary_table
+from moe_inspect.capture.models import commit_of, config_record, load_config, load_tokenizer, tokenizer_fingerprint, vocabulary_table
 from moe_inspect.capture.resume import comparable, complete_now, corpus_record, resumed
 from moe_inspect.capture.routers import find_routers, top_k_of
 from moe_inspect.capture.run import fitting
@@ -104,7 +104,7 @@ def trace_engine(
             chosen = _chosen(routers, layers)
             served = Served(about["model"], text.num_hidden_layers, _one_top_k(routers), text.vocab_size, routers, chosen)
             manifest = {
-                "model": {"id": model_config, "revision": getattr(config, "_commit_hash", None) or revision, "class": kind},
+                "model": {"id": model_config, "revision": commit_of(model_config, revision), "class": kind},
                 "corpus": corpus_record(options, plan, tokenizer),
                 "capture": {
                     "mode": "engine",

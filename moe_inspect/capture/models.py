@@ -57,8 +57,21 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     try:
         return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a broken config.json makes transformers raise, the file is the user's
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise MoeInspectError(
+                f"model {name!r} brings code of its own, which runs here: read it, then give --trust-remote-code"
+            ) from None
         way_out = "" if Path(location).is_dir() else f": {HOW_TO_NAME}"
         raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error).rstrip('.')}{way_out}") from error
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit of the hub that was loaded, where it is one; else the revision as given."""
+    from huggingface_hub import try_to_load_from_cache
+
+    location = model_location(name)
+    cached = None if Path(location).is_dir() else try_to_load_from_cache(location, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else revision
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -135,12 +148,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def weights_fingerprint(name: str, config: Any) -> str | None:
+def weights_fingerprint(name: str, revision: str | None) -> str | None:
     """Tells one set of weights from another without reading them through: the commit on the hub, or size, beginning and end
     of each file of a directory."""
     place = Path(model_location(name))
     if not place.is_dir():
-        return getattr(config, "_commit_hash", None)
+        return commit_of(name, revision)
     parts = []
     for file in sorted(f for f in place.iterdir() if f.suffix in (".safetensors", ".bin")):
         size = file.stat().st_size

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
-from moe_inspect.capture.models import load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
+from moe_inspect.capture.models import commit_of, load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.capture.resume import comparable, complete_now, corpus_record, resumed
@@ -100,7 +100,7 @@ def trace_model(
         "model": model,
         "revision": revision,
         "config": schema.fingerprint(comparable(config)),
-        "weights_hash": None if random_init is not None else weights_fingerprint(model, config),
+        "weights_hash": None if random_init is not None else weights_fingerprint(model, revision),
         "random_init": random_init,
         "dtype": dtype,
         "layers": sorted(layers) if layers is not None else None,
@@ -144,7 +144,13 @@ def trace_model(
             resume=start,
             overwrite=overwrite,
             manifest={
-                "model": {"id": model, "revision": getattr(config, "_commit_hash", None) or revision, "class": type(network).__name__},
+                "model": {
+                    "id": model,
+                    "revision": commit_of(model, revision),
+                    "class": type(network).__name__,
+                    "trust_remote_code": trust_remote_code,
+                    "device_map": device_map,
+                },
                 "corpus": corpus_record(options, plan, tokenizer),
             },
         )
