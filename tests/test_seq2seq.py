@@ -159,3 +159,14 @@ def test_a_stack_that_is_not_seen_is_refused(tmp_path: Path) -> None:
 
 def fails(*_: object) -> None:
     raise ZeroDivisionError
+
+
+def test_a_models_quirk_is_told_with_every_report(tmp_path: Path) -> None:
+    noted = {}
+    for family in ("nllb_moe", "switch_transformers"):
+        model = zoo.build(family)
+        with moe_inspect.record(model, tmp_path / family):
+            model(input_ids=torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[2, 3]]))
+        noted[family] = moe_inspect.report(tmp_path / family).warning
+    assert "runs experts 1 and 0 whatever NLLB's routers choose" in noted["nllb_moe"]
+    assert noted["switch_transformers"] is None

@@ -534,6 +534,8 @@ class Recorder:
             **self._extra,
         }
         manifest["model"]["config"] = config_record(self.model.config)
+        if notes := {site.adapter.note for site in self.sites if site.adapter is not None and site.adapter.note}:
+            manifest["model"]["note"] = "; ".join(sorted(notes))
         manifest["capture"] = {
             **capture_facts(self.model, self.mode),
             "weight_dtype": str(self._weight_dtype).removeprefix("torch.") if self.weights else None,

@@ -85,14 +85,15 @@ class Report:
 
     @property
     def warning(self) -> str | None:
-        """What to know before believing any of it: the trace is not complete, or something was dropped."""
+        """What to know before believing any of it: the trace is not complete, something was dropped, or its model
+        has a quirk."""
         said = {
             "recording": "this trace is still being recorded, or was cut off: the report is of what is committed so far",
             "interrupted": "this trace was interrupted: the report is of what was committed",
         }.get(self.trace.status)
         dropped = self.dropped
         lost = f"{dropped:,} decisions were dropped while recording" if dropped else None
-        return "; ".join(s for s in (said, lost) if s) or None
+        return "; ".join(s for s in (said, lost, self.trace.manifest.get("model", {}).get("note")) if s) or None
 
     @property
     def dropped(self) -> int:
