@@ -157,7 +157,7 @@ def test_a_large_model_on_a_narrow_terminal(tmp_path: Path):
     write_trace(tmp_path / "t", ids, 256, document=np.arange(200) // 20, domain_of_document=["a", "b"])
     lines = on_a_terminal(80, "report", tmp_path / "t")
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
-    assert len(lines) < 150
+    assert len(lines) < 160  # a long path to the trace takes lines
     assert "the least balanced, 32 of 61 routers" in lines
     assert sum(line.startswith("layer 40 ") for line in lines) == 1
 
