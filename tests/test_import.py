@@ -194,3 +194,27 @@ def test_the_commands_help_names_every_format(cli):
 def test_importing_needs_no_torch_but_for_its_files():
     program = "import sys; import moe_inspect.trace.importers.run, moe_inspect.trace.verify, moe_inspect.trace.export; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_model_without_a_tokenizer_is_not_one_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there is done without; what could not be asked for is told."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from moe_inspect.trace import config
+
+    answers: dict[str, Exception] = {}
+
+    def download(model: str, name: str) -> str:
+        if name in answers:
+            raise answers[name]
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert config._from_hub("who/what") == (tmp_path / "config.json", tmp_path / "tokenizer.json")
+    answers["tokenizer.json"] = EntryNotFoundError("no such file")
+    assert config._from_hub("who/what") == (tmp_path / "config.json", None)
+    for error in (LocalEntryNotFoundError("offline"), OSError("the disk is full")):
+        answers["tokenizer.json"] = error
+        with pytest.raises(MoeInspectError, match=f"cannot read the config and the tokenizer of who/what: {error}"):
+            config._from_hub("who/what")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.reader import _ranges as ranges
-from moe_inspect.trace.schema import PHASES, Router, parse_ranges
+from moe_inspect.trace.schema import PHASES, Router, parse_ranges, ranges
 
 
 @dataclass(frozen=True)

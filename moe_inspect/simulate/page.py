@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-
-from moe_inspect.report.html import Section
+from moe_inspect.report.html import Section, svg_of
 from moe_inspect.report.html import page as html_page
 from moe_inspect.simulate.result import Simulation
 
@@ -15,11 +13,8 @@ def sections(simulation: Simulation) -> list[Section]:
     """The picture, then the tables, those first that the text shows."""
     found = []
     if simulation.figure is not None:
-        drawing = io.StringIO()
-        simulation.figure().savefig(drawing, format="svg", bbox_inches="tight")
-        found.append(
-            Section(f"simulate {simulation.name}", "Simulated: the trace replayed under other assumptions.", svg=drawing.getvalue())
-        )
+        said = "Simulated: the trace replayed under other assumptions."
+        found.append(Section(f"simulate {simulation.name}", said, svg=svg_of(simulation.figure())))
     for name in dict.fromkeys([*simulation.shown, *simulation.tables]):
         table = simulation.tables[name]
         cut = f"The first {ROWS} of {len(table):,} rows." if len(table) > ROWS else ""

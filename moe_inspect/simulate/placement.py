@@ -100,7 +100,7 @@ def _layouts(trace: Trace, selection: Selection, gpus: int | None, nodes: int, s
         most = max(1, min(8, min(held) // 2))
         gpus = next((g for g in range(most, 0, -1) if not any(n % g for n in held) and g % nodes == 0), 0)
         if not gpus:
-            raise MoeInspectError(f"no number of GPUs up to {most} divides {ranges_of(held)} slots and among {nodes} nodes: give gpus")
+            raise MoeInspectError(f"no number of GPUs up to {most} divides {_listed(held)} slots and among {nodes} nodes: give gpus")
     if gpus < 1 or nodes < 1 or gpus % nodes:
         raise MoeInspectError(f"{gpus} GPUs on {nodes} nodes: give each node the same number of GPUs")
     if uneven := sorted(n for n in held if n % gpus):
@@ -109,11 +109,11 @@ def _layouts(trace: Trace, selection: Selection, gpus: int | None, nodes: int, s
         known = text_config(trace).get("n_group")
         groups = known if isinstance(known, int) and known > 0 and not any(E % known for E in sizes) else 1
     if groups < 1 or any(E % groups for E in sizes):
-        raise MoeInspectError(f"{groups} groups of {ranges_of(sizes)} experts: groups are of the same size, give a divisor")
+        raise MoeInspectError(f"{groups} groups of {_listed(sizes)} experts: groups are of the same size, give a divisor")
     return {r: Layout(slots or trace.routers[r].experts, gpus, nodes, groups) for r in selection.routers}
 
 
-def ranges_of(values: Iterable[int]) -> str:
+def _listed(values: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(values)))
 
 

@@ -110,19 +110,23 @@ def _config_file(model: str) -> tuple[Path, Path | None]:
 def _from_hub(model: str) -> tuple[Path, Path | None]:
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise MoeInspectError(
             f"no config at {model}, and reading it from the hub needs huggingface_hub: pip install huggingface_hub"
         ) from None
+    vocabulary = None
     try:
         config = Path(hf_hub_download(model, "config.json"))
+        try:
+            vocabulary = Path(hf_hub_download(model, "tokenizer.json"))
+        except EntryNotFoundError as error:  # a model may have none: the trace is then without a vocabulary
+            if isinstance(error, LocalEntryNotFoundError):  # whether it has one could not be asked
+                raise
     except Exception as error:  # offline, no such model, no access: the library has a class for each, and the way out is the same
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MoeInspectError(f"cannot read the config of {model}: {line}") from None
-    try:
-        return config, Path(hf_hub_download(model, "tokenizer.json"))
-    except Exception:  # a model may have none: the trace is then without a vocabulary
-        return config, None
+        raise MoeInspectError(f"cannot read the config and the tokenizer of {model}: {line}") from None
+    return config, vocabulary
 
 
 # --- which blocks route

@@ -248,7 +248,7 @@ class Trace:
         if not chosen:
             layers = sorted({r.layer for r in self.routers})
             asked = f"layer {layer}" if layer is not None else f"router {router}"
-            raise MoeInspectError(f"no {asked} in {self.path}: it has layers {_ranges(layers)} and routers 0-{len(self.routers) - 1}")
+            raise MoeInspectError(f"no {asked} in {self.path}: it has layers {schema.ranges(layers)} and routers 0-{len(self.routers) - 1}")
         return chosen
 
     def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
@@ -316,17 +316,6 @@ def _open(path: Path | Remote, name: str) -> pq.ParquetFile:
         raise MoeInspectError(f"damaged trace: {name} is missing") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise MoeInspectError(f"damaged trace: {name}: {str(error).splitlines()[0]}") from None
-
-
-def _ranges(values: list[int]) -> str:
-    """[0, 1, 2, 5] → "0-2,5"."""
-    parts: list[list[int]] = []
-    for value in values:
-        if parts and value == parts[-1][1] + 1:
-            parts[-1][1] = value
-        else:
-            parts.append([value, value])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def open_trace(path: str | Path) -> Trace:

@@ -172,14 +172,14 @@ def fingerprint(value: Any) -> str:
 
 
 def ranges(values: Iterable[int]) -> str:
-    """[0, 1, 2, 3, 7] → "0-3, 7"."""
+    """[0, 1, 2, 3, 7] → "0-3,7", as options take it."""
     runs: list[list[int]] = []
     for value in sorted(values):
         if runs and value == runs[-1][1] + 1:
             runs[-1][1] = value
         else:
             runs.append([value, value])
-    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)
+    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)
 
 
 def parse_ranges(text: str) -> list[int]:
