@@ -60,9 +60,11 @@ def _loaded(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED or i.file_size > path.stat().st_size]
+        if packed:  # torch allocates what the archive declares before it reads
+            raise ValueError(f"{packed[0]} is compressed, or declared larger than the file")
         shapes: Any = torch.load(path, map_location="meta", weights_only=True)
         held = _tensor_bytes(shapes)
-        if packed or held > path.stat().st_size:
+        if held > path.stat().st_size:
             raise ValueError(f"it declares {held:,} bytes of tensors, the file has {path.stat().st_size:,}")
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
@@ -76,10 +78,13 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 
 def _tensor_bytes(value: Any) -> int:
-    """What the tensors in nested dicts and lists declare, in bytes."""
-    total, left = 0, [value]
+    """What the tensors in nested dicts and lists declare, in bytes. A list may be in itself."""
+    total, left, seen = 0, [value], set()
     while left:
         one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
         if isinstance(one, dict):
             left += one.values()
         elif isinstance(one, (list, tuple)):
@@ -154,8 +159,10 @@ def _stat(job: Job, files: list[File]) -> Imported:
     if len(files) > 1:
         raise MoeInspectError(f"{files[1][0]}: a stat dump holds the sum over all ranks: import one")
     count_SBE = _array(content["logical_count"], f"{path}: logical_count", (None, None, None), 0, 2**53)
+    if not count_SBE.size:  # so many layers and experts as one likes, of which the file need hold none
+        raise MoeInspectError(f"{path}: logical_count is {list(count_SBE.shape)}: no counts")
     window_S = windows_of(len(count_SBE))
-    load_WBE = np.zeros((int(window_S.max(initial=0)) + 1, *count_SBE.shape[1:]), np.int64)
+    load_WBE = np.zeros((int(window_S.max()) + 1, *count_SBE.shape[1:]), np.int64)
     for s, w in enumerate(window_S):
         load_WBE[w] += count_SBE[s]
     job.read(path.stat().st_size)
