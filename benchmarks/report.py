@@ -46,7 +46,10 @@ def ours(root: str, threads: int) -> dict[str, Any]:
     counts = count_trace(trace, select(trace), WANTS, threads=threads)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     total = sum(int(counts.load_E(r).sum()) for r in counts.indices)
-    answers = [digest(counts.assignments_DE(r), mine.together_EE, mine.next_EN, mine.first_same_D) for r, mine in counts.of.items()]
+    answers = [
+        digest(counts.assignments_DE(r), mine.together_EE, mine.next_EN, counts.by_domain(mine.first_same_U))
+        for r, mine in counts.of.items()
+    ]
     return {"assignments": total, "wall_s": wall, "cpu_s": cpu, "peak_memory_mib": peak_memory_mib(), "answers": answers}
 
 

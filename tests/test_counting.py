@@ -34,6 +34,11 @@ def ids_with_gaps(seed: int, tokens: int = T, E: int = E, k: int = K, null: floa
     return ids_TK
 
 
+def slots_of(ids_TK: np.ndarray, E: int = E) -> counting.Slots:
+    """As the reader has them."""
+    return tuple(np.where(ids_TK < 0, E, ids_TK).astype(np.uint8).T.copy())
+
+
 def made(root: Path, shard_tokens: int = 400, seed: int = 0, relabel: np.ndarray | None = None) -> Trace:
     ids = [np.where(i < 0, NOWHERE, i if relabel is None else relabel[i]).astype(np.uint16) for i in map(ids_with_gaps, (seed, seed + 1))]
     weights = [np.random.default_rng(9).random((T, K)).astype(np.float16).astype(np.float32) for _ in ids]
@@ -61,23 +66,24 @@ def same(a: Counts, b: Counts) -> None:
 def test_pairs_by_hand():
     here, there = np.array([[0, 1], [0, -1]], np.int16), np.array([[2, 0], [1, 2]], np.int16)
     for by in (counting, kernels):
-        assert by.pairs(here, here, 2, 2).tolist() == [[2, 1], [1, 1]]
-        assert by.pairs(here, there, 2, 3).tolist() == [[1, 1, 2], [1, 0, 1]]
+        assert by.pairs(slots_of(here, 2), slots_of(here, 2), 2, 2).tolist() == [[2, 1], [1, 1]]
+        assert by.pairs(slots_of(here, 2), slots_of(there, 3), 2, 3).tolist() == [[1, 1, 2], [1, 0, 1]]
 
 
 def test_repetition_and_segments_follow_a_sequence_across_batches():
     # two sequences decoded side by side: their tokens alternate, the second starts a new sequence of the same document at 2
     document, sequence = np.array([7, 8, 7, 8, 7, 7]), np.array([0, 1, 0, 1, 0, 2])
     order = counting.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 0]))
-    ids_TK = np.array([[0, 1], [3, 2], [0, 2], [2, 3], [1, 3], [1, 3]], np.int16)
-    domain_T = np.array([0, 1, 0, 1, 0, 0])
+    slots = slots_of(np.array([[0, 1], [3, 2], [0, 2], [2, 3], [1, 3], [1, 3]]), 4)
+    nothing_T, unit_T = np.zeros(6, np.int64), document - 7
+    places = counting.Places(unit_T, nothing_T, nothing_T, nothing_T, 2, 1, 1, 1, order)
     for by in (counting, kernels):
-        every, first, common = by.repetition(ids_TK, order, domain_T, 2)
-        assert every.tolist() == [2, 1]
+        first, common = by.repetition(slots, places, 4)
+        assert places.pairs_U.tolist() == [2, 1]
         assert first.tolist() == [1, 0]
         assert common.tolist() == [1, 1]
         # windows of 2 tokens: {0,1},{0,2} then {0,2},{1,3}; {3,2},{2,3}
-        assert by.srp(ids_TK, order, 4, 2).tolist() == [1 + 0 + 2, 2 + 4 + 0, 1 + 0 + 2]
+        assert by.srp(slots, places, 4, 2).tolist() == [[1 + 0, 2 + 4, 1 + 0], [2, 0, 2]]
     assert sorted(order.size_S.tolist()) == [1, 2, 3]
 
 
@@ -86,31 +92,33 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
 def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens: int, null: float):
     rng = np.random.default_rng(seed)
     experts, k = shape
-    ids_TK, next_TK = (ids_with_gaps(seed + i, tokens, experts, k, null) for i in range(2))
-    row_T, weights_TK = rng.integers(0, 3, tokens), rng.random((tokens, k)).astype(np.float32)
-    sequence_T = rng.integers(0, 3, tokens)
-    order = counting.order_of(sequence_T // 2, sequence_T, np.arange(tokens) // 3)
-    places = counting.Places(row_T, row_T // 2, np.arange(tokens) // 40, np.arange(tokens) // 50, 3, 2, 8, 6)
-    for ours, twin in zip(kernels.loads(ids_TK, places, experts), counting.loads(ids_TK, places, experts), strict=True):
+    slots, after = (slots_of(ids_with_gaps(seed + i, tokens, experts, k, null), experts) for i in range(2))
+    weights = tuple(rng.random((k, tokens)).astype(np.float32))
+    unit_T = rng.integers(0, 3, tokens)
+    sequence_T = unit_T + 3 * rng.integers(0, 2, tokens)
+    order = counting.order_of(unit_T, sequence_T, np.arange(tokens) // 3)
+    places = counting.Places(unit_T, unit_T // 2, np.arange(tokens) // 40, np.arange(tokens) // 50, 3, 2, 8, 6, order)
+    for ours, twin in zip(kernels.loads(slots, places, experts), counting.loads(slots, places, experts), strict=True):
         assert (ours == twin).all()
-    runs = counting.Places(np.arange(tokens) // 30 % 3, row_T * 0, row_T * 0, row_T * 0, 3, 1, 1, 1)
-    assert (kernels.loads(ids_TK, runs, experts)[0] == counting.load(runs.unit_T, ids_TK, 3, experts)).all()
-    own_E = counting.load(row_T * 0, ids_TK, 1, experts)[0]
-    assert (kernels.together(ids_TK, own_E) == counting.together(ids_TK, own_E)).all()
-    assert kernels.weight_confidence(weights_TK) == pytest.approx(counting.weight_confidence(weights_TK), rel=1e-5, abs=1e-6 * tokens)
+    runs = counting.Places(np.arange(tokens) // 30 % 3, unit_T * 0, unit_T * 0, unit_T * 0, 3, 1, 1, 1)
+    assert (kernels.loads(slots, runs, experts)[0] == counting.load(runs.unit_T, slots, 3, experts)).all()
+    own_E = counting.load(unit_T * 0, slots, 1, experts)[0]
+    assert (kernels.together(slots, own_E) == counting.together(slots, own_E)).all()
+    assert kernels.weight_confidence(weights) == pytest.approx(counting.weight_confidence(weights), rel=1e-5, abs=1e-6 * tokens)
     for name, arguments in {
-        "weight_sum": (row_T, ids_TK, weights_TK, 3, experts),
-        "pairs": (ids_TK, next_TK, experts, experts),
-        "repetition": (ids_TK, order, row_T, 3),
+        "weight_sum": (unit_T, slots, weights, 3, experts),
+        "pairs": (slots, after, experts, experts),
+        "repetition": (slots, places, experts),
     }.items():
         np.testing.assert_allclose(getattr(counting, name)(*arguments), getattr(kernels, name)(*arguments), rtol=1e-6)
     for m in (1, 2, 5):
-        assert counting.srp(ids_TK, order, experts, m).tolist() == kernels.srp(ids_TK, order, experts, m).tolist()
+        assert counting.srp(slots, places, experts, m).tolist() == kernels.srp(slots, places, experts, m).tolist()
 
 
 def test_a_wrong_kernel_would_be_noticed():
-    ids_TK = ids_with_gaps(0)
-    assert (counting.pairs(ids_TK, ids_TK, E, E) != kernels.pairs(np.roll(ids_TK, 1, 0), ids_TK, E, E)).any()
+    slots = slots_of(ids_with_gaps(0))
+    rolled = tuple(np.roll(slot_T, 1) for slot_T in slots)
+    assert (counting.pairs(slots, slots, E, E) != kernels.pairs(rolled, slots, E, E)).any()
 
 
 @given(st.integers(200, T), st.integers(0, 3))
@@ -145,8 +153,8 @@ def test_renumbering_experts_renumbers_the_pairs(tmp_path: Path):
         assert (getattr(b, name)[np.ix_(turn, turn)] == getattr(a, name)).all()
     np.testing.assert_allclose(b.esft_token_DE[:, turn], a.esft_token_DE)
     assert all((b.srp[m] == a.srp[m]).all() for m in a.srp)
-    assert b.pairs_D.tolist() == a.pairs_D.tolist()
-    assert b.any_same_D.tolist() == a.any_same_D.tolist()
+    assert b.pairs_U.tolist() == a.pairs_U.tolist()
+    assert b.any_same_U.tolist() == a.any_same_U.tolist()
 
 
 def test_sums_that_must_hold(tmp_path: Path):
@@ -162,7 +170,7 @@ def test_sums_that_must_hold(tmp_path: Path):
     assert mine.window_load_WE.sum(0).tolist() == load_E.tolist()
     assert sum(tokens for _, _, tokens, _ in counts.windows(0)) == T
     assert [first for _, first, _, _ in counts.windows(0)] == list(range(0, T, counts.window_tokens))
-    assert mine.pairs_D.sum() == T - 30  # 30 documents of 40 tokens
+    assert mine.pairs_U.sum() == T - 30  # 30 documents of 40 tokens
     for m, histogram in mine.srp.items():
         assert histogram.sum() == (30 * max(0, 40 - m + 1)) * E
     assert mine.samples_D.tolist() == [10, 10, 10]
@@ -194,10 +202,8 @@ def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
     assert [counts.tokens_of(r) for r in range(4)] == [60, 60, 20, 20]
     assert (counts.tokens, counts.decisions) == (80, 160)
     assert [counts.next_router(r) for r in range(4)] == [1, None, 3, None]
-    assert (
-        counts.of[0].next_EN.tolist() == counting.pairs(fed["encode"][0].astype(np.int16), fed["encode"][1].astype(np.int16), 4, 4).tolist()
-    )
-    assert [int(counts.of[r].pairs_D.sum()) for r in range(4)] == [59, 59, 19, 19]
+    assert counts.of[0].next_EN.tolist() == counting.pairs(slots_of(fed["encode"][0], 4), slots_of(fed["encode"][1], 4), 4, 4).tolist()
+    assert [int(counts.of[r].pairs_U.sum()) for r in range(4)] == [59, 59, 19, 19]
     assert counts.of[0].batches.keys() == {60}
     assert counts.of[2].batches.keys() == {20}
 
@@ -215,7 +221,7 @@ def test_what_logits_and_weights_say_by_hand():
     assert said["ties"] == 2
     assert said["topk_mass_sum"] == pytest.approx(0.5 + p[:2].sum())
     assert np.isnan(counting.logit_confidence(logits, 4, "softmax")["boundary_margin_sum"])
-    weights = counting.weight_confidence(np.array([[0.3, 0.1], [0.2, 0.2], [0, 0]], np.float32))
+    weights = counting.weight_confidence(tuple(np.array([[0.3, 0.2, 0], [0.1, 0.2, 0]], np.float32)))
     assert weights["weight_decisions"] == 2
     assert weights["weight_margin_sum"] == pytest.approx(0.5)
     assert weights["weight_mass_sum"] == pytest.approx(0.8)
@@ -278,11 +284,11 @@ def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: i
     whole, split = generated(tmp_path / "whole", 10_000), generated(tmp_path / "split", shard_tokens)
     assert (len(list(whole.shards)), len(list(split.shards))) == (1, 2 if shard_tokens > 8 else 4)
     counts = [count_trace(t, select(t), {"repetition", "srp", "esft"}, window=10) for t in (whole, split)]
-    assert counts[0].of[0].pairs_D.tolist() == [4 * 33]
+    assert counts[0].of[0].pairs_U.sum() == 4 * 33
     if shard_tokens > 8:
         same(*counts)
     else:  # the whole of a turn is more than writer.CONTINUED such shards: two sequences, two pairs at each of the two edges
-        assert counts[1].of[0].pairs_D.tolist() == [4 * 33 - 4]
+        assert counts[1].of[0].pairs_U.sum() == 4 * 33 - 4
 
 
 def test_a_trace_elsewhere_is_read_by_its_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -26,7 +26,7 @@ WANTS = {
     "domains": "the same by domain and by cluster of documents (comes with load)",
     "pairs": "experts chosen together: together_EE",
     "transitions": "experts here and at the next router: next_EN, next_first_EN",
-    "repetition": "consecutive tokens that choose alike: pairs_D, first_same_D, any_same_D",
+    "repetition": "consecutive tokens that choose alike: pairs_U, first_same_U, any_same_U",
     "windows": "load over time: window_load_WE, window_tokens_W",
     "srp": "how often an expert is chosen within m consecutive tokens: srp",
     "esft": "relevance of experts, averaged over sequences: esft_token_DE, esft_gate_DE, samples_D",
@@ -45,10 +45,10 @@ class RouterCounts:
     together_EE: int64, symmetric: decisions in which both were chosen; diagonal: decisions in which e was.
     next_EN: int64, of every decision all k·k' pairs (expert here, expert of the same token at the next router).
     next_first_EN: int64, pairs of first choices.
-    pairs_D: int64, pairs of consecutive tokens of a sequence; first_same_D: with the same first choice; any_same_D: with an
-    expert in common. A pair counts in the domain of its second token.
+    pairs_U: int64, pairs of consecutive tokens of a sequence; first_same_U: with the same first choice; any_same_U: with an
+    expert in common.
     window_load_WE, window_tokens_W: int64, load and tokens of each window of the trace.
-    srp[m]: int64 [m+1], how many (m consecutive tokens of a sequence, expert) have f of the m tokens choose the expert.
+    srp[m]: int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m tokens choose the expert.
     esft_token_DE, esft_gate_DE: float64, Σ over samples (the tokens of a sequence in a shard) of the mean over tokens of
     1[e chosen]/k, and of the gate weight; samples_D: int64.
     weight_*: Σ over `weight_decisions` decisions; entropy in nats and margin (largest minus second) of the k weights
@@ -66,9 +66,9 @@ class RouterCounts:
     together_EE: np.ndarray | None = None
     next_EN: np.ndarray | None = None
     next_first_EN: np.ndarray | None = None
-    pairs_D: np.ndarray | None = None
-    first_same_D: np.ndarray | None = None
-    any_same_D: np.ndarray | None = None
+    pairs_U: np.ndarray | None = None
+    first_same_U: np.ndarray | None = None
+    any_same_U: np.ndarray | None = None
     window_load_WE: np.ndarray | None = None
     window_tokens_W: np.ndarray | None = None
     srp: dict[int, np.ndarray] | None = None
@@ -104,7 +104,7 @@ class RouterCounts:
             before, sum_before = self.batches.get(size, (0, 0.0))
             self.batches[size] = (before + n, sum_before + max_vio)
         if self.srp is not None and other.srp is not None:
-            self.srp = {m: histogram + other.srp[m] for m, histogram in self.srp.items()}
+            self.srp = {m: _added(mine_UM, other.srp[m], rows["U"]) for m, mine_UM in self.srp.items()}
         else:
             self.srp = None
 
@@ -150,11 +150,11 @@ class Counts:
         if "transitions" in wants and after is not None:
             nothing.next_EN, nothing.next_first_EN = (np.zeros((E, self.routers[after].experts), np.int64) for _ in range(2))
         if "repetition" in wants:
-            nothing.pairs_D, nothing.first_same_D, nothing.any_same_D = (np.zeros(0, np.int64) for _ in range(3))
+            nothing.pairs_U, nothing.first_same_U, nothing.any_same_U = (np.zeros(0, np.int64) for _ in range(3))
         if "windows" in wants:
             nothing.window_load_WE, nothing.window_tokens_W = np.zeros((W, E), np.int64), np.zeros(W, np.int64)
         if "srp" in wants:
-            nothing.srp = {m: np.zeros(m + 1, np.int64) for m in SRP_LENGTHS}
+            nothing.srp = {m: np.zeros((0, m + 1), np.int64) for m in SRP_LENGTHS}
         if "esft" in wants:
             nothing.esft_token_DE, nothing.esft_gate_DE = np.zeros((0, E)), np.zeros((0, E))
             nothing.samples_D = np.zeros(0, np.int64)
@@ -195,7 +195,7 @@ class Counts:
 
     @property
     def tokens_D(self) -> np.ndarray:
-        return self._by_domain(self.tokens_U)
+        return self.by_domain(self.tokens_U)
 
     def tokens_U_of(self, router: int) -> np.ndarray:
         """int64 [U]: the tokens the router saw; those of its stack where the model has two."""
@@ -203,7 +203,7 @@ class Counts:
 
     def tokens_D_of(self, router: int) -> np.ndarray:
         """int64 [D]"""
-        return self._by_domain(self.tokens_U_of(router))
+        return self.by_domain(self.tokens_U_of(router))
 
     def tokens_of(self, router: int) -> int:
         return int(self.tokens_U_of(router).sum())
@@ -219,7 +219,11 @@ class Counts:
 
     def assignments_DE(self, router: int) -> np.ndarray:
         """int64 [D, E]"""
-        return by_domain(self.of[router].assignments_UE, self.domain_of_unit_U, len(self.domains))
+        return self.by_domain(self.of[router].assignments_UE)
+
+    def by_domain(self, values_U: np.ndarray) -> np.ndarray:
+        """Sums of what is known by unit: [U, …] → [D, …]"""
+        return by_domain(values_U, self.domain_of_unit_U, len(self.domains))
 
     def load_E(self, router: int) -> np.ndarray:
         """int64 [E]: assignments of each expert, all domains."""
@@ -243,9 +247,6 @@ class Counts:
         for w in np.flatnonzero(mine.window_tokens_W):
             yield int(w), int(self.first_token_W[w]), int(mine.window_tokens_W[w]), mine.window_load_WE[w]
 
-    def _by_domain(self, tokens_U: np.ndarray) -> np.ndarray:
-        return np.bincount(self.domain_of_unit_U, tokens_U, len(self.domains)).astype(np.int64)
-
 
 def merge(parts: Iterable[Counts]) -> Counts:
     """The sum of counts of the same selection; the parts stay as they are."""
@@ -262,10 +263,10 @@ def empty_like(part: Counts) -> Counts:
     return Counts(part.routers, part.indices, wants=part.wants, window_tokens=part.window_tokens, first_token_W=nothing_W)
 
 
-def by_domain(values_UE: np.ndarray, domain_of_U: np.ndarray, D: int) -> np.ndarray:
-    total_DE = np.zeros((D, values_UE.shape[1]), values_UE.dtype)
-    np.add.at(total_DE, domain_of_U, values_UE)
-    return total_DE
+def by_domain(values_U: np.ndarray, domain_of_U: np.ndarray, D: int) -> np.ndarray:
+    total_D = np.zeros((D, *values_U.shape[1:]), values_U.dtype)
+    np.add.at(total_D, domain_of_U, values_U)
+    return total_D
 
 
 @dataclass(frozen=True)

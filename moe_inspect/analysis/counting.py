@@ -1,7 +1,8 @@
 """What the decisions of one router in one shard come to, in numpy: plain functions on arrays.
 
-T tokens, K slots, E experts here, N experts of the next router, X rows (units, domains, windows …), D domains, S samples, P
-pairs of consecutive tokens. ids_TK: int16, −1 where a slot routed nowhere.
+T tokens, K slots, E experts here, N experts of the next router, X rows (units, domains, windows …), D domains, U units, S
+samples, P pairs of consecutive tokens. Decisions come as the reader has them, an array a slot: unsigned [T], E where it routed
+nowhere.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+Slots = tuple[np.ndarray, ...]
 BLOCK = 2**22  # cells of a temporary table
 
 
@@ -40,8 +42,9 @@ def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndar
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a shard count: the rows of each by unit, domain, batch and window, and how many rows there are.
-    start_G: where a run of tokens of one unit, batch and window begins, and the end."""
+    """Where the tokens of a shard count: the rows of each by unit, domain, batch and window, and how many rows there are; how
+    they follow each other, where that was asked for. start_G: where a run of tokens of one unit, batch and window begins, and
+    the end."""
 
     unit_T: np.ndarray
     domain_T: np.ndarray
@@ -51,6 +54,7 @@ class Places:
     D: int
     B: int
     W: int
+    order: Order | None = None
 
     @cached_property
     def start_G(self) -> np.ndarray:
@@ -58,86 +62,100 @@ class Places:
         changed_T[1:-1] = np.diff(self.unit_T).astype(bool) | np.diff(self.batch_T).astype(bool) | np.diff(self.window_T).astype(bool)
         return np.flatnonzero(changed_T)
 
+    @cached_property
+    def tokens_B(self) -> np.ndarray:
+        return np.bincount(self.batch_T, minlength=self.B)
 
-def loads(ids_TK: np.ndarray, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    @cached_property
+    def tokens_W(self) -> np.ndarray:
+        return np.bincount(self.window_T, minlength=self.W)
+
+    @cached_property
+    def pairs_U(self) -> np.ndarray:
+        """Pairs of consecutive tokens, by the unit of the second (which is that of the first)."""
+        assert self.order is not None
+        return np.bincount(self.unit_T[self.order.by_T[self.order.follows_T]], minlength=self.U)
+
+
+def loads(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Assignments by unit, first choices by unit, assignments by batch and by window. int64 [U, E], [U, E], [B, E], [W, E]"""
-    first_UE = load(places.unit_T, ids_TK[:, :1], places.U, E)
+    first_UE = load(places.unit_T, slots[:1], places.U, E)
     rows = ((places.unit_T, places.U), (places.batch_T, places.B), (places.window_T, places.W))
-    units_UE, batches_BE, windows_WE = (load(row_T, ids_TK, X, E) for row_T, X in rows)
+    units_UE, batches_BE, windows_WE = (load(row_T, slots, X, E) for row_T, X in rows)
     return units_UE, first_UE, batches_BE, windows_WE
 
 
-def load(row_T: np.ndarray, ids_TK: np.ndarray, X: int, E: int) -> np.ndarray:
+def load(row_T: np.ndarray, slots: Slots, X: int, E: int) -> np.ndarray:
     """Assignments of each expert by row. int64 [X, E]"""
-    return np.bincount(_cells(row_T, ids_TK, E)[0], minlength=X * E).reshape(X, E)
+    return np.bincount(_cells(row_T, slots, E), minlength=X * (E + 1)).reshape(X, E + 1)[:, :E]
 
 
-def weight_sum(row_T: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray, X: int, E: int) -> np.ndarray:
+def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) -> np.ndarray:
     """Weights of each expert's assignments by row. float64 [X, E]"""
-    cell, there_TK = _cells(row_T, ids_TK, E)
-    weights = weights_TK.T[there_TK.T] if there_TK is not None else weights_TK.T.reshape(-1)
-    return np.bincount(cell, weights, X * E).reshape(X, E)
+    return np.bincount(_cells(row_T, slots, E), np.concatenate(weights), X * (E + 1)).reshape(X, E + 1)[:, :E]
 
 
-def _cells(row_T: np.ndarray, ids_TK: np.ndarray, E: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """row · E + expert of every slot that routed somewhere, slot by slot, and which those are (None: all)."""
-    cell_KT = row_T * E + ids_TK.T
-    there_TK = ids_TK >= 0 if ids_TK.size and int(ids_TK.min()) < 0 else None
-    return cell_KT.reshape(-1) if there_TK is None else cell_KT[there_TK.T], there_TK
+def _cells(row_T: np.ndarray, slots: Slots, E: int) -> np.ndarray:
+    """row · (E + 1) + expert, slot by slot: the last column takes what routed nowhere."""
+    return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)
 
 
-def pairs(ids_TK: np.ndarray, next_TK: np.ndarray, E: int, N: int) -> np.ndarray:
+def pairs(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
     """How often a token chose expert e here and expert n there: all pairs of slots, also of the same array. int64 [E, N]"""
-    # the slots that routed nowhere go to one more expert, which is cut off
-    here_KT, there_KT = (np.where(i < 0, size, i).T.astype(np.int64) for i, size in ((ids_TK, E), (next_TK, N)))
     total = np.zeros((E + 1) * (N + 1), np.int64)
-    for here_T in here_KT:
-        for there_T in there_KT:
-            total += np.bincount(here_T * (N + 1) + there_T, minlength=len(total))
-    return total.reshape(E + 1, N + 1)[:E, :N].copy()
+    for here_T in slots:
+        for there_T in next_slots:
+            total += np.bincount(here_T.astype(np.int64) * (N + 1) + there_T, minlength=len(total))
+    return total.reshape(E + 1, N + 1)[:E, :N]
 
 
-def together(ids_TK: np.ndarray, load_E: np.ndarray) -> np.ndarray:
+def together(slots: Slots, load_E: np.ndarray) -> np.ndarray:
     """How often a token chose both: symmetric, load_E (its own) on the diagonal. int64 [E, E]"""
-    return pairs(ids_TK, ids_TK, len(load_E), len(load_E))
+    return pairs(slots, slots, len(load_E), len(load_E))
 
 
-def repetition(ids_TK: np.ndarray, order: Order, domain_T: np.ndarray, D: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """By domain: pairs of consecutive tokens, those with the same first choice, those with an expert in common. int64 [D]"""
-    after = np.flatnonzero(order.follows_T)
-    before_PK, after_PK = ids_TK[order.by_T[after - 1]], ids_TK[order.by_T[after]]
-    domain_P = domain_T[order.by_T[after]]
-    first_P = (before_PK[:, 0] == after_PK[:, 0]) & (after_PK[:, 0] >= 0)
+def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray]:
+    """By unit, of the pairs of consecutive tokens: those with the same first choice, those with an expert in common. int64 [U]"""
+    assert places.order is not None
+    by_T, after = places.order.by_T, np.flatnonzero(places.order.follows_T)
+    ids_TK = np.stack(slots).T[by_T]
+    before_PK, after_PK = ids_TK[after - 1], ids_TK[after]
+    first_P = (before_PK[:, 0] == after_PK[:, 0]) & (after_PK[:, 0] < E)
     any_P = np.zeros(len(after), bool)
     for slot_P in before_PK.T:
-        any_P |= ((slot_P[:, None] == after_PK) & (slot_P >= 0)[:, None]).any(1)
-    every, first, common = (np.bincount(domain_P[chosen], minlength=D) for chosen in (slice(None), first_P, any_P))
-    return every.astype(np.int64), first.astype(np.int64), common.astype(np.int64)
+        any_P |= ((slot_P[:, None] == after_PK) & (slot_P < E)[:, None]).any(1)
+    unit_P = places.unit_T[by_T[after]]
+    first_U, any_U = (np.bincount(unit_P[chosen], minlength=places.U) for chosen in (first_P, any_P))
+    return first_U, any_U
 
 
-def srp(ids_TK: np.ndarray, order: Order, E: int, m: int) -> np.ndarray:
-    """How many (m consecutive tokens of a sequence, expert) have f of the m tokens choose the expert. int64 [m+1]. The
+def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
+    """By unit, how many (m consecutive tokens of a sequence, expert) have f of the m tokens choose the expert. int64 [U, m+1]. The
     windows slide by one token; a sequence of fewer than m tokens has none. arXiv:2505.16056."""
-    T = len(order.by_T)
+    assert places.order is not None
+    by_T, follows_T = places.order.by_T, places.order.follows_T
+    T = len(by_T)
     place_T = np.arange(T)
-    run_start_T = np.maximum.accumulate(np.where(order.follows_T, 0, place_T))
+    run_start_T = np.maximum.accumulate(np.where(follows_T, 0, place_T))
     last = np.flatnonzero(place_T - run_start_T >= m - 1)  # the last token of each window
-    histogram = np.zeros(m + 1, np.int64)
-    sorted_TK = ids_TK[order.by_T]
+    unit_last = places.unit_T[by_T[last]]
+    histogram = np.zeros(places.U * (m + 1), np.int64)
+    sorted_TK = np.stack(slots).T[by_T]
     step = max(1, BLOCK // (T + 1))
     for first_expert in range(0, E, step):
         width = min(step, E - first_expert)
         chosen = np.zeros((T + 1, width + 1), np.int32)  # one more column takes what is no expert of this block
         inside_TK = (sorted_TK >= first_expert) & (sorted_TK < first_expert + width)
-        chosen[place_T[:, None] + 1, np.where(inside_TK, sorted_TK - first_expert, width)] = 1
+        chosen[place_T[:, None] + 1, np.where(inside_TK, sorted_TK.astype(np.int64) - first_expert, width)] = 1
         cumulative = chosen[:, :width].cumsum(0)
-        histogram += np.bincount((cumulative[last + 1] - cumulative[last + 1 - m]).reshape(-1), minlength=m + 1)
-    return histogram
+        f = cumulative[last + 1] - cumulative[last + 1 - m]
+        histogram += np.bincount((unit_last[:, None] * (m + 1) + f).reshape(-1), minlength=len(histogram))
+    return histogram.reshape(places.U, m + 1)
 
 
-def weight_confidence(weights_TK: np.ndarray) -> dict[str, float]:
+def weight_confidence(weights: Slots) -> dict[str, float]:
     """Sums of what the k weights alone say of the router's confidence; decisions without any weight are left out."""
-    weights_TK = weights_TK.astype(float)
+    weights_TK = np.stack(weights).T.astype(float)
     mass_T = weights_TK.sum(1)
     share_TK = np.sort(weights_TK[mass_T > 0] / mass_T[mass_T > 0, None], axis=1)[:, ::-1]
     second_T = share_TK[:, 1] if share_TK.shape[1] > 1 else 0

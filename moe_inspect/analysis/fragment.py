@@ -51,17 +51,17 @@ class SelectedTokens:
     position_T: np.ndarray | None
     labels: set[str]
 
-    def of(self, values_RK: np.ndarray, router: int) -> np.ndarray:
-        """The decisions of the tokens kept."""
-        if len(values_RK) != self.rows:
-            raise MoeInspectError(f"damaged trace: router {router} has {len(values_RK)} decisions of a shard's {self.rows} tokens")
-        return values_RK if self.keep_R is None else values_RK[self.keep_R]
+    def of(self, columns: counting.Slots, router: int) -> counting.Slots:
+        """The decisions of the tokens kept; columns of R rows each."""
+        if len(columns[0]) != self.rows:
+            raise MoeInspectError(f"damaged trace: router {router} has {len(columns[0])} decisions of a shard's {self.rows} tokens")
+        return columns if self.keep_R is None else tuple(column[self.keep_R] for column in columns)
 
     @cached_property
-    def order(self) -> counting.Order:
-        """How the tokens follow each other within their sequences."""
-        assert self.sequence_T is not None
-        assert self.position_T is not None
+    def order(self) -> counting.Order | None:
+        """How the tokens follow each other within their sequences, where that was asked for."""
+        if self.sequence_T is None or self.position_T is None:
+            return None
         return counting.order_of(self.document_T, self.sequence_T, self.position_T)
 
 
@@ -145,16 +145,16 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
         if stack:
             part.token_ids_SV[stack] = _occurrences(seen)
             part.tokens_SU[stack] = np.bincount(places.unit_T, minlength=len(key_U)).astype(np.int64)
-        before: tuple[int, np.ndarray] | None = None
+        before: tuple[int, counting.Slots] | None = None
         for r in (r for r in part.indices if part.routers[r].stack == stack):
-            ids_TK = _checked(seen.of(shard.ids(r), r), part.routers[r].experts, r)
-            part.of[r] = _count_router(shard, part, r, ids_TK, seen, places, by)
+            slots = seen.of(shard.slots(r), r)
+            part.of[r] = _count_router(shard, part, r, slots, seen, places, by)
             if before is not None and "transitions" in part.wants:
-                b, of_b_TK = before
+                b, of_b = before
                 shape = (part.routers[b].experts, part.routers[r].experts)
-                part.of[b].next_EN = by.pairs(of_b_TK, ids_TK, *shape)
-                part.of[b].next_first_EN = by.pairs(of_b_TK[:, :1], ids_TK[:, :1], *shape)
-            before = (r, ids_TK)
+                part.of[b].next_EN = by.pairs(of_b, slots, *shape)
+                part.of[b].next_first_EN = by.pairs(of_b[:1], slots[:1], *shape)
+            before = (r, slots)
 
 
 def _places(seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, windows: Windows | None, shard: Shard) -> counting.Places:
@@ -164,42 +164,42 @@ def _places(seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, wi
     first = windows.before[shard.files.rank, shard.files.index] if windows else 0
     window_T = (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
     sizes = len(key_U), int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1
-    return counting.Places(unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes)
+    return counting.Places(unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order)
 
 
 def _count_router(
-    shard: Shard, part: Counts, r: int, ids_TK: np.ndarray, seen: SelectedTokens, places: counting.Places, by: Any
+    shard: Shard, part: Counts, r: int, slots: counting.Slots, seen: SelectedTokens, places: counting.Places, by: Any
 ) -> RouterCounts:
     E, k, wants, D = part.routers[r].experts, part.routers[r].top_k, part.wants, places.D
     weighted = shard.trace.has_weights and bool(wants & NEEDS_WEIGHTS)
-    weights_TK = seen.of(shard.weights(r), r) if weighted else None
-    assignments_UE, first_UE, load_BE, load_WE = by.loads(ids_TK, places, E)
+    weights = seen.of(shard.slot_weights(r), r) if weighted else None
+    assignments_UE, first_UE, load_BE, load_WE = by.loads(slots, places, E)
+    load_E = assignments_UE.sum(0)
     first_choice_DE = by_domain(first_UE, part.domain_of_unit_U, D)
-    weight_sum_DE = by.weight_sum(places.domain_T, ids_TK, weights_TK, D, E) if weights_TK is not None else None
-    mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, ids_TK.size - int(assignments_UE.sum()))
-    mine.batches = _batches(np.bincount(places.batch_T, minlength=places.B), load_BE)
+    weight_sum_DE = by.weight_sum(places.domain_T, slots, weights, D, E) if weights is not None else None
+    mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, k * len(slots[0]) - int(load_E.sum()))
+    mine.batches = _batches(places.tokens_B, load_BE)
     if "pairs" in wants:
-        mine.together_EE = by.together(ids_TK, assignments_UE.sum(0))
+        mine.together_EE = by.together(slots, load_E)
     if "windows" in wants:
-        mine.window_load_WE, mine.window_tokens_W = load_WE, np.bincount(places.window_T, minlength=places.W)
-    if wants & NEEDS_ORDER:
-        order = seen.order
-        if "repetition" in wants:
-            mine.pairs_D, mine.first_same_D, mine.any_same_D = by.repetition(ids_TK, order, places.domain_T, D)
-        if "srp" in wants:
-            mine.srp = {m: by.srp(ids_TK, order, E, m) for m in SRP_LENGTHS}
-        if "esft" in wants:
-            mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
-            mine.samples_D = np.bincount(places.domain_T[order.first_S], minlength=D).astype(np.int64)
-            each_TK = np.broadcast_to(mean_T[:, None] / k, ids_TK.shape)
-            mine.esft_token_DE = by.weight_sum(places.domain_T, ids_TK, each_TK, D, E)
-            if weights_TK is not None:
-                mine.esft_gate_DE = by.weight_sum(places.domain_T, ids_TK, weights_TK * mean_T[:, None], D, E)
-    if "weights" in wants and weights_TK is not None:
-        for name, value in by.weight_confidence(weights_TK).items():
+        mine.window_load_WE, mine.window_tokens_W = load_WE, places.tokens_W.copy()
+    if "repetition" in wants:
+        mine.pairs_U = places.pairs_U.copy()
+        mine.first_same_U, mine.any_same_U = by.repetition(slots, places, E)
+    if "srp" in wants:
+        mine.srp = {m: by.srp(slots, places, E, m) for m in SRP_LENGTHS}
+    if "esft" in wants and (order := places.order) is not None:
+        mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
+        mine.samples_D = np.bincount(places.domain_T[order.first_S], minlength=D).astype(np.int64)
+        mine.esft_token_DE = by.weight_sum(places.domain_T, slots, (mean_T / k,) * k, D, E)
+        if weights is not None:
+            mine.esft_gate_DE = by.weight_sum(places.domain_T, slots, tuple(weight_T * mean_T for weight_T in weights), D, E)
+    if "weights" in wants and weights is not None:
+        for name, value in by.weight_confidence(weights).items():
             setattr(mine, name, value)
     if "logits" in wants and "logits" in shard.trace.tables:
-        for name, value in counting.logit_confidence(seen.of(shard.logits(r), r), k, part.routers[r].scoring).items():
+        (logits_TE,) = seen.of((shard.logits(r),), r)
+        for name, value in counting.logit_confidence(logits_TE, k, part.routers[r].scoring).items():
             setattr(mine, name, value)
     return mine
 
@@ -211,13 +211,6 @@ def _occurrences(seen: SelectedTokens) -> np.ndarray:
 
 def _unit(seen: SelectedTokens) -> np.ndarray:
     return seen.domain_T.astype(np.int64) * CLUSTERS + seen.document_T % CLUSTERS
-
-
-def _checked(ids_TK: np.ndarray, E: int, router: int) -> np.ndarray:
-    top = int(ids_TK.max()) if ids_TK.size else 0
-    if top >= E:
-        raise MoeInspectError(f"damaged trace: router {router} has {E} experts and an assignment to expert {top}")
-    return ids_TK
 
 
 def _batches(size_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:

@@ -2,196 +2,175 @@
 results (those with float sums to rounding), an order of magnitude faster, without the GIL. Their twins are in counting.py.
 
 T tokens, K slots, J slots of the next router, E experts here, N experts of the next router, G runs of tokens, U units,
-B batches, W windows, D domains, X rows. ids_KT: int16, each slot contiguous; a slot that routed nowhere holds E, and tables
-have one more column for it, which is cut off: no branch. Kernels are made for their K, so that the compiler unrolls.
+B batches, W windows, D domains, X rows. slots: K arrays [T], as they were decoded; their number is part of the type, so that the
+compiler unrolls. A slot that routed nowhere holds E, and tables have one more column for it, which is cut off: no branch.
+What bounds most of these is one store a cycle.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import numpy as np
 from numba import njit
 
-from moe_inspect.analysis.counting import Order, Places
+from moe_inspect.analysis.counting import Places, Slots
 
 SHORT = 16  # tokens of a run below which its load is counted in place
 
 
-@cache
-def _loads_of(K: int) -> Any:
-    @njit(nogil=True, cache=True)
-    def kernel(ids_KT, start_G, unit_T, batch_T, window_T, total_UE, first_UE, total_BE, total_WE):  # type: ignore[no-untyped-def]
-        run_E = np.zeros(total_UE.shape[1], np.int64)
-        for g in range(len(start_G) - 1):
-            start, end = start_G[g], start_G[g + 1]
-            of_u_E, of_b_E, of_w_E = total_UE[unit_T[start]], total_BE[batch_T[start]], total_WE[window_T[start]]
-            first_E = first_UE[unit_T[start]]
+@njit(nogil=True, cache=True)
+def _loads(slots, start_G, unit_T, batch_T, window_T, total_UE, first_UE, total_BE, total_WE):  # type: ignore[no-untyped-def]
+    run_E = np.zeros(total_UE.shape[1], np.int64)
+    for g in range(len(start_G) - 1):
+        start, end = start_G[g], start_G[g + 1]
+        of_u_E, of_b_E, of_w_E = total_UE[unit_T[start]], total_BE[batch_T[start]], total_WE[window_T[start]]
+        first_E = first_UE[unit_T[start]]
+        if end - start < SHORT:
             for t in range(start, end):
-                first_E[np.uint64(ids_KT[0, t])] += 1
-            if end - start < SHORT:
-                for t in range(start, end):
-                    for j in range(K):
-                        e = np.uint64(ids_KT[j, t])
-                        of_u_E[e] += 1
-                        of_b_E[e] += 1
-                        of_w_E[e] += 1
-            else:
-                for t in range(start, end):
-                    for j in range(K):
-                        run_E[np.uint64(ids_KT[j, t])] += 1
-                for e in range(len(run_E)):
-                    of_u_E[e] += run_E[e]
-                    of_b_E[e] += run_E[e]
-                    of_w_E[e] += run_E[e]
-                    run_E[e] = 0
-
-    return kernel
+                first_E[np.uint64(slots[0][t])] += 1
+                for j in range(len(slots)):
+                    e = np.uint64(slots[j][t])
+                    of_u_E[e] += 1
+                    of_b_E[e] += 1
+                    of_w_E[e] += 1
+        else:
+            for t in range(start, end):
+                first_E[np.uint64(slots[0][t])] += 1
+                for j in range(len(slots)):
+                    run_E[np.uint64(slots[j][t])] += 1
+            for e in range(len(run_E)):
+                of_u_E[e] += run_E[e]
+                of_b_E[e] += run_E[e]
+                of_w_E[e] += run_E[e]
+                run_E[e] = 0
 
 
-def loads(ids_TK: np.ndarray, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def loads(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """int64 [U, E], [U, E], [B, E], [W, E]"""
     tables = [np.zeros((rows, E + 1), np.int64) for rows in (places.U, places.U, places.B, places.W)]
-    _loads_of(ids_TK.shape[1])(_placed(ids_TK, E), places.start_G, places.unit_T, places.batch_T, places.window_T, *tables)
+    _loads(slots, places.start_G, places.unit_T, places.batch_T, places.window_T, *tables)
     units_UE, first_UE, batches_BE, windows_WE = (table[:, :E] for table in tables)
     return units_UE, first_UE, batches_BE, windows_WE
 
 
-@cache
-def _weight_sum_of(K: int) -> Any:
-    @njit(nogil=True, cache=True)
-    def kernel(ids_KT, weights_KT, row_T, total_XE):  # type: ignore[no-untyped-def]
-        for t in range(ids_KT.shape[1]):
-            row_E = total_XE[row_T[t]]
-            for j in range(K):
-                row_E[np.uint64(ids_KT[j, t])] += weights_KT[j, t]
-
-    return kernel
+@njit(nogil=True, cache=True)
+def _weight_sum(slots, weights, row_T, total_XE):  # type: ignore[no-untyped-def]
+    for t in range(len(row_T)):
+        row_E = total_XE[row_T[t]]
+        for j in range(len(slots)):
+            row_E[np.uint64(slots[j][t])] += weights[j][t]
 
 
-def weight_sum(row_T: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray, X: int, E: int) -> np.ndarray:
+def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) -> np.ndarray:
     """float64 [X, E]"""
     total_XE = np.zeros((X, E + 1))
-    _weight_sum_of(ids_TK.shape[1])(_placed(ids_TK, E), np.ascontiguousarray(weights_TK.T), row_T, total_XE)
+    _weight_sum(slots, weights, row_T, total_XE)
     return total_XE[:, :E]
 
 
-@cache
-def _pairs_of(K: int, J: int) -> Any:
-    @njit(nogil=True, cache=True)
-    def kernel(here_KT, there_KT, total_EN):  # type: ignore[no-untyped-def]
-        there_J = np.empty(J, np.uint64)
-        for t in range(here_KT.shape[1]):
-            for j in range(J):
-                there_J[j] = np.uint64(there_KT[j, t])
-            for i in range(K):
-                row_N = total_EN[np.uint64(here_KT[i, t])]
-                for j in range(J):
-                    row_N[there_J[j]] += np.uint32(1)
-
-    return kernel
-
-
-@cache
-def _together_of(K: int) -> Any:
-    """The upper triangle of the slots: what makes a symmetric table with its transpose."""
-
-    @njit(nogil=True, cache=True)
-    def kernel(ids_KT, total_EE):  # type: ignore[no-untyped-def]
-        here_K = np.empty(K, np.uint64)
-        for t in range(ids_KT.shape[1]):
-            for i in range(K):
-                here_K[i] = np.uint64(ids_KT[i, t])
-            for i in range(K - 1):
-                row_E = total_EE[here_K[i]]
-                for j in range(i + 1, K):
-                    row_E[here_K[j]] += np.uint32(1)
-
-    return kernel
-
-
-def pairs(ids_TK: np.ndarray, next_TK: np.ndarray, E: int, N: int) -> np.ndarray:
-    """uint32 [E, N]: of one shard, so that the table stays in the nearest caches."""
-    total_EN = np.zeros((E + 1, N + 1), np.uint32)
-    _pairs_of(ids_TK.shape[1], next_TK.shape[1])(_placed(ids_TK, E), _placed(next_TK, N), total_EN)
-    return total_EN[:E, :N]
-
-
-def together(ids_TK: np.ndarray, load_E: np.ndarray) -> np.ndarray:
-    """uint32 [E, E]"""
-    E = len(load_E)
-    total_EE = np.zeros((E + 1, E + 1), np.uint32)
-    _together_of(ids_TK.shape[1])(_placed(ids_TK, E), total_EE)
-    upper_EE = total_EE[:E, :E]
-    return upper_EE + upper_EE.T + np.diag(load_E.astype(np.uint32))
-
-
-@cache
-def _repetition_of(K: int) -> Any:
-    @njit(nogil=True, cache=True)
-    def kernel(ids_KT, by_T, follows_T, domain_T, E, first_D, any_D):  # type: ignore[no-untyped-def]
-        last_E = np.full(E + 1, -2, np.int64)  # the place, in order, of the last token that chose it
-        before = E
-        for place in range(len(by_T)):
-            t = by_T[place]
-            common = False
-            for j in range(K):
-                e = np.uint64(ids_KT[j, t])
-                common |= last_E[e] == place - 1
-                last_E[e] = place
-            last_E[E] = -2  # nowhere is nothing to have in common
-            first = ids_KT[0, t]
-            if follows_T[place]:
-                first_D[domain_T[t]] += first == before and first != E
-                any_D[domain_T[t]] += common
-            before = first
-
-    return kernel
-
-
-def repetition(ids_TK: np.ndarray, order: Order, domain_T: np.ndarray, D: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int64 [D], three times"""
-    first_D, any_D = np.zeros(D, np.int64), np.zeros(D, np.int64)
-    E = int(ids_TK.max(initial=0)) + 1
-    _repetition_of(ids_TK.shape[1])(_placed(ids_TK, E), order.by_T, order.follows_T, domain_T, E, first_D, any_D)
-    return np.bincount(domain_T[order.by_T[order.follows_T]], minlength=D), first_D, any_D
+@njit(nogil=True, cache=True)
+def _pairs(slots, next_slots, total_EN):  # type: ignore[no-untyped-def]
+    there_J = np.empty(len(next_slots), np.uint64)
+    for t in range(len(slots[0])):
+        for j in range(len(next_slots)):
+            there_J[j] = np.uint64(next_slots[j][t])
+        for i in range(len(slots)):
+            row_N = total_EN[np.uint64(slots[i][t])]
+            for j in range(len(next_slots)):
+                row_N[there_J[j]] += np.uint32(1)
 
 
 @njit(nogil=True, cache=True)
-def _srp(ids_KT, by_T, start_T, E, m, histogram):  # type: ignore[no-untyped-def]
-    """f of each expert changes only when a token that chose it enters or leaves: how long it stayed is added then."""
-    K, T = ids_KT.shape
-    f_E, since_E = np.zeros(E, np.int64), np.zeros(E, np.int64)  # since which window f has been what it is
-    windows = 0
-    for place in range(T):
-        if start_T[place]:  # the run before is over
-            for e in range(E):
-                histogram[f_E[e]] += windows - since_E[e]
-                f_E[e] = since_E[e] = 0
-            windows, first = 0, place
-        for step in range(2):
-            if step == 1:
-                if place - first < m:
-                    break
-                gone = place - m
-            t = by_T[place if step == 0 else gone]
-            for j in range(K):
-                e = ids_KT[j, t]
-                if e >= 0:
+def _together(slots, total_EE):  # type: ignore[no-untyped-def]
+    """The upper triangle of the slots: what makes a symmetric table with its transpose."""
+    here_K = np.empty(len(slots), np.uint64)
+    for t in range(len(slots[0])):
+        for i in range(len(slots)):
+            here_K[i] = np.uint64(slots[i][t])
+        for i in range(len(slots) - 1):
+            row_E = total_EE[here_K[i]]
+            for j in range(i + 1, len(slots)):
+                row_E[here_K[j]] += np.uint32(1)
+
+
+def pairs(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
+    """uint32 [E, N]: of one shard, so that the table stays in the nearest caches."""
+    total_EN = np.zeros((E + 1, N + 1), np.uint32)
+    _pairs(slots, next_slots, total_EN)
+    return total_EN[:E, :N]
+
+
+def together(slots: Slots, load_E: np.ndarray) -> np.ndarray:
+    """uint32 [E, E]"""
+    E = len(load_E)
+    total_EE = np.zeros((E + 1, E + 1), np.uint32)
+    _together(slots, total_EE)
+    upper_EE = total_EE[:E, :E]
+    both_EE = upper_EE + upper_EE.T
+    both_EE[np.diag_indices(E)] += load_E.astype(np.uint32)
+    return both_EE
+
+
+@njit(nogil=True, cache=True)
+def _repetition(slots, by_T, follows_T, unit_T, E, first_U, any_U):  # type: ignore[no-untyped-def]
+    last_E = np.full(E + 1, -2, np.int32)  # the place, in order, of the last token that chose it
+    before = E
+    for place in range(len(by_T)):
+        t, now, then = by_T[place], np.int32(place), np.int32(place - 1)
+        common = False
+        for j in range(len(slots)):
+            e = np.uint64(slots[j][t])
+            common |= last_E[e] == then
+            last_E[e] = now
+        last_E[E] = -2  # nowhere is nothing to have in common
+        first = np.int64(slots[0][t])
+        if follows_T[place]:
+            first_U[unit_T[t]] += first == before and first != E
+            any_U[unit_T[t]] += common
+        before = first
+
+
+def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [U], twice"""
+    assert places.order is not None
+    first_U, any_U = np.zeros(places.U, np.int64), np.zeros(places.U, np.int64)
+    _repetition(slots, places.order.by_T, places.order.follows_T, places.unit_T, E, first_U, any_U)
+    return first_U, any_U
+
+
+@njit(nogil=True, cache=True)
+def _srp(slots, by_T, follows_T, unit_T, E, m, total_UM):  # type: ignore[no-untyped-def]
+    """f of each expert changes only when a token that chose it enters or leaves: how long it stayed is added then. A sequence is
+    of one unit."""
+    f_E, since_E = np.zeros(E + 1, np.int64), np.zeros(E + 1, np.int64)  # since which window f has been what it is
+    windows = first = 0
+    for place in range(len(by_T) + 1):
+        if place == len(by_T) or not follows_T[place]:  # the run before is over
+            if windows:
+                histogram = total_UM[unit_T[by_T[first]]]
+                for e in range(E):
                     histogram[f_E[e]] += windows - since_E[e]
+            f_E[:], since_E[:] = 0, 0
+            windows, first = 0, place
+        if place < len(by_T):
+            histogram = total_UM[unit_T[by_T[first]]]
+            for step in range(2):
+                if step == 1 and place - first < m:
+                    break
+                t = by_T[place - step * m]
+                for j in range(len(slots)):
+                    e = np.uint64(slots[j][t])
+                    histogram[f_E[e]] += windows - since_E[e] if e < E else 0
                     since_E[e] = windows
-                    f_E[e] += 1 if step == 0 else -1
-        windows += place - first >= m - 1
-    for e in range(E):
-        histogram[f_E[e]] += windows - since_E[e]
+                    f_E[e] = f_E[e] + 1 - 2 * step if e < E else 0
+            windows += place - first >= m - 1
 
 
-def srp(ids_TK: np.ndarray, order: Order, E: int, m: int) -> np.ndarray:
-    """int64 [m+1]"""
-    histogram = np.zeros(m + 2, np.int64)  # f is m+1 between a token's coming and another's going, for no window
-    _srp(np.ascontiguousarray(ids_TK.T), order.by_T, ~order.follows_T, E, m, histogram)
-    return histogram[: m + 1]
+def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
+    """int64 [U, m+1]"""
+    assert places.order is not None
+    total_UM = np.zeros((places.U, m + 2), np.int64)  # f is m+1 between a token's coming and another's going, for no window
+    _srp(slots, places.order.by_T, places.order.follows_T, places.unit_T, E, m, total_UM)
+    return total_UM[:, : m + 1]
 
 
 @njit(nogil=True, cache=True)
@@ -212,9 +191,9 @@ def _weight_confidence(weights_KT, log_KT, sums):  # type: ignore[no-untyped-def
             sums[3] += mass
 
 
-def weight_confidence(weights_TK: np.ndarray) -> dict[str, float]:
+def weight_confidence(weights: Slots) -> dict[str, float]:
     """The logarithms are numpy's, which takes many at once."""
-    weights_KT, sums = np.ascontiguousarray(weights_TK.T), np.zeros(4)
+    weights_KT, sums = np.stack(weights), np.zeros(4)
     log_KT = weights_KT.astype(np.float64)
     np.log(log_KT, out=log_KT, where=log_KT > 0)
     _weight_confidence(weights_KT, log_KT, sums)
@@ -227,21 +206,17 @@ def weight_confidence(weights_TK: np.ndarray) -> dict[str, float]:
 
 
 @njit(nogil=True, cache=True)
-def _accumulate(table, row_T, ids_KT):  # type: ignore[no-untyped-def]
+def _accumulate(table, row_T, slots):  # type: ignore[no-untyped-def]
+    E = np.uint64(table.shape[1])
     for t in range(len(row_T)):
         if row_T[t] >= 0:
             row_E = table[row_T[t]]
-            for j in range(len(ids_KT)):
-                if ids_KT[j, t] >= 0:
-                    row_E[np.uint64(ids_KT[j, t])] += np.uint32(1)
+            for j in range(len(slots)):
+                e = np.uint64(slots[j][t])
+                if e < E:
+                    row_E[e] += np.uint32(1)
 
 
-def accumulate(table: np.ndarray, row_T: np.ndarray, ids_TK: np.ndarray) -> None:
+def accumulate(table: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
     """The twin of tokenids._accumulate."""
-    _accumulate(table, row_T, np.ascontiguousarray(ids_TK.T))
-
-
-def _placed(ids_TK: np.ndarray, E: int) -> np.ndarray:
-    """[K, T], each slot contiguous, E where it routed nowhere; no copy of what the reader returned where all did."""
-    ids_KT = np.ascontiguousarray(ids_TK.T)
-    return ids_KT if ids_KT.min(initial=0) >= 0 else np.where(ids_KT < 0, np.int16(E), ids_KT)
+    _accumulate(table, row_T, slots)

@@ -129,14 +129,16 @@ def srp(windows_M: np.ndarray) -> float:
     """Segment routing best performance: how well a set of experts of its own can serve all m tokens of a window, as the best
     F-measure over thresholds α, 2Σ_{f≥α}f ÷ Σ(m·1[f≥α] + f). windows_M[f], f = 0 … m: how many (window, expert) have f of the
     window's m tokens at the expert. NaN without any."""
-    m = len(windows_M) - 1
-    frequency_M = np.arange(m + 1)
-    assigned = float((frequency_M * windows_M).sum())
-    if assigned <= 0:
-        return float("nan")
-    from_M = windows_M[::-1].cumsum()[::-1]  # [α]: pairs with f ≥ α
-    hit_M = (frequency_M * windows_M)[::-1].cumsum()[::-1]
-    return float((2 * hit_M / (m * from_M + assigned))[1:].max())
+    return float(best_f(windows_M))
+
+
+def best_f(windows_M: np.ndarray) -> np.ndarray:
+    """`srp` of any number of histograms at once: [..., m+1] → [...]"""
+    m = windows_M.shape[-1] - 1
+    hits_M = np.arange(m + 1) * windows_M
+    assigned = hits_M.sum(-1, keepdims=True)
+    from_M, hit_M = (values[..., ::-1].cumsum(-1)[..., ::-1] for values in (windows_M, hits_M))  # [α]: pairs with f ≥ α
+    return (2 * hit_M / _positive(m * from_M + assigned))[..., 1:].max(-1)
 
 
 def srp_by_load(load_E: np.ndarray, tokens: float, m: int) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_inspect.analysis import specialization as sp
 from moe_inspect.analysis.aggregate import Counts
+from moe_inspect.analysis.counting import Slots
 from moe_inspect.analysis.engine import is_long
 from moe_inspect.analysis.fragment import selected_tokens
 from moe_inspect.analysis.select import Selection
@@ -151,21 +152,20 @@ def _count_shard(
         unit_T = domain_T * clusters + chosen.document_T % clusters
         pair_row_T = np.where(kept_T >= 0, kept_T * len(counts.domains) * clusters + unit_T, -1)
     for tables in group:
-        ids_TK = chosen.of(shard.ids(tables.router), tables.router)
-        accumulate(tables.any_VE, row_T, ids_TK)
-        accumulate(tables.first_VE, row_T, ids_TK[:, :1])
+        slots = chosen.of(shard.slots(tables.router), tables.router)
+        accumulate(tables.any_VE, row_T, slots)
+        accumulate(tables.first_VE, row_T, slots[:1])
         for any_VE, first_VE, order_T in zip(tables.shuffled_any, tables.shuffled_first, shuffled, strict=True):
-            accumulate(any_VE, order_T, ids_TK)
-            accumulate(first_VE, order_T, ids_TK[:, :1])
+            accumulate(any_VE, order_T, slots)
+            accumulate(first_VE, order_T, slots[:1])
         if tables.by_unit is not None and pair_row_T is not None:
-            accumulate(tables.by_unit.reshape(-1, tables.by_unit.shape[-1]), pair_row_T, ids_TK)
+            accumulate(tables.by_unit.reshape(-1, tables.by_unit.shape[-1]), pair_row_T, slots)
 
 
-def _accumulate(table: np.ndarray, row_T: np.ndarray, ids_TK: np.ndarray) -> None:
-    """table[row, expert] += 1 for every slot of every token, but where either is −1."""
-    E = table.shape[1]
-    cell_TK = row_T[:, None] * E + ids_TK
-    cell = cell_TK[(row_T[:, None] >= 0) & (ids_TK >= 0)]
+def _accumulate(table: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
+    """table[row, expert] += 1 for every slot of every token, but where the row is −1 or the slot routed nowhere."""
+    E, ids_KT = table.shape[1], np.stack(slots)
+    cell = (row_T * E + ids_KT)[(row_T >= 0) & (ids_KT < E)]
     flat = table.reshape(-1)
     if len(flat) <= 2 * len(cell):
         flat += np.bincount(cell, minlength=len(flat)).astype(np.uint32)

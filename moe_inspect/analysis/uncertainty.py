@@ -95,8 +95,29 @@ def max_vio_interval(assignments_UE: np.ndarray, weights_RU: np.ndarray | None) 
         return float("nan"), float("nan")
     busiest_R = weights_RU @ assignments_UE[:, load_E.argmax()]
     mean_R = weights_RU @ assignments_UE.sum(1) / len(load_E)
-    low, high = np.nanquantile(busiest_R / _positive(mean_R) - 1, [0.025, 0.975])
+    return interval(busiest_R / _positive(mean_R) - 1)
+
+
+def ratio_interval(hits_U: np.ndarray, of_U: np.ndarray, weights_RU: np.ndarray | None) -> tuple[float, float]:
+    """95 % interval of Σ hits ÷ Σ of. NaN without `weights_RU` or where there is nothing to divide by."""
+    if weights_RU is None or not of_U.sum():
+        return float("nan"), float("nan")
+    return interval(weights_RU @ hits_U / _positive(weights_RU @ of_U))
+
+
+def interval(values_R: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of what R resamples gave; NaN where none gave any."""
+    if np.isnan(values_R).all():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(values_R, [0.025, 0.975])
     return float(low), float(high)
+
+
+def share_interval(share: float, decisions: float, effect: float) -> tuple[float, float]:
+    """95 % interval of a share of that many decisions, from its variance, `effect` (the design effect) times that of independent
+    ones; for what is not known by document."""
+    half = 1.96 * np.sqrt(np.maximum(effect, 1) * share * (1 - share) / _positive(np.asarray(decisions, float)))
+    return float(np.maximum(share - half, 0)), float(np.minimum(share + half, 1))
 
 
 def permuted_labels(labels_U: np.ndarray, R: int) -> np.ndarray:

@@ -149,20 +149,28 @@ class Shard:
         sees = np.array([listed.sees(phase) for phase in phase_T.dictionary.to_pylist()], bool)
         return sees[phase_T.indices.to_numpy()]
 
+    def slots(self, router: int) -> tuple[np.ndarray, ...]:
+        """The experts of each decision, an array a slot in the router's own order: uint8 or uint16 [T], the number of experts
+        where a slot routed nowhere. What the file holds is copied only where some did. MoeInspectError for an id out of range."""
+        listed = self.trace.routers[router]
+        table = self.routing(router, [f"expert_{j}" for j in range(listed.top_k)])
+        return tuple(_filled(column, listed.experts, router) for column in table.columns)
+
     def ids(self, router: int) -> np.ndarray:
         """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere. Slots are
         contiguous in memory, as they are on disk."""
-        slots = [f"expert_{j}" for j in range(self.trace.routers[router].top_k)]
-        table = self.routing(router, slots)
-        ids_KT = np.empty((len(slots), len(table)), np.int16)
-        for slot_T, column in zip(ids_KT, table.columns, strict=True):
-            slot_T[:] = _widened(column).to_numpy() if column.null_count else column.to_numpy()
+        ids_KT = np.stack(self.slots(router)).astype(np.int16)
+        ids_KT[ids_KT == self.trace.routers[router].experts] = -1
         return ids_KT.T
+
+    def slot_weights(self, router: int) -> tuple[np.ndarray, ...]:
+        """The gate weights, an array a slot: float32 [T], 0 where it routed nowhere."""
+        table = self.routing(router, [f"weight_{j}" for j in range(self.trace.routers[router].top_k)])
+        return tuple((c.fill_null(0) if c.null_count else c).to_numpy() for c in table.columns)
 
     def weights(self, router: int) -> np.ndarray:
         """float32 [T, K], the gate weights, 0 where a slot routed nowhere."""
-        slots = [f"weight_{j}" for j in range(self.trace.routers[router].top_k)]
-        return np.stack([c.fill_null(0).to_numpy() if c.null_count else c.to_numpy() for c in self.routing(router, slots).columns]).T
+        return np.stack(self.slot_weights(router)).T
 
     def logits(self, router: int) -> np.ndarray:
         """float16 [T, E], the router logits."""
@@ -194,9 +202,14 @@ def _routers_of_groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
     return [(s.min, s.max) if s is not None and s.has_min_max else (0, 2**16) for s in found]
 
 
-def _widened(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    # 65535 as int16 is −1, and no uint8 id
-    return column.cast(pa.uint16()).fill_null(65535)
+def _filled(column: pa.ChunkedArray, E: int, router: int) -> np.ndarray:
+    nulls = column.null_count
+    if nulls and np.iinfo(column.type.to_pandas_dtype()).max < E:
+        column = column.cast(pa.uint16())
+    slot_T = (column.fill_null(0) if nulls else column).to_numpy()
+    if len(slot_T) and slot_T.max() >= E:
+        raise MoeInspectError(f"damaged trace: router {router} has {E} experts and an assignment to expert {slot_T.max()}")
+    return column.fill_null(E).to_numpy() if nulls else slot_T
 
 
 class Trace:
