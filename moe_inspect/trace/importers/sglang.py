@@ -58,10 +58,7 @@ def _loaded(path: Path) -> dict[str, Any]:
     except ImportError:
         raise MoeInspectError(NEEDS_TORCH) from None
     try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED or i.file_size > path.stat().st_size]
-        if packed:  # torch allocates what the archive declares before it reads
-            raise ValueError(f"{packed[0]} is compressed, or declared larger than the file")
+        _check_archive(path)
         shapes: Any = torch.load(path, map_location="meta", weights_only=True)
         held = _tensor_bytes(shapes)
         if held > path.stat().st_size:
@@ -75,6 +72,16 @@ def _loaded(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MoeInspectError(f"{path} holds a {type(content).__name__}, not the dict that SGLang writes")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """What torch takes on trust: it allocates what the archive declares before it reads, and divides by the alignment."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise ValueError(f"{entry.filename} is compressed, or declared larger than the file")
+            if entry.filename.endswith("/.storage_alignment") and not (alignment := archive.read(entry)).strip(b"0").isdigit():
+                raise ValueError(f"{entry.filename} is {alignment[:20]!r}")
 
 
 def _tensor_bytes(value: Any) -> int:
