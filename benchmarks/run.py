@@ -122,7 +122,7 @@ def qwen_like(rounding: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def stream(assignments: int, rounding: str) -> Iterator[Any]:

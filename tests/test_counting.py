@@ -66,8 +66,12 @@ def same(a: Counts, b: Counts) -> None:
 def test_pairs_by_hand():
     here, there = np.array([[0, 1], [0, -1]], np.int16), np.array([[2, 0], [1, 2]], np.int16)
     for by in (counting, kernels):
-        assert by.pairs(slots_of(here, 2), slots_of(here, 2), 2, 2).tolist() == [[2, 1], [1, 1]]
-        assert by.pairs(slots_of(here, 2), slots_of(there, 3), 2, 3).tolist() == [[1, 1, 2], [1, 0, 1]]
+        assert [table.tolist() for table in by.transitions(slots_of(here, 2), slots_of(here, 2), 2, 2)] == [
+            [[2, 1], [1, 1]],
+            [[2, 0], [0, 0]],
+        ]
+        assert by.transitions(slots_of(here, 2), slots_of(there, 3), 2, 3)[0].tolist() == [[1, 1, 2], [1, 0, 1]]
+        assert by.by_slot(slots_of(here, 2), 2).tolist() == [[0, 1], [0, 0]]
 
 
 def test_repetition_and_segments_follow_a_sequence_across_batches():
@@ -102,12 +106,11 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
         assert (ours == twin).all()
     runs = counting.Places(np.arange(tokens) // 30 % 3, unit_T * 0, unit_T * 0, unit_T * 0, 3, 1, 1, 1)
     assert (kernels.loads(slots, runs, experts)[0] == counting.load(runs.unit_T, slots, 3, experts)).all()
-    own_E = counting.load(unit_T * 0, slots, 1, experts)[0]
-    assert (kernels.together(slots, own_E) == counting.together(slots, own_E)).all()
+    assert (kernels.by_slot(slots, experts) == counting.by_slot(slots, experts)).all()
     assert kernels.weight_confidence(weights) == pytest.approx(counting.weight_confidence(weights), rel=1e-5, abs=1e-6 * tokens)
     for name, arguments in {
         "weight_sum": (unit_T, slots, weights, 3, experts),
-        "pairs": (slots, after, experts, experts),
+        "transitions": (slots, after, experts, experts),
         "repetition": (slots, places, experts),
     }.items():
         np.testing.assert_allclose(getattr(counting, name)(*arguments), getattr(kernels, name)(*arguments), rtol=1e-6)
@@ -118,7 +121,7 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
 def test_a_wrong_kernel_would_be_noticed():
     slots = slots_of(ids_with_gaps(0))
     rolled = tuple(np.roll(slot_T, 1) for slot_T in slots)
-    assert (counting.pairs(slots, slots, E, E) != kernels.pairs(rolled, slots, E, E)).any()
+    assert (counting.transitions(slots, slots, E, E)[0] != kernels.transitions(rolled, slots, E, E)[0]).any()
 
 
 @given(st.integers(200, T), st.integers(0, 3))
@@ -165,6 +168,7 @@ def test_sums_that_must_hold(tmp_path: Path):
     next_T = (ids_with_gaps(1) >= 0).sum(1)
     assert np.diag(mine.together_EE).tolist() == load_E.tolist()
     assert mine.together_EE.sum() == (there_T**2).sum()
+    assert mine.together_EE.tolist() == counting.pairs(*[slots_of(ids_with_gaps(0))] * 2, E, E).tolist()
     assert mine.next_EN.sum() == (there_T * next_T).sum()
     assert counts.of[1].next_EN is None  # there is none after it
     assert mine.window_load_WE.sum(0).tolist() == load_E.tolist()

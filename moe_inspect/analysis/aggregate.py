@@ -24,7 +24,7 @@ SRP_LENGTHS = (1, 4, 16, 64)  # tokens of a segment
 WANTS = {
     "load": "assignments, first choices and gate weights of each expert",
     "domains": "the same by domain and by cluster of documents (comes with load)",
-    "pairs": "experts chosen together: together_EE",
+    "pairs": "experts chosen together: by_slot_EE, together_EE",
     "transitions": "experts here and at the next router: next_EN, next_first_EN",
     "repetition": "consecutive tokens that choose alike: pairs_U, first_same_U, any_same_U",
     "windows": "load over time: window_load_WE, window_tokens_W",
@@ -42,7 +42,7 @@ class RouterCounts:
 
     assignments_UE, first_choice_DE (None: the source does not say): int64, weight_sum_DE: float64 (None without weights).
     batches[T]: of the forward passes in which the router saw T tokens, how many there were and the sum of their max_vio.
-    together_EE: int64, symmetric: decisions in which both were chosen; diagonal: decisions in which e was.
+    by_slot_EE: int64, pairs of experts of one decision, that of the earlier slot by that of the later.
     next_EN: int64, of every decision all k·k' pairs (expert here, expert of the same token at the next router).
     next_first_EN: int64, pairs of first choices.
     pairs_U: int64, pairs of consecutive tokens of a sequence; first_same_U: with the same first choice; any_same_U: with an
@@ -63,7 +63,7 @@ class RouterCounts:
     weight_sum_DE: np.ndarray | None
     null_slots: int = 0
     batches: dict[int, tuple[int, float]] = field(default_factory=dict)
-    together_EE: np.ndarray | None = None
+    by_slot_EE: np.ndarray | None = None
     next_EN: np.ndarray | None = None
     next_first_EN: np.ndarray | None = None
     pairs_U: np.ndarray | None = None
@@ -87,6 +87,13 @@ class RouterCounts:
     boundary_margin_sum: float = 0.0
     topk_mass_sum: float = 0.0
     ties: int = 0
+
+    @property
+    def together_EE(self) -> np.ndarray | None:
+        """int64, symmetric: decisions in which both were chosen; diagonal: decisions in which e was."""
+        if self.by_slot_EE is None:
+            return None
+        return self.by_slot_EE + self.by_slot_EE.T + np.diag(self.assignments_UE.sum(0))
 
     def add(self, other: RouterCounts, rows: dict[str, Rows]) -> None:
         for name in (f.name for f in fields(self) if f.name not in ("batches", "srp")):
@@ -138,15 +145,14 @@ class Counts:
         for stack in {self.routers[r].stack for r in self.indices} - {""}:
             self.tokens_SU.setdefault(stack, np.zeros(len(self.units), np.int64))
             self.token_ids_SV.setdefault(stack, np.zeros(0, np.int64))
-        for r in self.indices:
-            self.of.setdefault(r, self._nothing(r))
 
     def _nothing(self, r: int) -> RouterCounts:
+        """What the counts of router r are added to."""
         E, W, wants = self.routers[r].experts, len(self.first_token_W), self.wants
         after = self.next_router(r)
         nothing = RouterCounts(np.zeros((0, E), np.int64), np.zeros((0, E), np.int64), np.zeros((0, E)))
         if "pairs" in wants:
-            nothing.together_EE = np.zeros((E, E), np.int64)
+            nothing.by_slot_EE = np.zeros((E, E), np.int64)
         if "transitions" in wants and after is not None:
             nothing.next_EN, nothing.next_first_EN = (np.zeros((E, self.routers[after].experts), np.int64) for _ in range(2))
         if "repetition" in wants:
@@ -169,8 +175,10 @@ class Counts:
         self.domains, self.units = domains, units
         self.tokens_U = _added(self.tokens_U, other.tokens_U, rows["U"])
         self.tokens_SU = {s: _added(mine_U, other.tokens_SU[s], rows["U"]) for s, mine_U in self.tokens_SU.items()}
-        for r, mine in self.of.items():
-            mine.add(other.of[r], rows)
+        for r, theirs in other.of.items():
+            if r not in self.of:
+                self.of[r] = self._nothing(r)
+            self.of[r].add(theirs, rows)
         self.token_ids_V = _summed(self.token_ids_V, other.token_ids_V)
         self.token_ids_SV = {s: _summed(mine_V, other.token_ids_SV[s]) for s, mine_V in self.token_ids_SV.items()}
         # −1 as uint64 is the largest of all

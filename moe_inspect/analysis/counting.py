@@ -78,11 +78,11 @@ class Places:
 
 
 def loads(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Assignments by unit, first choices by unit, assignments by batch and by window. int64 [U, E], [U, E], [B, E], [W, E]"""
-    first_UE = load(places.unit_T, slots[:1], places.U, E)
+    """Assignments by unit, first choices by domain, assignments by batch and by window. int64 [U, E], [D, E], [B, E], [W, E]"""
+    first_DE = load(places.domain_T, slots[:1], places.D, E)
     rows = ((places.unit_T, places.U), (places.batch_T, places.B), (places.window_T, places.W))
     units_UE, batches_BE, windows_WE = (load(row_T, slots, X, E) for row_T, X in rows)
-    return units_UE, first_UE, batches_BE, windows_WE
+    return units_UE, first_DE, batches_BE, windows_WE
 
 
 def load(row_T: np.ndarray, slots: Slots, X: int, E: int) -> np.ndarray:
@@ -100,8 +100,13 @@ def _cells(row_T: np.ndarray, slots: Slots, E: int) -> np.ndarray:
     return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)
 
 
+def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often a token chose expert e here and expert n at the next router: all pairs of slots, and of first choices alone. int64
+    [E, N], twice"""
+    return pairs(slots, next_slots, E, N), pairs(slots[:1], next_slots[:1], E, N)
+
+
 def pairs(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
-    """How often a token chose expert e here and expert n there: all pairs of slots, also of the same array. int64 [E, N]"""
     total = np.zeros((E + 1) * (N + 1), np.int64)
     for here_T in slots:
         for there_T in next_slots:
@@ -109,9 +114,9 @@ def pairs(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
     return total.reshape(E + 1, N + 1)[:E, :N]
 
 
-def together(slots: Slots, load_E: np.ndarray) -> np.ndarray:
-    """How often a token chose both: symmetric, load_E (its own) on the diagonal. int64 [E, E]"""
-    return pairs(slots, slots, len(load_E), len(load_E))
+def by_slot(slots: Slots, E: int) -> np.ndarray:
+    """Pairs of experts of one decision: that of the earlier slot by that of the later. int64 [E, E]"""
+    return sum((pairs((slot_T,), slots[j:], E, E) for j, slot_T in enumerate(slots, 1)), np.zeros((E, E), np.int64))
 
 
 def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.analysis import counting
-from moe_inspect.analysis.aggregate import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts, by_domain
+from moe_inspect.analysis.aggregate import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts
 from moe_inspect.analysis.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Shard
@@ -152,8 +152,7 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
             if before is not None and "transitions" in part.wants:
                 b, of_b = before
                 shape = (part.routers[b].experts, part.routers[r].experts)
-                part.of[b].next_EN = by.pairs(of_b, slots, *shape)
-                part.of[b].next_first_EN = by.pairs(of_b[:1], slots[:1], *shape)
+                part.of[b].next_EN, part.of[b].next_first_EN = by.transitions(of_b, slots, *shape)
             before = (r, slots)
 
 
@@ -173,14 +172,12 @@ def _count_router(
     E, k, wants, D = part.routers[r].experts, part.routers[r].top_k, part.wants, places.D
     weighted = shard.trace.has_weights and bool(wants & NEEDS_WEIGHTS)
     weights = seen.of(shard.slot_weights(r), r) if weighted else None
-    assignments_UE, first_UE, load_BE, load_WE = by.loads(slots, places, E)
-    load_E = assignments_UE.sum(0)
-    first_choice_DE = by_domain(first_UE, part.domain_of_unit_U, D)
+    assignments_UE, first_choice_DE, load_BE, load_WE = by.loads(slots, places, E)
     weight_sum_DE = by.weight_sum(places.domain_T, slots, weights, D, E) if weights is not None else None
-    mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, k * len(slots[0]) - int(load_E.sum()))
+    mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, k * len(slots[0]) - int(assignments_UE.sum()))
     mine.batches = _batches(places.tokens_B, load_BE)
     if "pairs" in wants:
-        mine.together_EE = by.together(slots, load_E)
+        mine.by_slot_EE = by.by_slot(slots, E)
     if "windows" in wants:
         mine.window_load_WE, mine.window_tokens_W = load_WE, places.tokens_W.copy()
     if "repetition" in wants:
@@ -213,12 +210,13 @@ def _unit(seen: SelectedTokens) -> np.ndarray:
     return seen.domain_T.astype(np.int64) * CLUSTERS + seen.document_T % CLUSTERS
 
 
-def _batches(size_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
-    total_B = load_BE.sum(1)
-    max_vio_B = np.where(total_B > 0, load_BE.max(1) * load_BE.shape[1] / np.maximum(total_B, 1) - 1, 0)
-    size, of_B = np.unique(size_B, return_inverse=True)
-    n, vio = np.bincount(of_B), np.bincount(of_B, max_vio_B)
-    return {int(s): (int(a), float(v)) for s, a, v in zip(size, n, vio, strict=True)}
+def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
+    found: dict[int, tuple[int, float]] = {}
+    ratio_B = load_BE.max(1) / np.maximum(load_BE.sum(1), 1) * load_BE.shape[1]
+    for tokens, ratio in zip(tokens_B.tolist(), ratio_B.tolist(), strict=True):
+        n, total = found.get(tokens, (0, 0.0))
+        found[tokens] = n + 1, total + (ratio - 1 if ratio else 0.0)
+    return found
 
 
 def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:

@@ -18,12 +18,12 @@ SHORT = 16  # tokens of a run below which its load is counted in place
 
 
 @njit(nogil=True, cache=True)
-def _loads(slots, start_G, unit_T, batch_T, window_T, total_UE, first_UE, total_BE, total_WE):  # type: ignore[no-untyped-def]
-    run_E = np.zeros(total_UE.shape[1], np.int64)
+def _loads(slots, start_G, unit_T, domain_T, batch_T, window_T, total_UE, first_DE, total_BE, total_WE):  # type: ignore[no-untyped-def]
+    run_E = np.zeros(total_UE.shape[1], np.uint32)
     for g in range(len(start_G) - 1):
         start, end = start_G[g], start_G[g + 1]
         of_u_E, of_b_E, of_w_E = total_UE[unit_T[start]], total_BE[batch_T[start]], total_WE[window_T[start]]
-        first_E = first_UE[unit_T[start]]
+        first_E = first_DE[domain_T[start]]
         if end - start < SHORT:
             for t in range(start, end):
                 first_E[np.uint64(slots[0][t])] += 1
@@ -45,11 +45,11 @@ def _loads(slots, start_G, unit_T, batch_T, window_T, total_UE, first_UE, total_
 
 
 def loads(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """int64 [U, E], [U, E], [B, E], [W, E]"""
-    tables = [np.zeros((rows, E + 1), np.int64) for rows in (places.U, places.U, places.B, places.W)]
-    _loads(slots, places.start_G, places.unit_T, places.batch_T, places.window_T, *tables)
-    units_UE, first_UE, batches_BE, windows_WE = (table[:, :E] for table in tables)
-    return units_UE, first_UE, batches_BE, windows_WE
+    """uint32 [U, E], [D, E], [B, E], [W, E]"""
+    tables = [np.zeros((rows, E + 1), np.uint32) for rows in (places.U, places.D, places.B, places.W)]
+    _loads(slots, places.start_G, places.unit_T, places.domain_T, places.batch_T, places.window_T, *tables)
+    units_UE, first_DE, batches_BE, windows_WE = (table[:, :E] for table in tables)
+    return units_UE, first_DE, batches_BE, windows_WE
 
 
 @njit(nogil=True, cache=True)
@@ -68,11 +68,12 @@ def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) 
 
 
 @njit(nogil=True, cache=True)
-def _pairs(slots, next_slots, total_EN):  # type: ignore[no-untyped-def]
+def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-untyped-def]
     there_J = np.empty(len(next_slots), np.uint64)
     for t in range(len(slots[0])):
         for j in range(len(next_slots)):
             there_J[j] = np.uint64(next_slots[j][t])
+        first_EN[np.uint64(slots[0][t]), there_J[0]] += np.uint32(1)
         for i in range(len(slots)):
             row_N = total_EN[np.uint64(slots[i][t])]
             for j in range(len(next_slots)):
@@ -80,8 +81,7 @@ def _pairs(slots, next_slots, total_EN):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _together(slots, total_EE):  # type: ignore[no-untyped-def]
-    """The upper triangle of the slots: what makes a symmetric table with its transpose."""
+def _by_slot(slots, total_EE):  # type: ignore[no-untyped-def]
     here_K = np.empty(len(slots), np.uint64)
     for t in range(len(slots[0])):
         for i in range(len(slots)):
@@ -92,22 +92,18 @@ def _together(slots, total_EE):  # type: ignore[no-untyped-def]
                 row_E[here_K[j]] += np.uint32(1)
 
 
-def pairs(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
-    """uint32 [E, N]: of one shard, so that the table stays in the nearest caches."""
-    total_EN = np.zeros((E + 1, N + 1), np.uint32)
-    _pairs(slots, next_slots, total_EN)
-    return total_EN[:E, :N]
+def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint32 [E, N], twice: of one shard, so that the tables stay in the nearest caches."""
+    total_EN, first_EN = (np.zeros((E + 1, N + 1), np.uint32) for _ in range(2))
+    _transitions(slots, next_slots, total_EN, first_EN)
+    return total_EN[:E, :N], first_EN[:E, :N]
 
 
-def together(slots: Slots, load_E: np.ndarray) -> np.ndarray:
+def by_slot(slots: Slots, E: int) -> np.ndarray:
     """uint32 [E, E]"""
-    E = len(load_E)
     total_EE = np.zeros((E + 1, E + 1), np.uint32)
-    _together(slots, total_EE)
-    upper_EE = total_EE[:E, :E]
-    both_EE = upper_EE + upper_EE.T
-    both_EE[np.diag_indices(E)] += load_E.astype(np.uint32)
-    return both_EE
+    _by_slot(slots, total_EE)
+    return total_EE[:E, :E]
 
 
 @njit(nogil=True, cache=True)

@@ -403,13 +403,15 @@ class Recorder:
             arrays = [getattr(rows, name)[: counts[done.stack.name]] for done, rows in parts]
             return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
+        empty_of = {"ids": np.uint8, "weights": np.uint16 if self._weight_dtype == torch.bfloat16 else np.float16, "logits": np.float16}
+
         def of_routers(kind: str) -> list[np.ndarray]:
             found: list[np.ndarray] = []
             for name, stack in self.stacks.items():
                 done = next((p for p in forward.passes if p.stack is stack), None)
                 if done is None:  # this forward pass fed it nothing
                     widths = [router.experts if kind == "logits" else router.top_k for router in stack.routers]
-                    found += [np.empty((0, width), {"ids": np.uint8, "weights": np.float32}.get(kind, np.float16)) for width in widths]
+                    found += [np.empty((0, width), empty_of[kind]) for width in widths]
                     continue
                 assert stack.rings is not None
                 keep = None if kept[name].all() else np.flatnonzero(kept[name])

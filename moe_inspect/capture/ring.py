@@ -204,7 +204,6 @@ class Rings:
     def __init__(self, routers: Sequence[tuple[torch.device, int, int]], weight_dtype: torch.dtype | None, logits: bool, rows: int):
         self._of: list[tuple[Ring, int]] = [None] * len(routers)  # type: ignore[list-item]
         self._rings: list[Ring] = []
-        self._bf16 = weight_dtype == torch.bfloat16
         for device in dict.fromkeys(d for d, _, _ in routers):
             local = [r for r, (d, _, _) in enumerate(routers) if d == device]
             ring = Ring(device, [routers[r][1] for r in local], [routers[r][2] for r in local], weight_dtype, logits, rows)
@@ -266,8 +265,7 @@ class Rings:
         return [dropped_of[id(ring)][n] for ring, n in self._of]
 
     def rows(self, kind: str, r: int, start: int, count: int, keep: np.ndarray | None) -> np.ndarray:
-        """A copy of router r's rows [start, start + count), or of those at `keep` among them; bfloat16 as float32, which holds
-        it exactly."""
+        """A copy of router r's rows [start, start + count), or of those at `keep` among them; bfloat16 as its bits, uint16."""
         ring, n = self._of[r]
         parts = ring.rows(kind, n, start, count)
         values = np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -275,4 +273,4 @@ class Rings:
             values = values[keep]
         elif len(parts) == 1:
             values = values.copy()
-        return (values.astype(np.uint32) << 16).view(np.float32) if kind == "weights" and self._bf16 else values
+        return values

@@ -28,7 +28,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 
 SHARD_TOKENS = 65_536
-SHARD_BYTES = 64 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
+SHARD_BYTES = 80 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
 SHARD_SECONDS = 60.0  # a slow model's decisions become readable, and safe, after so long at the latest
 CONTINUED = 8  # times as much, and as long, where the next batch goes on with sequences of this shard
 QUEUE_BATCHES = 2
@@ -47,7 +47,7 @@ class Document:
 @dataclass(frozen=True)
 class RoutedBatch:
     """One forward pass. Arrays of length T are in execution order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`:
-    float [T, K_r] or None, `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d. Of an encoder-decoder the
+    float16 [T, K_r], the bits of bfloat16 as uint16, float32 that one of the two holds exactly, or None, `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d. Of an encoder-decoder the
     first `encoded` tokens were fed to the encoder, the others to the decoder, and a router has rows only of those it sees."""
 
     batch: int
@@ -278,7 +278,7 @@ class TraceWriter:
                 "routing",
                 columns,
                 [self._routing_of(r, batches, token, columns) for r in range(len(self.routers))],
-                bf16=all(w.dtype == np.float32 for b in batches for w in b.weights or []),
+                bf16=all(w.dtype == np.uint16 for b in batches for w in b.weights or []),
             ),
         ]
         decisions = lines[-1]["rows"]
@@ -311,7 +311,7 @@ class TraceWriter:
             columns = [seen, *self._router_columns(r, len(seen))]
             columns += _slots(experts_KT, nowhere_KT, schema_of, "expert")
             if self.weights:
-                weights_KT = _slot_major([b.weights[r] for b in batches if b.weights is not None], np.float32)
+                weights_KT = _slot_major([_widened(b.weights[r]) for b in batches if b.weights is not None], np.float32)
                 columns += _slots(weights_KT, nowhere_KT, schema_of, "weight")
             return pa.Table.from_arrays(columns, schema=schema_of)
 
@@ -479,6 +479,10 @@ def _slot_major(parts_TK: list[np.ndarray], dtype: Any) -> np.ndarray:
     """[K, T], each slot contiguous: what a column is made of without another copy."""
     values_KT = np.empty((parts_TK[0].shape[1], sum(map(len, parts_TK))), dtype)
     return np.concatenate([part.T for part in parts_TK], axis=1, out=values_KT)
+
+
+def _widened(weights_TK: np.ndarray) -> np.ndarray:
+    return (weights_TK.astype(np.uint32) << 16).view(np.float32) if weights_TK.dtype == np.uint16 else weights_TK
 
 
 def _slots(values_KT: np.ndarray, nowhere_KT: np.ndarray | None, columns: pa.Schema, prefix: str) -> list[pa.Array]:
