@@ -281,14 +281,16 @@ def by_domain(values_U: np.ndarray, domain_of_U: np.ndarray, D: int) -> np.ndarr
 class Rows:
     """Where the rows of two parts go among those of both."""
 
-    mine: np.ndarray
-    theirs: np.ndarray
+    mine: np.ndarray | slice
+    theirs: np.ndarray | slice
     both: int
 
     @staticmethod
     def of(mine: list[Any], theirs: list[Any], both: list[Any]) -> Rows:
         row_of = {label: row for row, label in enumerate(both)}
-        return Rows(np.array([row_of[x] for x in mine], np.int64), np.array([row_of[x] for x in theirs], np.int64), len(both))
+        # a slice is added to without a copy
+        at, there = (slice(None) if part == both else np.array([row_of[x] for x in part], np.int64) for part in (mine, theirs))
+        return Rows(at, there, len(both))
 
 
 def _added(mine: np.ndarray, theirs: np.ndarray, rows: Rows) -> np.ndarray:

@@ -16,6 +16,16 @@ Slots = tuple[np.ndarray, ...]
 BLOCK = 2**22  # cells of a temporary table
 
 
+def distinct(values_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values there are, ascending, and which of them each is: np.unique, by counting where they lie close together. int [X], [T]"""
+    low = int(values_T.min(initial=0))
+    if int(values_T.max(initial=0)) - low > 4 * len(values_T):
+        return np.unique(values_T, return_inverse=True)
+    offset_T = values_T - low
+    there = np.bincount(offset_T) > 0
+    return np.flatnonzero(there) + low, (np.cumsum(there) - 1)[offset_T]
+
+
 @dataclass(frozen=True)
 class Order:
     """How tokens follow each other within their sequences: by_T sorts them by (document, sequence, position), `follows_T`
@@ -27,6 +37,11 @@ class Order:
     sample_T: np.ndarray
     size_S: np.ndarray
     first_S: np.ndarray
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether the tokens lie in this order already."""
+        return bool((self.by_T == np.arange(len(self.by_T))).all())
 
 
 def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndarray) -> Order:

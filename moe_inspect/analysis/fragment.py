@@ -130,7 +130,8 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
     part.labels = every.labels
     if not len(every.domain_T):
         return
-    key_U, part.tokens_U = np.unique(_unit(every), return_counts=True)
+    key_U, unit_T = counting.distinct(_unit(every))
+    part.tokens_U = np.bincount(unit_T)
     part.units = [(every.domains[key // CLUSTERS], int(key % CLUSTERS)) for key in key_U]
     domain_U, domain_of_U = np.unique(key_U // CLUSTERS, return_inverse=True)
     part.domains = [every.domains[d] for d in domain_U]
@@ -159,7 +160,7 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
 def _places(seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, windows: Windows | None, shard: Shard) -> counting.Places:
     """What the routers of one stack share in a shard: where each of its tokens counts."""
     unit_T = np.searchsorted(key_U, _unit(seen))
-    batch_B, batch_T = np.unique(seen.batch_T, return_inverse=True)
+    batch_B, batch_T = counting.distinct(seen.batch_T)
     first = windows.before[shard.files.rank, shard.files.index] if windows else 0
     window_T = (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
     sizes = len(key_U), int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1

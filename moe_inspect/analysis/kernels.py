@@ -14,6 +14,8 @@ from numba import njit
 
 from moe_inspect.analysis.counting import Places, Slots
 
+ONE = np.uint32(1)
+BLOCK = 4096  # tokens at a time, whose slots stay in the nearest cache
 SHORT = 16  # tokens of a run below which its load is counted in place
 
 
@@ -69,27 +71,22 @@ def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) 
 
 @njit(nogil=True, cache=True)
 def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-untyped-def]
-    there_J = np.empty(len(next_slots), np.uint64)
+    in_fours = len(slots) - len(slots) % 4
     for t in range(len(slots[0])):
-        for j in range(len(next_slots)):
-            there_J[j] = np.uint64(next_slots[j][t])
-        first_EN[np.uint64(slots[0][t]), there_J[0]] += np.uint32(1)
-        for i in range(len(slots)):
+        first_EN[np.uint64(slots[0][t]), np.uint64(next_slots[0][t])] += ONE
+        for i in range(0, in_fours, 4):  # four rows at a time, so that their addresses stay in registers
+            a_N, b_N = total_EN[np.uint64(slots[i][t])], total_EN[np.uint64(slots[i + 1][t])]
+            c_N, d_N = total_EN[np.uint64(slots[i + 2][t])], total_EN[np.uint64(slots[i + 3][t])]
+            for j in range(len(next_slots)):
+                n = np.uint64(next_slots[j][t])
+                a_N[n] += ONE
+                b_N[n] += ONE
+                c_N[n] += ONE
+                d_N[n] += ONE
+        for i in range(in_fours, len(slots)):
             row_N = total_EN[np.uint64(slots[i][t])]
             for j in range(len(next_slots)):
-                row_N[there_J[j]] += np.uint32(1)
-
-
-@njit(nogil=True, cache=True)
-def _by_slot(slots, total_EE):  # type: ignore[no-untyped-def]
-    here_K = np.empty(len(slots), np.uint64)
-    for t in range(len(slots[0])):
-        for i in range(len(slots)):
-            here_K[i] = np.uint64(slots[i][t])
-        for i in range(len(slots) - 1):
-            row_E = total_EE[here_K[i]]
-            for j in range(i + 1, len(slots)):
-                row_E[here_K[j]] += np.uint32(1)
+                row_N[np.uint64(next_slots[j][t])] += ONE
 
 
 def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +94,15 @@ def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.nda
     total_EN, first_EN = (np.zeros((E + 1, N + 1), np.uint32) for _ in range(2))
     _transitions(slots, next_slots, total_EN, first_EN)
     return total_EN[:E, :N], first_EN[:E, :N]
+
+
+@njit(nogil=True, cache=True)
+def _by_slot(slots, total_EE):  # type: ignore[no-untyped-def]
+    for t in range(len(slots[0])):
+        for j in range(1, len(slots)):
+            e = np.uint64(slots[j][t])
+            for i in range(j):
+                total_EE[np.uint64(slots[i][t]), e] += ONE
 
 
 def by_slot(slots: Slots, E: int) -> np.ndarray:
@@ -107,29 +113,46 @@ def by_slot(slots: Slots, E: int) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _repetition(slots, by_T, follows_T, unit_T, E, first_U, any_U):  # type: ignore[no-untyped-def]
-    last_E = np.full(E + 1, -2, np.int32)  # the place, in order, of the last token that chose it
-    before = E
-    for place in range(len(by_T)):
-        t, now, then = by_T[place], np.int32(place), np.int32(place - 1)
-        common = False
-        for j in range(len(slots)):
-            e = np.uint64(slots[j][t])
-            common |= last_E[e] == then
-            last_E[e] = now
-        last_E[E] = -2  # nowhere is nothing to have in common
-        first = np.int64(slots[0][t])
-        if follows_T[place]:
-            first_U[unit_T[t]] += first == before and first != E
-            any_U[unit_T[t]] += common
-        before = first
+def _meet(before_T, after_T, common_T):  # type: ignore[no-untyped-def]
+    for t in range(len(common_T)):
+        common_T[t] |= before_T[t] == after_T[t]
+
+
+@njit(nogil=True, cache=True)
+def _repetition(before, after, follows_T, unit_T, first_U, any_U):  # type: ignore[no-untyped-def]
+    """Slot by slot, many tokens at once."""
+    common = np.empty(BLOCK, np.bool_)
+    for start in range(1, len(follows_T), BLOCK):
+        end = min(start + BLOCK, len(follows_T))
+        common_T = common[: end - start]
+        common_T[:] = False
+        for i in range(len(before)):
+            for j in range(len(after)):
+                _meet(before[i][start - 1 : end - 1], after[j][start:end], common_T)
+        unit, first, either = unit_T[start], 0, 0
+        for t in range(start, end):
+            if unit_T[t] != unit:
+                first_U[unit] += first
+                any_U[unit] += either
+                unit, first, either = unit_T[t], 0, 0
+            first += follows_T[t] & (before[0][t - 1] == after[0][t])
+            either += follows_T[t] & common_T[t - start]
+        first_U[unit] += first
+        any_U[unit] += either
 
 
 def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray]:
     """int64 [U], twice"""
     assert places.order is not None
+    by_T, follows_T, unit_T = places.order.by_T, places.order.follows_T, places.unit_T
+    if not places.order.in_place:
+        slots, unit_T = tuple(slot_T[by_T] for slot_T in slots), unit_T[by_T]
+    before = slots
+    if any(slot_T.max(initial=0) == E for slot_T in slots):  # nowhere is nothing to have in common
+        slots = tuple(slot_T.astype(np.uint16) for slot_T in slots)
+        before = tuple(np.where(slot_T == E, np.uint16(2**16 - 1), slot_T) for slot_T in slots)
     first_U, any_U = np.zeros(places.U, np.int64), np.zeros(places.U, np.int64)
-    _repetition(slots, places.order.by_T, places.order.follows_T, places.unit_T, E, first_U, any_U)
+    _repetition(before, slots, follows_T, unit_T, first_U, any_U)
     return first_U, any_U
 
 
