@@ -70,18 +70,17 @@ def on_disk(root: Path, E: int, k: int) -> Path:
 def capacity() -> Rates:
     from moe_inspect.simulate import kernels
     from moe_inspect.simulate.capacity import capacity as room
-    from moe_inspect.simulate.capacity import simulate_capacity
+    from moe_inspect.simulate.capacity import levels, simulate_capacity
 
     start_G = np.arange(0, TOKENS + 1, 8192)
+    of_G = np.zeros(len(start_G) - 1, np.int64)
     for E, k in SHAPES:
         ids_KT = np.ascontiguousarray(zipf(TOKENS, E, k).T)
-        room_GF = np.array([[room(f, 8192, k, E) for f in (1, 1.25, 2)]] * (len(start_G) - 1))
-        places = (np.zeros(TOKENS, np.int64), np.zeros((2, TOKENS), np.uint8))
+        level_SC = levels(np.array([[room(f, 8192, k, E) for f in (1, 1.25, 2)]]), 8192)
 
-        def sweep(ids_KT: np.ndarray = ids_KT, room_GF: np.ndarray = room_GF, places: tuple = places, E: int = E) -> None:
-            sums = (np.zeros((3, 1), np.int64), np.zeros((3, 2, 10), np.int64), np.zeros((len(start_G) - 1, E), np.int32))
-            levels = (np.zeros(TOKENS, np.uint8), np.full(TOKENS, 255, np.uint8))
-            kernels.overflow(ids_KT, start_G, room_GF, np.zeros(0, np.int64), False, E, *places, *sums, *levels)
+        def sweep(ids_KT: np.ndarray = ids_KT, level_SC: np.ndarray = level_SC, E: int = E) -> None:
+            filled = np.zeros((len(of_G), E), np.int32), np.empty(ids_KT.shape, np.uint8)
+            kernels.queue(ids_KT, start_G, of_G, level_SC, np.zeros(0, np.int64), False, *filled)
 
         yield f"capacity, three factors, kernel, {k} of {E}", rate(sweep, TOKENS), 20
     for E, k in ((8, 2), (128, 8)):
@@ -134,17 +133,17 @@ def placement() -> Rates:
     """Evaluation: the load of every expert in every window, and the GPUs that every token reaches."""
     from moe_inspect.simulate.placement import simulate_placement
     from moe_inspect.simulate.policies import POLICIES, Layout, shares
-    from moe_inspect.simulate.reach import count_windows, reached, table_of
+    from moe_inspect.simulate.reach import count_windows, counter
 
     window_T = np.arange(TOKENS) // 4096
     for E, k in SHAPES:
         ids_KT, layout = np.ascontiguousarray(zipf(TOKENS, E, k).T), Layout(E * 9 // 8 // 4 * 4, 4)
         load_E = np.bincount(ids_KT.ravel(), minlength=E)
-        table = table_of(shares(POLICIES["ours"](load_E, layout), E, 4))
+        reached = counter(shares(POLICIES["ours"](load_E, layout), E, 4))
 
-        def sweep(ids_KT: np.ndarray = ids_KT, table: tuple = table, E: int = E) -> None:
+        def sweep(ids_KT: np.ndarray = ids_KT, reached: Callable[[np.ndarray], float] = reached, E: int = E) -> None:
             count_windows(ids_KT, window_T, np.zeros((16, E), np.int64))
-            reached(ids_KT, *table, 4)
+            reached(ids_KT)
 
         yield f"placement, a plan evaluated, kernel, {k} of {E}", rate(sweep, TOKENS), 20
     for E, k in ((8, 2), (128, 8)):

@@ -104,7 +104,7 @@ def test_ours_on_mixtral(model: str) -> None:
 
 
 def test_the_loops_equal_their_twins() -> None:
-    from moe_inspect.simulate.reach import count_windows, reached, table_of
+    from moe_inspect.simulate.reach import count_windows, counter, reached, reached_dense, table_of
 
     rng = np.random.default_rng(1)
     ids_KT = np.ascontiguousarray(uniform_ids(rng, 300, 12, 3).astype(np.int16).T)
@@ -113,6 +113,10 @@ def test_the_loops_equal_their_twins() -> None:
     expected = sum(1 - np.prod([1 - share_EG[e, g] for e in ids_KT[:, t] if e >= 0]) for t in range(300) for g in range(8))
     assert reached_numpy(ids_KT, share_EG) == pytest.approx(expected)
     assert reached(ids_KT, *table_of(share_EG), 8) == pytest.approx(expected)
+    assert counter(share_EG)(ids_KT) == pytest.approx(expected)
+    assert reached_dense(ids_KT, np.vstack([1 - share_EG, np.ones(8)])) == pytest.approx(expected)
+    alone_EG = np.eye(12)[:, np.arange(12) % 6]
+    assert counter(alone_EG)(ids_KT) == pytest.approx(reached_numpy(ids_KT, alone_EG))
     window_T, mine, theirs = rng.integers(0, 5, 300), np.zeros((5, 12), np.int64), np.zeros((5, 12), np.int64)
     count_windows_numpy(ids_KT, window_T, mine)
     count_windows(ids_KT, window_T, theirs)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels
-from moe_inspect.simulate.capacity import ORDERS, capacity, overflow_numpy, simulate_capacity
+from moe_inspect.simulate.capacity import ORDERS, Stack, capacity, drops, levels, queue_numpy, simulate_capacity
+from moe_inspect.simulate.stream import runs
 from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
@@ -46,7 +47,7 @@ def routing(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
     return ids_TK, rng.integers(1, 5, (T, K)).astype(np.float32), E
 
 
-@pytest.mark.parametrize("sweep", [overflow_numpy, kernels.overflow], ids=["numpy", "numba"])
+@pytest.mark.parametrize("sweep", [queue_numpy, kernels.queue], ids=["numpy", "numba"])
 @pytest.mark.parametrize("order", ORDERS)
 @settings(max_examples=60, deadline=None)
 @given(case=routing(), size=st.integers(1, 15))
@@ -59,10 +60,11 @@ def test_drops_equal_a_brute_force(sweep, order: str, case: tuple[np.ndarray, np
     domain_T, decile_PT = np.arange(T) % 2, np.stack([np.arange(T) % 10, np.arange(T) // 7]).astype(np.uint8)
     visit_N = np.lexsort((-weight_TK.T.ravel(), np.tile(group_T, K))) if order == "weight" else np.zeros(0, np.int64)
     last_FD, last_FPN = np.zeros((4, 2), np.int64), np.zeros((4, 2, 10), np.int64)
-    load_GE, worst_T, best_T = np.zeros((len(start_G) - 1, E), np.int32), np.zeros(T, np.uint8), np.full(T, 255, np.uint8)
-    ids_KT = np.ascontiguousarray(ids_TK.T)
-    sweep(ids_KT, start_G, room_GF, visit_N, order == "token", E, domain_T, decile_PT, last_FD, last_FPN, load_GE, worst_T, best_T)
-    best_T = np.minimum(best_T, worst_T)
+    load_GE, level_KT = np.zeros((len(start_G) - 1, E), np.int32), np.empty((K, T), np.uint8)
+    of_G, ids_KT = np.arange(len(room_GF)), np.ascontiguousarray(ids_TK.T)
+    sweep(ids_KT, start_G, of_G, levels(room_GF, size), visit_N, order == "token", load_GE, level_KT)
+    stack = Stack(slice(None), start_G, domain_T, decile_PT, *[np.zeros(0, np.int64)] * 2, runs(domain_T, *decile_PT))
+    worst_T, best_T = drops(level_KT, stack, last_FD, last_FPN)
     for f in range(len(FACTORS)):
         lost = {
             (int(start_G[g]) + t, k)

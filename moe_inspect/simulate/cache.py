@@ -196,8 +196,9 @@ class Compiled(Plain):
 
     def __init__(self, E: int, sizes: Sequence[int], names: Sequence[str]) -> None:
         super().__init__(E, sizes, names)
-        self.rank_E = np.arange(E).astype(np.uint8 if E <= 256 else np.uint16)
-        self.touched_E, self.at_PE = np.zeros(E, np.bool_), np.zeros((len(PHASES), E), np.int64)
+        kind = np.int8 if E <= 256 else np.int16
+        self.rank_E = (np.arange(E) + np.iinfo(kind).min).astype(kind)
+        self.known, self.at_PE = np.zeros(1, np.int64), np.zeros((len(PHASES), E), np.int64)
         self.done = {(name, size): np.zeros(len(PHASES), np.int64) for name in names if name != "lru" for size in sizes}
         fresh: dict[str, Callable[[], tuple[np.ndarray, ...]]] = {
             "lfu": lambda: (np.zeros(E, np.bool_), np.zeros(E, np.int64), np.zeros(E + 1, np.int64)),
@@ -205,9 +206,9 @@ class Compiled(Plain):
         }
         self.held = {(name, size): fresh[name]() for name, size in self.done}
 
-    def lru(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> tuple[np.ndarray, ...]:
+    def lru(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> tuple[Any, ...]:
         """What `kernels.lru` takes."""
-        return ids_KT, phase_T, self.rank_E, self.touched_E, self.load_E, self.at_PE, self.cold_P
+        return tuple(ids_KT), phase_T, self.rank_E, self.known, self.load_E, self.at_PE, self.cold_P
 
     def run(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
         from moe_inspect.simulate import kernels

@@ -35,6 +35,7 @@ ORDERS = {
 }
 STEP = 100  # the factor that is needed is told in hundredths
 MOST_FACTORS = 50
+NOWHERE = 255  # level of a slot that routed nowhere
 
 
 def simulate_capacity(
@@ -148,7 +149,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class Stack:
-    """The tokens of a shard that reach the routers of a stack, their groups, domains and places; and how many there are in each."""
+    """The tokens of a shard that reach the routers of a stack, their groups, domains and places; how many there are in each; and
+    where a run of the same domain and places begins, and the end."""
 
     seen: Any
     start_G: np.ndarray
@@ -156,6 +158,7 @@ class Stack:
     decile_PT: np.ndarray
     tokens_D: np.ndarray
     tokens_PN: np.ndarray
+    start_R: np.ndarray
 
 
 def _made(domain_T: np.ndarray, decile_PT: np.ndarray, made_T: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +193,9 @@ class Queues:
             if isinstance(self.group, int):
                 start_G = cut(start_G, self.group)
             decile_PT = np.stack([sequence_deciles(sequence_T), deciles(start_G)])
-            self.stacks[name] = Stack(seen, start_G, self.domain_T[seen], decile_PT, *_made(self.domain_T[seen], decile_PT, None))
+            domain_T = self.domain_T[seen]
+            made = _made(domain_T, decile_PT, None)
+            self.stacks[name] = Stack(seen, start_G, domain_T, decile_PT, *made, runs(domain_T, *decile_PT))
         return self.stacks[name]
 
     def of_router(self, router: int, tally: Tally, order: str, small: bool) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -204,28 +209,26 @@ class Queues:
         size_G = np.diff(start_G)
         size_S, of_G = np.unique(size_G, return_inverse=True)
         room_SF = np.array([[capacity(f, int(s), k, E) for f in tally.factors] for s in size_S], np.int64).reshape(-1, len(tally.factors))
-        room_GF = np.ascontiguousarray(room_SF[of_G])
+        level_SC = levels(room_SF, int(size_S.max(initial=0)))
         visit_N = np.zeros(0, np.int64)
         if order == "weight":  # of equal weights the earlier
             weight_N = np.ascontiguousarray(self.shard.weights(router).T).ravel()
             visit_N = np.lexsort((-weight_N, np.tile(np.repeat(np.arange(len(size_G)), size_G), k)))
         tally.domains(len(self.domains))
-        load_GE = np.zeros((len(size_G), E), np.int32)
-        worst_T, best_T = np.zeros(T, np.uint8), np.full(T, 255, np.uint8)
+        load_GE, level_KT = np.zeros((len(size_G), E), np.int32), np.empty((k, T), np.uint8)
         if small:
-            sweep = overflow_numpy
+            sweep = queue_numpy
         else:
-            from moe_inspect.simulate.kernels import overflow as sweep
-        inputs = (ids_KT, start_G, room_GF, visit_N, order == "token", E, domain_T, decile_PT)
-        sweep(*inputs, tally.last_FD, tally.last_FPN, load_GE, worst_T, best_T)
-        best_T = np.minimum(best_T, worst_T)  # nothing dropped, or nothing to drop
+            from moe_inspect.simulate.kernels import queue as sweep
+        sweep(ids_KT, start_G, of_G, level_SC, visit_N, order == "token", load_GE, level_KT)
+        worst_T, best_T = drops(level_KT, stack, tally.last_FD, tally.last_FPN)
         made_D, made_PN = stack.tokens_D * k, stack.tokens_PN * k
         if T and ids_KT.min() < 0:
             made_D, made_PN = _made(domain_T, decile_PT, (ids_KT >= 0).sum(0))
         tally.decisions += T
         tally.assignments += int(made_D.sum())
         tally.groups += len(size_G)
-        tally.places_F += room_GF.sum(0) * E
+        tally.places_F += np.bincount(of_G, minlength=len(size_S)) @ room_SF * E
         tally.hit_F += _at_least(worst_T, len(tally.factors))
         tally.lost_F += _at_least(best_T, len(tally.factors))
         tally.made_D[: len(made_D)] += made_D
@@ -234,49 +237,60 @@ class Queues:
         return stack.seen, worst_T, best_T
 
 
-def overflow_numpy(
+def levels(room_SF: np.ndarray, most: int) -> np.ndarray:
+    """How many of the factors have no room for the one who finds c before them in a queue: room_SF are capacities, ascending,
+    by size of the group; c = 0 … `most`. uint8 [S, C]"""
+    return np.stack([np.searchsorted(room_F, np.arange(most + 1), side="right") for room_F in room_SF] or [[]]).astype(np.uint8)
+
+
+def queue_numpy(
     ids_KT: np.ndarray,
     start_G: np.ndarray,
-    room_GF: np.ndarray,
+    of_G: np.ndarray,
+    level_SC: np.ndarray,
     visit_N: np.ndarray,
     by_token: bool,
-    E: int,
-    domain_T: np.ndarray,
-    decile_PT: np.ndarray,
-    last_FD: np.ndarray,
-    last_FPN: np.ndarray,
     load_GE: np.ndarray,
-    worst_T: np.ndarray,
-    best_T: np.ndarray,
+    level_KT: np.ndarray,
 ) -> None:
-    """Who stands where in which queue. ids_KT: experts, −1 for none. room_GF: capacities, ascending. visit_N: indices into the
-    flat ids_KT in the order of service, or empty. Adds to last_FD, last_FPN and load_GE; worst_T and best_T become the most and
-    the fewest factors that drop an assignment of the token."""
+    """Who stands where in which queue. ids_KT: experts, −1 for none. of_G: the row of level_SC for each group. visit_N: indices into
+    the flat ids_KT in the order of service, or empty. Adds to load_GE; level_KT becomes how many factors drop each assignment,
+    NOWHERE where there is none."""
     K, T = ids_KT.shape
+    E = load_GE.shape[1]
     group_T = np.repeat(np.arange(len(start_G) - 1), np.diff(start_G))
     if not len(visit_N):
         flat = np.arange(K * T).reshape(K, T)
         visit_N = flat.T.ravel() if by_token else flat.ravel()[np.argsort(np.tile(group_T, K), kind="stable")]
     visit_N = visit_N[ids_KT.ravel()[visit_N] >= 0]
-    token_N = visit_N % max(T, 1)
-    queue_N = group_T[token_N] * E + ids_KT.ravel()[visit_N]
+    group_N = group_T[visit_N % max(T, 1)]
+    queue_N = group_N * E + ids_KT.ravel()[visit_N]
     order_N = np.argsort(queue_N, kind="stable")
     start = runs(queue_N[order_N])
     place_N = np.empty(len(queue_N), np.int64)
     place_N[order_N] = np.arange(len(queue_N)) - np.repeat(start[:-1], np.diff(start))
     load_GE += np.bincount(queue_N, minlength=load_GE.size).reshape(load_GE.shape).astype(np.int32)
-    level_N = (place_N[:, None] >= room_GF[group_T[token_N]]).sum(1)
-    np.maximum.at(worst_T, token_N, level_N.astype(np.uint8))
-    np.minimum.at(best_T, token_N, level_N.astype(np.uint8))
-    at = np.flatnonzero(level_N)
-    np.add.at(last_FD, (level_N[at] - 1, domain_T[token_N[at]]), 1)
-    for place, decile_T in enumerate(decile_PT):
-        np.add.at(last_FPN, (level_N[at] - 1, place, decile_T[token_N[at]]), 1)
+    level_KT[:] = NOWHERE
+    level_KT.reshape(-1)[visit_N] = level_SC[of_G[group_N], np.minimum(place_N, level_SC.shape[1] - 1)]
+
+
+def drops(level_KT: np.ndarray, stack: Stack, last_FD: np.ndarray, last_FPN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Adds to last_FD and last_FPN the assignments that each factor is the last to drop. Returns the most and the fewest factors that
+    drop an assignment of the token; 0 and 0 for a token without any. uint8 [T]"""
+    there_KT = level_KT if level_KT.max(initial=0) < NOWHERE else np.where(level_KT == NOWHERE, np.uint8(0), level_KT)
+    worst_T, first_R = there_KT.max(0, initial=0), stack.start_R[:-1]
+    for f in range(int(worst_T.max(initial=0))):
+        last_T = (level_KT == f + 1).view(np.uint8).sum(0, dtype=np.uint8)  # a token has fewer slots than 256
+        last_R = np.add.reduceat(last_T, first_R, dtype=np.int64)
+        np.add.at(last_FD[f], stack.domain_T[first_R], last_R)
+        for place, decile_T in enumerate(stack.decile_PT):
+            np.add.at(last_FPN[f, place], decile_T[first_R], last_R)
+    return worst_T, np.minimum(level_KT.min(0, initial=NOWHERE), worst_T)
 
 
 def _at_least(level_T: np.ndarray, F: int) -> np.ndarray:
     """How many tokens each factor meets: those whose level is above its index. int64 [F]"""
-    return np.bincount(level_T, minlength=F + 1)[::-1].cumsum()[::-1][1 : F + 1]
+    return np.array([np.count_nonzero(level_T > f) for f in range(F)])
 
 
 def _tables(

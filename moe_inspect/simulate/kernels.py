@@ -10,112 +10,96 @@ import numpy as np
 from numba import njit
 
 from moe_inspect.simulate import algorithms
+from moe_inspect.simulate.capacity import NOWHERE
 
 
 @njit(nogil=True, cache=True)
-def overflow(
+def queue(
     ids_KT: np.ndarray,
     start_G: np.ndarray,
-    capacity_GF: np.ndarray,
+    of_G: np.ndarray,
+    level_SC: np.ndarray,
     visit_N: np.ndarray,
     by_token: bool,
-    E: int,
-    domain_T: np.ndarray,
-    decile_PT: np.ndarray,
-    last_FD: np.ndarray,
-    last_FPN: np.ndarray,
     load_GE: np.ndarray,
-    worst_T: np.ndarray,
-    best_T: np.ndarray,
+    level_KT: np.ndarray,
 ) -> None:
-    """`capacity.overflow_numpy`, in one sweep. The last five arrays are filled in place. `visit_N`, where not empty, is the order."""
+    """`capacity.queue_numpy`, in one sweep. The last two arrays are filled in place. `visit_N`, where not empty, is the order."""
     K, T = ids_KT.shape
-    G = len(start_G) - 1
-    for g in range(G):
-        first, last = start_G[g], start_G[g + 1]
-        count_E, least = load_GE[g], capacity_GF[g, 0]
+    for g in range(len(start_G) - 1):
+        first, last, load_E, level_C = start_G[g], start_G[g + 1], load_GE[g], level_SC[of_G[g]]
         if len(visit_N):
             for i in range(first * K, last * K):
-                k, t = visit_N[i] // T, visit_N[i] % T
-                _queue(ids_KT[k, t], t, g, least, count_E, capacity_GF, domain_T, decile_PT, last_FD, last_FPN, worst_T, best_T)
+                _join(ids_KT[visit_N[i] // T], visit_N[i] % T, load_E, level_C, level_KT[visit_N[i] // T])
         elif by_token:
             for t in range(first, last):
                 for k in range(K):
-                    _queue(ids_KT[k, t], t, g, least, count_E, capacity_GF, domain_T, decile_PT, last_FD, last_FPN, worst_T, best_T)
+                    _join(ids_KT[k], t, load_E, level_C, level_KT[k])
         else:
             for k in range(K):
                 for t in range(first, last):
-                    _queue(ids_KT[k, t], t, g, least, count_E, capacity_GF, domain_T, decile_PT, last_FD, last_FPN, worst_T, best_T)
+                    _join(ids_KT[k], t, load_E, level_C, level_KT[k])
 
 
 @njit(nogil=True, cache=True)
-def _queue(e, t, g, least, count_E, capacity_GF, domain_T, decile_PT, last_FD, last_FPN, worst_T, best_T):
+def _join(ids_T, t, load_E, level_C, level_T):  # type: ignore[no-untyped-def]
+    e = ids_T[t]
     if e < 0:
+        level_T[t] = NOWHERE
         return
-    place = count_E[e]
-    count_E[e] = place + 1
-    if place < least:  # fits under every factor: by far the most common
-        best_T[t] = 0
-        return
-    level = 1
-    while level < capacity_GF.shape[1] and capacity_GF[g, level] <= place:
-        level += 1
-    last_FD[level - 1, domain_T[t]] += 1
-    last_FPN[level - 1, 0, decile_PT[0, t]] += 1
-    last_FPN[level - 1, 1, decile_PT[1, t]] += 1
-    worst_T[t] = max(worst_T[t], level)
-    best_T[t] = min(best_T[t], level)
+    place = load_E[e]
+    load_E[e] = place + 1
+    level_T[t] = level_C[min(place, len(level_C) - 1)]  # looked up: whether there is room is what no processor can foresee
 
 
 @njit(nogil=True, cache=True)
-def lru(
-    ids_KT: np.ndarray,
-    phase_T: np.ndarray,
-    rank_E: np.ndarray,
-    touched_E: np.ndarray,
-    load_E: np.ndarray,
-    at_PE: np.ndarray,
-    cold_P: np.ndarray,
-) -> None:
-    """Least recently used, for every number of slots at once: s slots hold the s experts used last, so an access hits where the
-    expert's rank in the order of last use (0 is the latest) is below s. load_E counts accesses, at_PE[p, rank] those to known
-    experts, cold_P those to new ones. rank_E (uint8 or uint16) and touched_E carry on from call to call."""
-    K, T = ids_KT.shape
-    zero, one = rank_E.dtype.type(0), rank_E.dtype.type(1)
-    rank_8 = np.zeros(8, rank_E.dtype)
-    for t in range(T):
-        for k in range(K):  # the k experts of a decision are judged together, before any of them counts as used
-            e = ids_KT[k, t]
+def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[no-untyped-def]
+    """Least recently used, for every number of cache slots at once: s of them hold the s experts used last, so an access hits where
+    the expert's rank in the order of last use (0 is the latest) is below s. slots: K arrays [T], −1 for none. load_E counts accesses,
+    at_PE[p, rank] those to known experts, cold_P those to new ones, whose ranks are from known[0] on. rank_E and `known` carry
+    on from call to call. Ranks are int8 or int16 from the least there is: what vector instructions compare is signed."""
+    least = -128 if rank_E.itemsize == 1 else -32768
+    front, zero, one = rank_E.dtype.type(least), rank_E.dtype.type(0), rank_E.dtype.type(1)
+    rank_8 = np.empty(8, rank_E.dtype)
+    for t in range(len(phase_T)):
+        at_E, new = at_PE[phase_T[t]], 0
+        for k in range(len(slots)):  # the k experts of a decision are judged together, before any of them counts as used
+            e = slots[k][t]
             if e >= 0:
                 load_E[e] += 1
-                if touched_E[e]:
-                    at_PE[phase_T[t], rank_E[e]] += 1
+                rank = np.int64(rank_E[e]) - least
+                if rank < known[0]:
+                    at_E[rank] += 1
                 else:
-                    touched_E[e] = True
-                    cold_P[phase_T[t]] += 1
-        for first in range(0, K, 8):  # eight move to the front in one sweep of vector instructions over the ranks
-            last, moved = min(first + 8, K), 0
-            for k in range(first, first + 8):
-                e = ids_KT[k, t] if k < last else -1
-                rank_8[k - first] = rank_E[e] if e >= 0 else zero
+                    new += 1
+        for first in range(0, len(slots), 8):  # eight move to the front in one sweep of vector instructions over the ranks
+            moved = least
+            for k in range(first, min(first + 8, len(slots))):
+                e = slots[k][t]
+                rank_8[k - first] = rank_E[e] if e >= 0 else front
                 moved += e >= 0
+            for k in range(len(slots) - first, 8):
+                rank_8[k] = front
             a, b, c, d, f, g, h, j = rank_8[0], rank_8[1], rank_8[2], rank_8[3], rank_8[4], rank_8[5], rank_8[6], rank_8[7]
             for i in range(len(rank_E)):
                 here = rank_E[i]
-                rank = here + (one if here < a else zero)  # one further back for each that was behind it
-                rank += one if here < b else zero
-                rank += one if here < c else zero
-                rank += one if here < d else zero
-                rank += one if here < f else zero
-                rank += one if here < g else zero
-                rank += one if here < h else zero
-                rank += one if here < j else zero
-                rank_E[i] = rank
-            for k in range(first, last):
-                e = ids_KT[k, t]
+                after = here + (one if here < a else zero)  # one further back for each that was behind it
+                after += one if here < b else zero
+                after += one if here < c else zero
+                after += one if here < d else zero
+                after += one if here < f else zero
+                after += one if here < g else zero
+                after += one if here < h else zero
+                after += one if here < j else zero
+                rank_E[i] = after
+            for k in range(first, min(first + 8, len(slots))):
+                e = slots[k][t]
                 if e >= 0:
                     moved -= 1
                     rank_E[e] = moved
+        if new:
+            cold_P[phase_T[t]] += new
+            known[0] += new
 
 
 @njit(nogil=True, cache=True)

@@ -118,7 +118,7 @@ def _listed(values: Iterable[int]) -> str:
 
 
 def reached_numpy(ids_KT: np.ndarray, share_EG: np.ndarray) -> float:
-    """The sum over decisions of the GPUs each is expected to reach: Σ_t Σ_g 1 − Π_k (1 − share). The twin of `reach.reached`."""
+    """The sum over decisions of the GPUs each is expected to reach: Σ_t Σ_g 1 − Π_k (1 − share). The twin of what `reach.counter` gives."""
     miss_EG = np.vstack([1 - share_EG, np.ones(share_EG.shape[1])])  # the last row: −1, a slot that routed nowhere
     total = 0.0
     for start in range(0, ids_KT.shape[1], CHUNK):
@@ -137,12 +137,12 @@ def _reach(
     if small:
         total = reached_numpy
     else:
-        from moe_inspect.simulate.reach import reached, table_of
+        from moe_inspect.simulate.reach import counter
 
-        tables = {id(s): table_of(s) for pair in share.values() for s in pair}
+        counters = {id(s): counter(s) for pair in share.values() for s in pair}
 
         def total(ids_KT: np.ndarray, share_EG: np.ndarray) -> float:
-            return reached(ids_KT, *tables[id(share_EG)], share_EG.shape[1])
+            return counters[id(share_EG)](ids_KT)
 
     sums, tokens = {key: np.zeros(2) for key in plans}, dict.fromkeys(selection.routers, 0)
     for r, ids_KT, _ in decisions(trace, selection, windows, since=windows.judged.start):

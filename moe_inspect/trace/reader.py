@@ -159,8 +159,12 @@ class Shard:
     def ids(self, router: int) -> np.ndarray:
         """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere. Slots are
         contiguous in memory, as they are on disk."""
-        ids_KT = np.stack(self.slots(router)).astype(np.int16)
-        ids_KT[ids_KT == self.trace.routers[router].experts] = -1
+        slots, E = self.slots(router), self.trace.routers[router].experts
+        ids_KT = np.empty((len(slots), len(slots[0])), np.int16)
+        for ids_T, slot_T in zip(ids_KT, slots, strict=True):
+            ids_T[:] = slot_T
+            if slot_T.max(initial=0) == E:
+                ids_T[slot_T == E] = -1
         return ids_KT.T
 
     def slot_weights(self, router: int) -> tuple[np.ndarray, ...]:
