@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,44 @@ def test_ours_is_no_worse_than_eplb_and_keeps_replicas_apart() -> None:
         mine, best = no_worse(zipf(rng, E), layout)
         better += mine < best - 1e-6
     assert better >= 10
+
+
+def least_apart(load_E: np.ndarray, gpus: int, limit: float) -> bool:
+    """Whether any placement of two slots a GPU, no expert twice on one, loads no GPU beyond `limit`: every number of replicas, every
+    way of putting them in pairs."""
+
+    def pairs_up(left: tuple[tuple[float, int, int], ...]) -> bool:
+        (each, a, n), rest = left[0], left[1:]
+        if not rest:
+            return False
+        for i, (other, b, m) in enumerate(rest):
+            if each + other > limit:
+                continue
+            taken = tuple(x for x in ((each, a, n - 1), *rest[:i], (other, b, m - 1), *rest[i + 1 :]) if x[2])
+            if not taken or pairs_up(tuple(sorted(taken, reverse=True))):
+                return True
+        return False
+
+    def counts(experts: int, slots: int) -> Iterator[tuple[int, ...]]:
+        if experts == 1:
+            yield from [(slots,)] if 1 <= slots <= gpus else []
+            return
+        for n in range(1, min(gpus, slots - experts + 1) + 1):
+            yield from ((n, *more) for more in counts(experts - 1, slots - n))
+
+    E = len(load_E)
+    of_replicas = (tuple(sorted(((load_E[e] / n, e, n) for e, n in enumerate(some)), reverse=True)) for some in counts(E, 2 * gpus))
+    return any(pairs_up(left) for left in of_replicas if left[0][0] + left[-1][0] <= limit)
+
+
+def test_where_eplb_beats_ours_nothing_apart_is_as_light() -> None:
+    """The one of the benchmark's 1,000 random loads on which EPLB's heaviest GPU is lighter than ours: both replicas of an expert share one."""
+    load_E, layout = np.array([5852, 18135, 9716, 12464, 5092, 6705, 7802, 34234]), Layout(16, 8, 2, 4)
+    most = {name: float((load_E @ shares(POLICIES[name](load_E, layout), 8, 8)).max()) for name in ("ours", "eplb-global")}
+    assert most["eplb-global"] < most["ours"] < 1.0002 * most["eplb-global"]
+    assert colocated(POLICIES["eplb-global"](load_E, layout), 8) == 1
+    assert not least_apart(load_E, 8, most["eplb-global"])
+    assert least_apart(load_E, 8, most["ours"])
 
 
 def test_with_room_for_every_expert_on_every_gpu_balance_is_perfect() -> None:
