@@ -48,9 +48,11 @@ def domains(report: Report) -> list[str]:
             f"This model was never trained (random weights, seed {seed}), so nothing here is specialisation: that the domain tells of the "
             f"expert, most in {where.lower()} ({told}), is the text's doing, and the baseline that a trained model has to exceed."
         ]
-    verb = "Experts specialise" if effect.max() >= report.thresholds.specialised else "Routing differs"
+    named = np.log2([max(counts.routers[int(r)].experts, 2) for r in real["router"]])  # bits that would name the expert
+    specialised = (effect / named).max() >= report.thresholds.specialised
+    verb = "Experts specialise" if specialised else "Routing differs"
     said = f"{verb} by domain in {len(real)} of {len(table)} routers, most in {where.lower()} ({told}){found}."
-    if effect.max() < report.thresholds.specialised:
+    if not specialised:
         said += " A router that was never trained can show as much: a trace with --random-init is the baseline."
     sentences = [said]
     given, null = row["domain_mi_given_token_bits"], row["domain_mi_given_token_null_bits"]
