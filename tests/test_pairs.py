@@ -75,8 +75,38 @@ def test_choices_by_lot_have_the_values_of_chance(tmp_path: Path):
     drift = made.tables["drift"]
     np.testing.assert_allclose(drift["total_variation"], drift["total_variation_floor"], rtol=0.15)
     np.testing.assert_allclose(drift["window_jsd_bits"], drift["window_jsd_floor_bits"], rtol=0.25)
-    lift = made.tables["coactivation"]
-    assert (np.abs(lift["lift"] - 1) < 4 * lift["lift_sd"]).all()
+    for name in ("coactivation", "transitions"):
+        lift = made.tables[name]
+        assert (np.abs(lift["lift"] - 1) < 4 * lift["lift_sd"]).all()
+    for name in ("first_choice", "any_choice"):
+        assert (repetition[f"{name}_low"] < repetition[name]).all()
+        assert (repetition[name] < repetition[f"{name}_high"]).all()
+        # independent choices of even load: the interval holds the value of chance, but for one in twenty
+        held = (repetition[f"{name}_low"] < repetition[f"{name}_random"]) & (repetition[f"{name}_random"] < repetition[f"{name}_high"])
+        assert held.mean() >= 0.5
+    for name in ("first_choice_repetition", "any_choice_repetition", "srp_4", "srp_16", "srp_64", "next_accuracy"):
+        assert locality[f"{name}_low"] < locality[name] < locality[f"{name}_high"] < 1.3 * locality[f"{name}_low"]
+
+
+def test_intervals_are_wider_where_documents_differ_and_missing_where_they_are_few(tmp_path: Path):
+    """Half of the documents repeat every choice, half none; or every document does both."""
+    rng = np.random.default_rng(5)
+    T, E, each = 4_000, 8, 100
+    fresh, held = uniform_ids(rng, T, E, 2), np.repeat(uniform_ids(rng, T // each, E, 2), each, axis=0)
+    document = np.arange(T) // each
+    ids = {
+        "apart": np.where((document % 2 == 0)[:, None], held, fresh),
+        "mixed": np.where((np.arange(T) % each < each // 2)[:, None], held, fresh),
+        "few": np.where((np.arange(T) % each < each // 2)[:, None], held, fresh)[: 4 * each],
+    }
+    row_of = {}
+    for name, chosen in ids.items():
+        made = report(write_trace(tmp_path / name, [chosen], E, document=document[: len(chosen)], domain_of_document=["a"]))
+        row_of[name] = made.tables["repetition"].iloc[0]
+    width_of = {name: row["any_choice_high"] - row["any_choice_low"] for name, row in row_of.items()}
+    assert row_of["apart"]["any_choice"] == pytest.approx(row_of["mixed"]["any_choice"], abs=0.02)
+    assert width_of["apart"] > 5 * width_of["mixed"]
+    assert np.isnan(width_of["few"])
 
 
 def test_one_pass_counts_what_is_prepared(tmp_path: Path):

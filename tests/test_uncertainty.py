@@ -108,7 +108,26 @@ def test_design_effect_is_one_without_documents_and_large_with_them():
     assert bound > 5
 
 
+def test_the_interval_of_a_ratio_covers_the_truth_where_documents_differ():
+    """Documents whose tokens repeat their expert at a rate of their own, 0.3 on average."""
+    rng = np.random.default_rng(6)
+    weights_RU = unc.resample_weights(np.zeros(50, np.int64))
+    missed = naive = 0
+    for _ in range(200):
+        of_U = rng.integers(50, 150, 50)
+        hits_U = rng.binomial(of_U, rng.beta(3, 7, 50))
+        low, high = unc.ratio_interval(hits_U, of_U, weights_RU)
+        missed += not low <= 0.3 <= high
+        low, high = unc.share_interval(hits_U.sum() / of_U.sum(), of_U.sum(), 1.0)  # as if tokens were independent
+        naive += not low <= 0.3 <= high
+    assert missed <= 20
+    assert naive > 60
+
+
 def test_too_few_documents_have_no_interval():
+    assert all(np.isnan(unc.ratio_interval(np.ones(4), np.ones(4), None)))
+    assert all(np.isnan(unc.ratio_interval(np.zeros(5), np.zeros(5), unc.resample_weights(np.zeros(5, np.int64)))))
+    assert all(np.isnan(unc.interval(np.full(3, np.nan))))
     assert unc.resample_weights(np.zeros(4, np.int64)) is None
     assert all(np.isnan(unc.max_vio_interval(np.ones((4, 8), np.int64), None)))
     assert np.isnan(unc.design_effect(np.ones((4, 8), np.int64), np.ones(4), np.zeros(4, np.int64)))
