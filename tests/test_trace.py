@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,14 +236,24 @@ def test_ranges() -> None:
             parse_ranges(bad)
 
 
-def test_pandas_polars_and_duckdb_read_the_same_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_pandas_polars_and_duckdb_read_the_same_rows(bf16: bool, tmp_path: Path) -> None:
     import duckdb
     import polars as pl
 
     rng = np.random.default_rng(4)
     even = [Router(layer, "a", f"layers.{layer}.a", 8, 2) for layer in range(3)]
     # some shards have slots that routed nowhere, some have none
-    written(tmp_path, [a_batch(rng, n, 300, even, nowhere=n in (1, 2)) for n in range(6)], even, shard_tokens=600)
+    batches = [a_batch(rng, n, 300, even, nowhere=n in (1, 2)) for n in range(6)]
+    if bf16:
+        bits = [[rng.integers(0x3000, 0x3F80, w.shape, np.uint16) for w in b.weights or []] for b in batches]
+        batches = [replace(b, weights=of) for b, of in zip(batches, bits, strict=True)]
+    written(tmp_path, batches, even, shard_tokens=600)
+    part = pq.ParquetFile(tmp_path / "routing/part-0-2.parquet")
+    assert part.metadata.row_group(0).column(part.schema.names.index("weight_0")).compression == ("LZ4" if bf16 else "ZSTD")
+    if bf16:
+        read = part.read_row_group(0)["weight_0"].to_numpy()
+        assert (read.view(np.uint32) == np.concatenate([of[0][:, 0] for of in bits[4:]]).astype(np.uint32) << 16).all()
     nullable = [pq.read_schema(p).field("expert_0").nullable for p in sorted((tmp_path / "routing").iterdir())]
     assert nullable == [True, True, False]
     for table in ("routing", "tokens", "documents"):
