@@ -40,7 +40,7 @@ bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (ben
 	$(BIN)/python -m benchmarks.simulate
 
 FUZZ_SECONDS ?= 600
-FUZZED := vllm-routed vllm-npy sglang-routed sglang-per_token sglang-per_pass sglang-stat tensorrt-llm tensorrt-llm-raw megatron esft fiddler counts
+FUZZED := vllm-routed vllm-npy sglang-routed sglang-per_token sglang-per_pass sglang-stat tensorrt-llm tensorrt-llm-raw megatron megatron-pipeline esft fiddler counts
 
 fuzz: $(VENV)/.installed ## Fuzz every importer, FUZZ_SECONDS=600 each; what breaks one stays in tests/crashes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,fuzz]'

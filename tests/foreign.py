@@ -213,35 +213,52 @@ def tensorrt_raw(root: Path) -> Made:
     return Made(root, _tensorrt(root, True), config=False)
 
 
+def megatron_rank(root: Path, rank: int, passes: list[tuple[int, dict[int, np.ndarray]]], logits: bool = True) -> None:
+    """One rank's file: of each pass its step, and the ids [T, K] by layer."""
+    rows, sidecar = [], b""
+    for step, by_layer in passes:
+        for layer, ids_TK in by_layer.items():
+            rows.append(
+                {
+                    "step": step,
+                    "stage": "pre_dispatch",
+                    "block": "decoder",
+                    "layer": layer + 1,  # Megatron numbers from 1
+                    "rank": rank,
+                    "num_tokens": len(ids_TK),
+                    "topk": K,
+                    "top_indices": ids_TK.tolist(),
+                }
+            )
+            if logits:
+                drawn_TE = np.random.default_rng(layer).normal(size=(len(ids_TK), E)).astype(np.float32)
+                data = (drawn_TE.view(np.uint32) >> 16).astype("<u2").tobytes()
+                rows[-1] |= {"logit_offset": len(sidecar), "logit_bytes": len(data), "logit_shape": list(drawn_TE.shape)}
+                sidecar += data
+    lines(root / f"router_trace_rank{rank}.jsonl", rows)
+    if logits:
+        (root / f"logits_rank{rank}.bin").write_bytes(sidecar)
+
+
 @maker("megatron")
 def megatron(root: Path) -> Made:
     parts = []
     for rank in range(2):
-        rows, sidecar = [], b""
-        for step in range(2):
-            ids = drawn(5 + rank, 10 * step + rank)
-            parts.append(ids)
-            for layer, ids_TK in zip(ROUTED, ids, strict=True):
-                logits = np.random.default_rng(layer).normal(size=(len(ids_TK), E)).astype(np.float32)
-                data = (logits.view(np.uint32) >> 16).astype("<u2").tobytes()
-                rows.append(
-                    {
-                        "step": step,
-                        "stage": "pre_dispatch",
-                        "block": "decoder",
-                        "layer": layer + 1,  # Megatron numbers from 1
-                        "rank": rank,
-                        "num_tokens": len(ids_TK),
-                        "topk": K,
-                        "top_indices": ids_TK.tolist(),
-                        "logit_offset": len(sidecar),
-                        "logit_bytes": len(data),
-                        "logit_shape": [len(ids_TK), E],
-                    }
-                )
-                sidecar += data
-        lines(root / f"router_trace_rank{rank}.jsonl", rows)
-        (root / f"logits_rank{rank}.bin").write_bytes(sidecar)
+        passes = [(step, drawn(5 + rank, 10 * step + rank)) for step in range(2)]
+        megatron_rank(root, rank, [(step, dict(zip(ROUTED, ids, strict=True))) for step, ids in passes])
+        parts += [ids for _, ids in passes]
+    return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)], config=False)
+
+
+@maker("megatron-pipeline")
+def megatron_pipeline(root: Path) -> Made:
+    """Ranks 9 and 10 are the first stage, 11 and 12 the second; by name 10 comes first, 9 last. Two microbatches a step."""
+    parts = []
+    for column in range(2):
+        passes = [(step, drawn(4 + column + micro, 100 * step + 10 * micro + column)) for step in range(2) for micro in range(2)]
+        for stage, layer in enumerate(ROUTED):
+            megatron_rank(root, 9 + 2 * stage + column, [(step, {layer: ids[stage]}) for step, ids in passes])
+        parts += [ids for _, ids in passes]
     return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)], config=False)
 
 
@@ -281,4 +298,5 @@ FORMAT_OF = {name: name for name in ("sglang-routed", "vllm-routed", "megatron",
     "sglang-per_pass": "sglang",
     "sglang-stat": "sglang",
     "tensorrt-llm-raw": "tensorrt-llm",
+    "megatron-pipeline": "megatron",
 }

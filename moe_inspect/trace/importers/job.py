@@ -162,7 +162,7 @@ def integers(values: Any, where: str, shape: tuple[int | None, ...] = (None,), l
     if array is not None and not array.size and all(extent in (None, 0) for extent in shape[:1]):
         array = np.zeros([extent or 0 for extent in shape], np.int64)
     if array is None or array.dtype.kind not in "iu" or len(array.shape) != len(shape):
-        raise MoeInspectError(f"{where} is no {len(shape)}-dimensional list of integers: {str(values)[:40]}")
+        raise MoeInspectError(f"{where} is no {len(shape)}-dimensional list of integers: {str(values)[:40]!r}")
     if any(wanted not in (None, found) for wanted, found in zip(shape, array.shape, strict=True)):
         raise MoeInspectError(f"{where} has shape {list(array.shape)}, not {[w if w is not None else 'any' for w in shape]}")
     if array.size and not (low <= int(array.min()) and int(array.max()) <= high):
