@@ -95,6 +95,15 @@ class Opened:
             self.view.wait_for_timeout(25)
         raise AssertionError(f"never true: {true}")
 
+    def drawn(self, title: str) -> list[list[dict[str, Any]]]:
+        """What plotly draws in each plot of a section: its traces."""
+        plots = "[...document.querySelectorAll('main > section')].find((s) => s.querySelector('h2').textContent === title).querySelectorAll('.plot')"
+        kept = "['type', 'name', 'x', 'y', 'z', 'text', 'customdata', 'error_y'].map((key) => [key, trace[key]])"
+        return self.view.evaluate(
+            f"(title) => [...{plots}].map((plot) => plot.data.map((trace) => Object.fromEntries({kept})))",
+            title,
+        )
+
     def title(self) -> str | None:
         return self.view.evaluate('(c => c && !c.hidden ? c.querySelector("h2").textContent : null)(document.getElementById("card"))')
 
@@ -178,6 +187,79 @@ def test_what_is_hostile_is_text(opened: Opened):
     opened.view.keyboard.press("Escape")
 
 
+def named(traces: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(trace for trace in traces if trace["name"] == name)
+
+
+def test_sections_come_in_order_of_their_files(opened: Opened):
+    titles = opened.view.locator("main > section h2").all_inner_texts()
+    shown = ["Load over time", "Drift", "Domains and experts", "Experts of a domain", "Repetition", "Locality", "Chosen together"]
+    assert [title for title in titles if title in shown] == shown
+
+
+def test_drift_shows_distances_beside_their_floor_and_what_an_old_placement_costs(opened: Opened, small: Report):
+    table: Any = small.tables["drift"]
+    over_time, by_layer, cost = opened.drawn("Drift")
+    windows: Any = small.tables["windows"]
+    moved = windows.loc[windows["router"] == 2, "total_variation"].to_numpy()
+    assert named(over_time, "layer 2")["y"][0] is None
+    assert named(over_time, "layer 2")["y"][1:] == pytest.approx(moved[1:], rel=1e-4)
+    for name, column in (("to the next window", "total_variation"), ("first to last", "first_to_last")):
+        assert named(by_layer, name)["y"] == pytest.approx(table[column], rel=1e-4)
+        assert named(by_layer, f"{name}: chance")["y"] == pytest.approx(table[f"{column}_floor"], rel=1e-4)
+    fresh, stale = named(cost, "packed for the window itself")["y"], named(cost, "packed for the window before")["y"]
+    assert fresh == pytest.approx(table["balancedness_fresh"], rel=1e-4)
+    assert stale == pytest.approx(table["balancedness_stale"], rel=1e-4)
+    assert "mean ÷ max, 4 GPUs" in opened.view.locator(".ytitle").all_text_contents()
+
+
+def test_locality_shows_each_value_with_its_interval_and_its_reference(opened: Opened, small: Report):
+    table: Any = small.tables["locality"]
+    first, any_choice, segment, following = opened.drawn("Locality")
+    shown = (
+        (first, "the same again", "first_choice_repetition"),
+        (any_choice, "an expert in common", "any_choice_repetition"),
+        *((segment, f"{m} tokens", f"srp_{m}") for m in (4, 16, 64)),
+        (following, "foretold", "next_accuracy"),
+    )
+    for traces, name, column in shown:
+        value, low, high = (table[column + bound].dropna().to_numpy() for bound in ("", "_low", "_high"))
+        trace = named(traces, name)
+        assert trace["y"][: len(value)] == pytest.approx(value, rel=1e-4)
+        assert trace["error_y"]["array"][: len(value)] == pytest.approx(high - value, rel=1e-4)
+        assert trace["error_y"]["arrayminus"][: len(value)] == pytest.approx(value - low, rel=1e-4)
+    assert named(any_choice, "an expert in common: by chance")["y"] == pytest.approx([0.4643] * 4, abs=1e-4)
+    assert named(segment, "16 tokens: by load")["y"] == pytest.approx(table["srp_16_by_load"], rel=1e-4)
+    assert named(following, "foretold")["y"][3] is None  # no layer after the last
+    marginal = named(following, "always the most frequent")["y"]
+    assert marginal[:3] == pytest.approx(table["next_accuracy_marginal"].to_numpy()[:3], rel=1e-4)
+    # layer 0 chooses by lot; at layer 3 half the tokens go to expert 5, the others by lot
+    assert named(first, "the same again: by load")["y"][0] == pytest.approx(1 / 8, abs=0.01)
+    assert named(first, "the same again: by load")["y"][3] == pytest.approx((0.5 + 0.5 / 8) ** 2 + 7 * (0.5 / 8) ** 2, abs=0.03)
+
+
+def test_repetition_has_the_interval_of_each_domain(opened: Opened, small: Report):
+    table: Any = small.tables["repetition"]
+    rows = table[table["domain"] == "law"]
+    law = named(opened.drawn("Repetition")[0], "law")
+    assert law["error_y"]["array"] == pytest.approx((rows["first_choice_high"] - rows["first_choice"]).to_numpy(), rel=1e-4)
+    assert law["error_y"]["arrayminus"] == pytest.approx((rows["first_choice"] - rows["first_choice_low"]).to_numpy(), rel=1e-4)
+
+
+def test_the_experts_of_a_domain_are_its_top_k(opened: Opened, small: Report):
+    [[drawn]] = opened.drawn("Experts of a domain")
+    table: Any = small.tables["esft"]
+    rows = table[(table["router"] == 2) & (table["domain"] == LABELS[0])].sort_values("token_score", ascending=False)
+    assert small.counts.domains[0] == LABELS[0]
+    assert drawn["z"][0][2] == pytest.approx(rows["token_score"].head(2).sum(), rel=1e-4)
+    assert drawn["text"][0][2] == ", ".join(str(e) for e in rows["expert"].head(2))
+    assert sorted(drawn["text"][1][3]) == sorted("2, 5")
+    said, experts = drawn["customdata"][0][2]
+    assert said == "&lt;b&gt;code&lt;/b&gt;, layer 2"
+    assert experts.startswith("expert 3: 0.500<br>expert ")
+    assert experts.count("expert") == 2
+
+
 CONTRAST = """() => {
   const parse = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
   const light = ([r, g, b]) => [r, g, b].map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
@@ -239,6 +321,18 @@ def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
     ticks.sort()
     assert len(ticks) > 20
     assert all(above[1] <= below[0] + 2 for above, below in pairwise(ticks))
+    assert [len(traces[0]["z"]) for traces in page.drawn("Drift")[:1]] == [61]
+    assert [len(traces[0]["y"]) for traces in page.drawn("Drift")[1:] + page.drawn("Locality")] == [61, 3 * 61, 61, 61, 61, 61]
+    assert np.array(page.drawn("Experts of a domain")[0][0]["z"]).shape == (4, 61)
+    entries = "[...document.querySelectorAll('.plot')].map((plot) => plot.querySelectorAll('.legendtext').length)"
+    assert max(page.view.evaluate(entries)) <= 12
+    crowded = """[...document.querySelectorAll('.plots .plot')].filter((plot) => {
+      const ends = [...plot.querySelectorAll('.xtick text')].map((t) => t.getBoundingClientRect()).sort((a, b) => a.left - b.left);
+      return ends.some((end, i) => i && end.left < ends[i - 1].right);
+    }).length"""
+    assert page.view.evaluate(crowded) == 0
+    page.view.evaluate("document.querySelector('.plots .xtick text').textContent = 'wide enough for the next two'")
+    assert page.view.evaluate(crowded) == 1
     page.view.locator(".grid").focus()
     for key in ("End", "ArrowDown", "Enter"):
         page.view.keyboard.press(key)
@@ -274,6 +368,8 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
     traces = {
         "two stacks": encoder_decoder(tmp_path / "stacks"),
         "counts only": write_counts(tmp_path / "counts", loads, 2, domains=("a", "b")),
+        "one token": write_trace(tmp_path / "token", [uniform_ids(rng, 1, 8, 2)], 8),
+        "three tokens": write_trace(tmp_path / "three", [uniform_ids(rng, 3, 8, 2)] * 2, 8, document=np.arange(3)),
         "one choice, no words": write_trace(tmp_path / "one", [uniform_ids(rng, 300, 8, 1)], 8),
         "a router without load": write_trace(tmp_path / "none", [np.full((300, 1), 65535, np.uint16), uniform_ids(rng, 300, 8, 1)], 8),
     }
@@ -288,7 +384,14 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
         page.view.close()
     assert "Load of every expert" in text_of["two stacks"]
     assert "enc 0" in text_of["two stacks"]
-    assert "counts alone have no order" in text_of["counts only"]
+    assert "load over time and drift: counts alone have no order" in text_of["counts only"]
+    assert "repetition and locality: counts alone have no order" in text_of["counts only"]
+    assert "Experts of a domain" in text_of["counts only"]
+    assert "Without recorded weights there is no gate score." in text_of["counts only"]
+    assert "drift: no router has load in two whole windows" in text_of["one token"]
+    assert "locality: no token follows another, and no layer another" in text_of["one token"]
+    assert "Not in this trace: the first choice of the token before, any choice" in text_of["three tokens"]
+    assert "Not in this trace: the first choice at the next layer." in text_of["one choice, no words"]
     assert "domains: there is only one" in text_of["one choice, no words"]
     assert "co-activation: one expert a token makes no pairs" in text_of["one choice, no words"]
     assert all(text.count("Not shown:") == 1 for text in text_of.values())

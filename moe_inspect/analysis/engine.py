@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.aggregate import BASE, WANTS, Counts
+from moe_inspect.analysis.aggregate import BASE, SRP_LENGTHS, WANTS, Counts
 from moe_inspect.analysis.fragment import Windows, count_shard
 from moe_inspect.analysis.select import Selection
 from moe_inspect.errors import MoeInspectError
@@ -42,7 +42,7 @@ def count_trace(
     windows = windows_of(trace, selection, window) if "windows" in asked else None
     nothing_W = np.full(windows.count if windows else 0, -1, np.int64)
     total = Counts(trace.routers, selection.routers, wants=asked, window_tokens=windows.tokens if windows else 0, first_token_W=nothing_W)
-    arguments = (selection, asked, windows, is_long(trace, selection))
+    arguments = (selection, asked, windows, is_long(trace, selection, asked))
     parts = _on_threads(trace, arguments, threads) if scheduler is None else _on_cluster(trace, arguments, scheduler)
     for shard, part in zip(trace.shards, parts, strict=True):
         total.add(part)
@@ -57,9 +57,11 @@ def count_trace(
     return total
 
 
-def is_long(trace: Trace, selection: Selection) -> bool:
+def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) -> bool:
     """Whether to count by the compiled kernels."""
-    return trace.n_tokens * sum(trace.routers[r].top_k for r in selection.routers) >= LONG
+    routers = [trace.routers[r] for r in selection.routers]
+    cells = sum(r.experts for r in routers) * len(SRP_LENGTHS) if "srp" in wants else 0  # their twin goes through every expert
+    return trace.n_tokens * (sum(r.top_k for r in routers) + cells / 2) >= LONG
 
 
 def _on_threads(trace: Trace, arguments: tuple[Any, ...], threads: int | None) -> Iterator[Counts]:

@@ -39,14 +39,14 @@ def first_to_last(load_WE: np.ndarray) -> float:
 @metric(table="drift", ideal=1.0, unit="ratio", range="1/GPUs to 1", source="github.com/deepseek-ai/EPLB")
 def balancedness_fresh(load_WE: np.ndarray, ranks: int) -> float:
     """Mean ÷ max load of the GPUs, each window under the placement packed for its own load; the mean over windows."""
-    return _mean(_balancedness(load_WE, [pack(load_E, ranks) for load_E in load_WE], ranks))
+    return _mean(_balancedness(load_WE, pack(load_WE, ranks), ranks))
 
 
 @metric(table="drift", ideal=1.0, unit="ratio", range="1/GPUs to 1", source="github.com/deepseek-ai/EPLB")
 def balancedness_stale(load_WE: np.ndarray, ranks: int) -> float:
     """The same, each window under the placement packed for the window before: what drift costs those who rebalance once a
     window. NaN with fewer than two windows."""
-    return _mean(_balancedness(load_WE[1:], [pack(load_E, ranks) for load_E in load_WE[:-1]], ranks))
+    return _mean(_balancedness(load_WE[1:], pack(load_WE[:-1], ranks), ranks))
 
 
 @metric(table="windows", ideal=0.0, unit="ratio", range="0 to 1", axes="W", source="arXiv:2006.16668")
@@ -82,19 +82,21 @@ def step_floors(share_E: np.ndarray, tokens_W: np.ndarray, k: int, effect: float
     return np.minimum(total_variation_W, 1), np.minimum(relative_WE.sum(1) / (8 * math.log(2)), 1)
 
 
-def pack(load_E: np.ndarray, ranks: int) -> np.ndarray:
-    """The GPU of each expert, as many experts to each (one more or less where they do not divide): the heaviest first, each to
-    the lightest GPU with room. [E]"""
-    E = len(load_E)
-    room_R, load_R = np.full(ranks, -(-E // ranks)), np.zeros(ranks)
-    rank_E = np.zeros(E, np.int64)
-    for e in np.argsort(-load_E, kind="stable"):
-        rank = int(np.where(room_R > 0, load_R, np.inf).argmin())
-        rank_E[e], load_R[rank], room_R[rank] = rank, load_R[rank] + load_E[e], room_R[rank] - 1
-    return rank_E
+def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:
+    """The GPU of each expert by the load of each window, as many experts to each (one more or less where they do not divide): the
+    heaviest first, each to the lightest GPU with room. [W, E]"""
+    W, E = load_WE.shape
+    room_WR, load_WR = np.full((W, ranks), -(-E // ranks)), np.zeros((W, ranks))
+    rank_WE, w = np.zeros((W, E), np.int64), np.arange(W)
+    for e in np.argsort(-load_WE, axis=1, kind="stable").T:
+        rank = np.where(room_WR > 0, load_WR, np.inf).argmin(1)
+        rank_WE[w, e] = rank
+        load_WR[w, rank] += load_WE[w, e]
+        room_WR[w, rank] -= 1
+    return rank_WE
 
 
-def _balancedness(load_WE: np.ndarray, rank_WE: list[np.ndarray], ranks: int) -> np.ndarray:
+def _balancedness(load_WE: np.ndarray, rank_WE: np.ndarray, ranks: int) -> np.ndarray:
     load_WR = np.array([np.bincount(rank_E, load_E, ranks) for load_E, rank_E in zip(load_WE, rank_WE, strict=True)]).reshape(-1, ranks)
     return load_WR.mean(1) / _positive(load_WR.max(1, initial=0))
 

@@ -38,8 +38,9 @@ class Section:
     """A part of a page: a heading, a paragraph on what is seen, and a figure, a drawing or a table.
 
     figure: a plotly figure as JSON, {"data": …, "layout": …}; a colour "@ink" (any variable of page.css) follows the theme, and
-    labels must have gone through `label`. svg: a drawing as SVG text, shown as a picture, on white. table: shown as it is, or
-    folded in under a figure, for which it is the alternative that can be read out. definitions: term → what it means."""
+    labels must have gone through `label`. figures: heading → figure, for what takes several, in place of `figure`. svg: a drawing
+    as SVG text, shown as a picture, on white. table: shown as it is, or folded in under a figure, for which it is the alternative
+    that can be read out. definitions: term → what it means."""
 
     title: str
     text: str = ""
@@ -48,6 +49,12 @@ class Section:
     table: pd.DataFrame | None = None
     definitions: Mapping[str, str] = field(default_factory=dict)
     widget: str = ""  # "map" or "domains": drawn by map.js from the page's data
+    figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def plots(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """(heading, figure), in the order of the page; a lone figure has no heading."""
+        return [("", self.figure)] if self.figure is not None else list(self.figures.items())
 
 
 def page(
@@ -64,7 +71,7 @@ def page(
 ) -> str:
     """The page as one string of HTML. facts: (label, value, remark), a tile each. left_out: what the page could not show, and why.
     data: what map.js draws from."""
-    figures = [s.figure for s in sections if s.figure is not None]
+    figures = [figure for s in sections for _, figure in s.plots]
     scripts = [_asset(name) for name in (SCRIPTS if data else SCRIPTS[:1])]
     plotly = _plotly() if figures or data else ""
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in [*scripts, *([plotly] if plotly else [])])

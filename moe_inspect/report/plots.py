@@ -254,17 +254,27 @@ def repetition(report: Report) -> Figure | None:
         return None
     chosen = list(report.selection.routers)
     figure, axes = _figure(_breadth(len(chosen)), 4.2)
-    share = table.pivot_table(index="router", columns="domain", values="first_choice", sort=False, dropna=False).reindex(chosen)
-    for i, name in enumerate(share.columns):
+    names = ["first_choice", "first_choice_low", "first_choice_high"]
+    share = table.pivot_table(index="router", columns="domain", values=names, sort=False, dropna=False).reindex(chosen)
+    for i, name in enumerate(share["first_choice"].columns):
+        low, high = (share[bound][name].to_numpy() for bound in names[1:])
+        axes.vlines(range(len(chosen)), low, high, color=COLOURS[i % 8], alpha=0.45, lw=3)
         axes.plot(
-            share[name].to_numpy(), color=COLOURS[i % 8], ls=MARKS[i // 8 % 4], marker="o", ms=3, lw=1.3, label=_plain(cut(readable(name)))
+            share["first_choice"][name].to_numpy(),
+            color=COLOURS[i % 8],
+            ls=MARKS[i // 8 % 4],
+            marker="o",
+            ms=3,
+            lw=1.3,
+            label=_plain(cut(readable(name))),
         )
     random = table.groupby("router")["first_choice_random"].first().reindex(chosen)
     axes.plot(random.to_numpy(), color="0.5", ls=":", lw=1.5, label="by chance")
     _layer_ticks(axes.xaxis, [layer_label(report, r) for r in chosen])
     axes.set(xlabel="layer", ylabel="share of pairs of consecutive tokens")
     axes.set_ylim(bottom=0)
-    axes.set_title("Consecutive tokens with the same first choice", loc="left", fontsize=10)
+    intervals = ", with 95% intervals by document" if table["first_choice_low"].notna().any() else ""
+    axes.set_title(f"Consecutive tokens with the same first choice{intervals}", loc="left", fontsize=10)
     figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=5)
     _bare(axes)
     return figure
