@@ -6,13 +6,11 @@ trace does not hold what it shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -20,27 +18,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from moe_inspect.analysis.balance import load_ratio
 from moe_inspect.analysis.pairs import coactivation_lift, transition_lift
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.report import plots_locality  # noqa: F401  (adds its own to PLOTS)
+from moe_inspect.report.plots_parts import COLOURS, MARKS, PLOTS, bare, breadth, layer_ticks, new_figure, new_grid, plain, plot
 from moe_inspect.report.text import cut, layer_label, readable
 from moe_inspect.report.verdict import chance
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
-PLOTS: dict[str, Callable[[Report], Figure | None]] = {}
 PANELS = 8  # layers shown where each takes a panel
 MATRICES = 4  # the same, where a panel is a matrix of experts
 FAR = np.log2(4)  # colours are saturated at a quarter and at four times the mean
 DEAD = "#202020"
 LINES = 10  # routers that can be told apart as lines; more make a heatmap
-# Okabe and Ito's colours, which the colour-blind tell apart; yellow, too light on white, comes last
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKS = ("-", "--", ":", "-.")
-
-
-def plot(function: Callable[[Report], Figure | None]) -> Callable[[Report], Figure | None]:
-    """Registers a plot under the function's name, which is also its file's."""
-    PLOTS[function.__name__] = function
-    return function
 
 
 def write_plots(report: Report, directory: str | Path) -> list[Path]:
@@ -70,9 +60,9 @@ def load(report: Report) -> Figure | None:
         load_E = report.counts.load_E(r)
         ratio_LE[row, : len(load_E)] = load_ratio(load_E[None])[0]
     width, height = float(np.clip(0.16 * widest, 5, 15)), float(np.clip(0.3 * len(routers), 2, 12))
-    figure, axes = _figure(width + 2, height + 1.2)
+    figure, axes = new_figure(width + 2, height + 1.2)
     image = _ratios(axes, ratio_LE)
-    _layer_ticks(axes.yaxis, [layer_label(report, r) for r in routers])
+    layer_ticks(axes.yaxis, [layer_label(report, r) for r in routers])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set(xlabel="expert", ylabel="layer")
     if ratio_LE.size <= 160:
@@ -93,7 +83,7 @@ def balance(report: Report) -> Figure | None:
     if not table["max_vio"].notna().any():
         return None
     x, vio = np.arange(len(table)), table["max_vio"].to_numpy()
-    figure, axes = _figure(_breadth(len(table)), 4.5)
+    figure, axes = new_figure(breadth(len(table)), 4.5)
     floor = np.array([chance(row) for row in table.to_dict("records")])
     axes.fill_between(
         np.r_[-0.5, x, len(x) - 0.5],
@@ -114,7 +104,7 @@ def balance(report: Report) -> Figure | None:
     pooled = report.pooled_max_over_mean()
     if pooled is not None:
         axes.axhline(pooled, color="#2980b9", lw=1, ls="--", label=f"pooled over layers: {pooled:.2f}")
-    _layer_ticks(axes.xaxis, [layer_label(report, r) for r in report.selection.routers])
+    layer_ticks(axes.xaxis, [layer_label(report, r) for r in report.selection.routers])
     worst = int(np.nanargmax(vio))
     label = layer_label(report, report.selection.routers[worst])
     axes.set_title(
@@ -141,13 +131,13 @@ def domains(report: Report) -> Figure | None:
     rows = -(-len(chosen) // columns)
     width = float(np.clip(0.16 * widest, 4, 13 / columns))
     size = (columns * width + 2.5, rows * (float(np.clip(0.24 * D, 0.8, 6)) + 0.75) + 0.6)
-    figure, grid = _grid(*size, rows, columns)
+    figure, grid = new_grid(*size, rows, columns)
     image = None
     for axes, r in zip(grid.flat, chosen, strict=False):
         E = counts.routers[r].experts
         image = _ratios(axes, table.loc[table["router"] == r, "lift"].to_numpy().reshape(D, E))
         axes.set_title(f"layer {layer_label(report, r)}", fontsize=9, loc="left")
-        axes.set_yticks(range(D), [_plain(cut(readable(d))) for d in counts.domains], fontsize=8)
+        axes.set_yticks(range(D), [plain(cut(readable(d))) for d in counts.domains], fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes.tick_params(axis="x", labelsize=8)
     for axes in grid.flat[len(chosen) :]:
@@ -174,19 +164,19 @@ def windows(report: Report) -> Figure | None:
     labels = [layer_label(report, r) for r in ratio_LW.index]
     L, W = ratio_LW.shape
     if L <= LINES:
-        figure, axes = _figure(8, 4.2)
+        figure, axes = new_figure(8, 4.2)
         for i, (label, ratio_W) in enumerate(zip(labels, ratio_LW.to_numpy(), strict=True)):
             axes.plot(ratio_W, color=COLOURS[i % 8], ls=MARKS[i // 8 % 4], lw=1.2, label=f"layer {label}")
         floor_W = table.groupby("window")["noise_floor"].max().to_numpy()
         axes.fill_between(np.arange(W), 1, 1 + floor_W, color="0.88", lw=0, label="what chance gives")
         axes.set_ylabel("max ÷ mean load")
         figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=5)
-        _bare(axes)
+        bare(axes)
     else:
-        figure, axes = _figure(float(np.clip(0.16 * W, 6, 13)), float(np.clip(0.18 * L, 3, 12)))
+        figure, axes = new_figure(float(np.clip(0.16 * W, 6, 13)), float(np.clip(0.18 * L, 3, 12)))
         most = max(float(np.nanquantile(ratio_LW, 0.99)), 1.1)
         image = axes.imshow(ratio_LW, aspect="auto", cmap="cividis", vmin=1, vmax=most, interpolation="nearest")
-        _layer_ticks(axes.yaxis, labels)
+        layer_ticks(axes.yaxis, labels)
         axes.set_ylabel("layer")
         figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=35, extend="max", label="max ÷ mean load")
     shown = np.unique(np.linspace(0, W - 1, min(8, W)).round().astype(int))
@@ -201,7 +191,7 @@ def specialization(report: Report) -> Figure | None:
     """Bits that domain and token id tell of the expert, by layer, each beside what shuffled labels give."""
     table: Any = report.tables["specialization"]
     x = np.arange(len(table))
-    figure, axes = _figure(_breadth(len(table)), 4.2)
+    figure, axes = new_figure(breadth(len(table)), 4.2)
     kinds = (
         ("domain", "domain_mi_bits", "domain_mi_null_bits"),
         ("domain, token id known", "domain_mi_given_token_bits", "domain_mi_given_token_null_bits"),
@@ -213,12 +203,12 @@ def specialization(report: Report) -> Figure | None:
     for colour, (name, column, null) in zip(COLOURS, known, strict=False):
         axes.plot(x, table[column], color=colour, marker="o", ms=4, lw=1.4, label=name)
         axes.plot(x, table[null], color=colour, ls=":", lw=1.2, label=f"{name}, labels shuffled")
-    _layer_ticks(axes.xaxis, [layer_label(report, int(r)) for r in table["router"]])
+    layer_ticks(axes.xaxis, [layer_label(report, int(r)) for r in table["router"]])
     axes.set(xlabel="layer", ylabel="information on the expert (bits)")
     axes.set_ylim(bottom=0)
     axes.set_title("What the domain and the token id tell of the expert", loc="left", fontsize=10)
     figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=3)
-    _bare(axes)
+    bare(axes)
     return figure
 
 
@@ -245,42 +235,6 @@ def transitions(report: Report) -> Figure | None:
 
 
 @plot
-def repetition(report: Report) -> Figure | None:
-    """How often the next token has the same first choice, by layer and domain."""
-    if report.counts.counts_only:
-        return None
-    table: Any = report.tables["repetition"]
-    if table.empty:
-        return None
-    chosen = list(report.selection.routers)
-    figure, axes = _figure(_breadth(len(chosen)), 4.2)
-    names = ["first_choice", "first_choice_low", "first_choice_high"]
-    share = table.pivot_table(index="router", columns="domain", values=names, sort=False, dropna=False).reindex(chosen)
-    for i, name in enumerate(share["first_choice"].columns):
-        low, high = (share[bound][name].to_numpy() for bound in names[1:])
-        axes.vlines(range(len(chosen)), low, high, color=COLOURS[i % 8], alpha=0.45, lw=3)
-        axes.plot(
-            share["first_choice"][name].to_numpy(),
-            color=COLOURS[i % 8],
-            ls=MARKS[i // 8 % 4],
-            marker="o",
-            ms=3,
-            lw=1.3,
-            label=_plain(cut(readable(name))),
-        )
-    random = table.groupby("router")["first_choice_random"].first().reindex(chosen)
-    axes.plot(random.to_numpy(), color="0.5", ls=":", lw=1.5, label="by chance")
-    _layer_ticks(axes.xaxis, [layer_label(report, r) for r in chosen])
-    axes.set(xlabel="layer", ylabel="share of pairs of consecutive tokens")
-    axes.set_ylim(bottom=0)
-    intervals = ", with 95% intervals by document" if table["first_choice_low"].notna().any() else ""
-    axes.set_title(f"Consecutive tokens with the same first choice{intervals}", loc="left", fontsize=10)
-    figure.legend(fontsize=8, frameon=False, loc="outside lower left", ncols=5)
-    _bare(axes)
-    return figure
-
-
-@plot
 def router(report: Report) -> Figure | None:
     """How decided each router is: entropy, margin and mass of its choice, from logits or else from gate weights."""
     if report.counts.counts_only:
@@ -298,14 +252,14 @@ def router(report: Report) -> Figure | None:
     known = from_logits or known
     if not known:
         return None
-    figure, grid = _grid(_breadth(len(table)), 1.7 * len(known) + 1, len(known), 1)
+    figure, grid = new_grid(breadth(len(table)), 1.7 * len(known) + 1, len(known), 1)
     for axes, name, colour in zip(grid[:, 0], known, COLOURS, strict=False):
         axes.plot(table[name].to_numpy(), color=colour, marker="o", ms=4, lw=1.3)
         axes.set_title(names[name], loc="left", fontsize=9)
         axes.set_ylim(0, 1.15 * (table[name].max() or 1))
         axes.set_xticks([])
-        _bare(axes)
-    _layer_ticks(grid[-1, 0].xaxis, [layer_label(report, int(r)) for r in table["router"]])
+        bare(axes)
+    layer_ticks(grid[-1, 0].xaxis, [layer_label(report, int(r)) for r in table["router"]])
     grid[-1, 0].set_xlabel("layer")
     figure.suptitle(
         f"How decided the routers are, from their {'logits' if from_logits else 'gate weights'}", fontsize=10, x=0.01, ha="left"
@@ -326,7 +280,7 @@ def _pairs(report: Report, lift_of: dict[int, np.ndarray], title: str, xlabel: s
     chosen = list(lift_of)
     columns = min(2, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure, grid = _grid(4.6 * columns + 1, 4.1 * rows + 0.6, rows, columns)
+    figure, grid = new_grid(4.6 * columns + 1, 4.1 * rows + 0.6, rows, columns)
     image = None
     for axes, r in zip(grid.flat, chosen, strict=False):
         image = _ratios(axes, lift_of[r])
@@ -343,34 +297,6 @@ def _pairs(report: Report, lift_of: dict[int, np.ndarray], title: str, xlabel: s
     if image is not None:
         _colour_bar(figure, image, grid.ravel().tolist(), "times as often as by chance")
     return figure
-
-
-def _grid(width: float, height: float, rows: int, columns: int) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes [rows, columns]."""
-    figure = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    figure, axes = _grid(width, height, 1, 1)
-    return figure, axes[0, 0]
-
-
-def _breadth(layers: int) -> float:
-    return float(np.clip(0.28 * layers, 6.5, 15))
-
-
-def _bare(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.92", lw=0.8)
-    axes.set_axisbelow(True)
-
-
-def _plain(text: str) -> str:
-    """A label of the corpus: $ would begin a formula, and a leading _ would hide it from the legend."""
-    text = text.replace("$", r"\$")
-    return "\u200a" + text if text.startswith("_") else text
 
 
 def _spread(table: Any, router: int) -> float:
@@ -398,9 +324,3 @@ def _colour_bar(figure: Any, image: Any, axes: Any, label: str) -> None:
     bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], pad=0.01, fraction=0.03, aspect=35)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda exponent, _: {-2: "≤ 1/4", -1: "1/2", 0: "1", 1: "2", 2: "≥ 4"}[round(exponent)]))
     bar.set_label(label, fontsize=9)
-
-
-def _layer_ticks(axis: Any, labels: list[str]) -> None:
-    step = max(1, len(labels) // 32)
-    axis.set_ticks(range(0, len(labels), step), labels[::step])
-    axis.set_tick_params(labelsize=8)
