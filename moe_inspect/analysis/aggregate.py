@@ -96,9 +96,8 @@ class RouterCounts:
         return self.by_slot_EE + self.by_slot_EE.T + np.diag(self.assignments_UE.sum(0))
 
     def add(self, other: RouterCounts, rows: dict[str, Rows]) -> None:
-        for name in (f.name for f in fields(self) if f.name not in ("batches", "srp")):
+        for name, axis in SUMS.items():
             mine, theirs = getattr(self, name), getattr(other, name)
-            axis = name.rpartition("_")[2][0]  # the suffix of shapes says what the rows are
             if mine is None or theirs is None:  # what one part does not know, the whole does not
                 setattr(self, name, None)
             elif axis in rows:
@@ -114,6 +113,10 @@ class RouterCounts:
             self.srp = {m: _added(mine_UM, other.srp[m], rows["U"]) for m, mine_UM in self.srp.items()}
         else:
             self.srp = None
+
+
+# what of RouterCounts is a plain sum; the suffix of shapes says what the rows are
+SUMS = {f.name: f.name.rpartition("_")[2][0] for f in fields(RouterCounts) if f.name not in ("batches", "srp")}
 
 
 @dataclass

@@ -46,8 +46,12 @@ class Order:
 
 def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndarray) -> Order:
     """The steps of a generated sequence are in other batches than its prompt, so neighbours are not found by token order."""
-    by_T = np.lexsort((position_T, sequence_T, document_T))
-    d, s, p = document_T[by_T], sequence_T[by_T], position_T[by_T]
+    by_T, d, s, p = np.arange(len(document_T)), document_T, sequence_T, position_T
+    same_T = (d[1:] == d[:-1]) & (s[1:] == s[:-1])
+    later_T = (d[1:] > d[:-1]) | (d[1:] == d[:-1]) & (s[1:] > s[:-1]) | same_T & (p[1:] > p[:-1])
+    if not later_T.all():
+        by_T = np.lexsort((p, s, d))
+        d, s, p = d[by_T], s[by_T], p[by_T]
     same_T = np.r_[False, (d[1:] == d[:-1]) & (s[1:] == s[:-1])][: len(d)]
     follows_T = same_T & np.r_[False, p[1:] == p[:-1] + 1][: len(p)]
     sample_T = np.empty(len(d), np.int64)

@@ -152,25 +152,22 @@ class Shard:
     def slots(self, router: int) -> tuple[np.ndarray, ...]:
         """The experts of each decision, an array a slot in the router's own order: uint8 or uint16 [T], the number of experts
         where a slot routed nowhere. What the file holds is copied only where some did. MoeInspectError for an id out of range."""
-        listed = self.trace.routers[router]
-        table = self.routing(router, [f"expert_{j}" for j in range(listed.top_k)])
-        return tuple(_filled(column, listed.experts, router) for column in table.columns)
+        return tuple(_filled(column, self.trace.routers[router].experts, router) for column in self._slots(router, "expert"))
 
     def ids(self, router: int) -> np.ndarray:
         """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere. Slots are
-        contiguous in memory, as they are on disk."""
-        slots, E = self.slots(router), self.trace.routers[router].experts
-        ids_KT = np.empty((len(slots), len(slots[0])), np.int16)
-        for ids_T, slot_T in zip(ids_KT, slots, strict=True):
-            ids_T[:] = slot_T
-            if slot_T.max(initial=0) == E:
+        contiguous in memory, as they are on disk. MoeInspectError for an id out of range."""
+        columns, E = self._slots(router, "expert"), self.trace.routers[router].experts
+        ids_KT = np.empty((len(columns), len(columns[0])), np.int16)
+        for ids_T, column in zip(ids_KT, columns, strict=True):
+            ids_T[:] = slot_T = _filled(column, E, router)
+            if column.null_count:
                 ids_T[slot_T == E] = -1
         return ids_KT.T
 
     def slot_weights(self, router: int) -> tuple[np.ndarray, ...]:
         """The gate weights, an array a slot: float32 [T], 0 where it routed nowhere."""
-        table = self.routing(router, [f"weight_{j}" for j in range(self.trace.routers[router].top_k)])
-        return tuple((c.fill_null(0) if c.null_count else c).to_numpy() for c in table.columns)
+        return tuple((c.fill_null(0) if c.null_count else c).to_numpy() for c in self._slots(router, "weight"))
 
     def weights(self, router: int) -> np.ndarray:
         """float32 [T, K], the gate weights, 0 where a slot routed nowhere."""
@@ -182,6 +179,9 @@ class Shard:
         width = table.schema.field("logits").type.list_size
         flat = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return flat.reshape(-1, width)[:, : self.trace.routers[router].experts]
+
+    def _slots(self, router: int, kind: str) -> list[pa.ChunkedArray]:
+        return self.routing(router, [f"{kind}_{j}" for j in range(self.trace.routers[router].top_k)]).columns
 
     def _of_router(self, name: str, router: int, columns: list[str] | None) -> pa.Table:
         if name not in self._opened:
