@@ -28,7 +28,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 
 SHARD_TOKENS = 65_536
-SHARD_BYTES = 64 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
+SHARD_BYTES = 60 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
 SHARD_SECONDS = 60.0  # a slow model's decisions become readable, and safe, after so long at the latest
 CONTINUED = 8  # times as much, and as long, where the next batch goes on with sequences of this shard
 QUEUE_BATCHES = 2
