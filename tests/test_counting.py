@@ -137,6 +137,20 @@ def test_shards_threads_and_kernels_change_nothing(tmp_path_factory: pytest.Temp
         same(count_trace(split, select(split), WANTS, window=100, threads=3), expected)
 
 
+def test_a_slot_that_routes_nowhere_among_256_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of which 8 bits hold each, and none for nowhere."""
+    ids_TK = uniform_ids(np.random.default_rng(0), 300, 256, 4).astype(np.int16)
+    ids_TK[::7, 3] = -1
+    ids = [np.where(ids_TK < 0, NOWHERE, ids_TK).astype(np.uint16)] * 2
+    trace = write_trace(tmp_path / "t", ids, 256, document=np.arange(300) // 10, domain_of_document=["a", "b"], shard_tokens=100)
+    assert (np.concatenate([shard.ids(1) for shard in trace.shards]) == ids_TK).all()
+    wants = set(WANTS) - {"weights", "logits"}
+    expected = count_trace(trace, select(trace), wants)
+    assert expected.load_E(0).sum() == (ids_TK >= 0).sum()
+    monkeypatch.setattr(engine, "LONG", 0)
+    same(count_trace(trace, select(trace), wants), expected)
+
+
 def test_merging_everything_is_associative_and_commutative(tmp_path: Path):
     trace = made(tmp_path / "t")
     windows = windows_of(trace, select(trace), 300)

@@ -152,16 +152,19 @@ class Shard:
     def slots(self, router: int) -> tuple[np.ndarray, ...]:
         """The experts of each decision, an array a slot in the router's own order: uint8 or uint16 [T], the number of experts
         where a slot routed nowhere. What the file holds is copied only where some did. MoeInspectError for an id out of range."""
-        return tuple(_filled(column, self.trace.routers[router].experts, router) for column in self._slots(router, "expert"))
+        columns, E = self._slots(router, "expert"), self.trace.routers[router].experts
+        if np.iinfo(columns[0].type.to_pandas_dtype()).max < E and any(column.null_count for column in columns):
+            columns = [column.cast(pa.uint16()) for column in columns]
+        return tuple(_filled(column, E, router) for column in columns)
 
     def ids(self, router: int) -> np.ndarray:
         """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere. Slots are
         contiguous in memory, as they are on disk. MoeInspectError for an id out of range."""
-        columns, E = self._slots(router, "expert"), self.trace.routers[router].experts
-        ids_KT = np.empty((len(columns), len(columns[0])), np.int16)
-        for ids_T, column in zip(ids_KT, columns, strict=True):
-            ids_T[:] = slot_T = _filled(column, E, router)
-            if column.null_count:
+        slots, E = self.slots(router), self.trace.routers[router].experts
+        ids_KT = np.empty((len(slots), len(slots[0])), np.int16)
+        for ids_T, slot_T in zip(ids_KT, slots, strict=True):
+            ids_T[:] = slot_T
+            if slot_T.max(initial=0) == E:
                 ids_T[slot_T == E] = -1
         return ids_KT.T
 
@@ -208,8 +211,6 @@ def _routers_of_groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
 
 def _filled(column: pa.ChunkedArray, E: int, router: int) -> np.ndarray:
     nulls = column.null_count
-    if nulls and np.iinfo(column.type.to_pandas_dtype()).max < E:
-        column = column.cast(pa.uint16())
     slot_T = (column.fill_null(0) if nulls else column).to_numpy()
     if len(slot_T) and slot_T.max() >= E:
         raise MoeInspectError(f"damaged trace: router {router} has {E} experts and an assignment to expert {slot_T.max()}")
