@@ -159,7 +159,9 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
 
 def _places(seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, windows: Windows | None, shard: Shard) -> counting.Places:
     """What the routers of one stack share in a shard: where each of its tokens counts."""
-    unit_T = np.searchsorted(key_U, _unit(seen))
+    row_of = np.zeros(key_U[-1] + 1, np.int64)
+    row_of[key_U] = np.arange(len(key_U))
+    unit_T = row_of[_unit(seen)]
     batch_B, batch_T = counting.distinct(seen.batch_T)
     first = windows.before[shard.files.rank, shard.files.index] if windows else 0
     window_T = (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
