@@ -49,10 +49,13 @@ class Steps:
             self.there_BPW = np.pad(self.there_BPW, ((0, 0), (0, more), (0, 0)))
             self.tokens_BP = np.pad(self.tokens_BP, ((0, 0), (0, more)))
         self.tokens += len(position_T)
-        fill = fill_steps_numpy
-        if not small:
-            from moe_inspect.simulate.steps import fill_steps as fill
-        fill(ids_KT, position_T, self.batch_B, self.there_BPW, self.tokens_BP, self.steps_B, self.distinct_B, self.load_E)
+        held = (position_T, self.batch_B, self.there_BPW, self.tokens_BP, self.steps_B, self.distinct_B, self.load_E)
+        if small:
+            fill_steps_numpy(ids_KT, *held)
+        else:
+            from moe_inspect.simulate.steps import fill_steps
+
+            fill_steps(tuple(ids_KT), *held)
 
 
 def fill_steps_numpy(

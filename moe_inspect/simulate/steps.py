@@ -7,37 +7,31 @@ from numba import njit
 
 
 @njit(nogil=True, cache=True)
-def fill_steps(
-    ids_KT: np.ndarray,
-    position_T: np.ndarray,
-    batch_B: np.ndarray,
-    there_BPW: np.ndarray,
-    tokens_BP: np.ndarray,
-    steps_B: np.ndarray,
-    distinct_B: np.ndarray,
-    load_E: np.ndarray,
-) -> None:
-    """Each token goes into the step of its position; a step of B tokens is full, is counted, and begins anew. Sets of experts are
-    words of 64 bits. The last five arrays change in place."""
-    K, T = ids_KT.shape
-    B, W = len(batch_B), there_BPW.shape[2]
-    mine_W = np.zeros(W, np.uint64)
-    for t in range(T):
+def fill_steps(slots, position_T, batch_B, there_BPW, tokens_BP, steps_B, distinct_B, load_E):  # type: ignore[no-untyped-def]
+    """Each token goes into the step of its position; a step of B tokens is full, is counted, and begins anew. slots: K arrays [T], −1
+    for none. Sets of experts are words of 64 bits. The last five arrays change in place."""
+    W = there_BPW.shape[2]
+    even_W, odd_W = np.zeros(W, np.uint64), np.zeros(W, np.uint64)  # two, so that no slot waits for the one before
+    for t in range(len(position_T)):
         p = position_T[t]
-        mine_W[:] = np.uint64(0)
-        for k in range(K):
-            e = ids_KT[k, t]
+        even_W[:] = np.uint64(0)
+        odd_W[:] = np.uint64(0)
+        for k in range(len(slots)):
+            e = slots[k][t]
             if e >= 0:
                 load_E[e] += 1
+                mine_W = odd_W if k % 2 else even_W
                 mine_W[e >> 6] |= np.uint64(1) << np.uint64(e & 63)
-        for b in range(B):
-            for w in range(W):
-                there_BPW[b, p, w] |= mine_W[w]
+        for b in range(len(batch_B)):
+            there_W = there_BPW[b, p]
             tokens_BP[b, p] += 1
-            if tokens_BP[b, p] == batch_B[b]:
-                for w in range(W):
-                    distinct_B[b] += _bits(there_BPW[b, p, w])
-                    there_BPW[b, p, w] = np.uint64(0)
+            full = tokens_BP[b, p] == batch_B[b]
+            for w in range(W):
+                word = there_W[w] | even_W[w] | odd_W[w]
+                if full:
+                    distinct_B[b] += _bits(word)
+                there_W[w] = np.uint64(0) if full else word
+            if full:
                 steps_B[b] += 1
                 tokens_BP[b, p] = 0
 
