@@ -75,7 +75,7 @@ def test_ours_is_no_worse_than_eplb_and_keeps_replicas_apart() -> None:
     assert better >= 10
 
 
-def least_apart(load_E: np.ndarray, gpus: int, limit: float) -> bool:
+def fits_apart(load_E: np.ndarray, gpus: int, limit: float) -> bool:
     """Whether any placement of two slots a GPU, no expert twice on one, loads no GPU beyond `limit`: every number of replicas, every
     way of putting them in pairs."""
 
@@ -109,8 +109,8 @@ def test_where_eplb_beats_ours_nothing_apart_is_as_light() -> None:
     most = {name: float((load_E @ shares(POLICIES[name](load_E, layout), 8, 8)).max()) for name in ("ours", "eplb-global")}
     assert most["eplb-global"] < most["ours"] < 1.0002 * most["eplb-global"]
     assert colocated(POLICIES["eplb-global"](load_E, layout), 8) == 1
-    assert not least_apart(load_E, 8, most["eplb-global"])
-    assert least_apart(load_E, 8, most["ours"])
+    assert not fits_apart(load_E, 8, most["eplb-global"])
+    assert fits_apart(load_E, 8, most["ours"])
 
 
 def test_with_room_for_every_expert_on_every_gpu_balance_is_perfect() -> None:
