@@ -118,6 +118,13 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
         assert counting.srp(slots, places, experts, m).tolist() == kernels.srp(slots, places, experts, m).tolist()
 
 
+@pytest.mark.parametrize("tokens", [2**15, 2**16])
+def test_a_pair_that_comes_up_more_often_than_a_narrow_table_holds(tokens: int):
+    twice = (np.zeros(tokens, np.uint8),) * 2  # damaged: an expert named twice in a decision
+    for total, first in (kernels.transitions(twice, twice, 1, 1), counting.transitions(twice, twice, 1, 1)):
+        assert (total.tolist(), first.tolist()) == ([[4 * tokens]], [[tokens]])
+
+
 def test_a_wrong_kernel_would_be_noticed():
     slots = slots_of(ids_with_gaps(0))
     rolled = tuple(np.roll(slot_T, 1) for slot_T in slots)

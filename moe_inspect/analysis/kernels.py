@@ -15,6 +15,7 @@ from numba import njit
 from moe_inspect.analysis.counting import Places, Slots
 
 ONE = np.uint32(1)
+PAGE, LINE = 4096, 64  # bytes; of which the lower address bits say where in the nearest cache something goes
 BLOCK = 4096  # tokens at a time, whose slots stay in the nearest cache
 SHORT = 16  # tokens of a run below which its load is counted in place
 
@@ -90,10 +91,26 @@ def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-unty
 
 
 def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint32 [E, N], twice: of one shard, so that the tables stay in the nearest caches."""
-    total_EN, first_EN = (np.zeros((E + 1, N + 1), np.uint32) for _ in range(2))
-    _transitions(slots, next_slots, total_EN, first_EN)
+    """uint16 or uint32 [E, N], twice: of one shard, so that the tables stay in the nearest caches, in the narrower type where it
+    holds them. What wraps around falls short of the sum: a decision that names an expert twice can count more than there are tokens."""
+    T, pairs = len(slots[0]), len(slots[0]) * len(slots) * len(next_slots)
+    next_slots = _staggered(next_slots)
+    for kind in (np.uint16, np.uint32) if T < 2**16 else (np.uint32,):
+        total_EN, first_EN = (np.zeros((E + 1, N + 1), kind) for _ in range(2))
+        _transitions(slots, next_slots, total_EN, first_EN)
+        if total_EN.sum(dtype=np.int64) == pairs:
+            break
     return total_EN[:E, :N], first_EN[:E, :N]
+
+
+def _staggered(slots: Slots) -> Slots:
+    """Copies that lie a line of the cache further into the page each. Arrow begins every buffer at a page: read side by side, the
+    slots of two routers would all need the same lines of the nearest cache, which holds fewer."""
+    T, size = len(slots[0]), slots[0].itemsize
+    rows_KX = np.empty((len(slots), (-(-T * size // PAGE) * PAGE + LINE) // size), slots[0].dtype)
+    for row_X, slot_T in zip(rows_KX, slots, strict=True):
+        row_X[:T] = slot_T
+    return tuple(row_X[:T] for row_X in rows_KX)
 
 
 @njit(nogil=True, cache=True)
