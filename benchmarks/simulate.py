@@ -184,7 +184,7 @@ def balance() -> Figures:
     from tests.exact import fits_apart
 
     rng = np.random.default_rng(2026)
-    cannot = "heavier, where all that keeps replicas apart is"  # tried, all of it
+    cannot = "heavier, as all apart is"  # every placement that keeps replicas apart was tried
     count = dict.fromkeys(("lighter", "equal", "heavier", cannot, "replicas on one GPU"), 0)
     for _ in range(1_000):
         E, gpus = int(rng.choice([8, 16, 32, 64, 128, 256])), int(rng.choice([2, 4, 8, 16, 32]))
@@ -203,7 +203,7 @@ def balance() -> Figures:
             count["replicas on one GPU"] += colocated(plan_of["ours"], gpus)
     for name, number in count.items():
         bar = name in ("heavier", "replicas on one GPU")
-        yield f"ours against EPLB on 1,000 Zipf loads: {name}", number, "≤ 0" if bar else "", number == 0 if bar else None
+        yield f"ours against EPLB, 1,000 Zipf loads: {name}", number, "≤ 0" if bar else "", number == 0 if bar else None
 
 
 def measure(names: Sequence[str] = ()) -> dict[str, float]:

@@ -49,7 +49,7 @@ class State:
     @property
     def grows_GE(self) -> np.ndarray:
         """bool: the GPU can get one more replica of the expert."""
-        return np.logical_or(self.copies_GE == 0, self.crowds & (self.replicas_E >= len(self.slots_GS)))
+        return (self.copies_GE == 0) | (self.crowds & (self.replicas_E >= len(self.slots_GS)))
 
     def takes(self, gpu: int, expert: int) -> bool:
         """Whether another of the expert's replicas can come to the GPU."""
@@ -215,7 +215,7 @@ def _spare(state: State) -> np.ndarray:
     G, S = state.slots_GS.shape
     expert_P, gpu_P = state.slots_GS.reshape(-1), np.repeat(np.arange(G), S)
     replicas_P = state.replicas_E[expert_P]
-    apart_P = (state.copies_GE[gpu_P, expert_P] == 2) & state.copies_GE.all(0)[expert_P]
+    apart_P = (state.copies_GE[gpu_P, expert_P] == 2) & np.all(state.copies_GE, axis=0)[expert_P]
     return np.flatnonzero((replicas_P > 1) & ((replicas_P != G + 1) | apart_P))
 
 
