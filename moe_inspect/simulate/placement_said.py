@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_inspect.report.words import counted
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -35,7 +37,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     if (ours := rows.get("ours")) and any(name.startswith("eplb") for name in rows):
         wasted = max(row["colocated"] for name, row in rows.items() if name.startswith("eplb"))
         if wasted:
-            said.append(f"EPLB puts up to {wasted:,} replicas beside another of the same expert; ours {ours['colocated']:,}.")
+            said.append(f"EPLB puts up to {counted(wasted, 'replica')} beside another of the same expert; ours {ours['colocated']:,}.")
     if settings["counts_only"]:
         said.append("Counts only: fitted on what it is judged by, and no ranks a token reaches; both need a trace with decisions.")
     else:
