@@ -36,7 +36,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
             block, chunk = {"BLOCK": kernels.RECORD_BLOCK}, {"CHUNK": kernels.CHUNK}
             one, ranking = {"BLOCK": kernels.ONE_LAUNCH}, kernels.RANKING
             name = f"E{E} k{K} {weight}"
-            yield f"record {name}", kernels._record_kernel, types, {**tape, **block, "K": K, "ALONE": False}, {}
+            yield f"record {name}", kernels._record_kernel, types, {**tape, **block, "K": K, "ALONE": False}, kernels.REGISTERS
             yield f"dispatch 1/1 {name}", kernels._one_kernel, types, {**shape, **tape, **one, **chunk}, ranking
             for size in BLOCKS:
                 warps = {"num_warps": kernels.recording_warps(size)}
@@ -48,7 +48,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
             few = {**grouped, "GROUPED": False}
             yield f"combine + record {name}", kernels._combine_kernel, {**types, **y}, {**tape, **block, **few, "K": K}, {}
         name, rows = f"E{E} k{K}", {"ROWS": max(1, min(64, 4096 // shape["BINS"]))}
-        yield f"record alone {name}", kernels._record_kernel, types, {**tape, **block, "K": K, "ALONE": True}, {}
+        yield f"record alone {name}", kernels._record_kernel, types, {**tape, **block, "K": K, "ALONE": True}, kernels.REGISTERS
         yield f"dispatch 1/1 off {name}", kernels._one_kernel, types, {**shape, **off, **one, **chunk}, ranking
         yield f"dispatch 1/2 off {name}", kernels._count_kernel, types, {**shape, **off, **block}, {}
         for scanned in (False, True):
@@ -58,7 +58,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         yield f"dispatch 2/3 {name}", kernels._scan_kernel, types, {"ROWS": 64, "COLUMNS": 16}, {}
     logits = {"weights": "*fp32", "tape_weights": "*fp16"}
     off = {"P": 4096, "MARK": 0, "IDS": False, "WEIGHTS": True, "ALONE": False}
-    yield "record logits E64", kernels._record_kernel, logits, {**off, "K": 64, "BLOCK": kernels.RECORD_BLOCK}, {}
+    yield "record logits E64", kernels._record_kernel, logits, {**off, "K": 64, "BLOCK": kernels.RECORD_BLOCK}, kernels.REGISTERS
     yield "advance", kernels._advance_kernel, {}, {}, {"num_warps": 1}
 
 

@@ -28,8 +28,9 @@ except ImportError:  # no Triton on this platform: the twins do the work
 ONE_LAUNCH = 2048  # slots that one program groups alone
 TWO_LAUNCHES = 16384  # entries of the table blocks × E that every program of the second launch can afford to sum by itself
 CHUNK = 64  # slots that are ranked against each other at once
-# of programs that rank. Told no number of registers, ptxas aims at 64 and puts some bytes of some variants on the stack
-RANKING = {"num_warps": 8} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
+# told no number of registers, ptxas aims at 64 and puts some bytes of some variants on the stack
+REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+RANKING = {"num_warps": 8, **REGISTERS}  # of programs that rank
 RECORD_BLOCK = 1024  # slots a program
 
 
@@ -230,7 +231,9 @@ if triton is not None:
         ids, weights = (t.contiguous() if t is not None else tape.cursor for t in (ids_TK, weights_TK))
         place, state, constants = _where_to(tape, ids_TK, weights_TK, tape.cursor)
         blocks = triton.cdiv(T * K, RECORD_BLOCK)
-        _record_kernel[(blocks,)](ids, weights, T, tape.experts, *place, K=K, **constants, ALONE=blocks == 1, BLOCK=RECORD_BLOCK)
+        _record_kernel[(blocks,)](
+            ids, weights, T, tape.experts, *place, K=K, **constants, ALONE=blocks == 1, BLOCK=RECORD_BLOCK, **REGISTERS
+        )
         if blocks > 1:
             _advance_kernel[(1,)](T, *state, num_warps=1)
 

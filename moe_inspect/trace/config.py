@@ -18,7 +18,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
 
 INNER = ("text_config", "llm_config", "language_config", "thinker_config")
-LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", "num_routed_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
 SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
@@ -79,6 +79,8 @@ def facts_of(config: dict[str, Any], name: str, where: object, tokenizer: Path |
         inner = {**inner, **inner["ffn_config"]}
     if isinstance(kinds := inner.get("layers_block_type"), list):  # Nemotron-H states no number
         inner = {**inner, LAYERS[0]: len(kinds)}
+    if inner.get("num_layers") is not None:  # LongCat: what it calls hidden layers are attentions, two a block
+        inner = {**inner, LAYERS[0]: inner["num_layers"]}
     layers = _number(inner, LAYERS, where, MOST_LAYERS)
     sparse = _sparse_layers(inner, layers, where)
     experts = _by_layer(inner, EXPERTS, sparse, layers, where, MOST_EXPERTS)
