@@ -270,7 +270,7 @@ def test_a_busy_server_is_asked_again_as_it_says(model: str, corpus: str, tmp_pa
     }
     server.behave = lambda n, *_: busy.get(n)
     with serving(server) as url:
-        trace = traced(url, tmp_path / "t", model, corpus)
+        trace = traced(url, tmp_path / "t", model, corpus, concurrency=1)  # else any of the refusals may be told first
     check_rows(trace)
     assert f"{url}: HTTP 503: starting; it is asked again in 0 s (1 of 6 attempts made)\n" in capsys.readouterr().err
     assert "7" in waited
