@@ -11,13 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from moe_inspect.analysis import counting
 from moe_inspect.analysis.aggregate import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts
 from moe_inspect.analysis.select import Selection
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Shard
+from moe_inspect.trace.reader import Shard, codes
 from moe_inspect.trace.schema import PHASES
 
 NEEDS_WEIGHTS = frozenset({"load", "esft", "weights"})
@@ -261,12 +260,3 @@ def _documents(shard: Shard, selection: Selection) -> int:
         return shard.files.rows["documents"]
     code, domains = codes(shard.table("documents", ["domain"])["domain"])
     return int(np.isin(code, [d for d, domain in enumerate(domains) if domain in selection.domains]).sum())
-
-
-def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Dictionary codes and labels of a column; a label may be unused."""
-    if not len(column):
-        return np.zeros(0, np.int32), []
-    array = column.unify_dictionaries().combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    return array.indices.to_numpy(), array.dictionary.to_pylist()

@@ -20,9 +20,9 @@ import numpy as np
 from moe_inspect.analysis.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.stream import check_length, coded, is_small
+from moe_inspect.simulate.stream import check_length, is_small
 from moe_inspect.simulate.stream import slots as slots_of
-from moe_inspect.trace.reader import Shard, Trace, open_trace
+from moe_inspect.trace.reader import Shard, Trace, codes, open_trace
 from moe_inspect.trace.schema import PHASES
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _stream(shard: Shard, router: int) -> tuple[np.ndarray | None, np.ndarray]:
     table = shard.tokens(["sequence", "phase"])
     seen = shard.seen(router)
     kept = slice(None) if seen is None else seen
-    code_T, labels = coded(table["phase"])
+    code_T, labels = codes(table["phase"])
     phase_T = np.array([PHASES.index(label) for label in labels], np.uint8)[code_T][kept]
     _, first, of_T = np.unique(table["sequence"].to_numpy()[kept], return_index=True, return_inverse=True)
     began_T = first[of_T]

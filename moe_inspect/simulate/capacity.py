@@ -20,8 +20,8 @@ from moe_inspect.analysis.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.capacity_said import PLACES, figure, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.stream import check_length, coded, cut, deciles, is_small, runs, sequence_deciles, slots
-from moe_inspect.trace.reader import Shard, Trace, open_trace
+from moe_inspect.simulate.stream import check_length, cut, deciles, is_small, runs, sequence_deciles, slots
+from moe_inspect.trace.reader import Shard, Trace, codes, open_trace
 from moe_inspect.trace.schema import Router
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Queues:
         self.shard = shard
         table = shard.tokens(["sequence", "batch", "domain"])
         self.tokens = len(table)
-        code_T, labels = coded(table["domain"])
+        code_T, labels = codes(table["domain"])
         used = [labels[c] for c in np.unique(code_T)]
         domains += [label for label in used if label not in domains]
         row_of = np.array([domains.index(label) if label in domains else -1 for label in labels], np.int64)

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import pyarrow as pa
 
 from moe_inspect.analysis.select import Selection
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Shard, Trace
+from moe_inspect.trace.reader import Shard, Trace, codes
 
 SMALL = 3_000_000  # assignments: below this plain numpy is done before numba has been imported and its code loaded
 
@@ -20,15 +19,6 @@ SMALL = 3_000_000  # assignments: below this plain numpy is done before numba ha
 def is_small(trace: Trace, routers: Iterable[int], times: int = 1) -> bool:
     """Whether the twins without numba are the quicker way. `times`: how often each assignment is gone through."""
     return trace.n_tokens * sum(trace.routers[r].top_k for r in routers) * times < SMALL
-
-
-def coded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Codes and labels of a dictionary column; a label may be unused."""
-    if not len(column):
-        return np.zeros(0, np.int32), []
-    array = column.unify_dictionaries().combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    return array.indices.to_numpy(), array.dictionary.to_pylist()
 
 
 def slots(shard: Shard, router: int) -> np.ndarray:
@@ -57,7 +47,7 @@ def taken(shard: Shard, selection: Selection) -> np.ndarray:
     table = shard.tokens(list(wanted)) if wanted else None
     for name, labels in wanted.items():
         assert table is not None
-        code_T, there = coded(table[name])
+        code_T, there = codes(table[name])
         taken_T &= np.isin(code_T, [code for code, label in enumerate(there) if label in labels])
     return taken_T
 

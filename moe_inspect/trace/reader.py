@@ -145,9 +145,8 @@ class Shard:
         listed = self.trace.routers[router]
         if not listed.stack:
             return None
-        phase_T = self.tokens(["phase"])["phase"].unify_dictionaries().combine_chunks()
-        sees = np.array([listed.sees(phase) for phase in phase_T.dictionary.to_pylist()], bool)
-        return sees[phase_T.indices.to_numpy()]
+        code_T, phases = codes(self.tokens(["phase"])["phase"])
+        return np.array([listed.sees(phase) for phase in phases], bool)[code_T]
 
     def slots(self, router: int) -> tuple[np.ndarray, ...]:
         """The experts of each decision, an array a slot in the router's own order: uint8 or uint16 [T], the number of experts
@@ -334,6 +333,15 @@ def _open(path: Path | Remote, name: str) -> pq.ParquetFile:
         raise MoeInspectError(f"damaged trace: {name} is missing") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise MoeInspectError(f"damaged trace: {name}: {str(error).splitlines()[0]}") from None
+
+
+def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Codes and labels of a dictionary column; a label may be unused."""
+    if not len(column):
+        return np.zeros(0, np.int32), []
+    array = column.unify_dictionaries().combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.indices.to_numpy(), array.dictionary.to_pylist()
 
 
 def open_trace(path: str | Path) -> Trace:
