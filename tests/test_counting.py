@@ -91,7 +91,9 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
     assert sorted(order.size_S.tolist()) == [1, 2, 3]
 
 
-@given(st.integers(0, 10_000), st.sampled_from([(4, 1), (8, 3), (130, 6), (20, 8)]), st.integers(0, 300), st.sampled_from([0, 0.1]))
+@given(
+    st.integers(0, 10_000), st.sampled_from([(4, 1), (8, 3), (130, 6), (20, 8), (12, 11)]), st.integers(0, 300), st.sampled_from([0, 0.1])
+)
 @settings(max_examples=40, deadline=None)
 def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens: int, null: float):
     rng = np.random.default_rng(seed)
@@ -123,6 +125,8 @@ def test_a_pair_that_comes_up_more_often_than_a_narrow_table_holds(tokens: int):
     twice = (np.zeros(tokens, np.uint8),) * 2  # damaged: an expert named twice in a decision
     for total, first in (kernels.transitions(twice, twice, 1, 1), counting.transitions(twice, twice, 1, 1)):
         assert (total.tolist(), first.tolist()) == ([[4 * tokens]], [[tokens]])
+    thrice = (np.zeros(tokens, np.uint8),) * 3
+    assert kernels.by_slot(thrice, 1).tolist() == counting.by_slot(thrice, 1).tolist() == [[3 * tokens]]
 
 
 def test_a_wrong_kernel_would_be_noticed():

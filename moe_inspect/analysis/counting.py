@@ -139,7 +139,8 @@ def by_slot(slots: Slots, E: int) -> np.ndarray:
 
 
 def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray]:
-    """By unit, of the pairs of consecutive tokens: those with the same first choice, those with an expert in common. int64 [U]"""
+    """By unit, of the pairs of consecutive tokens: those with the same first choice, those with an expert in common. int64 [U]. E: what
+    a slot holds that routed nowhere; 2**16 where none did."""
     assert places.order is not None
     by_T, after = places.order.by_T, np.flatnonzero(places.order.follows_T)
     ids_TK = np.stack(slots).T[by_T]

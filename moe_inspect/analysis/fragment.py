@@ -176,7 +176,7 @@ def _count_router(
     weights = seen.of(shard.slot_weights(r), r) if weighted else None
     assignments_UE, first_choice_DE, load_BE, load_WE = by.loads(slots, places, E)
     weight_sum_DE = by.weight_sum(places.domain_T, slots, weights, D, E) if weights is not None else None
-    mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, k * len(slots[0]) - int(assignments_UE.sum()))
+    mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, k * len(slots[0]) - int(load_BE.sum()))
     mine.batches = _batches(places.tokens_B, load_BE)
     if "pairs" in wants:
         mine.by_slot_EE = by.by_slot(slots, E)
@@ -184,7 +184,7 @@ def _count_router(
         mine.window_load_WE, mine.window_tokens_W = load_WE, places.tokens_W.copy()
     if "repetition" in wants:
         mine.pairs_U = places.pairs_U.copy()
-        mine.first_same_U, mine.any_same_U = by.repetition(slots, places, E)
+        mine.first_same_U, mine.any_same_U = by.repetition(slots, places, E if mine.null_slots else 2**16)
     if "srp" in wants:
         mine.srp = {m: by.srp(slots, places, E, m) for m in SRP_LENGTHS}
     if "esft" in wants and (order := places.order) is not None:

@@ -9,6 +9,8 @@ What bounds most of these is one store a cycle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
@@ -91,16 +93,21 @@ def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-unty
 
 
 def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint16 or uint32 [E, N], twice: of one shard, so that the tables stay in the nearest caches, in the narrower type where it
-    holds them. What wraps around falls short of the sum: a decision that names an expert twice can count more than there are tokens."""
-    T, pairs = len(slots[0]), len(slots[0]) * len(slots) * len(next_slots)
-    next_slots = _staggered(next_slots)
-    for kind in (np.uint16, np.uint32) if T < 2**16 else (np.uint32,):
-        total_EN, first_EN = (np.zeros((E + 1, N + 1), kind) for _ in range(2))
-        _transitions(slots, next_slots, total_EN, first_EN)
-        if total_EN.sum(dtype=np.int64) == pairs:
+    """uint16 or uint32 [E, N], twice"""
+    pairs = len(slots[0]) * len(slots) * len(next_slots)
+    total_EN, first_EN = _pairs(_transitions, (slots, _staggered(next_slots)), pairs, [(E, N), (E, N)])
+    return total_EN, first_EN
+
+
+def _pairs(count: Callable[..., None], arguments: tuple[Slots, ...], pairs: int, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Tables of one shard, so that they stay in the nearest caches, in the narrower type where it holds them. A decision that names an
+    expert twice can make a cell count more than there are tokens: what wraps around, the first table's sum falls short of `pairs`."""
+    for kind in (np.uint16, np.uint32) if len(arguments[0][0]) < 2**16 else (np.uint32,):
+        tables = [np.zeros((E + 1, N + 1), kind) for E, N in shapes]
+        count(*arguments, *tables)
+        if tables[0].sum(dtype=np.int64) == pairs:
             break
-    return total_EN[:E, :N], first_EN[:E, :N]
+    return [table[:-1, :-1] for table in tables]
 
 
 def _staggered(slots: Slots) -> Slots:
@@ -115,18 +122,32 @@ def _staggered(slots: Slots) -> Slots:
 
 @njit(nogil=True, cache=True)
 def _by_slot(slots, total_EE):  # type: ignore[no-untyped-def]
+    in_fours = len(slots) - len(slots) % 4
     for t in range(len(slots[0])):
-        for j in range(1, len(slots)):
+        for i in range(0, in_fours, 4):
+            b, c, d = np.uint64(slots[i + 1][t]), np.uint64(slots[i + 2][t]), np.uint64(slots[i + 3][t])
+            a_E, b_E, c_E, d_E = total_EE[np.uint64(slots[i][t])], total_EE[b], total_EE[c], total_EE[d]
+            a_E[b] += ONE
+            a_E[c] += ONE
+            b_E[c] += ONE
+            a_E[d] += ONE
+            b_E[d] += ONE
+            c_E[d] += ONE
+            for j in range(i + 4, len(slots)):
+                e = np.uint64(slots[j][t])
+                a_E[e] += ONE
+                b_E[e] += ONE
+                c_E[e] += ONE
+                d_E[e] += ONE
+        for j in range(in_fours + 1, len(slots)):
             e = np.uint64(slots[j][t])
-            for i in range(j):
+            for i in range(in_fours, j):
                 total_EE[np.uint64(slots[i][t]), e] += ONE
 
 
 def by_slot(slots: Slots, E: int) -> np.ndarray:
-    """uint32 [E, E]"""
-    total_EE = np.zeros((E + 1, E + 1), np.uint32)
-    _by_slot(slots, total_EE)
-    return total_EE[:E, :E]
+    """uint16 or uint32 [E, E]"""
+    return _pairs(_by_slot, (slots,), len(slots[0]) * len(slots) * (len(slots) - 1) // 2, [(E, E)])[0]
 
 
 @njit(nogil=True, cache=True)
@@ -165,7 +186,7 @@ def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.nda
     if not places.order.in_place:
         slots, unit_T = tuple(slot_T[by_T] for slot_T in slots), unit_T[by_T]
     before = slots
-    if any(slot_T.max(initial=0) == E for slot_T in slots):  # nowhere is nothing to have in common
+    if E < 2**16:  # nowhere is nothing to have in common
         slots = tuple(slot_T.astype(np.uint16) for slot_T in slots)
         before = tuple(np.where(slot_T == E, np.uint16(2**16 - 1), slot_T) for slot_T in slots)
     first_U, any_U = np.zeros(places.U, np.int64), np.zeros(places.U, np.int64)
