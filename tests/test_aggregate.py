@@ -340,3 +340,21 @@ def test_token_ids_beyond_the_budget_are_left_out_and_said(tmp_path: Path, monke
     assert any("the 30 most frequent token ids" in note for note in made.notes())
     assert (made.tables["specialization"]["domain_mi_given_token_bits"] != whole["domain_mi_given_token_bits"]).all()
     pd.testing.assert_series_equal(made.tables["specialization"]["token_mi_bits"], whole["token_mi_bits"])
+
+
+def test_slots_that_routed_nowhere_raise_the_floor_of_windows_and_leave_no_pass_behind(tmp_path: Path):
+    rng = np.random.default_rng(3)
+    ids = uniform_ids(rng, 20_000, 16, 2)
+    ids[rng.random(ids.shape) < 0.8] = NOWHERE
+    ids[:500] = NOWHERE  # a whole forward pass
+    made = report(write_trace(tmp_path / "t", [ids], 16, document=np.arange(20_000) // 400, batch_tokens=500), window=500)
+    of_windows, row = made.tables["windows"], made.tables["balance"].iloc[0]
+    assert of_windows["max_over_mean"].mean() - 1 == pytest.approx(of_windows["noise_floor"].mean(), rel=0.1)
+    assert of_windows["total_variation"].mean() == pytest.approx(of_windows["total_variation_floor"].mean(), rel=0.15)
+    assert made.counts.of[0].batches == {500: (39, pytest.approx(39 * row["max_vio_batch"]))}
+
+
+def test_all_token_ids_are_all(tmp_path: Path):
+    rng, V = np.random.default_rng(0), 70_000  # more than the default's memory has room for with 256 experts
+    trace = write_trace(tmp_path / "t", [uniform_ids(rng, V, 256, 2)], 256, token_id=np.arange(V), batch_tokens=5_000, shard_tokens=60_000)
+    assert report(trace, top=0).tables["vocabulary"]["token_id"].nunique() == V

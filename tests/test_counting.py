@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.analysis import counting, engine, kernels, tokenids
-from moe_inspect.analysis.aggregate import WANTS, Counts, RouterCounts, merge
+from moe_inspect.analysis.aggregate import BASE, WANTS, Counts, RouterCounts, merge
 from moe_inspect.analysis.engine import count_trace, windows_of
 from moe_inspect.analysis.fragment import count_shard
 from moe_inspect.analysis.select import select
 from moe_inspect.cli.app import app
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.plots import write_plots
+from moe_inspect.report.report import report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
@@ -257,16 +259,42 @@ def test_what_logits_and_weights_say_by_hand():
     assert weights["weight_entropy_sum"] == pytest.approx(np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25))
 
 
-def test_a_cluster_counts_the_same(tmp_path: Path):
+def test_a_cluster_counts_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     distributed = pytest.importorskip("distributed")
     trace = made(tmp_path / "t")
     with (
         distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
-        same(count_trace(trace, select(trace), WANTS, scheduler=client), count_trace(trace, select(trace), WANTS))
+        here = count_trace(trace, select(trace), WANTS)
+        same(count_trace(trace, select(trace), WANTS, scheduler=client), here)
+        opened: list[str] = []
+        monkeypatch.setattr(engine, "open_trace", lambda path: opened.append(path) or open_trace(path))
+        monkeypatch.chdir(tmp_path)
+        same(count_trace(open_trace("t"), select(trace), WANTS, scheduler=client), here)
+        assert set(opened) == {str(tmp_path / "t")}  # a worker is in a directory of its own
     with pytest.raises(MoeInspectError, match="no dask scheduler answers at nonsense"):
         count_trace(trace, select(trace), WANTS, scheduler="nonsense://nowhere:1")
+
+
+def test_a_worker_counts_the_shard_it_was_asked_for(tmp_path: Path):
+    root, listed, rng = tmp_path / "t", [Router(0, "gate", "layers.0", E, K)], np.random.default_rng(0)
+    for rank in range(2):
+        with TraceWriter(root, {"model": {}, "capture": {"weights": False}}, listed, weights=False, rank=rank) as writer:
+            zeros = np.zeros(50 + rank, np.int32)
+            writer.write(RoutedBatch(0, zeros, zeros, zeros, zeros, zeros, ["text"], [uniform_ids(rng, len(zeros), E, K)], None))
+    arguments = select(open_trace(root)), BASE, None, False
+    assert [engine._shard_of(str(root), (rank, 0), arguments).tokens for rank in (1, 0)] == [51, 50]  # by name: a trace may grow meanwhile
+
+
+def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):
+    trace = made(tmp_path / "t")
+    whole = count_trace(trace, select(trace), WANTS)
+    first = count_trace(trace, select(trace, layers=0), WANTS)
+    assert first.of[0].next_EN.tolist() == whole.of[0].next_EN.tolist()
+    last = report(trace, layers=1)
+    assert last.tables["transitions"].empty
+    assert "transitions" not in {path.stem for path in write_plots(last, tmp_path / "plots")}
 
 
 def by_stack(root: Path) -> Trace:

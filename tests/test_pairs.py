@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,7 +138,29 @@ def test_one_ranks_counts_are_not_dead_experts(tmp_path: Path):
     load[0, 4:8] = 500
     assert report(write_counts(tmp_path / "a", [load, load], 2)).verdict()[0].startswith("Only experts 4-7 of 16 have any load")
     load[0, 12] = 10  # positive control
-    assert not any("Only experts" in s for s in report(write_counts(tmp_path / "b", [load, load], 2)).verdict())
+    assert not any("ranks under" in s for s in report(write_counts(tmp_path / "b", [load, load], 2)).verdict())
+
+
+def test_ranks_that_are_missing(tmp_path: Path):
+    def said(name: str, loads: list[np.ndarray], k: int = 8, **asked: Any) -> str:
+        return " ".join(report(write_counts(tmp_path / name, loads, k), **asked).verdict()[:2])
+
+    rng = np.random.default_rng(0)
+    load = rng.integers(50_000, 99_000, (1, 256)) * 8
+    one, gone, hurt, same = (np.zeros((1, 256), np.int64) for _ in range(4))
+    one[0, :8], same[0, :8] = load[0, :8], 800
+    assert "Only experts 0-7 of 256 have any load, at every router alike" in said("as many as are chosen", [one, one])
+    assert "ranks" not in said("one choice", [same, same])
+    gone[0] = load[0] * (np.arange(256) // 64 != 1)
+    assert "Experts 64-127 of 256 have no load, at every router alike: these look like the counts of 3 of 4 ranks" in said(
+        "m", [gone, gone]
+    )
+    assert "Experts 64-127 of 256 have no load: these" in said("one layer", [gone, gone], layers=1)
+    hurt[0, 64:96] = load[0, 64:96]
+    dead = hurt * (np.arange(256) != 70)
+    assert "Only experts 64-95 of 256 have any load" in said("a dead one among them", [hurt, dead])
+    by_chance = load * (rng.random((2, 1, 256)) > 0.1)
+    assert "ranks" not in said("dead by chance", list(by_chance))
 
 
 def test_warm_up_rows_are_noticed(tmp_path: Path):
@@ -149,6 +172,9 @@ def test_warm_up_rows_are_noticed(tmp_path: Path):
     assert not any("warm-up" in s for s in plain)
     assert any(s.startswith("64 of the first 1,000 tokens are in runs of 16 or more identical rows") for s in warm)
     assert in_runs(np.array([[1], [1], [1], [2], [2]]), 3) == 3
+    document = np.arange(1_000) // 100
+    trace = write_trace(tmp_path / "c", [ids], 8, document=document, domain_of_document=["a", *"bbbbbbbbb"], token_id=token_id)
+    assert [any("identical rows" in s for s in report(trace, domains=d).verdict()) for d in "ab"] == [True, False]
 
 
 def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):

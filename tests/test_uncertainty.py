@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_inspect.analysis import uncertainty as unc
+from moe_inspect.analysis.balance import cv
 from tests.synthetic import uniform_ids
 
 FLOORS = {
@@ -146,3 +147,12 @@ def test_permuting_keeps_every_label():
     permuted = unc.permuted_labels(labels_U, 50)
     assert (np.sort(permuted, axis=1) == np.sort(labels_U)).all()
     assert (permuted != labels_U).any()
+
+
+def test_chi_square_of_even_routing_has_the_mean_that_distinct_choices_give():
+    rng, (E, k, T, runs) = np.random.default_rng(0), (16, 4, 400, 400)
+    load_RE = np.array([np.bincount(uniform_ids(rng, T, E, k).reshape(-1), minlength=E) for _ in range(runs)])
+    chi_R = k * T * cv(load_RE) ** 2  # Σ(c − μ)² / μ
+    spread = np.sqrt(2 * (E - 1) / runs) * (E - k) / (E - 1)  # of the mean of χ² with E − 1 degrees of freedom, so scaled
+    assert abs(chi_R.mean() - (E - k)) < 4 * spread
+    assert abs(chi_R.mean() - (E - 1)) > 4 * spread  # what independent choices would give

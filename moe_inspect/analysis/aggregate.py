@@ -41,7 +41,8 @@ class RouterCounts:
     """The counts of one router; what was not asked for is None.
 
     assignments_UE, first_choice_DE (None: the source does not say): int64, weight_sum_DE: float64 (None without weights).
-    batches[T]: of the forward passes in which the router saw T tokens, how many there were and the sum of their max_vio.
+    batches[T]: of the forward passes in which the router saw T tokens and routed any, how many there were and the sum of their
+    max_vio.
     by_slot_EE: int64, pairs of experts of one decision, that of the earlier slot by that of the later.
     next_EN: int64, of every decision all k·k' pairs (expert here, expert of the same token at the next router).
     next_first_EN: int64, pairs of first choices.
@@ -224,9 +225,9 @@ class Counts:
         return self.token_ids_SV.get(self.routers[router].stack, self.token_ids_V)
 
     def next_router(self, router: int) -> int | None:
-        """The router that the same tokens reach next, of those selected; None for the last."""
-        same = [r for r in self.indices if r > router and self.routers[r].stack == self.routers[router].stack]
-        return same[0] if same else None
+        """The router that the same tokens reach next, selected or not; None for the last."""
+        stack = self.routers[router].stack
+        return next((r for r in range(router + 1, len(self.routers)) if self.routers[r].stack == stack), None)
 
     def assignments_DE(self, router: int) -> np.ndarray:
         """int64 [D, E]"""

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from moe_inspect.analysis.aggregate import BASE, SRP_LENGTHS, WANTS, Counts
 from moe_inspect.analysis.fragment import Windows, count_shard
 from moe_inspect.analysis.select import Selection
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Shard, Trace, open_trace
+from moe_inspect.trace.reader import Trace, open_trace
 
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
@@ -97,8 +98,9 @@ def _on_cluster(trace: Trace, arguments: tuple[Any, ...], scheduler: Any) -> Ite
         workers: Any = client.nthreads()
         most = 2 * max(1, sum(workers.values()))
         ahead: deque[Any] = deque()
-        for position in range(len(list(trace.shards))):
-            ahead.append(client.submit(_shard_of, str(trace.path), position, arguments, pure=False))
+        path = str(trace.path.resolve()) if isinstance(trace.path, Path) else str(trace.path)
+        for shard in trace.shards:
+            ahead.append(client.submit(_shard_of, path, (shard.files.rank, shard.files.index), arguments, pure=False))
             if len(ahead) >= most:
                 yield ahead.popleft().result()
         while ahead:
@@ -108,10 +110,10 @@ def _on_cluster(trace: Trace, arguments: tuple[Any, ...], scheduler: Any) -> Ite
             client.close()
 
 
-def _shard_of(path: str, position: int, arguments: tuple[Any, ...]) -> Counts:
-    """What a worker does: opens the trace where it stands, counts one shard of it."""
-    shards: list[Shard] = list(open_trace(path).shards)
-    return count_shard(shards[position], *arguments)
+def _shard_of(path: str, which: tuple[int, int], arguments: tuple[Any, ...]) -> Counts:
+    """What a worker does: opens the trace where it stands, counts one shard of it, (rank, index). The trace may have grown since."""
+    (shard,) = (shard for shard in open_trace(path).shards if (shard.files.rank, shard.files.index) == which)
+    return count_shard(shard, *arguments)
 
 
 def windows_of(trace: Trace, selection: Selection, window: int | None) -> Windows:

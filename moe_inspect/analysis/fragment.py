@@ -6,12 +6,14 @@ L routers, E experts, K slots, T tokens selected, D domains, U units (clusters o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from moe_inspect.analysis import balance as bal
 from moe_inspect.analysis import counting
 from moe_inspect.analysis.aggregate import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts
 from moe_inspect.analysis.select import Selection
@@ -145,15 +147,19 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
         if stack:
             part.token_ids_SV[stack] = _occurrences(seen)
             part.tokens_SU[stack] = np.bincount(places.unit_T, minlength=len(key_U)).astype(np.int64)
+        chosen = [r for r in part.indices if part.routers[r].stack == stack]
+        linked = chosen if "transitions" in part.wants else []
+        reached = {after for r in linked if (after := part.next_router(r)) is not None}
         before: tuple[int, counting.Slots] | None = None
-        for r in (r for r in part.indices if part.routers[r].stack == stack):
+        for r in sorted({*chosen, *reached}):
             slots = seen.of(shard.slots(r), r)
-            part.of[r] = _count_router(shard, part, r, slots, seen, places, by)
-            if before is not None and "transitions" in part.wants:
+            if r in chosen:
+                part.of[r] = _count_router(shard, part, r, slots, seen, places, by)
+            if before is not None and r in reached:
                 b, of_b = before
                 shape = (part.routers[b].experts, part.routers[r].experts)
                 part.of[b].next_EN, part.of[b].next_first_EN = by.transitions(of_b, slots, *shape)
-            before = (r, slots)
+            before = (r, slots) if r in chosen else None
 
 
 def _places(seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, windows: Windows | None, shard: Shard) -> counting.Places:
@@ -214,10 +220,10 @@ def _unit(seen: SelectedTokens) -> np.ndarray:
 
 def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
     found: dict[int, tuple[int, float]] = {}
-    ratio_B = load_BE.max(1) / np.maximum(load_BE.sum(1), 1) * load_BE.shape[1]
-    for tokens, ratio in zip(tokens_B.tolist(), ratio_B.tolist(), strict=True):
-        n, total = found.get(tokens, (0, 0.0))
-        found[tokens] = n + 1, total + (ratio - 1 if ratio else 0.0)
+    for tokens, max_vio in zip(tokens_B.tolist(), bal.max_vio(load_BE).tolist(), strict=True):
+        if not math.isnan(max_vio):
+            n, total = found.get(tokens, (0, 0.0))
+            found[tokens] = n + 1, total + max_vio
     return found
 
 

@@ -120,7 +120,7 @@ def token_mi_bits(any_VE: np.ndarray) -> float:
 
 @metric(table="specialization", column="domain_mi_given_token_bits", ideal=0.0, unit="bits", range="0 to log₂ min(D, E)")
 def conditional_mi_bits(counts_GE: np.ndarray, token_G: np.ndarray, domain_G: np.ndarray) -> float:
-    """I(domain; expert | token id): what the domain says of the expert once the token id is known, i.e. topic beyond
+    """I(domain; expert | token id): what the domain says of the expert once the token id is known: topic beyond
     vocabulary. Domains equally weighted. Row g counts the assignments of one token id in one domain; rows of a token id lie
     together. Its bias is large: read it only against `conditional_mi_null_bits`. NaN without counts."""
     if not len(counts_GE):

@@ -2,7 +2,7 @@
 
 V token ids, E experts, K slots, T tokens of a shard, U units (domain × cluster of documents), P occupied (token id, unit)
 pairs. Only the most frequent token ids are counted, at least `min_count` times each and no more of them than CELLS allows:
-what that leaves out is `coverage`. Memory does not grow with the trace.
+what that leaves out is `coverage`. Memory does not grow with the trace; with `most` it does with the vocabulary.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ def by_token_id(
     *,
     nulls: bool,
     min_count: int = MIN_COUNT,
+    most: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[TokenTables]:
-    """The tables of every router selected, in order."""
+    """The tables of every router selected, in order. `most`: how many token ids, by default what CELLS allows."""
     widest = max(trace.routers[r].experts for r in selection.routers)
     shuffles = 0 if not nulls else SHUFFLES if counts.tokens < SHORT else 1
     accumulate = _accumulate
@@ -96,7 +97,7 @@ def by_token_id(
         from moe_inspect.analysis.kernels import accumulate
     for stack, alike in itertools.groupby(selection.routers, lambda r: trace.routers[r].stack):
         routers = list(alike)
-        token_ids = frequent(counts, min_count, CELLS // widest, routers[0])
+        token_ids = frequent(counts, min_count, CELLS // widest if most is None else most, routers[0])
         pair_ids, clusters = (None, 0) if not nulls or len(counts.domains) < 2 else pair_ids_of(counts, widest, routers[0])
         cells = len(token_ids.ids_V) * widest * (2 + 2 * shuffles)
         cells += len(pair_ids.ids_V) * len(counts.domains) * clusters * widest if pair_ids else 0

@@ -55,11 +55,12 @@ def _expected_maximum(E: int) -> float:
 
 
 def noise_floors(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
-    """`noise_floor` at many sizes: simulated at powers of 2, between them on a straight line in log-log. [N] → [N]"""
+    """`noise_floor` at many sizes: simulated at powers of 2, between them on a straight line in log-log; NaN for a size of 0. [N] → [N]"""
     sizes = np.asarray(sizes, float)
-    if not len(sizes) or k >= E:
-        return np.zeros(len(sizes))
-    low, high = int(np.floor(np.log2(sizes.min()))), int(np.ceil(np.log2(sizes.max())))
+    sizes = np.where(sizes > 0, np.maximum(sizes, 1), np.nan)
+    if np.isnan(sizes).all() or k >= E:
+        return 0 * sizes
+    low, high = int(np.floor(np.log2(np.nanmin(sizes)))), int(np.ceil(np.log2(np.nanmax(sizes))))
     grid = 2 ** np.arange(low, max(high, low + 1) + 1)
     floors = np.array([noise_floor(int(T), E, k) for T in grid])
     return np.exp(np.interp(np.log(sizes), np.log(grid), np.log(floors)))

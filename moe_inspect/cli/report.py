@@ -75,7 +75,8 @@ def report(
     ] = None,
     list_metrics: Annotated[bool, typer.Option("--list-metrics", help="Every metric: definition, range, source.")] = False,
     scheduler: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Count on this dask.distributed cluster.", show_default=False)
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Count on this dask.distributed cluster, all but what goes by token id.", show_default=False),
     ] = None,
 ) -> None:
     """Say where the tokens went: balance, and what each expert takes.

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_inspect.analysis.fragment import selected_tokens
 from moe_inspect.analysis.uncertainty import FEWEST_DOCUMENTS, noise_floor
 from moe_inspect.report.words import counted, some
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
+CHANCE = 1e-3  # that dead experts fill whole ranks
 RUN = 16  # identical rows one after the other that text does not make
 
 
@@ -22,24 +24,49 @@ def doubts(report: Report) -> list[str]:
     return [said for said in (_few_tokens(report), _few_documents(report), _repeated(report)) if said]
 
 
-def one_rank(report: Report) -> str | None:
-    """Whether the experts with load are one aligned block, the same at every router: what is left where the counts of one rank of
-    an expert-parallel run were taken for all."""
-    counts, blocks = report.counts, set()
-    for r in report.selection.routers:
-        loaded = np.flatnonzero(counts.load_E(r))
-        if len(loaded):
-            blocks.add((int(loaded[0]), int(loaded[-1]) + 1, counts.routers[r].experts, counts.routers[r].top_k, len(loaded)))
-    if len(blocks) != 1 or len(report.selection.routers) < 2:
+def missing_ranks(report: Report) -> str | None:
+    """Whether experts without load fill whole ranks of an expert-parallel run, the same at every router, as by chance they hardly
+    would: what is seen where the counts of some ranks were taken for all."""
+    counts = report.counts
+    load_of = {r: load_E for r in report.selection.routers if (load_E := counts.load_E(r)).any()}
+    if len({len(load_E) for load_E in load_of.values()}) != 1:
         return None
-    first, end, E, k, loaded = blocks.pop()
-    size = end - first
-    if size != loaded or size <= k or 2 * size > E or E % size or first % size:
+    dead_LE = np.array(list(load_of.values())) == 0
+    E, dead_L = dead_LE.shape[1], dead_LE.sum(1)
+    likeliest, silent = CHANCE, np.zeros(0, np.int64)
+    for ranks in (n for n in range(2, E + 1) if E % n == 0):
+        silent_R = dead_LE.all(0).reshape(ranks, -1).all(1)
+        gone = int(silent_R.sum()) * E // ranks
+        there_R = np.flatnonzero(~silent_R)
+        if not gone or not (_in_a_row(there_R) or _in_a_row(np.flatnonzero(silent_R))):
+            continue
+        likely = 2 * ranks * math.prod(math.comb(E - gone, dead - gone) / math.comb(E, dead) for dead in dead_L.tolist())
+        if likely < likeliest:
+            likeliest, silent = likely, silent_R
+    if not silent.any() or _one_choice(report, load_of):
         return None
-    return (
-        f"Only experts {first}-{end - 1} of {E} have any load, at every router alike: these look like the counts of one of {E // size} "
-        "ranks under expert parallelism, not like dead experts. Add up the ranks, or record global expert ids."
+    ranks, size = len(silent), E // len(silent)
+    there = [f"{i * size}-{(i + 1) * size - 1}" if size > 1 else f"{i}" for i in np.flatnonzero(~silent)]
+    gone = [f"{i * size}-{(i + 1) * size - 1}" if size > 1 else f"{i}" for i in np.flatnonzero(silent)]
+    which = (
+        f"Only experts {some(there, 4, ', ')} of {E} have any load"
+        if len(there) < len(gone)
+        else f"Experts {some(gone, 4, ', ')} of {E} have no load"
     )
+    routers = ", at every router alike" if len(load_of) > 1 else ""
+    return (
+        f"{which}{routers}: these look like the counts of {len(there)} of {ranks} ranks under expert parallelism, not like dead experts. "
+        "Add up the ranks, or record global expert ids."
+    )
+
+
+def _in_a_row(numbers: np.ndarray) -> bool:
+    return bool((np.diff(numbers) == 1).all())
+
+
+def _one_choice(report: Report, load_of: dict[int, np.ndarray]) -> bool:
+    """Whether every token chose the same k experts: a router that has collapsed, or all of whose logits are equal."""
+    return all((load_E > 0).sum() == report.counts.routers[r].top_k and len(set(load_E[load_E > 0])) == 1 for r, load_E in load_of.items())
 
 
 def _few_tokens(report: Report) -> str | None:
@@ -81,12 +108,10 @@ def _repeated(report: Report) -> str | None:
     for shard in trace.shards:
         if shard.files.index:
             continue
-        ids_TK = shard.ids(router)
-        token_id_T = shard.tokens(["token_id"])["token_id"].to_numpy()
-        if (seen_T := shard.seen(router)) is not None:
-            token_id_T = token_id_T[seen_T]
-        rows += len(ids_TK)
-        repeated += in_runs(np.column_stack([ids_TK, token_id_T]))
+        seen = selected_tokens(shard, report.selection, trace.routers[router].stack)
+        slots = seen.of(shard.slots(router), router)
+        rows += len(seen.token_id_T)
+        repeated += in_runs(np.column_stack([*slots, seen.token_id_T]))
     if not rows or repeated / rows < report.thresholds.repeated:
         return None
     return (

@@ -78,8 +78,11 @@ def transitions(report: Report) -> pd.DataFrame:
             "lift_sd": np.sqrt(np.maximum(_effect(report, r), 1) / by_chance),
         }
         parts.append(of_router(report, r, columns))
-    names = ["layer", "router", "next_layer", "next_router", "expert", "next_expert", "together", "probability", "lift", "lift_sd"]
-    return stacked(parts) if parts else pd.DataFrame(columns=names)
+    if not parts:  # the last MoE layer
+        integers = ["layer", "router", "next_layer", "next_router", "expert", "next_expert", "together"]
+        kinds = dict.fromkeys(integers, np.int64) | dict.fromkeys(["probability", "lift", "lift_sd"], float)
+        return pd.DataFrame({name: np.zeros(0, kind) for name, kind in kinds.items()})
+    return stacked(parts)
 
 
 @table("repetition")
@@ -132,7 +135,7 @@ def locality(report: Report) -> pd.DataFrame:
             found[f"srp_{m}"] = value, unc.interval(spread_R)
             # without a window of m tokens there is nothing to hold it against
             row[f"srp_{m}_by_load"] = pairs.srp_by_load(counts.load_E(r), counts.tokens_of(r), m) if value == value else np.nan
-        if of.next_first_EN is not None and counts.next_router(r) is not None:
+        if of.next_first_EN is not None:
             value = pairs.next_accuracy(of.next_first_EN)
             found["next_accuracy"] = value, unc.share_interval(value, of.next_first_EN.sum(), _effect(report, r))
             row["next_accuracy_marginal"] = pairs.next_accuracy_marginal(of.next_first_EN)

@@ -154,8 +154,8 @@ class Report:
     def vocabulary(self) -> pd.DataFrame:
         if self.counts.counts_only:
             raise MoeInspectError(f"{self.trace.path} holds counts only, no token ids: no vocabulary table; {self._whole()}")
-        least = tokenids.MIN_COUNT if self.top else 1
-        passes = tokenids.by_token_id(self.trace, self.selection, self.counts, nulls=False, min_count=least, progress=self.progress)
+        asked = {} if self.top else {"min_count": 1, "most": len(self.counts.token_ids_V)}
+        passes = tokenids.by_token_id(self.trace, self.selection, self.counts, nulls=False, progress=self.progress, **asked)
         return pd.concat([vocabulary_of(tables, self, self._text_of) for tables in passes], ignore_index=True)
 
     @cached_property
@@ -231,7 +231,9 @@ class Report:
         sizes = max((counts.of[r].batches for r in self.selection.routers), key=len)
         batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
         if batches - whole > 1:
-            notes.append(f"max_vio_batch is of {whole:,} of {batches:,} batches: the others hold under half the tokens of the largest")
+            notes.append(
+                f"max_vio_batch is of {whole:,} of {batches:,} batches: the others hold under half the tokens of the largest; --phase takes decode steps by themselves"
+            )
         if not counts.counts_only:
             notes += self._token_id_notes()
         return notes

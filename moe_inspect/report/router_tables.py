@@ -110,7 +110,7 @@ def windows(report: Report) -> pd.DataFrame:
     for r in report.selection.routers:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
         E, k = counts.routers[r].experts, counts.routers[r].top_k
-        floors = _floors(counts, r, tokens_W)
+        floors = _floors(counts, r, load_WE)
         there_W = load_WE.sum(1) > 0
         columns = {
             "window": index_W,
@@ -118,7 +118,7 @@ def windows(report: Report) -> pd.DataFrame:
             "tokens": tokens_W,
             "max_over_mean": bal.max_over_mean(load_WE),
             "busiest_expert": pd.array(np.where(there_W, bal.busiest_expert(load_WE), -1), "Int64"),
-            "noise_floor": unc.noise_floors(tokens_W, E, k),
+            "noise_floor": unc.noise_floors(load_WE.sum(1) / k, E, k),  # null slots make no load, by chance or otherwise
             "total_variation": np.r_[np.nan, win.step_total_variation(load_WE)][: len(tokens_W)],
             "total_variation_floor": np.r_[np.nan, floors[0]][: len(tokens_W)],
             "jsd_bits": np.r_[np.nan, win.step_jsd_bits(load_WE)][: len(tokens_W)],
@@ -139,15 +139,15 @@ def drift(report: Report) -> pd.DataFrame:
     for r in report.selection.routers:
         _, _, tokens_W, load_WE = _windows(counts, r)
         whole_W = 2 * tokens_W >= tokens_W.max(initial=0)
-        tokens_W, load_WE = tokens_W[whole_W], load_WE[whole_W]
-        floors = _floors(counts, r, tokens_W)
-        ends = _floors(counts, r, tokens_W[[0, -1]]) if len(tokens_W) > 1 else floors
+        load_WE = load_WE[whole_W]
+        floors = _floors(counts, r, load_WE)
+        ends = _floors(counts, r, load_WE[[0, -1]]) if len(load_WE) > 1 else floors
         gpus = min(win.RANKS, max(1, counts.routers[r].experts // 2))  # with one expert to a GPU there is nothing to place
         rows.append(
             {
                 "layer": counts.routers[r].layer,
                 "router": r,
-                "windows": len(tokens_W),
+                "windows": len(load_WE),
                 "total_variation": win.total_variation(load_WE),
                 "total_variation_floor": _mean(floors[0]),
                 "window_jsd_bits": win.window_jsd_bits(load_WE),
@@ -169,11 +169,11 @@ def _windows(counts: Counts, router: int) -> tuple[np.ndarray, np.ndarray, np.nd
     return index_W, first_W, tokens_W, np.array([w[3] for w in listed], np.int64).reshape(-1, counts.routers[router].experts)
 
 
-def _floors(counts: Counts, router: int, tokens_W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    load_E = counts.load_E(router)
+def _floors(counts: Counts, router: int, load_WE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    load_E, k = counts.load_E(router), counts.routers[router].top_k
     effect = unc.design_effect(counts.of[router].assignments_UE, counts.tokens_U_of(router), counts.domain_of_unit_U)
     share_E = load_E / max(load_E.sum(), 1)
-    return win.step_floors(share_E, tokens_W, counts.routers[router].top_k, max(1.0, effect) if effect == effect else 1.0)
+    return win.step_floors(share_E, load_WE.sum(1) / k, k, max(1.0, effect) if effect == effect else 1.0)
 
 
 def _mean(values: np.ndarray) -> float:

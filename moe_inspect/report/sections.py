@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report import html
-from moe_inspect.report.doubts import doubts, one_rank
+from moe_inspect.report.doubts import doubts, missing_ranks
 from moe_inspect.report.html import Section
 from moe_inspect.report.map_data import map_data
 from moe_inspect.report.sections_parts import SECTIONS
@@ -46,7 +46,7 @@ def report_page(report: Report) -> str:
         elif made:
             left_out.append(made)
     data, short = map_data(report)
-    warnings = [said for said in (report.warning, one_rank(report), *doubts(report)) if said]
+    warnings = [said for said in (report.warning, missing_ranks(report), *doubts(report)) if said]
     verdict = [said for said in report.verdict() if said not in warnings and said != f"Careful: {report.warning}."]
     return html.page(
         str(dict(report.facts())["model"]),

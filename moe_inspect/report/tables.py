@@ -122,8 +122,7 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
     kept = whole_batches(counts.of[router].batches)
     if not kept or filled <= 0:
         return float("nan"), float("nan")
-    n_S = np.array([n for n, _ in kept.values()])
-    vio_S = np.array([vio for _, vio in kept.values()])
+    n_S, vio_S = np.array(list(kept.values())).T
     E, k = counts.routers[router].experts, counts.routers[router].top_k
     floor_S = unc.noise_floors(np.array(list(kept)) * filled, E, k)
     return float(vio_S.sum() / n_S.sum()), float((n_S * floor_S).sum() / n_S.sum())
@@ -131,7 +130,7 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
 
 def whole_batches(batches: dict[int, tuple[int, float]]) -> dict[int, tuple[int, float]]:
     """`RouterCounts.batches` without those under half the largest: the last batch is often a remnant, in which chance is all there
-    is to see."""
+    is to see, and so are decode steps beside prompts."""
     return {size: value for size, value in batches.items() if 2 * size >= max(batches)}
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.analysis.uncertainty import FEWEST_DOCUMENTS, noise_floor
-from moe_inspect.report.doubts import doubts, one_rank
+from moe_inspect.report.doubts import doubts, missing_ranks
+from moe_inspect.report.tables import whole_batches
 from moe_inspect.report.words import counted, listed, some, verb
 
 if TYPE_CHECKING:
@@ -25,15 +26,18 @@ def verdict(report: Report) -> list[str]:
     """Plain sentences, most important first."""
     from moe_inspect.report.verdict_routing import confidence, domains, token_ids
 
+    ranks = missing_ranks(report)
+    partial = ranks and (report.imported or report.counts.counts_only)  # what `trace` wrote of a token is whole
     said = [
         report.warning and f"Careful: {report.warning}.",
-        one_rank(report),
+        ranks,
         _balance(report),
         _silent(report),
-        _dead(report),
+        None if partial else _dead(report),
         _crowded(report),
         _least_used(report),
-        _waiting(report),
+        None if partial else _waiting(report),
+        _by_pass(report),
         _pooled(report),
         _overloading_domain(report),
         _deserting_domain(report),
@@ -115,12 +119,14 @@ def _balance(report: Report) -> str:
         if len(balance) == 1:
             return f"{where} is uneven ({by_uneven(report)}): {busiest} {beside}."
         return f"{where} is the worst balanced: {busiest} {beside}; {of}."
+    good = "No expert is overloaded" if any(row["dead_experts"] for row in balance) else "Balance is good"
     if above_chance(report, row):
-        return f"Balance is good: at the worst, {where.lower()}, {busiest} {beside}."
+        return f"{good}: at the worst, {where.lower()}, {busiest} {beside}."
     if chance(row) >= report.thresholds.uneven or row["max_vio"] >= report.thresholds.uneven:
         others = f"; {of}" if n else ""
         return f"Too little to judge balance by: at the worst, {where.lower()}, {busiest}, which may be chance {beside}{others}."
-    return f"Nothing is wrong with the balance: at the worst, {where.lower()}, {busiest}, no more than chance may give {beside}."
+    good = good.replace("Balance is good", "Nothing is wrong with the balance")
+    return f"{good}: at the worst, {where.lower()}, {busiest}, no more than chance may give {beside}."
 
 
 def _silent(report: Report) -> str | None:
@@ -214,11 +220,27 @@ def _waiting(report: Report) -> str | None:
         row["max_over_mean"] * row["assignments"] / row["experts"] for row in balance
     )
     alone = f" ({1 - worst['balancedness']:.0%} at {where_of(report, worst).lower()})" if len(balance) > 1 else ""
-    said = f"With a GPU to each expert, {share:.0%} of their compute would be spent waiting for the busiest{alone}"
-    batch = worst["max_vio_batch"]
-    if not math.isnan(batch) and batch > worst["max_vio"]:
-        said += f"; forward pass by forward pass it is more, the busiest there gets {1 + batch:.2f}x on average"
-    return f"{said}."
+    return f"With a GPU to each expert, {share:.0%} of their compute would be spent waiting for the busiest{alone}."
+
+
+def _by_pass(report: Report) -> str | None:
+    """What the sum over forward passes hides: each pass waits for its own busiest expert."""
+    hidden = [
+        row for row in routers(report) if _passes(report, row) > 1 and row["max_vio_batch"] - row["max_vio"] > row["noise_floor_batch"]
+    ]
+    row = max(hidden, key=lambda row: row["max_vio_batch"] - row["max_vio"], default=None)
+    if row is None or row["max_vio_batch"] < report.thresholds.uneven:
+        return None
+    batch = 1 + row["max_vio_batch"]
+    return (
+        f"Forward passes are less even than their sum, most in {where_of(report, row).lower()}: the busiest expert of a pass gets {batch:.2f}x "
+        f"the mean load on average, that of all passes {row['max_over_mean']:.2f}x (chance would give {1 + row['noise_floor_batch']:.2f}x to the "
+        f"independent tokens of a pass): with a GPU to each expert {1 - 1 / batch:.0%} of that layer's compute would be spent waiting."
+    )
+
+
+def _passes(report: Report, row: Any) -> int:
+    return sum(n for n, _ in whole_batches(report.counts.of[int(row["router"])].batches).values())
 
 
 def _pooled(report: Report) -> str | None:

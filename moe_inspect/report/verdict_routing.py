@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
 FEWEST_RELABELLINGS = 100  # below this nothing can lie beyond the 99th percentile of the null
+BIAS = 0.05  # share of what shuffled documents give by token id, under which there is nothing to part into vocabulary and topic
 
 
 def domains(report: Report) -> list[str]:
@@ -49,15 +49,20 @@ def domains(report: Report) -> list[str]:
             f"expert, most in {where.lower()} ({told}), is the text's doing, and the baseline that a trained model has to exceed."
         ]
     named = np.log2([max(counts.routers[int(r)].experts, 2) for r in real["router"]])  # bits that would name the expert
-    specialised = (effect / named).max() >= report.thresholds.specialised
-    verb = "Experts specialise" if specialised else "Routing differs"
-    said = f"{verb} by domain in {len(real)} of {len(table)} routers, most in {where.lower()} ({told}){found}."
-    if not specialised:
-        said += " A router that was never trained can show as much: a trace with --random-init is the baseline."
+    specialised = int((effect / named >= report.thresholds.specialised).sum())
+    most = f"most in {where.lower()} ({told}){found}."
+    if specialised:
+        less = f", and routing differs by domain in {len(real) - specialised} more" if len(real) > specialised else ""
+        said = f"Experts specialise by domain in {specialised} of {len(table)} routers{less}; {most}"
+    else:
+        said = (
+            f"Routing differs by domain in {len(real)} of {len(table)} routers, {most} A router that was never trained can show as much: "
+            "a trace with --random-init is the baseline."
+        )
     sentences = [said]
     given, null = row["domain_mi_given_token_bits"], row["domain_mi_given_token_null_bits"]
-    if not math.isnan(given) and not math.isnan(null):
-        beyond = max(given - null, 0)
+    beyond = max(given - null, 0)
+    if max(beyond, effect.max()) > BIAS * null:  # not of NaN
         share = "most of it is vocabulary" if beyond < effect.max() / 3 else "it is not vocabulary alone"
         sentences.append(
             f"Once the token id is known, the domain tells {given:.3f} bits of the expert there ({null:.3f} with the documents shuffled): "
