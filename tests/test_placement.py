@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.eplb import eplb
+from moe_inspect.simulate.exact import as_light
 from moe_inspect.simulate.placement import reached_numpy, simulate_placement
 from moe_inspect.simulate.plan import write_plan
 from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
@@ -76,20 +79,26 @@ def test_ours_is_no_worse_than_eplb_and_keeps_replicas_apart() -> None:
     assert better >= 10
 
 
-# of 5,000 random Zipf loads, four of the six on which EPLB's heaviest GPU is lighter than ours: by replicas that share one
+# where EPLB's heaviest GPU is lighter than ours, by replicas that share one: four of the six of 5,000 random Zipf loads; layer 1 of
+# Mixtral-8x7B (real/fiddler_mixtral), layers 0 and 2 of the collapsed sample trace, layer 1 of the untrained one
+MIXTRAL_1 = [24418, 26955, 31240, 14610, 31706, 29339, 26026, 26838]
 SHARED = [
     ([5852, 18135, 9716, 12464, 5092, 6705, 7802, 34234], 16, 8),
     ([10752, 18428, 3282, 7158, 2686, 48419, 5216, 4059], 12, 2),
     ([13106, 9909, 19093, 11780, 9352, 15156, 10399, 11205], 12, 4),
     ([14958, 10456, 13225, 11949, 18919, 9547, 9988, 10958], 32, 16),
+    (MIXTRAL_1, 16, 8),
+    ([2119, 3386, 1434, 3956, 3078, 2458, 944, 1133], 12, 6),
+    ([609, 1893, 1412, 3006, 3237, 1738, 889, 5724], 9, 3),
+    ([3000, 2591, 2629, 2530, 2184, 1881, 2258, 1435], 16, 8),
 ]
 
 
 @pytest.mark.parametrize(("load", "slots", "gpus"), SHARED)
 def test_where_eplb_beats_ours_nothing_apart_is_lighter_than_ours(load: list[int], slots: int, gpus: int) -> None:
-    load_E, layout = np.array(load), Layout(slots, gpus, 2, 4)
+    load_E, layout = np.array(load), Layout(slots, gpus)
     most = {name: float((load_E @ shares(POLICIES[name](load_E, layout), 8, gpus)).max()) for name in ("ours", "eplb-global")}
-    assert most["eplb-global"] < most["ours"] < 1.005 * most["eplb-global"]
+    assert most["eplb-global"] < most["ours"] < 1.03 * most["eplb-global"]
     assert colocated(POLICIES["eplb-global"](load_E, layout), gpus) > 0
     assert not fits_apart(load_E, slots, gpus, most["ours"] * (1 - 1e-9))
     assert fits_apart(load_E, slots, gpus, most["ours"] * (1 + 1e-9))
@@ -102,6 +111,32 @@ def test_ours_is_the_lightest_there_is_where_all_can_be_tried(E: int, gpus: int,
         most = float((load_E @ shares(POLICIES["ours"](load_E, Layout(slots, gpus)), E, gpus)).max())
         assert fits_apart(load_E, slots, gpus, most * (1 + 1e-9))
         assert not fits_apart(load_E, slots, gpus, most * (1 - CLOSE), replicas=gpus)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([(4, 2, 6), (5, 3, 6), (6, 2, 8), (4, 3, 9), (6, 4, 8)]), st.floats(1, 1.2), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_trying_all_finds_one_where_there_is_one(seed: int, shape: tuple[int, int, int], above: float, crowds: bool) -> None:
+    E, gpus, slots = shape
+    load_E = zipf(np.random.default_rng(seed), E).astype(float)
+    most = above * max(load_E.sum() / gpus, load_E.max() / (slots - E + 1))
+    found = as_light(load_E, slots, gpus, most, crowds)
+    assert (found is not None) == fits_apart(load_E, slots, gpus, most * (1 + 1e-9), replicas=2**16 if crowds else gpus)
+    if found is not None:
+        assert (load_E @ shares(found, E, gpus)).max() <= most * (1 + 1e-8)
+        assert colocated(found, gpus) == 0
+
+
+# layers of Mixtral-8x7B on which kicks alone stay behind EPLB; the last, what is found for 8 GPUs twice
+@pytest.mark.parametrize(
+    ("load", "slots", "gpus"),
+    [
+        ([25793, 26787, 26533, 27693, 26003, 26720, 26386, 25217], 24, 8),
+        (MIXTRAL_1, 15, 3),
+        ([25793, 26787, 26533, 27693, 26003, 26720, 26386, 25217], 48, 16),
+    ],
+)
+def test_where_kicks_do_not_get_there_trying_all_does(load: list[int], slots: int, gpus: int) -> None:
+    no_worse(np.array(load), Layout(slots, gpus))
 
 
 def test_with_room_for_every_expert_on_every_gpu_balance_is_perfect() -> None:
@@ -131,6 +166,7 @@ def test_ours_on_mixtral(model: str) -> None:
     for load_E in counts_LE:
         no_worse(load_E, Layout(12, 4))
         no_worse(load_E, Layout(8, 4))
+        no_worse(load_E, Layout(24, 8))
 
 
 def test_the_loops_equal_their_twins() -> None:
