@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,20 @@ def test_a_page_from_the_command_line(cli: Cli, trace: Trace, tmp_path: Path):
     assert done.stdout.startswith("layer,router,expert")
     assert "Layer 3 is the worst balanced" in (tmp_path / "page.html").read_text()
     assert "cannot write no/such/page.html" in cli("report", trace.path, "--html", "no/such/page.html", check=1).stderr
+
+
+def test_simulations_have_sections_on_the_page(cli: Cli, trace: Trace, tmp_path: Path):
+    asked = [part for name in ("capacity", "placement", "decode", "cache", "routing") for part in ("--simulate", name)]
+    cli("report", trace.path, "--html", tmp_path / "page.html", *asked)
+    page = (tmp_path / "page.html").read_text()
+    titles = re.findall(r"<h2[^>]*>([^<]+)</h2>", page)
+    assert [t for t in titles if t.startswith("Simulated")] == [
+        f"Simulated: {name}" for name in ("capacity", "placement", "decode", "cache")
+    ]
+    assert titles[-1] == "About this trace"
+    assert "has no logits, which simulate routing needs" in page.partition('class="left-out">')[2].partition("</p>")[0]
+    said = cli("report", trace.path, *asked, check=2).stderr
+    assert "--simulate is of all the text, for a page: give it with --html" in " ".join(said.split())
 
 
 def test_a_page_of_counts_says_what_it_lacks(tmp_path: Path):

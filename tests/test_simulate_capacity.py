@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels
 from moe_inspect.simulate.capacity import ORDERS, Stack, capacity, drops, levels, queue_numpy, simulate_capacity
-from moe_inspect.simulate.stream import runs
+from moe_inspect.simulate.stream import document_deciles, runs
 from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
@@ -124,6 +124,16 @@ def test_the_compiled_path_gives_the_same_tables(order: str, monkeypatch: pytest
     compiled = simulate_capacity(trace, order=order, group_tokens=300)
     for name, table in plain.tables.items():
         assert table.equals(compiled.tables[name]), name
+
+
+def test_a_document_that_was_cut_is_its_sequences_one_after_the_other():
+    document_T, sequence_T = np.repeat([7, 3, 7], 10), np.repeat([5, 2, 4], 10)
+    assert document_deciles(document_T, sequence_T).tolist() == [*np.repeat(range(5, 10), 2), *range(10), *np.repeat(range(5), 2)]
+
+
+def test_a_group_may_be_larger_than_any_pass():
+    made = simulate_capacity(ROOT / "sample_traces/collapsed", group_tokens=10**30)
+    assert made.tables["capacity"].equals(simulate_capacity(ROOT / "sample_traces/collapsed").tables["capacity"])
 
 
 def test_ends_of_documents_suffer_more_where_a_document_is_a_group():

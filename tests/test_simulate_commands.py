@@ -88,9 +88,22 @@ def test_bad_usage_exits_2_and_names_what_is_wrong(arguments: tuple[object, ...]
 
 
 def test_what_can_be_mended_exits_1_in_a_line(cli, tmp_path: Path) -> None:
-    said = cli("simulate", "placement", TRACE, "--gpus", 3, check=1).stderr
-    assert "8 physical experts on 3 GPUs" in said
-    assert said.count("\n") == 1
+    counts = write_counts(tmp_path / "counts", [np.full((1, 8), 200)], 2).path
+    for arguments, line in (
+        (("placement", TRACE, "--gpus", 3), "8 physical experts on 3 GPUs"),
+        (("placement", TRACE, "--physical-experts", 4 * 10**10), "40,000,000,000 physical experts: give 1,048,576 at most"),
+        (("placement", TRACE, "--fit-share", 0), "fit share 0.0: give a share of the trace above 0 and at most 1"),
+        (("placement", TRACE, "--fit-share", 0.99999), "what --fit-share leaves"),
+        (("placement", counts, "--minimize", "ranks"), "no tokens to tell fewer ranks by: trace without --counts-only"),
+        (("placement", counts, "--window", 10), "no tokens to tell windows by"),
+        (("decode", TRACE, "--flops-per-byte", 0), "0.0 FLOP a byte: give finite numbers above 0"),
+        (("decode", TRACE, "--expert-mb", 0), "expert size 0.0 MB"),
+        (("cache", TRACE, "--expert-mb", "inf", "--gb-per-s", 25), "expert size inf MB"),
+        (("routing", TRACE, "--top-p", "0.5,0"), "top-p 0: give a number above 0 and at most 1"),
+    ):
+        said = cli("simulate", *arguments, check=1).stderr
+        assert line in said
+        assert said.count("\n") == 1
 
 
 def test_an_encoder_decoders_routers_are_placed_by_their_own_tokens(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect import open_trace
+from moe_inspect import Trace, open_trace
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels
-from moe_inspect.simulate.algorithms import ALGORITHMS, Algorithm, Batch, batch_of, largest, serve_in_turn
+from moe_inspect.simulate.algorithms import ALGORITHMS, BIAS_RATE, BIAS_TOKENS, Algorithm, Batch, batch_of, largest, serve_in_turn
 from moe_inspect.simulate.routing import simulate_routing
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
@@ -32,12 +34,12 @@ def skewed(seed: int = 0, T: int = 200, E: int = 8) -> np.ndarray:
 
 
 def choose(of: Algorithm, made: Batch) -> np.ndarray:
-    return of.choose(made, VALUES[of.setting], of.prepare(made))
+    return of.choose(made, VALUES[of.setting], of.prepare(made) if of.prepare else {})
 
 
 @pytest.mark.parametrize("of", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_what_leaks_the_future_says_so_and_nothing_else_does(of: Algorithm):
-    memory = of.prepare(batch(skewed(5)))
+    memory = of.prepare(batch(skewed(5))) if of.prepare else {}
     moved = 0
     for seed in range(5):
         logits_TE = skewed(seed)
@@ -101,11 +103,53 @@ def test_sinkhorn_evens_out_what_top_k_does_not():
     assert vio["sinkhorn"] < 0.1 < 0.5 < vio["top-k"]
 
 
-def test_a_bias_moves_by_the_sign_of_the_load_error():
-    memory = {"bias_E": np.zeros(4, np.float32)}
-    made = batch(np.array([[9.0, 5, 1, 0]] * 10), k=2)
-    ALGORITHMS["loss-free bias"].choose(made, 0.25, memory)
-    assert memory["bias_E"].tolist() == [-0.25, -0.25, 0.25, 0.25]
+def test_a_bias_moves_by_the_sign_of_the_load_error_after_as_many_tokens_as_a_step_of_training():
+    memory = {"bias_E": np.zeros(4, np.float32), "load_E": np.zeros(4, np.int64)}
+    made = batch(np.array([[9.0, 5, 1, 0]]), k=2)
+    for _ in range(BIAS_TOKENS - 1):  # decode steps
+        ALGORITHMS["loss-free bias"].choose(made, 0, memory)
+    assert not memory["bias_E"].any()
+    ALGORITHMS["loss-free bias"].choose(made, 0, memory)
+    assert memory["bias_E"].tolist() == pytest.approx([-BIAS_RATE] * 2 + [BIAS_RATE] * 2)
+    assert not memory["load_E"].any()
+
+
+def test_a_bias_is_judged_on_documents_that_it_has_not_seen(tmp_path: Path):
+    rng, document = np.random.default_rng(0), np.arange(8_000) // 50
+    skew = np.linspace(2, 0, 8)
+    turned = np.where(document[:, None] % 2 == 0, skew, skew[::-1])  # what evens out the one half makes the other worse
+
+    def vio(name: str, lean: np.ndarray, document: np.ndarray) -> tuple[float, int]:
+        trace = with_logits(tmp_path / name, rng.normal(size=(8_000, 8)) + lean, 2, document)
+        row = simulate_routing(trace, algorithms=["loss-free bias"]).tables["routing"].iloc[0]
+        return row["max_vio"], row["tokens"]
+
+    assert vio("alike", skew, document) == (pytest.approx(0.05, abs=0.05), 4_000)
+    assert vio("turned", turned, document)[0] > 1.5
+    assert vio("one document", skew, document * 0) == (pytest.approx(0.05, abs=0.05), 8_000)
+
+
+def with_logits(root: Path, logits_TE: np.ndarray, k: int, document: np.ndarray) -> Trace:
+    logits_TE, zeros = logits_TE.astype(np.float16), np.zeros(len(document), np.int32)
+    ids = np.argsort(-logits_TE, axis=1, kind="stable")[:, :k].astype(np.uint8)
+    routers = [Router(0, "gate", "l.0", logits_TE.shape[1], k)]
+    with TraceWriter(root, {"model": {}, "capture": {"weights": False}}, routers, weights=False, logits=True) as writer:
+        document, order = document.astype(np.int32), np.arange(len(document), dtype=np.int32)
+        listed = [Document(int(d), "text", "synthetic", int(n)) for d, n in zip(*np.unique(document, return_counts=True), strict=True)]
+        writer.write(RoutedBatch(0, zeros, document, document, order, zeros, ["text"], [ids], None, [logits_TE], listed))
+    return open_trace(root)
+
+
+def test_more_compute_is_no_better_balance(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    trace = with_logits(tmp_path / "t", rng.normal(size=(2_000, 8)) + np.linspace(1, 0, 8), 4, np.arange(2_000) // 50)
+    made = simulate_routing(trace, capacity_factor=[0.5])
+    advice = made.tables["routing_algorithms"].set_index("algorithm")
+    assert advice.loc["top-k 8", ["max_vio_worst", "experts_per_token"]].tolist() == [0, 8]
+    assert advice.loc["top-k 8", "use_when"].endswith("; computes 2x as many experts a token")
+    assert advice.loc["next best 0.5", "use_when"].endswith("; computes 0.5x as many experts a token")
+    assert advice.loc["top-k 4", "use_when"] == ALGORITHMS["top-k"].use_when
+    assert any("loss-free bias keeps most among the ones that balance" in s for s in made.verdict)
 
 
 def test_a_loss_free_bias_evens_the_collapsed_layer_and_keeps_four_fifths_of_the_mass():

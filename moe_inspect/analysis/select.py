@@ -32,7 +32,7 @@ def select(
         raise MoeInspectError(f"no phase {phase!r}: there are {' and '.join(PHASES)}")
     labels = [domains] if isinstance(domains, str) else list(domains or [])
     if trace.counts_only and phase is not None:
-        raise MoeInspectError(f"{trace.path} holds counts only, which know no phase: trace without --counts-only")
+        raise MoeInspectError(f"{trace.path} holds counts only, which know no phase: {trace.more_than_counts}")
     return Selection(tuple(chosen), frozenset(labels) or None, phase)
 
 

@@ -16,12 +16,22 @@ from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from moe_inspect.report.gate import Gate
+    from moe_inspect.report.html import Section
+    from moe_inspect.trace.reader import Trace
 
 
 class Phase(StrEnum):
     prefill = "prefill"
     decode = "decode"
     encoder = "encode"
+
+
+class Simulated(StrEnum):
+    capacity = "capacity"
+    placement = "placement"
+    decode = "decode"
+    cache = "cache"
+    routing = "routing"
 
 
 def report(
@@ -47,6 +57,10 @@ def report(
     ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a page that opens in any browser, on its own.", show_default=False)
+    ] = None,
+    simulate: Annotated[
+        list[Simulated] | None,
+        typer.Option(help="With --html: a section on what this simulation says, by its defaults; repeated.", show_default=False),
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)] = None,
     domain: Annotated[
@@ -100,6 +114,8 @@ def report(
         raise typer.BadParameter(f"{asked} is of one table: add --table {', '.join(TABLES)}")
     if table and not format and not ending:
         raise typer.BadParameter(f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}")
+    if simulate and (html is None or domain or phase):
+        raise typer.BadParameter("--simulate is of all the text, for a page: give it with --html, without --domain and --phase")
     from moe_inspect.report.gate import breaches, gated
     from moe_inspect.report.report import report as make
     from moe_inspect.report.terminal import print_report, printable
@@ -135,7 +151,7 @@ def report(
         from moe_inspect.report.html import write_page
         from moe_inspect.report.sections import report_page
 
-        write_page(html, report_page(made))
+        write_page(html, report_page(made, _simulated(made.trace, simulate or [], layers)))
         print(f"wrote {html}", file=sys.stderr)
     if table:
         emit(made.tables[table], format or ending or Format.table, output)
@@ -146,6 +162,18 @@ def report(
         print(f"failed: {line}", file=sys.stderr)
     if breached:
         raise typer.Exit(3)
+
+
+def _simulated(trace: Trace, names: list[Simulated], layers: str | None) -> Iterator[Section | str]:
+    """A section each, or why the trace has none to give."""
+    import moe_inspect
+    from moe_inspect.simulate.page import section
+
+    for name in dict.fromkeys(names):
+        try:
+            yield section(getattr(moe_inspect, f"simulate_{name}")(trace, layers=layers))
+        except MoeInspectError as error:
+            yield str(error)
 
 
 def _threshold(text: str) -> tuple[str, float]:

@@ -100,14 +100,6 @@ class Report:
         return int(self.trace.manifest.get("counts", {}).get("dropped", 0))
 
     @property
-    def imported(self) -> bool:
-        return self.trace.manifest.get("capture", {}).get("mode") == "import"
-
-    def _whole(self) -> str:
-        """How to get more than counts."""
-        return "import a recording of every token" if self.imported else "trace without --counts-only"
-
-    @property
     def counts(self) -> Counts:
         return self.counts_for()
 
@@ -129,7 +121,7 @@ class Report:
     def decisions(self, table: str) -> Counts:
         """The counts for a table that counts alone cannot make."""
         if self.trace.counts_only:
-            raise MoeInspectError(f"{self.trace.path} holds counts only, no decisions: no {table} table; {self._whole()}")
+            raise MoeInspectError(f"{self.trace.path} holds counts only, no decisions: no {table} table; {self.trace.more_than_counts}")
         return self.counts_for(*WANTS[table])
 
     @cached_property
@@ -153,7 +145,7 @@ class Report:
     @cached_property
     def vocabulary(self) -> pd.DataFrame:
         if self.counts.counts_only:
-            raise MoeInspectError(f"{self.trace.path} holds counts only, no token ids: no vocabulary table; {self._whole()}")
+            raise MoeInspectError(f"{self.trace.path} holds counts only, no token ids: no vocabulary table; {self.trace.more_than_counts}")
         asked = {} if self.top else {"min_count": 1, "most": len(self.counts.token_ids_V)}
         passes = tokenids.by_token_id(self.trace, self.selection, self.counts, nulls=False, progress=self.progress, **asked)
         return pd.concat([vocabulary_of(tables, self, self._text_of) for tables in passes], ignore_index=True)
@@ -215,7 +207,7 @@ class Report:
         """Why a column is NaN."""
         counts, notes = self.counts, []
         if counts.counts_only:
-            notes.append(f"counts only: no intervals, batches, nulls or token ids; {self._whole()} for those")
+            notes.append(f"counts only: no intervals, batches, nulls or token ids; {self.trace.more_than_counts} for those")
         elif len(counts.units) < FEWEST_DOCUMENTS:
             notes.append(f"{counted(len(counts.units), 'document')}: intervals, design effect and domain nulls need {FEWEST_DOCUMENTS}")
         if len(counts.domains) < 2:
@@ -226,7 +218,7 @@ class Report:
         if any(not counts.load_E(r).any() for r in self.selection.routers):
             notes.append("a router without a single assignment has no balance")
         if "logits" not in self.trace.tables:
-            way_out = "" if self.imported else "; trace with --logits for those"
+            way_out = "" if self.trace.imported else "; trace with --logits for those"
             notes.append(f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{way_out}")
         sizes = max((counts.of[r].batches for r in self.selection.routers), key=len)
         batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))

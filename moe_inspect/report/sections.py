@@ -6,7 +6,7 @@ What a section shows is in sections_load.py, sections_domains.py, sections_pairs
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from moe_inspect.errors import MoeInspectError
@@ -31,8 +31,8 @@ def every_section() -> dict[str, Callable[[Report], Section | str]]:
     return dict(sorted(SECTIONS.items(), key=lambda item: homes.index(item[1].__module__)))
 
 
-def report_page(report: Report) -> str:
-    """The page of a report, as HTML."""
+def report_page(report: Report, more: Iterable[Section | str] = ()) -> str:
+    """The page of a report, as HTML. `more`: sections between its own and what the trace is, or why there is none."""
     known = every_section()
     report.prepare(known)
     sections, left_out = [], []
@@ -45,6 +45,9 @@ def report_page(report: Report) -> str:
             sections.append(made)
         elif made:
             left_out.append(made)
+    found = list(more)
+    sections[-1:-1] = [made for made in found if isinstance(made, Section)]
+    left_out += [made for made in found if isinstance(made, str)]
     data, short = map_data(report)
     warnings = [said for said in (report.warning, missing_ranks(report), *doubts(report)) if said]
     verdict = [said for said in report.verdict() if said not in warnings and said != f"Careful: {report.warning}."]

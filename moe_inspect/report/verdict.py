@@ -27,7 +27,7 @@ def verdict(report: Report) -> list[str]:
     from moe_inspect.report.verdict_routing import confidence, domains, token_ids
 
     ranks = missing_ranks(report)
-    partial = ranks and (report.imported or report.counts.counts_only)  # what `trace` wrote of a token is whole
+    partial = ranks and (report.trace.imported or report.counts.counts_only)  # what `trace` wrote of a token is whole
     said = [
         report.warning and f"Careful: {report.warning}.",
         ranks,

@@ -7,13 +7,14 @@ T tokens of a batch, in order, E experts, k choices of the model's own router.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 BIAS_RATE = 0.001  # a step of the bias (Wang et al. 2024)
-WARM_UP, WARM_UP_TOKENS = 300, 4096  # updates before a bias is judged, each on so many tokens drawn from the first shard
+BIAS_TOKENS = 4096  # a step of the bias takes the load of at least so many
+WARM_UP = 300  # steps before a bias is judged, on tokens drawn from the first shard
 FIRST_RATE = 0.05  # of the warm-up, whose steps shrink to BIAS_RATE
 SEED = 20_240_815
 
@@ -52,14 +53,14 @@ def batch_of(logits_TE: np.ndarray, model_TE: np.ndarray, token_id_T: np.ndarray
 @dataclass(frozen=True)
 class Algorithm:
     """`leaks`: how a token's experts depend on tokens after it, "" where they do not. `setting`: the setting whose values it runs
-    through. `prepare`: sets up its memory from tokens drawn from the first shard."""
+    through. `prepare`: sets up the memory of one that learns, from tokens drawn from the first shard."""
 
     name: str
     choose: Callable[..., np.ndarray]
     leaks: str
     use_when: str
     setting: str = ""
-    prepare: Callable[[Batch], dict[str, Any]] = field(default=lambda sample: {})
+    prepare: Callable[[Batch], dict[str, Any]] | None = None
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -115,7 +116,7 @@ def expert_choice(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndar
 
 @algorithm(
     "next best",
-    "a hard limit an expert, nothing dropped; late tokens get what is left",
+    "a hard limit an expert: what finds no room goes to the next best, so late tokens get what is left",
     setting="capacity_factor",
 )
 def next_best(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
@@ -149,23 +150,29 @@ def serve_in_turn(order_TE: np.ndarray, k: int, capacity: int) -> np.ndarray:
     return chosen_TE
 
 
-def _warm_bias(sample: Batch) -> dict[str, Any]:
-    """A bias that has seen training: batches of tokens in random order, in steps that shrink."""
+def _fitted_bias(sample: Batch) -> dict[str, Any]:
+    """A bias that has seen training: a step after each batch of tokens in random order, in steps that shrink."""
     T, E = sample.scores_TE.shape
-    rng, memory = np.random.default_rng(SEED), {"bias_E": np.zeros(E, np.float32)}
+    rng, bias_E = np.random.default_rng(SEED), np.zeros(E, np.float32)
     for rate in np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP):
-        drawn = rng.integers(T, size=WARM_UP_TOKENS) if T > WARM_UP_TOKENS else slice(None)
-        loss_free(replace(sample, scores_TE=sample.scores_TE[drawn]), float(rate), memory)
-    return memory
+        drawn = rng.integers(T, size=BIAS_TOKENS) if T > BIAS_TOKENS else slice(None)
+        _step(bias_E, largest(sample.scores_TE[drawn] + bias_E, sample.k).sum(0), float(rate))
+    return {"bias_E": bias_E, "load_E": np.zeros(E, np.int64)}
 
 
-@algorithm("loss-free bias", "training: even load without a loss that pulls at the weights", prepare=_warm_bias)
+def _step(bias_E: np.ndarray, load_E: np.ndarray, rate: float) -> None:
+    bias_E += np.float32(rate) * np.sign(load_E.mean() - load_E).astype(np.float32)
+
+
+@algorithm("loss-free bias", "training: even load without a loss that pulls at the weights", prepare=_fitted_bias)
 def loss_free(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Top-k of scores + bias; after each batch the bias of an expert moves a step towards even load: b += u · sign(mean − load)
-    (Wang et al. 2024, arXiv:2408.15664). The bias a batch meets comes from earlier batches only, and only selects."""
+    """Top-k of scores + bias, which only selects; after every BIAS_TOKENS tokens, as after a batch of training, the bias of an expert
+    moves a step towards even load: b += u · sign(mean − load) (Wang et al. 2024, arXiv:2408.15664)."""
     chosen_TE = largest(batch.scores_TE + memory["bias_E"], batch.k)
-    load_E = chosen_TE.sum(0)
-    memory["bias_E"] += np.float32(value or BIAS_RATE) * np.sign(load_E.mean() - load_E).astype(np.float32)
+    memory["load_E"] += chosen_TE.sum(0)
+    if memory["load_E"].sum() >= BIAS_TOKENS * batch.k:
+        _step(memory["bias_E"], memory["load_E"], BIAS_RATE)
+        memory["load_E"][:] = 0
     return chosen_TE
 
 

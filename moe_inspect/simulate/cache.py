@@ -12,6 +12,7 @@ T tokens, K slots of a decision, E experts, P phases, S numbers of slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +112,8 @@ def simulate_cache(
         raise MoeInspectError(f"no policy {', '.join(unknown) or 'given'}: there are {', '.join(POLICIES)}")
     if (expert_mb is None) != (gb_per_s is None):
         raise MoeInspectError("tokens a second need both the size of an expert and the link: give --expert-mb and --gb-per-s")
-    if expert_mb is not None and gb_per_s is not None and not (expert_mb > 0 and gb_per_s > 0):
-        raise MoeInspectError(f"expert size {expert_mb} MB over {gb_per_s} GB/s: both are above 0")
+    if expert_mb is not None and gb_per_s is not None and not (0 < expert_mb < inf and 0 < gb_per_s < inf):
+        raise MoeInspectError(f"expert size {expert_mb} MB over {gb_per_s} GB/s: give finite numbers above 0")
     names = list(dict.fromkeys(policies))
     small = is_small(trace, chosen, 4 * len(names) * len(sizes))
     caches = {r: (Plain if small else Compiled)(trace.routers[r].experts, sizes, names) for r in chosen}
@@ -288,7 +289,7 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         best = (real if len(real) else speed[speed["slots"] == size]).nlargest(1, "tokens_per_s").iloc[0]
         said.append(
             f"Simulated: {settings['expert_mb']:g} MB an expert over {settings['gb_per_s']:g} GB/s allow at most {best['tokens_per_s']:,.1f} tokens/s "
-            f"({best['policy']}, {best['slots']:.0f} slots a layer, {best['held_gb']:.2f} GB held), if transfers were all that took time."
+            f"({best['policy']}{'' if len(real) else ', which no real cache reaches'}, {best['slots']:.0f} slots a layer, {best['held_gb']:.2f} GB held), if transfers were all that took time."
         )
     cold = once["cold_misses"].sum() / once["accesses"].sum()
     said.append(

@@ -20,7 +20,7 @@ from moe_inspect.analysis.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.capacity_said import PLACES, figure, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.stream import check_length, cut, deciles, is_small, runs, sequence_deciles, slots
+from moe_inspect.simulate.stream import check_length, cut, deciles, document_deciles, is_small, runs, slots
 from moe_inspect.trace.reader import Shard, Trace, codes, open_trace
 from moe_inspect.trace.schema import Router
 
@@ -172,14 +172,14 @@ class Queues:
 
     def __init__(self, shard: Shard, group: int | str, domains: list[str]) -> None:
         self.shard = shard
-        table = shard.tokens(["sequence", "batch", "domain"])
+        table = shard.tokens(["document", "sequence", "batch", "domain"])
         self.tokens = len(table)
         code_T, labels = codes(table["domain"])
         used = [labels[c] for c in np.unique(code_T)]
         domains += [label for label in used if label not in domains]
         row_of = np.array([domains.index(label) if label in domains else -1 for label in labels], np.int64)
         self.domains, self.domain_T = domains, row_of[code_T]
-        self.sequence_T, self.batch_T = table["sequence"].to_numpy(), table["batch"].to_numpy()
+        self.document_T, self.sequence_T, self.batch_T = (table[name].to_numpy() for name in ("document", "sequence", "batch"))
         self.group = group
         self.stacks: dict[str, Stack] = {}
 
@@ -191,8 +191,8 @@ class Queues:
             batch_T, sequence_T = self.batch_T[seen], self.sequence_T[seen]
             start_G = runs(batch_T, sequence_T) if self.group == "sequence" else runs(batch_T)
             if isinstance(self.group, int):
-                start_G = cut(start_G, self.group)
-            decile_PT = np.stack([sequence_deciles(sequence_T), deciles(start_G)])
+                start_G = cut(start_G, min(self.group, len(batch_T) + 1))
+            decile_PT = np.stack([document_deciles(self.document_T[seen], sequence_T), deciles(start_G)])
             domain_T = self.domain_T[seen]
             made = _made(domain_T, decile_PT, None)
             self.stacks[name] = Stack(seen, start_G, domain_T, decile_PT, *made, runs(domain_T, *decile_PT))

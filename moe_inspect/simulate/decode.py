@@ -9,6 +9,7 @@ T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 expe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ import pandas as pd
 
 from moe_inspect.analysis.select import Selection, select
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.words import counted
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.sizes import expert_bytes
+from moe_inspect.simulate.sizes import expert_bytes, weight_bytes
 from moe_inspect.simulate.stream import check_domains, check_length, is_small, slots, taken
 from moe_inspect.trace.reader import Shard, Trace, open_trace
 
@@ -124,6 +126,8 @@ def simulate_decode(
     sizes = sorted(set(batches))
     if not sizes or sizes[0] < 1 or sizes[-1] > LARGEST:
         raise MoeInspectError(f"batch {', '.join(map(str, sizes))}: give numbers of sequences from 1 to {LARGEST:,}")
+    if not 0 < flops_per_byte < inf or (expert_mb is not None and not 0 < expert_mb < inf):
+        raise MoeInspectError(f"expert size {expert_mb} MB, {flops_per_byte} FLOP a byte: give finite numbers above 0")
     selection = select(trace, layers, domains, phase)
     check_domains(trace, selection)
     chosen, decoded = _with_phase(trace, selection)
@@ -143,7 +147,14 @@ def simulate_decode(
     table = _table(trace, steps, expert_mb)
     needed = _needed(trace, steps, flops_per_byte)
     tables = {"decode": table, "batch_needed": needed}
-    settings = {"batches": sizes, "phase": chosen.phase, "decoded": decoded, "expert_mb": expert_mb, "flops_per_byte": flops_per_byte}
+    settings = {
+        "batches": sizes,
+        "phase": chosen.phase,
+        "decoded": decoded,
+        "expert_mb": expert_mb,
+        "flops_per_byte": flops_per_byte,
+        "weight_bits": 8 * weight_bytes(trace),
+    }
     return Simulation("decode", tables, _verdict(tables, settings), settings, lambda: _figure(tables), ("decode",))
 
 
@@ -195,13 +206,13 @@ def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> An
 
 def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> Any:
     """The batch from which a step reads as good as all experts, and the one from which computing, not reading, is the limit: both
-    by the measured marginals. A weight of 2 bytes is used for 2 FLOP a token, so an expert needs `flops_per_byte` tokens."""
-    rows = []
+    by the measured marginals. A weight is used for 2 FLOP a token, so an expert needs `flops_per_byte` tokens by half its bytes."""
+    rows, intensity = [], flops_per_byte * weight_bytes(trace) / 2
     for r, of in steps.items():
         activation_E, k = of.load_E / max(1, of.tokens), of.load_E.sum() / max(1, of.tokens)
         E = int((of.load_E > 0).sum())
         full = _least(lambda B, a=activation_E, E=E: from_marginals(a, B) >= SATURATED * E) if E else None
-        bound = _least(lambda B, a=activation_E, k=k: B * k >= flops_per_byte * from_marginals(a, B)) if E else None
+        bound = _least(lambda B, a=activation_E, k=k: B * k >= intensity * from_marginals(a, B)) if E else None
         rows.append(
             {"layer": trace.routers[r].layer, "router": r, "reached_experts": E, "reads_all_from": full, "compute_bound_from": bound}
         )
@@ -240,13 +251,13 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         said.append(f"No step of {', '.join(map(str, short))}: the trace holds too few sequences at any position.")
     if needed["reads_all_from"].notna().any():
         said.append(
-            f"From {needed['reads_all_from'].max():,} sequences on a step reads {SATURATED:.0%} of the experts that are used at all, in every layer: "
+            f"From {counted(needed['reads_all_from'].max(), 'sequence')} on a step reads {SATURATED:.0%} of the experts that are used at all, in every layer: "
             "before that a larger batch reads more, after it only shares the reading out."
         )
     if needed["compute_bound_from"].notna().any():
         said.append(
-            f"Beyond about {needed['compute_bound_from'].median():,.0f} sequences a larger batch stops helping: computing is then the limit, not "
-            f"reading (16-bit weights, {settings['flops_per_byte']:g} FLOP a byte)."
+            f"Beyond about {counted(round(needed['compute_bound_from'].median()), 'sequence')} a larger batch stops helping: computing is then the limit, not "
+            f"reading ({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} FLOP a byte)."
         )
     return [*said, f"Simulated: steps of the same position of different sequences, from {of}."]
 

@@ -1,4 +1,4 @@
-"""A simulation as HTML: sections for a page of its own, or to go into another."""
+"""A simulation as HTML: sections for a page of its own, or one to go into a report's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def sections(simulation: Simulation) -> list[Section]:
         cut = f"The first {ROWS} of {len(table):,} rows." if len(table) > ROWS else ""
         found.append(Section(name, cut, table=table.head(ROWS)))
     return found
+
+
+def section(simulation: Simulation) -> Section:
+    """What it says and its picture, with the table that the text shows first."""
+    table = simulation.tables[next(iter([*simulation.shown, *simulation.tables]))]
+    drawing = svg_of(simulation.figure()) if simulation.figure is not None else None
+    return Section(f"Simulated: {simulation.name}", " ".join(simulation.verdict), svg=drawing, table=table.head(ROWS))
 
 
 def page(simulation: Simulation) -> str:

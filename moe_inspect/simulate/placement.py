@@ -21,6 +21,7 @@ from moe_inspect.simulate.stream import check_domains, is_small
 from moe_inspect.simulate.windows import Windows, counted, decisions, loads_of, windows_of
 from moe_inspect.trace.reader import Trace, open_trace
 
+MOST_SLOTS = 2**20  # of a layer
 SAMPLE = 8_192  # decisions of a router by which --minimize ranks judges an exchange
 CHUNK = 16_384  # tokens at a time in numpy
 
@@ -50,8 +51,16 @@ def simulate_placement(
     layouts = _layouts(trace, selection, gpus, nodes, physical_experts, groups)
     if unknown := [name for name in chosen if name not in POLICIES]:
         raise MoeInspectError(f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}")
-    if not 0 < fit_share <= 1 or slack < 0 or (window is not None and window < 1):
-        raise MoeInspectError(f"fit share {fit_share}, slack {slack}, window {window}: above 0 and at most 1; at least 0; at least 1")
+    for name, value, fits, rule in (
+        ("fit share", fit_share, 0 < fit_share <= 1, "a share of the trace above 0 and at most 1"),
+        ("slack", slack, slack >= 0, "a share of a GPU's load from 0 up"),
+        ("window", window, window is None or window >= 1, "a number of tokens from 1 up"),
+    ):
+        if not fits:
+            raise MoeInspectError(f"{name} {value}: give {rule}")
+    if trace.counts_only and (minimize or window is not None):
+        asked = "fewer ranks" if minimize else "windows"
+        raise MoeInspectError(f"{trace.path} holds counts only, no tokens to tell {asked} by: {trace.more_than_counts}")
     check_domains(trace, selection)
     small = is_small(trace, selection.routers)
     if trace.counts_only:
@@ -95,6 +104,8 @@ def _layouts(trace: Trace, selection: Selection, gpus: int | None, nodes: int, s
     sizes = {trace.routers[r].experts for r in selection.routers}
     if slots is not None and slots < max(sizes):
         raise MoeInspectError(f"{slots} physical experts for {max(sizes)} experts: each needs a slot, give at least {max(sizes)}")
+    if slots is not None and slots > MOST_SLOTS:
+        raise MoeInspectError(f"{slots:,} physical experts: give {MOST_SLOTS:,} at most")
     held = {slots} if slots is not None else sizes
     if gpus is None:  # two slots a GPU at least, or there would be nothing to choose
         most = max(1, min(8, min(held) // 2))
@@ -248,5 +259,5 @@ def _by_policy(table: Any) -> Any:
             | {"moved_bytes_per_token": mine["moved_bytes_per_token"].sum(min_count=1), "colocated": mine["colocated"].sum()}
         )
     if not rows:
-        raise MoeInspectError("no router made an assignment in the judged part: there is no load to place")
+        raise MoeInspectError("no router made an assignment in the part that is judged, what --fit-share leaves: there is no load to place")
     return pd.DataFrame(rows)

@@ -11,6 +11,7 @@ from moe_inspect.report.words import counted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WORTH = 0.01  # share of the time under which none is better
 MARKERS = "os^vDP"
 
 
@@ -21,19 +22,20 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     first = rows.get("contiguous") or next(iter(rows.values()))
     gpus = settings["gpus"]
     said = [
-        f"On {gpus} GPUs the {first['policy']} placement makes the MoE layers {first['slowdown']:.2f}x as slow as perfect balance "
+        f"On {counted(gpus, 'GPU')} the {first['policy']} placement makes the MoE layers {first['slowdown']:.2f}x as slow as perfect balance "
         f"would (balancedness {first['balancedness_vllm']:.2f} by vLLM's convention, {first['balancedness_sglang']:.2f} by SGLang's; "
         f"worst layer {first['worst_max_over_mean']:.2f}x)."
     ]
-    if best is not first:
+    saved = 1 - best["slowdown"] / first["slowdown"]
+    if best is not first and saved >= WORTH:
         others = [f"{name} {row['slowdown']:.2f}x" for name, row in rows.items() if row not in (best, first)]
         said.append(
             f"{best['policy']} brings that to {best['slowdown']:.2f}x"
             + (f" ({', '.join(others)})" if others else "")
-            + f": {1 - best['slowdown'] / first['slowdown']:.0%} less time."
+            + f": {saved:.0%} less time."
         )
     elif len(rows) > 1:
-        said.append(f"No other policy is better than {first['policy']} here.")
+        said.append(f"No other policy saves as much as {WORTH:.0%} of the time that {first['policy']} takes.")
     if (ours := rows.get("ours")) and any(name.startswith("eplb") for name in rows):
         wasted = max(row["colocated"] for name, row in rows.items() if name.startswith("eplb"))
         if wasted:
@@ -60,8 +62,8 @@ def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list
         return ["Fitted on the whole trace and judged by it: what new text would cost is not known."]
     row = next(row for row in tables["policies"].to_dict("records") if row["policy"] == policy)
     return [
-        f"Fitted on the first {settings['fit_share']:.0%}, {policy} has max/mean {row['fit_max_over_mean']:.3f} there and "
-        f"{1 / row['balancedness_sglang']:.3f} on the rest; by window of {settings['window']:,} tokens {fit.mean():.3f} while fitted, "
+        f"Fitted on the first {100 * settings['fit_share']:.3g}%, {policy} has max/mean {row['fit_max_over_mean']:.3f} there and "
+        f"{1 / row['balancedness_sglang']:.3f} on the rest; by window of {counted(settings['window'], 'token')} {fit.mean():.3f} while fitted, "
         f"{judged.iloc[0]:.3f} right after, {judged.iloc[-1]:.3f} at the end."
     ]
 

@@ -31,4 +31,4 @@ class Simulation:
 def need_decisions(trace: Trace, what: str) -> None:
     """MoeInspectError where the trace holds counts only: `what` ("simulate decode") needs every decision, in order."""
     if trace.counts_only:
-        raise MoeInspectError(f"{trace.path} holds counts only, no order of tokens, which {what} needs: trace without --counts-only")
+        raise MoeInspectError(f"{trace.path} holds counts only, no order of tokens, which {what} needs: {trace.more_than_counts}")

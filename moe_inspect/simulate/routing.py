@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLE = 16_384  # tokens from which algorithms with a memory warm up
+AS_MUCH = 0.005  # share of the model's experts a token that is no difference
 EVEN = 0.2  # max_vio below which a router counts as balanced, as in the report
 
 
@@ -47,32 +48,51 @@ def simulate_routing(
     unknown = [name for name in algorithms or [] if name not in ALGORITHMS]
     if unknown:
         raise MoeInspectError(f"no algorithm {', '.join(unknown)}: there are {', '.join(ALGORITHMS)}")
-    if not all(0 < p <= 1 for p in top_p) or not all(0 < f < 1e6 for f in capacity_factor) or not all(k >= 1 for k in top_k or []):
-        raise MoeInspectError(
-            f"top-k {top_k}, top-p {top_p}, capacity factor {capacity_factor}: k is at least 1, 0 < p <= 1, factors above 0"
-        )
+    for name, values, fits, rule in (
+        ("top-k", top_k or [], lambda k: k >= 1, "at least 1"),
+        ("top-p", top_p, lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        ("capacity factor", capacity_factor, lambda f: 0 < f < 1e6, "above 0"),
+    ):
+        if wrong := [value for value in values if not fits(value)]:
+            raise MoeInspectError(f"{name} {wrong[0]:g}: give a number {rule}")
     chosen = select(trace, layers=layers).routers
     named = [ALGORITHMS[name] for name in algorithms or ALGORITHMS]
     given: dict[str, Sequence[float] | None] = {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor}
     runs_of = {
         r: [Run(a, value) for a in named for value in _values(a, given, trace.routers[r].top_k, trace.routers[r].experts)] for r in chosen
     }
-    own_of = dict.fromkeys(chosen, 0.0)  # mass of the router's own top-k
+    half_of = halves(trace)
+    held_out = half_of.nunique() == 2  # what learns does so from the one half, and is judged on the other
     for r in chosen:
+        learning, others = ([run for run in runs_of[r] if bool(run.algorithm.prepare) == learns] for learns in (True, False))
         for shard in trace.shards:
-            decisions = Decisions(shard, r)
-            for run in runs_of[r]:
-                if run.memory is None and len(decisions.logits_TE):
-                    run.memory = run.algorithm.prepare(decisions.sample())
-            for batch in decisions.batches():
-                own_of[r] += float(batch.share_TE[largest(batch.scores_TE, batch.k)].sum(dtype=np.float64))
-                for run in runs_of[r]:
-                    run.add(batch)
+            decisions = Decisions(shard, r, half_of)
+            for run in learning:
+                if not run.memory and run.algorithm.prepare and len(sample := decisions.tokens(0 if held_out else None)):
+                    run.memory = run.algorithm.prepare(decisions.sample(sample))
+            for running, half in ((others, None), (learning, 1 if held_out else None)):
+                for batch in decisions.batches(half) if running else ():
+                    own = float(batch.share_TE[largest(batch.scores_TE, batch.k)].sum(dtype=np.float64))
+                    for run in running:
+                        run.add(batch, own)
     if not any(run.tokens for found in runs_of.values() for run in found):
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
-    tables = _tables(trace, runs_of, own_of)
-    settings = {"batch": "a forward pass", **given, "scoring": sorted({trace.routers[r].scoring or "softmax (not stated)" for r in chosen})}
+    k = float(np.mean([trace.routers[r].top_k for r in chosen]))
+    tables = _tables(trace, runs_of, k)
+    settings = {
+        "batch": "a forward pass",
+        "bias_held_out": held_out,
+        "experts_per_token": k,
+        **given,
+        "scoring": sorted({trace.routers[r].scoring or "softmax (not stated)" for r in chosen}),
+    }
     return Simulation("routing", tables, _verdict(tables, settings), settings, lambda: _figure(tables), ("routing_algorithms",))
+
+
+def halves(trace: Trace) -> pd.Series:
+    """Which half each document of the trace is of, 0 or 1: in turn within each domain, so that the halves are alike."""
+    listed: Any = trace.documents().drop_duplicates("document").sort_values("document").set_index("document")
+    return listed.groupby("domain", observed=True).cumcount() % 2
 
 
 def _values(algorithm: Algorithm, given: dict[str, Sequence[float] | None], k: int, E: int) -> list[float]:
@@ -85,11 +105,12 @@ def _values(algorithm: Algorithm, given: dict[str, Sequence[float] | None], k: i
 class Decisions:
     """What one router decided in one shard, from which logits."""
 
-    def __init__(self, shard: Shard, r: int) -> None:
+    def __init__(self, shard: Shard, r: int, half_of: pd.Series) -> None:
         self.router, seen = shard.trace.routers[r], shard.seen(r)
-        table = shard.tokens(["batch", "token_id"])
+        table = shard.tokens(["batch", "token_id", "document"])
         kept = slice(None) if seen is None else seen
         self.batch_T, self.token_id_T = table["batch"].to_numpy()[kept], table["token_id"].to_numpy()[kept]
+        self.half_T = half_of.reindex(table["document"].to_numpy()[kept]).to_numpy()
         ids_KT, self.logits_TE = slots(shard, r), shard.logits(r)
         check_length(ids_KT.T, len(self.batch_T), r)
         check_length(self.logits_TE, len(self.batch_T), r)
@@ -103,14 +124,19 @@ class Decisions:
         k, scoring = self.router.top_k, self.router.scoring
         return batch_of(self.logits_TE[part], self.model_TE[part], self.token_id_T[part], k, scoring, number)
 
-    def batches(self) -> Iterator[Batch]:
-        start_G = runs(self.batch_T)
-        for first, last in pairwise(start_G):
-            yield self.batch(slice(first, last), int(self.batch_T[first]))
+    def tokens(self, half: int | None) -> np.ndarray:
+        """Of a half of the documents, or all."""
+        return np.arange(len(self.half_T)) if half is None else np.flatnonzero(self.half_T == half)
 
-    def sample(self) -> Batch:
-        """At most SAMPLE of its tokens, drawn by lot."""
-        drawn = np.random.default_rng(SEED).permutation(len(self.batch_T))[:SAMPLE]
+    def batches(self, half: int | None) -> Iterator[Batch]:
+        tokens = self.tokens(half)
+        start_G = runs(self.batch_T[tokens])
+        for first, last in pairwise(start_G):
+            yield self.batch(tokens[first:last] if half is not None else slice(first, last), int(self.batch_T[tokens[first]]))
+
+    def sample(self, tokens: np.ndarray) -> Batch:
+        """At most SAMPLE of them, drawn by lot."""
+        drawn = np.random.default_rng(SEED).permutation(tokens)[:SAMPLE]
         return self.batch(np.sort(drawn), -1)
 
 
@@ -120,10 +146,11 @@ class Run:
 
     algorithm: Algorithm
     value: float
-    memory: dict[str, Any] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
     load_E: np.ndarray | None = None
     mass: float = 0.0
+    own: float = 0.0  # mass of the router's own top-k
     agreed: int = 0
     recorded: int = 0
     unrouted: int = 0
@@ -133,10 +160,11 @@ class Run:
     def label(self) -> str:
         return f"{self.algorithm.name} {self.value:g}" if self.algorithm.setting else self.algorithm.name
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, own: float) -> None:
         chosen_TE = self.algorithm.choose(batch, self.value, self.memory)
         load_E = chosen_TE.sum(0)
         self.tokens += len(chosen_TE)
+        self.own += own
         self.load_E = load_E if self.load_E is None else self.load_E + load_E
         self.mass += float(batch.share_TE[chosen_TE].sum(dtype=np.float64))
         self.agreed += int((chosen_TE & batch.model_TE).sum())
@@ -144,8 +172,7 @@ class Run:
         self.unrouted += int((~chosen_TE.any(1)).sum())
         self.batches.append((len(chosen_TE), _max_vio(load_E)))
 
-    def row(self, own: float) -> dict[str, object]:
-        """`own`: what the router's own top-k holds of its probability, summed over the tokens."""
+    def row(self) -> dict[str, object]:
         assert self.load_E is not None
         size = max(n for n, _ in self.batches)
         return {
@@ -154,7 +181,7 @@ class Run:
             "max_vio": _max_vio(self.load_E),
             "max_vio_batch": float(np.mean([vio for n, vio in self.batches if 2 * n >= size])),
             "mass": self.mass / self.tokens,
-            "mass_retained": self.mass / own,
+            "mass_retained": self.mass / self.own,
             "agreement": self.agreed / self.recorded if self.recorded else float("nan"),
             "unrouted": self.unrouted / self.tokens,
             "leaks_future": bool(self.algorithm.leaks),
@@ -166,12 +193,10 @@ def _max_vio(load_E: np.ndarray) -> float:
     return float(load_E.max() / load_E.mean() - 1) if load_E.any() else float("nan")
 
 
-def _tables(trace: Trace, runs_of: dict[int, list[Run]], own_of: dict[int, float]) -> dict[str, pd.DataFrame]:
+def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, pd.DataFrame]:
     import pandas as pd
 
-    rows = [
-        {"layer": trace.routers[r].layer, "router": r, **run.row(own_of[r])} for r, found in runs_of.items() for run in found if run.tokens
-    ]
+    rows = [{"layer": trace.routers[r].layer, "router": r, **run.row()} for r, found in runs_of.items() for run in found if run.tokens]
     routing: Any = pd.DataFrame(rows)
     said = []
     by_label = {run.label: run.algorithm for found in runs_of.values() for run in found}
@@ -180,14 +205,20 @@ def _tables(trace: Trace, runs_of: dict[int, list[Run]], own_of: dict[int, float
         said.append(
             {
                 "algorithm": label,
+                "experts_per_token": mine["experts_per_token"].mean(),
                 "max_vio_worst": mine["max_vio"].max(),
                 "mass_retained_least": mine["mass_retained"].min(),
                 "agreement_least": mine["agreement"].min(),
                 "leaks_future": "yes" if algorithm.leaks else "no",
-                "use_when": algorithm.use_when,
+                "use_when": algorithm.use_when + _compute(mine["experts_per_token"].mean() / k),
             }
         )
     return {"routing": routing, "routing_algorithms": pd.DataFrame(said)}
+
+
+def _compute(times: float) -> str:
+    """How much of the model's compute, where that is another than the model's."""
+    return "" if abs(times - 1) <= AS_MUCH else f"; computes {times:.3g}x as many experts a token"
 
 
 def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
@@ -200,20 +231,24 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         bias = routing[(routing["router"] == worst["router"]) & (routing["algorithm"] == "loss-free bias")]
         if len(bias):
             row = bias.iloc[0]
+            helps = row["max_vio"] < worst["max_vio"]
             said.append(
-                f"Simulated: a loss-free bias would bring layer {worst['layer']:.0f} to max_vio {row['max_vio']:.2f} ({row['max_vio_batch']:.2f} by batch), "
-                f"keeping {row['mass_retained']:.0%} of the probability mass of the router's own top choices and {row['agreement']:.0%} of the model's choices."
+                f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer {worst['layer']:.0f}{' to' if helps else ':'} max_vio "
+                f"{row['max_vio']:.2f} ({row['max_vio_batch']:.2f} by batch), keeping {row['mass_retained']:.0%} of the probability mass of the router's own "
+                f"top choices and {row['agreement']:.0%} of the model's choices"
+                + (", on the half of the documents that the bias had not seen." if settings["bias_held_out"] else ".")
             )
-    usable = advice[(advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])]
+    same = (advice["experts_per_token"] / settings["experts_per_token"] - 1).abs() <= AS_MUCH
+    usable = advice[same & (advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])]
     even = usable[usable["max_vio_worst"] < EVEN]
     if len(even):
         best = even.loc[even["mass_retained_least"].idxmax()]
         said.append(
-            f"Simulated: of those that need not see the future, {best['algorithm']} keeps most among the ones that balance every layer "
-            f"(max_vio below {EVEN:g}): at least {best['mass_retained_least']:.0%} of the mass."
+            f"Simulated: of those that compute as much and need not see the future, {best['algorithm']} keeps most among the ones that balance "
+            f"every layer (max_vio below {EVEN:g}): at least {best['mass_retained_least']:.0%} of the mass."
         )
     else:
-        said.append(f"Simulated: none that need not see the future balances every layer (max_vio below {EVEN:g}).")
+        said.append(f"Simulated: none that computes as much and need not see the future balances every layer (max_vio below {EVEN:g}).")
     leaking = [f"{label} ({ALGORITHMS[label].leaks})" for label in advice[advice["leaks_future"] == "yes"]["algorithm"]]
     if leaking:
         said.append(

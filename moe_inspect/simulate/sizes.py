@@ -36,6 +36,11 @@ def expert_bytes(trace: Trace, router: int) -> float | None:
     return matrices * hidden * width * size if hidden and width and size else None
 
 
+def weight_bytes(trace: Trace) -> int:
+    """Of a weight, in the dtype the model ran in; 2 where the manifest does not say."""
+    return _element_bytes(trace) or 2
+
+
 def _element_bytes(trace: Trace) -> int | None:
     config = text_config(trace)
     ran_in = trace.manifest.get("capture", {}).get("dtype")

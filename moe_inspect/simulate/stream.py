@@ -78,9 +78,10 @@ def deciles(start_G: np.ndarray) -> np.ndarray:
     return (10 * place_T // np.repeat(size_G, size_G)).astype(np.uint8)
 
 
-def sequence_deciles(sequence_T: np.ndarray) -> np.ndarray:
-    """The tenth of its sequence (of what the shard holds of it) each token is in, wherever its tokens lie. uint8 [T]"""
-    order_T = np.argsort(sequence_T, kind="stable")
+def document_deciles(document_T: np.ndarray, sequence_T: np.ndarray) -> np.ndarray:
+    """The tenth of its document (of what the shard holds of it) each token is in, wherever its tokens lie; a document that was cut is
+    its sequences, one after the other. uint8 [T]"""
+    order_T = np.argsort(document_T.astype(np.int64) << 32 | sequence_T, kind="stable")
     decile_T = np.empty(len(sequence_T), np.uint8)
-    decile_T[order_T] = deciles(runs(sequence_T[order_T]))
+    decile_T[order_T] = deciles(runs(document_T[order_T]))
     return decile_T

@@ -259,6 +259,15 @@ class Trace:
     def shards(self) -> Iterator[Shard]:
         return (Shard(self, f) for f in self._files)
 
+    @property
+    def imported(self) -> bool:
+        return self.manifest.get("capture", {}).get("mode") == "import"
+
+    @property
+    def more_than_counts(self) -> str:
+        """How to get more than a trace of counts only has."""
+        return "import a recording of every token" if self.imported else "trace without --counts-only"
+
     def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]:
         """The routers meant: all, those of a layer, or one."""
         chosen = [i for i, r in enumerate(self.routers) if (layer is None or r.layer == layer) and (router is None or i == router)]
@@ -271,13 +280,13 @@ class Trace:
     def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
         """The routing table, of all routers, one layer or one router."""
         if self.counts_only:
-            raise MoeInspectError(f"{self.path} holds counts only, no decisions: trace without --counts-only")
+            raise MoeInspectError(f"{self.path} holds counts only, no decisions: {self.more_than_counts}")
         chosen = self.router_index(layer, router)
         return self._frame("routing", [s.routing(r) for r in chosen for s in self.shards])
 
     def tokens(self) -> pd.DataFrame:
         if self.counts_only:
-            raise MoeInspectError(f"{self.path} holds counts only, no tokens: trace without --counts-only")
+            raise MoeInspectError(f"{self.path} holds counts only, no tokens: {self.more_than_counts}")
         return self._frame("tokens", [s.tokens() for s in self.shards])
 
     def documents(self) -> pd.DataFrame:
