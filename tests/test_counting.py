@@ -366,3 +366,13 @@ def test_a_trace_elsewhere_is_read_by_its_url(tmp_path: Path, capsys: pytest.Cap
             open_trace("strange://t")
     finally:
         memory.rm("/somewhere", recursive=True)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_share_out_the_routers_of_the_last_shards(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "LONG", 0)
+    trace, asked = made(tmp_path / "t"), []
+    monkeypatch.setattr(engine, "count_shard", lambda *arguments: asked.append(arguments[5:]) or count_shard(*arguments))
+    same(count_trace(trace, select(trace), WANTS, threads=threads), count_trace(trace, select(trace), WANTS, threads=1))
+    assert ((0,),) in asked
+    assert ((1,),) in asked

@@ -19,6 +19,7 @@ from moe_inspect.trace.reader import Trace, open_trace
 
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
+Arguments = tuple[Selection, frozenset[str], Windows | None, bool]  # of count_shard
 LONG = 20_000_000  # assignments from which the compiled kernels are worth the second that loading them takes
 
 
@@ -65,23 +66,36 @@ def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) ->
     return trace.n_tokens * (sum(r.top_k for r in routers) + cells / 2) >= LONG
 
 
-def _on_threads(trace: Trace, arguments: tuple[Any, ...], threads: int | None) -> Iterator[Counts]:
-    """The counts of every shard, in order; no more of them at once than there are threads and one."""
+def _on_threads(trace: Trace, arguments: Arguments, threads: int | None) -> Iterator[Counts]:
+    """The counts of every shard, in order; no more of them at once than there are threads and one. The routers of the last shards are
+    shared out, so that no thread is left with a whole shard while others have none."""
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    if threads == 1 or not arguments[-1]:  # what numpy counts holds the GIL
+    selection, _, _, fast = arguments
+    if threads == 1 or not fast:  # what numpy counts holds the GIL
         yield from (count_shard(shard, *arguments) for shard in trace.shards)
         return
+    count, L = sum(1 for _ in trace.shards), len(selection.routers)
     with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Future[Counts]] = deque()
-        for shard in trace.shards:
-            ahead.append(pool.submit(count_shard, shard, *arguments))
+        ahead: deque[list[Future[Counts]]] = deque()
+        for i, shard in enumerate(trace.shards):  # a shard keeps what was read of it: none is held longer than needed
+            n = min(threads, L) if count - i <= threads and not trace.counts_only else 1
+            shares = [selection.routers[j * L // n : (j + 1) * L // n] for j in range(n)]
+            ahead.append([pool.submit(count_shard, shard, *arguments, share) for share in shares])
             if len(ahead) > threads:
-                yield ahead.popleft().result()
+                yield _joined(ahead.popleft())
         while ahead:
-            yield ahead.popleft().result()
+            yield _joined(ahead.popleft())
 
 
-def _on_cluster(trace: Trace, arguments: tuple[Any, ...], scheduler: Any) -> Iterator[Counts]:
+def _joined(shares: list[Future[Counts]]) -> Counts:
+    """The counts of a shard, from those of shares of its routers."""
+    whole, *others = (share.result() for share in shares)
+    for other in others:
+        whole.of |= other.of
+    return whole
+
+
+def _on_cluster(trace: Trace, arguments: Arguments, scheduler: Any) -> Iterator[Counts]:
     """The same by dask.distributed: a task a shard, twice as many at once as the cluster has threads."""
     try:
         from distributed import Client
@@ -110,7 +124,7 @@ def _on_cluster(trace: Trace, arguments: tuple[Any, ...], scheduler: Any) -> Ite
             client.close()
 
 
-def _shard_of(path: str, which: tuple[int, int], arguments: tuple[Any, ...]) -> Counts:
+def _shard_of(path: str, which: tuple[int, int], arguments: Arguments) -> Counts:
     """What a worker does: opens the trace where it stands, counts one shard of it, (rank, index). The trace may have grown since."""
     (shard,) = (shard for shard in open_trace(path).shards if (shard.files.rank, shard.files.index) == which)
     return count_shard(shard, *arguments)

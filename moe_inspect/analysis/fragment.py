@@ -105,8 +105,15 @@ def selected_tokens(shard: Shard, selection: Selection, stack: str = "", order: 
     )
 
 
-def count_shard(shard: Shard, selection: Selection, wants: frozenset[str], windows: Windows | None = None, fast: bool = False) -> Counts:
-    """The counts of one shard: what the whole adds up from. A sequence's tokens are in one shard, prompt and what was
+def count_shard(
+    shard: Shard,
+    selection: Selection,
+    wants: frozenset[str],
+    windows: Windows | None = None,
+    fast: bool = False,
+    routers: tuple[int, ...] | None = None,
+) -> Counts:
+    """The counts of one shard: what the whole adds up from. `routers`: of those selected, the ones to count now; all. A sequence's tokens are in one shard, prompt and what was
     generated from it together. Only a loop that generates more than writer.CONTINUED shards hold goes on in the next: the
     pair at that edge is not counted. `fast`: by the compiled kernels."""
     by = counting
@@ -121,11 +128,14 @@ def count_shard(shard: Shard, selection: Selection, wants: frozenset[str], windo
         first_token_W=np.full(W, -1, np.int64),
     )
     part.documents = _documents(shard, selection)
-    _count_counted(shard, selection, part) if shard.trace.counts_only else _count_routed(shard, selection, part, windows, by)
+    if shard.trace.counts_only:
+        _count_counted(shard, selection, part)
+    else:
+        _count_routed(shard, selection, part, windows, by, selection.routers if routers is None else routers)
     return part
 
 
-def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Windows | None, by: Any) -> None:
+def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Windows | None, by: Any, routers: tuple[int, ...]) -> None:
     order = bool(part.wants & NEEDS_ORDER)
     every = selected_tokens(shard, selection, order=order)
     part.labels = every.labels
@@ -147,7 +157,7 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
         if stack:
             part.token_ids_SV[stack] = _occurrences(seen)
             part.tokens_SU[stack] = np.bincount(places.unit_T, minlength=len(key_U)).astype(np.int64)
-        chosen = [r for r in part.indices if part.routers[r].stack == stack]
+        chosen = [r for r in routers if part.routers[r].stack == stack]
         linked = chosen if "transitions" in part.wants else []
         reached = {after for r in linked if (after := part.next_router(r)) is not None}
         before: tuple[int, counting.Slots] | None = None
