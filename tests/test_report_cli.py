@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from moe_inspect.report.plots import write_plots
 from moe_inspect.report.report import Report, report
 from moe_inspect.report.tables import TABLES
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
 from tests.planted import planted
-from tests.synthetic import write_counts, write_trace
+from tests.synthetic import uniform_ids, write_counts, write_trace
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,14 @@ def test_a_page_of_counts_says_what_it_lacks(tmp_path: Path):
     said = page.partition('class="left-out">')[2].partition("</p>")[0]
     assert "domains: there is only one" in said
     assert said.count("\n") == 0
+
+
+def test_labels_in_any_script_are_drawn_without_a_warning(tmp_path: Path):
+    ids = uniform_ids(np.random.default_rng(0), 600, 8, 2)
+    trace = write_trace(tmp_path / "t", [ids], 8, document=np.arange(600) // 50, domain_of_document=["中文", "日本語", "한국어"] * 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tmp_path / "domains.png" in write_plots(report(trace), tmp_path)
 
 
 def test_a_report_shows_itself_in_a_notebook(made: Report):

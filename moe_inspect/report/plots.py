@@ -19,7 +19,7 @@ from moe_inspect.analysis.balance import load_ratio
 from moe_inspect.analysis.pairs import coactivation_lift, transition_lift
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report import plots_locality  # noqa: F401  (adds its own to PLOTS)
-from moe_inspect.report.plots_parts import COLOURS, MARKS, PLOTS, bare, breadth, layer_ticks, new_figure, new_grid, plain, plot
+from moe_inspect.report.plots_parts import COLOURS, MARKS, PLOTS, bare, breadth, layer_ticks, letters, new_figure, new_grid, plain, plot
 from moe_inspect.report.text import cut, layer_label, readable
 from moe_inspect.report.verdict import chance
 
@@ -38,13 +38,14 @@ def write_plots(report: Report, directory: str | Path) -> list[Path]:
     directory, written = Path(directory), []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, draw in PLOTS.items():
-            if (figure := draw(report)) is None:
-                continue
-            for path in (directory / f"{name}.png", directory / f"{name}.svg"):
-                metadata = {"Date": None} if path.suffix == ".svg" else None  # the same trace makes the same file
-                figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
-                written.append(path)
+        with letters():
+            for name, draw in PLOTS.items():
+                if (figure := draw(report)) is None:
+                    continue
+                for path in (directory / f"{name}.png", directory / f"{name}.svg"):
+                    metadata = {"Date": None} if path.suffix == ".svg" else None  # the same trace makes the same file
+                    figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
+                    written.append(path)
     except OSError as error:
         raise MoeInspectError(f"cannot write {directory}: {error.strerror or error}") from None
     return written

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -16,6 +20,28 @@ PLOTS: dict[str, Callable[[Report], Figure | None]] = {}
 # Okabe and Ito's colours, which the colour-blind tell apart; yellow, too light on white, comes last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKS = ("-", "--", ":", "-.")
+
+
+# what DejaVu Sans has no letters for (Chinese, Japanese, Korean), where it is installed
+OTHER_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK KR",
+    "WenQuanYi Micro Hei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+)
+
+
+@contextmanager
+def letters() -> Iterator[None]:
+    """Labels in any script that an installed font has; a letter that none has is a box, without a warning for each."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    family = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed)]
+    with matplotlib.rc_context({"font.family": family}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 def plot(function: Callable[[Report], Figure | None]) -> Callable[[Report], Figure | None]:
