@@ -113,9 +113,10 @@ def count_shard(
     fast: bool = False,
     routers: tuple[int, ...] | None = None,
 ) -> Counts:
-    """The counts of one shard: what the whole adds up from. `routers`: of those selected, the ones to count now; all. A sequence's tokens are in one shard, prompt and what was
+    """The counts of one shard: what the whole adds up from. A sequence's tokens are in one shard, prompt and what was
     generated from it together. Only a loop that generates more than writer.CONTINUED shards hold goes on in the next: the
-    pair at that edge is not counted. `fast`: by the compiled kernels."""
+    pair at that edge is not counted. `fast`: by the compiled kernels. `routers`: of those selected, the ones to count now,
+    by default all."""
     by = counting
     if fast:
         from moe_inspect.analysis import kernels as by

@@ -119,14 +119,13 @@ def _balance(report: Report) -> str:
         if len(balance) == 1:
             return f"{where} is uneven ({by_uneven(report)}): {busiest} {beside}."
         return f"{where} is the worst balanced: {busiest} {beside}; {of}."
-    good = "No expert is overloaded" if any(row["dead_experts"] for row in balance) else "Balance is good"
+    dead = any(row["dead_experts"] for row in balance)
     if above_chance(report, row):
-        return f"{good}: at the worst, {where.lower()}, {busiest} {beside}."
+        return f"{'No expert is overloaded' if dead else 'Balance is good'}: at the worst, {where.lower()}, {busiest} {beside}."
     if chance(row) >= report.thresholds.uneven or row["max_vio"] >= report.thresholds.uneven:
         others = f"; {of}" if n else ""
         return f"Too little to judge balance by: at the worst, {where.lower()}, {busiest}, which may be chance {beside}{others}."
-    good = good.replace("Balance is good", "Nothing is wrong with the balance")
-    return f"{good}: at the worst, {where.lower()}, {busiest}, no more than chance may give {beside}."
+    return f"{'No expert is overloaded' if dead else 'Nothing is wrong with the balance'}: at the worst, {where.lower()}, {busiest}, no more than chance may give {beside}."
 
 
 def _silent(report: Report) -> str | None:
