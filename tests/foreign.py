@@ -213,6 +213,13 @@ def tensorrt_raw(root: Path) -> Made:
     return Made(root, _tensorrt(root, True), config=False)
 
 
+def router_logits(layer: int, ids_TK: np.ndarray) -> np.ndarray:
+    """float32 [T, E], drawn but for those of the experts chosen, which descend by slot: the first choice has the largest."""
+    drawn_TE = np.random.default_rng(layer).normal(size=(len(ids_TK), E)).astype(np.float32)
+    np.put_along_axis(drawn_TE, ids_TK, np.arange(10, 10 - K, -1, np.float32)[None], axis=1)
+    return drawn_TE
+
+
 def megatron_rank(root: Path, rank: int, passes: list[tuple[int, dict[int, np.ndarray]]], logits: bool = True) -> None:
     """One rank's file: of each pass its step, and the ids [T, K] by layer."""
     rows, sidecar = [], b""
@@ -231,7 +238,7 @@ def megatron_rank(root: Path, rank: int, passes: list[tuple[int, dict[int, np.nd
                 }
             )
             if logits:
-                drawn_TE = np.random.default_rng(layer).normal(size=(len(ids_TK), E)).astype(np.float32)
+                drawn_TE = router_logits(layer, ids_TK)
                 data = (drawn_TE.view(np.uint32) >> 16).astype("<u2").tobytes()
                 rows[-1] |= {"logit_offset": len(sidecar), "logit_bytes": len(data), "logit_shape": list(drawn_TE.shape)}
                 sidecar += data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,11 @@ def write_trace(
     layers: Sequence[int] | None = None,
     manifest: dict | None = None,
     status: str = "complete",
+    slot_order: str = "weight",
 ) -> Trace:
     """ids[r]: [T, K] of router r, the dtype's maximum where a slot routed nowhere. `document`: of each token, default all
-    in 0. Batch b is of phase `phases[b % len(phases)]`. `batch_order`: in which order the batches are written."""
+    in 0. Batch b is of phase `phases[b % len(phases)]`. `batch_order`: in which order the batches are written. `slot_order`: what
+    is known of slots without weights: with "weight" slot 0 is the first choice; with weights they are ordered by those."""
     T = len(ids[0])
     sizes = [experts] * len(ids) if isinstance(experts, int) else list(experts)
     document = np.zeros(T, np.int32) if document is None else np.asarray(document, np.int32)
@@ -49,7 +52,9 @@ def write_trace(
     code_of = np.array([labels.index(domain_of_document[d % len(domain_of_document)]) for d in range(document.max() + 1)], np.int32)
     token_id = np.zeros(T, np.int32) if token_id is None else np.asarray(token_id, np.int32)
     layer_of = range(len(ids)) if layers is None else layers
-    listed = [Router(layer, "gate", f"layers.{layer}.{r}", sizes[r], ids[r].shape[1]) for r, layer in enumerate(layer_of)]
+    listed = [
+        Router(layer, "gate", f"layers.{layer}.{r}", sizes[r], ids[r].shape[1], slot_order=slot_order) for r, layer in enumerate(layer_of)
+    ]
     vocabulary = pa.table({"token_id": range(words), "token": [f" w{i}" for i in range(words)]}) if words else None
     manifest = {
         "model": {"id": "synthetic"},
@@ -84,7 +89,7 @@ def write_trace(
 
 def write_counts(root: Path, loads: Sequence[np.ndarray], k: int, domains: Sequence[str] = ("text",)) -> Trace:
     """A counts-only trace; loads[r]: [D, E] assignments of router r."""
-    listed = routers(len(loads), loads[0].shape[1], k)
+    listed = [replace(r, slot_order="weight") for r in routers(len(loads), loads[0].shape[1], k)]
     with TraceWriter(
         root, {"model": {"id": "synthetic"}, "capture": {"weights": False}}, listed, weights=False, counts_only=True
     ) as writer:

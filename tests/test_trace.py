@@ -30,10 +30,10 @@ def a_batch(rng: np.random.Generator, number: int, T: int, routers: list[Router]
     for r in routers:
         kind = np.uint8 if r.experts < 256 else np.uint16
         chosen = rng.integers(0, r.experts, (T, r.top_k)).astype(kind)
-        if nowhere:
-            chosen[rng.random(chosen.shape) < 0.3] = np.iinfo(kind).max
+        if nowhere:  # in the last slots
+            chosen[np.sort(rng.random(chosen.shape), axis=1) > 0.7] = np.iinfo(kind).max
         ids.append(chosen)
-        weights.append(rng.random((T, r.top_k)).astype(np.float16))
+        weights.append(-np.sort(-rng.random((T, r.top_k)).astype(np.float16), axis=1))
     row = np.arange(T, dtype=np.int32)
     documents = [Document(number, f"d{number % 3}", "made", T)]
     code = np.full(T, number % 3, np.int32)
@@ -246,7 +246,7 @@ def test_pandas_polars_and_duckdb_read_the_same_rows(bf16: bool, tmp_path: Path)
     # some shards have slots that routed nowhere, some have none
     batches = [a_batch(rng, n, 300, even, nowhere=n in (1, 2)) for n in range(6)]
     if bf16:
-        bits = [[rng.integers(0x3000, 0x3F80, w.shape, np.uint16) for w in b.weights or []] for b in batches]
+        bits = [[np.sort(rng.integers(0x3000, 0x3F80, w.shape, np.uint16))[:, ::-1] for w in b.weights or []] for b in batches]
         batches = [replace(b, weights=of) for b, of in zip(batches, bits, strict=True)]
     written(tmp_path, batches, even, shard_tokens=600)
     part = pq.ParquetFile(tmp_path / "routing/part-0-2.parquet")

@@ -93,7 +93,8 @@ def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.nda
 
 
 def handed_over(model: Any, sites: list[Site], inputs: dict[str, torch.Tensor]) -> list[np.ndarray | None]:
-    """The gate weights [T, K] that each experts module is called with; None where a router's own output was read."""
+    """The gate weights [T, K] that each experts module is called with, −inf where a slot names no expert; None where a router's own
+    output was read."""
     received: dict[int, np.ndarray] = {}
 
     def watch(r: int, forward: Any) -> Any:
@@ -101,7 +102,8 @@ def handed_over(model: Any, sites: list[Site], inputs: dict[str, torch.Tensor]) 
             tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)][1:]
             ids = next((t for t in tensors if not t.dtype.is_floating_point and t.dim() == 2), None)
             if ids is not None:
-                received[r] = next(t for t in tensors if t.dtype.is_floating_point and t.shape == ids.shape).float().numpy().copy()
+                weights = next(t for t in tensors if t.dtype.is_floating_point and t.shape == ids.shape).float()
+                received[r] = weights.masked_fill((ids < 0) | (ids >= sites[r].experts), -torch.inf).numpy()
             return forward(*args, **kwargs)
 
         return watched
@@ -165,6 +167,9 @@ def test_recorded_is_what_executed(family: str, capture: str, tmp_path: Path) ->
     assert trace.n_tokens == sum(fed_to(site, inputs).sum() for site in {s.stack: s for s in sites}.values())
     assert len(trace.routers) >= len(sites)
     assert {r.layer for r in trace.routers} == {s.layer for s in sites}
+    assert_first_choice_first(trace)
+    experts = [c for c in trace.routing() if c.startswith("expert_")]
+    assert recorded(model, tmp_path / "ids", inputs, capture, weights=False).routing()[experts].equals(trace.routing()[experts])
     if capture == "dispatch":  # the other way, which is checked in full
         tapped = recorded(model, tmp_path / "tap", inputs, "tap")
         assert tapped.routing().equals(trace.routing())
@@ -176,15 +181,23 @@ def test_recorded_is_what_executed(family: str, capture: str, tmp_path: Path) ->
     for r, site in enumerate(sites):
         ids, weights, real = slots(trace, r, "expert_"), slots(trace, r, "weight_"), fed_to(site, inputs)
         if (w := executed[r]) is not None:
-            there = ~np.isnan(ids)
+            there, ordered = ~np.isnan(ids), -np.sort(-w[real], axis=1)
             # 2^-25 is half the step of the smallest half-precision numbers
-            assert (np.abs(weights - w[real])[there] <= 2**-10 * np.abs(w[real])[there] + 2**-25).all()
+            assert (np.abs(weights - ordered)[there] <= 2**-10 * np.abs(ordered)[there] + 2**-25).all()
         chosen = np.zeros((len(ids), site.experts), bool)
         row, slot = np.nonzero(~np.isnan(ids) & (weights != 0))  # a weight of zero leaves no trace in the output
         chosen[row, ids[row, slot].astype(int)] = True
         found = disturbed(model, site, inputs)[real]
         assert (chosen == found).all(), f"{site.path}: {(chosen != found).sum()} of {found.sum()}"
         assert np.isnan(ids).sum() == 0 or family in ("zaya", "longcat_flash")
+
+
+def assert_first_choice_first(trace: moe_inspect.Trace) -> None:
+    """Each decision's slots are in descending weight, those that routed nowhere last, and the manifest says so."""
+    for r, router in enumerate(trace.routers):
+        assert trace.manifest["routers"][r]["slot_order"] == router.slot_order == "weight"
+        key = np.nan_to_num(slots(trace, r, "weight_"), nan=-np.inf)
+        assert (key[:, :-1] >= key[:, 1:]).all(), router.path
 
 
 def tokens_in_order(trace: moe_inspect.Trace) -> Any:

@@ -45,8 +45,8 @@ class RouterCounts:
     max_vio.
     by_slot_EE: int64, pairs of experts of one decision, that of the earlier slot by that of the later.
     next_EN: int64, of every decision all k·k' pairs (expert here, expert of the same token at the next router).
-    next_first_EN: int64, pairs of first choices.
-    pairs_U: int64, pairs of consecutive tokens of a sequence; first_same_U: with the same first choice; any_same_U: with an
+    next_first_EN: int64, pairs of first choices; None where a router's first choices are unknown.
+    pairs_U: int64, pairs of consecutive tokens of a sequence; first_same_U: with the same first choice (None: unknown); any_same_U: with an
     expert in common.
     window_load_WE, window_tokens_W: int64, load and tokens of each window of the trace.
     srp[m]: int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m tokens choose the expert.

@@ -169,7 +169,9 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
             if before is not None and r in reached:
                 b, of_b = before
                 shape = (part.routers[b].experts, part.routers[r].experts)
-                part.of[b].next_EN, part.of[b].next_first_EN = by.transitions(of_b, slots, *shape)
+                part.of[b].next_EN, next_first_EN = by.transitions(of_b, slots, *shape)
+                ranked = part.routers[b].first_choice_known and part.routers[r].first_choice_known
+                part.of[b].next_first_EN = next_first_EN if ranked else None
             before = (r, slots) if r in chosen else None
 
 
@@ -193,7 +195,9 @@ def _count_router(
     weights = seen.of(shard.slot_weights(r), r) if weighted else None
     assignments_UE, first_choice_DE, load_BE, load_WE = by.loads(slots, places, E)
     weight_sum_DE = by.weight_sum(places.domain_T, slots, weights, D, E) if weights is not None else None
-    mine = RouterCounts(assignments_UE, first_choice_DE, weight_sum_DE, k * len(slots[0]) - int(load_BE.sum()))
+    ranked = part.routers[r].first_choice_known
+    null_slots = k * len(slots[0]) - int(load_BE.sum())
+    mine = RouterCounts(assignments_UE, first_choice_DE if ranked else None, weight_sum_DE, null_slots)
     mine.batches = _batches(places.tokens_B, load_BE)
     if "pairs" in wants:
         mine.by_slot_EE = by.by_slot(slots, E)
@@ -201,7 +205,8 @@ def _count_router(
         mine.window_load_WE, mine.window_tokens_W = load_WE, places.tokens_W.copy()
     if "repetition" in wants:
         mine.pairs_U = places.pairs_U.copy()
-        mine.first_same_U, mine.any_same_U = by.repetition(slots, places, E if mine.null_slots else 2**16)
+        first_same_U, mine.any_same_U = by.repetition(slots, places, E if mine.null_slots else 2**16)
+        mine.first_same_U = first_same_U if ranked else None
     if "srp" in wants:
         mine.srp = {m: by.srp(slots, places, E, m) for m in SRP_LENGTHS}
     if "esft" in wants and (order := places.order) is not None:
@@ -260,7 +265,8 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
 
         assignments_DE = summed("assignments").astype(np.int64)
         first_choice_DE = summed("first_choice").astype(np.int64) if ranked else None
-        part.of[r] = RouterCounts(assignments_DE, first_choice_DE, summed("weight_sum") if weighted else None)
+        known_DE = first_choice_DE if part.routers[r].first_choice_known else None
+        part.of[r] = RouterCounts(assignments_DE, known_DE, summed("weight_sum") if weighted else None)
         tokens_LD.append(first_choice_DE.sum(1) if first_choice_DE is not None else np.rint(assignments_DE.sum(1) / k).astype(np.int64))
     # a token may have no first choice at one router, but at another: the router that missed fewest tells how many there were
     stack_L = [part.routers[r].stack for r in selection.routers]

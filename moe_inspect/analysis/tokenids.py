@@ -59,13 +59,13 @@ def frequent(counts: Counts, min_count: int, most: int, router: int | None = Non
 
 @dataclass
 class TokenTables:
-    """The tables of one router, uint32. any_VE counts assignments, first_VE first choices. With `nulls`: the same with the
+    """The tables of one router, uint32. any_VE counts assignments, first_VE first choices (None: unknown). With `nulls`: the same with the
     token ids shuffled within each shard, and any_PE, by (token id, unit), with its coordinates."""
 
     router: int
     token_ids: TokenIds
     any_VE: np.ndarray
-    first_VE: np.ndarray
+    first_VE: np.ndarray | None
     shuffled_any: list[np.ndarray]
     shuffled_first: list[np.ndarray]
     pair_ids: TokenIds | None = None
@@ -126,8 +126,9 @@ def _empty(trace: Trace, router: int, token_ids: TokenIds, pair_ids: TokenIds | 
     def table(rows: int = V) -> np.ndarray:
         return np.zeros((rows, E), np.uint32)
 
-    shuffled_any, shuffled_first = ([table() for _ in range(shuffles)] for _ in range(2))
-    tables = TokenTables(router, token_ids, table(), table(), shuffled_any, shuffled_first)
+    ranked = trace.routers[router].first_choice_known
+    shuffled_any, shuffled_first = ([table() for _ in range(n)] for n in (shuffles, shuffles if ranked else 0))
+    tables = TokenTables(router, token_ids, table(), table() if ranked else None, shuffled_any, shuffled_first)
     if pair_ids is not None:
         tables.pair_ids, tables.clusters = pair_ids, clusters
         tables.by_unit = np.zeros((len(pair_ids.ids_V), D * clusters, E), np.uint32)
@@ -155,10 +156,12 @@ def _count_shard(
     for tables in group:
         slots = chosen.of(shard.slots(tables.router), tables.router)
         accumulate(tables.any_VE, row_T, slots)
-        accumulate(tables.first_VE, row_T, slots[:1])
-        for any_VE, first_VE, order_T in zip(tables.shuffled_any, tables.shuffled_first, shuffled, strict=True):
+        for any_VE, order_T in zip(tables.shuffled_any, shuffled, strict=True):
             accumulate(any_VE, order_T, slots)
-            accumulate(first_VE, order_T, slots[:1])
+        if tables.first_VE is not None:
+            accumulate(tables.first_VE, row_T, slots[:1])
+            for first_VE, order_T in zip(tables.shuffled_first, shuffled, strict=True):
+                accumulate(first_VE, order_T, slots[:1])
         if tables.by_unit is not None and pair_row_T is not None:
             accumulate(tables.by_unit.reshape(-1, tables.by_unit.shape[-1]), pair_row_T, slots)
 

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 class DeviceCounts:
-    """Load by router, domain and expert, summed on each router's device; nothing waits for the device until `take`."""
+    """Load by router, domain and expert, summed on each router's device; nothing waits for the device until `take`. First choices
+    are by the weights as `weight_dtype` holds them, which is how a trace of decisions stores them. `weights`: whether they are summed."""
 
-    def __init__(self, routers: Sequence[Router], devices: Sequence[torch.device], weights: bool):
-        self.routers, self.devices, self.weights = list(routers), list(devices), weights
+    def __init__(self, routers: Sequence[Router], devices: Sequence[torch.device], weight_dtype: torch.dtype, weights: bool):
+        self.routers, self.devices, self.weight_dtype, self.weights = list(routers), list(devices), weight_dtype, weights
         self.tokens = self.batch = self.taken_tokens = 0
         self.documents: list[Document] = []
         self._taken = [np.zeros(r.experts, np.int64) for r in routers]
@@ -63,7 +64,8 @@ class DeviceCounts:
         slot_TK = domain_T1.clamp(min=0) * (E + 1) + ids_TK.long().masked_fill(outside_TK, E)
         assignments, first_choice, *weight_sum = (s.view(-1) for s in self._now[r])
         assignments.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK).reshape(-1))
-        first_choice.scatter_add_(0, slot_TK[:, 0], torch.ones_like(slot_TK[:, 0]))
+        first_T1 = weights_TK.to(self.weight_dtype).masked_fill(outside_TK, -torch.inf).argmax(1, keepdim=True)  # of equal ones the first
+        first_choice.scatter_add_(0, slot_TK.gather(1, first_T1)[:, 0], torch.ones_like(slot_TK[:, 0]))
         for sums in weight_sum:
             sums.scatter_add_(0, slot_TK.reshape(-1), weights_TK.reshape(-1).to(sums.dtype))
 

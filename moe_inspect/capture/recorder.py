@@ -27,7 +27,7 @@ from moe_inspect.capture.routers import Site, find_routers
 from moe_inspect.capture.rows import Given, RowReader, Rows
 from moe_inspect.capture.stacks import Pass, Stack
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import schema
+from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.place import check_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter, clear_trace
@@ -346,7 +346,7 @@ class Recorder:
 
     def _make_rings(self, stack: Stack, rows: int) -> None:
         assert not any(p.stack is stack for forward in self._leaving for p in forward.passes)
-        stack.make_rings(rows, self._weight_dtype if self.weights else None)
+        stack.make_rings(rows, self._weight_dtype)  # also without weights in the trace: its slots are ordered by them
 
     def _end_forward(self, fed: Sequence[Stack]) -> None:
         """A forward pass has been launched, and need not have run."""
@@ -429,7 +429,7 @@ class Recorder:
                 of_tokens("domain"),
                 list(self.reader.domains),
                 ids=of_routers("ids"),
-                weights=of_routers("weights") if self.weights else None,
+                weights=of_routers("weights"),
                 logits=of_routers("logits") if self.logits else None,
                 documents=[document for _, rows in parts for document in rows.documents],
                 phase=last.phase,
@@ -518,7 +518,9 @@ class Recorder:
         if self.path is not None:
             self.writer = self._open_writer()
         if self.counts_only:
-            self._counts = DeviceCounts(self.routers, [d for stack in self.stacks.values() for d in stack.devices()], self.weights)
+            self._counts = DeviceCounts(
+                self.routers, [d for stack in self.stacks.values() for d in stack.devices()], self._weight_dtype, self.weights
+            )
             self._counts.begin()
 
     def _open_writer(self) -> TraceWriter:
@@ -548,7 +550,7 @@ class Recorder:
         writer = TraceWriter(
             self.path,
             manifest,
-            self.routers,
+            [slot_order.stated(router, known=True) for router in self.routers],
             weights=self.weights,
             logits=self.logits,
             counts_only=self.counts_only,

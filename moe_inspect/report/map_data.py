@@ -105,8 +105,8 @@ def _by_expert(table: Any, first: np.ndarray, position: dict[int, int], entries:
     return table.iloc[order], np.searchsorted(flat[order], np.arange(first[-1] + 1)).tolist()
 
 
-def _thousandths(values: Any) -> list[int]:
-    return (values.to_numpy(float) * 1000).round().astype(int).tolist()
+def _thousandths(values: Any) -> list[int | None]:
+    return [None if np.isnan(v) else round(v * 1000) for v in values.to_numpy(float).tolist()]
 
 
 def numbers(values: np.ndarray) -> list[float | None]:

@@ -101,12 +101,15 @@ def repetition(report: Report) -> pd.DataFrame:
             ("first_choice", pairs.first_choice, of.first_same_U),
             ("any_choice", pairs.any_choice, of.any_same_U),
         ):
-            same_U = _known(same)
-            columns[name] = formula(counts.by_domain(same_U), columns["pairs"])
-            bounds = [unc.ratio_interval(same_U[u], pairs_U[u], w) for u, w in zip(of_domain, resampled, strict=True)]
+            if same is None:  # first choices are unknown
+                columns |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
+                continue
+            columns[name] = formula(counts.by_domain(same), columns["pairs"])
+            bounds = [unc.ratio_interval(same[u], pairs_U[u], w) for u, w in zip(of_domain, resampled, strict=True)]
             columns[f"{name}_low"], columns[f"{name}_high"] = np.array(bounds).reshape(-1, 2).T
         columns["first_choice_random"] = 1 / router.experts
-        columns["first_choice_by_load"] = pairs.first_choice_by_load(_known(of.first_choice_DE))
+        first_DE = of.first_choice_DE
+        columns["first_choice_by_load"] = np.nan if first_DE is None else pairs.first_choice_by_load(first_DE)
         columns["any_choice_random"] = pairs.any_choice_random(router.experts, router.top_k)
         parts.append(of_router(report, r, columns))
     return stacked(parts)
@@ -126,8 +129,9 @@ def locality(report: Report) -> pd.DataFrame:
         pairs_U = _known(of.pairs_U)
         found: dict[str, tuple[float, tuple[float, float]]] = {}
         for name, same in (("first_choice_repetition", of.first_same_U), ("any_choice_repetition", of.any_same_U)):
-            value = _known(same).sum() / pairs_U.sum() if pairs_U.any() else np.nan
-            found[name] = value, unc.ratio_interval(_known(same), pairs_U, weights_RU)
+            if same is not None:  # else first choices are unknown
+                value = same.sum() / pairs_U.sum() if pairs_U.any() else np.nan
+                found[name] = value, unc.ratio_interval(same, pairs_U, weights_RU)
         for m in LENGTHS:
             windows_UM = (of.srp or {})[m]
             value = pairs.srp(windows_UM.sum(0))

@@ -24,7 +24,7 @@ def repetition(report: Report) -> Figure | None:
     if report.counts.counts_only:
         return None
     table: Any = report.tables["repetition"]
-    if table.empty:
+    if table["first_choice"].isna().all():
         return None
     chosen = list(report.selection.routers)
     figure, axes = new_figure(breadth(len(chosen)), 4.2)

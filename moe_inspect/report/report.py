@@ -215,6 +215,10 @@ class Report:
             notes.append(f"one domain: domain_mi_*, jsd_bits need two{way_out}")
         if not self.trace.has_weights:
             notes.append("no weights recorded: weight_sum, importance_cv, gate_score, weight_* are NaN")
+        unranked = sum(not self.trace.routers[r].first_choice_known for r in self.selection.routers)
+        if unranked:
+            which = "" if unranked == len(self.selection.routers) else f" of {counted(unranked, 'router')}"
+            notes.append(f"first choices{which} are unknown: no gate weights say which expert came first; what needs them is NaN")
         if any(not counts.load_E(r).any() for r in self.selection.routers):
             notes.append("a router without a single assignment has no balance")
         if "logits" not in self.trace.tables:

@@ -30,6 +30,8 @@ def repetition(report: Report) -> Section | str:
     if report.counts.counts_only:
         return "repetition and locality: counts alone have no order"
     table: Any = report.tables["repetition"]
+    if table["first_choice"].isna().all():
+        return "repetition: first choices are unknown, or no token follows another"
     order = {r: i for i, r in enumerate(report.selection.routers)}
     labels, data = [layer_label(report, r) for r in report.selection.routers], []
     for name, rows in table.groupby("domain", sort=False):

@@ -208,11 +208,12 @@ def specialization_by_id(tables: tokenids.TokenTables, D: int) -> dict[str, floa
     row = {
         "token_mi_bits": token_mi,
         "token_mi_null_bits": token_mi_null,
-        "vocabulary_specialization": sp.vocabulary_specialization(tables.first_VE),
-        "vocabulary_specialization_null": float(np.mean([sp.vocabulary_specialization(f) for f in tables.shuffled_first])),
         "vocabulary_specialization_any": sp.vocabulary_specialization_any(tables.any_VE, occurrences_V),
         "vocabulary_specialization_any_null": float(np.mean(any_null)),
     }
+    if tables.first_VE is not None:
+        row["vocabulary_specialization"] = sp.vocabulary_specialization(tables.first_VE)
+        row["vocabulary_specialization_null"] = float(np.mean([sp.vocabulary_specialization(f) for f in tables.shuffled_first]))
     if tables.by_unit is not None:
         counts_PE, token_P, domain_P = tables.pairs(D)
         row["domain_mi_given_token_bits"] = sp.conditional_mi_bits(*sp.by_group(counts_PE, token_P, domain_P))
@@ -238,7 +239,7 @@ def vocabulary_of(tables: tokenids.TokenTables, report: Report, text_of: pd.Seri
         "token": text_of.reindex(ids).to_numpy(object),
         "count": tables.any_VE[row, expert].astype(np.int64),
         "fraction": tables.any_VE[row, expert] / np.maximum(occurrences, 1),
-        "first_choice_fraction": tables.first_VE[row, expert] / np.maximum(occurrences, 1),
+        "first_choice_fraction": np.nan if tables.first_VE is None else tables.first_VE[row, expert] / np.maximum(occurrences, 1),
         "occurrences": occurrences,
     }
     return of_router(report, tables.router, columns)

@@ -255,7 +255,8 @@ def _cut(name: str, frame: Any) -> Any:
         by = "gate_entropy_nats" if frame["gate_entropy_nats"].notna().any() else "weight_entropy_nats"
         return frame.nlargest(ROWS, by).sort_values(["layer", "router"]) if frame[by].notna().any() else frame.head(ROWS)
     if name == "vocabulary":
-        return frame.loc[(frame["first_choice_fraction"] * np.log1p(frame["count"])).nlargest(ROWS).index]
+        fraction = frame["first_choice_fraction"].fillna(frame["fraction"])  # first choices may be unknown
+        return frame.loc[(fraction * np.log1p(frame["count"])).nlargest(ROWS).index]
     return frame
 
 

@@ -43,16 +43,23 @@ def simulate_capacity(
     *,
     capacity_factors: Sequence[float] = (1.0, 1.25, 2.0),
     group_tokens: int | Literal["batch", "sequence"] = "batch",
-    order: Order = "arrival",
+    order: Order | None = None,
     target_drop: float = 0.01,
     layers: str | int | Iterable[int] | None = None,
 ) -> Simulation:
     """What experts of limited capacity would drop. A group is a forward pass, at most `group_tokens` tokens of one, or the tokens
-    of one sequence in one. `order`: who is served first. `target_drop`: the drop rate for which the least factor is sought."""
+    of one sequence in one. `order`: who is served first, by default arrival, or token where the
+    trace does not say which choice of a decision was the first. `target_drop`: the drop rate for which the least factor is sought."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     need_decisions(trace, "simulate capacity")
-    factors = _checked(trace, capacity_factors, group_tokens, order, target_drop)
     chosen = select(trace, layers=layers).routers
+    ranked = all(trace.routers[r].first_choice_known for r in chosen)
+    order = order or ("arrival" if ranked else "token")
+    factors = _checked(trace, capacity_factors, group_tokens, order, target_drop)
+    if order == "arrival" and not ranked:
+        raise MoeInspectError(
+            f"order arrival serves first choices first, and {trace.path} does not say which those are: order token needs none"
+        )
     small = is_small(trace, chosen)
     tallies = {r: Tally(trace.routers[r], factors) for r in chosen}
     domains: list[str] = []

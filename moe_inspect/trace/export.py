@@ -95,11 +95,11 @@ def _summed(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
             return np.bincount(cells, weights, len(labels) * E).reshape(-1, E)
 
         count_DE = sums_of(cells_TK[there_TK])
-        first_DE = sums_of(cells_TK[:, 0][there_TK[:, 0]])
+        first_DE = sums_of(cells_TK[:, 0][there_TK[:, 0]]) if router.first_choice_known else None
         weight_DE = None if weights_TK is None else sums_of(cells_TK[there_TK], weights_TK[there_TK])
         for d, label in enumerate(labels):
-            sums = {"count": count_DE[d], "first_choice": first_DE[d]}
-            yield r, str(label), sums if weight_DE is None else {**sums, "weight_sum": weight_DE[d]}
+            made = {"count": count_DE, "first_choice": first_DE, "weight_sum": weight_DE}
+            yield r, str(label), {name: values_DE[d] for name, values_DE in made.items() if values_DE is not None}
 
 
 def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
@@ -109,9 +109,10 @@ def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
     columns = {"count": "assignments", "first_choice": "first_choice", "weight_sum": "weight_sum"}
     there = {name: table[c].to_numpy() for name, c in columns.items() if c in table.column_names and not table[c].null_count}
     for r, router in enumerate(shard.trace.routers):
+        known = {name: values for name, values in there.items() if name != "first_choice" or router.first_choice_known}
         for domain in dict.fromkeys(domain_N[router_N == r]):
             rows = (router_N == r) & (domain_N == domain)
-            weigh = {name: np.bincount(expert_N[rows], values[rows], router.experts) for name, values in there.items()}
+            weigh = {name: np.bincount(expert_N[rows], values[rows], router.experts) for name, values in known.items()}
             yield r, domain, {n: v if n == "weight_sum" else v.astype(np.int64) for n, v in weigh.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import schema
+from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.remote import Remote, place
 from moe_inspect.trace.schema import Router
 
@@ -137,8 +138,14 @@ class Shard:
         return self.table("tokens", columns)
 
     def routing(self, router: int, columns: list[str] | None = None) -> pa.Table:
-        """The decisions of one router, in token order: only its row groups are read."""
-        return self._of_router("routing", router, columns)
+        """The decisions of one router, in token order: only its row groups are read. Slots are in descending weight where
+        that can be known: those of a trace that does not state its order are put in order here."""
+        slots = self.trace._slots_to_order(router)
+        if not slots or (columns is not None and not {*columns}.intersection(*slots)):
+            return self._of_router("routing", router, columns)
+        wanted = None if columns is None else [*dict.fromkeys([*columns, *itertools.chain(*slots)])]
+        table = _in_order(self._of_router("routing", router, wanted), *slots)
+        return table if columns is None else table.select(columns)
 
     def seen(self, router: int) -> np.ndarray | None:
         """bool [T]: which tokens of the shard reach the router; None where all do. Its decisions are theirs, in this order."""
@@ -149,7 +156,7 @@ class Shard:
         return np.array([listed.sees(phase) for phase in phases], bool)[code_T]
 
     def slots(self, router: int) -> tuple[np.ndarray, ...]:
-        """The experts of each decision, an array a slot in the router's own order: uint8 or uint16 [T], the number of experts
+        """The experts of each decision, an array a slot: uint8 or uint16 [T], the number of experts
         where a slot routed nowhere. What the file holds is copied only where some did. MoeInspectError for an id out of range."""
         columns, E = self._slots(router, "expert"), self.trace.routers[router].experts
         if np.iinfo(columns[0].type.to_pandas_dtype()).max < E and any(column.null_count for column in columns):
@@ -157,7 +164,7 @@ class Shard:
         return tuple(_filled(column, E, router) for column in columns)
 
     def ids(self, router: int) -> np.ndarray:
-        """int16 [T, K], the experts of each decision in the router's own order, −1 where a slot routed nowhere. Slots are
+        """int16 [T, K], the experts of each decision, −1 where a slot routed nowhere. Slots are
         contiguous in memory, as they are on disk. MoeInspectError for an id out of range."""
         slots, E = self.slots(router), self.trace.routers[router].experts
         ids_KT = np.empty((len(slots), len(slots[0])), np.int16)
@@ -201,6 +208,22 @@ class Shard:
         return table if columns is None else table.select(columns)
 
 
+def _in_order(table: pa.Table, experts: list[str], weights: list[str]) -> pa.Table:
+    """The table with each decision's slots in descending weight, those that routed nowhere last."""
+    nowhere_KT = np.stack([table[name].is_null().to_numpy() for name in experts])
+    weights_KT = np.stack([table[name].fill_null(0).to_numpy() for name in weights])
+    order_KT = slot_order.descending(weights_KT, nowhere_KT)
+    if order_KT is None:
+        return table
+    ids_KT = np.stack([table[name].fill_null(0).to_numpy() for name in experts])
+    ids_KT, weights_KT, nowhere_KT = (np.take_along_axis(values_KT, order_KT, 0) for values_KT in (ids_KT, weights_KT, nowhere_KT))
+    for names, values_KT in ((experts, ids_KT), (weights, weights_KT)):
+        for name, values_T, nowhere_T in zip(names, values_KT, nowhere_KT, strict=True):
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, pa.field(name, table.schema.types[at]), pa.array(values_T, mask=nowhere_T))
+    return table
+
+
 def _routers_of_groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
     """The first and last router in each row group, any where the file does not say."""
     index = file.schema_arrow.get_field_index("router")
@@ -223,7 +246,8 @@ class Trace:
     def __init__(self, path: str | Path | Remote):
         self.path = place(path)
         self.manifest = read_manifest(self.path)
-        self.routers = [Router(**r) for r in self.manifest["routers"]]
+        self._listed = [Router(**r) for r in self.manifest["routers"]]
+        self.routers = [router if router.slot_order else slot_order.stated(router, self._orderable) for router in self._listed]
         self._files = committed_shards(self.path, self.manifest)
 
     def __repr__(self) -> str:
@@ -244,6 +268,19 @@ class Trace:
     @property
     def has_weights(self) -> bool:
         return bool(self.manifest["capture"]["weights"])
+
+    @property
+    def _orderable(self) -> bool:
+        """Whether the first choice can be known of routers whose slot order nobody stated: by the weights, or since a source of
+        counts said it (where it did not, it is null)."""
+        return self.has_weights if not self.counts_only else self.imported
+
+    def _slots_to_order(self, router: int) -> tuple[list[str], list[str]] | None:
+        """The columns of experts and of weights whose order has to be looked at while they are read."""
+        listed = self._listed[router]
+        if listed.slot_order or not self.has_weights or listed.top_k == 1:
+            return None
+        return [f"expert_{j}" for j in range(listed.top_k)], [f"weight_{j}" for j in range(listed.top_k)]
 
     @property
     def n_tokens(self) -> int:

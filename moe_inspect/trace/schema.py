@@ -54,7 +54,8 @@ VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())]
 class Router:
     """One router of the model, as `trace.json` lists it. `layer` is the block index, `experts` and `top_k` count routed
     experts only, `scoring` is how logits become scores ("softmax", "sigmoid", or "" where unknown). `stack` is "encoder" or
-    "decoder" in a model that has both, else "": which tokens reach the router."""
+    "decoder" in a model that has both, else "": which tokens reach the router. `slot_order` is "weight" (slots are in descending
+    gate weight: slot 0 is the first choice), "unknown", or "" in a trace written before it was stated."""
 
     layer: int
     name: str
@@ -64,6 +65,12 @@ class Router:
     scoring: str = ""
     shared_experts: int = 0
     stack: str = ""
+    slot_order: str = ""
+
+    @property
+    def first_choice_known(self) -> bool:
+        """Whether slot 0 is the first choice, the expert with the largest gate weight."""
+        return self.slot_order == "weight"
 
     def sees(self, phase: str) -> bool:
         """Whether tokens of this phase reach the router: the encoder's see those of "encode", the decoder's the others."""
@@ -119,7 +126,8 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     "batch": "the forward pass",
     "layer": "the model's block index, not the ordinal of the MoE layers",
     "router": "index into routers in trace.json: a block may have several",
-    "expert_j": "routed expert in slot j of the router's own order; null where the slot routed nowhere",
+    "expert_j": "routed expert in slot j; null where the slot routed nowhere. Slots are in descending gate weight where the router's "
+    "slot_order is weight",
     "weight_j": "gate weight handed to the expert in slot j",
 }
 

@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import schema
+from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.schema import Router
 
 SHARD_TOKENS = 65_536
@@ -47,7 +47,8 @@ class Document:
 @dataclass(frozen=True)
 class RoutedBatch:
     """One forward pass. Arrays of length T are in execution order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`:
-    float16 [T, K_r], the bits of bfloat16 as uint16, float32 that one of the two holds exactly, or None, `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d. Of an encoder-decoder the
+    float16 [T, K_r], the bits of bfloat16 as uint16, float32 that one of the two holds exactly, or None (a trace without weights is
+    still ordered by them), `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d. Of an encoder-decoder the
     first `encoded` tokens were fed to the encoder, the others to the decoder, and a router has rows only of those it sees."""
 
     batch: int
@@ -112,10 +113,11 @@ class TraceWriter:
         queue_batches: int = QUEUE_BATCHES,
         resume: ResumePoint | None = None,
     ):
-        self.root, self.rank, self.routers = Path(root), rank, list(routers)
+        self.root, self.rank = Path(root), rank
         self.weights, self.logits, self.counts_only = weights, logits, counts_only
         self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
         start = resume or ResumePoint()
+        self.routers = [self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)]
         self.next_shard, self.next_token = start.shards, start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
         self.dropped = 0  # decisions that were made and not handed over, told by who records
@@ -198,6 +200,14 @@ class TraceWriter:
             raise interrupted
         if not quiet:
             self._raise()
+
+    def _with_order(self, router: Router, written: str | None) -> Router:
+        """The router with the order of its slots stated: that of what is `written` already, else by weight where decisions come
+        with weights or logits, or where the caller says that it is known."""
+        if written is not None:
+            return replace(router, slot_order=written)
+        known = router.first_choice_known or (not self.counts_only and (self.weights or self.logits))
+        return slot_order.stated(router, known)
 
     def _write_manifest(self) -> None:
         if self.rank == 0:
@@ -308,14 +318,35 @@ class TraceWriter:
             seen = self._seen(r, batches, token)
             nowhere_KT = ids_KT == np.iinfo(ids_KT.dtype).max if _holds_nowhere(ids_KT, self.routers[r].experts) else None
             experts_KT = ids_KT.astype(schema.id_dtype(self.routers).to_pandas_dtype(), copy=False)
+            weights = [_widened(b.weights[r]) for b in batches if b.weights is not None]
+            weights_KT = _slot_major(weights, np.float32) if weights else None
+            order_KT = self._slot_order(r, batches, experts_KT, nowhere_KT, weights_KT)
+            if order_KT is not None:
+                experts_KT, nowhere_KT, weights_KT = (
+                    None if values_KT is None else np.take_along_axis(values_KT, order_KT, 0)
+                    for values_KT in (experts_KT, nowhere_KT, weights_KT)
+                )
             columns = [seen, *self._router_columns(r, len(seen))]
             columns += _slots(experts_KT, nowhere_KT, schema_of, "expert")
             if self.weights:
-                weights_KT = _slot_major([_widened(b.weights[r]) for b in batches if b.weights is not None], np.float32)
+                assert weights_KT is not None
                 columns += _slots(weights_KT, nowhere_KT, schema_of, "weight")
             return pa.Table.from_arrays(columns, schema=schema_of)
 
         return table
+
+    def _slot_order(
+        self, r: int, batches: list[RoutedBatch], experts_KT: np.ndarray, nowhere_KT: np.ndarray | None, weights_KT: np.ndarray | None
+    ) -> np.ndarray | None:
+        """How the slots of these decisions come into the order that the manifest states; None where they are in it."""
+        if not self.routers[r].first_choice_known:
+            return None
+        if weights_KT is not None:
+            return slot_order.descending(weights_KT, nowhere_KT)
+        if not self.logits:
+            return None
+        logits_TE = np.concatenate([b.logits[r] for b in batches if b.logits is not None])
+        return slot_order.descending(slot_order.chosen_logits(logits_TE, experts_KT, nowhere_KT), nowhere_KT)
 
     def _logits_of(self, r: int, batches: list[RoutedBatch], token: pa.Array, experts: int) -> Callable[[], pa.Table]:
         def table() -> pa.Table:
@@ -529,13 +560,14 @@ class _HashingFile:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a rank has committed: the next batch, document… to do."""
+    """What a rank has committed: the next batch, document… to do. `slot_orders`: of the routers, by index."""
 
     shards: int = 0
     next_token: int = 0
     next_batch: int = 0
     tokens: int = 0
     decisions: int = 0
+    slot_orders: dict[int, str] = field(default_factory=dict)
 
 
 def committed_counts(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
@@ -567,6 +599,7 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
         next_batch=shards[-1].last_batch + 1,
         tokens=sum(s.tokens for s in shards),
         decisions=sum(s.decisions for s in shards),
+        slot_orders={r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])},
     )
 
 

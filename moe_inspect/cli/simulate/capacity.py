@@ -35,9 +35,13 @@ def capacity(
         str, typer.Option(metavar="N|batch|sequence", help="What is a group: a forward pass, at most N tokens of one, or a sequence.")
     ] = "batch",
     order: Annotated[
-        Order,
-        typer.Option(help="Who is served first: all first choices (arrival, GShard), token by token (Switch), the highest gate weight."),
-    ] = Order.arrival,
+        Order | None,
+        typer.Option(
+            help="Who is served first: all first choices (arrival, GShard), token by token (Switch), the highest gate weight. "
+            "Default: arrival, or token where the trace does not say which choice was the first.",
+            show_default=False,
+        ),
+    ] = None,
     target_drop: Annotated[float, typer.Option(min=0, max=1, help="Find the least factor that drops at most this share.")] = 0.01,
     layers: LayersOption = None,
     table: TableOption = None,
@@ -57,7 +61,7 @@ def capacity(
         trace,
         capacity_factors=numbers(capacity_factor or ["1.0,1.25,2.0"], "--capacity-factor", float, 0),
         group_tokens=int(group_tokens) if group_tokens.isdecimal() else group_tokens,  # type: ignore[arg-type]
-        order=order.value,
+        order=order.value if order else None,
         target_drop=target_drop,
         layers=layers,
     )

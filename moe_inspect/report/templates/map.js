@@ -204,7 +204,7 @@ moe.map = async (data) => {
     }
     if (data.words) {
       const w = data.words;
-      const rows = entries(w, row, expert).map((i) => [w.texts[w.text[i]], whole(w.count[i]), percent(w.share[i] / 1000), percent(w.choice[i] / 1000)]);
+      const rows = entries(w, row, expert).map((i) => [w.texts[w.text[i]], whole(w.count[i]), percent(w.share[i] / 1000), w.choice[i] === null ? "–" : percent(w.choice[i] / 1000)]);
       parts.push(...part("Tokens most its own", rows.length
         ? listed(["token", "times", "of its occurrences", "as first choice"], rows, 0)
         : h("p", { className: "said" }, "None that occurs often enough to judge.")));

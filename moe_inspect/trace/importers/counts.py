@@ -22,6 +22,7 @@ from moe_inspect.trace.config import MOST_EXPERTS
 from moe_inspect.trace.importers.job import MOST_DOMAINS, MOST_JSON_BYTES, Imported, Job, counted, parsed, parsed_object
 from moe_inspect.trace.importers.registry import importer, named
 from moe_inspect.trace.schema import Router
+from moe_inspect.trace.slot_order import stated
 from moe_inspect.trace.writer import CountedBatches
 
 MOST_CELLS = 2**27  # (layer, domain, expert), 1 GiB of sums: no model comes near
@@ -81,6 +82,7 @@ def counts(job: Job) -> Imported:
         weight = dense("weight_sum", np.float64) if "weight_sum" in columns else None
         yield counted(dense("count", np.int64), routers, domains, 0, first, weight)
 
+    routers = [stated(router, known="first_choice" in columns) for router in routers]
     return Imported(routers, batches(), weights="weight_sum" in columns, counts_only=True)
 
 

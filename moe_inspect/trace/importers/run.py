@@ -147,7 +147,7 @@ def watched(imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str
     """Passes batches on; refuses token ids beyond the vocabulary, and warns of what no whole dump of a router looks like."""
     routers = imported.routers
     there = [np.zeros(r.experts, bool) for r in routers]
-    tokens, ascending = 0, not imported.weights and not imported.counts_only and min(r.top_k for r in routers) > 1
+    tokens = 0
     for batch in imported.batches:
         if isinstance(batch, CountedBatches):
             tokens += batch.tokens
@@ -161,18 +161,11 @@ def watched(imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str
             tokens += len(batch.token_id)
             for r, ids_TK in enumerate(batch.ids):
                 _mark(there[r], ids_TK, routers[r])
-            ascending = ascending and all(_ascends(ids_TK) for ids_TK in batch.ids)
         yield batch
     if len({r.experts for r in routers}) == 1 and tokens >= ONE_RANK_TOKENS and (block := one_ranks_experts(np.array(there))):
         warn(f"only experts {block[0]}-{block[1]} of {routers[0].experts} are ever chosen: one rank's own? give the files of all ranks")
-    if ascending and tokens >= ONE_RANK_TOKENS:
-        warn("every token's experts come in the order of their ids, not of the router's choice: first choices mean nothing")
 
 
 def _mark(there_E: np.ndarray, ids_TK: np.ndarray, router: Router) -> None:
     if not there_E.all():
         there_E |= np.bincount(ids_TK.reshape(-1), minlength=router.experts)[: router.experts] > 0
-
-
-def _ascends(ids_TK: np.ndarray) -> bool:
-    return bool((ids_TK[:, 1:] >= ids_TK[:, :-1]).all())
