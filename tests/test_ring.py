@@ -3,6 +3,7 @@ where nobody on the host looks; what is dropped is counted, and device, manifest
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -198,12 +199,16 @@ def test_a_slow_writer_is_waited_for(slow_writer: None, monkeypatch: pytest.Monk
     assert trace.manifest["counts"] == {"tokens": 280, "decisions": 560, "dropped": 0}
 
 
-def test_what_is_dropped_is_counted_everywhere(slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_dropped_is_counted_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small_pages(monkeypatch)
     model, batch = build("olmoe"), token_batch([9, 5])  # 14 tokens in 18 rows
+    take, go_on = TraceWriter._take, threading.Event()  # the writer stands still for the first 30 passes
+    monkeypatch.setattr(TraceWriter, "_take", lambda self, batch: go_on.wait() and take(self, batch))
     with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
-        for _ in range(40):
+        for n in range(40):
             model(**batch)
+            if n == 30:
+                go_on.set()
         assert rec.stacks[""].rings is not None
         on_device = rec.stacks[""].rings.dropped()
     trace = moe_inspect.open_trace(tmp_path / "t")

@@ -141,7 +141,7 @@ class Shard:
         """The decisions of one router, in token order: only its row groups are read. Slots are in descending weight where
         that can be known: those of a trace that does not state its order are put in order here."""
         slots = self.trace._slots_to_order(router)
-        if not slots or (columns is not None and not {*columns}.intersection(*slots)):
+        if not slots or (columns is not None and not {*columns}.intersection(itertools.chain(*slots))):
             return self._of_router("routing", router, columns)
         wanted = None if columns is None else [*dict.fromkeys([*columns, *itertools.chain(*slots)])]
         table = _in_order(self._of_router("routing", router, wanted), *slots)
@@ -220,7 +220,7 @@ def _in_order(table: pa.Table, experts: list[str], weights: list[str]) -> pa.Tab
     for names, values_KT in ((experts, ids_KT), (weights, weights_KT)):
         for name, values_T, nowhere_T in zip(names, values_KT, nowhere_KT, strict=True):
             at = table.schema.get_field_index(name)
-            table = table.set_column(at, pa.field(name, table.schema.types[at]), pa.array(values_T, mask=nowhere_T))
+            table = table.set_column(at, table.schema.field(at), pa.array(values_T, mask=nowhere_T))
     return table
 
 

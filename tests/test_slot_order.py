@@ -1,0 +1,261 @@
+"""Slot 0 holds the first choice wherever anything says which expert that is; elsewhere what needs a first choice is null."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.capture.counts import DeviceCounts
+from moe_inspect.capture.rows import Rows
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.report import report
+from moe_inspect.report.sections import report_page
+from moe_inspect.report.terminal import print_report
+from moe_inspect.simulate.capacity import simulate_capacity
+from moe_inspect.trace.export import export_trace
+from moe_inspect.trace.importers.run import import_trace
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.slot_order import descending
+from moe_inspect.trace.verify import verify
+from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWriter
+from tests.synthetic import uniform_ids, write_counts, write_trace
+
+E, K, T = 8, 4, 600
+NOWHERE = 65_535
+
+
+def drawn(seed: int = 0, null: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids, weights, logits of T decisions, slots in any order; some weights are equal."""
+    rng = np.random.default_rng(seed)
+    ids_TK = uniform_ids(rng, T, E, K)
+    weights_TK = (rng.integers(1, 40, (T, K)) / 64).astype(np.float16)
+    logits_TE = rng.normal(size=(T, E)).astype(np.float16)
+    ids_TK[rng.random((T, K)) < null] = NOWHERE
+    return ids_TK, weights_TK, logits_TE
+
+
+def by_hand(ids_TK: np.ndarray, key_TK: np.ndarray) -> np.ndarray:
+    """float [T, K]: each decision's experts from the largest key to the smallest, NaN for those that routed nowhere, last."""
+    rows = []
+    for ids, keys in zip(ids_TK.tolist(), key_TK.tolist(), strict=True):
+        there = [(e, key) for e, key in zip(ids, keys, strict=True) if e != NOWHERE]
+        rows.append([e for e, _ in sorted(there, key=lambda pair: -pair[1])] + [np.nan] * (K - len(there)))
+    return np.array(rows, float)
+
+
+def written(root: Path, ids: np.ndarray, key: Any = None, keep: str | None = "weights", known: str = "", **options: Any) -> Trace:
+    """Two batches in two shards, of one router, with weights (or what `keep` names; None: weights that the trace does not keep)."""
+    options |= {"weights": keep == "weights", "logits": keep == "logits"}
+    weights, logits = (None, key) if keep == "logits" else (key, None)
+    manifest = {"model": {"id": "made"}, "capture": {"mode": "tap"}}
+    with TraceWriter(root, manifest, [Router(3, "gate", "layers.3", E, K, slot_order=known)], shard_tokens=400, **options) as writer:
+        for b, part in enumerate((slice(300), slice(300, T))):
+            row = np.arange(300, dtype=np.int32)
+            given = [None if values is None else [values[part]] for values in (weights, logits)]
+            document = [Document(b, "text", "made", 300)]
+            writer.write(RoutedBatch(b, row % 20, row * 0 + b, row * 0 + b, row, row * 0, ["text"], [ids[part]], *given, document))
+    return open_trace(root)
+
+
+def experts_of(trace: Trace) -> np.ndarray:
+    return trace.routing()[[f"expert_{j}" for j in range(K)]].to_numpy(float)
+
+
+@pytest.mark.parametrize("null", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "weights not kept", "logits"])
+def test_slots_are_written_in_descending_weight(kind: str, null: float, tmp_path: Path) -> None:
+    ids, weights, logits = drawn(null=null)
+    key = weights
+    if kind == "bfloat16":
+        trace = written(tmp_path / "t", ids, (weights.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+    elif kind == "weights not kept":
+        trace = written(tmp_path / "t", ids, weights, keep=None, known="weight")
+    elif kind == "logits":
+        trace = written(tmp_path / "t", ids, logits, keep="logits")
+        key = np.take_along_axis(logits, np.where(ids == NOWHERE, 0, ids).astype(int), 1)
+    else:
+        trace = written(tmp_path / "t", ids, weights)
+    assert trace.manifest["routers"][0]["slot_order"] == "weight"
+    assert np.array_equal(experts_of(trace), by_hand(ids, key), equal_nan=True)
+    assert not np.array_equal(experts_of(trace), np.where(ids == NOWHERE, np.nan, ids), equal_nan=True)
+    if trace.has_weights:
+        for at in (0, 299, 300, T - 1):
+            row = trace.routing().iloc[at]  # every expert keeps its own weight
+            pairs = {(row[f"expert_{j}"], row[f"weight_{j}"]) for j in range(K) if row[f"expert_{j}"] == row[f"expert_{j}"]}
+            assert pairs == {(float(e), float(w)) for e, w in zip(ids[at], weights[at], strict=True) if e != NOWHERE}
+    assert verify(trace.path).ok
+
+
+def test_what_is_in_order_is_left_alone() -> None:
+    weights_KT = -np.sort(-np.random.default_rng(0).random((K, T)), axis=0)
+    assert descending(weights_KT) is None
+    weights_KT[[0, 1], 7] = weights_KT[[1, 0], 7]
+    order_KT = descending(weights_KT)
+    assert order_KT is not None
+    assert (order_KT[:, 7] == [1, 0, 2, 3]).all()
+    assert (np.delete(order_KT, 7, axis=1) == np.arange(K)[:, None]).all()
+
+
+def without_slot_order(trace: Trace) -> Trace:
+    """The trace as it was written before manifests stated the order of slots."""
+    path = trace.path / "trace.json"
+    manifest = json.loads(path.read_text())
+    for router in manifest["routers"]:
+        router.pop("slot_order")
+    manifest.pop("digest", None)
+    path.write_text(json.dumps(manifest))
+    return open_trace(trace.path)
+
+
+def older(root: Path, ids: np.ndarray, weights: np.ndarray) -> Trace:
+    """A trace of the format as it was: slots in the router's own order, which the manifest does not state."""
+    as_it_was = ResumePoint(slot_orders={0: ""})
+    return without_slot_order(written(root, ids, weights, resume=as_it_was))
+
+
+@pytest.mark.parametrize("null", [0.0, 0.2])
+def test_older_traces_with_weights_are_put_in_order_while_read(null: float, tmp_path: Path) -> None:
+    ids, weights, _ = drawn(null=null)
+    old, new = older(tmp_path / "old", ids, weights), written(tmp_path / "new", ids, weights)
+    raw = next(old.shards).table("routing", ["expert_0"])["expert_0"].to_numpy()
+    assert np.array_equal(raw, np.where(ids == NOWHERE, np.nan, ids)[:300, 0], equal_nan=True)  # on disk they are not
+    assert old.routing().equals(new.routing())
+    for a, b in zip(old.shards, new.shards, strict=True):
+        assert np.array_equal(a.ids(0), b.ids(0))
+        assert np.array_equal(a.weights(0), b.weights(0))
+        assert a.routing(0, ["token", "expert_0"]).equals(b.routing(0, ["token", "expert_0"]))
+    assert report(old).tables["load"].equals(report(new).tables["load"])
+    assert verify(old.path).ok
+
+
+def test_an_older_trace_goes_on_as_it_began(tmp_path: Path) -> None:
+    """Resumed, its new shards are not said to be in an order that the old ones are not in."""
+    ids, weights, _ = drawn()
+    trace = older(tmp_path / "t", ids, weights)
+    with TraceWriter(trace.path, {"model": {"id": "made"}}, trace._listed, resume=ResumePoint(slot_orders={0: ""})):
+        pass
+    assert open_trace(trace.path).manifest["routers"][0]["slot_order"] == ""
+
+
+FIRST = {  # table → columns that need first choices
+    "load": ["first_choice"],
+    "repetition": ["first_choice", "first_choice_low", "first_choice_high", "first_choice_by_load"],
+    "locality": [
+        *(name + bound for name in ("first_choice_repetition", "next_accuracy") for bound in ("", "_low", "_high")),
+        "next_accuracy_marginal",
+        "next_accuracy_null",
+    ],
+    "specialization": ["vocabulary_specialization", "vocabulary_specialization_null"],
+    "vocabulary": ["first_choice_fraction"],
+}
+
+
+@pytest.fixture(scope="module")
+def known_and_unknown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Trace]:
+    """The same decisions, which follow the token id, with first choices known and not."""
+    rng = np.random.default_rng(1)
+    token_id = rng.integers(0, 12, 2_000)
+    ids = [(token_id[:, None] + np.arange(K) * 2 + r) % E for r in range(3)]
+    document = np.repeat(np.arange(40), 50)
+    options: dict[str, Any] = {"document": document, "domain_of_document": ("a", "b"), "token_id": token_id, "words": 12}
+    made = [
+        write_trace(tmp_path_factory.mktemp("t") / order, [i.astype(np.uint16) for i in ids], E, slot_order=order, **options)
+        for order in ("weight", "unknown")
+    ]
+    return made[0], made[1]
+
+
+def test_without_an_order_what_needs_a_first_choice_is_null_and_nothing_else(known_and_unknown: tuple[Trace, Trace]) -> None:
+    known, unknown = (report(trace) for trace in known_and_unknown)
+    for name in known.tables:
+        a, b = known.tables[name], unknown.tables[name]
+        needing = FIRST.get(name, [])
+        if name == "summary":
+            continue
+        assert a[needing].notna().any().all(), name
+        assert b[needing].isna().all().all(), name
+        if name != "verdict":
+            assert a.drop(columns=needing).equals(b.drop(columns=needing)), name
+
+
+def test_the_verdict_is_silent_about_it_and_one_line_says_why(known_and_unknown: tuple[Trace, Trace], capsys: Any) -> None:
+    known, unknown = (report(trace) for trace in known_and_unknown)
+    assert [s for s in known.verdict() if "first choice" in s]
+    assert not [s for s in unknown.verdict() if "first choice" in s]
+    assert sum("first choices are unknown" in note for note in unknown.notes()) == 1
+    assert not any("first choices" in note for note in known.notes())
+    print_report(unknown, sys.stdout)
+    assert capsys.readouterr().out.count("first choices are unknown") == 1
+    assert "repetition: first choices are unknown" in report_page(unknown)
+
+
+def test_capacity_serves_first_choices_first_only_where_it_knows_them(known_and_unknown: tuple[Trace, Trace]) -> None:
+    known, unknown = known_and_unknown
+    assert simulate_capacity(known).settings["order"] == "arrival"
+    found = simulate_capacity(unknown)
+    assert found.settings["order"] == "token"
+    assert found.tables["capacity"].equals(simulate_capacity(known, order="token").tables["capacity"])
+    with pytest.raises(MoeInspectError, match="does not say which those are: order token needs none"):
+        simulate_capacity(unknown, order="arrival")
+
+
+def test_exported_counts_have_first_choices_only_where_known(known_and_unknown: tuple[Trace, Trace], tmp_path: Path) -> None:
+    for trace, there in zip(known_and_unknown, (True, False), strict=True):
+        path = export_trace(trace, "counts", tmp_path / f"{there}.csv")
+        assert ("first_choice" in path.read_text().splitlines()[0]) == there
+        back = import_trace("counts", [path], tmp_path / f"back-{there}")
+        assert back.routers[0].first_choice_known == there
+        assert report(back).tables["load"]["first_choice"].notna().all() == there
+
+
+def test_counts_recorded_before_the_order_was_stated_have_no_first_choices(tmp_path: Path) -> None:
+    trace = write_counts(tmp_path / "t", [np.full((1, E), 40)], 2)
+    assert report(trace).tables["load"]["first_choice"].sum() == 160
+    older = without_slot_order(trace)
+    assert report(older).tables["load"]["first_choice"].isna().all()
+    assert report(older).counts.tokens == 160
+
+
+def test_one_choice_is_the_first(tmp_path: Path) -> None:
+    ids = np.arange(T, dtype=np.uint16)[:, None] % E
+    trace = write_trace(tmp_path / "t", [ids], E, slot_order="unknown")
+    assert trace.manifest["routers"][0]["slot_order"] == "weight"
+    assert report(trace).tables["load"]["first_choice"].sum() == T
+
+
+def test_counts_on_the_device_take_the_largest_weight() -> None:
+    rng = np.random.default_rng(3)
+    ids_TK, weights_TK, _ = drawn(3)
+    ids_TK = ids_TK.astype(np.int64)
+    ids_TK[rng.random((T, K)) < 0.2] = -1
+    counts = DeviceCounts([Router(0, "gate", "gate", E, K)], [torch.device("cpu")], torch.float16, weights=False)
+    real = rng.random(T) < 0.9
+    zeros = np.zeros(int(real.sum()), np.int32)
+    counts.feed([0], Rows(real, zeros, zeros, zeros, zeros, zeros), 1)
+    counts.add(0, 0, torch.from_numpy(ids_TK), torch.from_numpy(weights_TK))
+    counts.end(0)
+    taken = counts.take(["text"])
+    first = by_hand(np.where(ids_TK < 0, NOWHERE, ids_TK), weights_TK)[real, 0]
+    assert taken.first_choice is not None
+    assert taken.first_choice[0][0].tolist() == np.bincount(first[~np.isnan(first)].astype(int), minlength=E).tolist()
+
+
+@pytest.mark.parametrize("capture", ["tap", "dispatch"])
+def test_a_family_that_does_not_sort_is_counted_as_it_is_traced(capture: str, tmp_path: Path) -> None:
+    """DeepSeek-V3 selects by biased scores without sorting them; the same model, counted on the device and traced."""
+    from tests import zoo
+
+    model, inputs = zoo.build("deepseek_v3"), zoo.inputs("deepseek_v3", [9, 5, 12])
+    for name, options in (("t", {}), ("counts", {"counts_only": True})):
+        with moe_inspect.record(model, tmp_path / name, capture=capture, **options), torch.no_grad():
+            model(**inputs)
+    traced, counted = (report(open_trace(tmp_path / name)).tables["load"] for name in ("t", "counts"))
+    assert traced["first_choice"].tolist() == counted["first_choice"].tolist()
