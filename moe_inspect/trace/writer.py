@@ -322,10 +322,9 @@ class TraceWriter:
             weights_KT = _slot_major(weights, np.float32) if weights else None
             order_KT = self._slot_order(r, batches, experts_KT, nowhere_KT, weights_KT)
             if order_KT is not None:
-                experts_KT, nowhere_KT, weights_KT = (
-                    None if values_KT is None else np.take_along_axis(values_KT, order_KT, 0)
-                    for values_KT in (experts_KT, nowhere_KT, weights_KT)
-                )
+                experts_KT = np.take_along_axis(experts_KT, order_KT, 0)
+                nowhere_KT = None if nowhere_KT is None else np.take_along_axis(nowhere_KT, order_KT, 0)
+                weights_KT = None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)
             columns = [seen, *self._router_columns(r, len(seen))]
             columns += _slots(experts_KT, nowhere_KT, schema_of, "expert")
             if self.weights:
