@@ -380,9 +380,7 @@ def test_stages_without_what_joins_them_are_refused(tmp_path: Path):
         pipeline_stages=2,
         match="2 pipeline stages have 3 . 3 layers .* has 7: .* Interleaved",
     )
-    refused(
-        tmp_path, place, model=config_of(tmp_path, 3), pipeline_stages=2, match="--pipeline-stages is 2, by their layer numbers .* of 1"
-    )
+    refused(tmp_path, place, model=config_of(tmp_path, 3), pipeline_stages=2, match="--pipeline-stages is 2, by their layers .* of 1")
     refused(tmp_path, place, model=config_of(tmp_path, 8, dense=2), pipeline_stages=2, match="stage 0 cannot be blocks 2, 3, 4")
     pooled = taken(tmp_path / "x", place, pipeline_stages=1)[0]
     assert ([r.layer for r in pooled.routers], pooled.n_tokens) == ([0, 1, 2], 48)

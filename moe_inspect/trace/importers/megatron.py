@@ -85,8 +85,6 @@ def megatron(job: Job) -> Imported:
     columns = _columns(files)
     where, call = columns[0][0].first.where, columns[0][0].first.fields
     stages, spots = len(columns[0]), sorted({spot for f in columns[0] for spot in f.spots})
-    if (given := job.pipeline_stages) is not None and (stages > given or (stages < given and not silent)):
-        raise MoeInspectError(f"--pipeline-stages is {given}, by their layer numbers the files are of {stages}: {_listed(spots)}")
     logits = "logit_offset" in call
     if odd := next((f for f in columns[0] if ("logit_offset" in f.first.fields) != logits), None):
         raise MoeInspectError(f"{odd.first.where} has {'no ' if logits else ''}logits, {where} has{'' if logits else ' none'}")

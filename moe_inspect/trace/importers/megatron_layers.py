@@ -49,6 +49,15 @@ AnyFile = TypeVar("AnyFile", bound=RankFile)
 def located(job: Job, files: list[AnyFile], silent: Sequence[Silent], by_name: bool, together: int = 1) -> list[AnyFile]:
     """The files with their offsets. `by_name`: the numbers are known to come from names of modules, otherwise they may.
     `together`: so many ranks are known to be of one stage."""
+    files = _with_offsets(job, files, silent, by_name, together)
+    found, given = len({frozenset(f.spots) for f in files}), job.pipeline_stages
+    if given is not None and (found > given or (found < given and not silent)):
+        layers = listed(sorted({layer for f in files for block, _, layer in f.spots if block == "decoder"}))
+        raise MoeInspectError(f"--pipeline-stages is {given}, by their layers ({layers} from 0) the files are of {found}")
+    return files
+
+
+def _with_offsets(job: Job, files: list[AnyFile], silent: Sequence[Silent], by_name: bool, together: int) -> list[AnyFile]:
     numbers = sorted({layer for f in files for block, _, layer in f.numbered if block == "decoder"})
     stated = sorted(job.facts.experts) if job.facts else None
     path, stages = files[0].path, job.pipeline_stages or 1
