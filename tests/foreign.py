@@ -220,8 +220,9 @@ def router_logits(layer: int, ids_TK: np.ndarray) -> np.ndarray:
     return drawn_TE
 
 
-def megatron_rank(root: Path, rank: int, passes: list[tuple[int, dict[int, np.ndarray]]], logits: bool = True) -> None:
-    """One rank's file: of each pass its step, and the ids [T, K] by layer."""
+def megatron_rank(root: Path, rank: int, passes: list[tuple[int, dict[int, np.ndarray]]], hook: bool = False) -> None:
+    """One rank's file: of each pass its step, and the ids [T, K] by layer. The inference engine numbers from 1; the training hook writes
+    the number in the module's name, sorts ids, and has logits beside them."""
     rows, sidecar = [], b""
     for step, by_layer in passes:
         for layer, ids_TK in by_layer.items():
@@ -230,43 +231,71 @@ def megatron_rank(root: Path, rank: int, passes: list[tuple[int, dict[int, np.nd
                     "step": step,
                     "stage": "pre_dispatch",
                     "block": "decoder",
-                    "layer": layer + 1,  # Megatron numbers from 1
+                    "layer": layer + (not hook),
                     "rank": rank,
                     "num_tokens": len(ids_TK),
                     "topk": K,
-                    "top_indices": ids_TK.tolist(),
+                    "top_indices": (np.sort(ids_TK, axis=1) if hook else ids_TK).tolist(),
                 }
             )
-            if logits:
-                drawn_TE = router_logits(layer, ids_TK)
-                data = (drawn_TE.view(np.uint32) >> 16).astype("<u2").tobytes()
-                rows[-1] |= {"logit_offset": len(sidecar), "logit_bytes": len(data), "logit_shape": list(drawn_TE.shape)}
+            if hook:
+                data = (router_logits(layer, ids_TK).view(np.uint32) >> 16).astype("<u2").tobytes()
+                rows[-1] |= {"logit_offset": len(sidecar), "logit_bytes": len(data), "logit_shape": [len(ids_TK), E]}
                 sidecar += data
     lines(root / f"router_trace_rank{rank}.jsonl", rows)
-    if logits:
+    if hook:
         (root / f"logits_rank{rank}.bin").write_bytes(sidecar)
 
 
 @maker("megatron")
 def megatron(root: Path) -> Made:
+    """By the training hook, on two ranks of data parallelism."""
     parts = []
     for rank in range(2):
         passes = [(step, drawn(5 + rank, 10 * step + rank)) for step in range(2)]
-        megatron_rank(root, rank, [(step, dict(zip(ROUTED, ids, strict=True))) for step, ids in passes])
+        megatron_rank(root, rank, [(step, dict(zip(ROUTED, ids, strict=True))) for step, ids in passes], hook=True)
         parts += [ids for _, ids in passes]
-    return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)], config=False)
+    return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)])
 
 
 @maker("megatron-pipeline")
 def megatron_pipeline(root: Path) -> Made:
-    """Ranks 9 and 10 are the first stage, 11 and 12 the second; by name 10 comes first, 9 last. Two microbatches a step."""
+    """By the inference engine. Ranks 9 and 10 are the first stage, 11 and 12 the second; by name 10 comes first, 9 last."""
     parts = []
     for column in range(2):
         passes = [(step, drawn(4 + column + micro, 100 * step + 10 * micro + column)) for step in range(2) for micro in range(2)]
         for stage, layer in enumerate(ROUTED):
             megatron_rank(root, 9 + 2 * stage + column, [(step, {layer: ids[stage]}) for step, ids in passes])
         parts += [ids for _, ids in passes]
-    return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)], config=False)
+    return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)])
+
+
+def megatron_tpe(root: Path, ranks: dict[int, dict[int, dict[int, np.ndarray]]]) -> None:
+    """tokens_per_expert: rank → iteration → layer → counts [microbatches, local experts]."""
+    (root / "tokens_per_expert").mkdir(parents=True)
+    for rank, iterations in ranks.items():
+        rows = [
+            {"iter": i, "block": "decoder", "layer": layer, "tpe": tpe_Mn.tolist()}
+            for i, of_layer in iterations.items()
+            for layer, tpe_Mn in of_layer.items()
+        ]
+        lines(root / "tokens_per_expert" / f"rank{rank}.jsonl", rows)
+
+
+@maker("megatron-counts")
+def megatron_counts(root: Path) -> Made:
+    """Two ranks of expert parallelism, each with half of the experts, two microbatches an iteration."""
+    load, half = [np.zeros(E, np.int64) for _ in ROUTED], E // 2
+    ranks: dict[int, dict[int, dict[int, np.ndarray]]] = {0: {}, 1: {}}
+    for i in (100, 200):
+        counts = [[np.bincount(ids.reshape(-1), minlength=E) for ids in drawn(30, i + m)] for m in range(2)]
+        for n, layer in enumerate(ROUTED):
+            tpe_ME = np.stack([of_layer[n] for of_layer in counts])
+            load[n] = load[n] + tpe_ME.sum(0)
+            for rank in ranks:
+                ranks[rank].setdefault(i, {})[layer] = tpe_ME[:, rank * half : (rank + 1) * half]
+    megatron_tpe(root, ranks)
+    return Made(root, load=load)
 
 
 @maker("esft")
@@ -306,4 +335,5 @@ FORMAT_OF = {name: name for name in ("sglang-routed", "vllm-routed", "megatron",
     "sglang-stat": "sglang",
     "tensorrt-llm-raw": "tensorrt-llm",
     "megatron-pipeline": "megatron",
+    "megatron-counts": "megatron",
 }

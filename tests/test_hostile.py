@@ -64,7 +64,7 @@ def test_any_bytes_are_a_trace_or_one_line(name: str, data: st.DataObject, made:
     fuzz.check(name, names, bytes(changed), fresh(tmp_path_factory.getbasetemp() / "place"), model)
 
 
-LINES = ["vllm-routed", "sglang-routed", "megatron", "megatron-pipeline"]
+LINES = ["vllm-routed", "sglang-routed", "megatron", "megatron-pipeline", "megatron-counts"]
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -37,6 +37,14 @@ def import_(
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Experts a token, where neither the files nor a config say.", show_default=False)
     ] = None,
+    pipeline_stages: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pipeline stages of a Megatron run whose files number layers from 0 in each stage. Above 1 it needs --model or --config.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing trace.")] = False,
 ) -> None:
     """Turn the dumps of engines and labs into a trace.
@@ -55,7 +63,16 @@ def import_(
 
     with _bar() as progress:
         trace = import_trace(
-            format, sources, output, model=model or config, experts=experts, top_k=top_k, overwrite=overwrite, progress=progress, warn=warn
+            format,
+            sources,
+            output,
+            model=model or config,
+            experts=experts,
+            top_k=top_k,
+            pipeline_stages=pipeline_stages,
+            overwrite=overwrite,
+            progress=progress,
+            warn=warn,
         )
     print(f"imported {trace.n_tokens:,} tokens, {len(trace.routers)} routers into {output}", file=sys.stderr)
 

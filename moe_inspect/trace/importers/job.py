@@ -37,13 +37,14 @@ class Source:
 
 @dataclass
 class Job:
-    """`experts`, `top_k`: said by the user where neither the file nor a config says so. `read` is told of bytes, `warn` of
-    what is odd."""
+    """`experts`, `top_k`, `pipeline_stages`: said by the user where neither the file nor a config says so. `read` is told of bytes,
+    `warn` of what is odd."""
 
     sources: list[Source]
     facts: ModelFacts | None = None
     experts: int | None = None
     top_k: int | None = None
+    pipeline_stages: int | None = None
     warn: Callable[[str], None] = print
     read: Callable[[int], None] = lambda n: None
 

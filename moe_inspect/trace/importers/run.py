@@ -39,6 +39,7 @@ def import_trace(
     model: str | Path | None = None,
     experts: int | None = None,
     top_k: int | None = None,
+    pipeline_stages: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
@@ -49,6 +50,7 @@ def import_trace(
     sources       files and folders, each optionally behind DOMAIN=
     model         a hub id, a directory, a config.json or "demo": gives experts, top-k, which layers are dense, and the vocabulary
     experts, top_k  where neither the files nor a config say so
+    pipeline_stages  of a Megatron run whose files number layers from 0 in each stage; takes `model` where it is over 1
     progress      called with (bytes read, bytes in all)
 
     Raises MoeInspectError for what the caller can mend; nothing is left at `out` then."""
@@ -62,7 +64,10 @@ def import_trace(
             warn(f"taken for {format}: {FORMATS[format].reads.replace('`', '')}")
         if format not in FORMATS:
             raise MoeInspectError(f"no format {format!r}: there are {', '.join(FORMATS)}, auto")
-        job = Job(listed, read_facts(model) if model is not None else None, experts, top_k, warn, _progress(listed, progress))
+        if pipeline_stages is not None and format != "megatron":
+            raise MoeInspectError(f"--pipeline-stages is an option of the format megatron, not of {format}")
+        facts = read_facts(model) if model is not None else None
+        job = Job(listed, facts, experts, top_k, pipeline_stages, warn, _progress(listed, progress))
         imported = FORMATS[format].run(job)
         vocabulary = job.facts.vocabulary() if job.facts is not None else None
         batches = watched(imported, vocabulary, warn)
