@@ -216,7 +216,7 @@ def tensorrt_raw(root: Path) -> Made:
 def router_logits(layer: int, ids_TK: np.ndarray) -> np.ndarray:
     """float32 [T, E], drawn but for those of the experts chosen, which descend by slot: the first choice has the largest."""
     drawn_TE = np.random.default_rng(layer).normal(size=(len(ids_TK), E)).astype(np.float32)
-    np.put_along_axis(drawn_TE, ids_TK, np.arange(10, 10 - K, -1, np.float32)[None], axis=1)
+    np.put_along_axis(drawn_TE, ids_TK, np.arange(10, 10 - K, -1, dtype=np.float32)[None], axis=1)
     return drawn_TE
 
 
