@@ -339,7 +339,12 @@ LIES: dict[str, tuple[str, str, Any, str]] = {
     "no token ids": ("sglang", "edit", _set("output_ids", None), "no list of ids"),
     "aborted": ("sglang", "edit", _set("meta_info.finish_reason", {"type": "abort"}), "ended by 'abort'"),
     "too many tokens": ("vllm", "edit", _set("choices.0.token_ids", [3, 4]), "2 of 1 tokens were generated"),
-    "rows of a cached prefix left out": ("vllm", "routed", _changed(lambda a: a[1:]), "0.33 return them, and do not start with --no-enable"),
+    "rows of a cached prefix left out": (
+        "vllm",
+        "routed",
+        _changed(lambda a: a[1:]),
+        "0.33 return them, and do not start with --no-enable",
+    ),
     "rows of a cached prefix left out (sglang)": ("sglang", "routed", _changed(lambda a: a[1:]), "start the server with --disable-radix"),
     "too many rows": ("sglang", "routed", _changed(lambda a: np.concatenate([a, a[:1]])), "rows"),
     "a layer too few": ("vllm", "routed", _changed(lambda a: a[:, 1:]), "1 layers, the model's config 2"),

@@ -65,7 +65,7 @@ def export_trace(
         raise MoeInspectError(f"no format {format!r}: there are {', '.join(EXPORTS)}")
     options = {name: value for name, value in (("top_p", top_p), ("score", score)) if value is not None}
     if options and format != "esft":
-        raise MoeInspectError(f"{next(iter(options))} is an option of the format esft, not of {format}")
+        raise MoeInspectError(f"--{next(iter(options)).replace('_', '-')} is an option of the format esft, not of {format}")
     opened = trace if isinstance(trace, Trace) else Trace(trace)
     output = Path(output)
     if isinstance(opened.path, Path) and output.resolve().is_relative_to(opened.path.resolve()):

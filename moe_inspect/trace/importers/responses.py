@@ -60,7 +60,7 @@ def vllm_routed(job: Job) -> Imported:
 
 @importer(
     "sglang-routed",
-    reads="JSONL of responses with `routed_experts` (base64 of raw int32); needs the model's config",
+    reads="JSONL of responses (`/generate`, OpenAI's routes) with `routed_experts` (base64 of raw int32); needs the model's config",
     gives="as vllm-routed",
     sniff=lambda name, head: b'"routed_experts"' in head,
 )
