@@ -139,7 +139,8 @@ def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | N
     choices = written.get("choices", [written])
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise MoeInspectError(f"{where}: choices is no list of objects")
-    extension = written.get("sglext") if isinstance(written.get("sglext"), dict) else {}
+    found = written.get("sglext")
+    extension: dict[str, Any] = found if isinstance(found, dict) else {}
     for n, choice in enumerate(choices):
         meta = choice.get("meta_info")
         fields = {**written, **(meta if isinstance(meta, dict) else {}), **choice}

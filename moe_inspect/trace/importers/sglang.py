@@ -16,6 +16,7 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.trace.importers.job import (
+    WINDOWS,
     Imported,
     Job,
     Numbering,
@@ -169,9 +170,9 @@ def _stat(job: Job, files: list[File]) -> Imported:
     count_SBE = _array(content["logical_count"], f"{path}: logical_count", (None, None, None), 0, 2**53)
     if not count_SBE.size:  # so many layers and experts as one likes, of which the file need hold none
         raise MoeInspectError(f"{path}: logical_count is {list(count_SBE.shape)}: no counts")
-    written_S = count_SBE.any((1, 2))
-    wrapped = len(count_SBE) > 1 and bool(written_S[-1])
-    window_S = windows_of(len(count_SBE), 1) if wrapped else windows_of(int(written_S.nonzero()[0].max(initial=0)) + 1)
+    last = int(np.nonzero(count_SBE.any((1, 2)))[0].max(initial=0))
+    wrapped = 0 < last == len(count_SBE) - 1
+    window_S = windows_of(last + 1, 1 if wrapped else WINDOWS)
     load_WBE = np.zeros((int(window_S.max()) + 1, *count_SBE.shape[1:]), np.int64)
     for s, w in enumerate(window_S):
         load_WBE[w] += count_SBE[s]
