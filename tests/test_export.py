@@ -63,7 +63,10 @@ def test_counts_come_back_as_they_were(ending: str, trace: Trace, tmp_path: Path
 def test_esft_comes_back_as_it_was(trace: Trace, tmp_path: Path):
     export_trace(trace, "esft", tmp_path / "e")
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["a", "b_c"]
+    assert sorted(p.name for p in (tmp_path / "e/a").iterdir()) == ["expert_cfg.json", "rank_0", "summary.json"]
+    assert sorted(p.name for p in (tmp_path / "e/a/rank_0").iterdir()) == ["expert_weights_1.txt", "expert_weights_3.txt"]
     back = import_trace("esft", [tmp_path / "e"], tmp_path / "t", experts=E, top_k=K)
+    assert back.documents()["domain"].unique().tolist() == ["a", "b_c"]
     columns = ["expert_0", "expert_1", "weight_0", "weight_1"]
     for layer in (1, 3):
         ours = trace.routing(layer=layer).merge(trace.tokens(), on="token").sort_values(["domain", "document", "position"])
@@ -74,6 +77,55 @@ def test_esft_comes_back_as_it_was(trace: Trace, tmp_path: Path):
     assert scores["gate_scores"]["3"]["5"] == pytest.approx(mine.loc[mine["expert"] == 5, "weight"].sum() / mine["token"].nunique())
     with pytest.raises(MoeInspectError, match="there is something at"):
         export_trace(trace, "esft", tmp_path / "e")
+
+
+@pytest.mark.parametrize("score", ["token", "gate"])
+@pytest.mark.parametrize("top_p", [0.2, 0.5, 1.0])
+def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(score: str, top_p: float, trace: Trace, tmp_path: Path):
+    export_trace(trace, "esft", tmp_path / "e", top_p=top_p, score=score)
+    config = json.loads((tmp_path / "e/a/expert_cfg.json").read_text())
+    assert (config["shared_experts"], config["non_expert_modules"]) == (False, False)
+    for layer in (1, 3):
+        mine = truth(trace).query("domain == 'a' and layer == @layer").groupby("expert")["weight"]
+        share = (mine.size() if score == "token" else mine.sum()).sort_values(ascending=False)
+        share /= share.sum()
+        chosen = config["experts"][str(layer)]
+        assert share[chosen].sum() >= top_p - 1e-6
+        assert share[chosen[:-1]].sum() < top_p
+        assert share[chosen].tolist() == pytest.approx(share.tolist()[: len(chosen)])
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "said"),
+    [
+        ("esft", {"top_p": 0}, "--top-p is 0, not over 0 and at most 1"),
+        ("esft", {"top_p": float("nan")}, "--top-p is nan"),
+        ("esft", {"score": "x"}, "no score 'x': there are token, gate"),
+        ("counts", {"top_p": 0.5}, "--top-p is an option of the format esft, not of counts"),
+    ],
+)
+def test_options_of_esft_are_checked(format: str, options: dict, said: str, trace: Trace, tmp_path: Path):
+    with pytest.raises(MoeInspectError, match=said):
+        export_trace(trace, format, tmp_path / "o", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sglang_gets_a_pt_as_its_recorder_writes_it(trace: Trace, tmp_path: Path):
+    import torch
+
+    export_trace(trace, "sglang", tmp_path / "s.pt")
+    export_trace(trace, "sglang", tmp_path / "s.json")
+    held = torch.load(tmp_path / "s.pt", weights_only=True)
+    assert list(held) == ["logical_count"]
+    assert held["logical_count"].dtype == torch.int64
+    assert held["logical_count"].tolist() == [json.loads((tmp_path / "s.json").read_text())["logical_count"]]
+    said: list[str] = []
+    back = import_trace("sglang", [tmp_path / "s.pt"], tmp_path / "t", top_k=K, warn=said.append)
+    assert [r.layer for r in back.routers] == [1, 3]
+    assert back.n_tokens == T
+    assert len(said) == 1  # of the dense layers: no config was given
+    with pytest.raises(MoeInspectError, match=r"s\.npz: for SGLang the load is written as \.pt or \.json"):
+        export_trace(trace, "sglang", tmp_path / "s.npz")
 
 
 def test_sglang_gets_a_row_a_layer_of_the_model(trace: Trace, tmp_path: Path):
@@ -106,6 +158,8 @@ def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
 def test_the_command(cli, trace: Trace, tmp_path: Path):
     assert "wrote c.csv" in cli("export", trace.path, "--format", "counts", "-o", "c.csv").stderr
     assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + 2 * 2 * E
+    cli("export", trace.path, "--format", "esft", "-o", "e", "--top-p", 0.9, "--score", "gate")
+    assert len(json.loads((tmp_path / "e/a/expert_cfg.json").read_text())["experts"]["1"]) > 3
     assert "counts are written as" in cli("export", trace.path, "--format", "counts", "-o", "c.txt", check=1).stderr
     assert "within the trace" in cli("export", trace.path, "--format", "counts", "-o", trace.path / "c.csv", check=1).stderr
     cli("export", trace.path, "--format", "nonsense", "-o", "c", check=2)

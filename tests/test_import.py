@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from moe_inspect.errors import MoeInspectError
@@ -88,6 +90,96 @@ def test_sequences_of_an_sglang_pass(tmp_path: Path):
     assert tokens["position"].tolist() == [0, 1, 2, 3, 5, 6, 7, 4, 8, 30]
     assert tokens["batch"].tolist() == [0] * 7 + [1] * 3
     assert tokens["phase"].tolist() == ["prefill"] * 7 + ["decode"] * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "windows"), [([0, 1, 2, None, None], 3), ([0, None, 2, None], 3), ([0, 1, 2], 1), ([3, None, 2], 1), ([0], 1)]
+)
+def test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time(rows: list[int | None], windows: int, tmp_path: Path):
+    """Row by row the seed of its pass, None where there was none."""
+    import torch
+
+    count = np.zeros((len(rows), foreign.LAYERS, foreign.E), np.int32)
+    for s, seed in enumerate(rows):
+        for layer, ids_TK in zip(ROUTED, foreign.drawn(20, seed) if seed is not None else [], strict=seed is not None):
+            count[s, layer] = np.bincount(ids_TK.reshape(-1), minlength=foreign.E)
+    torch.save({"rank": 0, "logical_count": torch.tensor(count)}, tmp_path / "r.pt")
+    said: list[str] = []
+    trace = import_trace("sglang", [tmp_path / "r.pt"], tmp_path / "t", model=foreign.config_file(tmp_path), warn=said.append)
+    assert len(list(trace.shards)) == windows - rows[:windows].count(None)
+    assert np.array_equal(loads(trace), count.sum(0)[ROUTED])
+    full = len(rows) > 1 and rows[-1] is not None
+    assert len(said) == full
+    assert any("logical_count is full" in note for note in trace.manifest["corpus"]["notes"]) == full
+    if full:
+        assert f"all {len(rows)} rows of logical_count are filled" in said[0]
+        assert "the order of the rows is not read as time" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"name": "an expert picks a layer", "count": 3}'),
+        ("a.jsonl", '{"text": "the \\"layer\\": 1, \\"expert\\": 2, \\"count\\": 3"}\n'),
+        ("a.json", '[{"layer": 1, "experts": [1, 2]}]'),
+        ("a.json", '[{"layer": 1, "expert": 2, "weight": 3}]'),
+        ("a.json", '["layer", "expert", "count"]'),
+        ("a.csv", "text\nlayer expert count\n"),
+        ("a.txt", "layer,expert,count\n0,0,1\n"),
+    ],
+)
+def test_what_only_speaks_of_experts_and_layers_is_not_taken_for_counts(name: str, text: str, tmp_path: Path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(MoeInspectError, match="is of no format that is known by its looks"):
+        import_trace("auto", [tmp_path / name], tmp_path / "t", top_k=1)
+
+
+def test_a_table_of_texts_is_not_taken_for_counts(tmp_path: Path):
+    pd.DataFrame({"text": ["layer", "expert", "count"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(MoeInspectError, match="is of no format that is known by its looks"):
+        import_trace("auto", [tmp_path / "a.parquet"], tmp_path / "t", top_k=1)
+
+
+@pytest.mark.parametrize("form", ["list", "lines", "columns", "long columns", "parquet", "long parquet", "csv"])
+def test_auto_knows_counts_in_every_form(form: str, tmp_path: Path):
+    n = 70_000 if form.startswith("long") else 4
+    table = pd.DataFrame({"layer": 0, "expert": np.arange(n) % 4, "count": 1})
+    path = tmp_path / {"parquet": "c.parquet", "long parquet": "c.parquet", "csv": "c.csv"}.get(form, "c.json")
+    if path.suffix == ".parquet":
+        table.assign(note=[f"note {i}" for i in range(n)]).to_parquet(path, compression="none")
+    elif form == "csv":
+        path.write_text("\ufeff" + table.rename(columns={"count": "assignments"}).to_csv(index=False))
+    elif form in ("list", "lines"):
+        path.write_text(table.to_json(orient="records", lines=form == "lines"))
+    else:
+        path.write_text(
+            json.dumps(
+                {"layer": [0, 0], "expert": [0, 1], "count": [n, n]}
+                if form == "columns"
+                else {"layer": [0] * 8, "expert": [*range(4)] * 2, "count": [1] * 8, "domain": ["a" * n] * 8}
+            )
+        )
+    said: list[str] = []
+    import_trace("auto", [path], tmp_path / "t", top_k=1, warn=said.append)
+    assert said[0].startswith("taken for counts")
+
+
+def test_esfts_folders_of_ranks_are_of_the_domain_above_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = foreign.esft(tmp_path)
+    for rank in range(2):
+        shutil.copytree(made.source, tmp_path / f"scores/law/rank_{rank}")
+    for n, source in enumerate(("scores", "scores/law", "scores/law/rank_1")):
+        trace = import_trace("esft", [tmp_path / source], tmp_path / f"t{n}", experts=foreign.E, top_k=foreign.K)
+        assert set(trace.documents()["domain"]) == {"law"}
+        assert trace.n_tokens == 10 * (2 if n < 2 else 1)
+    monkeypatch.chdir(tmp_path / "scores/law/rank_0")
+    trace = import_trace("esft", ["."], tmp_path / "t", experts=foreign.E, top_k=foreign.K)
+    assert set(trace.documents()["domain"]) == {"law"}
+
+
+def test_decisions_are_no_table_of_counts(tmp_path: Path):
+    with pytest.raises(MoeInspectError, match=r"holds decisions, not counts: report\(trace\)\.tables\[.load.\] counts them"):
+        imported("vllm-routed", tmp_path)[0].counts()
 
 
 def test_logits_of_a_sidecar(tmp_path: Path):

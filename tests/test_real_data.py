@@ -10,12 +10,17 @@ import pytest
 
 from moe_inspect.analysis import balance as bal
 from moe_inspect.report.report import report
+from moe_inspect.trace.export import export_trace
+from moe_inspect.trace.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests.synthetic import write_counts, write_trace
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "real"
 ESFT, FIDDLER = REAL / "esft_law", REAL / "fiddler_mixtral"
+SGLANG, TENSORRT = REAL / "sglang", REAL / "tensorrt_llm"
 needs_esft = pytest.mark.skipif(not ESFT.is_dir(), reason=f"no {ESFT}")
+needs_sglang = pytest.mark.skipif(not SGLANG.is_dir(), reason=f"no {SGLANG}")
+needs_tensorrt = pytest.mark.skipif(not TENSORRT.is_dir(), reason=f"no {TENSORRT}")
 needs_fiddler = pytest.mark.skipif(not FIDDLER.is_dir(), reason=f"no {FIDDLER}")
 
 
@@ -84,3 +89,48 @@ def test_mixtral_on_mmlu(model: str, tmp_path: Path):
         assert (1 / np.array([bal.min_over_max(c) for c in counts_DLE])).max() == pytest.approx(46.5, abs=0.1)
         least = "Expert 3 of layer 11 is the least used: 0.22x the mean load, the busiest there gets 5.6x as much"
         assert f'{least} and 46.5x on "international_law".' in made.verdict()
+
+
+def load_by_layer(trace: Trace) -> dict[int, list[int]]:
+    load = report(trace).tables["load"].set_index(["layer", "expert"])["assignments"]
+    return {r.layer: [int(load[r.layer, e]) for e in range(r.experts)] for r in trace.routers}
+
+
+@needs_sglang
+def test_every_token_of_sglangs_recorder_is_read(tmp_path: Path):
+    trace = import_trace("sglang", [SGLANG / "per_token"], tmp_path / "t", model=SGLANG / "cfg.json")
+    truth = json.loads((SGLANG / "per_token.truth.json").read_text())
+    assert load_by_layer(trace) == {layer: load for layer, load in enumerate(truth) if any(load)}
+
+
+@needs_sglang
+def test_a_ring_of_sglangs_recorder_that_has_wrapped_is_told(tmp_path: Path):
+    """Three of six passes are in the file: less than the truth everywhere, and more nowhere."""
+    said: list[str] = []
+    trace = import_trace("sglang", [SGLANG / "stat_ring3"], tmp_path / "t", model=SGLANG / "cfg.json", warn=said.append)
+    truth = json.loads((SGLANG / "stat_ring3.truth.json").read_text())
+    assert len(said) == 1
+    assert "all 3 rows of logical_count are filled" in said[0]
+    for layer, load in load_by_layer(trace).items():
+        assert 0 < sum(load) < sum(truth[layer])
+        assert (np.array(load) <= truth[layer]).all()
+    assert len(list(trace.shards)) == 1
+
+
+@needs_tensorrt
+def test_tensorrt_llms_counts_are_those_of_all_ranks(tmp_path: Path):
+    trace = import_trace("tensorrt-llm", [TENSORRT / "stat"], tmp_path / "t")
+    truth = json.loads((TENSORRT / "stat.truth.json").read_text())
+    assert load_by_layer(trace) == {int(layer): load for layer, load in truth.items()}
+
+
+@needs_esft
+def test_the_experts_to_train_are_those_that_esfts_authors_published(tmp_path: Path):
+    trace = import_trace("esft", [ESFT], tmp_path / "t")
+    export_trace(trace, "esft", tmp_path / "e")
+    ours = json.loads((tmp_path / "e/esft_law/expert_cfg.json").read_text())
+    published = json.loads((ESFT / "expert_config_law.json").read_text())
+    assert ours.keys() == published.keys()
+    assert {layer: sorted(experts) for layer, experts in ours["experts"].items()} == {
+        layer: sorted(experts) for layer, experts in published["experts"].items()
+    }

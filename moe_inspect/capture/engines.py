@@ -66,7 +66,7 @@ class Reply:
 @dataclass(frozen=True)
 class Engine:
     """`body`: (what is asked, model) → the request's JSON; `read`: (the answer's JSON, model) → Reply; `about`: where the server
-    speaks of its model, and `version_at` of its version; `uncached`: what to do where rows of a cached prefix are missing."""
+    speaks of its model, and `version_at` of its version; `cached_rows`: what to do where rows of a cached prefix are missing."""
 
     path: str
     body: Callable[[Asked, Served], dict[str, Any]]
@@ -74,7 +74,7 @@ class Engine:
     about: str
     version_at: str
     read_from: str
-    uncached: str
+    cached_rows: str
 
 
 def _vllm_body(asked: Asked, served: Served) -> dict[str, Any]:
@@ -158,9 +158,11 @@ ENGINES = {
         "/v1/models",
         "/version",
         "0.33.0",
-        "versions before 0.33 need --no-enable-prefix-caching",
+        "vLLM 0.31 to 0.33 return them, and do not start with --no-enable-prefix-caching: use one of these versions",
     ),
-    "sglang": Engine("/generate", _sglang_body, _sglang_read, "/model_info", "/server_info", "0.5.23", "try --disable-radix-cache"),
+    "sglang": Engine(
+        "/generate", _sglang_body, _sglang_read, "/model_info", "/server_info", "0.5.23", "start the server with --disable-radix-cache"
+    ),
 }
 
 
@@ -181,8 +183,8 @@ def read_answer(engine: Engine, answer: dict[str, Any], asked: Asked, served: Se
     rows, expected = len(reply.routed_TBK), P + len(made) - 1
     if rows != expected:
         raise MoeInspectError(
-            f"routed_experts has {rows} rows, the {P} + {len(made)} tokens less the last, which is not fed, are {expected}: "
-            f"if those of a cached prefix are left out, serve without a prefix cache ({engine.uncached})"
+            f"routed_experts has {rows} rows, not {expected}: one fewer than the {P} tokens of the prompt and the {len(made)} generated, the "
+            f"last of which is never fed; if the rows of a cached prefix are missing: {engine.cached_rows}"
         )
     if reply.routed_TBK.shape[2] != served.top_k:
         raise MoeInspectError(

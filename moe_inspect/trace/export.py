@@ -5,6 +5,7 @@ T tokens, K slots, E experts, D domains, N assignments.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Shard, Trace
 
-EXPORTS: dict[str, Callable[[Trace, Path], None]] = {}
+EXPORTS: dict[str, Callable[..., None]] = {}  # (trace, output, and of esft its options)
 COUNTS = pa.schema(
     [
         ("layer", pa.int32()),
@@ -40,27 +41,37 @@ COUNTS = pa.schema(
     ]
 )
 SUMS = ("count", "first_choice", "weight_sum")
+SCORES = ("token", "gate")  # of ESFT
 
 
-def exporter(name: str) -> Callable[[Callable[[Trace, Path], None]], Callable[[Trace, Path], None]]:
-    def register(write: Callable[[Trace, Path], None]) -> Callable[[Trace, Path], None]:
+def exporter(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def register(write: Callable[..., None]) -> Callable[..., None]:
         EXPORTS[name] = write
         return write
 
     return register
 
 
-def export_trace(trace: str | Path | Trace, format: str, output: str | Path) -> Path:
-    """Writes a trace for another tool. `format`: sglang (JSON of logical_count, for --init-expert-location), esft (a folder a domain,
-    with expert_weights_<layer>.txt and summary.json), counts (csv, json or parquet by its ending) or long-parquet (a row an assignment)."""
+def export_trace(
+    trace: str | Path | Trace, format: str, output: str | Path, *, top_p: float | None = None, score: str | None = None
+) -> Path:
+    """Writes a trace for another tool.
+
+    format   sglang (logical_count for --init-expert-location, as .pt or .json), esft (a folder per domain), counts (.csv, .json or
+             .parquet) or long-parquet (one row per assignment)
+    top_p    esft: train the fewest experts of each layer whose scores sum to this share of the layer's (0.2)
+    score    esft: "token" (share of the assignments, the default) or "gate" (share of the gate weight)"""
     if format not in EXPORTS:
         raise MoeInspectError(f"no format {format!r}: there are {', '.join(EXPORTS)}")
+    options = {name: value for name, value in (("top_p", top_p), ("score", score)) if value is not None}
+    if options and format != "esft":
+        raise MoeInspectError(f"--{next(iter(options)).replace('_', '-')} is an option of the format esft, not of {format}")
     opened = trace if isinstance(trace, Trace) else Trace(trace)
     output = Path(output)
     if isinstance(opened.path, Path) and output.resolve().is_relative_to(opened.path.resolve()):
         raise MoeInspectError(f"{output} is within the trace: write it elsewhere")
     try:
-        EXPORTS[format](opened, output)
+        EXPORTS[format](opened, output, **options)
     except OSError as error:
         raise MoeInspectError(f"cannot write {output}: {error.strerror or error}") from None
     return output
@@ -143,7 +154,10 @@ def counts(trace: Trace, output: Path) -> None:
 
 @exporter("sglang")
 def sglang(trace: Trace, output: Path) -> None:
-    """{"logical_count": [layers, experts]}: SGLang's --init-expert-location places replicas by it. Dense layers are rows of zeros."""
+    """logical_count, by which SGLang's --init-expert-location places replicas: int64 [1, layers, experts] as its recorder writes it
+    (.pt, also for ktransformers), or [layers, experts] (.json). Their readers count every layer: dense ones are rows of zeros."""
+    if output.suffix not in (".pt", ".json"):
+        raise MoeInspectError(f"-o {output}: for SGLang the load is written as .pt or .json")
     sizes = {r.experts for r in trace.routers}
     if len(sizes) > 1 or len({r.layer for r in trace.routers}) < len(trace.routers):
         raise MoeInspectError("SGLang places layers of one router and of as many experts each: this model has others")
@@ -154,16 +168,32 @@ def sglang(trace: Trace, output: Path) -> None:
     load_LE = np.zeros((max(stated, max(r.layer for r in trace.routers) + 1), sizes.pop()), np.int64)
     for router, of_domain in zip(trace.routers, _counts(trace), strict=True):
         load_LE[router.layer] = sum(sums["count"] for sums in of_domain.values())
+    data = _pt(load_LE[None]) if output.suffix == ".pt" else (json.dumps({"logical_count": load_LE.tolist()}) + "\n").encode()
     with schema.draft_of(output) as draft:
-        draft.write_text(json.dumps({"logical_count": load_LE.tolist()}) + "\n")
+        draft.write_bytes(data)
+
+
+def _pt(count_1LE: np.ndarray) -> bytes:
+    try:
+        import torch
+    except ImportError:
+        raise MoeInspectError("a .pt needs torch: pip install 'moe-inspect[trace]', or write it as .json") from None
+    file = io.BytesIO()  # written in one go: torch has other errors for a full disk
+    torch.save({"logical_count": torch.from_numpy(count_1LE)}, file)
+    return file.getvalue()
 
 
 # --- decisions
 
 
 @exporter("esft")
-def esft(trace: Trace, output: Path) -> None:
-    """DIR/<domain>/expert_weights_<layer>.txt, a line a sequence (and shard), and the summary.json that its config generator reads."""
+def esft(trace: Trace, output: Path, top_p: float = 0.2, score: str = "token") -> None:
+    """DIR/<domain>/: rank_0/expert_weights_<layer>.txt, one line per sequence (and shard), which ESFT's generate_expert_config.py
+    reads; summary.json, the scores; expert_cfg.json, the experts to train, which its train.py takes as --expert_config."""
+    if not 0 < top_p <= 1:
+        raise MoeInspectError(f"--top-p is {top_p:g}, not over 0 and at most 1")
+    if score not in SCORES:
+        raise MoeInspectError(f"no score {score!r}: there are {', '.join(SCORES)}")
     _need_decisions(trace, "esft")
     if not trace.has_weights or len({r.layer for r in trace.routers}) < len(trace.routers) or any(r.stack for r in trace.routers):
         raise MoeInspectError("ESFT's text has the gate weights of one router a layer: this trace has others, or none")
@@ -177,7 +207,9 @@ def esft(trace: Trace, output: Path) -> None:
             _esft_shard(shard, draft, folders)
         counted = _counts(trace)
         for domain, folder in folders.items():
-            (folder / "summary.json").write_text(json.dumps(_scores(trace, counted, domain)))
+            scores = _scores(trace, counted, domain)
+            (folder / "summary.json").write_text(json.dumps(scores))
+            (folder / "expert_cfg.json").write_text(json.dumps(_config(scores[f"{score}_scores"], top_p)))
         os.replace(draft, output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -193,7 +225,7 @@ def _esft_shard(shard: Shard, root: Path, folders: dict[str, Path]) -> None:
     size_S = np.bincount(rank[code_T], minlength=len(first))
     folder_S = [folders.setdefault(domain_T[t], root / _file_name(domain_T[t], folders)) for t in np.sort(first)]
     for folder in set(folder_S):
-        folder.mkdir(exist_ok=True)
+        (folder / "rank_0").mkdir(parents=True, exist_ok=True)
     for r, router in enumerate(shard.trace.routers):
         ids_TK, weights_TK = shard.ids(r)[order_T], shard.weights(r)[order_T]
         if (ids_TK < 0).any():
@@ -203,7 +235,7 @@ def _esft_shard(shard: Shard, root: Path, folders: dict[str, Path]) -> None:
         for folder, ids, weights in zip(folder_S, ids_S, weights_S, strict=True):
             lines[folder].append(f"{ids}\t\t{weights}\n")
         for folder, text in lines.items():
-            with open(folder / f"expert_weights_{router.layer}.txt", "a") as file:
+            with open(folder / "rank_0" / f"expert_weights_{router.layer}.txt", "a") as file:
                 file.writelines(text)
 
 
@@ -219,6 +251,17 @@ def _file_name(domain: str, taken: dict[str, Path]) -> str:
     name = re.sub(r"[^\w.+ -]", "_", domain).lstrip(".")[:100] or "_"
     used = {p.name for p in taken.values()}
     return name if name not in used else f"{name}_{len(used)}"
+
+
+def _config(scores: dict[str, dict[str, float]], top_p: float) -> dict[str, Any]:
+    """ESFT's training configuration: of each layer the experts with the highest scores, until they have the share `top_p`."""
+    experts: dict[str, list[int]] = {}
+    for layer, of_expert in scores.items():
+        score_E = np.array(list(of_expert.values()))
+        best_E = np.argsort(-score_E, kind="stable")
+        before_E = np.cumsum(score_E[best_E]) - score_E[best_E]
+        experts[layer] = best_E[before_E < top_p * score_E.sum() * (1 - 1e-9)].tolist()  # a sum that is top_p but for rounding is enough
+    return {"experts": experts, "shared_experts": False, "non_expert_modules": False}
 
 
 def _scores(trace: Trace, counted: list[dict[str, dict[str, np.ndarray]]], domain: str) -> dict[str, Any]:

@@ -331,6 +331,8 @@ class Trace:
 
     def counts(self) -> pd.DataFrame:
         """The counts table of a trace made with --counts-only."""
+        if not self.counts_only:
+            raise MoeInspectError(f'{self.path} holds decisions, not counts: report(trace).tables["load"] counts them')
         return self._frame("counts", [s.table("counts") for s in self.shards])
 
     def logits(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:

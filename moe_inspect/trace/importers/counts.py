@@ -7,6 +7,7 @@ D domains, E experts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,13 +43,31 @@ class Sums:
         return {e for of_domain in self.of["count"].values() for e in of_domain}
 
 
+def _has_columns(name: str, head: bytes) -> bool:
+    """Whether a file that begins so (a .parquet: and ends so) has the columns of counts, or its first JSON object the fields."""
+    if name.endswith(".parquet") and head[:4] == b"PAR1":
+        # in the schema at a .parquet's end a name stands behind its length
+        columns = {column for column in (*KEYS, *SUMS, "assignments") if bytes([len(column)]) + column.encode() in head}
+    elif name.endswith(".csv"):
+        header = head.decode("utf-8", "replace").lstrip("\ufeff\r\n").partition("\n")[0]
+        columns = {column.strip(' "\r') for column in header.split(",")}
+    elif name.endswith((".json", ".jsonl")):
+        text = head.decode("utf-8", "replace").lstrip()
+        try:
+            first, _ = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())
+            columns = set(first) if isinstance(first, dict) else set()
+        except (ValueError, RecursionError):  # an object of columns that goes on behind the head
+            columns = set(re.findall(r'(?<!\\)"(\w+)"\s*:\s*\[\s*\d', text)) if text.startswith("{") else set()
+    else:
+        return False
+    return {"layer", "expert"} <= columns and bool(columns & {"count", "assignments"})
+
+
 @importer(
     "counts",
     reads="`.csv`, `.json`, `.jsonl` or `.parquet` of layer, expert, count [, domain, router, top_k]",
     gives="counts by domain",
-    sniff=lambda name, head: (
-        name.endswith((".csv", ".json", ".jsonl", ".parquet")) and (head[:4] == b"PAR1" or (b"layer" in head and b"expert" in head))
-    ),
+    sniff=_has_columns,
 )
 def counts(job: Job) -> Imported:
     sums: dict[tuple[int, int], Sums] = {}

@@ -25,12 +25,13 @@ from moe_inspect.trace.writer import RoutedBatch
 EXPERTS, TOP_K = 64, 6
 CHUNK_BYTES = 2**20  # of one layer's text parsed at once
 NAME = re.compile(r"expert_weights_(\d{1,4})\.txt")
+RANK = re.compile(r"rank_\d+")  # ESFT's script writes a folder per process: <domain>/rank_<r>/
 
 
 @importer(
     "esft",
     reads="folders of `expert_weights_<layer>.txt`",
-    gives="decisions with weights; a line is a sequence and a document, the folder's name its domain",
+    gives="decisions with weights; a line is a sequence and a document, the name of the folder (above `rank_<r>`) its domain",
     sniff=lambda name, head: NAME.fullmatch(name) is not None,
 )
 def esft(job: Job) -> Imported:
@@ -41,7 +42,8 @@ def esft(job: Job) -> Imported:
         if found is None:
             raise MoeInspectError(f"{path} is not named expert_weights_<layer>.txt: which layer is it of?")
         tasks.setdefault(path.parent, {})[int(found[1])] = path
-        label[path.parent] = source.domain or path.parent.name
+        folder = path.absolute().parent
+        label[path.parent] = source.domain or (folder.parent if RANK.fullmatch(folder.name) else folder).name
     layers = set(next(iter(tasks.values())))
     for folder, files in tasks.items():
         if set(files) != layers:

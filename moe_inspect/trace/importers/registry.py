@@ -15,7 +15,7 @@ HEAD_BYTES = 65_536
 
 @dataclass(frozen=True)
 class Format:
-    """`sniff`: whether a file of this name that begins with these bytes is of the format."""
+    """`sniff`: whether a file of this name that begins with these bytes (a .parquet: and ends with the last of them) is of the format."""
 
     name: str
     reads: str
@@ -42,6 +42,9 @@ def sniff(sources: list[Source]) -> str:
     for file in files:
         with open(file, "rb") as opened:
             head = opened.read(HEAD_BYTES)
+            if head[:4] == b"PAR1":  # its columns are named at its end
+                opened.seek(max(file.stat().st_size - HEAD_BYTES, 0))
+                head += opened.read(HEAD_BYTES)
         for name, format in FORMATS.items():
             if format.sniff(file.name, head):
                 return name

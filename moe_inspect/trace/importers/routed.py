@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str, first_row: int =
     ids = ids_TK.astype(dtype, order="C")  # −1 becomes the maximum
     if k > 1 and (twice_T := repeats(ids_TK)).any():
         t = int(twice_T.argmax())
-        hint = "; a dense layer reads so: give the model's config by --model or --config" if not ids_TK[t].any() else ""
+        hint = "; a dense layer or padding reads so: give the model's config by --model or --config" if not ids_TK[t].any() else ""
         raise MoeInspectError(f"{where}: token {first_row + t} goes to one expert twice ({ids_TK[t].tolist()}){hint}")
     return ids
 
@@ -136,6 +136,24 @@ def dense_blocks(routed_TBK: np.ndarray) -> list[int]:
         return []
     same_B = (routed_TBK == routed_TBK[:1, :, :1]).all((0, 2))
     return [int(b) for b in np.nonzero(same_B)[0]]
+
+
+def unrouted_ends(routed_TBK: np.ndarray) -> tuple[int, int]:
+    """How many rows at the beginning and at the end hold 0, or hold −1, in every slot of every block: padding. With several experts
+    per token no router writes zeros in all slots; with one, a row of zeros may also be a token that went to expert 0 in every block."""
+    T = len(routed_TBK)
+    flat = routed_TBK.reshape(T, -1)
+
+    def run(rows: Iterable[int]) -> int:
+        count = 0
+        for t in rows:
+            if int(flat[t, 0]) not in (0, -1) or (flat[t] != flat[t, 0]).any():
+                break
+            count += 1
+        return count
+
+    end = run(range(T - 1, -1, -1))
+    return (run(range(T)) if end < T else 0), end
 
 
 def identical_run(routed_TBK: np.ndarray) -> int:

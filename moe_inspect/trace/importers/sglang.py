@@ -16,6 +16,7 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.trace.importers.job import (
+    WINDOWS,
     Imported,
     Job,
     Numbering,
@@ -161,14 +162,17 @@ def _windows(load_WBE: np.ndarray, routers: list[Router], domain: str) -> Iterat
 
 
 def _stat(job: Job, files: list[File]) -> Imported:
-    """`logical_count` [S, B, E], already summed over ranks; a row of zeros was never written."""
+    """`logical_count` [S, B, E], already summed over ranks; a row of zeros was never written. The rows are a ring: where the last one
+    is filled, later passes may have overwritten earlier ones, and the order of the rows is not that of the passes."""
     path, source, content = files[0]
     if len(files) > 1:
         raise MoeInspectError(f"{files[1][0]}: a stat dump holds the sum over all ranks: import one")
     count_SBE = _array(content["logical_count"], f"{path}: logical_count", (None, None, None), 0, 2**53)
     if not count_SBE.size:  # so many layers and experts as one likes, of which the file need hold none
         raise MoeInspectError(f"{path}: logical_count is {list(count_SBE.shape)}: no counts")
-    window_S = windows_of(len(count_SBE))
+    last = int(np.nonzero(count_SBE.any((1, 2)))[0].max(initial=0))
+    wrapped = 0 < last == len(count_SBE) - 1
+    window_S = windows_of(last + 1, 1 if wrapped else WINDOWS)
     load_WBE = np.zeros((int(window_S.max()) + 1, *count_SBE.shape[1:]), np.int64)
     for s, w in enumerate(window_S):
         load_WBE[w] += count_SBE[s]
@@ -176,6 +180,15 @@ def _stat(job: Job, files: list[File]) -> Imported:
     routers = _routing_layers(job, load_WBE.sum(0), path, job.known_top_k(path))
     rate = content.get("average_utilization_rate_over_window")
     notes = [f"average_utilization_rate_over_window {rate}"] if isinstance(rate, float) else []
+    if wrapped:
+        job.warn(
+            f"{path}: all {len(count_SBE):,} rows of logical_count are filled. The recorder keeps that many passes "
+            "(--expert-distribution-recorder-buffer-size) and overwrites the oldest: earlier passes may be lost, and the order of the rows "
+            "is not read as time"
+        )
+        notes.append(
+            "logical_count is full: earlier passes may be lost; the order of its rows is not that of the passes, so it is one window"
+        )
     return Imported(routers, _windows(load_WBE, routers, source.domain or named(path)), counts_only=True, notes=notes)
 
 
