@@ -34,9 +34,11 @@ def test_by_hand_on_two_routers_of_four_experts():
     assert bal.entropy(load_LE) == pytest.approx([(0.5 * np.log(2) + 0.5 * np.log(4)) / np.log(4), 1])  # 1/2, 1/4, 1/4
     assert bal.dead_experts(load_LE).tolist() == [1, 0]
     assert bal.starved_experts(np.array([[40, 40, 40, 1], [1, 1, 1, 1]])).tolist() == [1, 0]
+    assert bal.starved_experts(np.array([[40, 40, 20, 20]]), 0.7).tolist() == [2]
     assert bal.balancedness(load_LE).tolist() == [0.5, 1]
     assert bal.effective_experts(load_LE) == pytest.approx([2**1.5, 4])
-    assert bal.max_vio_batch(np.array([[4, 2, 2, 0], [1, 1, 1, 1], [0, 0, 0, 0]])) == pytest.approx(0.5)
+    # three passes of 8 tokens (max_vio 1, 0 and 0.5), one of 4 (0.5): half as large counts; one of 3 does not
+    assert bal.max_vio_batch(np.array([1.5, 0.5, 9]), np.array([3, 1, 1]), np.array([8, 4, 3])) == pytest.approx(0.5)
     assert bal.busiest_expert(load_LE).tolist() == [0, 0]
     assert bal.load_ratio(load_LE)[0].tolist() == [2, 1, 1, 0]
 

@@ -32,7 +32,7 @@ def test_a_breach_is_named_and_exits_with_3(cli: Cli, tmp_path: Path):
     done = cli("report", "t", "--table", "load", "--format", "csv", "--fail-above", "max_vio=0.5", "--fail-below", "gini=0", check=3)
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("failed: layer 1 (router 1): max_vio is 1.")
+    assert lines[0].startswith("failed: layer 1: max_vio is 1.")
     assert lines[0].endswith(", above 0.5")
     assert len(done.stdout.splitlines()) == 1 + 2 * E  # the table all the same
     cli("report", "t", "--table", "load", "--layers", "0", "--fail-above", "max_vio=0.5", check=0)

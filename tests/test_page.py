@@ -383,7 +383,7 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
         text_of[name] = page.view.locator("main").inner_text()
         page.view.close()
     assert "Load of every expert" in text_of["two stacks"]
-    assert "enc 0" in text_of["two stacks"]
+    assert "0 (encoder)" in text_of["two stacks"]
     assert "load over time and drift: counts alone have no order" in text_of["counts only"]
     assert "repetition and locality: counts alone have no order" in text_of["counts only"]
     assert "Experts of a domain" in text_of["counts only"]

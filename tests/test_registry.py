@@ -14,7 +14,7 @@ from moe_inspect.analysis.registry import METRICS, Metric, listing, metric, metr
 
 metrics()
 E, K, T = 12, 3, 8_800  # so that even counts are whole numbers
-SIZES = {"L": 2, "D": 3, "E": E, "N": E, "G": 4, "B": 5, "V": 6, "W": 4, "U": 7, "M": 17}
+SIZES = {"L": 2, "D": 3, "E": E, "N": E, "G": 4, "S": 5, "V": 6, "W": 4, "U": 7, "M": 17}
 DECISIONS = 100
 EVEN: dict[str, object] = {
     "together_EE": np.where(np.eye(E, dtype=bool), T * K // E, T * K * (K - 1) // (E * (E - 1))),
@@ -46,6 +46,7 @@ EVEN: dict[str, object] = {
     "ties": DECISIONS,
     "weight_entropy_sum": DECISIONS * math.log(K),
     "weight_margin_sum": 0.0,
+    "vio_sum_S": np.zeros(5),
     "ranks": 4,
     "capacity_factor": 1.25,
 }

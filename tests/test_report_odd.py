@@ -51,7 +51,7 @@ ODD: dict[str, tuple[Callable[[Path], Trace], str]] = {
     "one document": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, 1, words=5), "Too little to judge"),
     "one domain": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, domain_of_document=["a"]), "domains: only one, 'a'"),
     "an encoder and a decoder": (encoder_decoder, "Judged on 10 tokens"),
-    "two routers in a layer": (of([uniform_ids(RNG, 300, 16, 4), uniform_ids(RNG, 300, 4, 1)], [16, 4], layers=[3, 3]), "layer 3 (router "),
+    "two routers in a layer": (of([uniform_ids(RNG, 300, 16, 4), uniform_ids(RNG, 300, 4, 1)], [16, 4], layers=[3, 3]), "layer 3/"),
     "one choice": (of([uniform_ids(RNG, 300, 8, 1)] * 2, 8, weights=[np.ones((300, 1), np.float32)] * 2), "Judged on 300 tokens"),
     "one expert": (of([np.zeros((300, 1), np.uint16)] * 2, 1), "Nothing is wrong"),
     "every expert every time": (of([uniform_ids(RNG, 200, 4, 4)], 4), "Nothing is wrong"),

@@ -10,11 +10,13 @@ import numpy as np
 
 from moe_inspect.analysis.registry import METRICS, Metric, metric
 
+# the defaults of the thresholds that analysis, report and simulations share
+UNEVEN = 0.2  # max_vio from which a router is uneven
 STARVED = 0.1  # load ratio under which an expert is starved
 
 
 def of_load() -> dict[str, Metric]:
-    """The metrics of the balance table that take the load alone, in its columns' order."""
+    """The metrics of the balance table that need the load alone, in its columns' order."""
     return {name: m for name, m in METRICS.items() if m.table == "balance" and m.parameters == ("load_LE",)}
 
 
@@ -73,9 +75,10 @@ def effective_experts(load_LE: np.ndarray) -> np.ndarray:
 
 
 @metric(table="balance", ideal=0.0, unit="experts", range="0 to E − 1", axes="L")
-def starved_experts(load_LE: np.ndarray) -> np.ndarray:
-    """Experts with load, but under a tenth of the mean load. Means little on few tokens, like dead_experts."""
-    starved_LE = (load_LE > 0) & (load_LE < STARVED * load_LE.mean(1, keepdims=True))
+def starved_experts(load_LE: np.ndarray, starved: float = STARVED) -> np.ndarray:
+    """Experts with load, but under a tenth of the mean load. Means little on few tokens, like dead_experts. `starved`: the
+    threshold of that name, in place of the tenth."""
+    starved_LE = (load_LE > 0) & (load_ratio(load_LE) < starved)
     return np.where(load_LE.sum(1) > 0, starved_LE.sum(1), np.nan)
 
 
@@ -93,10 +96,18 @@ def importance_cv(weight_sum_LE: np.ndarray) -> np.ndarray:
 
 
 @metric(table="balance", ideal=0.0, unit="ratio", range="0 to E/k − 1", source="arXiv:2408.15664")
-def max_vio_batch(load_BE: np.ndarray) -> float:
-    """Mean over forward passes (B) of the max_vio of each ("batch" MaxVio); passes without load are left out."""
-    vio_B = max_vio(load_BE)
-    return float(np.nanmean(vio_B)) if not np.isnan(vio_B).all() else float("nan")
+def max_vio_batch(vio_sum_S: np.ndarray, passes_S: np.ndarray, tokens_S: np.ndarray) -> float:
+    """Mean over forward passes (B) of the max_vio of each ("batch" MaxVio); passes without load are left out. So are those with under
+    half the tokens of the largest (`whole_passes`). By size S of the passes: the sum of their max_vio, their number, the tokens of
+    each. NaN without any."""
+    whole_S = whole_passes(tokens_S)
+    return float(vio_sum_S[whole_S].sum() / _positive(np.asarray(passes_S[whole_S].sum())))
+
+
+def whole_passes(tokens_S: np.ndarray) -> np.ndarray:
+    """Which passes have at least half the tokens of the largest: the last is often a remnant, in which chance is all there is to
+    see, and so are decode steps beside prompts. bool [S]"""
+    return 2 * tokens_S >= tokens_S.max(initial=0)
 
 
 def busiest_expert(load_LE: np.ndarray) -> np.ndarray:

@@ -35,7 +35,9 @@ class Metric:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return tuple(inspect.signature(self.function).parameters)
+        """What it is computed from; a setting with a default is none of them."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
 
     @property
     def formula(self) -> str:

@@ -17,7 +17,7 @@ from moe_inspect.errors import MoeInspectError
 if TYPE_CHECKING:
     from moe_inspect.report.gate import Gate
     from moe_inspect.report.html import Section
-    from moe_inspect.trace.reader import Trace
+    from moe_inspect.report.report import Report
 
 
 class Phase(StrEnum):
@@ -151,7 +151,7 @@ def report(
         from moe_inspect.report.html import write_page
         from moe_inspect.report.sections import report_page
 
-        write_page(html, report_page(made, _simulated(made.trace, simulate or [], layers)))
+        write_page(html, report_page(made, _simulated(made, simulate or [], layers)))
         print(f"wrote {html}", file=sys.stderr)
     if table:
         emit(made.tables[table], format or ending or Format.table, output)
@@ -164,14 +164,15 @@ def report(
         raise typer.Exit(3)
 
 
-def _simulated(trace: Trace, names: list[Simulated], layers: str | None) -> Iterator[Section | str]:
+def _simulated(made: Report, names: list[Simulated], layers: str | None) -> Iterator[Section | str]:
     """A section each, or why the trace has none to give."""
     import moe_inspect
     from moe_inspect.simulate.page import section
 
     for name in dict.fromkeys(names):
         try:
-            yield section(getattr(moe_inspect, f"simulate_{name}")(trace, layers=layers))
+            asked = {"uneven": made.thresholds.uneven} if name is Simulated.routing else {}
+            yield section(getattr(moe_inspect, f"simulate_{name}")(made.trace, layers=layers, **asked))
         except MoeInspectError as error:
             yield str(error)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report.tables import BY_ROUTER, every_table
+from moe_inspect.report.text import layer_label
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
@@ -57,5 +58,5 @@ def breaches(report: Report, gates: Iterable[Gate]) -> list[str]:
         for row in rows[beyond].to_dict("records"):
             value = row["value"]
             said = f"is {value:.6g}, {'above' if g.above else 'below'}" if not math.isnan(value) else "has no value (NaN) to hold against"
-            lines.append(f"layer {row['layer']} (router {row['router']}): {g.metric} {said} {g.limit:g}")
+            lines.append(f"layer {layer_label(report, row['router'])}: {g.metric} {said} {g.limit:g}")
     return lines

@@ -84,11 +84,11 @@ def summary(report: Report) -> pd.DataFrame:
 @table(by_router=BALANCE)
 def balance(report: Report) -> pd.DataFrame:
     """A row a router: how even its load is, and what chance alone would give."""
-    return balance_of(report.counts)
+    return balance_of(report.counts, report.thresholds.starved)
 
 
-def balance_of(counts: Counts) -> pd.DataFrame:
-    """The balance table of any counts, a finished trace's or those of a recording under way."""
+def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
+    """The balance table of any counts, a finished trace's or those of a recording under way. `starved`: that threshold."""
     rows = []
     weights_RU = None if counts.counts_only else unc.resample_weights(counts.domain_of_unit_U)
     for r in counts.indices:
@@ -103,6 +103,7 @@ def balance_of(counts: Counts) -> pd.DataFrame:
             "assignments": total,
         }
         row |= {name: float(m.function(load_E[None])[0]) for name, m in bal.of_load().items()}
+        row["starved_experts"] = float(bal.starved_experts(load_E[None], starved)[0])
         row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
         row["noise_floor"] = unc.noise_floor(round(total / k), E, k)  # null slots make no load, by chance or otherwise
         row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(counts.of[r].assignments_UE, weights_RU)
@@ -119,19 +120,20 @@ def balance_of(counts: Counts) -> pd.DataFrame:
 
 def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
     """Mean max_vio over batches, and the noise floor of batches of their sizes. `filled`: share of slots that routed."""
-    kept = whole_batches(counts.of[router].batches)
-    if not kept or filled <= 0:
+    batches = counts.of[router].batches
+    if not batches or filled <= 0:
         return float("nan"), float("nan")
-    n_S, vio_S = np.array(list(kept.values())).T
+    tokens_S, (passes_S, vio_sum_S) = np.array(list(batches)), np.array(list(batches.values())).T
     E, k = counts.routers[router].experts, counts.routers[router].top_k
-    floor_S = unc.noise_floors(np.array(list(kept)) * filled, E, k)
-    return float(vio_S.sum() / n_S.sum()), float((n_S * floor_S).sum() / n_S.sum())
+    whole_S = bal.whole_passes(tokens_S)
+    floor = np.average(unc.noise_floors(tokens_S[whole_S] * filled, E, k), weights=passes_S[whole_S])
+    return bal.max_vio_batch(vio_sum_S, passes_S, tokens_S), float(floor)
 
 
 def whole_batches(batches: dict[int, tuple[int, float]]) -> dict[int, tuple[int, float]]:
-    """`RouterCounts.batches` without those under half the largest: the last batch is often a remnant, in which chance is all there
-    is to see, and so are decode steps beside prompts."""
-    return {size: value for size, value in batches.items() if 2 * size >= max(batches)}
+    """Those of `RouterCounts.batches` that max_vio_batch is of."""
+    whole_S = bal.whole_passes(np.array(list(batches), np.int64))
+    return {size: batches[size] for size, whole in zip(batches, whole_S, strict=True) if whole}
 
 
 @table()

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_inspect.analysis.balance import load_ratio
+from moe_inspect.report.text import layer_label
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
@@ -268,7 +269,7 @@ def print_heatmap(report: Report, console: Console) -> None:
     if console.is_terminal and len(routers) > MOST_ROUTERS:
         routers = sorted(sorted(routers, key=lambda r: -np.nan_to_num(ratios[r]).max())[:MOST_ROUTERS])
     widest = max(len(ratio_E) for ratio_E in ratios.values())
-    label_of = {r: _label(report, r) for r in routers}
+    label_of = {r: f"layer {layer_label(report, r)}" for r in routers}
     indent = max(len(label) for label in label_of.values()) + 2
     room = (console.width if console.is_terminal else FILE_CELLS + indent) - indent
     numbers = widest * 5 <= room
@@ -293,12 +294,6 @@ def print_heatmap(report: Report, console: Console) -> None:
             for ratio in _extremes(ratios[r], together):
                 line.append(_character(ratio, unicode), style=_style(ratio))
         console.print(line, no_wrap=True, overflow="crop")
-
-
-def _label(report: Report, router: int) -> str:
-    layer = report.trace.routers[router].layer
-    several = sum(r.layer == layer for r in report.trace.routers) > 1
-    return f"layer {layer}/{router}" if several else f"layer {layer}"
 
 
 def _heatmap_title(numbers: bool, together: int) -> str:

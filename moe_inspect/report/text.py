@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_inspect.trace import schema
+
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
 
 
 def layer_label(report: Report, router: int) -> str:
-    """ "3"; "3/5" with the router where its layer has several; "enc 3", "dec 3" where the model has two stacks."""
-    this, routers = report.trace.routers[router], report.trace.routers
-    several = sum((r.layer, r.stack) == (this.layer, this.stack) for r in routers) > 1
-    stack = {"encoder": "enc ", "decoder": "dec "}.get(this.stack, "")
-    return f"{stack}{this.layer}" + (f"/{router}" if several else "")
+    """`schema.layer_label` of a router of the report's trace."""
+    return schema.layer_label(report.trace.routers, router)
 
 
 def readable(text: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+from moe_inspect.analysis.balance import STARVED, UNEVEN
 from moe_inspect.errors import MoeInspectError
 
 
@@ -17,9 +18,9 @@ class Thresholds:
     trace with --random-init gives. no_domain: bits up to which shuffled documents may reach for a "no" to mean anything. tie: tie
     rate of the logits. repeated: share of tokens in runs of identical rows."""
 
-    uneven: float = 0.2
+    uneven: float = UNEVEN
     overloaded: float = 2.0
-    starved: float = 0.1
+    starved: float = STARVED
     specialised: float = 0.1
     no_domain: float = 0.2
     tie: float = 0.01

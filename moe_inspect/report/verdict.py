@@ -13,7 +13,8 @@ import numpy as np
 from moe_inspect.analysis.uncertainty import FEWEST_DOCUMENTS, noise_floor
 from moe_inspect.report.doubts import doubts, missing_ranks
 from moe_inspect.report.tables import whole_batches
-from moe_inspect.report.words import counted, listed, some, verb
+from moe_inspect.report.text import layer_label
+from moe_inspect.report.words import counted, listed, small, some, verb
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
@@ -114,6 +115,8 @@ def _balance(report: Report) -> str:
     of = f"{n} of {len(balance)} routers {'is' if n == 1 else 'are'} uneven ({by_uneven(report)})"
     low, high = 1 + row["max_vio_low"], 1 + row["max_vio_high"]
     sure = "counts alone have no interval" if math.isnan(low) else f"95% interval {low:.2f}-{high:.2f}x"
+    if _takes_every_token(report, row):
+        sure = "every token goes there"
     beside = f"({sure}; {_chance(row)})"
     if uneven(report, row):
         if len(balance) == 1:
@@ -126,6 +129,11 @@ def _balance(report: Report) -> str:
         others = f"; {of}" if n else ""
         return f"Too little to judge balance by: at the worst, {where.lower()}, {busiest}, which may be chance {beside}{others}."
     return f"{'No expert is overloaded' if dead else 'Nothing is wrong with the balance'}: at the worst, {where.lower()}, {busiest}, no more than chance may give {beside}."
+
+
+def _takes_every_token(report: Report, row: Any) -> bool:
+    """Whether the busiest expert is at the ceiling of max_over_mean, E/k: resampling documents moves nothing there."""
+    return row["experts"] > row["top_k"] and int(report.counts.load_E(int(row["router"])).max()) == row["tokens"]
 
 
 def _silent(report: Report) -> str | None:
@@ -181,17 +189,23 @@ def _crowded(report: Report) -> str | None:
 
 
 def _least_used(report: Report) -> str | None:
-    """The expert of the router where the busiest is furthest above the least used, if that has less than half the mean load."""
-    rows = [row for row in routers(report) if above_chance(report, row) and row["min_over_max"] > 0]
-    row = min(rows, key=lambda row: row["min_over_max"], default=None)
-    if row is None:
+    """The expert with the smallest load ratio of all routers, if that is less than half the mean load and beyond chance. Dead experts
+    have a sentence of their own and do not count here."""
+    load, balance = frames(report)["load"], {row["router"]: row for row in routers(report) if above_chance(report, row)}
+    alive = load[(load["assignments"] > 0) & load["router"].isin(balance.keys())]
+    chance_of = alive["router"].map({router: chance(row) for router, row in balance.items()})
+    few = alive[(alive["load_ratio"] < LITTLE_USED) & (1 - alive["load_ratio"] >= 2 * chance_of)]
+    if few.empty:
         return None
-    ratio = row["min_over_max"] * row["max_over_mean"]
-    if ratio >= LITTLE_USED or 1 - ratio < 2 * chance(row):
-        return None
-    router, times = int(row["router"]), 1 / row["min_over_max"]
-    expert = int(report.counts.load_E(router).argmin())
-    said = f"Expert {expert} of {where_of(report, row).lower()} is the least used: {ratio:.2f}x the mean load, the busiest there gets {times:.1f}x as much"
+    least = few.loc[few["load_ratio"].idxmin()]
+    router, expert, ratio = int(least["router"]), int(least["expert"]), least["load_ratio"]
+    row = balance[router]
+    times = row["max_over_mean"] / ratio
+    alone = " of those with any load" if any(row["dead_experts"] for row in routers(report)) else ""
+    said = (
+        f"Expert {expert} of {where_of(report, row).lower()} is the least used{alone}: {small(ratio)}x the mean load, "
+        f"the busiest there gets {times:,.1f}x as much"
+    )
     return said + _least_used_in(report, router, expert, times) + "."
 
 
@@ -314,7 +328,5 @@ def _judged_on(report: Report) -> str:
 
 
 def where_of(report: Report, row: Any) -> str:
-    """ "Layer 3", or with the router where its layer has several."""
-    layer, router = int(row["layer"]), int(row["router"])
-    several = sum(r.layer == layer for r in report.trace.routers) > 1
-    return f"Layer {layer} (router {router})" if several else f"Layer {layer}"
+    """ "Layer 3": the router of a table's row at the start of a sentence."""
+    return f"Layer {layer_label(report, int(row['router']))}"

@@ -24,7 +24,7 @@ from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.stream import check_length, is_small
 from moe_inspect.simulate.stream import slots as slots_of
 from moe_inspect.trace.reader import Shard, Trace, codes, open_trace
-from moe_inspect.trace.schema import PHASES
+from moe_inspect.trace.schema import PHASES, layer_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,7 +133,10 @@ def simulate_cache(
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
     tables = _tables(trace, caches, tokens, sizes, names, expert_mb, gb_per_s)
     settings: dict[str, object] = {"slots": sizes, "policies": names, "expert_mb": expert_mb, "gb_per_s": gb_per_s, "batch_size": 1}
-    return Simulation("cache", tables, _verdict(tables, settings), settings, lambda: _figure(tables, settings), ("cache", "cache_speed"))
+    label_of = {r: layer_label(trace.routers, r) for r in chosen}
+    return Simulation(
+        "cache", tables, _verdict(tables, settings), settings, lambda: _figure(tables, settings, label_of), ("cache", "cache_speed")
+    )
 
 
 def _sizes(trace: Trace, chosen: Iterable[int], slots: Sequence[int] | None) -> list[int]:
@@ -141,7 +144,9 @@ def _sizes(trace: Trace, chosen: Iterable[int], slots: Sequence[int] | None) -> 
     k, E = trace.routers[most].top_k, max(trace.routers[r].experts for r in chosen)
     sizes = sorted(set(slots)) if slots else sorted({min(n * k, E) for n in (1, 2, 4)})
     if sizes[0] < k:
-        raise MoeInspectError(f"{sizes[0]} slots hold less than one decision of layer {trace.routers[most].layer}: give at least {k}")
+        raise MoeInspectError(
+            f"{sizes[0]} slots hold less than one decision of layer {layer_label(trace.routers, most)}: give at least {k}"
+        )
     return sizes
 
 
@@ -314,7 +319,7 @@ def _percents(low: float, high: float) -> str:
     return f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
 
 
-def _figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
+def _figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Figure:
     """Left: hit rate by number of slots, over the layers. Right: by layer, at one number of slots."""
     from matplotlib.figure import Figure
 
@@ -332,7 +337,7 @@ def _figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
     left.plot(main.groupby("slots")["even_share"].mean(), ":", color="0.4", label="slots ÷ experts: what chance hits")
     right.plot(range(len(at)), at["hot_set_share"], "_", ms=12, mew=1.5, color="#c0392b", label=f"share of the {size} busiest experts")
     step = max(1, len(at) // 24)
-    right.set_xticks(range(0, len(at), step), [f"{layer}" for layer in at["layer"].iloc[::step]], fontsize=8)
+    right.set_xticks(range(0, len(at), step), [label_of[r] for r in at["router"].iloc[::step]], fontsize=8)
     left.set(xlabel="slots a layer", ylabel="hit rate", xticks=settings["slots"], ylim=(0, 1.02))
     right.set(xlabel="layer", ylim=(0, 1.02))
     left.set_title("Simulated hit rate: mean over layers, band from least to most", loc="left", fontsize=10)

@@ -22,7 +22,7 @@ from moe_inspect.simulate.capacity_said import PLACES, figure, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.stream import check_length, cut, deciles, document_deciles, is_small, runs, slots
 from moe_inspect.trace.reader import Shard, Trace, codes, open_trace
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import Router, layer_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,8 +78,9 @@ def simulate_capacity(
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
     tables = _tables(trace, tallies, domains, (tokens, hit_F, lost_F), target_drop)
     settings = {"capacity_factors": list(factors), "group_tokens": group_tokens, "order": order, "target_drop": target_drop}
-    said = verdict(tables, settings)
-    return Simulation("capacity", tables, said, settings, lambda: figure(tables, settings), ("capacity", "capacity_needed"))
+    label_of = {r: layer_label(trace.routers, r) for r in chosen}
+    said = verdict(tables, settings, label_of)
+    return Simulation("capacity", tables, said, settings, lambda: figure(tables, settings, label_of), ("capacity", "capacity_needed"))
 
 
 def capacity(factor: float, tokens: int, k: int, E: int) -> int:

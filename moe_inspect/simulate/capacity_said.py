@@ -19,7 +19,7 @@ def _group(group: int | str) -> str:
     return {"batch": "a forward pass", "sequence": "a sequence"}.get(str(group), f"{group} tokens")
 
 
-def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def verdict(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> list[str]:
     """Plain sentences, most important first."""
     factor = _middle(settings["capacity_factors"])
     main, across, needed = (tables[name] for name in ("capacity", "capacity_tokens", "capacity_needed"))
@@ -29,7 +29,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     worst = at.loc[at["drop_rate"].idxmax()]
     everywhere = across[across["capacity_factor"] == factor].iloc[0]
     said = [
-        f"Simulated: at capacity factor {factor:g}, in groups of {_group(settings['group_tokens'])}, layer {worst['layer']:.0f} would drop most: "
+        f"Simulated: at capacity factor {factor:g}, in groups of {_group(settings['group_tokens'])}, layer {label_of[worst['router']]} would drop most: "
         f"{worst['drop_rate']:.1%} of its assignments; {worst['tokens_hit']:.1%} of its tokens would lose a choice and {worst['tokens_lost']:.1%} all of them.",
         f"Simulated, over all layers: {everywhere['hit_anywhere']:.1%} of tokens would lose a choice somewhere, and "
         f"{everywhere['lost_anywhere']:.1%} every choice of some layer.",
@@ -37,18 +37,18 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     most = needed.loc[needed["capacity_factor"].idxmax()]
     said.append(
         f"Simulated: to drop at most {100 * settings['target_drop']:.3g}% of every layer's assignments takes a factor of {most['capacity_factor']:.2f} "
-        f"(layer {most['layer']:.0f}), which leaves {most['unused_capacity']:.0%} of that layer's places empty."
+        f"(layer {label_of[most['router']]}), which leaves {most['unused_capacity']:.0%} of that layer's places empty."
     )
     ends = tables["capacity_by_position"].query("capacity_factor == @factor and router == @worst.router")
     for place in PLACES[:1] if settings["group_tokens"] == "sequence" else PLACES:
         rate = ends[ends["position_in"] == place].set_index("tenth")["drop_rate"]
         said.append(
-            f"Simulated, layer {worst['layer']:.0f}, drops by place in the {place}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
+            f"Simulated, layer {label_of[worst['router']]}, drops by place in the {place}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
         )
     return said
 
 
-def figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
+def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Figure:
     """Left: what each layer drops. Right: where in its document and group the worst layer's drops fall."""
     from matplotlib.figure import Figure
 
@@ -62,7 +62,7 @@ def figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
         colour = (0.75, 0.22 * (1 - shade) + 0.1, 0.17, shade)
         left.plot(range(len(at)), at["drop_rate"], "o-", ms=4, lw=1.2, color=colour, label=f"capacity factor {factor:g}")
     step = max(1, len(at) // 24)
-    left.set_xticks(range(0, len(at), step), [f"{layer}" for layer in at["layer"].iloc[::step]], fontsize=8)
+    left.set_xticks(range(0, len(at), step), [label_of[r] for r in at["router"].iloc[::step]], fontsize=8)
     left.set(xlabel="layer", ylabel="share of assignments dropped")
     left.set_ylim(bottom=0)
     left.legend(fontsize=8, frameon=False)
@@ -76,7 +76,7 @@ def figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
     right.set(xlabel="tenth (10 is the end)", xticks=range(1, 11))
     right.set_ylim(bottom=0)
     right.legend(fontsize=8, frameon=False)
-    right.set_title(f"Layer {worst['layer']:.0f} at factor {factor:g}: who is dropped", loc="left", fontsize=10)
+    right.set_title(f"Layer {label_of[worst['router']]} at factor {factor:g}: who is dropped", loc="left", fontsize=10)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_inspect.analysis import balance as bal
+from moe_inspect.analysis.balance import UNEVEN
 from moe_inspect.analysis.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.algorithms import ALGORITHMS, SEED, Algorithm, Batch, batch_of, largest
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.stream import check_length, runs, slots
 from moe_inspect.trace.reader import Shard, Trace, open_trace
+from moe_inspect.trace.schema import layer_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 
 SAMPLE = 16_384  # tokens from which algorithms with a memory warm up
 AS_MUCH = 0.005  # share of the model's experts a token that is no difference
-EVEN = 0.2  # max_vio below which a router counts as balanced, as in the report
 
 
 def simulate_routing(
@@ -38,9 +40,10 @@ def simulate_routing(
     top_p: Sequence[float] = (0.7,),
     capacity_factor: Sequence[float] = (1.0, 1.25),
     layers: str | int | Iterable[int] | None = None,
+    uneven: float = UNEVEN,
 ) -> Simulation:
     """Balance, probability mass and agreement of other routing algorithms. `top_k`: default 1, k and 2k. `capacity_factor`: of
-    "next best"."""
+    "next best". `uneven`: max_vio from which a router is not balanced, the report's threshold of that name."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     need_decisions(trace, "simulate routing")
     if "logits" not in trace.tables:
@@ -84,9 +87,12 @@ def simulate_routing(
         "bias_held_out": held_out,
         "experts_per_token": k,
         **given,
+        "uneven": uneven,
         "scoring": sorted({trace.routers[r].scoring or "softmax (not stated)" for r in chosen}),
     }
-    return Simulation("routing", tables, _verdict(tables, settings), settings, lambda: _figure(tables), ("routing_algorithms",))
+    label_of = {r: layer_label(trace.routers, r) for r in chosen}
+    said = _verdict(tables, settings, label_of)
+    return Simulation("routing", tables, said, settings, lambda: _figure(tables, uneven, label_of), ("routing_algorithms",))
 
 
 def halves(trace: Trace) -> pd.Series:
@@ -174,12 +180,13 @@ class Run:
 
     def row(self) -> dict[str, object]:
         assert self.load_E is not None
-        size = max(n for n, _ in self.batches)
+        tokens_B, vio_B = np.array(self.batches).T
+        known_B = ~np.isnan(vio_B)
         return {
             "algorithm": self.label,
             "experts_per_token": float(self.load_E.sum() / self.tokens),
             "max_vio": _max_vio(self.load_E),
-            "max_vio_batch": float(np.mean([vio for n, vio in self.batches if 2 * n >= size])),
+            "max_vio_batch": bal.max_vio_batch(vio_B[known_B], known_B[known_B], tokens_B[known_B]),
             "mass": self.mass / self.tokens,
             "mass_retained": self.mass / self.own,
             "agreement": self.agreed / self.recorded if self.recorded else float("nan"),
@@ -190,7 +197,7 @@ class Run:
 
 
 def _max_vio(load_E: np.ndarray) -> float:
-    return float(load_E.max() / load_E.mean() - 1) if load_E.any() else float("nan")
+    return float(bal.max_vio(load_E[None])[0])
 
 
 def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, pd.DataFrame]:
@@ -221,34 +228,35 @@ def _compute(times: float) -> str:
     return "" if abs(times - 1) <= AS_MUCH else f"; computes {times:.3g}x as many experts a token"
 
 
-def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def _verdict(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> list[str]:
     routing, advice = tables["routing"], tables["routing_algorithms"]
-    said = []
+    said, uneven = [], settings["uneven"]
     recorded = routing[routing["algorithm"] == "as recorded"]
     if len(recorded):
         worst = recorded.loc[recorded["max_vio"].idxmax()]
-        said.append(f"As recorded, layer {worst['layer']:.0f} is the least balanced: max_vio {worst['max_vio']:.2f} over all tokens.")
+        layer = label_of[int(worst["router"])]
+        said.append(f"As recorded, layer {layer} is the least balanced: max_vio {worst['max_vio']:.2f} over all tokens.")
         bias = routing[(routing["router"] == worst["router"]) & (routing["algorithm"] == "loss-free bias")]
         if len(bias):
             row = bias.iloc[0]
             helps = row["max_vio"] < worst["max_vio"]
             said.append(
-                f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer {worst['layer']:.0f}{' to' if helps else ':'} max_vio "
+                f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer {layer}{' to' if helps else ':'} max_vio "
                 f"{row['max_vio']:.2f} ({row['max_vio_batch']:.2f} by batch), keeping {row['mass_retained']:.0%} of the probability mass of the router's own "
                 f"top choices and {row['agreement']:.0%} of the model's choices"
                 + (", on the half of the documents that the bias had not seen." if settings["bias_held_out"] else ".")
             )
     same = (advice["experts_per_token"] / settings["experts_per_token"] - 1).abs() <= AS_MUCH
     usable = advice[same & (advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])]
-    even = usable[usable["max_vio_worst"] < EVEN]
+    even = usable[usable["max_vio_worst"] < uneven]
     if len(even):
         best = even.loc[even["mass_retained_least"].idxmax()]
         said.append(
             f"Simulated: of those that compute as much and need not see the future, {best['algorithm']} keeps most among the ones that balance "
-            f"every layer (max_vio below {EVEN:g}): at least {best['mass_retained_least']:.0%} of the mass."
+            f"every layer (max_vio below {uneven:g}): at least {best['mass_retained_least']:.0%} of the mass."
         )
     else:
-        said.append(f"Simulated: none that computes as much and need not see the future balances every layer (max_vio below {EVEN:g}).")
+        said.append(f"Simulated: none that computes as much and need not see the future balances every layer (max_vio below {uneven:g}).")
     leaking = [f"{label} ({ALGORITHMS[label].leaks})" for label in advice[advice["leaks_future"] == "yes"]["algorithm"]]
     if leaking:
         said.append(
@@ -260,7 +268,7 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return said
 
 
-def _figure(tables: dict[str, Any]) -> Figure:
+def _figure(tables: dict[str, Any], uneven: float, label_of: dict[int, str]) -> Figure:
     """Each algorithm, at the layer that is least balanced as it is: imbalance, and the probability mass that is kept."""
     from matplotlib.figure import Figure
 
@@ -277,8 +285,8 @@ def _figure(tables: dict[str, Any]) -> Figure:
         axes.bar_label(bars, [form.format(value) for value in at[column]], padding=3, fontsize=8)
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-    left.axvline(EVEN, color="0.4", lw=0.8, ls="--")
-    left.set_title(f"Simulated, layer {worst['layer']:.0f}: max_vio (dashed: {EVEN:g}, balanced)", loc="left", fontsize=10)
+    left.axvline(uneven, color="0.4", lw=0.8, ls="--")
+    left.set_title(f"Simulated, layer {label_of[int(worst['router'])]}: max_vio (dashed: {uneven:g}, balanced)", loc="left", fontsize=10)
     right.set_title("probability mass, ÷ the router's own top-k", loc="left", fontsize=10)
     if at["leaks_future"].any():
         figure.supxlabel("red: sees the whole batch, so leaks the future", fontsize=8, color="#c0392b")

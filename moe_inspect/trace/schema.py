@@ -77,6 +77,14 @@ class Router:
         return not self.stack or (self.stack == "encoder") == (phase == "encode")
 
 
+def layer_label(routers: Sequence[Router], r: int) -> str:
+    """What router r of a model is called, after the word "layer": "3"; "3/5", with the number of the router, where its layer has
+    several; "3 (encoder)" in a model of two stacks. The one name of a router in every text, table title, picture and page."""
+    this = routers[r]
+    several = sum((other.layer, other.stack) == (this.layer, this.stack) for other in routers) > 1
+    return f"{this.layer}" + (f"/{r}" if several else "") + (f" ({this.stack})" if this.stack else "")
+
+
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:
     """uint8 holds every id of at most 256 experts; the whole table takes the width of its largest router."""
     return pa.uint16() if any(r.experts > 256 for r in routers) else pa.uint8()

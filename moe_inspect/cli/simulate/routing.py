@@ -30,6 +30,9 @@ def routing(
     capacity_factor: Annotated[
         list[str] | None, typer.Option(help="Of next best, which re-routes what finds no room; default 1.0 and 1.25.", show_default=False)
     ] = None,
+    uneven: Annotated[
+        float | None, typer.Option(min=0, help="max_vio from which a router is not balanced; default as in report.", show_default=False)
+    ] = None,
     layers: LayersOption = None,
     table: TableOption = None,
     format: FormatOption = None,
@@ -50,5 +53,6 @@ def routing(
         top_p=numbers(top_p or ["0.7"], "--top-p", float, 0),
         capacity_factor=numbers(capacity_factor or ["1.0,1.25"], "--capacity-factor", float, 0),
         layers=layers,
+        **({} if uneven is None else {"uneven": uneven}),
     )
     show(simulation, table=table, format=format, output=output, plots=plots, html=html)
