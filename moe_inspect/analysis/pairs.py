@@ -16,6 +16,7 @@ from moe_inspect.analysis.registry import metric
 from moe_inspect.analysis.uncertainty import SEED
 
 ROUNDS = 200  # of fitting: a dozen are enough but where an expert takes nearly every decision
+NEARLY_ALL = 1 - 1e-6  # of the decisions: an expert in all of them would have an infinite weight
 
 
 @metric(
@@ -35,29 +36,70 @@ def coactivation(together_EE: np.ndarray) -> np.ndarray:
 
 
 @metric(table="coactivation", column="lift", ideal=1.0, unit="ratio", range="0 and up", axes="EE")
-def coactivation_lift(together_EE: np.ndarray) -> np.ndarray:
+def coactivation_lift(together_EE: np.ndarray, expected_EE: np.ndarray | None = None) -> np.ndarray:
     """N_ab ÷ the N_ab that chance gives experts of these loads. 1 is chance; the plain P(b|a)/P(b) would be under 1 by chance,
-    since a decision's experts are distinct. NaN on the diagonal and where chance gives none."""
-    return _without_diagonal(together_EE / _positive(together_by_chance(together_EE)))
+    since a decision's experts are distinct. NaN on the diagonal and where chance gives none. `expected_EE`: `together_by_chance`,
+    where it is known."""
+    expected_EE = together_by_chance(together_EE) if expected_EE is None else expected_EE
+    return _without_diagonal(together_EE / _positive(expected_EE))
 
 
 def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
-    """N_ab of decisions whose experts keep their loads and are otherwise picked by lot: w_a·w_b for a ≠ b (quasi-independence
-    with an empty diagonal), fitted to the row sums. Exact for k = 2 and for even loads. [E, E], 0 on the diagonal."""
-    observed_EE = together_EE * (1.0 - np.eye(len(together_EE)))
-    row_E = observed_EE.sum(1)
-    total = row_E.sum()
-    if total <= 0:
-        return np.zeros_like(observed_EE)
-    w_E = row_E / np.sqrt(total)
-    for _ in range(ROUNDS):
-        fitted_E = w_E * (w_E.sum() - w_E)
+    """N_ab of decisions whose k distinct experts keep their loads and are otherwise picked by lot: P(a set) is the product of a weight
+    of each of its experts (conditional Poisson sampling, of all with these loads the one of largest entropy: Chen, Dempster and Liu
+    1994). Where slots are null, k is that of the mean decision. [E, E], 0 on the diagonal."""
+    observed_EE = _without_diagonal(together_EE, 0.0)
+    row_E, load_E = observed_EE.sum(1), np.diagonal(together_EE).astype(float)
+    expected_EE = np.zeros_like(observed_EE)
+    alive = np.flatnonzero(row_E)
+    if not len(alive):
+        return expected_EE
+    k = max(2, round(1 + row_E.sum() / load_E.sum()))
+    pair_EE = _pairs_of_sets(load_E[alive] * k / load_E[alive].sum(), k)
+    row_E = row_E[alive]
+    scale_E = np.full(len(alive), np.sqrt(row_E.sum() / pair_EE.sum()))
+    for _ in range(ROUNDS):  # to the row sums that null slots leave; without any they are met
+        fitted_E = scale_E * (pair_EE @ scale_E)
         # the root of the correction: the whole of it swings between two states
         step_E = np.sqrt(np.divide(row_E, fitted_E, out=np.ones_like(row_E), where=fitted_E > 0))
-        w_E = w_E * step_E
+        scale_E = scale_E * step_E
         if np.abs(step_E - 1).max() < 1e-9:
             break
-    return _without_diagonal(np.outer(w_E, w_E), 0.0)
+    expected_EE[np.ix_(alive, alive)] = np.outer(scale_E, scale_E) * pair_EE
+    return expected_EE
+
+
+def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
+    """P(a and b in the set) for sets of k experts in which each is with probability share_E (sum k). [E, E], 0 on the diagonal."""
+    E = len(share_E)
+    apart_EE = 1 - np.eye(E)
+    if k >= E:  # all experts are in it
+        return apart_EE
+    share_E = np.minimum(share_E, NEARLY_ALL)
+    odds_E = share_E / (1 - share_E)
+    weight_E = odds_E
+    for _ in range(ROUNDS):
+        others_EJ = _sums_of_products(weight_E[None], k)[0]
+        fitted_E, before_E = odds_E * others_EJ[:, k] / others_EJ[:, k - 1], weight_E
+        weight_E = fitted_E * (k / fitted_E.sum())
+        if np.abs(weight_E / before_E - 1).max() < 1e-9:
+            break
+    others_EE = _sums_of_products(weight_E * apart_EE, k - 2)[:, :, k - 2]
+    return np.outer(weight_E, weight_E) * others_EE * apart_EE
+
+
+def _sums_of_products(weight_XE: np.ndarray, most: int) -> np.ndarray:
+    """Elementary symmetric polynomials of the weights of a row but that of expert e: the sums, over all sets of j other experts, of
+    the products of their weights, j = 0 … most. Sums of positive terms from both sides, so that nothing cancels. [X, E, most + 1]"""
+    X, E = weight_XE.shape
+    left_EXJ, right_EXJ = np.zeros((2, E, X, most + 1))
+    left_EXJ[0, :, 0] = right_EXJ[E - 1, :, 0] = 1
+    for e in range(1, E):
+        for sums_EXJ, here, before in ((left_EXJ, e, e - 1), (right_EXJ, E - 1 - e, E - e)):
+            sums_EXJ[here] = sums_EXJ[before]
+            sums_EXJ[here, :, 1:] += weight_XE[:, before, None] * sums_EXJ[before, :, :-1]
+    found_EXJ = np.stack([(left_EXJ[:, :, : j + 1] * right_EXJ[:, :, j::-1]).sum(2) for j in range(most + 1)], axis=2)
+    return found_EXJ.transpose(1, 0, 2)
 
 
 @metric(table="transitions", column="probability", ideal="k / E", unit="probability", range="0 to 1", axes="EN", source="arXiv:2401.08383")

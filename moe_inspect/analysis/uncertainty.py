@@ -121,6 +121,36 @@ def share_interval(share: float, decisions: float, effect: float) -> tuple[float
     return float(np.maximum(share - half, 0)), float(np.minimum(share + half, 1))
 
 
+def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """log₁₀ of the probability that a count of so many chances, `most`, is as far from what is expected of it as this one, or
+    further: twice the binomial tail on its side, at most 1. The tail is continued to real counts (the incomplete beta function), such
+    as counts ÷ design effect. Where it is too small for a float, its leading term times a geometric series is taken: an upper bound
+    that is close so far out. Arrays of one shape, 0 ≤ count ≤ most, 0 < expected ≤ most."""
+    from scipy.special import betainc, betaln
+
+    count, expected, most = np.broadcast_arrays(*(np.asarray(x, float) for x in (count, expected, most)))
+    more = count > expected
+    p = np.clip(expected / most, 1e-15, 1 - 1e-12)
+    # P(X ≥ n) = I_p(n, most − n + 1); P(X ≤ n) is the same seen from the failures
+    hits, x = np.where(more, count, most - count), np.where(more, p, 1 - p)
+    a, b = np.maximum(hits, 1e-9), np.maximum(most - hits, 0) + 1
+    tail = betainc(a, b, x)
+    with np.errstate(divide="ignore"):
+        leading = a * np.log(x) + b * np.log1p(-x) - np.log(a) - betaln(a, b) - np.log(np.maximum(1 - (a + b) * x / (a + 1), 1e-12))
+        log_tail = np.where(tail > 1e-250, np.log(tail), leading)
+    return np.minimum((log_tail + np.log(2)) / np.log(10), 0)
+
+
+def signed_deviance(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """How much less likely a count of so many chances is under what is expected of it than under itself, as twice the difference of
+    log-likelihoods (binomial); below zero where the count is below what is expected."""
+    missed, expected_missed = most - count, np.maximum(most - expected, 1e-12 * most)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        hit = np.where(count > 0, count * np.log(count / expected), 0)
+        miss = np.where(missed > 0, missed * np.log(missed / expected_missed), 0)
+    return 2 * np.sign(count - expected) * np.maximum(hit + miss, 0)
+
+
 def permuted_labels(labels_U: np.ndarray, R: int) -> np.ndarray:
     """R random reorderings of the labels of the units. int64 [R, U]"""
     rng = np.random.default_rng([SEED, len(labels_U), R])

@@ -62,7 +62,7 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
     }
     if not report.counts.counts_only:
         pairs: Any = frames(report)["coactivation"]
-        data["partners"] = _pairs(pairs[pairs["expert"] != pairs["other"]], "other", first, position, entries)
+        data["partners"] = _pairs(pairs, "other", first, position, entries)
         links: Any = frames(report)["transitions"]
         data["nexts"] = _pairs(links, "next_expert", first, position, entries)
         next_of = links.drop_duplicates("router").set_index("router")["next_router"]
@@ -88,7 +88,8 @@ def _words(report: Report, first: np.ndarray, position: dict[int, int], entries:
 
 
 def _pairs(table: Any, other: str, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any]:
-    table, start = _by_expert(table.sort_values("probability", ascending=False, kind="stable"), first, position, entries)
+    """The supported partners above chance, in the order of the table, which is that of the evidence."""
+    table, start = _by_expert(table[table["supported"] & (table["lift"] > 1)], first, position, entries)
     return {
         "start": start,
         "other": table[other].tolist(),

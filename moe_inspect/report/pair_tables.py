@@ -1,10 +1,12 @@
 """Tables of what goes together: experts of one decision, of a layer and the next, of a token and the next.
 
-E experts, N experts of the next router, D domains. Of pairs the `top` most probable partners of each expert are listed.
+E experts, N experts of the next router, D domains. Of pairs the `top` partners of each expert with the most evidence beyond chance are
+listed, and the rows of a router go by that evidence: most beyond what chance expects first, most below it last.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # of one token it is 1
 BOUNDS = ("", "_low", "_high")  # 95 %
+LUCK = 0.05  # probability that any pair of the trace is called supported by chance
 LOCALITY = (
     *(name + bound for name in ("first_choice_repetition", "any_choice_repetition") for bound in BOUNDS),
     *(f"srp_{m}{suffix}" for m in LENGTHS for suffix in (*BOUNDS, "_by_load")),
@@ -29,58 +32,57 @@ LOCALITY = (
 
 @table("pairs")
 def coactivation(report: Report) -> pd.DataFrame:
-    """A row an ordered pair of experts: P(other chosen, given expert chosen) in one decision, over all pairs of slots; what chance
-    gives experts of these loads (chance), the ratio to it (lift), and the standard deviation of lift by chance, for tokens that
-    come in documents (lift_sd)."""
+    """A row an ordered pair of experts: how many decisions chose both (together); P(other chosen, given expert chosen) in one decision,
+    over all pairs of slots; what chance gives experts of these loads (chance, and as a number of decisions: expected), the ratio to it
+    (lift), the standard deviation of lift by chance, for tokens that come in documents (lift_sd), and the evidence that it is not
+    chance (log10_p, supported: see Met)."""
     counts, parts = report.decisions("coactivation"), []
     for r in report.selection.routers:
-        together_EE = _known(counts.of[r].together_EE)
-        expert, other = top_pairs(together_EE - np.diag(np.diagonal(together_EE)), report.top)
-        if counts.routers[r].top_k == 1:
-            expert, other = expert[:0], other[:0]  # a decision of one choice has no pairs
-        by_chance_EE = pairs.together_by_chance(together_EE)
-        decisions_E = np.diagonal(together_EE)
-        effect = _effect(report, r)
+        together_EE, met = _known(counts.of[r].together_EE), chosen_together(report, r)
+        at = expert, other = met.top(report.top)
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = {
                 "expert": expert,
                 "other": other,
-                "together": together_EE[expert, other],
-                "probability": pairs.coactivation(together_EE)[expert, other],
-                "lift": pairs.coactivation_lift(together_EE)[expert, other],
-                "chance": by_chance_EE[expert, other] / decisions_E[expert],
-                "lift_sd": np.sqrt(np.maximum(effect, 1) / by_chance_EE[expert, other]),
+                "together": together_EE[at],
+                "probability": pairs.coactivation(together_EE)[at],
+                "lift": pairs.coactivation_lift(together_EE, met.expected_EN)[at],
+                "chance": met.expected_EN[at] / np.diagonal(together_EE)[expert],
+                "expected": met.expected_EN[at],
+                **met.evidence(at),
             }
-        parts.append(of_router(report, r, columns))
+        parts.append(by_evidence(of_router(report, r, columns)))
     return stacked(parts)
 
 
 @table("transitions")
 def transitions(report: Report) -> pd.DataFrame:
-    """A row an expert and one of the next MoE layer: P(next_expert chosen there, given expert chosen here), over all pairs of
-    slots, its lift to how often next_expert is chosen at all, and the standard deviation of lift by chance, for tokens that come
-    in documents (lift_sd)."""
+    """A row an expert and one of the next MoE layer: how many tokens chose both (together), and how many would by chance at these loads
+    (expected); P(next_expert chosen there, given expert chosen here), over all pairs of slots, its lift to how often next_expert is
+    chosen at all, the standard deviation of lift by chance, for tokens that come in documents (lift_sd), and the evidence that it is
+    not chance (log10_p, supported: see Met)."""
     counts, parts = report.decisions("transitions"), []
     for r in report.selection.routers:
-        after, next_EN = counts.next_router(r), counts.of[r].next_EN
-        if after is None or next_EN is None:
+        after, met = counts.next_router(r), chosen_next(report, r)
+        if after is None or met is None:
             continue
-        expert, other = top_pairs(next_EN, report.top)
-        by_chance = next_EN.sum(1)[expert] * next_EN.sum(0)[other] / max(next_EN.sum(), 1)
+        at = expert, other = met.top(report.top)
         columns = {
             "next_layer": counts.routers[after].layer,
             "next_router": after,
             "expert": expert,
             "next_expert": other,
-            "together": next_EN[expert, other],
-            "probability": pairs.transition(next_EN, counts.load_E(r))[expert, other],
-            "lift": pairs.transition_lift(next_EN)[expert, other],
-            "lift_sd": np.sqrt(np.maximum(_effect(report, r), 1) / by_chance),
+            "together": met.count_EN[at],
+            "probability": pairs.transition(met.count_EN, counts.load_E(r))[at],
+            "lift": pairs.transition_lift(met.count_EN)[at],
+            "expected": met.expected_EN[at],
+            **met.evidence(at),
         }
-        parts.append(of_router(report, r, columns))
+        parts.append(by_evidence(of_router(report, r, columns)))
     if not parts:  # the last MoE layer
         integers = ["layer", "router", "next_layer", "next_router", "expert", "next_expert", "together"]
-        kinds = dict.fromkeys(integers, np.int64) | dict.fromkeys(["probability", "lift", "lift_sd"], float)
+        kinds = dict.fromkeys(integers, np.int64) | dict.fromkeys(["probability", "lift", "expected", "lift_sd", "log10_p"], float)
+        kinds["supported"] = bool
         return pd.DataFrame({name: np.zeros(0, kind) for name, kind in kinds.items()})
     return stacked(parts)
 
@@ -156,13 +158,75 @@ def _effect(report: Report, r: int) -> float:
     return unc.design_effect(counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U)
 
 
-def top_pairs(counts_EN: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` partners of each expert that it meets most, most first; 0: all it ever met. (expert, partner)"""
-    E, N = counts_EN.shape
-    order_EN = np.argsort(-counts_EN, axis=1, kind="stable")[:, : top or N]
-    expert_EN = np.broadcast_to(np.arange(E)[:, None], order_EN.shape)
-    met_EN = np.take_along_axis(counts_EN, order_EN, 1) > 0
-    return expert_EN[met_EN], order_EN[met_EN]
+@dataclass(frozen=True)
+class Met:
+    """How often the experts of two sides met, and what chance expects of experts of these loads.
+
+    The evidence of a pair is the probability that chance, at these loads, gives a count as far from the expected one or further: a
+    two-sided binomial tail, of as many trials as the rarer of the two experts was chosen. Tokens of one document are not independent:
+    all counts are divided by the design effect of the router's load, where there are documents enough to have one (pairs themselves
+    are not counted by document). A pair is supported where that probability times the number of pairs tested, those of all routers of
+    the trace (Bonferroni), is at most LUCK: whatever layers are selected, a pair is supported or not."""
+
+    count_EN: np.ndarray
+    expected_EN: np.ndarray
+    most_EN: np.ndarray  # as often as the two can meet
+    tested: int
+    effect: float
+
+    def top(self, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `top` partners of each expert with the most evidence, of those it ever met; 0: all. (expert, partner)"""
+        E, N = self.count_EN.shape
+        # the deviance grows with the evidence, and is quick to have of every pair
+        deviance_EN = unc.signed_deviance(self.count_EN, self.expected_EN, self.most_EN)
+        order_EN = np.argsort(np.where(self.count_EN > 0, -deviance_EN, np.inf), axis=1, kind="stable")[:, : top or N]
+        expert_EN = np.broadcast_to(np.arange(E)[:, None], order_EN.shape)
+        met_EN = np.take_along_axis(self.count_EN, order_EN, 1) > 0
+        return expert_EN[met_EN], order_EN[met_EN]
+
+    def evidence(self, at: Any) -> dict[str, np.ndarray]:
+        """The columns lift_sd, log10_p and supported of the pairs `at`."""
+        effect = max(1.0, self.effect) if self.effect == self.effect else 1.0
+        count, expected, most = (values_EN[at] / effect for values_EN in (self.count_EN, self.expected_EN, self.most_EN))
+        log10_p = unc.log10_tail(count, expected, most)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lift_sd = np.sqrt(np.maximum(self.effect, 1) / self.expected_EN[at])
+        return {"lift_sd": lift_sd, "log10_p": log10_p, "supported": log10_p <= np.log10(LUCK / self.tested)}
+
+
+def chosen_together(report: Report, r: int) -> Met:
+    """Experts of one decision. A decision of one choice has no pairs."""
+    counts = report.decisions("coactivation")
+    together_EE = _known(counts.of[r].together_EE)
+    load_E = np.diagonal(together_EE)
+    tested = sum(router.experts * (router.experts - 1) // 2 for router in counts.routers if router.top_k > 1)
+    count_EE = (together_EE - np.diag(load_E)) * (counts.routers[r].top_k > 1)
+    return _met(report, r, count_EE, pairs.together_by_chance(together_EE), load_E, load_E, tested)
+
+
+def chosen_next(report: Report, r: int) -> Met | None:
+    """Experts of router r and of the next that the same tokens reach; None for the last."""
+    counts = report.decisions("transitions")
+    after, next_EN = counts.next_router(r), counts.of[r].next_EN
+    if after is None or next_EN is None:
+        return None
+    following = [(router, counts.next_router(i)) for i, router in enumerate(counts.routers)]
+    tested = sum(router.experts * counts.routers[i].experts for router, i in following if i is not None)
+    row_E, column_N = next_EN.sum(1), next_EN.sum(0)
+    expected_EN = np.outer(row_E, column_N) / max(next_EN.sum(), 1)
+    # of a token's k·k pairs an expert is in as many as the other router has choices
+    return _met(report, r, next_EN, expected_EN, row_E / counts.routers[after].top_k, column_N / counts.routers[r].top_k, tested)
+
+
+def _met(report: Report, r: int, count_EN: np.ndarray, expected_EN: np.ndarray, load_E: np.ndarray, load_N: np.ndarray, tested: int) -> Met:
+    most_EN = np.minimum(load_E[:, None], load_N[None, :])
+    return Met(count_EN, expected_EN, np.maximum(most_EN, np.maximum(count_EN, 1)), max(tested, 1), _effect(report, r))
+
+
+def by_evidence(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a router: those most beyond chance first, those most below it last."""
+    beyond = rows["together"] > rows["expected"]
+    return rows.iloc[np.lexsort((-rows["together"], np.where(beyond, rows["log10_p"], -rows["log10_p"]), ~beyond))]
 
 
 def _known(values: np.ndarray | None) -> np.ndarray:

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moe_inspect.analysis.balance import load_ratio
-from moe_inspect.analysis.pairs import coactivation_lift, transition_lift
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report import plots_locality  # noqa: F401  (adds its own to PLOTS)
+from moe_inspect.report.pair_tables import Met, chosen_next, chosen_together
 from moe_inspect.report.plots_parts import COLOURS, MARKS, PLOTS, bare, breadth, layer_ticks, letters, new_figure, new_grid, plain, plot
 from moe_inspect.report.text import cut, layer_label, readable
 from moe_inspect.report.verdict import chance
@@ -30,6 +30,7 @@ PANELS = 8  # layers shown where each takes a panel
 MATRICES = 4  # the same, where a panel is a matrix of experts
 FAR = np.log2(4)  # colours are saturated at a quarter and at four times the mean
 DEAD = "#202020"
+UNSUPPORTED = "0.85"
 LINES = 10  # routers that can be told apart as lines; more make a heatmap
 
 
@@ -218,11 +219,8 @@ def coactivation(report: Report) -> Figure | None:
     """Which experts one decision chooses together, against chance: a panel for each of the routers where it is most marked."""
     if report.counts.counts_only:
         return None
-    counts: Any = report.decisions("coactivation")
-    lift_of = {r: coactivation_lift(counts.of[r].together_EE) for r in _furthest(report.tables["coactivation"])}
-    for lift_EE in lift_of.values():
-        np.fill_diagonal(lift_EE, np.nan)
-    return _pairs(report, lift_of, "Experts chosen together", "other expert")
+    met_of = {r: chosen_together(report, r) for r in _furthest(report.tables["coactivation"])}
+    return _pairs(report, met_of, "Experts chosen together", "other expert")
 
 
 @plot
@@ -230,9 +228,8 @@ def transitions(report: Report) -> Figure | None:
     """Which experts of the next layer the tokens of an expert go to, against chance."""
     if report.counts.counts_only:
         return None
-    counts: Any = report.decisions("transitions")
-    lift_of = {r: transition_lift(counts.of[r].next_EN) for r in _furthest(report.tables["transitions"])}
-    return _pairs(report, lift_of, "Experts of one layer and the next", "expert of the next layer")
+    met_of = {r: met for r in _furthest(report.tables["transitions"]) if (met := chosen_next(report, r)) is not None}
+    return _pairs(report, met_of, "Experts of one layer and the next", "expert of the next layer")
 
 
 @plot
@@ -269,22 +266,22 @@ def router(report: Report) -> Figure | None:
 
 
 def _furthest(table: Any) -> list[int]:
-    """The routers whose listed pairs are furthest from chance, in order of layers."""
-    beyond = (table["probability"] - table["probability"] / table["lift"]).abs().groupby(table["router"]).sum()
+    """The routers whose supported pairs are furthest from chance, in order of layers."""
+    beyond = ((table["probability"] - table["probability"] / table["lift"]).abs() * table["supported"]).groupby(table["router"]).sum()
     return sorted(int(r) for r in beyond.nlargest(MATRICES).index)
 
 
-def _pairs(report: Report, lift_of: dict[int, np.ndarray], title: str, xlabel: str) -> Figure | None:
-    """Lift of pairs of experts [E, F], a panel for each router of `lift_of`."""
-    if not lift_of:
+def _pairs(report: Report, met_of: dict[int, Met], title: str, xlabel: str) -> Figure | None:
+    """Lift of the supported pairs of experts [E, F], a panel for each router of `met_of`; the other pairs are grey."""
+    if not met_of:
         return None
-    chosen = list(lift_of)
+    chosen = list(met_of)
     columns = min(2, len(chosen))
     rows = -(-len(chosen) // columns)
     figure, grid = new_grid(4.6 * columns + 1, 4.1 * rows + 0.6, rows, columns)
     image = None
     for axes, r in zip(grid.flat, chosen, strict=False):
-        image = _ratios(axes, lift_of[r])
+        image = _ratios(axes, supported_lift(met_of[r]), UNSUPPORTED)
         axes.set_title(f"layer {layer_label(report, int(r))}", fontsize=9, loc="left")
         axes.set(xlabel=xlabel, ylabel="expert")
         for axis in (axes.xaxis, axes.yaxis):
@@ -294,7 +291,7 @@ def _pairs(report: Report, lift_of: dict[int, np.ndarray], title: str, xlabel: s
         axes.set_axis_off()
     routers = len(report.selection.routers)
     shown = f" (the {len(chosen)} of {routers} layers furthest from chance)" if len(chosen) == MATRICES < routers else ""
-    figure.suptitle(f"{title}, against chance{shown}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"{title}, against chance{shown}; grey: may be chance", fontsize=10, x=0.01, ha="left")
     if image is not None:
         _colour_bar(figure, image, grid.ravel().tolist(), "times as often as by chance")
     return figure
@@ -306,9 +303,18 @@ def _spread(table: Any, router: int) -> float:
     return float((rows["activation"] * np.log2(rows["lift"].clip(lower=1e-9))).sum())
 
 
-def _ratios(axes: Any, ratio: np.ndarray) -> Any:
-    """A ratio on a logarithmic scale on which a half is as far from 1 as double; zero is black, missing white."""
-    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="white", under=DEAD)
+def supported_lift(met: Met) -> np.ndarray:
+    """The lift of each pair that its evidence supports, NaN for the others. [E, F]"""
+    lift_EF = np.full(met.count_EN.shape, np.nan)
+    possible = np.nonzero(met.expected_EN > 0)
+    supported = met.evidence(possible)["supported"]
+    lift_EF[possible] = np.where(supported, met.count_EN[possible] / met.expected_EN[possible], np.nan)
+    return lift_EF
+
+
+def _ratios(axes: Any, ratio: np.ndarray, missing: str = "white") -> Any:
+    """A ratio on a logarithmic scale on which a half is as far from 1 as double; zero is black."""
+    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad=missing, under=DEAD)
     exponent = np.where(ratio == 0, -99, np.clip(np.log2(np.where(ratio > 0, ratio, 1)), -FAR, FAR))
     values = np.ma.masked_invalid(np.where(np.isnan(ratio), np.nan, exponent))
     return axes.imshow(values, aspect="auto", cmap=colours, norm=TwoSlopeNorm(0, -FAR, FAR), interpolation="nearest")

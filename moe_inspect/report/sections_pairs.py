@@ -9,7 +9,7 @@ import pandas as pd
 
 from moe_inspect.report import html
 from moe_inspect.report.html import Section
-from moe_inspect.report.pair_tables import BOUNDS, LENGTHS
+from moe_inspect.report.pair_tables import BOUNDS, LENGTHS, LUCK
 from moe_inspect.report.sections_parts import definitions, interval, layer_axis, layers, line, marks, section, ticks
 from moe_inspect.report.text import layer_label
 
@@ -21,6 +21,11 @@ NEXT = "The first choice at the next layer"
 COLOURS = ("@accent", "@second", "@third")
 BESIDE = 0.1  # of a layer, between dots that would hide each other
 BARS = " Bars are 95 % intervals, by document."
+BEYOND = "is chosen more often than chance may explain"
+LOG10_P = (
+    "the evidence: log₁₀ of the probability that chance at these loads is as far from what is expected, or further (binomial, two-sided; "
+    f"counts ÷ design effect). Supported: times the number of all pairs of the trace (Bonferroni) at most {LUCK:g}."
+)
 LIFT_SD = "the standard deviation of lift by chance, for tokens that come in documents."
 
 
@@ -109,14 +114,20 @@ def coactivation(report: Report) -> Section | str:
     table: Any = report.tables["coactivation"]
     if table.empty:
         return "co-activation: one expert a token makes no pairs"
+    strongest = _strongest(table)
+    if strongest.empty:
+        return f"co-activation: no pair {BEYOND}"
     return Section(
         "Chosen together",
-        "The pairs of experts that one decision chooses most often beyond what their loads explain. Each card lists its expert's partners.",
-        table=_strongest(table[table["expert"] != table["other"]]),
+        f"The pairs of experts that one decision chooses more often than chance, those with the most evidence first: {_supported(table)} "
+        "Each card lists its expert's partners.",
+        table=strongest,
         definitions={
             "probability": "P(other chosen, given expert chosen), over all pairs of slots; (k − 1)/(E − 1) by chance.",
-            "lift": "against what the other expert's load alone would give.",
+            "lift": "against what the loads of the two alone would give.",
+            "expected": "the number of decisions that choose both where experts keep their loads and are otherwise picked by lot.",
             "lift_sd": LIFT_SD,
+            "log10_p": LOG10_P,
         },
     )
 
@@ -129,14 +140,20 @@ def transitions(report: Report) -> Section | str:
     table: Any = report.tables["transitions"]
     if table.empty:
         return "transitions: no two layers follow each other"
+    strongest = _strongest(table)
+    if strongest.empty:
+        return f"transitions: no link {BEYOND}"
     return Section(
         "From layer to layer",
-        "Where the tokens of an expert go at the next layer: the links furthest beyond what the loads explain.",
-        table=_strongest(table),
+        "Where the tokens of an expert go at the next layer more often than chance, the links with the most evidence first: "
+        f"{_supported(table)}",
+        table=strongest,
         definitions={
             "probability": "P(next expert chosen at the next MoE layer, given expert chosen here), over all pairs of slots.",
             "lift": "against how often the next expert is chosen at all.",
+            "expected": "the number of tokens that choose both where the two layers choose independently of each other.",
             "lift_sd": LIFT_SD,
+            "log10_p": LOG10_P,
         },
     )
 
@@ -153,6 +170,10 @@ def _by_load_and_chance(report: Report, table: Any) -> dict[str, np.ndarray]:
 
 
 def _strongest(table: Any) -> pd.DataFrame:
-    """The pairs that happen most beyond chance: by what their probability has above that of independent choices."""
-    beyond = table["probability"] - table["probability"] / table["lift"]
-    return table.loc[beyond.nlargest(PAIRS).index]
+    """The supported pairs that happen more often than chance, by their evidence."""
+    return table[table["supported"] & (table["lift"] > 1)].nsmallest(PAIRS, "log10_p")
+
+
+def _supported(table: Any) -> str:
+    n = int((table["supported"] & (table["lift"] > 1)).sum())
+    return f"{n:,} of the {len(table):,} pairs listed have enough."
