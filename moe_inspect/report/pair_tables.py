@@ -130,9 +130,12 @@ def locality(report: Report) -> pd.DataFrame:
         row: dict[str, float] = {"layer": counts.routers[r].layer, "router": r}
         pairs_U = _known(of.pairs_U)
         found: dict[str, tuple[float, tuple[float, float]]] = {}
-        for name, same in (("first_choice_repetition", of.first_same_U), ("any_choice_repetition", of.any_same_U)):
+        for name, formula, same in (
+            ("first_choice_repetition", pairs.first_choice, of.first_same_U),
+            ("any_choice_repetition", pairs.any_choice, of.any_same_U),
+        ):
             if same is not None:  # else first choices are unknown
-                value = same.sum() / pairs_U.sum() if pairs_U.any() else np.nan
+                value = float(formula(same.sum(keepdims=True), pairs_U.sum(keepdims=True))[0])
                 found[name] = value, unc.ratio_interval(same, pairs_U, weights_RU)
         for m in LENGTHS:
             windows_UM = (of.srp or {})[m]
