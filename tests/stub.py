@@ -1,0 +1,91 @@
+"""A report of tables written by hand: what the verdict reads, and nothing that has to be counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis import balance as bal
+from moe_inspect.report.thresholds import thresholds
+from moe_inspect.trace.schema import Router
+
+
+def row(load: Sequence[int], k: int = 1, tokens: int | None = None, **columns: Any) -> dict[str, Any]:
+    """A row of `balance` for a router of this load: far beyond chance, unless `columns` say otherwise."""
+    load_E = np.array(load)
+    found: dict[str, Any] = {name: float(m.function(load_E[None])[0]) for name, m in bal.of_load().items()}
+    found |= {"experts": len(load), "top_k": k, "assignments": int(load_E.sum()), "busiest_expert": int(load_E.argmax())}
+    found |= {"tokens": int(load_E.sum()) // k if tokens is None else tokens, "noise_floor": 0.01, "design_effect": 1.0}
+    found |= {"max_vio_low": found["max_vio"] - 0.01, "max_vio_high": found["max_vio"] + 0.01}
+    found |= {"max_vio_batch": found["max_vio"], "noise_floor_batch": 0.01, "load_E": load_E, "passes": {100: (9, 0.0)}}
+    return found | columns
+
+
+def stub(
+    *rows: dict[str, Any],
+    counts_only: bool = False,
+    documents: int | Sequence[int] = 60,
+    domains: Sequence[str] = ("text",),
+    by_domain: Sequence[Any] = (),
+    limits: dict[str, float] | None = None,
+    pooled: float | None = None,
+    selected: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    domains_selected: set[str] | None = None,
+    **tables: list[dict[str, Any]],
+) -> Any:
+    """rows: of `balance`, a router each, by layer unless `layers` says otherwise. documents: of all domains, or of each. by_domain[r]:
+    [D, E] assignments of router r. `tables`: further ones, as rows; where `domain_of_unit_U` matters domains have the documents
+    given."""
+    listed = [Router(r if layers is None else layers[r], "", "", one["experts"], one["top_k"]) for r, one in enumerate(rows)]
+    chosen = list(range(len(rows)) if selected is None else selected)
+    each = [documents // len(domains)] * len(domains) if isinstance(documents, int) else list(documents)
+    if isinstance(documents, int):
+        each[0] += documents - sum(each)
+    balance = [{"layer": listed[r].layer, "router": r, **rows[r]} for r in chosen]
+    assignments = {r: np.array(by_domain[r]) if len(by_domain) else rows[r]["load_E"][None] for r in chosen}
+    tokens = max((one["tokens"] for one in rows), default=0)
+    counts = SimpleNamespace(
+        counts_only=counts_only,
+        units=[None] * sum(each),
+        documents=0 if counts_only else sum(each),
+        tokens=tokens,
+        domains=list(domains),
+        domain_of_unit_U=np.repeat(np.arange(len(domains)), each),
+        routers=listed,
+        indices=chosen,
+        load_E=lambda r: rows[r]["load_E"],
+        assignments_DE=lambda r: assignments[r],
+        tokens_of=lambda r: rows[r]["tokens"],
+        of={r: SimpleNamespace(batches=rows[r]["passes"]) for r in chosen},
+    )
+    load = [
+        {"layer": listed[r].layer, "router": r, "expert": e, "assignments": int(n), "load_ratio": ratio}
+        for r in chosen
+        for e, (n, ratio) in enumerate(zip(rows[r]["load_E"], bal.load_ratio(rows[r]["load_E"][None])[0], strict=True))
+    ]
+    spread = []
+    for r in chosen:
+        activation_DE = assignments[r] / np.maximum(assignments[r].sum(1, keepdims=True) / rows[r]["top_k"], 1)
+        lift_DE = activation_DE / np.maximum(activation_DE.mean(0), 1e-9)
+        for (d, e), n in np.ndenumerate(assignments[r]):
+            of = {"layer": listed[r].layer, "router": r, "domain": domains[d], "expert": e, "assignments": int(n)}
+            spread.append(
+                {**of, "tokens": int(assignments[r][d].sum()) // rows[r]["top_k"], "activation": activation_DE[d, e], "lift": lift_DE[d, e]}
+            )
+    made = {"balance": balance, "load": load, "domains": spread, **tables}
+    return SimpleNamespace(
+        tables={name: pd.DataFrame(of) for name, of in made.items()},
+        loaded=[one for one in balance if not np.isnan(one["max_vio"])],
+        counts=counts,
+        thresholds=thresholds(limits),
+        selection=SimpleNamespace(routers=chosen, domains=domains_selected),
+        trace=SimpleNamespace(routers=listed, tables=("routing", "logits"), manifest={}, imported=False),
+        warning=None,
+        top=20,
+        pooled_max_over_mean=lambda: pooled,
+    )
