@@ -37,8 +37,9 @@ def test_by_hand_on_two_routers_of_four_experts():
     assert bal.starved_experts(np.array([[40, 40, 20, 20]]), 0.7).tolist() == [2]
     assert bal.balancedness(load_LE).tolist() == [0.5, 1]
     assert bal.effective_experts(load_LE) == pytest.approx([2**1.5, 4])
-    # three passes of 8 tokens (max_vio 1, 0 and 0.5), one of 4 (0.5): half as large counts; one of 3 does not
-    assert bal.max_vio_batch(np.array([1.5, 0.5, 9]), np.array([3, 1, 1]), np.array([8, 4, 3])) == pytest.approx(0.5)
+    # three passes of 8 tokens (max_vio 1, 0 and 0.5), one of 4 (0.9): half as large counts; one of 3 does not
+    assert bal.max_vio_batch(np.array([1.5, 0.9, 9]), np.array([3, 1, 1]), np.array([8, 4, 3])) == pytest.approx(0.6)
+    assert bal.max_vio(np.array([[12, 8, 10]])).tolist() == [0.2]  # exactly, though 1.2 − 1 is not
     assert bal.busiest_expert(load_LE).tolist() == [0, 0]
     assert bal.load_ratio(load_LE)[0].tolist() == [2, 1, 1, 0]
 

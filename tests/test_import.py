@@ -15,8 +15,10 @@ import pytest
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.report.report import report
 from moe_inspect.trace.importers import FORMATS
+from moe_inspect.trace.importers.job import counted
 from moe_inspect.trace.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Router
 from tests import foreign
 from tests.conftest import ROOT
 from tests.foreign import FORMAT_OF, MAKERS, ROUTED
@@ -35,6 +37,14 @@ def imported(name: str, tmp_path: Path, format: str | None = None, **options) ->
 def loads(trace: Trace) -> list[np.ndarray]:
     table = trace.counts().groupby(["router", "expert"])["assignments"].sum()
     return [table.loc[r].to_numpy() for r in range(len(trace.routers))]
+
+
+@pytest.mark.parametrize(("assignments", "tokens"), [(4, 2), (5, 3), (6, 3)])
+def test_counts_are_of_as_many_tokens_as_the_fullest_router_needs(assignments: int, tokens: int):
+    """A token makes at most two assignments: five are of at least three tokens."""
+    listed = [Router(layer, "", "", 4, 2) for layer in range(2)]
+    loads = [np.array([[1, 1, 0, 0], [2, 2, 0, 0]]), np.array([[assignments, 0, 0, 0], [1, 0, 0, 0]])]
+    assert counted(loads, listed, ["a", "b"], 0).tokens == tokens + 2
 
 
 def test_every_format_has_a_file_made_for_it():

@@ -38,6 +38,11 @@ def test_simulated_and_gaussian_floors_meet():
     assert unc.noise_floor(T - 1, 64, 8) == pytest.approx(unc.noise_floor(T, 64, 8), rel=0.05)
 
 
+def test_the_gaussian_floor_by_hand():
+    """Of two experts, one of them chosen by each token: E|2X/T − 1| is √(2/(πT))."""
+    assert unc.noise_floor(2_000, 2, 1) == pytest.approx(np.sqrt(2 / (np.pi * 2_000)), rel=0.01)
+
+
 def test_floor_of_the_trivial_cases():
     assert unc.noise_floor(100, 8, 8) == 0
     assert np.isnan(unc.noise_floor(0, 8, 2))
@@ -107,6 +112,18 @@ def test_design_effect_is_one_without_documents_and_large_with_them():
     bound = np.mean([unc.design_effect(documents(rng, 0.7), tokens_U, strata_U) for _ in range(20)])
     assert free == pytest.approx(1, abs=0.15)
     assert bound > 5
+
+
+def test_the_design_effect_by_hand():
+    """Of 50 tokens 30 go to expert 0: 24 is the variance of independent ones, over both experts. Documents of 10 are off by −1 but for
+    one, by 4: 40 in squares, times 5/4."""
+    assignments_UE = np.array([[5, 5]] * 4 + [[10, 0]])
+    tokens_U = np.full(5, 10)
+    assert unc.design_effect(assignments_UE, tokens_U, np.zeros(5, np.int64)) == pytest.approx(40 * 5 / 4 / 24)
+    # a second domain alike has documents enough to vary by itself
+    both = np.r_[assignments_UE, assignments_UE], np.r_[tokens_U, tokens_U]
+    assert unc.design_effect(*both, np.repeat([0, 1], 5)) == pytest.approx(2 * 40 * 5 / 4 / 48)
+    assert unc.design_effect(*both, np.repeat([0, 1], [4, 6])) == pytest.approx(80 * 10 / 9 / 48)
 
 
 def test_the_interval_of_a_ratio_covers_the_truth_where_documents_differ():

@@ -251,7 +251,7 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         said.append(f"No step of {', '.join(map(str, short))}: the trace holds too few sequences at any position.")
     if needed["reads_all_from"].notna().any():
         said.append(
-            f"From {counted(needed['reads_all_from'].max(), 'sequence')} on a step reads {SATURATED:.0%} of the experts that are used at all, in every layer: "
+            f"From {counted(int(needed['reads_all_from'].max()), 'sequence')} on a step reads {SATURATED:.0%} of the experts that are used at all, in every layer: "
             "before that a larger batch reads more, after it only shares the reading out."
         )
     if needed["compute_bound_from"].notna().any():
