@@ -20,6 +20,7 @@ from moe_inspect.report.report import Report, report
 from moe_inspect.report.thresholds import Thresholds
 from moe_inspect.simulate.cache import simulate_cache
 from moe_inspect.simulate.capacity import simulate_capacity
+from moe_inspect.simulate.placement import simulate_placement
 from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.trace.schema import Router, layer_label
 from tests.conftest import ROOT
@@ -134,7 +135,7 @@ def test_two_routers_of_a_layer_are_named_alike_everywhere(tmp_path: Path):
     assert "layer 5/1 would drop most" in capacity.verdict[0]
     assert any("(layer 5/1), which leaves" in s for s in capacity.verdict)
     assert any("layer 5/1, drops by place" in s for s in capacity.verdict)
-    for simulated in (capacity, cache):
+    for simulated in (capacity, cache, simulate_placement(trace, gpus=2)):
         assert simulated.figure is not None
         drawn = [t.get_text() for t in simulated.figure().findobj(lambda a: hasattr(a, "get_text"))]
         assert {"0", "5/1", "5/2"} <= set(drawn)

@@ -20,6 +20,7 @@ from moe_inspect.simulate.sizes import hidden_bytes, text_config
 from moe_inspect.simulate.stream import check_domains, is_small
 from moe_inspect.simulate.windows import Windows, counted, decisions, loads_of, windows_of
 from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.schema import layer_label
 
 MOST_SLOTS = 2**20  # of a layer
 SAMPLE = 8_192  # decisions of a router by which --minimize ranks judges an exchange
@@ -90,7 +91,8 @@ def simulate_placement(
     }
     from moe_inspect.simulate.placement_said import figure, verdict
 
-    return Simulation("placement", tables, verdict(tables, settings), settings, lambda: figure(tables, settings), ("policies",))
+    label_of = {r: layer_label(trace.routers, r) for r in range(len(trace.routers))}
+    return Simulation("placement", tables, verdict(tables, settings), settings, lambda: figure(tables, settings, label_of), ("policies",))
 
 
 def model_layers(trace: Trace) -> int:

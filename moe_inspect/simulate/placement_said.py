@@ -68,7 +68,7 @@ def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list
     ]
 
 
-def figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
+def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Figure:
     """Left: max/mean over GPUs by layer, on the judged part. Right: by window, the mean over layers, as the plan ages."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -88,7 +88,7 @@ def figure(tables: dict[str, Any], settings: dict[str, Any]) -> Figure:
             grid[1].plot(mean.index + aside, mean, lw=1, **style)
     for edge in range(1, len(routers)):
         grid[0].axvline(edge - 0.5, color="0.9", lw=0.8, zorder=0)
-    labels = [f"{row['layer']}" if routers["layer"].is_unique else f"{row['layer']}/{row['router']}" for row in routers.to_dict("records")]
+    labels = [label_of[r] for r in routers["router"]]
     step = max(1, len(labels) // 24)
     grid[0].set_xticks(range(0, len(labels), step), labels[::step], fontsize=8)
     grid[0].set(xlabel="layer", ylabel="busiest GPU ÷ mean GPU")
