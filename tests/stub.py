@@ -14,7 +14,7 @@ from moe_inspect.report.thresholds import thresholds
 from moe_inspect.trace.schema import Router
 
 
-def row(load: Sequence[int], k: int = 1, tokens: int | None = None, **columns: Any) -> dict[str, Any]:
+def row(load: Sequence[int] | np.ndarray, k: int = 1, tokens: int | None = None, **columns: Any) -> dict[str, Any]:
     """A row of `balance` for a router of this load: far beyond chance, unless `columns` say otherwise."""
     load_E = np.array(load)
     found: dict[str, Any] = {name: float(m.function(load_E[None])[0]) for name, m in bal.of_load().items()}

@@ -93,7 +93,7 @@ def test_a_simulation_of_routing_takes_the_threshold_of_the_report():
 @pytest.mark.parametrize(("uneven", "balances"), [(0.11, False), (0.12, True)])
 def test_just_under_the_threshold_of_a_simulation_is_balanced(uneven: float, balances: bool):
     said = simulate_routing(ROOT / "sample_traces/untrained", layers=0, algorithms=["top-k"], uneven=uneven)
-    advice = said.tables["routing_algorithms"].set_index("algorithm")
+    advice: Any = said.tables["routing_algorithms"].set_index("algorithm")
     assert 0.11 < advice["max_vio_worst"]["top-k 2"] < 0.12  # the other two do not compute as much
     assert any("keeps most among the ones that balance every layer" in s for s in said.verdict) == balances
     assert any("none that computes as much and need not see the future balances" in s for s in said.verdict) != balances
@@ -105,9 +105,13 @@ def test_a_router_has_one_name(tmp_path: Path):
     assert [layer_label([Router(layer, "", "", 8, 2) for layer in (0, 3, 3)], r) for r in range(3)] == ["0", "3/1", "3/2"]
 
 
+def written(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+
+
 def texts(made: Report) -> str:
     """Every text there is on a report: terminal, page, pictures, gates."""
-    pictures = [t.get_text() for draw in PLOTS.values() if (figure := draw(made)) for t in figure.findobj(lambda a: hasattr(a, "get_text"))]
+    pictures = [text for draw in PLOTS.values() if (figure := draw(made)) for text in written(figure)]
     data, _ = map_data(made)
     assert data is not None
     page = [f"layer {layer['label']}" for layer in data["layers"]]
@@ -137,8 +141,7 @@ def test_two_routers_of_a_layer_are_named_alike_everywhere(tmp_path: Path):
     assert any("layer 5/1, drops by place" in s for s in capacity.verdict)
     for simulated in (capacity, cache, simulate_placement(trace, gpus=2)):
         assert simulated.figure is not None
-        drawn = [t.get_text() for t in simulated.figure().findobj(lambda a: hasattr(a, "get_text"))]
-        assert {"0", "5/1", "5/2"} <= set(drawn)
+        assert {"0", "5/1", "5/2"} <= set(written(simulated.figure()))
 
 
 def test_a_simulation_of_routing_names_routers_too(tmp_path: Path):
