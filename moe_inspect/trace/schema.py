@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import checksums
 
 FORMAT = 1
 MANIFEST = "trace.json"
@@ -162,7 +163,10 @@ def sync_directory(path: Path) -> None:
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(root / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    """Writes trace.json, with its digest."""
+    stated = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "digest"}))
+    stated["digest"] = checksums.digest(stated)
+    write_atomically(root / MANIFEST, (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def process_start(pid: int) -> int | None:
