@@ -14,7 +14,6 @@ Traces written before these existed lack them, except `sha256`.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import zlib
@@ -22,14 +21,12 @@ from typing import Any
 
 import pyarrow as pa
 
-FREE_TEXT = (  # may be edited: no number of a report depends on it
-    "columns",
+FREE_TEXT = (  # may be edited: no number depends on it, and it may name what is not to be published
     "model.id",
     "model.note",
     "capture.command",
     "capture.host",
-    "capture.versions",
-    "corpus.plan.sources",
+    "corpus.plan.sources.path",
 )
 END_BYTES = 8  # of a Parquet file: the length of its footer, and a magic word
 _CRC = b', "crc32": '
@@ -61,14 +58,20 @@ def file_sha256(file: pa.NativeFile) -> str:
     return hashlib.sha256(file.read_at(file.size(), 0)).hexdigest()
 
 
+def _remove(section: Any, path: list[str]) -> None:
+    """Of an object, or of each in a list."""
+    if isinstance(section, list):
+        for entry in section:
+            _remove(entry, path)
+    elif isinstance(section, dict) and len(path) > 1:
+        _remove(section.get(path[0]), path[1:])
+    elif isinstance(section, dict):
+        section.pop(path[0], None)
+
+
 def digest(manifest: dict[str, Any]) -> str:
     """sha256 of what a manifest states, without its own digest and the values of FREE_TEXT."""
-    stated = copy.deepcopy({key: value for key, value in manifest.items() if key != "digest"})
+    stated = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "digest"}))
     for path in FREE_TEXT:
-        *sections, last = path.split(".")
-        section: Any = stated
-        for name in sections:
-            section = section.get(name) if isinstance(section, dict) else None
-        if isinstance(section, dict):
-            section.pop(last, None)
+        _remove(stated, path.split("."))
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()

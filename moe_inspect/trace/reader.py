@@ -71,6 +71,8 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
         check_manifest(manifest)
     except ValueError as error:
         raise Damaged(path, str(error), schema.MANIFEST) from None
+    except RecursionError:
+        raise Damaged(path, "it is nested too deeply", schema.MANIFEST) from None
     return manifest
 
 
@@ -177,10 +179,8 @@ class Shard:
     def tokens(self, columns: list[str] | None = None) -> pa.Table:
         """The tokens table of this shard, in token order."""
         table = self.table("tokens", columns)
-        if "token_id" in table.column_names and len(table):
-            highest = pc.max(table["token_id"]).as_py()  # pyright: ignore[reportAttributeAccessIssue]
-            if highest >= MOST_IDS:
-                raise self._damaged("tokens", f"token_id is {highest}: vocabularies have at most {MOST_IDS:,}")
+        if "token_id" in table.column_names and (highest := _highest(table["token_id"])) >= MOST_IDS:
+            raise self._damaged("tokens", f"token_id is {highest}: vocabularies have at most {MOST_IDS:,}")
         return table
 
     def counts(self) -> pa.Table:
@@ -226,10 +226,8 @@ class Shard:
         columns, E = self._slots(router, "expert"), self.trace.routers[router].experts
         if np.iinfo(columns[0].type.to_pandas_dtype()).max < E and any(column.null_count for column in columns):
             columns = [column.cast(pa.uint16()) for column in columns]
-        for column in columns:
-            highest = pc.max(column).as_py() if len(column) else None  # pyright: ignore[reportAttributeAccessIssue]
-            if highest is not None and highest >= E:
-                raise self._damaged("routing", f"router {router} has {E} experts and an assignment to expert {highest}")
+        if (highest := max(_highest(column) for column in columns)) >= E:
+            raise self._damaged("routing", f"router {router} has {E} experts and an assignment to expert {highest}")
         return tuple((column.fill_null(E) if column.null_count else column).to_numpy() for column in columns)
 
     def ids(self, router: int) -> np.ndarray:
@@ -291,6 +289,11 @@ def _in_order(table: pa.Table, experts: list[str], weights: list[str]) -> pa.Tab
             at = table.schema.get_field_index(name)
             table = table.set_column(at, table.schema.field(at), pa.array(values_T, mask=nowhere_T))
     return table
+
+
+def _highest(column: pa.ChunkedArray) -> int:
+    """The largest value of a column of integers, 0 where there is none above."""
+    return int((column.fill_null(0) if column.null_count else column).to_numpy().max(initial=0))
 
 
 def _routers_of_groups(file: pq.ParquetFile) -> list[tuple[int, int]]:

@@ -164,8 +164,7 @@ def sync_directory(path: Path) -> None:
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Writes trace.json, with its digest."""
-    stated = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "digest"}))
-    stated["digest"] = checksums.digest(stated)
+    stated = {**manifest, "digest": checksums.digest(manifest)}
     write_atomically(root / MANIFEST, (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -47,6 +47,9 @@ def parsed(data: bytes) -> Any:
 
 def check_manifest(manifest: Any) -> None:
     """ValueError, naming the key by its full path, for the first thing that is missing or impossible."""
+    routers = _typed(manifest, "routers", list)
+    if not 1 <= len(routers) <= MOST_ROUTERS:
+        raise ValueError(f"routers lists {len(routers):,}: 1 to {MOST_ROUTERS:,} are possible")
     if "digest" in manifest and manifest["digest"] != checksums.digest(manifest):
         raise ValueError(
             "it was changed after it was written (its digest says so): restore it, or delete the key digest to have it believed. "
@@ -71,12 +74,10 @@ def check_manifest(manifest: Any) -> None:
     if manifest.get("vocabulary") is not None:
         _number(manifest, "vocabulary.bytes", 0, MOST)
         _typed(manifest, "vocabulary.sha256", str)
-    _check_routers(_typed(manifest, "routers", list))
+    _check_routers(routers)
 
 
 def _check_routers(routers: list[Any]) -> None:
-    if not 1 <= len(routers) <= MOST_ROUTERS:
-        raise ValueError(f"routers lists {len(routers):,}: 1 to {MOST_ROUTERS:,} are possible")
     known, in_all = {field.name: field for field in fields(Router)}, 0
     for r, router in enumerate(routers):
         where = f"routers[{r}]"
