@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import checksums, schema
+from moe_inspect.trace import checksums, schema, slot_order
 from moe_inspect.trace.schema import Router
 
 MOST_ROUTERS = 2**16  # the column `router` is uint16
@@ -94,8 +94,9 @@ def _check_routers(routers: list[Any]) -> None:
         for name, least, most in (("layer", 0, 2**16 - 1), ("experts", 1, MOST_EXPERTS), ("shared_experts", 0, MOST_EXPERTS)):
             _in_range(router.get(name, least), f"{where}.{name}", least, most)
         _in_range(router["top_k"], f"{where}.top_k", 1, router["experts"])
-        if (stack := router.get("stack", "")) not in ("", "encoder", "decoder"):
-            raise ValueError(f"{where}.stack is {_shown(stack)}, not encoder or decoder")
+        for name, allowed in (("stack", ("encoder", "decoder")), ("slot_order", (slot_order.BY_WEIGHT, slot_order.UNKNOWN))):
+            if (value := router.get(name, "")) not in ("", *allowed):
+                raise ValueError(f"{where}.{name} is {_shown(value)}, not {' or '.join(allowed)}")
         in_all += router["experts"]
     if in_all > MOST_EXPERTS_IN_ALL:
         raise ValueError(f"routers have {in_all:,} experts in all: at most {MOST_EXPERTS_IN_ALL:,} are possible")

@@ -323,7 +323,7 @@ def _check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> No
         found.assignments += len(table) * router.top_k - empty
         if shard.trace.has_weights:
             _check_weights(name, start, table, ids)
-            if getattr(router, "slot_order", "") == "weight":
+            if shard.trace._listed[r].first_choice_known:  # as the manifest says: a trace that does not is put in order as it is read
                 _check_descending(name, start, table, ids[: router.top_k])
 
 
