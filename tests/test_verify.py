@@ -135,7 +135,7 @@ def flip(root: Path) -> None:
 
 
 # name: (what is done, file, row, what is said)
-CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str, int | None, str]] = {
+CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = {
     "a bit": (flip, "routing/part-0-2.parquet", None, "sha256 is"),
     "a file gone": (lambda root: (root / "tokens/part-0-1.parquet").unlink(), "tokens/part-0-1.parquet", None, "missing"),
     "an orphan": (lambda root: shutil.copy(root / "tokens/part-0-1.parquet", root / "tokens/part-0-9.parquet"), "tokens/part-0-9.parquet", None, "an orphan"),

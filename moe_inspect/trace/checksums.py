@@ -73,5 +73,5 @@ def digest(manifest: dict[str, Any]) -> str:
     """sha256 of what a manifest states, without its own digest and the values of FREE_TEXT."""
     stated = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "digest"}))
     for path in FREE_TEXT:
-        _remove(stated, path.split("."))
+        _remove(stated, [*path.split(".")])
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
