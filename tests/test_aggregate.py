@@ -21,6 +21,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.report.report import report
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
+from tests.damage import edit_manifest
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
 NOWHERE = np.iinfo(np.uint16).max
@@ -317,7 +318,7 @@ def test_damage_is_named(tmp_path: Path):
     trace = write_trace(tmp_path / "t", **arguments())
     manifest = json.loads((trace.path / "trace.json").read_text())
     manifest["routers"][0]["experts"] = 5
-    (trace.path / "trace.json").write_text(json.dumps(manifest))
+    edit_manifest(trace.path, **manifest)
     with pytest.raises(MoeInspectError, match="router 0 has 5 experts and an assignment to expert 7"):
         report(trace.path).tables["load"]
 

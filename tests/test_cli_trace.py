@@ -19,6 +19,7 @@ import torch
 
 import moe_inspect
 from tests.conftest import ROOT, Cli
+from tests.damage import edit_manifest
 from tests.families import build, handed_over
 
 WORDS = [
@@ -249,8 +250,7 @@ def test_resume_refuses_other_data(cli_here: Cli, tmp_path: Path, model: Path) -
 def test_resume_refuses_other_weights(cli_here: Cli, tmp_path: Path, corpus: Path) -> None:
     model = save("mixtral", tmp_path / "m")
     cli_here("trace", model, "-o", "t", "--data", corpus)
-    manifest = tmp_path / "t/trace.json"
-    manifest.write_text(manifest.read_text().replace('"complete"', '"interrupted"'))
+    edit_manifest(tmp_path / "t", status="interrupted")
     build("mixtral", seed=1).save_pretrained(model)
     assert "was made with weights hash" in cli_here("trace", model, "-o", "t", "--data", corpus, "--resume", check=1).stderr
 
@@ -419,7 +419,7 @@ def test_resume_completes_a_trace_that_lacks_only_its_status(cli_here: Cli, tmp_
     cli_here("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100)
     path = tmp_path / "t/trace.json"
     whole = json.loads(path.read_text())
-    path.write_text(json.dumps({**whole, "status": "recording", "counts": {"tokens": 0, "decisions": 0, "dropped": 0}}))
+    edit_manifest(tmp_path / "t", status="recording", counts={"tokens": 0, "decisions": 0, "dropped": 0})
     cli_here("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100, "--resume")
     assert json.loads(path.read_text()) == whole
 

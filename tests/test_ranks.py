@@ -16,6 +16,7 @@ import torch
 
 import moe_inspect
 from tests.conftest import ROOT, Cli
+from tests.damage import edit_manifest
 from tests.families import build
 
 
@@ -107,8 +108,7 @@ def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(alone: moe_insp
     process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500")
     assert process.wait() == 0
     (tmp_path / "t" / "shards-1.jsonl").write_text("")
-    manifest = tmp_path / "t" / "trace.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "status": "interrupted"}))
+    edit_manifest(tmp_path / "t", status="interrupted", counts={"tokens": 0, "decisions": 0, "dropped": 0})
     process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500", "--resume")
     try:
         process.communicate(timeout=120)

@@ -23,6 +23,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import Router, parse_ranges
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
+from tests.damage import edit_manifest
 
 
 def a_batch(rng: np.random.Generator, number: int, T: int, routers: list[Router], nowhere: bool = False) -> RoutedBatch:
@@ -133,6 +134,7 @@ def test_uncommitted_files_are_ignored_and_resume_deletes_them(tmp_path: Path) -
     assert len(lines) == 9
     # the last shard's lines are torn: its files are there, but nothing says they are whole
     (tmp_path / "shards-0.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    edit_manifest(tmp_path, status="recording", counts={"tokens": 80, "decisions": 240, "dropped": 0})
     trace = open_trace(tmp_path)
     assert trace.n_tokens == 80
     assert len(trace.routing(router=0)) == 80
@@ -199,10 +201,10 @@ except MoeInspectError as error:
         (lambda root: (root / "trace.json").unlink(), "no trace at"),
         (lambda root: (root / "trace.json").write_text("{"), "damaged trace"),
         (lambda root: (root / "trace.json").write_text("[]"), "damaged trace"),
-        (lambda root: change(root, format=2), "upgrade moe-inspect"),
-        (lambda root: change(root, status="odd"), "damaged trace"),
-        (lambda root: change(root, routers=[]), "damaged trace"),
-        (lambda root: change(root, routers=[{"layer": 1}]), "damaged trace"),
+        (lambda root: edit_manifest(root, format=2), "upgrade moe-inspect"),
+        (lambda root: edit_manifest(root, status="odd"), "status is .odd., not one of recording"),
+        (lambda root: edit_manifest(root, routers=[]), "routers lists 0"),
+        (lambda root: edit_manifest(root, routers=[{"layer": 1}]), r"routers\[0\].name is missing"),
         (lambda root: (root / "routing/part-0-0.parquet").unlink(), "is missing"),
         (lambda root: (root / "routing/part-0-0.parquet").write_bytes(b"PAR1 no more"), "damaged trace"),
         (lambda root: (root / "shards-0.jsonl").write_text("?\n" + (root / "shards-0.jsonl").read_text()), "line 1"),
@@ -215,11 +217,6 @@ def test_damage_is_named(tmp_path: Path, damage: Any, says: str) -> None:
     with pytest.raises(MoeInspectError, match=says) as caught:
         open_trace(tmp_path).routing(router=0)
     assert "\n" not in str(caught.value)
-
-
-def change(root: Path, **values: Any) -> None:
-    manifest = json.loads((root / "trace.json").read_text())
-    (root / "trace.json").write_text(json.dumps({**manifest, **values}))
 
 
 def test_unknown_layers_are_named(tmp_path: Path) -> None:

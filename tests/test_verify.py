@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import checksums
 from moe_inspect.trace.verify import verify
 from tests import foreign
 from tests.conftest import ROOT
+from tests.damage import edit_lines, edit_manifest
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
 T, E, K, L = 300, 8, 2, 3
@@ -64,11 +66,14 @@ def rewrite(root: Path, table: str, shard: int, change: Change) -> None:
         for size in [*sizes[:-1], sizes[-1] + after - before]:
             writer.write_table(made.slice(at, size), row_group_size=max(size, 1))
             at += size
-    lines = [json.loads(line) for line in (root / "shards-0.jsonl").read_text().splitlines()]
+    with open(path, "rb") as written:
+        footer_crc32 = checksums.footer_crc32(pa.PythonFile(written))
+    facts = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "footer_crc32": footer_crc32, "bytes": path.stat().st_size}
+    lines = edit_lines(root)
     for line in lines:
         if line["path"] == f"{table}/part-0-{shard}.parquet":
-            line |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": after}
-    (root / "shards-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            line |= {**facts, "rows": after, **({"decisions": after} if table == "routing" else {})}
+    edit_lines(root, lines)
 
 
 def put(column: str, row: int, value: object) -> Change:
@@ -95,11 +100,16 @@ def swapped(columns: dict[str, list]) -> None:
         values[3], values[4] = values[4], values[3]
 
 
-def of_line(**values: object) -> Callable[[Path], None]:
+def reversed_rows(columns: dict[str, list]) -> None:
+    for values in columns.values():
+        values[:100] = values[:100][::-1]
+
+
+def of_line(at: int = 4, **values: object) -> Callable[[Path], None]:
     def change(root: Path) -> None:
-        lines = [json.loads(line) for line in (root / "shards-0.jsonl").read_text().splitlines()]
-        lines[4] |= values
-        (root / "shards-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = edit_lines(root)
+        lines[at] |= values
+        edit_lines(root, lines)
 
     return change
 
@@ -108,7 +118,7 @@ def of_manifest(change: Callable[[dict], None]) -> Callable[[Path], None]:
     def apply(root: Path) -> None:
         manifest = json.loads((root / "trace.json").read_text())
         change(manifest)
-        (root / "trace.json").write_text(json.dumps(manifest))
+        edit_manifest(root, **manifest)
 
     return apply
 
@@ -125,12 +135,24 @@ def flip(root: Path) -> None:
 
 
 # name: (what is done, file, row, what is said)
-CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str, int | None, str]] = {
+CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = {
     "a bit": (flip, "routing/part-0-2.parquet", None, "sha256 is"),
     "a file gone": (lambda root: (root / "tokens/part-0-1.parquet").unlink(), "tokens/part-0-1.parquet", None, "missing"),
     "an orphan": (lambda root: shutil.copy(root / "tokens/part-0-1.parquet", root / "tokens/part-0-9.parquet"), "tokens/part-0-9.parquet", None, "an orphan"),
-    "rows misstated": (of_line(rows=99), "tokens/part-0-1.parquet", None, "it has 100 rows, its line says 99"),
-    "a shard elsewhere": (of_line(first_token=101), "shards-0.jsonl", None, "states tokens and batches .101, 199"),
+    "rows misstated": (of_line(rows=99), "shards-0.jsonl", None, "line 5: rows of tokens/part-0-1.parquet is 99, of tokens 100 to 199 there are 100"),
+    "documents misstated": (of_line(3, rows=9), "documents/part-0-1.parquet", None, "it has 10 rows, its line says 9"),
+    "a shard elsewhere": (of_line(first_batch=9), "shards-0.jsonl", None, "line 5: it states tokens and batches .100, 199, 9, 19., another line of shard 1"),
+    "a shard left out": (lambda root: edit_lines(root, [*edit_lines(root)[:3], *edit_lines(root)[6:]]), "shards-0.jsonl", None, "shard 2 has tokens 200 to 299, 100 is the next"),
+    "a shard twice": (lambda root: edit_lines(root, [*edit_lines(root), *edit_lines(root)[6:]]), "shards-0.jsonl", None, "line 10: documents of shard 2 is listed twice"),
+    "a shard under two numbers": (lambda root: edit_lines(root, [*edit_lines(root), *({**line, "shard": 3} for line in edit_lines(root)[6:])]), "shards-0.jsonl", None, "line 10: documents/part-0-2.parquet is listed twice"),
+    "an unknown key": (of_line(crc33=1), "shards-0.jsonl", None, "has the unknown key 'crc33'"),
+    "a checksum gone": (lambda root: (root / "shards-0.jsonl").write_text((root / "shards-0.jsonl").read_text().replace('"footer_crc32"', '"path"')), "shards-0.jsonl", None, "its crc32 says so"),
+    "a digest gone": (lambda root: edit_manifest(root, digest=None), "trace.json", None, "it has no digest"),
+    "a manifest edited": (lambda root: (root / "trace.json").write_text((root / "trace.json").read_text().replace('"dropped": 0', '"dropped": 1')), "trace.json", None, "changed after it was written"),
+    "a vocabulary changed": (lambda root: shutil.copy(root / "documents/part-0-0.parquet", root / "vocabulary.parquet"), "vocabulary.parquet", None, "bytes, .* were written"),
+    "a vocabulary gone": (lambda root: (root / "vocabulary.parquet").unlink(), "vocabulary.parquet", None, "missing"),
+    "rows shuffled": (in_table("routing", 0, reversed_rows), "routing/part-0-0.parquet", 0, "router is 2|token is 99"),
+    "a weight that is NaN": (in_table("routing", 2, put("weight_1", 17, float("nan"))), "routing/part-0-2.parquet", 17, "weight_1 is nan"),
     "an id beyond E": (in_table("routing", 1, put("expert_1", 123, 8)), "routing/part-0-1.parquet", 123, "expert_1 is 8, router 1 has 8"),
     "an expert twice": (in_table("routing", 0, copy_of("expert_1", 207, "expert_0")), "routing/part-0-0.parquet", 207, "is in slots 0 and 1"),
     "a decision missing": (in_table("routing", 1, dropped), "routing/part-0-1.parquet", 299, "router 2 .layer 2. has 99 decisions, it saw 100"),
@@ -148,7 +170,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str, int | None, str]] = {
     "a phase unknown": (in_table("tokens", 0, put("phase", 5, "train")), "tokens/part-0-0.parquet", 5, "phase is 'train'"),
     "a fact missing": (in_table("tokens", 0, put("sequence", 5, None)), "tokens/part-0-0.parquet", 5, "sequence is null"),
     "totals misstated": (of_manifest(lambda m: m["counts"].update(tokens=301)), "trace.json", None, "counts.tokens is 301, the shards have 300"),
-    "a manifest damaged": (lambda root: (root / "trace.json").write_text("{}"), "trace.json", None, "damaged trace"),
+    "a manifest damaged": (lambda root: (root / "trace.json").write_text("{}"), "trace.json", None, "format is missing"),
 }  # fmt: skip
 
 

@@ -245,7 +245,7 @@ def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, 
 
 def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
     """The shard of a counts-only trace: sums by domain, no documents to tell apart."""
-    table = shard.table("counts")
+    table = shard.counts()
     code, domains = codes(table["domain"])
     part.labels, part.counts_only = {domains[d] for d in np.unique(code)}, True
     kept = [d for d, domain in enumerate(domains) if domain in part.labels and (not selection.domains or domain in selection.domains)]

@@ -114,7 +114,7 @@ def _summed(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
 
 
 def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
-    table = shard.table("counts")
+    table = shard.counts()
     router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
     domain_N = np.array(table["domain"].to_pylist(), object)
     columns = {"count": "assignments", "first_choice": "first_choice", "weight_sum": "weight_sum"}

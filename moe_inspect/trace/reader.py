@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import socket
@@ -16,12 +15,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import schema, slot_order
+from moe_inspect.trace import parts, schema, slot_order
+from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.remote import Remote, place
 from moe_inspect.trace.schema import Router
+from moe_inspect.trace.validate import MOST_MANIFEST_BYTES, MOST_RANKS, SPAN, Damaged, check_line, check_manifest, parsed
+from moe_inspect.trace.vocabulary import MOST_IDS
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,16 @@ class ShardFiles:
     last_batch: int
     decisions: int
     paths: dict[str, str] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-    sha256: dict[str, str] = field(default_factory=dict)
+    stated: dict[str, Stated] = field(default_factory=dict)
     lines: list[bytes] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
         return self.last_token - self.first_token + 1
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return {table: stated.rows or 0 for table, stated in self.stated.items()}
 
 
 def read_manifest(root: Path | Remote) -> dict[str, Any]:
@@ -51,21 +57,28 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
     if not path.is_file():
         raise MoeInspectError(f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root}"')
     try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MoeInspectError(f"damaged trace: {path} is no manifest ({error or 'no format'})") from None
+        data = path.read_bytes() if isinstance(path, Remote) else _beginning(path, MOST_MANIFEST_BYTES + 1)
+        if len(data) > MOST_MANIFEST_BYTES:
+            raise ValueError(f"it has over {MOST_MANIFEST_BYTES:,} bytes")
+        manifest = parsed(data)
+        if not isinstance(manifest, dict) or type(version := manifest.get("format")) is not int:
+            raise ValueError("it is no manifest: format is missing")
+    except ValueError as error:
+        raise Damaged(path, str(error), schema.MANIFEST) from None
     if version != schema.FORMAT:
-        raise MoeInspectError(f"{path} has format {version!r}, this moe-inspect reads {schema.FORMAT}: upgrade moe-inspect")
+        raise MoeInspectError(f"{path} has format {version!r:.30}, this moe-inspect reads {schema.FORMAT}: upgrade moe-inspect")
     try:
-        routers = [Router(**r) for r in manifest["routers"]]
-        valid = manifest["status"] in schema.STATUSES and routers and all(r.experts >= r.top_k >= 1 for r in routers)
-        valid = valid and isinstance(manifest["tables"], list) and isinstance(manifest["capture"]["weights"], bool)
-    except (KeyError, TypeError) as error:
-        raise MoeInspectError(f"damaged trace: {path} lacks what every trace has: {error}") from None
-    if not valid:
-        raise MoeInspectError(f"damaged trace: {path} has an impossible status, router list or table list")
+        check_manifest(manifest)
+    except ValueError as error:
+        raise Damaged(path, str(error), schema.MANIFEST) from None
+    except RecursionError:
+        raise Damaged(path, "it is nested too deeply", schema.MANIFEST) from None
     return manifest
+
+
+def _beginning(path: Path, most_bytes: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(most_bytes)
 
 
 def writer_of(manifest: dict[str, Any]) -> int | None:
@@ -91,32 +104,50 @@ def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
 
 
 def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[ShardFiles]:
-    """Every shard whose lines are all there, by rank and index. A torn last line is an uncommitted shard; a torn line
-    before the last is damage."""
+    """Every shard whose lines are all there, by rank and index. A last line without an end is an uncommitted shard; any other
+    that cannot be is damage."""
     shards: list[ShardFiles] = []
-    ranks = {int(m[1]): p for p in root.iterdir() if (m := re.fullmatch(r"shards-(\d+)\.jsonl", p.name))}
+    ranks = {int(m[1]): p for p in root.iterdir() if (m := re.fullmatch(r"shards-(\d{1,18})\.jsonl", p.name, re.ASCII))}
     for rank, path in sorted(ranks.items()):
+        if rank >= MOST_RANKS:
+            raise Damaged(path, f"there are at most {MOST_RANKS:,} ranks", path.name)
         found: dict[int, ShardFiles] = {}
-        lines = path.read_bytes().splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
+        taken: set[str] = set()
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
-                entry = json.loads(line)
-                span = {k: entry[k] for k in ("first_token", "last_token", "first_batch", "last_batch")}
-                # a trace that does not say so is one in which every router saw every token
-                everywhere = (span["last_token"] - span["first_token"] + 1) * len(manifest["routers"])
-                shard = found.setdefault(
-                    entry["shard"], ShardFiles(rank, entry["shard"], **span, decisions=entry.get("decisions", everywhere))
-                )
-                shard.paths[entry["table"]] = entry["path"]
-                shard.rows[entry["table"]] = entry["rows"]
-                shard.sha256[entry["table"]] = entry["sha256"]
-                shard.lines.append(line)
-            except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):
-                    break
-                raise MoeInspectError(f"damaged trace: {path} line {number}: {error}") from None
-        shards += [s for _, s in sorted(found.items()) if set(s.paths) == set(manifest["tables"])]
+                entry = parsed(line)
+                check_line(entry, line, rank, len(manifest["routers"]), manifest["tables"])
+                _list(entry, line + b"\n", rank, len(manifest["routers"]), found)
+                if entry["path"] in taken:
+                    raise ValueError(f"{entry['path']} is listed twice")
+                taken.add(entry["path"])
+            except ValueError as error:
+                raise Damaged(path, f"line {number}: {error}", path.name) from None
+        ended = rank * schema.RANK_STRIDE
+        for index, shard in sorted(found.items()):
+            if set(shard.paths) != set(manifest["tables"]):
+                continue
+            if shard.first_token != ended:
+                said = f"shard {index} has tokens {shard.first_token} to {shard.last_token}, {ended} is the next"
+                raise Damaged(path, said, path.name)
+            ended = shard.last_token + 1
+            shards.append(shard)
     return shards
+
+
+def _list(entry: dict[str, Any], line: bytes, rank: int, routers: int, found: dict[int, ShardFiles]) -> None:
+    """Adds a line to the shard that it is of. ValueError where they do not agree."""
+    table, index, span = entry["table"], entry["shard"], {key: entry[key] for key in SPAN}
+    # a trace that does not say so is one in which every router saw every token
+    everywhere = (span["last_token"] - span["first_token"] + 1) * routers
+    shard = found.setdefault(index, ShardFiles(rank, index, **span, decisions=entry.get("decisions", everywhere)))
+    if span != (stated := {key: getattr(shard, key) for key in SPAN}):
+        raise ValueError(f"it states tokens and batches {tuple(span.values())}, another line of shard {index} {tuple(stated.values())}")
+    if table in shard.paths:
+        raise ValueError(f"{table} of shard {index} is listed twice")
+    shard.paths[table] = entry["path"]
+    shard.stated[table] = Stated(*(entry.get(name) for name in ("rows", "bytes", "footer_crc32", "sha256")))
+    shard.lines.append(line)
 
 
 @dataclass(frozen=True)
@@ -127,15 +158,49 @@ class Shard:
     files: ShardFiles
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return self.trace._parquet(self.files, name).read(columns=columns, use_threads=False)
+        return parts.read(self.file(name), self.files.paths[name], columns)
+
+    def file(self, name: str) -> pq.ParquetFile:
+        """The Parquet file of a table, checked and opened once."""
+        if name not in self._opened:
+            expected = parts.columns_of(name, self.trace.routers, self.trace.has_weights)
+            path = self.files.paths[name]
+            self._opened[name] = parts.open_part(self.trace.path / path, path, expected, self.files.stated[name])
+        return self._opened[name]
 
     @cached_property
-    def _opened(self) -> dict[str, tuple[pq.ParquetFile, list[tuple[int, int]]]]:
+    def _opened(self) -> dict[str, pq.ParquetFile]:
+        return {}
+
+    @cached_property
+    def _spans(self) -> dict[str, list[tuple[int, int]]]:
         return {}
 
     def tokens(self, columns: list[str] | None = None) -> pa.Table:
         """The tokens table of this shard, in token order."""
-        return self.table("tokens", columns)
+        table = self.table("tokens", columns)
+        if "token_id" in table.column_names and (highest := _highest(table["token_id"])) >= MOST_IDS:
+            raise self._damaged("tokens", f"token_id is {highest}: vocabularies have at most {MOST_IDS:,}")
+        return table
+
+    def counts(self) -> pa.Table:
+        """The counts of this shard: every row of an expert that its router has, and none negative."""
+        table, routers = self.table("counts"), self.trace.routers
+        router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
+        experts_L = np.array([router.experts for router in routers])
+        if (router_N >= len(routers)).any():
+            raise self._damaged("counts", f"router is {router_N.max()}, the manifest lists {len(routers)}")
+        if (wrong_N := expert_N >= experts_L[router_N]).any():
+            n = int(wrong_N.argmax())
+            raise self._damaged("counts", f"expert is {expert_N[n]}, router {router_N[n]} has {experts_L[router_N[n]]} experts")
+        for name in ("assignments", "first_choice"):
+            lowest = pc.min(table[name]).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+            if (lowest or 0) < 0 or (name == "assignments" and table[name].null_count):
+                raise self._damaged("counts", f"{name} is {lowest if lowest is not None else 'null'}")
+        return table
+
+    def _damaged(self, table: str, what: str) -> Damaged:
+        return Damaged(self.files.paths[table], what, self.files.paths[table])
 
     def routing(self, router: int, columns: list[str] | None = None) -> pa.Table:
         """The decisions of one router, in token order: only its row groups are read. Slots are in descending weight where
@@ -161,7 +226,9 @@ class Shard:
         columns, E = self._slots(router, "expert"), self.trace.routers[router].experts
         if np.iinfo(columns[0].type.to_pandas_dtype()).max < E and any(column.null_count for column in columns):
             columns = [column.cast(pa.uint16()) for column in columns]
-        return tuple(_filled(column, E, router) for column in columns)
+        if (highest := max(_highest(column) for column in columns)) >= E:
+            raise self._damaged("routing", f"router {router} has {E} experts and an assignment to expert {highest}")
+        return tuple((column.fill_null(E) if column.null_count else column).to_numpy() for column in columns)
 
     def ids(self, router: int) -> np.ndarray:
         """int16 [T, K], the experts of each decision, −1 where a slot routed nowhere. Slots are
@@ -193,15 +260,15 @@ class Shard:
         return self.routing(router, [f"{kind}_{j}" for j in range(self.trace.routers[router].top_k)]).columns
 
     def _of_router(self, name: str, router: int, columns: list[str] | None) -> pa.Table:
-        if name not in self._opened:
-            file = self.trace._parquet(self.files, name)
-            self._opened[name] = file, _routers_of_groups(file)
-        file, spans = self._opened[name]
+        file, path = self.file(name), self.files.paths[name]
+        if name not in self._spans:
+            self._spans[name] = _routers_of_groups(file)
+        spans = self._spans[name]
         groups = [g for g, (first, last) in enumerate(spans) if first <= router <= last]
         if columns is not None and all(spans[g] == (router, router) for g in groups):
-            return file.read_row_groups(groups, columns=columns, use_threads=False)
+            return parts.read(file, path, columns, groups)
         wanted = None if columns is None else [*dict.fromkeys([*columns, "router"])]
-        table = file.read_row_groups(groups, columns=wanted, use_threads=False)
+        table = parts.read(file, path, wanted, groups)
         routers = table["router"].to_numpy()
         if len(routers) and (routers != router).any():
             table = table.filter(pa.array(routers == router))
@@ -224,19 +291,16 @@ def _in_order(table: pa.Table, experts: list[str], weights: list[str]) -> pa.Tab
     return table
 
 
+def _highest(column: pa.ChunkedArray) -> int:
+    """The largest value of a column of integers, 0 where there is none above."""
+    return int((column.fill_null(0) if column.null_count else column).to_numpy().max(initial=0))
+
+
 def _routers_of_groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
     """The first and last router in each row group, any where the file does not say."""
     index = file.schema_arrow.get_field_index("router")
     found = [file.metadata.row_group(g).column(index).statistics for g in range(file.metadata.num_row_groups)]
     return [(s.min, s.max) if s is not None and s.has_min_max else (0, 2**16) for s in found]
-
-
-def _filled(column: pa.ChunkedArray, E: int, router: int) -> np.ndarray:
-    nulls = column.null_count
-    slot_T = (column.fill_null(0) if nulls else column).to_numpy()
-    if len(slot_T) and slot_T.max() >= E:
-        raise MoeInspectError(f"damaged trace: router {router} has {E} experts and an assignment to expert {slot_T.max()}")
-    return column.fill_null(E).to_numpy() if nulls else slot_T
 
 
 class Trace:
@@ -249,6 +313,13 @@ class Trace:
         self._listed = [Router(**r) for r in self.manifest["routers"]]
         self.routers = [router if router.slot_order else slot_order.stated(router, self._orderable) for router in self._listed]
         self._files = committed_shards(self.path, self.manifest)
+        self._check_total()
+
+    def _check_total(self) -> None:
+        """The manifest is written after the lines that it counts: lines that are lost are missed."""
+        stated = (self.manifest.get("counts") or {}).get("tokens", 0)
+        if self.n_tokens < stated:
+            raise Damaged(self.path / schema.MANIFEST, f"counts.tokens is {stated}, the shards have {self.n_tokens}", schema.MANIFEST)
 
     def __repr__(self) -> str:
         return f"Trace({str(self.path)!r}: {self.n_tokens:,} tokens, {len(self.routers)} routers, {self.status})"
@@ -333,7 +404,7 @@ class Trace:
         """The counts table of a trace made with --counts-only."""
         if not self.counts_only:
             raise MoeInspectError(f'{self.path} holds decisions, not counts: report(trace).tables["load"] counts them')
-        return self._frame("counts", [s.table("counts") for s in self.shards])
+        return self._frame("counts", [s.counts() for s in self.shards])
 
     def logits(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
         if "logits" not in self.tables:
@@ -347,10 +418,10 @@ class Trace:
 
     @cached_property
     def _vocabulary(self) -> pa.Table:
-        path = self.path / schema.VOCABULARY
-        if not path.exists():
+        path, stated = self.path / schema.VOCABULARY, self.manifest.get("vocabulary")
+        if stated is None and not path.exists():
             return schema.VOCABULARY_SCHEMA.empty_table()
-        return _open(path, schema.VOCABULARY).read()
+        return parts.read_vocabulary(path, Stated(**{key: (stated or {}).get(key) for key in ("bytes", "sha256")}))
 
     def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
         if not parts:
@@ -364,23 +435,6 @@ class Trace:
             return empty[name].empty_table().to_pandas()
         joined = pa.concat_tables(parts, promote_options="permissive")  # some shards say that they hold no null
         return joined.unify_dictionaries().to_pandas()
-
-    def _parquet(self, files: ShardFiles, name: str) -> pq.ParquetFile:
-        file = _open(self.path / files.paths[name], files.paths[name])
-        if file.metadata.num_rows != files.rows[name]:
-            raise MoeInspectError(f"damaged trace: {files.paths[name]} has {file.metadata.num_rows} rows, its line says {files.rows[name]}")
-        return file
-
-
-def _open(path: Path | Remote, name: str) -> pq.ParquetFile:
-    try:
-        if isinstance(path, Remote):
-            return pq.ParquetFile(path.path, filesystem=path.filesystem)
-        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
-    except FileNotFoundError:
-        raise MoeInspectError(f"damaged trace: {name} is missing") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise MoeInspectError(f"damaged trace: {name}: {str(error).splitlines()[0]}") from None
 
 
 def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import checksums
 
 FORMAT = 1
 MANIFEST = "trace.json"
@@ -170,7 +171,9 @@ def sync_directory(path: Path) -> None:
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(root / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    """Writes trace.json, with its digest."""
+    stated = {**manifest, "digest": checksums.digest(manifest)}
+    write_atomically(root / MANIFEST, (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def process_start(pid: int) -> int | None:

@@ -6,8 +6,8 @@ T tokens, K slots, E experts, N rows of a row group.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import schema
+from moe_inspect.trace import parts, schema
 from moe_inspect.trace.reader import Shard, ShardFiles, Trace, writer_of
+from moe_inspect.trace.validate import LINE_KEYS, SPAN, Damaged
 
+CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}
 NO_ID = -1
 
 
@@ -72,14 +74,18 @@ def _opened(root: Path) -> Trace:
     try:
         return Trace(root)
     except MoeInspectError as error:
-        raise Violation(schema.MANIFEST, None, str(error)) from None
+        raise _violation(error, schema.MANIFEST) from None
+
+
+def _violation(error: MoeInspectError, name: str) -> Violation:
+    return Violation(error.file, None, error.what) if isinstance(error, Damaged) else Violation(name, None, str(error))
 
 
 def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] | None) -> None:
     files = [shard.files for shard in trace.shards]
-    for shard in files:
-        _check_files(trace, shard)
-    _check_numbering(files)
+    _check_lines(trace, files)
+    for shard in trace.shards:
+        _check_files(shard)
     _check_orphans(trace, files)
     found.checked += ["sha256 and rows of every file are those of its line", "no orphans", "tokens numbered without a gap"]
     words = _check_vocabulary(trace)
@@ -108,7 +114,9 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
             "positions follow each other within a sequence" if positions.strict else "positions: not checked, decisions were dropped",
             "each router saw each of its tokens once, in order",
             "ids < E, no expert twice in a decision, Σ counts = tokens × k − empty slots",
-            "weights finite, and there where an expert is" if trace.has_weights else "no weights recorded",
+            "weights finite, descending where the manifest says so, and there where an expert is"
+            if trace.has_weights
+            else "no weights recorded",
             *(["logits of each decision, none NaN"] if "logits" in trace.tables else []),
         ]
     found.checked.append("the manifest's totals are those of the shards")
@@ -117,44 +125,41 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
 # --- files
 
 
-def _check_files(trace: Trace, shard: ShardFiles) -> None:
-    span = (shard.first_token, shard.last_token, shard.first_batch, shard.last_batch)
-    for line in map(json.loads, shard.lines):
-        if (stated := tuple(line.get(k) for k in ("first_token", "last_token", "first_batch", "last_batch"))) != span:
-            said = f"the line of {line['path']} states tokens and batches {stated}, another of its shard {span}"
-            raise Violation(f"shards-{shard.rank}.jsonl", None, said)
-    for table, name in shard.paths.items():
-        path = _local(trace) / name
-        if re.fullmatch(rf"{table}/part-{shard.rank}-\d+\.parquet", name) is None:
-            raise Violation(f"shards-{shard.rank}.jsonl", None, f"{table} of shard {shard.index} is at {name}, not in {table}/")
+def _check_lines(trace: Trace, files: list[ShardFiles]) -> None:
+    """Keys that no version writes, and checksums that are no longer there: a key may have been changed to another."""
+    checked = False  # whether a shard before it was: a trace that was begun before there were checksums may have gone on with them
+    for shard in files:
+        for entry in map(json.loads, shard.lines):
+            name = f"shards-{shard.rank}.jsonl"
+            if unknown := set(entry) - LINE_KEYS - set(SPAN):
+                raise Violation(name, None, f"the line of {entry['path']} has the unknown key {min(unknown)!r}")
+            if missing := CHECKSUM_KEYS - set(entry) if checked or not CHECKSUM_KEYS.isdisjoint(entry) else None:
+                raise Violation(name, None, f"the line of {entry['path']} has no {min(missing)}")
+            checked = "crc32" in entry
+    manifest = trace.manifest
+    if "digest" not in manifest and (checked or "vocabulary" in manifest):
+        raise Violation(schema.MANIFEST, None, "it has no digest, although it was written with one: it was edited")
+    if "digest" in manifest and "vocabulary" not in manifest and (trace.path / schema.VOCABULARY).exists():
+        raise Violation(schema.VOCABULARY, None, "it was put there later: trace.json does not state it")
+
+
+def _check_files(shard: Shard) -> None:
+    files = shard.files
+    for table, name in files.paths.items():
+        path = _local(shard.trace) / name
         if not path.is_file():
             raise Violation(name, None, "the file is missing")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != shard.sha256[table]:
-            raise Violation(name, None, f"sha256 is {digest[:12]}…, its line says {str(shard.sha256[table])[:12]}…")
-        rows = _parquet(trace, name).metadata.num_rows
-        if rows != shard.rows[table]:
-            raise Violation(name, None, f"it has {rows} rows, its line says {shard.rows[table]}")
-    if "tokens" in shard.rows and shard.rows["tokens"] != shard.tokens:
-        said = f"{shard.rows['tokens']} rows for tokens {shard.first_token} to {shard.last_token}"
-        raise Violation(shard.paths["tokens"], None, said)
+        if digest != files.stated[table].sha256:
+            raise Violation(name, None, f"sha256 is {digest[:12]}…, its line says {str(files.stated[table].sha256)[:12]}…")
+        _parquet(shard, table)
 
 
 def _local(trace: Trace) -> Path:
     if not isinstance(trace.path, Path):
         raise MoeInspectError(f"verify reads every byte of a trace: copy {trace.path} to this machine")
     return trace.path
-
-
-def _check_numbering(files: list[ShardFiles]) -> None:
-    expected: dict[int, int] = {}
-    for shard in files:
-        first = expected.get(shard.rank, shard.rank * schema.RANK_STRIDE)
-        if shard.first_token != first or shard.tokens < 0:
-            said = f"shard {shard.index} has tokens {shard.first_token} to {shard.last_token}, {first} is the next"
-            raise Violation(f"shards-{shard.rank}.jsonl", None, said)
-        expected[shard.rank] = shard.last_token + 1
 
 
 def _check_orphans(trace: Trace, files: list[ShardFiles]) -> None:
@@ -170,12 +175,10 @@ def _check_orphans(trace: Trace, files: list[ShardFiles]) -> None:
 
 def _check_vocabulary(trace: Trace) -> int | None:
     """How many token ids there are; None where the trace has no vocabulary."""
-    if not (trace.path / schema.VOCABULARY).exists():
-        return None
     try:
         ids = trace._vocabulary["token_id"].to_numpy()
-    except (MoeInspectError, KeyError) as error:
-        raise Violation(schema.VOCABULARY, None, str(error)) from None
+    except MoeInspectError as error:
+        raise _violation(error, schema.VOCABULARY) from None
     if (wrong := ids != np.arange(len(ids))).any():
         row = int(wrong.argmax())
         raise Violation(schema.VOCABULARY, row, f"token_id is {ids[row]}, not {row}")
@@ -320,6 +323,8 @@ def _check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> No
         found.assignments += len(table) * router.top_k - empty
         if shard.trace.has_weights:
             _check_weights(name, start, table, ids)
+            if shard.trace._listed[r].first_choice_known:  # as the manifest says: a trace that does not is put in order as it is read
+                _check_descending(name, start, table, ids[: router.top_k])
 
 
 def _check_weights(name: str, start: int, table: pa.Table, ids: list[np.ndarray]) -> None:
@@ -338,6 +343,16 @@ def _check_weights(name: str, start: int, table: pa.Table, ids: list[np.ndarray]
             raise Violation(name, start + n, f"weight_{j} is {weights_N[n]}")
 
 
+def _check_descending(name: str, start: int, table: pa.Table, ids: list[np.ndarray]) -> None:
+    """Slots are in descending weight, those that routed nowhere last."""
+    weights = [np.where(ids_N >= 0, table[f"weight_{j}"].fill_null(0).to_numpy(), -np.inf) for j, ids_N in enumerate(ids)]
+    for j, (before_N, after_N) in enumerate(itertools.pairwise(weights)):
+        if (wrong_N := before_N < after_N).any():
+            n = int(wrong_N.argmax())
+            said = f"weight_{j} is {before_N[n]:.6g}, weight_{j + 1} is {after_N[n]:.6g}: the manifest says that weights descend"
+            raise Violation(name, start + n, said)
+
+
 def _check_logits(shard: Shard, phase_T: np.ndarray) -> None:
     name = shard.files.paths["logits"]
     for r, start, table in _of_routers(shard, "logits", ["logits"], phase_T):
@@ -354,13 +369,12 @@ def _check_logits(shard: Shard, phase_T: np.ndarray) -> None:
 def _of_routers(shard: Shard, table: str, columns: list[str], phase_T: np.ndarray) -> Iterator[tuple[int, int, pa.Table]]:
     """(router, first row, decisions) of each row group or part of one, having checked that each router has its tokens, once and in order."""
     name, routers = shard.files.paths[table], shard.trace.routers
-    file = _parquet(shard.trace, name)
-    _check_columns(file, name, ["token", "layer", "router", *columns])
+    file = _parquet(shard, table)
     sees_rP = [np.array([router.sees(phase) for phase in schema.PHASES]) for router in routers]
     done = [0] * len(routers)
     rows = 0
     for g in range(file.metadata.num_row_groups):
-        group = _read(name, lambda g=g: file.read_row_group(g, ["token", "layer", "router", *columns], use_threads=False))
+        group = _read(lambda g=g: parts.read(file, name, ["token", "layer", "router", *columns], [g]))
         router_N = group["router"].to_numpy()
         starts = [0, *(np.nonzero(router_N[1:] != router_N[:-1])[0] + 1)] if len(router_N) else []
         for start, end in zip(starts, [*starts[1:], len(router_N)], strict=True):
@@ -437,27 +451,19 @@ def _check_counts(shard: Shard, found: Verification) -> None:
 # --- reading
 
 
-def _parquet(trace: Trace, name: str) -> pq.ParquetFile:
-    return _read(name, lambda: pq.ParquetFile(trace.path / name))
-
-
-def _read(name: str, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise Violation(name, None, f"no Parquet that can be read: {str(error).splitlines()[0]}") from None
+def _parquet(shard: Shard, table: str) -> pq.ParquetFile:
+    return _read(lambda: shard.file(table))
 
 
 def _table(shard: Shard, table: str, columns: list[str]) -> pa.Table:
-    name = shard.files.paths[table]
-    file = _parquet(shard.trace, name)
-    _check_columns(file, name, columns)
-    return _read(name, lambda: file.read(columns, use_threads=False))
+    return _read(lambda: parts.read(shard.file(table), shard.files.paths[table], columns, nulls=True))
 
 
-def _check_columns(file: pq.ParquetFile, name: str, columns: list[str]) -> None:
-    if missing := [c for c in columns if c not in file.schema_arrow.names]:
-        raise Violation(name, None, f"it has no column {missing[0]}")
+def _read(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Damaged as error:
+        raise _violation(error, error.file) from None
 
 
 def _same(name: str, column: str, found_N: np.ndarray, expected_N: np.ndarray, start: int = 0) -> None:

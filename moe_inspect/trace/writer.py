@@ -7,7 +7,6 @@ marks a slot that routed nowhere; on disk that is null.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import queue
 import re
@@ -24,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import schema, slot_order
+from moe_inspect.trace import checksums, schema, slot_order
 from moe_inspect.trace.schema import Router
+from moe_inspect.trace.validate import Damaged
+from moe_inspect.trace.vocabulary import MOST_IDS
 
 SHARD_TOKENS = 65_536
 SHARD_BYTES = 60 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
@@ -141,13 +142,11 @@ class TraceWriter:
         self._reached: dict[tuple[int, int], int] = {}  # document, sequence → its last position among what is pending
         self._error: BaseException | None = None
         self.root.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            self._write_vocabulary(vocabulary)
         self._write_manifest()
         for table in self.tables:
             (self.root / table).mkdir(exist_ok=True)
-        if vocabulary is not None and rank == 0 and not (self.root / schema.VOCABULARY).exists():
-            sink = pa.BufferOutputStream()
-            pq.write_table(vocabulary.cast(schema.VOCABULARY_SCHEMA), sink, compression="zstd")
-            schema.write_atomically(self.root / schema.VOCABULARY, sink.getvalue().to_pybytes())
         (self.root / f"shards-{rank}.jsonl").touch()
         self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
         self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)
@@ -167,6 +166,8 @@ class TraceWriter:
     def write(self, batch: RoutedBatch | CountedBatches) -> None:
         self._raise()
         assert self._thread.is_alive(), "written to after close"
+        if isinstance(batch, RoutedBatch) and (highest := int(batch.token_id.max(initial=0))) >= MOST_IDS:
+            raise MoeInspectError(f"token id {highest} cannot be recorded: vocabularies have at most {MOST_IDS:,} tokens")
         self._queue.put(batch)
 
     def close(self, status: str = "complete", quiet: bool = False) -> None:
@@ -208,6 +209,22 @@ class TraceWriter:
             return replace(router, slot_order=written)
         known = router.first_choice_known or (not self.counts_only and (self.weights or self.logits))
         return slot_order.stated(router, known)
+
+    def _write_vocabulary(self, vocabulary: pa.Table | None) -> None:
+        """Before the manifest, which states its checksum."""
+        from moe_inspect.trace.reader import read_manifest
+
+        path, resumed = self.root / schema.VOCABULARY, (self.root / schema.MANIFEST).exists()
+        if vocabulary is not None and not (resumed and path.exists()):
+            sink = pa.BufferOutputStream()
+            pq.write_table(vocabulary.cast(schema.VOCABULARY_SCHEMA), sink, compression="zstd", write_page_checksum=True)
+            schema.write_atomically(path, sink.getvalue().to_pybytes())
+        if path.exists():
+            data = path.read_bytes()
+            found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            if resumed and read_manifest(self.root).get("vocabulary", found) != found:
+                raise Damaged(path, "it was changed after it was written (trace.json says so)", schema.VOCABULARY)
+            self.manifest["vocabulary"] = found
 
     def _write_manifest(self) -> None:
         if self.rank == 0:
@@ -423,6 +440,7 @@ class TraceWriter:
                 use_dictionary=labels,  # pyright: ignore[reportArgumentType]
                 column_encoding={name: code for name, code in encodings.items() if code},
                 write_statistics=[f.name for f in columns if f.name in _STATISTICS],  # pyright: ignore[reportArgumentType]
+                write_page_checksum=True,
             ) as writer:
                 for make in groups:
                     part = make()
@@ -430,7 +448,10 @@ class TraceWriter:
                     writer.write_table(part, row_group_size=max(len(part), 1))
             file.flush()
             os.fsync(file.fileno())
-        return {"table": table, "path": f"{table}/{name}", "rows": rows, "sha256": sink.digest.hexdigest()}
+            with open(draft, "rb") as written:
+                footer_crc32 = checksums.footer_crc32(pa.PythonFile(written))
+        line = {"table": table, "path": f"{table}/{name}", "rows": rows, "bytes": sink.size}
+        return {**line, "footer_crc32": footer_crc32, "sha256": sink.digest.hexdigest()}
 
     def _commit(self, lines: list[dict[str, Any]], tokens: int, decisions: int, first_batch: int | None, last_batch: int) -> None:
         for table in self.tables:
@@ -443,9 +464,9 @@ class TraceWriter:
             "first_batch": first_batch,
             "last_batch": last_batch,
         }
-        text = "".join(json.dumps({**line, **span}) + "\n" for line in lines)
+        text = b"".join(checksums.sealed({**line, **span}) for line in lines)
         with open(self.root / f"shards-{self.rank}.jsonl", "ab") as file:
-            file.write(text.encode())
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         self.next_shard += 1

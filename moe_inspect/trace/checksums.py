@@ -1,0 +1,77 @@
+"""Checksums of a trace: a changed byte is found, whichever file it is in.
+
+| what                    | covered by                                              | checked                        |
+|-------------------------|---------------------------------------------------------|--------------------------------|
+| pages of Parquet files  | CRC-32 in the page headers                              | when a page is read            |
+| footers and sizes       | `footer_crc32` and `bytes` in the shard's line          | when a file is opened          |
+| whole Parquet files     | `sha256` in the shard's line                            | by verify; small files: opened |
+| vocabulary.parquet      | `vocabulary` in trace.json: bytes, sha256               | when it is read                |
+| lines of shards-*.jsonl | `crc32`, the last key of the line                       | when a trace is opened         |
+| trace.json              | `digest`, of everything but the values in FREE_TEXT     | when a trace is opened         |
+
+Traces written before these existed lack them, except `sha256`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from typing import Any
+
+import pyarrow as pa
+
+FREE_TEXT = (  # may be edited: no number depends on it, and it may name what is not to be published
+    "model.id",
+    "model.note",
+    "capture.command",
+    "capture.host",
+    "corpus.plan.sources.path",
+)
+END_BYTES = 8  # of a Parquet file: the length of its footer, and a magic word
+_CRC = b', "crc32": '
+
+
+def sealed(entry: dict[str, Any]) -> bytes:
+    """A line of shards-<rank>.jsonl, with the CRC-32 of all that comes before the key `crc32`."""
+    text = json.dumps({key: value for key, value in entry.items() if key != "crc32"}).encode()[:-1]
+    return text + _CRC + str(zlib.crc32(text)).encode() + b"}\n"
+
+
+def is_intact(line: bytes) -> bool:
+    """Whether a line that states its CRC-32 is as it was written."""
+    text, _, stated = line.rpartition(_CRC)
+    return stated.rstrip(b"\n") == str(zlib.crc32(text)).encode() + b"}"
+
+
+def footer_crc32(file: pa.NativeFile) -> int:
+    """CRC-32 of a Parquet file's footer, from its first byte to the end of the file. ValueError where there is none."""
+    size = file.size()
+    end = file.read_at(END_BYTES, size - END_BYTES) if size > END_BYTES else b""
+    length = int.from_bytes(end[:4], "little") + END_BYTES
+    if not end.endswith(b"PAR1") or length > size:
+        raise ValueError("it has no Parquet footer")
+    return zlib.crc32(file.read_at(length, size - length))
+
+
+def file_sha256(file: pa.NativeFile) -> str:
+    return hashlib.sha256(file.read_at(file.size(), 0)).hexdigest()
+
+
+def _remove(section: Any, path: list[str]) -> None:
+    """Of an object, or of each in a list."""
+    if isinstance(section, list):
+        for entry in section:
+            _remove(entry, path)
+    elif isinstance(section, dict) and len(path) > 1:
+        _remove(section.get(path[0]), path[1:])
+    elif isinstance(section, dict):
+        section.pop(path[0], None)
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """sha256 of what a manifest states, without its own digest and the values of FREE_TEXT."""
+    stated = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "digest"}))
+    for path in FREE_TEXT:
+        _remove(stated, [*path.split(".")])
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()

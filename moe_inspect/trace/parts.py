@@ -1,0 +1,185 @@
+"""The Parquet files of a trace, opened and read: nothing of one is believed, or allocated, before it is checked.
+
+Whatever is wrong with a file is one line that names it (`Damaged`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moe_inspect.trace import checksums, schema
+from moe_inspect.trace.remote import Remote
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.validate import MOST_SHARD_TOKENS, Damaged
+from moe_inspect.trace.vocabulary import MOST_IDS
+
+SMALL_BYTES = 2**20  # a file of this size is hashed when it is opened, which takes less than opening it
+MOST_COUNT_ROWS = 2**26
+TEXT_BYTES = 2**28  # of the texts of a table: far above any, far below what memory holds
+MAY_BE_NULL = ("expert_", "weight_", "first_choice")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What is stated of a file elsewhere; None where nothing is."""
+
+    rows: int | None = None
+    bytes: int | None = None
+    footer_crc32: int | None = None
+    sha256: str | None = None
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever Arrow and the system raise while a file of a trace is read becomes one line."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except FileNotFoundError:
+        raise Damaged(name, "it is missing", name) from None
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise Damaged(name, next((line for line in said.splitlines() if line.strip()), type(error).__name__), name) from None
+
+
+def open_part(path: Path | Remote, name: str, columns: pa.Schema, stated: Stated) -> pq.ParquetFile:
+    """A file of a trace, at `path`, after everything but its pages is checked; those are, by their CRCs, as they are read."""
+    with reading(name):
+        file = _source(path)
+        _check_bytes(file, name, stated)
+        opened = pq.ParquetFile(file, page_checksum_verification=True)
+        rows = opened.metadata.num_rows
+        if stated.rows is not None and rows != stated.rows:
+            raise Damaged(name, f"it has {rows} rows, its line says {stated.rows}", name)
+        _check_size(opened, name)
+        _check_columns(opened.schema_arrow, name, columns)
+        return opened
+
+
+def _source(path: Path | Remote) -> pa.NativeFile:
+    if isinstance(path, Remote):
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        return PyFileSystem(FSSpecHandler(path.filesystem)).open_input_file(path.path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # a name that Arrow cannot be given
+        return pa.PythonFile(open(path, "rb"))
+    return pa.memory_map(str(path))
+
+
+def _check_bytes(file: pa.NativeFile, name: str, stated: Stated) -> None:
+    size = file.size()
+    if stated.bytes is not None and size != stated.bytes:
+        raise Damaged(name, f"it has {size:,} bytes, {stated.bytes:,} were written", name)
+    if stated.sha256 is not None and (size <= SMALL_BYTES or name == schema.VOCABULARY):
+        check_sha256(checksums.file_sha256(file), name, stated)
+    elif stated.footer_crc32 is not None and checksums.footer_crc32(file) != stated.footer_crc32:
+        raise Damaged(name, "its footer was changed after it was written (the CRC-32 in its line says so)", name)
+
+
+def check_sha256(found: str, name: str, stated: Stated) -> None:
+    if found != stated.sha256:
+        said = f"it was changed after it was written: sha256 is {found[:12]}…, {str(stated.sha256)[:12]}… was written"
+        raise Damaged(name, said, name)
+
+
+def _check_size(file: pq.ParquetFile, name: str) -> None:
+    """A few kilobytes can decompress to gigabytes. The footer says to how many, before anything is read."""
+    metadata = file.metadata
+    table = name.partition("/")[0]
+    most_rows = MOST_COUNT_ROWS if table == "counts" else MOST_IDS if name == schema.VOCABULARY else MOST_SHARD_TOKENS
+    width = sum(_width(kind) for kind in file.schema_arrow.types)
+    for g in range(metadata.num_row_groups):
+        group = metadata.row_group(g)
+        if not 0 <= group.num_rows <= most_rows:
+            raise Damaged(name, f"a row group of it has {group.num_rows:,} rows: at most {most_rows:,} are possible", name)
+        if not 0 <= group.total_byte_size <= 2 * width * group.num_rows + TEXT_BYTES:
+            said = f"a row group of {group.num_rows:,} rows decompresses to {group.total_byte_size:,} bytes: no {table} take that many"
+            raise Damaged(name, said, name)
+
+
+def _width(kind: pa.DataType) -> int:
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size * _width(kind.value_type)
+    try:
+        return max(kind.bit_width // 8, 1)
+    except ValueError:  # text
+        return 4
+
+
+def _check_columns(found: pa.Schema, name: str, columns: pa.Schema) -> None:
+    for field in columns:
+        if (at := found.get_field_index(field.name)) < 0:
+            raise Damaged(name, f"it has no column {field.name}", name)
+        if not _alike(found.types[at], field.type):
+            raise Damaged(name, f"{field.name} is of {found.types[at]}, not {field.type}", name)
+
+
+def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
+    if pa.types.is_dictionary(expected) and pa.types.is_dictionary(found):
+        return _alike(found.value_type, expected.value_type)
+    if pa.types.is_string(expected):
+        return pa.types.is_string(found) or pa.types.is_large_string(found)
+    return found == expected or (pa.types.is_unsigned_integer(expected) and found in (pa.uint8(), pa.uint16()))
+
+
+def columns_of(table: str, routers: list[Router], weights: bool) -> pa.Schema:
+    """The columns of a table of a trace."""
+    if table == "routing":
+        return schema.routing_schema(routers, weights)
+    if table == "counts":
+        return schema.counts_schema(weights)
+    if table == "logits":
+        return schema.logits_schema(max(r.experts for r in routers))
+    return {"tokens": schema.TOKENS, "documents": schema.DOCUMENTS}[table]
+
+
+def read(
+    file: pq.ParquetFile, name: str, columns: list[str] | None = None, groups: list[int] | None = None, nulls: bool = False
+) -> pa.Table:
+    """Row groups of a file, or all. MoeInspectError for a null where there can be none, unless `nulls`."""
+    with reading(name):
+        if groups is None:
+            table, rows = file.read(columns, use_threads=False), file.metadata.num_rows
+        else:
+            table = file.read_row_groups(groups, columns, use_threads=False)
+            rows = sum(file.metadata.row_group(g).num_rows for g in groups)
+    if len(table) != rows:
+        raise Damaged(name, f"{len(table)} rows could be read, it has {rows}", name)
+    for title, column in zip(table.column_names, table.columns, strict=True):
+        if column.null_count and not nulls and not title.startswith(MAY_BE_NULL):
+            raise Damaged(name, f"{title} is null in {column.null_count:,} rows", name)
+    return table
+
+
+def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
+    """token_id, token. A text that is stored once can be said a million times: the length of all is known before they are copied."""
+    name = schema.VOCABULARY
+    file = open_part(path, name, schema.VOCABULARY_SCHEMA, stated)
+    with reading(name):
+        words = pq.ParquetFile(_source(path), read_dictionary=["token"], page_checksum_verification=True).read(use_threads=False)
+        total = sum(_text_bytes(chunk) for chunk in words["token"].chunks)
+        if total > TEXT_BYTES:
+            raise Damaged(
+                name, f"its {file.metadata.num_rows:,} tokens are {total:,} bytes of text: at most {TEXT_BYTES:,} are possible", name
+            )
+        if words["token_id"].null_count:
+            raise Damaged(name, "token_id is null", name)
+        return words.set_column(words.column_names.index("token"), "token", words["token"].cast(pa.string())).select(
+            schema.VOCABULARY_SCHEMA.names
+        )
+
+
+def _text_bytes(chunk: Any) -> int:
+    lengths: Any = pc.binary_length(chunk.dictionary)  # pyright: ignore[reportAttributeAccessIssue]
+    return pc.sum(pc.cast(lengths, pa.int64()).take(chunk.indices)).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
