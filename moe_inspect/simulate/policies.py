@@ -1,7 +1,8 @@
 """The POLICIES of placement: from the loads of one router's experts to the expert of each slot.
 
-E experts, P slots, G GPUs, S = P / G slots of a GPU; slot p is on GPU p // S. A policy is a function (load_E, Layout) → int64 [P],
-decorated with @policy.
+E experts, W windows, P slots, G GPUs, S = P / G slots of a GPU; slot p is on GPU p // S. A policy is called with the load of each expert,
+[E], or that of each window, [W, E], and a Layout, and returns the expert of each slot, int64 [P]. What @policy decorates gets the sum over
+the windows, what @window_policy decorates gets them all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import numpy as np
 
 from moe_inspect.simulate import eplb as published
 from moe_inspect.simulate.search import search
+
+FEWEST = 4  # windows from which their spread is estimated
 
 Policy = Callable[[np.ndarray, "Layout"], np.ndarray]
 POLICIES: dict[str, Policy] = {}
@@ -30,8 +33,14 @@ class Layout:
 
 
 def policy(function: Policy) -> Policy:
-    """Registers a policy under the function's name, with hyphens."""
-    POLICIES[function.__name__.replace("_", "-")] = function
+    """Registers a policy of the whole load under the function's name, with hyphens."""
+    POLICIES[function.__name__.replace("_", "-")] = lambda load, layout: function(np.atleast_2d(load).sum(0), layout)
+    return function
+
+
+def window_policy(function: Policy) -> Policy:
+    """Registers a policy of the loads of windows."""
+    POLICIES[function.__name__.replace("_", "-")] = lambda load, layout: function(np.atleast_2d(load), layout)
     return function
 
 
@@ -72,10 +81,16 @@ def eplb_global(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     return published.eplb(load_E, layout.slots, 1, 1, layout.gpus)
 
 
-@policy
-def ours(load_E: np.ndarray, layout: Layout) -> np.ndarray:
-    """A local search from the best of these, replicas of an expert apart."""
-    return search(load_E, layout.slots, layout.gpus, [eplb(load_E, layout), eplb_global(load_E, layout)])
+@window_policy
+def ours(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
+    """A local search from EPLB's placements, replicas of an expert apart. With windows, the placement is fitted to windows that may come."""
+    load_E, load_WE = load_WE.sum(0), load_WE[load_WE.any(axis=1)]
+    starts = [eplb(load_E, layout), eplb_global(load_E, layout)]
+    if len(load_WE) < FEWEST or layout.slots // layout.gpus >= len(load_E):
+        return search(load_E, layout.slots, layout.gpus, starts)
+    from moe_inspect.simulate.lasting import lasting
+
+    return lasting(load_WE, layout.slots, layout.gpus, starts)
 
 
 def shares(expert_P: np.ndarray, E: int, parts: int) -> np.ndarray:

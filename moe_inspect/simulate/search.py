@@ -81,9 +81,9 @@ def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarra
     load_E = load_E.astype(np.float64)
     _, replicas_E = replicate(load_E, slots, most=gpus)
     bound = max(load_E.sum() / gpus, float((load_E / replicas_E).max()))
-    packed = [_packed(load_E, n_E, gpus) for n_E in (replicas_E, *_thrifty(load_E, slots, gpus))]
+    packings = [packed(load_E, n_E, gpus) for n_E in (replicas_E, *_thrifty(load_E, slots, gpus))]
     target = min((State(load_E, start.reshape(gpus, S)).most for start in starts), default=np.inf)
-    begun = [apart(State(load_E, start.reshape(gpus, S))) for start in (*starts, *packed)]
+    begun = [apart(State(load_E, start.reshape(gpus, S))) for start in (*starts, *packings)]
     states = [state for state in begun if state is not None]
     for state in states:
         improve(state, bound)
@@ -119,7 +119,7 @@ def _thrifty(load_E: np.ndarray, slots: int, gpus: int) -> list[np.ndarray]:
     return list(found.values())
 
 
-def _packed(load_E: np.ndarray, replicas_E: np.ndarray, gpus: int) -> np.ndarray:
+def packed(load_E: np.ndarray, replicas_E: np.ndarray, gpus: int) -> np.ndarray:
     """The heaviest replica first, each to the lightest GPU with room that lacks its expert (where there is one). int64 [P]"""
     each_E, S = load_E / replicas_E, int(replicas_E.sum()) // gpus
     expert_P = np.repeat(np.arange(len(load_E)), replicas_E)
