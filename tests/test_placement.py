@@ -235,8 +235,58 @@ def test_plans_are_what_engines_read(tmp_path: Path) -> None:
     assert set(plan) == {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
     assert plan["num_slots"] == 12
     assert plan["initial_global_assignments"] == {1: rows[1], 3: rows[3]}
+    write_plan(made, tmp_path / "ascend.json", "vllm-ascend")
+    layers = json.loads((tmp_path / "ascend.json").read_text())["layer_list"]
+    assert json.loads((tmp_path / "ascend.json").read_text())["moe_layer_count"] == 2
+    assert [layer["layer_id"] for layer in layers] == [0, 1]  # MoE layers, where SGLang counts every block
+    assert [layer["device_count"] for layer in layers] == [4, 4]
+    for layer, block in zip(layers, (1, 3), strict=True):
+        assert [device["device_id"] for device in layer["device_list"]] == [0, 1, 2, 3]
+        assert [expert for device in layer["device_list"] for expert in device["device_expert"]] == rows[block]
+    one = simulate_placement(trace, gpus=4, physical_experts=12, layers=3)  # the other MoE layer keeps its place, experts in order
+    write_plan(one, tmp_path / "ascend.json", "vllm-ascend")
+    first, second = (layer["device_list"] for layer in json.loads((tmp_path / "ascend.json").read_text())["layer_list"])
+    assert [device["device_expert"] for device in first] == [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3]]
+    assert [expert for device in second for expert in device["device_expert"]] == one.tables["plan"]["expert"].tolist()
     with pytest.raises(MoeInspectError, match=r"plan\.txt"):
         write_plan(made, tmp_path / "plan.txt")
+    with pytest.raises(MoeInspectError, match="no plan for vllm: there are sglang, tensorrt-llm, vllm-ascend"):
+        write_plan(made, tmp_path / "plan.json", "vllm")
+
+
+def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
+    """Fitted on text that goes to experts 0 and 2, judged on text that goes to 0 and 1: round-robin happens to be right."""
+    ids = np.tile(np.array([[0], [2]], np.uint16), (1000, 1))
+    ids[1000:] = np.tile(np.array([[0], [1]], np.uint16), (500, 1))
+    trace = write_trace(tmp_path / "t", [ids], 4)
+    made = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin", "ours"])
+    slowdown = made.tables["policies"].set_index("policy")["slowdown"]
+    assert slowdown["round-robin"] == 1 < slowdown["contiguous"]
+    best = slowdown.idxmin() if slowdown["ours"] > 1 else "ours"
+    assert set(made.tables["plan"]["policy"]) == {best}
+    assert any(f"written by -o: the plan of {best}, which is the least slow on the judged part" in said for said in made.verdict)
+    two = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin"])
+    assert set(two.tables["plan"]["policy"]) == {"round-robin"}
+    assert two.tables["plan"]["expert"].tolist() == [0, 2, 1, 3]
+    assert write_plan(two, tmp_path / "plan.json").startswith("round-robin,")
+    asked = simulate_placement(trace, gpus=2, policies=["round-robin", "ours"], minimize="ranks")
+    assert set(asked.tables["plan"]["policy"]) == {"ours"}
+    assert any("the plan of ours, by --minimize" in said for said in asked.verdict)
+
+
+def test_dispatch_by_a_linear_program_is_reported_beside_even(tmp_path: Path) -> None:
+    """Without replicas there is nothing to choose among; with them a dispatcher can only help."""
+    ids = np.repeat(np.array([0, 1] * 8, np.uint16), 100)[:, None]  # each window is one expert's
+    trace = write_trace(tmp_path / "t", [ids], 2)
+    made = simulate_placement(trace, gpus=2, physical_experts=2, policies=["contiguous"], dispatch="lp")
+    assert made.tables["policies"][["by_window_slowdown", "lp_slowdown"]].to_numpy().tolist() == [[2.0, 2.0]]
+    uneven = write_trace(tmp_path / "u", [np.tile(np.array([[0], [0], [0], [0], [1], [2]], np.uint16), (200, 1))], 3)
+    made = simulate_placement(uneven, gpus=3, physical_experts=6, policies=["contiguous", "greedy"], dispatch="lp")
+    table = made.tables["placement"].set_index("policy")
+    assert (table["lp_max_over_mean"] <= table["by_window_max_over_mean"] + 1e-9).all()
+    assert (made.tables["windows"]["lp_max_over_mean"] <= made.tables["windows"]["max_over_mean"] + 1e-9).all()
+    assert any("linear program" in said for said in made.verdict)
+    assert "lp_slowdown" not in simulate_placement(uneven, gpus=3, physical_experts=6).tables["policies"]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +297,7 @@ def test_plans_are_what_engines_read(tmp_path: Path) -> None:
         ({"gpus": 4, "nodes": 3}, "4 GPUs on 3 nodes"),
         ({"gpus": 4, "groups": 3}, "3 groups of 8 experts"),
         ({"policies": ["best"]}, "no policy best"),
+        ({"dispatch": "odd"}, "dispatch odd: give one of even, lp"),
         ({"fit_share": 0.0}, "fit share 0"),
         ({"domains": "nowhere"}, "no domain nowhere"),
     ],

@@ -1,7 +1,8 @@
 """EPLB, the expert-parallel load balancer that DeepSeek published with V3 (github.com/deepseek-ai/EPLB): a placement of one
 router's experts, from their loads, written from the description of the algorithm.
 
-E experts, P slots, G GPUs, S = P / G slots of a GPU. Loads are of one router. Ties go to the lower number.
+E experts, P slots, G GPUs, S = P / G slots of a GPU. Loads are of one router. Slot for slot what the published code gives where no two
+loads that it compares are equal: here ties go to the lower number, there to whichever its unstable sort puts first.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import pandas as pd
 
 from moe_inspect.analysis.select import Selection, select
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.dispatch import least_busiest
 from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.sizes import hidden_bytes, text_config
@@ -22,6 +23,7 @@ from moe_inspect.simulate.windows import Windows, counted, decisions, loads_of, 
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import layer_label
 
+DISPATCHES = ("even", "lp")
 MOST_SLOTS = 2**20  # of a layer
 SAMPLE = 8_192  # decisions of a router by which --minimize ranks judges an exchange
 CHUNK = 16_384  # tokens at a time in numpy
@@ -39,13 +41,15 @@ def simulate_placement(
     window: int | None = None,
     minimize: Literal["ranks"] | None = None,
     slack: float = 0.0,
+    dispatch: Literal["even", "lp"] = "even",
     layers: str | int | Iterable[int] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> Simulation:
     """What placements of the experts on GPUs come to. `physical_experts`: slots in all, replicas included (default: one an expert).
     `groups`: of experts, for hierarchical EPLB (default: the config's). `window`: tokens, for how a plan ages. `minimize`: "ranks"
-    lets "ours" trade its lead over EPLB's balance (and `slack` of the load more) for GPUs that a token need not reach."""
+    lets "ours" trade its lead over EPLB's balance (and `slack` of the load more) for GPUs that a token need not reach. `dispatch`: "lp" adds
+    the least load of the busiest GPU that any dispatch among the replicas of an expert could reach, beside that of even sharing."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     selection = select(trace, layers, domains, phase)
     chosen = list(policies or POLICIES)
@@ -53,6 +57,7 @@ def simulate_placement(
     if unknown := [name for name in chosen if name not in POLICIES]:
         raise MoeInspectError(f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}")
     for name, value, fits, rule in (
+        ("dispatch", dispatch, dispatch in DISPATCHES, f"one of {', '.join(DISPATCHES)}"),
         ("fit share", fit_share, 0 < fit_share <= 1, "a share of the trace above 0 and at most 1"),
         ("slack", slack, slack >= 0, "a share of a GPU's load from 0 up"),
         ("window", window, window is None or window >= 1, "a number of tokens from 1 up"),
@@ -70,11 +75,13 @@ def simulate_placement(
         windows = windows_of(trace, selection, fit_share, window)
         loads = loads_of(trace, selection, windows, small)
     fitted = {r: load_WE[: windows.fit].sum(0) for r, load_WE in loads.items()}
-    plans = {(r, name): POLICIES[name](fitted[r], layouts[r]) for r in selection.routers for name in chosen}
+    plans = {(r, name): POLICIES[name](loads[r][: windows.fit], layouts[r]) for r in selection.routers for name in chosen}
     if minimize and "ours" in chosen and not trace.counts_only:
         _fewer_ranks(trace, selection, windows, layouts, fitted, plans, slack)
     reach = {} if trace.counts_only else _reach(trace, selection, windows, layouts, plans, small)
-    tables = _tables(trace, windows, layouts, loads, plans, reach)
+    tables = _tables(trace, windows, layouts, loads, plans, reach, dispatch)
+    best = "ours" if minimize and "ours" in chosen else recommended(tables["policies"])
+    tables["plan"] = _plan(trace, layouts, {r: plan for (r, name), plan in plans.items() if name == best}, best)
     one = next(iter(layouts.values()))
     settings: dict[str, Any] = {
         "gpus": one.gpus,
@@ -85,7 +92,10 @@ def simulate_placement(
         "fit_share": None if trace.counts_only else fit_share,
         "window": None if trace.counts_only else -(-windows.tokens // (len(windows.edge_W) - 1)),
         "minimize": minimize,
+        "dispatch": dispatch,
+        "recommended": best,
         "layers": model_layers(trace),
+        "moe_layers": sorted({r.layer for r in trace.routers}),
         "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
         "counts_only": trace.counts_only,
     }
@@ -207,14 +217,19 @@ def _tables(
     loads: dict[int, np.ndarray],
     plans: dict[tuple[int, str], np.ndarray],
     reach: dict[tuple[int, str], tuple[float, float]],
+    dispatch: str,
 ) -> dict[str, Any]:
     size = hidden_bytes(trace)
-    judged, rows, window_rows, plan_rows = windows.judged, [], [], []
-    best = "ours" if any(name == "ours" for _, name in plans) else next(iter(plans))[1]
+    judged, rows, window_rows = windows.judged, [], []
     first_W = np.round(windows.edge_W * windows.tokens).astype(np.int64)
     for (r, name), plan in plans.items():
-        layout, load_WE, E = layouts[r], loads[r], trace.routers[r].experts
-        share_EG, where = shares(plan, E, layout.gpus), {"layer": trace.routers[r].layer, "router": r}
+        layout, load_WE = layouts[r], loads[r]
+        share_EG, where = shares(plan, trace.routers[r].experts, layout.gpus), {"layer": trace.routers[r].layer, "router": r}
+        even_W, mean_W = (load_WE @ share_EG).max(1), load_WE.sum(1) / layout.gpus
+        by_window = {"by_window_max_over_mean": _over(even_W[judged], mean_W[judged])}
+        lp_W = least_busiest(load_WE, share_EG) if dispatch == "lp" else None
+        if lp_W is not None:
+            by_window["lp_max_over_mean"] = _over(lp_W[judged], mean_W[judged])
         load_G = load_WE[judged].sum(0) @ share_EG
         ratio = _ratio(load_G)
         ranks, on_nodes = reach.get((r, name), (np.nan, np.nan))
@@ -225,6 +240,7 @@ def _tables(
             | {"nodes_per_token": on_nodes, "activations_per_token": sent, "moved_bytes_per_token": sent * size if size else np.nan}
             | {"fit_max_over_mean": _ratio(load_WE[: windows.fit].sum(0) @ share_EG), "colocated": colocated(plan, layout.gpus)}
             | {"max_load": load_G.max(), "mean_load": load_G.mean()}
+            | by_window
         )
         for w, load_E in enumerate(load_WE):
             ratio = _ratio(load_E @ share_EG)
@@ -237,16 +253,39 @@ def _tables(
                 }
                 | where
                 | {"policy": name, "max_over_mean": ratio, "balancedness": 1 / ratio}
+                | ({} if lp_W is None else {"lp_max_over_mean": _over(lp_W[w : w + 1], mean_W[w : w + 1])})
             )
-        if name == best:
-            replicas_E = np.bincount(plan, minlength=E)
-            room = layout.slots // layout.gpus
-            for p, e in enumerate(plan.tolist()):
-                gpu = p // room
-                node = gpu // (layout.gpus // layout.nodes)
-                plan_rows.append(where | {"policy": name, "slot": p, "gpu": gpu, "node": node, "expert": e, "replicas": replicas_E[e]})
     table = pd.DataFrame(rows)
-    return {"placement": table, "policies": _by_policy(table), "windows": pd.DataFrame(window_rows), "plan": pd.DataFrame(plan_rows)}
+    return {"placement": table, "policies": _by_policy(table), "windows": pd.DataFrame(window_rows)}
+
+
+def _over(most_W: np.ndarray, mean_W: np.ndarray) -> float:
+    """Load of the busiest GPU over the mean, of windows one after the other: in each, all wait for its busiest GPU. NaN without a load."""
+    return float(most_W.sum() / mean_W.sum()) if mean_W.any() else np.nan
+
+
+def _plan(trace: Trace, layouts: dict[int, Layout], plans: dict[int, np.ndarray], policy: str) -> Any:
+    """A row per router and slot."""
+    rows = []
+    for r, plan in plans.items():
+        layout, replicas_E = layouts[r], np.bincount(plan, minlength=trace.routers[r].experts)
+        where = {"layer": trace.routers[r].layer, "router": r, "policy": policy}
+        for p, e in enumerate(plan.tolist()):
+            gpu = p * layout.gpus // layout.slots
+            node = gpu * layout.nodes // layout.gpus
+            rows.append(where | {"slot": p, "gpu": gpu, "node": node, "expert": e, "replicas": replicas_E[e]})
+    return pd.DataFrame(rows)
+
+
+def recommended(by_policy: Any) -> str:
+    """The policy with the least slowdown on the judged part; of equals ours, then the first."""
+    rows = by_policy[["policy", "slowdown"]].to_dict("records")
+    return min(rows, key=lambda row: (round(row["slowdown"], 9), row["policy"] != "ours"))["policy"]
+
+
+def _mean(mine: Any, column: str) -> float:
+    """Of a ratio to the mean load, over layers that weigh as their load."""
+    return float((mine[column] * mine["mean_load"]).sum() / mine["mean_load"].sum())
 
 
 def _by_policy(table: Any) -> Any:
@@ -259,6 +298,7 @@ def _by_policy(table: Any) -> Any:
             | {"worst_max_over_mean": mine["max_over_mean"].max(), "fit_max_over_mean": mine["fit_max_over_mean"].mean()}
             | {"ranks_per_token": mine["ranks_per_token"].mean(), "nodes_per_token": mine["nodes_per_token"].mean()}
             | {"moved_bytes_per_token": mine["moved_bytes_per_token"].sum(min_count=1), "colocated": mine["colocated"].sum()}
+            | {f"{how}_slowdown": _mean(mine, f"{how}_max_over_mean") for how in ("by_window", "lp") if f"{how}_max_over_mean" in mine}
         )
     if not rows:
         raise MoeInspectError("no router made an assignment in the part that is judged, what --fit-share leaves: there is no load to place")

@@ -18,7 +18,7 @@ MARKERS = "os^vDP"
 def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Plain sentences, most important first."""
     rows: dict[str, Any] = {row["policy"]: row for row in tables["policies"].to_dict("records")}
-    best = min(rows.values(), key=lambda row: (round(row["slowdown"], 9), row["policy"] != "ours"))
+    best = rows[settings["recommended"]]
     first = rows.get("contiguous") or next(iter(rows.values()))
     gpus = settings["gpus"]
     said = [
@@ -50,6 +50,16 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             + (f" on {best['nodes_per_token']:.2f} nodes" if settings["nodes"] > 1 else "")
             + (f"; {moved / 1024:,.0f} KiB go there and back a token, all layers." if np.isfinite(moved) else ".")
         )
+    if settings["dispatch"] == "lp":
+        least = ", ".join(f"{name} {row['lp_slowdown']:.2f}x ({row['by_window_slowdown']:.2f}x)" for name, row in rows.items())
+        said.append(
+            f"If dispatch chose among replicas as a linear program would, window by window, the slowdown could fall to, at best (in brackets "
+            f"with even sharing): {least}."
+        )
+    said.append(
+        f"Recommended, and written by -o: the plan of {best['policy']}"
+        + (", by --minimize." if settings["minimize"] else ", which is the least slow on the judged part.")
+    )
     said.append("Simulated: replicas of an expert share its load evenly and at random; the time of a layer is that of its busiest GPU.")
     return said
 

@@ -71,7 +71,7 @@ def greedy(load_E: np.ndarray, layout: Layout) -> np.ndarray:
 
 @policy
 def eplb(load_E: np.ndarray, layout: Layout) -> np.ndarray:
-    """EPLB as DeepSeek published it: hierarchical where the groups divide among the nodes, else global."""
+    """EPLB as DeepSeek published it, ties aside: hierarchical where the groups divide among the nodes, else global."""
     return published.eplb(load_E, layout.slots, layout.groups, layout.nodes, layout.gpus)
 
 

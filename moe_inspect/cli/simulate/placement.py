@@ -27,6 +27,17 @@ class Minimize(StrEnum):
     ranks = "ranks"
 
 
+class Dispatch(StrEnum):
+    even = "even"
+    lp = "lp"
+
+
+class Engine(StrEnum):
+    sglang = "sglang"
+    tensorrt_llm = "tensorrt-llm"
+    vllm_ascend = "vllm-ascend"
+
+
 def placement(
     trace: TraceArgument,
     gpus: Annotated[
@@ -54,6 +65,12 @@ def placement(
         typer.Option(help="ranks: ours gives up what it gains over EPLB's balance to reach fewer GPUs a token.", show_default=False),
     ] = None,
     slack: Annotated[float, typer.Option(min=0, help="With --minimize: load a GPU by this share more than EPLB would.")] = 0.0,
+    dispatch: Annotated[
+        Dispatch,
+        typer.Option(
+            help="lp: also the best that dispatch could do if it chose among the replicas of an expert (a linear program per window)."
+        ),
+    ] = Dispatch.even,
     layers: LayersOption = None,
     domain: DomainOption = None,
     phase: PhaseOption = None,
@@ -64,17 +81,21 @@ def placement(
         typer.Option(
             "-o",
             "--output",
-            help="Write the plan: .json for SGLang, .yaml for TensorRT-LLM. With --table, write that table.",
+            help="Write the recommended plan: .json for SGLang, .yaml for TensorRT-LLM. With --table, write that table.",
             show_default=False,
         ),
+    ] = None,
+    plan_for: Annotated[
+        Engine | None, typer.Option(help="The engine that -o writes the plan for. Default: by the ending of the file.", show_default=False)
     ] = None,
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
     """Say which GPU should hold which expert.
 
-    Balance, ranks a token reaches, how a plan ages. Fitted on the first part of the trace and judged on the rest. The plan written is that of "ours", where it is among the
-    policies, else of the first."""
+    Balance, ranks that a token reaches, how a plan ages. Fitted on the first part of the trace and judged on the rest. The plan that -o writes
+    is the one that the verdict recommends: of the policy that is the least slow on the judged part, with --minimize of ours. EPLB is slot for slot as
+    published, except where loads are equal: the published code then has no fixed order, and here the lower number goes first."""
     from moe_inspect.simulate.placement import simulate_placement
     from moe_inspect.simulate.plan import ENDINGS, write_plan
 
@@ -89,12 +110,15 @@ def placement(
         window=window,
         minimize="ranks" if minimize else None,
         slack=slack,
+        dispatch="lp" if dispatch is Dispatch.lp else "even",
         layers=layers,
         domains=split(domain),
         phase=phase and phase.value,
     )
-    is_plan = output is not None and output.suffix.lower() in ENDINGS and (table is None or output.suffix.lower() != ".json")
-    if output is not None and is_plan:
-        print(f"wrote {output}: {write_plan(simulation, output)}", file=sys.stderr)
+    ending = output.suffix.lower() if output is not None else ""
+    if output is None and plan_for is not None:
+        raise typer.BadParameter(f"--plan-for {plan_for}: give the file with -o")
+    if output is not None and (plan_for or (ending in ENDINGS and (table is None or ending != ".json"))):
+        print(f"wrote {output}: {write_plan(simulation, output, plan_for and plan_for.value)}", file=sys.stderr)
         output = None
     show(simulation, table=table, format=format, output=output, plots=plots, html=html)
