@@ -62,6 +62,11 @@ def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
     assert "counts only" not in page  # a setting that does not apply
     run("placement", TRACE, *options, "-o", tmp_path / "plan.yaml")
     assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["initial_global_assignments"] == dict(enumerate(plan))
+    done = run("placement", TRACE, *options, "--dispatch", "lp", "--plan-for", "vllm-ascend", "-o", tmp_path / "map.json")
+    assert "for vllm-ascend" in done.stderr
+    assert "linear program" in done.stdout
+    first = json.loads((tmp_path / "map.json").read_text())["layer_list"][0]["device_list"]
+    assert [device["device_expert"] for device in first] == [plan[0][start : start + 3] for start in (0, 3, 6, 9)]
 
 
 def test_decode_draws_and_writes_a_page(tmp_path: Path) -> None:
@@ -77,6 +82,8 @@ def test_decode_draws_and_writes_a_page(tmp_path: Path) -> None:
         (("placement", TRACE, "--table", "nothing"), "no table 'nothing'"),
         (("placement", TRACE, "-o", "plan.png"), "no format goes by this ending"),
         (("placement", TRACE, "--minimize", "bytes"), "'bytes' is not"),
+        (("placement", TRACE, "--dispatch", "odd"), "'odd' is not"),
+        (("placement", TRACE, "--plan-for", "sglang"), "give the file with -o"),
         (("decode", TRACE, "--batch", "1,x"), "'x' is no whole number"),
         (("decode", TRACE, "--batch", "0"), "0 is below 1"),
         (("decode", TRACE, "--phase", "later"), "'later' is not"),

@@ -7,6 +7,7 @@ from moe_inspect.report.html import page as html_page
 from moe_inspect.simulate.result import Simulation
 
 ROWS = 400  # of a table on the page
+UNSAID = ("moe_layers",)  # a setting that plan files need, too long to read
 
 
 def sections(simulation: Simulation) -> list[Section]:
@@ -31,7 +32,9 @@ def section(simulation: Simulation) -> Section:
 
 def page(simulation: Simulation) -> str:
     """The page as one string of HTML."""
-    assumed = "; ".join(f"{name.replace('_', ' ')}: {_said(value)}" for name, value in simulation.settings.items() if _said(value))
+    assumed = "; ".join(
+        f"{name.replace('_', ' ')}: {_said(value)}" for name, value in simulation.settings.items() if name not in UNSAID and _said(value)
+    )
     return html_page(f"moe-inspect simulate {simulation.name}", simulation.verdict, sections(simulation), subtitle=assumed)
 
 
