@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.report.words import counted
+from moe_inspect.simulate.placement import recommended
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ MARKERS = "os^vDP"
 def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Plain sentences, most important first."""
     rows: dict[str, Any] = {row["policy"]: row for row in tables["policies"].to_dict("records")}
-    best = rows[settings["recommended"]]
+    best = rows[recommended(tables["policies"])]
     first = rows.get("contiguous") or next(iter(rows.values()))
     gpus = settings["gpus"]
     said = [
@@ -57,8 +58,8 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             f"with even sharing): {least}."
         )
     said.append(
-        f"Recommended, and written by -o: the plan of {best['policy']}"
-        + (", by --minimize." if settings["minimize"] else ", which is the least slow on the judged part.")
+        f"Recommended, and written by -o: the plan of {settings['recommended']}"
+        + (", which is the least slow on the judged part." if settings["recommended"] == best["policy"] else ", as --minimize asks.")
     )
     said.append("Simulated: replicas of an expert share its load evenly and at random; the time of a layer is that of its busiest GPU.")
     return said
