@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.simulate.result import Simulation
 
 ENDINGS = (".json", ".yaml", ".yml")
@@ -34,8 +34,6 @@ def write_plan(simulation: Simulation, path: str | Path) -> str:
 
         plan = {"num_slots": P, "initial_global_assignments": slots, "layer_updates_per_iter": 0}
         text = yaml.safe_dump(plan, default_flow_style=None, sort_keys=False, width=10_000)
-    try:
+    with writing(path):
         path.write_text(text)
-    except OSError as error:
-        raise MoeInspectError(f"cannot write {path}: {error.strerror or error}") from None
     return f"{table['policy'].iloc[0]}, {len(slots)} MoE layers of {P} slots on {simulation.settings['gpus']} GPUs"

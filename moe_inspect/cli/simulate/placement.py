@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moe_inspect.cli.emit import SafeCsv
 from moe_inspect.cli.simulate.show import (
     DomainOption,
     FormatOption,
@@ -21,6 +21,7 @@ from moe_inspect.cli.simulate.show import (
     show,
     split,
 )
+from moe_inspect.text import say
 
 
 class Minimize(StrEnum):
@@ -68,6 +69,7 @@ def placement(
             show_default=False,
         ),
     ] = None,
+    safe_csv: SafeCsv = False,
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -95,6 +97,6 @@ def placement(
     )
     is_plan = output is not None and output.suffix.lower() in ENDINGS and (table is None or output.suffix.lower() != ".json")
     if output is not None and is_plan:
-        print(f"wrote {output}: {write_plan(simulation, output)}", file=sys.stderr)
+        say(f"wrote {output}: {write_plan(simulation, output)}")
         output = None
-    show(simulation, table=table, format=format, output=output, plots=plots, html=html)
+    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)
