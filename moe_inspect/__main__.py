@@ -2,25 +2,59 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
 
 def main() -> None:
     """Runs the command line; every way it can end has its exit code (0, 1, 2, 3, 130)."""
-    from moe_inspect.cli.app import app
-    from moe_inspect.errors import MoeInspectError
+    _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
+    from moe_inspect.text import abandon
+
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except OSError:  # said already
+        abandon(sys.stdout)
+    sys.exit(code)
+
+
+def _run() -> int:
+    from moe_inspect.cli.app import UsageError, app
+    from moe_inspect.cli.emit import to_stdout
+    from moe_inspect.errors import MoeInspectError, first_line
+    from moe_inspect.text import say
 
     try:
-        app()
+        code = app(standalone_mode=False)
+        with to_stdout():  # help is written by typer
+            sys.stdout.flush()
+        return code or 0
+    except UsageError as error:
+        text = io.StringIO()
+        error.show(text)
+        for line in text.getvalue().splitlines():
+            say(line)
+        return error.exit_code
     except MoeInspectError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        say(f"error: {error}")
+        return 1
+    except OSError as error:  # a disk or a network that fails where nothing above expects it
+        say(f"error: {f'{error.filename}: ' if error.filename is not None else ''}{first_line(error)}")
+        return 1
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 130
+
+
+def _open_closed_streams() -> None:
+    """A stream that the caller closed (`>&-`) would be None, and its number would go to the next file that is opened. It becomes
+    one of its own: stdout fails when it is written, stderr forgets."""
+    for name, flags in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), "r" if name == "stdin" else "w"))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -242,7 +244,8 @@ def test_the_tokens_are_those_of_a_local_trace(model: str, corpus: str, tmp_path
     local = moe_inspect.trace_model(model, tmp_path / "local", data=[corpus], **options)
     assert served.tokens().equals(local.tokens())
     assert served.documents().equals(local.documents())
-    assert served.manifest["routers"] == local.manifest["routers"]
+    known = [{**router, "slot_order": "unknown"} for router in local.manifest["routers"]]  # engines hand back no weights
+    assert served.manifest["routers"] == known
 
 
 def test_concurrency_is_bounded_and_changes_nothing(model: str, corpus: str, tmp_path: Path) -> None:
@@ -484,3 +487,77 @@ def test_a_timeout_is_asked_again() -> None:
     with serving(server) as url:
         assert asyncio.run(asked(url)) == {"fine": True}
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("drips", ["headers", "body"])
+def test_the_timeout_is_of_the_whole_request(drips: str) -> None:
+    """A byte now and then is no answer: every wait for the next one is short, and together they would never end."""
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000
+    at_once = 0 if drips == "headers" else whole.index(b"\r\n\r\n") + 4
+    asked = threading.Semaphore(0)
+
+    def drip(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(2**16)
+            asked.release()
+            with suppress(OSError):  # who asked has hung up
+                connection.sendall(whole[:at_once])
+                for byte in whole[at_once:]:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.03)
+
+    def listen(listening: socket.socket) -> None:
+        with suppress(OSError):  # closed by the test
+            while True:
+                threading.Thread(target=drip, args=(listening.accept()[0],), daemon=True).start()
+
+    async def ask(url: str) -> Any:
+        async with engine_http.client(url, None, 0.15, 1) as http:
+            return await engine_http.ask(http, "/generate", {})
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=listen, args=(listening,), daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(MoeInspectError, match=r"asked 6 times, the last time with no whole answer in 0\.15 s"):
+            asyncio.run(asyncio.wait_for(ask(f"http://127.0.0.1:{listening.getsockname()[1]}"), 10))
+        assert 6 * 0.15 <= time.monotonic() - began < 5
+        listening.shutdown(socket.SHUT_RDWR)
+    assert [asked.acquire(timeout=1) for _ in range(engine_http.ATTEMPTS)] == [True] * engine_http.ATTEMPTS
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_is_never_decompressed(status: int, monkeypatch: Any) -> None:
+    """Some hundred bytes of gzip within gzip are gigabytes."""
+    bomb = gzip.compress(gzip.compress(b" " * 2**26))
+    assert len(bomb) < 2**11
+    asked_for = []
+    server = Server()
+    server.answer = lambda path, body: (200, {})
+    server.behave = lambda n, path, body: (status, {"Content-Encoding": "gzip, gzip"}, bomb)
+    monkeypatch.setattr(engine_http, "ATTEMPTS", 1)
+
+    async def ask(url: str) -> Any:
+        async with engine_http.client(url, None, 5, 1) as http:
+            http.event_hooks["request"] = [lambda request: asyncio.sleep(0, asked_for.append(request.headers["accept-encoding"]))]
+            return await engine_http.ask(http, "/generate", {}, most_bytes=2**30)
+
+    said = {200: "answered in content-encoding 'gzip, gzip', not as it is", 500: "HTTP 500: no reason given"}[status]
+    tracemalloc.start()
+    with serving(server) as url, pytest.raises(MoeInspectError, match=said):
+        asyncio.run(ask(url))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert asked_for == ["identity"]
+    assert peak < 2**23
+
+
+def test_what_a_server_says_steers_no_terminal(cli_here: Cli, model: str, corpus: str, capsys: Any) -> None:
+    server, hostile = Server(), "\x1b[2J\x1b]0;mine\x07\x9b31m\u202egnp"
+    said = {0: (503, {}, hostile.encode()), 1: (400, {}, json.dumps({"error": hostile}).encode())}
+    server.behave = lambda n, *_: said[n]
+    with serving(server) as url:
+        done = cli_here("trace", url, "-o", "t", "--engine", "vllm", "--model-config", model, "--data", corpus, "--concurrency", 1, check=1)
+    waiting, error = done.stderr.splitlines()
+    spelled = r"\x1b[2J\x1b]0;mine\x07\x9b31m\u202egnp"
+    assert f"HTTP 503: {spelled}; it is asked again" in waiting
+    assert error == f"error: {url}/v1/completions refused the request (HTTP 400): {spelled}"

@@ -14,7 +14,7 @@ import numpy as np
 from moe_inspect.analysis.aggregate import BASE, SRP_LENGTHS, WANTS, Counts
 from moe_inspect.analysis.fragment import Windows, count_shard
 from moe_inspect.analysis.select import Selection
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace.reader import Trace, open_trace
 
 WINDOWS = 64  # where no length is asked for
@@ -105,7 +105,7 @@ def _on_cluster(trace: Trace, arguments: Arguments, scheduler: Any) -> Iterator[
         try:
             client = Client(scheduler, timeout="10s")
         except (OSError, TimeoutError, ValueError) as error:
-            raise MoeInspectError(f"no dask scheduler answers at {scheduler}: {error}") from None
+            raise MoeInspectError(f"no dask scheduler answers at {scheduler}: {first_line(error)}") from None
     else:
         client = scheduler
     try:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.demo import CORPUS_DIR
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace.writer import Document
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
@@ -126,9 +126,9 @@ def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
                 raise MoeInspectError(f"cannot read {location}: its name must end in {', '.join(READERS)}")
             yield filesystem, path, _stem(path)
     except (ImportError, ValueError) as error:  # a protocol fsspec does not know, or needs a package for
-        raise MoeInspectError(f"cannot open {location}: {error}") from None
+        raise MoeInspectError(f"cannot open {location}: {first_line(error)}") from None
     except OSError as error:
-        raise MoeInspectError(f"cannot read {location}: {error}") from None
+        raise MoeInspectError(f"cannot read {location}: {first_line(error)}") from None
 
 
 def _kind(path: str) -> str | None:
@@ -165,7 +165,7 @@ def _identity(filesystem: Any, path: str) -> tuple[int | None, str]:
         with open(path, "rb") as file:
             return Path(path).stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise MoeInspectError(f"cannot read {path}: {error.strerror}") from None
+        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
 
 
 # --- documents
@@ -214,7 +214,7 @@ def _opened(path: str) -> Iterator[Any]:
         with filesystem.open(place, "rb", compression="infer") as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise MoeInspectError(f"cannot read {path}: {error}") from None
+        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def _utf8(data: bytes, path: str) -> str:
@@ -236,7 +236,7 @@ def _json_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
             try:
                 row = json.loads(_utf8(line, path))
             except (ValueError, RecursionError) as error:
-                raise MoeInspectError(f"{path} line {number} is no JSON: {error}") from None
+                raise MoeInspectError(f"{path} line {number} is no JSON: {first_line(error)}") from None
             if not isinstance(row, dict):
                 raise MoeInspectError(f"{path} line {number} is no JSON object but {type(row).__name__}")
             yield row, len(line)
@@ -252,7 +252,7 @@ def _csv_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
         except UnicodeDecodeError as error:
             raise MoeInspectError(f"{path} is not UTF-8: {error.reason}: convert it first") from None
         except csv.Error as error:
-            raise MoeInspectError(f"{path} is no CSV: {error}") from None
+            raise MoeInspectError(f"{path} is no CSV: {first_line(error)}") from None
 
 
 def _parquet_rows(source: Source, wanted: tuple[str, ...]) -> Iterator[Row]:
@@ -270,8 +270,8 @@ def _parquet_rows(source: Source, wanted: tuple[str, ...]) -> Iterator[Row]:
             size = (source.bytes or 0) // max(table.metadata.num_rows, 1)
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 yield from ((row, size) for row in batch.to_pylist())
-        except pa.ArrowInvalid as error:
-            raise MoeInspectError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise MoeInspectError(f"{path} is no Parquet file of text: {first_line(error)}") from None
 
 
 def interleaved(sources: Sequence[Source], text_field: str, domain_field: str | None, stats: CorpusStats) -> Iterator[tuple[str, str, str]]:

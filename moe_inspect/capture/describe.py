@@ -15,7 +15,7 @@ import pandas as pd
 
 from moe_inspect.capture.models import auto_class, load_config
 from moe_inspect.capture.routers import Site, find_routers, top_k_of
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
 
 PARTS = ("embeddings", "attention", "dense", "router", "shared experts", "routed experts", "output head", "norms and others")
@@ -128,8 +128,7 @@ def describe(model: str, *, context: int | None = None, revision: str | None = N
         with torch.device("meta"):
             built: Any = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MoeInspectError(f"cannot build a language model of {model}: {line}") from error
+        raise MoeInspectError(f"cannot build a language model of {model}: {first_line(error)}") from error
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or CONTEXT
     made = Description(config, type(built).__name__, getattr(text, "num_hidden_layers", 0), context or min(CONTEXT, longest))
@@ -165,7 +164,7 @@ def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any
             raise MoeInspectError(f"{model} is of no model type that transformers knows: {kind!r}")
         return AutoConfig.for_model(kind, **known)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise MoeInspectError(f"{model} is no model's config: {error}") from None
+        raise MoeInspectError(f"{model} is no model's config: {first_line(error)}") from None
 
 
 def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,8 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 import tenacity
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
+from moe_inspect.text import say
 
 ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, where the server does not say (Retry-After)
@@ -49,11 +49,12 @@ def split_url(url: str) -> tuple[str, httpx.BasicAuth | None]:
 
 
 def client(url: str, api_key: str | None, timeout_s: float, concurrency: int) -> httpx.AsyncClient:
+    """`timeout_s`: of a request in all, from connecting to the last byte of its answer."""
     root, auth = split_url(url)
     return httpx.AsyncClient(
         base_url=root,
         auth=auth,
-        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {api_key}"} if api_key else {})},
         timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None),
         limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
     )
@@ -89,7 +90,7 @@ def teller() -> Callable[[str, float], None]:
         nonlocal over
         if (now := time.monotonic()) >= over:
             over = now + wait_s
-            print(what, file=sys.stderr)
+            say(what)
 
     return tell
 
@@ -146,22 +147,35 @@ def _understood(root: str, path: str, status: int, data: bytes) -> dict[str, Any
 
 async def _once(http: httpx.AsyncClient, path: str, body: dict[str, Any] | None, most_bytes: int) -> tuple[int, bytes]:
     try:
-        async with http.stream("GET" if body is None else "POST", path, json=body) as response:
-            status = response.status_code
-            data = bytearray()
-            async for part in response.aiter_bytes():
-                data += part
-                if len(data) > (most_bytes if status == 200 else ERROR_BYTES):
-                    break
-            if status == 200 and len(data) > most_bytes:
-                raise MoeInspectError(f"{path} answered with more than {most_bytes:,} bytes, which no true answer has: not read on")
+        # httpx's own timeouts are of silence: a server that sends a byte now and then would never meet them
+        async with asyncio.timeout(http.timeout.read), http.stream("GET" if body is None else "POST", path, json=body) as response:
+            status, data = response.status_code, await _body(response, path, most_bytes)
             if status in (408, 429) or status >= 500:
-                raise _Again(f"HTTP {status}: {_message(bytes(data))}", _asked_wait(response.headers.get("retry-after")))
-            return status, bytes(data)
+                raise _Again(f"HTTP {status}: {_message(data)}", _asked_wait(response.headers.get("retry-after")))
+            return status, data
+    except TimeoutError as error:
+        raise _Again(f"no whole answer in {http.timeout.read:g} s") from error
     except httpx.TransportError as error:
         raise _Again(f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})") from error
     except httpx.HTTPError as error:
-        raise MoeInspectError(f"{path} answered what cannot be read: {error}") from None
+        raise MoeInspectError(f"{path} answered what cannot be read: {first_line(error)}") from None
+
+
+async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
+    """The body as it is sent, never decompressed: what a few bytes unfold to knows no bound. Of an error only the beginning."""
+    encoding, fine = response.headers.get("content-encoding", "identity"), response.status_code == 200
+    if encoding.lower() not in ("identity", ""):
+        if fine:
+            raise MoeInspectError(f"{path} answered in content-encoding {encoding[:40]!r}, not as it is, which it was asked for")
+        return b""
+    data = bytearray()
+    async for part in response.aiter_raw():
+        data += part
+        if len(data) > (most_bytes if fine else ERROR_BYTES):
+            break
+    if fine and len(data) > most_bytes:
+        raise MoeInspectError(f"{path} answered with more than {most_bytes:,} bytes, which no true answer has: not read on")
+    return bytes(data)
 
 
 def _wait(state: tenacity.RetryCallState) -> float:

@@ -22,7 +22,7 @@ from moe_inspect.capture.models import commit_of, config_record, load_config, lo
 from moe_inspect.capture.resume import comparable, complete_now, corpus_record, resumed
 from moe_inspect.capture.routers import find_routers, top_k_of
 from moe_inspect.capture.run import fitting
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.place import check_directory
 from moe_inspect.trace.reader import Trace, read_manifest
@@ -64,7 +64,7 @@ def trace_engine(
     url           of the server, http://HOST:PORT; engine: "vllm" or "sglang"
     model_config  a hub id or a directory: its tokenizer, and which of its layers route where
     concurrency   sequences that are under way at once
-    timeout_s     of silence after which a request is sent again
+    timeout_s     of a request in all, from connecting to the last byte; after it the request is sent again
     api_key       sent as a bearer token, written nowhere
     generate      N tokens a document are fed after it: N + 1 are asked for, of which the last is not fed
 
@@ -138,8 +138,7 @@ def routers_of(config: Any, trust_remote_code: bool = False) -> tuple[str, list[
         with torch.device("meta"):
             built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MoeInspectError(f"cannot build a causal language model of the config: {line}") from error
+        raise MoeInspectError(f"cannot build a causal language model of the config: {first_line(error)}") from error
     sites = find_routers(built)
     layers, blocks = [s.layer for s in sites], config.get_text_config().num_hidden_layers
     if len(set(layers)) < len(layers) or max(layers) >= blocks:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
 
 
@@ -41,7 +41,7 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
     try:
         cached = try_to_load_from_cache(location, "config.json", revision=revision)
     except HFValidationError as error:
-        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error).rstrip('.')}: {HOW_TO_NAME}") from error
+        raise MoeInspectError(f"cannot load model {name!r}: {first_line(error).rstrip('.')}: {HOW_TO_NAME}") from error
     if constants.HF_HUB_OFFLINE and not isinstance(cached, str):
         raise MoeInspectError(
             f"cannot load model {name!r}: there is no such directory, it is not in the cache, and HF_HUB_OFFLINE is set: {HOW_TO_NAME}"
@@ -62,7 +62,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
                 f"model {name!r} brings code of its own, which runs here: read it, then give --trust-remote-code"
             ) from None
         way_out = "" if Path(location).is_dir() else f": {HOW_TO_NAME}"
-        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error).rstrip('.')}{way_out}") from error
+        raise MoeInspectError(f"cannot load model {name!r}: {first_line(error).rstrip('.')}{way_out}") from error
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
@@ -80,7 +80,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_location(name), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
-        raise MoeInspectError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
+        raise MoeInspectError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise MoeInspectError(f"the tokenizer of {name!r} makes no tokens of a text: are its files there?")
     return tokenizer
@@ -117,7 +117,7 @@ def load_model(
     try:
         torch.ones(1, device=place).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch asserts where it was built without that device
-        raise MoeInspectError(f"no device {place!r} here: {_first_line(error)}") from error
+        raise MoeInspectError(f"no device {place!r} here: {first_line(error)}") from error
     try:
         if random_init is not None:
             torch.manual_seed(random_init)
@@ -137,15 +137,10 @@ def load_model(
             model, loaded = both
             missing = set(loaded["missing_keys"])
     except Exception as error:  # as above: the weights are the user's
-        raise MoeInspectError(f"cannot load model {name!r}: {_first_line(error)}") from error
+        raise MoeInspectError(f"cannot load model {name!r}: {first_line(error)}") from error
     if missing:  # transformers draws them at random: what they routed would be no one's routing
         raise MoeInspectError(f"the weights of {name!r} lack {len(missing)} parameters, {min(missing)} the first: not traced")
     return (model if device_map is not None else model.to(place)).eval()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str | None:

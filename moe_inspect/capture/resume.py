@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_inspect.capture.corpus import Frame, Plan, special_frame
 from moe_inspect.capture.models import config_record
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import read_manifest, refuse_while_written
 from moe_inspect.trace.writer import ResumePoint, committed_counts, resume_point
@@ -38,14 +38,16 @@ def resumed(out: Path, options: dict[str, Any], rank: int) -> ResumePoint:
     for key, now in options.items():
         if then.get(key) != now:
             raise MoeInspectError(f"{out} was made with {_difference(key, then.get(key), now)}: resume with the same, or --overwrite")
-    return resume_point(out, rank)
+    with writing(out):
+        return resume_point(out, rank)
 
 
 def complete_now(out: Path, plan: Plan) -> None:
     manifest = read_manifest(out)
     manifest["corpus"] |= plan.stats.record()
     counts = {**committed_counts(out, manifest), "dropped": 0}
-    schema.write_manifest(out, {**manifest, "status": "complete", "counts": counts})
+    with writing(out):
+        schema.write_manifest(out, {**manifest, "status": "complete", "counts": counts})
 
 
 def _difference(key: str, then: Any, now: Any) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moe_inspect.cli import describe, export, import_, report, simulate, trace, verify
+
+UsageError: Any = typer.BadParameter.mro()[2]  # of typer's own copy of click, which does not export the name
 
 app = typer.Typer(
     name="moe-inspect",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import Format, emit, format_of
+from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of
 from moe_inspect.cli.needs import need_torch, quiet
 
 
@@ -40,6 +40,7 @@ def describe(
         typer.Option(help="json is one object a line. By default what the file's ending says, else table.", show_default=False),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file instead of stdout.", show_default=False)] = None,
+    safe_csv: SafeCsv = False,
     revision: Annotated[str | None, typer.Option(help="Of the model on the hub.", show_default=False)] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the hub.")] = False,
 ) -> None:
@@ -59,4 +60,4 @@ def describe(
     made = make(model, context=context, revision=revision, trust_remote_code=trust_remote_code)
     training = made.training(train_tokens, gpu.value, mfu, gpu_hours) if train_tokens is not None else None
     table = describe_table(made, training)
-    emit(table.drop(columns="value") if form is Format.table else table, form, output)
+    emit(table.drop(columns="value") if form is Format.table else table, form, output, safe_csv)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 
-from moe_inspect.errors import MoeInspectError
+import typer
+
+from moe_inspect.errors import MoeInspectError, first_line, writing
+from moe_inspect.text import abandon, safe_cell, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +28,10 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+SafeCsv = Annotated[
+    bool,
+    typer.Option("--safe-csv", help="In csv, put an apostrophe before text that a spreadsheet would take for a formula (= + - @)."),
+]
 ENDINGS = {".csv": Format.csv, ".json": Format.json, ".jsonl": Format.json, ".parquet": Format.parquet}
 TEXT = ("", ".txt", ".md")
 
@@ -35,25 +42,26 @@ def format_of(output: Path | None) -> Format | None:
     return Format.table if ending in TEXT else ENDINGS.get(ending)
 
 
-def emit(frame: pd.DataFrame, form: Format, output: Path | None) -> None:
-    """Writes a table to `output`, or to stdout."""
+def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool = False) -> None:
+    """Writes a table to `output`, or to stdout. `safe_csv`: no text of a csv is a formula to a spreadsheet."""
     if form is Format.table:
         from moe_inspect.report.terminal import print_table
 
         with text_to(output) as file:
             left_out = print_table(frame, file)
         if left_out:
-            print(f"{left_out:,} more rows: --format csv, json or parquet has them all", file=sys.stderr)
+            say(f"{left_out:,} more rows: --format csv, json or parquet has them all")
         return
     if form is Format.parquet and output is None and sys.stdout.isatty():
         raise MoeInspectError("parquet is no text: give -o FILE, or send it into a pipe")
     write = {Format.csv: _csv, Format.json: _json, Format.parquet: _parquet}[form]
+    if form is Format.csv and safe_csv:
+        frame = _without_formulas(frame)
     if output is None:
-        with quiet_pipe():
+        with to_stdout():
             write(frame, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
         return
-    with _writable(output), open(output, "wb") as file:
+    with writing(output), open(output, "wb") as file:
         write(frame, file)
 
 
@@ -61,38 +69,46 @@ def emit(frame: pd.DataFrame, form: Format, output: Path | None) -> None:
 def text_to(output: Path | None) -> Iterator[TextIO]:
     """Where text goes: a file, or stdout."""
     if output is None:
-        with quiet_pipe():
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(errors="replace")  # a token in a script that the terminal's encoding lacks
+        with to_stdout():
             yield sys.stdout
-            sys.stdout.flush()
         return
-    with _writable(output), open(output, "w", encoding="utf-8") as file:
+    with writing(output), open(output, "w", encoding="utf-8") as file:
         yield file
 
 
 @contextlib.contextmanager
-def quiet_pipe() -> Iterator[None]:
-    """`| head` has seen enough: no traceback, and nothing is wrong."""
+def to_stdout() -> Iterator[None]:
+    """Around what writes to stdout. `| head` has seen enough: that is no error; a full disk or a closed stdout is one line."""
     try:
         yield
+        sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered must not raise at exit
+        abandon(sys.stdout)
         raise SystemExit(0) from None
-
-
-@contextlib.contextmanager
-def _writable(output: Path) -> Iterator[None]:
-    try:
-        yield
     except OSError as error:
-        raise MoeInspectError(f"cannot write {output}: {error.strerror or error}") from None
+        if error.filename is not None:  # another file's
+            raise
+        abandon(sys.stdout)
+        raise MoeInspectError(f"cannot write to stdout: {first_line(error)}") from error
+
+
+def _texts(frame: pd.DataFrame) -> dict[str, list[Any]]:
+    """The values of the columns that are not of numbers."""
+    return {name: frame[name].tolist() for name in frame.columns if frame[name].dtype.kind not in "iufb"}
+
+
+def _without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(**{name: [safe_cell(v) if isinstance(v, str) else v for v in values] for name, values in _texts(frame).items()})
 
 
 def _csv(frame: pd.DataFrame, file: BinaryIO) -> None:
+    # a carriage return is not quoted by itself, and readers end the row there
+    returns = any("\r" in value for values in _texts(frame).values() for value in values if isinstance(value, str))
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-    frame.to_csv(text, index=False, lineterminator="\n")
-    text.detach()
+    try:
+        frame.to_csv(text, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+    finally:
+        text.detach()
 
 
 def _json(frame: pd.DataFrame, file: BinaryIO) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from moe_inspect.cli.emit import SafeCsv
+from moe_inspect.text import say
 
 
 class Score(StrEnum):
@@ -34,6 +36,7 @@ def export(
         Score | None,
         typer.Option(help="esft: share of the assignments (token) or of the gate weight. Default: token.", show_default=False),
     ] = None,
+    safe_csv: SafeCsv = False,
 ) -> None:
     """Write a trace as other tools read it.
 
@@ -41,5 +44,5 @@ def export(
     and training configuration; counts: load by expert and domain (.csv, .json, .parquet); long-parquet: one row per assignment."""
     from moe_inspect.trace.export import export_trace
 
-    made = export_trace(trace, format.value, output, top_p=top_p, score=score and score.value)
-    print(f"wrote {made}", file=sys.stderr)
+    made = export_trace(trace, format.value, output, top_p=top_p, score=score and score.value, safe_csv=safe_csv)
+    say(f"wrote {made}")

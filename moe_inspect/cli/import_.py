@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from moe_inspect.text import say
+
 
 def import_(
     format: Annotated[
@@ -59,7 +61,7 @@ def import_(
         raise typer.BadParameter("--model and --config say the same: give one")
 
     def warn(line: str) -> None:
-        print(line if line.startswith("taken for") else f"warning: {line}", file=sys.stderr)
+        say(line if line.startswith("taken for") else f"warning: {line}")
 
     with _bar() as progress:
         trace = import_trace(
@@ -74,7 +76,7 @@ def import_(
             progress=progress,
             warn=warn,
         )
-    print(f"imported {trace.n_tokens:,} tokens, {len(trace.routers)} routers into {output}", file=sys.stderr)
+    say(f"imported {trace.n_tokens:,} tokens, {len(trace.routers)} routers into {output}")
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_inspect.cli.emit import Format, emit, format_of, text_to
+from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import say
 
 if TYPE_CHECKING:
     from moe_inspect.report.gate import Gate
@@ -52,6 +53,7 @@ def report(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file instead of stdout.", show_default=False)] = None,
+    safe_csv: SafeCsv = False,
     plots: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write pictures (PNG and SVG) into this directory.", show_default=False)
     ] = None,
@@ -103,7 +105,7 @@ def report(
 
         from moe_inspect.analysis.registry import listing
 
-        emit(pd.DataFrame(listing()), format or ending or Format.table, output)
+        emit(pd.DataFrame(listing()), format or ending or Format.table, output, safe_csv)
         return
     if trace is None:
         raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
@@ -118,7 +120,7 @@ def report(
         raise typer.BadParameter("--simulate is of all the text, for a page: give it with --html, without --domain and --phase")
     from moe_inspect.report.gate import breaches, gated
     from moe_inspect.report.report import report as make
-    from moe_inspect.report.terminal import print_report, printable
+    from moe_inspect.report.terminal import print_report
 
     domains = [label for value in domain or [] for label in value.split(",")]
     limits = {name: value for text in threshold or [] for name, value in [_threshold(text)]}
@@ -141,25 +143,25 @@ def report(
             made.tables[name]
         breached = breaches(made, gates)
     if made.warning:
-        print(f"warning: {printable(made.warning)}", file=sys.stderr)
+        say(f"warning: {made.warning}")
     if plots is not None:
         from moe_inspect.report.plots import write_plots
 
         for path in write_plots(made, plots):
-            print(f"wrote {path}", file=sys.stderr)
+            say(f"wrote {path}")
     if html is not None:
         from moe_inspect.report.html import write_page
         from moe_inspect.report.sections import report_page
 
         write_page(html, report_page(made, _simulated(made, simulate or [], layers)))
-        print(f"wrote {html}", file=sys.stderr)
+        say(f"wrote {html}")
     if table:
-        emit(made.tables[table], format or ending or Format.table, output)
+        emit(made.tables[table], format or ending or Format.table, output, safe_csv)
     else:
         with text_to(output) as file:
             print_report(made, file)
     for line in breached:
-        print(f"failed: {line}", file=sys.stderr)
+        say(f"failed: {line}")
     if breached:
         raise typer.Exit(3)
 

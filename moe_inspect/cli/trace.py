@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from moe_inspect.cli.needs import need_torch, quiet
+from moe_inspect.text import say
 
 
 class Capture(StrEnum):
@@ -97,7 +98,8 @@ def trace(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Of an engine: sequences under way at once.")] = 8,
     timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Of an engine: silence after which it is asked again.")
+        float,
+        typer.Option(min=0.1, metavar="SECONDS", help="Of an engine: time for one request in all; after it the request is sent again."),
     ] = 600.0,
     api_key: Annotated[
         str | None,
@@ -158,18 +160,17 @@ def trace(
     except KeyboardInterrupt:
         began_writing = (output / "trace.json").exists()
         state = f'{output} is readable; "--resume" goes on with it' if began_writing else "nothing was traced yet"
-        print(f"interrupted: {state}", file=sys.stderr)
+        say(f"interrupted: {state}")
         raise
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0":  # of a torchrun: the first speaks for all
         return
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
     routers, seconds = len(written.routers), time.monotonic() - began
-    print(
+    say(
         f"{'complete already: ' if complete_before else ''}{written.n_tokens:,} tokens {'at' if stacks else '×'} {routers} routers = "
         f"{written.n_decisions:,} decisions{' counted' if counts_only else ''} in {output} "
-        f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)",
-        file=sys.stderr,
+        f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)"
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import quiet_pipe
+from moe_inspect.cli.emit import to_stdout
+from moe_inspect.text import printable, say
 
 
 def verify(
@@ -22,17 +22,15 @@ def verify(
     from moe_inspect.trace.verify import verify as check
 
     found = check(trace)
-    with quiet_pipe():
+    with to_stdout():
         if as_json:
-            print(json.dumps(found.record(), ensure_ascii=False))
+            print(json.dumps(found.record()))
         elif found.ok:
-            print(
-                f"{trace} is fine: {found.tokens:,} tokens, {found.decisions:,} decisions, {found.assignments:,} assignments in {found.shards} shards"
-            )
+            counts = f"{found.tokens:,} tokens, {found.decisions:,} decisions, {found.assignments:,} assignments in {found.shards} shards"
+            print(printable(f"{trace} is fine: {counts}"))
             print("\n".join(f"  {line}" for line in found.checked))
-        sys.stdout.flush()
     if not found.ok:
         if not as_json:
             where = f"{trace / (found.file or '')}" + (f" row {found.row}" if found.row is not None else "")
-            print(f"error: {where}: {found.violation}", file=sys.stderr)
+            say(f"error: {where}: {found.violation}")
         raise typer.Exit(1)

@@ -22,7 +22,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import writing
 from moe_inspect.report.text import number, readable
 
 if TYPE_CHECKING:
@@ -98,10 +98,8 @@ def page(
 
 
 def write_page(path: str | Path, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MoeInspectError(f"cannot write {path}: {error.strerror or error}") from None
+    with writing(path):
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def svg_of(figure: Figure) -> str:
@@ -171,7 +169,7 @@ def _packed_plotly() -> str:
 
 def _packed(text: str) -> str:
     """gzip, in base64: a quarter of the size, and nothing in it that HTML could misread."""
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode(errors="backslashreplace"), 9, mtime=0)).decode()
 
 
 def _sha256(script: str) -> str:

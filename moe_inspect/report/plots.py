@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moe_inspect.analysis.balance import load_ratio
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import writing
 from moe_inspect.report import plots_locality  # noqa: F401  (adds its own to PLOTS)
 from moe_inspect.report.pair_tables import Met, chosen_next, chosen_together
 from moe_inspect.report.plots_parts import COLOURS, MARKS, PLOTS, bare, breadth, layer_ticks, letters, new_figure, new_grid, plain, plot
@@ -37,18 +37,17 @@ LINES = 10  # routers that can be told apart as lines; more make a heatmap
 def write_plots(report: Report, directory: str | Path) -> list[Path]:
     """Draws every plot the trace has the data for, as NAME.png and NAME.svg. Returns the files."""
     directory, written = Path(directory), []
-    try:
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with letters():
-            for name, draw in PLOTS.items():
-                if (figure := draw(report)) is None:
-                    continue
-                for path in (directory / f"{name}.png", directory / f"{name}.svg"):
-                    metadata = {"Date": None} if path.suffix == ".svg" else None  # the same trace makes the same file
+    with letters():
+        for name, draw in PLOTS.items():
+            if (figure := draw(report)) is None:
+                continue
+            for path in (directory / f"{name}.png", directory / f"{name}.svg"):
+                metadata = {"Date": None} if path.suffix == ".svg" else None  # the same trace makes the same file
+                with writing(path):
                     figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
-                    written.append(path)
-    except OSError as error:
-        raise MoeInspectError(f"cannot write {directory}: {error.strerror or error}") from None
+                written.append(path)
     return written
 
 

@@ -20,6 +20,7 @@ from moe_inspect.report import verdict
 from moe_inspect.report.tables import WANTS, every_table, specialization_by_id, vocabulary_of, whole_batches
 from moe_inspect.report.thresholds import thresholds as thresholds_of
 from moe_inspect.report.words import counted
+from moe_inspect.text import storable
 from moe_inspect.trace.reader import Trace, open_trace
 
 TABLES = every_table()
@@ -184,7 +185,7 @@ class Report:
         facts += self._worst()
         facts += self.thresholds.facts()
         facts += [("note", note) for note in self.notes()]
-        return [(key, "unknown" if value is None else str(value)) for key, value in facts]
+        return [(storable(key), "unknown" if value is None else storable(str(value))) for key, value in facts]
 
     def _worst(self) -> list[tuple[str, object]]:
         facts: list[tuple[str, object]] = [("dead_experts", sum(int(row["dead_experts"]) for row in verdict.routers(self)))]

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from moe_inspect.analysis.balance import load_ratio
 from moe_inspect.report.text import layer_label
+from moe_inspect.text import printable
 
 if TYPE_CHECKING:
     from moe_inspect.report.report import Report
@@ -132,7 +133,7 @@ def print_report(report: Report, file: TextIO) -> None:
         if left_out := len(whole.columns) - print_frame(frame, console, shown, fitting=console.is_terminal):
             columns = "column" if left_out == 1 else "columns"
             command = f"moe-inspect report {shlex.quote(str(report.trace.path))} --table {name}"
-            console.print(Text(f"+ {left_out} more {columns}: {command}", style="dim"))
+            console.print(Text(printable(f"+ {left_out} more {columns}: {command}"), style="dim"))
     notes = report.notes()
     if notes:
         console.print()
@@ -229,11 +230,6 @@ def _said(value: Any) -> str:
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     return printable(str(value))
-
-
-def printable(text: str) -> str:
-    """A text of which nothing can steer a terminal: control characters, escapes and direction marks are spelled out."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _cut(name: str, frame: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.simulate.result import Simulation
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
@@ -31,10 +31,8 @@ def write_plan(simulation: Simulation, path: str | Path, engine: str | None = No
     if table.groupby("layer")["router"].nunique().max() > 1 or len({len(row) for row in slots.values()}) > 1:
         raise MoeInspectError("a plan has one router a layer, with the same number of slots: choose such layers with --layers")
     text = ENGINES[engine](slots, int(table["expert"].max()) + 1, simulation.settings)
-    try:
+    with writing(path):
         path.write_text(text)
-    except OSError as error:
-        raise MoeInspectError(f"cannot write {path}: {error.strerror or error}") from None
     P = len(next(iter(slots.values())))
     return f"{table['policy'].iloc[0]}, {len(slots)} MoE layers of {P} slots on {simulation.settings['gpus']} GPUs, for {engine}"
 

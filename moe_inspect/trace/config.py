@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace.schema import Router
 
 INNER = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -62,7 +62,7 @@ def read_facts(model: str | Path) -> ModelFacts:
     try:
         written = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise MoeInspectError(f"{path} is no model's config: {error}") from None
+        raise MoeInspectError(f"{path} is no model's config: {first_line(error)}") from None
     if path.name == "trace.json" and isinstance(written, dict) and isinstance(written.get("model"), dict):
         written = written["model"].get("config")
     if not isinstance(written, dict):
@@ -126,8 +126,7 @@ def _from_hub(model: str) -> tuple[Path, Path | None]:
             if isinstance(error, LocalEntryNotFoundError):  # whether it has one could not be asked
                 raise
     except Exception as error:  # offline, no such model, no access: the library has a class for each, and the way out is the same
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MoeInspectError(f"cannot read the config and the tokenizer of {model}: {line}") from None
+        raise MoeInspectError(f"cannot read the config and the tokenizer of {model}: {first_line(error)}") from None
     return config, vocabulary
 
 

@@ -22,11 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.text import safe_cell
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Shard, Trace
 
-EXPORTS: dict[str, Callable[..., None]] = {}  # (trace, output, and of esft its options)
+EXPORTS: dict[str, Callable[..., None]] = {}  # (trace, output, and the options of OPTIONS)
+OPTIONS = {"top_p": "esft", "score": "esft", "safe_csv": "counts"}  # of which format each is
 COUNTS = pa.schema(
     [
         ("layer", pa.int32()),
@@ -53,27 +55,33 @@ def exporter(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def export_trace(
-    trace: str | Path | Trace, format: str, output: str | Path, *, top_p: float | None = None, score: str | None = None
+    trace: str | Path | Trace,
+    format: str,
+    output: str | Path,
+    *,
+    top_p: float | None = None,
+    score: str | None = None,
+    safe_csv: bool = False,
 ) -> Path:
     """Writes a trace for another tool.
 
     format   sglang (logical_count for --init-expert-location, as .pt or .json), esft (a folder per domain), counts (.csv, .json or
              .parquet) or long-parquet (one row per assignment)
     top_p    esft: train the fewest experts of each layer whose scores sum to this share of the layer's (0.2)
-    score    esft: "token" (share of the assignments, the default) or "gate" (share of the gate weight)"""
+    score    esft: "token" (share of the assignments, the default) or "gate" (share of the gate weight)
+    safe_csv counts as .csv: a domain that a spreadsheet would take for a formula gets an apostrophe in front"""
     if format not in EXPORTS:
         raise MoeInspectError(f"no format {format!r}: there are {', '.join(EXPORTS)}")
-    options = {name: value for name, value in (("top_p", top_p), ("score", score)) if value is not None}
-    if options and format != "esft":
-        raise MoeInspectError(f"--{next(iter(options)).replace('_', '-')} is an option of the format esft, not of {format}")
+    given = (("top_p", top_p), ("score", score), ("safe_csv", safe_csv or None))
+    options = {name: value for name, value in given if value is not None}
+    if wrong := [name for name in options if OPTIONS[name] != format]:
+        raise MoeInspectError(f"--{wrong[0].replace('_', '-')} is an option of the format {OPTIONS[wrong[0]]}, not of {format}")
     opened = trace if isinstance(trace, Trace) else Trace(trace)
     output = Path(output)
     if isinstance(opened.path, Path) and output.resolve().is_relative_to(opened.path.resolve()):
         raise MoeInspectError(f"{output} is within the trace: write it elsewhere")
-    try:
-        EXPORTS[format](opened, output, **options)
-    except OSError as error:
-        raise MoeInspectError(f"cannot write {output}: {error.strerror or error}") from None
+    with writing(output):
+        EXPORTS[format](opened, output.resolve() if output.is_file() else output, **options)  # through a link, such as /dev/stdout
     return output
 
 
@@ -128,12 +136,18 @@ def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
 
 
 @exporter("counts")
-def counts(trace: Trace, output: Path) -> None:
+def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
     """A row an expert, router and domain, also of experts without load: what pruning by use or by gate weight starts from."""
     columns: dict[str, list[Any]] = {name: [] for name in COUNTS.names}
     for r, (router, of_domain) in enumerate(zip(trace.routers, _counts(trace), strict=True)):
         for domain, sums in sorted(of_domain.items()):
-            fixed = {"layer": router.layer, "router": r, "domain": domain, "experts": router.experts, "top_k": router.top_k}
+            fixed = {
+                "layer": router.layer,
+                "router": r,
+                "domain": safe_cell(domain) if safe_csv and output.suffix == ".csv" else domain,
+                "experts": router.experts,
+                "top_k": router.top_k,
+            }
             for name, value in fixed.items():
                 columns[name] += [value] * router.experts
             columns["expert"] += range(router.experts)
@@ -143,9 +157,11 @@ def counts(trace: Trace, output: Path) -> None:
     table = table.drop_columns([n for n in ("first_choice", "weight_sum") if table[n].null_count == len(table)])
     with schema.draft_of(output) as draft:
         if output.suffix == ".csv":
-            pyarrow.csv.write_csv(table, draft)
+            with open(draft, "wb") as file:
+                pyarrow.csv.write_csv(table, file)
         elif output.suffix == ".parquet":
-            pq.write_table(table, draft, compression="zstd")
+            with open(draft, "wb") as file:
+                pq.write_table(table, file, compression="zstd")
         elif output.suffix in (".json", ".jsonl"):
             draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()), encoding="utf-8")
         else:
@@ -283,7 +299,8 @@ def long_parquet(trace: Trace, output: Path) -> None:
     kinds = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16()), ("slot", pa.uint16()), ("expert", pa.uint16())]
     columns = pa.schema([*kinds, *([("weight", pa.float32())] if trace.has_weights else []), *facts])
     with schema.draft_of(output) as draft, ExitStack() as stack:
-        writer = stack.enter_context(pq.ParquetWriter(draft, columns, compression="zstd", compression_level=1))
+        file = stack.enter_context(open(draft, "wb"))
+        writer = stack.enter_context(pq.ParquetWriter(file, columns, compression="zstd", compression_level=1))
         for shard in trace.shards:
             tokens = shard.tokens()
             for r, router in enumerate(trace.routers):

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from moe_inspect.errors import first_line
 from moe_inspect.trace import checksums, schema
 from moe_inspect.trace.remote import Remote
 from moe_inspect.trace.schema import Router
@@ -47,8 +48,7 @@ def reading(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise Damaged(name, "it is missing", name) from None
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise Damaged(name, next((line for line in said.splitlines() if line.strip()), type(error).__name__), name) from None
+        raise Damaged(name, first_line(error), name) from None
 
 
 def open_part(path: Path | Remote, name: str, columns: pa.Schema, stated: Stated) -> pq.ParquetFile:
@@ -154,6 +154,7 @@ def read(
         else:
             table = file.read_row_groups(groups, columns, use_threads=False)
             rows = sum(file.metadata.row_group(g).num_rows for g in groups)
+        _check_text(table)
     if len(table) != rows:
         raise Damaged(name, f"{len(table)} rows could be read, it has {rows}", name)
     for title, column in zip(table.column_names, table.columns, strict=True):
@@ -162,12 +163,23 @@ def read(
     return table
 
 
+def _check_text(table: pa.Table) -> None:
+    """ArrowInvalid where a text is no UTF-8, of which Parquet's readers take no notice."""
+    for column in table.columns:
+        if pa.types.is_dictionary(column.type):
+            for chunk in column.chunks:
+                chunk.dictionary.validate(full=True)
+        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column.validate(full=True)
+
+
 def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
     """token_id, token. A text that is stored once can be said a million times: the length of all is known before they are copied."""
     name = schema.VOCABULARY
     file = open_part(path, name, schema.VOCABULARY_SCHEMA, stated)
     with reading(name):
         words = pq.ParquetFile(_source(path), read_dictionary=["token"], page_checksum_verification=True).read(use_threads=False)
+        _check_text(words)
         total = sum(_text_bytes(chunk) for chunk in words["token"].chunks)
         if total > TEXT_BYTES:
             raise Damaged(

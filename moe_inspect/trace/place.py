@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
 
 
@@ -38,7 +38,7 @@ def check_directory(path: Path, overwrite: bool, resumable: bool = True) -> None
             for made in new:  # nothing is left behind where no trace comes of it
                 made.rmdir()
     except OSError as error:
-        raise MoeInspectError(f"cannot write {path}: {error.strerror}") from None
+        raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from None
 
 
 def _why_none(path: Path, error: OSError) -> str:

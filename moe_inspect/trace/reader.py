@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.trace import parts, schema, slot_order
 from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.remote import Remote, place
@@ -309,10 +309,11 @@ class Trace:
 
     def __init__(self, path: str | Path | Remote):
         self.path = place(path)
-        self.manifest = read_manifest(self.path)
-        self._listed = [Router(**r) for r in self.manifest["routers"]]
-        self.routers = [router if router.slot_order else slot_order.stated(router, self._orderable) for router in self._listed]
-        self._files = committed_shards(self.path, self.manifest)
+        with reading(self.path):
+            self.manifest = read_manifest(self.path)
+            self._listed = [Router(**r) for r in self.manifest["routers"]]
+            self.routers = [router if router.slot_order else slot_order.stated(router, self._orderable) for router in self._listed]
+            self._files = committed_shards(self.path, self.manifest)
         self._check_total()
 
     def _check_total(self) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 
 
 def place(path: str | Path | Remote) -> Path | Remote:
@@ -28,7 +28,7 @@ class Remote:
 
             return url_to_fs(self.url)
         except (ImportError, ValueError) as error:  # fsspec itself, what it needs for this protocol, a protocol there is not
-            raise MoeInspectError(f"cannot open {self.url}: {error}") from None
+            raise MoeInspectError(f"cannot open {self.url}: {first_line(error)}") from None
 
     @property
     def filesystem(self) -> Any:

@@ -152,7 +152,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` if all went well, and is gone (its space with it) if not."""
+    """A temporary name that becomes `path` if all went well, and is gone (its space with it) if not; `path` itself where that is a
+    device or a pipe, which nothing may take the place of."""
+    if path.exists() and not path.is_file():
+        yield path
+        return
     draft = path.with_name(f".{path.name}.tmp")
     try:
         yield draft
@@ -173,7 +177,7 @@ def sync_directory(path: Path) -> None:
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Writes trace.json, with its digest."""
     stated = {**manifest, "digest": checksums.digest(manifest)}
-    write_atomically(root / MANIFEST, (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(root / MANIFEST, (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def process_start(pid: int) -> int | None:
@@ -187,7 +191,7 @@ def process_start(pid: int) -> int | None:
 
 def fingerprint(value: Any) -> str:
     """sha256 of a JSON value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")).hexdigest()
 
 
 def ranges(values: Iterable[int]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.trace import parts, schema
 from moe_inspect.trace.reader import Shard, ShardFiles, Trace, writer_of
 from moe_inspect.trace.validate import LINE_KEYS, SPAN, Damaged
@@ -149,7 +149,7 @@ def _check_files(shard: Shard) -> None:
         path = _local(shard.trace) / name
         if not path.is_file():
             raise Violation(name, None, "the file is missing")
-        with open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != files.stated[table].sha256:
             raise Violation(name, None, f"sha256 is {digest[:12]}…, its line says {str(files.stated[table].sha256)[:12]}…")

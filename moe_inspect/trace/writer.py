@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line, writing
+from moe_inspect.text import storable
 from moe_inspect.trace import checksums, schema, slot_order
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.validate import Damaged
@@ -141,13 +142,14 @@ class TraceWriter:
         self._pending_since = time.monotonic()
         self._reached: dict[tuple[int, int], int] = {}  # document, sequence → its last position among what is pending
         self._error: BaseException | None = None
-        self.root.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            self._write_vocabulary(vocabulary)
-        self._write_manifest()
-        for table in self.tables:
-            (self.root / table).mkdir(exist_ok=True)
-        (self.root / f"shards-{rank}.jsonl").touch()
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                self._write_vocabulary(vocabulary)
+            self._write_manifest()
+            for table in self.tables:
+                (self.root / table).mkdir(exist_ok=True)
+            (self.root / f"shards-{rank}.jsonl").touch()
         self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
         self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)
         self._thread.start()
@@ -233,7 +235,7 @@ class TraceWriter:
     def _raise(self) -> None:
         if isinstance(self._error, OSError):
             raise MoeInspectError(
-                f"cannot write {self.root}: {self._error.strerror or self._error}; {self.tokens:,} tokens are safe there: "
+                f"cannot write {self.root}: {first_line(self._error)}; {self.tokens:,} tokens are safe there: "
                 "mend it and go on with --resume"
             ) from self._error
         if self._error is not None:
@@ -416,8 +418,8 @@ class TraceWriter:
     def _write_documents(self, documents: list[Document]) -> dict[str, Any]:
         rows = {
             "document": pa.array([d.document for d in documents], pa.int32()),
-            "domain": pa.array([d.domain for d in documents], pa.string()).dictionary_encode(),
-            "source": pa.array([d.source for d in documents], pa.string()).dictionary_encode(),
+            "domain": pa.array([storable(d.domain) for d in documents], pa.string()).dictionary_encode(),
+            "source": pa.array([storable(d.source) for d in documents], pa.string()).dictionary_encode(),
             "tokens": pa.array([d.tokens for d in documents], pa.int32()),
         }
         return self._write_part("documents", schema.DOCUMENTS, [lambda: pa.table(rows, schema=schema.DOCUMENTS)])
@@ -519,7 +521,7 @@ def _column(batches: list[RoutedBatch], name: str) -> pa.Array:
 
 
 def _labels(codes: np.ndarray, labels: list[str]) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32, copy=False)), pa.array(labels, pa.string()))
+    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32, copy=False)), pa.array(map(storable, labels), pa.string()))
 
 
 def _holds_nowhere(ids: np.ndarray, experts: int) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moe_inspect.cli.emit import SafeCsv
 from moe_inspect.cli.simulate.show import (
     FormatOption,
     HtmlOption,
@@ -37,6 +38,7 @@ def cache(
     table: TableOption = None,
     format: FormatOption = None,
     output: OutputOption = None,
+    safe_csv: SafeCsv = False,
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -53,4 +55,4 @@ def cache(
         gb_per_s=gb_per_s,
         layers=layers,
     )
-    show(simulation, table=table, format=format, output=output, plots=plots, html=html)
+    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moe_inspect.cli.emit import SafeCsv
 from moe_inspect.cli.simulate.show import (
     FormatOption,
     HtmlOption,
@@ -47,6 +48,7 @@ def capacity(
     table: TableOption = None,
     format: FormatOption = None,
     output: OutputOption = None,
+    safe_csv: SafeCsv = False,
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -65,4 +67,4 @@ def capacity(
         target_drop=target_drop,
         layers=layers,
     )
-    show(simulation, table=table, format=format, output=output, plots=plots, html=html)
+    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)

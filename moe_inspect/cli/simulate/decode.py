@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moe_inspect.cli.emit import SafeCsv
 from moe_inspect.cli.simulate.show import (
     DomainOption,
     FormatOption,
@@ -37,6 +38,7 @@ def decode(
     table: TableOption = None,
     format: FormatOption = None,
     output: OutputOption = None,
+    safe_csv: SafeCsv = False,
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -54,4 +56,4 @@ def decode(
         domains=split(domain),
         phase=phase and phase.value,
     )
-    show(simulation, table=table, format=format, output=output, plots=plots, html=html)
+    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moe_inspect.cli.emit import SafeCsv
 from moe_inspect.cli.simulate.show import (
     DomainOption,
     FormatOption,
@@ -21,6 +21,7 @@ from moe_inspect.cli.simulate.show import (
     show,
     split,
 )
+from moe_inspect.text import say
 
 
 class Minimize(StrEnum):
@@ -88,6 +89,7 @@ def placement(
     plan_for: Annotated[
         Engine | None, typer.Option(help="The engine that -o writes the plan for. Default: by the ending of the file.", show_default=False)
     ] = None,
+    safe_csv: SafeCsv = False,
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -119,6 +121,6 @@ def placement(
     if output is None and plan_for is not None:
         raise typer.BadParameter(f"--plan-for {plan_for}: give the file with -o")
     if output is not None and (plan_for or (ending in ENDINGS and (table is None or ending != ".json"))):
-        print(f"wrote {output}: {write_plan(simulation, output, plan_for and plan_for.value)}", file=sys.stderr)
+        say(f"wrote {output}: {write_plan(simulation, output, plan_for and plan_for.value)}")
         output = None
-    show(simulation, table=table, format=format, output=output, plots=plots, html=html)
+    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)

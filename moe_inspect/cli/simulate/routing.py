@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moe_inspect.cli.emit import SafeCsv
 from moe_inspect.cli.simulate.show import (
     FormatOption,
     HtmlOption,
@@ -37,6 +38,7 @@ def routing(
     table: TableOption = None,
     format: FormatOption = None,
     output: OutputOption = None,
+    safe_csv: SafeCsv = False,
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -55,4 +57,4 @@ def routing(
         layers=layers,
         **({} if uneven is None else {"uneven": uneven}),
     )
-    show(simulation, table=table, format=format, output=output, plots=plots, html=html)
+    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import typer
 
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
 from moe_inspect.cli.report import Phase
+from moe_inspect.errors import writing
+from moe_inspect.text import printable, say
 
 if TYPE_CHECKING:
     from moe_inspect.simulate.result import Simulation
@@ -62,7 +63,14 @@ def numbers(values: Sequence[str] | str, option: str, kind: type[N], least: floa
 
 
 def show(
-    simulation: Simulation, *, table: str | None, format: Format | None, output: Path | None, plots: Path | None, html: Path | None = None
+    simulation: Simulation,
+    *,
+    table: str | None,
+    format: Format | None,
+    output: Path | None,
+    plots: Path | None,
+    html: Path | None = None,
+    safe_csv: bool = False,
 ) -> None:
     """The verdict and the tables as text; or one table, where `table`, `format` or the ending of `output` asks for it."""
     ending = format_of(output)
@@ -78,9 +86,9 @@ def show(
 
         with text_to(html) as file:
             file.write(page(simulation))
-        print(f"wrote {html}", file=sys.stderr)
+        say(f"wrote {html}")
     if table or format or ending is not Format.table:
-        emit(simulation.tables[table or main], format or ending or Format.table, output)
+        emit(simulation.tables[table or main], format or ending or Format.table, output, safe_csv)
         return
     with text_to(output) as file:
         from rich.text import Text
@@ -91,7 +99,7 @@ def show(
         for sentence in simulation.verdict:
             width = min(console.width, 100)
             lines = textwrap.fill(
-                sentence, width, initial_indent="• ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+                printable(sentence), width, initial_indent="• ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
             )
             console.print(Text(lines))
         for name in simulation.shown or (main,):
@@ -103,15 +111,12 @@ def show(
 
 
 def _draw(simulation: Simulation, directory: Path) -> None:
-    from moe_inspect.errors import MoeInspectError
-
     if simulation.figure is None:
-        print("nothing to draw", file=sys.stderr)
+        say("nothing to draw")
         return
     figure = simulation.figure()
-    try:
+    path = directory / f"{simulation.name}.png"
+    with writing(path):
         directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(directory / f"{simulation.name}.png", dpi=150, bbox_inches="tight")
-    except OSError as error:
-        raise MoeInspectError(f"cannot write {directory}: {error.strerror or error}") from None
-    print(f"wrote {directory / f'{simulation.name}.png'}", file=sys.stderr)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    say(f"wrote {path}")

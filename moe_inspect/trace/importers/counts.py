@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace.config import MOST_EXPERTS
 from moe_inspect.trace.importers.job import MOST_DOMAINS, MOST_JSON_BYTES, Imported, Job, counted, parsed, parsed_object
 from moe_inspect.trace.importers.registry import importer, named
@@ -134,17 +134,17 @@ def _tables(job: Job, path: Path) -> Iterator[pa.Table]:
     """Some rows at a time, of integers, floats and strings under our names."""
     try:
         if path.suffix == ".csv":
-            with pyarrow.csv.open_csv(path) as reader:
+            with open(path, "rb") as opened, pyarrow.csv.open_csv(opened) as reader:
                 for batch in reader:
                     yield _named(pa.table(batch), path)
         elif path.suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
+            with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
                 for batch in file.iter_batches(2**16, use_threads=False):
                     yield _named(pa.table(batch), path)
         else:
             yield _named(_json_table(job, path), path)
-    except (pa.ArrowException, UnicodeDecodeError, OverflowError, TypeError) as error:  # the last three of values that no column holds
-        raise MoeInspectError(f"{path}: {(str(error).splitlines() or ['unreadable'])[0]}") from None
+    except (pa.ArrowException, UnicodeError, OverflowError, TypeError) as error:  # the last three of values that no column holds
+        raise MoeInspectError(f"{path}: {first_line(error)}") from None
     if path.suffix in (".csv", ".parquet"):
         job.read(path.stat().st_size)
 
@@ -190,7 +190,7 @@ def _named(table: pa.Table, path: Path) -> pa.Table:
         try:
             column = column.cast(kind)
         except pa.ArrowException as error:
-            raise MoeInspectError(f"{path}: {name} is not of {kind}: {str(error).splitlines()[0]}") from None
+            raise MoeInspectError(f"{path}: {name} is not of {kind}: {first_line(error)}") from None
         if kind != pa.string():
             values, high = column.to_numpy(), KEYS.get(name, 2**53)
             with np.errstate(invalid="ignore"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch
@@ -137,7 +137,7 @@ def parsed(data: bytes, where: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise MoeInspectError(f"{where} is no JSON: {error}") from None
+        raise MoeInspectError(f"{where} is no JSON: {first_line(error)}") from None
 
 
 def parsed_object(data: bytes, where: str) -> dict[str, Any]:

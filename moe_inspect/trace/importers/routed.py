@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace.schema import Router
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -174,4 +174,4 @@ def _unbase64(text: object, where: str) -> bytes:
     try:
         return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise MoeInspectError(f"{where} is no base64: {error}") from None
+        raise MoeInspectError(f"{where} is no base64: {first_line(error)}") from None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.config import read_facts
 from moe_inspect.trace.importers import FORMATS
@@ -74,10 +74,22 @@ def import_trace(
         first = next(batches, None)
         if first is None:
             raise MoeInspectError(f"{listed[0].path} holds no decisions")
-        _write(out, chain([first], batches), imported, vocabulary, _manifest(format, job, imported))
     except OSError as error:
-        raise MoeInspectError(f"cannot read {error.filename or listed[0].path}: {error.strerror or error}") from None
+        raise _unread(error, listed) from None
+    _write(out, _read(chain([first], batches), listed), imported, vocabulary, _manifest(format, job, imported))
     return Trace(out)
+
+
+def _read(batches: Iterator[RoutedBatch | CountedBatches], sources: list[Source]) -> Iterator[RoutedBatch | CountedBatches]:
+    """Passes them on: what fails while they are read is the sources' fault, not the disk's that they are written to."""
+    try:
+        yield from batches
+    except OSError as error:
+        raise _unread(error, sources) from None
+
+
+def _unread(error: OSError, sources: list[Source]) -> MoeInspectError:
+    return MoeInspectError(f"cannot read {error.filename or sources[0].path}: {first_line(error)}")
 
 
 def _source(text: str | Path) -> Source:
@@ -139,9 +151,10 @@ def _write(
         if out.is_dir() and any(out.iterdir()):
             clear_trace(out)
         os.replace(draft, out)
-    except MoeInspectError as error:
-        if isinstance(error.__cause__, OSError):  # the writer speaks of resuming, which an import does not
-            raise MoeInspectError(f"cannot write {out}: {error.__cause__.strerror or error.__cause__}; nothing was imported") from None
+    except (OSError, MoeInspectError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError):  # the writer speaks of resuming, which an import does not
+            raise MoeInspectError(f"cannot write {out}: {first_line(cause)}; nothing was imported") from None
         raise
     finally:
         with contextlib.suppress(FileNotFoundError):

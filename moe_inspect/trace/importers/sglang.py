@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.trace.importers.job import (
     WINDOWS,
@@ -68,8 +68,7 @@ def _loaded(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # of a hostile file torch.load may raise what it likes
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise MoeInspectError(f"{path} is no .pt that can be read safely: {line[:160]}") from None
+        raise MoeInspectError(f"{path} is no .pt that can be read safely: {first_line(error)[:160]}") from None
     if not isinstance(content, dict):
         raise MoeInspectError(f"{path} holds a {type(content).__name__}, not the dict that SGLang writes")
     return content

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace.config import MOST_EXPERTS
 from moe_inspect.trace.importers.job import Imported, Job, Numbering, counted, integer, one_ranks_experts, parsed_object, routed, windows_of
 from moe_inspect.trace.importers.registry import importer
@@ -68,7 +68,7 @@ def _opened(path: Path) -> tuple[Any, Keys]:
         file = safe_open(path, "np")
         names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise MoeInspectError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise MoeInspectError(f"{path}: {first_line(error)}") from None
     keys: Keys = defaultdict(dict)
     for name in names:
         found = KEY.fullmatch(name)

@@ -1,0 +1,378 @@
+"""Whatever is wrong with a disk, a stream, a name or a terminal, each command ends in one line, never in a traceback."""
+
+from __future__ import annotations
+
+import builtins
+import csv
+import errno
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import typer
+
+import moe_inspect
+from moe_inspect.__main__ import main
+from moe_inspect.cli.app import app
+from moe_inspect.cli.emit import Format, emit
+from moe_inspect.errors import first_line
+from moe_inspect.report.report import report
+from moe_inspect.text import printable
+from moe_inspect.trace import writer
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.verify import verify
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from tests.synthetic import uniform_ids
+
+HOSTILE = "a\x1b]0;b\x07\x9b2J\u202ec\u2066"  # OSC, C1, direction marks
+LONE = "half \ud800"
+LATIN = os.fsdecode(b"caf\xe9")  # a name that is no UTF-8
+# command → what it is usually called with, beside a trace "t" with logits and a file "loads.csv"
+USUAL = {
+    "trace": ["demo", "-o", "new", "--max-tokens", 50],
+    "report": ["t"],
+    "describe": ["demo"],
+    "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
+    "verify": ["t"],
+    "export": ["t", "--format", "counts", "-o", "new.csv"],
+    "simulate capacity": ["t"],
+    "simulate placement": ["t", "--gpus", 2, "--policy", "contiguous"],
+    "simulate decode": ["t"],
+    "simulate cache": ["t"],
+    "simulate routing": ["t"],
+}
+READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
+SILENT = ["trace", "import", "export"]  # on stdout
+
+
+def commands(group: typer.Typer, *before: str) -> Iterator[str]:
+    for command in group.registered_commands:
+        yield " ".join([*before, command.name or ""])
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None
+        yield from commands(inner.typer_instance, *before, inner.name or "")
+
+
+def test_every_command_is_tried() -> None:
+    assert set(commands(app)) == set(USUAL)
+
+
+def sample(root: Path, *labels: str, model: str = "synthetic") -> Trace:
+    """Two routers of 4 experts, k = 2, with weights, logits and a vocabulary."""
+    rng, T, E, k = np.random.default_rng(0), 64, 4, 2
+    listed = [Router(layer, "gate", f"layers.{layer}", E, k, "softmax") for layer in range(2)]
+    vocabulary = pa.table({"token_id": range(3), "token": ["a", "b", "c"]})
+    config = {"hidden_size": 8, "moe_intermediate_size": 8, "model_type": "mixtral", "hidden_act": "silu"}
+    manifest = {"model": {"id": model, "config": config}, "capture": {"mode": "tap", "dtype": "float32"}}
+    document = (np.arange(T) // 8).astype(np.int32)
+    documents = [Document(d, labels[d % len(labels)], "here", 8) for d in range(T // 8)]
+    batch = RoutedBatch(
+        batch=0,
+        token_id=rng.integers(0, 3, T).astype(np.int32),
+        document=document,
+        sequence=document,
+        position=(np.arange(T) % 8).astype(np.int32),
+        domain=document % len(labels),
+        domains=list(labels),
+        ids=[uniform_ids(rng, T, E, k) for _ in listed],
+        weights=[np.tile(np.float32([0.75, 0.25]), (T, 1)) for _ in listed],
+        logits=[rng.normal(size=(T, E)).astype(np.float16) for _ in listed],
+        documents=documents,
+    )
+    with TraceWriter(root, manifest, listed, logits=True, vocabulary=vocabulary) as opened:
+        opened.write(batch)
+    return Trace(root)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("made")
+    sample(place / "t", "law", "code")
+    (place / "loads.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
+    return place
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with what the usual calls read."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str, *more: object, usual: list[Any] | None = None, stdout: Any = None, stderr: Any = None) -> tuple[int, str]:
+    """The exit code and what is on stderr, in this process. Whatever else comes out of the command fails the test."""
+    out, err, before = stdout or io.TextIOWrapper(io.BytesIO(), "utf-8"), stderr or io.StringIO(), sys.argv
+    sys.argv = ["moe-inspect", *command.split(), *map(str, USUAL[command] if usual is None else usual), *map(str, more)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        sys.argv = before
+    return int(ended.value.code or 0), "" if stderr else err.getvalue()
+
+
+def one_line(result: tuple[int, str], *says: str) -> None:
+    code, err = result
+    assert code == 1, err
+    assert re.fullmatch(r"error: \S.*\n", err), err
+    assert all(part in err for part in says), err
+
+
+def fine(result: tuple[int, str]) -> None:
+    assert result[0] == 0, result[1]
+
+
+# --- streams
+
+
+@pytest.mark.parametrize("command", [c for c in USUAL if c != "trace"])
+def test_stdout_that_takes_nothing(command: str, here: Path) -> None:
+    for place, mode, why in (("/dev/full", os.O_WRONLY, "No space left on device"), (os.devnull, os.O_RDONLY, "Bad file descriptor")):
+        with os.fdopen(os.open(place, mode), "w", encoding="utf-8") as full:
+            result = run(command, *(["--overwrite"] if command == "import" else []), stdout=full)
+        fine(result) if command in SILENT else one_line(result, f"cannot write to stdout: {why}")
+
+
+@pytest.mark.parametrize("command", [c for c in USUAL if c != "trace"])
+def test_stdout_that_is_gone_or_ascii_and_stderr_that_is_full(command: str, here: Path) -> None:
+    again = ["--overwrite"] if command == "import" else []
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w", encoding="utf-8") as gone:
+        fine(result := run(command, *again, stdout=gone))
+    assert command in SILENT or result[1] == ""
+    shown = io.BytesIO()
+    fine(run(command, *again, stdout=io.TextIOWrapper(shown, "ascii")))
+    assert shown.getvalue().isascii()
+    assert bool(shown.getvalue()) == (command not in SILENT)
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full:
+        fine(run(command, *again, stderr=full))
+        assert run(command, f"--{HOSTILE}", stderr=full)[0] == 2
+
+
+def test_real_streams(here: Path) -> None:
+    for command, code, said in (
+        ("verify t >&-", 1, "error: cannot write to stdout: Bad file descriptor\n"),
+        ("--help > /dev/full", 1, "error: No space left on device\n"),
+        ("report t --table load --format csv -o /dev/full", 1, "error: cannot write /dev/full: No space left on device\n"),
+        ("export t --format counts -o new.csv <&- >&- 2>/dev/full", 0, ""),
+    ):
+        line, poor = f"{sys.executable} -m moe_inspect {command}", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={**os.environ, **poor})
+        assert (done.returncode, done.stderr) == (code, said), command
+    assert (here / "new.csv").read_text().startswith('"layer","router"')
+
+
+# --- a full disk
+
+
+@contextmanager
+def disk_of(most_bytes: int) -> Iterator[None]:
+    """No file grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+OUTPUTS = {
+    "trace": [[]],
+    "report": [["--table", "load", "-o", "new.csv"], ["-o", "new.txt"], ["--html", "new.html"]],
+    "describe": [["-o", f"new.{ending}"] for ending in ("csv", "json", "parquet", "txt")],
+    "import": [[]],
+    "export": [["--format", f, "-o", f"new{e}"] for f, e in (("counts", ".csv"), ("sglang", ".json"), ("long-parquet", ".parquet"))],
+    "simulate placement": [["-o", "new.json"], ["-o", "new.yaml"], ["-o", "new.csv"]],
+    "simulate capacity": [["-o", "new.txt"]],
+    "simulate decode": [["--plots", "new"]],
+    "simulate cache": [["--html", "new.html"]],
+    "simulate routing": [["-o", "new.parquet"]],
+}
+
+
+@pytest.mark.parametrize("command", [c for c in USUAL if c != "verify"])
+def test_a_full_disk_is_named_with_what_was_to_be_written(command: str, here: Path) -> None:
+    fine(run(command))  # caches of the libraries are written
+    for output in OUTPUTS[command]:
+        with disk_of(10):
+            result = run(command, *output, *(["--overwrite"] if command in ("trace", "import") else []))
+        one_line(result, "cannot write new", "File too large")
+
+
+def test_resuming_on_a_full_disk(here: Path) -> None:
+    fine(run("trace"))
+    manifest = json.loads((here / "new/trace.json").read_text())
+    (here / "new/trace.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    whole = sorted(p.name for p in (here / "new").rglob("*"))
+    with disk_of(10):
+        one_line(run("trace", "--resume"), "cannot write new: File too large")
+    fine(run("trace", "--resume"))
+    assert sorted(p.name for p in (here / "new").rglob("*")) == whole
+    assert verify(here / "new").ok
+
+
+def test_devices_and_links_are_written_not_replaced(here: Path) -> None:
+    os.mkfifo(here / "pipe.csv")
+    reads = os.open(here / "pipe.csv", os.O_RDONLY | os.O_NONBLOCK)
+    fine(run("export", "-o", "pipe.csv"))
+    assert os.read(reads, 2**16).startswith(b'"layer","router"')
+    os.close(reads)
+    assert (here / "pipe.csv").is_fifo()
+    (here / "real.csv").write_text("")
+    (here / "link.csv").symlink_to("real.csv")
+    fine(run("export", "-o", "link.csv"))
+    assert (here / "link.csv").is_symlink()
+    assert (here / "real.csv").read_text().startswith('"layer","router"')
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("name", ["trace.json", "shards-0.jsonl"])
+def test_a_disk_that_fails_while_a_trace_is_opened(command: str, name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open
+
+    def failing(file: Any, *more: Any, **options: Any) -> Any:
+        if Path(str(file)).name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(file, *more, **options)
+
+    monkeypatch.setattr(builtins, "open", failing)
+    monkeypatch.setattr(io, "open", failing)  # pathlib's
+    one_line(run(command), "cannot read t: Input/output error")
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_parquet_text_that_is_no_utf8(command: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def labels(codes: np.ndarray, labels: list[str]) -> pa.Array:
+        wrong = pa.StringArray.from_buffers(2, pa.array([0, 2, 4], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfeab"))
+        return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), wrong)
+
+    monkeypatch.setattr(writer, "_labels", labels)
+    sample(here / "bad", "law", "code")
+    if command in ("simulate routing", "simulate placement"):  # they read no label
+        return fine(run(command, usual=["bad"]))
+    one_line(run(command, usual=["bad", *USUAL[command][1:]]), "tokens/part-0-0.parquet", "UTF8")
+
+
+# --- names
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_labels_and_names_steer_no_terminal(command: str, here: Path) -> None:
+    place, shown = HOSTILE + LATIN, io.BytesIO()
+    sample(here / place, HOSTILE, "code")
+    code, err = run(command, usual=[place, *USUAL[command][1:]], stdout=io.TextIOWrapper(shown, "utf-8"))
+    assert code == 0, err
+    assert all(line.isprintable() for line in [*shown.getvalue().decode().split("\n"), *err.split("\n")])
+    assert command in SILENT or shown.getvalue()
+
+
+@pytest.mark.parametrize("command", USUAL)
+def test_errors_steer_no_terminal(command: str, here: Path) -> None:
+    place = HOSTILE + LATIN
+    result = run(command, usual=[place if argument in ("t", "demo", "loads.csv") else argument for argument in USUAL[command]])
+    one_line(result, printable(place))
+    assert result[1].removesuffix("\n").isprintable()
+    code, err = run(command, f"--{HOSTILE}")
+    assert code == 2
+    assert all(line.isprintable() for line in err.split("\n"))
+
+
+@pytest.mark.parametrize("command", ["trace", "import"])
+def test_traces_at_a_name_that_is_no_utf8(command: str, here: Path) -> None:
+    shutil.copy("loads.csv", f"{LATIN}.csv")
+    (here / f"{LATIN}.txt").write_text("some words")
+    more = {"trace": ["--data", f"{LATIN}.txt"], "import": []}[command]
+    usual = [{"new": LATIN, "loads.csv": f"{LATIN}.csv"}.get(str(argument), argument) for argument in USUAL[command]]
+    fine(run(command, *more, usual=usual))
+    assert verify(here / LATIN).ok
+    assert report(Trace(here / LATIN)).tables["load"]["assignments"].sum() > 0
+    assert set(Trace(here / LATIN).documents()["domain"]) <= {r"caf\udce9"}
+
+
+def test_halves_of_characters_are_spelled_out(here: Path) -> None:
+    """In a label, a field and a manifest, in every output."""
+    (here / "x.jsonl").write_text('{"text": "some words", "domain": "\\ud800"}\n')
+    fine(run("trace", "--data", "x.jsonl"))
+    assert set(Trace(here / "new").tokens()["domain"]) == {r"\ud800"}
+    (here / "loads.json").write_text('[{"layer": 0, "expert": 0, "count": 4, "domain": "\\ud800"}]')
+    one_line(run("import", "--overwrite", usual=["counts", "loads.json", "-o", "new", "--top-k", "1", "--experts", "4"]), "loads.json")
+    sample(here / "odd", "law", model=LONE)
+    expected = {"csv": pd.read_csv, "json": lambda f: pd.read_json(f, lines=True), "parquet": pd.read_parquet}
+    for ending, read in expected.items():
+        fine(run("report", "--table", "summary", "-o", f"s.{ending}", usual=["odd"]))
+        assert read(here / f"s.{ending}").set_index("key")["value"]["model"] == r"half \ud800"
+    fine(run("report", "--html", "page.html", usual=["odd"]))
+    assert r"half \ud800" in (here / "page.html").read_text()
+
+
+# --- one place each
+
+
+def test_one_function_writes_to_stderr() -> None:
+    """The one that cleans; `moe_inspect.demo` is no command of a user's."""
+    package = Path(str(moe_inspect.__file__)).parent
+    writers = [p.relative_to(package) for p in package.rglob("*.py") if re.search(r"file=sys\.stderr|sys\.stderr\.write", p.read_text())]
+    assert {str(p) for p in writers if p.parts[0] != "demo"} == {"text.py"}
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError(), "ValueError"),
+        (ValueError("\n \n"), "ValueError"),
+        (ValueError("\n a\nb"), "a"),
+        (OSError(errno.EIO, "Input/output error", "x"), "Input/output error"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_the_first_line_of_any_error(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+
+
+def test_a_formula_is_text_on_request(here: Path) -> None:
+    begins = ["=", "+", "-", "@", "\t", "\r", "\n"]
+    labels = [f"{begin}1+cmd|' /C calc'!A0" for begin in begins]
+    sample(here / "odd", "a=1", *labels)
+    for safe in ([], ["--safe-csv"]):
+        fine(run("report", "--table", "domains", "-o", "d.csv", *safe, usual=["odd"]))
+        fine(run("export", "-o", "c.csv", *safe, usual=["odd", "--format", "counts"]))
+        for name in ("d.csv", "c.csv"):
+            with open(here / name, newline="", encoding="utf-8") as file:
+                found = {row["domain"] for row in csv.DictReader(file)}
+            assert found == {"a=1", *(("'" if safe else "") + label for label in labels)}
+
+
+def test_only_csv_can_be_safe(here: Path) -> None:
+    one_line(run("export", "--format", "sglang", "-o", "new.json", "--safe-csv"), "--safe-csv is an option of the format counts")
+
+
+def test_numbers_are_no_formulas(here: Path) -> None:
+    table = pd.DataFrame({"number": [-1.5, 2.0], "whole": [-3, 4], "mixed": pd.Series([-2.5, "-x"], dtype=object)})
+    emit(table, Format.csv, here / "n.csv", safe_csv=True)
+    assert (here / "n.csv").read_text() == "number,whole,mixed\n-1.5,-3,-2.5\n2.0,4,'-x\n"
+
+
+@pytest.mark.parametrize("command", [c for c in USUAL if c not in ("trace", "import", "verify")])
+def test_whatever_writes_csv_can_write_it_safely(command: str) -> None:
+    shown = io.BytesIO()
+    fine(run(command, "--help", usual=[], stdout=io.TextIOWrapper(shown, "utf-8")))
+    assert b"--safe-csv" in shown.getvalue()
