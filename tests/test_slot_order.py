@@ -19,6 +19,7 @@ from moe_inspect.report.report import report
 from moe_inspect.report.sections import report_page
 from moe_inspect.report.terminal import print_report
 from moe_inspect.simulate.capacity import simulate_capacity
+from moe_inspect.trace import schema
 from moe_inspect.trace.export import export_trace
 from moe_inspect.trace.importers.run import import_trace
 from moe_inspect.trace.reader import Trace, open_trace
@@ -110,8 +111,7 @@ def without_slot_order(trace: Trace) -> Trace:
     manifest = json.loads(path.read_text())
     for router in manifest["routers"]:
         router.pop("slot_order")
-    manifest.pop("digest", None)
-    path.write_text(json.dumps(manifest))
+    schema.write_manifest(trace.path, manifest)
     return open_trace(trace.path)
 
 
