@@ -17,6 +17,7 @@ from moe_inspect.report.report import report
 from moe_inspect.trace.importers import FORMATS
 from moe_inspect.trace.importers.job import counted
 from moe_inspect.trace.importers.run import import_trace
+from moe_inspect.trace.lock import hold
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from tests import foreign
@@ -221,6 +222,35 @@ def test_nothing_is_left_of_what_ends_halfway_and_an_old_trace_stays(tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "model.json", "t"]
     made.source.write_text(made.source.read_text()[:-3])
     assert import_trace("vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True).n_tokens == 16
+
+
+def test_drafts_of_killed_imports_are_cleared_and_no_others(tmp_path: Path):
+    trace, made, _ = imported("vllm-routed", tmp_path)
+    drafts = {name: tmp_path / f".{name}.tmp" for name in ("t.7-0a0b", "t.8", "t.9-c0de", "t.10-beef", "u.7-0a0b", "t.x")}
+    for draft in drafts.values():
+        shutil.copytree(trace.path, draft)
+    (drafts["t.9-c0de"] / "notes.txt").touch()
+    shutil.rmtree(drafts["t.8"] / "routing")
+    (drafts["t.8"] / "trace.json").unlink()  # killed before there was one
+    (drafts["t.8"] / "shards-0.jsonl").unlink()
+    shutil.rmtree(drafts["t.8"] / "tokens")
+    shutil.rmtree(drafts["t.8"] / "documents")
+    with hold(drafts["t.10-beef"]):  # another import, at work
+        import_trace("vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True)
+    left = sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("."))
+    assert left == [".t.10-beef.tmp", ".t.9-c0de.tmp", ".t.x.tmp", ".u.7-0a0b.tmp"]
+    assert (drafts["t.10-beef"] / "trace.json").exists()
+    assert not list(trace.path.glob(".*"))
+
+
+def test_a_link_to_a_directory_is_followed(tmp_path: Path):
+    (tmp_path / "large" / "t").mkdir(parents=True)
+    (tmp_path / "t").symlink_to(tmp_path / "large" / "t")
+    trace, made, _ = imported("vllm-routed", tmp_path)
+    import_trace("vllm-routed", [made.source], tmp_path / "t", model=tmp_path / "model.json", overwrite=True)
+    assert (tmp_path / "t").is_symlink()
+    assert Trace(tmp_path / "large" / "t").n_tokens == trace.n_tokens
+    assert [p.name for p in (tmp_path / "large").iterdir()] == ["t"]
 
 
 def test_warm_up_rows_and_one_ranks_experts_are_told(tmp_path: Path):

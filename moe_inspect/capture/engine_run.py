@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from moe_inspect.capture.routers import find_routers, top_k_of
 from moe_inspect.capture.run import fitting
 from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
-from moe_inspect.trace.place import check_directory
+from moe_inspect.trace.lock import Lock, hold, refuse_while_locked
+from moe_inspect.trace.place import check_directory, take_place
 from moe_inspect.trace.reader import Trace, read_manifest
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWriter, clear_trace
+from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWriter
 
 SECRET_OPTIONS = ("--api-key",)
 
@@ -74,7 +76,9 @@ def trace_engine(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise MoeInspectError("an engine is driven by one process: start it without torchrun, with more --concurrency")
     spoken, goes_on = ENGINES[engine], resume and (out / schema.MANIFEST).exists()
-    if not goes_on:
+    if goes_on:
+        refuse_while_locked(out)
+    else:
         check_directory(out, overwrite)
     sources = find_sources(data, leave_out=out)
     config = load_config(model_config, revision=revision, trust_remote_code=trust_remote_code)
@@ -116,7 +120,8 @@ def trace_engine(
                 },
             }
             manifest["model"]["config"] = config_record(config)
-            output = _Output(out, manifest, [routers[r] for r in chosen], vocabulary_table(tokenizer, text.vocab_size), start, overwrite)
+            vocabulary = vocabulary_table(tokenizer, text.vocab_size)
+            output = _Output(out, manifest, [routers[r] for r in chosen], vocabulary, start, overwrite, lock)
             with output:
                 await _feed(http, spoken, served, plan, tokenizer, output, concurrency, temperature, seed, progress)
                 output.at_close = plan.stats.record()
@@ -125,7 +130,8 @@ def trace_engine(
             elif output.writer is None:
                 raise MoeInspectError(f"the corpus is empty: no text in {', '.join(data) or 'the bundled corpus'}")
 
-    asyncio.run(drive())
+    with hold(out) if goes_on else nullcontext() as lock:  # before anything is read that decides how it goes on
+        asyncio.run(drive())
     return Trace(out)
 
 
@@ -268,10 +274,18 @@ class _Output:
     """The trace that is begun with its first batch, not before, and closed however it ends."""
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], routers: list[Router], vocabulary: Any, start: ResumePoint | None, overwrite: bool
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        routers: list[Router],
+        vocabulary: Any,
+        start: ResumePoint | None,
+        overwrite: bool,
+        lock: Lock | None,
     ):
         self.path, self.manifest, self.routers, self.vocabulary = path, manifest, routers, vocabulary
-        self.start, self.overwrite = start, overwrite
+        self.start, self.overwrite, self.lock = start, overwrite, lock
+        self._own_lock: Lock | None = None
         self.writer: TraceWriter | None = None
         self.domains: list[str] = []
         self.at_close: dict[str, int] = {}
@@ -283,20 +297,23 @@ class _Output:
 
     def write(self, batch: RoutedBatch) -> None:
         if self.writer is None:
-            if self.start is None:
-                check_directory(self.path, self.overwrite)  # another trace may have begun there meanwhile
-                if self.overwrite and (self.path / schema.MANIFEST).exists():
-                    clear_trace(self.path)
-            self.writer = TraceWriter(self.path, self.manifest, self.routers, weights=False, vocabulary=self.vocabulary, resume=self.start)
+            if self.lock is None:
+                self._own_lock = take_place(self.path, self.overwrite)
+            held, words = self.lock or self._own_lock, self.vocabulary
+            self.writer = TraceWriter(self.path, self.manifest, self.routers, weights=False, vocabulary=words, resume=self.start, lock=held)
         self.writer.write(batch)
 
     def __enter__(self) -> _Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.at_close["corpus"] = self.at_close
-            self.writer.close("complete" if kind is None else "interrupted", quiet=kind is not None)
+        try:
+            if self.writer is not None:
+                self.writer.at_close["corpus"] = self.at_close
+                self.writer.close("complete" if kind is None else "interrupted", quiet=kind is not None)
+        finally:
+            if self._own_lock is not None:
+                self._own_lock.release()
 
 
 def _chosen(routers: Sequence[Router], layers: Sequence[int] | None) -> list[int]:

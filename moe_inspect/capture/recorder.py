@@ -27,10 +27,11 @@ from moe_inspect.capture.routers import Site, find_routers
 from moe_inspect.capture.rows import Given, RowReader, Rows
 from moe_inspect.capture.stacks import Pass, Stack
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import schema, slot_order
-from moe_inspect.trace.place import check_directory
+from moe_inspect.trace import slot_order
+from moe_inspect.trace.lock import Lock, join
+from moe_inspect.trace.place import check_directory, take_place
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter, clear_trace
+from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Recorder:
     ring_tokens   rows of the largest forward pass to make room for on the device. By default the room grows as needed, which it
                   cannot once CUDA graphs write into it
 
-    `ranks`, `resume`, `manifest` and `shard_tokens` are for who plans the batches (`trace_model`).
+    `ranks`, `resume` with its `lock`, `manifest` and `shard_tokens` are for who plans the batches (`trace_model`).
 
     A CUDA graph replayed by hand: record two forward passes of its shape as usual (the first shows what there is to record,
     the second loads the kernels), capture another, then call `step` before each replay.
@@ -93,6 +94,7 @@ class Recorder:
         ring_tokens: int | None = None,
         ranks: Ranks | None = None,
         resume: ResumePoint | None = None,
+        lock: Lock | None = None,
         manifest: dict[str, Any] | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ):
@@ -113,7 +115,8 @@ class Recorder:
         if logits and any(s.logits_module is None for s in self.sites):
             raise MoeInspectError(f"{type(self.model).__name__} does not show its router logits: trace without --logits")
         self._at: dict[int, tuple[str, int]] = {}  # of each site: its stack, and which of the stack's it is
-        self.ranks = ranks
+        self.ranks, self.lock = ranks, lock
+        self._own_lock: Lock | None = None
         if self.path is not None and resume is None and ranks is None:
             check_directory(self.path, overwrite)
         self.writer: TraceWriter | None = None
@@ -171,8 +174,12 @@ class Recorder:
             if not self._in_group:
                 self._flush_counts()
         finally:
-            if self.writer is not None:
-                self.writer.close(status, quiet=status != "complete")
+            try:
+                if self.writer is not None:
+                    self.writer.close(status, quiet=status != "complete")
+            finally:
+                if self._own_lock is not None:
+                    self._own_lock.release()
 
     def _chosen(self, sites: list[Site], layers: Sequence[int] | None) -> list[Site]:
         if layers is None:
@@ -526,12 +533,12 @@ class Recorder:
     def _open_writer(self) -> TraceWriter:
         assert self.path is not None
         ranks = self.ranks
-        if ranks is not None and ranks.rank:
-            ranks.hear("open")  # rank 0 has made way
-        elif self.resume is None:
-            check_directory(self.path, self.overwrite)  # another recording may have begun there meanwhile
-            if self.overwrite and (self.path / schema.MANIFEST).exists():
-                clear_trace(self.path)
+        job = ranks.hear("open") if ranks is not None and ranks.rank else None  # rank 0 has made way
+        if self.lock is None and self._own_lock is None:
+            shared = ranks is not None and ranks.world > 1
+            self._own_lock = join(self.path, job) if job is not None else take_place(self.path, self.overwrite, shared=shared)
+        held = self.lock or self._own_lock
+        assert held is not None
         text = self.model.config.get_text_config()
         manifest = {
             "model": {"id": getattr(self.model.config, "_name_or_path", ""), "revision": None, "class": type(self.model).__name__},
@@ -558,9 +565,10 @@ class Recorder:
             rank=ranks.rank if ranks is not None else 0,
             resume=self.resume,
             shard_tokens=self.shard_tokens,
+            lock=held,
         )
         if ranks is not None:
-            ranks.say("open")
+            ranks.say("open", held.job)
             writer.others = ranks.status
         return writer
 

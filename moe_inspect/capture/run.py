@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from moe_inspect.capture.resume import comparable, complete_now, corpus_record, 
 from moe_inspect.capture.rows import Rows, cache_among
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
+from moe_inspect.trace.lock import Lock, hold, join, refuse_while_locked
 from moe_inspect.trace.place import check_directory
 from moe_inspect.trace.reader import Trace, read_manifest
 from moe_inspect.trace.writer import Document
@@ -74,7 +75,9 @@ def trace_model(
 
     def goes_on() -> bool:
         there = resume and (out / schema.MANIFEST).exists()  # else nothing was committed: the trace starts at its beginning
-        if not there:
+        if there:
+            refuse_while_locked(out)
+        else:
             check_directory(out, overwrite)
         return there
 
@@ -109,80 +112,100 @@ def trace_model(
         "counts_only": counts_only,
         "ranks": ranks.world,
     }
-    start = resumed(out, options, ranks.rank) if resume else None
-    complete = start is not None and read_manifest(out)["status"] == "complete"
-    ranks.gather("read", "")  # before rank 0 writes there again
-    if complete:
-        return Trace(out)
-    batches = plan.batches(tokenizer)
-    first = next(batches, None)
-    if first is None:
-        raise MoeInspectError(f"the corpus is empty: no text in {', '.join(data) or 'the bundled corpus'}")
-    network = load_model(
-        model,
-        config,
-        revision=revision,
-        dtype=dtype,
-        device=f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and ranks.world > 1 and torch.cuda.is_available() else device,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        random_init=random_init,
-    )
-    from moe_inspect.capture.seq2seq import translate
-
-    with torch.inference_mode():
-        recorder = Recorder(
-            network,
-            out,
-            tokenizer=tokenizer,
-            capture=capture,
-            layers=layers,
-            weights=weights,
-            logits=logits,
-            counts_only=counts_only,
-            ranks=ranks,
-            resume=start,
-            overwrite=overwrite,
-            manifest={
-                "model": {
-                    "id": model,
-                    "revision": commit_of(model, revision),
-                    "class": type(network).__name__,
-                    "trust_remote_code": trust_remote_code,
-                    "device_map": device_map,
-                },
-                "corpus": corpus_record(options, plan, tokenizer),
-            },
+    with _locked(out, ranks) if resume else nullcontext() as lock:  # before anything is read that decides how it goes on
+        start = resumed(out, options, ranks.rank) if resume else None
+        complete = start is not None and read_manifest(out)["status"] == "complete"
+        ranks.gather("read", "")  # before rank 0 writes there again
+        if complete:
+            return Trace(out)
+        batches = plan.batches(tokenizer)
+        first = next(batches, None)
+        if first is None:
+            raise MoeInspectError(f"the corpus is empty: no text in {', '.join(data) or 'the bundled corpus'}")
+        network = load_model(
+            model,
+            config,
+            revision=revision,
+            dtype=dtype,
+            device=f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and ranks.world > 1 and torch.cuda.is_available() else device,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            random_init=random_init,
         )
-        with _told(ranks, recorder), recorder:
-            done = start.tokens if start else 0
-            passes = generate + (2 if plan.encoded else 1)  # of a batch: numbers are left free where fewer are needed
-            planned = chain([first], batches)
-            if any(site.adapter is not None and site.adapter.alone for site in recorder.sites):
-                planned = singly(planned)
-            for number, (batch, documents) in enumerate(planned):
-                if not ranks.takes(number) or (start is not None and number * passes < start.next_batch):
-                    continue
-                if plan.encoded:
-                    tokens = generate if batch[0].continued else 0
-                    decoding = Decoding(tokens, temperature, seed + number, end_ids(network, tokenizer))
-                    done += translate(network, recorder, batch, documents, tokenizer, number * passes, decoding)
-                elif batch[0].continued:
-                    decoding = Decoding(generate, temperature, seed + number, end_ids(network, tokenizer))
-                    done += decode(network, recorder, batch, documents, number * passes, decoding)
-                else:
-                    done += feed(network, recorder, batch, documents, tokenizer, number * passes)
-                if progress is not None:
-                    progress(done, plan.estimated_tokens())
-            if recorder.writer is not None:
-                recorder.writer.at_close["corpus"] = plan.stats.record()
-    # this rank had nothing to write: no batch was left for it, or all was committed but the status
-    if recorder.writer is None and ranks.rank == 0:
-        ranks.say("open")
-    if recorder.writer is None and ranks.status("complete") == "complete" and ranks.rank == 0:
-        complete_now(out, plan)
-    ranks.agree("over", lambda: True)  # the manifest says so now
-    return Trace(out)
+        from moe_inspect.capture.seq2seq import translate
+
+        with torch.inference_mode():
+            recorder = Recorder(
+                network,
+                out,
+                tokenizer=tokenizer,
+                capture=capture,
+                layers=layers,
+                weights=weights,
+                logits=logits,
+                counts_only=counts_only,
+                ranks=ranks,
+                resume=start,
+                lock=lock,
+                overwrite=overwrite,
+                manifest={
+                    "model": {
+                        "id": model,
+                        "revision": commit_of(model, revision),
+                        "class": type(network).__name__,
+                        "trust_remote_code": trust_remote_code,
+                        "device_map": device_map,
+                    },
+                    "corpus": corpus_record(options, plan, tokenizer),
+                },
+            )
+            with _told(ranks, recorder), recorder:
+                done = start.tokens if start else 0
+                passes = generate + (2 if plan.encoded else 1)  # of a batch: numbers are left free where fewer are needed
+                planned = chain([first], batches)
+                if any(site.adapter is not None and site.adapter.alone for site in recorder.sites):
+                    planned = singly(planned)
+                for number, (batch, documents) in enumerate(planned):
+                    if not ranks.takes(number) or (start is not None and number * passes < start.next_batch):
+                        continue
+                    if plan.encoded:
+                        tokens = generate if batch[0].continued else 0
+                        decoding = Decoding(tokens, temperature, seed + number, end_ids(network, tokenizer))
+                        done += translate(network, recorder, batch, documents, tokenizer, number * passes, decoding)
+                    elif batch[0].continued:
+                        decoding = Decoding(generate, temperature, seed + number, end_ids(network, tokenizer))
+                        done += decode(network, recorder, batch, documents, number * passes, decoding)
+                    else:
+                        done += feed(network, recorder, batch, documents, tokenizer, number * passes)
+                    if progress is not None:
+                        progress(done, plan.estimated_tokens())
+                if recorder.writer is not None:
+                    recorder.writer.at_close["corpus"] = plan.stats.record()
+        # this rank had nothing to write: no batch was left for it, or all was committed but the status
+        if recorder.writer is None and ranks.rank == 0:
+            ranks.say("open")
+        if recorder.writer is None and ranks.status("complete") == "complete" and ranks.rank == 0:
+            complete_now(out, plan)
+        ranks.agree("over", lambda: True)  # the manifest says so now
+        return Trace(out)
+
+
+@contextmanager
+def _locked(out: Path, ranks: Ranks) -> Iterator[Lock]:
+    """The lock of the trace that goes on, which all ranks hold."""
+    held: list[Lock] = []
+
+    def take() -> bool:
+        held.append(hold(out, shared=ranks.world > 1))
+        return True
+
+    ranks.agree("lock", take)
+    if ranks.rank:
+        held.append(join(out, ranks.hear("job")))
+    else:
+        ranks.say("job", held[0].job)
+    with held[0] as lock:
+        yield lock
 
 
 @contextmanager

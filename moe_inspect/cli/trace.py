@@ -199,11 +199,14 @@ def _refuse_early(
     model: str, output: Path, model_config: str | None, revision: str | None, api_key: str | None, resume: bool, overwrite: bool
 ) -> None:
     """What is wrong for certain is said before torch is imported, which takes seconds. `trace_model` and `trace_engine` look again."""
+    from moe_inspect.trace.lock import refuse_while_locked
     from moe_inspect.trace.place import check_directory
     from moe_inspect.trace.schema import MANIFEST
 
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # of a torchrun another process may have begun there
-    if alone and not (resume and (output / MANIFEST).exists()):
+    if alone and resume and (output / MANIFEST).exists():
+        refuse_while_locked(output)
+    elif alone:
         check_directory(output, overwrite)
     if find_spec("torch") is None:  # then the rest of the extra may be missing too
         return

@@ -26,8 +26,13 @@ def verify(
         if as_json:
             print(json.dumps(found.record()))
         elif found.ok:
+            state = {
+                "complete": "is fine",
+                "recording": "is still being written, and fine so far",
+                "interrupted": f"was interrupted{' and can be resumed' if found.resumable else ''}; what is committed is fine",
+            }[found.status or "complete"]
             counts = f"{found.tokens:,} tokens, {found.decisions:,} decisions, {found.assignments:,} assignments in {found.shards} shards"
-            print(printable(f"{trace} is fine: {counts}"))
+            print(printable(f"{trace} {state}: {counts}"))
             print("\n".join(f"  {line}" for line in found.checked))
     if not found.ok:
         if not as_json:

@@ -53,7 +53,7 @@ class ShardFiles:
 
 def read_manifest(root: Path | Remote) -> dict[str, Any]:
     """The manifest, checked as far as everything else relies on it."""
-    path = root / schema.MANIFEST
+    path = inside(root, schema.MANIFEST)
     if not path.is_file():
         raise MoeInspectError(f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root}"')
     try:
@@ -103,6 +103,22 @@ def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
         raise MoeInspectError(f"process {pid} is still writing {root}: wait for it, or stop it")
 
 
+def inside(root: Path | Remote, name: str) -> Path | Remote:
+    """What `name`, of a trace's own lists, stands for. MoeInspectError where a link leads out of the trace, or it is a pipe or a device,
+    which may never end."""
+    if isinstance(root, Remote):
+        if root.url.startswith("file://"):
+            inside(Path(root.path), name)
+        return root / name
+    path = root / name
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(root)):
+        raise Damaged(root / name, f"it is a link to {real}, outside of the trace: copy the file there", name)
+    if real.exists() and not (real.is_file() or real.is_dir()):
+        raise Damaged(root / name, "it is no plain file", name)
+    return path
+
+
 def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[ShardFiles]:
     """Every shard whose lines are all there, by rank and index. A last line without an end is an uncommitted shard; any other
     that cannot be is damage."""
@@ -113,7 +129,7 @@ def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[Shar
             raise Damaged(path, f"there are at most {MOST_RANKS:,} ranks", path.name)
         found: dict[int, ShardFiles] = {}
         taken: set[str] = set()
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        for number, line in enumerate(inside(root, path.name).read_bytes().split(b"\n")[:-1], 1):
             try:
                 entry = parsed(line)
                 check_line(entry, line, rank, len(manifest["routers"]), manifest["tables"])
@@ -165,7 +181,7 @@ class Shard:
         if name not in self._opened:
             expected = parts.columns_of(name, self.trace.routers, self.trace.has_weights)
             path = self.files.paths[name]
-            self._opened[name] = parts.open_part(self.trace.path / path, path, expected, self.files.stated[name])
+            self._opened[name] = parts.open_part(inside(self.trace.path, path), path, expected, self.files.stated[name])
         return self._opened[name]
 
     @cached_property
@@ -419,7 +435,7 @@ class Trace:
 
     @cached_property
     def _vocabulary(self) -> pa.Table:
-        path, stated = self.path / schema.VOCABULARY, self.manifest.get("vocabulary")
+        path, stated = inside(self.path, schema.VOCABULARY), self.manifest.get("vocabulary")
         if stated is None and not path.exists():
             return schema.VOCABULARY_SCHEMA.empty_table()
         return parts.read_vocabulary(path, Stated(**{key: (stated or {}).get(key) for key in ("bytes", "sha256")}))

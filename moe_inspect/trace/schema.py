@@ -30,6 +30,7 @@ from moe_inspect.trace import checksums
 FORMAT = 1
 MANIFEST = "trace.json"
 VOCABULARY = "vocabulary.parquet"
+TABLES = ("documents", "tokens", "routing", "logits", "counts")
 STATUSES = ("recording", "complete", "interrupted")
 PHASES = ("prefill", "decode", "encode")  # encode: fed to the encoder of an encoder-decoder
 RANK_STRIDE = 2**40  # tokens of process r are numbered from r · 2^40

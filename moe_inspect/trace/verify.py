@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.trace import parts, schema
-from moe_inspect.trace.reader import Shard, ShardFiles, Trace, writer_of
+from moe_inspect.trace.lock import refuse_while_locked
+from moe_inspect.trace.place import OF_A_TABLE, contents
+from moe_inspect.trace.reader import Shard, ShardFiles, Trace, inside, writer_of
 from moe_inspect.trace.validate import LINE_KEYS, SPAN, Damaged
 
 CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}
@@ -29,10 +31,15 @@ NO_ID = -1
 @dataclass
 class Verification:
     """What was found. `file` and `row` (from 0, in that file) are where the first violation is; both None of a fine trace. `empty_slots`
-    are assignments that were routed nowhere: Σ counts = tokens × k − empty slots, router by router."""
+    are assignments that were routed nowhere: Σ counts = tokens × k − empty slots, router by router. `status`: "complete", "recording" (by a
+    process that is at work) or "interrupted". A trace may be interrupted and fine: `uncommitted` are the files that its writer was
+    stopped in, which readers ignore and --resume deletes. `resumable`: --resume can go on with it."""
 
     path: str
     ok: bool = True
+    status: str | None = None
+    resumable: bool = False
+    uncommitted: list[str] = field(default_factory=list)
     violation: str | None = None
     file: str | None = None
     row: int | None = None
@@ -62,6 +69,9 @@ def verify(path: str | Path, progress: Callable[[int], None] | None = None) -> V
     root = Path(path)
     found = Verification(str(path))
     if not (root / schema.MANIFEST).is_file():
+        if root.is_dir() and any(root.iterdir()) and contents(root).is_free:
+            refuse_while_locked(root)
+            raise MoeInspectError(f"no trace at {root} yet: its writer was stopped before anything was committed; --resume starts it again")
         raise MoeInspectError(f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root}"')
     try:
         _verify(_opened(root), found, progress)
@@ -83,10 +93,12 @@ def _violation(error: MoeInspectError, name: str) -> Violation:
 
 def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] | None) -> None:
     files = [shard.files for shard in trace.shards]
+    found.status = _status(trace)
+    found.resumable = found.status == "interrupted" and (trace.manifest.get("corpus") or {}).get("plan") is not None
     _check_lines(trace, files)
     for shard in trace.shards:
         _check_files(shard)
-    _check_orphans(trace, files)
+    _check_orphans(trace, files, found)
     found.checked += ["sha256 and rows of every file are those of its line", "no orphans", "tokens numbered without a gap"]
     words = _check_vocabulary(trace)
     documents = _Documents(trace)
@@ -146,7 +158,7 @@ def _check_lines(trace: Trace, files: list[ShardFiles]) -> None:
 def _check_files(shard: Shard) -> None:
     files = shard.files
     for table, name in files.paths.items():
-        path = _local(shard.trace) / name
+        path = _plain(shard.trace, name)
         if not path.is_file():
             raise Violation(name, None, "the file is missing")
         with reading(path), open(path, "rb") as file:
@@ -162,14 +174,35 @@ def _local(trace: Trace) -> Path:
     return trace.path
 
 
-def _check_orphans(trace: Trace, files: list[ShardFiles]) -> None:
-    if writer_of(trace.manifest) is not None:
-        return  # a file whose line is yet to come
+def _plain(trace: Trace, name: str) -> Path:
+    try:
+        inside(_local(trace), name)
+    except MoeInspectError as error:
+        raise Violation(name, None, str(error)) from None
+    return _local(trace) / name
+
+
+def _status(trace: Trace) -> str:
+    if trace.status != "recording" or writer_of(trace.manifest) is not None:
+        return trace.status
+    try:
+        refuse_while_locked(_local(trace))
+    except MoeInspectError:  # by a process of another machine
+        return "recording"
+    return "interrupted"
+
+
+def _check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) -> None:
+    """A complete trace has none. One that is written has files whose lines are yet to come, one that was stopped may have kept them."""
     known = {path for shard in files for path in shard.paths.values()}
     for table in trace.tables:
-        folder = _local(trace) / table
+        folder = _plain(trace, table)
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if f"{table}/{file.name}" not in known:
+            if f"{table}/{file.name}" in known:
+                continue
+            if trace.status != "complete" and OF_A_TABLE.fullmatch(file.name):
+                found.uncommitted.append(f"{table}/{file.name}")
+            else:
                 raise Violation(f"{table}/{file.name}", None, "an orphan: no line of shards-*.jsonl speaks of it (--resume deletes it)")
 
 

@@ -10,7 +10,6 @@ import hashlib
 import os
 import queue
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 from moe_inspect.errors import MoeInspectError, first_line, writing
 from moe_inspect.text import storable
 from moe_inspect.trace import checksums, schema, slot_order
+from moe_inspect.trace.lock import Lock, hold
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.validate import Damaged
 from moe_inspect.trace.vocabulary import MOST_IDS
@@ -97,7 +97,8 @@ class CountedBatches:
 class TraceWriter:
     """Writes a new trace at `root`, or appends to one that `resume_point` prepared. `write` may block (back-pressure) and
     re-raises what the background thread met, as a MoeInspectError where the user can mend it (a full disk). Leaving the
-    `with` block by KeyboardInterrupt or any other exception closes the trace as "interrupted"."""
+    `with` block by KeyboardInterrupt or any other exception closes the trace as "interrupted". The trace is locked until then,
+    by the caller where a `lock` is given."""
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class TraceWriter:
         shard_seconds: float = SHARD_SECONDS,
         queue_batches: int = QUEUE_BATCHES,
         resume: ResumePoint | None = None,
+        lock: Lock | None = None,
     ):
         self.root, self.rank = Path(root), rank
         self.weights, self.logits, self.counts_only = weights, logits, counts_only
@@ -142,17 +144,28 @@ class TraceWriter:
         self._pending_since = time.monotonic()
         self._reached: dict[tuple[int, int], int] = {}  # document, sequence → its last position among what is pending
         self._error: BaseException | None = None
-        with writing(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            if rank == 0:
-                self._write_vocabulary(vocabulary)
-            self._write_manifest()
-            for table in self.tables:
-                (self.root / table).mkdir(exist_ok=True)
-            (self.root / f"shards-{rank}.jsonl").touch()
+        self._lock = hold(self.root) if lock is None else None
+        try:
+            with writing(self.root):
+                self._begin(vocabulary)
+        except BaseException:
+            self._unlock()
+            raise
         self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
         self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)
         self._thread.start()
+
+    def _begin(self, vocabulary: pa.Table | None) -> None:
+        if self.rank == 0:
+            self._write_vocabulary(vocabulary)
+        self._write_manifest()
+        for table in self.tables:
+            (self.root / table).mkdir(exist_ok=True)
+        (self.root / f"shards-{self.rank}.jsonl").touch()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -175,6 +188,14 @@ class TraceWriter:
     def close(self, status: str = "complete", quiet: bool = False) -> None:
         """Commits what is pending and sets the status. With `quiet`, a failure of the writer does not hide the exception
         that is already on its way."""
+        try:
+            self._close(status)
+        finally:
+            self._unlock()
+        if not quiet:
+            self._raise()
+
+    def _close(self, status: str) -> None:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -201,8 +222,6 @@ class TraceWriter:
             self._error = self._error or error
         if interrupted is not None:
             raise interrupted
-        if not quiet:
-            self._raise()
 
     def _with_order(self, router: Router, written: str | None) -> Router:
         """The router with the order of its slots stated: that of what is `written` already, else by weight where decisions come
@@ -601,15 +620,17 @@ def committed_counts(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
 
 
 def resume_point(root: Path, rank: int = 0) -> ResumePoint:
-    """Where rank `rank` of the trace at `root` goes on; deletes the files no committed line speaks of."""
-    from moe_inspect.trace.reader import committed_shards, read_manifest
+    """Where rank `rank` of the trace at `root` goes on; deletes the files no committed line speaks of. Its caller holds the lock."""
+    from moe_inspect.trace.reader import committed_shards, inside, read_manifest
 
     manifest = read_manifest(root)
     shards = [s for s in committed_shards(root, manifest) if s.rank == rank]
     keep = {root / path for s in shards for path in s.paths.values()}
+    own = re.compile(rf"part-{rank}-\d+\.parquet|\.part-{rank}-\d+\.parquet\.tmp")
     for table in manifest["tables"]:
+        inside(root, table)
         for file in (root / table).iterdir() if (root / table).is_dir() else ():
-            if (file.name.startswith((f"part-{rank}-", f".part-{rank}-"))) and file not in keep:
+            if own.fullmatch(file.name) and file not in keep and not file.is_dir():
                 file.unlink()
     lines = b"".join(line for s in shards for line in s.lines)
     schema.write_atomically(root / f"shards-{rank}.jsonl", lines)  # without the torn tail
@@ -623,18 +644,3 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
         decisions=sum(s.decisions for s in shards),
         slot_orders={r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])},
     )
-
-
-def refuse_unless_trace(root: Path) -> None:
-    """MoeInspectError where a directory holds something that no trace does: it is not emptied."""
-    known = {schema.MANIFEST, schema.VOCABULARY, "routing", "tokens", "documents", "logits", "counts"}
-    strange = [p.name for p in root.iterdir() if p.name not in known and not re.fullmatch(r"shards-\d+\.jsonl|\..*\.tmp", p.name)]
-    if strange or not (root / schema.MANIFEST).exists():
-        raise MoeInspectError(f"{root} is not a trace (it holds {', '.join(sorted(strange)[:3]) or 'no trace.json'}): not overwritten")
-
-
-def clear_trace(root: Path) -> None:
-    """Empties the directory of a trace, and only of a trace."""
-    refuse_unless_trace(root)
-    for path in root.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import re
+import secrets
 import socket
 import sys
 import warnings
@@ -23,10 +24,11 @@ from moe_inspect.trace.config import read_facts
 from moe_inspect.trace.importers import FORMATS
 from moe_inspect.trace.importers.job import Imported, Job, Source, one_ranks_experts
 from moe_inspect.trace.importers.registry import sniff
-from moe_inspect.trace.place import check_directory
+from moe_inspect.trace.lock import LOCK, hold
+from moe_inspect.trace.place import check_directory, clear_trace, take_place
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter, clear_trace
+from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
 
 ONE_RANK_TOKENS = 256  # so many tokens that keep to half of the experts do not do so by chance
 
@@ -76,7 +78,7 @@ def import_trace(
             raise MoeInspectError(f"{listed[0].path} holds no decisions")
     except OSError as error:
         raise _unread(error, listed) from None
-    _write(out, _read(chain([first], batches), listed), imported, vocabulary, _manifest(format, job, imported))
+    _write(out, overwrite, _read(chain([first], batches), listed), imported, vocabulary, _manifest(format, job, imported))
     return Trace(out)
 
 
@@ -132,33 +134,61 @@ def _manifest(format: str, job: Job, imported: Imported) -> dict[str, Any]:
 
 
 def _write(
-    out: Path, batches: Iterator[RoutedBatch | CountedBatches], imported: Imported, vocabulary: pa.Table | None, manifest: dict[str, Any]
+    out: Path,
+    overwrite: bool,
+    batches: Iterator[RoutedBatch | CountedBatches],
+    imported: Imported,
+    vocabulary: pa.Table | None,
+    manifest: dict[str, Any],
 ) -> None:
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with TraceWriter(
-            draft,
-            manifest,
-            imported.routers,
-            weights=imported.weights,
-            logits=imported.logits,
-            counts_only=imported.counts_only,
-            vocabulary=vocabulary,
-            shard_seconds=float("inf"),  # shards by size alone: the same files make the same trace
-        ) as writer:
-            for batch in batches:
-                writer.write(batch)
-        if out.is_dir() and any(out.iterdir()):
-            clear_trace(out)
-        os.replace(draft, out)
-    except (OSError, MoeInspectError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(cause, OSError):  # the writer speaks of resuming, which an import does not
-            raise MoeInspectError(f"cannot write {out}: {first_line(cause)}; nothing was imported") from None
-        raise
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(draft)
+    place = out.resolve() if out.is_symlink() else out
+    _clear_drafts(place)
+    draft = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with hold(draft, wait=True) as lock:  # another import may be looking whether anybody is at work there
+        try:
+            with TraceWriter(
+                draft,
+                manifest,
+                imported.routers,
+                weights=imported.weights,
+                logits=imported.logits,
+                counts_only=imported.counts_only,
+                vocabulary=vocabulary,
+                shard_seconds=float("inf"),  # shards by size alone: the same files make the same trace
+                lock=lock,
+            ) as writer:
+                for batch in batches:
+                    writer.write(batch)
+            take_place(place, overwrite, resumable=False).release()
+            os.replace(draft, place)
+            lock.root = place
+            schema.sync_directory(place.parent)
+        except (OSError, MoeInspectError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError):  # the writer speaks of resuming, which an import does not
+                raise MoeInspectError(f"cannot write {out}: {first_line(cause)}; nothing was imported") from None
+            raise
+        finally:
+            if draft.exists():
+                _remove(draft)
+
+
+def _clear_drafts(place: Path) -> None:
+    """Removes what imports to the same place left beside it when they were killed."""
+    name = re.compile(rf"\.{re.escape(place.name)}\.\d+(-[0-9a-f]+)?\.tmp")
+    for draft in list(place.parent.iterdir()) if place.parent.is_dir() else ():
+        if name.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
+            # one whose process is at work is left alone, and one that holds what no trace does
+            with contextlib.suppress(MoeInspectError), take_place(draft, overwrite=True):
+                _remove(draft)
+
+
+def _remove(draft: Path) -> None:
+    """Removes the directory of a trace, its lock file too."""
+    clear_trace(draft)
+    with contextlib.suppress(OSError):  # the next import tries again
+        (draft / LOCK).unlink(missing_ok=True)
+        draft.rmdir()
 
 
 def watched(imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str], None]) -> Iterator[RoutedBatch | CountedBatches]:

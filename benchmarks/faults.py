@@ -1,0 +1,568 @@
+"""What is left of a trace when things go wrong: the process is killed at every fsync, rename, unlink and the like, the disk fails at each of
+them, two processes start at once, bits flip. After each fault everything that was committed must be there and right, --resume and
+--overwrite must end in the trace that an undisturbed run writes, and a flipped bit must change no number without a word.
+
+    python -m benchmarks.faults          takes minutes; prints tries and failures, and writes benchmarks/results/faults.json
+    python -m benchmarks.faults PART     only writing, at-once, importing, flipping or tracing; the result keeps what it says of the others
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from benchmarks import imports
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.report.report import report
+from moe_inspect.trace import schema
+from moe_inspect.trace.importers.run import import_trace
+from moe_inspect.trace.lock import hold
+from moe_inspect.trace.place import take_place
+from moe_inspect.trace.reader import Trace, read_manifest
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.verify import verify
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
+
+RESULT = Path(__file__).parent / "results" / "faults.json"
+ROUTERS = [Router(0, "gate", "layers.0", 8, 2), Router(1, "gate", "layers.1", 300, 4), Router(1, "gate2", "layers.1b", 8, 2)]
+BATCHES, TOKENS, WORDS, SHARD_TOKENS = 6, 30, 40, 60
+HUNG_S = 120.0
+FLIPS = 300
+CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "ftruncate")
+
+
+# --- processes in which a fault happens
+
+
+class Faults:
+    """Counts the calls that change a disk, and does something at the n-th: "kill", or an OSError of "EIO"."""
+
+    def __init__(self, at: int | None, how: str, seed: int = 0):
+        self.at, self.how, self.calls, self.random = at, how, 0, random.Random(seed)
+
+    def install(self) -> None:
+        for name in CALLS:
+            setattr(os, name, self._faulty(getattr(os, name), name))
+        opened = builtins.open
+
+        def faulty_open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if mode[0] in "wa":
+                self._call("open", ())
+            return opened(file, mode, *args, **kwargs)
+
+        builtins.open = faulty_open
+
+    def _faulty(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def faulty(*args: Any, **kwargs: Any) -> Any:
+            self._call(name, args)
+            return call(*args, **kwargs)
+
+        return faulty
+
+    def _call(self, name: str, args: tuple[Any, ...]) -> None:
+        self.calls += 1
+        if self.calls != self.at:
+            return
+        if self.how == "EIO":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if name == "fsync":  # what was not synced may be lost from any byte on
+            size = os.fstat(args[0]).st_size
+            if os.readlink(f"/proc/self/fd/{args[0]}").endswith(".jsonl") and self.random.random() < 0.7:
+                os.truncate(f"/proc/self/fd/{args[0]}", max(size - self.random.randrange(1, 400), 0))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def started(work: Callable[[], Any], report_to: Path) -> int:
+    """A forked process that does `work` and leaves what it returned, or raised, in a file."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        said: dict[str, Any] = {"returned": work()}
+    except MoeInspectError as error:
+        said = {"refused": str(error)}
+    except BaseException as error:
+        said = {"raised": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    with open(report_to, "w") as file:
+        json.dump(said, file)
+    os._exit(0)
+
+
+def ended(pid: int, report_to: Path) -> dict[str, Any]:
+    until = time.monotonic() + HUNG_S
+    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return {"raised": f"hung: not over after {HUNG_S:.0f} s"}
+        time.sleep(0.002)
+    if os.WIFSIGNALED(done[1]):
+        return {"killed": os.WTERMSIG(done[1])}
+    said = json.loads(report_to.read_text())
+    report_to.unlink()
+    return said
+
+
+class Bench:
+    """What is tried, in a directory of its own for each try."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.tries: Counter[str] = Counter()
+        self.failures: list[dict[str, str]] = []
+        self.outcomes: dict[str, Counter[str]] = {}
+        self._places = 0
+
+    def place(self) -> Path:
+        self._places += 1
+        place = self.root / str(self._places)
+        place.mkdir()
+        return place
+
+    def child(self, work: Callable[[], Any]) -> dict[str, Any]:
+        said = self.root / "said.json"
+        return ended(started(work, said), said)
+
+    def children(self, works: list[Callable[[], Any]]) -> list[dict[str, Any]]:
+        """At the same time."""
+        said = [self.root / f"said-{n}.json" for n in range(len(works))]
+        pids = [started(work, place) for work, place in zip(works, said, strict=True)]
+        return [ended(pid, place) for pid, place in zip(pids, said, strict=True)]
+
+    def count(self, what: str, outcome: str, failure: str | None, case: str) -> None:
+        self.tries[what] += 1
+        self.outcomes.setdefault(what, Counter())[outcome] += 1
+        if failure is not None:
+            self.failures.append({"what": what, "case": case, "failure": failure})
+            print(f"FAILED {what} {case}: {failure}", file=sys.stderr)
+
+    def at_every_call(
+        self, what: str, how: str, before: Callable[[Path], None], work: Callable[[Path], Any], after: Callable[[Path], Any], step: int = 1
+    ) -> None:
+        """Does `work` with a fault at each call in turn, and `after` it checks what is left."""
+
+        def counted(place: Path) -> int:
+            faults = Faults(None, how)
+            faults.install()
+            work(place)
+            return faults.calls
+
+        calls = self._prepared(before, counted)["returned"]
+        for at in range(1, calls + 1, step):
+            place = self.place()
+            self.must(lambda place=place: before(place))
+
+            def faulty(place: Path = place, at: int = at) -> None:
+                Faults(at, how, seed=at).install()
+                work(place)
+
+            said = self.child(faulty)
+            outcome = next(iter(said))
+            failure = said["raised"] if outcome == "raised" and "hung" in said["raised"] else None
+            checked = self.child(lambda place=place: after(place))
+            failure = failure or checked.get("raised") or checked.get("refused") or (None if "returned" in checked else str(checked))
+            self.count(f"{what}: {how}", outcome, failure and failure + "\n" + checked.get("traceback", ""), f"call {at} of {calls}")
+            if failure is None:
+                shutil.rmtree(place)
+
+    def _prepared(self, before: Callable[[Path], None], work: Callable[[Path], Any]) -> dict[str, Any]:
+        place = self.place()
+        self.must(lambda: before(place))
+        said = self.child(lambda: work(place))
+        assert "returned" in said, said
+        shutil.rmtree(place)
+        return said
+
+    def must(self, work: Callable[[], Any]) -> None:
+        said = self.child(work)
+        assert "returned" in said, said
+
+
+# --- a small trace, by the writer itself
+
+
+def batches(seed: int) -> list[RoutedBatch]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(BATCHES):
+        row = np.arange(TOKENS, dtype=np.int32)
+        ids = [
+            np.argsort(rng.random((TOKENS, r.experts)), 1)[:, : r.top_k].astype(np.uint16 if r.experts > 255 else np.uint8) for r in ROUTERS
+        ]
+        weights = [-np.sort(-rng.random((TOKENS, r.top_k)), 1).astype(np.float16) for r in ROUTERS]
+        same = np.full(TOKENS, number, np.int32)
+        made.append(
+            RoutedBatch(
+                number, rng.integers(0, WORDS, TOKENS).astype(np.int32), same, same, row, np.full(TOKENS, number % 2, np.int32),
+                ["law", "code"], ids, weights, documents=[Document(number, ["law", "code"][number % 2], "made", TOKENS)],
+            )
+        )  # fmt: skip
+    return made
+
+
+def manifest(seed: int) -> dict[str, Any]:
+    facts = {"mode": "tap", "pid": os.getpid(), "process_start": schema.process_start(os.getpid()), "host": os.uname().nodename}
+    return {"model": {"id": f"made {seed}"}, "capture": facts, "corpus": {"plan": {"seed": seed}}}
+
+
+VOCABULARY = pa.table({"token_id": range(WORDS), "token": [f" w{i}" for i in range(WORDS)]})
+
+
+def begin(root: Path, seed: int = 0, overwrite: bool = False, shard_seconds: float = 60.0, pause_s: float = 0.0) -> str:
+    with take_place(root, overwrite) as lock:
+        _write(root, seed, batches(seed), shard_seconds, pause_s, lock=lock)
+    return "begun"
+
+
+def resume(root: Path, seed: int = 0, shard_seconds: float = 60.0, pause_s: float = 0.0) -> str:
+    if not (root / schema.MANIFEST).exists():
+        return begin(root, seed, shard_seconds=shard_seconds, pause_s=pause_s)
+    with hold(root) as lock:
+        if read_manifest(root)["status"] == "complete":
+            return "was complete"
+        point = resume_point(root)
+        _write(root, seed, batches(seed)[point.next_batch :], shard_seconds, pause_s, resume=point, lock=lock)
+    return "resumed"
+
+
+def _write(root: Path, seed: int, left: list[RoutedBatch], shard_seconds: float, pause_s: float, **more: Any) -> None:
+    with TraceWriter(
+        root, manifest(seed), ROUTERS, vocabulary=VOCABULARY, shard_tokens=SHARD_TOKENS, shard_seconds=shard_seconds, **more
+    ) as writer:
+        for batch in left:
+            writer.write(batch)
+            time.sleep(pause_s)
+
+
+Rows = dict[str, pa.Table]
+
+
+def rows_of(trace: Trace) -> Rows:
+    """All that a trace holds, labels as text."""
+    parts = {
+        "tokens": [shard.tokens() for shard in trace.shards],
+        "documents": [shard.table("documents") for shard in trace.shards],
+        "vocabulary": [trace._vocabulary],
+        **{f"router {r}": [shard.routing(r) for shard in trace.shards] for r in range(len(trace.routers))},
+    }
+    return {name: pa.concat_tables([_plain(t) for t in tables]) for name, tables in parts.items() if tables}
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    kinds = [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
+    return table.cast(pa.schema(kinds))
+
+
+def same_rows(trace: Trace, whole: Rows) -> None:
+    """What there is of `trace` is what the undisturbed one begins with, decision by decision."""
+    if not trace.n_tokens:
+        return
+    for name, found in rows_of(trace).items():
+        assert found.equals(whole[name].slice(0, len(found))), f"{name} differs"
+        assert len(found) == (
+            trace.n_tokens if name.startswith(("tokens", "router")) else len(whole[name]) if name == "vocabulary" else len(found)
+        )
+
+
+def is_whole(root: Path, whole: Rows) -> None:
+    found = verify(root)
+    assert found.ok, found
+    trace = Trace(root)
+    assert trace.status == "complete"
+    assert trace.n_tokens == len(whole["tokens"])
+    same_rows(trace, whole)
+    left = [str(p.relative_to(root)) for p in root.rglob("*") if p.name.startswith(".")]
+    assert not left, f"left behind: {left}"
+
+
+def what_is_left(root: Path, whole: dict[str, Rows]) -> str | None:
+    """Checks a trace after a fault; returns the id of its model, None where there is no trace (yet)."""
+    if not (root / schema.MANIFEST).exists():
+        try:
+            raise AssertionError(f"no manifest, yet it verifies: {verify(root)}")
+        except MoeInspectError:
+            return None
+    found = verify(root)
+    assert found.ok, found
+    trace = Trace(root)
+    of = trace.manifest["model"]["id"]
+    same_rows(trace, whole[of])
+    assert trace.status != "complete" or trace.n_tokens == len(whole[of]["tokens"])
+    return of
+
+
+# --- what is tried
+
+
+WHOLE = "whole-0", "whole-1"
+
+
+def made_whole(bench: Bench) -> dict[str, Rows]:
+    """What undisturbed runs write, by the id of the model."""
+    for seed, name in enumerate(WHOLE):
+        bench.must(lambda seed=seed, name=name: begin(bench.root / name, seed))
+    return {f"made {seed}": rows_of(Trace(bench.root / name)) for seed, name in enumerate(WHOLE)}
+
+
+def cut_short(place: Path) -> None:
+    """An interrupted trace: a part that no line speaks of, or a torn line."""
+    pid = os.fork()
+    if not pid:
+        Faults(42, "kill", seed=42).install()
+        begin(place / "t")
+        os._exit(1)
+    os.waitpid(pid, 0)
+    assert 0 < Trace(place / "t").n_tokens < BATCHES * TOKENS
+
+
+def writing(bench: Bench) -> None:
+    """The writer itself: a new trace, one that goes on, one that replaces another."""
+    whole = made_whole(bench)
+    new = whole["made 0"]
+
+    def goes_on(place: Path) -> None:
+        root = place / "t"
+        of = what_is_left(root, whole)
+        if root.exists():
+            shutil.copytree(root, place / "over")
+            begin(place / "over", overwrite=True)
+            is_whole(place / "over", new)
+        if of != "made 1":  # the old trace, complete
+            resume(root)
+            is_whole(root, new)
+
+    for how in ("kill", "EIO"):
+        bench.at_every_call("a new trace", how, lambda place: None, lambda place: begin(place / "t"), goes_on)
+        bench.at_every_call("resuming", how, cut_short, lambda place: resume(place / "t"), goes_on)
+        bench.at_every_call(
+            "overwriting",
+            how,
+            lambda place: shutil.copytree(bench.root / WHOLE[1], place / "t") and None,
+            lambda place: begin(place / "t", overwrite=True),
+            goes_on,
+        )
+
+
+def writing_at_once(bench: Bench, tries: int = 20) -> None:
+    """Two and three processes at one place, started together: each ends or is refused in a line, and the trace is whole."""
+    whole = made_whole(bench)["made 0"]
+    kinds: dict[str, tuple[Callable[[Path], None], Callable[..., str]]] = {
+        "two resumes at once": (cut_short, resume),
+        "two new traces at once": (lambda place: None, resume),
+        "two that overwrite at once": (cut_short, lambda root, **options: begin(root, overwrite=True, **options)),
+    }
+    for what, (before, work) in kinds.items():
+        for n in range(tries):
+            place = bench.place()
+            bench.must(lambda before=before, place=place: before(place))
+            options = {"shard_seconds": 0.0 if n % 2 else 60.0, "pause_s": 0.003 * (n % 3)}
+            said = bench.children([lambda o=options, p=place, w=work: w(p / "t", **o)] * (2 + n % 2))
+            wrong = [s["raised"] for s in said if "raised" in s]
+            wrong += [
+                s["refused"]
+                for s in said
+                if "refused" in s and "still writing" not in s["refused"] and "there is a trace" not in s["refused"]
+            ]
+            wrong += [] if any("returned" in s for s in said) else ["all were refused"]
+            checked = bench.child(lambda place=place: is_whole(place / "t", whole))
+            failure = "; ".join(wrong) or checked.get("raised") or checked.get("refused")
+            by = "shards by time" if options["shard_seconds"] == 0 else "shards by size"
+            bench.count(f"{what}, {by}", " + ".join(sorted(next(iter(s)) for s in said)), failure, f"try {n}")
+
+
+def importing(bench: Bench) -> None:
+    """Imports: what is at the place is the old trace, whole, or the new one, whole, or nothing; drafts are cleared by the next."""
+    imports.SEQUENCE, imports.SHAPES["vllm-routed"] = 64, (4, 16, 2)
+    for n in (0, 1):
+        (bench.root / f"in-{n}").mkdir()
+        imports.SEQUENCE += 16
+        imports.make("vllm-routed", bench.root / f"in-{n}", 1)
+        (bench.root / f"in-{n}" / "config.json").write_text(
+            json.dumps({"num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 2})
+        )
+
+    def run(out: Path, n: int, overwrite: bool = True) -> None:
+        source = bench.root / f"in-{n}"
+        import_trace(
+            "vllm-routed", [source / "responses.jsonl"], out, model=source / "config.json", overwrite=overwrite, warn=lambda line: None
+        )
+
+    for n in (0, 1):
+        bench.must(lambda n=n: run(bench.root / f"imported-{n}", n))
+    whole = {n: rows_of(Trace(bench.root / f"imported-{n}")) for n in (0, 1)}
+
+    def either(place: Path) -> None:
+        if (place / "t" / schema.MANIFEST).exists():
+            n = next(n for n in (0, 1) if len(whole[n]["tokens"]) == Trace(place / "t").n_tokens)
+            assert verify(place / "t").ok
+            same_rows(Trace(place / "t"), whole[n])
+        run(place / "t", 0)
+        is_whole(place / "t", whole[0])
+        assert [p.name for p in place.iterdir()] == ["t"], list(place.iterdir())
+
+    for how in ("kill", "EIO"):
+        bench.at_every_call("a new import", how, lambda place: None, lambda place: run(place / "t", 0), either)
+        bench.at_every_call("an import that overwrites", how, lambda place: run(place / "t", 1), lambda place: run(place / "t", 0), either)
+
+
+def tracing(bench: Bench) -> None:
+    """`trace` itself, with the bundled model."""
+    import torch  # noqa: F401  (imported once, not in every child)
+
+    import moe_inspect.capture.run as run
+
+    def trace(out: Path, shard_seconds: float = 0.0, **more: Any) -> str:
+        TraceWriter.__init__.__kwdefaults__["shard_seconds"] = shard_seconds
+        run.trace_model("demo", out, max_tokens=700, batch_tokens=100, **more)
+        return "traced"
+
+    bench.must(lambda: trace(bench.root / "traced"))
+    whole = rows_of(Trace(bench.root / "traced"))
+
+    def goes_on(place: Path) -> None:
+        root = place / "t"
+        if (root / schema.MANIFEST).exists():
+            found = verify(root)
+            assert found.ok, found
+            same_rows(Trace(root), whole)
+        trace(root, resume=True)
+        is_whole(root, whole)
+
+    for how in ("kill", "EIO"):
+        bench.at_every_call("trace demo", how, lambda place: None, lambda place: trace(place / "t"), goes_on, step=7)
+
+    def cut_short(place: Path) -> None:
+        pid = os.fork()
+        if not pid:
+            Faults(40, "kill").install()
+            trace(place / "t")
+            os._exit(1)
+        os.waitpid(pid, 0)
+
+    for n in range(6):
+        place = bench.place()
+        bench.must(lambda place=place: cut_short(place))
+        seconds = 0.0 if n % 2 else 60.0
+        said = bench.children([lambda place=place, s=seconds: trace(place / "t", s, resume=True)] * 2)
+        wrong = [s["raised"] for s in said if "raised" in s]
+        wrong += [s["refused"] for s in said if "refused" in s and "still writing" not in s["refused"]]
+        checked = bench.child(lambda place=place: is_whole(place / "t", whole))
+        failure = "; ".join(wrong) or checked.get("raised") or checked.get("refused")
+        by = "shards by size" if n % 2 == 0 else "shards by time"
+        bench.count(f"two trace --resume at once, {by}", " + ".join(sorted(next(iter(s)) for s in said)), failure, f"try {n}")
+
+
+REPORTED = ("load", "balance", "domains", "vocabulary", "windows")
+
+
+def read_all(root: Path) -> Iterator[pd.DataFrame]:
+    trace = Trace(root)
+    yield from (trace.tokens(), trace.documents(), trace.vocabulary())
+    yield from (trace.routing(router=r) for r in range(len(trace.routers)))
+    yield pd.DataFrame([(r.layer, r.experts, r.top_k) for r in trace.routers])
+    yield pd.DataFrame([(trace.status, trace.n_tokens, trace.n_decisions, trace.has_weights)])
+
+
+def reported(root: Path) -> Iterator[pd.DataFrame]:
+    made = report(root)
+    yield from (made.tables[name] for name in REPORTED)
+
+
+def unlike(read: Callable[[Path], Iterator[pd.DataFrame]], root: Path, whole: list[pd.DataFrame]) -> bool:
+    found = list(read(root))
+    return len(found) != len(whole) or any(not a.astype(str).equals(b.astype(str)) for a, b in zip(found, whole, strict=True))
+
+
+def flipping(bench: Bench) -> None:
+    """One bit of one file: verify says so, or nothing that is read has changed; a report says so, or has the same numbers."""
+    whole = bench.root / "whole-flips"
+    bench.must(lambda: begin(whole))
+    files = sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file())
+    rng = random.Random(0)
+    flips = [(name, rng.randrange((whole / name).stat().st_size * 8)) for name in (rng.choice(files) for _ in range(FLIPS))]
+
+    def tried(part: list[tuple[Path, int]]) -> list[list[str | None]]:
+        right, numbers = list(read_all(whole)), list(reported(whole))
+        place, found = bench.root / "flipped", []
+        for name, bit in part:
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(whole, place)
+            data = bytearray((place / name).read_bytes())
+            data[bit // 8] ^= 1 << bit % 8
+            (place / name).write_bytes(bytes(data))
+            outcome: list[str | None] = []
+            for check in (_verified, _reported):
+                try:
+                    outcome.append(check(place, right if check is _verified else numbers))
+                except MoeInspectError as error:
+                    outcome.append(None if "\n" not in str(error) else f"more than a line: {error}")
+                except Exception as error:
+                    outcome.append(f"a traceback: {type(error).__name__}: {error}")
+            found.append(outcome)
+        return found
+
+    for start in range(0, FLIPS, 25):
+        part = flips[start : start + 25]
+        said = bench.child(lambda part=part: tried(part))
+        results = said.get("returned") or [[str(said), None]] * len(part)
+        for (name, bit), (by_verify, by_report) in zip(part, results, strict=True):
+            case = f"bit {bit} of {name}"
+            bench.count("bits flipped: verify", "caught or harmless" if by_verify is None else "missed", by_verify, case)
+            bench.count("bits flipped: report", "caught or harmless" if by_report is None else "missed", by_report, case)
+
+
+def _verified(place: Path, right: list[pd.DataFrame]) -> str | None:
+    if verify(place).ok and unlike(read_all, place, right):
+        return "verify is content, and something else is read"
+    return None
+
+
+def _reported(place: Path, right: list[pd.DataFrame]) -> str | None:
+    return "other numbers, without a word" if unlike(reported, place, right) else None
+
+
+PARTS = {"writing": writing, "at-once": writing_at_once, "importing": importing, "flipping": flipping, "tracing": tracing}
+
+
+def main() -> None:
+    memory = Path("/dev/shm")  # a sync costs nothing there, and what a kill leaves is the same
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
+        bench, began = Bench(Path(scratch)), time.monotonic()
+        for part in sys.argv[1:] or PARTS:
+            PARTS[part](bench)
+            print(f"{part}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+        failed = Counter(f["what"] for f in bench.failures)
+        rows = {
+            what: {"tries": n, "failures": failed[what], "ended": dict(bench.outcomes[what].most_common())}
+            for what, n in bench.tries.items()
+        }
+        for what, row in rows.items():
+            print(f"{what:48} {row['tries']:5} tries {row['failures']:5} failures   {row['ended']}")
+        total = sum(bench.tries.values())
+        print(f"{'in all':48} {total:5} tries {len(bench.failures):5} failures   {time.monotonic() - began:.0f} s")
+        before = json.loads(RESULT.read_text())["of"] if sys.argv[1:] and RESULT.exists() else {}
+        rows = {**before, **rows}
+        sums = {name: sum(row[name] for row in rows.values()) for name in ("tries", "failures")}
+        RESULT.write_text(json.dumps({**sums, "of": rows}, indent=1) + "\n")
+    sys.exit(bool(bench.failures))
+
+
+if __name__ == "__main__":
+    main()

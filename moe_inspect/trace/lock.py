@@ -1,0 +1,202 @@
+"""The lock that a writer holds on its trace: no second process, and no second recording of the same process, writes there.
+
+It is flock(2) on the file `.lock` of the trace. The operating system drops it when its process ends, however it ends. It belongs
+to the open file: unlike fcntl's record locks it is not lost when something else in the process opens the file and closes it.
+Linux sends it to the server of an NFS mount, so that it holds between machines, unless the mount says "nolock" or
+"local_lock". Where a file system has no locks, a warning says so.
+
+The ranks of one job share the lock: rank 0 first takes it alone, which fails while any rank of another job is alive, then shares it,
+and the others join. The file names the job, and is removed by the last who held it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import stat
+import sys
+import time
+import uuid
+import weakref
+from pathlib import Path
+from types import TracebackType
+
+from moe_inspect.errors import MoeInspectError, first_line
+
+LOCK = ".lock"
+PATIENCE_S = 0.5  # whoever only looks whether a trace is locked holds its lock for less
+UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
+
+class Lock:
+    """A lock that is held. `job` names the process, or the ranks, that hold it."""
+
+    def __init__(self, root: Path, file: int, job: str):
+        self.root, self.job = Path(os.path.abspath(root)), job
+        self._file: int | None = file
+        _HELD.add(self)
+
+    def release(self) -> None:
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        try:
+            # nobody else may hold the file when it is removed: another process could then lock a new one beside them
+            if _flock(file, exclusive=True) and _is_at(file, self.root / LOCK):
+                (self.root / LOCK).unlink()
+        except OSError:
+            pass  # a lock file that stays does no harm: without its process it is not locked
+        finally:
+            os.close(file)
+
+    def close_in_child(self) -> None:
+        """A forked process has the open file too, and would keep the lock after its parent has ended."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+
+_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [lock.close_in_child() for lock in list(_HELD)])
+
+
+def hold(root: Path, *, shared: bool = False, wait: bool = False) -> Lock:
+    """Locks the trace at `root`, a directory that is made where there is none. MoeInspectError where another writer holds the lock;
+    with `wait`, waits for it. `shared`: other ranks will `join`."""
+    job = f"{os.getpid()} {socket.gethostname()} {uuid.uuid4().hex}"
+    file = _locked(root, exclusive=True, wait=wait)
+    try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, job.encode(errors="replace"), 0)
+        if shared and _flock(file, exclusive=False) is False:
+            raise _refusal(root, file)
+    except BaseException as error:
+        os.close(file)
+        if isinstance(error, OSError):
+            raise _cannot_write(root, error) from None
+        raise
+    return Lock(root, file, job)
+
+
+def join(root: Path, job: str) -> Lock:
+    """The lock of the job that rank 0 began."""
+    file = _locked(root, exclusive=False)
+    if _job_in(file) != job:
+        os.close(file)
+        raise MoeInspectError(f"another job has begun to write {root}: start this one again when it is done")
+    return Lock(root, file, job)
+
+
+def refuse_while_locked(root: Path) -> None:
+    """MoeInspectError where a writer, of this or of another machine, holds the lock of the trace at `root`."""
+    if (file := _existing(root)) is None:
+        return
+    try:
+        if _flock(file, exclusive=True) is False:
+            raise _refusal(root, file)
+    finally:
+        os.close(file)
+
+
+def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
+    """The lock file, open and locked."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        file = _opened(root)
+        try:
+            got = _flock(file, exclusive)
+            if got is None:
+                print(f"warning: the file system of {root} has no locks: make sure that nothing else writes there", file=sys.stderr)
+                return file
+            if got and _is_at(file, root / LOCK):
+                return file
+            if got is False and not wait and time.monotonic() > until:
+                raise _refusal(root, file)
+        except BaseException as error:
+            os.close(file)
+            if isinstance(error, OSError):
+                raise _cannot_write(root, error) from None
+            raise
+        os.close(file)
+        time.sleep(0.01)
+
+
+def _opened(root: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(root, error) from None
+        try:
+            file = os.open(root / LOCK, flags, 0o666)
+        except FileNotFoundError:  # the directory was removed meanwhile
+            continue
+        except OSError as error:
+            raise _cannot_write(root, error) from None
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            return file
+        os.close(file)
+        raise MoeInspectError(f"{root / LOCK} is no plain file: remove it")
+
+
+def _existing(root: Path) -> int | None:
+    if os.name != "posix":
+        return None
+    try:
+        return os.open(root / LOCK, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # there is none, or it may not be opened: whoever writes here is told so then
+        return None
+
+
+def _flock(file: int, exclusive: bool) -> bool | None:
+    """Whether the lock was to be had; None where the file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        raise MoeInspectError("traces are written on Linux, macOS and other systems with flock(2), not on this one") from None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.ESTALE):  # stale: removed on an NFS server
+            return False
+        if error.errno in UNSUPPORTED:
+            return None
+        raise
+    return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether the open file is the one at `path`: its last holder may have removed it before it was locked here."""
+    try:
+        return os.path.samestat(os.fstat(file), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _job_in(file: int) -> str:
+    return os.pread(file, 500, 0).decode(errors="replace")
+
+
+def _cannot_write(root: Path, error: OSError) -> MoeInspectError:
+    return MoeInspectError(f"cannot write {root}: {first_line(error)}")
+
+
+def _refusal(root: Path, file: int) -> MoeInspectError:
+    found = re.match(r"(\d+) ([\w.-]+) ", _job_in(file))
+    if found is None:
+        who = "another process"
+    elif found[2] != socket.gethostname():
+        who = f"process {found[1]} on {found[2]}"
+    else:
+        who = "this process" if int(found[1]) == os.getpid() else f"process {found[1]}"
+    return MoeInspectError(f"{who} is still writing {root}: wait for it, or stop it")
