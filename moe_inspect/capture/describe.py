@@ -126,7 +126,7 @@ def describe(model: str, *, context: int | None = None, revision: str | None = N
     config = _config_of(model, revision, trust_remote_code)
     try:
         with torch.device("meta"):
-            built: Any = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            built: Any = auto_class(config, trust_remote_code).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
         raise MoeInspectError(f"cannot build a language model of {model}: {first_line(error)}") from error
     text = config.get_text_config()
