@@ -5,7 +5,6 @@ E experts, k of them a token.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from moe_inspect.capture.models import auto_class, load_config
+from moe_inspect.capture.models import auto_class, load_config, of_the_text_model
 from moe_inspect.capture.routers import Site, find_routers, top_k_of
 from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
+from moe_inspect.trace.config import read_config
 
 PARTS = ("embeddings", "attention", "dense", "router", "shared experts", "routed experts", "output head", "norms and others")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
@@ -156,15 +156,14 @@ def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any
     manifest = path / schema.MANIFEST
     if not (path.is_file() or manifest.is_file()):
         return load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    known = read_config(manifest if manifest.is_file() else path)
+    kind = known.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise MoeInspectError(f"{model} is of no model type that transformers knows: {kind!r}")
     try:
-        written = json.loads((manifest if manifest.is_file() else path).read_text())
-        known = dict(written["model"]["config"] if manifest.is_file() else written)
-        kind = known.pop("model_type", None)
-        if kind not in CONFIG_MAPPING:
-            raise MoeInspectError(f"{model} is of no model type that transformers knows: {kind!r}")
-        return AutoConfig.for_model(kind, **known)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise MoeInspectError(f"{model} is no model's config: {first_line(error)}") from None
+        return of_the_text_model(AutoConfig.for_model(kind, **known))
+    except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
+        raise MoeInspectError(f"{model} is no model's config: {first_line(error)}") from error
 
 
 def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
+from moe_inspect.trace.config import read_config
 
 
 def model_location(name: str) -> str:
@@ -51,11 +52,15 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's config; MoeInspectError where there is no such model."""
     from transformers import AutoConfig
+    from transformers.utils import CONFIG_NAME, cached_file
 
     refuse_unless_found(name, revision)
     location = model_location(name)
     try:
+        read_config(Path(cached_file(location, CONFIG_NAME, revision=revision) or ""))  # before anything is built by it
         return of_the_text_model(AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code))
+    except MoeInspectError:
+        raise
     except Exception as error:  # whatever a broken config.json makes transformers raise, the file is the user's
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise MoeInspectError(
