@@ -85,9 +85,9 @@ def _splits(tokens: _Tokens, words: bool) -> np.ndarray:
 
 
 def _boundary(left: _Tokens, place: int, words: bool) -> int:
-    """The last split at or before the character `place`: what repeats itself is then tokenized in step."""
+    """The last split at or (not by more than half a piece) before the character `place`: what repeats itself is then tokenized in step."""
     starts = left.start[_splits(left, words)]
-    before = starts[starts <= place]
+    before = starts[(starts <= place) & (starts >= place - PIECE // 2)]
     return int(before[-1]) if len(before) else place
 
 
