@@ -13,12 +13,24 @@ from typing import Any
 import pandas as pd
 
 from moe_inspect.capture.models import auto_class, load_config, of_the_text_model
-from moe_inspect.capture.routers import Site, find_routers, top_k_of
+from moe_inspect.capture.routers import TOWER, Site, find_routers, top_k_of
 from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.config import read_config
 
-PARTS = ("embeddings", "attention", "dense", "router", "shared experts", "routed experts", "output head", "norms and others")
+PARTS = (
+    "embeddings",
+    "attention",
+    "dense",
+    "router",
+    "shared experts",
+    "routed experts",
+    "output head",
+    "norms and others",
+    "vision and audio",
+)
+# of a multimodal model: what a token of text does not meet
+NOT_TEXT = re.compile(TOWER.pattern + r"|(?:^|\.)(?:multi_modal_projector|resampler_model|view_separator|perception_emb_norm)(?:\.|$)")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 # dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets: A100 SXM, H100 SXM, H200 SXM, B200 SXM
 PEAK_FLOPS = {"a100": 312e12, "h100": 989.4e12, "h200": 989.4e12, "b200": 2250e12}
@@ -140,7 +152,7 @@ def describe(model: str, *, context: int | None = None, revision: str | None = N
         made.routers = [(s.layer, s.experts, top_k_of(s, built)) for s in sites]
         made.scoring, made.shared_experts = sites[0].scoring, sites[0].shared_experts
     _count_parameters(made, built, sites)
-    made.score_width = sum(_score_width(m, text) for m in built.modules())
+    made.score_width = sum(_score_width(m, text) for name, m in built.named_modules() if not NOT_TEXT.search(name))
     return made
 
 
@@ -175,10 +187,10 @@ def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
         share = next((s for prefix, s in share_of.items() if name.startswith(prefix)), None)
         part = "routed experts" if share is not None else _part_of(name, parameter, embedded, head, routers)
         n = parameter.numel()
-        active = n if share is None else round(n * share)
+        active = 0 if part == PARTS[-1] else n if share is None else round(n * share)
         made.total[part] += n
         made.active[part] += active
-        if parameter.dim() > 1 and (part != "embeddings" or tied):  # a lookup multiplies nothing
+        if parameter.dim() > 1 and part != PARTS[-1] and (part != "embeddings" or tied):  # a lookup multiplies nothing
             made.products_total += n
             made.products_active += active
 
@@ -194,6 +206,8 @@ def _expert_prefixes(built: Any, site: Site) -> list[str]:
 
 
 def _part_of(name: str, parameter: Any, embedded: Any, head: Any, routers: set[str]) -> str:
+    if NOT_TEXT.search(name):
+        return PARTS[-1]
     if parameter is embedded.weight:
         return "embeddings"
     if head is not None and parameter is head.weight:

@@ -29,7 +29,7 @@ MOST_WIDTH, MOST_BYTES = 2**24, 2**24
 SIZES = (  # a key of a config, in its parts too → the largest number it may state
     (re.compile(r"(layers|n_layer|depths?|num_blocks)$"), MOST_LAYERS),
     (re.compile(r"(experts|experts_per_tok|experts_per_token|expert_num)$"), MOST_EXPERTS),
-    (re.compile(r"vocab_size"), MOST_WORDS),
+    (re.compile(r"^vocab_size"), MOST_WORDS),
     (re.compile(r"(_size|_dim|_rank|_heads|n_head|d_model|d_ff|d_kv|n_embd|n_inner)$"), MOST_WIDTH),
 )
 
