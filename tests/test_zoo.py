@@ -219,8 +219,13 @@ def test_a_saved_model_routes_as_the_one_that_was_saved(family: str, with_towers
     """What `moe-inspect trace` recorded, and what the model before it was saved gives for the same tokens."""
     tokens, routing = found(family, with_towers)[2]
     model = zoo.build_with_towers(family) if with_towers else zoo.build(family)
+    for name, buffer in model.named_buffers():
+        if name.endswith("balancing_biases"):
+            buffer[-1] = -1.0  # of Zaya's choice to skip: transformers sets it so while loading, whatever was saved
     if "encode" in set(tokens.phase):
         return  # what its decoder is fed, the command makes: tests/test_seq2seq.py
+    if family == "llama4" and with_towers:
+        model = model.language_model  # the whole one's own forward fails on text alone in transformers 5.24
     rows = [rows.token_id.tolist() for _, rows in tokens.groupby("sequence", sort=False)]
     assert len(rows) == len(TEXTS)
     with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
