@@ -12,9 +12,11 @@ class MoeInspectError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The reason the system gives, else the first line of the message, else the name of the error's class."""
+    """The reason the system gives, else the first line of the message (with the next, where it ends in a colon), else the name of the
+    error's class."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextmanager

@@ -46,8 +46,8 @@ WORDS = [
 ]
 
 
-def save(family: str, path: Path) -> Path:
-    """A tiny random model of this family with a small tokenizer, as a directory."""
+def save_tokenizer(path: Path) -> None:
+    """A small tokenizer by bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,6 +59,11 @@ def save(family: str, path: Path) -> Path:
     tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+
+
+def save(family: str, path: Path) -> Path:
+    """A tiny random model of this family with a small tokenizer, as a directory."""
+    save_tokenizer(path)
     build(family).save_pretrained(path)
     return path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_inspect.capture import tokenize
 from moe_inspect.capture.corpus import (
     CorpusStats,
     Frame,
@@ -28,6 +31,7 @@ from moe_inspect.capture.corpus import (
     with_documents,
 )
 from moe_inspect.errors import MoeInspectError
+from tests.conftest import ROOT
 
 
 class Characters:
@@ -221,3 +225,93 @@ def test_the_plan_sees_changed_data(tmp_path: Path) -> None:
     assert before == Plan(find_sources([str(tmp_path / "a.txt")])).options()
     (tmp_path / "a.txt").write_text("two")
     assert before != Plan(find_sources([str(tmp_path / "a.txt")])).options()
+
+
+# --- long texts, tokenized in pieces
+
+
+def fast(model: Any, trainer: Any, pre_tokenizer: Any = None, normalizer: Any = None) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.Tokenizer(model)
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.train_from_iterator([(ROOT / "README.md").read_text()[:9000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@cache
+def tokenizer_of(kind: str) -> Any:
+    """By bytes, by pieces of words, by likelihood, and (as SentencePiece's BPE) without words."""
+    models, trainers, pre = tokenizers.models, tokenizers.trainers, tokenizers.pre_tokenizers
+    options = {"vocab_size": 400, "show_progress": False}
+    unknown = {**options, "special_tokens": ["<unk>"]}
+    sentencepiece = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    if kind == "bytes":
+        return fast(models.BPE(), trainers.BpeTrainer(**options, initial_alphabet=pre.ByteLevel.alphabet()), pre.ByteLevel())
+    if kind == "wordpiece":
+        trainer = trainers.WordPieceTrainer(**unknown)
+        return fast(models.WordPiece(unk_token="<unk>"), trainer, pre.BertPreTokenizer(), tokenizers.normalizers.BertNormalizer())
+    if kind == "unigram":
+        return fast(models.Unigram(), trainers.UnigramTrainer(**unknown, unk_token="<unk>"), pre.Metaspace())
+    return fast(models.BPE(unk_token="<unk>"), trainers.BpeTrainer(**unknown, max_token_length=12), None, sentencepiece)
+
+
+def long_text(characters: int) -> str:
+    """Prose, code, several scripts, runs of one character, words of thousands, combining marks."""
+    rng = np.random.default_rng(0)
+    prose = (ROOT / "README.md").read_text() + (ROOT / "tests" / "test_corpus.py").read_text()
+    parts: list[str] = []
+    while sum(map(len, parts)) < characters:
+        at, n = int(rng.integers(len(prose))), int(rng.integers(1, 900))
+        kinds = [
+            prose[at : at + 3 * n],
+            " " * n,
+            "ab" * n,
+            "-=" * n,
+            "日本語のテキスト😀e\u0301\n" * (n // 20),
+            "\r\n" * (n // 4),
+            "Zürich1234 " * (n // 9),
+        ]
+        parts.append(kinds[int(rng.choice(len(kinds), p=[0.7, *[0.05] * 6]))])
+    return "".join(parts)[:characters]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "wordpiece", "unigram", "no words"])
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, text = tokenizer_of(kind), long_text(30_000)
+    whole = np.array(tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0])
+    monkeypatch.setattr(tokenize, "PIECE", 4000)
+    monkeypatch.setattr(tokenize, "OVERLAP", 300)
+    assert tokenize.token_ids(["short", text], tokenizer)[1].tolist() == whole.tolist()
+    cut = tokenizer([text[at : at + 4000] for at in range(0, len(text), 4000)], add_special_tokens=False, verbose=False)["input_ids"]
+    assert [i for ids in cut for i in ids] != whole.tolist()  # control: cut anywhere, the tokens are others
+
+
+def test_a_repetition_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No split to join pieces at: nothing is lost, and a token at each cut may be another."""
+    monkeypatch.setattr(tokenize, "PIECE", 1000)
+    tokenizer = tokenizer_of("bytes")
+    ids = tokenize.token_ids(["a" * 3_000 + " b"], tokenizer)[0]
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", "") == "a" * 3_000 + "b"
+
+
+def test_memory_does_not_grow_with_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer's memory goes by what it is given at once: never more than two pieces, of one text or of many."""
+    monkeypatch.setattr(tokenize, "PIECE", 1000)
+    monkeypatch.setattr(tokenize, "OVERLAP", 200)
+    inner, given = tokenizer_of("bytes"), []
+
+    class Watched:
+        is_fast = True
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            given.append(sum(map(len, texts)))
+            return inner(texts, **options)
+
+    texts = [long_text(9_000), *["a few words"] * 300]
+    assert [len(ids) for ids in tokenize.token_ids(texts, Watched())] == [len(ids) for ids in inner(texts)["input_ids"]]
+    assert sum(given) > 9_000 + 300 * len("a few words")  # control: all of it was given
+    assert max(given) <= 2000

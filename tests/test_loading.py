@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from tests.conftest import Cli
+from moe_inspect.trace.config import read_config, read_facts
+from tests import zoo
+from tests.conftest import ROOT, Cli
 from tests.families import build
-from tests.test_cli_trace import save, write_jsonl
+from tests.test_cli_trace import save, save_tokenizer, write_jsonl
 
 CONFIGURATION = """
 from transformers import OlmoeConfig
@@ -101,3 +103,124 @@ def test_kernels_of_the_hub_that_bypass_the_experts_are_refused(tmp_path: Path) 
     with moe_inspect.record(model, tmp_path / "u"):  # control
         model(batch)
     assert moe_inspect.open_trace(tmp_path / "u").n_tokens == batch.numel()
+
+
+# --- models with towers
+
+
+@pytest.fixture
+def multimodal(tmp_path: Path) -> Path:
+    """Qwen3-VL-MoE as its checkpoint is: `architectures` says ForConditionalGeneration."""
+    zoo.build("qwen3_vl_moe").save_pretrained(tmp_path / "vl")
+    save_tokenizer(tmp_path / "vl")
+    assert json.loads((tmp_path / "vl" / "config.json").read_text())["architectures"] == ["Qwen3VLMoeForConditionalGeneration"]
+    return tmp_path / "vl"
+
+
+def test_text_goes_through_a_multimodal_model(multimodal: Path, tmp_path: Path, cli_here: Cli) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", documents=4, words=9)
+    for options in ([], ["--random-init", "1"], ["--generate", "2"]):
+        cli_here("trace", multimodal, "-o", "t", "--data", data, "--overwrite", *options)
+        trace = moe_inspect.open_trace(tmp_path / "t")
+        assert trace.manifest["model"]["class"] == "Qwen3VLMoeForConditionalGeneration"
+        assert all("language_model" in r.path for r in trace.routers)
+        assert len(trace.routing()) == trace.n_tokens * len(trace.routers)
+    facts = {key: value for key, value, _ in moe_inspect.describe(str(multimodal)).facts()}
+    model = zoo.build("qwen3_vl_moe")
+    towers = sum(p.numel() for name, p in model.named_parameters() if ".visual." in name)
+    assert facts["parameters.vision_and_audio.total"] == towers > 0
+    assert facts["parameters.vision_and_audio.active"] == 0
+    assert facts["parameters.total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_without_a_tokenizer_is_refused(multimodal: Path, tmp_path: Path, cli_here: Cli) -> None:
+    for file in multimodal.glob("tokenizer*"):
+        file.unlink()
+    data = write_jsonl(tmp_path / "data.jsonl", documents=2, words=9)
+    refused = cli_here("trace", multimodal, "-o", "t", "--data", data, check=1)
+    assert refused.stderr.splitlines()[-1].startswith("error: ")
+    assert "tokenizer" in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "t").exists()
+    cli_here("describe", multimodal)  # which needs none
+
+
+def test_of_a_model_that_speaks_the_part_that_reads_is_traced(tmp_path: Path, cli_here: Cli) -> None:
+    """Qwen3-Omni as its checkpoint is: thinker and talker in one."""
+    thinker = zoo.build("qwen3_omni_moe")
+    whole = {"model_type": "qwen3_omni_moe", "architectures": ["Qwen3OmniMoeForConditionalGeneration"]}
+    (tmp_path / "omni").mkdir()
+    (tmp_path / "omni" / "config.json").write_text(json.dumps({**whole, "thinker_config": json.loads(thinker.config.to_json_string())}))
+    thinker.save_pretrained(tmp_path / "thinker")
+    tensors = load_file(tmp_path / "thinker" / "model.safetensors")
+    talker = {"talker.model.norm.weight": torch.ones(3)}
+    named = {f"thinker.{name}": tensor for name, tensor in tensors.items()} | talker
+    save_file(named, tmp_path / "omni" / "model.safetensors", metadata={"format": "pt"})
+    save_tokenizer(tmp_path / "omni")
+    data = write_jsonl(tmp_path / "data.jsonl", documents=2, words=9)
+    cli_here("trace", tmp_path / "omni", "-o", "t", "--data", data)
+    assert moe_inspect.open_trace(tmp_path / "t").manifest["model"]["class"] == "Qwen3OmniMoeThinkerForConditionalGeneration"
+    assert moe_inspect.describe(str(tmp_path / "omni")).kind == "Qwen3OmniMoeThinkerForConditionalGeneration"
+
+
+def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
+    """A padding token that only the tokenizer has is no reason to refuse; text of such tokens is."""
+    from transformers import AutoTokenizer
+
+    model = save("olmoe", tmp_path / "m")
+    data = write_jsonl(tmp_path / "data.jsonl", documents=4, words=9)
+    cli_here("trace", model, "-o", "as-it-was", "--data", data)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    assert tokenizer.pad_token_id == 300
+    cli_here("trace", model, "-o", "padded", "--data", data)
+    assert moe_inspect.open_trace(tmp_path / "padded").routing().equals(moe_inspect.open_trace(tmp_path / "as-it-was").routing())
+    (tmp_path / "odd.txt").write_text("the cat [PAD] sat")
+    for options in ([], ["--generate", "2"]):
+        refused = cli_here("trace", model, "-o", "odd", "--data", tmp_path / "odd.txt", *options, check=1)
+        assert "token id 300 of the tokenizer, and the model has 300 embeddings" in refused.stderr.splitlines()[-1]
+
+
+# --- sizes that no model has
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and no model has more than 4,096"),
+        ({"n_routed_experts": 10**9}, "n_routed_experts is 1000000000, and no model has more than 65,535"),
+        ({"vocab_size": 10**40}, "vocab_size is 10000000000000000000, and no model has more than 4,194,304"),
+        ({"text_config": {"hidden_size": 10**9}}, "hidden_size is 1000000000, and no model has more than 16,777,216"),
+        ({"num_hidden_layers": float("inf")}, "num_hidden_layers is inf, and no model has more than 4,096"),
+        ({"num_experts_per_tok": 300}, "300 experts per token of only 256"),
+        ('{"a": ' + "[" * 10**5, "it is nested too deeply"),
+        ('{"a": "' + "a" * 2**24 + '"}', "bytes are more than 16,777,216"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_built(changed: Any, says: str, tmp_path: Path, cli_here: Cli) -> None:
+    config = tmp_path / "m" / "config.json"
+    config.parent.mkdir()
+    save_tokenizer(config.parent)
+    known = json.loads((ROOT / "docs" / "configs" / "deepseek-v3.json").read_text())
+    config.write_text(changed if isinstance(changed, str) else json.dumps(known | changed))
+    data = write_jsonl(tmp_path / "data.jsonl", documents=2, words=9)
+    for command in (
+        ("describe", config.parent),
+        ("describe", config),
+        ("trace", config.parent, "-o", "t", "--data", data, "--random-init", 0),
+        ("import", "counts", data, "-o", "t", "--config", config),
+    ):
+        refused = cli_here(*command, check=1)
+        assert refused.stderr.startswith("error: ")
+        assert refused.stderr.count("\n") == 1
+        assert says in refused.stderr
+    assert not (tmp_path / "t").exists()
+
+
+def test_sizes_that_models_have_are_not(tmp_path: Path) -> None:
+    for path in (ROOT / "docs" / "configs").glob("*.json"):
+        assert read_config(path)
+    assert read_facts(ROOT / "docs" / "configs" / "deepseek-v3.json").layers == 61
+    for family in zoo.FAMILIES:
+        (tmp_path / "config.json").write_text(zoo.model_class(family).config_class().to_json_string())
+        assert read_config(tmp_path / "config.json")

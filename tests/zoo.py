@@ -149,15 +149,42 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+# Released with towers, where `model_class` picks the text-only class: the class that is saved, and what its config needs.
+WITH_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "aria": (
+        "AriaForConditionalGeneration",
+        {"vision_config": TOWER | {"model_type": "idefics3_vision", "image_size": 28, "patch_size": 14}},
+    ),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": OVERRIDES["gemma4"],
+            "vision_config": TOWER | {"model_type": "gemma4_vision", "position_embedding_size": 16},
+            "audio_config": TOWER | {"model_type": "gemma4_audio"},
+        },
+    ),
+    "inkling2": ("Inkling2ForConditionalGeneration", {"vision_config": {"text_hidden_size": 32}}),
+    "llama4": ("Llama4ForConditionalGeneration", {"text_config": OVERRIDES["llama4"], "vision_config": {"vision_output_dim": 32}}),
+    "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", {}),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", {}),
+    "qwen4_exp": ("Qwen4ExpForConditionalGeneration", {"text_config": OVERRIDES["qwen4_exp"]}),
+}
+WITH_TOWERS = {family: made for family, made in WITH_TOWERS.items() if family in FAMILIES}  # a release may lack some
+
 SPREAD = 0.07  # of selection biases: enough to change choices, not so much that they alone choose
 
 
-def model_class(family: str) -> type[hf.PreTrainedModel]:
+def _classes(family: str) -> dict[str, type[hf.PreTrainedModel]]:
     classes: dict[str, type] = {}
     for file in sorted((PACKAGE / family).glob("modeling_*.py")):
         module = importlib.import_module(f"transformers.models.{family}.{file.stem}")
         own = (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__)
         classes |= {c.__name__: c for c in own if issubclass(c, hf.PreTrainedModel)}
+    return classes
+
+
+def model_class(family: str) -> type[hf.PreTrainedModel]:
+    classes = _classes(family)
     named = [CLASSES[family]] if family in CLASSES else [n for end in ENDINGS for n in classes if n.endswith(end)]
     return classes[named[0]]
 
@@ -182,7 +209,18 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any
     """A tiny random model in eval mode whose routers do choose: what a checkpoint would bring and random weights leave at a
     constant (selection biases, scales, a table of hashed experts, one family's gate) is random too."""
     torch.manual_seed(seed)
-    model = model_class(family)._from_config(config(family), dtype=dtype)
+    return _with_choices(model_class(family)._from_config(config(family), dtype=dtype))
+
+
+def build_with_towers(family: str, seed: int = 0) -> Any:
+    """As `build`, of the class that is released where the family has one of text alone too."""
+    name, overrides = WITH_TOWERS[family]
+    kind = _classes(family)[name]
+    torch.manual_seed(seed)
+    return _with_choices(kind._from_config(_shrink(kind.config_class, overrides), dtype=torch.float32))
+
+
+def _with_choices(model: Any) -> Any:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if re.search(r"(e_score_correction_bias|expert_bias|balancing_biases)$", name):
             tensor.data.normal_(std=SPREAD)
@@ -232,19 +270,28 @@ def routed_layers(model: Any) -> str:
     return ", ".join((f"{stack}: " if len(stacks) > 1 else "") + " ".join(map(str, sorted(layers))) for stack, layers in stacks.items())
 
 
-def page(how: dict[str, str]) -> str:
-    """The families and how each is traced, as Markdown."""
-    counts = {kind: sum(said.startswith(kind) for said in how.values()) for kind in ("dispatch", "tap", "adapter", "refused")}
+def page(how: dict[str, tuple[str, str]], with_towers: dict[str, tuple[str, str]]) -> str:
+    """The families and how each is traced, as Markdown: family → (class that was loaded, how)."""
+    counts = {kind: sum(said.startswith(kind) for _, said in how.values()) for kind in ("dispatch", "tap", "adapter", "refused")}
     lines = [
         f"# The {len(how)} Mixture-of-Experts families of transformers {hf.__version__}",
         "",
         f"{counts['dispatch']} can be traced by dispatch or tap, {counts['tap']} by tap, {counts['adapter']} by an adapter; "
-        f"{counts['refused']} are refused. Each is built as a tiny random model and compared with what it executes, found without the",
-        "hook (`tests/test_zoo.py`). Written by `make test-families`.",
+        f"{counts['refused']} are refused. Each is built as a tiny random model, saved to a directory",
+        "with a tokenizer and traced from there as `moe-inspect trace DIRECTORY` does; what the hook records is compared with what the model",
+        "executes, found without the hook (`tests/test_zoo.py`). Written by `make test-families`.",
         "",
-        "| family | class | |",
+        "| family | class loaded | |",
         "|---|---|---|",
-        *(f"| {f} | {model_class(f).__name__ if f not in WHY_NOT else ''} | {said} |" for f, said in how.items()),
+        *(f"| {family} | {kind} | {said} |" for family, (kind, said) in how.items()),
+        "",
+        "## Saved with their towers",
+        "",
+        "Families that have a class of text alone, saved as the multimodal model: text is fed, and the language model's routers are recorded.",
+        "",
+        "| saved | class loaded | |",
+        "|---|---|---|",
+        *(f"| {WITH_TOWERS[family][0]} | {kind} | {said} |" for family, (kind, said) in with_towers.items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from moe_inspect.capture.tokenize import token_ids
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace.writer import Document
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz")
-TEXTS_A_CALL = 64  # documents given to the tokenizer at once
+TEXTS_A_CALL = 64  # documents tokenized together
 WINDOW_BATCHES = 16  # sequences of so many batches are sorted by length together: less padding, bounded memory
 DOMAIN_FIELD = "domain"
 SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one
@@ -341,9 +342,9 @@ def sequences(
     document = sequence = 0
     waiting = iter(documents)
     while chunk := list(islice(waiting, TEXTS_A_CALL)):
-        encoded = tokenizer([text for _, _, text in chunk], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = token_ids([text for _, _, text in chunk], tokenizer)
         for (domain, source, _), ids in zip(chunk, encoded, strict=True):
-            pieces = [[*frame.before, *ids[at : at + room], *frame.after] for at in range(0, len(ids), room)]
+            pieces = [np.array([*frame.before, *ids[at : at + room], *frame.after], np.int32) for at in range(0, len(ids), room)]
             if generate and not whole and pieces and frame.after:
                 pieces[-1] = pieces[-1][: -len(frame.after)]
             pieces = list(_cut(pieces, left))
@@ -356,14 +357,14 @@ def sequences(
             stats.tokens += total
             for n, piece in enumerate(pieces):
                 continued = generate and n == len(pieces) - 1
-                yield Sequence_(document, sequence, domain, source, np.array(piece, np.int32), total, len(pieces), continued)
+                yield Sequence_(document, sequence, domain, source, piece, total, len(pieces), continued)
                 sequence += 1
             document, left = document + 1, left - total
             if left == 0:
                 return
 
 
-def _cut(pieces: list[list[int]], left: int) -> Iterator[list[int]]:
+def _cut(pieces: list[np.ndarray], left: int) -> Iterator[np.ndarray]:
     for piece in pieces:
         if left <= 0:
             return

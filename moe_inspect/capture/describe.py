@@ -5,7 +5,6 @@ E experts, k of them a token.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,25 @@ from typing import Any
 
 import pandas as pd
 
-from moe_inspect.capture.models import auto_class, load_config
-from moe_inspect.capture.routers import Site, find_routers, top_k_of
+from moe_inspect.capture.models import auto_class, load_config, of_the_text_model
+from moe_inspect.capture.routers import TOWER, Site, find_routers, top_k_of
 from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
+from moe_inspect.trace.config import read_config
 
-PARTS = ("embeddings", "attention", "dense", "router", "shared experts", "routed experts", "output head", "norms and others")
+PARTS = (
+    "embeddings",
+    "attention",
+    "dense",
+    "router",
+    "shared experts",
+    "routed experts",
+    "output head",
+    "norms and others",
+    "vision and audio",
+)
+# of a multimodal model: what a token of text does not meet
+NOT_TEXT = re.compile(TOWER.pattern + r"|(?:^|\.)(?:multi_modal_projector|resampler_model|view_separator|perception_emb_norm)(?:\.|$)")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 # dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets: A100 SXM, H100 SXM, H200 SXM, B200 SXM
 PEAK_FLOPS = {"a100": 312e12, "h100": 989.4e12, "h200": 989.4e12, "b200": 2250e12}
@@ -126,7 +138,7 @@ def describe(model: str, *, context: int | None = None, revision: str | None = N
     config = _config_of(model, revision, trust_remote_code)
     try:
         with torch.device("meta"):
-            built: Any = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            built: Any = auto_class(config, trust_remote_code).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
         raise MoeInspectError(f"cannot build a language model of {model}: {first_line(error)}") from error
     text = config.get_text_config()
@@ -140,7 +152,7 @@ def describe(model: str, *, context: int | None = None, revision: str | None = N
         made.routers = [(s.layer, s.experts, top_k_of(s, built)) for s in sites]
         made.scoring, made.shared_experts = sites[0].scoring, sites[0].shared_experts
     _count_parameters(made, built, sites)
-    made.score_width = sum(_score_width(m, text) for m in built.modules())
+    made.score_width = sum(_score_width(m, text) for name, m in built.named_modules() if not NOT_TEXT.search(name))
     return made
 
 
@@ -156,15 +168,14 @@ def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any
     manifest = path / schema.MANIFEST
     if not (path.is_file() or manifest.is_file()):
         return load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    known = read_config(manifest if manifest.is_file() else path)
+    kind = known.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise MoeInspectError(f"{model} is of no model type that transformers knows: {kind!r}")
     try:
-        written = json.loads((manifest if manifest.is_file() else path).read_text())
-        known = dict(written["model"]["config"] if manifest.is_file() else written)
-        kind = known.pop("model_type", None)
-        if kind not in CONFIG_MAPPING:
-            raise MoeInspectError(f"{model} is of no model type that transformers knows: {kind!r}")
-        return AutoConfig.for_model(kind, **known)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise MoeInspectError(f"{model} is no model's config: {first_line(error)}") from None
+        return of_the_text_model(AutoConfig.for_model(kind, **known))
+    except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
+        raise MoeInspectError(f"{model} is no model's config: {first_line(error)}") from error
 
 
 def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
@@ -176,10 +187,10 @@ def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
         share = next((s for prefix, s in share_of.items() if name.startswith(prefix)), None)
         part = "routed experts" if share is not None else _part_of(name, parameter, embedded, head, routers)
         n = parameter.numel()
-        active = n if share is None else round(n * share)
+        active = 0 if part == PARTS[-1] else n if share is None else round(n * share)
         made.total[part] += n
         made.active[part] += active
-        if parameter.dim() > 1 and (part != "embeddings" or tied):  # a lookup multiplies nothing
+        if parameter.dim() > 1 and part != PARTS[-1] and (part != "embeddings" or tied):  # a lookup multiplies nothing
             made.products_total += n
             made.products_active += active
 
@@ -195,6 +206,8 @@ def _expert_prefixes(built: Any, site: Site) -> list[str]:
 
 
 def _part_of(name: str, parameter: Any, embedded: Any, head: Any, routers: set[str]) -> str:
+    if NOT_TEXT.search(name):
+        return PARTS[-1]
     if parameter is embedded.weight:
         return "embeddings"
     if head is not None and parameter is head.weight:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError, first_line
 from moe_inspect.trace import schema
+from moe_inspect.trace.config import read_config
 
 
 def model_location(name: str) -> str:
@@ -51,11 +52,15 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's config; MoeInspectError where there is no such model."""
     from transformers import AutoConfig
+    from transformers.utils import CONFIG_NAME, cached_file
 
     refuse_unless_found(name, revision)
     location = model_location(name)
     try:
-        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        read_config(Path(cached_file(location, CONFIG_NAME, revision=revision) or ""))  # before anything is built by it
+        return of_the_text_model(AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code))
+    except MoeInspectError:
+        raise
     except Exception as error:  # whatever a broken config.json makes transformers raise, the file is the user's
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise MoeInspectError(
@@ -63,6 +68,11 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
             ) from None
         way_out = "" if Path(location).is_dir() else f": {HOW_TO_NAME}"
         raise MoeInspectError(f"cannot load model {name!r}: {first_line(error).rstrip('.')}{way_out}") from error
+
+
+def of_the_text_model(config: Any) -> Any:
+    """The config of the part that reads text, where that is a model of its own beside one that speaks (Qwen-Omni's thinker)."""
+    return getattr(config, "thinker_config", None) or config
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
@@ -86,11 +96,30 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     return tokenizer
 
 
-def auto_class(config: Any) -> Any:
-    """What transformers builds a language model of this config with."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+# What transformers builds a model of text with: the language model alone where it has a class for that, else with its towers
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
 
-    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
+    """The auto class of transformers that builds the language model of this config. MoeInspectError where it has none."""
+    import transformers
+
+    brought = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}  # by code of the model's own
+    able = [name for name, mapping in AUTO_CLASSES.items() if name in brought or type(config) in getattr(transformers, mapping)]
+    if not able:
+        raise MoeInspectError(f"transformers {transformers.__version__} has no language model of the type {config.model_type!r}")
+    classifies = str((config.architectures or [""])[0]).endswith("ForTokenClassification")
+    encodes = getattr(config, "is_encoder_decoder", False)
+    for name, wanted in (("AutoModelForTokenClassification", classifies), ("AutoModelForSeq2SeqLM", encodes)):
+        if wanted and name in able:
+            return getattr(transformers, name)
+    return getattr(transformers, able[0])
 
 
 def load_model(
@@ -122,10 +151,10 @@ def load_model(
         if random_init is not None:
             torch.manual_seed(random_init)
             wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
-            model: Any = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            model: Any = auto_class(config, trust_remote_code).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
             missing: set[str] = set()
         else:
-            both: Any = auto_class(config).from_pretrained(
+            both: Any = auto_class(config, trust_remote_code).from_pretrained(
                 model_location(name),
                 config=config,
                 revision=revision,

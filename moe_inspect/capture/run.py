@@ -232,7 +232,7 @@ def feed(
 ) -> int:
     """One forward pass over right-padded rows; returns the tokens fed, padding not counted."""
     lengths = [len(s.ids) for s in batch]
-    ids_BS, mask_BS = padded(batch, tokenizer)
+    ids_BS, mask_BS = padded(batch, tokenizer, network)
     recorder.expect(
         Rows(
             real=mask_BS.reshape(-1),
@@ -250,17 +250,30 @@ def feed(
     return sum(lengths)
 
 
-def padded(batch: list[Sequence_], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int64, mask bool) [B, S] of right-padded rows."""
+def padded(batch: list[Sequence_], tokenizer: Any, network: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int64, mask bool) [B, S] of right-padded rows. A padding token that was added to the tokenizer alone has no embedding: 0
+    stands for it."""
     lengths = np.array([len(s.ids) for s in batch])
     mask_BS = np.arange(lengths.max()) < lengths[:, None]
-    ids_BS = np.full(mask_BS.shape, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, np.int64)
+    known = embeddings(network)
+    pad = tokenizer.pad_token_id
+    ids_BS = np.full(mask_BS.shape, 0 if pad is None or (known is not None and pad >= known) else pad, np.int64)
     ids_BS[mask_BS] = np.concatenate([s.ids for s in batch])
     return ids_BS, mask_BS
 
 
+def embeddings(network: Any) -> int | None:
+    """How many token ids the model knows, where it says so."""
+    try:
+        return getattr(network.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # code of a model's own may not say
+        return None
+
+
 def forward(network: Any, ids_BS: torch.Tensor, name: str = "input_ids", **options: Any) -> Any:
     """The model's output of these tokens; MoeInspectError where they are too many for the device."""
+    if (known := embeddings(network)) is not None and (most := int(ids_BS.max())) >= known:
+        raise MoeInspectError(f"token id {most} of the tokenizer, and the model has {known:,} embeddings: the tokenizer is another model's")
     device = next(network.parameters()).device
     try:
         return network(**{name: ids_BS.to(device)}, **options)

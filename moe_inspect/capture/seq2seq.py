@@ -64,7 +64,7 @@ def translate(
         )
         return int(real_BS.sum())
 
-    ids_BS, mask_BS = padded(batch, tokenizer)
+    ids_BS, mask_BS = padded(batch, tokenizer, network)
     mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
     fed = expect("encoder", ids_BS, mask_BS, 0, 0, "encode")
     usual: dict[str, Any] = {"attention_mask": mask, "use_cache": True, **last_logits(network)}

@@ -7,6 +7,7 @@ blocks has experts in all of them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError, first_line
+from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 
 INNER = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -23,6 +25,13 @@ EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_expe
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
 SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 MOST_LAYERS, MOST_EXPERTS, MOST_WORDS = 4096, 65_535, 2**22  # no model is near; what a hostile config could ask for
+MOST_WIDTH, MOST_BYTES = 2**24, 2**24
+SIZES = (  # a key of a config, in its parts too → the largest number it may state
+    (re.compile(r"(layers|n_layer|depths?|num_blocks)$"), MOST_LAYERS),
+    (re.compile(r"(experts|experts_per_tok|experts_per_token|expert_num)$"), MOST_EXPERTS),
+    (re.compile(r"^vocab_size"), MOST_WORDS),
+    (re.compile(r"(_size|_dim|_rank|_heads|n_head|d_model|d_ff|d_kv|n_embd|n_inner)$"), MOST_WIDTH),
+)
 
 
 @dataclass(frozen=True)
@@ -59,15 +68,42 @@ def read_facts(model: str | Path) -> ModelFacts:
     """`model`: a config.json (or a JSON file of the same keys), a directory that holds one, a trace, "demo", or a hub id (through
     huggingface_hub, where it is installed)."""
     path, tokenizer = _config_file(str(model))
+    return facts_of(read_config(path), str(model), path, tokenizer)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The model's config in a config.json or a trace's manifest. MoeInspectError where it is none, or states a size that no model has:
+    what is built by it would take all memory."""
     try:
+        if path.name != schema.MANIFEST and (size := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"{size:,} bytes are more than {MOST_BYTES:,}")
         written = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise MoeInspectError(f"{path} is no model's config: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
         raise MoeInspectError(f"{path} is no model's config: {first_line(error)}") from None
-    if path.name == "trace.json" and isinstance(written, dict) and isinstance(written.get("model"), dict):
+    if path.name == schema.MANIFEST and isinstance(written, dict) and isinstance(written.get("model"), dict):
         written = written["model"].get("config")
     if not isinstance(written, dict):
         raise MoeInspectError(f"{path} is no model's config: it holds no object")
-    return facts_of(written, str(model), path, tokenizer)
+    _refuse_impossible_sizes(written, path)
+    return written
+
+
+def _refuse_impossible_sizes(config: dict[str, Any], where: object) -> None:
+    parts: list[Any] = [config]
+    while parts:
+        part = parts.pop()
+        for key, value in part.items() if isinstance(part, dict) else ():
+            most = next((most for pattern, most in SIZES if pattern.search(key)), None)
+            for stated in value if isinstance(value, list) else [value]:
+                if most is not None and isinstance(stated, int | float) and stated > most:
+                    raise MoeInspectError(f"{where}: {key} is {str(stated)[:20]}, and no model has more than {most:,}")
+        if isinstance(part, dict):
+            top_k, experts = (max((v for k in keys if type(v := part.get(k)) is int), default=0) for keys in (TOP_K, EXPERTS))
+            if top_k > experts > 1:
+                raise MoeInspectError(f"{where}: {top_k} experts per token of only {experts}")
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def facts_of(config: dict[str, Any], name: str, where: object, tokenizer: Path | None = None) -> ModelFacts:
