@@ -6,7 +6,6 @@ import builtins
 import csv
 import errno
 import io
-import json
 import os
 import re
 import resource
@@ -32,8 +31,8 @@ from moe_inspect.errors import first_line
 from moe_inspect.report.report import report
 from moe_inspect.text import printable
 from moe_inspect.trace import writer
-from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.reader import Trace, read_manifest
+from moe_inspect.trace.schema import Router, write_manifest
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.synthetic import uniform_ids
@@ -217,8 +216,7 @@ def test_a_full_disk_is_named_with_what_was_to_be_written(command: str, here: Pa
 
 def test_resuming_on_a_full_disk(here: Path) -> None:
     fine(run("trace"))
-    manifest = json.loads((here / "new/trace.json").read_text())
-    (here / "new/trace.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    write_manifest(here / "new", {**read_manifest(here / "new"), "status": "interrupted"})
     whole = sorted(p.name for p in (here / "new").rglob("*"))
     with disk_of(10):
         one_line(run("trace", "--resume"), "cannot write new: File too large")
