@@ -16,7 +16,6 @@ import os
 import re
 import socket
 import stat
-import sys
 import time
 import uuid
 import weakref
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from moe_inspect.errors import MoeInspectError, first_line
+from moe_inspect.text import say
 
 LOCK = ".lock"
 PATIENCE_S = 0.5  # whoever only looks whether a trace is locked holds its lock for less
@@ -115,7 +115,7 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
         try:
             got = _flock(file, exclusive)
             if got is None:
-                print(f"warning: the file system of {root} has no locks: make sure that nothing else writes there", file=sys.stderr)
+                say(f"warning: the file system of {root} has no locks: make sure that nothing else writes there")
                 return file
             if got and _is_at(file, root / LOCK):
                 return file
