@@ -16,14 +16,14 @@ import os
 import re
 import socket
 import stat
-import sys
 import time
 import uuid
 import weakref
 from pathlib import Path
 from types import TracebackType
 
-from moe_inspect.errors import MoeInspectError, first_line
+from moe_inspect.errors import MoeInspectError, first_line, writing
+from moe_inspect.text import say
 
 LOCK = ".lock"
 PATIENCE_S = 0.5  # whoever only looks whether a trace is locked holds its lock for less
@@ -74,17 +74,17 @@ def hold(root: Path, *, shared: bool = False, wait: bool = False) -> Lock:
     with `wait`, waits for it. `shared`: other ranks will `join`."""
     job = f"{os.getpid()} {socket.gethostname()} {uuid.uuid4().hex}"
     file = _locked(root, exclusive=True, wait=wait)
+    lock = Lock(root, file, job)
     try:
-        os.ftruncate(file, 0)
-        os.pwrite(file, job.encode(errors="replace"), 0)
-        if shared and _flock(file, exclusive=False) is False:
-            raise _refusal(root, file)
-    except BaseException as error:
-        os.close(file)
-        if isinstance(error, OSError):
-            raise _cannot_write(root, error) from None
+        with writing(root):
+            os.ftruncate(file, 0)
+            os.pwrite(file, job.encode(errors="replace"), 0)
+            if shared and _flock(file, exclusive=False) is False:
+                raise _refusal(root, file)
+    except BaseException:
+        lock.release()
         raise
-    return Lock(root, file, job)
+    return lock
 
 
 def join(root: Path, job: str) -> Lock:
@@ -115,7 +115,7 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
         try:
             got = _flock(file, exclusive)
             if got is None:
-                print(f"warning: the file system of {root} has no locks: make sure that nothing else writes there", file=sys.stderr)
+                say(f"warning: the file system of {root} has no locks: make sure that nothing else writes there")
                 return file
             if got and _is_at(file, root / LOCK):
                 return file
