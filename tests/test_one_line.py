@@ -31,10 +31,11 @@ from moe_inspect.errors import first_line
 from moe_inspect.report.report import report
 from moe_inspect.text import printable
 from moe_inspect.trace import writer
-from moe_inspect.trace.reader import Trace, read_manifest
-from moe_inspect.trace.schema import Router, write_manifest
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from tests.damage import edit_manifest
 from tests.synthetic import uniform_ids
 
 HOSTILE = "a\x1b]0;b\x07\x9b2J\u202ec\u2066"  # OSC, C1, direction marks
@@ -216,7 +217,7 @@ def test_a_full_disk_is_named_with_what_was_to_be_written(command: str, here: Pa
 
 def test_resuming_on_a_full_disk(here: Path) -> None:
     fine(run("trace"))
-    write_manifest(here / "new", {**read_manifest(here / "new"), "status": "interrupted"})
+    edit_manifest(here / "new", status="interrupted")
     whole = sorted(p.name for p in (here / "new").rglob("*"))
     with disk_of(10):
         one_line(run("trace", "--resume"), "cannot write new: File too large")

@@ -22,7 +22,7 @@ import weakref
 from pathlib import Path
 from types import TracebackType
 
-from moe_inspect.errors import MoeInspectError, first_line
+from moe_inspect.errors import MoeInspectError, first_line, writing
 from moe_inspect.text import say
 
 LOCK = ".lock"
@@ -74,17 +74,17 @@ def hold(root: Path, *, shared: bool = False, wait: bool = False) -> Lock:
     with `wait`, waits for it. `shared`: other ranks will `join`."""
     job = f"{os.getpid()} {socket.gethostname()} {uuid.uuid4().hex}"
     file = _locked(root, exclusive=True, wait=wait)
+    lock = Lock(root, file, job)
     try:
-        os.ftruncate(file, 0)
-        os.pwrite(file, job.encode(errors="replace"), 0)
-        if shared and _flock(file, exclusive=False) is False:
-            raise _refusal(root, file)
-    except BaseException as error:
-        os.close(file)
-        if isinstance(error, OSError):
-            raise _cannot_write(root, error) from None
+        with writing(root):
+            os.ftruncate(file, 0)
+            os.pwrite(file, job.encode(errors="replace"), 0)
+            if shared and _flock(file, exclusive=False) is False:
+                raise _refusal(root, file)
+    except BaseException:
+        lock.release()
         raise
-    return Lock(root, file, job)
+    return lock
 
 
 def join(root: Path, job: str) -> Lock:
