@@ -23,12 +23,14 @@ ROUTED = [layer for layer in range(LAYERS) if layer != DENSE]
 
 @dataclass(frozen=True)
 class Made:
-    """What was written: where, and for decisions the ids [T, K] of each router in the order of the trace, for counts the load [E]."""
+    """What was written: where, and for decisions the ids [T, K] of each router in the order of the trace (and their weights), for counts
+    the load [E]."""
 
     source: Path
     ids: list[np.ndarray] | None = None
     load: list[np.ndarray] | None = None
     config: bool = True
+    weights: np.ndarray | None = None  # [T, K] of every router
 
 
 MAKERS: dict[str, Callable[[Path], Made]] = {}
@@ -303,13 +305,13 @@ def esft(root: Path) -> Made:
     folder = root / "law"
     folder.mkdir()
     ids = drawn(10, 4)
+    weights = np.array([[0.5 + t / 64, 0.25 - t / 64] for t in range(10)])
     for layer, ids_TK in zip(ROUTED, ids, strict=True):
         text = ""
-        for part in np.split(ids_TK, [4]):
-            left = "\t".join(map(str, part.reshape(-1)))
-            text += f"{left}\t\t" + "\t".join(["0.25"] * part.size) + "\n"
+        for part in (slice(4), slice(4, None)):
+            text += "\t\t".join("\t".join(map(str, values[part].reshape(-1))) for values in (ids_TK, weights)) + "\n"
         (folder / f"expert_weights_{layer}.txt").write_text(text)
-    return Made(folder, ids)
+    return Made(folder, ids, weights=weights)
 
 
 @maker("fiddler")

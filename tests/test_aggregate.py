@@ -72,15 +72,17 @@ def test_counts_are_those_of_counting_by_hand(tmp_path: Path):
         assert counts.load_E(r).tolist() == np.bincount(ids_TK[there], minlength=E).tolist()
         assert counts.of[r].null_slots == (~there).sum()
         assert counts.load_E(r).sum() == T * K - (~there).sum()
+        sums_DE = counts.of[r].weight_sum_DE
+        assert sums_DE is not None
         for d, domain in enumerate(counts.domains):
             mine = (domain_T == domain)[:, None] & there
             assert counts.assignments_DE(r)[d].tolist() == np.bincount(ids_TK[mine], minlength=E).tolist()
+            # the writer keeps weights to fp16 precision
+            np.testing.assert_allclose(sums_DE[d], np.bincount(ids_TK[mine], given_["weights"][r][mine], E), rtol=1e-3)
         heaviest = np.where(there, given_["weights"][r].astype(np.float16), -1).argmax(1)[:, None]
         first = np.take_along_axis(ids_TK, heaviest, 1)[there.any(1)]
         assert counts.first_choice_E(r).tolist() == np.bincount(first[:, 0], minlength=E).tolist()
-        # the writer keeps weights to fp16 precision
-        sums_E = np.bincount(ids_TK[there], given_["weights"][r][there], E)
-        np.testing.assert_allclose(counts.weight_sum_E(r), sums_E, rtol=1e-3)
+        assert counts.weight_sum_E(r).tolist() == sums_DE.sum(0).tolist()
     assert counts.tokens_D.tolist() == [int((domain_T == d).sum()) for d in counts.domains]
     assert counts.token_ids_V.tolist() == np.bincount(given_["token_id"]).tolist()
     assert counts.documents == 40

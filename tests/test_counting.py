@@ -93,6 +93,13 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
     assert sorted(order.size_S.tolist()) == [1, 2, 3]
 
 
+def test_tokens_that_do_not_follow_each_other_are_no_pair():
+    """Token 2 of the sequence is missing, as a selection by phase leaves it."""
+    order = counting.order_of(np.zeros(4, np.int64), np.zeros(4, np.int64), np.array([0, 1, 3, 4]))
+    assert order.follows_T.tolist() == [False, True, False, True]
+    assert order.size_S.tolist() == [4]
+
+
 @given(
     st.integers(0, 10_000), st.sampled_from([(4, 1), (8, 3), (130, 6), (20, 8), (12, 11)]), st.integers(0, 300), st.sampled_from([0, 0.1])
 )
@@ -206,6 +213,29 @@ def test_sums_that_must_hold(tmp_path: Path):
         assert histogram.sum() == (30 * max(0, 40 - m + 1)) * E
     assert mine.samples_D.tolist() == [10, 10, 10]
     np.testing.assert_allclose(mine.esft_token_DE.sum(), there_T.sum() / K / 40)
+
+
+def test_windows_by_hand(tmp_path: Path):
+    """Of 70 tokens each, in shards of 80, over two ranks' worth of documents."""
+    ids = [ids_with_gaps(0, null=0), ids_with_gaps(1, null=0)]
+    options = {"document": np.arange(T) // 40, "domain_of_document": ["code", "law"], "batch_tokens": 40, "shard_tokens": 80}
+    trace = write_trace(tmp_path / "t", [i.astype(np.uint16) for i in ids], E, **options)
+    counts = count_trace(trace, select(trace), {"windows"}, window=70)
+    assert [first for _, first, _, _ in counts.windows(1)] == list(range(0, T, 70))
+    for w, first, tokens, load_E in counts.windows(1):
+        of_window = ids[1][70 * w : 70 * (w + 1)]
+        assert (first, tokens) == (70 * w, len(of_window))
+        assert load_E.tolist() == np.bincount(of_window.reshape(-1), minlength=E).tolist()
+
+
+def test_what_hangs_on_a_first_choice_is_unknown_without_one(tmp_path: Path):
+    ids = [ids_with_gaps(seed, null=0).astype(np.uint16) for seed in range(2)]
+    for order, known in (("weight", True), ("unknown", False)):
+        trace = write_trace(tmp_path / order, ids, E, slot_order=order, document=np.arange(T) // 40, domain_of_document=["code", "law"])
+        found = count_trace(trace, select(trace), {"repetition", "transitions"}).of[0]
+        assert [found.first_choice_DE is not None, found.first_same_U is not None, found.next_first_EN is not None] == [known] * 3
+        assert found.any_same_U is not None
+        assert found.next_EN is not None
 
 
 def test_windows_too_many_for_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

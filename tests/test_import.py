@@ -64,6 +64,9 @@ def test_what_was_written_comes_back(name: str, tmp_path: Path):
         for r, ids_TK in enumerate(made.ids):
             table = trace.routing(router=r)
             assert np.array_equal(table[["expert_0", "expert_1"]].to_numpy(), ids_TK)
+            assert trace.has_weights == (made.weights is not None)
+            if made.weights is not None:
+                assert np.array_equal(table[["weight_0", "weight_1"]].to_numpy(), made.weights)
         assert trace.n_tokens == len(made.ids[0])
     else:
         assert made.load is not None
@@ -101,6 +104,26 @@ def test_sequences_of_an_sglang_pass(tmp_path: Path):
     assert tokens["position"].tolist() == [0, 1, 2, 3, 5, 6, 7, 4, 8, 30]
     assert tokens["batch"].tolist() == [0] * 7 + [1] * 3
     assert tokens["phase"].tolist() == ["prefill"] * 7 + ["decode"] * 3
+
+
+def test_prompts_of_one_token_in_an_sglang_pass(tmp_path: Path):
+    """In a pass of prompts each is a document, however short, also where its beginning was cached; in a mixed one a single token is a
+    prompt where it is the first of its sequence."""
+    import torch
+
+    ids, records = foreign.drawn(9), []
+    for n, (mode, lengths, positions) in enumerate(((1, [1, 2, 1], [0, 4, 5, 7]), (3, [1, 3, 1], [0, 0, 1, 2, 9]))):
+        part = [i[4 * n : 4 + 5 * n] for i in ids]
+        record = {"forward_pass_id": n, "rank": 0, "gatherer_key": "primary", "input_ids": list(range(len(positions)))}
+        record |= {"positions": positions, "extend_seq_lens": lengths, "forward_mode": mode}
+        records.append(record | {"topk_ids_of_layer": torch.tensor(foreign.physical(part))})
+    torch.save({"records": records, "last_physical_to_logical_map": torch.tensor(foreign.physical_map())}, tmp_path / "r.pt")
+    trace = import_trace("sglang", [tmp_path / "r.pt"], tmp_path / "t", model=foreign.config_file(tmp_path), warn=[].append)
+    tokens = trace.tokens()
+    assert tokens["phase"].tolist() == ["prefill"] * 8 + ["decode"]
+    assert tokens["document"].tolist() == [0, 1, 1, 2, 3, 4, 4, 4, 5]
+    assert tokens["position"].tolist() == [0, 4, 5, 7, 0, 0, 1, 2, 9]
+    assert np.array_equal(trace.routing(router=1)[["expert_0", "expert_1"]].to_numpy(), ids[1])
 
 
 @pytest.mark.parametrize(

@@ -430,6 +430,22 @@ def test_recomputed_routers_are_left_out(order: list[int], tmp_path: Path):
         assert np.array_equal(decisions(trace, layer), whole([passes], layer))
 
 
+def test_passes_of_one_token_that_choose_alike_are_all_taken(tmp_path: Path):
+    """Another single token may well choose the same; a rank's, too."""
+    (place := tmp_path / "in").mkdir()
+    one = dict(enumerate(drawn(1, 0, 2)))
+    for rank in range(2):
+        megatron_rank(place, rank, [(0, one), (0, one)], hook=True)
+    trace, said = taken(tmp_path, place, pipeline_stages=1)
+    assert (trace.n_tokens, said) == (4, [])
+    (place / "router_trace_rank1.jsonl").unlink()
+    changed(place / "router_trace_rank0.jsonl", lambda rows: [*rows, rows[0] | {"step": 0}])  # the first layer again, alone
+    trace, said = taken(tmp_path / "again", place)
+    assert trace.n_tokens == 2
+    assert len(said) == 1
+    assert "activations recomputed" in said[0]
+
+
 def test_a_capacity_factor_is_named_where_calls_are_missing(tmp_path: Path):
     (place := tmp_path / "in").mkdir()
     (place / "router_trace_rank0.jsonl").touch()

@@ -1,11 +1,10 @@
 """The tests of the kernels and the ring can fail: each mistake of this list, put in on purpose, makes one of their checks do so.
-A mutation is a line of the source and the wrong one; it must be found there once, so that none of them goes stale unseen."""
+Those of analysis, writer, reader and importers are in test_mutations_analysis."""
 
 from __future__ import annotations
 
 import faulthandler
 import importlib.util
-import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from moe_inspect.capture import kernels, ring
 from tests import test_ring
 from tests.kernel_checks import check_combine, check_dispatch, check_record, small_cases
+from tests.mutation import changed_source, fails
 
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)
@@ -56,16 +56,15 @@ RING = {
     "rows shifted on the host": ("[row : row + n].numpy()", "[row + 1 : row + n + 1].numpy()"),
     "the routers' parts overlap": ("base=self.P * sum(widths[:r])", "base=self.P * sum(widths[: r - 1])"),
     "one page less than it says": ("return self.pages * self.P\n", "return (self.pages + 1) * self.P\n"),
+    "it fits all that there is": ("return self.capacity - self.P\n", "return self.capacity\n"),
     "the limit stays": ("self.limit.fill_((self.drained + self.pages) * self.P)", "pass"),
 }
 
 
 def mutated(module: ModuleType, old: str, new: str, path: Path) -> ModuleType:
     """A copy of `module` with `new` for `old`, under another name (and other operators)."""
-    source = Path(module.__file__ or "").read_text()
-    assert source.count(old) == 1, f"{source.count(old)} times in {module.__name__}: {old}"
     file = path / "mutated.py"
-    file.write_text(source.replace(old, new).replace('"moe_inspect::', f'"mutated_{abs(hash((old, new)))}::'))
+    file.write_text(changed_source(module, old, new).replace('"moe_inspect::', f'"mutated_{abs(hash((old, new)))}::'))
     spec = importlib.util.spec_from_file_location("mutated", file)
     assert spec is not None
     assert spec.loader is not None
@@ -87,19 +86,17 @@ def run_ring_checks(module: ModuleType) -> None:
     for behind in (0, 1, 3):
         test_ring.follow(module, [16, 1, 15, 40, 7, 33, 16, 40, 2, 40, 31] * 3, behind)
     test_ring.follow(module, [40, 23, 40, 40, 17, 40] * 4, 4, drop=True)
+    test_ring.follow_the_largest(module)
 
 
 def notices(check: Callable[[ModuleType], None], broken: ModuleType) -> bool:
-    """Whether `check` fails. In a process of its own: a kernel that writes where it must not may bring it down."""
+    """Whether `check` fails; a kernel that writes where it must not may bring its process down."""
 
     def run() -> None:
         faulthandler.disable()
         check(broken)
 
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    child.join()
-    return child.exitcode != 0
+    return fails(run)
 
 
 def test_unmutated_all_is_well(tmp_path: Path) -> None:

@@ -61,6 +61,18 @@ def follow(module: ModuleType, sizes: list[int], behind: int, P: int = 16, rows:
     assert held.dropped.tolist() == [lost] * 2
 
 
+def follow_the_largest(module: ModuleType, P: int = 16, rows: int = 40) -> None:
+    """Forward passes as large as the ring says that it can hold, wherever in a page they begin."""
+    fits = module.Ring(CPU, [2, 5], [8, 300], torch.float16, rows=rows, page_rows=P).fits
+    assert fits >= rows
+    for start in range(P):
+        follow(module, [start, fits, fits], 0, P, rows)
+
+
+def test_the_largest_pass_that_fits_is_held_wherever_it_begins() -> None:
+    follow_the_largest(ring)
+
+
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
 def test_what_comes_out_is_what_went_in(sizes: list[int], behind: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -163,6 +164,41 @@ def test_an_exception_leaves_a_readable_interrupted_trace(tmp_path: Path) -> Non
     trace = open_trace(tmp_path)
     assert trace.status == "interrupted"
     assert trace.n_tokens == 20
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_group_is_committed_together_or_not_at_all(complete: bool, tmp_path: Path) -> None:
+    """A prompt and what was generated from it: passes 0 to 2, and 3 to 5, of which the last is yet to come where a run is cut short."""
+    rng = np.random.default_rng(3)
+    writer = TraceWriter(tmp_path / "t", {}, ROUTERS, shard_tokens=25)
+    for n in range(6 if complete else 5):
+        writer.write(replace(a_batch(rng, n, 20, ROUTERS), group=n // 3))
+    writer.close("complete" if complete else "interrupted")
+    batches = [(shard.files.first_batch, shard.files.last_batch) for shard in open_trace(tmp_path / "t").shards]
+    assert batches == ([(0, 2), (3, 5)] if complete else [(0, 2)])
+    assert resume_point(tmp_path / "t").next_batch == (6 if complete else 3)
+
+
+def test_every_name_is_on_disk_before_anything_speaks_of_it(tmp_path: Path) -> None:
+    """A rename lasts once its directory is synchronised: that of each part file before the line that lists it, that of the manifest
+    at once."""
+    done: list[tuple[str, Any]] = []
+    replace_file, fsync = os.replace, os.fsync
+
+    def identity(of: Any) -> tuple[int, int]:
+        found = os.stat(of)
+        return found.st_dev, found.st_ino
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", lambda old, new: (replace_file(old, new), done.append(("named", Path(new)))))
+        patch.setattr(os, "fsync", lambda handle: (fsync(handle), done.append(("on disk", identity(handle)))))
+        written(tmp_path / "t", [a_batch(np.random.default_rng(0), n, 20, ROUTERS) for n in range(3)], ROUTERS, shard_tokens=30)
+    lines = ("on disk", identity(tmp_path / "t/shards-0.jsonl"))
+    named = [(at, path) for at, (what, path) in enumerate(done) if what == "named"]
+    assert len([path for _, path in named if path.suffix == ".parquet"]) == 3 * 3
+    for at, path in named:
+        until = done.index(lines, at) if path.suffix == ".parquet" else at + 2
+        assert ("on disk", identity(path.parent)) in done[at:until], path
 
 
 @pytest.mark.parametrize("full_from", [20, 58])  # in the middle, and at the last commit

@@ -159,6 +159,10 @@ def test_resampling_keeps_the_variance_of_a_mean():
     assert (weights_RU @ values_U / 8).var() == pytest.approx(values_U.var(ddof=1) / 8, rel=0.05)
 
 
+def test_an_interval_leaves_out_a_fortieth_at_each_end():
+    assert unc.interval(np.r_[np.arange(41.0), np.nan]) == (1, 39)
+
+
 def test_permuting_keeps_every_label():
     labels_U = np.array([0, 0, 1, 2, 2, 2])
     permuted = unc.permuted_labels(labels_U, 50)

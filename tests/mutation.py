@@ -1,0 +1,83 @@
+"""Puts a mistake into a module on purpose, and says whether a check fails for it.
+
+A mutation is a fragment of the source and the wrong one. The fragment must be in the source exactly once, so that no mutation goes stale
+unseen.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+SECONDS = 300  # a check takes far less; a mutation that makes it hang is none that a test would report
+
+Place = tuple[str, str, int]  # file, qualified name, line
+
+
+def changed_source(module: ModuleType, old: str, new: str) -> str:
+    source = Path(module.__file__ or "").read_text()
+    assert source.count(old) == 1, f"{source.count(old)} times in {module.__name__}: {old}"
+    return source.replace(old, new)
+
+
+def mutation(module: ModuleType, old: str, new: str) -> Callable[[], None]:
+    """What puts the mistake into the functions of `module`: whoever has imported, wrapped or registered one then has the wrong one."""
+    file = module.__file__ or ""
+    sources = Path(file).read_text(), changed_source(module, old, new)
+    right, wrong = (_codes(compile(source, file, "exec", dont_inherit=True)) for source in sources)
+    changed = {_place(code): other for code, other in zip(right, wrong, strict=True) if code != other}
+    functions, caches = _living()
+    mutated = [(function, code) for place, code in changed.items() for function in functions.get(place, ())]
+    assert mutated, f"changes no function of {module.__name__}: {old}"
+
+    def put() -> None:
+        for function, code in mutated:
+            function.__code__ = code
+        for cache in caches:  # what they hold was computed before
+            cache.cache_clear()
+
+    return put
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of every function, in the order of the source."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _codes(constant)
+
+
+def _place(code: CodeType) -> Place:
+    return code.co_filename, code.co_qualname, code.co_firstlineno
+
+
+@functools.cache
+def _living() -> tuple[dict[Place, list[FunctionType]], list[Any]]:
+    """The package's functions in this process, and its caches."""
+    functions: dict[Place, list[FunctionType]] = {}
+    caches: list[Any] = []
+    for thing in gc.get_objects():
+        if type(thing) is FunctionType and (thing.__module__ or "").startswith("moe_inspect."):
+            functions.setdefault(_place(thing.__code__), []).append(thing)
+        elif type(thing) is functools._lru_cache_wrapper and (thing.__module__ or "").startswith("moe_inspect."):
+            caches.append(thing)
+    return functions, caches
+
+
+def fails(check: Callable[[], object]) -> bool:
+    """Whether `check` does, in a process of its own, which shares nothing that it changes and may be brought down."""
+    child = multiprocessing.get_context("fork").Process(target=check)
+    child.start()
+    child.join(SECONDS)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        pytest.fail(f"does not end within {SECONDS} s")
+    return child.exitcode != 0
