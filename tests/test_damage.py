@@ -31,15 +31,18 @@ TABLES = ("load", "vocabulary", "repetition")
 MEMORY_BYTES = 2**30  # more than any of this may take
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def a_sound_trace(root: Path) -> Path:
     """Three shards, two domains, weights, a vocabulary."""
     rng = np.random.default_rng(0)
-    root = tmp_path_factory.mktemp("sound") / "t"
     weights = [-np.sort(-rng.random((T, K)).astype(np.float32)) for _ in range(L)]
     more = {"document": np.repeat(np.arange(30), 10), "domain_of_document": ("a", "b"), "words": 50, "token_id": rng.integers(0, 50, T)}
     write_trace(root, [uniform_ids(rng, T, E, K) for _ in range(L)], E, weights=weights, batch_tokens=10, shard_tokens=100, **more)
     return root
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return a_sound_trace(tmp_path_factory.mktemp("sound") / "t")
 
 
 @pytest.fixture
@@ -91,6 +94,28 @@ def test_every_page_carries_a_crc(copied: Path) -> None:
         path.write_bytes(whole[:last] + bytes([whole[last] ^ 1]) + whole[last + 1 :])
         with pytest.raises(OSError, match="CRC checksum verification failed"):
             pq.ParquetFile(path, page_checksum_verification=True).read()
+
+
+def test_a_line_changed_to_another_that_is_possible_is_found(copied: Path) -> None:
+    path = copied / "shards-0.jsonl"
+    lines = path.read_text()
+    assert lines.count('"last_batch": 29') == 3
+    path.write_text(lines.replace('"last_batch": 29', '"last_batch": 28'))
+    _refused(copied, r"shards-0\.jsonl: line 7: it was changed after it was written")
+
+
+def test_a_changed_footer_or_page_of_a_large_file_is_found(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file as a whole is not hashed when it is opened. What is changed in the footer is who wrote it."""
+    monkeypatch.setattr(parts, "SMALL_BYTES", 0)
+    path = copied / "routing/part-0-0.parquet"
+    whole = path.read_bytes()
+    experts = pq.read_metadata(path).row_group(1).column(pq.read_schema(path).get_field_index("expert_0"))
+    of_page = (experts.dictionary_page_offset or experts.data_page_offset) + experts.total_compressed_size - 5  # nothing compresses it
+    for place, said in ((whole.rindex(b"parquet-cpp"), "its footer was changed after it was written"), (of_page, "CRC")):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert pq.read_table(path).num_rows == 300
+        with pytest.raises(MoeInspectError, match=rf"routing/part-0-0\.parquet: .*{said}"):
+            numbers(copied)
 
 
 def test_free_text_may_be_edited_and_nothing_else(copied: Path) -> None:

@@ -14,17 +14,19 @@ import pytest
 from moe_inspect.analysis import aggregate, balance, counting, fragment, pairs, uncertainty
 from moe_inspect.capture import corpus
 from moe_inspect.report import pair_tables, verdict, verdict_routing
-from moe_inspect.trace import reader, schema, slot_order, writer
+from moe_inspect.trace import lock, parts, place, reader, schema, slot_order, validate, writer
 from moe_inspect.trace.importers import esft, job, megatron, megatron_layers, responses, routed, sglang
 from tests import (
     test_aggregate,
     test_balance,
     test_counting,
+    test_damage,
     test_evidence,
     test_generate,
     test_import,
     test_import_megatron,
     test_import_responses,
+    test_place,
     test_routed,
     test_slot_order,
     test_trace,
@@ -37,12 +39,16 @@ Check = Callable[[Path], None]
 
 
 def by(test: Callable[..., None], *arguments: Any) -> Check:
-    """A test of another file, with its arguments but for `tmp_path`."""
-    named = inspect.signature(test).parameters
-    given = dict(zip((name for name in named if name != "tmp_path"), arguments, strict=True))
+    """A test of another file, with its arguments but for the fixtures that are known here."""
+    fixtures = {"tmp_path", "monkeypatch", "copied"}.intersection(named := inspect.signature(test).parameters)
+    given = dict(zip((name for name in named if name not in fixtures), arguments, strict=True))
 
     def check(path: Path) -> None:
-        test(**given, **({"tmp_path": path} if "tmp_path" in named else {}))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            made = {"tmp_path": path, "monkeypatch": monkeypatch}
+            if "copied" in fixtures:
+                made["copied"] = test_damage.a_sound_trace(path / "t")
+            test(**given, **{name: made[name] for name in fixtures})
 
     return check
 
@@ -63,6 +69,8 @@ in_sequences = by(test_counting.test_repetition_and_segments_follow_a_sequence_a
 logits = by(test_counting.test_what_logits_and_weights_say_by_hand)
 written_in_order = by(test_slot_order.test_slots_are_written_in_descending_weight, "float16", 0.2)
 older_in_order = by(test_slot_order.test_older_traces_with_weights_are_put_in_order_while_read, 0.2)
+on_disk = by(test_trace.test_everything_is_on_disk_before_anything_speaks_of_it)
+changed = by(test_damage.test_a_changed_footer_or_page_of_a_large_file_is_found)
 resumed = by(test_trace.test_uncommitted_files_are_ignored_and_resume_deletes_them)
 
 MUTATIONS = {
@@ -119,13 +127,30 @@ MUTATIONS = {
     "a group is cut in two": (writer, "together = self._pending and", "together = False and", by(test_trace.test_a_group_is_committed_together_or_not_at_all, True)),
     "half a group is kept": (writer, "if b.group != group]", "]", by(test_trace.test_a_group_is_committed_together_or_not_at_all, False)),
     "sequences are cut": (writer, "if not continued or", "if True or", by(test_counting.test_a_generated_sequence_stays_in_one_shard, 20)),
-    "directories are not synchronised": (writer, "schema.sync_directory(self.root / table)", "pass", by(test_trace.test_every_name_is_on_disk_before_anything_speaks_of_it)),
-    "the manifest's directory is not": (schema, "sync_directory(path.parent)", "pass", by(test_trace.test_every_name_is_on_disk_before_anything_speaks_of_it)),
+    "directories are not synchronised": (writer, "schema.sync_directory(self.root / table)", "pass", on_disk),
+    "nor is the manifest's": (schema, "sync_directory(path.parent)", "pass", on_disk),
+    "nor the manifest": (schema, "os.fsync(file.fileno())", "pass", on_disk),
+    "nor parts": (writer, "os.fsync(file.fileno())\n            with open(draft", "pass\n            with open(draft", on_disk),
+    "nor lines": (writer, "os.fsync(file.fileno())\n        self.next_shard", "pass\n        self.next_shard", on_disk),
+    # what is in the way of a trace
+    "files of others are removed": (place, "if others or not is_trace:", "if not is_trace:", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a file beside")),
+    "what only has the name of a manifest is one": (place, 'return not (isinstance(found, dict) and "format" in found)', "return False", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a profiler's over ours")),
+    "links are followed and emptied": (place, "entry.is_dir(follow_symlinks=False)", "entry.is_dir()", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a table elsewhere")),
+    "the manifest goes last": (place, "if schema.MANIFEST in there.files:\n            os.replace", "if False:\n            os.replace", by(test_place.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
+    "a lock that another holds": (lock, "if got and _is_at(file, root / LOCK):", "if _is_at(file, root / LOCK):", by(test_place.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
+    "a job that is over is joined": (lock, "if _job_in(file) != job:", "if False:", by(test_place.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
     "generated tokens take no room": (corpus, "(len(row.ids) + generate * row.continued) > batch_tokens", "len(row.ids) > batch_tokens", by(test_generate.test_the_plan)),
     # reader
     "older traces are not put in order": (reader, "if not slots or (", "if True or (", older_in_order),
     "a torn line is taken": (reader, '.split(b"\\n")[:-1], 1)', ".splitlines(), 1)", resumed),
     "half a shard is taken": (reader, 'if set(shard.paths) != set(manifest["tables"]):', "if False:", resumed),
+    "paths lead elsewhere": (validate, 'if re.fullmatch(rf"{table}/part-{rank}-[0-9]+\\.parquet", path, re.ASCII) is None:', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path elsewhere")),
+    "a digest is not looked at": (validate, 'if "digest" in manifest and manifest["digest"]', 'if False and manifest["digest"]', by(test_damage.test_free_text_may_be_edited_and_nothing_else)),
+    "any expert is taken": (reader, "for column in columns)) >= E:", "for column in columns)) > E:", by(test_damage.test_what_a_file_holds_is_checked, "an expert that there is not")),
+    "nulls are taken": (parts, "if column.null_count and not nulls and", "if False and", by(test_damage.test_what_a_file_holds_is_checked, "a null id")),
+    "changed lines are taken": (validate, "not checksums.is_intact(line)", "False", by(test_damage.test_a_line_changed_to_another_that_is_possible_is_found)),
+    "changed footers are taken": (parts, "elif stated.footer_crc32 is not None and", "elif False and", changed),
+    "changed pages are taken": (parts, "opened = pq.ParquetFile(file, page_checksum_verification=True)", "opened = pq.ParquetFile(file)", changed),
     # importers
     "counts: a token too few": (job, "-(-load_DE.sum(1) // router.top_k)", "load_DE.sum(1) // router.top_k", by(test_import.test_counts_are_of_as_many_tokens_as_the_fullest_router_needs, 5, 3)),
     "−1 is an expert": (routed, 'ids = ids_TK.astype(dtype, order="C")', 'ids = np.maximum(ids_TK, 0).astype(dtype, order="C")', by(test_routed.test_minus_one_is_nowhere, 8, np.uint8)),
@@ -164,3 +189,9 @@ def test_a_mistake_is_seen(name: str, tmp_path: Path) -> None:
         check(tmp_path)
 
     assert fails(mutated)
+
+
+def test_a_mutation_that_changes_nothing_is_refused() -> None:
+    for old, new, said in (("no such line", "", "0 times"), ("return", "pass", "times in"), ("if likely > 0.01:", "if likely > 0.01:", "changes no function")):  # fmt: skip
+        with pytest.raises(AssertionError, match=said):
+            mutation(verdict, old, new)

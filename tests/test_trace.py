@@ -179,26 +179,31 @@ def test_a_group_is_committed_together_or_not_at_all(complete: bool, tmp_path: P
     assert resume_point(tmp_path / "t").next_batch == (6 if complete else 3)
 
 
-def test_every_name_is_on_disk_before_anything_speaks_of_it(tmp_path: Path) -> None:
-    """A rename lasts once its directory is synchronised: that of each part file before the line that lists it, that of the manifest
-    at once."""
-    done: list[tuple[str, Any]] = []
+def test_everything_is_on_disk_before_anything_speaks_of_it(tmp_path: Path) -> None:
+    """A file is synchronised before it gets its name. The name lasts once its directory is synchronised: of each part file before the
+    lines that list it are, of the manifest at once."""
+    named: list[tuple[int, Path, bool]] = []
+    done: list[tuple[int, int]] = []  # files and directories, as they are synchronised
     replace_file, fsync = os.replace, os.fsync
 
     def identity(of: Any) -> tuple[int, int]:
         found = os.stat(of)
         return found.st_dev, found.st_ino
 
+    def replaced(old: Path, new: Path) -> None:
+        named.append((len(done), Path(new), identity(old) in done))
+        replace_file(old, new)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", lambda old, new: (replace_file(old, new), done.append(("named", Path(new)))))
-        patch.setattr(os, "fsync", lambda handle: (fsync(handle), done.append(("on disk", identity(handle)))))
+        patch.setattr(os, "replace", replaced)
+        patch.setattr(os, "fsync", lambda handle: (fsync(handle), done.append(identity(handle))))
         written(tmp_path / "t", [a_batch(np.random.default_rng(0), n, 20, ROUTERS) for n in range(3)], ROUTERS, shard_tokens=30)
-    lines = ("on disk", identity(tmp_path / "t/shards-0.jsonl"))
-    named = [(at, path) for at, (what, path) in enumerate(done) if what == "named"]
-    assert len([path for _, path in named if path.suffix == ".parquet"]) == 3 * 3
-    for at, path in named:
-        until = done.index(lines, at) if path.suffix == ".parquet" else at + 2
-        assert ("on disk", identity(path.parent)) in done[at:until], path
+    assert len([path for _, path, _ in named if path.suffix == ".parquet"]) == 3 * 3
+    lines = identity(tmp_path / "t/shards-0.jsonl")
+    for at, path, is_whole in named:
+        assert is_whole, path
+        until = done.index(lines, at) if path.suffix == ".parquet" and lines in done[at:] else at + 1
+        assert identity(path.parent) in done[at:until], path
 
 
 @pytest.mark.parametrize("full_from", [20, 58])  # in the middle, and at the last commit
