@@ -52,12 +52,12 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's config; MoeInspectError where there is no such model."""
     from transformers import AutoConfig
-    from transformers.utils import CONFIG_NAME, cached_file
+    from transformers.utils.hub import cached_file
 
     refuse_unless_found(name, revision)
     location = model_location(name)
     try:
-        read_config(Path(cached_file(location, CONFIG_NAME, revision=revision) or ""))  # before anything is built by it
+        read_config(Path(cached_file(location, "config.json", revision=revision) or ""))  # before anything is built by it
         return of_the_text_model(AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code))
     except MoeInspectError:
         raise
