@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
-from moe_inspect.trace.reader import open_trace
+from moe_inspect.trace.reader import Shard, open_trace
 from moe_inspect.trace.schema import Router, parse_ranges
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 from tests.damage import edit_manifest
@@ -346,3 +347,18 @@ def test_a_router_has_rows_of_the_tokens_that_it_sees(tmp_path: Path) -> None:
             assert len(shard.ids(r)) == seen.sum()
     assert trace.manifest["counts"] == {"tokens": 11, "decisions": 11, "dropped": 0}
     assert trace.n_decisions == 11
+
+
+def test_routers_of_a_shard_are_read_from_several_threads(tmp_path: Path) -> None:
+    """As the last shards of a trace are counted: each thread reads other routers of one file that is open once."""
+    routers = [Router(layer, "a", f"layers.{layer}.a", 128, 8) for layer in range(24)]
+    written(tmp_path, [a_batch(np.random.default_rng(0), 0, 16_000, routers)], routers)
+
+    def read(shard: Shard, r: int) -> float:
+        return float(shard.slots(r)[0].sum() + shard.slot_weights(r)[0].sum())
+
+    (shard,) = open_trace(tmp_path).shards
+    alone = [read(shard, r) for r in range(24)]
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            assert [*pool.map(read, [*open_trace(tmp_path).shards] * 24, range(24))] == alone

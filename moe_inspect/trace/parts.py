@@ -56,7 +56,8 @@ def open_part(path: Path | Remote, name: str, columns: pa.Schema, stated: Stated
     with reading(name):
         file = _source(path)
         _check_bytes(file, name, stated)
-        opened = pq.ParquetFile(file, page_checksum_verification=True)
+        # routers of a shard are read from several threads, which Arrow's buffer of what comes next does not stand
+        opened = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
         rows = opened.metadata.num_rows
         if stated.rows is not None and rows != stated.rows:
             raise Damaged(name, f"it has {rows} rows, its line says {stated.rows}", name)
