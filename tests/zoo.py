@@ -165,7 +165,10 @@ WITH_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "inkling2": ("Inkling2ForConditionalGeneration", {"vision_config": {"text_hidden_size": 32}}),
     "llama4": ("Llama4ForConditionalGeneration", {"text_config": OVERRIDES["llama4"], "vision_config": {"vision_output_dim": 32}}),
-    "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", {}),
+    "minimax_m3_vl": (
+        "MiniMaxM3SparseForConditionalGeneration",
+        {"vision_config": TOWER | {"model_type": "minimax_m3_vl_vision", "patch_size": 14, "image_size": 28}},
+    ),
     "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", {}),
     "qwen4_exp": ("Qwen4ExpForConditionalGeneration", {"text_config": OVERRIDES["qwen4_exp"]}),
 }
@@ -216,6 +219,8 @@ def build_with_towers(family: str, seed: int = 0) -> Any:
     """As `build`, of the class that is released where the family has one of text alone too."""
     name, overrides = WITH_TOWERS[family]
     kind = _classes(family)[name]
+    if kind.config_class.sub_configs.get("text_config") is hf.AutoConfig:  # in transformers 5.17: any
+        overrides = {"text_config": config(family).to_dict(), **overrides}
     torch.manual_seed(seed)
     return _with_choices(kind._from_config(_shrink(kind.config_class, overrides), dtype=torch.float32))
 
