@@ -164,6 +164,7 @@ def test_the_manifest_says_how_it_was_made(cli: Cli, tmp_path: Path, model: Path
         "scoring": "softmax",
         "shared_experts": 0,
         "stack": "",
+        "slot_order": "weight",
     }
     assert set(manifest["capture"]["versions"]) == {"moe-inspect", "python", "torch", "transformers", "triton"}
 

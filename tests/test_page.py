@@ -17,6 +17,7 @@ import pytest
 
 from moe_inspect.report.report import Report, report
 from moe_inspect.report.sections import report_page
+from tests.damage import edit_manifest
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 HOSTILE = '<script>window.pwned = 1</script><img src=x onerror="window.pwned = 1">'
@@ -44,6 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
     trace = write_trace(root, ids, E, weights=weights, words=50, manifest={"model": {"id": HOSTILE}}, **settings)
     words = {"token_id": pa.array(range(50), pa.int32()), "token": [f"{HOSTILE}\n\u202e{i}" for i in range(50)]}
     pq.write_table(pa.table(words), root / "vocabulary.parquet")
+    edit_manifest(root, vocabulary=None)  # its hash was of another
     return report(trace)
 
 
