@@ -42,11 +42,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
     weights = [np.full((T, 2), 0.5, np.float32)] * 4
     root = tmp_path_factory.mktemp("small") / "t"
     settings: dict[str, Any] = {"document": document, "domain_of_document": domain, "token_id": rng.integers(0, 50, T)}
-    trace = write_trace(root, ids, E, weights=weights, words=50, manifest={"model": {"id": HOSTILE}}, **settings)
+    write_trace(root, ids, E, weights=weights, words=50, manifest={"model": {"id": HOSTILE}}, **settings)
     words = {"token_id": pa.array(range(50), pa.int32()), "token": [f"{HOSTILE}\n\u202e{i}" for i in range(50)]}
     pq.write_table(pa.table(words), root / "vocabulary.parquet")
     edit_manifest(root, vocabulary=None)  # its hash was of another
-    return report(trace)
+    return report(root)
 
 
 @pytest.fixture(scope="module")
