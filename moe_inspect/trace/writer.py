@@ -634,13 +634,14 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
                 file.unlink()
     lines = b"".join(line for s in shards for line in s.lines)
     schema.write_atomically(root / f"shards-{rank}.jsonl", lines)  # without the torn tail
+    slot_orders = {r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])}
     if not shards:
-        return ResumePoint()
+        return ResumePoint(slot_orders=slot_orders)
     return ResumePoint(
         shards=shards[-1].index + 1,
         next_token=shards[-1].last_token + 1,
         next_batch=shards[-1].last_batch + 1,
         tokens=sum(s.tokens for s in shards),
         decisions=sum(s.decisions for s in shards),
-        slot_orders={r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])},
+        slot_orders=slot_orders,
     )
