@@ -153,6 +153,9 @@ def test_one_at_a_time_each_document_is_named_once(model: str, corpus: str) -> N
 
 def test_out_of_memory_says_what_to_do() -> None:
     class Full(torch.nn.Linear):
+        def get_input_embeddings(self) -> Any:
+            raise NotImplementedError  # as a model does that does not say
+
         def forward(self, **_: Any) -> Any:
             raise torch.OutOfMemoryError("no room")
 

@@ -62,7 +62,7 @@ def side_stream(device: torch.device, pages: int) -> SideStream | None:
 
 
 class Ring:
-    """Pages of the routers of one device. `slots[r]` = K_r, `experts[r]` = E_r; `weight_dtype` None: no weights. It holds
+    """Pages of the routers of one device. `slots[r]` = K_r, `experts[r]` = E_r. It holds
     forward passes of at least `rows` rows."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Ring:
         device: torch.device,
         slots: Sequence[int],
         experts: Sequence[int],
-        weight_dtype: torch.dtype | None,
+        weight_dtype: torch.dtype,
         logits: bool = False,
         rows: int = 1,
         page_rows: int | None = None,
@@ -81,7 +81,7 @@ class Ring:
         self.pages = (FORWARDS if on_gpu and not logits else 1) * -(-rows // self.P) + 1
         self.side = side_stream(device, self.pages)
         self.slots, self.experts = list(slots), list(experts)
-        widths = {"ids": self.slots, "weights": self.slots if weight_dtype else [], "logits": self.experts if logits else []}
+        widths = {"ids": self.slots, "weights": self.slots, "logits": self.experts if logits else []}
         # one value is kept for "nowhere", so 256 experts need the wider type
         kinds = {"ids": torch.uint8 if max(experts) < 256 else torch.int16, "weights": weight_dtype, "logits": torch.float16}
         lanes = len(self.slots) * (2 if logits else 1)
@@ -201,7 +201,7 @@ class Ring:
 class Rings:
     """The rings of a model, one a device, in step. `routers`: device, top-k and experts of each router."""
 
-    def __init__(self, routers: Sequence[tuple[torch.device, int, int]], weight_dtype: torch.dtype | None, logits: bool, rows: int):
+    def __init__(self, routers: Sequence[tuple[torch.device, int, int]], weight_dtype: torch.dtype, logits: bool, rows: int):
         self._of: list[tuple[Ring, int]] = [None] * len(routers)  # type: ignore[list-item]
         self._rings: list[Ring] = []
         for device in dict.fromkeys(d for d, _, _ in routers):

@@ -266,7 +266,7 @@ def embeddings(network: Any) -> int | None:
     """How many token ids the model knows, where it says so."""
     try:
         return getattr(network.get_input_embeddings(), "num_embeddings", None)
-    except (NotImplementedError, AttributeError):  # code of a model's own may not say
+    except NotImplementedError:  # code of a model's own may not say
         return None
 
 

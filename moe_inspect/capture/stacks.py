@@ -104,7 +104,7 @@ class Stack:
                     f"{shown.path} does not route as declared ({declared}): record a forward pass of the whole model first"
                 )
 
-    def make_rings(self, rows: int, weight_dtype: torch.dtype | None) -> None:
+    def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
         """Rings that hold forward passes of `rows` rows; those before them, if any, are empty."""
         self.rings = Rings(self.shape, weight_dtype, bool(self.logit_sinks), rows)
         self.rings.rewind(self.dropped_rows)
