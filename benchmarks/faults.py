@@ -30,11 +30,11 @@ import pyarrow as pa
 
 from benchmarks import imports
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.report import report
+from moe_inspect.importers.run import import_trace
+from moe_inspect.reporting.report import report
 from moe_inspect.trace import schema
-from moe_inspect.trace.importers.run import import_trace
 from moe_inspect.trace.lock import hold
-from moe_inspect.trace.place import take_place
+from moe_inspect.trace.output_dir import take_place
 from moe_inspect.trace.reader import Trace, read_manifest
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify

@@ -52,8 +52,8 @@ from torch import Tensor
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 import moe_inspect
-from moe_inspect.capture import experts, kernels, ring
-from moe_inspect.capture.routers import find_routers
+from moe_inspect.capture.hook import experts, kernels, ring
+from moe_inspect.model.routers import find_routers
 from moe_inspect.trace.writer import TraceWriter
 from tests.kernel_checks import Case, assert_close, choice
 

@@ -50,7 +50,7 @@ def run(format: str, assignments: float) -> dict[str, float]:
     import pandas  # noqa: F401  (pyarrow looks for it at its first write: no part of importing)
 
     from benchmarks.run import peak_memory_mib
-    from moe_inspect.trace.importers.run import import_trace
+    from moe_inspect.importers.run import import_trace
 
     L, E, k = SHAPES[format]
     with tempfile.TemporaryDirectory() as scratch:

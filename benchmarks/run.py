@@ -68,9 +68,9 @@ def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
     import torch
 
     from moe_inspect.capture.corpus import Plan, find_sources
-    from moe_inspect.capture.models import load_config, load_model, load_tokenizer
-    from moe_inspect.capture.recorder import Recorder
+    from moe_inspect.capture.hook.recorder import Recorder
     from moe_inspect.capture.run import feed
+    from moe_inspect.model.load import load_config, load_model, load_tokenizer
 
     torch.set_num_threads(1)
     tokenizer = load_tokenizer("demo")

@@ -131,9 +131,9 @@ def decode() -> Rates:
 @benchmark
 def placement() -> Rates:
     """Evaluation: the load of every expert in every window, and the GPUs that every token reaches."""
-    from moe_inspect.simulate.placement import simulate_placement
-    from moe_inspect.simulate.policies import POLICIES, Layout, shares
-    from moe_inspect.simulate.reach import count_windows, counter
+    from moe_inspect.simulate.placement.placement import simulate_placement
+    from moe_inspect.simulate.placement.policies import POLICIES, Layout, shares
+    from moe_inspect.simulate.placement.ranks_reached import count_windows, counter
 
     window_T = np.arange(TOKENS) // 4096
     for E, k in SHAPES:
@@ -156,7 +156,7 @@ def placement() -> Rates:
 @figures
 def plans() -> Figures:
     """58 layers of 256 experts into 288 slots on 32 GPUs in 4 nodes."""
-    from moe_inspect.simulate.policies import POLICIES, Layout
+    from moe_inspect.simulate.placement.policies import POLICIES, Layout
 
     load_LE = np.random.default_rng(0).zipf(1.2, (58, 256)).clip(max=10**5)
     spent = {}
@@ -180,7 +180,7 @@ def plans() -> Figures:
 @figures
 def balance() -> Figures:
     """Ours against the better EPLB, on the loads that both are fitted to: 1,000 random Zipf loads in random layouts."""
-    from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
+    from moe_inspect.simulate.placement.policies import POLICIES, Layout, colocated, shares
     from tests.exact import fits_apart
 
     rng = np.random.default_rng(2026)
@@ -211,7 +211,7 @@ def drift() -> Figures:
     """Placements of 256 experts in 288 slots on 32 GPUs, fitted to 32 windows and judged on the next 32: the mean over windows and layers of
     busiest ÷ mean GPU."""
     from benchmarks.flashlb import flashlb
-    from moe_inspect.simulate.policies import POLICIES, Layout
+    from moe_inspect.simulate.placement.policies import POLICIES, Layout
     from tests.drift import CASES, drifting, mean_over_windows
 
     layers, windows, gpus, layout, spent = 60, 32, 32, Layout(288, 32), 0.0

@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
-    from moe_inspect.capture.describe import Description, describe
-    from moe_inspect.capture.engine_run import trace_engine
-    from moe_inspect.capture.recorder import record
+    from moe_inspect.capture.hook.recorder import record
     from moe_inspect.capture.run import trace_model
-    from moe_inspect.report.report import Report, report  # the package itself is callable: see report/__init__.py
+    from moe_inspect.capture.server.run import trace_engine
+    from moe_inspect.importers.run import import_trace
+    from moe_inspect.model.describe import Description, describe
+    from moe_inspect.reporting.report import Report, report  # the package itself is callable: see report/__init__.py
     from moe_inspect.simulate.cache import simulate_cache
     from moe_inspect.simulate.capacity import simulate_capacity
     from moe_inspect.simulate.decode import simulate_decode
-    from moe_inspect.simulate.placement import simulate_placement
-    from moe_inspect.simulate.plan import write_plan
+    from moe_inspect.simulate.placement.placement import simulate_placement
+    from moe_inspect.simulate.placement.plan import write_plan
     from moe_inspect.simulate.routing import simulate_routing
     from moe_inspect.trace.export import export_trace
-    from moe_inspect.trace.importers.run import import_trace
     from moe_inspect.trace.reader import Trace, open_trace
     from moe_inspect.trace.verify import Verification, verify
 
@@ -58,23 +58,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "describe": "moe_inspect.capture.describe",
-    "Description": "moe_inspect.capture.describe",
-    "record": "moe_inspect.capture.recorder",
-    "trace_engine": "moe_inspect.capture.engine_run",
+    "describe": "moe_inspect.model.describe",
+    "Description": "moe_inspect.model.describe",
+    "record": "moe_inspect.capture.hook.recorder",
+    "trace_engine": "moe_inspect.capture.server.run",
     "trace_model": "moe_inspect.capture.run",
-    "Report": "moe_inspect.report.report",
+    "Report": "moe_inspect.reporting.report",
     "Trace": "moe_inspect.trace.reader",
     "export_trace": "moe_inspect.trace.export",
-    "import_trace": "moe_inspect.trace.importers.run",
+    "import_trace": "moe_inspect.importers.run",
     "Verification": "moe_inspect.trace.verify",
     "verify": "moe_inspect.trace.verify",
     "open_trace": "moe_inspect.trace.reader",
     "simulate_cache": "moe_inspect.simulate.cache",
     "simulate_capacity": "moe_inspect.simulate.capacity",
     "simulate_decode": "moe_inspect.simulate.decode",
-    "simulate_placement": "moe_inspect.simulate.placement",
-    "write_plan": "moe_inspect.simulate.plan",
+    "simulate_placement": "moe_inspect.simulate.placement.placement",
+    "write_plan": "moe_inspect.simulate.placement.plan",
     "simulate_routing": "moe_inspect.simulate.routing",
 }
 

@@ -25,8 +25,8 @@ def main() -> None:
 def _run() -> int:
     from moe_inspect.cli.app import UsageError, app
     from moe_inspect.cli.emit import to_stdout
-    from moe_inspect.errors import MoeInspectError, first_line
-    from moe_inspect.text import say
+    from moe_inspect.errors import MoeInspectError
+    from moe_inspect.text import first_line, say
 
     try:
         code = app(standalone_mode=False)

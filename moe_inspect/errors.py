@@ -1,22 +1,16 @@
-"""The one exception a user ever sees, and how other errors become one line."""
+"""MoeInspectError, the one exception for what the user can fix, and how an OSError becomes one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from moe_inspect.text import first_line
+
 
 class MoeInspectError(Exception):
     """Something the user can mend: the message names the thing, the value and the way out. The CLI prints it as one line
     and exits with 1. What only we can mend is an assert or another exception, and keeps its traceback."""
-
-
-def first_line(error: BaseException) -> str:
-    """The reason the system gives, else the first line of the message (with the next, where it ends in a colon), else the name of the
-    error's class."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def seed(name: str, folder: Path) -> tuple[list[Path], bytes, bool]:
 def check(name: str, names: list[Path], data: bytes, place: Path, model: Path | None) -> None:
     """Imports the files at `place`, an empty folder; what ends in neither of the two good ways is an exception."""
     from moe_inspect.errors import MoeInspectError
-    from moe_inspect.trace.importers.run import import_trace
+    from moe_inspect.importers.run import import_trace
     from moe_inspect.trace.verify import verify
     from tests.foreign import FORMAT_OF
 
@@ -68,6 +68,7 @@ def main() -> None:
     asked = parser.parse_args()
     with atheris.instrument_imports(include=["moe_inspect.trace"]):
         import moe_inspect.trace.importers.run
+
         import moe_inspect.trace.verify  # noqa: F401
     from tests.foreign import config_file
 

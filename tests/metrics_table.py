@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from moe_inspect.analysis.registry import listing
+from moe_inspect.analysis.metrics.registry import listing
 from tests.conftest import ROOT
 
 BEGIN, END = "<!-- metrics: python -m tests.metrics_table -->", "<!-- end of metrics -->"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_inspect.report import terminal
-from moe_inspect.report.report import Report, report
+from moe_inspect.reporting.render import terminal
+from moe_inspect.reporting.report import Report, report
 from moe_inspect.trace.reader import Trace
 from tests.synthetic import uniform_ids, write_trace
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis import balance as bal
-from moe_inspect.report.thresholds import thresholds
+from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.reporting.tables.thresholds import thresholds
 from moe_inspect.trace.schema import Router
 
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis import tokenids
-from moe_inspect.analysis.aggregate import BASE, CLUSTERS, Counts, merge
-from moe_inspect.analysis.engine import count_trace as count
-from moe_inspect.analysis.fragment import count_shard
-from moe_inspect.analysis.select import parse_layers, select
-from moe_inspect.analysis.uncertainty import noise_floor
+from moe_inspect.analysis.counting import token_ids as tokenids
+from moe_inspect.analysis.counting.counts import BASE, CLUSTERS, Counts, merge
+from moe_inspect.analysis.counting.engine import count_trace as count
+from moe_inspect.analysis.counting.select import parse_layers, select
+from moe_inspect.analysis.counting.shard import count_shard
+from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.report import report
+from moe_inspect.reporting.report import report
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 from tests.damage import edit_manifest

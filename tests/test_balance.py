@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moe_inspect.analysis import balance as bal
+from moe_inspect.analysis.metrics import balance as bal
 
 METRICS = bal.of_load()
 

@@ -10,15 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis import counting, engine, kernels, tokenids
-from moe_inspect.analysis.aggregate import BASE, WANTS, Counts, RouterCounts, merge
-from moe_inspect.analysis.engine import count_trace, windows_of
-from moe_inspect.analysis.fragment import count_shard
-from moe_inspect.analysis.select import select
+from moe_inspect.analysis.counting import engine
+from moe_inspect.analysis.counting import kernels_numba as kernels
+from moe_inspect.analysis.counting import kernels_numpy as counting
+from moe_inspect.analysis.counting import token_ids as tokenids
+from moe_inspect.analysis.counting.counts import BASE, WANTS, Counts, RouterCounts, merge
+from moe_inspect.analysis.counting.engine import count_trace, windows_of
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.counting.shard import count_shard
 from moe_inspect.cli.app import app
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.plots import write_plots
-from moe_inspect.report.report import report
+from moe_inspect.reporting.charts.plots import write_plots
+from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter

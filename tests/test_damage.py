@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.report import report
+from moe_inspect.reporting.report import report
 from moe_inspect.trace import checksums, parts, schema
 from moe_inspect.trace.reader import Shard, open_trace
 from moe_inspect.trace.verify import verify

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import moe_inspect
-from moe_inspect.capture.describe import PEAK_FLOPS, describe_table
 from moe_inspect.cli.describe import Gpu
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.describe import PEAK_FLOPS, describe_table
 from tests.conftest import ROOT, Cli
 from tests.families import FAMILIES, build
 

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.capture import engine_http
-from moe_inspect.capture.engine_run import _without_secrets, trace_engine
-from moe_inspect.capture.engines import ENGINES
+from moe_inspect.capture.server import client as engine_http
+from moe_inspect.capture.server.protocols import ENGINES
+from moe_inspect.capture.server.run import _without_secrets, trace_engine
 from moe_inspect.cli.trace import EngineName
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import Cli

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_inspect.analysis import pairs
-from moe_inspect.analysis import uncertainty as unc
-from moe_inspect.report.map_data import map_data
-from moe_inspect.report.pair_tables import LUCK, Met, chosen_together
-from moe_inspect.report.plots import supported_lift
-from moe_inspect.report.report import Report, report
-from moe_inspect.report.sections_pairs import _strongest, coactivation
+from moe_inspect.analysis.metrics import pairs
+from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.reporting.charts.plots import supported_lift
+from moe_inspect.reporting.charts.sections_pairs import _strongest, coactivation
+from moe_inspect.reporting.render.map_data import map_data
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.pairs import LUCK, Met, chosen_together
 from tests.synthetic import uniform_ids, write_trace
 
 

@@ -16,10 +16,10 @@ import transformers
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 import moe_inspect
-from moe_inspect.capture import experts, kernels
-from moe_inspect.capture.attach import mode_of
-from moe_inspect.capture.routers import find_routers
+from moe_inspect.capture.hook import experts, kernels
+from moe_inspect.capture.hook.attach import mode_of
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.routers import find_routers
 from tests.families import FAMILIES, NO_INTERFACE, build, token_batch
 
 ON_INTERFACE = sorted(set(FAMILIES) - NO_INTERFACE)

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.export import EXPORTS, export_trace
-from moe_inspect.trace.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests.synthetic import uniform_ids, write_counts, write_trace
 

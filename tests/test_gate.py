@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_inspect.analysis.registry import METRICS, metrics
+from moe_inspect.analysis.metrics.registry import METRICS, metrics
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.gate import breaches, gate, gated
-from moe_inspect.report.report import report
+from moe_inspect.reporting.report import report
+from moe_inspect.reporting.verdict.gate import breaches, gate, gated
 from tests.conftest import ROOT, Cli
 from tests.metrics_table import table
 from tests.synthetic import uniform_ids, write_trace

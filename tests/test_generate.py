@@ -14,8 +14,8 @@ import torch
 import moe_inspect
 from moe_inspect.capture import run
 from moe_inspect.capture.corpus import CorpusStats, Frame, batches, sequences
-from moe_inspect.capture.models import load_config, load_model
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.load import load_config, load_model
 from tests.conftest import Cli
 from tests.test_cli_trace import save, write_jsonl
 

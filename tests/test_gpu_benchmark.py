@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_inspect.capture import kernels
+from moe_inspect.capture.hook import kernels
 from tests.conftest import ROOT
 
 if kernels.triton is None:

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.importers import FORMATS
-from moe_inspect.trace.importers.run import import_trace
+from moe_inspect.importers import FORMATS
+from moe_inspect.importers.run import import_trace
 from tests import foreign, fuzz
 from tests.foreign import MAKERS
 

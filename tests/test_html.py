@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_inspect.report import html
-from moe_inspect.report.html import Section
-from moe_inspect.report.text import number
+from moe_inspect.reporting.render import html
+from moe_inspect.reporting.render.html import Section
+from moe_inspect.text import number
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
 

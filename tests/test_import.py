@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.report import report
-from moe_inspect.trace.importers import FORMATS
-from moe_inspect.trace.importers.job import counted
-from moe_inspect.trace.importers.run import import_trace
+from moe_inspect.importers import FORMATS
+from moe_inspect.importers.context import counted
+from moe_inspect.importers.run import import_trace
+from moe_inspect.reporting.report import report
 from moe_inspect.trace.lock import hold
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
@@ -347,7 +347,9 @@ def test_the_commands_help_names_every_format(cli):
 
 
 def test_importing_needs_no_torch_but_for_its_files():
-    program = "import sys; import moe_inspect.trace.importers.run, moe_inspect.trace.verify, moe_inspect.trace.export; print('torch' in sys.modules)"
+    program = (
+        "import sys; import moe_inspect.importers.run, moe_inspect.trace.verify, moe_inspect.trace.export; print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -356,7 +358,7 @@ def test_a_model_without_a_tokenizer_is_not_one_that_cannot_be_reached(tmp_path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    from moe_inspect.trace import config
+    from moe_inspect.model import config
 
     answers: dict[str, Exception] = {}
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.importers.job import Job, Source
-from moe_inspect.trace.importers.megatron import megatron
-from moe_inspect.trace.importers.run import import_trace
+from moe_inspect.importers.context import Job, Source
+from moe_inspect.importers.megatron.importer import megatron
+from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
 from tests.foreign import MAKERS, E, K, config_file, drawn, lines, megatron_rank, megatron_tpe

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.importers.run import import_trace
+from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests import foreign
 from tests.foreign import E

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_inspect.capture import kernels
+from moe_inspect.capture.hook import kernels
 from tests.aot import TARGETS
 from tests.kernel_checks import CHECKS, Case, assert_close, choice, is_possible, pairwise, tape_for
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.config import read_config, read_facts
+from moe_inspect.model.config import read_config, read_facts
 from tests import zoo
 from tests.conftest import ROOT, Cli
 from tests.families import build

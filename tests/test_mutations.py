@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from moe_inspect.capture import kernels, ring
+from moe_inspect.capture.hook import kernels, ring
 from tests import test_ring
 from tests.kernel_checks import check_combine, check_dispatch, check_record, small_cases
 from tests.mutation import changed_source, fails

@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.analysis import aggregate, balance, counting, fragment, pairs, uncertainty
+from moe_inspect.analysis.counting import counts as aggregate
+from moe_inspect.analysis.counting import kernels_numpy as counting
+from moe_inspect.analysis.counting import shard as fragment
+from moe_inspect.analysis.metrics import balance, pairs, uncertainty
 from moe_inspect.capture import corpus
-from moe_inspect.report import pair_tables, verdict, verdict_routing
-from moe_inspect.trace import lock, parts, place, reader, schema, slot_order, validate, writer
-from moe_inspect.trace.importers import esft, job, megatron, megatron_layers, responses, routed, sglang
+from moe_inspect.importers import context as job
+from moe_inspect.importers import esft, responses, routed, sglang
+from moe_inspect.importers.megatron import importer as megatron
+from moe_inspect.importers.megatron import layers as megatron_layers
+from moe_inspect.reporting.tables import pairs as pair_tables
+from moe_inspect.reporting.verdict import balance as verdict
+from moe_inspect.reporting.verdict import specialization as verdict_routing
+from moe_inspect.trace import lock, parts, reader, schema, slot_order, validate, writer
+from moe_inspect.trace import output_dir as place
 from tests import (
     test_aggregate,
     test_balance,

@@ -27,9 +27,8 @@ import moe_inspect
 from moe_inspect.__main__ import main
 from moe_inspect.cli.app import app
 from moe_inspect.cli.emit import Format, emit
-from moe_inspect.errors import first_line
-from moe_inspect.report.report import report
-from moe_inspect.text import printable
+from moe_inspect.reporting.report import report
+from moe_inspect.text import first_line, printable
 from moe_inspect.trace import writer
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router

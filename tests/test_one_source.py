@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.analysis import balance as bal
-from moe_inspect.analysis import registry
+from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.analysis.metrics import registry
 from moe_inspect.cli.report import Simulated, _simulated
-from moe_inspect.report.gate import breaches, gate
-from moe_inspect.report.map_data import map_data
-from moe_inspect.report.plots import PLOTS
-from moe_inspect.report.report import Report, report
-from moe_inspect.report.thresholds import Thresholds
+from moe_inspect.reporting.charts.plots import PLOTS
+from moe_inspect.reporting.render.map_data import map_data
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.thresholds import Thresholds
+from moe_inspect.reporting.verdict.gate import breaches, gate
 from moe_inspect.simulate.cache import simulate_cache
 from moe_inspect.simulate.capacity import simulate_capacity
-from moe_inspect.simulate.placement import simulate_placement
+from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.routing import simulate_routing
-from moe_inspect.trace.schema import Router, layer_label
+from moe_inspect.text import layer_label
+from moe_inspect.trace.schema import Router
 from tests.conftest import ROOT
 from tests.planted import text_of
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moe_inspect.report.report import Report, report
-from moe_inspect.report.sections import report_page
+from moe_inspect.reporting.charts.sections import report_page
+from moe_inspect.reporting.report import Report, report
 from tests.damage import edit_manifest
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.analysis import pairs, windows
-from moe_inspect.report.doubts import in_runs
-from moe_inspect.report.report import report
+from moe_inspect.analysis.metrics import pairs, windows
+from moe_inspect.reporting.report import report
+from moe_inspect.reporting.verdict.data_checks import in_runs
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
 
@@ -180,7 +180,7 @@ def test_warm_up_rows_are_noticed(tmp_path: Path):
 def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
     import io
 
-    from moe_inspect.report.terminal import print_report
+    from moe_inspect.reporting.render.terminal import print_report
 
     rng = np.random.default_rng(4)
     hostile = "\x1b[31mred\x07"

@@ -19,7 +19,7 @@ import pytest
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import lock as lock_module
 from moe_inspect.trace.lock import LOCK, Lock, hold, join, refuse_while_locked
-from moe_inspect.trace.place import OVERWRITTEN, check_directory, clear_trace, take_place
+from moe_inspect.trace.output_dir import OVERWRITTEN, check_directory, clear_trace, take_place
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import MANIFEST
 from moe_inspect.trace.verify import verify

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.eplb import eplb
-from moe_inspect.simulate.exact import as_light
-from moe_inspect.simulate.placement import reached_numpy, simulate_placement
-from moe_inspect.simulate.plan import write_plan
-from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
-from moe_inspect.simulate.search import CLOSE
-from moe_inspect.simulate.windows import count_windows_numpy
+from moe_inspect.simulate.placement.eplb import eplb
+from moe_inspect.simulate.placement.exact import as_light
+from moe_inspect.simulate.placement.placement import reached_numpy, simulate_placement
+from moe_inspect.simulate.placement.plan import write_plan
+from moe_inspect.simulate.placement.policies import POLICIES, Layout, colocated, shares
+from moe_inspect.simulate.placement.search import CLOSE
+from moe_inspect.simulate.placement.windows import count_windows_numpy
 from tests.exact import fits_apart
 from tests.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_real_data import FIDDLER, deepseek, needs_esft, needs_fiddler  # noqa: F401  (a fixture)
@@ -170,7 +170,7 @@ def test_ours_on_mixtral(model: str) -> None:
 
 
 def test_the_loops_equal_their_twins() -> None:
-    from moe_inspect.simulate.reach import count_windows, counter, reached, reached_dense, table_of
+    from moe_inspect.simulate.placement.ranks_reached import count_windows, counter, reached, reached_dense, table_of
 
     rng = np.random.default_rng(1)
     ids_KT = np.ascontiguousarray(uniform_ids(rng, 300, 12, 3).astype(np.int16).T)

@@ -7,10 +7,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from moe_inspect.simulate.dispatch import least_busiest
-from moe_inspect.simulate.lasting import busiest, settle
-from moe_inspect.simulate.outlook import MOST, drawn, kriging, merged, variogram
-from moe_inspect.simulate.policies import POLICIES, Layout, colocated, shares
+from moe_inspect.simulate.placement.dispatch import least_busiest
+from moe_inspect.simulate.placement.lasting import busiest, settle
+from moe_inspect.simulate.placement.outlook import MOST, drawn, kriging, merged, variogram
+from moe_inspect.simulate.placement.policies import POLICIES, Layout, colocated, shares
 from tests.drift import CASES, drifting, mean_over_windows
 
 GPUS, SLOTS, EXPERTS = 8, 72, 64

@@ -56,7 +56,7 @@ def test_a_reader_that_lost_a_row_would_be_noticed(trace: Trace):
 
 
 def test_loads_in_sql_are_those_of_the_report(trace: Trace):
-    from moe_inspect.report.report import report
+    from moe_inspect.reporting.report import report
 
     rows = duckdb.sql(
         f"select router, e as expert, count(*) as n from (select router, unnest([expert_0, expert_1]) as e from '{trace.path}/routing/*.parquet') "

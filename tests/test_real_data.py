@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_inspect.analysis import balance as bal
-from moe_inspect.report.report import report
+from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.importers.run import import_trace
+from moe_inspect.reporting.report import report
 from moe_inspect.trace.export import export_trace
-from moe_inspect.trace.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests.synthetic import write_counts, write_trace
 

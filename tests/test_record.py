@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.rows import Held, _length, _mask
+from moe_inspect.capture.hook.call_inputs import Held, _length, _mask
 from moe_inspect.errors import MoeInspectError
 from tests.families import build, token_batch
 

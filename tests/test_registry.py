@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis.registry import METRICS, Metric, listing, metric, metrics
+from moe_inspect.analysis.metrics.registry import METRICS, Metric, listing, metric, metrics
 
 metrics()
 E, K, T = 12, 3, 8_800  # so that even counts are whole numbers

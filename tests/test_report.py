@@ -10,8 +10,8 @@ import pytest
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.report import Report, report
-from moe_inspect.report.tables import TABLES
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.load import TABLES
 from moe_inspect.trace.reader import Trace
 from tests.planted import DOCUMENT, E, K, T, planted, uniform
 from tests.synthetic import uniform_ids, write_counts, write_trace

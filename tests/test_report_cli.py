@@ -15,9 +15,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from moe_inspect.report.plots import write_plots
-from moe_inspect.report.report import Report, report
-from moe_inspect.report.tables import TABLES
+from moe_inspect.reporting.charts.plots import write_plots
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.load import TABLES
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
 from tests.planted import planted
@@ -144,7 +144,7 @@ def test_a_warning_goes_to_stderr(cli: Cli, tmp_path: Path):
 
 
 def test_plots_are_pictures(cli: Cli, trace: Trace, tmp_path: Path):
-    from moe_inspect.report.plots import PLOTS
+    from moe_inspect.reporting.charts.plots import PLOTS
 
     done = cli("report", trace.path, "--table", "balance", "--plots", "pictures")
     names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
@@ -158,7 +158,7 @@ def test_plots_are_pictures(cli: Cli, trace: Trace, tmp_path: Path):
 
 
 def test_pictures_say_what_they_show(made: Report):
-    from moe_inspect.report.plots import PLOTS
+    from moe_inspect.reporting.charts.plots import PLOTS
 
     figure = PLOTS["balance"](made)
     assert figure is not None
@@ -173,7 +173,7 @@ def test_pictures_say_what_they_show(made: Report):
 
 
 def test_plots_without_domains_or_documents(tmp_path: Path):
-    from moe_inspect.report.plots import write_plots
+    from moe_inspect.reporting.charts.plots import write_plots
 
     made = report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2))
     assert sorted(p.name for p in write_plots(made, tmp_path / "p")) == ["balance.png", "balance.svg", "load.png", "load.svg"]
@@ -181,7 +181,7 @@ def test_plots_without_domains_or_documents(tmp_path: Path):
 
 def test_pictures_leave_the_notebooks_backend_alone(trace: Trace):
     code = (
-        "import sys, moe_inspect; from moe_inspect.report.plots import PLOTS\n"
+        "import sys, moe_inspect; from moe_inspect.reporting.charts.plots import PLOTS\n"
         f"PLOTS['load'](moe_inspect.report(r'{trace.path}')); print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True False"
@@ -210,7 +210,7 @@ def test_simulations_have_sections_on_the_page(cli: Cli, trace: Trace, tmp_path:
 
 
 def test_a_page_of_counts_says_what_it_lacks(tmp_path: Path):
-    from moe_inspect.report.sections import report_page
+    from moe_inspect.reporting.charts.sections import report_page
 
     page = report_page(report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2)))
     said = page.partition('class="left-out">')[2].partition("</p>")[0]
@@ -246,7 +246,7 @@ def test_help_names_every_table_and_imports_nothing_heavy(cli: Cli):
 def test_no_torch_and_no_matplotlib_in_a_report(trace: Trace):
     code = (
         "import sys, io, moe_inspect.analysis, moe_inspect.report\n"
-        "from moe_inspect.report.terminal import print_report\n"
+        "from moe_inspect.reporting.render.terminal import print_report\n"
         f"print_report(moe_inspect.report(r'{trace.path}'), io.StringIO())\n"
         "print([m for m in ('torch', 'transformers', 'triton', 'matplotlib', 'typer') if m in sys.modules], 'pandas' in sys.modules)"
     )

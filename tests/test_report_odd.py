@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.report import Report, report
-from moe_inspect.report.tables import every_table
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.load import every_table
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from tests.planted import text_of

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_inspect.report import terminal
-from moe_inspect.report.report import Report, report
+from moe_inspect.reporting.render import terminal
+from moe_inspect.reporting.report import Report, report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
 from tests.planted import T, planted, text_of

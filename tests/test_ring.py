@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_inspect
-from moe_inspect.capture import kernels, recorder, ring
+from moe_inspect.capture.hook import kernels, recorder, ring
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import TraceWriter
 from tests.families import build, token_batch

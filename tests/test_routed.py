@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.config import facts_of, read_facts
-from moe_inspect.trace.importers import routed
+from moe_inspect.importers import routed
+from moe_inspect.model.config import facts_of, read_facts
 from moe_inspect.trace.schema import Router
 from tests.conftest import ROOT
 from tests.synthetic import uniform_ids
@@ -183,7 +183,7 @@ def test_the_vocabulary_is_the_tokenizers_own():
 def test_a_config_alone_says_what_the_built_model_has():
     """Of every family that the installed transformers ships."""
     torch = pytest.importorskip("torch")
-    from moe_inspect.capture.routers import find_routers, top_k_of
+    from moe_inspect.model.routers import find_routers, top_k_of
     from tests import zoo
 
     compared = 0

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.routers import find_routers
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.routers import find_routers
 from tests import zoo
 
 TEXTS = ["The cat sat on the mat.", "A dog.", "Where do the tokens go?"]

@@ -147,9 +147,9 @@ def test_tokens_a_second_are_what_the_link_allows(tmp_path: Path):
 
 def test_the_compiled_path_gives_the_same_tables(monkeypatch: pytest.MonkeyPatch):
     trace = ROOT / "sample_traces/collapsed"
-    monkeypatch.setattr("moe_inspect.simulate.stream.SMALL", 10**9)
+    monkeypatch.setattr("moe_inspect.simulate.shards.SMALL", 10**9)
     plain = simulate_cache(trace, slots=[3, 5], layers="2-3")
-    monkeypatch.setattr("moe_inspect.simulate.stream.SMALL", 0)
+    monkeypatch.setattr("moe_inspect.simulate.shards.SMALL", 0)
     compiled = simulate_cache(trace, slots=[3, 5], layers="2-3")
     for name, table in plain.tables.items():
         assert table.equals(compiled.tables[name]), name

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels
 from moe_inspect.simulate.capacity import ORDERS, Stack, capacity, drops, levels, queue_numpy, simulate_capacity
-from moe_inspect.simulate.stream import document_deciles, runs
+from moe_inspect.simulate.shards import document_deciles, runs
 from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
@@ -120,7 +120,7 @@ def test_what_a_factor_needs_is_what_it_then_drops(group: str | int):
 def test_the_compiled_path_gives_the_same_tables(order: str, monkeypatch: pytest.MonkeyPatch):
     trace = ROOT / "sample_traces/collapsed"
     plain = simulate_capacity(trace, order=order, group_tokens=300)
-    monkeypatch.setattr("moe_inspect.simulate.stream.SMALL", 0)
+    monkeypatch.setattr("moe_inspect.simulate.shards.SMALL", 0)
     compiled = simulate_capacity(trace, order=order, group_tokens=300)
     for name, table in plain.tables.items():
         assert table.equals(compiled.tables[name]), name

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from moe_inspect import Trace, open_trace
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels
-from moe_inspect.simulate.algorithms import ALGORITHMS, BIAS_RATE, BIAS_TOKENS, Algorithm, Batch, batch_of, largest, serve_in_turn
 from moe_inspect.simulate.routing import simulate_routing
+from moe_inspect.simulate.routing_algorithms import ALGORITHMS, BIAS_RATE, BIAS_TOKENS, Algorithm, Batch, batch_of, largest, serve_in_turn
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.conftest import ROOT, Cli

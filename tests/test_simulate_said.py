@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moe_inspect.simulate import cache, capacity_said, decode, routing
+from moe_inspect.simulate import cache, decode, routing
+from moe_inspect.simulate import capacity_text as capacity_said
 
 LABELS = {0: "0", 1: "1/1", 2: "1/2"}
 

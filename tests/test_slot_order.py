@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.counts import DeviceCounts
-from moe_inspect.capture.rows import Rows
+from moe_inspect.capture.hook.call_inputs import Rows
+from moe_inspect.capture.hook.device_counts import DeviceCounts
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.report import report
-from moe_inspect.report.sections import report_page
-from moe_inspect.report.terminal import print_report
+from moe_inspect.importers.run import import_trace
+from moe_inspect.reporting.charts.sections import report_page
+from moe_inspect.reporting.render.terminal import print_report
+from moe_inspect.reporting.report import report
 from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.trace import schema
 from moe_inspect.trace.export import export_trace
-from moe_inspect.trace.importers.run import import_trace
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import descending

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moe_inspect.analysis import specialization as sp
-from moe_inspect.report.report import report
+from moe_inspect.analysis.metrics import specialization as sp
+from moe_inspect.reporting.report import report
 from tests.synthetic import uniform_ids, write_trace
 
 

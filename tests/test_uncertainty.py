@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from moe_inspect.analysis import uncertainty as unc
-from moe_inspect.analysis.balance import cv
+from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.analysis.metrics.balance import cv
 from tests.synthetic import uniform_ids
 
 FLOORS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_inspect.report.report import report
+from moe_inspect.reporting.report import report
 from tests.conftest import ROOT
 from tests.synthetic import uniform_ids, write_counts, write_trace
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.analysis import uncertainty as unc
-from moe_inspect.report import doubts, verdict_routing
-from moe_inspect.report import verdict as v
+from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.reporting.verdict import balance as v
+from moe_inspect.reporting.verdict import data_checks as doubts
+from moe_inspect.reporting.verdict import specialization as verdict_routing
 from tests.stub import row, stub
 
 EVEN = [100] * 8

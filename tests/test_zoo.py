@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.routers import Site, find_routers
+from moe_inspect.capture.hook.stack import shares
 from moe_inspect.capture.run import trace_model
-from moe_inspect.capture.stacks import shares
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.routers import Site, find_routers
 from tests import zoo
 from tests.conftest import ROOT
 from tests.test_cli_trace import save_tokenizer

@@ -23,7 +23,8 @@ import numpy as np
 
 from moe_inspect.capture.tokenize import token_ids
 from moe_inspect.demo import CORPUS_DIR
-from moe_inspect.errors import MoeInspectError, first_line
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line
 from moe_inspect.trace.writer import Document
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")

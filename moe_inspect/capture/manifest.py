@@ -28,7 +28,7 @@ def process_facts(command: list[str]) -> dict[str, Any]:
     """Which process, of which versions, was started how."""
     import transformers
 
-    from moe_inspect.capture.kernels import triton
+    from moe_inspect.capture.hook.kernels import triton
 
     return {
         "versions": {

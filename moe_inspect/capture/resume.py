@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.capture.corpus import Frame, Plan, special_frame
-from moe_inspect.capture.models import config_record
 from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.model.load import config_record
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import read_manifest, refuse_while_written
 from moe_inspect.trace.writer import ResumePoint, committed_counts, resume_point

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.corpus import Plan, Sequence_, find_sources
-from moe_inspect.capture.models import commit_of, load_config, load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
+from moe_inspect.capture.hook.call_inputs import Rows, cache_among
+from moe_inspect.capture.hook.recorder import Recorder
 from moe_inspect.capture.ranks import Ranks
-from moe_inspect.capture.recorder import Recorder
 from moe_inspect.capture.resume import comparable, complete_now, corpus_record, resumed
-from moe_inspect.capture.rows import Rows, cache_among
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.load import commit_of, load_config, load_model, load_tokenizer, weights_fingerprint
+from moe_inspect.model.vocabulary import tokenizer_fingerprint
 from moe_inspect.trace import schema
 from moe_inspect.trace.lock import Lock, hold, join, refuse_while_locked
-from moe_inspect.trace.place import check_directory
+from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace, read_manifest
 from moe_inspect.trace.writer import Document
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.corpus import Sequence_
-from moe_inspect.capture.recorder import Recorder
-from moe_inspect.capture.rows import Rows
+from moe_inspect.capture.hook.call_inputs import Rows
+from moe_inspect.capture.hook.recorder import Recorder
 from moe_inspect.capture.run import Decoding, cache_of, chosen, forward, last_logits, padded
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import Document

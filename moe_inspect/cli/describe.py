@@ -54,8 +54,8 @@ def describe(
         raise typer.BadParameter(f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}")
     need_torch()
     quiet()
-    from moe_inspect.capture.describe import describe as make
-    from moe_inspect.capture.describe import describe_table
+    from moe_inspect.model.describe import describe as make
+    from moe_inspect.model.describe import describe_table
 
     made = make(model, context=context, revision=revision, trust_remote_code=trust_remote_code)
     training = made.training(train_tokens, gpu.value, mfu, gpu_hours) if train_tokens is not None else None

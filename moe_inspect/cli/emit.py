@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 
 import typer
 
-from moe_inspect.errors import MoeInspectError, first_line, writing
-from moe_inspect.text import abandon, safe_cell, say
+from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.text import abandon, first_line, safe_cell, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ def format_of(output: Path | None) -> Format | None:
 def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool = False) -> None:
     """Writes a table to `output`, or to stdout. `safe_csv`: no text of a csv is a formula to a spreadsheet."""
     if form is Format.table:
-        from moe_inspect.report.terminal import print_table
+        from moe_inspect.reporting.render.terminal import print_table
 
         with text_to(output) as file:
             left_out = print_table(frame, file)

@@ -52,8 +52,8 @@ def import_(
     """Turn the dumps of engines and labs into a trace.
 
     Counts, per-token choices or responses; report reads them like any other trace and says what they cannot tell."""
-    from moe_inspect.trace.importers import FORMATS
-    from moe_inspect.trace.importers.run import import_trace
+    from moe_inspect.importers import FORMATS
+    from moe_inspect.importers.run import import_trace
 
     if format not in (*FORMATS, "auto"):
         raise typer.BadParameter(f"no format {format!r}: there are {', '.join(FORMATS)} and auto")

@@ -16,9 +16,9 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import say
 
 if TYPE_CHECKING:
-    from moe_inspect.report.gate import Gate
-    from moe_inspect.report.html import Section
-    from moe_inspect.report.report import Report
+    from moe_inspect.reporting.render.html import Section
+    from moe_inspect.reporting.report import Report
+    from moe_inspect.reporting.verdict.gate import Gate
 
 
 class Phase(StrEnum):
@@ -103,14 +103,14 @@ def report(
     if list_metrics:
         import pandas as pd
 
-        from moe_inspect.analysis.registry import listing
+        from moe_inspect.analysis.metrics.registry import listing
 
         emit(pd.DataFrame(listing()), format or ending or Format.table, output, safe_csv)
         return
     if trace is None:
         raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
     if table is None and (format or ending or Format.table) is not Format.table:
-        from moe_inspect.report.report import TABLES
+        from moe_inspect.reporting.report import TABLES
 
         asked = f"--format {format}" if format else f"-o {output}"
         raise typer.BadParameter(f"{asked} is of one table: add --table {', '.join(TABLES)}")
@@ -118,9 +118,9 @@ def report(
         raise typer.BadParameter(f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}")
     if simulate and (html is None or domain or phase):
         raise typer.BadParameter("--simulate is of all the text, for a page: give it with --html, without --domain and --phase")
-    from moe_inspect.report.gate import breaches, gated
-    from moe_inspect.report.report import report as make
-    from moe_inspect.report.terminal import print_report
+    from moe_inspect.reporting.render.terminal import print_report
+    from moe_inspect.reporting.report import report as make
+    from moe_inspect.reporting.verdict.gate import breaches, gated
 
     domains = [label for value in domain or [] for label in value.split(",")]
     limits = {name: value for text in threshold or [] for name, value in [_threshold(text)]}
@@ -145,13 +145,13 @@ def report(
     if made.warning:
         say(f"warning: {made.warning}")
     if plots is not None:
-        from moe_inspect.report.plots import write_plots
+        from moe_inspect.reporting.charts.plots import write_plots
 
         for path in write_plots(made, plots):
             say(f"wrote {path}")
     if html is not None:
-        from moe_inspect.report.html import write_page
-        from moe_inspect.report.sections import report_page
+        from moe_inspect.reporting.charts.sections import report_page
+        from moe_inspect.reporting.render.html import write_page
 
         write_page(html, report_page(made, _simulated(made, simulate or [], layers)))
         say(f"wrote {html}")
@@ -180,7 +180,7 @@ def _simulated(made: Report, names: list[Simulated], layers: str | None) -> Iter
 
 
 def _threshold(text: str) -> tuple[str, float]:
-    from moe_inspect.report.thresholds import thresholds
+    from moe_inspect.reporting.tables.thresholds import thresholds
 
     name, _, value = text.partition("=")
     try:
@@ -194,7 +194,7 @@ def _threshold(text: str) -> tuple[str, float]:
 def _gates(texts: list[str] | None, above: bool) -> list[Gate]:
     if not texts:
         return []
-    from moe_inspect.report.gate import gate
+    from moe_inspect.reporting.verdict.gate import gate
 
     try:
         return [gate(text, above) for text in texts]

@@ -138,7 +138,7 @@ def trace(
     try:
         with _Progress() as progress:
             if engine is not None and model_config is not None:
-                from moe_inspect.capture.engine_run import trace_engine
+                from moe_inspect.capture.server.run import trace_engine
 
                 of_engine = {"engine": str(engine), "model_config": model_config, "concurrency": concurrency, "timeout_s": timeout}
                 written = trace_engine(model, output, **shared, **of_engine, api_key=api_key, progress=progress)
@@ -200,7 +200,7 @@ def _refuse_early(
 ) -> None:
     """What is wrong for certain is said before torch is imported, which takes seconds. `trace_model` and `trace_engine` look again."""
     from moe_inspect.trace.lock import refuse_while_locked
-    from moe_inspect.trace.place import check_directory
+    from moe_inspect.trace.output_dir import check_directory
     from moe_inspect.trace.schema import MANIFEST
 
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # of a torchrun another process may have begun there
@@ -210,11 +210,11 @@ def _refuse_early(
         check_directory(output, overwrite)
     if find_spec("torch") is None:  # then the rest of the extra may be missing too
         return
-    from moe_inspect.capture.models import refuse_unless_found
+    from moe_inspect.model.load import refuse_unless_found
 
     refuse_unless_found(model_config or model, revision)
     if model_config is not None:
-        from moe_inspect.capture.engine_http import refuse_unless_up
+        from moe_inspect.capture.server.client import refuse_unless_up
 
         refuse_unless_up(model, api_key)
 

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.analysis.select import select
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.stream import check_length, is_small
-from moe_inspect.simulate.stream import slots as slots_of
+from moe_inspect.simulate.shards import check_length, is_small
+from moe_inspect.simulate.shards import slots as slots_of
+from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Shard, Trace, codes, open_trace
-from moe_inspect.trace.schema import PHASES, layer_label
+from moe_inspect.trace.schema import PHASES
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moe_inspect.analysis.select import select
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.capacity_said import PLACES, figure, verdict
+from moe_inspect.simulate.capacity_text import PLACES, figure, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.stream import check_length, cut, deciles, document_deciles, is_small, runs, slots
+from moe_inspect.simulate.shards import check_length, cut, deciles, document_deciles, is_small, runs, slots
+from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Shard, Trace, codes, open_trace
-from moe_inspect.trace.schema import Router, layer_label
+from moe_inspect.trace.schema import Router
 
 if TYPE_CHECKING:
     import pandas as pd

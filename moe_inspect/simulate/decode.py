@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.select import Selection, select
+from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.report.words import counted
+from moe_inspect.model.sizes import expert_bytes, weight_bytes
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.sizes import expert_bytes, weight_bytes
-from moe_inspect.simulate.stream import check_domains, check_length, is_small, slots, taken
+from moe_inspect.simulate.shards import check_domains, check_length, is_small, slots, taken
+from moe_inspect.text import counted
 from moe_inspect.trace.reader import Shard, Trace, open_trace
 
 if TYPE_CHECKING:

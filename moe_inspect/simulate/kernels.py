@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from moe_inspect.simulate import algorithms
+from moe_inspect.simulate import routing_algorithms as algorithms
 from moe_inspect.simulate.capacity import NOWHERE
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moe_inspect.report.html import Section, svg_of
-from moe_inspect.report.html import page as html_page
+from moe_inspect.reporting.render.html import Section, svg_of
+from moe_inspect.reporting.render.html import page as html_page
 from moe_inspect.simulate.result import Simulation
 
 ROWS = 400  # of a table on the page

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.analysis import balance as bal
-from moe_inspect.analysis.balance import UNEVEN
-from moe_inspect.analysis.select import select
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.analysis.metrics.balance import UNEVEN
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.algorithms import ALGORITHMS, SEED, Algorithm, Batch, batch_of, largest
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.stream import check_length, runs, slots
+from moe_inspect.simulate.routing_algorithms import ALGORITHMS, SEED, Algorithm, Batch, batch_of, largest
+from moe_inspect.simulate.shards import check_length, runs, slots
+from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Shard, Trace, open_trace
-from moe_inspect.trace.schema import layer_label
 
 if TYPE_CHECKING:
     import pandas as pd

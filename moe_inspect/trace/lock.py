@@ -22,8 +22,8 @@ import weakref
 from pathlib import Path
 from types import TracebackType
 
-from moe_inspect.errors import MoeInspectError, first_line, writing
-from moe_inspect.text import say
+from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.text import first_line, say
 
 LOCK = ".lock"
 PATIENCE_S = 0.5  # whoever only looks whether a trace is locked holds its lock for less

@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import first_line
+from moe_inspect.text import first_line
 from moe_inspect.trace import checksums, schema
 from moe_inspect.trace.remote import Remote
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.validate import MOST_SHARD_TOKENS, Damaged
-from moe_inspect.trace.vocabulary import MOST_IDS
 
 SMALL_BYTES = 2**20  # a file of this size is hashed when it is opened, which takes less than opening it
 MOST_COUNT_ROWS = 2**26
@@ -98,7 +97,7 @@ def _check_size(file: pq.ParquetFile, name: str) -> None:
     """A few kilobytes can decompress to gigabytes. The footer says to how many, before anything is read."""
     metadata = file.metadata
     table = name.partition("/")[0]
-    most_rows = MOST_COUNT_ROWS if table == "counts" else MOST_IDS if name == schema.VOCABULARY else MOST_SHARD_TOKENS
+    most_rows = MOST_COUNT_ROWS if table == "counts" else MOST_TOKEN_IDS if name == schema.VOCABULARY else MOST_SHARD_TOKENS
     width = sum(_width(kind) for kind in file.schema_arrow.types)
     for g in range(metadata.num_row_groups):
         group = metadata.row_group(g)

@@ -19,12 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError, reading
+from moe_inspect.text import ranges
 from moe_inspect.trace import parts, schema, slot_order
 from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.remote import Remote, place
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.validate import MOST_MANIFEST_BYTES, MOST_RANKS, SPAN, Damaged, check_line, check_manifest, parsed
-from moe_inspect.trace.vocabulary import MOST_IDS
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,8 @@ class Shard:
     def tokens(self, columns: list[str] | None = None) -> pa.Table:
         """The tokens table of this shard, in token order."""
         table = self.table("tokens", columns)
-        if "token_id" in table.column_names and (highest := _highest(table["token_id"])) >= MOST_IDS:
-            raise self._damaged("tokens", f"token_id is {highest}: vocabularies have at most {MOST_IDS:,}")
+        if "token_id" in table.column_names and (highest := _highest(table["token_id"])) >= MOST_TOKEN_IDS:
+            raise self._damaged("tokens", f"token_id is {highest}: vocabularies have at most {MOST_TOKEN_IDS:,}")
         return table
 
     def counts(self) -> pa.Table:
@@ -399,7 +399,7 @@ class Trace:
         if not chosen:
             layers = sorted({r.layer for r in self.routers})
             asked = f"layer {layer}" if layer is not None else f"router {router}"
-            raise MoeInspectError(f"no {asked} in {self.path}: it has layers {schema.ranges(layers)} and routers 0-{len(self.routers) - 1}")
+            raise MoeInspectError(f"no {asked} in {self.path}: it has layers {ranges(layers)} and routers 0-{len(self.routers) - 1}")
         return chosen
 
     def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:

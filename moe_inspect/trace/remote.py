@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError, first_line
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line
 
 
 def place(path: str | Path | Remote) -> Path | Remote:

@@ -49,6 +49,7 @@ TOKENS = pa.schema(
     ]
 )
 DOCUMENTS = pa.schema([("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())])
+MOST_TOKEN_IDS = 2**22  # no vocabulary is near; what a hostile file could ask for
 VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())])
 
 
@@ -77,14 +78,6 @@ class Router:
     def sees(self, phase: str) -> bool:
         """Whether tokens of this phase reach the router: the encoder's see those of "encode", the decoder's the others."""
         return not self.stack or (self.stack == "encoder") == (phase == "encode")
-
-
-def layer_label(routers: Sequence[Router], r: int) -> str:
-    """What router r of a model is called, after the word "layer": "3"; "3/5", with the number of the router, where its layer has
-    several; "3 (encoder)" in a model of two stacks. The one name of a router in every text, table title, picture and page."""
-    this = routers[r]
-    several = sum((other.layer, other.stack) == (this.layer, this.stack) for other in routers) > 1
-    return f"{this.layer}" + (f"/{r}" if several else "") + (f" ({this.stack})" if this.stack else "")
 
 
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:
@@ -193,17 +186,6 @@ def process_start(pid: int) -> int | None:
 def fingerprint(value: Any) -> str:
     """sha256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")).hexdigest()
-
-
-def ranges(values: Iterable[int]) -> str:
-    """[0, 1, 2, 3, 7] → "0-3,7", as options take it."""
-    runs: list[list[int]] = []
-    for value in sorted(values):
-        if runs and value == runs[-1][1] + 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
-    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)
 
 
 def parse_ranges(text: str) -> list[int]:

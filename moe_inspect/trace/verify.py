@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.trace import parts, schema
 from moe_inspect.trace.lock import refuse_while_locked
-from moe_inspect.trace.place import OF_A_TABLE, contents
+from moe_inspect.trace.output_dir import OF_A_TABLE, contents
 from moe_inspect.trace.reader import Shard, ShardFiles, Trace, inside, writer_of
 from moe_inspect.trace.validate import LINE_KEYS, SPAN, Damaged
 

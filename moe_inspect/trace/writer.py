@@ -21,13 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import MoeInspectError, first_line, writing
-from moe_inspect.text import storable
+from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.text import first_line, storable
 from moe_inspect.trace import checksums, schema, slot_order
 from moe_inspect.trace.lock import Lock, hold
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.validate import Damaged
-from moe_inspect.trace.vocabulary import MOST_IDS
 
 SHARD_TOKENS = 65_536
 SHARD_BYTES = 60 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
@@ -181,8 +180,8 @@ class TraceWriter:
     def write(self, batch: RoutedBatch | CountedBatches) -> None:
         self._raise()
         assert self._thread.is_alive(), "written to after close"
-        if isinstance(batch, RoutedBatch) and (highest := int(batch.token_id.max(initial=0))) >= MOST_IDS:
-            raise MoeInspectError(f"token id {highest} cannot be recorded: vocabularies have at most {MOST_IDS:,} tokens")
+        if isinstance(batch, RoutedBatch) and (highest := int(batch.token_id.max(initial=0))) >= MOST_TOKEN_IDS:
+            raise MoeInspectError(f"token id {highest} cannot be recorded: vocabularies have at most {MOST_TOKEN_IDS:,} tokens")
         self._queue.put(batch)
 
     def close(self, status: str = "complete", quiet: bool = False) -> None:

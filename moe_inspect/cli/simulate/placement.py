@@ -98,8 +98,8 @@ def placement(
     Balance, ranks that a token reaches, how a plan ages. Fitted on the first part of the trace and judged on the rest. The plan that -o writes
     is the one that the verdict recommends: of the policy that is the least slow on the judged part, with --minimize of ours. EPLB is slot for slot as
     published, except where loads are equal: the published code then has no fixed order, and here the lower number goes first."""
-    from moe_inspect.simulate.placement import simulate_placement
-    from moe_inspect.simulate.plan import ENDINGS, write_plan
+    from moe_inspect.simulate.placement.placement import simulate_placement
+    from moe_inspect.simulate.placement.plan import ENDINGS, write_plan
 
     simulation = simulate_placement(
         trace,

@@ -1,0 +1,279 @@
+"""The functions of counting.py compiled by numba, for traces long enough to be worth loading it: same names, arguments and
+results (those with float sums to rounding), an order of magnitude faster, without the GIL. Their twins are in counting.py.
+
+T tokens, K slots, J slots of the next router, E experts here, N experts of the next router, G runs of tokens, U units,
+B batches, W windows, D domains, X rows. slots: K arrays [T], as they were decoded; their number is part of the type, so that the
+compiler unrolls. A slot that routed nowhere holds E, and tables have one more column for it, which is cut off: no branch.
+What bounds most of these is one store a cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import njit
+
+from moe_inspect.analysis.counting.kernels_numpy import Places, Slots
+
+ONE = np.uint32(1)
+PAGE, LINE = 4096, 64  # bytes; of which the lower address bits say where in the nearest cache something goes
+BLOCK = 4096  # tokens at a time, whose slots stay in the nearest cache
+SHORT = 16  # tokens of a run below which its load is counted in place
+
+
+@njit(nogil=True, cache=True)
+def _loads(slots, start_G, unit_T, domain_T, batch_T, window_T, total_UE, first_DE, total_BE, total_WE):  # type: ignore[no-untyped-def]
+    run_E = np.zeros(total_UE.shape[1], np.uint32)
+    for g in range(len(start_G) - 1):
+        start, end = start_G[g], start_G[g + 1]
+        of_u_E, of_b_E, of_w_E = total_UE[unit_T[start]], total_BE[batch_T[start]], total_WE[window_T[start]]
+        first_E = first_DE[domain_T[start]]
+        if end - start < SHORT:
+            for t in range(start, end):
+                first_E[np.uint64(slots[0][t])] += 1
+                for j in range(len(slots)):
+                    e = np.uint64(slots[j][t])
+                    of_u_E[e] += 1
+                    of_b_E[e] += 1
+                    of_w_E[e] += 1
+        else:
+            for t in range(start, end):
+                first_E[np.uint64(slots[0][t])] += 1
+                for j in range(len(slots)):
+                    run_E[np.uint64(slots[j][t])] += 1
+            for e in range(len(run_E)):
+                of_u_E[e] += run_E[e]
+                of_b_E[e] += run_E[e]
+                of_w_E[e] += run_E[e]
+                run_E[e] = 0
+
+
+def loads(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """uint32 [U, E], [D, E], [B, E], [W, E]"""
+    tables = [np.zeros((rows, E + 1), np.uint32) for rows in (places.U, places.D, places.B, places.W)]
+    _loads(slots, places.start_G, places.unit_T, places.domain_T, places.batch_T, places.window_T, *tables)
+    units_UE, first_DE, batches_BE, windows_WE = (table[:, :E] for table in tables)
+    return units_UE, first_DE, batches_BE, windows_WE
+
+
+@njit(nogil=True, cache=True)
+def _weight_sum(slots, weights, row_T, total_XE):  # type: ignore[no-untyped-def]
+    for t in range(len(row_T)):
+        row_E = total_XE[row_T[t]]
+        for j in range(len(slots)):
+            row_E[np.uint64(slots[j][t])] += weights[j][t]
+
+
+def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) -> np.ndarray:
+    """float64 [X, E]"""
+    total_XE = np.zeros((X, E + 1))
+    _weight_sum(slots, weights, row_T, total_XE)
+    return total_XE[:, :E]
+
+
+@njit(nogil=True, cache=True)
+def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-untyped-def]
+    in_fours = len(slots) - len(slots) % 4
+    for t in range(len(slots[0])):
+        first_EN[np.uint64(slots[0][t]), np.uint64(next_slots[0][t])] += ONE
+        for i in range(0, in_fours, 4):  # four rows at a time, so that their addresses stay in registers
+            a_N, b_N = total_EN[np.uint64(slots[i][t])], total_EN[np.uint64(slots[i + 1][t])]
+            c_N, d_N = total_EN[np.uint64(slots[i + 2][t])], total_EN[np.uint64(slots[i + 3][t])]
+            for j in range(len(next_slots)):
+                n = np.uint64(next_slots[j][t])
+                a_N[n] += ONE
+                b_N[n] += ONE
+                c_N[n] += ONE
+                d_N[n] += ONE
+        for i in range(in_fours, len(slots)):
+            row_N = total_EN[np.uint64(slots[i][t])]
+            for j in range(len(next_slots)):
+                row_N[np.uint64(next_slots[j][t])] += ONE
+
+
+def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint16 or uint32 [E, N], twice"""
+    pairs = len(slots[0]) * len(slots) * len(next_slots)
+    total_EN, first_EN = _pairs(_transitions, (slots, _staggered(next_slots)), pairs, [(E, N), (E, N)])
+    return total_EN, first_EN
+
+
+def _pairs(count: Callable[..., None], arguments: tuple[Slots, ...], pairs: int, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Tables of one shard, so that they stay in the nearest caches, in the narrower type where it holds them. A decision that names an
+    expert twice can make a cell count more than there are tokens: what wraps around, the first table's sum falls short of `pairs`."""
+    for kind in (np.uint16, np.uint32) if len(arguments[0][0]) < 2**16 else (np.uint32,):
+        tables = [np.zeros((E + 1, N + 1), kind) for E, N in shapes]
+        count(*arguments, *tables)
+        if tables[0].sum(dtype=np.int64) == pairs:
+            break
+    return [table[:-1, :-1] for table in tables]
+
+
+def _staggered(slots: Slots) -> Slots:
+    """Copies that lie a line of the cache further into the page each. Arrow begins every buffer at a page: read side by side, the
+    slots of two routers would all need the same lines of the nearest cache, which holds fewer."""
+    T, size = len(slots[0]), slots[0].itemsize
+    rows_KX = np.empty((len(slots), (-(-T * size // PAGE) * PAGE + LINE) // size), slots[0].dtype)
+    for row_X, slot_T in zip(rows_KX, slots, strict=True):
+        row_X[:T] = slot_T
+    return tuple(row_X[:T] for row_X in rows_KX)
+
+
+@njit(nogil=True, cache=True)
+def _by_slot(slots, total_EE):  # type: ignore[no-untyped-def]
+    in_fours = len(slots) - len(slots) % 4
+    for t in range(len(slots[0])):
+        for i in range(0, in_fours, 4):
+            b, c, d = np.uint64(slots[i + 1][t]), np.uint64(slots[i + 2][t]), np.uint64(slots[i + 3][t])
+            a_E, b_E, c_E, d_E = total_EE[np.uint64(slots[i][t])], total_EE[b], total_EE[c], total_EE[d]
+            a_E[b] += ONE
+            a_E[c] += ONE
+            b_E[c] += ONE
+            a_E[d] += ONE
+            b_E[d] += ONE
+            c_E[d] += ONE
+            for j in range(i + 4, len(slots)):
+                e = np.uint64(slots[j][t])
+                a_E[e] += ONE
+                b_E[e] += ONE
+                c_E[e] += ONE
+                d_E[e] += ONE
+        for j in range(in_fours + 1, len(slots)):
+            e = np.uint64(slots[j][t])
+            for i in range(in_fours, j):
+                total_EE[np.uint64(slots[i][t]), e] += ONE
+
+
+def by_slot(slots: Slots, E: int) -> np.ndarray:
+    """uint16 or uint32 [E, E]"""
+    return _pairs(_by_slot, (slots,), len(slots[0]) * len(slots) * (len(slots) - 1) // 2, [(E, E)])[0]
+
+
+@njit(nogil=True, cache=True)
+def _meet(before_T, after_T, common_T):  # type: ignore[no-untyped-def]
+    for t in range(len(common_T)):
+        common_T[t] |= before_T[t] == after_T[t]
+
+
+@njit(nogil=True, cache=True)
+def _repetition(before, after, follows_T, unit_T, first_U, any_U):  # type: ignore[no-untyped-def]
+    """Slot by slot, many tokens at once."""
+    common = np.empty(BLOCK, np.bool_)
+    for start in range(1, len(follows_T), BLOCK):
+        end = min(start + BLOCK, len(follows_T))
+        common_T = common[: end - start]
+        common_T[:] = False
+        for i in range(len(before)):
+            for j in range(len(after)):
+                _meet(before[i][start - 1 : end - 1], after[j][start:end], common_T)
+        unit, first, either = unit_T[start], 0, 0
+        for t in range(start, end):
+            if unit_T[t] != unit:
+                first_U[unit] += first
+                any_U[unit] += either
+                unit, first, either = unit_T[t], 0, 0
+            first += follows_T[t] & (before[0][t - 1] == after[0][t])
+            either += follows_T[t] & common_T[t - start]
+        first_U[unit] += first
+        any_U[unit] += either
+
+
+def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [U], twice"""
+    assert places.order is not None
+    by_T, follows_T, unit_T = places.order.by_T, places.order.follows_T, places.unit_T
+    if not places.order.in_place:
+        slots, unit_T = tuple(slot_T[by_T] for slot_T in slots), unit_T[by_T]
+    before = slots
+    if E < 2**16:  # nowhere is nothing to have in common
+        slots = tuple(slot_T.astype(np.uint16) for slot_T in slots)
+        before = tuple(np.where(slot_T == E, np.uint16(2**16 - 1), slot_T) for slot_T in slots)
+    first_U, any_U = np.zeros(places.U, np.int64), np.zeros(places.U, np.int64)
+    _repetition(before, slots, follows_T, unit_T, first_U, any_U)
+    return first_U, any_U
+
+
+@njit(nogil=True, cache=True)
+def _srp(slots, by_T, follows_T, unit_T, E, m, total_UM):  # type: ignore[no-untyped-def]
+    """f of each expert changes only when a token that chose it enters or leaves: how long it stayed is added then. A sequence is
+    of one unit."""
+    f_E, since_E = np.zeros(E + 1, np.int64), np.zeros(E + 1, np.int64)  # since which window f has been what it is
+    windows = first = 0
+    for place in range(len(by_T) + 1):
+        if place == len(by_T) or not follows_T[place]:  # the run before is over
+            if windows:
+                histogram = total_UM[unit_T[by_T[first]]]
+                for e in range(E):
+                    histogram[f_E[e]] += windows - since_E[e]
+            f_E[:], since_E[:] = 0, 0
+            windows, first = 0, place
+        if place < len(by_T):
+            histogram = total_UM[unit_T[by_T[first]]]
+            for step in range(2):
+                if step == 1 and place - first < m:
+                    break
+                t = by_T[place - step * m]
+                for j in range(len(slots)):
+                    e = np.uint64(slots[j][t])
+                    histogram[f_E[e]] += windows - since_E[e] if e < E else 0
+                    since_E[e] = windows
+                    f_E[e] = f_E[e] + 1 - 2 * step if e < E else 0
+            windows += place - first >= m - 1
+
+
+def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
+    """int64 [U, m+1]"""
+    assert places.order is not None
+    total_UM = np.zeros((places.U, m + 2), np.int64)  # f is m+1 between a token's coming and another's going, for no window
+    _srp(slots, places.order.by_T, places.order.follows_T, places.unit_T, E, m, total_UM)
+    return total_UM[:, : m + 1]
+
+
+@njit(nogil=True, cache=True)
+def _weight_confidence(weights_KT, log_KT, sums):  # type: ignore[no-untyped-def]
+    K, T = weights_KT.shape
+    for t in range(T):
+        mass = plogp = largest = second = 0.0
+        for j in range(K):
+            w = np.float64(weights_KT[j, t])
+            mass += w
+            plogp += w * log_KT[j, t]
+            second = max(second, min(w, largest))
+            largest = max(largest, w)
+        if mass > 0:
+            sums[0] += 1
+            sums[1] += np.log(mass) - plogp / mass
+            sums[2] += (largest - second) / mass
+            sums[3] += mass
+
+
+def weight_confidence(weights: Slots) -> dict[str, float]:
+    """The logarithms are numpy's, which takes many at once."""
+    weights_KT, sums = np.stack(weights), np.zeros(4)
+    log_KT = weights_KT.astype(np.float64)
+    np.log(log_KT, out=log_KT, where=log_KT > 0)
+    _weight_confidence(weights_KT, log_KT, sums)
+    return {
+        "weight_decisions": int(sums[0]),
+        "weight_entropy_sum": float(sums[1]),
+        "weight_margin_sum": float(sums[2]),
+        "weight_mass_sum": float(sums[3]),
+    }
+
+
+@njit(nogil=True, cache=True)
+def _accumulate(table, row_T, slots):  # type: ignore[no-untyped-def]
+    E = np.uint64(table.shape[1])
+    for t in range(len(row_T)):
+        if row_T[t] >= 0:
+            row_E = table[row_T[t]]
+            for j in range(len(slots)):
+                e = np.uint64(slots[j][t])
+                if e < E:
+                    row_E[e] += np.uint32(1)
+
+
+def accumulate(table: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
+    """The twin of tokenids._accumulate."""
+    _accumulate(table, row_T, slots)

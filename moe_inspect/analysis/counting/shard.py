@@ -1,0 +1,285 @@
+"""The counts of one shard.
+
+L routers, E experts, K slots, T tokens selected, D domains, U units (clusters of documents), B batches, W windows, S samples
+(the tokens of a sequence in the shard).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.analysis.counting import kernels_numpy as counting
+from moe_inspect.analysis.counting.counts import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Shard, codes
+from moe_inspect.trace.schema import PHASES
+
+NEEDS_WEIGHTS = frozenset({"load", "esft", "weights"})
+NEEDS_ORDER = frozenset({"repetition", "srp", "esft"})
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How the trace is cut into windows: `tokens` of each rank to a window, `count` windows. `before` is the number of
+    tokens that each shard, by (rank, index), has before it in its rank: ranks run side by side, and so do their windows."""
+
+    tokens: int
+    count: int
+    before: dict[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class SelectedTokens:
+    """The tokens of a shard that the selection takes and a stack's routers see. `keep_R` says which of a router's R
+    decisions are theirs, None where all are; the other arrays are of the tokens kept, in token order."""
+
+    keep_R: np.ndarray | None
+    rows: int
+    number_T: np.ndarray
+    domain_T: np.ndarray
+    domains: list[str]
+    document_T: np.ndarray
+    token_id_T: np.ndarray
+    batch_T: np.ndarray
+    sequence_T: np.ndarray | None
+    position_T: np.ndarray | None
+    labels: set[str]
+
+    def of(self, columns: counting.Slots, router: int) -> counting.Slots:
+        """The decisions of the tokens kept; columns of R rows each."""
+        if len(columns[0]) != self.rows:
+            raise MoeInspectError(f"damaged trace: router {router} has {len(columns[0])} decisions of a shard's {self.rows} tokens")
+        return columns if self.keep_R is None else tuple(column[self.keep_R] for column in columns)
+
+    @cached_property
+    def order(self) -> counting.Order | None:
+        """How the tokens follow each other within their sequences, where that was asked for."""
+        if self.sequence_T is None or self.position_T is None:
+            return None
+        return counting.order_of(self.document_T, self.sequence_T, self.position_T)
+
+
+def selected_tokens(shard: Shard, selection: Selection, stack: str = "", order: bool = False) -> SelectedTokens:
+    """Reads the tokens table of a shard and drops what the selection leaves out or the stack's routers do not see."""
+    names = ["token_id", "document", "batch", "domain"] + (["phase"] if selection.phase or stack else [])
+    table = shard.tokens(names + (["sequence", "position"] if order else []))
+    code_T, domains = codes(table["domain"])
+    labels = {domains[d] for d in np.unique(code_T)}
+    keep_T = seen_T = None
+    if selection.domains is not None:
+        keep_T = np.isin(code_T, [d for d, domain in enumerate(domains) if domain in selection.domains])
+    if "phase" in names:
+        phase_T, phases = codes(table["phase"])
+        if stack:
+            seen_T = np.isin(phase_T, [p for p, phase in enumerate(phases) if (phase == PHASES[2]) == (stack == "encoder")])
+        if selection.phase:
+            match_T = np.isin(phase_T, [p for p, phase in enumerate(phases) if phase == selection.phase])
+            keep_T = match_T if keep_T is None else keep_T & match_T
+    rows = len(table) if seen_T is None else int(seen_T.sum())
+    keep_R = keep_T if seen_T is None or keep_T is None else keep_T[seen_T]
+    taken_T = keep_T if seen_T is None else seen_T if keep_T is None else seen_T & keep_T
+
+    def taken(values: np.ndarray) -> np.ndarray:
+        return values if taken_T is None else values[taken_T]
+
+    sequence_T, position_T = (taken(table[n].to_numpy()) if order else None for n in ("sequence", "position"))
+    return SelectedTokens(
+        keep_R,
+        rows,
+        taken(np.arange(len(table))),
+        taken(code_T),
+        domains,
+        taken(table["document"].to_numpy()),
+        taken(table["token_id"].to_numpy()),
+        taken(table["batch"].to_numpy()),
+        sequence_T,
+        position_T,
+        labels,
+    )
+
+
+def count_shard(
+    shard: Shard,
+    selection: Selection,
+    wants: frozenset[str],
+    windows: Windows | None = None,
+    fast: bool = False,
+    routers: tuple[int, ...] | None = None,
+) -> Counts:
+    """The counts of one shard: what the whole adds up from. A sequence's tokens are in one shard, prompt and what was
+    generated from it together. Only a loop that generates more than writer.CONTINUED shards hold goes on in the next: the
+    pair at that edge is not counted. `fast`: by the compiled kernels. `routers`: of those selected, the ones to count now,
+    by default all."""
+    by = counting
+    if fast:
+        from moe_inspect.analysis.counting import kernels_numba as by
+    W = windows.count if windows else 0
+    part = Counts(
+        shard.trace.routers,
+        selection.routers,
+        wants=wants,
+        window_tokens=windows.tokens if windows else 0,
+        first_token_W=np.full(W, -1, np.int64),
+    )
+    part.documents = _documents(shard, selection)
+    if shard.trace.counts_only:
+        _count_counted(shard, selection, part)
+    else:
+        _count_routed(shard, selection, part, windows, by, selection.routers if routers is None else routers)
+    return part
+
+
+def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Windows | None, by: Any, routers: tuple[int, ...]) -> None:
+    order = bool(part.wants & NEEDS_ORDER)
+    every = selected_tokens(shard, selection, order=order)
+    part.labels = every.labels
+    if not len(every.domain_T):
+        return
+    key_U, unit_T = counting.distinct(_unit(every))
+    part.tokens_U = np.bincount(unit_T)
+    part.units = [(every.domains[key // CLUSTERS], int(key % CLUSTERS)) for key in key_U]
+    domain_U, domain_of_U = np.unique(key_U // CLUSTERS, return_inverse=True)
+    part.domains = [every.domains[d] for d in domain_U]
+    part.token_ids_V = _occurrences(every)
+    if windows and "windows" in part.wants:
+        first_T = windows.before[shard.files.rank, shard.files.index] + every.number_T
+        window_W, at_W = np.unique(first_T // windows.tokens, return_index=True)
+        part.first_token_W[window_W] = shard.files.first_token + every.number_T[at_W]
+    for stack in sorted({part.routers[r].stack for r in part.indices}):
+        seen = every if not stack else selected_tokens(shard, selection, stack, order)
+        places = _places(seen, key_U, domain_of_U, windows if "windows" in part.wants else None, shard)
+        if stack:
+            part.token_ids_SV[stack] = _occurrences(seen)
+            part.tokens_SU[stack] = np.bincount(places.unit_T, minlength=len(key_U)).astype(np.int64)
+        chosen = [r for r in routers if part.routers[r].stack == stack]
+        linked = chosen if "transitions" in part.wants else []
+        reached = {after for r in linked if (after := part.next_router(r)) is not None}
+        before: tuple[int, counting.Slots] | None = None
+        for r in sorted({*chosen, *reached}):
+            slots = seen.of(shard.slots(r), r)
+            if r in chosen:
+                part.of[r] = _count_router(shard, part, r, slots, seen, places, by)
+            if before is not None and r in reached:
+                b, of_b = before
+                shape = (part.routers[b].experts, part.routers[r].experts)
+                part.of[b].next_EN, next_first_EN = by.transitions(of_b, slots, *shape)
+                ranked = part.routers[b].first_choice_known and part.routers[r].first_choice_known
+                part.of[b].next_first_EN = next_first_EN if ranked else None
+            before = (r, slots) if r in chosen else None
+
+
+def _places(seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, windows: Windows | None, shard: Shard) -> counting.Places:
+    """What the routers of one stack share in a shard: where each of its tokens counts."""
+    row_of = np.zeros(key_U[-1] + 1, np.int64)
+    row_of[key_U] = np.arange(len(key_U))
+    unit_T = row_of[_unit(seen)]
+    batch_B, batch_T = counting.distinct(seen.batch_T)
+    first = windows.before[shard.files.rank, shard.files.index] if windows else 0
+    window_T = (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
+    sizes = len(key_U), int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1
+    return counting.Places(unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order)
+
+
+def _count_router(
+    shard: Shard, part: Counts, r: int, slots: counting.Slots, seen: SelectedTokens, places: counting.Places, by: Any
+) -> RouterCounts:
+    E, k, wants, D = part.routers[r].experts, part.routers[r].top_k, part.wants, places.D
+    weighted = shard.trace.has_weights and bool(wants & NEEDS_WEIGHTS)
+    weights = seen.of(shard.slot_weights(r), r) if weighted else None
+    assignments_UE, first_choice_DE, load_BE, load_WE = by.loads(slots, places, E)
+    weight_sum_DE = by.weight_sum(places.domain_T, slots, weights, D, E) if weights is not None else None
+    ranked = part.routers[r].first_choice_known
+    null_slots = k * len(slots[0]) - int(load_BE.sum())
+    mine = RouterCounts(assignments_UE, first_choice_DE if ranked else None, weight_sum_DE, null_slots)
+    mine.batches = _batches(places.tokens_B, load_BE)
+    if "pairs" in wants:
+        mine.by_slot_EE = by.by_slot(slots, E)
+    if "windows" in wants:
+        mine.window_load_WE, mine.window_tokens_W = load_WE, places.tokens_W.copy()
+    if "repetition" in wants:
+        mine.pairs_U = places.pairs_U.copy()
+        first_same_U, mine.any_same_U = by.repetition(slots, places, E if mine.null_slots else 2**16)
+        mine.first_same_U = first_same_U if ranked else None
+    if "srp" in wants:
+        mine.srp = {m: by.srp(slots, places, E, m) for m in SRP_LENGTHS}
+    if "esft" in wants and (order := places.order) is not None:
+        mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
+        mine.samples_D = np.bincount(places.domain_T[order.first_S], minlength=D).astype(np.int64)
+        mine.esft_token_DE = by.weight_sum(places.domain_T, slots, (mean_T / k,) * k, D, E)
+        if weights is not None:
+            mine.esft_gate_DE = by.weight_sum(places.domain_T, slots, tuple(weight_T * mean_T for weight_T in weights), D, E)
+    if "weights" in wants and weights is not None:
+        for name, value in by.weight_confidence(weights).items():
+            setattr(mine, name, value)
+    if "logits" in wants and "logits" in shard.trace.tables:
+        (logits_TE,) = seen.of((shard.logits(r),), r)
+        for name, value in counting.logit_confidence(logits_TE, k, part.routers[r].scoring).items():
+            setattr(mine, name, value)
+    return mine
+
+
+def _occurrences(seen: SelectedTokens) -> np.ndarray:
+    """int64 [V]: of each token id; a token of unknown id is −1."""
+    return np.bincount(seen.token_id_T[seen.token_id_T >= 0]).astype(np.int64)
+
+
+def _unit(seen: SelectedTokens) -> np.ndarray:
+    return seen.domain_T.astype(np.int64) * CLUSTERS + seen.document_T % CLUSTERS
+
+
+def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
+    found: dict[int, tuple[int, float]] = {}
+    for tokens, max_vio in zip(tokens_B.tolist(), bal.max_vio(load_BE).tolist(), strict=True):
+        if not math.isnan(max_vio):
+            n, total = found.get(tokens, (0, 0.0))
+            found[tokens] = n + 1, total + max_vio
+    return found
+
+
+def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
+    """The shard of a counts-only trace: sums by domain, no documents to tell apart."""
+    table = shard.counts()
+    code, domains = codes(table["domain"])
+    part.labels, part.counts_only = {domains[d] for d in np.unique(code)}, True
+    kept = [d for d, domain in enumerate(domains) if domain in part.labels and (not selection.domains or domain in selection.domains)]
+    part.domains = [domains[d] for d in kept]
+    part.units = [(domain, 0) for domain in part.domains]
+    row_of = {d: row for row, d in enumerate(kept)}
+    router, expert = table["router"].to_numpy(), table["expert"].to_numpy()
+    weighted, ranked = "weight_sum" in table.column_names, table["first_choice"].null_count == 0
+    tokens_LD = []
+    for r in selection.routers:
+        E, k = part.routers[r].experts, part.routers[r].top_k
+        mine = (router == r) & np.isin(code, kept)
+        cell = np.array([row_of[d] for d in code[mine]], np.int64) * E + expert[mine]
+
+        def summed(name: str, mine: np.ndarray = mine, cell: np.ndarray = cell, E: int = E) -> np.ndarray:
+            return np.bincount(cell, table[name].to_numpy()[mine], len(kept) * E).reshape(len(kept), E)
+
+        assignments_DE = summed("assignments").astype(np.int64)
+        first_choice_DE = summed("first_choice").astype(np.int64) if ranked else None
+        known_DE = first_choice_DE if part.routers[r].first_choice_known else None
+        part.of[r] = RouterCounts(assignments_DE, known_DE, summed("weight_sum") if weighted else None)
+        tokens_LD.append(first_choice_DE.sum(1) if first_choice_DE is not None else np.rint(assignments_DE.sum(1) / k).astype(np.int64))
+    # a token may have no first choice at one router, but at another: the router that missed fewest tells how many there were
+    stack_L = [part.routers[r].stack for r in selection.routers]
+    by_stack = {s: np.max([t for t, of in zip(tokens_LD, stack_L, strict=True) if of == s], axis=0) for s in stack_L}
+    part.tokens_U = np.sum(list(by_stack.values()), axis=0).astype(np.int64)
+    part.tokens_SU = {s: tokens_U for s, tokens_U in by_stack.items() if s}
+    for r in selection.routers:
+        part.of[r].null_slots = part.tokens_of(r) * part.routers[r].top_k - int(part.of[r].assignments_UE.sum())
+
+
+def _documents(shard: Shard, selection: Selection) -> int:
+    """Documents that begin in this shard."""
+    if selection.domains is None:
+        return shard.files.rows["documents"]
+    code, domains = codes(shard.table("documents", ["domain"])["domain"])
+    return int(np.isin(code, [d for d, domain in enumerate(domains) if domain in selection.domains]).sum())

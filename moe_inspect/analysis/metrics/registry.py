@@ -1,0 +1,88 @@
+"""Every metric there is: plain functions, each registered by its decorator, from which the list on the command line, the
+README's table, the gates and the property tests come.
+
+L routers, D domains, E experts, N experts of the next layer's router, W windows, K slots. The letters at the end of a
+parameter's name are its axes; a metric's are those of its result. `ideal` is the value where everything is even: every
+expert as loaded as every other, whatever the token, the domain, the window and the expert before; a number, or a formula in
+E and k where it depends on them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+HOMES = ("balance", "specialization", "pairs", "router", "windows", "esft")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`table` and `column`: where a report shows it. `axes`: of its result, "" for a number."""
+
+    name: str
+    function: Callable[..., Any]
+    table: str
+    column: str
+    ideal: float | str
+    unit: str
+    range: str
+    axes: str
+    source: str
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What it is computed from; a setting with a default is none of them."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
+
+    @property
+    def formula(self) -> str:
+        """The docstring, on one line."""
+        return " ".join((self.function.__doc__ or "").split())
+
+    @property
+    def first_sentence(self) -> str:
+        return self.formula.partition(". ")[0].rstrip(".")
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(
+    *, table: str, ideal: float | str, unit: str, range: str, axes: str = "", column: str | None = None, source: str = ""
+) -> Callable[[F], F]:
+    """Registers a function as a metric under its own name."""
+
+    def register(function: F) -> F:
+        name = function.__name__
+        assert name not in METRICS, f"two metrics {name}"
+        METRICS[name] = Metric(name, function, table, column or name, ideal, unit, range, axes, source)
+        return function
+
+    return register
+
+
+def metrics() -> dict[str, Metric]:
+    """METRICS with every file read that adds to it, in the order of the files, whichever was read first."""
+    homes = [importlib.import_module(f"moe_inspect.analysis.metrics.{home}").__name__ for home in HOMES]
+    return dict(sorted(METRICS.items(), key=lambda item: homes.index(item[1].function.__module__)))
+
+
+def listing() -> list[dict[str, str]]:
+    """A row a metric, for people: metric, table, definition, range, even (its value where all is even), unit, source."""
+    return [
+        {
+            "metric": m.column,
+            "table": m.table,
+            "definition": m.first_sentence,
+            "range": m.range,
+            "even": f"{m.ideal:g}" if isinstance(m.ideal, (int, float)) else m.ideal,
+            "unit": m.unit,
+            "source": m.source,
+        }
+        for m in metrics().values()
+    ]

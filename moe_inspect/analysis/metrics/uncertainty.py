@@ -1,0 +1,177 @@
+"""What chance alone would show: noise floors, intervals by document.
+
+T tokens, E experts, k choices a token, U units (clusters of documents), R repetitions. Tokens of one document are not
+independent, so nothing here resamples tokens: intervals resample documents, nulls permute documents. Every seed is fixed:
+the same trace gives the same report.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from moe_inspect.analysis.metrics.balance import _positive
+
+SEED = 20_240_815
+RESAMPLES = 2_000
+FEWEST_DOCUMENTS = 5  # below this an interval by document says nothing
+GAUSSIAN_FROM = 500  # mean load from which the counts of k-of-E choices are as good as Gaussian
+
+
+@lru_cache(maxsize=4096)
+def noise_floor(T: int, E: int, k: int) -> float:
+    """The max_vio expected when each of T tokens picks k of E experts by lot. NaN without tokens, 0 when k = E.
+
+    Simulated, at a cost that does not depend on T: experts are gone through one by one, and of the tokens that still have j
+    picks among the e experts left, Binomial(·, j/e) take this one. That is exact. Where the mean load is large the counts
+    are Gaussian, with the covariance of distinct picks: var kT/E·(1−k/E), correlation −1/(E−1)."""
+    if T <= 0:
+        return float("nan")
+    if k >= E:
+        return 0.0
+    rng = np.random.default_rng([SEED, T % 2**32, E, k])
+    mean_load = k * T / E
+    if mean_load >= GAUSSIAN_FROM:
+        return float(_expected_maximum(E) * np.sqrt((1 - k / E) / mean_load * E / (E - 1)))
+    R = int(np.clip(300_000 // (E * (k + 1)), 200, 4_000))
+    left_JR = np.zeros((k + 1, R), np.int64)
+    left_JR[k] = T  # tokens by the number of picks they have left
+    picks_J = np.arange(k + 1)[:, None]
+    busiest_R = np.zeros(R, np.int64)
+    for experts_left in range(E, 0, -1):
+        took_JR = rng.binomial(left_JR, np.minimum(picks_J / experts_left, 1))
+        busiest_R = np.maximum(busiest_R, took_JR.sum(0))
+        left_JR -= took_JR
+        left_JR[:-1] += took_JR[1:]
+    return float(busiest_R.mean() / mean_load - 1)
+
+
+@lru_cache(maxsize=64)
+def _expected_maximum(E: int) -> float:
+    """Mean of the largest of E standard normals."""
+    draws = np.random.default_rng([SEED, E]).standard_normal((max(4_000, 400_000 // E), E))
+    return float(draws.max(1).mean())
+
+
+def noise_floors(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
+    """`noise_floor` at many sizes: simulated at powers of 2, between them on a straight line in log-log; NaN for a size of 0. [N] → [N]"""
+    sizes = np.asarray(sizes, float)
+    sizes = np.where(sizes > 0, np.maximum(sizes, 1), np.nan)
+    if np.isnan(sizes).all() or k >= E:
+        return 0 * sizes
+    low, high = int(np.floor(np.log2(np.nanmin(sizes)))), int(np.ceil(np.log2(np.nanmax(sizes))))
+    grid = 2 ** np.arange(low, max(high, low + 1) + 1)
+    floors = np.array([noise_floor(int(T), E, k) for T in grid])
+    return np.exp(np.interp(np.log(sizes), np.log(grid), np.log(floors)))
+
+
+def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | None:
+    """How often each unit counts in each of R resamples of the documents, within strata (domains). float64 [R, U]; None
+    with fewer than FEWEST_DOCUMENTS units.
+
+    n−1 of n units are drawn and scaled up, which keeps the variance unbiased at small n (Rao and Wu 1988). Where a domain
+    has too few documents to vary by itself, all are resampled together."""
+    U = len(strata_U)
+    if U < FEWEST_DOCUMENTS:
+        return None
+    if np.bincount(strata_U).min() < FEWEST_DOCUMENTS:
+        strata_U = np.zeros(U, np.int64)
+    rng = np.random.default_rng([SEED, U])
+    weights_RU = np.zeros((R, U))
+    for stratum in np.unique(strata_U):
+        members = np.flatnonzero(strata_U == stratum)
+        n = len(members)
+        weights_RU[:, members] = rng.multinomial(n - 1, np.full(n, 1 / n), size=R) * (n / (n - 1))
+    return weights_RU
+
+
+def max_vio_interval(assignments_UE: np.ndarray, weights_RU: np.ndarray | None) -> tuple[float, float]:
+    """95 % interval of max_vio: of the load ratio of the sample's busiest expert, its identity held fixed, minus 1.
+
+    A bootstrap of the maximum itself would mostly exclude the sample's own value, because each resample picks a new
+    busiest expert; what picking the busiest does is shown by the noise floor instead. NaN without `weights_RU` or load."""
+    load_E = assignments_UE.sum(0)
+    if weights_RU is None or not load_E.sum():
+        return float("nan"), float("nan")
+    busiest_R = weights_RU @ assignments_UE[:, load_E.argmax()]
+    mean_R = weights_RU @ assignments_UE.sum(1) / len(load_E)
+    return interval(busiest_R / _positive(mean_R) - 1)
+
+
+def ratio_interval(hits_U: np.ndarray, of_U: np.ndarray, weights_RU: np.ndarray | None) -> tuple[float, float]:
+    """95 % interval of Σ hits ÷ Σ of. NaN without `weights_RU` or where there is nothing to divide by."""
+    if weights_RU is None or not of_U.sum():
+        return float("nan"), float("nan")
+    return interval(weights_RU @ hits_U / _positive(weights_RU @ of_U))
+
+
+def interval(values_R: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of what R resamples gave; NaN where none gave any."""
+    if np.isnan(values_R).all():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(values_R, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def share_interval(share: float, decisions: float, effect: float) -> tuple[float, float]:
+    """95 % interval of a share of that many decisions, from its variance, `effect` (the design effect) times that of independent
+    ones; for what is not known by document."""
+    half = 1.96 * np.sqrt(np.maximum(effect, 1) * share * (1 - share) / _positive(np.asarray(decisions, float)))
+    return float(np.maximum(share - half, 0)), float(np.minimum(share + half, 1))
+
+
+def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """log₁₀ of the probability that a count of so many chances, `most`, is as far from what is expected of it as this one, or
+    further: twice the binomial tail on its side, at most 1. The tail is continued to real counts (the incomplete beta function), such
+    as counts ÷ design effect. Where it is too small for a float, its leading term times a geometric series is taken: an upper bound
+    that is close so far out. Arrays of one shape, 0 ≤ count ≤ most, 0 < expected ≤ most."""
+    from scipy.special import betainc, betaln
+
+    count, expected, most = np.broadcast_arrays(*(np.asarray(x, float) for x in (count, expected, most)))
+    more = count > expected
+    p = np.clip(expected / most, 1e-15, 1 - 1e-12)
+    # P(X ≥ n) = I_p(n, most − n + 1); P(X ≤ n) is the same seen from the failures
+    hits, x = np.where(more, count, most - count), np.where(more, p, 1 - p)
+    a, b = np.maximum(hits, 1e-9), np.maximum(most - hits, 0) + 1
+    tail = betainc(a, b, x)
+    with np.errstate(divide="ignore"):
+        leading = a * np.log(x) + b * np.log1p(-x) - np.log(a) - betaln(a, b) - np.log(np.maximum(1 - (a + b) * x / (a + 1), 1e-12))
+        log_tail = np.where(tail > 1e-250, np.log(tail), leading)
+    return np.minimum((log_tail + np.log(2)) / np.log(10), 0)
+
+
+def signed_deviance(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """How much less likely a count of so many chances is under what is expected of it than under itself, as twice the difference of
+    log-likelihoods (binomial); below zero where the count is below what is expected."""
+    missed, expected_missed = most - count, np.maximum(most - expected, 1e-12 * most)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        hit = np.where(count > 0, count * np.log(count / expected), 0)
+        miss = np.where(missed > 0, missed * np.log(missed / expected_missed), 0)
+    return 2 * np.sign(count - expected) * np.maximum(hit + miss, 0)
+
+
+def permuted_labels(labels_U: np.ndarray, R: int) -> np.ndarray:
+    """R random reorderings of the labels of the units. int64 [R, U]"""
+    rng = np.random.default_rng([SEED, len(labels_U), R])
+    return rng.permuted(np.broadcast_to(labels_U, (R, len(labels_U))), axis=1)
+
+
+def design_effect(assignments_UE: np.ndarray, tokens_U: np.ndarray, strata_U: np.ndarray) -> float:
+    """How many times larger the variance of the load is because tokens come in documents: variance between documents ÷
+    variance of as many independent tokens, pooled over experts. About 1 where documents do not matter; the noise floor of
+    such data is √ of it higher. NaN with fewer than FEWEST_DOCUMENTS units."""
+    T = tokens_U.sum()
+    if len(tokens_U) < FEWEST_DOCUMENTS or not assignments_UE.any():
+        return float("nan")
+    if np.bincount(strata_U).min() < FEWEST_DOCUMENTS:
+        strata_U = np.zeros(len(tokens_U), np.int64)
+    activation_E = assignments_UE.sum(0) / T
+    residual_UE = assignments_UE - tokens_U[:, None] * activation_E
+    between = 0.0
+    for stratum in np.unique(strata_U):
+        of_stratum_UE = residual_UE[strata_U == stratum]
+        n = len(of_stratum_UE)
+        between += float(((of_stratum_UE - of_stratum_UE.mean(0)) ** 2).sum()) * n / (n - 1)
+    independent = float((activation_E * (1 - activation_E)).sum()) * T
+    return between / independent if independent > 0 else float("nan")

@@ -1,0 +1,221 @@
+"""Counts of any origin: CSV, JSON (a list of objects, an object a line, or an object of columns) or Parquet with the columns layer, expert,
+count (or assignments), and where there are such router, domain, first_choice, weight_sum, experts, top_k.
+
+D domains, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.context import MOST_DOMAINS, MOST_JSON_BYTES, Imported, Job, counted, parsed, parsed_object
+from moe_inspect.importers.registry import importer, named
+from moe_inspect.model.config import MOST_EXPERTS
+from moe_inspect.text import first_line
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.slot_order import stated
+from moe_inspect.trace.writer import CountedBatches
+
+MOST_CELLS = 2**27  # (layer, domain, expert), 1 GiB of sums: no model comes near
+KEYS = {"layer": 2**16 - 1, "router": 2**16 - 1, "expert": MOST_EXPERTS - 1, "experts": MOST_EXPERTS, "top_k": MOST_EXPERTS}
+SUMS = ("count", "first_choice", "weight_sum")
+
+
+@dataclass
+class Sums:
+    """What the rows of one (layer, router) come to: domain → expert → sum, by column."""
+
+    of: dict[str, dict[str, dict[int, float]]] = field(default_factory=lambda: {name: {} for name in SUMS})
+    stated: dict[str, set[int]] = field(default_factory=lambda: {"experts": set(), "top_k": set()})
+
+    @property
+    def seen(self) -> set[int]:
+        return {e for of_domain in self.of["count"].values() for e in of_domain}
+
+
+def _has_columns(name: str, head: bytes) -> bool:
+    """Whether a file that begins so (a .parquet: and ends so) has the columns of counts, or its first JSON object the fields."""
+    if name.endswith(".parquet") and head[:4] == b"PAR1":
+        # in the schema at a .parquet's end a name stands behind its length
+        columns = {column for column in (*KEYS, *SUMS, "assignments") if bytes([len(column)]) + column.encode() in head}
+    elif name.endswith(".csv"):
+        header = head.decode("utf-8", "replace").lstrip("\ufeff\r\n").partition("\n")[0]
+        columns = {column.strip(' "\r') for column in header.split(",")}
+    elif name.endswith((".json", ".jsonl")):
+        text = head.decode("utf-8", "replace").lstrip()
+        try:
+            first, _ = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())
+            columns = set(first) if isinstance(first, dict) else set()
+        except (ValueError, RecursionError):  # an object of columns that goes on behind the head
+            columns = set(re.findall(r'(?<!\\)"(\w+)"\s*:\s*\[\s*\d', text)) if text.startswith("{") else set()
+    else:
+        return False
+    return {"layer", "expert"} <= columns and bool(columns & {"count", "assignments"})
+
+
+@importer(
+    "counts",
+    reads="`.csv`, `.json`, `.jsonl` or `.parquet` of layer, expert, count [, domain, router, top_k]",
+    gives="counts by domain",
+    sniff=_has_columns,
+)
+def counts(job: Job) -> Imported:
+    sums: dict[tuple[int, int], Sums] = {}
+    columns: set[str] = set(SUMS)
+    for path, source in job.files(r".*\.(csv|json|jsonl|parquet)", ".csv, .json or .parquet"):
+        for table in _tables(job, path):
+            columns &= set(table.column_names)
+            _add(sums, table, source.domain or named(path), path)
+    where = job.sources[0].path
+    if not sums:
+        raise MoeInspectError(f"{where} holds no counts")
+    domains = sorted({domain for s in sums.values() for domain in s.of["count"]})
+    routers = [_router(job, layer, s, where) for (layer, _), s in sorted(sums.items())]
+    if sum(r.experts for r in routers) * len(domains) > MOST_CELLS:
+        raise MoeInspectError(
+            f"{where}: {len(routers):,} routers × {len(domains):,} domains × experts is over {MOST_CELLS:,}: import it in parts"
+        )
+
+    def dense(name: str, kind: type) -> list[np.ndarray]:
+        made = []
+        for router, (_, s) in zip(routers, sorted(sums.items()), strict=True):
+            values_DE = np.zeros((len(domains), router.experts), kind)
+            for d, domain in enumerate(domains):
+                for expert, value in s.of[name].get(domain, {}).items():
+                    values_DE[d, expert] = value
+            made.append(values_DE)
+        return made
+
+    def batches() -> Iterator[CountedBatches]:
+        first = dense("first_choice", np.int64) if "first_choice" in columns else None
+        weight = dense("weight_sum", np.float64) if "weight_sum" in columns else None
+        yield counted(dense("count", np.int64), routers, domains, 0, first, weight)
+
+    routers = [stated(router, known="first_choice" in columns) for router in routers]
+    return Imported(routers, batches(), weights="weight_sum" in columns, counts_only=True)
+
+
+def _router(job: Job, layer: int, s: Sums, where: Path) -> Router:
+    """E from the config, the user, a column, or the rows, where they list every expert of 0…E−1 (one that nobody lists might be dead)."""
+    seen, stated = s.seen, s.stated["experts"]
+    if len(stated) == 1 and job.facts is None and job.experts is None:
+        experts = stated.pop()
+    elif (
+        job.facts is None
+        and job.experts is None
+        and seen == set(range(len(seen)))
+        and any(len(d) == len(seen) for d in s.of["count"].values())
+    ):
+        experts = len(seen)
+    else:
+        experts = (
+            job.facts.experts.get(layer, 0)
+            if job.facts and not job.experts
+            else job.known_experts(f"{where}: layer {layer} lists not every expert and")
+        )
+    top_k = s.stated["top_k"].pop() if len(s.stated["top_k"]) == 1 and job.facts is None and job.top_k is None else None
+    top_k = top_k or (job.facts.top_k.get(layer, 0) if job.facts and not job.top_k else job.known_top_k(where))
+    if max(seen) >= (experts or max(seen) + 1):
+        raise MoeInspectError(f"{where}: layer {layer} has expert {max(seen)} of {experts}")
+    return job.routers_of([layer], experts or max(seen) + 1, top_k, where)[0]
+
+
+def _tables(job: Job, path: Path) -> Iterator[pa.Table]:
+    """Some rows at a time, of integers, floats and strings under our names."""
+    try:
+        if path.suffix == ".csv":
+            with open(path, "rb") as opened, pyarrow.csv.open_csv(opened) as reader:
+                for batch in reader:
+                    yield _named(pa.table(batch), path)
+        elif path.suffix == ".parquet":
+            with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+                for batch in file.iter_batches(2**16, use_threads=False):
+                    yield _named(pa.table(batch), path)
+        else:
+            yield _named(_json_table(job, path), path)
+    except (pa.ArrowException, UnicodeError, OverflowError, TypeError) as error:  # the last three of values that no column holds
+        raise MoeInspectError(f"{path}: {first_line(error)}") from None
+    if path.suffix in (".csv", ".parquet"):
+        job.read(path.stat().st_size)
+
+
+def _json_table(job: Job, path: Path) -> pa.Table:
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise MoeInspectError(f"{path} is of {path.stat().st_size:,} bytes, over {MOST_JSON_BYTES:,}: write it as csv or parquet")
+    data = path.read_bytes()
+    job.read(len(data))
+    lines = data.strip().splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith(b"}"):
+        return pa.Table.from_pylist([parsed_object(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip()])
+    value = parsed(data, str(path))
+    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
+        return pa.Table.from_pylist(value)
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        return pa.table(value)
+    if isinstance(value, dict):
+        return pa.Table.from_pylist([value])
+    raise MoeInspectError(f"{path} is no list of objects with layer, expert and count: {json.dumps(value)[:40]}")
+
+
+def _named(table: pa.Table, path: Path) -> pa.Table:
+    names = table.column_names
+    if "assignments" in names and "count" not in names:
+        names = ["count" if name == "assignments" else name for name in names]
+        table = table.rename_columns(names)
+    if missing := [name for name in ("layer", "expert", "count") if name not in names]:
+        raise MoeInspectError(f"{path} has no column {missing[0]}: it has {', '.join(names[:8])}")
+    made = {}
+    for name in (*KEYS, *SUMS, "domain"):
+        if name not in names:
+            continue
+        if names.count(name) > 1:
+            raise MoeInspectError(f"{path} has several columns {name}")
+        kind = pa.string() if name == "domain" else pa.float64() if name == "weight_sum" else pa.int64()
+        column = table[name]
+        if name == "first_choice" and column.null_count == len(column):
+            continue
+        if column.null_count:
+            row = pc.index(pc.is_null(column), True).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+            raise MoeInspectError(f"{path} row {row}: {name} is empty")
+        try:
+            column = column.cast(kind)
+        except pa.ArrowException as error:
+            raise MoeInspectError(f"{path}: {name} is not of {kind}: {first_line(error)}") from None
+        if kind != pa.string():
+            values, high = column.to_numpy(), KEYS.get(name, 2**53)
+            with np.errstate(invalid="ignore"):
+                wrong = ~((values >= (-np.inf if name == "weight_sum" else 0)) & (values <= high))
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise MoeInspectError(f"{path} row {row}: {name} is {values[row]}, not of 0 to {high:,}")
+        made[name] = column
+    return pa.table(made)
+
+
+def _add(sums: dict[tuple[int, int], Sums], table: pa.Table, domain: str, path: Path) -> None:
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    n = len(table)
+    domains = columns.get("domain", [domain] * n)
+    if len(set(domains)) > MOST_DOMAINS:
+        raise MoeInspectError(f"{path} has over {MOST_DOMAINS:,} domains")
+    for row in range(n):
+        layer = columns["layer"][row]
+        s = sums.setdefault((layer, columns["router"][row] if "router" in columns else layer), Sums())
+        for name in SUMS:
+            if name in columns:
+                of_domain = s.of[name].setdefault(domains[row], {})
+                of_domain[columns["expert"][row]] = of_domain.get(columns["expert"][row], 0) + columns[name][row]
+        for name in s.stated:
+            if name in columns:
+                s.stated[name].add(columns[name][row])

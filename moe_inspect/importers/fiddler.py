@@ -1,0 +1,52 @@
+"""Fiddler's popularity of Mixtral's experts: one JSON a subject, {"total_input_tokens", "expert_popularity": [[count × 8] × 32]}.
+Its token count is of words: a row's sum ÷ 2 is what there was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.context import Imported, Job, counted, integers
+from moe_inspect.importers.registry import importer, named
+from moe_inspect.trace.writer import CountedBatches
+
+TOP_K = 2  # Mixtral's; the file does not say
+PREFIX = "expert_popularity_"
+
+
+@importer(
+    "fiddler",
+    reads="`expert_popularity_<subject>.json`",
+    gives="counts; the subject is the domain",
+    sniff=lambda name, head: b'"expert_popularity"' in head,
+)
+def fiddler(job: Job) -> Imported:
+    domains: list[str] = []
+    loads: list[np.ndarray] = []
+    shape: tuple[int | None, int | None] = (None, None)
+    for path, source in job.files(PREFIX + r".*\.json", "expert_popularity_<subject>.json"):
+        written: Any = job.json(path)
+        if not isinstance(written, dict) or "expert_popularity" not in written:
+            raise MoeInspectError(f"{path} has no expert_popularity")
+        load_LE = integers(written["expert_popularity"], f"{path}: expert_popularity", shape, 0, 2**53)
+        shape = load_LE.shape[0], load_LE.shape[1]
+        domain = source.domain or named(path).removeprefix(PREFIX)
+        if domain in domains:
+            loads[domains.index(domain)] = loads[domains.index(domain)] + load_LE
+        else:
+            domains.append(domain)
+            loads.append(load_LE)
+    load_DLE = np.stack(loads)
+    where = job.sources[0].path
+    routers = job.routers_of(
+        range(load_DLE.shape[1]), load_DLE.shape[2], job.known_top_k(where) if job.facts or job.top_k else TOP_K, where
+    )
+
+    def batches() -> Iterator[CountedBatches]:
+        yield counted([load_DLE[:, layer] for layer in range(len(routers))], routers, domains, 0)
+
+    return Imported(routers, batches(), counts_only=True)

@@ -1,0 +1,178 @@
+"""The routed experts that vLLM and SGLang hand back with a response: their encodings, their traps.
+
+T tokens, B blocks of the model (dense ones too), L routers, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+import ast
+import binascii
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line
+from moe_inspect.trace.schema import Router
+
+NPY_MAGIC = b"\x93NUMPY"
+MOST_TOKENS = 2**24  # of one response
+
+
+def decode_vllm(text: object, where: str) -> np.ndarray:
+    """`routed_experts` of a vLLM response, the base64 of a `.npy`: uint8 or uint16 [T, B, K]. `where` opens every error."""
+    return array_of_npy(_unbase64(text, where), where)
+
+
+def decode_sglang(text: object, blocks: int, top_k: int, where: str) -> np.ndarray:
+    """`meta_info.routed_experts` of an SGLang response, the base64 of raw int32 without a header: int32 [T, B, K]."""
+    data = _unbase64(text, where)
+    if len(data) % (4 * blocks * top_k):
+        raise MoeInspectError(
+            f"{where} is {len(data):,} bytes: no whole number of tokens of {blocks} layers × {top_k} experts × 4 bytes; is the config the model's?"
+        )
+    return np.frombuffer(data, "<i4").reshape(-1, blocks, top_k)
+
+
+def array_of_npy(data: bytes, where: str) -> np.ndarray:
+    """A `.npy` of integers [T, B, K] in memory. What the header declares must be what follows it, before anything is made of it."""
+    dtype, fortran, shape, start = npy_header(data[:4096], where)
+    if len(shape) != 3 or 0 in shape[1:]:
+        raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts a token]")
+    if npy_bytes(dtype, shape) != len(data) - start:
+        raise MoeInspectError(f"{where} declares {shape} of {dtype}, {npy_bytes(dtype, shape):,} bytes, and holds {len(data) - start:,}")
+    flat = np.frombuffer(data, dtype, offset=start)
+    return flat.reshape(shape[::-1]).transpose() if fortran else flat.reshape(shape)
+
+
+def npy_header(head: bytes, where: str) -> tuple[np.dtype, bool, tuple[int, ...], int]:
+    """dtype (an integer's, at most 64 bits), whether in Fortran's order, shape, and where the data starts."""
+    version = head[6:8]
+    if head[:6] != NPY_MAGIC or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
+        raise MoeInspectError(f"{where} is no .npy: it begins with {head[:8]!r}")
+    width = 2 if version == b"\x01\x00" else 4
+    end = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
+    # of what a header may be in Python's grammar only what NumPy writes of an array is read
+    found = re.fullmatch(
+        rb"\{'descr': '([<|>=]?[iub]\d)', 'fortran_order': (False|True), 'shape': (\([\d, ]{0,80}\)), \}\s*", head[8 + width : end]
+    )
+    if found is None or len(head) < end:
+        raise MoeInspectError(f"{where} is no .npy of integers: its header is {head[8 + width : min(end, 140)]!r}")
+    try:
+        dtype, shape = np.dtype(found[1].decode()), ast.literal_eval(found[3].decode())
+    except (TypeError, ValueError, SyntaxError):
+        dtype, shape = np.dtype(object), None
+    if dtype.kind not in "iu" or not isinstance(shape, tuple):
+        raise MoeInspectError(f"{where} is no .npy of integers: its header is {found[0][:120]!r}")
+    return dtype, found[2] == b"True", shape, end
+
+
+def npy_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    total = dtype.itemsize  # in Python's integers: a hostile shape overflows NumPy's
+    for extent in shape:
+        total *= extent
+    return total
+
+
+def select_routers(routed_TBK: np.ndarray, routers: Sequence[Router], blocks: int | None, where: str) -> list[np.ndarray]:
+    """The decisions of each router, ids [T, K] of uint8 or uint16, checked: dense blocks, which read as "expert 0", are left out.
+
+    `blocks`: how many the model has, where that is known. K may be larger than a router's own top-k only by slots of −1."""
+    T, B, K = routed_TBK.shape
+    if blocks is not None and blocks != B:
+        raise MoeInspectError(f"{where} has {B} layers, the model's config {blocks}: is it the model's?")
+    if T > MOST_TOKENS:
+        raise MoeInspectError(f"{where} has {T:,} tokens, more than any response ({MOST_TOKENS:,})")
+    if (widest := max(r.top_k for r in routers)) > K:
+        raise MoeInspectError(f"{where} has {K} experts a token, the model's config {widest}: is it the model's?")
+    return [checked_ids(routed_TBK[:, r.layer], r, f"{where}, layer {r.layer}") for r in routers]
+
+
+def checked_ids(ids_TK: np.ndarray, router: Router, where: str, first_row: int = 0) -> np.ndarray:
+    """ids of one router as the writer takes them (uint8, from 256 experts on uint16; its maximum where a slot routed nowhere, which
+    is −1 here), contiguous. MoeInspectError names the first token with an id beyond E, or twice the same expert."""
+    E, k = router.experts, router.top_k
+    if ids_TK.shape[1] > k:
+        if (ids_TK[:, k:] != -1).any():
+            raise MoeInspectError(f"{where} chooses {ids_TK.shape[1]} experts a token, not {k}")
+        ids_TK = ids_TK[:, :k]
+    dtype = np.uint8 if E < 256 else np.uint16  # 256 experts leave uint8 no value for "nowhere"
+    if not ids_TK.size:
+        return np.zeros(ids_TK.shape, dtype)
+    low, high = int(ids_TK.min()), int(ids_TK.max())
+    if low < -1 or high >= E:
+        t, j = (int(i[0]) for i in np.nonzero((ids_TK < -1) | (ids_TK >= E)))
+        raise MoeInspectError(f"{where}: token {first_row + t} goes to expert {int(ids_TK[t, j])} of {E}")
+    ids = ids_TK.astype(dtype, order="C")  # −1 becomes the maximum
+    if k > 1 and (twice_T := repeats(ids_TK)).any():
+        t = int(twice_T.argmax())
+        hint = "; a dense layer or padding reads so: give the model's config by --model or --config" if not ids_TK[t].any() else ""
+        raise MoeInspectError(f"{where}: token {first_row + t} goes to one expert twice ({ids_TK[t].tolist()}){hint}")
+    return ids
+
+
+def repeats(ids_TK: np.ndarray) -> np.ndarray:
+    """bool [T]: whether an expert is twice in a decision; slots of −1 do not count."""
+    twice_T = np.zeros(len(ids_TK), bool)
+    if ids_TK.shape[1] <= 12:  # pairs of columns beat sorting so few
+        columns = [np.ascontiguousarray(ids_TK[:, j]) for j in range(ids_TK.shape[1])]
+        for a, first in enumerate(columns):
+            for second in columns[a + 1 :]:
+                twice_T |= first == second
+        if twice_T.any() and ids_TK.dtype.kind == "i" and (ids_TK < 0).any():
+            return _repeats_by_sorting(ids_TK)
+        return twice_T
+    return _repeats_by_sorting(ids_TK)
+
+
+def _repeats_by_sorting(ids_TK: np.ndarray) -> np.ndarray:
+    sorted_TK = np.sort(ids_TK, axis=1)
+    return ((sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] != -1)).any(1)
+
+
+def dense_blocks(routed_TBK: np.ndarray) -> list[int]:
+    """Blocks in which every token has the same id in all slots, as a buffer that nobody wrote does."""
+    if not len(routed_TBK):
+        return []
+    same_B = (routed_TBK == routed_TBK[:1, :, :1]).all((0, 2))
+    return [int(b) for b in np.nonzero(same_B)[0]]
+
+
+def unrouted_ends(routed_TBK: np.ndarray) -> tuple[int, int]:
+    """How many rows at the beginning and at the end hold 0, or hold −1, in every slot of every block: padding. With several experts
+    per token no router writes zeros in all slots; with one, a row of zeros may also be a token that went to expert 0 in every block."""
+    T = len(routed_TBK)
+    flat = routed_TBK.reshape(T, -1)
+
+    def run(rows: Iterable[int]) -> int:
+        count = 0
+        for t in rows:
+            if int(flat[t, 0]) not in (0, -1) or (flat[t] != flat[t, 0]).any():
+                break
+            count += 1
+        return count
+
+    end = run(range(T - 1, -1, -1))
+    return (run(range(T)) if end < T else 0), end
+
+
+def identical_run(routed_TBK: np.ndarray) -> int:
+    """The longest run of consecutive tokens with the same decisions in every block."""
+    T = len(routed_TBK)
+    same_T = np.zeros(T, bool)
+    if T > 1:
+        # few, in a real dump: the rest is looked at for these alone
+        rows = np.flatnonzero((routed_TBK[1:, -1] == routed_TBK[:-1, -1]).all(1))
+        same_T[rows + 1] = (routed_TBK[rows + 1] == routed_TBK[rows]).all((1, 2))
+    breaks = np.nonzero(~same_T)[0]
+    return int(np.diff(np.append(breaks, T)).max()) if T else 0
+
+
+def _unbase64(text: object, where: str) -> bytes:
+    if not isinstance(text, str):
+        raise MoeInspectError(f"{where} is {type(text).__name__}, not the base64 of an array: did the server return routed experts?")
+    try:
+        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+    except (binascii.Error, UnicodeEncodeError) as error:
+        raise MoeInspectError(f"{where} is no base64: {first_line(error)}") from None

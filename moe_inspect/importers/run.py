@@ -1,0 +1,220 @@
+"""Foreign files → a trace: what `moe-inspect import` calls. It is written beside its place and moved there when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers import FORMATS
+from moe_inspect.importers.context import Imported, Job, Source, one_ranks_experts
+from moe_inspect.importers.registry import sniff
+from moe_inspect.model.config import read_facts
+from moe_inspect.text import first_line
+from moe_inspect.trace import schema
+from moe_inspect.trace.lock import LOCK, hold
+from moe_inspect.trace.output_dir import check_directory, clear_trace, take_place
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
+
+ONE_RANK_TOKENS = 256  # so many tokens that keep to half of the experts do not do so by chance
+
+
+def import_trace(
+    format: str,
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
+    pipeline_stages: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Trace:
+    """Imports files of another tool as a trace at `out`.
+
+    format        a name of FORMATS, or "auto": by the looks of the first file, told to `warn`
+    sources       files and folders, each optionally behind DOMAIN=
+    model         a hub id, a directory, a config.json or "demo": gives experts, top-k, which layers are dense, and the vocabulary
+    experts, top_k  where neither the files nor a config say so
+    pipeline_stages  of a Megatron run whose files number layers from 0 in each stage; takes `model` where it is over 1
+    progress      called with (bytes read, bytes in all)
+
+    Raises MoeInspectError for what the caller can mend; nothing is left at `out` then."""
+    warn = warn or (lambda line: warnings.warn(line, stacklevel=3))
+    out = Path(out)
+    check_directory(out, overwrite, resumable=False)
+    listed = [_source(text) for text in sources]
+    try:
+        if format == "auto":
+            format = sniff(listed)
+            warn(f"taken for {format}: {FORMATS[format].reads.replace('`', '')}")
+        if format not in FORMATS:
+            raise MoeInspectError(f"no format {format!r}: there are {', '.join(FORMATS)}, auto")
+        if pipeline_stages is not None and format != "megatron":
+            raise MoeInspectError(f"--pipeline-stages is an option of the format megatron, not of {format}")
+        facts = read_facts(model) if model is not None else None
+        job = Job(listed, facts, experts, top_k, pipeline_stages, warn, _progress(listed, progress))
+        imported = FORMATS[format].run(job)
+        vocabulary = job.facts.vocabulary() if job.facts is not None else None
+        batches = watched(imported, vocabulary, warn)
+        first = next(batches, None)
+        if first is None:
+            raise MoeInspectError(f"{listed[0].path} holds no decisions")
+    except OSError as error:
+        raise _unread(error, listed) from None
+    _write(out, overwrite, _read(chain([first], batches), listed), imported, vocabulary, _manifest(format, job, imported))
+    return Trace(out)
+
+
+def _read(batches: Iterator[RoutedBatch | CountedBatches], sources: list[Source]) -> Iterator[RoutedBatch | CountedBatches]:
+    """Passes them on: what fails while they are read is the sources' fault, not the disk's that they are written to."""
+    try:
+        yield from batches
+    except OSError as error:
+        raise _unread(error, sources) from None
+
+
+def _unread(error: OSError, sources: list[Source]) -> MoeInspectError:
+    return MoeInspectError(f"cannot read {error.filename or sources[0].path}: {first_line(error)}")
+
+
+def _source(text: str | Path) -> Source:
+    label, equals, place = str(text).partition("=")
+    if equals and label and "/" not in label and not Path(str(text)).exists():
+        return Source(Path(place), label)
+    return Source(Path(text), None)
+
+
+def _progress(sources: list[Source], progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    if progress is None:
+        return lambda n: None
+    files = [f for s in sources for f in (s.path.rglob("*") if s.path.is_dir() else [s.path]) if f.is_file()]
+    total, done = sum(f.stat().st_size for f in files), 0
+
+    def read(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(done, total)
+
+    return read
+
+
+def _manifest(format: str, job: Job, imported: Imported) -> dict[str, Any]:
+    return {
+        "model": job.facts.record() if job.facts else {"id": "unknown", "revision": None, "class": None, "config": {}},
+        "capture": {
+            "mode": "import",
+            "format": format,
+            "device": None,
+            "dtype": None,
+            "versions": {"moe-inspect": version("moe-inspect"), "python": sys.version.split()[0]},
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "pid": os.getpid(),
+            "process_start": schema.process_start(os.getpid()),
+            "host": socket.gethostname(),
+        },
+        "corpus": {"sources": [{"path": str(s.path), "domain": s.domain} for s in job.sources], "notes": imported.notes},
+    }
+
+
+def _write(
+    out: Path,
+    overwrite: bool,
+    batches: Iterator[RoutedBatch | CountedBatches],
+    imported: Imported,
+    vocabulary: pa.Table | None,
+    manifest: dict[str, Any],
+) -> None:
+    place = out.resolve() if out.is_symlink() else out
+    _clear_drafts(place)
+    draft = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with hold(draft, wait=True) as lock:  # another import may be looking whether anybody is at work there
+        try:
+            with TraceWriter(
+                draft,
+                manifest,
+                imported.routers,
+                weights=imported.weights,
+                logits=imported.logits,
+                counts_only=imported.counts_only,
+                vocabulary=vocabulary,
+                shard_seconds=float("inf"),  # shards by size alone: the same files make the same trace
+                lock=lock,
+            ) as writer:
+                for batch in batches:
+                    writer.write(batch)
+            take_place(place, overwrite, resumable=False).release()
+            os.replace(draft, place)
+            lock.root = place
+            schema.sync_directory(place.parent)
+        except (OSError, MoeInspectError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError):  # the writer speaks of resuming, which an import does not
+                raise MoeInspectError(f"cannot write {out}: {first_line(cause)}; nothing was imported") from None
+            raise
+        finally:
+            if draft.exists():
+                _remove(draft)
+
+
+def _clear_drafts(place: Path) -> None:
+    """Removes what imports to the same place left beside it when they were killed."""
+    name = re.compile(rf"\.{re.escape(place.name)}\.\d+(-[0-9a-f]+)?\.tmp")
+    for draft in list(place.parent.iterdir()) if place.parent.is_dir() else ():
+        if name.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
+            # one whose process is at work is left alone, and one that holds what no trace does
+            with contextlib.suppress(MoeInspectError), take_place(draft, overwrite=True):
+                _remove(draft)
+
+
+def _remove(draft: Path) -> None:
+    """Removes the directory of a trace, its lock file too."""
+    clear_trace(draft)
+    with contextlib.suppress(OSError):  # the next import tries again
+        (draft / LOCK).unlink(missing_ok=True)
+        draft.rmdir()
+
+
+def watched(imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str], None]) -> Iterator[RoutedBatch | CountedBatches]:
+    """Passes batches on; refuses token ids beyond the vocabulary, and warns of what no whole dump of a router looks like."""
+    routers = imported.routers
+    there = [np.zeros(r.experts, bool) for r in routers]
+    tokens = 0
+    for batch in imported.batches:
+        if isinstance(batch, CountedBatches):
+            tokens += batch.tokens
+            for r, load_DE in enumerate(batch.assignments):
+                there[r] |= load_DE.any(0)
+        else:
+            if vocabulary is not None and len(batch.token_id) and int(batch.token_id.max()) >= len(vocabulary):
+                raise MoeInspectError(
+                    f"token id {int(batch.token_id.max())} of a vocabulary of {len(vocabulary):,}: is the config the model's?"
+                )
+            tokens += len(batch.token_id)
+            for r, ids_TK in enumerate(batch.ids):
+                _mark(there[r], ids_TK, routers[r])
+        yield batch
+    if len({r.experts for r in routers}) == 1 and tokens >= ONE_RANK_TOKENS and (block := one_ranks_experts(np.array(there))):
+        warn(f"only experts {block[0]}-{block[1]} of {routers[0].experts} are ever chosen: one rank's own? give the files of all ranks")
+
+
+def _mark(there_E: np.ndarray, ids_TK: np.ndarray, router: Router) -> None:
+    if not there_E.all():
+        there_E |= np.bincount(ids_TK.reshape(-1), minlength=router.experts)[: router.experts] > 0

@@ -1,0 +1,115 @@
+"""The data that the page's map, its domains and the cards of its experts draw from (templates/map.js).
+
+L routers, E experts of a router, D domains.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.reporting.verdict.balance import frames, routers
+from moe_inspect.text import layer_label, readable
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.report import Report
+
+CELLS = 800_000  # load by domain, router and expert: the domains with the most tokens, up to so many numbers
+ENTRIES = 160_000  # of each list that cards show, over all experts
+
+
+def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
+    """What map.js draws the map, the domains and the cards from; and what had to be left out of it, in words.
+
+    load: [domain][router][expert] assignments; tokens: [domain][router]. Lists of an expert (words, partners, nexts) are columns with
+    `start`: those of expert e of router row l are start[first[l] + e] … start[first[l] + e + 1]."""
+    if not routers(report):
+        return None, []
+    chosen, short, table = report.selection.routers, list[str](), frames(report)["domains"]
+    sizes = np.array([report.trace.routers[r].experts for r in chosen])
+    first = np.r_[0, np.cumsum(sizes)]
+    labels = sorted(report.counts.domains, key=lambda d: -int(table.loc[table["domain"] == d, "tokens"].max()))
+    most = max(1, CELLS // int(first[-1]))
+    if len(labels) > most:
+        short.append(f"{len(labels) - most} of {len(labels)} domains, those with the fewest tokens, on the map")
+    kept = [d for d in report.counts.domains if d in set(labels[:most])]
+    load, tokens = [], []
+    for name in kept:
+        rows = dict(iter(table[table["domain"] == name].groupby("router")))
+        load.append([rows[r]["assignments"].tolist() for r in chosen])
+        tokens.append([int(rows[r]["tokens"].iloc[0]) for r in chosen])
+    of_router = dict(iter(frames(report)["load"].groupby("router")))
+    entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
+    position = {r: i for i, r in enumerate(chosen)}
+    bits = frames(report)["specialization"]["domain_mi_bits"]
+    data: dict[str, Any] = {
+        "layers": [{"label": layer_label(report.trace.routers, r), "experts": int(E)} for r, E in zip(chosen, sizes, strict=True)],
+        "first": first.tolist(),
+        "domains": [readable(d) for d in kept],
+        "all": [of_router[r]["assignments"].tolist() for r in chosen],
+        "load": load if len(report.counts.domains) > 1 else [],
+        "tokens": tokens,
+        "choices": [numbers(of_router[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen],
+        "weights": [numbers((of_router[r]["weight_sum"] / of_router[r]["assignments"]).to_numpy(float)) for r in chosen]
+        if report.trace.has_weights
+        else None,
+        "telling": int(bits.argmax()) if bits.notna().any() else 0,
+        "words": _words(report, first, position, entries),
+        "partners": None,
+        "nexts": None,
+    }
+    if not report.counts.counts_only:
+        pairs: Any = frames(report)["coactivation"]
+        data["partners"] = _pairs(pairs, "other", first, position, entries)
+        links: Any = frames(report)["transitions"]
+        data["nexts"] = _pairs(links, "next_expert", first, position, entries)
+        next_of = links.drop_duplicates("router").set_index("router")["next_router"]
+        data["next"] = [position.get(next_of.get(r)) for r in chosen]
+    return data, short
+
+
+def _words(report: Report, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any] | None:
+    if report.counts.counts_only or not report.top:
+        return None
+    table: Any = report.tables["vocabulary"]
+    table, start = _by_expert(table, first, position, entries)
+    ids, texts = pd.factorize(table["token_id"])
+    text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
+    return {
+        "start": start,
+        "texts": [f"id {i}" if text_of[i] is None or text_of[i] != text_of[i] else readable(text_of[i]) for i in texts],
+        "text": ids.tolist(),
+        "count": table["count"].tolist(),
+        "share": _thousandths(table["fraction"]),
+        "choice": _thousandths(table["first_choice_fraction"]),
+    }
+
+
+def _pairs(table: Any, other: str, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any]:
+    """The supported partners above chance, in the order of the table, which is that of the evidence."""
+    table, start = _by_expert(table[table["supported"] & (table["lift"] > 1)], first, position, entries)
+    return {
+        "start": start,
+        "other": table[other].tolist(),
+        "share": _thousandths(table["probability"]),
+        "lift": numbers(table["lift"].round(2)),
+    }
+
+
+def _by_expert(table: Any, first: np.ndarray, position: dict[int, int], entries: int) -> tuple[Any, list[int]]:
+    """The first `entries` rows of each expert, in the order of experts, and where each begins."""
+    table = table[table.groupby(["router", "expert"], sort=False).cumcount() < entries]
+    flat = first[table["router"].map(position).to_numpy(int)] + table["expert"].to_numpy(int)
+    order = np.argsort(flat, kind="stable")
+    return table.iloc[order], np.searchsorted(flat[order], np.arange(first[-1] + 1)).tolist()
+
+
+def _thousandths(values: Any) -> list[int | None]:
+    return [None if np.isnan(v) else round(v * 1000) for v in values.to_numpy(float).tolist()]
+
+
+def numbers(values: np.ndarray) -> list[float | None]:
+    """For JSON: five digits, None where there is none."""
+    return [None if np.isnan(v) else float(f"{v:.5g}") if isinstance(v, float) else v for v in np.asarray(values).tolist()]

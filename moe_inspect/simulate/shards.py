@@ -1,0 +1,87 @@
+"""What simulations read of a shard's tokens, once for all routers of a stack.
+
+T tokens that the routers see, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Shard, Trace, codes
+
+SMALL = 3_000_000  # assignments: below this plain numpy is done before numba has been imported and its code loaded
+
+
+def is_small(trace: Trace, routers: Iterable[int], times: int = 1) -> bool:
+    """Whether the twins without numba are the quicker way. `times`: how often each assignment is gone through."""
+    return trace.n_tokens * sum(trace.routers[r].top_k for r in routers) * times < SMALL
+
+
+def slots(shard: Shard, router: int) -> np.ndarray:
+    """int16 [K, T]: the experts of each decision, slot by slot, −1 where one routed nowhere."""
+    return np.ascontiguousarray(shard.ids(router).T)
+
+
+def check_length(values: np.ndarray, tokens: int, router: int) -> None:
+    if len(values) != tokens:
+        raise MoeInspectError(f"damaged trace: router {router} has {len(values)} decisions in a shard of {tokens} tokens that reach it")
+
+
+def check_domains(trace: Trace, selection: Selection) -> None:
+    """MoeInspectError where the trace lacks a domain that was asked for."""
+    if selection.domains is not None:
+        there = set((trace.counts() if trace.counts_only else trace.documents())["domain"].astype(str))
+        if missing := selection.domains - there:
+            raise MoeInspectError(f"no domain {', '.join(sorted(missing))} in {trace.path}: it has {', '.join(sorted(there))}")
+
+
+def taken(shard: Shard, selection: Selection) -> np.ndarray:
+    """bool [T]: the tokens of a shard that the selection takes, whatever router sees them."""
+    asked = {"domain": selection.domains, "phase": {selection.phase} if selection.phase else None}
+    wanted = {name: labels for name, labels in asked.items() if labels is not None}
+    taken_T = np.ones(shard.files.tokens, bool)
+    table = shard.tokens(list(wanted)) if wanted else None
+    for name, labels in wanted.items():
+        assert table is not None
+        code_T, there = codes(table[name])
+        taken_T &= np.isin(code_T, [code for code, label in enumerate(there) if label in labels])
+    return taken_T
+
+
+def runs(*keys_T: np.ndarray) -> np.ndarray:
+    """Where a run of tokens with the same keys begins, and the end. int64 [G + 1]"""
+    T = len(keys_T[0])
+    if not T:
+        return np.zeros(1, np.int64)
+    changed_T = np.zeros(T, bool)
+    changed_T[0] = True
+    for key_T in keys_T:
+        changed_T[1:] |= key_T[1:] != key_T[:-1]
+    return np.append(np.flatnonzero(changed_T), T)
+
+
+def cut(start_G: np.ndarray, size: int) -> np.ndarray:
+    """Runs cut into pieces of at most `size` tokens. int64 [G + 1]"""
+    T = int(start_G[-1])
+    place_T = np.arange(T) - np.repeat(start_G[:-1], np.diff(start_G))
+    return np.append(np.flatnonzero(place_T % size == 0), T)
+
+
+def deciles(start_G: np.ndarray) -> np.ndarray:
+    """The tenth of its group each token is in. uint8 [T]"""
+    size_G = np.diff(start_G)
+    place_T = np.arange(int(start_G[-1])) - np.repeat(start_G[:-1], size_G)
+    return (10 * place_T // np.repeat(size_G, size_G)).astype(np.uint8)
+
+
+def document_deciles(document_T: np.ndarray, sequence_T: np.ndarray) -> np.ndarray:
+    """The tenth of its document (of what the shard holds of it) each token is in, wherever its tokens lie; a document that was cut is
+    its sequences, one after the other. uint8 [T]"""
+    order_T = np.argsort(document_T.astype(np.int64) << 32 | sequence_T, kind="stable")
+    decile_T = np.empty(len(sequence_T), np.uint8)
+    decile_T[order_T] = deciles(runs(document_T[order_T]))
+    return decile_T

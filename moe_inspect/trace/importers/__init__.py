@@ -1,6 +1,0 @@
-"""One file a foreign format, one function each, in FORMATS. Nothing here imports torch but the one that reads its files, inside."""
-
-from moe_inspect.trace.importers import counts, esft, fiddler, megatron, responses, sglang, tensorrt_llm  # noqa: F401  (they register)
-from moe_inspect.trace.importers.registry import FORMATS, Format
-
-__all__ = ["FORMATS", "Format"]

@@ -1,0 +1,185 @@
+"""Whether a trace can be written at a place, and making way for it there: nothing but the files of a trace is ever removed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line
+from moe_inspect.trace import schema
+from moe_inspect.trace.lock import LOCK, Lock, hold, refuse_while_locked
+
+OVERWRITTEN = ".overwritten.tmp"  # the manifest of a trace that is being removed: readers find no trace there any more
+LIST = r"shards-\d+\.jsonl"
+PART = r"part-\d+-\d+\.parquet"
+DRAFT = rf"\.({re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST})\.tmp"
+OF_A_TRACE = re.compile(
+    rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}|{DRAFT}|{re.escape(OVERWRITTEN)}|{re.escape(LOCK)}"
+)
+OF_A_TABLE = re.compile(rf"{PART}|\.{PART}\.tmp")
+TO_NAME = 3  # files, in a message
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a directory holds. `files`: what a trace has by these names, without its lock; `strange`: what no trace has."""
+
+    root: Path
+    files: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    strange: list[str] = field(default_factory=list)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is committed here: the directory is empty, its writer was stopped before the first manifest, or its trace was
+        given up to be overwritten."""
+        if self.strange or schema.MANIFEST in self.files:
+            return False
+        return OVERWRITTEN in self.files or not any("/part-" in name or self._is_list(name) for name in self.files)
+
+    @property
+    def is_trace(self) -> bool:
+        """Whether its files are those of a trace, also of one whose manifest is damaged."""
+        from moe_inspect.trace.reader import read_manifest  # slow to import, and seldom needed
+
+        if schema.MANIFEST in self.files:
+            with suppress(MoeInspectError):
+                read_manifest(self.root)
+                return True
+            if self._is_other_json():
+                return False
+        return any(self._is_list(name) for name in self.files)
+
+    def _is_other_json(self) -> bool:
+        """Whether trace.json is whole, and something else: profilers use the name too."""
+        try:
+            found = json.loads((self.root / schema.MANIFEST).read_bytes())
+        except (ValueError, RecursionError):
+            return False
+        return not (isinstance(found, dict) and "format" in found)
+
+    def _is_list(self, name: str) -> bool:
+        """Whether a file lists shards."""
+        if re.fullmatch(LIST, name) is None:
+            return False
+        with open(self.root / name, "rb") as file:
+            line = file.readline(10_000)
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(found, dict) and found.get("table") in schema.TABLES and {"path", "shard", "sha256"} <= set(found)
+
+
+def contents(root: Path) -> Contents:
+    found = Contents(root)
+    for entry in os.scandir(root):
+        if entry.name in schema.TABLES and entry.is_dir(follow_symlinks=False):
+            found.folders.append(entry.name)
+            for part in os.scandir(entry.path):
+                name = f"{entry.name}/{part.name}"
+                known = OF_A_TABLE.fullmatch(part.name) and part.is_file(follow_symlinks=False)
+                (found.files if known else found.strange).append(name)
+        elif entry.name != LOCK:
+            known = OF_A_TRACE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+            (found.files if known else found.strange).append(entry.name)
+    return found
+
+
+def check_directory(path: Path, overwrite: bool, resumable: bool = True, locked: bool = False) -> None:
+    """Sees to it that a new trace can be written at `path`, or refuses: an existing trace is replaced only with `overwrite` (when there is
+    something to replace it by, not before), anything else never. `locked`: the caller holds the lock."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise MoeInspectError(f"{path} is a file: give a directory for the trace")
+        if path.is_dir():
+            _refuse_to_replace(contents(path), overwrite, resumable)
+            if not locked:
+                refuse_while_locked(path)
+        new = [p for p in (path, *path.parents) if not p.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MoeInspectError(f"cannot write {path}: no directory can be made {_why_none(path, error)}") from None
+        tempfile.TemporaryFile(dir=path).close()
+        with suppress(OSError):  # another trace may have begun in one of them
+            for made in new:  # nothing is left behind where no trace comes of it
+                made.rmdir()
+    except OSError as error:
+        raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from None
+
+
+def take_place(path: Path, overwrite: bool, resumable: bool = True, shared: bool = False) -> Lock:
+    """Locks `path` for a new trace and makes way for it. The lock is the caller's to release."""
+    lock = hold(path, shared=shared)
+    try:
+        check_directory(path, overwrite, resumable, locked=True)  # another trace may have begun there meanwhile
+        clear_trace(path)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def clear_trace(root: Path) -> None:
+    """Removes the files of the trace at `root`, and only those. Its manifest goes first, then the lists of shards: stopped in between, this
+    leaves no trace, and whoever comes next goes on with it."""
+    there = contents(root)
+    _refuse_to_replace(there, overwrite=True)
+    try:
+        if schema.MANIFEST in there.files:
+            os.replace(root / schema.MANIFEST, root / OVERWRITTEN)
+            schema.sync_directory(root)
+        for name in sorted(set(there.files) - {schema.MANIFEST, OVERWRITTEN}, key=lambda name: not re.fullmatch(LIST, name)):
+            (root / name).unlink()
+        for name in there.folders:
+            with suppress(OSError):  # the next trace uses it as it is
+                (root / name).rmdir()
+        (root / OVERWRITTEN).unlink(missing_ok=True)
+    except OSError as error:
+        raise MoeInspectError(f"cannot write {root}: {first_line(error)}") from None
+
+
+def _why_none(path: Path, error: OSError) -> str:
+    parent = next(p for p in path.parents if os.path.exists(p))
+    if not parent.is_dir():
+        return f"below {parent}, which is a file"
+    return f"in {parent}: {'its file system takes none' if error.errno == errno.ENOENT else error.strerror}"  # as Linux says in /proc
+
+
+def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True) -> None:
+    if there.is_free:
+        return
+    path, is_trace = there.root, there.is_trace
+    if not overwrite:
+        way_out = ", or go on with it by --resume" if resumable else ""
+        raise MoeInspectError(
+            f"there is {'a trace' if is_trace else 'something'} at {path}: choose another place, "
+            f"or replace a trace with --overwrite (overwrite=True){way_out}"
+        )
+    others = there.strange if is_trace else [*there.strange, *(name for name in there.files if name == schema.MANIFEST)]
+    if others or not is_trace:
+        named = ", ".join(sorted(others or there.files)[:TO_NAME])
+        more = f" and {len(others) - TO_NAME:,} more" if len(others) > TO_NAME else ""
+        raise MoeInspectError(f"{path} is {'more than' if is_trace else 'not'} a trace (it holds {named}{more}): not overwritten")
+    if (manifest := _readable_manifest(path)) is not None:
+        from moe_inspect.trace.reader import refuse_while_written
+
+        refuse_while_written(path, manifest)
+
+
+def _readable_manifest(path: Path) -> dict[str, Any] | None:
+    from moe_inspect.trace.reader import read_manifest
+
+    try:
+        return read_manifest(path)
+    except MoeInspectError:  # damaged, or of another format: it can be replaced, and nobody is writing it
+        return None
