@@ -1,9 +1,12 @@
-"""What is left of a trace when things go wrong: the process is killed at every fsync, rename, unlink and the like, the disk fails at each of
-them, two processes start at once, bits flip. After each fault everything that was committed must be there and right, --resume and
---overwrite must end in the trace that an undisturbed run writes, and a flipped bit must change no number without a word.
+"""What is left of a trace when things go wrong: the process is killed at every fsync, rename,
+unlink and the like, the disk fails at each of them, two processes start at once, bits flip. After
+each fault everything that was committed must be there and right, --resume and
+--overwrite must end in the trace that an undisturbed run writes, and a flipped bit must change no
+number without a word.
 
-    python -m benchmarks.faults          takes minutes; prints tries and failures, and writes benchmarks/results/faults.json
-    python -m benchmarks.faults PART     only writing, at-once, importing, flipping or tracing; the result keeps what it says of the others
+    python -m benchmarks.faults          takes minutes; prints tries and failures, and writes
+    benchmarks/results/faults.json python -m benchmarks.faults PART     only writing, at-once,
+    importing, flipping or tracing; the result keeps what it says of the others
 """
 
 from __future__ import annotations
@@ -41,7 +44,11 @@ from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
-ROUTERS = [Router(0, "gate", "layers.0", 8, 2), Router(1, "gate", "layers.1", 300, 4), Router(1, "gate2", "layers.1b", 8, 2)]
+ROUTERS = [
+    Router(0, "gate", "layers.0", 8, 2),
+    Router(1, "gate", "layers.1", 300, 4),
+    Router(1, "gate2", "layers.1b", 8, 2),
+]
 BATCHES, TOKENS, WORDS, SHARD_TOKENS = 6, 30, 40, 60
 HUNG_S = 120.0
 FLIPS = 300
@@ -52,7 +59,8 @@ CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "ftruncate")
 
 
 class Faults:
-    """Counts the calls that change a disk, and does something at the n-th: "kill", or an OSError of "EIO"."""
+    """Counts the calls that change a disk, and does something at the n-th: "kill", or an OSError of
+    "EIO"."""
 
     def __init__(self, at: int | None, how: str, seed: int = 0):
         self.at, self.how, self.calls, self.random = at, how, 0, random.Random(seed)
@@ -84,8 +92,13 @@ class Faults:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         if name == "fsync":  # what was not synced may be lost from any byte on
             size = os.fstat(args[0]).st_size
-            if os.readlink(f"/proc/self/fd/{args[0]}").endswith(".jsonl") and self.random.random() < 0.7:
-                os.truncate(f"/proc/self/fd/{args[0]}", max(size - self.random.randrange(1, 400), 0))
+            if (
+                os.readlink(f"/proc/self/fd/{args[0]}").endswith(".jsonl")
+                and self.random.random() < 0.7
+            ):
+                os.truncate(
+                    f"/proc/self/fd/{args[0]}", max(size - self.random.randrange(1, 400), 0)
+                )
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -154,7 +167,13 @@ class Bench:
             print(f"FAILED {what} {case}: {failure}", file=sys.stderr)
 
     def at_every_call(
-        self, what: str, how: str, before: Callable[[Path], None], work: Callable[[Path], Any], after: Callable[[Path], Any], step: int = 1
+        self,
+        what: str,
+        how: str,
+        before: Callable[[Path], None],
+        work: Callable[[Path], Any],
+        after: Callable[[Path], Any],
+        step: int = 1,
     ) -> None:
         """Does `work` with a fault at each call in turn, and `after` it checks what is left."""
 
@@ -177,12 +196,24 @@ class Bench:
             outcome = next(iter(said))
             failure = said["raised"] if outcome == "raised" and "hung" in said["raised"] else None
             checked = self.child(lambda place=place: after(place))
-            failure = failure or checked.get("raised") or checked.get("refused") or (None if "returned" in checked else str(checked))
-            self.count(f"{what}: {how}", outcome, failure and failure + "\n" + checked.get("traceback", ""), f"call {at} of {calls}")
+            failure = (
+                failure
+                or checked.get("raised")
+                or checked.get("refused")
+                or (None if "returned" in checked else str(checked))
+            )
+            self.count(
+                f"{what}: {how}",
+                outcome,
+                failure and failure + "\n" + checked.get("traceback", ""),
+                f"call {at} of {calls}",
+            )
             if failure is None:
                 shutil.rmtree(place)
 
-    def _prepared(self, before: Callable[[Path], None], work: Callable[[Path], Any]) -> dict[str, Any]:
+    def _prepared(
+        self, before: Callable[[Path], None], work: Callable[[Path], Any]
+    ) -> dict[str, Any]:
         place = self.place()
         self.must(lambda: before(place))
         said = self.child(lambda: work(place))
@@ -204,7 +235,10 @@ def batches(seed: int) -> list[RoutedBatch]:
     for number in range(BATCHES):
         row = np.arange(TOKENS, dtype=np.int32)
         ids = [
-            np.argsort(rng.random((TOKENS, r.experts)), 1)[:, : r.top_k].astype(np.uint16 if r.experts > 255 else np.uint8) for r in ROUTERS
+            np.argsort(rng.random((TOKENS, r.experts)), 1)[:, : r.top_k].astype(
+                np.uint16 if r.experts > 255 else np.uint8
+            )
+            for r in ROUTERS
         ]
         weights = [-np.sort(-rng.random((TOKENS, r.top_k)), 1).astype(np.float16) for r in ROUTERS]
         same = np.full(TOKENS, number, np.int32)
@@ -218,14 +252,25 @@ def batches(seed: int) -> list[RoutedBatch]:
 
 
 def manifest(seed: int) -> dict[str, Any]:
-    facts = {"mode": "tap", "pid": os.getpid(), "process_start": schema.process_start(os.getpid()), "host": os.uname().nodename}
+    facts = {
+        "mode": "tap",
+        "pid": os.getpid(),
+        "process_start": schema.process_start(os.getpid()),
+        "host": os.uname().nodename,
+    }
     return {"model": {"id": f"made {seed}"}, "capture": facts, "corpus": {"plan": {"seed": seed}}}
 
 
 VOCABULARY = pa.table({"token_id": range(WORDS), "token": [f" w{i}" for i in range(WORDS)]})
 
 
-def begin(root: Path, seed: int = 0, overwrite: bool = False, shard_seconds: float = 60.0, pause_s: float = 0.0) -> str:
+def begin(
+    root: Path,
+    seed: int = 0,
+    overwrite: bool = False,
+    shard_seconds: float = 60.0,
+    pause_s: float = 0.0,
+) -> str:
     with take_place(root, overwrite) as lock:
         _write(root, seed, batches(seed), shard_seconds, pause_s, lock=lock)
     return "begun"
@@ -238,13 +283,34 @@ def resume(root: Path, seed: int = 0, shard_seconds: float = 60.0, pause_s: floa
         if read_manifest(root)["status"] == "complete":
             return "was complete"
         point = resume_point(root)
-        _write(root, seed, batches(seed)[point.next_batch :], shard_seconds, pause_s, resume=point, lock=lock)
+        _write(
+            root,
+            seed,
+            batches(seed)[point.next_batch :],
+            shard_seconds,
+            pause_s,
+            resume=point,
+            lock=lock,
+        )
     return "resumed"
 
 
-def _write(root: Path, seed: int, left: list[RoutedBatch], shard_seconds: float, pause_s: float, **more: Any) -> None:
+def _write(
+    root: Path,
+    seed: int,
+    left: list[RoutedBatch],
+    shard_seconds: float,
+    pause_s: float,
+    **more: Any,
+) -> None:
     with TraceWriter(
-        root, manifest(seed), ROUTERS, vocabulary=VOCABULARY, shard_tokens=SHARD_TOKENS, shard_seconds=shard_seconds, **more
+        root,
+        manifest(seed),
+        ROUTERS,
+        vocabulary=VOCABULARY,
+        shard_tokens=SHARD_TOKENS,
+        shard_seconds=shard_seconds,
+        **more,
     ) as writer:
         for batch in left:
             writer.write(batch)
@@ -260,13 +326,23 @@ def rows_of(trace: Trace) -> Rows:
         "tokens": [shard.tokens() for shard in trace.shards],
         "documents": [shard.table("documents") for shard in trace.shards],
         "vocabulary": [trace._vocabulary],
-        **{f"router {r}": [shard.routing(r) for shard in trace.shards] for r in range(len(trace.routers))},
+        **{
+            f"router {r}": [shard.routing(r) for shard in trace.shards]
+            for r in range(len(trace.routers))
+        },
     }
-    return {name: pa.concat_tables([_plain(t) for t in tables]) for name, tables in parts.items() if tables}
+    return {
+        name: pa.concat_tables([_plain(t) for t in tables])
+        for name, tables in parts.items()
+        if tables
+    }
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    kinds = [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
+    kinds = [
+        pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type)
+        for f in table.schema
+    ]
     return table.cast(pa.schema(kinds))
 
 
@@ -277,7 +353,11 @@ def same_rows(trace: Trace, whole: Rows) -> None:
     for name, found in rows_of(trace).items():
         assert found.equals(whole[name].slice(0, len(found))), f"{name} differs"
         assert len(found) == (
-            trace.n_tokens if name.startswith(("tokens", "router")) else len(whole[name]) if name == "vocabulary" else len(found)
+            trace.n_tokens
+            if name.startswith(("tokens", "router"))
+            else len(whole[name])
+            if name == "vocabulary"
+            else len(found)
         )
 
 
@@ -293,7 +373,8 @@ def is_whole(root: Path, whole: Rows) -> None:
 
 
 def what_is_left(root: Path, whole: dict[str, Rows]) -> str | None:
-    """Checks a trace after a fault; returns the id of its model, None where there is no trace (yet)."""
+    """Checks a trace after a fault; returns the id of its model, None where there is no trace
+    (yet)."""
     if not (root / schema.MANIFEST).exists():
         try:
             raise AssertionError(f"no manifest, yet it verifies: {verify(root)}")
@@ -349,7 +430,9 @@ def writing(bench: Bench) -> None:
             is_whole(root, new)
 
     for how in ("kill", "EIO"):
-        bench.at_every_call("a new trace", how, lambda place: None, lambda place: begin(place / "t"), goes_on)
+        bench.at_every_call(
+            "a new trace", how, lambda place: None, lambda place: begin(place / "t"), goes_on
+        )
         bench.at_every_call("resuming", how, cut_short, lambda place: resume(place / "t"), goes_on)
         bench.at_every_call(
             "overwriting",
@@ -361,34 +444,48 @@ def writing(bench: Bench) -> None:
 
 
 def writing_at_once(bench: Bench, tries: int = 20) -> None:
-    """Two and three processes at one place, started together: each ends or is refused in a line, and the trace is whole."""
+    """Two and three processes at one place, started together: each ends or is refused in a line,
+    and the trace is whole."""
     whole = made_whole(bench)["made 0"]
     kinds: dict[str, tuple[Callable[[Path], None], Callable[..., str]]] = {
         "two resumes at once": (cut_short, resume),
         "two new traces at once": (lambda place: None, resume),
-        "two that overwrite at once": (cut_short, lambda root, **options: begin(root, overwrite=True, **options)),
+        "two that overwrite at once": (
+            cut_short,
+            lambda root, **options: begin(root, overwrite=True, **options),
+        ),
     }
     for what, (before, work) in kinds.items():
         for n in range(tries):
             place = bench.place()
             bench.must(lambda before=before, place=place: before(place))
             options = {"shard_seconds": 0.0 if n % 2 else 60.0, "pause_s": 0.003 * (n % 3)}
-            said = bench.children([lambda o=options, p=place, w=work: w(p / "t", **o)] * (2 + n % 2))
+            said = bench.children(
+                [lambda o=options, p=place, w=work: w(p / "t", **o)] * (2 + n % 2)
+            )
             wrong = [s["raised"] for s in said if "raised" in s]
             wrong += [
                 s["refused"]
                 for s in said
-                if "refused" in s and "still writing" not in s["refused"] and "there is a trace" not in s["refused"]
+                if "refused" in s
+                and "still writing" not in s["refused"]
+                and "there is a trace" not in s["refused"]
             ]
             wrong += [] if any("returned" in s for s in said) else ["all were refused"]
             checked = bench.child(lambda place=place: is_whole(place / "t", whole))
             failure = "; ".join(wrong) or checked.get("raised") or checked.get("refused")
             by = "shards by time" if options["shard_seconds"] == 0 else "shards by size"
-            bench.count(f"{what}, {by}", " + ".join(sorted(next(iter(s)) for s in said)), failure, f"try {n}")
+            bench.count(
+                f"{what}, {by}",
+                " + ".join(sorted(next(iter(s)) for s in said)),
+                failure,
+                f"try {n}",
+            )
 
 
 def importing(bench: Bench) -> None:
-    """Imports: what is at the place is the old trace, whole, or the new one, whole, or nothing; drafts are cleared by the next."""
+    """Imports: what is at the place is the old trace, whole, or the new one, whole, or nothing;
+    drafts are cleared by the next."""
     imports.SEQUENCE, imports.SHAPES["vllm-routed"] = 64, (4, 16, 2)
     for n in (0, 1):
         (bench.root / f"in-{n}").mkdir()
@@ -401,7 +498,12 @@ def importing(bench: Bench) -> None:
     def run(out: Path, n: int, overwrite: bool = True) -> None:
         source = bench.root / f"in-{n}"
         import_trace(
-            "vllm-routed", [source / "responses.jsonl"], out, model=source / "config.json", overwrite=overwrite, warn=lambda line: None
+            "vllm-routed",
+            [source / "responses.jsonl"],
+            out,
+            model=source / "config.json",
+            overwrite=overwrite,
+            warn=lambda line: None,
         )
 
     for n in (0, 1):
@@ -418,8 +520,16 @@ def importing(bench: Bench) -> None:
         assert [p.name for p in place.iterdir()] == ["t"], list(place.iterdir())
 
     for how in ("kill", "EIO"):
-        bench.at_every_call("a new import", how, lambda place: None, lambda place: run(place / "t", 0), either)
-        bench.at_every_call("an import that overwrites", how, lambda place: run(place / "t", 1), lambda place: run(place / "t", 0), either)
+        bench.at_every_call(
+            "a new import", how, lambda place: None, lambda place: run(place / "t", 0), either
+        )
+        bench.at_every_call(
+            "an import that overwrites",
+            how,
+            lambda place: run(place / "t", 1),
+            lambda place: run(place / "t", 0),
+            either,
+        )
 
 
 def tracing(bench: Bench) -> None:
@@ -446,7 +556,9 @@ def tracing(bench: Bench) -> None:
         is_whole(root, whole)
 
     for how in ("kill", "EIO"):
-        bench.at_every_call("trace demo", how, lambda place: None, lambda place: trace(place / "t"), goes_on, step=7)
+        bench.at_every_call(
+            "trace demo", how, lambda place: None, lambda place: trace(place / "t"), goes_on, step=7
+        )
 
     def cut_short(place: Path) -> None:
         pid = os.fork()
@@ -460,13 +572,22 @@ def tracing(bench: Bench) -> None:
         place = bench.place()
         bench.must(lambda place=place: cut_short(place))
         seconds = 0.0 if n % 2 else 60.0
-        said = bench.children([lambda place=place, s=seconds: trace(place / "t", s, resume=True)] * 2)
+        said = bench.children(
+            [lambda place=place, s=seconds: trace(place / "t", s, resume=True)] * 2
+        )
         wrong = [s["raised"] for s in said if "raised" in s]
-        wrong += [s["refused"] for s in said if "refused" in s and "still writing" not in s["refused"]]
+        wrong += [
+            s["refused"] for s in said if "refused" in s and "still writing" not in s["refused"]
+        ]
         checked = bench.child(lambda place=place: is_whole(place / "t", whole))
         failure = "; ".join(wrong) or checked.get("raised") or checked.get("refused")
         by = "shards by size" if n % 2 == 0 else "shards by time"
-        bench.count(f"two trace --resume at once, {by}", " + ".join(sorted(next(iter(s)) for s in said)), failure, f"try {n}")
+        bench.count(
+            f"two trace --resume at once, {by}",
+            " + ".join(sorted(next(iter(s)) for s in said)),
+            failure,
+            f"try {n}",
+        )
 
 
 REPORTED = ("load", "balance", "domains", "vocabulary", "windows")
@@ -485,18 +606,26 @@ def reported(root: Path) -> Iterator[pd.DataFrame]:
     yield from (made.tables[name] for name in REPORTED)
 
 
-def unlike(read: Callable[[Path], Iterator[pd.DataFrame]], root: Path, whole: list[pd.DataFrame]) -> bool:
+def unlike(
+    read: Callable[[Path], Iterator[pd.DataFrame]], root: Path, whole: list[pd.DataFrame]
+) -> bool:
     found = list(read(root))
-    return len(found) != len(whole) or any(not a.astype(str).equals(b.astype(str)) for a, b in zip(found, whole, strict=True))
+    return len(found) != len(whole) or any(
+        not a.astype(str).equals(b.astype(str)) for a, b in zip(found, whole, strict=True)
+    )
 
 
 def flipping(bench: Bench) -> None:
-    """One bit of one file: verify says so, or nothing that is read has changed; a report says so, or has the same numbers."""
+    """One bit of one file: verify says so, or nothing that is read has changed; a report says so,
+    or has the same numbers."""
     whole = bench.root / "whole-flips"
     bench.must(lambda: begin(whole))
     files = sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file())
     rng = random.Random(0)
-    flips = [(name, rng.randrange((whole / name).stat().st_size * 8)) for name in (rng.choice(files) for _ in range(FLIPS))]
+    flips = [
+        (name, rng.randrange((whole / name).stat().st_size * 8))
+        for name in (rng.choice(files) for _ in range(FLIPS))
+    ]
 
     def tried(part: list[tuple[Path, int]]) -> list[list[str | None]]:
         right, numbers = list(read_all(whole)), list(reported(whole))
@@ -524,8 +653,18 @@ def flipping(bench: Bench) -> None:
         results = said.get("returned") or [[str(said), None]] * len(part)
         for (name, bit), (by_verify, by_report) in zip(part, results, strict=True):
             case = f"bit {bit} of {name}"
-            bench.count("bits flipped: verify", "caught or harmless" if by_verify is None else "missed", by_verify, case)
-            bench.count("bits flipped: report", "caught or harmless" if by_report is None else "missed", by_report, case)
+            bench.count(
+                "bits flipped: verify",
+                "caught or harmless" if by_verify is None else "missed",
+                by_verify,
+                case,
+            )
+            bench.count(
+                "bits flipped: report",
+                "caught or harmless" if by_report is None else "missed",
+                by_report,
+                case,
+            )
 
 
 def _verified(place: Path, right: list[pd.DataFrame]) -> str | None:
@@ -538,7 +677,13 @@ def _reported(place: Path, right: list[pd.DataFrame]) -> str | None:
     return "other numbers, without a word" if unlike(reported, place, right) else None
 
 
-PARTS = {"writing": writing, "at-once": writing_at_once, "importing": importing, "flipping": flipping, "tracing": tracing}
+PARTS = {
+    "writing": writing,
+    "at-once": writing_at_once,
+    "importing": importing,
+    "flipping": flipping,
+    "tracing": tracing,
+}
 
 
 def main() -> None:
@@ -550,13 +695,20 @@ def main() -> None:
             print(f"{part}: {time.monotonic() - began:.0f} s", file=sys.stderr)
         failed = Counter(f["what"] for f in bench.failures)
         rows = {
-            what: {"tries": n, "failures": failed[what], "ended": dict(bench.outcomes[what].most_common())}
+            what: {
+                "tries": n,
+                "failures": failed[what],
+                "ended": dict(bench.outcomes[what].most_common()),
+            }
             for what, n in bench.tries.items()
         }
         for what, row in rows.items():
             print(f"{what:48} {row['tries']:5} tries {row['failures']:5} failures   {row['ended']}")
         total = sum(bench.tries.values())
-        print(f"{'in all':48} {total:5} tries {len(bench.failures):5} failures   {time.monotonic() - began:.0f} s")
+        print(
+            f"{'in all':48} {total:5} tries {len(bench.failures):5} failures   "
+            f"{time.monotonic() - began:.0f} s"
+        )
         before = json.loads(RESULT.read_text())["of"] if sys.argv[1:] and RESULT.exists() else {}
         rows = {**before, **rows}
         sums = {name: sum(row[name] for row in rows.values()) for name in ("tries", "failures")}

@@ -1,7 +1,9 @@
-"""FlashLB, the placement policy of vllm-ascend that looks at several windows: written from its description, to compare with.
+"""FlashLB, the placement policy of vllm-ascend that looks at several windows: written from its
+description, to compare with.
 
-Experts count with their mean and a part of their standard deviation. Their replicas are counted out in four groups, the busiest first: how many
-a group gets is tried, some fewer and some more than by greed, by packing all experts and looking at the windows. W windows, E experts, G GPUs.
+Experts count with their mean and a part of their standard deviation. Their replicas are counted out
+in four groups, the busiest first: how many a group gets is tried, some fewer and some more than by
+greed, by packing all experts and looking at the windows. W windows, E experts, G GPUs.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ def flashlb(load_WE: np.ndarray, slots: int, gpus: int) -> np.ndarray:
     for number in range(GROUPS - 1):
         group, rest = np.split(order_E[number * size :], [size])
         greedy = int((counted(order_E[number * size :], left)[: len(group)] - 1).sum())
-        tries = sorted(range(max(0, greedy - AROUND), min(left, greedy + AROUND) + 1), key=lambda more: abs(more - greedy))
+        tries = sorted(
+            range(max(0, greedy - AROUND), min(left, greedy + AROUND) + 1),
+            key=lambda more: abs(more - greedy),
+        )
         found = {more: packed(group, rest, more) for more in tries}
         more = min(found, key=lambda more: found[more][0])
         best_P = found[more][1]
@@ -45,8 +50,11 @@ def flashlb(load_WE: np.ndarray, slots: int, gpus: int) -> np.ndarray:
     return best_P
 
 
-def _pack(mean_E: np.ndarray, covariance_EE: np.ndarray, replicas_E: np.ndarray, gpus: int) -> np.ndarray:
-    """The heaviest replica first, each to the GPU that lacks its expert, has room and comes to the least mean + Z standard deviations."""
+def _pack(
+    mean_E: np.ndarray, covariance_EE: np.ndarray, replicas_E: np.ndarray, gpus: int
+) -> np.ndarray:
+    """The heaviest replica first, each to the GPU that lacks its expert, has room and comes to the
+    least mean + Z standard deviations."""
     room = int(replicas_E.sum()) // gpus
     mean_G, variance_G, filled_G = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus, np.int64)
     with_GE, placed_GS = np.zeros((gpus, len(mean_E))), np.full((gpus, room), -1)

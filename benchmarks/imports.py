@@ -1,4 +1,5 @@
-"""What importing costs: assignments a CPU-second and peak memory, at two sizes. Called from benchmarks/run.py, or by itself."""
+"""What importing costs: assignments a CPU-second and peak memory, at two sizes. Called from
+benchmarks/run.py, or by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-SHAPES = {"esft": (26, 64, 6), "vllm-routed": (48, 128, 8)}  # routers, experts, k: DeepSeek-V2-Lite, Qwen3-30B-A3B
+SHAPES = {
+    "esft": (26, 64, 6),
+    "vllm-routed": (48, 128, 8),
+}  # routers, experts, k: DeepSeek-V2-Lite, Qwen3-30B-A3B
 SEQUENCE = 512
 
 
@@ -22,12 +26,17 @@ def make(format: str, root: Path, assignments: float) -> None:
     L, E, k = SHAPES[format]
     rng = np.random.default_rng(0)
     sequences = max(1, round(assignments / (L * k * SEQUENCE)))
-    drawn_TLK = rng.random((SEQUENCE, L, E), np.float32).argpartition(k, 2)[:, :, :k].astype(np.uint8)
+    drawn_TLK = (
+        rng.random((SEQUENCE, L, E), np.float32).argpartition(k, 2)[:, :, :k].astype(np.uint8)
+    )
     texts = []
     if format == "esft":
         weights = np.round(rng.random((SEQUENCE, k)), 4)
         texts = [
-            "\t".join(map(str, drawn_TLK[:, layer].reshape(-1))) + "\t\t" + "\t".join(f"{w:.4f}" for w in weights.reshape(-1)) + "\n"
+            "\t".join(map(str, drawn_TLK[:, layer].reshape(-1)))
+            + "\t\t"
+            + "\t".join(f"{w:.4f}" for w in weights.reshape(-1))
+            + "\n"
             for layer in range(L)
         ]
         for layer, text in enumerate(texts):
@@ -38,7 +47,11 @@ def make(format: str, root: Path, assignments: float) -> None:
     array = io.BytesIO()
     np.save(array, drawn_TLK)
     ids = rng.integers(0, 150_000, SEQUENCE + 1).tolist()
-    line = {"prompt_token_ids": ids[:400], "token_ids": ids[400:], "routed_experts": base64.b64encode(array.getvalue()).decode()}
+    line = {
+        "prompt_token_ids": ids[:400],
+        "token_ids": ids[400:],
+        "routed_experts": base64.b64encode(array.getvalue()).decode(),
+    }
     text = json.dumps(line) + "\n"
     with open(root / "responses.jsonl", "w") as file:
         for _ in range(sequences):
@@ -55,9 +68,13 @@ def run(format: str, assignments: float) -> dict[str, float]:
     L, E, k = SHAPES[format]
     with tempfile.TemporaryDirectory() as scratch:
         (source := Path(scratch) / "in").mkdir()
-        subprocess.run([sys.executable, "-c", f"from pathlib import Path; from benchmarks.imports import make; make({format!r}, Path({str(source)!r}), {assignments})"], cwd=ROOT, check=True)  # fmt: skip
+        subprocess.run([sys.executable, "-c", ("from pathlib import Path; from "
+            f"benchmarks.imports import make; make({format!r}, "
+            f"Path({str(source)!r}), {assignments})")], cwd=ROOT, check=True)  # fmt: skip
         config = Path(scratch) / "config.json"
-        config.write_text(json.dumps({"num_hidden_layers": L, "num_experts": E, "num_experts_per_tok": k}))
+        config.write_text(
+            json.dumps({"num_hidden_layers": L, "num_experts": E, "num_experts_per_tok": k})
+        )
         cpu, wall = time.process_time(), time.perf_counter()
         trace = import_trace(format, [source], Path(scratch) / "t", model=config)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -74,8 +91,17 @@ def measure() -> dict[str, dict[str, float]]:
     found = {}
     for format in SHAPES:
         for size in (3e6, 3e7):
-            program = f"import json; from benchmarks.imports import run; print(json.dumps(run({format!r}, {size})))"
-            done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+            program = (
+                "import json; from benchmarks.imports import run; "
+                f"print(json.dumps(run({format!r}, {size})))"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", program],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             found[f"{format} {size:.0e}"] = json.loads(done.stdout)
     return found
 

@@ -1,6 +1,7 @@
-"""`python -m benchmarks.report`: what counting a trace costs on this machine, beside pandas, DuckDB and Polars on the same
-answers. Prints a table, writes benchmarks/results/report-<machine>.json. Each measurement has a process of its own; CPU time
-includes neither the imports nor the making of the trace, and ours is the best of some passes: the first loads the compiled kernels.
+"""`python -m benchmarks.report`: what counting a trace costs on this machine, beside pandas, DuckDB
+and Polars on the same answers. Prints a table, writes benchmarks/results/report-<machine>.json.
+Each measurement has a process of its own; CPU time includes neither the imports nor the making of
+the trace, and ours is the best of some passes: the first loads the compiled kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.run import EXPERTS, LAYERS, RESULTS, TOP_K, in_a_process, machine, peak_memory_mib, start, stream
+from benchmarks.run import (
+    EXPERTS,
+    LAYERS,
+    RESULTS,
+    TOP_K,
+    in_a_process,
+    machine,
+    peak_memory_mib,
+    start,
+    stream,
+)
 
 WANTS = ("load", "domains", "pairs", "transitions", "repetition", "windows")
 SIZES = {"competitors": 2.5e7, "rate": 1e8, "memory": 1e9}
@@ -26,7 +37,10 @@ def make(root: str, assignments: float, rounding: str) -> dict[str, float]:
     from moe_inspect.trace.schema import Router
     from moe_inspect.trace.writer import TraceWriter
 
-    routers = [Router(layer, "experts", f"layers.{layer}.mlp.experts", EXPERTS, TOP_K) for layer in range(LAYERS)]
+    routers = [
+        Router(layer, "experts", f"layers.{layer}.mlp.experts", EXPERTS, TOP_K)
+        for layer in range(LAYERS)
+    ]
     with TraceWriter(root, {}, routers) as writer:
         for batch in stream(assignments, rounding):
             writer.write(batch)
@@ -34,7 +48,8 @@ def make(root: str, assignments: float, rounding: str) -> dict[str, float]:
 
 
 def ours(root: str, threads: int, times: int = 10) -> dict[str, Any]:
-    """The pass with everything the standard tables but vocabulary need of it; without the null of token ids."""
+    """The pass with everything the standard tables but vocabulary need of it; without the null of
+    token ids."""
     from moe_inspect.analysis.counting import engine  # noqa: F401
     from moe_inspect.analysis.counting.engine import count_trace
     from moe_inspect.analysis.counting.select import select
@@ -50,49 +65,84 @@ def ours(root: str, threads: int, times: int = 10) -> dict[str, Any]:
     wall, cpu = (min(spent) for spent in zip(*passes, strict=True))
     total = sum(int(counts.load_E(r).sum()) for r in counts.indices)
     answers = [
-        digest(counts.assignments_DE(r), mine.together_EE, mine.next_EN, counts.by_domain(mine.first_same_U))
+        digest(
+            counts.assignments_DE(r),
+            mine.together_EE,
+            mine.next_EN,
+            counts.by_domain(mine.first_same_U),
+        )
         for r, mine in counts.of.items()
     ]
-    found = {"assignments": total, "wall_s": wall, "cpu_s": cpu, "passes": passes, "peak_memory_mib": peak_memory_mib()}
+    found = {
+        "assignments": total,
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "passes": passes,
+        "peak_memory_mib": peak_memory_mib(),
+    }
     return found | {"answers": answers}
 
 
 def digest(assignments_DE: Any, together_EE: Any, next_EN: Any, first_same_D: Any) -> list[int]:
     """Numbers that agree only if the tables do: each cell weighed by its place."""
     tables = [
-        np.asarray(t, np.int64) for t in (assignments_DE, together_EE, next_EN if next_EN is not None else np.zeros((1, 1)), first_same_D)
+        np.asarray(t, np.int64)
+        for t in (
+            assignments_DE,
+            together_EE,
+            next_EN if next_EN is not None else np.zeros((1, 1)),
+            first_same_D,
+        )
     ]
     return [int((t * (np.arange(t.size).reshape(t.shape) % 1009 + 1)).sum()) for t in tables]
 
 
 def competitor(name: str, root: str) -> dict[str, Any]:
-    """Load by domain, co-activation, transitions, repetition of first choices: a router at a time, as one would write it, on
-    one thread. What ours counts in the same pass it is spared: gate weights, load by document, batch and window, repetition
-    of any choice."""
+    """Load by domain, co-activation, transitions, repetition of first choices: a router at a time,
+    as one would write it, on one thread. What ours counts in the same pass it is spared: gate
+    weights, load by document, batch and window, repetition of any choice."""
     os.environ["POLARS_MAX_THREADS"] = "1"
     import pandas as pd
     import pyarrow.dataset as ds
 
     pair_counts = PAIR_COUNTS[name]
     cpu = time.process_time()
-    tokens = ds.dataset(f"{root}/tokens").to_table(use_threads=False).to_pandas().sort_values("token", ignore_index=True)
+    tokens = (
+        ds.dataset(f"{root}/tokens")
+        .to_table(use_threads=False)
+        .to_pandas()
+        .sort_values("token", ignore_index=True)
+    )
     domain_T = tokens["domain"].cat.codes.to_numpy().astype(np.uint8)
     D = domain_T.max() + 1
-    follows_T = (tokens["sequence"].diff() == 0).to_numpy() & (tokens["position"].diff() == 1).to_numpy()
+    follows_T = (tokens["sequence"].diff() == 0).to_numpy() & (
+        tokens["position"].diff() == 1
+    ).to_numpy()
     answers, before, held = [], None, None
     slots = [f"expert_{j}" for j in range(TOP_K)]
     for r in range(LAYERS + 1):
         frame: pd.DataFrame | None = None
         if r < LAYERS:
-            table = ds.dataset(f"{root}/routing").to_table(["token", *slots], filter=ds.field("router") == r, use_threads=False)
+            table = ds.dataset(f"{root}/routing").to_table(
+                ["token", *slots], filter=ds.field("router") == r, use_threads=False
+            )
             frame = table.to_pandas().sort_values("token", ignore_index=True)
         if before is not None and held is not None:
-            next_EN = pair_counts([(before[a], frame[b]) for a in slots for b in slots], (EXPERTS, EXPERTS)) if frame is not None else None
+            next_EN = (
+                pair_counts(
+                    [(before[a], frame[b]) for a in slots for b in slots], (EXPERTS, EXPERTS)
+                )
+                if frame is not None
+                else None
+            )
             answers.append(digest(held[0], held[1], next_EN, held[2]))
         if frame is not None:
             domain = pd.Series(domain_T)
             assignments_DE = pair_counts([(domain, frame[a]) for a in slots], (D, EXPERTS))
-            upper_EE = pair_counts([(frame[a], frame[b]) for i, a in enumerate(slots) for b in slots[i + 1 :]], (EXPERTS, EXPERTS))
+            upper_EE = pair_counts(
+                [(frame[a], frame[b]) for i, a in enumerate(slots) for b in slots[i + 1 :]],
+                (EXPERTS, EXPERTS),
+            )
             together_EE = upper_EE + upper_EE.T + np.diag(assignments_DE.sum(0))
             same_T = follows_T & (frame["expert_0"].diff() == 0).to_numpy()
             held = assignments_DE, together_EE, np.bincount(domain_T[same_T], minlength=D)
@@ -126,15 +176,27 @@ def _by_duckdb(columns: list[Any], shape: tuple[int, int]) -> np.ndarray:
 
     total = np.zeros(shape, np.int64)
     connection = duckdb.connect(config={"threads": 1})
-    frame = pd.DataFrame({f"{side}{i}": column for i, pair in enumerate(columns) for side, column in zip("ab", pair, strict=True)})
+    frame = pd.DataFrame(
+        {
+            f"{side}{i}": column
+            for i, pair in enumerate(columns)
+            for side, column in zip("ab", pair, strict=True)
+        }
+    )
     connection.register("slots", frame)
-    every = " union all ".join(f"select a{i} as a, b{i} as b from slots" for i in range(len(columns)))
+    every = " union all ".join(
+        f"select a{i} as a, b{i} as b from slots" for i in range(len(columns))
+    )
     sizes = connection.sql(f"select a, b, count(*) as n from ({every}) group by a, b").fetchnumpy()
     total[sizes["a"], sizes["b"]] = sizes["n"]
     return total
 
 
-PAIR_COUNTS: dict[str, Callable[..., np.ndarray]] = {"pandas": _by_pandas, "polars": _by_polars, "duckdb": _by_duckdb}
+PAIR_COUNTS: dict[str, Callable[..., np.ndarray]] = {
+    "pandas": _by_pandas,
+    "polars": _by_polars,
+    "duckdb": _by_duckdb,
+}
 
 
 def measure(function: str, *arguments: object) -> dict[str, Any]:
@@ -145,7 +207,13 @@ def main(scale: float = 1.0) -> None:
     measured: dict[str, Any] = {"scale": scale}
 
     def row(label: str, value: float, bar: str = "", fine: bool | None = None) -> None:
-        print(f"{label:<66}{value:>10.3f}   {bar} {'' if fine is None else 'yes' if fine else 'NO'}".rstrip(), flush=True)
+        print(
+            (
+                f"{label:<66}{value:>10.3f}   {bar} "
+                f"{'' if fine is None else 'yes' if fine else 'NO'}"
+            ).rstrip(),
+            flush=True,
+        )
 
     with tempfile.TemporaryDirectory() as scratch:
         traces = {name: str(Path(scratch) / name) for name in ("competitors", "bf16", "fp16")}
@@ -153,10 +221,17 @@ def main(scale: float = 1.0) -> None:
         for rounding in ("bf16", "fp16"):
             measure("make", traces[rounding], SIZES["rate"] * scale, rounding)
         measure("ours", traces["competitors"], 1)  # the kernels are compiled once a machine
-        measured["one thread"], measured["two threads"] = (measure("ours", traces["bf16"], n) for n in (1, 2))
+        measured["one thread"], measured["two threads"] = (
+            measure("ours", traces["bf16"], n) for n in (1, 2)
+        )
         one, two = measured["one thread"], measured["two threads"]
         rate = one["assignments"] / one["cpu_s"] / 1e6
-        row("the counting pass, bf16 weights, million assignments a CPU-second", rate, "≥ 100", rate >= 100)
+        row(
+            "the counting pass, bf16 weights, million assignments a CPU-second",
+            rate,
+            "≥ 100",
+            rate >= 100,
+        )
         measured["fp16"] = fp16 = measure("ours", traces["fp16"], 1)
         row("the same, fp16 weights", fp16["assignments"] / fp16["cpu_s"] / 1e6)
         ratio = two["wall_s"] / one["wall_s"]
@@ -167,7 +242,12 @@ def main(scale: float = 1.0) -> None:
             assert other.pop("answers") == mine["answers"], f"{name} counts otherwise"
         measured["competitors"] = others | {"moe-inspect": mine}
         best = min(other["cpu_s"] for other in others.values())
-        row("CPU time, the best of pandas, DuckDB and Polars ÷ ours", best / mine["cpu_s"], "≥ 5", best / mine["cpu_s"] >= 5)
+        row(
+            "CPU time, the best of pandas, DuckDB and Polars ÷ ours",
+            best / mine["cpu_s"],
+            "≥ 5",
+            best / mine["cpu_s"] >= 5,
+        )
     with tempfile.TemporaryDirectory() as scratch:
         measure("make", scratch + "/t", SIZES["memory"] * scale, "bf16")
         measured["long"] = found = measure("ours", scratch + "/t", 2, 1)
@@ -182,10 +262,14 @@ def main(scale: float = 1.0) -> None:
     for found in (one, two, fp16, measured["long"], mine):
         found.pop("answers", None)
     facts = machine() | {"command": "python -m benchmarks.report"}
-    name = "-".join(f"{facts['processor']} {facts['cores']} cores".lower().replace("(r)", "").split())
+    name = "-".join(
+        f"{facts['processor']} {facts['cores']} cores".lower().replace("(r)", "").split()
+    )
     RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / f"report-{''.join(c for c in name if c.isalnum() or c == '-')}.json"
-    target.write_text(json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False) + "\n")
+    target.write_text(
+        json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False) + "\n"
+    )
     print(f"written to {target}")
 
 

@@ -1,6 +1,8 @@
-"""`make bench`: what tracing and reporting cost on this machine. Prints a table, writes benchmarks/results/<machine>.json.
+"""`make bench`: what tracing and reporting cost on this machine. Prints a table, writes
+benchmarks/results/<machine>.json.
 
-Each comparison runs side by side in one run and is given as a ratio: machines are noisy, ratios less so.
+Each comparison runs side by side in one run and is given as a ratio: machines are noisy, ratios
+less so.
 """
 
 from __future__ import annotations
@@ -32,15 +34,32 @@ LAYERS, EXPERTS, TOP_K, BATCH = 48, 128, 8, 8192  # Qwen3-30B-A3B's shape
 
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    packages = ("moe-inspect", "torch", "transformers", "pyarrow", "pandas", "numpy", "numba", "polars", "duckdb")
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
+    packages = (
+        "moe-inspect",
+        "torch",
+        "transformers",
+        "pyarrow",
+        "pandas",
+        "numpy",
+        "numba",
+        "polars",
+        "duckdb",
+    )
     return {
         "processor": model,
         "cores": sum(line.startswith("processor") for line in lines),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "allocator": {name: os.environ[name] for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX") if name in os.environ},
+        "allocator": {
+            name: os.environ[name]
+            for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX")
+            if name in os.environ
+        },
         "date": date.today().isoformat(),
         "command": "make bench",
     }
@@ -50,21 +69,34 @@ def machine() -> dict[str, Any]:
 
 
 def many_layers() -> Any:
-    """24 layers of 64 experts, 8 a token, so narrow that recording has as little to hide behind as it ever has."""
+    """24 layers of 64 experts, 8 a token, so narrow that recording has as little to hide behind as
+    it ever has."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    narrow = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "head_dim": 16, "num_attention_heads": 4}
+    narrow = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+    }
     config = Qwen3MoeConfig(
-        **narrow, num_key_value_heads=2, num_hidden_layers=24, num_experts=64, num_experts_per_tok=8, vocab_size=4096, pad_token_id=0
+        **narrow,
+        num_key_value_heads=2,
+        num_hidden_layers=24,
+        num_experts=64,
+        num_experts_per_tok=8,
+        vocab_size=4096,
+        pad_token_id=0,
     )
     return Qwen3MoeForCausalLM(config).eval()
 
 
 def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
-    """The bundled model, or the one of many layers, over the bundled corpus `times` over, with and without `record` in turn; in
-    a process of its own."""
+    """The bundled model, or the one of many layers, over the bundled corpus `times` over, with and
+    without `record` in turn; in a process of its own."""
     import torch
 
     from moe_inspect.capture.corpus import Plan, find_sources
@@ -76,29 +108,44 @@ def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
     tokenizer = load_tokenizer("demo")
     network = load_model("demo", load_config("demo")) if name == "bundled" else many_layers()
     batches = list(Plan(find_sources([]), max_length=512).batches(tokenizer)) * times
-    silent = Recorder(network, counts_only=True)  # what feed() tells of its rows must go somewhere: it is never entered
+    silent = Recorder(
+        network, counts_only=True
+    )  # what feed() tells of its rows must go somewhere: it is never entered
 
     def one_pass(recorder: Recorder | None) -> float:
         began = time.perf_counter()
         with recorder or nullcontext():
-            tokens = sum(feed(network, recorder or silent, batch, documents, tokenizer) for batch, documents in batches)
+            tokens = sum(
+                feed(network, recorder or silent, batch, documents, tokenizer)
+                for batch, documents in batches
+            )
         return tokens / (time.perf_counter() - began)
 
     rates: dict[str, list[float]] = {"untraced": [], "tap": [], "dispatch": []}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
         for n in range(rounds + 1):
             for capture, found in rates.items():
-                recorder = None if capture == "untraced" else Recorder(network, Path(scratch) / f"{capture}{n}", capture=capture)
+                recorder = (
+                    None
+                    if capture == "untraced"
+                    else Recorder(network, Path(scratch) / f"{capture}{n}", capture=capture)
+                )
                 rate = one_pass(recorder)
                 if n:  # the first round warms up
                     found.append(rate)
-    measured = {"tokens_a_pass": sum(len(s.ids) for batch, _ in batches for s in batch), "rounds": rounds}
+    measured = {
+        "tokens_a_pass": sum(len(s.ids) for batch, _ in batches for s in batch),
+        "rounds": rounds,
+    }
     measured["untraced_tokens_per_s"] = statistics.median(rates["untraced"])
     for capture in ("tap", "dispatch"):
         ratios = sorted(b / a for a, b in zip(rates["untraced"], rates[capture], strict=True))
         quarter = len(ratios) // 4
         measured[f"traced_over_untraced_{capture}"] = statistics.median(ratios)
-        measured[f"traced_over_untraced_{capture}_quartiles"] = [ratios[quarter], ratios[-1 - quarter]]
+        measured[f"traced_over_untraced_{capture}_quartiles"] = [
+            ratios[quarter],
+            ratios[-1 - quarter],
+        ]
     return measured
 
 
@@ -106,12 +153,14 @@ def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
 
 
 def qwen_like(rounding: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """ids uint8 [BATCH, 8] and renormalised softmax weights of 8 layers: experts of unlike popularity, tokens of unlike
-    confidence."""
+    """ids uint8 [BATCH, 8] and renormalised softmax weights of 8 layers: experts of unlike
+    popularity, tokens of unlike confidence."""
     rng = np.random.default_rng(0)
     ids, weights = [], []
     for _ in range(8):
-        logits = rng.normal(0, 0.35, EXPERTS) + rng.normal(0, 1, (BATCH, EXPERTS)) * rng.uniform(0.7, 1.6, (BATCH, 1))
+        logits = rng.normal(0, 0.35, EXPERTS) + rng.normal(0, 1, (BATCH, EXPERTS)) * rng.uniform(
+            0.7, 1.6, (BATCH, 1)
+        )
         top = np.argsort(-logits, 1)[:, :TOP_K]
         chosen = np.exp(np.take_along_axis(logits, top, 1))
         weight = (chosen / chosen.sum(1, keepdims=True)).astype(np.float32)
@@ -131,7 +180,9 @@ def stream(assignments: int, rounding: str) -> Iterator[Any]:
     ids, weights = qwen_like(rounding)
     rng = np.random.default_rng(1)
     for n in range(max(1, round(assignments / (BATCH * LAYERS * TOP_K)))):
-        order = rng.permutation(BATCH)  # no batch is a copy of another, as far as a compressor can see
+        order = rng.permutation(
+            BATCH
+        )  # no batch is a copy of another, as far as a compressor can see
         row = np.arange(BATCH, dtype=np.int32)
         yield RoutedBatch(
             n,
@@ -154,7 +205,10 @@ def write(assignments: int, rounding: str) -> dict[str, float]:
     from moe_inspect.trace.schema import Router
     from moe_inspect.trace.writer import TraceWriter
 
-    routers = [Router(layer, "experts", f"layers.{layer}.mlp.experts", EXPERTS, TOP_K) for layer in range(LAYERS)]
+    routers = [
+        Router(layer, "experts", f"layers.{layer}.mlp.experts", EXPERTS, TOP_K)
+        for layer in range(LAYERS)
+    ]
     making = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -185,9 +239,15 @@ def peak_memory_mib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def in_a_process(function: str, *arguments: object, module: str = "benchmarks.run") -> dict[str, Any]:
-    program = f"import json; from {module} import {function}; print(json.dumps({function}{arguments!r}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+def in_a_process(
+    function: str, *arguments: object, module: str = "benchmarks.run"
+) -> dict[str, Any]:
+    program = (
+        f"import json; from {module} import {function}; print(json.dumps({function}{arguments!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -199,7 +259,12 @@ def start(*arguments: str, times: int = 7) -> float:
     walls = []
     for _ in range(times):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "moe_inspect", *arguments], cwd=ROOT, capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "moe_inspect", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        )
         walls.append(time.perf_counter() - began)
     return statistics.median(walls)
 
@@ -207,19 +272,28 @@ def start(*arguments: str, times: int = 7) -> float:
 def main() -> None:
     measured: dict[str, Any] = {}
 
-    def row(label: str, value: float, bar: str = "", fine: Callable[[float], bool] | None = None) -> None:
+    def row(
+        label: str, value: float, bar: str = "", fine: Callable[[float], bool] | None = None
+    ) -> None:
         verdict = "" if fine is None else "yes" if fine(value) else "NO"
         print(f"{label:<66}{value:>10.3f}   {bar} {verdict}".rstrip(), flush=True)
 
     measured["overhead"] = found = {
-        name: in_a_process("overhead", name, *passes) for name, passes in {"bundled": (11, 8), "24 layers": (11, 1)}.items()
+        name: in_a_process("overhead", name, *passes)
+        for name, passes in {"bundled": (11, 8), "24 layers": (11, 1)}.items()
     }
     for name, ratios in found.items():
         for capture in ("tap", "dispatch"):
             ratio = ratios[f"traced_over_untraced_{capture}"]
-            row(f"traced ÷ untraced tokens/s, {name}, {capture}", ratio, "≥ 0.97", lambda v: v >= 0.97)
+            row(
+                f"traced ÷ untraced tokens/s, {name}, {capture}",
+                ratio,
+                "≥ 0.97",
+                lambda v: v >= 0.97,
+            )
     measured["writer"] = writer = {
-        f"{r} {n:.0e}": in_a_process("write", n, r) for r, n in (("fp16", 1e6), ("fp16", 1e7), ("fp16", 1e8), ("bf16", 1e8), ("none", 1e8))
+        f"{r} {n:.0e}": in_a_process("write", n, r)
+        for r, n in (("fp16", 1e6), ("fp16", 1e7), ("fp16", 1e8), ("bf16", 1e8), ("none", 1e8))
     }
     row(
         "writer, million assignments a CPU-second (48 layers × 8 of 128)",
@@ -227,7 +301,10 @@ def main() -> None:
         "≥ 40",
         lambda v: v >= 40,
     )
-    row("peak memory of the writer's process at 1e6 assignments, MiB", writer["fp16 1e+06"]["peak_memory_mib"])
+    row(
+        "peak memory of the writer's process at 1e6 assignments, MiB",
+        writer["fp16 1e+06"]["peak_memory_mib"],
+    )
     row(
         "peak memory at 1e8 ÷ at 1e7 assignments",
         writer["fp16 1e+08"]["peak_memory_mib"] / writer["fp16 1e+07"]["peak_memory_mib"],
@@ -249,17 +326,37 @@ def main() -> None:
             "≥ 3",
             lambda v: v >= 3,
         )
-        memory = imports[f"{format} 3e+07"]["peak_memory_mib"] / imports[f"{format} 3e+06"]["peak_memory_mib"]
-        row(f"import {format}, peak memory at 3e7 ÷ at 3e6 assignments", memory, "flat (≤ 1.5)", lambda v: v <= 1.5)
-    measured["start_s"] = {"help": start("--help"), "report": start("report", "sample_traces/balanced")}
+        memory = (
+            imports[f"{format} 3e+07"]["peak_memory_mib"]
+            / imports[f"{format} 3e+06"]["peak_memory_mib"]
+        )
+        row(
+            f"import {format}, peak memory at 3e7 ÷ at 3e6 assignments",
+            memory,
+            "flat (≤ 1.5)",
+            lambda v: v <= 1.5,
+        )
+    measured["start_s"] = {
+        "help": start("--help"),
+        "report": start("report", "sample_traces/balanced"),
+    }
     row("moe-inspect --help, seconds", measured["start_s"]["help"], "≤ 0.4", lambda v: v <= 0.4)
-    row("moe-inspect report sample_traces/balanced, seconds", measured["start_s"]["report"], "≤ 2.5", lambda v: v <= 2.5)
+    row(
+        "moe-inspect report sample_traces/balanced, seconds",
+        measured["start_s"]["report"],
+        "≤ 2.5",
+        lambda v: v <= 2.5,
+    )
 
     facts = machine()
-    name = "-".join(f"{facts['processor']} {facts['cores']} cores".lower().replace("(r)", "").split())
+    name = "-".join(
+        f"{facts['processor']} {facts['cores']} cores".lower().replace("(r)", "").split()
+    )
     RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / f"cpu-{''.join(c for c in name if c.isalnum() or c == '-')}.json"
-    target.write_text(json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False) + "\n")
+    target.write_text(
+        json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False) + "\n"
+    )
     print(f"written to {target.relative_to(ROOT)}")
 
 

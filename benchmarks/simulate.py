@@ -1,7 +1,9 @@
-"""Speed of the simulations, in million decisions a CPU-second, and what placement comes to: `python -m benchmarks.simulate [NAME …]`.
-A benchmark is a function. Prints a table, writes benchmarks/results/simulate-[NAME-…]<machine>.json.
+"""Speed of the simulations, in million decisions a CPU-second, and what placement comes to: `python
+-m benchmarks.simulate [NAME …]`. A benchmark is a function. Prints a table, writes
+benchmarks/results/simulate-[NAME-…]<machine>.json.
 
-"kernel" is the sweep alone, on decisions in memory; "trace" is the whole simulation of a trace on disk, reading included.
+"kernel" is the sweep alone, on decisions in memory; "trace" is the whole simulation of a trace on
+disk, reading included.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import numpy as np
 SHAPES = ((8, 2), (64, 8), (128, 8), (256, 8))
 TOKENS, ROUTERS = 65_536, 16
 Rates = Iterator[tuple[str, float, float | None]]  # what, the rate, what it should reach
-Figures = Iterator[tuple[str, float, str, bool | None]]  # what, the figure, what it should be, whether it is
+Figures = Iterator[
+    tuple[str, float, str, bool | None]
+]  # what, the figure, what it should be, whether it is
 BENCHMARKS: dict[str, Callable[[], Figures]] = {}
 
 
@@ -62,7 +66,14 @@ def on_disk(root: Path, E: int, k: int) -> Path:
 
     ids = [zipf(4 * TOKENS, E, k, seed).astype(np.uint16) for seed in range(2)]
     document = np.arange(4 * TOKENS) // 512
-    write_trace(root, [ids[r % 2] for r in range(ROUTERS)], E, document=document, batch_tokens=8192, shard_tokens=TOKENS)
+    write_trace(
+        root,
+        [ids[r % 2] for r in range(ROUTERS)],
+        E,
+        document=document,
+        batch_tokens=8192,
+        shard_tokens=TOKENS,
+    )
     return root
 
 
@@ -86,7 +97,11 @@ def capacity() -> Rates:
     for E, k in ((8, 2), (128, 8)):
         with tempfile.TemporaryDirectory() as directory:
             trace = on_disk(Path(directory) / "t", E, k)
-            yield f"capacity, three factors, trace, {k} of {E}", rate(partial(simulate_capacity, trace), 4 * TOKENS * ROUTERS, 2), 20
+            yield (
+                f"capacity, three factors, trace, {k} of {E}",
+                rate(partial(simulate_capacity, trace), 4 * TOKENS * ROUTERS, 2),
+                20,
+            )
 
 
 @benchmark
@@ -99,18 +114,30 @@ def cache() -> Rates:
         for E, k in SHAPES:
             ids_KT = np.ascontiguousarray(zipf(TOKENS, E, k).T)
 
-            def sweep(ids_KT: np.ndarray = ids_KT, E: int = E, k: int = k, name: str = name) -> None:
+            def sweep(
+                ids_KT: np.ndarray = ids_KT, E: int = E, k: int = k, name: str = name
+            ) -> None:
                 held = Compiled(E, [2 * k], [name])
                 if name == "lru":
                     kernels.lru(*held.lru(ids_KT, phase_T))
                 else:
-                    getattr(kernels, name)(ids_KT, phase_T, 2 * k, *held.held[name, 2 * k], held.done[name, 2 * k])
+                    getattr(kernels, name)(
+                        ids_KT, phase_T, 2 * k, *held.held[name, 2 * k], held.done[name, 2 * k]
+                    )
 
-            yield f"cache, {name}, kernel, {k} of {E}", rate(sweep, TOKENS), 20 if name == "lru" else None
+            yield (
+                f"cache, {name}, kernel, {k} of {E}",
+                rate(sweep, TOKENS),
+                20 if name == "lru" else None,
+            )
     for E, k in ((8, 2), (128, 8)):
         with tempfile.TemporaryDirectory() as directory:
             trace = on_disk(Path(directory) / "t", E, k)
-            yield f"cache, lru, trace, {k} of {E}", rate(partial(simulate_cache, trace, policies=["lru"]), 4 * TOKENS * ROUTERS, 2), 20
+            yield (
+                f"cache, lru, trace, {k} of {E}",
+                rate(partial(simulate_cache, trace, policies=["lru"]), 4 * TOKENS * ROUTERS, 2),
+                20,
+            )
 
 
 @benchmark
@@ -120,17 +147,26 @@ def decode() -> Rates:
     position_T = np.arange(TOKENS) % 512
     for E, k in SHAPES:
         ids_KT = np.ascontiguousarray(zipf(TOKENS, E, k).T)
-        sweep = partial(lambda ids_KT, E: Steps(E, [1, 8, 32, 128]).add(ids_KT, position_T, small=False), ids_KT, E)
+        sweep = partial(
+            lambda ids_KT, E: Steps(E, [1, 8, 32, 128]).add(ids_KT, position_T, small=False),
+            ids_KT,
+            E,
+        )
         yield f"decode, four batch sizes, kernel, {k} of {E}", rate(sweep, TOKENS), 20
     for E, k in ((8, 2), (128, 8)):
         with tempfile.TemporaryDirectory() as directory:
             trace = on_disk(Path(directory) / "t", E, k)
-            yield f"decode, four batch sizes, trace, {k} of {E}", rate(partial(simulate_decode, trace), 4 * TOKENS * ROUTERS, 2), 20
+            yield (
+                f"decode, four batch sizes, trace, {k} of {E}",
+                rate(partial(simulate_decode, trace), 4 * TOKENS * ROUTERS, 2),
+                20,
+            )
 
 
 @benchmark
 def placement() -> Rates:
-    """Evaluation: the load of every expert in every window, and the GPUs that every token reaches."""
+    """Evaluation: the load of every expert in every window, and the GPUs that every token
+    reaches."""
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.policies import POLICIES, Layout, shares
     from moe_inspect.simulate.placement.ranks_reached import count_windows, counter
@@ -141,7 +177,11 @@ def placement() -> Rates:
         load_E = np.bincount(ids_KT.ravel(), minlength=E)
         reached = counter(shares(POLICIES["ours"](load_E, layout), E, 4))
 
-        def sweep(ids_KT: np.ndarray = ids_KT, reached: Callable[[np.ndarray], float] = reached, E: int = E) -> None:
+        def sweep(
+            ids_KT: np.ndarray = ids_KT,
+            reached: Callable[[np.ndarray], float] = reached,
+            E: int = E,
+        ) -> None:
             count_windows(ids_KT, window_T, np.zeros((16, E), np.int64))
             reached(ids_KT)
 
@@ -150,7 +190,11 @@ def placement() -> Rates:
         with tempfile.TemporaryDirectory() as directory:
             trace = on_disk(Path(directory) / "t", E, k)
             run = partial(simulate_placement, trace, gpus=4, policies=["eplb"])
-            yield f"placement, a plan evaluated, trace, {k} of {E}", rate(run, 4 * TOKENS * ROUTERS, 2), 20
+            yield (
+                f"placement, a plan evaluated, trace, {k} of {E}",
+                rate(run, 4 * TOKENS * ROUTERS, 2),
+                20,
+            )
 
 
 @figures
@@ -165,7 +209,12 @@ def plans() -> Figures:
         for load_E in load_LE:
             POLICIES[name](load_E, Layout(288, 32, 4, 8))
         spent[name] = time.process_time() - began
-        yield f"{name}, 58 x 256 experts into 288 slots, CPU-seconds", spent[name], f"≤ {most}", spent[name] <= most
+        yield (
+            f"{name}, 58 x 256 experts into 288 slots, CPU-seconds",
+            spent[name],
+            f"≤ {most}",
+            spent[name] <= most,
+        )
     try:  # eplb.py of github.com/deepseek-ai/EPLB, where it is on the path: no package index has it
         import torch
         from eplb import rebalance_experts  # pyright: ignore[reportMissingImports]
@@ -179,7 +228,8 @@ def plans() -> Figures:
 
 @figures
 def balance() -> Figures:
-    """Ours against the better EPLB, on the loads that both are fitted to: 1,000 random Zipf loads in random layouts."""
+    """Ours against the better EPLB, on the loads that both are fitted to: 1,000 random Zipf loads
+    in random layouts."""
     from moe_inspect.simulate.placement.policies import POLICIES, Layout, colocated, shares
     from tests.exact import fits_apart
 
@@ -193,23 +243,34 @@ def balance() -> Figures:
         share_E = rng.permutation(np.arange(1, E + 1) ** -rng.uniform(0.1, 2.0))
         load_E = rng.multinomial(100_000, share_E / share_E.sum())
         plan_of = {name: POLICIES[name](load_E, layout) for name in ("ours", "eplb", "eplb-global")}
-        most = {name: float((load_E @ shares(plan, E, gpus)).max()) for name, plan in plan_of.items()}
+        most = {
+            name: float((load_E @ shares(plan, E, gpus)).max()) for name, plan in plan_of.items()
+        }
         lighter = min(("eplb", "eplb-global"), key=most.__getitem__)
         how = "lighter" if most["ours"] < most[lighter] * (1 - 1e-6) else "equal"
         if most["ours"] > most[lighter] * (1 + 1e-9):
-            how = cannot if E == 8 and not fits_apart(load_E, layout.slots, gpus, most[lighter] * (1 + 1e-9)) else "heavier"
+            how = (
+                cannot
+                if E == 8 and not fits_apart(load_E, layout.slots, gpus, most[lighter] * (1 + 1e-9))
+                else "heavier"
+            )
         count[how] += 1
         if layout.slots // gpus < E:  # else every GPU has every expert
             count["replicas on one GPU"] += colocated(plan_of["ours"], gpus)
     for name, number in count.items():
         bar = name in ("heavier", "replicas on one GPU")
-        yield f"ours against EPLB, 1,000 Zipf loads: {name}", number, "≤ 0" if bar else "", number == 0 if bar else None
+        yield (
+            f"ours against EPLB, 1,000 Zipf loads: {name}",
+            number,
+            "≤ 0" if bar else "",
+            number == 0 if bar else None,
+        )
 
 
 @figures
 def drift() -> Figures:
-    """Placements of 256 experts in 288 slots on 32 GPUs, fitted to 32 windows and judged on the next 32: the mean over windows and layers of
-    busiest ÷ mean GPU."""
+    """Placements of 256 experts in 288 slots on 32 GPUs, fitted to 32 windows and judged on the
+    next 32: the mean over windows and layers of busiest ÷ mean GPU."""
     from benchmarks.flashlb import flashlb
     from moe_inspect.simulate.placement.policies import POLICIES, Layout
     from tests.drift import CASES, drifting, mean_over_windows
@@ -221,26 +282,44 @@ def drift() -> Figures:
         for layer in range(layers):
             load_WE = drifting(layer, 256, 2 * windows, *how)
             seen_WE, later_WE = load_WE[:windows], load_WE[windows:]
-            plans = {"eplb": POLICIES["eplb-global"](seen_WE, layout), "flashlb": flashlb(seen_WE, layout.slots, gpus)}
+            plans = {
+                "eplb": POLICIES["eplb-global"](seen_WE, layout),
+                "flashlb": flashlb(seen_WE, layout.slots, gpus),
+            }
             began = time.process_time()
             plans["ours"] = POLICIES["ours"](seen_WE, layout)
             spent += time.process_time() - began
             for name, plan in plans.items():
                 judged[name].append(mean_over_windows(plan, later_WE, gpus))
-            static.append([mean_over_windows(plans[name], seen_WE.sum(0, keepdims=True), gpus) for name in ("ours", "eplb")])
+            static.append(
+                [
+                    mean_over_windows(plans[name], seen_WE.sum(0, keepdims=True), gpus)
+                    for name in ("ours", "eplb")
+                ]
+            )
         mean = {name: float(np.mean(found)) for name, found in judged.items()}
         error = float(np.std(np.subtract(judged["ours"], judged["flashlb"])) / layers**0.5)
         for name, found in judged.items():
             fine = None
             if name == "ours":
                 fine = mean["ours"] <= mean["eplb"] and mean["ours"] <= mean["flashlb"] + error
-            yield f"{case}, held out: {name}", mean[name], "≤ eplb, ≤ flashlb + its standard error" if name == "ours" else "", fine
+            yield (
+                f"{case}, held out: {name}",
+                mean[name],
+                "≤ eplb, ≤ flashlb + its standard error" if name == "ours" else "",
+                fine,
+            )
             if name != "ours":
                 won = float(np.mean(np.less(judged["ours"], found)))
                 ahead[name] += won / len(CASES)
                 yield f"{case}, held out: layers on which ours is ahead of {name}", won, "", None
         lighter = float(np.mean([ours <= eplb * (1 + 1e-9) for ours, eplb in static]))
-        yield f"{case}, fitted part: layers on which ours ≤ eplb", lighter, "≥ 0.99", lighter >= 0.99
+        yield (
+            f"{case}, fitted part: layers on which ours ≤ eplb",
+            lighter,
+            "≥ 0.99",
+            lighter >= 0.99,
+        )
     for name, share in ahead.items():
         yield (
             f"all four, held out: layers on which ours is ahead of {name}",
@@ -266,11 +345,21 @@ def measure(names: Sequence[str] = ()) -> dict[str, float]:
 def main(names: Sequence[str]) -> None:
     from benchmarks.run import RESULTS, machine
 
-    measured, facts = measure(names), machine() | {"command": " ".join(["python -m benchmarks.simulate", *names])}
-    name = "-".join(f"{facts['processor']} {facts['cores']} cores".lower().replace("(r)", "").split())
+    measured, facts = (
+        measure(names),
+        machine() | {"command": " ".join(["python -m benchmarks.simulate", *names])},
+    )
+    name = "-".join(
+        f"{facts['processor']} {facts['cores']} cores".lower().replace("(r)", "").split()
+    )
     RESULTS.mkdir(parents=True, exist_ok=True)
-    target = RESULTS / f"{'-'.join(['simulate', *names])}-{''.join(c for c in name if c.isalnum() or c == '-')}.json"
-    target.write_text(json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False) + "\n")
+    target = (
+        RESULTS
+        / f"{'-'.join(['simulate', *names])}-{''.join(c for c in name if c.isalnum() or c == '-')}.json"
+    )
+    target.write_text(
+        json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False) + "\n"
+    )
     print(f"written to {target}")
 
 

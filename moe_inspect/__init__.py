@@ -2,7 +2,8 @@
 
     import moe_inspect
 
-    with moe_inspect.record(model, "runs/a", tokenizer=tok):   # any Hugging Face MoE, also in a training loop
+    with moe_inspect.record(model, "runs/a", tokenizer=tok):   # any Hugging Face MoE, also in a
+    training loop
         model(**batch)
     trace = moe_inspect.open_trace("runs/a")
     moe_inspect.report(trace).tables["balance"]                # a pandas DataFrame
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from moe_inspect.capture.server.run import trace_engine
     from moe_inspect.importers.run import import_trace
     from moe_inspect.model.describe import Description, describe
-    from moe_inspect.reporting.report import Report, report  # the package itself is callable: see report/__init__.py
+    from moe_inspect.reporting.report import (
+        Report,
+        report,
+    )  # the package itself is callable: see report/__init__.py
     from moe_inspect.simulate.cache import simulate_cache
     from moe_inspect.simulate.capacity import simulate_capacity
     from moe_inspect.simulate.decode import simulate_decode

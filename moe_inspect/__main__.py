@@ -43,18 +43,24 @@ def _run() -> int:
         say(f"error: {error}")
         return 1
     except OSError as error:  # a disk or a network that fails where nothing above expects it
-        say(f"error: {f'{error.filename}: ' if error.filename is not None else ''}{first_line(error)}")
+        say(
+            "error: "
+            f"{f'{error.filename}: ' if error.filename is not None else ''}{first_line(error)}"
+        )
         return 1
     except KeyboardInterrupt:
         return 130
 
 
 def _open_closed_streams() -> None:
-    """A stream that the caller closed (`>&-`) would be None, and its number would go to the next file that is opened. It becomes
-    one of its own: stdout fails when it is written, stderr forgets."""
+    """A stream that the caller closed (`>&-`) would be None, and its number would go to the next
+    file that is opened. It becomes one of its own: stdout fails when it is written, stderr
+    forgets."""
     for name, flags in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), "r" if name == "stdin" else "w"))
+            setattr(
+                sys, name, os.fdopen(os.open(os.devnull, flags), "r" if name == "stdin" else "w")
+            )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from moe_inspect.text import first_line
 
 
 class MoeInspectError(Exception):
-    """Something the user can mend: the message names the thing, the value and the way out. The CLI prints it as one line
-    and exits with 1. What only we can mend is an assert or another exception, and keeps its traceback."""
+    """Something the user can mend: the message names the thing, the value and the way out. The CLI
+    prints it as one line and exits with 1. What only we can mend is an assert or another exception,
+    and keeps its traceback."""
 
 
 @contextmanager

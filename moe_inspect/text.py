@@ -1,4 +1,5 @@
-"""How things are written for people: numbers, counts, lists, names of routers, errors in one line, text that others wrote."""
+"""How things are written for people: numbers, counts, lists, names of routers, errors in one line,
+text that others wrote."""
 
 from __future__ import annotations
 
@@ -17,23 +18,33 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spr
 
 
 def printable(text: str) -> str:
-    """A text of which nothing can steer a terminal: control characters, escapes and direction marks are spelled out."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """A text of which nothing can steer a terminal: control characters, escapes and direction marks
+    are spelled out."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )
 
 
 def storable(text: str) -> str:
-    """A text that UTF-8 can hold: the bytes of a file name that are no text, and halves of characters, are spelled out."""
+    """A text that UTF-8 can hold: the bytes of a file name that are no text, and halves of
+    characters, are spelled out."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def safe_cell(text: str) -> str:
-    """The text of a cell that no spreadsheet takes for a formula: one that begins like it gets an apostrophe in front."""
+    """The text of a cell that no spreadsheet takes for a formula: one that begins like it gets an
+    apostrophe in front."""
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def readable(text: object) -> str:
-    """A text in which every character is seen: line ends, control and direction marks as escapes, a blank at an end as ␣."""
-    text = "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else _escape(c) for c in str(text))
+    """A text in which every character is seen: line ends, control and direction marks as escapes, a
+    blank at an end as ␣."""
+    text = "".join(
+        c if c == " " or unicodedata.category(c)[0] not in "CZ" else _escape(c) for c in str(text)
+    )
     inner = text.strip(" ")
     lead = len(text) - len(text.lstrip(" "))
     return "␣" * lead + inner + "␣" * (len(text) - lead - len(inner)) if inner else "␣" * len(text)
@@ -68,7 +79,9 @@ def small(ratio: float) -> str:
 
 
 def some(items: list[str], most: int, between: str) -> str:
-    return between.join(items[:most]) + (f"{between}{len(items) - most} more" if len(items) > most else "")
+    return between.join(items[:most]) + (
+        f"{between}{len(items) - most} more" if len(items) > most else ""
+    )
 
 
 def listed(ids: list[int]) -> str:
@@ -100,16 +113,19 @@ class NamedRouter(Protocol):
 
 
 def layer_label(routers: Sequence[NamedRouter], r: int) -> str:
-    """What router r of a model is called, after the word "layer": "3"; "3/5", with the number of the router, where its layer has
-    several; "3 (encoder)" in a model of two stacks. The one name of a router in every text, table title, picture and page."""
+    """What router r of a model is called, after the word "layer": "3"; "3/5", with the number of
+    the router, where its layer has several; "3 (encoder)" in a model of two stacks. The one name of
+    a router in every text, table title, picture and page."""
     this = routers[r]
     several = sum((other.layer, other.stack) == (this.layer, this.stack) for other in routers) > 1
-    return f"{this.layer}" + (f"/{r}" if several else "") + (f" ({this.stack})" if this.stack else "")
+    return (
+        f"{this.layer}" + (f"/{r}" if several else "") + (f" ({this.stack})" if this.stack else "")
+    )
 
 
 def first_line(error: BaseException) -> str:
-    """The reason the system gives, else the first line of the message (with the next, where it ends in a colon), else the name of the
-    error's class."""
+    """The reason the system gives, else the first line of the message (with the next, where it ends
+    in a colon), else the name of the error's class."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
@@ -125,5 +141,8 @@ def say(line: str) -> None:
 
 def abandon(stream: TextIO) -> None:
     """What is still buffered in a stream that cannot be written must not raise at exit."""
-    with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "wb") as nowhere:  # a notebook's has no number
+    with (
+        contextlib.suppress(io.UnsupportedOperation),
+        open(os.devnull, "wb") as nowhere,
+    ):  # a notebook's has no number
         os.dup2(nowhere.fileno(), stream.fileno())

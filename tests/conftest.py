@@ -1,4 +1,5 @@
-"""One thread for torch: spinning threads cost ten times what they bring on two cores. No hub, ever."""
+"""One thread for torch: spinning threads cost ten times what they bring on two cores. No hub,
+ever."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRITON_INTERPRET"] = "1"  # kernels called by name run on the CPU; everything else uses the torch twins
+os.environ["TRITON_INTERPRET"] = (
+    "1"  # kernels called by name run on the CPU; everything else uses the torch twins
+)
 
 import pytest
 
@@ -33,9 +36,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def cli(tmp_path: Path) -> Cli:
     """Runs `moe-inspect …` as a user does, in an empty directory."""
 
-    def run(*arguments: object, check: int | None = 0, **options: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, check: int | None = 0, **options: object
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "moe_inspect", *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path, **options
+            [sys.executable, "-m", "moe_inspect", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            **options,
         )
         if check is not None:
             assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -46,7 +55,8 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture
 def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """As `cli`, in this process: for what does not hang on being one of its own, and need not import torch anew."""
+    """As `cli`, in this process: for what does not hang on being one of its own, and need not
+    import torch anew."""
     from moe_inspect.__main__ import main
 
     def run(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,5 @@
-"""Damage to a trace: values edited with the checksums made to fit, so that only the value is wrong; and bytes changed without."""
+"""Damage to a trace: values edited with the checksums made to fit, so that only the value is wrong;
+and bytes changed without."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def edit_manifest(root: Path, **values: Any) -> None:
         (root / schema.MANIFEST).write_text(json.dumps(manifest))
 
 
-def edit_lines(root: Path, lines: list[dict[str, Any]] | None = None, rank: int = 0) -> list[dict[str, Any]]:
+def edit_lines(
+    root: Path, lines: list[dict[str, Any]] | None = None, rank: int = 0
+) -> list[dict[str, Any]]:
     """The lines of shards-<rank>.jsonl, after `lines`, if given, took their place."""
     path = root / f"shards-{rank}.jsonl"
     if lines is not None:
@@ -31,24 +34,34 @@ def edit_lines(root: Path, lines: list[dict[str, Any]] | None = None, rank: int 
 
 
 def without_checksums(source: Path, root: Path) -> None:
-    """Copies a trace as it would be had it been written before there were checksums in lines and manifest."""
+    """Copies a trace as it would be had it been written before there were checksums in lines and
+    manifest."""
     shutil.copytree(source, root)
     for path in root.glob("shards-*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [{k: v for k, v in line.items() if k not in ("crc32", "bytes", "footer_crc32")} for line in lines]
+        kept = [
+            {k: v for k, v in line.items() if k not in ("crc32", "bytes", "footer_crc32")}
+            for line in lines
+        ]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     manifest = json.loads((root / schema.MANIFEST).read_text())
-    text = json.dumps({k: v for k, v in manifest.items() if k not in ("digest", "vocabulary")}, indent=1)
+    text = json.dumps(
+        {k: v for k, v in manifest.items() if k not in ("digest", "vocabulary")}, indent=1
+    )
     (root / schema.MANIFEST).write_text(text)
 
 
 def changed_bytes(root: Path, tries: int, seed: int = 0) -> Iterator[tuple[str, int, int, int]]:
-    """Changes one byte of a trace at a time, drawn over all its files by their sizes, every file at least once: (file, place, byte before,
-    byte now). What was changed is restored before the next."""
+    """Changes one byte of a trace at a time, drawn over all its files by their sizes, every file at
+    least once: (file, place, byte before, byte now). What was changed is restored before the
+    next."""
     rng = np.random.default_rng(seed)
     files = sorted(path for path in root.rglob("*") if path.is_file())
     sizes = np.array([path.stat().st_size for path in files])
-    chosen = [*range(len(files)), *rng.choice(len(files), max(tries - len(files), 0), p=sizes / sizes.sum())]
+    chosen = [
+        *range(len(files)),
+        *rng.choice(len(files), max(tries - len(files), 0), p=sizes / sizes.sum()),
+    ]
     for n, f in enumerate(chosen[:tries]):
         path, place = files[f], int(rng.integers(sizes[f]))
         whole = path.read_bytes()

@@ -1,4 +1,5 @@
-"""Loads of experts that change from window to window: bursts, slow drift, or the noise of counting alone."""
+"""Loads of experts that change from window to window: bursts, slow drift, or the noise of counting
+alone."""
 
 from __future__ import annotations
 
@@ -14,16 +15,21 @@ CASES = {
 CLUSTERS = 8
 
 
-def drifting(seed: int, experts: int, windows: int, moves: float, rho: float, tokens: int, top_k: int = 8) -> np.ndarray:
-    """Assignments of each expert in each window, int64 [windows, experts]. Popularity is by Zipf's law, times a log-normal process of the
-    expert's own and one that it shares with the other experts of its cluster, each AR(1)."""
+def drifting(
+    seed: int, experts: int, windows: int, moves: float, rho: float, tokens: int, top_k: int = 8
+) -> np.ndarray:
+    """Assignments of each expert in each window, int64 [windows, experts]. Popularity is by Zipf's
+    law, times a log-normal process of the expert's own and one that it shares with the other
+    experts of its cluster, each AR(1)."""
     rng = np.random.default_rng(seed)
     popularity_E = rng.permutation(np.arange(1, experts + 1) ** -rng.uniform(0.4, 1.1))
     cluster_E = rng.integers(CLUSTERS, size=experts)
     state, load_WE = rng.normal(size=experts + CLUSTERS), np.empty((windows, experts), np.int64)
     for w in range(windows):
         state = rho * state + np.sqrt(1 - rho**2) * rng.normal(size=experts + CLUSTERS)
-        chance_E = popularity_E * np.exp(moves * np.sqrt(0.5) * (state[:experts] + state[experts:][cluster_E]))
+        chance_E = popularity_E * np.exp(
+            moves * np.sqrt(0.5) * (state[:experts] + state[experts:][cluster_E])
+        )
         load_WE[w] = rng.multinomial(tokens * top_k, chance_E / chance_E.sum())
     return load_WE
 

@@ -1,4 +1,5 @@
-"""Whether any placement with the replicas of an expert apart is light enough: by trying all, so for few experts and slots."""
+"""Whether any placement with the replicas of an expert apart is light enough: by trying all, so for
+few experts and slots."""
 
 from __future__ import annotations
 
@@ -8,17 +9,29 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
-Left = tuple[tuple[float, int, bool], ...]  # (load of a replica, replicas yet to place, may share a GPU) of each expert, the heaviest first
+Left = tuple[
+    tuple[float, int, bool], ...
+]  # (load of a replica, replicas yet to place, may share a GPU) of each expert, the heaviest first
 
 
-def fits_apart(load_E: np.ndarray, slots: int, gpus: int, limit: float, replicas: int = 2**16) -> bool:
-    """Whether `slots` replicas can go to `gpus` GPUs, equally many to each, with no GPU loaded beyond `limit` and no two of an expert
-    on one unless it has more than there are GPUs: every number of replicas up to `replicas` an expert, every way of putting them together."""
+def fits_apart(
+    load_E: np.ndarray, slots: int, gpus: int, limit: float, replicas: int = 2**16
+) -> bool:
+    """Whether `slots` replicas can go to `gpus` GPUs, equally many to each, with no GPU loaded
+    beyond `limit` and no two of an expert on one unless it has more than there are GPUs: every
+    number of replicas up to `replicas` an expert, every way of putting them together."""
     room = slots // gpus
     for of_each in _replicas(load_E.tolist(), slots, replicas, limit):
-        left = tuple(sorted(((load / n, n, n > gpus) for load, n in zip(load_E.tolist(), of_each, strict=True)), reverse=True))
+        left = tuple(
+            sorted(
+                ((load / n, n, n > gpus) for load, n in zip(load_E.tolist(), of_each, strict=True)),
+                reverse=True,
+            )
+        )
         each_P = np.repeat([each for each, _, _ in left], [n for _, n, _ in left])
-        if room == 2 and (each_P + each_P[::-1]).max() > limit:  # pairs: the heaviest with the lightest is the best there is
+        if (
+            room == 2 and (each_P + each_P[::-1]).max() > limit
+        ):  # pairs: the heaviest with the lightest is the best there is
             continue
         if _fill(left, room, limit):
             return True
@@ -44,9 +57,14 @@ def _fill(left: Left, room: int, limit: float) -> bool:
         for others in combinations_with_replacement(range(len(left)), room - 1):
             here = (0, *others)
             taken = [here.count(i) for i in range(len(left))]
-            fits = all(n <= (expert[1] if expert[2] else 1) for n, expert in zip(taken, left, strict=True))
+            fits = all(
+                n <= (expert[1] if expert[2] else 1) for n, expert in zip(taken, left, strict=True)
+            )
             if fits and sum(left[i][0] for i in here) <= limit:
-                after = ((each, n - gone, shares) for gone, (each, n, shares) in zip(taken, left, strict=True))
+                after = (
+                    (each, n - gone, shares)
+                    for gone, (each, n, shares) in zip(taken, left, strict=True)
+                )
                 if fill(tuple(expert for expert in after if expert[1])):
                     return True
         return False

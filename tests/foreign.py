@@ -17,14 +17,20 @@ import numpy as np
 from tests.synthetic import uniform_ids
 
 E, K, LAYERS, DENSE = 8, 2, 3, 0  # block 0 is dense
-CONFIG = {"num_hidden_layers": LAYERS, "num_experts": E, "num_experts_per_tok": K, "mlp_only_layers": [DENSE], "vocab_size": 100}
+CONFIG = {
+    "num_hidden_layers": LAYERS,
+    "num_experts": E,
+    "num_experts_per_tok": K,
+    "mlp_only_layers": [DENSE],
+    "vocab_size": 100,
+}
 ROUTED = [layer for layer in range(LAYERS) if layer != DENSE]
 
 
 @dataclass(frozen=True)
 class Made:
-    """What was written: where, and for decisions the ids [T, K] of each router in the order of the trace (and their weights), for counts
-    the load [E]."""
+    """What was written: where, and for decisions the ids [T, K] of each router in the order of the
+    trace (and their weights), for counts the load [E]."""
 
     source: Path
     ids: list[np.ndarray] | None = None
@@ -104,7 +110,17 @@ def vllm_npy(root: Path) -> Made:
 def sglang_routed(root: Path) -> Made:
     ids, start = drawn(7), 3
     text = base64.b64encode(blocks(ids).astype("<i4").tobytes()).decode()
-    lines(root / "s.jsonl", [{"prompt_token_ids": [1] * 5, "token_ids": [2] * 6, "routed_experts": text, "start": start}])
+    lines(
+        root / "s.jsonl",
+        [
+            {
+                "prompt_token_ids": [1] * 5,
+                "token_ids": [2] * 6,
+                "routed_experts": text,
+                "start": start,
+            }
+        ],
+    )
     return Made(root / "s.jsonl", ids)
 
 
@@ -153,7 +169,9 @@ def sglang_per_token(root: Path) -> Made:
         },
     ]
     path = root / "expert_distribution_recorder_1.5_0.pt"
-    torch.save({"records": records, "last_physical_to_logical_map": torch.tensor(physical_map())}, path)
+    torch.save(
+        {"records": records, "last_physical_to_logical_map": torch.tensor(physical_map())}, path
+    )
     return Made(path, [np.concatenate(p) for p in zip(prefill, decode, strict=True)])
 
 
@@ -167,9 +185,20 @@ def sglang_per_pass(root: Path) -> Made:
         count = np.zeros((LAYERS, 10), np.int32)
         for layer, row in enumerate(physical(ids)):
             count[layer] = np.bincount(row[row >= 0], minlength=10)
-        load = [total + np.bincount(i.reshape(-1), minlength=E) for total, i in zip(load, ids, strict=True)]
-        record = {"forward_pass_id": 4, "rank": rank, "gatherer_key": "primary", "global_physical_count": torch.tensor(count)}
-        content = {"records": [record], "last_physical_to_logical_map": torch.tensor(physical_map())}
+        load = [
+            total + np.bincount(i.reshape(-1), minlength=E)
+            for total, i in zip(load, ids, strict=True)
+        ]
+        record = {
+            "forward_pass_id": 4,
+            "rank": rank,
+            "gatherer_key": "primary",
+            "global_physical_count": torch.tensor(count),
+        }
+        content = {
+            "records": [record],
+            "last_physical_to_logical_map": torch.tensor(physical_map()),
+        }
         torch.save(content, root / f"expert_distribution_recorder_1.5_{rank}.pt")
     return Made(root, load=load)
 
@@ -184,7 +213,14 @@ def sglang_stat(root: Path) -> Made:
         for s, part in enumerate(np.split(ids_TK, 2)):
             count[s, layer] = np.bincount(part.reshape(-1), minlength=E)
     path = root / "expert_distribution_recorder_1.5.pt"
-    torch.save({"rank": 0, "logical_count": torch.tensor(count), "average_utilization_rate_over_window": None}, path)
+    torch.save(
+        {
+            "rank": 0,
+            "logical_count": torch.tensor(count),
+            "average_utilization_rate_over_window": None,
+        },
+        path,
+    )
     return Made(path, load=[np.bincount(i.reshape(-1), minlength=E) for i in ids])
 
 
@@ -207,7 +243,11 @@ def _tensorrt(root: Path, raw: bool) -> list[np.ndarray]:
 
 @maker("tensorrt-llm")
 def tensorrt(root: Path) -> Made:
-    return Made(root, load=[np.bincount(i.reshape(-1), minlength=E) for i in _tensorrt(root, False)], config=False)
+    return Made(
+        root,
+        load=[np.bincount(i.reshape(-1), minlength=E) for i in _tensorrt(root, False)],
+        config=False,
+    )
 
 
 @maker("tensorrt-llm-raw")
@@ -216,15 +256,19 @@ def tensorrt_raw(root: Path) -> Made:
 
 
 def router_logits(layer: int, ids_TK: np.ndarray) -> np.ndarray:
-    """float32 [T, E], drawn but for those of the experts chosen, which descend by slot: the first choice has the largest."""
+    """float32 [T, E], drawn but for those of the experts chosen, which descend by slot: the first
+    choice has the largest."""
     drawn_TE = np.random.default_rng(layer).normal(size=(len(ids_TK), E)).astype(np.float32)
     np.put_along_axis(drawn_TE, ids_TK, np.arange(10, 10 - K, -1, dtype=np.float32)[None], axis=1)
     return drawn_TE
 
 
-def megatron_rank(root: Path, rank: int, passes: list[tuple[int, dict[int, np.ndarray]]], hook: bool = False) -> None:
-    """One rank's file: of each pass its step, and the ids [T, K] by layer. The inference engine numbers from 1; the training hook writes
-    the number in the module's name, sorts ids, and has logits beside them."""
+def megatron_rank(
+    root: Path, rank: int, passes: list[tuple[int, dict[int, np.ndarray]]], hook: bool = False
+) -> None:
+    """One rank's file: of each pass its step, and the ids [T, K] by layer. The inference engine
+    numbers from 1; the training hook writes the number in the module's name, sorts ids, and has
+    logits beside them."""
     rows, sidecar = [], b""
     for step, by_layer in passes:
         for layer, ids_TK in by_layer.items():
@@ -242,7 +286,11 @@ def megatron_rank(root: Path, rank: int, passes: list[tuple[int, dict[int, np.nd
             )
             if hook:
                 data = (router_logits(layer, ids_TK).view(np.uint32) >> 16).astype("<u2").tobytes()
-                rows[-1] |= {"logit_offset": len(sidecar), "logit_bytes": len(data), "logit_shape": [len(ids_TK), E]}
+                rows[-1] |= {
+                    "logit_offset": len(sidecar),
+                    "logit_bytes": len(data),
+                    "logit_shape": [len(ids_TK), E],
+                }
                 sidecar += data
     lines(root / f"router_trace_rank{rank}.jsonl", rows)
     if hook:
@@ -255,19 +303,31 @@ def megatron(root: Path) -> Made:
     parts = []
     for rank in range(2):
         passes = [(step, drawn(5 + rank, 10 * step + rank)) for step in range(2)]
-        megatron_rank(root, rank, [(step, dict(zip(ROUTED, ids, strict=True))) for step, ids in passes], hook=True)
+        megatron_rank(
+            root,
+            rank,
+            [(step, dict(zip(ROUTED, ids, strict=True))) for step, ids in passes],
+            hook=True,
+        )
         parts += [ids for _, ids in passes]
     return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)])
 
 
 @maker("megatron-pipeline")
 def megatron_pipeline(root: Path) -> Made:
-    """By the inference engine. Ranks 9 and 10 are the first stage, 11 and 12 the second; by name 10 comes first, 9 last."""
+    """By the inference engine. Ranks 9 and 10 are the first stage, 11 and 12 the second; by name 10
+    comes first, 9 last."""
     parts = []
     for column in range(2):
-        passes = [(step, drawn(4 + column + micro, 100 * step + 10 * micro + column)) for step in range(2) for micro in range(2)]
+        passes = [
+            (step, drawn(4 + column + micro, 100 * step + 10 * micro + column))
+            for step in range(2)
+            for micro in range(2)
+        ]
         for stage, layer in enumerate(ROUTED):
-            megatron_rank(root, 9 + 2 * stage + column, [(step, {layer: ids[stage]}) for step, ids in passes])
+            megatron_rank(
+                root, 9 + 2 * stage + column, [(step, {layer: ids[stage]}) for step, ids in passes]
+            )
         parts += [ids for _, ids in passes]
     return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)])
 
@@ -286,11 +346,15 @@ def megatron_tpe(root: Path, ranks: dict[int, dict[int, dict[int, np.ndarray]]])
 
 @maker("megatron-counts")
 def megatron_counts(root: Path) -> Made:
-    """Two ranks of expert parallelism, each with half of the experts, two microbatches an iteration."""
+    """Two ranks of expert parallelism, each with half of the experts, two microbatches an
+    iteration."""
     load, half = [np.zeros(E, np.int64) for _ in ROUTED], E // 2
     ranks: dict[int, dict[int, dict[int, np.ndarray]]] = {0: {}, 1: {}}
     for i in (100, 200):
-        counts = [[np.bincount(ids.reshape(-1), minlength=E) for ids in drawn(30, i + m)] for m in range(2)]
+        counts = [
+            [np.bincount(ids.reshape(-1), minlength=E) for ids in drawn(30, i + m)]
+            for m in range(2)
+        ]
         for n, layer in enumerate(ROUTED):
             tpe_ME = np.stack([of_layer[n] for of_layer in counts])
             load[n] = load[n] + tpe_ME.sum(0)
@@ -309,7 +373,12 @@ def esft(root: Path) -> Made:
     for layer, ids_TK in zip(ROUTED, ids, strict=True):
         text = ""
         for part in (slice(4), slice(4, None)):
-            text += "\t\t".join("\t".join(map(str, values[part].reshape(-1))) for values in (ids_TK, weights)) + "\n"
+            text += (
+                "\t\t".join(
+                    "\t".join(map(str, values[part].reshape(-1))) for values in (ids_TK, weights)
+                )
+                + "\n"
+            )
         (folder / f"expert_weights_{layer}.txt").write_text(text)
     return Made(folder, ids, weights=weights)
 
@@ -325,12 +394,29 @@ def fiddler(root: Path) -> Made:
 @maker("counts")
 def counts(root: Path) -> Made:
     load = [np.bincount(i.reshape(-1), minlength=E) for i in drawn(30, 9)]
-    rows = [{"layer": layer, "expert": e, "count": int(n)} for layer, row in zip(ROUTED, load, strict=True) for e, n in enumerate(row)]
-    (root / "c.csv").write_text("layer,expert,count\n" + "".join(f"{r['layer']},{r['expert']},{r['count']}\n" for r in rows))
+    rows = [
+        {"layer": layer, "expert": e, "count": int(n)}
+        for layer, row in zip(ROUTED, load, strict=True)
+        for e, n in enumerate(row)
+    ]
+    (root / "c.csv").write_text(
+        "layer,expert,count\n" + "".join(f"{r['layer']},{r['expert']},{r['count']}\n" for r in rows)
+    )
     return Made(root / "c.csv", load=load)
 
 
-FORMAT_OF = {name: name for name in ("sglang-routed", "vllm-routed", "megatron", "esft", "fiddler", "counts", "tensorrt-llm")} | {
+FORMAT_OF = {
+    name: name
+    for name in (
+        "sglang-routed",
+        "vllm-routed",
+        "megatron",
+        "esft",
+        "fiddler",
+        "counts",
+        "tensorrt-llm",
+    )
+} | {
     "vllm-npy": "vllm-routed",
     "sglang-per_token": "sglang",
     "sglang-per_pass": "sglang",

@@ -1,7 +1,9 @@
-"""Coverage-guided fuzzing of every importer: `python -m tests.fuzz NAME --seconds N` (a name of tests/foreign.py's MAKERS; `make fuzz` does all).
+"""Coverage-guided fuzzing of every importer: `python -m tests.fuzz NAME --seconds N` (a name of
+tests/foreign.py's MAKERS; `make fuzz` does all).
 
-Whatever the bytes, an import ends in a trace that verifies, or in a MoeInspectError of one line. What breaks that is written to
-tests/crashes/<NAME>-…, where tests/test_hostile.py finds it from then on.
+Whatever the bytes, an import ends in a trace that verifies, or in a MoeInspectError of one line.
+What breaks that is written to tests/crashes/<NAME>-…, where tests/test_hostile.py finds it from
+then on.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def seed(name: str, folder: Path) -> tuple[list[Path], bytes, bool]:
 
 
 def check(name: str, names: list[Path], data: bytes, place: Path, model: Path | None) -> None:
-    """Imports the files at `place`, an empty folder; what ends in neither of the two good ways is an exception."""
+    """Imports the files at `place`, an empty folder; what ends in neither of the two good ways is
+    an exception."""
     from moe_inspect.errors import MoeInspectError
     from moe_inspect.importers.run import import_trace
     from moe_inspect.trace.verify import verify
@@ -46,7 +49,9 @@ def check(name: str, names: list[Path], data: bytes, place: Path, model: Path | 
 
     unpacked(names, data, place / "in")
     try:
-        import_trace(FORMAT_OF[name], [place / "in"], place / "t", model=model, warn=lambda line: None)
+        import_trace(
+            FORMAT_OF[name], [place / "in"], place / "t", model=model, warn=lambda line: None
+        )
         said = None
     except MoeInspectError as error:
         said = str(error)

@@ -1,5 +1,5 @@
-"""What the kernels must do, said a second time in numpy and without them; and the cases it is asked in. `kernels` is the module
-under test, an argument: the mutation tests hand over broken ones."""
+"""What the kernels must do, said a second time in numpy and without them; and the cases it is asked
+in. `kernels` is the module under test, an argument: the mutation tests hand over broken ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "launches": (1, 2, 3, None),
     "ids": (torch.int64, torch.int32),
     "weights": ("float32 as float16", "float16", "bfloat16", "none"),
-    "tape": ("in one page", "across pages", "across the ring's end", "beyond the limit", "disabled", "none"),
+    "tape": (
+        "in one page",
+        "across pages",
+        "across the ring's end",
+        "beyond the limit",
+        "disabled",
+        "none",
+    ),
     "strangers": (False, True),  # ids of no expert
 }
 
@@ -41,17 +48,22 @@ class Case:
     strangers: bool
 
     def __str__(self) -> str:
-        return f"E{self.E}-k{self.K}-T{self.T}-{self.skew}-{self.launches}-{self.weights}-{self.tape}".replace(" ", "_")
+        return f"E{self.E}-k{self.K}-T{self.T}-{self.skew}-{self.launches}-{self.weights}-{self.tape}".replace(
+            " ", "_"
+        )
 
 
 def is_possible(given: dict[str, Any]) -> bool:
-    """A router chooses at most its E experts; one program takes at most 2048 slots (`ONE_LAUNCH`)."""
-    return given.get("K", 1) <= given.get("E", 512) and not (given.get("launches") == 1 and given.get("T", 0) * given.get("K", 1) > 2048)
+    """A router chooses at most its E experts; one program takes at most 2048 slots
+    (`ONE_LAUNCH`)."""
+    return given.get("K", 1) <= given.get("E", 512) and not (
+        given.get("launches") == 1 and given.get("T", 0) * given.get("K", 1) > 2048
+    )
 
 
 def pairwise() -> list[Case]:
-    """Cases in which every two values of every two dimensions meet (where they can): greedy, each case as many new pairs as
-    the best of some random ones."""
+    """Cases in which every two values of every two dimensions meet (where they can): greedy, each
+    case as many new pairs as the best of some random ones."""
     rng = np.random.default_rng(0)
     names = list(DIMENSIONS)
     missing = {
@@ -63,11 +75,15 @@ def pairwise() -> list[Case]:
     }
     cases = []
     while missing:
-        wanted = dict(min(missing, key=lambda pair: sorted(map(str, pair))))  # the same in every process: a set has no order
+        wanted = dict(
+            min(missing, key=lambda pair: sorted(map(str, pair)))
+        )  # the same in every process: a set has no order
         best: dict[str, Any] = {}
         gain = -1
         for _ in range(60):
-            drawn = {n: wanted.get(n, DIMENSIONS[n][rng.integers(len(DIMENSIONS[n]))]) for n in names}
+            drawn = {
+                n: wanted.get(n, DIMENSIONS[n][rng.integers(len(DIMENSIONS[n]))]) for n in names
+            }
             new = sum(frozenset(p) in missing for p in itertools.combinations(drawn.items(), 2))
             if is_possible(drawn) and new > gain:
                 best, gain = drawn, new
@@ -93,7 +109,11 @@ def choice(case: Case, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | None
         ids[at < 0.1], ids[at > 0.95] = case.E, -1
     if case.weights == "none":
         return ids, None
-    given = {"float32 as float16": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[case.weights]
+    given = {
+        "float32 as float16": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+    }[case.weights]
     return ids, torch.rand(case.T, case.K, generator=generator).to(given)
 
 
@@ -103,7 +123,10 @@ def tape_for(kernels: ModuleType, case: Case) -> Any:
         return None
     P = 256
     pages = -(-case.T // P) + 2
-    start = {"in one page": 5 * pages * P, "across the ring's end": (6 * pages - 1) * P + P - 3}.get(case.tape, 5 * pages * P + P - 3)
+    start = {
+        "in one page": 5 * pages * P,
+        "across the ring's end": (6 * pages - 1) * P + P - 3,
+    }.get(case.tape, 5 * pages * P + P - 3)
     room = case.T // 2 if case.tape == "beyond the limit" else pages * P
     values = pages * P * LANES * case.K
     weight = torch.bfloat16 if case.weights == "bfloat16" else torch.float16
@@ -125,13 +148,18 @@ def tape_for(kernels: ModuleType, case: Case) -> Any:
     )
 
 
-def check_tape(case: Case, tape: Any, ids_TK: torch.Tensor, weights_TK: torch.Tensor | None) -> None:
-    """The tape holds the decisions at their positions, and what was poison elsewhere is poison still."""
+def check_tape(
+    case: Case, tape: Any, ids_TK: torch.Tensor, weights_TK: torch.Tensor | None
+) -> None:
+    """The tape holds the decisions at their positions, and what was poison elsewhere is poison
+    still."""
     start = int(tape_for(_Plain, case).cursor[1])
     enabled = case.tape != "disabled"
     room = max(0, min(case.T, int(tape.limit) - start)) if enabled else 0
     position = start + np.arange(room)
-    at = (position // tape.P % tape.pages * tape.page_values + tape.base + position % tape.P * tape.K)[:, None] + np.arange(tape.K)
+    at = (
+        position // tape.P % tape.pages * tape.page_values + tape.base + position % tape.P * tape.K
+    )[:, None] + np.arange(tape.K)
     ids = np.full(len(tape.ids), POISON)
     given = ids_TK.numpy().astype(np.int64)
     mark = 255 if case.E < 256 else -1
@@ -163,7 +191,13 @@ def check_grouping(case: Case, found: Any, ids_TK: torch.Tensor) -> None:
     counts = np.bincount(kind, minlength=case.E + 1)[: case.E]
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order))
-    expected = (counts, np.concatenate([[0], counts.cumsum()]), order, inverse, order // max(1, case.K))
+    expected = (
+        counts,
+        np.concatenate([[0], counts.cumsum()]),
+        order,
+        inverse,
+        order // max(1, case.K),
+    )
     for name, got, want in zip(found._fields, found, expected, strict=True):
         assert got.dtype == torch.int32
         assert got.tolist() == want.tolist(), name
@@ -173,7 +207,9 @@ def check_dispatch(kernels: ModuleType, case: Case, twin: bool) -> None:
     ids, weights = choice(case)
     tape = tape_for(kernels, case)
     whole = kernels.empty_dispatch
-    kernels.empty_dispatch = lambda *a: kernels.Dispatch(*(t.fill_(POISON * 1000) for t in whole(*a)))  # what is not written shows
+    kernels.empty_dispatch = lambda *a: kernels.Dispatch(
+        *(t.fill_(POISON * 1000) for t in whole(*a))
+    )  # what is not written shows
     try:
         if twin:
             found = kernels.dispatch_torch(ids, weights, case.E, tape)
@@ -195,7 +231,8 @@ def check_record(kernels: ModuleType, case: Case, twin: bool) -> None:
 
 
 def check_combine(kernels: ModuleType, case: Case, twin: bool) -> None:
-    """Against float64, and the twin against stock's steps to the bit. Rows that belong to no expert hold NaN."""
+    """Against float64, and the twin against stock's steps to the bit. Rows that belong to no expert
+    hold NaN."""
     ids, weights = choice(case)
     if weights is None or case.T == 0 or case.T * case.K > 1100:
         return
@@ -216,19 +253,26 @@ def check_combine(kernels: ModuleType, case: Case, twin: bool) -> None:
     assert_close(got, want, weights.dtype)
     tape = tape_for(kernels, case) if case.T * case.K <= kernels.RECORD_BLOCK else None
     slots = rows.reshape(-1, H).nan_to_num(0.0)
-    got = kernels.combine_triton(slots.to(weights.dtype), ids, weights, None, torch.float32, case.E, tape)
-    assert_close(got, (slots.view(case.T, case.K, H) * weights.double().unsqueeze(-1)).sum(1), weights.dtype)
+    got = kernels.combine_triton(
+        slots.to(weights.dtype), ids, weights, None, torch.float32, case.E, tape
+    )
+    assert_close(
+        got, (slots.view(case.T, case.K, H) * weights.double().unsqueeze(-1)).sum(1), weights.dtype
+    )
     if tape is not None:
         check_tape(case, tape, ids, weights)
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
-    """Maximum and root mean square of the error, to that of the values: rounded once or twice in `dtype`, not wrong."""
+    """Maximum and root mean square of the error, to that of the values: rounded once or twice in
+    `dtype`, not wrong."""
     error, scale = got.double() - want, want.square().mean().sqrt()
     unit = torch.finfo(dtype).eps
     assert error.isfinite().all()
     assert error.abs().max() <= 16 * unit * scale, f"max {error.abs().max() / scale:.2e}"
-    assert error.square().mean().sqrt() <= 2 * unit * scale, f"rms {error.square().mean().sqrt() / scale:.2e}"
+    assert error.square().mean().sqrt() <= 2 * unit * scale, (
+        f"rms {error.square().mean().sqrt() / scale:.2e}"
+    )
 
 
 CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_combine}
@@ -236,9 +280,22 @@ CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_c
 
 def small_cases() -> Iterator[Case]:
     """A few cases that between them see every mutation, quickly."""
-    base = {"skew": "uniform", "ids": torch.int64, "weights": "float32 as float16", "strangers": True}
-    for launches, (T, E, K) in itertools.product((1, 2, 3), ((130, 60, 4), (100, 256, 8), (7, 8, 2))):
-        for tape in ("in one page", "across pages", "across the ring's end", "beyond the limit", "disabled"):
+    base = {
+        "skew": "uniform",
+        "ids": torch.int64,
+        "weights": "float32 as float16",
+        "strangers": True,
+    }
+    for launches, (T, E, K) in itertools.product(
+        (1, 2, 3), ((130, 60, 4), (100, 256, 8), (7, 8, 2))
+    ):
+        for tape in (
+            "in one page",
+            "across pages",
+            "across the ring's end",
+            "beyond the limit",
+            "disabled",
+        ):
             yield Case(E=E, K=K, T=T, launches=launches, tape=tape, **base)
     yield Case(E=64, K=8, T=400, launches=2, tape="across pages", **base)
     yield Case(E=64, K=8, T=400, launches=3, tape="across pages", **base)

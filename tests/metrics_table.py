@@ -12,10 +12,19 @@ BEGIN, END = "<!-- metrics: python -m tests.metrics_table -->", "<!-- end of met
 
 def table() -> str:
     rows = [
-        f"| `{row['metric']}` | `{row['table']}` | {_escaped(row['definition'])} | {row['range']}; {row['even']} | {_link(row['source'])} |"
+        (
+            f"| `{row['metric']}` | `{row['table']}` | {_escaped(row['definition'])} | "
+            f"{row['range']}; {row['even']} | {_link(row['source'])} |"
+        )
         for row in listing()
     ]
-    return "\n".join(["| metric | table | definition | range; where all is even | source |", "|---|---|---|---|---|", *rows])
+    return "\n".join(
+        [
+            "| metric | table | definition | range; where all is even | source |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 def _escaped(text: str) -> str:

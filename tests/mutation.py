@@ -1,7 +1,7 @@
 """Puts a mistake into a module on purpose, and says whether a check fails for it.
 
-A mutation is a fragment of the source and the wrong one. The fragment must be in the source exactly once, so that no mutation goes stale
-unseen.
+A mutation is a fragment of the source and the wrong one. The fragment must be in the source exactly
+once, so that no mutation goes stale unseen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
-SECONDS = 300  # a check takes far less; a mutation that makes it hang is none that a test would report
+SECONDS = (
+    300  # a check takes far less; a mutation that makes it hang is none that a test would report
+)
 
 Place = tuple[str, str, int]  # file, qualified name, line
 
@@ -28,13 +30,18 @@ def changed_source(module: ModuleType, old: str, new: str) -> str:
 
 
 def mutation(module: ModuleType, old: str, new: str) -> Callable[[], None]:
-    """What puts the mistake into the functions of `module`: whoever has imported, wrapped or registered one then has the wrong one."""
+    """What puts the mistake into the functions of `module`: whoever has imported, wrapped or
+    registered one then has the wrong one."""
     file = module.__file__ or ""
     sources = Path(file).read_text(), changed_source(module, old, new)
     right, wrong = (_codes(compile(source, file, "exec", dont_inherit=True)) for source in sources)
-    changed = {_place(code): other for code, other in zip(right, wrong, strict=True) if code != other}
+    changed = {
+        _place(code): other for code, other in zip(right, wrong, strict=True) if code != other
+    }
     functions, caches = _living()
-    mutated = [(function, code) for place, code in changed.items() for function in functions.get(place, ())]
+    mutated = [
+        (function, code) for place, code in changed.items() for function in functions.get(place, ())
+    ]
     assert mutated, f"changes no function of {module.__name__}: {old}"
 
     def put() -> None:
@@ -66,13 +73,16 @@ def _living() -> tuple[dict[Place, list[FunctionType]], list[Any]]:
     for thing in gc.get_objects():
         if type(thing) is FunctionType and (thing.__module__ or "").startswith("moe_inspect."):
             functions.setdefault(_place(thing.__code__), []).append(thing)
-        elif type(thing) is functools._lru_cache_wrapper and (thing.__module__ or "").startswith("moe_inspect."):
+        elif type(thing) is functools._lru_cache_wrapper and (thing.__module__ or "").startswith(
+            "moe_inspect."
+        ):
             caches.append(thing)
     return functions, caches
 
 
 def fails(check: Callable[[], object]) -> bool:
-    """Whether `check` does, in a process of its own, which shares nothing that it changes and may be brought down."""
+    """Whether `check` does, in a process of its own, which shares nothing that it changes and may
+    be brought down."""
     child = multiprocessing.get_context("fork").Process(target=check)
     child.start()
     child.join(SECONDS)

@@ -1,4 +1,5 @@
-"""A report of tables written by hand: what the verdict reads, and nothing that has to be counted."""
+"""A report of tables written by hand: what the verdict reads, and nothing that has to be
+counted."""
 
 from __future__ import annotations
 
@@ -14,14 +15,33 @@ from moe_inspect.reporting.tables.thresholds import thresholds
 from moe_inspect.trace.schema import Router
 
 
-def row(load: Sequence[int] | np.ndarray, k: int = 1, tokens: int | None = None, **columns: Any) -> dict[str, Any]:
-    """A row of `balance` for a router of this load: far beyond chance, unless `columns` say otherwise."""
+def row(
+    load: Sequence[int] | np.ndarray, k: int = 1, tokens: int | None = None, **columns: Any
+) -> dict[str, Any]:
+    """A row of `balance` for a router of this load: far beyond chance, unless `columns` say
+    otherwise."""
     load_E = np.array(load)
-    found: dict[str, Any] = {name: float(m.function(load_E[None])[0]) for name, m in bal.of_load().items()}
-    found |= {"experts": len(load), "top_k": k, "assignments": int(load_E.sum()), "busiest_expert": int(load_E.argmax())}
-    found |= {"tokens": int(load_E.sum()) // k if tokens is None else tokens, "noise_floor": 0.01, "design_effect": 1.0}
+    found: dict[str, Any] = {
+        name: float(m.function(load_E[None])[0]) for name, m in bal.of_load().items()
+    }
+    found |= {
+        "experts": len(load),
+        "top_k": k,
+        "assignments": int(load_E.sum()),
+        "busiest_expert": int(load_E.argmax()),
+    }
+    found |= {
+        "tokens": int(load_E.sum()) // k if tokens is None else tokens,
+        "noise_floor": 0.01,
+        "design_effect": 1.0,
+    }
     found |= {"max_vio_low": found["max_vio"] - 0.01, "max_vio_high": found["max_vio"] + 0.01}
-    found |= {"max_vio_batch": found["max_vio"], "noise_floor_batch": 0.01, "load_E": load_E, "passes": {100: (9, 0.0)}}
+    found |= {
+        "max_vio_batch": found["max_vio"],
+        "noise_floor_batch": 0.01,
+        "load_E": load_E,
+        "passes": {100: (9, 0.0)},
+    }
     return found | columns
 
 
@@ -38,16 +58,25 @@ def stub(
     domains_selected: set[str] | None = None,
     **tables: list[dict[str, Any]],
 ) -> Any:
-    """rows: of `balance`, a router each, by layer unless `layers` says otherwise. documents: of all domains, or of each. by_domain[r]:
-    [D, E] assignments of router r. `tables`: further ones, as rows; where `domain_of_unit_U` matters domains have the documents
-    given."""
-    listed = [Router(r if layers is None else layers[r], "", "", one["experts"], one["top_k"]) for r, one in enumerate(rows)]
+    """rows: of `balance`, a router each, by layer unless `layers` says otherwise. documents: of all
+    domains, or of each. by_domain[r]: [D, E] assignments of router r. `tables`: further ones, as
+    rows; where `domain_of_unit_U` matters domains have the documents given."""
+    listed = [
+        Router(r if layers is None else layers[r], "", "", one["experts"], one["top_k"])
+        for r, one in enumerate(rows)
+    ]
     chosen = list(range(len(rows)) if selected is None else selected)
-    each = [documents // len(domains)] * len(domains) if isinstance(documents, int) else list(documents)
+    each = (
+        [documents // len(domains)] * len(domains)
+        if isinstance(documents, int)
+        else list(documents)
+    )
     if isinstance(documents, int):
         each[0] += documents - sum(each)
     balance = [{"layer": listed[r].layer, "router": r, **rows[r]} for r in chosen]
-    assignments = {r: np.array(by_domain[r]) if len(by_domain) else rows[r]["load_E"][None] for r in chosen}
+    assignments = {
+        r: np.array(by_domain[r]) if len(by_domain) else rows[r]["load_E"][None] for r in chosen
+    }
     tokens = max((one["tokens"] for one in rows), default=0)
     counts = SimpleNamespace(
         counts_only=counts_only,
@@ -64,18 +93,39 @@ def stub(
         of={r: SimpleNamespace(batches=rows[r]["passes"]) for r in chosen},
     )
     load = [
-        {"layer": listed[r].layer, "router": r, "expert": e, "assignments": int(n), "load_ratio": ratio}
+        {
+            "layer": listed[r].layer,
+            "router": r,
+            "expert": e,
+            "assignments": int(n),
+            "load_ratio": ratio,
+        }
         for r in chosen
-        for e, (n, ratio) in enumerate(zip(rows[r]["load_E"], bal.load_ratio(rows[r]["load_E"][None])[0], strict=True))
+        for e, (n, ratio) in enumerate(
+            zip(rows[r]["load_E"], bal.load_ratio(rows[r]["load_E"][None])[0], strict=True)
+        )
     ]
     spread = []
     for r in chosen:
-        activation_DE = assignments[r] / np.maximum(assignments[r].sum(1, keepdims=True) / rows[r]["top_k"], 1)
+        activation_DE = assignments[r] / np.maximum(
+            assignments[r].sum(1, keepdims=True) / rows[r]["top_k"], 1
+        )
         lift_DE = activation_DE / np.maximum(activation_DE.mean(0), 1e-9)
         for (d, e), n in np.ndenumerate(assignments[r]):
-            of = {"layer": listed[r].layer, "router": r, "domain": domains[d], "expert": e, "assignments": int(n)}
+            of = {
+                "layer": listed[r].layer,
+                "router": r,
+                "domain": domains[d],
+                "expert": e,
+                "assignments": int(n),
+            }
             spread.append(
-                {**of, "tokens": int(assignments[r][d].sum()) // rows[r]["top_k"], "activation": activation_DE[d, e], "lift": lift_DE[d, e]}
+                {
+                    **of,
+                    "tokens": int(assignments[r][d].sum()) // rows[r]["top_k"],
+                    "activation": activation_DE[d, e],
+                    "lift": lift_DE[d, e],
+                }
             )
     made = {"balance": balance, "load": load, "domains": spread, **tables}
     return SimpleNamespace(
@@ -84,7 +134,9 @@ def stub(
         counts=counts,
         thresholds=thresholds(limits),
         selection=SimpleNamespace(routers=chosen, domains=domains_selected),
-        trace=SimpleNamespace(routers=listed, tables=("routing", "logits"), manifest={}, imported=False),
+        trace=SimpleNamespace(
+            routers=listed, tables=("routing", "logits"), manifest={}, imported=False
+        ),
         warning=None,
         top=20,
         pooled_max_over_mean=lambda: pooled,

@@ -1,4 +1,5 @@
-"""Synthetic traces, written through TraceWriter: what a test states about routing becomes a trace on disk."""
+"""Synthetic traces, written through TraceWriter: what a test states about routing becomes a trace
+on disk."""
 
 from __future__ import annotations
 
@@ -42,26 +43,47 @@ def write_trace(
     status: str = "complete",
     slot_order: str = "weight",
 ) -> Trace:
-    """ids[r]: [T, K] of router r, the dtype's maximum where a slot routed nowhere. `document`: of each token, default all
-    in 0. Batch b is of phase `phases[b % len(phases)]`. `batch_order`: in which order the batches are written. `slot_order`: what
-    is known of slots without weights: with "weight" slot 0 is the first choice; with weights they are ordered by those."""
+    """ids[r]: [T, K] of router r, the dtype's maximum where a slot routed nowhere. `document`: of
+    each token, default all in 0. Batch b is of phase `phases[b % len(phases)]`. `batch_order`: in
+    which order the batches are written. `slot_order`: what is known of slots without weights: with
+    "weight" slot 0 is the first choice; with weights they are ordered by those."""
     T = len(ids[0])
     sizes = [experts] * len(ids) if isinstance(experts, int) else list(experts)
     document = np.zeros(T, np.int32) if document is None else np.asarray(document, np.int32)
     labels = sorted(set(domain_of_document))
-    code_of = np.array([labels.index(domain_of_document[d % len(domain_of_document)]) for d in range(document.max() + 1)], np.int32)
+    code_of = np.array(
+        [
+            labels.index(domain_of_document[d % len(domain_of_document)])
+            for d in range(document.max() + 1)
+        ],
+        np.int32,
+    )
     token_id = np.zeros(T, np.int32) if token_id is None else np.asarray(token_id, np.int32)
     layer_of = range(len(ids)) if layers is None else layers
     listed = [
-        Router(layer, "gate", f"layers.{layer}.{r}", sizes[r], ids[r].shape[1], slot_order=slot_order) for r, layer in enumerate(layer_of)
+        Router(
+            layer, "gate", f"layers.{layer}.{r}", sizes[r], ids[r].shape[1], slot_order=slot_order
+        )
+        for r, layer in enumerate(layer_of)
     ]
-    vocabulary = pa.table({"token_id": range(words), "token": [f" w{i}" for i in range(words)]}) if words else None
+    vocabulary = (
+        pa.table({"token_id": range(words), "token": [f" w{i}" for i in range(words)]})
+        if words
+        else None
+    )
     manifest = {
         "model": {"id": "synthetic"},
         "capture": {"weights": weights is not None, "mode": "tap", "dtype": "float32"},
         **(manifest or {}),
     }
-    writer = TraceWriter(root, manifest, listed, weights=weights is not None, vocabulary=vocabulary, shard_tokens=shard_tokens)
+    writer = TraceWriter(
+        root,
+        manifest,
+        listed,
+        weights=weights is not None,
+        vocabulary=vocabulary,
+        shard_tokens=shard_tokens,
+    )
     starts = list(range(0, T, batch_tokens))
     seen: set[int] = set()
     for b in batch_order if batch_order is not None else range(len(starts)):
@@ -79,7 +101,10 @@ def write_trace(
                 labels,
                 [i[part] for i in ids],
                 None if weights is None else [w[part] for w in weights],
-                documents=[Document(d, labels[code_of[d]], "synthetic", int((document == d).sum())) for d in new],
+                documents=[
+                    Document(d, labels[code_of[d]], "synthetic", int((document == d).sum()))
+                    for d in new
+                ],
                 phase=phases[b % len(phases)],
             )
         )
@@ -87,20 +112,31 @@ def write_trace(
     return open_trace(root)
 
 
-def write_counts(root: Path, loads: Sequence[np.ndarray], k: int, domains: Sequence[str] = ("text",)) -> Trace:
+def write_counts(
+    root: Path, loads: Sequence[np.ndarray], k: int, domains: Sequence[str] = ("text",)
+) -> Trace:
     """A counts-only trace; loads[r]: [D, E] assignments of router r."""
     listed = [replace(r, slot_order="weight") for r in routers(len(loads), loads[0].shape[1], k)]
     with TraceWriter(
-        root, {"model": {"id": "synthetic"}, "capture": {"weights": False}}, listed, weights=False, counts_only=True
+        root,
+        {"model": {"id": "synthetic"}, "capture": {"weights": False}},
+        listed,
+        weights=False,
+        counts_only=True,
     ) as writer:
         tokens = int(loads[0].sum()) // k
         first = [load // k for load in loads]
-        writer.write(CountedBatches(0, tokens, list(domains), [load.astype(np.int64) for load in loads], first, None))
+        writer.write(
+            CountedBatches(
+                0, tokens, list(domains), [load.astype(np.int64) for load in loads], first, None
+            )
+        )
     return open_trace(root)
 
 
 def encoder_decoder(root: Path) -> Trace:
-    """Two routers of 2 experts, k = 1, with logits: the encoder's sends its 6 tokens to expert 0, the decoder's its 4 to 0 and 1 in turn."""
+    """Two routers of 2 experts, k = 1, with logits: the encoder's sends its 6 tokens to expert 0,
+    the decoder's its 4 to 0 and 1 in turn."""
     listed = [
         Router(0, "gate", "encoder.0", 2, 1, "softmax", stack="encoder"),
         Router(0, "gate", "decoder.0", 2, 1, "softmax", stack="decoder"),
@@ -111,7 +147,18 @@ def encoder_decoder(root: Path) -> Trace:
     zeros, place = np.zeros(10, np.int32), np.r_[:6, :4].astype(np.int32)
     with TraceWriter(root, manifest, listed, weights=False, logits=True) as writer:
         batch = RoutedBatch(
-            0, zeros, zeros, zeros, place, zeros, ["text"], ids, None, logits, [Document(0, "text", "synthetic", 10)], encoded=6
+            0,
+            zeros,
+            zeros,
+            zeros,
+            place,
+            zeros,
+            ["text"],
+            ids,
+            None,
+            logits,
+            [Document(0, "text", "synthetic", 10)],
+            encoded=6,
         )
         writer.write(batch)
     return open_trace(root)

@@ -1,4 +1,5 @@
-"""The pass: every assignment counted once, whatever the shards, and what cannot be counted refused."""
+"""The pass: every assignment counted once, whatever the shards, and what cannot be counted
+refused."""
 
 from __future__ import annotations
 
@@ -54,9 +55,15 @@ def sorted_counts(counts: Counts) -> dict:
         "tokens": counts.tokens_U[units].tolist(),
         "assignments": {r: c.assignments_UE[units].tolist() for r, c in counts.of.items()},
         "first": {r: c.first_choice_DE[domains].tolist() for r, c in counts.of.items()},
-        "weights": {r: None if c.weight_sum_DE is None else c.weight_sum_DE[domains].round(6).tolist() for r, c in counts.of.items()},
+        "weights": {
+            r: None if c.weight_sum_DE is None else c.weight_sum_DE[domains].round(6).tolist()
+            for r, c in counts.of.items()
+        },
         "null": {r: c.null_slots for r, c in counts.of.items()},
-        "batches": {r: {size: (n, round(vio, 9)) for size, (n, vio) in sorted(c.batches.items())} for r, c in counts.of.items()},
+        "batches": {
+            r: {size: (n, round(vio, 9)) for size, (n, vio) in sorted(c.batches.items())}
+            for r, c in counts.of.items()
+        },
         "token_ids": counts.token_ids_V.tolist(),
         "documents": counts.documents,
     }
@@ -76,9 +83,14 @@ def test_counts_are_those_of_counting_by_hand(tmp_path: Path):
         assert sums_DE is not None
         for d, domain in enumerate(counts.domains):
             mine = (domain_T == domain)[:, None] & there
-            assert counts.assignments_DE(r)[d].tolist() == np.bincount(ids_TK[mine], minlength=E).tolist()
+            assert (
+                counts.assignments_DE(r)[d].tolist()
+                == np.bincount(ids_TK[mine], minlength=E).tolist()
+            )
             # the writer keeps weights to fp16 precision
-            np.testing.assert_allclose(sums_DE[d], np.bincount(ids_TK[mine], given_["weights"][r][mine], E), rtol=1e-3)
+            np.testing.assert_allclose(
+                sums_DE[d], np.bincount(ids_TK[mine], given_["weights"][r][mine], E), rtol=1e-3
+            )
         heaviest = np.where(there, given_["weights"][r].astype(np.float16), -1).argmax(1)[:, None]
         first = np.take_along_axis(ids_TK, heaviest, 1)[there.any(1)]
         assert counts.first_choice_E(r).tolist() == np.bincount(first[:, 0], minlength=E).tolist()
@@ -109,17 +121,27 @@ def test_a_router_with_fewer_experts_and_slots_than_the_widest(tmp_path: Path):
 
 @given(st.integers(250, 3_000), st.permutations(range(12)))
 @settings(max_examples=6, deadline=None)
-def test_shards_and_their_order_change_nothing(tmp_path_factory: pytest.TempPathFactory, shard_tokens: int, order: list[int]):
+def test_shards_and_their_order_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, shard_tokens: int, order: list[int]
+):
     root = tmp_path_factory.mktemp("traces")
     given_ = arguments(null=0.05)
     whole = write_trace(root / "whole", **given_ | {"shard_tokens": T})
-    split = write_trace(root / "split", **given_ | {"shard_tokens": shard_tokens, "batch_order": order})
+    split = write_trace(
+        root / "split", **given_ | {"shard_tokens": shard_tokens, "batch_order": order}
+    )
     assert sorted_counts(count(whole, select(whole))) == sorted_counts(count(split, select(split)))
     a, b = report(whole).tables, report(split).tables
     for name in ("load", "domains", "balance", "vocabulary"):
         pd.testing.assert_frame_equal(a[name], b[name], check_exact=False, rtol=1e-6)
-    known = [c for c in a["specialization"].columns if not c.endswith(("token_null_bits", "token_mi_null_bits", "specialization_null"))]
-    pd.testing.assert_frame_equal(a["specialization"][known], b["specialization"][known], check_exact=False, rtol=0.3)
+    known = [
+        c
+        for c in a["specialization"].columns
+        if not c.endswith(("token_null_bits", "token_mi_null_bits", "specialization_null"))
+    ]
+    pd.testing.assert_frame_equal(
+        a["specialization"][known], b["specialization"][known], check_exact=False, rtol=0.3
+    )
 
 
 def test_merging_is_associative_and_leaves_the_parts_alone(tmp_path: Path):
@@ -127,7 +149,12 @@ def test_merging_is_associative_and_leaves_the_parts_alone(tmp_path: Path):
     a, b, c = (count_shard(shard, select(trace), BASE) for shard in trace.shards)
     before = sorted_counts(a)
     left, right, turned = merge([merge([a, b]), c]), merge([a, merge([b, c])]), merge([c, a, b])
-    assert sorted_counts(left) == sorted_counts(right) == sorted_counts(turned) == sorted_counts(count(trace, select(trace)))
+    assert (
+        sorted_counts(left)
+        == sorted_counts(right)
+        == sorted_counts(turned)
+        == sorted_counts(count(trace, select(trace)))
+    )
     assert sorted_counts(a) == before
     assert sorted_counts(merge([a, b])) != sorted_counts(left)  # positive control
 
@@ -136,12 +163,19 @@ def test_renumbering_experts_renumbers_the_load_and_nothing_else(tmp_path: Path)
     given_ = arguments()
     order = np.random.default_rng(1).permutation(E)
     plain = report(write_trace(tmp_path / "a", **given_)).tables
-    turned = report(write_trace(tmp_path / "b", **given_ | {"ids": [order[i].astype(np.uint16) for i in given_["ids"]]})).tables
+    turned = report(
+        write_trace(
+            tmp_path / "b", **given_ | {"ids": [order[i].astype(np.uint16) for i in given_["ids"]]}
+        )
+    ).tables
     metrics = plain["balance"].drop(columns=["busiest_expert"])
     pd.testing.assert_frame_equal(metrics, turned["balance"].drop(columns=["busiest_expert"]))
     pd.testing.assert_frame_equal(plain["specialization"], turned["specialization"])
     load = turned["load"].pivot(index="router", columns="expert", values="assignments").to_numpy()
-    assert (load[:, order] == plain["load"].pivot(index="router", columns="expert", values="assignments").to_numpy()).all()
+    assert (
+        load[:, order]
+        == plain["load"].pivot(index="router", columns="expert", values="assignments").to_numpy()
+    ).all()
 
 
 def test_selecting_domains_layers_and_phase(tmp_path: Path):
@@ -153,7 +187,10 @@ def test_selecting_domains_layers_and_phase(tmp_path: Path):
     keep_T = np.isin(domain_T, ["law", "code"]) & decode_T
     assert list(counts.of) == [0, 1]
     assert counts.tokens == keep_T.sum()
-    assert counts.load_E(1).tolist() == np.bincount(given_["ids"][1][keep_T].reshape(-1), minlength=E).tolist()
+    assert (
+        counts.load_E(1).tolist()
+        == np.bincount(given_["ids"][1][keep_T].reshape(-1), minlength=E).tolist()
+    )
     assert counts.domains == ["code", "law"]
     facts = dict(report(trace, layers=4, domains="law", phase="prefill").facts())
     assert facts["layers"] == "4"
@@ -185,7 +222,9 @@ def test_asking_for_what_is_not_there(tmp_path: Path, asked: dict, says: str):
 
 
 def test_an_empty_trace_says_so(tmp_path: Path):
-    trace = write_trace(tmp_path / "t", [np.zeros((0, 2), np.uint16)], 4, document=np.zeros(1), status="interrupted")
+    trace = write_trace(
+        tmp_path / "t", [np.zeros((0, 2), np.uint16)], 4, document=np.zeros(1), status="interrupted"
+    )
     with pytest.raises(MoeInspectError, match="nothing is committed"):
         report(trace).tables["load"]
 
@@ -207,29 +246,42 @@ def test_batches_have_a_floor_of_their_own_and_a_remnant_is_left_out(tmp_path: P
     ids[4_000:] = [0, 1]  # a last batch of 100: max_vio 7 in it
     trace = write_trace(tmp_path / "t", [ids], 16, batch_tokens=400)
     row = report(trace).tables["balance"].iloc[0]
-    by_hand = [np.bincount(ids[i : i + 400].reshape(-1), minlength=16).max() * 16 / 800 - 1 for i in range(0, 4_000, 400)]
+    by_hand = [
+        np.bincount(ids[i : i + 400].reshape(-1), minlength=16).max() * 16 / 800 - 1
+        for i in range(0, 4_000, 400)
+    ]
     assert row["max_vio_batch"] == pytest.approx(np.mean(by_hand))
     assert row["noise_floor_batch"] == pytest.approx(noise_floor(400, 16, 2), rel=0.05)
     assert row["max_vio_batch"] == pytest.approx(row["noise_floor_batch"], rel=0.15)
     ids[:400] = [0, 1]  # positive control: a whole batch is not left out
-    control = report(write_trace(tmp_path / "c", [ids], 16, batch_tokens=400)).tables["balance"].iloc[0]
+    control = (
+        report(write_trace(tmp_path / "c", [ids], 16, batch_tokens=400)).tables["balance"].iloc[0]
+    )
     assert control["max_vio_batch"] > row["max_vio_batch"] + 0.5
 
 
 def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_said(tmp_path: Path):
     rng = np.random.default_rng(0)
     listed = [Router(0, "gate", "layers.0", 8, 2)]
-    with TraceWriter(tmp_path / "t", {"model": {}, "capture": {"weights": False}}, listed, weights=False) as writer:
+    with TraceWriter(
+        tmp_path / "t", {"model": {}, "capture": {"weights": False}}, listed, weights=False
+    ) as writer:
         for b, size in enumerate([200, 200, 4, 4, 4]):
             zeros = np.zeros(size, np.int32)
             ids = [uniform_ids(rng, size, 8, 2)]
             phase = "prefill" if size == 200 else "decode"
-            writer.write(RoutedBatch(b, zeros, zeros, zeros, zeros, zeros, ["text"], ids, None, phase=phase))
+            writer.write(
+                RoutedBatch(b, zeros, zeros, zeros, zeros, zeros, ["text"], ids, None, phase=phase)
+            )
     made = report(tmp_path / "t")
-    assert made.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(noise_floor(200, 8, 2), rel=0.05)
+    assert made.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(
+        noise_floor(200, 8, 2), rel=0.05
+    )
     assert any("max_vio_batch is of 2 of 5 batches" in note for note in made.notes())
     decode = report(tmp_path / "t", phase="decode")
-    assert decode.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(noise_floor(4, 8, 2), rel=0.05)
+    assert decode.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(
+        noise_floor(4, 8, 2), rel=0.05
+    )
     assert not any("max_vio_batch" in note for note in decode.notes())
 
 
@@ -239,12 +291,32 @@ def test_ranks_of_a_distributed_run_add_up(tmp_path: Path):
     for rank in range(2):
         ids = uniform_ids(rng, 300, 8, 2)
         loads.append(np.bincount(ids.reshape(-1), minlength=8))
-        with TraceWriter(tmp_path / "t", {"model": {}, "capture": {"weights": False}}, listed, weights=False, rank=rank) as writer:
+        with TraceWriter(
+            tmp_path / "t",
+            {"model": {}, "capture": {"weights": False}},
+            listed,
+            weights=False,
+            rank=rank,
+        ) as writer:
             zeros = np.zeros(300, np.int32)
-            writer.write(RoutedBatch(0, zeros, np.arange(300) // 30 + 10 * rank, zeros, zeros, zeros, ["text"], [ids], None))
+            writer.write(
+                RoutedBatch(
+                    0,
+                    zeros,
+                    np.arange(300) // 30 + 10 * rank,
+                    zeros,
+                    zeros,
+                    zeros,
+                    ["text"],
+                    [ids],
+                    None,
+                )
+            )
     made = report(tmp_path / "t")
     assert made.tables["load"]["assignments"].tolist() == (loads[0] + loads[1]).tolist()
-    assert made.counts.of[0].batches[300][0] == 2  # batch 0 of either rank is a forward pass of its own
+    assert (
+        made.counts.of[0].batches[300][0] == 2
+    )  # batch 0 of either rank is a forward pass of its own
     assert len(made.counts.units) == 20
 
 
@@ -253,7 +325,12 @@ def test_tokens_without_ids_leave_the_rest_of_the_report_alone(tmp_path: Path):
     made = report(write_trace(tmp_path / "t", **given_))
     assert made.tables["vocabulary"].empty
     special = made.tables["specialization"]
-    assert special[["token_mi_bits", "vocabulary_specialization", "domain_mi_given_token_bits"]].isna().all().all()
+    assert (
+        special[["token_mi_bits", "vocabulary_specialization", "domain_mi_given_token_bits"]]
+        .isna()
+        .all()
+        .all()
+    )
     assert special["domain_mi_bits"].notna().all()
     assert any("no token id occurs 8 times" in note for note in made.notes())
     assert made.verdict()
@@ -261,7 +338,12 @@ def test_tokens_without_ids_leave_the_rest_of_the_report_alone(tmp_path: Path):
 
 def test_balanced_routing_reads_as_its_noise_floor(tmp_path: Path):
     rng = np.random.default_rng(5)
-    trace = write_trace(tmp_path / "t", [uniform_ids(rng, T, 64, 8) for _ in range(8)], 64, document=np.arange(T) // 50)
+    trace = write_trace(
+        tmp_path / "t",
+        [uniform_ids(rng, T, 64, 8) for _ in range(8)],
+        64,
+        document=np.arange(T) // 50,
+    )
     table = report(trace).tables["balance"]
     assert table["max_vio"].mean() == pytest.approx(table["noise_floor"].mean(), rel=0.15)
     assert (table["max_vio_low"] < table["noise_floor"]).all()
@@ -273,7 +355,9 @@ def test_disjoint_domains_hide_from_the_pooled_load(tmp_path: Path):
     rng = np.random.default_rng(6)
     domain_T = (np.arange(T) // 75) % 2
     ids = (uniform_ids(rng, T, 4, 2) + 4 * domain_T[:, None]).astype(np.uint16)
-    trace = write_trace(tmp_path / "t", [ids], 8, document=np.arange(T) // 75, domain_of_document=["a", "b"])
+    trace = write_trace(
+        tmp_path / "t", [ids], 8, document=np.arange(T) // 75, domain_of_document=["a", "b"]
+    )
     tables = report(trace).tables
     assert tables["balance"]["max_over_mean"].iloc[0] < 1.1
     assert tables["specialization"]["domain_mi_bits"].iloc[0] == pytest.approx(1)
@@ -290,13 +374,25 @@ def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
     balance = made.tables["balance"]
     assert balance["max_over_mean"].tolist() == [60 * 4 / 160, 1]
     assert balance["tokens"].tolist() == [80, 80]
-    assert balance[["max_vio_low", "max_vio_high", "max_vio_batch", "design_effect"]].isna().all().all()
+    assert (
+        balance[["max_vio_low", "max_vio_high", "max_vio_batch", "design_effect"]]
+        .isna()
+        .all()
+        .all()
+    )
     assert made.tables["load"]["assignments"].tolist() == [60, 40, 40, 20, 40, 40, 40, 40]
-    assert made.tables["domains"].groupby(["router", "domain"])["activation"].sum().tolist() == [2] * 4
+    assert (
+        made.tables["domains"].groupby(["router", "domain"])["activation"].sum().tolist() == [2] * 4
+    )
     special = made.tables["specialization"]
     assert special["domain_mi_bits"].iloc[0] > 0
     assert special["domain_mi_bits"].iloc[1] == pytest.approx(0)
-    assert special[["domain_mi_null_bits", "token_mi_bits", "domain_mi_given_token_bits"]].isna().all().all()
+    assert (
+        special[["domain_mi_null_bits", "token_mi_bits", "domain_mi_given_token_bits"]]
+        .isna()
+        .all()
+        .all()
+    )
     assert any("counts only" in note for note in made.notes())
     assert made.verdict()
     with pytest.raises(MoeInspectError, match="counts only"):
@@ -313,7 +409,9 @@ def test_counts_only_and_decisions_agree(tmp_path: Path):
     loads = [routed.counts.assignments_DE(r) for r in range(2)]
     counted = report(write_counts(tmp_path / "b", loads, K, routed.counts.domains))
     columns = ["layer", "router", "domain", "expert", "assignments"]
-    pd.testing.assert_frame_equal(routed.tables["domains"][columns], counted.tables["domains"][columns])
+    pd.testing.assert_frame_equal(
+        routed.tables["domains"][columns], counted.tables["domains"][columns]
+    )
 
 
 def test_damage_is_named(tmp_path: Path):
@@ -321,7 +419,9 @@ def test_damage_is_named(tmp_path: Path):
     manifest = json.loads((trace.path / "trace.json").read_text())
     manifest["routers"][0]["experts"] = 5
     edit_manifest(trace.path, **manifest)
-    with pytest.raises(MoeInspectError, match="router 0 has 5 experts and an assignment to expert 7"):
+    with pytest.raises(
+        MoeInspectError, match="router 0 has 5 experts and an assignment to expert 7"
+    ):
         report(trace.path).tables["load"]
 
 
@@ -334,7 +434,9 @@ def test_memory_does_not_grow_with_documents(tmp_path: Path):
     assert report(trace).tables["balance"]["design_effect"].iloc[0] == pytest.approx(1, abs=0.3)
 
 
-def test_token_ids_beyond_the_budget_are_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_token_ids_beyond_the_budget_are_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     given_ = arguments()
     trace = write_trace(tmp_path / "t", **given_)
     whole = report(trace).tables["specialization"]
@@ -342,23 +444,47 @@ def test_token_ids_beyond_the_budget_are_left_out_and_said(tmp_path: Path, monke
     monkeypatch.setattr(tokenids, "CELLS", 30 * 3 * 17 * E)
     made = report(trace)
     assert any("the 30 most frequent token ids" in note for note in made.notes())
-    assert (made.tables["specialization"]["domain_mi_given_token_bits"] != whole["domain_mi_given_token_bits"]).all()
-    pd.testing.assert_series_equal(made.tables["specialization"]["token_mi_bits"], whole["token_mi_bits"])
+    assert (
+        made.tables["specialization"]["domain_mi_given_token_bits"]
+        != whole["domain_mi_given_token_bits"]
+    ).all()
+    pd.testing.assert_series_equal(
+        made.tables["specialization"]["token_mi_bits"], whole["token_mi_bits"]
+    )
 
 
-def test_slots_that_routed_nowhere_raise_the_floor_of_windows_and_leave_no_pass_behind(tmp_path: Path):
+def test_slots_that_routed_nowhere_raise_the_floor_of_windows_and_leave_no_pass_behind(
+    tmp_path: Path,
+):
     rng = np.random.default_rng(3)
     ids = uniform_ids(rng, 20_000, 16, 2)
     ids[rng.random(ids.shape) < 0.8] = NOWHERE
     ids[:500] = NOWHERE  # a whole forward pass
-    made = report(write_trace(tmp_path / "t", [ids], 16, document=np.arange(20_000) // 400, batch_tokens=500), window=500)
+    made = report(
+        write_trace(tmp_path / "t", [ids], 16, document=np.arange(20_000) // 400, batch_tokens=500),
+        window=500,
+    )
     of_windows, row = made.tables["windows"], made.tables["balance"].iloc[0]
-    assert of_windows["max_over_mean"].mean() - 1 == pytest.approx(of_windows["noise_floor"].mean(), rel=0.1)
-    assert of_windows["total_variation"].mean() == pytest.approx(of_windows["total_variation_floor"].mean(), rel=0.15)
+    assert of_windows["max_over_mean"].mean() - 1 == pytest.approx(
+        of_windows["noise_floor"].mean(), rel=0.1
+    )
+    assert of_windows["total_variation"].mean() == pytest.approx(
+        of_windows["total_variation_floor"].mean(), rel=0.15
+    )
     assert made.counts.of[0].batches == {500: (39, pytest.approx(39 * row["max_vio_batch"]))}
 
 
 def test_all_token_ids_are_all(tmp_path: Path):
-    rng, V = np.random.default_rng(0), 70_000  # more than the default's memory has room for with 256 experts
-    trace = write_trace(tmp_path / "t", [uniform_ids(rng, V, 256, 2)], 256, token_id=np.arange(V), batch_tokens=5_000, shard_tokens=60_000)
+    rng, V = (
+        np.random.default_rng(0),
+        70_000,
+    )  # more than the default's memory has room for with 256 experts
+    trace = write_trace(
+        tmp_path / "t",
+        [uniform_ids(rng, V, 256, 2)],
+        256,
+        token_id=np.arange(V),
+        batch_tokens=5_000,
+        shard_tokens=60_000,
+    )
     assert report(trace, top=0).tables["vocabulary"]["token_id"].nunique() == V

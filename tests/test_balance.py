@@ -1,4 +1,5 @@
-"""Balance metrics: by hand, against published counts, and what must hold for every metric there is."""
+"""Balance metrics: by hand, against published counts, and what must hold for every metric there
+is."""
 
 from __future__ import annotations
 
@@ -14,9 +15,18 @@ METRICS = bal.of_load()
 
 # computed from the OLMoE authors' published counts of Mixtral-8x7B on C4, any of 2, 208,896 tokens
 MIXTRAL = {
-    0: ([56947, 49733, 50426, 49453, 52127, 57956, 42632, 58518], (1.121, 0.816, 0.097, 0.9977, 0.053)),
-    7: ([50706, 54716, 51313, 50515, 56215, 49525, 53315, 51487], (1.076, 0.948, 0.041, 0.9996, 0.023)),
-    15: ([47396, 58718, 55366, 32510, 55049, 57385, 57170, 54198], (1.124, 0.623, 0.155, 0.9936, 0.073)),
+    0: (
+        [56947, 49733, 50426, 49453, 52127, 57956, 42632, 58518],
+        (1.121, 0.816, 0.097, 0.9977, 0.053),
+    ),
+    7: (
+        [50706, 54716, 51313, 50515, 56215, 49525, 53315, 51487],
+        (1.076, 0.948, 0.041, 0.9996, 0.023),
+    ),
+    15: (
+        [47396, 58718, 55366, 32510, 55049, 57385, 57170, 54198],
+        (1.124, 0.623, 0.155, 0.9936, 0.073),
+    ),
 }
 
 
@@ -29,16 +39,23 @@ def test_by_hand_on_two_routers_of_four_experts():
     assert bal.max_over_mean(load_LE).tolist() == [2, 1]
     assert bal.max_vio(load_LE).tolist() == [1, 0]
     assert bal.min_over_max(load_LE).tolist() == [0, 1]
-    assert bal.cv(load_LE) == pytest.approx([np.sqrt(2) / 2, 0])  # deviations 2, 0, 0, −2 around a mean of 2
+    assert bal.cv(load_LE) == pytest.approx(
+        [np.sqrt(2) / 2, 0]
+    )  # deviations 2, 0, 0, −2 around a mean of 2
     assert bal.gini(load_LE) == pytest.approx([(-3 * 0 - 2 + 2 + 3 * 4) / (4 * 8), 0])
-    assert bal.entropy(load_LE) == pytest.approx([(0.5 * np.log(2) + 0.5 * np.log(4)) / np.log(4), 1])  # 1/2, 1/4, 1/4
+    assert bal.entropy(load_LE) == pytest.approx(
+        [(0.5 * np.log(2) + 0.5 * np.log(4)) / np.log(4), 1]
+    )  # 1/2, 1/4, 1/4
     assert bal.dead_experts(load_LE).tolist() == [1, 0]
     assert bal.starved_experts(np.array([[40, 40, 40, 1], [1, 1, 1, 1]])).tolist() == [1, 0]
     assert bal.starved_experts(np.array([[40, 40, 20, 20]]), 0.7).tolist() == [2]
     assert bal.balancedness(load_LE).tolist() == [0.5, 1]
     assert bal.effective_experts(load_LE) == pytest.approx([2**1.5, 4])
-    # three passes of 8 tokens (max_vio 1, 0 and 0.5), one of 4 (0.9): half as large counts; one of 3 does not
-    assert bal.max_vio_batch(np.array([1.5, 0.9, 9]), np.array([3, 1, 1]), np.array([8, 4, 3])) == pytest.approx(0.6)
+    # three passes of 8 tokens (max_vio 1, 0 and 0.5), one of 4 (0.9): half as large counts; one of
+    # 3 does not
+    assert bal.max_vio_batch(
+        np.array([1.5, 0.9, 9]), np.array([3, 1, 1]), np.array([8, 4, 3])
+    ) == pytest.approx(0.6)
     assert bal.max_vio(np.array([[12, 8, 10]])).tolist() == [0.2]  # exactly, though 1.2 − 1 is not
     assert bal.busiest_expert(load_LE).tolist() == [0, 0]
     assert bal.load_ratio(load_LE)[0].tolist() == [2, 1, 1, 0]
@@ -80,7 +97,9 @@ def test_no_load_has_no_value(name: str):
     assert not np.isnan(both[1])
 
 
-loads = arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(2, 12)), elements=st.integers(0, 10_000))
+loads = arrays(
+    np.int64, st.tuples(st.integers(1, 3), st.integers(2, 12)), elements=st.integers(0, 10_000)
+)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -89,7 +108,9 @@ loads = arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(2, 12)), eleme
 def test_renumbering_experts_changes_nothing(name: str, load_LE: np.ndarray, data: st.DataObject):
     order = data.draw(st.permutations(range(load_LE.shape[1])))
     function = METRICS[name].function
-    np.testing.assert_allclose(function(load_LE[:, order]), function(load_LE), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        function(load_LE[:, order]), function(load_LE), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", METRICS)

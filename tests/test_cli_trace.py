@@ -55,10 +55,19 @@ def save_tokenizer(path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(path)
 
 
 def save(family: str, path: Path) -> Path:
@@ -70,7 +79,10 @@ def save(family: str, path: Path) -> Path:
 
 def write_jsonl(path: Path, documents: int, words: int, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
-    rows = [{"text": " ".join(rng.choice(WORDS, rng.integers(2, words))), "domain": "xy"[n % 2]} for n in range(documents)]
+    rows = [
+        {"text": " ".join(rng.choice(WORDS, rng.integers(2, words))), "domain": "xy"[n % 2]}
+        for n in range(documents)
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
@@ -85,15 +97,26 @@ def corpus(tmp_path_factory: Any) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents=40, words=120)
 
 
-def test_a_saved_model_is_traced_exactly(cli: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
-    """The ids and weights that the experts of the same model receive for the same documents, one at a time."""
+def test_a_saved_model_is_traced_exactly(
+    cli: Cli, tmp_path: Path, model: Path, corpus: Path
+) -> None:
+    """The ids and weights that the experts of the same model receive for the same documents, one at
+    a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = cli("trace", model, "-o", "t", "--data", corpus, "--max-length", 64, "--batch-tokens", 600)
+    done = cli(
+        "trace", model, "-o", "t", "--data", corpus, "--max-length", 64, "--batch-tokens", 600
+    )
     assert done.stdout == ""
     trace = moe_inspect.open_trace(tmp_path / "t")
-    assert f"{trace.n_tokens:,} tokens × 2 routers = {trace.n_tokens * 2:,} decisions in t" in done.stderr
-    network, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    assert (
+        f"{trace.n_tokens:,} tokens × 2 routers = {trace.n_tokens * 2:,} decisions in t"
+        in done.stderr
+    )
+    network, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model).eval(),
+        AutoTokenizer.from_pretrained(model),
+    )
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     tokens = trace.tokens()
     assert set(tokens["domain"]) == {"x", "y"}
@@ -102,7 +125,9 @@ def test_a_saved_model_is_traced_exactly(cli: Cli, tmp_path: Path, model: Path, 
     for number, row in enumerate(rows):
         own = tokens[tokens["document"] == number].sort_values(["sequence", "position"])
         plain = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
-        pieces = [[0, *plain[at : at + 63]] for at in range(0, len(plain), 63)]  # no token of a long document is lost
+        pieces = [
+            [0, *plain[at : at + 63]] for at in range(0, len(plain), 63)
+        ]  # no token of a long document is lost
         assert own["token_id"].tolist() == [i for piece in pieces for i in piece]
         assert set(own["domain"]) == {row["domain"]} == {documents.loc[number, "domain"]}
         assert documents.loc[number, "tokens"] == len(own)
@@ -113,11 +138,15 @@ def test_a_saved_model_is_traced_exactly(cli: Cli, tmp_path: Path, model: Path, 
                 assert (np.sort(got[[f"expert_{j}" for j in range(4)]], 1) == np.sort(ids, 1)).all()
                 expected = np.take_along_axis(weights, np.argsort(ids, 1), 1)
                 order = np.argsort(got[[f"expert_{j}" for j in range(4)]].to_numpy(), 1)
-                seen = np.take_along_axis(got[[f"weight_{j}" for j in range(4)]].to_numpy(), order, 1)
+                seen = np.take_along_axis(
+                    got[[f"weight_{j}" for j in range(4)]].to_numpy(), order, 1
+                )
                 np.testing.assert_allclose(seen, expected, rtol=2**-10)
 
 
-def test_dispatch_and_tap_give_the_same_rows(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+def test_dispatch_and_tap_give_the_same_rows(
+    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
+) -> None:
     for capture in ("tap", "dispatch"):
         cli_here("trace", model, "-o", capture, "--data", corpus, "--capture", capture)
     a, b = (moe_inspect.open_trace(tmp_path / c) for c in ("tap", "dispatch"))
@@ -146,7 +175,9 @@ def test_options(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> No
     assert "▁the" in set(vocabulary["token"])
 
 
-def test_the_manifest_says_how_it_was_made(cli: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+def test_the_manifest_says_how_it_was_made(
+    cli: Cli, tmp_path: Path, model: Path, corpus: Path
+) -> None:
     cli("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 300, "--dtype", "bfloat16")
     manifest = json.loads((tmp_path / "t/trace.json").read_text())
     assert manifest["format"] == 1
@@ -166,7 +197,13 @@ def test_the_manifest_says_how_it_was_made(cli: Cli, tmp_path: Path, model: Path
         "stack": "",
         "slot_order": "weight",
     }
-    assert set(manifest["capture"]["versions"]) == {"moe-inspect", "python", "torch", "transformers", "triton"}
+    assert set(manifest["capture"]["versions"]) == {
+        "moe-inspect",
+        "python",
+        "torch",
+        "transformers",
+        "triton",
+    }
 
 
 # --- interrupted, killed, resumed
@@ -178,7 +215,20 @@ def long_corpus(tmp_path_factory: Any) -> Path:
 
 
 def start(model: Path, corpus: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "moe_inspect", "trace", model, "-o", out, "--data", corpus, "--batch-tokens", "4000", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_inspect",
+        "trace",
+        model,
+        "-o",
+        out,
+        "--data",
+        corpus,
+        "--batch-tokens",
+        "4000",
+        *more,
+    ]
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
 
 
@@ -203,7 +253,11 @@ def uninterrupted(model: Path, long_corpus: Path, tmp_path_factory: Any) -> moe_
 
 @pytest.mark.parametrize(
     ("how", "code", "status"),
-    [(signal.SIGKILL, -9, "recording"), (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 130, "interrupted")],
+    [
+        (signal.SIGKILL, -9, "recording"),
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 130, "interrupted"),
+    ],
 )
 def test_killed_and_resumed_is_as_if_nothing_happened(
     how: signal.Signals,
@@ -231,8 +285,21 @@ def test_killed_and_resumed_is_as_if_nothing_happened(
     report = cli("report", "t", "--table", "summary", "--format", "csv")
     assert report.stderr.startswith("warning: ")
     assert status in report.stdout
-    cli_here("trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens", 4000, check=1)  # it is not lost by accident
-    other = cli_here("trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens", 4001, "--resume", check=1)
+    cli_here(
+        "trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens", 4000, check=1
+    )  # it is not lost by accident
+    other = cli_here(
+        "trace",
+        model,
+        "-o",
+        "t",
+        "--data",
+        long_corpus,
+        "--batch-tokens",
+        4001,
+        "--resume",
+        check=1,
+    )
     assert "t was made with batch tokens 4000, not 4001" in other.stderr
     cli("trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens", 4000, "--resume")
     whole = moe_inspect.open_trace(tmp_path / "t")
@@ -246,10 +313,14 @@ def test_killed_and_resumed_is_as_if_nothing_happened(
 def test_resume_refuses_other_data(cli_here: Cli, tmp_path: Path, model: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", documents=5, words=10)
     cli_here("trace", model, "-o", "t", "--data", corpus)
-    assert cli_here("trace", model, "-o", "t", "--data", corpus, "--resume").stderr.startswith("complete already: ")
+    assert cli_here("trace", model, "-o", "t", "--data", corpus, "--resume").stderr.startswith(
+        "complete already: "
+    )
     write_jsonl(corpus, documents=5, words=10, seed=1)
     done = cli_here("trace", model, "-o", "t", "--data", corpus, "--resume", check=1)
-    assert done.stderr == f"error: t was made with other data (see {corpus}): resume with the same, or --overwrite\n"
+    assert done.stderr == (
+        f"error: t was made with other data (see {corpus}): resume with the same, or --overwrite\n"
+    )
     cli_here("trace", model, "-o", "t", "--data", corpus, "--overwrite")
 
 
@@ -258,10 +329,15 @@ def test_resume_refuses_other_weights(cli_here: Cli, tmp_path: Path, corpus: Pat
     cli_here("trace", model, "-o", "t", "--data", corpus)
     edit_manifest(tmp_path / "t", status="interrupted")
     build("mixtral", seed=1).save_pretrained(model)
-    assert "was made with weights hash" in cli_here("trace", model, "-o", "t", "--data", corpus, "--resume", check=1).stderr
+    assert (
+        "was made with weights hash"
+        in cli_here("trace", model, "-o", "t", "--data", corpus, "--resume", check=1).stderr
+    )
 
 
-def test_a_second_ctrl_c_does_not_cut_the_closing_short(tmp_path: Path, model: Path, long_corpus: Path) -> None:
+def test_a_second_ctrl_c_does_not_cut_the_closing_short(
+    tmp_path: Path, model: Path, long_corpus: Path
+) -> None:
     process = start(model, long_corpus, tmp_path / "t")
     wait_for_a_shard(process, tmp_path / "t")
     for _ in range(5):
@@ -272,13 +348,26 @@ def test_a_second_ctrl_c_does_not_cut_the_closing_short(tmp_path: Path, model: P
     assert moe_inspect.open_trace(tmp_path / "t").status == "interrupted"
 
 
-def test_two_writers_are_kept_apart(cli: Cli, tmp_path: Path, model: Path, long_corpus: Path) -> None:
+def test_two_writers_are_kept_apart(
+    cli: Cli, tmp_path: Path, model: Path, long_corpus: Path
+) -> None:
     process = start(model, long_corpus, tmp_path / "t")
     try:
         wait_for_a_shard(process, tmp_path / "t")
         process.send_signal(signal.SIGSTOP)
         for option in ("--resume", "--overwrite"):
-            done = cli("trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens", 4000, option, check=1)
+            done = cli(
+                "trace",
+                model,
+                "-o",
+                "t",
+                "--data",
+                long_corpus,
+                "--batch-tokens",
+                4000,
+                option,
+                check=1,
+            )
             assert f"process {process.pid} is still writing t" in done.stderr
     finally:
         process.kill()
@@ -293,36 +382,76 @@ def test_two_writers_are_kept_apart(cli: Cli, tmp_path: Path, model: Path, long_
     [
         (("/no/such/model", "-o", "t"), "error: no model at /no/such/model"),
         (("./nomodel", "-o", "t"), "error: no model at ./nomodel"),
-        (("no-such-model", "-o", "t"), "HF_HUB_OFFLINE is set: give a directory, a hub id that is cached or can be reached, or demo"),
-        (("no such model", "-o", "t"), "error: cannot load model 'no such model': Repo id must use"),
+        (
+            ("no-such-model", "-o", "t"),
+            (
+                "HF_HUB_OFFLINE is set: give a directory, a hub id that is cached or can be "
+                "reached, "
+                "or demo"
+            ),
+        ),
+        (
+            ("no such model", "-o", "t"),
+            "error: cannot load model 'no such model': Repo id must use",
+        ),
         (("MODEL", "-o", "t/a/b", "--data", "nothing.txt"), "error: no text at nothing.txt"),
         (("MODEL", "-o", "t", "--data", "blank.txt"), "error: the corpus is empty"),
         (("MODEL", "-o", "t", "--data", "title.jsonl"), "choose one with --text-field from title"),
-        (("MODEL", "-o", "t", "--data", "blank.txt", "--max-length", "9999"), "error: --max-length 9999 is beyond the 256 positions"),
+        (
+            ("MODEL", "-o", "t", "--data", "blank.txt", "--max-length", "9999"),
+            "error: --max-length 9999 is beyond the 256 positions",
+        ),
         (("MODEL", "-o", "blank.txt", "--data", "blank.txt"), "error: blank.txt is a file"),
         (
             ("MODEL", "-o", "blank.txt/t", "--data", "blank.txt"),
             "error: cannot write blank.txt/t: no directory can be made below blank.txt",
         ),
-        (("MODEL", "-o", "t", "--data", "title.jsonl", "--layers", "x"), "error: cannot read layers 'x'"),
-        (("MODEL", "-o", "t", "--data", "text.txt", "--layers", "5"), "error: no router in layer 5"),
-        (("MODEL", "-o", "t", "--data", "text.txt", "--device", "cuda:9"), "error: no device 'cuda:9' here"),
+        (
+            ("MODEL", "-o", "t", "--data", "title.jsonl", "--layers", "x"),
+            "error: cannot read layers 'x'",
+        ),
+        (
+            ("MODEL", "-o", "t", "--data", "text.txt", "--layers", "5"),
+            "error: no router in layer 5",
+        ),
+        (
+            ("MODEL", "-o", "t", "--data", "text.txt", "--device", "cuda:9"),
+            "error: no device 'cuda:9' here",
+        ),
         (("DENSE", "-o", "t", "--data", "text.txt"), "LlamaForCausalLM is a dense model"),
-        (("MODEL", "-o", "t", "--data", "text.txt", "--device", "meta"), "error: no device 'meta' here"),
-        (("BROKEN/lacking", "-o", "t", "--data", "text.txt"), "lack 4 parameters, model.layers.0.mlp.experts.down_proj the first"),
+        (
+            ("MODEL", "-o", "t", "--data", "text.txt", "--device", "meta"),
+            "error: no device 'meta' here",
+        ),
+        (
+            ("BROKEN/lacking", "-o", "t", "--data", "text.txt"),
+            "lack 4 parameters, model.layers.0.mlp.experts.down_proj the first",
+        ),
         (("BROKEN/torn", "-o", "t", "--data", "text.txt"), "error: cannot load model"),
         (("BROKEN/odd", "-o", "t", "--data", "text.txt"), "error: cannot load model"),
         (("BROKEN/wordless", "-o", "t", "--data", "text.txt"), "tokenizer of"),
     ],
 )
 def test_bad_input_is_one_clear_line(
-    cli: Cli, cli_here: Cli, tmp_path: Path, model: Path, dense: Path, broken: Path, arguments: tuple[str, ...], says: str
+    cli: Cli,
+    cli_here: Cli,
+    tmp_path: Path,
+    model: Path,
+    dense: Path,
+    broken: Path,
+    arguments: tuple[str, ...],
+    says: str,
 ) -> None:
     (tmp_path / "blank.txt").write_text("  \n")
     (tmp_path / "text.txt").write_text("the cat")
     (tmp_path / "title.jsonl").write_text('{"title": "x"}\n')
-    named = [{"MODEL": str(model), "DENSE": str(dense)}.get(a, a).replace("BROKEN", str(broken)) for a in arguments]
-    weights_are_read = arguments[0].startswith(("DENSE", "BROKEN"))  # of which transformers may say more than we want to show
+    named = [
+        {"MODEL": str(model), "DENSE": str(dense)}.get(a, a).replace("BROKEN", str(broken))
+        for a in arguments
+    ]
+    weights_are_read = arguments[0].startswith(
+        ("DENSE", "BROKEN")
+    )  # of which transformers may say more than we want to show
     done = (cli if weights_are_read else cli_here)("trace", *named, check=1)
     assert says in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -330,15 +459,21 @@ def test_bad_input_is_one_clear_line(
     assert not (tmp_path / "t").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a file system without directories of one's own")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="a file system without directories of one's own"
+)
 def test_a_place_that_takes_no_directory_is_named(cli_here: Cli) -> None:
     done = cli_here("trace", "demo", "-o", "/proc/x/y", check=1)
-    assert done.stderr == "error: cannot write /proc/x/y: no directory can be made in /proc: its file system takes none\n"
+    assert done.stderr == (
+        "error: cannot write /proc/x/y: no directory can be made in /proc: its file system "
+        "takes none\n"
+    )
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: Any, model: Path) -> Path:
-    """The model with experts missing, with a torn weights file, with an odd config, without its tokenizer."""
+    """The model with experts missing, with a torn weights file, with an odd config, without its
+    tokenizer."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -347,8 +482,14 @@ def broken(tmp_path_factory: Any, model: Path) -> Path:
     for name in ("lacking", "torn", "odd", "wordless"):
         shutil.copytree(model, place / name)
     weights = load_file(model / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "experts" not in k}, place / "lacking/model.safetensors", {"format": "pt"})
-    (place / "torn/model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    save_file(
+        {k: v for k, v in weights.items() if "experts" not in k},
+        place / "lacking/model.safetensors",
+        {"format": "pt"},
+    )
+    (place / "torn/model.safetensors").write_bytes(
+        (model / "model.safetensors").read_bytes()[:5000]
+    )
     config = json.loads((model / "config.json").read_text())
     (place / "odd/config.json").write_text(json.dumps({**config, "hidden_size": "x"}))
     for file in (place / "wordless").glob("tokenizer*"):
@@ -365,14 +506,22 @@ def dense(tmp_path_factory: Any, model: Path) -> Path:
     path = tmp_path_factory.mktemp("dense")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model / name, path / name)
-    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=300)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=300,
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
 
 
 def test_without_torch_the_install_line_is_printed(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "hide").mkdir()
-    (tmp_path / "hide/torch.py").write_text('raise ModuleNotFoundError("No module named torch", name="torch")')
+    (tmp_path / "hide/torch.py").write_text(
+        'raise ModuleNotFoundError("No module named torch", name="torch")'
+    )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'hide'}:{ROOT}"}
     done = cli("trace", "demo", "-o", "t", check=1, env=environment)
     assert done.stderr == "error: this needs torch: pip install 'moe-inspect[trace]'\n"
@@ -386,8 +535,14 @@ def test_without_torch_the_install_line_is_printed(cli: Cli, tmp_path: Path) -> 
 
 
 def test_help_is_light(cli: Cli, cli_here: Cli) -> None:
-    program = "import sys; sys.argv = ['moe-inspect', '--help']\nfrom moe_inspect.__main__ import main\ntry: main()\nexcept SystemExit: pass\nprint(sorted(m for m in ('torch', 'pandas', 'numpy', 'pyarrow', 'transformers') if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import sys; sys.argv = ['moe-inspect', '--help']\nfrom moe_inspect.__main__ import "
+        "main\ntry: main()\nexcept SystemExit: pass\nprint(sorted(m for m in ('torch', 'pandas', "
+        "'numpy', 'pyarrow', 'transformers') if m in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "[]"
     assert "trace" in cli("--help").stdout
     assert cli("--version").stdout.startswith("moe-inspect ")
@@ -399,8 +554,23 @@ def test_help_is_light(cli: Cli, cli_here: Cli) -> None:
 
 def test_a_terminal_sees_progress(tmp_path: Path, model: Path, corpus: Path) -> None:
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "moe_inspect", "trace", str(model), "-o", str(tmp_path / "t"), "--data", str(corpus)]
-    process = subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})
+    command = [
+        sys.executable,
+        "-m",
+        "moe_inspect",
+        "trace",
+        str(model),
+        "-o",
+        str(tmp_path / "t"),
+        "--data",
+        str(corpus),
+    ]
+    process = subprocess.Popen(
+        command,
+        stderr=follower,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
     os.close(follower)
     seen = b""
     try:
@@ -413,7 +583,9 @@ def test_a_terminal_sees_progress(tmp_path: Path, model: Path, corpus: Path) -> 
     assert b"decisions" in seen
 
 
-def test_overwrite_keeps_the_old_trace_until_there_is_a_new_one(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+def test_overwrite_keeps_the_old_trace_until_there_is_a_new_one(
+    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
+) -> None:
     cli_here("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100)
     cli_here("trace", "no-such-model", "-o", "t", "--data", corpus, "--overwrite", check=1)
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 100
@@ -421,27 +593,52 @@ def test_overwrite_keeps_the_old_trace_until_there_is_a_new_one(cli_here: Cli, t
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 50
 
 
-def test_resume_completes_a_trace_that_lacks_only_its_status(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+def test_resume_completes_a_trace_that_lacks_only_its_status(
+    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
+) -> None:
     cli_here("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100)
     path = tmp_path / "t/trace.json"
     whole = json.loads(path.read_text())
-    edit_manifest(tmp_path / "t", status="recording", counts={"tokens": 0, "decisions": 0, "dropped": 0})
+    edit_manifest(
+        tmp_path / "t", status="recording", counts={"tokens": 0, "decisions": 0, "dropped": 0}
+    )
     cli_here("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100, "--resume")
     assert json.loads(path.read_text()) == whole
 
 
-def test_a_device_map_spreads_the_model(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+def test_a_device_map_spreads_the_model(
+    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
+) -> None:
     cli_here("trace", model, "-o", "a", "--data", corpus)
     cli_here("trace", model, "-o", "b", "--data", corpus, "--device-map", "auto")
     a, b = (moe_inspect.open_trace(tmp_path / name) for name in "ab")
     assert a.routing().equals(b.routing())
-    error = cli_here("trace", model, "-o", "c", "--data", corpus, "--device-map", "auto", "--device", "cpu", check=1).stderr
-    assert error == "error: a device map is for weights that are read: give neither a device nor --random-init with it\n"
+    error = cli_here(
+        "trace",
+        model,
+        "-o",
+        "c",
+        "--data",
+        corpus,
+        "--device-map",
+        "auto",
+        "--device",
+        "cpu",
+        check=1,
+    ).stderr
+    assert error == (
+        "error: a device map is for weights that are read: give neither a device nor "
+        "--random-init with it\n"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_in_every_dtype(dtype: str, tmp_path: Path, model: Path, corpus: Path) -> None:
     trace = moe_inspect.trace_model(str(model), tmp_path / "t", data=[str(corpus)], dtype=dtype)
     assert trace.manifest["capture"]["dtype"] == dtype
-    assert trace.manifest["capture"]["weight_dtype"] == ("bfloat16" if dtype == "bfloat16" else "float16")
-    assert trace.routing().filter(like="weight_").sum(axis=1).between(0.98, 1.02).all()  # Qwen3's are renormalised
+    assert trace.manifest["capture"]["weight_dtype"] == (
+        "bfloat16" if dtype == "bfloat16" else "float16"
+    )
+    assert (
+        trace.routing().filter(like="weight_").sum(axis=1).between(0.98, 1.02).all()
+    )  # Qwen3's are renormalised

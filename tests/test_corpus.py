@@ -1,4 +1,5 @@
-"""Files become documents, sequences and batches; nothing is lost, and bad input is one clear line."""
+"""Files become documents, sequences and batches; nothing is lost, and bad input is one clear
+line."""
 
 from __future__ import annotations
 
@@ -45,11 +46,17 @@ class Characters:
             ids = [ord(c) + 2 for c in one]
             return [*self.before, *ids, *self.after] if add_special_tokens else ids
 
-        return {"input_ids": encode(text) if isinstance(text, str) else [encode(one) for one in text]}
+        return {
+            "input_ids": encode(text) if isinstance(text, str) else [encode(one) for one in text]
+        }
 
 
-def documents(data: list[Any], text_field: str = "text", domain_field: str | None = None) -> list[tuple[str, str]]:
-    found = interleaved(find_sources([str(d) for d in data]), text_field, domain_field, CorpusStats())
+def documents(
+    data: list[Any], text_field: str = "text", domain_field: str | None = None
+) -> list[tuple[str, str]]:
+    found = interleaved(
+        find_sources([str(d) for d in data]), text_field, domain_field, CorpusStats()
+    )
     return [(domain, text) for domain, _, text in found]
 
 
@@ -70,11 +77,26 @@ def test_every_format(tmp_path: Path) -> None:
 
 
 def test_labels_and_folders(tmp_path: Path) -> None:
-    for place in ("de/1.txt", "de/deep/2.txt", "en/3.txt", "4.txt", ".hidden/5.txt", "en/readme.md"):
+    for place in (
+        "de/1.txt",
+        "de/deep/2.txt",
+        "en/3.txt",
+        "4.txt",
+        ".hidden/5.txt",
+        "en/readme.md",
+    ):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(place)
-    assert set(documents([tmp_path])) == {("de", "de/1.txt"), ("de", "de/deep/2.txt"), ("en", "en/3.txt"), (tmp_path.name, "4.txt")}
-    assert documents([f"mine={tmp_path / 'de'}"]) == [("mine", "de/1.txt"), ("mine", "de/deep/2.txt")]
+    assert set(documents([tmp_path])) == {
+        ("de", "de/1.txt"),
+        ("de", "de/deep/2.txt"),
+        ("en", "en/3.txt"),
+        (tmp_path.name, "4.txt"),
+    }
+    assert documents([f"mine={tmp_path / 'de'}"]) == [
+        ("mine", "de/1.txt"),
+        ("mine", "de/deep/2.txt"),
+    ]
     assert documents([tmp_path / "e*" / "*.txt"]) == [("3", "en/3.txt")]
     (tmp_path / "both.jsonl").write_text('{"body": "t", "kind": "k"}\n')
     assert documents([tmp_path / "both.jsonl"], "body") == [("both", "t")]
@@ -97,13 +119,22 @@ def test_the_trace_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "run/routing").mkdir(parents=True)
     (tmp_path / "run/routing/part-0-0.parquet").write_text("not text")
     assert len(find_sources([str(tmp_path)])) == 2
-    assert [Path(s.path).name for s in find_sources([str(tmp_path)], leave_out=tmp_path / "run")] == ["a.txt"]
+    assert [
+        Path(s.path).name for s in find_sources([str(tmp_path)], leave_out=tmp_path / "run")
+    ] == ["a.txt"]
 
 
 def test_domains_take_turns(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "a{n}"}}\n' for n in range(4)))
     (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "b{n}"}}\n' for n in range(2)))
-    assert [t for _, t in documents([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])] == ["a0", "b0", "a1", "b1", "a2", "a3"]
+    assert [t for _, t in documents([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])] == [
+        "a0",
+        "b0",
+        "a1",
+        "b1",
+        "a2",
+        "a3",
+    ]
 
 
 def test_an_fsspec_url() -> None:
@@ -119,7 +150,11 @@ def test_an_fsspec_url() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b'{"body": 1, "title": 2}\n', "no text field 'text': choose one with --text-field from body, title"),
+        (
+            "a.jsonl",
+            b'{"body": 1, "title": 2}\n',
+            "no text field 'text': choose one with --text-field from body, title",
+        ),
         ("a.jsonl", b'{"text": 7}\n', "holds int, not text"),
         ("a.jsonl", b'{"text": "fine"}\n{"text"', "line 2 is no JSON"),
         ("a.jsonl", b"[1]\n", "no JSON object but list"),
@@ -145,7 +180,12 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes,
 def test_bad_places_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.md").write_text("x")
-    for place, says in (("none.txt", "no text at"), ("empty", "no text at"), ("*.txt", "no text at"), ("a.md", "must end in")):
+    for place, says in (
+        ("none.txt", "no text at"),
+        ("empty", "no text at"),
+        ("*.txt", "no text at"),
+        ("a.md", "must end in"),
+    ):
         with pytest.raises(MoeInspectError, match=says):
             find_sources([str(tmp_path / place)])
     with pytest.raises(MoeInspectError, match="cannot open nosuch://x"):
@@ -175,12 +215,22 @@ texts = st.lists(st.text("abc", min_size=1, max_size=60), min_size=1, max_size=1
 
 
 @settings(max_examples=60, deadline=None)
-@given(texts, st.integers(3, 20), st.one_of(st.none(), st.integers(1, 200)), st.booleans(), st.integers(1, 60))
-def test_every_token_is_fed_once(texts: list[str], max_length: int, max_tokens: int | None, framed: bool, batch_tokens: int) -> None:
+@given(
+    texts,
+    st.integers(3, 20),
+    st.one_of(st.none(), st.integers(1, 200)),
+    st.booleans(),
+    st.integers(1, 60),
+)
+def test_every_token_is_fed_once(
+    texts: list[str], max_length: int, max_tokens: int | None, framed: bool, batch_tokens: int
+) -> None:
     frame = Frame((0,), (1,)) if framed else Frame()
     tokenizer = Characters([0], [1])
     stats = CorpusStats()
-    rows = list(sequences((("d", "s", t) for t in texts), tokenizer, frame, max_length, max_tokens, stats))
+    rows = list(
+        sequences((("d", "s", t) for t in texts), tokenizer, frame, max_length, max_tokens, stats)
+    )
     assert all(0 < len(r.ids) <= max_length for r in rows)
     fed = sum(len(r.ids) for r in rows)
     if max_tokens is not None:
@@ -193,12 +243,20 @@ def test_every_token_is_fed_once(texts: list[str], max_length: int, max_tokens: 
             assert {r.document_sequences for r in own} == {len(own)}
     else:
         assert fed == min(
-            max_tokens, sum(len(r.ids) for r in sequences((("d", "s", t) for t in texts), tokenizer, frame, max_length, None, stats))
+            max_tokens,
+            sum(
+                len(r.ids)
+                for r in sequences(
+                    (("d", "s", t) for t in texts), tokenizer, frame, max_length, None, stats
+                )
+            ),
         )
     packed = list(batches(rows, batch_tokens))
     assert sorted(r.sequence for b in packed for r in b) == [r.sequence for r in rows]
     fed: set[int] = set()
-    for batch, new in with_documents(packed):  # a document's row comes with the first of its sequences to be fed
+    for batch, new in with_documents(
+        packed
+    ):  # a document's row comes with the first of its sequences to be fed
         assert {d.document for d in new} == {r.document for r in batch} - fed
         fed |= {r.document for r in batch}
     assert all(len(b) == 1 or len(b) * max(len(r.ids) for r in b) <= batch_tokens for b in packed)
@@ -206,17 +264,27 @@ def test_every_token_is_fed_once(texts: list[str], max_length: int, max_tokens: 
 
 def test_packing_wastes_little() -> None:
     rng = np.random.default_rng(0)
-    rows = [Sequence_(n, n, "d", "s", np.zeros(rng.integers(1, 512), np.int32), 1, 1) for n in range(2000)]
+    rows = [
+        Sequence_(n, n, "d", "s", np.zeros(rng.integers(1, 512), np.int32), 1, 1)
+        for n in range(2000)
+    ]
     packed = list(batches(rows, 4096))
     padded = sum(len(b) * max(len(r.ids) for r in b) for b in packed)
     in_order = [rows[at : at + 8] for at in range(0, len(rows), 8)]
     assert sum(len(r.ids) for r in rows) / padded > 0.9
-    assert sum(len(r.ids) for r in rows) / sum(len(b) * max(len(r.ids) for r in b) for b in in_order) < 0.7
+    assert (
+        sum(len(r.ids) for r in rows) / sum(len(b) * max(len(r.ids) for r in b) for b in in_order)
+        < 0.7
+    )
 
 
 def test_no_room_beside_the_special_tokens() -> None:
     with pytest.raises(MoeInspectError, match="--max-length 2"):
-        list(sequences([("d", "s", "x")], Characters([0], [1]), Frame((0,), (1,)), 2, None, CorpusStats()))
+        list(
+            sequences(
+                [("d", "s", "x")], Characters([0], [1]), Frame((0,), (1,)), 2, None, CorpusStats()
+            )
+        )
 
 
 def test_the_plan_sees_changed_data(tmp_path: Path) -> None:
@@ -248,15 +316,33 @@ def tokenizer_of(kind: str) -> Any:
     models, trainers, pre = tokenizers.models, tokenizers.trainers, tokenizers.pre_tokenizers
     options = {"vocab_size": 400, "show_progress": False}
     unknown = {**options, "special_tokens": ["<unk>"]}
-    sentencepiece = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    sentencepiece = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
     if kind == "bytes":
-        return fast(models.BPE(), trainers.BpeTrainer(**options, initial_alphabet=pre.ByteLevel.alphabet()), pre.ByteLevel())
+        return fast(
+            models.BPE(),
+            trainers.BpeTrainer(**options, initial_alphabet=pre.ByteLevel.alphabet()),
+            pre.ByteLevel(),
+        )
     if kind == "wordpiece":
         trainer = trainers.WordPieceTrainer(**unknown)
-        return fast(models.WordPiece(unk_token="<unk>"), trainer, pre.BertPreTokenizer(), tokenizers.normalizers.BertNormalizer())
+        return fast(
+            models.WordPiece(unk_token="<unk>"),
+            trainer,
+            pre.BertPreTokenizer(),
+            tokenizers.normalizers.BertNormalizer(),
+        )
     if kind == "unigram":
-        return fast(models.Unigram(), trainers.UnigramTrainer(**unknown, unk_token="<unk>"), pre.Metaspace())
-    return fast(models.BPE(unk_token="<unk>"), trainers.BpeTrainer(**unknown, max_token_length=12), None, sentencepiece)
+        return fast(
+            models.Unigram(), trainers.UnigramTrainer(**unknown, unk_token="<unk>"), pre.Metaspace()
+        )
+    return fast(
+        models.BPE(unk_token="<unk>"),
+        trainers.BpeTrainer(**unknown, max_token_length=12),
+        None,
+        sentencepiece,
+    )
 
 
 def long_text(characters: int) -> str:
@@ -280,14 +366,22 @@ def long_text(characters: int) -> str:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "wordpiece", "unigram", "no words"])
-def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, text = tokenizer_of(kind), long_text(30_000)
     whole = np.array(tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0])
     monkeypatch.setattr(tokenize, "PIECE", 4000)
     monkeypatch.setattr(tokenize, "OVERLAP", 300)
     assert tokenize.token_ids(["short", text], tokenizer)[1].tolist() == whole.tolist()
-    cut = tokenizer([text[at : at + 4000] for at in range(0, len(text), 4000)], add_special_tokens=False, verbose=False)["input_ids"]
-    assert [i for ids in cut for i in ids] != whole.tolist()  # control: cut anywhere, the tokens are others
+    cut = tokenizer(
+        [text[at : at + 4000] for at in range(0, len(text), 4000)],
+        add_special_tokens=False,
+        verbose=False,
+    )["input_ids"]
+    assert [
+        i for ids in cut for i in ids
+    ] != whole.tolist()  # control: cut anywhere, the tokens are others
 
 
 def test_a_repetition_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +393,8 @@ def test_a_repetition_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_memory_does_not_grow_with_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer's memory goes by what it is given at once: never more than two pieces, of one text or of many."""
+    """A tokenizer's memory goes by what it is given at once: never more than two pieces, of one
+    text or of many."""
     monkeypatch.setattr(tokenize, "PIECE", 1000)
     monkeypatch.setattr(tokenize, "OVERLAP", 200)
     inner, given = tokenizer_of("bytes"), []
@@ -312,6 +407,8 @@ def test_memory_does_not_grow_with_a_document(monkeypatch: pytest.MonkeyPatch) -
             return inner(texts, **options)
 
     texts = [long_text(9_000), *["a few words"] * 300]
-    assert [len(ids) for ids in tokenize.token_ids(texts, Watched())] == [len(ids) for ids in inner(texts)["input_ids"]]
+    assert [len(ids) for ids in tokenize.token_ids(texts, Watched())] == [
+        len(ids) for ids in inner(texts)["input_ids"]
+    ]
     assert sum(given) > 9_000 + 300 * len("a few words")  # control: all of it was given
     assert max(given) <= 2000

@@ -1,4 +1,5 @@
-"""What is counted of one router: by hand, the compiled kernels as their twins, and all of it whatever the shards."""
+"""What is counted of one router: by hand, the compiled kernels as their twins, and all of it
+whatever the shards."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ NOWHERE = np.iinfo(np.uint16).max
 T, E, K = 1_200, 8, 3
 
 
-def ids_with_gaps(seed: int, tokens: int = T, E: int = E, k: int = K, null: float = 0.1) -> np.ndarray:
+def ids_with_gaps(
+    seed: int, tokens: int = T, E: int = E, k: int = K, null: float = 0.1
+) -> np.ndarray:
     """int16 [T, K], −1 where a slot routed nowhere"""
     rng = np.random.default_rng(seed)
     ids_TK = uniform_ids(rng, tokens, E, k).astype(np.int16)
@@ -44,21 +47,37 @@ def slots_of(ids_TK: np.ndarray, E: int = E) -> counting.Slots:
     return tuple(np.where(ids_TK < 0, E, ids_TK).astype(np.uint8).T.copy())
 
 
-def made(root: Path, shard_tokens: int = 400, seed: int = 0, relabel: np.ndarray | None = None) -> Trace:
-    ids = [np.where(i < 0, NOWHERE, i if relabel is None else relabel[i]).astype(np.uint16) for i in map(ids_with_gaps, (seed, seed + 1))]
-    weights = [np.random.default_rng(9).random((T, K)).astype(np.float16).astype(np.float32) for _ in ids]
+def made(
+    root: Path, shard_tokens: int = 400, seed: int = 0, relabel: np.ndarray | None = None
+) -> Trace:
+    ids = [
+        np.where(i < 0, NOWHERE, i if relabel is None else relabel[i]).astype(np.uint16)
+        for i in map(ids_with_gaps, (seed, seed + 1))
+    ]
+    weights = [
+        np.random.default_rng(9).random((T, K)).astype(np.float16).astype(np.float32) for _ in ids
+    ]
     documents = {"document": np.arange(T) // 40, "domain_of_document": ["code", "law", "prose"]}
-    return write_trace(root, ids, E, weights=weights, batch_tokens=200, shard_tokens=shard_tokens, **documents)
+    return write_trace(
+        root, ids, E, weights=weights, batch_tokens=200, shard_tokens=shard_tokens, **documents
+    )
 
 
 def same(a: Counts, b: Counts) -> None:
-    assert (a.domains, a.units, a.tokens, a.documents) == (b.domains, b.units, b.tokens, b.documents)
+    assert (a.domains, a.units, a.tokens, a.documents) == (
+        b.domains,
+        b.units,
+        b.tokens,
+        b.documents,
+    )
     assert a.first_token_W.tolist() == b.first_token_W.tolist()
     for r, mine in a.of.items():
         for name in (f.name for f in fields(RouterCounts)):
             x, y = getattr(mine, name), getattr(b.of[r], name)
             if name == "srp":
-                assert {m: h.tolist() for m, h in x.items()} == {m: h.tolist() for m, h in y.items()}
+                assert {m: h.tolist() for m, h in x.items()} == {
+                    m: h.tolist() for m, h in y.items()
+                }
             elif name == "batches":
                 assert x.keys() == y.keys()
                 assert all(x[s] == pytest.approx(y[s]) for s in x)
@@ -71,16 +90,22 @@ def same(a: Counts, b: Counts) -> None:
 def test_pairs_by_hand():
     here, there = np.array([[0, 1], [0, -1]], np.int16), np.array([[2, 0], [1, 2]], np.int16)
     for by in (counting, kernels):
-        assert [table.tolist() for table in by.transitions(slots_of(here, 2), slots_of(here, 2), 2, 2)] == [
+        assert [
+            table.tolist() for table in by.transitions(slots_of(here, 2), slots_of(here, 2), 2, 2)
+        ] == [
             [[2, 1], [1, 1]],
             [[2, 0], [0, 0]],
         ]
-        assert by.transitions(slots_of(here, 2), slots_of(there, 3), 2, 3)[0].tolist() == [[1, 1, 2], [1, 0, 1]]
+        assert by.transitions(slots_of(here, 2), slots_of(there, 3), 2, 3)[0].tolist() == [
+            [1, 1, 2],
+            [1, 0, 1],
+        ]
         assert by.by_slot(slots_of(here, 2), 2).tolist() == [[0, 1], [0, 0]]
 
 
 def test_repetition_and_segments_follow_a_sequence_across_batches():
-    # two sequences decoded side by side: their tokens alternate, the second starts a new sequence of the same document at 2
+    # two sequences decoded side by side: their tokens alternate, the second starts a new sequence
+    # of the same document at 2
     document, sequence = np.array([7, 8, 7, 8, 7, 7]), np.array([0, 1, 0, 1, 0, 2])
     order = counting.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 0]))
     slots = slots_of(np.array([[0, 1], [3, 2], [0, 2], [2, 3], [1, 3], [1, 3]]), 4)
@@ -104,52 +129,83 @@ def test_tokens_that_do_not_follow_each_other_are_no_pair():
 
 
 @given(
-    st.integers(0, 10_000), st.sampled_from([(4, 1), (8, 3), (130, 6), (20, 8), (12, 11)]), st.integers(0, 300), st.sampled_from([0, 0.1])
+    st.integers(0, 10_000),
+    st.sampled_from([(4, 1), (8, 3), (130, 6), (20, 8), (12, 11)]),
+    st.integers(0, 300),
+    st.sampled_from([0, 0.1]),
 )
 @settings(max_examples=40, deadline=None)
 def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens: int, null: float):
     rng = np.random.default_rng(seed)
     experts, k = shape
-    slots, after = (slots_of(ids_with_gaps(seed + i, tokens, experts, k, null), experts) for i in range(2))
+    slots, after = (
+        slots_of(ids_with_gaps(seed + i, tokens, experts, k, null), experts) for i in range(2)
+    )
     weights = tuple(rng.random((k, tokens)).astype(np.float32))
     unit_T = rng.integers(0, 3, tokens)
     sequence_T = unit_T + 3 * rng.integers(0, 2, tokens)
     order = counting.order_of(unit_T, sequence_T, np.arange(tokens) // 3)
-    places = counting.Places(unit_T, unit_T // 2, np.arange(tokens) // 40, np.arange(tokens) // 50, 3, 2, 8, 6, order)
-    for ours, twin in zip(kernels.loads(slots, places, experts), counting.loads(slots, places, experts), strict=True):
+    places = counting.Places(
+        unit_T, unit_T // 2, np.arange(tokens) // 40, np.arange(tokens) // 50, 3, 2, 8, 6, order
+    )
+    for ours, twin in zip(
+        kernels.loads(slots, places, experts), counting.loads(slots, places, experts), strict=True
+    ):
         assert (ours == twin).all()
-    runs = counting.Places(np.arange(tokens) // 30 % 3, unit_T * 0, unit_T * 0, unit_T * 0, 3, 1, 1, 1)
-    assert (kernels.loads(slots, runs, experts)[0] == counting.load(runs.unit_T, slots, 3, experts)).all()
+    runs = counting.Places(
+        np.arange(tokens) // 30 % 3, unit_T * 0, unit_T * 0, unit_T * 0, 3, 1, 1, 1
+    )
+    assert (
+        kernels.loads(slots, runs, experts)[0] == counting.load(runs.unit_T, slots, 3, experts)
+    ).all()
     assert (kernels.by_slot(slots, experts) == counting.by_slot(slots, experts)).all()
-    assert kernels.weight_confidence(weights) == pytest.approx(counting.weight_confidence(weights), rel=1e-5, abs=1e-6 * tokens)
+    assert kernels.weight_confidence(weights) == pytest.approx(
+        counting.weight_confidence(weights), rel=1e-5, abs=1e-6 * tokens
+    )
     for name, arguments in {
         "weight_sum": (unit_T, slots, weights, 3, experts),
         "transitions": (slots, after, experts, experts),
         "repetition": (slots, places, experts),
     }.items():
-        np.testing.assert_allclose(getattr(counting, name)(*arguments), getattr(kernels, name)(*arguments), rtol=1e-6)
+        np.testing.assert_allclose(
+            getattr(counting, name)(*arguments), getattr(kernels, name)(*arguments), rtol=1e-6
+        )
     for m in (1, 2, 5):
-        assert counting.srp(slots, places, experts, m).tolist() == kernels.srp(slots, places, experts, m).tolist()
+        assert (
+            counting.srp(slots, places, experts, m).tolist()
+            == kernels.srp(slots, places, experts, m).tolist()
+        )
 
 
 @pytest.mark.parametrize("tokens", [2**15, 2**16])
 def test_a_pair_that_comes_up_more_often_than_a_narrow_table_holds(tokens: int):
     twice = (np.zeros(tokens, np.uint8),) * 2  # damaged: an expert named twice in a decision
-    for total, first in (kernels.transitions(twice, twice, 1, 1), counting.transitions(twice, twice, 1, 1)):
+    for total, first in (
+        kernels.transitions(twice, twice, 1, 1),
+        counting.transitions(twice, twice, 1, 1),
+    ):
         assert (total.tolist(), first.tolist()) == ([[4 * tokens]], [[tokens]])
     thrice = (np.zeros(tokens, np.uint8),) * 3
-    assert kernels.by_slot(thrice, 1).tolist() == counting.by_slot(thrice, 1).tolist() == [[3 * tokens]]
+    assert (
+        kernels.by_slot(thrice, 1).tolist()
+        == counting.by_slot(thrice, 1).tolist()
+        == [[3 * tokens]]
+    )
 
 
 def test_a_wrong_kernel_would_be_noticed():
     slots = slots_of(ids_with_gaps(0))
     rolled = tuple(np.roll(slot_T, 1) for slot_T in slots)
-    assert (counting.transitions(slots, slots, E, E)[0] != kernels.transitions(rolled, slots, E, E)[0]).any()
+    assert (
+        counting.transitions(slots, slots, E, E)[0] != kernels.transitions(rolled, slots, E, E)[0]
+    ).any()
 
 
 @given(st.integers(200, T), st.integers(0, 3))
 @settings(max_examples=6, deadline=None)
-def test_shards_threads_and_kernels_change_nothing(tmp_path_factory: pytest.TempPathFactory, shard_tokens: int, seed: int):
+def test_shards_threads_and_kernels_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, shard_tokens: int, seed: int
+):
     root = tmp_path_factory.mktemp("traces")
     whole, split = made(root / "whole", T, seed), made(root / "split", shard_tokens, seed)
     expected = count_trace(whole, select(whole), WANTS, window=100)
@@ -160,12 +216,21 @@ def test_shards_threads_and_kernels_change_nothing(tmp_path_factory: pytest.Temp
         same(count_trace(split, select(split), WANTS, window=100, threads=3), expected)
 
 
-def test_a_slot_that_routes_nowhere_among_256_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_slot_that_routes_nowhere_among_256_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Of which 8 bits hold each, and none for nowhere."""
     ids_TK = uniform_ids(np.random.default_rng(0), 300, 256, 4).astype(np.int16)
     ids_TK[::7, 3] = -1
     ids = [np.where(ids_TK < 0, NOWHERE, ids_TK).astype(np.uint16)] * 2
-    trace = write_trace(tmp_path / "t", ids, 256, document=np.arange(300) // 10, domain_of_document=["a", "b"], shard_tokens=100)
+    trace = write_trace(
+        tmp_path / "t",
+        ids,
+        256,
+        document=np.arange(300) // 10,
+        domain_of_document=["a", "b"],
+        shard_tokens=100,
+    )
     assert (np.concatenate([shard.ids(1) for shard in trace.shards]) == ids_TK).all()
     wants = set(WANTS) - {"weights", "logits"}
     expected = count_trace(trace, select(trace), wants)
@@ -177,7 +242,9 @@ def test_a_slot_that_routes_nowhere_among_256_experts(tmp_path: Path, monkeypatc
 def test_merging_everything_is_associative_and_commutative(tmp_path: Path):
     trace = made(tmp_path / "t")
     windows = windows_of(trace, select(trace), 300)
-    a, b, c = (count_shard(shard, select(trace), frozenset(WANTS), windows) for shard in trace.shards)
+    a, b, c = (
+        count_shard(shard, select(trace), frozenset(WANTS), windows) for shard in trace.shards
+    )
     left = merge([merge([a, b]), c])
     same(left, merge([a, merge([b, c])]))
     same(left, merge([c, b, a]))
@@ -205,12 +272,17 @@ def test_sums_that_must_hold(tmp_path: Path):
     next_T = (ids_with_gaps(1) >= 0).sum(1)
     assert np.diag(mine.together_EE).tolist() == load_E.tolist()
     assert mine.together_EE.sum() == (there_T**2).sum()
-    assert mine.together_EE.tolist() == counting.pairs(*[slots_of(ids_with_gaps(0))] * 2, E, E).tolist()
+    assert (
+        mine.together_EE.tolist()
+        == counting.pairs(*[slots_of(ids_with_gaps(0))] * 2, E, E).tolist()
+    )
     assert mine.next_EN.sum() == (there_T * next_T).sum()
     assert counts.of[1].next_EN is None  # there is none after it
     assert mine.window_load_WE.sum(0).tolist() == load_E.tolist()
     assert sum(tokens for _, _, tokens, _ in counts.windows(0)) == T
-    assert [first for _, first, _, _ in counts.windows(0)] == list(range(0, T, counts.window_tokens))
+    assert [first for _, first, _, _ in counts.windows(0)] == list(
+        range(0, T, counts.window_tokens)
+    )
     assert mine.pairs_U.sum() == T - 30  # 30 documents of 40 tokens
     for m, histogram in mine.srp.items():
         assert histogram.sum() == (30 * max(0, 40 - m + 1)) * E
@@ -221,7 +293,12 @@ def test_sums_that_must_hold(tmp_path: Path):
 def test_windows_by_hand(tmp_path: Path):
     """Of 70 tokens each, in shards of 80, over two ranks' worth of documents."""
     ids = [ids_with_gaps(0, null=0), ids_with_gaps(1, null=0)]
-    options = {"document": np.arange(T) // 40, "domain_of_document": ["code", "law"], "batch_tokens": 40, "shard_tokens": 80}
+    options = {
+        "document": np.arange(T) // 40,
+        "domain_of_document": ["code", "law"],
+        "batch_tokens": 40,
+        "shard_tokens": 80,
+    }
     trace = write_trace(tmp_path / "t", [i.astype(np.uint16) for i in ids], E, **options)
     counts = count_trace(trace, select(trace), {"windows"}, window=70)
     assert [first for _, first, _, _ in counts.windows(1)] == list(range(0, T, 70))
@@ -234,9 +311,20 @@ def test_windows_by_hand(tmp_path: Path):
 def test_what_hangs_on_a_first_choice_is_unknown_without_one(tmp_path: Path):
     ids = [ids_with_gaps(seed, null=0).astype(np.uint16) for seed in range(2)]
     for order, known in (("weight", True), ("unknown", False)):
-        trace = write_trace(tmp_path / order, ids, E, slot_order=order, document=np.arange(T) // 40, domain_of_document=["code", "law"])
+        trace = write_trace(
+            tmp_path / order,
+            ids,
+            E,
+            slot_order=order,
+            document=np.arange(T) // 40,
+            domain_of_document=["code", "law"],
+        )
         found = count_trace(trace, select(trace), {"repetition", "transitions"}).of[0]
-        assert [found.first_choice_DE is not None, found.first_same_U is not None, found.next_first_EN is not None] == [known] * 3
+        assert [
+            found.first_choice_DE is not None,
+            found.first_same_U is not None,
+            found.next_first_EN is not None,
+        ] == [known] * 3
         assert found.any_same_U is not None
         assert found.next_EN is not None
 
@@ -244,29 +332,47 @@ def test_what_hangs_on_a_first_choice_is_unknown_without_one(tmp_path: Path):
 def test_windows_too_many_for_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     trace = made(tmp_path / "t")
     monkeypatch.setattr(engine, "WINDOW_CELLS", 2 * E * 100)
-    with pytest.raises(MoeInspectError, match=r"window 5 cuts the trace into 240: .* give 12 or more"):
+    with pytest.raises(
+        MoeInspectError, match=r"window 5 cuts the trace into 240: .* give 12 or more"
+    ):
         count_trace(trace, select(trace), {"windows"}, window=5)
     assert count_trace(trace, select(trace), {"windows"}, window=12).window_tokens == 12
 
 
 def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
     stacks = ("encoder", "encoder", "decoder", "decoder")
-    routers = [Router(layer, "gate", f"layers.{layer}", 4, 2, stack=stack) for layer, stack in enumerate(stacks)]
+    routers = [
+        Router(layer, "gate", f"layers.{layer}", 4, 2, stack=stack)
+        for layer, stack in enumerate(stacks)
+    ]
     rng = np.random.default_rng(0)
     fed = {}
-    with TraceWriter(tmp_path / "t", {"model": {}, "capture": {"weights": False}}, routers, weights=False) as writer:
+    with TraceWriter(
+        tmp_path / "t", {"model": {}, "capture": {"weights": False}}, routers, weights=False
+    ) as writer:
         for b, (phase, size) in enumerate((("encode", 60), ("prefill", 20))):
             zeros = np.zeros(size, np.int32)
             ids = [uniform_ids(rng, size if r.sees(phase) else 0, 4, 2) for r in routers]
             fed[phase] = [i for i in ids if len(i)]
             position_T, encoded = np.arange(size, dtype=np.int32), size if phase == "encode" else 0
-            writer.write(RoutedBatch(b, zeros, zeros, zeros, position_T, zeros, ["text"], ids, None, encoded=encoded))
+            writer.write(
+                RoutedBatch(
+                    b, zeros, zeros, zeros, position_T, zeros, ["text"], ids, None, encoded=encoded
+                )
+            )
     trace = open_trace(tmp_path / "t")
-    counts = count_trace(trace, select(trace), {"pairs", "transitions", "repetition", "windows", "srp"})
+    counts = count_trace(
+        trace, select(trace), {"pairs", "transitions", "repetition", "windows", "srp"}
+    )
     assert [counts.tokens_of(r) for r in range(4)] == [60, 60, 20, 20]
     assert (counts.tokens, counts.decisions) == (80, 160)
     assert [counts.next_router(r) for r in range(4)] == [1, None, 3, None]
-    assert counts.of[0].next_EN.tolist() == counting.pairs(slots_of(fed["encode"][0], 4), slots_of(fed["encode"][1], 4), 4, 4).tolist()
+    assert (
+        counts.of[0].next_EN.tolist()
+        == counting.pairs(
+            slots_of(fed["encode"][0], 4), slots_of(fed["encode"][1], 4), 4, 4
+        ).tolist()
+    )
     assert [int(counts.of[r].pairs_U.sum()) for r in range(4)] == [59, 59, 19, 19]
     assert counts.of[0].batches.keys() == {60}
     assert counts.of[2].batches.keys() == {20}
@@ -285,24 +391,32 @@ def test_what_logits_and_weights_say_by_hand():
     assert said["ties"] == 2
     assert said["topk_mass_sum"] == pytest.approx(0.5 + p[:2].sum())
     assert np.isnan(counting.logit_confidence(logits, 4, "softmax")["boundary_margin_sum"])
-    weights = counting.weight_confidence(tuple(np.array([[0.3, 0.2, 0], [0.1, 0.2, 0]], np.float32)))
+    weights = counting.weight_confidence(
+        tuple(np.array([[0.3, 0.2, 0], [0.1, 0.2, 0]], np.float32))
+    )
     assert weights["weight_decisions"] == 2
     assert weights["weight_margin_sum"] == pytest.approx(0.5)
     assert weights["weight_mass_sum"] == pytest.approx(0.8)
-    assert weights["weight_entropy_sum"] == pytest.approx(np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+    assert weights["weight_entropy_sum"] == pytest.approx(
+        np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25)
+    )
 
 
 def test_a_cluster_counts_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     distributed = pytest.importorskip("distributed")
     trace = made(tmp_path / "t")
     with (
-        distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+        ) as cluster,
         distributed.Client(cluster) as client,
     ):
         here = count_trace(trace, select(trace), WANTS)
         same(count_trace(trace, select(trace), WANTS, scheduler=client), here)
         opened: list[str] = []
-        monkeypatch.setattr(engine, "open_trace", lambda path: opened.append(path) or open_trace(path))
+        monkeypatch.setattr(
+            engine, "open_trace", lambda path: opened.append(path) or open_trace(path)
+        )
         monkeypatch.chdir(tmp_path)
         same(count_trace(open_trace("t"), select(trace), WANTS, scheduler=client), here)
         assert set(opened) == {str(tmp_path / "t")}  # a worker is in a directory of its own
@@ -311,13 +425,34 @@ def test_a_cluster_counts_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_worker_counts_the_shard_it_was_asked_for(tmp_path: Path):
-    root, listed, rng = tmp_path / "t", [Router(0, "gate", "layers.0", E, K)], np.random.default_rng(0)
+    root, listed, rng = (
+        tmp_path / "t",
+        [Router(0, "gate", "layers.0", E, K)],
+        np.random.default_rng(0),
+    )
     for rank in range(2):
-        with TraceWriter(root, {"model": {}, "capture": {"weights": False}}, listed, weights=False, rank=rank) as writer:
+        with TraceWriter(
+            root, {"model": {}, "capture": {"weights": False}}, listed, weights=False, rank=rank
+        ) as writer:
             zeros = np.zeros(50 + rank, np.int32)
-            writer.write(RoutedBatch(0, zeros, zeros, zeros, zeros, zeros, ["text"], [uniform_ids(rng, len(zeros), E, K)], None))
+            writer.write(
+                RoutedBatch(
+                    0,
+                    zeros,
+                    zeros,
+                    zeros,
+                    zeros,
+                    zeros,
+                    ["text"],
+                    [uniform_ids(rng, len(zeros), E, K)],
+                    None,
+                )
+            )
     arguments = select(open_trace(root)), BASE, None, False
-    assert [engine._shard_of(str(root), (rank, 0), arguments).tokens for rank in (1, 0)] == [51, 50]  # by name: a trace may grow meanwhile
+    assert [engine._shard_of(str(root), (rank, 0), arguments).tokens for rank in (1, 0)] == [
+        51,
+        50,
+    ]  # by name: a trace may grow meanwhile
 
 
 def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):
@@ -332,12 +467,18 @@ def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):
 
 def by_stack(root: Path) -> Trace:
     """An encoder fed token id 1 six times, a decoder fed it twice and id 2 twice."""
-    routers = [Router(0, "gate", f"{stack}.0", 2, 1, stack=stack) for stack in ("encoder", "decoder")]
+    routers = [
+        Router(0, "gate", f"{stack}.0", 2, 1, stack=stack) for stack in ("encoder", "decoder")
+    ]
     zeros, token_id = np.zeros(10, np.int32), np.array([1] * 8 + [2] * 2, np.int32)
     ids = [np.zeros((n, 1), np.uint8) for n in (6, 4)]
-    with TraceWriter(root, {"model": {}, "capture": {"weights": False}}, routers, weights=False) as writer:
+    with TraceWriter(
+        root, {"model": {}, "capture": {"weights": False}}, routers, weights=False
+    ) as writer:
         place = np.r_[:6, :4].astype(np.int32)
-        writer.write(RoutedBatch(0, token_id, zeros, zeros, place, zeros, ["text"], ids, None, encoded=6))
+        writer.write(
+            RoutedBatch(0, token_id, zeros, zeros, place, zeros, ["text"], ids, None, encoded=6)
+        )
     return open_trace(root)
 
 
@@ -347,17 +488,32 @@ def test_token_ids_are_counted_by_stack(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(engine, "LONG", long)
         counts = count_trace(trace, select(trace))
         assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
-        encoder, decoder = tokenids.by_token_id(trace, select(trace), counts, nulls=False, min_count=1)
-        assert (encoder.token_ids.occurrences_V.tolist(), encoder.any_VE.tolist()) == ([6], [[6, 0]])
-        assert (decoder.token_ids.occurrences_V.tolist(), decoder.any_VE.tolist()) == ([2, 2], [[2, 0], [2, 0]])
+        encoder, decoder = tokenids.by_token_id(
+            trace, select(trace), counts, nulls=False, min_count=1
+        )
+        assert (encoder.token_ids.occurrences_V.tolist(), encoder.any_VE.tolist()) == (
+            [6],
+            [[6, 0]],
+        )
+        assert (decoder.token_ids.occurrences_V.tolist(), decoder.any_VE.tolist()) == (
+            [2, 2],
+            [[2, 0], [2, 0]],
+        )
         assert decoder.token_ids.coverage == 1
 
 
 def generated(root: Path, shard_tokens: int, steps: int = 30) -> Trace:
-    """Two prompts of 5 tokens and a pass a generated token, as a generation loop of one's own under `record` leaves them; twice."""
+    """Two prompts of 5 tokens and a pass a generated token, as a generation loop of one's own under
+    `record` leaves them; twice."""
     rng = np.random.default_rng(0)
     listed = [Router(layer, "gate", f"layers.{layer}", E, K) for layer in range(2)]
-    with TraceWriter(root, {"model": {}, "capture": {"weights": False}}, listed, weights=False, shard_tokens=shard_tokens) as writer:
+    with TraceWriter(
+        root,
+        {"model": {}, "capture": {"weights": False}},
+        listed,
+        weights=False,
+        shard_tokens=shard_tokens,
+    ) as writer:
         for b in range(2 * steps):
             turn, step = divmod(b, steps)
             each = 5 if step == 0 else 1
@@ -365,19 +521,28 @@ def generated(root: Path, shard_tokens: int, steps: int = 30) -> Trace:
             place = np.tile(np.arange(each, dtype=np.int32) + (step + 4 if step else 0), 2)
             ids = [uniform_ids(rng, 2 * each, E, K) for _ in listed]
             domain, phase = rows * 0, "decode" if step else "prefill"
-            writer.write(RoutedBatch(b, rows, rows, rows, place, domain, ["text"], ids, None, phase=phase))
+            writer.write(
+                RoutedBatch(b, rows, rows, rows, place, domain, ["text"], ids, None, phase=phase)
+            )
     return open_trace(root)
 
 
 @pytest.mark.parametrize("shard_tokens", [8, 20, 50])
 def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: int):
-    whole, split = generated(tmp_path / "whole", 10_000), generated(tmp_path / "split", shard_tokens)
+    whole, split = (
+        generated(tmp_path / "whole", 10_000),
+        generated(tmp_path / "split", shard_tokens),
+    )
     assert (len(list(whole.shards)), len(list(split.shards))) == (1, 2 if shard_tokens > 8 else 4)
-    counts = [count_trace(t, select(t), {"repetition", "srp", "esft"}, window=10) for t in (whole, split)]
+    counts = [
+        count_trace(t, select(t), {"repetition", "srp", "esft"}, window=10) for t in (whole, split)
+    ]
     assert counts[0].of[0].pairs_U.sum() == 4 * 33
     if shard_tokens > 8:
         same(*counts)
-    else:  # the whole of a turn is more than writer.CONTINUED such shards: two sequences, two pairs at each of the two edges
+    else:
+        # the whole of a turn is more than writer.CONTINUED such shards: two sequences, two pairs at
+        # each of the two edges
         assert counts[1].of[0].pairs_U.sum() == 4 * 33 - 4
 
 
@@ -402,10 +567,19 @@ def test_a_trace_elsewhere_is_read_by_its_url(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_threads_share_out_the_routers_of_the_last_shards(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_threads_share_out_the_routers_of_the_last_shards(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(engine, "LONG", 0)
     trace, asked = made(tmp_path / "t"), []
-    monkeypatch.setattr(engine, "count_shard", lambda *arguments: asked.append(arguments[5:]) or count_shard(*arguments))
-    same(count_trace(trace, select(trace), WANTS, threads=threads), count_trace(trace, select(trace), WANTS, threads=1))
+    monkeypatch.setattr(
+        engine,
+        "count_shard",
+        lambda *arguments: asked.append(arguments[5:]) or count_shard(*arguments),
+    )
+    same(
+        count_trace(trace, select(trace), WANTS, threads=threads),
+        count_trace(trace, select(trace), WANTS, threads=1),
+    )
     assert ((0,),) in asked
     assert ((1,),) in asked

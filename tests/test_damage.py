@@ -1,4 +1,5 @@
-"""A trace is not believed: a changed byte is found, and what cannot be is refused in one line, before anything is allocated for it."""
+"""A trace is not believed: a changed byte is found, and what cannot be is refused in one line,
+before anything is allocated for it."""
 
 from __future__ import annotations
 
@@ -35,8 +36,21 @@ def a_sound_trace(root: Path) -> Path:
     """Three shards, two domains, weights, a vocabulary."""
     rng = np.random.default_rng(0)
     weights = [-np.sort(-rng.random((T, K)).astype(np.float32)) for _ in range(L)]
-    more = {"document": np.repeat(np.arange(30), 10), "domain_of_document": ("a", "b"), "words": 50, "token_id": rng.integers(0, 50, T)}
-    write_trace(root, [uniform_ids(rng, T, E, K) for _ in range(L)], E, weights=weights, batch_tokens=10, shard_tokens=100, **more)
+    more = {
+        "document": np.repeat(np.arange(30), 10),
+        "domain_of_document": ("a", "b"),
+        "words": 50,
+        "token_id": rng.integers(0, 50, T),
+    }
+    write_trace(
+        root,
+        [uniform_ids(rng, T, E, K) for _ in range(L)],
+        E,
+        weights=weights,
+        batch_tokens=10,
+        shard_tokens=100,
+        **more,
+    )
     return root
 
 
@@ -63,8 +77,12 @@ def numbers_or_error(root: Path) -> list[str] | str:
         return str(error)
 
 
-@pytest.mark.parametrize("small_bytes", [0, parts.SMALL_BYTES])  # by CRCs, as large files are checked; by the hash of the file
-def test_a_changed_byte_is_found_or_changes_nothing(small_bytes: int, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "small_bytes", [0, parts.SMALL_BYTES]
+)  # by CRCs, as large files are checked; by the hash of the file
+def test_a_changed_byte_is_found_or_changes_nothing(
+    small_bytes: int, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parts, "SMALL_BYTES", small_bytes)
     before, outcomes = numbers(copied), {"refused": 0, "same": 0}
     for file, place, was, now in changed_bytes(copied, 40):
@@ -74,7 +92,9 @@ def test_a_changed_byte_is_found_or_changes_nothing(small_bytes: int, copied: Pa
         assert "\n" not in (found.violation or ""), said
         now_says = numbers_or_error(copied)
         outcomes["same" if now_says == before else "refused"] += 1
-        assert now_says == before or (isinstance(now_says, str) and Path(file).name in now_says and "\n" not in now_says), said
+        assert now_says == before or (
+            isinstance(now_says, str) and Path(file).name in now_says and "\n" not in now_says
+        ), said
     assert verify(copied).ok
     assert outcomes["refused"] > outcomes["same"] > 0
 
@@ -82,7 +102,13 @@ def test_a_changed_byte_is_found_or_changes_nothing(small_bytes: int, copied: Pa
 def _only_text_differs(root: Path, place: int) -> bool:
     """Whether the changed byte is within a value that may be edited."""
     line = (root / schema.MANIFEST).read_bytes()[:place].count(b"\n")
-    return re.match(rb'\s*"(id|note|host|path|command)": "', (root / schema.MANIFEST).read_bytes().splitlines()[line]) is not None
+    return (
+        re.match(
+            rb'\s*"(id|note|host|path|command)": "',
+            (root / schema.MANIFEST).read_bytes().splitlines()[line],
+        )
+        is not None
+    )
 
 
 def test_every_page_carries_a_crc(copied: Path) -> None:
@@ -90,7 +116,11 @@ def test_every_page_carries_a_crc(copied: Path) -> None:
     for path in sorted(copied.rglob("*.parquet")):
         whole, column = path.read_bytes(), pq.read_metadata(path).row_group(0).column(0)
         pq.ParquetFile(path, page_checksum_verification=True).read()
-        last = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 1
+        last = (
+            (column.dictionary_page_offset or column.data_page_offset)
+            + column.total_compressed_size
+            - 1
+        )
         path.write_bytes(whole[:last] + bytes([whole[last] ^ 1]) + whole[last + 1 :])
         with pytest.raises(OSError, match="CRC checksum verification failed"):
             pq.ParquetFile(path, page_checksum_verification=True).read()
@@ -104,14 +134,26 @@ def test_a_line_changed_to_another_that_is_possible_is_found(copied: Path) -> No
     _refused(copied, r"shards-0\.jsonl: line 7: it was changed after it was written")
 
 
-def test_a_changed_footer_or_page_of_a_large_file_is_found(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the file as a whole is not hashed when it is opened. What is changed in the footer is who wrote it."""
+def test_a_changed_footer_or_page_of_a_large_file_is_found(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file as a whole is not hashed when it is opened. What is changed in the footer is
+    who wrote it."""
     monkeypatch.setattr(parts, "SMALL_BYTES", 0)
     path = copied / "routing/part-0-0.parquet"
     whole = path.read_bytes()
-    experts = pq.read_metadata(path).row_group(1).column(pq.read_schema(path).get_field_index("expert_0"))
-    of_page = (experts.dictionary_page_offset or experts.data_page_offset) + experts.total_compressed_size - 5  # nothing compresses it
-    for place, said in ((whole.rindex(b"parquet-cpp"), "its footer was changed after it was written"), (of_page, "CRC")):
+    experts = (
+        pq.read_metadata(path).row_group(1).column(pq.read_schema(path).get_field_index("expert_0"))
+    )
+    of_page = (
+        (experts.dictionary_page_offset or experts.data_page_offset)
+        + experts.total_compressed_size
+        - 5
+    )  # nothing compresses it
+    for place, said in (
+        (whole.rindex(b"parquet-cpp"), "its footer was changed after it was written"),
+        (of_page, "CRC"),
+    ):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         assert pq.read_table(path).num_rows == 300
         with pytest.raises(MoeInspectError, match=rf"routing/part-0-0\.parquet: .*{said}"):
@@ -126,7 +168,13 @@ def test_free_text_may_be_edited_and_nothing_else(copied: Path) -> None:
     assert verify(copied).ok
     manifest["routers"][1]["layer"] = 7
     path.write_text(json.dumps(manifest))
-    with pytest.raises(MoeInspectError, match=r"trace\.json: it was changed after it was written .* delete the key digest .* model\.id"):
+    with pytest.raises(
+        MoeInspectError,
+        match=(
+            r"trace\.json: it was changed after it was written .* delete the key digest .* "
+            r"model\.id"
+        ),
+    ):
         open_trace(copied)
     del manifest["digest"]
     path.write_text(json.dumps(manifest))
@@ -134,14 +182,20 @@ def test_free_text_may_be_edited_and_nothing_else(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["untrained", "made without"])
-def test_traces_without_checksums_are_read_and_verified(name: str, sound: Path, tmp_path: Path) -> None:
+def test_traces_without_checksums_are_read_and_verified(
+    name: str, sound: Path, tmp_path: Path
+) -> None:
     if name == "untrained":
         shutil.copytree(ROOT / "sample_traces" / name, tmp_path / "t")
     else:
         without_checksums(sound, tmp_path / "t")
     assert verify(tmp_path / "t").ok
     assert numbers(tmp_path / "t")
-    missed = [change for change in changed_bytes(tmp_path / "t", 60) if "parquet" in change[0] and verify(tmp_path / "t").ok]
+    missed = [
+        change
+        for change in changed_bytes(tmp_path / "t", 60)
+        if "parquet" in change[0] and verify(tmp_path / "t").ok
+    ]
     assert all(change[0] == schema.VOCABULARY for change in missed)  # nothing states its hash
 
 
@@ -149,7 +203,9 @@ def test_a_resumed_trace_goes_on_with_checksums(sound: Path, tmp_path: Path) -> 
     with TraceWriter(tmp_path / "new", {}, ROUTERS, shard_tokens=20) as writer:
         writer.write(a_batch(np.random.default_rng(0), 0, 20, ROUTERS))
     without_checksums(tmp_path / "new", tmp_path / "t")
-    with TraceWriter(tmp_path / "t", {}, ROUTERS, shard_tokens=20, resume=resume_point(tmp_path / "t")) as writer:
+    with TraceWriter(
+        tmp_path / "t", {}, ROUTERS, shard_tokens=20, resume=resume_point(tmp_path / "t")
+    ) as writer:
         writer.write(a_batch(np.random.default_rng(1), 1, 20, ROUTERS))
     assert ["crc32" in line for line in edit_lines(tmp_path / "t")] == [False] * 3 + [True] * 3
     assert open_trace(tmp_path / "t").n_tokens == 40
@@ -161,12 +217,17 @@ def test_a_lost_line_is_missed(copied: Path) -> None:
     (copied / "shards-0.jsonl").write_bytes(whole[:-1])  # the end of the line
     with pytest.raises(MoeInspectError, match=r"counts\.tokens is 300, the shards have 200"):
         open_trace(copied)
-    edit_manifest(copied, status="recording", counts={"tokens": 200, "decisions": 600, "dropped": 0})
+    edit_manifest(
+        copied, status="recording", counts={"tokens": 200, "decisions": 600, "dropped": 0}
+    )
     assert open_trace(copied).n_tokens == 200
 
 
 def test_the_vocabulary_is_the_one_that_the_trace_was_begun_with(copied: Path) -> None:
-    words = pa.table({"token_id": range(50), "token": [f"x{i}" for i in range(50)]}, schema=schema.VOCABULARY_SCHEMA)
+    words = pa.table(
+        {"token_id": range(50), "token": [f"x{i}" for i in range(50)]},
+        schema=schema.VOCABULARY_SCHEMA,
+    )
     pq.write_table(words, copied / schema.VOCABULARY)
     with pytest.raises(MoeInspectError, match=r"vocabulary\.parquet"):
         report(open_trace(copied)).tables["vocabulary"]
@@ -179,20 +240,47 @@ def test_the_vocabulary_is_the_one_that_the_trace_was_begun_with(copied: Path) -
 DEEP = "[" * 100_000
 ROUTER = {"layer": 0, "name": "gate", "path": "layers.0", "experts": 8, "top_k": 2}
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
-    "10^9 experts": ({"routers": [ROUTER | {"experts": 10**9}]}, r"routers\[0\]\.experts is 1000000000: 1 to 65535"),
-    "many experts in all": ({"routers": [ROUTER | {"experts": 60_000}] * 300}, "routers have 18,000,000 experts in all"),
+    "10^9 experts": (
+        {"routers": [ROUTER | {"experts": 10**9}]},
+        r"routers\[0\]\.experts is 1000000000: 1 to 65535",
+    ),
+    "many experts in all": (
+        {"routers": [ROUTER | {"experts": 60_000}] * 300},
+        "routers have 18,000,000 experts in all",
+    ),
     "too many routers": ({"routers": [0] * 70_000}, "routers lists 70,000"),
     "a router is none": ({"routers": [7]}, r"routers\[0\] is 7, not an object"),
-    "experts as text": ({"routers": [ROUTER | {"experts": "8"}]}, r'routers\[0\]\.experts is "8", not a whole number'),
-    "NaN experts": ({"routers": [ROUTER | {"experts": float("nan")}]}, r"routers\[0\]\.experts is NaN"),
-    "infinite layer": ({"routers": [ROUTER | {"layer": float("inf")}]}, r"routers\[0\]\.layer is Infinity"),
-    "a huge layer": ({"routers": [ROUTER | {"layer": 10**400}]}, r"routers\[0\]\.layer is a number of over 30 digits"),
-    "more slots than experts": ({"routers": [ROUTER | {"top_k": 9}]}, r"routers\[0\]\.top_k is 9: 1 to 8"),
+    "experts as text": (
+        {"routers": [ROUTER | {"experts": "8"}]},
+        r'routers\[0\]\.experts is "8", not a whole number',
+    ),
+    "NaN experts": (
+        {"routers": [ROUTER | {"experts": float("nan")}]},
+        r"routers\[0\]\.experts is NaN",
+    ),
+    "infinite layer": (
+        {"routers": [ROUTER | {"layer": float("inf")}]},
+        r"routers\[0\]\.layer is Infinity",
+    ),
+    "a huge layer": (
+        {"routers": [ROUTER | {"layer": 10**400}]},
+        r"routers\[0\]\.layer is a number of over 30 digits",
+    ),
+    "more slots than experts": (
+        {"routers": [ROUTER | {"top_k": 9}]},
+        r"routers\[0\]\.top_k is 9: 1 to 8",
+    ),
     "an unknown key": ({"routers": [ROUTER | {"expert": 8}]}, r'routers\[0\]\."expert" is no key'),
     "a stack unknown": ({"routers": [ROUTER | {"stack": "middle"}]}, r"routers\[0\]\.stack"),
-    "weights as text": ({"capture": {"weights": "yes"}}, r'capture\.weights is "yes", not true or false'),
+    "weights as text": (
+        {"capture": {"weights": "yes"}},
+        r'capture\.weights is "yes", not true or false',
+    ),
     "no capture": ({"capture": None}, "capture is missing"),
-    "a process number": ({"capture": {"weights": True, "pid": 10**30}}, r"capture\.pid is a number of over 30 digits"),
+    "a process number": (
+        {"capture": {"weights": True, "pid": 10**30}},
+        r"capture\.pid is a number of over 30 digits",
+    ),
     "a table unknown": ({"tables": ["documents", "../elsewhere"]}, "tables is a list of 2"),
     "tables without tokens": ({"tables": ["documents", "routing"]}, "tables is a list"),
     "counts as a list": ({"counts": [3]}, "counts is a list of 1, not an object"),
@@ -211,7 +299,16 @@ def test_an_impossible_manifest_is_refused_by_its_key(name: str, copied: Path) -
 
 
 @pytest.mark.parametrize(
-    "text", [DEEP, '{"format": 1, "model": ' + DEEP, '{"format": ' + "9" * 5000, "\xff", "", "null", '{"format": "1"}']
+    "text",
+    [
+        DEEP,
+        '{"format": 1, "model": ' + DEEP,
+        '{"format": ' + "9" * 5000,
+        "\xff",
+        "",
+        "null",
+        '{"format": "1"}',
+    ],
 )
 def test_a_manifest_that_is_none(text: str, copied: Path) -> None:
     (copied / schema.MANIFEST).write_bytes(text.encode("latin-1"))
@@ -229,8 +326,14 @@ LINES: dict[str, tuple[dict[str, Any], str]] = {
     "shard a": ({"shard": "a"}, 'shard is "a", not a whole number'),
     "decisions x": ({"decisions": "x"}, 'decisions is "x"'),
     "NaN rows": ({"rows": float("nan")}, "rows is NaN"),
-    "10^12 tokens": ({"last_token": 99 + 2**39, "rows": 2**39}, "it has tokens 0 to 549755813987: a shard holds at most"),
-    "tokens of another rank": ({"first_token": 2**40, "last_token": 2**40 + 99}, "first_token is 1099511627776"),
+    "10^12 tokens": (
+        {"last_token": 99 + 2**39, "rows": 2**39},
+        "it has tokens 0 to 549755813987: a shard holds at most",
+    ),
+    "tokens of another rank": (
+        {"first_token": 2**40, "last_token": 2**40 + 99},
+        "first_token is 1099511627776",
+    ),
     "tokens backwards": ({"last_token": -7}, "last_token is -7"),
     "a table unknown": ({"table": "x"}, 'table is "x", not one of'),
     "no hash": ({"sha256": "0"}, r'sha256 is "0"'),
@@ -257,11 +360,19 @@ def test_a_line_that_is_none(line: str, copied: Path) -> None:
 
 def test_every_command_refuses_in_a_line(copied: Path, cli_here: Callable[..., Any]) -> None:
     edit_manifest(copied, routers=[ROUTER | {"experts": 10**9}])
-    commands = [["report"], ["report", "--table", "load"], ["verify"], ["simulate", "capacity"], ["simulate", "cache"]]
+    commands = [
+        ["report"],
+        ["report", "--table", "load"],
+        ["verify"],
+        ["simulate", "capacity"],
+        ["simulate", "cache"],
+    ]
     for command in [*commands, ["export", "--format", "counts", "-o", "x.csv"]]:
         options = command[2:] if command[0] != "report" else command[1:]
         name = command[:2] if command[0] == "simulate" else command[:1]
-        done = cli_here(*name, copied, *(options if command[0] != "export" else command[1:]), check=1)
+        done = cli_here(
+            *name, copied, *(options if command[0] != "export" else command[1:]), check=1
+        )
         assert done.stderr.count("\n") == 1
         assert "routers[0].experts is 1000000000" in done.stderr
 
@@ -280,17 +391,27 @@ def _refused(root: Path, said: str) -> None:
 # --- what a file holds
 
 
-def replace_part(root: Path, table: str, change: Callable[[pa.Table], pa.Table], **options: Any) -> None:
+def replace_part(
+    root: Path, table: str, change: Callable[[pa.Table], pa.Table], **options: Any
+) -> None:
     """A table of the first shard, changed, its line with it."""
     path = root / table / "part-0-0.parquet"
     made = change(pq.read_table(path))
     pq.write_table(made, path, **options)
     with open(path, "rb") as file:
-        footer_crc32, sha256 = checksums.footer_crc32(pa.PythonFile(file)), checksums.file_sha256(pa.PythonFile(file))
+        footer_crc32, sha256 = (
+            checksums.footer_crc32(pa.PythonFile(file)),
+            checksums.file_sha256(pa.PythonFile(file)),
+        )
     lines = edit_lines(root)
     for line in lines:
         if line["path"] == f"{table}/part-0-0.parquet":
-            line |= {"rows": len(made), "bytes": path.stat().st_size, "footer_crc32": footer_crc32, "sha256": sha256}
+            line |= {
+                "rows": len(made),
+                "bytes": path.stat().st_size,
+                "footer_crc32": footer_crc32,
+                "sha256": sha256,
+            }
     edit_lines(root, lines)
 
 
@@ -299,12 +420,36 @@ def put(name: str, value: pa.Array | pa.ChunkedArray) -> Callable[[pa.Table], pa
 
 
 FILES: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
-    "a token id of 2^31 - 1": ("tokens", put("token_id", pa.array([0] * 99 + [2**31 - 1], pa.int32())), "token_id is 2147483647"),
-    "ids that are text": ("tokens", put("token_id", pa.array(["a"] * 100)), "token_id is of string, not int32"),
-    "ids that are missing": ("tokens", lambda table: table.drop_columns(["token_id"]), "it has no column token_id"),
-    "a null id": ("tokens", put("token_id", pa.array([None] * 100, pa.int32())), "token_id is null in 100 rows"),
-    "experts that are fractions": ("routing", put("expert_0", pa.array([0.5] * 300)), "expert_0 is of double, not uint8"),
-    "an expert that there is not": ("routing", put("expert_0", pa.array([8] * 300, pa.uint8())), "an assignment to expert 8"),
+    "a token id of 2^31 - 1": (
+        "tokens",
+        put("token_id", pa.array([0] * 99 + [2**31 - 1], pa.int32())),
+        "token_id is 2147483647",
+    ),
+    "ids that are text": (
+        "tokens",
+        put("token_id", pa.array(["a"] * 100)),
+        "token_id is of string, not int32",
+    ),
+    "ids that are missing": (
+        "tokens",
+        lambda table: table.drop_columns(["token_id"]),
+        "it has no column token_id",
+    ),
+    "a null id": (
+        "tokens",
+        put("token_id", pa.array([None] * 100, pa.int32())),
+        "token_id is null in 100 rows",
+    ),
+    "experts that are fractions": (
+        "routing",
+        put("expert_0", pa.array([0.5] * 300)),
+        "expert_0 is of double, not uint8",
+    ),
+    "an expert that there is not": (
+        "routing",
+        put("expert_0", pa.array([8] * 300, pa.uint8())),
+        "an assignment to expert 8",
+    ),
 }
 
 
@@ -329,30 +474,48 @@ def test_an_importer_and_a_recorder_can_write_no_token_id_that_is_not_read(tmp_p
         writer.write(replace(batch, token_id=np.full(20, 2**31 - 1, np.int32)))
 
 
-@pytest.mark.parametrize(("column", "value"), [("assignments", -1), ("first_choice", -1), ("expert", 8), ("router", 2)])
+@pytest.mark.parametrize(
+    ("column", "value"), [("assignments", -1), ("first_choice", -1), ("expert", 8), ("router", 2)]
+)
 def test_counts_are_checked(column: str, value: int, tmp_path: Path) -> None:
     write_counts(tmp_path / "t", [np.arange(8)[None] + 10] * 2, 2)
     report(open_trace(tmp_path / "t")).tables["load"]
     kind = schema.counts_schema(False).field(column).type
-    replace_part(tmp_path / "t", "counts", put(column, pa.array([value, *range(15)] if column == "expert" else [value] * 16, kind)))
+    replace_part(
+        tmp_path / "t",
+        "counts",
+        put(column, pa.array([value, *range(15)] if column == "expert" else [value] * 16, kind)),
+    )
     with pytest.raises(MoeInspectError, match=rf"counts/part-0-0\.parquet: {column} is {value}"):
         report(open_trace(tmp_path / "t")).tables["load"]
 
 
 def bombs(root: Path) -> dict[str, Callable[[], Any]]:
     """Small files that would fill the memory: what reads each."""
-    words = {"token_id": pa.array(range(1200), pa.int32()), "token": pa.DictionaryArray.from_arrays([0] * 1200, ["x" * 2**20])}
-    pq.write_table(pa.table(words), root / schema.VOCABULARY, compression="zstd", store_schema=False)
+    words = {
+        "token_id": pa.array(range(1200), pa.int32()),
+        "token": pa.DictionaryArray.from_arrays([0] * 1200, ["x" * 2**20]),
+    }
+    pq.write_table(
+        pa.table(words), root / schema.VOCABULARY, compression="zstd", store_schema=False
+    )
     edit_manifest(root, vocabulary=None)
-    with pq.ParquetWriter(root / "many.parquet", pa.schema([("token_id", pa.int32()), ("token", pa.string())])) as writer:
-        many = pa.table({"token_id": np.zeros(2**23, np.int32), "token": pa.nulls(2**23, pa.string())})
+    with pq.ParquetWriter(
+        root / "many.parquet", pa.schema([("token_id", pa.int32()), ("token", pa.string())])
+    ) as writer:
+        many = pa.table(
+            {"token_id": np.zeros(2**23, np.int32), "token": pa.nulls(2**23, pa.string())}
+        )
         writer.write_table(many, row_group_size=2**23)
 
     def vocabulary_of_many() -> None:
         (root / "many.parquet").replace(root / schema.VOCABULARY)
         open_trace(root).vocabulary()
 
-    return {"its 1,200 tokens are 1,258,291,200 bytes of text": lambda: open_trace(root).vocabulary(), "8,388,608 rows": vocabulary_of_many}
+    return {
+        "its 1,200 tokens are 1,258,291,200 bytes of text": lambda: open_trace(root).vocabulary(),
+        "8,388,608 rows": vocabulary_of_many,
+    }
 
 
 def test_a_small_file_cannot_fill_the_memory(copied: Path) -> None:
@@ -364,30 +527,52 @@ def test_a_small_file_cannot_fill_the_memory(copied: Path) -> None:
         assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY_BYTES
 
 
-def test_a_table_is_not_read_that_decompresses_to_more_than_its_rows_take(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_not_read_that_decompresses_to_more_than_its_rows_take(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parts, "TEXT_BYTES", 2**20)
     texts = pa.array(["x" * 2**14 + str(i) for i in range(150)]).dictionary_encode()
-    columns = {"document": pa.array(range(150), pa.int32()), "domain": texts, "source": texts, "tokens": pa.array([1] * 150, pa.int32())}
+    columns = {
+        "document": pa.array(range(150), pa.int32()),
+        "domain": texts,
+        "source": texts,
+        "tokens": pa.array([1] * 150, pa.int32()),
+    }
     replace_part(copied, "documents", lambda _: pa.table(columns), compression="zstd")
-    with pytest.raises(MoeInspectError, match=r"documents/part-0-0\.parquet: a row group of 150 rows decompresses to"):
+    with pytest.raises(
+        MoeInspectError,
+        match=r"documents/part-0-0\.parquet: a row group of 150 rows decompresses to",
+    ):
         open_trace(copied).documents()
 
 
-def test_what_arrow_raises_is_a_line_that_names_the_file(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_arrow_raises_is_a_line_that_names_the_file(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def raising(error: Exception) -> Callable[..., Any]:
         def read(*_: Any, **__: Any) -> Any:
             raise error
 
         return read
 
-    errors = [pa.ArrowInvalid("a\nb"), pa.ArrowNotImplementedError("a"), OSError(5, "Input/output error"), OverflowError(), MemoryError()]
+    errors = [
+        pa.ArrowInvalid("a\nb"),
+        pa.ArrowNotImplementedError("a"),
+        OSError(5, "Input/output error"),
+        OverflowError(),
+        MemoryError(),
+    ]
     for error in errors:
         monkeypatch.setattr(pq.ParquetFile, "read_row_groups", raising(error))
-        with pytest.raises(MoeInspectError, match=r"damaged trace: routing/part-0-0\.parquet: \w+[^\n]*$"):
+        with pytest.raises(
+            MoeInspectError, match=r"damaged trace: routing/part-0-0\.parquet: \w+[^\n]*$"
+        ):
             Shard(trace := open_trace(copied), next(iter(trace.shards)).files).slots(0)
 
 
-def test_weights_descend_where_the_manifest_says_so(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_descend_where_the_manifest_says_so(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from moe_inspect.trace.schema import Router
 
     monkeypatch.setattr(Router, "slot_order", "weight", raising=False)

@@ -1,4 +1,5 @@
-"""Distinct experts of a decode step: the baselines' known values, a brute force, and the compiled loop against its twin."""
+"""Distinct experts of a decode step: the baselines' known values, a brute force, and the compiled
+loop against its twin."""
 
 from __future__ import annotations
 
@@ -17,19 +18,29 @@ UNIFORM = [(8, 2, 7.20, 8.00), (64, 8, 42.0, 63.1), (128, 8, 51.6, 111.8), (256,
 
 
 @pytest.mark.parametrize(("E", "k", "of_8", "of_32"), UNIFORM)
-def test_uniform_routing_reads_what_the_formula_says(E: int, k: int, of_8: float, of_32: float, tmp_path: Path) -> None:
+def test_uniform_routing_reads_what_the_formula_says(
+    E: int, k: int, of_8: float, of_32: float, tmp_path: Path
+) -> None:
     assert independent(E, k, 8) == pytest.approx(of_8, abs=0.06)
     assert independent(E, k, 32) == pytest.approx(of_32, abs=0.06)
     ids = uniform_ids(np.random.default_rng(0), 64 * 240, E, k)
-    trace = write_trace(tmp_path / "t", [ids], E, document=np.repeat(np.arange(64), 240), batch_tokens=240)
-    found = simulate_decode(trace, batches=[8, 32]).tables["decode"].set_index("batch")["distinct_experts"]
+    trace = write_trace(
+        tmp_path / "t", [ids], E, document=np.repeat(np.arange(64), 240), batch_tokens=240
+    )
+    found = (
+        simulate_decode(trace, batches=[8, 32])
+        .tables["decode"]
+        .set_index("batch")["distinct_experts"]
+    )
     assert found[8] == pytest.approx(of_8, rel=0.01)
     assert found[32] == pytest.approx(of_32, rel=0.01)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
-def test_steps_equal_a_brute_force_however_the_trace_is_cut(seed: int, batch: int, parts: int) -> None:
+def test_steps_equal_a_brute_force_however_the_trace_is_cut(
+    seed: int, batch: int, parts: int
+) -> None:
     rng = np.random.default_rng(seed)
     T, E, k = int(rng.integers(1, 60)), 6, 2
     ids_KT, position_T = uniform_ids(rng, T, E, k).astype(np.int16).T.copy(), rng.integers(0, 4, T)
@@ -48,10 +59,13 @@ def test_steps_equal_a_brute_force_however_the_trace_is_cut(seed: int, batch: in
 
 
 def test_only_generated_tokens_count_where_there_are_some(tmp_path: Path) -> None:
-    """Two documents: a prompt to expert 0, then a token to expert 1 and one to expert 2, at different positions."""
+    """Two documents: a prompt to expert 0, then a token to expert 1 and one to expert 2, at
+    different positions."""
     ids = np.array([[0], [0], [1], [2], [0], [0], [1], [2]], np.uint16)
     document = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    trace = write_trace(tmp_path / "t", [ids], 4, document=document, batch_tokens=2, phases=("prefill", "decode"))
+    trace = write_trace(
+        tmp_path / "t", [ids], 4, document=document, batch_tokens=2, phases=("prefill", "decode")
+    )
     made = simulate_decode(trace, batches=[1, 2])
     assert made.settings["decoded"]
     table = made.tables["decode"].set_index("batch")
@@ -62,9 +76,19 @@ def test_only_generated_tokens_count_where_there_are_some(tmp_path: Path) -> Non
 def test_bytes_a_token(tmp_path: Path) -> None:
     config = {"hidden_size": 10, "moe_intermediate_size": 4}
     manifest = {"model": {"config": config}, "capture": {"weights": False, "dtype": "bfloat16"}}
-    trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 50, 4, 2)], 4, manifest=manifest)
-    assert simulate_decode(trace, batches=[1]).tables["decode"]["bytes_per_token"].item() == 2 * 3 * 10 * 4 * 2
-    assert simulate_decode(trace, batches=[1], expert_mb=1.5).tables["decode"]["bytes_per_token"].item() == 3e6
+    trace = write_trace(
+        tmp_path / "t", [uniform_ids(np.random.default_rng(0), 50, 4, 2)], 4, manifest=manifest
+    )
+    assert (
+        simulate_decode(trace, batches=[1]).tables["decode"]["bytes_per_token"].item()
+        == 2 * 3 * 10 * 4 * 2
+    )
+    assert (
+        simulate_decode(trace, batches=[1], expert_mb=1.5)
+        .tables["decode"]["bytes_per_token"]
+        .item()
+        == 3e6
+    )
 
 
 def test_counts_alone_are_refused(tmp_path: Path) -> None:

@@ -38,13 +38,18 @@ def model():
 
 @pytest.fixture
 def own_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three domains of three documents, long enough for windows on both sides of the split; few windows, to be quick."""
+    """Three domains of three documents, long enough for windows on both sides of the split; few
+    windows, to be quick."""
     monkeypatch.setattr(train, "HELD_OUT_WINDOWS", 4)
     for domain in DOMAINS[:3]:
-        found = [path.read_text(encoding="utf-8") for path in sorted((CORPUS_DIR / domain).glob("*.txt"))]
+        found = [
+            path.read_text(encoding="utf-8") for path in sorted((CORPUS_DIR / domain).glob("*.txt"))
+        ]
         (tmp_path / "texts" / domain).mkdir(parents=True)
         for n in range(3):
-            (tmp_path / "texts" / domain / f"{n}.txt").write_text("\n".join(found[n:] + found[:n]), encoding="utf-8")
+            (tmp_path / "texts" / domain / f"{n}.txt").write_text(
+                "\n".join(found[n:] + found[:n]), encoding="utf-8"
+            )
     return tmp_path / "texts"
 
 
@@ -67,20 +72,36 @@ def test_corpus_document_has_60_to_200_tokens(path, tokenizer):
     assert 60 <= len(token_ids) <= 200
 
 
-@pytest.mark.parametrize("path", sorted((CORPUS_DIR / "python").glob("*.txt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((CORPUS_DIR / "python").glob("*.txt")), ids=lambda path: path.stem
+)
 def test_corpus_python_compiles(path):
     compile(path.read_text(encoding="utf-8"), path.name, "exec")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-@pytest.mark.parametrize("path", sorted((CORPUS_DIR / "c").glob("*.txt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((CORPUS_DIR / "c").glob("*.txt")), ids=lambda path: path.stem
+)
 def test_corpus_c_compiles_without_a_warning(path):
-    command = ["cc", "-x", "c", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(path)]
+    command = [
+        "cc",
+        "-x",
+        "c",
+        "-std=c11",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        str(path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", sorted((CORPUS_DIR / "metamath").glob("*.txt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((CORPUS_DIR / "metamath").glob("*.txt")), ids=lambda path: path.stem
+)
 def test_corpus_metamath_statements_and_scopes_are_closed(path):
     tokens = path.read_text(encoding="utf-8").split()
     assert tokens.count("${") == tokens.count("$}")
@@ -98,7 +119,11 @@ def test_model_folder_is_small():
 
 def test_model_is_bfloat16_with_8_experts_and_top_2():
     config = json.loads((MODEL_DIR / "config.json").read_text())
-    assert (config["dtype"], config["num_local_experts"], config["num_experts_per_tok"]) == ("bfloat16", 8, 2)
+    assert (config["dtype"], config["num_local_experts"], config["num_experts_per_tok"]) == (
+        "bfloat16",
+        8,
+        2,
+    )
     assert config["num_hidden_layers"] >= 4
     with safe_open(MODEL_DIR / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
@@ -145,18 +170,24 @@ def test_model_has_learned_every_domain_of_the_corpus(model, tokenizer):
 
 def corpus_loads(model, tokenizer) -> np.ndarray:
     """Assignments, int64 [L, D, E], by the bundled corpus."""
-    load_LDE = np.zeros((model.config.num_hidden_layers, len(DOMAINS), train.EXPERTS), dtype=np.int64)
+    load_LDE = np.zeros(
+        (model.config.num_hidden_layers, len(DOMAINS), train.EXPERTS), dtype=np.int64
+    )
     for d, domain in enumerate(DOMAINS):
         for path in (CORPUS_DIR / domain).glob("*.txt"):
             token_WS = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
             with torch.no_grad():
                 output = model(input_ids=token_WS, output_router_logits=True)
-            load_LDE[:, d] += np.stack([train.loads(logits_TE) for logits_TE in output.router_logits])
+            load_LDE[:, d] += np.stack(
+                [train.loads(logits_TE) for logits_TE in output.router_logits]
+            )
     return load_LDE
 
 
 def test_model_is_balanced_in_every_layer_and_specialises_by_domain(model, tokenizer):
-    max_over_mean_L, min_over_mean_L, mi_bits_L = train.Evaluation({}, corpus_loads(model, tokenizer)).balance()
+    max_over_mean_L, min_over_mean_L, mi_bits_L = train.Evaluation(
+        {}, corpus_loads(model, tokenizer)
+    ).balance()
     assert max_over_mean_L.max() < 1.6
     assert min_over_mean_L.min() > 0.3
     assert mi_bits_L.min() > 0.1
@@ -183,7 +214,8 @@ def test_uniform_router_scores_1_in_each_layer_and_top_k_when_pooled(layers):
 
 
 def test_pooled_loss_is_blind_to_layers_that_collapse_onto_different_experts():
-    """Two layers, each with one half of the experts: uniform when pooled, and 2 for a layer that uses half."""
+    """Two layers, each with one half of the experts: uniform when pooled, and 2 for a layer that
+    uses half."""
     left, right = torch.zeros(16, 4), torch.zeros(16, 4)
     left[:, :2], right[:, 2:] = 30, 30
     assert train.pooled_balancing_loss([left, right], 4, 2).item() == pytest.approx(2)
@@ -219,8 +251,14 @@ def test_split_is_by_document_and_by_seed():
 
 
 def test_prose_keeps_its_own_language_once():
-    german = "<div>Der Rechner wird im nächsten Schritt neu gestartet, und das System ist nicht mehr erreichbar.</div>"
-    english = "<p>The computer is restarted in the next step, and the system can not be reached for as long.</p>"
+    german = (
+        "<div>Der Rechner wird im nächsten Schritt neu gestartet, und das System ist nicht mehr "
+        "erreichbar.</div>"
+    )
+    english = (
+        "<p>The computer is restarted in the next step, and the system can not be reached for as "
+        "long.</p>"
+    )
     page = f"<html><head><title>x</title></head><body>{german}{english}{german}<pre>{english}</pre></body></html>"
     (found,) = texts.prose(page, "german", set())
     assert found.startswith("Der Rechner")
@@ -231,19 +269,31 @@ def test_prose_keeps_its_own_language_once():
 @pytest.mark.parametrize("balance", list(train.BALANCING_LOSSES))
 def test_recipe_runs_end_to_end(balance, own_texts, tmp_path, capsys):
     output = tmp_path / "model"
-    assert train.main(["-o", str(output), "--balance", balance, "--steps", "3", "--texts", str(own_texts)]) == 0
+    assert (
+        train.main(
+            ["-o", str(output), "--balance", balance, "--steps", "3", "--texts", str(own_texts)]
+        )
+        == 0
+    )
     assert "MI(domain; expert)" in capsys.readouterr().out
     card = (output / "README.md").read_text(encoding="utf-8")
     assert f"--balance {balance} --steps 3 --seed 0 --texts DIR" in card
     tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(output, local_files_only=True)
     assert model.dtype == torch.bfloat16
-    assert model.generate(**tokenizer("a", return_tensors="pt", return_token_type_ids=False), max_new_tokens=2).shape[0] == 1
+    assert (
+        model.generate(
+            **tokenizer("a", return_tensors="pt", return_token_type_ids=False), max_new_tokens=2
+        ).shape[0]
+        == 1
+    )
 
 
 def test_recipe_is_deterministic_and_the_seed_matters(own_texts, tmp_path):
     def weights(name: str, *options: str) -> bytes:
-        train.main(["-o", str(tmp_path / name), "--steps", "2", "--texts", str(own_texts), *options])
+        train.main(
+            ["-o", str(tmp_path / name), "--steps", "2", "--texts", str(own_texts), *options]
+        )
         return (tmp_path / name / "model.safetensors").read_bytes()
 
     assert weights("a") == weights("b")
@@ -261,5 +311,11 @@ def test_missing_texts_are_named(tmp_path, capsys):
 
 
 def test_package_constants_import_nothing_heavy():
-    code = "import sys, moe_inspect.demo; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pandas')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+    code = (
+        "import sys, moe_inspect.demo; sys.exit(any(name in sys.modules for name in ('torch', "
+        "'transformers', 'pandas')))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode
+        == 0
+    )

@@ -1,4 +1,5 @@
-"""What a model is before it runs, against the parameter counts that real configurations are known by."""
+"""What a model is before it runs, against the parameter counts that real configurations are known
+by."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from tests.conftest import ROOT, Cli
 from tests.families import FAMILIES, build
 
 CONFIGS = ROOT / "docs" / "configs"
-# from the safetensors indices of the released models; the active count of Mixtral is Mistral's "12.9B", OLMoE's "1.3B"
+# from the safetensors indices of the released models; the active count of Mixtral is Mistral's
+# "12.9B", OLMoE's "1.3B"
 KNOWN = {
     "mixtral-8x7b": (46_702_792_704, 12_879_925_248),
     "olmoe-1b-7b": (6_919_161_856, 1_282_017_280),
@@ -34,12 +36,15 @@ def test_parameters_to_the_digit(name: str) -> None:
     began = time.process_time()
     made = moe_inspect.describe(str(CONFIGS / f"{name}.json"))
     assert (made.parameters, made.parameters_active) == KNOWN[name]
-    assert time.process_time() - began < 30  # no weight was made: 3e10 parameters would have taken minutes
+    assert (
+        time.process_time() - began < 30
+    )  # no weight was made: 3e10 parameters would have taken minutes
     assert sum(made.total.values()) == made.parameters
 
 
 def test_flops_by_hand() -> None:
-    """Llama-2-7B: two for each entry of its matrices, embeddings left out, four for each key, head and dimension."""
+    """Llama-2-7B: two for each entry of its matrices, embeddings left out, four for each key, head
+    and dimension."""
     made = moe_inspect.describe(str(CONFIGS / "llama-2-7b.json"), context=1000)
     matrices = 6_738_415_616 - 131_072_000 - 65 * 4096
     assert made.flops_a_token(1000) == 2 * matrices + 4 * 1000 * 32 * 4096
@@ -62,12 +67,15 @@ def test_training_and_its_inverse() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_counts_what_the_built_model_has(family: str, tmp_path: Path) -> None:
-    """On the meta device as in memory, every parameter in one part; and of the routed experts k in E are active."""
+    """On the meta device as in memory, every parameter in one part; and of the routed experts k in
+    E are active."""
     model = build(family)
     FAMILIES[family]().save_pretrained(tmp_path)
     made = moe_inspect.describe(str(tmp_path))
     assert made.parameters == sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and "shared" not in n)
+    experts = sum(
+        p.numel() for n, p in model.named_parameters() if ".experts." in n and "shared" not in n
+    )
     assert made.total["routed experts"] == experts
     k = {k for _, _, k in made.routers}.pop()
     assert made.active["routed experts"] == pytest.approx(experts * k / 8)
@@ -81,18 +89,38 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     said = cli("describe", config).stdout
     assert "46,702,792,704" in said
     assert "where this one needs 3.63x" in said
-    rows = [json.loads(line) for line in cli("describe", config, "--format", "json").stdout.splitlines()]
+    rows = [
+        json.loads(line) for line in cli("describe", config, "--format", "json").stdout.splitlines()
+    ]
     assert {"key": "parameters.active", "value": 12_879_925_248, "text": "12,879,925,248"} in rows
-    cli("describe", config, "--train-tokens", "2e12", "--gpu", "a100", "--mfu", "0.4", "-o", "facts.csv")
+    cli(
+        "describe",
+        config,
+        "--train-tokens",
+        "2e12",
+        "--gpu",
+        "a100",
+        "--mfu",
+        "0.4",
+        "-o",
+        "facts.csv",
+    )
     assert pd.read_csv(tmp_path / "facts.csv").set_index("key").value["training.gpu_hours"] > 1e5
     dense = cli("describe", CONFIGS / "llama-2-7b.json").stdout
     assert "no router: a dense model" in dense
     assert "dense_of_same_total_size" in dense
-    assert cli("describe", config, "--mfu", "0.4", check=2).stderr.strip().endswith("add --train-tokens")
+    assert (
+        cli("describe", config, "--mfu", "0.4", check=2)
+        .stderr.strip()
+        .endswith("add --train-tokens")
+    )
 
 
 def test_from_a_trace_and_the_bundled_model() -> None:
-    demo, traced = moe_inspect.describe("demo"), moe_inspect.describe(str(ROOT / "sample_traces" / "balanced"))
+    demo, traced = (
+        moe_inspect.describe("demo"),
+        moe_inspect.describe(str(ROOT / "sample_traces" / "balanced")),
+    )
     assert demo.parameters == traced.parameters == 2_561_152
     assert describe_table(demo).equals(describe_table(traced))
 

@@ -1,5 +1,6 @@
-"""`trace URL --engine`: a server that speaks the protocols as strictly as the engines do, whose decisions are a known function of
-token, position and layer, so that every row of the trace is checked; and servers that are slow, busy, broken, or lie."""
+"""`trace URL --engine`: a server that speaks the protocols as strictly as the engines do, whose
+decisions are a known function of token, position and layer, so that every row of the trace is
+checked; and servers that are slow, busy, broken, or lie."""
 
 from __future__ import annotations
 
@@ -33,7 +34,15 @@ from tests.test_cli_trace import save, write_jsonl
 LAYERS, EXPERTS, K, DENSE, VOCABULARY, END = 2, 8, 3, 0, 300, 1  # of the tiny DeepSeek-V3
 KEY = "sesame"
 MODEL_LENGTH = 200
-SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+SAMPLING = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+}
 FIELDS = {
     "/v1/completions": {
         "model",
@@ -65,18 +74,25 @@ def continued(prompt: list[int], most: int) -> list[int]:
     """What the server generates: some sequences end early, by END."""
     made: list[int] = []
     while len(made) < most and END not in made:
-        made.append(END if len(prompt) % 4 == 0 and len(made) == 2 else 2 + (sum(prompt) + 31 * len(made)) % (VOCABULARY - 2))
+        made.append(
+            END
+            if len(prompt) % 4 == 0 and len(made) == 2
+            else 2 + (sum(prompt) + 31 * len(made)) % (VOCABULARY - 2)
+        )
     return made
 
 
 class Server:
-    """`behave(n, path, body)` may return (status, headers, raw answer) in place of the true one to request n, or `edit` it."""
+    """`behave(n, path, body)` may return (status, headers, raw answer) in place of the true one to
+    request n, or `edit` it."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.now = self.most = 0
         self.lock = threading.Lock()
-        self.behave: Callable[[int, str, dict[str, Any]], tuple[int, dict[str, str], bytes] | None] = lambda *_: None
+        self.behave: Callable[
+            [int, str, dict[str, Any]], tuple[int, dict[str, str], bytes] | None
+        ] = lambda *_: None
         self.edit: Callable[[dict[str, Any]], None] = lambda answer: None
         self.routed: Callable[[np.ndarray], np.ndarray] = lambda routed: routed
         self.delay_s: Callable[[int], float] = lambda n: 0.0
@@ -90,10 +106,18 @@ class Server:
         sampling = body if vllm else body["sampling_params"]
         if not vllm and set(sampling) - {"max_new_tokens", "sampling_seed", *SAMPLING}:
             return 400, {"error": {"message": "unknown sampling parameter"}}
-        prompt, most = (body["prompt"], body["max_tokens"]) if vllm else (body["input_ids"], sampling["max_new_tokens"])
+        prompt, most = (
+            (body["prompt"], body["max_tokens"])
+            if vllm
+            else (body["input_ids"], sampling["max_new_tokens"])
+        )
         if vllm and (body["model"] != "served" or body["return_token_ids"] is not True):
             return 404, {"error": {"message": "no such model"}}
-        if not (prompt and all(type(i) is int and 0 <= i < VOCABULARY for i in prompt) and len(prompt) + most <= MODEL_LENGTH):
+        if not (
+            prompt
+            and all(type(i) is int and 0 <= i < VOCABULARY for i in prompt)
+            and len(prompt) + most <= MODEL_LENGTH
+        ):
             return 400, {"error": {"message": "maximum context length exceeded"}}
         made = continued(prompt, most)
         fed = np.array(prompt + made[:-1])
@@ -105,17 +129,34 @@ class Server:
         if vllm:
             sink = io.BytesIO()
             np.save(sink, routed.astype(np.uint8))
-            choice = {"index": 0, "text": "", "finish_reason": finish, "token_ids": made, "prompt_token_ids": prompt}
+            choice = {
+                "index": 0,
+                "text": "",
+                "finish_reason": finish,
+                "token_ids": made,
+                "prompt_token_ids": prompt,
+            }
             choice["routed_experts"] = base64.b64encode(sink.getvalue()).decode()
-            return 200, {"choices": [choice], "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(made)}}
-        facts = {"finish_reason": {"type": finish}, "prompt_tokens": len(prompt), "completion_tokens": len(made)}
+            return 200, {
+                "choices": [choice],
+                "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(made)},
+            }
+        facts = {
+            "finish_reason": {"type": finish},
+            "prompt_tokens": len(prompt),
+            "completion_tokens": len(made),
+        }
         if body["return_routed_experts"]:
-            facts["routed_experts"] = base64.b64encode(routed.astype("<i4")[body["routed_experts_start_len"] :].tobytes()).decode()
+            facts["routed_experts"] = base64.b64encode(
+                routed.astype("<i4")[body["routed_experts_start_len"] :].tobytes()
+            ).decode()
         return 200, {"text": "", "output_ids": made, "prompt_token_ids": prompt, "meta_info": facts}
 
     def about(self, path: str) -> dict[str, Any] | None:
         return {
-            "/v1/models": {"data": [{"id": "served", "root": "/models/tiny", "max_model_len": MODEL_LENGTH}]},
+            "/v1/models": {
+                "data": [{"id": "served", "root": "/models/tiny", "max_model_len": MODEL_LENGTH}]
+            },
             "/version": {"version": "0.33.0"},
             "/model_info": {"model_path": "/models/tiny", "model_type": self.model_type},
             "/server_info": {"version": "0.5.23", "api_key": KEY},
@@ -146,7 +187,9 @@ def serving(server: Server) -> Iterator[str]:
         def do_GET(self) -> None:
             if self.allowed():
                 found = server.about(self.path)
-                self.reply(200 if found else 404, json.dumps(found or {"detail": "Not Found"}).encode())
+                self.reply(
+                    200 if found else 404, json.dumps(found or {"detail": "Not Found"}).encode()
+                )
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -197,7 +240,9 @@ def impatient(monkeypatch: Any) -> None:
     monkeypatch.setattr(engine_http, "FIRST_WAIT_S", 0.01)
 
 
-def traced(url: str, out: Path, model: str, corpus: str, engine: str = "vllm", **options: Any) -> moe_inspect.Trace:
+def traced(
+    url: str, out: Path, model: str, corpus: str, engine: str = "vllm", **options: Any
+) -> moe_inspect.Trace:
     usual = {"data": [corpus], "max_length": 40, "batch_tokens": 300, "concurrency": 4}
     return trace_engine(url, out, engine=engine, model_config=model, **{**usual, **options})
 
@@ -210,15 +255,21 @@ def check_rows(trace: moe_inspect.Trace) -> None:
     found = rows(trace)
     assert len(found) == trace.n_tokens > 0
     assert set(found["layer"]) == {DENSE + 1}
-    expected = decisions(found.token_id.to_numpy(np.int64), found.position.to_numpy(np.int64), DENSE + 1)
+    expected = decisions(
+        found.token_id.to_numpy(np.int64), found.position.to_numpy(np.int64), DENSE + 1
+    )
     assert (found[[f"expert_{j}" for j in range(K)]].to_numpy() == expected).all()
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 @pytest.mark.parametrize("generate", [0, 5])
-def test_every_row_is_what_the_server_decided(engine: str, generate: int, model: str, corpus: str, tmp_path: Path) -> None:
+def test_every_row_is_what_the_server_decided(
+    engine: str, generate: int, model: str, corpus: str, tmp_path: Path
+) -> None:
     server = Server()
-    server.delay_s = lambda n: 0.02 * (n % 3 == 0)  # answers come in another order than they were asked for
+    server.delay_s = lambda n: (
+        0.02 * (n % 3 == 0)
+    )  # answers come in another order than they were asked for
     with serving(server) as url:
         trace = traced(url, tmp_path / "t", model, corpus, engine, generate=generate)
     check_rows(trace)
@@ -226,10 +277,14 @@ def test_every_row_is_what_the_server_decided(engine: str, generate: int, model:
     for _, text in tokens.groupby("sequence"):
         assert text.position.tolist() == list(range(len(text)))
         prompt, made = (text[text.phase == p].token_id.tolist() for p in ("prefill", "decode"))
-        last = text.sequence.iloc[0] == tokens[tokens.document == text.document.iloc[0]].sequence.max()
+        last = (
+            text.sequence.iloc[0] == tokens[tokens.document == text.document.iloc[0]].sequence.max()
+        )
         assert made == (continued(prompt, generate + 1)[:-1] if generate and last else [])
     assert (tokens.phase == "decode").any() == (generate > 0)
-    assert len({b["cache_salt" if engine == "vllm" else "extra_key"] for _, b in server.requests}) == len(server.requests)
+    assert len(
+        {b["cache_salt" if engine == "vllm" else "extra_key"] for _, b in server.requests}
+    ) == len(server.requests)
     capture = trace.manifest["capture"]
     assert (capture["mode"], capture["engine"], capture["url"]) == ("engine", engine, url)
     assert capture["server"]["version"] == {"vllm": "0.33.0", "sglang": "0.5.23"}[engine]
@@ -244,27 +299,46 @@ def test_the_tokens_are_those_of_a_local_trace(model: str, corpus: str, tmp_path
     local = moe_inspect.trace_model(model, tmp_path / "local", data=[corpus], **options)
     assert served.tokens().equals(local.tokens())
     assert served.documents().equals(local.documents())
-    known = [{**router, "slot_order": "unknown"} for router in local.manifest["routers"]]  # engines hand back no weights
+    known = [
+        {**router, "slot_order": "unknown"} for router in local.manifest["routers"]
+    ]  # engines hand back no weights
     assert served.manifest["routers"] == known
 
 
-def test_concurrency_is_bounded_and_changes_nothing(model: str, corpus: str, tmp_path: Path) -> None:
+def test_concurrency_is_bounded_and_changes_nothing(
+    model: str, corpus: str, tmp_path: Path
+) -> None:
     found = {}
     for concurrency in (1, 8):
         server = Server()
         first = threading.Barrier(concurrency)  # they are answered when all of them are under way
-        server.delay_s = lambda n, first=first: first.wait(60) * 0.0 if n < first.parties else 0.002 * (n % 5)
+        server.delay_s = lambda n, first=first: (
+            first.wait(60) * 0.0 if n < first.parties else 0.002 * (n % 5)
+        )
         with serving(server) as url:
-            found[concurrency] = rows(traced(url, tmp_path / f"{concurrency}", model, corpus, generate=2, concurrency=concurrency))
+            found[concurrency] = rows(
+                traced(
+                    url,
+                    tmp_path / f"{concurrency}",
+                    model,
+                    corpus,
+                    generate=2,
+                    concurrency=concurrency,
+                )
+            )
         assert server.most == concurrency
     assert found[1].equals(found[8])
 
 
-def test_a_busy_server_is_asked_again_as_it_says(model: str, corpus: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_busy_server_is_asked_again_as_it_says(
+    model: str, corpus: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     server, waited = Server(), []
     monkeypatch.setattr(engine_http, "LONGEST_ASKED_WAIT_S", 0.01)
     real = engine_http._asked_wait
-    monkeypatch.setattr(engine_http, "_asked_wait", lambda header: waited.append(header) or real(header))
+    monkeypatch.setattr(
+        engine_http, "_asked_wait", lambda header: waited.append(header) or real(header)
+    )
     busy = {
         0: (503, {}, b"starting"),
         1: (429, {"Retry-After": "7"}, b"{}"),
@@ -273,21 +347,33 @@ def test_a_busy_server_is_asked_again_as_it_says(model: str, corpus: str, tmp_pa
     }
     server.behave = lambda n, *_: busy.get(n)
     with serving(server) as url:
-        trace = traced(url, tmp_path / "t", model, corpus, concurrency=1)  # else any of the refusals may be told first
+        trace = traced(
+            url, tmp_path / "t", model, corpus, concurrency=1
+        )  # else any of the refusals may be told first
     check_rows(trace)
-    assert f"{url}: HTTP 503: starting; it is asked again in 0 s (1 of 6 attempts made)\n" in capsys.readouterr().err
+    assert (
+        f"{url}: HTTP 503: starting; it is asked again in 0 s (1 of 6 attempts made)\n"
+        in capsys.readouterr().err
+    )
     assert "7" in waited
     assert len(server.requests) == trace.tokens().sequence.nunique() + len(busy)
 
 
-def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(model: str, corpus: str, tmp_path: Path) -> None:
+def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(
+    model: str, corpus: str, tmp_path: Path
+) -> None:
     whole = Server()
     with serving(whole) as url:
         expected = rows(traced(url, tmp_path / "whole", model, corpus, generate=3))
     server = Server()
-    server.behave = lambda n, *_: (503, {}, b'{"error": {"message": "engine\\ndead"}}') if n >= 20 else None
+    server.behave = lambda n, *_: (
+        (503, {}, b'{"error": {"message": "engine\\ndead"}}') if n >= 20 else None
+    )
     with serving(server) as url:
-        with pytest.raises(MoeInspectError, match=r"asked 6 times, the last time with HTTP 503: engine dead: .*--resume"):
+        with pytest.raises(
+            MoeInspectError,
+            match=r"asked 6 times, the last time with HTTP 503: engine dead: .*--resume",
+        ):
             traced(url, tmp_path / "t", model, corpus, generate=3)
         cut = moe_inspect.open_trace(tmp_path / "t")
         assert cut.manifest["status"] == "interrupted"
@@ -298,7 +384,9 @@ def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(model: str, cor
         with pytest.raises(MoeInspectError, match="made with generate 3, not 2"):
             traced(url, tmp_path / "t", model, corpus, generate=2, resume=True)
         trace = traced(url, tmp_path / "t", model, corpus, generate=3, resume=True)
-        assert len(server.requests) - before < len(whole.requests)  # what was committed is not asked for again
+        assert len(server.requests) - before < len(
+            whole.requests
+        )  # what was committed is not asked for again
         assert rows(trace).equals(expected)
         assert trace.manifest["status"] == "complete"
         again = len(server.requests)
@@ -332,39 +420,106 @@ LIES: dict[str, tuple[str, str, Any, str]] = {
         _set("choices.0.routed_experts", None),
         "start the server with --enable-return-routed-experts",
     ),
-    "the flag is not set (sglang)": ("sglang", "edit", _set("meta_info.routed_experts", None), "start the server with --enable-return-"),
+    "the flag is not set (sglang)": (
+        "sglang",
+        "edit",
+        _set("meta_info.routed_experts", None),
+        "start the server with --enable-return-",
+    ),
     "cut base64": ("vllm", "edit", _set("choices.0.routed_experts", "k05VTVB"), "base64"),
     "no array": ("vllm", "edit", _set("choices.0.routed_experts", "AAAA"), "no .npy"),
-    "cut array": ("sglang", "edit", _set("meta_info.routed_experts", "AAAAAA=="), "no whole number of tokens"),
-    "another prompt": ("vllm", "edit", _set("choices.0.prompt_token_ids", [5]), "ran another prompt"),
+    "cut array": (
+        "sglang",
+        "edit",
+        _set("meta_info.routed_experts", "AAAAAA=="),
+        "no whole number of tokens",
+    ),
+    "another prompt": (
+        "vllm",
+        "edit",
+        _set("choices.0.prompt_token_ids", [5]),
+        "ran another prompt",
+    ),
     "a cut prompt": ("sglang", "edit", _set("meta_info.prompt_tokens", 1), "ran another prompt"),
-    "ids beyond the vocabulary": ("vllm", "edit", _set("choices.0.token_ids", [VOCABULARY]), "no list of ids below 300"),
+    "ids beyond the vocabulary": (
+        "vllm",
+        "edit",
+        _set("choices.0.token_ids", [VOCABULARY]),
+        "no list of ids below 300",
+    ),
     "no token ids": ("sglang", "edit", _set("output_ids", None), "no list of ids"),
-    "aborted": ("sglang", "edit", _set("meta_info.finish_reason", {"type": "abort"}), "ended by 'abort'"),
-    "too many tokens": ("vllm", "edit", _set("choices.0.token_ids", [3, 4]), "2 of 1 tokens were generated"),
+    "aborted": (
+        "sglang",
+        "edit",
+        _set("meta_info.finish_reason", {"type": "abort"}),
+        "ended by 'abort'",
+    ),
+    "too many tokens": (
+        "vllm",
+        "edit",
+        _set("choices.0.token_ids", [3, 4]),
+        "2 of 1 tokens were generated",
+    ),
     "rows of a cached prefix left out": (
         "vllm",
         "routed",
         _changed(lambda a: a[1:]),
         "0.33 return them, and do not start with --no-enable",
     ),
-    "rows of a cached prefix left out (sglang)": ("sglang", "routed", _changed(lambda a: a[1:]), "start the server with --disable-radix"),
+    "rows of a cached prefix left out (sglang)": (
+        "sglang",
+        "routed",
+        _changed(lambda a: a[1:]),
+        "start the server with --disable-radix",
+    ),
     "too many rows": ("sglang", "routed", _changed(lambda a: np.concatenate([a, a[:1]])), "rows"),
-    "a layer too few": ("vllm", "routed", _changed(lambda a: a[:, 1:]), "1 layers, the model's config 2"),
+    "a layer too few": (
+        "vllm",
+        "routed",
+        _changed(lambda a: a[:, 1:]),
+        "1 layers, the model's config 2",
+    ),
     "another top-k": ("vllm", "routed", _changed(lambda a: a[:, :, :2]), "2 experts a token"),
-    "an expert beyond E": ("vllm", "routed", _changed(lambda a: a.__setitem__((0, 1, 0), EXPERTS)), "expert 8 of 8"),
-    "an expert twice": ("sglang", "routed", _changed(lambda a: a.__setitem__((0, 1, 0), a[0, 1, 1])), "one expert twice"),
-    "a layer that was not recorded": ("vllm", "routed", _changed(lambda a: a.__setitem__(slice(None), 0)), "one expert twice"),
-    "a dense layer that routes": ("vllm", "routed", _changed(lambda a: a.__setitem__((0, 0, 0), 4)), "no router in layer 0"),
+    "an expert beyond E": (
+        "vllm",
+        "routed",
+        _changed(lambda a: a.__setitem__((0, 1, 0), EXPERTS)),
+        "expert 8 of 8",
+    ),
+    "an expert twice": (
+        "sglang",
+        "routed",
+        _changed(lambda a: a.__setitem__((0, 1, 0), a[0, 1, 1])),
+        "one expert twice",
+    ),
+    "a layer that was not recorded": (
+        "vllm",
+        "routed",
+        _changed(lambda a: a.__setitem__(slice(None), 0)),
+        "one expert twice",
+    ),
+    "a dense layer that routes": (
+        "vllm",
+        "routed",
+        _changed(lambda a: a.__setitem__((0, 0, 0), 4)),
+        "no router in layer 0",
+    ),
     "no JSON": ("vllm", "behave", lambda *_: (200, {}, b"<html>"), "no JSON object but b'<html>'"),
     "endless": ("vllm", "behave", lambda *_: (200, {}, b" " * 2**22), "not read on"),
     "a redirect": ("vllm", "behave", lambda *_: (307, {"Location": "/elsewhere"}, b""), "HTTP 307"),
-    "a refusal": ("sglang", "behave", lambda *_: (400, {}, b'{"error": {"message": "too long"}}'), "HTTP 400.: too long"),
+    "a refusal": (
+        "sglang",
+        "behave",
+        lambda *_: (400, {}, b'{"error": {"message": "too long"}}'),
+        "HTTP 400.: too long",
+    ),
 }
 
 
 @pytest.mark.parametrize("lie", list(LIES))
-def test_an_answer_that_cannot_be_true_is_one_line_and_nothing_is_written(lie: str, model: str, corpus: str, tmp_path: Path) -> None:
+def test_an_answer_that_cannot_be_true_is_one_line_and_nothing_is_written(
+    lie: str, model: str, corpus: str, tmp_path: Path
+) -> None:
     engine, hook, what, said = LIES[lie]
     server = Server()
     setattr(server, hook, what)
@@ -374,11 +529,16 @@ def test_an_answer_that_cannot_be_true_is_one_line_and_nothing_is_written(lie: s
     assert not (tmp_path / "t").exists()
 
 
-def test_a_server_of_another_model_or_engine_is_refused(model: str, corpus: str, tmp_path: Path) -> None:
+def test_a_server_of_another_model_or_engine_is_refused(
+    model: str, corpus: str, tmp_path: Path
+) -> None:
     server = Server()
     with serving(server) as url:
         server.model_type = "mixtral"
-        with pytest.raises(MoeInspectError, match=r"the server's model is mixtral .*that of --model-config deepseek_v3"):
+        with pytest.raises(
+            MoeInspectError,
+            match=r"the server's model is mixtral .*that of --model-config deepseek_v3",
+        ):
             traced(url, tmp_path / "t", model, corpus, "sglang")
         with pytest.raises(MoeInspectError, match="no router in layer 0: the MoE layers are 1"):
             traced(url, tmp_path / "t", model, corpus, layers=[0])
@@ -387,20 +547,44 @@ def test_a_server_of_another_model_or_engine_is_refused(model: str, corpus: str,
         assert not server.requests
 
 
-def test_the_key_goes_to_the_server_and_nowhere_else(cli_here: Cli, model: str, corpus: str, tmp_path: Path) -> None:
+def test_the_key_goes_to_the_server_and_nowhere_else(
+    cli_here: Cli, model: str, corpus: str, tmp_path: Path
+) -> None:
     server = Server()
     server.key = KEY
     with serving(server) as url:
-        usual = ("--engine", "sglang", "--model-config", model, "--data", corpus, "--max-tokens", 200)
+        usual = (
+            "--engine",
+            "sglang",
+            "--model-config",
+            model,
+            "--data",
+            corpus,
+            "--max-tokens",
+            200,
+        )
         refused = cli_here("trace", url, "-o", "t", *usual, check=1)
         assert "--api-key or MOE_INSPECT_API_KEY" in refused.stderr
         done = cli_here("trace", url + "/v1", "-o", "t", *usual, "--api-key", KEY)
     check_rows(moe_inspect.open_trace(tmp_path / "t"))
     assert KEY not in done.stderr
-    assert all(KEY.encode() not in f.read_bytes() for f in (tmp_path / "t").rglob("*") if f.is_file())
+    assert all(
+        KEY.encode() not in f.read_bytes() for f in (tmp_path / "t").rglob("*") if f.is_file()
+    )
     url = "http://user:secret@host:1/v1"
-    hidden = _without_secrets(["x/moe-inspect", "trace", url, "--api-key=a", "--api-key", "b", "--seed", "3"], url)
-    assert hidden == ["moe-inspect", "trace", "http://host:1", "--api-key=…", "--api-key", "…", "--seed", "3"]
+    hidden = _without_secrets(
+        ["x/moe-inspect", "trace", url, "--api-key=a", "--api-key", "b", "--seed", "3"], url
+    )
+    assert hidden == [
+        "moe-inspect",
+        "trace",
+        "http://host:1",
+        "--api-key=…",
+        "--api-key",
+        "…",
+        "--seed",
+        "3",
+    ]
 
 
 def test_ctrl_c_closes_the_trace(model: str, corpus: str, tmp_path: Path, monkeypatch: Any) -> None:
@@ -435,7 +619,9 @@ def test_usage(cli_here: Cli) -> None:
 
 
 @pytest.mark.parametrize("there", ["nobody", "silent", "starting"])
-def test_a_server_that_is_not_up_is_one_line_at_once(there: str, cli_here: Cli, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_server_that_is_not_up_is_one_line_at_once(
+    there: str, cli_here: Cli, tmp_path: Path, monkeypatch: Any
+) -> None:
     """Asked once, and not waited for longer than FIRST_CONTACT_S."""
     asked, once = [], engine_http._once
 
@@ -446,16 +632,24 @@ def test_a_server_that_is_not_up_is_one_line_at_once(there: str, cli_here: Cli, 
         return await once(http, path, *more)
 
     monkeypatch.setattr(engine_http, "_once", counted)
-    with socket.create_server(("127.0.0.1", 0)) as listening:  # connections are taken, and nothing is said
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as listening:  # connections are taken, and nothing is said
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         if there == "nobody":
             listening.close()
         else:
             monkeypatch.setattr(engine_http, "FIRST_CONTACT_S", 0.3)
-        done = cli_here("trace", url, "-o", "t", "--engine", "vllm", "--model-config", "demo", check=1)
+        done = cli_here(
+            "trace", url, "-o", "t", "--engine", "vllm", "--model-config", "demo", check=1
+        )
         with pytest.raises(MoeInspectError, match="no server is ready at"):
             trace_engine(url, tmp_path / "t", engine="vllm", model_config="demo")
-    why = {"nobody": "no answer (ConnectError: All connection attempts failed)", "silent": "no answer", "starting": "HTTP 503: starting"}
+    why = {
+        "nobody": "no answer (ConnectError: All connection attempts failed)",
+        "silent": "no answer",
+        "starting": "HTTP 503: starting",
+    }
     assert done.stderr.startswith(f"error: no server is ready at {url}, {why[there]}")
     assert done.stderr.endswith(": check the address, and that the server is up\n")
     assert done.stderr.count("\n") == 1
@@ -491,7 +685,8 @@ def test_a_timeout_is_asked_again() -> None:
 
 @pytest.mark.parametrize("drips", ["headers", "body"])
 def test_the_timeout_is_of_the_whole_request(drips: str) -> None:
-    """A byte now and then is no answer: every wait for the next one is short, and together they would never end."""
+    """A byte now and then is no answer: every wait for the next one is short, and together they
+    would never end."""
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000
     at_once = 0 if drips == "headers" else whole.index(b"\r\n\r\n") + 4
     asked = threading.Semaphore(0)
@@ -518,11 +713,15 @@ def test_the_timeout_is_of_the_whole_request(drips: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=listen, args=(listening,), daemon=True).start()
         began = time.monotonic()
-        with pytest.raises(MoeInspectError, match=r"asked 6 times, the last time with no whole answer in 0\.15 s"):
+        with pytest.raises(
+            MoeInspectError, match=r"asked 6 times, the last time with no whole answer in 0\.15 s"
+        ):
             asyncio.run(asyncio.wait_for(ask(f"http://127.0.0.1:{listening.getsockname()[1]}"), 10))
         assert 6 * 0.15 <= time.monotonic() - began < 5
         listening.shutdown(socket.SHUT_RDWR)
-    assert [asked.acquire(timeout=1) for _ in range(engine_http.ATTEMPTS)] == [True] * engine_http.ATTEMPTS
+    assert [asked.acquire(timeout=1) for _ in range(engine_http.ATTEMPTS)] == [
+        True
+    ] * engine_http.ATTEMPTS
 
 
 @pytest.mark.parametrize("status", [200, 500])
@@ -538,10 +737,17 @@ def test_an_answer_is_never_decompressed(status: int, monkeypatch: Any) -> None:
 
     async def ask(url: str) -> Any:
         async with engine_http.client(url, None, 5, 1) as http:
-            http.event_hooks["request"] = [lambda request: asyncio.sleep(0, asked_for.append(request.headers["accept-encoding"]))]
+            http.event_hooks["request"] = [
+                lambda request: asyncio.sleep(
+                    0, asked_for.append(request.headers["accept-encoding"])
+                )
+            ]
             return await engine_http.ask(http, "/generate", {}, most_bytes=2**30)
 
-    said = {200: "answered in content-encoding 'gzip, gzip', not as it is", 500: "HTTP 500: no reason given"}[status]
+    said = {
+        200: "answered in content-encoding 'gzip, gzip', not as it is",
+        500: "HTTP 500: no reason given",
+    }[status]
     tracemalloc.start()
     with serving(server) as url, pytest.raises(MoeInspectError, match=said):
         asyncio.run(ask(url))
@@ -551,12 +757,28 @@ def test_an_answer_is_never_decompressed(status: int, monkeypatch: Any) -> None:
     assert peak < 2**23
 
 
-def test_what_a_server_says_steers_no_terminal(cli_here: Cli, model: str, corpus: str, capsys: Any) -> None:
+def test_what_a_server_says_steers_no_terminal(
+    cli_here: Cli, model: str, corpus: str, capsys: Any
+) -> None:
     server, hostile = Server(), "\x1b[2J\x1b]0;mine\x07\x9b31m\u202egnp"
     said = {0: (503, {}, hostile.encode()), 1: (400, {}, json.dumps({"error": hostile}).encode())}
     server.behave = lambda n, *_: said[n]
     with serving(server) as url:
-        done = cli_here("trace", url, "-o", "t", "--engine", "vllm", "--model-config", model, "--data", corpus, "--concurrency", 1, check=1)
+        done = cli_here(
+            "trace",
+            url,
+            "-o",
+            "t",
+            "--engine",
+            "vllm",
+            "--model-config",
+            model,
+            "--data",
+            corpus,
+            "--concurrency",
+            1,
+            check=1,
+        )
     waiting, error = done.stderr.splitlines()
     spelled = r"\x1b[2J\x1b]0;mine\x07\x9b31m\u202egnp"
     assert f"HTTP 503: {spelled}; it is asked again" in waiting

@@ -1,5 +1,5 @@
-"""Pairs of experts are ranked by evidence: what chance expects of them and how far from it they are, against enumeration, scipy's
-exact tails and routing by lot."""
+"""Pairs of experts are ranked by evidence: what chance expects of them and how far from it they
+are, against enumeration, scipy's exact tails and routing by lot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from tests.synthetic import uniform_ids, write_trace
 
 
 def by_enumeration(weight_E: np.ndarray, k: int, decisions: float) -> np.ndarray:
-    """Decisions by pair, and by expert on the diagonal, where P(a set) is the product of its experts' weights."""
+    """Decisions by pair, and by expert on the diagonal, where P(a set) is the product of its
+    experts' weights."""
     E = len(weight_E)
     together_EE = np.zeros((E, E))
     for chosen in combinations(range(E), k):
@@ -36,7 +37,9 @@ def test_chance_is_that_of_sets_by_lot(k: int, heaviest: float):
     together_EE = by_enumeration(weight_E, k, 1e6)
     expected_EE = pairs.together_by_chance(together_EE)
     off = ~np.eye(7, dtype=bool)
-    np.testing.assert_allclose(expected_EE[off], together_EE[off], rtol=2e-3 if heaviest > 100 else 1e-6)
+    np.testing.assert_allclose(
+        expected_EE[off], together_EE[off], rtol=2e-3 if heaviest > 100 else 1e-6
+    )
     assert (np.diagonal(expected_EE) == 0).all()
 
 
@@ -58,7 +61,9 @@ def test_tails_are_the_binomial_ones_far_out_too():
     lower = stats.binom.logcdf(count, most, expected / most)
     known = np.minimum((np.where(count > expected, upper, lower) + np.log(2)) / np.log(10), 0)
     found = unc.log10_tail(count, expected, most)
-    np.testing.assert_allclose(found[np.isfinite(known)], known[np.isfinite(known)], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        found[np.isfinite(known)], known[np.isfinite(known)], rtol=1e-6, atol=1e-9
+    )
     assert np.isfinite(found).all()
     assert found[5] < -5_000  # which no float holds, and which is still in order
     assert found[7] == pytest.approx(10_000 * np.log10(0.3), rel=1e-3)
@@ -81,8 +86,8 @@ def test_the_deviance_orders_as_the_tails_do():
 
 
 def planted(root: Path, T: int = 4_000, per_document: int = 40) -> Report:
-    """Two routers of 64 experts by lot, three a token; a tenth of the tokens choose 7 and 8 in both, and 60 and 61 are chosen by one
-    token alone."""
+    """Two routers of 64 experts by lot, three a token; a tenth of the tokens choose 7 and 8 in
+    both, and 60 and 61 are chosen by one token alone."""
     rng = np.random.default_rng(0)
     tenth, ids = rng.random(T) < 0.1, [uniform_ids(rng, T, 60, 3) for _ in range(2)]
     for chosen in ids:
@@ -102,7 +107,9 @@ def test_tables_lead_with_evidence_not_with_what_was_seen_once(made: Report, nam
     of_first = table[table["router"] == 0]
     other = "other" if name == "coactivation" else "next_expert"
     best = of_first.iloc[: 2 if name == "coactivation" else 4]
-    assert {frozenset(pair) for pair in zip(best["expert"], best[other], strict=True)} <= {frozenset(of) for of in ((7, 8), (7,), (8,))}
+    assert {frozenset(pair) for pair in zip(best["expert"], best[other], strict=True)} <= {
+        frozenset(of) for of in ((7, 8), (7,), (8,))
+    }
     assert best["supported"].all()
     once = of_first[(of_first["expert"] == 60) & (of_first[other] == 61)].iloc[0]
     assert (once["together"], once["probability"]) == (1, 1)
@@ -111,7 +118,9 @@ def test_tables_lead_with_evidence_not_with_what_was_seen_once(made: Report, nam
     beyond = of_first["together"] > of_first["expected"]
     assert of_first.loc[beyond, "log10_p"].is_monotonic_increasing
     assert beyond.is_monotonic_decreasing  # fewer than expected comes last
-    np.testing.assert_allclose(of_first["together"] / of_first["expected"], of_first["lift"], rtol=1e-9)
+    np.testing.assert_allclose(
+        of_first["together"] / of_first["expected"], of_first["lift"], rtol=1e-9
+    )
 
 
 def test_pictures_and_page_show_what_is_supported(made: Report):
@@ -124,12 +133,16 @@ def test_pictures_and_page_show_what_is_supported(made: Report):
     data, _ = map_data(made)
     assert data is not None
     partners, first = data["partners"], data["first"]
-    of = [partners["other"][partners["start"][first[0] + e] : partners["start"][first[0] + e + 1]] for e in (7, 60)]
+    of = [
+        partners["other"][partners["start"][first[0] + e] : partners["start"][first[0] + e + 1]]
+        for e in (7, 60)
+    ]
     assert of == [[8], []]
 
 
 def test_routing_by_lot_supports_no_pair(tmp_path: Path):
-    """Uneven loads, tokens of a document that repeat each other's choices: nothing of it is co-activation."""
+    """Uneven loads, tokens of a document that repeat each other's choices: nothing of it is
+    co-activation."""
     rng, T, E, k = np.random.default_rng(1), 12_000, 8, 4
     weight_E = np.exp(rng.normal(0, 1, E))
     sets = np.array(list(combinations(range(E), k)))
@@ -141,15 +154,21 @@ def test_routing_by_lot_supports_no_pair(tmp_path: Path):
         assert len(made.tables["coactivation"]) == len(ids) * E * (E - 1)
         assert not made.tables["coactivation"]["supported"].any(), name
         assert not made.tables["transitions"]["supported"].any(), name
-        assert coactivation(made) == "co-activation: no pair is chosen more often than chance may explain"
+        assert (
+            coactivation(made)
+            == "co-activation: no pair is chosen more often than chance may explain"
+        )
 
 
 def test_the_design_effect_is_what_spares_repeated_tokens(tmp_path: Path):
-    """Positive control of the test before: the same tables with documents too few to know a design effect."""
+    """Positive control of the test before: the same tables with documents too few to know a design
+    effect."""
     rng, T = np.random.default_rng(1), 12_000
     repeated = np.repeat(uniform_ids(rng, T // 20, 8, 4), 20, axis=0)
     known = report(write_trace(tmp_path / "known", [repeated], 8, document=np.arange(T) // 20))
-    unknown = report(write_trace(tmp_path / "unknown", [repeated], 8, document=np.arange(T) // 4_000))
+    unknown = report(
+        write_trace(tmp_path / "unknown", [repeated], 8, document=np.arange(T) // 4_000)
+    )
     assert not known.tables["coactivation"]["supported"].any()
     assert unknown.tables["coactivation"]["supported"].any()
     assert unknown.tables["coactivation"]["lift_sd"].isna().all()
@@ -167,8 +186,12 @@ def test_one_pair_in_so_many_is_chance():
     for tested, supported in ((100, True), (130, False)):  # p is 0.000444
         met = Met(np.array([[9]]), np.array([[2.0]]), np.array([[1_000]]), tested, 1.0)
         found = met.evidence(at)
-        assert 10 ** found["log10_p"][0] == pytest.approx(2 * stats.binom.sf(8, 1_000, 0.002), rel=1e-6)
-        assert bool(found["supported"][0]) == supported == (10 ** found["log10_p"][0] * tested <= LUCK)
+        assert 10 ** found["log10_p"][0] == pytest.approx(
+            2 * stats.binom.sf(8, 1_000, 0.002), rel=1e-6
+        )
+        assert (
+            bool(found["supported"][0]) == supported == (10 ** found["log10_p"][0] * tested <= LUCK)
+        )
     # of tokens that come in documents, three times the counts are worth as much
     met = Met(np.array([[27]]), np.array([[6.0]]), np.array([[3_000]]), 100, 3.0)
     np.testing.assert_allclose(met.evidence(at)["log10_p"], found["log10_p"], rtol=1e-9)

@@ -1,5 +1,6 @@
-"""The experts implementation: through the kernels (Triton's interpreter) and their twins it computes what stock computes, forward
-and backward, for everything transformers' interface can carry; compiled and in `generate`; and leaves a model as it was."""
+"""The experts implementation: through the kernels (Triton's interpreter) and their twins it
+computes what stock computes, forward and backward, for everything transformers' interface can
+carry; compiled and in `generate`; and leaves a model as it was."""
 
 from __future__ import annotations
 
@@ -36,8 +37,9 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def stable_stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock sorts unstably, and the order of an expert's rows shows in the last bit (where vector instructions end, how a
-    gradient is summed up). Here it sorts as we do, so that bits can be compared."""
+    """Stock sorts unstably, and the order of an expert's rows shows in the last bit (where vector
+    instructions end, how a gradient is summed up). Here it sorts as we do, so that bits can be
+    compared."""
     sort = torch.sort
     monkeypatch.setattr(torch, "sort", lambda x, **options: sort(x, **{**options, "stable": True}))
 
@@ -62,14 +64,23 @@ def test_through_the_kernels_a_model_computes_what_stock_does(
     with torch.no_grad():
         stock = model(**inputs).logits
     ours: list[torch.Tensor] = []
-    tapped = routing(model, tmp_path / "tap", lambda m: [m(**inputs) for _ in range(2)], capture="tap")
-    dispatched = routing(model, tmp_path / "dispatch", lambda m: ours.extend(m(**inputs).logits for _ in range(2)), capture="dispatch")
+    tapped = routing(
+        model, tmp_path / "tap", lambda m: [m(**inputs) for _ in range(2)], capture="tap"
+    )
+    dispatched = routing(
+        model,
+        tmp_path / "dispatch",
+        lambda m: ours.extend(m(**inputs).logits for _ in range(2)),
+        capture="dispatch",
+    )
     assert all(torch.equal(o, stock) for o in ours)
     assert tapped.equals(dispatched)
     assert len(tapped) == 2 * sum(LENGTHS) * len(find_routers(model))
 
 
-def test_without_a_recorder_it_dispatches_and_records_nothing(on_triton: None, tmp_path: Path) -> None:
+def test_without_a_recorder_it_dispatches_and_records_nothing(
+    on_triton: None, tmp_path: Path
+) -> None:
     model, inputs = build("olmoe"), token_batch(LENGTHS)
     experts.register()
     with torch.no_grad():
@@ -88,7 +99,10 @@ def test_without_a_recorder_it_dispatches_and_records_nothing(on_triton: None, t
 def test_detached_a_model_is_what_it_was(capture: str, tmp_path: Path) -> None:
     def state(model: Any) -> list[Any]:
         """Every attribute of every module; of hooks, which there are (their counters move on)."""
-        return [(name, sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if "hooks" in k}) for name, m in model.named_modules()]
+        return [
+            (name, sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if "hooks" in k})
+            for name, m in model.named_modules()
+        ]
 
     model, inputs = build("qwen3_moe"), token_batch(LENGTHS)
     before, weights = state(model), {k: v.clone() for k, v in model.state_dict().items()}
@@ -100,7 +114,11 @@ def test_detached_a_model_is_what_it_was(capture: str, tmp_path: Path) -> None:
     assert state(model) == before
     assert model.get_experts_implementation() == implementation
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    with torch.no_grad(), pytest.raises(RuntimeError, match="stop"), moe_inspect.record(model, tmp_path / "u", capture=capture):
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="stop"),
+        moe_inspect.record(model, tmp_path / "u", capture=capture),
+    ):
         raise RuntimeError("stop")
     assert state(model) == before
 
@@ -150,7 +168,9 @@ def module(kind: str, dtype: torch.dtype = torch.float32) -> Any:
 KINDS = ("plain", "bias, transposed, interleaved", "ungated", "transposed", "post-expert norm")
 
 
-def arguments(T: int, dtype: torch.dtype = torch.float32, sentinels: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def arguments(
+    T: int, dtype: torch.dtype = torch.float32, sentinels: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(T)
     hidden = torch.randn(T, 16, generator=generator).to(dtype)
     ids = torch.rand(T, 6, generator=generator).topk(3, 1).indices
@@ -172,29 +192,45 @@ def outcome(forward: Any, made: Any, T: int, **options: Any) -> list[torch.Tenso
     assert hidden.grad is not None
     assert weights.grad is not None
     # nobody grouped: no parameter has a part in an empty output
-    return [output.detach(), hidden.grad, weights.grad, *(p.grad.clone() for p in made.parameters() if p.grad is not None)]
+    return [
+        output.detach(),
+        hidden.grad,
+        weights.grad,
+        *(p.grad.clone() for p in made.parameters() if p.grad is not None),
+    ]
 
 
 @pytest.mark.parametrize("T", [0, 1, 7, 50])
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_and_gradients_are_those_of_stock(kind: str, T: int, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_and_gradients_are_those_of_stock(
+    kind: str, T: int, on_triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = module(kind)
-    theirs, ours = (outcome(f, made, T) for f in (grouped_mm_experts_forward, experts.experts_forward))
+    theirs, ours = (
+        outcome(f, made, T) for f in (grouped_mm_experts_forward, experts.experts_forward)
+    )
     assert len(ours) == len(theirs)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     with torch.no_grad():  # the fused sum
         for few, stock in ((False, grouped_mm_experts_forward), (True, batched_mm_experts_forward)):
             monkeypatch.setattr(experts, "are_few", lambda slots, E, few=few: few)
-            assert torch.equal(experts.experts_forward(made, *arguments(T)), stock(made, *arguments(T)))
+            assert torch.equal(
+                experts.experts_forward(made, *arguments(T)), stock(made, *arguments(T))
+            )
     if T:
         assert not torch.equal(ours[0], ours[0] + 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_ranks_slots_take_no_part(kind: str, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_slots_take_no_part(
+    kind: str, on_triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = module(kind)
     made._is_expert_parallel = True
-    theirs, ours = (outcome(f, made, 20, sentinels=True) for f in (grouped_mm_experts_forward, experts.experts_forward))
+    theirs, ours = (
+        outcome(f, made, 20, sentinels=True)
+        for f in (grouped_mm_experts_forward, experts.experts_forward)
+    )
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert all(a.isfinite().all() for a in ours)
     given = arguments(20, sentinels=True)
@@ -205,33 +241,55 @@ def test_other_ranks_slots_take_no_part(kind: str, on_triton: None, monkeypatch:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_other_types(dtype: torch.dtype, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_other_types(
+    dtype: torch.dtype, on_triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(experts, "are_few", lambda slots, E: False)
     made, given = module("plain", dtype), arguments(20, dtype)
     with torch.no_grad():
-        ours, theirs = experts.experts_forward(made, *given), grouped_mm_experts_forward(made, *given)
+        ours, theirs = (
+            experts.experts_forward(made, *given),
+            grouped_mm_experts_forward(made, *given),
+        )
     assert ours.dtype == theirs.dtype == dtype
     # (the interpreter rounds float32 to bfloat16 otherwise than torch)
-    assert torch.equal(ours, theirs) if dtype != torch.bfloat16 else (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()
+    assert (
+        torch.equal(ours, theirs)
+        if dtype != torch.bfloat16
+        else (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()
+    )
 
 
 def test_autocast(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "are_few", lambda slots, E: False)
     made, (hidden, ids, weights) = module("plain", torch.bfloat16), arguments(20)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # the norm before it gives float32
-        ours, theirs = (f(made, hidden, ids, weights) for f in (experts.experts_forward, grouped_mm_experts_forward))
+        ours, theirs = (
+            f(made, hidden, ids, weights)
+            for f in (experts.experts_forward, grouped_mm_experts_forward)
+        )
     assert ours.dtype == theirs.dtype == torch.float32
     assert torch.equal(ours, theirs)
 
 
-def test_copies_are_made_for_few_slots_without_a_gradient(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient would keep a copy of the experts' weights a slot: gigabytes that stock does not need."""
+def test_copies_are_made_for_few_slots_without_a_gradient(
+    on_triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient would keep a copy of the experts' weights a slot: gigabytes that stock does not
+    need."""
     made = module("plain")
     monkeypatch.setattr(experts, "_copied", lambda *given: "copied")
-    assert [experts.are_few(s, e) for s, e in ((64, 64), (65, 128), (16, 8), (8, 8))] == [True, False, False, True]
+    assert [experts.are_few(s, e) for s, e in ((64, 64), (65, 128), (16, 8), (8, 8))] == [
+        True,
+        False,
+        False,
+        True,
+    ]
     with torch.no_grad():
         assert experts.experts_forward(made, *arguments(2)) == "copied"
-        assert isinstance(experts.experts_forward(made, *arguments(3)), torch.Tensor)  # 9 slots of 6 experts
+        assert isinstance(
+            experts.experts_forward(made, *arguments(3)), torch.Tensor
+        )  # 9 slots of 6 experts
     assert isinstance(experts.experts_forward(made, *arguments(2)), torch.Tensor)
 
 
@@ -244,12 +302,16 @@ def test_what_dispatch_cannot_take_over_is_tapped() -> None:
     assert mode_of(model, sites, "dispatch") == "dispatch"
     sites[1].module._is_expert_parallel = True
     assert mode_of(model, sites, "auto") == "tap"
-    with pytest.raises(MoeInspectError, match="OlmoeForCausalLM runs expert-parallel: use --capture tap"):
+    with pytest.raises(
+        MoeInspectError, match="OlmoeForCausalLM runs expert-parallel: use --capture tap"
+    ):
         mode_of(model, sites, "dispatch")
     sites[1].module._is_expert_parallel = False
     sites[1].module.__class__ = type("FP8Experts", (type(sites[1].module),), {})
     assert mode_of(model, sites, "auto") == "tap"
-    with pytest.raises(MoeInspectError, match="OlmoeForCausalLM has FP8 experts: use --capture tap"):
+    with pytest.raises(
+        MoeInspectError, match="OlmoeForCausalLM has FP8 experts: use --capture tap"
+    ):
         mode_of(model, sites, "dispatch")
 
 
@@ -257,7 +319,13 @@ def test_experts_in_a_fused_kernel_are_refused() -> None:
     model = build("gpt_oss")
     experts_module = model.model.layers[0].mlp.experts
     experts_module.__class__ = type("Mxfp4GptOssExperts", (type(experts_module),), {})
-    with pytest.raises(MoeInspectError, match=r"layers\.0\.mlp\.experts routes within a fused kernel: .*Mxfp4Config\(dequantize=True\)"):
+    with pytest.raises(
+        MoeInspectError,
+        match=(
+            r"layers\.0\.mlp\.experts routes within a fused kernel: "
+            r".*Mxfp4Config\(dequantize=True\)"
+        ),
+    ):
         find_routers(model)
 
 
@@ -273,8 +341,8 @@ def test_a_release_that_hands_over_local_ids_is_refused() -> None:
 
 
 def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> None:
-    """As AllReduceEP does it: the experts of this rank are half of them, their forward is called with local ids and other
-    slots' weights masked."""
+    """As AllReduceEP does it: the experts of this rank are half of them, their forward is called
+    with local ids and other slots' weights masked."""
     whole, inputs = build("olmoe"), token_batch(LENGTHS)
     expected = routing(whole, tmp_path / "whole", lambda m: m(**inputs))
     for site in find_routers(whole):
@@ -283,7 +351,9 @@ def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> Non
         for name in ("gate_up_proj", "down_proj"):
             setattr(part, name, torch.nn.Parameter(getattr(part, name)[:4]))
 
-        def on_this_rank(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, forward: Any = forward) -> torch.Tensor:
+        def on_this_rank(
+            hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, forward: Any = forward
+        ) -> torch.Tensor:
             return forward(hidden, torch.where(ids < 4, ids, 4), weights.masked_fill(ids >= 4, 0.0))
 
         part.forward = on_this_rank
@@ -298,16 +368,33 @@ def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capture", "on_gpu"), [("tap", False), ("dispatch", False), ("dispatch", True)], ids=str)
-def test_compiled_whole_it_records_the_same(capture: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capture", "on_gpu"), [("tap", False), ("dispatch", False), ("dispatch", True)], ids=str
+)
+def test_compiled_whole_it_records_the_same(
+    capture: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """fullgraph: a graph break would raise. dynamic: other sizes need no other graph."""
-    batches = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5, 12], [7, 20], [31, 2, 3, 4], [9, 5, 12]])]
+    batches = [
+        token_batch(lengths, n)
+        for n, lengths in enumerate([[9, 5, 12], [7, 20], [31, 2, 3, 4], [9, 5, 12]])
+    ]
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: on_gpu)
     model = build("olmoe")
     outputs: dict[str, list[torch.Tensor]] = {"eager": [], "compiled": []}
-    eager = routing(model, tmp_path / "e", lambda m: outputs["eager"].extend(m(**b).logits for b in batches), capture=capture)
+    eager = routing(
+        model,
+        tmp_path / "e",
+        lambda m: outputs["eager"].extend(m(**b).logits for b in batches),
+        capture=capture,
+    )
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
-    found = routing(compiled, tmp_path / "c", lambda m: outputs["compiled"].extend(m(**b).logits for b in batches), capture=capture)
+    found = routing(
+        compiled,
+        tmp_path / "c",
+        lambda m: outputs["compiled"].extend(m(**b).logits for b in batches),
+        capture=capture,
+    )
     assert found.equals(eager)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs.values(), strict=True))
     with torch.no_grad():  # detached, it is compiled anew, and records no more
@@ -332,11 +419,15 @@ def test_what_generate_compiles_for_decoding_records_the_same(tmp_path: Path) ->
     from transformers.generation.configuration_utils import CompileConfig
 
     model, inputs = build("olmoe"), token_batch(LENGTHS)
-    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(3)], capture="dispatch")
+    eager = routing(
+        model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(3)], capture="dispatch"
+    )
 
     def run(m: Any) -> None:
         m(**inputs)
-        compiled = m.get_compiled_call(CompileConfig(fullgraph=True, dynamic=True, backend="aot_eager", mode=None))
+        compiled = m.get_compiled_call(
+            CompileConfig(fullgraph=True, dynamic=True, backend="aot_eager", mode=None)
+        )
         for _ in range(2):
             compiled(**inputs)
 
@@ -347,7 +438,8 @@ def test_what_generate_compiles_for_decoding_records_the_same(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "within", "around a step"])
 def test_compiled_behind_the_recorders_back_it_records_the_same(when: str, tmp_path: Path) -> None:
-    """record(model) where torch.compile(model) is called: at the cost of a graph break, nothing goes unseen."""
+    """record(model) where torch.compile(model) is called: at the cost of a graph break, nothing
+    goes unseen."""
     model, inputs = build("olmoe"), token_batch(LENGTHS)
     eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(3)])
     before = torch.compile(model, backend="aot_eager")
@@ -402,15 +494,25 @@ def test_compiled_training_counts_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("capture", ["tap", "dispatch"])
 def test_generate_records_prefill_and_decode(capture: str, on_triton: None, tmp_path: Path) -> None:
     model = build("mixtral")
-    prompt = {"input_ids": torch.arange(2, 8).reshape(1, 6), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    prompt = {
+        "input_ids": torch.arange(2, 8).reshape(1, 6),
+        "attention_mask": torch.ones(1, 6, dtype=torch.long),
+    }
     text: list[torch.Tensor] = []
 
     def run(m: Any) -> None:
-        text.append(m.generate(**prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1))
+        text.append(
+            m.generate(
+                **prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1
+            )
+        )
 
     found = routing(model, tmp_path / "t", run, capture=capture)
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.tokens().phase.value_counts().to_dict() == {"decode": 7, "prefill": 6}
     whole = routing(model, tmp_path / "whole", lambda m: m(text[0][:, :-1]), capture="tap")
-    a, b = (np.sort(t.filter(like="expert_").to_numpy(), 1) for t in (found.sort_values(["router", "token"]), whole))
+    a, b = (
+        np.sort(t.filter(like="expert_").to_numpy(), 1)
+        for t in (found.sort_values(["router", "token"]), whole)
+    )
     assert (a == b).mean() > 0.97  # a step at a time may round otherwise than all at once

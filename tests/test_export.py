@@ -39,7 +39,10 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 def truth(trace: Trace) -> pd.DataFrame:
     """A row an assignment, through pandas alone."""
     rows = trace.routing().merge(trace.tokens(), on="token")
-    parts = [rows.assign(slot=j, expert=rows[f"expert_{j}"], weight=rows[f"weight_{j}"]) for j in range(K)]
+    parts = [
+        rows.assign(slot=j, expert=rows[f"expert_{j}"], weight=rows[f"weight_{j}"])
+        for j in range(K)
+    ]
     return pd.concat(parts).sort_values(["router", "token", "slot"]).reset_index(drop=True)
 
 
@@ -63,25 +66,42 @@ def test_counts_come_back_as_they_were(ending: str, trace: Trace, tmp_path: Path
 def test_esft_comes_back_as_it_was(trace: Trace, tmp_path: Path):
     export_trace(trace, "esft", tmp_path / "e")
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["a", "b_c"]
-    assert sorted(p.name for p in (tmp_path / "e/a").iterdir()) == ["expert_cfg.json", "rank_0", "summary.json"]
-    assert sorted(p.name for p in (tmp_path / "e/a/rank_0").iterdir()) == ["expert_weights_1.txt", "expert_weights_3.txt"]
+    assert sorted(p.name for p in (tmp_path / "e/a").iterdir()) == [
+        "expert_cfg.json",
+        "rank_0",
+        "summary.json",
+    ]
+    assert sorted(p.name for p in (tmp_path / "e/a/rank_0").iterdir()) == [
+        "expert_weights_1.txt",
+        "expert_weights_3.txt",
+    ]
     back = import_trace("esft", [tmp_path / "e"], tmp_path / "t", experts=E, top_k=K)
     assert back.documents()["domain"].unique().tolist() == ["a", "b_c"]
     columns = ["expert_0", "expert_1", "weight_0", "weight_1"]
     for layer in (1, 3):
-        ours = trace.routing(layer=layer).merge(trace.tokens(), on="token").sort_values(["domain", "document", "position"])
-        assert np.array_equal(back.routing(layer=layer)[columns].to_numpy(), ours[columns].to_numpy())
+        ours = (
+            trace.routing(layer=layer)
+            .merge(trace.tokens(), on="token")
+            .sort_values(["domain", "document", "position"])
+        )
+        assert np.array_equal(
+            back.routing(layer=layer)[columns].to_numpy(), ours[columns].to_numpy()
+        )
     scores = json.loads((tmp_path / "e/a/summary.json").read_text())
     mine = truth(trace).query("domain == 'a' and layer == 3")
     assert scores["token_scores"]["3"]["5"] == pytest.approx((mine["expert"] == 5).mean())
-    assert scores["gate_scores"]["3"]["5"] == pytest.approx(mine.loc[mine["expert"] == 5, "weight"].sum() / mine["token"].nunique())
+    assert scores["gate_scores"]["3"]["5"] == pytest.approx(
+        mine.loc[mine["expert"] == 5, "weight"].sum() / mine["token"].nunique()
+    )
     with pytest.raises(MoeInspectError, match="there is something at"):
         export_trace(trace, "esft", tmp_path / "e")
 
 
 @pytest.mark.parametrize("score", ["token", "gate"])
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 1.0])
-def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(score: str, top_p: float, trace: Trace, tmp_path: Path):
+def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(
+    score: str, top_p: float, trace: Trace, tmp_path: Path
+):
     export_trace(trace, "esft", tmp_path / "e", top_p=top_p, score=score)
     config = json.loads((tmp_path / "e/a/expert_cfg.json").read_text())
     assert (config["shared_experts"], config["non_expert_modules"]) == (False, False)
@@ -104,7 +124,9 @@ def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(score: str,
         ("counts", {"top_p": 0.5}, "--top-p is an option of the format esft, not of counts"),
     ],
 )
-def test_options_of_esft_are_checked(format: str, options: dict, said: str, trace: Trace, tmp_path: Path):
+def test_options_of_esft_are_checked(
+    format: str, options: dict, said: str, trace: Trace, tmp_path: Path
+):
     with pytest.raises(MoeInspectError, match=said):
         export_trace(trace, format, tmp_path / "o", **options)
     assert not list(tmp_path.iterdir())
@@ -118,13 +140,17 @@ def test_sglang_gets_a_pt_as_its_recorder_writes_it(trace: Trace, tmp_path: Path
     held = torch.load(tmp_path / "s.pt", weights_only=True)
     assert list(held) == ["logical_count"]
     assert held["logical_count"].dtype == torch.int64
-    assert held["logical_count"].tolist() == [json.loads((tmp_path / "s.json").read_text())["logical_count"]]
+    assert held["logical_count"].tolist() == [
+        json.loads((tmp_path / "s.json").read_text())["logical_count"]
+    ]
     said: list[str] = []
     back = import_trace("sglang", [tmp_path / "s.pt"], tmp_path / "t", top_k=K, warn=said.append)
     assert [r.layer for r in back.routers] == [1, 3]
     assert back.n_tokens == T
     assert len(said) == 1  # of the dense layers: no config was given
-    with pytest.raises(MoeInspectError, match=r"s\.npz: for SGLang the load is written as \.pt or \.json"):
+    with pytest.raises(
+        MoeInspectError, match=r"s\.npz: for SGLang the load is written as \.pt or \.json"
+    ):
         export_trace(trace, "sglang", tmp_path / "s.npz")
 
 
@@ -134,13 +160,27 @@ def test_sglang_gets_a_row_a_layer_of_the_model(trace: Trace, tmp_path: Path):
     assert load.shape == (4, E)
     assert not load[[0, 2]].any()
     expected = truth(trace).groupby(["layer", "expert"]).size()
-    assert {(layer, e): n for layer in (1, 3) for e, n in enumerate(load[layer]) if n} == expected.to_dict()
+    assert {
+        (layer, e): n for layer in (1, 3) for e, n in enumerate(load[layer]) if n
+    } == expected.to_dict()
 
 
 def test_long_parquet_is_a_row_an_assignment(trace: Trace, tmp_path: Path):
     export_trace(trace, "long-parquet", tmp_path / "l.parquet")
     found = duckdb.sql(f"select * from '{tmp_path}/l.parquet' order by router, token, slot").df()
-    columns = ["token", "layer", "router", "slot", "expert", "weight", "token_id", "document", "sequence", "position", "batch"]
+    columns = [
+        "token",
+        "layer",
+        "router",
+        "slot",
+        "expert",
+        "weight",
+        "token_id",
+        "document",
+        "sequence",
+        "position",
+        "batch",
+    ]
     assert np.array_equal(found[columns].to_numpy(float), truth(trace)[columns].to_numpy(float))
 
 
@@ -160,6 +200,14 @@ def test_the_command(cli, trace: Trace, tmp_path: Path):
     assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + 2 * 2 * E
     cli("export", trace.path, "--format", "esft", "-o", "e", "--top-p", 0.9, "--score", "gate")
     assert len(json.loads((tmp_path / "e/a/expert_cfg.json").read_text())["experts"]["1"]) > 3
-    assert "counts are written as" in cli("export", trace.path, "--format", "counts", "-o", "c.txt", check=1).stderr
-    assert "within the trace" in cli("export", trace.path, "--format", "counts", "-o", trace.path / "c.csv", check=1).stderr
+    assert (
+        "counts are written as"
+        in cli("export", trace.path, "--format", "counts", "-o", "c.txt", check=1).stderr
+    )
+    assert (
+        "within the trace"
+        in cli(
+            "export", trace.path, "--format", "counts", "-o", trace.path / "c.csv", check=1
+        ).stderr
+    )
     cli("export", trace.path, "--format", "nonsense", "-o", "c", check=2)

@@ -1,5 +1,5 @@
-"""Every main family, recorded, against routing found in two ways that are not the hook: which tokens change when an expert
-is disturbed, and what the experts' own function receives."""
+"""Every main family, recorded, against routing found in two ways that are not the hook: which
+tokens change when an expert is disturbed, and what the experts' own function receives."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ import pytest
 import torch
 
 import moe_inspect
-from tests.families import FAMILIES, NO_INTERFACE, build, causal_routing, handed_over, moe_layers, token_batch
+from tests.families import (
+    FAMILIES,
+    NO_INTERFACE,
+    build,
+    causal_routing,
+    handed_over,
+    moe_layers,
+    token_batch,
+)
 
 LENGTHS = [9, 5, 12]
 
 
-def recorded(model: object, path: Path, inputs: dict[str, torch.Tensor], **options: object) -> moe_inspect.Trace:
+def recorded(
+    model: object, path: Path, inputs: dict[str, torch.Tensor], **options: object
+) -> moe_inspect.Trace:
     with moe_inspect.record(model, path, **options), torch.no_grad():
         model(**inputs)
     return moe_inspect.open_trace(path)
@@ -26,7 +36,12 @@ def slots(trace: moe_inspect.Trace, layer: int, prefix: str) -> np.ndarray:
     return table[[c for c in table if c.startswith(prefix)]].to_numpy()
 
 
-CASES = [(f, c) for f in FAMILIES for c in ("tap", "dispatch") if not (c == "dispatch" and f in NO_INTERFACE)]
+CASES = [
+    (f, c)
+    for f in FAMILIES
+    for c in ("tap", "dispatch")
+    if not (c == "dispatch" and f in NO_INTERFACE)
+]
 
 
 @pytest.mark.parametrize(("family", "capture"), CASES)
@@ -57,10 +72,14 @@ def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> N
         for row, length in enumerate(LENGTHS):
             model(input_ids=inputs["input_ids"][row : row + 1, :length])
     alone_trace = moe_inspect.open_trace(alone)
-    assert together.tokens()[["token_id", "document", "position"]].equals(alone_trace.tokens()[["token_id", "document", "position"]])
+    assert together.tokens()[["token_id", "document", "position"]].equals(
+        alone_trace.tokens()[["token_id", "document", "position"]]
+    )
     for layer in moe_layers(family):
         a, b = slots(together, layer, "expert_"), slots(alone_trace, layer, "expert_")
-        assert (np.sort(a, 1) == np.sort(b, 1)).mean() > 0.99  # the products of another shape may round otherwise
+        assert (
+            np.sort(a, 1) == np.sort(b, 1)
+        ).mean() > 0.99  # the products of another shape may round otherwise
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - NO_INTERFACE))
@@ -94,7 +113,8 @@ def test_tapping_changes_nothing(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_before_the_activation(family: str, tmp_path: Path) -> None:
-    """Against the product of the router's weight with its input, taken at the linear layer's own call."""
+    """Against the product of the router's weight with its input, taken at the linear layer's own
+    call."""
     model, inputs = build(family), token_batch(LENGTHS)
     trace = recorded(model, tmp_path / "trace", inputs, logits=True)
     real = inputs["attention_mask"].flatten().bool().numpy()
@@ -108,13 +128,21 @@ def test_logits_are_those_before_the_activation(family: str, tmp_path: Path) -> 
         with torch.no_grad():
             model(**inputs)
         hook.remove()
-        expected = seen[0].reshape(-1, 32) @ weight.T + (gate.bias if getattr(gate, "bias", None) is not None else 0)
+        expected = seen[0].reshape(-1, 32) @ weight.T + (
+            gate.bias if getattr(gate, "bias", None) is not None else 0
+        )
         got = next(trace.shards).logits(router)
-        assert np.abs(got - expected.detach().numpy()[real]).max() <= 2e-3 * expected.abs().max().item()
+        assert (
+            np.abs(got - expected.detach().numpy()[real]).max()
+            <= 2e-3 * expected.abs().max().item()
+        )
 
 
 def test_bf16_weights_are_kept_exactly(tmp_path: Path) -> None:
-    model, inputs = build("olmoe", torch.bfloat16), token_batch(LENGTHS)  # Mixtral hands over float32 in any case
+    model, inputs = (
+        build("olmoe", torch.bfloat16),
+        token_batch(LENGTHS),
+    )  # Mixtral hands over float32 in any case
     trace = recorded(model, tmp_path / "trace", inputs)
     assert trace.manifest["capture"]["weight_dtype"] == "bfloat16"
     _, executed = handed_over(model, 1, inputs)

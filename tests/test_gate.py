@@ -1,4 +1,5 @@
-"""Gates end with 3 and say who failed; thresholds change what the verdict says; the list of metrics is the README's."""
+"""Gates end with 3 and say who failed; thresholds change what the verdict says; the list of metrics
+is the README's."""
 
 from __future__ import annotations
 
@@ -29,7 +30,19 @@ def trace(root: Path) -> Path:
 
 def test_a_breach_is_named_and_exits_with_3(cli: Cli, tmp_path: Path):
     trace(tmp_path / "t")
-    done = cli("report", "t", "--table", "load", "--format", "csv", "--fail-above", "max_vio=0.5", "--fail-below", "gini=0", check=3)
+    done = cli(
+        "report",
+        "t",
+        "--table",
+        "load",
+        "--format",
+        "csv",
+        "--fail-above",
+        "max_vio=0.5",
+        "--fail-below",
+        "gini=0",
+        check=3,
+    )
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("failed: layer 1: max_vio is 1.")
@@ -48,7 +61,9 @@ def test_a_breach_is_named_and_exits_with_3(cli: Cli, tmp_path: Path):
         (["--threshold", "uneven"], "write it like uneven=0.3"),
     ],
 )
-def test_a_limit_on_nothing_is_a_usage_error(cli: Cli, tmp_path: Path, option: list[str], says: str):
+def test_a_limit_on_nothing_is_a_usage_error(
+    cli: Cli, tmp_path: Path, option: list[str], says: str
+):
     trace(tmp_path / "t")
     done = cli("report", "t", *option, check=2)
     assert says in " ".join(done.stderr.replace("│", " ").split())
@@ -64,7 +79,9 @@ def test_what_has_no_value_does_not_pass(tmp_path: Path):
     made = report(trace(tmp_path / "t"))
     (line, _) = breaches(made, [gate("aux_loss=2", above=True)])  # no logits
     assert "has no value (NaN) to hold against 2" in line
-    assert breaches(made, [gate("next_accuracy=0.9", above=True)]) == []  # the last layer has no next one
+    assert (
+        breaches(made, [gate("next_accuracy=0.9", above=True)]) == []
+    )  # the last layer has no next one
     assert len(breaches(made, [gate("next_accuracy=0.9", above=False)])) == 1  # positive control
     with pytest.raises(MoeInspectError, match="no metric"):
         gate("gini_=1", above=True)

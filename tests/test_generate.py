@@ -1,5 +1,6 @@
-"""`--generate N`: each document goes on by N decoded tokens, without padding; what is recorded of them is what a prefill of the whole
-text would show; and a prompt and what follows it are committed together or not at all."""
+"""`--generate N`: each document goes on by N decoded tokens, without padding; what is recorded of
+them is what a prefill of the whole text would show; and a prompt and what follows it are committed
+together or not at all."""
 
 from __future__ import annotations
 
@@ -33,19 +34,33 @@ def corpus(tmp_path_factory: Any) -> str:
 
 
 def traced(model: str, corpus: str, out: Path, **options: Any) -> moe_inspect.Trace:
-    return moe_inspect.trace_model(model, out, data=[corpus], **{"generate": N, "max_length": 24, "batch_tokens": 200, **options})
+    return moe_inspect.trace_model(
+        model,
+        out,
+        data=[corpus],
+        **{"generate": N, "max_length": 24, "batch_tokens": 200, **options},
+    )
 
 
 def rows(trace: moe_inspect.Trace) -> pd.DataFrame:
     facts = trace.tokens().drop(columns="batch")
-    return trace.routing().merge(facts, on="token").sort_values(["router", "sequence", "position"]).drop(columns="token")
+    return (
+        trace.routing()
+        .merge(facts, on="token")
+        .sort_values(["router", "sequence", "position"])
+        .drop(columns="token")
+    )
 
 
-def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(model: str, corpus: str, tmp_path: Path) -> None:
+def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(
+    model: str, corpus: str, tmp_path: Path
+) -> None:
     trace = traced(model, corpus, tmp_path / "t")
     tokens = trace.tokens()
     decoded = tokens[tokens.phase == "decode"]
-    a_document = decoded.groupby("document").size().reindex(trace.documents().document, fill_value=0)
+    a_document = (
+        decoded.groupby("document").size().reindex(trace.documents().document, fill_value=0)
+    )
     ends = a_document < N  # it met </s>, which is not fed
     assert (a_document[~ends] == N).all()
     assert (~ends).sum() > 20
@@ -61,7 +76,9 @@ def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(mod
     network = load_model(model, load_config(model))
     with moe_inspect.record(network, tmp_path / "replay"), torch.inference_mode():
         for _, text in tokens.sort_values(["sequence", "position"]).groupby("sequence"):
-            logits = network(input_ids=torch.from_numpy(text.token_id.to_numpy(np.int64))[None]).logits[0]
+            logits = network(
+                input_ids=torch.from_numpy(text.token_id.to_numpy(np.int64))[None]
+            ).logits[0]
             fed = text[text.phase == "decode"]
             likeliest = logits.argmax(1).numpy()[fed.position.to_numpy() - 1]
             assert (likeliest == fed.token_id.to_numpy()).all()
@@ -71,9 +88,14 @@ def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(mod
 
 
 def test_sampling_goes_by_its_seed(model: str, corpus: str, tmp_path: Path) -> None:
-    a, b, c = (traced(model, corpus, tmp_path / f"{n}", temperature=1.0, seed=seed) for n, seed in enumerate((1, 1, 2)))
+    a, b, c = (
+        traced(model, corpus, tmp_path / f"{n}", temperature=1.0, seed=seed)
+        for n, seed in enumerate((1, 1, 2))
+    )
     assert rows(a).equals(rows(b))
-    assert not rows(a).token_id.reset_index(drop=True).equals(rows(c).token_id.reset_index(drop=True))
+    assert (
+        not rows(a).token_id.reset_index(drop=True).equals(rows(c).token_id.reset_index(drop=True))
+    )
 
 
 @pytest.mark.parametrize("counts_only", [False, True])
@@ -104,7 +126,10 @@ def test_cut_short_and_resumed_is_as_if_nothing_happened(
 
 
 def test_counts_are_those_of_the_decisions(model: str, corpus: str, tmp_path: Path) -> None:
-    tables = [moe_inspect.report(traced(model, corpus, tmp_path / str(c), counts_only=c)).tables["load"] for c in (False, True)]
+    tables = [
+        moe_inspect.report(traced(model, corpus, tmp_path / str(c), counts_only=c)).tables["load"]
+        for c in (False, True)
+    ]
     assert tables[0].assignments.tolist() == tables[1].assignments.tolist()
 
 
@@ -114,27 +139,64 @@ def test_the_plan() -> None:
             return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
     texts = [("x", "s", text) for text in ("abcdefgh", "abc", "xyz", "abcd", "ab")]
-    made = list(sequences(texts, Letters(), Frame((1,), (2,)), 6, None, CorpusStats(), generate=True))
-    assert [(len(s.ids), s.continued) for s in made] == [(6, False), (5, True), (4, True), (4, True), (5, True), (3, True)]
-    assert all((s.ids[-1] == 2) != s.continued for s in made)  # nothing ends what is to be continued
-    for batch_tokens, planned in ((18, [[6], [3], [4, 4], [5, 5]]), (17, [[6], [3], [4, 4], [5], [5]])):
+    made = list(
+        sequences(texts, Letters(), Frame((1,), (2,)), 6, None, CorpusStats(), generate=True)
+    )
+    assert [(len(s.ids), s.continued) for s in made] == [
+        (6, False),
+        (5, True),
+        (4, True),
+        (4, True),
+        (5, True),
+        (3, True),
+    ]
+    assert all(
+        (s.ids[-1] == 2) != s.continued for s in made
+    )  # nothing ends what is to be continued
+    for batch_tokens, planned in (
+        (18, [[6], [3], [4, 4], [5, 5]]),
+        (17, [[6], [3], [4, 4], [5], [5]]),
+    ):
         # one length a batch, and room for what follows: two of 5 and 4 take 18
-        assert [[len(s.ids) for s in batch] for batch in batches(made, batch_tokens, generate=4)] == planned
+        assert [
+            [len(s.ids) for s in batch] for batch in batches(made, batch_tokens, generate=4)
+        ] == planned
 
 
 def test_there_must_be_room(model: str, corpus: str, tmp_path: Path) -> None:
-    with pytest.raises(MoeInspectError, match="--max-length 250 is beyond the 246 positions of this model that 10 generated tokens leave"):
+    with pytest.raises(
+        MoeInspectError,
+        match=(
+            "--max-length 250 is beyond the 246 positions of this model that 10 generated tokens "
+            "leave"
+        ),
+    ):
         traced(model, corpus, tmp_path / "t", generate=10, max_length=250)
     with pytest.raises(MoeInspectError, match="generating 256 tokens leaves no room for a prompt"):
         traced(model, corpus, tmp_path / "t", generate=256, max_length=None)
 
 
 def test_the_command(cli: Cli, tmp_path: Path) -> None:
-    cli("trace", "demo", "-o", "t", "--generate", "2", "--max-tokens", "1000", "--temperature", "0.5", "--seed", "3")
+    cli(
+        "trace",
+        "demo",
+        "-o",
+        "t",
+        "--generate",
+        "2",
+        "--max-tokens",
+        "1000",
+        "--temperature",
+        "0.5",
+        "--seed",
+        "3",
+    )
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
     assert (tokens[tokens.phase == "decode"].groupby("document").size() <= 2).all()
     assert tokens[tokens.phase == "decode"].document.nunique() > 3
-    summary = cli("report", "t", "--phase", "decode", "--table", "balance", "--format", "csv").stdout
+    summary = cli(
+        "report", "t", "--phase", "decode", "--table", "balance", "--format", "csv"
+    ).stdout
     assert summary.count("\n") == 5
 
 
@@ -145,8 +207,12 @@ def test_one_at_a_time_each_document_is_named_once(model: str, corpus: str) -> N
     together, singly = list(plan.batches(tokenizer)), list(run.singly(plan.batches(tokenizer)))
     assert max(len(batch) for batch, _ in together) > 1
     assert all(len(batch) == 1 for batch, _ in singly)
-    assert [row.sequence for batch, _ in singly for row in batch] == [row.sequence for batch, _ in together for row in batch]
-    named = [sorted(d.document for _, new in planned for d in new) for planned in (singly, together)]
+    assert [row.sequence for batch, _ in singly for row in batch] == [
+        row.sequence for batch, _ in together for row in batch
+    ]
+    named = [
+        sorted(d.document for _, new in planned for d in new) for planned in (singly, together)
+    ]
     assert named[0] == named[1] == list(range(30))
     assert all(d.document == batch[0].document for batch, new in singly for d in new)
 
@@ -159,5 +225,8 @@ def test_out_of_memory_says_what_to_do() -> None:
         def forward(self, **_: Any) -> Any:
             raise torch.OutOfMemoryError("no room")
 
-    with pytest.raises(MoeInspectError, match="cpu is out of memory in a forward pass of 6 tokens: lower --batch-tokens"):
+    with pytest.raises(
+        MoeInspectError,
+        match="cpu is out of memory in a forward pass of 6 tokens: lower --batch-tokens",
+    ):
         run.forward(Full(1, 1), torch.zeros(2, 3, dtype=torch.long))

@@ -1,4 +1,5 @@
-"""The GPU benchmark: where there is no GPU every branch of it runs at toy size, and its correctness section can fail."""
+"""The GPU benchmark: where there is no GPU every branch of it runs at toy size, and its correctness
+section can fail."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ SECTIONS = ("ceilings", "correctness", "micro", "models", "graphs", "writer")
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 @pytest.mark.slow
@@ -30,21 +37,33 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
         assert f"\n=== {title}" in done.stdout
     assert done.stdout.startswith("DRY RUN ON A CPU, AT TOY SIZE: THE FIGURES MEAN NOTHING")
     assert "left out for want of time: nothing\nWRONG: 0\n" in done.stdout
-    for target in ("traced ÷ untraced", "record on ÷ off", "traced ÷ output_router_logits", "traced ÷ hook", "dispatch with record"):
+    for target in (
+        "traced ÷ untraced",
+        "record on ÷ off",
+        "traced ÷ output_router_logits",
+        "traced ÷ hook",
+        "dispatch with record",
+    ):
         assert f"\n{target}" in done.stdout.partition("=== targets")[2]
     assert sorted((ROOT / "benchmarks/results").iterdir()) == before
 
 
 BREAKAGES = {
     "a place": ("dispatch_triton", "made.permutation[0] += 1", "dispatch T"),
-    "a place, now and then": ("dispatch_triton", "made.permutation[0] += next(calls) % 2", "dispatch T"),
+    "a place, now and then": (
+        "dispatch_triton",
+        "made.permutation[0] += next(calls) % 2",
+        "dispatch T",
+    ),
     "a recorded id": ("record_triton", "kwargs['tape'].ids[0] += 1", "record T"),
     "a sum": ("combine_triton", "made[0, 0] += 1", "combine T"),
 }
 
 
 @pytest.mark.parametrize(("kernel", "breakage", "found"), BREAKAGES.values(), ids=list(BREAKAGES))
-def test_a_wrong_kernel_is_found_and_nothing_is_timed(kernel: str, breakage: str, found: str) -> None:
+def test_a_wrong_kernel_is_found_and_nothing_is_timed(
+    kernel: str, breakage: str, found: str
+) -> None:
     done = python(
         "-c",
         f"""

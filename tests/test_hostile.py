@@ -1,4 +1,5 @@
-"""Hostile files: whatever is in them, an import ends in a trace that verifies or in one line, and leaves nothing half-written."""
+"""Hostile files: whatever is in them, an import ends in a trace that verifies or in one line, and
+leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -22,18 +23,30 @@ from tests.foreign import MAKERS
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 300) | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 300)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Path], bytes, Path | None]]:
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[list[Path], bytes, Path | None]]:
     root = tmp_path_factory.mktemp("hostile")
     model = foreign.config_file(root)
     seeds = {name: fuzz.seed(name, root / name) for name in MAKERS}
-    return {name: (names, data, model if config else None) for name, (names, data, config) in seeds.items()}
+    return {
+        name: (names, data, model if config else None)
+        for name, (names, data, config) in seeds.items()
+    }
 
 
 def fresh(place: Path) -> Path:
@@ -45,7 +58,9 @@ def fresh(place: Path) -> Path:
 @pytest.mark.parametrize("name", MAKERS)
 @quick
 @given(data=st.data())
-def test_any_bytes_are_a_trace_or_one_line(name: str, data: st.DataObject, made: dict, tmp_path_factory: pytest.TempPathFactory):
+def test_any_bytes_are_a_trace_or_one_line(
+    name: str, data: st.DataObject, made: dict, tmp_path_factory: pytest.TempPathFactory
+):
     names, whole, model = made[name]
     changed = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -70,7 +85,9 @@ LINES = ["vllm-routed", "sglang-routed", "megatron", "megatron-pipeline", "megat
 @pytest.mark.parametrize("name", LINES)
 @quick
 @given(data=st.data())
-def test_any_value_in_a_field_is_a_trace_or_one_line(name: str, data: st.DataObject, made: dict, tmp_path_factory: pytest.TempPathFactory):
+def test_any_value_in_a_field_is_a_trace_or_one_line(
+    name: str, data: st.DataObject, made: dict, tmp_path_factory: pytest.TempPathFactory
+):
     names, whole, model = made[name]
     parts = whole.split(fuzz.BETWEEN)
     at = next(i for i, n in enumerate(names) if n.suffix == ".jsonl")
@@ -78,27 +95,37 @@ def test_any_value_in_a_field_is_a_trace_or_one_line(name: str, data: st.DataObj
     row = data.draw(st.sampled_from(rows))
     row[data.draw(st.sampled_from(sorted(row)))] = data.draw(JSON)
     parts[at] = "".join(json.dumps(r) + "\n" for r in rows).encode()
-    fuzz.check(name, names, fuzz.BETWEEN.join(parts), fresh(tmp_path_factory.getbasetemp() / "place"), model)
+    fuzz.check(
+        name,
+        names,
+        fuzz.BETWEEN.join(parts),
+        fresh(tmp_path_factory.getbasetemp() / "place"),
+        model,
+    )
 
 
 @pytest.mark.parametrize("name", ["sglang-per_token", "sglang-per_pass", "sglang-stat"])
 @quick
 @given(data=st.data())
-def test_any_value_in_a_pt_is_a_trace_or_one_line(name: str, data: st.DataObject, made: dict, tmp_path_factory: pytest.TempPathFactory):
+def test_any_value_in_a_pt_is_a_trace_or_one_line(
+    name: str, data: st.DataObject, made: dict, tmp_path_factory: pytest.TempPathFactory
+):
     import torch
 
     names, whole, model = made[name]
     content = torch.load(io.BytesIO(whole.split(fuzz.BETWEEN)[0]), weights_only=True)
     within = data.draw(st.sampled_from([content, *content.get("records", [])]))
     shape = data.draw(st.lists(st.integers(0, 11), max_size=4))
-    tensor = st.sampled_from([torch.int32, torch.uint8, torch.float32, torch.bool, torch.bfloat16, torch.complex64]).map(
-        lambda d: torch.ones(shape).to(d)
-    )
+    tensor = st.sampled_from(
+        [torch.int32, torch.uint8, torch.float32, torch.bool, torch.bfloat16, torch.complex64]
+    ).map(lambda d: torch.ones(shape).to(d))
     strided = st.just(torch.zeros(1, dtype=torch.int32).expand(3, 10**6, 8))
     within[data.draw(st.sampled_from(sorted(within)))] = data.draw(JSON | tensor | strided)
     file = io.BytesIO()
     torch.save(content, file)
-    fuzz.check(name, names[:1], file.getvalue(), fresh(tmp_path_factory.getbasetemp() / "place"), model)
+    fuzz.check(
+        name, names[:1], file.getvalue(), fresh(tmp_path_factory.getbasetemp() / "place"), model
+    )
 
 
 class Bomb:
@@ -113,7 +140,10 @@ def test_nothing_is_unpickled_and_no_archive_unpacked(tmp_path: Path):
     with pytest.raises(MoeInspectError, match=r"a\.pt is no \.pt that can be read safely"):
         import_trace("sglang", [tmp_path / "a.pt"], tmp_path / "t", top_k=2)
     torch.save({"logical_count": torch.zeros(1, 2, 8, dtype=torch.int32)}, tmp_path / "b.pt")
-    with zipfile.ZipFile(tmp_path / "b.pt") as stored, zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as squeezed:
+    with (
+        zipfile.ZipFile(tmp_path / "b.pt") as stored,
+        zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as squeezed,
+    ):
         for entry in stored.infolist():
             squeezed.writestr(entry.filename, stored.read(entry), zipfile.ZIP_DEFLATED)
     with pytest.raises(MoeInspectError, match=r"c\.pt is no \.pt that can be read safely"):
@@ -125,7 +155,10 @@ def test_nothing_is_unpickled_and_no_archive_unpacked(tmp_path: Path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("content", [b"", b"\0" * 50, b"{}", b"[]", b"null\n", b'{"records": []}', b"[" * 100_000, b"9" * 5000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 50, b"{}", b"[]", b"null\n", b'{"records": []}', b"[" * 100_000, b"9" * 5000],
+)
 def test_what_is_nothing_of_the_kind(format: str, content: bytes, tmp_path: Path):
     for suffix in (".jsonl", ".json", ".csv", ".parquet", ".npy", ".pt", ".safetensors", ".txt"):
         (tmp_path / f"x{suffix}").write_bytes(content)

@@ -19,7 +19,13 @@ def test_a_page_shows_what_is_hostile_and_runs_none_of_it():
     table = pd.DataFrame({"token": [HOSTILE, "\x1b[31m\u202eevil\n"], HOSTILE: [1, 2]})
     sections = [Section(HOSTILE, HOSTILE, table=table, definitions={HOSTILE: HOSTILE})]
     made = html.page(
-        HOSTILE, [HOSTILE], sections, warnings=[HOSTILE], facts=[(HOSTILE, HOSTILE, HOSTILE)], subtitle=HOSTILE, footer=HOSTILE
+        HOSTILE,
+        [HOSTILE],
+        sections,
+        warnings=[HOSTILE],
+        facts=[(HOSTILE, HOSTILE, HOSTILE)],
+        subtitle=HOSTILE,
+        footer=HOSTILE,
     )
     assert "<img" not in made
     assert made.count("<script>") == 1  # the page's own
@@ -40,7 +46,12 @@ def test_the_policy_names_every_script_and_allows_nothing_else():
     for script in re.findall(r"<script>(.*?)</script>", made, re.S):
         assert html._sha256(script) in policy
     assert "http" not in re.sub(r"http-equiv|http://www.w3.org/[\w/]*", "", made)
-    assert "plotly" not in html.page("t", [], [Section("s", table=pd.DataFrame({"a": [1]}))]).partition("<script>")[0]
+    assert (
+        "plotly"
+        not in html.page("t", [], [Section("s", table=pd.DataFrame({"a": [1]}))]).partition(
+            "<script>"
+        )[0]
+    )
 
 
 def test_two_sections_of_one_title_have_ids_of_their_own():

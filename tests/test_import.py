@@ -1,4 +1,5 @@
-"""Each foreign format, made from known decisions, comes back as those; what is not of the format is one line and leaves nothing."""
+"""Each foreign format, made from known decisions, comes back as those; what is not of the format is
+one line and leaves nothing."""
 
 from __future__ import annotations
 
@@ -26,12 +27,21 @@ from tests.foreign import FORMAT_OF, MAKERS, ROUTED
 from tests.test_real_data import ESFT, FIDDLER, needs_esft, needs_fiddler
 
 
-def imported(name: str, tmp_path: Path, format: str | None = None, **options) -> tuple[Trace, foreign.Made, list[str]]:
+def imported(
+    name: str, tmp_path: Path, format: str | None = None, **options
+) -> tuple[Trace, foreign.Made, list[str]]:
     said: list[str] = []
     (tmp_path / "in").mkdir()
     made = MAKERS[name](tmp_path / "in")
     model = foreign.config_file(tmp_path) if made.config else None
-    trace = import_trace(format or FORMAT_OF[name], [made.source], tmp_path / "t", model=model, warn=said.append, **options)
+    trace = import_trace(
+        format or FORMAT_OF[name],
+        [made.source],
+        tmp_path / "t",
+        model=model,
+        warn=said.append,
+        **options,
+    )
     return trace, made, said
 
 
@@ -44,7 +54,10 @@ def loads(trace: Trace) -> list[np.ndarray]:
 def test_counts_are_of_as_many_tokens_as_the_fullest_router_needs(assignments: int, tokens: int):
     """A token makes at most two assignments: five are of at least three tokens."""
     listed = [Router(layer, "", "", 4, 2) for layer in range(2)]
-    loads = [np.array([[1, 1, 0, 0], [2, 2, 0, 0]]), np.array([[assignments, 0, 0, 0], [1, 0, 0, 0]])]
+    loads = [
+        np.array([[1, 1, 0, 0], [2, 2, 0, 0]]),
+        np.array([[assignments, 0, 0, 0], [1, 0, 0, 0]]),
+    ]
     assert counted(loads, listed, ["a", "b"], 0).tokens == tokens + 2
 
 
@@ -85,7 +98,10 @@ def test_auto_names_what_it_takes_a_file_for(name: str, tmp_path: Path):
 
 def test_positions_phases_and_documents_of_responses(tmp_path: Path):
     tokens = imported("vllm-routed", tmp_path)[0].tokens()
-    assert tokens["phase"].tolist() == ["prefill"] * 4 + ["decode"] * 2 + ["prefill"] + ["prefill"] * 4 + ["decode"] * 5
+    assert (
+        tokens["phase"].tolist()
+        == ["prefill"] * 4 + ["decode"] * 2 + ["prefill"] + ["prefill"] * 4 + ["decode"] * 5
+    )
     assert tokens["position"].tolist() == [*range(6), 0, *range(9)]
     assert tokens["token_id"].tolist() == [0, 1, 2, 3, 50, 51, 0, 0, 1, 2, 3, 50, 51, 52, 53, 54]
     assert tokens["document"].tolist() == [0] * 6 + [1] + [2] * 9
@@ -107,18 +123,34 @@ def test_sequences_of_an_sglang_pass(tmp_path: Path):
 
 
 def test_prompts_of_one_token_in_an_sglang_pass(tmp_path: Path):
-    """In a pass of prompts each is a document, however short, also where its beginning was cached; in a mixed one a single token is a
-    prompt where it is the first of its sequence."""
+    """In a pass of prompts each is a document, however short, also where its beginning was cached;
+    in a mixed one a single token is a prompt where it is the first of its sequence."""
     import torch
 
     ids, records = foreign.drawn(9), []
-    for n, (mode, lengths, positions) in enumerate(((1, [1, 2, 1], [0, 4, 5, 7]), (3, [1, 3, 1], [0, 0, 1, 2, 9]))):
+    for n, (mode, lengths, positions) in enumerate(
+        ((1, [1, 2, 1], [0, 4, 5, 7]), (3, [1, 3, 1], [0, 0, 1, 2, 9]))
+    ):
         part = [i[4 * n : 4 + 5 * n] for i in ids]
-        record = {"forward_pass_id": n, "rank": 0, "gatherer_key": "primary", "input_ids": list(range(len(positions)))}
+        record = {
+            "forward_pass_id": n,
+            "rank": 0,
+            "gatherer_key": "primary",
+            "input_ids": list(range(len(positions))),
+        }
         record |= {"positions": positions, "extend_seq_lens": lengths, "forward_mode": mode}
         records.append(record | {"topk_ids_of_layer": torch.tensor(foreign.physical(part))})
-    torch.save({"records": records, "last_physical_to_logical_map": torch.tensor(foreign.physical_map())}, tmp_path / "r.pt")
-    trace = import_trace("sglang", [tmp_path / "r.pt"], tmp_path / "t", model=foreign.config_file(tmp_path), warn=[].append)
+    torch.save(
+        {"records": records, "last_physical_to_logical_map": torch.tensor(foreign.physical_map())},
+        tmp_path / "r.pt",
+    )
+    trace = import_trace(
+        "sglang",
+        [tmp_path / "r.pt"],
+        tmp_path / "t",
+        model=foreign.config_file(tmp_path),
+        warn=[].append,
+    )
     tokens = trace.tokens()
     assert tokens["phase"].tolist() == ["prefill"] * 8 + ["decode"]
     assert tokens["document"].tolist() == [0, 1, 1, 2, 3, 4, 4, 4, 5]
@@ -127,24 +159,43 @@ def test_prompts_of_one_token_in_an_sglang_pass(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "windows"), [([0, 1, 2, None, None], 3), ([0, None, 2, None], 3), ([0, 1, 2], 1), ([3, None, 2], 1), ([0], 1)]
+    ("rows", "windows"),
+    [
+        ([0, 1, 2, None, None], 3),
+        ([0, None, 2, None], 3),
+        ([0, 1, 2], 1),
+        ([3, None, 2], 1),
+        ([0], 1),
+    ],
 )
-def test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time(rows: list[int | None], windows: int, tmp_path: Path):
+def test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time(
+    rows: list[int | None], windows: int, tmp_path: Path
+):
     """Row by row the seed of its pass, None where there was none."""
     import torch
 
     count = np.zeros((len(rows), foreign.LAYERS, foreign.E), np.int32)
     for s, seed in enumerate(rows):
-        for layer, ids_TK in zip(ROUTED, foreign.drawn(20, seed) if seed is not None else [], strict=seed is not None):
+        for layer, ids_TK in zip(
+            ROUTED, foreign.drawn(20, seed) if seed is not None else [], strict=seed is not None
+        ):
             count[s, layer] = np.bincount(ids_TK.reshape(-1), minlength=foreign.E)
     torch.save({"rank": 0, "logical_count": torch.tensor(count)}, tmp_path / "r.pt")
     said: list[str] = []
-    trace = import_trace("sglang", [tmp_path / "r.pt"], tmp_path / "t", model=foreign.config_file(tmp_path), warn=said.append)
+    trace = import_trace(
+        "sglang",
+        [tmp_path / "r.pt"],
+        tmp_path / "t",
+        model=foreign.config_file(tmp_path),
+        warn=said.append,
+    )
     assert len(list(trace.shards)) == windows - rows[:windows].count(None)
     assert np.array_equal(loads(trace), count.sum(0)[ROUTED])
     full = len(rows) > 1 and rows[-1] is not None
     assert len(said) == full
-    assert any("logical_count is full" in note for note in trace.manifest["corpus"]["notes"]) == full
+    assert (
+        any("logical_count is full" in note for note in trace.manifest["corpus"]["notes"]) == full
+    )
     if full:
         assert f"all {len(rows)} rows of logical_count are filled" in said[0]
         assert "the order of the rows is not read as time" in said[0]
@@ -162,7 +213,9 @@ def test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time(rows: list[int | 
         ("a.txt", "layer,expert,count\n0,0,1\n"),
     ],
 )
-def test_what_only_speaks_of_experts_and_layers_is_not_taken_for_counts(name: str, text: str, tmp_path: Path):
+def test_what_only_speaks_of_experts_and_layers_is_not_taken_for_counts(
+    name: str, text: str, tmp_path: Path
+):
     (tmp_path / name).write_text(text)
     with pytest.raises(MoeInspectError, match="is of no format that is known by its looks"):
         import_trace("auto", [tmp_path / name], tmp_path / "t", top_k=1)
@@ -174,15 +227,21 @@ def test_a_table_of_texts_is_not_taken_for_counts(tmp_path: Path):
         import_trace("auto", [tmp_path / "a.parquet"], tmp_path / "t", top_k=1)
 
 
-@pytest.mark.parametrize("form", ["list", "lines", "columns", "long columns", "parquet", "long parquet", "csv"])
+@pytest.mark.parametrize(
+    "form", ["list", "lines", "columns", "long columns", "parquet", "long parquet", "csv"]
+)
 def test_auto_knows_counts_in_every_form(form: str, tmp_path: Path):
     n = 70_000 if form.startswith("long") else 4
     table = pd.DataFrame({"layer": 0, "expert": np.arange(n) % 4, "count": 1})
-    path = tmp_path / {"parquet": "c.parquet", "long parquet": "c.parquet", "csv": "c.csv"}.get(form, "c.json")
+    path = tmp_path / {"parquet": "c.parquet", "long parquet": "c.parquet", "csv": "c.csv"}.get(
+        form, "c.json"
+    )
     if path.suffix == ".parquet":
         table.assign(note=[f"note {i}" for i in range(n)]).to_parquet(path, compression="none")
     elif form == "csv":
-        path.write_text("\ufeff" + table.rename(columns={"count": "assignments"}).to_csv(index=False))
+        path.write_text(
+            "\ufeff" + table.rename(columns={"count": "assignments"}).to_csv(index=False)
+        )
     elif form in ("list", "lines"):
         path.write_text(table.to_json(orient="records", lines=form == "lines"))
     else:
@@ -190,7 +249,12 @@ def test_auto_knows_counts_in_every_form(form: str, tmp_path: Path):
             json.dumps(
                 {"layer": [0, 0], "expert": [0, 1], "count": [n, n]}
                 if form == "columns"
-                else {"layer": [0] * 8, "expert": [*range(4)] * 2, "count": [1] * 8, "domain": ["a" * n] * 8}
+                else {
+                    "layer": [0] * 8,
+                    "expert": [*range(4)] * 2,
+                    "count": [1] * 8,
+                    "domain": ["a" * n] * 8,
+                }
             )
         )
     said: list[str] = []
@@ -198,12 +262,16 @@ def test_auto_knows_counts_in_every_form(form: str, tmp_path: Path):
     assert said[0].startswith("taken for counts")
 
 
-def test_esfts_folders_of_ranks_are_of_the_domain_above_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_esfts_folders_of_ranks_are_of_the_domain_above_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     made = foreign.esft(tmp_path)
     for rank in range(2):
         shutil.copytree(made.source, tmp_path / f"scores/law/rank_{rank}")
     for n, source in enumerate(("scores", "scores/law", "scores/law/rank_1")):
-        trace = import_trace("esft", [tmp_path / source], tmp_path / f"t{n}", experts=foreign.E, top_k=foreign.K)
+        trace = import_trace(
+            "esft", [tmp_path / source], tmp_path / f"t{n}", experts=foreign.E, top_k=foreign.K
+        )
         assert set(trace.documents()["domain"]) == {"law"}
         assert trace.n_tokens == 10 * (2 if n < 2 else 1)
     monkeypatch.chdir(tmp_path / "scores/law/rank_0")
@@ -212,7 +280,10 @@ def test_esfts_folders_of_ranks_are_of_the_domain_above_them(tmp_path: Path, mon
 
 
 def test_decisions_are_no_table_of_counts(tmp_path: Path):
-    with pytest.raises(MoeInspectError, match=r"holds decisions, not counts: report\(trace\)\.tables\[.load.\] counts them"):
+    with pytest.raises(
+        MoeInspectError,
+        match=r"holds decisions, not counts: report\(trace\)\.tables\[.load.\] counts them",
+    ):
         imported("vllm-routed", tmp_path)[0].counts()
 
 
@@ -228,7 +299,10 @@ def test_dense_layers_are_refused_without_a_config(tmp_path: Path):
     made = MAKERS["vllm-routed"](tmp_path)
     with pytest.raises(MoeInspectError, match="does not say how many experts there are"):
         import_trace("vllm-routed", [made.source], tmp_path / "t")
-    with pytest.raises(MoeInspectError, match=r"all 6 tokens go to one expert in layer 0, as a dense layer reads: give --model"):
+    with pytest.raises(
+        MoeInspectError,
+        match=r"all 6 tokens go to one expert in layer 0, as a dense layer reads: give --model",
+    ):
         import_trace("vllm-routed", [made.source], tmp_path / "t", experts=8)
     assert not (tmp_path / "t").exists()
 
@@ -240,16 +314,26 @@ def test_nothing_is_left_of_what_ends_halfway_and_an_old_trace_stays(tmp_path: P
         import_trace("vllm-routed", [made.source], trace.path, experts=8)
     made.source.write_text(made.source.read_text() + "{}\n")
     with pytest.raises(MoeInspectError, match=r"v\.jsonl line 4: routed_experts is NoneType"):
-        import_trace("vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True)
+        import_trace(
+            "vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True
+        )
     assert sorted(p.name for p in (tmp_path / "t").rglob("*")) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "model.json", "t"]
     made.source.write_text(made.source.read_text()[:-3])
-    assert import_trace("vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True).n_tokens == 16
+    assert (
+        import_trace(
+            "vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True
+        ).n_tokens
+        == 16
+    )
 
 
 def test_drafts_of_killed_imports_are_cleared_and_no_others(tmp_path: Path):
     trace, made, _ = imported("vllm-routed", tmp_path)
-    drafts = {name: tmp_path / f".{name}.tmp" for name in ("t.7-0a0b", "t.8", "t.9-c0de", "t.10-beef", "u.7-0a0b", "t.x")}
+    drafts = {
+        name: tmp_path / f".{name}.tmp"
+        for name in ("t.7-0a0b", "t.8", "t.9-c0de", "t.10-beef", "u.7-0a0b", "t.x")
+    }
     for draft in drafts.values():
         shutil.copytree(trace.path, draft)
     (drafts["t.9-c0de"] / "notes.txt").touch()
@@ -259,7 +343,9 @@ def test_drafts_of_killed_imports_are_cleared_and_no_others(tmp_path: Path):
     shutil.rmtree(drafts["t.8"] / "tokens")
     shutil.rmtree(drafts["t.8"] / "documents")
     with hold(drafts["t.10-beef"]):  # another import, at work
-        import_trace("vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True)
+        import_trace(
+            "vllm-routed", [made.source], trace.path, model=tmp_path / "model.json", overwrite=True
+        )
     left = sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("."))
     assert left == [".t.10-beef.tmp", ".t.9-c0de.tmp", ".t.x.tmp", ".u.7-0a0b.tmp"]
     assert (drafts["t.10-beef"] / "trace.json").exists()
@@ -270,7 +356,9 @@ def test_a_link_to_a_directory_is_followed(tmp_path: Path):
     (tmp_path / "large" / "t").mkdir(parents=True)
     (tmp_path / "t").symlink_to(tmp_path / "large" / "t")
     trace, made, _ = imported("vllm-routed", tmp_path)
-    import_trace("vllm-routed", [made.source], tmp_path / "t", model=tmp_path / "model.json", overwrite=True)
+    import_trace(
+        "vllm-routed", [made.source], tmp_path / "t", model=tmp_path / "model.json", overwrite=True
+    )
     assert (tmp_path / "t").is_symlink()
     assert Trace(tmp_path / "large" / "t").n_tokens == trace.n_tokens
     assert [p.name for p in (tmp_path / "large").iterdir()] == ["t"]
@@ -281,8 +369,16 @@ def test_warm_up_rows_and_one_ranks_experts_are_told(tmp_path: Path):
     row = {"prompt_token_ids": [0] * 1501, "token_ids": [], "routed_experts": foreign.npy(ids_TBK)}
     foreign.lines(tmp_path / "w.jsonl", [row])
     said: list[str] = []
-    (tmp_path / "c.json").write_text(json.dumps({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}))
-    import_trace("vllm-routed", [tmp_path / "w.jsonl"], tmp_path / "t", model=tmp_path / "c.json", warn=said.append)
+    (tmp_path / "c.json").write_text(
+        json.dumps({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2})
+    )
+    import_trace(
+        "vllm-routed",
+        [tmp_path / "w.jsonl"],
+        tmp_path / "t",
+        model=tmp_path / "c.json",
+        warn=said.append,
+    )
     assert any("1,500 consecutive tokens were routed alike" in line for line in said)
     assert any("only experts 1-2 of 8" in line for line in said)
 
@@ -293,21 +389,27 @@ def test_report_reads_it(name: str, tmp_path: Path):
     balance = report(trace).tables["balance"]
     load = made.load or [np.bincount(i.reshape(-1), minlength=foreign.E) for i in made.ids or []]
     assert balance["assignments"].tolist() == [int(row.sum()) for row in load]
-    assert balance["max_over_mean"].tolist() == pytest.approx([row.max() / row.mean() for row in load])
+    assert balance["max_over_mean"].tolist() == pytest.approx(
+        [row.max() / row.mean() for row in load]
+    )
     assert report(trace).verdict()
 
 
 @needs_esft
 def test_esft_has_the_scores_its_authors_published(tmp_path: Path):
     trace = import_trace("esft", [ESFT], tmp_path / "t")
-    assert [(r.layer, r.experts, r.top_k) for r in trace.routers] == [(layer, 64, 6) for layer in range(1, 27)]
+    assert [(r.layer, r.experts, r.top_k) for r in trace.routers] == [
+        (layer, 64, 6) for layer in range(1, 27)
+    ]
     published = json.loads((ESFT / "summary.json").read_text())
     load = report(trace).tables["load"].set_index(["layer", "expert"])
     for layer in range(1, 27):
         token = np.array([published["token_scores"][str(layer)][str(e)] for e in range(64)])
         gate = np.array([published["gate_scores"][str(layer)][str(e)] for e in range(64)])
         assert np.abs(load.loc[layer]["share"].to_numpy() - token).max() <= 5.1e-5
-        assert np.abs(load.loc[layer]["weight_sum"].to_numpy() / trace.n_tokens - gate).max() <= 5e-4
+        assert (
+            np.abs(load.loc[layer]["weight_sum"].to_numpy() / trace.n_tokens - gate).max() <= 5e-4
+        )
     assert len(trace.documents()) == (ESFT / "expert_weights_1.txt").read_text().count("\n")
     assert set(trace.documents()["domain"]) == {"esft_law"}
 
@@ -316,11 +418,15 @@ def test_esft_has_the_scores_its_authors_published(tmp_path: Path):
 def test_fiddlers_unused_expert_is_in_the_verdict_and_its_subjects_are_domains(tmp_path: Path):
     folder = FIDDLER / "mixtral_8x7b_original"
     trace = import_trace("fiddler", [folder], tmp_path / "t")
-    assert sorted(trace.counts()["domain"].unique()) == sorted(p.stem.removeprefix("expert_popularity_") for p in folder.iterdir())
+    assert sorted(trace.counts()["domain"].unique()) == sorted(
+        p.stem.removeprefix("expert_popularity_") for p in folder.iterdir()
+    )
     rows = [json.loads(p.read_text())["expert_popularity"][0] for p in folder.iterdir()]
     assert trace.n_tokens == sum(sum(row) for row in rows) // 2
     said = " ".join(report(trace).verdict())
-    assert '"international_law" leaves expert 3 of layer 11 nearly unused: 0.04x the mean load' in said
+    assert (
+        '"international_law" leaves expert 3 of layer 11 nearly unused: 0.04x the mean load' in said
+    )
     assert "46.5 times less than the busiest expert there" in said
 
 
@@ -330,13 +436,18 @@ def test_the_command(cli, tmp_path: Path):
     assert "taken for counts" in done.stderr
     assert "imported 30 tokens, 2 routers" in done.stderr
     assert done.stdout == ""
-    assert "error: there is a trace at t" in cli("import", "counts", made.source, "-o", "t", check=1).stderr
+    assert (
+        "error: there is a trace at t"
+        in cli("import", "counts", made.source, "-o", "t", check=1).stderr
+    )
     cli("import", "nonsense", made.source, "-o", "t", check=2)
     assert len(cli("report", "t", "--table", "load", "--format", "csv").stdout.splitlines()) == 17
 
 
 def test_the_readmes_table_is_the_registrys():
-    text = (ROOT / "README.md").read_text().partition("\n## Import\n")[2].partition("\n## Verify")[0]
+    text = (
+        (ROOT / "README.md").read_text().partition("\n## Import\n")[2].partition("\n## Verify")[0]
+    )
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert rows == [f"| `{f.name}` | {f.reads} | {f.gives} |" for f in FORMATS.values()]
 
@@ -348,12 +459,20 @@ def test_the_commands_help_names_every_format(cli):
 
 def test_importing_needs_no_torch_but_for_its_files():
     program = (
-        "import sys; import moe_inspect.importers.run, moe_inspect.trace.verify, moe_inspect.trace.export; print('torch' in sys.modules)"
+        "import sys; import moe_inspect.importers.run, moe_inspect.trace.verify, "
+        "moe_inspect.trace.export; print('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout
+        == "False\n"
+    )
 
 
-def test_a_model_without_a_tokenizer_is_not_one_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_tokenizer_is_not_one_that_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is not there is done without; what could not be asked for is told."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -373,5 +492,7 @@ def test_a_model_without_a_tokenizer_is_not_one_that_cannot_be_reached(tmp_path:
     assert config._from_hub("who/what") == (tmp_path / "config.json", None)
     for error in (LocalEntryNotFoundError("offline"), OSError("the disk is full")):
         answers["tokenizer.json"] = error
-        with pytest.raises(MoeInspectError, match=f"cannot read the config and the tokenizer of who/what: {error}"):
+        with pytest.raises(
+            MoeInspectError, match=f"cannot read the config and the tokenizer of who/what: {error}"
+        ):
             config._from_hub("who/what")

@@ -1,5 +1,5 @@
-"""Megatron-Core's router trace and tokens_per_expert: which block a layer number means, stages of a pipeline joined, recomputation left out;
-what the files cannot say is one line."""
+"""Megatron-Core's router trace and tokens_per_expert: which block a layer number means, stages of a
+pipeline joined, recomputation left out; what the files cannot say is one line."""
 
 from __future__ import annotations
 
@@ -26,11 +26,22 @@ Passes = list[tuple[int, list[np.ndarray]]]  # step, ids [T, K] of each layer
 
 
 def passes_of(layers: int, micro: int = 2, steps: int = 2, T: int = 6, seed: int = 0) -> Passes:
-    return [(step, drawn(T, 1000 * seed + 10 * step + m, layers)) for step in range(steps) for m in range(micro)]
+    return [
+        (step, drawn(T, 1000 * seed + 10 * step + m, layers))
+        for step in range(steps)
+        for m in range(micro)
+    ]
 
 
-def dump(root: Path, columns: list[Passes], stages: list[list[int]], hook: bool = False, first: tuple[int, ...] = ()) -> Path:
-    """Columns of passes over stages of layers: rank = stage · columns + column, as Megatron numbers them. The hook numbers each stage from
+def dump(
+    root: Path,
+    columns: list[Passes],
+    stages: list[list[int]],
+    hook: bool = False,
+    first: tuple[int, ...] = (),
+) -> Path:
+    """Columns of passes over stages of layers: rank = stage · columns + column, as Megatron numbers
+    them. The hook numbers each stage from
     0: `first` is the block index of each stage's layer 0, where that has no experts."""
     root.mkdir(exist_ok=True)
     for stage, layers in enumerate(stages):
@@ -44,7 +55,16 @@ def dump(root: Path, columns: list[Passes], stages: list[list[int]], hook: bool 
 def config_of(root: Path, layers: int, dense: int = 0) -> Path:
     """The config of a model whose first `dense` layers have no experts."""
     path = root / f"{layers}.json"
-    path.write_text(json.dumps({"num_hidden_layers": layers, "num_experts": E, "num_experts_per_tok": K, "first_k_dense_replace": dense}))
+    path.write_text(
+        json.dumps(
+            {
+                "num_hidden_layers": layers,
+                "num_experts": E,
+                "num_experts_per_tok": K,
+                "first_k_dense_replace": dense,
+            }
+        )
+    )
     return path
 
 
@@ -78,16 +98,24 @@ def refused(root: Path, *sources: str | Path, match: str, **options: Any) -> Non
 
 
 def test_ranks_are_paired_by_number_not_by_name(tmp_path: Path):
-    """Rank 10 sorts before rank 2: twelve ranks of two stages, every token's experts at every layer."""
+    """Rank 10 sorts before rank 2: twelve ranks of two stages, every token's experts at every
+    layer."""
     columns = [passes_of(4, seed=c) for c in range(6)]
-    trace, said = taken(tmp_path, dump(tmp_path / "in", columns, [[0, 1], [2, 3]]), model=config_of(tmp_path, 4))
+    trace, said = taken(
+        tmp_path, dump(tmp_path / "in", columns, [[0, 1], [2, 3]]), model=config_of(tmp_path, 4)
+    )
     assert said == []
     assert [r.layer for r in trace.routers] == [0, 1, 2, 3]
     for layer in range(4):
         assert np.array_equal(decisions(trace, layer), whole(columns, layer))
     assert trace.tokens()["batch"].tolist() == ([0] * 12 + [1] * 12) * 6
-    assert trace.documents()["source"].tolist()[:2] == ["router_trace_rank0.jsonl step 0 rank 0"] * 2
-    assert any("2 pipeline stages" in note and "(0 + 6, 1 + 7, 2 + 8, …)" in note for note in trace.manifest["corpus"]["notes"])
+    assert (
+        trace.documents()["source"].tolist()[:2] == ["router_trace_rank0.jsonl step 0 rank 0"] * 2
+    )
+    assert any(
+        "2 pipeline stages" in note and "(0 + 6, 1 + 7, 2 + 8, …)" in note
+        for note in trace.manifest["corpus"]["notes"]
+    )
 
 
 def test_one_stage_has_no_note_of_stages(tmp_path: Path):
@@ -97,41 +125,79 @@ def test_one_stage_has_no_note_of_stages(tmp_path: Path):
 
 def test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree(tmp_path: Path):
     first = passes_of(2)
-    half = [(s, [ids[0], drawn(6, 99 + i, 1)[0]]) for i, (s, ids) in enumerate(first)]  # alike at stage 0 alone: another column
-    trace, said = taken(tmp_path, dump(tmp_path / "in", [first, first, half], [[0], [1]]), model=config_of(tmp_path, 2))
+    half = [
+        (s, [ids[0], drawn(6, 99 + i, 1)[0]]) for i, (s, ids) in enumerate(first)
+    ]  # alike at stage 0 alone: another column
+    trace, said = taken(
+        tmp_path,
+        dump(tmp_path / "in", [first, first, half], [[0], [1]]),
+        model=config_of(tmp_path, 2),
+    )
     assert [line for line in said if "tensor parallelism" in line] == said
     assert said[0].startswith("4 passes")
     assert np.array_equal(decisions(trace, 1), whole([first, half], 1))
 
 
 def test_recomputed_passes_are_left_out_before_stages_are_paired(tmp_path: Path):
-    """1F1B: the first stage meets forward 0, forward 1, again 0, again 1; the last one forward 0, again 0, forward 1, again 1."""
+    """1F1B: the first stage meets forward 0, forward 1, again 0, again 1; the last one forward 0,
+    again 0, forward 1, again 1."""
     (_, a), (_, b) = passes_of(4, steps=1)
     place = tmp_path / "in"
     place.mkdir()
     backwards = lambda ids, i, j: {j: ids[j], i: ids[i]}  # noqa: E731
-    megatron_rank(place, 0, [(0, {0: a[0], 1: a[1]}), (0, {0: b[0], 1: b[1]}), (0, backwards(a, 0, 1)), (0, backwards(b, 0, 1))])
-    megatron_rank(place, 1, [(0, {2: a[2], 3: a[3]}), (0, backwards(a, 2, 3)), (0, {2: b[2], 3: b[3]}), (0, backwards(b, 2, 3))])
+    megatron_rank(
+        place,
+        0,
+        [
+            (0, {0: a[0], 1: a[1]}),
+            (0, {0: b[0], 1: b[1]}),
+            (0, backwards(a, 0, 1)),
+            (0, backwards(b, 0, 1)),
+        ],
+    )
+    megatron_rank(
+        place,
+        1,
+        [
+            (0, {2: a[2], 3: a[3]}),
+            (0, backwards(a, 2, 3)),
+            (0, {2: b[2], 3: b[3]}),
+            (0, backwards(b, 2, 3)),
+        ],
+    )
     trace, said = taken(tmp_path, place, model=config_of(tmp_path, 4))
     for layer in range(4):
         assert np.array_equal(decisions(trace, layer), np.concatenate([a[layer], b[layer]]))
-    assert said == ["4 passes repeat one of the same rank and step (activations recomputed): each is taken once"]
+    assert said == [
+        "4 passes repeat one of the same rank and step (activations recomputed): each is taken once"
+    ]
 
 
 def test_stages_with_the_block_of_multi_token_prediction(tmp_path: Path):
     columns = [passes_of(3)]
     place = dump(tmp_path / "in", columns, [[0], [1, 2]])
-    for row in (rows := [json.loads(line) for line in (place / "router_trace_rank1.jsonl").read_text().splitlines()]):
+    for row in (
+        rows := [
+            json.loads(line)
+            for line in (place / "router_trace_rank1.jsonl").read_text().splitlines()
+        ]
+    ):
         row |= {"block": "mtp", "mtp_idx": 0, "layer": 1} if row["layer"] == 3 else {}
     lines(place / "router_trace_rank1.jsonl", rows)
     trace, _ = taken(tmp_path, place, experts=E)
-    assert [(r.layer, r.path) for r in trace.routers] == [(0, "layers.0"), (1, "layers.1"), (2, "mtp.0.layers.0")]
+    assert [(r.layer, r.path) for r in trace.routers] == [
+        (0, "layers.0"),
+        (1, "layers.1"),
+        (2, "mtp.0.layers.0"),
+    ]
     assert np.array_equal(decisions(trace, 2), whole(columns, 2))
 
 
 def test_runs_of_two_labels_are_paired_apart(tmp_path: Path):
     runs = {label: [passes_of(2, seed=i)] for i, label in enumerate("ab")}
-    places = [f"{label}={dump(tmp_path / label, columns, [[0], [1]])}" for label, columns in runs.items()]
+    places = [
+        f"{label}={dump(tmp_path / label, columns, [[0], [1]])}" for label, columns in runs.items()
+    ]
     trace, _ = taken(tmp_path, *places)
     assert np.array_equal(decisions(trace, 1), whole([columns[0] for columns in runs.values()], 1))
     refused(
@@ -146,7 +212,8 @@ def test_a_missing_rank_is_named_by_its_stage(tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(4, seed=c) for c in range(2)], [[0, 1], [2, 3]])
     (place / "router_trace_rank3.jsonl").unlink()
     line = (
-        r"2 of layers 0, 1 \(from 0\), as in .*rank0\.jsonl; 1 of layers 2, 3 \(from 0\), as in .*rank2\.jsonl: give the files of all ranks"
+        r"2 of layers 0, 1 \(from 0\), as in .*rank0\.jsonl; 1 of layers 2, 3 \(from 0\), as in "
+        r".*rank2\.jsonl: give the files of all ranks"
     )
     refused(tmp_path, place, match=line)
 
@@ -155,12 +222,20 @@ def test_a_missing_stage_is_named_where_the_config_says_so(tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(3)], [[1], [2]])
     assert taken(tmp_path / "x", place, model=config_file(tmp_path))[0].n_tokens == 24
     (place / "router_trace_rank1.jsonl").unlink()
-    refused(tmp_path, place, match=r"layers 2 \(from 0\) have experts in the config and are in no file", model=tmp_path / "model.json")
+    refused(
+        tmp_path,
+        place,
+        match=r"layers 2 \(from 0\) have experts in the config and are in no file",
+        model=tmp_path / "model.json",
+    )
 
 
 def test_numbers_from_zero_are_known_by_the_config(tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(3)], [[1, 2]])
-    changed(place / "router_trace_rank0.jsonl", lambda rows: [row | {"layer": row["layer"] - 1} for row in rows])
+    changed(
+        place / "router_trace_rank0.jsonl",
+        lambda rows: [row | {"layer": row["layer"] - 1} for row in rows],
+    )
     trace, said = taken(tmp_path, place, model=config_file(tmp_path))
     assert ([r.layer for r in trace.routers], said) == ([1, 2], [])
 
@@ -175,33 +250,74 @@ def test_numbers_from_zero_are_known_by_the_config(tmp_path: Path):
             3,
             "If each stage numbers its layers from 0, give --pipeline-stages",
         ),  # in numbers of their own 2, 3 and 1, 2, 3
-        ([[2, 3], [4, 5]], 4, r"rank 1 with layers 0, 1 .* of 0 with layers 2, 3 .*: later pipeline stages have higher ranks"),
+        (
+            [[2, 3], [4, 5]],
+            4,
+            (
+                r"rank 1 with layers 0, 1 .* of 0 with layers 2, 3 .*: later pipeline stages have "
+                r"higher ranks"
+            ),
+        ),
     ],
 )
-def test_stages_that_overlap_are_refused(stages: list[list[int]], shift: int, line: str, tmp_path: Path):
+def test_stages_that_overlap_are_refused(
+    stages: list[list[int]], shift: int, line: str, tmp_path: Path
+):
     place = dump(tmp_path / "in", [passes_of(6)], stages)
-    changed(place / "router_trace_rank1.jsonl", lambda rows: [row | {"layer": row["layer"] - shift} for row in rows])
+    changed(
+        place / "router_trace_rank1.jsonl",
+        lambda rows: [row | {"layer": row["layer"] - shift} for row in rows],
+    )
     refused(tmp_path, place, match=line)
 
 
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (lambda rows: rows[:-1], r"rank0.jsonl line 4: step 1 with 6 tokens, .*rank1.jsonl: no further pass"),
-        (lambda rows: rows[:1] + rows[2:], r"rank0.jsonl line 2: step 0 with 6 tokens, .*rank1.jsonl line 2: step 1 with 6 tokens"),
+        (
+            lambda rows: rows[:-1],
+            r"rank0.jsonl line 4: step 1 with 6 tokens, .*rank1.jsonl: no further pass",
+        ),
+        (
+            lambda rows: rows[:1] + rows[2:],
+            r"rank0.jsonl line 2: step 0 with 6 tokens, .*rank1.jsonl line 2: step 1 with 6 tokens",
+        ),
         (
             lambda rows: [rows[0] | {"top_indices": rows[0]["top_indices"][::-1]}, *rows],
             r"rank0.jsonl line 3: step 1 with 6 tokens, .*rank1.jsonl line 3: step 0 with 6 tokens",
         ),
-        (lambda rows: [r | {"step": r["step"] + 1} for r in rows], r"step 0 with 6 tokens, .*step 1 with 6 tokens"),
         (
-            lambda rows: [*rows[:3], rows[3] | {"num_tokens": 5, "top_indices": rows[3]["top_indices"][:5]}],
-            r"rank0.jsonl line 4: step 1 with 6 tokens, .*rank1.jsonl line 4: step 1 with 5 tokens: are both files whole",
+            lambda rows: [r | {"step": r["step"] + 1} for r in rows],
+            r"step 0 with 6 tokens, .*step 1 with 6 tokens",
         ),
-        (lambda rows: [*rows[:2], rows[2] | {"rank": 3}, rows[3]], "step 1 of rank 3 in a file of rank 1"),
-        (lambda rows: [r | {"topk": 1, "top_indices": [t[:1] for t in r["top_indices"]]} for r in rows], "topk is 1, 2 in the first pass"),
-        (lambda rows: [r | {"logit_shape": [6, E + 1]} for r in rows], rf"logit_shape is \[6, {E + 1}\], not \[6, {E}\]"),
-        (lambda rows: [{k: v for k, v in r.items() if "logit" not in k} for r in rows], "rank1.jsonl line 1 has no logits, .* has"),
+        (
+            lambda rows: [
+                *rows[:3],
+                rows[3] | {"num_tokens": 5, "top_indices": rows[3]["top_indices"][:5]},
+            ],
+            (
+                r"rank0.jsonl line 4: step 1 with 6 tokens, .*rank1.jsonl line 4: step 1 with 5 "
+                r"tokens: are both files whole"
+            ),
+        ),
+        (
+            lambda rows: [*rows[:2], rows[2] | {"rank": 3}, rows[3]],
+            "step 1 of rank 3 in a file of rank 1",
+        ),
+        (
+            lambda rows: [
+                r | {"topk": 1, "top_indices": [t[:1] for t in r["top_indices"]]} for r in rows
+            ],
+            "topk is 1, 2 in the first pass",
+        ),
+        (
+            lambda rows: [r | {"logit_shape": [6, E + 1]} for r in rows],
+            rf"logit_shape is \[6, {E + 1}\], not \[6, {E}\]",
+        ),
+        (
+            lambda rows: [{k: v for k, v in r.items() if "logit" not in k} for r in rows],
+            "rank1.jsonl line 1 has no logits, .* has",
+        ),
     ],
 )
 def test_stages_that_disagree_are_refused(spoil: Callable, line: str, tmp_path: Path):
@@ -209,10 +325,22 @@ def test_stages_that_disagree_are_refused(spoil: Callable, line: str, tmp_path: 
     changed(place / "router_trace_rank1.jsonl", spoil)
     stages = {"pipeline_stages": 2, "model": config_of(tmp_path, 2)}
     refused(tmp_path, place, match=line, **stages)
-    refused(tmp_path, place / "router_trace_rank1.jsonl", place / "router_trace_rank0.jsonl", match=".", **stages)
+    refused(
+        tmp_path,
+        place / "router_trace_rank1.jsonl",
+        place / "router_trace_rank0.jsonl",
+        match=".",
+        **stages,
+    )
 
 
-def interleaved(place: Path, group: int, rank_layers: list[list[list[int]]], passes: Passes, together: bool = False) -> None:
+def interleaved(
+    place: Path,
+    group: int,
+    rank_layers: list[list[list[int]]],
+    passes: Passes,
+    together: bool = False,
+) -> None:
     """Each rank's chunks of layers, called for `group` microbatches of a step in turn."""
     place.mkdir()
     for rank, chunks in enumerate(rank_layers):
@@ -220,7 +348,11 @@ def interleaved(place: Path, group: int, rank_layers: list[list[list[int]]], pas
         for step in sorted({s for s, _ in passes}):
             of_step = [ids for s, ids in passes if s == step]
             for first in range(0, len(of_step), group):
-                calls += [(step, {i: ids[i] for i in chunk}) for chunk in chunks for ids in of_step[first : first + group]]
+                calls += [
+                    (step, {i: ids[i] for i in chunk})
+                    for chunk in chunks
+                    for ids in of_step[first : first + group]
+                ]
         megatron_rank(place, rank, calls)
 
 
@@ -228,7 +360,14 @@ def interleaved(place: Path, group: int, rank_layers: list[list[list[int]]], pas
 @pytest.mark.parametrize("layers", [[[[0], [2]], [[1], [3]]], [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]])
 def test_interleaved_stages_are_refused(layers: list[list[list[int]]], micro: int, tmp_path: Path):
     interleaved(tmp_path / "in", 2, layers, passes_of(8, micro))
-    refused(tmp_path, tmp_path / "in", match="the first pass does not agree: .* interleaved pipeline stages, which cannot be told apart")
+    refused(
+        tmp_path,
+        tmp_path / "in",
+        match=(
+            "the first pass does not agree: .* interleaved pipeline stages, which cannot be told "
+            "apart"
+        ),
+    )
 
 
 def test_interleaved_stages_of_one_microbatch_at_a_time_are_whole_passes(tmp_path: Path):
@@ -241,8 +380,14 @@ def test_interleaved_stages_of_one_microbatch_at_a_time_are_whole_passes(tmp_pat
 
 def test_calls_of_two_passes_in_one_are_refused(tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(4)], [[0, 1], [2, 3]])
-    changed(place / "router_trace_rank1.jsonl", lambda rows: [*rows[:4], rows[5], rows[4], *rows[6:]])
-    refused(tmp_path, place, match=r"line 5: step 1 of rank 1 calls its routers in another order than the first pass")
+    changed(
+        place / "router_trace_rank1.jsonl", lambda rows: [*rows[:4], rows[5], rows[4], *rows[6:]]
+    )
+    refused(
+        tmp_path,
+        place,
+        match=r"line 5: step 1 of rank 1 calls its routers in another order than the first pass",
+    )
 
 
 def test_progress_is_told_of_every_byte_once(tmp_path: Path):
@@ -250,8 +395,16 @@ def test_progress_is_told_of_every_byte_once(tmp_path: Path):
         (place := tmp_path / name).mkdir()
         MAKERS[name](place)
         told: list[int] = []
-        job = Job([Source(place, None)], experts=E, pipeline_stages={"megatron": 1}.get(name), warn=lambda line: None, read=told.append)
-        assert sum(1 for _ in megatron(job).batches) == {"megatron": 4, "megatron-pipeline": 8}[name]
+        job = Job(
+            [Source(place, None)],
+            experts=E,
+            pipeline_stages={"megatron": 1}.get(name),
+            warn=lambda line: None,
+            read=told.append,
+        )
+        assert (
+            sum(1 for _ in megatron(job).batches) == {"megatron": 4, "megatron-pipeline": 8}[name]
+        )
         assert sum(told) == sum(p.stat().st_size for p in place.glob("*.jsonl"))
 
 
@@ -275,7 +428,10 @@ def numbered(root: Path, layers: list[int], ids: Callable[[int], np.ndarray], **
     """One rank's file of one pass that has these numbers."""
     root.mkdir()
     common = {"step": 0, "stage": "pre_dispatch", "block": "decoder", "rank": 0, "topk": K}
-    rows = [common | {"layer": n, "num_tokens": len(ids(n)), "top_indices": ids(n).tolist()} | fields for n in layers]
+    rows = [
+        common | {"layer": n, "num_tokens": len(ids(n)), "top_indices": ids(n).tolist()} | fields
+        for n in layers
+    ]
     lines(root / "router_trace_rank0.jsonl", rows)
     return root
 
@@ -290,21 +446,33 @@ def unordered(n: int) -> np.ndarray:
 
 @pytest.mark.parametrize("layers", [[1, 2, 3], [0, 1, 2]])
 @pytest.mark.parametrize(("ids", "fields"), [(ascending, {}), (unordered, {"hs_offset": 0})])
-def test_the_hooks_numbers_start_at_zero(layers: list[int], ids: Callable, fields: dict, tmp_path: Path):
+def test_the_hooks_numbers_start_at_zero(
+    layers: list[int], ids: Callable, fields: dict, tmp_path: Path
+):
     trace, said = taken(tmp_path, numbered(tmp_path / "in", layers, ids, **fields))
     assert ([r.layer for r in trace.routers], said) == (layers, [])
 
 
-def test_numbers_of_unknown_origin_are_settled_by_the_config_or_assumed_with_a_warning(tmp_path: Path):
+def test_numbers_of_unknown_origin_are_settled_by_the_config_or_assumed_with_a_warning(
+    tmp_path: Path,
+):
     place = numbered(tmp_path / "in", [1, 2, 3], unordered)
     trace, said = taken(tmp_path / "a", place)
     assert [r.layer for r in trace.routers] == [0, 1, 2]
     assert len(said) == 1
     assert r"(1, 2, 3) start at 0 or 1: assumed 1" in said[0]
-    for config, layers in ((config_of(tmp_path, 3), [0, 1, 2]), (config_of(tmp_path, 4, dense=1), [1, 2, 3])):
+    for config, layers in (
+        (config_of(tmp_path, 3), [0, 1, 2]),
+        (config_of(tmp_path, 4, dense=1), [1, 2, 3]),
+    ):
         trace, said = taken(tmp_path / config.stem, place, model=config)
         assert ([r.layer for r in trace.routers], said) == (layers, [])
-    refused(tmp_path, place, model=config_of(tmp_path, 6), match="layers 3, 4, 5 .from 0. have experts in the config and are in no file")
+    refused(
+        tmp_path,
+        place,
+        model=config_of(tmp_path, 6),
+        match="layers 3, 4, 5 .from 0. have experts in the config and are in no file",
+    )
     trace, said = taken(tmp_path / "zero", numbered(tmp_path / "from0", [0, 1], unordered))
     assert [r.layer for r in trace.routers] == [0, 1]
     assert len(said) == 1
@@ -312,9 +480,13 @@ def test_numbers_of_unknown_origin_are_settled_by_the_config_or_assumed_with_a_w
 
 
 @pytest.mark.parametrize(("different", "layers"), [(19, [0]), (20, [1])])
-def test_so_many_ascending_decisions_are_the_hooks(different: int, layers: list[int], tmp_path: Path):
+def test_so_many_ascending_decisions_are_the_hooks(
+    different: int, layers: list[int], tmp_path: Path
+):
     pairs = np.array([[a, b] for a in range(E) for b in range(a + 1, E)])[:different]
-    trace, said = taken(tmp_path, numbered(tmp_path / "in", [1], lambda n: np.repeat(pairs, 3, axis=0)))
+    trace, said = taken(
+        tmp_path, numbered(tmp_path / "in", [1], lambda n: np.repeat(pairs, 3, axis=0))
+    )
     assert [r.layer for r in trace.routers] == layers
     assert bool(said) == (layers == [0])
 
@@ -322,8 +494,19 @@ def test_so_many_ascending_decisions_are_the_hooks(different: int, layers: list[
 def test_a_config_that_the_hooks_numbers_do_not_fit_is_refused(tmp_path: Path):
     place = numbered(tmp_path / "in", [1, 2, 3], ascending)
     line = r"in has layers 1, 2, 3 \(from 0\), .*3\.json has experts in 0, 1, 2: "
-    refused(tmp_path, place, model=config_of(tmp_path, 3), match=line + "for a run with pipeline parallelism give --pipeline-stages")
-    refused(tmp_path, place, model=config_of(tmp_path, 3), pipeline_stages=1, match=line + "is it the model's config")
+    refused(
+        tmp_path,
+        place,
+        model=config_of(tmp_path, 3),
+        match=line + "for a run with pipeline parallelism give --pipeline-stages",
+    )
+    refused(
+        tmp_path,
+        place,
+        model=config_of(tmp_path, 3),
+        pipeline_stages=1,
+        match=line + "is it the model's config",
+    )
 
 
 def test_first_choices_are_in_the_logits(tmp_path: Path):
@@ -351,11 +534,15 @@ def test_first_choices_are_in_the_logits(tmp_path: Path):
     ],
 )
 @pytest.mark.parametrize("data", [1, 2])
-def test_stages_are_joined_by_rank_and_config(stages: list[list[int]], first: tuple, dense: int, data: int, tmp_path: Path):
+def test_stages_are_joined_by_rank_and_config(
+    stages: list[list[int]], first: tuple, dense: int, data: int, tmp_path: Path
+):
     depth = max(stages[-1]) + 1
     columns = [passes_of(depth, seed=c) for c in range(data)]
     place = dump(tmp_path / "in", columns, stages, hook=True, first=first)
-    trace, said = taken(tmp_path, place, model=config_of(tmp_path, depth, dense), pipeline_stages=len(stages))
+    trace, said = taken(
+        tmp_path, place, model=config_of(tmp_path, depth, dense), pipeline_stages=len(stages)
+    )
     assert [r.layer for r in trace.routers] == list(range(dense, depth))
     for n, r in enumerate(trace.routers):
         assert np.array_equal(decisions(trace, n), whole(columns, r.layer))
@@ -367,11 +554,28 @@ def test_stages_without_what_joins_them_are_refused(tmp_path: Path):
     """They were pooled into one stage of three layers."""
     place = dump(tmp_path / "in", [passes_of(6)], [[0, 1, 2], [3, 4, 5]], hook=True)
     refused(tmp_path, place, match=r"there are files of 2 ranks: give --pipeline-stages \(1 if")
-    refused(tmp_path, place, pipeline_stages=2, match="--pipeline-stages 2: .* takes the model's config: give --model or --config")
-    six = config_of(tmp_path, 6)
-    refused(tmp_path, place, model=six, match="has experts in 0, 1, 2, 3, 4, 5: for a run with pipeline parallelism give --pipeline-stages")
     refused(
-        tmp_path, place, model=six, pipeline_stages=3, match="files of 2 ranks do not make 3 pipeline stages: give the files of all ranks"
+        tmp_path,
+        place,
+        pipeline_stages=2,
+        match="--pipeline-stages 2: .* takes the model's config: give --model or --config",
+    )
+    six = config_of(tmp_path, 6)
+    refused(
+        tmp_path,
+        place,
+        model=six,
+        match=(
+            "has experts in 0, 1, 2, 3, 4, 5: for a run with pipeline parallelism give "
+            "--pipeline-stages"
+        ),
+    )
+    refused(
+        tmp_path,
+        place,
+        model=six,
+        pipeline_stages=3,
+        match="files of 2 ranks do not make 3 pipeline stages: give the files of all ranks",
     )
     refused(
         tmp_path,
@@ -380,8 +584,20 @@ def test_stages_without_what_joins_them_are_refused(tmp_path: Path):
         pipeline_stages=2,
         match="2 pipeline stages have 3 . 3 layers .* has 7: .* Interleaved",
     )
-    refused(tmp_path, place, model=config_of(tmp_path, 3), pipeline_stages=2, match="--pipeline-stages is 2, by their layers .* of 1")
-    refused(tmp_path, place, model=config_of(tmp_path, 8, dense=2), pipeline_stages=2, match="stage 0 cannot be blocks 2, 3, 4")
+    refused(
+        tmp_path,
+        place,
+        model=config_of(tmp_path, 3),
+        pipeline_stages=2,
+        match="--pipeline-stages is 2, by their layers .* of 1",
+    )
+    refused(
+        tmp_path,
+        place,
+        model=config_of(tmp_path, 8, dense=2),
+        pipeline_stages=2,
+        match="stage 0 cannot be blocks 2, 3, 4",
+    )
     pooled = taken(tmp_path / "x", place, pipeline_stages=1)[0]
     assert ([r.layer for r in pooled.routers], pooled.n_tokens) == ([0, 1, 2], 48)
 
@@ -392,23 +608,45 @@ def test_one_stages_file_beside_an_empty_one_is_refused(tmp_path: Path):
 
 
 def test_ranks_of_a_stage_that_do_not_agree_are_refused(tmp_path: Path):
-    place = dump(tmp_path / "in", [passes_of(5), passes_of(5, seed=1)], [[0, 1], [2, 3, 4]], hook=True)
+    place = dump(
+        tmp_path / "in", [passes_of(5), passes_of(5, seed=1)], [[0, 1], [2, 3, 4]], hook=True
+    )
     swapped = [place / f"router_trace_rank{r}.jsonl" for r in (1, 2)]
     texts = [path.read_text() for path in swapped]
     for path, text, (old, new) in zip(swapped, texts[::-1], ((2, 1), (1, 2)), strict=True):
         path.write_text(text.replace(f'"rank": {old}', f'"rank": {new}'))
-    line = r"rank0\.jsonl has layers 0, 1, .*rank1\.jsonl has layers 0, 1, 2: 2 ranks in a row .* --use-tp-pp-dp-mapping cannot be joined"
+    line = (
+        r"rank0\.jsonl has layers 0, 1, .*rank1\.jsonl has layers 0, 1, 2: 2 ranks in a row .* "
+        r"--use-tp-pp-dp-mapping cannot be joined"
+    )
     refused(tmp_path, place, model=config_of(tmp_path, 5), pipeline_stages=2, match=line)
 
 
 def test_pipeline_stages_of_another_format_are_refused(tmp_path: Path):
-    with pytest.raises(MoeInspectError, match="--pipeline-stages is an option of the format megatron, not of counts"):
-        import_trace("counts", [MAKERS["counts"](tmp_path).source], tmp_path / "t", top_k=K, pipeline_stages=2)
+    with pytest.raises(
+        MoeInspectError,
+        match="--pipeline-stages is an option of the format megatron, not of counts",
+    ):
+        import_trace(
+            "counts",
+            [MAKERS["counts"](tmp_path).source],
+            tmp_path / "t",
+            top_k=K,
+            pipeline_stages=2,
+        )
 
 
 def test_the_command_takes_pipeline_stages(cli_here: Cli, tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(4)], [[0, 1], [2, 3]], hook=True)
-    command = ("import", "megatron", place, "-o", tmp_path / "t", "--config", config_of(tmp_path, 4))
+    command = (
+        "import",
+        "megatron",
+        place,
+        "-o",
+        tmp_path / "t",
+        "--config",
+        config_of(tmp_path, 4),
+    )
     assert "give --pipeline-stages" in cli_here(*command, check=1).stderr
     cli_here(*command, "--pipeline-stages", 2)
     assert len(Trace(tmp_path / "t").routers) == 4
@@ -421,11 +659,17 @@ def test_the_command_takes_pipeline_stages(cli_here: Cli, tmp_path: Path):
 def test_recomputed_routers_are_left_out(order: list[int], tmp_path: Path):
     """Of one rank: a layer at a time, two layers at a time, or the first layers alone."""
     passes = passes_of(3)
-    written = [call for s, ids in passes for call in ((s, dict(enumerate(ids))), (s, {i: ids[i] for i in order}))]
+    written = [
+        call
+        for s, ids in passes
+        for call in ((s, dict(enumerate(ids))), (s, {i: ids[i] for i in order}))
+    ]
     (place := tmp_path / "in").mkdir()
     megatron_rank(place, 0, written, hook=True)
     trace, said = taken(tmp_path, place)
-    assert said == ["4 passes repeat one of the same rank and step (activations recomputed): each is taken once"]
+    assert said == [
+        "4 passes repeat one of the same rank and step (activations recomputed): each is taken once"
+    ]
     for layer in range(3):
         assert np.array_equal(decisions(trace, layer), whole([passes], layer))
 
@@ -439,7 +683,9 @@ def test_passes_of_one_token_that_choose_alike_are_all_taken(tmp_path: Path):
     trace, said = taken(tmp_path, place, pipeline_stages=1)
     assert (trace.n_tokens, said) == (4, [])
     (place / "router_trace_rank1.jsonl").unlink()
-    changed(place / "router_trace_rank0.jsonl", lambda rows: [*rows, rows[0] | {"step": 0}])  # the first layer again, alone
+    changed(
+        place / "router_trace_rank0.jsonl", lambda rows: [*rows, rows[0] | {"step": 0}]
+    )  # the first layer again, alone
     trace, said = taken(tmp_path / "again", place)
     assert trace.n_tokens == 2
     assert len(said) == 1
@@ -454,47 +700,91 @@ def test_a_capacity_factor_is_named_where_calls_are_missing(tmp_path: Path):
             import_trace(format, [place], tmp_path / "t", experts=E, warn=[].append)
     dump(place, [passes_of(3)], [[0, 1, 2]], hook=True)
     changed(place / "router_trace_rank0.jsonl", lambda rows: rows[:4] + rows[5:])
-    refused(tmp_path, place, match=r"line 4: step 0 of rank 0 lacks layer 1 .* calls are missing, .* capacity factor")
+    refused(
+        tmp_path,
+        place,
+        match=r"line 4: step 0 of rank 0 lacks layer 1 .* calls are missing, .* capacity factor",
+    )
 
 
 def test_experts_filled_up_to_their_capacity_are_refused(tmp_path: Path):
-    """The hook reshapes the map's true entries to [T, K], though tokens have more or fewer than K."""
-    ids = np.array([[0, 1], [2, 3], [0, 0], [1, 2], [4, 5], [6, 7], [3, 4], [5, 6], [7, 1], [2, 3], [4, 5], [6, 7]])
+    """The hook reshapes the map's true entries to [T, K], though tokens have more or fewer than
+    K."""
+    ids = np.array(
+        [
+            [0, 1],
+            [2, 3],
+            [0, 0],
+            [1, 2],
+            [4, 5],
+            [6, 7],
+            [3, 4],
+            [5, 6],
+            [7, 1],
+            [2, 3],
+            [4, 5],
+            [6, 7],
+        ]
+    )
     refused(
         tmp_path,
         numbered(tmp_path / "in", [1], lambda n: ids),
         match=r"gives every expert 3 assignments .*moe_pad_expert_input_to_capacity",
     )
     other = np.where(ids == 7, 6, ids)
-    refused(tmp_path, numbered(tmp_path / "x", [1], lambda n: other), match="goes to one expert twice")
+    refused(
+        tmp_path, numbered(tmp_path / "x", [1], lambda n: other), match="goes to one expert twice"
+    )
 
 
 # --- tokens_per_expert
 
 
-def parallel(iterations: dict[int, dict[int, np.ndarray]], ranks: int) -> list[dict[int, dict[int, np.ndarray]]]:
+def parallel(
+    iterations: dict[int, dict[int, np.ndarray]], ranks: int
+) -> list[dict[int, dict[int, np.ndarray]]]:
     """The experts of each rank of expert parallelism."""
     n = E // ranks
-    return [{i: {layer: tpe[:, r * n : (r + 1) * n] for layer, tpe in of.items()} for i, of in iterations.items()} for r in range(ranks)]
+    return [
+        {
+            i: {layer: tpe[:, r * n : (r + 1) * n] for layer, tpe in of.items()}
+            for i, of in iterations.items()
+        }
+        for r in range(ranks)
+    ]
 
 
-def tpe_of(seed: int, layers: int = 2, micro: int = 3, iterations: tuple[int, ...] = (10, 20)) -> dict[int, dict[int, np.ndarray]]:
+def tpe_of(
+    seed: int, layers: int = 2, micro: int = 3, iterations: tuple[int, ...] = (10, 20)
+) -> dict[int, dict[int, np.ndarray]]:
     rng = np.random.default_rng(seed)
-    return {i: {layer: rng.multinomial(100, [1 / E] * E, size=micro) for layer in range(layers)} for i in iterations}
+    return {
+        i: {layer: rng.multinomial(100, [1 / E] * E, size=micro) for layer in range(layers)}
+        for i in iterations
+    }
 
 
 def load_of(*runs: dict[int, dict[int, np.ndarray]], layer: int) -> list[int]:
-    return np.concatenate([of_layer[layer] for run in runs for of_layer in run.values()]).sum(0).tolist()
+    return (
+        np.concatenate([of_layer[layer] for run in runs for of_layer in run.values()])
+        .sum(0)
+        .tolist()
+    )
 
 
 def test_counts_of_expert_parallel_ranks_are_joined_and_data_parallel_ones_added(tmp_path: Path):
     runs = [tpe_of(seed) for seed in range(2)]
-    megatron_tpe(tmp_path / "runs", dict(enumerate([of_rank for run in runs for of_rank in parallel(run, 2)])))
+    megatron_tpe(
+        tmp_path / "runs",
+        dict(enumerate([of_rank for run in runs for of_rank in parallel(run, 2)])),
+    )
     refused(tmp_path, tmp_path / "runs", top_k=K, match="files of 4 ranks: give --pipeline-stages")
     trace, said = taken(tmp_path, tmp_path / "runs", top_k=K, pipeline_stages=1)
     assert said == []
     assert [r.layer for r in trace.routers] == [0, 1]
-    assert [load.tolist() for load in loads(trace)] == [load_of(*runs, layer=layer) for layer in range(2)]
+    assert [load.tolist() for load in loads(trace)] == [
+        load_of(*runs, layer=layer) for layer in range(2)
+    ]
     assert set(trace.counts()["domain"]) == {"runs"}
     assert trace.n_tokens == 2 * 2 * 3 * 100 // K
 
@@ -503,38 +793,65 @@ def test_one_group_of_expert_parallel_ranks_needs_no_word_of_stages(tmp_path: Pa
     run = tpe_of(0)
     megatron_tpe(tmp_path / "in", dict(enumerate(parallel(run, 4))))
     trace, said = taken(tmp_path, tmp_path / "in", top_k=K)
-    assert (said, [load.tolist() for load in loads(trace)]) == ([], [load_of(run, layer=layer) for layer in range(2)])
+    assert (said, [load.tolist() for load in loads(trace)]) == (
+        [],
+        [load_of(run, layer=layer) for layer in range(2)],
+    )
 
 
 def test_counts_of_expert_tensor_parallel_ranks_are_taken_once(tmp_path: Path):
     run = tpe_of(0)
-    megatron_tpe(tmp_path / "in", dict(enumerate([of_rank for of_rank in parallel(run, 2) for _ in range(2)])))
+    megatron_tpe(
+        tmp_path / "in",
+        dict(enumerate([of_rank for of_rank in parallel(run, 2) for _ in range(2)])),
+    )
     trace, said = taken(tmp_path, tmp_path / "in", top_k=K)
     assert len(said) == 1
     assert "2 ranks in a row count alike (expert tensor parallelism)" in said[0]
-    assert [load.tolist() for load in loads(trace)] == [load_of(run, layer=layer) for layer in range(2)]
+    assert [load.tolist() for load in loads(trace)] == [
+        load_of(run, layer=layer) for layer in range(2)
+    ]
 
 
 def test_counts_of_pipeline_stages_are_joined(tmp_path: Path):
     run = tpe_of(0, layers=5)
     stages = [
-        {i: {n: of[layer] for n, layer in enumerate(own, start)} for i, of in run.items()} for start, own in ((1, [1, 2]), (0, [3, 4]))
+        {i: {n: of[layer] for n, layer in enumerate(own, start)} for i, of in run.items()}
+        for start, own in ((1, [1, 2]), (0, [3, 4]))
     ]
-    megatron_tpe(tmp_path / "in", dict(enumerate([of_rank for stage in stages for of_rank in parallel(stage, 2)])))
-    trace, _ = taken(tmp_path, tmp_path / "in", model=config_of(tmp_path, 5, dense=1), pipeline_stages=2)
+    megatron_tpe(
+        tmp_path / "in",
+        dict(enumerate([of_rank for stage in stages for of_rank in parallel(stage, 2)])),
+    )
+    trace, _ = taken(
+        tmp_path, tmp_path / "in", model=config_of(tmp_path, 5, dense=1), pipeline_stages=2
+    )
     assert [r.layer for r in trace.routers] == [1, 2, 3, 4]
-    assert [load.tolist() for load in loads(trace)] == [load_of(run, layer=layer) for layer in (1, 2, 3, 4)]
+    assert [load.tolist() for load in loads(trace)] == [
+        load_of(run, layer=layer) for layer in (1, 2, 3, 4)
+    ]
 
 
 @pytest.mark.parametrize("layers", [[0, 1], [0]])
 def test_recomputed_counts_are_halved(layers: list[int], tmp_path: Path):
     run = tpe_of(0)
-    written = {i: {layer: np.concatenate([tpe, tpe]) if layer in layers else tpe for layer, tpe in of.items()} for i, of in run.items()}
+    written = {
+        i: {
+            layer: np.concatenate([tpe, tpe]) if layer in layers else tpe
+            for layer, tpe in of.items()
+        }
+        for i, of in run.items()
+    }
     megatron_tpe(tmp_path / "in", {0: written})
     trace, said = taken(tmp_path, tmp_path / "in", top_k=K)
     assert len(said) == 1
-    assert f"every count of {len(layers)} of 2 layers is there twice (activations recomputed)" in said[0]
-    assert [load.tolist() for load in loads(trace)] == [load_of(run, layer=layer) for layer in range(2)]
+    assert (
+        f"every count of {len(layers)} of 2 layers is there twice (activations recomputed)"
+        in said[0]
+    )
+    assert [load.tolist() for load in loads(trace)] == [
+        load_of(run, layer=layer) for layer in range(2)
+    ]
 
 
 def test_dropped_or_padded_tokens_are_told(tmp_path: Path):
@@ -555,18 +872,51 @@ def test_a_batch_of_counts_is_an_iteration(tmp_path: Path):
 @pytest.mark.parametrize(
     ("spoil", "options", "line"),
     [
-        (lambda r: r.pop(1), {}, "counts 4 of 8 experts: give the files of all ranks, which make groups of 2; there are 1 from rank 0 on"),
+        (
+            lambda r: r.pop(1),
+            {},
+            (
+                "counts 4 of 8 experts: give the files of all ranks, which make groups of 2; there "
+                "are 1 from rank 0 on"
+            ),
+        ),
         (lambda r: r.pop(0), {}, "there are 1 from rank 1 on"),
-        (lambda r: r.update({3: r.pop(1)}), {}, r"rank0\.jsonl is of rank 0, the next file of rank 3: give the files of all ranks"),
-        (lambda r: r[1].pop(20), {}, r"iteration 20 is in one of .*rank0\.jsonl and .*rank1\.jsonl alone: are both files whole"),
-        (lambda r: r[1][20].pop(1), {}, r"rank1\.jsonl: iteration 20 has no line of layer 1: is the file whole"),
-        (lambda r: None, {"experts": 6}, "counts the 4 experts of its rank, and 6 in all are no multiple of 4"),
+        (
+            lambda r: r.update({3: r.pop(1)}),
+            {},
+            r"rank0\.jsonl is of rank 0, the next file of rank 3: give the files of all ranks",
+        ),
+        (
+            lambda r: r[1].pop(20),
+            {},
+            (
+                r"iteration 20 is in one of .*rank0\.jsonl and .*rank1\.jsonl alone: are both "
+                r"files "
+                r"whole"
+            ),
+        ),
+        (
+            lambda r: r[1][20].pop(1),
+            {},
+            r"rank1\.jsonl: iteration 20 has no line of layer 1: is the file whole",
+        ),
+        (
+            lambda r: None,
+            {"experts": 6},
+            "counts the 4 experts of its rank, and 6 in all are no multiple of 4",
+        ),
         (lambda r: None, {"experts": None}, "does not say how many experts there are"),
         (lambda r: None, {"top_k": None}, "does not say how many experts a token takes"),
-        (lambda r: r[1][20].update({1: r[1][20][1][:, :3]}), {}, r"rank1\.jsonl line 4: tpe has shape \[3, 3\], not \['any', 4\]"),
+        (
+            lambda r: r[1][20].update({1: r[1][20][1][:, :3]}),
+            {},
+            r"rank1\.jsonl line 4: tpe has shape \[3, 3\], not \['any', 4\]",
+        ),
     ],
 )
-def test_counts_that_cannot_be_joined_are_refused(spoil: Callable, options: dict, line: str, tmp_path: Path):
+def test_counts_that_cannot_be_joined_are_refused(
+    spoil: Callable, options: dict, line: str, tmp_path: Path
+):
     ranks = dict(enumerate(parallel(tpe_of(0), 2)))
     spoil(ranks)
     megatron_tpe(tmp_path / "in", ranks)
@@ -576,9 +926,18 @@ def test_counts_that_cannot_be_joined_are_refused(spoil: Callable, options: dict
 def test_counts_written_twice_or_beside_a_router_trace_are_refused(tmp_path: Path):
     megatron_tpe(tmp_path / "in", {0: tpe_of(0)})
     changed(tmp_path / "in" / "tokens_per_expert" / "rank0.jsonl", lambda rows: [*rows, rows[-1]])
-    refused(tmp_path, tmp_path / "in", top_k=K, match="line 5 repeats iteration 20 of layer 1: a run that began again")
+    refused(
+        tmp_path,
+        tmp_path / "in",
+        top_k=K,
+        match="line 5 repeats iteration 20 of layer 1: a run that began again",
+    )
     dump(tmp_path / "in", [passes_of(2)], [[0, 1]])
-    refused(tmp_path, tmp_path / "in", match="holds a router trace and tokens_per_expert: import one of the two")
+    refused(
+        tmp_path,
+        tmp_path / "in",
+        match="holds a router trace and tokens_per_expert: import one of the two",
+    )
 
 
 # --- files that Megatron-Core 0.19.2 wrote
@@ -593,13 +952,19 @@ def test_real_files_come_to_their_truth(name: str, tmp_path: Path):
     truth = json.loads((MEGATRON / f"{name}.truth.json").read_text())
     options = {"model": config_of(tmp_path, 6), "pipeline_stages": 2} if name == "ppall" else {}
     trace, said = taken(tmp_path, MEGATRON / name, **options)
-    assert {str(r.layer): load.tolist() for r, load in zip(trace.routers, loads_of(trace), strict=True)} == truth["load"]
+    assert {
+        str(r.layer): load.tolist() for r, load in zip(trace.routers, loads_of(trace), strict=True)
+    } == truth["load"]
     assert any("assumed 1" in line for line in said) == (name == "sink")
-    assert {r.slot_order for r in trace.routers} == {"weight" if name == "big_logits" else "unknown"}
+    assert {r.slot_order for r in trace.routers} == {
+        "weight" if name == "big_logits" else "unknown"
+    }
     if name == "big_logits":
         for n, r in enumerate(trace.routers):
             chosen = decisions(trace, n).astype(int)
-            logits = np.take_along_axis(np.stack(trace.logits(layer=r.layer)["logits"].to_list()), chosen, 1)
+            logits = np.take_along_axis(
+                np.stack(trace.logits(layer=r.layer)["logits"].to_list()), chosen, 1
+            )
             first = np.bincount(chosen[:, 0], minlength=E)
             equal = (logits[:, 0] == logits[:, 1]).sum()  # in bfloat16
             assert equal < 10
@@ -607,7 +972,9 @@ def test_real_files_come_to_their_truth(name: str, tmp_path: Path):
 
 
 def loads_of(trace: Trace) -> list[np.ndarray]:
-    return [np.bincount(decisions(trace, n).reshape(-1), minlength=E) for n in range(len(trace.routers))]
+    return [
+        np.bincount(decisions(trace, n).reshape(-1), minlength=E) for n in range(len(trace.routers))
+    ]
 
 
 @needs_megatron
@@ -626,5 +993,14 @@ def test_real_files_that_cannot_say_are_refused(name: str, line: str, tmp_path: 
 @needs_megatron
 def test_real_counts_of_one_rank(tmp_path: Path):
     trace, said = taken(tmp_path, MEGATRON / "tpe", experts=2, top_k=1)
-    assert (said, [r.layer for r in trace.routers], loads(trace)[0].tolist()) == ([], [3], [224, 144])
-    refused(tmp_path / "x", MEGATRON / "tpe", top_k=1, match="counts 2 of 8 experts: give the files of all ranks")
+    assert (said, [r.layer for r in trace.routers], loads(trace)[0].tolist()) == (
+        [],
+        [3],
+        [224, 144],
+    )
+    refused(
+        tmp_path / "x",
+        MEGATRON / "tpe",
+        top_k=1,
+        match="counts 2 of 8 experts: give the files of all ranks",
+    )

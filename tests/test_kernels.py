@@ -1,4 +1,5 @@
-"""The kernels in Triton's interpreter and their torch twins, both against numpy; as operators; and compiled for real GPUs."""
+"""The kernels in Triton's interpreter and their torch twins, both against numpy; as operators; and
+compiled for real GPUs."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def test_the_cases_cover_every_pair() -> None:
         from tests.kernel_checks import DIMENSIONS
 
         met = {(getattr(c, a), getattr(c, b)) for c in CASES}
-        assert met >= {(x, y) for x in DIMENSIONS[a] for y in DIMENSIONS[b] if is_possible({a: x, b: y})}
+        assert met >= {
+            (x, y) for x in DIMENSIONS[a] for y in DIMENSIONS[b] if is_possible({a: x, b: y})
+        }
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -53,7 +56,10 @@ def test_strided_arguments() -> None:
     strided, strided_weights = ids.T.contiguous().T, weights.T.contiguous().T
     assert not strided.is_contiguous()
     tapes = [tape_for(kernels, case) for _ in range(2)]
-    found = kernels.dispatch_triton(ids, weights, 8, tapes[0]), kernels.dispatch_triton(strided, strided_weights, 8, tapes[1])
+    found = (
+        kernels.dispatch_triton(ids, weights, 8, tapes[0]),
+        kernels.dispatch_triton(strided, strided_weights, 8, tapes[1]),
+    )
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert torch.equal(tapes[0].ids, tapes[1].ids)
     assert torch.equal(tapes[0].weights, tapes[1].weights)
@@ -61,7 +67,11 @@ def test_strided_arguments() -> None:
 
 def test_the_same_to_the_bit_whatever_the_program_size() -> None:
     ids, _ = choice(Case(60, 6, 400, "zipf", 2, torch.int64, "none", "none", True))
-    first, *others = (kernels.dispatch_triton(ids, None, 60, launches=n, block=b) for n in (2, 3) for b in (256, 512, 1024))
+    first, *others = (
+        kernels.dispatch_triton(ids, None, 60, launches=n, block=b)
+        for n in (2, 3)
+        for b in (256, 512, 1024)
+    )
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -86,9 +96,14 @@ def test_operators_keep_their_word(on_triton: bool, monkeypatch: pytest.MonkeyPa
     for op, args in (
         (torch.ops.moe_inspect.dispatch, (ids, 60)),
         (torch.ops.moe_inspect.record, (ids, weights, *arguments(tape_for(kernels, case)))),
-        (torch.ops.moe_inspect.dispatch_recording, (ids, weights, 60, *arguments(tape_for(kernels, case)))),
+        (
+            torch.ops.moe_inspect.dispatch_recording,
+            (ids, weights, 60, *arguments(tape_for(kernels, case))),
+        ),
     ):
-        assert set(torch.library.opcheck(op.default, args, test_utils=tests).values()) == {"SUCCESS"}
+        assert set(torch.library.opcheck(op.default, args, test_utils=tests).values()) == {
+            "SUCCESS"
+        }
 
 
 # --- compiled ahead of time
@@ -100,7 +115,11 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     started = {
         gpu: subprocess.Popen(
-            [sys.executable, "-m", "tests.aot", gpu], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-m", "tests.aot", gpu],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         for gpu in TARGETS
     }
@@ -114,7 +133,17 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
 
 def stored(row: dict[str, Any], bits: int) -> bool:
     """Whether some store to global memory is that wide."""
-    wide = {"b16": 16, "b32": 32, "b64": 64, "b128": 128, "v2.b32": 64, "v4.b32": 128, "v2.b16": 32, "v4.b16": 64, "v4.b8": 32}
+    wide = {
+        "b16": 16,
+        "b32": 32,
+        "b64": 64,
+        "b128": 128,
+        "v2.b32": 64,
+        "v4.b32": 128,
+        "v2.b16": 32,
+        "v4.b16": 64,
+        "v4.b8": 32,
+    }
     return any(wide.get(store) == bits for store in row["stores"])
 
 
@@ -128,24 +157,35 @@ def test_nothing_spills(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> 
 
 @pytest.mark.parametrize("gpu", [g for g in TARGETS if g.startswith("sm")])
 def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
-    """Eight ids of a byte in 64 bits (two bytes each above 255 experts: 128), eight weights in 128; four in half of that."""
-    recording = [r for r in compiled[gpu] if r["kernel"].startswith(("record ", "dispatch 1/")) and " off" not in r["kernel"]]
+    """Eight ids of a byte in 64 bits (two bytes each above 255 experts: 128), eight weights in 128;
+    four in half of that."""
+    recording = [
+        r
+        for r in compiled[gpu]
+        if r["kernel"].startswith(("record ", "dispatch 1/")) and " off" not in r["kernel"]
+    ]
     for k, ids, weights in (("E64 k8", 64, 128), ("E256 k8", 128, 128), ("E60 k4", 32, 64)):
         rows = [r for r in recording if k in r["kernel"]]
         assert len(rows) >= 8
         for row in rows:
             assert stored(row, ids), row
             assert stored(row, weights), row
-    single = [r for r in recording if "E8 k2" in r["kernel"]]  # positive control: two slots are no vector
+    single = [
+        r for r in recording if "E8 k2" in r["kernel"]
+    ]  # positive control: two slots are no vector
     assert single
     assert not any(stored(r, 128) for r in single)
 
 
-def test_the_register_table(compiled: dict[str, list[dict[str, Any]]], record_property: Callable[[str, str], None]) -> None:
+def test_the_register_table(
+    compiled: dict[str, list[dict[str, Any]]], record_property: Callable[[str, str], None]
+) -> None:
     """Registers a thread, as every run of the tests prints them."""
     names = [row["kernel"] for row in compiled["sm_90"]]
     lines = [f"{'registers a thread':<44}" + "".join(f"{gpu:>8}" for gpu in TARGETS)]
     for n, name in enumerate(names):
-        lines.append(f"{name:<44}" + "".join(f"{compiled[gpu][n]['registers']:>8}" for gpu in TARGETS))
+        lines.append(
+            f"{name:<44}" + "".join(f"{compiled[gpu][n]['registers']:>8}" for gpu in TARGETS)
+        )
     record_property("print", "\n".join(lines))
     assert all([row["kernel"] for row in compiled[gpu]] == names for gpu in TARGETS)

@@ -1,4 +1,5 @@
-"""What a model is loaded from: code that its repository brings, a revision, kernels of the hub in place of its experts."""
+"""What a model is loaded from: code that its repository brings, a revision, kernels of the hub in
+place of its experts."""
 
 from __future__ import annotations
 
@@ -38,34 +39,53 @@ def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model of a type that transformers does not know, with the code it is written in."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     path = save("olmoe", tmp_path / "mine")
-    save_file(build("olmoe").state_dict(), path / "model.safetensors")  # by the names they have in memory
+    save_file(
+        build("olmoe").state_dict(), path / "model.safetensors"
+    )  # by the names they have in memory
     config = json.loads((path / "config.json").read_text())
-    classes = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    classes = {
+        "AutoConfig": "configuration_mine.MineConfig",
+        "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
+    }
     (path / "config.json").write_text(
-        json.dumps({**config, "model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": classes})
+        json.dumps(
+            {
+                **config,
+                "model_type": "mine",
+                "architectures": ["MineForCausalLM"],
+                "auto_map": classes,
+            }
+        )
     )
     (path / "configuration_mine.py").write_text(CONFIGURATION)
     (path / "modeling_mine.py").write_text(MODELING)
     return path
 
 
-def test_code_of_a_repository_runs_only_when_asked_for(with_code: Path, tmp_path: Path, cli: Cli) -> None:
+def test_code_of_a_repository_runs_only_when_asked_for(
+    with_code: Path, tmp_path: Path, cli: Cli
+) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", documents=4, words=9)
     refused = cli("trace", with_code, "-o", "t", "--data", data, check=1)
-    assert (
-        refused.stderr
-        == f"error: model {str(with_code)!r} brings code of its own, which runs here: read it, then give --trust-remote-code\n"
+    assert refused.stderr == (
+        f"error: model {str(with_code)!r} brings code of its own, which runs here: read it, "
+        "then give --trust-remote-code\n"
     )
     assert not (tmp_path / "t").exists()
-    assert not (tmp_path / "modules").exists() or not list((tmp_path / "modules").rglob("modeling_mine.py"))
+    assert not (tmp_path / "modules").exists() or not list(
+        (tmp_path / "modules").rglob("modeling_mine.py")
+    )
     cli("trace", with_code, "-o", "t", "--data", data, "--trust-remote-code")
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.manifest["model"]["class"] == "MineForCausalLM"
     assert trace.manifest["model"]["trust_remote_code"] is True
 
 
-def test_a_revision_is_pinned_and_told(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two commits of one repository, in the cache of a hub that cannot be reached: the trace is of the one asked for."""
+def test_a_revision_is_pinned_and_told(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commits of one repository, in the cache of a hub that cannot be reached: the trace is of
+    the one asked for."""
     old, new = "0" * 39 + "a", "0" * 39 + "b"
     repository = tmp_path / "hub" / "models--who--what"
     for commit, family in ((old, "olmoe"), (new, "qwen3_moe")):
@@ -75,8 +95,21 @@ def test_a_revision_is_pinned_and_told(tmp_path: Path, cli: Cli, monkeypatch: py
     (repository / "refs" / "v1").write_text(old)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     data = write_jsonl(tmp_path / "data.jsonl", documents=4, words=9)
-    for revision, commit, kind in (("v1", old, "Olmoe"), (old, old, "Olmoe"), (None, new, "Qwen3Moe")):
-        cli("trace", "who/what", "-o", "t", "--data", data, "--overwrite", *(["--revision", revision] if revision else []))
+    for revision, commit, kind in (
+        ("v1", old, "Olmoe"),
+        (old, old, "Olmoe"),
+        (None, new, "Qwen3Moe"),
+    ):
+        cli(
+            "trace",
+            "who/what",
+            "-o",
+            "t",
+            "--data",
+            data,
+            "--overwrite",
+            *(["--revision", revision] if revision else []),
+        )
         model = moe_inspect.open_trace(tmp_path / "t").manifest["model"]
         assert (model["revision"], model["class"]) == (commit, f"{kind}ForCausalLM")
     missing = cli("trace", "who/what", "-o", "u", "--data", data, "--revision", "v9", check=1)
@@ -87,15 +120,22 @@ def test_a_revision_is_pinned_and_told(tmp_path: Path, cli: Cli, monkeypatch: py
 
 
 def test_kernels_of_the_hub_that_bypass_the_experts_are_refused(tmp_path: Path) -> None:
-    """`use_kernels=True` gives a block the forward pass of a fused layer, which calls neither router nor experts."""
-    model, batch = build("qwen3_moe"), torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    """`use_kernels=True` gives a block the forward pass of a fused layer, which calls neither
+    router nor experts."""
+    model, batch = (
+        build("qwen3_moe"),
+        torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0)),
+    )
 
     def fused(self: Any, hidden_BSC: torch.Tensor) -> torch.Tensor:
         return hidden_BSC @ self.experts.down_proj[0] @ self.experts.down_proj[0].T
 
     block = model.model.layers[1].mlp
     block.forward = MethodType(fused, block)
-    with pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts") as refused, moe_inspect.record(model, tmp_path / "t"):
+    with (
+        pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts") as refused,
+        moe_inspect.record(model, tmp_path / "t"),
+    ):
         model(batch)
     assert "use_kernels" in str(refused.value)
     assert not (tmp_path / "t").exists() or moe_inspect.open_trace(tmp_path / "t").n_tokens == 0
@@ -113,11 +153,15 @@ def multimodal(tmp_path: Path) -> Path:
     """Qwen3-VL-MoE as its checkpoint is: `architectures` says ForConditionalGeneration."""
     zoo.build("qwen3_vl_moe").save_pretrained(tmp_path / "vl")
     save_tokenizer(tmp_path / "vl")
-    assert json.loads((tmp_path / "vl" / "config.json").read_text())["architectures"] == ["Qwen3VLMoeForConditionalGeneration"]
+    assert json.loads((tmp_path / "vl" / "config.json").read_text())["architectures"] == [
+        "Qwen3VLMoeForConditionalGeneration"
+    ]
     return tmp_path / "vl"
 
 
-def test_text_goes_through_a_multimodal_model(multimodal: Path, tmp_path: Path, cli_here: Cli) -> None:
+def test_text_goes_through_a_multimodal_model(
+    multimodal: Path, tmp_path: Path, cli_here: Cli
+) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", documents=4, words=9)
     for options in ([], ["--random-init", "1"], ["--generate", "2"]):
         cli_here("trace", multimodal, "-o", "t", "--data", data, "--overwrite", *options)
@@ -133,7 +177,9 @@ def test_text_goes_through_a_multimodal_model(multimodal: Path, tmp_path: Path, 
     assert facts["parameters.total"] == sum(p.numel() for p in model.parameters())
 
 
-def test_a_model_without_a_tokenizer_is_refused(multimodal: Path, tmp_path: Path, cli_here: Cli) -> None:
+def test_a_model_without_a_tokenizer_is_refused(
+    multimodal: Path, tmp_path: Path, cli_here: Cli
+) -> None:
     for file in multimodal.glob("tokenizer*"):
         file.unlink()
     data = write_jsonl(tmp_path / "data.jsonl", documents=2, words=9)
@@ -144,12 +190,19 @@ def test_a_model_without_a_tokenizer_is_refused(multimodal: Path, tmp_path: Path
     cli_here("describe", multimodal)  # which needs none
 
 
-def test_of_a_model_that_speaks_the_part_that_reads_is_traced(tmp_path: Path, cli_here: Cli) -> None:
+def test_of_a_model_that_speaks_the_part_that_reads_is_traced(
+    tmp_path: Path, cli_here: Cli
+) -> None:
     """Qwen3-Omni as its checkpoint is: thinker and talker in one."""
     thinker = zoo.build("qwen3_omni_moe")
-    whole = {"model_type": "qwen3_omni_moe", "architectures": ["Qwen3OmniMoeForConditionalGeneration"]}
+    whole = {
+        "model_type": "qwen3_omni_moe",
+        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+    }
     (tmp_path / "omni").mkdir()
-    (tmp_path / "omni" / "config.json").write_text(json.dumps({**whole, "thinker_config": json.loads(thinker.config.to_json_string())}))
+    (tmp_path / "omni" / "config.json").write_text(
+        json.dumps({**whole, "thinker_config": json.loads(thinker.config.to_json_string())})
+    )
     thinker.save_pretrained(tmp_path / "thinker")
     tensors = load_file(tmp_path / "thinker" / "model.safetensors")
     talker = {"talker.model.norm.weight": torch.ones(3)}
@@ -158,12 +211,19 @@ def test_of_a_model_that_speaks_the_part_that_reads_is_traced(tmp_path: Path, cl
     save_tokenizer(tmp_path / "omni")
     data = write_jsonl(tmp_path / "data.jsonl", documents=2, words=9)
     cli_here("trace", tmp_path / "omni", "-o", "t", "--data", data)
-    assert moe_inspect.open_trace(tmp_path / "t").manifest["model"]["class"] == "Qwen3OmniMoeThinkerForConditionalGeneration"
-    assert moe_inspect.describe(str(tmp_path / "omni")).kind == "Qwen3OmniMoeThinkerForConditionalGeneration"
+    assert (
+        moe_inspect.open_trace(tmp_path / "t").manifest["model"]["class"]
+        == "Qwen3OmniMoeThinkerForConditionalGeneration"
+    )
+    assert (
+        moe_inspect.describe(str(tmp_path / "omni")).kind
+        == "Qwen3OmniMoeThinkerForConditionalGeneration"
+    )
 
 
 def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
-    """A padding token that only the tokenizer has is no reason to refuse; text of such tokens is."""
+    """A padding token that only the tokenizer has is no reason to refuse; text of such tokens
+    is."""
     from transformers import AutoTokenizer
 
     model = save("olmoe", tmp_path / "m")
@@ -174,11 +234,20 @@ def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
     tokenizer.save_pretrained(model)
     assert tokenizer.pad_token_id == 300
     cli_here("trace", model, "-o", "padded", "--data", data)
-    assert moe_inspect.open_trace(tmp_path / "padded").routing().equals(moe_inspect.open_trace(tmp_path / "as-it-was").routing())
+    assert (
+        moe_inspect.open_trace(tmp_path / "padded")
+        .routing()
+        .equals(moe_inspect.open_trace(tmp_path / "as-it-was").routing())
+    )
     (tmp_path / "odd.txt").write_text("the cat [PAD] sat")
     for options in ([], ["--generate", "2"]):
-        refused = cli_here("trace", model, "-o", "odd", "--data", tmp_path / "odd.txt", *options, check=1)
-        assert "token id 300 of the tokenizer, and the model has 300 embeddings" in refused.stderr.splitlines()[-1]
+        refused = cli_here(
+            "trace", model, "-o", "odd", "--data", tmp_path / "odd.txt", *options, check=1
+        )
+        assert (
+            "token id 300 of the tokenizer, and the model has 300 embeddings"
+            in refused.stderr.splitlines()[-1]
+        )
 
 
 # --- sizes that no model has
@@ -187,17 +256,34 @@ def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and no model has more than 4,096"),
-        ({"n_routed_experts": 10**9}, "n_routed_experts is 1000000000, and no model has more than 65,535"),
-        ({"vocab_size": 10**40}, "vocab_size is 10000000000000000000, and no model has more than 4,194,304"),
-        ({"text_config": {"hidden_size": 10**9}}, "hidden_size is 1000000000, and no model has more than 16,777,216"),
-        ({"num_hidden_layers": float("inf")}, "num_hidden_layers is inf, and no model has more than 4,096"),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers is 1000000000, and no model has more than 4,096",
+        ),
+        (
+            {"n_routed_experts": 10**9},
+            "n_routed_experts is 1000000000, and no model has more than 65,535",
+        ),
+        (
+            {"vocab_size": 10**40},
+            "vocab_size is 10000000000000000000, and no model has more than 4,194,304",
+        ),
+        (
+            {"text_config": {"hidden_size": 10**9}},
+            "hidden_size is 1000000000, and no model has more than 16,777,216",
+        ),
+        (
+            {"num_hidden_layers": float("inf")},
+            "num_hidden_layers is inf, and no model has more than 4,096",
+        ),
         ({"num_experts_per_tok": 300}, "300 experts per token of only 256"),
         ('{"a": ' + "[" * 10**5, "it is nested too deeply"),
         ('{"a": "' + "a" * 2**24 + '"}', "bytes are more than 16,777,216"),
     ],
 )
-def test_impossible_sizes_are_refused_before_anything_is_built(changed: Any, says: str, tmp_path: Path, cli_here: Cli) -> None:
+def test_impossible_sizes_are_refused_before_anything_is_built(
+    changed: Any, says: str, tmp_path: Path, cli_here: Cli
+) -> None:
     config = tmp_path / "m" / "config.json"
     config.parent.mkdir()
     save_tokenizer(config.parent)
@@ -222,5 +308,7 @@ def test_sizes_that_models_have_are_not(tmp_path: Path) -> None:
         assert read_config(path)
     assert read_facts(ROOT / "docs" / "configs" / "deepseek-v3.json").layers == 61
     for family in zoo.FAMILIES:
-        (tmp_path / "config.json").write_text(zoo.model_class(family).config_class().to_json_string())
+        (tmp_path / "config.json").write_text(
+            zoo.model_class(family).config_class().to_json_string()
+        )
         assert read_config(tmp_path / "config.json")

@@ -1,5 +1,6 @@
-"""The tests of the kernels and the ring can fail: each mistake of this list, put in on purpose, makes one of their checks do so.
-Those of analysis, writer, reader and importers are in test_mutations_analysis."""
+"""The tests of the kernels and the ring can fail: each mistake of this list, put in on purpose,
+makes one of their checks do so. Those of analysis, writer, reader and importers are in
+test_mutations_analysis."""
 
 from __future__ import annotations
 
@@ -28,8 +29,10 @@ KERNELS = {
     "inverse not written": ("tl.store(inverse + i, place, mask=inside)", "pass"),
     "token of another slot": ("tl.store(token + place, i // K,", "tl.store(token + place, (i + 1) // K,"),
     "dropped last element": ("            inside = i < end\n", "            inside = i < end - 1\n"),
-    "dropped last row of the record": ("_room(at, limit, enabled, T) * K\n        row", "(_room(at, limit, enabled, T) - 1) * K\n        row"),
-    "shifted record": ("row = (at % (P * pages)).to(tl.int32) + i // K", "row = (at % (P * pages)).to(tl.int32) + i // K + 1"),
+    "dropped last row of the record": (("_room(at, limit, enabled, "
+        "T) * K\n        row"), "(_room(at, limit, enabled, T) - 1) * K\n        row"),
+    "shifted record": (("row = (at % (P * "
+        "pages)).to(tl.int32) + i // K"), "row = (at % (P * pages)).to(tl.int32) + i // K + 1"),
     "record of another slot": ("row % P * K + i % K", "row % P * K + (i + 1) % K"),
     "off-by-one page": ("page = row // P  #", "page = row // P + 1  #"),
     "the ring does not close": ("tl.where(page < pages, page, page - pages)", "page"),
@@ -37,25 +40,41 @@ KERNELS = {
     "disabled it records": (".to(tl.int32) * tl.load(enabled)", ".to(tl.int32)"),
     "disabled it moves on": ("at + T * on", "at + T"),
     "the cursor of another router": ("tl.store(cursor + lane, at", "tl.store(cursor + lane + 1, at"),
-    "nothing dropped": ("tl.load(dropped + lane) + T * on - _room", "tl.load(dropped + lane) + 0 * T * on + 0 * _room"),
+    "nothing dropped": ("tl.load(dropped + lane) + T * on - _room", ("tl.load(dropped + lane) "
+        "+ 0 * T * on + 0 * _room")),
     "strangers counted": ("inside & (raw >= 0) & (raw < E)", "inside & (raw >= 0) & (raw < E + 1)"),
-    "strangers lie among the experts": ("tl.gather(base_E, expert, 0), nowhere)", "tl.gather(base_E, expert, 0), nowhere - 1)"),
+    "strangers lie among the experts": ("tl.gather(base_E, expert, 0), nowhere)", ("tl.gather(base_E, "
+        "expert, 0), nowhere - 1)")),
     "the scan is inclusive": ("tl.cumsum(count, 0) - count, mask", "tl.cumsum(count, 0), mask"),
     "offsets from one": ("tl.store(offsets, 0)\n        _place", "tl.store(offsets, 1)\n        _place"),
     "weights of slot 0": ("tl.load(weights + t * K + k)", "tl.load(weights + t * K)"),
     "rows nobody wrote are summed": ("tl.where(place < end, H, 0)", "tl.where(place >= 0, H, 0)"),
-    "twin: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", "tape.part(tape.ids, (page + 1) % tape.pages)"),
-    "twin: shifted record": ("page % tape.pages)[row : row + n], ids_TK", "page % tape.pages)[row + 1 : row + n + 1], ids_TK"),
+    "twin: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", ("tape.part(tape.ids, "
+        "(page + 1) % tape.pages)")),
+    "twin: shifted record": (("page % tape.pages)[row "
+        ": row + n], ids_TK"), "page % tape.pages)[row + 1 : row + n + 1], ids_TK"),
     "twin: wrong weights": ("= weights_TK[done : done + n]", "= weights_TK[:n]"),
     "twin: beyond the limit": ("max(0, min(T, int(tape.limit) - first))", "T"),
     "twin: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
 }  # fmt: skip
 RING = {
-    "a page is free a page too early": ("self.drained = position // self.P\n", "self.drained = position // self.P + 1\n"),
-    "off-by-one page on the host": ("tape.part(tensor, page % self.pages)", "tape.part(tensor, (page + 1) % self.pages)"),
+    "a page is free a page too early": (
+        "self.drained = position // self.P\n",
+        "self.drained = position // self.P + 1\n",
+    ),
+    "off-by-one page on the host": (
+        "tape.part(tensor, page % self.pages)",
+        "tape.part(tensor, (page + 1) % self.pages)",
+    ),
     "rows shifted on the host": ("[row : row + n].numpy()", "[row + 1 : row + n + 1].numpy()"),
-    "the routers' parts overlap": ("base=self.P * sum(widths[:r])", "base=self.P * sum(widths[: r - 1])"),
-    "one page less than it says": ("return self.pages * self.P\n", "return (self.pages + 1) * self.P\n"),
+    "the routers' parts overlap": (
+        "base=self.P * sum(widths[:r])",
+        "base=self.P * sum(widths[: r - 1])",
+    ),
+    "one page less than it says": (
+        "return self.pages * self.P\n",
+        "return (self.pages + 1) * self.P\n",
+    ),
     "it fits all that there is": ("return self.capacity - self.P\n", "return self.capacity\n"),
     "the limit stays": ("self.limit.fill_((self.drained + self.pages) * self.P)", "pass"),
 }
@@ -64,7 +83,11 @@ RING = {
 def mutated(module: ModuleType, old: str, new: str, path: Path) -> ModuleType:
     """A copy of `module` with `new` for `old`, under another name (and other operators)."""
     file = path / "mutated.py"
-    file.write_text(changed_source(module, old, new).replace('"moe_inspect::', f'"mutated_{abs(hash((old, new)))}::'))
+    file.write_text(
+        changed_source(module, old, new).replace(
+            '"moe_inspect::', f'"mutated_{abs(hash((old, new)))}::'
+        )
+    )
     spec = importlib.util.spec_from_file_location("mutated", file)
     assert spec is not None
     assert spec.loader is not None
@@ -76,13 +99,18 @@ def mutated(module: ModuleType, old: str, new: str, path: Path) -> ModuleType:
 
 def run_kernel_checks(module: ModuleType) -> None:
     for case in small_cases():
-        for check in (check_dispatch, check_record, check_combine) if case.launches == 1 else (check_dispatch,):
+        for check in (
+            (check_dispatch, check_record, check_combine)
+            if case.launches == 1
+            else (check_dispatch,)
+        ):
             for twin in (False, True):
                 check(module, case, twin)
 
 
 def run_ring_checks(module: ModuleType) -> None:
-    """Passes of sizes that fill pages exactly, almost, and not at all; handed over at once and late."""
+    """Passes of sizes that fill pages exactly, almost, and not at all; handed over at once and
+    late."""
     for behind in (0, 1, 3):
         test_ring.follow(module, [16, 1, 15, 40, 7, 33, 16, 40, 2, 40, 31] * 3, behind)
     test_ring.follow(module, [40, 23, 40, 40, 17, 40] * 4, 4, drop=True)

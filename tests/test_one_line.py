@@ -1,4 +1,5 @@
-"""Whatever is wrong with a disk, a stream, a name or a terminal, each command ends in one line, never in a traceback."""
+"""Whatever is wrong with a disk, a stream, a name or a terminal, each command ends in one line,
+never in a traceback."""
 
 from __future__ import annotations
 
@@ -75,8 +76,16 @@ def sample(root: Path, *labels: str, model: str = "synthetic") -> Trace:
     rng, T, E, k = np.random.default_rng(0), 64, 4, 2
     listed = [Router(layer, "gate", f"layers.{layer}", E, k, "softmax") for layer in range(2)]
     vocabulary = pa.table({"token_id": range(3), "token": ["a", "b", "c"]})
-    config = {"hidden_size": 8, "moe_intermediate_size": 8, "model_type": "mixtral", "hidden_act": "silu"}
-    manifest = {"model": {"id": model, "config": config}, "capture": {"mode": "tap", "dtype": "float32"}}
+    config = {
+        "hidden_size": 8,
+        "moe_intermediate_size": 8,
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+    }
+    manifest = {
+        "model": {"id": model, "config": config},
+        "capture": {"mode": "tap", "dtype": "float32"},
+    }
     document = (np.arange(T) // 8).astype(np.int32)
     documents = [Document(d, labels[d % len(labels)], "here", 8) for d in range(T // 8)]
     batch = RoutedBatch(
@@ -113,10 +122,26 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(command: str, *more: object, usual: list[Any] | None = None, stdout: Any = None, stderr: Any = None) -> tuple[int, str]:
-    """The exit code and what is on stderr, in this process. Whatever else comes out of the command fails the test."""
-    out, err, before = stdout or io.TextIOWrapper(io.BytesIO(), "utf-8"), stderr or io.StringIO(), sys.argv
-    sys.argv = ["moe-inspect", *command.split(), *map(str, USUAL[command] if usual is None else usual), *map(str, more)]
+def run(
+    command: str,
+    *more: object,
+    usual: list[Any] | None = None,
+    stdout: Any = None,
+    stderr: Any = None,
+) -> tuple[int, str]:
+    """The exit code and what is on stderr, in this process. Whatever else comes out of the command
+    fails the test."""
+    out, err, before = (
+        stdout or io.TextIOWrapper(io.BytesIO(), "utf-8"),
+        stderr or io.StringIO(),
+        sys.argv,
+    )
+    sys.argv = [
+        "moe-inspect",
+        *command.split(),
+        *map(str, USUAL[command] if usual is None else usual),
+        *map(str, more),
+    ]
     try:
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
             main()
@@ -141,7 +166,10 @@ def fine(result: tuple[int, str]) -> None:
 
 @pytest.mark.parametrize("command", [c for c in USUAL if c != "trace"])
 def test_stdout_that_takes_nothing(command: str, here: Path) -> None:
-    for place, mode, why in (("/dev/full", os.O_WRONLY, "No space left on device"), (os.devnull, os.O_RDONLY, "Bad file descriptor")):
+    for place, mode, why in (
+        ("/dev/full", os.O_WRONLY, "No space left on device"),
+        (os.devnull, os.O_RDONLY, "Bad file descriptor"),
+    ):
         with os.fdopen(os.open(place, mode), "w", encoding="utf-8") as full:
             result = run(command, *(["--overwrite"] if command == "import" else []), stdout=full)
         fine(result) if command in SILENT else one_line(result, f"cannot write to stdout: {why}")
@@ -168,11 +196,20 @@ def test_real_streams(here: Path) -> None:
     for command, code, said in (
         ("verify t >&-", 1, "error: cannot write to stdout: Bad file descriptor\n"),
         ("--help > /dev/full", 1, "error: No space left on device\n"),
-        ("report t --table load --format csv -o /dev/full", 1, "error: cannot write /dev/full: No space left on device\n"),
+        (
+            "report t --table load --format csv -o /dev/full",
+            1,
+            "error: cannot write /dev/full: No space left on device\n",
+        ),
         ("export t --format counts -o new.csv <&- >&- 2>/dev/full", 0, ""),
     ):
-        line, poor = f"{sys.executable} -m moe_inspect {command}", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={**os.environ, **poor})
+        line, poor = (
+            f"{sys.executable} -m moe_inspect {command}",
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        )
+        done = subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, env={**os.environ, **poor}
+        )
         assert (done.returncode, done.stderr) == (code, said), command
     assert (here / "new.csv").read_text().startswith('"layer","router"')
 
@@ -196,7 +233,10 @@ OUTPUTS = {
     "report": [["--table", "load", "-o", "new.csv"], ["-o", "new.txt"], ["--html", "new.html"]],
     "describe": [["-o", f"new.{ending}"] for ending in ("csv", "json", "parquet", "txt")],
     "import": [[]],
-    "export": [["--format", f, "-o", f"new{e}"] for f, e in (("counts", ".csv"), ("sglang", ".json"), ("long-parquet", ".parquet"))],
+    "export": [
+        ["--format", f, "-o", f"new{e}"]
+        for f, e in (("counts", ".csv"), ("sglang", ".json"), ("long-parquet", ".parquet"))
+    ],
     "simulate placement": [["-o", "new.json"], ["-o", "new.yaml"], ["-o", "new.csv"]],
     "simulate capacity": [["-o", "new.txt"]],
     "simulate decode": [["--plots", "new"]],
@@ -210,7 +250,9 @@ def test_a_full_disk_is_named_with_what_was_to_be_written(command: str, here: Pa
     fine(run(command))  # caches of the libraries are written
     for output in OUTPUTS[command]:
         with disk_of(10):
-            result = run(command, *output, *(["--overwrite"] if command in ("trace", "import") else []))
+            result = run(
+                command, *output, *(["--overwrite"] if command in ("trace", "import") else [])
+            )
         one_line(result, "cannot write new", "File too large")
 
 
@@ -244,7 +286,9 @@ def test_devices_and_links_are_written_not_replaced(here: Path) -> None:
 
 @pytest.mark.parametrize("command", READERS)
 @pytest.mark.parametrize("name", ["trace.json", "shards-0.jsonl"])
-def test_a_disk_that_fails_while_a_trace_is_opened(command: str, name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_while_a_trace_is_opened(
+    command: str, name: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = open
 
     def failing(file: Any, *more: Any, **options: Any) -> Any:
@@ -258,9 +302,13 @@ def test_a_disk_that_fails_while_a_trace_is_opened(command: str, name: str, here
 
 
 @pytest.mark.parametrize("command", READERS)
-def test_parquet_text_that_is_no_utf8(command: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_text_that_is_no_utf8(
+    command: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def labels(codes: np.ndarray, labels: list[str]) -> pa.Array:
-        wrong = pa.StringArray.from_buffers(2, pa.array([0, 2, 4], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfeab"))
+        wrong = pa.StringArray.from_buffers(
+            2, pa.array([0, 2, 4], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfeab")
+        )
         return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), wrong)
 
     monkeypatch.setattr(writer, "_labels", labels)
@@ -277,16 +325,26 @@ def test_parquet_text_that_is_no_utf8(command: str, here: Path, monkeypatch: pyt
 def test_labels_and_names_steer_no_terminal(command: str, here: Path) -> None:
     place, shown = HOSTILE + LATIN, io.BytesIO()
     sample(here / place, HOSTILE, "code")
-    code, err = run(command, usual=[place, *USUAL[command][1:]], stdout=io.TextIOWrapper(shown, "utf-8"))
+    code, err = run(
+        command, usual=[place, *USUAL[command][1:]], stdout=io.TextIOWrapper(shown, "utf-8")
+    )
     assert code == 0, err
-    assert all(line.isprintable() for line in [*shown.getvalue().decode().split("\n"), *err.split("\n")])
+    assert all(
+        line.isprintable() for line in [*shown.getvalue().decode().split("\n"), *err.split("\n")]
+    )
     assert command in SILENT or shown.getvalue()
 
 
 @pytest.mark.parametrize("command", USUAL)
 def test_errors_steer_no_terminal(command: str, here: Path) -> None:
     place = HOSTILE + LATIN
-    result = run(command, usual=[place if argument in ("t", "demo", "loads.csv") else argument for argument in USUAL[command]])
+    result = run(
+        command,
+        usual=[
+            place if argument in ("t", "demo", "loads.csv") else argument
+            for argument in USUAL[command]
+        ],
+    )
     one_line(result, printable(place))
     assert result[1].removesuffix("\n").isprintable()
     code, err = run(command, f"--{HOSTILE}")
@@ -299,7 +357,10 @@ def test_traces_at_a_name_that_is_no_utf8(command: str, here: Path) -> None:
     shutil.copy("loads.csv", f"{LATIN}.csv")
     (here / f"{LATIN}.txt").write_text("some words")
     more = {"trace": ["--data", f"{LATIN}.txt"], "import": []}[command]
-    usual = [{"new": LATIN, "loads.csv": f"{LATIN}.csv"}.get(str(argument), argument) for argument in USUAL[command]]
+    usual = [
+        {"new": LATIN, "loads.csv": f"{LATIN}.csv"}.get(str(argument), argument)
+        for argument in USUAL[command]
+    ]
     fine(run(command, *more, usual=usual))
     assert verify(here / LATIN).ok
     assert report(Trace(here / LATIN)).tables["load"]["assignments"].sum() > 0
@@ -312,9 +373,20 @@ def test_halves_of_characters_are_spelled_out(here: Path) -> None:
     fine(run("trace", "--data", "x.jsonl"))
     assert set(Trace(here / "new").tokens()["domain"]) == {r"\ud800"}
     (here / "loads.json").write_text('[{"layer": 0, "expert": 0, "count": 4, "domain": "\\ud800"}]')
-    one_line(run("import", "--overwrite", usual=["counts", "loads.json", "-o", "new", "--top-k", "1", "--experts", "4"]), "loads.json")
+    one_line(
+        run(
+            "import",
+            "--overwrite",
+            usual=["counts", "loads.json", "-o", "new", "--top-k", "1", "--experts", "4"],
+        ),
+        "loads.json",
+    )
     sample(here / "odd", "law", model=LONE)
-    expected = {"csv": pd.read_csv, "json": lambda f: pd.read_json(f, lines=True), "parquet": pd.read_parquet}
+    expected = {
+        "csv": pd.read_csv,
+        "json": lambda f: pd.read_json(f, lines=True),
+        "parquet": pd.read_parquet,
+    }
     for ending, read in expected.items():
         fine(run("report", "--table", "summary", "-o", f"s.{ending}", usual=["odd"]))
         assert read(here / f"s.{ending}").set_index("key")["value"]["model"] == r"half \ud800"
@@ -328,7 +400,11 @@ def test_halves_of_characters_are_spelled_out(here: Path) -> None:
 def test_one_function_writes_to_stderr() -> None:
     """The one that cleans; `moe_inspect.demo` is no command of a user's."""
     package = Path(str(moe_inspect.__file__)).parent
-    writers = [p.relative_to(package) for p in package.rglob("*.py") if re.search(r"file=sys\.stderr|sys\.stderr\.write", p.read_text())]
+    writers = [
+        p.relative_to(package)
+        for p in package.rglob("*.py")
+        if re.search(r"file=sys\.stderr|sys\.stderr\.write", p.read_text())
+    ]
     assert {str(p) for p in writers if p.parts[0] != "demo"} == {"text.py"}
 
 
@@ -360,11 +436,16 @@ def test_a_formula_is_text_on_request(here: Path) -> None:
 
 
 def test_only_csv_can_be_safe(here: Path) -> None:
-    one_line(run("export", "--format", "sglang", "-o", "new.json", "--safe-csv"), "--safe-csv is an option of the format counts")
+    one_line(
+        run("export", "--format", "sglang", "-o", "new.json", "--safe-csv"),
+        "--safe-csv is an option of the format counts",
+    )
 
 
 def test_numbers_are_no_formulas(here: Path) -> None:
-    table = pd.DataFrame({"number": [-1.5, 2.0], "whole": [-3, 4], "mixed": pd.Series([-2.5, "-x"], dtype=object)})
+    table = pd.DataFrame(
+        {"number": [-1.5, 2.0], "whole": [-3, 4], "mixed": pd.Series([-2.5, "-x"], dtype=object)}
+    )
     emit(table, Format.csv, here / "n.csv", safe_csv=True)
     assert (here / "n.csv").read_text() == "number,whole,mixed\n-1.5,-3,-2.5\n2.0,4,'-x\n"
 

@@ -1,4 +1,5 @@
-"""What is written once is what is used everywhere: the registered metrics, the thresholds and the name of a router."""
+"""What is written once is what is used everywhere: the registered metrics, the thresholds and the
+name of a router."""
 
 from __future__ import annotations
 
@@ -33,12 +34,15 @@ SPLIT = {"srp": ["srp_4", "srp_16", "srp_64"]}  # a metric of several columns
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, dict[str, set[float]]]:
-    """A report with logits and one with windows, all of whose tables are made, and what each registered metric returned meanwhile."""
+    """A report with logits and one with windows, all of whose tables are made, and what each
+    registered metric returned meanwhile."""
     returned: dict[str, set[float]] = {name: set() for name in registry.metrics()}
     with pytest.MonkeyPatch.context() as patch:
         for name, m in registry.metrics().items():
 
-            def told(*arguments: Any, of: Any = m.function, name: str = name, **settings: Any) -> Any:
+            def told(
+                *arguments: Any, of: Any = m.function, name: str = name, **settings: Any
+            ) -> Any:
                 value = of(*arguments, **settings)
                 returned[name].update(np.asarray(value, float).ravel().round(12).tolist())
                 return value
@@ -55,7 +59,9 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, dict[str
 
 
 @pytest.mark.parametrize("name", registry.metrics())
-def test_the_number_in_the_table_is_the_one_that_the_registered_metric_computes(computed: tuple[Report, dict[str, set[float]]], name: str):
+def test_the_number_in_the_table_is_the_one_that_the_registered_metric_computes(
+    computed: tuple[Report, dict[str, set[float]]], name: str
+):
     made, returned = computed
     m = registry.metrics()[name]
     for column in SPLIT.get(name, [m.column]):
@@ -70,8 +76,12 @@ def test_a_threshold_is_one_number_everywhere():
 
 
 @pytest.mark.parametrize(("starved", "expected"), [(0.19, 0), (0.21, 1), (0.45, 2)])
-def test_the_threshold_starved_is_that_of_the_table_the_gate_and_the_verdict(tmp_path: Path, starved: float, expected: int):
-    load = np.array([[200, 400, 1_300, 1_100, 1_200, 1_200, 1_300, 1_300]])  # load ratios 0.2 and 0.4
+def test_the_threshold_starved_is_that_of_the_table_the_gate_and_the_verdict(
+    tmp_path: Path, starved: float, expected: int
+):
+    load = np.array(
+        [[200, 400, 1_300, 1_100, 1_200, 1_200, 1_300, 1_300]]
+    )  # load ratios 0.2 and 0.4
     made = report(write_counts(tmp_path / "t", [load], 1), thresholds={"starved": starved})
     assert made.tables["balance"]["starved_experts"].tolist() == [expected]
     assert bool(breaches(made, [gate("starved_experts=0", above=True)])) == bool(expected)
@@ -79,31 +89,59 @@ def test_the_threshold_starved_is_that_of_the_table_the_gate_and_the_verdict(tmp
     assert len(said) == bool(expected)
     if expected:
         noun, verb = ("expert", "gets") if expected == 1 else ("experts", "get")
-        assert said[0] == f"{expected} {noun} in 1 router {verb} under {starved:.0%} of the mean load."
+        assert (
+            said[0] == f"{expected} {noun} in 1 router {verb} under {starved:.0%} of the mean load."
+        )
     assert dict(made.facts())["threshold_starved"] == f"load_ratio < {starved:g}"
 
 
 def test_a_simulation_of_routing_takes_the_threshold_of_the_report():
     trace = ROOT / "sample_traces/collapsed"
-    assert any("(max_vio below 0.2)" in s for s in simulate_routing(trace, layers=0, algorithms=["top-k"]).verdict)
-    (section,) = _simulated(report(trace, layers=0, thresholds={"uneven": 1.5}), [Simulated.routing], "0")
+    assert any(
+        "(max_vio below 0.2)" in s
+        for s in simulate_routing(trace, layers=0, algorithms=["top-k"]).verdict
+    )
+    (section,) = _simulated(
+        report(trace, layers=0, thresholds={"uneven": 1.5}), [Simulated.routing], "0"
+    )
     assert not isinstance(section, str)
     assert "balance every layer (max_vio below 1.5)" in section.text
 
 
 @pytest.mark.parametrize(("uneven", "balances"), [(0.11, False), (0.12, True)])
 def test_just_under_the_threshold_of_a_simulation_is_balanced(uneven: float, balances: bool):
-    said = simulate_routing(ROOT / "sample_traces/untrained", layers=0, algorithms=["top-k"], uneven=uneven)
+    said = simulate_routing(
+        ROOT / "sample_traces/untrained", layers=0, algorithms=["top-k"], uneven=uneven
+    )
     advice: Any = said.tables["routing_algorithms"].set_index("algorithm")
     assert 0.11 < advice["max_vio_worst"]["top-k 2"] < 0.12  # the other two do not compute as much
-    assert any("keeps most among the ones that balance every layer" in s for s in said.verdict) == balances
-    assert any("none that computes as much and need not see the future balances" in s for s in said.verdict) != balances
+    assert (
+        any("keeps most among the ones that balance every layer" in s for s in said.verdict)
+        == balances
+    )
+    assert (
+        any(
+            "none that computes as much and need not see the future balances" in s
+            for s in said.verdict
+        )
+        != balances
+    )
 
 
 def test_a_router_has_one_name(tmp_path: Path):
-    listed = [Router(layer, "", "", 8, 2, stack=stack) for layer, stack in ((0, "encoder"), (0, "decoder"), (1, "decoder"), (1, "decoder"))]
-    assert [layer_label(listed, r) for r in range(4)] == ["0 (encoder)", "0 (decoder)", "1/2 (decoder)", "1/3 (decoder)"]
-    assert [layer_label([Router(layer, "", "", 8, 2) for layer in (0, 3, 3)], r) for r in range(3)] == ["0", "3/1", "3/2"]
+    listed = [
+        Router(layer, "", "", 8, 2, stack=stack)
+        for layer, stack in ((0, "encoder"), (0, "decoder"), (1, "decoder"), (1, "decoder"))
+    ]
+    assert [layer_label(listed, r) for r in range(4)] == [
+        "0 (encoder)",
+        "0 (decoder)",
+        "1/2 (decoder)",
+        "1/3 (decoder)",
+    ]
+    assert [
+        layer_label([Router(layer, "", "", 8, 2) for layer in (0, 3, 3)], r) for r in range(3)
+    ] == ["0", "3/1", "3/2"]
 
 
 def written(figure: Any) -> list[str]:
@@ -112,11 +150,15 @@ def written(figure: Any) -> list[str]:
 
 def texts(made: Report) -> str:
     """Every text there is on a report: terminal, page, pictures, gates."""
-    pictures = [text for draw in PLOTS.values() if (figure := draw(made)) for text in written(figure)]
+    pictures = [
+        text for draw in PLOTS.values() if (figure := draw(made)) for text in written(figure)
+    ]
     data, _ = map_data(made)
     assert data is not None
     page = [f"layer {layer['label']}" for layer in data["layers"]]
-    return "\n".join([text_of(made), *pictures, *page, *breaches(made, [gate("max_vio=-1", above=True)])])
+    return "\n".join(
+        [text_of(made), *pictures, *page, *breaches(made, [gate("max_vio=-1", above=True)])]
+    )
 
 
 def test_two_stacks_are_named_alike_everywhere(tmp_path: Path):
@@ -133,7 +175,12 @@ def test_two_routers_of_a_layer_are_named_alike_everywhere(tmp_path: Path):
     ids[1][:, 0], ids[1][:, 1] = 3, 4 + ids[1][:, 1] % 4
     trace = write_trace(tmp_path / "t", ids, 8, layers=[0, 5, 5], document=np.arange(2_000) // 40)
     said = texts(report(trace))
-    for name in ("layer 5/1: max_vio is", "layer 5/2", "Layer 5/1 is the worst balanced", "layer 0"):
+    for name in (
+        "layer 5/1: max_vio is",
+        "layer 5/2",
+        "Layer 5/1 is the worst balanced",
+        "layer 0",
+    ):
         assert name in said
     assert "(router" not in said
     capacity, cache = simulate_capacity(trace), simulate_cache(trace)
@@ -146,6 +193,11 @@ def test_two_routers_of_a_layer_are_named_alike_everywhere(tmp_path: Path):
 
 
 def test_a_simulation_of_routing_names_routers_too(tmp_path: Path):
-    said = simulate_routing(encoder_decoder(tmp_path / "t"), algorithms=["as recorded", "loss-free bias"]).verdict
-    assert said[0] == "As recorded, layer 0 (encoder) is the least balanced: max_vio 1.00 over all tokens."
+    said = simulate_routing(
+        encoder_decoder(tmp_path / "t"), algorithms=["as recorded", "loss-free bias"]
+    ).verdict
+    assert (
+        said[0]
+        == "As recorded, layer 0 (encoder) is the least balanced: max_vio 1.00 over all tokens."
+    )
     assert "layer 0 (encoder)" in said[1]

@@ -1,4 +1,5 @@
-"""The page in a browser: Chromium, headless, started once. Hostile corpora, the mouse, the keyboard, both themes, large models."""
+"""The page in a browser: Chromium, headless, started once. Hostile corpora, the mouse, the
+keyboard, both themes, large models."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_tr
 
 HOSTILE = '<script>window.pwned = 1</script><img src=x onerror="window.pwned = 1">'
 LABELS = ("<b>code</b>", "law", "math", "prose")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    os.environ.get("CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("REQUIRE_CHROMIUM"),
     reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path",
@@ -31,7 +37,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """4 × 8: expert 5 of layer 3 takes half, code goes to expert 3 of layer 2; every token id has a hostile text."""
+    """4 × 8: expert 5 of layer 3 takes half, code goes to expert 3 of layer 2; every token id has a
+    hostile text."""
     T, E, rng = 6_000, 8, np.random.default_rng(0)
     document = np.arange(T) // 100
     domain = [LABELS[d % 4] for d in range(60)]
@@ -41,9 +48,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
     ids[3][rng.random(T) < 0.5] = [5, 2]
     weights = [np.full((T, 2), 0.5, np.float32)] * 4
     root = tmp_path_factory.mktemp("small") / "t"
-    settings: dict[str, Any] = {"document": document, "domain_of_document": domain, "token_id": rng.integers(0, 50, T)}
-    write_trace(root, ids, E, weights=weights, words=50, manifest={"model": {"id": HOSTILE}}, **settings)
-    words = {"token_id": pa.array(range(50), pa.int32()), "token": [f"{HOSTILE}\n\u202e{i}" for i in range(50)]}
+    settings: dict[str, Any] = {
+        "document": document,
+        "domain_of_document": domain,
+        "token_id": rng.integers(0, 50, T),
+    }
+    write_trace(
+        root, ids, E, weights=weights, words=50, manifest={"model": {"id": HOSTILE}}, **settings
+    )
+    words = {
+        "token_id": pa.array(range(50), pa.int32()),
+        "token": [f"{HOSTILE}\n\u202e{i}" for i in range(50)],
+    }
     pq.write_table(pa.table(words), root / "vocabulary.parquet")
     edit_manifest(root, vocabulary=None)  # its hash was of another
     return report(root)
@@ -51,12 +67,25 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """61 × 256 × 8, four domains. k distinct experts by steps from a first one, which sorting lots would take too long for."""
+    """61 × 256 × 8, four domains. k distinct experts by steps from a first one, which sorting lots
+    would take too long for."""
     L, E, k, T, rng = 61, 256, 8, 2_000, np.random.default_rng(0)
     token_id = np.minimum(rng.zipf(1.2, T), 499)
-    ids = [((rng.integers(0, E, (T, 1)) + np.arange(k) * rng.integers(1, 31, (T, 1))) % E).astype(np.uint16) for _ in range(L)]
-    settings: dict[str, Any] = {"document": np.arange(T) // 100, "domain_of_document": LABELS, "token_id": token_id, "words": 500}
-    return report(write_trace(tmp_path_factory.mktemp("large") / "t", ids, E, shard_tokens=T, **settings))
+    ids = [
+        ((rng.integers(0, E, (T, 1)) + np.arange(k) * rng.integers(1, 31, (T, 1))) % E).astype(
+            np.uint16
+        )
+        for _ in range(L)
+    ]
+    settings: dict[str, Any] = {
+        "document": np.arange(T) // 100,
+        "domain_of_document": LABELS,
+        "token_id": token_id,
+        "words": 500,
+    }
+    return report(
+        write_trace(tmp_path_factory.mktemp("large") / "t", ids, E, shard_tokens=T, **settings)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +94,9 @@ def browser() -> Iterator[Any]:
 
     assert CHROMIUM, "REQUIRE_CHROMIUM is set, and there is none"
     with sync_playwright() as tool:
-        started = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        started = tool.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else []
+        )
         yield started
         started.close()
 
@@ -78,19 +109,31 @@ class Opened:
         self.address, self.requests, self.complaints = file.as_uri(), list[str](), list[str]()
         self.view = browser.new_page(viewport={"width": 1280, "height": 900}, **context)
         self.view.on("request", lambda request: self.requests.append(request.url))
-        self.view.on("console", lambda message: self.complaints.append(message.text) if message.type in ("error", "warning") else None)
+        self.view.on(
+            "console",
+            lambda message: (
+                self.complaints.append(message.text)
+                if message.type in ("error", "warning")
+                else None
+            ),
+        )
         self.view.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.view.goto(self.address)
         self.view.wait_for_selector("html[data-ready]", state="attached", timeout=30_000)
 
     def foreign(self) -> list[str]:
-        return [url for url in self.requests if url.partition("#")[0] != self.address and not url.startswith(("data:", "blob:"))]
+        return [
+            url
+            for url in self.requests
+            if url.partition("#")[0] != self.address and not url.startswith(("data:", "blob:"))
+        ]
 
     def map(self, what: str) -> Any:
         return self.view.evaluate(f'document.querySelector(".grid .plot").data[0].{what}')
 
     def until(self, true: str) -> None:
-        """Waits for an expression to hold; not by playwright's own way, which evaluates text within the page: its policy forbids that."""
+        """Waits for an expression to hold; not by playwright's own way, which evaluates text within
+        the page: its policy forbids that."""
         for _ in range(200):
             if self.view.evaluate(true):
                 return
@@ -99,19 +142,31 @@ class Opened:
 
     def drawn(self, title: str) -> list[list[dict[str, Any]]]:
         """What plotly draws in each plot of a section: its traces."""
-        plots = "[...document.querySelectorAll('main > section')].find((s) => s.querySelector('h2').textContent === title).querySelectorAll('.plot')"
-        kept = "['type', 'name', 'x', 'y', 'z', 'text', 'customdata', 'error_y'].map((key) => [key, trace[key]])"
+        plots = (
+            "[...document.querySelectorAll('main > section')].find((s) => "
+            "s.querySelector('h2').textContent === title).querySelectorAll('.plot')"
+        )
+        kept = (
+            "['type', 'name', 'x', 'y', 'z', 'text', 'customdata', 'error_y'].map((key) => [key, "
+            "trace[key]])"
+        )
         return self.view.evaluate(
-            f"(title) => [...{plots}].map((plot) => plot.data.map((trace) => Object.fromEntries({kept})))",
+            f"(title) => [...{plots}].map((plot) => plot.data.map((trace) => "
+            f"Object.fromEntries({kept})))",
             title,
         )
 
     def title(self) -> str | None:
-        return self.view.evaluate('(c => c && !c.hidden ? c.querySelector("h2").textContent : null)(document.getElementById("card"))')
+        return self.view.evaluate(
+            '(c => c && !c.hidden ? c.querySelector("h2").textContent : '
+            'null)(document.getElementById("card"))'
+        )
 
 
 @pytest.fixture(scope="module")
-def opened(browser: Any, small: Report, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+def opened(
+    browser: Any, small: Report, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Opened]:
     page = Opened(browser, tmp_path_factory.mktemp("page") / "page.html", report_page(small))
     yield page
     page.view.close()
@@ -137,7 +192,10 @@ def test_the_map_shows_the_load_table(opened: Opened, small: Report):
 def test_domains_and_order_switch_what_the_map_shows(opened: Opened, small: Report):
     before = opened.map("z[2]")
     opened.view.locator("#map-domain").select_option(label=LABELS[0])
-    opened.until("document.querySelector('.grid .plot').data[0].customdata[2][3].includes('in &lt;b&gt;code')")
+    opened.until(
+        "document.querySelector('.grid .plot').data[0].customdata[2][3].includes('in "
+        "&lt;b&gt;code')"
+    )
     table: Any = small.tables["domains"]
     code = table[(table["layer"] == 2) & (table["domain"] == LABELS[0])]["assignments"].to_numpy()
     assert 2 ** np.array(opened.map("z[2]")) == pytest.approx(np.clip(code / code.mean(), 0.25, 4))
@@ -146,16 +204,23 @@ def test_domains_and_order_switch_what_the_map_shows(opened: Opened, small: Repo
     opened.view.locator("#map-order").select_option(label="by load")
     load: Any = small.tables["load"][small.tables["load"]["layer"] == 3]
     busiest = int(load["load_ratio"].to_numpy().argmax())
-    opened.until(f"document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert {busiest}<')")
+    opened.until(
+        "document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert "
+        f"{busiest}<')"
+    )
     assert opened.map("z[3]") == sorted(opened.map("z[3]"), reverse=True)
     opened.view.locator("#map-order").select_option(label="by expert id")
-    opened.until("document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert 0')")
+    opened.until(
+        "document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert 0')"
+    )
 
 
 def test_a_click_opens_the_card_of_the_expert(opened: Opened):
     opened.view.locator(".grid").scroll_into_view_if_needed()
     drawn = opened.view.locator(".grid .plot .nsewdrag").bounding_box()
-    opened.view.mouse.click(drawn["x"] + drawn["width"] * 5.5 / 8, drawn["y"] + drawn["height"] * 3.5 / 4)
+    opened.view.mouse.click(
+        drawn["x"] + drawn["width"] * 5.5 / 8, drawn["y"] + drawn["height"] * 3.5 / 4
+    )
     opened.until("!document.getElementById('card').hidden")
     assert opened.title() == "Layer 3 · expert 5"
     opened.view.keyboard.press("Escape")
@@ -165,7 +230,15 @@ def test_a_click_opens_the_card_of_the_expert(opened: Opened):
 def test_the_keyboard_alone_is_enough(opened: Opened):
     opened.view.locator(".grid").focus()
     opened.view.keyboard.press("Home")
-    for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowUp", "ArrowDown", "ArrowRight", "ArrowRight"):
+    for key in (
+        "ArrowUp",
+        "ArrowUp",
+        "ArrowUp",
+        "ArrowUp",
+        "ArrowDown",
+        "ArrowRight",
+        "ArrowRight",
+    ):
         opened.view.keyboard.press(key)
     assert opened.view.locator("#now").inner_text().startswith("Layer 1, expert 2: ")
     opened.view.keyboard.press("Enter")
@@ -183,7 +256,9 @@ def test_what_is_hostile_is_text(opened: Opened):
     assert HOSTILE + r"\n\u202e" in card
     assert "<b>code</b>" in card
     assert HOSTILE in opened.view.locator("h1").inner_text()
-    assert "<b>code</b>" in opened.view.locator(".ytick").filter(has_text="code").first.text_content()
+    assert (
+        "<b>code</b>" in opened.view.locator(".ytick").filter(has_text="code").first.text_content()
+    )
     assert opened.view.evaluate("window.pwned") is None
     assert opened.view.locator("img").count() == 0
     opened.view.keyboard.press("Escape")
@@ -195,27 +270,47 @@ def named(traces: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def test_sections_come_in_order_of_their_files(opened: Opened):
     titles = opened.view.locator("main > section h2").all_inner_texts()
-    shown = ["Load over time", "Drift", "Domains and experts", "Experts of a domain", "Repetition", "Locality", "Chosen together"]
+    shown = [
+        "Load over time",
+        "Drift",
+        "Domains and experts",
+        "Experts of a domain",
+        "Repetition",
+        "Locality",
+        "Chosen together",
+    ]
     assert [title for title in titles if title in shown] == shown
 
 
-def test_drift_shows_distances_beside_their_floor_and_what_an_old_placement_costs(opened: Opened, small: Report):
+def test_drift_shows_distances_beside_their_floor_and_what_an_old_placement_costs(
+    opened: Opened, small: Report
+):
     table: Any = small.tables["drift"]
     over_time, by_layer, cost = opened.drawn("Drift")
     windows: Any = small.tables["windows"]
     moved = windows.loc[windows["router"] == 2, "total_variation"].to_numpy()
     assert named(over_time, "layer 2")["y"][0] is None
     assert named(over_time, "layer 2")["y"][1:] == pytest.approx(moved[1:], rel=1e-4)
-    for name, column in (("to the next window", "total_variation"), ("first to last", "first_to_last")):
+    for name, column in (
+        ("to the next window", "total_variation"),
+        ("first to last", "first_to_last"),
+    ):
         assert named(by_layer, name)["y"] == pytest.approx(table[column], rel=1e-4)
-        assert named(by_layer, f"{name}: chance")["y"] == pytest.approx(table[f"{column}_floor"], rel=1e-4)
-    fresh, stale = named(cost, "packed for the window itself")["y"], named(cost, "packed for the window before")["y"]
+        assert named(by_layer, f"{name}: chance")["y"] == pytest.approx(
+            table[f"{column}_floor"], rel=1e-4
+        )
+    fresh, stale = (
+        named(cost, "packed for the window itself")["y"],
+        named(cost, "packed for the window before")["y"],
+    )
     assert fresh == pytest.approx(table["balancedness_fresh"], rel=1e-4)
     assert stale == pytest.approx(table["balancedness_stale"], rel=1e-4)
     assert "mean ÷ max, 4 GPUs" in opened.view.locator(".ytitle").all_text_contents()
 
 
-def test_locality_shows_each_value_with_its_interval_and_its_reference(opened: Opened, small: Report):
+def test_locality_shows_each_value_with_its_interval_and_its_reference(
+    opened: Opened, small: Report
+):
     table: Any = small.tables["locality"]
     first, any_choice, segment, following = opened.drawn("Locality")
     shown = (
@@ -225,33 +320,47 @@ def test_locality_shows_each_value_with_its_interval_and_its_reference(opened: O
         (following, "foretold", "next_accuracy"),
     )
     for traces, name, column in shown:
-        value, low, high = (table[column + bound].dropna().to_numpy() for bound in ("", "_low", "_high"))
+        value, low, high = (
+            table[column + bound].dropna().to_numpy() for bound in ("", "_low", "_high")
+        )
         trace = named(traces, name)
         assert trace["y"][: len(value)] == pytest.approx(value, rel=1e-4)
         assert trace["error_y"]["array"][: len(value)] == pytest.approx(high - value, rel=1e-4)
         assert trace["error_y"]["arrayminus"][: len(value)] == pytest.approx(value - low, rel=1e-4)
-    assert named(any_choice, "an expert in common: by chance")["y"] == pytest.approx([0.4643] * 4, abs=1e-4)
-    assert named(segment, "16 tokens: by load")["y"] == pytest.approx(table["srp_16_by_load"], rel=1e-4)
+    assert named(any_choice, "an expert in common: by chance")["y"] == pytest.approx(
+        [0.4643] * 4, abs=1e-4
+    )
+    assert named(segment, "16 tokens: by load")["y"] == pytest.approx(
+        table["srp_16_by_load"], rel=1e-4
+    )
     assert named(following, "foretold")["y"][3] is None  # no layer after the last
     marginal = named(following, "always the most frequent")["y"]
     assert marginal[:3] == pytest.approx(table["next_accuracy_marginal"].to_numpy()[:3], rel=1e-4)
     # layer 0 chooses by lot; at layer 3 half the tokens go to expert 5, the others by lot
     assert named(first, "the same again: by load")["y"][0] == pytest.approx(1 / 8, abs=0.01)
-    assert named(first, "the same again: by load")["y"][3] == pytest.approx((0.5 + 0.5 / 8) ** 2 + 7 * (0.5 / 8) ** 2, abs=0.03)
+    assert named(first, "the same again: by load")["y"][3] == pytest.approx(
+        (0.5 + 0.5 / 8) ** 2 + 7 * (0.5 / 8) ** 2, abs=0.03
+    )
 
 
 def test_repetition_has_the_interval_of_each_domain(opened: Opened, small: Report):
     table: Any = small.tables["repetition"]
     rows = table[table["domain"] == "law"]
     law = named(opened.drawn("Repetition")[0], "law")
-    assert law["error_y"]["array"] == pytest.approx((rows["first_choice_high"] - rows["first_choice"]).to_numpy(), rel=1e-4)
-    assert law["error_y"]["arrayminus"] == pytest.approx((rows["first_choice"] - rows["first_choice_low"]).to_numpy(), rel=1e-4)
+    assert law["error_y"]["array"] == pytest.approx(
+        (rows["first_choice_high"] - rows["first_choice"]).to_numpy(), rel=1e-4
+    )
+    assert law["error_y"]["arrayminus"] == pytest.approx(
+        (rows["first_choice"] - rows["first_choice_low"]).to_numpy(), rel=1e-4
+    )
 
 
 def test_the_experts_of_a_domain_are_its_top_k(opened: Opened, small: Report):
     [[drawn]] = opened.drawn("Experts of a domain")
     table: Any = small.tables["esft"]
-    rows = table[(table["router"] == 2) & (table["domain"] == LABELS[0])].sort_values("token_score", ascending=False)
+    rows = table[(table["router"] == 2) & (table["domain"] == LABELS[0])].sort_values(
+        "token_score", ascending=False
+    )
     assert small.counts.domains[0] == LABELS[0]
     assert drawn["z"][0][2] == pytest.approx(rows["token_score"].head(2).sum(), rel=1e-4)
     assert drawn["text"][0][2] == ", ".join(str(e) for e in rows["expert"].head(2))
@@ -282,13 +391,18 @@ def test_both_themes_are_legible(opened: Opened):
     paper = "getComputedStyle(document.documentElement).backgroundColor"
     before = opened.view.evaluate(paper)
     opened.view.get_by_label("Switch between light and dark").click()
-    opened.until("getComputedStyle(document.querySelector('.ytick text')).fill.match(/\\d+/)[0] > 128")
+    opened.until(
+        "getComputedStyle(document.querySelector('.ytick text')).fill.match(/\\d+/)[0] > 128"
+    )
     dark = opened.view.evaluate(CONTRAST)
     assert before != opened.view.evaluate(paper)
     assert len(light) == len(dark) >= 15
     assert min(light.values()) >= 4.5, light
     assert min(dark.values()) >= 4.5, dark
-    opened.view.evaluate("document.querySelector('h1').style.color = getComputedStyle(document.documentElement).backgroundColor")
+    opened.view.evaluate(
+        "document.querySelector('h1').style.color = "
+        "getComputedStyle(document.documentElement).backgroundColor"
+    )
     assert min(opened.view.evaluate(CONTRAST).values()) < 1.1  # what cannot be read is found
     opened.view.get_by_label("Switch between light and dark").click()
 
@@ -324,16 +438,28 @@ def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
     assert len(ticks) > 20
     assert all(above[1] <= below[0] + 2 for above, below in pairwise(ticks))
     assert [len(traces[0]["z"]) for traces in page.drawn("Drift")[:1]] == [61]
-    assert [len(traces[0]["y"]) for traces in page.drawn("Drift")[1:] + page.drawn("Locality")] == [61, 3 * 61, 61, 61, 61, 61]
+    assert [len(traces[0]["y"]) for traces in page.drawn("Drift")[1:] + page.drawn("Locality")] == [
+        61,
+        3 * 61,
+        61,
+        61,
+        61,
+        61,
+    ]
     assert np.array(page.drawn("Experts of a domain")[0][0]["z"]).shape == (4, 61)
-    entries = "[...document.querySelectorAll('.plot')].map((plot) => plot.querySelectorAll('.legendtext').length)"
+    entries = (
+        "[...document.querySelectorAll('.plot')].map((plot) => "
+        "plot.querySelectorAll('.legendtext').length)"
+    )
     assert max(page.view.evaluate(entries)) <= 12
     crowded = """[...document.querySelectorAll('.plots .plot')].filter((plot) => {
       const ends = [...plot.querySelectorAll('.xtick text')].map((t) => t.getBoundingClientRect()).sort((a, b) => a.left - b.left);
       return ends.some((end, i) => i && end.left < ends[i - 1].right);
     }).length"""
     assert page.view.evaluate(crowded) == 0
-    page.view.evaluate("document.querySelector('.plots .xtick text').textContent = 'wide enough for the next two'")
+    page.view.evaluate(
+        "document.querySelector('.plots .xtick text').textContent = 'wide enough for the next two'"
+    )
     assert page.view.evaluate(crowded) == 1
     page.view.locator(".grid").focus()
     for key in ("End", "ArrowDown", "Enter"):
@@ -353,11 +479,16 @@ def test_a_narrow_window_does_not_scroll_sideways(opened: Opened):
 def test_ids_are_unique_and_every_figure_is_named(opened: Opened):
     html = opened.view.content()
     assert not re.findall(r'aria-label=""', html)
-    unnamed = "[...document.querySelectorAll('[data-figure], .grid, select, button, [role=dialog]')].filter((e) => !(e.ariaLabel || e.labels?.length || e.textContent || e.getAttribute('aria-labelledby'))).length"
+    unnamed = (
+        "[...document.querySelectorAll('[data-figure], .grid, select, button, "
+        "[role=dialog]')].filter((e) => !(e.ariaLabel || e.labels?.length || e.textContent || "
+        "e.getAttribute('aria-labelledby'))).length"
+    )
     assert opened.view.evaluate(unnamed) == 0
     assert (
         opened.view.evaluate(
-            "(ids => ids.length - new Set(ids).size)([...document.querySelectorAll('main [id], body > [id]')].filter((e) => !e.closest('svg')).map((e) => e.id))"
+            "(ids => ids.length - new Set(ids).size)([...document.querySelectorAll('main [id], "
+            "body > [id]')].filter((e) => !e.closest('svg')).map((e) => e.id))"
         )
         == 0
     )
@@ -371,9 +502,13 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
         "two stacks": encoder_decoder(tmp_path / "stacks"),
         "counts only": write_counts(tmp_path / "counts", loads, 2, domains=("a", "b")),
         "one token": write_trace(tmp_path / "token", [uniform_ids(rng, 1, 8, 2)], 8),
-        "three tokens": write_trace(tmp_path / "three", [uniform_ids(rng, 3, 8, 2)] * 2, 8, document=np.arange(3)),
+        "three tokens": write_trace(
+            tmp_path / "three", [uniform_ids(rng, 3, 8, 2)] * 2, 8, document=np.arange(3)
+        ),
         "one choice, no words": write_trace(tmp_path / "one", [uniform_ids(rng, 300, 8, 1)], 8),
-        "a router without load": write_trace(tmp_path / "none", [np.full((300, 1), 65535, np.uint16), uniform_ids(rng, 300, 8, 1)], 8),
+        "a router without load": write_trace(
+            tmp_path / "none", [np.full((300, 1), 65535, np.uint16), uniform_ids(rng, 300, 8, 1)], 8
+        ),
     }
     text_of = {}
     for i, (name, trace) in enumerate(traces.items()):
@@ -392,8 +527,13 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
     assert "Without recorded weights there is no gate score." in text_of["counts only"]
     assert "drift: no router has load in two whole windows" in text_of["one token"]
     assert "locality: no token follows another, and no layer another" in text_of["one token"]
-    assert "Not in this trace: the first choice of the token before, any choice" in text_of["three tokens"]
-    assert "Not in this trace: the first choice at the next layer." in text_of["one choice, no words"]
+    assert (
+        "Not in this trace: the first choice of the token before, any choice"
+        in text_of["three tokens"]
+    )
+    assert (
+        "Not in this trace: the first choice at the next layer." in text_of["one choice, no words"]
+    )
     assert "domains: there is only one" in text_of["one choice, no words"]
     assert "co-activation: one expert a token makes no pairs" in text_of["one choice, no words"]
     assert all(text.count("Not shown:") == 1 for text in text_of.values())

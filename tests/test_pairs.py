@@ -1,4 +1,5 @@
-"""Pairs, repetition, segments, windows, ESFT: by hand, and whole traces by lot against the values known for them."""
+"""Pairs, repetition, segments, windows, ESFT: by hand, and whole traces by lot against the values
+known for them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from tests.synthetic import uniform_ids, write_counts, write_trace
 
 
 @pytest.mark.parametrize(
-    ("E", "k", "known"), [(8, 2, 0.4643), (64, 8, 0.6791), (128, 8, 0.4123), (256, 8, 0.2271), (64, 6, 0.4601), (60, 4, 0.2468)]
+    ("E", "k", "known"),
+    [
+        (8, 2, 0.4643),
+        (64, 8, 0.6791),
+        (128, 8, 0.4123),
+        (256, 8, 0.2271),
+        (64, 6, 0.4601),
+        (60, 4, 0.2468),
+    ],
 )
 def test_random_choices_share_an_expert_as_often_as_is_known(E: int, k: int, known: float):
     assert pairs.any_choice_random(E, k) == pytest.approx(known, abs=5e-5)
@@ -25,9 +34,13 @@ def test_coactivation_by_hand():
     # decisions {0,1} twice, {0,2} once
     together = np.array([[3, 2, 1], [2, 2, 0], [1, 0, 1]])
     probability = pairs.coactivation(together)
-    np.testing.assert_allclose(probability, [[np.nan, 2 / 3, 1 / 3], [1, np.nan, 0], [1, 0, np.nan]])
+    np.testing.assert_allclose(
+        probability, [[np.nan, 2 / 3, 1 / 3], [1, np.nan, 0], [1, 0, np.nan]]
+    )
     # given the loads, chance has no other choice than these pairs
-    np.testing.assert_allclose(pairs.coactivation_lift(together)[[0, 1, 0, 2], [1, 0, 2, 0]], 1, rtol=0.02)
+    np.testing.assert_allclose(
+        pairs.coactivation_lift(together)[[0, 1, 0, 2], [1, 0, 2, 0]], 1, rtol=0.02
+    )
 
 
 def test_chance_keeps_the_loads_and_is_exact_for_two_choices():
@@ -35,11 +48,15 @@ def test_chance_keeps_the_loads_and_is_exact_for_two_choices():
     w = np.array([5.0, 3, 2, 2, 1, 1])
     p = np.outer(w, w) * (1 - np.eye(6))  # two distinct experts, with these preferences
     together = p / p.sum() * 10_000
-    np.testing.assert_allclose(pairs.together_by_chance(together + np.diag(together.sum(1))), together, rtol=1e-6)
+    np.testing.assert_allclose(
+        pairs.together_by_chance(together + np.diag(together.sum(1))), together, rtol=1e-6
+    )
     uneven = rng.integers(1, 90, (6, 6))
     uneven = uneven + uneven.T
     np.fill_diagonal(uneven, 0)
-    np.testing.assert_allclose(pairs.together_by_chance(uneven + np.diag(uneven.sum(1))).sum(1), uneven.sum(1), rtol=1e-6)
+    np.testing.assert_allclose(
+        pairs.together_by_chance(uneven + np.diag(uneven.sum(1))).sum(1), uneven.sum(1), rtol=1e-6
+    )
 
 
 def test_transitions_by_hand():
@@ -54,7 +71,9 @@ def test_transitions_by_hand():
 def test_segments_by_hand():
     assert pairs.srp(np.array([6, 2])) == 1  # m = 1
     # two windows of 2 tokens, k = 1, 4 experts: one stays (f = 2), the other goes (1, 1)
-    assert pairs.srp(np.array([5, 2, 1])) == pytest.approx(max(2 * 4 / (2 * 3 + 4), 2 * 2 / (2 * 1 + 4)))
+    assert pairs.srp(np.array([5, 2, 1])) == pytest.approx(
+        max(2 * 4 / (2 * 3 + 4), 2 * 2 / (2 * 1 + 4))
+    )
     assert np.isnan(pairs.srp(np.array([4, 0, 0])))
 
 
@@ -62,7 +81,16 @@ def test_choices_by_lot_have_the_values_of_chance(tmp_path: Path):
     rng = np.random.default_rng(1)
     T, E, k = 12_000, 8, 2
     ids = [uniform_ids(rng, T, E, k) for _ in range(2)]
-    made = report(write_trace(tmp_path / "t", ids, E, document=np.arange(T) // 200, domain_of_document=["a", "b"], shard_tokens=4_000))
+    made = report(
+        write_trace(
+            tmp_path / "t",
+            ids,
+            E,
+            document=np.arange(T) // 200,
+            domain_of_document=["a", "b"],
+            shard_tokens=4_000,
+        )
+    )
     assert made.tables["coactivation"]["probability"].to_numpy() == pytest.approx(1 / 7, abs=0.02)
     assert len(made.tables["coactivation"]) == 2 * E * (E - 1)
     assert made.tables["transitions"]["probability"].to_numpy() == pytest.approx(k / E, abs=0.03)
@@ -82,18 +110,36 @@ def test_choices_by_lot_have_the_values_of_chance(tmp_path: Path):
     for name in ("first_choice", "any_choice"):
         assert (repetition[f"{name}_low"] < repetition[name]).all()
         assert (repetition[name] < repetition[f"{name}_high"]).all()
-        # independent choices of even load: the interval holds the value of chance, but for one in twenty
-        held = (repetition[f"{name}_low"] < repetition[f"{name}_random"]) & (repetition[f"{name}_random"] < repetition[f"{name}_high"])
+        # independent choices of even load: the interval holds the value of chance, but for one in
+        # twenty
+        held = (repetition[f"{name}_low"] < repetition[f"{name}_random"]) & (
+            repetition[f"{name}_random"] < repetition[f"{name}_high"]
+        )
         assert held.mean() >= 0.5
-    for name in ("first_choice_repetition", "any_choice_repetition", "srp_4", "srp_16", "srp_64", "next_accuracy"):
-        assert locality[f"{name}_low"] < locality[name] < locality[f"{name}_high"] < 1.3 * locality[f"{name}_low"]
+    for name in (
+        "first_choice_repetition",
+        "any_choice_repetition",
+        "srp_4",
+        "srp_16",
+        "srp_64",
+        "next_accuracy",
+    ):
+        assert (
+            locality[f"{name}_low"]
+            < locality[name]
+            < locality[f"{name}_high"]
+            < 1.3 * locality[f"{name}_low"]
+        )
 
 
 def test_intervals_are_wider_where_documents_differ_and_missing_where_they_are_few(tmp_path: Path):
     """Half of the documents repeat every choice, half none; or every document does both."""
     rng = np.random.default_rng(5)
     T, E, each = 4_000, 8, 100
-    fresh, held = uniform_ids(rng, T, E, 2), np.repeat(uniform_ids(rng, T // each, E, 2), each, axis=0)
+    fresh, held = (
+        uniform_ids(rng, T, E, 2),
+        np.repeat(uniform_ids(rng, T // each, E, 2), each, axis=0),
+    )
     document = np.arange(T) // each
     ids = {
         "apart": np.where((document % 2 == 0)[:, None], held, fresh),
@@ -102,9 +148,19 @@ def test_intervals_are_wider_where_documents_differ_and_missing_where_they_are_f
     }
     row_of = {}
     for name, chosen in ids.items():
-        made = report(write_trace(tmp_path / name, [chosen], E, document=document[: len(chosen)], domain_of_document=["a"]))
+        made = report(
+            write_trace(
+                tmp_path / name,
+                [chosen],
+                E,
+                document=document[: len(chosen)],
+                domain_of_document=["a"],
+            )
+        )
         row_of[name] = made.tables["repetition"].iloc[0]
-    width_of = {name: row["any_choice_high"] - row["any_choice_low"] for name, row in row_of.items()}
+    width_of = {
+        name: row["any_choice_high"] - row["any_choice_low"] for name, row in row_of.items()
+    }
     assert row_of["apart"]["any_choice"] == pytest.approx(row_of["mixed"]["any_choice"], abs=0.02)
     assert width_of["apart"] > 5 * width_of["mixed"]
     assert np.isnan(width_of["few"])
@@ -113,7 +169,9 @@ def test_intervals_are_wider_where_documents_differ_and_missing_where_they_are_f
 def test_one_pass_counts_what_is_prepared(tmp_path: Path):
     told: list[int] = []
     rng = np.random.default_rng(2)
-    made = report(write_trace(tmp_path / "t", [uniform_ids(rng, 500, 8, 2)], 8), progress=told.append)
+    made = report(
+        write_trace(tmp_path / "t", [uniform_ids(rng, 500, 8, 2)], 8), progress=told.append
+    )
     made.prepare(["coactivation", "drift", "balance"])
     for name in ("coactivation", "drift", "balance", "load"):
         assert made.tables[name].size
@@ -136,9 +194,15 @@ def test_counts_alone_say_what_they_can(tmp_path: Path):
 def test_one_ranks_counts_are_not_dead_experts(tmp_path: Path):
     load = np.zeros((1, 16), np.int64)
     load[0, 4:8] = 500
-    assert report(write_counts(tmp_path / "a", [load, load], 2)).verdict()[0].startswith("Only experts 4-7 of 16 have any load")
+    assert (
+        report(write_counts(tmp_path / "a", [load, load], 2))
+        .verdict()[0]
+        .startswith("Only experts 4-7 of 16 have any load")
+    )
     load[0, 12] = 10  # positive control
-    assert not any("ranks under" in s for s in report(write_counts(tmp_path / "b", [load, load], 2)).verdict())
+    assert not any(
+        "ranks under" in s for s in report(write_counts(tmp_path / "b", [load, load], 2)).verdict()
+    )
 
 
 def test_ranks_that_are_missing(tmp_path: Path):
@@ -149,12 +213,15 @@ def test_ranks_that_are_missing(tmp_path: Path):
     load = rng.integers(50_000, 99_000, (1, 256)) * 8
     one, gone, hurt, same = (np.zeros((1, 256), np.int64) for _ in range(4))
     one[0, :8], same[0, :8] = load[0, :8], 800
-    assert "Only experts 0-7 of 256 have any load, at every router alike" in said("as many as are chosen", [one, one])
+    assert "Only experts 0-7 of 256 have any load, at every router alike" in said(
+        "as many as are chosen", [one, one]
+    )
     assert "ranks" not in said("one choice", [same, same])
     gone[0] = load[0] * (np.arange(256) // 64 != 1)
-    assert "Experts 64-127 of 256 have no load, at every router alike: these look like the counts of 3 of 4 ranks" in said(
-        "m", [gone, gone]
-    )
+    assert (
+        "Experts 64-127 of 256 have no load, at every router alike: these look like the counts "
+        "of 3 of 4 ranks"
+    ) in said("m", [gone, gone])
     assert "Experts 64-127 of 256 have no load: these" in said("one layer", [gone, gone], layers=1)
     hurt[0, 64:96] = load[0, 64:96]
     dead = hurt * (np.arange(256) != 70)
@@ -170,11 +237,23 @@ def test_warm_up_rows_are_noticed(tmp_path: Path):
     ids[:64], token_id[:64] = [1, 2], 0
     warm = report(write_trace(tmp_path / "b", [ids], 8, token_id=token_id)).verdict()
     assert not any("warm-up" in s for s in plain)
-    assert any(s.startswith("64 of the first 1,000 tokens are in runs of 16 or more identical rows") for s in warm)
+    assert any(
+        s.startswith("64 of the first 1,000 tokens are in runs of 16 or more identical rows")
+        for s in warm
+    )
     assert in_runs(np.array([[1], [1], [1], [2], [2]]), 3) == 3
     document = np.arange(1_000) // 100
-    trace = write_trace(tmp_path / "c", [ids], 8, document=document, domain_of_document=["a", *"bbbbbbbbb"], token_id=token_id)
-    assert [any("identical rows" in s for s in report(trace, domains=d).verdict()) for d in "ab"] == [True, False]
+    trace = write_trace(
+        tmp_path / "c",
+        [ids],
+        8,
+        document=document,
+        domain_of_document=["a", *"bbbbbbbbb"],
+        token_id=token_id,
+    )
+    assert [
+        any("identical rows" in s for s in report(trace, domains=d).verdict()) for d in "ab"
+    ] == [True, False]
 
 
 def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
@@ -185,7 +264,11 @@ def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
     rng = np.random.default_rng(4)
     hostile = "\x1b[31mred\x07"
     trace = write_trace(
-        tmp_path / "t", [uniform_ids(rng, 900, 8, 2)], 8, document=np.arange(900) // 300, domain_of_document=[hostile, "b", "c"]
+        tmp_path / "t",
+        [uniform_ids(rng, 900, 8, 2)],
+        8,
+        document=np.arange(900) // 300,
+        domain_of_document=[hostile, "b", "c"],
     )
     file = io.StringIO()
     print_report(report(trace), file)
@@ -195,7 +278,10 @@ def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
 
 
 def test_packing_by_hand():
-    assert windows.pack(np.array([[4, 3, 2, 1], [1, 2, 3, 9]]), 2).tolist() == [[0, 1, 1, 0], [0, 1, 1, 0]]
+    assert windows.pack(np.array([[4, 3, 2, 1], [1, 2, 3, 9]]), 2).tolist() == [
+        [0, 1, 1, 0],
+        [0, 1, 1, 0],
+    ]
     assert windows.pack(np.array([[5, 4, 3]]), 2).tolist() == [[0, 1, 1]]
     load_WE = np.array([[4, 3, 2, 1], [1, 2, 3, 4]])
     assert windows.balancedness_fresh(load_WE, 2) == 1

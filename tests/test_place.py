@@ -1,4 +1,5 @@
-"""Two writers are kept apart; only the files of a trace are ever removed; a stopped writer leaves what can be gone on with."""
+"""Two writers are kept apart; only the files of a trace are ever removed; a stopped writer leaves
+what can be gone on with."""
 
 from __future__ import annotations
 
@@ -31,13 +32,29 @@ from tests.synthetic import routers, uniform_ids, write_trace
 def a_trace(root: Path) -> Path:
     """80 tokens in 2 shards."""
     ids = [uniform_ids(np.random.default_rng(r), 80, 8, 2) for r in range(2)]
-    write_trace(root, ids, 8, document=np.repeat(np.arange(4), 20), batch_tokens=20, shard_tokens=40)
+    write_trace(
+        root, ids, 8, document=np.repeat(np.arange(4), 20), batch_tokens=20, shard_tokens=40
+    )
     return root
 
 
 def a_batch() -> RoutedBatch:
-    ids, row = [uniform_ids(np.random.default_rng(r), 20, 8, 2).astype(np.uint8) for r in range(2)], np.arange(20, dtype=np.int32)
-    return RoutedBatch(0, row * 0, row * 0, row * 0, row, row * 0, ["x"], ids, None, documents=[Document(0, "x", "made", 20)])
+    ids, row = (
+        [uniform_ids(np.random.default_rng(r), 20, 8, 2).astype(np.uint8) for r in range(2)],
+        np.arange(20, dtype=np.int32),
+    )
+    return RoutedBatch(
+        0,
+        row * 0,
+        row * 0,
+        row * 0,
+        row,
+        row * 0,
+        ["x"],
+        ids,
+        None,
+        documents=[Document(0, "x", "made", 20)],
+    )
 
 
 def a_writer(root: Path, **options: Any) -> TraceWriter:
@@ -45,7 +62,9 @@ def a_writer(root: Path, **options: Any) -> TraceWriter:
 
 
 def listing(root: Path) -> list[str]:
-    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() or p.is_symlink())
+    return sorted(
+        str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() or p.is_symlink()
+    )
 
 
 def elsewhere(program: str) -> subprocess.CompletedProcess[str]:
@@ -57,13 +76,19 @@ def elsewhere(program: str) -> subprocess.CompletedProcess[str]:
 # --- locks
 
 
-def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_held_by_one_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
     with hold(tmp_path / "t"):
         for refused in (hold, refuse_while_locked):
-            with pytest.raises(MoeInspectError, match=r"this process is still writing .*: wait for it, or stop it"):
+            with pytest.raises(
+                MoeInspectError, match=r"this process is still writing .*: wait for it, or stop it"
+            ):
                 refused(tmp_path / "t")
-        (tmp_path / "t" / LOCK).read_bytes()  # opened and closed by something else in this process: the lock stays
+        (
+            tmp_path / "t" / LOCK
+        ).read_bytes()  # opened and closed by something else in this process: the lock stays
         done = elsewhere(f"hold(Path({str(tmp_path / 't')!r}))")
         assert f"MoeInspectError: process {os.getpid()} is still writing" in done.stderr
     assert not (tmp_path / "t" / LOCK).exists()
@@ -73,7 +98,9 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path, monkeypatch: p
     hold(tmp_path / "t").release()
 
 
-def test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
     first = hold(tmp_path, shared=True)
     others = [join(tmp_path, first.job) for _ in range(2)]
@@ -102,8 +129,11 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
-def test_a_lock_removed_while_it_was_waited_for_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between opening the file and locking it, its holder removes it and a third process locks a new one."""
+def test_a_lock_removed_while_it_was_waited_for_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, its holder removes it and a third process locks a
+    new one."""
     monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
     holder, third = hold(tmp_path), list[Lock]()
     flock = lock_module._flock
@@ -122,14 +152,17 @@ def test_a_lock_removed_while_it_was_waited_for_is_taken_anew(tmp_path: Path, mo
     hold(tmp_path).release()
 
 
-def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
     a_trace(tmp_path / "t")
-    assert (
-        capsys.readouterr().err == f"warning: the file system of {tmp_path / 't'} has no locks: make sure that nothing else writes there\n"
+    assert capsys.readouterr().err == (
+        f"warning: the file system of {tmp_path / 't'} has no locks: make sure that nothing "
+        "else writes there\n"
     )
     assert verify(tmp_path / "t").ok
 
@@ -139,14 +172,18 @@ def test_a_writer_locks_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with a_writer(tmp_path / "t") as writer:
         writer.write(a_batch())
         for overwrite in (False, True):
-            with pytest.raises(MoeInspectError, match=r"there is a trace|this process is still writing"):
+            with pytest.raises(
+                MoeInspectError, match=r"there is a trace|this process is still writing"
+            ):
                 take_place(tmp_path / "t", overwrite)
         with pytest.raises(MoeInspectError, match="this process is still writing"):
             a_writer(tmp_path / "t")
     assert open_trace(tmp_path / "t").n_tokens == 20
     assert not (tmp_path / "t" / LOCK).exists()
     (tmp_path / "u" / MANIFEST).mkdir(parents=True)
-    with pytest.raises(MoeInspectError, match="Is a directory"):  # what goes wrong at its beginning unlocks too
+    with pytest.raises(
+        MoeInspectError, match="Is a directory"
+    ):  # what goes wrong at its beginning unlocks too
         a_writer(tmp_path / "u")
     hold(tmp_path / "u").release()
 
@@ -189,10 +226,13 @@ def bare_parts(root: Path) -> None:
 
 
 STRANGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a profiler's": (profiler, r"is not a trace \(it holds documents/thesis.tex, logits/run1.npy, trace.json\): not overwritten"),
+    "a profiler's": (profiler, (r"is not a trace \(it holds documents/thesis.tex, "
+        r"logits/run1.npy, trace.json\): not "
+        r"overwritten")),
     "a profiler's alone": (lambda root: (root / MANIFEST).write_text("{}"), r"is not a trace \(it holds trace.json\)"),
     "a file beside": (beside("notes.txt"), r"is more than a trace \(it holds notes.txt\)"),
-    "files in tables": (beside("tokens/a.csv", "routing/part-0-0.csv", "documents/b", "e"), r"documents/b, e, routing/part-0-0.csv and 1 more\)"),
+    "files in tables": (beside("tokens/a.csv", "routing/part-0-0.csv", "documents/b", "e"), (r"documents/b, e, "
+        r"routing/part-0-0.csv and 1 more\)")),
     "a table elsewhere": (linked, r"is more than a trace \(it holds tokens\)"),
     "a profiler's over ours": (profiled_over, r"is not a trace \(it holds trace.json\)"),
     "parts without lists": (bare_parts, "is not a trace"),
@@ -205,7 +245,11 @@ def test_what_is_no_trace_is_not_overwritten_and_named(name: str, tmp_path: Path
     (root := tmp_path / "t").mkdir()
     make(root)
     before = {p: (tmp_path / p).read_bytes() for p in listing(tmp_path) if (tmp_path / p).is_file()}
-    for replace in (lambda: check_directory(root, True), lambda: take_place(root, True), lambda: clear_trace(root)):
+    for replace in (
+        lambda: check_directory(root, True),
+        lambda: take_place(root, True),
+        lambda: clear_trace(root),
+    ):
         with pytest.raises(MoeInspectError, match=said) as caught:
             replace()
         assert "\n" not in str(caught.value)
@@ -217,9 +261,17 @@ def torn(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda root: None, torn, lambda root: edit_manifest(root, format=2), lambda root: (root / MANIFEST).unlink()]
+    "damage",
+    [
+        lambda root: None,
+        torn,
+        lambda root: edit_manifest(root, format=2),
+        lambda root: (root / MANIFEST).unlink(),
+    ],
 )
-def test_a_trace_is_overwritten_also_a_damaged_one(damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_trace_is_overwritten_also_a_damaged_one(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
     root = a_trace(tmp_path / "t")
     (root / "routing" / ".part-0-7.parquet.tmp").touch()
     damage(root)
@@ -230,7 +282,9 @@ def test_a_trace_is_overwritten_also_a_damaged_one(damage: Callable[[Path], None
     a_trace(root)
 
 
-def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, unlink, unlinked = a_trace(tmp_path / "t"), os.unlink, list[str]()
 
     def stopped(path: Path, *args: object, **options: object) -> None:
@@ -245,7 +299,10 @@ def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(tmp_path: Path, 
         take_place(root, True)
     assert unlinked[0] == "shards-0.jsonl"
     assert (root / OVERWRITTEN).exists()
-    with pytest.raises(MoeInspectError, match=r"no trace at .* its writer was stopped before anything was committed"):
+    with pytest.raises(
+        MoeInspectError,
+        match=r"no trace at .* its writer was stopped before anything was committed",
+    ):
         verify(root)
     for overwrite in (False, True):  # --resume starts anew where there is no manifest
         shutil.copytree(root, again := tmp_path / str(overwrite))
@@ -254,7 +311,14 @@ def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "left", [(), (LOCK,), (f".{MANIFEST}.tmp",), (LOCK, f".{MANIFEST}.tmp", "shards-0.jsonl"), ("tokens/.part-0-0.parquet.tmp",)]
+    "left",
+    [
+        (),
+        (LOCK,),
+        (f".{MANIFEST}.tmp",),
+        (LOCK, f".{MANIFEST}.tmp", "shards-0.jsonl"),
+        ("tokens/.part-0-0.parquet.tmp",),
+    ],
 )
 def test_killed_before_the_first_manifest(left: tuple[str, ...], tmp_path: Path) -> None:
     for overwrite in (False, True):
@@ -273,10 +337,18 @@ def test_killed_before_the_first_manifest(left: tuple[str, ...], tmp_path: Path)
 
 
 def test_names_lead_nowhere_else(tmp_path: Path) -> None:
-    """The tables of the manifest and the paths of shards, whatever they say, touch nothing outside of the trace."""
+    """The tables of the manifest and the paths of shards, whatever they say, touch nothing outside
+    of the trace."""
     other = a_trace(tmp_path / "other")
     before = {p: (other / p).read_bytes() for p in listing(other)}
-    for tables in (["../other/routing", "tokens", "documents"], ["/etc"], [".."], [{}], ["documents"], "routing"):
+    for tables in (
+        ["../other/routing", "tokens", "documents"],
+        ["/etc"],
+        [".."],
+        [{}],
+        ["documents"],
+        "routing",
+    ):
         shutil.rmtree(root := tmp_path / "t", ignore_errors=True)
         edit_manifest(a_trace(root), tables=tables)
         for use in (open_trace, resume_point):
@@ -294,7 +366,10 @@ def test_names_lead_nowhere_else(tmp_path: Path) -> None:
         shutil.rmtree(root)
         rename(a_trace(root), path=path)
         for use in (open_trace, resume_point):
-            with pytest.raises(MoeInspectError, match=r"shards-0.jsonl: line 3: path is .*, not (routing/part-0-|text)"):
+            with pytest.raises(
+                MoeInspectError,
+                match=r"shards-0.jsonl: line 3: path is .*, not (routing/part-0-|text)",
+            ):
                 use(root)
         assert "path is" in (verify(root).violation or "")
     shutil.rmtree(root)
@@ -310,7 +385,9 @@ def rename(root: Path, **values: object) -> None:
     edit_lines(root, lines)
 
 
-@pytest.mark.parametrize("name", ["routing/part-0-0.parquet", "routing", "shards-0.jsonl", "trace.json"])
+@pytest.mark.parametrize(
+    "name", ["routing/part-0-0.parquet", "routing", "shards-0.jsonl", "trace.json"]
+)
 @pytest.mark.parametrize("kind", ["link", "fifo"])
 def test_links_outside_and_pipes_are_refused(name: str, kind: str, tmp_path: Path) -> None:
     root = a_trace(tmp_path / "t")
@@ -350,7 +427,12 @@ def test_verify_tells_interrupted_from_damaged(tmp_path: Path) -> None:
     assert "an orphan" in (verify(root).violation or "")  # of a complete trace
     edit_manifest(root, status="recording", corpus={"plan": {}})
     found = verify(root)
-    assert (found.ok, found.status, found.resumable, found.tokens) == (True, "interrupted", True, 80)
+    assert (found.ok, found.status, found.resumable, found.tokens) == (
+        True,
+        "interrupted",
+        True,
+        80,
+    )
     assert found.uncommitted == ["routing/.part-0-8.parquet.tmp", "routing/part-0-9.parquet"]
     with hold(root):  # by a process of another machine, say
         assert verify(root).status == "recording"

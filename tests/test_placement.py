@@ -1,4 +1,5 @@
-"""Placement: EPLB against its published values, ours against EPLB, what a token reaches, plans that engines read."""
+"""Placement: EPLB against its published values, ours against EPLB, what a token reaches, plans that
+engines read."""
 
 from __future__ import annotations
 
@@ -24,9 +25,20 @@ from tests.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_real_data import FIDDLER, deepseek, needs_esft, needs_fiddler  # noqa: F401  (a fixture)
 
 # github.com/deepseek-ai/EPLB, its example
-WEIGHT_LE = np.array([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]])
-PLACED_LP = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
-LOAD_LG = [[121.5, 86.5, 125, 113, 147.5, 131.5, 156, 152], [173, 179.5, 120.5, 172, 123, 152, 118.5, 117.5]]
+WEIGHT_LE = np.array(
+    [
+        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+    ]
+)
+PLACED_LP = [
+    [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+    [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+]
+LOAD_LG = [
+    [121.5, 86.5, 125, 113, 147.5, 131.5, 156, 152],
+    [173, 179.5, 120.5, 172, 123, 152, 118.5, 117.5],
+]
 
 
 def ratio(load_E: np.ndarray, expert_P: np.ndarray, gpus: int) -> float:
@@ -40,7 +52,10 @@ def no_worse(load_E: np.ndarray, layout: Layout) -> tuple[float, float]:
     assert sorted(set(ours.tolist())) == list(range(len(load_E)))
     assert len(ours) == layout.slots
     assert colocated(ours, layout.gpus) == 0
-    best = min(ratio(load_E, POLICIES[name](load_E, layout), layout.gpus) for name in ("eplb", "eplb-global"))
+    best = min(
+        ratio(load_E, POLICIES[name](load_E, layout), layout.gpus)
+        for name in ("eplb", "eplb-global")
+    )
     mine = ratio(load_E, ours, layout.gpus)
     assert mine <= best * (1 + 1e-9)
     return mine, best
@@ -63,7 +78,9 @@ def test_eplb_places_as_published(layer: int) -> None:
     placed_P = eplb(load_E, 16, 4, 2, 8)
     assert placed_P.tolist() == PLACED_LP[layer]
     assert (load_E @ shares(placed_P, 12, 8)).tolist() == LOAD_LG[layer]
-    assert ratio(load_E, eplb(load_E, 16, 1, 1, 8), 8) == pytest.approx([1.0726, 1.1903][layer], abs=5e-5)
+    assert ratio(load_E, eplb(load_E, 16, 1, 1, 8), 8) == pytest.approx(
+        [1.0726, 1.1903][layer], abs=5e-5
+    )
     no_worse(load_E, Layout(16, 8, 2, 4))
 
 
@@ -79,8 +96,9 @@ def test_ours_is_no_worse_than_eplb_and_keeps_replicas_apart() -> None:
     assert better >= 10
 
 
-# where EPLB's heaviest GPU is lighter than ours, by replicas that share one: four of the six of 5,000 random Zipf loads; layer 1 of
-# Mixtral-8x7B (real/fiddler_mixtral), layers 0 and 2 of the collapsed sample trace, layer 1 of the untrained one
+# where EPLB's heaviest GPU is lighter than ours, by replicas that share one: four of the six of
+# 5,000 random Zipf loads; layer 1 of Mixtral-8x7B (real/fiddler_mixtral), layers 0 and 2 of the
+# collapsed sample trace, layer 1 of the untrained one
 MIXTRAL_1 = [24418, 26955, 31240, 14610, 31706, 29339, 26026, 26838]
 SHARED = [
     ([5852, 18135, 9716, 12464, 5092, 6705, 7802, 34234], 16, 8),
@@ -95,38 +113,59 @@ SHARED = [
 
 
 @pytest.mark.parametrize(("load", "slots", "gpus"), SHARED)
-def test_where_eplb_beats_ours_nothing_apart_is_lighter_than_ours(load: list[int], slots: int, gpus: int) -> None:
+def test_where_eplb_beats_ours_nothing_apart_is_lighter_than_ours(
+    load: list[int], slots: int, gpus: int
+) -> None:
     load_E, layout = np.array(load), Layout(slots, gpus)
-    most = {name: float((load_E @ shares(POLICIES[name](load_E, layout), 8, gpus)).max()) for name in ("ours", "eplb-global")}
+    most = {
+        name: float((load_E @ shares(POLICIES[name](load_E, layout), 8, gpus)).max())
+        for name in ("ours", "eplb-global")
+    }
     assert most["eplb-global"] < most["ours"] < 1.03 * most["eplb-global"]
     assert colocated(POLICIES["eplb-global"](load_E, layout), gpus) > 0
     assert not fits_apart(load_E, slots, gpus, most["ours"] * (1 - 1e-9))
     assert fits_apart(load_E, slots, gpus, most["ours"] * (1 + 1e-9))
 
 
-@pytest.mark.parametrize(("E", "gpus", "slots"), [(5, 3, 6), (6, 2, 8), (6, 3, 9), (6, 4, 8), (8, 4, 12)])
-def test_ours_is_the_lightest_there_is_where_all_can_be_tried(E: int, gpus: int, slots: int) -> None:
+@pytest.mark.parametrize(
+    ("E", "gpus", "slots"), [(5, 3, 6), (6, 2, 8), (6, 3, 9), (6, 4, 8), (8, 4, 12)]
+)
+def test_ours_is_the_lightest_there_is_where_all_can_be_tried(
+    E: int, gpus: int, slots: int
+) -> None:
     for seed in range(8):
         load_E = zipf(np.random.default_rng(seed), E)
-        most = float((load_E @ shares(POLICIES["ours"](load_E, Layout(slots, gpus)), E, gpus)).max())
+        most = float(
+            (load_E @ shares(POLICIES["ours"](load_E, Layout(slots, gpus)), E, gpus)).max()
+        )
         assert fits_apart(load_E, slots, gpus, most * (1 + 1e-9))
         assert not fits_apart(load_E, slots, gpus, most * (1 - CLOSE), replicas=gpus)
 
 
-@given(st.integers(0, 10_000), st.sampled_from([(4, 2, 6), (5, 3, 6), (6, 2, 8), (4, 3, 9), (6, 4, 8)]), st.floats(1, 1.2), st.booleans())
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([(4, 2, 6), (5, 3, 6), (6, 2, 8), (4, 3, 9), (6, 4, 8)]),
+    st.floats(1, 1.2),
+    st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
-def test_trying_all_finds_one_where_there_is_one(seed: int, shape: tuple[int, int, int], above: float, crowds: bool) -> None:
+def test_trying_all_finds_one_where_there_is_one(
+    seed: int, shape: tuple[int, int, int], above: float, crowds: bool
+) -> None:
     E, gpus, slots = shape
     load_E = zipf(np.random.default_rng(seed), E).astype(float)
     most = above * max(load_E.sum() / gpus, load_E.max() / (slots - E + 1))
     found = as_light(load_E, slots, gpus, most, crowds)
-    assert (found is not None) == fits_apart(load_E, slots, gpus, most * (1 + 1e-9), replicas=2**16 if crowds else gpus)
+    assert (found is not None) == fits_apart(
+        load_E, slots, gpus, most * (1 + 1e-9), replicas=2**16 if crowds else gpus
+    )
     if found is not None:
         assert (load_E @ shares(found, E, gpus)).max() <= most * (1 + 1e-8)
         assert colocated(found, gpus) == 0
 
 
-# layers of Mixtral-8x7B on which kicks alone stay behind EPLB; the last, what is found for 8 GPUs twice
+# layers of Mixtral-8x7B on which kicks alone stay behind EPLB; the last, what is found for 8 GPUs
+# twice
 @pytest.mark.parametrize(
     ("load", "slots", "gpus"),
     [
@@ -135,7 +174,9 @@ def test_trying_all_finds_one_where_there_is_one(seed: int, shape: tuple[int, in
         ([25793, 26787, 26533, 27693, 26003, 26720, 26386, 25217], 48, 16),
     ],
 )
-def test_where_kicks_do_not_get_there_trying_all_does(load: list[int], slots: int, gpus: int) -> None:
+def test_where_kicks_do_not_get_there_trying_all_does(
+    load: list[int], slots: int, gpus: int
+) -> None:
     no_worse(np.array(load), Layout(slots, gpus))
 
 
@@ -146,13 +187,17 @@ def test_with_room_for_every_expert_on_every_gpu_balance_is_perfect() -> None:
 
 def test_colocated_sees_replicas_that_share_a_gpu() -> None:
     assert colocated(np.array([0, 0, 1, 2]), 2) == 1
-    assert colocated(np.array([0, 0, 0, 1]), 2) == 0  # three replicas on two GPUs cannot but share one
+    assert (
+        colocated(np.array([0, 0, 0, 1]), 2) == 0
+    )  # three replicas on two GPUs cannot but share one
     assert colocated(np.array([0, 1, 0, 2]), 2) == 0
 
 
 @needs_esft
 def test_ours_on_deepseek_v2_lite(deepseek) -> None:  # noqa: F811
-    made = simulate_placement(deepseek, gpus=8, physical_experts=72, policies=["eplb", "eplb-global", "ours"], fit_share=1)
+    made = simulate_placement(
+        deepseek, gpus=8, physical_experts=72, policies=["eplb", "eplb-global", "ours"], fit_share=1
+    )
     by = made.tables["placement"].pivot(index="layer", columns="policy", values="max_over_mean")
     assert (by["ours"] <= by[["eplb", "eplb-global"]].min(axis=1) * (1 + 1e-9)).all()
     assert made.tables["placement"].query("policy == 'ours'")["colocated"].sum() == 0
@@ -162,7 +207,10 @@ def test_ours_on_deepseek_v2_lite(deepseek) -> None:  # noqa: F811
 @needs_fiddler
 @pytest.mark.parametrize("model", ["mixtral_8x7b_original", "mixtral_8x7b_instruct"])
 def test_ours_on_mixtral(model: str) -> None:
-    counts_LE = np.sum([json.loads(f.read_text())["expert_popularity"] for f in (FIDDLER / model).glob("*.json")], axis=0)
+    counts_LE = np.sum(
+        [json.loads(f.read_text())["expert_popularity"] for f in (FIDDLER / model).glob("*.json")],
+        axis=0,
+    )
     for load_E in counts_LE:
         no_worse(load_E, Layout(12, 4))
         no_worse(load_E, Layout(8, 4))
@@ -170,20 +218,34 @@ def test_ours_on_mixtral(model: str) -> None:
 
 
 def test_the_loops_equal_their_twins() -> None:
-    from moe_inspect.simulate.placement.ranks_reached import count_windows, counter, reached, reached_dense, table_of
+    from moe_inspect.simulate.placement.ranks_reached import (
+        count_windows,
+        counter,
+        reached,
+        reached_dense,
+        table_of,
+    )
 
     rng = np.random.default_rng(1)
     ids_KT = np.ascontiguousarray(uniform_ids(rng, 300, 12, 3).astype(np.int16).T)
     ids_KT[2, ::7] = -1
     share_EG = shares(eplb(WEIGHT_LE[0], 16, 4, 2, 8), 12, 8)
-    expected = sum(1 - np.prod([1 - share_EG[e, g] for e in ids_KT[:, t] if e >= 0]) for t in range(300) for g in range(8))
+    expected = sum(
+        1 - np.prod([1 - share_EG[e, g] for e in ids_KT[:, t] if e >= 0])
+        for t in range(300)
+        for g in range(8)
+    )
     assert reached_numpy(ids_KT, share_EG) == pytest.approx(expected)
     assert reached(ids_KT, *table_of(share_EG), 8) == pytest.approx(expected)
     assert counter(share_EG)(ids_KT) == pytest.approx(expected)
     assert reached_dense(ids_KT, np.vstack([1 - share_EG, np.ones(8)])) == pytest.approx(expected)
     alone_EG = np.eye(12)[:, np.arange(12) % 6]
     assert counter(alone_EG)(ids_KT) == pytest.approx(reached_numpy(ids_KT, alone_EG))
-    window_T, mine, theirs = rng.integers(0, 5, 300), np.zeros((5, 12), np.int64), np.zeros((5, 12), np.int64)
+    window_T, mine, theirs = (
+        rng.integers(0, 5, 300),
+        np.zeros((5, 12), np.int64),
+        np.zeros((5, 12), np.int64),
+    )
     count_windows_numpy(ids_KT, window_T, mine)
     count_windows(ids_KT, window_T, theirs)
     assert (mine == theirs).all()
@@ -191,8 +253,11 @@ def test_the_loops_equal_their_twins() -> None:
 
 
 def test_a_token_reaches_the_ranks_of_its_experts(tmp_path: Path) -> None:
-    """Experts 0 and 1 are always chosen together: contiguous puts them on one GPU of 2, round-robin on two."""
-    trace = write_trace(tmp_path / "t", [np.tile(np.array([[0, 1], [2, 3]], np.uint16), (100, 1))], 4)
+    """Experts 0 and 1 are always chosen together: contiguous puts them on one GPU of 2, round-robin
+    on two."""
+    trace = write_trace(
+        tmp_path / "t", [np.tile(np.array([[0, 1], [2, 3]], np.uint16), (100, 1))], 4
+    )
     made = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin"])
     rows = made.tables["placement"].set_index("policy")
     assert rows["ranks_per_token"].to_dict() == {"contiguous": 1.0, "round-robin": 2.0}
@@ -207,14 +272,18 @@ def test_a_plan_ages_where_the_text_changes(tmp_path: Path) -> None:
     ids = np.repeat(np.array([[0], [1], [2], [3]], np.uint16), 500, axis=0)
     ids[:1000] = np.tile([[0], [1]], (500, 1))
     ids[1000:] = np.tile([[2], [3]], (500, 1))
-    table = simulate_placement(write_trace(tmp_path / "t", [ids], 4), gpus=2, policies=["contiguous"], window=500).tables["windows"]
+    table = simulate_placement(
+        write_trace(tmp_path / "t", [ids], 4), gpus=2, policies=["contiguous"], window=500
+    ).tables["windows"]
     assert table["tokens"].tolist() == [500] * 4
     assert table["part"].tolist() == ["fit", "fit", "judged", "judged"]
     assert table["max_over_mean"].tolist() == [2.0] * 4
 
 
 def test_counts_alone_give_a_placement_and_no_ranks(tmp_path: Path) -> None:
-    made = simulate_placement(write_counts(tmp_path / "t", [np.array([[40, 30, 20, 10]])], 2), gpus=2)
+    made = simulate_placement(
+        write_counts(tmp_path / "t", [np.array([[40, 30, 20, 10]])], 2), gpus=2
+    )
     table = made.tables["placement"]
     assert table["ranks_per_token"].isna().all()
     assert table.set_index("policy")["max_over_mean"]["ours"] == 1.0
@@ -224,7 +293,13 @@ def test_counts_alone_give_a_placement_and_no_ranks(tmp_path: Path) -> None:
 
 def test_plans_are_what_engines_read(tmp_path: Path) -> None:
     ids = [uniform_ids(np.random.default_rng(r), 400, 8, 2) for r in range(2)]
-    trace = write_trace(tmp_path / "t", ids, 8, layers=[1, 3], manifest={"model": {"config": {"num_hidden_layers": 5}}})
+    trace = write_trace(
+        tmp_path / "t",
+        ids,
+        8,
+        layers=[1, 3],
+        manifest={"model": {"config": {"num_hidden_layers": 5}}},
+    )
     made = simulate_placement(trace, gpus=4, physical_experts=12)
     write_plan(made, tmp_path / "plan.json")
     rows = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
@@ -238,24 +313,44 @@ def test_plans_are_what_engines_read(tmp_path: Path) -> None:
     write_plan(made, tmp_path / "ascend.json", "vllm-ascend")
     layers = json.loads((tmp_path / "ascend.json").read_text())["layer_list"]
     assert json.loads((tmp_path / "ascend.json").read_text())["moe_layer_count"] == 2
-    assert [layer["layer_id"] for layer in layers] == [0, 1]  # MoE layers, where SGLang counts every block
+    assert [layer["layer_id"] for layer in layers] == [
+        0,
+        1,
+    ]  # MoE layers, where SGLang counts every block
     assert [layer["device_count"] for layer in layers] == [4, 4]
     for layer, block in zip(layers, (1, 3), strict=True):
         assert [device["device_id"] for device in layer["device_list"]] == [0, 1, 2, 3]
-        assert [expert for device in layer["device_list"] for expert in device["device_expert"]] == rows[block]
-    one = simulate_placement(trace, gpus=4, physical_experts=12, layers=3)  # the other MoE layer keeps its place, experts in order
+        assert [
+            expert for device in layer["device_list"] for expert in device["device_expert"]
+        ] == rows[block]
+    one = simulate_placement(
+        trace, gpus=4, physical_experts=12, layers=3
+    )  # the other MoE layer keeps its place, experts in order
     write_plan(one, tmp_path / "ascend.json", "vllm-ascend")
-    first, second = (layer["device_list"] for layer in json.loads((tmp_path / "ascend.json").read_text())["layer_list"])
-    assert [device["device_expert"] for device in first] == [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3]]
-    assert [expert for device in second for expert in device["device_expert"]] == one.tables["plan"]["expert"].tolist()
+    first, second = (
+        layer["device_list"]
+        for layer in json.loads((tmp_path / "ascend.json").read_text())["layer_list"]
+    )
+    assert [device["device_expert"] for device in first] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 0],
+        [1, 2, 3],
+    ]
+    assert [expert for device in second for expert in device["device_expert"]] == one.tables[
+        "plan"
+    ]["expert"].tolist()
     with pytest.raises(MoeInspectError, match=r"plan\.txt"):
         write_plan(made, tmp_path / "plan.txt")
-    with pytest.raises(MoeInspectError, match="no plan for vllm: there are sglang, tensorrt-llm, vllm-ascend"):
+    with pytest.raises(
+        MoeInspectError, match="no plan for vllm: there are sglang, tensorrt-llm, vllm-ascend"
+    ):
         write_plan(made, tmp_path / "plan.json", "vllm")
 
 
 def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
-    """Fitted on text that goes to experts 0 and 2, judged on text that goes to 0 and 1: round-robin happens to be right."""
+    """Fitted on text that goes to experts 0 and 2, judged on text that goes to 0 and 1: round-robin
+    happens to be right."""
     ids = np.tile(np.array([[0], [2]], np.uint16), (1000, 1))
     ids[1000:] = np.tile(np.array([[0], [1]], np.uint16), (500, 1))
     trace = write_trace(tmp_path / "t", [ids], 4)
@@ -264,7 +359,10 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     assert slowdown["round-robin"] == 1 < slowdown["contiguous"]
     best = slowdown.idxmin() if slowdown["ours"] > 1 else "ours"
     assert set(made.tables["plan"]["policy"]) == {best}
-    assert any(f"written by -o: the plan of {best}, which is the least slow on the judged part" in said for said in made.verdict)
+    assert any(
+        f"written by -o: the plan of {best}, which is the least slow on the judged part" in said
+        for said in made.verdict
+    )
     two = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin"])
     assert set(two.tables["plan"]["policy"]) == {"round-robin"}
     assert two.tables["plan"]["expert"].tolist() == [0, 2, 1, 3]
@@ -272,7 +370,11 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     asked = simulate_placement(trace, gpus=2, policies=["round-robin", "ours"], minimize="ranks")
     assert set(asked.tables["plan"]["policy"]) == {"ours"}
     better = asked.tables["policies"].set_index("policy")["slowdown"]
-    reason = "which is the least slow" if better["ours"] <= better["round-robin"] else "as --minimize asks"
+    reason = (
+        "which is the least slow"
+        if better["ours"] <= better["round-robin"]
+        else "as --minimize asks"
+    )
     assert any(f"the plan of ours, {reason}" in said for said in asked.verdict)
 
 
@@ -280,15 +382,28 @@ def test_dispatch_by_a_linear_program_is_reported_beside_even(tmp_path: Path) ->
     """Without replicas there is nothing to choose among; with them a dispatcher can only help."""
     ids = np.repeat(np.array([0, 1] * 8, np.uint16), 100)[:, None]  # each window is one expert's
     trace = write_trace(tmp_path / "t", [ids], 2)
-    made = simulate_placement(trace, gpus=2, physical_experts=2, policies=["contiguous"], dispatch="lp")
-    assert made.tables["policies"][["by_window_slowdown", "lp_slowdown"]].to_numpy().tolist() == [[2.0, 2.0]]
-    uneven = write_trace(tmp_path / "u", [np.tile(np.array([[0], [0], [0], [0], [1], [2]], np.uint16), (200, 1))], 3)
-    made = simulate_placement(uneven, gpus=3, physical_experts=6, policies=["contiguous", "greedy"], dispatch="lp")
+    made = simulate_placement(
+        trace, gpus=2, physical_experts=2, policies=["contiguous"], dispatch="lp"
+    )
+    assert made.tables["policies"][["by_window_slowdown", "lp_slowdown"]].to_numpy().tolist() == [
+        [2.0, 2.0]
+    ]
+    uneven = write_trace(
+        tmp_path / "u", [np.tile(np.array([[0], [0], [0], [0], [1], [2]], np.uint16), (200, 1))], 3
+    )
+    made = simulate_placement(
+        uneven, gpus=3, physical_experts=6, policies=["contiguous", "greedy"], dispatch="lp"
+    )
     table = made.tables["placement"].set_index("policy")
     assert (table["lp_max_over_mean"] <= table["by_window_max_over_mean"] + 1e-9).all()
-    assert (made.tables["windows"]["lp_max_over_mean"] <= made.tables["windows"]["max_over_mean"] + 1e-9).all()
+    assert (
+        made.tables["windows"]["lp_max_over_mean"] <= made.tables["windows"]["max_over_mean"] + 1e-9
+    ).all()
     assert any("linear program" in said for said in made.verdict)
-    assert "lp_slowdown" not in simulate_placement(uneven, gpus=3, physical_experts=6).tables["policies"]
+    assert (
+        "lp_slowdown"
+        not in simulate_placement(uneven, gpus=3, physical_experts=6).tables["policies"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Placements judged on what they were not fitted to, and the best that dispatch among replicas could do."""
+"""Placements judged on what they were not fitted to, and the best that dispatch among replicas
+could do."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def test_ours_lasts_longer_than_eplb(case: str) -> None:
         fit_WE, judged_WE = load_WE[:16], load_WE[16:]
         ours, eplb = (POLICIES[name](fit_WE, layout) for name in ("ours", "eplb-global"))
         held_out.append([mean_over_windows(plan, judged_WE, GPUS) for plan in (ours, eplb)])
-        static = [mean_over_windows(plan, fit_WE.sum(0, keepdims=True), GPUS) for plan in (ours, eplb)]
+        static = [
+            mean_over_windows(plan, fit_WE.sum(0, keepdims=True), GPUS) for plan in (ours, eplb)
+        ]
         assert static[0] <= static[1] * (1 + 1e-9)
         assert colocated(ours, GPUS) == 0
         assert set(ours.tolist()) == set(range(EXPERTS))
@@ -60,7 +63,9 @@ def test_settling_lowers_the_busiest_gpu_and_keeps_the_limit() -> None:
     assert colocated(slots_GS.ravel(), 7) == 0
     assert (load_EM.sum(1) @ shares(slots_GS.ravel(), 24, 7)).max() <= limit * (1 + 1e-12)
     again = slots_GS.copy()
-    settle(again, load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E, 0.0)  # no exchange keeps such a limit
+    settle(
+        again, load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E, 0.0
+    )  # no exchange keeps such a limit
     assert (again == slots_GS).all()
 
 
@@ -79,7 +84,9 @@ def test_the_variogram_finds_how_fast_loads_move() -> None:
     for _ in range(300):
         rows.append(rho * rows[-1] + np.sqrt(1 - rho**2) * rng.normal(size=400))
     moving = np.array(rows[100:])
-    found, nugget, sill = variogram(moving + 0.5 * rng.normal(size=moving.shape), np.full(400, 1 / 400))
+    found, nugget, sill = variogram(
+        moving + 0.5 * rng.normal(size=moving.shape), np.full(400, 1 / 400)
+    )
     assert found == rho
     assert (nugget, sill) == (pytest.approx(0.25, rel=0.1), pytest.approx(1, rel=0.1))
 
@@ -92,7 +99,9 @@ def test_windows_drawn_are_like_windows_seen() -> None:
     assert drawn_ME.mean(0) == pytest.approx(mean_E, rel=0.05)
     assert drawn_ME.std(0) == pytest.approx(np.sqrt(mean_E / 5_000), rel=0.35)
     chance = np.corrcoef(drawn_ME.T)[np.triu_indices(20, 1)]
-    assert np.abs(chance).max() < 0.25  # by chance two of 20 experts correlate by up to 0.6 in 32 windows
+    assert (
+        np.abs(chance).max() < 0.25
+    )  # by chance two of 20 experts correlate by up to 0.6 in 32 windows
     pair_WE = np.full((32, 20), 300)
     pair_WE[::2, :2], pair_WE[1::2, :2] = 100, 900  # two experts whose bursts coincide
     assert np.corrcoef(np.log(drawn(pair_WE, 2_000)).T)[0, 1] > 0.8
@@ -106,13 +115,17 @@ def test_many_windows_are_merged() -> None:
 
 
 def test_a_linear_program_shares_replicas_as_well_as_can_be() -> None:
-    """Experts 0 on GPUs 0 and 1, 1 on GPU 0, 2 on GPU 1: all of expert 0 goes to GPU 1 where that balances them."""
+    """Experts 0 on GPUs 0 and 1, 1 on GPU 0, 2 on GPU 1: all of expert 0 goes to GPU 1 where that
+    balances them."""
     share_EG = shares(np.array([0, 1, 0, 2]), 3, 2)
-    assert least_busiest(np.array([[30, 40, 10], [10, 90, 0], [0, 0, 0]]), share_EG).tolist() == pytest.approx([40, 90, 0])
+    assert least_busiest(
+        np.array([[30, 40, 10], [10, 90, 0], [0, 0, 0]]), share_EG
+    ).tolist() == pytest.approx([40, 90, 0])
 
 
 def test_no_subset_of_the_gpus_allows_less_than_the_linear_program() -> None:
-    """By duality the least is the largest, over subsets of the GPUs, of the mean load of the experts that are nowhere else."""
+    """By duality the least is the largest, over subsets of the GPUs, of the mean load of the
+    experts that are nowhere else."""
     rng = np.random.default_rng(3)
     for _ in range(10):
         load_WE = rng.integers(0, 100, (3, 9))

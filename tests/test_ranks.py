@@ -21,13 +21,29 @@ from tests.families import build
 
 
 def torchrun(path: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--standalone",
+    ]
     command += ["-m", "moe_inspect", "trace", "demo", *arguments]
-    return subprocess.Popen(command, cwd=path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    return subprocess.Popen(
+        command,
+        cwd=path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    )
 
 
 def rows(trace: moe_inspect.Trace) -> pd.DataFrame:
-    facts = trace.tokens()[["token", "document", "position", "sequence", "token_id", "domain", "batch"]]
+    facts = trace.tokens()[
+        ["token", "document", "position", "sequence", "token_id", "domain", "batch"]
+    ]
     found = trace.routing().merge(facts, on="token").drop(columns="token")
     return found.sort_values(["router", "sequence", "position"]).reset_index(drop=True)
 
@@ -47,7 +63,9 @@ def test_two_ranks_write_the_rows_of_one(alone: moe_inspect.Trace, tmp_path: Pat
     assert trace.status == "complete"
     assert trace.manifest["counts"] == alone.manifest["counts"]
     assert rows(trace).equals(rows(alone))
-    documents = [t.documents().sort_values("document").reset_index(drop=True) for t in (trace, alone)]
+    documents = [
+        t.documents().sort_values("document").reset_index(drop=True) for t in (trace, alone)
+    ]
     assert documents[0].equals(documents[1])
     tokens = trace.tokens().token
     assert tokens.is_unique
@@ -64,23 +82,43 @@ def test_more_ranks_than_batches(alone: moe_inspect.Trace, tmp_path: Path) -> No
     assert (trace.status, trace.n_tokens) == ("complete", 300)
 
 
-def test_killed_and_resumed_it_ends_with_the_same_rows(alone: moe_inspect.Trace, tmp_path: Path) -> None:
-    process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500", "--data", f"a={slow(tmp_path)}", "--max-length", "100")
+def test_killed_and_resumed_it_ends_with_the_same_rows(
+    alone: moe_inspect.Trace, tmp_path: Path
+) -> None:
+    process = torchrun(
+        tmp_path,
+        2,
+        "-o",
+        "t",
+        "--batch-tokens",
+        "500",
+        "--data",
+        f"a={slow(tmp_path)}",
+        "--max-length",
+        "100",
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "t" / "trace.json").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert json.loads((tmp_path / "t" / "trace.json").read_text())["status"] in ("interrupted", "recording")
+    assert json.loads((tmp_path / "t" / "trace.json").read_text())["status"] in (
+        "interrupted",
+        "recording",
+    )
     arguments = ("--batch-tokens", "500", "--data", f"a={slow(tmp_path)}", "--max-length", "100")
     process = torchrun(tmp_path, 2, "-o", "t", *arguments, "--resume")
     _, err = process.communicate()
     assert process.returncode == 0, err
-    whole = moe_inspect.trace_model("demo", tmp_path / "whole", batch_tokens=500, data=[f"a={slow(tmp_path)}"], max_length=100)
+    whole = moe_inspect.trace_model(
+        "demo", tmp_path / "whole", batch_tokens=500, data=[f"a={slow(tmp_path)}"], max_length=100
+    )
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
     assert rows(trace).equals(rows(whole))
-    process = torchrun(tmp_path, 3, "-o", "t", *arguments, "--resume")  # other ranks would plan otherwise
+    process = torchrun(
+        tmp_path, 3, "-o", "t", *arguments, "--resume"
+    )  # other ranks would plan otherwise
     _, err = process.communicate()
     assert process.returncode != 0
     assert "was made with ranks 2, not 3" in err
@@ -104,11 +142,15 @@ def test_all_end_where_the_first_refuses(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["mine.txt"]
 
 
-def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(alone: moe_inspect.Trace, tmp_path: Path) -> None:
+def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(
+    alone: moe_inspect.Trace, tmp_path: Path
+) -> None:
     process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500")
     assert process.wait() == 0
     (tmp_path / "t" / "shards-1.jsonl").write_text("")
-    edit_manifest(tmp_path / "t", status="interrupted", counts={"tokens": 0, "decisions": 0, "dropped": 0})
+    edit_manifest(
+        tmp_path / "t", status="interrupted", counts={"tokens": 0, "decisions": 0, "dropped": 0}
+    )
     process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500", "--resume")
     try:
         process.communicate(timeout=120)
@@ -123,7 +165,9 @@ def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(alone: moe_insp
 
 def test_half_a_launcher_is_none(cli: Cli) -> None:
     error = cli("trace", "demo", "-o", "t", check=1, env={**os.environ, "WORLD_SIZE": "2"}).stderr
-    assert error == "error: WORLD_SIZE is 2, but RANK is not set: start the processes with torchrun\n"
+    assert (
+        error == "error: WORLD_SIZE is 2, but RANK is not set: start the processes with torchrun\n"
+    )
     cli("trace", "demo", "-o", "u", "--max-tokens", "100", env={**os.environ, "RANK": "1"})
 
 
@@ -148,7 +192,9 @@ distributed.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["tp_size", "fsdp_size"], ids=["all-reduce", "all-to-all"])
-def test_experts_of_other_ranks_are_recorded_by_their_global_ids(sharing: str, tmp_path: Path) -> None:
+def test_experts_of_other_ranks_are_recorded_by_their_global_ids(
+    sharing: str, tmp_path: Path
+) -> None:
     """transformers' own expert parallelism, two ranks, each with half the experts."""
     from transformers.distributed import DistributedConfig
 
@@ -156,8 +202,24 @@ def test_experts_of_other_ranks_are_recorded_by_their_global_ids(sharing: str, t
         pytest.skip("this release of transformers hands over local ids, and is refused")
     build("qwen3_moe").save_pretrained(tmp_path / "model")
     (tmp_path / "program.py").write_text(EXPERT_PARALLEL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "program.py", "model", sharing]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "program.py",
+        "model",
+        sharing,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     with moe_inspect.record(build("qwen3_moe"), tmp_path / "whole") as recorder, torch.no_grad():
         recorder.model(input_ids=torch.arange(2, 26).reshape(2, 12))

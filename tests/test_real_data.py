@@ -1,4 +1,5 @@
-"""Real routing of real models against what their authors published. Skipped where the data is not beside the project."""
+"""Real routing of real models against what their authors published. Skipped where the data is not
+beside the project."""
 
 from __future__ import annotations
 
@@ -42,7 +43,14 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     shortest = min(len(ids) for ids, _, _ in layers)
     assert shortest == len(document)
     root = tmp_path_factory.mktemp("esft") / "t"
-    return write_trace(root, [i for i, _, _ in layers], 64, document=document, weights=[w for _, w, _ in layers], layers=range(1, 27))
+    return write_trace(
+        root,
+        [i for i, _, _ in layers],
+        64,
+        document=document,
+        weights=[w for _, w, _ in layers],
+        layers=range(1, 27),
+    )
 
 
 @needs_esft
@@ -53,8 +61,12 @@ def test_deepseek_v2_lite_has_the_scores_its_authors_published(deepseek: Trace):
     pairs = [(layer, expert) for layer in range(1, 27) for expert in range(64)]
     token_scores = np.array([published["token_scores"][str(layer)][str(e)] for layer, e in pairs])
     gate_scores = np.array([published["gate_scores"][str(layer)][str(e)] for layer, e in pairs])
-    assert np.abs(share.loc[pairs].to_numpy() - token_scores).max() <= 5.1e-5  # published to 4 digits
-    assert np.abs(gate.loc[pairs].to_numpy() - gate_scores).max() <= 1e-4  # and the weights are stored to fp16
+    assert (
+        np.abs(share.loc[pairs].to_numpy() - token_scores).max() <= 5.1e-5
+    )  # published to 4 digits
+    assert (
+        np.abs(gate.loc[pairs].to_numpy() - gate_scores).max() <= 1e-4
+    )  # and the weights are stored to fp16
     # positive control: one layer against another is far off
     assert np.abs(share.loc[pairs[:64]].to_numpy() - token_scores[64:128]).max() > 5e-3
 
@@ -67,7 +79,9 @@ def test_deepseek_v2_lite_is_unbalanced_on_law_and_the_verdict_says_so(deepseek:
     assert balance["dead_experts"].sum() == 0
     assert (balance["max_vio_low"] > balance["noise_floor"]).all()
     worst = balance.loc[balance["max_vio"].idxmax()]
-    assert made.verdict()[0].startswith(f"Layer {worst['layer']:.0f} is the worst balanced: expert {worst['busiest_expert']:.0f}")
+    assert made.verdict()[0].startswith(
+        f"Layer {worst['layer']:.0f} is the worst balanced: expert {worst['busiest_expert']:.0f}"
+    )
     assert "26 of 26 routers are uneven" in made.verdict()[0]
 
 
@@ -86,8 +100,13 @@ def test_mixtral_on_mmlu(model: str, tmp_path: Path):
     if model.endswith("original"):
         assert by_subject.max() == pytest.approx(1.99, abs=0.01)
         assert np.unravel_index(by_subject.argmax(), by_subject.shape)[1] == 16
-        assert (1 / np.array([bal.min_over_max(c) for c in counts_DLE])).max() == pytest.approx(46.5, abs=0.1)
-        least = "Expert 3 of layer 11 is the least used: 0.22x the mean load, the busiest there gets 5.6x as much"
+        assert (1 / np.array([bal.min_over_max(c) for c in counts_DLE])).max() == pytest.approx(
+            46.5, abs=0.1
+        )
+        least = (
+            "Expert 3 of layer 11 is the least used: 0.22x the mean load, the busiest there gets "
+            "5.6x as much"
+        )
         assert f'{least} and 46.5x on "international_law".' in made.verdict()
 
 
@@ -98,7 +117,9 @@ def load_by_layer(trace: Trace) -> dict[int, list[int]]:
 
 @needs_sglang
 def test_every_token_of_sglangs_recorder_is_read(tmp_path: Path):
-    trace = import_trace("sglang", [SGLANG / "per_token"], tmp_path / "t", model=SGLANG / "cfg.json")
+    trace = import_trace(
+        "sglang", [SGLANG / "per_token"], tmp_path / "t", model=SGLANG / "cfg.json"
+    )
     truth = json.loads((SGLANG / "per_token.truth.json").read_text())
     assert load_by_layer(trace) == {layer: load for layer, load in enumerate(truth) if any(load)}
 
@@ -107,7 +128,13 @@ def test_every_token_of_sglangs_recorder_is_read(tmp_path: Path):
 def test_a_ring_of_sglangs_recorder_that_has_wrapped_is_told(tmp_path: Path):
     """Three of six passes are in the file: less than the truth everywhere, and more nowhere."""
     said: list[str] = []
-    trace = import_trace("sglang", [SGLANG / "stat_ring3"], tmp_path / "t", model=SGLANG / "cfg.json", warn=said.append)
+    trace = import_trace(
+        "sglang",
+        [SGLANG / "stat_ring3"],
+        tmp_path / "t",
+        model=SGLANG / "cfg.json",
+        warn=said.append,
+    )
     truth = json.loads((SGLANG / "stat_ring3.truth.json").read_text())
     assert len(said) == 1
     assert "all 3 rows of logical_count are filled" in said[0]

@@ -1,4 +1,5 @@
-"""`record`: whatever is done with the model inside, the trace holds each routed token once, and the model is left as it was."""
+"""`record`: whatever is done with the model inside, the trace holds each routed token once, and the
+model is left as it was."""
 
 from __future__ import annotations
 
@@ -35,21 +36,32 @@ def test_rows_are_sequences_of_their_own_documents(model: Any, tmp_path: Path) -
     assert tokens.groupby("document").size().tolist() == [*LENGTHS, 4]
     assert trace.documents()["tokens"].tolist() == [*LENGTHS, 4]
     assert tokens["batch"].tolist() == [0] * sum(LENGTHS) + [1] * 4
-    assert (tokens.groupby("document")["position"].apply(list).tolist()) == [list(range(n)) for n in [*LENGTHS, 4]]
+    assert (tokens.groupby("document")["position"].apply(list).tolist()) == [
+        list(range(n)) for n in [*LENGTHS, 4]
+    ]
     assert (tokens["sequence"] == tokens["document"]).all()
     assert len(trace.routing()) == 2 * len(tokens) == trace.manifest["counts"]["decisions"]
 
 
 def test_labels_name_documents_and_domains(model: Any, tmp_path: Path) -> None:
-    with moe_inspect.record(model, tmp_path / "t", domains=["x", "y", "x"]) as recorder, torch.no_grad():
+    with (
+        moe_inspect.record(model, tmp_path / "t", domains=["x", "y", "x"]) as recorder,
+        torch.no_grad(),
+    ):
         model(**token_batch(LENGTHS))
         recorder.label(documents=["same", "same"], domains=["z", "z"])
         model(**token_batch([3, 3]))
         recorder.label(domains=["one too few"])
-        with pytest.raises(MoeInspectError, match="domains has 1 values, the forward pass has 3 rows"):
+        with pytest.raises(
+            MoeInspectError, match="domains has 1 values, the forward pass has 3 rows"
+        ):
             model(**token_batch(LENGTHS))
     trace = moe_inspect.open_trace(tmp_path / "t")
-    assert trace.tokens().groupby("domain", observed=True).size().to_dict() == {"x": 21, "y": 5, "z": 6}
+    assert trace.tokens().groupby("domain", observed=True).size().to_dict() == {
+        "x": 21,
+        "y": 5,
+        "z": 6,
+    }
     assert trace.documents()["domain"].tolist() == ["x", "y", "x", "z"]
     assert trace.documents()["tokens"].tolist() == [*LENGTHS, 6]
     assert trace.tokens()["sequence"].nunique() == 5
@@ -57,7 +69,10 @@ def test_labels_name_documents_and_domains(model: Any, tmp_path: Path) -> None:
 
 def test_left_padding_is_no_token(model: Any, tmp_path: Path) -> None:
     right = token_batch([9, 5])
-    left = {k: torch.stack([row.roll(9 - n) for row, n in zip(v, [9, 5], strict=True)]) for k, v in right.items()}
+    left = {
+        k: torch.stack([row.roll(9 - n) for row, n in zip(v, [9, 5], strict=True)])
+        for k, v in right.items()
+    }
     position = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
     for name, batch in (("right", right), ("left", {**left, "position_ids": position})):
         with moe_inspect.record(model, tmp_path / name), torch.no_grad():
@@ -100,7 +115,11 @@ def test_training_with_checkpointing_records_each_token_once(tmp_path: Path) -> 
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.n_tokens == 18
     assert len(trace.routing()) == 36
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "gate.weight" in n)
+    assert any(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for n, p in model.named_parameters()
+        if "gate.weight" in n
+    )
 
 
 def test_dispatch_has_the_gradients_of_stock(tmp_path: Path) -> None:
@@ -142,7 +161,10 @@ def test_only_some_layers(model: Any, tmp_path: Path) -> None:
 def test_counts_equal_the_decisions_counted(model: Any, tmp_path: Path) -> None:
     batches = [token_batch(LENGTHS, seed) for seed in range(5)]
     for name, options in (("full", {}), ("counts", {"counts_only": True})):
-        with moe_inspect.record(model, tmp_path / name, domains=["x", "y", "x"], **options), torch.no_grad():
+        with (
+            moe_inspect.record(model, tmp_path / name, domains=["x", "y", "x"], **options),
+            torch.no_grad(),
+        ):
             for batch in batches:
                 model(**batch)
     full, counts = (moe_inspect.open_trace(tmp_path / name) for name in ("full", "counts"))
@@ -155,8 +177,14 @@ def test_counts_equal_the_decisions_counted(model: Any, tmp_path: Path) -> None:
         first = np.bincount(part["expert_0"], minlength=8)
         assert (got.loc[(router, domain), "assignments"] == load).all()
         assert (got.loc[(router, domain), "first_choice"] == first).all()
-        weights = [part.loc[part[f"expert_{j}"] == e, f"weight_{j}"].sum() for e in range(8) for j in range(2)]
-        np.testing.assert_allclose(got.loc[(router, domain), "weight_sum"], np.reshape(weights, (8, 2)).sum(1), rtol=2e-3)
+        weights = [
+            part.loc[part[f"expert_{j}"] == e, f"weight_{j}"].sum()
+            for e in range(8)
+            for j in range(2)
+        ]
+        np.testing.assert_allclose(
+            got.loc[(router, domain), "weight_sum"], np.reshape(weights, (8, 2)).sum(1), rtol=2e-3
+        )
 
 
 def test_sampled_counts_without_a_trace(model: Any) -> None:
@@ -178,9 +206,15 @@ def test_a_router_that_saw_too_little_is_an_error(model: Any, tmp_path: Path) ->
     with moe_inspect.record(model, tmp_path / "t") as recorder, torch.no_grad():
         model(**token_batch([4]))
         block = model.model.layers[1].mlp
-        kept, block.forward = block.forward, lambda hidden: hidden  # as a fused block that never calls its experts
+        kept, block.forward = (
+            block.forward,
+            lambda hidden: hidden,
+        )  # as a fused block that never calls its experts
         try:
-            with pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4"):
+            with pytest.raises(
+                MoeInspectError,
+                match=r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4",
+            ):
                 model(**token_batch([4]))
         finally:
             block.forward = kept
@@ -192,8 +226,18 @@ def test_a_router_that_saw_too_little_is_an_error(model: Any, tmp_path: Path) ->
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    dense = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=10))
-    with pytest.raises(MoeInspectError, match="LlamaForCausalLM is a dense model: it has no router"):
+    dense = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=10,
+        )
+    )
+    with pytest.raises(
+        MoeInspectError, match="LlamaForCausalLM is a dense model: it has no router"
+    ):
         moe_inspect.record(dense, tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
@@ -203,7 +247,9 @@ def test_what_is_there_is_not_overwritten(model: Any, tmp_path: Path) -> None:
     (tmp_path / "t/thesis.tex").write_text("years")
     with pytest.raises(MoeInspectError, match="there is something at"):
         moe_inspect.record(model, tmp_path / "t")
-    with pytest.raises(MoeInspectError, match=r"is not a trace \(it holds thesis.tex\): not overwritten"):
+    with pytest.raises(
+        MoeInspectError, match=r"is not a trace \(it holds thesis.tex\): not overwritten"
+    ):
         moe_inspect.record(model, tmp_path / "t", overwrite=True)
     assert (tmp_path / "t/thesis.tex").read_text() == "years"
     with pytest.raises(MoeInspectError, match="cannot write"):
@@ -224,11 +270,18 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
 
 
 def test_a_forward_pass_cut_short_counts_nowhere(model: Any, tmp_path: Path) -> None:
-    """An interrupt between two layers: what the first one routed is in no count, and the sums still agree."""
+    """An interrupt between two layers: what the first one routed is in no count, and the sums still
+    agree."""
     block = model.model.layers[1]
-    with pytest.raises(KeyboardInterrupt), moe_inspect.record(model, tmp_path / "t", counts_only=True), torch.no_grad():  # noqa: PT012
+    with (
+        pytest.raises(KeyboardInterrupt),
+        moe_inspect.record(model, tmp_path / "t", counts_only=True),
+        torch.no_grad(),
+    ):  # noqa: PT012
         model(**token_batch(LENGTHS))
-        hook = block.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        hook = block.register_forward_pre_hook(
+            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
         try:
             model(**token_batch(LENGTHS))
         finally:
@@ -273,7 +326,10 @@ def test_a_trace_begun_meanwhile_is_not_replaced(model: Any, tmp_path: Path) -> 
 
 def test_two_recordings_at_once(model: Any, tmp_path: Path) -> None:
     with moe_inspect.record(model, tmp_path / "a", capture="dispatch"), torch.no_grad():
-        with pytest.raises(MoeInspectError, match="with dispatch already"), moe_inspect.record(model, tmp_path / "b", capture="dispatch"):
+        with (
+            pytest.raises(MoeInspectError, match="with dispatch already"),
+            moe_inspect.record(model, tmp_path / "b", capture="dispatch"),
+        ):
             pass
         with moe_inspect.record(model, tmp_path / "c", capture="tap"):
             model(**token_batch(LENGTHS))
@@ -283,7 +339,10 @@ def test_two_recordings_at_once(model: Any, tmp_path: Path) -> None:
 
 def test_a_failed_first_pass_may_be_tried_again(model: Any, tmp_path: Path) -> None:
     for name, options in (("rows", {}), ("counts", {"counts_only": True})):
-        with moe_inspect.record(model, tmp_path / name, documents=["a", "b", "c"], **options), torch.no_grad():
+        with (
+            moe_inspect.record(model, tmp_path / name, documents=["a", "b", "c"], **options),
+            torch.no_grad(),
+        ):
             hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 model(**token_batch(LENGTHS))
@@ -299,7 +358,9 @@ def test_labels_given_for_one_pass_keep_the_others(model: Any, tmp_path: Path) -
     with moe_inspect.record(model, tmp_path / "t", domains=["x", "y"]) as recorder, torch.no_grad():
         recorder.label(documents=["a", "b"])
         model(**token_batch([4, 5]))
-    assert moe_inspect.open_trace(tmp_path / "t").documents()[["domain", "source"]].to_numpy().tolist() == [["x", "a"], ["y", "b"]]
+    assert moe_inspect.open_trace(tmp_path / "t").documents()[
+        ["domain", "source"]
+    ].to_numpy().tolist() == [["x", "a"], ["y", "b"]]
 
 
 def test_caches_are_told_apart(model: Any, tmp_path: Path) -> None:
@@ -316,18 +377,26 @@ def test_caches_are_told_apart(model: Any, tmp_path: Path) -> None:
 def test_a_mask_that_hides_the_padding_is_refused(model: Any, tmp_path: Path) -> None:
     inputs = token_batch([4, 2])
     inputs["attention_mask"] = torch.ones(2, 4, 4, dtype=torch.bool).tril()
-    with pytest.raises(MoeInspectError, match="padding from a 3-D attention mask"), moe_inspect.record(model, tmp_path / "t"):
+    with (
+        pytest.raises(MoeInspectError, match="padding from a 3-D attention mask"),
+        moe_inspect.record(model, tmp_path / "t"),
+    ):
         model(**inputs)
 
 
 @pytest.mark.parametrize("kind", [bool, float])
-def test_a_mask_of_what_each_position_sees_shows_the_padding(kind: type, model: Any, tmp_path: Path) -> None:
+def test_a_mask_of_what_each_position_sees_shows_the_padding(
+    kind: type, model: Any, tmp_path: Path
+) -> None:
     seen = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     seen[1, :, :, :2] = False  # the second row is padded on the left
     mask = seen if kind is bool else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
     with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
         model(input_ids=token_batch([4, 4])["input_ids"], attention_mask=mask)
-    assert moe_inspect.open_trace(tmp_path / "t").tokens().groupby("document").size().tolist() == [4, 2]
+    assert moe_inspect.open_trace(tmp_path / "t").tokens().groupby("document").size().tolist() == [
+        4,
+        2,
+    ]
 
 
 def test_of_masks_by_layer_the_full_one_tells() -> None:
@@ -358,7 +427,14 @@ def test_generate_with_a_static_cache_knows_its_padding(model: Any, tmp_path: Pa
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     with moe_inspect.record(model, tmp_path / "t"):
-        model.generate(ids, attention_mask=mask, cache_implementation="static", max_new_tokens=4, do_sample=False, eos_token_id=None)
+        model.generate(
+            ids,
+            attention_mask=mask,
+            cache_implementation="static",
+            max_new_tokens=4,
+            do_sample=False,
+            eos_token_id=None,
+        )
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
     assert tokens.groupby(["document", "phase"]).size().to_dict() == {
         (0, "prefill"): 6, (0, "decode"): 3, (1, "prefill"): 3, (1, "decode"): 3,

@@ -1,5 +1,6 @@
-"""What must hold of every metric there is: even routing gives the value it says, numbering experts anew changes nothing, and it
-explains itself. Arguments are made by their names, whose last letters are their axes."""
+"""What must hold of every metric there is: even routing gives the value it says, numbering experts
+anew changes nothing, and it explains itself. Arguments are made by their names, whose last letters
+are their axes."""
 
 from __future__ import annotations
 
@@ -124,18 +125,27 @@ def test_other_routing_gives_another_value(name: str):
 def test_numbering_experts_anew_changes_nothing(name: str, seed: int, data: st.DataObject):
     m, rng = METRICS[name], np.random.default_rng(seed)
     arguments = {p: drawn(p, rng) for p in m.parameters}
-    if "ranks" in arguments:  # which of two equally loaded experts is packed first is a matter of their numbers
+    if (
+        "ranks" in arguments
+    ):  # which of two equally loaded experts is packed first is a matter of their numbers
         arguments["load_WE"] = rng.permuted(np.arange(SIZES["W"] * E) * 97 % 101).reshape(-1, E)
     order = {"E": data.draw(st.permutations(range(E))), "N": data.draw(st.permutations(range(E)))}
-    turned = value_of(m, {p: renumbered(v, axes_of(p), order) if axes_of(p) else v for p, v in arguments.items()})
-    np.testing.assert_allclose(turned, renumbered(value_of(m, arguments), m.axes, order), rtol=1e-6, atol=1e-9)
+    turned = value_of(
+        m, {p: renumbered(v, axes_of(p), order) if axes_of(p) else v for p, v in arguments.items()}
+    )
+    np.testing.assert_allclose(
+        turned, renumbered(value_of(m, arguments), m.axes, order), rtol=1e-6, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.filterwarnings("error")
 def test_what_cannot_be_known_is_nan_or_nothing_not_an_error(name: str):
     m = METRICS[name]
-    nothing = {p: np.zeros_like(np.asarray(even(p))) if axes_of(p) or p == "decisions" else even(p) for p in m.parameters}
+    nothing = {
+        p: np.zeros_like(np.asarray(even(p))) if axes_of(p) or p == "decisions" else even(p)
+        for p in m.parameters
+    }
     value = value_of(m, nothing)
     assert np.isnan(value).all() or name == "domain_mi_given_token_bits" or (value == 0).all()
 

@@ -18,16 +18,22 @@ from tests.synthetic import uniform_ids, write_counts, write_trace
 
 COLUMNS = {
     "summary": "key value",
-    "balance": "layer router experts top_k tokens assignments max_over_mean max_vio min_over_max cv gini entropy dead_experts busiest_expert "
+    "balance": "layer router experts top_k tokens assignments "
+    "max_over_mean max_vio min_over_max cv "
+    "gini entropy dead_experts busiest_expert "
     "noise_floor max_vio_low max_vio_high max_vio_batch noise_floor_batch",
     "load": "layer router expert assignments share load_ratio first_choice weight_sum",
     "domains": "layer router domain expert tokens assignments activation lift",
-    "specialization": "layer router domain_mi_bits domain_mi_null_bits domain_mi_null_p99_bits domain_mi_given_token_bits "
-    "domain_mi_given_token_null_bits token_mi_bits token_mi_null_bits jsd_bits vocabulary_specialization",
+    "specialization": "layer router domain_mi_bits domain_mi_null_bits domain_mi_null_p99_bits "
+    "domain_mi_given_token_bits "
+    "domain_mi_given_token_null_bits token_mi_bits token_mi_null_bits jsd_bits "
+    "vocabulary_specialization",
     "vocabulary": "layer router expert token_id token count fraction",
     "coactivation": "layer router expert other probability lift",
     "transitions": "layer router next_layer expert next_expert probability lift",
-    "repetition": "layer router domain first_choice first_choice_random any_choice any_choice_random",
+    "repetition": (
+        "layer router domain first_choice first_choice_random any_choice any_choice_random"
+    ),
     "windows": "layer router window first_token tokens max_over_mean busiest_expert",
 }
 
@@ -72,12 +78,25 @@ def test_the_package_is_the_function(trace: Trace):
 
 def test_tables_agree_with_each_other(made: Report):
     balance, load, domains = (made.tables[n] for n in ("balance", "load", "domains"))
-    assert load.groupby("router")["assignments"].sum().tolist() == balance["assignments"].tolist() == [T * K] * 4
+    assert (
+        load.groupby("router")["assignments"].sum().tolist()
+        == balance["assignments"].tolist()
+        == [T * K] * 4
+    )
     assert load.groupby("router")["share"].sum().tolist() == pytest.approx([1] * 4)
-    assert load.groupby("router")["load_ratio"].max().tolist() == pytest.approx(balance["max_over_mean"].tolist())
-    assert load["weight_sum"].sum() == pytest.approx(T * 4, rel=1e-3)  # the weights of a token sum to 1
-    assert (domains.groupby(["router", "expert"])["assignments"].sum().to_numpy() == load["assignments"].to_numpy()).all()
-    assert domains.groupby(["router", "domain"])["activation"].sum().tolist() == pytest.approx([K] * 16)
+    assert load.groupby("router")["load_ratio"].max().tolist() == pytest.approx(
+        balance["max_over_mean"].tolist()
+    )
+    assert load["weight_sum"].sum() == pytest.approx(
+        T * 4, rel=1e-3
+    )  # the weights of a token sum to 1
+    assert (
+        domains.groupby(["router", "expert"])["assignments"].sum().to_numpy()
+        == load["assignments"].to_numpy()
+    ).all()
+    assert domains.groupby(["router", "domain"])["activation"].sum().tolist() == pytest.approx(
+        [K] * 16
+    )
     facts = dict(made.facts())
     assert facts["assignments"] == str(T * K * 4)
     assert facts["decisions"] == str(T * 4)
@@ -93,18 +112,27 @@ def test_tables_agree_with_each_other(made: Report):
 def test_what_is_planted_is_said(made: Report):
     said = made.verdict()
     worst = made.tables["balance"].iloc[3]["max_over_mean"]
-    assert said[0].startswith(f"Layer 3 is the worst balanced: expert 5 gets {worst:.2f}x the mean load (95% interval")
-    assert re.search(r"; [1-4] of 4 routers (is|are) uneven \(at least 1.2x and beyond chance\)\.$", said[0])
+    assert said[0].startswith(
+        f"Layer 3 is the worst balanced: expert 5 gets {worst:.2f}x the mean load (95% interval"
+    )
+    assert re.search(
+        r"; [1-4] of 4 routers (is|are) uneven \(at least 1.2x and beyond chance\)\.$", said[0]
+    )
     row = made.tables["balance"].iloc[3]
     assert f"chance would give {1 + row['noise_floor']:.2f}x to independent tokens" in said[0]
-    assert "1 dead expert in 1 of 4 routers (layer 3: 6): not one of 6,000 tokens went there." in said
+    assert (
+        "1 dead expert in 1 of 4 routers (layer 3: 6): not one of 6,000 tokens went there." in said
+    )
     together = "\n".join(said)
     assert "ooled" not in together  # 1.3x is not fine either
     assert '"code" overloads expert 3 of layer 2' in together
     assert "most in layer 2 (" in together
     bits = made.tables["specialization"].iloc[2]
     given, null = bits["domain_mi_given_token_bits"], bits["domain_mi_given_token_null_bits"]
-    assert f"the domain tells {given:.3f} bits of the expert there ({null:.3f} with the documents shuffled)" in together
+    assert (
+        f"the domain tells {given:.3f} bits of the expert there ({null:.3f} with the documents "
+        "shuffled)"
+    ) in together
     assert "expert 3 takes 8" in together
     assert "The token id decides most in layer 1: 100% of first choices" in together
     assert "Judged on 6,000 tokens of 60 documents in 4 domains, 4 routers." in together
@@ -121,7 +149,10 @@ def test_nothing_wrong_is_said_plainly(tmp_path: Path):
 @pytest.mark.parametrize("seed", range(5))
 def test_chance_is_never_called_a_fault(tmp_path: Path, seed: int):
     said = uniform(tmp_path / "t", T=600, E=16, K=2, L=12, seed=seed).verdict()
-    assert not any(word in " ".join(said) for word in ("worst balanced", "overloads", "uneven", "specialises by domain in"))
+    assert not any(
+        word in " ".join(said)
+        for word in ("worst balanced", "overloads", "uneven", "specialises by domain in")
+    )
 
 
 def test_too_few_tokens_are_too_few(tmp_path: Path):
@@ -130,7 +161,9 @@ def test_too_few_tokens_are_too_few(tmp_path: Path):
     assert "too few to call an expert dead" in said[1]
 
 
-@pytest.mark.parametrize(("status", "word"), [("recording", "still being recorded"), ("interrupted", "interrupted")])
+@pytest.mark.parametrize(
+    ("status", "word"), [("recording", "still being recorded"), ("interrupted", "interrupted")]
+)
 def test_an_unfinished_trace_warns(tmp_path: Path, status: str, word: str):
     made = report(planted(tmp_path / "t", status=status))
     assert word in made.verdict()[0]
@@ -144,8 +177,15 @@ def test_counts_only_has_a_verdict(tmp_path: Path):
     said = report(write_counts(tmp_path / "t", [load, np.full((1, 8), 200)], 2)).verdict()
     assert said[0].startswith("Layer 0 is the worst balanced: expert 3 gets 4.50x")
     assert "counts alone have no interval" in said[0]
-    two = report(write_counts(tmp_path / "two", [np.vstack([load, load[:, ::-1]])], 2, domains=("law", "math"))).verdict()
-    assert any(s.startswith("Whether experts specialise by domain cannot be told from counts alone") for s in two)
+    two = report(
+        write_counts(
+            tmp_path / "two", [np.vstack([load, load[:, ::-1]])], 2, domains=("law", "math")
+        )
+    ).verdict()
+    assert any(
+        s.startswith("Whether experts specialise by domain cannot be told from counts alone")
+        for s in two
+    )
 
 
 def styled(root: Path, documents: int, domains: list[str]) -> Report:
@@ -154,15 +194,34 @@ def styled(root: Path, documents: int, domains: list[str]) -> Report:
     document = np.arange(documents * 100) // 100
     ids = uniform_ids(rng, len(document), E, K)
     first = (document * 3 + 1) % E
-    ids = np.where(rng.random(len(document))[:, None] < 0.7, np.stack([first, (first + 1) % E], axis=1), ids).astype(np.uint16)
+    ids = np.where(
+        rng.random(len(document))[:, None] < 0.7, np.stack([first, (first + 1) % E], axis=1), ids
+    ).astype(np.uint16)
     return report(write_trace(root, [ids], E, document=document, domain_of_document=domains))
 
 
-@pytest.mark.parametrize(("documents", "domains"), [(4, "abcd"), (5, "abcda"), (8, "abcdefab"), (4, "aabb")])
+@pytest.mark.parametrize(
+    ("documents", "domains"), [(4, "abcd"), (5, "abcda"), (8, "abcdefab"), (4, "aabb")]
+)
 def test_too_few_documents_say_neither_yes_nor_no(tmp_path: Path, documents: int, domains: str):
     said = styled(tmp_path / "t", documents, list(domains)).verdict()
-    assert any(s.startswith(f"Too few documents to tell whether experts specialise by domain: {documents} documents") for s in said)
-    assert not any(word in " ".join(said) for word in ("No expert", "Experts specialise", "overloads", "uneven", "is the worst", "Nothing"))
+    assert any(
+        s.startswith(
+            f"Too few documents to tell whether experts specialise by domain: {documents} documents"
+        )
+        for s in said
+    )
+    assert not any(
+        word in " ".join(said)
+        for word in (
+            "No expert",
+            "Experts specialise",
+            "overloads",
+            "uneven",
+            "is the worst",
+            "Nothing",
+        )
+    )
 
 
 def test_fewer_than_five_documents_are_not_blamed_on_the_model(tmp_path: Path):
@@ -170,20 +229,40 @@ def test_fewer_than_five_documents_are_not_blamed_on_the_model(tmp_path: Path):
     assert said[0].startswith("Too little to judge balance by")
     assert "fewer than 5 documents cannot tell the model from the text" in said[0]
     ids = np.tile([[1, 2]], (4_000, 1)).astype(np.uint16)
-    one, many = (report(write_trace(tmp_path / str(n), [ids], E, document=np.arange(4_000) * n // 4_000)).verdict() for n in (1, 40))
+    one, many = (
+        report(
+            write_trace(tmp_path / str(n), [ids], E, document=np.arange(4_000) * n // 4_000)
+        ).verdict()
+        for n in (1, 40)
+    )
     assert one[0].startswith("Too little to judge balance by")
     assert "cannot tell the model from the text" in one[1]
-    assert many[0].startswith("Layer 0 is uneven (at least 1.2x and beyond chance): expert 1 gets 4.00x")
+    assert many[0].startswith(
+        "Layer 0 is uneven (at least 1.2x and beyond chance): expert 1 gets 4.00x"
+    )
     assert many[1].endswith("not one of 4,000 tokens went there.")
 
 
 def test_a_domain_of_few_documents_overloads_nothing(tmp_path: Path):
     rng = np.random.default_rng(5)
     ids, document = uniform_ids(rng, T, E, K), DOCUMENT
-    for few, says in (([7], "cannot tell the domain from its text"), ([1, 7, 20, 33, 41, 50], '"law" overloads expert 3 of layer 0')):
+    for few, says in (
+        ([7], "cannot tell the domain from its text"),
+        ([1, 7, 20, 33, 41, 50], '"law" overloads expert 3 of layer 0'),
+    ):
         labels = ["law" if d in few else "prose" for d in range(60)]
         routed = np.where(np.isin(document, few)[:, None], [[3, 5]], ids).astype(np.uint16)
-        said = "\n".join(report(write_trace(tmp_path / str(len(few)), [routed], E, document=document, domain_of_document=labels)).verdict())
+        said = "\n".join(
+            report(
+                write_trace(
+                    tmp_path / str(len(few)),
+                    [routed],
+                    E,
+                    document=document,
+                    domain_of_document=labels,
+                )
+            ).verdict()
+        )
         assert says in said
         assert ("overloads" in said) == (len(few) >= 5)
 
@@ -192,21 +271,37 @@ def test_what_pooling_hides_is_said_of_the_layers_looked_at(tmp_path: Path):
     rng = np.random.default_rng(6)
     ids = [uniform_ids(rng, T, E, K) for _ in range(3)]
     for r in (0, 1):  # each the other's complement
-        ids[r] = np.where(rng.random(T)[:, None] < 0.4, np.argsort(rng.random((T, 4)), axis=1)[:, :2] + 4 * r, ids[r]).astype(np.uint16)
+        ids[r] = np.where(
+            rng.random(T)[:, None] < 0.4,
+            np.argsort(rng.random((T, 4)), axis=1)[:, :2] + 4 * r,
+            ids[r],
+        ).astype(np.uint16)
     trace = write_trace(tmp_path / "t", ids, E, document=DOCUMENT)
     assert any(s.startswith("Pooled over all layers") for s in report(trace).verdict())
-    assert any(s.startswith("Pooled over the 2 layers selected") for s in report(trace, layers="0-1").verdict())
-    assert not any(s.startswith("Pooled") for s in report(trace, layers="0,2").verdict())  # there it shows
+    assert any(
+        s.startswith("Pooled over the 2 layers selected")
+        for s in report(trace, layers="0-1").verdict()
+    )
+    assert not any(
+        s.startswith("Pooled") for s in report(trace, layers="0,2").verdict()
+    )  # there it shows
 
 
 def test_the_least_used_expert_is_named_with_the_domain_that_shuns_it(tmp_path: Path):
     load = np.full((2, 8), 400)
     load[:, 3] = 100, 20
     load[1, 5] = 780
-    said = report(write_counts(tmp_path / "t", [np.full((2, 8), 400), load], 2, domains=("law", "math"))).verdict()
+    said = report(
+        write_counts(tmp_path / "t", [np.full((2, 8), 400), load], 2, domains=("law", "math"))
+    ).verdict()
     # the mean over both domains is (6400 - 680 + 380) / 8, expert 5 has 1180 of it
-    least = 'Expert 3 of layer 1 is the least used: 0.16x the mean load, the busiest there gets 9.8x as much and 39.0x on "math".'
+    least = (
+        "Expert 3 of layer 1 is the least used: 0.16x the mean load, the busiest there gets 9.8x "
+        'as much and 39.0x on "math".'
+    )
     assert least in said
     load[:, 3] = 380
-    none = report(write_counts(tmp_path / "n", [np.full((2, 8), 400), load], 2, domains=("law", "math"))).verdict()
+    none = report(
+        write_counts(tmp_path / "n", [np.full((2, 8), 400), load], 2, domains=("law", "math"))
+    ).verdict()
     assert not any("least used" in s for s in none)

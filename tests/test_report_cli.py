@@ -40,7 +40,12 @@ def test_csv_and_json_carry_every_digit(cli: Cli, trace: Trace, made: Report):
     csv = pd.read_csv(io.StringIO(text), float_precision="round_trip")
     assert list(csv.columns) == list(expected.columns)
     assert csv["cv"].tolist() == expected["cv"].tolist()
-    lines = [json.loads(line) for line in cli("report", trace.path, "--table", "balance", "--format", "json").stdout.splitlines()]
+    lines = [
+        json.loads(line)
+        for line in cli(
+            "report", trace.path, "--table", "balance", "--format", "json"
+        ).stdout.splitlines()
+    ]
     assert [line["max_vio_low"] for line in lines] == expected["max_vio_low"].tolist()
     assert [type(line["dead_experts"]) for line in lines] == [int] * 4
 
@@ -50,12 +55,25 @@ def test_nan_is_null_in_json(cli: Cli, tmp_path: Path):
     line = json.loads(cli("report", "t", "--table", "specialization", "--format", "json").stdout)
     assert line["domain_mi_bits"] is None
     assert line["layer"] == 0
-    summary = [json.loads(s) for s in cli("report", "t", "--table", "summary", "--format", "json").stdout.splitlines()]
+    summary = [
+        json.loads(s)
+        for s in cli("report", "t", "--table", "summary", "--format", "json").stdout.splitlines()
+    ]
     assert any(s["key"] == "note" and "one domain" in s["value"] for s in summary)
 
 
 def test_parquet_into_a_pipe_and_a_file(trace: Trace, tmp_path: Path, made: Report):
-    command = [sys.executable, "-m", "moe_inspect", "report", str(trace.path), "--table", "load", "--format", "parquet"]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_inspect",
+        "report",
+        str(trace.path),
+        "--table",
+        "load",
+        "--format",
+        "parquet",
+    ]
     piped = subprocess.run(command, capture_output=True, check=True).stdout
     subprocess.run([*command, "-o", str(tmp_path / "load.parquet")], check=True)
     for source in (io.BytesIO(piped), tmp_path / "load.parquet"):
@@ -63,15 +81,25 @@ def test_parquet_into_a_pipe_and_a_file(trace: Trace, tmp_path: Path, made: Repo
 
 
 @pytest.mark.parametrize("ending", ["csv", "CSV", "json", "jsonl", "parquet", "txt", "md", ""])
-def test_the_ending_of_the_file_says_the_format(cli: Cli, trace: Trace, tmp_path: Path, made: Report, ending: str):
+def test_the_ending_of_the_file_says_the_format(
+    cli: Cli, trace: Trace, tmp_path: Path, made: Report, ending: str
+):
     name = f"load.{ending}" if ending else "load"
     cli("report", trace.path, "--table", "load", "-o", name)
     data, expected = (tmp_path / name).read_bytes(), made.tables["load"]
-    read = {"csv": pd.read_csv, "json": lambda f: pd.read_json(f, lines=True), "parquet": pd.read_parquet}
+    read = {
+        "csv": pd.read_csv,
+        "json": lambda f: pd.read_json(f, lines=True),
+        "parquet": pd.read_parquet,
+    }
     form = {"jsonl": "json"}.get(ending.lower(), ending.lower())
     if form in read:
-        assert read[form](io.BytesIO(data))["assignments"].tolist() == expected["assignments"].tolist()
-        cli("report", trace.path, "--table", "load", "-o", name, "--format", "table")  # what is said outright goes first
+        assert (
+            read[form](io.BytesIO(data))["assignments"].tolist() == expected["assignments"].tolist()
+        )
+        cli(
+            "report", trace.path, "--table", "load", "-o", name, "--format", "table"
+        )  # what is said outright goes first
         data = (tmp_path / name).read_bytes()
     lines = data.decode().splitlines()
     assert lines[0].split() == list(expected.columns)
@@ -88,12 +116,27 @@ def test_the_report_in_words_on_stdout_and_in_a_file(cli: Cli, trace: Trace, tmp
 
 def test_selecting_on_the_command_line(cli: Cli, trace: Trace):
     out = cli(
-        "report", trace.path, "--table", "domains", "--format", "csv", "--layers", "1,3", "--domain", "law,code", "--domain", "math"
+        "report",
+        trace.path,
+        "--table",
+        "domains",
+        "--format",
+        "csv",
+        "--layers",
+        "1,3",
+        "--domain",
+        "law,code",
+        "--domain",
+        "math",
     ).stdout
     frame = pd.read_csv(io.StringIO(out))
     assert frame["layer"].unique().tolist() == [1, 3]
     assert sorted(frame["domain"].unique()) == ["code", "law", "math"]
-    words = pd.read_csv(io.StringIO(cli("report", trace.path, "--table", "vocabulary", "--format", "csv", "--top", 2).stdout))
+    words = pd.read_csv(
+        io.StringIO(
+            cli("report", trace.path, "--table", "vocabulary", "--format", "csv", "--top", 2).stdout
+        )
+    )
     assert words.groupby(["router", "expert"]).size().max() == 2
 
 
@@ -103,17 +146,27 @@ def test_selecting_on_the_command_line(cli: Cli, trace: Trace):
         (["--format", "csv"], 2, "summary, balance, load, domains, specialization, vocabulary"),
         (["--format", "yaml", "--table", "load"], 2, "yaml"),
         (["-o", "load.csv"], 2, "-o load.csv is of one table: add --table summary"),
-        (["--table", "load", "-o", "load.xlsx"], 2, "no format goes by this ending, add --format table, csv, json, parquet"),
+        (
+            ["--table", "load", "-o", "load.xlsx"],
+            2,
+            "no format goes by this ending, add --format table, csv, json, parquet",
+        ),
         (["--layers", "3-1"], 1, "error: cannot read layers '3-1': write them like 0-3,7"),
         (["--table", "gini"], 1, "error: no table 'gini': there are summary, balance"),
         (["--layers", "9"], 1, "it has layers 0-3"),
         (["--domain", "opera"], 1, "it has code, law, math, prose"),
-        (["--table", "load", "-o", "no/such/place.csv"], 1, "error: cannot write no/such/place.csv: No such file or directory"),
+        (
+            ["--table", "load", "-o", "no/such/place.csv"],
+            1,
+            "error: cannot write no/such/place.csv: No such file or directory",
+        ),
         (["-o", "no/such/place.txt"], 1, "error: cannot write no/such/place.txt"),
         (["--plots", "/dev/null/x"], 1, "error: cannot write /dev/null/x"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(cli: Cli, trace: Trace, arguments: list[str], code: int, says: str):
+def test_what_cannot_be_done_is_one_line(
+    cli: Cli, trace: Trace, arguments: list[str], code: int, says: str
+):
     done = cli("report", trace.path, *arguments, check=code)
     assert says in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
@@ -128,8 +181,13 @@ def test_no_trace_there(cli: Cli):
 
 def test_head_ends_quietly(trace: Trace):
     for form in ("csv", "json", "table"):
-        command = f"{sys.executable} -m moe_inspect report {trace.path} --table vocabulary --top 0 --format {form} | head -n 1"
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+        command = (
+            f"{sys.executable} -m moe_inspect report {trace.path} --table vocabulary --top 0 "
+            f"--format {form} | head -n 1"
+        )
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         # a text table may fit the pipe before head closes it
         assert done.stderr == "" or (form == "table" and "more rows: --format" in done.stderr)
@@ -176,15 +234,26 @@ def test_plots_without_domains_or_documents(tmp_path: Path):
     from moe_inspect.reporting.charts.plots import write_plots
 
     made = report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2))
-    assert sorted(p.name for p in write_plots(made, tmp_path / "p")) == ["balance.png", "balance.svg", "load.png", "load.svg"]
+    assert sorted(p.name for p in write_plots(made, tmp_path / "p")) == [
+        "balance.png",
+        "balance.svg",
+        "load.png",
+        "load.svg",
+    ]
 
 
 def test_pictures_leave_the_notebooks_backend_alone(trace: Trace):
     code = (
         "import sys, moe_inspect; from moe_inspect.reporting.charts.plots import PLOTS\n"
-        f"PLOTS['load'](moe_inspect.report(r'{trace.path}')); print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+        f"PLOTS['load'](moe_inspect.report(r'{trace.path}')); print('matplotlib' in sys.modules, "
+        "'matplotlib.pyplot' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "True False"
+    )
 
 
 def test_a_page_from_the_command_line(cli: Cli, trace: Trace, tmp_path: Path):
@@ -192,11 +261,18 @@ def test_a_page_from_the_command_line(cli: Cli, trace: Trace, tmp_path: Path):
     assert "wrote page.html" in done.stderr
     assert done.stdout.startswith("layer,router,expert")
     assert "Layer 3 is the worst balanced" in (tmp_path / "page.html").read_text()
-    assert "cannot write no/such/page.html" in cli("report", trace.path, "--html", "no/such/page.html", check=1).stderr
+    assert (
+        "cannot write no/such/page.html"
+        in cli("report", trace.path, "--html", "no/such/page.html", check=1).stderr
+    )
 
 
 def test_simulations_have_sections_on_the_page(cli: Cli, trace: Trace, tmp_path: Path):
-    asked = [part for name in ("capacity", "placement", "decode", "cache", "routing") for part in ("--simulate", name)]
+    asked = [
+        part
+        for name in ("capacity", "placement", "decode", "cache", "routing")
+        for part in ("--simulate", name)
+    ]
     cli("report", trace.path, "--html", tmp_path / "page.html", *asked)
     page = (tmp_path / "page.html").read_text()
     titles = re.findall(r"<h2[^>]*>([^<]+)</h2>", page)
@@ -204,9 +280,14 @@ def test_simulations_have_sections_on_the_page(cli: Cli, trace: Trace, tmp_path:
         f"Simulated: {name}" for name in ("capacity", "placement", "decode", "cache")
     ]
     assert titles[-1] == "About this trace"
-    assert "has no logits, which simulate routing needs" in page.partition('class="left-out">')[2].partition("</p>")[0]
+    assert (
+        "has no logits, which simulate routing needs"
+        in page.partition('class="left-out">')[2].partition("</p>")[0]
+    )
     said = cli("report", trace.path, *asked, check=2).stderr
-    assert "--simulate is of all the text, for a page: give it with --html" in " ".join(said.split())
+    assert "--simulate is of all the text, for a page: give it with --html" in " ".join(
+        said.split()
+    )
 
 
 def test_a_page_of_counts_says_what_it_lacks(tmp_path: Path):
@@ -220,7 +301,13 @@ def test_a_page_of_counts_says_what_it_lacks(tmp_path: Path):
 
 def test_labels_in_any_script_are_drawn_without_a_warning(tmp_path: Path):
     ids = uniform_ids(np.random.default_rng(0), 600, 8, 2)
-    trace = write_trace(tmp_path / "t", [ids], 8, document=np.arange(600) // 50, domain_of_document=["中文", "日本語", "한국어"] * 4)
+    trace = write_trace(
+        tmp_path / "t",
+        [ids],
+        8,
+        document=np.arange(600) // 50,
+        domain_of_document=["中文", "日本語", "한국어"] * 4,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tmp_path / "domains.png" in write_plots(report(trace), tmp_path)
@@ -238,9 +325,15 @@ def test_help_names_every_table_and_imports_nothing_heavy(cli: Cli):
     said = cli("report", "--help").stdout
     assert all(name in said for name in TABLES)
     code = (
-        "import sys; from moe_inspect.cli import app; print([m for m in ('torch', 'pandas', 'pyarrow', 'matplotlib') if m in sys.modules])"
+        "import sys; from moe_inspect.cli import app; print([m for m in ('torch', 'pandas', "
+        "'pyarrow', 'matplotlib') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_no_torch_and_no_matplotlib_in_a_report(trace: Trace):
@@ -248,7 +341,8 @@ def test_no_torch_and_no_matplotlib_in_a_report(trace: Trace):
         "import sys, io, moe_inspect.analysis, moe_inspect.report\n"
         "from moe_inspect.reporting.render.terminal import print_report\n"
         f"print_report(moe_inspect.report(r'{trace.path}'), io.StringIO())\n"
-        "print([m for m in ('torch', 'transformers', 'triton', 'matplotlib', 'typer') if m in sys.modules], 'pandas' in sys.modules)"
+        "print([m for m in ('torch', 'transformers', 'triton', 'matplotlib', 'typer') if m in "
+        "sys.modules], 'pandas' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] True"

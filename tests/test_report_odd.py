@@ -18,21 +18,40 @@ from tests.planted import text_of
 from tests.synthetic import encoder_decoder, routers, uniform_ids, write_counts, write_trace
 
 NOWHERE = np.iinfo(np.uint16).max
-NEED_DECISIONS = {"vocabulary", "coactivation", "transitions", "repetition", "locality", "windows", "drift"}
+NEED_DECISIONS = {
+    "vocabulary",
+    "coactivation",
+    "transitions",
+    "repetition",
+    "locality",
+    "windows",
+    "drift",
+}
 RNG = np.random.default_rng(9)
 
 
 def imported_counts(root: Path) -> Trace:
     """Counts of which the source does not say what came first."""
     load = RNG.integers(5, 50, (2, 8)) * 2
-    with TraceWriter(root, {"capture": {"weights": False, "mode": "import"}}, routers(2, 8, 2), weights=False, counts_only=True) as writer:
+    with TraceWriter(
+        root,
+        {"capture": {"weights": False, "mode": "import"}},
+        routers(2, 8, 2),
+        weights=False,
+        counts_only=True,
+    ) as writer:
         writer.write(CountedBatches(0, int(load.sum()) // 2, ["a", "b"], [load, load], None, None))
     return open_trace(root)
 
 
-def of(ids: list[np.ndarray], experts: int | list[int], documents: int = 10, **settings: Any) -> Callable[[Path], Trace]:
+def of(
+    ids: list[np.ndarray], experts: int | list[int], documents: int = 10, **settings: Any
+) -> Callable[[Path], Trace]:
     T = len(ids[0])
-    settings = {"document": np.arange(T) * documents // T, "domain_of_document": ["a", "b"]} | settings
+    settings = {
+        "document": np.arange(T) * documents // T,
+        "domain_of_document": ["a", "b"],
+    } | settings
     return lambda root: write_trace(root, ids, experts, **settings)
 
 
@@ -44,15 +63,33 @@ def some_null(T: int, E: int, k: int) -> np.ndarray:
 
 # trace → a part of what its report says
 ODD: dict[str, tuple[Callable[[Path], Trace], str]] = {
-    "counts": (lambda root: write_counts(root, [np.full((1, 8), 200)], 2), "trace without --counts-only for those"),
+    "counts": (
+        lambda root: write_counts(root, [np.full((1, 8), 200)], 2),
+        "trace without --counts-only for those",
+    ),
     "imported counts": (imported_counts, "import a recording of every token for those"),
-    "neither weights nor vocabulary": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8), "no weights recorded"),
-    "one token": (of([np.array([[0, 1]], np.uint16)], 8, 1, weights=[np.full((1, 2), 0.5, np.float32)]), "1 token is too few"),
+    "neither weights nor vocabulary": (
+        of([uniform_ids(RNG, 300, 8, 2)] * 2, 8),
+        "no weights recorded",
+    ),
+    "one token": (
+        of([np.array([[0, 1]], np.uint16)], 8, 1, weights=[np.full((1, 2), 0.5, np.float32)]),
+        "1 token is too few",
+    ),
     "one document": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, 1, words=5), "Too little to judge"),
-    "one domain": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, domain_of_document=["a"]), "domains: only one, 'a'"),
+    "one domain": (
+        of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, domain_of_document=["a"]),
+        "domains: only one, 'a'",
+    ),
     "an encoder and a decoder": (encoder_decoder, "Judged on 10 tokens"),
-    "two routers in a layer": (of([uniform_ids(RNG, 300, 16, 4), uniform_ids(RNG, 300, 4, 1)], [16, 4], layers=[3, 3]), "layer 3/"),
-    "one choice": (of([uniform_ids(RNG, 300, 8, 1)] * 2, 8, weights=[np.ones((300, 1), np.float32)] * 2), "Judged on 300 tokens"),
+    "two routers in a layer": (
+        of([uniform_ids(RNG, 300, 16, 4), uniform_ids(RNG, 300, 4, 1)], [16, 4], layers=[3, 3]),
+        "layer 3/",
+    ),
+    "one choice": (
+        of([uniform_ids(RNG, 300, 8, 1)] * 2, 8, weights=[np.ones((300, 1), np.float32)] * 2),
+        "Judged on 300 tokens",
+    ),
     "one expert": (of([np.zeros((300, 1), np.uint16)] * 2, 1), "Nothing is wrong"),
     "every expert every time": (of([uniform_ids(RNG, 200, 4, 4)], 4), "Nothing is wrong"),
     "null slots": (of([some_null(400, 8, 3)] * 2, 8), "Judged on 400 tokens"),
@@ -61,7 +98,10 @@ ODD: dict[str, tuple[Callable[[Path], Trace], str]] = {
         "1 of 2 routers made no assignment",
     ),
     "more experts than a byte": (of([uniform_ids(RNG, 500, 512, 10)], 512), "Too little to judge"),
-    "a large model": (of([uniform_ids(RNG, 40, 256, 8) for _ in range(61)], 256, words=3), "40 tokens are few for 256 experts"),
+    "a large model": (
+        of([uniform_ids(RNG, 40, 256, 8) for _ in range(61)], 256, words=3),
+        "40 tokens are few for 256 experts",
+    ),
 }
 
 
@@ -82,7 +122,10 @@ def test_every_table_is_right_or_says_what_it_lacks(tmp_path: Path, case: str):
             for r in made.selection.routers:
                 RIGHT[name](made, r, table[table["router"] == r])
     assert set(lacking) == (NEED_DECISIONS if trace.counts_only else set())
-    assert all(said.startswith(f"{trace.path} holds counts only, no ") and "\n" not in said for said in lacking.values())
+    assert all(
+        said.startswith(f"{trace.path} holds counts only, no ") and "\n" not in said
+        for said in lacking.values()
+    )
     assert says in " ".join(text_of(made).split())
 
 
@@ -117,7 +160,10 @@ def _transitions(made: Report, r: int, rows: Any) -> None:
     if after is None:
         assert rows.empty
     elif not counts.of[r].null_slots + counts.of[after].null_slots:
-        assert rows["together"].sum() == counts.tokens_of(r) * counts.routers[r].top_k * counts.routers[after].top_k
+        assert (
+            rows["together"].sum()
+            == counts.tokens_of(r) * counts.routers[r].top_k * counts.routers[after].top_k
+        )
 
 
 def _repetition(made: Report, r: int, rows: Any) -> None:

@@ -41,7 +41,8 @@ def test_text_in_a_file_keeps_every_column_and_number(made: Report):
         head = next(
             line
             for line in text.splitlines()
-            if line.split()[:2] == ["layer", "router"] and line.split() == list(made.tables[name].columns)
+            if line.split()[:2] == ["layer", "router"]
+            and line.split() == list(made.tables[name].columns)
         )
         assert head
     assert "…" not in text
@@ -49,7 +50,9 @@ def test_text_in_a_file_keeps_every_column_and_number(made: Report):
     assert "more columns" not in text
     sentences = text[text.index("•") : text.index("\n\nload of")].splitlines()
     assert 90 < max(map(len, sentences)) <= 100
-    assert " ".join("\n".join(sentences).split()) == " ".join(("• " + " • ".join(made.verdict())).split())
+    assert " ".join("\n".join(sentences).split()) == " ".join(
+        ("• " + " • ".join(made.verdict())).split()
+    )
     assert "\x1b" not in text
     ratio = made.tables["load"]["load_ratio"].to_numpy()
     assert f"layer 3  {''.join(f'{v:5.2f}' for v in ratio[24:])}" in text
@@ -129,10 +132,18 @@ def on_a_terminal(columns: int, *arguments: object) -> list[str]:
     """The lines that a terminal so wide is sent, without colours."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("COLUMNS", "LINES", "NO_COLOR")
+    }
     command = [sys.executable, "-m", "moe_inspect", *map(str, arguments)]
     running = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.DEVNULL, env={**environment, "TERM": "xterm"}
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**environment, "TERM": "xterm"},
     )
     os.close(theirs)
     sent = b""
@@ -154,7 +165,9 @@ def test_a_large_model_on_a_narrow_terminal(tmp_path: Path):
     rng = np.random.default_rng(0)
     ids = [uniform_ids(rng, 200, 256, 8) for _ in range(61)]
     ids[40][:, 0] = 3
-    write_trace(tmp_path / "t", ids, 256, document=np.arange(200) // 20, domain_of_document=["a", "b"])
+    write_trace(
+        tmp_path / "t", ids, 256, document=np.arange(200) // 20, domain_of_document=["a", "b"]
+    )
     lines = on_a_terminal(80, "report", tmp_path / "t")
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     assert len(lines) < 160  # a long path to the trace takes lines

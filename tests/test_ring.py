@@ -1,5 +1,6 @@
-"""The ring: what comes out is what went in, at its position, whatever the sizes; nothing that is still needed is overwritten, also
-where nobody on the host looks; what is dropped is counted, and device, manifest and report agree."""
+"""The ring: what comes out is what went in, at its position, whatever the sizes; nothing that is
+still needed is overwritten, also where nobody on the host looks; what is dropped is counted, and
+device, manifest and report agree."""
 
 from __future__ import annotations
 
@@ -31,8 +32,16 @@ def decisions(start: int, T: int, K: int, experts: int) -> tuple[torch.Tensor, t
     return (position * 7 + slot) % experts, ((position % 97) / 128 + slot / 1024).float()
 
 
-def follow(module: ModuleType, sizes: list[int], behind: int, P: int = 16, rows: int = 40, drop: bool = False) -> None:
-    """Writes forward passes of these sizes on the tapes of two routers, hands them over `behind` passes later, and compares."""
+def follow(
+    module: ModuleType,
+    sizes: list[int],
+    behind: int,
+    P: int = 16,
+    rows: int = 40,
+    drop: bool = False,
+) -> None:
+    """Writes forward passes of these sizes on the tapes of two routers, hands them over `behind`
+    passes later, and compares."""
     held = module.Ring(CPU, [2, 5], [8, 300], torch.float16, rows=rows, page_rows=P)
     waiting: list[tuple[int, int, int]] = []
     lost = 0
@@ -41,12 +50,22 @@ def follow(module: ModuleType, sizes: list[int], behind: int, P: int = 16, rows:
         start, T, kept = waiting.pop(0)
         for r, (K, E) in enumerate(((2, 8), (5, 300))):
             ids, weights = decisions(start, kept, K, E)
-            assert np.concatenate(held.rows("ids", r, start, kept)).astype(np.int64).tolist() == ids.tolist()
-            assert np.concatenate(held.rows("weights", r, start, kept)).tolist() == weights.half().tolist()
+            assert (
+                np.concatenate(held.rows("ids", r, start, kept)).astype(np.int64).tolist()
+                == ids.tolist()
+            )
+            assert (
+                np.concatenate(held.rows("weights", r, start, kept)).tolist()
+                == weights.half().tolist()
+            )
         held.handed_over(start + T)
 
     for T in sizes:
-        while waiting and (len(waiting) > behind or held.room < T) and not (drop and len(waiting) <= behind):
+        while (
+            waiting
+            and (len(waiting) > behind or held.room < T)
+            and not (drop and len(waiting) <= behind)
+        ):
             hand_over()
         kept = min(T, max(0, held.room))
         assert drop or kept == T
@@ -81,13 +100,15 @@ def test_what_comes_out_is_what_went_in(sizes: list[int], behind: int) -> None:
 
 @given(st.lists(st.integers(0, 90), min_size=1, max_size=30), st.integers(0, 5))
 @settings(max_examples=150, deadline=None)
-def test_with_dropping_what_is_kept_is_right_and_the_rest_is_counted(sizes: list[int], behind: int) -> None:
+def test_with_dropping_what_is_kept_is_right_and_the_rest_is_counted(
+    sizes: list[int], behind: int
+) -> None:
     follow(ring, sizes, behind, drop=True)
 
 
 class LateStream:
-    """Stands for a side stream: what it was given to copy, it copies when asked whether it has, one page a question; until then
-    the device may write over it."""
+    """Stands for a side stream: what it was given to copy, it copies when asked whether it has, one
+    page a question; until then the device may write over it."""
 
     def __init__(self, device: torch.device, pages: int):
         self.waiting: list[tuple[int, Any]] = []
@@ -119,10 +140,15 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page_rows", [16, 32, 4096])
-def test_pages_that_leave_late_arrive_right(page_rows: int, late: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pages_that_leave_late_arrive_right(
+    page_rows: int, late: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(ring, "PAGE_ROWS_CPU", page_rows)
     model = build("olmoe")
-    batches = [token_batch([n % 5 + 1, 3], n) for n in range(40)] + [token_batch([70, 3]), token_batch([1])]
+    batches = [token_batch([n % 5 + 1, 3], n) for n in range(40)] + [
+        token_batch([70, 3]),
+        token_batch([1]),
+    ]
     tables = []
     for name, stream in (("late", LateStream), ("at once", lambda device, pages: None)):
         monkeypatch.setattr(ring, "side_stream", stream)
@@ -135,7 +161,9 @@ def test_pages_that_leave_late_arrive_right(page_rows: int, late: None, monkeypa
     assert tables[0].equals(tables[1])
 
 
-def test_a_router_that_saw_too_little_is_found_when_its_page_arrives(late: None, tmp_path: Path) -> None:
+def test_a_router_that_saw_too_little_is_found_when_its_page_arrives(
+    late: None, tmp_path: Path
+) -> None:
     model = build("mixtral")
     rec = moe_inspect.record(model, tmp_path / "t")
     rec.__enter__()
@@ -145,7 +173,9 @@ def test_a_router_that_saw_too_little_is_found_when_its_page_arrives(late: None,
         kept, block.forward = block.forward, lambda hidden: hidden
         model(**token_batch([4]))
         block.forward = kept
-    with pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4"):
+    with pytest.raises(
+        MoeInspectError, match=r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4"
+    ):
         rec.__exit__(None)
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 5
 
@@ -156,7 +186,10 @@ def test_a_ring_nobody_drains_keeps_its_first_rows() -> None:
     for n in range(10):
         kernels.record_torch(held.tapes[0], *decisions(n * 16, 16, 2, 8))
     kept = held.capacity
-    assert np.concatenate(held.rows("ids", 0, 0, kept)).tolist() == decisions(0, kept, 2, 8)[0].tolist()
+    assert (
+        np.concatenate(held.rows("ids", 0, 0, kept)).tolist()
+        == decisions(0, kept, 2, 8)[0].tolist()
+    )
     assert held.dropped.tolist() == [160 - kept]
     assert held.cursor.tolist() == [160]
 
@@ -181,18 +214,31 @@ def small_pages(monkeypatch: pytest.MonkeyPatch, rows: int = 16) -> None:
 
 @pytest.mark.parametrize("page_rows", [16, 32, 4096])
 @pytest.mark.parametrize("capture", ["tap", "dispatch"])
-def test_pages_do_not_show_in_the_trace(capture: str, page_rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pages_do_not_show_in_the_trace(
+    capture: str, page_rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     small_pages(monkeypatch, page_rows)
     model = build("olmoe")
-    batches = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5], [30, 31, 2], [3], [64, 64], [17]])]  # the ring grows
-    with moe_inspect.record(model, tmp_path / "t", capture=capture, logits=True) as rec, torch.no_grad():
+    batches = [
+        token_batch(lengths, n)
+        for n, lengths in enumerate([[9, 5], [30, 31, 2], [3], [64, 64], [17]])
+    ]  # the ring grows
+    with (
+        moe_inspect.record(model, tmp_path / "t", capture=capture, logits=True) as rec,
+        torch.no_grad(),
+    ):
         for batch in batches:
             model(**batch)
     for n, batch in enumerate(batches):
-        with moe_inspect.record(model, tmp_path / f"alone{n}", capture="tap", logits=True), torch.no_grad():
+        with (
+            moe_inspect.record(model, tmp_path / f"alone{n}", capture="tap", logits=True),
+            torch.no_grad(),
+        ):
             model(**batch)
     whole = next(moe_inspect.open_trace(tmp_path / "t").shards)
-    alone = [next(moe_inspect.open_trace(tmp_path / f"alone{n}").shards) for n in range(len(batches))]
+    alone = [
+        next(moe_inspect.open_trace(tmp_path / f"alone{n}").shards) for n in range(len(batches))
+    ]
     assert rec.tokens == sum(int(b["attention_mask"].sum()) for b in batches)
     for r in range(2):
         for values in ("ids", "weights", "logits"):
@@ -200,7 +246,9 @@ def test_pages_do_not_show_in_the_trace(capture: str, page_rows: int, monkeypatc
             assert (getattr(whole, values)(r) == np.concatenate(parts)).all()
 
 
-def test_a_slow_writer_is_waited_for(slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_slow_writer_is_waited_for(
+    slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     small_pages(monkeypatch)
     model, batch = build("olmoe"), token_batch([9, 5])
     with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
@@ -211,11 +259,18 @@ def test_a_slow_writer_is_waited_for(slow_writer: None, monkeypatch: pytest.Monk
     assert trace.manifest["counts"] == {"tokens": 280, "decisions": 560, "dropped": 0}
 
 
-def test_what_is_dropped_is_counted_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_dropped_is_counted_everywhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     small_pages(monkeypatch)
     model, batch = build("olmoe"), token_batch([9, 5])  # 14 tokens in 18 rows
-    take, go_on = TraceWriter._take, threading.Event()  # the writer stands still for the first 30 passes
-    monkeypatch.setattr(TraceWriter, "_take", lambda self, batch: go_on.wait() and take(self, batch))
+    take, go_on = (
+        TraceWriter._take,
+        threading.Event(),
+    )  # the writer stands still for the first 30 passes
+    monkeypatch.setattr(
+        TraceWriter, "_take", lambda self, batch: go_on.wait() and take(self, batch)
+    )
     with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
         for n in range(40):
             model(**batch)
@@ -240,7 +295,10 @@ def test_what_is_dropped_is_counted_everywhere(monkeypatch: pytest.MonkeyPatch, 
     with moe_inspect.record(model, whole), torch.no_grad():
         model(**batch)
     one = moe_inspect.open_trace(whole).routing(layer=1).filter(like="expert_").to_numpy()
-    found, batches = trace.routing(layer=1).filter(like="expert_").to_numpy(), trace.tokens().batch.to_numpy()
+    found, batches = (
+        trace.routing(layer=1).filter(like="expert_").to_numpy(),
+        trace.tokens().batch.to_numpy(),
+    )
     for n in np.unique(batches):
         rows = found[batches == n]
         assert (rows == one[: len(rows)]).all()
@@ -253,7 +311,10 @@ def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: 
         assert rec.stacks[""].rings is not None
         fits = rec.stacks[""].rings.fits
         assert fits >= 5000
-        with pytest.raises(MoeInspectError, match=rf"20,000 rows is more than the {fits:,} there is room for .* ring_tokens=20000"):
+        with pytest.raises(
+            MoeInspectError,
+            match=rf"20,000 rows is more than the {fits:,} there is room for .* ring_tokens=20000",
+        ):
             rec.step(20000)
         model(**token_batch([9]))
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 23
@@ -263,8 +324,8 @@ def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: 
 
 
 class Replay:
-    """Stands for a CUDA graph of the model's forward: what it launches runs again on the same tensors, and not a line of the
-    model's Python."""
+    """Stands for a CUDA graph of the model's forward: what it launches runs again on the same
+    tensors, and not a line of the model's Python."""
 
     def __init__(self, rec: Any, choices: list[tuple[torch.Tensor, torch.Tensor]]):
         self.launches = list(zip(rec.stacks[""].rings.tapes, choices, strict=True))
@@ -274,7 +335,9 @@ class Replay:
             kernels.record_torch(tape, *choice)
 
 
-def replayed(path: Path, **options: Any) -> tuple[Any, Replay, list[tuple[torch.Tensor, torch.Tensor]]]:
+def replayed(
+    path: Path, **options: Any
+) -> tuple[Any, Replay, list[tuple[torch.Tensor, torch.Tensor]]]:
     model = build("olmoe")
     rec = moe_inspect.record(model, path, **options)
     rec.__enter__()
@@ -284,7 +347,9 @@ def replayed(path: Path, **options: Any) -> tuple[Any, Replay, list[tuple[torch.
     return rec, Replay(rec, choices), choices
 
 
-def test_replays_that_are_announced_are_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_replays_that_are_announced_are_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     small_pages(monkeypatch)
     rec, graph, choices = replayed(tmp_path / "t")
     for n in range(30):
@@ -300,16 +365,24 @@ def test_replays_that_are_announced_are_recorded(monkeypatch: pytest.MonkeyPatch
     assert (tokens.token_id.to_numpy() == np.repeat(np.arange(30), 6)).all()
     assert tokens.document.nunique() == 60
     assert (table.weight_2.to_numpy() == np.repeat(np.arange(30), 6) / 64).all()
-    assert (table.expert_0.to_numpy().reshape(30, 6) == (np.arange(0, 24, 4) + np.arange(30)[:, None]) % 8).all()
+    assert (
+        table.expert_0.to_numpy().reshape(30, 6)
+        == (np.arange(0, 24, 4) + np.arange(30)[:, None]) % 8
+    ).all()
 
 
-def test_replays_nobody_announced_are_an_error_and_overwrite_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_replays_nobody_announced_are_an_error_and_overwrite_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     small_pages(monkeypatch)
     rec, graph, _ = replayed(tmp_path / "t")
     rec.step(6)
     for _ in range(9):
         graph.replay()
-    with pytest.raises(MoeInspectError, match=r"routed 54 rows in a forward pass of 6: .* a CUDA graph replayed without step\(\)"):
+    with pytest.raises(
+        MoeInspectError,
+        match=r"routed 54 rows in a forward pass of 6: .* a CUDA graph replayed without step\(\)",
+    ):
         rec.__exit__(None)
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
 
@@ -345,13 +418,17 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
         capturing[0] = True
-        with pytest.raises(MoeInspectError, match="record two forward passes before capturing a CUDA graph"):
+        with pytest.raises(
+            MoeInspectError, match="record two forward passes before capturing a CUDA graph"
+        ):
             model(**batch)
         capturing[0] = False
         model(**batch)
         model(**batch)
         capturing[0] = True
-        monkeypatch.setattr(recorder.RowReader, "note", lambda *a: pytest.fail("looked at the inputs"))
+        monkeypatch.setattr(
+            recorder.RowReader, "note", lambda *a: pytest.fail("looked at the inputs")
+        )
         launched: list[Any] = []
         monkeypatch.setattr(kernels, "record_torch", lambda tape, *choice: launched.append(tape))
         model(**batch)
@@ -363,9 +440,11 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
 # --- what went wrong once
 
 
-def test_dropping_survives_growth_and_failure(slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The device's count of dropped rows is that of the host, also when a larger pass made the ring grow, and when one failed
-    after some routers had dropped."""
+def test_dropping_survives_growth_and_failure(
+    slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The device's count of dropped rows is that of the host, also when a larger pass made the ring
+    grow, and when one failed after some routers had dropped."""
     small_pages(monkeypatch)
     model = build("olmoe")
     with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
@@ -389,7 +468,9 @@ def test_dropping_survives_growth_and_failure(slow_writer: None, monkeypatch: py
 def test_a_trace_whose_end_did_not_add_up_is_not_complete(late: None, tmp_path: Path) -> None:
     rec, graph, _ = replayed(tmp_path / "t")
     graph.replay()
-    with pytest.raises(MoeInspectError, match=r"replayed without step|routed 6 rows in a forward pass of 0"):
+    with pytest.raises(
+        MoeInspectError, match=r"replayed without step|routed 6 rows in a forward pass of 0"
+    ):
         rec.__exit__(None)
     assert moe_inspect.open_trace(tmp_path / "t").status == "interrupted"
 
@@ -407,5 +488,11 @@ def test_paused_within_paused(tmp_path: Path) -> None:
 
 
 def test_a_ring_that_32_bits_cannot_address_is_refused() -> None:
-    with pytest.raises(MoeInspectError, match=r"900,000 rows a forward pass of 24,576 values each are too many at once: feed at most"):
+    with pytest.raises(
+        MoeInspectError,
+        match=(
+            r"900,000 rows a forward pass of 24,576 values each are too many at once: feed at "
+            r"most"
+        ),
+    ):
         ring.Ring(CPU, [8] * 48, [512] * 48, torch.float16, logits=True, rows=900_000)

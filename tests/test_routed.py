@@ -1,4 +1,5 @@
-"""The payloads of vLLM's and SGLang's routed experts, and what a config.json says of a model's routers."""
+"""The payloads of vLLM's and SGLang's routed experts, and what a config.json says of a model's
+routers."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def test_an_sglang_payload_is_raw_int32():
     ids_TBK = layered(5, 4, 8, 2).astype(np.int32)
     text = base64.b64encode(ids_TBK.tobytes()).decode()
     assert np.array_equal(routed.decode_sglang(text, 4, 2, "here"), ids_TBK)
-    with pytest.raises(MoeInspectError, match="here is 160 bytes: no whole number of tokens of 7 layers"):
+    with pytest.raises(
+        MoeInspectError, match="here is 160 bytes: no whole number of tokens of 7 layers"
+    ):
         routed.decode_sglang(text, 7, 2, "here")
 
 
@@ -54,13 +57,29 @@ def test_an_sglang_payload_is_raw_int32():
         (npy(np.zeros((2, 2, 2), np.float32)), "no .npy of integers"),
         (npy(np.zeros((2, 2), np.uint8)), "has shape"),
         (npy(np.zeros((2, 2, 2), np.uint8))[:-4], "declares"),
-        (base64.b64encode(base64.b64decode(npy(np.zeros((2, 2, 2), np.uint8))).replace(b"(2, 2, 2)", b"(9, 9, 9)")).decode(), "declares"),
-        (base64.b64encode(base64.b64decode(npy(np.array([None], object).reshape(1, 1, 1)[:0].astype("u1")))).decode(), "has|declares|is"),
+        (
+            base64.b64encode(
+                base64.b64decode(npy(np.zeros((2, 2, 2), np.uint8))).replace(
+                    b"(2, 2, 2)", b"(9, 9, 9)"
+                )
+            ).decode(),
+            "declares",
+        ),
+        (
+            base64.b64encode(
+                base64.b64decode(npy(np.array([None], object).reshape(1, 1, 1)[:0].astype("u1")))
+            ).decode(),
+            "has|declares|is",
+        ),
     ],
 )
 def test_a_bad_payload_is_one_line(payload: object, said: str):
     if payload is not None and said == "has|declares|is":
-        assert routed.decode_vllm(payload, "f").shape == (0, 1, 1)  # a response of one token has no row, and is fine
+        assert routed.decode_vllm(payload, "f").shape == (
+            0,
+            1,
+            1,
+        )  # a response of one token has no row, and is fine
         return
     with pytest.raises(MoeInspectError, match=said) as raised:
         routed.decode_vllm(payload, "f line 3: routed_experts")
@@ -76,7 +95,10 @@ def test_a_router_gets_its_block_and_what_is_no_decision_is_refused():
     one, three = routed.select_routers(ids_TBK, routers, 4, "f")
     assert np.array_equal(one, ids_TBK[:, 1])
     assert np.array_equal(three, ids_TBK[:, 3])
-    with pytest.raises(MoeInspectError, match=r"layer 0: token 0 goes to one expert twice \(\[0, 0\]\); a dense layer"):
+    with pytest.raises(
+        MoeInspectError,
+        match=r"layer 0: token 0 goes to one expert twice \(\[0, 0\]\); a dense layer",
+    ):
         routed.select_routers(ids_TBK, [Router(0, "experts", "", 8, 2)], 4, "f")
     with pytest.raises(MoeInspectError, match="f has 4 layers, the model's config 5"):
         routed.select_routers(ids_TBK, routers, 5, "f")
@@ -85,11 +107,18 @@ def test_a_router_gets_its_block_and_what_is_no_decision_is_refused():
         routed.select_routers(ids_TBK, routers, 4, "f")
 
 
-@pytest.mark.parametrize(("E", "dtype"), [(8, np.uint8), (255, np.uint8), (256, np.uint16), (300, np.uint16)])
+@pytest.mark.parametrize(
+    ("E", "dtype"), [(8, np.uint8), (255, np.uint8), (256, np.uint16), (300, np.uint16)]
+)
 def test_minus_one_is_nowhere(E: int, dtype: type):
-    ids = routed.checked_ids(np.array([[0, 1, -1], [E - 1, -1, -1]], np.int32), Router(0, "", "", E, 3), "f")
+    ids = routed.checked_ids(
+        np.array([[0, 1, -1], [E - 1, -1, -1]], np.int32), Router(0, "", "", E, 3), "f"
+    )
     assert ids.dtype == dtype
-    assert ids.tolist() == [[0, 1, np.iinfo(dtype).max], [E - 1, np.iinfo(dtype).max, np.iinfo(dtype).max]]
+    assert ids.tolist() == [
+        [0, 1, np.iinfo(dtype).max],
+        [E - 1, np.iinfo(dtype).max, np.iinfo(dtype).max],
+    ]
     assert routed.checked_ids(np.array([[2, 1, -1]]), Router(0, "", "", E, 2), "f").shape == (1, 2)
 
 
@@ -118,16 +147,68 @@ def test_the_longest_run_of_identical_rows():
     [
         ({"num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 2}, [0, 1, 2, 3]),
         (
-            {"num_hidden_layers": 6, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "moe_layer_freq": 2},
+            {
+                "num_hidden_layers": 6,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 2,
+                "first_k_dense_replace": 1,
+                "moe_layer_freq": 2,
+            },
             [2, 4],
         ),
-        ({"num_hidden_layers": 4, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_layer_freq": [0, 1, 0, 1]}, [1, 3]),
-        ({"num_hidden_layers": 6, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 2, "mlp_only_layers": [3]}, [1, 5]),
-        ({"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}, [1, 3]),
-        ({"num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]}, [1, 2]),
-        ({"text_config": {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}}, [0, 1]),
+        (
+            {
+                "num_hidden_layers": 4,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 2,
+                "moe_layer_freq": [0, 1, 0, 1],
+            },
+            [1, 3],
+        ),
+        (
+            {
+                "num_hidden_layers": 6,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [3],
+            },
+            [1, 5],
+        ),
+        (
+            {
+                "num_hidden_layers": 4,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
+            },
+            [1, 3],
+        ),
+        (
+            {
+                "num_hidden_layers": 3,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "mlp_layer_types": ["dense", "sparse", "sparse"],
+            },
+            [1, 2],
+        ),
+        (
+            {"text_config": {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}},
+            [0, 1],
+        ),
         ({"n_layers": 2, "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}}, [0, 1]),
-        ({"num_hidden_layers": 4, "moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 2}, [1, 2]),
+        (
+            {
+                "num_hidden_layers": 4,
+                "moe_num_experts": 8,
+                "moe_k": 2,
+                "moe_layer_start_index": 1,
+                "moe_layer_end_index": 2,
+            },
+            [1, 2],
+        ),
     ],
 )
 def test_a_config_says_which_blocks_route(config: dict, layers: list[int]):
@@ -144,12 +225,45 @@ def test_a_config_says_which_blocks_route(config: dict, layers: list[int]):
         ({}, "lacks num_hidden_layers"),
         ({"num_hidden_layers": 2}, "lacks n_routed_experts"),
         ({"num_hidden_layers": 2, "num_experts": 8}, "lacks num_experts_per_tok"),
-        ({"num_hidden_layers": 10**9, "num_experts": 8, "num_experts_per_tok": 2}, "num_hidden_layers is 1000000000"),
-        ({"num_hidden_layers": 2, "num_experts": "8", "num_experts_per_tok": 2}, "num_experts is '8'"),
-        ({"num_hidden_layers": 2, "num_experts": 2, "num_experts_per_tok": 3}, "3 experts a token of only 2"),
-        ({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_layer_freq": [1]}, "moe_layer_freq is '.1.'"),
-        ({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 0.5}, "decoder_sparse_step is"),
-        ({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 2}, "dense model"),
+        (
+            {"num_hidden_layers": 10**9, "num_experts": 8, "num_experts_per_tok": 2},
+            "num_hidden_layers is 1000000000",
+        ),
+        (
+            {"num_hidden_layers": 2, "num_experts": "8", "num_experts_per_tok": 2},
+            "num_experts is '8'",
+        ),
+        (
+            {"num_hidden_layers": 2, "num_experts": 2, "num_experts_per_tok": 3},
+            "3 experts a token of only 2",
+        ),
+        (
+            {
+                "num_hidden_layers": 2,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "moe_layer_freq": [1],
+            },
+            "moe_layer_freq is '.1.'",
+        ),
+        (
+            {
+                "num_hidden_layers": 2,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "decoder_sparse_step": 0.5,
+            },
+            "decoder_sparse_step is",
+        ),
+        (
+            {
+                "num_hidden_layers": 2,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "first_k_dense_replace": 2,
+            },
+            "dense model",
+        ),
     ],
 )
 def test_a_config_that_says_nothing_of_use_is_named(config: dict, said: str):
@@ -160,7 +274,12 @@ def test_a_config_that_says_nothing_of_use_is_named(config: dict, said: str):
 def test_configs_are_read_from_where_they_are(tmp_path: Path):
     deepseek = read_facts(ROOT / "docs/configs/deepseek-v3.json")
     assert sorted(deepseek.experts) == list(range(3, 61))
-    assert (deepseek.layers, deepseek.experts[3], deepseek.top_k[3], deepseek.shared_experts) == (61, 256, 8, 1)
+    assert (deepseek.layers, deepseek.experts[3], deepseek.top_k[3], deepseek.shared_experts) == (
+        61,
+        256,
+        8,
+        1,
+    )
     assert sorted(read_facts("demo").experts) == [0, 1, 2, 3]
     assert sorted(read_facts(ROOT / "sample_traces/balanced").experts) == [0, 1, 2, 3]
     with pytest.raises(MoeInspectError, match=r"no config at nowhere\.json"):
@@ -177,7 +296,9 @@ def test_the_vocabulary_is_the_tokenizers_own():
 
     ours = read_facts("demo").vocabulary()
     assert ours is not None
-    pd.testing.assert_frame_equal(ours.to_pandas(), pd.read_parquet(ROOT / "sample_traces/balanced/vocabulary.parquet"))
+    pd.testing.assert_frame_equal(
+        ours.to_pandas(), pd.read_parquet(ROOT / "sample_traces/balanced/vocabulary.parquet")
+    )
 
 
 def test_a_config_alone_says_what_the_built_model_has():

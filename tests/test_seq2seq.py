@@ -1,4 +1,5 @@
-"""Encoder-decoders: each stack's routers see its own tokens, in `trace`, in `record` and in `generate`."""
+"""Encoder-decoders: each stack's routers see its own tokens, in `trace`, in `record` and in
+`generate`."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("seq2seq")
     config = zoo.config("switch_transformers")
-    config.vocab_size, config.decoder_start_token_id, config.eos_token_id = len(AutoTokenizer.from_pretrained(MODEL_DIR)), 3, None
+    config.vocab_size, config.decoder_start_token_id, config.eos_token_id = (
+        len(AutoTokenizer.from_pretrained(MODEL_DIR)),
+        3,
+        None,
+    )
     torch.manual_seed(0)
     model = zoo.model_class("switch_transformers")._from_config(config)
     model.generation_config.decoder_start_token_id = 3
@@ -42,7 +47,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def traced(place: Path, out: Path, **options: Any) -> moe_inspect.Trace:
-    return moe_inspect.trace_model(str(place / "model"), out, data=[str(place / "texts")], **options)
+    return moe_inspect.trace_model(
+        str(place / "model"), out, data=[str(place / "texts")], **options
+    )
 
 
 def decisions(trace: moe_inspect.Trace) -> pd.DataFrame:
@@ -57,11 +64,15 @@ def test_a_corpus_goes_to_the_encoder_and_is_decoded_from(place: Path, tmp_path:
     assert counts["prefill"] == 3
     assert counts["decode"] == 12
     assert set(tokens[tokens.phase == "prefill"].token_id) == {3}
-    stated = trace.documents().set_index("document").tokens.to_dict()  # as the tokenizer frames them, whether or not they are gone on with
+    stated = (
+        trace.documents().set_index("document").tokens.to_dict()
+    )  # as the tokenizer frames them, whether or not they are gone on with
     assert tokens[tokens.phase == "encode"].groupby("document").size().to_dict() == stated
     assert [r.stack for r in trace.routers] == ["encoder"] * 2 + ["decoder"] * 2
     for r, router in enumerate(trace.routers):
-        assert len(trace.routing(router=r)) == (counts["encode"] if router.stack == "encoder" else 15)
+        assert len(trace.routing(router=r)) == (
+            counts["encode"] if router.stack == "encoder" else 15
+        )
     assert trace.n_decisions == 2 * counts["encode"] + 2 * 15
 
 
@@ -74,11 +85,17 @@ def test_what_was_decoded_routes_the_same_in_one_forward_pass(place: Path, tmp_p
     with moe_inspect.record(model, tmp_path / "whole"), torch.no_grad():
         for document in range(3):
             of = tokens[tokens.document == document]
-            fed = {"input_ids": of[of.phase == "encode"].token_id, "decoder_input_ids": of[of.phase != "encode"].token_id}
+            fed = {
+                "input_ids": of[of.phase == "encode"].token_id,
+                "decoder_input_ids": of[of.phase != "encode"].token_id,
+            }
             model(**{name: torch.tensor(ids.to_numpy(np.int64))[None] for name, ids in fed.items()})
     whole = moe_inspect.open_trace(tmp_path / "whole")
     both = [
-        decisions(t).assign(phase=lambda d: d.phase == "encode").sort_values(["router", "document", "position"]) for t in (trace, whole)
+        decisions(t)
+        .assign(phase=lambda d: d.phase == "encode")
+        .sort_values(["router", "document", "position"])
+        for t in (trace, whole)
     ]
     assert (both[0].token_id.to_numpy() == both[1].token_id.to_numpy()).all()
     assert (both[0].expert_0.to_numpy() == both[1].expert_0.to_numpy()).mean() > 0.97
@@ -107,11 +124,26 @@ def interrupt(done: int, total: int | None) -> None:
 
 def test_generate_calls_the_encoder_by_itself(tmp_path: Path) -> None:
     model = zoo.build("switch_transformers")
-    inputs = {k: v for k, v in zoo.inputs("switch_transformers", [6, 4]).items() if not k.startswith("decoder")}
+    inputs = {
+        k: v
+        for k, v in zoo.inputs("switch_transformers", [6, 4]).items()
+        if not k.startswith("decoder")
+    }
     with moe_inspect.record(model, tmp_path / "t", documents=["a", "b"]), torch.no_grad():
-        model.generate(**inputs, decoder_start_token_id=0, max_new_tokens=4, eos_token_id=None, num_beams=2, do_sample=False)
+        model.generate(
+            **inputs,
+            decoder_start_token_id=0,
+            max_new_tokens=4,
+            eos_token_id=None,
+            num_beams=2,
+            do_sample=False,
+        )
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
-    assert tokens.groupby("phase", observed=True).size().to_dict() == {"encode": 10, "prefill": 4, "decode": 12}
+    assert tokens.groupby("phase", observed=True).size().to_dict() == {
+        "encode": 10,
+        "prefill": 4,
+        "decode": 12,
+    }
     assert tokens[tokens.phase != "encode"].groupby("document").size().to_dict() == {0: 8, 1: 8}
 
 
@@ -132,7 +164,9 @@ def test_labels_are_shifted_and_each_stack_has_its_mask(tmp_path: Path) -> None:
     assert tokens.groupby(["batch", "phase"], observed=True).size().to_dict() == {
         (0, "prefill"): 10, (0, "encode"): 10, (1, "encode"): 10, (2, "prefill"): 14,
     }  # fmt: skip
-    assert set(tokens[tokens.batch == 1].document) == set(tokens[tokens.batch == 2].document) == {2, 3}
+    assert (
+        set(tokens[tokens.batch == 1].document) == set(tokens[tokens.batch == 2].document) == {2, 3}
+    )
 
 
 def test_a_stack_that_is_not_seen_is_refused(tmp_path: Path) -> None:
@@ -148,9 +182,14 @@ def test_a_stack_that_is_not_seen_is_refused(tmp_path: Path) -> None:
         experts._forward_pre_hooks.popitem()
         model.get_encoder()(input_ids=inputs["input_ids"])
         assert recorder.tokens == 6 + 7 + 6
-    parent = model.get_submodule(next(p for p, m in model.named_modules() if m is experts).rpartition(".")[0])
+    parent = model.get_submodule(
+        next(p for p, m in model.named_modules() if m is experts).rpartition(".")[0]
+    )
     parent.forward = lambda hidden: hidden
-    watched, refused = moe_inspect.record(model, tmp_path / "u"), pytest.raises(MoeInspectError, match=r"decoder.* routed 0 rows .* of 7")
+    watched, refused = (
+        moe_inspect.record(model, tmp_path / "u"),
+        pytest.raises(MoeInspectError, match=r"decoder.* routed 0 rows .* of 7"),
+    )
     with watched, torch.no_grad(), refused:
         model(**inputs)
     assert type(experts).forward is stock

@@ -18,13 +18,17 @@ from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_tr
 
 
 @st.composite
-def streams(draw: st.DrawFn, most_experts: int = 7, most_tokens: int = 60) -> tuple[np.ndarray, int, int]:
+def streams(
+    draw: st.DrawFn, most_experts: int = 7, most_tokens: int = 60
+) -> tuple[np.ndarray, int, int]:
     """ids_KT, E, slots"""
     E = draw(st.integers(1, most_experts))
     K, T = draw(st.integers(1, min(E, 3))), draw(st.integers(1, most_tokens))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     skew = rng.random(E) ** draw(st.sampled_from([0, 3]))
-    ids_TK = np.argsort(-(np.log(skew + 1e-9) + rng.gumbel(size=(T, E))), axis=1)[:, :K].astype(np.int16)
+    ids_TK = np.argsort(-(np.log(skew + 1e-9) + rng.gumbel(size=(T, E))), axis=1)[:, :K].astype(
+        np.int16
+    )
     ids_TK[rng.random((T, K)) < draw(st.sampled_from([0, 0.2]))] = -1
     return np.ascontiguousarray(ids_TK.T), E, draw(st.integers(K, E))
 
@@ -53,7 +57,10 @@ def naive_lfu(ids_KT: np.ndarray, slots: int) -> int:
         past += wanted
         held += [e for e in wanted if e not in held]
         while len(held) > slots:
-            rarest = min((e for e in held if e not in wanted), key=lambda e: (past.count(e), -past[::-1].index(e)))
+            rarest = min(
+                (e for e in held if e not in wanted),
+                key=lambda e: (past.count(e), -past[::-1].index(e)),
+            )
             held.remove(rarest)
     return hits
 
@@ -99,7 +106,9 @@ def test_belady_hits_at_least_as_often_as_any_policy(case: tuple[np.ndarray, int
     ids_KT, E, slots = case
     hits = {name: replay(ids_KT, slots, name) for name in POLICIES}
     for name in POLICIES:
-        assert (hits["belady"].cumsum() >= hits[name].cumsum()).all()  # at every moment, not only in the end
+        assert (
+            hits["belady"].cumsum() >= hits[name].cumsum()
+        ).all()  # at every moment, not only in the end
         assert compiled_hits(ids_KT, E, slots, name).sum() == hits[name].sum()
 
 
@@ -118,28 +127,56 @@ def test_uniform_routing_hits_as_often_as_slots_are_of_experts(tmp_path: Path):
     assert table["hit_rate_warm"].iloc[2] == 1.0
     assert simulate_cache(trace, slots=[4]).verdict[0].startswith("A hot set worth caching? No")
     assert simulate_cache(trace, slots=[16]).verdict[0].endswith("ask with fewer.")
-    assert simulate_cache(ROOT / "sample_traces/collapsed", slots=[4]).verdict[0].startswith("A hot set worth caching? Yes: in 4 of 4")
+    assert (
+        simulate_cache(ROOT / "sample_traces/collapsed", slots=[4])
+        .verdict[0]
+        .startswith("A hot set worth caching? Yes: in 4 of 4")
+    )
 
 
 def test_sequences_run_one_after_the_other_and_phases_are_told_apart(tmp_path: Path):
-    # two sequences decoded side by side: 0 1 | 0 1 | 0 1; alone, each asks for its own expert time and again
+    # two sequences decoded side by side: 0 1 | 0 1 | 0 1; alone, each asks for its own expert time
+    # and again
     ids = np.array([[0], [1], [0], [1], [0], [1]], np.uint16)
-    trace = write_trace(tmp_path / "t", [ids], 4, batch_tokens=2, document=np.array([0, 1] * 3), phases=("prefill", "decode", "decode"))
+    trace = write_trace(
+        tmp_path / "t",
+        [ids],
+        4,
+        batch_tokens=2,
+        document=np.array([0, 1] * 3),
+        phases=("prefill", "decode", "decode"),
+    )
     made = simulate_cache(trace, slots=[1], policies=["lru"])
     row = made.tables["cache"].iloc[0]
-    assert (row["hits"], row["accesses"], row["cold_misses"], row["hit_rate_warm"]) == (4, 6, 2, 1.0)
+    assert (row["hits"], row["accesses"], row["cold_misses"], row["hit_rate_warm"]) == (
+        4,
+        6,
+        2,
+        1.0,
+    )
     phases = made.tables["cache_by_phase"].set_index("phase")["hit_rate"]
     assert phases.to_dict() == {"prefill": 0.0, "decode": 1.0}
 
 
 def test_an_encoder_decoders_caches_see_the_tokens_their_router_sees(tmp_path: Path):
-    phases = simulate_cache(encoder_decoder(tmp_path / "t"), slots=[1], policies=["lru"]).tables["cache_by_phase"]
-    assert phases[["router", "phase", "accesses", "hits"]].values.tolist() == [[0, "encode", 6, 5], [1, "prefill", 4, 0]]
+    phases = simulate_cache(encoder_decoder(tmp_path / "t"), slots=[1], policies=["lru"]).tables[
+        "cache_by_phase"
+    ]
+    assert phases[["router", "phase", "accesses", "hits"]].values.tolist() == [
+        [0, "encode", 6, 5],
+        [1, "prefill", 4, 0],
+    ]
 
 
 def test_tokens_a_second_are_what_the_link_allows(tmp_path: Path):
     ids = np.array([0, 1] * 500, np.uint16)[:, None]
-    speed = simulate_cache(write_trace(tmp_path / "t", [ids, ids], 2), slots=[1], policies=["lru"], expert_mb=100, gb_per_s=10)
+    speed = simulate_cache(
+        write_trace(tmp_path / "t", [ids, ids], 2),
+        slots=[1],
+        policies=["lru"],
+        expert_mb=100,
+        gb_per_s=10,
+    )
     row = speed.tables["cache_speed"].iloc[0]
     assert row["transfers_per_token"] == 2  # one a layer, each time
     assert (row["mb_per_token"], row["tokens_per_s"], row["held_gb"]) == (200, 50, 0.2)
@@ -153,7 +190,9 @@ def test_the_compiled_path_gives_the_same_tables(monkeypatch: pytest.MonkeyPatch
     compiled = simulate_cache(trace, slots=[3, 5], layers="2-3")
     for name, table in plain.tables.items():
         assert table.equals(compiled.tables[name]), name
-    hit = compiled.tables["cache"].pivot_table(index=["router", "slots"], columns="policy", values="hit_rate")
+    hit = compiled.tables["cache"].pivot_table(
+        index=["router", "slots"], columns="policy", values="hit_rate"
+    )
     assert (hit["belady"] > hit[["lru", "lfu"]].max(axis=1)).all()
 
 
@@ -165,10 +204,14 @@ def test_a_router_of_over_256_experts(tmp_path: Path):
 
 
 def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
-    with pytest.raises(MoeInspectError, match="holds counts only, no order of tokens, which simulate cache needs"):
+    with pytest.raises(
+        MoeInspectError, match="holds counts only, no order of tokens, which simulate cache needs"
+    ):
         simulate_cache(write_counts(tmp_path / "counts", [np.full((1, 4), 10)], 2))
     trace = ROOT / "sample_traces/balanced"
-    with pytest.raises(MoeInspectError, match="1 slots hold less than one decision of layer 0: give at least 2"):
+    with pytest.raises(
+        MoeInspectError, match="1 slots hold less than one decision of layer 0: give at least 2"
+    ):
         simulate_cache(trace, slots=[1, 4])
     with pytest.raises(MoeInspectError, match="no policy fifo: there are lru, lfu, belady"):
         simulate_cache(trace, policies=["fifo"])
@@ -183,7 +226,19 @@ def test_the_plain_cache_of_no_token_has_no_hits():
 def test_the_command(cli: Cli, tmp_path: Path):
     trace = ROOT / "sample_traces/collapsed"
     done = cli(
-        "simulate", "cache", trace, "--slots", "2,4", "--policy", "lru,belady", "--expert-mb", 90, "--gb-per-s", 25, "--plots", tmp_path
+        "simulate",
+        "cache",
+        trace,
+        "--slots",
+        "2,4",
+        "--policy",
+        "lru,belady",
+        "--expert-mb",
+        90,
+        "--gb-per-s",
+        25,
+        "--plots",
+        tmp_path,
     )
     assert "A hot set worth caching?" in done.stdout
     assert "tokens/s" in done.stdout

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels
-from moe_inspect.simulate.capacity import ORDERS, Stack, capacity, drops, levels, queue_numpy, simulate_capacity
+from moe_inspect.simulate.capacity import (
+    ORDERS,
+    Stack,
+    capacity,
+    drops,
+    levels,
+    queue_numpy,
+    simulate_capacity,
+)
 from moe_inspect.simulate.shards import document_deciles, runs
 from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
@@ -21,9 +29,13 @@ from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_tr
 FACTORS = (0.5, 1.0, 1.25, 2.0)
 
 
-def brute_force(ids_TK: np.ndarray, weight_TK: np.ndarray, room: int, order: str) -> set[tuple[int, int]]:
+def brute_force(
+    ids_TK: np.ndarray, weight_TK: np.ndarray, room: int, order: str
+) -> set[tuple[int, int]]:
     """The (token, slot) dropped of one group."""
-    queue = [(t, k) for t in range(len(ids_TK)) for k in range(ids_TK.shape[1]) if ids_TK[t, k] >= 0]
+    queue = [
+        (t, k) for t in range(len(ids_TK)) for k in range(ids_TK.shape[1]) if ids_TK[t, k] >= 0
+    ]
     if order == "arrival":
         queue.sort(key=lambda at: (at[1], at[0]))
     if order == "weight":
@@ -51,25 +63,45 @@ def routing(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
 @pytest.mark.parametrize("order", ORDERS)
 @settings(max_examples=60, deadline=None)
 @given(case=routing(), size=st.integers(1, 15))
-def test_drops_equal_a_brute_force(sweep, order: str, case: tuple[np.ndarray, np.ndarray, int], size: int):
+def test_drops_equal_a_brute_force(
+    sweep, order: str, case: tuple[np.ndarray, np.ndarray, int], size: int
+):
     ids_TK, weight_TK, E = case
     T, K = ids_TK.shape
     start_G = np.append(np.arange(0, T, size), T)
     room_GF = np.array([[capacity(f, int(n), K, E) for f in FACTORS] for n in np.diff(start_G)])
     group_T = np.repeat(np.arange(len(start_G) - 1), np.diff(start_G))
-    domain_T, decile_PT = np.arange(T) % 2, np.stack([np.arange(T) % 10, np.arange(T) // 7]).astype(np.uint8)
-    visit_N = np.lexsort((-weight_TK.T.ravel(), np.tile(group_T, K))) if order == "weight" else np.zeros(0, np.int64)
+    domain_T, decile_PT = (
+        np.arange(T) % 2,
+        np.stack([np.arange(T) % 10, np.arange(T) // 7]).astype(np.uint8),
+    )
+    visit_N = (
+        np.lexsort((-weight_TK.T.ravel(), np.tile(group_T, K)))
+        if order == "weight"
+        else np.zeros(0, np.int64)
+    )
     last_FD, last_FPN = np.zeros((4, 2), np.int64), np.zeros((4, 2, 10), np.int64)
     load_GE, level_KT = np.zeros((len(start_G) - 1, E), np.int32), np.empty((K, T), np.uint8)
     of_G, ids_KT = np.arange(len(room_GF)), np.ascontiguousarray(ids_TK.T)
-    sweep(ids_KT, start_G, of_G, levels(room_GF, size), visit_N, order == "token", load_GE, level_KT)
-    stack = Stack(slice(None), start_G, domain_T, decile_PT, *[np.zeros(0, np.int64)] * 2, runs(domain_T, *decile_PT))
+    sweep(
+        ids_KT, start_G, of_G, levels(room_GF, size), visit_N, order == "token", load_GE, level_KT
+    )
+    stack = Stack(
+        slice(None),
+        start_G,
+        domain_T,
+        decile_PT,
+        *[np.zeros(0, np.int64)] * 2,
+        runs(domain_T, *decile_PT),
+    )
     worst_T, best_T = drops(level_KT, stack, last_FD, last_FPN)
     for f in range(len(FACTORS)):
         lost = {
             (int(start_G[g]) + t, k)
             for g in range(len(start_G) - 1)
-            for t, k in brute_force(ids_TK[group_T == g], weight_TK[group_T == g], int(room_GF[g, f]), order)
+            for t, k in brute_force(
+                ids_TK[group_T == g], weight_TK[group_T == g], int(room_GF[g, f]), order
+            )
         }
         assert last_FD[f:].sum() == len(lost)
         assert last_FD[f:, 1].sum() == sum(t % 2 for t, _ in lost)
@@ -77,7 +109,9 @@ def test_drops_equal_a_brute_force(sweep, order: str, case: tuple[np.ndarray, np
         of_token = Counter(t for t, _ in lost)
         made_T = (ids_TK >= 0).sum(1)
         assert (worst_T > f).tolist() == [t in of_token for t in range(T)]
-        assert (best_T > f).tolist() == [made_T[t] > 0 and of_token[t] == made_T[t] for t in range(T)]
+        assert (best_T > f).tolist() == [
+            made_T[t] > 0 and of_token[t] == made_T[t] for t in range(T)
+        ]
     assert load_GE.sum() == (ids_TK >= 0).sum()
 
 
@@ -88,17 +122,40 @@ def test_capacity_is_exact_where_a_float_is_not():
 
 
 def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
-    # capacity 1.0 · 4 · 1 / 2 = 2 a batch: expert 0 has 4 and 3 of them, so 2 and 1 are dropped, the last to come
+    # capacity 1.0 · 4 · 1 / 2 = 2 a batch: expert 0 has 4 and 3 of them, so 2 and 1 are dropped,
+    # the last to come
     ids = np.array([0, 0, 0, 0, 0, 1, 0, 0], np.uint16)[:, None]
-    trace = write_trace(tmp_path / "t", [ids], 2, batch_tokens=4, shard_tokens=4, document=np.arange(8) // 4, domain_of_document=("a", "b"))
+    trace = write_trace(
+        tmp_path / "t",
+        [ids],
+        2,
+        batch_tokens=4,
+        shard_tokens=4,
+        document=np.arange(8) // 4,
+        domain_of_document=("a", "b"),
+    )
     made = simulate_capacity(trace, capacity_factors=[1.0], target_drop=0.0)
     row = made.tables["capacity"].iloc[0]
-    assert (row["drop_rate"], row["tokens_hit"], row["tokens_lost"], row["unused_capacity"]) == (3 / 8, 3 / 8, 3 / 8, 3 / 8)
+    assert (row["drop_rate"], row["tokens_hit"], row["tokens_lost"], row["unused_capacity"]) == (
+        3 / 8,
+        3 / 8,
+        3 / 8,
+        3 / 8,
+    )
     assert made.tables["capacity_by_domain"]["drop_rate"].tolist() == [2 / 4, 1 / 4]
-    ends = made.tables["capacity_by_position"].query("position_in == 'document'").set_index("tenth")["drop_rate"].dropna()
+    ends = (
+        made.tables["capacity_by_position"]
+        .query("position_in == 'document'")
+        .set_index("tenth")["drop_rate"]
+        .dropna()
+    )
     assert ends.to_dict() == {1: 0.0, 3: 0.0, 6: 0.5, 8: 1.0}
     needed = made.tables["capacity_needed"].iloc[0]
-    assert (needed["capacity_factor"], needed["drop_rate"], needed["unused_capacity"]) == (1.51, 0.0, 0.5)
+    assert (needed["capacity_factor"], needed["drop_rate"], needed["unused_capacity"]) == (
+        1.51,
+        0.0,
+        0.5,
+    )
     assert capacity(1.5, 4, 1, 2) == 3  # one hundredth less is too little
     assert all(sentence.startswith("Simulated") for sentence in made.verdict)
 
@@ -106,14 +163,25 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
 @pytest.mark.parametrize("group", ["batch", "sequence", 100])
 def test_what_a_factor_needs_is_what_it_then_drops(group: str | int):
     trace = ROOT / "sample_traces/collapsed"
-    needed = simulate_capacity(trace, group_tokens=group, target_drop=0.05).tables["capacity_needed"]
+    needed = simulate_capacity(trace, group_tokens=group, target_drop=0.05).tables[
+        "capacity_needed"
+    ]
     for row in needed.to_dict("records"):
         for step, enough in ((0, True), (-0.01, False)):
             factor = round(row["capacity_factor"] + step, 2)
-            again = simulate_capacity(trace, capacity_factors=[factor], group_tokens=group, layers=row["layer"]).tables["capacity"].iloc[0]
+            again = (
+                simulate_capacity(
+                    trace, capacity_factors=[factor], group_tokens=group, layers=row["layer"]
+                )
+                .tables["capacity"]
+                .iloc[0]
+            )
             assert (again["drop_rate"] <= 0.05) == enough
             if enough:
-                assert again[["drop_rate", "unused_capacity"]].tolist() == [row["drop_rate"], row["unused_capacity"]]
+                assert again[["drop_rate", "unused_capacity"]].tolist() == [
+                    row["drop_rate"],
+                    row["unused_capacity"],
+                ]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -128,33 +196,52 @@ def test_the_compiled_path_gives_the_same_tables(order: str, monkeypatch: pytest
 
 def test_a_document_that_was_cut_is_its_sequences_one_after_the_other():
     document_T, sequence_T = np.repeat([7, 3, 7], 10), np.repeat([5, 2, 4], 10)
-    assert document_deciles(document_T, sequence_T).tolist() == [*np.repeat(range(5, 10), 2), *range(10), *np.repeat(range(5), 2)]
+    assert document_deciles(document_T, sequence_T).tolist() == [
+        *np.repeat(range(5, 10), 2),
+        *range(10),
+        *np.repeat(range(5), 2),
+    ]
 
 
 def test_a_group_may_be_larger_than_any_pass():
     made = simulate_capacity(ROOT / "sample_traces/collapsed", group_tokens=10**30)
-    assert made.tables["capacity"].equals(simulate_capacity(ROOT / "sample_traces/collapsed").tables["capacity"])
+    assert made.tables["capacity"].equals(
+        simulate_capacity(ROOT / "sample_traces/collapsed").tables["capacity"]
+    )
 
 
 def test_ends_of_documents_suffer_more_where_a_document_is_a_group():
     made = simulate_capacity(ROOT / "sample_traces/collapsed", group_tokens="sequence", layers=3)
     ends = (
-        made.tables["capacity_by_position"].query("position_in == 'document' and capacity_factor == 1.25").set_index("tenth")["drop_rate"]
+        made.tables["capacity_by_position"]
+        .query("position_in == 'document' and capacity_factor == 1.25")
+        .set_index("tenth")["drop_rate"]
     )
     assert ends[10] > 3 * ends[1] > 0
 
 
 def test_order_moves_drops_and_does_not_change_how_many():
     trace = ROOT / "sample_traces/collapsed"
-    dropped = [simulate_capacity(trace, order=order, group_tokens=200).tables["capacity"]["dropped"].tolist() for order in ORDERS]
+    dropped = [
+        simulate_capacity(trace, order=order, group_tokens=200)
+        .tables["capacity"]["dropped"]
+        .tolist()
+        for order in ORDERS
+    ]
     assert dropped[0] == dropped[1] == dropped[2]
-    hit = [simulate_capacity(trace, order=order, group_tokens=200).tables["capacity"]["tokens_hit"].tolist() for order in ORDERS]
+    hit = [
+        simulate_capacity(trace, order=order, group_tokens=200)
+        .tables["capacity"]["tokens_hit"]
+        .tolist()
+        for order in ORDERS
+    ]
     assert hit[0] != hit[1] != hit[2]
 
 
 def test_an_encoder_decoders_groups_are_of_the_tokens_a_router_sees(tmp_path: Path):
     made = simulate_capacity(encoder_decoder(tmp_path / "t"), capacity_factors=[1.0])
-    # the encoder's router sends its 6 tokens to expert 0, which takes 3; the decoder's its 4 tokens to 0 and 1 in turn
+    # the encoder's router sends its 6 tokens to expert 0, which takes 3; the decoder's its 4 tokens
+    # to 0 and 1 in turn
     rows = made.tables["capacity"].set_index("router")
     assert rows["decisions"].tolist() == [6, 4]
     assert rows["dropped"].tolist() == [3, 0]
@@ -163,7 +250,10 @@ def test_an_encoder_decoders_groups_are_of_the_tokens_a_router_sees(tmp_path: Pa
 
 
 def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
-    with pytest.raises(MoeInspectError, match="holds counts only, no order of tokens, which simulate capacity needs"):
+    with pytest.raises(
+        MoeInspectError,
+        match="holds counts only, no order of tokens, which simulate capacity needs",
+    ):
         simulate_capacity(write_counts(tmp_path / "counts", [np.full((1, 4), 10)], 2))
     trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 50, 4, 2)], 4)
     with pytest.raises(MoeInspectError, match="holds no gate weights"):
@@ -174,15 +264,43 @@ def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
 
 def test_the_command(cli: Cli, tmp_path: Path):
     trace = ROOT / "sample_traces/collapsed"
-    done = cli("simulate", "capacity", trace, "--capacity-factor", "1,1.5", "--group-tokens", "sequence", "--plots", tmp_path)
+    done = cli(
+        "simulate",
+        "capacity",
+        trace,
+        "--capacity-factor",
+        "1,1.5",
+        "--group-tokens",
+        "sequence",
+        "--plots",
+        tmp_path,
+    )
     assert "Simulated: at capacity factor 1.5, in groups of a sequence" in done.stdout
     assert (tmp_path / "capacity.png").stat().st_size > 10_000
-    cli("simulate", "capacity", trace, "--html", tmp_path / "page.html", "--table", "capacity", "--format", "csv")
+    cli(
+        "simulate",
+        "capacity",
+        trace,
+        "--html",
+        tmp_path / "page.html",
+        "--table",
+        "capacity",
+        "--format",
+        "csv",
+    )
     page = (tmp_path / "page.html").read_text()
     assert "<title>moe-inspect simulate capacity" in page
     assert "Simulated: at capacity factor 1.25" in page
     assert "image/svg+xml" in page
     assert "capacity_by_position" in page
-    table = cli("simulate", "capacity", trace, "--table", "capacity_by_position", "--format", "csv").stdout
-    assert table.splitlines()[0] == "layer,router,capacity_factor,position_in,tenth,assignments,dropped,drop_rate"
-    assert "is no whole number, batch or sequence" in cli("simulate", "capacity", trace, "--group-tokens", "x", check=2).stderr
+    table = cli(
+        "simulate", "capacity", trace, "--table", "capacity_by_position", "--format", "csv"
+    ).stdout
+    assert (
+        table.splitlines()[0]
+        == "layer,router,capacity_factor,position_in,tenth,assignments,dropped,drop_rate"
+    )
+    assert (
+        "is no whole number, batch or sequence"
+        in cli("simulate", "capacity", trace, "--group-tokens", "x", check=2).stderr
+    )

@@ -28,7 +28,10 @@ def run(*arguments: object, exit_code: int = 0) -> Result:
 
 
 COLUMNS = {
-    ("placement", "placement"): "layer,router,policy,max_over_mean,balancedness,slowdown,ranks_per_token,nodes_per_token",
+    (
+        "placement",
+        "placement",
+    ): "layer,router,policy,max_over_mean,balancedness,slowdown,ranks_per_token,nodes_per_token",
     ("placement", "policies"): "policy,balancedness_sglang,balancedness_vllm,slowdown",
     ("placement", "windows"): "window,first_token,tokens,part,layer,router,policy,max_over_mean",
     ("placement", "plan"): "layer,router,policy,slot,gpu,node,expert,replicas",
@@ -51,7 +54,17 @@ def test_every_table_in_every_format(command: str, table: str, tmp_path: Path) -
 
 def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
     options = ("--gpus", 4, "--physical-experts", 12, "--policy", "contiguous,eplb,ours")
-    done = run("placement", TRACE, *options, "-o", tmp_path / "plan.json", "--plots", tmp_path, "--html", tmp_path / "page.html")
+    done = run(
+        "placement",
+        TRACE,
+        *options,
+        "-o",
+        tmp_path / "plan.json",
+        "--plots",
+        tmp_path,
+        "--html",
+        tmp_path / "page.html",
+    )
     assert "by vLLM's convention" in done.stdout
     assert "ours, 4 MoE layers of 12 slots on 4 GPUs" in done.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
@@ -61,16 +74,41 @@ def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
     assert "<title>moe-inspect simulate placement" in page
     assert "counts only" not in page  # a setting that does not apply
     run("placement", TRACE, *options, "-o", tmp_path / "plan.yaml")
-    assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["initial_global_assignments"] == dict(enumerate(plan))
-    done = run("placement", TRACE, *options, "--dispatch", "lp", "--plan-for", "vllm-ascend", "-o", tmp_path / "map.json")
+    assert yaml.safe_load((tmp_path / "plan.yaml").read_text())[
+        "initial_global_assignments"
+    ] == dict(enumerate(plan))
+    done = run(
+        "placement",
+        TRACE,
+        *options,
+        "--dispatch",
+        "lp",
+        "--plan-for",
+        "vllm-ascend",
+        "-o",
+        tmp_path / "map.json",
+    )
     assert "for vllm-ascend" in done.stderr
     assert "linear program" in done.stdout
     first = json.loads((tmp_path / "map.json").read_text())["layer_list"][0]["device_list"]
-    assert [device["device_expert"] for device in first] == [plan[0][start : start + 3] for start in (0, 3, 6, 9)]
+    assert [device["device_expert"] for device in first] == [
+        plan[0][start : start + 3] for start in (0, 3, 6, 9)
+    ]
 
 
 def test_decode_draws_and_writes_a_page(tmp_path: Path) -> None:
-    done = run("decode", TRACE, "--batch", "1,8", "--expert-mb", 10, "--plots", tmp_path, "--html", tmp_path / "page.html")
+    done = run(
+        "decode",
+        TRACE,
+        "--batch",
+        "1,8",
+        "--expert-mb",
+        10,
+        "--plots",
+        tmp_path,
+        "--html",
+        tmp_path / "page.html",
+    )
     assert "1 sequence reads 2.0 experts a layer and step" in done.stdout
     assert (tmp_path / "decode.png").stat().st_size > 10_000
     assert "<title>moe-inspect simulate decode" in (tmp_path / "page.html").read_text()
@@ -89,7 +127,9 @@ def test_decode_draws_and_writes_a_page(tmp_path: Path) -> None:
         (("decode", TRACE, "--phase", "later"), "'later' is not"),
     ],
 )
-def test_bad_usage_exits_2_and_names_what_is_wrong(arguments: tuple[object, ...], said: str) -> None:
+def test_bad_usage_exits_2_and_names_what_is_wrong(
+    arguments: tuple[object, ...], said: str
+) -> None:
     done = run(*arguments, exit_code=2)
     assert said in " ".join(done.stderr.replace("│", " ").split())
 
@@ -98,10 +138,19 @@ def test_what_can_be_mended_exits_1_in_a_line(cli, tmp_path: Path) -> None:
     counts = write_counts(tmp_path / "counts", [np.full((1, 8), 200)], 2).path
     for arguments, line in (
         (("placement", TRACE, "--gpus", 3), "8 physical experts on 3 GPUs"),
-        (("placement", TRACE, "--physical-experts", 4 * 10**10), "40,000,000,000 physical experts: give 1,048,576 at most"),
-        (("placement", TRACE, "--fit-share", 0), "fit share 0.0: give a share of the trace above 0 and at most 1"),
+        (
+            ("placement", TRACE, "--physical-experts", 4 * 10**10),
+            "40,000,000,000 physical experts: give 1,048,576 at most",
+        ),
+        (
+            ("placement", TRACE, "--fit-share", 0),
+            "fit share 0.0: give a share of the trace above 0 and at most 1",
+        ),
         (("placement", TRACE, "--fit-share", 0.99999), "what --fit-share leaves"),
-        (("placement", counts, "--minimize", "ranks"), "no tokens to tell fewer ranks by: trace without --counts-only"),
+        (
+            ("placement", counts, "--minimize", "ranks"),
+            "no tokens to tell fewer ranks by: trace without --counts-only",
+        ),
         (("placement", counts, "--window", 10), "no tokens to tell windows by"),
         (("decode", TRACE, "--flops-per-byte", 0), "0.0 FLOP a byte: give finite numbers above 0"),
         (("decode", TRACE, "--expert-mb", 0), "expert size 0.0 MB"),
@@ -114,8 +163,11 @@ def test_what_can_be_mended_exits_1_in_a_line(cli, tmp_path: Path) -> None:
 
 
 def test_an_encoder_decoders_routers_are_placed_by_their_own_tokens(tmp_path: Path) -> None:
-    """The encoder sends all to expert 0, the decoder in turn to 0 and 1; two GPUs, an expert each, all of it judged."""
-    made = simulate_placement(encoder_decoder(tmp_path / "t"), gpus=2, policies=["contiguous"], fit_share=1.0)
+    """The encoder sends all to expert 0, the decoder in turn to 0 and 1; two GPUs, an expert each,
+    all of it judged."""
+    made = simulate_placement(
+        encoder_decoder(tmp_path / "t"), gpus=2, policies=["contiguous"], fit_share=1.0
+    )
     rows = made.tables["placement"].set_index("router")
     assert rows["max_over_mean"].to_dict() == {0: 2.0, 1: 1.0}
     assert rows["ranks_per_token"].to_dict() == {0: 1.0, 1: 1.0}
@@ -123,7 +175,11 @@ def test_an_encoder_decoders_routers_are_placed_by_their_own_tokens(tmp_path: Pa
 
 
 def test_an_encoder_decoders_steps_are_of_the_tokens_a_router_sees(tmp_path: Path) -> None:
-    table = simulate_decode(encoder_decoder(tmp_path / "t"), batches=[1]).tables["decode"].set_index("router")
+    table = (
+        simulate_decode(encoder_decoder(tmp_path / "t"), batches=[1])
+        .tables["decode"]
+        .set_index("router")
+    )
     assert table["steps"].to_dict() == {0: 6, 1: 4}
     assert table["from_marginals"].to_dict() == {0: 1.0, 1: 1.0}
 
@@ -134,13 +190,19 @@ def test_two_routers_a_layer_keep_apart_and_no_plan_file_holds_both(tmp_path: Pa
     table = simulate_placement(trace, gpus=2, policies=["contiguous"]).tables["plan"]
     assert table.groupby("router")["expert"].apply(list).to_dict() == {0: [0, 1], 1: [0, 1]}
     assert simulate_decode(trace, batches=[1]).tables["decode"]["router"].tolist() == [0, 1]
-    assert "one router a layer" in str(run("placement", trace.path, "--gpus", 2, "-o", tmp_path / "p.json", exit_code=1).exception)
+    assert "one router a layer" in str(
+        run("placement", trace.path, "--gpus", 2, "-o", tmp_path / "p.json", exit_code=1).exception
+    )
 
 
 def test_slots_that_route_nowhere_load_no_gpu_and_read_no_expert(tmp_path: Path) -> None:
     ids = np.tile(np.array([[0, 65535], [65535, 65535]], np.uint16), (50, 1))
     trace = write_trace(tmp_path / "t", [ids], 2)
-    row = simulate_placement(trace, gpus=2, policies=["contiguous"], fit_share=1.0).tables["placement"].iloc[0]
+    row = (
+        simulate_placement(trace, gpus=2, policies=["contiguous"], fit_share=1.0)
+        .tables["placement"]
+        .iloc[0]
+    )
     assert (row["max_load"], row["ranks_per_token"]) == (50, 0.5)
     assert simulate_decode(trace, batches=[1]).tables["decode"]["distinct_experts"].item() == 0.5
 
@@ -156,9 +218,14 @@ def test_256_experts_and_one_gpu(tmp_path: Path) -> None:
 
 
 def test_counts_alone_write_a_plan(tmp_path: Path) -> None:
-    trace = write_counts(tmp_path / "t", [np.array([[40, 30, 20, 10]]), np.array([[10, 10, 10, 70]])], 2)
+    trace = write_counts(
+        tmp_path / "t", [np.array([[40, 30, 20, 10]]), np.array([[10, 10, 10, 70]])], 2
+    )
     run("placement", trace.path, "--gpus", 2, "--physical-experts", 6, "-o", tmp_path / "plan.json")
-    assert [len(row) for row in json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]] == [6, 6]
+    assert [
+        len(row)
+        for row in json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
+    ] == [6, 6]
     assert "holds counts only" in str(run("decode", trace.path, exit_code=1).exception)
 
 

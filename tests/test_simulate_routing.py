@@ -1,4 +1,5 @@
-"""Routing algorithms on logits: each against what defines it, and against what it says of itself."""
+"""Routing algorithms on logits: each against what defines it, and against what it says of
+itself."""
 
 from __future__ import annotations
 
@@ -14,7 +15,16 @@ from moe_inspect import Trace, open_trace
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels
 from moe_inspect.simulate.routing import simulate_routing
-from moe_inspect.simulate.routing_algorithms import ALGORITHMS, BIAS_RATE, BIAS_TOKENS, Algorithm, Batch, batch_of, largest, serve_in_turn
+from moe_inspect.simulate.routing_algorithms import (
+    ALGORITHMS,
+    BIAS_RATE,
+    BIAS_TOKENS,
+    Algorithm,
+    Batch,
+    batch_of,
+    largest,
+    serve_in_turn,
+)
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.conftest import ROOT, Cli
@@ -46,7 +56,8 @@ def test_what_leaks_the_future_says_so_and_nothing_else_does(of: Algorithm):
         later_TE = logits_TE.copy()
         later_TE[100:] = skewed(seed + 50)[100:, ::-1]
         first, second = (
-            of.choose(batch(x), VALUES[of.setting], {k: v.copy() for k, v in memory.items()})[:100] for x in (logits_TE, later_TE)
+            of.choose(batch(x), VALUES[of.setting], {k: v.copy() for k, v in memory.items()})[:100]
+            for x in (logits_TE, later_TE)
         )
         moved += int((first != second).sum())
     assert bool(moved) == bool(of.leaks)
@@ -66,7 +77,10 @@ def test_experts_a_token_and_types(of: Algorithm):
 
 
 def test_largest_takes_the_lowest_id_of_equals():
-    assert largest(np.array([[1, 2, 2, 2], [0, 0, 0, 0]]), 2).tolist() == [[False, True, True, False], [True, True, False, False]]
+    assert largest(np.array([[1, 2, 2, 2], [0, 0, 0, 0]]), 2).tolist() == [
+        [False, True, True, False],
+        [True, True, False, False],
+    ]
 
 
 def test_top_p_by_hand():
@@ -76,7 +90,13 @@ def test_top_p_by_hand():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**32))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.integers(0, 2**32),
+)
 def test_next_best_equals_a_naive_queue(T: int, E: int, k: int, room: int, seed: int):
     order_TE = np.argsort(np.random.default_rng(seed).random((T, E)), axis=1)
     taken = dict.fromkeys(range(E), 0)
@@ -99,7 +119,10 @@ def test_expert_choice_gives_every_expert_the_same():
 
 def test_sinkhorn_evens_out_what_top_k_does_not():
     logits_TE = skewed(T=4000)
-    vio = {name: (lambda c: c.max() / c.mean() - 1)(choose(ALGORITHMS[name], batch(logits_TE)).sum(0)) for name in ("top-k", "sinkhorn")}
+    vio = {
+        name: (lambda c: c.max() / c.mean() - 1)(choose(ALGORITHMS[name], batch(logits_TE)).sum(0))
+        for name in ("top-k", "sinkhorn")
+    }
     assert vio["sinkhorn"] < 0.1 < 0.5 < vio["top-k"]
 
 
@@ -117,7 +140,9 @@ def test_a_bias_moves_by_the_sign_of_the_load_error_after_as_many_tokens_as_a_st
 def test_a_bias_is_judged_on_documents_that_it_has_not_seen(tmp_path: Path):
     rng, document = np.random.default_rng(0), np.arange(8_000) // 50
     skew = np.linspace(2, 0, 8)
-    turned = np.where(document[:, None] % 2 == 0, skew, skew[::-1])  # what evens out the one half makes the other worse
+    turned = np.where(
+        document[:, None] % 2 == 0, skew, skew[::-1]
+    )  # what evens out the one half makes the other worse
 
     def vio(name: str, lean: np.ndarray, document: np.ndarray) -> tuple[float, int]:
         trace = with_logits(tmp_path / name, rng.normal(size=(8_000, 8)) + lean, 2, document)
@@ -133,32 +158,66 @@ def with_logits(root: Path, logits_TE: np.ndarray, k: int, document: np.ndarray)
     logits_TE, zeros = logits_TE.astype(np.float16), np.zeros(len(document), np.int32)
     ids = np.argsort(-logits_TE, axis=1, kind="stable")[:, :k].astype(np.uint8)
     routers = [Router(0, "gate", "l.0", logits_TE.shape[1], k)]
-    with TraceWriter(root, {"model": {}, "capture": {"weights": False}}, routers, weights=False, logits=True) as writer:
+    with TraceWriter(
+        root, {"model": {}, "capture": {"weights": False}}, routers, weights=False, logits=True
+    ) as writer:
         document, order = document.astype(np.int32), np.arange(len(document), dtype=np.int32)
-        listed = [Document(int(d), "text", "synthetic", int(n)) for d, n in zip(*np.unique(document, return_counts=True), strict=True)]
-        writer.write(RoutedBatch(0, zeros, document, document, order, zeros, ["text"], [ids], None, [logits_TE], listed))
+        listed = [
+            Document(int(d), "text", "synthetic", int(n))
+            for d, n in zip(*np.unique(document, return_counts=True), strict=True)
+        ]
+        writer.write(
+            RoutedBatch(
+                0,
+                zeros,
+                document,
+                document,
+                order,
+                zeros,
+                ["text"],
+                [ids],
+                None,
+                [logits_TE],
+                listed,
+            )
+        )
     return open_trace(root)
 
 
 def test_more_compute_is_no_better_balance(tmp_path: Path):
     rng = np.random.default_rng(0)
-    trace = with_logits(tmp_path / "t", rng.normal(size=(2_000, 8)) + np.linspace(1, 0, 8), 4, np.arange(2_000) // 50)
+    trace = with_logits(
+        tmp_path / "t",
+        rng.normal(size=(2_000, 8)) + np.linspace(1, 0, 8),
+        4,
+        np.arange(2_000) // 50,
+    )
     made = simulate_routing(trace, capacity_factor=[0.5])
     advice = made.tables["routing_algorithms"].set_index("algorithm")
     assert advice.loc["top-k 8", ["max_vio_worst", "experts_per_token"]].tolist() == [0, 8]
     assert advice.loc["top-k 8", "use_when"].endswith("; computes 2x as many experts a token")
-    assert advice.loc["next best 0.5", "use_when"].endswith("; computes 0.5x as many experts a token")
+    assert advice.loc["next best 0.5", "use_when"].endswith(
+        "; computes 0.5x as many experts a token"
+    )
     assert advice.loc["top-k 4", "use_when"] == ALGORITHMS["top-k"].use_when
     assert any("loss-free bias keeps most among the ones that balance" in s for s in made.verdict)
 
 
 def test_a_loss_free_bias_evens_the_collapsed_layer_and_keeps_four_fifths_of_the_mass():
-    table = simulate_routing(ROOT / "sample_traces/collapsed", layers=3).tables["routing"].set_index("algorithm")
+    table = (
+        simulate_routing(ROOT / "sample_traces/collapsed", layers=3)
+        .tables["routing"]
+        .set_index("algorithm")
+    )
     assert table.loc["as recorded", "max_vio"] > 1.8
     assert table.loc["loss-free bias", "max_vio"] < 0.2
     assert table.loc["loss-free bias", "mass_retained"] >= 0.8
-    assert table.loc["as recorded", ["mass_retained", "agreement"]].tolist() == pytest.approx([1, 1], abs=1e-6)
-    assert table.loc["top-k 2", "agreement"] > 0.99  # the logits are those that chose, but for ties in float16
+    assert table.loc["as recorded", ["mass_retained", "agreement"]].tolist() == pytest.approx(
+        [1, 1], abs=1e-6
+    )
+    assert (
+        table.loc["top-k 2", "agreement"] > 0.99
+    )  # the logits are those that chose, but for ties in float16
     assert table.loc["random", "agreement"] == pytest.approx(2 / 8, abs=0.02)
     assert table.loc["random", "mass_retained"] < 0.5
 
@@ -175,17 +234,23 @@ def test_scoring_is_the_routers_own():
 
 
 def test_an_encoder_decoders_routers_see_their_own_tokens(tmp_path: Path):
-    table = simulate_routing(encoder_decoder(tmp_path / "t"), algorithms=["as recorded", "top-k"], top_k=[1]).tables["routing"]
+    table = simulate_routing(
+        encoder_decoder(tmp_path / "t"), algorithms=["as recorded", "top-k"], top_k=[1]
+    ).tables["routing"]
     assert table["tokens"].tolist() == [6, 6, 4, 4]
     assert table["agreement"].tolist() == [1.0] * 4
     assert table["max_vio"].tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
-    with pytest.raises(MoeInspectError, match="holds counts only, no order of tokens, which simulate routing needs"):
+    with pytest.raises(
+        MoeInspectError, match="holds counts only, no order of tokens, which simulate routing needs"
+    ):
         simulate_routing(write_counts(tmp_path / "counts", [np.full((1, 4), 10)], 2))
     trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 50, 4, 2)], 4)
-    with pytest.raises(MoeInspectError, match="has no logits, which simulate routing needs: trace with --logits"):
+    with pytest.raises(
+        MoeInspectError, match="has no logits, which simulate routing needs: trace with --logits"
+    ):
         simulate_routing(trace)
     with pytest.raises(MoeInspectError, match="no algorithm best: there are as recorded"):
         simulate_routing(ROOT / "sample_traces/balanced", algorithms=["best"])
@@ -196,6 +261,10 @@ def test_the_command(cli: Cli, tmp_path: Path):
     done = cli("simulate", "routing", trace, "--layers", 3, "--top-k", "1,2", "--plots", tmp_path)
     assert "Simulated: a loss-free bias would bring layer 3 to max_vio" in done.stdout
     assert (tmp_path / "routing.png").stat().st_size > 10_000
-    lines = cli("simulate", "routing", trace, "--algorithm", "top-k,random", "--format", "csv").stdout.splitlines()
-    assert lines[0].startswith("layer,router,algorithm,experts_per_token,max_vio,max_vio_batch,mass,mass_retained,agreement")
+    lines = cli(
+        "simulate", "routing", trace, "--algorithm", "top-k,random", "--format", "csv"
+    ).stdout.splitlines()
+    assert lines[0].startswith(
+        "layer,router,algorithm,experts_per_token,max_vio,max_vio_batch,mass,mass_retained,agreement"
+    )
     assert len(lines) == 1 + 4 * 4

@@ -1,4 +1,5 @@
-"""What the simulations say of their tables, just under and just over each threshold: on tables by hand."""
+"""What the simulations say of their tables, just under and just over each threshold: on tables by
+hand."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ from moe_inspect.simulate import capacity_text as capacity_said
 LABELS = {0: "0", 1: "1/1", 2: "1/2"}
 
 
-def routed(*advice: tuple[str, float, float, float], recorded: float = 1.0, bias: float | None = None, held_out: bool = True) -> str:
+def routed(
+    *advice: tuple[str, float, float, float],
+    recorded: float = 1.0,
+    bias: float | None = None,
+    held_out: bool = True,
+) -> str:
     """advice: (algorithm, experts per token, worst max_vio, least mass kept) of others."""
     rows: list[dict[str, Any]] = [{"router": 1, "algorithm": "as recorded", "max_vio": recorded}]
     rows.append({"router": 0, "algorithm": "as recorded", "max_vio": 0.5})
@@ -22,18 +28,37 @@ def routed(*advice: tuple[str, float, float, float], recorded: float = 1.0, bias
         rows.append({"router": 1, "algorithm": "loss-free bias", "max_vio": bias, **of})
     names = ["algorithm", "experts_per_token", "max_vio_worst", "mass_retained_least"]
     told = pd.DataFrame(advice or [("top-k 2", 2, 1.0, 1.0)], columns=names)
-    told["leaks_future"] = ["yes" if name == "expert choice" else "no" for name in told["algorithm"]]
-    settings = {"uneven": 0.2, "experts_per_token": 2.0, "bias_held_out": held_out, "scoring": ["softmax"]}
-    return " ".join(routing._verdict({"routing": pd.DataFrame(rows), "routing_algorithms": told}, settings, LABELS))
+    told["leaks_future"] = [
+        "yes" if name == "expert choice" else "no" for name in told["algorithm"]
+    ]
+    settings = {
+        "uneven": 0.2,
+        "experts_per_token": 2.0,
+        "bias_held_out": held_out,
+        "scoring": ["softmax"],
+    }
+    return " ".join(
+        routing._verdict(
+            {"routing": pd.DataFrame(rows), "routing_algorithms": told}, settings, LABELS
+        )
+    )
 
 
 ROUTING = {
-    "as recorded": (routed(), "As recorded, layer 1/1 is the least balanced: max_vio 1.00 over all tokens."),
-    "a bias helps": (routed(bias=0.999), "a loss-free bias would bring layer 1/1 to max_vio 1.00 (0.30 by batch), keeping 80%"),
-    "a bias does not": (routed(bias=1.0), "a loss-free bias would not even out layer 1/1: max_vio 1.00"),
-    "judged held out": (routed(bias=0.5), "on the half of the documents that the bias had not seen."),
-    "balanced": (routed(("hashed", 2, 0.1999, 0.5)), "hashed keeps most among the ones that balance every layer (max_vio below 0.2): at least 50%"),
-    "not balanced": (routed(("hashed", 2, 0.2, 0.5)), "none that computes as much and need not see the future balances every layer"),
+    "as recorded": (routed(), ("As recorded, layer 1/1 is the least "
+        "balanced: max_vio 1.00 over all tokens.")),
+    "a bias helps": (routed(bias=0.999), ("a loss-free bias would bring layer 1/1 to "
+        "max_vio 1.00 (0.30 by batch), keeping 80%")),
+    "a bias does not": (routed(bias=1.0), ("a loss-free bias would not "
+        "even out layer 1/1: max_vio 1.00")),
+    "judged held out": (routed(bias=0.5), ("on the half of the documents "
+        "that the bias had not seen.")),
+    "balanced": (routed(("hashed", 2, 0.1999, 0.5)), ("hashed keeps most among "
+        "the ones that balance "
+        "every layer (max_vio below 0.2): at least "
+        "50%")),
+    "not balanced": (routed(("hashed", 2, 0.2, 0.5)), ("none that computes as much and need "
+        "not see the future balances every layer")),
     "computes as much": (routed(("x", 2.0099, 0.1, 0.5)), "x keeps most"),
     "computes more": (routed(("x", 2.0101, 0.1, 0.9)), "none that computes as much"),
     "computes less": (routed(("x", 1.9899, 0.1, 0.9)), "none that computes as much"),
@@ -51,7 +76,12 @@ def test_routing(case: str):
 
 
 @pytest.mark.parametrize(
-    ("times", "says"), [(1.005, ""), (1.0051, "; computes 1.01x as many experts a token"), (0.5, "; computes 0.5x as many")]
+    ("times", "says"),
+    [
+        (1.005, ""),
+        (1.0051, "; computes 1.01x as many experts a token"),
+        (0.5, "; computes 0.5x as many"),
+    ],
 )
 def test_compute(times: float, says: str):
     assert routing._compute(times).startswith(says)
@@ -77,35 +107,79 @@ def test_a_hot_set_of_nearly_all(even: float, asks: bool):
 
 
 def test_capacity_names_the_worst_router():
-    main = pd.DataFrame({"router": [0, 2], "capacity_factor": 1.0, "drop_rate": [0.1, 0.101], "tokens_hit": 0.2, "tokens_lost": 0.05})
+    main = pd.DataFrame(
+        {
+            "router": [0, 2],
+            "capacity_factor": 1.0,
+            "drop_rate": [0.1, 0.101],
+            "tokens_hit": 0.2,
+            "tokens_lost": 0.05,
+        }
+    )
     across = pd.DataFrame({"capacity_factor": [1.0], "hit_anywhere": 0.3, "lost_anywhere": 0.07})
-    needed = pd.DataFrame({"router": [0, 1], "capacity_factor": [1.5, 1.51], "unused_capacity": 0.33})
-    tenths = [(r, place, t) for r in (0, 2) for place in ("document", "group") for t in range(1, 11)]
+    needed = pd.DataFrame(
+        {"router": [0, 1], "capacity_factor": [1.5, 1.51], "unused_capacity": 0.33}
+    )
+    tenths = [
+        (r, place, t) for r in (0, 2) for place in ("document", "group") for t in range(1, 11)
+    ]
     ends = pd.DataFrame(tenths, columns=["router", "position_in", "tenth"])
     ends["capacity_factor"], ends["drop_rate"] = 1.0, ends["tenth"] / 100 * (ends["router"] == 2)
-    tables = {"capacity": main, "capacity_tokens": across, "capacity_needed": needed, "capacity_by_position": ends}
+    tables = {
+        "capacity": main,
+        "capacity_tokens": across,
+        "capacity_needed": needed,
+        "capacity_by_position": ends,
+    }
     settings = {"capacity_factors": [1.0], "group_tokens": "batch", "target_drop": 0.01}
     said = capacity_said.verdict(tables, settings, LABELS)
-    assert "layer 1/2 would drop most: 10.1% of its assignments; 20.0% of its tokens would lose a choice and 5.0% all" in said[0]
-    assert "30.0% of tokens would lose a choice somewhere, and 7.0% every choice of some layer" in said[1]
-    assert "at most 1% of every layer's assignments takes a factor of 1.51 (layer 1/1), which leaves 33%" in said[2]
+    assert (
+        "layer 1/2 would drop most: 10.1% of its assignments; 20.0% of its tokens would lose a "
+        "choice and 5.0% all"
+    ) in said[0]
+    assert (
+        "30.0% of tokens would lose a choice somewhere, and 7.0% every choice of some layer"
+        in said[1]
+    )
+    assert (
+        "at most 1% of every layer's assignments takes a factor of 1.51 (layer 1/1), which "
+        "leaves 33%"
+    ) in said[2]
     assert said[3:] == [
-        f"Simulated, layer 1/2, drops by place in the {p}: first tenth 1.0%, last tenth 10.0%." for p in ("document", "group")
+        f"Simulated, layer 1/2, drops by place in the {p}: first tenth 1.0%, last tenth 10.0%."
+        for p in ("document", "group")
     ]
     assert len(capacity_said.verdict(tables, settings | {"group_tokens": "sequence"}, LABELS)) == 4
     nothing = {**tables, "capacity": main.assign(drop_rate=float("nan"))}
-    assert capacity_said.verdict(nothing, settings, LABELS) == ["Simulated: no router made an assignment, so nothing could be dropped."]
+    assert capacity_said.verdict(nothing, settings, LABELS) == [
+        "Simulated: no router made an assignment, so nothing could be dropped."
+    ]
 
 
 def test_decode_says_what_it_has_steps_of():
-    rows = {"batch": [1, 8, 32], "steps": [9, 9, 0], "distinct_experts": [2.0, 7.0, None], "independent": [2.0, 7.5, 8.0]}
+    rows = {
+        "batch": [1, 8, 32],
+        "steps": [9, 9, 0],
+        "distinct_experts": [2.0, 7.0, None],
+        "independent": [2.0, 7.5, 8.0],
+    }
     table = pd.DataFrame({**rows, "share_of_experts": [0.25, 0.875, None], "bytes_per_token": None})
-    needed = pd.DataFrame({"reads_all_from": [24.0, 20.0], "compute_bound_from": [None, None]}, dtype=float)
+    needed = pd.DataFrame(
+        {"reads_all_from": [24.0, 20.0], "compute_bound_from": [None, None]}, dtype=float
+    )
     settings = {"decoded": True, "weight_bits": 16, "flops_per_byte": 300}
     said = decode._verdict({"decode": table, "batch_needed": needed}, settings)
-    assert said[0] == "1 sequence reads 2.0 experts a layer and step (25% of them; by lot it would be 2.0)."
+    assert (
+        said[0]
+        == "1 sequence reads 2.0 experts a layer and step (25% of them; by lot it would be 2.0)."
+    )
     assert said[2] == "No step of 32: the trace holds too few sequences at any position."
-    assert said[3].startswith("From 24 sequences on a step reads 95% of the experts that are used at all, in every layer")
+    assert said[3].startswith(
+        "From 24 sequences on a step reads 95% of the experts that are used at all, in every layer"
+    )
     assert len(said) == 5
-    bound = decode._verdict({"decode": table, "batch_needed": needed.assign(compute_bound_from=[100.0, 300.0])}, settings)
+    bound = decode._verdict(
+        {"decode": table, "batch_needed": needed.assign(compute_bound_from=[100.0, 300.0])},
+        settings,
+    )
     assert bound[4].startswith("Beyond about 200 sequences a larger batch stops helping")

@@ -1,4 +1,5 @@
-"""Slot 0 holds the first choice wherever anything says which expert that is; elsewhere what needs a first choice is null."""
+"""Slot 0 holds the first choice wherever anything says which expert that is; elsewhere what needs a
+first choice is null."""
 
 from __future__ import annotations
 
@@ -44,25 +45,55 @@ def drawn(seed: int = 0, null: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def by_hand(ids_TK: np.ndarray, key_TK: np.ndarray) -> np.ndarray:
-    """float [T, K]: each decision's experts from the largest key to the smallest, NaN for those that routed nowhere, last."""
+    """float [T, K]: each decision's experts from the largest key to the smallest, NaN for those
+    that routed nowhere, last."""
     rows = []
     for ids, keys in zip(ids_TK.tolist(), key_TK.tolist(), strict=True):
         there = [(e, key) for e, key in zip(ids, keys, strict=True) if e != NOWHERE]
-        rows.append([e for e, _ in sorted(there, key=lambda pair: -pair[1])] + [np.nan] * (K - len(there)))
+        rows.append(
+            [e for e, _ in sorted(there, key=lambda pair: -pair[1])] + [np.nan] * (K - len(there))
+        )
     return np.array(rows, float)
 
 
-def written(root: Path, ids: np.ndarray, key: Any = None, keep: str | None = "weights", known: str = "", **options: Any) -> Trace:
-    """Two batches in two shards, of one router, with weights (or what `keep` names; None: weights that the trace does not keep)."""
+def written(
+    root: Path,
+    ids: np.ndarray,
+    key: Any = None,
+    keep: str | None = "weights",
+    known: str = "",
+    **options: Any,
+) -> Trace:
+    """Two batches in two shards, of one router, with weights (or what `keep` names; None: weights
+    that the trace does not keep)."""
     options |= {"weights": keep == "weights", "logits": keep == "logits"}
     weights, logits = (None, key) if keep == "logits" else (key, None)
     manifest = {"model": {"id": "made"}, "capture": {"mode": "tap"}}
-    with TraceWriter(root, manifest, [Router(3, "gate", "layers.3", E, K, slot_order=known)], shard_tokens=400, **options) as writer:
+    with TraceWriter(
+        root,
+        manifest,
+        [Router(3, "gate", "layers.3", E, K, slot_order=known)],
+        shard_tokens=400,
+        **options,
+    ) as writer:
         for b, part in enumerate((slice(300), slice(300, T))):
             row = np.arange(300, dtype=np.int32)
             given = [None if values is None else [values[part]] for values in (weights, logits)]
             document = [Document(b, "text", "made", 300)]
-            writer.write(RoutedBatch(b, row % 20, row * 0 + b, row * 0 + b, row, row * 0, ["text"], [ids[part]], *given, document))
+            writer.write(
+                RoutedBatch(
+                    b,
+                    row % 20,
+                    row * 0 + b,
+                    row * 0 + b,
+                    row,
+                    row * 0,
+                    ["text"],
+                    [ids[part]],
+                    *given,
+                    document,
+                )
+            )
     return open_trace(root)
 
 
@@ -76,7 +107,11 @@ def test_slots_are_written_in_descending_weight(kind: str, null: float, tmp_path
     ids, weights, logits = drawn(null=null)
     key = weights
     if kind == "bfloat16":
-        trace = written(tmp_path / "t", ids, (weights.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+        trace = written(
+            tmp_path / "t",
+            ids,
+            (weights.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16),
+        )
     elif kind == "weights not kept":
         trace = written(tmp_path / "t", ids, weights, keep=None, known="weight")
     elif kind == "logits":
@@ -86,12 +121,22 @@ def test_slots_are_written_in_descending_weight(kind: str, null: float, tmp_path
         trace = written(tmp_path / "t", ids, weights)
     assert trace.manifest["routers"][0]["slot_order"] == "weight"
     assert np.array_equal(experts_of(trace), by_hand(ids, key), equal_nan=True)
-    assert not np.array_equal(experts_of(trace), np.where(ids == NOWHERE, np.nan, ids), equal_nan=True)
+    assert not np.array_equal(
+        experts_of(trace), np.where(ids == NOWHERE, np.nan, ids), equal_nan=True
+    )
     if trace.has_weights:
         for at in (0, 299, 300, T - 1):
             row = trace.routing().iloc[at]  # every expert keeps its own weight
-            pairs = {(row[f"expert_{j}"], row[f"weight_{j}"]) for j in range(K) if row[f"expert_{j}"] == row[f"expert_{j}"]}
-            assert pairs == {(float(e), float(w)) for e, w in zip(ids[at], weights[at], strict=True) if e != NOWHERE}
+            pairs = {
+                (row[f"expert_{j}"], row[f"weight_{j}"])
+                for j in range(K)
+                if row[f"expert_{j}"] == row[f"expert_{j}"]
+            }
+            assert pairs == {
+                (float(e), float(w))
+                for e, w in zip(ids[at], weights[at], strict=True)
+                if e != NOWHERE
+            }
     assert verify(trace.path).ok
 
 
@@ -116,7 +161,8 @@ def without_slot_order(trace: Trace) -> Trace:
 
 
 def older(root: Path, ids: np.ndarray, weights: np.ndarray) -> Trace:
-    """A trace of the format as it was: slots in the router's own order, which the manifest does not state."""
+    """A trace of the format as it was: slots in the router's own order, which the manifest does not
+    state."""
     as_it_was = ResumePoint(slot_orders={0: ""})
     return without_slot_order(written(root, ids, weights, resume=as_it_was))
 
@@ -126,7 +172,9 @@ def test_older_traces_with_weights_are_put_in_order_while_read(null: float, tmp_
     ids, weights, _ = drawn(null=null)
     old, new = older(tmp_path / "old", ids, weights), written(tmp_path / "new", ids, weights)
     raw = next(old.shards).table("routing", ["expert_0"])["expert_0"].to_numpy()
-    assert np.array_equal(raw, np.where(ids == NOWHERE, np.nan, ids)[:300, 0], equal_nan=True)  # on disk they are not
+    assert np.array_equal(
+        raw, np.where(ids == NOWHERE, np.nan, ids)[:300, 0], equal_nan=True
+    )  # on disk they are not
     assert old.routing().equals(new.routing())
     for a, b in zip(old.shards, new.shards, strict=True):
         assert np.array_equal(a.ids(0), b.ids(0))
@@ -140,7 +188,12 @@ def test_an_older_trace_goes_on_as_it_began(tmp_path: Path) -> None:
     """Resumed, its new shards are not said to be in an order that the old ones are not in."""
     ids, weights, _ = drawn()
     trace = older(tmp_path / "t", ids, weights)
-    with TraceWriter(trace.path, {"model": {"id": "made"}}, trace._listed, resume=ResumePoint(slot_orders={0: ""})):
+    with TraceWriter(
+        trace.path,
+        {"model": {"id": "made"}},
+        trace._listed,
+        resume=ResumePoint(slot_orders={0: ""}),
+    ):
         pass
     assert open_trace(trace.path).manifest["routers"][0]["slot_order"] == ""
 
@@ -149,7 +202,11 @@ FIRST = {  # table → columns that need first choices
     "load": ["first_choice"],
     "repetition": ["first_choice", "first_choice_low", "first_choice_high", "first_choice_by_load"],
     "locality": [
-        *(name + bound for name in ("first_choice_repetition", "next_accuracy") for bound in ("", "_low", "_high")),
+        *(
+            name + bound
+            for name in ("first_choice_repetition", "next_accuracy")
+            for bound in ("", "_low", "_high")
+        ),
         "next_accuracy_marginal",
         "next_accuracy_null",
     ],
@@ -165,15 +222,28 @@ def known_and_unknown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, 
     token_id = rng.integers(0, 12, 2_000)
     ids = [(token_id[:, None] + np.arange(K) * 2 + r) % E for r in range(3)]
     document = np.repeat(np.arange(40), 50)
-    options: dict[str, Any] = {"document": document, "domain_of_document": ("a", "b"), "token_id": token_id, "words": 12}
+    options: dict[str, Any] = {
+        "document": document,
+        "domain_of_document": ("a", "b"),
+        "token_id": token_id,
+        "words": 12,
+    }
     made = [
-        write_trace(tmp_path_factory.mktemp("t") / order, [i.astype(np.uint16) for i in ids], E, slot_order=order, **options)
+        write_trace(
+            tmp_path_factory.mktemp("t") / order,
+            [i.astype(np.uint16) for i in ids],
+            E,
+            slot_order=order,
+            **options,
+        )
         for order in ("weight", "unknown")
     ]
     return made[0], made[1]
 
 
-def test_without_an_order_what_needs_a_first_choice_is_null_and_nothing_else(known_and_unknown: tuple[Trace, Trace]) -> None:
+def test_without_an_order_what_needs_a_first_choice_is_null_and_nothing_else(
+    known_and_unknown: tuple[Trace, Trace],
+) -> None:
     known, unknown = (report(trace) for trace in known_and_unknown)
     for name in known.tables:
         a, b = known.tables[name], unknown.tables[name]
@@ -186,7 +256,9 @@ def test_without_an_order_what_needs_a_first_choice_is_null_and_nothing_else(kno
             assert a.drop(columns=needing).equals(b.drop(columns=needing)), name
 
 
-def test_the_verdict_is_silent_about_it_and_one_line_says_why(known_and_unknown: tuple[Trace, Trace], capsys: Any) -> None:
+def test_the_verdict_is_silent_about_it_and_one_line_says_why(
+    known_and_unknown: tuple[Trace, Trace], capsys: Any
+) -> None:
     known, unknown = (report(trace) for trace in known_and_unknown)
     assert [s for s in known.verdict() if "first choice" in s]
     assert not [s for s in unknown.verdict() if "first choice" in s]
@@ -197,17 +269,25 @@ def test_the_verdict_is_silent_about_it_and_one_line_says_why(known_and_unknown:
     assert "repetition: first choices are unknown" in report_page(unknown)
 
 
-def test_capacity_serves_first_choices_first_only_where_it_knows_them(known_and_unknown: tuple[Trace, Trace]) -> None:
+def test_capacity_serves_first_choices_first_only_where_it_knows_them(
+    known_and_unknown: tuple[Trace, Trace],
+) -> None:
     known, unknown = known_and_unknown
     assert simulate_capacity(known).settings["order"] == "arrival"
     found = simulate_capacity(unknown)
     assert found.settings["order"] == "token"
-    assert found.tables["capacity"].equals(simulate_capacity(known, order="token").tables["capacity"])
-    with pytest.raises(MoeInspectError, match="does not say which those are: order token needs none"):
+    assert found.tables["capacity"].equals(
+        simulate_capacity(known, order="token").tables["capacity"]
+    )
+    with pytest.raises(
+        MoeInspectError, match="does not say which those are: order token needs none"
+    ):
         simulate_capacity(unknown, order="arrival")
 
 
-def test_exported_counts_have_first_choices_only_where_known(known_and_unknown: tuple[Trace, Trace], tmp_path: Path) -> None:
+def test_exported_counts_have_first_choices_only_where_known(
+    known_and_unknown: tuple[Trace, Trace], tmp_path: Path
+) -> None:
     for trace, there in zip(known_and_unknown, (True, False), strict=True):
         path = export_trace(trace, "counts", tmp_path / f"{there}.csv")
         assert ("first_choice" in path.read_text().splitlines()[0]) == there
@@ -236,7 +316,9 @@ def test_counts_on_the_device_take_the_largest_weight() -> None:
     ids_TK, weights_TK, _ = drawn(3)
     ids_TK = ids_TK.astype(np.int64)
     ids_TK[rng.random((T, K)) < 0.2] = -1
-    counts = DeviceCounts([Router(0, "gate", "gate", E, K)], [torch.device("cpu")], torch.float16, weights=False)
+    counts = DeviceCounts(
+        [Router(0, "gate", "gate", E, K)], [torch.device("cpu")], torch.float16, weights=False
+    )
     real = rng.random(T) < 0.9
     zeros = np.zeros(int(real.sum()), np.int32)
     counts.feed([0], Rows(real, zeros, zeros, zeros, zeros, zeros), 1)
@@ -245,17 +327,28 @@ def test_counts_on_the_device_take_the_largest_weight() -> None:
     taken = counts.take(["text"])
     first = by_hand(np.where(ids_TK < 0, NOWHERE, ids_TK), weights_TK)[real, 0]
     assert taken.first_choice is not None
-    assert taken.first_choice[0][0].tolist() == np.bincount(first[~np.isnan(first)].astype(int), minlength=E).tolist()
+    assert (
+        taken.first_choice[0][0].tolist()
+        == np.bincount(first[~np.isnan(first)].astype(int), minlength=E).tolist()
+    )
 
 
 @pytest.mark.parametrize("capture", ["tap", "dispatch"])
-def test_a_family_that_does_not_sort_is_counted_as_it_is_traced(capture: str, tmp_path: Path) -> None:
-    """DeepSeek-V3 selects by biased scores without sorting them; the same model, counted on the device and traced."""
+def test_a_family_that_does_not_sort_is_counted_as_it_is_traced(
+    capture: str, tmp_path: Path
+) -> None:
+    """DeepSeek-V3 selects by biased scores without sorting them; the same model, counted on the
+    device and traced."""
     from tests import zoo
 
     model, inputs = zoo.build("deepseek_v3"), zoo.inputs("deepseek_v3", [9, 5, 12])
     for name, options in (("t", {}), ("counts", {"counts_only": True})):
-        with moe_inspect.record(model, tmp_path / name, capture=capture, **options), torch.no_grad():
+        with (
+            moe_inspect.record(model, tmp_path / name, capture=capture, **options),
+            torch.no_grad(),
+        ):
             model(**inputs)
-    traced, counted = (report(open_trace(tmp_path / name)).tables["load"] for name in ("t", "counts"))
+    traced, counted = (
+        report(open_trace(tmp_path / name)).tables["load"] for name in ("t", "counts")
+    )
     assert traced["first_choice"].tolist() == counted["first_choice"].tolist()

@@ -1,5 +1,5 @@
-"""Specialisation: the cases whose answer is known, chance that must not be called specialisation, and specialisation that
-must be found."""
+"""Specialisation: the cases whose answer is known, chance that must not be called specialisation,
+and specialisation that must be found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tests.synthetic import uniform_ids, write_trace
 
 def test_by_hand_on_two_domains_of_four_experts():
     assignments_DE = np.array([[2, 2, 0, 0], [0, 4, 4, 0]])
-    # shares 1/2 1/2 0 0 and 0 1/2 1/2 0: H(expert) = H(1/4, 1/2, 1/4) = 1.5 bits, H(expert | domain) = 1 bit
+    # shares 1/2 1/2 0 0 and 0 1/2 1/2 0: H(expert) = H(1/4, 1/2, 1/4) = 1.5 bits, H(expert |
+    # domain) = 1 bit
     assert sp.domain_mi_bits(assignments_DE) == pytest.approx(0.5)
     assert sp.jsd_bits(assignments_DE) == pytest.approx(0.5)
     assert sp.vocabulary_specialization(np.array([[3, 1], [0, 4]])) == pytest.approx(7 / 8)
@@ -34,9 +35,16 @@ def test_domains_on_disjoint_blocks_of_experts(n: int):
     assert sp.jsd_bits(assignments_DE) == pytest.approx(1)
 
 
-@given(arrays(np.int64, st.tuples(st.integers(2, 4), st.integers(2, 8)), elements=st.integers(1, 1_000)), st.data())
+@given(
+    arrays(
+        np.int64, st.tuples(st.integers(2, 4), st.integers(2, 8)), elements=st.integers(1, 1_000)
+    ),
+    st.data(),
+)
 @settings(max_examples=50, deadline=None)
-def test_information_has_its_bounds_and_no_favourite_expert(counts_DE: np.ndarray, data: st.DataObject):
+def test_information_has_its_bounds_and_no_favourite_expert(
+    counts_DE: np.ndarray, data: st.DataObject
+):
     order = data.draw(st.permutations(range(counts_DE.shape[1])))
     bits = sp.domain_mi_bits(counts_DE)
     assert -1e-9 <= bits <= np.log2(min(counts_DE.shape)) + 1e-9
@@ -51,7 +59,11 @@ def test_what_cannot_be_known_is_nan():
     assert np.isnan(sp.jsd_bits(one_domain))
     assert all(np.isnan(sp.domain_mi_null_bits(np.ones((9, 4), np.int64), np.zeros(9, np.int64))))
     assert np.isnan(sp.vocabulary_specialization(np.zeros((0, 4), np.int64)))
-    assert np.isnan(sp.conditional_mi_bits(np.zeros((0, 4), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)))
+    assert np.isnan(
+        sp.conditional_mi_bits(
+            np.zeros((0, 4), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        )
+    )
 
 
 def test_ways_to_part_documents_into_domains():
@@ -64,16 +76,23 @@ def test_ways_to_part_documents_into_domains():
 def test_domain_beyond_token_id_by_hand():
     token_G, domain_G = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
     # the token id decides: the domain adds nothing
-    assert sp.conditional_mi_bits(np.array([[4, 0], [4, 0], [0, 4], [0, 4]]), token_G, domain_G) == pytest.approx(0)
-    # given the token id the domain decides, in opposite ways, so that without it the domain tells nothing
+    assert sp.conditional_mi_bits(
+        np.array([[4, 0], [4, 0], [0, 4], [0, 4]]), token_G, domain_G
+    ) == pytest.approx(0)
+    # given the token id the domain decides, in opposite ways, so that without it the domain tells
+    # nothing
     crossed_GE = np.array([[4, 0], [0, 4], [0, 4], [4, 0]])
     assert sp.conditional_mi_bits(crossed_GE, token_G, domain_G) == pytest.approx(1)
-    assert sp.domain_mi_bits(np.array([crossed_GE[0] + crossed_GE[2], crossed_GE[1] + crossed_GE[3]])) == pytest.approx(0)
+    assert sp.domain_mi_bits(
+        np.array([crossed_GE[0] + crossed_GE[2], crossed_GE[1] + crossed_GE[3]])
+    ) == pytest.approx(0)
 
 
 def test_grouping_units_to_domains():
     counts_PE = np.array([[1, 0], [2, 0], [0, 3], [0, 4]])
-    counts_GE, token_G, domain_G = sp.by_group(counts_PE, np.array([0, 0, 0, 1]), np.array([1, 0, 1, 0]))
+    counts_GE, token_G, domain_G = sp.by_group(
+        counts_PE, np.array([0, 0, 0, 1]), np.array([1, 0, 1, 0])
+    )
     assert counts_GE.tolist() == [[2, 0], [1, 3], [0, 4]]
     assert token_G.tolist() == [0, 0, 1]
     assert domain_G.tolist() == [0, 1, 0]
@@ -90,19 +109,31 @@ def zipf_ids(rng: np.random.Generator) -> np.ndarray:
     return np.minimum(rng.zipf(1.3, T), 400).astype(np.int32)
 
 
-def specialization(root: Path, ids: list[np.ndarray], token_id: np.ndarray, domains: list[str] = DOMAINS) -> pd.DataFrame:
-    trace = write_trace(root, ids, E, document=DOCUMENT, domain_of_document=domains, token_id=token_id)
+def specialization(
+    root: Path, ids: list[np.ndarray], token_id: np.ndarray, domains: list[str] = DOMAINS
+) -> pd.DataFrame:
+    trace = write_trace(
+        root, ids, E, document=DOCUMENT, domain_of_document=domains, token_id=token_id
+    )
     return report(trace).tables["specialization"]
 
 
 def test_uniform_routing_is_within_every_null(tmp_path: Path):
     rng = np.random.default_rng(0)
-    table = specialization(tmp_path / "t", [uniform_ids(rng, T, E, K) for _ in range(L)], zipf_ids(rng))
+    table = specialization(
+        tmp_path / "t", [uniform_ids(rng, T, E, K) for _ in range(L)], zipf_ids(rng)
+    )
     assert (table["domain_mi_bits"] < 1.5 * table["domain_mi_null_p99_bits"]).all()
-    np.testing.assert_allclose(table["domain_mi_given_token_bits"], table["domain_mi_given_token_null_bits"], rtol=0.05)
+    np.testing.assert_allclose(
+        table["domain_mi_given_token_bits"], table["domain_mi_given_token_null_bits"], rtol=0.05
+    )
     np.testing.assert_allclose(table["token_mi_bits"], table["token_mi_null_bits"], rtol=0.25)
-    np.testing.assert_allclose(table["vocabulary_specialization"], table["vocabulary_specialization_null"], atol=0.02)
-    assert (table["domain_mi_given_token_bits"] > 0.05).all()  # without its null it would pass for an effect
+    np.testing.assert_allclose(
+        table["vocabulary_specialization"], table["vocabulary_specialization_null"], atol=0.02
+    )
+    assert (
+        table["domain_mi_given_token_bits"] > 0.05
+    ).all()  # without its null it would pass for an effect
 
 
 def test_documents_of_their_own_style_are_no_domain(tmp_path: Path):
@@ -110,7 +141,9 @@ def test_documents_of_their_own_style_are_no_domain(tmp_path: Path):
     ids = []
     for _ in range(L):
         preference = rng.normal(0, 0.8, (60, E))[DOCUMENT]
-        ids.append(np.argsort(-(preference + rng.gumbel(size=(T, E))), axis=1)[:, :K].astype(np.uint16))
+        ids.append(
+            np.argsort(-(preference + rng.gumbel(size=(T, E))), axis=1)[:, :K].astype(np.uint16)
+        )
     table = specialization(tmp_path / "t", ids, zipf_ids(rng))
     assert (table["domain_mi_bits"] < 1.3 * table["domain_mi_null_p99_bits"]).all()
     given = table["domain_mi_given_token_bits"] - table["domain_mi_given_token_null_bits"]
@@ -135,7 +168,9 @@ def test_vocabulary_is_not_taken_for_topic(tmp_path: Path):
     """Each domain has words of its own and words it shares; the expert follows the word alone."""
     rng = np.random.default_rng(3)
     domain = np.array([sorted(set(DOMAINS)).index(DOMAINS[d]) for d in DOCUMENT])
-    token_id = np.where(rng.random(T) < 0.5, rng.integers(0, 60, T), 60 + domain * 20 + rng.integers(0, 20, T)).astype(np.int32)
+    token_id = np.where(
+        rng.random(T) < 0.5, rng.integers(0, 60, T), 60 + domain * 20 + rng.integers(0, 20, T)
+    ).astype(np.int32)
     first = rng.integers(0, E, 200)[token_id]
     first = np.where(token_id >= 60, (domain * 2 + token_id % 2) % E, first)
     ids = np.stack([first, (first + 1 + rng.integers(0, E - 1, T)) % E], axis=1).astype(np.uint16)
@@ -150,12 +185,26 @@ def test_expert_as_a_function_of_the_token_id(tmp_path: Path):
     rng = np.random.default_rng(4)
     token_id = zipf_ids(rng)
     ids = (token_id % E)[:, None].astype(np.uint16)
-    made = report(write_trace(tmp_path / "t", [ids], E, document=DOCUMENT, domain_of_document=DOMAINS, token_id=token_id, words=401))
+    made = report(
+        write_trace(
+            tmp_path / "t",
+            [ids],
+            E,
+            document=DOCUMENT,
+            domain_of_document=DOMAINS,
+            token_id=token_id,
+            words=401,
+        )
+    )
     row = made.tables["specialization"].iloc[0]
     assert row["vocabulary_specialization"] == 1
     frequent = np.bincount(token_id)[np.bincount(token_id) >= 8]
-    share_E = np.bincount(np.flatnonzero(np.bincount(token_id) >= 8) % E, frequent, E) / frequent.sum()
-    assert row["token_mi_bits"] == pytest.approx(-(share_E * np.log2(share_E)).sum())  # H(expert | token id) is 0
+    share_E = (
+        np.bincount(np.flatnonzero(np.bincount(token_id) >= 8) % E, frequent, E) / frequent.sum()
+    )
+    assert row["token_mi_bits"] == pytest.approx(
+        -(share_E * np.log2(share_E)).sum()
+    )  # H(expert | token id) is 0
     assert row["token_mi_bits"] > 5 * row["token_mi_null_bits"]
     words = made.tables["vocabulary"]
     assert (words["fraction"] == 1).all()
@@ -170,8 +219,20 @@ def test_vocabulary_against_counting_by_hand(tmp_path: Path):
     trace = write_trace(tmp_path / "t", [ids], 4, token_id=token_id, words=2)
     words = report(trace, top=5).tables["vocabulary"].set_index(["expert", "token_id"])
     assert words["count"].to_dict() == {(0, 0): 6, (1, 0): 8, (2, 1): 10, (2, 0): 2, (3, 1): 10}
-    assert words["fraction"].to_dict() == {(0, 0): 0.75, (1, 0): 1, (2, 1): 1, (2, 0): 0.25, (3, 1): 1}
-    assert words["first_choice_fraction"].to_dict() == {(0, 0): 0.75, (1, 0): 0.25, (2, 1): 1, (2, 0): 0, (3, 1): 0}
+    assert words["fraction"].to_dict() == {
+        (0, 0): 0.75,
+        (1, 0): 1,
+        (2, 1): 1,
+        (2, 0): 0.25,
+        (3, 1): 1,
+    }
+    assert words["first_choice_fraction"].to_dict() == {
+        (0, 0): 0.75,
+        (1, 0): 0.25,
+        (2, 1): 1,
+        (2, 0): 0,
+        (3, 1): 0,
+    }
     assert list(report(trace, top=1).tables["vocabulary"]["token_id"]) == [0, 0, 1, 1]
     every = report(trace, top=0).tables["vocabulary"]  # rare token ids too
     assert every["count"].sum() == ids.size

@@ -1,4 +1,5 @@
-"""The trace format: what is written is what is read, by every reader, whatever the shards; damage is one clear line."""
+"""The trace format: what is written is what is read, by every reader, whatever the shards; damage
+is one clear line."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_
 from tests.damage import edit_manifest
 
 
-def a_batch(rng: np.random.Generator, number: int, T: int, routers: list[Router], nowhere: bool = False) -> RoutedBatch:
+def a_batch(
+    rng: np.random.Generator, number: int, T: int, routers: list[Router], nowhere: bool = False
+) -> RoutedBatch:
     ids, weights = [], []
     for r in routers:
         kind = np.uint8 if r.experts < 256 else np.uint16
@@ -41,7 +44,17 @@ def a_batch(rng: np.random.Generator, number: int, T: int, routers: list[Router]
     documents = [Document(number, f"d{number % 3}", "made", T)]
     code = np.full(T, number % 3, np.int32)
     return RoutedBatch(
-        number, row % 50, np.full(T, number, np.int32), row * 0 + number, row, code, ["d0", "d1", "d2"], ids, weights, None, documents
+        number,
+        row % 50,
+        np.full(T, number, np.int32),
+        row * 0 + number,
+        row,
+        code,
+        ["d0", "d1", "d2"],
+        ids,
+        weights,
+        None,
+        documents,
     )
 
 
@@ -51,7 +64,11 @@ def written(root: Path, batches: list[RoutedBatch], routers: list[Router], **opt
             writer.write(batch)
 
 
-ROUTERS = [Router(1, "a", "layers.1.a", 8, 2), Router(1, "b", "layers.1.b", 60, 4), Router(3, "a", "layers.3.a", 8, 2)]
+ROUTERS = [
+    Router(1, "a", "layers.1.a", 8, 2),
+    Router(1, "b", "layers.1.b", 60, 4),
+    Router(3, "a", "layers.3.a", 8, 2),
+]
 
 
 @settings(max_examples=25, deadline=None)
@@ -83,28 +100,46 @@ def test_rows_come_back_whatever_the_shards(
         assert np.array_equal(got, expected, equal_nan=True)
         weights = np.concatenate([b.weights[r] for b in batches if b.weights]).astype(np.float32)
         got_weights = table[[f"weight_{j}" for j in range(router.top_k)]].to_numpy(np.float32)
-        assert np.array_equal(got_weights, np.where(np.isnan(expected), np.nan, weights), equal_nan=True)
+        assert np.array_equal(
+            got_weights, np.where(np.isnan(expected), np.nan, weights), equal_nan=True
+        )
         assert set(table["layer"]) <= {router.layer}
         unused = [c for c in table if c.startswith("expert_") and int(c[7:]) >= router.top_k]
         assert table[unused].isna().all().all()
-        ids = np.concatenate([s.ids(r) for s in trace.shards]) if sizes else np.empty((0, router.top_k))
+        ids = (
+            np.concatenate([s.ids(r) for s in trace.shards])
+            if sizes
+            else np.empty((0, router.top_k))
+        )
         assert np.array_equal(ids, np.nan_to_num(expected, nan=-1))
 
 
 def test_columns_and_encodings(tmp_path: Path) -> None:
     written(tmp_path / "t", [a_batch(np.random.default_rng(0), 0, 500, ROUTERS)], ROUTERS)
     file = pq.ParquetFile(tmp_path / "t/routing/part-0-0.parquet")
-    names = ["token", "layer", "router", *(f"expert_{j}" for j in range(4)), *(f"weight_{j}" for j in range(4))]
+    names = [
+        "token",
+        "layer",
+        "router",
+        *(f"expert_{j}" for j in range(4)),
+        *(f"weight_{j}" for j in range(4)),
+    ]
     assert file.schema_arrow.names == names
     assert file.schema_arrow.field("expert_0").type == pa.uint8()
     assert file.schema_arrow.field("weight_0").type == pa.float32()
     assert file.metadata.num_row_groups == len(ROUTERS)
     group = file.metadata.row_group(0)
-    encodings = {group.column(i).path_in_schema: set(group.column(i).encodings) for i in range(group.num_columns)}
+    encodings = {
+        group.column(i).path_in_schema: set(group.column(i).encodings)
+        for i in range(group.num_columns)
+    }
     assert "DELTA_BINARY_PACKED" in encodings["token"]
     assert "BYTE_STREAM_SPLIT" in encodings["weight_0"]
     assert "RLE_DICTIONARY" in encodings["expert_0"]
-    compressions = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
+    compressions = {
+        group.column(i).path_in_schema: group.column(i).compression
+        for i in range(group.num_columns)
+    }
     assert compressions["token"] == compressions["weight_0"] == "ZSTD"
     assert compressions["expert_0"] == "UNCOMPRESSED"
     wide = [Router(0, "a", "layers.0.a", 257, 2)]
@@ -136,13 +171,18 @@ def test_uncommitted_files_are_ignored_and_resume_deletes_them(tmp_path: Path) -
     assert len(lines) == 9
     # the last shard's lines are torn: its files are there, but nothing says they are whole
     (tmp_path / "shards-0.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
-    edit_manifest(tmp_path, status="recording", counts={"tokens": 80, "decisions": 240, "dropped": 0})
+    edit_manifest(
+        tmp_path, status="recording", counts={"tokens": 80, "decisions": 240, "dropped": 0}
+    )
     trace = open_trace(tmp_path)
     assert trace.n_tokens == 80
     assert len(trace.routing(router=0)) == 80
     point = resume_point(tmp_path)
     assert (point.next_token, point.next_batch, point.shards) == (80, 4, 2)
-    assert sorted(p.name for p in (tmp_path / "routing").iterdir()) == ["part-0-0.parquet", "part-0-1.parquet"]
+    assert sorted(p.name for p in (tmp_path / "routing").iterdir()) == [
+        "part-0-0.parquet",
+        "part-0-1.parquet",
+    ]
     with TraceWriter(tmp_path, {}, ROUTERS, resume=point, shard_tokens=40) as writer:
         writer.write(a_batch(rng, 4, 20, ROUTERS))
     assert open_trace(tmp_path).n_tokens == 100
@@ -153,7 +193,9 @@ def test_a_slow_model_commits_by_time(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     for seconds, shards in ((0.0, 3), (60.0, 1)):
         root = tmp_path / str(seconds)
-        written(root, [a_batch(rng, n, 5, ROUTERS) for n in range(3)], ROUTERS, shard_seconds=seconds)
+        written(
+            root, [a_batch(rng, n, 5, ROUTERS) for n in range(3)], ROUTERS, shard_seconds=seconds
+        )
         assert len(list(open_trace(root).shards)) == shards
 
 
@@ -169,20 +211,24 @@ def test_an_exception_leaves_a_readable_interrupted_trace(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_group_is_committed_together_or_not_at_all(complete: bool, tmp_path: Path) -> None:
-    """A prompt and what was generated from it: passes 0 to 2, and 3 to 5, of which the last is yet to come where a run is cut short."""
+    """A prompt and what was generated from it: passes 0 to 2, and 3 to 5, of which the last is yet
+    to come where a run is cut short."""
     rng = np.random.default_rng(3)
     writer = TraceWriter(tmp_path / "t", {}, ROUTERS, shard_tokens=25)
     for n in range(6 if complete else 5):
         writer.write(replace(a_batch(rng, n, 20, ROUTERS), group=n // 3))
     writer.close("complete" if complete else "interrupted")
-    batches = [(shard.files.first_batch, shard.files.last_batch) for shard in open_trace(tmp_path / "t").shards]
+    batches = [
+        (shard.files.first_batch, shard.files.last_batch)
+        for shard in open_trace(tmp_path / "t").shards
+    ]
     assert batches == ([(0, 2), (3, 5)] if complete else [(0, 2)])
     assert resume_point(tmp_path / "t").next_batch == (6 if complete else 3)
 
 
 def test_everything_is_on_disk_before_anything_speaks_of_it(tmp_path: Path) -> None:
-    """A file is synchronised before it gets its name. The name lasts once its directory is synchronised: of each part file before the
-    lines that list it are, of the manifest at once."""
+    """A file is synchronised before it gets its name. The name lasts once its directory is
+    synchronised: of each part file before the lines that list it are, of the manifest at once."""
     named: list[tuple[int, Path, bool]] = []
     done: list[tuple[int, int]] = []  # files and directories, as they are synchronised
     replace_file, fsync = os.replace, os.fsync
@@ -198,18 +244,28 @@ def test_everything_is_on_disk_before_anything_speaks_of_it(tmp_path: Path) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replaced)
         patch.setattr(os, "fsync", lambda handle: (fsync(handle), done.append(identity(handle))))
-        written(tmp_path / "t", [a_batch(np.random.default_rng(0), n, 20, ROUTERS) for n in range(3)], ROUTERS, shard_tokens=30)
+        written(
+            tmp_path / "t",
+            [a_batch(np.random.default_rng(0), n, 20, ROUTERS) for n in range(3)],
+            ROUTERS,
+            shard_tokens=30,
+        )
     assert len([path for _, path, _ in named if path.suffix == ".parquet"]) == 3 * 3
     lines = identity(tmp_path / "t/shards-0.jsonl")
     for at, path, is_whole in named:
         assert is_whole, path
-        until = done.index(lines, at) if path.suffix == ".parquet" and lines in done[at:] else at + 1
+        until = (
+            done.index(lines, at) if path.suffix == ".parquet" and lines in done[at:] else at + 1
+        )
         assert identity(path.parent) in done[at:until], path
 
 
 @pytest.mark.parametrize("full_from", [20, 58])  # in the middle, and at the last commit
-def test_a_full_disk_is_one_clear_line_and_what_was_committed_is_safe(full_from: int, tmp_path: Path) -> None:
-    """The process may not write files beyond a size: every write past it fails, as on a full disk."""
+def test_a_full_disk_is_one_clear_line_and_what_was_committed_is_safe(
+    full_from: int, tmp_path: Path
+) -> None:
+    """The process may not write files beyond a size: every write past it fails, as on a full
+    disk."""
     program = f"""
 import numpy as np, resource, sys
 from pathlib import Path
@@ -225,7 +281,9 @@ try:
 except MoeInspectError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.count("\n") == 1
     assert "File too large" in done.stdout
     assert "--resume" in done.stdout
@@ -234,7 +292,9 @@ except MoeInspectError as error:
     assert 0 < trace.n_tokens < 60_000
     assert len(trace.routing(router=2)) == trace.n_tokens
     assert not list((tmp_path / "t").rglob("*.tmp"))
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # only the child was limited
+    assert (
+        resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    )  # only the child was limited
 
 
 @pytest.mark.parametrize(
@@ -248,8 +308,16 @@ except MoeInspectError as error:
         (lambda root: edit_manifest(root, routers=[]), "routers lists 0"),
         (lambda root: edit_manifest(root, routers=[{"layer": 1}]), r"routers\[0\].name is missing"),
         (lambda root: (root / "routing/part-0-0.parquet").unlink(), "is missing"),
-        (lambda root: (root / "routing/part-0-0.parquet").write_bytes(b"PAR1 no more"), "damaged trace"),
-        (lambda root: (root / "shards-0.jsonl").write_text("?\n" + (root / "shards-0.jsonl").read_text()), "line 1"),
+        (
+            lambda root: (root / "routing/part-0-0.parquet").write_bytes(b"PAR1 no more"),
+            "damaged trace",
+        ),
+        (
+            lambda root: (root / "shards-0.jsonl").write_text(
+                "?\n" + (root / "shards-0.jsonl").read_text()
+            ),
+            "line 1",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Any, says: str) -> None:
@@ -285,19 +353,39 @@ def test_pandas_polars_and_duckdb_read_the_same_rows(bf16: bool, tmp_path: Path)
     # some shards have slots that routed nowhere, some have none
     batches = [a_batch(rng, n, 300, even, nowhere=n in (1, 2)) for n in range(6)]
     if bf16:
-        bits = [[np.sort(rng.integers(0x3000, 0x3F80, w.shape, np.uint16))[:, ::-1] for w in b.weights or []] for b in batches]
+        bits = [
+            [
+                np.sort(rng.integers(0x3000, 0x3F80, w.shape, np.uint16))[:, ::-1]
+                for w in b.weights or []
+            ]
+            for b in batches
+        ]
         batches = [replace(b, weights=of) for b, of in zip(batches, bits, strict=True)]
     written(tmp_path, batches, even, shard_tokens=600)
     part = pq.ParquetFile(tmp_path / "routing/part-0-2.parquet")
-    assert part.metadata.row_group(0).column(part.schema.names.index("weight_0")).compression == ("LZ4" if bf16 else "ZSTD")
+    assert part.metadata.row_group(0).column(part.schema.names.index("weight_0")).compression == (
+        "LZ4" if bf16 else "ZSTD"
+    )
     if bf16:
         read = part.read_row_group(0)["weight_0"].to_numpy()
-        assert (read.view(np.uint32) == np.concatenate([of[0][:, 0] for of in bits[4:]]).astype(np.uint32) << 16).all()
-    nullable = [pq.read_schema(p).field("expert_0").nullable for p in sorted((tmp_path / "routing").iterdir())]
+        assert (
+            read.view(np.uint32)
+            == np.concatenate([of[0][:, 0] for of in bits[4:]]).astype(np.uint32) << 16
+        ).all()
+    nullable = [
+        pq.read_schema(p).field("expert_0").nullable
+        for p in sorted((tmp_path / "routing").iterdir())
+    ]
     assert nullable == [True, True, False]
     for table in ("routing", "tokens", "documents"):
         files = str(tmp_path / table / "*.parquet")
-        keys = ["router", "token"] if table == "routing" else ["token"] if table == "tokens" else ["document"]
+        keys = (
+            ["router", "token"]
+            if table == "routing"
+            else ["token"]
+            if table == "tokens"
+            else ["document"]
+        )
         by_pandas = pd.read_parquet(tmp_path / table).sort_values(keys).reset_index(drop=True)
         by_polars = pl.read_parquet(files).sort(keys)
         by_duckdb = duckdb.sql(f"select * from read_parquet('{files}') order by {', '.join(keys)}")
@@ -311,13 +399,25 @@ def test_pandas_polars_and_duckdb_read_the_same_rows(bf16: bool, tmp_path: Path)
 
 
 def test_the_schema_is_the_contract() -> None:
-    assert schema.TOKENS.names == ["token", "token_id", "document", "sequence", "position", "domain", "phase", "batch"]
+    assert schema.TOKENS.names == [
+        "token",
+        "token_id",
+        "document",
+        "sequence",
+        "position",
+        "domain",
+        "phase",
+        "batch",
+    ]
     assert schema.DOCUMENTS.names == ["document", "domain", "source", "tokens"]
 
 
 def test_a_router_has_rows_of_the_tokens_that_it_sees(tmp_path: Path) -> None:
-    """Of an encoder-decoder: batches of both kinds of tokens, of one alone, and one that nothing of is decoded."""
-    listed = [Router(1, "gate", f"{stack}.1", 4, 1, stack=stack) for stack in ("encoder", "decoder")]
+    """Of an encoder-decoder: batches of both kinds of tokens, of one alone, and one that nothing of
+    is decoded."""
+    listed = [
+        Router(1, "gate", f"{stack}.1", 4, 1, stack=stack) for stack in ("encoder", "decoder")
+    ]
     fed = [(3, 2), (2, 0), (0, 2), (1, 1)]  # tokens of the encoder, of the decoder
     ids, tokens = np.arange(11, dtype=np.uint8) % 4, 0
     with TraceWriter(tmp_path, {"capture": {}}, listed, weights=False, shard_tokens=7) as writer:
@@ -334,7 +434,10 @@ def test_a_router_has_rows_of_the_tokens_that_it_sees(tmp_path: Path) -> None:
             tokens += n
     trace = open_trace(tmp_path)
     phases = trace.tokens().phase.to_numpy(str)
-    assert list(phases) == ["encode"] * 3 + ["prefill"] * 2 + ["encode"] * 2 + ["decode"] * 2 + ["encode", "prefill"]
+    assert list(phases) == ["encode"] * 3 + ["prefill"] * 2 + ["encode"] * 2 + ["decode"] * 2 + [
+        "encode",
+        "prefill",
+    ]
     for r, sees in enumerate((phases == "encode", phases != "encode")):
         routing = trace.routing(router=r)
         assert list(routing.token) == list(np.flatnonzero(sees))
@@ -350,7 +453,8 @@ def test_a_router_has_rows_of_the_tokens_that_it_sees(tmp_path: Path) -> None:
 
 
 def test_routers_of_a_shard_are_read_from_several_threads(tmp_path: Path) -> None:
-    """As the last shards of a trace are counted: each thread reads other routers of one file that is open once."""
+    """As the last shards of a trace are counted: each thread reads other routers of one file that
+    is open once."""
     routers = [Router(layer, "a", f"layers.{layer}.a", 128, 8) for layer in range(24)]
     written(tmp_path, [a_batch(np.random.default_rng(0), 0, 16_000, routers)], routers)
 

@@ -21,13 +21,20 @@ FLOORS = {
 @pytest.mark.parametrize(("E", "k"), FLOORS)
 def test_noise_floor_is_the_published_one(E: int, k: int):
     for T, ratio in FLOORS[E, k].items():
-        assert 1 + unc.noise_floor(T, E, k) == pytest.approx(ratio, abs=0.02 + 0.01 * (T == 256 and E == 256))
+        assert 1 + unc.noise_floor(T, E, k) == pytest.approx(
+            ratio, abs=0.02 + 0.01 * (T == 256 and E == 256)
+        )
 
 
-@pytest.mark.parametrize(("T", "E", "k"), [(1, 4, 1), (1, 8, 2), (20, 16, 4), (300, 8, 7), (200, 4, 1)])
+@pytest.mark.parametrize(
+    ("T", "E", "k"), [(1, 4, 1), (1, 8, 2), (20, 16, 4), (300, 8, 7), (200, 4, 1)]
+)
 def test_noise_floor_is_what_drawing_gives(T: int, E: int, k: int):
     rng = np.random.default_rng(1)
-    drawn = [np.bincount(uniform_ids(rng, T, E, k).reshape(-1), minlength=E).max() * E / (k * T) - 1 for _ in range(1_500)]
+    drawn = [
+        np.bincount(uniform_ids(rng, T, E, k).reshape(-1), minlength=E).max() * E / (k * T) - 1
+        for _ in range(1_500)
+    ]
     floor = unc.noise_floor(T, E, k)
     assert floor == pytest.approx(np.mean(drawn), rel=0.06)
     assert floor != pytest.approx(np.mean(drawn) * 1.2, rel=0.06)  # positive control
@@ -63,8 +70,11 @@ def test_floors_are_quick():
     assert time.process_time() - began < 1.0
 
 
-def documents(rng: np.random.Generator, style: float, U: int = 60, tokens: int = 100, E: int = 8, k: int = 2) -> np.ndarray:
-    """Assignments of U documents, each with preferences of its own (`style` 0: none). int64 [U, E]"""
+def documents(
+    rng: np.random.Generator, style: float, U: int = 60, tokens: int = 100, E: int = 8, k: int = 2
+) -> np.ndarray:
+    """Assignments of U documents, each with preferences of its own (`style` 0: none). int64 [U,
+    E]"""
     preference_UE = rng.normal(0, style, (U, E))
     noise_UTE = rng.gumbel(size=(U, tokens, E))
     ids_UTK = np.argsort(-(preference_UE[:, None] + noise_UTE), axis=2)[:, :, :k]
@@ -73,8 +83,8 @@ def documents(rng: np.random.Generator, style: float, U: int = 60, tokens: int =
 
 @pytest.mark.parametrize("style", [0.0, 0.7])
 def test_interval_covers_the_truth(style: float):
-    """The truth of every expert is a ratio of 1: of 60 traces at most a few intervals of a fixed expert may miss it, with
-    documents that differ as with ones that do not."""
+    """The truth of every expert is a ratio of 1: of 60 traces at most a few intervals of a fixed
+    expert may miss it, with documents that differ as with ones that do not."""
     rng = np.random.default_rng(3)
     strata_U = np.repeat([0, 1], 30)
     weights_RU = unc.resample_weights(strata_U)
@@ -83,7 +93,8 @@ def test_interval_covers_the_truth(style: float):
         assignments_UE = documents(rng, style)
         busiest = assignments_UE.sum(0).argmax()
         swapped_UE = assignments_UE.copy()
-        # a fixed expert, not the luckiest: make it the busiest by adding the same to each of its documents
+        # a fixed expert, not the luckiest: make it the busiest by adding the same to each of its
+        # documents
         swapped_UE[:, 0] += 40
         low, high = unc.max_vio_interval(swapped_UE, weights_RU)
         truth = (25 + 40) * 8 / (8 * 25 + 40) - 1
@@ -115,11 +126,13 @@ def test_design_effect_is_one_without_documents_and_large_with_them():
 
 
 def test_the_design_effect_by_hand():
-    """Of 50 tokens 30 go to expert 0: 24 is the variance of independent ones, over both experts. Documents of 10 are off by −1 but for
-    one, by 4: 40 in squares, times 5/4."""
+    """Of 50 tokens 30 go to expert 0: 24 is the variance of independent ones, over both experts.
+    Documents of 10 are off by −1 but for one, by 4: 40 in squares, times 5/4."""
     assignments_UE = np.array([[5, 5]] * 4 + [[10, 0]])
     tokens_U = np.full(5, 10)
-    assert unc.design_effect(assignments_UE, tokens_U, np.zeros(5, np.int64)) == pytest.approx(40 * 5 / 4 / 24)
+    assert unc.design_effect(assignments_UE, tokens_U, np.zeros(5, np.int64)) == pytest.approx(
+        40 * 5 / 4 / 24
+    )
     # a second domain alike has documents enough to vary by itself
     both = np.r_[assignments_UE, assignments_UE], np.r_[tokens_U, tokens_U]
     assert unc.design_effect(*both, np.repeat([0, 1], 5)) == pytest.approx(2 * 40 * 5 / 4 / 48)
@@ -136,7 +149,9 @@ def test_the_interval_of_a_ratio_covers_the_truth_where_documents_differ():
         hits_U = rng.binomial(of_U, rng.beta(3, 7, 50))
         low, high = unc.ratio_interval(hits_U, of_U, weights_RU)
         missed += not low <= 0.3 <= high
-        low, high = unc.share_interval(hits_U.sum() / of_U.sum(), of_U.sum(), 1.0)  # as if tokens were independent
+        low, high = unc.share_interval(
+            hits_U.sum() / of_U.sum(), of_U.sum(), 1.0
+        )  # as if tokens were independent
         naive += not low <= 0.3 <= high
     assert missed <= 20
     assert naive > 60
@@ -144,7 +159,13 @@ def test_the_interval_of_a_ratio_covers_the_truth_where_documents_differ():
 
 def test_too_few_documents_have_no_interval():
     assert all(np.isnan(unc.ratio_interval(np.ones(4), np.ones(4), None)))
-    assert all(np.isnan(unc.ratio_interval(np.zeros(5), np.zeros(5), unc.resample_weights(np.zeros(5, np.int64)))))
+    assert all(
+        np.isnan(
+            unc.ratio_interval(
+                np.zeros(5), np.zeros(5), unc.resample_weights(np.zeros(5, np.int64))
+            )
+        )
+    )
     assert all(np.isnan(unc.interval(np.full(3, np.nan))))
     assert unc.resample_weights(np.zeros(4, np.int64)) is None
     assert all(np.isnan(unc.max_vio_interval(np.ones((4, 8), np.int64), None)))
@@ -172,8 +193,12 @@ def test_permuting_keeps_every_label():
 
 def test_chi_square_of_even_routing_has_the_mean_that_distinct_choices_give():
     rng, (E, k, T, runs) = np.random.default_rng(0), (16, 4, 400, 400)
-    load_RE = np.array([np.bincount(uniform_ids(rng, T, E, k).reshape(-1), minlength=E) for _ in range(runs)])
+    load_RE = np.array(
+        [np.bincount(uniform_ids(rng, T, E, k).reshape(-1), minlength=E) for _ in range(runs)]
+    )
     chi_R = k * T * cv(load_RE) ** 2  # Σ(c − μ)² / μ
-    spread = np.sqrt(2 * (E - 1) / runs) * (E - k) / (E - 1)  # of the mean of χ² with E − 1 degrees of freedom, so scaled
+    spread = (
+        np.sqrt(2 * (E - 1) / runs) * (E - k) / (E - 1)
+    )  # of the mean of χ² with E − 1 degrees of freedom, so scaled
     assert abs(chi_R.mean() - (E - k)) < 4 * spread
     assert abs(chi_R.mean() - (E - 1)) > 4 * spread  # what independent choices would give

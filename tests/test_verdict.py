@@ -1,4 +1,5 @@
-"""The verdicts on the sample traces are right, and what unevenness costs is what can be reckoned by hand."""
+"""The verdicts on the sample traces are right, and what unevenness costs is what can be reckoned by
+hand."""
 
 from __future__ import annotations
 
@@ -17,11 +18,26 @@ from tests.synthetic import uniform_ids, write_counts, write_trace
     [
         (
             "balanced",
-            "Experts specialise by domain in 2 of 4 routers, and routing differs by domain in 2 more; most in layer 3",
+            (
+                "Experts specialise by domain in 2 of 4 routers, and routing differs by domain "
+                "in 2 "
+                "more; most in layer 3"
+            ),
             "never trained",
         ),
-        ("collapsed", "Layer 3 is the worst balanced: expert 6 gets 2.87x the mean load", "never trained"),
-        ("untrained", "This model was never trained (random weights, seed 0), so nothing here is specialisation", "Experts specialise"),
+        (
+            "collapsed",
+            "Layer 3 is the worst balanced: expert 6 gets 2.87x the mean load",
+            "never trained",
+        ),
+        (
+            "untrained",
+            (
+                "This model was never trained (random weights, seed 0), so nothing here is "
+                "specialisation"
+            ),
+            "Experts specialise",
+        ),
     ],
 )
 def test_the_sample_traces_are_judged_right(name: str, says: str, never: str):
@@ -33,11 +49,13 @@ def test_the_sample_traces_are_judged_right(name: str, says: str, never: str):
 def test_the_wait_is_what_the_loads_make_it(tmp_path: Path):
     load = np.full((1, 8), 100)
     load[0, 3] = 900  # mean 200: the busiest is 4.5 times that; the even layer waits for none
-    said = "\n".join(report(write_counts(tmp_path / "t", [load, np.full((1, 8), 200)], 2)).verdict())
-    assert (
-        f"{1 - (200 + 200) / (900 + 200):.0%} of their compute would be spent waiting for the busiest ({1 - 200 / 900:.0%} at layer 0)"
-        in said
+    said = "\n".join(
+        report(write_counts(tmp_path / "t", [load, np.full((1, 8), 200)], 2)).verdict()
     )
+    assert (
+        f"{1 - (200 + 200) / (900 + 200):.0%} of their compute would be spent waiting for the "
+        f"busiest ({1 - 200 / 900:.0%} at layer 0)"
+    ) in said
 
 
 def test_specialised_routers_are_counted_by_the_threshold_stated():
@@ -45,7 +63,9 @@ def test_specialised_routers_are_counted_by_the_threshold_stated():
     table = made.tables["specialization"]
     share = (table["domain_mi_bits"] - table["domain_mi_null_bits"]) / 3  # log₂ of 8 experts
     assert (share >= 0.18).sum() == 1
-    assert any(s.startswith("Experts specialise by domain in 1 of 4 routers") for s in made.verdict())
+    assert any(
+        s.startswith("Experts specialise by domain in 1 of 4 routers") for s in made.verdict()
+    )
 
 
 def test_what_moves_from_pass_to_pass_is_told_though_the_sum_is_even(tmp_path: Path):
@@ -53,14 +73,25 @@ def test_what_moves_from_pass_to_pass_is_told_though_the_sum_is_even(tmp_path: P
     even, moved = (uniform_ids(rng, T, E, 2) for E in (8, 4))
     moved[T // 2 :] += 4
     document = np.arange(T) * 60 // T
-    made = {n: report(write_trace(tmp_path / n, [ids], 8, document=document)) for n, ids in (("even", even), ("moved", moved))}
-    said = {name: [s for s in one.verdict() if s.startswith("Forward passes")] for name, one in made.items()}
+    made = {
+        n: report(write_trace(tmp_path / n, [ids], 8, document=document))
+        for n, ids in (("even", even), ("moved", moved))
+    }
+    said = {
+        name: [s for s in one.verdict() if s.startswith("Forward passes")]
+        for name, one in made.items()
+    }
     assert said["even"] == []
-    load_BE = np.array([np.bincount(pass_TK.reshape(-1), minlength=8) for pass_TK in np.split(moved, 40)])
+    load_BE = np.array(
+        [np.bincount(pass_TK.reshape(-1), minlength=8) for pass_TK in np.split(moved, 40)]
+    )
     each = (load_BE.max(1) / load_BE.mean(1)).mean()
     together = load_BE.sum(0).max() / load_BE.sum(0).mean()
     assert each > 2 > 1.1 > together
-    assert f"a pass gets {each:.2f}x the mean load on average, that of all passes {together:.2f}x" in said["moved"][0]
+    assert (
+        f"a pass gets {each:.2f}x the mean load on average, that of all passes {together:.2f}x"
+        in said["moved"][0]
+    )
     assert f"{1 - 1 / each:.0%} of that layer's compute" in said["moved"][0]
 
 

@@ -1,4 +1,5 @@
-"""Each sentence of the verdict, and the words that it turns on, just under and just over every threshold: on tables by hand."""
+"""Each sentence of the verdict, and the words that it turns on, just under and just over every
+threshold: on tables by hand."""
 
 from __future__ import annotations
 
@@ -27,51 +28,119 @@ def load(busiest: float, E: int = 8, mean: int = 1_000) -> list[int]:
 
 def near(busiest: float, **columns: Any) -> dict[str, Any]:
     """A router whose max_vio is exactly that."""
-    return row(load(busiest), **{"max_vio": round(busiest - 1, 9), "max_over_mean": busiest, "max_vio_low": busiest - 1.01, **columns})
+    return row(
+        load(busiest),
+        **{
+            "max_vio": round(busiest - 1, 9),
+            "max_over_mean": busiest,
+            "max_vio_low": busiest - 1.01,
+            **columns,
+        },
+    )
 
 
 BALANCE = {
-    "nothing": (stub(row([0] * 8)), "No router made a single assignment: there is no load to judge."),
-    "uneven": (stub(near(1.2)), "Layer 0 is uneven (at least 1.2x and beyond chance): expert 0 gets 1.20x the mean load"),
-    "not uneven": (stub(near(1.1999)), "Balance is good: at the worst, layer 0, expert 0 gets 1.20x"),
-    "uneven, by its threshold": (stub(near(1.31), limits={"uneven": 0.31}), "Layer 0 is uneven (at least 1.31x"),
+    "nothing": (
+        stub(row([0] * 8)),
+        "No router made a single assignment: there is no load to judge.",
+    ),
+    "uneven": (
+        stub(near(1.2)),
+        "Layer 0 is uneven (at least 1.2x and beyond chance): expert 0 gets 1.20x the mean load",
+    ),
+    "not uneven": (
+        stub(near(1.1999)),
+        "Balance is good: at the worst, layer 0, expert 0 gets 1.20x",
+    ),
+    "uneven, by its threshold": (
+        stub(near(1.31), limits={"uneven": 0.31}),
+        "Layer 0 is uneven (at least 1.31x",
+    ),
     "not uneven, by its threshold": (stub(near(1.31), limits={"uneven": 0.32}), "Balance is good"),
-    "the worst of two": (stub(row(EVEN), near(1.2)), "Layer 1 is the worst balanced: expert 0 gets 1.20x"),
-    "one of two": (stub(row(EVEN), near(1.2)), "; 1 of 2 routers is uneven (at least 1.2x and beyond chance)."),
+    "the worst of two": (
+        stub(row(EVEN), near(1.2)),
+        "Layer 1 is the worst balanced: expert 0 gets 1.20x",
+    ),
+    "one of two": (
+        stub(row(EVEN), near(1.2)),
+        "; 1 of 2 routers is uneven (at least 1.2x and beyond chance).",
+    ),
     "both": (stub(near(1.3), near(1.2)), "; 2 of 2 routers are uneven"),
     "one of two, just": (stub(near(1.3), near(1.1999)), "; 1 of 2 routers is uneven"),
     "beyond chance": (stub(near(1.1, max_vio_low=0.0101)), "Balance is good: at the worst"),
-    "low end within chance": (stub(near(1.1, max_vio_low=0.0099)), "Nothing is wrong with the balance: at the worst, layer 0"),
+    "low end within chance": (
+        stub(near(1.1, max_vio_low=0.0099)),
+        "Nothing is wrong with the balance: at the worst, layer 0",
+    ),
     "within the floor": (stub(near(1.1, noise_floor=0.1001)), "Nothing is wrong with the balance"),
     "over the floor": (stub(near(1.1, noise_floor=0.0999, max_vio_low=0.11)), "Balance is good"),
-    "documents explain it": (stub(near(1.1, max_vio_low=0.0199, design_effect=4)), "no more than chance may give"),
+    "documents explain it": (
+        stub(near(1.1, max_vio_low=0.0199, design_effect=4)),
+        "no more than chance may give",
+    ),
     "documents do not": (stub(near(1.1, max_vio_low=0.0201, design_effect=4)), "Balance is good"),
-    "a small effect is none": (stub(near(1.1, max_vio_low=0.0101, design_effect=0.2)), "Balance is good"),
+    "a small effect is none": (
+        stub(near(1.1, max_vio_low=0.0101, design_effect=0.2)),
+        "Balance is good",
+    ),
     "and what chance gives": (
         stub(near(1.1, design_effect=4)),
         "chance would give 1.01x to independent tokens, 1.02x to documents like these",
     ),
     "or one figure": (stub(near(1.1)), "chance would give 1.01x to independent tokens)"),
-    "counts, beyond twice the floor": (stub(near(1.2, noise_floor=0.0999), counts_only=True), "Layer 0 is uneven"),
-    "counts, within it": (stub(near(1.2, noise_floor=0.1001), counts_only=True), "Too little to judge balance by"),
-    "counts have no interval": (stub(near(1.2, max_vio_low=math.nan), counts_only=True), "(counts alone have no interval; chance"),
+    "counts, beyond twice the floor": (
+        stub(near(1.2, noise_floor=0.0999), counts_only=True),
+        "Layer 0 is uneven",
+    ),
+    "counts, within it": (
+        stub(near(1.2, noise_floor=0.1001), counts_only=True),
+        "Too little to judge balance by",
+    ),
+    "counts have no interval": (
+        stub(near(1.2, max_vio_low=math.nan), counts_only=True),
+        "(counts alone have no interval; chance",
+    ),
     "an interval": (stub(near(1.2)), "(95% interval 1.19-"),
-    "at the ceiling": (stub(row([500] + [0] * 7)), "expert 0 gets 8.00x the mean load (every token goes there; chance"),
+    "at the ceiling": (
+        stub(row([500] + [0] * 7)),
+        "expert 0 gets 8.00x the mean load (every token goes there; chance",
+    ),
     "a token short of it": (stub(row([499, 1] + [0] * 6)), "(95% interval 7.97-"),
     "k of k experts are no ceiling": (stub(row([50, 50], k=2)), "95% interval"),
-    "chance reaches uneven": (stub(near(1.19, noise_floor=0.2, max_vio_low=0.1)), "Too little to judge balance by: at the worst"),
-    "chance does not": (stub(near(1.19, noise_floor=0.1999, max_vio_low=0.1)), "Nothing is wrong with the balance"),
-    "uneven or chance": (stub(near(1.2, max_vio_low=0.001)), "Too little to judge balance by: at the worst, layer 0"),
+    "chance reaches uneven": (
+        stub(near(1.19, noise_floor=0.2, max_vio_low=0.1)),
+        "Too little to judge balance by: at the worst",
+    ),
+    "chance does not": (
+        stub(near(1.19, noise_floor=0.1999, max_vio_low=0.1)),
+        "Nothing is wrong with the balance",
+    ),
+    "uneven or chance": (
+        stub(near(1.2, max_vio_low=0.001)),
+        "Too little to judge balance by: at the worst, layer 0",
+    ),
     "even or chance": (stub(near(1.1999, max_vio_low=0.001)), "Nothing is wrong with the balance"),
     "the others are known": (
         stub(near(1.4, max_vio_low=0.001), near(1.3)),
-        "which may be chance (95% interval 1.00-1.41x; chance would give 1.01x to independent tokens); 1 of 2 routers is uneven",
+        (
+            "which may be chance (95% interval 1.00-1.41x; chance would give 1.01x to independent "
+            "tokens); 1 of 2 routers is uneven"
+        ),
     ),
-    "few documents": (stub(near(1.3), documents=4), "Too little to judge balance by: at the most, layer 0, expert 0 gets 1.30x"),
+    "few documents": (
+        stub(near(1.3), documents=4),
+        "Too little to judge balance by: at the most, layer 0, expert 0 gets 1.30x",
+    ),
     "documents enough": (stub(near(1.3), documents=5), "Layer 0 is uneven"),
-    "counts know no documents": (stub(near(1.3), documents=4, counts_only=True), "Layer 0 is uneven"),
+    "counts know no documents": (
+        stub(near(1.3), documents=4, counts_only=True),
+        "Layer 0 is uneven",
+    ),
     "dead, over chance": (stub(near(1.1, dead_experts=1)), "No expert is overloaded: at the worst"),
-    "dead, within chance": (stub(near(1.1, dead_experts=1, max_vio_low=0)), "No expert is overloaded: at the worst"),
+    "dead, within chance": (
+        stub(near(1.1, dead_experts=1, max_vio_low=0)),
+        "No expert is overloaded: at the worst",
+    ),
 }
 
 
@@ -102,55 +171,81 @@ def crowd(*ratios: float, **columns: Any) -> dict[str, Any]:
     return row([round(100_000 * r) for r in (*ratios, *[rest] * (8 - len(ratios)))], **columns)
 
 
-def of_domains(busiest: float, together: float, tokens: int = 80_000, chance: float = 0.001, **given: Any) -> Any:
-    """Two domains of so many tokens; expert 0 has `busiest` times the mean in the first, expert 1 evens it out in the second; in both
-    together max_over_mean is `together`."""
+def of_domains(
+    busiest: float, together: float, tokens: int = 80_000, chance: float = 0.001, **given: Any
+) -> Any:
+    """Two domains of so many tokens; expert 0 has `busiest` times the mean in the first, expert 1
+    evens it out in the second; in both together max_over_mean is `together`."""
     first = np.array(load(busiest, mean=tokens // 8))
     second = np.full(8, tokens // 8)
-    of = row(first + second, max_over_mean=together, max_vio=together - 1, noise_floor=chance, **given.pop("columns", {}))
+    of = row(
+        first + second,
+        max_over_mean=together,
+        max_vio=together - 1,
+        noise_floor=chance,
+        **given.pop("columns", {}),
+    )
     return stub(of, domains=("code", "law"), by_domain=[np.array([first, second])], **given)
 
 
 SPOKEN = {
     # a router without load
-    "silent": (v._silent, stub(no_load(), row(EVEN)), "1 of 2 routers made no assignment at all: layer 0."),
+    "silent": (v._silent, stub(no_load(), row(EVEN)), ("1 of 2 routers made no "
+        "assignment at all: layer 0.")),
     "none silent": (v._silent, stub(row([1] + [0] * 7), row(EVEN)), None),
     "all silent": (v._silent, stub(no_load(), no_load()), None),
     # dead experts
     "no dead": (v._dead, stub(row([1, *EVEN[1:]])), None),
-    "dead": (v._dead, stub(dying(LEAST_FOR_DEAD)), f"1 dead expert in 1 of 1 routers (layer 0: 7): not one of {LEAST_FOR_DEAD} tokens went there."),
-    "dead by chance": (v._dead, stub(dying(LEAST_FOR_DEAD - 1)), "tokens are too few to call an expert dead, chance alone leaves some"),
-    "dead, few documents": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=4), "but fewer than 5 documents cannot tell the model"),
-    "dead, documents enough": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=5), f"not one of {LEAST_FOR_DEAD} tokens went there."),
-    "dead in two": (v._dead, stub(dying(90), dying(90), row(EVEN)), "2 dead experts in 2 of 3 routers (layer 0: 7; layer 1: 7)"),
+    "dead": (v._dead, stub(dying(LEAST_FOR_DEAD)), ("1 dead expert in 1 of 1 routers (layer 0: "
+        f"7): not one of {LEAST_FOR_DEAD} tokens went "
+        "there.")),
+    "dead by chance": (v._dead, stub(dying(LEAST_FOR_DEAD - 1)), ("tokens are too few to call an "
+        "expert dead, chance alone leaves some")),
+    "dead, few documents": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=4), ("but fewer than 5 documents "
+        "cannot tell the model")),
+    "dead, documents enough": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=5), (f"not one of {LEAST_FOR_DEAD} "
+        "tokens went there.")),
+    "dead in two": (v._dead, stub(dying(90), dying(90), row(EVEN)), ("2 dead experts in 2 of 3 "
+        "routers (layer 0: 7; layer 1: 7)")),
     # crowded and starved ones
-    "overloaded": (v._crowded, stub(crowd(2.0)), "1 expert in 1 router gets at least 2x the mean load."),
+    "overloaded": (v._crowded, stub(crowd(2.0)), ("1 expert in 1 router gets "
+        "at least 2x the mean load.")),
     "not overloaded": (v._crowded, stub(crowd(1.9999)), None),
     "overloaded, by its threshold": (v._crowded, stub(crowd(1.5), limits={"overloaded": 1.5}), "gets at least 1.5x the mean load."),
-    "starved": (v._crowded, stub(crowd(0.0999)), "1 expert in 1 router gets under 10% of the mean load."),
+    "starved": (v._crowded, stub(crowd(0.0999)), ("1 expert in 1 router gets "
+        "under 10% of the mean load.")),
     "not starved": (v._crowded, stub(crowd(0.1)), None),
     "dead is not starved": (v._crowded, stub(crowd(0.0)), None),
-    "both": (v._crowded, stub(crowd(2.5, 2.5, 0.01)), "2 experts in 1 router get at least 2x the mean load and 1 expert in 1 router gets under 10% of it."),
+    "both": (v._crowded, stub(crowd(2.5, 2.5, 0.01)), ("2 experts in 1 router get at least 2x the "
+        "mean load and 1 expert in 1 router gets under "
+        "10% of it.")),
     "overloaded by chance": (v._crowded, stub(crowd(2.0, max_vio_low=0.0099)), None),
     "overloaded beyond chance": (v._crowded, stub(crowd(2.0, max_vio_low=0.0101)), "gets at least 2x"),
     # the least used
-    "little used": (v._least_used, stub(crowd(0.4999)), "Expert 0 of layer 0 is the least used: 0.50x the mean load, the busiest there gets 2.1x as much."),
+    "little used": (v._least_used, stub(crowd(0.4999)), ("Expert 0 of layer 0 is "
+        "the least used: 0.50x "
+        "the mean load, the busiest there gets 2.1x "
+        "as much.")),
     "used enough": (v._least_used, stub(crowd(0.5001)), None),
     "little used by chance": (v._least_used, stub(crowd(0.4, noise_floor=0.3001, max_vio_low=0.31, max_vio=0.31)), None),
     "little used beyond chance": (v._least_used, stub(crowd(0.4, noise_floor=0.2999, max_vio_low=0.31, max_vio=0.31)), "0.40x the mean"),
     "of a router within chance": (v._least_used, stub(crowd(0.1, max_vio_low=0.0099)), None),
-    "of all routers the least": (v._least_used, stub(crowd(0.3), crowd(0.2), crowd(0.4)), "Expert 0 of layer 1 is the least used: 0.20x"),
+    "of all routers the least": (v._least_used, stub(crowd(0.3), crowd(0.2), crowd(0.4)), ("Expert 0 of layer 1 is "
+        "the least used: 0.20x")),
     "the least of the living": (
         v._least_used,
         stub(crowd(0.3), crowd(0.0, 0.0004), crowd(0.0, 0.2)),
-        "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load, the busiest there gets 3,3",
+        ("Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load, "
+        "the busiest there gets 3,3"),
     ),
     # what waiting costs
-    "waiting": (v._waiting, stub(near(1.2)), "17% of their compute would be spent waiting for the busiest."),
+    "waiting": (v._waiting, stub(near(1.2)), ("17% of their compute would be "
+        "spent waiting for the busiest.")),
     "not waiting": (v._waiting, stub(near(1.1999)), None),
     "waiting, two layers": (v._waiting, stub(near(1.5), row(EVEN)), "for the busiest (33% at layer 0)."),
     # passes
-    "by pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.2)), "most in layer 0: the busiest expert of a pass gets 1.20x the mean load on average"),
+    "by pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.2)), ("most in layer 0: the busiest expert of "
+        "a pass gets 1.20x the mean load on average")),
     "even by pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.1999)), None),
     "by pass, as chance": (v._by_pass, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.2001)), None),
     "by pass, beyond chance": (v._by_pass, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.1999)), "of a pass gets 1.25x"),
@@ -158,7 +253,9 @@ SPOKEN = {
     "one whole pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 49: (9, 3.0)})), None),
     "two whole passes": (v._by_pass, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 50: (1, 0.5)})), "of a pass gets 1.50x"),
     # pooling
-    "pooled hides": (v._pooled, stub(near(1.3), row(EVEN), pooled=1.15), "Pooled over all layers the same routing reads 1.15x: a pooled figure would have hidden layer 0."),
+    "pooled hides": (v._pooled, stub(near(1.3), row(EVEN), pooled=1.15), ("Pooled over all layers the same routing "
+        "reads 1.15x: a pooled figure would have hidden "
+        "layer 0.")),
     "pooled shows half": (v._pooled, stub(near(1.3), row(EVEN), pooled=1.1501), None),
     "pooled hides up to uneven": (v._pooled, stub(near(1.9), row(EVEN), pooled=1.2), "reads 1.20x"),
     "pooled is uneven": (v._pooled, stub(near(1.9), row(EVEN), pooled=1.2001), None),
@@ -167,7 +264,10 @@ SPOKEN = {
     "pooled over some": (v._pooled, stub(near(1.3), row(EVEN), row(EVEN), selected=[0, 1], pooled=1.1), "Pooled over the 2 layers selected"),
     "pooled over routers": (v._pooled, stub(near(1.3), row(EVEN), layers=[0, 0], pooled=1.1), "Pooled over all routers the"),
     # a domain that overloads
-    "overloads": (v._overloading_domain, of_domains(1.2, 1.01), '"code" overloads expert 0 of layer 0: 1.20x the mean load on its 79,998 tokens, where all domains'),
+    "overloads": (v._overloading_domain, of_domains(1.2, 1.01), ('"code" overloads expert '
+        '0 of layer 0: 1.20x '
+        'the mean load on its 79,998 tokens, where '
+        'all domains')),
     "does not overload": (v._overloading_domain, of_domains(1.1998, 1.01), None),
     "more than all together": (v._overloading_domain, of_domains(1.6, 1.3999), '"code" overloads expert 0'),
     "little more than all together": (v._overloading_domain, of_domains(1.6, 1.4), None),
@@ -186,9 +286,15 @@ def test_sentences(case: str):
     assert (said is None) if says is None else (said is not None and says in said), said
 
 
-@pytest.mark.parametrize(("busiest", "effect", "says"), [(1.3, 1, True), (1.28, 1, False), (1.43, 2, True), (1.4, 2, False)])
-def test_a_domain_overloads_beyond_twice_what_chance_gives_its_tokens(busiest: float, effect: int, says: bool):
-    """800 tokens over 8 experts: the floor is 0.146, and √2 of it where documents have a design effect of 2."""
+@pytest.mark.parametrize(
+    ("busiest", "effect", "says"),
+    [(1.3, 1, True), (1.28, 1, False), (1.43, 2, True), (1.4, 2, False)],
+)
+def test_a_domain_overloads_beyond_twice_what_chance_gives_its_tokens(
+    busiest: float, effect: int, says: bool
+):
+    """800 tokens over 8 experts: the floor is 0.146, and √2 of it where documents have a design
+    effect of 2."""
     floor = unc.noise_floor(800, 8, 1)
     assert floor == pytest.approx(0.146, abs=0.004)
     assert (busiest - 1 > 2 * floor * math.sqrt(effect)) == says
@@ -197,11 +303,15 @@ def test_a_domain_overloads_beyond_twice_what_chance_gives_its_tokens(busiest: f
 
 
 def least_of(code: list[int], law: list[int], **given: Any) -> str | None:
-    """Expert 0 is used at 0.3x; the busiest gets 3.67x as much. The domains' loads are `code` and `law`."""
+    """Expert 0 is used at 0.3x; the busiest gets 3.67x as much. The domains' loads are `code` and
+    `law`."""
     made = stub(crowd(0.3), domains=("code", "law"), by_domain=[np.array([code, law])], **given)
     said = v._least_used(made)
     assert said is not None
-    assert said.startswith("Expert 0 of layer 0 is the least used: 0.30x the mean load, the busiest there gets 3.7x as much")
+    assert said.startswith(
+        "Expert 0 of layer 0 is the least used: 0.30x the mean load, the busiest there gets 3.7x "
+        "as much"
+    )
     return said.partition("as much")[2]
 
 
@@ -212,9 +322,17 @@ LEAST_IN = {
     "never": (([0] + [1_200] * 7, LAW), {}, ', and on "code" it is never chosen.'),
     "load enough": (([0] + [114] * 6 + [116], LAW), {}, ', and on "code" it is never chosen.'),
     "too little load": (([0] + [114] * 6 + [115], LAW), {}, "."),
-    "documents enough": (([0] + [1_200] * 7, LAW), {"documents": (5, 60)}, ', and on "code" it is never chosen.'),
+    "documents enough": (
+        ([0] + [1_200] * 7, LAW),
+        {"documents": (5, 60)},
+        ', and on "code" it is never chosen.',
+    ),
     "few documents": (([0] + [1_200] * 7, LAW), {"documents": (4, 60)}, "."),
-    "counts know none": (([0] + [1_200] * 7, LAW), {"documents": (4, 60), "counts_only": True}, ', and on "code" it is never chosen.'),
+    "counts know none": (
+        ([0] + [1_200] * 7, LAW),
+        {"documents": (4, 60), "counts_only": True},
+        ', and on "code" it is never chosen.',
+    ),
 }
 
 
@@ -228,13 +346,22 @@ def deserted(expert: int, mean: int = 1_000, others: int = 1_000, **given: Any) 
     """Expert 0 has so many assignments in "code", and `others` in "law"; the others are even."""
     code = np.array([expert, *[(8 * mean - expert) // 7] * 7])
     law = np.array([others, *[1_000] * 7])
-    return v._deserting_domain(stub(row(code + law), domains=("code", "law"), by_domain=[[code, law]], **{"counts_only": True, **given}))
+    return v._deserting_domain(
+        stub(
+            row(code + law),
+            domains=("code", "law"),
+            by_domain=[[code, law]],
+            **{"counts_only": True, **given},
+        )
+    )
 
 
 def test_a_domain_that_deserts_an_expert():
     said = deserted(99)
     assert said is not None
-    assert said.startswith('"code" leaves expert 0 of layer 0 nearly unused: 0.10x the mean load on its 7')
+    assert said.startswith(
+        '"code" leaves expert 0 of layer 0 nearly unused: 0.10x the mean load on its 7'
+    )
     assert said.endswith("times less than the busiest expert there.")
     assert deserted(101) is None
     assert deserted(99, counts_only=False) is None  # `domains` says more
@@ -251,11 +378,22 @@ def specialization(**columns: Any) -> dict[str, Any]:
     """A row of that table: 0.5 bits beyond a null of 0.1, whose 99th percentile is 0.12."""
     known = {"domain_mi_bits": 0.6, "domain_mi_null_bits": 0.1, "domain_mi_null_p99_bits": 0.12}
     known |= {"domain_mi_given_token_bits": 0.5, "domain_mi_given_token_null_bits": 0.1}
-    known |= {"token_mi_bits": 1.0, "token_mi_null_bits": 0.5, "vocabulary_specialization": 0.5, "vocabulary_specialization_null": 0.3}
+    known |= {
+        "token_mi_bits": 1.0,
+        "token_mi_null_bits": 0.5,
+        "vocabulary_specialization": 0.5,
+        "vocabulary_specialization_null": 0.3,
+    }
     return {"layer": 0, "router": 0, **known, **columns}
 
 
-def told(*rows: dict[str, Any], documents: Any = (30, 30), counts_only: bool = False, limits: Any = None, seed: int | None = None) -> str:
+def told(
+    *rows: dict[str, Any],
+    documents: Any = (30, 30),
+    counts_only: bool = False,
+    limits: Any = None,
+    seed: int | None = None,
+) -> str:
     by_domain = [np.array([[300, *EVEN[1:]], EVEN])[: len(documents)]] * len(rows)
     balance = [row([400, *[200] * 7])] * len(rows)
     numbered = [{**one, "layer": r, "router": r} for r, one in enumerate(rows)]
@@ -274,28 +412,50 @@ def told(*rows: dict[str, Any], documents: Any = (30, 30), counts_only: bool = F
 
 
 def beyond(bits: float, null: float = 0.1, p99: float = 0.12, **columns: Any) -> dict[str, Any]:
-    return specialization(domain_mi_bits=bits, domain_mi_null_bits=null, domain_mi_null_p99_bits=p99, **columns)
+    return specialization(
+        domain_mi_bits=bits, domain_mi_null_bits=null, domain_mi_null_p99_bits=p99, **columns
+    )
 
 
 DOMAINS = {
     "one domain": (partial(told, beyond(0.6), documents=(60,)), ""),
-    "counts": (partial(told, beyond(0.6), counts_only=True), "Whether experts specialise by domain cannot be told from counts alone"),
+    "counts": (partial(told, beyond(0.6), counts_only=True), ("Whether experts specialise by domain "
+        "cannot be told from counts alone")),
     # 4 documents of each can be relabelled in 8!/(4! 4! 2!) = 35 ways, 5 of each in 126
-    "too few relabellings": (partial(told, beyond(0.6), documents=(4, 4)), "Too few documents to tell whether experts specialise by domain: 8 documents in 2 domains can hardly"),
-    "relabellings enough": (partial(told, beyond(0.6), documents=(5, 5)), "Experts specialise by domain in 1 of 1 routers"),
+    "too few relabellings": (partial(told, beyond(0.6), documents=(4, 4)), ("Too few documents to "
+        "tell whether experts "
+        "specialise by domain: 8 documents in 2 "
+        "domains can hardly")),
+    "relabellings enough": (partial(told, beyond(0.6), documents=(5, 5)), ("Experts specialise by "
+        "domain in 1 of 1 routers")),
     "no null": (partial(told, beyond(0.6, p99=math.nan)), "Too few documents to tell"),
-    "beyond the margin": (partial(told, beyond(0.1301)), "Routing differs by domain in 1 of 1 routers, most in layer 0 (0.130 bits; shuffled documents give 0.100)"),
+    "beyond the margin": (partial(told, beyond(0.1301)), ("Routing differs by "
+        "domain in 1 of 1 routers, "
+        "most in layer 0 (0.130 bits; shuffled "
+        "documents give 0.100)")),
     "within the margin": (partial(told, beyond(0.1299)), "No expert specialises by domain"),
-    "within a wide margin": (partial(told, beyond(0.15, p99=0.2)), 'give up to 0.20 bits when shuffled (a "no" takes less than 0.2).'),
+    "within a wide margin": (partial(told, beyond(0.15, p99=0.2)), ('give up to 0.20 bits when shuffled '
+        '(a "no" takes less than 0.2).')),
     "within a narrow one": (partial(told, beyond(0.15, p99=0.1999)), "No expert specialises by domain"),
     # log₂ of 8 experts is 3
-    "specialised": (partial(told, beyond(0.401)), "Experts specialise by domain in 1 of 1 routers; most in layer 0"),
-    "not specialised": (partial(told, beyond(0.399)), "A router that was never trained can show as much: a trace with --random-init is the baseline."),
+    "specialised": (partial(told, beyond(0.401)), ("Experts specialise by domain in "
+        "1 of 1 routers; most in layer 0")),
+    "not specialised": (partial(told, beyond(0.399)), ("A router that was never trained can show "
+        "as much: a trace with --random-init is the "
+        "baseline.")),
     "specialised, by its threshold": (partial(told, beyond(0.401), limits={"specialised": 0.101}), "Routing differs by domain in 1 of 1"),
-    "one and one more": (partial(told, beyond(0.6), beyond(0.2), beyond(0.1)), "Experts specialise by domain in 1 of 3 routers, and routing differs by domain in 1 more; most in layer 0"),
-    "who": (partial(told, beyond(0.6)), ': expert 0 takes 30% of the tokens of "code", 1.4x its mean over domains.'),
-    "untrained": (partial(told, beyond(0.6), seed=3), "This model was never trained (random weights, seed 3), so nothing here is specialisation"),
-    "vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.266)), "the domain tells 0.266 bits of the expert there (0.100 with the documents shuffled): most of it is vocabulary."),
+    "one and one more": (partial(told, beyond(0.6), beyond(0.2), beyond(0.1)), ("Experts specialise by domain in 1 of 3 "
+        "routers, and routing differs by domain in 1 "
+        "more; most in layer 0")),
+    "who": (partial(told, beyond(0.6)), (': expert 0 takes 30% of the tokens '
+        'of "code", 1.4x its mean over domains.')),
+    "untrained": (partial(told, beyond(0.6), seed=3), ("This model was never "
+        "trained (random weights, "
+        "seed 3), so nothing here is specialisation")),
+    "vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.266)), ("the domain tells 0.266 "
+        "bits of the expert "
+        "there (0.100 with the documents shuffled): "
+        "most of it is vocabulary.")),
     "topic": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.267)), "it is not vocabulary alone."),
 }  # fmt: skip
 
@@ -308,21 +468,35 @@ def test_domains(case: str):
 
 
 @pytest.mark.parametrize(("null", "says"), [(9.99, True), (10.01, False)])
-def test_vocabulary_and_topic_are_parted_where_the_bias_is_not_all_there_is(null: float, says: bool):
+def test_vocabulary_and_topic_are_parted_where_the_bias_is_not_all_there_is(
+    null: float, says: bool
+):
     """0.5 bits of effect are 5 % of 10 bits of bias."""
     said = told(beyond(0.6, domain_mi_given_token_bits=null, domain_mi_given_token_null_bits=null))
     assert ("Once the token id is known" in said) == says
 
 
 def ids(**columns: Any) -> str | None:
-    words = [{"router": 0, "expert": 3, "token": " the", "first_choice_fraction": 0.9, "count": 90, "occurrences": 100}]
-    return verdict_routing.token_ids(stub(row(EVEN), specialization=[specialization(**columns)], vocabulary=words))
+    words = [
+        {
+            "router": 0,
+            "expert": 3,
+            "token": " the",
+            "first_choice_fraction": 0.9,
+            "count": 90,
+            "occurrences": 100,
+        }
+    ]
+    return verdict_routing.token_ids(
+        stub(row(EVEN), specialization=[specialization(**columns)], vocabulary=words)
+    )
 
 
 def test_token_ids():
     said = ids(vocabulary_specialization=0.32)
     assert said == (
-        "The token id decides most in layer 0: 32% of first choices are the favourite of their token id (30% with the ids shuffled); "
+        "The token id decides most in layer 0: 32% of first choices are the favourite of their "
+        "token id (30% with the ids shuffled); "
         "expert 3 is the first choice of 90% of its 100 ' the'."
     )
     none = "The token id does not decide the expert: tokens of one id spread as shuffled ids would."
@@ -333,7 +507,9 @@ def test_token_ids():
     assert ids(vocabulary_specialization=math.nan) is None
 
 
-@pytest.mark.parametrize(("rate", "limit", "says"), [(0.01, None, True), (0.0099, None, False), (0.0099, 0.005, True)])
+@pytest.mark.parametrize(
+    ("rate", "limit", "says"), [(0.01, None, True), (0.0099, None, False), (0.0099, 0.005, True)]
+)
 def test_ties(rate: float, limit: float | None, says: bool):
     rows = [{"layer": r, "router": r, "tie_rate": value} for r, value in ((0, 0.0), (1, rate))]
     made = stub(row(EVEN), row(EVEN), router=rows, limits={} if limit is None else {"tie": limit})
@@ -346,7 +522,9 @@ def test_ties(rate: float, limit: float | None, says: bool):
 
 
 def few_tokens(uneven: float, tokens: int = 800) -> str | None:
-    return doubts._few_tokens(stub(row([tokens // 8] * 8, tokens=tokens), limits={"uneven": uneven}))
+    return doubts._few_tokens(
+        stub(row([tokens // 8] * 8, tokens=tokens), limits={"uneven": uneven})
+    )
 
 
 def test_few_tokens():
@@ -354,7 +532,8 @@ def test_few_tokens():
     said = few_tokens(floor - 1e-3)
     assert said is not None
     assert said.startswith(
-        f"800 tokens are few for 8 experts: chance alone takes the busiest to {1 + floor:.2f}x the mean. About 810 would"
+        f"800 tokens are few for 8 experts: chance alone takes the busiest to {1 + floor:.2f}x "
+        "the mean. About 810 would"
     )
     assert few_tokens(floor + 1e-3) is None
     assert few_tokens(0) is None
@@ -362,9 +541,14 @@ def test_few_tokens():
 
 def test_few_documents():
     def said(*documents: int, **given: Any) -> str | None:
-        return doubts._few_documents(stub(row(EVEN), domains=("code", "law")[: len(documents)], documents=documents, **given))
+        return doubts._few_documents(
+            stub(row(EVEN), domains=("code", "law")[: len(documents)], documents=documents, **given)
+        )
 
-    assert said(4, 5) == 'Domains of fewer than 5 documents are as much their texts as domains: "code" (4).'
+    assert (
+        said(4, 5)
+        == 'Domains of fewer than 5 documents are as much their texts as domains: "code" (4).'
+    )
     assert said(5, 5) is None
     assert said(4) is None
     assert said(4, 5, counts_only=True) is None
@@ -393,14 +577,20 @@ def test_repeated_rows(monkeypatch: pytest.MonkeyPatch):
 
 def ranks(*dead: int) -> str | None:
     """A router each, of 8 experts; so many of them are dead, the upper half among them."""
-    return doubts.missing_ranks(stub(*(row([1 + e if e < 8 - n else 0 for e in range(8)]) for n in dead)))
+    return doubts.missing_ranks(
+        stub(*(row([1 + e if e < 8 - n else 0 for e in range(8)]) for n in dead))
+    )
 
 
 def test_missing_ranks():
-    # two halves, two ways round: 4 / 70 for one router, 4 / 70² = 0.0008 for two, 4 / (70 · 14) where one has a dead expert more
+    # two halves, two ways round: 4 / 70 for one router, 4 / 70² = 0.0008 for two, 4 / (70 · 14)
+    # where one has a dead expert more
     said = ranks(4, 4)
     assert said is not None
-    assert said.startswith("Experts 4-7 of 8 have no load, at every router alike: these look like the counts of 1 of 2 ranks")
+    assert said.startswith(
+        "Experts 4-7 of 8 have no load, at every router alike: these look like the counts of 1 "
+        "of 2 ranks"
+    )
     assert ranks(4, 5) is None
     assert ranks(4) is None
     assert ranks(4, 4, 3) is None

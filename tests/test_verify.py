@@ -27,7 +27,8 @@ Change = Callable[[dict[str, list]], None]
 
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards of 100 tokens, ten documents in two domains, weights, a vocabulary, an empty slot."""
+    """Three shards of 100 tokens, ten documents in two domains, weights, a vocabulary, an empty
+    slot."""
     rng = np.random.default_rng(0)
     ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
     ids[1][5, 1] = np.iinfo(np.uint16).max
@@ -45,16 +46,22 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shard_tokens=100,
         words=50,
     )
-    for shard in range(3):  # the writer of the tests numbers positions by batch: here each batch is a document
+    for shard in range(
+        3
+    ):  # the writer of the tests numbers positions by batch: here each batch is a document
         assert (root / f"tokens/part-0-{shard}.parquet").exists()
     return root
 
 
 def rewrite(root: Path, table: str, shard: int, change: Change) -> None:
-    """Changes the columns of a part, row group by row group, and its line with it: only what it says is wrong."""
+    """Changes the columns of a part, row group by row group, and its line with it: only what it
+    says is wrong."""
     path = root / table / f"part-0-{shard}.parquet"
     file = pq.ParquetFile(path)
-    schema, sizes = file.schema_arrow, [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+    schema, sizes = (
+        file.schema_arrow,
+        [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)],
+    )
     columns = file.read().to_pydict()
     before = len(columns[schema.names[0]])
     change(columns)
@@ -68,7 +75,11 @@ def rewrite(root: Path, table: str, shard: int, change: Change) -> None:
             at += size
     with open(path, "rb") as written:
         footer_crc32 = checksums.footer_crc32(pa.PythonFile(written))
-    facts = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "footer_crc32": footer_crc32, "bytes": path.stat().st_size}
+    facts = {
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "footer_crc32": footer_crc32,
+        "bytes": path.stat().st_size,
+    }
     lines = edit_lines(root)
     for line in lines:
         if line["path"] == f"{table}/part-0-{shard}.parquet":
@@ -139,12 +150,17 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = 
     "a bit": (flip, "routing/part-0-2.parquet", None, "sha256 is"),
     "a file gone": (lambda root: (root / "tokens/part-0-1.parquet").unlink(), "tokens/part-0-1.parquet", None, "missing"),
     "an orphan": (lambda root: shutil.copy(root / "tokens/part-0-1.parquet", root / "tokens/part-0-9.parquet"), "tokens/part-0-9.parquet", None, "an orphan"),
-    "rows misstated": (of_line(rows=99), "shards-0.jsonl", None, "line 5: rows of tokens/part-0-1.parquet is 99, of tokens 100 to 199 there are 100"),
+    "rows misstated": (of_line(rows=99), "shards-0.jsonl", None, ("line 5: rows of tokens/part-0-1.parquet "
+        "is 99, of tokens 100 to 199 there are 100")),
     "documents misstated": (of_line(3, rows=9), "documents/part-0-1.parquet", None, "it has 10 rows, its line says 9"),
-    "a shard elsewhere": (of_line(first_batch=9), "shards-0.jsonl", None, "line 5: it states tokens and batches .100, 199, 9, 19., another line of shard 1"),
-    "a shard left out": (lambda root: edit_lines(root, [*edit_lines(root)[:3], *edit_lines(root)[6:]]), "shards-0.jsonl", None, "shard 2 has tokens 200 to 299, 100 is the next"),
-    "a shard twice": (lambda root: edit_lines(root, [*edit_lines(root), *edit_lines(root)[6:]]), "shards-0.jsonl", None, "line 10: documents of shard 2 is listed twice"),
-    "a shard under two numbers": (lambda root: edit_lines(root, [*edit_lines(root), *({**line, "shard": 3} for line in edit_lines(root)[6:])]), "shards-0.jsonl", None, "line 10: documents/part-0-2.parquet is listed twice"),
+    "a shard elsewhere": (of_line(first_batch=9), "shards-0.jsonl", None, ("line 5: it states tokens and batches "
+        ".100, 199, 9, 19., another line of shard 1")),
+    "a shard left out": (lambda root: edit_lines(root, [*edit_lines(root)[:3], *edit_lines(root)[6:]]), "shards-0.jsonl", None, ("shard 2 has tokens 200 "
+        "to 299, 100 is the next")),
+    "a shard twice": (lambda root: edit_lines(root, [*edit_lines(root), *edit_lines(root)[6:]]), "shards-0.jsonl", None, ("line 10: documents of "
+        "shard 2 is listed twice")),
+    "a shard under two numbers": (lambda root: edit_lines(root, [*edit_lines(root), *({**line, "shard": 3} for line in edit_lines(root)[6:])]), "shards-0.jsonl", None, ("line 10: documents/part-0-2.parquet "
+        "is listed twice")),
     "an unknown key": (of_line(crc33=1), "shards-0.jsonl", None, "has the unknown key 'crc33'"),
     "a checksum gone": (lambda root: (root / "shards-0.jsonl").write_text((root / "shards-0.jsonl").read_text().replace('"footer_crc32"', '"path"')), "shards-0.jsonl", None, "its crc32 says so"),
     "a digest gone": (lambda root: edit_manifest(root, digest=None), "trace.json", None, "it has no digest"),
@@ -155,7 +171,8 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = 
     "a weight that is NaN": (in_table("routing", 2, put("weight_1", 17, float("nan"))), "routing/part-0-2.parquet", 17, "weight_1 is nan"),
     "an id beyond E": (in_table("routing", 1, put("expert_1", 123, 8)), "routing/part-0-1.parquet", 123, "expert_1 is 8, router 1 has 8"),
     "an expert twice": (in_table("routing", 0, copy_of("expert_1", 207, "expert_0")), "routing/part-0-0.parquet", 207, "is in slots 0 and 1"),
-    "a decision missing": (in_table("routing", 1, dropped), "routing/part-0-1.parquet", 299, "router 2 .layer 2. has 99 decisions, it saw 100"),
+    "a decision missing": (in_table("routing", 1, dropped), "routing/part-0-1.parquet", 299, ("router 2 .layer 2. has "
+        "99 decisions, it saw 100")),
     "decisions out of order": (in_table("routing", 1, swapped), "routing/part-0-1.parquet", 3, "token is 104, not 103"),
     "another layer": (in_table("routing", 1, put("layer", 250, 7)), "routing/part-0-1.parquet", 250, "layer is 7, not 2"),
     "a router unknown": (in_table("routing", 1, put("router", 299, 3)), "routing/part-0-1.parquet", 299, "router is 3, the manifest lists 3"),
@@ -169,7 +186,8 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = 
     "another domain": (in_table("tokens", 1, put("domain", 5, "b")), "tokens/part-0-1.parquet", 5, "domain is 'b', document 10 is of 'a'"),
     "a phase unknown": (in_table("tokens", 0, put("phase", 5, "train")), "tokens/part-0-0.parquet", 5, "phase is 'train'"),
     "a fact missing": (in_table("tokens", 0, put("sequence", 5, None)), "tokens/part-0-0.parquet", 5, "sequence is null"),
-    "totals misstated": (of_manifest(lambda m: m["counts"].update(tokens=301)), "trace.json", None, "counts.tokens is 301, the shards have 300"),
+    "totals misstated": (of_manifest(lambda m: m["counts"].update(tokens=301)), "trace.json", None, ("counts.tokens is 301, "
+        "the shards have 300")),
     "a manifest damaged": (lambda root: (root / "trace.json").write_text("{}"), "trace.json", None, "format is missing"),
 }  # fmt: skip
 
@@ -202,11 +220,19 @@ def test_rewriting_alone_corrupts_nothing(fine: Path, tmp_path: Path):
 
 
 COUNTS: dict[str, tuple[Change, int | None, str]] = {
-    "an assignment too many": (lambda c: put("assignments", 2, c["assignments"][2] + 1)(c), 0, "assignments and"),
+    "an assignment too many": (
+        lambda c: put("assignments", 2, c["assignments"][2] + 1)(c),
+        0,
+        "assignments and",
+    ),
     "below zero": (put("assignments", 2, -1), 2, "assignments is -1"),
     "an expert twice": (put("expert", 2, 1), 0, "lists expert 1 2 times"),
     "an expert beyond": (put("expert", 2, 8), 2, "expert is 8"),
-    "first choices beyond": (lambda c: put("first_choice", 2, c["assignments"][2] + 1)(c), 2, "first_choice is"),
+    "first choices beyond": (
+        lambda c: put("first_choice", 2, c["assignments"][2] + 1)(c),
+        2,
+        "first_choice is",
+    ),
     "another layer": (put("layer", 9, 9), 9, "layer is 9, not 1"),
 }
 
@@ -247,7 +273,10 @@ def test_the_commands(cli, fine: Path, tmp_path: Path):
     rewrite(tmp_path / "t", "routing", 1, put("expert_1", 123, 8))
     done = cli("verify", "t", check=1)
     assert done.stdout == ""
-    assert done.stderr == "error: t/routing/part-0-1.parquet row 123: expert_1 is 8, router 1 has 8 experts\n"
+    assert (
+        done.stderr
+        == "error: t/routing/part-0-1.parquet row 123: expert_1 is 8, router 1 has 8 experts\n"
+    )
     said = json.loads(cli("verify", "t", "--json", check=1).stdout)
     assert (said["ok"], said["file"], said["row"]) == (False, "routing/part-0-1.parquet", 123)
     assert "no trace at nowhere" in cli("verify", "nowhere", check=1).stderr

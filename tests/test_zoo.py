@@ -1,5 +1,6 @@
-"""Every family that the installed transformers ships: traced exactly, adapted, or refused by name. What routed where is found
-without the hook: an expert is disturbed, and the positions whose layer output changes are those that went to it."""
+"""Every family that the installed transformers ships: traced exactly, adapted, or refused by name.
+What routed where is found without the hook: an expert is disturbed, and the positions whose layer
+output changes are those that went to it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ LENGTHS = [9, 5, 12]
 # what these do with the router's choice cannot be told from outside by disturbing an expert
 UNDISTURBED = {
     "doge": "an expert is a row of an embedding: see below",
-    "inkling2_loop": "a layer runs twice, and disturbed in its first run it routes otherwise in its second: see below",
+    "inkling2_loop": (
+        "a layer runs twice, and disturbed in its first run it routes otherwise in its second: "
+        "see below"
+    ),
 }
 
 
@@ -37,7 +41,9 @@ def batch(family: str) -> dict[str, torch.Tensor]:
     return zoo.inputs(family, LENGTHS[:1] if family in zoo.ALONE else LENGTHS)
 
 
-def recorded(model: Any, path: Path, inputs: dict[str, torch.Tensor], capture: str, **options: Any) -> moe_inspect.Trace:
+def recorded(
+    model: Any, path: Path, inputs: dict[str, torch.Tensor], capture: str, **options: Any
+) -> moe_inspect.Trace:
     with moe_inspect.record(model, path, capture=capture, **options), torch.no_grad():
         model(**inputs)
     return moe_inspect.open_trace(path)
@@ -46,11 +52,14 @@ def recorded(model: Any, path: Path, inputs: dict[str, torch.Tensor], capture: s
 def slots(trace: moe_inspect.Trace, router: int, prefix: str) -> np.ndarray:
     table = trace.routing()
     table = table[table.router == router]
-    return table[[c for c in table if c.startswith(prefix)][: trace.routers[router].top_k]].to_numpy(np.float64)
+    return table[
+        [c for c in table if c.startswith(prefix)][: trace.routers[router].top_k]
+    ].to_numpy(np.float64)
 
 
 def fed_to(site: Site, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    """bool [T]: the rows that reach a router, true where no padding is. What the decoder is fed here is not padded."""
+    """bool [T]: the rows that reach a router, true where no padding is. What the decoder is fed
+    here is not padded."""
     if site.stack == "decoder":
         return np.ones(inputs["decoder_input_ids"].numel(), bool)
     return inputs["attention_mask"].flatten().bool().numpy()
@@ -60,16 +69,20 @@ def last_matrices(owner: torch.nn.Module, experts: int) -> list[torch.Tensor]:
     """The last matrix of each expert."""
     if isinstance(owner, torch.nn.ModuleDict):
         return [
-            [p for p in expert.parameters() if p.dim() == 2][-1].detach() for name, expert in owner.items() if name.startswith("expert_")
+            [p for p in expert.parameters() if p.dim() == 2][-1].detach()
+            for name, expert in owner.items()
+            if name.startswith("expert_")
         ]
     stacked = [p for p in owner.parameters() if (p.dim() == 3 and len(p) >= experts)]
-    stacked = stacked or [p.view(experts, -1, p.shape[1]) for p in owner.parameters() if p.dim() == 2]
+    stacked = stacked or [
+        p.view(experts, -1, p.shape[1]) for p in owner.parameters() if p.dim() == 2
+    ]
     return list(stacked[-1].detach())
 
 
 def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    """bool [T, E]: the positions whose output changes when an expert's last matrix does. The output of the block that holds the
-    experts, or where that does not run by itself of the whole layer."""
+    """bool [T, E]: the positions whose output changes when an expert's last matrix does. The output
+    of the block that holds the experts, or where that does not run by itself of the whole layer."""
     T = len(fed_to(site, inputs))
     parent = model.get_submodule(site.path.rpartition(".")[0])
     owner = parent if site.adapter is not None and not site.adapter.at_call else site.module
@@ -79,9 +92,14 @@ def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.nda
     seen: dict[str, list[torch.Tensor]] = {"block": [], "layer": []}
 
     def watch(name: str) -> Any:
-        return lambda m, a, out: seen[name].append((out[0] if isinstance(out, tuple) else out).reshape(T, -1))
+        return lambda m, a, out: seen[name].append(
+            (out[0] if isinstance(out, tuple) else out).reshape(T, -1)
+        )
 
-    hooks = [m.register_forward_hook(watch(n)) for n, m in (("block", parent), ("layer", model.get_submodule(inside[0])))]
+    hooks = [
+        m.register_forward_hook(watch(n))
+        for n, m in (("block", parent), ("layer", model.get_submodule(inside[0])))
+    ]
     try:
         with torch.no_grad():
             model(**inputs)
@@ -97,9 +115,11 @@ def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.nda
     return np.stack([(x != outputs[0]).any(-1).numpy() for x in outputs[1:]], 1)
 
 
-def handed_over(model: Any, sites: list[Site], inputs: dict[str, torch.Tensor]) -> list[np.ndarray | None]:
-    """The gate weights [T, K] that each experts module is called with, −inf where a slot names no expert; None where a router's own
-    output was read."""
+def handed_over(
+    model: Any, sites: list[Site], inputs: dict[str, torch.Tensor]
+) -> list[np.ndarray | None]:
+    """The gate weights [T, K] that each experts module is called with, −inf where a slot names no
+    expert; None where a router's own output was read."""
     received: dict[int, np.ndarray] = {}
 
     def watch(r: int, forward: Any) -> Any:
@@ -107,14 +127,20 @@ def handed_over(model: Any, sites: list[Site], inputs: dict[str, torch.Tensor]) 
             tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)][1:]
             ids = next((t for t in tensors if not t.dtype.is_floating_point and t.dim() == 2), None)
             if ids is not None:
-                weights = next(t for t in tensors if t.dtype.is_floating_point and t.shape == ids.shape).float()
-                received[r] = weights.masked_fill((ids < 0) | (ids >= sites[r].experts), -torch.inf).numpy()
+                weights = next(
+                    t for t in tensors if t.dtype.is_floating_point and t.shape == ids.shape
+                ).float()
+                received[r] = weights.masked_fill(
+                    (ids < 0) | (ids >= sites[r].experts), -torch.inf
+                ).numpy()
             return forward(*args, **kwargs)
 
         return watched
 
     called = [
-        (r, s.module) for r, s in enumerate(sites) if s.adapter is None or (s.adapter.at_call and not s.adapter.top_k)
+        (r, s.module)
+        for r, s in enumerate(sites)
+        if s.adapter is None or (s.adapter.at_call and not s.adapter.top_k)
     ]  # not of masks
     for r, module in called:
         module.forward = watch(r, module.forward)
@@ -134,13 +160,22 @@ def traced(model: Any, folder: Path, capture: str) -> moe_inspect.Trace:
     """As `moe-inspect trace` does it, from a directory that holds the model and a tokenizer."""
     model.save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return trace_model(str(folder / "model"), folder / "trace", data=[str(folder / "texts.jsonl")], capture=capture, overwrite=True)
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    )
+    return trace_model(
+        str(folder / "model"),
+        folder / "trace",
+        data=[str(folder / "texts.jsonl")],
+        capture=capture,
+        overwrite=True,
+    )
 
 
 @cache
 def found(family: str, with_towers: bool = False) -> tuple[str, str, Any]:
-    """(class that was loaded, how: dispatch and tap, tap, adapter or why not, (tokens, routing) as traced)."""
+    """(class that was loaded, how: dispatch and tap, tap, adapter or why not, (tokens, routing) as
+    traced)."""
     if family in zoo.WHY_NOT:
         return "", f"refused: {zoo.WHY_NOT[family]}", None
     model, refused = zoo.build_with_towers(family) if with_towers else zoo.build(family), ""
@@ -161,7 +196,9 @@ def found(family: str, with_towers: bool = False) -> tuple[str, str, Any]:
 
 def test_none_is_skipped() -> None:
     assert len(zoo.FAMILIES) >= 64
-    refused = {f for f in zoo.FAMILIES if found(f)[1].startswith("refused")} | {f for f in zoo.WITH_TOWERS if not found(f, True)[0]}
+    refused = {f for f in zoo.FAMILIES if found(f)[1].startswith("refused")} | {
+        f for f in zoo.WITH_TOWERS if not found(f, True)[0]
+    }
     assert refused == set(zoo.WHY_NOT) & set(zoo.FAMILIES)
 
 
@@ -174,12 +211,18 @@ def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
         assert torch.equal(bare, zoo.outputs(model, inputs))
     trace = moe_inspect.open_trace(tmp_path / "t")
     sites = find_routers(model)
-    assert trace.n_tokens == sum(fed_to(site, inputs).sum() for site in {s.stack: s for s in sites}.values())
+    assert trace.n_tokens == sum(
+        fed_to(site, inputs).sum() for site in {s.stack: s for s in sites}.values()
+    )
     assert len(trace.routers) >= len(sites)
     assert {r.layer for r in trace.routers} == {s.layer for s in sites}
     assert_first_choice_first(trace)
     experts = [c for c in trace.routing() if c.startswith("expert_")]
-    assert recorded(model, tmp_path / "ids", inputs, "tap", weights=False).routing()[experts].equals(trace.routing()[experts])
+    assert (
+        recorded(model, tmp_path / "ids", inputs, "tap", weights=False)
+        .routing()[experts]
+        .equals(trace.routing()[experts])
+    )
     if found(family)[1] == "dispatch, tap":
         with moe_inspect.record(model, tmp_path / "d", capture="dispatch"), torch.no_grad():
             assert torch.allclose(bare, zoo.outputs(model, inputs), atol=1e-5)
@@ -187,52 +230,81 @@ def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
         assert dispatched.n_tokens == trace.n_tokens
         assert dispatched.routing().equals(trace.routing())
         assert_first_choice_first(dispatched)
-        assert recorded(model, tmp_path / "dids", inputs, "dispatch", weights=False).routing()[experts].equals(trace.routing()[experts])
+        assert (
+            recorded(model, tmp_path / "dids", inputs, "dispatch", weights=False)
+            .routing()[experts]
+            .equals(trace.routing()[experts])
+        )
     if family in UNDISTURBED:
         return
     executed = handed_over(model, sites, inputs)
     assert any(w is not None for w in executed) or found(family)[1].startswith("adapter")
     for r, site in enumerate(sites):
-        ids, weights, real = slots(trace, r, "expert_"), slots(trace, r, "weight_"), fed_to(site, inputs)
+        ids, weights, real = (
+            slots(trace, r, "expert_"),
+            slots(trace, r, "weight_"),
+            fed_to(site, inputs),
+        )
         if (w := executed[r]) is not None:
             there, ordered = ~np.isnan(ids), -np.sort(-w[real], axis=1)
             # 2^-25 is half the step of the smallest half-precision numbers
-            assert (np.abs(weights - ordered)[there] <= 2**-10 * np.abs(ordered)[there] + 2**-25).all()
+            assert (
+                np.abs(weights - ordered)[there] <= 2**-10 * np.abs(ordered)[there] + 2**-25
+            ).all()
         chosen = np.zeros((len(ids), site.experts), bool)
-        row, slot = np.nonzero(~np.isnan(ids) & (weights != 0))  # a weight of zero leaves no trace in the output
+        row, slot = np.nonzero(
+            ~np.isnan(ids) & (weights != 0)
+        )  # a weight of zero leaves no trace in the output
         chosen[row, ids[row, slot].astype(int)] = True
         changed = disturbed(model, site, inputs)[real]
-        assert (chosen == changed).all(), f"{site.path}: {(chosen != changed).sum()} of {changed.sum()}"
+        assert (chosen == changed).all(), (
+            f"{site.path}: {(chosen != changed).sum()} of {changed.sum()}"
+        )
         assert np.isnan(ids).sum() == 0 or family in ("zaya", "longcat_flash")
 
 
 def assert_first_choice_first(trace: moe_inspect.Trace) -> None:
-    """Each decision's slots are in descending weight, those that routed nowhere last, and the manifest says so."""
+    """Each decision's slots are in descending weight, those that routed nowhere last, and the
+    manifest says so."""
     for r, router in enumerate(trace.routers):
         assert trace.manifest["routers"][r]["slot_order"] == router.slot_order == "weight"
         key = np.nan_to_num(slots(trace, r, "weight_"), nan=-np.inf)
         assert (key[:, :-1] >= key[:, 1:]).all(), router.path
 
 
-@pytest.mark.parametrize(("family", "with_towers"), [(f, False) for f in BUILT] + [(f, True) for f in zoo.WITH_TOWERS])
-def test_a_saved_model_routes_as_the_one_that_was_saved(family: str, with_towers: bool, tmp_path: Path) -> None:
-    """What `moe-inspect trace` recorded, and what the model before it was saved gives for the same tokens."""
+@pytest.mark.parametrize(
+    ("family", "with_towers"), [(f, False) for f in BUILT] + [(f, True) for f in zoo.WITH_TOWERS]
+)
+def test_a_saved_model_routes_as_the_one_that_was_saved(
+    family: str, with_towers: bool, tmp_path: Path
+) -> None:
+    """What `moe-inspect trace` recorded, and what the model before it was saved gives for the same
+    tokens."""
     tokens, routing = found(family, with_towers)[2]
     model = zoo.build_with_towers(family) if with_towers else zoo.build(family)
     for name, buffer in model.named_buffers():
         if name.endswith("balancing_biases"):
-            buffer[-1] = -1.0  # of Zaya's choice to skip: transformers sets it so while loading, whatever was saved
+            buffer[
+                -1
+            ] = (
+                -1.0
+            )  # of Zaya's choice to skip: transformers sets it so while loading, whatever was saved
     if "encode" in set(tokens.phase):
         return  # what its decoder is fed, the command makes: tests/test_seq2seq.py
     if family == "llama4" and with_towers:
-        model = model.language_model  # the whole one's own forward fails on text alone in transformers 5.24
+        model = (
+            model.language_model
+        )  # the whole one's own forward fails on text alone in transformers 5.24
     rows = [rows.token_id.tolist() for _, rows in tokens.groupby("sequence", sort=False)]
     assert len(rows) == len(TEXTS)
     with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
         for batch in [[row] for row in rows] if family in zoo.ALONE else [rows]:
             longest = max(map(len, batch))
             mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
-            model(input_ids=torch.tensor([row + [0] * (longest - len(row)) for row in batch]), attention_mask=mask)
+            model(
+                input_ids=torch.tensor([row + [0] * (longest - len(row)) for row in batch]),
+                attention_mask=mask,
+            )
     again = moe_inspect.open_trace(tmp_path / "t").routing()
     assert len(again) == len(routing)
     ids = [c for c in routing if c.startswith("expert_")]
@@ -240,9 +312,12 @@ def test_a_saved_model_routes_as_the_one_that_was_saved(family: str, with_towers
 
 
 def tokens_in_order(trace: moe_inspect.Trace) -> Any:
-    """By stack, then as fed: a batch of an encoder-decoder is all that its encoder reads, then all that its decoder does."""
+    """By stack, then as fed: a batch of an encoder-decoder is all that its encoder reads, then all
+    that its decoder does."""
     tokens = trace.tokens()
-    return tokens.assign(encoded=tokens.phase == "encode").sort_values(["encoded", "token"], ignore_index=True)
+    return tokens.assign(encoded=tokens.phase == "encode").sort_values(
+        ["encoded", "token"], ignore_index=True
+    )
 
 
 @pytest.mark.parametrize("family", [f for f in BUILT if f not in zoo.ALONE])
@@ -257,7 +332,9 @@ def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> N
     assert tokens_in_order(together)[names].equals(tokens_in_order(alone)[names])
     for r in range(len(together.routers)):
         a, b = (np.sort(slots(t, r, "expert_"), 1) for t in (together, alone))
-        assert (np.nan_to_num(a, nan=-1) == np.nan_to_num(b, nan=-1)).mean() > 0.98  # products of another shape round otherwise
+        assert (
+            np.nan_to_num(a, nan=-1) == np.nan_to_num(b, nan=-1)
+        ).mean() > 0.98  # products of another shape round otherwise
 
 
 # --- the quirks
@@ -276,7 +353,9 @@ def test_a_skipped_token_is_routed_nowhere(tmp_path: Path) -> None:
 def test_identity_experts_are_no_experts(tmp_path: Path) -> None:
     if "longcat_flash" not in BUILT:
         pytest.skip("no longcat_flash in this release")
-    trace = recorded(zoo.build("longcat_flash"), tmp_path / "t", zoo.inputs("longcat_flash", [100]), "tap")
+    trace = recorded(
+        zoo.build("longcat_flash"), tmp_path / "t", zoo.inputs("longcat_flash", [100]), "tap"
+    )
     assert {r.experts for r in trace.routers} == {8}
     ids = slots(trace, 0, "expert_")
     assert np.isnan(ids).any()
@@ -290,11 +369,17 @@ def test_doge_looks_up_what_is_recorded(tmp_path: Path) -> None:
     looked_up: dict[str, list[np.ndarray]] = {}
     for path, m in model.named_modules():
         if path.endswith("down_embed"):
-            m.register_forward_hook(lambda m, a, out, path=path: looked_up.setdefault(path, []).append(a[0].numpy().copy()))
+            m.register_forward_hook(
+                lambda m, a, out, path=path: looked_up.setdefault(path, []).append(
+                    a[0].numpy().copy()
+                )
+            )
     trace = recorded(model, tmp_path / "t", inputs, "tap")
     assert len(trace.routers) == len(looked_up) == 4
     for r, calls in enumerate(looked_up.values()):
-        assert (slots(trace, r, "expert_") == calls[0].reshape(len(calls[0].reshape(-1)) // 3, 3)).all()
+        assert (
+            slots(trace, r, "expert_") == calls[0].reshape(len(calls[0].reshape(-1)) // 3, 3)
+        ).all()
 
 
 def test_two_routers_in_a_block(tmp_path: Path) -> None:
@@ -313,7 +398,9 @@ def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
     for site in sites:
         forward = site.module.forward
 
-        def watched(hidden: Any, ids: Any, weights: Any, path: str = site.path, forward: Any = forward) -> Any:
+        def watched(
+            hidden: Any, ids: Any, weights: Any, path: str = site.path, forward: Any = forward
+        ) -> Any:
             seen.setdefault(path, []).append(ids.numpy().copy())
             return forward(hidden, ids, weights)
 
@@ -325,13 +412,24 @@ def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
     with moe_inspect.record(model, counts_only=True) as recorder, torch.no_grad():
         model(**inputs)
         balance = recorder.balance()
-    trace, real = moe_inspect.open_trace(tmp_path / "t"), inputs["attention_mask"].flatten().bool().numpy()
+    trace, real = (
+        moe_inspect.open_trace(tmp_path / "t"),
+        inputs["attention_mask"].flatten().bool().numpy(),
+    )
     runs = [(site.path, time) for site in sites for time in range(len(first[site.path]))]
     assert len(trace.routers) == len(balance) == len(runs) > len(sites)
-    assert [r.path for r in trace.routers] == [path + (f" (run {time + 1})" if time else "") for path, time in runs]
+    assert [r.path for r in trace.routers] == [
+        path + (f" (run {time + 1})" if time else "") for path, time in runs
+    ]
     for r, (path, time) in enumerate(runs):
-        assert (np.sort(slots(trace, r, "expert_")[: real.sum()], 1) == np.sort(first[path][time][real], 1)).all()
-        assert (np.sort(slots(trace, r, "expert_")[real.sum() :], 1) == np.sort(first[path][time][real], 1)).all()
+        assert (
+            np.sort(slots(trace, r, "expert_")[: real.sum()], 1)
+            == np.sort(first[path][time][real], 1)
+        ).all()
+        assert (
+            np.sort(slots(trace, r, "expert_")[real.sum() :], 1)
+            == np.sort(first[path][time][real], 1)
+        ).all()
 
 
 def test_too_many_rows_of_a_layer_that_runs_twice_are_seen() -> None:
@@ -351,10 +449,20 @@ def test_describe_knows_what_is_active(family: str, tmp_path: Path) -> None:
     assert made.kind == found(family)[0]
     idle = made.total["vision and audio"]
     assert made.active["vision and audio"] == 0
-    assert made.parameters - made.parameters_active - idle == made.total["routed experts"] - made.active["routed experts"] > 0
-    assert (idle > 0) == any("vision_config" in vars(part) for part in (config, made.config) if part is not None), family
+    assert (
+        made.parameters - made.parameters_active - idle
+        == made.total["routed experts"] - made.active["routed experts"]
+        > 0
+    )
+    assert (idle > 0) == any(
+        "vision_config" in vars(part) for part in (config, made.config) if part is not None
+    ), family
     k_of = {k / experts for _, experts, k in made.routers}
-    assert min(k_of) - 0.01 <= made.active["routed experts"] / made.total["routed experts"] <= max(k_of) + 0.01
+    assert (
+        min(k_of) - 0.01
+        <= made.active["routed experts"] / made.total["routed experts"]
+        <= max(k_of) + 0.01
+    )
     assert made.total["router"] > 0
 
 
@@ -401,7 +509,11 @@ def test_what_is_said_of_the_routers(family: str) -> None:
     assert {s.experts for s in sites} <= {8, 16}
     assert {s.scoring for s in sites} <= {"softmax", "sigmoid", "sparsemixer", "sqrtsoftplus"}
     for site in sites:
-        shared = [n for n, p in model.named_parameters() if re.search(r"shared", n) and n.startswith(site.path.rpartition(".")[0])]
+        shared = [
+            n
+            for n, p in model.named_parameters()
+            if re.search(r"shared", n) and n.startswith(site.path.rpartition(".")[0])
+        ]
         assert site.shared_experts or not shared, shared[:1]
 
 
@@ -415,7 +527,9 @@ def test_the_page_says_what_the_tests_found() -> None:
 
 
 def families_page() -> str:
-    return zoo.page({f: found(f)[:2] for f in zoo.FAMILIES}, {f: found(f, True)[:2] for f in zoo.WITH_TOWERS})
+    return zoo.page(
+        {f: found(f)[:2] for f in zoo.FAMILIES}, {f: found(f, True)[:2] for f in zoo.WITH_TOWERS}
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Every Mixture-of-Experts family that the installed transformers ships, as a tiny random model on the CPU.
+"""Every Mixture-of-Experts family that the installed transformers ships, as a tiny random model on
+the CPU.
 
-`python -m tests.zoo` builds and runs each and prints one line a family. The list of families is read from the installed
-package, so what a newer release brings is in it by itself: it is built by the generic part, or fails by name until it gets a
-line in `OVERRIDES` or `WHY_NOT`.
+`python -m tests.zoo` builds and runs each and prints one line a family. The list of families is
+read from the installed package, so what a newer release brings is in it by itself: it is built by
+the generic part, or fails by name until it gets a line in `OVERRIDES` or `WHY_NOT`.
 """
 
 from __future__ import annotations
@@ -22,29 +23,52 @@ import transformers as hf
 from tests.families import VOCABULARY, token_batch
 
 PACKAGE = Path(hf.__file__).parent / "models"
-ROUTED = re.compile(r"^class (\w+(?:Experts|MoE|Moe))\b", re.MULTILINE)  # Doge and ViTPose have a *MoE and no *Experts
+ROUTED = re.compile(
+    r"^class (\w+(?:Experts|MoE|Moe))\b", re.MULTILINE
+)  # Doge and ViTPose have a *MoE and no *Experts
 
 
 def _find_families() -> list[str]:
     files = sorted(PACKAGE.glob("*/modeling_*.py"))
-    return sorted({file.parent.name for file in files if ROUTED.search(file.read_text(encoding="utf-8"))})
+    return sorted(
+        {file.parent.name for file in files if ROUTED.search(file.read_text(encoding="utf-8"))}
+    )
 
 
 FAMILIES: list[str] = _find_families()
 
-# Which class of a family: the first of these that it has. All run on text alone. A family without a text-only language model is
-# built with its towers, which its inputs leave idle.
-ENDINGS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification", "ForBlockDiffusion", "Backbone")
-CLASSES = {"qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}  # its first ForConditionalGeneration is abstract
+# Which class of a family: the first of these that it has. All run on text alone. A family without a
+# text-only language model is built with its towers, which its inputs leave idle.
+ENDINGS = (
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "ForTokenClassification",
+    "ForBlockDiffusion",
+    "Backbone",
+)
+CLASSES = {
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"
+}  # its first ForConditionalGeneration is abstract
 
 CRASHES = {  # upstream, by release
-    "5.17": {"doge": "TypeError in the decoder layer of this release: it drops out a mixture's (output, logits) as if it were a tensor"}
+    "5.17": {
+        "doge": (
+            "TypeError in the decoder layer of this release: it drops out a mixture's (output, "
+            "logits) as if it were a tensor"
+        )
+    }
 }
 WHY_NOT: dict[str, str] = {
-    "vitpose_backbone": "a vision backbone without a language model, and without a router: the data set's index picks the expert",
+    "vitpose_backbone": (
+        "a vision backbone without a language model, and without a router: the data set's index "
+        "picks the expert"
+    ),
     **CRASHES.get(hf.__version__.rpartition(".")[0], {}),
 }
-ALONE = {"doge", "nllb_moe"}  # the tokens of a batch change each other's routing: only batches of one unpadded sequence mean anything
+ALONE = {
+    "doge",
+    "nllb_moe",
+}  # the tokens of a batch change each other's routing: only batches of one unpadded sequence mean anything
 
 # A value for every field of a config, or of a config in it, that has the name.
 SMALL: dict[str, Any] = {
@@ -58,7 +82,17 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 256,
     "max_seq_len": 256,
     # layers: one dense, then sparse ones, where a family knows the difference
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), 4),
+    **dict.fromkeys(
+        (
+            "num_hidden_layers",
+            "num_layers",
+            "n_layers",
+            "encoder_layers",
+            "decoder_layers",
+            "num_decoder_layers",
+        ),
+        4,
+    ),
     **dict.fromkeys(("num_dense_layers", "first_k_dense_replace"), 1),
     **dict.fromkeys(("encoder_sparse_step", "decoder_sparse_step"), 2),
     **dict.fromkeys(("num_sparse_encoder_layers", "num_sparse_decoder_layers"), 2),
@@ -73,10 +107,28 @@ SMALL: dict[str, Any] = {
     # widths
     **dict.fromkeys(("hidden_size", "d_model"), 32),
     **dict.fromkeys(
-        ("intermediate_size", "dense_intermediate_size", "intermediate_size_mlp", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 48
+        (
+            "intermediate_size",
+            "dense_intermediate_size",
+            "intermediate_size_mlp",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "d_ff",
+        ),
+        48,
     ),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", "ffn_hidden_size"), 24),
-    **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "share_expert_dim"), 24),
+    **dict.fromkeys(
+        (
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "shared_intermediate_size",
+            "ffn_hidden_size",
+        ),
+        24,
+    ),
+    **dict.fromkeys(
+        ("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "share_expert_dim"), 24
+    ),
     "shared_experts_intermediate_size": 24,
     "moe_hidden_size": 16,
     "router_hidden_size": 16,
@@ -84,19 +136,53 @@ SMALL: dict[str, Any] = {
     "initializer_range": 0.3,
     "init_std": 0.3,
     # attention
-    **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "kv_n_heads", "swa_num_key_value_heads", "index_n_heads", "o_groups"), 2),
+    **dict.fromkeys(
+        (
+            "num_attention_heads",
+            "num_heads",
+            "n_heads",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+        ),
+        4,
+    ),
+    **dict.fromkeys(
+        (
+            "num_key_value_heads",
+            "kv_n_heads",
+            "swa_num_key_value_heads",
+            "index_n_heads",
+            "o_groups",
+        ),
+        2,
+    ),
     "swa_num_attention_heads": 4,
-    **dict.fromkeys(("head_dim", "swa_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim"), 8),
+    **dict.fromkeys(
+        (
+            "head_dim",
+            "swa_head_dim",
+            "qk_rope_head_dim",
+            "qk_nope_head_dim",
+            "v_head_dim",
+            "index_head_dim",
+        ),
+        8,
+    ),
     **dict.fromkeys(("kv_channels", "d_kv"), 8),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("sliding_window", "sliding_window_size"), 8),
-    "index_topk": 64,  # all: the scores of so few index heads are often tied at zero, and the padding would break the ties
+    # all: the scores of so few index heads are often tied at zero, and the padding would break the
+    # ties
+    "index_topk": 64,
     "rel_extent": 16,
     "hc_lowrank": 8,
     # linear attention and state spaces
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_head_dim"), 8),
-    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(
+        ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_head_dim"), 8
+    ),
+    **dict.fromkeys(
+        ("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads"), 4
+    ),
     **dict.fromkeys(("linear_num_key_heads", "n_groups"), 2),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "chunk_size", "mamba_chunk_size"), 8),
     # towers
@@ -111,17 +197,31 @@ SMALL: dict[str, Any] = {
     "hidden_sizes": [8, 8, 8, 8],
     "downsample_hidden_size": 8,
 }
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 LINEAR_THEN_FULL = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
 
-# What no name tells: fields that must fit each other, switches that are off by default, names of one family alone.
+# What no name tells: fields that must fit each other, switches that are off by default, names of
+# one family alone.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": LINEAR_THEN_FULL},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "num_key_value_heads": 1, "hc_mult": 2},
+    "deepseek_v4": {
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+        "num_key_value_heads": 1,
+        "hc_mult": 2,
+    },
     "diffusion_gemma": {
-        "text_config": {"global_head_dim": 8, "sliding_window": 64},  # the canvas sees what the cache keeps: nothing but padding, if short
+        "text_config": {
+            "global_head_dim": 8,
+            "sliding_window": 64,
+        },  # the canvas sees what the cache keeps: nothing but padding, if short
         "vision_config": TOWER | {"model_type": "gemma4_vision", "position_embedding_size": 16},
         "canvas_length": 5,
     },
@@ -131,13 +231,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_head_dim"), 16),
         **dict.fromkeys(("swa_qk_nope_head_dim", "swa_v_head_dim"), 8),
     },
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [24, 16], "rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}}},
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "moe_intermediate_size": [24, 16],
+            "rope_parameters": MROPE | {"mrope_section": [1, 1, 2]},
+        }
+    },
     "gemma4": {"enable_moe_block": True, "global_head_dim": 8},
     "glm4v_moe": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1]}}},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_kpool": 2, "hc_mult": 2}},
     "granitemoehybrid": {"layer_types": LINEAR_THEN_FULL, "mamba_expand": 1},
     "hy_v4_vl": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1]}}},
-    "inkling2_loop": {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2, "loop_gate_rank": 8},
+    "inkling2_loop": {
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 8,
+    },
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 2},
     "kimi_linear": {"layer_types": LINEAR_THEN_FULL},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
@@ -145,15 +255,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 4},
     "mistral_large4": {"vision_config": TOWER | {"model_type": "pixtral"}},
     "qwen3_omni_moe": {"vision_start_token_id": 151652},
-    "qwen4_exp": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 2},
+    "qwen4_exp": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 2,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
-# Released with towers, where `model_class` picks the text-only class: the class that is saved, and what its config needs.
+# Released with towers, where `model_class` picks the text-only class: the class that is saved, and
+# what its config needs.
 WITH_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "aria": (
         "AriaForConditionalGeneration",
-        {"vision_config": TOWER | {"model_type": "idefics3_vision", "image_size": 28, "patch_size": 14}},
+        {
+            "vision_config": TOWER
+            | {"model_type": "idefics3_vision", "image_size": 28, "patch_size": 14}
+        },
     ),
     "gemma4": (
         "Gemma4ForConditionalGeneration",
@@ -164,15 +284,23 @@ WITH_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "inkling2": ("Inkling2ForConditionalGeneration", {"vision_config": {"text_hidden_size": 32}}),
-    "llama4": ("Llama4ForConditionalGeneration", {"text_config": OVERRIDES["llama4"], "vision_config": {"vision_output_dim": 32}}),
+    "llama4": (
+        "Llama4ForConditionalGeneration",
+        {"text_config": OVERRIDES["llama4"], "vision_config": {"vision_output_dim": 32}},
+    ),
     "minimax_m3_vl": (
         "MiniMaxM3SparseForConditionalGeneration",
-        {"vision_config": TOWER | {"model_type": "minimax_m3_vl_vision", "patch_size": 14, "image_size": 28}},
+        {
+            "vision_config": TOWER
+            | {"model_type": "minimax_m3_vl_vision", "patch_size": 14, "image_size": 28}
+        },
     ),
     "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", {}),
     "qwen4_exp": ("Qwen4ExpForConditionalGeneration", {"text_config": OVERRIDES["qwen4_exp"]}),
 }
-WITH_TOWERS = {family: made for family, made in WITH_TOWERS.items() if family in FAMILIES}  # a release may lack some
+WITH_TOWERS = {
+    family: made for family, made in WITH_TOWERS.items() if family in FAMILIES
+}  # a release may lack some
 
 SPREAD = 0.07  # of selection biases: enough to change choices, not so much that they alone choose
 
@@ -181,14 +309,22 @@ def _classes(family: str) -> dict[str, type[hf.PreTrainedModel]]:
     classes: dict[str, type] = {}
     for file in sorted((PACKAGE / family).glob("modeling_*.py")):
         module = importlib.import_module(f"transformers.models.{family}.{file.stem}")
-        own = (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__)
+        own = (
+            c
+            for c in vars(module).values()
+            if inspect.isclass(c) and c.__module__ == module.__name__
+        )
         classes |= {c.__name__: c for c in own if issubclass(c, hf.PreTrainedModel)}
     return classes
 
 
 def model_class(family: str) -> type[hf.PreTrainedModel]:
     classes = _classes(family)
-    named = [CLASSES[family]] if family in CLASSES else [n for end in ENDINGS for n in classes if n.endswith(end)]
+    named = (
+        [CLASSES[family]]
+        if family in CLASSES
+        else [n for end in ENDINGS for n in classes if n.endswith(end)]
+    )
     return classes[named[0]]
 
 
@@ -209,8 +345,9 @@ def config(family: str) -> hf.PreTrainedConfig:
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A tiny random model in eval mode whose routers do choose: what a checkpoint would bring and random weights leave at a
-    constant (selection biases, scales, a table of hashed experts, one family's gate) is random too."""
+    """A tiny random model in eval mode whose routers do choose: what a checkpoint would bring and
+    random weights leave at a constant (selection biases, scales, a table of hashed experts, one
+    family's gate) is random too."""
     torch.manual_seed(seed)
     return _with_choices(model_class(family)._from_config(config(family), dtype=dtype))
 
@@ -219,10 +356,14 @@ def build_with_towers(family: str, seed: int = 0) -> Any:
     """As `build`, of the class that is released where the family has one of text alone too."""
     name, overrides = WITH_TOWERS[family]
     kind = _classes(family)[name]
-    if kind.config_class.sub_configs.get("text_config") is hf.AutoConfig:  # in transformers 5.17: any
+    if (
+        kind.config_class.sub_configs.get("text_config") is hf.AutoConfig
+    ):  # in transformers 5.17: any
         overrides = {"text_config": config(family).to_dict(), **overrides}
     torch.manual_seed(seed)
-    return _with_choices(kind._from_config(_shrink(kind.config_class, overrides), dtype=torch.float32))
+    return _with_choices(
+        kind._from_config(_shrink(kind.config_class, overrides), dtype=torch.float32)
+    )
 
 
 def _with_choices(model: Any) -> Any:
@@ -232,7 +373,9 @@ def _with_choices(model: Any) -> Any:
         elif name.endswith("per_expert_scale"):
             tensor.data.uniform_(0.5, 1.5)
         elif name.endswith("tid2eid"):
-            tensor.data = torch.rand(len(tensor), SMALL["n_routed_experts"]).argsort(1)[:, : tensor.shape[1]]
+            tensor.data = torch.rand(len(tensor), SMALL["n_routed_experts"]).argsort(1)[
+                :, : tensor.shape[1]
+            ]
         elif name.endswith("router.gate.weight") and not tensor.any():
             tensor.data.normal_(std=0.3)
     return model.eval()
@@ -244,9 +387,15 @@ def inputs(family: str, lengths: list[int], seed: int = 0) -> dict[str, torch.Te
     if "decoder_input_ids" in inspect.signature(model_class(family).forward).parameters:
         decoded = token_batch([max(lengths) + 1] * len(lengths), seed + 1)
         batch["decoder_input_ids"] = decoded["input_ids"]
-        if hasattr(config(family), "canvas_length"):  # a decoder that reads the encoder's cache masks both at once and goes on counting
-            batch["decoder_position_ids"] = torch.tensor(lengths)[:, None] + torch.arange(max(lengths) + 1)
-            batch["decoder_attention_mask"] = torch.cat([batch["attention_mask"], decoded["attention_mask"]], dim=1)
+        if hasattr(
+            config(family), "canvas_length"
+        ):  # a decoder that reads the encoder's cache masks both at once and goes on counting
+            batch["decoder_position_ids"] = torch.tensor(lengths)[:, None] + torch.arange(
+                max(lengths) + 1
+            )
+            batch["decoder_attention_mask"] = torch.cat(
+                [batch["attention_mask"], decoded["attention_mask"]], dim=1
+            )
     return batch
 
 
@@ -255,7 +404,9 @@ def alone(batch: dict[str, torch.Tensor], row: int, length: int) -> dict[str, to
     one = {name: values[row : row + 1] for name, values in batch.items()}
     one |= {name: one[name][:, :length] for name in ("input_ids", "attention_mask")}
     if "decoder_attention_mask" in one:
-        one["decoder_attention_mask"] = torch.ones(1, length + one["decoder_input_ids"].shape[1], dtype=torch.long)
+        one["decoder_attention_mask"] = torch.ones(
+            1, length + one["decoder_input_ids"].shape[1], dtype=torch.long
+        )
     return one
 
 
@@ -266,24 +417,37 @@ def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def routed_layers(model: Any) -> str:
-    """Which layers have routed experts, by the names of their classes: "1 2 3", or a list for each stack of layers."""
+    """Which layers have routed experts, by the names of their classes: "1 2 3", or a list for each
+    stack of layers."""
     stacks: dict[str, set[int]] = {}
     for path, module in model.named_modules():
         found = re.match(r"(.*?)\.?(?:layers|blocks|block|h)\.(\d+)\.", path)
         if found and ROUTED.match(f"class {type(module).__name__}"):
             stacks.setdefault(found[1], set()).add(int(found[2]))
-    return ", ".join((f"{stack}: " if len(stacks) > 1 else "") + " ".join(map(str, sorted(layers))) for stack, layers in stacks.items())
+    return ", ".join(
+        (f"{stack}: " if len(stacks) > 1 else "") + " ".join(map(str, sorted(layers)))
+        for stack, layers in stacks.items()
+    )
 
 
 def page(how: dict[str, tuple[str, str]], with_towers: dict[str, tuple[str, str]]) -> str:
     """The families and how each is traced, as Markdown: family → (class that was loaded, how)."""
-    counts = {kind: sum(said.startswith(kind) for _, said in how.values()) for kind in ("dispatch", "tap", "adapter", "refused")}
+    counts = {
+        kind: sum(said.startswith(kind) for _, said in how.values())
+        for kind in ("dispatch", "tap", "adapter", "refused")
+    }
     lines = [
         f"# The {len(how)} Mixture-of-Experts families of transformers {hf.__version__}",
         "",
-        f"{counts['dispatch']} can be traced by dispatch or tap, {counts['tap']} by tap, {counts['adapter']} by an adapter; "
-        f"{counts['refused']} are refused. Each is built as a tiny random model, saved to a directory",
-        "with a tokenizer and traced from there as `moe-inspect trace DIRECTORY` does; what the hook records is compared with what the model",
+        f"{counts['dispatch']} can be traced by dispatch or tap, {counts['tap']} by tap, "
+        f"{counts['adapter']} by an adapter; "
+        f"{counts['refused']} are refused. Each is built as a tiny random model, saved to a "
+        "directory",
+        (
+            "with a tokenizer and traced from there as `moe-inspect trace DIRECTORY` does; what "
+            "the "
+            "hook records is compared with what the model"
+        ),
         "executes, found without the hook (`tests/test_zoo.py`). Written by `make test-families`.",
         "",
         "| family | class loaded | |",
@@ -292,11 +456,17 @@ def page(how: dict[str, tuple[str, str]], with_towers: dict[str, tuple[str, str]
         "",
         "## Saved with their towers",
         "",
-        "Families that have a class of text alone, saved as the multimodal model: text is fed, and the language model's routers are recorded.",
+        (
+            "Families that have a class of text alone, saved as the multimodal model: text is fed, "
+            "and the language model's routers are recorded."
+        ),
         "",
         "| saved | class loaded | |",
         "|---|---|---|",
-        *(f"| {WITH_TOWERS[family][0]} | {kind} | {said} |" for family, (kind, said) in with_towers.items()),
+        *(
+            f"| {WITH_TOWERS[family][0]} | {kind} | {said} |"
+            for family, (kind, said) in with_towers.items()
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -313,14 +483,24 @@ def main() -> int:
             model = build(family)
             logits = outputs(model, inputs(family, [5] if family in ALONE else [5, 3]))
             verdict = "ok" if logits.isfinite().all() else "outputs that are not finite"
-        except Exception as error:  # a family of a newer release may fail in any way, and the others still get their line
-            print(f"{family:<22} {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        except Exception as error:
+            # a family of a newer release may fail in any way, and the others still get their line
+            print(
+                f"{family:<22} {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}"
+            )
             failures += 1
             continue
         failures += verdict != "ok"
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{family:<22} {type(model).__name__:<46} {parameters:>8,} parameters  layers {routed_layers(model):<28} {verdict}")
-    print(f"transformers {hf.__version__}: {len(FAMILIES)} families, {failures} failed, {len(WHY_NOT.keys() & set(FAMILIES))} not built")
+        print(
+            f"{family:<22} {type(model).__name__:<46} {parameters:>8,} parameters  layers "
+            f"{routed_layers(model):<28} {verdict}"
+        )
+    print(
+        f"transformers {hf.__version__}: {len(FAMILIES)} families, {failures} failed, "
+        f"{len(WHY_NOT.keys() & set(FAMILIES))} not built"
+    )
     return int(failures > 0)
 
 

@@ -1,1 +1,2 @@
-"""Right of the trace: one pass over the rows, then pure functions on the aggregates. Nothing here imports torch."""
+"""Right of the trace: one pass over the rows, then pure functions on the aggregates. Nothing here
+imports torch."""

@@ -1,5 +1,6 @@
-"""Files → documents → sequences → token batches. Everything streams: memory does not grow with the corpus, and the batch
-plan is a function of the files and the options alone, which is what makes a trace resumable."""
+"""Files → documents → sequences → token batches. Everything streams: memory does not grow with the
+corpus, and the batch plan is a function of the files and the options alone, which is what makes a
+trace resumable."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ from moe_inspect.trace.writer import Document
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz")
 TEXTS_A_CALL = 64  # documents tokenized together
-WINDOW_BATCHES = 16  # sequences of so many batches are sorted by length together: less padding, bounded memory
+WINDOW_BATCHES = (
+    16  # sequences of so many batches are sorted by length together: less padding, bounded memory
+)
 DOMAIN_FIELD = "domain"
 SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one
 BUNDLED = "demo:"  # stands for the folder of the bundled corpus in the name of a source
@@ -38,7 +41,8 @@ BUNDLED = "demo:"  # stands for the folder of the bundled corpus in the name of 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of the corpus. `fixed`: the domain was given with DOMAIN=SRC, and a domain field does not override it."""
+    """One file of the corpus. `fixed`: the domain was given with DOMAIN=SRC, and a domain field
+    does not override it."""
 
     path: str
     domain: str
@@ -63,7 +67,8 @@ class Sequence_:
 
 @dataclass
 class CorpusStats:
-    """What happened to the documents, for the manifest; and how far reading has come, for the progress bar."""
+    """What happened to the documents, for the manifest; and how far reading has come, for the
+    progress bar."""
 
     documents: int = 0
     split_documents: int = 0
@@ -79,19 +84,33 @@ class CorpusStats:
 
 
 def find_sources(data: Sequence[str], leave_out: Path | None = None) -> list[Source]:
-    """`--data` values → files, in a fixed order; none: the bundled corpus. Each value: a file, a folder (subfolders are domains), a glob or an
-    fsspec URL, optionally behind `DOMAIN=`. What lies below `leave_out` (the trace) is no text."""
+    """`--data` values → files, in a fixed order; none: the bundled corpus. Each value: a file, a
+    folder (subfolders are domains), a glob or an fsspec URL, optionally behind `DOMAIN=`. What lies
+    below `leave_out` (the trace) is no text."""
     found: list[Source] = []
     for value in data or [str(CORPUS_DIR)]:
         domain, location = _split_label(value)
         files = [
-            f for f in _expand(location) if leave_out is None or not (_is_local(f[0]) and Path(f[1]).is_relative_to(leave_out.resolve()))
+            f
+            for f in _expand(location)
+            if leave_out is None
+            or not (_is_local(f[0]) and Path(f[1]).is_relative_to(leave_out.resolve()))
         ]
         if not files:
             reached = " (or it cannot be reached)" if "://" in location else ""
-            raise MoeInspectError(f"no text at {location}{reached}: give a file, folder or glob of {', '.join(READERS)}")
+            raise MoeInspectError(
+                f"no text at {location}{reached}: give a file, folder or glob of "
+                f"{', '.join(READERS)}"
+            )
         for filesystem, path, guess in files:
-            found.append(Source(_shown(filesystem, path), domain or guess, domain is not None, *_identity(filesystem, path)))
+            found.append(
+                Source(
+                    _shown(filesystem, path),
+                    domain or guess,
+                    domain is not None,
+                    *_identity(filesystem, path),
+                )
+            )
     return found
 
 
@@ -110,7 +129,10 @@ def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
         if "://" in location:
             filesystem, path = fsspec.core.url_to_fs(location)
         else:
-            filesystem, path = fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(location))
+            filesystem, path = (
+                fsspec.filesystem("file"),
+                os.path.abspath(os.path.expanduser(location)),
+            )
         if any(c in path for c in "*?[") and not filesystem.exists(path):
             for match in sorted(filesystem.glob(path)):
                 if filesystem.isfile(match) and _kind(match):
@@ -121,13 +143,22 @@ def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
             for match in sorted(filesystem.find(root)):
                 inside = match[len(root) + 1 :].split("/")
                 if _kind(match) and not any(part.startswith(".") for part in inside):
-                    yield filesystem, match, inside[0] if len(inside) > 1 else root.rsplit("/", 1)[-1]
+                    yield (
+                        filesystem,
+                        match,
+                        inside[0] if len(inside) > 1 else root.rsplit("/", 1)[-1],
+                    )
             return
         if filesystem.exists(path):
             if not _kind(path):
-                raise MoeInspectError(f"cannot read {location}: its name must end in {', '.join(READERS)}")
+                raise MoeInspectError(
+                    f"cannot read {location}: its name must end in {', '.join(READERS)}"
+                )
             yield filesystem, path, _stem(path)
-    except (ImportError, ValueError) as error:  # a protocol fsspec does not know, or needs a package for
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # a protocol fsspec does not know, or needs a package for
         raise MoeInspectError(f"cannot open {location}: {first_line(error)}") from None
     except OSError as error:
         raise MoeInspectError(f"cannot read {location}: {first_line(error)}") from None
@@ -145,10 +176,15 @@ def _stem(path: str) -> str:
 
 
 def _shown(filesystem: Any, path: str) -> str:
-    """The name a source is recorded by: the bundled corpus reads the same wherever it is installed."""
+    """The name a source is recorded by: the bundled corpus reads the same wherever it is
+    installed."""
     if not _is_local(filesystem):
         return filesystem.unstrip_protocol(path)
-    return BUNDLED + str(Path(path).relative_to(CORPUS_DIR)) if Path(path).is_relative_to(CORPUS_DIR) else path
+    return (
+        BUNDLED + str(Path(path).relative_to(CORPUS_DIR))
+        if Path(path).is_relative_to(CORPUS_DIR)
+        else path
+    )
 
 
 def _located(name: str) -> str:
@@ -156,13 +192,18 @@ def _located(name: str) -> str:
 
 
 def _is_local(filesystem: Any) -> bool:
-    return "file" in ((filesystem.protocol,) if isinstance(filesystem.protocol, str) else filesystem.protocol)
+    return "file" in (
+        (filesystem.protocol,) if isinstance(filesystem.protocol, str) else filesystem.protocol
+    )
 
 
 def _identity(filesystem: Any, path: str) -> tuple[int | None, str]:
-    """(size, hash of the content). A remote file is known by what its store says of it, without a download."""
+    """(size, hash of the content). A remote file is known by what its store says of it, without a
+    download."""
     if not _is_local(filesystem):
-        return filesystem.size(path), hashlib.sha256(str(filesystem.ukey(path)).encode()).hexdigest()
+        return filesystem.size(path), hashlib.sha256(
+            str(filesystem.ukey(path)).encode()
+        ).hexdigest()
     try:
         with open(path, "rb") as file:
             return Path(path).stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
@@ -173,8 +214,11 @@ def _identity(filesystem: Any, path: str) -> tuple[int | None, str]:
 # --- documents
 
 
-def read_documents(source: Source, text_field: str, domain_field: str | None) -> Iterator[tuple[str, str, int]]:
-    """(domain, text, bytes of the file it took) of each document. A .txt is one document; the others hold one a row."""
+def read_documents(
+    source: Source, text_field: str, domain_field: str | None
+) -> Iterator[tuple[str, str, int]]:
+    """(domain, text, bytes of the file it took) of each document. A .txt is one document; the
+    others hold one a row."""
     kind = _kind(source.path)
     if kind == ".txt":
         with _opened(source.path) as file:
@@ -189,18 +233,31 @@ def read_documents(source: Source, text_field: str, domain_field: str | None) ->
         if not isinstance(row.get(text_field), str):
             raise MoeInspectError(_no_text(source.path, number, row, text_field))
         if (broken := SURROGATE.search(row[text_field])) is not None:
-            raise MoeInspectError(f"{source.path} row {number}: character {broken.start()} is half of one (a lone surrogate)")
+            raise MoeInspectError(
+                f"{source.path} row {number}: character {broken.start()} is half of one (a lone "
+                "surrogate)"
+            )
         label = row.get(wanted)
         if label is None and domain_field is not None and not source.fixed:
-            why = f"field {wanted!r} is null" if wanted in row else f"no domain field {wanted!r}: its fields are {_fields(row)}"
+            why = (
+                f"field {wanted!r} is null"
+                if wanted in row
+                else f"no domain field {wanted!r}: its fields are {_fields(row)}"
+            )
             raise MoeInspectError(f"{source.path} row {number}: {why}")
         yield source.domain if source.fixed or label is None else str(label), row[text_field], size
 
 
 def _no_text(path: str, number: int, row: dict[str, Any], text_field: str) -> str:
     if text_field in row:
-        return f"{path} row {number}: field {text_field!r} holds {type(row[text_field]).__name__}, not text"
-    return f"{path} row {number}: no text field {text_field!r}: choose one with --text-field from {_fields(row)}"
+        return (
+            f"{path} row {number}: field {text_field!r} holds {type(row[text_field]).__name__}, "
+            "not text"
+        )
+    return (
+        f"{path} row {number}: no text field {text_field!r}: choose one with --text-field from "
+        f"{_fields(row)}"
+    )
 
 
 def _fields(row: dict[str, Any]) -> str:
@@ -212,7 +269,11 @@ def _opened(path: str) -> Iterator[Any]:
     import fsspec
 
     try:
-        filesystem, place = fsspec.core.url_to_fs(path) if "://" in path else (fsspec.filesystem("file"), _located(path))
+        filesystem, place = (
+            fsspec.core.url_to_fs(path)
+            if "://" in path
+            else (fsspec.filesystem("file"), _located(path))
+        )
         with filesystem.open(place, "rb", compression="infer") as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -223,7 +284,9 @@ def _utf8(data: bytes, path: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MoeInspectError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
+        raise MoeInspectError(
+            f"{path} is not UTF-8 (byte {error.start}): convert it first"
+        ) from None
 
 
 Row = tuple[dict[str, Any], int]  # the fields, and the bytes of the file the row took
@@ -238,9 +301,13 @@ def _json_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
             try:
                 row = json.loads(_utf8(line, path))
             except (ValueError, RecursionError) as error:
-                raise MoeInspectError(f"{path} line {number} is no JSON: {first_line(error)}") from None
+                raise MoeInspectError(
+                    f"{path} line {number} is no JSON: {first_line(error)}"
+                ) from None
             if not isinstance(row, dict):
-                raise MoeInspectError(f"{path} line {number} is no JSON object but {type(row).__name__}")
+                raise MoeInspectError(
+                    f"{path} line {number} is no JSON object but {type(row).__name__}"
+                )
             yield row, len(line)
 
 
@@ -252,7 +319,9 @@ def _csv_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
             for row in csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline="")):
                 yield row, sum(len(str(value).encode()) + 1 for value in row.values())
         except UnicodeDecodeError as error:
-            raise MoeInspectError(f"{path} is not UTF-8: {error.reason}: convert it first") from None
+            raise MoeInspectError(
+                f"{path} is not UTF-8: {error.reason}: convert it first"
+            ) from None
         except csv.Error as error:
             raise MoeInspectError(f"{path} is no CSV: {first_line(error)}") from None
 
@@ -273,12 +342,17 @@ def _parquet_rows(source: Source, wanted: tuple[str, ...]) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 yield from ((row, size) for row in batch.to_pylist())
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise MoeInspectError(f"{path} is no Parquet file of text: {first_line(error)}") from None
+            raise MoeInspectError(
+                f"{path} is no Parquet file of text: {first_line(error)}"
+            ) from None
 
 
-def interleaved(sources: Sequence[Source], text_field: str, domain_field: str | None, stats: CorpusStats) -> Iterator[tuple[str, str, str]]:
-    """(domain, source, text), one document of each domain's files in turn, so that `--max-tokens` cuts all domains alike
-    and a forward pass mixes them. Documents of white space alone are left out, and counted."""
+def interleaved(
+    sources: Sequence[Source], text_field: str, domain_field: str | None, stats: CorpusStats
+) -> Iterator[tuple[str, str, str]]:
+    """(domain, source, text), one document of each domain's files in turn, so that `--max-tokens`
+    cuts all domains alike and a forward pass mixes them. Documents of white space alone are left
+    out, and counted."""
     streams = {}
     for source in sources:
         streams.setdefault(source.domain, []).append(source)
@@ -321,7 +395,9 @@ def special_frame(tokenizer: Any) -> Frame:
     for start in range(len(framed) - len(plain) + 1):
         if framed[start : start + len(plain)] == plain:
             return Frame(tuple(framed[:start]), tuple(framed[start + len(plain) :]))
-    raise MoeInspectError("this tokenizer changes a text when it adds special tokens: use --no-special-tokens")
+    raise MoeInspectError(
+        "this tokenizer changes a text when it adds special tokens: use --no-special-tokens"
+    )
 
 
 def sequences(
@@ -334,18 +410,25 @@ def sequences(
     generate: bool = False,
     whole: bool = False,
 ) -> Iterator[Sequence_]:
-    """Documents → rows of at most `max_length` tokens, each within `frame`. A longer document is several rows; the last
-    row is cut where `max_tokens` is reached. With `generate` a document's last row is to be continued: nothing ends it, unless it is fed `whole`, to an encoder."""
+    """Documents → rows of at most `max_length` tokens, each within `frame`. A longer document is
+    several rows; the last row is cut where `max_tokens` is reached. With `generate` a document's
+    last row is to be continued: nothing ends it, unless it is fed `whole`, to an encoder."""
     room = max_length - len(frame.before) - len(frame.after)
     if room < 1:
-        raise MoeInspectError(f"--max-length {max_length} leaves no room for text beside the tokenizer's special tokens")
+        raise MoeInspectError(
+            f"--max-length {max_length} leaves no room for text beside the tokenizer's special "
+            "tokens"
+        )
     left = max_tokens if max_tokens is not None else sys.maxsize
     document = sequence = 0
     waiting = iter(documents)
     while chunk := list(islice(waiting, TEXTS_A_CALL)):
         encoded = token_ids([text for _, _, text in chunk], tokenizer)
         for (domain, source, _), ids in zip(chunk, encoded, strict=True):
-            pieces = [np.array([*frame.before, *ids[at : at + room], *frame.after], np.int32) for at in range(0, len(ids), room)]
+            pieces = [
+                np.array([*frame.before, *ids[at : at + room], *frame.after], np.int32)
+                for at in range(0, len(ids), room)
+            ]
             if generate and not whole and pieces and frame.after:
                 pieces[-1] = pieces[-1][: -len(frame.after)]
             pieces = list(_cut(pieces, left))
@@ -358,7 +441,9 @@ def sequences(
             stats.tokens += total
             for n, piece in enumerate(pieces):
                 continued = generate and n == len(pieces) - 1
-                yield Sequence_(document, sequence, domain, source, piece, total, len(pieces), continued)
+                yield Sequence_(
+                    document, sequence, domain, source, piece, total, len(pieces), continued
+                )
                 sequence += 1
             document, left = document + 1, left - total
             if left == 0:
@@ -373,10 +458,13 @@ def _cut(pieces: list[np.ndarray], left: int) -> Iterator[np.ndarray]:
         left -= len(piece)
 
 
-def batches(rows: Iterable[Sequence_], batch_tokens: int, generate: int = 0) -> Iterator[list[Sequence_]]:
-    """Rows → forward passes of at most `batch_tokens` tokens, padding included (one longer row is a batch of its own).
-    Within a window of a few batches rows of like length come together; rows that are to be continued by `generate` tokens
-    only with those of the same length, so that no padding is decoded."""
+def batches(
+    rows: Iterable[Sequence_], batch_tokens: int, generate: int = 0
+) -> Iterator[list[Sequence_]]:
+    """Rows → forward passes of at most `batch_tokens` tokens, padding included (one longer row is a
+    batch of its own). Within a window of a few batches rows of like length come together; rows that
+    are to be continued by `generate` tokens only with those of the same length, so that no padding
+    is decoded."""
     window: list[Sequence_] = []
     size = 0
     for row in rows:
@@ -390,9 +478,14 @@ def batches(rows: Iterable[Sequence_], batch_tokens: int, generate: int = 0) -> 
 
 def _packed(window: list[Sequence_], batch_tokens: int, generate: int) -> Iterator[list[Sequence_]]:
     batch: list[Sequence_] = []
-    for row in sorted(window, key=lambda s: (s.continued, len(s.ids))):  # stable: equal lengths keep their order
+    for row in sorted(
+        window, key=lambda s: (s.continued, len(s.ids))
+    ):  # stable: equal lengths keep their order
         too_long = (len(batch) + 1) * (len(row.ids) + generate * row.continued) > batch_tokens
-        apart = batch and (row.continued != batch[0].continued or (row.continued and len(row.ids) != len(batch[0].ids)))
+        apart = batch and (
+            row.continued != batch[0].continued
+            or (row.continued and len(row.ids) != len(batch[0].ids))
+        )
         if batch and (too_long or apart):
             yield batch
             batch = []
@@ -401,7 +494,9 @@ def _packed(window: list[Sequence_], batch_tokens: int, generate: int) -> Iterat
         yield batch
 
 
-def with_documents(planned: Iterable[list[Sequence_]]) -> Iterator[tuple[list[Sequence_], list[Document]]]:
+def with_documents(
+    planned: Iterable[list[Sequence_]],
+) -> Iterator[tuple[list[Sequence_], list[Document]]]:
     """Each batch with the documents that it is the first to feed a sequence of."""
     to_come: dict[int, int] = {}  # sequences yet to be fed of the documents under way
     for batch in planned:
@@ -434,11 +529,20 @@ class Plan:
     stats: CorpusStats = field(default_factory=CorpusStats)
 
     def options(self) -> dict[str, Any]:
-        keys = ("text_field", "domain_field", "max_tokens", "max_length", "batch_tokens", "special_tokens", "generate")
+        keys = (
+            "text_field",
+            "domain_field",
+            "max_tokens",
+            "max_length",
+            "batch_tokens",
+            "special_tokens",
+            "generate",
+        )
         return {**{k: getattr(self, k) for k in keys}, "sources": [asdict(s) for s in self.sources]}
 
     def estimated_tokens(self) -> int | None:
-        """Tokens of the whole corpus, judged by what has been read of its bytes; None where they do not tell."""
+        """Tokens of the whole corpus, judged by what has been read of its bytes; None where they do
+        not tell."""
         sizes = [s.bytes for s in self.sources if s.bytes and not s.path.endswith(COMPRESSED)]
         if len(sizes) < len(self.sources) or not self.stats.bytes_read:
             return self.max_tokens
@@ -448,5 +552,14 @@ class Plan:
     def batches(self, tokenizer: Any) -> Iterator[tuple[list[Sequence_], list[Document]]]:
         documents = interleaved(self.sources, self.text_field, self.domain_field, self.stats)
         frame = special_frame(tokenizer) if self.special_tokens else Frame()
-        rows = sequences(documents, tokenizer, frame, self.max_length, self.max_tokens, self.stats, self.generate > 0, self.encoded)
+        rows = sequences(
+            documents,
+            tokenizer,
+            frame,
+            self.max_length,
+            self.max_tokens,
+            self.stats,
+            self.generate > 0,
+            self.encoded,
+        )
         return with_documents(batches(rows, self.batch_tokens, self.generate))

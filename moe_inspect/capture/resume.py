@@ -24,12 +24,15 @@ def corpus_record(options: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[s
         "plan": options,
         "plan_hash": schema.fingerprint(options),
         "special_tokens": {"before": names(list(frame.before)), "after": names(list(frame.after))},
-        "truncation": "none: longer documents are split" if plan.max_tokens is None else f"the corpus is cut at {plan.max_tokens} tokens",
+        "truncation": "none: longer documents are split"
+        if plan.max_tokens is None
+        else f"the corpus is cut at {plan.max_tokens} tokens",
     }
 
 
 def resumed(out: Path, options: dict[str, Any], rank: int) -> ResumePoint:
-    """Where the trace at `out` goes on; refuses another plan, and a trace whose writer is still at work."""
+    """Where the trace at `out` goes on; refuses another plan, and a trace whose writer is still at
+    work."""
     manifest = read_manifest(out)
     refuse_while_written(out, manifest)
     then = manifest.get("corpus", {}).get("plan")
@@ -37,7 +40,10 @@ def resumed(out: Path, options: dict[str, Any], rank: int) -> ResumePoint:
         raise MoeInspectError(f'{out} was not made by "moe-inspect trace": it cannot be resumed')
     for key, now in options.items():
         if then.get(key) != now:
-            raise MoeInspectError(f"{out} was made with {_difference(key, then.get(key), now)}: resume with the same, or --overwrite")
+            raise MoeInspectError(
+                f"{out} was made with {_difference(key, then.get(key), now)}: resume with the "
+                "same, or --overwrite"
+            )
     with writing(out):
         return resume_point(out, rank)
 
@@ -53,5 +59,7 @@ def complete_now(out: Path, plan: Plan) -> None:
 def _difference(key: str, then: Any, now: Any) -> str:
     if key != "sources":
         return f"{key.replace('_', ' ')} {then!r}, not {now!r}"
-    changed = [b["path"] for a, b in zip(then or [], now, strict=False) if a != b] or [s["path"] for s in (then or now)[-1:]]
+    changed = [b["path"] for a, b in zip(then or [], now, strict=False) if a != b] or [
+        s["path"] for s in (then or now)[-1:]
+    ]
     return f"other data (see {changed[0]})"

@@ -1,8 +1,10 @@
-"""Text → token ids, in bounded memory: a tokenizer takes some 200 bytes per character while it works.
+"""Text → token ids, in bounded memory: a tokenizer takes some 200 bytes per character while it
+works.
 
-A long text is tokenized in pieces that overlap. Two pieces are joined in their overlap where both split the text into words (the
-tokenizer's pre-tokens) and agree on the tokens to either side, so that the ids are those of the whole text: how a text is split into
-words depends on the characters nearby, and no token crosses words. A tokenizer without words (SentencePiece's BPE) is joined where
+A long text is tokenized in pieces that overlap. Two pieces are joined in their overlap where both
+split the text into words (the tokenizer's pre-tokens) and agree on the tokens to either side, so
+that the ids are those of the whole text: how a text is split into words depends on the characters
+nearby, and no token crosses words. A tokenizer without words (SentencePiece's BPE) is joined where
 the tokens agree.
 """
 
@@ -22,7 +24,8 @@ AGREED = 16  # tokens to either side of a join
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens of one piece, by the characters of the whole text that they stand for. `word`: the index of the pre-token."""
+    """The tokens of one piece, by the characters of the whole text that they stand for. `word`: the
+    index of the pre-token."""
 
     ids: np.ndarray
     start: np.ndarray
@@ -32,12 +35,21 @@ class _Tokens:
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     """Of each text its token ids, int32, without special tokens."""
-    short = [n for n, text in enumerate(texts) if len(text) <= PIECE or not getattr(tokenizer, "is_fast", False)]
+    short = [
+        n
+        for n, text in enumerate(texts)
+        if len(text) <= PIECE or not getattr(tokenizer, "is_fast", False)
+    ]
     found: dict[int, np.ndarray] = {}
     for call in _calls(short, texts):
-        encoded = tokenizer([texts[n] for n in call], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = tokenizer([texts[n] for n in call], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         found |= {n: np.array(ids, np.int32) for n, ids in zip(call, encoded, strict=True)}
-    return [found[n] if n in found else np.concatenate(list(_in_pieces(text, tokenizer))) for n, text in enumerate(texts)]
+    return [
+        found[n] if n in found else np.concatenate(list(_in_pieces(text, tokenizer)))
+        for n, text in enumerate(texts)
+    ]
 
 
 def _calls(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[list[int]]:
@@ -63,7 +75,9 @@ def _in_pieces(text: str, tokenizer: Any) -> Iterator[np.ndarray]:
             right = _tokens(text, _boundary(left, end - overlap, words), new_end, tokenizer)
             if (join := _joined(left, right, first, words)) is not None:
                 break
-        else:  # half a piece without a split that both find (one word, a repetition): the next piece begins where this one ends
+        else:
+            # half a piece without a split that both find (one word, a repetition): the next piece
+            # begins where this one ends
             join = len(left.ids), 0
             right = _tokens(text, end, new_end, tokenizer)
         yield left.ids[first : join[0]]
@@ -79,27 +93,37 @@ def _tokens(text: str, begin: int, end: int, tokenizer: Any) -> _Tokens:
 
 
 def _splits(tokens: _Tokens, words: bool) -> np.ndarray:
-    """Indices of the tokens that begin a word, or (not `words`) that share no character with the token before."""
+    """Indices of the tokens that begin a word, or (not `words`) that share no character with the
+    token before."""
     apart = tokens.start[1:] >= tokens.end[:-1]
     return 1 + np.flatnonzero(apart & (tokens.word[1:] != tokens.word[:-1]) if words else apart)
 
 
 def _boundary(left: _Tokens, place: int, words: bool) -> int:
-    """The last split at or (not by more than half a piece) before the character `place`: what repeats itself is then tokenized in step."""
+    """The last split at or (not by more than half a piece) before the character `place`: what
+    repeats itself is then tokenized in step."""
     starts = left.start[_splits(left, words)]
     before = starts[(starts <= place) & (starts >= place - PIECE // 2)]
     return int(before[-1]) if len(before) else place
 
 
 def _joined(left: _Tokens, right: _Tokens, first: int, words: bool) -> tuple[int, int] | None:
-    """(i, j): the tokens of `left` before i and those of `right` from j on are the tokens of both pieces' text. None where the pieces
-    do not agree around any split that they share, or the one before `first` is all they share."""
+    """(i, j): the tokens of `left` before i and those of `right` from j on are the tokens of both
+    pieces' text. None where the pieces do not agree around any split that they share, or the one
+    before `first` is all they share."""
     at_left, at_right = _splits(left, words), _splits(right, words)
     _, i, j = np.intersect1d(left.start[at_left], right.start[at_right], return_indices=True)
     i, j = at_left[i], at_right[j]
-    near = (i - AGREED >= first) & (i + AGREED <= len(left.ids)) & (j >= AGREED) & (j + AGREED <= len(right.ids))
+    near = (
+        (i - AGREED >= first)
+        & (i + AGREED <= len(left.ids))
+        & (j >= AGREED)
+        & (j + AGREED <= len(right.ids))
+    )
     for i_, j_ in zip(i[near][::-1], j[near][::-1], strict=True):
         here, there = slice(i_ - AGREED, i_ + AGREED), slice(j_ - AGREED, j_ + AGREED)
-        if (left.ids[here] == right.ids[there]).all() and (left.start[here] == right.start[there]).all():
+        if (left.ids[here] == right.ids[there]).all() and (
+            left.start[here] == right.start[there]
+        ).all():
             return int(i_), int(j_)
     return None

@@ -8,7 +8,9 @@ import typer
 
 from moe_inspect.cli import describe, export, import_, report, simulate, trace, verify
 
-UsageError: Any = typer.BadParameter.mro()[2]  # of typer's own copy of click, which does not export the name
+UsageError: Any = typer.BadParameter.mro()[
+    2
+]  # of typer's own copy of click, which does not export the name
 
 app = typer.Typer(
     name="moe-inspect",
@@ -36,5 +38,9 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass

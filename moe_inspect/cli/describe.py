@@ -20,44 +20,87 @@ class Gpu(StrEnum):
 
 
 def describe(
-    model: Annotated[str, typer.Argument(help="A hub id, a directory, a config.json, a trace, or demo.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A hub id, a directory, a config.json, a trace, or demo.", show_default=False
+        ),
+    ],
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens a token attends to, for its FLOPs; by default 4096, or what the model takes.", show_default=False),
+        typer.Option(
+            min=1,
+            help=(
+                "Tokens a token attends to, for its FLOPs; by default 4096, or what the model "
+                "takes."
+            ),
+            show_default=False,
+        ),
     ] = None,
     train_tokens: Annotated[
-        float | None, typer.Option(min=1, help="Also the FLOPs of training on so many tokens, e.g. 2e12.", show_default=False)
+        float | None,
+        typer.Option(
+            min=1,
+            help="Also the FLOPs of training on so many tokens, e.g. 2e12.",
+            show_default=False,
+        ),
     ] = None,
     gpu: Annotated[Gpu, typer.Option(help="Whose bf16 peak training is reckoned with.")] = Gpu.h100,
     mfu: Annotated[
-        float | None, typer.Option(min=0.001, max=1, help="Also the GPU-hours that this utilisation takes, e.g. 0.4.", show_default=False)
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1,
+            help="Also the GPU-hours that this utilisation takes, e.g. 0.4.",
+            show_default=False,
+        ),
     ] = None,
     gpu_hours: Annotated[
-        float | None, typer.Option(min=1, help="Also the utilisation that so many GPU-hours imply.", show_default=False)
+        float | None,
+        typer.Option(
+            min=1, help="Also the utilisation that so many GPU-hours imply.", show_default=False
+        ),
     ] = None,
     format: Annotated[
         Format | None,
-        typer.Option(help="json is one object a line. By default what the file's ending says, else table.", show_default=False),
+        typer.Option(
+            help="json is one object a line. By default what the file's ending says, else table.",
+            show_default=False,
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file instead of stdout.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Write to this file instead of stdout.", show_default=False
+        ),
+    ] = None,
     safe_csv: SafeCsv = False,
-    revision: Annotated[str | None, typer.Option(help="Of the model on the hub.", show_default=False)] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the hub.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Of the model on the hub.", show_default=False)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code from the hub.")
+    ] = False,
 ) -> None:
     """Say what a model is: its parameters, memory and FLOPs.
 
-    Sparse against dense. Reads no weights: a config is enough. Active parameters are those a token meets: of each router's experts its top k."""
+    Sparse against dense. Reads no weights: a config is enough. Active parameters are those a token
+    meets: of each router's experts its top k."""
     if (mfu or gpu_hours) and train_tokens is None:
         raise typer.BadParameter("--mfu and --gpu-hours are about training: add --train-tokens")
     form = format or format_of(output)
     if form is None:
-        raise typer.BadParameter(f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}")
+        raise typer.BadParameter(
+            f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}"
+        )
     need_torch()
     quiet()
     from moe_inspect.model.describe import describe as make
     from moe_inspect.model.describe import describe_table
 
     made = make(model, context=context, revision=revision, trust_remote_code=trust_remote_code)
-    training = made.training(train_tokens, gpu.value, mfu, gpu_hours) if train_tokens is not None else None
+    training = (
+        made.training(train_tokens, gpu.value, mfu, gpu_hours) if train_tokens is not None else None
+    )
     table = describe_table(made, training)
     emit(table.drop(columns="value") if form is Format.table else table, form, output, safe_csv)

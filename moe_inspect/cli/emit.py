@@ -30,20 +30,33 @@ class Format(StrEnum):
 
 SafeCsv = Annotated[
     bool,
-    typer.Option("--safe-csv", help="In csv, put an apostrophe before text that a spreadsheet would take for a formula (= + - @)."),
+    typer.Option(
+        "--safe-csv",
+        help=(
+            "In csv, put an apostrophe before text that a spreadsheet would take for a formula "
+            "(= + - @)."
+        ),
+    ),
 ]
-ENDINGS = {".csv": Format.csv, ".json": Format.json, ".jsonl": Format.json, ".parquet": Format.parquet}
+ENDINGS = {
+    ".csv": Format.csv,
+    ".json": Format.json,
+    ".jsonl": Format.json,
+    ".parquet": Format.parquet,
+}
 TEXT = ("", ".txt", ".md")
 
 
 def format_of(output: Path | None) -> Format | None:
-    """The format that a file's ending asks for: text for stdout and .txt; None where an ending says nothing."""
+    """The format that a file's ending asks for: text for stdout and .txt; None where an ending says
+    nothing."""
     ending = output.suffix.lower() if output else ""
     return Format.table if ending in TEXT else ENDINGS.get(ending)
 
 
 def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool = False) -> None:
-    """Writes a table to `output`, or to stdout. `safe_csv`: no text of a csv is a formula to a spreadsheet."""
+    """Writes a table to `output`, or to stdout. `safe_csv`: no text of a csv is a formula to a
+    spreadsheet."""
     if form is Format.table:
         from moe_inspect.reporting.render.terminal import print_table
 
@@ -78,7 +91,8 @@ def text_to(output: Path | None) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def to_stdout() -> Iterator[None]:
-    """Around what writes to stdout. `| head` has seen enough: that is no error; a full disk or a closed stdout is one line."""
+    """Around what writes to stdout. `| head` has seen enough: that is no error; a full disk or a
+    closed stdout is one line."""
     try:
         yield
         sys.stdout.flush()
@@ -94,19 +108,36 @@ def to_stdout() -> Iterator[None]:
 
 def _texts(frame: pd.DataFrame) -> dict[str, list[Any]]:
     """The values of the columns that are not of numbers."""
-    return {name: frame[name].tolist() for name in frame.columns if frame[name].dtype.kind not in "iufb"}
+    return {
+        name: frame[name].tolist() for name in frame.columns if frame[name].dtype.kind not in "iufb"
+    }
 
 
 def _without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(**{name: [safe_cell(v) if isinstance(v, str) else v for v in values] for name, values in _texts(frame).items()})
+    return frame.assign(
+        **{
+            name: [safe_cell(v) if isinstance(v, str) else v for v in values]
+            for name, values in _texts(frame).items()
+        }
+    )
 
 
 def _csv(frame: pd.DataFrame, file: BinaryIO) -> None:
     # a carriage return is not quoted by itself, and readers end the row there
-    returns = any("\r" in value for values in _texts(frame).values() for value in values if isinstance(value, str))
+    returns = any(
+        "\r" in value
+        for values in _texts(frame).values()
+        for value in values
+        if isinstance(value, str)
+    )
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
     try:
-        frame.to_csv(text, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+        frame.to_csv(
+            text,
+            index=False,
+            lineterminator="\n",
+            quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL,
+        )
     finally:
         text.detach()
 
@@ -116,7 +147,12 @@ def _json(frame: pd.DataFrame, file: BinaryIO) -> None:
     names = [str(name) for name in frame.columns]
     columns = [_plain(frame[name]) for name in frame.columns]
     for row in zip(*columns, strict=True):
-        file.write((json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, allow_nan=False) + "\n").encode())
+        file.write(
+            (
+                json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, allow_nan=False)
+                + "\n"
+            ).encode()
+        )
 
 
 def _plain(column: Any) -> list[object]:

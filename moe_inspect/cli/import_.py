@@ -18,40 +18,73 @@ def import_(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help="auto, sglang, sglang-routed, vllm-routed, tensorrt-llm, megatron, esft, fiddler or counts.",
+            help=(
+                "auto, sglang, sglang-routed, vllm-routed, tensorrt-llm, megatron, esft, fiddler "
+                "or counts."
+            ),
             show_default=False,
         ),
     ],
-    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="[DOMAIN=]FILE or folder.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The directory of the trace.", show_default=False)],
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SRC...", help="[DOMAIN=]FILE or folder.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The directory of the trace.", show_default=False)
+    ],
     model: Annotated[
         str | None,
         typer.Option(
-            help="A hub id or a directory: says what the files do not (experts, top-k, dense layers, vocabulary).", show_default=False
+            help=(
+                "A hub id or a directory: says what the files do not (experts, top-k, dense "
+                "layers, vocabulary)."
+            ),
+            show_default=False,
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The same from a config.json; no transformers needed.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The same from a config.json; no transformers needed.",
+            show_default=False,
+        ),
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(min=1, help="Experts of each layer, where neither the files nor a config say.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Experts of each layer, where neither the files nor a config say.",
+            show_default=False,
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Experts a token, where neither the files nor a config say.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Experts a token, where neither the files nor a config say.",
+            show_default=False,
+        ),
     ] = None,
     pipeline_stages: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Pipeline stages of a Megatron run whose files number layers from 0 in each stage. Above 1 it needs --model or --config.",
+            help=(
+                "Pipeline stages of a Megatron run whose files number layers from 0 in each "
+                "stage. Above 1 it needs --model or --config."
+            ),
             show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing trace.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing trace.")
+    ] = False,
 ) -> None:
     """Turn the dumps of engines and labs into a trace.
 
-    Counts, per-token choices or responses; report reads them like any other trace and says what they cannot tell."""
+    Counts, per-token choices or responses; report reads them like any other trace and says what
+    they cannot tell."""
     from moe_inspect.importers import FORMATS
     from moe_inspect.importers.run import import_trace
 

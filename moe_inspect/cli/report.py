@@ -36,12 +36,16 @@ class Simulated(StrEnum):
 
 
 def report(
-    trace: Annotated[str | None, typer.Argument(help="The directory of a trace, or its URL (s3://…).", show_default=False)] = None,
+    trace: Annotated[
+        str | None,
+        typer.Argument(help="The directory of a trace, or its URL (s3://…).", show_default=False),
+    ] = None,
     table: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="One table instead of the report: summary, balance, load, domains, specialization, vocabulary, coactivation, "
+            help="One table instead of the report: summary, balance, load, domains, "
+            "specialization, vocabulary, coactivation, "
             "transitions, repetition, locality, router, esft, windows or drift.",
             show_default=False,
         ),
@@ -49,56 +53,117 @@ def report(
     format: Annotated[
         Format | None,
         typer.Option(
-            help="Of the table; json is one object a line. By default what the file's ending says, else table.", show_default=False
+            help=(
+                "Of the table; json is one object a line. By default what the file's ending "
+                "says, else table."
+            ),
+            show_default=False,
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file instead of stdout.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Write to this file instead of stdout.", show_default=False
+        ),
+    ] = None,
     safe_csv: SafeCsv = False,
     plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write pictures (PNG and SVG) into this directory.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also write pictures (PNG and SVG) into this directory.",
+            show_default=False,
+        ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write a page that opens in any browser, on its own.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write a page that opens in any browser, on its own.",
+            show_default=False,
+        ),
     ] = None,
     simulate: Annotated[
         list[Simulated] | None,
-        typer.Option(help="With --html: a section on what this simulation says, by its defaults; repeated.", show_default=False),
+        typer.Option(
+            help="With --html: a section on what this simulation says, by its defaults; repeated.",
+            show_default=False,
+        ),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)
+    ] = None,
     domain: Annotated[
-        list[str] | None, typer.Option(help="Only tokens of this domain; repeated or comma-separated.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Only tokens of this domain; repeated or comma-separated.", show_default=False
+        ),
     ] = None,
     phase: Annotated[
-        Phase | None, typer.Option(help="Only prompt tokens, generated ones, or those fed to an encoder.", show_default=False)
+        Phase | None,
+        typer.Option(
+            help="Only prompt tokens, generated ones, or those fed to an encoder.",
+            show_default=False,
+        ),
     ] = None,
     top: Annotated[
-        int, typer.Option(min=0, help="Token ids an expert in the vocabulary table, partners in tables of pairs; 0 is all.")
+        int,
+        typer.Option(
+            min=0,
+            help=(
+                "Token ids an expert in the vocabulary table, partners in tables of pairs; 0 is "
+                "all."
+            ),
+        ),
     ] = 20,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a window in windows and drift; by default a 64th of the trace.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a window in windows and drift; by default a 64th of the trace.",
+            show_default=False,
+        ),
     ] = None,
     threshold: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="From where the verdict says so (summary lists them); repeated.", show_default=False),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="From where the verdict says so (summary lists them); repeated.",
+            show_default=False,
+        ),
     ] = None,
     fail_above: Annotated[
         list[str] | None,
-        typer.Option(metavar="METRIC=VALUE", help="Exit with 3 if any router selected is above; repeated.", show_default=False),
+        typer.Option(
+            metavar="METRIC=VALUE",
+            help="Exit with 3 if any router selected is above; repeated.",
+            show_default=False,
+        ),
     ] = None,
     fail_below: Annotated[
         list[str] | None,
-        typer.Option(metavar="METRIC=VALUE", help="Exit with 3 if any router selected is below; repeated.", show_default=False),
+        typer.Option(
+            metavar="METRIC=VALUE",
+            help="Exit with 3 if any router selected is below; repeated.",
+            show_default=False,
+        ),
     ] = None,
-    list_metrics: Annotated[bool, typer.Option("--list-metrics", help="Every metric: definition, range, source.")] = False,
+    list_metrics: Annotated[
+        bool, typer.Option("--list-metrics", help="Every metric: definition, range, source.")
+    ] = False,
     scheduler: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Count on this dask.distributed cluster, all but what goes by token id.", show_default=False),
+        typer.Option(
+            metavar="ADDRESS",
+            help="Count on this dask.distributed cluster, all but what goes by token id.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Say where the tokens went: balance, and what each expert takes.
 
-    Which layers and experts are out of balance, against what chance gives, and what each expert specialises in. Needs neither
-    torch nor the model."""
+    Which layers and experts are out of balance, against what chance gives, and what each expert
+    specialises in. Needs neither torch nor the model."""
     ending = format_of(output)
     if list_metrics:
         import pandas as pd
@@ -115,9 +180,14 @@ def report(
         asked = f"--format {format}" if format else f"-o {output}"
         raise typer.BadParameter(f"{asked} is of one table: add --table {', '.join(TABLES)}")
     if table and not format and not ending:
-        raise typer.BadParameter(f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}")
+        raise typer.BadParameter(
+            f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}"
+        )
     if simulate and (html is None or domain or phase):
-        raise typer.BadParameter("--simulate is of all the text, for a page: give it with --html, without --domain and --phase")
+        raise typer.BadParameter(
+            "--simulate is of all the text, for a page: give it with --html, without --domain "
+            "and --phase"
+        )
     from moe_inspect.reporting.render.terminal import print_report
     from moe_inspect.reporting.report import report as make
     from moe_inspect.reporting.verdict.gate import breaches, gated
@@ -137,7 +207,11 @@ def report(
             scheduler=scheduler,
             progress=progress,
         )
-        wanted = [table] if table else ["balance", "specialization", *(["router"] if made.trace.has_weights else [])]
+        wanted = (
+            [table]
+            if table
+            else ["balance", "specialization", *(["router"] if made.trace.has_weights else [])]
+        )
         made.prepare([*wanted, *(gated()[g.metric] for g in gates)])
         for name in wanted:  # what has something to count
             made.tables[name]
@@ -174,7 +248,9 @@ def _simulated(made: Report, names: list[Simulated], layers: str | None) -> Iter
     for name in dict.fromkeys(names):
         try:
             asked = {"uneven": made.thresholds.uneven} if name is Simulated.routing else {}
-            yield section(getattr(moe_inspect, f"simulate_{name}")(made.trace, layers=layers, **asked))
+            yield section(
+                getattr(moe_inspect, f"simulate_{name}")(made.trace, layers=layers, **asked)
+            )
         except MoeInspectError as error:
             yield str(error)
 
@@ -199,12 +275,15 @@ def _gates(texts: list[str] | None, above: bool) -> list[Gate]:
     try:
         return [gate(text, above) for text in texts]
     except MoeInspectError as error:
-        raise typer.BadParameter(f"{'--fail-above' if above else '--fail-below'}: {error}") from None
+        raise typer.BadParameter(
+            f"{'--fail-above' if above else '--fail-below'}: {error}"
+        ) from None
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int], None] | None]:
-    """Decisions read so far, on a terminal: each once for the load and once more where token ids count."""
+    """Decisions read so far, on a terminal: each once for the load and once more where token ids
+    count."""
     if not sys.stderr.isatty():
         yield None
         return

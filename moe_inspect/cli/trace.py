@@ -38,77 +38,157 @@ def trace(
     context: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help='A hub id, a directory, "demo" (bundled, offline), or with --engine the URL of a server.', metavar="MODEL|URL"),
+        typer.Argument(
+            help=(
+                'A hub id, a directory, "demo" (bundled, offline), or with --engine the URL of a '
+                "server."
+            ),
+            metavar="MODEL|URL",
+        ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The directory of the trace.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The directory of the trace.", show_default=False)
+    ],
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="[DOMAIN=]SRC, repeated: a .txt, .jsonl, .csv or .parquet file, a folder (its subfolders are domains), a quoted glob, "
+            help="[DOMAIN=]SRC, repeated: a .txt, .jsonl, .csv or .parquet file, a folder (its "
+            "subfolders are domains), a quoted glob, "
             "or an fsspec URL (hf:// s3:// …). Default: the bundled corpus.",
             show_default=False,
         ),
     ] = None,
     text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
     domain_field: Annotated[
-        str | None, typer.Option(help='The field that holds the domain (default: "domain" where there is one).', show_default=False)
+        str | None,
+        typer.Option(
+            help='The field that holds the domain (default: "domain" where there is one).',
+            show_default=False,
+        ),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.", show_default=False)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many tokens.", show_default=False)
+    ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Split longer documents (default: what the model takes, at most 2048).", show_default=False),
+        typer.Option(
+            min=1,
+            help="Split longer documents (default: what the model takes, at most 2048).",
+            show_default=False,
+        ),
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a forward pass, padding included.")] = 8192,
-    special_tokens: Annotated[bool, typer.Option(help="Frame each text as the tokenizer does (<s> …).")] = True,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens a forward pass, padding included.")
+    ] = 8192,
+    special_tokens: Annotated[
+        bool, typer.Option(help="Frame each text as the tokenizer does (<s> …).")
+    ] = True,
     generate: Annotated[
         int,
         typer.Option(
             min=0,
             metavar="N",
-            help="Go on with each document by N tokens, decoded one at a time, and trace them too; an encoder-decoder decodes them after its start token.",
+            help=(
+                "Go on with each document by N tokens, decoded one at a time, and trace them "
+                "too; an encoder-decoder decodes them after its start token."
+            ),
         ),
     ] = 0,
-    temperature: Annotated[float, typer.Option(min=0, help="Of what is generated; 0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of what is generated; 0 takes the likeliest token.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn at a temperature.")] = 0,
     capture: Annotated[
-        Capture, typer.Option(help="dispatch: our experts implementation routes and records; tap: the model's own is watched.")
+        Capture,
+        typer.Option(
+            help=(
+                "dispatch: our experts implementation routes and records; tap: the model's own "
+                "is watched."
+            )
+        ),
     ] = Capture.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     device_map: Annotated[
-        str | None, typer.Option(metavar="MAP", help="Spread the model over devices: auto, balanced, … (accelerate).", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="MAP",
+            help="Spread the model over devices: auto, balanced, … (accelerate).",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint is stored.")] = Dtype.auto,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")] = False,
-    random_init: Annotated[
-        int | None, typer.Option(metavar="SEED", help="Draw the weights with this seed: the untrained baseline.", show_default=False)
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that the model's repository brings."),
+    ] = False,
+    random_init: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            help="Draw the weights with this seed: the untrained baseline.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)
+    ] = None,
     weights: Annotated[bool, typer.Option(help="Record the gate weights.")] = True,
     logits: Annotated[bool, typer.Option("--logits", help="Record the router logits too.")] = False,
-    counts_only: Annotated[bool, typer.Option("--counts-only", help="Keep counts by layer, domain and expert, no decisions.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted trace of the same corpus and options.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trace that is there.")] = False,
-    engine: Annotated[EngineName | None, typer.Option(help="What serves at the URL.", show_default=False)] = None,
+    counts_only: Annotated[
+        bool,
+        typer.Option(
+            "--counts-only", help="Keep counts by layer, domain and expert, no decisions."
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with an interrupted trace of the same corpus and options."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a trace that is there.")
+    ] = False,
+    engine: Annotated[
+        EngineName | None, typer.Option(help="What serves at the URL.", show_default=False)
+    ] = None,
     model_config: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Of an engine's model: a hub id or a directory with its config and tokenizer.", show_default=False
+            metavar="MODEL",
+            help="Of an engine's model: a hub id or a directory with its config and tokenizer.",
+            show_default=False,
         ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Of an engine: sequences under way at once.")] = 8,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Of an engine: sequences under way at once.")
+    ] = 8,
     timeout: Annotated[
         float,
-        typer.Option(min=0.1, metavar="SECONDS", help="Of an engine: time for one request in all; after it the request is sent again."),
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="Of an engine: time for one request in all; after it the request is sent again.",
+        ),
     ] = 600.0,
     api_key: Annotated[
         str | None,
-        typer.Option(metavar="KEY", envvar="MOE_INSPECT_API_KEY", help="Of an engine: sent to it, written nowhere.", show_default=False),
+        typer.Option(
+            metavar="KEY",
+            envvar="MOE_INSPECT_API_KEY",
+            help="Of an engine: sent to it, written nowhere.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Record which experts a model sends every token of a text to."""
     if resume and overwrite:
-        raise typer.BadParameter("--resume keeps what is there, --overwrite does not: give one of the two")
+        raise typer.BadParameter(
+            "--resume keeps what is there, --overwrite does not: give one of the two"
+        )
     _check_engine_options(context, model, engine, model_config)
     chosen = _layers(layers)
     _refuse_early(model, output, model_config, revision, api_key, resume, overwrite)
@@ -140,8 +220,15 @@ def trace(
             if engine is not None and model_config is not None:
                 from moe_inspect.capture.server.run import trace_engine
 
-                of_engine = {"engine": str(engine), "model_config": model_config, "concurrency": concurrency, "timeout_s": timeout}
-                written = trace_engine(model, output, **shared, **of_engine, api_key=api_key, progress=progress)
+                of_engine = {
+                    "engine": str(engine),
+                    "model_config": model_config,
+                    "concurrency": concurrency,
+                    "timeout_s": timeout,
+                }
+                written = trace_engine(
+                    model, output, **shared, **of_engine, api_key=api_key, progress=progress
+                )
             else:
                 written = trace_model(
                     model,
@@ -159,51 +246,95 @@ def trace(
                 )
     except KeyboardInterrupt:
         began_writing = (output / "trace.json").exists()
-        state = f'{output} is readable; "--resume" goes on with it' if began_writing else "nothing was traced yet"
+        state = (
+            f'{output} is readable; "--resume" goes on with it'
+            if began_writing
+            else "nothing was traced yet"
+        )
         say(f"interrupted: {state}")
         raise
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0":  # of a torchrun: the first speaks for all
+    if (
+        int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0"
+    ):  # of a torchrun: the first speaks for all
         return
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
     routers, seconds = len(written.routers), time.monotonic() - began
     say(
-        f"{'complete already: ' if complete_before else ''}{written.n_tokens:,} tokens {'at' if stacks else '×'} {routers} routers = "
+        f"{'complete already: ' if complete_before else ''}{written.n_tokens:,} tokens "
+        f"{'at' if stacks else '×'} {routers} routers = "
         f"{written.n_decisions:,} decisions{' counted' if counts_only else ''} in {output} "
         f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)"
     )
 
 
-NOT_OF_ENGINES = ("capture", "device", "device_map", "dtype", "random_init", "weights", "logits", "counts_only")
+NOT_OF_ENGINES = (
+    "capture",
+    "device",
+    "device_map",
+    "dtype",
+    "random_init",
+    "weights",
+    "logits",
+    "counts_only",
+)
 OF_ENGINES = ("model_config", "concurrency", "timeout", "api_key")
 
 
-def _check_engine_options(context: typer.Context, model: str, engine: str | None, model_config: str | None) -> None:
-    """A URL and --engine belong together, and with either only the options that mean something there."""
+def _check_engine_options(
+    context: typer.Context, model: str, engine: str | None, model_config: str | None
+) -> None:
+    """A URL and --engine belong together, and with either only the options that mean something
+    there."""
     is_url = model.startswith(("http://", "https://"))
-    given = [o for o in context.params if (source := context.get_parameter_source(o)) is not None and source.name == "COMMANDLINE"]
+    given = [
+        o
+        for o in context.params
+        if (source := context.get_parameter_source(o)) is not None and source.name == "COMMANDLINE"
+    ]
     if is_url and engine is None:
         raise typer.BadParameter("a URL is traced with --engine vllm or --engine sglang")
     if engine is not None and not is_url:
-        raise typer.BadParameter(f"--engine {engine} takes the URL of a server, like http://HOST:PORT; the model goes to --model-config")
+        raise typer.BadParameter(
+            f"--engine {engine} takes the URL of a server, like http://HOST:PORT; the model goes "
+            "to --model-config"
+        )
     if engine is not None and model_config is None:
-        raise typer.BadParameter("--engine needs --model-config: the hub id or directory of the model that is served")
+        raise typer.BadParameter(
+            "--engine needs --model-config: the hub id or directory of the model that is served"
+        )
     wrong = [o for o in given if o in (NOT_OF_ENGINES if engine is not None else OF_ENGINES)]
     if wrong:
         option = f"--{wrong[0].replace('_', '-')}"
-        why = "it runs the model, and hands back no weights and no logits" if engine is not None else "there is none"
-        raise typer.BadParameter(f"{option} means nothing {'to an engine' if engine is not None else 'without an engine'}: {why}")
+        why = (
+            "it runs the model, and hands back no weights and no logits"
+            if engine is not None
+            else "there is none"
+        )
+        raise typer.BadParameter(
+            f"{option} means nothing "
+            f"{'to an engine' if engine is not None else 'without an engine'}: {why}"
+        )
 
 
 def _refuse_early(
-    model: str, output: Path, model_config: str | None, revision: str | None, api_key: str | None, resume: bool, overwrite: bool
+    model: str,
+    output: Path,
+    model_config: str | None,
+    revision: str | None,
+    api_key: str | None,
+    resume: bool,
+    overwrite: bool,
 ) -> None:
-    """What is wrong for certain is said before torch is imported, which takes seconds. `trace_model` and `trace_engine` look again."""
+    """What is wrong for certain is said before torch is imported, which takes seconds.
+    `trace_model` and `trace_engine` look again."""
     from moe_inspect.trace.lock import refuse_while_locked
     from moe_inspect.trace.output_dir import check_directory
     from moe_inspect.trace.schema import MANIFEST
 
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # of a torchrun another process may have begun there
+    alone = (
+        int(os.environ.get("WORLD_SIZE", 1)) == 1
+    )  # of a torchrun another process may have begun there
     if alone and resume and (output / MANIFEST).exists():
         refuse_while_locked(output)
     elif alone:
@@ -233,7 +364,8 @@ def _layers(text: str | None) -> list[int] | None:
 
 
 def _stop_cleanly() -> None:
-    """Ctrl-C and a scheduler's SIGTERM close the trace; a second one does not cut the closing short."""
+    """Ctrl-C and a scheduler's SIGTERM close the trace; a second one does not cut the closing
+    short."""
     import signal
 
     def stop(*_: object) -> None:

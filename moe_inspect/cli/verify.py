@@ -29,13 +29,21 @@ def verify(
             state = {
                 "complete": "is fine",
                 "recording": "is still being written, and fine so far",
-                "interrupted": f"was interrupted{' and can be resumed' if found.resumable else ''}; what is committed is fine",
+                "interrupted": (
+                    f"was interrupted{' and can be resumed' if found.resumable else ''}; what is "
+                    "committed is fine"
+                ),
             }[found.status or "complete"]
-            counts = f"{found.tokens:,} tokens, {found.decisions:,} decisions, {found.assignments:,} assignments in {found.shards} shards"
+            counts = (
+                f"{found.tokens:,} tokens, {found.decisions:,} decisions, {found.assignments:,} "
+                f"assignments in {found.shards} shards"
+            )
             print(printable(f"{trace} {state}: {counts}"))
             print("\n".join(f"  {line}" for line in found.checked))
     if not found.ok:
         if not as_json:
-            where = f"{trace / (found.file or '')}" + (f" row {found.row}" if found.row is not None else "")
+            where = f"{trace / (found.file or '')}" + (
+                f" row {found.row}" if found.row is not None else ""
+            )
             say(f"error: {where}: {found.violation}")
         raise typer.Exit(1)

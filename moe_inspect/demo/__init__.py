@@ -1,4 +1,5 @@
-"""The bundled toy model, its corpus, and the recipe that made it (`python -m moe_inspect.demo.train`)."""
+"""The bundled toy model, its corpus, and the recipe that made it (`python -m
+moe_inspect.demo.train`)."""
 
 from pathlib import Path
 

@@ -54,34 +54,48 @@ def cpu_name() -> str:
     """The processor's name as Linux gives it, else what Python knows."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]
+    )
 
 
 def sources(data: texts.Texts, train_tokens: dict[str, int]) -> str:
     """Where each domain's texts come from; a folder of own texts has no package to name."""
     header = ["domain", "tokens", "package", "version", "licence"]
     if not data.versions:
-        return table(header[:2], [[domain, f"{tokens:,}"] for domain, tokens in train_tokens.items()])
+        return table(
+            header[:2], [[domain, f"{tokens:,}"] for domain, tokens in train_tokens.items()]
+        )
     rows, named = [], set()
     for source in texts.SOURCES:
         tokens = "" if source.domain in named else f"{train_tokens[source.domain]:,}"
         named.add(source.domain)
-        rows.append([source.domain, tokens, source.package, data.versions[source.package], source.licence])
+        rows.append(
+            [source.domain, tokens, source.package, data.versions[source.package], source.licence]
+        )
     return table(header, rows)
 
 
 def losses(loss_nats: dict[str, float], unigram_nats: dict[str, float]) -> str:
     """Held-out loss by domain beside what the domain's token frequencies alone would give."""
-    rows = [[domain, f"{x:.3f}", f"{math.exp(x):.1f}", f"{unigram_nats[domain]:.3f}"] for domain, x in loss_nats.items()]
+    rows = [
+        [domain, f"{x:.3f}", f"{math.exp(x):.1f}", f"{unigram_nats[domain]:.3f}"]
+        for domain, x in loss_nats.items()
+    ]
     return table(["domain", "loss (nats a token)", "perplexity", "unigram loss"], rows)
 
 
-def balance(max_over_mean_L: np.ndarray, min_over_mean_L: np.ndarray, domain_mi_bits_L: np.ndarray) -> str:
+def balance(
+    max_over_mean_L: np.ndarray, min_over_mean_L: np.ndarray, domain_mi_bits_L: np.ndarray
+) -> str:
     """A line a layer."""
     columns = zip(max_over_mean_L, min_over_mean_L, domain_mi_bits_L, strict=True)
     rows = [[str(layer), *(f"{x:.3f}" for x in row)] for layer, row in enumerate(columns)]
@@ -90,5 +104,8 @@ def balance(max_over_mean_L: np.ndarray, min_over_mean_L: np.ndarray, domain_mi_
 
 def versions() -> str:
     """What a rerun needs to be the same run."""
-    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, tokenizers {tokenizers.__version__}"
+    libraries = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, tokenizers "
+        f"{tokenizers.__version__}"
+    )
     return f"Python {platform.python_version()}, {libraries}"

@@ -1,8 +1,10 @@
-"""The demo model's training texts: which packages they come from, how they are fetched, cleaned and split.
+"""The demo model's training texts: which packages they come from, how they are fetched, cleaned and
+split.
 
-Everything comes out of Debian packages, because a package has a version and a copyright file: what the model read,
-and under which licence, can be stated exactly. English, German and Russian are largely the same manuals in
-translation, so that what separates these three domains is the language and not the topic.
+Everything comes out of Debian packages, because a package has a version and a copyright file: what
+the model read, and under which licence, can be stated exactly. English, German and Russian are
+largely the same manuals in translation, so that what separates these three domains is the language
+and not the topic.
 """
 
 import hashlib
@@ -17,13 +19,16 @@ from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
 
-DOCUMENT_CHARACTERS = 40_000  # longer files are cut here: variety is worth more than length to a small model
+DOCUMENT_CHARACTERS = (
+    40_000  # longer files are cut here: variety is worth more than length to a small model
+)
 HELD_OUT_SHARE = 0.07
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one Debian package. `licence` is what the package's copyright file says about exactly these files."""
+    """Files of one Debian package. `licence` is what the package's copyright file says about
+    exactly these files."""
 
     domain: str
     package: str
@@ -58,17 +63,23 @@ def set_of(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Function words decide a paragraph's language: translated manuals leave untranslated paragraphs in English.
+# Function words decide a paragraph's language: translated manuals leave untranslated paragraphs in
+# English.
 FUNCTION_WORDS = {
     "english": set_of("the of and to is a in that for it be this you are with not or by as can on"),
-    "german": set_of("der die das und ist nicht sie ein eine zu den von für mit auf werden wird dem im des"),
-    "russian": set_of("в и не на что для это с по как из или вы к о от если может быть при их он чтобы"),
+    "german": set_of(
+        "der die das und ist nicht sie ein eine zu den von für mit auf werden wird dem im des"
+    ),
+    "russian": set_of(
+        "в и не на что для это с по как из или вы к о от если может быть при их он чтобы"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents by domain, split by document. `versions`: the fetched version of each package, empty for own texts."""
+    """Documents by domain, split by document. `versions`: the fetched version of each package,
+    empty for own texts."""
 
     train: dict[str, list[str]]
     held_out: dict[str, list[str]]
@@ -80,7 +91,8 @@ SKIPPED_TAGS = set_of("pre script style head")
 
 
 class _Paragraphs(HTMLParser):
-    """The running text of a page, cut at block tags: some manuals write their paragraphs as <p>, some as <div>."""
+    """The running text of a page, cut at block tags: some manuals write their paragraphs as <p>,
+    some as <div>."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,8 +122,8 @@ def language(paragraph: str) -> str:
 
 
 def prose(page: str, domain: str, seen: set[str]) -> Iterator[str]:
-    """One document a page. `seen` drops the paragraphs that manuals repeat from page to page, which would otherwise
-    appear on both sides of the split."""
+    """One document a page. `seen` drops the paragraphs that manuals repeat from page to page, which
+    would otherwise appear on both sides of the split."""
     parser = _Paragraphs()
     parser.feed(page)
     kept = []
@@ -123,13 +135,14 @@ def prose(page: str, domain: str, seen: set[str]) -> Iterator[str]:
 
 
 def code(page: str, domain: str, seen: set[str]) -> Iterator[str]:
-    """One document a file, without the licence comment that opens it: the same few lines in every file."""
+    """One document a file, without the licence comment that opens it: the same few lines in every
+    file."""
     yield re.sub(r"\A(\s*(/\*.*?\*/|//[^\n]*\n|#[^\n]*\n))+", "", page, flags=re.DOTALL).lstrip()
 
 
 def metamath(page: str, domain: str, seen: set[str]) -> Iterator[str]:
-    """One document a section of the database. Long compressed proofs are letters that no model this small can predict;
-    they become `?`, Metamath's own mark for a proof left out."""
+    """One document a section of the database. Long compressed proofs are letters that no model this
+    small can predict; they become `?`, Metamath's own mark for a proof left out."""
     page = re.sub(r"\$=[^$]{500,}\$\.", "$= ? $.", page)
     for section in re.split(r"\n(?=\$\(\n(?:#\*#\*|=-=-|-\.-\.|#\*))", page):
         yield section.strip()
@@ -142,20 +155,36 @@ READERS: dict[str, Callable[[str, str, set[str]], Iterator[str]]] = {
 
 def default_cache() -> Path:
     """Where fetched packages are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-inspect" / "demo-texts"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "moe-inspect"
+        / "demo-texts"
+    )
 
 
 def fetch(package: str, cache: Path) -> tuple[Path, str]:
-    """Downloads and unpacks a Debian package into the cache, without installing it: its folder and its version."""
+    """Downloads and unpacks a Debian package into the cache, without installing it: its folder and
+    its version."""
     folder = cache / package
     if not (folder / "version").exists():
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.deb"):  # what an interrupted run left
             stale.unlink()
         try:
-            subprocess.run(["apt-get", "download", package], cwd=folder, check=True, capture_output=True, text=True)
+            subprocess.run(
+                ["apt-get", "download", package],
+                cwd=folder,
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             (archive,) = folder.glob("*.deb")
-            subprocess.run(["dpkg-deb", "-x", archive, folder / "files"], check=True, capture_output=True, text=True)
+            subprocess.run(
+                ["dpkg-deb", "-x", archive, folder / "files"],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             field = ["dpkg-deb", "-f", archive, "Version"]
             version = subprocess.run(field, check=True, capture_output=True, text=True).stdout
         except FileNotFoundError as error:
@@ -163,17 +192,22 @@ def fetch(package: str, cache: Path) -> tuple[Path, str]:
             raise MoeInspectError(f"no {error.filename} on this system: {way_out}") from error
         except subprocess.CalledProcessError as error:
             reason = (error.stderr.strip() or str(error)).splitlines()[-1]
-            raise MoeInspectError(f"cannot fetch the Debian package {package}: run apt-get update ({reason})") from error
+            raise MoeInspectError(
+                f"cannot fetch the Debian package {package}: run apt-get update ({reason})"
+            ) from error
         archive.unlink()
         (folder / "version").write_text(version)
     return folder / "files", (folder / "version").read_text().strip()
 
 
 def split(documents: list[str], domain: str, seed: int) -> tuple[list[str], list[str]]:
-    """Train and held-out documents, at least one each. Whole documents, so that nothing held out was seen in part."""
+    """Train and held-out documents, at least one each. Whole documents, so that nothing held out
+    was seen in part."""
     documents = list(dict.fromkeys(documents))
     if len(documents) < 2:
-        raise MoeInspectError(f"the domain {domain} has {len(documents)} documents: it needs 2, one is held out")
+        raise MoeInspectError(
+            f"the domain {domain} has {len(documents)} documents: it needs 2, one is held out"
+        )
     digest = hashlib.sha256(f"{seed} {domain}".encode()).digest()
     random.Random(digest).shuffle(documents)
     wanted = HELD_OUT_SHARE * sum(map(len, documents))
@@ -191,18 +225,27 @@ def load_packages(seed: int, cache: Path) -> Texts:
     versions = {}
     for source in SOURCES:
         folder, versions[source.package] = fetch(source.package, cache)
-        for path in sorted(path for path in folder.glob(source.glob) if path.is_file() and not path.is_symlink()):
+        for path in sorted(
+            path for path in folder.glob(source.glob) if path.is_file() and not path.is_symlink()
+        ):
             page = path.read_text(encoding="utf-8", errors="replace")
             found = READERS[source.domain](page, source.domain, seen[source.domain])
-            documents[source.domain] += [text[:DOCUMENT_CHARACTERS] for text in found if len(text) >= 200]
+            documents[source.domain] += [
+                text[:DOCUMENT_CHARACTERS] for text in found if len(text) >= 200
+            ]
     return _split_all(documents, seed, versions)
 
 
 def load_folder(folder: Path, seed: int) -> Texts:
     """Own texts: a subfolder a domain, a .txt file a document."""
-    documents = {sub.name: [path.read_text(encoding="utf-8") for path in sorted(sub.glob("*.txt"))] for sub in sorted(folder.glob("*/"))}
+    documents = {
+        sub.name: [path.read_text(encoding="utf-8") for path in sorted(sub.glob("*.txt"))]
+        for sub in sorted(folder.glob("*/"))
+    }
     if not documents:
-        raise MoeInspectError(f"no domains in {folder}: it needs one subfolder of .txt files a domain")
+        raise MoeInspectError(
+            f"no domains in {folder}: it needs one subfolder of .txt files a domain"
+        )
     return _split_all(documents, seed, {})
 
 

@@ -1,10 +1,12 @@
-"""Trains the bundled demo model from nothing, on one CPU core: `python -m moe_inspect.demo.train -o DIR`.
+"""Trains the bundled demo model from nothing, on one CPU core: `python -m moe_inspect.demo.train -o
+DIR`.
 
-The model exists to be looked at: it is the smallest Mixture-of-Experts model whose experts visibly specialise, so that
-every command of moe-inspect has something true to show without a download or a GPU. `--balance` makes its three
-variants, which differ in nothing but the balancing loss.
+The model exists to be looked at: it is the smallest Mixture-of-Experts model whose experts visibly
+specialise, so that every command of moe-inspect has something true to show without a download or a
+GPU. `--balance` makes its three variants, which differ in nothing but the balancing loss.
 
-Legend of shapes: T tokens, K slots, E experts, L layers, D domains, V vocabulary, W windows, S tokens a window.
+Legend of shapes: T tokens, K slots, E experts, L layers, D domains, V vocabulary, W windows, S
+tokens a window.
 """
 
 import argparse
@@ -29,8 +31,12 @@ from moe_inspect.errors import MoeInspectError
 EXPERTS, TOP_K = 8, 2
 VOCABULARY = 3072
 WINDOW = 128
-WINDOWS_PER_DOMAIN = 3  # a batch holds as many windows of each domain, so a domain's size gives it no more experts
-OPENING_SHARE = 0.25  # windows that open a document with <s>: as everyone who traces the model will feed it
+WINDOWS_PER_DOMAIN = (
+    3  # a batch holds as many windows of each domain, so a domain's size gives it no more experts
+)
+OPENING_SHARE = (
+    0.25  # windows that open a document with <s>: as everyone who traces the model will feed it
+)
 TRAIN_TOKENS_PER_DOMAIN = 500_000
 TOKENIZER_CHARACTERS_PER_DOMAIN = 1_000_000
 HELD_OUT_WINDOWS = 64
@@ -39,11 +45,15 @@ LEARNING_RATE, WARMUP_STEPS, FINAL_LEARNING_RATE_SHARE = 3e-3, 60, 0.05
 BALANCE_COEFFICIENT = 0.05
 
 
-def per_layer_balancing_loss(router_logits: Sequence[torch.Tensor], experts: int, top_k: int) -> torch.Tensor:
-    """Mean over layers of E · Σ_e f_e · P_e: f the share of the assignments, P the mean router probability of an expert.
+def per_layer_balancing_loss(
+    router_logits: Sequence[torch.Tensor], experts: int, top_k: int
+) -> torch.Tensor:
+    """Mean over layers of E · Σ_e f_e · P_e: f the share of the assignments, P the mean router
+    probability of an expert.
 
-    1 for a uniform router, up to E for one that uses a single expert. Taken in each layer: the same sum over the pooled
-    layers is content when two layers lean on different experts. arXiv:2101.03961, eq. 4-6, with f summing to 1.
+    1 for a uniform router, up to E for one that uses a single expert. Taken in each layer: the same
+    sum over the pooled layers is content when two layers lean on different experts.
+    arXiv:2101.03961, eq. 4-6, with f summing to 1.
     router_logits: L tensors float [T, E]."""
     losses = []
     for logits_TE in router_logits:
@@ -54,8 +64,11 @@ def per_layer_balancing_loss(router_logits: Sequence[torch.Tensor], experts: int
     return torch.stack(losses).mean()
 
 
-def pooled_balancing_loss(router_logits: Sequence[torch.Tensor], experts: int, top_k: int) -> torch.Tensor:
-    """transformers' own: one sum over the tokens of all layers together. top_k, not 1, for a uniform router."""
+def pooled_balancing_loss(
+    router_logits: Sequence[torch.Tensor], experts: int, top_k: int
+) -> torch.Tensor:
+    """transformers' own: one sum over the tokens of all layers together. top_k, not 1, for a
+    uniform router."""
     loss = load_balancing_loss_func(tuple(router_logits), experts, top_k)  # pyright: ignore[reportArgumentType]
     assert isinstance(loss, torch.Tensor)
     return loss
@@ -70,34 +83,44 @@ BALANCING_LOSSES: dict[str, Callable[[Sequence[torch.Tensor], int, int], torch.T
 
 @dataclass(frozen=True)
 class Stream:
-    """A domain's documents one after the other, each as <s> … </s>. start: where each document begins."""
+    """A domain's documents one after the other, each as <s> … </s>. start: where each document
+    begins."""
 
     token_T: np.ndarray
     start: np.ndarray
 
     def window(self, document: int, offset: int) -> np.ndarray:
-        """WINDOW tokens from an offset in a document, moved back so as to run over its end only where it is shorter."""
+        """WINDOW tokens from an offset in a document, moved back so as to run over its end only
+        where it is shorter."""
         first, last = self.start[document], self.start[document + 1]
         begin = max(first, min(first + offset, last - WINDOW))
         begin = max(0, min(begin, len(self.token_T) - WINDOW))
         return self.token_T[begin : begin + WINDOW]
 
     def sample(self, random: np.random.Generator) -> np.ndarray:
-        """A training window: a document in proportion to its length, then its opening or anywhere in it."""
-        document = int(np.searchsorted(self.start, random.integers(len(self.token_T)), side="right")) - 1
+        """A training window: a document in proportion to its length, then its opening or anywhere
+        in it."""
+        document = (
+            int(np.searchsorted(self.start, random.integers(len(self.token_T)), side="right")) - 1
+        )
         length = int(self.start[document + 1] - self.start[document])
         opening = random.random() < OPENING_SHARE
-        return self.window(document, 0 if opening else int(random.integers(max(1, length - WINDOW + 1))))
+        return self.window(
+            document, 0 if opening else int(random.integers(max(1, length - WINDOW + 1)))
+        )
 
     def evenly(self, count: int) -> np.ndarray:
         """Held-out windows: spread evenly over the stream, the same for every run. int64 [W, S]."""
         position = np.linspace(0, len(self.token_T) - 1, count).astype(int)
         document = np.searchsorted(self.start, position, side="right") - 1
-        return np.stack([self.window(d, p - self.start[d]) for d, p in zip(document, position, strict=True)])
+        return np.stack(
+            [self.window(d, p - self.start[d]) for d, p in zip(document, position, strict=True)]
+        )
 
 
 def train_tokenizer(documents: dict[str, list[str]]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the same number of characters a domain, so that none is spelled out in bytes."""
+    """A byte-level BPE of the same number of characters a domain, so that none is spelled out in
+    bytes."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -110,17 +133,25 @@ def train_tokenizer(documents: dict[str, list[str]]) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         pieces,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+        ),
     )
     bpe.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", model_max_length=512, clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
     )
 
 
-def encode(documents: list[str], tokenizer: PreTrainedTokenizerFast, limit: float = math.inf) -> Stream:
+def encode(
+    documents: list[str], tokenizer: PreTrainedTokenizerFast, limit: float = math.inf
+) -> Stream:
     """Whole documents in their order until `limit` tokens are reached."""
     streams, total = [], 0
     for text in documents:
@@ -129,13 +160,16 @@ def encode(documents: list[str], tokenizer: PreTrainedTokenizerFast, limit: floa
         if total >= limit:
             break
     if total < WINDOW:
-        raise MoeInspectError(f"{total} tokens in {len(documents)} documents: a domain needs {WINDOW}; add text")
+        raise MoeInspectError(
+            f"{total} tokens in {len(documents)} documents: a domain needs {WINDOW}; add text"
+        )
     start = np.cumsum([0, *map(len, streams)])
     return Stream(np.concatenate([np.array(ids, dtype=np.int64) for ids in streams]), start)
 
 
 def new_model(vocabulary: int, seed: int) -> MixtralForCausalLM:
-    """The architecture, random. Mixtral's, because its experts run on every path of transformers."""
+    """The architecture, random. Mixtral's, because its experts run on every path of
+    transformers."""
     torch.manual_seed(seed)
     config = MixtralConfig(
         vocab_size=vocabulary,
@@ -160,19 +194,29 @@ def new_model(vocabulary: int, seed: int) -> MixtralForCausalLM:
 
 def token_losses(logits_WSV: torch.Tensor, token_WS: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats of each token but a window's first. float [W · (S − 1)]."""
-    return F.cross_entropy(logits_WSV[:, :-1].flatten(0, 1).float(), token_WS[:, 1:].flatten(), reduction="none")
+    return F.cross_entropy(
+        logits_WSV[:, :-1].flatten(0, 1).float(), token_WS[:, 1:].flatten(), reduction="none"
+    )
 
 
 def loads(logits_TE: torch.Tensor) -> np.ndarray:
-    """Assignments of each expert: its places among the routers' top-k, which is how the model chooses. int64 [E]."""
-    return torch.bincount(logits_TE.topk(TOP_K, dim=-1).indices.flatten(), minlength=EXPERTS).numpy()
+    """Assignments of each expert: its places among the routers' top-k, which is how the model
+    chooses. int64 [E]."""
+    return torch.bincount(
+        logits_TE.topk(TOP_K, dim=-1).indices.flatten(), minlength=EXPERTS
+    ).numpy()
 
 
-def train(model: MixtralForCausalLM, streams: dict[str, Stream], balance: str, steps: int, seed: int) -> None:
-    """AdamW with warm-up and a cosine that ends at `steps`: the number of steps, not the clock, decides the result."""
+def train(
+    model: MixtralForCausalLM, streams: dict[str, Stream], balance: str, steps: int, seed: int
+) -> None:
+    """AdamW with warm-up and a cosine that ends at `steps`: the number of steps, not the clock,
+    decides the result."""
     random = np.random.default_rng(seed)
     balancing_loss = BALANCING_LOSSES[balance]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
     model.train()
     started_s = time.perf_counter()
     for step in range(1, steps + 1):
@@ -180,7 +224,9 @@ def train(model: MixtralForCausalLM, streams: dict[str, Stream], balance: str, s
         share = min(1.0, step / WARMUP_STEPS) * max(FINAL_LEARNING_RATE_SHARE, cosine)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * share
-        windows = [stream.sample(random) for stream in streams.values() for _ in range(WINDOWS_PER_DOMAIN)]
+        windows = [
+            stream.sample(random) for stream in streams.values() for _ in range(WINDOWS_PER_DOMAIN)
+        ]
         token_WS = torch.from_numpy(np.stack(windows))
         output = model(input_ids=token_WS, output_router_logits=True, use_cache=False)
         language_loss = token_losses(output.logits, token_WS).mean()
@@ -194,30 +240,42 @@ def train(model: MixtralForCausalLM, streams: dict[str, Stream], balance: str, s
         if step % 50 == 0 or step == steps:
             elapsed_s = time.perf_counter() - started_s
             worst = max(load_E.max() / load_E.mean() for load_E in map(loads, output.router_logits))
-            progress = f"step {step}/{steps}  loss {language_loss.item():.3f}  worst layer's max / mean load {worst:.2f}"
+            progress = (
+                f"step {step}/{steps}  loss {language_loss.item():.3f}  worst layer's max / mean "
+                f"load {worst:.2f}"
+            )
             print(f"{progress}  {elapsed_s:.0f} s", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out figures. loss_nats: by domain. load_LDE: assignments by layer, domain and expert, int64."""
+    """Held-out figures. loss_nats: by domain. load_LDE: assignments by layer, domain and expert,
+    int64."""
 
     loss_nats: dict[str, float]
     load_LDE: np.ndarray
 
     def balance(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A layer's max ÷ mean and min ÷ mean load, and the mutual information of domain and expert in bits. [L] each."""
+        """A layer's max ÷ mean and min ÷ mean load, and the mutual information of domain and expert
+        in bits. [L] each."""
         load_LE = self.load_LDE.sum(1)
         mean_L = load_LE.mean(1)
         joint_LDE = self.load_LDE / self.load_LDE.sum((1, 2), keepdims=True)
         expected_LDE = joint_LDE.sum(2, keepdims=True) * joint_LDE.sum(1, keepdims=True)
-        ratio_LDE = np.divide(joint_LDE, expected_LDE, out=np.ones_like(joint_LDE), where=joint_LDE > 0)
-        return load_LE.max(1) / mean_L, load_LE.min(1) / mean_L, (joint_LDE * np.log2(ratio_LDE)).sum((1, 2))
+        ratio_LDE = np.divide(
+            joint_LDE, expected_LDE, out=np.ones_like(joint_LDE), where=joint_LDE > 0
+        )
+        return (
+            load_LE.max(1) / mean_L,
+            load_LE.min(1) / mean_L,
+            (joint_LDE * np.log2(ratio_LDE)).sum((1, 2)),
+        )
 
 
 @torch.no_grad()
 def evaluate(model: MixtralForCausalLM, streams: dict[str, Stream]) -> Evaluation:
-    """As many held-out windows of every domain, so that a balanced layer would have uniform load over them."""
+    """As many held-out windows of every domain, so that a balanced layer would have uniform load
+    over them."""
     model.eval()
     loss_nats, load_DLE = {}, []
     for domain, stream in streams.items():
@@ -228,30 +286,48 @@ def evaluate(model: MixtralForCausalLM, streams: dict[str, Stream]) -> Evaluatio
     return Evaluation(loss_nats, np.array(load_DLE).transpose(1, 0, 2))
 
 
-def unigram_losses(train_streams: dict[str, Stream], held_out: dict[str, Stream], vocabulary: int) -> dict[str, float]:
-    """What knowing each domain's token frequencies alone would give: nats a token on the same held-out windows."""
+def unigram_losses(
+    train_streams: dict[str, Stream], held_out: dict[str, Stream], vocabulary: int
+) -> dict[str, float]:
+    """What knowing each domain's token frequencies alone would give: nats a token on the same
+    held-out windows."""
     losses = {}
     for domain, stream in train_streams.items():
-        count_V = np.bincount(stream.token_T, minlength=vocabulary) + 1.0  # +1: no token is impossible
+        count_V = (
+            np.bincount(stream.token_T, minlength=vocabulary) + 1.0
+        )  # +1: no token is impossible
         surprise_V = -np.log(count_V / count_V.sum())
         losses[domain] = float(surprise_V[held_out[domain].evenly(HELD_OUT_WINDOWS)[:, 1:]].mean())
     return losses
 
 
 def parameter_counts(model: MixtralForCausalLM) -> tuple[int, int]:
-    """Total, and active a token: without the E − k experts of each layer that a token does not visit."""
+    """Total, and active a token: without the E − k experts of each layer that a token does not
+    visit."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    experts = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name
+    )
     return total, total - experts * (EXPERTS - TOP_K) // EXPERTS
 
 
 def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: int) -> Evaluation:
-    """The whole recipe: texts, tokenizer, training, the model folder and its card. Returns the bf16 model's figures."""
-    torch.set_num_threads(1)  # with one thread the sums have one order, so that a seed gives one result
+    """The whole recipe: texts, tokenizer, training, the model folder and its card. Returns the bf16
+    model's figures."""
+    torch.set_num_threads(
+        1
+    )  # with one thread the sums have one order, so that a seed gives one result
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    data = texts.load_folder(own_texts, seed) if own_texts else texts.load_packages(seed, texts.default_cache())
+    data = (
+        texts.load_folder(own_texts, seed)
+        if own_texts
+        else texts.load_packages(seed, texts.default_cache())
+    )
     tokenizer = train_tokenizer(data.train)
-    train_streams = {name: encode(found, tokenizer, TRAIN_TOKENS_PER_DOMAIN) for name, found in data.train.items()}
+    train_streams = {
+        name: encode(found, tokenizer, TRAIN_TOKENS_PER_DOMAIN)
+        for name, found in data.train.items()
+    }
     held_out = {name: encode(found, tokenizer) for name, found in data.held_out.items()}
     model = new_model(len(tokenizer), seed)
 
@@ -272,7 +348,9 @@ def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: 
     total, active = parameter_counts(model)
     train_tokens = {domain: len(stream.token_T) for domain, stream in train_streams.items()}
     figures = f"{card.losses(evaluation.loss_nats, unigram_nats)}\n\n{card.balance(*evaluation.balance())}"
-    options = f" --balance {balance} --steps {steps} --seed {seed}" + (" --texts DIR" if own_texts else "")
+    options = f" --balance {balance} --steps {steps} --seed {seed}" + (
+        " --texts DIR" if own_texts else ""
+    )
     coefficient = f"coefficient {BALANCE_COEFFICIENT}"
     (output / "README.md").write_text(
         card.CARD.format(
@@ -312,11 +390,23 @@ def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_inspect.demo.train", description="Train the demo model.")
-    parser.add_argument("-o", "--output", type=Path, default=Path("demo-model"), help="folder of the model (%(default)s)")
-    parser.add_argument("--balance", choices=list(BALANCING_LOSSES), default="per-layer", help="(%(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_inspect.demo.train", description="Train the demo model."
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("demo-model"),
+        help="folder of the model (%(default)s)",
+    )
+    parser.add_argument(
+        "--balance", choices=list(BALANCING_LOSSES), default="per-layer", help="(%(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="(%(default)s)")
-    parser.add_argument("--texts", type=Path, help="own texts: DIR/<domain>/*.txt, instead of the Debian packages")
+    parser.add_argument(
+        "--texts", type=Path, help="own texts: DIR/<domain>/*.txt, instead of the Debian packages"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     options = parser.parse_args(arguments)
     try:

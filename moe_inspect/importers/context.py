@@ -1,5 +1,5 @@
-"""What every importer is given, and what it gives back: a Job (files, what is known of the model, whom to tell) → an Imported
-(routers, batches for the writer).
+"""What every importer is given, and what it gives back: a Job (files, what is known of the model,
+whom to tell) → an Imported (routers, batches for the writer).
 
 T tokens, K slots, E experts, D domains.
 """
@@ -38,8 +38,8 @@ class Source:
 
 @dataclass
 class Job:
-    """`experts`, `top_k`, `pipeline_stages`: said by the user where neither the file nor a config says so. `read` is told of bytes,
-    `warn` of what is odd."""
+    """`experts`, `top_k`, `pipeline_stages`: said by the user where neither the file nor a config
+    says so. `read` is told of bytes, `warn` of what is odd."""
 
     sources: list[Source]
     facts: ModelFacts | None = None
@@ -50,12 +50,16 @@ class Job:
     read: Callable[[int], None] = lambda n: None
 
     def files(self, pattern: str, what: str) -> list[tuple[Path, Source]]:
-        """Files whose name matches, in the folders of the sources and their subfolders; a source that is a file is taken whatever its
-        name is."""
+        """Files whose name matches, in the folders of the sources and their subfolders; a source
+        that is a file is taken whatever its name is."""
         found: list[tuple[Path, Source]] = []
         for source in self.sources:
             if source.path.is_dir():
-                inside = sorted(p for p in source.path.rglob("*") if p.is_file() and re.fullmatch(pattern, p.name))
+                inside = sorted(
+                    p
+                    for p in source.path.rglob("*")
+                    if p.is_file() and re.fullmatch(pattern, p.name)
+                )
                 if not inside:
                     raise MoeInspectError(f"{source.path} holds no {what}")
                 found += [(p, source) for p in inside]
@@ -72,7 +76,10 @@ class Job:
             while line := file.readline(MOST_LINE_BYTES):
                 number += 1
                 if len(line) == MOST_LINE_BYTES:
-                    raise MoeInspectError(f"{path} line {number} is over {MOST_LINE_BYTES:,} bytes long: it is not what it should be")
+                    raise MoeInspectError(
+                        f"{path} line {number} is over {MOST_LINE_BYTES:,} bytes long: it is not "
+                        "what it should be"
+                    )
                 self.read(len(line))
                 if not line.isspace():
                     yield number, line
@@ -85,46 +92,79 @@ class Job:
 
     def json(self, path: Path) -> Any:
         if (size := path.stat().st_size) > MOST_JSON_BYTES:
-            raise MoeInspectError(f"{path} is one JSON value of {size:,} bytes, over {MOST_JSON_BYTES:,}: write an object a line")
+            raise MoeInspectError(
+                f"{path} is one JSON value of {size:,} bytes, over {MOST_JSON_BYTES:,}: write an "
+                "object a line"
+            )
         self.read(size)
         return parsed(path.read_bytes(), str(path))
 
     def known_top_k(self, where: object) -> int:
         """k, where every router has the same and the file says nothing."""
-        stated = {self.top_k} if self.top_k else set(self.facts.top_k.values()) if self.facts else set()
+        stated = (
+            {self.top_k} if self.top_k else set(self.facts.top_k.values()) if self.facts else set()
+        )
         if len(stated) != 1:
-            raise MoeInspectError(f"{where} does not say how many experts a token takes: give --model, --config or --top-k")
+            raise MoeInspectError(
+                f"{where} does not say how many experts a token takes: give --model, --config or "
+                "--top-k"
+            )
         return stated.pop()
 
     def known_experts(self, where: object) -> int:
-        stated = {self.experts} if self.experts else set(self.facts.experts.values()) if self.facts else set()
+        stated = (
+            {self.experts}
+            if self.experts
+            else set(self.facts.experts.values())
+            if self.facts
+            else set()
+        )
         if len(stated) != 1:
-            raise MoeInspectError(f"{where} does not say how many experts there are: give --model, --config or --experts")
+            raise MoeInspectError(
+                f"{where} does not say how many experts there are: give --model, --config or "
+                "--experts"
+            )
         return stated.pop()
 
-    def routers_of(self, layers: Iterable[int], experts: int, top_k: int, where: object) -> list[Router]:
-        """A router for each block. What the config says otherwise is an error: it is another model's."""
+    def routers_of(
+        self, layers: Iterable[int], experts: int, top_k: int, where: object
+    ) -> list[Router]:
+        """A router for each block. What the config says otherwise is an error: it is another
+        model's."""
         layers = sorted(layers)
         if not layers:
             raise MoeInspectError(f"{where} holds no decisions")
-        if not 1 <= top_k <= experts <= MOST_EXPERTS or layers[0] < 0 or layers[-1] >= 2**16 or len(layers) > MOST_LAYERS:
-            raise MoeInspectError(f"{where}: {top_k} of {experts} experts in layers {layers[0]}-{layers[-1]} is no model's")
+        if (
+            not 1 <= top_k <= experts <= MOST_EXPERTS
+            or layers[0] < 0
+            or layers[-1] >= 2**16
+            or len(layers) > MOST_LAYERS
+        ):
+            raise MoeInspectError(
+                f"{where}: {top_k} of {experts} experts in layers {layers[0]}-{layers[-1]} is no "
+                "model's"
+            )
         if self.facts is None:
             return [Router(layer, "experts", f"layers.{layer}", experts, top_k) for layer in layers]
         for layer in layers:
             if layer not in self.facts.experts:
-                raise MoeInspectError(f"{where}: layer {layer} has experts here and none in {self.facts.id}: is the config the model's?")
+                raise MoeInspectError(
+                    f"{where}: layer {layer} has experts here and none in {self.facts.id}: is "
+                    "the config the model's?"
+                )
             stated = self.facts.experts[layer], self.facts.top_k[layer]
             if stated != (experts, top_k):
                 raise MoeInspectError(
-                    f"{where}: {top_k} of {experts} experts in layer {layer}, {stated[1]} of {stated[0]} in {self.facts.id}: is the config the model's?"
+                    f"{where}: {top_k} of {experts} experts in layer {layer}, {stated[1]} of "
+                    f"{stated[0]} in {self.facts.id}: is the config the model's?"
                 )
         return [r for r in self.facts.routers() if r.layer in set(layers)]
 
 
 @dataclass(frozen=True)
 class Imported:
-    """`batches` in the order of the trace. `notes` go into the manifest: what the source did not say."""
+    """`batches` in the order of the trace. `notes` go into the manifest: what the source did not
+    say."""
 
     routers: list[Router]
     batches: Iterator[RoutedBatch | CountedBatches]
@@ -151,11 +191,19 @@ def parsed_object(data: bytes, where: str) -> dict[str, Any]:
 def integer(value: Any, where: str, low: int = 0, high: int = 2**31 - 1) -> int:
     """`value`, if it is a number of that range. `where` names the file and the field."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise MoeInspectError(f"{where} is {str(value)[:60]!r}, not a number from {low:,} to {high:,}")
+        raise MoeInspectError(
+            f"{where} is {str(value)[:60]!r}, not a number from {low:,} to {high:,}"
+        )
     return value
 
 
-def integers(values: Any, where: str, shape: tuple[int | None, ...] = (None,), low: int = 0, high: int = 2**31 - 1) -> np.ndarray:
+def integers(
+    values: Any,
+    where: str,
+    shape: tuple[int | None, ...] = (None,),
+    low: int = 0,
+    high: int = 2**31 - 1,
+) -> np.ndarray:
     """int64 of nested lists of numbers of that range. None in `shape`: any length."""
     try:
         array = np.array(values) if isinstance(values, list) else None
@@ -164,9 +212,14 @@ def integers(values: Any, where: str, shape: tuple[int | None, ...] = (None,), l
     if array is not None and not array.size and all(extent in (None, 0) for extent in shape[:1]):
         array = np.zeros([extent or 0 for extent in shape], np.int64)
     if array is None or array.dtype.kind not in "iu" or len(array.shape) != len(shape):
-        raise MoeInspectError(f"{where} is no {len(shape)}-dimensional list of integers: {str(values)[:40]!r}")
+        raise MoeInspectError(
+            f"{where} is no {len(shape)}-dimensional list of integers: {str(values)[:40]!r}"
+        )
     if any(wanted not in (None, found) for wanted, found in zip(shape, array.shape, strict=True)):
-        raise MoeInspectError(f"{where} has shape {list(array.shape)}, not {[w if w is not None else 'any' for w in shape]}")
+        raise MoeInspectError(
+            f"{where} has shape {list(array.shape)}, not "
+            f"{[w if w is not None else 'any' for w in shape]}"
+        )
     if array.size and not (low <= int(array.min()) and int(array.max()) <= high):
         wrong = array[(array < low) | (array > high)].reshape(-1)[0]
         raise MoeInspectError(f"{where} holds {int(wrong)}, not of {low:,} to {high:,}")
@@ -185,13 +238,19 @@ class Numbering:
     def domain(self, label: str) -> int:
         if label not in self._code:
             if len(self._code) >= MOST_DOMAINS:
-                raise MoeInspectError(f"over {MOST_DOMAINS:,} domains, {label[:40]!r} the last: does the field name documents?")
+                raise MoeInspectError(
+                    f"over {MOST_DOMAINS:,} domains, {label[:40]!r} the last: does the field "
+                    "name documents?"
+                )
             self._code[label] = len(self._code)
             self.domains = (*self.domains, label)
         return self._code[label]
 
-    def document(self, domain: str, source: str, tokens: int, name: str | None = None) -> tuple[int, list[Document]]:
-        """Its number, and its row where it is new. Documents of one `name` are one, of several sequences."""
+    def document(
+        self, domain: str, source: str, tokens: int, name: str | None = None
+    ) -> tuple[int, list[Document]]:
+        """Its number, and its row where it is new. Documents of one `name` are one, of several
+        sequences."""
         if name is not None and (domain, name) in self._named:
             return self._named[domain, name], []
         number, self.documents = self.documents, _below_int32(self.documents + 1)
@@ -211,7 +270,9 @@ class Numbering:
 
 def _below_int32(number: int) -> int:
     if number >= 2**31:
-        raise MoeInspectError("over 2,147,483,647 sequences, more than a trace can number: import the source in parts")
+        raise MoeInspectError(
+            "over 2,147,483,647 sequences, more than a trace can number: import the source in parts"
+        )
     return number
 
 
@@ -234,7 +295,9 @@ def routed(
     T = len(position)
     return RoutedBatch(
         batch=numbers.batch() if batch is None else batch,
-        token_id=np.full(T, NO_ID, np.int32) if token_id is None else token_id.astype(np.int32, copy=False),
+        token_id=np.full(T, NO_ID, np.int32)
+        if token_id is None
+        else token_id.astype(np.int32, copy=False),
         document=np.full(T, document, np.int32),
         sequence=np.broadcast_to(np.asarray(sequence, np.int32), T),
         position=position.astype(np.int32, copy=False),
@@ -256,11 +319,14 @@ def counted(
     first_choice: list[np.ndarray] | None = None,
     weight_sum: list[np.ndarray] | None = None,
 ) -> CountedBatches:
-    """Counts [D, E] of each router. As many tokens as the fullest router needs, domain by domain."""
+    """Counts [D, E] of each router. As many tokens as the fullest router needs, domain by
+    domain."""
     tokens_D = np.zeros(len(domains), np.int64)
     for load_DE, router in zip(load_LDE, routers, strict=True):
         tokens_D = np.maximum(tokens_D, -(-load_DE.sum(1) // router.top_k))
-    return CountedBatches(batch, int(tokens_D.sum()), list(domains), list(load_LDE), first_choice, weight_sum)
+    return CountedBatches(
+        batch, int(tokens_D.sum()), list(domains), list(load_LDE), first_choice, weight_sum
+    )
 
 
 def windows_of(n: int, most: int = WINDOWS) -> np.ndarray:
@@ -269,8 +335,8 @@ def windows_of(n: int, most: int = WINDOWS) -> np.ndarray:
 
 
 def one_ranks_experts(load_LE: np.ndarray) -> tuple[int, int] | None:
-    """(first, last) where only a contiguous block of at most half of the experts has load, in all layers alike: what one rank of
-    an expert-parallel model sees if nobody adds the ranks up."""
+    """(first, last) where only a contiguous block of at most half of the experts has load, in all
+    layers alike: what one rank of an expert-parallel model sees if nobody adds the ranks up."""
     E = load_LE.shape[1]
     there = np.nonzero(load_LE.any(0))[0]
     if not len(there) or E < 4 or there[-1] - there[0] + 1 > E // 2:

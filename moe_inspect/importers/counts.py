@@ -1,5 +1,6 @@
-"""Counts of any origin: CSV, JSON (a list of objects, an object a line, or an object of columns) or Parquet with the columns layer, expert,
-count (or assignments), and where there are such router, domain, first_choice, weight_sum, experts, top_k.
+"""Counts of any origin: CSV, JSON (a list of objects, an object a line, or an object of columns) or
+Parquet with the columns layer, expert, count (or assignments), and where there are such router,
+domain, first_choice, weight_sum, experts, top_k.
 
 D domains, E experts.
 """
@@ -19,7 +20,15 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import MOST_DOMAINS, MOST_JSON_BYTES, Imported, Job, counted, parsed, parsed_object
+from moe_inspect.importers.context import (
+    MOST_DOMAINS,
+    MOST_JSON_BYTES,
+    Imported,
+    Job,
+    counted,
+    parsed,
+    parsed_object,
+)
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.text import first_line
@@ -28,7 +37,13 @@ from moe_inspect.trace.slot_order import stated
 from moe_inspect.trace.writer import CountedBatches
 
 MOST_CELLS = 2**27  # (layer, domain, expert), 1 GiB of sums: no model comes near
-KEYS = {"layer": 2**16 - 1, "router": 2**16 - 1, "expert": MOST_EXPERTS - 1, "experts": MOST_EXPERTS, "top_k": MOST_EXPERTS}
+KEYS = {
+    "layer": 2**16 - 1,
+    "router": 2**16 - 1,
+    "expert": MOST_EXPERTS - 1,
+    "experts": MOST_EXPERTS,
+    "top_k": MOST_EXPERTS,
+}
 SUMS = ("count", "first_choice", "weight_sum")
 
 
@@ -36,7 +51,9 @@ SUMS = ("count", "first_choice", "weight_sum")
 class Sums:
     """What the rows of one (layer, router) come to: domain → expert → sum, by column."""
 
-    of: dict[str, dict[str, dict[int, float]]] = field(default_factory=lambda: {name: {} for name in SUMS})
+    of: dict[str, dict[str, dict[int, float]]] = field(
+        default_factory=lambda: {name: {} for name in SUMS}
+    )
     stated: dict[str, set[int]] = field(default_factory=lambda: {"experts": set(), "top_k": set()})
 
     @property
@@ -45,10 +62,15 @@ class Sums:
 
 
 def _has_columns(name: str, head: bytes) -> bool:
-    """Whether a file that begins so (a .parquet: and ends so) has the columns of counts, or its first JSON object the fields."""
+    """Whether a file that begins so (a .parquet: and ends so) has the columns of counts, or its
+    first JSON object the fields."""
     if name.endswith(".parquet") and head[:4] == b"PAR1":
         # in the schema at a .parquet's end a name stands behind its length
-        columns = {column for column in (*KEYS, *SUMS, "assignments") if bytes([len(column)]) + column.encode() in head}
+        columns = {
+            column
+            for column in (*KEYS, *SUMS, "assignments")
+            if bytes([len(column)]) + column.encode() in head
+        }
     elif name.endswith(".csv"):
         header = head.decode("utf-8", "replace").lstrip("\ufeff\r\n").partition("\n")[0]
         columns = {column.strip(' "\r') for column in header.split(",")}
@@ -58,7 +80,11 @@ def _has_columns(name: str, head: bytes) -> bool:
             first, _ = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())
             columns = set(first) if isinstance(first, dict) else set()
         except (ValueError, RecursionError):  # an object of columns that goes on behind the head
-            columns = set(re.findall(r'(?<!\\)"(\w+)"\s*:\s*\[\s*\d', text)) if text.startswith("{") else set()
+            columns = (
+                set(re.findall(r'(?<!\\)"(\w+)"\s*:\s*\[\s*\d', text))
+                if text.startswith("{")
+                else set()
+            )
     else:
         return False
     return {"layer", "expert"} <= columns and bool(columns & {"count", "assignments"})
@@ -66,7 +92,9 @@ def _has_columns(name: str, head: bytes) -> bool:
 
 @importer(
     "counts",
-    reads="`.csv`, `.json`, `.jsonl` or `.parquet` of layer, expert, count [, domain, router, top_k]",
+    reads=(
+        "`.csv`, `.json`, `.jsonl` or `.parquet` of layer, expert, count [, domain, router, top_k]"
+    ),
     gives="counts by domain",
     sniff=_has_columns,
 )
@@ -84,7 +112,8 @@ def counts(job: Job) -> Imported:
     routers = [_router(job, layer, s, where) for (layer, _), s in sorted(sums.items())]
     if sum(r.experts for r in routers) * len(domains) > MOST_CELLS:
         raise MoeInspectError(
-            f"{where}: {len(routers):,} routers × {len(domains):,} domains × experts is over {MOST_CELLS:,}: import it in parts"
+            f"{where}: {len(routers):,} routers × {len(domains):,} domains × experts is over "
+            f"{MOST_CELLS:,}: import it in parts"
         )
 
     def dense(name: str, kind: type) -> list[np.ndarray]:
@@ -107,7 +136,8 @@ def counts(job: Job) -> Imported:
 
 
 def _router(job: Job, layer: int, s: Sums, where: Path) -> Router:
-    """E from the config, the user, a column, or the rows, where they list every expert of 0…E−1 (one that nobody lists might be dead)."""
+    """E from the config, the user, a column, or the rows, where they list every expert of 0…E−1
+    (one that nobody lists might be dead)."""
     seen, stated = s.seen, s.stated["experts"]
     if len(stated) == 1 and job.facts is None and job.experts is None:
         experts = stated.pop()
@@ -124,8 +154,14 @@ def _router(job: Job, layer: int, s: Sums, where: Path) -> Router:
             if job.facts and not job.experts
             else job.known_experts(f"{where}: layer {layer} lists not every expert and")
         )
-    top_k = s.stated["top_k"].pop() if len(s.stated["top_k"]) == 1 and job.facts is None and job.top_k is None else None
-    top_k = top_k or (job.facts.top_k.get(layer, 0) if job.facts and not job.top_k else job.known_top_k(where))
+    top_k = (
+        s.stated["top_k"].pop()
+        if len(s.stated["top_k"]) == 1 and job.facts is None and job.top_k is None
+        else None
+    )
+    top_k = top_k or (
+        job.facts.top_k.get(layer, 0) if job.facts and not job.top_k else job.known_top_k(where)
+    )
     if max(seen) >= (experts or max(seen) + 1):
         raise MoeInspectError(f"{where}: layer {layer} has expert {max(seen)} of {experts}")
     return job.routers_of([layer], experts or max(seen) + 1, top_k, where)[0]
@@ -144,7 +180,12 @@ def _tables(job: Job, path: Path) -> Iterator[pa.Table]:
                     yield _named(pa.table(batch), path)
         else:
             yield _named(_json_table(job, path), path)
-    except (pa.ArrowException, UnicodeError, OverflowError, TypeError) as error:  # the last three of values that no column holds
+    except (
+        pa.ArrowException,
+        UnicodeError,
+        OverflowError,
+        TypeError,
+    ) as error:  # the last three of values that no column holds
         raise MoeInspectError(f"{path}: {first_line(error)}") from None
     if path.suffix in (".csv", ".parquet"):
         job.read(path.stat().st_size)
@@ -152,12 +193,21 @@ def _tables(job: Job, path: Path) -> Iterator[pa.Table]:
 
 def _json_table(job: Job, path: Path) -> pa.Table:
     if path.stat().st_size > MOST_JSON_BYTES:
-        raise MoeInspectError(f"{path} is of {path.stat().st_size:,} bytes, over {MOST_JSON_BYTES:,}: write it as csv or parquet")
+        raise MoeInspectError(
+            f"{path} is of {path.stat().st_size:,} bytes, over {MOST_JSON_BYTES:,}: write it as "
+            "csv or parquet"
+        )
     data = path.read_bytes()
     job.read(len(data))
     lines = data.strip().splitlines()
     if len(lines) > 1 and lines[0].rstrip().endswith(b"}"):
-        return pa.Table.from_pylist([parsed_object(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip()])
+        return pa.Table.from_pylist(
+            [
+                parsed_object(line, f"{path} line {n}")
+                for n, line in enumerate(lines, 1)
+                if line.strip()
+            ]
+        )
     value = parsed(data, str(path))
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
         return pa.Table.from_pylist(value)
@@ -165,7 +215,9 @@ def _json_table(job: Job, path: Path) -> pa.Table:
         return pa.table(value)
     if isinstance(value, dict):
         return pa.Table.from_pylist([value])
-    raise MoeInspectError(f"{path} is no list of objects with layer, expert and count: {json.dumps(value)[:40]}")
+    raise MoeInspectError(
+        f"{path} is no list of objects with layer, expert and count: {json.dumps(value)[:40]}"
+    )
 
 
 def _named(table: pa.Table, path: Path) -> pa.Table:
@@ -181,7 +233,13 @@ def _named(table: pa.Table, path: Path) -> pa.Table:
             continue
         if names.count(name) > 1:
             raise MoeInspectError(f"{path} has several columns {name}")
-        kind = pa.string() if name == "domain" else pa.float64() if name == "weight_sum" else pa.int64()
+        kind = (
+            pa.string()
+            if name == "domain"
+            else pa.float64()
+            if name == "weight_sum"
+            else pa.int64()
+        )
         column = table[name]
         if name == "first_choice" and column.null_count == len(column):
             continue
@@ -198,7 +256,9 @@ def _named(table: pa.Table, path: Path) -> pa.Table:
                 wrong = ~((values >= (-np.inf if name == "weight_sum" else 0)) & (values <= high))
             if wrong.any():
                 row = int(wrong.argmax())
-                raise MoeInspectError(f"{path} row {row}: {name} is {values[row]}, not of 0 to {high:,}")
+                raise MoeInspectError(
+                    f"{path} row {row}: {name} is {values[row]}, not of 0 to {high:,}"
+                )
         made[name] = column
     return pa.table(made)
 
@@ -211,11 +271,15 @@ def _add(sums: dict[tuple[int, int], Sums], table: pa.Table, domain: str, path: 
         raise MoeInspectError(f"{path} has over {MOST_DOMAINS:,} domains")
     for row in range(n):
         layer = columns["layer"][row]
-        s = sums.setdefault((layer, columns["router"][row] if "router" in columns else layer), Sums())
+        s = sums.setdefault(
+            (layer, columns["router"][row] if "router" in columns else layer), Sums()
+        )
         for name in SUMS:
             if name in columns:
                 of_domain = s.of[name].setdefault(domains[row], {})
-                of_domain[columns["expert"][row]] = of_domain.get(columns["expert"][row], 0) + columns[name][row]
+                of_domain[columns["expert"][row]] = (
+                    of_domain.get(columns["expert"][row], 0) + columns[name][row]
+                )
         for name in s.stated:
             if name in columns:
                 s.stated[name].add(columns[name][row])

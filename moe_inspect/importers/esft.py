@@ -1,4 +1,5 @@
-"""ESFT's text: `expert_weights_{layer}.txt`, a line a sequence: ids, two tabs, gate weights. DeepSeek-V2-Lite unless a config says
+"""ESFT's text: `expert_weights_{layer}.txt`, a line a sequence: ids, two tabs, gate weights.
+DeepSeek-V2-Lite unless a config says
 otherwise: 6 of 64.
 
 T tokens, K slots.
@@ -31,7 +32,10 @@ RANK = re.compile(r"rank_\d+")  # ESFT's script writes a folder per process: <do
 @importer(
     "esft",
     reads="folders of `expert_weights_<layer>.txt`",
-    gives="decisions with weights; a line is a sequence and a document, the name of the folder (above `rank_<r>`) its domain",
+    gives=(
+        "decisions with weights; a line is a sequence and a document, the name of the folder "
+        "(above `rank_<r>`) its domain"
+    ),
     sniff=lambda name, head: NAME.fullmatch(name) is not None,
 )
 def esft(job: Job) -> Imported:
@@ -40,28 +44,42 @@ def esft(job: Job) -> Imported:
     for path, source in job.files(NAME.pattern, "expert_weights_<layer>.txt"):
         found = NAME.fullmatch(path.name)
         if found is None:
-            raise MoeInspectError(f"{path} is not named expert_weights_<layer>.txt: which layer is it of?")
+            raise MoeInspectError(
+                f"{path} is not named expert_weights_<layer>.txt: which layer is it of?"
+            )
         tasks.setdefault(path.parent, {})[int(found[1])] = path
         folder = path.absolute().parent
-        label[path.parent] = source.domain or (folder.parent if RANK.fullmatch(folder.name) else folder).name
+        label[path.parent] = (
+            source.domain or (folder.parent if RANK.fullmatch(folder.name) else folder).name
+        )
     layers = set(next(iter(tasks.values())))
     for folder, files in tasks.items():
         if set(files) != layers:
             odd = min(layers ^ set(files))
-            raise MoeInspectError(f"{folder} has other layers than {next(iter(tasks))}: layer {odd} is in one alone")
+            raise MoeInspectError(
+                f"{folder} has other layers than {next(iter(tasks))}: layer {odd} is in one alone"
+            )
     facts = job.facts or job.experts or job.top_k
-    experts, top_k = (job.known_experts("ESFT's text"), job.known_top_k("ESFT's text")) if facts else (EXPERTS, TOP_K)
+    experts, top_k = (
+        (job.known_experts("ESFT's text"), job.known_top_k("ESFT's text"))
+        if facts
+        else (EXPERTS, TOP_K)
+    )
     routers = job.routers_of(layers, experts, top_k, next(iter(tasks)))
 
     def batches() -> Iterator[RoutedBatch]:
         numbers = Numbering()
         for folder, files in tasks.items():
-            yield from _task(job, numbers, label[folder], [files[r.layer] for r in routers], routers)
+            yield from _task(
+                job, numbers, label[folder], [files[r.layer] for r in routers], routers
+            )
 
     return Imported(routers, batches(), weights=True, notes=["token ids are not in the source"])
 
 
-def _task(job: Job, numbers: Numbering, domain: str, paths: list[Path], routers: list[Router]) -> Iterator[RoutedBatch]:
+def _task(
+    job: Job, numbers: Numbering, domain: str, paths: list[Path], routers: list[Router]
+) -> Iterator[RoutedBatch]:
     """The files of all layers in step, some lines at a time."""
     code = numbers.domain(domain)
     readers = [job.lines(path) for path in paths]
@@ -70,14 +88,19 @@ def _task(job: Job, numbers: Numbering, domain: str, paths: list[Path], routers:
         ids, weights, sizes = [], [], []
         for lines, path, router in zip([first, *others], paths, routers, strict=True):
             if len(lines) != len(first):
-                raise MoeInspectError(f"{path} has {len(first) - len(lines)} lines fewer than {paths[0]}")
+                raise MoeInspectError(
+                    f"{path} has {len(first) - len(lines)} lines fewer than {paths[0]}"
+                )
             ids_TK, weights_TK, tokens = _parsed(lines, router, path)
             ids.append(ids_TK)
             weights.append(weights_TK)
             sizes.append(tokens)
             if tokens != sizes[0]:
                 n = next(n for n, (a, b) in enumerate(zip(tokens, sizes[0], strict=True)) if a != b)
-                raise MoeInspectError(f"{path} line {lines[n][0]} has {tokens[n]} tokens, that of {paths[0]} {sizes[0][n]}")
+                raise MoeInspectError(
+                    f"{path} line {lines[n][0]} has {tokens[n]} tokens, that of {paths[0]} "
+                    f"{sizes[0][n]}"
+                )
         at = 0
         for (number, _), T in zip(first, sizes[0], strict=True):
             part, at = slice(at, at + T), at + T
@@ -108,7 +131,9 @@ def _lines(reader: Iterator[tuple[int, bytes]], most: int) -> list[tuple[int, by
     return taken
 
 
-def _parsed(lines: list[tuple[int, bytes]], router: Router, path: Path) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def _parsed(
+    lines: list[tuple[int, bytes]], router: Router, path: Path
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """ids [T, K], weights float16 [T, K], tokens of each line."""
     k, left, right, tokens = router.top_k, [], [], []
     for number, line in lines:
@@ -116,7 +141,10 @@ def _parsed(lines: list[tuple[int, bytes]], router: Router, path: Path) -> tuple
         n, m = ids.count(b"\t") + 1, weights.count(b"\t") + 1
         if not gap or n != m or n % k:
             said = f"{n} ids and {m if gap else 0} weights"
-            raise MoeInspectError(f"{path} line {number} has {said}: not {k} a token of each, with two tabs between them")
+            raise MoeInspectError(
+                f"{path} line {number} has {said}: not {k} a token of each, with two tabs "
+                "between them"
+            )
         left.append(ids)
         right.append(weights)
         tokens.append(n // k)
@@ -130,7 +158,11 @@ def _parsed(lines: list[tuple[int, bytes]], router: Router, path: Path) -> tuple
         at = int((~np.isfinite(rounded_N)).argmax())
         line = lines[int(np.searchsorted(np.cumsum(tokens) * k, at, side="right"))][0]
         raise MoeInspectError(f"{path} line {line} has a gate weight of {weights_N[at]}")
-    return checked_ids(ids_N.reshape(-1, k), router, f"{path} lines {lines[0][0]}-{lines[-1][0]}"), rounded_N.reshape(-1, k), tokens
+    return (
+        checked_ids(ids_N.reshape(-1, k), router, f"{path} lines {lines[0][0]}-{lines[-1][0]}"),
+        rounded_N.reshape(-1, k),
+        tokens,
+    )
 
 
 def _numbers(parts: list[bytes], kind: pa.DataType) -> np.ndarray:

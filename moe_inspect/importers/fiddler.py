@@ -1,5 +1,6 @@
-"""Fiddler's popularity of Mixtral's experts: one JSON a subject, {"total_input_tokens", "expert_popularity": [[count × 8] × 32]}.
-Its token count is of words: a row's sum ÷ 2 is what there was.
+"""Fiddler's popularity of Mixtral's experts: one JSON a subject, {"total_input_tokens",
+"expert_popularity": [[count × 8] × 32]}. Its token count is of words: a row's sum ÷ 2 is what there
+was.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def fiddler(job: Job) -> Imported:
         written: Any = job.json(path)
         if not isinstance(written, dict) or "expert_popularity" not in written:
             raise MoeInspectError(f"{path} has no expert_popularity")
-        load_LE = integers(written["expert_popularity"], f"{path}: expert_popularity", shape, 0, 2**53)
+        load_LE = integers(
+            written["expert_popularity"], f"{path}: expert_popularity", shape, 0, 2**53
+        )
         shape = load_LE.shape[0], load_LE.shape[1]
         domain = source.domain or named(path).removeprefix(PREFIX)
         if domain in domains:
@@ -43,7 +46,10 @@ def fiddler(job: Job) -> Imported:
     load_DLE = np.stack(loads)
     where = job.sources[0].path
     routers = job.routers_of(
-        range(load_DLE.shape[1]), load_DLE.shape[2], job.known_top_k(where) if job.facts or job.top_k else TOP_K, where
+        range(load_DLE.shape[1]),
+        load_DLE.shape[2],
+        job.known_top_k(where) if job.facts or job.top_k else TOP_K,
+        where,
     )
 
     def batches() -> Iterator[CountedBatches]:

@@ -15,7 +15,8 @@ HEAD_BYTES = 65_536
 
 @dataclass(frozen=True)
 class Format:
-    """`sniff`: whether a file of this name that begins with these bytes (a .parquet: and ends with the last of them) is of the format."""
+    """`sniff`: whether a file of this name that begins with these bytes (a .parquet: and ends with
+    the last of them) is of the format."""
 
     name: str
     reads: str
@@ -27,7 +28,9 @@ class Format:
 FORMATS: dict[str, Format] = {}
 
 
-def importer(name: str, reads: str, gives: str, sniff: Sniffer) -> Callable[[Callable[[Job], Imported]], Callable[[Job], Imported]]:
+def importer(
+    name: str, reads: str, gives: str, sniff: Sniffer
+) -> Callable[[Callable[[Job], Imported]], Callable[[Job], Imported]]:
     def register(run: Callable[[Job], Imported]) -> Callable[[Job], Imported]:
         FORMATS[name] = Format(name, reads, gives, run, sniff)
         return run
@@ -48,7 +51,9 @@ def sniff(sources: list[Source]) -> str:
         for name, format in FORMATS.items():
             if format.sniff(file.name, head):
                 return name
-    raise MoeInspectError(f"{path} is of no format that is known by its looks: name one of {', '.join(FORMATS)}")
+    raise MoeInspectError(
+        f"{path} is of no format that is known by its looks: name one of {', '.join(FORMATS)}"
+    )
 
 
 def named(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""Responses of vLLM and SGLang with the experts that each token was routed to: JSONL, a line a response; of vLLM's also bare `.npy`.
+"""Responses of vLLM and SGLang with the experts that each token was routed to: JSONL, a line a
+response; of vLLM's also bare `.npy`.
 
 T tokens, B blocks of the model, K slots.
 """
@@ -13,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import Imported, Job, Numbering, Source, integer, integers, routed
+from moe_inspect.importers.context import (
+    Imported,
+    Job,
+    Numbering,
+    Source,
+    integer,
+    integers,
+    routed,
+)
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.routed import (
     NPY_MAGIC,
@@ -30,13 +39,17 @@ from moe_inspect.trace.writer import RoutedBatch
 
 WARM_UP = 1000  # identical rows in a row are no text
 NPY_BASE64 = b"k05VTVBZ"
-STARTS = ("start", "routed_experts_prompt_start", "routed_experts_start_len")  # our field; vLLM's and SGLang's request parameters
+STARTS = (
+    "start",
+    "routed_experts_prompt_start",
+    "routed_experts_start_len",
+)  # our field; vLLM's and SGLang's request parameters
 
 
 @dataclass(frozen=True)
 class Response:
-    """`fed`: ids of the tokens that went through the model, those of `routed_TBK` from `start` on; None where the source has no ids.
-    The first `prompt` of them are the prompt's."""
+    """`fed`: ids of the tokens that went through the model, those of `routed_TBK` from `start` on;
+    None where the source has no ids. The first `prompt` of them are the prompt's."""
 
     where: str
     fields: dict[str, Any]
@@ -50,9 +63,17 @@ class Response:
 
 @importer(
     "vllm-routed",
-    reads="JSONL of responses with `routed_experts` (base64 of a `.npy`), or `.npy` [tokens, layers, k]",
-    gives="decisions without weights, prefill and decode; a response is a document unless `document` says otherwise",
-    sniff=lambda name, head: head.startswith(NPY_MAGIC) or (b'"routed_experts"' in head and NPY_BASE64 in head),
+    reads=(
+        "JSONL of responses with `routed_experts` (base64 of a `.npy`), or `.npy` [tokens, "
+        "layers, k]"
+    ),
+    gives=(
+        "decisions without weights, prefill and decode; a response is a document unless "
+        "`document` says otherwise"
+    ),
+    sniff=lambda name, head: (
+        head.startswith(NPY_MAGIC) or (b'"routed_experts"' in head and NPY_BASE64 in head)
+    ),
 )
 def vllm_routed(job: Job) -> Imported:
     return _responses(job, lambda fields, where: decode_vllm(fields.get("routed_experts"), where))
@@ -60,15 +81,22 @@ def vllm_routed(job: Job) -> Imported:
 
 @importer(
     "sglang-routed",
-    reads="JSONL of responses (`/generate`, OpenAI's routes) with `routed_experts` (base64 of raw int32); needs the model's config",
+    reads=(
+        "JSONL of responses (`/generate`, OpenAI's routes) with `routed_experts` (base64 of raw "
+        "int32); needs the model's config"
+    ),
     gives="as vllm-routed",
     sniff=lambda name, head: b'"routed_experts"' in head,
 )
 def sglang_routed(job: Job) -> Imported:
     if job.facts is None:
-        raise MoeInspectError("SGLang's routed experts do not say how many layers there are: give --model or --config")
+        raise MoeInspectError(
+            "SGLang's routed experts do not say how many layers there are: give --model or --config"
+        )
     blocks, top_k = job.facts.layers, job.known_top_k(job.facts.id)
-    return _responses(job, lambda fields, where: decode_sglang(fields.get("routed_experts"), blocks, top_k, where))
+    return _responses(
+        job, lambda fields, where: decode_sglang(fields.get("routed_experts"), blocks, top_k, where)
+    )
 
 
 def _responses(job: Job, decode: Callable[[dict[str, Any], str], np.ndarray]) -> Imported:
@@ -85,12 +113,25 @@ def _responses(job: Job, decode: Callable[[dict[str, Any], str], np.ndarray]) ->
         for response in _chained(first, arrived):
             run = identical_run(response.routed_TBK)
             identical += run if run >= WARM_UP else 0
-            yield from _sequence(numbers, response, routers, job.facts.layers if job.facts else None)
+            yield from _sequence(
+                numbers, response, routers, job.facts.layers if job.facts else None
+            )
         if identical:
-            job.warn(f"{identical:,} consecutive tokens were routed alike in every layer, {WARM_UP:,} or more at a time: warm-up rows?")
+            job.warn(
+                f"{identical:,} consecutive tokens were routed alike in every layer, {WARM_UP:,} "
+                "or more at a time: warm-up rows?"
+            )
 
     return Imported(
-        routers, batches(), notes=["a batch is the prompt of a response, or what was generated: the source does not say the passes"]
+        routers,
+        batches(),
+        notes=[
+            (
+                "a batch is the prompt of a response, or what was generated: the source does not "
+                "say "
+                "the passes"
+            )
+        ],
     )
 
 
@@ -105,37 +146,55 @@ def _stated_routers(job: Job, first: Response) -> list[Router]:
     experts = job.known_experts(where)
     if dense := dense_blocks(routed_TBK):
         raise MoeInspectError(
-            f"{where}: all {len(routed_TBK)} tokens go to one expert in layer {dense[0]}, as a dense layer reads: give --model or --config"
+            f"{where}: all {len(routed_TBK)} tokens go to one expert in layer {dense[0]}, as a "
+            "dense layer reads: give --model or --config"
         )
     return job.routers_of(range(routed_TBK.shape[1]), experts, routed_TBK.shape[2], where)
 
 
-def _arriving(job: Job, files: list[tuple[Path, Source]], decode: Callable[[dict[str, Any], str], np.ndarray]) -> Iterator[Response]:
+def _arriving(
+    job: Job, files: list[tuple[Path, Source]], decode: Callable[[dict[str, Any], str], np.ndarray]
+) -> Iterator[Response]:
     """Responses without padding; the user is told at the end how much was left out."""
     padded, rows, without = 0, 0, 0
     for path, source in files:
         if path.suffix == ".npy":
             arrays = [(_bare(job, path), str(path))]
         else:
-            arrays = ((fields, where) for where, written in job.json_lines(path) for fields in _choices(written, where))
+            arrays = (
+                (fields, where)
+                for where, written in job.json_lines(path)
+                for fields in _choices(written, where)
+            )
         for fields, where in arrays:
             if fields is None:
                 without += 1
                 continue
-            array = fields["array"] if path.suffix == ".npy" else decode(fields, f"{where}: routed_experts")
+            array = (
+                fields["array"]
+                if path.suffix == ".npy"
+                else decode(fields, f"{where}: routed_experts")
+            )
             response = _response(where, fields, array, path, source)
             padded += len(response.routed_TBK) < len(array)
             rows += len(array) - len(response.routed_TBK)
             yield response
     if padded:
-        job.warn(f"{rows:,} rows of {padded:,} responses are left out: padding, for tokens that no router saw")
+        job.warn(
+            f"{rows:,} rows of {padded:,} responses are left out: padding, for tokens that no "
+            "router saw"
+        )
     if without:
-        job.warn(f"{without:,} choices are left out: SGLang returns the routed experts of the first choice only")
+        job.warn(
+            f"{without:,} choices are left out: SGLang returns the routed experts of the first "
+            "choice only"
+        )
 
 
 def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | None]:
-    """The fields of a flat line, or of each choice of an OpenAI-style response. SGLang's are in `meta_info`, or in `sglext`, which has
-    the token ids of all choices and the experts of the first: None stands for each of the others."""
+    """The fields of a flat line, or of each choice of an OpenAI-style response. SGLang's are in
+    `meta_info`, or in `sglext`, which has the token ids of all choices and the experts of the
+    first: None stands for each of the others."""
     choices = written.get("choices", [written])
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise MoeInspectError(f"{where}: choices is no list of objects")
@@ -144,38 +203,59 @@ def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | N
     for n, choice in enumerate(choices):
         meta = choice.get("meta_info")
         fields = {**written, **(meta if isinstance(meta, dict) else {}), **choice}
-        if n and fields.get("routed_experts") is None and extension.get("routed_experts") is not None:
+        if (
+            n
+            and fields.get("routed_experts") is None
+            and extension.get("routed_experts") is not None
+        ):
             yield None
             continue
         generated = extension.get("output_ids")
         beside = {
             "routed_experts": extension.get("routed_experts"),
             "prompt_token_ids": extension.get("input_ids"),
-            "token_ids": generated[n] if isinstance(generated, list) and n < len(generated) else fields.get("output_ids"),
+            "token_ids": generated[n]
+            if isinstance(generated, list) and n < len(generated)
+            else fields.get("output_ids"),
         }
         yield fields | {name: value for name, value in beside.items() if fields.get(name) is None}
 
 
 def _bare(job: Job, path: Path) -> dict[str, Any]:
-    """An array alone is a prompt; its token ids may be beside it, in `NAME.token_ids.npy`, with or without that of the last token,
-    which is never fed."""
+    """An array alone is a prompt; its token ids may be beside it, in `NAME.token_ids.npy`, with or
+    without that of the last token, which is never fed."""
     job.read(path.stat().st_size)
     fields: dict[str, Any] = {"array": array_of_npy(path.read_bytes(), str(path))}
     beside, rows = path.with_suffix(".token_ids.npy"), len(fields["array"])
     if beside.is_file():
         fields["ids"] = array_of_npy_1d(beside)
         if len(fields["ids"]) not in (rows, rows + 1):
-            raise MoeInspectError(f"{beside} has {len(fields['ids'])} token ids, {path} {rows} tokens")
+            raise MoeInspectError(
+                f"{beside} has {len(fields['ids'])} token ids, {path} {rows} tokens"
+            )
     return fields
 
 
-def _response(where: str, fields: dict[str, Any], routed_TBK: np.ndarray, path: Path, source: Source) -> Response:
+def _response(
+    where: str, fields: dict[str, Any], routed_TBK: np.ndarray, path: Path, source: Source
+) -> Response:
     rows = len(routed_TBK)
     if path.suffix == ".npy":
         ids_T = fields.get("ids")
-        begin, end = _padding(routed_TBK, rows if ids_T is not None and len(ids_T) > rows else None, where)
+        begin, end = _padding(
+            routed_TBK, rows if ids_T is not None and len(ids_T) > rows else None, where
+        )
         part = slice(begin, rows - end)
-        return Response(where, fields, routed_TBK[part], path, source, 0, rows - begin - end, None if ids_T is None else ids_T[part])
+        return Response(
+            where,
+            fields,
+            routed_TBK[part],
+            path,
+            source,
+            0,
+            rows - begin - end,
+            None if ids_T is None else ids_T[part],
+        )
     name = next((name for name in STARTS if fields.get(name) is not None), STARTS[0])
     start = integer(fields.get(name) or 0, f"{where}: {name}")
     prompt_ids, generated = _token_ids(fields, where)
@@ -183,24 +263,30 @@ def _response(where: str, fields: dict[str, Any], routed_TBK: np.ndarray, path: 
     expected = len(fed) - start
     begin, end = _padding(routed_TBK, expected, where)
     kept = routed_TBK[begin : rows - end]
-    if len(kept) != expected and not (end and rows >= expected > len(kept)):  # a padded one may lack routes, and never has too many
+    if len(kept) != expected and not (
+        end and rows >= expected > len(kept)
+    ):  # a padded one may lack routes, and never has too many
         after = f" from token {start}" if start else ""
         raise MoeInspectError(
-            f"{where}: routed_experts has {rows} tokens{after}, not {expected}: one fewer than the {len(prompt_ids)} of the prompt "
-            f"and the {len(generated)} generated, the last of which is never fed{_mismatch(fields, rows, expected)}"
+            f"{where}: routed_experts has {rows} tokens{after}, not {expected}: one fewer than "
+            f"the {len(prompt_ids)} of the prompt "
+            f"and the {len(generated)} generated, the last of which is never "
+            f"fed{_mismatch(fields, rows, expected)}"
         )
     return Response(where, fields, kept, path, source, start, len(prompt_ids), fed)
 
 
 def _padding(routed_TBK: np.ndarray, expected: int | None, where: str) -> tuple[int, int]:
-    """How many rows at the beginning and at the end are no tokens'. RL frameworks pad to tokens, or to a batch's longest response, where
-    the engine returns tokens − 1 rows: with zeros, −1, or the experts 0 to k−1. `expected`: how many rows there should be."""
+    """How many rows at the beginning and at the end are no tokens'. RL frameworks pad to tokens, or
+    to a batch's longest response, where the engine returns tokens − 1 rows: with zeros, −1, or the
+    experts 0 to k−1. `expected`: how many rows there should be."""
     rows, K = len(routed_TBK), routed_TBK.shape[2]
     begin, end = unrouted_ends(routed_TBK)
     if K == 1 and end and not routed_TBK[-1].any():
         if expected is None:
             raise MoeInspectError(
-                f"{where}: the last row is zero in every layer: padding, or a token that went to expert 0? Remove the row, or write the "
+                f"{where}: the last row is zero in every layer: padding, or a token that went to "
+                "expert 0? Remove the row, or write the "
                 "response as JSONL with prompt_token_ids and token_ids"
             )
         begin, end = 0, min(end, max(rows - expected, 0))
@@ -213,7 +299,11 @@ def _padding(routed_TBK: np.ndarray, expected: int | None, where: str) -> tuple[
 
 def _token_ids(fields: dict[str, Any], where: str) -> tuple[np.ndarray, np.ndarray]:
     if fields.get("prompt_token_ids") is None:
-        option = "return_prompt_token_ids" if "meta_info" in fields and "choices" not in fields else "return_token_ids"
+        option = (
+            "return_prompt_token_ids"
+            if "meta_info" in fields and "choices" not in fields
+            else "return_token_ids"
+        )
         raise MoeInspectError(f"{where} has no prompt_token_ids: set {option} in the request")
     generated = fields.get("token_ids")
     prompt = integers(fields["prompt_token_ids"], f"{where}: prompt_token_ids")
@@ -224,7 +314,10 @@ def _mismatch(fields: dict[str, Any], rows: int, expected: int) -> str:
     if fields.get("token_ids") is None:
         return "; it has no token_ids of what was generated: set return_token_ids in the request"
     if rows < expected:
-        return f"; if the request had {STARTS[1]} (vLLM) or {STARTS[2]} (SGLang), write its value into the field start"
+        return (
+            f"; if the request had {STARTS[1]} (vLLM) or {STARTS[2]} (SGLang), write its value "
+            "into the field start"
+        )
     return ""
 
 
@@ -234,13 +327,24 @@ def array_of_npy_1d(path: Path) -> np.ndarray:
     data = path.read_bytes()
     dtype, _, shape, start = npy_header(data[:4096], str(path))
     if len(shape) != 1 or npy_bytes(dtype, shape) != len(data) - start:
-        raise MoeInspectError(f"{path} is no list of token ids: it declares {shape} of {dtype} and holds {len(data) - start:,} bytes")
+        raise MoeInspectError(
+            f"{path} is no list of token ids: it declares {shape} of {dtype} and holds "
+            f"{len(data) - start:,} bytes"
+        )
     return np.frombuffer(data, dtype, offset=start)
 
 
-def _sequence(numbers: Numbering, response: Response, routers: list[Router], blocks: int | None) -> Iterator[RoutedBatch]:
+def _sequence(
+    numbers: Numbering, response: Response, routers: list[Router], blocks: int | None
+) -> Iterator[RoutedBatch]:
     """The batches of one response: what of the prompt was fed, then what was generated."""
-    where, fields, routed_TBK, path, source = response.where, response.fields, response.routed_TBK, response.path, response.source
+    where, fields, routed_TBK, path, source = (
+        response.where,
+        response.fields,
+        response.routed_TBK,
+        response.path,
+        response.source,
+    )
     start, T = response.start, len(response.routed_TBK)
     prompt = T if response.prompt is None else response.prompt
     token_id = None if response.fed is None else response.fed[start : start + T]
@@ -248,7 +352,12 @@ def _sequence(numbers: Numbering, response: Response, routers: list[Router], blo
     domain = fields.get("domain")
     domain = source.domain or (domain if isinstance(domain, str) and domain else named(path))
     name = fields.get("document")
-    document, documents = numbers.document(domain, where, min(prompt, start + T) - min(start, prompt), None if name is None else str(name))
+    document, documents = numbers.document(
+        domain,
+        where,
+        min(prompt, start + T) - min(start, prompt),
+        None if name is None else str(name),
+    )
     code, sequence = numbers.domain(domain), numbers.sequence()
     cut = min(max(prompt - start, 0), T)
     for phase, part in (("prefill", slice(0, cut)), ("decode", slice(cut, T))):

@@ -21,33 +21,41 @@ MOST_TOKENS = 2**24  # of one response
 
 
 def decode_vllm(text: object, where: str) -> np.ndarray:
-    """`routed_experts` of a vLLM response, the base64 of a `.npy`: uint8 or uint16 [T, B, K]. `where` opens every error."""
+    """`routed_experts` of a vLLM response, the base64 of a `.npy`: uint8 or uint16 [T, B, K].
+    `where` opens every error."""
     return array_of_npy(_unbase64(text, where), where)
 
 
 def decode_sglang(text: object, blocks: int, top_k: int, where: str) -> np.ndarray:
-    """`meta_info.routed_experts` of an SGLang response, the base64 of raw int32 without a header: int32 [T, B, K]."""
+    """`meta_info.routed_experts` of an SGLang response, the base64 of raw int32 without a header:
+    int32 [T, B, K]."""
     data = _unbase64(text, where)
     if len(data) % (4 * blocks * top_k):
         raise MoeInspectError(
-            f"{where} is {len(data):,} bytes: no whole number of tokens of {blocks} layers × {top_k} experts × 4 bytes; is the config the model's?"
+            f"{where} is {len(data):,} bytes: no whole number of tokens of {blocks} layers × "
+            f"{top_k} experts × 4 bytes; is the config the model's?"
         )
     return np.frombuffer(data, "<i4").reshape(-1, blocks, top_k)
 
 
 def array_of_npy(data: bytes, where: str) -> np.ndarray:
-    """A `.npy` of integers [T, B, K] in memory. What the header declares must be what follows it, before anything is made of it."""
+    """A `.npy` of integers [T, B, K] in memory. What the header declares must be what follows it,
+    before anything is made of it."""
     dtype, fortran, shape, start = npy_header(data[:4096], where)
     if len(shape) != 3 or 0 in shape[1:]:
         raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts a token]")
     if npy_bytes(dtype, shape) != len(data) - start:
-        raise MoeInspectError(f"{where} declares {shape} of {dtype}, {npy_bytes(dtype, shape):,} bytes, and holds {len(data) - start:,}")
+        raise MoeInspectError(
+            f"{where} declares {shape} of {dtype}, {npy_bytes(dtype, shape):,} bytes, and holds "
+            f"{len(data) - start:,}"
+        )
     flat = np.frombuffer(data, dtype, offset=start)
     return flat.reshape(shape[::-1]).transpose() if fortran else flat.reshape(shape)
 
 
 def npy_header(head: bytes, where: str) -> tuple[np.dtype, bool, tuple[int, ...], int]:
-    """dtype (an integer's, at most 64 bits), whether in Fortran's order, shape, and where the data starts."""
+    """dtype (an integer's, at most 64 bits), whether in Fortran's order, shape, and where the data
+    starts."""
     version = head[6:8]
     if head[:6] != NPY_MAGIC or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
         raise MoeInspectError(f"{where} is no .npy: it begins with {head[:8]!r}")
@@ -55,10 +63,14 @@ def npy_header(head: bytes, where: str) -> tuple[np.dtype, bool, tuple[int, ...]
     end = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
     # of what a header may be in Python's grammar only what NumPy writes of an array is read
     found = re.fullmatch(
-        rb"\{'descr': '([<|>=]?[iub]\d)', 'fortran_order': (False|True), 'shape': (\([\d, ]{0,80}\)), \}\s*", head[8 + width : end]
+        rb"\{'descr': '([<|>=]?[iub]\d)', 'fortran_order': (False|True), 'shape': (\([\d, "
+        rb"]{0,80}\)), \}\s*",
+        head[8 + width : end],
     )
     if found is None or len(head) < end:
-        raise MoeInspectError(f"{where} is no .npy of integers: its header is {head[8 + width : min(end, 140)]!r}")
+        raise MoeInspectError(
+            f"{where} is no .npy of integers: its header is {head[8 + width : min(end, 140)]!r}"
+        )
     try:
         dtype, shape = np.dtype(found[1].decode()), ast.literal_eval(found[3].decode())
     except (TypeError, ValueError, SyntaxError):
@@ -75,23 +87,32 @@ def npy_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
     return total
 
 
-def select_routers(routed_TBK: np.ndarray, routers: Sequence[Router], blocks: int | None, where: str) -> list[np.ndarray]:
-    """The decisions of each router, ids [T, K] of uint8 or uint16, checked: dense blocks, which read as "expert 0", are left out.
+def select_routers(
+    routed_TBK: np.ndarray, routers: Sequence[Router], blocks: int | None, where: str
+) -> list[np.ndarray]:
+    """The decisions of each router, ids [T, K] of uint8 or uint16, checked: dense blocks, which
+    read as "expert 0", are left out.
 
-    `blocks`: how many the model has, where that is known. K may be larger than a router's own top-k only by slots of −1."""
+    `blocks`: how many the model has, where that is known. K may be larger than a router's own top-k
+    only by slots of −1."""
     T, B, K = routed_TBK.shape
     if blocks is not None and blocks != B:
-        raise MoeInspectError(f"{where} has {B} layers, the model's config {blocks}: is it the model's?")
+        raise MoeInspectError(
+            f"{where} has {B} layers, the model's config {blocks}: is it the model's?"
+        )
     if T > MOST_TOKENS:
         raise MoeInspectError(f"{where} has {T:,} tokens, more than any response ({MOST_TOKENS:,})")
     if (widest := max(r.top_k for r in routers)) > K:
-        raise MoeInspectError(f"{where} has {K} experts a token, the model's config {widest}: is it the model's?")
+        raise MoeInspectError(
+            f"{where} has {K} experts a token, the model's config {widest}: is it the model's?"
+        )
     return [checked_ids(routed_TBK[:, r.layer], r, f"{where}, layer {r.layer}") for r in routers]
 
 
 def checked_ids(ids_TK: np.ndarray, router: Router, where: str, first_row: int = 0) -> np.ndarray:
-    """ids of one router as the writer takes them (uint8, from 256 experts on uint16; its maximum where a slot routed nowhere, which
-    is −1 here), contiguous. MoeInspectError names the first token with an id beyond E, or twice the same expert."""
+    """ids of one router as the writer takes them (uint8, from 256 experts on uint16; its maximum
+    where a slot routed nowhere, which is −1 here), contiguous. MoeInspectError names the first
+    token with an id beyond E, or twice the same expert."""
     E, k = router.experts, router.top_k
     if ids_TK.shape[1] > k:
         if (ids_TK[:, k:] != -1).any():
@@ -103,12 +124,20 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str, first_row: int =
     low, high = int(ids_TK.min()), int(ids_TK.max())
     if low < -1 or high >= E:
         t, j = (int(i[0]) for i in np.nonzero((ids_TK < -1) | (ids_TK >= E)))
-        raise MoeInspectError(f"{where}: token {first_row + t} goes to expert {int(ids_TK[t, j])} of {E}")
+        raise MoeInspectError(
+            f"{where}: token {first_row + t} goes to expert {int(ids_TK[t, j])} of {E}"
+        )
     ids = ids_TK.astype(dtype, order="C")  # −1 becomes the maximum
     if k > 1 and (twice_T := repeats(ids_TK)).any():
         t = int(twice_T.argmax())
-        hint = "; a dense layer or padding reads so: give the model's config by --model or --config" if not ids_TK[t].any() else ""
-        raise MoeInspectError(f"{where}: token {first_row + t} goes to one expert twice ({ids_TK[t].tolist()}){hint}")
+        hint = (
+            "; a dense layer or padding reads so: give the model's config by --model or --config"
+            if not ids_TK[t].any()
+            else ""
+        )
+        raise MoeInspectError(
+            f"{where}: token {first_row + t} goes to one expert twice ({ids_TK[t].tolist()}){hint}"
+        )
     return ids
 
 
@@ -132,7 +161,8 @@ def _repeats_by_sorting(ids_TK: np.ndarray) -> np.ndarray:
 
 
 def dense_blocks(routed_TBK: np.ndarray) -> list[int]:
-    """Blocks in which every token has the same id in all slots, as a buffer that nobody wrote does."""
+    """Blocks in which every token has the same id in all slots, as a buffer that nobody wrote
+    does."""
     if not len(routed_TBK):
         return []
     same_B = (routed_TBK == routed_TBK[:1, :, :1]).all((0, 2))
@@ -140,8 +170,9 @@ def dense_blocks(routed_TBK: np.ndarray) -> list[int]:
 
 
 def unrouted_ends(routed_TBK: np.ndarray) -> tuple[int, int]:
-    """How many rows at the beginning and at the end hold 0, or hold −1, in every slot of every block: padding. With several experts
-    per token no router writes zeros in all slots; with one, a row of zeros may also be a token that went to expert 0 in every block."""
+    """How many rows at the beginning and at the end hold 0, or hold −1, in every slot of every
+    block: padding. With several experts per token no router writes zeros in all slots; with one, a
+    row of zeros may also be a token that went to expert 0 in every block."""
     T = len(routed_TBK)
     flat = routed_TBK.reshape(T, -1)
 
@@ -171,7 +202,10 @@ def identical_run(routed_TBK: np.ndarray) -> int:
 
 def _unbase64(text: object, where: str) -> bytes:
     if not isinstance(text, str):
-        raise MoeInspectError(f"{where} is {type(text).__name__}, not the base64 of an array: did the server return routed experts?")
+        raise MoeInspectError(
+            f"{where} is {type(text).__name__}, not the base64 of an array: did the server "
+            "return routed experts?"
+        )
     try:
         return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError) as error:

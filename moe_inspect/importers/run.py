@@ -1,4 +1,5 @@
-"""Foreign files → a trace: what `moe-inspect import` calls. It is written beside its place and moved there when it is whole."""
+"""Foreign files → a trace: what `moe-inspect import` calls. It is written beside its place and
+moved there when it is whole."""
 
 from __future__ import annotations
 
@@ -51,10 +52,10 @@ def import_trace(
 
     format        a name of FORMATS, or "auto": by the looks of the first file, told to `warn`
     sources       files and folders, each optionally behind DOMAIN=
-    model         a hub id, a directory, a config.json or "demo": gives experts, top-k, which layers are dense, and the vocabulary
-    experts, top_k  where neither the files nor a config say so
-    pipeline_stages  of a Megatron run whose files number layers from 0 in each stage; takes `model` where it is over 1
-    progress      called with (bytes read, bytes in all)
+    model         a hub id, a directory, a config.json or "demo": gives experts, top-k, which layers
+    are dense, and the vocabulary experts, top_k  where neither the files nor a config say so
+    pipeline_stages  of a Megatron run whose files number layers from 0 in each stage; takes `model`
+    where it is over 1 progress      called with (bytes read, bytes in all)
 
     Raises MoeInspectError for what the caller can mend; nothing is left at `out` then."""
     warn = warn or (lambda line: warnings.warn(line, stacklevel=3))
@@ -68,7 +69,9 @@ def import_trace(
         if format not in FORMATS:
             raise MoeInspectError(f"no format {format!r}: there are {', '.join(FORMATS)}, auto")
         if pipeline_stages is not None and format != "megatron":
-            raise MoeInspectError(f"--pipeline-stages is an option of the format megatron, not of {format}")
+            raise MoeInspectError(
+                f"--pipeline-stages is an option of the format megatron, not of {format}"
+            )
         facts = read_facts(model) if model is not None else None
         job = Job(listed, facts, experts, top_k, pipeline_stages, warn, _progress(listed, progress))
         imported = FORMATS[format].run(job)
@@ -79,12 +82,22 @@ def import_trace(
             raise MoeInspectError(f"{listed[0].path} holds no decisions")
     except OSError as error:
         raise _unread(error, listed) from None
-    _write(out, overwrite, _read(chain([first], batches), listed), imported, vocabulary, _manifest(format, job, imported))
+    _write(
+        out,
+        overwrite,
+        _read(chain([first], batches), listed),
+        imported,
+        vocabulary,
+        _manifest(format, job, imported),
+    )
     return Trace(out)
 
 
-def _read(batches: Iterator[RoutedBatch | CountedBatches], sources: list[Source]) -> Iterator[RoutedBatch | CountedBatches]:
-    """Passes them on: what fails while they are read is the sources' fault, not the disk's that they are written to."""
+def _read(
+    batches: Iterator[RoutedBatch | CountedBatches], sources: list[Source]
+) -> Iterator[RoutedBatch | CountedBatches]:
+    """Passes them on: what fails while they are read is the sources' fault, not the disk's that
+    they are written to."""
     try:
         yield from batches
     except OSError as error:
@@ -102,10 +115,17 @@ def _source(text: str | Path) -> Source:
     return Source(Path(text), None)
 
 
-def _progress(sources: list[Source], progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+def _progress(
+    sources: list[Source], progress: Callable[[int, int], None] | None
+) -> Callable[[int], None]:
     if progress is None:
         return lambda n: None
-    files = [f for s in sources for f in (s.path.rglob("*") if s.path.is_dir() else [s.path]) if f.is_file()]
+    files = [
+        f
+        for s in sources
+        for f in (s.path.rglob("*") if s.path.is_dir() else [s.path])
+        if f.is_file()
+    ]
     total, done = sum(f.stat().st_size for f in files), 0
 
     def read(n: int) -> None:
@@ -118,7 +138,9 @@ def _progress(sources: list[Source], progress: Callable[[int, int], None] | None
 
 def _manifest(format: str, job: Job, imported: Imported) -> dict[str, Any]:
     return {
-        "model": job.facts.record() if job.facts else {"id": "unknown", "revision": None, "class": None, "config": {}},
+        "model": job.facts.record()
+        if job.facts
+        else {"id": "unknown", "revision": None, "class": None, "config": {}},
         "capture": {
             "mode": "import",
             "format": format,
@@ -130,7 +152,10 @@ def _manifest(format: str, job: Job, imported: Imported) -> dict[str, Any]:
             "process_start": schema.process_start(os.getpid()),
             "host": socket.gethostname(),
         },
-        "corpus": {"sources": [{"path": str(s.path), "domain": s.domain} for s in job.sources], "notes": imported.notes},
+        "corpus": {
+            "sources": [{"path": str(s.path), "domain": s.domain} for s in job.sources],
+            "notes": imported.notes,
+        },
     }
 
 
@@ -145,7 +170,9 @@ def _write(
     place = out.resolve() if out.is_symlink() else out
     _clear_drafts(place)
     draft = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with hold(draft, wait=True) as lock:  # another import may be looking whether anybody is at work there
+    with hold(
+        draft, wait=True
+    ) as lock:  # another import may be looking whether anybody is at work there
         try:
             with TraceWriter(
                 draft,
@@ -155,7 +182,9 @@ def _write(
                 logits=imported.logits,
                 counts_only=imported.counts_only,
                 vocabulary=vocabulary,
-                shard_seconds=float("inf"),  # shards by size alone: the same files make the same trace
+                shard_seconds=float(
+                    "inf"
+                ),  # shards by size alone: the same files make the same trace
                 lock=lock,
             ) as writer:
                 for batch in batches:
@@ -166,8 +195,12 @@ def _write(
             schema.sync_directory(place.parent)
         except (OSError, MoeInspectError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
-            if isinstance(cause, OSError):  # the writer speaks of resuming, which an import does not
-                raise MoeInspectError(f"cannot write {out}: {first_line(cause)}; nothing was imported") from None
+            if isinstance(
+                cause, OSError
+            ):  # the writer speaks of resuming, which an import does not
+                raise MoeInspectError(
+                    f"cannot write {out}: {first_line(cause)}; nothing was imported"
+                ) from None
             raise
         finally:
             if draft.exists():
@@ -192,8 +225,11 @@ def _remove(draft: Path) -> None:
         draft.rmdir()
 
 
-def watched(imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str], None]) -> Iterator[RoutedBatch | CountedBatches]:
-    """Passes batches on; refuses token ids beyond the vocabulary, and warns of what no whole dump of a router looks like."""
+def watched(
+    imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str], None]
+) -> Iterator[RoutedBatch | CountedBatches]:
+    """Passes batches on; refuses token ids beyond the vocabulary, and warns of what no whole dump
+    of a router looks like."""
     routers = imported.routers
     there = [np.zeros(r.experts, bool) for r in routers]
     tokens = 0
@@ -203,16 +239,28 @@ def watched(imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str
             for r, load_DE in enumerate(batch.assignments):
                 there[r] |= load_DE.any(0)
         else:
-            if vocabulary is not None and len(batch.token_id) and int(batch.token_id.max()) >= len(vocabulary):
+            if (
+                vocabulary is not None
+                and len(batch.token_id)
+                and int(batch.token_id.max()) >= len(vocabulary)
+            ):
                 raise MoeInspectError(
-                    f"token id {int(batch.token_id.max())} of a vocabulary of {len(vocabulary):,}: is the config the model's?"
+                    f"token id {int(batch.token_id.max())} of a vocabulary of "
+                    f"{len(vocabulary):,}: is the config the model's?"
                 )
             tokens += len(batch.token_id)
             for r, ids_TK in enumerate(batch.ids):
                 _mark(there[r], ids_TK, routers[r])
         yield batch
-    if len({r.experts for r in routers}) == 1 and tokens >= ONE_RANK_TOKENS and (block := one_ranks_experts(np.array(there))):
-        warn(f"only experts {block[0]}-{block[1]} of {routers[0].experts} are ever chosen: one rank's own? give the files of all ranks")
+    if (
+        len({r.experts for r in routers}) == 1
+        and tokens >= ONE_RANK_TOKENS
+        and (block := one_ranks_experts(np.array(there)))
+    ):
+        warn(
+            f"only experts {block[0]}-{block[1]} of {routers[0].experts} are ever chosen: one "
+            "rank's own? give the files of all ranks"
+        )
 
 
 def _mark(there_E: np.ndarray, ids_TK: np.ndarray, router: Router) -> None:

@@ -1,5 +1,6 @@
-"""TensorRT-LLM's expert statistics: `meta_info.json` and `rank{r}.safetensors` ("{iteration}_{layer}" → counts [E]), or
-`rank{r}_raw.safetensors` (the same keys → the chosen experts [T, K]).
+"""TensorRT-LLM's expert statistics: `meta_info.json` and `rank{r}.safetensors`
+("{iteration}_{layer}" → counts [E]), or `rank{r}_raw.safetensors` (the same keys → the chosen
+experts [T, K]).
 
 T tokens, K slots, E experts, W windows, L layers.
 """
@@ -15,7 +16,17 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import Imported, Job, Numbering, counted, integer, one_ranks_experts, parsed_object, routed, windows_of
+from moe_inspect.importers.context import (
+    Imported,
+    Job,
+    Numbering,
+    counted,
+    integer,
+    one_ranks_experts,
+    parsed_object,
+    routed,
+    windows_of,
+)
 from moe_inspect.importers.registry import importer
 from moe_inspect.importers.routed import MOST_TOKENS, checked_ids
 from moe_inspect.model.config import MOST_EXPERTS
@@ -36,7 +47,11 @@ Keys = dict[int, dict[int, str]]  # iteration → layer → key
     sniff=lambda name, head: NAME.fullmatch(name) is not None,
 )
 def tensorrt_llm(job: Job) -> Imported:
-    files = [(p, s) for p, s in job.files(NAME.pattern + r"|meta_info\.json", "rank<r>.safetensors") if p.name != "meta_info.json"]
+    files = [
+        (p, s)
+        for p, s in job.files(NAME.pattern + r"|meta_info\.json", "rank<r>.safetensors")
+        if p.name != "meta_info.json"
+    ]
     if not files:
         raise MoeInspectError(f"{job.sources[0].path} holds no rank<r>.safetensors")
     for path, _ in files:
@@ -50,13 +65,17 @@ def tensorrt_llm(job: Job) -> Imported:
         raise MoeInspectError(f"no {meta_path}: it says how many experts there are")
     meta = parsed_object(meta_path.read_bytes(), str(meta_path))
     experts = integer(meta.get("num_experts"), f"{meta_path}: num_experts", 1, MOST_EXPERTS)
-    top_k = integer(meta.get("num_experts_per_token"), f"{meta_path}: num_experts_per_token", 1, experts)
+    top_k = integer(
+        meta.get("num_experts_per_token"), f"{meta_path}: num_experts_per_token", 1, experts
+    )
     opened = [(path, *_opened(path)) for path in paths]
     layers = {layer for _, _, keys in opened for of_layer in keys.values() for layer in of_layer}
     routers = job.routers_of(layers, experts, top_k, paths[0])
     if raw:
         return Imported(
-            routers, _decisions(job, opened, routers, domain), notes=["token ids, sequences and positions are not in the source"]
+            routers,
+            _decisions(job, opened, routers, domain),
+            notes=["token ids, sequences and positions are not in the source"],
         )
     return Imported(routers, _counts(job, opened, routers, domain), counts_only=True)
 
@@ -81,21 +100,34 @@ def _opened(path: Path) -> tuple[Any, Keys]:
     return file, keys
 
 
-def _tensor(file: Any, path: Path, name: str, shape: tuple[int | None, ...], high: int) -> np.ndarray:
+def _tensor(
+    file: Any, path: Path, name: str, shape: tuple[int | None, ...], high: int
+) -> np.ndarray:
     """int64 of that shape (None: any). Shape and type are looked at before anything is read."""
     part = file.get_slice(name)
     found = part.get_shape()
-    if len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)) or max(found) > MOST_TOKENS:
-        raise MoeInspectError(f"{path}: {name} has shape {found}, not {[w if w is not None else 'tokens' for w in shape]}")
+    if (
+        len(found) != len(shape)
+        or any(w not in (None, f) for w, f in zip(shape, found, strict=True))
+        or max(found) > MOST_TOKENS
+    ):
+        raise MoeInspectError(
+            f"{path}: {name} has shape {found}, not "
+            f"{[w if w is not None else 'tokens' for w in shape]}"
+        )
     if part.get_dtype() not in INTEGERS:
         raise MoeInspectError(f"{path}: {name} is of {part.get_dtype()}, not of integers")
     values = file.get_tensor(name)
     if values.size and not 0 <= int(values.min()) <= int(values.max()) <= high:
-        raise MoeInspectError(f"{path}: {name} holds {int(values.min())} to {int(values.max())}, not of 0 to {high:,}")
+        raise MoeInspectError(
+            f"{path}: {name} holds {int(values.min())} to {int(values.max())}, not of 0 to {high:,}"
+        )
     return values.astype(np.int64)
 
 
-def _counts(job: Job, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str) -> Iterator[CountedBatches]:
+def _counts(
+    job: Job, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str
+) -> Iterator[CountedBatches]:
     E, row_of = routers[0].experts, {r.layer: row for row, r in enumerate(routers)}
     iterations = sorted({i for _, _, keys in opened for i in keys})
     window_of = dict(zip(iterations, windows_of(len(iterations)), strict=True))
@@ -104,29 +136,48 @@ def _counts(job: Job, opened: list[tuple[Path, Any, Keys]], routers: list[Router
         before_LE = load_WLE.sum(0)
         for iteration, of_layer in keys.items():
             for layer, name in of_layer.items():
-                load_WLE[window_of[iteration], row_of[layer]] += _tensor(file, path, name, (E,), 2**53)
+                load_WLE[window_of[iteration], row_of[layer]] += _tensor(
+                    file, path, name, (E,), 2**53
+                )
         job.read(path.stat().st_size)
         if (block := one_ranks_experts(load_WLE.sum(0) - before_LE)) and len(opened) == 1:
-            job.warn(f"{path} counts only experts {block[0]}-{block[1]} of {E}: one rank's own? give the files of all ranks")
+            job.warn(
+                f"{path} counts only experts {block[0]}-{block[1]} of {E}: one rank's own? give "
+                "the files of all ranks"
+            )
     for w, load_LE in enumerate(load_WLE):
         if load_LE.any():
             yield counted([load_E[None] for load_E in load_LE], routers, [domain], w)
 
 
-def _decisions(job: Job, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str) -> Iterator[RoutedBatch]:
+def _decisions(
+    job: Job, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str
+) -> Iterator[RoutedBatch]:
     numbers = Numbering()
     code = numbers.domain(domain)
     iterations = {i: n for n, i in enumerate(sorted({i for _, _, keys in opened for i in keys}))}
     for path, file, keys in opened:
-        tokens = sum(file.get_slice(min(of_layer.values())).get_shape()[0] for of_layer in keys.values() if len(of_layer) == len(routers))
+        tokens = sum(
+            file.get_slice(min(of_layer.values())).get_shape()[0]
+            for of_layer in keys.values()
+            if len(of_layer) == len(routers)
+        )
         document, documents = numbers.document(domain, str(path), min(tokens, 2**31 - 1))
         for iteration in sorted(keys):
             ids: list[np.ndarray] = []
             for router in routers:
                 name = keys[iteration].get(router.layer)
                 if name is None:
-                    raise MoeInspectError(f"{path}: iteration {iteration} has no layer {router.layer}")
-                ids_TK = _tensor(file, path, name, (len(ids[0]) if ids else None, router.top_k), router.experts - 1)
+                    raise MoeInspectError(
+                        f"{path}: iteration {iteration} has no layer {router.layer}"
+                    )
+                ids_TK = _tensor(
+                    file,
+                    path,
+                    name,
+                    (len(ids[0]) if ids else None, router.top_k),
+                    router.experts - 1,
+                )
                 ids.append(checked_ids(ids_TK, router, f"{path}: {name}"))
             T = len(ids[0])
             if T == 0:
@@ -137,7 +188,8 @@ def _decisions(job: Job, opened: list[tuple[Path, Any, Keys]], routers: list[Rou
                 document=document,
                 documents=documents,
                 domain=code,
-                sequence=np.arange(T) + numbers.sequence(T),  # which tokens follow each other is not said
+                sequence=np.arange(T)
+                + numbers.sequence(T),  # which tokens follow each other is not said
                 position=np.zeros(T, np.int32),
                 batch=iterations[iteration],
             )

@@ -1,7 +1,8 @@
-"""What a model's config.json says of its routers, read in plain Python: which blocks have experts, how many, how many a token.
+"""What a model's config.json says of its routers, read in plain Python: which blocks have experts,
+how many, how many a token.
 
-The keys are those of transformers' configs and of the checkpoints that engines load; a family that states nothing about dense
-blocks has experts in all of them.
+The keys are those of transformers' configs and of the checkpoints that engines load; a family that
+states nothing about dense blocks has experts in all of them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,28 @@ from moe_inspect.trace.schema import Router
 
 INNER = ("text_config", "llm_config", "language_config", "thinker_config")
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
-EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", "num_routed_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
+EXPERTS = (
+    "n_routed_experts",
+    "num_local_experts",
+    "num_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+)
+TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+)
 SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
-MOST_LAYERS, MOST_EXPERTS, MOST_WORDS = 4096, 65_535, 2**22  # no model is near; what a hostile config could ask for
+MOST_LAYERS, MOST_EXPERTS, MOST_WORDS = (
+    4096,
+    65_535,
+    2**22,
+)  # no model is near; what a hostile config could ask for
 MOST_WIDTH, MOST_BYTES = 2**24, 2**24
 SIZES = (  # a key of a config, in its parts too → the largest number it may state
     (re.compile(r"(layers|n_layer|depths?|num_blocks)$"), MOST_LAYERS),
@@ -37,7 +56,8 @@ SIZES = (  # a key of a config, in its parts too → the largest number it may s
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """`layers`: blocks of the model, dense ones too. `experts`, `top_k`: block index → E and k, of the blocks that route."""
+    """`layers`: blocks of the model, dense ones too. `experts`, `top_k`: block index → E and k, of
+    the blocks that route."""
 
     id: str
     layers: int
@@ -50,31 +70,48 @@ class ModelFacts:
     def routers(self) -> list[Router]:
         scoring = str(self.config.get("scoring_func") or self.config.get("score_func") or "")
         return [
-            Router(layer, "experts", f"layers.{layer}", self.experts[layer], self.top_k[layer], scoring, self.shared_experts)
+            Router(
+                layer,
+                "experts",
+                f"layers.{layer}",
+                self.experts[layer],
+                self.top_k[layer],
+                scoring,
+                self.shared_experts,
+            )
             for layer in sorted(self.experts)
         ]
 
     def record(self) -> dict[str, Any]:
         """The manifest's section `model`."""
-        return {"id": self.id, "revision": None, "class": (self.config.get("architectures") or [None])[0], "config": self.config}
+        return {
+            "id": self.id,
+            "revision": None,
+            "class": (self.config.get("architectures") or [None])[0],
+            "config": self.config,
+        }
 
     def vocabulary(self) -> pa.Table | None:
         """Of the tokenizer.json beside the config; None where there is none."""
         from moe_inspect.model.vocabulary import read_tokenizer
 
-        return read_tokenizer(self.tokenizer, int(_stated(self.config, ("vocab_size",), 0) or 0)) if self.tokenizer is not None else None
+        return (
+            read_tokenizer(self.tokenizer, int(_stated(self.config, ("vocab_size",), 0) or 0))
+            if self.tokenizer is not None
+            else None
+        )
 
 
 def read_facts(model: str | Path) -> ModelFacts:
-    """`model`: a config.json (or a JSON file of the same keys), a directory that holds one, a trace, "demo", or a hub id (through
-    huggingface_hub, where it is installed)."""
+    """`model`: a config.json (or a JSON file of the same keys), a directory that holds one, a
+    trace, "demo", or a hub id (through huggingface_hub, where it is installed)."""
     path, tokenizer = _config_file(str(model))
     return facts_of(read_config(path), str(model), path, tokenizer)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's config in a config.json or a trace's manifest. MoeInspectError where it is none, or states a size that no model has:
-    what is built by it would take all memory."""
+    """The model's config in a config.json or a trace's manifest. MoeInspectError where it is none,
+    or states a size that no model has: what is built by it would take all memory."""
     try:
         if path.name != schema.MANIFEST and (size := path.stat().st_size) > MOST_BYTES:
             raise ValueError(f"{size:,} bytes are more than {MOST_BYTES:,}")
@@ -83,7 +120,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise MoeInspectError(f"{path} is no model's config: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise MoeInspectError(f"{path} is no model's config: {first_line(error)}") from None
-    if path.name == schema.MANIFEST and isinstance(written, dict) and isinstance(written.get("model"), dict):
+    if (
+        path.name == schema.MANIFEST
+        and isinstance(written, dict)
+        and isinstance(written.get("model"), dict)
+    ):
         written = written["model"].get("config")
     if not isinstance(written, dict):
         raise MoeInspectError(f"{path} is no model's config: it holds no object")
@@ -99,16 +140,24 @@ def _refuse_impossible_sizes(config: dict[str, Any], where: object) -> None:
             most = next((most for pattern, most in SIZES if pattern.search(key)), None)
             for stated in value if isinstance(value, list) else [value]:
                 if most is not None and isinstance(stated, int | float) and stated > most:
-                    raise MoeInspectError(f"{where}: {key} is {str(stated)[:20]}, and no model has more than {most:,}")
+                    raise MoeInspectError(
+                        f"{where}: {key} is {str(stated)[:20]}, and no model has more than {most:,}"
+                    )
         if isinstance(part, dict):
-            top_k, experts = (max((v for k in keys if type(v := part.get(k)) is int), default=0) for keys in (TOP_K, EXPERTS))
+            top_k, experts = (
+                max((v for k in keys if type(v := part.get(k)) is int), default=0)
+                for keys in (TOP_K, EXPERTS)
+            )
             if top_k > experts > 1:
                 raise MoeInspectError(f"{where}: {top_k} experts per token of only {experts}")
         parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
-def facts_of(config: dict[str, Any], name: str, where: object, tokenizer: Path | None = None) -> ModelFacts:
-    """The facts in a config that has been read; MoeInspectError names `where` and the key that lacks or is impossible."""
+def facts_of(
+    config: dict[str, Any], name: str, where: object, tokenizer: Path | None = None
+) -> ModelFacts:
+    """The facts in a config that has been read; MoeInspectError names `where` and the key that
+    lacks or is impossible."""
     inner = config
     for key in INNER:
         inner = {**inner, **inner[key]} if isinstance(inner.get(key), dict) else inner
@@ -116,7 +165,9 @@ def facts_of(config: dict[str, Any], name: str, where: object, tokenizer: Path |
         inner = {**inner, **inner["ffn_config"]}
     if isinstance(kinds := inner.get("layers_block_type"), list):  # Nemotron-H states no number
         inner = {**inner, LAYERS[0]: len(kinds)}
-    if inner.get("num_layers") is not None:  # LongCat: what it calls hidden layers are attentions, two a block
+    if (
+        inner.get("num_layers") is not None
+    ):  # LongCat: what it calls hidden layers are attentions, two a block
         inner = {**inner, LAYERS[0]: inner["num_layers"]}
     layers = _number(inner, LAYERS, where, MOST_LAYERS)
     sparse = _sparse_layers(inner, layers, where)
@@ -124,9 +175,13 @@ def facts_of(config: dict[str, Any], name: str, where: object, tokenizer: Path |
     top_k = _by_layer(inner, TOP_K, sparse, layers, where, MOST_EXPERTS)
     for layer in sparse:
         if top_k[layer] > experts[layer]:
-            raise MoeInspectError(f"{where}: {top_k[layer]} experts a token of only {experts[layer]} in layer {layer}")
+            raise MoeInspectError(
+                f"{where}: {top_k[layer]} experts a token of only {experts[layer]} in layer {layer}"
+            )
     shared = _stated(inner, SHARED, 0)
-    return ModelFacts(name, layers, experts, top_k, shared if isinstance(shared, int) else 0, config, tokenizer)
+    return ModelFacts(
+        name, layers, experts, top_k, shared if isinstance(shared, int) else 0, config, tokenizer
+    )
 
 
 def _config_file(model: str) -> tuple[Path, Path | None]:
@@ -141,8 +196,14 @@ def _config_file(model: str) -> tuple[Path, Path | None]:
                 beside = place / "tokenizer.json"
                 return place / name, beside if beside.is_file() else None
         raise MoeInspectError(f"no config.json in {place}: give a model's directory, or its config")
-    if not 1 <= len(Path(model).parts) <= 2 or model.startswith((".", "/", "~")) or model.endswith(".json"):
-        raise MoeInspectError(f"no config at {model}: give a config.json, a model's directory or a hub id")
+    if (
+        not 1 <= len(Path(model).parts) <= 2
+        or model.startswith((".", "/", "~"))
+        or model.endswith(".json")
+    ):
+        raise MoeInspectError(
+            f"no config at {model}: give a config.json, a model's directory or a hub id"
+        )
     return _from_hub(model)
 
 
@@ -152,18 +213,25 @@ def _from_hub(model: str) -> tuple[Path, Path | None]:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise MoeInspectError(
-            f"no config at {model}, and reading it from the hub needs huggingface_hub: pip install huggingface_hub"
+            f"no config at {model}, and reading it from the hub needs huggingface_hub: pip "
+            "install huggingface_hub"
         ) from None
     vocabulary = None
     try:
         config = Path(hf_hub_download(model, "config.json"))
         try:
             vocabulary = Path(hf_hub_download(model, "tokenizer.json"))
-        except EntryNotFoundError as error:  # a model may have none: the trace is then without a vocabulary
+        except (
+            EntryNotFoundError
+        ) as error:  # a model may have none: the trace is then without a vocabulary
             if isinstance(error, LocalEntryNotFoundError):  # whether it has one could not be asked
                 raise
-    except Exception as error:  # offline, no such model, no access: the library has a class for each, and the way out is the same
-        raise MoeInspectError(f"cannot read the config and the tokenizer of {model}: {first_line(error)}") from None
+    except Exception as error:
+        # offline, no such model, no access: the library has a class for each, and the way out is
+        # the same
+        raise MoeInspectError(
+            f"cannot read the config and the tokenizer of {model}: {first_line(error)}"
+        ) from None
     return config, vocabulary
 
 
@@ -180,7 +248,10 @@ def _sparse_layers(config: dict[str, Any], layers: int, where: object) -> list[i
         try:
             sparse &= set(filter(rule(config, config[key]), every))
         except (TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError):
-            raise MoeInspectError(f"{where}: {key} is {str(config[key])[:60]!r}, which says of no layer whether it has experts") from None
+            raise MoeInspectError(
+                f"{where}: {key} is {str(config[key])[:60]!r}, which says of no layer whether it "
+                "has experts"
+            ) from None
     if config.get("enable_moe_block") is False or not sparse:
         raise MoeInspectError(f"{where} is of a dense model: no layer has experts")
     return sorted(sparse)
@@ -218,7 +289,9 @@ RULES: dict[str, Callable[[dict[str, Any], Any], Rule]] = {
     "moe_layer_freq": _frequency,
     "num_dense_layers": lambda c, v: lambda i: i >= int(v),
     "expert_layer_period": _period,
-    "interleave_moe_layer_step": lambda c, v: (lambda i: (i + 1) % int(v) == 0) if not c.get("moe_layers") else lambda i: True,
+    "interleave_moe_layer_step": lambda c, v: (
+        (lambda i: (i + 1) % int(v) == 0) if not c.get("moe_layers") else lambda i: True
+    ),
     "moe_layers": lambda c, v: (lambda i: i in _listed(v)) if v else lambda i: True,
     "moe_layers_enum": lambda c, v: lambda i: i in _listed(v),
     "moe_layer_start_index": lambda c, v: lambda i: i >= int(v),
@@ -239,20 +312,35 @@ def _stated(config: dict[str, Any], keys: tuple[str, ...], default: Any = None) 
 def _number(config: dict[str, Any], keys: tuple[str, ...], where: object, most: int) -> int:
     value = _stated(config, keys)
     if value is None:
-        raise MoeInspectError(f"{where} lacks {keys[0]}: is it a Mixture-of-Experts model's config?")
+        raise MoeInspectError(
+            f"{where} lacks {keys[0]}: is it a Mixture-of-Experts model's config?"
+        )
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise MoeInspectError(f"{where}: {_named(config, keys)} is {value!r}, not a number from 1 to {most:,}")
+        raise MoeInspectError(
+            f"{where}: {_named(config, keys)} is {value!r}, not a number from 1 to {most:,}"
+        )
     return value
 
 
-def _by_layer(config: dict[str, Any], keys: tuple[str, ...], sparse: list[int], layers: int, where: object, most: int) -> dict[int, int]:
+def _by_layer(
+    config: dict[str, Any],
+    keys: tuple[str, ...],
+    sparse: list[int],
+    layers: int,
+    where: object,
+    most: int,
+) -> dict[int, int]:
     """A number for all blocks, or (Hunyuan) a list with one for each."""
     value = _stated(config, keys)
     if isinstance(value, list) and len(value) == layers:
         return {i: _number({keys[0]: value[i]}, keys[:1], where, most) for i in sparse}
-    if isinstance(value, list) and len({json.dumps(v) for v in value}) == 1:  # ERNIE-VL: of text and of images
+    if (
+        isinstance(value, list) and len({json.dumps(v) for v in value}) == 1
+    ):  # ERNIE-VL: of text and of images
         value = value[0]
-    return dict.fromkeys(sparse, _number({**config, _named(config, keys): value}, keys, where, most))
+    return dict.fromkeys(
+        sparse, _number({**config, _named(config, keys): value}, keys, where, most)
+    )
 
 
 def _named(config: dict[str, Any], keys: tuple[str, ...]) -> str:

@@ -1,4 +1,5 @@
-"""What a model is before it runs: parameters, memory and FLOPs, sparse against dense. Built on the meta device: no weight is read.
+"""What a model is before it runs: parameters, memory and FLOPs, sparse against dense. Built on the
+meta device: no weight is read.
 
 E experts, k of them a token.
 """
@@ -31,7 +32,10 @@ PARTS = (
     "vision and audio",
 )
 # of a multimodal model: what a token of text does not meet
-NOT_TEXT = re.compile(TOWER.pattern + r"|(?:^|\.)(?:multi_modal_projector|resampler_model|view_separator|perception_emb_norm)(?:\.|$)")
+NOT_TEXT = re.compile(
+    TOWER.pattern
+    + r"|(?:^|\.)(?:multi_modal_projector|resampler_model|view_separator|perception_emb_norm)(?:\.|$)"
+)
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 # dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets: A100 SXM, H100 SXM, H200 SXM, B200 SXM
 PEAK_FLOPS = {"a100": 312e12, "h100": 989.4e12, "h200": 989.4e12, "b200": 2250e12}
@@ -40,7 +44,8 @@ CONTEXT = 4096
 
 @dataclass
 class Description:
-    """Parameters by part, in total and of those a token meets; what a token's forward pass computes. `routers`: (layer, E, k)."""
+    """Parameters by part, in total and of those a token meets; what a token's forward pass
+    computes. `routers`: (layer, E, k)."""
 
     config: Any
     kind: str
@@ -51,9 +56,13 @@ class Description:
     shared_experts: int = 0
     total: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     active: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
-    products_total: int = 0  # entries of the matrices that a token would be multiplied with, were all experts active
+    products_total: int = (
+        0  # entries of the matrices that a token would be multiplied with, were all experts active
+    )
     products_active: int = 0
-    score_width: int = 0  # Σ over attention layers of heads × (query + value width): each key costs twice that
+    score_width: int = (
+        0  # Σ over attention layers of heads × (query + value width): each key costs twice that
+    )
 
     @property
     def parameters(self) -> int:
@@ -64,19 +73,25 @@ class Description:
         return sum(self.active.values())
 
     def flops_a_token(self, keys: float, dense: bool = False) -> float:
-        """Of a forward pass, where a token attends to `keys` keys: a multiplication and an addition for each entry of each
-        matrix, and for each key. `dense`: as if every expert were active."""
-        return 2 * (self.products_total if dense else self.products_active) + 2 * self.score_width * keys
+        """Of a forward pass, where a token attends to `keys` keys: a multiplication and an addition
+        for each entry of each matrix, and for each key. `dense`: as if every expert were active."""
+        return (
+            2 * (self.products_total if dense else self.products_active)
+            + 2 * self.score_width * keys
+        )
 
     def training_flops(self, tokens: float) -> float:
-        """Forward and backward: three times the forward pass, at the mean of a causal context (arXiv:2001.08361, with the
-        attention it leaves out)."""
+        """Forward and backward: three times the forward pass, at the mean of a causal context
+        (arXiv:2001.08361, with the attention it leaves out)."""
         return 3 * tokens * self.flops_a_token((self.context + 1) / 2)
 
     def facts(self) -> list[tuple[str, float | None, str]]:
         """(key, number or None, text)."""
         ratio = self.parameters / self.parameters_active
-        prefill, decode = self.flops_a_token((self.context + 1) / 2), self.flops_a_token(self.context)
+        prefill, decode = (
+            self.flops_a_token((self.context + 1) / 2),
+            self.flops_a_token(self.context),
+        )
         facts: list[tuple[str, float | None, str]] = [
             ("class", None, self.kind),
             ("layers", self.layers, f"{self.layers}"),
@@ -94,57 +109,112 @@ class Description:
             ]
         else:
             facts.append(("routers", 0, "no router: a dense model"))
-        facts += [_count("parameters.total", self.parameters), _count("parameters.active", self.parameters_active)]
+        facts += [
+            _count("parameters.total", self.parameters),
+            _count("parameters.active", self.parameters_active),
+        ]
         for part in PARTS:
             if self.total[part]:
                 name = part.replace(" ", "_")
                 facts.append(_count(f"parameters.{name}.total", self.total[part]))
                 if self.active[part] != self.total[part]:
                     facts.append(_count(f"parameters.{name}.active", self.active[part]))
-        facts += [(f"memory_bytes.{d}", b * self.parameters, _bytes(b * self.parameters)) for d, b in BYTES.items()]
         facts += [
-            ("flops_a_token.prefill", prefill, f"{_si(prefill)}FLOP, the mean over {self.context:,} positions"),
+            (f"memory_bytes.{d}", b * self.parameters, _bytes(b * self.parameters))
+            for d, b in BYTES.items()
+        ]
+        facts += [
+            (
+                "flops_a_token.prefill",
+                prefill,
+                f"{_si(prefill)}FLOP, the mean over {self.context:,} positions",
+            ),
             ("flops_a_token.decode", decode, f"{_si(decode)}FLOP, with {self.context:,} keys"),
         ]
-        dense, small = self.flops_a_token((self.context + 1) / 2, dense=True), 2 * self.parameters_active
+        dense, small = (
+            self.flops_a_token((self.context + 1) / 2, dense=True),
+            2 * self.parameters_active,
+        )
         return [
             *facts,
             _count("dense_of_same_active_size.parameters", self.parameters_active),
-            ("dense_of_same_active_size.memory_bytes.bf16", small, f"{_bytes(small)}, where this one needs {ratio:.2f}x"),
+            (
+                "dense_of_same_active_size.memory_bytes.bf16",
+                small,
+                f"{_bytes(small)}, where this one needs {ratio:.2f}x",
+            ),
             ("dense_of_same_active_size.flops_a_token.prefill", prefill, "the same"),
             _count("dense_of_same_total_size.parameters", self.parameters),
             ("dense_of_same_total_size.memory_bytes.bf16", 2 * self.parameters, "the same"),
-            ("dense_of_same_total_size.flops_a_token.prefill", dense, f"{_si(dense)}FLOP, {dense / prefill:.2f}x of this one's"),
+            (
+                "dense_of_same_total_size.flops_a_token.prefill",
+                dense,
+                f"{_si(dense)}FLOP, {dense / prefill:.2f}x of this one's",
+            ),
         ]
 
-    def training(self, tokens: float, gpu: str, mfu: float | None, gpu_hours: float | None) -> list[tuple[str, float | None, str]]:
-        """FLOPs of training on `tokens`; the GPU-hours that an MFU (model FLOPs utilisation: the share of a GPU's peak that the
-        model's own FLOPs come to, arXiv:2204.02311) implies, or the MFU that so many GPU-hours imply."""
+    def training(
+        self, tokens: float, gpu: str, mfu: float | None, gpu_hours: float | None
+    ) -> list[tuple[str, float | None, str]]:
+        """FLOPs of training on `tokens`; the GPU-hours that an MFU (model FLOPs utilisation: the
+        share of a GPU's peak that the model's own FLOPs come to, arXiv:2204.02311) implies, or the
+        MFU that so many GPU-hours imply."""
         flops, peak = self.training_flops(tokens), PEAK_FLOPS[gpu]
-        facts: list[tuple[str, float | None, str]] = [("training.flops", flops, f"{flops:.3g} FLOP for {tokens:,.0f} tokens")]
+        facts: list[tuple[str, float | None, str]] = [
+            ("training.flops", flops, f"{flops:.3g} FLOP for {tokens:,.0f} tokens")
+        ]
         if gpu_hours is not None:
             share = flops / (gpu_hours * 3600 * peak)
-            facts.append(("training.mfu", share, f"{share:.3f} of {_si(peak)}FLOP/s, from {gpu_hours:,.0f} {gpu.upper()}-hours"))
+            facts.append(
+                (
+                    "training.mfu",
+                    share,
+                    f"{share:.3f} of {_si(peak)}FLOP/s, from {gpu_hours:,.0f} {gpu.upper()}-hours",
+                )
+            )
         if mfu is not None:
             hours = flops / (mfu * peak) / 3600
-            facts.append(("training.gpu_hours", hours, f"{hours:,.0f} {gpu.upper()}-hours at an MFU of {mfu}"))
+            facts.append(
+                (
+                    "training.gpu_hours",
+                    hours,
+                    f"{hours:,.0f} {gpu.upper()}-hours at an MFU of {mfu}",
+                )
+            )
         return facts
 
 
-def describe(model: str, *, context: int | None = None, revision: str | None = None, trust_remote_code: bool = False) -> Description:
-    """`model`: a hub id, a directory, a config.json, a trace (by its manifest), or "demo". `context`: what a token attends to, at
-    most 4096 by default."""
+def describe(
+    model: str,
+    *,
+    context: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Description:
+    """`model`: a hub id, a directory, a config.json, a trace (by its manifest), or "demo".
+    `context`: what a token attends to, at most 4096 by default."""
     import torch
 
     config = _config_of(model, revision, trust_remote_code)
     try:
         with torch.device("meta"):
-            built: Any = auto_class(config, trust_remote_code).from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
-        raise MoeInspectError(f"cannot build a language model of {model}: {first_line(error)}") from error
+            built: Any = auto_class(config, trust_remote_code).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except (
+        Exception
+    ) as error:  # whatever an odd config makes transformers raise, the file is the user's
+        raise MoeInspectError(
+            f"cannot build a language model of {model}: {first_line(error)}"
+        ) from error
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or CONTEXT
-    made = Description(config, type(built).__name__, getattr(text, "num_hidden_layers", 0), context or min(CONTEXT, longest))
+    made = Description(
+        config,
+        type(built).__name__,
+        getattr(text, "num_hidden_layers", 0),
+        context or min(CONTEXT, longest),
+    )
     try:
         sites = find_routers(built)
     except MoeInspectError:
@@ -153,11 +223,15 @@ def describe(model: str, *, context: int | None = None, revision: str | None = N
         made.routers = [(s.layer, s.experts, top_k_of(s, built)) for s in sites]
         made.scoring, made.shared_experts = sites[0].scoring, sites[0].shared_experts
     _count_parameters(made, built, sites)
-    made.score_width = sum(_score_width(m, text) for name, m in built.named_modules() if not NOT_TEXT.search(name))
+    made.score_width = sum(
+        _score_width(m, text) for name, m in built.named_modules() if not NOT_TEXT.search(name)
+    )
     return made
 
 
-def describe_table(made: Description, training: list[tuple[str, float | None, str]] | None = None) -> pd.DataFrame:
+def describe_table(
+    made: Description, training: list[tuple[str, float | None, str]] | None = None
+) -> pd.DataFrame:
     """key, value (a number, where it is one), text."""
     return pd.DataFrame([*made.facts(), *(training or [])], columns=["key", "value", "text"])
 
@@ -175,23 +249,39 @@ def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any
         raise MoeInspectError(f"{model} is of no model type that transformers knows: {kind!r}")
     try:
         return of_the_text_model(AutoConfig.for_model(kind, **known))
-    except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
+    except (
+        Exception
+    ) as error:  # whatever an odd config makes transformers raise, the file is the user's
         raise MoeInspectError(f"{model} is no model's config: {first_line(error)}") from error
 
 
 def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
-    share_of = {prefix: top_k_of(site, built) / site.experts for site in sites for prefix in _expert_prefixes(built, site)}
-    routers = {name + "." for name, m in built.named_modules() if any(m is s.logits_module for s in sites) and name + "." not in share_of}
+    share_of = {
+        prefix: top_k_of(site, built) / site.experts
+        for site in sites
+        for prefix in _expert_prefixes(built, site)
+    }
+    routers = {
+        name + "."
+        for name, m in built.named_modules()
+        if any(m is s.logits_module for s in sites) and name + "." not in share_of
+    }
     embedded, head = built.get_input_embeddings(), built.get_output_embeddings()
     tied = head is not None and head.weight is embedded.weight
     for name, parameter in built.named_parameters():
         share = next((s for prefix, s in share_of.items() if name.startswith(prefix)), None)
-        part = "routed experts" if share is not None else _part_of(name, parameter, embedded, head, routers)
+        part = (
+            "routed experts"
+            if share is not None
+            else _part_of(name, parameter, embedded, head, routers)
+        )
         n = parameter.numel()
         active = 0 if part == PARTS[-1] else n if share is None else round(n * share)
         made.total[part] += n
         made.active[part] += active
-        if parameter.dim() > 1 and part != PARTS[-1] and (part != "embeddings" or tied):  # a lookup multiplies nothing
+        if (
+            parameter.dim() > 1 and part != PARTS[-1] and (part != "embeddings" or tied)
+        ):  # a lookup multiplies nothing
             made.products_total += n
             made.products_active += active
 
@@ -203,7 +293,11 @@ def _expert_prefixes(built: Any, site: Site) -> list[str]:
     if site.adapter.parameters:
         return [f"{site.path}.{name}." for name in site.adapter.parameters]
     parent = site.path.rpartition(".")[0]
-    return [f"{parent}.{n}." for n, m in built.get_submodule(parent).named_children() if type(m).__name__.endswith("Experts")]
+    return [
+        f"{parent}.{n}."
+        for n, m in built.get_submodule(parent).named_children()
+        if type(m).__name__.endswith("Experts")
+    ]
 
 
 def _part_of(name: str, parameter: Any, embedded: Any, head: Any, routers: set[str]) -> str:
@@ -222,14 +316,21 @@ def _part_of(name: str, parameter: Any, embedded: Any, head: Any, routers: set[s
         "attention": r"attn|attention|mixer|mamba|linear_attn|\.conv",
         "dense": r"mlp|feed_forward|ffn|\.block_sparse_moe\.",
     }
-    return next((part for part, pattern in rules.items() if re.search(pattern, name, re.IGNORECASE)), "norms and others")
+    return next(
+        (part for part, pattern in rules.items() if re.search(pattern, name, re.IGNORECASE)),
+        "norms and others",
+    )
 
 
 def _score_width(module: Any, text: Any) -> int:
     """heads × (query width + value width) of a softmax attention, 0 of any other module."""
     if not type(module).__name__.endswith("Attention") or not hasattr(module, "scaling"):
         return 0
-    heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None) or text.num_attention_heads
+    heads = (
+        getattr(module, "num_heads", None)
+        or getattr(module, "num_attention_heads", None)
+        or text.num_attention_heads
+    )
     query, value = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
     if query is None or value is None:
         width = (
@@ -243,7 +344,13 @@ def _score_width(module: Any, text: Any) -> int:
 
 
 def _one_or_several(key: str, values: set[int]) -> list[tuple[str, float | None, str]]:
-    return [(key, values.copy().pop() if len(values) == 1 else None, ", ".join(map(str, sorted(values))))]
+    return [
+        (
+            key,
+            values.copy().pop() if len(values) == 1 else None,
+            ", ".join(map(str, sorted(values))),
+        )
+    ]
 
 
 def _count(key: str, n: int) -> tuple[str, float, str]:

@@ -16,7 +16,8 @@ from moe_inspect.trace import schema
 
 
 def model_location(name: str) -> str:
-    """What transformers is to load: "demo" is the bundled model, everything else stands for itself."""
+    """What transformers is to load: "demo" is the bundled model, everything else stands for
+    itself."""
     if name != "demo":
         return name
     from moe_inspect.demo import MODEL_DIR
@@ -28,7 +29,8 @@ HOW_TO_NAME = "give a directory, a hub id that is cached or can be reached, or d
 
 
 def refuse_unless_found(name: str, revision: str | None = None) -> None:
-    """MoeInspectError where there is no such model, as far as that shows without torch, transformers and the network."""
+    """MoeInspectError where there is no such model, as far as that shows without torch,
+    transformers and the network."""
     location = model_location(name)
     if Path(location).is_dir():
         return
@@ -40,10 +42,13 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
     try:
         cached = try_to_load_from_cache(location, "config.json", revision=revision)
     except HFValidationError as error:
-        raise MoeInspectError(f"cannot load model {name!r}: {first_line(error).rstrip('.')}: {HOW_TO_NAME}") from error
+        raise MoeInspectError(
+            f"cannot load model {name!r}: {first_line(error).rstrip('.')}: {HOW_TO_NAME}"
+        ) from error
     if constants.HF_HUB_OFFLINE and not isinstance(cached, str):
         raise MoeInspectError(
-            f"cannot load model {name!r}: there is no such directory, it is not in the cache, and HF_HUB_OFFLINE is set: {HOW_TO_NAME}"
+            f"cannot load model {name!r}: there is no such directory, it is not in the cache, "
+            f"and HF_HUB_OFFLINE is set: {HOW_TO_NAME}"
         )
 
 
@@ -55,21 +60,33 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     refuse_unless_found(name, revision)
     location = model_location(name)
     try:
-        read_config(Path(cached_file(location, "config.json", revision=revision) or ""))  # before anything is built by it
-        return of_the_text_model(AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code))
+        read_config(
+            Path(cached_file(location, "config.json", revision=revision) or "")
+        )  # before anything is built by it
+        return of_the_text_model(
+            AutoConfig.from_pretrained(
+                location, revision=revision, trust_remote_code=trust_remote_code
+            )
+        )
     except MoeInspectError:
         raise
-    except Exception as error:  # whatever a broken config.json makes transformers raise, the file is the user's
+    except (
+        Exception
+    ) as error:  # whatever a broken config.json makes transformers raise, the file is the user's
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise MoeInspectError(
-                f"model {name!r} brings code of its own, which runs here: read it, then give --trust-remote-code"
+                f"model {name!r} brings code of its own, which runs here: read it, then give "
+                "--trust-remote-code"
             ) from None
         way_out = "" if Path(location).is_dir() else f": {HOW_TO_NAME}"
-        raise MoeInspectError(f"cannot load model {name!r}: {first_line(error).rstrip('.')}{way_out}") from error
+        raise MoeInspectError(
+            f"cannot load model {name!r}: {first_line(error).rstrip('.')}{way_out}"
+        ) from error
 
 
 def of_the_text_model(config: Any) -> Any:
-    """The config of the part that reads text, where that is a model of its own beside one that speaks (Qwen-Omni's thinker)."""
+    """The config of the part that reads text, where that is a model of its own beside one that
+    speaks (Qwen-Omni's thinker)."""
     return getattr(config, "thinker_config", None) or config
 
 
@@ -78,23 +95,36 @@ def commit_of(name: str, revision: str | None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
     location = model_location(name)
-    cached = None if Path(location).is_dir() else try_to_load_from_cache(location, "config.json", revision=revision)
+    cached = (
+        None
+        if Path(location).is_dir()
+        else try_to_load_from_cache(location, "config.json", revision=revision)
+    )
     return Path(cached).parent.name if isinstance(cached, str) else revision
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_location(name), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_location(name), revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # as above
-        raise MoeInspectError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
+        raise MoeInspectError(
+            f"cannot load the tokenizer of {name!r}: {first_line(error)}"
+        ) from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise MoeInspectError(f"the tokenizer of {name!r} makes no tokens of a text: are its files there?")
+        raise MoeInspectError(
+            f"the tokenizer of {name!r} makes no tokens of a text: are its files there?"
+        )
     return tokenizer
 
 
-# What transformers builds a model of text with: the language model alone where it has a class for that, else with its towers
+# What transformers builds a model of text with: the language model alone where it has a class for
+# that, else with its towers
 AUTO_CLASSES = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
@@ -105,16 +135,29 @@ AUTO_CLASSES = {
 
 
 def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
-    """The auto class of transformers that builds the language model of this config. MoeInspectError where it has none."""
+    """The auto class of transformers that builds the language model of this config. MoeInspectError
+    where it has none."""
     import transformers
 
-    brought = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}  # by code of the model's own
-    able = [name for name, mapping in AUTO_CLASSES.items() if name in brought or type(config) in getattr(transformers, mapping)]
+    brought = (
+        (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
+    )  # by code of the model's own
+    able = [
+        name
+        for name, mapping in AUTO_CLASSES.items()
+        if name in brought or type(config) in getattr(transformers, mapping)
+    ]
     if not able:
-        raise MoeInspectError(f"transformers {transformers.__version__} has no language model of the type {config.model_type!r}")
+        raise MoeInspectError(
+            f"transformers {transformers.__version__} has no language model of the type "
+            f"{config.model_type!r}"
+        )
     classifies = str((config.architectures or [""])[0]).endswith("ForTokenClassification")
     encodes = getattr(config, "is_encoder_decoder", False)
-    for name, wanted in (("AutoModelForTokenClassification", classifies), ("AutoModelForSeq2SeqLM", encodes)):
+    for name, wanted in (
+        ("AutoModelForTokenClassification", classifies),
+        ("AutoModelForSeq2SeqLM", encodes),
+    ):
         if wanted and name in able:
             return getattr(transformers, name)
     return getattr(transformers, able[0])
@@ -131,25 +174,37 @@ def load_model(
     trust_remote_code: bool = False,
     random_init: int | None = None,
 ) -> Any:
-    """The language model in eval mode on `device` ("auto": cuda where there is one), or spread over devices as
-    accelerate's `device_map` says ("auto", "balanced", …). With `random_init` its weights are drawn with that seed instead of
+    """The language model in eval mode on `device` ("auto": cuda where there is one), or spread over
+    devices as accelerate's `device_map` says ("auto", "balanced", …). With `random_init` its
+    weights are drawn with that seed instead of
     read: the untrained baseline."""
     import torch
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device_map is not None and (device != "auto" or random_init is not None):
-        raise MoeInspectError("a device map is for weights that are read: give neither a device nor --random-init with it")
+        raise MoeInspectError(
+            "a device map is for weights that are read: give neither a device nor --random-init "
+            "with it"
+        )
     if device_map is not None and find_spec("accelerate") is None:
-        raise MoeInspectError("a device map needs accelerate: pip install 'moe-inspect[accelerate]'")
+        raise MoeInspectError(
+            "a device map needs accelerate: pip install 'moe-inspect[accelerate]'"
+        )
     try:
         torch.ones(1, device=place).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch asserts where it was built without that device
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch asserts where it was built without that device
         raise MoeInspectError(f"no device {place!r} here: {first_line(error)}") from error
     try:
         if random_init is not None:
             torch.manual_seed(random_init)
             wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
-            model: Any = auto_class(config, trust_remote_code).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            model: Any = auto_class(config, trust_remote_code).from_config(
+                config, dtype=wanted, trust_remote_code=trust_remote_code
+            )
             missing: set[str] = set()
         else:
             both: Any = auto_class(config, trust_remote_code).from_pretrained(
@@ -166,13 +221,16 @@ def load_model(
     except Exception as error:  # as above: the weights are the user's
         raise MoeInspectError(f"cannot load model {name!r}: {first_line(error)}") from error
     if missing:  # transformers draws them at random: what they routed would be no one's routing
-        raise MoeInspectError(f"the weights of {name!r} lack {len(missing)} parameters, {min(missing)} the first: not traced")
+        raise MoeInspectError(
+            f"the weights of {name!r} lack {len(missing)} parameters, {min(missing)} the first: "
+            "not traced"
+        )
     return (model if device_map is not None else model.to(place)).eval()
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str | None:
-    """Tells one set of weights from another without reading them through: the commit on the hub, or size, beginning and end
-    of each file of a directory."""
+    """Tells one set of weights from another without reading them through: the commit on the hub, or
+    size, beginning and end of each file of a directory."""
     place = Path(model_location(name))
     if not place.is_dir():
         return commit_of(name, revision)
@@ -188,4 +246,8 @@ def weights_fingerprint(name: str, revision: str | None) -> str | None:
 
 def config_record(config: Any) -> dict[str, Any]:
     """The config as plain JSON, without the place it was read from."""
-    return {k: v for k, v in json.loads(config.to_json_string(use_diff=False)).items() if k != "_name_or_path"}
+    return {
+        k: v
+        for k, v in json.loads(config.to_json_string(use_diff=False)).items()
+        if k != "_name_or_path"
+    }

@@ -7,8 +7,19 @@ from typing import Any
 from moe_inspect.trace.reader import Trace
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-UNGATED = ("nllb-moe", "nllb_moe", "switch_transformers", "nemotron_h")  # two matrices an expert; the others have a gate too
-WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "d_ff", "intermediate_size")
+UNGATED = (
+    "nllb-moe",
+    "nllb_moe",
+    "switch_transformers",
+    "nemotron_h",
+)  # two matrices an expert; the others have a gate too
+WIDTHS = (
+    "moe_intermediate_size",
+    "expert_ffn_hidden_size",
+    "ffn_hidden_size",
+    "d_ff",
+    "intermediate_size",
+)
 
 
 def text_config(trace: Trace) -> dict[str, Any]:
@@ -20,16 +31,21 @@ def text_config(trace: Trace) -> dict[str, Any]:
 
 
 def hidden_bytes(trace: Trace) -> float | None:
-    """Of a token's hidden state, in the dtype the model ran in; None where the manifest does not say."""
+    """Of a token's hidden state, in the dtype the model ran in; None where the manifest does not
+    say."""
     width, size = _number(text_config(trace), "hidden_size", "d_model"), _element_bytes(trace)
     return width * size if width and size else None
 
 
 def expert_bytes(trace: Trace, router: int) -> float | None:
-    """Of one expert's weights: its two matrices, three where it has a gate; None where the manifest does not say."""
+    """Of one expert's weights: its two matrices, three where it has a gate; None where the manifest
+    does not say."""
     config = text_config(trace)
     stack = trace.routers[router].stack
-    inner = {**config, **(config["ffn_config"] if isinstance(config.get("ffn_config"), dict) else {})}
+    inner = {
+        **config,
+        **(config["ffn_config"] if isinstance(config.get("ffn_config"), dict) else {}),
+    }
     width = _number(inner, *([f"{stack}_ffn_dim"] if stack else []), *WIDTHS)
     hidden, size = _number(config, "hidden_size", "d_model"), _element_bytes(trace)
     matrices = 2 if config.get("model_type") in UNGATED else 3
@@ -44,8 +60,12 @@ def weight_bytes(trace: Trace) -> int:
 def _element_bytes(trace: Trace) -> int | None:
     config = text_config(trace)
     ran_in = trace.manifest.get("capture", {}).get("dtype")
-    return BYTES.get(str(ran_in)) or BYTES.get(str(config.get("dtype") or config.get("torch_dtype")))
+    return BYTES.get(str(ran_in)) or BYTES.get(
+        str(config.get("dtype") or config.get("torch_dtype"))
+    )
 
 
 def _number(config: dict[str, Any], *names: str) -> int | None:
-    return next((config[name] for name in names if type(config.get(name)) is int and config[name] > 0), None)
+    return next(
+        (config[name] for name in names if type(config.get(name)) is int and config[name] > 0), None
+    )

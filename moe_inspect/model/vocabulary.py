@@ -1,4 +1,5 @@
-"""The vocabulary of a tokenizer.json, without the tokenizers library: what `vocabulary.parquet` holds."""
+"""The vocabulary of a tokenizer.json, without the tokenizers library: what `vocabulary.parquet`
+holds."""
 
 from __future__ import annotations
 
@@ -14,31 +15,50 @@ from moe_inspect.trace import schema
 
 
 def read_tokenizer(path: Path, size: int = 0) -> pa.Table:
-    """token_id, token, of `size` ids at least; null where the tokenizer has no such id. Byte-level pieces are shown as text."""
+    """token_id, token, of `size` ids at least; null where the tokenizer has no such id. Byte-level
+    pieces are shown as text."""
     try:
         written = json.loads(path.read_bytes())
         vocab = written["model"]["vocab"]
-        pieces = dict(enumerate(piece for piece, _ in vocab)) if isinstance(vocab, list) else {i: piece for piece, i in vocab.items()}
+        pieces = (
+            dict(enumerate(piece for piece, _ in vocab))
+            if isinstance(vocab, list)
+            else {i: piece for piece, i in vocab.items()}
+        )
         added = {entry["id"]: entry["content"] for entry in written.get("added_tokens") or []}
         highest = max([-1, *pieces, *added])
-        fine = all(isinstance(i, int) and i >= 0 for i in [*pieces, *added]) and max(highest + 1, size) <= schema.MOST_TOKEN_IDS
+        fine = (
+            all(isinstance(i, int) and i >= 0 for i in [*pieces, *added])
+            and max(highest + 1, size) <= schema.MOST_TOKEN_IDS
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MoeInspectError(f"{path} is no tokenizer.json: {error or type(error).__name__}") from None
+        raise MoeInspectError(
+            f"{path} is no tokenizer.json: {error or type(error).__name__}"
+        ) from None
     if not fine:
-        raise MoeInspectError(f"{path}: token ids up to {highest} for a vocabulary of at most {schema.MOST_TOKEN_IDS:,}")
+        raise MoeInspectError(
+            f"{path}: token ids up to {highest} for a vocabulary of at most "
+            f"{schema.MOST_TOKEN_IDS:,}"
+        )
     if '"ByteLevel"' in json.dumps(written.get("decoder") or {}):
         pieces = {i: readable(piece) for i, piece in pieces.items()}
     pieces |= added
     size = max(size, highest + 1)
     tokens: list[Any] = [pieces.get(i) for i in range(size)]
     return pa.table(
-        {"token_id": pa.array(range(size), pa.int32()), "token": pa.array(tokens, pa.string())}, schema=schema.VOCABULARY_SCHEMA
+        {"token_id": pa.array(range(size), pa.int32()), "token": pa.array(tokens, pa.string())},
+        schema=schema.VOCABULARY_SCHEMA,
     )
 
 
 def _byte_alphabet() -> dict[str, int]:
-    # GPT-2's table: printable bytes stand for themselves, the others are shifted to U+0100 and up in their order
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    # GPT-2's table: printable bytes stand for themselves, the others are shifted to U+0100 and up
+    # in their order
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
@@ -51,27 +71,39 @@ def readable(piece: str) -> str:
     if any(c not in _BYTE_OF for c in piece):
         return piece  # an added token, which is text already
     text = bytes(_BYTE_OF[c] for c in piece).decode("utf-8", errors="surrogateescape")
-    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text).replace(" ", "▁")
+    return "".join(
+        f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text
+    ).replace(" ", "▁")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Changes whenever the tokenizer could give other ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return schema.fingerprint(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))
+    return schema.fingerprint(
+        backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    )
 
 
 def vocabulary_table(tokenizer: Any, size: int) -> pa.Table:
-    """token_id int32, token string, of `size` ids at least. Byte-level pieces are shown as the text they stand for, with ▁
-    for a space as SentencePiece writes it, and bytes that are no text as <0x..>; null where the tokenizer has no such id."""
+    """token_id int32, token string, of `size` ids at least. Byte-level pieces are shown as the text
+    they stand for, with ▁ for a space as SentencePiece writes it, and bytes that are no text as
+    <0x..>; null where the tokenizer has no such id."""
     size = max(size, len(tokenizer))
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     if _is_byte_level(tokenizer):
         special = set(tokenizer.all_special_tokens)
         pieces = [p if p is None or p in special else readable(p) for p in pieces]
     pieces += [None] * (size - len(pieces))
-    return pa.table({"token_id": pa.array(np.arange(size, dtype=np.int32)), "token": pa.array(pieces, pa.string())})
+    return pa.table(
+        {
+            "token_id": pa.array(np.arange(size, dtype=np.int32)),
+            "token": pa.array(pieces, pa.string()),
+        }
+    )
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder") or {})
+    return backend is not None and '"ByteLevel"' in json.dumps(
+        json.loads(backend.to_str()).get("decoder") or {}
+    )

@@ -1,4 +1,5 @@
-"""Report: the tables of a trace, each computed when it is first asked for, and the verdict in words."""
+"""Report: the tables of a trace, each computed when it is first asked for, and the verdict in
+words."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.tables.load import WANTS, every_table, specialization_by_id, vocabulary_of, whole_batches
+from moe_inspect.reporting.tables.load import (
+    WANTS,
+    every_table,
+    specialization_by_id,
+    vocabulary_of,
+    whole_batches,
+)
 from moe_inspect.reporting.tables.thresholds import thresholds as thresholds_of
 from moe_inspect.reporting.verdict import balance as verdict
 from moe_inspect.text import counted, ranges, storable
@@ -37,18 +44,23 @@ def report(
     scheduler: object = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """The report on a trace, or on what is asked of it: layers "0-3,7", domains, phase "prefill", "decode" or "encode".
+    """The report on a trace, or on what is asked of it: layers "0-3,7", domains, phase "prefill",
+    "decode" or "encode".
 
-    `top`: token ids, and partners in tables of pairs, of each expert, 0 for all. `window`: tokens of a window, by default a
-    64th of the trace. `thresholds`: of the verdict, {"uneven": 0.3}. `scheduler`: address of a dask.distributed cluster.
-    `progress` is told of decisions as they are read; what goes by token id reads them a second time."""
+    `top`: token ids, and partners in tables of pairs, of each expert, 0 for all. `window`: tokens
+    of a window, by default a 64th of the trace. `thresholds`: of the verdict, {"uneven": 0.3}.
+    `scheduler`: address of a dask.distributed cluster. `progress` is told of decisions as they are
+    read; what goes by token id reads them a second time."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     chosen = select(trace, layers, domains, phase)
-    return Report(trace, chosen, top, progress, window=window, thresholds=thresholds, scheduler=scheduler)
+    return Report(
+        trace, chosen, top, progress, window=window, thresholds=thresholds, scheduler=scheduler
+    )
 
 
 class Report:
-    """`tables["balance"]` and the others are DataFrames; `verdict()` says in sentences what they come to."""
+    """`tables["balance"]` and the others are DataFrames; `verdict()` says in sentences what they
+    come to."""
 
     def __init__(
         self,
@@ -62,7 +74,9 @@ class Report:
         scheduler: object = None,
     ):
         if top < 0:
-            raise MoeInspectError(f"top is {top}: give the number of token ids an expert, 0 for all")
+            raise MoeInspectError(
+                f"top is {top}: give the number of token ids an expert, 0 for all"
+            )
         if window is not None and window < 1:
             raise MoeInspectError(f"window is {window}: give the number of its tokens, 1 or more")
         self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
@@ -85,15 +99,23 @@ class Report:
 
     @property
     def warning(self) -> str | None:
-        """What to know before believing any of it: the trace is not complete, something was dropped, or its model
-        has a quirk."""
+        """What to know before believing any of it: the trace is not complete, something was
+        dropped, or its model has a quirk."""
         said = {
-            "recording": "this trace is still being recorded, or was cut off: the report is of what is committed so far",
+            "recording": (
+                "this trace is still being recorded, or was cut off: the report is of what is "
+                "committed so far"
+            ),
             "interrupted": "this trace was interrupted: the report is of what was committed",
         }.get(self.trace.status)
         dropped = self.dropped
         lost = f"{dropped:,} decisions were dropped while recording" if dropped else None
-        return "; ".join(s for s in (said, lost, self.trace.manifest.get("model", {}).get("note")) if s) or None
+        return (
+            "; ".join(
+                s for s in (said, lost, self.trace.manifest.get("model", {}).get("note")) if s
+            )
+            or None
+        )
 
     @property
     def dropped(self) -> int:
@@ -104,12 +126,22 @@ class Report:
         return self.counts_for()
 
     def counts_for(self, *wants: str) -> Counts:
-        """The counts with at least these among them. What is not counted yet takes another pass: `prepare` saves that."""
-        asked = BASE if self.trace.counts_only else BASE.union(wants) - (set() if "logits" in self.trace.tables else {"logits"})
+        """The counts with at least these among them. What is not counted yet takes another pass:
+        `prepare` saves that."""
+        asked = (
+            BASE
+            if self.trace.counts_only
+            else BASE.union(wants) - (set() if "logits" in self.trace.tables else {"logits"})
+        )
         if self._counts is None or not asked <= self._counts.wants:
             asked |= self._counts.wants if self._counts else frozenset()
             self._counts = count_trace(
-                self.trace, self.selection, asked, window=self.window, scheduler=self.scheduler, progress=self.progress
+                self.trace,
+                self.selection,
+                asked,
+                window=self.window,
+                scheduler=self.scheduler,
+                progress=self.progress,
             )
         return self._counts
 
@@ -121,7 +153,10 @@ class Report:
     def decisions(self, table: str) -> Counts:
         """The counts for a table that counts alone cannot make."""
         if self.trace.counts_only:
-            raise MoeInspectError(f"{self.trace.path} holds counts only, no decisions: no {table} table; {self.trace.more_than_counts}")
+            raise MoeInspectError(
+                f"{self.trace.path} holds counts only, no decisions: no {table} table; "
+                f"{self.trace.more_than_counts}"
+            )
         return self.counts_for(*WANTS[table])
 
     @cached_property
@@ -132,9 +167,12 @@ class Report:
 
     @cached_property
     def by_id(self) -> list[dict[str, float]]:
-        """What `specialization` needs of the pass by token id, a router each. The vocabulary falls out of the same pass."""
+        """What `specialization` needs of the pass by token id, a router each. The vocabulary falls
+        out of the same pass."""
         rows, words = [], []
-        for tables in tokenids.by_token_id(self.trace, self.selection, self.counts, nulls=True, progress=self.progress):
+        for tables in tokenids.by_token_id(
+            self.trace, self.selection, self.counts, nulls=True, progress=self.progress
+        ):
             rows.append(specialization_by_id(tables, len(self.counts.domains)))
             if self.top:
                 words.append(vocabulary_of(tables, self, self._text_of))
@@ -145,10 +183,17 @@ class Report:
     @cached_property
     def vocabulary(self) -> pd.DataFrame:
         if self.counts.counts_only:
-            raise MoeInspectError(f"{self.trace.path} holds counts only, no token ids: no vocabulary table; {self.trace.more_than_counts}")
+            raise MoeInspectError(
+                f"{self.trace.path} holds counts only, no token ids: no vocabulary table; "
+                f"{self.trace.more_than_counts}"
+            )
         asked = {} if self.top else {"min_count": 1, "most": len(self.counts.token_ids_V)}
-        passes = tokenids.by_token_id(self.trace, self.selection, self.counts, nulls=False, progress=self.progress, **asked)
-        return pd.concat([vocabulary_of(tables, self, self._text_of) for tables in passes], ignore_index=True)
+        passes = tokenids.by_token_id(
+            self.trace, self.selection, self.counts, nulls=False, progress=self.progress, **asked
+        )
+        return pd.concat(
+            [vocabulary_of(tables, self, self._text_of) for tables in passes], ignore_index=True
+        )
 
     @cached_property
     def _text_of(self) -> pd.Series:
@@ -170,12 +215,19 @@ class Report:
             ("layers", ranges(sorted({trace.routers[r].layer for r in routers}))),
             ("routers", len(routers)),
         ]
-        facts += [("domains_selected", ", ".join(sorted(self.selection.domains)))] if self.selection.domains else []
+        facts += (
+            [("domains_selected", ", ".join(sorted(self.selection.domains)))]
+            if self.selection.domains
+            else []
+        )
         facts += [("phase_selected", self.selection.phase)] if self.selection.phase else []
         facts += [
             ("tokens", counts.tokens),
             ("documents", counts.documents),
-            *((f"tokens_in_{domain}", int(n)) for domain, n in zip(counts.domains, counts.tokens_D, strict=True)),
+            *(
+                (f"tokens_in_{domain}", int(n))
+                for domain, n in zip(counts.domains, counts.tokens_D, strict=True)
+            ),
             ("decisions", counts.decisions),
             ("assignments", sum(int(counts.load_E(r).sum()) for r in routers)),
             ("null_slots", sum(counts.of[r].null_slots for r in routers)),
@@ -184,18 +236,27 @@ class Report:
         facts += self._worst()
         facts += self.thresholds.facts()
         facts += [("note", note) for note in self.notes()]
-        return [(storable(key), "unknown" if value is None else storable(str(value))) for key, value in facts]
+        return [
+            (storable(key), "unknown" if value is None else storable(str(value)))
+            for key, value in facts
+        ]
 
     def _worst(self) -> list[tuple[str, object]]:
-        facts: list[tuple[str, object]] = [("dead_experts", sum(int(row["dead_experts"]) for row in verdict.routers(self)))]
+        facts: list[tuple[str, object]] = [
+            ("dead_experts", sum(int(row["dead_experts"]) for row in verdict.routers(self)))
+        ]
         if worst := verdict.worst_router(self):
             facts += [("worst_layer", worst["layer"]), ("worst_router", worst["router"])]
-            facts += [("worst_max_over_mean", f"{worst['max_over_mean']:.6g}"), ("worst_noise_floor", f"{worst['noise_floor']:.6g}")]
+            facts += [
+                ("worst_max_over_mean", f"{worst['max_over_mean']:.6g}"),
+                ("worst_noise_floor", f"{worst['noise_floor']:.6g}"),
+            ]
         pooled = self.pooled_max_over_mean()
         return facts + ([("pooled_max_over_mean", f"{pooled:.6g}")] if pooled is not None else [])
 
     def pooled_max_over_mean(self) -> float | None:
-        """What adding up the loads of all routers before dividing would have shown; None where they have different experts."""
+        """What adding up the loads of all routers before dividing would have shown; None where they
+        have different experts."""
         counts = self.counts
         sizes = {counts.routers[r].experts for r in self.selection.routers}
         if len(sizes) > 1 or len(self.selection.routers) < 2:
@@ -207,28 +268,46 @@ class Report:
         """Why a column is NaN."""
         counts, notes = self.counts, []
         if counts.counts_only:
-            notes.append(f"counts only: no intervals, batches, nulls or token ids; {self.trace.more_than_counts} for those")
+            notes.append(
+                "counts only: no intervals, batches, nulls or token ids; "
+                f"{self.trace.more_than_counts} for those"
+            )
         elif len(counts.units) < FEWEST_DOCUMENTS:
-            notes.append(f"{counted(len(counts.units), 'document')}: intervals, design effect and domain nulls need {FEWEST_DOCUMENTS}")
+            notes.append(
+                f"{counted(len(counts.units), 'document')}: intervals, design effect and domain "
+                f"nulls need {FEWEST_DOCUMENTS}"
+            )
         if len(counts.domains) < 2:
             way_out = "" if self.selection.domains else "; label sources as DOMAIN=SRC when tracing"
             notes.append(f"one domain: domain_mi_*, jsd_bits need two{way_out}")
         if not self.trace.has_weights:
-            notes.append("no weights recorded: weight_sum, importance_cv, gate_score, weight_* are NaN")
+            notes.append(
+                "no weights recorded: weight_sum, importance_cv, gate_score, weight_* are NaN"
+            )
         unranked = sum(not self.trace.routers[r].first_choice_known for r in self.selection.routers)
         if unranked:
-            which = "" if unranked == len(self.selection.routers) else f" of {counted(unranked, 'router')}"
-            notes.append(f"first choices{which} are unknown: no gate weights say which expert came first; what needs them is NaN")
+            which = (
+                ""
+                if unranked == len(self.selection.routers)
+                else f" of {counted(unranked, 'router')}"
+            )
+            notes.append(
+                f"first choices{which} are unknown: no gate weights say which expert came first; "
+                "what needs them is NaN"
+            )
         if any(not counts.load_E(r).any() for r in self.selection.routers):
             notes.append("a router without a single assignment has no balance")
         if "logits" not in self.trace.tables:
             way_out = "" if self.trace.imported else "; trace with --logits for those"
-            notes.append(f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{way_out}")
+            notes.append(
+                f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{way_out}"
+            )
         sizes = max((counts.of[r].batches for r in self.selection.routers), key=len)
         batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
         if batches - whole > 1:
             notes.append(
-                f"max_vio_batch is of {whole:,} of {batches:,} batches: the others hold under half the tokens of the largest; --phase takes decode steps by themselves"
+                f"max_vio_batch is of {whole:,} of {batches:,} batches: the others hold under "
+                "half the tokens of the largest; --phase takes decode steps by themselves"
             )
         if not counts.counts_only:
             notes += self._token_id_notes()
@@ -239,19 +318,29 @@ class Report:
         judged = tokenids.frequent(self.counts, tokenids.MIN_COUNT, tokenids.CELLS // widest)
         if not len(judged.ids_V):
             return [
-                f"no token id occurs {tokenids.MIN_COUNT} times: token_mi_*, domain_mi_given_token_*, vocabulary_specialization are NaN"
+                (
+                    f"no token id occurs {tokenids.MIN_COUNT} times: token_mi_*, "
+                    "domain_mi_given_token_*, vocabulary_specialization are NaN"
+                )
             ]
-        said = f"token ids are judged from {tokenids.MIN_COUNT} occurrences: {counted(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
+        said = (
+            f"token ids are judged from {tokenids.MIN_COUNT} occurrences: "
+            f"{counted(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
+        )
         notes = (
             [said]
             if self.trace.vocabulary().size
-            else [said, "no vocabulary in the trace: token is missing, give a tokenizer when tracing"]
+            else [
+                said,
+                "no vocabulary in the trace: token is missing, give a tokenizer when tracing",
+            ]
         )
         if len(self.counts.domains) > 1:
             paired, clusters = tokenids.pair_ids_of(self.counts, widest)
             if paired.coverage < judged.coverage:
                 notes.append(
-                    f"domain_mi_given_token_bits is of the {len(paired.ids_V):,} most frequent token ids ({paired.coverage:.1%} of the "
+                    f"domain_mi_given_token_bits is of the {len(paired.ids_V):,} most frequent "
+                    f"token ids ({paired.coverage:.1%} of the "
                     f"tokens), documents in {clusters} clusters a domain, to bound its memory"
                 )
         return notes

@@ -1,1 +1,2 @@
-"""What a trace would cost under other assumptions: placements, batches, capacities, caches, routers. A trace is all it needs."""
+"""What a trace would cost under other assumptions: placements, batches, capacities, caches,
+routers. A trace is all it needs."""

@@ -1,7 +1,8 @@
 """`simulate decode`: the distinct experts of a step in which B sequences decode together.
 
-A step is the tokens at one position of B different sequences, in the order in which the trace has them: sequences stand in for requests.
-Where the trace has generated tokens only those count, each at its place after the prompt; else prompts stand in for them.
+A step is the tokens at one position of B different sequences, in the order in which the trace has
+them: sequences stand in for requests. Where the trace has generated tokens only those count, each
+at its place after the prompt; else prompts stand in for them.
 
 T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 experts.
 """
@@ -28,19 +29,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SATURATED = 0.95  # of the experts a step reads them as good as all
-RIDGE = 295.0  # FLOP a byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
+RIDGE = (
+    295.0  # FLOP a byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
+)
 LARGEST = 2**24
 
 
 class Steps:
-    """The steps of one router that are still filling up, and the sums over those that are full. Memory is set by positions, experts
-    and batch sizes, not by the trace's length."""
+    """The steps of one router that are still filling up, and the sums over those that are full.
+    Memory is set by positions, experts and batch sizes, not by the trace's length."""
 
     def __init__(self, E: int, batches: Sequence[int]):
         self.E, self.batch_B = E, np.array(batches, np.int64)
         self.there_BPW = np.zeros((len(batches), 0, -(-E // 64)), np.uint64)
         self.tokens_BP = np.zeros((len(batches), 0), np.int64)
-        self.steps_B, self.distinct_B = np.zeros(len(batches), np.int64), np.zeros(len(batches), np.int64)
+        self.steps_B, self.distinct_B = (
+            np.zeros(len(batches), np.int64),
+            np.zeros(len(batches), np.int64),
+        )
         self.load_E, self.tokens = np.zeros(E, np.int64), 0
 
     def add(self, ids_KT: np.ndarray, position_T: np.ndarray, small: bool) -> None:
@@ -51,7 +57,15 @@ class Steps:
             self.there_BPW = np.pad(self.there_BPW, ((0, 0), (0, more), (0, 0)))
             self.tokens_BP = np.pad(self.tokens_BP, ((0, 0), (0, more)))
         self.tokens += len(position_T)
-        held = (position_T, self.batch_B, self.there_BPW, self.tokens_BP, self.steps_B, self.distinct_B, self.load_E)
+        held = (
+            position_T,
+            self.batch_B,
+            self.there_BPW,
+            self.tokens_BP,
+            self.steps_B,
+            self.distinct_B,
+            self.load_E,
+        )
         if small:
             fill_steps_numpy(ids_KT, *held)
         else:
@@ -70,8 +84,8 @@ def fill_steps_numpy(
     distinct_B: np.ndarray,
     load_E: np.ndarray,
 ) -> None:
-    """Adds tokens to the steps of their positions, and full steps to the sums; the last five arrays change in place. The twin of
-    `steps.fill_steps`, which is the plain statement of it."""
+    """Adds tokens to the steps of their positions, and full steps to the sums; the last five arrays
+    change in place. The twin of `steps.fill_steps`, which is the plain statement of it."""
     T, E, W = len(position_T), len(load_E), there_BPW.shape[2]
     load_E += np.bincount(ids_KT[ids_KT >= 0], minlength=E)
     order_T = np.argsort(position_T, kind="stable")
@@ -86,7 +100,9 @@ def fill_steps_numpy(
         first = np.flatnonzero(np.r_[True, np.diff(key_T) > 0])
         position, step = sorted_T[first], step_T[first]
         begun = step == 0
-        there[begun] = np.unpackbits(there_BPW[b, position[begun]].view(np.uint8), axis=1, count=E, bitorder="little")
+        there[begun] = np.unpackbits(
+            there_BPW[b, position[begun]].view(np.uint8), axis=1, count=E, bitorder="little"
+        )
         routed_KT = ids_KT >= 0
         there[np.broadcast_to(key_T, ids_KT.shape)[routed_KT], ids_KT[routed_KT]] = True
         last = np.r_[first[1:], T] - 1
@@ -96,7 +112,9 @@ def fill_steps_numpy(
         tokens_BP[b] = (tokens_BP[b] + np.bincount(position_T, minlength=tokens_BP.shape[1])) % B
         there_BPW[b, position[full]] = 0
         filling = np.pad(there[~full], ((0, 0), (0, 64 * W - E)))
-        there_BPW[b, position[~full]] = np.packbits(filling, axis=1, bitorder="little").view(np.uint64)
+        there_BPW[b, position[~full]] = np.packbits(filling, axis=1, bitorder="little").view(
+            np.uint64
+        )
 
 
 def independent(E: int, k: int, B: int) -> float:
@@ -105,7 +123,8 @@ def independent(E: int, k: int, B: int) -> float:
 
 
 def from_marginals(activation_E: np.ndarray, B: float) -> float:
-    """Distinct experts of B tokens drawn independently, each expert chosen as often as it is: Σ 1 − (1 − activation)^B."""
+    """Distinct experts of B tokens drawn independently, each expert chosen as often as it is: Σ 1 −
+    (1 − activation)^B."""
     return float((1 - (1 - activation_E) ** B).sum())
 
 
@@ -119,15 +138,20 @@ def simulate_decode(
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> Simulation:
-    """How many experts a decode step reads. `expert_mb`: the size of one expert, 10⁶ bytes (default: from the model's config).
+    """How many experts a decode step reads. `expert_mb`: the size of one expert, 10⁶ bytes
+    (default: from the model's config).
     `flops_per_byte`: of the GPU, from which on computing is the limit, no longer reading."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     need_decisions(trace, "simulate decode")
     sizes = sorted(set(batches))
     if not sizes or sizes[0] < 1 or sizes[-1] > LARGEST:
-        raise MoeInspectError(f"batch {', '.join(map(str, sizes))}: give numbers of sequences from 1 to {LARGEST:,}")
+        raise MoeInspectError(
+            f"batch {', '.join(map(str, sizes))}: give numbers of sequences from 1 to {LARGEST:,}"
+        )
     if not 0 < flops_per_byte < inf or (expert_mb is not None and not 0 < expert_mb < inf):
-        raise MoeInspectError(f"expert size {expert_mb} MB, {flops_per_byte} FLOP a byte: give finite numbers above 0")
+        raise MoeInspectError(
+            f"expert size {expert_mb} MB, {flops_per_byte} FLOP a byte: give finite numbers above 0"
+        )
     selection = select(trace, layers, domains, phase)
     check_domains(trace, selection)
     chosen, decoded = _with_phase(trace, selection)
@@ -141,7 +165,11 @@ def simulate_decode(
             taken_N, position_T = of_stack[stack]
             ids_KT = slots(shard, r)
             check_length(ids_KT.T, len(taken_N), r)
-            steps[r].add(ids_KT if taken_N.all() else np.ascontiguousarray(ids_KT[:, taken_N]), position_T, small)
+            steps[r].add(
+                ids_KT if taken_N.all() else np.ascontiguousarray(ids_KT[:, taken_N]),
+                position_T,
+                small,
+            )
     if not any(of.tokens for of in steps.values()):
         raise MoeInspectError(f"{trace.path} holds no tokens of what was selected")
     table = _table(trace, steps, expert_mb)
@@ -155,14 +183,18 @@ def simulate_decode(
         "flops_per_byte": flops_per_byte,
         "weight_bits": 8 * weight_bytes(trace),
     }
-    return Simulation("decode", tables, _verdict(tables, settings), settings, lambda: _figure(tables), ("decode",))
+    return Simulation(
+        "decode", tables, _verdict(tables, settings), settings, lambda: _figure(tables), ("decode",)
+    )
 
 
 def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
     """Generated tokens only, where there are some and no phase was asked for."""
     if selection.phase is not None:
         return selection, selection.phase == "decode"
-    if any(taken(shard, Selection(selection.routers, phase="decode")).any() for shard in trace.shards):
+    if any(
+        taken(shard, Selection(selection.routers, phase="decode")).any() for shard in trace.shards
+    ):
         routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
         if routers:
             return Selection(routers, selection.domains, "decode"), True
@@ -170,12 +202,19 @@ def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
 
 
 def _places(
-    shard: Shard, router: int, selection: Selection, first_of: dict[tuple[str, int, int], int] | None
+    shard: Shard,
+    router: int,
+    selection: Selection,
+    first_of: dict[tuple[str, int, int], int] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the shard's tokens that the router sees are selected, bool [N], and the positions of those, int64 [T]. With
-    `first_of` (by stack, rank and sequence; it carries on) counted from the sequence's first selected token: its place after the prompt."""
+    """Which of the shard's tokens that the router sees are selected, bool [N], and the positions of
+    those, int64 [T]. With `first_of` (by stack, rank and sequence; it carries on) counted from the
+    sequence's first selected token: its place after the prompt."""
     table, taken_N = shard.tokens(["sequence", "position"]), taken(shard, selection)
-    sequence_N, position_N = table["sequence"].to_numpy(), table["position"].to_numpy().astype(np.int64)
+    sequence_N, position_N = (
+        table["sequence"].to_numpy(),
+        table["position"].to_numpy().astype(np.int64),
+    )
     if (seen := shard.seen(router)) is not None:
         sequence_N, position_N, taken_N = sequence_N[seen], position_N[seen], taken_N[seen]
     sequence_T, position_T = sequence_N[taken_N], position_N[taken_N]
@@ -183,7 +222,10 @@ def _places(
         return taken_N, position_T
     stack, rank = shard.trace.routers[router].stack, shard.files.rank
     sequence_S, at_S, of_T = np.unique(sequence_T, return_index=True, return_inverse=True)
-    first_S = [first_of.setdefault((stack, rank, int(s)), int(position_T[at])) for s, at in zip(sequence_S, at_S, strict=True)]
+    first_S = [
+        first_of.setdefault((stack, rank, int(s)), int(position_T[at]))
+        for s, at in zip(sequence_S, at_S, strict=True)
+    ]
     return taken_N, position_T - np.array(first_S, np.int64)[of_T]
 
 
@@ -196,25 +238,55 @@ def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> An
         for b, B in enumerate(of.batch_B.tolist()):
             distinct = of.distinct_B[b] / of.steps_B[b] if of.steps_B[b] else np.nan
             rows.append(
-                {"layer": router.layer, "router": r, "batch": B, "steps": of.steps_B[b], "distinct_experts": distinct}
-                | {"independent": independent(router.experts, router.top_k, B), "from_marginals": from_marginals(activation_E, B)}
-                | {"share_of_experts": distinct / router.experts, "tokens_per_expert": activation_E.sum() * B / distinct}
-                | {"experts_per_token": distinct / B, "bytes_per_token": distinct * size / B if size else np.nan}
+                {
+                    "layer": router.layer,
+                    "router": r,
+                    "batch": B,
+                    "steps": of.steps_B[b],
+                    "distinct_experts": distinct,
+                }
+                | {
+                    "independent": independent(router.experts, router.top_k, B),
+                    "from_marginals": from_marginals(activation_E, B),
+                }
+                | {
+                    "share_of_experts": distinct / router.experts,
+                    "tokens_per_expert": activation_E.sum() * B / distinct,
+                }
+                | {
+                    "experts_per_token": distinct / B,
+                    "bytes_per_token": distinct * size / B if size else np.nan,
+                }
             )
     return pd.DataFrame(rows)
 
 
 def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> Any:
-    """The batch from which a step reads as good as all experts, and the one from which computing, not reading, is the limit: both
-    by the measured marginals. A weight is used for 2 FLOP a token, so an expert needs `flops_per_byte` tokens by half its bytes."""
+    """The batch from which a step reads as good as all experts, and the one from which computing,
+    not reading, is the limit: both by the measured marginals. A weight is used for 2 FLOP a token,
+    so an expert needs `flops_per_byte` tokens by half its bytes."""
     rows, intensity = [], flops_per_byte * weight_bytes(trace) / 2
     for r, of in steps.items():
         activation_E, k = of.load_E / max(1, of.tokens), of.load_E.sum() / max(1, of.tokens)
         E = int((of.load_E > 0).sum())
-        full = _least(lambda B, a=activation_E, E=E: from_marginals(a, B) >= SATURATED * E) if E else None
-        bound = _least(lambda B, a=activation_E, k=k: B * k >= intensity * from_marginals(a, B)) if E else None
+        full = (
+            _least(lambda B, a=activation_E, E=E: from_marginals(a, B) >= SATURATED * E)
+            if E
+            else None
+        )
+        bound = (
+            _least(lambda B, a=activation_E, k=k: B * k >= intensity * from_marginals(a, B))
+            if E
+            else None
+        )
         rows.append(
-            {"layer": trace.routers[r].layer, "router": r, "reached_experts": E, "reads_all_from": full, "compute_bound_from": bound}
+            {
+                "layer": trace.routers[r].layer,
+                "router": r,
+                "reached_experts": E,
+                "reads_all_from": full,
+                "compute_bound_from": bound,
+            }
         )
     made: Any = pd.DataFrame(rows)
     return made.astype({"reads_all_from": "Int64", "compute_bound_from": "Int64"})
@@ -233,12 +305,17 @@ def _least(holds: Any) -> int | None:
 
 def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     table, needed = tables["decode"], tables["batch_needed"]
-    of = "generated tokens" if settings["decoded"] else "prompt tokens, in place of generated ones (trace with --generate for those)"
+    of = (
+        "generated tokens"
+        if settings["decoded"]
+        else "prompt tokens, in place of generated ones (trace with --generate for those)"
+    )
     said = []
     for batch, mine in table.dropna(subset=["distinct_experts"]).groupby("batch"):
         distinct, lot = mine["distinct_experts"].mean(), mine["independent"].mean()
         said.append(
-            f"{batch:,} {'sequence reads' if batch == 1 else 'sequences together read'} {distinct:.1f} experts a layer and step "
+            f"{batch:,} {'sequence reads' if batch == 1 else 'sequences together read'} "
+            f"{distinct:.1f} experts a layer and step "
             f"({mine['share_of_experts'].mean():.0%} of them; by lot it would be {lot:.1f})"
             + (
                 f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights a token."
@@ -248,16 +325,22 @@ def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         )
     short = sorted(set(table.loc[table["steps"] == 0, "batch"]))
     if short:
-        said.append(f"No step of {', '.join(map(str, short))}: the trace holds too few sequences at any position.")
+        said.append(
+            f"No step of {', '.join(map(str, short))}: the trace holds too few sequences at any "
+            "position."
+        )
     if needed["reads_all_from"].notna().any():
         said.append(
-            f"From {counted(int(needed['reads_all_from'].max()), 'sequence')} on a step reads {SATURATED:.0%} of the experts that are used at all, in every layer: "
+            f"From {counted(int(needed['reads_all_from'].max()), 'sequence')} on a step reads "
+            f"{SATURATED:.0%} of the experts that are used at all, in every layer: "
             "before that a larger batch reads more, after it only shares the reading out."
         )
     if needed["compute_bound_from"].notna().any():
         said.append(
-            f"Beyond about {counted(round(needed['compute_bound_from'].median()), 'sequence')} a larger batch stops helping: computing is then the limit, not "
-            f"reading ({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} FLOP a byte)."
+            f"Beyond about {counted(round(needed['compute_bound_from'].median()), 'sequence')} a "
+            "larger batch stops helping: computing is then the limit, not "
+            f"reading ({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} "
+            "FLOP a byte)."
         )
     return [*said, f"Simulated: steps of the same position of different sequences, from {of}."]
 
@@ -270,11 +353,26 @@ def _figure(tables: dict[str, Any]) -> Figure:
     made = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = made.subplots()
     for number, (_, mine) in enumerate(table.groupby("router")):
-        axes.plot(mine["batch"], mine["distinct_experts"], color="0.6", lw=1, label="each layer" if number == 0 else None)
+        axes.plot(
+            mine["batch"],
+            mine["distinct_experts"],
+            color="0.6",
+            lw=1,
+            label="each layer" if number == 0 else None,
+        )
     mean = table.groupby("batch")[["distinct_experts", "independent", "from_marginals"]].mean()
-    axes.plot(mean.index, mean["distinct_experts"], "o-", color="#c0392b", lw=2, label="mean over layers")
+    axes.plot(
+        mean.index, mean["distinct_experts"], "o-", color="#c0392b", lw=2, label="mean over layers"
+    )
     axes.plot(mean.index, mean["independent"], "--", color="#2c3e50", label="by lot")
-    axes.plot(mean.index, mean["from_marginals"], ":", color="#2980b9", lw=2, label="independent, experts as popular as they are")
+    axes.plot(
+        mean.index,
+        mean["from_marginals"],
+        ":",
+        color="#2980b9",
+        lw=2,
+        label="independent, experts as popular as they are",
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(mean.index), [f"{batch:g}" for batch in mean.index])
     axes.set(xlabel="sequences decoded together", ylabel="distinct experts a step")

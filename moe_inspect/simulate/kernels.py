@@ -1,5 +1,6 @@
-"""The loops over every assignment, compiled. Imported for traces that are worth the wait for numba (SMALL); each has its plain
-twin in the simulation's own file, which smaller traces run and the tests compare.
+"""The loops over every assignment, compiled. Imported for traces that are worth the wait for numba
+(SMALL); each has its plain twin in the simulation's own file, which smaller traces run and the
+tests compare.
 
 T tokens, K slots, E experts, G groups, F capacity factors, D domains.
 """
@@ -24,13 +25,20 @@ def queue(
     load_GE: np.ndarray,
     level_KT: np.ndarray,
 ) -> None:
-    """`capacity.queue_numpy`, in one sweep. The last two arrays are filled in place. `visit_N`, where not empty, is the order."""
+    """`capacity.queue_numpy`, in one sweep. The last two arrays are filled in place. `visit_N`,
+    where not empty, is the order."""
     K, T = ids_KT.shape
     for g in range(len(start_G) - 1):
         first, last, load_E, level_C = start_G[g], start_G[g + 1], load_GE[g], level_SC[of_G[g]]
         if len(visit_N):
             for i in range(first * K, last * K):
-                _join(ids_KT[visit_N[i] // T], visit_N[i] % T, load_E, level_C, level_KT[visit_N[i] // T])
+                _join(
+                    ids_KT[visit_N[i] // T],
+                    visit_N[i] % T,
+                    load_E,
+                    level_C,
+                    level_KT[visit_N[i] // T],
+                )
         elif by_token:
             for t in range(first, last):
                 for k in range(K):
@@ -49,21 +57,27 @@ def _join(ids_T, t, load_E, level_C, level_T):  # type: ignore[no-untyped-def]
         return
     place = load_E[e]
     load_E[e] = place + 1
-    level_T[t] = level_C[min(place, len(level_C) - 1)]  # looked up: whether there is room is what no processor can foresee
+    level_T[t] = level_C[
+        min(place, len(level_C) - 1)
+    ]  # looked up: whether there is room is what no processor can foresee
 
 
 @njit(nogil=True, cache=True)
 def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[no-untyped-def]
-    """Least recently used, for every number of cache slots at once: s of them hold the s experts used last, so an access hits where
-    the expert's rank in the order of last use (0 is the latest) is below s. slots: K arrays [T], −1 for none. load_E counts accesses,
-    at_PE[p, rank] those to known experts, cold_P those to new ones, whose ranks are from known[0] on. rank_E and `known` carry
-    on from call to call. Ranks are int8 or int16 from the least there is: what vector instructions compare is signed."""
+    """Least recently used, for every number of cache slots at once: s of them hold the s experts
+    used last, so an access hits where the expert's rank in the order of last use (0 is the latest)
+    is below s. slots: K arrays [T], −1 for none. load_E counts accesses, at_PE[p, rank] those to
+    known experts, cold_P those to new ones, whose ranks are from known[0] on. rank_E and `known`
+    carry on from call to call. Ranks are int8 or int16 from the least there is: what vector
+    instructions compare is signed."""
     least = -128 if rank_E.itemsize == 1 else -32768
     front, zero, one = rank_E.dtype.type(least), rank_E.dtype.type(0), rank_E.dtype.type(1)
     rank_8 = np.empty(8, rank_E.dtype)
     for t in range(len(phase_T)):
         at_E, new = at_PE[phase_T[t]], 0
-        for k in range(len(slots)):  # the k experts of a decision are judged together, before any of them counts as used
+        for k in range(
+            len(slots)
+        ):  # the k experts of a decision are judged together, before any of them counts as used
             e = slots[k][t]
             if e >= 0:
                 load_E[e] += 1
@@ -72,7 +86,9 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
                     at_E[rank] += 1
                 else:
                     new += 1
-        for first in range(0, len(slots), 8):  # eight move to the front in one sweep of vector instructions over the ranks
+        for first in range(
+            0, len(slots), 8
+        ):  # eight move to the front in one sweep of vector instructions over the ranks
             moved = least
             for k in range(first, min(first + 8, len(slots))):
                 e = slots[k][t]
@@ -80,10 +96,21 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
                 moved += e >= 0
             for k in range(len(slots) - first, 8):
                 rank_8[k] = front
-            a, b, c, d, f, g, h, j = rank_8[0], rank_8[1], rank_8[2], rank_8[3], rank_8[4], rank_8[5], rank_8[6], rank_8[7]
+            a, b, c, d, f, g, h, j = (
+                rank_8[0],
+                rank_8[1],
+                rank_8[2],
+                rank_8[3],
+                rank_8[4],
+                rank_8[5],
+                rank_8[6],
+                rank_8[7],
+            )
             for i in range(len(rank_E)):
                 here = rank_E[i]
-                after = here + (one if here < a else zero)  # one further back for each that was behind it
+                after = here + (
+                    one if here < a else zero
+                )  # one further back for each that was behind it
                 after += one if here < b else zero
                 after += one if here < c else zero
                 after += one if here < d else zero
@@ -104,9 +131,16 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
 
 @njit(nogil=True, cache=True)
 def lfu(
-    ids_KT: np.ndarray, phase_T: np.ndarray, slots: int, in_E: np.ndarray, count_E: np.ndarray, last_E: np.ndarray, hits_P: np.ndarray
+    ids_KT: np.ndarray,
+    phase_T: np.ndarray,
+    slots: int,
+    in_E: np.ndarray,
+    count_E: np.ndarray,
+    last_E: np.ndarray,
+    hits_P: np.ndarray,
 ) -> None:
-    """Least frequently used, of equals the least recently. in_E: which experts are in; last_E[E] counts accesses; all carry on."""
+    """Least frequently used, of equals the least recently. in_E: which experts are in; last_E[E]
+    counts accesses; all carry on."""
     K, T = ids_KT.shape
     E = len(in_E)
     held = in_E.sum()
@@ -126,7 +160,9 @@ def lfu(
                 victim = -1
                 for i in range(E):
                     if in_E[i] and (
-                        victim < 0 or count_E[i] < count_E[victim] or (count_E[i] == count_E[victim] and last_E[i] < last_E[victim])
+                        victim < 0
+                        or count_E[i] < count_E[victim]
+                        or (count_E[i] == count_E[victim] and last_E[i] < last_E[victim])
                     ):
                         wanted = False
                         for j in range(K):
@@ -141,13 +177,21 @@ def lfu(
 
 @njit(nogil=True, cache=True)
 def belady(
-    ids_KT: np.ndarray, phase_T: np.ndarray, slots: int, known_E: np.ndarray, room_E: np.ndarray, known: np.ndarray, hits_P: np.ndarray
+    ids_KT: np.ndarray,
+    phase_T: np.ndarray,
+    slots: int,
+    known_E: np.ndarray,
+    room_E: np.ndarray,
+    known: np.ndarray,
+    hits_P: np.ndarray,
 ) -> None:
-    """Belady's optimum without looking ahead, in memory for E experts: an access hits where its expert could have been kept since
-    its last use beside all that has been kept so far (Jain and Lin 2016, OPTgen; as intervals by their ends: Carlisle and Lloyd 1995).
+    """Belady's optimum without looking ahead, in memory for E experts: an access hits where its
+    expert could have been kept since its last use beside all that has been kept so far (Jain and
+    Lin 2016, OPTgen; as intervals by their ends: Carlisle and Lloyd 1995).
 
-    known_E[:known[0]]: experts that could still be kept, latest use first. room_E[i]: the fewest slots free at any decision between
-    the last use of expert i of that list and that of the one before it."""
+    known_E[:known[0]]: experts that could still be kept, latest use first. room_E[i]: the fewest
+    slots free at any decision between the last use of expert i of that list and that of the one
+    before it."""
     K, T = ids_KT.shape
     n = known[0]
     for t in range(T):

@@ -27,15 +27,27 @@ def section(simulation: Simulation) -> Section:
     """What it says and its picture, with the table that the text shows first."""
     table = simulation.tables[next(iter([*simulation.shown, *simulation.tables]))]
     drawing = svg_of(simulation.figure()) if simulation.figure is not None else None
-    return Section(f"Simulated: {simulation.name}", " ".join(simulation.verdict), svg=drawing, table=table.head(ROWS))
+    return Section(
+        f"Simulated: {simulation.name}",
+        " ".join(simulation.verdict),
+        svg=drawing,
+        table=table.head(ROWS),
+    )
 
 
 def page(simulation: Simulation) -> str:
     """The page as one string of HTML."""
     assumed = "; ".join(
-        f"{name.replace('_', ' ')}: {_said(value)}" for name, value in simulation.settings.items() if name not in UNSAID and _said(value)
+        f"{name.replace('_', ' ')}: {_said(value)}"
+        for name, value in simulation.settings.items()
+        if name not in UNSAID and _said(value)
     )
-    return html_page(f"moe-inspect simulate {simulation.name}", simulation.verdict, sections(simulation), subtitle=assumed)
+    return html_page(
+        f"moe-inspect simulate {simulation.name}",
+        simulation.verdict,
+        sections(simulation),
+        subtitle=assumed,
+    )
 
 
 def _said(value: object) -> str:

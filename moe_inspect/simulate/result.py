@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Simulation:
-    """`tables`: the main one first, under the simulation's own name. `verdict`: plain sentences, most important first.
-    `settings`: what was assumed, as told to the user. `figure` draws the picture (matplotlib) when called; None where there is
-    nothing to draw. `shown`: the tables that the text shows; by default the main one."""
+    """`tables`: the main one first, under the simulation's own name. `verdict`: plain sentences,
+    most important first.
+    `settings`: what was assumed, as told to the user. `figure` draws the picture (matplotlib) when
+    called; None where there is nothing to draw. `shown`: the tables that the text shows; by default
+    the main one."""
 
     name: str
     tables: dict[str, pd.DataFrame]
@@ -29,6 +31,10 @@ class Simulation:
 
 
 def need_decisions(trace: Trace, what: str) -> None:
-    """MoeInspectError where the trace holds counts only: `what` ("simulate decode") needs every decision, in order."""
+    """MoeInspectError where the trace holds counts only: `what` ("simulate decode") needs every
+    decision, in order."""
     if trace.counts_only:
-        raise MoeInspectError(f"{trace.path} holds counts only, no order of tokens, which {what} needs: {trace.more_than_counts}")
+        raise MoeInspectError(
+            f"{trace.path} holds counts only, no order of tokens, which {what} needs: "
+            f"{trace.more_than_counts}"
+        )

@@ -1,7 +1,8 @@
 """`simulate routing`: other routing algorithms on the logits that the model computed.
 
-T tokens of a batch, E experts. A batch is a forward pass, as recorded. What another routing would do to the model's quality is
-not simulated: its experts were trained with their own; how much of the router's probability is kept says how far off it is.
+T tokens of a batch, E experts. A batch is a forward pass, as recorded. What another routing would
+do to the model's quality is not simulated: its experts were trained with their own; how much of the
+router's probability is kept says how far off it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.balance import UNEVEN
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.routing_algorithms import ALGORITHMS, SEED, Algorithm, Batch, batch_of, largest
+from moe_inspect.simulate.routing_algorithms import (
+    ALGORITHMS,
+    SEED,
+    Algorithm,
+    Batch,
+    batch_of,
+    largest,
+)
 from moe_inspect.simulate.shards import check_length, runs, slots
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Shard, Trace, open_trace
@@ -42,15 +50,20 @@ def simulate_routing(
     layers: str | int | Iterable[int] | None = None,
     uneven: float = UNEVEN,
 ) -> Simulation:
-    """Balance, probability mass and agreement of other routing algorithms. `top_k`: default 1, k and 2k. `capacity_factor`: of
-    "next best". `uneven`: max_vio from which a router is not balanced, the report's threshold of that name."""
+    """Balance, probability mass and agreement of other routing algorithms. `top_k`: default 1, k
+    and 2k. `capacity_factor`: of "next best". `uneven`: max_vio from which a router is not
+    balanced, the report's threshold of that name."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     need_decisions(trace, "simulate routing")
     if "logits" not in trace.tables:
-        raise MoeInspectError(f"{trace.path} has no logits, which simulate routing needs: trace with --logits")
+        raise MoeInspectError(
+            f"{trace.path} has no logits, which simulate routing needs: trace with --logits"
+        )
     unknown = [name for name in algorithms or [] if name not in ALGORITHMS]
     if unknown:
-        raise MoeInspectError(f"no algorithm {', '.join(unknown)}: there are {', '.join(ALGORITHMS)}")
+        raise MoeInspectError(
+            f"no algorithm {', '.join(unknown)}: there are {', '.join(ALGORITHMS)}"
+        )
     for name, values, fits, rule in (
         ("top-k", top_k or [], lambda k: k >= 1, "at least 1"),
         ("top-p", top_p, lambda p: 0 < p <= 1, "above 0 and at most 1"),
@@ -60,22 +73,42 @@ def simulate_routing(
             raise MoeInspectError(f"{name} {wrong[0]:g}: give a number {rule}")
     chosen = select(trace, layers=layers).routers
     named = [ALGORITHMS[name] for name in algorithms or ALGORITHMS]
-    given: dict[str, Sequence[float] | None] = {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor}
+    given: dict[str, Sequence[float] | None] = {
+        "top_k": top_k,
+        "top_p": top_p,
+        "capacity_factor": capacity_factor,
+    }
     runs_of = {
-        r: [Run(a, value) for a in named for value in _values(a, given, trace.routers[r].top_k, trace.routers[r].experts)] for r in chosen
+        r: [
+            Run(a, value)
+            for a in named
+            for value in _values(a, given, trace.routers[r].top_k, trace.routers[r].experts)
+        ]
+        for r in chosen
     }
     half_of = halves(trace)
-    held_out = half_of.nunique() == 2  # what learns does so from the one half, and is judged on the other
+    held_out = (
+        half_of.nunique() == 2
+    )  # what learns does so from the one half, and is judged on the other
     for r in chosen:
-        learning, others = ([run for run in runs_of[r] if bool(run.algorithm.prepare) == learns] for learns in (True, False))
+        learning, others = (
+            [run for run in runs_of[r] if bool(run.algorithm.prepare) == learns]
+            for learns in (True, False)
+        )
         for shard in trace.shards:
             decisions = Decisions(shard, r, half_of)
             for run in learning:
-                if not run.memory and run.algorithm.prepare and len(sample := decisions.tokens(0 if held_out else None)):
+                if (
+                    not run.memory
+                    and run.algorithm.prepare
+                    and len(sample := decisions.tokens(0 if held_out else None))
+                ):
                     run.memory = run.algorithm.prepare(decisions.sample(sample))
             for running, half in ((others, None), (learning, 1 if held_out else None)):
                 for batch in decisions.batches(half) if running else ():
-                    own = float(batch.share_TE[largest(batch.scores_TE, batch.k)].sum(dtype=np.float64))
+                    own = float(
+                        batch.share_TE[largest(batch.scores_TE, batch.k)].sum(dtype=np.float64)
+                    )
                     for run in running:
                         run.add(batch, own)
     if not any(run.tokens for found in runs_of.values() for run in found):
@@ -92,20 +125,34 @@ def simulate_routing(
     }
     label_of = {r: layer_label(trace.routers, r) for r in chosen}
     said = _verdict(tables, settings, label_of)
-    return Simulation("routing", tables, said, settings, lambda: _figure(tables, uneven, label_of), ("routing_algorithms",))
+    return Simulation(
+        "routing",
+        tables,
+        said,
+        settings,
+        lambda: _figure(tables, uneven, label_of),
+        ("routing_algorithms",),
+    )
 
 
 def halves(trace: Trace) -> pd.Series:
-    """Which half each document of the trace is of, 0 or 1: in turn within each domain, so that the halves are alike."""
-    listed: Any = trace.documents().drop_duplicates("document").sort_values("document").set_index("document")
+    """Which half each document of the trace is of, 0 or 1: in turn within each domain, so that the
+    halves are alike."""
+    listed: Any = (
+        trace.documents().drop_duplicates("document").sort_values("document").set_index("document")
+    )
     return listed.groupby("domain", observed=True).cumcount() % 2
 
 
-def _values(algorithm: Algorithm, given: dict[str, Sequence[float] | None], k: int, E: int) -> list[float]:
+def _values(
+    algorithm: Algorithm, given: dict[str, Sequence[float] | None], k: int, E: int
+) -> list[float]:
     if not algorithm.setting:
         return [0]
     values = given[algorithm.setting] or (1, k, 2 * k)
-    return sorted({min(v, E) for v in values}) if algorithm.setting == "top_k" else sorted(set(values))
+    return (
+        sorted({min(v, E) for v in values}) if algorithm.setting == "top_k" else sorted(set(values))
+    )
 
 
 class Decisions:
@@ -115,20 +162,28 @@ class Decisions:
         self.router, seen = shard.trace.routers[r], shard.seen(r)
         table = shard.tokens(["batch", "token_id", "document"])
         kept = slice(None) if seen is None else seen
-        self.batch_T, self.token_id_T = table["batch"].to_numpy()[kept], table["token_id"].to_numpy()[kept]
+        self.batch_T, self.token_id_T = (
+            table["batch"].to_numpy()[kept],
+            table["token_id"].to_numpy()[kept],
+        )
         self.half_T = half_of.reindex(table["document"].to_numpy()[kept]).to_numpy()
         ids_KT, self.logits_TE = slots(shard, r), shard.logits(r)
         check_length(ids_KT.T, len(self.batch_T), r)
         check_length(self.logits_TE, len(self.batch_T), r)
         if np.isnan(self.logits_TE).any() or not np.isfinite(self.logits_TE).any(1).all():
-            raise MoeInspectError(f"{shard.trace.path}: router {r} has logits that are NaN, or tokens without a finite one")
+            raise MoeInspectError(
+                f"{shard.trace.path}: router {r} has logits that are NaN, or tokens without a "
+                "finite one"
+            )
         model_TE = np.zeros((len(self.batch_T), self.router.experts + 1), bool)
         model_TE[np.arange(len(self.batch_T)), ids_KT] = True  # −1, nowhere, is the last column
         self.model_TE = model_TE[:, :-1]
 
     def batch(self, part: Any, number: int) -> Batch:
         k, scoring = self.router.top_k, self.router.scoring
-        return batch_of(self.logits_TE[part], self.model_TE[part], self.token_id_T[part], k, scoring, number)
+        return batch_of(
+            self.logits_TE[part], self.model_TE[part], self.token_id_T[part], k, scoring, number
+        )
 
     def tokens(self, half: int | None) -> np.ndarray:
         """Of a half of the documents, or all."""
@@ -138,7 +193,10 @@ class Decisions:
         tokens = self.tokens(half)
         start_G = runs(self.batch_T[tokens])
         for first, last in pairwise(start_G):
-            yield self.batch(tokens[first:last] if half is not None else slice(first, last), int(self.batch_T[tokens[first]]))
+            yield self.batch(
+                tokens[first:last] if half is not None else slice(first, last),
+                int(self.batch_T[tokens[first]]),
+            )
 
     def sample(self, tokens: np.ndarray) -> Batch:
         """At most SAMPLE of them, drawn by lot."""
@@ -164,7 +222,11 @@ class Run:
 
     @property
     def label(self) -> str:
-        return f"{self.algorithm.name} {self.value:g}" if self.algorithm.setting else self.algorithm.name
+        return (
+            f"{self.algorithm.name} {self.value:g}"
+            if self.algorithm.setting
+            else self.algorithm.name
+        )
 
     def add(self, batch: Batch, own: float) -> None:
         chosen_TE = self.algorithm.choose(batch, self.value, self.memory)
@@ -203,7 +265,12 @@ def _max_vio(load_E: np.ndarray) -> float:
 def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, pd.DataFrame]:
     import pandas as pd
 
-    rows = [{"layer": trace.routers[r].layer, "router": r, **run.row()} for r, found in runs_of.items() for run in found if run.tokens]
+    rows = [
+        {"layer": trace.routers[r].layer, "router": r, **run.row()}
+        for r, found in runs_of.items()
+        for run in found
+        if run.tokens
+    ]
     routing: Any = pd.DataFrame(rows)
     said = []
     by_label = {run.label: run.algorithm for found in runs_of.values() for run in found}
@@ -228,48 +295,76 @@ def _compute(times: float) -> str:
     return "" if abs(times - 1) <= AS_MUCH else f"; computes {times:.3g}x as many experts a token"
 
 
-def _verdict(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> list[str]:
+def _verdict(
+    tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]
+) -> list[str]:
     routing, advice = tables["routing"], tables["routing_algorithms"]
     said, uneven = [], settings["uneven"]
     recorded = routing[routing["algorithm"] == "as recorded"]
     if len(recorded):
         worst = recorded.loc[recorded["max_vio"].idxmax()]
         layer = label_of[int(worst["router"])]
-        said.append(f"As recorded, layer {layer} is the least balanced: max_vio {worst['max_vio']:.2f} over all tokens.")
-        bias = routing[(routing["router"] == worst["router"]) & (routing["algorithm"] == "loss-free bias")]
+        said.append(
+            f"As recorded, layer {layer} is the least balanced: max_vio {worst['max_vio']:.2f} "
+            "over all tokens."
+        )
+        bias = routing[
+            (routing["router"] == worst["router"]) & (routing["algorithm"] == "loss-free bias")
+        ]
         if len(bias):
             row = bias.iloc[0]
             helps = row["max_vio"] < worst["max_vio"]
             said.append(
-                f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer {layer}{' to' if helps else ':'} max_vio "
-                f"{row['max_vio']:.2f} ({row['max_vio_batch']:.2f} by batch), keeping {row['mass_retained']:.0%} of the probability mass of the router's own "
+                f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer "
+                f"{layer}{' to' if helps else ':'} max_vio "
+                f"{row['max_vio']:.2f} ({row['max_vio_batch']:.2f} by batch), keeping "
+                f"{row['mass_retained']:.0%} of the probability mass of the router's own "
                 f"top choices and {row['agreement']:.0%} of the model's choices"
-                + (", on the half of the documents that the bias had not seen." if settings["bias_held_out"] else ".")
+                + (
+                    ", on the half of the documents that the bias had not seen."
+                    if settings["bias_held_out"]
+                    else "."
+                )
             )
     same = (advice["experts_per_token"] / settings["experts_per_token"] - 1).abs() <= AS_MUCH
-    usable = advice[same & (advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])]
+    usable = advice[
+        same & (advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])
+    ]
     even = usable[usable["max_vio_worst"] < uneven]
     if len(even):
         best = even.loc[even["mass_retained_least"].idxmax()]
         said.append(
-            f"Simulated: of those that compute as much and need not see the future, {best['algorithm']} keeps most among the ones that balance "
-            f"every layer (max_vio below {uneven:g}): at least {best['mass_retained_least']:.0%} of the mass."
+            "Simulated: of those that compute as much and need not see the future, "
+            f"{best['algorithm']} keeps most among the ones that balance "
+            f"every layer (max_vio below {uneven:g}): at least {best['mass_retained_least']:.0%} "
+            "of the mass."
         )
     else:
-        said.append(f"Simulated: none that computes as much and need not see the future balances every layer (max_vio below {uneven:g}).")
-    leaking = [f"{label} ({ALGORITHMS[label].leaks})" for label in advice[advice["leaks_future"] == "yes"]["algorithm"]]
+        said.append(
+            "Simulated: none that computes as much and need not see the future balances every "
+            f"layer (max_vio below {uneven:g})."
+        )
+    leaking = [
+        f"{label} ({ALGORITHMS[label].leaks})"
+        for label in advice[advice["leaks_future"] == "yes"]["algorithm"]
+    ]
     if leaking:
         said.append(
-            f"Leak the future: {', '.join(leaking)}: a token's experts depend on later tokens, which a model that generates does not have."
+            f"Leak the future: {', '.join(leaking)}: a token's experts depend on later tokens, "
+            "which a model that generates does not have."
         )
     if any("not stated" in scoring for scoring in settings["scoring"]):
         said.append("The trace does not say how some routers score: softmax was taken.")
-    said.append("What another routing does to quality is not simulated: these experts were trained with their own.")
+    said.append(
+        "What another routing does to quality is not simulated: these experts were trained with "
+        "their own."
+    )
     return said
 
 
 def _figure(tables: dict[str, Any], uneven: float, label_of: dict[int, str]) -> Figure:
-    """Each algorithm, at the layer that is least balanced as it is: imbalance, and the probability mass that is kept."""
+    """Each algorithm, at the layer that is least balanced as it is: imbalance, and the probability
+    mass that is kept."""
     from matplotlib.figure import Figure
 
     routing = tables["routing"]
@@ -286,8 +381,15 @@ def _figure(tables: dict[str, Any], uneven: float, label_of: dict[int, str]) -> 
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
     left.axvline(uneven, color="0.4", lw=0.8, ls="--")
-    left.set_title(f"Simulated, layer {label_of[int(worst['router'])]}: max_vio (dashed: {uneven:g}, balanced)", loc="left", fontsize=10)
+    left.set_title(
+        f"Simulated, layer {label_of[int(worst['router'])]}: max_vio (dashed: {uneven:g}, "
+        "balanced)",
+        loc="left",
+        fontsize=10,
+    )
     right.set_title("probability mass, ÷ the router's own top-k", loc="left", fontsize=10)
     if at["leaks_future"].any():
-        figure.supxlabel("red: sees the whole batch, so leaks the future", fontsize=8, color="#c0392b")
+        figure.supxlabel(
+            "red: sees the whole batch, so leaks the future", fontsize=8, color="#c0392b"
+        )
     return figure

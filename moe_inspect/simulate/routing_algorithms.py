@@ -1,7 +1,8 @@
-"""Routing algorithms, on the logits of one batch. One is a function from a Batch to which experts each token gets: bool [T, E].
+"""Routing algorithms, on the logits of one batch. One is a function from a Batch to which experts
+each token gets: bool [T, E].
 
-Registered by being decorated: `simulate routing`, its table of advice and the tests take them from ALGORITHMS.
-T tokens of a batch, in order, E experts, k choices of the model's own router.
+Registered by being decorated: `simulate routing`, its table of advice and the tests take them from
+ALGORITHMS. T tokens of a batch, in order, E experts, k choices of the model's own router.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ SEED = 20_240_815
 
 @dataclass(frozen=True)
 class Batch:
-    """`share_TE`: the router's scores, each token's adding up to 1. `scores_TE`: softmax or sigmoid of the logits, as the model's
-    router has it. `model_TE`: what the model chose."""
+    """`share_TE`: the router's scores, each token's adding up to 1. `scores_TE`: softmax or sigmoid
+    of the logits, as the model's router has it. `model_TE`: what the model chose."""
 
     logits_TE: np.ndarray
     scores_TE: np.ndarray
@@ -39,7 +40,14 @@ class Batch:
         return -(-T * self.k // E)
 
 
-def batch_of(logits_TE: np.ndarray, model_TE: np.ndarray, token_id_T: np.ndarray, k: int, scoring: str, number: int) -> Batch:
+def batch_of(
+    logits_TE: np.ndarray,
+    model_TE: np.ndarray,
+    token_id_T: np.ndarray,
+    k: int,
+    scoring: str,
+    number: int,
+) -> Batch:
     """Scores by the router's own activation; softmax where the trace does not know it."""
     logits_TE = logits_TE.astype(np.float32)
     if scoring == "sigmoid":
@@ -47,13 +55,22 @@ def batch_of(logits_TE: np.ndarray, model_TE: np.ndarray, token_id_T: np.ndarray
     else:
         scores_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
         scores_TE /= scores_TE.sum(1, keepdims=True)
-    return Batch(logits_TE, scores_TE, scores_TE / scores_TE.sum(1, keepdims=True), model_TE, token_id_T, k, number)
+    return Batch(
+        logits_TE,
+        scores_TE,
+        scores_TE / scores_TE.sum(1, keepdims=True),
+        model_TE,
+        token_id_T,
+        k,
+        number,
+    )
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """`leaks`: how a token's experts depend on tokens after it, "" where they do not. `setting`: the setting whose values it runs
-    through. `prepare`: sets up the memory of one that learns, from tokens drawn from the first shard."""
+    """`leaks`: how a token's experts depend on tokens after it, "" where they do not. `setting`:
+    the setting whose values it runs through. `prepare`: sets up the memory of one that learns, from
+    tokens drawn from the first shard."""
 
     name: str
     choose: Callable[..., np.ndarray]
@@ -66,7 +83,9 @@ class Algorithm:
 ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def algorithm(name: str, use_when: str, leaks: str = "", **more: Any) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
+def algorithm(
+    name: str, use_when: str, leaks: str = "", **more: Any
+) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
     """Registers a function of (batch, value of its setting, memory)."""
 
     def register(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -94,7 +113,11 @@ def top_k(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
     return largest(batch.scores_TE, int(value))
 
 
-@algorithm("top-p", "easy tokens shall cost less, and the runtime takes any number of experts", setting="top_p")
+@algorithm(
+    "top-p",
+    "easy tokens shall cost less, and the runtime takes any number of experts",
+    setting="top_p",
+)
 def top_p(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
     """The fewest experts whose shares come to p (Huang et al. 2024, arXiv:2403.07652)."""
     order_TE = np.argsort(-batch.share_TE, axis=1, kind="stable")
@@ -110,17 +133,22 @@ def top_p(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
     leaks="each expert picks its tokens from the whole batch",
 )
 def expert_choice(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Every expert takes the T·k/E tokens that score highest with it (Zhou et al. 2022, arXiv:2202.09368)."""
-    return largest(np.ascontiguousarray(batch.scores_TE.T), min(batch.capacity, len(batch.scores_TE))).T
+    """Every expert takes the T·k/E tokens that score highest with it (Zhou et al. 2022,
+    arXiv:2202.09368)."""
+    return largest(
+        np.ascontiguousarray(batch.scores_TE.T), min(batch.capacity, len(batch.scores_TE))
+    ).T
 
 
 @algorithm(
     "next best",
-    "a hard limit an expert: what finds no room goes to the next best, so late tokens get what is left",
+    "a hard limit an expert: what finds no room goes to the next best, so late tokens get what "
+    "is left",
     setting="capacity_factor",
 )
 def next_best(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Token by token, each takes its k best experts that still have room: nothing depends on later tokens."""
+    """Token by token, each takes its k best experts that still have room: nothing depends on later
+    tokens."""
     from moe_inspect.simulate.capacity import capacity
 
     T, E = batch.scores_TE.shape
@@ -133,7 +161,8 @@ def next_best(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
 
 
 def serve_in_turn(order_TE: np.ndarray, k: int, capacity: int) -> np.ndarray:
-    """order_TE: each token's experts, best first. Also compiled by kernels.py, from this source. bool [T, E]"""
+    """order_TE: each token's experts, best first. Also compiled by kernels.py, from this source.
+    bool [T, E]"""
     T, E = order_TE.shape
     left_E = np.full(E, capacity)
     chosen_TE = np.zeros((T, E), np.bool_)
@@ -151,7 +180,8 @@ def serve_in_turn(order_TE: np.ndarray, k: int, capacity: int) -> np.ndarray:
 
 
 def _fitted_bias(sample: Batch) -> dict[str, Any]:
-    """A bias that has seen training: a step after each batch of tokens in random order, in steps that shrink."""
+    """A bias that has seen training: a step after each batch of tokens in random order, in steps
+    that shrink."""
     T, E = sample.scores_TE.shape
     rng, bias_E = np.random.default_rng(SEED), np.zeros(E, np.float32)
     for rate in np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP):
@@ -164,10 +194,15 @@ def _step(bias_E: np.ndarray, load_E: np.ndarray, rate: float) -> None:
     bias_E += np.float32(rate) * np.sign(load_E.mean() - load_E).astype(np.float32)
 
 
-@algorithm("loss-free bias", "training: even load without a loss that pulls at the weights", prepare=_fitted_bias)
+@algorithm(
+    "loss-free bias",
+    "training: even load without a loss that pulls at the weights",
+    prepare=_fitted_bias,
+)
 def loss_free(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Top-k of scores + bias, which only selects; after every BIAS_TOKENS tokens, as after a batch of training, the bias of an expert
-    moves a step towards even load: b += u · sign(mean − load) (Wang et al. 2024, arXiv:2408.15664)."""
+    """Top-k of scores + bias, which only selects; after every BIAS_TOKENS tokens, as after a batch
+    of training, the bias of an expert moves a step towards even load: b += u · sign(mean − load)
+    (Wang et al. 2024, arXiv:2408.15664)."""
     chosen_TE = largest(batch.scores_TE + memory["bias_E"], batch.k)
     memory["load_E"] += chosen_TE.sum(0)
     if memory["load_E"].sum() >= BIAS_TOKENS * batch.k:
@@ -182,13 +217,16 @@ def loss_free(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
     leaks="the whole batch is balanced at once",
 )
 def sinkhorn(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Top-k of the entropic transport plan between tokens and experts (S-BASE: Clark et al. 2022, arXiv:2202.01169; after
-    BASE's exact assignment, Lewis et al. 2021, arXiv:2103.16716)."""
+    """Top-k of the entropic transport plan between tokens and experts (S-BASE: Clark et al. 2022,
+    arXiv:2202.01169; after BASE's exact assignment, Lewis et al. 2021, arXiv:2103.16716)."""
     logits_TE = batch.logits_TE.astype(np.float64)
     price_E = np.zeros(logits_TE.shape[1])
     for _ in range(100):
         token_T1 = _logsumexp(logits_TE - price_E, 1)
-        before, price_E = price_E, _logsumexp(logits_TE - token_T1, 0)[0] - np.log(len(logits_TE) / logits_TE.shape[1])
+        before, price_E = (
+            price_E,
+            _logsumexp(logits_TE - token_T1, 0)[0] - np.log(len(logits_TE) / logits_TE.shape[1]),
+        )
         if np.abs(price_E - before).max() < 1e-4:
             break
     return largest(logits_TE - price_E, batch.k)
@@ -201,10 +239,14 @@ def _logsumexp(values: np.ndarray, axis: int) -> np.ndarray:
 
 @algorithm("hash", "a baseline without a router: experts know token ids, not contexts")
 def hash_layer(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Experts are a fixed function of the token id (Roller et al. 2021, arXiv:2106.04426): the k highest of a hash of (id, expert). A token
-    whose id the trace does not know gets none."""
+    """Experts are a fixed function of the token id (Roller et al. 2021, arXiv:2106.04426): the k
+    highest of a hash of (id, expert). A token whose id the trace does not know gets none."""
     E = batch.scores_TE.shape[1]
-    mixed = batch.token_id_T.astype(np.uint64)[:, None] * np.uint64(E) + np.arange(E, dtype=np.uint64) + np.uint64(SEED)
+    mixed = (
+        batch.token_id_T.astype(np.uint64)[:, None] * np.uint64(E)
+        + np.arange(E, dtype=np.uint64)
+        + np.uint64(SEED)
+    )
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return largest(mixed ^ (mixed >> np.uint64(31)), batch.k) & (batch.token_id_T >= 0)[:, None]
@@ -212,4 +254,6 @@ def hash_layer(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray
 
 @algorithm("random", "never: what chance gives, the floor for the other lines")
 def random(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    return largest(np.random.default_rng([SEED, batch.number]).random(batch.scores_TE.shape), batch.k)
+    return largest(
+        np.random.default_rng([SEED, batch.number]).random(batch.scores_TE.shape), batch.k
+    )

@@ -13,11 +13,13 @@ from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Shard, Trace, codes
 
-SMALL = 3_000_000  # assignments: below this plain numpy is done before numba has been imported and its code loaded
+# assignments: below this plain numpy is done before numba has been imported and its code loaded
+SMALL = 3_000_000
 
 
 def is_small(trace: Trace, routers: Iterable[int], times: int = 1) -> bool:
-    """Whether the twins without numba are the quicker way. `times`: how often each assignment is gone through."""
+    """Whether the twins without numba are the quicker way. `times`: how often each assignment is
+    gone through."""
     return trace.n_tokens * sum(trace.routers[r].top_k for r in routers) * times < SMALL
 
 
@@ -28,15 +30,23 @@ def slots(shard: Shard, router: int) -> np.ndarray:
 
 def check_length(values: np.ndarray, tokens: int, router: int) -> None:
     if len(values) != tokens:
-        raise MoeInspectError(f"damaged trace: router {router} has {len(values)} decisions in a shard of {tokens} tokens that reach it")
+        raise MoeInspectError(
+            f"damaged trace: router {router} has {len(values)} decisions in a shard of {tokens} "
+            "tokens that reach it"
+        )
 
 
 def check_domains(trace: Trace, selection: Selection) -> None:
     """MoeInspectError where the trace lacks a domain that was asked for."""
     if selection.domains is not None:
-        there = set((trace.counts() if trace.counts_only else trace.documents())["domain"].astype(str))
+        there = set(
+            (trace.counts() if trace.counts_only else trace.documents())["domain"].astype(str)
+        )
         if missing := selection.domains - there:
-            raise MoeInspectError(f"no domain {', '.join(sorted(missing))} in {trace.path}: it has {', '.join(sorted(there))}")
+            raise MoeInspectError(
+                f"no domain {', '.join(sorted(missing))} in {trace.path}: it has "
+                f"{', '.join(sorted(there))}"
+            )
 
 
 def taken(shard: Shard, selection: Selection) -> np.ndarray:
@@ -79,8 +89,8 @@ def deciles(start_G: np.ndarray) -> np.ndarray:
 
 
 def document_deciles(document_T: np.ndarray, sequence_T: np.ndarray) -> np.ndarray:
-    """The tenth of its document (of what the shard holds of it) each token is in, wherever its tokens lie; a document that was cut is
-    its sequences, one after the other. uint8 [T]"""
+    """The tenth of its document (of what the shard holds of it) each token is in, wherever its
+    tokens lie; a document that was cut is its sequences, one after the other. uint8 [T]"""
     order_T = np.argsort(document_T.astype(np.int64) << 32 | sequence_T, kind="stable")
     decile_T = np.empty(len(sequence_T), np.uint8)
     decile_T[order_T] = deciles(runs(document_T[order_T]))

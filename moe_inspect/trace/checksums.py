@@ -1,13 +1,15 @@
 """Checksums of a trace: a changed byte is found, whichever file it is in.
 
-| what                    | covered by                                              | checked                        |
+| what                    | covered by                                              | checked
+|
 |-------------------------|---------------------------------------------------------|--------------------------------|
-| pages of Parquet files  | CRC-32 in the page headers                              | when a page is read            |
-| footers and sizes       | `footer_crc32` and `bytes` in the shard's line          | when a file is opened          |
-| whole Parquet files     | `sha256` in the shard's line                            | by verify; small files: opened |
-| vocabulary.parquet      | `vocabulary` in trace.json: bytes, sha256               | when it is read                |
-| lines of shards-*.jsonl | `crc32`, the last key of the line                       | when a trace is opened         |
-| trace.json              | `digest`, of everything but the values in FREE_TEXT     | when a trace is opened         |
+| pages of Parquet files  | CRC-32 in the page headers                              | when a page is
+read            | | footers and sizes       | `footer_crc32` and `bytes` in the shard's line
+| when a file is opened          | | whole Parquet files     | `sha256` in the shard's line
+| by verify; small files: opened | | vocabulary.parquet      | `vocabulary` in trace.json: bytes,
+sha256               | when it is read                | | lines of shards-*.jsonl | `crc32`, the
+last key of the line                       | when a trace is opened         | | trace.json
+| `digest`, of everything but the values in FREE_TEXT     | when a trace is opened         |
 
 Traces written before these existed lack them, except `sha256`.
 """
@@ -45,7 +47,8 @@ def is_intact(line: bytes) -> bool:
 
 
 def footer_crc32(file: pa.NativeFile) -> int:
-    """CRC-32 of a Parquet file's footer, from its first byte to the end of the file. ValueError where there is none."""
+    """CRC-32 of a Parquet file's footer, from its first byte to the end of the file. ValueError
+    where there is none."""
     size = file.size()
     end = file.read_at(END_BYTES, size - END_BYTES) if size > END_BYTES else b""
     length = int.from_bytes(end[:4], "little") + END_BYTES
@@ -71,7 +74,9 @@ def _remove(section: Any, path: list[str]) -> None:
 
 def digest(manifest: dict[str, Any]) -> str:
     """sha256 of what a manifest states, without its own digest and the values of FREE_TEXT."""
-    stated = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "digest"}))
+    stated = json.loads(
+        json.dumps({key: value for key, value in manifest.items() if key != "digest"})
+    )
     for path in FREE_TEXT:
         _remove(stated, [*path.split(".")])
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()

@@ -1,12 +1,15 @@
-"""The lock that a writer holds on its trace: no second process, and no second recording of the same process, writes there.
+"""The lock that a writer holds on its trace: no second process, and no second recording of the same
+process, writes there.
 
-It is flock(2) on the file `.lock` of the trace. The operating system drops it when its process ends, however it ends. It belongs
-to the open file: unlike fcntl's record locks it is not lost when something else in the process opens the file and closes it.
-Linux sends it to the server of an NFS mount, so that it holds between machines, unless the mount says "nolock" or
-"local_lock". Where a file system has no locks, a warning says so.
+It is flock(2) on the file `.lock` of the trace. The operating system drops it when its process
+ends, however it ends. It belongs to the open file: unlike fcntl's record locks it is not lost when
+something else in the process opens the file and closes it. Linux sends it to the server of an NFS
+mount, so that it holds between machines, unless the mount says "nolock" or "local_lock". Where a
+file system has no locks, a warning says so.
 
-The ranks of one job share the lock: rank 0 first takes it alone, which fails while any rank of another job is alive, then shares it,
-and the others join. The file names the job, and is removed by the last who held it.
+The ranks of one job share the lock: rank 0 first takes it alone, which fails while any rank of
+another job is alive, then shares it, and the others join. The file names the job, and is removed by
+the last who held it.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class Lock:
             return
         file, self._file = self._file, None
         try:
-            # nobody else may hold the file when it is removed: another process could then lock a new one beside them
+            # nobody else may hold the file when it is removed: another process could then lock a
+            # new one beside them
             if _flock(file, exclusive=True) and _is_at(file, self.root / LOCK):
                 (self.root / LOCK).unlink()
         except OSError:
@@ -52,7 +56,8 @@ class Lock:
             os.close(file)
 
     def close_in_child(self) -> None:
-        """A forked process has the open file too, and would keep the lock after its parent has ended."""
+        """A forked process has the open file too, and would keep the lock after its parent has
+        ended."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -60,7 +65,12 @@ class Lock:
     def __enter__(self) -> Lock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.release()
 
 
@@ -70,8 +80,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def hold(root: Path, *, shared: bool = False, wait: bool = False) -> Lock:
-    """Locks the trace at `root`, a directory that is made where there is none. MoeInspectError where another writer holds the lock;
-    with `wait`, waits for it. `shared`: other ranks will `join`."""
+    """Locks the trace at `root`, a directory that is made where there is none. MoeInspectError
+    where another writer holds the lock; with `wait`, waits for it. `shared`: other ranks will
+    `join`."""
     job = f"{os.getpid()} {socket.gethostname()} {uuid.uuid4().hex}"
     file = _locked(root, exclusive=True, wait=wait)
     lock = Lock(root, file, job)
@@ -92,12 +103,15 @@ def join(root: Path, job: str) -> Lock:
     file = _locked(root, exclusive=False)
     if _job_in(file) != job:
         os.close(file)
-        raise MoeInspectError(f"another job has begun to write {root}: start this one again when it is done")
+        raise MoeInspectError(
+            f"another job has begun to write {root}: start this one again when it is done"
+        )
     return Lock(root, file, job)
 
 
 def refuse_while_locked(root: Path) -> None:
-    """MoeInspectError where a writer, of this or of another machine, holds the lock of the trace at `root`."""
+    """MoeInspectError where a writer, of this or of another machine, holds the lock of the trace at
+    `root`."""
     if (file := _existing(root)) is None:
         return
     try:
@@ -115,7 +129,10 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
         try:
             got = _flock(file, exclusive)
             if got is None:
-                say(f"warning: the file system of {root} has no locks: make sure that nothing else writes there")
+                say(
+                    f"warning: the file system of {root} has no locks: make sure that nothing "
+                    "else writes there"
+                )
                 return file
             if got and _is_at(file, root / LOCK):
                 return file
@@ -163,11 +180,17 @@ def _flock(file: int, exclusive: bool) -> bool | None:
     try:
         import fcntl
     except ImportError:
-        raise MoeInspectError("traces are written on Linux, macOS and other systems with flock(2), not on this one") from None
+        raise MoeInspectError(
+            "traces are written on Linux, macOS and other systems with flock(2), not on this one"
+        ) from None
     try:
         fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.ESTALE):  # stale: removed on an NFS server
+        if error.errno in (
+            errno.EWOULDBLOCK,
+            errno.EACCES,
+            errno.ESTALE,
+        ):  # stale: removed on an NFS server
             return False
         if error.errno in UNSUPPORTED:
             return None
@@ -176,7 +199,8 @@ def _flock(file: int, exclusive: bool) -> bool | None:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file is the one at `path`: its last holder may have removed it before it was locked here."""
+    """Whether the open file is the one at `path`: its last holder may have removed it before it was
+    locked here."""
     try:
         return os.path.samestat(os.fstat(file), os.lstat(path))
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""Whether a trace can be written at a place, and making way for it there: nothing but the files of a trace is ever removed."""
+"""Whether a trace can be written at a place, and making way for it there: nothing but the files of
+a trace is ever removed."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.lock import LOCK, Lock, hold, refuse_while_locked
 
-OVERWRITTEN = ".overwritten.tmp"  # the manifest of a trace that is being removed: readers find no trace there any more
+# the manifest of a trace that is being removed: readers find no trace there any more
+OVERWRITTEN = ".overwritten.tmp"
 LIST = r"shards-\d+\.jsonl"
 PART = r"part-\d+-\d+\.parquet"
 DRAFT = rf"\.({re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST})\.tmp"
@@ -30,7 +32,8 @@ TO_NAME = 3  # files, in a message
 
 @dataclass(frozen=True)
 class Contents:
-    """What a directory holds. `files`: what a trace has by these names, without its lock; `strange`: what no trace has."""
+    """What a directory holds. `files`: what a trace has by these names, without its lock;
+    `strange`: what no trace has."""
 
     root: Path
     files: list[str] = field(default_factory=list)
@@ -39,11 +42,13 @@ class Contents:
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing is committed here: the directory is empty, its writer was stopped before the first manifest, or its trace was
-        given up to be overwritten."""
+        """Whether nothing is committed here: the directory is empty, its writer was stopped before
+        the first manifest, or its trace was given up to be overwritten."""
         if self.strange or schema.MANIFEST in self.files:
             return False
-        return OVERWRITTEN in self.files or not any("/part-" in name or self._is_list(name) for name in self.files)
+        return OVERWRITTEN in self.files or not any(
+            "/part-" in name or self._is_list(name) for name in self.files
+        )
 
     @property
     def is_trace(self) -> bool:
@@ -76,7 +81,11 @@ class Contents:
             found = json.loads(line)
         except (ValueError, RecursionError):
             return False
-        return isinstance(found, dict) and found.get("table") in schema.TABLES and {"path", "shard", "sha256"} <= set(found)
+        return (
+            isinstance(found, dict)
+            and found.get("table") in schema.TABLES
+            and {"path", "shard", "sha256"} <= set(found)
+        )
 
 
 def contents(root: Path) -> Contents:
@@ -94,9 +103,12 @@ def contents(root: Path) -> Contents:
     return found
 
 
-def check_directory(path: Path, overwrite: bool, resumable: bool = True, locked: bool = False) -> None:
-    """Sees to it that a new trace can be written at `path`, or refuses: an existing trace is replaced only with `overwrite` (when there is
-    something to replace it by, not before), anything else never. `locked`: the caller holds the lock."""
+def check_directory(
+    path: Path, overwrite: bool, resumable: bool = True, locked: bool = False
+) -> None:
+    """Sees to it that a new trace can be written at `path`, or refuses: an existing trace is
+    replaced only with `overwrite` (when there is something to replace it by, not before), anything
+    else never. `locked`: the caller holds the lock."""
     try:
         if path.exists() and not path.is_dir():
             raise MoeInspectError(f"{path} is a file: give a directory for the trace")
@@ -108,7 +120,9 @@ def check_directory(path: Path, overwrite: bool, resumable: bool = True, locked:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MoeInspectError(f"cannot write {path}: no directory can be made {_why_none(path, error)}") from None
+            raise MoeInspectError(
+                f"cannot write {path}: no directory can be made {_why_none(path, error)}"
+            ) from None
         tempfile.TemporaryFile(dir=path).close()
         with suppress(OSError):  # another trace may have begun in one of them
             for made in new:  # nothing is left behind where no trace comes of it
@@ -121,7 +135,9 @@ def take_place(path: Path, overwrite: bool, resumable: bool = True, shared: bool
     """Locks `path` for a new trace and makes way for it. The lock is the caller's to release."""
     lock = hold(path, shared=shared)
     try:
-        check_directory(path, overwrite, resumable, locked=True)  # another trace may have begun there meanwhile
+        check_directory(
+            path, overwrite, resumable, locked=True
+        )  # another trace may have begun there meanwhile
         clear_trace(path)
     except BaseException:
         lock.release()
@@ -130,15 +146,19 @@ def take_place(path: Path, overwrite: bool, resumable: bool = True, shared: bool
 
 
 def clear_trace(root: Path) -> None:
-    """Removes the files of the trace at `root`, and only those. Its manifest goes first, then the lists of shards: stopped in between, this
-    leaves no trace, and whoever comes next goes on with it."""
+    """Removes the files of the trace at `root`, and only those. Its manifest goes first, then the
+    lists of shards: stopped in between, this leaves no trace, and whoever comes next goes on with
+    it."""
     there = contents(root)
     _refuse_to_replace(there, overwrite=True)
     try:
         if schema.MANIFEST in there.files:
             os.replace(root / schema.MANIFEST, root / OVERWRITTEN)
             schema.sync_directory(root)
-        for name in sorted(set(there.files) - {schema.MANIFEST, OVERWRITTEN}, key=lambda name: not re.fullmatch(LIST, name)):
+        for name in sorted(
+            set(there.files) - {schema.MANIFEST, OVERWRITTEN},
+            key=lambda name: not re.fullmatch(LIST, name),
+        ):
             (root / name).unlink()
         for name in there.folders:
             with suppress(OSError):  # the next trace uses it as it is
@@ -152,7 +172,11 @@ def _why_none(path: Path, error: OSError) -> str:
     parent = next(p for p in path.parents if os.path.exists(p))
     if not parent.is_dir():
         return f"below {parent}, which is a file"
-    return f"in {parent}: {'its file system takes none' if error.errno == errno.ENOENT else error.strerror}"  # as Linux says in /proc
+    # as Linux says in /proc
+    return (
+        f"in {parent}: "
+        f"{'its file system takes none' if error.errno == errno.ENOENT else error.strerror}"
+    )
 
 
 def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True) -> None:
@@ -165,11 +189,18 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
             f"there is {'a trace' if is_trace else 'something'} at {path}: choose another place, "
             f"or replace a trace with --overwrite (overwrite=True){way_out}"
         )
-    others = there.strange if is_trace else [*there.strange, *(name for name in there.files if name == schema.MANIFEST)]
+    others = (
+        there.strange
+        if is_trace
+        else [*there.strange, *(name for name in there.files if name == schema.MANIFEST)]
+    )
     if others or not is_trace:
         named = ", ".join(sorted(others or there.files)[:TO_NAME])
         more = f" and {len(others) - TO_NAME:,} more" if len(others) > TO_NAME else ""
-        raise MoeInspectError(f"{path} is {'more than' if is_trace else 'not'} a trace (it holds {named}{more}): not overwritten")
+        raise MoeInspectError(
+            f"{path} is {'more than' if is_trace else 'not'} a trace (it holds {named}{more}): "
+            "not overwritten"
+        )
     if (manifest := _readable_manifest(path)) is not None:
         from moe_inspect.trace.reader import refuse_while_written
 
@@ -181,5 +212,7 @@ def _readable_manifest(path: Path) -> dict[str, Any] | None:
 
     try:
         return read_manifest(path)
-    except MoeInspectError:  # damaged, or of another format: it can be replaced, and nobody is writing it
+    except (
+        MoeInspectError
+    ):  # damaged, or of another format: it can be replaced, and nobody is writing it
         return None

@@ -1,4 +1,5 @@
-"""The Parquet files of a trace, opened and read: nothing of one is believed, or allocated, before it is checked.
+"""The Parquet files of a trace, opened and read: nothing of one is believed, or allocated, before
+it is checked.
 
 Whatever is wrong with a file is one line that names it (`Damaged`).
 """
@@ -21,7 +22,9 @@ from moe_inspect.trace.remote import Remote
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.validate import MOST_SHARD_TOKENS, Damaged
 
-SMALL_BYTES = 2**20  # a file of this size is hashed when it is opened, which takes less than opening it
+SMALL_BYTES = (
+    2**20
+)  # a file of this size is hashed when it is opened, which takes less than opening it
 MOST_COUNT_ROWS = 2**26
 TEXT_BYTES = 2**28  # of the texts of a table: far above any, far below what memory holds
 MAY_BE_NULL = ("expert_", "weight_", "first_choice")
@@ -51,11 +54,13 @@ def reading(name: str) -> Iterator[None]:
 
 
 def open_part(path: Path | Remote, name: str, columns: pa.Schema, stated: Stated) -> pq.ParquetFile:
-    """A file of a trace, at `path`, after everything but its pages is checked; those are, by their CRCs, as they are read."""
+    """A file of a trace, at `path`, after everything but its pages is checked; those are, by their
+    CRCs, as they are read."""
     with reading(name):
         file = _source(path)
         _check_bytes(file, name, stated)
-        # routers of a shard are read from several threads, which Arrow's buffer of what comes next does not stand
+        # routers of a shard are read from several threads, which Arrow's buffer of what comes next
+        # does not stand
         opened = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
         rows = opened.metadata.num_rows
         if stated.rows is not None and rows != stated.rows:
@@ -84,27 +89,49 @@ def _check_bytes(file: pa.NativeFile, name: str, stated: Stated) -> None:
     if stated.sha256 is not None and (size <= SMALL_BYTES or name == schema.VOCABULARY):
         check_sha256(checksums.file_sha256(file), name, stated)
     elif stated.footer_crc32 is not None and checksums.footer_crc32(file) != stated.footer_crc32:
-        raise Damaged(name, "its footer was changed after it was written (the CRC-32 in its line says so)", name)
+        raise Damaged(
+            name,
+            "its footer was changed after it was written (the CRC-32 in its line says so)",
+            name,
+        )
 
 
 def check_sha256(found: str, name: str, stated: Stated) -> None:
     if found != stated.sha256:
-        said = f"it was changed after it was written: sha256 is {found[:12]}…, {str(stated.sha256)[:12]}… was written"
+        said = (
+            f"it was changed after it was written: sha256 is {found[:12]}…, "
+            f"{str(stated.sha256)[:12]}… was written"
+        )
         raise Damaged(name, said, name)
 
 
 def _check_size(file: pq.ParquetFile, name: str) -> None:
-    """A few kilobytes can decompress to gigabytes. The footer says to how many, before anything is read."""
+    """A few kilobytes can decompress to gigabytes. The footer says to how many, before anything is
+    read."""
     metadata = file.metadata
     table = name.partition("/")[0]
-    most_rows = MOST_COUNT_ROWS if table == "counts" else MOST_TOKEN_IDS if name == schema.VOCABULARY else MOST_SHARD_TOKENS
+    most_rows = (
+        MOST_COUNT_ROWS
+        if table == "counts"
+        else MOST_TOKEN_IDS
+        if name == schema.VOCABULARY
+        else MOST_SHARD_TOKENS
+    )
     width = sum(_width(kind) for kind in file.schema_arrow.types)
     for g in range(metadata.num_row_groups):
         group = metadata.row_group(g)
         if not 0 <= group.num_rows <= most_rows:
-            raise Damaged(name, f"a row group of it has {group.num_rows:,} rows: at most {most_rows:,} are possible", name)
+            raise Damaged(
+                name,
+                f"a row group of it has {group.num_rows:,} rows: at most {most_rows:,} are "
+                "possible",
+                name,
+            )
         if not 0 <= group.total_byte_size <= 2 * width * group.num_rows + TEXT_BYTES:
-            said = f"a row group of {group.num_rows:,} rows decompresses to {group.total_byte_size:,} bytes: no {table} take that many"
+            said = (
+                f"a row group of {group.num_rows:,} rows decompresses to "
+                f"{group.total_byte_size:,} bytes: no {table} take that many"
+            )
             raise Damaged(name, said, name)
 
 
@@ -130,7 +157,9 @@ def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
         return _alike(found.value_type, expected.value_type)
     if pa.types.is_string(expected):
         return pa.types.is_string(found) or pa.types.is_large_string(found)
-    return found == expected or (pa.types.is_unsigned_integer(expected) and found in (pa.uint8(), pa.uint16()))
+    return found == expected or (
+        pa.types.is_unsigned_integer(expected) and found in (pa.uint8(), pa.uint16())
+    )
 
 
 def columns_of(table: str, routers: list[Router], weights: bool) -> pa.Schema:
@@ -145,9 +174,14 @@ def columns_of(table: str, routers: list[Router], weights: bool) -> pa.Schema:
 
 
 def read(
-    file: pq.ParquetFile, name: str, columns: list[str] | None = None, groups: list[int] | None = None, nulls: bool = False
+    file: pq.ParquetFile,
+    name: str,
+    columns: list[str] | None = None,
+    groups: list[int] | None = None,
+    nulls: bool = False,
 ) -> pa.Table:
-    """Row groups of a file, or all. MoeInspectError for a null where there can be none, unless `nulls`."""
+    """Row groups of a file, or all. MoeInspectError for a null where there can be none, unless
+    `nulls`."""
     with reading(name):
         if groups is None:
             table, rows = file.read(columns, use_threads=False), file.metadata.num_rows
@@ -174,22 +208,28 @@ def _check_text(table: pa.Table) -> None:
 
 
 def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
-    """token_id, token. A text that is stored once can be said a million times: the length of all is known before they are copied."""
+    """token_id, token. A text that is stored once can be said a million times: the length of all is
+    known before they are copied."""
     name = schema.VOCABULARY
     file = open_part(path, name, schema.VOCABULARY_SCHEMA, stated)
     with reading(name):
-        words = pq.ParquetFile(_source(path), read_dictionary=["token"], page_checksum_verification=True).read(use_threads=False)
+        words = pq.ParquetFile(
+            _source(path), read_dictionary=["token"], page_checksum_verification=True
+        ).read(use_threads=False)
         _check_text(words)
         total = sum(_text_bytes(chunk) for chunk in words["token"].chunks)
         if total > TEXT_BYTES:
             raise Damaged(
-                name, f"its {file.metadata.num_rows:,} tokens are {total:,} bytes of text: at most {TEXT_BYTES:,} are possible", name
+                name,
+                f"its {file.metadata.num_rows:,} tokens are {total:,} bytes of text: at most "
+                f"{TEXT_BYTES:,} are possible",
+                name,
             )
         if words["token_id"].null_count:
             raise Damaged(name, "token_id is null", name)
-        return words.set_column(words.column_names.index("token"), "token", words["token"].cast(pa.string())).select(
-            schema.VOCABULARY_SCHEMA.names
-        )
+        return words.set_column(
+            words.column_names.index("token"), "token", words["token"].cast(pa.string())
+        ).select(schema.VOCABULARY_SCHEMA.names)
 
 
 def _text_bytes(chunk: Any) -> int:

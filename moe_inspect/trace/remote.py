@@ -1,4 +1,5 @@
-"""A trace that stands elsewhere: as much of pathlib as reading one takes, on any filesystem that fsspec knows."""
+"""A trace that stands elsewhere: as much of pathlib as reading one takes, on any filesystem that
+fsspec knows."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from moe_inspect.text import first_line
 
 def place(path: str | Path | Remote) -> Path | Remote:
     """A directory of this machine, or what a URL (`s3://bucket/trace`) names."""
-    return Remote(path) if isinstance(path, str) and "://" in path else path if isinstance(path, Remote) else Path(path)
+    return (
+        Remote(path)
+        if isinstance(path, str) and "://" in path
+        else path
+        if isinstance(path, Remote)
+        else Path(path)
+    )
 
 
 class Remote:
@@ -28,7 +35,10 @@ class Remote:
             from fsspec.core import url_to_fs
 
             return url_to_fs(self.url)
-        except (ImportError, ValueError) as error:  # fsspec itself, what it needs for this protocol, a protocol there is not
+        except (
+            ImportError,
+            ValueError,
+        ) as error:  # fsspec itself, what it needs for this protocol, a protocol there is not
             raise MoeInspectError(f"cannot open {self.url}: {first_line(error)}") from None
 
     @property
@@ -62,4 +72,7 @@ class Remote:
         return self.filesystem.cat_file(self.path)
 
     def iterdir(self) -> Iterator[Remote]:
-        return (self / str(name).rstrip("/").rpartition("/")[2] for name in self.filesystem.ls(self.path, detail=False))
+        return (
+            self / str(name).rstrip("/").rpartition("/")[2]
+            for name in self.filesystem.ls(self.path, detail=False)
+        )

@@ -2,13 +2,13 @@
 
 TRACE/
   trace.json                          the manifest
-  shards-<rank>.jsonl                 one line a committed part file, all lines of a shard in one write
-  routing/part-<rank>-<n>.parquet     one row a decision (token, router); one row group a router
-  tokens/part-<rank>-<n>.parquet      one row a token
+  shards-<rank>.jsonl                 one line a committed part file, all lines of a shard in one
+  write routing/part-<rank>-<n>.parquet     one row a decision (token, router); one row group a
+  router tokens/part-<rank>-<n>.parquet      one row a token
   documents/part-<rank>-<n>.parquet   one row a document, in the shard of its first token
   logits/part-<rank>-<n>.parquet      only when asked for
-  counts/part-<rank>-<n>.parquet      instead of routing and tokens with --counts-only: one row (router, domain, expert)
-  vocabulary.parquet                  the whole vocabulary with its text
+  counts/part-<rank>-<n>.parquet      instead of routing and tokens with --counts-only: one row
+  (router, domain, expert) vocabulary.parquet                  the whole vocabulary with its text
 """
 
 from __future__ import annotations
@@ -48,17 +48,20 @@ TOKENS = pa.schema(
         ("batch", pa.int32()),
     ]
 )
-DOCUMENTS = pa.schema([("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())])
+DOCUMENTS = pa.schema(
+    [("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())]
+)
 MOST_TOKEN_IDS = 2**22  # no vocabulary is near; what a hostile file could ask for
 VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())])
 
 
 @dataclass(frozen=True)
 class Router:
-    """One router of the model, as `trace.json` lists it. `layer` is the block index, `experts` and `top_k` count routed
-    experts only, `scoring` is how logits become scores ("softmax", "sigmoid", or "" where unknown). `stack` is "encoder" or
-    "decoder" in a model that has both, else "": which tokens reach the router. `slot_order` is "weight" (slots are in descending
-    gate weight: slot 0 is the first choice), "unknown", or "" in a trace written before it was stated."""
+    """One router of the model, as `trace.json` lists it. `layer` is the block index, `experts` and
+    `top_k` count routed experts only, `scoring` is how logits become scores ("softmax", "sigmoid",
+    or "" where unknown). `stack` is "encoder" or "decoder" in a model that has both, else "": which
+    tokens reach the router. `slot_order` is "weight" (slots are in descending gate weight: slot 0
+    is the first choice), "unknown", or "" in a trace written before it was stated."""
 
     layer: int
     name: str
@@ -76,23 +79,28 @@ class Router:
         return self.slot_order == "weight"
 
     def sees(self, phase: str) -> bool:
-        """Whether tokens of this phase reach the router: the encoder's see those of "encode", the decoder's the others."""
+        """Whether tokens of this phase reach the router: the encoder's see those of "encode", the
+        decoder's the others."""
         return not self.stack or (self.stack == "encoder") == (phase == "encode")
 
 
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:
-    """uint8 holds every id of at most 256 experts; the whole table takes the width of its largest router."""
+    """uint8 holds every id of at most 256 experts; the whole table takes the width of its largest
+    router."""
     return pa.uint16() if any(r.experts > 256 for r in routers) else pa.uint8()
 
 
 def routing_schema(routers: Sequence[Router], weights: bool, nullable: bool = True) -> pa.Schema:
-    """`nullable`: whether a slot may have routed nowhere. A shard in which none has says so, which costs a reader nothing and
-    spares the writer a sixth of its time."""
+    """`nullable`: whether a slot may have routed nowhere. A shard in which none has says so, which
+    costs a reader nothing and spares the writer a sixth of its time."""
     slots = range(max(r.top_k for r in routers))
     keys = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
     fields = [(f"expert_{j}", id_dtype(routers)) for j in slots]
     fields += [(f"weight_{j}", pa.float32()) for j in slots] if weights else []
-    return pa.schema([pa.field(*key, nullable=False) for key in keys] + [pa.field(*f, nullable=nullable) for f in fields])
+    return pa.schema(
+        [pa.field(*key, nullable=False) for key in keys]
+        + [pa.field(*f, nullable=nullable) for f in fields]
+    )
 
 
 def counts_schema(weights: bool) -> pa.Schema:
@@ -122,14 +130,22 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     "token": "unique in the trace, in execution order; process r numbers from r·2^40",
     "token_id": "vocabulary id",
     "document": "an input text",
-    "sequence": "a document longer than --max-length is several sequences; consecutive tokens are paired only within one",
+    "sequence": (
+        "a document longer than --max-length is several sequences; consecutive tokens are paired "
+        "only within one"
+    ),
     "position": "the model's position within the sequence, special tokens included",
     "domain": "the document's label",
-    "phase": "prefill: fed as a prompt; decode: fed one at a time; encode: fed to the encoder, whose routers alone see it",
+    "phase": (
+        "prefill: fed as a prompt; decode: fed one at a time; encode: fed to the encoder, whose "
+        "routers alone see it"
+    ),
     "batch": "the forward pass",
     "layer": "the model's block index, not the ordinal of the MoE layers",
     "router": "index into routers in trace.json: a block may have several",
-    "expert_j": "routed expert in slot j; null where the slot routed nowhere. Slots are in descending gate weight where the router's "
+    "expert_j": "routed expert in slot j; null where the "
+    "slot routed nowhere. Slots are in descending "
+    "gate weight where the router's "
     "slot_order is weight",
     "weight_j": "gate weight handed to the expert in slot j",
 }
@@ -146,8 +162,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` if all went well, and is gone (its space with it) if not; `path` itself where that is a
-    device or a pipe, which nothing may take the place of."""
+    """A temporary name that becomes `path` if all went well, and is gone (its space with it) if
+    not; `path` itself where that is a device or a pipe, which nothing may take the place of."""
     if path.exists() and not path.is_file():
         yield path
         return
@@ -171,12 +187,15 @@ def sync_directory(path: Path) -> None:
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Writes trace.json, with its digest."""
     stated = {**manifest, "digest": checksums.digest(manifest)}
-    write_atomically(root / MANIFEST, (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+    write_atomically(
+        root / MANIFEST,
+        (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"),
+    )
 
 
 def process_start(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot: with its number it names a process once and for all. None where the
-    system does not say (it has no /proc)."""
+    """When a process began, in clock ticks since boot: with its number it names a process once and
+    for all. None where the system does not say (it has no /proc)."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -185,7 +204,9 @@ def process_start(pid: int) -> int | None:
 
 def fingerprint(value: Any) -> str:
     """sha256 of a JSON value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
+    ).hexdigest()
 
 
 def parse_ranges(text: str) -> list[int]:
@@ -194,7 +215,9 @@ def parse_ranges(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         numbers = [first, last] if dash else [first]
-        if not all(n.isascii() and n.isdecimal() and len(n) < 5 for n in numbers) or (dash and int(last) < int(first)):
+        if not all(n.isascii() and n.isdecimal() and len(n) < 5 for n in numbers) or (
+            dash and int(last) < int(first)
+        ):
             raise MoeInspectError(f"cannot read layers {text!r}: write them like 0-3,7")
         values.update(range(int(first), int(last or first) + 1))
     return sorted(values)

@@ -1,5 +1,6 @@
-"""What trace.json and the lines of shards-*.jsonl may say. Both are data from outside: everything that other code relies on is
-checked here, its type and its range, before anything is allocated by it."""
+"""What trace.json and the lines of shards-*.jsonl may say. Both are data from outside: everything
+that other code relies on is checked here, its type and its range, before anything is allocated by
+it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,17 @@ MOST_RANKS = 2**20
 MOST_SHARD_TOKENS = 2**24  # our shards hold at most 2**19 tokens, or one batch
 MOST_MANIFEST_BYTES = 2**26
 MOST = 2**62
-LINE_KEYS = {"table", "path", "rows", "sha256", "bytes", "footer_crc32", "shard", "decisions", "crc32"}
+LINE_KEYS = {
+    "table",
+    "path",
+    "rows",
+    "sha256",
+    "bytes",
+    "footer_crc32",
+    "shard",
+    "decisions",
+    "crc32",
+}
 SPAN = ("first_token", "last_token", "first_batch", "last_batch")
 _REQUIRED = ("layer", "name", "path", "experts", "top_k")
 
@@ -46,21 +57,30 @@ def parsed(data: bytes) -> Any:
 
 
 def check_manifest(manifest: Any) -> None:
-    """ValueError, naming the key by its full path, for the first thing that is missing or impossible."""
+    """ValueError, naming the key by its full path, for the first thing that is missing or
+    impossible."""
     routers = _typed(manifest, "routers", list)
     if not 1 <= len(routers) <= MOST_ROUTERS:
         raise ValueError(f"routers lists {len(routers):,}: 1 to {MOST_ROUTERS:,} are possible")
     if "digest" in manifest and manifest["digest"] != checksums.digest(manifest):
         raise ValueError(
-            "it was changed after it was written (its digest says so): restore it, or delete the key digest to have it believed. "
+            "it was changed after it was written (its digest says so): restore it, or delete the "
+            "key digest to have it believed. "
             f"Free to edit are {', '.join(checksums.FREE_TEXT)}"
         )
     _one_of(manifest, "status", schema.STATUSES)
     tables = _typed(manifest, "tables", list)
     decisions = {"documents", "tokens", "routing"}
     sets = ({"documents", "counts"}, decisions, decisions | {"logits"})
-    if not all(isinstance(name, str) for name in tables) or set(tables) not in sets or len(tables) > len(set(tables)):
-        raise ValueError(f"tables is {_shown(tables)}, not one of {'; '.join(', '.join(sorted(s)) for s in sets)}")
+    if (
+        not all(isinstance(name, str) for name in tables)
+        or set(tables) not in sets
+        or len(tables) > len(set(tables))
+    ):
+        raise ValueError(
+            f"tables is {_shown(tables)}, not one of "
+            f"{'; '.join(', '.join(sorted(s)) for s in sets)}"
+        )
     _typed(manifest, "capture", dict)
     _typed(manifest, "capture.weights", bool)
     for path in ("capture.pid", "capture.process_start"):
@@ -91,15 +111,24 @@ def _check_routers(routers: list[Any]) -> None:
             kind = str if known[name].type == "str" else int
             if type(value) is not kind:
                 raise ValueError(f"{where}.{name} is {_shown(value)}, not {_KINDS[kind]}")
-        for name, least, most in (("layer", 0, 2**16 - 1), ("experts", 1, MOST_EXPERTS), ("shared_experts", 0, MOST_EXPERTS)):
+        for name, least, most in (
+            ("layer", 0, 2**16 - 1),
+            ("experts", 1, MOST_EXPERTS),
+            ("shared_experts", 0, MOST_EXPERTS),
+        ):
             _in_range(router.get(name, least), f"{where}.{name}", least, most)
         _in_range(router["top_k"], f"{where}.top_k", 1, router["experts"])
-        for name, allowed in (("stack", ("encoder", "decoder")), ("slot_order", (slot_order.BY_WEIGHT, slot_order.UNKNOWN))):
+        for name, allowed in (
+            ("stack", ("encoder", "decoder")),
+            ("slot_order", (slot_order.BY_WEIGHT, slot_order.UNKNOWN)),
+        ):
             if (value := router.get(name, "")) not in ("", *allowed):
                 raise ValueError(f"{where}.{name} is {_shown(value)}, not {' or '.join(allowed)}")
         in_all += router["experts"]
     if in_all > MOST_EXPERTS_IN_ALL:
-        raise ValueError(f"routers have {in_all:,} experts in all: at most {MOST_EXPERTS_IN_ALL:,} are possible")
+        raise ValueError(
+            f"routers have {in_all:,} experts in all: at most {MOST_EXPERTS_IN_ALL:,} are possible"
+        )
 
 
 # --- lines of shards
@@ -123,16 +152,24 @@ def check_line(entry: Any, line: bytes, rank: int, routers: int, tables: list[st
     last = _number(entry, "last_token", first - 1, start + schema.RANK_STRIDE - 1)
     tokens = last - first + 1
     if "routing" in tables and tokens > MOST_SHARD_TOKENS:
-        raise ValueError(f"it has tokens {first} to {last}: a shard holds at most {MOST_SHARD_TOKENS:,}")
+        raise ValueError(
+            f"it has tokens {first} to {last}: a shard holds at most {MOST_SHARD_TOKENS:,}"
+        )
     _number(entry, "first_batch", 0, MOST, optional=True)
     _number(entry, "last_batch", -1, MOST)
     _number(entry, "rows", 0, MOST)
     # a trace that does not say so is one in which every router saw every token
     everywhere = tokens * routers
-    decisions = _number(entry, "decisions", 0, everywhere if "routing" in tables else MOST) if "decisions" in entry else everywhere
+    decisions = (
+        _number(entry, "decisions", 0, everywhere if "routing" in tables else MOST)
+        if "decisions" in entry
+        else everywhere
+    )
     expected = {"tokens": tokens, "routing": decisions, "logits": decisions}.get(table)
     if expected is not None and entry["rows"] != expected:
-        raise ValueError(f"rows of {path} is {entry['rows']}, of tokens {first} to {last} there are {expected}")
+        raise ValueError(
+            f"rows of {path} is {entry['rows']}, of tokens {first} to {last} there are {expected}"
+        )
     for name in ("bytes", "footer_crc32"):
         if name in entry:
             _number(entry, name, 0, MOST)
@@ -140,7 +177,13 @@ def check_line(entry: Any, line: bytes, rank: int, routers: int, tables: list[st
 
 # --- values
 
-_KINDS = {str: "text", bool: "true or false", list: "a list", dict: "an object", int: "a whole number"}
+_KINDS = {
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    int: "a whole number",
+}
 
 
 def _at(value: Any, path: str) -> Any:

@@ -1,7 +1,8 @@
-"""TraceWriter: routed batches → atomic Parquet shards, in a background thread behind a bounded queue.
+"""TraceWriter: routed batches → atomic Parquet shards, in a background thread behind a bounded
+queue.
 
-T tokens of a batch, K slots, E experts. In memory an expert id is uint8 or uint16 and `NOWHERE` (the dtype's maximum)
-marks a slot that routed nowhere; on disk that is null.
+T tokens of a batch, K slots, E experts. In memory an expert id is uint8 or uint16 and `NOWHERE`
+(the dtype's maximum) marks a slot that routed nowhere; on disk that is null.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ from moe_inspect.trace.validate import Damaged
 
 SHARD_TOKENS = 65_536
 SHARD_BYTES = 60 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
-SHARD_SECONDS = 60.0  # a slow model's decisions become readable, and safe, after so long at the latest
-CONTINUED = 8  # times as much, and as long, where the next batch goes on with sequences of this shard
+SHARD_SECONDS = (
+    60.0  # a slow model's decisions become readable, and safe, after so long at the latest
+)
+CONTINUED = (
+    8  # times as much, and as long, where the next batch goes on with sequences of this shard
+)
 QUEUE_BATCHES = 2
 
 
@@ -47,10 +52,12 @@ class Document:
 
 @dataclass(frozen=True)
 class RoutedBatch:
-    """One forward pass. Arrays of length T are in execution order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`:
-    float16 [T, K_r], the bits of bfloat16 as uint16, float32 that one of the two holds exactly, or None (a trace without weights is
-    still ordered by them), `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain code d. Of an encoder-decoder the
-    first `encoded` tokens were fed to the encoder, the others to the decoder, and a router has rows only of those it sees."""
+    """One forward pass. Arrays of length T are in execution order; `ids[r]`: uint8 or uint16 [T,
+    K_r], `weights[r]`: float16 [T, K_r], the bits of bfloat16 as uint16, float32 that one of the
+    two holds exactly, or None (a trace without weights is still ordered by them), `logits[r]`:
+    float16 [T, E_r]. `domains[d]` is the label of domain code d. Of an encoder-decoder the first
+    `encoded` tokens were fed to the encoder, the others to the decoder, and a router has rows only
+    of those it sees."""
 
     batch: int
     token_id: np.ndarray
@@ -64,7 +71,9 @@ class RoutedBatch:
     logits: list[np.ndarray] | None = None
     documents: list[Document] = field(default_factory=list)
     phase: str = "prefill"
-    group: int | None = None  # passes of one group follow each other and are committed together, or not at all
+    group: int | None = (
+        None  # passes of one group follow each other and are committed together, or not at all
+    )
     encoded: int = 0
 
     def seen(self, router: Router) -> slice:
@@ -75,13 +84,19 @@ class RoutedBatch:
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for arrays in (self.ids, self.weights, self.logits) if arrays is not None for a in arrays)
+        return sum(
+            a.nbytes
+            for arrays in (self.ids, self.weights, self.logits)
+            if arrays is not None
+            for a in arrays
+        )
 
 
 @dataclass(frozen=True)
 class CountedBatches:
-    """Load summed over the batches up to `batch`: integers [D, E_r] a router (`weight_sum`: float64). `first_choice` is None where a
-    source does not say: null in the table. `decisions`: of all routers, where they did not all see every token."""
+    """Load summed over the batches up to `batch`: integers [D, E_r] a router (`weight_sum`:
+    float64). `first_choice` is None where a source does not say: null in the table. `decisions`: of
+    all routers, where they did not all see every token."""
 
     batch: int
     tokens: int
@@ -94,10 +109,11 @@ class CountedBatches:
 
 
 class TraceWriter:
-    """Writes a new trace at `root`, or appends to one that `resume_point` prepared. `write` may block (back-pressure) and
-    re-raises what the background thread met, as a MoeInspectError where the user can mend it (a full disk). Leaving the
-    `with` block by KeyboardInterrupt or any other exception closes the trace as "interrupted". The trace is locked until then,
-    by the caller where a `lock` is given."""
+    """Writes a new trace at `root`, or appends to one that `resume_point` prepared. `write` may
+    block (back-pressure) and re-raises what the background thread met, as a MoeInspectError where
+    the user can mend it (a full disk). Leaving the `with` block by KeyboardInterrupt or any other
+    exception closes the trace as "interrupted". The trace is locked until then, by the caller where
+    a `lock` is given."""
 
     def __init__(
         self,
@@ -120,12 +136,21 @@ class TraceWriter:
         self.weights, self.logits, self.counts_only = weights, logits, counts_only
         self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
         start = resume or ResumePoint()
-        self.routers = [self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)]
-        self.next_shard, self.next_token = start.shards, start.next_token or rank * schema.RANK_STRIDE
+        self.routers = [
+            self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)
+        ]
+        self.next_shard, self.next_token = (
+            start.shards,
+            start.next_token or rank * schema.RANK_STRIDE,
+        )
         self.tokens, self.decisions = start.tokens, start.decisions
         self.dropped = 0  # decisions that were made and not handed over, told by who records
-        self.others: Callable[[str], str] = lambda status: status  # own status → that of all ranks, when they have closed
-        self.at_close: dict[str, Any] = {}  # merged into the manifest's sections when the background thread is done
+        self.others: Callable[[str], str] = lambda status: (
+            status
+        )  # own status → that of all ranks, when they have closed
+        self.at_close: dict[
+            str, Any
+        ] = {}  # merged into the manifest's sections when the background thread is done
         self.tables = ["documents", "counts"] if counts_only else ["documents", "tokens", "routing"]
         self.tables += ["logits"] if logits else []
         self.manifest = {
@@ -141,7 +166,9 @@ class TraceWriter:
         self._pending: list[RoutedBatch] = []
         self._pending_tokens = self._pending_bytes = 0
         self._pending_since = time.monotonic()
-        self._reached: dict[tuple[int, int], int] = {}  # document, sequence → its last position among what is pending
+        self._reached: dict[
+            tuple[int, int], int
+        ] = {}  # document, sequence → its last position among what is pending
         self._error: BaseException | None = None
         self._lock = hold(self.root) if lock is None else None
         try:
@@ -180,13 +207,19 @@ class TraceWriter:
     def write(self, batch: RoutedBatch | CountedBatches) -> None:
         self._raise()
         assert self._thread.is_alive(), "written to after close"
-        if isinstance(batch, RoutedBatch) and (highest := int(batch.token_id.max(initial=0))) >= MOST_TOKEN_IDS:
-            raise MoeInspectError(f"token id {highest} cannot be recorded: vocabularies have at most {MOST_TOKEN_IDS:,} tokens")
+        if (
+            isinstance(batch, RoutedBatch)
+            and (highest := int(batch.token_id.max(initial=0))) >= MOST_TOKEN_IDS
+        ):
+            raise MoeInspectError(
+                f"token id {highest} cannot be recorded: vocabularies have at most "
+                f"{MOST_TOKEN_IDS:,} tokens"
+            )
         self._queue.put(batch)
 
     def close(self, status: str = "complete", quiet: bool = False) -> None:
-        """Commits what is pending and sets the status. With `quiet`, a failure of the writer does not hide the exception
-        that is already on its way."""
+        """Commits what is pending and sets the status. With `quiet`, a failure of the writer does
+        not hide the exception that is already on its way."""
         try:
             self._close(status)
         finally:
@@ -199,8 +232,14 @@ class TraceWriter:
             self._queue.put(None)
             self._thread.join()
         try:
-            if status != "complete" and self._pending and (group := self._pending[-1].group) is not None:
-                self._pending = [b for b in self._pending if b.group != group]  # more of it may have been to come
+            if (
+                status != "complete"
+                and self._pending
+                and (group := self._pending[-1].group) is not None
+            ):
+                self._pending = [
+                    b for b in self._pending if b.group != group
+                ]  # more of it may have been to come
             if self._pending and self._error is None:
                 self._commit_routing()
         except OSError as error:
@@ -223,11 +262,14 @@ class TraceWriter:
             raise interrupted
 
     def _with_order(self, router: Router, written: str | None) -> Router:
-        """The router with the order of its slots stated: that of what is `written` already, else by weight where decisions come
-        with weights or logits, or where the caller says that it is known."""
+        """The router with the order of its slots stated: that of what is `written` already, else by
+        weight where decisions come with weights or logits, or where the caller says that it is
+        known."""
         if written is not None:
             return replace(router, slot_order=written)
-        known = router.first_choice_known or (not self.counts_only and (self.weights or self.logits))
+        known = router.first_choice_known or (
+            not self.counts_only and (self.weights or self.logits)
+        )
         return slot_order.stated(router, known)
 
     def _write_vocabulary(self, vocabulary: pa.Table | None) -> None:
@@ -237,13 +279,22 @@ class TraceWriter:
         path, resumed = self.root / schema.VOCABULARY, (self.root / schema.MANIFEST).exists()
         if vocabulary is not None and not (resumed and path.exists()):
             sink = pa.BufferOutputStream()
-            pq.write_table(vocabulary.cast(schema.VOCABULARY_SCHEMA), sink, compression="zstd", write_page_checksum=True)
+            pq.write_table(
+                vocabulary.cast(schema.VOCABULARY_SCHEMA),
+                sink,
+                compression="zstd",
+                write_page_checksum=True,
+            )
             schema.write_atomically(path, sink.getvalue().to_pybytes())
         if path.exists():
             data = path.read_bytes()
             found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             if resumed and read_manifest(self.root).get("vocabulary", found) != found:
-                raise Damaged(path, "it was changed after it was written (trace.json says so)", schema.VOCABULARY)
+                raise Damaged(
+                    path,
+                    "it was changed after it was written (trace.json says so)",
+                    schema.VOCABULARY,
+                )
             self.manifest["vocabulary"] = found
 
     def _write_manifest(self) -> None:
@@ -253,7 +304,8 @@ class TraceWriter:
     def _raise(self) -> None:
         if isinstance(self._error, OSError):
             raise MoeInspectError(
-                f"cannot write {self.root}: {first_line(self._error)}; {self.tokens:,} tokens are safe there: "
+                f"cannot write {self.root}: {first_line(self._error)}; {self.tokens:,} tokens "
+                "are safe there: "
                 "mend it and go on with --resume"
             ) from self._error
         if self._error is not None:
@@ -268,15 +320,22 @@ class TraceWriter:
                     self._take(batch)
         except BaseException as error:
             self._error = error
-            for _ in iter(self._queue.get, None):  # whoever waits in write() must wake, and learn of it at the next call
+            for _ in iter(
+                self._queue.get, None
+            ):  # whoever waits in write() must wake, and learn of it at the next call
                 pass
 
     def _take(self, batch: RoutedBatch) -> None:
-        together = self._pending and batch.group is not None and batch.group == self._pending[-1].group
+        together = (
+            self._pending and batch.group is not None and batch.group == self._pending[-1].group
+        )
         reached = _reached(batch)
         if self._pending and not together and self._is_due(batch):
-            # what is counted of consecutive tokens is counted shard by shard: a sequence stays in one, as far as memory allows
-            continued = any(self._reached.get(key) == first - 1 for key, (first, _) in reached.items())
+            # what is counted of consecutive tokens is counted shard by shard: a sequence stays in
+            # one, as far as memory allows
+            continued = any(
+                self._reached.get(key) == first - 1 for key, (first, _) in reached.items()
+            )
             if not continued or self._is_due(batch, CONTINUED):
                 self._commit_routing()
         if not self._pending:
@@ -287,7 +346,8 @@ class TraceWriter:
         self._pending_bytes += batch.nbytes
 
     def _is_due(self, batch: RoutedBatch, times: int = 1) -> bool:
-        """Whether the shard is to be committed before `batch` joins it: it would grow too large, or has waited too long."""
+        """Whether the shard is to be committed before `batch` joins it: it would grow too large, or
+        has waited too long."""
         return (
             self._pending_tokens + len(batch.token_id) > times * self.shard_tokens
             or self._pending_bytes + batch.nbytes > times * SHARD_BYTES
@@ -303,7 +363,10 @@ class TraceWriter:
         T = sum(sizes)
         token = pa.array(np.arange(self.next_token, self.next_token + T, dtype=np.int64))
         domains = list(max((b.domains for b in batches), key=len))
-        facts = {name: _column(batches, name) for name in ("token_id", "document", "sequence", "position")}
+        facts = {
+            name: _column(batches, name)
+            for name in ("token_id", "document", "sequence", "position")
+        }
         tokens = pa.table(
             {
                 "token": token,
@@ -311,13 +374,17 @@ class TraceWriter:
                 "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
                 "phase": _labels(
                     np.concatenate([_phases(b) for b in batches]),
-                    list(schema.PHASES if any(r.stack for r in self.routers) else schema.PHASES[:2]),
+                    list(
+                        schema.PHASES if any(r.stack for r in self.routers) else schema.PHASES[:2]
+                    ),
                 ),
                 "batch": pa.array(np.repeat(np.array([b.batch for b in batches], np.int32), sizes)),
             },
             schema=schema.TOKENS,
         )
-        columns = schema.routing_schema(self.routers, self.weights, nullable=self._routed_nowhere(batches))
+        columns = schema.routing_schema(
+            self.routers, self.weights, nullable=self._routed_nowhere(batches)
+        )
         lines = [
             self._write_documents([d for b in batches for d in b.documents]),
             self._write_part("tokens", schema.TOKENS, [lambda: tokens]),
@@ -344,24 +411,38 @@ class TraceWriter:
         """Whether any slot of these batches is null in the table."""
         slots = max(r.top_k for r in self.routers)
         return any(r.top_k < slots for r in self.routers) or any(
-            _holds_nowhere(ids, r.experts) for b in batches for ids, r in zip(b.ids, self.routers, strict=True)
+            _holds_nowhere(ids, r.experts)
+            for b in batches
+            for ids, r in zip(b.ids, self.routers, strict=True)
         )
 
-    def _routing_of(self, r: int, batches: list[RoutedBatch], token: pa.Array, schema_of: pa.Schema) -> Callable[[], pa.Table]:
+    def _routing_of(
+        self, r: int, batches: list[RoutedBatch], token: pa.Array, schema_of: pa.Schema
+    ) -> Callable[[], pa.Table]:
         def table() -> pa.Table:
             parts = [b.ids[r] for b in batches]
-            ids_KT = _slot_major(parts, max((p.dtype for p in parts if len(p)), default=parts[0].dtype))
+            ids_KT = _slot_major(
+                parts, max((p.dtype for p in parts if len(p)), default=parts[0].dtype)
+            )
             assert len(ids_KT) == self.routers[r].top_k
             seen = self._seen(r, batches, token)
-            nowhere_KT = ids_KT == np.iinfo(ids_KT.dtype).max if _holds_nowhere(ids_KT, self.routers[r].experts) else None
+            nowhere_KT = (
+                ids_KT == np.iinfo(ids_KT.dtype).max
+                if _holds_nowhere(ids_KT, self.routers[r].experts)
+                else None
+            )
             experts_KT = ids_KT.astype(schema.id_dtype(self.routers).to_pandas_dtype(), copy=False)
             weights = [_widened(b.weights[r]) for b in batches if b.weights is not None]
             weights_KT = _slot_major(weights, np.float32) if weights else None
             order_KT = self._slot_order(r, batches, experts_KT, nowhere_KT, weights_KT)
             if order_KT is not None:
                 experts_KT = np.take_along_axis(experts_KT, order_KT, 0)
-                nowhere_KT = None if nowhere_KT is None else np.take_along_axis(nowhere_KT, order_KT, 0)
-                weights_KT = None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)
+                nowhere_KT = (
+                    None if nowhere_KT is None else np.take_along_axis(nowhere_KT, order_KT, 0)
+                )
+                weights_KT = (
+                    None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)
+                )
             columns = [seen, *self._router_columns(r, len(seen))]
             columns += _slots(experts_KT, nowhere_KT, schema_of, "expert")
             if self.weights:
@@ -372,9 +453,15 @@ class TraceWriter:
         return table
 
     def _slot_order(
-        self, r: int, batches: list[RoutedBatch], experts_KT: np.ndarray, nowhere_KT: np.ndarray | None, weights_KT: np.ndarray | None
+        self,
+        r: int,
+        batches: list[RoutedBatch],
+        experts_KT: np.ndarray,
+        nowhere_KT: np.ndarray | None,
+        weights_KT: np.ndarray | None,
     ) -> np.ndarray | None:
-        """How the slots of these decisions come into the order that the manifest states; None where they are in it."""
+        """How the slots of these decisions come into the order that the manifest states; None where
+        they are in it."""
         if not self.routers[r].first_choice_known:
             return None
         if weights_KT is not None:
@@ -382,16 +469,27 @@ class TraceWriter:
         if not self.logits:
             return None
         logits_TE = np.concatenate([b.logits[r] for b in batches if b.logits is not None])
-        return slot_order.descending(slot_order.chosen_logits(logits_TE, experts_KT, nowhere_KT), nowhere_KT)
+        return slot_order.descending(
+            slot_order.chosen_logits(logits_TE, experts_KT, nowhere_KT), nowhere_KT
+        )
 
-    def _logits_of(self, r: int, batches: list[RoutedBatch], token: pa.Array, experts: int) -> Callable[[], pa.Table]:
+    def _logits_of(
+        self, r: int, batches: list[RoutedBatch], token: pa.Array, experts: int
+    ) -> Callable[[], pa.Table]:
         def table() -> pa.Table:
-            logits_TE = np.concatenate([b.logits[r] for b in batches if b.logits is not None]).astype(np.float16, copy=False)
+            logits_TE = np.concatenate(
+                [b.logits[r] for b in batches if b.logits is not None]
+            ).astype(np.float16, copy=False)
             # a router of fewer experts than the widest is padded with NaN: one table, one width
-            padded_TE = np.pad(logits_TE, ((0, 0), (0, experts - logits_TE.shape[1])), constant_values=np.nan)
+            padded_TE = np.pad(
+                logits_TE, ((0, 0), (0, experts - logits_TE.shape[1])), constant_values=np.nan
+            )
             values = pa.FixedSizeListArray.from_arrays(pa.array(padded_TE.reshape(-1)), experts)
             seen = self._seen(r, batches, token)
-            return pa.Table.from_arrays([seen, *self._router_columns(r, len(seen)), values], schema=schema.logits_schema(experts))
+            return pa.Table.from_arrays(
+                [seen, *self._router_columns(r, len(seen)), values],
+                schema=schema.logits_schema(experts),
+            )
 
         return table
 
@@ -421,35 +519,65 @@ class TraceWriter:
                     if counted.first_choice is None
                     else pa.array(counted.first_choice[r].reshape(-1).astype(np.int64)),
                 ]
-                columns += [pa.array(counted.weight_sum[r].reshape(-1))] if counted.weight_sum is not None else []
+                columns += (
+                    [pa.array(counted.weight_sum[r].reshape(-1))]
+                    if counted.weight_sum is not None
+                    else []
+                )
                 return pa.Table.from_arrays(columns, schema=schema.counts_schema(self.weights))
 
             return table
 
         lines = [
             self._write_documents(counted.documents),
-            self._write_part("counts", schema.counts_schema(self.weights), [table_of(r) for r in range(len(self.routers))]),
+            self._write_part(
+                "counts",
+                schema.counts_schema(self.weights),
+                [table_of(r) for r in range(len(self.routers))],
+            ),
         ]
-        decisions = counted.decisions if counted.decisions is not None else counted.tokens * len(self.routers)
+        decisions = (
+            counted.decisions
+            if counted.decisions is not None
+            else counted.tokens * len(self.routers)
+        )
         self._commit(lines, counted.tokens, decisions, None, counted.batch)
 
     def _write_documents(self, documents: list[Document]) -> dict[str, Any]:
         rows = {
             "document": pa.array([d.document for d in documents], pa.int32()),
-            "domain": pa.array([storable(d.domain) for d in documents], pa.string()).dictionary_encode(),
-            "source": pa.array([storable(d.source) for d in documents], pa.string()).dictionary_encode(),
+            "domain": pa.array(
+                [storable(d.domain) for d in documents], pa.string()
+            ).dictionary_encode(),
+            "source": pa.array(
+                [storable(d.source) for d in documents], pa.string()
+            ).dictionary_encode(),
             "tokens": pa.array([d.tokens for d in documents], pa.int32()),
         }
-        return self._write_part("documents", schema.DOCUMENTS, [lambda: pa.table(rows, schema=schema.DOCUMENTS)])
+        return self._write_part(
+            "documents", schema.DOCUMENTS, [lambda: pa.table(rows, schema=schema.DOCUMENTS)]
+        )
 
-    def _write_part(self, table: str, columns: pa.Schema, groups: Sequence[Callable[[], pa.Table]], bf16: bool = False) -> dict[str, Any]:
-        """One part file, a row group at a time: temporary name, fsync, rename. `bf16`: its weights are. Returns its line for
-        shards-<rank>.jsonl."""
+    def _write_part(
+        self,
+        table: str,
+        columns: pa.Schema,
+        groups: Sequence[Callable[[], pa.Table]],
+        bf16: bool = False,
+    ) -> dict[str, Any]:
+        """One part file, a row group at a time: temporary name, fsync, rename. `bf16`: its weights
+        are. Returns its line for shards-<rank>.jsonl."""
         name = f"part-{self.rank}-{self.next_shard}.parquet"
         codecs = {f.name: _codec(f.name, bf16) for f in columns}
-        rows, labels = 0, [f.name for f in columns if f.name in _DICTIONARY or f.name.startswith("expert")]
+        rows, labels = (
+            0,
+            [f.name for f in columns if f.name in _DICTIONARY or f.name.startswith("expert")],
+        )
         encodings = {f.name: _encoding(f) for f in columns if f.name not in labels}
-        with schema.draft_of(self.root / table / name) as draft, open(draft, "wb", buffering=2**20) as file:
+        with (
+            schema.draft_of(self.root / table / name) as draft,
+            open(draft, "wb", buffering=2**20) as file,
+        ):
             sink = _HashingFile(file)
             # (pyarrow's stubs know only one value for all columns)
             with pq.ParquetWriter(
@@ -473,7 +601,14 @@ class TraceWriter:
         line = {"table": table, "path": f"{table}/{name}", "rows": rows, "bytes": sink.size}
         return {**line, "footer_crc32": footer_crc32, "sha256": sink.digest.hexdigest()}
 
-    def _commit(self, lines: list[dict[str, Any]], tokens: int, decisions: int, first_batch: int | None, last_batch: int) -> None:
+    def _commit(
+        self,
+        lines: list[dict[str, Any]],
+        tokens: int,
+        decisions: int,
+        first_batch: int | None,
+        last_batch: int,
+    ) -> None:
         for table in self.tables:
             schema.sync_directory(self.root / table)
         span = {
@@ -493,20 +628,37 @@ class TraceWriter:
         self.next_token += tokens
         self.tokens += tokens
         self.decisions += decisions
-        self.manifest["counts"] = {"tokens": self.tokens, "decisions": self.decisions, "dropped": self.dropped}
+        self.manifest["counts"] = {
+            "tokens": self.tokens,
+            "decisions": self.decisions,
+            "dropped": self.dropped,
+        }
         self._write_manifest()
 
 
-_DICTIONARY = {"layer", "router", "token_id", "document", "sequence", "position", "domain", "source", "phase", "batch"}
+_DICTIONARY = {
+    "layer",
+    "router",
+    "token_id",
+    "document",
+    "sequence",
+    "position",
+    "domain",
+    "source",
+    "phase",
+    "batch",
+}
 _STATISTICS = {"token", "layer", "router", "document", "batch"}
 
 
 def _codec(column: str, bf16: bool) -> str:
-    # expert ids leave the dictionary encoding bit-packed and near their entropy: a codec only costs time on them
+    # expert ids leave the dictionary encoding bit-packed and near their entropy: a codec only costs
+    # time on them
     if column.startswith("expert"):
         return "none"
-    # of the bytes of a bf16 weight two are zero and one is nearly always the same: lz4 takes a third of zstd's time to read and
-    # half to write, for a fifth more of space; fp16's third byte has 3 bits of use, which only an entropy coder finds
+    # of the bytes of a bf16 weight two are zero and one is nearly always the same: lz4 takes a
+    # third of zstd's time to read and half to write, for a fifth more of space; fp16's third byte
+    # has 3 bits of use, which only an entropy coder finds
     return "lz4" if bf16 and column.startswith("weight") else "zstd"
 
 
@@ -518,14 +670,21 @@ def _encoding(column: pa.Field) -> str | None:
 
 
 def _reached(batch: RoutedBatch) -> dict[tuple[int, int], tuple[int, int]]:
-    """(document, sequence) → the first and the last position of its last run of rows; those of an encoder come before."""
+    """(document, sequence) → the first and the last position of its last run of rows; those of an
+    encoder come before."""
     changed_T = np.ones(len(batch.document) + 1, bool)
     changed_T[1:-1] = (np.diff(batch.document) != 0) | (np.diff(batch.sequence) != 0)
     changed_T[min(batch.encoded, len(batch.document))] = True
     edges = np.flatnonzero(changed_T)
     first, last = edges[:-1], edges[1:] - 1
     keys = zip(batch.document[first].tolist(), batch.sequence[first].tolist(), strict=True)
-    return dict(zip(keys, zip(batch.position[first].tolist(), batch.position[last].tolist(), strict=True), strict=True))
+    return dict(
+        zip(
+            keys,
+            zip(batch.position[first].tolist(), batch.position[last].tolist(), strict=True),
+            strict=True,
+        )
+    )
 
 
 def _phases(batch: RoutedBatch) -> np.ndarray:
@@ -535,11 +694,15 @@ def _phases(batch: RoutedBatch) -> np.ndarray:
 
 
 def _column(batches: list[RoutedBatch], name: str) -> pa.Array:
-    return pa.array(np.concatenate([getattr(b, name) for b in batches]).astype(np.int32, copy=False))
+    return pa.array(
+        np.concatenate([getattr(b, name) for b in batches]).astype(np.int32, copy=False)
+    )
 
 
 def _labels(codes: np.ndarray, labels: list[str]) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32, copy=False)), pa.array(map(storable, labels), pa.string()))
+    return pa.DictionaryArray.from_arrays(
+        pa.array(codes.astype(np.int32, copy=False)), pa.array(map(storable, labels), pa.string())
+    )
 
 
 def _holds_nowhere(ids: np.ndarray, experts: int) -> bool:
@@ -553,10 +716,16 @@ def _slot_major(parts_TK: list[np.ndarray], dtype: Any) -> np.ndarray:
 
 
 def _widened(weights_TK: np.ndarray) -> np.ndarray:
-    return (weights_TK.astype(np.uint32) << 16).view(np.float32) if weights_TK.dtype == np.uint16 else weights_TK
+    return (
+        (weights_TK.astype(np.uint32) << 16).view(np.float32)
+        if weights_TK.dtype == np.uint16
+        else weights_TK
+    )
 
 
-def _slots(values_KT: np.ndarray, nowhere_KT: np.ndarray | None, columns: pa.Schema, prefix: str) -> list[pa.Array]:
+def _slots(
+    values_KT: np.ndarray, nowhere_KT: np.ndarray | None, columns: pa.Schema, prefix: str
+) -> list[pa.Array]:
     fields = [f for f in columns if f.name.startswith(prefix)]
     masks = nowhere_KT if nowhere_KT is not None else [None] * len(values_KT)
     arrays = [_array(v, m, f.type) for v, m, f in zip(values_KT, masks, fields, strict=False)]
@@ -600,7 +769,8 @@ class _HashingFile:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a rank has committed: the next batch, document… to do. `slot_orders`: of the routers, by index."""
+    """What a rank has committed: the next batch, document… to do. `slot_orders`: of the routers, by
+    index."""
 
     shards: int = 0
     next_token: int = 0
@@ -619,7 +789,8 @@ def committed_counts(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
 
 
 def resume_point(root: Path, rank: int = 0) -> ResumePoint:
-    """Where rank `rank` of the trace at `root` goes on; deletes the files no committed line speaks of. Its caller holds the lock."""
+    """Where rank `rank` of the trace at `root` goes on; deletes the files no committed line speaks
+    of. Its caller holds the lock."""
     from moe_inspect.trace.reader import committed_shards, inside, read_manifest
 
     manifest = read_manifest(root)

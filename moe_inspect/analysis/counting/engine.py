@@ -1,4 +1,5 @@
-"""The pass over a trace: the counts of every shard, added up; on the threads of this machine, or on a dask cluster."""
+"""The pass over a trace: the counts of every shard, added up; on the threads of this machine, or on
+a dask cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from moe_inspect.trace.reader import Trace, open_trace
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
 Arguments = tuple[Selection, frozenset[str], Windows | None, bool]  # of count_shard
-LONG = 20_000_000  # assignments from which the compiled kernels are worth the second that loading them takes
+# assignments from which the compiled kernels are worth the second that loading them takes
+LONG = 20_000_000
 
 
 def count_trace(
@@ -34,42 +36,63 @@ def count_trace(
     scheduler: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
-    """The counts of what is selected. `wants`: names of WANTS. `window`: tokens of a window, by default so many that there
-    are WINDOWS. `threads`: None is one a core. `scheduler`: a dask.distributed client, or the address of a scheduler whose
-    workers see the trace at the same path. `progress` is told of the decisions of every shard done. MoeInspectError where the
+    """The counts of what is selected. `wants`: names of WANTS. `window`: tokens of a window, by
+    default so many that there are WINDOWS. `threads`: None is one a core. `scheduler`: a
+    dask.distributed client, or the address of a scheduler whose workers see the trace at the same
+    path. `progress` is told of the decisions of every shard done. MoeInspectError where the
     selection holds no token, naming what there is.
 
-    Shards are added in their order however they were shared out: the same trace gives the same counts, to the last digit."""
+    Shards are added in their order however they were shared out: the same trace gives the same
+    counts, to the last digit."""
     asked = frozenset(wants)
     assert asked <= set(WANTS), f"no such counts: {asked - set(WANTS)}"
     windows = windows_of(trace, selection, window) if "windows" in asked else None
     nothing_W = np.full(windows.count if windows else 0, -1, np.int64)
-    total = Counts(trace.routers, selection.routers, wants=asked, window_tokens=windows.tokens if windows else 0, first_token_W=nothing_W)
+    total = Counts(
+        trace.routers,
+        selection.routers,
+        wants=asked,
+        window_tokens=windows.tokens if windows else 0,
+        first_token_W=nothing_W,
+    )
     arguments = (selection, asked, windows, is_long(trace, selection, asked))
-    parts = _on_threads(trace, arguments, threads) if scheduler is None else _on_cluster(trace, arguments, scheduler)
+    parts = (
+        _on_threads(trace, arguments, threads)
+        if scheduler is None
+        else _on_cluster(trace, arguments, scheduler)
+    )
     for shard, part in zip(trace.shards, parts, strict=True):
         total.add(part)
         if progress:
             progress(shard.files.tokens * len(selection.routers))
     missing = (selection.domains or set()) - total.labels
     if missing:
-        raise MoeInspectError(f"no domain {', '.join(sorted(missing))} in {trace.path}: it has {', '.join(sorted(total.labels))}")
+        raise MoeInspectError(
+            f"no domain {', '.join(sorted(missing))} in {trace.path}: it has "
+            f"{', '.join(sorted(total.labels))}"
+        )
     if not total.tokens:
         said = f" of phase {selection.phase}" if selection.phase else ""
-        raise MoeInspectError(f"{trace.path} holds no tokens{said}" + ("" if trace.n_tokens else " yet: nothing is committed"))
+        raise MoeInspectError(
+            f"{trace.path} holds no tokens{said}"
+            + ("" if trace.n_tokens else " yet: nothing is committed")
+        )
     return total
 
 
 def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) -> bool:
     """Whether to count by the compiled kernels."""
     routers = [trace.routers[r] for r in selection.routers]
-    cells = sum(r.experts for r in routers) * len(SRP_LENGTHS) if "srp" in wants else 0  # their twin goes through every expert
+    cells = (
+        sum(r.experts for r in routers) * len(SRP_LENGTHS) if "srp" in wants else 0
+    )  # their twin goes through every expert
     return trace.n_tokens * (sum(r.top_k for r in routers) + cells / 2) >= LONG
 
 
 def _on_threads(trace: Trace, arguments: Arguments, threads: int | None) -> Iterator[Counts]:
-    """The counts of every shard, in order; no more of them at once than there are threads and one. The routers of the last shards are
-    shared out, so that no thread is left with a whole shard while others have none."""
+    """The counts of every shard, in order; no more of them at once than there are threads and one.
+    The routers of the last shards are shared out, so that no thread is left with a whole shard
+    while others have none."""
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     selection, _, _, fast = arguments
     if threads == 1 or not fast:  # what numpy counts holds the GIL
@@ -78,7 +101,9 @@ def _on_threads(trace: Trace, arguments: Arguments, threads: int | None) -> Iter
     count, L = sum(1 for _ in trace.shards), len(selection.routers)
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[list[Future[Counts]]] = deque()
-        for i, shard in enumerate(trace.shards):  # a shard keeps what was read of it: none is held longer than needed
+        for i, shard in enumerate(
+            trace.shards
+        ):  # a shard keeps what was read of it: none is held longer than needed
             n = min(threads, L) if count - i <= threads and not trace.counts_only else 1
             shares = [selection.routers[j * L // n : (j + 1) * L // n] for j in range(n)]
             ahead.append([pool.submit(count_shard, shard, *arguments, share) for share in shares])
@@ -97,16 +122,21 @@ def _joined(shares: list[Future[Counts]]) -> Counts:
 
 
 def _on_cluster(trace: Trace, arguments: Arguments, scheduler: Any) -> Iterator[Counts]:
-    """The same by dask.distributed: a task a shard, twice as many at once as the cluster has threads."""
+    """The same by dask.distributed: a task a shard, twice as many at once as the cluster has
+    threads."""
     try:
         from distributed import Client
     except ImportError:
-        raise MoeInspectError("counting on a cluster needs dask: pip install 'moe-inspect[dask]'") from None
+        raise MoeInspectError(
+            "counting on a cluster needs dask: pip install 'moe-inspect[dask]'"
+        ) from None
     if isinstance(scheduler, str):
         try:
             client = Client(scheduler, timeout="10s")
         except (OSError, TimeoutError, ValueError) as error:
-            raise MoeInspectError(f"no dask scheduler answers at {scheduler}: {first_line(error)}") from None
+            raise MoeInspectError(
+                f"no dask scheduler answers at {scheduler}: {first_line(error)}"
+            ) from None
     else:
         client = scheduler
     try:
@@ -115,7 +145,11 @@ def _on_cluster(trace: Trace, arguments: Arguments, scheduler: Any) -> Iterator[
         ahead: deque[Any] = deque()
         path = str(trace.path.resolve()) if isinstance(trace.path, Path) else str(trace.path)
         for shard in trace.shards:
-            ahead.append(client.submit(_shard_of, path, (shard.files.rank, shard.files.index), arguments, pure=False))
+            ahead.append(
+                client.submit(
+                    _shard_of, path, (shard.files.rank, shard.files.index), arguments, pure=False
+                )
+            )
             if len(ahead) >= most:
                 yield ahead.popleft().result()
         while ahead:
@@ -126,14 +160,18 @@ def _on_cluster(trace: Trace, arguments: Arguments, scheduler: Any) -> Iterator[
 
 
 def _shard_of(path: str, which: tuple[int, int], arguments: Arguments) -> Counts:
-    """What a worker does: opens the trace where it stands, counts one shard of it, (rank, index). The trace may have grown since."""
-    (shard,) = (shard for shard in open_trace(path).shards if (shard.files.rank, shard.files.index) == which)
+    """What a worker does: opens the trace where it stands, counts one shard of it, (rank, index).
+    The trace may have grown since."""
+    (shard,) = (
+        shard for shard in open_trace(path).shards if (shard.files.rank, shard.files.index) == which
+    )
     return count_shard(shard, *arguments)
 
 
 def windows_of(trace: Trace, selection: Selection, window: int | None) -> Windows:
-    """Windows of `window` tokens of the trace in execution order (of those, the selection's are counted). The ranks of a
-    distributed run worked side by side: each fills its share of a window."""
+    """Windows of `window` tokens of the trace in execution order (of those, the selection's are
+    counted). The ranks of a distributed run worked side by side: each fills its share of a
+    window."""
     before: dict[tuple[int, int], int] = {}
     length: dict[int, int] = {}
     for shard in trace.shards:
@@ -145,5 +183,8 @@ def windows_of(trace: Trace, selection: Selection, window: int | None) -> Window
     experts = sum(trace.routers[r].experts for r in selection.routers)
     if count * experts > max(WINDOW_CELLS, WINDOWS * experts):
         least = -(-longest * experts // WINDOW_CELLS) * max(1, len(length))
-        raise MoeInspectError(f"window {window} cuts the trace into {count:,}: more than memory is kept for, give {least} or more")
+        raise MoeInspectError(
+            f"window {window} cuts the trace into {count:,}: more than memory is kept for, give "
+            f"{least} or more"
+        )
     return Windows(tokens, count, before)

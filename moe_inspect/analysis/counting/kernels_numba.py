@@ -1,10 +1,12 @@
-"""The functions of counting.py compiled by numba, for traces long enough to be worth loading it: same names, arguments and
-results (those with float sums to rounding), an order of magnitude faster, without the GIL. Their twins are in counting.py.
+"""The functions of counting.py compiled by numba, for traces long enough to be worth loading it:
+same names, arguments and results (those with float sums to rounding), an order of magnitude faster,
+without the GIL. Their twins are in counting.py.
 
-T tokens, K slots, J slots of the next router, E experts here, N experts of the next router, G runs of tokens, U units,
-B batches, W windows, D domains, X rows. slots: K arrays [T], as they were decoded; their number is part of the type, so that the
-compiler unrolls. A slot that routed nowhere holds E, and tables have one more column for it, which is cut off: no branch.
-What bounds most of these is one store a cycle.
+T tokens, K slots, J slots of the next router, E experts here, N experts of the next router, G runs
+of tokens, U units, B batches, W windows, D domains, X rows. slots: K arrays [T], as they were
+decoded; their number is part of the type, so that the compiler unrolls. A slot that routed nowhere
+holds E, and tables have one more column for it, which is cut off: no branch. What bounds most of
+these is one store a cycle.
 """
 
 from __future__ import annotations
@@ -17,17 +19,26 @@ from numba import njit
 from moe_inspect.analysis.counting.kernels_numpy import Places, Slots
 
 ONE = np.uint32(1)
-PAGE, LINE = 4096, 64  # bytes; of which the lower address bits say where in the nearest cache something goes
+PAGE, LINE = (
+    4096,
+    64,
+)  # bytes; of which the lower address bits say where in the nearest cache something goes
 BLOCK = 4096  # tokens at a time, whose slots stay in the nearest cache
 SHORT = 16  # tokens of a run below which its load is counted in place
 
 
 @njit(nogil=True, cache=True)
-def _loads(slots, start_G, unit_T, domain_T, batch_T, window_T, total_UE, first_DE, total_BE, total_WE):  # type: ignore[no-untyped-def]
+def _loads(
+    slots, start_G, unit_T, domain_T, batch_T, window_T, total_UE, first_DE, total_BE, total_WE
+):  # type: ignore[no-untyped-def]
     run_E = np.zeros(total_UE.shape[1], np.uint32)
     for g in range(len(start_G) - 1):
         start, end = start_G[g], start_G[g + 1]
-        of_u_E, of_b_E, of_w_E = total_UE[unit_T[start]], total_BE[batch_T[start]], total_WE[window_T[start]]
+        of_u_E, of_b_E, of_w_E = (
+            total_UE[unit_T[start]],
+            total_BE[batch_T[start]],
+            total_WE[window_T[start]],
+        )
         first_E = first_DE[domain_T[start]]
         if end - start < SHORT:
             for t in range(start, end):
@@ -49,10 +60,22 @@ def _loads(slots, start_G, unit_T, domain_T, batch_T, window_T, total_UE, first_
                 run_E[e] = 0
 
 
-def loads(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def loads(
+    slots: Slots, places: Places, E: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """uint32 [U, E], [D, E], [B, E], [W, E]"""
-    tables = [np.zeros((rows, E + 1), np.uint32) for rows in (places.U, places.D, places.B, places.W)]
-    _loads(slots, places.start_G, places.unit_T, places.domain_T, places.batch_T, places.window_T, *tables)
+    tables = [
+        np.zeros((rows, E + 1), np.uint32) for rows in (places.U, places.D, places.B, places.W)
+    ]
+    _loads(
+        slots,
+        places.start_G,
+        places.unit_T,
+        places.domain_T,
+        places.batch_T,
+        places.window_T,
+        *tables,
+    )
     units_UE, first_DE, batches_BE, windows_WE = (table[:, :E] for table in tables)
     return units_UE, first_DE, batches_BE, windows_WE
 
@@ -77,7 +100,9 @@ def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-unty
     in_fours = len(slots) - len(slots) % 4
     for t in range(len(slots[0])):
         first_EN[np.uint64(slots[0][t]), np.uint64(next_slots[0][t])] += ONE
-        for i in range(0, in_fours, 4):  # four rows at a time, so that their addresses stay in registers
+        for i in range(
+            0, in_fours, 4
+        ):  # four rows at a time, so that their addresses stay in registers
             a_N, b_N = total_EN[np.uint64(slots[i][t])], total_EN[np.uint64(slots[i + 1][t])]
             c_N, d_N = total_EN[np.uint64(slots[i + 2][t])], total_EN[np.uint64(slots[i + 3][t])]
             for j in range(len(next_slots)):
@@ -95,13 +120,21 @@ def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-unty
 def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
     """uint16 or uint32 [E, N], twice"""
     pairs = len(slots[0]) * len(slots) * len(next_slots)
-    total_EN, first_EN = _pairs(_transitions, (slots, _staggered(next_slots)), pairs, [(E, N), (E, N)])
+    total_EN, first_EN = _pairs(
+        _transitions, (slots, _staggered(next_slots)), pairs, [(E, N), (E, N)]
+    )
     return total_EN, first_EN
 
 
-def _pairs(count: Callable[..., None], arguments: tuple[Slots, ...], pairs: int, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
-    """Tables of one shard, so that they stay in the nearest caches, in the narrower type where it holds them. A decision that names an
-    expert twice can make a cell count more than there are tokens: what wraps around, the first table's sum falls short of `pairs`."""
+def _pairs(
+    count: Callable[..., None],
+    arguments: tuple[Slots, ...],
+    pairs: int,
+    shapes: list[tuple[int, int]],
+) -> list[np.ndarray]:
+    """Tables of one shard, so that they stay in the nearest caches, in the narrower type where it
+    holds them. A decision that names an expert twice can make a cell count more than there are
+    tokens: what wraps around, the first table's sum falls short of `pairs`."""
     for kind in (np.uint16, np.uint32) if len(arguments[0][0]) < 2**16 else (np.uint32,):
         tables = [np.zeros((E + 1, N + 1), kind) for E, N in shapes]
         count(*arguments, *tables)
@@ -111,8 +144,9 @@ def _pairs(count: Callable[..., None], arguments: tuple[Slots, ...], pairs: int,
 
 
 def _staggered(slots: Slots) -> Slots:
-    """Copies that lie a line of the cache further into the page each. Arrow begins every buffer at a page: read side by side, the
-    slots of two routers would all need the same lines of the nearest cache, which holds fewer."""
+    """Copies that lie a line of the cache further into the page each. Arrow begins every buffer at
+    a page: read side by side, the slots of two routers would all need the same lines of the nearest
+    cache, which holds fewer."""
     T, size = len(slots[0]), slots[0].itemsize
     rows_KX = np.empty((len(slots), (-(-T * size // PAGE) * PAGE + LINE) // size), slots[0].dtype)
     for row_X, slot_T in zip(rows_KX, slots, strict=True):
@@ -125,8 +159,17 @@ def _by_slot(slots, total_EE):  # type: ignore[no-untyped-def]
     in_fours = len(slots) - len(slots) % 4
     for t in range(len(slots[0])):
         for i in range(0, in_fours, 4):
-            b, c, d = np.uint64(slots[i + 1][t]), np.uint64(slots[i + 2][t]), np.uint64(slots[i + 3][t])
-            a_E, b_E, c_E, d_E = total_EE[np.uint64(slots[i][t])], total_EE[b], total_EE[c], total_EE[d]
+            b, c, d = (
+                np.uint64(slots[i + 1][t]),
+                np.uint64(slots[i + 2][t]),
+                np.uint64(slots[i + 3][t]),
+            )
+            a_E, b_E, c_E, d_E = (
+                total_EE[np.uint64(slots[i][t])],
+                total_EE[b],
+                total_EE[c],
+                total_EE[d],
+            )
             a_E[b] += ONE
             a_E[c] += ONE
             b_E[c] += ONE
@@ -147,7 +190,9 @@ def _by_slot(slots, total_EE):  # type: ignore[no-untyped-def]
 
 def by_slot(slots: Slots, E: int) -> np.ndarray:
     """uint16 or uint32 [E, E]"""
-    return _pairs(_by_slot, (slots,), len(slots[0]) * len(slots) * (len(slots) - 1) // 2, [(E, E)])[0]
+    return _pairs(_by_slot, (slots,), len(slots[0]) * len(slots) * (len(slots) - 1) // 2, [(E, E)])[
+        0
+    ]
 
 
 @njit(nogil=True, cache=True)
@@ -196,9 +241,12 @@ def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.nda
 
 @njit(nogil=True, cache=True)
 def _srp(slots, by_T, follows_T, unit_T, E, m, total_UM):  # type: ignore[no-untyped-def]
-    """f of each expert changes only when a token that chose it enters or leaves: how long it stayed is added then. A sequence is
-    of one unit."""
-    f_E, since_E = np.zeros(E + 1, np.int64), np.zeros(E + 1, np.int64)  # since which window f has been what it is
+    """f of each expert changes only when a token that chose it enters or leaves: how long it stayed
+    is added then. A sequence is of one unit."""
+    f_E, since_E = (
+        np.zeros(E + 1, np.int64),
+        np.zeros(E + 1, np.int64),
+    )  # since which window f has been what it is
     windows = first = 0
     for place in range(len(by_T) + 1):
         if place == len(by_T) or not follows_T[place]:  # the run before is over
@@ -225,7 +273,9 @@ def _srp(slots, by_T, follows_T, unit_T, E, m, total_UM):  # type: ignore[no-unt
 def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
     """int64 [U, m+1]"""
     assert places.order is not None
-    total_UM = np.zeros((places.U, m + 2), np.int64)  # f is m+1 between a token's coming and another's going, for no window
+    total_UM = np.zeros(
+        (places.U, m + 2), np.int64
+    )  # f is m+1 between a token's coming and another's going, for no window
     _srp(slots, places.order.by_T, places.order.follows_T, places.unit_T, E, m, total_UM)
     return total_UM[:, : m + 1]
 

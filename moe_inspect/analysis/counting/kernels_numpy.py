@@ -1,8 +1,8 @@
 """What the decisions of one router in one shard come to, in numpy: plain functions on arrays.
 
-T tokens, K slots, E experts here, N experts of the next router, X rows (units, domains, windows …), D domains, U units, S
-samples, P pairs of consecutive tokens. Decisions come as the reader has them, an array a slot: unsigned [T], E where it routed
-nowhere.
+T tokens, K slots, E experts here, N experts of the next router, X rows (units, domains, windows …),
+D domains, U units, S samples, P pairs of consecutive tokens. Decisions come as the reader has them,
+an array a slot: unsigned [T], E where it routed nowhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ BLOCK = 2**22  # cells of a temporary table
 
 
 def distinct(values_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The values there are, ascending, and which of them each is: np.unique, by counting where they lie close together. int [X], [T]"""
+    """The values there are, ascending, and which of them each is: np.unique, by counting where they
+    lie close together. int [X], [T]"""
     low = int(values_T.min(initial=0))
     if int(values_T.max(initial=0)) - low > 4 * len(values_T):
         return np.unique(values_T, return_inverse=True)
@@ -28,9 +29,10 @@ def distinct(values_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Order:
-    """How tokens follow each other within their sequences: by_T sorts them by (document, sequence, position), `follows_T`
-    says, in that order, whether a token's position is the next after the one before it in the same sequence. A sample is
-    the tokens of one sequence: sample_T (in token order), the size of each and one token of it."""
+    """How tokens follow each other within their sequences: by_T sorts them by (document, sequence,
+    position), `follows_T` says, in that order, whether a token's position is the next after the one
+    before it in the same sequence. A sample is the tokens of one sequence: sample_T (in token
+    order), the size of each and one token of it."""
 
     by_T: np.ndarray
     follows_T: np.ndarray
@@ -45,7 +47,8 @@ class Order:
 
 
 def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndarray) -> Order:
-    """The steps of a generated sequence are in other batches than its prompt, so neighbours are not found by token order."""
+    """The steps of a generated sequence are in other batches than its prompt, so neighbours are not
+    found by token order."""
     by_T, d, s, p = np.arange(len(document_T)), document_T, sequence_T, position_T
     same_T = (d[1:] == d[:-1]) & (s[1:] == s[:-1])
     later_T = (d[1:] > d[:-1]) | (d[1:] == d[:-1]) & (s[1:] > s[:-1]) | same_T & (p[1:] > p[:-1])
@@ -61,9 +64,9 @@ def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndar
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a shard count: the rows of each by unit, domain, batch and window, and how many rows there are; how
-    they follow each other, where that was asked for. start_G: where a run of tokens of one unit, batch and window begins, and
-    the end."""
+    """Where the tokens of a shard count: the rows of each by unit, domain, batch and window, and
+    how many rows there are; how they follow each other, where that was asked for. start_G: where a
+    run of tokens of one unit, batch and window begins, and the end."""
 
     unit_T: np.ndarray
     domain_T: np.ndarray
@@ -78,7 +81,11 @@ class Places:
     @cached_property
     def start_G(self) -> np.ndarray:
         changed_T = np.ones(len(self.unit_T) + 1, bool)
-        changed_T[1:-1] = np.diff(self.unit_T).astype(bool) | np.diff(self.batch_T).astype(bool) | np.diff(self.window_T).astype(bool)
+        changed_T[1:-1] = (
+            np.diff(self.unit_T).astype(bool)
+            | np.diff(self.batch_T).astype(bool)
+            | np.diff(self.window_T).astype(bool)
+        )
         return np.flatnonzero(changed_T)
 
     @cached_property
@@ -96,8 +103,11 @@ class Places:
         return np.bincount(self.unit_T[self.order.by_T[self.order.follows_T]], minlength=self.U)
 
 
-def loads(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Assignments by unit, first choices by domain, assignments by batch and by window. int64 [U, E], [D, E], [B, E], [W, E]"""
+def loads(
+    slots: Slots, places: Places, E: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Assignments by unit, first choices by domain, assignments by batch and by window. int64 [U,
+    E], [D, E], [B, E], [W, E]"""
     first_DE = load(places.domain_T, slots[:1], places.D, E)
     rows = ((places.unit_T, places.U), (places.batch_T, places.B), (places.window_T, places.W))
     units_UE, batches_BE, windows_WE = (load(row_T, slots, X, E) for row_T, X in rows)
@@ -111,7 +121,9 @@ def load(row_T: np.ndarray, slots: Slots, X: int, E: int) -> np.ndarray:
 
 def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) -> np.ndarray:
     """Weights of each expert's assignments by row. float64 [X, E]"""
-    return np.bincount(_cells(row_T, slots, E), np.concatenate(weights), X * (E + 1)).reshape(X, E + 1)[:, :E]
+    return np.bincount(_cells(row_T, slots, E), np.concatenate(weights), X * (E + 1)).reshape(
+        X, E + 1
+    )[:, :E]
 
 
 def _cells(row_T: np.ndarray, slots: Slots, E: int) -> np.ndarray:
@@ -120,8 +132,8 @@ def _cells(row_T: np.ndarray, slots: Slots, E: int) -> np.ndarray:
 
 
 def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often a token chose expert e here and expert n at the next router: all pairs of slots, and of first choices alone. int64
-    [E, N], twice"""
+    """How often a token chose expert e here and expert n at the next router: all pairs of slots,
+    and of first choices alone. int64 [E, N], twice"""
     return pairs(slots, next_slots, E, N), pairs(slots[:1], next_slots[:1], E, N)
 
 
@@ -134,13 +146,17 @@ def pairs(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
 
 
 def by_slot(slots: Slots, E: int) -> np.ndarray:
-    """Pairs of experts of one decision: that of the earlier slot by that of the later. int64 [E, E]"""
-    return sum((pairs((slot_T,), slots[j:], E, E) for j, slot_T in enumerate(slots, 1)), np.zeros((E, E), np.int64))
+    """Pairs of experts of one decision: that of the earlier slot by that of the later. int64 [E,
+    E]"""
+    return sum(
+        (pairs((slot_T,), slots[j:], E, E) for j, slot_T in enumerate(slots, 1)),
+        np.zeros((E, E), np.int64),
+    )
 
 
 def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray]:
-    """By unit, of the pairs of consecutive tokens: those with the same first choice, those with an expert in common. int64 [U]. E: what
-    a slot holds that routed nowhere; 2**16 where none did."""
+    """By unit, of the pairs of consecutive tokens: those with the same first choice, those with an
+    expert in common. int64 [U]. E: what a slot holds that routed nowhere; 2**16 where none did."""
     assert places.order is not None
     by_T, after = places.order.by_T, np.flatnonzero(places.order.follows_T)
     ids_TK = np.stack(slots).T[by_T]
@@ -150,13 +166,16 @@ def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.nda
     for slot_P in before_PK.T:
         any_P |= ((slot_P[:, None] == after_PK) & (slot_P < E)[:, None]).any(1)
     unit_P = places.unit_T[by_T[after]]
-    first_U, any_U = (np.bincount(unit_P[chosen], minlength=places.U) for chosen in (first_P, any_P))
+    first_U, any_U = (
+        np.bincount(unit_P[chosen], minlength=places.U) for chosen in (first_P, any_P)
+    )
     return first_U, any_U
 
 
 def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
-    """By unit, how many (m consecutive tokens of a sequence, expert) have f of the m tokens choose the expert. int64 [U, m+1]. The
-    windows slide by one token; a sequence of fewer than m tokens has none. arXiv:2505.16056."""
+    """By unit, how many (m consecutive tokens of a sequence, expert) have f of the m tokens choose
+    the expert. int64 [U, m+1]. The windows slide by one token; a sequence of fewer than m tokens
+    has none. arXiv:2505.16056."""
     assert places.order is not None
     by_T, follows_T = places.order.by_T, places.order.follows_T
     T = len(by_T)
@@ -169,32 +188,43 @@ def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
     step = max(1, BLOCK // (T + 1))
     for first_expert in range(0, E, step):
         width = min(step, E - first_expert)
-        chosen = np.zeros((T + 1, width + 1), np.int32)  # one more column takes what is no expert of this block
+        chosen = np.zeros(
+            (T + 1, width + 1), np.int32
+        )  # one more column takes what is no expert of this block
         inside_TK = (sorted_TK >= first_expert) & (sorted_TK < first_expert + width)
-        chosen[place_T[:, None] + 1, np.where(inside_TK, sorted_TK.astype(np.int64) - first_expert, width)] = 1
+        chosen[
+            place_T[:, None] + 1,
+            np.where(inside_TK, sorted_TK.astype(np.int64) - first_expert, width),
+        ] = 1
         cumulative = chosen[:, :width].cumsum(0)
         f = cumulative[last + 1] - cumulative[last + 1 - m]
-        histogram += np.bincount((unit_last[:, None] * (m + 1) + f).reshape(-1), minlength=len(histogram))
+        histogram += np.bincount(
+            (unit_last[:, None] * (m + 1) + f).reshape(-1), minlength=len(histogram)
+        )
     return histogram.reshape(places.U, m + 1)
 
 
 def weight_confidence(weights: Slots) -> dict[str, float]:
-    """Sums of what the k weights alone say of the router's confidence; decisions without any weight are left out."""
+    """Sums of what the k weights alone say of the router's confidence; decisions without any weight
+    are left out."""
     weights_TK = np.stack(weights).T.astype(float)
     mass_T = weights_TK.sum(1)
     share_TK = np.sort(weights_TK[mass_T > 0] / mass_T[mass_T > 0, None], axis=1)[:, ::-1]
     second_T = share_TK[:, 1] if share_TK.shape[1] > 1 else 0
     return {
         "weight_decisions": int((mass_T > 0).sum()),
-        "weight_entropy_sum": float(-(share_TK * np.log(np.where(share_TK > 0, share_TK, 1))).sum()),
+        "weight_entropy_sum": float(
+            -(share_TK * np.log(np.where(share_TK > 0, share_TK, 1))).sum()
+        ),
         "weight_margin_sum": float((share_TK[:, 0] - second_T).sum()),
         "weight_mass_sum": float(mass_T.sum()),
     }
 
 
 def logit_confidence(logits_TE: np.ndarray, k: int, scoring: str) -> dict[str, float | np.ndarray]:
-    """Sums of what the logits say of the router's confidence and of its losses (fields of RouterCounts). A decision with a
-    NaN or +inf is left out; −inf is an expert masked away, read as the lowest float16."""
+    """Sums of what the logits say of the router's confidence and of its losses (fields of
+    RouterCounts). A decision with a NaN or +inf is left out; −inf is an expert masked away, read as
+    the lowest float16."""
     lowest = float(np.finfo(np.float16).min)
     logits_TE = logits_TE.astype(np.float64)
     logits_TE = np.maximum(logits_TE[(logits_TE < np.inf).all(1)], lowest)

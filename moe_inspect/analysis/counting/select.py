@@ -21,10 +21,13 @@ class Selection:
 
 
 def select(
-    trace: Trace, layers: str | int | Iterable[int] | None = None, domains: str | Iterable[str] | None = None, phase: str | None = None
+    trace: Trace,
+    layers: str | int | Iterable[int] | None = None,
+    domains: str | Iterable[str] | None = None,
+    phase: str | None = None,
 ) -> Selection:
-    """Checks what was asked for against what the trace holds. Domains are known only once the rows have been read: `count`
-    checks those."""
+    """Checks what was asked for against what the trace holds. Domains are known only once the rows
+    have been read: `count` checks those."""
     chosen = parse_layers(layers, trace.routers)
     if not chosen:
         has = ranges(sorted({r.layer for r in trace.routers}))
@@ -33,13 +36,15 @@ def select(
         raise MoeInspectError(f"no phase {phase!r}: there are {' and '.join(PHASES)}")
     labels = [domains] if isinstance(domains, str) else list(domains or [])
     if trace.counts_only and phase is not None:
-        raise MoeInspectError(f"{trace.path} holds counts only, which know no phase: {trace.more_than_counts}")
+        raise MoeInspectError(
+            f"{trace.path} holds counts only, which know no phase: {trace.more_than_counts}"
+        )
     return Selection(tuple(chosen), frozenset(labels) or None, phase)
 
 
 def parse_layers(layers: str | int | Iterable[int] | None, routers: list[Router]) -> list[int]:
-    """The routers of "0-3,7", of 3 or of [0, 3]; all of them for None. A range takes the layers that exist in it (dense
-    blocks have no router); a single layer must exist."""
+    """The routers of "0-3,7", of 3 or of [0, 3]; all of them for None. A range takes the layers
+    that exist in it (dense blocks have no router); a single layer must exist."""
     if layers is None:
         return list(range(len(routers)))
     text = _said(layers)
@@ -55,4 +60,6 @@ def parse_layers(layers: str | int | Iterable[int] | None, routers: list[Router]
 
 
 def _said(layers: object) -> str:
-    return str(layers) if isinstance(layers, (str, int)) else ",".join(str(layer) for layer in layers)  # type: ignore[union-attr]
+    return (
+        str(layers) if isinstance(layers, (str, int)) else ",".join(str(layer) for layer in layers)
+    )  # type: ignore[union-attr]

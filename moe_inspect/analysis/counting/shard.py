@@ -1,7 +1,7 @@
 """The counts of one shard.
 
-L routers, E experts, K slots, T tokens selected, D domains, U units (clusters of documents), B batches, W windows, S samples
-(the tokens of a sequence in the shard).
+L routers, E experts, K slots, T tokens selected, D domains, U units (clusters of documents), B
+batches, W windows, S samples (the tokens of a sequence in the shard).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ NEEDS_ORDER = frozenset({"repetition", "srp", "esft"})
 
 @dataclass(frozen=True)
 class Windows:
-    """How the trace is cut into windows: `tokens` of each rank to a window, `count` windows. `before` is the number of
-    tokens that each shard, by (rank, index), has before it in its rank: ranks run side by side, and so do their windows."""
+    """How the trace is cut into windows: `tokens` of each rank to a window, `count` windows.
+    `before` is the number of tokens that each shard, by (rank, index), has before it in its rank:
+    ranks run side by side, and so do their windows."""
 
     tokens: int
     count: int
@@ -37,8 +38,9 @@ class Windows:
 
 @dataclass(frozen=True)
 class SelectedTokens:
-    """The tokens of a shard that the selection takes and a stack's routers see. `keep_R` says which of a router's R
-    decisions are theirs, None where all are; the other arrays are of the tokens kept, in token order."""
+    """The tokens of a shard that the selection takes and a stack's routers see. `keep_R` says which
+    of a router's R decisions are theirs, None where all are; the other arrays are of the tokens
+    kept, in token order."""
 
     keep_R: np.ndarray | None
     rows: int
@@ -55,7 +57,10 @@ class SelectedTokens:
     def of(self, columns: counting.Slots, router: int) -> counting.Slots:
         """The decisions of the tokens kept; columns of R rows each."""
         if len(columns[0]) != self.rows:
-            raise MoeInspectError(f"damaged trace: router {router} has {len(columns[0])} decisions of a shard's {self.rows} tokens")
+            raise MoeInspectError(
+                f"damaged trace: router {router} has {len(columns[0])} decisions of a shard's "
+                f"{self.rows} tokens"
+            )
         return columns if self.keep_R is None else tuple(column[self.keep_R] for column in columns)
 
     @cached_property
@@ -66,21 +71,37 @@ class SelectedTokens:
         return counting.order_of(self.document_T, self.sequence_T, self.position_T)
 
 
-def selected_tokens(shard: Shard, selection: Selection, stack: str = "", order: bool = False) -> SelectedTokens:
-    """Reads the tokens table of a shard and drops what the selection leaves out or the stack's routers do not see."""
-    names = ["token_id", "document", "batch", "domain"] + (["phase"] if selection.phase or stack else [])
+def selected_tokens(
+    shard: Shard, selection: Selection, stack: str = "", order: bool = False
+) -> SelectedTokens:
+    """Reads the tokens table of a shard and drops what the selection leaves out or the stack's
+    routers do not see."""
+    names = ["token_id", "document", "batch", "domain"] + (
+        ["phase"] if selection.phase or stack else []
+    )
     table = shard.tokens(names + (["sequence", "position"] if order else []))
     code_T, domains = codes(table["domain"])
     labels = {domains[d] for d in np.unique(code_T)}
     keep_T = seen_T = None
     if selection.domains is not None:
-        keep_T = np.isin(code_T, [d for d, domain in enumerate(domains) if domain in selection.domains])
+        keep_T = np.isin(
+            code_T, [d for d, domain in enumerate(domains) if domain in selection.domains]
+        )
     if "phase" in names:
         phase_T, phases = codes(table["phase"])
         if stack:
-            seen_T = np.isin(phase_T, [p for p, phase in enumerate(phases) if (phase == PHASES[2]) == (stack == "encoder")])
+            seen_T = np.isin(
+                phase_T,
+                [
+                    p
+                    for p, phase in enumerate(phases)
+                    if (phase == PHASES[2]) == (stack == "encoder")
+                ],
+            )
         if selection.phase:
-            match_T = np.isin(phase_T, [p for p, phase in enumerate(phases) if phase == selection.phase])
+            match_T = np.isin(
+                phase_T, [p for p, phase in enumerate(phases) if phase == selection.phase]
+            )
             keep_T = match_T if keep_T is None else keep_T & match_T
     rows = len(table) if seen_T is None else int(seen_T.sum())
     keep_R = keep_T if seen_T is None or keep_T is None else keep_T[seen_T]
@@ -89,7 +110,9 @@ def selected_tokens(shard: Shard, selection: Selection, stack: str = "", order: 
     def taken(values: np.ndarray) -> np.ndarray:
         return values if taken_T is None else values[taken_T]
 
-    sequence_T, position_T = (taken(table[n].to_numpy()) if order else None for n in ("sequence", "position"))
+    sequence_T, position_T = (
+        taken(table[n].to_numpy()) if order else None for n in ("sequence", "position")
+    )
     return SelectedTokens(
         keep_R,
         rows,
@@ -113,10 +136,10 @@ def count_shard(
     fast: bool = False,
     routers: tuple[int, ...] | None = None,
 ) -> Counts:
-    """The counts of one shard: what the whole adds up from. A sequence's tokens are in one shard, prompt and what was
-    generated from it together. Only a loop that generates more than writer.CONTINUED shards hold goes on in the next: the
-    pair at that edge is not counted. `fast`: by the compiled kernels. `routers`: of those selected, the ones to count now,
-    by default all."""
+    """The counts of one shard: what the whole adds up from. A sequence's tokens are in one shard,
+    prompt and what was generated from it together. Only a loop that generates more than
+    writer.CONTINUED shards hold goes on in the next: the pair at that edge is not counted. `fast`:
+    by the compiled kernels. `routers`: of those selected, the ones to count now, by default all."""
     by = counting
     if fast:
         from moe_inspect.analysis.counting import kernels_numba as by
@@ -132,11 +155,20 @@ def count_shard(
     if shard.trace.counts_only:
         _count_counted(shard, selection, part)
     else:
-        _count_routed(shard, selection, part, windows, by, selection.routers if routers is None else routers)
+        _count_routed(
+            shard, selection, part, windows, by, selection.routers if routers is None else routers
+        )
     return part
 
 
-def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Windows | None, by: Any, routers: tuple[int, ...]) -> None:
+def _count_routed(
+    shard: Shard,
+    selection: Selection,
+    part: Counts,
+    windows: Windows | None,
+    by: Any,
+    routers: tuple[int, ...],
+) -> None:
     order = bool(part.wants & NEEDS_ORDER)
     every = selected_tokens(shard, selection, order=order)
     part.labels = every.labels
@@ -154,10 +186,14 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
         part.first_token_W[window_W] = shard.files.first_token + every.number_T[at_W]
     for stack in sorted({part.routers[r].stack for r in part.indices}):
         seen = every if not stack else selected_tokens(shard, selection, stack, order)
-        places = _places(seen, key_U, domain_of_U, windows if "windows" in part.wants else None, shard)
+        places = _places(
+            seen, key_U, domain_of_U, windows if "windows" in part.wants else None, shard
+        )
         if stack:
             part.token_ids_SV[stack] = _occurrences(seen)
-            part.tokens_SU[stack] = np.bincount(places.unit_T, minlength=len(key_U)).astype(np.int64)
+            part.tokens_SU[stack] = np.bincount(places.unit_T, minlength=len(key_U)).astype(
+                np.int64
+            )
         chosen = [r for r in routers if part.routers[r].stack == stack]
         linked = chosen if "transitions" in part.wants else []
         reached = {after for r in linked if (after := part.next_router(r)) is not None}
@@ -175,29 +211,47 @@ def _count_routed(shard: Shard, selection: Selection, part: Counts, windows: Win
             before = (r, slots) if r in chosen else None
 
 
-def _places(seen: SelectedTokens, key_U: np.ndarray, domain_of_U: np.ndarray, windows: Windows | None, shard: Shard) -> counting.Places:
+def _places(
+    seen: SelectedTokens,
+    key_U: np.ndarray,
+    domain_of_U: np.ndarray,
+    windows: Windows | None,
+    shard: Shard,
+) -> counting.Places:
     """What the routers of one stack share in a shard: where each of its tokens counts."""
     row_of = np.zeros(key_U[-1] + 1, np.int64)
     row_of[key_U] = np.arange(len(key_U))
     unit_T = row_of[_unit(seen)]
     batch_B, batch_T = counting.distinct(seen.batch_T)
     first = windows.before[shard.files.rank, shard.files.index] if windows else 0
-    window_T = (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
+    window_T = (
+        (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
+    )
     sizes = len(key_U), int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1
     return counting.Places(unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order)
 
 
 def _count_router(
-    shard: Shard, part: Counts, r: int, slots: counting.Slots, seen: SelectedTokens, places: counting.Places, by: Any
+    shard: Shard,
+    part: Counts,
+    r: int,
+    slots: counting.Slots,
+    seen: SelectedTokens,
+    places: counting.Places,
+    by: Any,
 ) -> RouterCounts:
     E, k, wants, D = part.routers[r].experts, part.routers[r].top_k, part.wants, places.D
     weighted = shard.trace.has_weights and bool(wants & NEEDS_WEIGHTS)
     weights = seen.of(shard.slot_weights(r), r) if weighted else None
     assignments_UE, first_choice_DE, load_BE, load_WE = by.loads(slots, places, E)
-    weight_sum_DE = by.weight_sum(places.domain_T, slots, weights, D, E) if weights is not None else None
+    weight_sum_DE = (
+        by.weight_sum(places.domain_T, slots, weights, D, E) if weights is not None else None
+    )
     ranked = part.routers[r].first_choice_known
     null_slots = k * len(slots[0]) - int(load_BE.sum())
-    mine = RouterCounts(assignments_UE, first_choice_DE if ranked else None, weight_sum_DE, null_slots)
+    mine = RouterCounts(
+        assignments_UE, first_choice_DE if ranked else None, weight_sum_DE, null_slots
+    )
     mine.batches = _batches(places.tokens_B, load_BE)
     if "pairs" in wants:
         mine.by_slot_EE = by.by_slot(slots, E)
@@ -205,7 +259,9 @@ def _count_router(
         mine.window_load_WE, mine.window_tokens_W = load_WE, places.tokens_W.copy()
     if "repetition" in wants:
         mine.pairs_U = places.pairs_U.copy()
-        first_same_U, mine.any_same_U = by.repetition(slots, places, E if mine.null_slots else 2**16)
+        first_same_U, mine.any_same_U = by.repetition(
+            slots, places, E if mine.null_slots else 2**16
+        )
         mine.first_same_U = first_same_U if ranked else None
     if "srp" in wants:
         mine.srp = {m: by.srp(slots, places, E, m) for m in SRP_LENGTHS}
@@ -214,7 +270,9 @@ def _count_router(
         mine.samples_D = np.bincount(places.domain_T[order.first_S], minlength=D).astype(np.int64)
         mine.esft_token_DE = by.weight_sum(places.domain_T, slots, (mean_T / k,) * k, D, E)
         if weights is not None:
-            mine.esft_gate_DE = by.weight_sum(places.domain_T, slots, tuple(weight_T * mean_T for weight_T in weights), D, E)
+            mine.esft_gate_DE = by.weight_sum(
+                places.domain_T, slots, tuple(weight_T * mean_T for weight_T in weights), D, E
+            )
     if "weights" in wants and weights is not None:
         for name, value in by.weight_confidence(weights).items():
             setattr(mine, name, value)
@@ -248,7 +306,11 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
     table = shard.counts()
     code, domains = codes(table["domain"])
     part.labels, part.counts_only = {domains[d] for d in np.unique(code)}, True
-    kept = [d for d, domain in enumerate(domains) if domain in part.labels and (not selection.domains or domain in selection.domains)]
+    kept = [
+        d
+        for d, domain in enumerate(domains)
+        if domain in part.labels and (not selection.domains or domain in selection.domains)
+    ]
     part.domains = [domains[d] for d in kept]
     part.units = [(domain, 0) for domain in part.domains]
     row_of = {d: row for row, d in enumerate(kept)}
@@ -260,21 +322,37 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
         mine = (router == r) & np.isin(code, kept)
         cell = np.array([row_of[d] for d in code[mine]], np.int64) * E + expert[mine]
 
-        def summed(name: str, mine: np.ndarray = mine, cell: np.ndarray = cell, E: int = E) -> np.ndarray:
-            return np.bincount(cell, table[name].to_numpy()[mine], len(kept) * E).reshape(len(kept), E)
+        def summed(
+            name: str, mine: np.ndarray = mine, cell: np.ndarray = cell, E: int = E
+        ) -> np.ndarray:
+            return np.bincount(cell, table[name].to_numpy()[mine], len(kept) * E).reshape(
+                len(kept), E
+            )
 
         assignments_DE = summed("assignments").astype(np.int64)
         first_choice_DE = summed("first_choice").astype(np.int64) if ranked else None
         known_DE = first_choice_DE if part.routers[r].first_choice_known else None
-        part.of[r] = RouterCounts(assignments_DE, known_DE, summed("weight_sum") if weighted else None)
-        tokens_LD.append(first_choice_DE.sum(1) if first_choice_DE is not None else np.rint(assignments_DE.sum(1) / k).astype(np.int64))
-    # a token may have no first choice at one router, but at another: the router that missed fewest tells how many there were
+        part.of[r] = RouterCounts(
+            assignments_DE, known_DE, summed("weight_sum") if weighted else None
+        )
+        tokens_LD.append(
+            first_choice_DE.sum(1)
+            if first_choice_DE is not None
+            else np.rint(assignments_DE.sum(1) / k).astype(np.int64)
+        )
+    # a token may have no first choice at one router, but at another: the router that missed fewest
+    # tells how many there were
     stack_L = [part.routers[r].stack for r in selection.routers]
-    by_stack = {s: np.max([t for t, of in zip(tokens_LD, stack_L, strict=True) if of == s], axis=0) for s in stack_L}
+    by_stack = {
+        s: np.max([t for t, of in zip(tokens_LD, stack_L, strict=True) if of == s], axis=0)
+        for s in stack_L
+    }
     part.tokens_U = np.sum(list(by_stack.values()), axis=0).astype(np.int64)
     part.tokens_SU = {s: tokens_U for s, tokens_U in by_stack.items() if s}
     for r in selection.routers:
-        part.of[r].null_slots = part.tokens_of(r) * part.routers[r].top_k - int(part.of[r].assignments_UE.sum())
+        part.of[r].null_slots = part.tokens_of(r) * part.routers[r].top_k - int(
+            part.of[r].assignments_UE.sum()
+        )
 
 
 def _documents(shard: Shard, selection: Selection) -> int:
@@ -282,4 +360,6 @@ def _documents(shard: Shard, selection: Selection) -> int:
     if selection.domains is None:
         return shard.files.rows["documents"]
     code, domains = codes(shard.table("documents", ["domain"])["domain"])
-    return int(np.isin(code, [d for d, domain in enumerate(domains) if domain in selection.domains]).sum())
+    return int(
+        np.isin(code, [d for d, domain in enumerate(domains) if domain in selection.domains]).sum()
+    )

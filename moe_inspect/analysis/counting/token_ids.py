@@ -1,8 +1,10 @@
-"""The second pass, for what needs token ids: tables by token id, as many routers at a time as fit in memory.
+"""The second pass, for what needs token ids: tables by token id, as many routers at a time as fit
+in memory.
 
-V token ids, E experts, K slots, T tokens of a shard, U units (domain × cluster of documents), P occupied (token id, unit)
-pairs. Only the most frequent token ids are counted, at least `min_count` times each and no more of them than CELLS allows:
-what that leaves out is `coverage`. Memory does not grow with the trace; with `most` it does with the vocabulary.
+V token ids, E experts, K slots, T tokens of a shard, U units (domain × cluster of documents), P
+occupied (token id, unit) pairs. Only the most frequent token ids are counted, at least `min_count`
+times each and no more of them than CELLS allows: what that leaves out is `coverage`. Memory does
+not grow with the trace; with `most` it does with the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,15 +26,24 @@ from moe_inspect.trace.reader import Shard, Trace
 
 MIN_COUNT = 8  # occurrences from which the routing of a token id can be told from chance
 CELLS = 2**24  # of one table; all tables of a group of routers hold a few times as many
-SHUFFLES = 5  # of the token ids, where there are few tokens; over many, one hardly differs from the next
+SHUFFLES = (
+    5  # of the token ids, where there are few tokens; over many, one hardly differs from the next
+)
 SHORT = 100_000  # tokens
-UNIT_CLUSTERS = (127, 61, 31, 17)  # clusters of documents a domain: the most that let every token id in
+UNIT_CLUSTERS = (
+    127,
+    61,
+    31,
+    17,
+)  # clusters of documents a domain: the most that let every token id in
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Which token ids are counted. `row_of[id]` is the row of a token id in the tables, −1 where it is left out;
-    occurrences_V: of each, in the selected tokens; `coverage`: the share of the selected tokens they are."""
+    """Which token ids are counted. `row_of[id]` is the row of a token id in the tables, −1 where it
+    is left out;
+    occurrences_V: of each, in the selected tokens; `coverage`: the share of the selected tokens
+    they are."""
 
     ids_V: np.ndarray
     occurrences_V: np.ndarray
@@ -45,8 +56,8 @@ class TokenIds:
 
 
 def frequent(counts: Counts, min_count: int, most: int, router: int | None = None) -> TokenIds:
-    """The token ids that occur at least `min_count` times, the `most` most frequent of them; among the tokens a router saw,
-    or all."""
+    """The token ids that occur at least `min_count` times, the `most` most frequent of them; among
+    the tokens a router saw, or all."""
     occurrences = counts.token_ids_V if router is None else counts.token_ids_V_of(router)
     tokens = counts.tokens if router is None else counts.tokens_of(router)
     ids_V = np.flatnonzero(occurrences >= max(min_count, 1))
@@ -54,13 +65,16 @@ def frequent(counts: Counts, min_count: int, most: int, router: int | None = Non
         ids_V = np.sort(ids_V[np.argsort(-occurrences[ids_V], kind="stable")[:most]])
     row_of = np.full(max(len(occurrences), 1), -1, np.int64)
     row_of[ids_V] = np.arange(len(ids_V))
-    return TokenIds(ids_V, occurrences[ids_V], row_of, float(occurrences[ids_V].sum() / max(tokens, 1)))
+    return TokenIds(
+        ids_V, occurrences[ids_V], row_of, float(occurrences[ids_V].sum() / max(tokens, 1))
+    )
 
 
 @dataclass
 class TokenTables:
-    """The tables of one router, uint32. any_VE counts assignments, first_VE first choices (None: unknown). With `nulls`: the same with the
-    token ids shuffled within each shard, and any_PE, by (token id, unit), with its coordinates."""
+    """The tables of one router, uint32. any_VE counts assignments, first_VE first choices (None:
+    unknown). With `nulls`: the same with the token ids shuffled within each shard, and any_PE, by
+    (token id, unit), with its coordinates."""
 
     router: int
     token_ids: TokenIds
@@ -73,7 +87,8 @@ class TokenTables:
     clusters: int = 0
 
     def pairs(self, domains: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The occupied (token id, unit) pairs: counts_PE, token_P, domain_P; rows of a token id lie together."""
+        """The occupied (token id, unit) pairs: counts_PE, token_P, domain_P; rows of a token id lie
+        together."""
         assert self.by_unit is not None
         token_P, unit_P = np.nonzero(self.by_unit.any(2))
         return self.by_unit[token_P, unit_P].astype(np.int64), token_P, unit_P // self.clusters
@@ -89,7 +104,8 @@ def by_token_id(
     most: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[TokenTables]:
-    """The tables of every router selected, in order. `most`: how many token ids, by default what CELLS allows."""
+    """The tables of every router selected, in order. `most`: how many token ids, by default what
+    CELLS allows."""
     widest = max(trace.routers[r].experts for r in selection.routers)
     shuffles = 0 if not nulls else SHUFFLES if counts.tokens < SHORT else 1
     accumulate = _accumulate
@@ -97,14 +113,23 @@ def by_token_id(
         from moe_inspect.analysis.counting.kernels_numba import accumulate
     for stack, alike in itertools.groupby(selection.routers, lambda r: trace.routers[r].stack):
         routers = list(alike)
-        token_ids = frequent(counts, min_count, CELLS // widest if most is None else most, routers[0])
-        pair_ids, clusters = (None, 0) if not nulls or len(counts.domains) < 2 else pair_ids_of(counts, widest, routers[0])
+        token_ids = frequent(
+            counts, min_count, CELLS // widest if most is None else most, routers[0]
+        )
+        pair_ids, clusters = (
+            (None, 0)
+            if not nulls or len(counts.domains) < 2
+            else pair_ids_of(counts, widest, routers[0])
+        )
         cells = len(token_ids.ids_V) * widest * (2 + 2 * shuffles)
         cells += len(pair_ids.ids_V) * len(counts.domains) * clusters * widest if pair_ids else 0
         at_once = max(1, 2 * CELLS // max(cells, 1))
         for start in range(0, len(routers), at_once):
             group = routers[start : start + at_once]
-            tables = [_empty(trace, r, token_ids, pair_ids, clusters, len(counts.domains), shuffles) for r in group]
+            tables = [
+                _empty(trace, r, token_ids, pair_ids, clusters, len(counts.domains), shuffles)
+                for r in group
+            ]
             for shard in trace.shards:
                 _count_shard(shard, selection, stack, counts, tables, accumulate)
                 if progress:
@@ -120,15 +145,27 @@ def pair_ids_of(counts: Counts, E: int, router: int | None = None) -> tuple[Toke
     return frequent(counts, MIN_COUNT, max(1, CELLS // (D * clusters * E)), router), clusters
 
 
-def _empty(trace: Trace, router: int, token_ids: TokenIds, pair_ids: TokenIds | None, clusters: int, D: int, shuffles: int) -> TokenTables:
+def _empty(
+    trace: Trace,
+    router: int,
+    token_ids: TokenIds,
+    pair_ids: TokenIds | None,
+    clusters: int,
+    D: int,
+    shuffles: int,
+) -> TokenTables:
     V, E = len(token_ids.ids_V), trace.routers[router].experts
 
     def table(rows: int = V) -> np.ndarray:
         return np.zeros((rows, E), np.uint32)
 
     ranked = trace.routers[router].first_choice_known
-    shuffled_any, shuffled_first = ([table() for _ in range(n)] for n in (shuffles, shuffles if ranked else 0))
-    tables = TokenTables(router, token_ids, table(), table() if ranked else None, shuffled_any, shuffled_first)
+    shuffled_any, shuffled_first = (
+        [table() for _ in range(n)] for n in (shuffles, shuffles if ranked else 0)
+    )
+    tables = TokenTables(
+        router, token_ids, table(), table() if ranked else None, shuffled_any, shuffled_first
+    )
     if pair_ids is not None:
         tables.pair_ids, tables.clusters = pair_ids, clusters
         tables.by_unit = np.zeros((len(pair_ids.ids_V), D * clusters, E), np.uint32)
@@ -136,7 +173,12 @@ def _empty(trace: Trace, router: int, token_ids: TokenIds, pair_ids: TokenIds | 
 
 
 def _count_shard(
-    shard: Shard, selection: Selection, stack: str, counts: Counts, group: list[TokenTables], accumulate: Callable[..., None]
+    shard: Shard,
+    selection: Selection,
+    stack: str,
+    counts: Counts,
+    group: list[TokenTables],
+    accumulate: Callable[..., None],
 ) -> None:
     chosen = selected_tokens(shard, selection, stack)
     if not len(chosen.domain_T):
@@ -167,7 +209,8 @@ def _count_shard(
 
 
 def _accumulate(table: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
-    """table[row, expert] += 1 for every slot of every token, but where the row is −1 or the slot routed nowhere."""
+    """table[row, expert] += 1 for every slot of every token, but where the row is −1 or the slot
+    routed nowhere."""
     E, ids_KT = table.shape[1], np.stack(slots)
     cell = (row_T * E + ids_KT)[(row_T >= 0) & (ids_KT < E)]
     flat = table.reshape(-1)
@@ -178,21 +221,26 @@ def _accumulate(table: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
 
 
 def token_mi(tables: TokenTables) -> tuple[float, float]:
-    """I(token id; expert) in bits over the token ids counted, and its mean with the token ids shuffled."""
+    """I(token id; expert) in bits over the token ids counted, and its mean with the token ids
+    shuffled."""
     null = [sp.token_mi_bits(any_VE) for any_VE in tables.shuffled_any]
     return sp.token_mi_bits(tables.any_VE), float(np.mean(null))
 
 
 def top_token_ids(tables: TokenTables, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` token ids of each expert by the fraction of their occurrences that goes to it, then by count; 0: all that
-    ever went there. Returns (expert, row in the tables), expert by expert."""
+    """The `top` token ids of each expert by the fraction of their occurrences that goes to it, then
+    by count; 0: all that ever went there. Returns (expert, row in the tables), expert by expert."""
     V, E = tables.any_VE.shape
     if not V:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     fraction_VE = np.minimum(tables.any_VE / tables.token_ids.occurrences_V[:, None], 1)
     rank_VE = (fraction_VE * 2**31).astype(np.uint64) << np.uint64(32) | tables.any_VE
     n = min(top, V) if top else V
-    rows_NE = np.argpartition(rank_VE, V - n, axis=0)[V - n :] if n < V else np.broadcast_to(np.arange(V)[:, None], (V, E))
+    rows_NE = (
+        np.argpartition(rank_VE, V - n, axis=0)[V - n :]
+        if n < V
+        else np.broadcast_to(np.arange(V)[:, None], (V, E))
+    )
     order_NE = np.argsort(np.take_along_axis(rank_VE, rows_NE, 0), axis=0, kind="stable")[::-1]
     rows_EN = np.take_along_axis(rows_NE, order_NE, 0).T
     expert_EN = np.broadcast_to(np.arange(E)[:, None], rows_EN.shape)

@@ -1,8 +1,9 @@
 """Which experts go together: in one decision, from a layer to the next, from a token to the next.
 
-E experts of a router, N of the next MoE layer's, D domains, m tokens of a window. together_EE[a, b] counts the decisions in
-which a and b were both chosen, together_EE[a, a] those in which a was. next_EN[a, b] counts the tokens for which a was chosen
-here and b at the next MoE layer. All pairs of slots count, not only first choices.
+E experts of a router, N of the next MoE layer's, D domains, m tokens of a window. together_EE[a, b]
+counts the decisions in which a and b were both chosen, together_EE[a, a] those in which a was.
+next_EN[a, b] counts the tokens for which a was chosen here and b at the next MoE layer. All pairs
+of slots count, not only first choices.
 """
 
 from __future__ import annotations
@@ -29,25 +30,26 @@ NEARLY_ALL = 1 - 1e-6  # of the decisions: an expert in all of them would have a
     source="arXiv:2409.02060, eq. 6",
 )
 def coactivation(together_EE: np.ndarray) -> np.ndarray:
-    """P(b chosen, given a chosen) in one decision: N_ab / N_a over all pairs of slots; a row sums to k − 1. NaN on the
-    diagonal, and for an a that was never chosen."""
+    """P(b chosen, given a chosen) in one decision: N_ab / N_a over all pairs of slots; a row sums
+    to k − 1. NaN on the diagonal, and for an a that was never chosen."""
     probability_EE = together_EE / _positive(np.diagonal(together_EE))[:, None]
     return _without_diagonal(probability_EE)
 
 
 @metric(table="coactivation", column="lift", ideal=1.0, unit="ratio", range="0 and up", axes="EE")
 def coactivation_lift(together_EE: np.ndarray, expected_EE: np.ndarray | None = None) -> np.ndarray:
-    """N_ab ÷ the N_ab that chance gives experts of these loads. 1 is chance; the plain P(b|a)/P(b) would be under 1 by chance,
-    since a decision's experts are distinct. NaN on the diagonal and where chance gives none. `expected_EE`: `together_by_chance`,
-    where it is known."""
+    """N_ab ÷ the N_ab that chance gives experts of these loads. 1 is chance; the plain P(b|a)/P(b)
+    would be under 1 by chance, since a decision's experts are distinct. NaN on the diagonal and
+    where chance gives none. `expected_EE`: `together_by_chance`, where it is known."""
     expected_EE = together_by_chance(together_EE) if expected_EE is None else expected_EE
     return _without_diagonal(together_EE / _positive(expected_EE))
 
 
 def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
-    """N_ab of decisions whose k distinct experts keep their loads and are otherwise picked by lot: P(a set) is the product of a weight
-    of each of its experts (conditional Poisson sampling, of all with these loads the one of largest entropy: Chen, Dempster and Liu
-    1994). Where slots are null, k is that of the mean decision. [E, E], 0 on the diagonal."""
+    """N_ab of decisions whose k distinct experts keep their loads and are otherwise picked by lot:
+    P(a set) is the product of a weight of each of its experts (conditional Poisson sampling, of all
+    with these loads the one of largest entropy: Chen, Dempster and Liu 1994). Where slots are null,
+    k is that of the mean decision. [E, E], 0 on the diagonal."""
     observed_EE = _without_diagonal(together_EE, 0.0)
     row_E, load_E = observed_EE.sum(1), np.diagonal(together_EE).astype(float)
     expected_EE = np.zeros_like(observed_EE)
@@ -70,7 +72,8 @@ def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
 
 
 def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
-    """P(a and b in the set) for sets of k experts in which each is with probability share_E (sum k). [E, E], 0 on the diagonal."""
+    """P(a and b in the set) for sets of k experts in which each is with probability share_E (sum
+    k). [E, E], 0 on the diagonal."""
     E = len(share_E)
     apart_EE = 1 - np.eye(E)
     if k >= E:  # all experts are in it
@@ -89,8 +92,9 @@ def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
 
 
 def _sums_of_products(weight_XE: np.ndarray, most: int) -> np.ndarray:
-    """Elementary symmetric polynomials of the weights of a row but that of expert e: the sums, over all sets of j other experts, of
-    the products of their weights, j = 0 … most. Sums of positive terms from both sides, so that nothing cancels. [X, E, most + 1]"""
+    """Elementary symmetric polynomials of the weights of a row but that of expert e: the sums, over
+    all sets of j other experts, of the products of their weights, j = 0 … most. Sums of positive
+    terms from both sides, so that nothing cancels. [X, E, most + 1]"""
     X, E = weight_XE.shape
     left_EXJ, right_EXJ = np.zeros((2, E, X, most + 1))
     left_EXJ[0, :, 0] = right_EXJ[E - 1, :, 0] = 1
@@ -98,40 +102,53 @@ def _sums_of_products(weight_XE: np.ndarray, most: int) -> np.ndarray:
         for sums_EXJ, here, before in ((left_EXJ, e, e - 1), (right_EXJ, E - 1 - e, E - e)):
             sums_EXJ[here] = sums_EXJ[before]
             sums_EXJ[here, :, 1:] += weight_XE[:, before, None] * sums_EXJ[before, :, :-1]
-    found_EXJ = np.stack([(left_EXJ[:, :, : j + 1] * right_EXJ[:, :, j::-1]).sum(2) for j in range(most + 1)], axis=2)
+    found_EXJ = np.stack(
+        [(left_EXJ[:, :, : j + 1] * right_EXJ[:, :, j::-1]).sum(2) for j in range(most + 1)], axis=2
+    )
     return found_EXJ.transpose(1, 0, 2)
 
 
-@metric(table="transitions", column="probability", ideal="k / E", unit="probability", range="0 to 1", axes="EN", source="arXiv:2401.08383")
+@metric(
+    table="transitions",
+    column="probability",
+    ideal="k / E",
+    unit="probability",
+    range="0 to 1",
+    axes="EN",
+    source="arXiv:2401.08383",
+)
 def transition(next_EN: np.ndarray, load_E: np.ndarray) -> np.ndarray:
-    """P(b chosen at the next MoE layer, given a chosen here), over all k·k pairs; a row sums to the next layer's k. NaN for an
-    a that was never chosen."""
+    """P(b chosen at the next MoE layer, given a chosen here), over all k·k pairs; a row sums to the
+    next layer's k. NaN for an a that was never chosen."""
     return next_EN / _positive(load_E)[:, None]
 
 
 @metric(table="transitions", column="lift", ideal=1.0, unit="ratio", range="0 and up", axes="EN")
 def transition_lift(next_EN: np.ndarray) -> np.ndarray:
-    """The share of b among what follows a ÷ its share among what follows anything. 1 is chance: a says nothing of b."""
+    """The share of b among what follows a ÷ its share among what follows anything. 1 is chance: a
+    says nothing of b."""
     share_EN = next_EN / _positive(next_EN.sum(1))[:, None]
     return share_EN / _positive(next_EN.sum(0) / _positive(np.asarray(next_EN.sum())))
 
 
 @metric(table="locality", ideal="1 / E", unit="ratio", range="1/E to 1", source="arXiv:2401.08383")
 def next_accuracy(next_first_EN: np.ndarray) -> float:
-    """How often the next MoE layer's first choice is the one that most often follows this layer's first choice: Σ_a max_b N_ab
-    ÷ N. Read it beside its marginal (always the most frequent) and its null (what as many independent choices reach)."""
+    """How often the next MoE layer's first choice is the one that most often follows this layer's
+    first choice: Σ_a max_b N_ab ÷ N. Read it beside its marginal (always the most frequent) and its
+    null (what as many independent choices reach)."""
     return float(next_first_EN.max(1, initial=0).sum() / _positive(np.asarray(next_first_EN.sum())))
 
 
 @metric(table="locality", ideal="1 / E", unit="ratio", range="1/E to 1", source="arXiv:2401.08383")
 def next_accuracy_marginal(next_first_EN: np.ndarray) -> float:
-    """How often the next MoE layer's first choice is its most frequent one: what can be predicted without looking."""
+    """How often the next MoE layer's first choice is its most frequent one: what can be predicted
+    without looking."""
     return float(next_first_EN.sum(0).max(initial=0) / _positive(np.asarray(next_first_EN.sum())))
 
 
 def next_accuracy_null(next_first_EN: np.ndarray, R: int = 5) -> float:
-    """Mean `next_accuracy` of choices with these marginals that do not depend on each other: the maximum of each row is
-    over the marginal's by luck alone where rows are few."""
+    """Mean `next_accuracy` of choices with these marginals that do not depend on each other: the
+    maximum of each row is over the marginal's by luck alone where rows are few."""
     row_E, column_N = next_first_EN.sum(1), next_first_EN.sum(0)
     if not column_N.sum():
         return float("nan")
@@ -140,18 +157,31 @@ def next_accuracy_null(next_first_EN: np.ndarray, R: int = 5) -> float:
     return float(np.mean([next_accuracy(rng.multinomial(row_E, share_N)) for _ in range(R)]))
 
 
-@metric(table="repetition", ideal="1 / E", unit="probability", range="0 to 1", axes="D", source="arXiv:2401.04088, table 5")
+@metric(
+    table="repetition",
+    ideal="1 / E",
+    unit="probability",
+    range="0 to 1",
+    axes="D",
+    source="arXiv:2401.04088, table 5",
+)
 def first_choice(first_same_D: np.ndarray, pairs_D: np.ndarray) -> np.ndarray:
-    """The share of tokens whose first choice is that of the token before, of the same sequence. Random choices: 1/E."""
+    """The share of tokens whose first choice is that of the token before, of the same sequence.
+    Random choices: 1/E."""
     return first_same_D / _positive(pairs_D)
 
 
 @metric(
-    table="repetition", ideal="1 - C(E - k, k) / C(E, k)", unit="probability", range="0 to 1", axes="D", source="arXiv:2401.04088, table 5"
+    table="repetition",
+    ideal="1 - C(E - k, k) / C(E, k)",
+    unit="probability",
+    range="0 to 1",
+    axes="D",
+    source="arXiv:2401.04088, table 5",
 )
 def any_choice(any_same_D: np.ndarray, pairs_D: np.ndarray) -> np.ndarray:
-    """The share of tokens that share at least one expert with the token before, of the same sequence. Random choices:
-    1 − C(E−k, k)/C(E, k)."""
+    """The share of tokens that share at least one expert with the token before, of the same
+    sequence. Random choices: 1 − C(E−k, k)/C(E, k)."""
     return any_same_D / _positive(pairs_D)
 
 
@@ -161,16 +191,24 @@ def any_choice_random(E: int, k: int) -> float:
 
 
 def first_choice_by_load(first_choice_DE: np.ndarray) -> np.ndarray:
-    """P(two independent first choices of the same domain are the same) = Σ_e p_e²: what uneven load alone repeats. [D]"""
+    """P(two independent first choices of the same domain are the same) = Σ_e p_e²: what uneven load
+    alone repeats. [D]"""
     share_DE = first_choice_DE / _positive(first_choice_DE.sum(1))[:, None]
     return (share_DE**2).sum(1)
 
 
-@metric(table="locality", ideal="2 * k / (E + k)", unit="ratio", range="0 to 1; 1 for m = 1", source="arXiv:2505.16056")
+@metric(
+    table="locality",
+    ideal="2 * k / (E + k)",
+    unit="ratio",
+    range="0 to 1; 1 for m = 1",
+    source="arXiv:2505.16056",
+)
 def srp(windows_M: np.ndarray) -> float:
-    """Segment routing best performance: how well a set of experts of its own can serve all m tokens of a window, as the best
-    F-measure over thresholds α, 2Σ_{f≥α}f ÷ Σ(m·1[f≥α] + f). windows_M[f], f = 0 … m: how many (window, expert) have f of the
-    window's m tokens at the expert. NaN without any."""
+    """Segment routing best performance: how well a set of experts of its own can serve all m tokens
+    of a window, as the best F-measure over thresholds α, 2Σ_{f≥α}f ÷ Σ(m·1[f≥α] + f). windows_M[f],
+    f = 0 … m: how many (window, expert) have f of the window's m tokens at the expert. NaN without
+    any."""
     return float(best_f(windows_M))
 
 
@@ -179,18 +217,23 @@ def best_f(windows_M: np.ndarray) -> np.ndarray:
     m = windows_M.shape[-1] - 1
     hits_M = np.arange(m + 1) * windows_M
     assigned = hits_M.sum(-1, keepdims=True)
-    from_M, hit_M = (values[..., ::-1].cumsum(-1)[..., ::-1] for values in (windows_M, hits_M))  # [α]: pairs with f ≥ α
+    from_M, hit_M = (
+        values[..., ::-1].cumsum(-1)[..., ::-1] for values in (windows_M, hits_M)
+    )  # [α]: pairs with f ≥ α
     return (2 * hit_M / _positive(m * from_M + assigned))[..., 1:].max(-1)
 
 
 def srp_by_load(load_E: np.ndarray, tokens: float, m: int) -> float:
-    """`srp` of tokens that choose independently, with these loads: f is binomial. NaN without tokens."""
+    """`srp` of tokens that choose independently, with these loads: f is binomial. NaN without
+    tokens."""
     if tokens <= 0 or not load_E.any():
         return float("nan")
     chosen_E = np.clip(load_E / tokens, 0, 1)
     frequency_M = np.arange(m + 1)
     ways_M = np.array([float(comb(m, f)) for f in frequency_M])
-    expected_M = (ways_M * chosen_E[:, None] ** frequency_M * (1 - chosen_E[:, None]) ** (m - frequency_M)).sum(0)
+    expected_M = (
+        ways_M * chosen_E[:, None] ** frequency_M * (1 - chosen_E[:, None]) ** (m - frequency_M)
+    ).sum(0)
     return srp(expected_M)
 
 

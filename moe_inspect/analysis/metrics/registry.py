@@ -1,10 +1,11 @@
-"""Every metric there is: plain functions, each registered by its decorator, from which the list on the command line, the
-README's table, the gates and the property tests come.
+"""Every metric there is: plain functions, each registered by its decorator, from which the list on
+the command line, the README's table, the gates and the property tests come.
 
-L routers, D domains, E experts, N experts of the next layer's router, W windows, K slots. The letters at the end of a
-parameter's name are its axes; a metric's are those of its result. `ideal` is the value where everything is even: every
-expert as loaded as every other, whatever the token, the domain, the window and the expert before; a number, or a formula in
-E and k where it depends on them.
+L routers, D domains, E experts, N experts of the next layer's router, W windows, K slots. The
+letters at the end of a parameter's name are its axes; a metric's are those of its result. `ideal`
+is the value where everything is even: every expert as loaded as every other, whatever the token,
+the domain, the window and the expert before; a number, or a formula in E and k where it depends on
+them.
 """
 
 from __future__ import annotations
@@ -53,27 +54,40 @@ METRICS: dict[str, Metric] = {}
 
 
 def metric(
-    *, table: str, ideal: float | str, unit: str, range: str, axes: str = "", column: str | None = None, source: str = ""
+    *,
+    table: str,
+    ideal: float | str,
+    unit: str,
+    range: str,
+    axes: str = "",
+    column: str | None = None,
+    source: str = "",
 ) -> Callable[[F], F]:
     """Registers a function as a metric under its own name."""
 
     def register(function: F) -> F:
         name = function.__name__
         assert name not in METRICS, f"two metrics {name}"
-        METRICS[name] = Metric(name, function, table, column or name, ideal, unit, range, axes, source)
+        METRICS[name] = Metric(
+            name, function, table, column or name, ideal, unit, range, axes, source
+        )
         return function
 
     return register
 
 
 def metrics() -> dict[str, Metric]:
-    """METRICS with every file read that adds to it, in the order of the files, whichever was read first."""
-    homes = [importlib.import_module(f"moe_inspect.analysis.metrics.{home}").__name__ for home in HOMES]
+    """METRICS with every file read that adds to it, in the order of the files, whichever was read
+    first."""
+    homes = [
+        importlib.import_module(f"moe_inspect.analysis.metrics.{home}").__name__ for home in HOMES
+    ]
     return dict(sorted(METRICS.items(), key=lambda item: homes.index(item[1].function.__module__)))
 
 
 def listing() -> list[dict[str, str]]:
-    """A row a metric, for people: metric, table, definition, range, even (its value where all is even), unit, source."""
+    """A row a metric, for people: metric, table, definition, range, even (its value where all is
+    even), unit, source."""
     return [
         {
             "metric": m.column,

@@ -1,8 +1,8 @@
 """What chance alone would show: noise floors, intervals by document.
 
-T tokens, E experts, k choices a token, U units (clusters of documents), R repetitions. Tokens of one document are not
-independent, so nothing here resamples tokens: intervals resample documents, nulls permute documents. Every seed is fixed:
-the same trace gives the same report.
+T tokens, E experts, k choices a token, U units (clusters of documents), R repetitions. Tokens of
+one document are not independent, so nothing here resamples tokens: intervals resample documents,
+nulls permute documents. Every seed is fixed: the same trace gives the same report.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ GAUSSIAN_FROM = 500  # mean load from which the counts of k-of-E choices are as 
 
 @lru_cache(maxsize=4096)
 def noise_floor(T: int, E: int, k: int) -> float:
-    """The max_vio expected when each of T tokens picks k of E experts by lot. NaN without tokens, 0 when k = E.
+    """The max_vio expected when each of T tokens picks k of E experts by lot. NaN without tokens, 0
+    when k = E.
 
-    Simulated, at a cost that does not depend on T: experts are gone through one by one, and of the tokens that still have j
-    picks among the e experts left, Binomial(·, j/e) take this one. That is exact. Where the mean load is large the counts
-    are Gaussian, with the covariance of distinct picks: var kT/E·(1−k/E), correlation −1/(E−1)."""
+    Simulated, at a cost that does not depend on T: experts are gone through one by one, and of the
+    tokens that still have j picks among the e experts left, Binomial(·, j/e) take this one. That is
+    exact. Where the mean load is large the counts are Gaussian, with the covariance of distinct
+    picks: var kT/E·(1−k/E), correlation −1/(E−1)."""
     if T <= 0:
         return float("nan")
     if k >= E:
@@ -55,7 +57,8 @@ def _expected_maximum(E: int) -> float:
 
 
 def noise_floors(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
-    """`noise_floor` at many sizes: simulated at powers of 2, between them on a straight line in log-log; NaN for a size of 0. [N] → [N]"""
+    """`noise_floor` at many sizes: simulated at powers of 2, between them on a straight line in
+    log-log; NaN for a size of 0. [N] → [N]"""
     sizes = np.asarray(sizes, float)
     sizes = np.where(sizes > 0, np.maximum(sizes, 1), np.nan)
     if np.isnan(sizes).all() or k >= E:
@@ -67,11 +70,11 @@ def noise_floors(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
 
 
 def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | None:
-    """How often each unit counts in each of R resamples of the documents, within strata (domains). float64 [R, U]; None
-    with fewer than FEWEST_DOCUMENTS units.
+    """How often each unit counts in each of R resamples of the documents, within strata (domains).
+    float64 [R, U]; None with fewer than FEWEST_DOCUMENTS units.
 
-    n−1 of n units are drawn and scaled up, which keeps the variance unbiased at small n (Rao and Wu 1988). Where a domain
-    has too few documents to vary by itself, all are resampled together."""
+    n−1 of n units are drawn and scaled up, which keeps the variance unbiased at small n (Rao and Wu
+    1988). Where a domain has too few documents to vary by itself, all are resampled together."""
     U = len(strata_U)
     if U < FEWEST_DOCUMENTS:
         return None
@@ -86,11 +89,15 @@ def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | N
     return weights_RU
 
 
-def max_vio_interval(assignments_UE: np.ndarray, weights_RU: np.ndarray | None) -> tuple[float, float]:
-    """95 % interval of max_vio: of the load ratio of the sample's busiest expert, its identity held fixed, minus 1.
+def max_vio_interval(
+    assignments_UE: np.ndarray, weights_RU: np.ndarray | None
+) -> tuple[float, float]:
+    """95 % interval of max_vio: of the load ratio of the sample's busiest expert, its identity held
+    fixed, minus 1.
 
-    A bootstrap of the maximum itself would mostly exclude the sample's own value, because each resample picks a new
-    busiest expert; what picking the busiest does is shown by the noise floor instead. NaN without `weights_RU` or load."""
+    A bootstrap of the maximum itself would mostly exclude the sample's own value, because each
+    resample picks a new busiest expert; what picking the busiest does is shown by the noise floor
+    instead. NaN without `weights_RU` or load."""
     load_E = assignments_UE.sum(0)
     if weights_RU is None or not load_E.sum():
         return float("nan"), float("nan")
@@ -99,8 +106,11 @@ def max_vio_interval(assignments_UE: np.ndarray, weights_RU: np.ndarray | None) 
     return interval(busiest_R / _positive(mean_R) - 1)
 
 
-def ratio_interval(hits_U: np.ndarray, of_U: np.ndarray, weights_RU: np.ndarray | None) -> tuple[float, float]:
-    """95 % interval of Σ hits ÷ Σ of. NaN without `weights_RU` or where there is nothing to divide by."""
+def ratio_interval(
+    hits_U: np.ndarray, of_U: np.ndarray, weights_RU: np.ndarray | None
+) -> tuple[float, float]:
+    """95 % interval of Σ hits ÷ Σ of. NaN without `weights_RU` or where there is nothing to divide
+    by."""
     if weights_RU is None or not of_U.sum():
         return float("nan"), float("nan")
     return interval(weights_RU @ hits_U / _positive(weights_RU @ of_U))
@@ -115,20 +125,26 @@ def interval(values_R: np.ndarray) -> tuple[float, float]:
 
 
 def share_interval(share: float, decisions: float, effect: float) -> tuple[float, float]:
-    """95 % interval of a share of that many decisions, from its variance, `effect` (the design effect) times that of independent
-    ones; for what is not known by document."""
-    half = 1.96 * np.sqrt(np.maximum(effect, 1) * share * (1 - share) / _positive(np.asarray(decisions, float)))
+    """95 % interval of a share of that many decisions, from its variance, `effect` (the design
+    effect) times that of independent ones; for what is not known by document."""
+    half = 1.96 * np.sqrt(
+        np.maximum(effect, 1) * share * (1 - share) / _positive(np.asarray(decisions, float))
+    )
     return float(np.maximum(share - half, 0)), float(np.minimum(share + half, 1))
 
 
 def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """log₁₀ of the probability that a count of so many chances, `most`, is as far from what is expected of it as this one, or
-    further: twice the binomial tail on its side, at most 1. The tail is continued to real counts (the incomplete beta function), such
-    as counts ÷ design effect. Where it is too small for a float, its leading term times a geometric series is taken: an upper bound
-    that is close so far out. Arrays of one shape, 0 ≤ count ≤ most, 0 < expected ≤ most."""
+    """log₁₀ of the probability that a count of so many chances, `most`, is as far from what is
+    expected of it as this one, or
+    further: twice the binomial tail on its side, at most 1. The tail is continued to real counts
+    (the incomplete beta function), such as counts ÷ design effect. Where it is too small for a
+    float, its leading term times a geometric series is taken: an upper bound that is close so far
+    out. Arrays of one shape, 0 ≤ count ≤ most, 0 < expected ≤ most."""
     from scipy.special import betainc, betaln
 
-    count, expected, most = np.broadcast_arrays(*(np.asarray(x, float) for x in (count, expected, most)))
+    count, expected, most = np.broadcast_arrays(
+        *(np.asarray(x, float) for x in (count, expected, most))
+    )
     more = count > expected
     p = np.clip(expected / most, 1e-15, 1 - 1e-12)
     # P(X ≥ n) = I_p(n, most − n + 1); P(X ≤ n) is the same seen from the failures
@@ -136,14 +152,21 @@ def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.
     a, b = np.maximum(hits, 1e-9), np.maximum(most - hits, 0) + 1
     tail = betainc(a, b, x)
     with np.errstate(divide="ignore"):
-        leading = a * np.log(x) + b * np.log1p(-x) - np.log(a) - betaln(a, b) - np.log(np.maximum(1 - (a + b) * x / (a + 1), 1e-12))
+        leading = (
+            a * np.log(x)
+            + b * np.log1p(-x)
+            - np.log(a)
+            - betaln(a, b)
+            - np.log(np.maximum(1 - (a + b) * x / (a + 1), 1e-12))
+        )
         log_tail = np.where(tail > 1e-250, np.log(tail), leading)
     return np.minimum((log_tail + np.log(2)) / np.log(10), 0)
 
 
 def signed_deviance(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """How much less likely a count of so many chances is under what is expected of it than under itself, as twice the difference of
-    log-likelihoods (binomial); below zero where the count is below what is expected."""
+    """How much less likely a count of so many chances is under what is expected of it than under
+    itself, as twice the difference of log-likelihoods (binomial); below zero where the count is
+    below what is expected."""
     missed, expected_missed = most - count, np.maximum(most - expected, 1e-12 * most)
     with np.errstate(divide="ignore", invalid="ignore"):
         hit = np.where(count > 0, count * np.log(count / expected), 0)
@@ -158,9 +181,10 @@ def permuted_labels(labels_U: np.ndarray, R: int) -> np.ndarray:
 
 
 def design_effect(assignments_UE: np.ndarray, tokens_U: np.ndarray, strata_U: np.ndarray) -> float:
-    """How many times larger the variance of the load is because tokens come in documents: variance between documents ÷
-    variance of as many independent tokens, pooled over experts. About 1 where documents do not matter; the noise floor of
-    such data is √ of it higher. NaN with fewer than FEWEST_DOCUMENTS units."""
+    """How many times larger the variance of the load is because tokens come in documents: variance
+    between documents ÷ variance of as many independent tokens, pooled over experts. About 1 where
+    documents do not matter; the noise floor of such data is √ of it higher. NaN with fewer than
+    FEWEST_DOCUMENTS units."""
     T = tokens_U.sum()
     if len(tokens_U) < FEWEST_DOCUMENTS or not assignments_UE.any():
         return float("nan")

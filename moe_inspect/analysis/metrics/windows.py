@@ -1,7 +1,8 @@
 """Does the load move? Pure functions on the loads of windows of consecutive tokens.
 
-W windows in the order of execution, E experts, k choices a token. Chance moves the load too: every distance between windows
-has its floor, the distance expected of two windows of these sizes that draw from one and the same distribution.
+W windows in the order of execution, E experts, k choices a token. Chance moves the load too: every
+distance between windows has its floor, the distance expected of two windows of these sizes that
+draw from one and the same distribution.
 """
 
 from __future__ import annotations
@@ -19,40 +20,58 @@ RANKS = 8  # GPUs of the placement whose staleness is shown
 
 @metric(table="drift", ideal=0.0, unit="ratio", range="0 to 1")
 def total_variation(load_WE: np.ndarray) -> float:
-    """½Σ|p − q| between the load shares of a window and the next, its mean: the share of assignments that have moved. NaN
-    with fewer than two windows."""
+    """½Σ|p − q| between the load shares of a window and the next, its mean: the share of
+    assignments that have moved. NaN with fewer than two windows."""
     return _mean(step_total_variation(load_WE))
 
 
 @metric(table="drift", ideal=0.0, unit="bits", range="0 to 1")
 def window_jsd_bits(load_WE: np.ndarray) -> float:
-    """Jensen–Shannon divergence between the load shares of a window and the next, its mean. NaN with fewer than two windows."""
+    """Jensen–Shannon divergence between the load shares of a window and the next, its mean. NaN
+    with fewer than two windows."""
     return _mean(step_jsd_bits(load_WE))
 
 
 @metric(table="drift", ideal=0.0, unit="ratio", range="0 to 1")
 def first_to_last(load_WE: np.ndarray) -> float:
-    """Total variation between the first window and the last: what the steps add up to. NaN with fewer than two windows."""
+    """Total variation between the first window and the last: what the steps add up to. NaN with
+    fewer than two windows."""
     return _mean(step_total_variation(load_WE[[0, -1]])) if len(load_WE) > 1 else float("nan")
 
 
-@metric(table="drift", ideal=1.0, unit="ratio", range="1/GPUs to 1", source="github.com/deepseek-ai/EPLB")
+@metric(
+    table="drift",
+    ideal=1.0,
+    unit="ratio",
+    range="1/GPUs to 1",
+    source="github.com/deepseek-ai/EPLB",
+)
 def balancedness_fresh(load_WE: np.ndarray, ranks: int) -> float:
-    """Mean ÷ max load of the GPUs, each window under the placement packed for its own load; the mean over windows."""
+    """Mean ÷ max load of the GPUs, each window under the placement packed for its own load; the
+    mean over windows."""
     return _mean(_balancedness(load_WE, pack(load_WE, ranks), ranks))
 
 
-@metric(table="drift", ideal=1.0, unit="ratio", range="1/GPUs to 1", source="github.com/deepseek-ai/EPLB")
+@metric(
+    table="drift",
+    ideal=1.0,
+    unit="ratio",
+    range="1/GPUs to 1",
+    source="github.com/deepseek-ai/EPLB",
+)
 def balancedness_stale(load_WE: np.ndarray, ranks: int) -> float:
-    """The same, each window under the placement packed for the window before: what drift costs those who rebalance once a
-    window. NaN with fewer than two windows."""
+    """The same, each window under the placement packed for the window before: what drift costs
+    those who rebalance once a window. NaN with fewer than two windows."""
     return _mean(_balancedness(load_WE[1:], pack(load_WE[:-1], ranks), ranks))
 
 
-@metric(table="windows", ideal=0.0, unit="ratio", range="0 to 1", axes="W", source="arXiv:2006.16668")
+@metric(
+    table="windows", ideal=0.0, unit="ratio", range="0 to 1", axes="W", source="arXiv:2006.16668"
+)
 def drop_rate(load_WE: np.ndarray, capacity_factor: float) -> np.ndarray:
-    """The share of a window's assignments beyond the capacity ceil(factor · mean load) of their expert: what a model that drops
-    would drop; "simulated" for one that does not. NaN for a window without load."""
+    """The share of a window's assignments beyond the capacity ceil(factor · mean load) of their
+    expert: what a model that drops would drop; "simulated" for one that does not. NaN for a window
+    without load."""
     capacity_W = np.ceil(capacity_factor * load_WE.mean(1))
     return np.maximum(load_WE - capacity_W[:, None], 0).sum(1) / _positive(load_WE.sum(1))
 
@@ -69,22 +88,30 @@ def step_jsd_bits(load_WE: np.ndarray) -> np.ndarray:
     return mutual_information_bits(np.stack([share_WE[:-1], share_WE[1:]], axis=1))
 
 
-def step_floors(share_E: np.ndarray, tokens_W: np.ndarray, k: int, effect: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Total variation and JSD expected of each window and the one before when both draw from share_E: the share of an expert
-    in T tokens has variance a(1 − a)/(k²T), a = k·share, times the design effect of tokens that come in documents. Gaussian
-    and second-order: for windows in which every expert has some load. [W − 1] each."""
+def step_floors(
+    share_E: np.ndarray, tokens_W: np.ndarray, k: int, effect: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Total variation and JSD expected of each window and the one before when both draw from
+    share_E: the share of an expert in T tokens has variance a(1 − a)/(k²T), a = k·share, times the
+    design effect of tokens that come in documents. Gaussian and second-order: for windows in which
+    every expert has some load. [W − 1] each."""
     chosen_E = np.clip(k * share_E, 0, 1)
     inverse_W = effect * (1 / _positive(tokens_W[1:]) + 1 / _positive(tokens_W[:-1]))
     variance_WE = (chosen_E * (1 - chosen_E) / k**2) * inverse_W[:, None]
     total_variation_W = np.sqrt(2 / math.pi * variance_WE).sum(1) / 2
     # JSD ≈ Σ (p − q)² / (8 p ln 2)
-    relative_WE = np.divide(variance_WE, share_E, out=np.zeros_like(variance_WE), where=np.broadcast_to(share_E > 0, variance_WE.shape))
+    relative_WE = np.divide(
+        variance_WE,
+        share_E,
+        out=np.zeros_like(variance_WE),
+        where=np.broadcast_to(share_E > 0, variance_WE.shape),
+    )
     return np.minimum(total_variation_W, 1), np.minimum(relative_WE.sum(1) / (8 * math.log(2)), 1)
 
 
 def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:
-    """The GPU of each expert by the load of each window, as many experts to each (one more or less where they do not divide): the
-    heaviest first, each to the lightest GPU with room. [W, E]"""
+    """The GPU of each expert by the load of each window, as many experts to each (one more or less
+    where they do not divide): the heaviest first, each to the lightest GPU with room. [W, E]"""
     W, E = load_WE.shape
     room_WR, load_WR = np.full((W, ranks), -(-E // ranks)), np.zeros((W, ranks))
     rank_WE, w = np.zeros((W, E), np.int64), np.arange(W)
@@ -97,7 +124,12 @@ def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def _balancedness(load_WE: np.ndarray, rank_WE: np.ndarray, ranks: int) -> np.ndarray:
-    load_WR = np.array([np.bincount(rank_E, load_E, ranks) for load_E, rank_E in zip(load_WE, rank_WE, strict=True)]).reshape(-1, ranks)
+    load_WR = np.array(
+        [
+            np.bincount(rank_E, load_E, ranks)
+            for load_E, rank_E in zip(load_WE, rank_WE, strict=True)
+        ]
+    ).reshape(-1, ranks)
     return load_WR.mean(1) / _positive(load_WR.max(1, initial=0))
 
 

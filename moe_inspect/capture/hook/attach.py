@@ -1,5 +1,5 @@
-"""Attaches a recorder to a model, and detaches it: hooks around each forward pass, a sink at each router, our experts
-implementation where it dispatches; also where torch.compile has come between.
+"""Attaches a recorder to a model, and detaches it: hooks around each forward pass, a sink at each
+router, our experts implementation where it dispatches; also where torch.compile has come between.
 
 T tokens, K slots, E experts.
 """
@@ -19,14 +19,22 @@ from moe_inspect.capture.hook import experts as experts_implementation
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import Choice, Site, called_with, is_expert_parallel, logits_among, wants_expert_parallel
+from moe_inspect.model.routers import (
+    Choice,
+    Site,
+    called_with,
+    is_expert_parallel,
+    logits_among,
+    wants_expert_parallel,
+)
 
 CAPTURES = ("auto", "dispatch", "tap")
 
 
 class Records(Protocol):
-    """What is told of a forward pass: its beginning; of each stack in it ("": the model is one) what it is fed and what it returned;
-    what each router chose (and its logits), until there is a tape; its end."""
+    """What is told of a forward pass: its beginning; of each stack in it ("": the model is one)
+    what it is fed and what it returned; what each router chose (and its logits), until there is a
+    tape; its end."""
 
     def begin(self) -> None: ...
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
@@ -37,8 +45,8 @@ class Records(Protocol):
 
 
 class Gate:
-    """Whether a stack's routers are recorded now: while a call of `module` is under way. Outside it a recomputation is not
-    recorded twice."""
+    """Whether a stack's routers are recorded now: while a call of `module` is under way. Outside it
+    a recomputation is not recorded twice."""
 
     def __init__(self, stack: str, module: torch.nn.Module):
         self.stack, self.module = stack, module
@@ -46,7 +54,8 @@ class Gate:
 
 
 class Sink:
-    """Where the values of one router go while its gate is open: says on which tape a kernel is to write them, or takes them itself."""
+    """Where the values of one router go while its gate is open: says on which tape a kernel is to
+    write them, or takes them itself."""
 
     def __init__(self, gate: Gate, take: Callable[..., None]):
         self.gate, self.take = gate, take
@@ -66,18 +75,32 @@ class Sink:
 
 
 class Attachment:
-    """`sinks[r]` and `logit_sinks[r]` belong to `sites[r]`. A forward pass is a call of the model or, of an encoder-decoder, also one of
-    a stack by itself, as `generate` calls the encoder."""
+    """`sinks[r]` and `logit_sinks[r]` belong to `sites[r]`. A forward pass is a call of the model
+    or, of an encoder-decoder, also one of a stack by itself, as `generate` calls the encoder."""
 
-    def __init__(self, model: Any, sites: Sequence[Site], mode: str, logits: bool, records: Records):
-        self.outer, self.model, self.sites, self.mode, self.records = model, uncompiled(model), sites, mode, records
+    def __init__(
+        self, model: Any, sites: Sequence[Site], mode: str, logits: bool, records: Records
+    ):
+        self.outer, self.model, self.sites, self.mode, self.records = (
+            model,
+            uncompiled(model),
+            sites,
+            mode,
+            records,
+        )
         self.paused = self.over = False
         self.gates = {s.stack: Gate(s.stack, self.model.get_submodule(s.stack_path)) for s in sites}
         self._in_model = False  # of an encoder-decoder: a call of the whole is under way
         self._alone: Gate | None = None  # or one of this stack by itself
         gates = [self.gates[s.stack] for s in sites]
-        self.sinks = [Sink(gate, functools.partial(records.take, r)) for r, gate in enumerate(gates)]
-        self.logit_sinks = [Sink(gate, functools.partial(records.take_logits, r)) for r, gate in enumerate(gates)] if logits else []
+        self.sinks = [
+            Sink(gate, functools.partial(records.take, r)) for r, gate in enumerate(gates)
+        ]
+        self.logit_sinks = (
+            [Sink(gate, functools.partial(records.take_logits, r)) for r, gate in enumerate(gates)]
+            if logits
+            else []
+        )
         self.compiled = is_compiled(model)
         self._bracketed = False
         self._stack, self._stance = ExitStack(), ExitStack()
@@ -99,7 +122,9 @@ class Attachment:
         def keep(hook: Any) -> None:
             self._stack.callback(hook.remove)
 
-        if self.compiled or _has_compiled():  # compiled code does not look again which hooks there are
+        if (
+            self.compiled or _has_compiled()
+        ):  # compiled code does not look again which hooks there are
             torch.compiler.reset()
             self._stack.callback(torch.compiler.reset)
         keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -107,28 +132,48 @@ class Attachment:
         # whether or not it raised: what a stack is called for afterwards is no part of it
         keep(self.model.register_forward_hook(self._after, always_call=bool(stacks)))
         for gate in stacks:
-            keep(gate.module.register_forward_pre_hook(functools.partial(self._before_stack, gate), with_kwargs=True))
+            keep(
+                gate.module.register_forward_pre_hook(
+                    functools.partial(self._before_stack, gate), with_kwargs=True
+                )
+            )
             keep(gate.module.register_forward_hook(functools.partial(self._after_stack, gate)))
         if self.outer is not self.model:
             self._replace(self.outer, "forward", self._around)
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             self._replace(self.model, "_compiled_call_impl", self._around)
         if hasattr(self.model, "get_compiled_call"):  # what `generate` decodes with on a GPU
-            self._replace(self.model, "get_compiled_call", lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)))
+            self._replace(
+                self.model,
+                "get_compiled_call",
+                lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)),
+            )
         for r, site in enumerate(self.sites):
             if site.adapter is not None and not site.adapter.at_call:
-                keep(site.module.register_forward_hook(_after_call(self.sinks[r], site.adapter.choice)))
+                keep(
+                    site.module.register_forward_hook(
+                        _after_call(self.sinks[r], site.adapter.choice)
+                    )
+                )
             elif site.adapter is not None or self.mode == "tap":
                 choice_of = site.adapter.choice if site.adapter is not None else called_with
-                keep(site.module.register_forward_pre_hook(_at_call(self.sinks[r], choice_of), with_kwargs=True))
+                keep(
+                    site.module.register_forward_pre_hook(
+                        _at_call(self.sinks[r], choice_of), with_kwargs=True
+                    )
+                )
             if self.logit_sinks and site.logits_module is not None:
-                keep(site.logits_module.register_forward_hook(_logits_seen(self.logit_sinks[r], site)))
+                keep(
+                    site.logits_module.register_forward_hook(
+                        _logits_seen(self.logit_sinks[r], site)
+                    )
+                )
         if self.mode == "dispatch":
             self._take_over()
 
     def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
-        """An attribute of `owner` becomes what is `made_of` it, until detached. Another recorder may have come on top of ours by
-        then, and puts back what was before ours."""
+        """An attribute of `owner` becomes what is `made_of` it, until detached. Another recorder
+        may have come on top of ours by then, and puts back what was before ours."""
         made = made_of(getattr(owner, name))
         made.attachment, made.before = self, vars(owner).get(name)
         setattr(owner, name, made)
@@ -148,9 +193,14 @@ class Attachment:
 
     def _take_over(self) -> None:
         if any(hasattr(site.module, experts_implementation.SINK) for site in self.sites):
-            raise MoeInspectError("this model is being recorded with dispatch already: record it a second time with tap")
+            raise MoeInspectError(
+                "this model is being recorded with dispatch already: record it a second time "
+                "with tap"
+            )
         experts_implementation.register()
-        self._stack.callback(self.model.set_experts_implementation, self.model.get_experts_implementation())
+        self._stack.callback(
+            self.model.set_experts_implementation, self.model.get_experts_implementation()
+        )
         self.model.set_experts_implementation(experts_implementation.NAME)
         for sink, site in zip(self.sinks, self.sites, strict=True):
             if site.adapter is None:
@@ -180,7 +230,9 @@ class Attachment:
 
         return run
 
-    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not self._bracketed:
             self._begin(args, kwargs)
 
@@ -188,9 +240,11 @@ class Attachment:
         if not self._bracketed:
             self._end(output)
 
-    # A call that was compiled behind our back (torch.compile(model) with record(model), a compiled training step) breaks its
-    # graph here; record(torch.compile(model)) does not.
-    @torch.compiler.disable(reason="to record it without a graph break, record what torch.compile returned")
+    # A call that was compiled behind our back (torch.compile(model) with record(model), a compiled
+    # training step) breaks its graph here; record(torch.compile(model)) does not.
+    @torch.compiler.disable(
+        reason="to record it without a graph break, record what torch.compile returned"
+    )
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.paused or self.over:
             return
@@ -199,7 +253,9 @@ class Attachment:
         if "" in self.gates:
             self._open(self.gates[""], args, kwargs)
 
-    @torch.compiler.disable(reason="to record it without a graph break, record what torch.compile returned")
+    @torch.compiler.disable(
+        reason="to record it without a graph break, record what torch.compile returned"
+    )
     def _end(self, output: Any) -> None:
         if self.paused or self.over:
             return
@@ -210,8 +266,12 @@ class Attachment:
             self.records.returned("", output)
         self._end_pass()
 
-    @torch.compiler.disable(reason="the stacks of an encoder-decoder are told apart outside compiled code")
-    def _before_stack(self, gate: Gate, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @torch.compiler.disable(
+        reason="the stacks of an encoder-decoder are told apart outside compiled code"
+    )
+    def _before_stack(
+        self, gate: Gate, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if self.paused or self.over:
             return
         if not self._in_model:
@@ -219,8 +279,12 @@ class Attachment:
             self._begin_pass()
         self._open(gate, args, kwargs)
 
-    @torch.compiler.disable(reason="the stacks of an encoder-decoder are told apart outside compiled code")
-    def _after_stack(self, gate: Gate, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    @torch.compiler.disable(
+        reason="the stacks of an encoder-decoder are told apart outside compiled code"
+    )
+    def _after_stack(
+        self, gate: Gate, module: torch.nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
         if self.paused or self.over or not gate.open:
             return
         gate.open = False
@@ -232,7 +296,8 @@ class Attachment:
     def _begin_pass(self) -> None:
         self._stance.close()
         if (self.compiled or _has_compiled()) and not all(sink.tapes for sink in self.sinks):
-            # until there are tapes (the first forward pass shows what they must hold) the sinks are plain Python
+            # until there are tapes (the first forward pass shows what they must hold) the sinks are
+            # plain Python
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         for sink in (*self.sinks, *self.logit_sinks):
             sink.calls = 0
@@ -267,7 +332,9 @@ def _after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable
 
 
 def _seen(sink: Sink, choice: Choice | None) -> None:
-    if choice is not None and (tape := sink(*choice)) is not None:  # where there is no choice the completeness check names the module
+    if (
+        choice is not None and (tape := sink(*choice)) is not None
+    ):  # where there is no choice the completeness check names the module
         kernels.record(tape, *choice)
 
 
@@ -287,7 +354,10 @@ def uncompiled(model: Any) -> Any:
 
 def is_compiled(model: Any) -> bool:
     """Whether torch.compile has been at any part of `model`."""
-    compiled = (hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    compiled = (
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
     return any(compiled) or hasattr(uncompiled(model), "_compiled_call")
 
 
@@ -298,20 +368,35 @@ def _has_compiled() -> bool:
 
 
 def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
-    """What a capture comes to: "auto" is dispatch where the model would run the stock grouped_mm on a GPU."""
+    """What a capture comes to: "auto" is dispatch where the model would run the stock grouped_mm on
+    a GPU."""
     if capture not in CAPTURES:
         raise MoeInspectError(f"no capture {capture!r}: choose from {', '.join(CAPTURES)}")
     called = [s.module for s in sites if s.adapter is None]
     fp8 = any(type(m).__name__.startswith("FP8") for m in called)  # has a registry of its own
     parallel = any(is_expert_parallel(m) for m in called)
     if wants_expert_parallel(model) and not all(hasattr(m, "_is_expert_parallel") for m in called):
-        raise MoeInspectError("this release of transformers gives experts local ids under expert parallelism: 5.24 gives global ones")
+        raise MoeInspectError(
+            "this release of transformers gives experts local ids under expert parallelism: 5.24 "
+            "gives global ones"
+        )
     on_interface = all(hasattr(m, "is_transposed") and hasattr(m, "has_gate") for m in called)
     can = bool(called) and on_interface and hasattr(model, "set_experts_implementation")
     if capture == "dispatch" and (fp8 or parallel or not can):
-        why = "has FP8 experts" if fp8 else "runs expert-parallel" if parallel else "is not on transformers' experts interface"
+        why = (
+            "has FP8 experts"
+            if fp8
+            else "runs expert-parallel"
+            if parallel
+            else "is not on transformers' experts interface"
+        )
         raise MoeInspectError(f"{type(model).__name__} {why}: use --capture tap")
     if capture != "auto":
         return capture
-    stock = can and not fp8 and not parallel and set(model.get_experts_implementation().values()) == {"grouped_mm"}
+    stock = (
+        can
+        and not fp8
+        and not parallel
+        and set(model.get_experts_implementation().values()) == {"grouped_mm"}
+    )
     return "dispatch" if stock and next(model.parameters()).is_cuda else "tap"

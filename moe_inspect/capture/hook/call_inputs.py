@@ -20,8 +20,9 @@ from moe_inspect.trace.writer import Document
 
 @dataclass(frozen=True)
 class Rows:
-    """What one forward pass is fed: `real` bool [T] marks what is no padding, in the order the routers see it; the other
-    arrays have one entry a real row, `domain` as codes into `domains`. `stack`: what is fed, of an encoder-decoder."""
+    """What one forward pass is fed: `real` bool [T] marks what is no padding, in the order the
+    routers see it; the other arrays have one entry a real row, `domain` as codes into `domains`.
+    `stack`: what is fed, of an encoder-decoder."""
 
     real: np.ndarray
     token_id: np.ndarray
@@ -40,12 +41,15 @@ class Rows:
         return len(self.real)
 
 
-State = tuple[np.ndarray, np.ndarray, np.ndarray]  # document, sequence and domain code of each batch row, [B] each
+State = tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]  # document, sequence and domain code of each batch row, [B] each
 
 
 @dataclass
 class Held:
-    """What a key-value cache holds: `length` positions of each row and, once that is read, of which sequences."""
+    """What a key-value cache holds: `length` positions of each row and, once that is read, of which
+    sequences."""
 
     length: int
     state: State | None = None
@@ -53,7 +57,8 @@ class Held:
 
 @dataclass(frozen=True)
 class Given:
-    """What a forward pass was called with: copies on the host, whole once it has run (the host waits for nothing)."""
+    """What a forward pass was called with: copies on the host, whole once it has run (the host
+    waits for nothing)."""
 
     B: int
     S: int
@@ -72,10 +77,15 @@ class Given:
 
 
 class RowReader:
-    """Reads it off the model's own arguments, when nobody planned it. Numbers documents and sequences as they come; keeps
-    the domain labels (`domains[code]`)."""
+    """Reads it off the model's own arguments, when nobody planned it. Numbers documents and
+    sequences as they come; keeps the domain labels (`domains[code]`)."""
 
-    def __init__(self, names: Mapping[str, Sequence[str]], documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None):
+    def __init__(
+        self,
+        names: Mapping[str, Sequence[str]],
+        documents: Sequence[Any] | None = None,
+        domains: Sequence[str] | None = None,
+    ):
         """`names`: of each stack the names of the arguments it is called with, in their order."""
         self._argument_names = names
         self.domains: list[str] = []
@@ -83,9 +93,15 @@ class RowReader:
         self._next_labels: dict[str, Sequence[Any] | None] = {}
         self._names: dict[Any, int] = {}
         self._documents = self._sequences = 0
-        self._held: WeakKeyDictionary[Any, Held] = WeakKeyDictionary()  # key-value cache → the rows it holds
-        self._encoded: deque[tuple[torch.Tensor, Held]] = deque(maxlen=8)  # encoder passes: their first outputs, [B, C], and rows
-        self._undo: tuple[int, int, list[Any]] | None = None  # counters before the rows read last, names new in them
+        self._held: WeakKeyDictionary[Any, Held] = (
+            WeakKeyDictionary()
+        )  # key-value cache → the rows it holds
+        self._encoded: deque[tuple[torch.Tensor, Held]] = deque(
+            maxlen=8
+        )  # encoder passes: their first outputs, [B, C], and rows
+        self._undo: tuple[int, int, list[Any]] | None = (
+            None  # counters before the rows read last, names new in them
+        )
 
     def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
         """Document and domain of each batch row of the next forward pass."""
@@ -97,44 +113,74 @@ class RowReader:
             self.domains.append(label)
         return self.domains.index(label)
 
-    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any], stack: str = "", encoder: Given | None = None) -> Given:
-        """What these arguments of the call of the model, or of one of its stacks, feed it, to be read by `rows`. `encoder`: what
-        the encoder was fed in the same forward pass."""
+    def note(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        stack: str = "",
+        encoder: Given | None = None,
+    ) -> Given:
+        """What these arguments of the call of the model, or of one of its stacks, feed it, to be
+        read by `rows`. `encoder`: what the encoder was fed in the same forward pass."""
         given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
-        if stack == "decoder":  # which some call by the names that the model's own call has for them
-            given |= {name.removeprefix("decoder_"): value for name, value in given.items() if name.startswith("decoder_")}
+        if (
+            stack == "decoder"
+        ):  # which some call by the names that the model's own call has for them
+            given |= {
+                name.removeprefix("decoder_"): value
+                for name, value in given.items()
+                if name.startswith("decoder_")
+            }
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         fed = ids if ids is not None else embeds
         if fed is None:
-            raise MoeInspectError("record saw a forward pass with neither input_ids nor inputs_embeds")
+            raise MoeInspectError(
+                "record saw a forward pass with neither input_ids nor inputs_embeds"
+            )
         B, S = fed.shape[:2]
         cache = cache_among(given.values())
         before = self._held.get(cache) if cache is not None else None
         past = _length(cache, before, S) if cache is not None else 0
         before = before if past else None
         if before is None and stack == "decoder":
-            before = encoder.after if encoder is not None else self._read_by_encoder(given.get("encoder_hidden_states"))
+            before = (
+                encoder.after
+                if encoder is not None
+                else self._read_by_encoder(given.get("encoder_hidden_states"))
+            )
         mask, position = given.get("attention_mask"), given.get("position_ids")
         labels = {
-            name: given_now if (given_now := self._next_labels.get(name)) is not None else usual for name, usual in self._labels.items()
+            name: given_now if (given_now := self._next_labels.get(name)) is not None else usual
+            for name, usual in self._labels.items()
         }
         self._next_labels = {}
         if before is None or stack != "decoder":
             _check_labels(labels, B)
         if position is None:
             position = torch.arange(past, past + S)
-        elif position.dim() == 3:  # of the several planes of multimodal positions the first is the text's
+        elif (
+            position.dim() == 3
+        ):  # of the several planes of multimodal positions the first is the text's
             position = position[0]
         token_BS, mask_BS, position = (_kept(t) for t in (ids, _mask(mask, B, S, past), position))
         copied = None
         if fed.is_cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(fed.device))
-        return Given(B, S, token_BS, mask_BS, position, labels, before, Held(past + S), stack, copied)
+        return Given(
+            B, S, token_BS, mask_BS, position, labels, before, Held(past + S), stack, copied
+        )
 
     def confirm(self, given: Given, output: Any) -> None:
-        """The forward pass has been launched, and returned this: the key-value cache in it holds the rows it was given."""
-        values = list(output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ())
+        """The forward pass has been launched, and returned this: the key-value cache in it holds
+        the rows it was given."""
+        values = list(
+            output.values()
+            if hasattr(output, "values")
+            else output
+            if isinstance(output, tuple)
+            else ()
+        )
         cache = cache_among(values)
         if cache is not None:
             self._held[cache] = given.after
@@ -142,8 +188,8 @@ class RowReader:
             self._encoded.append((values[0][:, 0].detach().clone(), given.after))
 
     def _read_by_encoder(self, hidden_BSC: torch.Tensor | None) -> Held | None:
-        """What the encoder pass read that returned this, here found by its values: they may have been copied, and each row
-        repeated, since. None where it was not seen."""
+        """What the encoder pass read that returned this, here found by its values: they may have
+        been copied, and each row repeated, since. None where it was not seen."""
         for first_BC, held in reversed(self._encoded if hidden_BSC is not None else ()):
             assert hidden_BSC is not None
             times, rest = divmod(len(hidden_BSC), len(first_BC))
@@ -152,32 +198,58 @@ class RowReader:
         return None
 
     def rows(self, given: Given) -> Rows:
-        """The rows of a forward pass (of an encoder-decoder, of one stack in it), in the order of the passes. Until `settle`
-        follows they can be `forgotten`."""
+        """The rows of a forward pass (of an encoder-decoder, of one stack in it), in the order of
+        the passes. Until `settle` follows they can be `forgotten`."""
         if self._undo is None:
             self._undo = (self._documents, self._sequences, [])
         if given.copied is not None:
             given.copied.synchronize()
         B, S = given.B, given.S
-        real_BS = given.mask_BS.numpy().astype(bool) if given.mask_BS is not None else np.ones((B, S), bool)
+        real_BS = (
+            given.mask_BS.numpy().astype(bool)
+            if given.mask_BS is not None
+            else np.ones((B, S), bool)
+        )
         token_BS = given.token_BS.numpy() if given.token_BS is not None else np.full((B, S), -1)
-        position_BS = np.broadcast_to(given.position.numpy() if given.position is not None else 0, (B, S))
+        position_BS = np.broadcast_to(
+            given.position.numpy() if given.position is not None else 0, (B, S)
+        )
         state = given.before.state if given.before is not None else None
-        times = B // len(state[0]) if state is not None and (given.stack == "decoder" or len(state[0]) == B) else 0
-        if state is not None and times * len(state[0]) == B:  # transformers repeats a row for each of its beams
-            document_BS, sequence_BS, domain_BS = (np.repeat(np.repeat(rows, times)[:, None], S, 1) for rows in state)
+        times = (
+            B // len(state[0])
+            if state is not None and (given.stack == "decoder" or len(state[0]) == B)
+            else 0
+        )
+        if (
+            state is not None and times * len(state[0]) == B
+        ):  # transformers repeats a row for each of its beams
+            document_BS, sequence_BS, domain_BS = (
+                np.repeat(np.repeat(rows, times)[:, None], S, 1) for rows in state
+            )
             new: list[Document] = []
         else:
             _check_labels(given.labels, B)
-            document_BS, sequence_BS, domain_BS, new = self._number(real_BS, position_BS, **given.labels)
+            document_BS, sequence_BS, domain_BS, new = self._number(
+                real_BS, position_BS, **given.labels
+            )
         given.after.state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
         real = real_BS.reshape(-1)
-        flat = [a.reshape(-1)[real].astype(np.int32) for a in (token_BS, document_BS, sequence_BS, position_BS, domain_BS)]
-        phase = "encode" if given.stack == "encoder" else "decode" if given.after.length > S and S == 1 else "prefill"
+        flat = [
+            a.reshape(-1)[real].astype(np.int32)
+            for a in (token_BS, document_BS, sequence_BS, position_BS, domain_BS)
+        ]
+        phase = (
+            "encode"
+            if given.stack == "encoder"
+            else "decode"
+            if given.after.length > S and S == 1
+            else "prefill"
+        )
         return Rows(real, *flat, documents=new, phase=phase, stack=given.stack)
 
     def forget(self) -> None:
-        """The forward pass whose rows were read since `settle` failed: the next one takes its numbers."""
+        """The forward pass whose rows were read since `settle` failed: the next one takes its
+        numbers."""
         if self._undo is not None:
             self._documents, self._sequences, names_to_forget = self._undo
             for name in names_to_forget:
@@ -189,13 +261,19 @@ class RowReader:
         self._undo = None
 
     def _number(
-        self, real_BS: np.ndarray, position_BS: np.ndarray, documents: Sequence[Any] | None, domains: Sequence[str] | None
+        self,
+        real_BS: np.ndarray,
+        position_BS: np.ndarray,
+        documents: Sequence[Any] | None,
+        domains: Sequence[str] | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Document]]:
-        """Document, sequence and domain code of each position; a sequence begins with each row and, within a row, where
-        the positions start again."""
+        """Document, sequence and domain code of each position; a sequence begins with each row and,
+        within a row, where the positions start again."""
         B, S = real_BS.shape
         starts_BS = np.zeros((B, S), bool)
-        starts_BS[:, 1:] = (position_BS[:, 1:] <= position_BS[:, :-1]) & real_BS[:, 1:] & real_BS[:, :-1]
+        starts_BS[:, 1:] = (
+            (position_BS[:, 1:] <= position_BS[:, :-1]) & real_BS[:, 1:] & real_BS[:, :-1]
+        )
         starts_BS[:, 0] = True
         sequence_BS = self._sequences + np.cumsum(starts_BS.reshape(-1)).reshape(B, S) - 1
         self._sequences = int(sequence_BS.max()) + 1
@@ -205,7 +283,9 @@ class RowReader:
         new: dict[int, Document] = {}
         for b, s in zip(*np.nonzero(starts_BS), strict=True):
             known = documents is not None and documents[b] in self._names
-            number = self._names[documents[b]] if known and documents is not None else self._documents
+            number = (
+                self._names[documents[b]] if known and documents is not None else self._documents
+            )
             document_BS[b, s:] = number
             if not known:
                 self._documents += 1
@@ -216,7 +296,12 @@ class RowReader:
                 source = str(documents[b]) if documents is not None else ""
                 new[number] = Document(number, label_B[b], source, 0)
         sizes = np.bincount(document_BS[real_BS], minlength=self._documents)
-        return document_BS, sequence_BS, domain_BS, [Document(d.document, d.domain, d.source, int(sizes[n])) for n, d in new.items()]
+        return (
+            document_BS,
+            sequence_BS,
+            domain_BS,
+            [Document(d.document, d.domain, d.source, int(sizes[n])) for n, d in new.items()],
+        )
 
 
 def _check_labels(labels: dict[str, Sequence[Any] | None], B: int) -> None:
@@ -231,17 +316,25 @@ def cache_among(values: Iterable[Any]) -> Any:
 
 
 def _length(cache: Any, held: Held | None, S: int) -> int:
-    """Positions in a cache. A static one counts on its device, which would have to be waited for: a step of one token goes by
-    our own count; a longer one asks, for the cache may have been reset or cropped."""
+    """Positions in a cache. A static one counts on its device, which would have to be waited for: a
+    step of one token goes by our own count; a longer one asks, for the cache may have been reset or
+    cropped."""
     length = cache.get_seq_length()
-    return held.length if S == 1 and held is not None and getattr(length, "is_cuda", False) else int(length)
+    return (
+        held.length
+        if S == 1 and held is not None and getattr(length, "is_cuda", False)
+        else int(length)
+    )
 
 
 def _kept(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A copy on the host, which waits for nothing: whole once what has been launched so far has run."""
+    """A copy on the host, which waits for nothing: whole once what has been launched so far has
+    run."""
     if tensor is None or not tensor.is_cuda:
         return tensor.detach().clone() if tensor is not None else None
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(
+        tensor, non_blocking=True
+    )
 
 
 def _mask(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:
@@ -253,10 +346,14 @@ def _mask(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:
     if mask is None or (B == 1 and ndim != 2):  # a single row needs no padding
         return None
     if ndim == 4 and mask.shape[2] == S and mask.shape[3] >= past + S:
-        # made for a static cache, [B, 1, S, keys]: a row's last position sees whatever of it is no padding
+        # made for a static cache, [B, 1, S, keys]: a row's last position sees whatever of it is no
+        # padding
         last = mask[:, 0, -1, past : past + S]
         return (last if last.dtype == torch.bool else last == 0).expand(B, S)
     if ndim != 2:
         kind = f"{ndim}-D" if ndim is not None else type(mask).__name__
-        raise MoeInspectError(f"record cannot tell padding from a {kind} attention mask: give the model the [rows, positions] one")
+        raise MoeInspectError(
+            f"record cannot tell padding from a {kind} attention mask: give the model the [rows, "
+            "positions] one"
+        )
     return mask[:, -S:]

@@ -19,26 +19,44 @@ if TYPE_CHECKING:
 
 
 class DeviceCounts:
-    """Load by router, domain and expert, summed on each router's device; nothing waits for the device until `take`. First choices
-    are by the weights as `weight_dtype` holds them, which is how a trace of decisions stores them. `weights`: whether they are summed."""
+    """Load by router, domain and expert, summed on each router's device; nothing waits for the
+    device until `take`. First choices are by the weights as `weight_dtype` holds them, which is how
+    a trace of decisions stores them. `weights`: whether they are summed."""
 
-    def __init__(self, routers: Sequence[Router], devices: Sequence[torch.device], weight_dtype: torch.dtype, weights: bool):
-        self.routers, self.devices, self.weight_dtype, self.weights = list(routers), list(devices), weight_dtype, weights
+    def __init__(
+        self,
+        routers: Sequence[Router],
+        devices: Sequence[torch.device],
+        weight_dtype: torch.dtype,
+        weights: bool,
+    ):
+        self.routers, self.devices, self.weight_dtype, self.weights = (
+            list(routers),
+            list(devices),
+            weight_dtype,
+            weights,
+        )
         self.tokens = self.batch = self.taken_tokens = 0
         self.documents: list[Document] = []
         self._taken = [np.zeros(r.experts, np.int64) for r in routers]
         self.decisions = 0
-        self._tokens_R = np.zeros(len(self.routers), np.int64)  # that each router has seen since the recording began
+        self._tokens_R = np.zeros(
+            len(self.routers), np.int64
+        )  # that each router has seen since the recording began
         self._base: dict[int, torch.Tensor] = {}  # of each router fed
         self._sums = self._zeros(1)
         self.begin()
 
     def _zeros(self, domains: int) -> list[list[torch.Tensor]]:
-        """Room for `domains`; expert E is where padding and slots that routed nowhere are counted, and left out."""
+        """Room for `domains`; expert E is where padding and slots that routed nowhere are counted,
+        and left out."""
         kinds = [torch.int64, torch.int64, torch.float64][: 3 if self.weights else 2]
         with torch.inference_mode(False):
             return [
-                [torch.zeros((domains, router.experts + 1), dtype=kind, device=device) for kind in kinds]
+                [
+                    torch.zeros((domains, router.experts + 1), dtype=kind, device=device)
+                    for kind in kinds
+                ]
                 for router, device in zip(self.routers, self.devices, strict=True)
             ]
 
@@ -48,11 +66,15 @@ class DeviceCounts:
         self._fed: list[tuple[Rows, Sequence[int]]] = []  # to which routers
 
     def feed(self, routers: Sequence[int], rows: Rows, domains: int) -> None:
-        """Where each row that these routers see in the forward pass is counted: its domain, or −1 for padding."""
+        """Where each row that these routers see in the forward pass is counted: its domain, or −1
+        for padding."""
         self._now = [_padded(sums, domains) for sums in self._now]
         domain_T = np.full(len(rows.real), -1, np.int64)
         domain_T[rows.real] = rows.domain
-        base = {d: torch.from_numpy(domain_T).to(d, non_blocking=True) for d in {self.devices[r] for r in routers}}
+        base = {
+            d: torch.from_numpy(domain_T).to(d, non_blocking=True)
+            for d in {self.devices[r] for r in routers}
+        }
         self._base |= {r: base[self.devices[r]] for r in routers}
         self._fed.append((rows, routers))
 
@@ -64,8 +86,14 @@ class DeviceCounts:
         slot_TK = domain_T1.clamp(min=0) * (E + 1) + ids_TK.long().masked_fill(outside_TK, E)
         assignments, first_choice, *weight_sum = (s.view(-1) for s in self._now[r])
         assignments.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK).reshape(-1))
-        first_T1 = weights_TK.to(self.weight_dtype).masked_fill(outside_TK, -torch.inf).argmax(1, keepdim=True)  # of equal ones the first
-        first_choice.scatter_add_(0, slot_TK.gather(1, first_T1)[:, 0], torch.ones_like(slot_TK[:, 0]))
+        first_T1 = (
+            weights_TK.to(self.weight_dtype)
+            .masked_fill(outside_TK, -torch.inf)
+            .argmax(1, keepdim=True)
+        )  # of equal ones the first
+        first_choice.scatter_add_(
+            0, slot_TK.gather(1, first_T1)[:, 0], torch.ones_like(slot_TK[:, 0])
+        )
         for sums in weight_sum:
             sums.scatter_add_(0, slot_TK.reshape(-1), weights_TK.reshape(-1).to(sums.dtype))
 
@@ -101,8 +129,12 @@ class DeviceCounts:
         return counted
 
     def totals(self, all_ranks: bool = False) -> tuple[list[np.ndarray], int, np.ndarray]:
-        """(assignments int64 [E] a router, tokens, those of each router) since the recording began; with `all_ranks` over all processes."""
-        load = [torch.from_numpy(t).to(s[0].device) + s[0][:, :-1].sum(0) for t, s in zip(self._taken, self._sums, strict=True)]
+        """(assignments int64 [E] a router, tokens, those of each router) since the recording began;
+        with `all_ranks` over all processes."""
+        load = [
+            torch.from_numpy(t).to(s[0].device) + s[0][:, :-1].sum(0)
+            for t, s in zip(self._taken, self._sums, strict=True)
+        ]
         tokens = torch.tensor(self.taken_tokens + self.tokens, device=load[0].device)
         tokens_R = torch.from_numpy(self._tokens_R.copy()).to(tokens.device)
         if all_ranks:

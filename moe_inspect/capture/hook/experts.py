@@ -1,6 +1,6 @@
-"""The experts implementation `moe_inspect`: groups the slots by expert with our dispatch kernel, which records the router's choice
-as it goes, then the grouped matrix products. What is recorded is what executed. Without a recorder it dispatches and records
-nothing.
+"""The experts implementation `moe_inspect`: groups the slots by expert with our dispatch kernel,
+which records the router's choice as it goes, then the grouped matrix products. What is recorded is
+what executed. Without a recorder it dispatches and records nothing.
 
 T tokens, K slots, S = T·K, E experts, H hidden, I intermediate.
 """
@@ -18,65 +18,111 @@ from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
 
 NAME = "moe_inspect"
-SINK = "_moe_inspect_sink"  # set on an experts module while it is recorded: (ids, weights) → the tape to record them on, if any
+# set on an experts module while it is recorded: (ids, weights) → the tape to record them on, if any
+SINK = "_moe_inspect_sink"
 
-# Up to here a copy of each slot's expert (transformers' `batched_mm`) beats grouping: 64 slots are 16 tokens of Qwen1.5-MoE,
-# where Hugging Face measured 52 ms against 64, and at 128 tokens 316 against 76 (docs-benchmarks/experts-backends on the hub)
+# Up to here a copy of each slot's expert (transformers' `batched_mm`) beats grouping: 64 slots are
+# 16 tokens of Qwen1.5-MoE, where Hugging Face measured 52 ms against 64, and at 128 tokens 316
+# against 76 (docs-benchmarks/experts-backends on the hub)
 FEW_SLOTS = 64
 
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
-def experts_forward(self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers calls in place of its `grouped_mm` and, for few tokens on a GPU, of the `batched_mm` that its
-    `generate` decodes with; the flags on `self` say what this family's experts have."""
+def experts_forward(
+    self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What transformers calls in place of its `grouped_mm` and, for few tokens on a GPU, of the
+    `batched_mm` that its `generate` decodes with; the flags on `self` say what this family's
+    experts have."""
     sink = getattr(self, SINK, None)
     tape = sink(top_k_index, top_k_weights) if sink is not None else None
-    copied = kernels.runs_triton(hidden_TH) and not torch.is_grad_enabled() and are_few(top_k_index.numel(), self.num_experts)
+    copied = (
+        kernels.runs_triton(hidden_TH)
+        and not torch.is_grad_enabled()
+        and are_few(top_k_index.numel(), self.num_experts)
+    )
     return (_copied if copied else _grouped)(self, hidden_TH, top_k_index, top_k_weights, tape)
 
 
 def are_few(slots: int, experts: int) -> bool:
-    """Whether a copy of its expert for each slot is the quicker way: hardly where slots must share experts, and never with a
-    gradient, which would keep the copies."""
+    """Whether a copy of its expert for each slot is the quicker way: hardly where slots must share
+    experts, and never with a gradient, which would keep the copies."""
     return slots <= min(FEW_SLOTS, experts)
 
 
-def _grouped(self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None) -> Tensor:
+def _grouped(
+    self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
+) -> Tensor:
     grouped = kernels.dispatch(ids_TK, weights_TK, self.num_experts, tape)
     ends_E, token_S = grouped.offsets[1:], grouped.token
     one_pass = _in_one_pass(hidden_TH)
-    # the products leave the rows beyond the last expert as they find them, forward and backward: where other ranks' slots may
-    # be there, nothing may come of them (the fused sum does not look at them)
+    # the products leave the rows beyond the last expert as they find them, forward and backward:
+    # where other ranks' slots may be there, nothing may come of them (the fused sum does not look
+    # at them)
     masked = _may_have_sentinels(self) and not one_pass
-    beyond_S1 = (torch.arange(len(token_S), device=token_S.device) >= ends_E[-1]).unsqueeze(1) if masked else None
-    expert_S = ids_TK.reshape(-1)[grouped.permutation.long()].clamp(0, self.num_experts - 1) if self.has_bias else None
+    beyond_S1 = (
+        (torch.arange(len(token_S), device=token_S.device) >= ends_E[-1]).unsqueeze(1)
+        if masked
+        else None
+    )
+    expert_S = (
+        ids_TK.reshape(-1)[grouped.permutation.long()].clamp(0, self.num_experts - 1)
+        if self.has_bias
+        else None
+    )
 
     def linear(x_S: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y_S = _grouped_linear(x_S, weight, ends_E, bias=bias[expert_S] if bias is not None else None, is_transposed=self.is_transposed)
+        y_S = _grouped_linear(
+            x_S,
+            weight,
+            ends_E,
+            bias=bias[expert_S] if bias is not None else None,
+            is_transposed=self.is_transposed,
+        )
         return y_S if beyond_S1 is None else y_S.masked_fill(beyond_S1, 0.0)
 
-    # (what index_select's gradient adds up on a GPU depends on the order it happens to run in; stock's does not)
-    hidden_SH = hidden_TH[token_S.long()] if hidden_TH.requires_grad else hidden_TH.index_select(0, token_S)
-    y_SH = _mlp(self, hidden_SH if beyond_S1 is None else hidden_SH.masked_fill(beyond_S1, 0.0), linear)
+    # (what index_select's gradient adds up on a GPU depends on the order it happens to run in;
+    # stock's does not)
+    hidden_SH = (
+        hidden_TH[token_S.long()] if hidden_TH.requires_grad else hidden_TH.index_select(0, token_S)
+    )
+    y_SH = _mlp(
+        self, hidden_SH if beyond_S1 is None else hidden_SH.masked_fill(beyond_S1, 0.0), linear
+    )
     if one_pass:
-        return kernels.combine_triton(y_SH, ids_TK, weights_TK, grouped, hidden_TH.dtype, self.num_experts)
+        return kernels.combine_triton(
+            y_SH, ids_TK, weights_TK, grouped, hidden_TH.dtype, self.num_experts
+        )
     return kernels.combine_torch(y_SH, weights_TK, grouped.inverse).to(hidden_TH.dtype)
 
 
-def _copied(self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None) -> Tensor:
-    """A copy of its expert's weights a slot: no grouping. The record shares the launch of the weighted sum."""
+def _copied(
+    self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
+) -> Tensor:
+    """A copy of its expert's weights a slot: no grouping. The record shares the launch of the
+    weighted sum."""
     expert_S = ids_TK.reshape(-1)
     if _may_have_sentinels(self):
         outside_TK = ids_TK >= self.num_experts
-        expert_S, weights_TK = expert_S.clamp(0, self.num_experts - 1), weights_TK.masked_fill(outside_TK, 0.0)
+        expert_S, weights_TK = (
+            expert_S.clamp(0, self.num_experts - 1),
+            weights_TK.masked_fill(outside_TK, 0.0),
+        )
 
     def linear(x_S: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _batched_linear(x_S, weight[expert_S], bias[expert_S] if bias is not None else None, is_transposed=self.is_transposed)
+        return _batched_linear(
+            x_S,
+            weight[expert_S],
+            bias[expert_S] if bias is not None else None,
+            is_transposed=self.is_transposed,
+        )
 
     y_SH = _mlp(self, hidden_TH.repeat_interleave(ids_TK.shape[1], dim=0), linear)
     if _in_one_pass(hidden_TH):
-        return kernels.combine_triton(y_SH, ids_TK, weights_TK, None, hidden_TH.dtype, self.num_experts, tape)
+        return kernels.combine_triton(
+            y_SH, ids_TK, weights_TK, None, hidden_TH.dtype, self.num_experts, tape
+        )
     if tape is not None:
         kernels.record(tape, ids_TK, weights_TK)
     return kernels.combine_torch(y_SH, weights_TK, None).to(hidden_TH.dtype)
@@ -88,17 +134,23 @@ def _mlp(self: Any, x_SH: Tensor, linear: Linear) -> Tensor:
     h_SI = linear(x_SH, getattr(self, up), bias(up))
     h_SI = self._apply_gate(h_SI) if self.has_gate else self.act_fn(h_SI)
     y_SH = linear(h_SI, self.down_proj, bias("down_proj"))
-    return self.post_expert_norm(y_SH) if getattr(self, "has_post_expert_norm", False) else y_SH  # a flag of later releases
+    return (
+        self.post_expert_norm(y_SH) if getattr(self, "has_post_expert_norm", False) else y_SH
+    )  # a flag of later releases
 
 
 def _may_have_sentinels(self: Any) -> bool:
-    """Under expert parallelism ids ≥ E are another rank's. Releases that do not say whether it is on may have them always."""
+    """Under expert parallelism ids ≥ E are another rank's. Releases that do not say whether it is
+    on may have them always."""
     return getattr(self, "_is_expert_parallel", True)
 
 
 def _in_one_pass(hidden_TH: Tensor) -> bool:
-    """Whether the fused kernel weighs and sums: it has no gradient, and torch.compile fuses these steps by itself."""
-    return kernels.runs_triton(hidden_TH) and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    """Whether the fused kernel weighs and sums: it has no gradient, and torch.compile fuses these
+    steps by itself."""
+    return kernels.runs_triton(hidden_TH) and not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling()
+    )
 
 
 def register() -> None:

@@ -1,16 +1,18 @@
-"""The Triton kernels that dispatch tokens to experts and record where they went and, beside each, its torch twin: the same
-result to the bit, and what a CPU runs.
+"""The Triton kernels that dispatch tokens to experts and record where they went and, beside each,
+its torch twin: the same result to the bit, and what a CPU runs.
 
-T tokens, K slots, S = T·K, E experts, H hidden; a ring's page holds P rows. Positions count the rows a router has seen since its
-ring was made; row `position` lies in page `position // P % pages`. What is written, and where, is decided on the device alone: a
-CUDA graph may be replayed without a line of Python and goes on where the last replay ended.
+T tokens, K slots, S = T·K, E experts, H hidden; a ring's page holds P rows. Positions count the
+rows a router has seen since its ring was made; row `position` lies in page `position // P % pages`.
+What is written, and where, is decided on the device alone: a CUDA graph may be replayed without a
+line of Python and goes on where the last replay ended.
 """
 
 from __future__ import annotations
 
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# (pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with triton)
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false,
+# reportAttributeAccessIssue=false pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# (pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with
+# triton)
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,7 +28,9 @@ except ImportError:  # no Triton on this platform: the twins do the work
 
 # None of these is measured on a GPU yet: benchmarks/gpu.py sweeps them
 ONE_LAUNCH = 2048  # slots that one program groups alone
-TWO_LAUNCHES = 16384  # entries of the table blocks × E that every program of the second launch can afford to sum by itself
+# entries of the table blocks × E that every program of the second launch can afford to sum by
+# itself
+TWO_LAUNCHES = 16384
 CHUNK = 64  # slots that are ranked against each other at once
 # told no number of registers, ptxas aims at 64 and puts some bytes of some variants on the stack
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
@@ -46,9 +50,10 @@ def recording_warps(block: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Tape:
-    """Where the decisions of one router are written: its part of a ring's pages, and the state on the device that says
-    from which position on (`cursor[lane]`), up to which one (`limit`, moved when a page has been drained: what lies beyond is
-    not written but counted in `dropped[lane]`) and whether at all (`enabled`; if not, the cursor stands still)."""
+    """Where the decisions of one router are written: its part of a ring's pages, and the state on
+    the device that says from which position on (`cursor[lane]`), up to which one (`limit`, moved
+    when a page has been drained: what lies beyond is not written but counted in `dropped[lane]`)
+    and whether at all (`enabled`; if not, the cursor stands still)."""
 
     ids: Tensor | None  # uint8 (E < 256) or int16, all pages
     weights: Tensor | None  # float16 or bfloat16, all pages
@@ -76,8 +81,8 @@ class Tape:
 
 
 class Dispatch(NamedTuple):
-    """The slots grouped by expert, in token order within one; all int32. Slots whose id is no expert's come last, beyond
-    offsets[E], and are in no count."""
+    """The slots grouped by expert, in token order within one; all int32. Slots whose id is no
+    expert's come last, beyond offsets[E], and are in no count."""
 
     counts: Tensor  # [E]
     offsets: Tensor  # [E + 1], from 0
@@ -105,8 +110,8 @@ def _on(tensor: Tensor) -> Any:
 
 
 def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    """Appends T decisions to the tape: ids (any integer type) in the tape's, those outside 0…E−1 as its mark; weights (any
-    floating-point type) rounded to the tape's. Asynchronous on a GPU."""
+    """Appends T decisions to the tape: ids (any integer type) in the tape's, those outside 0…E−1 as
+    its mark; weights (any floating-point type) rounded to the tape's. Asynchronous on a GPU."""
     weights_TK = weights_TK.detach() if weights_TK is not None else None
     if torch.compiler.is_compiling():
         torch.ops.moe_inspect.record(ids_TK, weights_TK, *_tensors(tape), _numbers(tape))
@@ -133,7 +138,10 @@ def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -
         page, row = divmod(first + done, tape.P)
         n = min(tape.P - row, room - done)
         if tape.ids is not None and ids_TK is not None:
-            written, ids = tape.part(tape.ids, page % tape.pages)[row : row + n], ids_TK[done : done + n]
+            written, ids = (
+                tape.part(tape.ids, page % tape.pages)[row : row + n],
+                ids_TK[done : done + n],
+            )
             written.copy_(ids)
             written.masked_fill_((ids < 0) | (ids >= tape.experts), tape.mark)
         if tape.weights is not None and weights_TK is not None:
@@ -162,13 +170,15 @@ if triton is not None:
         i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
         K: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
     ):  # fmt: skip
-        """Slots `i` of this call onto the tape. The row's offset times K plus the slot is what axis analysis can see through:
-        K values in a row become one vector store."""
+        """Slots `i` of this call onto the tape. The row's offset times K plus the slot is what axis
+        analysis can see through: K values in a row become one vector store."""
         at = tl.load(cursor + lane)
         inside = i < _room(at, limit, enabled, T) * K
         row = (at % (P * pages)).to(tl.int32) + i // K
         page = row // P  # what fits passes the ring's end at most once
-        offset = tl.where(page < pages, page, page - pages) * page_values + base + row % P * K + i % K
+        offset = (
+            tl.where(page < pages, page, page - pages) * page_values + base + row % P * K + i % K
+        )
         if IDS:
             value = tl.where(somewhere, expert, MARK)
             tl.store(tape_ids + offset, value.to(tape_ids.dtype.element_ty), mask=inside)
@@ -205,11 +215,17 @@ if triton is not None:
     def _advance_kernel(T, cursor, dropped, limit, enabled, lane):
         _advance(T, cursor, dropped, limit, enabled, lane)
 
-    def _where_to(tape: Tape | None, ids_TK: Tensor | None, weights_TK: Tensor | None, anything: Tensor) -> tuple[tuple, tuple, dict]:
-        """What the kernels are told of a tape: tensors and numbers, those of the advance, and constants. Without one,
-        `anything` stands where a tensor must."""
+    def _where_to(
+        tape: Tape | None, ids_TK: Tensor | None, weights_TK: Tensor | None, anything: Tensor
+    ) -> tuple[tuple, tuple, dict]:
+        """What the kernels are told of a tape: tensors and numbers, those of the advance, and
+        constants. Without one, `anything` stands where a tensor must."""
         if tape is None:
-            return (anything,) * 6 + (0, 0, 0, 1), (), {"P": 16, "MARK": 0, "IDS": False, "WEIGHTS": False}
+            return (
+                (anything,) * 6 + (0, 0, 0, 1),
+                (),
+                {"P": 16, "MARK": 0, "IDS": False, "WEIGHTS": False},
+            )
         fed = ids_TK if ids_TK is not None else weights_TK
         assert fed.shape[1] == tape.K, f"{fed.shape[1]} values a row on a tape of {tape.K}"
         state = (tape.cursor, tape.dropped, tape.limit, tape.enabled)
@@ -220,19 +236,35 @@ if triton is not None:
             "IDS": tape.ids is not None and ids_TK is not None,
             "WEIGHTS": tape.weights is not None and weights_TK is not None,
         }
-        return (*pages, *state, tape.lane, tape.base, tape.page_values, tape.pages), (*state, tape.lane), constants
+        return (
+            (*pages, *state, tape.lane, tape.base, tape.page_values, tape.pages),
+            (*state, tape.lane),
+            constants,
+        )
 
     def record_triton(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-        """One launch for up to RECORD_BLOCK slots, else two: the cursor may only move when every program has read it."""
+        """One launch for up to RECORD_BLOCK slots, else two: the cursor may only move when every
+        program has read it."""
         fed = ids_TK if ids_TK is not None else weights_TK
         T, K = fed.shape
         if T == 0:
             return
-        ids, weights = (t.contiguous() if t is not None else tape.cursor for t in (ids_TK, weights_TK))
+        ids, weights = (
+            t.contiguous() if t is not None else tape.cursor for t in (ids_TK, weights_TK)
+        )
         place, state, constants = _where_to(tape, ids_TK, weights_TK, tape.cursor)
         blocks = triton.cdiv(T * K, RECORD_BLOCK)
         _record_kernel[(blocks,)](
-            ids, weights, T, tape.experts, *place, K=K, **constants, ALONE=blocks == 1, BLOCK=RECORD_BLOCK, **REGISTERS
+            ids,
+            weights,
+            T,
+            tape.experts,
+            *place,
+            K=K,
+            **constants,
+            ALONE=blocks == 1,
+            BLOCK=RECORD_BLOCK,
+            **REGISTERS,
         )
         if blocks > 1:
             _advance_kernel[(1,)](T, *state, num_warps=1)
@@ -241,35 +273,49 @@ if triton is not None:
 # --- dispatch: groups the slots by expert and, with a tape, records them in the same launches
 
 
-def dispatch(ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None) -> Dispatch:
-    """Token → expert dispatch: stable, the same to the bit from run to run, no atomics, nothing waits for the device.
-    With `tape` the T decisions are recorded as well, as `record` would."""
+def dispatch(
+    ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None
+) -> Dispatch:
+    """Token → expert dispatch: stable, the same to the bit from run to run, no atomics, nothing
+    waits for the device. With `tape` the T decisions are recorded as well, as `record` would."""
     weights_TK = weights_TK.detach() if weights_TK is not None else None
     if not torch.compiler.is_compiling():
         return _dispatch(ids_TK, weights_TK, experts, tape)
     if tape is None:
         return Dispatch(*torch.ops.moe_inspect.dispatch(ids_TK, experts))
-    return Dispatch(*torch.ops.moe_inspect.dispatch_recording(ids_TK, weights_TK, experts, *_tensors(tape), _numbers(tape)))
+    return Dispatch(
+        *torch.ops.moe_inspect.dispatch_recording(
+            ids_TK, weights_TK, experts, *_tensors(tape), _numbers(tape)
+        )
+    )
 
 
-def _dispatch(ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None) -> Dispatch:
+def _dispatch(
+    ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None
+) -> Dispatch:
     if runs_triton(ids_TK):
         with _on(ids_TK):
             return dispatch_triton(ids_TK, weights_TK, experts, tape)
     return dispatch_torch(ids_TK, weights_TK, experts, tape)
 
 
-def dispatch_torch(ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None) -> Dispatch:
+def dispatch_torch(
+    ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None
+) -> Dispatch:
     if tape is not None:
         record_torch(tape, ids_TK, weights_TK)
     flat = ids_TK.reshape(-1)
     flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
     ordered, order = torch.sort(flat, stable=True)
     permutation = order.int()
-    offsets = torch.searchsorted(ordered, torch.arange(experts + 1, device=flat.device, dtype=flat.dtype)).int()
+    offsets = torch.searchsorted(
+        ordered, torch.arange(experts + 1, device=flat.device, dtype=flat.dtype)
+    ).int()
     inverse = torch.empty_like(permutation)
     inverse[order] = torch.arange(len(order), device=flat.device, dtype=torch.int32)
-    return Dispatch(offsets.diff(), offsets, permutation, inverse, permutation // max(1, ids_TK.shape[1]))
+    return Dispatch(
+        offsets.diff(), offsets, permutation, inverse, permutation // max(1, ids_TK.shape[1])
+    )
 
 
 if triton is not None:
@@ -279,16 +325,21 @@ if triton is not None:
         ids, permutation, inverse, token, base_E, nowhere, first, end, E,
         K: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        """Slots [first, end): behind `base_E` of their expert, those of no expert behind `nowhere`, each behind the earlier
-        ones like it. No sort: a slot's rank is how many of the earlier slots of its chunk share its expert."""
+        """Slots [first, end): behind `base_E` of their expert, those of no expert behind `nowhere`,
+        each behind the earlier ones like it. No sort: a slot's rank is how many of the earlier
+        slots of its chunk share its expert."""
         j = tl.arange(0, CHUNK)
         for chunk in tl.range(0, tl.cdiv(end - first, CHUNK)):
             i = first + chunk * CHUNK + j
             inside = i < end
             expert, somewhere = _experts(ids, i, inside, E)
-            kind = tl.where(somewhere, expert, BINS)  # beyond every expert: no expert's slots rank among themselves
+            kind = tl.where(
+                somewhere, expert, BINS
+            )  # beyond every expert: no expert's slots rank among themselves
             earlier = (kind[:, None] == kind[None, :]) & (j[None, :] < j[:, None])
-            place = tl.where(somewhere, tl.gather(base_E, expert, 0), nowhere) + tl.sum(earlier.to(tl.int32), 1)
+            place = tl.where(somewhere, tl.gather(base_E, expert, 0), nowhere) + tl.sum(
+                earlier.to(tl.int32), 1
+            )
             tl.store(permutation + place, i, mask=inside)
             tl.store(token + place, i // K, mask=inside)
             tl.store(inverse + i, place, mask=inside)
@@ -314,7 +365,20 @@ if triton is not None:
         tl.store(counts + e, count_E, mask=e < E)
         tl.store(offsets + 1 + e, end_E, mask=e < E)
         tl.store(offsets, 0)
-        _place(ids, permutation, inverse, token, end_E - count_E, tl.sum(count_E, 0), 0, T * K, E, K, BINS, CHUNK)
+        _place(
+            ids,
+            permutation,
+            inverse,
+            token,
+            end_E - count_E,
+            tl.sum(count_E, 0),
+            0,
+            T * K,
+            E,
+            K,
+            BINS,
+            CHUNK,
+        )
         if IDS:
             tl.debug_barrier()
             _advance(T, cursor, dropped, limit, enabled, lane)
@@ -338,7 +402,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["blocks"])
     def _scan_kernel(partial, counts, blocks, E, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Second of three launches: each column of partial [blocks, E] becomes its exclusive running sum, counts its total."""
+        """Second of three launches: each column of partial [blocks, E] becomes its exclusive
+        running sum, counts its total."""
         e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         running_E = tl.zeros([COLUMNS], tl.int32)
         for first in tl.range(0, blocks, ROWS):
@@ -392,7 +457,8 @@ if triton is not None:
         launches: int | None = None,
         block: int | None = None,
     ) -> Dispatch:
-        """`launches` 1 (at most ONE_LAUNCH slots), 2 or 3, of `block` slots a program; None chooses by size."""
+        """`launches` 1 (at most ONE_LAUNCH slots), 2 or 3, of `block` slots a program; None chooses
+        by size."""
         T, K = ids_TK.shape
         S = T * K
         out = empty_dispatch(ids_TK, experts)
@@ -415,9 +481,21 @@ if triton is not None:
             )  # fmt: skip
             return out
         partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
-        _count_kernel[(blocks,)](ids, weights, T, experts, partial, *place, **constants, BLOCK=block, num_warps=recording_warps(block))
+        _count_kernel[(blocks,)](
+            ids,
+            weights,
+            T,
+            experts,
+            partial,
+            *place,
+            **constants,
+            BLOCK=block,
+            num_warps=recording_warps(block),
+        )
         if launches == 3:
-            _scan_kernel[(triton.cdiv(experts, 16),)](partial, out.counts, blocks, experts, ROWS=64, COLUMNS=16)
+            _scan_kernel[(triton.cdiv(experts, 16),)](
+                partial, out.counts, blocks, experts, ROWS=64, COLUMNS=16
+            )
         _scatter_kernel[(blocks,)](
             ids, T, experts, blocks, partial, *out, *(state or (*place[2:6], 0)),
             K=K, BINS=constants["BINS"], SCANNED=launches == 3, ADVANCE=tape is not None,
@@ -429,15 +507,17 @@ if triton is not None:
 
 def empty_dispatch(ids_TK: Tensor, experts: int) -> Dispatch:
     S = ids_TK.shape[0] * ids_TK.shape[1]
-    return Dispatch(*(ids_TK.new_empty(n, dtype=torch.int32) for n in (experts, experts + 1, S, S, S)))
+    return Dispatch(
+        *(ids_TK.new_empty(n, dtype=torch.int32) for n in (experts, experts + 1, S, S, S))
+    )
 
 
 # --- combine: weights the experts' outputs and sums them over a token's slots
 
 
 def combine_torch(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) -> Tensor:
-    """out[t] = Σ_k weight[t, k] · y[place of slot (t, k)], [T, H], in the type that y and weight promote to. `inverse_S` None:
-    y is in slot order. Differentiable."""
+    """out[t] = Σ_k weight[t, k] · y[place of slot (t, k)], [T, H], in the type that y and weight
+    promote to. `inverse_S` None: y is in slot order. Differentiable."""
     T, K = weights_TK.shape
     y_SH = y_SH if inverse_S is None else y_SH[inverse_S.long()]
     return (y_SH * weights_TK.reshape(-1, 1)).view(T, K, y_SH.shape[1]).sum(1)
@@ -452,7 +532,8 @@ if triton is not None:
         K: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
         GROUPED: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """A token's row, a part of its columns, a program. The very first program also records the whole call (`IDS`)."""
+        """A token's row, a part of its columns, a program. The very first program also records the
+        whole call (`IDS`)."""
         t = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = h < H
@@ -483,8 +564,10 @@ if triton is not None:
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
         tape: Tape | None = None,
     ) -> Tensor:  # fmt: skip
-        """What `combine_torch` computes, in one pass over y and one launch, product and sum rounded as there (on a GPU torch
-        adds more than four slots in another order); places of no expert count as zero. With `grouped` None, y is in slot order, and `tape` records the call (at most RECORD_BLOCK slots) in the same launch."""
+        """What `combine_torch` computes, in one pass over y and one launch, product and sum rounded
+        as there (on a GPU torch adds more than four slots in another order); places of no expert
+        count as zero. With `grouped` None, y is in slot order, and `tape` records the call (at most
+        RECORD_BLOCK slots) in the same launch."""
         T, K = weights_TK.shape
         H = y_SH.shape[1]
         assert tape is None or (grouped is None and T * K <= RECORD_BLOCK)
@@ -492,11 +575,14 @@ if triton is not None:
         if T == 0:
             return out
         place, _, constants = _where_to(tape, ids_TK, weights_TK, ids_TK)
-        inverse, offsets = (grouped.inverse, grouped.offsets) if grouped is not None else (ids_TK, ids_TK)
+        inverse, offsets = (
+            (grouped.inverse, grouped.offsets) if grouped is not None else (ids_TK, ids_TK)
+        )
         _combine_kernel[(T, triton.cdiv(H, 1024))](
             y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous(), inverse, offsets, out, T, experts, H, *place,
             K=K, **constants, GROUPED=grouped is not None, ROUND=torch.promote_types(y_SH.dtype, weights_TK.dtype).itemsize == 2,
-            COLUMNS=1024, BLOCK=RECORD_BLOCK, enable_fp_fusion=False,  # as stock: product, rounding, sum
+            # as stock: product, rounding, sum
+            COLUMNS=1024, BLOCK=RECORD_BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
         return out
 
@@ -512,11 +598,18 @@ def _numbers(tape: Tape) -> list[int]:
     return [tape.lane, tape.K, tape.experts, tape.base, tape.page_values, tape.P, tape.pages]
 
 
-_TAPE = "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!) cursor, Tensor(d!) dropped, Tensor limit, Tensor enabled, int[] numbers"
+_TAPE = (
+    "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!) cursor, Tensor(d!) dropped, "
+    "Tensor limit, Tensor enabled, int[] numbers"
+)
 _MUTATED = ("tape_ids", "tape_weights", "cursor", "dropped")
 
 
-@torch.library.custom_op("moe_inspect::record", mutates_args=_MUTATED, schema=f"(Tensor? ids, Tensor? weights, {_TAPE}) -> ()")
+@torch.library.custom_op(
+    "moe_inspect::record",
+    mutates_args=_MUTATED,
+    schema=f"(Tensor? ids, Tensor? weights, {_TAPE}) -> ()",
+)
 def _record_op(ids, weights, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
     _record(Tape(tape_ids, tape_weights, cursor, dropped, limit, enabled, *numbers), ids, weights)
 
@@ -529,7 +622,9 @@ def _(ids, weights, tape_ids, tape_weights, cursor, dropped, limit, enabled, num
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
-@torch.library.custom_op("moe_inspect::dispatch", mutates_args=(), schema=f"(Tensor ids, int experts) -> {_FIVE}")
+@torch.library.custom_op(
+    "moe_inspect::dispatch", mutates_args=(), schema=f"(Tensor ids, int experts) -> {_FIVE}"
+)
 def _dispatch_op(ids, experts):  # type: ignore[no-untyped-def]
     return tuple(_dispatch(ids, None, experts, None))
 
@@ -544,8 +639,17 @@ def _(ids, experts):  # type: ignore[no-untyped-def]
     mutates_args=_MUTATED,
     schema=f"(Tensor ids, Tensor? weights, int experts, {_TAPE}) -> {_FIVE}",
 )
-def _dispatch_recording_op(ids, weights, experts, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
-    return tuple(_dispatch(ids, weights, experts, Tape(tape_ids, tape_weights, cursor, dropped, limit, enabled, *numbers)))
+def _dispatch_recording_op(
+    ids, weights, experts, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers
+):  # type: ignore[no-untyped-def]
+    return tuple(
+        _dispatch(
+            ids,
+            weights,
+            experts,
+            Tape(tape_ids, tape_weights, cursor, dropped, limit, enabled, *numbers),
+        )
+    )
 
 
 @_dispatch_recording_op.register_fake

@@ -1,4 +1,5 @@
-"""Recorder: attaches to a model, sees every router's choice in every forward pass, writes the trace, detaches (always).
+"""Recorder: attaches to a model, sees every router's choice in every forward pass, writes the
+trace, detaches (always).
 
 T rows a router sees (padding included), K slots, E experts.
 """
@@ -43,38 +44,49 @@ class Forward:
     passes: list[Pass]  # of an encoder-decoder: of the encoder, then of the decoder
 
     def arrived(self, wait: bool) -> bool:
-        return all(p.stack.rings is not None and p.stack.rings.arrived(p.start + p.fed.T, wait) for p in self.passes)
+        return all(
+            p.stack.rings is not None and p.stack.rings.arrived(p.start + p.fed.T, wait)
+            for p in self.passes
+        )
 
 
 class Recorder:
-    """Records every forward pass of `model` within the `with` block: `with record(model, "runs/a", tokenizer=tok): …`.
+    """Records every forward pass of `model` within the `with` block: `with record(model, "runs/a",
+    tokenizer=tok): …`.
 
-    Each batch row is a sequence of its own document, unless `documents` and `domains` (one value a batch row) say
-    otherwise, here for every forward pass or with the recorder's `label` for the next; `attention_mask` is honoured, a reset
-    of `position_ids` starts a new sequence, and a forward pass with a key-value cache goes on with its rows' sequences.
-    What the model executes is what is recorded: `generate` feeds padding to rows that have ended, and its beams are rows
-    like others. Of an encoder-decoder the tokens of both stacks are recorded (phase "encode" are the encoder's), each with its own
+    Each batch row is a sequence of its own document, unless `documents` and `domains` (one value a
+    batch row) say otherwise, here for every forward pass or with the recorder's `label` for the
+    next; `attention_mask` is honoured, a reset of `position_ids` starts a new sequence, and a
+    forward pass with a key-value cache goes on with its rows' sequences. What the model executes is
+    what is recorded: `generate` feeds padding to rows that have ended, and its beams are rows like
+    others. Of an encoder-decoder the tokens of both stacks are recorded (phase "encode" are the
+    encoder's), each with its own
     mask: labels padded with -100 are tokens to a decoder that is given no `decoder_attention_mask`.
 
     tokenizer     its vocabulary goes into the trace
-    capture       "dispatch": our experts implementation routes and records; "tap": the model's own is left alone and its
+    capture       "dispatch": our experts implementation routes and records; "tap": the model's own
+    is left alone and its
                   calls are watched; "auto": dispatch where the model would run the stock grouped_mm on a GPU
     layers        only these block indices
     weights, logits     whether the gate weights, the router logits are recorded
-    counts_only   keeps only counts on the device ([routers, domains, experts]); with `every=N` of each N-th forward pass.
+    counts_only   keeps only counts on the device ([routers, domains, experts]); with `every=N` of
+    each N-th forward pass.
                   `path` may be None then, and the recorder's `balance()` gives the table
     overwrite     replaces a trace at `path`; without it an existing one is refused
-    drop          where the writer cannot keep up, leaves decisions out and counts them, instead of waiting
-    ring_tokens   rows of the largest forward pass to make room for on the device. By default the room grows as needed, which it
+    drop          where the writer cannot keep up, leaves decisions out and counts them, instead of
+    waiting ring_tokens   rows of the largest forward pass to make room for on the device. By
+    default the room grows as needed, which it
                   cannot once CUDA graphs write into it
 
-    `ranks`, `resume` with its `lock`, `manifest` and `shard_tokens` are for who plans the batches (`trace_model`).
+    `ranks`, `resume` with its `lock`, `manifest` and `shard_tokens` are for who plans the batches
+    (`trace_model`).
 
-    A CUDA graph replayed by hand: record two forward passes of its shape as usual (the first shows what there is to record,
-    the second loads the kernels), capture another, then call `step` before each replay.
+    A CUDA graph replayed by hand: record two forward passes of its shape as usual (the first shows
+    what there is to record, the second loads the kernels), capture another, then call `step` before
+    each replay.
 
-    Raises MoeInspectError for a dense model, a place that cannot be written, and, in a forward pass, where a router has not
-    seen every token exactly once."""
+    Raises MoeInspectError for a dense model, a place that cannot be written, and, in a forward
+    pass, where a router has not seen every token exactly once."""
 
     def __init__(
         self,
@@ -100,22 +112,43 @@ class Recorder:
         shard_tokens: int = SHARD_TOKENS,
     ):
         if path is None and not counts_only:
-            raise MoeInspectError("record needs a path for the trace (only counts_only=True works without)")
+            raise MoeInspectError(
+                "record needs a path for the trace (only counts_only=True works without)"
+            )
         if every != 1 and not counts_only:
             raise MoeInspectError("every=N samples counts: give counts_only=True with it")
         if not isinstance(resume, ResumePoint | None):
             raise MoeInspectError("only trace_model can resume: it knows which batch comes next")
         if counts_only and logits:
             raise MoeInspectError("counts_only keeps no logits: drop one of the two")
-        self.model, self.path, self.tokenizer = uncompiled(model), Path(path) if path is not None else None, tokenizer
-        self.weights, self.logits, self.counts_only, self.every = weights, logits, counts_only, every
-        self.shard_tokens, self.resume, self.overwrite, self._extra = shard_tokens, resume, overwrite, manifest or {}
+        self.model, self.path, self.tokenizer = (
+            uncompiled(model),
+            Path(path) if path is not None else None,
+            tokenizer,
+        )
+        self.weights, self.logits, self.counts_only, self.every = (
+            weights,
+            logits,
+            counts_only,
+            every,
+        )
+        self.shard_tokens, self.resume, self.overwrite, self._extra = (
+            shard_tokens,
+            resume,
+            overwrite,
+            manifest or {},
+        )
         self.drop, self.ring_tokens = drop, ring_tokens
         self.sites = self._chosen(find_routers(self.model), layers)
         self.mode = mode_of(self.model, self.sites, capture)
         if logits and any(s.logits_module is None for s in self.sites):
-            raise MoeInspectError(f"{type(self.model).__name__} does not show its router logits: trace without --logits")
-        self._at: dict[int, tuple[str, int]] = {}  # of each site: its stack, and which of the stack's it is
+            raise MoeInspectError(
+                f"{type(self.model).__name__} does not show its router logits: trace without "
+                "--logits"
+            )
+        self._at: dict[
+            int, tuple[str, int]
+        ] = {}  # of each site: its stack, and which of the stack's it is
         self.ranks, self.lock = ranks, lock
         self._own_lock: Lock | None = None
         if self.path is not None and resume is None and ranks is None:
@@ -124,16 +157,24 @@ class Recorder:
         self.tokens = 0
         self.attachment = Attachment(model, self.sites, self.mode, logits, self)
         self.stacks = {name: self._stack(name) for name in self.attachment.gates}
-        self.reader = RowReader({name: _arguments(gate.module) for name, gate in self.attachment.gates.items()}, documents, domains)
+        self.reader = RowReader(
+            {name: _arguments(gate.module) for name, gate in self.attachment.gates.items()},
+            documents,
+            domains,
+        )
         self._planned: dict[str, Rows] = {}  # of the next forward pass, by stack
         self._plan: dict[str, Rows] = {}  # of the one under way
         self._entered = False
         self._forwards = resume.next_batch if resume else 0
-        self._fixed = ring_tokens is not None  # something else holds the rings' addresses, or their size was asked for
+        self._fixed = (
+            ring_tokens is not None
+        )  # something else holds the rings' addresses, or their size was asked for
         self._leaving: deque[Forward] = deque()
         self._counts: DeviceCounts | None = None
         self._counting = self._in_group = False
-        self._returned: list[tuple[Given, Any]] = []  # what the stacks in this forward pass were given, and returned
+        self._returned: list[
+            tuple[Given, Any]
+        ] = []  # what the stacks in this forward pass were given, and returned
         self._opened = False  # the routers are known, and what their pages hold
         self._stepped = False  # it is one that `step` announced
         self._capturing = False  # it is one that a CUDA graph captures: nothing runs
@@ -170,8 +211,8 @@ class Recorder:
             if kind is None:
                 self._finish()
                 status = "complete"
-            # an interrupt may have cut a hand-over short: what is still in the ring is left out, so that no batch is missing
-            # between others, and --resume feeds it again
+            # an interrupt may have cut a hand-over short: what is still in the ring is left out, so
+            # that no batch is missing between others, and --resume feeds it again
             if not self._in_group:
                 self._flush_counts()
         finally:
@@ -187,17 +228,23 @@ class Recorder:
             return sites
         unknown = sorted(set(layers) - {s.layer for s in sites})
         if unknown:
-            raise MoeInspectError(f"no router in layer {unknown[0]}: the MoE layers are {', '.join(str(s.layer) for s in sites)}")
+            raise MoeInspectError(
+                f"no router in layer {unknown[0]}: the MoE layers are "
+                f"{', '.join(str(s.layer) for s in sites)}"
+            )
         return [s for s in sites if s.layer in set(layers)]
 
     # --- what the caller says
 
-    def label(self, *, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None) -> None:
+    def label(
+        self, *, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None
+    ) -> None:
         """The document and the domain of each batch row of the next forward pass."""
         self.reader.label(documents, domains)
 
     def expect(self, *rows: Rows) -> None:
-        """What the next forward pass is fed (of an encoder-decoder, each of its stacks), from who planned it."""
+        """What the next forward pass is fed (of an encoder-decoder, each of its stacks), from who
+        planned it."""
         self._planned = {r.stack: r for r in rows}
 
     def end_group(self) -> None:
@@ -207,14 +254,21 @@ class Recorder:
             self._flush_counts()
 
     def step(self, tokens: int, **inputs: Any) -> None:
-        """Announces a forward pass of `tokens` rows a router that runs without the model being called: a CUDA graph replayed
-        by hand, on this stream. Waits until there is room for it. `inputs`: what the model would be called with (`input_ids`,
-        `attention_mask`, `position_ids`, `past_key_values`); without them its rows are one document of unknown tokens."""
+        """Announces a forward pass of `tokens` rows a router that runs without the model being
+        called: a CUDA graph replayed by hand, on this stream. Waits until there is room for it.
+        `inputs`: what the model would be called with (`input_ids`, `attention_mask`,
+        `position_ids`, `past_key_values`); without them its rows are one document of unknown
+        tokens."""
         if list(self.stacks) != [""]:
-            raise MoeInspectError(f"{type(self.model).__name__} is two stacks, and step() says nothing of which it feeds: call the model")
+            raise MoeInspectError(
+                f"{type(self.model).__name__} is two stacks, and step() says nothing of which it "
+                "feeds: call the model"
+            )
         stack = self.stacks[""]
         if stack.staged is not None or self.counts_only:
-            raise MoeInspectError("step() follows a forward pass that was recorded as usual, into a trace")
+            raise MoeInspectError(
+                "step() follows a forward pass that was recorded as usual, into a trace"
+            )
         self._fix()
         self._begin()
         fed = self._next(stack, (), inputs or {"input_ids": torch.full((1, tokens), -1)})
@@ -249,9 +303,14 @@ class Recorder:
 
     def begin(self) -> None:
         self._capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if self._capturing:  # only the kernels' launches matter; the host must not look at anything now
+        if (
+            self._capturing
+        ):  # only the kernels' launches matter; the host must not look at anything now
             if self._forwards < 2 or self.counts_only or list(self.stacks) != [""]:
-                raise MoeInspectError("record two forward passes before capturing a CUDA graph, and a trace of one stack, not counts_only")
+                raise MoeInspectError(
+                    "record two forward passes before capturing a CUDA graph, and a trace of one "
+                    "stack, not counts_only"
+                )
             self._fix()
             return
         self._begin()
@@ -262,7 +321,9 @@ class Recorder:
         for stack in self.stacks.values():
             stack.begin()
         self._plan, self._planned, self._returned = self._planned, {}, []
-        self._forwards = next((r.number for r in self._plan.values() if r.number is not None), self._forwards)
+        self._forwards = next(
+            (r.number for r in self._plan.values() if r.number is not None), self._forwards
+        )
         self._counting = self._forwards % self.every == 0
         if self._counts is not None:
             self._counts.begin()
@@ -272,7 +333,10 @@ class Recorder:
             return
         of = self.stacks[stack]
         if of.fed is not None:
-            raise MoeInspectError(f"the {stack} ran twice in one forward pass of {type(self.model).__name__}: call it by itself")
+            raise MoeInspectError(
+                f"the {stack} ran twice in one forward pass of {type(self.model).__name__}: call "
+                "it by itself"
+            )
         fed = self._next(of, args, kwargs)
         if of.staged is None and self._counts is None:
             self._make_room(of, fed)
@@ -285,7 +349,11 @@ class Recorder:
         """What the coming call of a stack is fed: as planned, else as its arguments say."""
         if stack.name in self._plan:
             return self._plan[stack.name]
-        encoder = self.stacks["encoder"].given if stack.name == "decoder" and "encoder" in self.stacks else None
+        encoder = (
+            self.stacks["encoder"].given
+            if stack.name == "decoder" and "encoder" in self.stacks
+            else None
+        )
         stack.given = self.reader.note(args, kwargs, stack.name, encoder)
         return stack.given
 
@@ -310,7 +378,9 @@ class Recorder:
         elif self._counts is not None and self._counting and stack.fed is not None:
             time, row = divmod(row, stack.fed.T)
             if time < stack.times[n]:  # else the completeness check speaks of it
-                self._counts.add(stack.first_router + stack.routers_of[n][time], row, ids_TK, weights_TK)
+                self._counts.add(
+                    stack.first_router + stack.routers_of[n][time], row, ids_TK, weights_TK
+                )
 
     def take_logits(self, r: int, logits_TE: Tensor) -> None:
         name, n = self._at[r]
@@ -334,7 +404,8 @@ class Recorder:
     # --- a forward pass that is recorded on tapes
 
     def _make_room(self, stack: Stack, fed: Rows | Given) -> None:
-        """Back-pressure is here: waits until the rings have room, unless decisions may be dropped."""
+        """Back-pressure is here: waits until the rings have room, unless decisions may be
+        dropped."""
         rings, T = stack.rings, fed.T
         assert rings is not None
         self._drain()
@@ -344,7 +415,8 @@ class Recorder:
         if rings.room < T and too_large:
             if self._fixed:
                 raise MoeInspectError(
-                    f"a forward pass of {T:,} rows is more than the {rings.fits:,} there is room for on the device: "
+                    f"a forward pass of {T:,} rows is more than the {rings.fits:,} there is room "
+                    "for on the device: "
                     f"record with ring_tokens={T}"
                 )
             self._make_rings(stack, T)
@@ -354,13 +426,17 @@ class Recorder:
 
     def _make_rings(self, stack: Stack, rows: int) -> None:
         assert not any(p.stack is stack for forward in self._leaving for p in forward.passes)
-        stack.make_rings(rows, self._weight_dtype)  # also without weights in the trace: its slots are ordered by them
+        stack.make_rings(
+            rows, self._weight_dtype
+        )  # also without weights in the trace: its slots are ordered by them
 
     def _end_forward(self, fed: Sequence[Stack]) -> None:
         """A forward pass has been launched, and need not have run."""
         passes = [stack.end() for stack in fed]
         for done in passes:
-            if (rings := done.stack.rings) is not None and rings.at_once:  # else it is seen when it has arrived
+            if (
+                rings := done.stack.rings
+            ) is not None and rings.at_once:  # else it is seen when it has arrived
                 done.stack.check(done)
         for done in passes:
             assert done.stack.rings is not None
@@ -379,7 +455,8 @@ class Recorder:
             self.end()
 
     def _drain(self, wait: bool = False, most: int | None = None) -> None:
-        """Hands the forward passes that have arrived to the writer, up to `most`; with `wait` waits for them, and for it."""
+        """Hands the forward passes that have arrived to the writer, up to `most`; with `wait` waits
+        for them, and for it."""
         while self._leaving and most != 0:
             assert self.writer is not None
             if self.drop and not wait and self.writer.full:
@@ -405,25 +482,37 @@ class Recorder:
         counts = {name: int(real.sum()) for name, real in kept.items()}
         self.tokens += sum(counts.values())
         for done, rows in parts:
-            self.writer.dropped += (int(rows.real.sum()) - counts[done.stack.name]) * len(done.stack.routers)
+            self.writer.dropped += (int(rows.real.sum()) - counts[done.stack.name]) * len(
+                done.stack.routers
+            )
 
         def of_tokens(name: str) -> np.ndarray:
             arrays = [getattr(rows, name)[: counts[done.stack.name]] for done, rows in parts]
             return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-        empty_of = {"ids": np.uint8, "weights": np.uint16 if self._weight_dtype == torch.bfloat16 else np.float16, "logits": np.float16}
+        empty_of = {
+            "ids": np.uint8,
+            "weights": np.uint16 if self._weight_dtype == torch.bfloat16 else np.float16,
+            "logits": np.float16,
+        }
 
         def of_routers(kind: str) -> list[np.ndarray]:
             found: list[np.ndarray] = []
             for name, stack in self.stacks.items():
                 done = next((p for p in forward.passes if p.stack is stack), None)
                 if done is None:  # this forward pass fed it nothing
-                    widths = [router.experts if kind == "logits" else router.top_k for router in stack.routers]
+                    widths = [
+                        router.experts if kind == "logits" else router.top_k
+                        for router in stack.routers
+                    ]
                     found += [np.empty((0, width), empty_of[kind]) for width in widths]
                     continue
                 assert stack.rings is not None
                 keep = None if kept[name].all() else np.flatnonzero(kept[name])
-                found += [stack.rings.rows(kind, r, done.start, done.kept, keep) for r in range(len(stack.routers))]
+                found += [
+                    stack.rings.rows(kind, r, done.start, done.kept, keep)
+                    for r in range(len(stack.routers))
+                ]
             return found
 
         _, last = parts[-1]
@@ -458,9 +547,14 @@ class Recorder:
                 continue
             if stack.fed is not None:  # the last forward pass failed
                 rings.rewind(stack.dropped_rows)
-            stands, dropped = rings.stands(), rings.dropped()  # the second waits for the device, and for the first
+            stands, dropped = (
+                rings.stands(),
+                rings.dropped(),
+            )  # the second waits for the device, and for the first
             stack.check_seen(0, *rings.seen(stands, rings.head))
-            assert all(n == stack.dropped_rows for n in dropped), f"the device dropped {dropped} rows, the host {stack.dropped_rows}"
+            assert all(n == stack.dropped_rows for n in dropped), (
+                f"the device dropped {dropped} rows, the host {stack.dropped_rows}"
+            )
 
     # --- a forward pass that is counted
 
@@ -492,13 +586,16 @@ class Recorder:
     # --- the first forward pass says what the pages and the table look like
 
     def _begin_with(self, new: Sequence[Stack]) -> None:
-        """These stacks have run for the first time. What they chose was kept aside, and is written now."""
+        """These stacks have run for the first time. What they chose was kept aside, and is written
+        now."""
         dtypes = [dtype for stack in new for dtype in stack.settle_shape()]
         if self._opened:
             for stack in new:
                 stack.refuse_undeclared()
         else:
-            self._open(torch.bfloat16 if all(d == torch.bfloat16 for d in dtypes) else torch.float16)
+            self._open(
+                torch.bfloat16 if all(d == torch.bfloat16 for d in dtypes) else torch.float16
+            )
         for stack in new:
             rows, staged = stack.fed, stack.staged
             assert isinstance(rows, Rows)
@@ -527,30 +624,49 @@ class Recorder:
             self.writer = self._open_writer()
         if self.counts_only:
             self._counts = DeviceCounts(
-                self.routers, [d for stack in self.stacks.values() for d in stack.devices()], self._weight_dtype, self.weights
+                self.routers,
+                [d for stack in self.stacks.values() for d in stack.devices()],
+                self._weight_dtype,
+                self.weights,
             )
             self._counts.begin()
 
     def _open_writer(self) -> TraceWriter:
         assert self.path is not None
         ranks = self.ranks
-        job = ranks.hear("open") if ranks is not None and ranks.rank else None  # rank 0 has made way
+        job = (
+            ranks.hear("open") if ranks is not None and ranks.rank else None
+        )  # rank 0 has made way
         if self.lock is None and self._own_lock is None:
             shared = ranks is not None and ranks.world > 1
-            self._own_lock = join(self.path, job) if job is not None else take_place(self.path, self.overwrite, shared=shared)
+            self._own_lock = (
+                join(self.path, job)
+                if job is not None
+                else take_place(self.path, self.overwrite, shared=shared)
+            )
         held = self.lock or self._own_lock
         assert held is not None
         text = self.model.config.get_text_config()
         manifest = {
-            "model": {"id": getattr(self.model.config, "_name_or_path", ""), "revision": None, "class": type(self.model).__name__},
+            "model": {
+                "id": getattr(self.model.config, "_name_or_path", ""),
+                "revision": None,
+                "class": type(self.model).__name__,
+            },
             **self._extra,
         }
         manifest["model"]["config"] = config_record(self.model.config)
-        if notes := {site.adapter.note for site in self.sites if site.adapter is not None and site.adapter.note}:
+        if notes := {
+            site.adapter.note
+            for site in self.sites
+            if site.adapter is not None and site.adapter.note
+        }:
             manifest["model"]["note"] = "; ".join(sorted(notes))
         manifest["capture"] = {
             **capture_facts(self.model, self.mode),
-            "weight_dtype": str(self._weight_dtype).removeprefix("torch.") if self.weights else None,
+            "weight_dtype": str(self._weight_dtype).removeprefix("torch.")
+            if self.weights
+            else None,
         }
         vocabulary: pa.Table | None = None
         if self.tokenizer is not None:
@@ -574,16 +690,30 @@ class Recorder:
         return writer
 
     def balance(self, all_ranks: bool = False) -> Any:
-        """The balance table of what has been counted since the recording began (`counts_only=True`); with `all_ranks`
-        summed over the processes of torch.distributed."""
+        """The balance table of what has been counted since the recording began
+        (`counts_only=True`); with `all_ranks` summed over the processes of torch.distributed."""
         if self._counts is None:
-            raise MoeInspectError("balance() reads counts on the device: record with counts_only=True, after a forward pass")
+            raise MoeInspectError(
+                "balance() reads counts on the device: record with counts_only=True, after a "
+                "forward pass"
+            )
         from moe_inspect.analysis.counting.counts import Counts, RouterCounts
         from moe_inspect.reporting.tables.load import balance_of
 
         load, tokens, tokens_R = self._counts.totals(all_ranks)
-        counts = Counts(self.routers, tuple(range(len(self.routers))), [""], [("", 0)], np.array([tokens]), counts_only=True)
-        counts.tokens_SU = {router.stack: tokens_R[r : r + 1] for r, router in enumerate(self.routers) if router.stack}
+        counts = Counts(
+            self.routers,
+            tuple(range(len(self.routers))),
+            [""],
+            [("", 0)],
+            np.array([tokens]),
+            counts_only=True,
+        )
+        counts.tokens_SU = {
+            router.stack: tokens_R[r : r + 1]
+            for r, router in enumerate(self.routers)
+            if router.stack
+        }
         for r, load_E in enumerate(load):
             counts.of[r] = RouterCounts(load_E[None], load_E[None] * 0, None)
         return balance_of(counts)

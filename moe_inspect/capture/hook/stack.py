@@ -1,6 +1,6 @@
-"""The routers of one stack of a model, and where what they chose is until it goes to the writer: kept aside in its first forward
-pass, which shows what the pages must hold, then in rings. An encoder-decoder has two stacks, which see different tokens; every
-other model is one.
+"""The routers of one stack of a model, and where what they chose is until it goes to the writer:
+kept aside in its first forward pass, which shows what the pages must hold, then in rings. An
+encoder-decoder has two stacks, which see different tokens; every other model is one.
 
 T rows a router sees (padding included), K slots, E experts.
 """
@@ -25,8 +25,8 @@ from moe_inspect.trace.schema import Router
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward pass fed a stack, on its way to the writer: its rows lie in the rings from position `start` on, the first
-    `kept` of them."""
+    """What a forward pass fed a stack, on its way to the writer: its rows lie in the rings from
+    position `start` on, the first `kept` of them."""
 
     stack: Stack
     fed: Rows | Given
@@ -38,16 +38,36 @@ class Pass:
 class Stack:
     """`sites` of the stack `name`, with their sinks."""
 
-    def __init__(self, name: str, sites: Sequence[Site], sinks: Sequence[Sink], logit_sinks: Sequence[Sink], model: Any):
-        self.name, self.sites, self.sinks, self.logit_sinks, self.model = name, list(sites), sinks, logit_sinks, model
-        # one after another of each site: a layer that runs twice has two. Until it has run: as declared
-        self.routers = [] if not name else [_router(site, 0, top_k_of(site, model)) for site in sites]
+    def __init__(
+        self,
+        name: str,
+        sites: Sequence[Site],
+        sinks: Sequence[Sink],
+        logit_sinks: Sequence[Sink],
+        model: Any,
+    ):
+        self.name, self.sites, self.sinks, self.logit_sinks, self.model = (
+            name,
+            list(sites),
+            sinks,
+            logit_sinks,
+            model,
+        )
+        # one after another of each site: a layer that runs twice has two. Until it has run: as
+        # declared
+        self.routers = (
+            [] if not name else [_router(site, 0, top_k_of(site, model)) for site in sites]
+        )
         self.routers_of = [[n] for n in range(len(sites))]  # of each site
         self.first_router = 0  # the place of its first among the model's
         self.fed: Rows | Given | None = None  # in the forward pass under way
         self.given: Given | None = None  # the same, unless it was planned
-        self.seen = [0] * len(sites)  # rows of each site in this forward pass, where there is no tape
-        self.staged: list[list[tuple[Tensor, Tensor]]] | None = [[] for _ in sites]  # of the first: each site's calls, later each router's
+        self.seen = [0] * len(
+            sites
+        )  # rows of each site in this forward pass, where there is no tape
+        self.staged: list[list[tuple[Tensor, Tensor]]] | None = [
+            [] for _ in sites
+        ]  # of the first: each site's calls, later each router's
         self.staged_logits: list[list[Tensor]] = [[] for _ in sites]
         self.shape: list[tuple[torch.device, int, int]] = []  # device, K and E of each router
         self.rings: Rings | None = None
@@ -60,7 +80,9 @@ class Stack:
 
     def devices(self) -> list[torch.device]:
         """Of each router; until it has run, that of its experts."""
-        return [device for device, _, _ in self.shape] or [next(site.module.parameters()).device for site in self.sites]
+        return [device for device, _, _ in self.shape] or [
+            next(site.module.parameters()).device for site in self.sites
+        ]
 
     def begin(self) -> None:
         """A forward pass begins. If the one before failed, its rows are written over."""
@@ -73,13 +95,16 @@ class Stack:
             self.staged_logits = [[] for _ in self.sites]
 
     def settle_shape(self) -> list[torch.dtype]:
-        """The first forward pass is over: top-k, dtypes and devices are what it showed, not what a config claims. Returns the
-        dtypes of the gate weights."""
+        """The first forward pass is over: top-k, dtypes and devices are what it showed, not what a
+        config claims. Returns the dtypes of the gate weights."""
         staged, logits, declared = self.staged, self.staged_logits, self.routers
         assert staged is not None
         assert self.fed is not None
         T = self.fed.T
-        times = [len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1 for calls in staged]
+        times = [
+            len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1
+            for calls in staged
+        ]
         for calls_of in (staged, logits) if self.logit_sinks else (staged,):
             for site, calls, t in zip(self.sites, calls_of, times, strict=True):
                 if (n := _length(calls)) != t * T:
@@ -87,12 +112,20 @@ class Stack:
         for site, calls in zip(self.sites, logits, strict=True):
             if calls:
                 _refuse_probabilities(site.path, calls[0])
-        runs = [(site, time) for site, t in zip(self.sites, times, strict=True) for time in range(t)]
+        runs = [
+            (site, time) for site, t in zip(self.sites, times, strict=True) for time in range(t)
+        ]
         self.staged, self.staged_logits = _by_run(staged, times), _by_run(logits, times)
         first = [calls[0] for calls in self.staged]
-        self.shape = [(ids.device, ids.shape[1], site.experts) for (site, _), (ids, _) in zip(runs, first, strict=True)]
+        self.shape = [
+            (ids.device, ids.shape[1], site.experts)
+            for (site, _), (ids, _) in zip(runs, first, strict=True)
+        ]
         self.routers_of = [[n for n, (s, _) in enumerate(runs) if s is site] for site in self.sites]
-        self.routers = [_router(site, time, shape[1]) for (site, time), shape in zip(runs, self.shape, strict=True)]
+        self.routers = [
+            _router(site, time, shape[1])
+            for (site, time), shape in zip(runs, self.shape, strict=True)
+        ]
         self._declared = declared
         return [weights.dtype for _, weights in first]
 
@@ -101,14 +134,18 @@ class Stack:
         for shown, declared in zip(self.routers, self._declared, strict=False):
             if shown != declared or len(self.routers) != len(self._declared):
                 raise MoeInspectError(
-                    f"{shown.path} does not route as declared ({declared}): record a forward pass of the whole model first"
+                    f"{shown.path} does not route as declared ({declared}): record a forward "
+                    "pass of the whole model first"
                 )
 
     def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
         """Rings that hold forward passes of `rows` rows; those before them, if any, are empty."""
         self.rings = Rings(self.shape, weight_dtype, bool(self.logit_sinks), rows)
         self.rings.rewind(self.dropped_rows)
-        for sinks, tapes in ((self.sinks, self.rings.tapes), (self.logit_sinks, self.rings.logit_tapes)):
+        for sinks, tapes in (
+            (self.sinks, self.rings.tapes),
+            (self.logit_sinks, self.rings.logit_tapes),
+        ):
             for sink, routers in zip(sinks, self.routers_of, strict=False):
                 sink.tapes = [tapes[r] for r in routers]
 
@@ -128,10 +165,17 @@ class Stack:
         """A forward pass has been launched, and need not have run."""
         assert self.rings is not None
         assert self.fed is not None
-        return Pass(self, self.fed, self.rings.head, min(self.fed.T, max(0, self.rings.room)), self.rings.stands())
+        return Pass(
+            self,
+            self.fed,
+            self.rings.head,
+            min(self.fed.T, max(0, self.rings.room)),
+            self.rings.stands(),
+        )
 
     def check(self, done: Pass) -> None:
-        """Every router must have seen every token exactly once, or the trace would be silently wrong."""
+        """Every router must have seen every token exactly once, or the trace would be silently
+        wrong."""
         assert self.rings is not None
         self.check_seen(done.fed.T, *self.rings.seen(done.stands, done.start))
 
@@ -144,38 +188,71 @@ class Stack:
     def check_counted(self) -> None:
         assert self.fed is not None
         T = self.fed.T
-        self.check_seen(T, [share for n, t in zip(self.seen, self.times, strict=True) for share in shares(n, t, T)])
+        self.check_seen(
+            T,
+            [
+                share
+                for n, t in zip(self.seen, self.times, strict=True)
+                for share in shares(n, t, T)
+            ],
+        )
 
     def refuse(self, path: str, n: int, T: int, logits: bool) -> NoReturn:
         if logits:
-            raise MoeInspectError(f"{path} showed logits of {n} rows in a forward pass of {T}: trace without --logits")
-        why = "fused experts, or kernels of the hub that bypass their call: load the model without them (use_kernels=False)"
-        if self.model.training and any("layerdrop" in key and value for key, value in vars(self.model.config).items()):
-            why = "LayerDrop skips layers in training: set encoder_layerdrop and decoder_layerdrop of the config to 0"
+            raise MoeInspectError(
+                f"{path} showed logits of {n} rows in a forward pass of {T}: trace without --logits"
+            )
+        why = (
+            "fused experts, or kernels of the hub that bypass their call: load the model without "
+            "them (use_kernels=False)"
+        )
+        if self.model.training and any(
+            "layerdrop" in key and value for key, value in vars(self.model.config).items()
+        ):
+            why = (
+                "LayerDrop skips layers in training: set encoder_layerdrop and decoder_layerdrop "
+                "of the config to 0"
+            )
         why += ", or a CUDA graph replayed without step()" if self.replayed else ""
-        raise MoeInspectError(f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be seen ({why})")
+        raise MoeInspectError(
+            f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be "
+            f"seen ({why})"
+        )
 
 
 def shares(n: int, times: int, T: int) -> list[int]:
     """n rows that a site saw, by the runs of its layer; what is too many goes to the last."""
-    return [min(T, max(0, n - time * T)) if time < times - 1 else max(0, n - time * T) for time in range(times)]
+    return [
+        min(T, max(0, n - time * T)) if time < times - 1 else max(0, n - time * T)
+        for time in range(times)
+    ]
 
 
 def _router(site: Site, time: int, top_k: int) -> Router:
     again = f" (run {time + 1})" if time else ""
     name, path = site.path.split(".", 1)[-1] + again, site.path + again
-    return Router(site.layer, name, path, site.experts, top_k, site.scoring, site.shared_experts, site.stack)
+    return Router(
+        site.layer, name, path, site.experts, top_k, site.scoring, site.shared_experts, site.stack
+    )
 
 
 def _refuse_probabilities(path: str, logits_TE: Tensor) -> None:
     values = logits_TE.float()
-    if bool((values >= 0).all()) and torch.allclose(values.sum(1), torch.ones(len(values), device=values.device), atol=1e-2):
-        raise MoeInspectError(f"{path} shows probabilities where its family declares logits: trace without --logits")
+    if bool((values >= 0).all()) and torch.allclose(
+        values.sum(1), torch.ones(len(values), device=values.device), atol=1e-2
+    ):
+        raise MoeInspectError(
+            f"{path} shows probabilities where its family declares logits: trace without --logits"
+        )
 
 
 def _by_run(calls_of: list[list[Any]], times: list[int]) -> list[list[Any]]:
     """The calls of each site → the calls of each run of its layer."""
-    return [run for calls, t in zip(calls_of, times, strict=True) for run in ([[c] for c in calls] if t > 1 else [calls])]
+    return [
+        run
+        for calls, t in zip(calls_of, times, strict=True)
+        for run in ([[c] for c in calls] if t > 1 else [calls])
+    ]
 
 
 def _length(calls: Sequence[Any]) -> int:

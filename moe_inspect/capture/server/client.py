@@ -17,7 +17,10 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, say
 
 ATTEMPTS = 6
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between attempts, where the server does not say (Retry-After)
+FIRST_WAIT_S, LONGEST_WAIT_S = (
+    1.0,
+    60.0,
+)  # between attempts, where the server does not say (Retry-After)
 LONGEST_ASKED_WAIT_S = 300.0
 CONNECT_S = 10.0
 FIRST_CONTACT_S = 5.0
@@ -34,14 +37,17 @@ class _Again(Exception):
 
 
 def split_url(url: str) -> tuple[str, httpx.BasicAuth | None]:
-    """The root of a server's API and the credentials in its URL, which are in neither messages nor manifests."""
+    """The root of a server's API and the credentials in its URL, which are in neither messages nor
+    manifests."""
     parts = urlsplit(url)
     try:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise MoeInspectError(f"{url.rpartition('@')[2]} is no URL: {error}") from None
     if parts.scheme not in ("http", "https") or not host:
-        raise MoeInspectError(f"{url.rpartition('@')[2]} is no URL of a server: write it like http://HOST:PORT")
+        raise MoeInspectError(
+            f"{url.rpartition('@')[2]} is no URL of a server: write it like http://HOST:PORT"
+        )
     place = f"[{host}]" if ":" in host else host
     path = parts.path.rstrip("/").removesuffix("/v1")  # as OpenAI's clients are given it
     root = urlunsplit((parts.scheme, place + (f":{port}" if port else ""), path, "", ""))
@@ -54,7 +60,10 @@ def client(url: str, api_key: str | None, timeout_s: float, concurrency: int) ->
     return httpx.AsyncClient(
         base_url=root,
         auth=auth,
-        headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {api_key}"} if api_key else {})},
+        headers={
+            "Accept-Encoding": "identity",
+            **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+        },
         timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None),
         limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
     )
@@ -71,14 +80,17 @@ def refuse_unless_up(url: str, api_key: str | None) -> None:
 
 
 async def reach(http: httpx.AsyncClient) -> dict[str, Any] | None:
-    """What a server lists of models, as `ask` has it, but now or never: at first a wrong address is likelier than a busy server."""
+    """What a server lists of models, as `ask` has it, but now or never: at first a wrong address is
+    likelier than a busy server."""
     root = root_of(http)
     try:
         async with asyncio.timeout(FIRST_CONTACT_S):
             status, data = await _once(http, MODELS, None, MOST_BYTES)
     except (_Again, TimeoutError) as error:
         said = str(error) or f"no answer in {FIRST_CONTACT_S:g} s"
-        raise MoeInspectError(f"no server is ready at {root}, {said}: check the address, and that the server is up") from None
+        raise MoeInspectError(
+            f"no server is ready at {root}, {said}: check the address, and that the server is up"
+        ) from None
     return _understood(root, MODELS, status, data)
 
 
@@ -102,12 +114,20 @@ async def ask(
     most_bytes: int = MOST_BYTES,
     tell: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any] | None:
-    """The JSON object that a POST of `body` (a GET without one) is answered with; None where there is no such path."""
+    """The JSON object that a POST of `body` (a GET without one) is answered with; None where there
+    is no such path."""
     root, tell = root_of(http), tell or teller()
 
     def say(state: tenacity.RetryCallState) -> None:
-        error, wait_s = state.outcome and state.outcome.exception(), state.next_action.sleep if state.next_action else 0.0
-        tell(f"{root}: {error}; it is asked again in {wait_s:.0f} s ({state.attempt_number} of {ATTEMPTS} attempts made)", wait_s)
+        error, wait_s = (
+            state.outcome and state.outcome.exception(),
+            state.next_action.sleep if state.next_action else 0.0,
+        )
+        tell(
+            f"{root}: {error}; it is asked again in {wait_s:.0f} s ({state.attempt_number} of "
+            f"{ATTEMPTS} attempts made)",
+            wait_s,
+        )
 
     attempts = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(_Again),
@@ -120,7 +140,8 @@ async def ask(
         status, data = await attempts(_once, http, path, body, most_bytes)
     except _Again as error:
         raise MoeInspectError(
-            f"{root} was asked {ATTEMPTS} times, the last time with {error}: when it answers, go on with --resume"
+            f"{root} was asked {ATTEMPTS} times, the last time with {error}: when it answers, go "
+            "on with --resume"
         ) from None
     return _understood(root, path, status, data)
 
@@ -133,7 +154,9 @@ def _understood(root: str, path: str, status: int, data: bytes) -> dict[str, Any
     if status == 404:
         return None
     if status in (401, 403):
-        raise MoeInspectError(f"{root} wants another key (HTTP {status}): give it by --api-key or MOE_INSPECT_API_KEY")
+        raise MoeInspectError(
+            f"{root} wants another key (HTTP {status}): give it by --api-key or MOE_INSPECT_API_KEY"
+        )
     if status != 200:
         raise MoeInspectError(f"{root}{path} refused the request (HTTP {status}): {_message(data)}")
     try:
@@ -141,32 +164,53 @@ def _understood(root: str, path: str, status: int, data: bytes) -> dict[str, Any
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
-        raise MoeInspectError(f"{root}{path} answered with no JSON object but {data[:60]!r}: is it the engine that --engine names?")
+        raise MoeInspectError(
+            f"{root}{path} answered with no JSON object but {data[:60]!r}: is it the engine that "
+            "--engine names?"
+        )
     return answer
 
 
-async def _once(http: httpx.AsyncClient, path: str, body: dict[str, Any] | None, most_bytes: int) -> tuple[int, bytes]:
+async def _once(
+    http: httpx.AsyncClient, path: str, body: dict[str, Any] | None, most_bytes: int
+) -> tuple[int, bytes]:
     try:
-        # httpx's own timeouts are of silence: a server that sends a byte now and then would never meet them
-        async with asyncio.timeout(http.timeout.read), http.stream("GET" if body is None else "POST", path, json=body) as response:
+        # httpx's own timeouts are of silence: a server that sends a byte now and then would never
+        # meet them
+        async with (
+            asyncio.timeout(http.timeout.read),
+            http.stream("GET" if body is None else "POST", path, json=body) as response,
+        ):
             status, data = response.status_code, await _body(response, path, most_bytes)
             if status in (408, 429) or status >= 500:
-                raise _Again(f"HTTP {status}: {_message(data)}", _asked_wait(response.headers.get("retry-after")))
+                raise _Again(
+                    f"HTTP {status}: {_message(data)}",
+                    _asked_wait(response.headers.get("retry-after")),
+                )
             return status, data
     except TimeoutError as error:
         raise _Again(f"no whole answer in {http.timeout.read:g} s") from error
     except httpx.TransportError as error:
-        raise _Again(f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})") from error
+        raise _Again(
+            f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})"
+        ) from error
     except httpx.HTTPError as error:
         raise MoeInspectError(f"{path} answered what cannot be read: {first_line(error)}") from None
 
 
 async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
-    """The body as it is sent, never decompressed: what a few bytes unfold to knows no bound. Of an error only the beginning."""
-    encoding, fine = response.headers.get("content-encoding", "identity"), response.status_code == 200
+    """The body as it is sent, never decompressed: what a few bytes unfold to knows no bound. Of an
+    error only the beginning."""
+    encoding, fine = (
+        response.headers.get("content-encoding", "identity"),
+        response.status_code == 200,
+    )
     if encoding.lower() not in ("identity", ""):
         if fine:
-            raise MoeInspectError(f"{path} answered in content-encoding {encoding[:40]!r}, not as it is, which it was asked for")
+            raise MoeInspectError(
+                f"{path} answered in content-encoding {encoding[:40]!r}, not as it is, which it "
+                "was asked for"
+            )
         return b""
     data = bytearray()
     async for part in response.aiter_raw():
@@ -174,7 +218,10 @@ async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
         if len(data) > (most_bytes if fine else ERROR_BYTES):
             break
     if fine and len(data) > most_bytes:
-        raise MoeInspectError(f"{path} answered with more than {most_bytes:,} bytes, which no true answer has: not read on")
+        raise MoeInspectError(
+            f"{path} answered with more than {most_bytes:,} bytes, which no true answer has: not "
+            "read on"
+        )
     return bytes(data)
 
 
@@ -182,7 +229,9 @@ def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome is not None else None
     if isinstance(error, _Again) and error.wait_s is not None:
         return error.wait_s
-    return tenacity.wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S)(state)
+    return tenacity.wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S)(
+        state
+    )
 
 
 def _asked_wait(header: str | None) -> float | None:

@@ -1,6 +1,8 @@
-"""The protocols of serving engines that hand back routed experts: what is asked of them, and what of an answer is believed.
+"""The protocols of serving engines that hand back routed experts: what is asked of them, and what
+of an answer is believed.
 
-Read from vLLM 0.33.0 and SGLang 0.5.23. T tokens that were fed, B blocks of the model (dense ones too), K slots.
+Read from vLLM 0.33.0 and SGLang 0.5.23. T tokens that were fed, B blocks of the model (dense ones
+too), K slots.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ FLAG = "--enable-return-routed-experts"  # both engines call it so
 
 @dataclass(frozen=True)
 class Asked:
-    """One sequence: `ids` int32 [prompt]; the last of the `max_tokens` generated ones is never fed. `salt` keeps it apart in the
-    engine's prefix cache, so that each of its tokens runs here."""
+    """One sequence: `ids` int32 [prompt]; the last of the `max_tokens` generated ones is never fed.
+    `salt` keeps it apart in the engine's prefix cache, so that each of its tokens runs here."""
 
     name: str
     ids: np.ndarray
@@ -33,7 +35,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Served:
-    """The model as the config has it: `blocks` layers, dense ones too; of its `routers`, those that are recorded."""
+    """The model as the config has it: `blocks` layers, dense ones too; of its `routers`, those that
+    are recorded."""
 
     name: str  # as the server calls it
     blocks: int
@@ -45,8 +48,8 @@ class Served:
 
 @dataclass(frozen=True)
 class Answer:
-    """`token_ids`: what was generated; `ids`: of each router that is recorded the decisions of the T = prompt + generated − 1
-    tokens that were fed, [T, K]."""
+    """`token_ids`: what was generated; `ids`: of each router that is recorded the decisions of the
+    T = prompt + generated − 1 tokens that were fed, [T, K]."""
 
     token_ids: np.ndarray
     ids: list[np.ndarray]
@@ -54,7 +57,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as it came: the prompt it repeats, what it generated and why it stopped, the routing [T, B, K]."""
+    """An answer as it came: the prompt it repeats, what it generated and why it stopped, the
+    routing [T, B, K]."""
 
     prompt_ids: object
     prompt_tokens: object
@@ -65,8 +69,9 @@ class Reply:
 
 @dataclass(frozen=True)
 class Engine:
-    """`body`: (what is asked, model) → the request's JSON; `read`: (the answer's JSON, model) → Reply; `about`: where the server
-    speaks of its model, and `version_at` of its version; `cached_rows`: what to do where rows of a cached prefix are missing."""
+    """`body`: (what is asked, model) → the request's JSON; `read`: (the answer's JSON, model) →
+    Reply; `about`: where the server speaks of its model, and `version_at` of its version;
+    `cached_rows`: what to do where rows of a cached prefix are missing."""
 
     path: str
     body: Callable[[Asked, Served], dict[str, Any]]
@@ -100,7 +105,9 @@ def _vllm_body(asked: Asked, served: Served) -> dict[str, Any]:
 def _vllm_read(answer: dict[str, Any], served: Served) -> Reply:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise MoeInspectError("the answer has no field choices with one choice: is this a vLLM server?")
+        raise MoeInspectError(
+            "the answer has no field choices with one choice: is this a vLLM server?"
+        )
     choice, usage = choices[0], answer.get("usage")
     encoded = _present(choice.get("routed_experts"), "choices[0].routed_experts", "vllm serve")
     return Reply(
@@ -125,7 +132,9 @@ def _sglang_body(asked: Asked, served: Served) -> dict[str, Any]:
     }
     return {
         "input_ids": asked.ids.tolist(),
-        "sampling_params": {**sampling, "sampling_seed": asked.seed} if asked.temperature else sampling,
+        "sampling_params": {**sampling, "sampling_seed": asked.seed}
+        if asked.temperature
+        else sampling,
         "return_routed_experts": True,
         "routed_experts_start_len": 0,
         "return_prompt_token_ids": True,
@@ -139,14 +148,24 @@ def _sglang_read(answer: dict[str, Any], served: Served) -> Reply:
         raise MoeInspectError("the answer has no field meta_info: is this an SGLang server?")
     finish = facts.get("finish_reason")
     finish = finish.get("type") if isinstance(finish, dict) else finish
-    encoded = _present(facts.get("routed_experts"), "meta_info.routed_experts", "sglang.launch_server")
+    encoded = _present(
+        facts.get("routed_experts"), "meta_info.routed_experts", "sglang.launch_server"
+    )
     routed_TBK = decode_sglang(encoded, served.blocks, served.top_k, "routed_experts")
-    return Reply(answer.get("prompt_token_ids"), facts.get("prompt_tokens"), answer.get("output_ids"), finish, routed_TBK)
+    return Reply(
+        answer.get("prompt_token_ids"),
+        facts.get("prompt_tokens"),
+        answer.get("output_ids"),
+        finish,
+        routed_TBK,
+    )
 
 
 def _present(encoded: object, field: str, command: str) -> object:
     if encoded is None:
-        raise MoeInspectError(f"the answer has no {field}: start the server with {FLAG} ({command})")
+        raise MoeInspectError(
+            f"the answer has no {field}: start the server with {FLAG} ({command})"
+        )
     return encoded
 
 
@@ -158,10 +177,17 @@ ENGINES = {
         "/v1/models",
         "/version",
         "0.33.0",
-        "vLLM 0.31 to 0.33 return them, and do not start with --no-enable-prefix-caching: use one of these versions",
+        "vLLM 0.31 to 0.33 return them, and do not start with --no-enable-prefix-caching: use "
+        "one of these versions",
     ),
     "sglang": Engine(
-        "/generate", _sglang_body, _sglang_read, "/model_info", "/server_info", "0.5.23", "start the server with --disable-radix-cache"
+        "/generate",
+        _sglang_body,
+        _sglang_read,
+        "/model_info",
+        "/server_info",
+        "0.5.23",
+        "start the server with --disable-radix-cache",
     ),
 }
 
@@ -170,30 +196,49 @@ def read_answer(engine: Engine, answer: dict[str, Any], asked: Asked, served: Se
     """What an answer says, if it can be true; MoeInspectError where it cannot."""
     reply, P = engine.read(answer, served), len(asked.ids)
     # older servers do not repeat the prompt, but all say how long it was
-    if reply.prompt_tokens != P or (reply.prompt_ids is not None and reply.prompt_ids != asked.ids.tolist()):
-        raise MoeInspectError(f"the server ran another prompt ({reply.prompt_tokens} tokens) than the {P} tokens it was sent")
+    if reply.prompt_tokens != P or (
+        reply.prompt_ids is not None and reply.prompt_ids != asked.ids.tolist()
+    ):
+        raise MoeInspectError(
+            f"the server ran another prompt ({reply.prompt_tokens} tokens) than the {P} tokens "
+            "it was sent"
+        )
     made = reply.token_ids
-    if not isinstance(made, list) or not all(type(i) is int and 0 <= i < served.vocabulary for i in made):
-        raise MoeInspectError(f"the generated token ids are no list of ids below {served.vocabulary}: {str(made)[:80]}")
+    if not isinstance(made, list) or not all(
+        type(i) is int and 0 <= i < served.vocabulary for i in made
+    ):
+        raise MoeInspectError(
+            f"the generated token ids are no list of ids below {served.vocabulary}: "
+            f"{str(made)[:80]}"
+        )
     complete = (reply.finish == "length" and len(made) == asked.max_tokens) or (
         reply.finish == "stop" and 0 < len(made) <= asked.max_tokens
     )
     if not complete:
-        raise MoeInspectError(f"{len(made)} of {asked.max_tokens} tokens were generated, and it ended by {reply.finish!r}")
+        raise MoeInspectError(
+            f"{len(made)} of {asked.max_tokens} tokens were generated, and it ended by "
+            f"{reply.finish!r}"
+        )
     rows, expected = len(reply.routed_TBK), P + len(made) - 1
     if rows != expected:
         raise MoeInspectError(
-            f"routed_experts has {rows} rows, not {expected}: one fewer than the {P} tokens of the prompt and the {len(made)} generated, the "
-            f"last of which is never fed; if the rows of a cached prefix are missing: {engine.cached_rows}"
+            f"routed_experts has {rows} rows, not {expected}: one fewer than the {P} tokens of "
+            f"the prompt and the {len(made)} generated, the "
+            "last of which is never fed; if the rows of a cached prefix are missing: "
+            f"{engine.cached_rows}"
         )
     if reply.routed_TBK.shape[2] != served.top_k:
         raise MoeInspectError(
-            f"routed_experts has {reply.routed_TBK.shape[2]} experts a token, the config {served.top_k}: is it the model's?"
+            f"routed_experts has {reply.routed_TBK.shape[2]} experts a token, the config "
+            f"{served.top_k}: is it the model's?"
         )
     ids = select_routers(reply.routed_TBK, served.routers, served.blocks, "routed_experts")
     for block in sorted(set(range(served.blocks)) - {r.layer for r in served.routers}):
         if reply.routed_TBK[:, block].any():
-            raise MoeInspectError(f"the config has no router in layer {block}, where the server routed tokens: is it the model's?")
+            raise MoeInspectError(
+                f"the config has no router in layer {block}, where the server routed tokens: is "
+                "it the model's?"
+            )
     return Answer(np.array(made, np.int32), [ids[r] for r in served.chosen])
 
 

@@ -20,7 +20,15 @@ from moe_inspect.capture.manifest import process_facts
 from moe_inspect.capture.resume import comparable, complete_now, corpus_record, resumed
 from moe_inspect.capture.run import fitting
 from moe_inspect.capture.server.client import MODELS, ask, client, reach, root_of, split_url, teller
-from moe_inspect.capture.server.protocols import ENGINES, Answer, Asked, Engine, Served, most_bytes, read_answer
+from moe_inspect.capture.server.protocols import (
+    ENGINES,
+    Answer,
+    Asked,
+    Engine,
+    Served,
+    most_bytes,
+    read_answer,
+)
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import commit_of, config_record, load_config, load_tokenizer
 from moe_inspect.model.routers import find_routers, top_k_of
@@ -62,21 +70,25 @@ def trace_engine(
     overwrite: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Trace:
-    """Sends the corpus `data` to a server and writes the routed experts that it answers with as a trace at `out`: the one that
-    `trace_model` would write of the same model, without gate weights, which engines do not hand back.
+    """Sends the corpus `data` to a server and writes the routed experts that it answers with as a
+    trace at `out`: the one that `trace_model` would write of the same model, without gate weights,
+    which engines do not hand back.
 
     url           of the server, http://HOST:PORT; engine: "vllm" or "sglang"
     model_config  a hub id or a directory: its tokenizer, and which of its layers route where
     concurrency   sequences that are under way at once
-    timeout_s     of a request in all, from connecting to the last byte; after it the request is sent again
-    api_key       sent as a bearer token, written nowhere
-    generate      N tokens a document are fed after it: N + 1 are asked for, of which the last is not fed
+    timeout_s     of a request in all, from connecting to the last byte; after it the request is
+    sent again api_key       sent as a bearer token, written nowhere
+    generate      N tokens a document are fed after it: N + 1 are asked for, of which the last is
+    not fed
 
     The others are those of `trace_model`. Raises MoeInspectError for what the caller can mend.
     """
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise MoeInspectError("an engine is driven by one process: start it without torchrun, with more --concurrency")
+        raise MoeInspectError(
+            "an engine is driven by one process: start it without torchrun, with more --concurrency"
+        )
     spoken, goes_on = ENGINES[engine], resume and (out / schema.MANIFEST).exists()
     if goes_on:
         refuse_while_locked(out)
@@ -92,7 +104,16 @@ def trace_engine(
         async with http:
             about = await ask_about(http, spoken, config)
             length = fitting(max_length, config, generate + 1, about["max_model_len"])
-            plan = Plan(sources, text_field, domain_field, max_tokens, length, batch_tokens, special_tokens, generate)
+            plan = Plan(
+                sources,
+                text_field,
+                domain_field,
+                max_tokens,
+                length,
+                batch_tokens,
+                special_tokens,
+                generate,
+            )
             options = {
                 **plan.options(),
                 **({"temperature": temperature, "seed": seed} if generate else {}),
@@ -108,9 +129,20 @@ def trace_engine(
                 return
             text = config.get_text_config()
             chosen = _chosen(routers, layers)
-            served = Served(about["model"], text.num_hidden_layers, _one_top_k(routers), text.vocab_size, routers, chosen)
+            served = Served(
+                about["model"],
+                text.num_hidden_layers,
+                _one_top_k(routers),
+                text.vocab_size,
+                routers,
+                chosen,
+            )
             manifest = {
-                "model": {"id": model_config, "revision": commit_of(model_config, revision), "class": kind},
+                "model": {
+                    "id": model_config,
+                    "revision": commit_of(model_config, revision),
+                    "class": kind,
+                },
                 "corpus": corpus_record(options, plan, tokenizer),
                 "capture": {
                     "mode": "engine",
@@ -123,16 +155,33 @@ def trace_engine(
             }
             manifest["model"]["config"] = config_record(config)
             vocabulary = vocabulary_table(tokenizer, text.vocab_size)
-            output = _Output(out, manifest, [routers[r] for r in chosen], vocabulary, start, overwrite, lock)
+            output = _Output(
+                out, manifest, [routers[r] for r in chosen], vocabulary, start, overwrite, lock
+            )
             with output:
-                await _feed(http, spoken, served, plan, tokenizer, output, concurrency, temperature, seed, progress)
+                await _feed(
+                    http,
+                    spoken,
+                    served,
+                    plan,
+                    tokenizer,
+                    output,
+                    concurrency,
+                    temperature,
+                    seed,
+                    progress,
+                )
                 output.at_close = plan.stats.record()
             if output.writer is None and start is not None:  # all was committed but the status
                 complete_now(out, plan)
             elif output.writer is None:
-                raise MoeInspectError(f"the corpus is empty: no text in {', '.join(data) or 'the bundled corpus'}")
+                raise MoeInspectError(
+                    f"the corpus is empty: no text in {', '.join(data) or 'the bundled corpus'}"
+                )
 
-    with hold(out) if goes_on else nullcontext() as lock:  # before anything is read that decides how it goes on
+    with (
+        hold(out) if goes_on else nullcontext() as lock
+    ):  # before anything is read that decides how it goes on
         asyncio.run(drive())
     return Trace(out)
 
@@ -144,24 +193,51 @@ def routers_of(config: Any, trust_remote_code: bool = False) -> tuple[str, list[
 
     try:
         with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever an odd config makes transformers raise, the file is the user's
-        raise MoeInspectError(f"cannot build a causal language model of the config: {first_line(error)}") from error
+            built: Any = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except (
+        Exception
+    ) as error:  # whatever an odd config makes transformers raise, the file is the user's
+        raise MoeInspectError(
+            f"cannot build a causal language model of the config: {first_line(error)}"
+        ) from error
     sites = find_routers(built)
     layers, blocks = [s.layer for s in sites], config.get_text_config().num_hidden_layers
     if len(set(layers)) < len(layers) or max(layers) >= blocks:
-        raise MoeInspectError(f"{type(built).__name__} has {len(sites)} routers in {blocks} layers: engines hand back one a layer")
-    routers = [Router(s.layer, s.path.split(".", 1)[-1], s.path, s.experts, top_k_of(s, built), s.scoring, s.shared_experts) for s in sites]
+        raise MoeInspectError(
+            f"{type(built).__name__} has {len(sites)} routers in {blocks} layers: engines hand "
+            "back one a layer"
+        )
+    routers = [
+        Router(
+            s.layer,
+            s.path.split(".", 1)[-1],
+            s.path,
+            s.experts,
+            top_k_of(s, built),
+            s.scoring,
+            s.shared_experts,
+        )
+        for s in sites
+    ]
     return type(built).__name__, routers
 
 
 async def ask_about(http: httpx.AsyncClient, engine: Engine, config: Any) -> dict[str, Any]:
-    """What the server says of itself: model, path, version, max_model_len. MoeInspectError where its model is not the config's."""
+    """What the server says of itself: model, path, version, max_model_len. MoeInspectError where
+    its model is not the config's."""
     root, models = root_of(http), await reach(http)
     cards = models.get("data") if models is not None else None
-    cards = [c for c in cards if isinstance(c, dict) and not c.get("parent")] if isinstance(cards, list) else []  # no adapters
+    cards = (
+        [c for c in cards if isinstance(c, dict) and not c.get("parent")]
+        if isinstance(cards, list)
+        else []
+    )  # no adapters
     if not cards or not isinstance(cards[0].get("id"), str):
-        raise MoeInspectError(f"{root}{MODELS} names no model: is it the engine that --engine names?")
+        raise MoeInspectError(
+            f"{root}{MODELS} names no model: is it the engine that --engine names?"
+        )
     info = await ask(http, engine.about) if engine.about != MODELS else {}
     version = (await ask(http, engine.version_at) or {}).get("version")
     length = cards[0].get("max_model_len")
@@ -176,7 +252,8 @@ async def ask_about(http: httpx.AsyncClient, engine: Engine, config: Any) -> dic
         told = (info or {}).get(key)
         if told and own and told != own:
             raise MoeInspectError(
-                f"the server's model is {told} ({key}), that of --model-config {own}: give the config of {about['model']}"
+                f"the server's model is {told} ({key}), that of --model-config {own}: give the "
+                f"config of {about['model']}"
             )
     return about
 
@@ -193,8 +270,9 @@ async def _feed(
     seed: int,
     progress: Callable[[int, int | None], None] | None,
 ) -> None:
-    """Sends the sequences of the plan, a few batches ahead of the one that is written next: a slow answer holds up its batch, not
-    the server, and what is kept in memory does not grow with the corpus."""
+    """Sends the sequences of the plan, a few batches ahead of the one that is written next: a slow
+    answer holds up its batch, not the server, and what is kept in memory does not grow with the
+    corpus."""
     gate, run, passes = asyncio.Semaphore(concurrency), uuid.uuid4().hex, plan.generate + 1
     ahead: deque[tuple[int, list[Sequence_], list[Document], list[asyncio.Task[Answer]]]] = deque()
     done, tell = output.start.tokens if output.start is not None else 0, teller()
@@ -202,13 +280,22 @@ async def _feed(
     async def answer(row: Sequence_) -> Answer:
         name = f"sequence {row.sequence} ({row.source})"
         asked = Asked(
-            name, row.ids, passes if row.continued else 1, temperature, (seed + row.sequence) % 2**31, f"moe-inspect-{run}-{row.sequence}"
+            name,
+            row.ids,
+            passes if row.continued else 1,
+            temperature,
+            (seed + row.sequence) % 2**31,
+            f"moe-inspect-{run}-{row.sequence}",
         )
         async with gate:
-            said = await ask(http, engine.path, engine.body(asked, served), most_bytes(asked, served), tell)
+            said = await ask(
+                http, engine.path, engine.body(asked, served), most_bytes(asked, served), tell
+            )
         try:
             if said is None:
-                raise MoeInspectError(f"there is no {engine.path}: is it the engine that --engine names?")
+                raise MoeInspectError(
+                    f"there is no {engine.path}: is it the engine that --engine names?"
+                )
             return read_answer(engine, said, asked, served)
         except MoeInspectError as error:
             raise MoeInspectError(f"{http.base_url}, {name}: {error}") from None
@@ -218,7 +305,9 @@ async def _feed(
         number, batch, documents, tasks = ahead[0]
         answers = [await task for task in tasks]
         ahead.popleft()
-        for routed in routed_batches(number * passes, batch, documents, answers, output.domain_code, output.domains):
+        for routed in routed_batches(
+            number * passes, batch, documents, answers, output.domain_code, output.domains
+        ):
             output.write(routed)
             done += len(routed.token_id)
         if progress is not None:
@@ -228,7 +317,9 @@ async def _feed(
         for number, (batch, documents) in enumerate(plan.batches(tokenizer)):
             if output.start is not None and number * passes < output.start.next_batch:
                 continue
-            ahead.append((number, batch, documents, [asyncio.create_task(answer(row)) for row in batch]))
+            ahead.append(
+                (number, batch, documents, [asyncio.create_task(answer(row)) for row in batch])
+            )
             while sum(len(tasks) for *_, tasks in ahead) - len(ahead[0][3]) >= concurrency:
                 await write_next()
         while ahead:
@@ -248,9 +339,12 @@ def routed_batches(
     domain_code: Callable[[str], int],
     domains: list[str],
 ) -> Iterable[RoutedBatch]:
-    """A planned batch as a local trace has it: the prompts in one forward pass, then a pass a decoded token."""
+    """A planned batch as a local trace has it: the prompts in one forward pass, then a pass a
+    decoded token."""
     prompts = [len(row.ids) for row in batch]
-    whole = [np.concatenate([row.ids, a.token_ids[:-1]]) for row, a in zip(batch, answers, strict=True)]  # what was fed
+    whole = [
+        np.concatenate([row.ids, a.token_ids[:-1]]) for row, a in zip(batch, answers, strict=True)
+    ]  # what was fed
     codes = [domain_code(row.domain) for row in batch]
     for step in range(max(map(len, (a.token_ids for a in answers)))):
         spans = [(0, p) if step == 0 else (p + step - 1, p + step) for p in prompts]
@@ -264,7 +358,10 @@ def routed_batches(
             position=np.concatenate([np.arange(a, b, dtype=np.int32) for _, a, b in rows]),
             domain=np.repeat(np.array([codes[n] for n, *_ in rows], np.int32), lengths),
             domains=domains,
-            ids=[np.concatenate([answers[n].ids[r][a:b] for n, a, b in rows]) for r in range(len(answers[0].ids))],
+            ids=[
+                np.concatenate([answers[n].ids[r][a:b] for n, a, b in rows])
+                for r in range(len(answers[0].ids))
+            ],
             weights=None,
             documents=documents if step == 0 else [],
             phase="decode" if step else "prefill",
@@ -285,7 +382,12 @@ class _Output:
         overwrite: bool,
         lock: Lock | None,
     ):
-        self.path, self.manifest, self.routers, self.vocabulary = path, manifest, routers, vocabulary
+        self.path, self.manifest, self.routers, self.vocabulary = (
+            path,
+            manifest,
+            routers,
+            vocabulary,
+        )
         self.start, self.overwrite, self.lock = start, overwrite, lock
         self._own_lock: Lock | None = None
         self.writer: TraceWriter | None = None
@@ -302,7 +404,15 @@ class _Output:
             if self.lock is None:
                 self._own_lock = take_place(self.path, self.overwrite)
             held, words = self.lock or self._own_lock, self.vocabulary
-            self.writer = TraceWriter(self.path, self.manifest, self.routers, weights=False, vocabulary=words, resume=self.start, lock=held)
+            self.writer = TraceWriter(
+                self.path,
+                self.manifest,
+                self.routers,
+                weights=False,
+                vocabulary=words,
+                resume=self.start,
+                lock=held,
+            )
         self.writer.write(batch)
 
     def __enter__(self) -> _Output:
@@ -312,7 +422,9 @@ class _Output:
         try:
             if self.writer is not None:
                 self.writer.at_close["corpus"] = self.at_close
-                self.writer.close("complete" if kind is None else "interrupted", quiet=kind is not None)
+                self.writer.close(
+                    "complete" if kind is None else "interrupted", quiet=kind is not None
+                )
         finally:
             if self._own_lock is not None:
                 self._own_lock.release()
@@ -321,14 +433,19 @@ class _Output:
 def _chosen(routers: Sequence[Router], layers: Sequence[int] | None) -> list[int]:
     there = [r.layer for r in routers]
     if unknown := sorted(set(layers or ()) - set(there)):
-        raise MoeInspectError(f"no router in layer {unknown[0]}: the MoE layers are {ranges(there)}")
+        raise MoeInspectError(
+            f"no router in layer {unknown[0]}: the MoE layers are {ranges(there)}"
+        )
     return [n for n, layer in enumerate(there) if layers is None or layer in layers]
 
 
 def _one_top_k(routers: Sequence[Router]) -> int:
     """The K of an answer's arrays: engines make room for one number of experts a token."""
     if len(found := sorted({r.top_k for r in routers})) > 1:
-        raise MoeInspectError(f"its routers choose {found} experts a token: engines hand back the same number for all layers")
+        raise MoeInspectError(
+            f"its routers choose {found} experts a token: engines hand back the same number for "
+            "all layers"
+        )
     return found[0]
 
 
@@ -338,7 +455,13 @@ def _without_secrets(arguments: Sequence[str], url: str) -> list[str]:
     for argument in arguments[1:]:
         name, equals, _ = argument.partition("=")
         shown.append(
-            "…" if hide else f"{name}=…" if equals and name in SECRET_OPTIONS else split_url(url)[0] if argument == url else argument
+            "…"
+            if hide
+            else f"{name}=…"
+            if equals and name in SECRET_OPTIONS
+            else split_url(url)[0]
+            if argument == url
+            else argument
         )
         hide = argument in SECRET_OPTIONS
     return shown

@@ -6,7 +6,11 @@ import typer
 
 from moe_inspect.cli.simulate import cache, capacity, decode, placement, routing
 
-app = typer.Typer(help="Replay a trace under other assumptions: what would help?", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Replay a trace under other assumptions: what would help?",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @app.callback()

@@ -26,14 +26,29 @@ def cache(
     slots: Annotated[
         list[str] | None,
         typer.Option(
-            help="Experts of a layer that fit into fast memory. Repeated or comma-separated; default k, 2k, 4k.", show_default=False
+            help=(
+                "Experts of a layer that fit into fast memory. Repeated or comma-separated; "
+                "default k, 2k, 4k."
+            ),
+            show_default=False,
         ),
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help="Who makes room: lru, lfu or belady (the bound). Repeated or comma-separated; default all.")
+        list[str] | None,
+        typer.Option(
+            help=(
+                "Who makes room: lru, lfu or belady (the bound). Repeated or comma-separated; "
+                "default all."
+            )
+        ),
     ] = None,
-    expert_mb: Annotated[float | None, typer.Option(help="Size of an expert, in 10^6 bytes.", show_default=False)] = None,
-    gb_per_s: Annotated[float | None, typer.Option(help="Speed of the link, in 10^9 bytes a second.", show_default=False)] = None,
+    expert_mb: Annotated[
+        float | None, typer.Option(help="Size of an expert, in 10^6 bytes.", show_default=False)
+    ] = None,
+    gb_per_s: Annotated[
+        float | None,
+        typer.Option(help="Speed of the link, in 10^9 bytes a second.", show_default=False),
+    ] = None,
     layers: LayersOption = None,
     table: TableOption = None,
     format: FormatOption = None,
@@ -44,7 +59,9 @@ def cache(
 ) -> None:
     """Say how often offloaded experts would be in fast memory.
 
-    When wanted, at batch size 1; and what fetching the others costs. Each layer has its own slots, empty at first; the experts of a decision are wanted together; sequences run one after the other."""
+    When wanted, at batch size 1; and what fetching the others costs. Each layer has its own slots,
+    empty at first; the experts of a decision are wanted together; sequences run one after the
+    other."""
     from moe_inspect.simulate.cache import POLICIES, simulate_cache
 
     simulation = simulate_cache(
@@ -55,4 +72,12 @@ def cache(
         gb_per_s=gb_per_s,
         layers=layers,
     )
-    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)
+    show(
+        simulation,
+        table=table,
+        format=format,
+        output=output,
+        safe_csv=safe_csv,
+        plots=plots,
+        html=html,
+    )

@@ -30,20 +30,34 @@ class Order(StrEnum):
 def capacity(
     trace: TraceArgument,
     capacity_factor: Annotated[
-        list[str] | None, typer.Option(help="Capacity = ceil(factor · G · k / E) of a group of G tokens. Repeated or comma-separated.")
+        list[str] | None,
+        typer.Option(
+            help=(
+                "Capacity = ceil(factor · G · k / E) of a group of G tokens. Repeated or "
+                "comma-separated."
+            )
+        ),
     ] = None,
     group_tokens: Annotated[
-        str, typer.Option(metavar="N|batch|sequence", help="What is a group: a forward pass, at most N tokens of one, or a sequence.")
+        str,
+        typer.Option(
+            metavar="N|batch|sequence",
+            help="What is a group: a forward pass, at most N tokens of one, or a sequence.",
+        ),
     ] = "batch",
     order: Annotated[
         Order | None,
         typer.Option(
-            help="Who is served first: all first choices (arrival, GShard), token by token (Switch), the highest gate weight. "
+            help="Who is served first: all first choices (arrival, GShard), token by token "
+            "(Switch), the highest gate weight. "
             "Default: arrival, or token where the trace does not say which choice was the first.",
             show_default=False,
         ),
     ] = None,
-    target_drop: Annotated[float, typer.Option(min=0, max=1, help="Find the least factor that drops at most this share.")] = 0.01,
+    target_drop: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Find the least factor that drops at most this share."),
+    ] = 0.01,
     layers: LayersOption = None,
     table: TableOption = None,
     format: FormatOption = None,
@@ -54,17 +68,30 @@ def capacity(
 ) -> None:
     """Say what experts of limited capacity would drop, and where.
 
-    By layer, domain and place, and the factor that would do. Simulated: which tokens a model drops changes what it computes next, and that is not replayed."""
+    By layer, domain and place, and the factor that would do. Simulated: which tokens a model drops
+    changes what it computes next, and that is not replayed."""
     if group_tokens not in ("batch", "sequence") and not group_tokens.isdecimal():
-        raise typer.BadParameter(f"--group-tokens: {group_tokens!r} is no whole number, batch or sequence")
+        raise typer.BadParameter(
+            f"--group-tokens: {group_tokens!r} is no whole number, batch or sequence"
+        )
     from moe_inspect.simulate.capacity import simulate_capacity
 
     simulation = simulate_capacity(
         trace,
-        capacity_factors=numbers(capacity_factor or ["1.0,1.25,2.0"], "--capacity-factor", float, 0),
+        capacity_factors=numbers(
+            capacity_factor or ["1.0,1.25,2.0"], "--capacity-factor", float, 0
+        ),
         group_tokens=int(group_tokens) if group_tokens.isdecimal() else group_tokens,  # type: ignore[arg-type]
         order=order.value if order else None,
         target_drop=target_drop,
         layers=layers,
     )
-    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)
+    show(
+        simulation,
+        table=table,
+        format=format,
+        output=output,
+        safe_csv=safe_csv,
+        plots=plots,
+        html=html,
+    )

@@ -26,12 +26,23 @@ from moe_inspect.cli.simulate.show import (
 def decode(
     trace: TraceArgument,
     batch: Annotated[
-        list[str] | None, typer.Option(help="Sequences decoded together; repeated or comma-separated.", show_default="1,8,32,128")
+        list[str] | None,
+        typer.Option(
+            help="Sequences decoded together; repeated or comma-separated.",
+            show_default="1,8,32,128",
+        ),
     ] = None,
     expert_mb: Annotated[
-        float | None, typer.Option(min=0, help="Size of one expert, MB. Default: from the model's config.", show_default=False)
+        float | None,
+        typer.Option(
+            min=0,
+            help="Size of one expert, MB. Default: from the model's config.",
+            show_default=False,
+        ),
     ] = None,
-    flops_per_byte: Annotated[float, typer.Option(min=0, help="Of the GPU: where computing, not reading, is the limit.")] = 295.0,
+    flops_per_byte: Annotated[
+        float, typer.Option(min=0, help="Of the GPU: where computing, not reading, is the limit.")
+    ] = 295.0,
     layers: LayersOption = None,
     domain: DomainOption = None,
     phase: PhaseOption = None,
@@ -44,7 +55,8 @@ def decode(
 ) -> None:
     """Say how many experts a decode step reads.
 
-    By how many sequences are decoded together. Documents stand in for requests: the tokens at one position of B of them are a step."""
+    By how many sequences are decoded together. Documents stand in for requests: the tokens at one
+    position of B of them are a step."""
     from moe_inspect.simulate.decode import simulate_decode
 
     simulation = simulate_decode(
@@ -56,4 +68,12 @@ def decode(
         domains=split(domain),
         phase=phase and phase.value,
     )
-    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)
+    show(
+        simulation,
+        table=table,
+        format=format,
+        output=output,
+        safe_csv=safe_csv,
+        plots=plots,
+        html=html,
+    )

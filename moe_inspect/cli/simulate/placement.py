@@ -42,34 +42,76 @@ class Engine(StrEnum):
 def placement(
     trace: TraceArgument,
     gpus: Annotated[
-        int | None, typer.Option(min=1, metavar="G", help="GPUs that share the experts. Default: up to 8.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="G",
+            help="GPUs that share the experts. Default: up to 8.",
+            show_default=False,
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Nodes that the GPUs are in.")] = 1,
     physical_experts: Annotated[
-        int | None, typer.Option(min=1, metavar="P", help="All slots, replicas included. Default: one an expert.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="P",
+            help="All slots, replicas included. Default: one an expert.",
+            show_default=False,
+        ),
     ] = None,
     groups: Annotated[
-        int | None, typer.Option(min=1, help="Groups of experts, for EPLB. Default: those of the model's config.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Groups of experts, for EPLB. Default: those of the model's config.",
+            show_default=False,
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="contiguous, round-robin, greedy, eplb, eplb-global, ours; repeated or comma-separated. Default: all.", show_default=False
+            help=(
+                "contiguous, round-robin, greedy, eplb, eplb-global, ours; repeated or "
+                "comma-separated. Default: all."
+            ),
+            show_default=False,
         ),
     ] = None,
-    fit_share: Annotated[float, typer.Option(min=0, max=1, help="Fit on this first part of the trace, judge on the rest.")] = 0.5,
+    fit_share: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Fit on this first part of the trace, judge on the rest."),
+    ] = 0.5,
     window: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Also by windows of N tokens. Default: 16 windows.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Also by windows of N tokens. Default: 16 windows.",
+            show_default=False,
+        ),
     ] = None,
     minimize: Annotated[
         Minimize | None,
-        typer.Option(help="ranks: ours gives up what it gains over EPLB's balance to reach fewer GPUs a token.", show_default=False),
+        typer.Option(
+            help=(
+                "ranks: ours gives up what it gains over EPLB's balance to reach fewer GPUs a "
+                "token."
+            ),
+            show_default=False,
+        ),
     ] = None,
-    slack: Annotated[float, typer.Option(min=0, help="With --minimize: load a GPU by this share more than EPLB would.")] = 0.0,
+    slack: Annotated[
+        float,
+        typer.Option(min=0, help="With --minimize: load a GPU by this share more than EPLB would."),
+    ] = 0.0,
     dispatch: Annotated[
         Dispatch,
         typer.Option(
-            help="lp: also the best that dispatch could do if it chose among the replicas of an expert (a linear program per window)."
+            help=(
+                "lp: also the best that dispatch could do if it chose among the replicas of an "
+                "expert (a linear program per window)."
+            )
         ),
     ] = Dispatch.even,
     layers: LayersOption = None,
@@ -82,12 +124,19 @@ def placement(
         typer.Option(
             "-o",
             "--output",
-            help="Write the recommended plan: .json for SGLang, .yaml for TensorRT-LLM. With --table, write that table.",
+            help=(
+                "Write the recommended plan: .json for SGLang, .yaml for TensorRT-LLM. With "
+                "--table, write that table."
+            ),
             show_default=False,
         ),
     ] = None,
     plan_for: Annotated[
-        Engine | None, typer.Option(help="The engine that -o writes the plan for. Default: by the ending of the file.", show_default=False)
+        Engine | None,
+        typer.Option(
+            help="The engine that -o writes the plan for. Default: by the ending of the file.",
+            show_default=False,
+        ),
     ] = None,
     safe_csv: SafeCsv = False,
     plots: PlotsOption = None,
@@ -95,9 +144,11 @@ def placement(
 ) -> None:
     """Say which GPU should hold which expert.
 
-    Balance, ranks that a token reaches, how a plan ages. Fitted on the first part of the trace and judged on the rest. The plan that -o writes
-    is the one that the verdict recommends: of the policy that is the least slow on the judged part, with --minimize of ours. EPLB is slot for slot as
-    published, except where loads are equal: the published code then has no fixed order, and here the lower number goes first."""
+    Balance, ranks that a token reaches, how a plan ages. Fitted on the first part of the trace and
+    judged on the rest. The plan that -o writes is the one that the verdict recommends: of the
+    policy that is the least slow on the judged part, with --minimize of ours. EPLB is slot for slot
+    as published, except where loads are equal: the published code then has no fixed order, and here
+    the lower number goes first."""
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import ENDINGS, write_plan
 
@@ -120,7 +171,17 @@ def placement(
     ending = output.suffix.lower() if output is not None else ""
     if output is None and plan_for is not None:
         raise typer.BadParameter(f"--plan-for {plan_for}: give the file with -o")
-    if output is not None and (plan_for or (ending in ENDINGS and (table is None or ending != ".json"))):
+    if output is not None and (
+        plan_for or (ending in ENDINGS and (table is None or ending != ".json"))
+    ):
         say(f"wrote {output}: {write_plan(simulation, output, plan_for and plan_for.value)}")
         output = None
-    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)
+    show(
+        simulation,
+        table=table,
+        format=format,
+        output=output,
+        safe_csv=safe_csv,
+        plots=plots,
+        html=html,
+    )

@@ -24,15 +24,34 @@ from moe_inspect.cli.simulate.show import (
 def routing(
     trace: TraceArgument,
     algorithm: Annotated[
-        list[str] | None, typer.Option(help='Only these, e.g. "top-k,loss-free bias". Repeated or comma-separated.', show_default=False)
+        list[str] | None,
+        typer.Option(
+            help='Only these, e.g. "top-k,loss-free bias". Repeated or comma-separated.',
+            show_default=False,
+        ),
     ] = None,
-    top_k: Annotated[list[str] | None, typer.Option(help="Experts a token, of top-k; default 1, k and 2k.", show_default=False)] = None,
-    top_p: Annotated[list[str] | None, typer.Option(help="Probability to be reached, of top-p; default 0.7.", show_default=False)] = None,
+    top_k: Annotated[
+        list[str] | None,
+        typer.Option(help="Experts a token, of top-k; default 1, k and 2k.", show_default=False),
+    ] = None,
+    top_p: Annotated[
+        list[str] | None,
+        typer.Option(help="Probability to be reached, of top-p; default 0.7.", show_default=False),
+    ] = None,
     capacity_factor: Annotated[
-        list[str] | None, typer.Option(help="Of next best, which re-routes what finds no room; default 1.0 and 1.25.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Of next best, which re-routes what finds no room; default 1.0 and 1.25.",
+            show_default=False,
+        ),
     ] = None,
     uneven: Annotated[
-        float | None, typer.Option(min=0, help="max_vio from which a router is not balanced; default as in report.", show_default=False)
+        float | None,
+        typer.Option(
+            min=0,
+            help="max_vio from which a router is not balanced; default as in report.",
+            show_default=False,
+        ),
     ] = None,
     layers: LayersOption = None,
     table: TableOption = None,
@@ -44,8 +63,9 @@ def routing(
 ) -> None:
     """Say what other routing algorithms would do with the logits.
 
-    Those this model computed (trace with --logits): balance, probability mass kept, agreement with the model's own choices, whether a token's routing depends on later tokens, and
-    when each is the one to use."""
+    Those this model computed (trace with --logits): balance, probability mass kept, agreement with
+    the model's own choices, whether a token's routing depends on later tokens, and when each is the
+    one to use."""
     from moe_inspect.simulate.routing import simulate_routing
 
     simulation = simulate_routing(
@@ -57,4 +77,12 @@ def routing(
         layers=layers,
         **({} if uneven is None else {"uneven": uneven}),
     )
-    show(simulation, table=table, format=format, output=output, safe_csv=safe_csv, plots=plots, html=html)
+    show(
+        simulation,
+        table=table,
+        format=format,
+        output=output,
+        safe_csv=safe_csv,
+        plots=plots,
+        html=html,
+    )

@@ -1,4 +1,5 @@
-"""What the commands of `simulate` share: options, lists of numbers, and how a simulation is shown."""
+"""What the commands of `simulate` share: options, lists of numbers, and how a simulation is
+shown."""
 
 from __future__ import annotations
 
@@ -20,25 +21,62 @@ if TYPE_CHECKING:
 N = TypeVar("N", int, float)
 ROWS = 24  # of a table in the text; --table has them all
 
-TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="The directory of a trace.", show_default=False)]
-TableOption = Annotated[str | None, typer.Option("--table", metavar="NAME", help="One table instead of the text.", show_default=False)]
+TraceArgument = Annotated[
+    Path, typer.Argument(metavar="TRACE", help="The directory of a trace.", show_default=False)
+]
+TableOption = Annotated[
+    str | None,
+    typer.Option(
+        "--table", metavar="NAME", help="One table instead of the text.", show_default=False
+    ),
+]
 FormatOption = Annotated[
     Format | None,
-    typer.Option("--format", help="Of the table (without --table the main one); json is one object a line.", show_default=False),
+    typer.Option(
+        "--format",
+        help="Of the table (without --table the main one); json is one object a line.",
+        show_default=False,
+    ),
 ]
-OutputOption = Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file instead of stdout.", show_default=False)]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", help="Write to this file instead of stdout.", show_default=False
+    ),
+]
 PlotsOption = Annotated[
-    Path | None, typer.Option("--plots", metavar="DIR", help="Also write the picture (PNG) into this directory.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--plots",
+        metavar="DIR",
+        help="Also write the picture (PNG) into this directory.",
+        show_default=False,
+    ),
 ]
 HtmlOption = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", help="Also write a page of the verdict, the picture and the tables.", show_default=False),
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Also write a page of the verdict, the picture and the tables.",
+        show_default=False,
+    ),
 ]
-LayersOption = Annotated[str | None, typer.Option("--layers", help="Only these layers, e.g. 0-3,7.", show_default=False)]
+LayersOption = Annotated[
+    str | None, typer.Option("--layers", help="Only these layers, e.g. 0-3,7.", show_default=False)
+]
 DomainOption = Annotated[
-    list[str] | None, typer.Option("--domain", help="Only tokens of this domain; repeated or comma-separated.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        "--domain",
+        help="Only tokens of this domain; repeated or comma-separated.",
+        show_default=False,
+    ),
 ]
-PhaseOption = Annotated[Phase | None, typer.Option("--phase", help="Only prompt tokens, or only generated ones.", show_default=False)]
+PhaseOption = Annotated[
+    Phase | None,
+    typer.Option("--phase", help="Only prompt tokens, or only generated ones.", show_default=False),
+]
 
 
 def split(values: Sequence[str] | str | None) -> list[str]:
@@ -48,13 +86,16 @@ def split(values: Sequence[str] | str | None) -> list[str]:
 
 
 def numbers(values: Sequence[str] | str, option: str, kind: type[N], least: float = 1) -> list[N]:
-    """["1,8", "32"] → [1, 8, 32], each at least `least`; what is no such number is a usage error that names the option."""
+    """["1,8", "32"] → [1, 8, 32], each at least `least`; what is no such number is a usage error
+    that names the option."""
     found: list[N] = []
     for text in split(values):
         try:
             found.append(kind(text))
         except ValueError:
-            raise typer.BadParameter(f"{option}: {text!r} is no {'whole ' if kind is int else ''}number") from None
+            raise typer.BadParameter(
+                f"{option}: {text!r} is no {'whole ' if kind is int else ''}number"
+            ) from None
         if not found[-1] >= least:
             raise typer.BadParameter(f"{option}: {text} is below {least:g}")
     if not found:
@@ -72,13 +113,16 @@ def show(
     html: Path | None = None,
     safe_csv: bool = False,
 ) -> None:
-    """The verdict and the tables as text; or one table, where `table`, `format` or the ending of `output` asks for it."""
+    """The verdict and the tables as text; or one table, where `table`, `format` or the ending of
+    `output` asks for it."""
     ending = format_of(output)
     main = next(iter(simulation.tables))
     if table is not None and table not in simulation.tables:
         raise typer.BadParameter(f"no table {table!r}: there are {', '.join(simulation.tables)}")
     if output is not None and format is None and ending is None:
-        raise typer.BadParameter(f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}")
+        raise typer.BadParameter(
+            f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}"
+        )
     if plots is not None:
         _draw(simulation, plots)
     if html is not None:
@@ -99,14 +143,23 @@ def show(
         for sentence in simulation.verdict:
             width = min(console.width, 100)
             lines = textwrap.fill(
-                printable(sentence), width, initial_indent="• ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+                printable(sentence),
+                width,
+                initial_indent="• ",
+                subsequent_indent="  ",
+                break_long_words=False,
+                break_on_hyphens=False,
             )
             console.print(Text(lines))
         for name in simulation.shown or (main,):
             frame = simulation.tables[name]
             cut = len(frame) > ROWS
             print_frame(
-                frame.head(ROWS), console, f"{name}: the first {ROWS} of {len(frame):,} rows, --table {name} has them all" if cut else name
+                frame.head(ROWS),
+                console,
+                f"{name}: the first {ROWS} of {len(frame):,} rows, --table {name} has them all"
+                if cut
+                else name,
             )
 
 

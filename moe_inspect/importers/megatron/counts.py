@@ -1,11 +1,14 @@
-"""Megatron-LM's `tokens_per_expert/rank<r>.jsonl` (`--save-tokens-per-expert-interval`): a line an iteration and layer, with the tokens that
-each expert of that rank received in each microbatch, from every rank of its expert-parallel group.
+"""Megatron-LM's `tokens_per_expert/rank<r>.jsonl` (`--save-tokens-per-expert-interval`): a line an
+iteration and layer, with the tokens that each expert of that rank received in each microbatch, from
+every rank of its expert-parallel group.
 
-W windows of iterations, D runs, L routers, E experts; of a rank S routers and n experts; M microbatches.
+W windows of iterations, D runs, L routers, E experts; of a rank S routers and n experts; M
+microbatches.
 
-Layer numbers are those of the modules' names, from 0 in each pipeline stage. Ranks of expert tensor parallelism hold slices of the same
-experts and count alike; after them count those of expert parallelism, then those of expert data parallelism, which hold the same experts
-and see other tokens, then pipeline stages: rank = tensor + ETP · (expert + EP · (data + EDP · stage)).
+Layer numbers are those of the modules' names, from 0 in each pipeline stage. Ranks of expert tensor
+parallelism hold slices of the same experts and count alike; after them count those of expert
+parallelism, then those of expert data parallelism, which hold the same experts and see other
+tokens, then pipeline stages: rank = tensor + ETP · (expert + EP · (data + EDP · stage)).
 """
 
 from __future__ import annotations
@@ -20,8 +23,23 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import Imported, Job, Source, counted, integer, integers, windows_of
-from moe_inspect.importers.megatron.layers import RankFile, Silent, Spot, by_rank, located, routers_of
+from moe_inspect.importers.context import (
+    Imported,
+    Job,
+    Source,
+    counted,
+    integer,
+    integers,
+    windows_of,
+)
+from moe_inspect.importers.megatron.layers import (
+    RankFile,
+    Silent,
+    Spot,
+    by_rank,
+    located,
+    routers_of,
+)
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.writer import CountedBatches
 
@@ -30,7 +48,8 @@ MOST_ASSIGNMENTS = 2**40  # of one expert in one microbatch
 
 @dataclass(frozen=True)
 class Counts(RankFile):
-    """`load`: iteration → int64 [S, n], routers as in `numbered`. `once`: those of which some line has a microbatch but once."""
+    """`load`: iteration → int64 [S, n], routers as in `numbered`. `once`: those of which some line
+    has a microbatch but once."""
 
     load: dict[int, np.ndarray] = field(kw_only=True)
     once: set[Spot] = field(kw_only=True)
@@ -52,9 +71,14 @@ def tokens_per_expert(job: Job, found: list[tuple[Path, Source]]) -> Imported:
     where, n = str(files[0].path), files[0].held
     E, top_k = job.known_experts(where), job.known_top_k(where)
     if odd := next((f for f in files if f.held != n), None):
-        raise MoeInspectError(f"{odd.path} counts {odd.held} experts, {where} {n}: are they of one run?")
+        raise MoeInspectError(
+            f"{odd.path} counts {odd.held} experts, {where} {n}: are they of one run?"
+        )
     if E % n:
-        raise MoeInspectError(f"{where} counts the {n} experts of its rank, and {E} in all are no multiple of {n}: how many has the model?")
+        raise MoeInspectError(
+            f"{where} counts the {n} experts of its rank, and {E} in all are no multiple of {n}: "
+            "how many has the model?"
+        )
     parallel = E // n  # ranks of expert parallelism
     files = located(job, _distinct(job, files, parallel), silent, by_name=True, together=parallel)
     spots = sorted({spot for f in files for spot in f.spots})
@@ -70,16 +94,22 @@ def tokens_per_expert(job: Job, found: list[tuple[Path, Source]]) -> Imported:
     for (domain, _), stage in stages.items():
         if len(stage) % parallel:
             raise MoeInspectError(
-                f"{stage[0].path} counts {n} of {E} experts: {len(stage)} ranks do not make whole groups of {parallel}; give the files of all ranks"
+                f"{stage[0].path} counts {n} of {E} experts: {len(stage)} ranks do not make "
+                f"whole groups of {parallel}; give the files of all ranks"
             )
         for place, f in enumerate(stage):
             first, rows = place % parallel * n, [row[spot] for spot in f.spots]
             for i, load_Sn in f.load.items():
                 load_WDLE[window_of[i], domains.index(domain), rows, first : first + n] += load_Sn
     _halve_recomputed(job, files, spots, load_WDLE)
-    total_WDL = load_WDLE[:, :, [r for r, (block, _, _) in enumerate(spots) if block == "decoder"]].sum(3)
+    total_WDL = load_WDLE[
+        :, :, [r for r, (block, _, _) in enumerate(spots) if block == "decoder"]
+    ].sum(3)
     if (total_WDL != total_WDL[:, :, :1]).any() or (total_WDL % top_k).any():
-        job.warn(f"{where}: layers differ in their assignments: tokens were dropped (capacity factor), or counts are padded (FP8, FP4)")
+        job.warn(
+            f"{where}: layers differ in their assignments: tokens were dropped (capacity "
+            "factor), or counts are padded (FP8, FP4)"
+        )
 
     def batches() -> Iterator[CountedBatches]:
         for w, load_DLE in enumerate(load_WDLE):
@@ -87,18 +117,29 @@ def tokens_per_expert(job: Job, found: list[tuple[Path, Source]]) -> Imported:
                 last = max(i for i in iterations if window_of[i] == w)
                 yield counted([load_DLE[:, r] for r in range(len(spots))], routers, domains, last)
 
-    return Imported(routers, batches(), counts_only=True, notes=["counts are summed over the microbatches of an iteration"])
+    return Imported(
+        routers,
+        batches(),
+        counts_only=True,
+        notes=["counts are summed over the microbatches of an iteration"],
+    )
 
 
-def _halve_recomputed(job: Job, files: list[Counts], spots: list[Spot], load_WDLE: np.ndarray) -> None:
-    """Under activation recomputation experts are called again for the backward, and every count is written twice."""
+def _halve_recomputed(
+    job: Job, files: list[Counts], spots: list[Spot], load_WDLE: np.ndarray
+) -> None:
+    """Under activation recomputation experts are called again for the backward, and every count is
+    written twice."""
     once = {f.spot(spot) for f in files for spot in f.once}
     twice = [r for r, spot in enumerate(spots) if spot not in once]
-    if sum(len(f.load) for f in files) * len(twice) < 2 or not load_WDLE[:, :, twice].any():  # one pair may be alike by chance
+    if (
+        sum(len(f.load) for f in files) * len(twice) < 2 or not load_WDLE[:, :, twice].any()
+    ):  # one pair may be alike by chance
         return
     load_WDLE[:, :, twice] //= 2
     job.warn(
-        f"{files[0].path}: every count of {len(twice)} of {len(spots)} layers is there twice (activations recomputed): each is taken once"
+        f"{files[0].path}: every count of {len(twice)} of {len(spots)} layers is there twice "
+        "(activations recomputed): each is taken once"
     )
 
 
@@ -125,10 +166,15 @@ def _read(job: Job, path: Path, source: Source) -> Counts | None:
         spot = (block, index if block == "mtp" else 0, layer)
         tpe_Mn = integers(fields["tpe"], f"{where}: tpe", (None, held), 0, MOST_ASSIGNMENTS)
         if not tpe_Mn.size or tpe_Mn.shape[1] > MOST_EXPERTS:
-            raise MoeInspectError(f"{where}: tpe has shape {list(tpe_Mn.shape)}, not [microbatches, experts]")
+            raise MoeInspectError(
+                f"{where}: tpe has shape {list(tpe_Mn.shape)}, not [microbatches, experts]"
+            )
         held = tpe_Mn.shape[1]
         if spot in lines.setdefault(iteration, {}):
-            raise MoeInspectError(f"{where} repeats iteration {iteration} of layer {layer}: a run that began again? keep the lines of one")
+            raise MoeInspectError(
+                f"{where} repeats iteration {iteration} of layer {layer}: a run that began "
+                "again? keep the lines of one"
+            )
         lines[iteration][spot] = tpe_Mn.sum(0)
         if any(times % 2 for times in Counter(map(bytes, tpe_Mn)).values()):
             once.add(spot)
@@ -137,34 +183,48 @@ def _read(job: Job, path: Path, source: Source) -> Counts | None:
     spots = sorted({spot for of_iteration in lines.values() for spot in of_iteration})
     for iteration, of_iteration in lines.items():
         if missing := next((spot for spot in spots if spot not in of_iteration), None):
-            raise MoeInspectError(f"{path}: iteration {iteration} has no line of layer {missing[2]}: is the file whole?")
-    load = {i: np.stack([of_iteration[spot] for spot in spots]) for i, of_iteration in lines.items()}
+            raise MoeInspectError(
+                f"{path}: iteration {iteration} has no line of layer {missing[2]}: is the file "
+                "whole?"
+            )
+    load = {
+        i: np.stack([of_iteration[spot] for spot in spots]) for i, of_iteration in lines.items()
+    }
     return Counts(path, source, int(rank[1]), spots, load=load, once=once)
 
 
 def _distinct(job: Job, files: list[Counts], parallel: int) -> list[Counts]:
-    """By run and rank, without those that count what the rank before them does. Every run must have the files of all ranks."""
+    """By run and rank, without those that count what the rank before them does. Every run must have
+    the files of all ranks."""
     kept: list[Counts] = []
     for run in dict.fromkeys(f.source.domain for f in files):
         mine = by_rank(f for f in files if f.source.domain == run)
         for a, b in pairwise(mine):
             if b.rank != a.rank + 1:
-                raise MoeInspectError(f"{a.path} is of rank {a.rank}, the next file of rank {b.rank}: give the files of all ranks")
+                raise MoeInspectError(
+                    f"{a.path} is of rank {a.rank}, the next file of rank {b.rank}: give the "
+                    "files of all ranks"
+                )
             if differ := a.load.keys() ^ b.load.keys():
                 raise MoeInspectError(
-                    f"iteration {min(differ)} is in one of {a.path} and {b.path} alone: are both files whole, and of one run?"
+                    f"iteration {min(differ)} is in one of {a.path} and {b.path} alone: are both "
+                    "files whole, and of one run?"
                 )
         first = [True, *(not _alike(a, b) for a, b in pairwise(mine))]
         tensor = len(mine) // sum(first)
         regular = first == [i % tensor == 0 for i in range(len(mine))]
         if tensor > 1 and regular and len(mine) // tensor % parallel == 0:
-            job.warn(f"{mine[0].path}: {tensor} ranks in a row count alike (expert tensor parallelism): one of them is taken")
+            job.warn(
+                f"{mine[0].path}: {tensor} ranks in a row count alike (expert tensor "
+                "parallelism): one of them is taken"
+            )
             mine = mine[::tensor]
         else:
             tensor = 1
         if len(mine) % parallel or mine[0].rank // tensor % parallel:
             raise MoeInspectError(
-                f"{mine[0].path} counts {mine[0].held} of {mine[0].held * parallel} experts: give the files of all ranks, which "
+                f"{mine[0].path} counts {mine[0].held} of {mine[0].held * parallel} experts: "
+                "give the files of all ranks, which "
                 f"make groups of {parallel}; there are {len(mine)} from rank {mine[0].rank} on"
             )
         kept += mine
@@ -172,4 +232,6 @@ def _distinct(job: Job, files: list[Counts], parallel: int) -> list[Counts]:
 
 
 def _alike(a: Counts, b: Counts) -> bool:
-    return a.numbered == b.numbered and all(np.array_equal(load_Sn, b.load[i]) for i, load_Sn in a.load.items())
+    return a.numbered == b.numbered and all(
+        np.array_equal(load_Sn, b.load[i]) for i, load_Sn in a.load.items()
+    )

@@ -1,16 +1,20 @@
-"""Megatron-Core's router trace: JSONL, a line a call of a router, a file a rank; the logits beside it in `logits_rank{r}.bin` (bfloat16).
+"""Megatron-Core's router trace: JSONL, a line a call of a router, a file a rank; the logits beside
+it in `logits_rank{r}.bin` (bfloat16).
 
 T tokens, K slots, E experts.
 
-Two parts of Megatron write it. The training hook reads the map of chosen experts: ids ascend, and the gate weights' order is not in them. The
-inference engine hands over the router's own ids. They number layers differently: see megatron_layers. Only the hook writes `hs_offset` and
-`logit_offset`. It writes no call in which a capacity factor dropped a token.
+Two parts of Megatron write it. The training hook reads the map of chosen experts: ids ascend, and
+the gate weights' order is not in them. The inference engine hands over the router's own ids. They
+number layers differently: see megatron_layers. Only the hook writes `hs_offset` and `logit_offset`.
+It writes no call in which a capacity factor dropped a token.
 
-A rank has the routers of its own pipeline stage. Files whose first passes have the same routers are of one stage, and the i-th rank of
-a stage, by number, fed the i-th of the next: in every order in which Megatron numbers ranks (stages outermost, or data parallelism by
-`--use-tp-pp-dp-mapping`) those two differ in the stage alone. Every stage meets the microbatches of a step in the same order, so the
-n-th pass of a step at one stage is the n-th at the others. Routers that a rank calls again for its backward (activation recomputation), all
-of them or some, are left out first. Interleaved stages are refused: which calls are of one microbatch the file does not say.
+A rank has the routers of its own pipeline stage. Files whose first passes have the same routers are
+of one stage, and the i-th rank of a stage, by number, fed the i-th of the next: in every order in
+which Megatron numbers ranks (stages outermost, or data parallelism by `--use-tp-pp-dp-mapping`)
+those two differ in the stage alone. Every stage meets the microbatches of a step in the same order,
+so the n-th pass of a step at one stage is the n-th at the others. Routers that a rank calls again
+for its backward (activation recomputation), all of them or some, are left out first. Interleaved
+stages are refused: which calls are of one microbatch the file does not say.
 """
 
 from __future__ import annotations
@@ -27,9 +31,25 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import Imported, Job, Numbering, integer, integers, parsed_object, routed
+from moe_inspect.importers.context import (
+    Imported,
+    Job,
+    Numbering,
+    integer,
+    integers,
+    parsed_object,
+    routed,
+)
 from moe_inspect.importers.megatron.counts import tokens_per_expert
-from moe_inspect.importers.megatron.layers import RankFile, Silent, Spot, by_rank, listed, located, routers_of
+from moe_inspect.importers.megatron.layers import (
+    RankFile,
+    Silent,
+    Spot,
+    by_rank,
+    listed,
+    located,
+    routers_of,
+)
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.routed import checked_ids, repeats
 from moe_inspect.model.config import MOST_EXPERTS
@@ -37,7 +57,10 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
 SURE = 20  # so many different decisions in the order of their ids, by chance once in a million
-NO_CALL = "Megatron's tracer writes no call of a router when a capacity factor (moe_expert_capacity_factor) drops tokens"
+NO_CALL = (
+    "Megatron's tracer writes no call of a router when a capacity factor "
+    "(moe_expert_capacity_factor) drops tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +82,19 @@ class File(RankFile):
 
 @importer(
     "megatron",
-    reads="JSONL of Megatron-Core's router trace, with `logits_rank<r>.bin` where there are logits; or its `tokens_per_expert/rank<r>.jsonl`",
-    gives="decisions without weights, and logits; pipeline stages are joined; a step of a rank is a document. Counts of `tokens_per_expert`",
-    sniff=lambda name, head: b'"top_indices"' in head or b'"tpe"' in head or re.fullmatch(r"router_trace_rank\d+\.jsonl", name) is not None,
+    reads=(
+        "JSONL of Megatron-Core's router trace, with `logits_rank<r>.bin` where there are "
+        "logits; or its `tokens_per_expert/rank<r>.jsonl`"
+    ),
+    gives=(
+        "decisions without weights, and logits; pipeline stages are joined; a step of a rank is "
+        "a document. Counts of `tokens_per_expert`"
+    ),
+    sniff=lambda name, head: (
+        b'"top_indices"' in head
+        or b'"tpe"' in head
+        or re.fullmatch(r"router_trace_rank\d+\.jsonl", name) is not None
+    ),
 )
 def megatron(job: Job) -> Imported:
     quiet = replace(job, read=lambda n: None)  # of bytes that will be read again
@@ -69,7 +102,10 @@ def megatron(job: Job) -> Imported:
     counts = [is_counts for path, _ in found if (is_counts := _is_counts(quiet, path)) is not None]
     if any(counts):
         if not all(counts):
-            raise MoeInspectError(f"{job.sources[0].path} holds a router trace and tokens_per_expert: import one of the two")
+            raise MoeInspectError(
+                f"{job.sources[0].path} holds a router trace and tokens_per_expert: import one "
+                "of the two"
+            )
         return tokens_per_expert(job, found)
     files: list[File] = []
     silent: list[Silent] = []  # as a stage of dense layers has
@@ -87,17 +123,36 @@ def megatron(job: Job) -> Imported:
     stages, spots = len(columns[0]), sorted({spot for f in columns[0] for spot in f.spots})
     logits = "logit_offset" in call
     if odd := next((f for f in columns[0] if ("logit_offset" in f.first.fields) != logits), None):
-        raise MoeInspectError(f"{odd.first.where} has {'no ' if logits else ''}logits, {where} has{'' if logits else ' none'}")
+        raise MoeInspectError(
+            f"{odd.first.where} has {'no ' if logits else ''}logits, {where} "
+            f"has{'' if logits else ' none'}"
+        )
     top_k = integer(call.get("topk"), f"{where}: topk", 1, MOST_EXPERTS)
     experts = _logits_shape(where, call)[1] if logits else job.known_experts(where)
     routers = routers_of(job, spots, experts, top_k, where)
-    notes = ["token ids, sequences and positions are not in the source", "a document is what one rank computed in one step"]
+    notes = [
+        "token ids, sequences and positions are not in the source",
+        "a document is what one rank computed in one step",
+    ]
     if logits:
-        notes.append("logits are rounded to bfloat16: experts of a token whose logits are equal are in the order of their ids")
+        notes.append(
+            "logits are rounded to bfloat16: experts of a token whose logits are equal are in "
+            "the order of their ids"
+        )
     if stages > 1:
-        pairs = ", ".join(" + ".join(str(f.rank) for f in column) for column in columns[:3]) + ", …" * (len(columns) > 3)
-        notes.append(f"{stages} pipeline stages: the i-th rank of a stage, by number, is taken to have fed the i-th of the next ({pairs})")
-    return Imported(routers, _batches(job, columns, dict(zip(spots, routers, strict=True)), logits), logits=logits, notes=notes)
+        pairs = ", ".join(
+            " + ".join(str(f.rank) for f in column) for column in columns[:3]
+        ) + ", …" * (len(columns) > 3)
+        notes.append(
+            f"{stages} pipeline stages: the i-th rank of a stage, by number, is taken to have "
+            f"fed the i-th of the next ({pairs})"
+        )
+    return Imported(
+        routers,
+        _batches(job, columns, dict(zip(spots, routers, strict=True)), logits),
+        logits=logits,
+        notes=notes,
+    )
 
 
 def _is_counts(job: Job, path: Path) -> bool | None:
@@ -107,7 +162,8 @@ def _is_counts(job: Job, path: Path) -> bool | None:
 
 
 def _by_hook(job: Job, files: list[File]) -> bool:
-    """Whether the training hook has certainly written these files. Reads no more of them than it takes."""
+    """Whether the training hook has certainly written these files. Reads no more of them than it
+    takes."""
     if any(name in f.first.fields for f in files for name in ("hs_offset", "logit_offset")):
         return True
     different: set[tuple[Spot, bytes]] = set()
@@ -116,7 +172,9 @@ def _by_hook(job: Job, files: list[File]) -> bool:
             for spot, call in calls.items():
                 if call.ids_TK.shape[1] < 2 or not _ascend(call.ids_TK):
                     return False
-                different |= {(spot, ids_K.tobytes()) for ids_K in np.unique(call.ids_TK, axis=0)[:SURE]}
+                different |= {
+                    (spot, ids_K.tobytes()) for ids_K in np.unique(call.ids_TK, axis=0)[:SURE]
+                }
                 if len(different) >= SURE:
                     return True
     return False
@@ -135,7 +193,10 @@ def _columns(files: list[File]) -> list[list[File]]:
             continue
         if both := min(spots & holder.keys(), default=None):
             raise MoeInspectError(
-                f"{file.path} has layer {both[2]} (from 0) and so has {holder[both].path}, but not the same layers in all, as a pipeline stage has: are calls missing? If each stage numbers its layers from 0, give --pipeline-stages and --model or --config"
+                f"{file.path} has layer {both[2]} (from 0) and so has {holder[both].path}, but "
+                "not the same layers in all, as a pipeline stage has: are calls missing? If "
+                "each stage numbers its layers from 0, give --pipeline-stages and --model or "
+                "--config"
             )
         stages[spots] = file
         holder |= dict.fromkeys(spots, file)
@@ -144,14 +205,24 @@ def _columns(files: list[File]) -> list[list[File]]:
     columns: list[list[File]] = []
     for run in dict.fromkeys(f.source.domain for f in files):
         mine = by_rank(f for f in files if f.source.domain == run)
-        ranks = {spots: [f for f in mine if spots == set(f.spots)] for spots in sorted(stages, key=min)}
+        ranks = {
+            spots: [f for f in mine if spots == set(f.spots)] for spots in sorted(stages, key=min)
+        }
         if len({len(stage) for stage in ranks.values()}) > 1:
-            counts = "; ".join(f"{len(stage)} of {_listed(spots)}, as in {stages[spots].path}" for spots, stage in ranks.items())
-            raise MoeInspectError(f"not as many ranks of each pipeline stage: {counts}: give the files of all ranks")
+            counts = "; ".join(
+                f"{len(stage)} of {_listed(spots)}, as in {stages[spots].path}"
+                for spots, stage in ranks.items()
+            )
+            raise MoeInspectError(
+                f"not as many ranks of each pipeline stage: {counts}: give the files of all ranks"
+            )
         for a, b in pairwise(stage[0] for stage in ranks.values()):
             if a.rank > b.rank:
                 raise MoeInspectError(
-                    f"{a.path} is of rank {a.rank} with {_listed(a.spots)}, {b.path} of {b.rank} with {_listed(b.spots)}: later pipeline stages have higher ranks. If each stage numbers its layers from 0, give --pipeline-stages and --model or --config"
+                    f"{a.path} is of rank {a.rank} with {_listed(a.spots)}, {b.path} of {b.rank} "
+                    f"with {_listed(b.spots)}: later pipeline stages have higher ranks. If each "
+                    "stage numbers its layers from 0, give --pipeline-stages and --model or "
+                    "--config"
                 )
         columns += map(list, zip(*ranks.values(), strict=True))
     return columns
@@ -163,15 +234,21 @@ def _listed(spots: Iterable[Spot]) -> str:
 
 
 def _passes(job: Job, path: Path) -> Iterator[Pass]:
-    """The calls of each pass: a new one begins with another step or rank, or when a router is called again."""
+    """The calls of each pass: a new one begins with another step or rank, or when a router is
+    called again."""
     calls: Pass = {}
     current: tuple[int, int] | None = None
     for where, fields in job.json_lines(path):
         if (stage := fields.get("stage", "pre_dispatch")) != "pre_dispatch":
-            raise MoeInspectError(f"{where}: stage is {str(stage)[:40]!r}, only pre_dispatch is known")
+            raise MoeInspectError(
+                f"{where}: stage is {str(stage)[:40]!r}, only pre_dispatch is known"
+            )
         if (block := fields.get("block", "decoder")) not in ("decoder", "mtp"):
             raise MoeInspectError(f"{where}: block is {str(block)[:40]!r}, not decoder or mtp")
-        step = integer(fields.get("step"), f"{where}: step"), integer(fields.get("rank"), f"{where}: rank")
+        step = (
+            integer(fields.get("step"), f"{where}: step"),
+            integer(fields.get("rank"), f"{where}: rank"),
+        )
         layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
         index = integer(fields.get("mtp_idx") or 0, f"{where}: mtp_idx", 0, 2**15)
         spot = (block, index if block == "mtp" else 0, layer)
@@ -180,15 +257,23 @@ def _passes(job: Job, path: Path) -> Iterator[Pass]:
             calls = {}
         current = step
         calls[spot] = Call(
-            where, fields, integers(fields.pop("top_indices", None), f"{where}: top_indices", (None, None), -1, MOST_EXPERTS)
+            where,
+            fields,
+            integers(
+                fields.pop("top_indices", None),
+                f"{where}: top_indices",
+                (None, None),
+                -1,
+                MOST_EXPERTS,
+            ),
         )
     if calls:
         yield calls
 
 
 def _own(job: Job, file: File, staged: bool, told: Counter[str]) -> Iterator[Pass]:
-    """The passes of a file, by block indices, all of them through the routers of the first. `staged`: to be paired with those of other
-    stages."""
+    """The passes of a file, by block indices, all of them through the routers of the first.
+    `staged`: to be paired with those of other stages."""
     done: dict[Spot, set[bytes]] = {}
     current: tuple[int, int] | None = None  # step and rank of what is done
     for numbered in _passes(job, file.path):
@@ -197,23 +282,36 @@ def _own(job: Job, file: File, staged: bool, told: Counter[str]) -> Iterator[Pas
         step = first.fields["step"], first.fields["rank"]
         done, current = done if step == current else {spot: set() for spot in file.spots}, step
         here = f"{first.where}: step {step[0]} of rank {step[1]}"
-        digests = {spot: blake2b(call.ids_TK.tobytes(), digest_size=16).digest() for spot, call in calls.items()}
+        digests = {
+            spot: blake2b(call.ids_TK.tobytes(), digest_size=16).digest()
+            for spot, call in calls.items()
+        }
         odd = calls.keys() ^ set(file.spots)
-        # a router that is called again with the same input chooses the same; so may another single token
-        if all(digests[spot] in done.get(spot, ()) for spot in calls) and (odd or len(first.ids_TK) > 1):
+        # a router that is called again with the same input chooses the same; so may another single
+        # token
+        if all(digests[spot] in done.get(spot, ()) for spot in calls) and (
+            odd or len(first.ids_TK) > 1
+        ):
             told["again"] += 1
             continue
         if odd:
             how = "has" if (spot := min(odd)) in calls else "lacks"
             raise MoeInspectError(
-                f"{here} {how} layer {spot[2]} (from 0), the first pass does not agree: calls are missing, or those of interleaved pipeline stages, which cannot be told apart. {NO_CALL}"
+                f"{here} {how} layer {spot[2]} (from 0), the first pass does not agree: calls "
+                "are missing, or those of interleaved pipeline stages, which cannot be told "
+                f"apart. {NO_CALL}"
             )
         for spot, digest in digests.items():
             done[spot].add(digest)
         if staged and step[1] != file.rank:
-            raise MoeInspectError(f"{here} in a file of rank {file.rank}: with pipeline stages it takes a file a rank")
+            raise MoeInspectError(
+                f"{here} in a file of rank {file.rank}: with pipeline stages it takes a file a rank"
+            )
         if list(calls) != file.spots:
-            raise MoeInspectError(f"{here} calls its routers in another order than the first pass: does it mix calls of several passes?")
+            raise MoeInspectError(
+                f"{here} calls its routers in another order than the first pass: does it mix "
+                "calls of several passes?"
+            )
         yield calls
 
 
@@ -221,16 +319,26 @@ def _merged(job: Job, column: list[File], told: Counter[str]) -> Iterator[Pass]:
     """The calls of each pass at all stages, which must agree on its step and tokens."""
     for stages in zip_longest(*(_own(job, file, len(column) > 1, told) for file in column)):
         heads = [next(iter(calls.values())) if calls else None for calls in stages]
-        said = [f"step {h.fields['step']} with {h.fields.get('num_tokens')!r} tokens" if h else "no further pass" for h in heads]
+        said = [
+            f"step {h.fields['step']} with {h.fields.get('num_tokens')!r} tokens"
+            if h
+            else "no further pass"
+            for h in heads
+        ]
         if other := next((i for i, words in enumerate(said) if words != said[0]), None):
-            places = [h.where if h else str(file.path) for h, file in zip(heads, column, strict=True)]
+            places = [
+                h.where if h else str(file.path) for h, file in zip(heads, column, strict=True)
+            ]
             raise MoeInspectError(
-                f"{places[0]}: {said[0][:60]}, {places[other]}: {said[other][:60]}: are both files whole, and of one run?"
+                f"{places[0]}: {said[0][:60]}, {places[other]}: {said[other][:60]}: are both "
+                "files whole, and of one run?"
             )
         yield {spot: call for calls in stages for spot, call in calls.items()}
 
 
-def _batches(job: Job, columns: list[list[File]], routers: dict[Spot, Router], logits: bool) -> Iterator[RoutedBatch]:
+def _batches(
+    job: Job, columns: list[list[File]], routers: dict[Spot, Router], logits: bool
+) -> Iterator[RoutedBatch]:
     numbers = Numbering()
     seen: dict[tuple[str | None, int], set[bytes]] = {}  # run and step → what its ranks did in it
     told: Counter[str] = Counter()  # of passes left out
@@ -257,7 +365,9 @@ def _batches(job: Job, columns: list[list[File]], routers: dict[Spot, Router], l
                 told["alike"] += 1
                 continue
             seen[source.domain, step].add(digest.digest())
-            document, documents = numbers.document(domain, f"{path.name} step {step} rank {first.fields['rank']}", T)
+            document, documents = numbers.document(
+                domain, f"{path.name} step {step} rank {first.fields['rank']}", T
+            )
             yield routed(
                 numbers,
                 ids,
@@ -265,30 +375,43 @@ def _batches(job: Job, columns: list[list[File]], routers: dict[Spot, Router], l
                 document=document,
                 documents=documents,
                 domain=code,
-                sequence=np.arange(T) + numbers.sequence(T),  # which tokens follow each other is not said
+                sequence=np.arange(T)
+                + numbers.sequence(T),  # which tokens follow each other is not said
                 position=np.zeros(T, np.int32),
                 batch=step,
             )
     if again := told["again"]:
-        job.warn(f"{again:,} passes repeat one of the same rank and step (activations recomputed): each is taken once")
+        job.warn(
+            f"{again:,} passes repeat one of the same rank and step (activations recomputed): "
+            "each is taken once"
+        )
     if alike := told["alike"]:
-        job.warn(f"{alike:,} passes were recorded by several ranks alike (tensor parallelism): each is taken once")
+        job.warn(
+            f"{alike:,} passes were recorded by several ranks alike (tensor parallelism): each "
+            "is taken once"
+        )
 
 
 def _checked(call: Call, T: int, router: Router, first: Call) -> np.ndarray:
     """The ids of a call as the writer takes them."""
     where, fields, ids_TK = f"{call.where}: top_indices", call.fields, call.ids_TK
     if integer(fields.get("num_tokens"), f"{call.where}: num_tokens") != T:
-        raise MoeInspectError(f"{call.where}: num_tokens is {fields['num_tokens']}, {T} in {first.where}")
+        raise MoeInspectError(
+            f"{call.where}: num_tokens is {fields['num_tokens']}, {T} in {first.where}"
+        )
     if integer(fields.get("topk"), f"{call.where}: topk") != router.top_k:
-        raise MoeInspectError(f"{call.where}: topk is {fields['topk']}, {router.top_k} in the first pass")
+        raise MoeInspectError(
+            f"{call.where}: topk is {fields['topk']}, {router.top_k} in the first pass"
+        )
     if ids_TK.shape != (T, router.top_k) and (ids_TK.size or T):
         raise MoeInspectError(f"{where} has shape {list(ids_TK.shape)}, not {[T, router.top_k]}")
     load_E = np.bincount(ids_TK[ids_TK >= 0], minlength=router.experts)
     if ids_TK.size and load_E.min() == load_E.max() and repeats(ids_TK).any():
         raise MoeInspectError(
-            f"{where} gives every expert {load_E[0]:,} assignments and tokens the same expert twice: the run filled experts up to their "
-            "capacity (moe_pad_expert_input_to_capacity), and Megatron's tracer then writes no token's own experts"
+            f"{where} gives every expert {load_E[0]:,} assignments and tokens the same expert "
+            "twice: the run filled experts up to their "
+            "capacity (moe_pad_expert_input_to_capacity), and Megatron's tracer then writes no "
+            "token's own experts"
         )
     return checked_ids(ids_TK, router, where)
 
@@ -299,7 +422,8 @@ def _logits_shape(where: str, call: dict[str, Any]) -> tuple[int, int]:
 
 
 def _logits(where: str, call: dict[str, Any], T: int, E: int) -> np.ndarray:
-    """float16 [T, E], from the sidecar. What the line declares must fit the tokens and the file before anything is read."""
+    """float16 [T, E], from the sidecar. What the line declares must fit the tokens and the file
+    before anything is read."""
     if _logits_shape(where, call) != (T, E):
         raise MoeInspectError(f"{where}: logit_shape is {call['logit_shape']}, not [{T}, {E}]")
     offset = integer(call.get("logit_offset"), f"{where}: logit_offset", 0, 2**62)
@@ -309,11 +433,14 @@ def _logits(where: str, call: dict[str, Any], T: int, E: int) -> np.ndarray:
         raise MoeInspectError(f"{where}: its logits are not there: no {path}")
     if size != 2 * T * E or offset + size > path.stat().st_size:
         raise MoeInspectError(
-            f"{where}: logit_bytes is {size:,} at {offset:,}: [{T}, {E}] of bfloat16 is {2 * T * E:,}, {path} has {path.stat().st_size:,}"
+            f"{where}: logit_bytes is {size:,} at {offset:,}: [{T}, {E}] of bfloat16 is "
+            f"{2 * T * E:,}, {path} has {path.stat().st_size:,}"
         )
     bits = np.fromfile(path, "<u2", T * E, offset=offset)
     with np.errstate(over="ignore"):
         values_TE = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float16).reshape(T, E)
     if np.isnan(values_TE).any():
-        raise MoeInspectError(f"{where}: a router logit of token {int(np.isnan(values_TE).any(1).argmax())} is NaN")
+        raise MoeInspectError(
+            f"{where}: a router logit of token {int(np.isnan(values_TE).any(1).argmax())} is NaN"
+        )
     return values_TE

@@ -1,7 +1,8 @@
 """Which block of the model a layer number in Megatron-Core's files means.
 
-What takes the number from a module's name (the training hook of the router trace, tokens_per_expert) numbers the layers of each pipeline
-stage from 0; the inference engine's record of routing indices numbers them from 1 through the whole model. A file does not say which.
+What takes the number from a module's name (the training hook of the router trace,
+tokens_per_expert) numbers the layers of each pipeline stage from 0; the inference engine's record
+of routing indices numbers them from 1 through the whole model. A file does not say which.
 
 Ranks are numbered with pipeline stages outermost unless the run asked for `--use-tp-pp-dp-mapping`.
 """
@@ -26,7 +27,8 @@ Silent = tuple[Path, Source]  # a file without a record
 
 @dataclass(frozen=True)
 class RankFile:
-    """A file of one rank. `numbered`: its routers as it numbers them. `offset` turns such a number into a block index."""
+    """A file of one rank. `numbered`: its routers as it numbers them. `offset` turns such a number
+    into a block index."""
 
     path: Path
     source: Source
@@ -40,24 +42,38 @@ class RankFile:
 
     def spot(self, numbered: Spot) -> Spot:
         block, index, layer = numbered
-        return block, index, layer + (self.offset if block == "decoder" else min(self.offset, 0))  # stages do not shift mtp's own numbers
+        return (
+            block,
+            index,
+            layer + (self.offset if block == "decoder" else min(self.offset, 0)),
+        )  # stages do not shift mtp's own numbers
 
 
 AnyFile = TypeVar("AnyFile", bound=RankFile)
 
 
-def located(job: Job, files: list[AnyFile], silent: Sequence[Silent], by_name: bool, together: int = 1) -> list[AnyFile]:
-    """The files with their offsets. `by_name`: the numbers are known to come from names of modules, otherwise they may.
+def located(
+    job: Job, files: list[AnyFile], silent: Sequence[Silent], by_name: bool, together: int = 1
+) -> list[AnyFile]:
+    """The files with their offsets. `by_name`: the numbers are known to come from names of modules,
+    otherwise they may.
     `together`: so many ranks are known to be of one stage."""
     files = _with_offsets(job, files, silent, by_name, together)
     found, given = len({frozenset(f.spots) for f in files}), job.pipeline_stages
     if given is not None and (found > given or (found < given and not silent)):
-        layers = listed(sorted({layer for f in files for block, _, layer in f.spots if block == "decoder"}))
-        raise MoeInspectError(f"--pipeline-stages is {given}, by their layers ({layers} from 0) the files are of {found}")
+        layers = listed(
+            sorted({layer for f in files for block, _, layer in f.spots if block == "decoder"})
+        )
+        raise MoeInspectError(
+            f"--pipeline-stages is {given}, by their layers ({layers} from 0) the files are of "
+            f"{found}"
+        )
     return files
 
 
-def _with_offsets(job: Job, files: list[AnyFile], silent: Sequence[Silent], by_name: bool, together: int) -> list[AnyFile]:
+def _with_offsets(
+    job: Job, files: list[AnyFile], silent: Sequence[Silent], by_name: bool, together: int
+) -> list[AnyFile]:
     numbers = sorted({layer for f in files for block, _, layer in f.numbered if block == "decoder"})
     stated = sorted(job.facts.experts) if job.facts else None
     path, stages = files[0].path, job.pipeline_stages or 1
@@ -71,7 +87,8 @@ def _with_offsets(job: Job, files: list[AnyFile], silent: Sequence[Silent], by_n
     if not by_name and min(layer for f in files for _, _, layer in f.numbered) > 0:
         if stated is None:
             job.warn(
-                f"{path} does not say whether its layer numbers ({listed(numbers)}) start at 0 or 1: assumed 1, as the inference engine "
+                f"{path} does not say whether its layer numbers ({listed(numbers)}) start at 0 "
+                "or 1: assumed 1, as the inference engine "
                 "writes them; the training hook starts at 0. Give --model or --config to be sure"
             )
         return from_one
@@ -79,33 +96,59 @@ def _with_offsets(job: Job, files: list[AnyFile], silent: Sequence[Silent], by_n
         hint = (
             "is it the model's config?"
             if job.pipeline_stages
-            else "for a run with pipeline parallelism give --pipeline-stages and the files of all ranks"
+            else (
+                "for a run with pipeline parallelism give --pipeline-stages and the files of all "
+                "ranks"
+            )
         )
         raise MoeInspectError(
-            f"{job.sources[0].path} has layers {listed(numbers)} (from 0), {job.facts.id} has experts in {listed(stated or ())}: {hint}"
+            f"{job.sources[0].path} has layers {listed(numbers)} (from 0), {job.facts.id} has "
+            f"experts in {listed(stated or ())}: {hint}"
         )
     if stages > 1:
-        raise MoeInspectError(f"--pipeline-stages {stages}: which layers each stage has takes the model's config: give --model or --config")
+        raise MoeInspectError(
+            f"--pipeline-stages {stages}: which layers each stage has takes the model's config: "
+            "give --model or --config"
+        )
     if (
         job.pipeline_stages is None
-        and (ranks := max(len(_ranks(files, silent, run)) for run in {f.source.domain for f in files})) > together
+        and (
+            ranks := max(
+                len(_ranks(files, silent, run)) for run in {f.source.domain for f in files}
+            )
+        )
+        > together
     ):
         raise MoeInspectError(
-            f"{path} numbers layers from 0, as each pipeline stage does, and there are files of {ranks} ranks: "
-            "give --pipeline-stages (1 if the run had no pipeline parallelism; above that also --model or --config)"
+            f"{path} numbers layers from 0, as each pipeline stage does, and there are files of "
+            f"{ranks} ranks: "
+            "give --pipeline-stages (1 if the run had no pipeline parallelism; above that also "
+            "--model or --config)"
         )
     if not by_name:
-        job.warn(f"{path} has a layer 0: its layer numbers are taken to start at 0. Give --model or --config to be sure")
+        job.warn(
+            f"{path} has a layer 0: its layer numbers are taken to start at 0. Give --model or "
+            "--config to be sure"
+        )
     return files
 
 
 def _ranks(files: Iterable[RankFile], silent: Iterable[Silent], run: str | None) -> list[int]:
     """Of one run, also those without a record, as stages of dense layers are."""
-    named = (re.search(r"rank(\d{1,9})\D*$", path.name) for path, source in silent if source.domain == run)
-    return sorted({f.rank for f in files if f.source.domain == run} | {int(found[1]) for found in named if found})
+    named = (
+        re.search(r"rank(\d{1,9})\D*$", path.name)
+        for path, source in silent
+        if source.domain == run
+    )
+    return sorted(
+        {f.rank for f in files if f.source.domain == run}
+        | {int(found[1]) for found in named if found}
+    )
 
 
-def _joined(job: Job, facts: ModelFacts, files: list[AnyFile], silent: Sequence[Silent], stages: int) -> list[AnyFile]:
+def _joined(
+    job: Job, facts: ModelFacts, files: list[AnyFile], silent: Sequence[Silent], stages: int
+) -> list[AnyFile]:
     """Files of stages that each number their layers from 0, by the order of their ranks."""
     located: list[AnyFile] = []
     for run in dict.fromkeys(f.source.domain for f in files):
@@ -113,37 +156,50 @@ def _joined(job: Job, facts: ModelFacts, files: list[AnyFile], silent: Sequence[
         ranks = _ranks(mine, silent, run)
         if len(ranks) % stages:
             raise MoeInspectError(
-                f"{mine[0].path}: files of {len(ranks)} ranks do not make {stages} pipeline stages: give the files of all ranks"
+                f"{mine[0].path}: files of {len(ranks)} ranks do not make {stages} pipeline "
+                "stages: give the files of all ranks"
             )
         each = len(ranks) // stages
-        groups = [[f for f in mine if f.rank in ranks[s * each : (s + 1) * each]] for s in range(stages)]
+        groups = [
+            [f for f in mine if f.rank in ranks[s * each : (s + 1) * each]] for s in range(stages)
+        ]
         for group in groups:
             odd = next((f for f in group if set(f.numbered) != set(group[0].numbered)), None)
             if odd is not None or len(group) not in (0, each):
                 a, b = (group[0], odd) if odd else (group[0], None)
                 other = f"{b.path} {_of(b)}" if b else "another rank of that stage has none"
                 raise MoeInspectError(
-                    f"{a.path} {_of(a)}, {other}: {each} ranks in a row are taken for one of {stages} pipeline stages; "
+                    f"{a.path} {_of(a)}, {other}: {each} ranks in a row are taken for one of "
+                    f"{stages} pipeline stages; "
                     "a run with --use-tp-pp-dp-mapping cannot be joined"
                 )
         if each > 1:
             job.warn(
-                f"{each} ranks in a row are taken for one pipeline stage ({ranks[0]}-{ranks[each - 1]} for the first), "
+                f"{each} ranks in a row are taken for one pipeline stage "
+                f"({ranks[0]}-{ranks[each - 1]} for the first), "
                 "which is wrong for a run with --use-tp-pp-dp-mapping"
             )
-        layers = [sorted(layer for block, _, layer in group[0].numbered if block == "decoder") if group else [] for group in groups]
+        layers = [
+            sorted(layer for block, _, layer in group[0].numbered if block == "decoder")
+            if group
+            else []
+            for group in groups
+        ]
         for group, offset in zip(groups, _offsets(facts, layers, mine[0].path), strict=True):
             located += [replace(f, offset=offset) for f in group]
     return located
 
 
 def _offsets(facts: ModelFacts, layers: list[list[int]], path: Path) -> list[int]:
-    """The block index of each stage's layer 0. Blocks with experts follow each other through the stages."""
+    """The block index of each stage's layer 0. Blocks with experts follow each other through the
+    stages."""
     stated, found = sorted(facts.experts), sum(map(len, layers))
     if found != len(stated):
         raise MoeInspectError(
-            f"{path}: {len(layers)} pipeline stages have {' + '.join(str(len(own)) for own in layers)} layers with experts, {facts.id} has "
-            f"{len(stated)}: is the number of stages right? Interleaved (virtual) stages use the same numbers twice and cannot be told apart"
+            f"{path}: {len(layers)} pipeline stages have "
+            f"{' + '.join(str(len(own)) for own in layers)} layers with experts, {facts.id} has "
+            f"{len(stated)}: is the number of stages right? Interleaved (virtual) stages use the "
+            "same numbers twice and cannot be told apart"
         )
     offsets: list[int] = []
     taken = 0
@@ -151,9 +207,12 @@ def _offsets(facts: ModelFacts, layers: list[list[int]], path: Path) -> list[int
         blocks = stated[taken : taken + len(own)]
         offset = blocks[0] - own[0] if own else 0  # of a stage without experts nothing needs it
         start = stated[taken - 1] + 1 if taken else 0
-        if own and (offset < start or (s == 0 and offset) or [layer + offset for layer in own] != blocks):
+        if own and (
+            offset < start or (s == 0 and offset) or [layer + offset for layer in own] != blocks
+        ):
             raise MoeInspectError(
-                f"{path}: layers {listed(own)} of pipeline stage {s} cannot be blocks {listed(blocks)}, which is what {facts.id} leaves "
+                f"{path}: layers {listed(own)} of pipeline stage {s} cannot be blocks "
+                f"{listed(blocks)}, which is what {facts.id} leaves "
                 "for it: is the config the model's, and the number of stages right?"
             )
         offsets.append(offset)
@@ -167,27 +226,36 @@ def by_rank(files: Iterable[AnyFile]) -> list[AnyFile]:
     for a, b in pairwise(ordered):
         if a.rank == b.rank:
             raise MoeInspectError(
-                f"{a.path} and {b.path} are both of rank {a.rank}, by which pipeline stages are paired: import runs apart, or each as LABEL=FOLDER"
+                f"{a.path} and {b.path} are both of rank {a.rank}, by which pipeline stages are "
+                "paired: import runs apart, or each as LABEL=FOLDER"
             )
     return ordered
 
 
-def routers_of(job: Job, spots: Sequence[Spot], experts: int, top_k: int, where: str) -> list[Router]:
+def routers_of(
+    job: Job, spots: Sequence[Spot], experts: int, top_k: int, where: str
+) -> list[Router]:
     """A router for each of the sorted spots, which are block indices."""
     layers = [layer for block, _, layer in spots if block == "decoder"]
     routers = job.routers_of(layers, experts, top_k, where) if layers else []
     if missing := sorted(set(job.facts.experts if job.facts else ()) - set(layers)):
         raise MoeInspectError(
-            f"{where}: layers {listed(missing)} (from 0) have experts in the config and are in no file: give the files of all ranks"
+            f"{where}: layers {listed(missing)} (from 0) have experts in the config and are in "
+            "no file: give the files of all ranks"
         )
-    after = job.facts.layers if job.facts else max(layers, default=-1) + 1  # the layers of multi-token prediction come after the model's
+    after = (
+        job.facts.layers if job.facts else max(layers, default=-1) + 1
+    )  # the layers of multi-token prediction come after the model's
     for n, (_, index, layer) in enumerate(s for s in spots if s[0] == "mtp"):
         routers.append(Router(after + n, "mtp", f"mtp.{index}.layers.{layer}", experts, top_k))
     return routers
 
 
 def _of(file: RankFile) -> str:
-    return f"has layers {listed(sorted(layer for block, _, layer in file.numbered if block == 'decoder')) or 'of mtp alone'}"
+    return (
+        "has layers "
+        f"{listed(sorted(layer for block, _, layer in file.numbered if block == 'decoder')) or 'of mtp alone'}"
+    )
 
 
 def listed(layers: Iterable[int]) -> str:

@@ -1,4 +1,5 @@
-"""What the pictures of a report are made of: their registry, colours, figures without pyplot, and axes of layers."""
+"""What the pictures of a report are made of: their registry, colours, figures without pyplot, and
+axes of layers."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ OTHER_FONTS = (
 
 @contextmanager
 def letters() -> Iterator[None]:
-    """Labels in any script that an installed font has; a letter that none has is a box, without a warning for each."""
+    """Labels in any script that an installed font has; a letter that none has is a box, without a
+    warning for each."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     family = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed)]
     with matplotlib.rc_context({"font.family": family}), warnings.catch_warnings():
@@ -73,7 +75,8 @@ def bare(axes: Any) -> None:
 
 
 def plain(text: str) -> str:
-    """A label of the corpus: $ would begin a formula, and a leading _ would hide it from the legend."""
+    """A label of the corpus: $ would begin a formula, and a leading _ would hide it from the
+    legend."""
     text = text.replace("$", r"\$")
     return "\u200a" + text if text.startswith("_") else text
 

@@ -1,6 +1,7 @@
 """The page of a report: its verdict, its figures of note and its sections.
 
-What a section shows is in sections_load.py, sections_domains.py, sections_pairs.py and sections_router.py, a function a section.
+What a section shows is in sections_load.py, sections_domains.py, sections_pairs.py and
+sections_router.py, a function a section.
 """
 
 from __future__ import annotations
@@ -21,17 +22,25 @@ from moe_inspect.text import counted, layer_label
 if TYPE_CHECKING:
     from moe_inspect.reporting.report import Report
 
-HOMES = ("sections_load", "sections_domains", "sections_pairs", "sections_router")  # in the order of the page
+HOMES = (
+    "sections_load",
+    "sections_domains",
+    "sections_pairs",
+    "sections_router",
+)  # in the order of the page
 
 
 def every_section() -> dict[str, Callable[[Report], Section | str]]:
     """SECTIONS with every file read that adds to it, whichever was read first."""
-    homes = [importlib.import_module(f"moe_inspect.reporting.charts.{home}").__name__ for home in HOMES]
+    homes = [
+        importlib.import_module(f"moe_inspect.reporting.charts.{home}").__name__ for home in HOMES
+    ]
     return dict(sorted(SECTIONS.items(), key=lambda item: homes.index(item[1].__module__)))
 
 
 def report_page(report: Report, more: Iterable[Section | str] = ()) -> str:
-    """The page of a report, as HTML. `more`: sections between its own and what the trace is, or why there is none."""
+    """The page of a report, as HTML. `more`: sections between its own and what the trace is, or why
+    there is none."""
     known = every_section()
     report.prepare(known)
     sections, left_out = [], []
@@ -49,7 +58,11 @@ def report_page(report: Report, more: Iterable[Section | str] = ()) -> str:
     left_out += [made for made in found if isinstance(made, str)]
     data, short = map_data(report)
     warnings = [said for said in (report.warning, missing_ranks(report), *doubts(report)) if said]
-    verdict = [said for said in report.verdict() if said not in warnings and said != f"Careful: {report.warning}."]
+    verdict = [
+        said
+        for said in report.verdict()
+        if said not in warnings and said != f"Careful: {report.warning}."
+    ]
     return html.page(
         str(dict(report.facts())["model"]),
         verdict,
@@ -59,19 +72,26 @@ def report_page(report: Report, more: Iterable[Section | str] = ()) -> str:
         facts=_tiles(report),
         left_out=[*left_out, *short],
         data=data,
-        footer="Every figure is of one router at a time: expert 3 of one layer has nothing to do with expert 3 of the next. Load counts "
+        footer="Every figure is of one router at a time: expert 3 of one layer has nothing to do "
+        "with expert 3 of the next. Load counts "
         "assignments; a token makes k of them at each router. Made by moe-inspect.",
     )
 
 
 def _subtitle(report: Report) -> str:
     counts, trace = report.counts, report.trace
-    shapes = sorted({(trace.routers[r].experts, trace.routers[r].top_k) for r in report.selection.routers})
+    shapes = sorted(
+        {(trace.routers[r].experts, trace.routers[r].top_k) for r in report.selection.routers}
+    )
     said = [
         str(trace.path.resolve().name),
-        counted(counts.tokens, "token") + (f" of {counted(counts.documents, 'document')}" if counts.documents else ""),
+        counted(counts.tokens, "token")
+        + (f" of {counted(counts.documents, 'document')}" if counts.documents else ""),
         counted(len(counts.domains), "domain"),
-        f"{counted(len(report.selection.routers), 'router')}, {' and '.join(f'{k} of {E} experts' for E, k in shapes)} a token",
+        (
+            f"{counted(len(report.selection.routers), 'router')}, "
+            f"{' and '.join(f'{k} of {E} experts' for E, k in shapes)} a token"
+        ),
     ]
     return " · ".join(said + ([f"{report.selection.phase} only"] if report.selection.phase else []))
 
@@ -93,6 +113,12 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
             f"{sum(uneven(report, row) for row in rows)} of {len(rows)}",
             f"{1 + report.thresholds.uneven:g}× and beyond chance",
         ),
-        ("dead experts", str(sum(int(row["dead_experts"]) for row in rows)), f"of {sum(int(row['experts']) for row in rows):,}"),
+        (
+            "dead experts",
+            str(sum(int(row["dead_experts"]) for row in rows)),
+            f"of {sum(int(row['experts']) for row in rows):,}",
+        ),
     ]
-    return tiles + ([("pooled over layers", f"{pooled:.2f}×", "what one figure would say")] if pooled else [])
+    return tiles + (
+        [("pooled over layers", f"{pooled:.2f}×", "what one figure would say")] if pooled else []
+    )

@@ -1,6 +1,8 @@
-"""What the sections of a page are made of: their registry, and the lines, intervals and heatmaps of plotly figures.
+"""What the sections of a page are made of: their registry, and the lines, intervals and heatmaps of
+plotly figures.
 
-A section is a function decorated with @section: it returns a Section, or in words why there is none to show.
+A section is a function decorated with @section: it returns a Section, or in words why there is none
+to show.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def definitions(*names: str) -> dict[str, str]:
 
 def layers(report: Report, table: Any) -> tuple[np.ndarray, list[str]]:
     """Of a table of a row a router: where each stands on the axis, and what it is called."""
-    return np.arange(len(table)), [layer_label(report.trace.routers, int(r)) for r in table["router"]]
+    return np.arange(len(table)), [
+        layer_label(report.trace.routers, int(r)) for r in table["router"]
+    ]
 
 
 def layer_axis(labels: list[str]) -> dict[str, Any]:
@@ -47,19 +51,40 @@ def layer_axis(labels: list[str]) -> dict[str, Any]:
 
 
 def line(x: np.ndarray, y: np.ndarray, name: str, **more: Any) -> dict[str, Any]:
-    return {"type": "scatter", "x": numbers(x), "y": numbers(y), "name": name, "mode": "lines", **more}
+    return {
+        "type": "scatter",
+        "x": numbers(x),
+        "y": numbers(y),
+        "name": name,
+        "mode": "lines",
+        **more,
+    }
 
 
-def marks(x: np.ndarray, y: np.ndarray, name: str, colour: str, labels: list[str], **more: Any) -> dict[str, Any]:
+def marks(
+    x: np.ndarray, y: np.ndarray, name: str, colour: str, labels: list[str], **more: Any
+) -> dict[str, Any]:
     """A dot a layer; `labels` are the layers' names."""
     hover = f"layer %{{text}}: %{{y:.3f}}<extra>{name}</extra>"
     dot = {"color": colour, "size": 8 if len(x) <= MOST_LINES else 6}
-    return line(x, y, name, **{"mode": "markers", "marker": dot, "text": labels, "hovertemplate": hover, **more})
+    return line(
+        x,
+        y,
+        name,
+        **{"mode": "markers", "marker": dot, "text": labels, "hovertemplate": hover, **more},
+    )
 
 
-def ticks(x: np.ndarray, y: np.ndarray, name: str, colour: str, labels: list[str]) -> dict[str, Any]:
+def ticks(
+    x: np.ndarray, y: np.ndarray, name: str, colour: str, labels: list[str]
+) -> dict[str, Any]:
     """A short dash a layer: what the dots of the same colour are to be held against."""
-    dash = {"color": colour, "symbol": "line-ew-open", "size": 12 if len(x) <= MOST_LINES else 7, "line": {"width": 2}}
+    dash = {
+        "color": colour,
+        "symbol": "line-ew-open",
+        "size": 12 if len(x) <= MOST_LINES else 7,
+        "line": {"width": 2},
+    }
     return marks(x, y, name, colour, labels, marker=dash)
 
 
@@ -68,10 +93,27 @@ def interval(value: np.ndarray, low: np.ndarray, high: np.ndarray, **look: Any) 
     if np.isnan(low).all():
         return {}
     ends = {"array": numbers(high - value), "arrayminus": numbers(value - low)}
-    return {"error_y": {"type": "data", "symmetric": False, **ends, "thickness": 1.5, "width": 4, **look}}
+    return {
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            **ends,
+            "thickness": 1.5,
+            "width": 4,
+            **look,
+        }
+    }
 
 
-def heatmap(z: np.ndarray, x: np.ndarray, said: str, customdata: np.ndarray, bar: str, least: float, most: float) -> dict[str, Any]:
+def heatmap(
+    z: np.ndarray,
+    x: np.ndarray,
+    said: str,
+    customdata: np.ndarray,
+    bar: str,
+    least: float,
+    most: float,
+) -> dict[str, Any]:
     """Rows of z by x, coloured from `least`, as good as even, to `most`; `bar` says what of."""
     return {
         "type": "heatmap",

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_inspect.reporting.charts.sections_parts import definitions, layer_axis, layers, line, section
+from moe_inspect.reporting.charts.sections_parts import (
+    definitions,
+    layer_axis,
+    layers,
+    line,
+    section,
+)
 from moe_inspect.reporting.render import html
 from moe_inspect.reporting.render.html import Section
 
@@ -31,11 +37,18 @@ def router(report: Report) -> Section | str:
         return "router confidence: neither logits nor weights were recorded"
     known = [name for name in known if not name.startswith("weight")] or known
     x, labels = layers(report, table)
-    data = [line(x, table[name].to_numpy(), html.label(CONFIDENCE[name]), mode="lines+markers") for name in known]
+    data = [
+        line(x, table[name].to_numpy(), html.label(CONFIDENCE[name]), mode="lines+markers")
+        for name in known
+    ]
     return Section(
         "Router confidence",
-        "How decided each router is: from its logits where they were recorded, else from the gate weights of the chosen.",
-        figure={"data": data, "layout": {"xaxis": layer_axis(labels), "yaxis": {"rangemode": "tozero"}}},
+        "How decided each router is: from its logits where they were recorded, else from the "
+        "gate weights of the chosen.",
+        figure={
+            "data": data,
+            "layout": {"xaxis": layer_axis(labels), "yaxis": {"rangemode": "tozero"}},
+        },
         table=table,
         definitions=definitions(*known),
     )

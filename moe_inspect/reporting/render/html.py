@@ -1,7 +1,9 @@
-"""A page that needs nothing but itself: sections with figures and tables, the look and the scripts within it, no network.
+"""A page that needs nothing but itself: sections with figures and tables, the look and the scripts
+within it, no network.
 
-What a corpus holds ends up here (tokens, labels, file names), so everything is escaped by the template, and a policy in the page
-lets no script run but the page's own (named by their hashes) and nothing be fetched. Data and plotly.js lie in it compressed.
+What a corpus holds ends up here (tokens, labels, file names), so everything is escaped by the
+template, and a policy in the page lets no script run but the page's own (named by their hashes) and
+nothing be fetched. Data and plotly.js lie in it compressed.
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ SCRIPTS = ("page.js", "map.js")  # map.js only where the page holds a map
 class Section:
     """A part of a page: a heading, a paragraph on what is seen, and a figure, a drawing or a table.
 
-    figure: a plotly figure as JSON, {"data": …, "layout": …}; a colour "@ink" (any variable of page.css) follows the theme, and
-    labels must have gone through `label`. figures: heading → figure, for what takes several, in place of `figure`. svg: a drawing
-    as SVG text, shown as a picture, on white. table: shown as it is, or folded in under a figure, for which it is the alternative
-    that can be read out. definitions: term → what it means."""
+    figure: a plotly figure as JSON, {"data": …, "layout": …}; a colour "@ink" (any variable of
+    page.css) follows the theme, and labels must have gone through `label`. figures: heading →
+    figure, for what takes several, in place of `figure`. svg: a drawing as SVG text, shown as a
+    picture, on white. table: shown as it is, or folded in under a figure, for which it is the
+    alternative that can be read out. definitions: term → what it means."""
 
     title: str
     text: str = ""
@@ -69,13 +72,22 @@ def page(
     data: Mapping[str, Any] | None = None,
     footer: str = "",
 ) -> str:
-    """The page as one string of HTML. facts: (label, value, remark), a tile each. left_out: what the page could not show, and why.
+    """The page as one string of HTML. facts: (label, value, remark), a tile each. left_out: what
+    the page could not show, and why.
     data: what map.js draws from."""
     figures = [figure for s in sections for _, figure in s.plots]
     scripts = [_asset(name) for name in (SCRIPTS if data else SCRIPTS[:1])]
     plotly = _plotly() if figures or data else ""
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in [*scripts, *([plotly] if plotly else [])])
-    payload = json.dumps({"figures": figures, "map": data}, default=_plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    hashes = " ".join(
+        f"'sha256-{_sha256(script)}'" for script in [*scripts, *([plotly] if plotly else [])]
+    )
+    payload = json.dumps(
+        {"figures": figures, "map": data},
+        default=_plain,
+        ensure_ascii=False,
+        allow_nan=False,
+        separators=(",", ":"),
+    )
     return (
         _environment()
         .get_template("page.html")
@@ -88,7 +100,10 @@ def page(
             left_out=left_out,
             sections=sections,
             footer=footer,
-            policy=f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
+            policy=(
+                f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src "
+                "data:; base-uri 'none'; form-action 'none'"
+            ),
             style=Markup(_asset("page.css")),
             scripts=[Markup(script) for script in scripts],
             payload=_packed(payload) if figures or data else "",
@@ -103,7 +118,8 @@ def write_page(path: str | Path, text: str) -> None:
 
 
 def svg_of(figure: Figure) -> str:
-    """A matplotlib figure as SVG text, letters as paths so that it looks the same everywhere; closes nothing."""
+    """A matplotlib figure as SVG text, letters as paths so that it looks the same everywhere;
+    closes nothing."""
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     return text.getvalue()
@@ -120,13 +136,17 @@ def rows_of(frame: pd.DataFrame) -> dict[str, Any]:
     numeric = [frame[name].dtype.kind in "iuf" for name in frame.columns]
     return {
         "columns": list(zip([str(name) for name in frame.columns], numeric, strict=True)),
-        "rows": [list(zip(map(number, row), numeric, strict=True)) for row in shown.itertuples(index=False, name=None)],
+        "rows": [
+            list(zip(map(number, row), numeric, strict=True))
+            for row in shown.itertuples(index=False, name=None)
+        ],
         "more": len(frame) - len(shown),
     }
 
 
 def picture(svg: str) -> str:
-    """A drawing as the address of an image: what is in it cannot run, and its names cannot meet those of another drawing."""
+    """A drawing as the address of an image: what is in it cannot run, and its names cannot meet
+    those of another drawing."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
@@ -146,13 +166,23 @@ def template(name: str) -> Template:
 @cache
 def _environment() -> Environment:
     loader = PackageLoader("moe_inspect.reporting.render")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"rows": rows_of, "picture": picture, "readable": readable}
     return environment
 
 
 def _asset(name: str) -> str:
-    return files("moe_inspect.reporting.render").joinpath("templates", name).read_text(encoding="utf-8")
+    return (
+        files("moe_inspect.reporting.render")
+        .joinpath("templates", name)
+        .read_text(encoding="utf-8")
+    )
 
 
 @cache
@@ -169,7 +199,9 @@ def _packed_plotly() -> str:
 
 def _packed(text: str) -> str:
     """gzip, in base64: a quarter of the size, and nothing in it that HTML could misread."""
-    return base64.b64encode(gzip.compress(text.encode(errors="backslashreplace"), 9, mtime=0)).decode()
+    return base64.b64encode(
+        gzip.compress(text.encode(errors="backslashreplace"), 9, mtime=0)
+    ).decode()
 
 
 def _sha256(script: str) -> str:

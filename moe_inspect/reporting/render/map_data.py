@@ -1,4 +1,5 @@
-"""The data that the page's map, its domains and the cards of its experts draw from (templates/map.js).
+"""The data that the page's map, its domains and the cards of its experts draw from
+(templates/map.js).
 
 L routers, E experts of a router, D domains.
 """
@@ -16,24 +17,32 @@ from moe_inspect.text import layer_label, readable
 if TYPE_CHECKING:
     from moe_inspect.reporting.report import Report
 
-CELLS = 800_000  # load by domain, router and expert: the domains with the most tokens, up to so many numbers
+# load by domain, router and expert: the domains with the most tokens, up to so many numbers
+CELLS = 800_000
 ENTRIES = 160_000  # of each list that cards show, over all experts
 
 
 def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
-    """What map.js draws the map, the domains and the cards from; and what had to be left out of it, in words.
+    """What map.js draws the map, the domains and the cards from; and what had to be left out of it,
+    in words.
 
-    load: [domain][router][expert] assignments; tokens: [domain][router]. Lists of an expert (words, partners, nexts) are columns with
+    load: [domain][router][expert] assignments; tokens: [domain][router]. Lists of an expert (words,
+    partners, nexts) are columns with
     `start`: those of expert e of router row l are start[first[l] + e] … start[first[l] + e + 1]."""
     if not routers(report):
         return None, []
     chosen, short, table = report.selection.routers, list[str](), frames(report)["domains"]
     sizes = np.array([report.trace.routers[r].experts for r in chosen])
     first = np.r_[0, np.cumsum(sizes)]
-    labels = sorted(report.counts.domains, key=lambda d: -int(table.loc[table["domain"] == d, "tokens"].max()))
+    labels = sorted(
+        report.counts.domains, key=lambda d: -int(table.loc[table["domain"] == d, "tokens"].max())
+    )
     most = max(1, CELLS // int(first[-1]))
     if len(labels) > most:
-        short.append(f"{len(labels) - most} of {len(labels)} domains, those with the fewest tokens, on the map")
+        short.append(
+            f"{len(labels) - most} of {len(labels)} domains, those with the fewest tokens, on "
+            "the map"
+        )
     kept = [d for d in report.counts.domains if d in set(labels[:most])]
     load, tokens = [], []
     for name in kept:
@@ -45,14 +54,22 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
     position = {r: i for i, r in enumerate(chosen)}
     bits = frames(report)["specialization"]["domain_mi_bits"]
     data: dict[str, Any] = {
-        "layers": [{"label": layer_label(report.trace.routers, r), "experts": int(E)} for r, E in zip(chosen, sizes, strict=True)],
+        "layers": [
+            {"label": layer_label(report.trace.routers, r), "experts": int(E)}
+            for r, E in zip(chosen, sizes, strict=True)
+        ],
         "first": first.tolist(),
         "domains": [readable(d) for d in kept],
         "all": [of_router[r]["assignments"].tolist() for r in chosen],
         "load": load if len(report.counts.domains) > 1 else [],
         "tokens": tokens,
-        "choices": [numbers(of_router[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen],
-        "weights": [numbers((of_router[r]["weight_sum"] / of_router[r]["assignments"]).to_numpy(float)) for r in chosen]
+        "choices": [
+            numbers(of_router[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen
+        ],
+        "weights": [
+            numbers((of_router[r]["weight_sum"] / of_router[r]["assignments"]).to_numpy(float))
+            for r in chosen
+        ]
         if report.trace.has_weights
         else None,
         "telling": int(bits.argmax()) if bits.notna().any() else 0,
@@ -70,7 +87,9 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
     return data, short
 
 
-def _words(report: Report, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any] | None:
+def _words(
+    report: Report, first: np.ndarray, position: dict[int, int], entries: int
+) -> dict[str, Any] | None:
     if report.counts.counts_only or not report.top:
         return None
     table: Any = report.tables["vocabulary"]
@@ -79,7 +98,10 @@ def _words(report: Report, first: np.ndarray, position: dict[int, int], entries:
     text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
     return {
         "start": start,
-        "texts": [f"id {i}" if text_of[i] is None or text_of[i] != text_of[i] else readable(text_of[i]) for i in texts],
+        "texts": [
+            f"id {i}" if text_of[i] is None or text_of[i] != text_of[i] else readable(text_of[i])
+            for i in texts
+        ],
         "text": ids.tolist(),
         "count": table["count"].tolist(),
         "share": _thousandths(table["fraction"]),
@@ -87,9 +109,14 @@ def _words(report: Report, first: np.ndarray, position: dict[int, int], entries:
     }
 
 
-def _pairs(table: Any, other: str, first: np.ndarray, position: dict[int, int], entries: int) -> dict[str, Any]:
-    """The supported partners above chance, in the order of the table, which is that of the evidence."""
-    table, start = _by_expert(table[table["supported"] & (table["lift"] > 1)], first, position, entries)
+def _pairs(
+    table: Any, other: str, first: np.ndarray, position: dict[int, int], entries: int
+) -> dict[str, Any]:
+    """The supported partners above chance, in the order of the table, which is that of the
+    evidence."""
+    table, start = _by_expert(
+        table[table["supported"] & (table["lift"] > 1)], first, position, entries
+    )
     return {
         "start": start,
         "other": table[other].tolist(),
@@ -98,7 +125,9 @@ def _pairs(table: Any, other: str, first: np.ndarray, position: dict[int, int], 
     }
 
 
-def _by_expert(table: Any, first: np.ndarray, position: dict[int, int], entries: int) -> tuple[Any, list[int]]:
+def _by_expert(
+    table: Any, first: np.ndarray, position: dict[int, int], entries: int
+) -> tuple[Any, list[int]]:
     """The first `entries` rows of each expert, in the order of experts, and where each begins."""
     table = table[table.groupby(["router", "expert"], sort=False).cumcount() < entries]
     flat = first[table["router"].map(position).to_numpy(int)] + table["expert"].to_numpy(int)
@@ -112,4 +141,7 @@ def _thousandths(values: Any) -> list[int | None]:
 
 def numbers(values: np.ndarray) -> list[float | None]:
     """For JSON: five digits, None where there is none."""
-    return [None if np.isnan(v) else float(f"{v:.5g}") if isinstance(v, float) else v for v in np.asarray(values).tolist()]
+    return [
+        None if np.isnan(v) else float(f"{v:.5g}") if isinstance(v, float) else v
+        for v in np.asarray(values).tolist()
+    ]

@@ -1,4 +1,5 @@
-"""A report as a cell of a notebook shows it: no script, so that it is seen in notebooks that are not trusted too."""
+"""A report as a cell of a notebook shows it: no script, so that it is seen in notebooks that are
+not trusted too."""
 
 from __future__ import annotations
 
@@ -12,7 +13,18 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.report import Report
 
 ROWS = 10
-COLUMNS = ["layer", "router", "max_over_mean", "max_vio_low", "max_vio_high", "noise_floor", "cv", "gini", "dead_experts", "busiest_expert"]
+COLUMNS = [
+    "layer",
+    "router",
+    "max_over_mean",
+    "max_vio_low",
+    "max_vio_high",
+    "noise_floor",
+    "cv",
+    "gini",
+    "dead_experts",
+    "busiest_expert",
+]
 
 
 def notebook(report: Report) -> str:

@@ -1,7 +1,9 @@
-"""The report's tables, one function each: aggregates → DataFrame. `layer, router` come first where a row is about a router.
+"""The report's tables, one function each: aggregates → DataFrame. `layer, router` come first where
+a row is about a router.
 
-A table is a function decorated with @table: `Report.tables`, `--table` and its help take it from TABLES. What goes by pairs of
-experts is in pair_tables.py, what goes by router or over time in router_tables.py.
+A table is a function decorated with @table: `Report.tables`, `--table` and its help take it from
+TABLES. What goes by pairs of experts is in pair_tables.py, what goes by router or over time in
+router_tables.py.
 """
 
 from __future__ import annotations
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
 Maker = Callable[["Report"], pd.DataFrame]
 TABLES: dict[str, Maker] = {}
 WANTS: dict[str, frozenset[str]] = {}  # what each table needs counted
-BY_ROUTER: dict[str, tuple[str, ...]] = {}  # the numeric columns of the tables of a row a router: what a gate can be put on
+BY_ROUTER: dict[
+    str, tuple[str, ...]
+] = {}  # the numeric columns of the tables of a row a router: what a gate can be put on
 
 
 def table(*wants: str, by_router: tuple[str, ...] = ()) -> Callable[[Maker], Maker]:
-    """Registers a table under the function's name, with what it needs counted beyond the load (aggregate.WANTS)."""
+    """Registers a table under the function's name, with what it needs counted beyond the load
+    (aggregate.WANTS)."""
 
     def register(function: Maker) -> Maker:
         name = function.__name__
@@ -78,7 +83,9 @@ SPECIALIZATION = (
 @table()
 def summary(report: Report) -> pd.DataFrame:
     """A row a fact: key, value (text)."""
-    return pd.DataFrame(report.facts(), columns=["key", "value"]).astype({"key": "str", "value": "str"})
+    return pd.DataFrame(report.facts(), columns=["key", "value"]).astype(
+        {"key": "str", "value": "str"}
+    )
 
 
 @table(by_router=BALANCE)
@@ -88,7 +95,8 @@ def balance(report: Report) -> pd.DataFrame:
 
 
 def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
-    """The balance table of any counts, a finished trace's or those of a recording under way. `starved`: that threshold."""
+    """The balance table of any counts, a finished trace's or those of a recording under way.
+    `starved`: that threshold."""
     rows = []
     weights_RU = None if counts.counts_only else unc.resample_weights(counts.domain_of_unit_U)
     for r in counts.indices:
@@ -105,28 +113,39 @@ def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
         row |= {name: float(m.function(load_E[None])[0]) for name, m in bal.of_load().items()}
         row["starved_experts"] = float(bal.starved_experts(load_E[None], starved)[0])
         row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
-        row["noise_floor"] = unc.noise_floor(round(total / k), E, k)  # null slots make no load, by chance or otherwise
-        row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(counts.of[r].assignments_UE, weights_RU)
+        row["noise_floor"] = unc.noise_floor(
+            round(total / k), E, k
+        )  # null slots make no load, by chance or otherwise
+        row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(
+            counts.of[r].assignments_UE, weights_RU
+        )
         units = (counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U)
         row["design_effect"] = float("nan") if counts.counts_only else unc.design_effect(*units)
-        row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(counts, r, total / max(k * counts.tokens_of(r), 1))
+        row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(
+            counts, r, total / max(k * counts.tokens_of(r), 1)
+        )
         row["importance_cv"] = float(bal.importance_cv(counts.weight_sum_E(r)[None])[0])
         rows.append(row)
     columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE]
     frame = pd.DataFrame(rows, columns=columns)
     # whole numbers that may be missing
-    return frame.astype(dict.fromkeys(("dead_experts", "starved_experts", "busiest_expert"), "Int64"))
+    return frame.astype(
+        dict.fromkeys(("dead_experts", "starved_experts", "busiest_expert"), "Int64")
+    )
 
 
 def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
-    """Mean max_vio over batches, and the noise floor of batches of their sizes. `filled`: share of slots that routed."""
+    """Mean max_vio over batches, and the noise floor of batches of their sizes. `filled`: share of
+    slots that routed."""
     batches = counts.of[router].batches
     if not batches or filled <= 0:
         return float("nan"), float("nan")
     tokens_S, (passes_S, vio_sum_S) = np.array(list(batches)), np.array(list(batches.values())).T
     E, k = counts.routers[router].experts, counts.routers[router].top_k
     whole_S = bal.whole_passes(tokens_S)
-    floor = np.average(unc.noise_floors(tokens_S[whole_S] * filled, E, k), weights=passes_S[whole_S])
+    floor = np.average(
+        unc.noise_floors(tokens_S[whole_S] * filled, E, k), weights=passes_S[whole_S]
+    )
     return bal.max_vio_batch(vio_sum_S, passes_S, tokens_S), float(floor)
 
 
@@ -156,8 +175,8 @@ def load(report: Report) -> pd.DataFrame:
 
 @table()
 def domains(report: Report) -> pd.DataFrame:
-    """A row an expert in a domain: activation = assignments ÷ tokens of the domain (sums to k over the experts), lift = that
-    to the mean of the domains' activations."""
+    """A row an expert in a domain: activation = assignments ÷ tokens of the domain (sums to k over
+    the experts), lift = that to the mean of the domains' activations."""
     counts, parts = report.counts, []
     D = len(counts.domains)
     for r in report.selection.routers:
@@ -177,13 +196,18 @@ def domains(report: Report) -> pd.DataFrame:
 
 @table(by_router=SPECIALIZATION)
 def specialization(report: Report) -> pd.DataFrame:
-    """A row a router: how much the domain, the token id, and the domain beyond the token id tell of the expert, each beside
-    what shuffled labels give."""
+    """A row a router: how much the domain, the token id, and the domain beyond the token id tell of
+    the expert, each beside what shuffled labels give."""
     if report.counts.counts_only:
         rows = [_domain_specialization(report, r) for r in report.selection.routers]
     else:
-        rows = [{**_domain_specialization(report, r), **by_id} for r, by_id in zip(report.selection.routers, report.by_id, strict=True)]
-    return pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(dict.fromkeys(SPECIALIZATION, float))
+        rows = [
+            {**_domain_specialization(report, r), **by_id}
+            for r, by_id in zip(report.selection.routers, report.by_id, strict=True)
+        ]
+    return pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(
+        dict.fromkeys(SPECIALIZATION, float)
+    )
 
 
 def _domain_specialization(report: Report, router: int) -> dict[str, float]:
@@ -191,7 +215,9 @@ def _domain_specialization(report: Report, router: int) -> dict[str, float]:
     assignments_DE = counts.assignments_DE(router)
     null, p99 = float("nan"), float("nan")
     if not counts.counts_only and len(counts.units) >= unc.FEWEST_DOCUMENTS:
-        null, p99 = sp.domain_mi_null_bits(counts.of[router].assignments_UE, counts.domain_of_unit_U)
+        null, p99 = sp.domain_mi_null_bits(
+            counts.of[router].assignments_UE, counts.domain_of_unit_U
+        )
     return {
         "layer": counts.routers[router].layer,
         "router": router,
@@ -210,24 +236,34 @@ def specialization_by_id(tables: tokenids.TokenTables, D: int) -> dict[str, floa
     row = {
         "token_mi_bits": token_mi,
         "token_mi_null_bits": token_mi_null,
-        "vocabulary_specialization_any": sp.vocabulary_specialization_any(tables.any_VE, occurrences_V),
+        "vocabulary_specialization_any": sp.vocabulary_specialization_any(
+            tables.any_VE, occurrences_V
+        ),
         "vocabulary_specialization_any_null": float(np.mean(any_null)),
     }
     if tables.first_VE is not None:
         row["vocabulary_specialization"] = sp.vocabulary_specialization(tables.first_VE)
-        row["vocabulary_specialization_null"] = float(np.mean([sp.vocabulary_specialization(f) for f in tables.shuffled_first]))
+        row["vocabulary_specialization_null"] = float(
+            np.mean([sp.vocabulary_specialization(f) for f in tables.shuffled_first])
+        )
     if tables.by_unit is not None:
         counts_PE, token_P, domain_P = tables.pairs(D)
-        row["domain_mi_given_token_bits"] = sp.conditional_mi_bits(*sp.by_group(counts_PE, token_P, domain_P))
-        null = sp.conditional_mi_null_bits(counts_PE, token_P, domain_P, len(tables.shuffled_any)) if len(counts_PE) else float("nan")
+        row["domain_mi_given_token_bits"] = sp.conditional_mi_bits(
+            *sp.by_group(counts_PE, token_P, domain_P)
+        )
+        null = (
+            sp.conditional_mi_null_bits(counts_PE, token_P, domain_P, len(tables.shuffled_any))
+            if len(counts_PE)
+            else float("nan")
+        )
         row["domain_mi_given_token_null_bits"] = null
     return row
 
 
 @table()
 def vocabulary(report: Report) -> pd.DataFrame:
-    """A row an expert and a token id: the token ids most exclusively sent to it. fraction and first_choice_fraction are of
-    the token id's occurrences."""
+    """A row an expert and a token id: the token ids most exclusively sent to it. fraction and
+    first_choice_fraction are of the token id's occurrences."""
     return report.vocabulary
 
 
@@ -241,7 +277,9 @@ def vocabulary_of(tables: tokenids.TokenTables, report: Report, text_of: pd.Seri
         "token": text_of.reindex(ids).to_numpy(object),
         "count": tables.any_VE[row, expert].astype(np.int64),
         "fraction": tables.any_VE[row, expert] / np.maximum(occurrences, 1),
-        "first_choice_fraction": np.nan if tables.first_VE is None else tables.first_VE[row, expert] / np.maximum(occurrences, 1),
+        "first_choice_fraction": np.nan
+        if tables.first_VE is None
+        else tables.first_VE[row, expert] / np.maximum(occurrences, 1),
         "occurrences": occurrences,
     }
     return of_router(report, tables.router, columns)

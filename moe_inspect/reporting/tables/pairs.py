@@ -1,7 +1,9 @@
-"""Tables of what goes together: experts of one decision, of a layer and the next, of a token and the next.
+"""Tables of what goes together: experts of one decision, of a layer and the next, of a token and
+the next.
 
-E experts, N experts of the next router, D domains. Of pairs the `top` partners of each expert with the most evidence beyond chance are
-listed, and the rows of a router go by that evidence: most beyond what chance expects first, most below it last.
+E experts, N experts of the next router, D domains. Of pairs the `top` partners of each expert with
+the most evidence beyond chance are listed, and the rows of a router go by that evidence: most
+beyond what chance expects first, most below it last.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # of one token it is 1
 BOUNDS = ("", "_low", "_high")  # 95 %
 LUCK = 0.05  # probability that any pair of the trace is called supported by chance
 LOCALITY = (
-    *(name + bound for name in ("first_choice_repetition", "any_choice_repetition") for bound in BOUNDS),
+    *(
+        name + bound
+        for name in ("first_choice_repetition", "any_choice_repetition")
+        for bound in BOUNDS
+    ),
     *(f"srp_{m}{suffix}" for m in LENGTHS for suffix in (*BOUNDS, "_by_load")),
     *(f"next_accuracy{suffix}" for suffix in (*BOUNDS, "_marginal", "_null")),
 )
@@ -32,10 +38,11 @@ LOCALITY = (
 
 @table("pairs")
 def coactivation(report: Report) -> pd.DataFrame:
-    """A row an ordered pair of experts: how many decisions chose both (together); P(other chosen, given expert chosen) in one decision,
-    over all pairs of slots; what chance gives experts of these loads (chance, and as a number of decisions: expected), the ratio to it
-    (lift), the standard deviation of lift by chance, for tokens that come in documents (lift_sd), and the evidence that it is not
-    chance (log10_p, supported: see Met)."""
+    """A row an ordered pair of experts: how many decisions chose both (together); P(other chosen,
+    given expert chosen) in one decision, over all pairs of slots; what chance gives experts of
+    these loads (chance, and as a number of decisions: expected), the ratio to it (lift), the
+    standard deviation of lift by chance, for tokens that come in documents (lift_sd), and the
+    evidence that it is not chance (log10_p, supported: see Met)."""
     counts, parts = report.decisions("coactivation"), []
     for r in report.selection.routers:
         together_EE, met = _known(counts.of[r].together_EE), chosen_together(report, r)
@@ -57,10 +64,11 @@ def coactivation(report: Report) -> pd.DataFrame:
 
 @table("transitions")
 def transitions(report: Report) -> pd.DataFrame:
-    """A row an expert and one of the next MoE layer: how many tokens chose both (together), and how many would by chance at these loads
-    (expected); P(next_expert chosen there, given expert chosen here), over all pairs of slots, its lift to how often next_expert is
-    chosen at all, the standard deviation of lift by chance, for tokens that come in documents (lift_sd), and the evidence that it is
-    not chance (log10_p, supported: see Met)."""
+    """A row an expert and one of the next MoE layer: how many tokens chose both (together), and how
+    many would by chance at these loads (expected); P(next_expert chosen there, given expert chosen
+    here), over all pairs of slots, its lift to how often next_expert is chosen at all, the standard
+    deviation of lift by chance, for tokens that come in documents (lift_sd), and the evidence that
+    it is not chance (log10_p, supported: see Met)."""
     counts, parts = report.decisions("transitions"), []
     for r in report.selection.routers:
         after, met = counts.next_router(r), chosen_next(report, r)
@@ -80,8 +88,18 @@ def transitions(report: Report) -> pd.DataFrame:
         }
         parts.append(by_evidence(of_router(report, r, columns)))
     if not parts:  # the last MoE layer
-        integers = ["layer", "router", "next_layer", "next_router", "expert", "next_expert", "together"]
-        kinds = dict.fromkeys(integers, np.int64) | dict.fromkeys(["probability", "lift", "expected", "lift_sd", "log10_p"], float)
+        integers = [
+            "layer",
+            "router",
+            "next_layer",
+            "next_router",
+            "expert",
+            "next_expert",
+            "together",
+        ]
+        kinds = dict.fromkeys(integers, np.int64) | dict.fromkeys(
+            ["probability", "lift", "expected", "lift_sd", "log10_p"], float
+        )
         kinds["supported"] = bool
         return pd.DataFrame({name: np.zeros(0, kind) for name, kind in kinds.items()})
     return stacked(parts)
@@ -89,16 +107,20 @@ def transitions(report: Report) -> pd.DataFrame:
 
 @table("repetition")
 def repetition(report: Report) -> pd.DataFrame:
-    """A row a domain: how often a token's first choice is that of the token before it in its sequence, and how often the two
-    share any expert, with 95 % intervals by document (low, high); beside it what independent choices give, even ones (random) and
-    ones of the domain's loads (by_load)."""
+    """A row a domain: how often a token's first choice is that of the token before it in its
+    sequence, and how often the two share any expert, with 95 % intervals by document (low, high);
+    beside it what independent choices give, even ones (random) and ones of the domain's loads
+    (by_load)."""
     counts, parts = report.decisions("repetition"), []
     of_domain = [np.flatnonzero(counts.domain_of_unit_U == d) for d in range(len(counts.domains))]
     resampled = [unc.resample_weights(units * 0) for units in of_domain]
     for r in report.selection.routers:
         router, of = counts.routers[r], counts.of[r]
         pairs_U = _known(of.pairs_U)
-        columns: dict[str, Any] = {"domain": np.array(counts.domains, object), "pairs": counts.by_domain(pairs_U)}
+        columns: dict[str, Any] = {
+            "domain": np.array(counts.domains, object),
+            "pairs": counts.by_domain(pairs_U),
+        }
         for name, formula, same in (
             ("first_choice", pairs.first_choice, of.first_same_U),
             ("any_choice", pairs.any_choice, of.any_same_U),
@@ -107,11 +129,16 @@ def repetition(report: Report) -> pd.DataFrame:
                 columns |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
                 continue
             columns[name] = formula(counts.by_domain(same), columns["pairs"])
-            bounds = [unc.ratio_interval(same[u], pairs_U[u], w) for u, w in zip(of_domain, resampled, strict=True)]
+            bounds = [
+                unc.ratio_interval(same[u], pairs_U[u], w)
+                for u, w in zip(of_domain, resampled, strict=True)
+            ]
             columns[f"{name}_low"], columns[f"{name}_high"] = np.array(bounds).reshape(-1, 2).T
         columns["first_choice_random"] = 1 / router.experts
         first_DE = of.first_choice_DE
-        columns["first_choice_by_load"] = np.nan if first_DE is None else pairs.first_choice_by_load(first_DE)
+        columns["first_choice_by_load"] = (
+            np.nan if first_DE is None else pairs.first_choice_by_load(first_DE)
+        )
         columns["any_choice_random"] = pairs.any_choice_random(router.experts, router.top_k)
         parts.append(of_router(report, r, columns))
     return stacked(parts)
@@ -119,10 +146,11 @@ def repetition(report: Report) -> pd.DataFrame:
 
 @table("repetition", "srp", "transitions", by_router=LOCALITY)
 def locality(report: Report) -> pd.DataFrame:
-    """A row a router: how far a choice can be told from the token before (repetition, all domains), from the segment (SRP of m
-    tokens, beside that of independent choices with these loads) and from the layer before (accuracy of predicting the next MoE
-    layer's first choice, beside its marginal and its null). 95 % intervals (low, high) by document; that of the accuracy by the
-    design effect of the router's load, since pairs of layers are not counted by document."""
+    """A row a router: how far a choice can be told from the token before (repetition, all domains),
+    from the segment (SRP of m tokens, beside that of independent choices with these loads) and from
+    the layer before (accuracy of predicting the next MoE layer's first choice, beside its marginal
+    and its null). 95 % intervals (low, high) by document; that of the accuracy by the design effect
+    of the router's load, since pairs of layers are not counted by document."""
     counts, rows = report.decisions("locality"), []
     weights_RU = unc.resample_weights(counts.domain_of_unit_U)
     for r in report.selection.routers:
@@ -140,36 +168,53 @@ def locality(report: Report) -> pd.DataFrame:
         for m in LENGTHS:
             windows_UM = (of.srp or {})[m]
             value = pairs.srp(windows_UM.sum(0))
-            spread_R = pairs.best_f(weights_RU @ windows_UM) if weights_RU is not None else np.array([np.nan])
+            spread_R = (
+                pairs.best_f(weights_RU @ windows_UM)
+                if weights_RU is not None
+                else np.array([np.nan])
+            )
             found[f"srp_{m}"] = value, unc.interval(spread_R)
             # without a window of m tokens there is nothing to hold it against
-            row[f"srp_{m}_by_load"] = pairs.srp_by_load(counts.load_E(r), counts.tokens_of(r), m) if value == value else np.nan
+            row[f"srp_{m}_by_load"] = (
+                pairs.srp_by_load(counts.load_E(r), counts.tokens_of(r), m)
+                if value == value
+                else np.nan
+            )
         if of.next_first_EN is not None:
             value = pairs.next_accuracy(of.next_first_EN)
-            found["next_accuracy"] = value, unc.share_interval(value, of.next_first_EN.sum(), _effect(report, r))
+            found["next_accuracy"] = (
+                value,
+                unc.share_interval(value, of.next_first_EN.sum(), _effect(report, r)),
+            )
             row["next_accuracy_marginal"] = pairs.next_accuracy_marginal(of.next_first_EN)
             row["next_accuracy_null"] = pairs.next_accuracy_null(of.next_first_EN)
         for name, (value, (low, high)) in found.items():
             row |= {name: value, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
-    return pd.DataFrame(rows, columns=["layer", "router", *LOCALITY]).astype(dict.fromkeys(LOCALITY, float))
+    return pd.DataFrame(rows, columns=["layer", "router", *LOCALITY]).astype(
+        dict.fromkeys(LOCALITY, float)
+    )
 
 
 def _effect(report: Report, r: int) -> float:
     """The design effect of a router's load; NaN with few documents."""
     counts = report.counts
-    return unc.design_effect(counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U)
+    return unc.design_effect(
+        counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U
+    )
 
 
 @dataclass(frozen=True)
 class Met:
     """How often the experts of two sides met, and what chance expects of experts of these loads.
 
-    The evidence of a pair is the probability that chance, at these loads, gives a count as far from the expected one or further: a
-    two-sided binomial tail, of as many trials as the rarer of the two experts was chosen. Tokens of one document are not independent:
-    all counts are divided by the design effect of the router's load, where there are documents enough to have one (pairs themselves
-    are not counted by document). A pair is supported where that probability times the number of pairs tested, those of all routers of
-    the trace (Bonferroni), is at most LUCK: whatever layers are selected, a pair is supported or not."""
+    The evidence of a pair is the probability that chance, at these loads, gives a count as far from
+    the expected one or further: a two-sided binomial tail, of as many trials as the rarer of the
+    two experts was chosen. Tokens of one document are not independent: all counts are divided by
+    the design effect of the router's load, where there are documents enough to have one (pairs
+    themselves are not counted by document). A pair is supported where that probability times the
+    number of pairs tested, those of all routers of the trace (Bonferroni), is at most LUCK:
+    whatever layers are selected, a pair is supported or not."""
 
     count_EN: np.ndarray
     expected_EN: np.ndarray
@@ -178,11 +223,14 @@ class Met:
     effect: float
 
     def top(self, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `top` partners of each expert with the most evidence, of those it ever met; 0: all. (expert, partner)"""
+        """The `top` partners of each expert with the most evidence, of those it ever met; 0: all.
+        (expert, partner)"""
         E, N = self.count_EN.shape
         # the deviance grows with the evidence, and is quick to have of every pair
         deviance_EN = unc.signed_deviance(self.count_EN, self.expected_EN, self.most_EN)
-        order_EN = np.argsort(np.where(self.count_EN > 0, -deviance_EN, np.inf), axis=1, kind="stable")[:, : top or N]
+        order_EN = np.argsort(
+            np.where(self.count_EN > 0, -deviance_EN, np.inf), axis=1, kind="stable"
+        )[:, : top or N]
         expert_EN = np.broadcast_to(np.arange(E)[:, None], order_EN.shape)
         met_EN = np.take_along_axis(self.count_EN, order_EN, 1) > 0
         return expert_EN[met_EN], order_EN[met_EN]
@@ -190,11 +238,17 @@ class Met:
     def evidence(self, at: Any) -> dict[str, np.ndarray]:
         """The columns lift_sd, log10_p and supported of the pairs `at`."""
         effect = max(1.0, self.effect) if self.effect == self.effect else 1.0
-        count, expected, most = (values_EN[at] / effect for values_EN in (self.count_EN, self.expected_EN, self.most_EN))
+        count, expected, most = (
+            values_EN[at] / effect for values_EN in (self.count_EN, self.expected_EN, self.most_EN)
+        )
         log10_p = unc.log10_tail(count, expected, most)
         with np.errstate(divide="ignore", invalid="ignore"):
             lift_sd = np.sqrt(np.maximum(self.effect, 1) / self.expected_EN[at])
-        return {"lift_sd": lift_sd, "log10_p": log10_p, "supported": log10_p <= np.log10(LUCK / self.tested)}
+        return {
+            "lift_sd": lift_sd,
+            "log10_p": log10_p,
+            "supported": log10_p <= np.log10(LUCK / self.tested),
+        }
 
 
 def chosen_together(report: Report, r: int) -> Met:
@@ -202,7 +256,9 @@ def chosen_together(report: Report, r: int) -> Met:
     counts = report.decisions("coactivation")
     together_EE = _known(counts.of[r].together_EE)
     load_E = np.diagonal(together_EE)
-    tested = sum(router.experts * (router.experts - 1) // 2 for router in counts.routers if router.top_k > 1)
+    tested = sum(
+        router.experts * (router.experts - 1) // 2 for router in counts.routers if router.top_k > 1
+    )
     count_EE = (together_EE - np.diag(load_E)) * (counts.routers[r].top_k > 1)
     return _met(report, r, count_EE, pairs.together_by_chance(together_EE), load_E, load_E, tested)
 
@@ -214,22 +270,50 @@ def chosen_next(report: Report, r: int) -> Met | None:
     if after is None or next_EN is None:
         return None
     following = [(router, counts.next_router(i)) for i, router in enumerate(counts.routers)]
-    tested = sum(router.experts * counts.routers[i].experts for router, i in following if i is not None)
+    tested = sum(
+        router.experts * counts.routers[i].experts for router, i in following if i is not None
+    )
     row_E, column_N = next_EN.sum(1), next_EN.sum(0)
     expected_EN = np.outer(row_E, column_N) / max(next_EN.sum(), 1)
     # of a token's k·k pairs an expert is in as many as the other router has choices
-    return _met(report, r, next_EN, expected_EN, row_E / counts.routers[after].top_k, column_N / counts.routers[r].top_k, tested)
+    return _met(
+        report,
+        r,
+        next_EN,
+        expected_EN,
+        row_E / counts.routers[after].top_k,
+        column_N / counts.routers[r].top_k,
+        tested,
+    )
 
 
-def _met(report: Report, r: int, count_EN: np.ndarray, expected_EN: np.ndarray, load_E: np.ndarray, load_N: np.ndarray, tested: int) -> Met:
+def _met(
+    report: Report,
+    r: int,
+    count_EN: np.ndarray,
+    expected_EN: np.ndarray,
+    load_E: np.ndarray,
+    load_N: np.ndarray,
+    tested: int,
+) -> Met:
     most_EN = np.minimum(load_E[:, None], load_N[None, :])
-    return Met(count_EN, expected_EN, np.maximum(most_EN, np.maximum(count_EN, 1)), max(tested, 1), _effect(report, r))
+    return Met(
+        count_EN,
+        expected_EN,
+        np.maximum(most_EN, np.maximum(count_EN, 1)),
+        max(tested, 1),
+        _effect(report, r),
+    )
 
 
 def by_evidence(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of a router: those most beyond chance first, those most below it last."""
     beyond = rows["together"] > rows["expected"]
-    return rows.iloc[np.lexsort((-rows["together"], np.where(beyond, rows["log10_p"], -rows["log10_p"]), ~beyond))]
+    return rows.iloc[
+        np.lexsort(
+            (-rows["together"], np.where(beyond, rows["log10_p"], -rows["log10_p"]), ~beyond)
+        )
+    ]
 
 
 def _known(values: np.ndarray | None) -> np.ndarray:

@@ -51,19 +51,25 @@ DRIFT = (
 
 @table("weights", "logits", by_router=ROUTER)
 def router(report: Report) -> pd.DataFrame:
-    """A row a router: how sure it is, from the k gate weights and, where they are recorded, from all logits (NaN otherwise); the
-    balancing losses that the logits give."""
+    """A row a router: how sure it is, from the k gate weights and, where they are recorded, from
+    all logits (NaN otherwise); the balancing losses that the logits give."""
     counts, rows = report.counts_for("weights", "logits"), []
     for r in report.selection.routers:
         of = counts.of[r]
         n, weighed = of.logit_decisions, of.weight_decisions
-        row: dict[str, float] = {"layer": counts.routers[r].layer, "router": r, "logit_decisions": n}
+        row: dict[str, float] = {
+            "layer": counts.routers[r].layer,
+            "router": r,
+            "logit_decisions": n,
+        }
         if of.probability_sum_E is not None and n:
             row["aux_loss"] = rt.aux_loss(counts.load_E(r), of.probability_sum_E)
         row |= {
             "weight_mass": rt.weight_mass(of.weight_mass_sum, weighed),
             "weight_entropy_nats": rt.weight_entropy_nats(of.weight_entropy_sum, weighed),
-            "weight_margin": rt.weight_margin(of.weight_margin_sum, weighed) if counts.routers[r].top_k > 1 else np.nan,
+            "weight_margin": rt.weight_margin(of.weight_margin_sum, weighed)
+            if counts.routers[r].top_k > 1
+            else np.nan,
             "z_loss": rt.z_loss(of.z_sum, n),
             "gate_entropy_nats": rt.gate_entropy_nats(of.entropy_sum, n),
             "top_k_mass": rt.top_k_mass(of.topk_mass_sum, n),
@@ -78,8 +84,9 @@ def router(report: Report) -> pd.DataFrame:
 
 @table("esft")
 def esft(report: Report) -> pd.DataFrame:
-    """A row an expert in a domain: how much of the domain it takes, by tokens and by gate weight, with all tokens weighing alike
-    and with all samples (sequences) doing so: the scores by which expert-specialised fine-tuning picks experts."""
+    """A row an expert in a domain: how much of the domain it takes, by tokens and by gate weight,
+    with all tokens weighing alike and with all samples (sequences) doing so: the scores by which
+    expert-specialised fine-tuning picks experts."""
     counts, parts = report.counts_for("esft"), []
     D = len(counts.domains)
     for r in report.selection.routers:
@@ -88,7 +95,9 @@ def esft(report: Report) -> pd.DataFrame:
         samples_D = of.samples_D if of.samples_D is not None else np.zeros(D)
         weight_sum_DE = nothing_DE if of.weight_sum_DE is None else of.weight_sum_DE
         token_DE = nothing_DE if of.esft_token_DE is None else of.esft_token_DE
-        gate_DE = nothing_DE if of.esft_gate_DE is None or of.weight_sum_DE is None else of.esft_gate_DE
+        gate_DE = (
+            nothing_DE if of.esft_gate_DE is None or of.weight_sum_DE is None else of.esft_gate_DE
+        )
         columns = {
             "domain": np.repeat(np.array(counts.domains, object), assignments_DE.shape[1]),
             "expert": np.tile(np.arange(assignments_DE.shape[1]), D),
@@ -104,8 +113,9 @@ def esft(report: Report) -> pd.DataFrame:
 
 @table("windows")
 def windows(report: Report) -> pd.DataFrame:
-    """A row a window of tokens, in the order of execution: its balance beside what chance gives so few tokens, how far its load is
-    from the window before and how far chance would take it, and what a capacity of 1.25 times the mean would drop."""
+    """A row a window of tokens, in the order of execution: its balance beside what chance gives so
+    few tokens, how far its load is from the window before and how far chance would take it, and
+    what a capacity of 1.25 times the mean would drop."""
     counts, parts = report.decisions("windows"), []
     for r in report.selection.routers:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
@@ -118,7 +128,9 @@ def windows(report: Report) -> pd.DataFrame:
             "tokens": tokens_W,
             "max_over_mean": bal.max_over_mean(load_WE),
             "busiest_expert": pd.array(np.where(there_W, bal.busiest_expert(load_WE), -1), "Int64"),
-            "noise_floor": unc.noise_floors(load_WE.sum(1) / k, E, k),  # null slots make no load, by chance or otherwise
+            "noise_floor": unc.noise_floors(
+                load_WE.sum(1) / k, E, k
+            ),  # null slots make no load, by chance or otherwise
             "total_variation": np.r_[np.nan, win.step_total_variation(load_WE)][: len(tokens_W)],
             "total_variation_floor": np.r_[np.nan, floors[0]][: len(tokens_W)],
             "jsd_bits": np.r_[np.nan, win.step_jsd_bits(load_WE)][: len(tokens_W)],
@@ -133,8 +145,9 @@ def windows(report: Report) -> pd.DataFrame:
 
 @table("windows", by_router=DRIFT)
 def drift(report: Report) -> pd.DataFrame:
-    """A row a router: how far its load moves from a window to the next, beside what chance moves it, and what it costs those who
-    place experts on GPUs by the window before. A last window under half the size is left out."""
+    """A row a router: how far its load moves from a window to the next, beside what chance moves
+    it, and what it costs those who place experts on GPUs by the window before. A last window under
+    half the size is left out."""
     counts, rows = report.decisions("drift"), []
     for r in report.selection.routers:
         _, _, tokens_W, load_WE = _windows(counts, r)
@@ -142,7 +155,9 @@ def drift(report: Report) -> pd.DataFrame:
         load_WE = load_WE[whole_W]
         floors = _floors(counts, r, load_WE)
         ends = _floors(counts, r, load_WE[[0, -1]]) if len(load_WE) > 1 else floors
-        gpus = min(win.RANKS, max(1, counts.routers[r].experts // 2))  # with one expert to a GPU there is nothing to place
+        gpus = min(
+            win.RANKS, max(1, counts.routers[r].experts // 2)
+        )  # with one expert to a GPU there is nothing to place
         rows.append(
             {
                 "layer": counts.routers[r].layer,
@@ -166,14 +181,23 @@ def _windows(counts: Counts, router: int) -> tuple[np.ndarray, np.ndarray, np.nd
     """index, first token, tokens, load_WE of the windows in which the router saw any token."""
     listed = list(counts.windows(router))
     index_W, first_W, tokens_W = (np.array([w[i] for w in listed], np.int64) for i in range(3))
-    return index_W, first_W, tokens_W, np.array([w[3] for w in listed], np.int64).reshape(-1, counts.routers[router].experts)
+    return (
+        index_W,
+        first_W,
+        tokens_W,
+        np.array([w[3] for w in listed], np.int64).reshape(-1, counts.routers[router].experts),
+    )
 
 
 def _floors(counts: Counts, router: int, load_WE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     load_E, k = counts.load_E(router), counts.routers[router].top_k
-    effect = unc.design_effect(counts.of[router].assignments_UE, counts.tokens_U_of(router), counts.domain_of_unit_U)
+    effect = unc.design_effect(
+        counts.of[router].assignments_UE, counts.tokens_U_of(router), counts.domain_of_unit_U
+    )
     share_E = load_E / max(load_E.sum(), 1)
-    return win.step_floors(share_E, load_WE.sum(1) / k, k, max(1.0, effect) if effect == effect else 1.0)
+    return win.step_floors(
+        share_E, load_WE.sum(1) / k, k, max(1.0, effect) if effect == effect else 1.0
+    )
 
 
 def _mean(values: np.ndarray) -> float:

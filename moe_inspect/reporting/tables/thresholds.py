@@ -11,12 +11,15 @@ from moe_inspect.errors import MoeInspectError
 
 @dataclass(frozen=True)
 class Thresholds:
-    """uneven: max_vio of a router. overloaded, starved: load ratio of an expert. specialised: bits that the domain tells of the
-    expert, beyond shuffled documents, as a share of the log₂ E that would name it: routers that were never trained reach 0.08 by the
-    text alone (six architectures of 8 to 128 experts over the bundled corpus, five random initialisations each, the highest router of
-    each: benchmarks/untrained.py), the trained sample traces 0.15 and 0.19; another text or model has its own baseline, which a
-    trace with --random-init gives. no_domain: bits up to which shuffled documents may reach for a "no" to mean anything. tie: tie
-    rate of the logits. repeated: share of tokens in runs of identical rows."""
+    """uneven: max_vio of a router. overloaded, starved: load ratio of an expert. specialised: bits
+    that the domain tells of the expert, beyond shuffled documents, as a share of the log₂ E that
+    would name it: routers that were never trained reach 0.08 by the text alone (six architectures
+    of 8 to 128 experts over the bundled corpus, five random initialisations each, the highest
+    router of
+    each: benchmarks/untrained.py), the trained sample traces 0.15 and 0.19; another text or model
+    has its own baseline, which a trace with --random-init gives. no_domain: bits up to which
+    shuffled documents may reach for a "no" to mean anything. tie: tie rate of the logits. repeated:
+    share of tokens in runs of identical rows."""
 
     uneven: float = UNEVEN
     overloaded: float = 2.0
@@ -31,7 +34,9 @@ class Thresholds:
             "uneven": f"max_vio >= {self.uneven:g} and above chance",
             "overloaded": f"load_ratio >= {self.overloaded:g}",
             "starved": f"load_ratio < {self.starved:g}",
-            "specialised": f"(domain_mi_bits - domain_mi_null_bits) / log2(experts) >= {self.specialised:g}",
+            "specialised": (
+                f"(domain_mi_bits - domain_mi_null_bits) / log2(experts) >= {self.specialised:g}"
+            ),
             "no_domain": f"domain_mi_null_p99_bits < {self.no_domain:g}",
             "tie": f"tie_rate >= {self.tie:g}",
             "repeated": f"share of tokens in runs of identical rows >= {self.repeated:g}",

@@ -1,4 +1,5 @@
-"""Gates: does any selected router breach a limit? For the continuous integration of training runs."""
+"""Gates: does any selected router breach a limit? For the continuous integration of training
+runs."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Gate:
 
 
 def gate(text: str, above: bool) -> Gate:
-    """ "max_vio=0.5" → Gate. MoeInspectError names what is wrong with it, and the metrics there are."""
+    """ "max_vio=0.5" → Gate. MoeInspectError names what is wrong with it, and the metrics there
+    are."""
     metric, equals, limit = (part.strip() for part in text.partition("="))
     if metric not in gated():
         raise MoeInspectError(f"no metric {metric!r}: there are {', '.join(gated())}")
@@ -45,8 +47,9 @@ def gated() -> dict[str, str]:
 
 
 def breaches(report: Report, gates: Iterable[Gate]) -> list[str]:
-    """A line for each router beyond a limit. What has no value has not been shown to keep to the limit, so NaN is a breach; but a
-    metric of the next layer has no value at the last one, and is not asked for there."""
+    """A line for each router beyond a limit. What has no value has not been shown to keep to the
+    limit, so NaN is a breach; but a metric of the next layer has no value at the last one, and is
+    not asked for there."""
     lines = []
     for g in gates:
         table: Any = report.tables[gated()[g.metric]]
@@ -57,6 +60,13 @@ def breaches(report: Report, gates: Iterable[Gate]) -> list[str]:
         beyond = ~(rows["value"] <= g.limit) if g.above else ~(rows["value"] >= g.limit)
         for row in rows[beyond].to_dict("records"):
             value = row["value"]
-            said = f"is {value:.6g}, {'above' if g.above else 'below'}" if not math.isnan(value) else "has no value (NaN) to hold against"
-            lines.append(f"layer {layer_label(report.trace.routers, row['router'])}: {g.metric} {said} {g.limit:g}")
+            said = (
+                f"is {value:.6g}, {'above' if g.above else 'below'}"
+                if not math.isnan(value)
+                else "has no value (NaN) to hold against"
+            )
+            lines.append(
+                f"layer {layer_label(report.trace.routers, row['router'])}: {g.metric} {said} "
+                f"{g.limit:g}"
+            )
     return lines

@@ -1,8 +1,10 @@
-"""EPLB, the expert-parallel load balancer that DeepSeek published with V3 (github.com/deepseek-ai/EPLB): a placement of one
-router's experts, from their loads, written from the description of the algorithm.
+"""EPLB, the expert-parallel load balancer that DeepSeek published with V3
+(github.com/deepseek-ai/EPLB): a placement of one router's experts, from their loads, written from
+the description of the algorithm.
 
-E experts, P slots, G GPUs, S = P / G slots of a GPU. Loads are of one router. Slot for slot what the published code gives where no two
-loads that it compares are equal: here ties go to the lower number, there to whichever its unstable sort puts first.
+E experts, P slots, G GPUs, S = P / G slots of a GPU. Loads are of one router. Slot for slot what
+the published code gives where no two loads that it compares are equal: here ties go to the lower
+number, there to whichever its unstable sort puts first.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import numpy as np
 def pack(weight_I: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
     """Items into packs of equally many: the heaviest first, each to the lightest pack with room.
 
-    Returns the pack of each item and its place within the pack, int64 [I]. One item a pack stays where it is."""
+    Returns the pack of each item and its place within the pack, int64 [I]. One item a pack stays
+    where it is."""
     items = len(weight_I)
     room = items // packs
     if room == 1:
@@ -29,10 +32,14 @@ def pack(weight_I: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
     return pack_I, place_I
 
 
-def replicate(load_E: np.ndarray, slots: int, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Each further slot to the expert whose replicas carry most, which makes the heaviest replica as light as can be.
+def replicate(
+    load_E: np.ndarray, slots: int, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each further slot to the expert whose replicas carry most, which makes the heaviest replica
+    as light as can be.
 
-    Returns the expert of each replica, the first E in order, int64 [slots], and the replicas of each expert, int64 [E].
+    Returns the expert of each replica, the first E in order, int64 [slots], and the replicas of
+    each expert, int64 [E].
     `most`: replicas that an expert may have at most."""
     expert_P, replicas_E = np.arange(slots), np.ones(len(load_E), np.int64)
     each_E = load_E.astype(np.float64)
@@ -46,8 +53,9 @@ def replicate(load_E: np.ndarray, slots: int, most: int | None = None) -> tuple[
 
 
 def eplb(load_E: np.ndarray, slots: int, groups: int, nodes: int, gpus: int) -> np.ndarray:
-    """The expert of each slot, int64 [P]; slot p is on GPU p // S. Groups of experts are packed onto nodes, experts replicated
-    within their node, replicas packed onto its GPUs. Where the groups do not divide among the nodes, all GPUs are one node."""
+    """The expert of each slot, int64 [P]; slot p is on GPU p // S. Groups of experts are packed
+    onto nodes, experts replicated within their node, replicas packed onto its GPUs. Where the
+    groups do not divide among the nodes, all GPUs are one node."""
     if groups % nodes:
         groups, nodes = 1, 1
     E = len(load_E)

@@ -1,8 +1,10 @@
-"""Our placement where the loads of several windows are known: fitted to what comes, not to the sum of what was.
+"""Our placement where the loads of several windows are known: fitted to what comes, not to the sum
+of what was.
 
-The lightest placement for the sum of the windows is not the one that lasts: it saves replicas of the busiest experts, whose load
-moves most. This search lowers the mean, over windows drawn from the outlook, of the load of the busiest GPU. On the sum of the windows
-no GPU gets heavier than the heaviest of the published placement that it starts from.
+The lightest placement for the sum of the windows is not the one that lasts: it saves replicas of
+the busiest experts, whose load moves most. This search lowers the mean, over windows drawn from the
+outlook, of the load of the busiest GPU. On the sum of the windows no GPU gets heavier than the
+heaviest of the published placement that it starts from.
 
 W windows seen, M windows drawn, E experts, P slots, G GPUs, S = P / G slots of a GPU.
 """
@@ -18,25 +20,40 @@ from moe_inspect.simulate.placement.eplb import replicate
 from moe_inspect.simulate.placement.outlook import drawn
 from moe_inspect.simulate.placement.search import SMALLEST, State, apart, descend, packed, search
 
-DRAWN, JUDGED = 768, 1024  # windows that are fitted to, and others by which the results are compared
-CAUTION = 2.0  # standard deviations above its mean at which an expert's load is taken when replicas are counted out
+DRAWN, JUDGED = (
+    768,
+    1024,
+)  # windows that are fitted to, and others by which the results are compared
+# standard deviations above its mean at which an expert's load is taken when replicas are counted
+# out
+CAUTION = 2.0
 SWEEPS = 20  # over all pairs of GPUs, at most
 GAIN = 1e-6  # relative; less is no gain
 ENOUGH = 1e-4  # relative gain of a sweep below which the next is not worth its time
 
 
 def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarray]) -> np.ndarray:
-    """The expert of each slot, int64 [P]; see `search` for `starts` and for what it keeps. load_WE: at least two windows, none empty."""
+    """The expert of each slot, int64 [P]; see `search` for `starts` and for what it keeps. load_WE:
+    at least two windows, none empty."""
     load_E = load_WE.sum(0).astype(np.float64)
-    drawn_EM, judged_EM = (np.ascontiguousarray(drawn(load_WE, n, seed).T) for seed, n in enumerate((DRAWN, JUDGED)))
+    drawn_EM, judged_EM = (
+        np.ascontiguousarray(drawn(load_WE, n, seed).T) for seed, n in enumerate((DRAWN, JUDGED))
+    )
     limit = min(State(load_E, start.reshape(gpus, -1)).most for start in starts)
     cautious_E = replicate(drawn_EM.mean(1) + CAUTION * drawn_EM.std(1), slots, most=gpus)[1]
-    found = [state for start in (*starts, packed(load_E, cautious_E, gpus)) if (state := _light(load_E, start.reshape(gpus, -1), limit))]
+    found = [
+        state
+        for start in (*starts, packed(load_E, cautious_E, gpus))
+        if (state := _light(load_E, start.reshape(gpus, -1), limit))
+    ]
     if not found:
         found = [State(load_E, search(load_E, slots, gpus, starts).reshape(gpus, -1))]
     tried = {state.slots_GS.tobytes(): state.slots_GS for state in found}
     for slots_GS in list(tried.values()):
-        settled_GS, replicas_E = slots_GS.copy(), np.bincount(slots_GS.ravel(), minlength=len(load_E))
+        settled_GS, replicas_E = (
+            slots_GS.copy(),
+            np.bincount(slots_GS.ravel(), minlength=len(load_E)),
+        )
         settle(settled_GS, drawn_EM / replicas_E[:, None], load_E / replicas_E, limit)
         tried[settled_GS.tobytes()] = settled_GS
     best_GS = min(tried.values(), key=lambda slots_GS: busiest(slots_GS, judged_EM))
@@ -44,7 +61,8 @@ def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndar
 
 
 def _light(load_E: np.ndarray, slots_GS: np.ndarray, limit: float) -> State | None:
-    """The placement with replicas apart, its exchanges made; None where its busiest GPU stays above the limit."""
+    """The placement with replicas apart, its exchanges made; None where its busiest GPU stays above
+    the limit."""
     state = apart(State(load_E, slots_GS))
     if state is None:
         return None
@@ -60,8 +78,10 @@ def busiest(slots_GS: np.ndarray, load_EM: np.ndarray) -> float:
 
 @njit(nogil=True, cache=True)
 def settle(slots_GS: np.ndarray, each_EM: np.ndarray, fitted_E: np.ndarray, limit: float) -> None:
-    """Exchanges slots in place, as long as the sum over windows of the busiest GPU's load falls. each_EM: load of a replica in each window.
-    fitted_E: load of a replica on the whole part fitted to, of which no GPU may get more than `limit`."""
+    """Exchanges slots in place, as long as the sum over windows of the busiest GPU's load falls.
+    each_EM: load of a replica in each window.
+    fitted_E: load of a replica on the whole part fitted to, of which no GPU may get more than
+    `limit`."""
     G, S = slots_GS.shape
     E, M = each_EM.shape
     has_GE, load_GM, fitted_G = np.zeros((G, E), np.bool_), np.zeros((G, M)), np.zeros(G)
@@ -85,7 +105,11 @@ def settle(slots_GS: np.ndarray, each_EM: np.ndarray, fitted_E: np.ndarray, limi
                     for j in range(S):
                         a, b = slots_GS[g, i], slots_GS[h, j]
                         moved = fitted_E[a] - fitted_E[b]
-                        if has_GE[h, a] or has_GE[g, b] or (fitted_G[h] if moved > 0 else fitted_G[g]) + abs(moved) > limit:
+                        if (
+                            has_GE[h, a]
+                            or has_GE[g, b]
+                            or (fitted_G[h] if moved > 0 else fitted_G[g]) + abs(moved) > limit
+                        ):
                             continue
                         change = 0.0
                         for n in range(M):
@@ -94,7 +118,9 @@ def settle(slots_GS: np.ndarray, each_EM: np.ndarray, fitted_E: np.ndarray, limi
                                 break
                             m = order_M[n]
                             x = each_EM[a, m] - each_EM[b, m]
-                            change += max(rest_M[m], load_GM[g, m] - x, load_GM[h, m] + x) - most_M[m]
+                            change += (
+                                max(rest_M[m], load_GM[g, m] - x, load_GM[h, m] + x) - most_M[m]
+                            )
                         if change > -GAIN * total:
                             continue
                         slots_GS[g, i], slots_GS[h, j] = b, a
@@ -121,8 +147,9 @@ def settle(slots_GS: np.ndarray, each_EM: np.ndarray, fitted_E: np.ndarray, limi
 
 @njit(nogil=True, cache=True)
 def _pair(g, h, load_GM, busiest_M, most_M, rest_M, hope_M, order_M):  # type: ignore[no-untyped-def]
-    """Puts first in order_M the windows whose busiest GPU is g or h, the only ones in which an exchange between the two gains; returns
-    how many. rest_M: the load of the busiest of the other GPUs. hope_M[n]: what the windows order_M[n:] can gain at most."""
+    """Puts first in order_M the windows whose busiest GPU is g or h, the only ones in which an
+    exchange between the two gains; returns how many. rest_M: the load of the busiest of the other
+    GPUs. hope_M[n]: what the windows order_M[n:] can gain at most."""
     hot, cold = 0, len(order_M)
     for m in range(len(order_M)):
         if busiest_M[m] == g or busiest_M[m] == h:

@@ -1,8 +1,10 @@
-"""Windows that may come, drawn from windows that were seen: what a placement that must last is fitted to.
+"""Windows that may come, drawn from windows that were seen: what a placement that must last is
+fitted to.
 
-The log load of an expert moves around a level. How fast it moves is estimated from the variogram, pooled over the experts; ordinary
-kriging then gives the level to expect some windows ahead, and how uncertain it is. Experts move together as they were seen to. The noise of
-counting is drawn on its own for each expert, so that chance is not taken for experts that move together.
+The log load of an expert moves around a level. How fast it moves is estimated from the variogram,
+pooled over the experts; ordinary kriging then gives the level to expect some windows ahead, and how
+uncertain it is. Experts move together as they were seen to. The noise of counting is drawn on its
+own for each expert, so that chance is not taken for experts that move together.
 
 W windows seen, E experts, L lags, H windows ahead, M windows drawn.
 """
@@ -11,12 +13,27 @@ from __future__ import annotations
 
 import numpy as np
 
-MOST = 256  # windows; more are merged with their neighbours, since kriging solves a system of as many equations
-RHOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)  # correlations of a window with the next that are tried
+# windows; more are merged with their neighbours, since kriging solves a system of as many equations
+MOST = 256
+RHOS = (
+    0.0,
+    0.3,
+    0.5,
+    0.7,
+    0.8,
+    0.85,
+    0.9,
+    0.93,
+    0.95,
+    0.97,
+    0.98,
+    0.99,
+)  # correlations of a window with the next that are tried
 
 
 def drawn(load_WE: np.ndarray, windows: int, seed: int = 0) -> np.ndarray:
-    """Share of each expert's load in `windows` windows drawn from the next W, float64 [M, E]. Each row sums to 1.
+    """Share of each expert's load in `windows` windows drawn from the next W, float64 [M, E]. Each
+    row sums to 1.
 
     load_WE: assignments; W is at least 2, and each window has some."""
     load_WE = merged(load_WE)
@@ -35,7 +52,9 @@ def drawn(load_WE: np.ndarray, windows: int, seed: int = 0) -> np.ndarray:
     together_ME = rng.normal(size=(windows, W)) @ unit_WE / np.sqrt(W - 1)
     alone_ME = rng.normal(size=(windows, E))
     level_ME = (weight_HW @ log_WE)[ahead_M] - chance_E / 2
-    drawn_ME = np.exp(level_ME + np.sqrt(np.outer(scale_M, moves_E)) * together_ME + np.sqrt(chance_E) * alone_ME)
+    drawn_ME = np.exp(
+        level_ME + np.sqrt(np.outer(scale_M, moves_E)) * together_ME + np.sqrt(chance_E) * alone_ME
+    )
     return drawn_ME / drawn_ME.sum(1, keepdims=True)
 
 
@@ -46,11 +65,13 @@ def merged(load_WE: np.ndarray) -> np.ndarray:
 
 
 def variogram(log_WE: np.ndarray, share_E: np.ndarray) -> tuple[float, float, float]:
-    """(rho, nugget, sill): the variance between windows at lag l is nugget + sill · (1 − rho^l). Least squares over the lags, experts weigh as
-    their load."""
+    """(rho, nugget, sill): the variance between windows at lag l is nugget + sill · (1 − rho^l).
+    Least squares over the lags, experts weigh as their load."""
     W = len(log_WE)
     lag_L = np.arange(1, max(1, W * 2 // 3) + 1)
-    half_L = np.array([((log_WE[lag:] - log_WE[:-lag]) ** 2).mean(0) @ share_E / 2 for lag in lag_L])
+    half_L = np.array(
+        [((log_WE[lag:] - log_WE[:-lag]) ** 2).mean(0) @ share_E / 2 for lag in lag_L]
+    )
     pairs_L = W - lag_L
     best, least = (0.0, float(np.average(half_L, weights=pairs_L)), 0.0), np.inf
     for rho in RHOS:
@@ -65,9 +86,11 @@ def variogram(log_WE: np.ndarray, share_E: np.ndarray) -> tuple[float, float, fl
     return best
 
 
-def kriging(W: int, H: int, rho: float, nugget: float, sill: float) -> tuple[np.ndarray, np.ndarray]:
-    """The weights [H, W] of the windows seen in the best linear forecast of each of the next H, the mean being unknown; and the variance of
-    what comes around its forecast, [H]."""
+def kriging(
+    W: int, H: int, rho: float, nugget: float, sill: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weights [H, W] of the windows seen in the best linear forecast of each of the next H, the
+    mean being unknown; and the variance of what comes around its forecast, [H]."""
     apart = np.abs(np.subtract.outer(np.arange(W + H), np.arange(W + H)))
     covariance = sill * rho**apart + nugget * (apart == 0)
     seen_WW, ahead_HW = covariance[:W, :W], covariance[W:, :W]
@@ -75,5 +98,7 @@ def kriging(W: int, H: int, rho: float, nugget: float, sill: float) -> tuple[np.
     system[:W, :W] = seen_WW + max(sill + nugget, 1e-12) * 1e-9 * np.eye(W)
     system[W, W] = 0
     solved = np.linalg.solve(system, np.vstack([ahead_HW.T, np.ones(H)]))[:W]
-    variance_H = sill + nugget - 2 * (solved * ahead_HW.T).sum(0) + (solved * (seen_WW @ solved)).sum(0)
+    variance_H = (
+        sill + nugget - 2 * (solved * ahead_HW.T).sum(0) + (solved * (seen_WW @ solved)).sum(0)
+    )
     return solved.T, np.maximum(variance_H, 0)

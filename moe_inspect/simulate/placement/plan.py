@@ -1,8 +1,9 @@
 """Plan files: the placement of `simulate placement` as engines read it.
 
-sglang (.json): --init-expert-location, {"physical_to_logical_map": [layers, slots]}; the rows are all blocks of the model, as SGLang
-counts them, and a block without a placement has its experts in order. tensorrt-llm (.yaml): the MoE layers by their number.
-vllm-ascend (.json): expert_map_path, the MoE layers counted from 0 in the order of the model, the devices of each.
+sglang (.json): --init-expert-location, {"physical_to_logical_map": [layers, slots]}; the rows are
+all blocks of the model, as SGLang counts them, and a block without a placement has its experts in
+order. tensorrt-llm (.yaml): the MoE layers by their number. vllm-ascend (.json): expert_map_path,
+the MoE layers counted from 0 in the order of the model, the devices of each.
 """
 
 from __future__ import annotations
@@ -19,22 +20,34 @@ ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 
 
 def write_plan(simulation: Simulation, path: str | Path, engine: str | None = None) -> str:
-    """Writes the plan (the table "plan") for an engine of ENGINES, by default the one of the path's ending. Returns what was written, in words."""
+    """Writes the plan (the table "plan") for an engine of ENGINES, by default the one of the path's
+    ending. Returns what was written, in words."""
     path = Path(path)
     table: Any = simulation.tables["plan"]
     engine = engine or ENDINGS.get(path.suffix.lower())
     if engine is None:
-        raise MoeInspectError(f"no plan goes by the ending of {path}: .json is SGLang's, .yaml TensorRT-LLM's")
+        raise MoeInspectError(
+            f"no plan goes by the ending of {path}: .json is SGLang's, .yaml TensorRT-LLM's"
+        )
     if engine not in ENGINES:
         raise MoeInspectError(f"no plan for {engine}: there are {', '.join(ENGINES)}")
     slots = {layer: mine["expert"].tolist() for layer, mine in table.groupby("layer")}
-    if table.groupby("layer")["router"].nunique().max() > 1 or len({len(row) for row in slots.values()}) > 1:
-        raise MoeInspectError("a plan has one router a layer, with the same number of slots: choose such layers with --layers")
+    if (
+        table.groupby("layer")["router"].nunique().max() > 1
+        or len({len(row) for row in slots.values()}) > 1
+    ):
+        raise MoeInspectError(
+            "a plan has one router a layer, with the same number of slots: choose such layers "
+            "with --layers"
+        )
     text = ENGINES[engine](slots, int(table["expert"].max()) + 1, simulation.settings)
     with writing(path):
         path.write_text(text)
     P = len(next(iter(slots.values())))
-    return f"{table['policy'].iloc[0]}, {len(slots)} MoE layers of {P} slots on {simulation.settings['gpus']} GPUs, for {engine}"
+    return (
+        f"{table['policy'].iloc[0]}, {len(slots)} MoE layers of {P} slots on "
+        f"{simulation.settings['gpus']} GPUs, for {engine}"
+    )
 
 
 def _every(layers: Any, slots: dict[int, list[int]], E: int) -> list[list[int]]:
@@ -44,13 +57,19 @@ def _every(layers: Any, slots: dict[int, list[int]], E: int) -> list[list[int]]:
 
 
 def _sglang(slots: dict[int, list[int]], E: int, settings: dict[str, Any]) -> str:
-    return json.dumps({"physical_to_logical_map": _every(range(settings["layers"]), slots, E)}) + "\n"
+    return (
+        json.dumps({"physical_to_logical_map": _every(range(settings["layers"]), slots, E)}) + "\n"
+    )
 
 
 def _tensorrt_llm(slots: dict[int, list[int]], E: int, settings: dict[str, Any]) -> str:
     import yaml
 
-    plan = {"num_slots": len(next(iter(slots.values()))), "initial_global_assignments": slots, "layer_updates_per_iter": 0}
+    plan = {
+        "num_slots": len(next(iter(slots.values()))),
+        "initial_global_assignments": slots,
+        "layer_updates_per_iter": 0,
+    }
     return yaml.safe_dump(plan, default_flow_style=None, sort_keys=False, width=10_000)
 
 
@@ -58,7 +77,9 @@ def _vllm_ascend(slots: dict[int, list[int]], E: int, settings: dict[str, Any]) 
     gpus, layers = settings["gpus"], []
     for number, row in enumerate(_every(settings["moe_layers"], slots, E)):
         room = len(row) // gpus
-        devices = [{"device_id": g, "device_expert": row[g * room : (g + 1) * room]} for g in range(gpus)]
+        devices = [
+            {"device_id": g, "device_expert": row[g * room : (g + 1) * room]} for g in range(gpus)
+        ]
         layers.append({"layer_id": number, "device_count": gpus, "device_list": devices})
     return json.dumps({"moe_layer_count": len(layers), "layer_list": layers}) + "\n"
 

@@ -1,8 +1,9 @@
 """The POLICIES of placement: from the loads of one router's experts to the expert of each slot.
 
-E experts, W windows, P slots, G GPUs, S = P / G slots of a GPU; slot p is on GPU p // S. A policy is called with the load of each expert,
-[E], or that of each window, [W, E], and a Layout, and returns the expert of each slot, int64 [P]. What @policy decorates gets the sum over
-the windows, what @window_policy decorates gets them all.
+E experts, W windows, P slots, G GPUs, S = P / G slots of a GPU; slot p is on GPU p // S. A policy
+is called with the load of each expert, [E], or that of each window, [W, E], and a Layout, and
+returns the expert of each slot, int64 [P]. What @policy decorates gets the sum over the windows,
+what @window_policy decorates gets them all.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ POLICIES: dict[str, Policy] = {}
 
 @dataclass(frozen=True)
 class Layout:
-    """Where replicas can go: `slots` in all, the same number on each GPU, the same number of GPUs on each node. `groups`: of
-    experts, which a router with group-limited routing chooses among (DeepSeek-V3)."""
+    """Where replicas can go: `slots` in all, the same number on each GPU, the same number of GPUs
+    on each node. `groups`: of experts, which a router with group-limited routing chooses among
+    (DeepSeek-V3)."""
 
     slots: int
     gpus: int
@@ -34,13 +36,17 @@ class Layout:
 
 def policy(function: Policy) -> Policy:
     """Registers a policy of the whole load under the function's name, with hyphens."""
-    POLICIES[function.__name__.replace("_", "-")] = lambda load, layout: function(np.atleast_2d(load).sum(0), layout)
+    POLICIES[function.__name__.replace("_", "-")] = lambda load, layout: function(
+        np.atleast_2d(load).sum(0), layout
+    )
     return function
 
 
 def window_policy(function: Policy) -> Policy:
     """Registers a policy of the loads of windows."""
-    POLICIES[function.__name__.replace("_", "-")] = lambda load, layout: function(np.atleast_2d(load), layout)
+    POLICIES[function.__name__.replace("_", "-")] = lambda load, layout: function(
+        np.atleast_2d(load), layout
+    )
     return function
 
 
@@ -59,9 +65,12 @@ def round_robin(load_E: np.ndarray, layout: Layout) -> np.ndarray:
 
 @policy
 def greedy(load_E: np.ndarray, layout: Layout) -> np.ndarray:
-    """One more replica for each of the busiest experts, as far as the slots go; then the heaviest first, each to the lightest GPU."""
+    """One more replica for each of the busiest experts, as far as the slots go; then the heaviest
+    first, each to the lightest GPU."""
     E = len(load_E)
-    expert_P = np.concatenate([np.arange(E), np.resize(np.argsort(-load_E, kind="stable"), layout.slots - E)])
+    expert_P = np.concatenate(
+        [np.arange(E), np.resize(np.argsort(-load_E, kind="stable"), layout.slots - E)]
+    )
     each_P = (load_E / np.bincount(expert_P, minlength=E))[expert_P]
     gpu_P, place_P = published.pack(each_P, layout.gpus)
     placed_P = np.empty(layout.slots, np.int64)
@@ -71,7 +80,8 @@ def greedy(load_E: np.ndarray, layout: Layout) -> np.ndarray:
 
 @policy
 def eplb(load_E: np.ndarray, layout: Layout) -> np.ndarray:
-    """EPLB as DeepSeek published it, ties aside: hierarchical where the groups divide among the nodes, else global."""
+    """EPLB as DeepSeek published it, ties aside: hierarchical where the groups divide among the
+    nodes, else global."""
     return published.eplb(load_E, layout.slots, layout.groups, layout.nodes, layout.gpus)
 
 
@@ -83,7 +93,8 @@ def eplb_global(load_E: np.ndarray, layout: Layout) -> np.ndarray:
 
 @window_policy
 def ours(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
-    """A local search from EPLB's placements, replicas of an expert apart. With windows, the placement is fitted to windows that may come."""
+    """A local search from EPLB's placements, replicas of an expert apart. With windows, the
+    placement is fitted to windows that may come."""
     load_E, load_WE = load_WE.sum(0), load_WE[load_WE.any(axis=1)]
     starts = [eplb(load_E, layout), eplb_global(load_E, layout)]
     if len(load_WE) < FEWEST or layout.slots // layout.gpus >= len(load_E):
@@ -94,14 +105,16 @@ def ours(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def shares(expert_P: np.ndarray, E: int, parts: int) -> np.ndarray:
-    """The share of each expert's load that each of `parts` equal runs of slots (GPUs, or nodes) gets. float64 [E, parts]"""
+    """The share of each expert's load that each of `parts` equal runs of slots (GPUs, or nodes)
+    gets. float64 [E, parts]"""
     share_EG = np.zeros((E, parts))
     np.add.at(share_EG, (expert_P, np.arange(len(expert_P)) * parts // len(expert_P)), 1)
     return share_EG / share_EG.sum(1, keepdims=True)
 
 
 def colocated(expert_P: np.ndarray, gpus: int) -> int:
-    """Replicas that share a GPU with another of the same expert, of experts with no more replicas than there are GPUs."""
+    """Replicas that share a GPU with another of the same expert, of experts with no more replicas
+    than there are GPUs."""
     slots_GS = np.sort(expert_P.reshape(gpus, -1), axis=1)
     few_E = np.bincount(expert_P) <= gpus
     return int(((slots_GS[:, 1:] == slots_GS[:, :-1]) & few_E[slots_GS[:, 1:]]).sum())

@@ -1,8 +1,9 @@
-"""How many GPUs (or nodes) a token reaches under a placement: the loop over every decision, its plain twin, and a search for
-placements that reach fewer.
+"""How many GPUs (or nodes) a token reaches under a placement: the loop over every decision, its
+plain twin, and a search for placements that reach fewer.
 
-T tokens, K slots, E experts, G GPUs, P physical slots, S = P / G of a GPU, M decisions of a sample. Of each chosen expert one replica
-is used, any with the same chance and independently: GPU g is reached with probability 1 − Π (1 − its share of the expert).
+T tokens, K slots, E experts, G GPUs, P physical slots, S = P / G of a GPU, M decisions of a sample.
+Of each chosen expert one replica is used, any with the same chance and independently: GPU g is
+reached with probability 1 − Π (1 − its share of the expert).
 """
 # ruff: noqa: NPY002 (compiled code draws from numba's own generator)
 
@@ -14,15 +15,20 @@ import numpy as np
 from numba import njit
 
 PROPOSALS = 60_000  # exchanges tried
-DENSE = 128  # GPUs up to which going through all of them beats looking up those that have a replica; an eighth, where none has
+# GPUs up to which going through all of them beats looking up those that have a replica; an eighth,
+# where none has
+DENSE = 128
 HEAT = 0.02  # of the first temperature, reached GPUs a decision that chose the expert
 
 
 def counter(share_EG: np.ndarray) -> Callable[[np.ndarray], float]:
-    """ids_KT → the sum over decisions of the GPUs each is expected to reach, as `placement.reached_numpy`; the quicker of two ways."""
+    """ids_KT → the sum over decisions of the GPUs each is expected to reach, as
+    `placement.reached_numpy`; the quicker of two ways."""
     gpus = share_EG.shape[1]
     if gpus <= (DENSE if ((share_EG > 0).sum(1) > 1).any() else DENSE // 8):
-        miss_EG = np.vstack([1 - share_EG, np.ones(gpus)]).astype(np.float32)  # the last row: a slot that routed nowhere
+        miss_EG = np.vstack([1 - share_EG, np.ones(gpus)]).astype(
+            np.float32
+        )  # the last row: a slot that routed nowhere
         return lambda ids_KT: reached_dense(ids_KT, miss_EG)
     table = table_of(share_EG)
     return lambda ids_KT: reached(ids_KT, *table, gpus)
@@ -30,7 +36,8 @@ def counter(share_EG: np.ndarray) -> Callable[[np.ndarray], float]:
 
 @njit(nogil=True, cache=True)
 def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray) -> float:
-    """GPU by GPU, many at once and without a branch: quicker on few GPUs, and on more where experts are replicated."""
+    """GPU by GPU, many at once and without a branch: quicker on few GPUs, and on more where experts
+    are replicated."""
     K, T = ids_KT.shape
     nowhere, gpus = len(miss_EG) - 1, miss_EG.shape[1]
     miss_G, missed_G = np.empty(gpus, np.float32), np.zeros(gpus)
@@ -46,8 +53,8 @@ def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray) -> float:
 
 
 def table_of(share_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For `reached`: sole_E int64 (the one GPU that has the expert, else −1), and the GPUs of the others: start_E [E + 1], gpu_C,
-    share_C."""
+    """For `reached`: sole_E int64 (the one GPU that has the expert, else −1), and the GPUs of the
+    others: start_E [E + 1], gpu_C, share_C."""
     sole_E = np.where((share_EG > 0).sum(1) == 1, share_EG.argmax(1), -1)
     expert_C, gpu_C = np.nonzero(share_EG * (sole_E < 0)[:, None])
     start_E = np.searchsorted(expert_C, np.arange(len(share_EG) + 1))
@@ -55,10 +62,22 @@ def table_of(share_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 
 
 @njit(nogil=True, cache=True)
-def reached(ids_KT: np.ndarray, sole_E: np.ndarray, start_E: np.ndarray, gpu_C: np.ndarray, share_C: np.ndarray, gpus: int) -> float:
-    """The same by looking up which GPUs have the experts: quicker where each expert is on one, or there are very many GPUs."""
+def reached(
+    ids_KT: np.ndarray,
+    sole_E: np.ndarray,
+    start_E: np.ndarray,
+    gpu_C: np.ndarray,
+    share_C: np.ndarray,
+    gpus: int,
+) -> float:
+    """The same by looking up which GPUs have the experts: quicker where each expert is on one, or
+    there are very many GPUs."""
     K, T = ids_KT.shape
-    sure_G, maybe_G, miss_G = np.full(gpus, -1, np.int64), np.full(gpus, -1, np.int64), np.zeros(gpus)
+    sure_G, maybe_G, miss_G = (
+        np.full(gpus, -1, np.int64),
+        np.full(gpus, -1, np.int64),
+        np.zeros(gpus),
+    )
     total = 0.0
     for t in range(T):
         count = split = 0
@@ -86,7 +105,9 @@ def reached(ids_KT: np.ndarray, sole_E: np.ndarray, start_E: np.ndarray, gpu_C: 
                 if maybe_G[g] != t:
                     maybe_G[g] = t
                     miss_G[g] = 1.0
-                total += miss_G[g] * share_C[c]  # the chance that this expert is the first to reach the GPU
+                total += (
+                    miss_G[g] * share_C[c]
+                )  # the chance that this expert is the first to reach the GPU
                 miss_G[g] *= 1.0 - share_C[c]
     return total
 
@@ -103,11 +124,21 @@ def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray)
 
 
 @njit(nogil=True, cache=True)
-def anneal(ids_KM: np.ndarray, slots_GS: np.ndarray, load_E: np.ndarray, limit: float, proposals: int, heat: float, seed: int) -> None:
-    """Exchanges slots of `slots_GS` in place so that the decisions of the sample reach fewer GPUs, no GPU loaded beyond `limit`.
+def anneal(
+    ids_KM: np.ndarray,
+    slots_GS: np.ndarray,
+    load_E: np.ndarray,
+    limit: float,
+    proposals: int,
+    heat: float,
+    seed: int,
+) -> None:
+    """Exchanges slots of `slots_GS` in place so that the decisions of the sample reach fewer GPUs,
+    no GPU loaded beyond `limit`.
 
-    Simulated annealing on the exact expectation: for each decision and GPU it keeps the number of chosen experts that are there
-    alone, and the probability that none of the replicated ones is used there."""
+    Simulated annealing on the exact expectation: for each decision and GPU it keeps the number of
+    chosen experts that are there alone, and the probability that none of the replicated ones is
+    used there."""
     K, M = ids_KM.shape
     G, S = slots_GS.shape
     E = len(load_E)
@@ -145,13 +176,17 @@ def anneal(ids_KM: np.ndarray, slots_GS: np.ndarray, load_E: np.ndarray, limit: 
         if g == h or a == b or copies_GE[h, a] > 0 or copies_GE[g, b] > 0:
             continue
         change = load_E[a] / replicas_E[a] - load_E[b] / replicas_E[b]
-        if (load_G[h] + change > limit and change > 0) or (load_G[g] - change > limit and change < 0):
+        if (load_G[h] + change > limit and change > 0) or (
+            load_G[g] - change > limit and change < 0
+        ):
             continue
         difference = 0.0
         for e, came, went in ((a, h, g), (b, g, h)):
             for c in range(start_E[e], start_E[e + 1]):
                 m = decision_N[c]
-                difference += _shift(sure_MG, miss_MG, m, went, replicas_E[e], -1) + _shift(sure_MG, miss_MG, m, came, replicas_E[e], 1)
+                difference += _shift(sure_MG, miss_MG, m, went, replicas_E[e], -1) + _shift(
+                    sure_MG, miss_MG, m, came, replicas_E[e], 1
+                )
         affected = start_E[a + 1] - start_E[a] + start_E[b + 1] - start_E[b]
         warmth = heat * (1 - n / proposals) * max(1, affected)
         if difference <= 0 or np.random.random() < np.exp(-difference / max(warmth, 1e-9)):
@@ -171,7 +206,8 @@ def anneal(ids_KM: np.ndarray, slots_GS: np.ndarray, load_E: np.ndarray, limit: 
 
 @njit(nogil=True, cache=True)
 def _shift(sure_MG, miss_MG, m, g, replicas, step):
-    """One replica of a chosen expert comes to (+1) or leaves (−1) the GPU: by how much the reached GPUs change."""
+    """One replica of a chosen expert comes to (+1) or leaves (−1) the GPU: by how much the reached
+    GPUs change."""
     before = 1.0 if sure_MG[m, g] > 0 else 1.0 - miss_MG[m, g]
     if replicas == 1:
         sure_MG[m, g] += step
@@ -183,9 +219,11 @@ def _shift(sure_MG, miss_MG, m, g, replicas, step):
     return after - before
 
 
-def fewer_reached(expert_P: np.ndarray, gpus: int, load_E: np.ndarray, ids_KM: np.ndarray, limit: float) -> np.ndarray:
-    """A placement with the replicas of `expert_P`, exchanged among GPUs so that the sampled decisions reach fewer, no GPU loaded
-    beyond `limit` (or beyond what it was). int64 [P]"""
+def fewer_reached(
+    expert_P: np.ndarray, gpus: int, load_E: np.ndarray, ids_KM: np.ndarray, limit: float
+) -> np.ndarray:
+    """A placement with the replicas of `expert_P`, exchanged among GPUs so that the sampled
+    decisions reach fewer, no GPU loaded beyond `limit` (or beyond what it was). int64 [P]"""
     slots_GS = np.ascontiguousarray(expert_P.reshape(gpus, -1))
     if slots_GS.shape[1] > 1 and gpus > 1:
         anneal(ids_KM, slots_GS, load_E.astype(np.float64), limit, PROPOSALS, HEAT, 0)

@@ -1,7 +1,9 @@
-"""Our placement: a local search from the best of several constructions, EPLB's among them, with the replicas of an expert apart.
+"""Our placement: a local search from the best of several constructions, EPLB's among them, with the
+replicas of an expert apart.
 
-Moves lower the busiest GPU: two slots change places, or a slot goes from one replicated expert to another. Replicas share their
-expert's load evenly. E experts, P slots, G GPUs, S = P / G slots of a GPU. Deterministic.
+Moves lower the busiest GPU: two slots change places, or a slot goes from one replicated expert to
+another. Replicas share their expert's load evenly. E experts, P slots, G GPUs, S = P / G slots of a
+GPU. Deterministic.
 """
 
 from __future__ import annotations
@@ -13,18 +15,33 @@ import numpy as np
 from moe_inspect.simulate.placement.eplb import replicate
 from moe_inspect.simulate.placement.exact import as_light
 
-CLOSE = 1e-4  # relative to what no placement can undercut: nearer than this there is nothing to gain
+CLOSE = (
+    1e-4  # relative to what no placement can undercut: nearer than this there is nothing to gain
+)
 TRIES = 6  # moves of a replica that are followed up at a time
-FULL = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of a GPU's mean load: what a replica may carry at most, in one construction each
-KICKS, SLOT_KICKS, PATIENT_KICKS = 12, 2_048, 600  # random disturbances: at least; that ÷ slots; while a start is still ahead of the search
+FULL = (
+    1.0,
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+    0.4,
+    0.3,
+)  # of a GPU's mean load: what a replica may carry at most, in one construction each
+KICKS, SLOT_KICKS, PATIENT_KICKS = (
+    12,
+    2_048,
+    600,
+)  # random disturbances: at least; that ÷ slots; while a start is still ahead of the search
 MOVES = 8  # replicas moved in a disturbance, at most: one or two do not get out of some valleys
 CANDIDATES = 20_000  # replica moves looked at in a round
 SMALLEST = 1e-9  # relative; below this a gain is rounding
 
 
 class State:
-    """A placement under search. slots_GS: expert of each slot; copies_GE: replicas of an expert on a GPU. `crowds`: whether the search
-    may give an expert more replicas than there are GPUs."""
+    """A placement under search. slots_GS: expert of each slot; copies_GE: replicas of an expert on
+    a GPU. `crowds`: whether the search may give an expert more replicas than there are GPUs."""
 
     def __init__(self, load_E: np.ndarray, slots_GS: np.ndarray, crowds: bool = False):
         self.load_E, self.slots_GS, self.crowds = load_E, slots_GS.copy(), crowds
@@ -70,14 +87,17 @@ class State:
 
 
 def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarray]) -> np.ndarray:
-    """The expert of each slot, int64 [P], from `starts`, placements [P] of others. No two replicas of an expert are on one GPU, unless
-    it has more than there are GPUs. The heaviest GPU is no heavier than in any start that keeps them apart too. One that does not can
-    be lighter than all that do: EPLB's for 6 of 5,000 random Zipf loads, each of 8 experts, by 0.4 % at most. Where a start is still
-    ahead after some kicks and there are few enough placements, all are tried."""
+    """The expert of each slot, int64 [P], from `starts`, placements [P] of others. No two replicas
+    of an expert are on one GPU, unless it has more than there are GPUs. The heaviest GPU is no
+    heavier than in any start that keeps them apart too. One that does not can be lighter than all
+    that do: EPLB's for 6 of 5,000 random Zipf loads, each of 8 experts, by 0.4 % at most. Where a
+    start is still ahead after some kicks and there are few enough placements, all are tried."""
     E, S = len(load_E), slots // gpus
     if S >= E:  # the same experts on every GPU: the load is the same too
         spare = np.argsort(-load_E, kind="stable")[: S % E]
-        return np.tile(np.concatenate([np.tile(np.arange(E), S // E), spare]), gpus).astype(np.int64)
+        return np.tile(np.concatenate([np.tile(np.arange(E), S // E), spare]), gpus).astype(
+            np.int64
+        )
     load_E = load_E.astype(np.float64)
     _, replicas_E = replicate(load_E, slots, most=gpus)
     bound = max(load_E.sum() / gpus, float((load_E / replicas_E).max()))
@@ -89,8 +109,16 @@ def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarra
         improve(state, bound)
     best = min(states, key=lambda state: state.most)
     rng = np.random.default_rng(0)
-    for crowds in (False, True):  # the latter only where a start is still ahead: what so many replicas gain is lost on other loads
-        best, few = State(load_E, best.slots_GS, crowds), 0 if crowds else max(KICKS, SLOT_KICKS // slots)
+    for crowds in (
+        False,
+        True,
+    ):
+        # the latter only where a start is still ahead: what so many replicas gain is lost on other
+        # loads
+        best, few = (
+            State(load_E, best.slots_GS, crowds),
+            0 if crowds else max(KICKS, SLOT_KICKS // slots),
+        )
         for kick in range(PATIENT_KICKS):
             ahead = best.most > target * (1 + SMALLEST)
             if not ahead and (kick >= few or best.most <= bound * (1 + CLOSE)):
@@ -106,8 +134,9 @@ def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarra
 
 
 def _thrifty(load_E: np.ndarray, slots: int, gpus: int) -> list[np.ndarray]:
-    """Replicas of each expert, int64 [E], several ways: as few as keep a replica within a share of a GPU's mean load, and of what is
-    left one more for each of the lightest, where it disturbs least."""
+    """Replicas of each expert, int64 [E], several ways: as few as keep a replica within a share of
+    a GPU's mean load, and of what is left one more for each of the lightest, where it disturbs
+    least."""
     found: dict[bytes, np.ndarray] = {}
     lightest, mean = np.argsort(load_E, kind="stable"), load_E.sum() / gpus or 1.0
     for full in FULL:
@@ -120,7 +149,8 @@ def _thrifty(load_E: np.ndarray, slots: int, gpus: int) -> list[np.ndarray]:
 
 
 def packed(load_E: np.ndarray, replicas_E: np.ndarray, gpus: int) -> np.ndarray:
-    """The heaviest replica first, each to the lightest GPU with room that lacks its expert (where there is one). int64 [P]"""
+    """The heaviest replica first, each to the lightest GPU with room that lacks its expert (where
+    there is one). int64 [P]"""
     each_E, S = load_E / replicas_E, int(replicas_E.sum()) // gpus
     expert_P = np.repeat(np.arange(len(load_E)), replicas_E)
     placed: list[list[int]] = [[] for _ in range(gpus)]
@@ -134,17 +164,24 @@ def packed(load_E: np.ndarray, replicas_E: np.ndarray, gpus: int) -> np.ndarray:
 
 
 def apart(state: State) -> State | None:
-    """Exchanges replicas that share a GPU for others, at the least cost to the heavier of the two GPUs. Each exchange leaves one
-    pair fewer. None where one is left: only where an expert that has more replicas than there are GPUs, which may share one, is in the way."""
+    """Exchanges replicas that share a GPU for others, at the least cost to the heavier of the two
+    GPUs. Each exchange leaves one pair fewer. None where one is left: only where an expert that has
+    more replicas than there are GPUs, which may share one, is in the way."""
     G, S = state.slots_GS.shape
     while len(crowded := np.argwhere((state.copies_GE > 1) & (state.replicas_E <= G))):
         h, a = (int(v) for v in crowded[0])
         i = int(np.argmax(state.slots_GS[h] == a))
         b_GS = state.slots_GS
         twice_GS = np.take_along_axis(state.copies_GE, b_GS, 1) > 1
-        allowed_GS = (state.copies_GE[:, a] == 0)[:, None] & ((state.copies_GE[h, b_GS] == 0) | twice_GS)
+        allowed_GS = (state.copies_GE[:, a] == 0)[:, None] & (
+            (state.copies_GE[h, b_GS] == 0) | twice_GS
+        )
         gain_GS = state.each_E[a] - state.each_E[b_GS]
-        cost_GS = np.where(allowed_GS, np.maximum(state.load_G[h] - gain_GS, state.load_G[:, None] + gain_GS), np.inf)
+        cost_GS = np.where(
+            allowed_GS,
+            np.maximum(state.load_G[h] - gain_GS, state.load_G[:, None] + gain_GS),
+            np.inf,
+        )
         g, j = divmod(int(cost_GS.argmin()), S)
         if not allowed_GS[g, j]:
             return None
@@ -153,7 +190,8 @@ def apart(state: State) -> State | None:
 
 
 def descend(state: State) -> None:
-    """Exchanges a slot of the busiest GPU for that of another, the best exchange first, as long as it helps."""
+    """Exchanges a slot of the busiest GPU for that of another, the best exchange first, as long as
+    it helps."""
     S, free_E = state.slots_GS.shape[1], state.free_E
     takes_EG = (state.copies_GE == 0).T | free_E[:, None]
     while True:
@@ -162,7 +200,9 @@ def descend(state: State) -> None:
         gain_SP = state.each_E[a_S][:, None] - state.each_E[state.slots_GS].reshape(1, -1)
         other_SP = np.repeat(state.load_G, S)[None] + gain_SP
         worse_SP = np.maximum(most - gain_SP, other_SP)
-        allowed_SP = np.repeat(takes_EG[a_S], S, axis=1) & takes_EG[state.slots_GS.reshape(-1), h][None]
+        allowed_SP = (
+            np.repeat(takes_EG[a_S], S, axis=1) & takes_EG[state.slots_GS.reshape(-1), h][None]
+        )
         worse_SP[~allowed_SP] = np.inf
         i, p = divmod(int(worse_SP.argmin()), worse_SP.shape[1])
         if not worse_SP[i, p] < most * (1 - SMALLEST):
@@ -191,11 +231,14 @@ def improve(state: State, bound: float) -> None:
 
 
 def replica_moves(state: State) -> list[tuple[int, int, int]]:
-    """(GPU, slot, expert that it gets) of the moves of a replica that leave the lightest heaviest GPU: more replicas of what the
-    busiest GPU holds, or a replicated expert leaves it."""
+    """(GPU, slot, expert that it gets) of the moves of a replica that leave the lightest heaviest
+    GPU: more replicas of what the busiest GPU holds, or a replicated expert leaves it."""
     S = state.slots_GS.shape[1]
     h, on_GE = int(state.load_G.argmax()), state.copies_GE > 0
-    p_M, y_M = (m.reshape(-1) for m in np.meshgrid(_spare(state), np.arange(len(state.load_E)), indexing="ij"))
+    p_M, y_M = (
+        m.reshape(-1)
+        for m in np.meshgrid(_spare(state), np.arange(len(state.load_E)), indexing="ij")
+    )
     g_M, x_M = p_M // S, state.slots_GS.reshape(-1)[p_M]
     helps_M = (on_GE[h, y_M] | (g_M == h)) & state.grows_GE[g_M, y_M] & (x_M != y_M)
     p_M, y_M, g_M, x_M = p_M[helps_M], y_M[helps_M], g_M[helps_M], x_M[helps_M]
@@ -217,7 +260,8 @@ def replica_moves(state: State) -> list[tuple[int, int, int]]:
 
 
 def _spare(state: State) -> np.ndarray:
-    """Slots of experts that can do without one: where one replica fewer leaves as many as there are GPUs, they must then be apart."""
+    """Slots of experts that can do without one: where one replica fewer leaves as many as there are
+    GPUs, they must then be apart."""
     G, S = state.slots_GS.shape
     expert_P, gpu_P = state.slots_GS.reshape(-1), np.repeat(np.arange(G), S)
     replicas_P = state.replicas_E[expert_P]
@@ -226,7 +270,8 @@ def _spare(state: State) -> np.ndarray:
 
 
 def kicked(state: State, rng: np.random.Generator) -> State:
-    """A few slots exchanged at random, one of them on the busiest GPU, after perhaps some replicas moved at random."""
+    """A few slots exchanged at random, one of them on the busiest GPU, after perhaps some replicas
+    moved at random."""
     new = State(state.load_E, state.slots_GS, state.crowds)
     G, S = state.slots_GS.shape
     moves = (0, 0, 1, int(rng.integers(2, MOVES + 1)))[int(rng.integers(4))]

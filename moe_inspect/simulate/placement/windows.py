@@ -22,8 +22,8 @@ MOST_WINDOWS = 4_096
 
 @dataclass(frozen=True)
 class Windows:
-    """Tokens in order, each rank's on their own: window w covers the shares edge_W[w] to edge_W[w + 1] of every rank's tokens, the
-    first `fit` of them are what is fitted on."""
+    """Tokens in order, each rank's on their own: window w covers the shares edge_W[w] to edge_W[w +
+    1] of every rank's tokens, the first `fit` of them are what is fitted on."""
 
     edge_W: np.ndarray
     fit: int
@@ -43,7 +43,9 @@ def counted(trace: Trace, selection: Selection) -> tuple[Windows, dict[int, np.n
     loads = {}
     for r in selection.routers:
         mine = table[table["router"] == r]
-        load_E = np.bincount(mine["expert"].to_numpy(), mine["assignments"].to_numpy(), trace.routers[r].experts)
+        load_E = np.bincount(
+            mine["expert"].to_numpy(), mine["assignments"].to_numpy(), trace.routers[r].experts
+        )
         loads[r] = load_E[None].astype(np.int64)
     return Windows(np.array([0.0, 1.0]), 1, trace.n_tokens), loads
 
@@ -52,14 +54,21 @@ def windows_of(trace: Trace, selection: Selection, fit_share: float, window: int
     tokens = sum(_selected(trace, selection).values())
     if not tokens:
         raise MoeInspectError(
-            f"{trace.path} holds no tokens of what was selected" if trace.n_tokens else f"{trace.path} holds no tokens yet"
+            f"{trace.path} holds no tokens of what was selected"
+            if trace.n_tokens
+            else f"{trace.path} holds no tokens yet"
         )
     whole = WINDOWS if window is None else -(-tokens // window)
     if whole > MOST_WINDOWS:
-        raise MoeInspectError(f"windows of {window} tokens make {whole:,} of {tokens:,}: give at least {-(-tokens // MOST_WINDOWS)}")
+        raise MoeInspectError(
+            f"windows of {window} tokens make {whole:,} of {tokens:,}: give at least "
+            f"{-(-tokens // MOST_WINDOWS)}"
+        )
     fit = max(1, round(whole * fit_share))
     rest = 0 if fit_share == 1 else max(1, whole - fit)
-    edge_W = np.concatenate([np.linspace(0, fit_share, fit + 1), np.linspace(fit_share, 1, rest + 1)[1:]])
+    edge_W = np.concatenate(
+        [np.linspace(0, fit_share, fit + 1), np.linspace(fit_share, 1, rest + 1)[1:]]
+    )
     return Windows(edge_W, fit, tokens)
 
 
@@ -67,18 +76,25 @@ def _selected(trace: Trace, selection: Selection) -> dict[int, int]:
     """The tokens selected of each rank."""
     found: dict[int, int] = {}
     for shard in trace.shards:
-        found[shard.files.rank] = found.get(shard.files.rank, 0) + int(taken(shard, selection).sum())
+        found[shard.files.rank] = found.get(shard.files.rank, 0) + int(
+            taken(shard, selection).sum()
+        )
     return found
 
 
-def decisions(trace: Trace, selection: Selection, windows: Windows, since: int = 0) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(router, ids int16 [K, T], window of each token int64 [T]), shard by shard. What lies before the window `since` is not read."""
+def decisions(
+    trace: Trace, selection: Selection, windows: Windows, since: int = 0
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(router, ids int16 [K, T], window of each token int64 [T]), shard by shard. What lies before
+    the window `since` is not read."""
     of_rank, before = _selected(trace, selection), dict[int, int]()
     for shard in trace.shards:
         rank, taken_T = shard.files.rank, taken(shard, selection)
         place_T = before.get(rank, 0) + np.cumsum(taken_T) - 1
         before[rank] = before.get(rank, 0) + int(taken_T.sum())
-        window_T = np.searchsorted(windows.edge_W, place_T / max(1, of_rank[rank]), side="right") - 1
+        window_T = (
+            np.searchsorted(windows.edge_W, place_T / max(1, of_rank[rank]), side="right") - 1
+        )
         wanted_T = taken_T & (window_T >= since)
         if not wanted_T.any():
             continue
@@ -86,16 +102,27 @@ def decisions(trace: Trace, selection: Selection, windows: Windows, since: int =
         for r in selection.routers:
             if (stack := trace.routers[r].stack) not in of_stack:
                 seen_T = shard.seen(r)
-                of_stack[stack] = (wanted_T, window_T) if seen_T is None else (wanted_T[seen_T], window_T[seen_T])
+                of_stack[stack] = (
+                    (wanted_T, window_T) if seen_T is None else (wanted_T[seen_T], window_T[seen_T])
+                )
             kept_N, window_N = of_stack[stack]
             ids_KN = slots(shard, r)
             check_length(ids_KN.T, len(window_N), r)
-            yield (r, ids_KN, window_N) if kept_N.all() else (r, np.ascontiguousarray(ids_KN[:, kept_N]), window_N[kept_N])
+            yield (
+                (r, ids_KN, window_N)
+                if kept_N.all()
+                else (r, np.ascontiguousarray(ids_KN[:, kept_N]), window_N[kept_N])
+            )
 
 
-def loads_of(trace: Trace, selection: Selection, windows: Windows, small: bool) -> dict[int, np.ndarray]:
+def loads_of(
+    trace: Trace, selection: Selection, windows: Windows, small: bool
+) -> dict[int, np.ndarray]:
     """Assignments of each expert in each window, int64 [W, E], a router."""
-    loads = {r: np.zeros((len(windows.edge_W) - 1, trace.routers[r].experts), np.int64) for r in selection.routers}
+    loads = {
+        r: np.zeros((len(windows.edge_W) - 1, trace.routers[r].experts), np.int64)
+        for r in selection.routers
+    }
     if small:
         count = count_windows_numpy
     else:
