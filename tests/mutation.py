@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import multiprocessing
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -24,9 +25,18 @@ Place = tuple[str, str, int]  # file, qualified name, line
 
 
 def changed_source(module: ModuleType, old: str, new: str) -> str:
+    """The module's source with `new` for `old`. Line breaks and the commas before closing brackets do not count: a formatter
+    moves them."""
     source = Path(module.__file__ or "").read_text()
-    assert source.count(old) == 1, f"{source.count(old)} times in {module.__name__}: {old}"
-    return source.replace(old, new)
+    pieces = [re.escape(piece) for piece in re.findall(r"\w+|[^\w\s]", old)]
+    loose = "".join(
+        (r"\s*,?\s*" if piece in (r"\)", r"\]", r"\}") else r"\s*") * (n > 0) + piece
+        for n, piece in enumerate(pieces)
+    )
+    found = [m.span() for m in re.finditer(loose, source)]
+    assert len(found) == 1, f"{len(found)} times in {module.__name__}: {old}"
+    ((start, end),) = found
+    return source[:start] + new.strip() + source[end:]
 
 
 def mutation(module: ModuleType, old: str, new: str) -> Callable[[], None]:

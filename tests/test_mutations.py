@@ -1,6 +1,5 @@
-"""The tests of the kernels and the ring can fail: each mistake of this list, put in on purpose,
-makes one of their checks do so. Those of analysis, writer, reader and importers are in
-test_mutations_analysis."""
+"""The tests of the kernels and the ring can fail: each mistake of this list, put in on purpose, makes one of their checks do so.
+Those of analysis, writer, reader and importers are in test_mutations_analysis."""
 
 from __future__ import annotations
 
@@ -29,10 +28,8 @@ KERNELS = {
     "inverse not written": ("tl.store(inverse + i, place, mask=inside)", "pass"),
     "token of another slot": ("tl.store(token + place, i // K,", "tl.store(token + place, (i + 1) // K,"),
     "dropped last element": ("            inside = i < end\n", "            inside = i < end - 1\n"),
-    "dropped last row of the record": (("_room(at, limit, enabled, "
-        "T) * K\n        row"), "(_room(at, limit, enabled, T) - 1) * K\n        row"),
-    "shifted record": (("row = (at % (P * "
-        "pages)).to(tl.int32) + i // K"), "row = (at % (P * pages)).to(tl.int32) + i // K + 1"),
+    "dropped last row of the record": ("_room(at, limit, enabled, T) * K\n        row", "(_room(at, limit, enabled, T) - 1) * K\n        row"),
+    "shifted record": ("row = (at % (P * pages)).to(tl.int32) + i // K", "row = (at % (P * pages)).to(tl.int32) + i // K + 1"),
     "record of another slot": ("row % P * K + i % K", "row % P * K + (i + 1) % K"),
     "off-by-one page": ("page = row // P  #", "page = row // P + 1  #"),
     "the ring does not close": ("tl.where(page < pages, page, page - pages)", "page"),
@@ -40,19 +37,15 @@ KERNELS = {
     "disabled it records": (".to(tl.int32) * tl.load(enabled)", ".to(tl.int32)"),
     "disabled it moves on": ("at + T * on", "at + T"),
     "the cursor of another router": ("tl.store(cursor + lane, at", "tl.store(cursor + lane + 1, at"),
-    "nothing dropped": ("tl.load(dropped + lane) + T * on - _room", ("tl.load(dropped + lane) "
-        "+ 0 * T * on + 0 * _room")),
+    "nothing dropped": ("tl.load(dropped + lane) + T * on - _room", "tl.load(dropped + lane) + 0 * T * on + 0 * _room"),
     "strangers counted": ("inside & (raw >= 0) & (raw < E)", "inside & (raw >= 0) & (raw < E + 1)"),
-    "strangers lie among the experts": ("tl.gather(base_E, expert, 0), nowhere)", ("tl.gather(base_E, "
-        "expert, 0), nowhere - 1)")),
+    "strangers lie among the experts": ("tl.gather(base_E, expert, 0), nowhere)", "tl.gather(base_E, expert, 0), nowhere - 1)"),
     "the scan is inclusive": ("tl.cumsum(count, 0) - count, mask", "tl.cumsum(count, 0), mask"),
     "offsets from one": ("tl.store(offsets, 0)\n        _place", "tl.store(offsets, 1)\n        _place"),
     "weights of slot 0": ("tl.load(weights + t * K + k)", "tl.load(weights + t * K)"),
     "rows nobody wrote are summed": ("tl.where(place < end, H, 0)", "tl.where(place >= 0, H, 0)"),
-    "twin: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", ("tape.part(tape.ids, "
-        "(page + 1) % tape.pages)")),
-    "twin: shifted record": (("page % tape.pages)[row "
-        ": row + n], ids_TK"), "page % tape.pages)[row + 1 : row + n + 1], ids_TK"),
+    "twin: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", "tape.part(tape.ids, (page + 1) % tape.pages)"),
+    "twin: shifted record": ("page % tape.pages)[row : row + n], ids_TK", "page % tape.pages)[row + 1 : row + n + 1], ids_TK"),
     "twin: wrong weights": ("= weights_TK[done : done + n]", "= weights_TK[:n]"),
     "twin: beyond the limit": ("max(0, min(T, int(tape.limit) - first))", "T"),
     "twin: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
@@ -109,8 +102,7 @@ def run_kernel_checks(module: ModuleType) -> None:
 
 
 def run_ring_checks(module: ModuleType) -> None:
-    """Passes of sizes that fill pages exactly, almost, and not at all; handed over at once and
-    late."""
+    """Passes of sizes that fill pages exactly, almost, and not at all; handed over at once and late."""
     for behind in (0, 1, 3):
         test_ring.follow(module, [16, 1, 15, 40, 7, 33, 16, 40, 2, 40, 31] * 3, behind)
     test_ring.follow(module, [40, 23, 40, 40, 17, 40] * 4, 4, drop=True)

@@ -1,6 +1,5 @@
-"""The tests of counting, evidence, verdict, writer, reader and importers can fail: each mistake of
-this list, put in on purpose, makes one of them do so. The kernels' and the ring's are in
-test_mutations."""
+"""The tests of counting, evidence, verdict, writer, reader and importers can fail: each mistake of this list, put in on purpose, makes one
+of them do so. The kernels' and the ring's are in test_mutations."""
 
 from __future__ import annotations
 
@@ -90,8 +89,7 @@ MUTATIONS = {
     "pooled: half becomes twice": (verdict, 'row["max_vio"] / 2)', 'row["max_vio"] * 2)', by_sentence("pooled shows half")),
     "least used: within chance": (verdict, ">= 2 * chance_of", ">= 0 * chance_of", by_sentence("little used by chance")),
     "dead: chance is taken for death": (verdict, "if likely > 0.01:", "if likely > 0.5:", by_sentence("dead by chance")),
-    "a domain overloads as all do": (verdict, (' and row["ratio"] - 1 > '
-        '1.5 * overall["max_vio"]:'), ":", by_sentence("little more than all together")),
+    "a domain overloads as all do": (verdict, ' and row["ratio"] - 1 > 1.5 * overall["max_vio"]:', ":", by_sentence("little more than all together")),
     "passes: no floor": (verdict, '> row["noise_floor_batch"]', "> 0", by_sentence("by pass, as chance")),
     "specialised: a narrower margin": (verdict_routing, "> 1.5 * margin]", "> 1.0 * margin]", by(test_verdict_thresholds.test_domains, "within the margin")),
     # chance
@@ -99,63 +97,40 @@ MUTATIONS = {
     "design effect without n/(n − 1)": (uncertainty, ".sum()) * n / (n - 1)", ".sum())", by(test_uncertainty.test_the_design_effect_by_hand)),
     "Gaussian floor without E/(E − 1)": (uncertainty, "/ mean_load * E / (E - 1))", "/ mean_load)", by(test_uncertainty.test_the_gaussian_floor_by_hand)),
     "floor of independent picks": (uncertainty, "picks_J / experts_left", "k / E + 0 * picks_J", by(test_uncertainty.test_noise_floor_is_what_drawing_gives, 20, 16, 4)),
-    "n of n documents are drawn": (uncertainty, ("rng.multinomial(n - 1, np.full(n, "
-        "1 / n), size=R) * (n / (n - 1))"), ("rng.multinomial(n, np.full(n, "
-            "1 / n), size=R) * 1.0"), by(test_uncertainty.test_resampling_keeps_the_variance_of_a_mean)),
+    "n of n documents are drawn": (uncertainty, "rng.multinomial(n - 1, np.full(n, 1 / n), size=R) * (n / (n - 1))", "rng.multinomial(n, np.full(n, 1 / n), size=R) * 1.0", by(test_uncertainty.test_resampling_keeps_the_variance_of_a_mean)),
     "a 90 % interval": (uncertainty, "[0.025, 0.975]", "[0.05, 0.95]", by(test_uncertainty.test_an_interval_leaves_out_a_fortieth_at_each_end)),
-    "labels are drawn, not permuted": (uncertainty, ("rng.permuted(np.broadcast_to(labels_U, "
-        "(R, len(labels_U))), axis=1)"), "rng.choice(labels_U, (R, len(labels_U)))", by(test_uncertainty.test_permuting_keeps_every_label)),
+    "labels are drawn, not permuted": (uncertainty, "rng.permuted(np.broadcast_to(labels_U, (R, len(labels_U))), axis=1)", "rng.choice(labels_U, (R, len(labels_U)))", by(test_uncertainty.test_permuting_keeps_every_label)),
     # pairs
     "evidence: as if one pair were tested": (pair_tables, "np.log10(LUCK / self.tested)", "np.log10(LUCK)", by(test_evidence.test_one_pair_in_so_many_is_chance)),
     "evidence: one tail": (uncertainty, "(log_tail + np.log(2)) / np.log(10)", "log_tail / np.log(10)", by(test_evidence.test_tails_are_the_binomial_ones_far_out_too)),
-    "evidence: repeated tokens count": (pair_tables, ("max(1.0, self.effect) if "
-        "self.effect == self.effect else 1.0"), "1.0", by(test_evidence.test_one_pair_in_so_many_is_chance)),
-    "pairs by chance: of independent choices": (pairs, ("np.outer(weight_E, weight_E) "
-        "* others_EE * apart_EE"), "apart_EE", by(test_evidence.test_chance_is_that_of_sets_by_lot, 3, 5.0)),
+    "evidence: repeated tokens count": (pair_tables, "max(1.0, self.effect) if self.effect == self.effect else 1.0", "1.0", by(test_evidence.test_one_pair_in_so_many_is_chance)),
+    "pairs by chance: of independent choices": (pairs, "np.outer(weight_E, weight_E) * others_EE * apart_EE", "apart_EE", by(test_evidence.test_chance_is_that_of_sets_by_lot, 3, 5.0)),
     # counting
-    "unknown first choices are counted": (fragment, ("first_choice_DE if ranked "
-        "else None, weight_sum_DE"), "first_choice_DE, weight_sum_DE", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
+    "unknown first choices are counted": (fragment, "first_choice_DE if ranked else None, weight_sum_DE", "first_choice_DE, weight_sum_DE", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
     "unknown first choices repeat": (fragment, "first_same_U if ranked else None", "first_same_U", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
     "unknown first choices lead on": (fragment, "next_first_EN if ranked else None", "next_first_EN", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
-    "unknown first choices of counts": (fragment, ("first_choice_DE if "
-        "part.routers[r].first_choice_known else None"), "first_choice_DE", by(test_slot_order.test_counts_recorded_before_the_order_was_stated_have_no_first_choices)),
+    "unknown first choices of counts": (fragment, "first_choice_DE if part.routers[r].first_choice_known else None", "first_choice_DE", by(test_slot_order.test_counts_recorded_before_the_order_was_stated_have_no_first_choices)),
     "first choices of the second slot": (counting, "slots[:1], places.D, E)", "slots[1:2], places.D, E)", by_hand),
-    "weights are of one domain": (fragment, ("by.weight_sum(places.domain_T, "
-        "slots, weights, D, E)"), ("by.weight_sum(places.domain_T "
-            "* 0, slots, weights, D, E)"), by_hand),
-    "weights of the first slot": (counting, "np.concatenate(weights), X", ("np.concatenate(weights[:1] "
-        "* len(weights)), X"), by_hand),
-    "nowhere is an expert": (counting, ("return (row_T.astype(np.int64) * (E "
-        "+ 1) + np.stack(slots)).reshape(-1)"), ("return (row_T.astype(np.int64) * (E "
-            "+ 1) + np.minimum(np.stack(slots), E - "
-            "1)).reshape(-1)"), by_hand),
+    "weights are of one domain": (fragment, "by.weight_sum(places.domain_T, slots, weights, D, E)", "by.weight_sum(places.domain_T * 0, slots, weights, D, E)", by_hand),
+    "weights of the first slot": (counting, "np.concatenate(weights), X", "np.concatenate(weights[:1] * len(weights)), X", by_hand),
+    "nowhere is an expert": (counting, "return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)", "return (row_T.astype(np.int64) * (E + 1) + np.minimum(np.stack(slots), E - 1)).reshape(-1)", by_hand),
     "what routed nowhere is not told": (fragment, "k * len(slots[0]) - int(load_BE.sum())", "0 * int(load_BE.sum())", by_hand),
-    "pairs over the edges of sequences": (counting, ("same_T = np.r_[False, (d[1:] "
-        "== d[:-1]) & (s[1:] == s[:-1])]"), "same_T = np.r_[False, d[1:] == d[:-1]]", in_sequences),
-    "pairs over gaps": (counting, ("same_T & np.r_[False, "
-        "p[1:] == p[:-1] + 1]"), "same_T & np.r_[False, p[1:] > p[:-1]]", by(test_counting.test_tokens_that_do_not_follow_each_other_are_no_pair)),
+    "pairs over the edges of sequences": (counting, "same_T = np.r_[False, (d[1:] == d[:-1]) & (s[1:] == s[:-1])]", "same_T = np.r_[False, d[1:] == d[:-1]]", in_sequences),
+    "pairs over gaps": (counting, "same_T & np.r_[False, p[1:] == p[:-1] + 1]", "same_T & np.r_[False, p[1:] > p[:-1]]", by(test_counting.test_tokens_that_do_not_follow_each_other_are_no_pair)),
     "tokens in the order of the trace": (counting, "if not later_T.all():", "if False:", in_sequences),
     "segments a token longer": (counting, "place_T - run_start_T >= m - 1", "place_T - run_start_T >= m", in_sequences),
     "pairs of slots: each with itself": (counting, "slots[j:], E, E)", "slots[j - 1 :], E, E)", sums),
-    "windows a token late": (fragment, ("(first + seen.number_T) "
-        "// windows.tokens"), ("(first + seen.number_T "
-            "+ 1) // windows.tokens"), by(test_counting.test_windows_by_hand)),
-    "windows begin anew in every shard": (fragment, ("first = windows.before[shard.files.rank, "
-        "shard.files.index] if windows else 0"), "first = 0", by(test_counting.test_windows_by_hand)),
-    "ties: the rank before": (counting, "ranked_TE[:, k - 1] - ranked_TE[:, k] if", ("ranked_TE[:, k - 2] - "
-        "ranked_TE[:, k - 1] if"), logits),
+    "windows a token late": (fragment, "(first + seen.number_T) // windows.tokens", "(first + seen.number_T + 1) // windows.tokens", by(test_counting.test_windows_by_hand)),
+    "windows begin anew in every shard": (fragment, "first = windows.before[shard.files.rank, shard.files.index] if windows else 0", "first = 0", by(test_counting.test_windows_by_hand)),
+    "ties: the rank before": (counting, "ranked_TE[:, k - 1] - ranked_TE[:, k] if", "ranked_TE[:, k - 2] - ranked_TE[:, k - 1] if", logits),
     "merged: the last part alone": (aggregate, "mine[rows.theirs] += theirs", "mine[rows.theirs] = theirs", merging),
     "merged: passes of one part": (aggregate, "before + n, sum_before + max_vio", "n, max_vio", merging),
-    "an encoder's tokens are the decoder's": (fragment, ('(phase == PHASES[2]) '
-        '== (stack == "encoder")'), '(phase == PHASES[2]) != (stack == "encoder")', two_stacks),
+    "an encoder's tokens are the decoder's": (fragment, '(phase == PHASES[2]) == (stack == "encoder")', '(phase == PHASES[2]) != (stack == "encoder")', two_stacks),
     # writer
     "slots stay as they came": (writer, "if order_KT is not None:", "if order_KT is None and False:", written_in_order),
-    "weights stay where they were": (writer, ("weights_KT = None if weights_KT is None else "
-        "np.take_along_axis(weights_KT, order_KT, 0)"), "pass", written_in_order),
+    "weights stay where they were": (writer, "weights_KT = None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)", "pass", written_in_order),
     "nowhere comes first": (slot_order, "np.float32(-np.inf)", "np.float32(np.inf)", written_in_order),
-    "equal weights are turned round": (slot_order, ('np.argsort(-key_KT, '
-        'axis=0, kind="stable")'), ('np.argsort(key_KT, '
-            'axis=0, kind="stable")[::-1]'), written_in_order),
+    "equal weights are turned round": (slot_order, 'np.argsort(-key_KT, axis=0, kind="stable")', 'np.argsort(key_KT, axis=0, kind="stable")[::-1]', written_in_order),
     "in order as a whole, not each": (slot_order, "(key_KT[:-1] >= key_KT[1:]).all()", "(key_KT[:-1] >= key_KT[1:]).any()", by(test_slot_order.test_what_is_in_order_is_left_alone)),
     "resumed from a token twice": (writer, "next_token=shards[-1].last_token + 1", "next_token=shards[-1].last_token", resumed),
     "resumed from a batch twice": (writer, "next_batch=shards[-1].last_batch + 1", "next_batch=shards[-1].last_batch", resumed),
@@ -166,65 +141,46 @@ MUTATIONS = {
     "directories are not synchronised": (writer, "schema.sync_directory(self.root / table)", "pass", on_disk),
     "nor is the manifest's": (schema, "sync_directory(path.parent)", "pass", on_disk),
     "nor the manifest": (schema, "os.fsync(file.fileno())", "pass", on_disk),
-    "nor parts": (writer, ("os.fsync(file.fileno())\n "
-        "           with open(draft"), "pass\n            with open(draft", on_disk),
-    "nor lines": (writer, ("os.fsync(file.fileno())\n "
-        "       self.next_shard"), "pass\n        self.next_shard", on_disk),
+    "nor parts": (writer, "os.fsync(file.fileno())\n            with open(draft", "pass\n            with open(draft", on_disk),
+    "nor lines": (writer, "os.fsync(file.fileno())\n        self.next_shard", "pass\n        self.next_shard", on_disk),
     # what is in the way of a trace
     "files of others are removed": (place, "if others or not is_trace:", "if not is_trace:", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a file beside")),
-    "what only has the name of a manifest is one": (place, ('return not (isinstance(found, '
-        'dict) and "format" in found)'), "return False", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a profiler's over ours")),
+    "what only has the name of a manifest is one": (place, 'return not (isinstance(found, dict) and "format" in found)', "return False", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a profiler's over ours")),
     "links are followed and emptied": (place, "entry.is_dir(follow_symlinks=False)", "entry.is_dir()", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a table elsewhere")),
-    "the manifest goes last": (place, ("if schema.MANIFEST in "
-        "there.files:\n            os.replace"), "if False:\n            os.replace", by(test_place.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
+    "the manifest goes last": (place, "if schema.MANIFEST in there.files:\n            os.replace", "if False:\n            os.replace", by(test_place.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
     "a lock that another holds": (lock, "if got and _is_at(file, root / LOCK):", "if _is_at(file, root / LOCK):", by(test_place.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
     "a job that is over is joined": (lock, "if _job_in(file) != job:", "if False:", by(test_place.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
-    "generated tokens take no room": (corpus, ("(len(row.ids) + generate * "
-        "row.continued) > batch_tokens"), "len(row.ids) > batch_tokens", by(test_generate.test_the_plan)),
+    "generated tokens take no room": (corpus, "(len(row.ids) + generate * row.continued) > batch_tokens", "len(row.ids) > batch_tokens", by(test_generate.test_the_plan)),
     # reader
     "older traces are not put in order": (reader, "if not slots or (", "if True or (", older_in_order),
     "a torn line is taken": (reader, '.split(b"\\n")[:-1], 1)', ".splitlines(), 1)", resumed),
-    "half a shard is taken": (reader, ('if set(shard.paths) != '
-        'set(manifest["tables"]):'), "if False:", resumed),
-    "paths lead elsewhere": (validate, ('if re.fullmatch(rf"{table}/part-{rank}-[0-9]+\\.parquet", '
-        'path, re.ASCII) is None:'), "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path elsewhere")),
-    "a digest is not looked at": (validate, ('if "digest" in manifest '
-        'and manifest["digest"]'), 'if False and manifest["digest"]', by(test_damage.test_free_text_may_be_edited_and_nothing_else)),
+    "half a shard is taken": (reader, 'if set(shard.paths) != set(manifest["tables"]):', "if False:", resumed),
+    "paths lead elsewhere": (validate, 'if re.fullmatch(rf"{table}/part-{rank}-[0-9]+\\.parquet", path, re.ASCII) is None:', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path elsewhere")),
+    "a digest is not looked at": (validate, 'if "digest" in manifest and manifest["digest"]', 'if False and manifest["digest"]', by(test_damage.test_free_text_may_be_edited_and_nothing_else)),
     "any expert is taken": (reader, "for column in columns)) >= E:", "for column in columns)) > E:", by(test_damage.test_what_a_file_holds_is_checked, "an expert that there is not")),
     "nulls are taken": (parts, "if column.null_count and not nulls and", "if False and", by(test_damage.test_what_a_file_holds_is_checked, "a null id")),
     "changed lines are taken": (validate, "not checksums.is_intact(line)", "False", by(test_damage.test_a_line_changed_to_another_that_is_possible_is_found)),
     "changed footers are taken": (parts, "elif stated.footer_crc32 is not None and", "elif False and", changed),
-    "changed pages are taken": (parts, ("opened = pq.ParquetFile(file, "
-        "page_checksum_verification=True,"), "opened = pq.ParquetFile(file,", changed),
+    "changed pages are taken": (parts, "opened = pq.ParquetFile(file, page_checksum_verification=True,", "opened = pq.ParquetFile(file,", changed),
     # importers
     "counts: a token too few": (job, "-(-load_DE.sum(1) // router.top_k)", "load_DE.sum(1) // router.top_k", by(test_import.test_counts_are_of_as_many_tokens_as_the_fullest_router_needs, 5, 3)),
-    "−1 is an expert": (routed, 'ids = ids_TK.astype(dtype, order="C")', ('ids = np.maximum(ids_TK, '
-        '0).astype(dtype, order="C")'), by(test_routed.test_minus_one_is_nowhere, 8, np.uint8)),
-    "vllm: the layer before": (routed, "checked_ids(routed_TBK[:, r.layer], r,", ("checked_ids(routed_TBK[:, "
-        "r.layer - 1], r,"), by(test_routed.test_a_router_gets_its_block_and_what_is_no_decision_is_refused)),
+    "−1 is an expert": (routed, 'ids = ids_TK.astype(dtype, order="C")', 'ids = np.maximum(ids_TK, 0).astype(dtype, order="C")', by(test_routed.test_minus_one_is_nowhere, 8, np.uint8)),
+    "vllm: the layer before": (routed, "checked_ids(routed_TBK[:, r.layer], r,", "checked_ids(routed_TBK[:, r.layer - 1], r,", by(test_routed.test_a_router_gets_its_block_and_what_is_no_decision_is_refused)),
     "vllm: dense layers route": (responses, "if dense := dense_blocks(routed_TBK):", "if dense := []:", by(test_import.test_dense_layers_are_refused_without_a_config)),
     "vllm: what was generated was fed as a prompt": (responses, "cut = min(max(prompt - start, 0), T)", "cut = T", by(test_import.test_positions_phases_and_documents_of_responses)),
     "vllm: padding is tokens": (responses, "kept = routed_TBK[begin : rows - end]", "kept = routed_TBK[:expected]", by(test_import_responses.test_padding_on_both_sides_is_left_out)),
     "sglang: physical experts": (sglang, "map_BP[router.layer][physical_TK], -1)", "physical_TK % router.experts, -1)", by_format("sglang-per_token")),
-    "sglang: physical counts": (sglang, ("(np.broadcast_to(rows, "
-        "(B, P)), maps[path])"), ("(np.broadcast_to(rows, (B, "
-            "P)), np.arange(P)[None] % E)"), by_format("sglang-per_pass")),
+    "sglang: physical counts": (sglang, "(np.broadcast_to(rows, (B, P)), maps[path])", "(np.broadcast_to(rows, (B, P)), np.arange(P)[None] % E)", by_format("sglang-per_pass")),
     "sglang: prompts of one token are decoded": (sglang, "if mode != EXTEND and length == 1 and", "if length == 1 and", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
-    ("sglang: in mixed passes "
-    "prompts of one token are decoded"): (sglang, ("(mode != MIXED or "
-        "position[part.start] > 0)"), "True", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
+    "sglang: in mixed passes prompts of one token are decoded": (sglang, "(mode != MIXED or position[part.start] > 0)", "True", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
     "sglang: a full ring is read as time": (sglang, "1 if wrapped else WINDOWS", "WINDOWS", by(test_import.test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time, [0, 1, 2], 1)),
-    "megatron: layers one too high": (megatron_layers, ("from_one = [replace(f, "
-        "offset=-1) for f in files]"), ("from_one = [replace(f, "
-            "offset=0) for f in files]"), by_format("megatron-pipeline")),
+    "megatron: layers one too high": (megatron_layers, "from_one = [replace(f, offset=-1) for f in files]", "from_one = [replace(f, offset=0) for f in files]", by_format("megatron-pipeline")),
     "megatron: ranks by name": (megatron_layers, "sorted(files, key=lambda f: f.rank)", "sorted(files, key=lambda f: str(f.path))", by_format("megatron-pipeline")),
     "megatron: a pass of one token is a repetition": (megatron, "(odd or len(first.ids_TK) > 1)", "True", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
     "megatron: one token of several ranks is taken once": (megatron, " and T > 1:", ":", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
-    "megatron: tensor-parallel ranks add up": (megatron, ("seen[source.domain, "
-        "step].add(digest.digest())"), "pass", by(test_import_megatron.test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree)),
+    "megatron: tensor-parallel ranks add up": (megatron, "seen[source.domain, step].add(digest.digest())", "pass", by(test_import_megatron.test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree)),
     "esft: weights of another token": (esft, "weights=[w[part] for w in weights]", "weights=[w[:T] for w in weights]", by_format("esft")),
-    "esft: weights are even": (esft, "rounded_N.reshape(-1, k), tokens", ("(0 * rounded_N + "
-        "0.25).reshape(-1, k), tokens"), by_format("esft")),
+    "esft: weights are even": (esft, "rounded_N.reshape(-1, k), tokens", "(0 * rounded_N + 0.25).reshape(-1, k), tokens", by_format("esft")),
 }  # fmt: skip
 
 

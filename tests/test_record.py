@@ -1,5 +1,4 @@
-"""`record`: whatever is done with the model inside, the trace holds each routed token once, and the
-model is left as it was."""
+"""`record`: whatever is done with the model inside, the trace holds each routed token once, and the model is left as it was."""
 
 from __future__ import annotations
 
@@ -270,8 +269,7 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
 
 
 def test_a_forward_pass_cut_short_counts_nowhere(model: Any, tmp_path: Path) -> None:
-    """An interrupt between two layers: what the first one routed is in no count, and the sums still
-    agree."""
+    """An interrupt between two layers: what the first one routed is in no count, and the sums still agree."""
     block = model.model.layers[1]
     with (
         pytest.raises(KeyboardInterrupt),

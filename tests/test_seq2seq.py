@@ -1,5 +1,4 @@
-"""Encoder-decoders: each stack's routers see its own tokens, in `trace`, in `record` and in
-`generate`."""
+"""Encoder-decoders: each stack's routers see its own tokens, in `trace`, in `record` and in `generate`."""
 
 from __future__ import annotations
 

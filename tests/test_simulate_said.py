@@ -1,5 +1,4 @@
-"""What the simulations say of their tables, just under and just over each threshold: on tables by
-hand."""
+"""What the simulations say of their tables, just under and just over each threshold: on tables by hand."""
 
 from __future__ import annotations
 
@@ -45,20 +44,12 @@ def routed(
 
 
 ROUTING = {
-    "as recorded": (routed(), ("As recorded, layer 1/1 is the least "
-        "balanced: max_vio 1.00 over all tokens.")),
-    "a bias helps": (routed(bias=0.999), ("a loss-free bias would bring layer 1/1 to "
-        "max_vio 1.00 (0.30 by batch), keeping 80%")),
-    "a bias does not": (routed(bias=1.0), ("a loss-free bias would not "
-        "even out layer 1/1: max_vio 1.00")),
-    "judged held out": (routed(bias=0.5), ("on the half of the documents "
-        "that the bias had not seen.")),
-    "balanced": (routed(("hashed", 2, 0.1999, 0.5)), ("hashed keeps most among "
-        "the ones that balance "
-        "every layer (max_vio below 0.2): at least "
-        "50%")),
-    "not balanced": (routed(("hashed", 2, 0.2, 0.5)), ("none that computes as much and need "
-        "not see the future balances every layer")),
+    "as recorded": (routed(), "As recorded, layer 1/1 is the least balanced: max_vio 1.00 over all tokens."),
+    "a bias helps": (routed(bias=0.999), "a loss-free bias would bring layer 1/1 to max_vio 1.00 (0.30 by batch), keeping 80%"),
+    "a bias does not": (routed(bias=1.0), "a loss-free bias would not even out layer 1/1: max_vio 1.00"),
+    "judged held out": (routed(bias=0.5), "on the half of the documents that the bias had not seen."),
+    "balanced": (routed(("hashed", 2, 0.1999, 0.5)), "hashed keeps most among the ones that balance every layer (max_vio below 0.2): at least 50%"),
+    "not balanced": (routed(("hashed", 2, 0.2, 0.5)), "none that computes as much and need not see the future balances every layer"),
     "computes as much": (routed(("x", 2.0099, 0.1, 0.5)), "x keeps most"),
     "computes more": (routed(("x", 2.0101, 0.1, 0.9)), "none that computes as much"),
     "computes less": (routed(("x", 1.9899, 0.1, 0.9)), "none that computes as much"),
@@ -134,17 +125,17 @@ def test_capacity_names_the_worst_router():
     settings = {"capacity_factors": [1.0], "group_tokens": "batch", "target_drop": 0.01}
     said = capacity_said.verdict(tables, settings, LABELS)
     assert (
-        "layer 1/2 would drop most: 10.1% of its assignments; 20.0% of its tokens would lose a "
-        "choice and 5.0% all"
-    ) in said[0]
+        "layer 1/2 would drop most: 10.1% of its assignments; 20.0% of its tokens would lose a choice and 5.0% all"
+        in said[0]
+    )
     assert (
         "30.0% of tokens would lose a choice somewhere, and 7.0% every choice of some layer"
         in said[1]
     )
     assert (
-        "at most 1% of every layer's assignments takes a factor of 1.51 (layer 1/1), which "
-        "leaves 33%"
-    ) in said[2]
+        "at most 1% of every layer's assignments takes a factor of 1.51 (layer 1/1), which leaves 33%"
+        in said[2]
+    )
     assert said[3:] == [
         f"Simulated, layer 1/2, drops by place in the {p}: first tenth 1.0%, last tenth 10.0%."
         for p in ("document", "group")

@@ -1,5 +1,4 @@
-"""Each sentence of the verdict, and the words that it turns on, just under and just over every
-threshold: on tables by hand."""
+"""Each sentence of the verdict, and the words that it turns on, just under and just over every threshold: on tables by hand."""
 
 from __future__ import annotations
 
@@ -122,10 +121,7 @@ BALANCE = {
     "even or chance": (stub(near(1.1999, max_vio_low=0.001)), "Nothing is wrong with the balance"),
     "the others are known": (
         stub(near(1.4, max_vio_low=0.001), near(1.3)),
-        (
-            "which may be chance (95% interval 1.00-1.41x; chance would give 1.01x to independent "
-            "tokens); 1 of 2 routers is uneven"
-        ),
+        "which may be chance (95% interval 1.00-1.41x; chance would give 1.01x to independent tokens); 1 of 2 routers is uneven",
     ),
     "few documents": (
         stub(near(1.3), documents=4),
@@ -174,8 +170,8 @@ def crowd(*ratios: float, **columns: Any) -> dict[str, Any]:
 def of_domains(
     busiest: float, together: float, tokens: int = 80_000, chance: float = 0.001, **given: Any
 ) -> Any:
-    """Two domains of so many tokens; expert 0 has `busiest` times the mean in the first, expert 1
-    evens it out in the second; in both together max_over_mean is `together`."""
+    """Two domains of so many tokens; expert 0 has `busiest` times the mean in the first, expert 1 evens it out in the second; in both
+    together max_over_mean is `together`."""
     first = np.array(load(busiest, mean=tokens // 8))
     second = np.full(8, tokens // 8)
     of = row(
@@ -190,62 +186,44 @@ def of_domains(
 
 SPOKEN = {
     # a router without load
-    "silent": (v._silent, stub(no_load(), row(EVEN)), ("1 of 2 routers made no "
-        "assignment at all: layer 0.")),
+    "silent": (v._silent, stub(no_load(), row(EVEN)), "1 of 2 routers made no assignment at all: layer 0."),
     "none silent": (v._silent, stub(row([1] + [0] * 7), row(EVEN)), None),
     "all silent": (v._silent, stub(no_load(), no_load()), None),
     # dead experts
     "no dead": (v._dead, stub(row([1, *EVEN[1:]])), None),
-    "dead": (v._dead, stub(dying(LEAST_FOR_DEAD)), ("1 dead expert in 1 of 1 routers (layer 0: "
-        f"7): not one of {LEAST_FOR_DEAD} tokens went "
-        "there.")),
-    "dead by chance": (v._dead, stub(dying(LEAST_FOR_DEAD - 1)), ("tokens are too few to call an "
-        "expert dead, chance alone leaves some")),
-    "dead, few documents": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=4), ("but fewer than 5 documents "
-        "cannot tell the model")),
-    "dead, documents enough": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=5), (f"not one of {LEAST_FOR_DEAD} "
-        "tokens went there.")),
-    "dead in two": (v._dead, stub(dying(90), dying(90), row(EVEN)), ("2 dead experts in 2 of 3 "
-        "routers (layer 0: 7; layer 1: 7)")),
+    "dead": (v._dead, stub(dying(LEAST_FOR_DEAD)), f"1 dead expert in 1 of 1 routers (layer 0: 7): not one of {LEAST_FOR_DEAD} tokens went there."),
+    "dead by chance": (v._dead, stub(dying(LEAST_FOR_DEAD - 1)), "tokens are too few to call an expert dead, chance alone leaves some"),
+    "dead, few documents": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=4), "but fewer than 5 documents cannot tell the model"),
+    "dead, documents enough": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=5), f"not one of {LEAST_FOR_DEAD} tokens went there."),
+    "dead in two": (v._dead, stub(dying(90), dying(90), row(EVEN)), "2 dead experts in 2 of 3 routers (layer 0: 7; layer 1: 7)"),
     # crowded and starved ones
-    "overloaded": (v._crowded, stub(crowd(2.0)), ("1 expert in 1 router gets "
-        "at least 2x the mean load.")),
+    "overloaded": (v._crowded, stub(crowd(2.0)), "1 expert in 1 router gets at least 2x the mean load."),
     "not overloaded": (v._crowded, stub(crowd(1.9999)), None),
     "overloaded, by its threshold": (v._crowded, stub(crowd(1.5), limits={"overloaded": 1.5}), "gets at least 1.5x the mean load."),
-    "starved": (v._crowded, stub(crowd(0.0999)), ("1 expert in 1 router gets "
-        "under 10% of the mean load.")),
+    "starved": (v._crowded, stub(crowd(0.0999)), "1 expert in 1 router gets under 10% of the mean load."),
     "not starved": (v._crowded, stub(crowd(0.1)), None),
     "dead is not starved": (v._crowded, stub(crowd(0.0)), None),
-    "both": (v._crowded, stub(crowd(2.5, 2.5, 0.01)), ("2 experts in 1 router get at least 2x the "
-        "mean load and 1 expert in 1 router gets under "
-        "10% of it.")),
+    "both": (v._crowded, stub(crowd(2.5, 2.5, 0.01)), "2 experts in 1 router get at least 2x the mean load and 1 expert in 1 router gets under 10% of it."),
     "overloaded by chance": (v._crowded, stub(crowd(2.0, max_vio_low=0.0099)), None),
     "overloaded beyond chance": (v._crowded, stub(crowd(2.0, max_vio_low=0.0101)), "gets at least 2x"),
     # the least used
-    "little used": (v._least_used, stub(crowd(0.4999)), ("Expert 0 of layer 0 is "
-        "the least used: 0.50x "
-        "the mean load, the busiest there gets 2.1x "
-        "as much.")),
+    "little used": (v._least_used, stub(crowd(0.4999)), "Expert 0 of layer 0 is the least used: 0.50x the mean load, the busiest there gets 2.1x as much."),
     "used enough": (v._least_used, stub(crowd(0.5001)), None),
     "little used by chance": (v._least_used, stub(crowd(0.4, noise_floor=0.3001, max_vio_low=0.31, max_vio=0.31)), None),
     "little used beyond chance": (v._least_used, stub(crowd(0.4, noise_floor=0.2999, max_vio_low=0.31, max_vio=0.31)), "0.40x the mean"),
     "of a router within chance": (v._least_used, stub(crowd(0.1, max_vio_low=0.0099)), None),
-    "of all routers the least": (v._least_used, stub(crowd(0.3), crowd(0.2), crowd(0.4)), ("Expert 0 of layer 1 is "
-        "the least used: 0.20x")),
+    "of all routers the least": (v._least_used, stub(crowd(0.3), crowd(0.2), crowd(0.4)), "Expert 0 of layer 1 is the least used: 0.20x"),
     "the least of the living": (
         v._least_used,
         stub(crowd(0.3), crowd(0.0, 0.0004), crowd(0.0, 0.2)),
-        ("Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load, "
-        "the busiest there gets 3,3"),
+        "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load, the busiest there gets 3,3",
     ),
     # what waiting costs
-    "waiting": (v._waiting, stub(near(1.2)), ("17% of their compute would be "
-        "spent waiting for the busiest.")),
+    "waiting": (v._waiting, stub(near(1.2)), "17% of their compute would be spent waiting for the busiest."),
     "not waiting": (v._waiting, stub(near(1.1999)), None),
     "waiting, two layers": (v._waiting, stub(near(1.5), row(EVEN)), "for the busiest (33% at layer 0)."),
     # passes
-    "by pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.2)), ("most in layer 0: the busiest expert of "
-        "a pass gets 1.20x the mean load on average")),
+    "by pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.2)), "most in layer 0: the busiest expert of a pass gets 1.20x the mean load on average"),
     "even by pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.1999)), None),
     "by pass, as chance": (v._by_pass, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.2001)), None),
     "by pass, beyond chance": (v._by_pass, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.1999)), "of a pass gets 1.25x"),
@@ -253,9 +231,7 @@ SPOKEN = {
     "one whole pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 49: (9, 3.0)})), None),
     "two whole passes": (v._by_pass, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 50: (1, 0.5)})), "of a pass gets 1.50x"),
     # pooling
-    "pooled hides": (v._pooled, stub(near(1.3), row(EVEN), pooled=1.15), ("Pooled over all layers the same routing "
-        "reads 1.15x: a pooled figure would have hidden "
-        "layer 0.")),
+    "pooled hides": (v._pooled, stub(near(1.3), row(EVEN), pooled=1.15), "Pooled over all layers the same routing reads 1.15x: a pooled figure would have hidden layer 0."),
     "pooled shows half": (v._pooled, stub(near(1.3), row(EVEN), pooled=1.1501), None),
     "pooled hides up to uneven": (v._pooled, stub(near(1.9), row(EVEN), pooled=1.2), "reads 1.20x"),
     "pooled is uneven": (v._pooled, stub(near(1.9), row(EVEN), pooled=1.2001), None),
@@ -264,10 +240,7 @@ SPOKEN = {
     "pooled over some": (v._pooled, stub(near(1.3), row(EVEN), row(EVEN), selected=[0, 1], pooled=1.1), "Pooled over the 2 layers selected"),
     "pooled over routers": (v._pooled, stub(near(1.3), row(EVEN), layers=[0, 0], pooled=1.1), "Pooled over all routers the"),
     # a domain that overloads
-    "overloads": (v._overloading_domain, of_domains(1.2, 1.01), ('"code" overloads expert '
-        '0 of layer 0: 1.20x '
-        'the mean load on its 79,998 tokens, where '
-        'all domains')),
+    "overloads": (v._overloading_domain, of_domains(1.2, 1.01), '"code" overloads expert 0 of layer 0: 1.20x the mean load on its 79,998 tokens, where all domains'),
     "does not overload": (v._overloading_domain, of_domains(1.1998, 1.01), None),
     "more than all together": (v._overloading_domain, of_domains(1.6, 1.3999), '"code" overloads expert 0'),
     "little more than all together": (v._overloading_domain, of_domains(1.6, 1.4), None),
@@ -293,8 +266,7 @@ def test_sentences(case: str):
 def test_a_domain_overloads_beyond_twice_what_chance_gives_its_tokens(
     busiest: float, effect: int, says: bool
 ):
-    """800 tokens over 8 experts: the floor is 0.146, and √2 of it where documents have a design
-    effect of 2."""
+    """800 tokens over 8 experts: the floor is 0.146, and √2 of it where documents have a design effect of 2."""
     floor = unc.noise_floor(800, 8, 1)
     assert floor == pytest.approx(0.146, abs=0.004)
     assert (busiest - 1 > 2 * floor * math.sqrt(effect)) == says
@@ -303,14 +275,12 @@ def test_a_domain_overloads_beyond_twice_what_chance_gives_its_tokens(
 
 
 def least_of(code: list[int], law: list[int], **given: Any) -> str | None:
-    """Expert 0 is used at 0.3x; the busiest gets 3.67x as much. The domains' loads are `code` and
-    `law`."""
+    """Expert 0 is used at 0.3x; the busiest gets 3.67x as much. The domains' loads are `code` and `law`."""
     made = stub(crowd(0.3), domains=("code", "law"), by_domain=[np.array([code, law])], **given)
     said = v._least_used(made)
     assert said is not None
     assert said.startswith(
-        "Expert 0 of layer 0 is the least used: 0.30x the mean load, the busiest there gets 3.7x "
-        "as much"
+        "Expert 0 of layer 0 is the least used: 0.30x the mean load, the busiest there gets 3.7x as much"
     )
     return said.partition("as much")[2]
 
@@ -419,43 +389,23 @@ def beyond(bits: float, null: float = 0.1, p99: float = 0.12, **columns: Any) ->
 
 DOMAINS = {
     "one domain": (partial(told, beyond(0.6), documents=(60,)), ""),
-    "counts": (partial(told, beyond(0.6), counts_only=True), ("Whether experts specialise by domain "
-        "cannot be told from counts alone")),
+    "counts": (partial(told, beyond(0.6), counts_only=True), "Whether experts specialise by domain cannot be told from counts alone"),
     # 4 documents of each can be relabelled in 8!/(4! 4! 2!) = 35 ways, 5 of each in 126
-    "too few relabellings": (partial(told, beyond(0.6), documents=(4, 4)), ("Too few documents to "
-        "tell whether experts "
-        "specialise by domain: 8 documents in 2 "
-        "domains can hardly")),
-    "relabellings enough": (partial(told, beyond(0.6), documents=(5, 5)), ("Experts specialise by "
-        "domain in 1 of 1 routers")),
+    "too few relabellings": (partial(told, beyond(0.6), documents=(4, 4)), "Too few documents to tell whether experts specialise by domain: 8 documents in 2 domains can hardly"),
+    "relabellings enough": (partial(told, beyond(0.6), documents=(5, 5)), "Experts specialise by domain in 1 of 1 routers"),
     "no null": (partial(told, beyond(0.6, p99=math.nan)), "Too few documents to tell"),
-    "beyond the margin": (partial(told, beyond(0.1301)), ("Routing differs by "
-        "domain in 1 of 1 routers, "
-        "most in layer 0 (0.130 bits; shuffled "
-        "documents give 0.100)")),
+    "beyond the margin": (partial(told, beyond(0.1301)), "Routing differs by domain in 1 of 1 routers, most in layer 0 (0.130 bits; shuffled documents give 0.100)"),
     "within the margin": (partial(told, beyond(0.1299)), "No expert specialises by domain"),
-    "within a wide margin": (partial(told, beyond(0.15, p99=0.2)), ('give up to 0.20 bits when shuffled '
-        '(a "no" takes less than 0.2).')),
+    "within a wide margin": (partial(told, beyond(0.15, p99=0.2)), 'give up to 0.20 bits when shuffled (a "no" takes less than 0.2).'),
     "within a narrow one": (partial(told, beyond(0.15, p99=0.1999)), "No expert specialises by domain"),
     # log₂ of 8 experts is 3
-    "specialised": (partial(told, beyond(0.401)), ("Experts specialise by domain in "
-        "1 of 1 routers; most in layer 0")),
-    "not specialised": (partial(told, beyond(0.399)), ("A router that was never trained can show "
-        "as much: a trace with --random-init is the "
-        "baseline.")),
+    "specialised": (partial(told, beyond(0.401)), "Experts specialise by domain in 1 of 1 routers; most in layer 0"),
+    "not specialised": (partial(told, beyond(0.399)), "A router that was never trained can show as much: a trace with --random-init is the baseline."),
     "specialised, by its threshold": (partial(told, beyond(0.401), limits={"specialised": 0.101}), "Routing differs by domain in 1 of 1"),
-    "one and one more": (partial(told, beyond(0.6), beyond(0.2), beyond(0.1)), ("Experts specialise by domain in 1 of 3 "
-        "routers, and routing differs by domain in 1 "
-        "more; most in layer 0")),
-    "who": (partial(told, beyond(0.6)), (': expert 0 takes 30% of the tokens '
-        'of "code", 1.4x its mean over domains.')),
-    "untrained": (partial(told, beyond(0.6), seed=3), ("This model was never "
-        "trained (random weights, "
-        "seed 3), so nothing here is specialisation")),
-    "vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.266)), ("the domain tells 0.266 "
-        "bits of the expert "
-        "there (0.100 with the documents shuffled): "
-        "most of it is vocabulary.")),
+    "one and one more": (partial(told, beyond(0.6), beyond(0.2), beyond(0.1)), "Experts specialise by domain in 1 of 3 routers, and routing differs by domain in 1 more; most in layer 0"),
+    "who": (partial(told, beyond(0.6)), ': expert 0 takes 30% of the tokens of "code", 1.4x its mean over domains.'),
+    "untrained": (partial(told, beyond(0.6), seed=3), "This model was never trained (random weights, seed 3), so nothing here is specialisation"),
+    "vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.266)), "the domain tells 0.266 bits of the expert there (0.100 with the documents shuffled): most of it is vocabulary."),
     "topic": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.267)), "it is not vocabulary alone."),
 }  # fmt: skip
 
@@ -495,8 +445,7 @@ def ids(**columns: Any) -> str | None:
 def test_token_ids():
     said = ids(vocabulary_specialization=0.32)
     assert said == (
-        "The token id decides most in layer 0: 32% of first choices are the favourite of their "
-        "token id (30% with the ids shuffled); "
+        "The token id decides most in layer 0: 32% of first choices are the favourite of their token id (30% with the ids shuffled); "
         "expert 3 is the first choice of 90% of its 100 ' the'."
     )
     none = "The token id does not decide the expert: tokens of one id spread as shuffled ids would."
@@ -532,8 +481,7 @@ def test_few_tokens():
     said = few_tokens(floor - 1e-3)
     assert said is not None
     assert said.startswith(
-        f"800 tokens are few for 8 experts: chance alone takes the busiest to {1 + floor:.2f}x "
-        "the mean. About 810 would"
+        f"800 tokens are few for 8 experts: chance alone takes the busiest to {1 + floor:.2f}x the mean. About 810 would"
     )
     assert few_tokens(floor + 1e-3) is None
     assert few_tokens(0) is None
@@ -583,13 +531,11 @@ def ranks(*dead: int) -> str | None:
 
 
 def test_missing_ranks():
-    # two halves, two ways round: 4 / 70 for one router, 4 / 70² = 0.0008 for two, 4 / (70 · 14)
-    # where one has a dead expert more
+    # two halves, two ways round: 4 / 70 for one router, 4 / 70² = 0.0008 for two, 4 / (70 · 14) where one has a dead expert more
     said = ranks(4, 4)
     assert said is not None
     assert said.startswith(
-        "Experts 4-7 of 8 have no load, at every router alike: these look like the counts of 1 "
-        "of 2 ranks"
+        "Experts 4-7 of 8 have no load, at every router alike: these look like the counts of 1 of 2 ranks"
     )
     assert ranks(4, 5) is None
     assert ranks(4) is None

@@ -27,8 +27,7 @@ Change = Callable[[dict[str, list]], None]
 
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards of 100 tokens, ten documents in two domains, weights, a vocabulary, an empty
-    slot."""
+    """Three shards of 100 tokens, ten documents in two domains, weights, a vocabulary, an empty slot."""
     rng = np.random.default_rng(0)
     ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
     ids[1][5, 1] = np.iinfo(np.uint16).max
@@ -54,8 +53,7 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewrite(root: Path, table: str, shard: int, change: Change) -> None:
-    """Changes the columns of a part, row group by row group, and its line with it: only what it
-    says is wrong."""
+    """Changes the columns of a part, row group by row group, and its line with it: only what it says is wrong."""
     path = root / table / f"part-0-{shard}.parquet"
     file = pq.ParquetFile(path)
     schema, sizes = (
@@ -150,17 +148,12 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = 
     "a bit": (flip, "routing/part-0-2.parquet", None, "sha256 is"),
     "a file gone": (lambda root: (root / "tokens/part-0-1.parquet").unlink(), "tokens/part-0-1.parquet", None, "missing"),
     "an orphan": (lambda root: shutil.copy(root / "tokens/part-0-1.parquet", root / "tokens/part-0-9.parquet"), "tokens/part-0-9.parquet", None, "an orphan"),
-    "rows misstated": (of_line(rows=99), "shards-0.jsonl", None, ("line 5: rows of tokens/part-0-1.parquet "
-        "is 99, of tokens 100 to 199 there are 100")),
+    "rows misstated": (of_line(rows=99), "shards-0.jsonl", None, "line 5: rows of tokens/part-0-1.parquet is 99, of tokens 100 to 199 there are 100"),
     "documents misstated": (of_line(3, rows=9), "documents/part-0-1.parquet", None, "it has 10 rows, its line says 9"),
-    "a shard elsewhere": (of_line(first_batch=9), "shards-0.jsonl", None, ("line 5: it states tokens and batches "
-        ".100, 199, 9, 19., another line of shard 1")),
-    "a shard left out": (lambda root: edit_lines(root, [*edit_lines(root)[:3], *edit_lines(root)[6:]]), "shards-0.jsonl", None, ("shard 2 has tokens 200 "
-        "to 299, 100 is the next")),
-    "a shard twice": (lambda root: edit_lines(root, [*edit_lines(root), *edit_lines(root)[6:]]), "shards-0.jsonl", None, ("line 10: documents of "
-        "shard 2 is listed twice")),
-    "a shard under two numbers": (lambda root: edit_lines(root, [*edit_lines(root), *({**line, "shard": 3} for line in edit_lines(root)[6:])]), "shards-0.jsonl", None, ("line 10: documents/part-0-2.parquet "
-        "is listed twice")),
+    "a shard elsewhere": (of_line(first_batch=9), "shards-0.jsonl", None, "line 5: it states tokens and batches .100, 199, 9, 19., another line of shard 1"),
+    "a shard left out": (lambda root: edit_lines(root, [*edit_lines(root)[:3], *edit_lines(root)[6:]]), "shards-0.jsonl", None, "shard 2 has tokens 200 to 299, 100 is the next"),
+    "a shard twice": (lambda root: edit_lines(root, [*edit_lines(root), *edit_lines(root)[6:]]), "shards-0.jsonl", None, "line 10: documents of shard 2 is listed twice"),
+    "a shard under two numbers": (lambda root: edit_lines(root, [*edit_lines(root), *({**line, "shard": 3} for line in edit_lines(root)[6:])]), "shards-0.jsonl", None, "line 10: documents/part-0-2.parquet is listed twice"),
     "an unknown key": (of_line(crc33=1), "shards-0.jsonl", None, "has the unknown key 'crc33'"),
     "a checksum gone": (lambda root: (root / "shards-0.jsonl").write_text((root / "shards-0.jsonl").read_text().replace('"footer_crc32"', '"path"')), "shards-0.jsonl", None, "its crc32 says so"),
     "a digest gone": (lambda root: edit_manifest(root, digest=None), "trace.json", None, "it has no digest"),
@@ -171,8 +164,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = 
     "a weight that is NaN": (in_table("routing", 2, put("weight_1", 17, float("nan"))), "routing/part-0-2.parquet", 17, "weight_1 is nan"),
     "an id beyond E": (in_table("routing", 1, put("expert_1", 123, 8)), "routing/part-0-1.parquet", 123, "expert_1 is 8, router 1 has 8"),
     "an expert twice": (in_table("routing", 0, copy_of("expert_1", 207, "expert_0")), "routing/part-0-0.parquet", 207, "is in slots 0 and 1"),
-    "a decision missing": (in_table("routing", 1, dropped), "routing/part-0-1.parquet", 299, ("router 2 .layer 2. has "
-        "99 decisions, it saw 100")),
+    "a decision missing": (in_table("routing", 1, dropped), "routing/part-0-1.parquet", 299, "router 2 .layer 2. has 99 decisions, it saw 100"),
     "decisions out of order": (in_table("routing", 1, swapped), "routing/part-0-1.parquet", 3, "token is 104, not 103"),
     "another layer": (in_table("routing", 1, put("layer", 250, 7)), "routing/part-0-1.parquet", 250, "layer is 7, not 2"),
     "a router unknown": (in_table("routing", 1, put("router", 299, 3)), "routing/part-0-1.parquet", 299, "router is 3, the manifest lists 3"),
@@ -186,8 +178,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = 
     "another domain": (in_table("tokens", 1, put("domain", 5, "b")), "tokens/part-0-1.parquet", 5, "domain is 'b', document 10 is of 'a'"),
     "a phase unknown": (in_table("tokens", 0, put("phase", 5, "train")), "tokens/part-0-0.parquet", 5, "phase is 'train'"),
     "a fact missing": (in_table("tokens", 0, put("sequence", 5, None)), "tokens/part-0-0.parquet", 5, "sequence is null"),
-    "totals misstated": (of_manifest(lambda m: m["counts"].update(tokens=301)), "trace.json", None, ("counts.tokens is 301, "
-        "the shards have 300")),
+    "totals misstated": (of_manifest(lambda m: m["counts"].update(tokens=301)), "trace.json", None, "counts.tokens is 301, the shards have 300"),
     "a manifest damaged": (lambda root: (root / "trace.json").write_text("{}"), "trace.json", None, "format is missing"),
 }  # fmt: skip
 
