@@ -1,0 +1,189 @@
+"""The layout of the package: which room may import which, no circles, files and folders that a
+reader can take in."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import moe_inspect
+
+ROOT = Path(moe_inspect.__file__).parent
+FILES_PER_FOLDER = 14
+LINES_PER_FILE = 400
+LONG = {"capture/hook/kernels.py"}  # one kernel beside its twin after another
+HEAVY = {"torch", "transformers", "triton", "tokenizers", "accelerate"}
+# left to right, as the tokens flow; a room imports only rooms that it lists
+MAY_IMPORT: dict[str, set[str]] = {
+    "text": set(),
+    "errors": {"text"},
+    "demo": {"errors", "text"},
+    "trace": {"errors", "text"},
+    "exporters": {"trace", "errors", "text"},
+    "model": {"demo", "trace", "errors", "text"},
+    "importers": {"model", "trace", "errors", "text"},
+    "capture": {"demo", "importers", "model", "trace", "errors", "text"},
+    "analysis": {"trace", "errors", "text"},
+    "reporting": {"analysis", "trace", "errors", "text"},
+    "simulate": {"reporting", "analysis", "model", "trace", "errors", "text"},
+}
+# an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
+# it in the function that does
+LIGHT = {"trace", "exporters", "importers", "analysis", "reporting", "simulate"}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Dotted name inside the package ("trace.reader", "trace") → file."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """The absolute names that a module imports, anywhere in it, and whether at module level."""
+    tree = ast.parse(source)
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield str(node.module), id(node) not in inside
+            yield from (
+                (f"{node.module}.{alias.name}", id(node) not in inside) for alias in node.names
+            )
+
+
+def graph(names: Iterable[str]) -> dict[str, set[str]]:
+    """Module → modules of the package that it imports."""
+    arrows: dict[str, set[str]] = {}
+    for name in names:
+        arrows[name] = set()
+        for target, _ in imports(modules()[name].read_text()):
+            inner = target.removeprefix("moe_inspect.")
+            if target != inner and inner in modules() and inner != name:
+                arrows[name].add(inner)
+        # `from package import module` names the package too: the arrow is to the module
+        arrows[name] -= {
+            t for t in arrows[name] if any(o.startswith(f"{t}.") for o in arrows[name])
+        }
+    return arrows
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    inner = [name for name in modules() if name not in ("", "__main__")]
+    assert circle(graph(inner)) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "c", "b", "a"]  # control
+
+
+def test_no_folder_imports_itself_by_way_of_others() -> None:
+    folder = {
+        name: ".".join(path.relative_to(ROOT).parent.parts) or name
+        for name, path in modules().items()
+    }
+    arrows: dict[str, set[str]] = {}
+    for name, targets in graph(n for n in modules() if n not in ("", "__main__")).items():
+        # a package's own __init__ may gather what its folders hold
+        mine = arrows.setdefault(folder[name], set())
+        if modules()[name].name != "__init__.py":
+            mine |= {folder[t] for t in targets} - {folder[name]}
+    assert circle(arrows) == []
+
+
+@pytest.mark.parametrize("name", sorted(MAY_IMPORT))
+def test_a_room_imports_only_what_lies_before_it(name: str) -> None:
+    for module, targets in graph(n for n in modules() if room(n) == name).items():
+        beyond = {t for t in targets if room(t) != name and room(t) not in MAY_IMPORT[name]}
+        assert not beyond, f"{module} imports {', '.join(sorted(beyond))}"
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    free = {"", "__main__", "cli", "api"}
+    assert {room(name) for name in modules()} - free <= set(MAY_IMPORT)
+    assert circle(MAY_IMPORT) == []
+
+
+def loaded_by(names: Iterable[str]) -> set[str]:
+    """The modules of the package that are loaded once these are imported."""
+    seen, rest = set(), set(names)
+    while rest:
+        name = rest.pop()
+        seen.add(name)
+        at_once = {
+            target.removeprefix("moe_inspect.")
+            for target, at_module_level in imports(modules()[name].read_text())
+            if at_module_level
+        }
+        rest |= (at_once & modules().keys()) - seen
+    return seen
+
+
+def test_what_is_right_of_the_trace_loads_no_torch() -> None:
+    def heavy(names: Iterable[str]) -> list[str]:
+        return sorted(
+            f"{name} imports {target}"
+            for name in loaded_by(names)
+            for target, at_module_level in imports(modules()[name].read_text())
+            if at_module_level and target.split(".")[0] in HEAVY
+        )
+
+    assert heavy(name for name in modules() if room(name) in LIGHT) == []
+    assert heavy(name for name in modules() if room(name) == "capture")  # control
+
+
+def test_only_the_command_line_imports_typer() -> None:
+    users = {
+        room(name)
+        for name, path in modules().items()
+        for target, _ in imports(path.read_text())
+        if target.split(".")[0] in ("typer", "click")
+    }
+    assert users <= {"cli", "__main__"}
+    assert "cli" in users  # control
+
+
+def test_nothing_inside_imports_the_public_names() -> None:
+    for name, path in modules().items():
+        if room(name) not in ("", "__main__", "cli"):
+            public = [t for t, _ in imports(path.read_text()) if t == "moe_inspect"]
+            assert not public, f"{name} imports moe_inspect itself"
+
+
+def test_a_folder_can_be_taken_in_at_a_glance() -> None:
+    for folder in sorted({path.parent for path in modules().values()}):
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        others = [path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "_."]
+        assert len(list(folder.glob("*.py"))) <= FILES_PER_FOLDER, folder
+        assert len(files) + len(others) > 1, f"{folder}: a folder with one file in it is no folder"
+
+
+def test_a_file_can_be_read_in_one_sitting() -> None:
+    lines = {
+        str(path.relative_to(ROOT)): path.read_text().count("\n") for path in modules().values()
+    }
+    assert {file: n for file, n in lines.items() if n > LINES_PER_FILE and file not in LONG} == {}
