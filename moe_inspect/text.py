@@ -6,13 +6,12 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import numbers
 import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TextIO
-
-import numpy as np
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spreadsheet may run
 
@@ -58,10 +57,11 @@ def number(value: Any) -> str:
     """A cell as people read it; "–" where there is none."""
     if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "<NA>":
         return "–"
-    if isinstance(value, (float, np.floating)):
-        return f"{value:,.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return f"{value:,}"
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return f"{int(value):,}"
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        real = float(value)
+        return f"{real:,.3f}" if abs(real) >= 0.001 or real == 0 else f"{real:.1e}"
     return readable(value)
 
 
