@@ -2,13 +2,12 @@
 
     import moe_inspect
 
-    with moe_inspect.record(model, "runs/a", tokenizer=tok):   # any Hugging Face MoE, also in a
-    training loop
+    with moe_inspect.record(model, "runs/a", tokenizer=tokenizer):  # any Hugging Face MoE
         model(**batch)
     trace = moe_inspect.open_trace("runs/a")
-    moe_inspect.report(trace).tables["balance"]                # a pandas DataFrame
+    moe_inspect.report(trace).tables["balance"]  # a pandas DataFrame
 
-Nothing heavy is imported until it is used; `open_trace` and `report` never import torch.
+Nothing heavy is imported before it is used; `open_trace` and `report` never import torch.
 """
 
 from __future__ import annotations
@@ -19,15 +18,12 @@ from typing import TYPE_CHECKING, Any
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
-    from moe_inspect.capture.hook.recorder import record
+    from moe_inspect.api import record
     from moe_inspect.capture.run import trace_model
     from moe_inspect.capture.server.run import trace_engine
     from moe_inspect.importers.run import import_trace
     from moe_inspect.model.describe import Description, describe
-    from moe_inspect.reporting.report import (
-        Report,
-        report,
-    )  # the package itself is callable: see report/__init__.py
+    from moe_inspect.reporting.report import Report, report
     from moe_inspect.simulate.cache import simulate_cache
     from moe_inspect.simulate.capacity import simulate_capacity
     from moe_inspect.simulate.decode import simulate_decode
@@ -61,35 +57,38 @@ __all__ = [
     "write_plan",
 ]
 
+# where each name is defined; imported when it is first used
 _HOMES = {
-    "describe": "moe_inspect.model.describe",
     "Description": "moe_inspect.model.describe",
-    "record": "moe_inspect.capture.hook.recorder",
-    "trace_engine": "moe_inspect.capture.server.run",
-    "trace_model": "moe_inspect.capture.run",
     "Report": "moe_inspect.reporting.report",
     "Trace": "moe_inspect.trace.reader",
+    "Verification": "moe_inspect.trace.verify",
+    "describe": "moe_inspect.model.describe",
     "export_trace": "moe_inspect.trace.export",
     "import_trace": "moe_inspect.importers.run",
-    "Verification": "moe_inspect.trace.verify",
-    "verify": "moe_inspect.trace.verify",
     "open_trace": "moe_inspect.trace.reader",
+    "record": "moe_inspect.api",
+    "report": "moe_inspect.reporting.report",
     "simulate_cache": "moe_inspect.simulate.cache",
     "simulate_capacity": "moe_inspect.simulate.capacity",
     "simulate_decode": "moe_inspect.simulate.decode",
     "simulate_placement": "moe_inspect.simulate.placement.placement",
-    "write_plan": "moe_inspect.simulate.placement.plan",
     "simulate_routing": "moe_inspect.simulate.routing",
+    "trace_engine": "moe_inspect.capture.server.run",
+    "trace_model": "moe_inspect.capture.run",
+    "verify": "moe_inspect.trace.verify",
+    "write_plan": "moe_inspect.simulate.placement.plan",
 }
 
+if not TYPE_CHECKING:  # type checkers resolve the imports above, and see misspelt names as errors
 
-def __getattr__(name: str) -> Any:
-    if name == "report":
-        return importlib.import_module("moe_inspect.report")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'moe_inspect' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'moe_inspect' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,5 @@
-"""`record`: whatever is done with the model inside, the trace holds each routed token once, and the model is left as it was."""
+"""`record`: whatever is done with the model inside the block, the trace holds each routed token once,
+and the model is left as it was."""
 
 from __future__ import annotations
 
@@ -259,7 +260,6 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
     for options, says in (
         ({"capture": "spy"}, "no capture 'spy'"),
         ({"every": 2}, "give counts_only=True"),
-        ({"resume": True}, "only trace_model can resume"),
         ({"counts_only": True, "logits": True}, "keeps no logits"),
     ):
         with pytest.raises(MoeInspectError, match=says):
@@ -269,13 +269,14 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
 
 
 def test_a_forward_pass_cut_short_counts_nowhere(model: Any, tmp_path: Path) -> None:
-    """An interrupt between two layers: what the first one routed is in no count, and the sums still agree."""
+    """An interrupt between two layers: what the first one routed is in no count, and the sums
+    still agree."""
     block = model.model.layers[1]
-    with (
+    with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
         moe_inspect.record(model, tmp_path / "t", counts_only=True),
         torch.no_grad(),
-    ):  # noqa: PT012
+    ):
         model(**token_batch(LENGTHS))
         hook = block.register_forward_pre_hook(
             lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())

@@ -6,6 +6,7 @@ T rows (padding included), K slots, E experts, D domains.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,17 @@ from moe_inspect.trace.writer import CountedBatches, Document
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.call_inputs import Rows
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What has been counted since the recording began: `load`, assignments int64 [E] of each
+    router; `tokens`, and `tokens_R` int64 [R], those that each router saw."""
+
+    routers: list[Router]
+    load: list[np.ndarray]
+    tokens: int
+    tokens_R: np.ndarray
 
 
 class DeviceCounts:
@@ -128,9 +140,9 @@ class DeviceCounts:
         self._sums = self._zeros(len(self._sums[0][0]))
         return counted
 
-    def totals(self, all_ranks: bool = False) -> tuple[list[np.ndarray], int, np.ndarray]:
-        """(assignments int64 [E] a router, tokens, those of each router) since the recording began;
-        with `all_ranks` over all processes."""
+    def totals(self, all_ranks: bool = False) -> Totals:
+        """Since the recording began; with `all_ranks` summed over the processes of
+        torch.distributed."""
         load = [
             torch.from_numpy(t).to(s[0].device) + s[0][:, :-1].sum(0)
             for t, s in zip(self._taken, self._sums, strict=True)
@@ -140,7 +152,9 @@ class DeviceCounts:
         if all_ranks:
             for tensor in [*load, tokens, tokens_R]:
                 torch.distributed.all_reduce(tensor)
-        return [t.cpu().numpy() for t in load], int(tokens), tokens_R.cpu().numpy()
+        return Totals(
+            self.routers, [t.cpu().numpy() for t in load], int(tokens), tokens_R.cpu().numpy()
+        )
 
 
 def _padded(sums: list[torch.Tensor], domains: int) -> list[torch.Tensor]:

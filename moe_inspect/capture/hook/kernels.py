@@ -9,10 +9,10 @@ line of Python and goes on where the last replay ended.
 
 from __future__ import annotations
 
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false,
-# reportAttributeAccessIssue=false pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# (pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with
-# triton)
+# pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with
+# triton:
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hook.attach import Attachment, mode_of, uncompiled
 from moe_inspect.capture.hook.call_inputs import Given, RowReader, Rows
-from moe_inspect.capture.hook.device_counts import DeviceCounts
+from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
 from moe_inspect.capture.hook.stack import Pass, Stack
 from moe_inspect.capture.manifest import capture_facts
 from moe_inspect.capture.ranks import Ranks
@@ -34,6 +34,9 @@ from moe_inspect.trace.lock import Lock, join
 from moe_inspect.trace.output_dir import check_directory, take_place
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -51,42 +54,12 @@ class Forward:
 
 
 class Recorder:
-    """Records every forward pass of `model` within the `with` block: `with record(model, "runs/a",
-    tokenizer=tok): …`.
+    """Records every forward pass of `model` within its `with` block. The public function
+    `moe_inspect.record` describes the options.
 
-    Each batch row is a sequence of its own document, unless `documents` and `domains` (one value a
-    batch row) say otherwise, here for every forward pass or with the recorder's `label` for the
-    next; `attention_mask` is honoured, a reset of `position_ids` starts a new sequence, and a
-    forward pass with a key-value cache goes on with its rows' sequences. What the model executes is
-    what is recorded: `generate` feeds padding to rows that have ended, and its beams are rows like
-    others. Of an encoder-decoder the tokens of both stacks are recorded (phase "encode" are the
-    encoder's), each with its own
-    mask: labels padded with -100 are tokens to a decoder that is given no `decoder_attention_mask`.
-
-    tokenizer     its vocabulary goes into the trace
-    capture       "dispatch": our experts implementation routes and records; "tap": the model's own
-    is left alone and its
-                  calls are watched; "auto": dispatch where the model would run the stock grouped_mm on a GPU
-    layers        only these block indices
-    weights, logits     whether the gate weights, the router logits are recorded
-    counts_only   keeps only counts on the device ([routers, domains, experts]); with `every=N` of
-    each N-th forward pass.
-                  `path` may be None then, and the recorder's `balance()` gives the table
-    overwrite     replaces a trace at `path`; without it an existing one is refused
-    drop          where the writer cannot keep up, leaves decisions out and counts them, instead of
-    waiting ring_tokens   rows of the largest forward pass to make room for on the device. By
-    default the room grows as needed, which it
-                  cannot once CUDA graphs write into it
-
-    `ranks`, `resume` with its `lock`, `manifest` and `shard_tokens` are for who plans the batches
-    (`trace_model`).
-
-    A CUDA graph replayed by hand: record two forward passes of its shape as usual (the first shows
-    what there is to record, the second loads the kernels), capture another, then call `step` before
-    each replay.
-
-    Raises MoeInspectError for a dense model, a place that cannot be written, and, in a forward
-    pass, where a router has not seen every token exactly once."""
+    `ranks`, `resume` with its `lock`, `manifest` and `shard_tokens` are for callers that plan the
+    batches (`trace_model`). `balance_of` turns what has been counted into the table that
+    `balance()` returns."""
 
     def __init__(
         self,
@@ -110,6 +83,7 @@ class Recorder:
         lock: Lock | None = None,
         manifest: dict[str, Any] | None = None,
         shard_tokens: int = SHARD_TOKENS,
+        balance_of: Callable[[Totals], pd.DataFrame] | None = None,
     ):
         if path is None and not counts_only:
             raise MoeInspectError(
@@ -117,8 +91,6 @@ class Recorder:
             )
         if every != 1 and not counts_only:
             raise MoeInspectError("every=N samples counts: give counts_only=True with it")
-        if not isinstance(resume, ResumePoint | None):
-            raise MoeInspectError("only trace_model can resume: it knows which batch comes next")
         if counts_only and logits:
             raise MoeInspectError("counts_only keeps no logits: drop one of the two")
         self.model, self.path, self.tokenizer = (
@@ -138,7 +110,7 @@ class Recorder:
             overwrite,
             manifest or {},
         )
-        self.drop, self.ring_tokens = drop, ring_tokens
+        self.drop, self.ring_tokens, self._balance_of = drop, ring_tokens, balance_of
         self.sites = self._chosen(find_routers(self.model), layers)
         self.mode = mode_of(self.model, self.sites, capture)
         if logits and any(s.logits_module is None for s in self.sites):
@@ -689,37 +661,19 @@ class Recorder:
             writer.others = ranks.status
         return writer
 
-    def balance(self, all_ranks: bool = False) -> Any:
-        """The balance table of what has been counted since the recording began
-        (`counts_only=True`); with `all_ranks` summed over the processes of torch.distributed."""
+    def totals(self, all_ranks: bool = False) -> Totals:
+        """What has been counted since the recording began (`counts_only=True`); with `all_ranks`
+        summed over the processes of torch.distributed."""
         if self._counts is None:
             raise MoeInspectError(
-                "balance() reads counts on the device: record with counts_only=True, after a "
-                "forward pass"
+                "nothing is counted yet: record with counts_only=True, and run a forward pass first"
             )
-        from moe_inspect.analysis.counting.counts import Counts, RouterCounts
-        from moe_inspect.reporting.tables.load import balance_of
+        return self._counts.totals(all_ranks)
 
-        load, tokens, tokens_R = self._counts.totals(all_ranks)
-        counts = Counts(
-            self.routers,
-            tuple(range(len(self.routers))),
-            [""],
-            [("", 0)],
-            np.array([tokens]),
-            counts_only=True,
-        )
-        counts.tokens_SU = {
-            router.stack: tokens_R[r : r + 1]
-            for r, router in enumerate(self.routers)
-            if router.stack
-        }
-        for r, load_E in enumerate(load):
-            counts.of[r] = RouterCounts(load_E[None], load_E[None] * 0, None)
-        return balance_of(counts)
-
-
-record = Recorder  # the public name: `with moe_inspect.record(model, path): …`
+    def balance(self, all_ranks: bool = False) -> pd.DataFrame:
+        """The balance table of `totals`."""
+        assert self._balance_of is not None
+        return self._balance_of(self.totals(all_ranks))
 
 
 def _arguments(module: torch.nn.Module) -> list[str]:

@@ -1,0 +1,116 @@
+"""The functions of the public API that stand above several rooms of the package; the others are
+where `moe_inspect.__init__` says. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_inspect.capture.hook.device_counts import Totals
+    from moe_inspect.capture.hook.recorder import Recorder
+
+
+def record(
+    model: Any,
+    path: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    capture: str = "auto",
+    layers: Sequence[int] | None = None,
+    weights: bool = True,
+    logits: bool = False,
+    counts_only: bool = False,
+    every: int = 1,
+    documents: Sequence[Any] | None = None,
+    domains: Sequence[str] | None = None,
+    overwrite: bool = False,
+    drop: bool = False,
+    ring_tokens: int | None = None,
+) -> Recorder:
+    """Records every forward pass of `model` within a `with` block as a trace at `path`:
+
+        with moe_inspect.record(model, "runs/a", tokenizer=tokenizer) as recorder:
+            model(**batch)
+
+    Each batch row is a sequence of its own document unless `documents` and `domains` (one value per
+    batch row) say otherwise: here for every forward pass, or with `recorder.label` for the next
+    one. `attention_mask` is honoured, a reset of `position_ids` starts a new sequence, and a
+    forward pass with a key-value cache continues the sequences of its rows. What the model executes
+    is what is recorded: `generate` feeds padding to rows that have ended, and beams are rows like
+    any other. For an encoder-decoder the tokens of both stacks are recorded (those of the encoder
+    in phase "encode"), each with its own mask: labels padded with -100 are tokens to a decoder that
+    gets no `decoder_attention_mask`.
+
+    model        any Hugging Face MoE, torch.compile'd or not, also within a training loop
+    path         directory of the trace; may be None with `counts_only`
+    tokenizer    its vocabulary is written into the trace
+    capture      "dispatch": our experts implementation routes and records; "tap": the model's own
+                 implementation stays and its calls are watched; "auto": dispatch where the model
+                 would run the stock grouped_mm on a GPU, else tap
+    layers       record only these block indices
+    weights      record the gate weights
+    logits       record the router logits
+    counts_only  keep only counts [routers, domains, experts] on the device; the recorder's
+                 `balance()` returns the balance table at any time
+    every        with `counts_only`: count every N-th forward pass
+    documents    document of each batch row, any hashable value
+    domains      domain label of each batch row
+    overwrite    replace an existing trace at `path`, which is refused otherwise
+    drop         where the writer cannot keep up, drop decisions and count them instead of waiting
+    ring_tokens  rows of the largest forward pass to allocate device memory for. By default the
+                 buffer grows as needed, which it cannot once CUDA graphs write into it
+
+    To record a CUDA graph that is replayed by hand: record two forward passes of its shape (the
+    first shows what there is to record, the second loads the kernels), capture the graph in a third
+    one, then call `recorder.step` before each replay.
+
+    Raises MoeInspectError for a dense model, for a path that cannot be written, and in a forward
+    pass where a router has not seen every token exactly once."""
+    from moe_inspect.capture.hook.recorder import Recorder
+
+    return Recorder(
+        model,
+        path,
+        tokenizer=tokenizer,
+        capture=capture,
+        layers=layers,
+        weights=weights,
+        logits=logits,
+        counts_only=counts_only,
+        every=every,
+        documents=documents,
+        domains=domains,
+        overwrite=overwrite,
+        drop=drop,
+        ring_tokens=ring_tokens,
+        balance_of=_balance_table,
+    )
+
+
+def _balance_table(totals: Totals) -> pd.DataFrame:
+    """The balance table of what a recorder has counted so far."""
+    import numpy as np
+
+    from moe_inspect.analysis.counting.counts import Counts, RouterCounts
+    from moe_inspect.reporting.tables.load import balance_of
+
+    counts = Counts(
+        totals.routers,
+        tuple(range(len(totals.routers))),
+        [""],
+        [("", 0)],
+        np.array([totals.tokens]),
+        counts_only=True,
+    )
+    counts.tokens_SU = {
+        router.stack: totals.tokens_R[r : r + 1]
+        for r, router in enumerate(totals.routers)
+        if router.stack
+    }
+    for r, load_E in enumerate(totals.load):
+        counts.of[r] = RouterCounts(load_E[None], load_E[None] * 0, None)
+    return balance_of(counts)

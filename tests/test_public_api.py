@@ -1,0 +1,86 @@
+"""The public API: what `import moe_inspect` offers is there, is typed, and costs nothing before it
+is used."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pydoc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_inspect
+
+# expression → the type that a type checker must see
+TYPES = {
+    "moe_inspect.report(trace)": "Report",
+    'moe_inspect.report(trace).tables["balance"]': "DataFrame",
+    "moe_inspect.report(trace).verdict()": "list[",
+    "moe_inspect.open_trace(path)": "Trace",
+    "moe_inspect.record(model, path)": "Recorder",
+    "moe_inspect.record(model, counts_only=True).balance()": "DataFrame",
+    "moe_inspect.record": "every: int",
+    "moe_inspect.describe(path)": "Description",
+    "moe_inspect.verify(path)": "Verification",
+    "moe_inspect.trace_model(path, path)": "Trace",
+    "moe_inspect.simulate_cache(trace)": "Simulation",
+}
+# what a type checker must refuse: it would be accepted where the types were Any
+WRONG = ("moe_inspect.reprot(trace)", "moe_inspect.record(model, path, evry=2)")
+
+
+def test_every_name_is_there_and_documented() -> None:
+    assert sorted(moe_inspect.__all__) == moe_inspect.__all__
+    assert set(moe_inspect._HOMES) | {"MoeInspectError"} == set(moe_inspect.__all__)
+    assert set(moe_inspect.__all__) <= set(dir(moe_inspect))
+    for name in moe_inspect.__all__:
+        value = getattr(moe_inspect, name)
+        assert inspect.isfunction(value) or inspect.isclass(value), name
+        assert inspect.getdoc(value), f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="no attribute 'reprot'"):
+        _ = moe_inspect.reprot  # pyright: ignore
+
+
+def test_help_lists_every_name() -> None:
+    text = pydoc.render_doc(moe_inspect, renderer=pydoc.plaintext)
+    for name in moe_inspect.__all__:
+        assert f"{name}(" in text or f"class {name}" in text, name
+
+
+def test_nothing_heavy_is_imported_before_it_is_used() -> None:
+    heavy = "torch", "transformers", "triton", "pandas", "pyarrow"
+    program = (
+        "import sys, moe_inspect; dir(moe_inspect); moe_inspect.record; "
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_type_checkers_see_real_types(tmp_path: Path) -> None:
+    assert (Path(moe_inspect.__file__).parent / "py.typed").exists()
+    header = (
+        "import moe_inspect\nfrom typing import Any\n"
+        "def f(model: Any, path: str, trace: moe_inspect.Trace) -> None:\n"
+    )
+    lines = [f"    reveal_type({expression})" for expression in TYPES]
+    lines += [f"    {expression}" for expression in WRONG]
+    (tmp_path / "use.py").write_text(header + "\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
+    done = subprocess.run(
+        [*command, tmp_path / "use.py"],
+        capture_output=True,
+        text=True,
+        cwd=Path(moe_inspect.__file__).parent.parent,
+    )
+    said = json.loads(done.stdout)["generalDiagnostics"]
+    first = header.count("\n")
+    by_line = {d["range"]["start"]["line"] - first: d for d in said}
+    for n, (expression, kind) in enumerate(TYPES.items()):
+        assert by_line[n]["severity"] == "information", by_line[n]["message"]
+        assert kind in by_line[n]["message"].partition(" is ")[2], expression
+    for n in range(len(TYPES), len(TYPES) + len(WRONG)):
+        assert by_line[n]["severity"] == "error"
