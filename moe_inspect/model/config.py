@@ -1,15 +1,14 @@
 """What a model's config.json says of its routers, read in plain Python: which blocks have experts,
-how many, how many a token.
+how many, and how many per token.
 
-The keys are those of transformers' configs and of the checkpoints that engines load; a family that
-states nothing about dense blocks has experts in all of them.
+The keys are those of transformers' configs and of the checkpoints that engines load
+(`model/families.py`); a family that states nothing about dense blocks has experts in all of them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,39 +16,26 @@ from typing import Any
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.families import (
+    EXPERTS,
+    LAYERS,
+    ROUTING_BLOCKS,
+    SCORING,
+    SHARED_EXPERTS,
+    TOP_K,
+    language_config,
+)
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 
-INNER = ("text_config", "llm_config", "language_config", "thinker_config")
-LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
-EXPERTS = (
-    "n_routed_experts",
-    "num_local_experts",
-    "num_experts",
-    "moe_num_experts",
-    "num_routed_experts",
-)
-TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_top_k",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-    "experts_per_token",
-)
-SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
-MOST_LAYERS, MOST_EXPERTS, MOST_WORDS = (
-    4096,
-    65_535,
-    2**22,
-)  # no model is near; what a hostile config could ask for
+# no model is near; what a hostile config could ask for
+MOST_LAYERS, MOST_EXPERTS = 4096, 65_535
 MOST_WIDTH, MOST_BYTES = 2**24, 2**24
-SIZES = (  # a key of a config, in its parts too → the largest number it may state
+SIZES = (  # key of a config or of a part of it → the largest number it may state
     (re.compile(r"(layers|n_layer|depths?|num_blocks)$"), MOST_LAYERS),
     (re.compile(r"(experts|experts_per_tok|experts_per_token|expert_num)$"), MOST_EXPERTS),
-    (re.compile(r"^vocab_size"), MOST_WORDS),
+    (re.compile(r"^vocab_size"), schema.MOST_TOKEN_IDS),
     (re.compile(r"(_size|_dim|_rank|_heads|n_head|d_model|d_ff|d_kv|n_embd|n_inner)$"), MOST_WIDTH),
 )
 
@@ -68,7 +54,7 @@ class ModelFacts:
     tokenizer: Path | None = None
 
     def routers(self) -> list[Router]:
-        scoring = str(self.config.get("scoring_func") or self.config.get("score_func") or "")
+        scoring = str(_stated(self.config, SCORING, ""))
         return [
             Router(
                 layer,
@@ -158,17 +144,7 @@ def facts_of(
 ) -> ModelFacts:
     """The facts in a config that has been read; MoeInspectError names `where` and the key that
     lacks or is impossible."""
-    inner = config
-    for key in INNER:
-        inner = {**inner, **inner[key]} if isinstance(inner.get(key), dict) else inner
-    if isinstance(inner.get("ffn_config"), dict):  # DBRX
-        inner = {**inner, **inner["ffn_config"]}
-    if isinstance(kinds := inner.get("layers_block_type"), list):  # Nemotron-H states no number
-        inner = {**inner, LAYERS[0]: len(kinds)}
-    if (
-        inner.get("num_layers") is not None
-    ):  # LongCat: what it calls hidden layers are attentions, two a block
-        inner = {**inner, LAYERS[0]: inner["num_layers"]}
+    inner = language_config(config)
     layers = _number(inner, LAYERS, where, MOST_LAYERS)
     sparse = _sparse_layers(inner, layers, where)
     experts = _by_layer(inner, EXPERTS, sparse, layers, where, MOST_EXPERTS)
@@ -178,7 +154,7 @@ def facts_of(
             raise MoeInspectError(
                 f"{where}: {top_k[layer]} experts a token of only {experts[layer]} in layer {layer}"
             )
-    shared = _stated(inner, SHARED, 0)
+    shared = _stated(inner, SHARED_EXPERTS, 0)
     return ModelFacts(
         name, layers, experts, top_k, shared if isinstance(shared, int) else 0, config, tokenizer
     )
@@ -242,7 +218,7 @@ def _sparse_layers(config: dict[str, Any], layers: int, where: object) -> list[i
     """Block indices with a router. Each rule that the config states narrows them down."""
     every = range(layers)
     sparse = set(every)
-    for key, rule in RULES.items():
+    for key, rule in ROUTING_BLOCKS.items():
         if config.get(key) is None:
             continue
         try:
@@ -255,51 +231,6 @@ def _sparse_layers(config: dict[str, Any], layers: int, where: object) -> list[i
     if config.get("enable_moe_block") is False or not sparse:
         raise MoeInspectError(f"{where} is of a dense model: no layer has experts")
     return sorted(sparse)
-
-
-Rule = Callable[[int], bool]
-
-
-def _frequency(config: dict[str, Any], value: Any) -> Rule:
-    """DeepSeek: every so many blocks; or (MiMo, Megatron) a 0 or 1 for each."""
-    if isinstance(value, list):
-        return lambda i: bool(value[i])
-    return lambda i: i % int(value) == 0
-
-
-def _listed(value: Any) -> set[int]:
-    """[3, 4] or "3,4"."""
-    return {int(part) for part in (value.split(",") if isinstance(value, str) else value)}
-
-
-def _mixed(config: dict[str, Any], value: Any) -> Rule:
-    step = int(config.get("decoder_sparse_step") or 1)
-    return lambda i: i not in _listed(value) and (i + 1) % step == 0
-
-
-def _period(config: dict[str, Any], value: Any) -> Rule:
-    return lambda i: i % int(value) == int(config.get("expert_layer_offset") or 0)
-
-
-RULES: dict[str, Callable[[dict[str, Any], Any], Rule]] = {
-    "mlp_layer_types": lambda c, v: lambda i: v[i] not in ("dense", "mlp"),
-    "mlp_only_layers": _mixed,
-    "decoder_sparse_step": lambda c, v: lambda i: (i + 1) % int(v) == 0,
-    "first_k_dense_replace": lambda c, v: lambda i: i >= int(v),
-    "moe_layer_freq": _frequency,
-    "num_dense_layers": lambda c, v: lambda i: i >= int(v),
-    "expert_layer_period": _period,
-    "interleave_moe_layer_step": lambda c, v: (
-        (lambda i: (i + 1) % int(v) == 0) if not c.get("moe_layers") else lambda i: True
-    ),
-    "moe_layers": lambda c, v: (lambda i: i in _listed(v)) if v else lambda i: True,
-    "moe_layers_enum": lambda c, v: lambda i: i in _listed(v),
-    "moe_layer_start_index": lambda c, v: lambda i: i >= int(v),
-    "moe_layer_end_index": lambda c, v: lambda i: int(v) < 0 or i <= int(v),
-    "moe_layer_interval": lambda c, v: lambda i: (i + 1) % int(v) == 0,
-    "hybrid_override_pattern": lambda c, v: lambda i: v[i] == "E",
-    "layers_block_type": lambda c, v: lambda i: v[i] == "moe" if "moe" in v else True,
-}
 
 
 # --- keys

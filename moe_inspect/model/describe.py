@@ -15,8 +15,9 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import read_config
+from moe_inspect.model.families import CONNECTOR, TOWER
 from moe_inspect.model.load import auto_class, load_config, of_the_text_model
-from moe_inspect.model.routers import TOWER, Site, find_routers, top_k_of
+from moe_inspect.model.routers import Site, find_routers, top_k_of
 from moe_inspect.text import first_line, ranges
 from moe_inspect.trace import schema
 
@@ -31,11 +32,8 @@ PARTS = (
     "norms and others",
     "vision and audio",
 )
-# of a multimodal model: what a token of text does not meet
-NOT_TEXT = re.compile(
-    TOWER.pattern
-    + r"|(?:^|\.)(?:multi_modal_projector|resampler_model|view_separator|perception_emb_norm)(?:\.|$)"
-)
+# parts of a multimodal model that a token of text does not meet
+NOT_TEXT = re.compile(f"{TOWER.pattern}|{CONNECTOR.pattern}")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 # dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets: A100 SXM, H100 SXM, H200 SXM, B200 SXM
 PEAK_FLOPS = {"a100": 312e12, "h100": 989.4e12, "h200": 989.4e12, "b200": 2250e12}

@@ -1,45 +1,32 @@
-"""Finds every router of a model: the seam where its choice is handed over.
+"""Finds every router of a model: the seam where its choice is handed over. What families do
+differently is in `model/families.py`.
 
-A family on transformers' experts interface, or with the same call, needs no entry here: its experts
-module is called with the router's choice. `ADAPTERS` holds the few that have no such call, or mean
-something else by it: a class → what its router chose. T tokens, K slots, E experts.
+T tokens, K slots, E experts.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.families import (
+    ADAPTERS,
+    EXPERTS,
+    LAYER,
+    NOT_ROUTED,
+    ROUTER_CLASS,
+    SHARED_EXPERTS,
+    STACKS,
+    TOP_K,
+    TOWER,
+    Adapter,
+)
 
-Choice = tuple[torch.Tensor, torch.Tensor]  # expert ids int [T, K], gate weights float [T, K]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """`choice`: what the router chose, of (module, arguments, output); with `at_call` the module is
-    the experts', and there is no output yet. `logits_index`: where in the output the router logits
-    are, if it is a router. `experts`: E, where the module does not say. `alone`: the tokens of a
-    batch change each other's routing, so that sequences are fed one at a time. `applies`: to which
-    modules of the class."""
-
-    choice: Callable[[torch.nn.Module, list[Any], Any], Choice | None]
-    at_call: bool = False
-    logits_index: int | None = None
-    experts: Callable[[Any], int] | None = None
-    alone: bool = False
-    applies: Callable[[Any], bool] = lambda module: True
-    parameters: tuple[
-        str, ...
-    ] = ()  # of the module: the experts', where they are no module of their own
-    top_k: int | None = None  # where neither the module nor the config says
-    note: str = ""  # what a reader of the trace must know
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
 
 @dataclass(frozen=True)
@@ -49,14 +36,14 @@ class Site:
     whose output holds the router logits, if known, at `logits_index`, or (None) wherever E values a
     row stand."""
 
-    module: torch.nn.Module
+    module: Module
     path: str
     layer: int
     experts: int
     scoring: str
     shared_experts: int
     adapter: Adapter | None = None
-    logits_module: torch.nn.Module | None = None
+    logits_module: Module | None = None
     logits_index: int | None = None
     stack: str = ""  # "encoder" or "decoder" of a model that has both
 
@@ -66,117 +53,6 @@ class Site:
         not two stacks."""
         parts = self.path.split(".")
         return ".".join(parts[: parts.index(self.stack) + 1]) if self.stack else ""
-
-
-def _llama4(router: Any, arguments: list[Any], output: Any) -> Choice:
-    # the score multiplies the expert's input; every expert is called, with zeros where it was not
-    # chosen
-    scores_TE, logits_TE = output
-    ids_TK = logits_TE.topk(router.top_k, dim=1).indices  # the router's own call on its own logits
-    return ids_TK, scores_TE.gather(1, ids_TK)
-
-
-def _jetmoe(router: Any, arguments: list[Any], output: Any) -> Choice:
-    # two a block: of the MLP's experts, and of the attention's; what it returns is sorted by
-    # expert, but for the logits
-    values_TK, ids_TK = output[4].topk(router.top_k, dim=1)
-    return ids_TK, values_TK.softmax(1).type_as(values_TK)
-
-
-def _doge(mixture: Any, arguments: list[Any], output: Any) -> Choice:
-    # product keys: an expert is a pair of keys, and the k best pairs are among those of the best
-    # keys of each set
-    (x_TK, y_TK), (x_ids, y_ids) = output[1].topk(mixture.num_keys, dim=-1)
-    scores = (x_TK[:, :, None] + y_TK[:, None]).flatten(1)
-    pairs = (x_ids[:, :, None] * mixture.num_keys + y_ids[:, None]).flatten(1)
-    values_TK, at_TK = scores.topk(mixture.top_k, dim=-1)
-    weights_TK = values_TK.softmax(-1)
-    if mixture.norm_topk_prob:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return pairs.gather(1, at_TK), weights_TK
-
-
-def _zaya(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
-    # a token that skips the experts is handed to expert 0 with weight 0
-    choice = choice_among(arguments)
-    if choice is None:
-        return None
-    ids_TK, weights_TK = choice
-    return ids_TK.masked_fill(weights_TK == 0, -1), weights_TK
-
-
-def _aria(experts: Any, arguments: list[Any], output: Any) -> Choice:
-    # up to transformers 5.17 it is handed the logits, and chooses by itself
-    values_TK, ids_TK = arguments[1].topk(experts.config.moe_topk, dim=1)
-    return ids_TK, values_TK.softmax(-1)
-
-
-def _switch(experts: Any, arguments: list[Any], output: Any) -> Choice:
-    # one-hot [T, 1, E], all zeros where the token came after the expert's capacity
-    _, chosen_T1E, weights_T1 = arguments
-    return chosen_T1E.argmax(2).masked_fill(chosen_T1E.sum(2) == 0, -1), weights_T1
-
-
-def _nllb(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
-    # Handed a mask of each token's first choice and the gate weights of both, the experts' code
-    # takes the mask for ids: what runs is expert 1 with the weight of the first choice (where
-    # capacity left it one), and expert 0 with the weights of all others
-    if not _takes_mask_for_ids(type(experts)):
-        return None
-    _, mask_TE, weights_TE = arguments
-    first_T, others_T = (weights_TE * mask_TE).sum(1), (weights_TE * (1 - mask_TE)).sum(1)
-    weights_TK = torch.stack([first_T, others_T], 1)
-    ids_TK = torch.tensor([1, 0], device=weights_TK.device).expand(len(weights_TK), 2)
-    return ids_TK.masked_fill(weights_TK == 0, -1), weights_TK
-
-
-@cache
-def _takes_mask_for_ids(kind: type) -> bool:
-    return "one_hot(router_mask" in inspect.getsource(kind)
-
-
-def called_with(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
-    """What an experts module is called with; what is recorded where nothing else is said here."""
-    return choice_among(arguments)
-
-
-ADAPTERS = {
-    "Llama4Router": Adapter(_llama4, logits_index=1),
-    "JetMoeTopKGating": Adapter(_jetmoe, logits_index=4),
-    "DogeCDMoE": Adapter(_doge, alone=True, parameters=("down_embed", "up_embed")),
-    "ZayaExperts": Adapter(_zaya, at_call=True),
-    # ids beyond the routed experts are identity experts': they compute nothing
-    "LongcatFlashExperts": Adapter(
-        called_with, at_call=True, experts=lambda m: m.num_routed_experts
-    ),
-    "AriaExperts": Adapter(
-        _aria,
-        at_call=True,
-        experts=lambda m: m.config.moe_num_experts,
-        applies=lambda m: not hasattr(m, "gate_up_proj"),
-    ),
-    "SwitchTransformersExperts": Adapter(_switch, at_call=True, top_k=1),
-    "NllbMoeExperts": Adapter(
-        _nllb,
-        at_call=True,
-        # its routers take the padding mask of some attentions the wrong way round, and count
-        # capacity over a batch
-        alone=True,
-        top_k=2,
-        note="this release of transformers runs experts 1 and 0 whatever NLLB's routers choose "
-        "(its experts take the mask of the "
-        "first choices for ids): the trace says what ran",
-    ),
-}
-TOWER = re.compile(
-    r"(?:^|[._])(?:vision|visual|audio|image)(?:[._]|$)"
-)  # of a multimodal model: sees no token
-STACKS = {"encoder", "decoder"}
-NOT_ROUTED = {
-    "Llama4TextExperts",
-    "JetMoeParallelExperts",
-    "InklingSharedExperts",
-}  # *Experts that no choice is handed to
 
 
 def find_routers(model: Any) -> list[Site]:
@@ -235,7 +111,7 @@ def find_routers(model: Any) -> list[Site]:
 
 def layer_of(path: str) -> int:
     """The block index in a module path: "model.layers.3.mlp.experts" → 3."""
-    found = re.search(r"(?:layers|blocks|h|block|layer)\.(\d+)\.", path + ".")
+    found = LAYER.search(path + ".")
     if found is None:
         raise MoeInspectError(
             f"no layer number in the module path {path}: this model's layout is not known"
@@ -243,12 +119,12 @@ def layer_of(path: str) -> int:
     return int(found.group(1))
 
 
-def experts_of(module: torch.nn.Module) -> int:
+def experts_of(module: Module) -> int:
     """E of a module: never the largest id seen, or dead experts would vanish. Under expert
     parallelism the module holds some of them, and the config tells how many there are."""
     if is_expert_parallel(module):
         config = module.config
-        for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        for name in EXPERTS:
             if isinstance(getattr(config, name, None), int):
                 return getattr(config, name)
         raise MoeInspectError(
@@ -265,17 +141,6 @@ def experts_of(module: torch.nn.Module) -> int:
     return int(stacked.shape[0])
 
 
-TOP_K = (
-    "top_k",
-    "moe_top_k",
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-)
-
-
 def top_k_of(site: Site, model: Any) -> int:
     """The k that a router, its block or the config declares. What it hands over shows only when it
     runs."""
@@ -289,13 +154,13 @@ def top_k_of(site: Site, model: Any) -> int:
         getattr(site.module, "config", None),
         model.config.get_text_config(),
     ):
-        for name in TOP_K:
+        for name in ("top_k", *TOP_K):
             if isinstance(value := getattr(owner, name, None), int) and not isinstance(value, bool):
                 return value
     raise MoeInspectError(f"cannot tell how many experts a token {site.path} chooses")
 
 
-def is_expert_parallel(module: torch.nn.Module) -> bool:
+def is_expert_parallel(module: Module) -> bool:
     """Whether this module's experts are some of those its router chooses from: at its call ids are
     global, within its forward local ones or another rank's."""
     return getattr(module, "_is_expert_parallel", False)
@@ -310,7 +175,7 @@ def wants_expert_parallel(model: Any) -> bool:
     )
 
 
-def scoring_of(config: Any, router: torch.nn.Module) -> str:
+def scoring_of(config: Any, router: Module) -> str:
     """How logits become scores: what the config states, else what the code of the router (or of its
     block) calls."""
     stated = getattr(config, "scoring_func", None)
@@ -337,29 +202,13 @@ def shared_experts_of(config: Any, model: Any, experts_path: str) -> int:
         for name, _ in model.get_submodule(owner).named_children()
     ):
         return 0
-    for name in ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"):
+    for name in SHARED_EXPERTS:
         if isinstance(value := getattr(config, name, None), int) and value > 0:
             return value
     return 1
 
 
-def choice_among(arguments: list[Any]) -> Choice | None:
-    """The router's choice among the arguments of an experts call, by dtype and shape, never by
-    position: the 2-D integer tensor and the floating-point tensor of its shape. None where there is
-    none."""
-    tensors = [a for a in arguments if hasattr(a, "dtype") and hasattr(a, "dim")][
-        1:
-    ]  # the first holds the hidden states
-    ids = [
-        t
-        for t in tensors
-        if t.dim() == 2 and not t.dtype.is_floating_point and t.element_size() > 1
-    ]
-    weights = [t for t in tensors if ids and t.dtype.is_floating_point and t.shape == ids[0].shape]
-    return (ids[0], weights[0]) if ids and weights else None
-
-
-def logits_among(output: Any, site: Site) -> torch.Tensor | None:
+def logits_among(output: Any, site: Site) -> Tensor | None:
     """The router logits [T, E] in the output of `site.logits_module`: at the declared index, else
     the one tensor of E floating-point values a row (the order of the others has changed between
     releases). None where that is not one."""
@@ -386,10 +235,10 @@ def _declared_logits(model: Any) -> dict[type, int]:
     return declared
 
 
-def _router_beside(model: Any, experts_path: str) -> torch.nn.Module | None:
+def _router_beside(model: Any, experts_path: str) -> Module | None:
     """The router module among the siblings of these experts."""
     parent = model.get_submodule(experts_path.rpartition(".")[0])
     return next(
-        (m for m in parent.children() if re.search(r"(Router|Gate|Gating)$", type(m).__name__)),
+        (m for m in parent.children() if ROUTER_CLASS.search(type(m).__name__)),
         None,
     )

@@ -4,56 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_inspect.model.families import EXPERT_WIDTH, HIDDEN, family_of, language_config
 from moe_inspect.trace.reader import Trace
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-UNGATED = (
-    "nllb-moe",
-    "nllb_moe",
-    "switch_transformers",
-    "nemotron_h",
-)  # two matrices an expert; the others have a gate too
-WIDTHS = (
-    "moe_intermediate_size",
-    "expert_ffn_hidden_size",
-    "ffn_hidden_size",
-    "d_ff",
-    "intermediate_size",
-)
 
 
 def text_config(trace: Trace) -> dict[str, Any]:
     """The config of the language model; empty where the manifest has none."""
     config = trace.manifest.get("model", {}).get("config")
-    config = config if isinstance(config, dict) else {}
-    nested = config.get("text_config")
-    return {**config, **nested} if isinstance(nested, dict) else config
+    return language_config(config) if isinstance(config, dict) else {}
 
 
 def hidden_bytes(trace: Trace) -> float | None:
-    """Of a token's hidden state, in the dtype the model ran in; None where the manifest does not
-    say."""
-    width, size = _number(text_config(trace), "hidden_size", "d_model"), _element_bytes(trace)
+    """Bytes of a token's hidden state in the dtype the model ran in; None where the manifest does
+    not say."""
+    width, size = _number(text_config(trace), *HIDDEN), _element_bytes(trace)
     return width * size if width and size else None
 
 
 def expert_bytes(trace: Trace, router: int) -> float | None:
-    """Of one expert's weights: its two matrices, three where it has a gate; None where the manifest
-    does not say."""
+    """Bytes of one expert's weights: two matrices, three where it has a gate projection; None where
+    the manifest does not say."""
     config = text_config(trace)
     stack = trace.routers[router].stack
-    inner = {
-        **config,
-        **(config["ffn_config"] if isinstance(config.get("ffn_config"), dict) else {}),
-    }
-    width = _number(inner, *([f"{stack}_ffn_dim"] if stack else []), *WIDTHS)
-    hidden, size = _number(config, "hidden_size", "d_model"), _element_bytes(trace)
-    matrices = 2 if config.get("model_type") in UNGATED else 3
+    width = _number(config, *([f"{stack}_ffn_dim"] if stack else []), *EXPERT_WIDTH)
+    hidden, size = _number(config, *HIDDEN), _element_bytes(trace)
+    matrices = 3 if family_of(config).gated else 2
     return matrices * hidden * width * size if hidden and width and size else None
 
 
 def weight_bytes(trace: Trace) -> int:
-    """Of a weight, in the dtype the model ran in; 2 where the manifest does not say."""
+    """Bytes of a weight in the dtype the model ran in; 2 where the manifest does not say."""
     return _element_bytes(trace) or 2
 
 

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,14 +19,16 @@ from moe_inspect.capture.hook import experts as experts_implementation
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.families import called_with
 from moe_inspect.model.routers import (
-    Choice,
     Site,
-    called_with,
     is_expert_parallel,
     logits_among,
     wants_expert_parallel,
 )
+
+if TYPE_CHECKING:
+    from moe_inspect.model.families import Choice
 
 CAPTURES = ("auto", "dispatch", "tap")
 
