@@ -7,10 +7,10 @@ export HF_HUB_OFFLINE ?= 1
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-families lint picture bench fuzz clean
+.PHONY: help demo test test-slow test-families test-newest test-oldest lint docs picture bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,22 @@ demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus; rep
 
 test: $(VENV)/.installed ## The whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+NEWEST := build/venv-newest
+OLDEST := build/venv-oldest
+NEWEST_PYTHON ?= python3.13
+
+test-newest: ## The suite on the newest Python and the newest release of every dependency (build/venv-newest)
+	$(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[trace,dask,dev,docs]'
+	$(NEWEST)/bin/python -m pytest -n auto --dist loadfile
+
+test-oldest: ## The suite on the lower bounds that pyproject.toml states (build/venv-oldest)
+	python3.11 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check packaging pytest
+	$(OLDEST)/bin/python -m tests.lower_bounds > build/lower-bounds.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/lower-bounds.txt --editable '.[trace,dask,dev,docs]'
+	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile
 
 test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes docs/families.md
 	$(BIN)/python -m tests.test_zoo

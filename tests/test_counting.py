@@ -51,7 +51,7 @@ def made(
     root: Path, shard_tokens: int = 400, seed: int = 0, relabel: np.ndarray | None = None
 ) -> Trace:
     ids = [
-        np.where(i < 0, NOWHERE, i if relabel is None else relabel[i]).astype(np.uint16)
+        np.where(i < 0, np.uint16(NOWHERE), i if relabel is None else relabel[i]).astype(np.uint16)
         for i in map(ids_with_gaps, (seed, seed + 1))
     ]
     weights = [
@@ -222,7 +222,7 @@ def test_a_slot_that_routes_nowhere_among_256_experts(
     """Of which 8 bits hold each, and none for nowhere."""
     ids_TK = uniform_ids(np.random.default_rng(0), 300, 256, 4).astype(np.int16)
     ids_TK[::7, 3] = -1
-    ids = [np.where(ids_TK < 0, NOWHERE, ids_TK).astype(np.uint16)] * 2
+    ids = [np.where(ids_TK < 0, np.uint16(NOWHERE), ids_TK).astype(np.uint16)] * 2
     trace = write_trace(
         tmp_path / "t",
         ids,
