@@ -36,9 +36,10 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.report import report
 from moe_inspect.trace import schema
-from moe_inspect.trace.lock import hold
-from moe_inspect.trace.output_dir import take_place
-from moe_inspect.trace.reader import Trace, read_manifest
+from moe_inspect.trace.files.lock import hold
+from moe_inspect.trace.manifest import process_start, read_manifest
+from moe_inspect.trace.output_dir import claim_directory
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
@@ -255,7 +256,7 @@ def manifest(seed: int) -> dict[str, Any]:
     facts = {
         "mode": "tap",
         "pid": os.getpid(),
-        "process_start": schema.process_start(os.getpid()),
+        "process_start": process_start(os.getpid()),
         "host": os.uname().nodename,
     }
     return {"model": {"id": f"made {seed}"}, "capture": facts, "corpus": {"plan": {"seed": seed}}}
@@ -271,7 +272,7 @@ def begin(
     shard_seconds: float = 60.0,
     pause_s: float = 0.0,
 ) -> str:
-    with take_place(root, overwrite) as lock:
+    with claim_directory(root, overwrite) as lock:
         _write(root, seed, batches(seed), shard_seconds, pause_s, lock=lock)
     return "begun"
 
@@ -325,7 +326,7 @@ def rows_of(trace: Trace) -> Rows:
     parts = {
         "tokens": [shard.tokens() for shard in trace.shards],
         "documents": [shard.table("documents") for shard in trace.shards],
-        "vocabulary": [trace._vocabulary],
+        "vocabulary": [trace.vocabulary_table],
         **{
             f"router {r}": [shard.routing(r) for shard in trace.shards]
             for r in range(len(trace.routers))

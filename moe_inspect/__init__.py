@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe_inspect.api import record
     from moe_inspect.capture.run import trace_model
     from moe_inspect.capture.server.run import trace_engine
+    from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
     from moe_inspect.model.describe import Description, describe
     from moe_inspect.reporting.report import Report, report
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import write_plan
     from moe_inspect.simulate.routing import simulate_routing
-    from moe_inspect.trace.export import export_trace
     from moe_inspect.trace.reader import Trace, open_trace
     from moe_inspect.trace.verify import Verification, verify
 
@@ -64,7 +64,7 @@ _HOMES = {
     "Trace": "moe_inspect.trace.reader",
     "Verification": "moe_inspect.trace.verify",
     "describe": "moe_inspect.model.describe",
-    "export_trace": "moe_inspect.trace.export",
+    "export_trace": "moe_inspect.exporters.run",
     "import_trace": "moe_inspect.importers.run",
     "open_trace": "moe_inspect.trace.reader",
     "record": "moe_inspect.api",

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.trace import checksums, schema
+from moe_inspect.trace import schema
+from moe_inspect.trace.files import checksums
+from moe_inspect.trace.manifest import write_manifest
 
 
 def edit_manifest(root: Path, **values: Any) -> None:
     """Sets sections of trace.json, and its digest; `digest=None` removes that."""
     manifest = json.loads((root / schema.MANIFEST).read_text()) | values
-    schema.write_manifest(root, manifest)
+    write_manifest(root, manifest)
     if manifest["digest"] is None:
         del manifest["digest"]
         (root / schema.MANIFEST).write_text(json.dumps(manifest))

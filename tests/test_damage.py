@@ -18,8 +18,10 @@ import pytest
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
-from moe_inspect.trace import checksums, parts, schema
-from moe_inspect.trace.reader import Shard, open_trace
+from moe_inspect.trace import parts, schema
+from moe_inspect.trace.files import checksums
+from moe_inspect.trace.reader import open_trace
+from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from tests.conftest import ROOT

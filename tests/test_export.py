@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.exporters import MODULES
+from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
-from moe_inspect.trace.export import EXPORTS, export_trace
 from moe_inspect.trace.reader import Trace
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
@@ -184,7 +185,7 @@ def test_long_parquet_is_a_row_an_assignment(trace: Trace, tmp_path: Path):
     assert np.array_equal(found[columns].to_numpy(float), truth(trace)[columns].to_numpy(float))
 
 
-@pytest.mark.parametrize("format", EXPORTS)
+@pytest.mark.parametrize("format", MODULES)
 def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
     trace = write_counts(tmp_path / "t", [np.arange(8)[None] + 10] * 2, 2)
     if format in ("esft", "long-parquet"):

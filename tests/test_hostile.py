@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers import FORMATS
+from moe_inspect.importers import MODULES
 from moe_inspect.importers.run import import_trace
 from tests import foreign, fuzz
 from tests.foreign import MAKERS
@@ -154,7 +154,7 @@ def test_nothing_is_unpickled_and_no_archive_unpacked(tmp_path: Path):
         import_trace("vllm-routed", [tmp_path / "d.npy"], tmp_path / "t", experts=8)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", MODULES)
 @pytest.mark.parametrize(
     "content",
     [b"", b"\0" * 50, b"{}", b"[]", b"null\n", b'{"records": []}', b"[" * 100_000, b"9" * 5000],

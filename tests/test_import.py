@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers import FORMATS
-from moe_inspect.importers.context import counted
+from moe_inspect.importers import MODULES
+from moe_inspect.importers.context import batch_of_counts
+from moe_inspect.importers.registry import formats
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.report import report
-from moe_inspect.trace.lock import hold
+from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from tests import foreign
@@ -58,11 +59,11 @@ def test_counts_are_of_as_many_tokens_as_the_fullest_router_needs(assignments: i
         np.array([[1, 1, 0, 0], [2, 2, 0, 0]]),
         np.array([[assignments, 0, 0, 0], [1, 0, 0, 0]]),
     ]
-    assert counted(loads, listed, ["a", "b"], 0).tokens == tokens + 2
+    assert batch_of_counts(loads, listed, ["a", "b"], 0).tokens == tokens + 2
 
 
 def test_every_format_has_a_file_made_for_it():
-    assert set(FORMAT_OF.values()) == set(FORMATS)
+    assert set(FORMAT_OF.values()) == set(MODULES)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -217,13 +218,13 @@ def test_what_only_speaks_of_experts_and_layers_is_not_taken_for_counts(
     name: str, text: str, tmp_path: Path
 ):
     (tmp_path / name).write_text(text)
-    with pytest.raises(MoeInspectError, match="is of no format that is known by its looks"):
+    with pytest.raises(MoeInspectError, match="cannot tell the format of"):
         import_trace("auto", [tmp_path / name], tmp_path / "t", top_k=1)
 
 
 def test_a_table_of_texts_is_not_taken_for_counts(tmp_path: Path):
     pd.DataFrame({"text": ["layer", "expert", "count"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(MoeInspectError, match="is of no format that is known by its looks"):
+    with pytest.raises(MoeInspectError, match="cannot tell the format of"):
         import_trace("auto", [tmp_path / "a.parquet"], tmp_path / "t", top_k=1)
 
 
@@ -449,18 +450,18 @@ def test_the_readmes_table_is_the_registrys():
         (ROOT / "README.md").read_text().partition("\n## Import\n")[2].partition("\n## Verify")[0]
     )
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert rows == [f"| `{f.name}` | {f.reads} | {f.gives} |" for f in FORMATS.values()]
+    assert rows == [f"| `{f.name}` | {f.reads} | {f.gives} |" for f in formats().values()]
 
 
 def test_the_commands_help_names_every_format(cli):
     said = cli("import", "--help").stdout
-    assert all(name in said for name in (*FORMATS, "auto"))
+    assert all(name in said for name in (*MODULES, "auto"))
 
 
 def test_importing_needs_no_torch_but_for_its_files():
     program = (
         "import sys; import moe_inspect.importers.run, moe_inspect.trace.verify, "
-        "moe_inspect.trace.export; print('torch' in sys.modules)"
+        "moe_inspect.exporters.run; print('torch' in sys.modules)"
     )
     assert (
         subprocess.run(

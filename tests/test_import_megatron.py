@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import Job, Source
+from moe_inspect.importers.context import ImportContext, ImportSource
 from moe_inspect.importers.megatron.importer import megatron
 from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
@@ -395,15 +395,16 @@ def test_progress_is_told_of_every_byte_once(tmp_path: Path):
         (place := tmp_path / name).mkdir()
         MAKERS[name](place)
         told: list[int] = []
-        job = Job(
-            [Source(place, None)],
+        context = ImportContext(
+            [ImportSource(place, None)],
             experts=E,
             pipeline_stages={"megatron": 1}.get(name),
             warn=lambda line: None,
             read=told.append,
         )
         assert (
-            sum(1 for _ in megatron(job).batches) == {"megatron": 4, "megatron-pipeline": 8}[name]
+            sum(1 for _ in megatron(context).batches)
+            == {"megatron": 4, "megatron-pipeline": 8}[name]
         )
         assert sum(told) == sum(p.stat().st_size for p in place.glob("*.jsonl"))
 
@@ -412,7 +413,9 @@ def test_a_dump_of_many_steps_is_read_a_pass_at_a_time(tmp_path: Path):
     def peak(steps: int) -> int:
         place = dump(tmp_path / f"in{steps}", [passes_of(2, steps=steps, T=400)], [[0], [1]])
         tracemalloc.start()
-        for _ in megatron(Job([Source(place, None)], experts=E, warn=lambda line: None)).batches:
+        for _ in megatron(
+            ImportContext([ImportSource(place, None)], experts=E, warn=lambda line: None)
+        ).batches:
             pass
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

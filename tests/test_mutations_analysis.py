@@ -16,15 +16,18 @@ from moe_inspect.analysis.counting import kernels_numpy as counting
 from moe_inspect.analysis.counting import shard as fragment
 from moe_inspect.analysis.metrics import balance, pairs, uncertainty
 from moe_inspect.capture import corpus
-from moe_inspect.importers import context as job
-from moe_inspect.importers import esft, responses, routed, sglang
+from moe_inspect.importers import context, esft, responses, routed
 from moe_inspect.importers.megatron import importer as megatron
 from moe_inspect.importers.megatron import layers as megatron_layers
+from moe_inspect.importers.megatron import passes as megatron_passes
+from moe_inspect.importers.sglang import counts as sglang_counts
+from moe_inspect.importers.sglang import tokens as sglang_tokens
 from moe_inspect.reporting.tables import pairs as pair_tables
 from moe_inspect.reporting.verdict import balance as verdict
 from moe_inspect.reporting.verdict import specialization as verdict_routing
-from moe_inspect.trace import lock, parts, reader, schema, slot_order, validate, writer
-from moe_inspect.trace import output_dir as place
+from moe_inspect.trace import output_dir, parts, shard, shard_list, slot_order, validate
+from moe_inspect.trace.files import atomic, lock
+from moe_inspect.trace.writer import part_file, resume, tables, trace_writer
 from tests import (
     test_aggregate,
     test_balance,
@@ -35,7 +38,7 @@ from tests import (
     test_import,
     test_import_megatron,
     test_import_responses,
-    test_place,
+    test_output_dir,
     test_routed,
     test_slot_order,
     test_trace,
@@ -127,56 +130,56 @@ MUTATIONS = {
     "merged: passes of one part": (aggregate, "before + n, sum_before + max_vio", "n, max_vio", merging),
     "an encoder's tokens are the decoder's": (fragment, '(phase == PHASES[2]) == (stack == "encoder")', '(phase == PHASES[2]) != (stack == "encoder")', two_stacks),
     # writer
-    "slots stay as they came": (writer, "if order_KT is not None:", "if order_KT is None and False:", written_in_order),
-    "weights stay where they were": (writer, "weights_KT = None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)", "pass", written_in_order),
+    "slots stay as they came": (tables, "if order_KT is not None:", "if order_KT is None and False:", written_in_order),
+    "weights stay where they were": (tables, "weights_KT = None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)", "pass", written_in_order),
     "nowhere comes first": (slot_order, "np.float32(-np.inf)", "np.float32(np.inf)", written_in_order),
     "equal weights are turned round": (slot_order, 'np.argsort(-key_KT, axis=0, kind="stable")', 'np.argsort(key_KT, axis=0, kind="stable")[::-1]', written_in_order),
     "in order as a whole, not each": (slot_order, "(key_KT[:-1] >= key_KT[1:]).all()", "(key_KT[:-1] >= key_KT[1:]).any()", by(test_slot_order.test_what_is_in_order_is_left_alone)),
-    "resumed from a token twice": (writer, "next_token=shards[-1].last_token + 1", "next_token=shards[-1].last_token", resumed),
-    "resumed from a batch twice": (writer, "next_batch=shards[-1].last_batch + 1", "next_batch=shards[-1].last_batch", resumed),
-    "the next shard begins where this one does": (writer, "self.next_token += tokens", "self.next_token += 0", by(test_trace.test_manifest_counts_and_lines_agree)),
-    "a group is cut in two": (writer, "together = self._pending and", "together = False and", by(test_trace.test_a_group_is_committed_together_or_not_at_all, True)),
-    "half a group is kept": (writer, "if b.group != group]", "]", by(test_trace.test_a_group_is_committed_together_or_not_at_all, False)),
-    "sequences are cut": (writer, "if not continued or", "if True or", by(test_counting.test_a_generated_sequence_stays_in_one_shard, 20)),
-    "directories are not synchronised": (writer, "schema.sync_directory(self.root / table)", "pass", on_disk),
-    "nor is the manifest's": (schema, "sync_directory(path.parent)", "pass", on_disk),
-    "nor the manifest": (schema, "os.fsync(file.fileno())", "pass", on_disk),
-    "nor parts": (writer, "os.fsync(file.fileno())\n            with open(draft", "pass\n            with open(draft", on_disk),
-    "nor lines": (writer, "os.fsync(file.fileno())\n        self.next_shard", "pass\n        self.next_shard", on_disk),
+    "resumed from a token twice": (resume, "next_token=shards[-1].last_token + 1", "next_token=shards[-1].last_token", resumed),
+    "resumed from a batch twice": (resume, "next_batch=shards[-1].last_batch + 1", "next_batch=shards[-1].last_batch", resumed),
+    "the next shard begins where this one does": (trace_writer, "self.next_token += tokens", "self.next_token += 0", by(test_trace.test_manifest_counts_and_lines_agree)),
+    "a group is cut in two": (trace_writer, "self._pending and batch.group is not None", "False and batch.group is not None", by(test_trace.test_a_group_is_committed_together_or_not_at_all, True)),
+    "half a group is kept": (trace_writer, "if b.group != group]", "]", by(test_trace.test_a_group_is_committed_together_or_not_at_all, False)),
+    "sequences are cut": (trace_writer, "if not continued or", "if True or", by(test_counting.test_a_generated_sequence_stays_in_one_shard, 20)),
+    "directories are not synchronised": (trace_writer, "sync_directory(self.root / table)", "pass", on_disk),
+    "nor is the manifest's": (atomic, "sync_directory(path.parent)", "pass", on_disk),
+    "nor the manifest": (atomic, "os.fsync(file.fileno())", "pass", on_disk),
+    "nor parts": (part_file, "os.fsync(file.fileno())\n        with open(draft", "pass\n        with open(draft", on_disk),
+    "nor lines": (trace_writer, "os.fsync(file.fileno())\n        self.next_shard", "pass\n        self.next_shard", on_disk),
     # what is in the way of a trace
-    "files of others are removed": (place, "if others or not is_trace:", "if not is_trace:", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a file beside")),
-    "what only has the name of a manifest is one": (place, 'return not (isinstance(found, dict) and "format" in found)', "return False", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a profiler's over ours")),
-    "links are followed and emptied": (place, "entry.is_dir(follow_symlinks=False)", "entry.is_dir()", by(test_place.test_what_is_no_trace_is_not_overwritten_and_named, "a table elsewhere")),
-    "the manifest goes last": (place, "if schema.MANIFEST in there.files:\n            os.replace", "if False:\n            os.replace", by(test_place.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
-    "a lock that another holds": (lock, "if got and _is_at(file, root / LOCK):", "if _is_at(file, root / LOCK):", by(test_place.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
-    "a job that is over is joined": (lock, "if _job_in(file) != job:", "if False:", by(test_place.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
+    "files of others are removed": (output_dir, "if others or not is_trace:", "if not is_trace:", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a file beside")),
+    "what only has the name of a manifest is one": (output_dir, 'return not (isinstance(found, dict) and "format" in found)', "return False", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a profiler's over ours")),
+    "links are followed and emptied": (output_dir, "entry.is_dir(follow_symlinks=False)", "entry.is_dir()", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a table elsewhere")),
+    "the manifest goes last": (output_dir, "if schema.MANIFEST in there.files:\n            os.replace", "if False:\n            os.replace", by(test_output_dir.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
+    "a lock that another holds": (lock, "if got and _is_at(file, root / LOCK):", "if _is_at(file, root / LOCK):", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
+    "a job that is over is joined": (lock, "if _job_in(file) != job:", "if False:", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
     "generated tokens take no room": (corpus, "(len(row.ids) + generate * row.continued) > batch_tokens", "len(row.ids) > batch_tokens", by(test_generate.test_the_plan)),
     # reader
-    "older traces are not put in order": (reader, "if not slots or (", "if True or (", older_in_order),
-    "a torn line is taken": (reader, '.split(b"\\n")[:-1], 1)', ".splitlines(), 1)", resumed),
-    "half a shard is taken": (reader, 'if set(shard.paths) != set(manifest["tables"]):', "if False:", resumed),
+    "older traces are not put in order": (shard, "if not slots or (", "if True or (", older_in_order),
+    "a torn line is taken": (shard_list, '.split(b"\\n")[:-1], 1)', ".splitlines(), 1)", resumed),
+    "half a shard is taken": (shard_list, 'if set(shard.paths) != set(manifest["tables"]):', "if False:", resumed),
     "paths lead elsewhere": (validate, 'if re.fullmatch(rf"{table}/part-{rank}-[0-9]+\\.parquet", path, re.ASCII) is None:', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path elsewhere")),
     "a digest is not looked at": (validate, 'if "digest" in manifest and manifest["digest"]', 'if False and manifest["digest"]', by(test_damage.test_free_text_may_be_edited_and_nothing_else)),
-    "any expert is taken": (reader, "for column in columns)) >= E:", "for column in columns)) > E:", by(test_damage.test_what_a_file_holds_is_checked, "an expert that there is not")),
+    "any expert is taken": (shard, "for column in columns)) >= E:", "for column in columns)) > E:", by(test_damage.test_what_a_file_holds_is_checked, "an expert that there is not")),
     "nulls are taken": (parts, "if column.null_count and not nulls and", "if False and", by(test_damage.test_what_a_file_holds_is_checked, "a null id")),
     "changed lines are taken": (validate, "not checksums.is_intact(line)", "False", by(test_damage.test_a_line_changed_to_another_that_is_possible_is_found)),
     "changed footers are taken": (parts, "elif stated.footer_crc32 is not None and", "elif False and", changed),
     "changed pages are taken": (parts, "opened = pq.ParquetFile(file, page_checksum_verification=True,", "opened = pq.ParquetFile(file,", changed),
     # importers
-    "counts: a token too few": (job, "-(-load_DE.sum(1) // router.top_k)", "load_DE.sum(1) // router.top_k", by(test_import.test_counts_are_of_as_many_tokens_as_the_fullest_router_needs, 5, 3)),
+    "counts: a token too few": (context, "-(-load_DE.sum(1) // router.top_k)", "load_DE.sum(1) // router.top_k", by(test_import.test_counts_are_of_as_many_tokens_as_the_fullest_router_needs, 5, 3)),
     "−1 is an expert": (routed, 'ids = ids_TK.astype(dtype, order="C")', 'ids = np.maximum(ids_TK, 0).astype(dtype, order="C")', by(test_routed.test_minus_one_is_nowhere, 8, np.uint8)),
     "vllm: the layer before": (routed, "checked_ids(routed_TBK[:, r.layer], r,", "checked_ids(routed_TBK[:, r.layer - 1], r,", by(test_routed.test_a_router_gets_its_block_and_what_is_no_decision_is_refused)),
     "vllm: dense layers route": (responses, "if dense := dense_blocks(routed_TBK):", "if dense := []:", by(test_import.test_dense_layers_are_refused_without_a_config)),
     "vllm: what was generated was fed as a prompt": (responses, "cut = min(max(prompt - start, 0), T)", "cut = T", by(test_import.test_positions_phases_and_documents_of_responses)),
     "vllm: padding is tokens": (responses, "kept = routed_TBK[begin : rows - end]", "kept = routed_TBK[:expected]", by(test_import_responses.test_padding_on_both_sides_is_left_out)),
-    "sglang: physical experts": (sglang, "map_BP[router.layer][physical_TK], -1)", "physical_TK % router.experts, -1)", by_format("sglang-per_token")),
-    "sglang: physical counts": (sglang, "(np.broadcast_to(rows, (B, P)), maps[path])", "(np.broadcast_to(rows, (B, P)), np.arange(P)[None] % E)", by_format("sglang-per_pass")),
-    "sglang: prompts of one token are decoded": (sglang, "if mode != EXTEND and length == 1 and", "if length == 1 and", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
-    "sglang: in mixed passes prompts of one token are decoded": (sglang, "(mode != MIXED or position[part.start] > 0)", "True", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
-    "sglang: a full ring is read as time": (sglang, "1 if wrapped else WINDOWS", "WINDOWS", by(test_import.test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time, [0, 1, 2], 1)),
+    "sglang: physical experts": (sglang_tokens, "map_BP[router.layer][physical_TK], -1)", "physical_TK % router.experts, -1)", by_format("sglang-per_token")),
+    "sglang: physical counts": (sglang_counts, "(np.broadcast_to(rows, (B, P)), maps[path])", "(np.broadcast_to(rows, (B, P)), np.arange(P)[None] % E)", by_format("sglang-per_pass")),
+    "sglang: prompts of one token are decoded": (sglang_tokens, "return mode != EXTEND and length == 1 and", "return length == 1 and", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
+    "sglang: in mixed passes prompts of one token are decoded": (sglang_tokens, "(mode != MIXED or self.position[start] > 0)", "True", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
+    "sglang: a full ring is read as time": (sglang_counts, "1 if wrapped else WINDOWS", "WINDOWS", by(test_import.test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time, [0, 1, 2], 1)),
     "megatron: layers one too high": (megatron_layers, "from_one = [replace(f, offset=-1) for f in files]", "from_one = [replace(f, offset=0) for f in files]", by_format("megatron-pipeline")),
     "megatron: ranks by name": (megatron_layers, "sorted(files, key=lambda f: f.rank)", "sorted(files, key=lambda f: str(f.path))", by_format("megatron-pipeline")),
-    "megatron: a pass of one token is a repetition": (megatron, "(odd or len(first.ids_TK) > 1)", "True", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
+    "megatron: a pass of one token is a repetition": (megatron_passes, "(odd or len(first.ids_TK) > 1)", "True", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
     "megatron: one token of several ranks is taken once": (megatron, " and T > 1:", ":", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
     "megatron: tensor-parallel ranks add up": (megatron, "seen[source.domain, step].add(digest.digest())", "pass", by(test_import_megatron.test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree)),
     "esft: weights of another token": (esft, "weights=[w[part] for w in weights]", "weights=[w[:T] for w in weights]", by_format("esft")),

@@ -30,11 +30,10 @@ from moe_inspect.cli.app import app
 from moe_inspect.cli.emit import Format, emit
 from moe_inspect.reporting.report import report
 from moe_inspect.text import first_line, printable
-from moe_inspect.trace import writer
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, tables
 from tests.damage import edit_manifest
 from tests.synthetic import uniform_ids
 
@@ -311,7 +310,7 @@ def test_parquet_text_that_is_no_utf8(
         )
         return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), wrong)
 
-    monkeypatch.setattr(writer, "_labels", labels)
+    monkeypatch.setattr(tables, "_labels", labels)
     sample(here / "bad", "law", "code")
     if command in ("simulate routing", "simulate placement"):  # they read no label
         return fine(run(command, usual=["bad"]))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.report import report
-from moe_inspect.trace.export import export_trace
 from moe_inspect.trace.reader import Trace
 from tests.synthetic import write_counts, write_trace
 

@@ -16,13 +16,13 @@ import moe_inspect
 from moe_inspect.capture.hook.call_inputs import Rows
 from moe_inspect.capture.hook.device_counts import DeviceCounts
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.charts.sections import report_page
 from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import report
 from moe_inspect.simulate.capacity import simulate_capacity
-from moe_inspect.trace import schema
-from moe_inspect.trace.export import export_trace
+from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import descending
@@ -156,7 +156,7 @@ def without_slot_order(trace: Trace) -> Trace:
     manifest = json.loads(path.read_text())
     for router in manifest["routers"]:
         router.pop("slot_order")
-    schema.write_manifest(trace.path, manifest)
+    write_manifest(trace.path, manifest)
     return open_trace(trace.path)
 
 
@@ -191,7 +191,7 @@ def test_an_older_trace_goes_on_as_it_began(tmp_path: Path) -> None:
     with TraceWriter(
         trace.path,
         {"model": {"id": "made"}},
-        trace._listed,
+        trace.stated_routers,
         resume=ResumePoint(slot_orders={0: ""}),
     ):
         pass

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
-from moe_inspect.trace.reader import Shard, open_trace
+from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import Router, parse_ranges
+from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 from tests.damage import edit_manifest
 

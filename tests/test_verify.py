@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import checksums
+from moe_inspect.trace.files import checksums
 from moe_inspect.trace.verify import verify
 from tests import foreign
 from tests.conftest import ROOT

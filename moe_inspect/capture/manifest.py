@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_inspect.trace import schema
+from moe_inspect.trace.manifest import process_start
 
 
 def capture_facts(model: Any, mode: str) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def process_facts(command: list[str]) -> dict[str, Any]:
         },
         "command": command,
         "pid": os.getpid(),
-        "process_start": schema.process_start(os.getpid()),
+        "process_start": process_start(os.getpid()),
         "host": socket.gethostname(),
     }
 

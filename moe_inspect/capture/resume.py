@@ -9,7 +9,7 @@ from moe_inspect.capture.corpus import Frame, Plan, special_frame
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.load import config_record
 from moe_inspect.trace import schema
-from moe_inspect.trace.reader import read_manifest, refuse_while_written
+from moe_inspect.trace.manifest import read_manifest, refuse_while_written, write_manifest
 from moe_inspect.trace.writer import ResumePoint, committed_counts, resume_point
 
 
@@ -53,7 +53,7 @@ def complete_now(out: Path, plan: Plan) -> None:
     manifest["corpus"] |= plan.stats.record()
     counts = {**committed_counts(out, manifest), "dropped": 0}
     with writing(out):
-        schema.write_manifest(out, {**manifest, "status": "complete", "counts": counts})
+        write_manifest(out, {**manifest, "status": "complete", "counts": counts})
 
 
 def _difference(key: str, then: Any, now: Any) -> str:

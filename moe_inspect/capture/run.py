@@ -29,9 +29,10 @@ from moe_inspect.model.load import (
 )
 from moe_inspect.model.vocabulary import tokenizer_fingerprint
 from moe_inspect.trace import schema
-from moe_inspect.trace.lock import Lock, hold, join, refuse_while_locked
+from moe_inspect.trace.files.lock import Lock, hold, join, refuse_while_locked
+from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.output_dir import check_directory
-from moe_inspect.trace.reader import Trace, read_manifest
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import Document
 
 MAX_LENGTH = 2048

@@ -55,7 +55,7 @@ def export(
     sglang: the load, for --init-expert-location of SGLang and ktransformers (.pt, .json); esft: per
     domain the expert weights, scores and training configuration; counts: load by expert and domain
     (.csv, .json, .parquet); long-parquet: one row per assignment."""
-    from moe_inspect.trace.export import export_trace
+    from moe_inspect.exporters.run import export_trace
 
     made = export_trace(
         trace, format.value, output, top_p=top_p, score=score and score.value, safe_csv=safe_csv

@@ -85,11 +85,11 @@ def import_(
 
     Counts, per-token choices or responses; report reads them like any other trace and says what
     they cannot tell."""
-    from moe_inspect.importers import FORMATS
+    from moe_inspect.importers import MODULES
     from moe_inspect.importers.run import import_trace
 
-    if format not in (*FORMATS, "auto"):
-        raise typer.BadParameter(f"no format {format!r}: there are {', '.join(FORMATS)} and auto")
+    if format not in (*MODULES, "auto"):
+        raise typer.BadParameter(f"no format {format!r}: there are {', '.join(MODULES)} and auto")
     if model is not None and config is not None:
         raise typer.BadParameter("--model and --config say the same: give one")
 

@@ -328,7 +328,7 @@ def _refuse_early(
 ) -> None:
     """What is wrong for certain is said before torch is imported, which takes seconds.
     `trace_model` and `trace_engine` look again."""
-    from moe_inspect.trace.lock import refuse_while_locked
+    from moe_inspect.trace.files.lock import refuse_while_locked
     from moe_inspect.trace.output_dir import check_directory
     from moe_inspect.trace.schema import MANIFEST
 
@@ -351,7 +351,7 @@ def _refuse_early(
 
 
 def _is_complete(output: Path) -> bool:
-    from moe_inspect.trace.reader import read_manifest
+    from moe_inspect.trace.manifest import read_manifest
     from moe_inspect.trace.schema import MANIFEST
 
     return (output / MANIFEST).exists() and read_manifest(output)["status"] == "complete"

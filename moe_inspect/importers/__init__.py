@@ -1,8 +1,13 @@
-"""One file a foreign format, one function each, in FORMATS. Nothing here imports torch but the one
-that reads its files, inside."""
+"""One file (or folder) per format of another tool. A new format takes its file and a line here."""
 
-from moe_inspect.importers import counts, esft, fiddler, responses, sglang, tensorrt_llm  # noqa: F401  (they register)
-from moe_inspect.importers.megatron import importer  # noqa: F401
-from moe_inspect.importers.registry import FORMATS, Format
-
-__all__ = ["FORMATS", "Format"]
+# name → module of this package, in which `@importer` registers it; "auto" tries them in this order
+MODULES = {
+    "counts": "counts",
+    "esft": "esft",
+    "fiddler": "fiddler",
+    "megatron": "megatron.importer",
+    "vllm-routed": "responses",
+    "sglang-routed": "responses",
+    "sglang": "sglang.importer",
+    "tensorrt-llm": "tensorrt_llm",
+}

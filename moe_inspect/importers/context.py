@@ -1,5 +1,5 @@
-"""What every importer is given, and what it gives back: a Job (files, what is known of the model,
-whom to tell) → an Imported (routers, batches for the writer).
+"""What every importer is given and gives back: an ImportContext (files, what is known of the model,
+callbacks) → an Imported (routers, batches for the writer).
 
 T tokens, K slots, E experts, D domains.
 """
@@ -29,7 +29,7 @@ NO_ID = -1  # a token whose vocabulary id the source does not say
 
 
 @dataclass(frozen=True)
-class Source:
+class ImportSource:
     """A file or folder, and the label that its tokens get (None: the importer's own)."""
 
     path: Path
@@ -37,11 +37,11 @@ class Source:
 
 
 @dataclass
-class Job:
+class ImportContext:
     """`experts`, `top_k`, `pipeline_stages`: said by the user where neither the file nor a config
     says so. `read` is told of bytes, `warn` of what is odd."""
 
-    sources: list[Source]
+    sources: list[ImportSource]
     facts: ModelFacts | None = None
     experts: int | None = None
     top_k: int | None = None
@@ -49,10 +49,10 @@ class Job:
     warn: Callable[[str], None] = print
     read: Callable[[int], None] = lambda n: None
 
-    def files(self, pattern: str, what: str) -> list[tuple[Path, Source]]:
+    def files(self, pattern: str, what: str) -> list[tuple[Path, ImportSource]]:
         """Files whose name matches, in the folders of the sources and their subfolders; a source
         that is a file is taken whatever its name is."""
-        found: list[tuple[Path, Source]] = []
+        found: list[tuple[Path, ImportSource]] = []
         for source in self.sources:
             if source.path.is_dir():
                 inside = sorted(
@@ -276,7 +276,7 @@ def _below_int32(number: int) -> int:
     return number
 
 
-def routed(
+def batch_of_decisions(
     numbers: Numbering,
     ids: list[np.ndarray],
     *,
@@ -311,7 +311,7 @@ def routed(
     )
 
 
-def counted(
+def batch_of_counts(
     load_LDE: Sequence[np.ndarray],
     routers: Sequence[Router],
     domains: Sequence[str],

@@ -23,9 +23,9 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.context import (
     MOST_DOMAINS,
     MOST_JSON_BYTES,
+    ImportContext,
     Imported,
-    Job,
-    counted,
+    batch_of_counts,
     parsed,
     parsed_object,
 )
@@ -98,18 +98,18 @@ def _has_columns(name: str, head: bytes) -> bool:
     gives="counts by domain",
     sniff=_has_columns,
 )
-def counts(job: Job) -> Imported:
+def counts(context: ImportContext) -> Imported:
     sums: dict[tuple[int, int], Sums] = {}
     columns: set[str] = set(SUMS)
-    for path, source in job.files(r".*\.(csv|json|jsonl|parquet)", ".csv, .json or .parquet"):
-        for table in _tables(job, path):
+    for path, source in context.files(r".*\.(csv|json|jsonl|parquet)", ".csv, .json or .parquet"):
+        for table in _tables(context, path):
             columns &= set(table.column_names)
             _add(sums, table, source.domain or named(path), path)
-    where = job.sources[0].path
+    where = context.sources[0].path
     if not sums:
         raise MoeInspectError(f"{where} holds no counts")
     domains = sorted({domain for s in sums.values() for domain in s.of["count"]})
-    routers = [_router(job, layer, s, where) for (layer, _), s in sorted(sums.items())]
+    routers = [_router(context, layer, s, where) for (layer, _), s in sorted(sums.items())]
     if sum(r.experts for r in routers) * len(domains) > MOST_CELLS:
         raise MoeInspectError(
             f"{where}: {len(routers):,} routers × {len(domains):,} domains × experts is over "
@@ -129,45 +129,47 @@ def counts(job: Job) -> Imported:
     def batches() -> Iterator[CountedBatches]:
         first = dense("first_choice", np.int64) if "first_choice" in columns else None
         weight = dense("weight_sum", np.float64) if "weight_sum" in columns else None
-        yield counted(dense("count", np.int64), routers, domains, 0, first, weight)
+        yield batch_of_counts(dense("count", np.int64), routers, domains, 0, first, weight)
 
     routers = [stated(router, known="first_choice" in columns) for router in routers]
     return Imported(routers, batches(), weights="weight_sum" in columns, counts_only=True)
 
 
-def _router(job: Job, layer: int, s: Sums, where: Path) -> Router:
+def _router(context: ImportContext, layer: int, s: Sums, where: Path) -> Router:
     """E from the config, the user, a column, or the rows, where they list every expert of 0…E−1
     (one that nobody lists might be dead)."""
     seen, stated = s.seen, s.stated["experts"]
-    if len(stated) == 1 and job.facts is None and job.experts is None:
+    if len(stated) == 1 and context.facts is None and context.experts is None:
         experts = stated.pop()
     elif (
-        job.facts is None
-        and job.experts is None
+        context.facts is None
+        and context.experts is None
         and seen == set(range(len(seen)))
         and any(len(d) == len(seen) for d in s.of["count"].values())
     ):
         experts = len(seen)
     else:
         experts = (
-            job.facts.experts.get(layer, 0)
-            if job.facts and not job.experts
-            else job.known_experts(f"{where}: layer {layer} lists not every expert and")
+            context.facts.experts.get(layer, 0)
+            if context.facts and not context.experts
+            else context.known_experts(f"{where}: layer {layer} lists not every expert and")
         )
     top_k = (
         s.stated["top_k"].pop()
-        if len(s.stated["top_k"]) == 1 and job.facts is None and job.top_k is None
+        if len(s.stated["top_k"]) == 1 and context.facts is None and context.top_k is None
         else None
     )
     top_k = top_k or (
-        job.facts.top_k.get(layer, 0) if job.facts and not job.top_k else job.known_top_k(where)
+        context.facts.top_k.get(layer, 0)
+        if context.facts and not context.top_k
+        else context.known_top_k(where)
     )
     if max(seen) >= (experts or max(seen) + 1):
         raise MoeInspectError(f"{where}: layer {layer} has expert {max(seen)} of {experts}")
-    return job.routers_of([layer], experts or max(seen) + 1, top_k, where)[0]
+    return context.routers_of([layer], experts or max(seen) + 1, top_k, where)[0]
 
 
-def _tables(job: Job, path: Path) -> Iterator[pa.Table]:
+def _tables(context: ImportContext, path: Path) -> Iterator[pa.Table]:
     """Some rows at a time, of integers, floats and strings under our names."""
     try:
         if path.suffix == ".csv":
@@ -179,7 +181,7 @@ def _tables(job: Job, path: Path) -> Iterator[pa.Table]:
                 for batch in file.iter_batches(2**16, use_threads=False):
                     yield _named(pa.table(batch), path)
         else:
-            yield _named(_json_table(job, path), path)
+            yield _named(_json_table(context, path), path)
     except (
         pa.ArrowException,
         UnicodeError,
@@ -188,17 +190,17 @@ def _tables(job: Job, path: Path) -> Iterator[pa.Table]:
     ) as error:  # the last three of values that no column holds
         raise MoeInspectError(f"{path}: {first_line(error)}") from None
     if path.suffix in (".csv", ".parquet"):
-        job.read(path.stat().st_size)
+        context.read(path.stat().st_size)
 
 
-def _json_table(job: Job, path: Path) -> pa.Table:
+def _json_table(context: ImportContext, path: Path) -> pa.Table:
     if path.stat().st_size > MOST_JSON_BYTES:
         raise MoeInspectError(
             f"{path} is of {path.stat().st_size:,} bytes, over {MOST_JSON_BYTES:,}: write it as "
             "csv or parquet"
         )
     data = path.read_bytes()
-    job.read(len(data))
+    context.read(len(data))
     lines = data.strip().splitlines()
     if len(lines) > 1 and lines[0].rstrip().endswith(b"}"):
         return pa.Table.from_pylist(

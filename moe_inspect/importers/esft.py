@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import Imported, Job, Numbering, routed
+from moe_inspect.importers.context import ImportContext, Imported, Numbering, batch_of_decisions
 from moe_inspect.importers.registry import importer
 from moe_inspect.importers.routed import checked_ids
 from moe_inspect.trace.schema import Router
@@ -38,10 +38,10 @@ RANK = re.compile(r"rank_\d+")  # ESFT's script writes a folder per process: <do
     ),
     sniff=lambda name, head: NAME.fullmatch(name) is not None,
 )
-def esft(job: Job) -> Imported:
+def esft(context: ImportContext) -> Imported:
     tasks: dict[Path, dict[int, Path]] = {}
     label: dict[Path, str] = {}
-    for path, source in job.files(NAME.pattern, "expert_weights_<layer>.txt"):
+    for path, source in context.files(NAME.pattern, "expert_weights_<layer>.txt"):
         found = NAME.fullmatch(path.name)
         if found is None:
             raise MoeInspectError(
@@ -59,30 +59,34 @@ def esft(job: Job) -> Imported:
             raise MoeInspectError(
                 f"{folder} has other layers than {next(iter(tasks))}: layer {odd} is in one alone"
             )
-    facts = job.facts or job.experts or job.top_k
+    facts = context.facts or context.experts or context.top_k
     experts, top_k = (
-        (job.known_experts("ESFT's text"), job.known_top_k("ESFT's text"))
+        (context.known_experts("ESFT's text"), context.known_top_k("ESFT's text"))
         if facts
         else (EXPERTS, TOP_K)
     )
-    routers = job.routers_of(layers, experts, top_k, next(iter(tasks)))
+    routers = context.routers_of(layers, experts, top_k, next(iter(tasks)))
 
     def batches() -> Iterator[RoutedBatch]:
         numbers = Numbering()
         for folder, files in tasks.items():
             yield from _task(
-                job, numbers, label[folder], [files[r.layer] for r in routers], routers
+                context, numbers, label[folder], [files[r.layer] for r in routers], routers
             )
 
     return Imported(routers, batches(), weights=True, notes=["token ids are not in the source"])
 
 
 def _task(
-    job: Job, numbers: Numbering, domain: str, paths: list[Path], routers: list[Router]
+    context: ImportContext,
+    numbers: Numbering,
+    domain: str,
+    paths: list[Path],
+    routers: list[Router],
 ) -> Iterator[RoutedBatch]:
     """The files of all layers in step, some lines at a time."""
     code = numbers.domain(domain)
-    readers = [job.lines(path) for path in paths]
+    readers = [context.lines(path) for path in paths]
     while first := _lines(readers[0], CHUNK_BYTES):
         others = [list(itertools.islice(reader, len(first))) for reader in readers[1:]]
         ids, weights, sizes = [], [], []
@@ -105,7 +109,7 @@ def _task(
         for (number, _), T in zip(first, sizes[0], strict=True):
             part, at = slice(at, at + T), at + T
             document, documents = numbers.document(domain, f"{paths[0].parent}:{number}", T)
-            yield routed(
+            yield batch_of_decisions(
                 numbers,
                 [i[part] for i in ids],
                 weights=[w[part] for w in weights],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import Imported, Job, counted, integers
+from moe_inspect.importers.context import ImportContext, Imported, batch_of_counts, integers
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.trace.writer import CountedBatches
 
@@ -25,12 +25,12 @@ PREFIX = "expert_popularity_"
     gives="counts; the subject is the domain",
     sniff=lambda name, head: b'"expert_popularity"' in head,
 )
-def fiddler(job: Job) -> Imported:
+def fiddler(context: ImportContext) -> Imported:
     domains: list[str] = []
     loads: list[np.ndarray] = []
     shape: tuple[int | None, int | None] = (None, None)
-    for path, source in job.files(PREFIX + r".*\.json", "expert_popularity_<subject>.json"):
-        written: Any = job.json(path)
+    for path, source in context.files(PREFIX + r".*\.json", "expert_popularity_<subject>.json"):
+        written: Any = context.json(path)
         if not isinstance(written, dict) or "expert_popularity" not in written:
             raise MoeInspectError(f"{path} has no expert_popularity")
         load_LE = integers(
@@ -44,15 +44,17 @@ def fiddler(job: Job) -> Imported:
             domains.append(domain)
             loads.append(load_LE)
     load_DLE = np.stack(loads)
-    where = job.sources[0].path
-    routers = job.routers_of(
+    where = context.sources[0].path
+    routers = context.routers_of(
         range(load_DLE.shape[1]),
         load_DLE.shape[2],
-        job.known_top_k(where) if job.facts or job.top_k else TOP_K,
+        context.known_top_k(where) if context.facts or context.top_k else TOP_K,
         where,
     )
 
     def batches() -> Iterator[CountedBatches]:
-        yield counted([load_DLE[:, layer] for layer in range(len(routers))], routers, domains, 0)
+        yield batch_of_counts(
+            [load_DLE[:, layer] for layer in range(len(routers))], routers, domains, 0
+        )
 
     return Imported(routers, batches(), counts_only=True)

@@ -1,13 +1,16 @@
-"""FORMATS: what `import` reads. The command line and the README's table read it."""
+"""What `import` reads: a registry of formats, from which the command line, the fuzzer and the
+documentation take their lists."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import Imported, Job, Source
+from moe_inspect.importers import MODULES
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 
 Sniffer = Callable[[str, bytes], bool]
 HEAD_BYTES = 65_536
@@ -15,30 +18,45 @@ HEAD_BYTES = 65_536
 
 @dataclass(frozen=True)
 class Format:
-    """`sniff`: whether a file of this name that begins with these bytes (a .parquet: and ends with
-    the last of them) is of the format."""
+    """A format that can be imported.
+
+    name: what the user calls it.
+    reads: which files it reads, for help and documentation.
+    gives: what a trace made of them holds.
+    run: reads the files of an ImportContext.
+    sniff: whether a file belongs to the format, by its name and its first HEAD_BYTES bytes (of a
+        Parquet file, whose columns are named at its end, followed by its last HEAD_BYTES)."""
 
     name: str
     reads: str
     gives: str
-    run: Callable[[Job], Imported]
+    run: Callable[[ImportContext], Imported]
     sniff: Sniffer
 
 
-FORMATS: dict[str, Format] = {}
+_registered: dict[str, Format] = {}
 
 
 def importer(
     name: str, reads: str, gives: str, sniff: Sniffer
-) -> Callable[[Callable[[Job], Imported]], Callable[[Job], Imported]]:
-    def register(run: Callable[[Job], Imported]) -> Callable[[Job], Imported]:
-        FORMATS[name] = Format(name, reads, gives, run, sniff)
+) -> Callable[[Callable[[ImportContext], Imported]], Callable[[ImportContext], Imported]]:
+    """Registers a function as the importer of a format: see Format."""
+
+    def register(run: Callable[[ImportContext], Imported]) -> Callable[[ImportContext], Imported]:
+        _registered[name] = Format(name, reads, gives, run, sniff)
         return run
 
     return register
 
 
-def sniff(sources: list[Source]) -> str:
+def formats() -> dict[str, Format]:
+    """All formats of MODULES, in their order."""
+    for module in MODULES.values():
+        importlib.import_module(f"moe_inspect.importers.{module}")
+    return {name: _registered[name] for name in MODULES}
+
+
+def sniff(sources: list[ImportSource]) -> str:
     """The format of the first source, by its first file that any format knows."""
     path = sources[0].path
     files = sorted(p for p in path.rglob("*") if p.is_file())[:1000] if path.is_dir() else [path]
@@ -48,12 +66,10 @@ def sniff(sources: list[Source]) -> str:
             if head[:4] == b"PAR1":  # its columns are named at its end
                 opened.seek(max(file.stat().st_size - HEAD_BYTES, 0))
                 head += opened.read(HEAD_BYTES)
-        for name, format in FORMATS.items():
+        for name, format in formats().items():
             if format.sniff(file.name, head):
                 return name
-    raise MoeInspectError(
-        f"{path} is of no format that is known by its looks: name one of {', '.join(FORMATS)}"
-    )
+    raise MoeInspectError(f"cannot tell the format of {path}: name one of {', '.join(MODULES)}")
 
 
 def named(path: Path) -> str:

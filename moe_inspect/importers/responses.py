@@ -15,13 +15,13 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.context import (
+    ImportContext,
     Imported,
-    Job,
+    ImportSource,
     Numbering,
-    Source,
+    batch_of_decisions,
     integer,
     integers,
-    routed,
 )
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.routed import (
@@ -55,7 +55,7 @@ class Response:
     fields: dict[str, Any]
     routed_TBK: np.ndarray
     path: Path
-    source: Source
+    source: ImportSource
     start: int
     prompt: int | None
     fed: np.ndarray | None
@@ -75,8 +75,10 @@ class Response:
         head.startswith(NPY_MAGIC) or (b'"routed_experts"' in head and NPY_BASE64 in head)
     ),
 )
-def vllm_routed(job: Job) -> Imported:
-    return _responses(job, lambda fields, where: decode_vllm(fields.get("routed_experts"), where))
+def vllm_routed(context: ImportContext) -> Imported:
+    return _responses(
+        context, lambda fields, where: decode_vllm(fields.get("routed_experts"), where)
+    )
 
 
 @importer(
@@ -88,24 +90,29 @@ def vllm_routed(job: Job) -> Imported:
     gives="as vllm-routed",
     sniff=lambda name, head: b'"routed_experts"' in head,
 )
-def sglang_routed(job: Job) -> Imported:
-    if job.facts is None:
+def sglang_routed(context: ImportContext) -> Imported:
+    if context.facts is None:
         raise MoeInspectError(
             "SGLang's routed experts do not say how many layers there are: give --model or --config"
         )
-    blocks, top_k = job.facts.layers, job.known_top_k(job.facts.id)
+    blocks, top_k = context.facts.layers, context.known_top_k(context.facts.id)
     return _responses(
-        job, lambda fields, where: decode_sglang(fields.get("routed_experts"), blocks, top_k, where)
+        context,
+        lambda fields, where: decode_sglang(fields.get("routed_experts"), blocks, top_k, where),
     )
 
 
-def _responses(job: Job, decode: Callable[[dict[str, Any], str], np.ndarray]) -> Imported:
-    files = job.files(r".*\.(jsonl|npy)", ".jsonl of responses")
-    arrived = _arriving(job, [f for f in files if not f[0].name.endswith(".token_ids.npy")], decode)
+def _responses(
+    context: ImportContext, decode: Callable[[dict[str, Any], str], np.ndarray]
+) -> Imported:
+    files = context.files(r".*\.(jsonl|npy)", ".jsonl of responses")
+    arrived = _arriving(
+        context, [f for f in files if not f[0].name.endswith(".token_ids.npy")], decode
+    )
     first = next((r for r in arrived if len(r.routed_TBK)), None)
     if first is None:
-        raise MoeInspectError(f"{job.sources[0].path} holds no routed token")
-    routers = job.facts.routers() if job.facts else _stated_routers(job, first)
+        raise MoeInspectError(f"{context.sources[0].path} holds no routed token")
+    routers = context.facts.routers() if context.facts else _stated_routers(context, first)
 
     def batches() -> Iterator[RoutedBatch]:
         numbers, identical = Numbering(), 0
@@ -114,10 +121,10 @@ def _responses(job: Job, decode: Callable[[dict[str, Any], str], np.ndarray]) ->
             run = identical_run(response.routed_TBK)
             identical += run if run >= WARM_UP else 0
             yield from _sequence(
-                numbers, response, routers, job.facts.layers if job.facts else None
+                numbers, response, routers, context.facts.layers if context.facts else None
             )
         if identical:
-            job.warn(
+            context.warn(
                 f"{identical:,} consecutive tokens were routed alike in every layer, {WARM_UP:,} "
                 "or more at a time: warm-up rows?"
             )
@@ -140,30 +147,32 @@ def _chained(first: Response, rest: Iterator[Response]) -> Iterator[Response]:
     yield from rest
 
 
-def _stated_routers(job: Job, first: Response) -> list[Router]:
+def _stated_routers(context: ImportContext, first: Response) -> list[Router]:
     """Without a config: every block, if none reads as a dense one does."""
     where, routed_TBK = first.where, first.routed_TBK
-    experts = job.known_experts(where)
+    experts = context.known_experts(where)
     if dense := dense_blocks(routed_TBK):
         raise MoeInspectError(
             f"{where}: all {len(routed_TBK)} tokens go to one expert in layer {dense[0]}, as a "
             "dense layer reads: give --model or --config"
         )
-    return job.routers_of(range(routed_TBK.shape[1]), experts, routed_TBK.shape[2], where)
+    return context.routers_of(range(routed_TBK.shape[1]), experts, routed_TBK.shape[2], where)
 
 
 def _arriving(
-    job: Job, files: list[tuple[Path, Source]], decode: Callable[[dict[str, Any], str], np.ndarray]
+    context: ImportContext,
+    files: list[tuple[Path, ImportSource]],
+    decode: Callable[[dict[str, Any], str], np.ndarray],
 ) -> Iterator[Response]:
     """Responses without padding; the user is told at the end how much was left out."""
     padded, rows, without = 0, 0, 0
     for path, source in files:
         if path.suffix == ".npy":
-            arrays = [(_bare(job, path), str(path))]
+            arrays = [(_bare(context, path), str(path))]
         else:
             arrays = (
                 (fields, where)
-                for where, written in job.json_lines(path)
+                for where, written in context.json_lines(path)
                 for fields in _choices(written, where)
             )
         for fields, where in arrays:
@@ -180,12 +189,12 @@ def _arriving(
             rows += len(array) - len(response.routed_TBK)
             yield response
     if padded:
-        job.warn(
+        context.warn(
             f"{rows:,} rows of {padded:,} responses are left out: padding, for tokens that no "
             "router saw"
         )
     if without:
-        job.warn(
+        context.warn(
             f"{without:,} choices are left out: SGLang returns the routed experts of the first "
             "choice only"
         )
@@ -221,10 +230,10 @@ def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | N
         yield fields | {name: value for name, value in beside.items() if fields.get(name) is None}
 
 
-def _bare(job: Job, path: Path) -> dict[str, Any]:
+def _bare(context: ImportContext, path: Path) -> dict[str, Any]:
     """An array alone is a prompt; its token ids may be beside it, in `NAME.token_ids.npy`, with or
     without that of the last token, which is never fed."""
-    job.read(path.stat().st_size)
+    context.read(path.stat().st_size)
     fields: dict[str, Any] = {"array": array_of_npy(path.read_bytes(), str(path))}
     beside, rows = path.with_suffix(".token_ids.npy"), len(fields["array"])
     if beside.is_file():
@@ -237,7 +246,7 @@ def _bare(job: Job, path: Path) -> dict[str, Any]:
 
 
 def _response(
-    where: str, fields: dict[str, Any], routed_TBK: np.ndarray, path: Path, source: Source
+    where: str, fields: dict[str, Any], routed_TBK: np.ndarray, path: Path, source: ImportSource
 ) -> Response:
     rows = len(routed_TBK)
     if path.suffix == ".npy":
@@ -362,7 +371,7 @@ def _sequence(
     cut = min(max(prompt - start, 0), T)
     for phase, part in (("prefill", slice(0, cut)), ("decode", slice(cut, T))):
         if part.start < part.stop:
-            yield routed(
+            yield batch_of_decisions(
                 numbers,
                 [i[part] for i in ids],
                 document=document,

@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers import FORMATS
-from moe_inspect.importers.context import Imported, Job, Source, one_ranks_experts
-from moe_inspect.importers.registry import sniff
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource, one_ranks_experts
+from moe_inspect.importers.registry import formats, sniff
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
-from moe_inspect.trace import schema
-from moe_inspect.trace.lock import LOCK, hold
-from moe_inspect.trace.output_dir import check_directory, clear_trace, take_place
+from moe_inspect.trace.files.atomic import sync_directory
+from moe_inspect.trace.files.lock import LOCK, hold
+from moe_inspect.trace.manifest import process_start
+from moe_inspect.trace.output_dir import check_directory, claim_directory, clear_trace
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
@@ -65,17 +65,19 @@ def import_trace(
     try:
         if format == "auto":
             format = sniff(listed)
-            warn(f"taken for {format}: {FORMATS[format].reads.replace('`', '')}")
-        if format not in FORMATS:
-            raise MoeInspectError(f"no format {format!r}: there are {', '.join(FORMATS)}, auto")
+            warn(f"taken for {format}: {formats()[format].reads.replace('`', '')}")
+        if format not in formats():
+            raise MoeInspectError(f"no format {format!r}: there are {', '.join(formats())}, auto")
         if pipeline_stages is not None and format != "megatron":
             raise MoeInspectError(
                 f"--pipeline-stages is an option of the format megatron, not of {format}"
             )
         facts = read_facts(model) if model is not None else None
-        job = Job(listed, facts, experts, top_k, pipeline_stages, warn, _progress(listed, progress))
-        imported = FORMATS[format].run(job)
-        vocabulary = job.facts.vocabulary() if job.facts is not None else None
+        context = ImportContext(
+            listed, facts, experts, top_k, pipeline_stages, warn, _progress(listed, progress)
+        )
+        imported = formats()[format].run(context)
+        vocabulary = context.facts.vocabulary() if context.facts is not None else None
         batches = watched(imported, vocabulary, warn)
         first = next(batches, None)
         if first is None:
@@ -88,13 +90,13 @@ def import_trace(
         _read(chain([first], batches), listed),
         imported,
         vocabulary,
-        _manifest(format, job, imported),
+        _manifest(format, context, imported),
     )
     return Trace(out)
 
 
 def _read(
-    batches: Iterator[RoutedBatch | CountedBatches], sources: list[Source]
+    batches: Iterator[RoutedBatch | CountedBatches], sources: list[ImportSource]
 ) -> Iterator[RoutedBatch | CountedBatches]:
     """Passes them on: what fails while they are read is the sources' fault, not the disk's that
     they are written to."""
@@ -104,19 +106,19 @@ def _read(
         raise _unread(error, sources) from None
 
 
-def _unread(error: OSError, sources: list[Source]) -> MoeInspectError:
+def _unread(error: OSError, sources: list[ImportSource]) -> MoeInspectError:
     return MoeInspectError(f"cannot read {error.filename or sources[0].path}: {first_line(error)}")
 
 
-def _source(text: str | Path) -> Source:
+def _source(text: str | Path) -> ImportSource:
     label, equals, place = str(text).partition("=")
     if equals and label and "/" not in label and not Path(str(text)).exists():
-        return Source(Path(place), label)
-    return Source(Path(text), None)
+        return ImportSource(Path(place), label)
+    return ImportSource(Path(text), None)
 
 
 def _progress(
-    sources: list[Source], progress: Callable[[int, int], None] | None
+    sources: list[ImportSource], progress: Callable[[int, int], None] | None
 ) -> Callable[[int], None]:
     if progress is None:
         return lambda n: None
@@ -136,10 +138,10 @@ def _progress(
     return read
 
 
-def _manifest(format: str, job: Job, imported: Imported) -> dict[str, Any]:
+def _manifest(format: str, context: ImportContext, imported: Imported) -> dict[str, Any]:
     return {
-        "model": job.facts.record()
-        if job.facts
+        "model": context.facts.record()
+        if context.facts
         else {"id": "unknown", "revision": None, "class": None, "config": {}},
         "capture": {
             "mode": "import",
@@ -149,11 +151,11 @@ def _manifest(format: str, job: Job, imported: Imported) -> dict[str, Any]:
             "versions": {"moe-inspect": version("moe-inspect"), "python": sys.version.split()[0]},
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "pid": os.getpid(),
-            "process_start": schema.process_start(os.getpid()),
+            "process_start": process_start(os.getpid()),
             "host": socket.gethostname(),
         },
         "corpus": {
-            "sources": [{"path": str(s.path), "domain": s.domain} for s in job.sources],
+            "sources": [{"path": str(s.path), "domain": s.domain} for s in context.sources],
             "notes": imported.notes,
         },
     }
@@ -189,10 +191,10 @@ def _write(
             ) as writer:
                 for batch in batches:
                     writer.write(batch)
-            take_place(place, overwrite, resumable=False).release()
+            claim_directory(place, overwrite, resumable=False).release()
             os.replace(draft, place)
             lock.root = place
-            schema.sync_directory(place.parent)
+            sync_directory(place.parent)
         except (OSError, MoeInspectError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             if isinstance(
@@ -213,7 +215,7 @@ def _clear_drafts(place: Path) -> None:
     for draft in list(place.parent.iterdir()) if place.parent.is_dir() else ():
         if name.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
             # one whose process is at work is left alone, and one that holds what no trace does
-            with contextlib.suppress(MoeInspectError), take_place(draft, overwrite=True):
+            with contextlib.suppress(MoeInspectError), claim_directory(draft, overwrite=True):
                 _remove(draft)
 
 

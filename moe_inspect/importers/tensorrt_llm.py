@@ -17,14 +17,14 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.context import (
+    ImportContext,
     Imported,
-    Job,
     Numbering,
-    counted,
+    batch_of_counts,
+    batch_of_decisions,
     integer,
     one_ranks_experts,
     parsed_object,
-    routed,
     windows_of,
 )
 from moe_inspect.importers.registry import importer
@@ -46,14 +46,14 @@ Keys = dict[int, dict[int, str]]  # iteration → layer → key
     gives="counts over time, ranks added up; decisions from the raw variant",
     sniff=lambda name, head: NAME.fullmatch(name) is not None,
 )
-def tensorrt_llm(job: Job) -> Imported:
+def tensorrt_llm(context: ImportContext) -> Imported:
     files = [
         (p, s)
-        for p, s in job.files(NAME.pattern + r"|meta_info\.json", "rank<r>.safetensors")
+        for p, s in context.files(NAME.pattern + r"|meta_info\.json", "rank<r>.safetensors")
         if p.name != "meta_info.json"
     ]
     if not files:
-        raise MoeInspectError(f"{job.sources[0].path} holds no rank<r>.safetensors")
+        raise MoeInspectError(f"{context.sources[0].path} holds no rank<r>.safetensors")
     for path, _ in files:
         if NAME.fullmatch(path.name) is None:
             raise MoeInspectError(f"{path} is not named rank<r>.safetensors: which rank is it of?")
@@ -70,14 +70,14 @@ def tensorrt_llm(job: Job) -> Imported:
     )
     opened = [(path, *_opened(path)) for path in paths]
     layers = {layer for _, _, keys in opened for of_layer in keys.values() for layer in of_layer}
-    routers = job.routers_of(layers, experts, top_k, paths[0])
+    routers = context.routers_of(layers, experts, top_k, paths[0])
     if raw:
         return Imported(
             routers,
-            _decisions(job, opened, routers, domain),
+            _decisions(context, opened, routers, domain),
             notes=["token ids, sequences and positions are not in the source"],
         )
-    return Imported(routers, _counts(job, opened, routers, domain), counts_only=True)
+    return Imported(routers, _counts(context, opened, routers, domain), counts_only=True)
 
 
 def _opened(path: Path) -> tuple[Any, Keys]:
@@ -126,7 +126,7 @@ def _tensor(
 
 
 def _counts(
-    job: Job, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str
+    context: ImportContext, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str
 ) -> Iterator[CountedBatches]:
     E, row_of = routers[0].experts, {r.layer: row for row, r in enumerate(routers)}
     iterations = sorted({i for _, _, keys in opened for i in keys})
@@ -139,19 +139,19 @@ def _counts(
                 load_WLE[window_of[iteration], row_of[layer]] += _tensor(
                     file, path, name, (E,), 2**53
                 )
-        job.read(path.stat().st_size)
+        context.read(path.stat().st_size)
         if (block := one_ranks_experts(load_WLE.sum(0) - before_LE)) and len(opened) == 1:
-            job.warn(
+            context.warn(
                 f"{path} counts only experts {block[0]}-{block[1]} of {E}: one rank's own? give "
                 "the files of all ranks"
             )
     for w, load_LE in enumerate(load_WLE):
         if load_LE.any():
-            yield counted([load_E[None] for load_E in load_LE], routers, [domain], w)
+            yield batch_of_counts([load_E[None] for load_E in load_LE], routers, [domain], w)
 
 
 def _decisions(
-    job: Job, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str
+    context: ImportContext, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str
 ) -> Iterator[RoutedBatch]:
     numbers = Numbering()
     code = numbers.domain(domain)
@@ -182,7 +182,7 @@ def _decisions(
             T = len(ids[0])
             if T == 0:
                 continue
-            yield routed(
+            yield batch_of_decisions(
                 numbers,
                 ids,
                 document=document,
@@ -194,4 +194,4 @@ def _decisions(
                 batch=iterations[iteration],
             )
             documents = []
-        job.read(path.stat().st_size)
+        context.read(path.stat().st_size)

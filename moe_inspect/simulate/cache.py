@@ -27,8 +27,9 @@ from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.shards import check_length, is_small
 from moe_inspect.simulate.shards import slots as slots_of
 from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Shard, Trace, codes, open_trace
+from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import PHASES
+from moe_inspect.trace.shard import Shard, codes
 
 if TYPE_CHECKING:
     import pandas as pd

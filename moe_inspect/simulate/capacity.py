@@ -32,8 +32,9 @@ from moe_inspect.simulate.shards import (
     slots,
 )
 from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Shard, Trace, codes, open_trace
+from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
+from moe_inspect.trace.shard import Shard, codes
 
 if TYPE_CHECKING:
     import pandas as pd

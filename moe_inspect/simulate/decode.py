@@ -23,7 +23,8 @@ from moe_inspect.model.sizes import expert_bytes, weight_bytes
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.shards import check_domains, check_length, is_small, slots, taken
 from moe_inspect.text import counted
-from moe_inspect.trace.reader import Shard, Trace, open_trace
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.shard import Shard
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

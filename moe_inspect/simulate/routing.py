@@ -30,7 +30,8 @@ from moe_inspect.simulate.routing_algorithms import (
 )
 from moe_inspect.simulate.shards import check_length, runs, slots
 from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Shard, Trace, open_trace
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.shard import Shard
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,8 @@ import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Shard, Trace, codes
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import Shard, codes
 
 # assignments: below this plain numpy is done before numba has been imported and its code loaded
 SMALL = 3_000_000

@@ -16,7 +16,9 @@ from typing import Any
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
-from moe_inspect.trace.lock import LOCK, Lock, hold, refuse_while_locked
+from moe_inspect.trace.files.atomic import sync_directory
+from moe_inspect.trace.files.lock import LOCK, Lock, hold, refuse_while_locked
+from moe_inspect.trace.manifest import read_manifest, refuse_while_written
 
 # the manifest of a trace that is being removed: readers find no trace there any more
 OVERWRITTEN = ".overwritten.tmp"
@@ -53,8 +55,6 @@ class Contents:
     @property
     def is_trace(self) -> bool:
         """Whether its files are those of a trace, also of one whose manifest is damaged."""
-        from moe_inspect.trace.reader import read_manifest  # slow to import, and seldom needed
-
         if schema.MANIFEST in self.files:
             with suppress(MoeInspectError):
                 read_manifest(self.root)
@@ -131,7 +131,9 @@ def check_directory(
         raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from None
 
 
-def take_place(path: Path, overwrite: bool, resumable: bool = True, shared: bool = False) -> Lock:
+def claim_directory(
+    path: Path, overwrite: bool, resumable: bool = True, shared: bool = False
+) -> Lock:
     """Locks `path` for a new trace and makes way for it. The lock is the caller's to release."""
     lock = hold(path, shared=shared)
     try:
@@ -154,7 +156,7 @@ def clear_trace(root: Path) -> None:
     try:
         if schema.MANIFEST in there.files:
             os.replace(root / schema.MANIFEST, root / OVERWRITTEN)
-            schema.sync_directory(root)
+            sync_directory(root)
         for name in sorted(
             set(there.files) - {schema.MANIFEST, OVERWRITTEN},
             key=lambda name: not re.fullmatch(LIST, name),
@@ -202,17 +204,11 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
             "not overwritten"
         )
     if (manifest := _readable_manifest(path)) is not None:
-        from moe_inspect.trace.reader import refuse_while_written
-
         refuse_while_written(path, manifest)
 
 
 def _readable_manifest(path: Path) -> dict[str, Any] | None:
-    from moe_inspect.trace.reader import read_manifest
-
     try:
         return read_manifest(path)
-    except (
-        MoeInspectError
-    ):  # damaged, or of another format: it can be replaced, and nobody is writing it
+    except MoeInspectError:  # damaged or of another format: nobody is writing it, so it can go
         return None

@@ -15,17 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import checksums
 
 FORMAT = 1
 MANIFEST = "trace.json"
@@ -149,57 +145,6 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     "slot_order is weight",
     "weight_j": "gate weight handed to the expert in slot j",
 }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old file or the new one, never half of one, also after a power cut."""
-    with draft_of(path) as draft, open(draft, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(path.parent)
-
-
-@contextmanager
-def draft_of(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` if all went well, and is gone (its space with it) if
-    not; `path` itself where that is a device or a pipe, which nothing may take the place of."""
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        yield draft
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    os.replace(draft, path)
-
-
-def sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    """Writes trace.json, with its digest."""
-    stated = {**manifest, "digest": checksums.digest(manifest)}
-    write_atomically(
-        root / MANIFEST,
-        (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"),
-    )
-
-
-def process_start(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot: with its number it names a process once and
-    for all. None where the system does not say (it has no /proc)."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def fingerprint(value: Any) -> str:

@@ -9,8 +9,8 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import checksums, schema, slot_order
+from moe_inspect.trace import schema, slot_order
+from moe_inspect.trace.files import checksums
 from moe_inspect.trace.schema import Router
 
 MOST_ROUTERS = 2**16  # the column `router` is uint16
@@ -33,14 +33,6 @@ LINE_KEYS = {
 }
 SPAN = ("first_token", "last_token", "first_batch", "last_batch")
 _REQUIRED = ("layer", "name", "path", "experts", "top_k")
-
-
-class Damaged(MoeInspectError):
-    """A file of a trace is not as it was written. `file`: its path within the trace."""
-
-    def __init__(self, where: object, what: str, file: str):
-        super().__init__(f"damaged trace: {where}: {what}")
-        self.file, self.what = file, what
 
 
 def parsed(data: bytes) -> Any:

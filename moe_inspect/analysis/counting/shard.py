@@ -18,8 +18,8 @@ from moe_inspect.analysis.counting.counts import CLUSTERS, SRP_LENGTHS, Counts, 
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Shard, codes
 from moe_inspect.trace.schema import PHASES
+from moe_inspect.trace.shard import Shard, codes
 
 NEEDS_WEIGHTS = frozenset({"load", "esft", "weights"})
 NEEDS_ORDER = frozenset({"repetition", "srp", "esft"})

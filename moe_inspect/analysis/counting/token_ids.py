@@ -22,7 +22,8 @@ from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.counting.shard import selected_tokens
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.uncertainty import SEED
-from moe_inspect.trace.reader import Shard, Trace
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import Shard
 
 MIN_COUNT = 8  # occurrences from which the routing of a token id can be told from chance
 CELLS = 2**24  # of one table; all tables of a group of routers hold a few times as many

@@ -30,8 +30,8 @@ from moe_inspect.model.load import config_record
 from moe_inspect.model.routers import Site, find_routers
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.trace import slot_order
-from moe_inspect.trace.lock import Lock, join
-from moe_inspect.trace.output_dir import check_directory, take_place
+from moe_inspect.trace.files.lock import Lock, join
+from moe_inspect.trace.output_dir import check_directory, claim_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, RoutedBatch, TraceWriter
 
@@ -614,7 +614,7 @@ class Recorder:
             self._own_lock = (
                 join(self.path, job)
                 if job is not None
-                else take_place(self.path, self.overwrite, shared=shared)
+                else claim_directory(self.path, self.overwrite, shared=shared)
             )
         held = self.lock or self._own_lock
         assert held is not None

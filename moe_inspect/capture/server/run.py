@@ -35,9 +35,10 @@ from moe_inspect.model.routers import find_routers, top_k_of
 from moe_inspect.model.vocabulary import tokenizer_fingerprint, vocabulary_table
 from moe_inspect.text import first_line, ranges
 from moe_inspect.trace import schema
-from moe_inspect.trace.lock import Lock, hold, refuse_while_locked
-from moe_inspect.trace.output_dir import check_directory, take_place
-from moe_inspect.trace.reader import Trace, read_manifest
+from moe_inspect.trace.files.lock import Lock, hold, refuse_while_locked
+from moe_inspect.trace.manifest import read_manifest
+from moe_inspect.trace.output_dir import check_directory, claim_directory
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWriter
 
@@ -402,7 +403,7 @@ class _Output:
     def write(self, batch: RoutedBatch) -> None:
         if self.writer is None:
             if self.lock is None:
-                self._own_lock = take_place(self.path, self.overwrite)
+                self._own_lock = claim_directory(self.path, self.overwrite)
             held, words = self.lock or self._own_lock, self.vocabulary
             self.writer = TraceWriter(
                 self.path,

@@ -24,10 +24,10 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.context import (
+    ImportContext,
     Imported,
-    Job,
-    Source,
-    counted,
+    ImportSource,
+    batch_of_counts,
     integer,
     integers,
     windows_of,
@@ -59,17 +59,17 @@ class Counts(RankFile):
         return next(iter(self.load.values())).shape[1]
 
 
-def tokens_per_expert(job: Job, found: list[tuple[Path, Source]]) -> Imported:
+def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSource]]) -> Imported:
     files: list[Counts] = []
     silent: list[Silent] = []
     for path, source in found:
-        run = Source(source.path, source.domain or _run_name(path))
-        if counts := _read(job, path, run):
+        run = ImportSource(source.path, source.domain or _run_name(path))
+        if counts := _read(context, path, run):
             files.append(counts)
         else:
             silent.append((path, run))
     where, n = str(files[0].path), files[0].held
-    E, top_k = job.known_experts(where), job.known_top_k(where)
+    E, top_k = context.known_experts(where), context.known_top_k(where)
     if odd := next((f for f in files if f.held != n), None):
         raise MoeInspectError(
             f"{odd.path} counts {odd.held} experts, {where} {n}: are they of one run?"
@@ -80,9 +80,11 @@ def tokens_per_expert(job: Job, found: list[tuple[Path, Source]]) -> Imported:
             "how many has the model?"
         )
     parallel = E // n  # ranks of expert parallelism
-    files = located(job, _distinct(job, files, parallel), silent, by_name=True, together=parallel)
+    files = located(
+        context, _distinct(context, files, parallel), silent, by_name=True, together=parallel
+    )
     spots = sorted({spot for f in files for spot in f.spots})
-    routers = routers_of(job, spots, E, top_k, where)
+    routers = routers_of(context, spots, E, top_k, where)
     row = {spot: r for r, spot in enumerate(spots)}
     domains = list(dict.fromkeys(str(f.source.domain) for f in files))
     iterations = sorted({i for f in files for i in f.load})
@@ -101,12 +103,12 @@ def tokens_per_expert(job: Job, found: list[tuple[Path, Source]]) -> Imported:
             first, rows = place % parallel * n, [row[spot] for spot in f.spots]
             for i, load_Sn in f.load.items():
                 load_WDLE[window_of[i], domains.index(domain), rows, first : first + n] += load_Sn
-    _halve_recomputed(job, files, spots, load_WDLE)
+    _halve_recomputed(context, files, spots, load_WDLE)
     total_WDL = load_WDLE[
         :, :, [r for r, (block, _, _) in enumerate(spots) if block == "decoder"]
     ].sum(3)
     if (total_WDL != total_WDL[:, :, :1]).any() or (total_WDL % top_k).any():
-        job.warn(
+        context.warn(
             f"{where}: layers differ in their assignments: tokens were dropped (capacity "
             "factor), or counts are padded (FP8, FP4)"
         )
@@ -115,7 +117,9 @@ def tokens_per_expert(job: Job, found: list[tuple[Path, Source]]) -> Imported:
         for w, load_DLE in enumerate(load_WDLE):
             if load_DLE.any():
                 last = max(i for i in iterations if window_of[i] == w)
-                yield counted([load_DLE[:, r] for r in range(len(spots))], routers, domains, last)
+                yield batch_of_counts(
+                    [load_DLE[:, r] for r in range(len(spots))], routers, domains, last
+                )
 
     return Imported(
         routers,
@@ -126,7 +130,7 @@ def tokens_per_expert(job: Job, found: list[tuple[Path, Source]]) -> Imported:
 
 
 def _halve_recomputed(
-    job: Job, files: list[Counts], spots: list[Spot], load_WDLE: np.ndarray
+    context: ImportContext, files: list[Counts], spots: list[Spot], load_WDLE: np.ndarray
 ) -> None:
     """Under activation recomputation experts are called again for the backward, and every count is
     written twice."""
@@ -137,7 +141,7 @@ def _halve_recomputed(
     ):  # one pair may be alike by chance
         return
     load_WDLE[:, :, twice] //= 2
-    job.warn(
+    context.warn(
         f"{files[0].path}: every count of {len(twice)} of {len(spots)} layers is there twice "
         "(activations recomputed): each is taken once"
     )
@@ -148,14 +152,14 @@ def _run_name(path: Path) -> str:
     return (folder.parent if folder.name == "tokens_per_expert" else folder).name or "megatron"
 
 
-def _read(job: Job, path: Path, source: Source) -> Counts | None:
+def _read(context: ImportContext, path: Path, source: ImportSource) -> Counts | None:
     """None of a file without a line."""
     if (rank := re.fullmatch(r"\D*(\d{1,9})\.jsonl", path.name)) is None:
         raise MoeInspectError(f"{path} is not named rank<r>.jsonl: which rank is it of?")
     lines: dict[int, dict[Spot, np.ndarray]] = {}
     once: set[Spot] = set()
     held: int | None = None
-    for where, fields in job.json_lines(path):
+    for where, fields in context.json_lines(path):
         if "tpe" not in fields:
             raise MoeInspectError(f"{where} has no tpe, as the lines of tokens_per_expert have")
         if (block := fields.get("block")) not in ("decoder", "mtp"):
@@ -193,7 +197,7 @@ def _read(job: Job, path: Path, source: Source) -> Counts | None:
     return Counts(path, source, int(rank[1]), spots, load=load, once=once)
 
 
-def _distinct(job: Job, files: list[Counts], parallel: int) -> list[Counts]:
+def _distinct(context: ImportContext, files: list[Counts], parallel: int) -> list[Counts]:
     """By run and rank, without those that count what the rank before them does. Every run must have
     the files of all ranks."""
     kept: list[Counts] = []
@@ -214,7 +218,7 @@ def _distinct(job: Job, files: list[Counts], parallel: int) -> list[Counts]:
         tensor = len(mine) // sum(first)
         regular = first == [i % tensor == 0 for i in range(len(mine))]
         if tensor > 1 and regular and len(mine) // tensor % parallel == 0:
-            job.warn(
+            context.warn(
                 f"{mine[0].path}: {tensor} ranks in a row count alike (expert tensor "
                 "parallelism): one of them is taken"
             )

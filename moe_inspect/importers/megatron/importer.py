@@ -21,63 +21,42 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import blake2b
-from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.context import (
+    ImportContext,
     Imported,
-    Job,
     Numbering,
+    batch_of_decisions,
     integer,
-    integers,
     parsed_object,
-    routed,
 )
+from moe_inspect.importers.megatron.calls import checked, logits_of, logits_shape
 from moe_inspect.importers.megatron.counts import tokens_per_expert
 from moe_inspect.importers.megatron.layers import (
-    RankFile,
     Silent,
     Spot,
-    by_rank,
-    listed,
     located,
     routers_of,
 )
+from moe_inspect.importers.megatron.passes import (
+    NO_CALL,
+    File,
+    columns_of,
+    joined_passes,
+    passes_of,
+    written_by_hook,
+)
 from moe_inspect.importers.registry import importer, named
-from moe_inspect.importers.routed import checked_ids, repeats
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
-
-SURE = 20  # so many different decisions in the order of their ids, by chance once in a million
-NO_CALL = (
-    "Megatron's tracer writes no call of a router when a capacity factor "
-    "(moe_expert_capacity_factor) drops tokens"
-)
-
-
-@dataclass(frozen=True)
-class Call:
-    where: str
-    fields: dict[str, Any]
-    ids_TK: np.ndarray
-
-
-Pass = dict[Spot, Call]  # in the order of its calls
-
-
-@dataclass(frozen=True)
-class File(RankFile):
-    """A file of one rank, by its first pass."""
-
-    first: Call = field(kw_only=True)
 
 
 @importer(
@@ -96,29 +75,31 @@ class File(RankFile):
         or re.fullmatch(r"router_trace_rank\d+\.jsonl", name) is not None
     ),
 )
-def megatron(job: Job) -> Imported:
-    quiet = replace(job, read=lambda n: None)  # of bytes that will be read again
-    found = job.files(r".*\.jsonl", ".jsonl of a router trace")
-    counts = [is_counts for path, _ in found if (is_counts := _is_counts(quiet, path)) is not None]
+def megatron(context: ImportContext) -> Imported:
+    quiet = replace(context, read=lambda n: None)  # of bytes that will be read again
+    found = context.files(r".*\.jsonl", ".jsonl of a router trace")
+    counts = [
+        is_counts for path, _ in found if (is_counts := is_counts_file(quiet, path)) is not None
+    ]
     if any(counts):
         if not all(counts):
             raise MoeInspectError(
-                f"{job.sources[0].path} holds a router trace and tokens_per_expert: import one "
+                f"{context.sources[0].path} holds a router trace and tokens_per_expert: import one "
                 "of the two"
             )
-        return tokens_per_expert(job, found)
+        return tokens_per_expert(context, found)
     files: list[File] = []
     silent: list[Silent] = []  # as a stage of dense layers has
     for path, source in found:
-        if calls := next(_passes(quiet, path), None):
+        if calls := next(passes_of(quiet, path), None):
             call = next(iter(calls.values()))
             files.append(File(path, source, call.fields["rank"], list(calls), first=call))
         else:
             silent.append((path, source))
     if not files:
-        raise MoeInspectError(f"{job.sources[0].path} holds no call of a router: {NO_CALL}")
-    files = located(job, files, silent, _by_hook(quiet, files))
-    columns = _columns(files)
+        raise MoeInspectError(f"{context.sources[0].path} holds no call of a router: {NO_CALL}")
+    files = located(context, files, silent, written_by_hook(quiet, files))
+    columns = columns_of(files)
     where, call = columns[0][0].first.where, columns[0][0].first.fields
     stages, spots = len(columns[0]), sorted({spot for f in columns[0] for spot in f.spots})
     logits = "logit_offset" in call
@@ -128,8 +109,8 @@ def megatron(job: Job) -> Imported:
             f"has{'' if logits else ' none'}"
         )
     top_k = integer(call.get("topk"), f"{where}: topk", 1, MOST_EXPERTS)
-    experts = _logits_shape(where, call)[1] if logits else job.known_experts(where)
-    routers = routers_of(job, spots, experts, top_k, where)
+    experts = logits_shape(where, call)[1] if logits else context.known_experts(where)
+    routers = routers_of(context, spots, experts, top_k, where)
     notes = [
         "token ids, sequences and positions are not in the source",
         "a document is what one rank computed in one step",
@@ -149,195 +130,20 @@ def megatron(job: Job) -> Imported:
         )
     return Imported(
         routers,
-        _batches(job, columns, dict(zip(spots, routers, strict=True)), logits),
+        _batches(context, columns, dict(zip(spots, routers, strict=True)), logits),
         logits=logits,
         notes=notes,
     )
 
 
-def _is_counts(job: Job, path: Path) -> bool | None:
+def is_counts_file(context: ImportContext, path: Path) -> bool | None:
     """Whether the file is of tokens_per_expert; None where it is empty."""
-    line = next(job.lines(path), None)
+    line = next(context.lines(path), None)
     return None if line is None else "tpe" in parsed_object(line[1], f"{path} line {line[0]}")
 
 
-def _by_hook(job: Job, files: list[File]) -> bool:
-    """Whether the training hook has certainly written these files. Reads no more of them than it
-    takes."""
-    if any(name in f.first.fields for f in files for name in ("hs_offset", "logit_offset")):
-        return True
-    different: set[tuple[Spot, bytes]] = set()
-    for file in files:
-        for calls in _passes(job, file.path):
-            for spot, call in calls.items():
-                if call.ids_TK.shape[1] < 2 or not _ascend(call.ids_TK):
-                    return False
-                different |= {
-                    (spot, ids_K.tobytes()) for ids_K in np.unique(call.ids_TK, axis=0)[:SURE]
-                }
-                if len(different) >= SURE:
-                    return True
-    return False
-
-
-def _ascend(ids_TK: np.ndarray) -> bool:
-    return bool((ids_TK[:, 1:] > ids_TK[:, :-1]).all())
-
-
-def _columns(files: list[File]) -> list[list[File]]:
-    """The files that belong together: one of each stage, in the order of layers."""
-    stages: dict[frozenset[Spot], File] = {}  # routers → the first file that has them
-    holder: dict[Spot, File] = {}
-    for file in files:
-        if (spots := frozenset(file.spots)) in stages:
-            continue
-        if both := min(spots & holder.keys(), default=None):
-            raise MoeInspectError(
-                f"{file.path} has layer {both[2]} (from 0) and so has {holder[both].path}, but "
-                "not the same layers in all, as a pipeline stage has: are calls missing? If "
-                "each stage numbers its layers from 0, give --pipeline-stages and --model or "
-                "--config"
-            )
-        stages[spots] = file
-        holder |= dict.fromkeys(spots, file)
-    if len(stages) == 1:
-        return [[file] for file in files]
-    columns: list[list[File]] = []
-    for run in dict.fromkeys(f.source.domain for f in files):
-        mine = by_rank(f for f in files if f.source.domain == run)
-        ranks = {
-            spots: [f for f in mine if spots == set(f.spots)] for spots in sorted(stages, key=min)
-        }
-        if len({len(stage) for stage in ranks.values()}) > 1:
-            counts = "; ".join(
-                f"{len(stage)} of {_listed(spots)}, as in {stages[spots].path}"
-                for spots, stage in ranks.items()
-            )
-            raise MoeInspectError(
-                f"not as many ranks of each pipeline stage: {counts}: give the files of all ranks"
-            )
-        for a, b in pairwise(stage[0] for stage in ranks.values()):
-            if a.rank > b.rank:
-                raise MoeInspectError(
-                    f"{a.path} is of rank {a.rank} with {_listed(a.spots)}, {b.path} of {b.rank} "
-                    f"with {_listed(b.spots)}: later pipeline stages have higher ranks. If each "
-                    "stage numbers its layers from 0, give --pipeline-stages and --model or "
-                    "--config"
-                )
-        columns += map(list, zip(*ranks.values(), strict=True))
-    return columns
-
-
-def _listed(spots: Iterable[Spot]) -> str:
-    layers = [layer for _, _, layer in sorted(spots)]
-    return f"layer{'s' * (len(layers) > 1)} {listed(layers)} (from 0)"
-
-
-def _passes(job: Job, path: Path) -> Iterator[Pass]:
-    """The calls of each pass: a new one begins with another step or rank, or when a router is
-    called again."""
-    calls: Pass = {}
-    current: tuple[int, int] | None = None
-    for where, fields in job.json_lines(path):
-        if (stage := fields.get("stage", "pre_dispatch")) != "pre_dispatch":
-            raise MoeInspectError(
-                f"{where}: stage is {str(stage)[:40]!r}, only pre_dispatch is known"
-            )
-        if (block := fields.get("block", "decoder")) not in ("decoder", "mtp"):
-            raise MoeInspectError(f"{where}: block is {str(block)[:40]!r}, not decoder or mtp")
-        step = (
-            integer(fields.get("step"), f"{where}: step"),
-            integer(fields.get("rank"), f"{where}: rank"),
-        )
-        layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
-        index = integer(fields.get("mtp_idx") or 0, f"{where}: mtp_idx", 0, 2**15)
-        spot = (block, index if block == "mtp" else 0, layer)
-        if calls and (step != current or spot in calls):
-            yield calls
-            calls = {}
-        current = step
-        calls[spot] = Call(
-            where,
-            fields,
-            integers(
-                fields.pop("top_indices", None),
-                f"{where}: top_indices",
-                (None, None),
-                -1,
-                MOST_EXPERTS,
-            ),
-        )
-    if calls:
-        yield calls
-
-
-def _own(job: Job, file: File, staged: bool, told: Counter[str]) -> Iterator[Pass]:
-    """The passes of a file, by block indices, all of them through the routers of the first.
-    `staged`: to be paired with those of other stages."""
-    done: dict[Spot, set[bytes]] = {}
-    current: tuple[int, int] | None = None  # step and rank of what is done
-    for numbered in _passes(job, file.path):
-        calls = {file.spot(spot): call for spot, call in numbered.items()}
-        first = next(iter(calls.values()))
-        step = first.fields["step"], first.fields["rank"]
-        done, current = done if step == current else {spot: set() for spot in file.spots}, step
-        here = f"{first.where}: step {step[0]} of rank {step[1]}"
-        digests = {
-            spot: blake2b(call.ids_TK.tobytes(), digest_size=16).digest()
-            for spot, call in calls.items()
-        }
-        odd = calls.keys() ^ set(file.spots)
-        # a router that is called again with the same input chooses the same; so may another single
-        # token
-        if all(digests[spot] in done.get(spot, ()) for spot in calls) and (
-            odd or len(first.ids_TK) > 1
-        ):
-            told["again"] += 1
-            continue
-        if odd:
-            how = "has" if (spot := min(odd)) in calls else "lacks"
-            raise MoeInspectError(
-                f"{here} {how} layer {spot[2]} (from 0), the first pass does not agree: calls "
-                "are missing, or those of interleaved pipeline stages, which cannot be told "
-                f"apart. {NO_CALL}"
-            )
-        for spot, digest in digests.items():
-            done[spot].add(digest)
-        if staged and step[1] != file.rank:
-            raise MoeInspectError(
-                f"{here} in a file of rank {file.rank}: with pipeline stages it takes a file a rank"
-            )
-        if list(calls) != file.spots:
-            raise MoeInspectError(
-                f"{here} calls its routers in another order than the first pass: does it mix "
-                "calls of several passes?"
-            )
-        yield calls
-
-
-def _merged(job: Job, column: list[File], told: Counter[str]) -> Iterator[Pass]:
-    """The calls of each pass at all stages, which must agree on its step and tokens."""
-    for stages in zip_longest(*(_own(job, file, len(column) > 1, told) for file in column)):
-        heads = [next(iter(calls.values())) if calls else None for calls in stages]
-        said = [
-            f"step {h.fields['step']} with {h.fields.get('num_tokens')!r} tokens"
-            if h
-            else "no further pass"
-            for h in heads
-        ]
-        if other := next((i for i, words in enumerate(said) if words != said[0]), None):
-            places = [
-                h.where if h else str(file.path) for h, file in zip(heads, column, strict=True)
-            ]
-            raise MoeInspectError(
-                f"{places[0]}: {said[0][:60]}, {places[other]}: {said[other][:60]}: are both "
-                "files whole, and of one run?"
-            )
-        yield {spot: call for calls in stages for spot, call in calls.items()}
-
-
 def _batches(
-    job: Job, columns: list[list[File]], routers: dict[Spot, Router], logits: bool
+    context: ImportContext, columns: list[list[File]], routers: dict[Spot, Router], logits: bool
 ) -> Iterator[RoutedBatch]:
     numbers = Numbering()
     seen: dict[tuple[str | None, int], set[bytes]] = {}  # run and step → what its ranks did in it
@@ -346,7 +152,7 @@ def _batches(
         path, source = column[0].path, column[0].source
         domain = source.domain or re.sub(r"_?rank\d+$", "", named(path)) or named(path)
         code = numbers.domain(domain)
-        for calls in _merged(job, column, told):
+        for calls in joined_passes(context, column, told):
             first = next(iter(calls.values()))
             step = first.fields["step"]
             ids: list[np.ndarray] = []
@@ -355,10 +161,10 @@ def _batches(
             T = integer(first.fields.get("num_tokens"), f"{first.where}: num_tokens", 0, 2**26)
             for spot, router in routers.items():
                 call = calls[spot]
-                ids.append(_checked(call, T, router, first))
+                ids.append(checked(call, T, router, first))
                 digest.update(ids[-1].tobytes())
                 if logits:
-                    values.append(_logits(call.where, call.fields, T, router.experts))
+                    values.append(logits_of(call.where, call.fields, T, router.experts))
             if T == 0:
                 continue
             if digest.digest() in seen.setdefault((source.domain, step), set()) and T > 1:
@@ -368,7 +174,7 @@ def _batches(
             document, documents = numbers.document(
                 domain, f"{path.name} step {step} rank {first.fields['rank']}", T
             )
-            yield routed(
+            yield batch_of_decisions(
                 numbers,
                 ids,
                 logits=values or None,
@@ -381,66 +187,12 @@ def _batches(
                 batch=step,
             )
     if again := told["again"]:
-        job.warn(
+        context.warn(
             f"{again:,} passes repeat one of the same rank and step (activations recomputed): "
             "each is taken once"
         )
     if alike := told["alike"]:
-        job.warn(
+        context.warn(
             f"{alike:,} passes were recorded by several ranks alike (tensor parallelism): each "
             "is taken once"
         )
-
-
-def _checked(call: Call, T: int, router: Router, first: Call) -> np.ndarray:
-    """The ids of a call as the writer takes them."""
-    where, fields, ids_TK = f"{call.where}: top_indices", call.fields, call.ids_TK
-    if integer(fields.get("num_tokens"), f"{call.where}: num_tokens") != T:
-        raise MoeInspectError(
-            f"{call.where}: num_tokens is {fields['num_tokens']}, {T} in {first.where}"
-        )
-    if integer(fields.get("topk"), f"{call.where}: topk") != router.top_k:
-        raise MoeInspectError(
-            f"{call.where}: topk is {fields['topk']}, {router.top_k} in the first pass"
-        )
-    if ids_TK.shape != (T, router.top_k) and (ids_TK.size or T):
-        raise MoeInspectError(f"{where} has shape {list(ids_TK.shape)}, not {[T, router.top_k]}")
-    load_E = np.bincount(ids_TK[ids_TK >= 0], minlength=router.experts)
-    if ids_TK.size and load_E.min() == load_E.max() and repeats(ids_TK).any():
-        raise MoeInspectError(
-            f"{where} gives every expert {load_E[0]:,} assignments and tokens the same expert "
-            "twice: the run filled experts up to their "
-            "capacity (moe_pad_expert_input_to_capacity), and Megatron's tracer then writes no "
-            "token's own experts"
-        )
-    return checked_ids(ids_TK, router, where)
-
-
-def _logits_shape(where: str, call: dict[str, Any]) -> tuple[int, int]:
-    shape = integers(call.get("logit_shape"), f"{where}: logit_shape", (2,), 0, 2**26)
-    return int(shape[0]), integer(int(shape[1]), f"{where}: logit_shape", 1, MOST_EXPERTS)
-
-
-def _logits(where: str, call: dict[str, Any], T: int, E: int) -> np.ndarray:
-    """float16 [T, E], from the sidecar. What the line declares must fit the tokens and the file
-    before anything is read."""
-    if _logits_shape(where, call) != (T, E):
-        raise MoeInspectError(f"{where}: logit_shape is {call['logit_shape']}, not [{T}, {E}]")
-    offset = integer(call.get("logit_offset"), f"{where}: logit_offset", 0, 2**62)
-    size = integer(call.get("logit_bytes"), f"{where}: logit_bytes", 0, 2**62)
-    path = Path(where.rpartition(" line ")[0]).parent / f"logits_rank{call['rank']}.bin"
-    if not path.is_file():
-        raise MoeInspectError(f"{where}: its logits are not there: no {path}")
-    if size != 2 * T * E or offset + size > path.stat().st_size:
-        raise MoeInspectError(
-            f"{where}: logit_bytes is {size:,} at {offset:,}: [{T}, {E}] of bfloat16 is "
-            f"{2 * T * E:,}, {path} has {path.stat().st_size:,}"
-        )
-    bits = np.fromfile(path, "<u2", T * E, offset=offset)
-    with np.errstate(over="ignore"):
-        values_TE = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float16).reshape(T, E)
-    if np.isnan(values_TE).any():
-        raise MoeInspectError(
-            f"{where}: a router logit of token {int(np.isnan(values_TE).any(1).argmax())} is NaN"
-        )
-    return values_TE

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import Job, Source
+from moe_inspect.importers.context import ImportContext, ImportSource
 from moe_inspect.model.config import ModelFacts
 from moe_inspect.trace.schema import Router
 
 Spot = tuple[str, int, int]  # block ("decoder" or "mtp"), mtp_idx, layer
-Silent = tuple[Path, Source]  # a file without a record
+Silent = tuple[Path, ImportSource]  # a file without a record
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RankFile:
     into a block index."""
 
     path: Path
-    source: Source
+    source: ImportSource
     rank: int
     numbered: list[Spot]
     offset: int = 0
@@ -53,13 +53,17 @@ AnyFile = TypeVar("AnyFile", bound=RankFile)
 
 
 def located(
-    job: Job, files: list[AnyFile], silent: Sequence[Silent], by_name: bool, together: int = 1
+    context: ImportContext,
+    files: list[AnyFile],
+    silent: Sequence[Silent],
+    by_name: bool,
+    together: int = 1,
 ) -> list[AnyFile]:
     """The files with their offsets. `by_name`: the numbers are known to come from names of modules,
     otherwise they may.
     `together`: so many ranks are known to be of one stage."""
-    files = _with_offsets(job, files, silent, by_name, together)
-    found, given = len({frozenset(f.spots) for f in files}), job.pipeline_stages
+    files = _with_offsets(context, files, silent, by_name, together)
+    found, given = len({frozenset(f.spots) for f in files}), context.pipeline_stages
     if given is not None and (found > given or (found < given and not silent)):
         layers = listed(
             sorted({layer for f in files for block, _, layer in f.spots if block == "decoder"})
@@ -72,38 +76,42 @@ def located(
 
 
 def _with_offsets(
-    job: Job, files: list[AnyFile], silent: Sequence[Silent], by_name: bool, together: int
+    context: ImportContext,
+    files: list[AnyFile],
+    silent: Sequence[Silent],
+    by_name: bool,
+    together: int,
 ) -> list[AnyFile]:
     numbers = sorted({layer for f in files for block, _, layer in f.numbered if block == "decoder"})
-    stated = sorted(job.facts.experts) if job.facts else None
-    path, stages = files[0].path, job.pipeline_stages or 1
+    stated = sorted(context.facts.experts) if context.facts else None
+    path, stages = files[0].path, context.pipeline_stages or 1
     if numbers == stated:
         return files
     from_one = [replace(f, offset=-1) for f in files]
     if not by_name and [n - 1 for n in numbers] == stated:
         return from_one
-    if job.facts is not None and stages > 1:
-        return _joined(job, job.facts, files, silent, stages)
+    if context.facts is not None and stages > 1:
+        return _joined(context, context.facts, files, silent, stages)
     if not by_name and min(layer for f in files for _, _, layer in f.numbered) > 0:
         if stated is None:
-            job.warn(
+            context.warn(
                 f"{path} does not say whether its layer numbers ({listed(numbers)}) start at 0 "
                 "or 1: assumed 1, as the inference engine "
                 "writes them; the training hook starts at 0. Give --model or --config to be sure"
             )
         return from_one
-    if job.facts is not None:
+    if context.facts is not None:
         hint = (
             "is it the model's config?"
-            if job.pipeline_stages
+            if context.pipeline_stages
             else (
                 "for a run with pipeline parallelism give --pipeline-stages and the files of all "
                 "ranks"
             )
         )
         raise MoeInspectError(
-            f"{job.sources[0].path} has layers {listed(numbers)} (from 0), {job.facts.id} has "
-            f"experts in {listed(stated or ())}: {hint}"
+            f"{context.sources[0].path} has layers {listed(numbers)} (from 0), "
+            f"{context.facts.id} has experts in {listed(stated or ())}: {hint}"
         )
     if stages > 1:
         raise MoeInspectError(
@@ -111,7 +119,7 @@ def _with_offsets(
             "give --model or --config"
         )
     if (
-        job.pipeline_stages is None
+        context.pipeline_stages is None
         and (
             ranks := max(
                 len(_ranks(files, silent, run)) for run in {f.source.domain for f in files}
@@ -126,7 +134,7 @@ def _with_offsets(
             "--model or --config)"
         )
     if not by_name:
-        job.warn(
+        context.warn(
             f"{path} has a layer 0: its layer numbers are taken to start at 0. Give --model or "
             "--config to be sure"
         )
@@ -147,7 +155,11 @@ def _ranks(files: Iterable[RankFile], silent: Iterable[Silent], run: str | None)
 
 
 def _joined(
-    job: Job, facts: ModelFacts, files: list[AnyFile], silent: Sequence[Silent], stages: int
+    context: ImportContext,
+    facts: ModelFacts,
+    files: list[AnyFile],
+    silent: Sequence[Silent],
+    stages: int,
 ) -> list[AnyFile]:
     """Files of stages that each number their layers from 0, by the order of their ranks."""
     located: list[AnyFile] = []
@@ -174,7 +186,7 @@ def _joined(
                     "a run with --use-tp-pp-dp-mapping cannot be joined"
                 )
         if each > 1:
-            job.warn(
+            context.warn(
                 f"{each} ranks in a row are taken for one pipeline stage "
                 f"({ranks[0]}-{ranks[each - 1]} for the first), "
                 "which is wrong for a run with --use-tp-pp-dp-mapping"
@@ -233,18 +245,18 @@ def by_rank(files: Iterable[AnyFile]) -> list[AnyFile]:
 
 
 def routers_of(
-    job: Job, spots: Sequence[Spot], experts: int, top_k: int, where: str
+    context: ImportContext, spots: Sequence[Spot], experts: int, top_k: int, where: str
 ) -> list[Router]:
     """A router for each of the sorted spots, which are block indices."""
     layers = [layer for block, _, layer in spots if block == "decoder"]
-    routers = job.routers_of(layers, experts, top_k, where) if layers else []
-    if missing := sorted(set(job.facts.experts if job.facts else ()) - set(layers)):
+    routers = context.routers_of(layers, experts, top_k, where) if layers else []
+    if missing := sorted(set(context.facts.experts if context.facts else ()) - set(layers)):
         raise MoeInspectError(
             f"{where}: layers {listed(missing)} (from 0) have experts in the config and are in "
             "no file: give the files of all ranks"
         )
     after = (
-        job.facts.layers if job.facts else max(layers, default=-1) + 1
+        context.facts.layers if context.facts else max(layers, default=-1) + 1
     )  # the layers of multi-token prediction come after the model's
     for n, (_, index, layer) in enumerate(s for s in spots if s[0] == "mtp"):
         routers.append(Router(after + n, "mtp", f"mtp.{index}.layers.{layer}", experts, top_k))
@@ -252,10 +264,8 @@ def routers_of(
 
 
 def _of(file: RankFile) -> str:
-    return (
-        "has layers "
-        f"{listed(sorted(layer for block, _, layer in file.numbered if block == 'decoder')) or 'of mtp alone'}"
-    )
+    layers = sorted(layer for block, _, layer in file.numbered if block == "decoder")
+    return f"has layers {listed(layers) or 'of mtp alone'}"
 
 
 def listed(layers: Iterable[int]) -> str:

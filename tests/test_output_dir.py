@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import lock as lock_module
-from moe_inspect.trace.lock import LOCK, Lock, hold, join, refuse_while_locked
-from moe_inspect.trace.output_dir import OVERWRITTEN, check_directory, clear_trace, take_place
+from moe_inspect.trace.files import lock as lock_module
+from moe_inspect.trace.files.lock import LOCK, Lock, hold, join, refuse_while_locked
+from moe_inspect.trace.output_dir import OVERWRITTEN, check_directory, claim_directory, clear_trace
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import MANIFEST
 from moe_inspect.trace.verify import verify
@@ -68,7 +68,7 @@ def listing(root: Path) -> list[str]:
 
 def elsewhere(program: str) -> subprocess.CompletedProcess[str]:
     """Another process."""
-    start = "from pathlib import Path; from moe_inspect.trace.lock import hold\n"
+    start = "from pathlib import Path; from moe_inspect.trace.files.lock import hold\n"
     return subprocess.run([sys.executable, "-c", start + program], capture_output=True, text=True)
 
 
@@ -173,7 +173,7 @@ def test_a_writer_locks_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             with pytest.raises(
                 MoeInspectError, match=r"there is a trace|this process is still writing"
             ):
-                take_place(tmp_path / "t", overwrite)
+                claim_directory(tmp_path / "t", overwrite)
         with pytest.raises(MoeInspectError, match="this process is still writing"):
             a_writer(tmp_path / "t")
     assert open_trace(tmp_path / "t").n_tokens == 20
@@ -242,7 +242,7 @@ def test_what_is_no_trace_is_not_overwritten_and_named(name: str, tmp_path: Path
     before = {p: (tmp_path / p).read_bytes() for p in listing(tmp_path) if (tmp_path / p).is_file()}
     for replace in (
         lambda: check_directory(root, True),
-        lambda: take_place(root, True),
+        lambda: claim_directory(root, True),
         lambda: clear_trace(root),
     ):
         with pytest.raises(MoeInspectError, match=said) as caught:
@@ -272,7 +272,7 @@ def test_a_trace_is_overwritten_also_a_damaged_one(
     damage(root)
     with pytest.raises(MoeInspectError, match=r"there is a trace at .*--overwrite"):
         check_directory(root, False)
-    take_place(root, True).release()
+    claim_directory(root, True).release()
     assert list(root.iterdir()) == []
     a_trace(root)
 
@@ -291,7 +291,7 @@ def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patched.setattr(os, "unlink", stopped)
-        take_place(root, True)
+        claim_directory(root, True)
     assert unlinked[0] == "shards-0.jsonl"
     assert (root / OVERWRITTEN).exists()
     with pytest.raises(
@@ -301,7 +301,7 @@ def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(
         verify(root)
     for overwrite in (False, True):  # --resume starts anew where there is no manifest
         shutil.copytree(root, again := tmp_path / str(overwrite))
-        with take_place(again, overwrite):
+        with claim_directory(again, overwrite):
             assert [p.name for p in again.iterdir()] == [LOCK]
 
 
@@ -322,7 +322,7 @@ def test_killed_before_the_first_manifest(left: tuple[str, ...], tmp_path: Path)
         for name in left:
             (root / name).touch()
         check_directory(root, overwrite)
-        with take_place(root, overwrite) as lock, a_writer(root, lock=lock) as writer:
+        with claim_directory(root, overwrite) as lock, a_writer(root, lock=lock) as writer:
             writer.write(a_batch())
         assert verify(root).ok
         assert not [name for name in listing(root) if "/." in f"/{name}"]

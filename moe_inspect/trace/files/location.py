@@ -1,8 +1,9 @@
-"""A trace that stands elsewhere: as much of pathlib as reading one takes, on any filesystem that
-fsspec knows."""
+"""Where a trace is: a directory, or a URL, of which `Remote` is a read-only subset of pathlib over
+fsspec."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,21 +11,18 @@ from typing import Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
+from moe_inspect.trace.files.damaged import Damaged
 
 
-def place(path: str | Path | Remote) -> Path | Remote:
+def location(path: str | Path | Remote) -> Path | Remote:
     """A directory of this machine, or what a URL (`s3://bucket/trace`) names."""
-    return (
-        Remote(path)
-        if isinstance(path, str) and "://" in path
-        else path
-        if isinstance(path, Remote)
-        else Path(path)
-    )
+    if isinstance(path, str) and "://" in path:
+        return Remote(path)
+    return path if isinstance(path, Remote) else Path(path)
 
 
 class Remote:
-    """What a URL names."""
+    """A file or directory that a URL names: what reading a trace takes of pathlib.Path."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -35,10 +33,8 @@ class Remote:
             from fsspec.core import url_to_fs
 
             return url_to_fs(self.url)
-        except (
-            ImportError,
-            ValueError,
-        ) as error:  # fsspec itself, what it needs for this protocol, a protocol there is not
+        # fsspec is missing, or what it needs for this protocol; or there is no such protocol
+        except (ImportError, ValueError) as error:
             raise MoeInspectError(f"cannot open {self.url}: {first_line(error)}") from None
 
     @property
@@ -76,3 +72,21 @@ class Remote:
             self / str(name).rstrip("/").rpartition("/")[2]
             for name in self.filesystem.ls(self.path, detail=False)
         )
+
+
+def inside(root: Path | Remote, name: str) -> Path | Remote:
+    """The path of `name`, a file or folder that the trace itself names. MoeInspectError where it is
+    a link out of the trace, or a pipe or a device, which may never end."""
+    if isinstance(root, Remote):
+        if root.url.startswith("file://"):
+            inside(Path(root.path), name)
+        return root / name
+    path = root / name
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(root)):
+        raise Damaged(
+            root / name, f"it is a link to {real}, outside of the trace: copy the file there", name
+        )
+    if real.exists() and not (real.is_file() or real.is_dir()):
+        raise Damaged(root / name, "it is no plain file", name)
+    return path

@@ -1,0 +1,9 @@
+"""One file per format that other tools read. A new format takes its file and a line here."""
+
+# name → module of this package, whose function is registered by `@exporter`
+MODULES = {
+    "sglang": "sglang",
+    "esft": "esft",
+    "counts": "counts",
+    "long-parquet": "long_parquet",
+}

@@ -1,0 +1,140 @@
+"""ESFT: expert weights, scores and training configuration of each domain.
+
+T tokens, K slots, E experts, S sequences.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.exporters.registry import exporter, need_decisions
+from moe_inspect.exporters.sums import Sums, sums_by_domain
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import Shard
+
+SCORES = ("token", "gate")  # of ESFT
+
+
+@exporter(
+    "esft",
+    writes="per domain the expert weights, scores and training configuration (a folder)",
+)
+def esft(trace: Trace, output: Path, top_p: float = 0.2, score: str = "token") -> None:
+    """DIR/<domain>/: rank_0/expert_weights_<layer>.txt, one line per sequence (and shard), which
+    ESFT's generate_expert_config.py reads; summary.json, the scores; expert_cfg.json, the experts
+    to train, which its train.py takes as --expert_config."""
+    if not 0 < top_p <= 1:
+        raise MoeInspectError(f"--top-p is {top_p:g}, not over 0 and at most 1")
+    if score not in SCORES:
+        raise MoeInspectError(f"no score {score!r}: there are {', '.join(SCORES)}")
+    need_decisions(trace, "esft")
+    if (
+        not trace.has_weights
+        or len({r.layer for r in trace.routers}) < len(trace.routers)
+        or any(r.stack for r in trace.routers)
+    ):
+        raise MoeInspectError(
+            "ESFT's text has the gate weights of one router a layer: this trace has others, or none"
+        )
+    if output.exists():
+        raise MoeInspectError(f"there is something at {output}: give a new folder")
+    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    draft.mkdir(parents=True)
+    try:
+        folders: dict[str, Path] = {}
+        for shard in trace.shards:
+            _esft_shard(shard, draft, folders)
+        counted = sums_by_domain(trace)
+        for domain, folder in folders.items():
+            scores = _scores(trace, counted, domain)
+            (folder / "summary.json").write_text(json.dumps(scores))
+            (folder / "expert_cfg.json").write_text(
+                json.dumps(_config(scores[f"{score}_scores"], top_p))
+            )
+        os.replace(draft, output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _esft_shard(shard: Shard, root: Path, folders: dict[str, Path]) -> None:
+    tokens = shard.tokens(["sequence", "domain"])
+    sequence_T, domain_T = tokens["sequence"].to_numpy(), tokens["domain"].to_pylist()
+    _, first, code_T = np.unique(sequence_T, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))  # in the order of their first tokens
+    order_T = np.argsort(rank[code_T], kind="stable")
+    size_S = np.bincount(rank[code_T], minlength=len(first))
+    folder_S = [
+        folders.setdefault(domain_T[t], root / _file_name(domain_T[t], folders))
+        for t in np.sort(first)
+    ]
+    for folder in set(folder_S):
+        (folder / "rank_0").mkdir(parents=True, exist_ok=True)
+    for r, router in enumerate(shard.trace.routers):
+        ids_TK, weights_TK = shard.ids(r)[order_T], shard.weights(r)[order_T]
+        if (ids_TK < 0).any():
+            raise MoeInspectError(f"ESFT's text has no empty slots: layer {router.layer} has some")
+        ids_S, weights_S = (
+            _joined(values_TK.reshape(-1), size_S * router.top_k)
+            for values_TK in (ids_TK, weights_TK)
+        )
+        lines: dict[Path, list[str]] = defaultdict(list)
+        for folder, ids, weights in zip(folder_S, ids_S, weights_S, strict=True):
+            lines[folder].append(f"{ids}\t\t{weights}\n")
+        for folder, text in lines.items():
+            with open(folder / "rank_0" / f"expert_weights_{router.layer}.txt", "a") as file:
+                file.writelines(text)
+
+
+def _joined(values_N: np.ndarray, sizes_S: np.ndarray) -> list[str]:
+    """The values of each sequence, tabs between them; floats as few digits as give them back."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes_S)]), pa.int32())
+    text = pc.cast(pa.array(np.ascontiguousarray(values_N)), pa.string())
+    return pc.binary_join(pa.ListArray.from_arrays(offsets, text), "\t").to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _file_name(domain: str, taken: dict[str, Path]) -> str:
+    """A domain's folder: its label, without what a path cannot hold."""
+    name = re.sub(r"[^\w.+ -]", "_", domain).lstrip(".")[:100] or "_"
+    used = {p.name for p in taken.values()}
+    return name if name not in used else f"{name}_{len(used)}"
+
+
+def _config(scores: dict[str, dict[str, float]], top_p: float) -> dict[str, Any]:
+    """ESFT's training configuration: of each layer the experts with the highest scores, until they
+    have the share `top_p`."""
+    experts: dict[str, list[int]] = {}
+    for layer, of_expert in scores.items():
+        score_E = np.array(list(of_expert.values()))
+        best_E = np.argsort(-score_E, kind="stable")
+        before_E = np.cumsum(score_E[best_E]) - score_E[best_E]
+        experts[layer] = best_E[
+            before_E < top_p * score_E.sum() * (1 - 1e-9)
+        ].tolist()  # a sum that is top_p but for rounding is enough
+    return {"experts": experts, "shared_experts": False, "non_expert_modules": False}
+
+
+def _scores(trace: Trace, counted: list[Sums], domain: str) -> dict[str, Any]:
+    """token_scores: share of the assignments; gate_scores: gate weight ÷ tokens."""
+    scores: dict[str, Any] = {"token_scores": {}, "gate_scores": {}}
+    for router, of_domain in zip(trace.routers, counted, strict=True):
+        load_E, weight_E = of_domain[domain]["count"], of_domain[domain]["weight_sum"]
+        tokens = load_E.sum() / router.top_k
+        for name, values_E in (
+            ("token_scores", load_E / load_E.sum()),
+            ("gate_scores", weight_E / tokens),
+        ):
+            scores[name][str(router.layer)] = {str(e): float(v) for e, v in enumerate(values_E)}
+    return scores

@@ -1,0 +1,56 @@
+"""A trace → a file of another tool: what `moe-inspect export` calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.exporters.registry import exporters
+from moe_inspect.trace.reader import Trace
+
+
+def export_trace(
+    trace: str | Path | Trace,
+    format: str,
+    output: str | Path,
+    *,
+    top_p: float | None = None,
+    score: str | None = None,
+    safe_csv: bool = False,
+) -> Path:
+    """Writes a trace in the format of another tool, and returns `output`.
+
+    Args:
+        trace: a trace or its directory.
+        format: "sglang" (`logical_count` for --init-expert-location, .pt or .json), "esft" (a
+            folder per domain), "counts" (.csv, .json or .parquet) or "long-parquet" (one row per
+            assignment).
+        output: the file, for "esft" the folder, to write.
+        top_p: esft: train the fewest experts of each layer whose scores sum to this share of the
+            layer's, 0.2 by default.
+        score: esft: "token", the share of the assignments (the default), or "gate", the share of
+            the gate weight.
+        safe_csv: counts as .csv: put an apostrophe before a domain that a spreadsheet would take
+            for a formula.
+
+    Raises:
+        MoeInspectError: the format is unknown, or the trace lacks what it needs.
+    """
+    known = exporters()
+    if format not in known:
+        raise MoeInspectError(f"no format {format!r}: there are {', '.join(known)}")
+    given = (("top_p", top_p), ("score", score), ("safe_csv", safe_csv or None))
+    options = {name: value for name, value in given if value is not None}
+    if wrong := [name for name in options if name not in known[format].options]:
+        takers = ", ".join(name for name, other in known.items() if wrong[0] in other.options)
+        raise MoeInspectError(
+            f"--{wrong[0].replace('_', '-')} is an option of the format {takers}, not of {format}"
+        )
+    opened = trace if isinstance(trace, Trace) else Trace(trace)
+    output = Path(output)
+    if isinstance(opened.path, Path) and output.resolve().is_relative_to(opened.path.resolve()):
+        raise MoeInspectError(f"{output} is within the trace: write it elsewhere")
+    through = output.resolve() if output.is_file() else output  # a link, such as /dev/stdout
+    with writing(output):
+        known[format].run(opened, through, **options)
+    return output

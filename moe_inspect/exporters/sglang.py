@@ -1,0 +1,68 @@
+"""The load by which SGLang and ktransformers place experts.
+
+L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.exporters.registry import exporter
+from moe_inspect.exporters.sums import sums_by_domain
+from moe_inspect.trace.files.atomic import draft_of
+from moe_inspect.trace.reader import Trace
+
+
+@exporter(
+    "sglang",
+    writes="the load, for --init-expert-location of SGLang and ktransformers (.pt, .json)",
+)
+def sglang(trace: Trace, output: Path) -> None:
+    """logical_count, by which SGLang's --init-expert-location places replicas: int64 [1, layers,
+    experts] as its recorder writes it (.pt, also for ktransformers), or [layers, experts] (.json).
+    Their readers count every layer: dense ones are rows of zeros."""
+    if output.suffix not in (".pt", ".json"):
+        raise MoeInspectError(f"-o {output}: for SGLang the load is written as .pt or .json")
+    sizes = {r.experts for r in trace.routers}
+    if len(sizes) > 1 or len({r.layer for r in trace.routers}) < len(trace.routers):
+        raise MoeInspectError(
+            "SGLang places layers of one router and of as many experts each: this model has others"
+        )
+    config = trace.manifest.get("model", {}).get("config") or {}
+    stated = next(
+        (
+            c["num_hidden_layers"]
+            for c in (config, config.get("text_config") or {})
+            if isinstance(c.get("num_hidden_layers"), int)
+        ),
+        0,
+    )
+    load_LE = np.zeros(
+        (max(stated, max(r.layer for r in trace.routers) + 1), sizes.pop()), np.int64
+    )
+    for router, of_domain in zip(trace.routers, sums_by_domain(trace), strict=True):
+        load_LE[router.layer] = sum(sums["count"] for sums in of_domain.values())
+    data = (
+        _pt(load_LE[None])
+        if output.suffix == ".pt"
+        else (json.dumps({"logical_count": load_LE.tolist()}) + "\n").encode()
+    )
+    with draft_of(output) as draft:
+        draft.write_bytes(data)
+
+
+def _pt(count_1LE: np.ndarray) -> bytes:
+    try:
+        import torch
+    except ImportError:
+        raise MoeInspectError(
+            "a .pt needs torch: pip install 'moe-inspect[trace]', or write it as .json"
+        ) from None
+    file = io.BytesIO()  # written in one go: torch has other errors for a full disk
+    torch.save({"logical_count": torch.from_numpy(count_1LE)}, file)
+    return file.getvalue()

@@ -1,0 +1,227 @@
+"""The passes of a router trace: the calls of a file, joined over pipeline stages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.context import (
+    ImportContext,
+    integer,
+    integers,
+)
+from moe_inspect.importers.megatron.layers import (
+    RankFile,
+    Spot,
+    by_rank,
+    listed,
+)
+from moe_inspect.model.config import MOST_EXPERTS
+
+SURE = 20  # so many different decisions in the order of their ids, by chance once in a million
+
+
+NO_CALL = (
+    "Megatron's tracer writes no call of a router when a capacity factor "
+    "(moe_expert_capacity_factor) drops tokens"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    where: str
+    fields: dict[str, Any]
+    ids_TK: np.ndarray
+
+
+Pass = dict[Spot, Call]  # in the order of its calls
+
+
+@dataclass(frozen=True)
+class File(RankFile):
+    """A file of one rank, by its first pass."""
+
+    first: Call = field(kw_only=True)
+
+
+def written_by_hook(context: ImportContext, files: list[File]) -> bool:
+    """Whether the training hook has certainly written these files. Reads no more of them than it
+    takes."""
+    if any(name in f.first.fields for f in files for name in ("hs_offset", "logit_offset")):
+        return True
+    different: set[tuple[Spot, bytes]] = set()
+    for file in files:
+        for calls in passes_of(context, file.path):
+            for spot, call in calls.items():
+                if call.ids_TK.shape[1] < 2 or not _ascend(call.ids_TK):
+                    return False
+                different |= {
+                    (spot, ids_K.tobytes()) for ids_K in np.unique(call.ids_TK, axis=0)[:SURE]
+                }
+                if len(different) >= SURE:
+                    return True
+    return False
+
+
+def _ascend(ids_TK: np.ndarray) -> bool:
+    return bool((ids_TK[:, 1:] > ids_TK[:, :-1]).all())
+
+
+def columns_of(files: list[File]) -> list[list[File]]:
+    """The files that belong together: one of each stage, in the order of layers."""
+    stages: dict[frozenset[Spot], File] = {}  # routers → the first file that has them
+    holder: dict[Spot, File] = {}
+    for file in files:
+        if (spots := frozenset(file.spots)) in stages:
+            continue
+        if both := min(spots & holder.keys(), default=None):
+            raise MoeInspectError(
+                f"{file.path} has layer {both[2]} (from 0) and so has {holder[both].path}, but "
+                "not the same layers in all, as a pipeline stage has: are calls missing? If "
+                "each stage numbers its layers from 0, give --pipeline-stages and --model or "
+                "--config"
+            )
+        stages[spots] = file
+        holder |= dict.fromkeys(spots, file)
+    if len(stages) == 1:
+        return [[file] for file in files]
+    columns: list[list[File]] = []
+    for run in dict.fromkeys(f.source.domain for f in files):
+        mine = by_rank(f for f in files if f.source.domain == run)
+        ranks = {
+            spots: [f for f in mine if spots == set(f.spots)] for spots in sorted(stages, key=min)
+        }
+        if len({len(stage) for stage in ranks.values()}) > 1:
+            counts = "; ".join(
+                f"{len(stage)} of {_listed(spots)}, as in {stages[spots].path}"
+                for spots, stage in ranks.items()
+            )
+            raise MoeInspectError(
+                f"not as many ranks of each pipeline stage: {counts}: give the files of all ranks"
+            )
+        for a, b in pairwise(stage[0] for stage in ranks.values()):
+            if a.rank > b.rank:
+                raise MoeInspectError(
+                    f"{a.path} is of rank {a.rank} with {_listed(a.spots)}, {b.path} of {b.rank} "
+                    f"with {_listed(b.spots)}: later pipeline stages have higher ranks. If each "
+                    "stage numbers its layers from 0, give --pipeline-stages and --model or "
+                    "--config"
+                )
+        columns += map(list, zip(*ranks.values(), strict=True))
+    return columns
+
+
+def _listed(spots: Iterable[Spot]) -> str:
+    layers = [layer for _, _, layer in sorted(spots)]
+    return f"layer{'s' * (len(layers) > 1)} {listed(layers)} (from 0)"
+
+
+def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:
+    """The calls of each pass: a new one begins with another step or rank, or when a router is
+    called again."""
+    calls: Pass = {}
+    current: tuple[int, int] | None = None
+    for where, fields in context.json_lines(path):
+        if (stage := fields.get("stage", "pre_dispatch")) != "pre_dispatch":
+            raise MoeInspectError(
+                f"{where}: stage is {str(stage)[:40]!r}, only pre_dispatch is known"
+            )
+        if (block := fields.get("block", "decoder")) not in ("decoder", "mtp"):
+            raise MoeInspectError(f"{where}: block is {str(block)[:40]!r}, not decoder or mtp")
+        step = (
+            integer(fields.get("step"), f"{where}: step"),
+            integer(fields.get("rank"), f"{where}: rank"),
+        )
+        layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
+        index = integer(fields.get("mtp_idx") or 0, f"{where}: mtp_idx", 0, 2**15)
+        spot = (block, index if block == "mtp" else 0, layer)
+        if calls and (step != current or spot in calls):
+            yield calls
+            calls = {}
+        current = step
+        calls[spot] = Call(
+            where,
+            fields,
+            integers(
+                fields.pop("top_indices", None),
+                f"{where}: top_indices",
+                (None, None),
+                -1,
+                MOST_EXPERTS,
+            ),
+        )
+    if calls:
+        yield calls
+
+
+def _own(context: ImportContext, file: File, staged: bool, told: Counter[str]) -> Iterator[Pass]:
+    """The passes of a file, by block indices, all of them through the routers of the first.
+    `staged`: to be paired with those of other stages."""
+    done: dict[Spot, set[bytes]] = {}
+    current: tuple[int, int] | None = None  # step and rank of what is done
+    for numbered in passes_of(context, file.path):
+        calls = {file.spot(spot): call for spot, call in numbered.items()}
+        first = next(iter(calls.values()))
+        step = first.fields["step"], first.fields["rank"]
+        done, current = done if step == current else {spot: set() for spot in file.spots}, step
+        here = f"{first.where}: step {step[0]} of rank {step[1]}"
+        digests = {
+            spot: blake2b(call.ids_TK.tobytes(), digest_size=16).digest()
+            for spot, call in calls.items()
+        }
+        odd = calls.keys() ^ set(file.spots)
+        # a router that is called again with the same input chooses the same; so may another single
+        # token
+        if all(digests[spot] in done.get(spot, ()) for spot in calls) and (
+            odd or len(first.ids_TK) > 1
+        ):
+            told["again"] += 1
+            continue
+        if odd:
+            how = "has" if (spot := min(odd)) in calls else "lacks"
+            raise MoeInspectError(
+                f"{here} {how} layer {spot[2]} (from 0), the first pass does not agree: calls "
+                "are missing, or those of interleaved pipeline stages, which cannot be told "
+                f"apart. {NO_CALL}"
+            )
+        for spot, digest in digests.items():
+            done[spot].add(digest)
+        if staged and step[1] != file.rank:
+            raise MoeInspectError(
+                f"{here} in a file of rank {file.rank}: with pipeline stages it takes a file a rank"
+            )
+        if list(calls) != file.spots:
+            raise MoeInspectError(
+                f"{here} calls its routers in another order than the first pass: does it mix "
+                "calls of several passes?"
+            )
+        yield calls
+
+
+def joined_passes(context: ImportContext, column: list[File], told: Counter[str]) -> Iterator[Pass]:
+    """The calls of each pass at all stages, which must agree on its step and tokens."""
+    for stages in zip_longest(*(_own(context, file, len(column) > 1, told) for file in column)):
+        heads = [next(iter(calls.values())) if calls else None for calls in stages]
+        said = [
+            f"step {h.fields['step']} with {h.fields.get('num_tokens')!r} tokens"
+            if h
+            else "no further pass"
+            for h in heads
+        ]
+        if other := next((i for i, words in enumerate(said) if words != said[0]), None):
+            places = [
+                h.where if h else str(file.path) for h, file in zip(heads, column, strict=True)
+            ]
+            raise MoeInspectError(
+                f"{places[0]}: {said[0][:60]}, {places[other]}: {said[other][:60]}: are both "
+                "files whole, and of one run?"
+            )
+        yield {spot: call for calls in stages for spot, call in calls.items()}

@@ -1,0 +1,197 @@
+"""The recorder's modes stat, stat_approx and per_pass: counts. Physical experts become logical.
+
+B blocks of the model, P physical experts, E logical experts, W windows, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.context import (
+    WINDOWS,
+    ImportContext,
+    Imported,
+    batch_of_counts,
+    integer,
+    one_ranks_experts,
+    windows_of,
+)
+from moe_inspect.importers.registry import named
+from moe_inspect.importers.sglang.archive import File, array_of, records
+from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import CountedBatches
+
+
+def _routing_layers(
+    context: ImportContext, load_BE: np.ndarray, where: Path, top_k: int
+) -> list[Router]:
+    """The routers of a counts dump: the config's, or every layer that has counts."""
+    B, E = load_BE.shape
+    if not 1 <= B <= MOST_LAYERS or not 1 <= E <= MOST_EXPERTS:
+        raise MoeInspectError(f"{where} has {B} layers of {E} experts, which is no model's")
+    if context.facts is None:
+        layers = np.nonzero(load_BE.any(1))[0]
+        if 0 < len(layers) < B:
+            without = sorted(set(range(B)) - {int(i) for i in layers})
+            context.warn(
+                f"{where}: no counts in {len(without)} of {B} layers, {without[0]} the first: "
+                "taken for dense; --model or --config would say"
+            )
+        return context.routers_of([int(i) for i in layers], E, top_k, where)
+    if context.facts.layers != B:
+        raise MoeInspectError(
+            f"{where} has {B} layers, {context.facts.id} {context.facts.layers}: is the config "
+            "the model's?"
+        )
+    for layer in np.nonzero(load_BE.any(1))[0]:
+        if int(layer) not in context.facts.experts:
+            raise MoeInspectError(
+                f"{where}: layer {layer} has counts and no experts in {context.facts.id}: is the "
+                "config the model's?"
+            )
+    return context.routers_of(context.facts.experts, E, top_k, where)
+
+
+def _windows(load_WBE: np.ndarray, routers: list[Router], domain: str) -> Iterator[CountedBatches]:
+    for w, load_BE in enumerate(load_WBE):
+        if load_BE.any():
+            yield batch_of_counts([load_BE[None, r.layer] for r in routers], routers, [domain], w)
+
+
+def stat(context: ImportContext, files: list[File]) -> Imported:
+    """`logical_count` [S, B, E], already summed over ranks; a row of zeros was never written. The
+    rows are a ring: where the last one is filled, later passes may have overwritten earlier ones,
+    and the order of the rows is not that of the passes."""
+    path, source, content = files[0]
+    if len(files) > 1:
+        raise MoeInspectError(
+            f"{files[1][0]}: a stat dump holds the sum over all ranks: import one"
+        )
+    count_SBE = array_of(
+        content["logical_count"], f"{path}: logical_count", (None, None, None), 0, 2**53
+    )
+    if (
+        not count_SBE.size
+    ):  # so many layers and experts as one likes, of which the file need hold none
+        raise MoeInspectError(f"{path}: logical_count is {list(count_SBE.shape)}: no counts")
+    last = int(np.nonzero(count_SBE.any((1, 2)))[0].max(initial=0))
+    wrapped = 0 < last == len(count_SBE) - 1
+    window_S = windows_of(last + 1, 1 if wrapped else WINDOWS)
+    load_WBE = np.zeros((int(window_S.max()) + 1, *count_SBE.shape[1:]), np.int64)
+    for s, w in enumerate(window_S):
+        load_WBE[w] += count_SBE[s]
+    context.read(path.stat().st_size)
+    routers = _routing_layers(context, load_WBE.sum(0), path, context.known_top_k(path))
+    rate = content.get("average_utilization_rate_over_window")
+    notes = [f"average_utilization_rate_over_window {rate}"] if isinstance(rate, float) else []
+    if wrapped:
+        context.warn(
+            f"{path}: all {len(count_SBE):,} rows of logical_count are filled. The recorder "
+            "keeps that many passes "
+            "(--expert-distribution-recorder-buffer-size) and overwrites the oldest: earlier "
+            "passes may be lost, and the order of the rows "
+            "is not read as time"
+        )
+        notes.append(
+            "logical_count is full: earlier passes may be lost; the order of its rows is not "
+            "that of the passes, so it is one window"
+        )
+    return Imported(
+        routers,
+        _windows(load_WBE, routers, source.domain or named(path)),
+        counts_only=True,
+        notes=notes,
+    )
+
+
+def logical_experts(path: Path, content: dict[str, Any], experts: int | None) -> np.ndarray:
+    """int64 [B, P]: physical → logical. Every logical expert is there: E is not guessed from what
+    was used."""
+    where = f"{path}: last_physical_to_logical_map"
+    map_BP = array_of(
+        content.get("last_physical_to_logical_map"), where, (None, None), 0, MOST_EXPERTS - 1
+    ).astype(np.int64)
+    B, P = map_BP.shape
+    if not 1 <= B <= MOST_LAYERS or not 1 <= P <= MOST_EXPERTS:
+        raise MoeInspectError(f"{where} is of {B} layers and {P} physical experts")
+    E = int(map_BP.max()) + 1
+    if experts is not None and experts != E:
+        raise MoeInspectError(
+            f"{where} names {E} experts, the config {experts}: is it the model's?"
+        )
+    for layer, map_P in enumerate(map_BP):
+        if len(missing := set(range(E)) - {int(e) for e in map_P}):
+            raise MoeInspectError(f"{where}: layer {layer} has no replica of expert {min(missing)}")
+    return map_BP
+
+
+def stated_experts(context: ImportContext) -> int | None:
+    return context.known_experts("") if context.facts or context.experts else None
+
+
+def per_pass(context: ImportContext, files: list[File]) -> Imported:
+    """Counts of physical experts, a record a pass and rank, each rank its own part: summed."""
+    maps = {
+        path: logical_experts(path, content, stated_experts(context)) for path, _, content in files
+    }
+    passes = sorted(
+        {
+            integer(r.get("forward_pass_id"), f"{where}: forward_pass_id", 0, 2**62)
+            for where, _, _, r in records(files)
+        }
+    )
+    window_of = dict(zip(passes, windows_of(len(passes)), strict=True))
+    path, source, _ = files[0]
+    B, P = maps[path].shape
+    E = int(maps[path].max()) + 1
+    load_WBE = np.zeros((max(window_of.values()) + 1, B, E), np.int64)
+    physical_BP = np.zeros((B, P), np.int64)
+    seen: set[tuple[int, bytes]] = set()
+    alike = 0
+    for where, path, _, record in records(files):
+        if maps[path].shape != (B, P):
+            raise MoeInspectError(
+                f"{path}: last_physical_to_logical_map is {list(maps[path].shape)}, [{B}, {P}] "
+                f"in {files[0][0]}"
+            )
+        count_BP = array_of(
+            record.get("global_physical_count"), f"{where}: global_physical_count", (B, P), 0, 2**53
+        )
+        key = (
+            record["forward_pass_id"],
+            blake2b(
+                count_BP.tobytes() + str(record.get("gatherer_key")).encode(), digest_size=16
+            ).digest(),
+        )
+        if count_BP.any() and key in seen:
+            alike += 1
+            continue
+        seen.add(key)
+        physical_BP += count_BP
+        rows = np.arange(B)[:, None]
+        np.add.at(
+            load_WBE[window_of[record["forward_pass_id"]]],
+            (np.broadcast_to(rows, (B, P)), maps[path]),
+            count_BP,
+        )
+    if alike:
+        context.warn(
+            f"{alike:,} records repeat one of another rank (tensor parallelism): each is taken once"
+        )
+    if block := one_ranks_experts(physical_BP):
+        context.warn(
+            f"{files[0][0]} counts only physical experts {block[0]}-{block[1]} of {P}: one "
+            "rank's own? give the files of all ranks"
+        )
+    context.read(sum(p.stat().st_size for p, _, _ in files))
+    routers = _routing_layers(context, load_WBE.sum(0), path, context.known_top_k(path))
+    return Imported(
+        routers, _windows(load_WBE, routers, source.domain or named(files[0][0])), counts_only=True
+    )

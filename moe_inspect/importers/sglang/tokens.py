@@ -1,0 +1,271 @@
+"""The recorder's mode per_token: decisions. Physical experts become logical.
+
+T tokens, K slots, B blocks of the model, P physical experts, E logical experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.context import (
+    ImportContext,
+    Imported,
+    ImportSource,
+    Numbering,
+    batch_of_decisions,
+    integer,
+    integers,
+)
+from moe_inspect.importers.routed import MOST_TOKENS, checked_ids, dense_blocks
+from moe_inspect.importers.sglang.archive import File, array_of, records
+from moe_inspect.importers.sglang.counts import logical_experts, stated_experts
+from moe_inspect.model.config import MOST_EXPERTS
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import RoutedBatch
+
+EXTEND, DECODE, MIXED, VERIFY = 1, 2, 3, 5  # forward_mode; 4 is idle, which has no tokens
+
+
+def per_token(context: ImportContext, files: list[File]) -> Imported:
+    maps = {
+        path: logical_experts(path, content, stated_experts(context)) for path, _, content in files
+    }
+    path = files[0][0]
+    shape = maps[path].shape
+    for other, map_BP in maps.items():
+        if map_BP.shape != shape:
+            raise MoeInspectError(
+                f"{other}: last_physical_to_logical_map is {list(map_BP.shape)}, {list(shape)} "
+                f"in {path}"
+            )
+    routers = _routers_of_tokens(context, files, shape[0], int(maps[path].max()) + 1)
+    notes = [
+        (
+            "which request a decoded token belongs to is not in the source: each is its own "
+            "sequence, and all of a file's one document"
+        )
+    ]
+    return Imported(routers, _batches(context, files, maps, routers), notes=notes)
+
+
+def _routers_of_tokens(context: ImportContext, files: list[File], B: int, E: int) -> list[Router]:
+    """By the config, or by the first record with tokens: layers nobody wrote are −1 throughout, and
+    slots beyond k as well."""
+    for where, _, _, record in records(files):
+        topk_BTK = array_of(
+            record.get("topk_ids_of_layer"),
+            f"{where}: topk_ids_of_layer",
+            (B, None, None),
+            -1,
+            MOST_EXPERTS,
+        )
+        if not topk_BTK.shape[1]:
+            continue
+        if context.facts is not None:
+            if context.facts.layers != B:
+                raise MoeInspectError(
+                    f"{where} has {B} layers, {context.facts.id} {context.facts.layers}: is the "
+                    "config the model's?"
+                )
+            return context.facts.routers()
+        routes_B = np.any(topk_BTK >= 0, axis=(1, 2))
+        k = context.top_k or int((topk_BTK >= 0).any((0, 1)).sum())
+        dense = (
+            [
+                b
+                for b in dense_blocks(topk_BTK.transpose(1, 0, 2)[:, :, :k])
+                if b in set(np.nonzero(routes_B)[0].tolist())
+            ]
+            if k > 1
+            else []
+        )
+        if dense:
+            raise MoeInspectError(
+                f"{where}: all tokens go to one expert in layer {dense[0]}, as a dense layer "
+                "reads: give --model or --config"
+            )
+        return context.routers_of([int(b) for b in np.nonzero(routes_B)[0]], E, k, where)
+    raise MoeInspectError(f"{files[0][0]} holds no token")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One record with tokens, checked: what one rank computed in one forward pass. `lengths`: how
+    many tokens of each request there are, in order."""
+
+    where: str
+    path: Path
+    domain: str
+    number: tuple[int, str]  # forward_pass_id and gatherer_key
+    mode: int
+    token_id: np.ndarray
+    position: np.ndarray
+    physical_BTK: np.ndarray
+    lengths: list[int]
+
+    @property
+    def digest(self) -> bytes:
+        arrays = (self.token_id, self.position, self.physical_BTK)
+        data = b"%d " % self.number[0] + b"".join(array.tobytes() for array in arrays)
+        return blake2b(data, digest_size=16).digest()
+
+    def is_decoded(self, start: int, length: int) -> bool:
+        """Whether a request's tokens in this pass are one decoded token, not a prompt. A mixed pass
+        does not say which it is: a prompt of one token begins at position 0."""
+        mode = self.mode
+        return mode != EXTEND and length == 1 and (mode != MIXED or self.position[start] > 0)
+
+
+def _batches(
+    context: ImportContext, files: list[File], maps: dict[Path, np.ndarray], routers: list[Router]
+) -> Iterator[RoutedBatch]:
+    numbers = Numbering()
+    batch_of: dict[tuple[int, str], int] = {}
+    seen: set[bytes] = set()
+    repeated = 0
+    decoded: dict[Path, int] = {}  # file → the document of its decoded tokens
+    bytes_of = {path: path.stat().st_size / len(content["records"]) for path, _, content in files}
+    for where, path, source, record in records(files):
+        context.read(int(bytes_of[path]))
+        one = _pass_of(where, path, source, record, maps[path].shape, routers)
+        if one is None:
+            continue
+        if (digest := one.digest) in seen:
+            repeated += 1
+            continue
+        seen.add(digest)
+        batch = batch_of.setdefault(one.number, len(batch_of))
+        yield from _requests(one, _logical_ids(one, maps[path], routers), batch, numbers, decoded)
+    if repeated:
+        context.warn(
+            f"{repeated:,} passes were recorded by several ranks alike (tensor parallelism): each "
+            "is taken once"
+        )
+
+
+def _pass_of(
+    where: str,
+    path: Path,
+    source: ImportSource,
+    record: dict[str, Any],
+    shape: tuple[int, ...],
+    routers: list[Router],
+) -> Pass | None:
+    """The record, checked; None where it has no tokens. `shape`: that of the file's map [B, P]."""
+    B, P = shape
+    physical_BTK = array_of(
+        record.get("topk_ids_of_layer"), f"{where}: topk_ids_of_layer", (B, None, None), -1, P - 1
+    )
+    T, K = physical_BTK.shape[1:]
+    if T == 0:
+        return None
+    if T > MOST_TOKENS or max(r.top_k for r in routers) > K:
+        raise MoeInspectError(
+            f"{where}: topk_ids_of_layer is {list(physical_BTK.shape)}, which is no pass of this "
+            "model"
+        )
+    mode = integer(record.get("forward_mode"), f"{where}: forward_mode", 1, 99)
+    if mode not in (EXTEND, DECODE, MIXED, VERIFY):
+        raise MoeInspectError(
+            f"{where}: forward_mode is {mode} with {T} tokens: only extend, decode, mixed "
+            "and verify are known"
+        )
+    lengths = (
+        [1] * T
+        if mode in (DECODE, VERIFY)
+        else _list(record.get("extend_seq_lens"), f"{where}: extend_seq_lens", None).tolist()
+    )
+    if sum(lengths) != T:
+        raise MoeInspectError(
+            f"{where}: extend_seq_lens sums to {sum(lengths)}, the pass has {T} tokens"
+        )
+    pass_id = integer(record.get("forward_pass_id"), f"{where}: forward_pass_id", 0, 2**62)
+    return Pass(
+        where,
+        path,
+        source.domain or "sglang",
+        (pass_id, str(record.get("gatherer_key"))),
+        mode,
+        _list(record.get("input_ids"), f"{where}: input_ids", T),
+        _list(record.get("positions"), f"{where}: positions", T),
+        physical_BTK,
+        lengths,
+    )
+
+
+def _logical_ids(one: Pass, map_BP: np.ndarray, routers: list[Router]) -> list[np.ndarray]:
+    """ids [T, K] of each router, as the writer takes them."""
+    ids = []
+    for router in routers:
+        physical_TK = one.physical_BTK[router.layer]
+        logical_TK = np.where(physical_TK >= 0, map_BP[router.layer][physical_TK], -1)
+        ids.append(checked_ids(logical_TK, router, f"{one.where}, layer {router.layer}"))
+    return ids
+
+
+def _requests(
+    one: Pass,
+    ids: list[np.ndarray],
+    batch: int,
+    numbers: Numbering,
+    decoded: dict[Path, int],
+) -> Iterator[RoutedBatch]:
+    """A batch per prompt of a pass, and one of all its decoded tokens."""
+    domain = numbers.domain(one.domain)
+    end, singles = 0, []
+    for length in one.lengths:
+        start, end = end, end + length
+        if length == 0:
+            continue
+        if one.is_decoded(start, length):
+            singles.append(start)
+            continue
+        part = slice(start, end)
+        if (np.diff(one.position[part]) != 1).any():
+            raise MoeInspectError(
+                f"{one.where}: positions of the {length} tokens from {start} on do not "
+                "follow each other"
+            )
+        document, documents = numbers.document(one.domain, one.where, length)
+        yield batch_of_decisions(
+            numbers,
+            [i[part] for i in ids],
+            document=document,
+            documents=documents,
+            domain=domain,
+            sequence=numbers.sequence(),
+            position=one.position[part],
+            token_id=one.token_id[part],
+            batch=batch,
+        )
+    if singles:
+        documents = []
+        if one.path not in decoded:
+            decoded[one.path], documents = numbers.document(one.domain, f"{one.path}: decoded", 0)
+        rows = np.array(singles)
+        yield batch_of_decisions(
+            numbers,
+            [i[rows] for i in ids],
+            document=decoded[one.path],
+            documents=documents,
+            domain=domain,
+            sequence=np.arange(len(rows)) + numbers.sequence(len(rows)),
+            position=one.position[rows],
+            token_id=one.token_id[rows],
+            batch=batch,
+            phase="decode",
+        )
+
+
+def _list(value: Any, where: str, length: int | None) -> np.ndarray:
+    """int64 of a list or a tensor of numbers from 0 on."""
+    if hasattr(value, "numpy"):
+        return array_of(value, where, (length,), 0, 2**31 - 1).astype(np.int64)
+    return integers(value, where, (length,))

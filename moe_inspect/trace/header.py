@@ -1,0 +1,84 @@
+"""TraceHeader: what trace.json says of a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import ranges
+from moe_inspect.trace import slot_order
+from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace.schema import Router
+
+
+class TraceHeader:
+    """`stated_routers` are the routers as the manifest lists them; `routers` have their slot order
+    worked out where it does not state it."""
+
+    def __init__(self, path: Path | Remote, manifest: dict[str, Any]):
+        self.path, self.manifest = path, manifest
+        self.stated_routers = [Router(**router) for router in manifest["routers"]]
+        self.routers = [
+            router if router.slot_order else slot_order.stated(router, self._orderable)
+            for router in self.stated_routers
+        ]
+
+    @property
+    def status(self) -> str:
+        return self.manifest["status"]
+
+    @property
+    def tables(self) -> list[str]:
+        return self.manifest["tables"]
+
+    @property
+    def counts_only(self) -> bool:
+        return "routing" not in self.tables
+
+    @property
+    def has_weights(self) -> bool:
+        return bool(self.manifest["capture"]["weights"])
+
+    @property
+    def _orderable(self) -> bool:
+        """Whether the first choice can be known of routers whose slot order nobody stated: by the
+        weights, or since a source of counts said it (where it did not, it is null)."""
+        return self.has_weights if not self.counts_only else self.imported
+
+    def slots_to_order(self, router: int) -> tuple[list[str], list[str]] | None:
+        """The columns of experts and of weights whose order has to be looked at while they are
+        read."""
+        listed = self.stated_routers[router]
+        if listed.slot_order or not self.has_weights or listed.top_k == 1:
+            return None
+        return [f"expert_{j}" for j in range(listed.top_k)], [
+            f"weight_{j}" for j in range(listed.top_k)
+        ]
+
+    @property
+    def imported(self) -> bool:
+        return self.manifest.get("capture", {}).get("mode") == "import"
+
+    @property
+    def more_than_counts(self) -> str:
+        """How to get more than a trace of counts only has."""
+        return (
+            "import a recording of every token" if self.imported else "trace without --counts-only"
+        )
+
+    def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]:
+        """The routers meant: all, those of a layer, or one."""
+        chosen = [
+            i
+            for i, r in enumerate(self.routers)
+            if (layer is None or r.layer == layer) and (router is None or i == router)
+        ]
+        if not chosen:
+            layers = sorted({r.layer for r in self.routers})
+            asked = f"layer {layer}" if layer is not None else f"router {router}"
+            raise MoeInspectError(
+                f"no {asked} in {self.path}: it has layers {ranges(layers)} and routers "
+                f"0-{len(self.routers) - 1}"
+            )
+        return chosen

@@ -1,0 +1,103 @@
+"""trace.json: read, checked, written; and who is writing the trace that it describes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import schema
+from moe_inspect.trace.files import checksums
+from moe_inspect.trace.files.atomic import write_atomically
+from moe_inspect.trace.files.damaged import Damaged
+from moe_inspect.trace.files.location import Remote, inside
+from moe_inspect.trace.validate import MOST_MANIFEST_BYTES, check_manifest, parsed
+
+
+def read_manifest(root: Path | Remote) -> dict[str, Any]:
+    """The manifest, checked as far as everything else relies on it."""
+    path = inside(root, schema.MANIFEST)
+    if not path.is_file():
+        raise MoeInspectError(
+            f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root}"'
+        )
+    try:
+        data = (
+            path.read_bytes()
+            if isinstance(path, Remote)
+            else _beginning(path, MOST_MANIFEST_BYTES + 1)
+        )
+        if len(data) > MOST_MANIFEST_BYTES:
+            raise ValueError(f"it has over {MOST_MANIFEST_BYTES:,} bytes")
+        manifest = parsed(data)
+        if not isinstance(manifest, dict) or type(version := manifest.get("format")) is not int:
+            raise ValueError("it is no manifest: format is missing")
+    except ValueError as error:
+        raise Damaged(path, str(error), schema.MANIFEST) from None
+    if version != schema.FORMAT:
+        raise MoeInspectError(
+            f"{path} has format {version!r:.30}, this moe-inspect reads {schema.FORMAT}: upgrade "
+            "moe-inspect"
+        )
+    try:
+        check_manifest(manifest)
+    except ValueError as error:
+        raise Damaged(path, str(error), schema.MANIFEST) from None
+    except RecursionError:
+        raise Damaged(path, "it is nested too deeply", schema.MANIFEST) from None
+    return manifest
+
+
+def _beginning(path: Path, most_bytes: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(most_bytes)
+
+
+def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    """Writes trace.json, with its digest."""
+    stated = {**manifest, "digest": checksums.digest(manifest)}
+    write_atomically(
+        root / schema.MANIFEST,
+        (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"),
+    )
+
+
+def writer_of(manifest: dict[str, Any]) -> int | None:
+    """The process that is writing this trace, as far as this machine can tell: None where it is
+    done or gone."""
+    capture = manifest["capture"]
+    pid = capture.get("pid")
+    if (
+        manifest["status"] != "recording"
+        or capture.get("host") != socket.gethostname()
+        or pid in (None, os.getpid())
+    ):
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # it runs, as another user
+    then, now = capture.get("process_start"), process_start(pid)
+    return (
+        pid if then is None or now is None or then == now else None
+    )  # the number may have gone to another process
+
+
+def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
+    """MoeInspectError where the process that writes this trace is still at work on this machine."""
+    if (pid := writer_of(manifest)) is not None:
+        raise MoeInspectError(f"process {pid} is still writing {root}: wait for it, or stop it")
+
+
+def process_start(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot: with its number it names a process once and
+    for all. None where the system does not say (it has no /proc)."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,222 @@
+"""Shard: one committed shard of a trace, read a table or a router at a time.
+
+T tokens, K slots, E experts, L routers, N rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moe_inspect.trace import parts, slot_order
+from moe_inspect.trace.files.damaged import Damaged
+from moe_inspect.trace.files.location import inside
+from moe_inspect.trace.header import TraceHeader
+from moe_inspect.trace.schema import MOST_TOKEN_IDS
+from moe_inspect.trace.shard_list import ShardFiles
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One committed shard, opened: whole batches, all routers."""
+
+    trace: TraceHeader
+    files: ShardFiles
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        return parts.read(self.file(name), self.files.paths[name], columns)
+
+    def file(self, name: str) -> pq.ParquetFile:
+        """The Parquet file of a table, checked and opened once."""
+        if name not in self._opened:
+            expected = parts.columns_of(name, self.trace.routers, self.trace.has_weights)
+            path = self.files.paths[name]
+            self._opened[name] = parts.open_part(
+                inside(self.trace.path, path), path, expected, self.files.stated[name]
+            )
+        return self._opened[name]
+
+    @cached_property
+    def _opened(self) -> dict[str, pq.ParquetFile]:
+        return {}
+
+    @cached_property
+    def _spans(self) -> dict[str, list[tuple[int, int]]]:
+        return {}
+
+    def tokens(self, columns: list[str] | None = None) -> pa.Table:
+        """The tokens table of this shard, in token order."""
+        table = self.table("tokens", columns)
+        if (
+            "token_id" in table.column_names
+            and (highest := _highest(table["token_id"])) >= MOST_TOKEN_IDS
+        ):
+            raise self._damaged(
+                "tokens", f"token_id is {highest}: vocabularies have at most {MOST_TOKEN_IDS:,}"
+            )
+        return table
+
+    def counts(self) -> pa.Table:
+        """The counts of this shard: every row of an expert that its router has, and none
+        negative."""
+        table, routers = self.table("counts"), self.trace.routers
+        router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
+        experts_L = np.array([router.experts for router in routers])
+        if (router_N >= len(routers)).any():
+            raise self._damaged(
+                "counts", f"router is {router_N.max()}, the manifest lists {len(routers)}"
+            )
+        if (wrong_N := expert_N >= experts_L[router_N]).any():
+            n = int(wrong_N.argmax())
+            raise self._damaged(
+                "counts",
+                f"expert is {expert_N[n]}, router {router_N[n]} has {experts_L[router_N[n]]} "
+                "experts",
+            )
+        for name in ("assignments", "first_choice"):
+            lowest = pc.min(table[name]).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+            if (lowest or 0) < 0 or (name == "assignments" and table[name].null_count):
+                raise self._damaged(
+                    "counts", f"{name} is {lowest if lowest is not None else 'null'}"
+                )
+        return table
+
+    def _damaged(self, table: str, what: str) -> Damaged:
+        return Damaged(self.files.paths[table], what, self.files.paths[table])
+
+    def routing(self, router: int, columns: list[str] | None = None) -> pa.Table:
+        """The decisions of one router, in token order: only its row groups are read. Slots are in
+        descending weight where that can be known: those of a trace that does not state its order
+        are put in order here."""
+        slots = self.trace.slots_to_order(router)
+        if not slots or (
+            columns is not None and not {*columns}.intersection(itertools.chain(*slots))
+        ):
+            return self.rows_of_router("routing", router, columns)
+        wanted = None if columns is None else [*dict.fromkeys([*columns, *itertools.chain(*slots)])]
+        table = _in_order(self.rows_of_router("routing", router, wanted), *slots)
+        return table if columns is None else table.select(columns)
+
+    def seen(self, router: int) -> np.ndarray | None:
+        """bool [T]: which tokens of the shard reach the router; None where all do. Its decisions
+        are theirs, in this order."""
+        listed = self.trace.routers[router]
+        if not listed.stack:
+            return None
+        code_T, phases = codes(self.tokens(["phase"])["phase"])
+        return np.array([listed.sees(phase) for phase in phases], bool)[code_T]
+
+    def slots(self, router: int) -> tuple[np.ndarray, ...]:
+        """The experts of each decision, an array a slot: uint8 or uint16 [T], the number of experts
+        where a slot routed nowhere. What the file holds is copied only where some did.
+        MoeInspectError for an id out of range."""
+        columns, E = self._slots(router, "expert"), self.trace.routers[router].experts
+        if np.iinfo(columns[0].type.to_pandas_dtype()).max < E and any(
+            column.null_count for column in columns
+        ):
+            columns = [column.cast(pa.uint16()) for column in columns]
+        if (highest := max(_highest(column) for column in columns)) >= E:
+            raise self._damaged(
+                "routing", f"router {router} has {E} experts and an assignment to expert {highest}"
+            )
+        return tuple(
+            (column.fill_null(E) if column.null_count else column).to_numpy() for column in columns
+        )
+
+    def ids(self, router: int) -> np.ndarray:
+        """int16 [T, K], the experts of each decision, −1 where a slot routed nowhere. Slots are
+        contiguous in memory, as they are on disk. MoeInspectError for an id out of range."""
+        slots, E = self.slots(router), self.trace.routers[router].experts
+        ids_KT = np.empty((len(slots), len(slots[0])), np.int16)
+        for ids_T, slot_T in zip(ids_KT, slots, strict=True):
+            ids_T[:] = slot_T
+            if slot_T.max(initial=0) == E:
+                ids_T[slot_T == E] = -1
+        return ids_KT.T
+
+    def slot_weights(self, router: int) -> tuple[np.ndarray, ...]:
+        """The gate weights, an array a slot: float32 [T], 0 where it routed nowhere."""
+        return tuple(
+            (c.fill_null(0) if c.null_count else c).to_numpy()
+            for c in self._slots(router, "weight")
+        )
+
+    def weights(self, router: int) -> np.ndarray:
+        """float32 [T, K], the gate weights, 0 where a slot routed nowhere."""
+        return np.stack(self.slot_weights(router)).T
+
+    def logits(self, router: int) -> np.ndarray:
+        """float16 [T, E], the router logits."""
+        table = self.rows_of_router("logits", router, ["logits"]).combine_chunks()
+        width = table.schema.field("logits").type.list_size
+        flat = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(-1, width)[:, : self.trace.routers[router].experts]
+
+    def _slots(self, router: int, kind: str) -> list[pa.ChunkedArray]:
+        return self.routing(
+            router, [f"{kind}_{j}" for j in range(self.trace.routers[router].top_k)]
+        ).columns
+
+    def rows_of_router(self, name: str, router: int, columns: list[str] | None) -> pa.Table:
+        """The rows of one router in a table, as they are stored."""
+        file, path = self.file(name), self.files.paths[name]
+        if name not in self._spans:
+            self._spans[name] = _routers_of_groups(file)
+        spans = self._spans[name]
+        groups = [g for g, (first, last) in enumerate(spans) if first <= router <= last]
+        if columns is not None and all(spans[g] == (router, router) for g in groups):
+            return parts.read(file, path, columns, groups)
+        wanted = None if columns is None else [*dict.fromkeys([*columns, "router"])]
+        table = parts.read(file, path, wanted, groups)
+        routers = table["router"].to_numpy()
+        if len(routers) and (routers != router).any():
+            table = table.filter(pa.array(routers == router))
+        return table if columns is None else table.select(columns)
+
+
+def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Codes and labels of a dictionary column; a label may be unused."""
+    if not len(column):
+        return np.zeros(0, np.int32), []
+    array = column.unify_dictionaries().combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.indices.to_numpy(), array.dictionary.to_pylist()
+
+
+def _in_order(table: pa.Table, experts: list[str], weights: list[str]) -> pa.Table:
+    """The table with each decision's slots in descending weight, those that routed nowhere last."""
+    nowhere_KT = np.stack([table[name].is_null().to_numpy() for name in experts])
+    weights_KT = np.stack([table[name].fill_null(0).to_numpy() for name in weights])
+    order_KT = slot_order.descending(weights_KT, nowhere_KT)
+    if order_KT is None:
+        return table
+    ids_KT = np.stack([table[name].fill_null(0).to_numpy() for name in experts])
+    ids_KT, weights_KT, nowhere_KT = (
+        np.take_along_axis(values_KT, order_KT, 0) for values_KT in (ids_KT, weights_KT, nowhere_KT)
+    )
+    for names, values_KT in ((experts, ids_KT), (weights, weights_KT)):
+        for name, values_T, nowhere_T in zip(names, values_KT, nowhere_KT, strict=True):
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, table.schema.field(at), pa.array(values_T, mask=nowhere_T))
+    return table
+
+
+def _highest(column: pa.ChunkedArray) -> int:
+    """The largest value of a column of integers, 0 where there is none above."""
+    return int((column.fill_null(0) if column.null_count else column).to_numpy().max(initial=0))
+
+
+def _routers_of_groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
+    """The first and last router in each row group, any where the file does not say."""
+    index = file.schema_arrow.get_field_index("router")
+    found = [
+        file.metadata.row_group(g).column(index).statistics
+        for g in range(file.metadata.num_row_groups)
+    ]
+    return [(s.min, s.max) if s is not None and s.has_min_max else (0, 2**16) for s in found]

@@ -1,0 +1,101 @@
+"""shards-<rank>.jsonl: which shards of a trace are committed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.trace import schema
+from moe_inspect.trace.files.damaged import Damaged
+from moe_inspect.trace.files.location import Remote, inside
+from moe_inspect.trace.parts import Stated
+from moe_inspect.trace.validate import MOST_RANKS, SPAN, check_line, parsed
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """A committed shard: table → path within the trace, and the lines that committed it."""
+
+    rank: int
+    index: int
+    first_token: int
+    last_token: int
+    first_batch: int | None
+    last_batch: int
+    decisions: int
+    paths: dict[str, str] = field(default_factory=dict)
+    stated: dict[str, Stated] = field(default_factory=dict)
+    lines: list[bytes] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return self.last_token - self.first_token + 1
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return {table: stated.rows or 0 for table, stated in self.stated.items()}
+
+
+def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[ShardFiles]:
+    """Every shard whose lines are all there, by rank and index. A last line without an end is an
+    uncommitted shard; any other that cannot be is damage."""
+    shards: list[ShardFiles] = []
+    ranks = {
+        int(m[1]): p
+        for p in root.iterdir()
+        if (m := re.fullmatch(r"shards-(\d{1,18})\.jsonl", p.name, re.ASCII))
+    }
+    for rank, path in sorted(ranks.items()):
+        if rank >= MOST_RANKS:
+            raise Damaged(path, f"there are at most {MOST_RANKS:,} ranks", path.name)
+        found: dict[int, ShardFiles] = {}
+        taken: set[str] = set()
+        for number, line in enumerate(inside(root, path.name).read_bytes().split(b"\n")[:-1], 1):
+            try:
+                entry = parsed(line)
+                check_line(entry, line, rank, len(manifest["routers"]), manifest["tables"])
+                _list(entry, line + b"\n", rank, len(manifest["routers"]), found)
+                if entry["path"] in taken:
+                    raise ValueError(f"{entry['path']} is listed twice")
+                taken.add(entry["path"])
+            except ValueError as error:
+                raise Damaged(path, f"line {number}: {error}", path.name) from None
+        ended = rank * schema.RANK_STRIDE
+        for index, shard in sorted(found.items()):
+            if set(shard.paths) != set(manifest["tables"]):
+                continue
+            if shard.first_token != ended:
+                said = (
+                    f"shard {index} has tokens {shard.first_token} to {shard.last_token}, "
+                    f"{ended} is the next"
+                )
+                raise Damaged(path, said, path.name)
+            ended = shard.last_token + 1
+            shards.append(shard)
+    return shards
+
+
+def _list(
+    entry: dict[str, Any], line: bytes, rank: int, routers: int, found: dict[int, ShardFiles]
+) -> None:
+    """Adds a line to the shard that it is of. ValueError where they do not agree."""
+    table, index, span = entry["table"], entry["shard"], {key: entry[key] for key in SPAN}
+    # a trace that does not say so is one in which every router saw every token
+    everywhere = (span["last_token"] - span["first_token"] + 1) * routers
+    shard = found.setdefault(
+        index, ShardFiles(rank, index, **span, decisions=entry.get("decisions", everywhere))
+    )
+    if span != (stated := {key: getattr(shard, key) for key in SPAN}):
+        raise ValueError(
+            f"it states tokens and batches {tuple(span.values())}, another line of shard {index} "
+            f"{tuple(stated.values())}"
+        )
+    if table in shard.paths:
+        raise ValueError(f"{table} of shard {index} is listed twice")
+    shard.paths[table] = entry["path"]
+    shard.stated[table] = Stated(
+        *(entry.get(name) for name in ("rows", "bytes", "footer_crc32", "sha256"))
+    )
+    shard.lines.append(line)

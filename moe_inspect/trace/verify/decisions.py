@@ -1,0 +1,175 @@
+"""Each router decided once for each token that it saw; its ids, weights and logits are possible.
+
+T tokens, K slots, E experts, N rows of a row group.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.trace import parts, schema
+from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.verify.verification import Verification
+from moe_inspect.trace.verify.violation import (
+    Violation,
+    expect_equal,
+    ids_of,
+    open_table,
+    or_violation,
+)
+
+
+def check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> None:
+    slots = range(max(r.top_k for r in shard.trace.routers))
+    columns = [f"expert_{j}" for j in slots] + (
+        [f"weight_{j}" for j in slots] if shard.trace.has_weights else []
+    )
+    name = shard.files.paths["routing"]
+    for r, start, table in _parts_of_routers(shard, "routing", columns, phase_T):
+        router = shard.trace.routers[r]
+        ids = [ids_of(table[f"expert_{j}"]) for j in slots]
+        for j, ids_N in enumerate(ids):
+            wrong_N = ids_N >= (router.experts if j < router.top_k else 0)
+            if wrong_N.any():
+                n = int(wrong_N.argmax())
+                said = (
+                    f"expert_{j} is {ids_N[n]}, router {r} has {router.experts} experts"
+                    if j < router.top_k
+                    else f"expert_{j} is {ids_N[n]}, router {r} takes {router.top_k}"
+                )
+                raise Violation(name, start + n, said)
+            for i in range(min(j, router.top_k)):
+                twice_N = (ids_N == ids[i]) & (ids_N >= 0)
+                if twice_N.any():
+                    n = int(twice_N.argmax())
+                    raise Violation(
+                        name,
+                        start + n,
+                        f"expert {ids_N[n]} is in slots {i} and {j} of one decision of router {r}",
+                    )
+        empty = sum(int((i < 0).sum()) for i in ids[: router.top_k])
+        found.decisions += len(table)
+        found.empty_slots += empty
+        found.assignments += len(table) * router.top_k - empty
+        if shard.trace.has_weights:
+            _check_weights(name, start, table, ids)
+            # as the manifest states: what does not state its order is put in order as it is read
+            if shard.trace.stated_routers[r].first_choice_known:
+                _check_descending(name, start, table, ids[: router.top_k])
+
+
+def _check_weights(name: str, start: int, table: pa.Table, ids: list[np.ndarray]) -> None:
+    for j, ids_N in enumerate(ids):
+        column = table[f"weight_{j}"]
+        there_N = column.is_valid().to_numpy() if column.null_count else np.ones(len(ids_N), bool)
+        wrong_N = there_N != (ids_N >= 0)
+        if wrong_N.any():
+            n = int(wrong_N.argmax())
+            raise Violation(
+                name,
+                start + n,
+                f"weight_{j} is {'there' if there_N[n] else 'null'}, expert_{j} is "
+                f"{'null' if there_N[n] else 'there'}",
+            )
+        weights_N = column.fill_null(0).to_numpy() if column.null_count else column.to_numpy()
+        if not np.isfinite(weights_N).all():
+            n = int((~np.isfinite(weights_N)).argmax())
+            raise Violation(name, start + n, f"weight_{j} is {weights_N[n]}")
+
+
+def _check_descending(name: str, start: int, table: pa.Table, ids: list[np.ndarray]) -> None:
+    """Slots are in descending weight, those that routed nowhere last."""
+    weights = [
+        np.where(ids_N >= 0, table[f"weight_{j}"].fill_null(0).to_numpy(), -np.inf)
+        for j, ids_N in enumerate(ids)
+    ]
+    for j, (before_N, after_N) in enumerate(itertools.pairwise(weights)):
+        if (wrong_N := before_N < after_N).any():
+            n = int(wrong_N.argmax())
+            said = (
+                f"weight_{j} is {before_N[n]:.6g}, weight_{j + 1} is {after_N[n]:.6g}: the "
+                "manifest says that weights descend"
+            )
+            raise Violation(name, start + n, said)
+
+
+def check_logits(shard: Shard, phase_T: np.ndarray) -> None:
+    name = shard.files.paths["logits"]
+    for r, start, table in _parts_of_routers(shard, "logits", ["logits"], phase_T):
+        column = table["logits"].combine_chunks()
+        width = getattr(column.type, "list_size", 0)
+        E = shard.trace.routers[r].experts
+        if width < E or column.null_count:
+            raise Violation(name, start, f"logits are {width} wide, router {r} has {E} experts")
+        values_NE = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)[:, :E]
+        if (wrong_N := np.isnan(values_NE).any(1)).any():
+            raise Violation(
+                name, start + int(wrong_N.argmax()), f"a router logit of router {r} is NaN"
+            )
+
+
+def _parts_of_routers(
+    shard: Shard, table: str, columns: list[str], phase_T: np.ndarray
+) -> Iterator[tuple[int, int, pa.Table]]:
+    """(router, first row, decisions) of each row group or part of one, having checked that each
+    router has its tokens, once and in order."""
+    name, routers = shard.files.paths[table], shard.trace.routers
+    file = open_table(shard, table)
+    sees_rP = [np.array([router.sees(phase) for phase in schema.PHASES]) for router in routers]
+    done = [0] * len(routers)
+    rows = 0
+    for g in range(file.metadata.num_row_groups):
+        group = or_violation(
+            lambda g=g: parts.read(file, name, ["token", "layer", "router", *columns], [g])
+        )
+        router_N = group["router"].to_numpy()
+        starts = [0, *(np.nonzero(router_N[1:] != router_N[:-1])[0] + 1)] if len(router_N) else []
+        for start, end in zip(starts, [*starts[1:], len(router_N)], strict=True):
+            r, part = int(router_N[start]), group.slice(start, end - start)
+            if r >= len(routers):
+                raise Violation(
+                    name, rows + start, f"router is {r}, the manifest lists {len(routers)}"
+                )
+            expect_equal(
+                name,
+                "layer",
+                part["layer"].to_numpy(),
+                np.full(len(part), routers[r].layer),
+                rows + start,
+            )
+            token_N = _tokens_of(phase_T, sees_rP[r], shard.files.first_token)
+            if done[r] + len(part) > len(token_N):
+                row = rows + start + len(token_N) - done[r]
+                raise Violation(
+                    name,
+                    row,
+                    f"router {r} (layer {routers[r].layer}) has more decisions than the "
+                    f"{len(token_N)} tokens it saw",
+                )
+            expect_equal(
+                name,
+                "token",
+                part["token"].to_numpy(),
+                token_N[done[r] : done[r] + len(part)],
+                rows + start,
+            )
+            done[r] += len(part)
+            yield r, rows + start, part
+        rows += len(group)
+    for r, n in enumerate(done):
+        if n != (tokens := int(sees_rP[r][phase_T].sum())):
+            raise Violation(
+                name,
+                rows,
+                f"router {r} (layer {routers[r].layer}) has {n} decisions, it saw {tokens} tokens",
+            )
+
+
+def _tokens_of(phase_T: np.ndarray, sees_P: np.ndarray, first_token: int) -> np.ndarray:
+    if sees_P.all():
+        return np.arange(first_token, first_token + len(phase_T))
+    return first_token + np.nonzero(sees_P[phase_T])[0]

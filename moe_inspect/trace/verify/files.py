@@ -1,0 +1,110 @@
+"""Files and lines: checksums, rows, files that no line lists."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from moe_inspect.errors import MoeInspectError, reading
+from moe_inspect.trace import schema
+from moe_inspect.trace.files.location import inside
+from moe_inspect.trace.header import TraceHeader
+from moe_inspect.trace.output_dir import OF_A_TABLE
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.shard_list import ShardFiles
+from moe_inspect.trace.validate import LINE_KEYS, SPAN
+from moe_inspect.trace.verify.verification import Verification
+from moe_inspect.trace.verify.violation import Violation, open_table
+
+CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}
+
+
+def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
+    """Keys that no version writes, and checksums that are no longer there: a key may have been
+    changed to another."""
+    # whether a shard before it was: a trace that was begun before there were checksums may have
+    # gone on with them
+    checked = False
+    for shard in files:
+        for entry in map(json.loads, shard.lines):
+            name = f"shards-{shard.rank}.jsonl"
+            if unknown := set(entry) - LINE_KEYS - set(SPAN):
+                raise Violation(
+                    name, None, f"the line of {entry['path']} has the unknown key {min(unknown)!r}"
+                )
+            if (
+                missing := CHECKSUM_KEYS - set(entry)
+                if checked or not CHECKSUM_KEYS.isdisjoint(entry)
+                else None
+            ):
+                raise Violation(name, None, f"the line of {entry['path']} has no {min(missing)}")
+            checked = "crc32" in entry
+    manifest = trace.manifest
+    if "digest" not in manifest and (checked or "vocabulary" in manifest):
+        raise Violation(
+            schema.MANIFEST,
+            None,
+            "it has no digest, although it was written with one: it was edited",
+        )
+    if (
+        "digest" in manifest
+        and "vocabulary" not in manifest
+        and (trace.path / schema.VOCABULARY).exists()
+    ):
+        raise Violation(
+            schema.VOCABULARY, None, "it was put there later: trace.json does not state it"
+        )
+
+
+def check_files(shard: Shard) -> None:
+    files = shard.files
+    for table, name in files.paths.items():
+        path = plain_file(shard.trace, name)
+        if not path.is_file():
+            raise Violation(name, None, "the file is missing")
+        with reading(path), open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != files.stated[table].sha256:
+            raise Violation(
+                name,
+                None,
+                f"sha256 is {digest[:12]}…, its line says {str(files.stated[table].sha256)[:12]}…",
+            )
+        open_table(shard, table)
+
+
+def check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) -> None:
+    """A complete trace has none. One that is written has files whose lines are yet to come, one
+    that was stopped may have kept them."""
+    known = {path for shard in files for path in shard.paths.values()}
+    for table in trace.tables:
+        folder = plain_file(trace, table)
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if f"{table}/{file.name}" in known:
+                continue
+            if trace.status != "complete" and OF_A_TABLE.fullmatch(file.name):
+                found.uncommitted.append(f"{table}/{file.name}")
+            else:
+                raise Violation(
+                    f"{table}/{file.name}",
+                    None,
+                    "an orphan: no line of shards-*.jsonl speaks of it (--resume deletes it)",
+                )
+
+
+def local(trace: TraceHeader) -> Path:
+    if not isinstance(trace.path, Path):
+        raise MoeInspectError(
+            f"verify reads every byte of a trace: copy {trace.path} to this machine"
+        )
+    return trace.path
+
+
+def plain_file(trace: TraceHeader, name: str) -> Path:
+    try:
+        inside(local(trace), name)
+    except MoeInspectError as error:
+        raise Violation(name, None, str(error)) from None
+    return local(trace) / name

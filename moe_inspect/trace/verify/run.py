@@ -1,0 +1,151 @@
+"""The invariants of any trace, ours or imported: a shard and a row group at a time, the first
+violation named by file and row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import schema
+from moe_inspect.trace.files.lock import refuse_while_locked
+from moe_inspect.trace.manifest import writer_of
+from moe_inspect.trace.output_dir import contents
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify.counts import check_counts
+from moe_inspect.trace.verify.decisions import check_logits, check_routing
+from moe_inspect.trace.verify.files import check_files, check_lines, check_orphans, local
+from moe_inspect.trace.verify.tokens import Documents, Positions, check_tokens
+from moe_inspect.trace.verify.verification import Verification
+from moe_inspect.trace.verify.violation import Violation, violation_of
+
+
+def verify(path: str | Path, progress: Callable[[int], None] | None = None) -> Verification:
+    """Checks every invariant. MoeInspectError where there is no trace; a damaged one is a violation
+    like any other. `progress` is told of the tokens of each shard done."""
+    root = Path(path)
+    found = Verification(str(path))
+    if not (root / schema.MANIFEST).is_file():
+        if root.is_dir() and any(root.iterdir()) and contents(root).is_free:
+            refuse_while_locked(root)
+            raise MoeInspectError(
+                f"no trace at {root} yet: its writer was stopped before anything was committed; "
+                "--resume starts it again"
+            )
+        raise MoeInspectError(
+            f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root}"'
+        )
+    try:
+        _verify(_opened(root), found, progress)
+    except Violation as violation:
+        found.ok, found.violation, found.file, found.row = (
+            False,
+            violation.what,
+            violation.file,
+            violation.row,
+        )
+    return found
+
+
+def _opened(root: Path) -> Trace:
+    try:
+        return Trace(root)
+    except MoeInspectError as error:
+        raise violation_of(error, schema.MANIFEST) from None
+
+
+def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] | None) -> None:
+    files = [shard.files for shard in trace.shards]
+    found.status = _status(trace)
+    found.resumable = (
+        found.status == "interrupted"
+        and (trace.manifest.get("corpus") or {}).get("plan") is not None
+    )
+    check_lines(trace, files)
+    for shard in trace.shards:
+        check_files(shard)
+    check_orphans(trace, files, found)
+    found.checked += [
+        "sha256 and rows of every file are those of its line",
+        "no orphans",
+        "tokens numbered without a gap",
+    ]
+    words = _check_vocabulary(trace)
+    documents = Documents(trace)
+    found.documents = len(documents.number)
+    found.checked.append("documents declared once")
+    positions = Positions(bool(trace.manifest.get("counts", {}).get("dropped")))
+    for shard in trace.shards:
+        if trace.counts_only:
+            check_counts(shard, found)
+        else:
+            phase_T = check_tokens(shard, words, documents, positions)
+            check_routing(shard, phase_T, found)
+            if "logits" in trace.tables:
+                check_logits(shard, phase_T)
+        found.shards += 1
+        found.tokens += shard.files.tokens
+        if progress:
+            progress(shard.files.tokens)
+    _check_totals(trace, found)
+    if trace.counts_only:
+        found.checked += [
+            "every expert of every router listed once",
+            "Σ counts ≤ tokens × k for each router, none negative, sums finite",
+        ]
+    else:
+        found.checked += [
+            "token ids within the vocabulary",
+            "positions follow each other within a sequence"
+            if positions.strict
+            else "positions: not checked, decisions were dropped",
+            "each router saw each of its tokens once, in order",
+            "ids < E, no expert twice in a decision, Σ counts = tokens × k − empty slots",
+            "weights finite, descending where the manifest says so, and there where an expert is"
+            if trace.has_weights
+            else "no weights recorded",
+            *(["logits of each decision, none NaN"] if "logits" in trace.tables else []),
+        ]
+    found.checked.append("the manifest's totals are those of the shards")
+
+
+def _status(trace: Trace) -> str:
+    if trace.status != "recording" or writer_of(trace.manifest) is not None:
+        return trace.status
+    try:
+        refuse_while_locked(local(trace))
+    except MoeInspectError:  # by a process of another machine
+        return "recording"
+    return "interrupted"
+
+
+def _check_vocabulary(trace: Trace) -> int | None:
+    """How many token ids there are; None where the trace has no vocabulary."""
+    try:
+        ids = trace.vocabulary_table["token_id"].to_numpy()
+    except MoeInspectError as error:
+        raise violation_of(error, schema.VOCABULARY) from None
+    if (wrong := ids != np.arange(len(ids))).any():
+        row = int(wrong.argmax())
+        raise Violation(schema.VOCABULARY, row, f"token_id is {ids[row]}, not {row}")
+    return len(ids) or None
+
+
+def _check_totals(trace: Trace, found: Verification) -> None:
+    stated = trace.manifest.get("counts")
+    if trace.status != "complete" or not isinstance(stated, dict):
+        return
+    totals = {
+        "tokens": found.tokens,
+        **({} if trace.counts_only else {"decisions": found.decisions}),
+    }
+    for name, value in totals.items():
+        if stated.get(name) != value:
+            raise Violation(
+                schema.MANIFEST,
+                None,
+                f"counts.{name} is {stated.get(name)}, the shards have {value}",
+            )

@@ -1,0 +1,81 @@
+"""What a writer is given: the decisions of a forward pass, or counts of many.
+
+T tokens of a batch, K slots, E experts, D domains. An expert id is uint8 or uint16; the dtype's
+maximum marks a slot that routed nowhere, which on disk is null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moe_inspect.trace.schema import Router
+
+
+@dataclass(frozen=True)
+class Document:
+    """`tokens` is what the plan will feed of it, special tokens included."""
+
+    document: int
+    domain: str
+    source: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RoutedBatch:
+    """One forward pass. Arrays of length T are in execution order; `ids[r]`: uint8 or uint16 [T,
+    K_r], `weights[r]`: float16 [T, K_r], the bits of bfloat16 as uint16, float32 that one of the
+    two holds exactly, or None (a trace without weights is still ordered by them), `logits[r]`:
+    float16 [T, E_r]. `domains[d]` is the label of domain code d. Of an encoder-decoder the first
+    `encoded` tokens were fed to the encoder, the others to the decoder, and a router has rows only
+    of those it sees."""
+
+    batch: int
+    token_id: np.ndarray
+    document: np.ndarray
+    sequence: np.ndarray
+    position: np.ndarray
+    domain: np.ndarray
+    domains: Sequence[str]
+    ids: list[np.ndarray]
+    weights: list[np.ndarray] | None
+    logits: list[np.ndarray] | None = None
+    documents: list[Document] = field(default_factory=list)
+    phase: str = "prefill"
+    # passes of one group follow each other and are committed together, or not at all
+    group: int | None = None
+    encoded: int = 0
+
+    def seen(self, router: Router) -> slice:
+        """Which of its tokens a router sees."""
+        if not router.stack:
+            return slice(None)
+        return slice(self.encoded) if router.stack == "encoder" else slice(self.encoded, None)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            a.nbytes
+            for arrays in (self.ids, self.weights, self.logits)
+            if arrays is not None
+            for a in arrays
+        )
+
+
+@dataclass(frozen=True)
+class CountedBatches:
+    """Load summed over the batches up to `batch`: integers [D, E_r] a router (`weight_sum`:
+    float64). `first_choice` is None where a source does not say: null in the table. `decisions`: of
+    all routers, where they did not all see every token."""
+
+    batch: int
+    tokens: int
+    domains: Sequence[str]
+    assignments: list[np.ndarray]
+    first_choice: list[np.ndarray] | None
+    weight_sum: list[np.ndarray] | None
+    documents: list[Document] = field(default_factory=list)
+    decisions: int | None = None

@@ -1,0 +1,59 @@
+"""What of a trace is committed, and where its writer goes on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.trace.files.atomic import write_atomically
+from moe_inspect.trace.files.location import inside
+from moe_inspect.trace.manifest import read_manifest
+from moe_inspect.trace.shard_list import committed_shards
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What a rank has committed: the next batch, document… to do. `slot_orders`: of the routers, by
+    index."""
+
+    shards: int = 0
+    next_token: int = 0
+    next_batch: int = 0
+    tokens: int = 0
+    decisions: int = 0
+    slot_orders: dict[int, str] = field(default_factory=dict)
+
+
+def committed_counts(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
+    """Tokens and decisions in the committed shards of all ranks."""
+    shards = committed_shards(root, manifest)
+    return {"tokens": sum(s.tokens for s in shards), "decisions": sum(s.decisions for s in shards)}
+
+
+def resume_point(root: Path, rank: int = 0) -> ResumePoint:
+    """Where rank `rank` of the trace at `root` goes on; deletes the files no committed line speaks
+    of. Its caller holds the lock."""
+    manifest = read_manifest(root)
+    shards = [s for s in committed_shards(root, manifest) if s.rank == rank]
+    keep = {root / path for s in shards for path in s.paths.values()}
+    own = re.compile(rf"part-{rank}-\d+\.parquet|\.part-{rank}-\d+\.parquet\.tmp")
+    for table in manifest["tables"]:
+        inside(root, table)
+        for file in (root / table).iterdir() if (root / table).is_dir() else ():
+            if own.fullmatch(file.name) and file not in keep and not file.is_dir():
+                file.unlink()
+    lines = b"".join(line for s in shards for line in s.lines)
+    write_atomically(root / f"shards-{rank}.jsonl", lines)  # without the torn tail
+    slot_orders = {r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])}
+    if not shards:
+        return ResumePoint(slot_orders=slot_orders)
+    return ResumePoint(
+        shards=shards[-1].index + 1,
+        next_token=shards[-1].last_token + 1,
+        next_batch=shards[-1].last_batch + 1,
+        tokens=sum(s.tokens for s in shards),
+        decisions=sum(s.decisions for s in shards),
+        slot_orders=slot_orders,
+    )

@@ -1,0 +1,231 @@
+"""Batches → the Arrow tables of a shard.
+
+T tokens, K slots, E experts, D domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.text import storable
+from moe_inspect.trace import schema, slot_order
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the shards of a trace hold: decisions of these routers, with gate weights, with router
+    logits."""
+
+    routers: list[Router]
+    weights: bool
+    logits: bool
+
+
+# --- tokens and documents
+
+
+def tokens_table(batches: list[RoutedBatch], token: pa.Array, routers: list[Router]) -> pa.Table:
+    domains = list(max((b.domains for b in batches), key=len))
+    phases = schema.PHASES if any(r.stack for r in routers) else schema.PHASES[:2]
+    sizes = [len(b.token_id) for b in batches]
+    return pa.table(
+        {
+            "token": token,
+            **{
+                name: _int32(batches, name)
+                for name in ("token_id", "document", "sequence", "position")
+            },
+            "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
+            "phase": _labels(np.concatenate([_phases(b) for b in batches]), list(phases)),
+            "batch": pa.array(np.repeat(np.array([b.batch for b in batches], np.int32), sizes)),
+        },
+        schema=schema.TOKENS,
+    )
+
+
+def documents_table(documents: list[Document]) -> pa.Table:
+    def labels(values: list[str]) -> pa.Array:
+        return pa.array(map(storable, values), pa.string()).dictionary_encode()
+
+    rows = {
+        "document": pa.array([d.document for d in documents], pa.int32()),
+        "domain": labels([d.domain for d in documents]),
+        "source": labels([d.source for d in documents]),
+        "tokens": pa.array([d.tokens for d in documents], pa.int32()),
+    }
+    return pa.table(rows, schema=schema.DOCUMENTS)
+
+
+# --- decisions
+
+
+def routing_columns(recorded: Recorded, batches: list[RoutedBatch]) -> pa.Schema:
+    """The columns of the routing table, nullable only where a slot of these batches is null."""
+    slots = max(r.top_k for r in recorded.routers)
+    nullable = any(r.top_k < slots for r in recorded.routers) or any(
+        _holds_nowhere(ids, r.experts)
+        for b in batches
+        for ids, r in zip(b.ids, recorded.routers, strict=True)
+    )
+    return schema.routing_schema(recorded.routers, recorded.weights, nullable=nullable)
+
+
+def routing_table(
+    recorded: Recorded, r: int, batches: list[RoutedBatch], token: pa.Array, columns: pa.Schema
+) -> pa.Table:
+    """The decisions of router r, its slots in the order that the manifest states."""
+    router, parts = recorded.routers[r], [b.ids[r] for b in batches]
+    ids_KT = _slot_major(parts, max((p.dtype for p in parts if len(p)), default=parts[0].dtype))
+    assert len(ids_KT) == router.top_k
+    nowhere_KT = (
+        ids_KT == np.iinfo(ids_KT.dtype).max if _holds_nowhere(ids_KT, router.experts) else None
+    )
+    experts_KT = ids_KT.astype(schema.id_dtype(recorded.routers).to_pandas_dtype(), copy=False)
+    weights = [_widened(b.weights[r]) for b in batches if b.weights is not None]
+    weights_KT = _slot_major(weights, np.float32) if weights else None
+    order_KT = _slot_order(recorded, r, batches, experts_KT, nowhere_KT, weights_KT)
+    if order_KT is not None:
+        experts_KT = np.take_along_axis(experts_KT, order_KT, 0)
+        nowhere_KT = None if nowhere_KT is None else np.take_along_axis(nowhere_KT, order_KT, 0)
+        weights_KT = None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)
+    seen = _seen(router, batches, token)
+    arrays = [seen, *_router_columns(router, r, len(seen))]
+    arrays += _slots(experts_KT, nowhere_KT, columns, "expert")
+    if recorded.weights:
+        assert weights_KT is not None
+        arrays += _slots(weights_KT, nowhere_KT, columns, "weight")
+    return pa.Table.from_arrays(arrays, schema=columns)
+
+
+def _slot_order(
+    recorded: Recorded,
+    r: int,
+    batches: list[RoutedBatch],
+    experts_KT: np.ndarray,
+    nowhere_KT: np.ndarray | None,
+    weights_KT: np.ndarray | None,
+) -> np.ndarray | None:
+    """The permutation of each decision's slots (see `slot_order.descending`); None where they are
+    in order already."""
+    if not recorded.routers[r].first_choice_known:
+        return None
+    if weights_KT is not None:
+        return slot_order.descending(weights_KT, nowhere_KT)
+    if not recorded.logits:
+        return None
+    logits_TE = np.concatenate([b.logits[r] for b in batches if b.logits is not None])
+    return slot_order.descending(
+        slot_order.chosen_logits(logits_TE, experts_KT, nowhere_KT), nowhere_KT
+    )
+
+
+def logits_table(
+    recorded: Recorded, r: int, batches: list[RoutedBatch], token: pa.Array, columns: pa.Schema
+) -> pa.Table:
+    """The router logits of router r. One of fewer experts than the widest is padded with NaN: a
+    table has one width."""
+    width = columns.field("logits").type.list_size
+    logits_TE = np.concatenate([b.logits[r] for b in batches if b.logits is not None])
+    logits_TE = logits_TE.astype(np.float16, copy=False)
+    padded_TE = np.pad(logits_TE, ((0, 0), (0, width - logits_TE.shape[1])), constant_values=np.nan)
+    values = pa.FixedSizeListArray.from_arrays(pa.array(padded_TE.reshape(-1)), width)
+    seen = _seen(recorded.routers[r], batches, token)
+    arrays = [seen, *_router_columns(recorded.routers[r], r, len(seen)), values]
+    return pa.Table.from_arrays(arrays, schema=columns)
+
+
+# --- counts
+
+
+def counts_table(recorded: Recorded, r: int, counted: CountedBatches) -> pa.Table:
+    D, E = counted.assignments[r].shape
+
+    def int64(values_DE: np.ndarray) -> pa.Array:
+        return pa.array(values_DE.reshape(-1).astype(np.int64))
+
+    first, weight = counted.first_choice, counted.weight_sum
+    arrays = [
+        *_router_columns(recorded.routers[r], r, D * E),
+        _labels(np.repeat(np.arange(D), E), list(counted.domains)),
+        pa.array(np.tile(np.arange(E, dtype=np.uint16), D)),
+        int64(counted.assignments[r]),
+        pa.nulls(D * E, pa.int64()) if first is None else int64(first[r]),
+    ]
+    arrays += [] if weight is None else [pa.array(weight[r].reshape(-1))]
+    return pa.Table.from_arrays(arrays, schema=schema.counts_schema(recorded.weights))
+
+
+# --- columns
+
+
+def _seen(router: Router, batches: list[RoutedBatch], token: pa.Array) -> pa.Array:
+    """The tokens that reach a router."""
+    if not router.stack:
+        return token
+    parts, start = [], 0
+    for batch in batches:
+        parts.append(token[start : start + len(batch.token_id)][batch.seen(router)])
+        start += len(batch.token_id)
+    return pa.concat_arrays(parts)
+
+
+def _router_columns(router: Router, r: int, rows: int) -> list[pa.Array]:
+    return [pa.array(np.full(rows, value, np.uint16)) for value in (router.layer, r)]
+
+
+def _phases(batch: RoutedBatch) -> np.ndarray:
+    codes_T = np.full(len(batch.token_id), schema.PHASES.index(batch.phase))
+    codes_T[: batch.encoded] = schema.PHASES.index("encode")
+    return codes_T
+
+
+def _int32(batches: list[RoutedBatch], name: str) -> pa.Array:
+    values_T = np.concatenate([getattr(b, name) for b in batches])
+    return pa.array(values_T.astype(np.int32, copy=False))
+
+
+def _labels(codes: np.ndarray, labels: list[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(
+        pa.array(codes.astype(np.int32, copy=False)), pa.array(map(storable, labels), pa.string())
+    )
+
+
+def _holds_nowhere(ids: np.ndarray, experts: int) -> bool:
+    return bool(ids.size) and int(ids.max()) >= experts
+
+
+def _slot_major(parts_TK: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    """[K, T], each slot contiguous: what a column is made of without another copy."""
+    values_KT = np.empty((parts_TK[0].shape[1], sum(map(len, parts_TK))), dtype)
+    return np.concatenate([part.T for part in parts_TK], axis=1, out=values_KT)
+
+
+def _widened(weights_TK: np.ndarray) -> np.ndarray:
+    """float32 of the bits of bfloat16 (uint16); other weights as they are."""
+    if weights_TK.dtype != np.uint16:
+        return weights_TK
+    return (weights_TK.astype(np.uint32) << 16).view(np.float32)
+
+
+def _slots(
+    values_KT: np.ndarray, nowhere_KT: np.ndarray | None, columns: pa.Schema, prefix: str
+) -> list[pa.Array]:
+    fields = [f for f in columns if f.name.startswith(prefix)]
+    masks = nowhere_KT if nowhere_KT is not None else [None] * len(values_KT)
+    arrays = [_array(v, m, f.type) for v, m, f in zip(values_KT, masks, fields, strict=False)]
+    # slots beyond this router's own top-k
+    return arrays + [pa.nulls(values_KT.shape[1], f.type) for f in fields[len(arrays) :]]
+
+
+def _array(values_T: np.ndarray, null_T: np.ndarray | None, kind: pa.DataType) -> pa.Array:
+    if null_T is not None:
+        return pa.array(values_T, type=kind, mask=null_T)
+    assert values_T.flags.c_contiguous
+    return pa.Array.from_buffers(kind, len(values_T), [None, pa.py_buffer(values_T)])

@@ -1,0 +1,389 @@
+"""TraceWriter: batches → shards, committed by a background thread behind a bounded queue."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.text import first_line
+from moe_inspect.trace import schema, slot_order
+from moe_inspect.trace.files import checksums
+from moe_inspect.trace.files.atomic import sync_directory, write_atomically
+from moe_inspect.trace.files.damaged import Damaged
+from moe_inspect.trace.files.lock import Lock, hold
+from moe_inspect.trace.manifest import read_manifest, write_manifest
+from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
+from moe_inspect.trace.writer import tables
+from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch
+from moe_inspect.trace.writer.part_file import write_part
+from moe_inspect.trace.writer.resume import ResumePoint, committed_counts
+
+SHARD_TOKENS = 65_536
+SHARD_BYTES = 60 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
+SHARD_SECONDS = 60.0  # of a slow model: its decisions become readable, and safe, after so long
+# a shard may grow so many times larger and older where the next batch continues its sequences
+CONTINUED = 8
+QUEUE_BATCHES = 2
+
+
+class TraceWriter:
+    """Writes a new trace at `root`, or appends to one that `resume_point` prepared.
+
+    `write` may block (back-pressure) and re-raises the background thread's exception, as a
+    MoeInspectError where the user can mend it (a full disk). Leaving the `with` block by
+    KeyboardInterrupt or any other exception closes the trace as "interrupted". The writer holds the
+    trace's lock until then, unless the caller holds it and passes it as `lock`."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        manifest: dict[str, Any],
+        routers: Sequence[Router],
+        *,
+        weights: bool = True,
+        logits: bool = False,
+        counts_only: bool = False,
+        vocabulary: pa.Table | None = None,
+        rank: int = 0,
+        shard_tokens: int = SHARD_TOKENS,
+        shard_seconds: float = SHARD_SECONDS,
+        queue_batches: int = QUEUE_BATCHES,
+        resume: ResumePoint | None = None,
+        lock: Lock | None = None,
+    ):
+        self.root, self.rank = Path(root), rank
+        self.weights, self.logits, self.counts_only = weights, logits, counts_only
+        self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
+        start = resume or ResumePoint()
+        self.routers = [
+            self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)
+        ]
+        self._recorded = tables.Recorded(self.routers, weights, logits)
+        self.next_shard = start.shards
+        self.next_token = start.next_token or rank * schema.RANK_STRIDE
+        self.tokens, self.decisions = start.tokens, start.decisions
+        self.dropped = 0  # decisions that were made and not handed over, told by who records
+        # own status → that of all ranks, when they have closed
+        self.others: Callable[[str], str] = lambda status: status
+        # merged into the manifest's sections when the background thread is done
+        self.at_close: dict[str, Any] = {}
+        self.tables = ["documents", "counts"] if counts_only else ["documents", "tokens", "routing"]
+        self.tables += ["logits"] if logits else []
+        self.manifest = {
+            "format": schema.FORMAT,
+            "status": "recording",
+            **manifest,
+            "capture": {**manifest.get("capture", {}), "weights": weights},
+            "routers": [asdict(r) for r in self.routers],
+            "tables": self.tables,
+            "columns": schema.GLOSSARY,
+            "counts": {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0},
+        }
+        self._pending: list[RoutedBatch] = []
+        self._pending_tokens = self._pending_bytes = 0
+        self._pending_since = time.monotonic()
+        # (document, sequence) → its last position among what is pending
+        self._reached: dict[tuple[int, int], int] = {}
+        self._error: BaseException | None = None
+        self._lock = hold(self.root) if lock is None else None
+        try:
+            with writing(self.root):
+                self._begin(vocabulary)
+        except BaseException:
+            self._unlock()
+            raise
+        self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
+        self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)
+        self._thread.start()
+
+    def _begin(self, vocabulary: pa.Table | None) -> None:
+        if self.rank == 0:
+            self._write_vocabulary(vocabulary)
+        self._write_manifest()
+        for table in self.tables:
+            (self.root / table).mkdir(exist_ok=True)
+        (self.root / f"shards-{self.rank}.jsonl").touch()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close("complete" if kind is None else "interrupted", quiet=kind is not None)
+
+    @property
+    def full(self) -> bool:
+        """Whether `write` would wait."""
+        return self._queue.full()
+
+    def write(self, batch: RoutedBatch | CountedBatches) -> None:
+        self._raise()
+        assert self._thread.is_alive(), "written to after close"
+        if (
+            isinstance(batch, RoutedBatch)
+            and (highest := int(batch.token_id.max(initial=0))) >= MOST_TOKEN_IDS
+        ):
+            raise MoeInspectError(
+                f"token id {highest} cannot be recorded: vocabularies have at most "
+                f"{MOST_TOKEN_IDS:,} tokens"
+            )
+        self._queue.put(batch)
+
+    def close(self, status: str = "complete", quiet: bool = False) -> None:
+        """Commits what is pending and sets the status. With `quiet`, a failure of the writer does
+        not hide the exception that is already on its way."""
+        try:
+            self._close(status)
+        finally:
+            self._unlock()
+        if not quiet:
+            self._raise()
+
+    def _close(self, status: str) -> None:
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        try:
+            if (
+                status != "complete"
+                and self._pending
+                and (group := self._pending[-1].group) is not None
+            ):
+                # more of the group may have been to come
+                self._pending = [b for b in self._pending if b.group != group]
+            if self._pending and self._error is None:
+                self._commit_routing()
+        except OSError as error:
+            self._error = error
+        for section, values in self.at_close.items():
+            self.manifest[section] = {**self.manifest.get(section, {}), **values}
+        interrupted: KeyboardInterrupt | None = None
+        try:
+            self.manifest["status"] = self.others("interrupted" if self._error else status)
+        except KeyboardInterrupt as error:  # while waiting for other ranks
+            self.manifest["status"], interrupted = "interrupted", error
+        self.manifest["counts"]["dropped"] = self.dropped
+        try:
+            if self.rank == 0:
+                self.manifest["counts"] |= committed_counts(self.root, self.manifest)
+            self._write_manifest()
+        except OSError as error:
+            self._error = self._error or error
+        if interrupted is not None:
+            raise interrupted
+
+    def _with_order(self, router: Router, written: str | None) -> Router:
+        """The router with the order of its slots stated: that of what is `written` already, else by
+        weight where decisions come with weights or logits, or where the caller says that it is
+        known."""
+        if written is not None:
+            return replace(router, slot_order=written)
+        known = router.first_choice_known or (
+            not self.counts_only and (self.weights or self.logits)
+        )
+        return slot_order.stated(router, known)
+
+    def _write_vocabulary(self, vocabulary: pa.Table | None) -> None:
+        """Before the manifest, which states its checksum."""
+        path, resumed = self.root / schema.VOCABULARY, (self.root / schema.MANIFEST).exists()
+        if vocabulary is not None and not (resumed and path.exists()):
+            sink = pa.BufferOutputStream()
+            pq.write_table(
+                vocabulary.cast(schema.VOCABULARY_SCHEMA),
+                sink,
+                compression="zstd",
+                write_page_checksum=True,
+            )
+            write_atomically(path, sink.getvalue().to_pybytes())
+        if path.exists():
+            data = path.read_bytes()
+            found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            if resumed and read_manifest(self.root).get("vocabulary", found) != found:
+                raise Damaged(
+                    path,
+                    "it was changed after it was written (trace.json says so)",
+                    schema.VOCABULARY,
+                )
+            self.manifest["vocabulary"] = found
+
+    def _write_manifest(self) -> None:
+        if self.rank == 0:
+            write_manifest(self.root, self.manifest)
+
+    def _raise(self) -> None:
+        if isinstance(self._error, OSError):
+            raise MoeInspectError(
+                f"cannot write {self.root}: {first_line(self._error)}; {self.tokens:,} tokens "
+                "are safe there: "
+                "mend it and go on with --resume"
+            ) from self._error
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            for batch in iter(self._queue.get, None):
+                if isinstance(batch, CountedBatches):
+                    self._commit_counts(batch)
+                else:
+                    self._take(batch)
+        except BaseException as error:
+            self._error = error
+            # whoever waits in write() must wake, and learn of it at the next call
+            for _ in iter(self._queue.get, None):
+                pass
+
+    def _take(self, batch: RoutedBatch) -> None:
+        together = (
+            self._pending and batch.group is not None and batch.group == self._pending[-1].group
+        )
+        reached = _reached(batch)
+        if self._pending and not together and self._is_due(batch):
+            # what is counted of consecutive tokens is counted shard by shard: a sequence stays in
+            # one, as far as memory allows
+            continued = any(
+                self._reached.get(key) == first - 1 for key, (first, _) in reached.items()
+            )
+            if not continued or self._is_due(batch, CONTINUED):
+                self._commit_routing()
+        if not self._pending:
+            self._pending_since = time.monotonic()
+        self._pending.append(batch)
+        self._reached.update((key, last) for key, (_, last) in reached.items())
+        self._pending_tokens += len(batch.token_id)
+        self._pending_bytes += batch.nbytes
+
+    def _is_due(self, batch: RoutedBatch, times: int = 1) -> bool:
+        """Whether the shard is to be committed before `batch` joins it: it would grow too large, or
+        has waited too long."""
+        return (
+            self._pending_tokens + len(batch.token_id) > times * self.shard_tokens
+            or self._pending_bytes + batch.nbytes > times * SHARD_BYTES
+            or time.monotonic() - self._pending_since > times * self.shard_seconds
+        )
+
+    # --- commits: documents, tokens, routing, then the shard's lines in one write
+
+    def _commit_routing(self) -> None:
+        batches, self._pending, self._pending_tokens, self._pending_bytes = self._pending, [], 0, 0
+        self._reached = {}
+        recorded, T = self._recorded, sum(len(b.token_id) for b in batches)
+        token = pa.array(np.arange(self.next_token, self.next_token + T, dtype=np.int64))
+        tokens = tables.tokens_table(batches, token, self.routers)
+        columns = tables.routing_columns(recorded, batches)
+        routers = range(len(self.routers))
+        lines = [
+            self._write_documents([d for b in batches for d in b.documents]),
+            self._write_part("tokens", schema.TOKENS, [lambda: tokens]),
+            self._write_part(
+                "routing",
+                columns,
+                [
+                    partial(tables.routing_table, recorded, r, batches, token, columns)
+                    for r in routers
+                ],
+                bf16=all(w.dtype == np.uint16 for b in batches for w in b.weights or []),
+            ),
+        ]
+        decisions = lines[-1]["rows"]
+        if self.logits:
+            columns = schema.logits_schema(max(r.experts for r in self.routers))
+            groups = [
+                partial(tables.logits_table, recorded, r, batches, token, columns) for r in routers
+            ]
+            lines.append(self._write_part("logits", columns, groups))
+        self._commit(lines, T, decisions, batches[0].batch, batches[-1].batch)
+
+    def _commit_counts(self, counted: CountedBatches) -> None:
+        routers = range(len(self.routers))
+        groups = [partial(tables.counts_table, self._recorded, r, counted) for r in routers]
+        lines = [
+            self._write_documents(counted.documents),
+            self._write_part("counts", schema.counts_schema(self.weights), groups),
+        ]
+        everywhere = counted.tokens * len(self.routers)
+        decisions = everywhere if counted.decisions is None else counted.decisions
+        self._commit(lines, counted.tokens, decisions, None, counted.batch)
+
+    def _write_documents(self, documents: list[Document]) -> dict[str, Any]:
+        table = tables.documents_table(documents)
+        return self._write_part("documents", schema.DOCUMENTS, [lambda: table])
+
+    def _write_part(
+        self,
+        table: str,
+        columns: pa.Schema,
+        groups: Sequence[Callable[[], pa.Table]],
+        bf16: bool = False,
+    ) -> dict[str, Any]:
+        """Writes a table of the next shard. Returns its line for shards-<rank>.jsonl."""
+        path = f"{table}/part-{self.rank}-{self.next_shard}.parquet"
+        return {"table": table, "path": path} | write_part(self.root / path, columns, groups, bf16)
+
+    def _commit(
+        self,
+        lines: list[dict[str, Any]],
+        tokens: int,
+        decisions: int,
+        first_batch: int | None,
+        last_batch: int,
+    ) -> None:
+        for table in self.tables:
+            sync_directory(self.root / table)
+        span = {
+            "shard": self.next_shard,
+            "first_token": self.next_token,
+            "last_token": self.next_token + tokens - 1,
+            "decisions": decisions,
+            "first_batch": first_batch,
+            "last_batch": last_batch,
+        }
+        text = b"".join(checksums.sealed({**line, **span}) for line in lines)
+        with open(self.root / f"shards-{self.rank}.jsonl", "ab") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self.next_shard += 1
+        self.next_token += tokens
+        self.tokens += tokens
+        self.decisions += decisions
+        self.manifest["counts"] = {
+            "tokens": self.tokens,
+            "decisions": self.decisions,
+            "dropped": self.dropped,
+        }
+        self._write_manifest()
+
+
+def _reached(batch: RoutedBatch) -> dict[tuple[int, int], tuple[int, int]]:
+    """(document, sequence) → the first and the last position of its last run of rows; those of an
+    encoder come before."""
+    changed_T = np.ones(len(batch.document) + 1, bool)
+    changed_T[1:-1] = (np.diff(batch.document) != 0) | (np.diff(batch.sequence) != 0)
+    changed_T[min(batch.encoded, len(batch.document))] = True
+    edges = np.flatnonzero(changed_T)
+    first, last = edges[:-1], edges[1:] - 1
+    keys = zip(batch.document[first].tolist(), batch.sequence[first].tolist(), strict=True)
+    return dict(
+        zip(
+            keys,
+            zip(batch.position[first].tolist(), batch.position[last].tolist(), strict=True),
+            strict=True,
+        )
+    )
