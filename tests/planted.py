@@ -62,3 +62,8 @@ def text_of(made: Report) -> str:
     file = io.StringIO()
     terminal.print_report(made, file)
     return file.getvalue()
+
+
+def sentences(made: Report) -> list[str]:
+    """The verdict, as a reader of the terminal has it."""
+    return [finding.text for finding in made.verdict()]

@@ -25,6 +25,7 @@ from moe_inspect.trace.schema import Router
 from tests import foreign
 from tests.conftest import ROOT
 from tests.foreign import FORMAT_OF, MAKERS, ROUTED
+from tests.planted import sentences
 from tests.test_real_data import ESFT, FIDDLER, needs_esft, needs_fiddler
 
 
@@ -424,7 +425,7 @@ def test_fiddlers_unused_expert_is_in_the_verdict_and_its_subjects_are_domains(t
     )
     rows = [json.loads(p.read_text())["expert_popularity"][0] for p in folder.iterdir()]
     assert trace.n_tokens == sum(sum(row) for row in rows) // 2
-    said = " ".join(report(trace).verdict())
+    said = " ".join(sentences(report(trace)))
     assert (
         '"international_law" leaves expert 3 of layer 11 nearly unused: 0.04x the mean load' in said
     )

@@ -24,6 +24,7 @@ from moe_inspect.importers.sglang import counts as sglang_counts
 from moe_inspect.importers.sglang import tokens as sglang_tokens
 from moe_inspect.reporting.tables import pairs as pair_tables
 from moe_inspect.reporting.verdict import balance as verdict
+from moe_inspect.reporting.verdict import experts as verdict_experts
 from moe_inspect.reporting.verdict import specialization as verdict_routing
 from moe_inspect.trace import output_dir, parts, shard, shard_list, slot_order, validate
 from moe_inspect.trace.files import atomic, lock
@@ -89,12 +90,12 @@ resumed = by(test_trace.test_uncommitted_files_are_ignored_and_resume_deletes_th
 
 MUTATIONS = {
     # verdict
-    "pooled: half becomes twice": (verdict, 'row["max_vio"] / 2)', 'row["max_vio"] * 2)', by_sentence("pooled shows half")),
-    "least used: within chance": (verdict, ">= 2 * chance_of", ">= 0 * chance_of", by_sentence("little used by chance")),
-    "dead: chance is taken for death": (verdict, "if likely > 0.01:", "if likely > 0.5:", by_sentence("dead by chance")),
-    "a domain overloads as all do": (verdict, ' and row["ratio"] - 1 > 1.5 * overall["max_vio"]:', ":", by_sentence("little more than all together")),
+    "averaging: half becomes twice": (verdict, 'row["max_vio"] / 2)', 'row["max_vio"] * 2)', by_sentence("pooled shows half")),
+    "least used: within chance": (verdict_experts, ">= 2 * chance_of", ">= 0 * chance_of", by_sentence("little used by chance")),
+    "dead: chance is taken for death": (verdict_experts, "if likely > 0.01:", "if likely > 0.5:", by_sentence("dead by chance")),
+    "a domain overloads as all do": (verdict_experts, ' and excess > 1.5 * overall["max_vio"]', "", by_sentence("little more than all together")),
     "passes: no floor": (verdict, '> row["noise_floor_batch"]', "> 0", by_sentence("by pass, as chance")),
-    "specialised: a narrower margin": (verdict_routing, "> 1.5 * margin]", "> 1.0 * margin]", by(test_verdict_thresholds.test_domains, "within the margin")),
+    "specialised: a narrower margin": (verdict_routing, "> MARGIN * margin]", "> 1.0 * margin]", by(test_verdict_thresholds.test_domains, "within the margin")),
     # chance
     "whole passes are of one size": (balance, "2 * tokens_S >= tokens_S.max", "tokens_S == tokens_S.max", by(test_balance.test_by_hand_on_two_routers_of_four_experts)),
     "design effect without n/(n − 1)": (uncertainty, ".sum()) * n / (n - 1)", ".sum())", by(test_uncertainty.test_the_design_effect_by_hand)),
@@ -208,4 +209,4 @@ def test_a_mistake_is_seen(name: str, tmp_path: Path) -> None:
 def test_a_mutation_that_changes_nothing_is_refused() -> None:
     for old, new, said in (("no such line", "", "0 times"), ("return", "pass", "times in"), ("if likely > 0.01:", "if likely > 0.01:", "changes no function")):  # fmt: skip
         with pytest.raises(AssertionError, match=said):
-            mutation(verdict, old, new)
+            mutation(verdict_experts, old, new)

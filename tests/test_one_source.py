@@ -85,7 +85,7 @@ def test_the_threshold_starved_is_that_of_the_table_the_gate_and_the_verdict(
     made = report(write_counts(tmp_path / "t", [load], 1), thresholds={"starved": starved})
     assert made.tables["balance"]["starved_experts"].tolist() == [expected]
     assert bool(breaches(made, [gate("starved_experts=0", above=True)])) == bool(expected)
-    said = [s for s in made.verdict() if "under" in s and "of the mean load" in s]
+    said = [f.text for f in made.verdict() if f.kind == "starved_experts"]
     assert len(said) == bool(expected)
     if expected:
         noun, verb = ("expert", "gets") if expected == 1 else ("experts", "get")

@@ -12,6 +12,7 @@ import pytest
 from moe_inspect.analysis.metrics import pairs, windows
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.data_checks import in_runs
+from tests.planted import sentences
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
 
@@ -194,20 +195,18 @@ def test_counts_alone_say_what_they_can(tmp_path: Path):
 def test_one_ranks_counts_are_not_dead_experts(tmp_path: Path):
     load = np.zeros((1, 16), np.int64)
     load[0, 4:8] = 500
-    assert (
-        report(write_counts(tmp_path / "a", [load, load], 2))
-        .verdict()[0]
-        .startswith("Only experts 4-7 of 16 have any load")
+    assert sentences(report(write_counts(tmp_path / "a", [load, load], 2)))[0].startswith(
+        "Only experts 4-7 of 16 have any load"
     )
     load[0, 12] = 10  # positive control
     assert not any(
-        "ranks under" in s for s in report(write_counts(tmp_path / "b", [load, load], 2)).verdict()
+        "ranks under" in s for s in sentences(report(write_counts(tmp_path / "b", [load, load], 2)))
     )
 
 
 def test_ranks_that_are_missing(tmp_path: Path):
     def said(name: str, loads: list[np.ndarray], k: int = 8, **asked: Any) -> str:
-        return " ".join(report(write_counts(tmp_path / name, loads, k), **asked).verdict()[:2])
+        return " ".join(sentences(report(write_counts(tmp_path / name, loads, k), **asked))[:2])
 
     rng = np.random.default_rng(0)
     load = rng.integers(50_000, 99_000, (1, 256)) * 8
@@ -233,9 +232,9 @@ def test_ranks_that_are_missing(tmp_path: Path):
 def test_warm_up_rows_are_noticed(tmp_path: Path):
     rng = np.random.default_rng(3)
     ids, token_id = uniform_ids(rng, 1_000, 8, 2), rng.integers(1, 99, 1_000)
-    plain = report(write_trace(tmp_path / "a", [ids], 8, token_id=token_id)).verdict()
+    plain = sentences(report(write_trace(tmp_path / "a", [ids], 8, token_id=token_id)))
     ids[:64], token_id[:64] = [1, 2], 0
-    warm = report(write_trace(tmp_path / "b", [ids], 8, token_id=token_id)).verdict()
+    warm = sentences(report(write_trace(tmp_path / "b", [ids], 8, token_id=token_id)))
     assert not any("warm-up" in s for s in plain)
     assert any(
         s.startswith("64 of the first 1,000 tokens are in runs of 16 or more identical rows")
@@ -252,7 +251,7 @@ def test_warm_up_rows_are_noticed(tmp_path: Path):
         token_id=token_id,
     )
     assert [
-        any("identical rows" in s for s in report(trace, domains=d).verdict()) for d in "ab"
+        any("identical rows" in s for s in sentences(report(trace, domains=d))) for d in "ab"
     ] == [True, False]
 
 

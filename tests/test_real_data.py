@@ -14,6 +14,7 @@ from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace
+from tests.planted import sentences
 from tests.synthetic import write_counts, write_trace
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "real"
@@ -79,10 +80,10 @@ def test_deepseek_v2_lite_is_unbalanced_on_law_and_the_verdict_says_so(deepseek:
     assert balance["dead_experts"].sum() == 0
     assert (balance["max_vio_low"] > balance["noise_floor"]).all()
     worst = balance.loc[balance["max_vio"].idxmax()]
-    assert made.verdict()[0].startswith(
+    assert sentences(made)[0].startswith(
         f"Layer {worst['layer']:.0f} is the worst balanced: expert {worst['busiest_expert']:.0f}"
     )
-    assert "26 of 26 routers are uneven" in made.verdict()[0]
+    assert "26 of 26 routers are uneven" in sentences(made)[0]
 
 
 @needs_fiddler
@@ -104,10 +105,10 @@ def test_mixtral_on_mmlu(model: str, tmp_path: Path):
             46.5, abs=0.1
         )
         least = (
-            "Expert 3 of layer 11 is the least used: 0.22x the mean load, the busiest there gets "
+            "Expert 3 of layer 11 is the least used: 0.22x the mean load, the busiest expert there gets "
             "5.6x as much"
         )
-        assert f'{least} and 46.5x on "international_law".' in made.verdict()
+        assert f'{least} and 46.5x on "international_law".' in sentences(made)
 
 
 def load_by_layer(trace: Trace) -> dict[int, list[int]]:

@@ -12,8 +12,9 @@ import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.load import TABLES
+from moe_inspect.reporting.verdict.chance import chance
 from moe_inspect.trace.reader import Trace
-from tests.planted import DOCUMENT, E, K, T, planted, uniform
+from tests.planted import DOCUMENT, E, K, T, planted, sentences, uniform
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
 COLUMNS = {
@@ -35,6 +36,7 @@ COLUMNS = {
         "layer router domain first_choice first_choice_random any_choice any_choice_random"
     ),
     "windows": "layer router window first_token tokens max_over_mean busiest_expert",
+    "verdict": "severity kind layer router text",
 }
 
 
@@ -56,7 +58,7 @@ def test_every_table_has_its_columns(made: Report):
     for name in TABLES:
         columns = list(made.tables[name].columns)
         assert set(COLUMNS.get(name, "").split()) <= set(columns)
-        assert name == "summary" or columns[:2] == ["layer", "router"]
+        assert name in ("summary", "verdict") or columns[:2] == ["layer", "router"]
 
 
 def test_tables_are_made_when_asked_for(trace: Trace, monkeypatch: pytest.MonkeyPatch):
@@ -110,7 +112,7 @@ def test_tables_agree_with_each_other(made: Report):
 
 
 def test_what_is_planted_is_said(made: Report):
-    said = made.verdict()
+    said = sentences(made)
     worst = made.tables["balance"].iloc[3]["max_over_mean"]
     assert said[0].startswith(
         f"Layer 3 is the worst balanced: expert 5 gets {worst:.2f}x the mean load (95% interval"
@@ -119,36 +121,38 @@ def test_what_is_planted_is_said(made: Report):
         r"; [1-4] of 4 routers (is|are) uneven \(at least 1.2x and beyond chance\)\.$", said[0]
     )
     row = made.tables["balance"].iloc[3]
-    assert f"chance would give {1 + row['noise_floor']:.2f}x to independent tokens" in said[0]
+    assert f"expected by chance: {1 + chance(row):.2f}x" in said[0]
     assert (
-        "1 dead expert in 1 of 4 routers (layer 3: 6): not one of 6,000 tokens went there." in said
+        "1 dead expert in 1 of 4 routers (layer 3: 6): none of 6,000 tokens was routed there."
+        in said
     )
     together = "\n".join(said)
-    assert "ooled" not in together  # 1.3x is not fine either
+    assert "veraged" not in together  # 1.3x is not fine either
     assert '"code" overloads expert 3 of layer 2' in together
     assert "most in layer 2 (" in together
     bits = made.tables["specialization"].iloc[2]
     given, null = bits["domain_mi_given_token_bits"], bits["domain_mi_given_token_null_bits"]
     assert (
-        f"the domain tells {given:.3f} bits of the expert there ({null:.3f} with the documents "
-        "shuffled)"
+        f"the domain still carries {given:.3f} bits about the expert in layer 2 (shuffled "
+        f"documents give {null:.3f})"
     ) in together
     assert "expert 3 takes 8" in together
-    assert "The token id decides most in layer 1: 100% of first choices" in together
+    assert "The token id determines the expert most in layer 1: 100% of first choices" in together
     assert "Judged on 6,000 tokens of 60 documents in 4 domains, 4 routers." in together
 
 
 def test_nothing_wrong_is_said_plainly(tmp_path: Path):
-    said = uniform(tmp_path / "t").verdict()
-    assert said[0].startswith("Nothing is wrong with the balance")
+    said = sentences(uniform(tmp_path / "t"))
+    assert said[0].startswith("Balance is good")
+    assert "which chance explains" in said[0]
     assert any(s.startswith("No expert specialises by domain") for s in said)
-    assert any(s.startswith("The token id does not decide the expert") for s in said)
-    assert not any(word in " ".join(said) for word in ("dead", "overloads", "uneven", "hidden"))
+    assert any(s.startswith("The token id does not determine the expert") for s in said)
+    assert not any(word in " ".join(said) for word in ("dead", "overloads", "uneven", "hides"))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_chance_is_never_called_a_fault(tmp_path: Path, seed: int):
-    said = uniform(tmp_path / "t", T=600, E=16, K=2, L=12, seed=seed).verdict()
+    said = sentences(uniform(tmp_path / "t", T=600, E=16, K=2, L=12, seed=seed))
     assert not any(
         word in " ".join(said)
         for word in ("worst balanced", "overloads", "uneven", "specialises by domain in")
@@ -156,8 +160,8 @@ def test_chance_is_never_called_a_fault(tmp_path: Path, seed: int):
 
 
 def test_too_few_tokens_are_too_few(tmp_path: Path):
-    said = uniform(tmp_path / "t", T=40, E=64, K=2).verdict()
-    assert said[0].startswith("Too little to judge balance by")
+    said = sentences(uniform(tmp_path / "t", T=40, E=64, K=2))
+    assert said[0].startswith("Too little data to judge balance")
     assert "too few to call an expert dead" in said[1]
 
 
@@ -166,7 +170,9 @@ def test_too_few_tokens_are_too_few(tmp_path: Path):
 )
 def test_an_unfinished_trace_warns(tmp_path: Path, status: str, word: str):
     made = report(planted(tmp_path / "t", status=status))
-    assert word in made.verdict()[0]
+    (warning,) = [f for f in made.verdict() if f.kind == "trace_warning"]
+    assert word in warning.text
+    assert warning.severity == "warning"
     assert word in dict(made.facts())["warning"]
     assert len(made.tables["load"]) == 32
 
@@ -174,17 +180,18 @@ def test_an_unfinished_trace_warns(tmp_path: Path, status: str, word: str):
 def test_counts_only_has_a_verdict(tmp_path: Path):
     load = np.full((1, 8), 100)
     load[0, 3] = 900
-    said = report(write_counts(tmp_path / "t", [load, np.full((1, 8), 200)], 2)).verdict()
+    said = sentences(report(write_counts(tmp_path / "t", [load, np.full((1, 8), 200)], 2)))
     assert said[0].startswith("Layer 0 is the worst balanced: expert 3 gets 4.50x")
     assert "counts alone have no interval" in said[0]
-    two = report(
-        write_counts(
-            tmp_path / "two", [np.vstack([load, load[:, ::-1]])], 2, domains=("law", "math")
+    two = sentences(
+        report(
+            write_counts(
+                tmp_path / "two", [np.vstack([load, load[:, ::-1]])], 2, domains=("law", "math")
+            )
         )
-    ).verdict()
+    )
     assert any(
-        s.startswith("Whether experts specialise by domain cannot be told from counts alone")
-        for s in two
+        s.startswith("Counts alone cannot tell whether experts specialise by domain") for s in two
     )
 
 
@@ -204,7 +211,7 @@ def styled(root: Path, documents: int, domains: list[str]) -> Report:
     ("documents", "domains"), [(4, "abcd"), (5, "abcda"), (8, "abcdefab"), (4, "aabb")]
 )
 def test_too_few_documents_say_neither_yes_nor_no(tmp_path: Path, documents: int, domains: str):
-    said = styled(tmp_path / "t", documents, list(domains)).verdict()
+    said = sentences(styled(tmp_path / "t", documents, list(domains)))
     assert any(
         s.startswith(
             f"Too few documents to tell whether experts specialise by domain: {documents} documents"
@@ -219,28 +226,29 @@ def test_too_few_documents_say_neither_yes_nor_no(tmp_path: Path, documents: int
             "overloads",
             "uneven",
             "is the worst",
-            "Nothing",
+            "is good",
         )
     )
 
 
 def test_fewer_than_five_documents_are_not_blamed_on_the_model(tmp_path: Path):
-    said = styled(tmp_path / "few", 3, ["a"]).verdict()
-    assert said[0].startswith("Too little to judge balance by")
+    said = sentences(styled(tmp_path / "few", 3, ["a"]))
+    assert said[0].startswith("Too little data to judge balance")
     assert "fewer than 5 documents cannot tell the model from the text" in said[0]
     ids = np.tile([[1, 2]], (4_000, 1)).astype(np.uint16)
     one, many = (
-        report(
-            write_trace(tmp_path / str(n), [ids], E, document=np.arange(4_000) * n // 4_000)
-        ).verdict()
+        sentences(
+            report(write_trace(tmp_path / str(n), [ids], E, document=np.arange(4_000) * n // 4_000))
+        )
         for n in (1, 40)
     )
-    assert one[0].startswith("Too little to judge balance by")
-    assert "cannot tell the model from the text" in one[1]
+    assert one[0].startswith("4,000 of the first 4,000 tokens are in runs")
+    assert one[1].startswith("Too little data to judge balance")
+    assert "cannot tell the model from the text" in one[2]
     assert many[0].startswith(
         "Layer 0 is uneven (at least 1.2x and beyond chance): expert 1 gets 4.00x"
     )
-    assert many[1].endswith("not one of 4,000 tokens went there.")
+    assert many[1].endswith("none of 4,000 tokens was routed there.")
 
 
 def test_a_domain_of_few_documents_overloads_nothing(tmp_path: Path):
@@ -253,15 +261,17 @@ def test_a_domain_of_few_documents_overloads_nothing(tmp_path: Path):
         labels = ["law" if d in few else "prose" for d in range(60)]
         routed = np.where(np.isin(document, few)[:, None], [[3, 5]], ids).astype(np.uint16)
         said = "\n".join(
-            report(
-                write_trace(
-                    tmp_path / str(len(few)),
-                    [routed],
-                    E,
-                    document=document,
-                    domain_of_document=labels,
+            sentences(
+                report(
+                    write_trace(
+                        tmp_path / str(len(few)),
+                        [routed],
+                        E,
+                        document=document,
+                        domain_of_document=labels,
+                    )
                 )
-            ).verdict()
+            )
         )
         assert says in said
         assert ("overloads" in said) == (len(few) >= 5)
@@ -277,13 +287,13 @@ def test_what_pooling_hides_is_said_of_the_layers_looked_at(tmp_path: Path):
             ids[r],
         ).astype(np.uint16)
     trace = write_trace(tmp_path / "t", ids, E, document=DOCUMENT)
-    assert any(s.startswith("Pooled over all layers") for s in report(trace).verdict())
+    assert any(s.startswith("Averaged over layers") for s in sentences(report(trace)))
     assert any(
-        s.startswith("Pooled over the 2 layers selected")
-        for s in report(trace, layers="0-1").verdict()
+        s.startswith("Averaged over the 2 layers selected")
+        for s in sentences(report(trace, layers="0-1"))
     )
     assert not any(
-        s.startswith("Pooled") for s in report(trace, layers="0,2").verdict()
+        s.startswith("Averaged") for s in sentences(report(trace, layers="0,2"))
     )  # there it shows
 
 
@@ -291,17 +301,21 @@ def test_the_least_used_expert_is_named_with_the_domain_that_shuns_it(tmp_path: 
     load = np.full((2, 8), 400)
     load[:, 3] = 100, 20
     load[1, 5] = 780
-    said = report(
-        write_counts(tmp_path / "t", [np.full((2, 8), 400), load], 2, domains=("law", "math"))
-    ).verdict()
+    said = sentences(
+        report(
+            write_counts(tmp_path / "t", [np.full((2, 8), 400), load], 2, domains=("law", "math"))
+        )
+    )
     # the mean over both domains is (6400 - 680 + 380) / 8, expert 5 has 1180 of it
     least = (
-        "Expert 3 of layer 1 is the least used: 0.16x the mean load, the busiest there gets 9.8x "
+        "Expert 3 of layer 1 is the least used: 0.16x the mean load, the busiest expert there gets 9.8x "
         'as much and 39.0x on "math".'
     )
     assert least in said
     load[:, 3] = 380
-    none = report(
-        write_counts(tmp_path / "n", [np.full((2, 8), 400), load], 2, domains=("law", "math"))
-    ).verdict()
+    none = sentences(
+        report(
+            write_counts(tmp_path / "n", [np.full((2, 8), 400), load], 2, domains=("law", "math"))
+        )
+    )
     assert not any("least used" in s for s in none)

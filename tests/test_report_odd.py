@@ -76,7 +76,10 @@ ODD: dict[str, tuple[Callable[[Path], Trace], str]] = {
         of([np.array([[0, 1]], np.uint16)], 8, 1, weights=[np.full((1, 2), 0.5, np.float32)]),
         "1 token is too few",
     ),
-    "one document": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, 1, words=5), "Too little to judge"),
+    "one document": (
+        of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, 1, words=5),
+        "Too little data to judge",
+    ),
     "one domain": (
         of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, domain_of_document=["a"]),
         "domains: only one, 'a'",
@@ -90,14 +93,17 @@ ODD: dict[str, tuple[Callable[[Path], Trace], str]] = {
         of([uniform_ids(RNG, 300, 8, 1)] * 2, 8, weights=[np.ones((300, 1), np.float32)] * 2),
         "Judged on 300 tokens",
     ),
-    "one expert": (of([np.zeros((300, 1), np.uint16)] * 2, 1), "Nothing is wrong"),
-    "every expert every time": (of([uniform_ids(RNG, 200, 4, 4)], 4), "Nothing is wrong"),
+    "one expert": (of([np.zeros((300, 1), np.uint16)] * 2, 1), "Balance is good"),
+    "every expert every time": (of([uniform_ids(RNG, 200, 4, 4)], 4), "Balance is good"),
     "null slots": (of([some_null(400, 8, 3)] * 2, 8), "Judged on 400 tokens"),
     "a router without load": (
         of([uniform_ids(RNG, 500, 8, 2), np.full((500, 2), NOWHERE, np.uint16)], 8),
-        "1 of 2 routers made no assignment",
+        "1 of 2 routers made no assignments",
     ),
-    "more experts than a byte": (of([uniform_ids(RNG, 500, 512, 10)], 512), "Too little to judge"),
+    "more experts than a byte": (
+        of([uniform_ids(RNG, 500, 512, 10)], 512),
+        "Too little data to judge",
+    ),
     "a large model": (
         of([uniform_ids(RNG, 40, 256, 8) for _ in range(61)], 256, words=3),
         "40 tokens are few for 256 experts",

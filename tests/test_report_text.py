@@ -51,7 +51,7 @@ def test_text_in_a_file_keeps_every_column_and_number(made: Report):
     sentences = text[text.index("•") : text.index("\n\nload of")].splitlines()
     assert 90 < max(map(len, sentences)) <= 100
     assert " ".join("\n".join(sentences).split()) == " ".join(
-        ("• " + " • ".join(made.verdict())).split()
+        ("• " + " • ".join(sentences(made))).split()
     )
     assert "\x1b" not in text
     ratio = made.tables["load"]["load_ratio"].to_numpy()

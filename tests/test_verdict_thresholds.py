@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.reporting.verdict import balance as v
-from moe_inspect.reporting.verdict import data_checks as doubts
-from moe_inspect.reporting.verdict import specialization as verdict_routing
+from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
+from moe_inspect.reporting.verdict.findings import Finding
 from tests.stub import row, stub
 
 EVEN = [100] * 8
+
+
+def text(found: Finding | None) -> str | None:
+    return None if found is None else found.text
 
 
 def load(busiest: float, E: int = 8, mean: int = 1_000) -> list[int]:
@@ -41,7 +44,7 @@ def near(busiest: float, **columns: Any) -> dict[str, Any]:
 BALANCE = {
     "nothing": (
         stub(row([0] * 8)),
-        "No router made a single assignment: there is no load to judge.",
+        "No router made any assignments: there is no load to judge.",
     ),
     "uneven": (
         stub(near(1.2)),
@@ -49,7 +52,7 @@ BALANCE = {
     ),
     "not uneven": (
         stub(near(1.1999)),
-        "Balance is good: at the worst, layer 0, expert 0 gets 1.20x",
+        "Balance is good: at worst, in layer 0, expert 0 gets 1.20x",
     ),
     "uneven, by its threshold": (
         stub(near(1.31), limits={"uneven": 0.31}),
@@ -66,16 +69,16 @@ BALANCE = {
     ),
     "both": (stub(near(1.3), near(1.2)), "; 2 of 2 routers are uneven"),
     "one of two, just": (stub(near(1.3), near(1.1999)), "; 1 of 2 routers is uneven"),
-    "beyond chance": (stub(near(1.1, max_vio_low=0.0101)), "Balance is good: at the worst"),
+    "beyond chance": (stub(near(1.1, max_vio_low=0.0101)), "Balance is good: at worst"),
     "low end within chance": (
         stub(near(1.1, max_vio_low=0.0099)),
-        "Nothing is wrong with the balance: at the worst, layer 0",
+        "which chance explains (",
     ),
-    "within the floor": (stub(near(1.1, noise_floor=0.1001)), "Nothing is wrong with the balance"),
+    "within the floor": (stub(near(1.1, noise_floor=0.1001)), "which chance explains ("),
     "over the floor": (stub(near(1.1, noise_floor=0.0999, max_vio_low=0.11)), "Balance is good"),
     "documents explain it": (
         stub(near(1.1, max_vio_low=0.0199, design_effect=4)),
-        "no more than chance may give",
+        "which chance explains (",
     ),
     "documents do not": (stub(near(1.1, max_vio_low=0.0201, design_effect=4)), "Balance is good"),
     "a small effect is none": (
@@ -84,58 +87,58 @@ BALANCE = {
     ),
     "and what chance gives": (
         stub(near(1.1, design_effect=4)),
-        "chance would give 1.01x to independent tokens, 1.02x to documents like these",
+        "expected by chance: 1.02x",
     ),
-    "or one figure": (stub(near(1.1)), "chance would give 1.01x to independent tokens)"),
+    "or one figure": (stub(near(1.1)), "expected by chance: 1.01x)"),
     "counts, beyond twice the floor": (
         stub(near(1.2, noise_floor=0.0999), counts_only=True),
         "Layer 0 is uneven",
     ),
     "counts, within it": (
         stub(near(1.2, noise_floor=0.1001), counts_only=True),
-        "Too little to judge balance by",
+        "Too little data to judge balance",
     ),
     "counts have no interval": (
         stub(near(1.2, max_vio_low=math.nan), counts_only=True),
-        "(counts alone have no interval; chance",
+        "(counts alone have no interval; expected",
     ),
     "an interval": (stub(near(1.2)), "(95% interval 1.19-"),
     "at the ceiling": (
         stub(row([500] + [0] * 7)),
-        "expert 0 gets 8.00x the mean load (every token goes there; chance",
+        "expert 0 gets 8.00x the mean load (every token goes there; expected",
     ),
     "a token short of it": (stub(row([499, 1] + [0] * 6)), "(95% interval 7.97-"),
     "k of k experts are no ceiling": (stub(row([50, 50], k=2)), "95% interval"),
     "chance reaches uneven": (
         stub(near(1.19, noise_floor=0.2, max_vio_low=0.1)),
-        "Too little to judge balance by: at the worst",
+        "Too little data to judge balance: at worst",
     ),
     "chance does not": (
         stub(near(1.19, noise_floor=0.1999, max_vio_low=0.1)),
-        "Nothing is wrong with the balance",
+        "which chance explains (",
     ),
     "uneven or chance": (
         stub(near(1.2, max_vio_low=0.001)),
-        "Too little to judge balance by: at the worst, layer 0",
+        "Too little data to judge balance: at worst, in layer 0",
     ),
-    "even or chance": (stub(near(1.1999, max_vio_low=0.001)), "Nothing is wrong with the balance"),
+    "even or chance": (stub(near(1.1999, max_vio_low=0.001)), "which chance explains ("),
     "the others are known": (
         stub(near(1.4, max_vio_low=0.001), near(1.3)),
-        "which may be chance (95% interval 1.00-1.41x; chance would give 1.01x to independent tokens); 1 of 2 routers is uneven",
+        "which may be chance (95% interval 1.00-1.41x; expected by chance: 1.01x); 1 of 2 routers is uneven",
     ),
     "few documents": (
         stub(near(1.3), documents=4),
-        "Too little to judge balance by: at the most, layer 0, expert 0 gets 1.30x",
+        "Too little data to judge balance: at worst, in layer 0, expert 0 gets 1.30x",
     ),
     "documents enough": (stub(near(1.3), documents=5), "Layer 0 is uneven"),
     "counts know no documents": (
         stub(near(1.3), documents=4, counts_only=True),
         "Layer 0 is uneven",
     ),
-    "dead, over chance": (stub(near(1.1, dead_experts=1)), "No expert is overloaded: at the worst"),
+    "dead, over chance": (stub(near(1.1, dead_experts=1)), "No expert is overloaded: at worst"),
     "dead, within chance": (
         stub(near(1.1, dead_experts=1, max_vio_low=0)),
-        "No expert is overloaded: at the worst",
+        "No expert is overloaded: at worst",
     ),
 }
 
@@ -143,7 +146,7 @@ BALANCE = {
 @pytest.mark.parametrize("case", BALANCE)
 def test_balance(case: str):
     made, says = BALANCE[case]
-    assert says in v._balance(made)
+    assert says in balance.balance(made).text
 
 
 def no_load(**columns: Any) -> dict[str, Any]:
@@ -186,77 +189,78 @@ def of_domains(
 
 SPOKEN = {
     # a router without load
-    "silent": (v._silent, stub(no_load(), row(EVEN)), "1 of 2 routers made no assignment at all: layer 0."),
-    "none silent": (v._silent, stub(row([1] + [0] * 7), row(EVEN)), None),
-    "all silent": (v._silent, stub(no_load(), no_load()), None),
+    "silent": (balance.routers_without_load, stub(no_load(), row(EVEN)), "1 of 2 routers made no assignments: layer 0."),
+    "none silent": (balance.routers_without_load, stub(row([1] + [0] * 7), row(EVEN)), None),
+    "all silent": (balance.routers_without_load, stub(no_load(), no_load()), None),
     # dead experts
-    "no dead": (v._dead, stub(row([1, *EVEN[1:]])), None),
-    "dead": (v._dead, stub(dying(LEAST_FOR_DEAD)), f"1 dead expert in 1 of 1 routers (layer 0: 7): not one of {LEAST_FOR_DEAD} tokens went there."),
-    "dead by chance": (v._dead, stub(dying(LEAST_FOR_DEAD - 1)), "tokens are too few to call an expert dead, chance alone leaves some"),
-    "dead, few documents": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=4), "but fewer than 5 documents cannot tell the model"),
-    "dead, documents enough": (v._dead, stub(dying(LEAST_FOR_DEAD), documents=5), f"not one of {LEAST_FOR_DEAD} tokens went there."),
-    "dead in two": (v._dead, stub(dying(90), dying(90), row(EVEN)), "2 dead experts in 2 of 3 routers (layer 0: 7; layer 1: 7)"),
+    "no dead": (experts.dead_experts, stub(row([1, *EVEN[1:]])), None),
+    "dead": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD)), f"1 dead expert in 1 of 1 routers (layer 0: 7): none of {LEAST_FOR_DEAD} tokens was routed there."),
+    "dead by chance": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD - 1)), "tokens are too few to call an expert dead: chance alone leaves some"),
+    "dead, few documents": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=4), "but fewer than 5 documents cannot tell the model"),
+    "dead, documents enough": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=5), f"none of {LEAST_FOR_DEAD} tokens was routed there."),
+    "dead in two": (experts.dead_experts, stub(dying(90), dying(90), row(EVEN)), "2 dead experts in 2 of 3 routers (layer 0: 7; layer 1: 7)"),
     # crowded and starved ones
-    "overloaded": (v._crowded, stub(crowd(2.0)), "1 expert in 1 router gets at least 2x the mean load."),
-    "not overloaded": (v._crowded, stub(crowd(1.9999)), None),
-    "overloaded, by its threshold": (v._crowded, stub(crowd(1.5), limits={"overloaded": 1.5}), "gets at least 1.5x the mean load."),
-    "starved": (v._crowded, stub(crowd(0.0999)), "1 expert in 1 router gets under 10% of the mean load."),
-    "not starved": (v._crowded, stub(crowd(0.1)), None),
-    "dead is not starved": (v._crowded, stub(crowd(0.0)), None),
-    "both": (v._crowded, stub(crowd(2.5, 2.5, 0.01)), "2 experts in 1 router get at least 2x the mean load and 1 expert in 1 router gets under 10% of it."),
-    "overloaded by chance": (v._crowded, stub(crowd(2.0, max_vio_low=0.0099)), None),
-    "overloaded beyond chance": (v._crowded, stub(crowd(2.0, max_vio_low=0.0101)), "gets at least 2x"),
+    "overloaded": (experts.overloaded_experts, stub(crowd(2.0)), "1 expert in 1 router gets at least 2x the mean load."),
+    "not overloaded": (experts.overloaded_experts, stub(crowd(1.9999)), None),
+    "overloaded, by its threshold": (experts.overloaded_experts, stub(crowd(1.5), limits={"overloaded": 1.5}), "gets at least 1.5x the mean load."),
+    "starved": (experts.starved_experts, stub(crowd(0.0999)), "1 expert in 1 router gets under 10% of the mean load."),
+    "not starved": (experts.starved_experts, stub(crowd(0.1)), None),
+    "dead is not starved": (experts.starved_experts, stub(crowd(0.0)), None),
+    "two overloaded": (experts.overloaded_experts, stub(crowd(2.5, 2.5, 0.01)), "2 experts in 1 router get at least 2x the mean load."),
+    "one of them starved": (experts.starved_experts, stub(crowd(2.5, 2.5, 0.01)), "1 expert in 1 router gets under 10% of the mean load."),
+    "overloaded by chance": (experts.overloaded_experts, stub(crowd(2.0, max_vio_low=0.0099)), None),
+    "overloaded beyond chance": (experts.overloaded_experts, stub(crowd(2.0, max_vio_low=0.0101)), "gets at least 2x"),
     # the least used
-    "little used": (v._least_used, stub(crowd(0.4999)), "Expert 0 of layer 0 is the least used: 0.50x the mean load, the busiest there gets 2.1x as much."),
-    "used enough": (v._least_used, stub(crowd(0.5001)), None),
-    "little used by chance": (v._least_used, stub(crowd(0.4, noise_floor=0.3001, max_vio_low=0.31, max_vio=0.31)), None),
-    "little used beyond chance": (v._least_used, stub(crowd(0.4, noise_floor=0.2999, max_vio_low=0.31, max_vio=0.31)), "0.40x the mean"),
-    "of a router within chance": (v._least_used, stub(crowd(0.1, max_vio_low=0.0099)), None),
-    "of all routers the least": (v._least_used, stub(crowd(0.3), crowd(0.2), crowd(0.4)), "Expert 0 of layer 1 is the least used: 0.20x"),
+    "little used": (experts.least_used_expert, stub(crowd(0.4999)), "Expert 0 of layer 0 is the least used: 0.50x the mean load, the busiest expert there gets 2.1x as much."),
+    "used enough": (experts.least_used_expert, stub(crowd(0.5001)), None),
+    "little used by chance": (experts.least_used_expert, stub(crowd(0.4, noise_floor=0.3001, max_vio_low=0.31, max_vio=0.31)), None),
+    "little used beyond chance": (experts.least_used_expert, stub(crowd(0.4, noise_floor=0.2999, max_vio_low=0.31, max_vio=0.31)), "0.40x the mean"),
+    "of a router within chance": (experts.least_used_expert, stub(crowd(0.1, max_vio_low=0.0099)), None),
+    "of all routers the least": (experts.least_used_expert, stub(crowd(0.3), crowd(0.2), crowd(0.4)), "Expert 0 of layer 1 is the least used: 0.20x"),
     "the least of the living": (
-        v._least_used,
+        experts.least_used_expert,
         stub(crowd(0.3), crowd(0.0, 0.0004), crowd(0.0, 0.2)),
-        "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load, the busiest there gets 3,3",
+        "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load, the busiest expert there gets 3,3",
     ),
     # what waiting costs
-    "waiting": (v._waiting, stub(near(1.2)), "17% of their compute would be spent waiting for the busiest."),
-    "not waiting": (v._waiting, stub(near(1.1999)), None),
-    "waiting, two layers": (v._waiting, stub(near(1.5), row(EVEN)), "for the busiest (33% at layer 0)."),
+    "waiting": (balance.idle_gpus, stub(near(1.2)), "With one GPU per expert, GPUs would idle 17% of the time."),
+    "not waiting": (balance.idle_gpus, stub(near(1.1999)), None),
+    "waiting, two layers": (balance.idle_gpus, stub(near(1.5), row(EVEN)), "of the time (33% at layer 0)."),
     # passes
-    "by pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.2)), "most in layer 0: the busiest expert of a pass gets 1.20x the mean load on average"),
-    "even by pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.1999)), None),
-    "by pass, as chance": (v._by_pass, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.2001)), None),
-    "by pass, beyond chance": (v._by_pass, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.1999)), "of a pass gets 1.25x"),
-    "a single pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5)})), None),
-    "one whole pass": (v._by_pass, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 49: (9, 3.0)})), None),
-    "two whole passes": (v._by_pass, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 50: (1, 0.5)})), "of a pass gets 1.50x"),
+    "by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.2)), "most in layer 0: the busiest expert of a pass gets 1.20x the mean load on average"),
+    "even by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.1999)), None),
+    "by pass, as chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.2001)), None),
+    "by pass, beyond chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.1999)), "of a pass gets 1.25x"),
+    "a single pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5)})), None),
+    "one whole pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 49: (9, 3.0)})), None),
+    "two whole passes": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 50: (1, 0.5)})), "of a pass gets 1.50x"),
     # pooling
-    "pooled hides": (v._pooled, stub(near(1.3), row(EVEN), pooled=1.15), "Pooled over all layers the same routing reads 1.15x: a pooled figure would have hidden layer 0."),
-    "pooled shows half": (v._pooled, stub(near(1.3), row(EVEN), pooled=1.1501), None),
-    "pooled hides up to uneven": (v._pooled, stub(near(1.9), row(EVEN), pooled=1.2), "reads 1.20x"),
-    "pooled is uneven": (v._pooled, stub(near(1.9), row(EVEN), pooled=1.2001), None),
-    "nothing to hide": (v._pooled, stub(near(1.1999), row(EVEN), pooled=1.0), None),
-    "no pooled figure": (v._pooled, stub(near(1.9)), None),
-    "pooled over some": (v._pooled, stub(near(1.3), row(EVEN), row(EVEN), selected=[0, 1], pooled=1.1), "Pooled over the 2 layers selected"),
-    "pooled over routers": (v._pooled, stub(near(1.3), row(EVEN), layers=[0, 0], pooled=1.1), "Pooled over all routers the"),
+    "pooled hides": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.15), "Averaged over layers this reads 1.15x: averaging hides layer 0."),
+    "pooled shows half": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.1501), None),
+    "pooled hides up to uneven": (balance.averaging_hides, stub(near(1.9), row(EVEN), pooled=1.2), "reads 1.20x"),
+    "pooled is uneven": (balance.averaging_hides, stub(near(1.9), row(EVEN), pooled=1.2001), None),
+    "nothing to hide": (balance.averaging_hides, stub(near(1.1999), row(EVEN), pooled=1.0), None),
+    "no pooled figure": (balance.averaging_hides, stub(near(1.9)), None),
+    "pooled over some": (balance.averaging_hides, stub(near(1.3), row(EVEN), row(EVEN), selected=[0, 1], pooled=1.1), "Averaged over the 2 layers selected this reads"),
+    "pooled over routers": (balance.averaging_hides, stub(near(1.3), row(EVEN), layers=[0, 0], pooled=1.1), "Averaged over routers this"),
     # a domain that overloads
-    "overloads": (v._overloading_domain, of_domains(1.2, 1.01), '"code" overloads expert 0 of layer 0: 1.20x the mean load on its 79,998 tokens, where all domains'),
-    "does not overload": (v._overloading_domain, of_domains(1.1998, 1.01), None),
-    "more than all together": (v._overloading_domain, of_domains(1.6, 1.3999), '"code" overloads expert 0'),
-    "little more than all together": (v._overloading_domain, of_domains(1.6, 1.4), None),
-    "the domains asked for": (v._overloading_domain, of_domains(1.6, 1.1, domains_selected={"code", "law"}), "where the domains together"),
-    "one domain": (v._overloading_domain, stub(row(load(1.6))), None),
-    "overloads, documents enough": (v._overloading_domain, of_domains(1.6, 1.1, documents=(5, 60)), '"code" overloads expert 0'),
-    "overloads, few documents": (v._overloading_domain, of_domains(1.6, 1.1, documents=(4, 60)), "cannot tell the domain from its text."),
-    "overloads, counts": (v._overloading_domain, of_domains(1.6, 1.1, documents=(4, 60), counts_only=True), '"code" overloads expert 0'),
+    "overloads": (experts.overloading_domain, of_domains(1.2, 1.01), '"code" overloads expert 0 of layer 0: 1.20x the mean load on its 79,998 tokens, where all domains'),
+    "does not overload": (experts.overloading_domain, of_domains(1.1998, 1.01), None),
+    "more than all together": (experts.overloading_domain, of_domains(1.6, 1.3999), '"code" overloads expert 0'),
+    "little more than all together": (experts.overloading_domain, of_domains(1.6, 1.4), None),
+    "the domains asked for": (experts.overloading_domain, of_domains(1.6, 1.1, domains_selected={"code", "law"}), "where the domains together"),
+    "one domain": (experts.overloading_domain, stub(row(load(1.6))), None),
+    "overloads, documents enough": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(5, 60)), '"code" overloads expert 0'),
+    "overloads, few documents": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(4, 60)), "cannot tell the domain from its text."),
+    "overloads, counts": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(4, 60), counts_only=True), '"code" overloads expert 0'),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SPOKEN)
 def test_sentences(case: str):
     function, made, says = SPOKEN[case]
-    said = function(made)
-    assert (said is None) if says is None else (said is not None and says in said), said
+    found = function(made)
+    assert (found is None) if says is None else (found is not None and says in found.text), found
 
 
 @pytest.mark.parametrize(
@@ -271,16 +275,16 @@ def test_a_domain_overloads_beyond_twice_what_chance_gives_its_tokens(
     assert floor == pytest.approx(0.146, abs=0.004)
     assert (busiest - 1 > 2 * floor * math.sqrt(effect)) == says
     made = of_domains(busiest, 1.01, tokens=800, columns={"design_effect": effect})
-    assert (v._overloading_domain(made) is not None) == says
+    assert (experts.overloading_domain(made) is not None) == says
 
 
 def least_of(code: list[int], law: list[int], **given: Any) -> str | None:
     """Expert 0 is used at 0.3x; the busiest gets 3.67x as much. The domains' loads are `code` and `law`."""
     made = stub(crowd(0.3), domains=("code", "law"), by_domain=[np.array([code, law])], **given)
-    said = v._least_used(made)
+    said = text(experts.least_used_expert(made))
     assert said is not None
     assert said.startswith(
-        "Expert 0 of layer 0 is the least used: 0.30x the mean load, the busiest there gets 3.7x as much"
+        "Expert 0 of layer 0 is the least used: 0.30x the mean load, the busiest expert there gets 3.7x as much"
     )
     return said.partition("as much")[2]
 
@@ -316,12 +320,14 @@ def deserted(expert: int, mean: int = 1_000, others: int = 1_000, **given: Any) 
     """Expert 0 has so many assignments in "code", and `others` in "law"; the others are even."""
     code = np.array([expert, *[(8 * mean - expert) // 7] * 7])
     law = np.array([others, *[1_000] * 7])
-    return v._deserting_domain(
-        stub(
-            row(code + law),
-            domains=("code", "law"),
-            by_domain=[[code, law]],
-            **{"counts_only": True, **given},
+    return text(
+        experts.unused_in_domain(
+            stub(
+                row(code + law),
+                domains=("code", "law"),
+                by_domain=[[code, law]],
+                **{"counts_only": True, **given},
+            )
         )
     )
 
@@ -341,10 +347,10 @@ def test_a_domain_that_deserts_an_expert():
     # four standard deviations below a mean of 20 are 2.1, of 18 are 1.0
     assert deserted(0, mean=17) is not None
     assert deserted(0, mean=15) is None
-    assert v._deserting_domain(stub(row(AROUND), counts_only=True)) is None  # a single domain
+    assert experts.unused_in_domain(stub(row(AROUND), counts_only=True)) is None  # a single domain
 
 
-def specialization(**columns: Any) -> dict[str, Any]:
+def information(**columns: Any) -> dict[str, Any]:
     """A row of that table: 0.5 bits beyond a null of 0.1, whose 99th percentile is 0.12."""
     known = {"domain_mi_bits": 0.6, "domain_mi_null_bits": 0.1, "domain_mi_null_p99_bits": 0.12}
     known |= {"domain_mi_given_token_bits": 0.5, "domain_mi_given_token_null_bits": 0.1}
@@ -378,34 +384,35 @@ def told(
     )
     if seed is not None:
         made.trace.manifest = {"corpus": {"plan": {"random_init": seed}}}
-    return " ".join(verdict_routing.domains(made))
+    return " ".join(found.text for check in DOMAIN_CHECKS if (found := check(made)) is not None)
 
 
 def beyond(bits: float, null: float = 0.1, p99: float = 0.12, **columns: Any) -> dict[str, Any]:
-    return specialization(
+    return information(
         domain_mi_bits=bits, domain_mi_null_bits=null, domain_mi_null_p99_bits=p99, **columns
     )
 
 
+DOMAIN_CHECKS = (specialization.domain_specialization, specialization.domain_beyond_token)
 DOMAINS = {
     "one domain": (partial(told, beyond(0.6), documents=(60,)), ""),
-    "counts": (partial(told, beyond(0.6), counts_only=True), "Whether experts specialise by domain cannot be told from counts alone"),
+    "counts": (partial(told, beyond(0.6), counts_only=True), "Counts alone cannot tell whether experts specialise by domain"),
     # 4 documents of each can be relabelled in 8!/(4! 4! 2!) = 35 ways, 5 of each in 126
-    "too few relabellings": (partial(told, beyond(0.6), documents=(4, 4)), "Too few documents to tell whether experts specialise by domain: 8 documents in 2 domains can hardly"),
+    "too few relabellings": (partial(told, beyond(0.6), documents=(4, 4)), "Too few documents to tell whether experts specialise by domain: 8 documents in 2 domains have too few permutations."),
     "relabellings enough": (partial(told, beyond(0.6), documents=(5, 5)), "Experts specialise by domain in 1 of 1 routers"),
     "no null": (partial(told, beyond(0.6, p99=math.nan)), "Too few documents to tell"),
     "beyond the margin": (partial(told, beyond(0.1301)), "Routing differs by domain in 1 of 1 routers, most in layer 0 (0.130 bits; shuffled documents give 0.100)"),
     "within the margin": (partial(told, beyond(0.1299)), "No expert specialises by domain"),
-    "within a wide margin": (partial(told, beyond(0.15, p99=0.2)), 'give up to 0.20 bits when shuffled (a "no" takes less than 0.2).'),
+    "within a wide margin": (partial(told, beyond(0.15, p99=0.2)), 'reach 0.20 bits when shuffled (a negative result needs less than 0.2).'),
     "within a narrow one": (partial(told, beyond(0.15, p99=0.1999)), "No expert specialises by domain"),
     # log₂ of 8 experts is 3
     "specialised": (partial(told, beyond(0.401)), "Experts specialise by domain in 1 of 1 routers; most in layer 0"),
-    "not specialised": (partial(told, beyond(0.399)), "A router that was never trained can show as much: a trace with --random-init is the baseline."),
+    "not specialised": (partial(told, beyond(0.399)), "An untrained router can show as much: a trace with --random-init is the baseline."),
     "specialised, by its threshold": (partial(told, beyond(0.401), limits={"specialised": 0.101}), "Routing differs by domain in 1 of 1"),
     "one and one more": (partial(told, beyond(0.6), beyond(0.2), beyond(0.1)), "Experts specialise by domain in 1 of 3 routers, and routing differs by domain in 1 more; most in layer 0"),
     "who": (partial(told, beyond(0.6)), ': expert 0 takes 30% of the tokens of "code", 1.4x its mean over domains.'),
     "untrained": (partial(told, beyond(0.6), seed=3), "This model was never trained (random weights, seed 3), so nothing here is specialisation"),
-    "vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.266)), "the domain tells 0.266 bits of the expert there (0.100 with the documents shuffled): most of it is vocabulary."),
+    "vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.266)), "Given the token id, the domain still carries 0.266 bits about the expert in layer 0 (shuffled documents give 0.100): most of it is vocabulary."),
     "topic": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.267)), "it is not vocabulary alone."),
 }  # fmt: skip
 
@@ -423,7 +430,7 @@ def test_vocabulary_and_topic_are_parted_where_the_bias_is_not_all_there_is(
 ):
     """0.5 bits of effect are 5 % of 10 bits of bias."""
     said = told(beyond(0.6, domain_mi_given_token_bits=null, domain_mi_given_token_null_bits=null))
-    assert ("Once the token id is known" in said) == says
+    assert ("Given the token id" in said) == says
 
 
 def ids(**columns: Any) -> str | None:
@@ -437,18 +444,20 @@ def ids(**columns: Any) -> str | None:
             "occurrences": 100,
         }
     ]
-    return verdict_routing.token_ids(
-        stub(row(EVEN), specialization=[specialization(**columns)], vocabulary=words)
+    return text(
+        specialization.token_specialization(
+            stub(row(EVEN), specialization=[information(**columns)], vocabulary=words)
+        )
     )
 
 
 def test_token_ids():
     said = ids(vocabulary_specialization=0.32)
     assert said == (
-        "The token id decides most in layer 0: 32% of first choices are the favourite of their token id (30% with the ids shuffled); "
-        "expert 3 is the first choice of 90% of its 100 ' the'."
+        "The token id determines the expert most in layer 0: 32% of first choices are the favourite expert of their token id (30% with the ids shuffled); "
+        "90% of the 100 occurrences of ' the' go to expert 3 first."
     )
-    none = "The token id does not decide the expert: tokens of one id spread as shuffled ids would."
+    none = "The token id does not determine the expert: tokens of one id spread over the experts as shuffled ids would."
     assert ids(vocabulary_specialization=0.3199) == none
     assert ids(token_mi_bits=0.5) == none
     assert ids(token_mi_bits=0.5001) != none
@@ -462,17 +471,20 @@ def test_token_ids():
 def test_ties(rate: float, limit: float | None, says: bool):
     rows = [{"layer": r, "router": r, "tie_rate": value} for r, value in ((0, 0.0), (1, rate))]
     made = stub(row(EVEN), row(EVEN), router=rows, limits={} if limit is None else {"tie": limit})
-    said = verdict_routing.confidence(made)
+    said = text(specialization.router_ties(made))
     assert (said is not None) == says
     if said:
-        assert f"{rate:.1%} of the decisions of layer 1 (1 router above" in said
+        assert f"In {rate:.1%} of the decisions of layer 1 the last" in said
+        assert "(1 router from " in said
     made.trace.tables = ("routing",)
-    assert verdict_routing.confidence(made) is None  # no logits
+    assert specialization.router_ties(made) is None  # no logits
 
 
 def few_tokens(uneven: float, tokens: int = 800) -> str | None:
-    return doubts._few_tokens(
-        stub(row([tokens // 8] * 8, tokens=tokens), limits={"uneven": uneven})
+    return text(
+        data_checks.few_tokens(
+            stub(row([tokens // 8] * 8, tokens=tokens), limits={"uneven": uneven})
+        )
     )
 
 
@@ -481,7 +493,7 @@ def test_few_tokens():
     said = few_tokens(floor - 1e-3)
     assert said is not None
     assert said.startswith(
-        f"800 tokens are few for 8 experts: chance alone takes the busiest to {1 + floor:.2f}x the mean. About 810 would"
+        f"800 tokens are few for 8 experts: by chance alone the busiest gets {1 + floor:.2f}x the mean load. About 810 tokens would"
     )
     assert few_tokens(floor + 1e-3) is None
     assert few_tokens(0) is None
@@ -489,13 +501,20 @@ def test_few_tokens():
 
 def test_few_documents():
     def said(*documents: int, **given: Any) -> str | None:
-        return doubts._few_documents(
-            stub(row(EVEN), domains=("code", "law")[: len(documents)], documents=documents, **given)
+        return text(
+            data_checks.few_documents_per_domain(
+                stub(
+                    row(EVEN),
+                    domains=("code", "law")[: len(documents)],
+                    documents=documents,
+                    **given,
+                )
+            )
         )
 
     assert (
         said(4, 5)
-        == 'Domains of fewer than 5 documents are as much their texts as domains: "code" (4).'
+        == 'Domains of fewer than 5 documents reflect single texts as much as the domain: "code" (4).'
     )
     assert said(5, 5) is None
     assert said(4) is None
@@ -508,9 +527,9 @@ def repeated(limit: float, monkeypatch: pytest.MonkeyPatch) -> str | None:
     token_id_T[200:216], ids_T[200:216] = 7, 3
     made = stub(row(EVEN), limits={"repeated": limit})
     seen = SimpleNamespace(token_id_T=token_id_T, of=lambda slots, router: slots)
-    monkeypatch.setattr(doubts, "selected_tokens", lambda *of: seen)
+    monkeypatch.setattr(data_checks, "selected_tokens", lambda *of: seen)
     made.trace.shards = [SimpleNamespace(files=SimpleNamespace(index=0), slots=lambda r: (ids_T,))]
-    return doubts._repeated(made)
+    return text(data_checks.repeated_rows(made))
 
 
 def test_repeated_rows(monkeypatch: pytest.MonkeyPatch):
@@ -519,14 +538,16 @@ def test_repeated_rows(monkeypatch: pytest.MonkeyPatch):
     assert said.startswith("16 of the first 1,000 tokens are in runs of 16 or more identical rows")
     assert repeated(0.0161, monkeypatch) is None
     same = np.zeros((15, 2), int)
-    assert doubts.in_runs(same) == 0
-    assert doubts.in_runs(np.zeros((16, 2), int)) == 16
+    assert data_checks.in_runs(same) == 0
+    assert data_checks.in_runs(np.zeros((16, 2), int)) == 16
 
 
 def ranks(*dead: int) -> str | None:
     """A router each, of 8 experts; so many of them are dead, the upper half among them."""
-    return doubts.missing_ranks(
-        stub(*(row([1 + e if e < 8 - n else 0 for e in range(8)]) for n in dead))
+    return text(
+        data_checks.missing_ranks(
+            stub(*(row([1 + e if e < 8 - n else 0 for e in range(8)]) for n in dead))
+        )
     )
 
 

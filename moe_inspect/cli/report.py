@@ -46,7 +46,7 @@ def report(
             metavar="NAME",
             help="One table instead of the report: summary, balance, load, domains, "
             "specialization, vocabulary, coactivation, "
-            "transitions, repetition, locality, router, esft, windows or drift.",
+            "transitions, repetition, locality, router, esft, windows, drift or verdict.",
             show_default=False,
         ),
     ] = None,
@@ -230,7 +230,14 @@ def report(
         write_page(html, report_page(made, _simulated(made, simulate or [], layers)))
         say(f"wrote {html}")
     if table:
-        emit(made.tables[table], format or ending or Format.table, output, safe_csv)
+        form = format or ending or Format.table
+        if table == "verdict" and form is Format.json:
+            from moe_inspect.reporting.verdict.checks import verdict_table
+
+            frame = verdict_table(made.verdict(), values=True)
+        else:
+            frame = made.tables[table]
+        emit(frame, form, output, safe_csv)
     else:
         with text_to(output) as file:
             print_report(made, file)

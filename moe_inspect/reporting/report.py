@@ -25,7 +25,9 @@ from moe_inspect.reporting.tables.load import (
     whole_batches,
 )
 from moe_inspect.reporting.tables.thresholds import thresholds as thresholds_of
-from moe_inspect.reporting.verdict import balance as verdict
+from moe_inspect.reporting.verdict import checks
+from moe_inspect.reporting.verdict.chance import worst_router
+from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import counted, ranges, storable
 from moe_inspect.trace.reader import Trace, open_trace
 
@@ -59,8 +61,8 @@ def report(
 
 
 class Report:
-    """`tables["balance"]` and the others are DataFrames; `verdict()` says in sentences what they
-    come to."""
+    """`tables["balance"]` and the others are DataFrames; `verdict()` is what they come to, in plain
+    sentences."""
 
     def __init__(
         self,
@@ -93,9 +95,14 @@ class Report:
 
         return notebook(self)
 
-    def verdict(self) -> list[str]:
-        """Plain sentences, most important first."""
-        return verdict.verdict(self)
+    def verdict(self) -> list[Finding]:
+        """What is wrong, how sure that is and what is fine: a Finding each, with a plain sentence
+        in `text`; most important first."""
+        return list(self._findings)
+
+    @cached_property
+    def _findings(self) -> list[Finding]:
+        return checks.findings(self)
 
     @property
     def warning(self) -> str | None:
@@ -243,9 +250,9 @@ class Report:
 
     def _worst(self) -> list[tuple[str, object]]:
         facts: list[tuple[str, object]] = [
-            ("dead_experts", sum(int(row["dead_experts"]) for row in verdict.routers(self)))
+            ("dead_experts", sum(int(row["dead_experts"]) for row in self.loaded))
         ]
-        if worst := verdict.worst_router(self):
+        if worst := worst_router(self):
             facts += [("worst_layer", worst["layer"]), ("worst_router", worst["router"])]
             facts += [
                 ("worst_max_over_mean", f"{worst['max_over_mean']:.6g}"),

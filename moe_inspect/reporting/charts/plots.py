@@ -34,7 +34,7 @@ from moe_inspect.reporting.charts.plots_parts import (
     plot,
 )
 from moe_inspect.reporting.tables.pairs import Met, chosen_next, chosen_together
-from moe_inspect.reporting.verdict.balance import chance
+from moe_inspect.reporting.verdict.chance import chance
 from moe_inspect.text import cut, layer_label, readable
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from moe_inspect.reporting.charts.sections_parts import SECTIONS
 from moe_inspect.reporting.render import html
 from moe_inspect.reporting.render.html import Section
 from moe_inspect.reporting.render.map_data import map_data
-from moe_inspect.reporting.verdict.balance import chance, routers, uneven, worst_router
-from moe_inspect.reporting.verdict.data_checks import doubts, missing_ranks
+from moe_inspect.reporting.verdict.chance import chance, uneven, worst_router
+from moe_inspect.reporting.verdict.checks import DATA_KINDS
 from moe_inspect.text import counted, layer_label
 
 if TYPE_CHECKING:
@@ -53,16 +53,13 @@ def report_page(report: Report, more: Iterable[Section | str] = ()) -> str:
             sections.append(made)
         elif made:
             left_out.append(made)
-    found = list(more)
-    sections[-1:-1] = [made for made in found if isinstance(made, Section)]
-    left_out += [made for made in found if isinstance(made, str)]
+    added = list(more)
+    sections[-1:-1] = [made for made in added if isinstance(made, Section)]
+    left_out += [made for made in added if isinstance(made, str)]
     data, short = map_data(report)
-    warnings = [said for said in (report.warning, missing_ranks(report), *doubts(report)) if said]
-    verdict = [
-        said
-        for said in report.verdict()
-        if said not in warnings and said != f"Careful: {report.warning}."
-    ]
+    found = report.verdict()
+    warnings = [finding.text for finding in found if finding.kind in DATA_KINDS]
+    verdict = [finding.text for finding in found if finding.kind not in DATA_KINDS]
     return html.page(
         str(dict(report.facts())["model"]),
         verdict,
@@ -97,7 +94,7 @@ def _subtitle(report: Report) -> str:
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    worst, rows = worst_router(report), routers(report)
+    worst, rows = worst_router(report), report.loaded
     if worst is None:
         return []
     pooled = report.pooled_max_over_mean()

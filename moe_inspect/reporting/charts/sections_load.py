@@ -23,7 +23,7 @@ from moe_inspect.reporting.charts.sections_parts import (
 )
 from moe_inspect.reporting.render.html import Section
 from moe_inspect.reporting.render.map_data import numbers
-from moe_inspect.reporting.verdict.balance import chance, routers
+from moe_inspect.reporting.verdict.chance import chance
 from moe_inspect.text import layer_label
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @section
 def load(report: Report) -> Section | str:
     """Layers × experts, drawn by map.js."""
-    if not routers(report):
+    if not report.loaded:
         return "load: no router made an assignment"
     return Section(
         "Load of every expert",

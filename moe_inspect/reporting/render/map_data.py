@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.reporting.verdict.balance import frames, routers
 from moe_inspect.text import layer_label, readable
 
 if TYPE_CHECKING:
@@ -29,9 +28,10 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
     load: [domain][router][expert] assignments; tokens: [domain][router]. Lists of an expert (words,
     partners, nexts) are columns with
     `start`: those of expert e of router row l are start[first[l] + e] … start[first[l] + e + 1]."""
-    if not routers(report):
+    tables: Any = report.tables
+    if not report.loaded:
         return None, []
-    chosen, short, table = report.selection.routers, list[str](), frames(report)["domains"]
+    chosen, short, table = report.selection.routers, list[str](), tables["domains"]
     sizes = np.array([report.trace.routers[r].experts for r in chosen])
     first = np.r_[0, np.cumsum(sizes)]
     labels = sorted(
@@ -49,10 +49,10 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
         rows = dict(iter(table[table["domain"] == name].groupby("router")))
         load.append([rows[r]["assignments"].tolist() for r in chosen])
         tokens.append([int(rows[r]["tokens"].iloc[0]) for r in chosen])
-    of_router = dict(iter(frames(report)["load"].groupby("router")))
+    of_router = dict(iter(tables["load"].groupby("router")))
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
     position = {r: i for i, r in enumerate(chosen)}
-    bits = frames(report)["specialization"]["domain_mi_bits"]
+    bits = tables["specialization"]["domain_mi_bits"]
     data: dict[str, Any] = {
         "layers": [
             {"label": layer_label(report.trace.routers, r), "experts": int(E)}
@@ -78,9 +78,9 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
         "nexts": None,
     }
     if not report.counts.counts_only:
-        pairs: Any = frames(report)["coactivation"]
+        pairs: Any = tables["coactivation"]
         data["partners"] = _pairs(pairs, "other", first, position, entries)
-        links: Any = frames(report)["transitions"]
+        links: Any = tables["transitions"]
         data["nexts"] = _pairs(links, "next_expert", first, position, entries)
         next_of = links.drop_duplicates("router").set_index("router")["next_router"]
         data["next"] = [position.get(next_of.get(r)) for r in chosen]

@@ -34,7 +34,7 @@ def notebook(report: Report) -> str:
     return template("notebook.html").render(
         title=str(dict(report.facts())["model"]),
         warning=report.warning,
-        verdict=report.verdict(),
+        verdict=[f.text for f in report.verdict() if f.kind != "trace_warning"],
         picture=_load(report) if balance["max_vio"].notna().any() else None,
         worst=worst,
         routers=len(balance),

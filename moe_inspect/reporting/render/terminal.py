@@ -24,6 +24,7 @@ from moe_inspect.text import layer_label, printable
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.report import Report
+    from moe_inspect.reporting.verdict.findings import Finding
 
 ROWS = 10  # of a table in the report; --table has them all
 MOST_ROWS = 2_000  # of --format table: nobody reads more
@@ -43,6 +44,7 @@ LEAD = (
     "token_id",
     "metric",
 )
+COLOUR_OF = {"critical": "red", "warning": "yellow"}  # of a finding; others have none
 FILE_WIDTH = 10_000
 FILE_TEXT = 100  # columns of sentences in a file
 FILE_CELLS = 128  # characters of a heatmap row in a file
@@ -184,15 +186,15 @@ def print_report(report: Report, file: TextIO) -> None:
         console.print(Text(_wrapped("note: ", printable(note), console), style="dim"))
 
 
-def _print_verdict(sentences: list[str], console: Console) -> None:
-    sentences = [printable(sentence) for sentence in sentences]
+def _print_verdict(found: list[Finding], console: Console) -> None:
     if not console.is_terminal:
-        for sentence in sentences:
-            console.print(Text(_wrapped("• ", sentence, console)))
+        for finding in found:
+            console.print(Text(_wrapped("• ", printable(finding.text), console)))
         return
     hanging = Table.grid(padding=(0, 1, 0, 0))
-    for sentence in sentences:
-        hanging.add_row(Text("•"), Text(sentence))
+    for finding in found:
+        colour = COLOUR_OF.get(finding.severity, "")
+        hanging.add_row(Text("•", style=colour), Text(printable(finding.text), style=colour))
     console.print(hanging)
 
 

@@ -1,6 +1,8 @@
-"""Is the data fit to be judged? What a trace shows of itself: too few tokens, domains of few
-documents, rows that repeat, experts of which only one rank's were counted. T tokens, K slots, E
-experts."""
+"""Is the trace fit to be judged? Too few tokens, domains of few documents, rows that repeat, experts
+of which only one rank's were counted.
+
+Each check takes the report's data and returns one Finding or none. T tokens, K slots, E experts.
+"""
 
 from __future__ import annotations
 
@@ -11,98 +13,118 @@ import numpy as np
 
 from moe_inspect.analysis.counting.shard import selected_tokens
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
+from moe_inspect.reporting.verdict.chance import capital
+from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import counted, some
 
 if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report
+    from moe_inspect.reporting.report import Report as ReportData
 
-CHANCE = 1e-3  # that dead experts fill whole ranks
-RUN = 16  # identical rows one after the other that text does not make
-
-
-def doubts(report: Report) -> list[str]:
-    """A sentence for each reason to doubt the data."""
-    return [
-        said for said in (_few_tokens(report), _few_documents(report), _repeated(report)) if said
-    ]
+CHANCE = 1e-3  # probability that dead experts fill whole ranks
+RUN = 16  # identical rows in sequence that text does not make
 
 
-def missing_ranks(report: Report) -> str | None:
+def trace_warning(data: ReportData) -> Finding | None:
+    """The trace is not complete, decisions were dropped, or its model has a quirk."""
+    if not data.warning:
+        return None
+    return finding("trace_warning", "warning", f"{capital(data.warning)}.", dropped=data.dropped)
+
+
+def missing_ranks(data: ReportData) -> Finding | None:
     """Whether experts without load fill whole ranks of an expert-parallel run, the same at every
-    router, as by chance they hardly
-    would: what is seen where the counts of some ranks were taken for all."""
-    counts = report.counts
-    load_of = {r: load_E for r in report.selection.routers if (load_E := counts.load_E(r)).any()}
+    router, which chance hardly does: what the counts of some ranks look like when they are taken
+    for all."""
+    counts = data.counts
+    load_of = {r: load_E for r in data.selection.routers if (load_E := counts.load_E(r)).any()}
     if len({len(load_E) for load_E in load_of.values()}) != 1:
         return None
     dead_LE = np.array(list(load_of.values())) == 0
-    E, dead_L = dead_LE.shape[1], dead_LE.sum(1)
-    likeliest, silent = CHANCE, np.zeros(0, np.int64)
-    for ranks in (n for n in range(2, E + 1) if E % n == 0):
-        silent_R = dead_LE.all(0).reshape(ranks, -1).all(1)
-        gone = int(silent_R.sum()) * E // ranks
-        there_R = np.flatnonzero(~silent_R)
-        if not gone or not (_in_a_row(there_R) or _in_a_row(np.flatnonzero(silent_R))):
-            continue
-        likely = (
-            2
-            * ranks
-            * math.prod(
-                math.comb(E - gone, dead - gone) / math.comb(E, dead) for dead in dead_L.tolist()
-            )
-        )
-        if likely < likeliest:
-            likeliest, silent = likely, silent_R
-    if not silent.any() or _one_choice(report, load_of):
+    silent_R = _silent_ranks(dead_LE)
+    if not silent_R.any() or _one_choice(data, load_of):
         return None
-    ranks, size = len(silent), E // len(silent)
-    there = [
-        f"{i * size}-{(i + 1) * size - 1}" if size > 1 else f"{i}" for i in np.flatnonzero(~silent)
-    ]
-    gone = [
-        f"{i * size}-{(i + 1) * size - 1}" if size > 1 else f"{i}" for i in np.flatnonzero(silent)
-    ]
+    E, ranks = dead_LE.shape[1], len(silent_R)
+    seen, gone = (_expert_ranges(at, E // ranks) for at in (~silent_R, silent_R))
     which = (
-        f"Only experts {some(there, 4, ', ')} of {E} have any load"
-        if len(there) < len(gone)
+        f"Only experts {some(seen, 4, ', ')} of {E} have any load"
+        if len(seen) < len(gone)
         else f"Experts {some(gone, 4, ', ')} of {E} have no load"
     )
     routers = ", at every router alike" if len(load_of) > 1 else ""
-    return (
-        f"{which}{routers}: these look like the counts of {len(there)} of {ranks} ranks under "
-        "expert parallelism, not like dead experts. "
-        "Add up the ranks, or record global expert ids."
+    return finding(
+        "missing_ranks",
+        "critical",
+        f"{which}{routers}: these look like the counts of {len(seen)} of {ranks} ranks under "
+        "expert parallelism, not like dead experts. Add up the ranks, or record global expert ids.",
+        ranks_seen=len(seen),
+        ranks=ranks,
+        experts=E,
     )
+
+
+def _silent_ranks(dead_LE: np.ndarray) -> np.ndarray:
+    """Which ranks have no expert with load, for the number of ranks that makes that least likely by
+    chance; none where chance can make it. bool [ranks]"""
+    E, dead_L = dead_LE.shape[1], dead_LE.sum(1)
+    likeliest, silent = CHANCE, np.zeros(0, bool)
+    for ranks in (n for n in range(2, E + 1) if E % n == 0):
+        silent_R: np.ndarray = dead_LE.all(0).reshape(ranks, -1).all(1)
+        gone = int(silent_R.sum()) * E // ranks
+        seen_R = np.flatnonzero(~silent_R)
+        if not gone or not (_in_a_row(seen_R) or _in_a_row(np.flatnonzero(silent_R))):
+            continue
+        by_router = (
+            math.comb(E - gone, dead - gone) / math.comb(E, dead) for dead in dead_L.tolist()
+        )
+        likely = 2 * ranks * math.prod(by_router)
+        if likely < likeliest:
+            likeliest, silent = likely, silent_R
+    return silent
+
+
+def _expert_ranges(ranks_R: np.ndarray, size: int) -> list[str]:
+    """ "0-3": the experts of each rank that is marked."""
+    return [
+        f"{i * size}-{(i + 1) * size - 1}" if size > 1 else f"{i}" for i in np.flatnonzero(ranks_R)
+    ]
 
 
 def _in_a_row(numbers: np.ndarray) -> bool:
     return bool((np.diff(numbers) == 1).all())
 
 
-def _one_choice(report: Report, load_of: dict[int, np.ndarray]) -> bool:
+def _one_choice(data: ReportData, load_of: dict[int, np.ndarray]) -> bool:
     """Whether every token chose the same k experts: a router that has collapsed, or all of whose
     logits are equal."""
     return all(
-        (load_E > 0).sum() == report.counts.routers[r].top_k and len(set(load_E[load_E > 0])) == 1
+        (load_E > 0).sum() == data.counts.routers[r].top_k and len(set(load_E[load_E > 0])) == 1
         for r, load_E in load_of.items()
     )
 
 
-def _few_tokens(report: Report) -> str | None:
-    counts, uneven = report.counts, report.thresholds.uneven
-    rows = [
+def few_tokens(data: ReportData) -> Finding | None:
+    """Whether chance alone reaches the threshold `uneven` with so few tokens."""
+    counts, uneven = data.counts, data.thresholds.uneven
+    floors = [
         (noise_floor(counts.tokens_of(r), counts.routers[r].experts, counts.routers[r].top_k), r)
         for r in counts.indices
     ]
-    floor, r = max((row for row in rows if not math.isnan(row[0])), default=(0.0, 0))
+    floor, r = max((row for row in floors if not math.isnan(row[0])), default=(0.0, 0))
     if floor <= uneven or uneven <= 0:
         return None
     T, E = counts.tokens_of(r), counts.routers[r].experts
-    # the floor goes down by the root of the tokens
-    return (
-        f"{counted(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: chance alone "
-        f"takes the busiest to {1 + floor:.2f}x the mean. "
-        f"About {_rounded(T * (floor / uneven) ** 2):,} would bring that under {1 + uneven:g}x."
+    enough = _rounded(T * (floor / uneven) ** 2)  # the floor falls with the root of the tokens
+    return finding(
+        "few_tokens",
+        "note",
+        f"{counted(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: by chance alone "
+        f"the busiest gets {1 + floor:.2f}x the mean load. About {enough:,} tokens would bring "
+        f"that under {1 + uneven:g}x.",
+        {"layer": counts.routers[r].layer, "router": r},
+        tokens=T,
+        experts=E,
+        expected_by_chance=1 + floor,
+        tokens_needed=enough,
     )
 
 
@@ -110,44 +132,53 @@ def _rounded(tokens: float) -> int:
     return int(float(f"{tokens:.1e}"))
 
 
-def _few_documents(report: Report) -> str | None:
-    counts = report.counts
+def few_documents_per_domain(data: ReportData) -> Finding | None:
+    """Domains of too few documents to tell the domain from its texts."""
+    counts = data.counts
     if counts.counts_only or len(counts.domains) < 2:
         return None
     documents_D = np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains))
-    few = [
-        f'"{d}" ({n})'
-        for d, n in zip(counts.domains, documents_D, strict=True)
+    few = {
+        domain: int(n)
+        for domain, n in zip(counts.domains, documents_D, strict=True)
         if n < FEWEST_DOCUMENTS
-    ]
+    }
     if not few:
         return None
-    return (
-        f"Domains of fewer than {FEWEST_DOCUMENTS} documents are as much their texts as domains: "
-        f"{some(few, 6, ', ')}."
+    names = some([f'"{domain}" ({n})' for domain, n in few.items()], 6, ", ")
+    return finding(
+        "few_documents_per_domain",
+        "note",
+        f"Domains of fewer than {FEWEST_DOCUMENTS} documents reflect single texts as much as the "
+        f"domain: {names}.",
+        documents_needed=FEWEST_DOCUMENTS,
+        domains=list(few),
     )
 
 
-def _repeated(report: Report) -> str | None:
+def repeated_rows(data: ReportData) -> Finding | None:
     """Runs of the same token id with the same experts, in the first shard of each rank (warm-up
-    comes first) and at the last router (where what came before a token tells most)."""
-    if report.counts.counts_only:
+    comes first) and at the last router (which depends most on the context)."""
+    if data.counts.counts_only:
         return None
-    trace, router = report.trace, report.selection.routers[-1]
+    trace, router = data.trace, data.selection.routers[-1]
     rows = repeated = 0
     for shard in trace.shards:
         if shard.files.index:
             continue
-        seen = selected_tokens(shard, report.selection, trace.routers[router].stack)
+        seen = selected_tokens(shard, data.selection, trace.routers[router].stack)
         slots = seen.of(shard.slots(router), router)
         rows += len(seen.token_id_T)
         repeated += in_runs(np.column_stack([*slots, seen.token_id_T]))
-    if not rows or repeated / rows < report.thresholds.repeated:
+    if not rows or repeated / rows < data.thresholds.repeated:
         return None
-    return (
+    return finding(
+        "repeated_rows",
+        "warning",
         f"{repeated:,} of the first {rows:,} tokens are in runs of {RUN} or more identical rows "
-        "(token id and experts alike): warm-up "
-        "or padding rows count as load."
+        "(same token id, same experts): warm-up or padding rows count as load.",
+        repeated=repeated,
+        tokens=rows,
     )
 
 
@@ -158,3 +189,21 @@ def in_runs(rows_TX: np.ndarray, run: int = RUN) -> int:
     starts = np.flatnonzero(np.r_[True, (rows_TX[1:] != rows_TX[:-1]).any(1)])
     lengths = np.diff(np.r_[starts, len(rows_TX)])
     return int(lengths[lengths >= run].sum())
+
+
+def sample(data: ReportData) -> Finding:
+    """How much text all of it was judged on."""
+    counts = data.counts
+    documents = f" of {counted(counts.documents, 'document')}" if counts.documents else ""
+    domains = f" in {counted(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
+    routers = len(data.selection.routers)
+    return finding(
+        "sample",
+        "note",
+        f"Judged on {counted(counts.tokens, 'token')}{documents}{domains}, "
+        f"{counted(routers, 'router')}.",
+        tokens=counts.tokens,
+        documents=counts.documents,
+        domains=len(counts.domains),
+        routers=routers,
+    )

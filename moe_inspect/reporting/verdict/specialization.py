@@ -1,126 +1,165 @@
-"""The verdict on what the experts do: specialisation by domain, by token id, and the router's
-confidence."""
+"""What the experts do: specialisation by domain and by token id, and ties of the router's logits.
+
+Each check takes the report's data and returns one Finding or none.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.specialization import relabellings
-from moe_inspect.reporting.verdict.balance import frames, where_of
+from moe_inspect.reporting.verdict.chance import name_of
+from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import counted
 
 if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report
+    from moe_inspect.reporting.report import Report as ReportData
 
+KIND = "domain_specialization"
 FEWEST_RELABELLINGS = 100  # below this nothing can lie beyond the 99th percentile of the null
-# share of what shuffled documents give by token id, under which there is nothing to part into
-# vocabulary and topic
+# of many routers some exceed their 99th percentile by luck: half as much again is asked
+MARGIN = 1.5
+# share of the information that shuffled documents carry beyond the token id, under which the effect
+# cannot be split into vocabulary and topic
 BIAS = 0.05
 
 
-def domains(report: Report) -> list[str]:
-    table = frames(report)["specialization"]
-    counts, known = (
-        report.counts,
-        table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"]),
-    )
+def domain_specialization(data: ReportData) -> Finding | None:
+    """Whether the domain carries information about the expert beyond shuffled labels, in how many
+    routers, and what that comes to in the router where it is most."""
+    table: Any = data.tables["specialization"]
+    counts = data.counts
     if len(counts.domains) < 2 or table["domain_mi_bits"].isna().all():
-        return []
+        return None
+    if (untold := _cannot_tell(data, table)) is not None:
+        return finding(KIND, "note", untold)
+    real = _beyond_shuffled(table)
+    if real.empty:
+        return finding(
+            KIND,
+            "note",
+            "No expert specialises by domain: routing carries no more information about it than "
+            "with shuffled document labels.",
+            specialised_routers=0,
+            routers=len(table),
+        )
+    effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
+    row = real.loc[effect.idxmax()]
+    most = (
+        f"most in {name_of(data, row)} ({row['domain_mi_bits']:.3f} bits; shuffled documents give "
+        f"{row['domain_mi_null_bits']:.3f})"
+    )
+    values = {
+        "domain_mi_bits": row["domain_mi_bits"],
+        "domain_mi_null_bits": row["domain_mi_null_bits"],
+        "routers": len(table),
+    }
+    seed = untrained_seed(data)
+    if seed is not None:
+        return finding(
+            KIND,
+            "note",
+            f"This model was never trained (random weights, seed {seed}), so nothing here is "
+            f"specialisation: the information that the domain carries about the expert, {most}, "
+            "comes from the text alone. It is the baseline that a trained model has to exceed.",
+            row,
+            **values,
+            seed=seed,
+        )
+    # bits that would name the expert
+    named = np.log2([max(counts.routers[int(r)].experts, 2) for r in real["router"]])
+    specialised = int((effect / named >= data.thresholds.specialised).sum())
+    values |= {"specialised_routers": specialised, "differing_routers": len(real)}
+    most += _specialist(data, int(row["router"]))
+    if not specialised:
+        return finding(
+            KIND,
+            "note",
+            f"Routing differs by domain in {len(real)} of {len(table)} routers, {most}. An "
+            "untrained router can show as much: a trace with --random-init is the baseline.",
+            row,
+            **values,
+        )
+    less = (
+        f", and routing differs by domain in {len(real) - specialised} more"
+        if len(real) > specialised
+        else ""
+    )
+    return finding(
+        KIND,
+        "good",
+        f"Experts specialise by domain in {specialised} of {len(table)} routers{less}; {most}.",
+        row,
+        **values,
+    )
+
+
+def _cannot_tell(data: ReportData, table: Any) -> str | None:
+    """Why nothing can be said of domains, if so."""
+    counts, enough = data.counts, data.thresholds.no_domain
+    known = table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
     if counts.counts_only:
-        return [
-            (
-                "Whether experts specialise by domain cannot be told from counts alone: they "
-                "hold no "
-                "documents to shuffle."
-            )
-        ]
-    documents = (
+        return (
+            "Counts alone cannot tell whether experts specialise by domain: they hold no documents "
+            "to shuffle."
+        )
+    few = (
+        "Too few documents to tell whether experts specialise by domain: "
         f"{counted(counts.documents, 'document')} in {counted(len(counts.domains), 'domain')}"
     )
     if known.empty or relabellings(counts.domain_of_unit_U) < FEWEST_RELABELLINGS:
-        return [
-            (
-                f"Too few documents to tell whether experts specialise by domain: {documents} can "
-                "hardly be shuffled."
-            )
-        ]
-    # of many routers some exceed their 99th percentile by luck: half as much again is asked
+        return f"{few} have too few permutations."
+    reach = known["domain_mi_null_p99_bits"].max()
+    if _beyond_shuffled(table).empty and reach >= enough:
+        return (
+            f"{few} reach {reach:.2f} bits when shuffled (a negative result needs less than "
+            f"{enough:g})."
+        )
+    return None
+
+
+def _beyond_shuffled(table: Any) -> Any:
+    """The rows of `specialization` whose domain information is more than shuffled labels give."""
+    known = table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
     margin = known["domain_mi_null_p99_bits"] - known["domain_mi_null_bits"]
-    real = known[known["domain_mi_bits"] - known["domain_mi_null_bits"] > 1.5 * margin]
-    if (
-        real.empty
-        and (reach := known["domain_mi_null_p99_bits"].max()) >= report.thresholds.no_domain
-    ):
-        return [
-            f"Too few documents to tell whether experts specialise by domain: {documents} give "
-            f"up to {reach:.2f} bits when shuffled "
-            f'(a "no" takes less than {report.thresholds.no_domain:g}).'
-        ]
+    return known[known["domain_mi_bits"] - known["domain_mi_null_bits"] > MARGIN * margin]
+
+
+def domain_beyond_token(data: ReportData) -> Finding | None:
+    """How much of the domain's information is vocabulary, in the router where it is most."""
+    table: Any = data.tables["specialization"]
+    if len(data.counts.domains) < 2 or table["domain_mi_bits"].isna().all():
+        return None
+    if _cannot_tell(data, table) is not None or untrained_seed(data) is not None:
+        return None
+    real = _beyond_shuffled(table)
     if real.empty:
-        return [
-            (
-                "No expert specialises by domain: routing tells no more of it than documents with "
-                "their labels shuffled would."
-            )
-        ]
+        return None
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
     row = real.loc[effect.idxmax()]
-    found = _specialist(report, int(row["router"]))
-    where = where_of(report, row)
-    told = (
-        f"{row['domain_mi_bits']:.3f} bits; shuffled documents give "
-        f"{row['domain_mi_null_bits']:.3f}"
-    )
-    seed = untrained(report)
-    if seed is not None:
-        return [
-            f"This model was never trained (random weights, seed {seed}), so nothing here is "
-            "specialisation: that the domain tells of the "
-            f"expert, most in {where.lower()} ({told}), is the text's doing, and the baseline "
-            "that a trained model has to exceed."
-        ]
-    named = np.log2(
-        [max(counts.routers[int(r)].experts, 2) for r in real["router"]]
-    )  # bits that would name the expert
-    specialised = int((effect / named >= report.thresholds.specialised).sum())
-    most = f"most in {where.lower()} ({told}){found}."
-    if specialised:
-        less = (
-            f", and routing differs by domain in {len(real) - specialised} more"
-            if len(real) > specialised
-            else ""
-        )
-        said = (
-            f"Experts specialise by domain in {specialised} of {len(table)} routers{less}; {most}"
-        )
-    else:
-        said = (
-            f"Routing differs by domain in {len(real)} of {len(table)} routers, {most} A router "
-            "that was never trained can show as much: "
-            "a trace with --random-init is the baseline."
-        )
-    sentences = [said]
     given, null = row["domain_mi_given_token_bits"], row["domain_mi_given_token_null_bits"]
     beyond = max(given - null, 0)
-    if max(beyond, effect.max()) > BIAS * null:  # not of NaN
-        share = (
-            "most of it is vocabulary"
-            if beyond < effect.max() / 3
-            else "it is not vocabulary alone"
-        )
-        sentences.append(
-            f"Once the token id is known, the domain tells {given:.3f} bits of the expert there "
-            f"({null:.3f} with the documents shuffled): "
-            f"{share}."
-        )
-    return sentences
+    if not max(beyond, effect.max()) > BIAS * null:  # nor where either is NaN
+        return None
+    share = (
+        "most of it is vocabulary" if beyond < effect.max() / 3 else "it is not vocabulary alone"
+    )
+    return finding(
+        "domain_beyond_token",
+        "note",
+        f"Given the token id, the domain still carries {given:.3f} bits about the expert in "
+        f"{name_of(data, row)} (shuffled documents give {null:.3f}): {share}.",
+        row,
+        domain_mi_given_token_bits=given,
+        domain_mi_given_token_null_bits=null,
+    )
 
 
-def _specialist(report: Report, router: int) -> str:
+def _specialist(data: ReportData, router: int) -> str:
     """The expert whose activation rises most above its mean over domains, in which domain."""
-    rows = frames(report)["domains"]
+    rows: Any = data.tables["domains"]
     rows = rows[(rows["router"] == router) & (rows["lift"] > 1)]
     if rows.empty:
         return ""
@@ -131,59 +170,79 @@ def _specialist(report: Report, router: int) -> str:
     )
 
 
-def token_ids(report: Report) -> str | None:
-    table = frames(report)["specialization"].dropna(
-        subset=["vocabulary_specialization", "vocabulary_specialization_null"]
-    )
-    if (
-        table.empty or not table["token_mi_null_bits"].max() > 0
-    ):  # with a single token id there is nothing to tell
+def token_specialization(data: ReportData) -> Finding | None:
+    """Whether the token id determines the expert, and the token id that does most."""
+    table: Any = data.tables["specialization"]
+    table = table.dropna(subset=["vocabulary_specialization", "vocabulary_specialization_null"])
+    # with a single token id there is nothing to tell
+    if table.empty or not table["token_mi_null_bits"].max() > 0:
         return None
     effect = table["vocabulary_specialization"] - table["vocabulary_specialization_null"]
     row = table.loc[effect.idxmax()]
+    share, null = row["vocabulary_specialization"], row["vocabulary_specialization_null"]
+    values = {"vocabulary_specialization": share, "vocabulary_specialization_null": null}
     if effect.max() < 0.02 or not row["token_mi_bits"] > row["token_mi_null_bits"]:
-        return (
-            "The token id does not decide the expert: tokens of one id spread as shuffled ids "
-            "would."
+        return finding(
+            "token_specialization",
+            "note",
+            "The token id does not determine the expert: tokens of one id spread over the experts "
+            "as shuffled ids would.",
+            row,
+            **values,
         )
-    where = where_of(report, row)
-    said = (
-        f"The token id decides most in {where.lower()}: {row['vocabulary_specialization']:.0%} "
-        "of first choices are the favourite "
-        f"of their token id ({row['vocabulary_specialization_null']:.0%} with the ids shuffled)"
+    return finding(
+        "token_specialization",
+        "note",
+        f"The token id determines the expert most in {name_of(data, row)}: {share:.0%} of first "
+        f"choices are the favourite expert of their token id ({null:.0%} with the ids shuffled)"
+        f"{_most_exclusive_token(data, row)}.",
+        row,
+        **values,
     )
-    if not report.top:
-        return said + "."
-    words = frames(report)["vocabulary"]
+
+
+def _most_exclusive_token(data: ReportData, row: Any) -> str:
+    """The token id that goes to one expert most exclusively, of those that are frequent."""
+    if not data.top:
+        return ""
+    words: Any = data.tables["vocabulary"]
     words = words[(words["router"] == row["router"]) & words["token"].notna()]
     if words.empty:
-        return said + "."
+        return ""
     best = words.loc[(words["first_choice_fraction"] * np.log1p(words["count"])).idxmax()]
+    share = best["first_choice_fraction"]
+    of = "all" if share == 1 else f"{share:.0%} of the"
+    verb = "goes" if best["occurrences"] == 1 else "go"
     return (
-        f"{said}; expert {best['expert']} is the first choice of "
-        f"{best['first_choice_fraction']:.0%} of its {best['occurrences']:,} {best['token']!r}."
+        f"; {of} {counted(best['occurrences'], 'occurrence')} of {best['token']!r} {verb} to "
+        f"expert {best['expert']} first"
     )
 
 
-def untrained(report: Report) -> int | None:
+def untrained_seed(data: ReportData) -> int | None:
     """The seed of a model whose weights were drawn at random, as far as the trace says so."""
-    corpus = report.trace.manifest.get("corpus")
+    corpus = data.trace.manifest.get("corpus")
     plan = corpus.get("plan") if isinstance(corpus, dict) else None
     return plan.get("random_init") if isinstance(plan, dict) else None
 
 
-def confidence(report: Report) -> str | None:
-    """Ties and losses, where logits are recorded and there is something to say of them."""
-    if "logits" not in report.trace.tables:
+def router_ties(data: ReportData) -> Finding | None:
+    """Decisions in which logits tie at the boundary of the chosen, where logits are recorded."""
+    if "logits" not in data.trace.tables:
         return None
-    table = frames(report)["router"].dropna(subset=["tie_rate"])
-    tied = table[table["tie_rate"] >= report.thresholds.tie]
+    table: Any = data.tables["router"]
+    table = table.dropna(subset=["tie_rate"])
+    tied = table[table["tie_rate"] >= data.thresholds.tie]
     if tied.empty:
         return None
     row = tied.loc[tied["tie_rate"].idxmax()]
-    return (
-        f"Logits tie at the boundary of the chosen in {row['tie_rate']:.1%} of the decisions of "
-        f"{where_of(report, row).lower()} "
-        f"({counted(len(tied), 'router')} above {report.thresholds.tie:.0%}): there the order of "
-        "the experts decides, not the router."
+    return finding(
+        "router_ties",
+        "warning",
+        f"In {row['tie_rate']:.1%} of the decisions of {name_of(data, row)} the last expert chosen "
+        f"and the first not chosen have equal logits ({counted(len(tied), 'router')} from "
+        f"{data.thresholds.tie:.1%} up): there the order of the experts decides, not the router.",
+        row,
+        tie_rate=row["tie_rate"],
+        routers=len(tied),
     )

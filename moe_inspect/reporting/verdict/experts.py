@@ -1,0 +1,267 @@
+"""Experts that get too much, too little or nothing, over all text and in single domains.
+
+Each check takes the report's data and returns one Finding or none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
+from moe_inspect.reporting.verdict.chance import above_chance, chance, few_documents, name_of
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.text import counted, listed, small, some, verb
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.report import Report as ReportData
+
+LITTLE_USED = 0.5  # load ratio under which the least used expert is named
+# mean load of a domain's experts from which an expert with few assignments is not just unlucky
+ENOUGH_LOAD = 100
+
+
+def dead_experts(data: ReportData) -> Finding | None:
+    """Experts without load, and whether there were tokens enough to call them dead."""
+    dead = [row for row in data.loaded if row["dead_experts"]]
+    if not dead:
+        return None
+    load: Any = data.tables["load"]
+    names, likely = list[str](), 0.0
+    for row in dead:
+        of_router = (load["router"] == row["router"]) & (load["assignments"] == 0)
+        names.append(f"{name_of(data, row)}: {listed(load.loc[of_router, 'expert'].tolist())}")
+        picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
+        likely = max(likely, row["experts"] * (1 - picked) ** row["tokens"])
+    n = sum(int(row["dead_experts"]) for row in dead)
+    where = f"in {len(dead)} of {len(data.loaded)} routers ({some(names, 4, '; ')})"
+    tokens = counted(data.counts.tokens, "token")
+    about = dead[0] if len(dead) == 1 else None
+    values = {"experts": n, "routers": len(dead), "tokens": data.counts.tokens}
+    if likely > 0.01:
+        return finding(
+            "dead_experts",
+            "note",
+            f"{counted(n, 'expert')} without load {where}, but {tokens} "
+            f"{'is' if data.counts.tokens == 1 else 'are'} too few to call an expert dead: chance "
+            "alone leaves some without load.",
+            about,
+            **values,
+        )
+    said = f"{counted(n, 'dead expert')} {where}: none of {tokens} was routed there"
+    if few_documents(data):
+        return finding(
+            "dead_experts",
+            "note",
+            f"{said}, but fewer than {FEWEST_DOCUMENTS} documents cannot tell the model from the "
+            "text.",
+            about,
+            **values,
+        )
+    return finding("dead_experts", "warning", f"{said}.", about, **values)
+
+
+def overloaded_experts(data: ReportData) -> Finding | None:
+    """Experts from the threshold `overloaded` up, in routers beyond chance."""
+    ratio, load = data.thresholds.overloaded, _beyond_chance(data)
+    return _crowd(
+        "overloaded_experts",
+        load[load["load_ratio"] >= ratio],
+        f"at least {ratio:g}x the mean load",
+    )
+
+
+def starved_experts(data: ReportData) -> Finding | None:
+    """Experts with some load, but under the threshold `starved`, in routers beyond chance."""
+    ratio, load = data.thresholds.starved, _beyond_chance(data)
+    return _crowd(
+        "starved_experts",
+        load[(load["load_ratio"] < ratio) & (load["assignments"] > 0)],
+        f"under {ratio:.0%} of the mean load",
+    )
+
+
+def _beyond_chance(data: ReportData) -> Any:
+    """The rows of `load` of the routers that are less even than chance makes them."""
+    load: Any = data.tables["load"]
+    return load[load["router"].isin([r["router"] for r in data.loaded if above_chance(data, r)])]
+
+
+def _crowd(kind: str, rows: Any, load: str) -> Finding | None:
+    n, routers = len(rows), rows["router"].nunique()
+    if not n:
+        return None
+    return finding(
+        kind,
+        "warning",
+        f"{counted(n, 'expert')} in {counted(routers, 'router')} {verb(rows, 'get')} {load}.",
+        rows.iloc[0] if routers == 1 else None,
+        experts=n,
+        routers=routers,
+    )
+
+
+def least_used_expert(data: ReportData) -> Finding | None:
+    """The expert with the smallest load ratio of all routers, if that is less than half the mean
+    load and beyond chance. Dead experts are another check's."""
+    load: Any = data.tables["load"]
+    balance = {row["router"]: row for row in data.loaded if above_chance(data, row)}
+    alive = load[(load["assignments"] > 0) & load["router"].isin(balance.keys())]
+    chance_of = alive["router"].map({router: chance(row) for router, row in balance.items()})
+    few = alive[(alive["load_ratio"] < LITTLE_USED) & (1 - alive["load_ratio"] >= 2 * chance_of)]
+    if few.empty:
+        return None
+    least = few.loc[few["load_ratio"].idxmin()]
+    expert, ratio, row = int(least["expert"]), least["load_ratio"], balance[least["router"]]
+    times = row["max_over_mean"] / ratio
+    alone = " of those with any load" if any(r["dead_experts"] for r in data.loaded) else ""
+    found = _worst_domain(data, row, expert, times)
+    in_domain = ""
+    if found is not None:
+        in_domain = (
+            f' and {found[0]:.1f}x on "{found[1]}"'
+            if math.isfinite(found[0])
+            else f', and on "{found[1]}" it is never chosen'
+        )
+    return finding(
+        "least_used_expert",
+        "note",
+        f"Expert {expert} of {name_of(data, row)} is the least used{alone}: {small(ratio)}x the "
+        f"mean load, the busiest expert there gets {times:,.1f}x as much{in_domain}.",
+        row,
+        expert=expert,
+        load_ratio=ratio,
+        busiest_over_it=times,
+        domain=found and found[1],
+        busiest_over_it_in_domain=found and found[0],
+    )
+
+
+def _worst_domain(
+    data: ReportData, row: Any, expert: int, times: float
+) -> tuple[float, str] | None:
+    """How many times as much as the expert the busiest gets in the domain where that is most, of
+    those with text enough to tell, and the domain; None where it is not 1.5 × `times` there."""
+    counts, found = data.counts, list[tuple[float, str]]()
+    documents_D = np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains))
+    for domain, documents, load_E in zip(
+        counts.domains, documents_D, counts.assignments_DE(int(row["router"])), strict=True
+    ):
+        if load_E.mean() >= ENOUGH_LOAD and (counts.counts_only or documents >= FEWEST_DOCUMENTS):
+            most = float(load_E.max())
+            found.append((most / load_E[expert] if load_E[expert] else math.inf, domain))
+    worst = max(found, default=None)
+    if len(counts.domains) < 2 or worst is None or worst[0] < 1.5 * times:
+        return None
+    return worst
+
+
+def overloading_domain(data: ReportData) -> Finding | None:
+    """The domain that overloads an expert most: beyond the threshold `uneven`, twice chance, and
+    half as much again as all domains together; of few documents only where no other does."""
+    domains: Any = data.tables["domains"]
+    if domains["domain"].nunique() < 2:
+        return None
+    mean = domains.groupby(["router", "domain"])["assignments"].transform("mean")
+    rated = domains.assign(ratio=domains["assignments"] / mean)[mean > 0]
+    rows = rated.loc[rated.groupby(["router", "domain"])["ratio"].idxmax()]
+    balance = {row["router"]: row for row in data.loaded}
+    counts, unsure = data.counts, None
+    documents_D = np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains)).tolist()
+    documents = dict(zip(counts.domains, documents_D, strict=True))
+    for _, row in rows.sort_values("ratio", ascending=False).iterrows():
+        overall = balance[row["router"]]
+        if not _overloads(data, row, overall):
+            continue
+        where, values = (
+            name_of(data, row),
+            {
+                "domain": row["domain"],
+                "expert": row["expert"],
+                "load_ratio": row["ratio"],
+                "tokens": row["tokens"],
+                "max_over_mean": overall["max_over_mean"],
+            },
+        )
+        if counts.counts_only or documents[row["domain"]] >= FEWEST_DOCUMENTS:
+            together = "the" if data.selection.domains else "all"
+            return finding(
+                "overloading_domain",
+                "warning",
+                f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: '
+                f"{row['ratio']:.2f}x the mean load on its {row['tokens']:,} tokens, where "
+                f"{together} domains together reach at most {overall['max_over_mean']:.2f}x.",
+                row,
+                **values,
+            )
+        unsure = unsure or finding(
+            "overloading_domain",
+            "note",
+            f"Expert {row['expert']} of {where} gets {row['ratio']:.2f}x the mean load on the "
+            f'{row["tokens"]:,} tokens of "{row["domain"]}", but fewer than {FEWEST_DOCUMENTS} '
+            "documents of it cannot tell the domain from its text.",
+            row,
+            **values,
+        )
+    return unsure
+
+
+def _overloads(data: ReportData, row: Any, overall: Any) -> bool:
+    """Whether the busiest expert of a domain is beyond what the threshold, chance and all domains
+    together explain."""
+    T = round(row["tokens"] * overall["assignments"] / (overall["tokens"] * overall["top_k"]))
+    floor = (
+        noise_floor(T, int(overall["experts"]), int(overall["top_k"]))
+        * chance(overall)
+        / max(overall["noise_floor"], 1e-9)
+    )
+    excess = row["ratio"] - 1
+    return (
+        excess >= data.thresholds.uneven
+        and excess > 2 * floor
+        and excess > 1.5 * overall["max_vio"]
+    )
+
+
+def unused_in_domain(data: ReportData) -> Finding | None:
+    """An expert that one domain hardly uses and the others do. Of counts alone: where documents
+    tell, `domain_specialization` says more."""
+    domains: Any = data.tables["domains"]
+    if not data.counts.counts_only or domains["domain"].nunique() < 2:
+        return None
+    starved = data.thresholds.starved
+    of_router = domains.groupby(["router", "domain"])["assignments"]
+    mean, most = of_router.transform("mean"), of_router.transform("max")
+    load: Any = data.tables["load"]
+    ratio_of = load.set_index(["router", "expert"])["load_ratio"]
+    overall = domains.set_index(["router", "expert"]).index.map(ratio_of).to_numpy()
+    # beyond chance: four standard deviations of a count below its mean
+    few = domains["assignments"] < np.minimum(starved * mean, mean - 4 * np.sqrt(mean))
+    rows = domains.assign(ratio=domains["assignments"] / mean, most=most)[
+        few & (overall >= starved)
+    ]
+    if not len(rows):
+        return None
+    row = rows.loc[rows["ratio"].idxmin()]
+    times = row["most"] / row["assignments"] if row["assignments"] else math.inf
+    less = f", {times:.1f} times less than the busiest expert there" if times < math.inf else ""
+    others = (
+        f"; the same holds for {counted(len(rows) - 1, 'other expert')} in some domain"
+        if len(rows) > 1
+        else ""
+    )
+    return finding(
+        "unused_in_domain",
+        "note",
+        f'"{row["domain"]}" leaves expert {row["expert"]} of {name_of(data, row)} nearly unused: '
+        f"{row['ratio']:.2f}x the mean load on its {row['tokens']:,} tokens{less}{others}.",
+        row,
+        domain=row["domain"],
+        expert=row["expert"],
+        load_ratio=row["ratio"],
+        tokens=row["tokens"],
+        busiest_over_it=times,
+        others=len(rows) - 1,
+    )
