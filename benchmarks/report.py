@@ -50,7 +50,7 @@ def make(root: str, assignments: float, rounding: str) -> dict[str, float]:
 def ours(root: str, threads: int, times: int = 10) -> dict[str, Any]:
     """The pass with everything the standard tables but vocabulary need of it; without the null of
     token ids."""
-    from moe_inspect.analysis.counting import engine  # noqa: F401
+    from moe_inspect.analysis.counting import engine
     from moe_inspect.analysis.counting.engine import count_trace
     from moe_inspect.analysis.counting.select import select
     from moe_inspect.trace.reader import open_trace

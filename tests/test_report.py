@@ -242,7 +242,7 @@ def test_fewer_than_five_documents_are_not_blamed_on_the_model(tmp_path: Path):
         )
         for n in (1, 40)
     )
-    assert one[0].startswith("4,000 of the first 4,000 tokens are in runs")
+    assert one[0].startswith("2,000 of the first 2,000 tokens are in runs")
     assert one[1].startswith("Too little data to judge balance")
     assert "cannot tell the model from the text" in one[2]
     assert many[0].startswith(

@@ -21,7 +21,7 @@ from moe_inspect.reporting.render import terminal
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
-from tests.planted import T, planted, text_of
+from tests.planted import T, planted, sentences, text_of
 from tests.synthetic import uniform_ids, write_trace
 
 
@@ -48,9 +48,9 @@ def test_text_in_a_file_keeps_every_column_and_number(made: Report):
     assert "…" not in text
     assert not any(line.endswith(" ") for line in text.splitlines())
     assert "more columns" not in text
-    sentences = text[text.index("•") : text.index("\n\nload of")].splitlines()
-    assert 90 < max(map(len, sentences)) <= 100
-    assert " ".join("\n".join(sentences).split()) == " ".join(
+    lines = text[text.index("•") : text.index("\n\nload of")].splitlines()
+    assert 90 < max(map(len, lines)) <= 100
+    assert " ".join("\n".join(lines).split()) == " ".join(
         ("• " + " • ".join(sentences(made))).split()
     )
     assert "\x1b" not in text

@@ -7,7 +7,7 @@ Each check takes the report's data and returns one Finding or none. T tokens, K 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,13 +62,13 @@ def missing_ranks(data: ReportData) -> Finding | None:
     )
 
 
-def _silent_ranks(dead_LE: np.ndarray) -> np.ndarray:
+def _silent_ranks(dead_LE: np.ndarray) -> Any:
     """Which ranks have no expert with load, for the number of ranks that makes that least likely by
     chance; none where chance can make it. bool [ranks]"""
     E, dead_L = dead_LE.shape[1], dead_LE.sum(1)
     likeliest, silent = CHANCE, np.zeros(0, bool)
     for ranks in (n for n in range(2, E + 1) if E % n == 0):
-        silent_R: np.ndarray = dead_LE.all(0).reshape(ranks, -1).all(1)
+        silent_R = np.all(np.all(dead_LE, axis=0).reshape(ranks, -1), axis=1)
         gone = int(silent_R.sum()) * E // ranks
         seen_R = np.flatnonzero(~silent_R)
         if not gone or not (_in_a_row(seen_R) or _in_a_row(np.flatnonzero(silent_R))):
