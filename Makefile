@@ -13,14 +13,17 @@ $(VENV)/.installed: pyproject.toml
 .PHONY: help demo test test-slow test-families test-newest test-oldest lint docs picture bench fuzz clean
 
 help: ## What there is to make
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus; report, page and pictures (build/demo)
 	$(BIN)/moe-inspect trace demo -o build/demo/trace --logits --overwrite
 	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots --html build/demo/report.html
 
-test: $(VENV)/.installed ## The whole test suite
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(VENV)/.installed ## The test suite but for what is slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/.installed ## The rest of it: compilers, browsers, several processes, mistakes put in on purpose
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 NEWEST := build/venv-newest
 OLDEST := build/venv-oldest
@@ -46,6 +49,9 @@ lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(VENV)/.installed ## The documentation site (build/docs/index.html); a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 picture: $(VENV)/.installed ## The picture that the README opens with, of the page of the bundled model (needs chromium)
 	$(BIN)/python docs/picture.py

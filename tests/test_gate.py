@@ -1,5 +1,4 @@
-"""Gates end with 3 and say who failed; thresholds change what the verdict says; the list of metrics
-is the README's."""
+"""Gates end with 3 and say who failed; thresholds change what the verdict says."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from moe_inspect.analysis.metrics.registry import METRICS, metrics
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.gate import breaches, gate, gated
-from tests.conftest import ROOT, Cli
-from tests.metrics_table import table
+from tests.conftest import Cli
 from tests.synthetic import uniform_ids, write_trace
 
 T, E, K = 2_000, 8, 2
@@ -104,7 +102,3 @@ def test_the_list_of_metrics_needs_no_trace(cli: Cli):
     assert listed["metric"].tolist() == [m.column for m in metrics().values()]
     assert len(METRICS) > 30
     assert "TRACE" in cli("report", check=2).stderr
-
-
-def test_the_readme_has_the_table_of_the_registry():
-    assert table() in (ROOT / "README.md").read_text(), "python -m tests.metrics_table writes it"

@@ -23,7 +23,6 @@ from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from tests import foreign
-from tests.conftest import ROOT
 from tests.foreign import FORMAT_OF, MAKERS, ROUTED
 from tests.planted import sentences
 from tests.test_real_data import ESFT, FIDDLER, needs_esft, needs_fiddler
@@ -444,14 +443,6 @@ def test_the_command(cli, tmp_path: Path):
     )
     cli("import", "nonsense", made.source, "-o", "t", check=2)
     assert len(cli("report", "t", "--table", "load", "--format", "csv").stdout.splitlines()) == 17
-
-
-def test_the_readmes_table_is_the_registrys():
-    text = (
-        (ROOT / "README.md").read_text().partition("\n## Import\n")[2].partition("\n## Verify")[0]
-    )
-    rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert rows == [f"| `{f.name}` | {f.reads} | {f.gives} |" for f in formats().values()]
 
 
 def test_the_commands_help_names_every_format(cli):

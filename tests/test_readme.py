@@ -1,118 +1,187 @@
-"""Every command of the README runs, in its order, as it stands there. A hub id is a tiny model in a
-directory of that name."""
+"""Every command and every Python block of the README and of the docs runs, in its order, as it stands.
+A hub id is a tiny model in a directory of that name."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.test_cli_trace import save, write_jsonl
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
-COMMANDS = [
-    line[2:]
-    for kind, block in BLOCKS
-    if kind == "console"
-    for line in block.splitlines()
-    if line.startswith("$ ")
-]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def steps(page: str) -> Iterator[tuple[str, str]]:
+    """("console", a command) and ("python", a block) in the order of the page."""
+    for kind, block in BLOCK.findall((ROOT / page).read_text()):
+        if kind == "console":
+            lines = block.splitlines()
+            yield from (("console", line[2:]) for line in lines if line.startswith("$ "))
+        elif kind == "python":
+            yield "python", block
+
+
+RUNNABLE = [page for page in PAGES if any(True for _ in steps(page))]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: Any) -> Path:
-    """A directory with what the README's commands name."""
-    path = tmp_path_factory.mktemp("readme")
+def named(tmp_path_factory: Any) -> Path:
+    """A directory with what the commands name."""
+    path = tmp_path_factory.mktemp("named")
     save("olmoe", path / "allenai/OLMoE-1B-7B-0924")
     write_jsonl(path / "articles.jsonl", documents=10, words=50)
     pd.read_json(write_jsonl(path / "code.jsonl", documents=10, words=50), lines=True).to_parquet(
         path / "code.parquet"
     )
-    (path / "sample_traces").symlink_to(ROOT / "sample_traces")
-    (path / "docs").symlink_to(ROOT / "docs")
+    for name in ("sample_traces", "docs", "examples"):
+        (path / name).symlink_to(ROOT / name)
     return path
 
 
-def run(command: list[str] | str, place: Path) -> str:
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_the_page_runs_as_it_stands(
+    page: str, named: Path, tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for entry in named.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    for kind, text in steps(page):
+        if kind == "python":
+            with redirect_stdout(io.StringIO()):
+                exec(compile(text, page, "exec"), {"__name__": "__main__"})
+        elif text.startswith("moe-inspect ") and "|" not in text:
+            cli_here(*shlex.split(text)[1:])
+        else:
+            shell(text, tmp_path)
+    check = CHECKS.get(page)
+    if check:
+        check(tmp_path)
+
+
+def shell(command: str, place: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        command,
+        ["bash", "-c", f"set -o pipefail; {command}"],
         cwd=place,
         env=environment,
         capture_output=True,
         text=True,
-        shell=isinstance(command, str),
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
-def test_the_commands_run_as_they_stand(place: Path) -> None:
-    assert len(COMMANDS) >= 6
-    said = [
-        run(f"set -o pipefail; {command}" if "|" in command else command, place)
-        for command in COMMANDS
-        if "duckdb" not in command
-    ]
-    assert any("assignments" in text for text in said)
-    run(next(c for c in COMMANDS if "duckdb" in c), place)
-    pictures = {p.name for p in (place / "pictures").iterdir()}
-    assert pictures >= {
+def _readme(place: Path) -> None:
+    charts = {p.name for p in (place / "charts").iterdir()}
+    assert charts >= {
         f"{name}.{form}" for name in ("load", "balance", "domains") for form in ("png", "svg")
     }
     assert 100_000 < (place / "report.html").stat().st_size < 6_000_000
-    assert set(pd.read_csv(place / "load.csv").groupby("layer")["assignments"].sum()) == {
-        len(pd.read_parquet(place / "runs/demo/tokens")) * 2
+    assert json.loads((place / "plan.json").read_text())
+
+
+def _report(place: Path) -> None:
+    load = pd.read_csv(place / "load.csv").groupby("layer")["assignments"].sum()
+    assert set(load) == {len(pd.read_parquet(place / "runs/demo/tokens")) * 2}
+
+
+CHECKS = {"README.md": _readme, "docs/report.md": _report}
+
+
+def test_there_is_something_to_run() -> None:
+    assert {"docs/tutorials/train.md", "docs/tutorials/serve.md", "docs/tutorials/study.md"} <= {
+        *RUNNABLE
     }
+    assert sum(len(list(steps(page))) for page in RUNNABLE) > 40
 
 
-def test_the_python_runs_as_it_stands(place: Path) -> None:
-    if not (place / "runs/demo").exists():  # where the commands have not run before
-        run([sys.executable, "-m", "moe_inspect", "trace", "demo", "-o", "runs/demo"], place)
-    programs = [block for kind, block in BLOCKS if kind == "python"]
-    assert len(programs) == 2
-    for program in programs:
-        run([sys.executable, "-c", program], place)
-
-
-def test_the_output_shown_is_what_the_report_says(place: Path) -> None:
-    shown = next(block for kind, block in BLOCKS if kind == "text" and block.startswith("• "))
+def test_the_output_shown_is_what_the_report_says(cli_here: Cli) -> None:
+    shown = next(block for kind, block in BLOCK.findall(README) if block.startswith("• "))
     assert len(shown.splitlines()) > 5
-    assert shown in run(
-        [sys.executable, "-m", "moe_inspect", "report", "sample_traces/collapsed"], place
+    assert shown in cli_here("report", ROOT / "sample_traces/collapsed").stdout
+
+
+@pytest.mark.slow
+def test_the_types_of_the_readmes_python_are_real(tmp_path: Path) -> None:
+    """Under mypy --strict, as a reader's own code: nothing of ours is Any."""
+    blocks = [text for kind, text in steps("README.md") if kind == "python"]
+    shown = {
+        "recorder": "moe_inspect.capture.hook.recorder.Recorder",
+        "recorder.balance()": "DataFrame",
+        "trace": "moe_inspect.trace.reader.Trace",
+        "trace.routing(layer=3)": "DataFrame",
+        "report": "moe_inspect.reporting.report.Report",
+        'report.tables["domains"]': "DataFrame",
+        "report.verdict()": "list[",
+    }
+    program = "\n".join([*blocks, *(f"reveal_type({expression})" for expression in shown)])
+    (tmp_path / "reader.py").write_text(program)
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nstrict = true\n"
+        "[mypy-torch.*,transformers.*,triton.*]\nfollow_imports = skip\nignore_missing_imports = true\n"
     )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "reader.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    assert len(revealed) == len(shown), done.stdout
+    for (expression, expected), found in zip(shown.items(), revealed, strict=True):
+        assert expected in found, f"{expression}: {found}"
 
 
 def test_the_picture_is_light() -> None:
     assert 20_000 < (ROOT / "docs/report.png").stat().st_size <= 300_000
 
 
-def test_what_the_readme_names_is_there() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"\bmake (\w+)\s+#", README)) <= targets
-    assert (
-        "trace"
-        in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    )
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
-    for path in re.findall(r"^\| `([a-z_/]+/)` \|", README.partition("## File map")[2], re.M):
-        assert (ROOT / path).is_dir(), path
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES[1:]])
+def test_what_a_page_links_to_is_there(page: str) -> None:
+    targets = LINK.findall((ROOT / page).read_text())
+    ours = "https://github.com/moe-inspect/moe-inspect/"
+    for target in targets:
+        if target.startswith(ours):
+            path = ROOT / re.sub(r"^(blob|tree)/main/", "", target.removeprefix(ours))
+        elif target.startswith("https://"):
+            continue
+        else:
+            path = (ROOT / page).parent / target
+        assert path.exists(), target
+
+
+def test_the_make_targets_named_are_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in [*PAGES, "CONTRIBUTING.md"]:
+        named = set(re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / page).read_text(), re.M))
+        assert named <= targets, page
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for page in PAGES:
+        for extra in re.findall(r"moe-inspect\[(\w+)\]", (ROOT / page).read_text()):
+            assert extra in extras, page
 
 
 def test_the_commands_of_the_sample_traces_are_those_in_their_manifests() -> None:
-    import json
-    import shlex
-
     text = (ROOT / "sample_traces/README.md").read_text()
     for name in ("balanced", "collapsed", "untrained"):
         manifest = json.loads((ROOT / "sample_traces" / name / "trace.json").read_text())

@@ -1,0 +1,117 @@
+"""What the site takes from the program: its commands, tables, metrics and importers, as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+SAMPLE = Path(__file__).parent.parent / "sample_traces/balanced"
+
+
+def commands() -> str:
+    """A section per command: its usage, its help and its options, from the command line itself."""
+    import typer
+
+    from moe_inspect.cli.app import app
+
+    return "\n".join(_command(typer.main.get_command(app), "moe-inspect"))
+
+
+def _command(command: Any, name: str) -> Iterator[str]:
+    subcommands = getattr(command, "commands", {})
+    if not subcommands:
+        context = command.context_class(command, info_name=name)
+        usage = " ".join(command.collect_usage_pieces(context))
+        yield from (f"## {name}", "", f"```text\n{name} {usage}\n```", "")
+        yield from (_text(command.help or ""), "")
+        yield "| | |\n|---|---|"
+        for parameter in command.params:
+            names, text = parameter.get_help_record(context)
+            yield f"| `{names.strip()}` | {_text(text)} |".replace("|", "\\|", 0)
+        yield ""
+    for subcommand in subcommands:
+        yield from _command(subcommands[subcommand], f"{name} {subcommand}")
+
+
+def _text(text: str) -> str:
+    """Plain text as Markdown: paragraphs stay, and nothing in it is markup."""
+    paragraphs = [" ".join(part.split()) for part in text.replace("\\[", "[").split("\n\n")]
+    return re.sub(r"([|*<\[\]\\])", r"\\\1", "\n\n".join(paragraphs))
+
+
+def metrics() -> str:
+    """A row per metric of the registry."""
+    from moe_inspect.analysis.metrics.registry import listing
+
+    head = (
+        "| metric | table | definition | range; where all is even | source |\n|---|---|---|---|---|"
+    )
+    rows = [
+        f"| `{row['metric']}` | `{row['table']}` | {_text(row['definition'])} | "
+        f"{_text(row['range'])}; {_text(row['even'])} | {_link(row['source'])} |"
+        for row in listing()
+    ]
+    return "\n".join([head, *rows])
+
+
+def _link(source: str) -> str:
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", source)
+
+
+def importers() -> str:
+    """A row per format that `import` reads."""
+    from moe_inspect.importers.registry import formats
+
+    head = "| format | reads | gives |\n|---|---|---|"
+    return "\n".join([head, *(f"| `{f.name}` | {f.reads} | {f.gives} |" for f in formats().values())])
+
+
+def columns() -> str:
+    """A row per table of a report, with its columns, from the report on a sample trace."""
+    from moe_inspect.reporting.report import report
+
+    tables = report(SAMPLE).tables
+    rows = [
+        f"| `{name}` | {', '.join(f'`{column}`' for column in tables[name].columns)} |"
+        for name in tables
+    ]
+    return "\n".join(["| table | columns |\n|---|---|", *rows])
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "metrics": metrics,
+    "importers": importers,
+    "columns": columns,
+}
+
+
+def fill(text: str) -> str:
+    """A page's source, with each `<!-- generated: NAME -->` replaced by what NAME generates."""
+    return re.sub(r"<!-- generated: (\w+) -->", lambda found: GENERATED[found[1]](), text)
+
+
+def docstring_as_rst(lines: list[str]) -> list[str]:
+    """A docstring, which is plain text with `names` in backticks, as reStructuredText: code and
+    lists of parameters stay as they stand."""
+    out: list[str] = []
+    for paragraph in "\n".join(lines).strip("\n").split("\n\n"):
+        rows = paragraph.split("\n")
+        if any(re.match(r" |\w+(, \w+)* {2,}\S", row) for row in rows):
+            out += ["::", "", *(f"    {row}" for row in rows), ""]
+        else:
+            parts = re.split(r"(`+[^`]+`+)", " ".join(row.strip() for row in rows))
+            out += [
+                "".join(
+                    f"``{part.strip('`')}``" if part.startswith("`") else _escaped(part)
+                    for part in parts
+                ),
+                "",
+            ]
+    return out
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([*|_\\])", r"\\\1", text)

@@ -1,0 +1,72 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_a_training_loop_logs_every_layer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "train_loop.py")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3 * 4
+    assert lines[-1].startswith("step 6 layer 3: max_vio ")
+
+
+def test_a_trace_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "analyse.py")
+    out = capsys.readouterr().out
+    assert out.startswith("layer 3 is the least balanced: max_vio 1.87\n")
+    assert "english" in out
+
+
+@pytest.mark.parametrize(("trace", "code"), [("balanced", 0), ("collapsed", 3)])
+def test_a_gate_fails_the_collapsed_model(
+    trace: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "gate.py", ROOT / "sample_traces" / trace)
+    assert ended.value.code == code
+    assert ("layer 3: max_vio 1.87 > 0.5" in capsys.readouterr().out) == (code == 3)
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "commit it without outputs"
+            *lines, last = "".join(cell["source"]).splitlines()
+            exec("\n".join(lines), names)
+            try:
+                shown = eval(last, names)  # what a notebook displays
+            except SyntaxError:
+                exec(last, names)
+            else:
+                assert shown is None or "<" in shown._repr_html_() or len(shown)
+    assert set(names["simulation"].tables) >= {"policies"}
+
+
+def test_every_example_is_listed() -> None:
+    listed = (EXAMPLES / "README.md").read_text()
+    for path in EXAMPLES.iterdir():
+        assert path.name == "README.md" or f"[{path.name}]({path.name})" in listed
