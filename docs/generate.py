@@ -65,7 +65,9 @@ def importers() -> str:
     from moe_inspect.importers.registry import formats
 
     head = "| format | reads | gives |\n|---|---|---|"
-    return "\n".join([head, *(f"| `{f.name}` | {f.reads} | {f.gives} |" for f in formats().values())])
+    return "\n".join(
+        [head, *(f"| `{f.name}` | {f.reads} | {f.gives} |" for f in formats().values())]
+    )
 
 
 def columns() -> str:
