@@ -272,13 +272,16 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
         {"routers": [ROUTER | {"top_k": 9}]},
         r"routers\[0\]\.top_k is 9: 1 to 8",
     ),
-    "an unknown key": ({"routers": [ROUTER | {"expert": 8}]}, r'routers\[0\]\."expert" is no key'),
+    "an unknown key": (
+        {"routers": [ROUTER | {"expert": 8}]},
+        r'routers\[0\]\."expert" is not a known key',
+    ),
     "a stack unknown": ({"routers": [ROUTER | {"stack": "middle"}]}, r"routers\[0\]\.stack"),
     "weights as text": (
         {"capture": {"weights": "yes"}},
         r'capture\.weights is "yes", not true or false',
     ),
-    "no capture": ({"capture": None}, "capture is missing"),
+    "no capture": ({"capture": None}, "capture is null, not an object"),
     "a process number": (
         {"capture": {"weights": True, "pid": 10**30}},
         r"capture\.pid is a number of over 30 digits",
@@ -289,7 +292,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "dropped below zero": ({"counts": {"tokens": 300, "dropped": -1}}, r"counts\.dropped is -1"),
     "model as text": ({"model": "a"}, r'model is "a", not an object'),
     "config as a list": ({"model": {"config": []}}, r"model\.config is a list of 0, not an object"),
-    "a status unknown": ({"status": ["complete"]}, "status is a list of 1, not text"),
+    "a status unknown": ({"status": ["complete"]}, "status is a list of 1, not one of recording"),
 }
 
 
@@ -318,7 +321,17 @@ def test_a_manifest_that_is_none(text: str, copied: Path) -> None:
 
 
 def test_a_manifest_nested_as_deeply_as_json_allows(copied: Path) -> None:
-    text = json.dumps({"format": 1, "digest": "", "routers": [ROUTER], "model": "deep"})
+    text = json.dumps(
+        {
+            "format": 1,
+            "status": "complete",
+            "tables": ["documents", "counts"],
+            "routers": [ROUTER],
+            "capture": {"weights": False},
+            "model": "deep",
+            "digest": "0" * 64,
+        }
+    )
     (copied / schema.MANIFEST).write_text(text.replace('"deep"', '{"a":' * 900 + "1" + "}" * 900))
     _refused(copied, r"trace\.json: it ")
 

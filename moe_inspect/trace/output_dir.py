@@ -84,7 +84,7 @@ class Contents:
         return (
             isinstance(found, dict)
             and found.get("table") in schema.TABLES
-            and {"path", "shard", "sha256"} <= set(found)
+            and {"path", "shard"} <= set(found)
         )
 
 

@@ -81,7 +81,8 @@ def _list(
     entry: dict[str, Any], line: bytes, rank: int, routers: int, found: dict[int, ShardFiles]
 ) -> None:
     """Adds a line to the shard that it is of. ValueError where they do not agree."""
-    table, index, span = entry["table"], entry["shard"], {key: entry[key] for key in SPAN}
+    table, index = entry["table"], entry["shard"]
+    span: dict[str, Any] = {key: entry.get(key) for key in SPAN}
     # a trace that does not say so is one in which every router saw every token
     everywhere = (span["last_token"] - span["first_token"] + 1) * routers
     shard = found.setdefault(

@@ -14,11 +14,11 @@ from moe_inspect.trace.output_dir import OF_A_TABLE
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import ShardFiles
-from moe_inspect.trace.validate import LINE_KEYS, SPAN
+from moe_inspect.trace.validate import line_keys
 from moe_inspect.trace.verify.verification import Verification
 from moe_inspect.trace.verify.violation import Violation, open_table
 
-CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}
+CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and sha256 with them
 
 
 def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
@@ -26,19 +26,16 @@ def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
     changed to another."""
     # whether a shard before it was: a trace that was begun before there were checksums may have
     # gone on with them
-    checked = False
+    checked, known = False, line_keys()
     for shard in files:
         for entry in map(json.loads, shard.lines):
             name = f"shards-{shard.rank}.jsonl"
-            if unknown := set(entry) - LINE_KEYS - set(SPAN):
+            if unknown := set(entry) - known:
                 raise Violation(
                     name, None, f"the line of {entry['path']} has the unknown key {min(unknown)!r}"
                 )
-            if (
-                missing := CHECKSUM_KEYS - set(entry)
-                if checked or not CHECKSUM_KEYS.isdisjoint(entry)
-                else None
-            ):
+            stated = checked or not CHECKSUM_KEYS.isdisjoint(entry)
+            if stated and (missing := (CHECKSUM_KEYS | {"sha256"}) - set(entry)):
                 raise Violation(name, None, f"the line of {entry['path']} has no {min(missing)}")
             checked = "crc32" in entry
     manifest = trace.manifest
@@ -58,21 +55,21 @@ def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
         )
 
 
-def check_files(shard: Shard) -> None:
+def check_files(shard: Shard) -> int:
+    """Returns of how many files no line states a sha256."""
     files = shard.files
     for table, name in files.paths.items():
         path = plain_file(shard.trace, name)
         if not path.is_file():
             raise Violation(name, None, "the file is missing")
-        with reading(path), open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != files.stated[table].sha256:
-            raise Violation(
-                name,
-                None,
-                f"sha256 is {digest[:12]}…, its line says {str(files.stated[table].sha256)[:12]}…",
-            )
+        if (stated := files.stated[table].sha256) is not None:
+            with reading(path), open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != stated:
+                said = f"sha256 is {digest[:12]}…, its line says {stated[:12]}…"
+                raise Violation(name, None, said)
         open_table(shard, table)
+    return sum(stated.sha256 is None for stated in files.stated.values())
 
 
 def check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) -> None:
