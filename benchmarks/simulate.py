@@ -79,19 +79,22 @@ def on_disk(root: Path, E: int, k: int) -> Path:
 
 @benchmark
 def capacity() -> Rates:
-    from moe_inspect.simulate import kernels
-    from moe_inspect.simulate.capacity import capacity as room
-    from moe_inspect.simulate.capacity import levels, simulate_capacity
+    from moe_inspect.simulate import kernels_numba
+    from moe_inspect.simulate.capacity.capacity import simulate_capacity
+    from moe_inspect.simulate.capacity.queues import levels
+    from moe_inspect.simulate.shards import expert_capacity
 
     start_G = np.arange(0, TOKENS + 1, 8192)
     of_G = np.zeros(len(start_G) - 1, np.int64)
     for E, k in SHAPES:
         ids_KT = np.ascontiguousarray(zipf(TOKENS, E, k).T)
-        level_SC = levels(np.array([[room(f, 8192, k, E) for f in (1, 1.25, 2)]]), 8192)
+        level_SC = levels(np.array([[expert_capacity(f, 8192, k, E) for f in (1, 1.25, 2)]]), 8192)
 
         def sweep(ids_KT: np.ndarray = ids_KT, level_SC: np.ndarray = level_SC, E: int = E) -> None:
             filled = np.zeros((len(of_G), E), np.int32), np.empty(ids_KT.shape, np.uint8)
-            kernels.queue(ids_KT, start_G, of_G, level_SC, np.zeros(0, np.int64), False, *filled)
+            kernels_numba.queue(
+                ids_KT, start_G, of_G, level_SC, np.zeros(0, np.int64), False, *filled
+            )
 
         yield f"capacity, three factors, kernel, {k} of {E}", rate(sweep, TOKENS), 20
     for E, k in ((8, 2), (128, 8)):
@@ -106,8 +109,8 @@ def capacity() -> Rates:
 
 @benchmark
 def cache() -> Rates:
-    from moe_inspect.simulate import kernels
-    from moe_inspect.simulate.cache import POLICIES, Compiled, simulate_cache
+    from moe_inspect.simulate import kernels_numba
+    from moe_inspect.simulate.cache.cache import POLICIES, Compiled, simulate_cache
 
     phase_T = np.zeros(TOKENS, np.uint8)
     for name in POLICIES:
@@ -119,9 +122,9 @@ def cache() -> Rates:
             ) -> None:
                 held = Compiled(E, [2 * k], [name])
                 if name == "lru":
-                    kernels.lru(*held.lru(ids_KT, phase_T))
+                    kernels_numba.lru(*held.lru(ids_KT, phase_T))
                 else:
-                    getattr(kernels, name)(
+                    getattr(kernels_numba, name)(
                         ids_KT, phase_T, 2 * k, *held.held[name, 2 * k], held.done[name, 2 * k]
                     )
 
@@ -142,7 +145,7 @@ def cache() -> Rates:
 
 @benchmark
 def decode() -> Rates:
-    from moe_inspect.simulate.decode import Steps, simulate_decode
+    from moe_inspect.simulate.decode.decode import Steps, simulate_decode
 
     position_T = np.arange(TOKENS) % 512
     for E, k in SHAPES:
@@ -167,15 +170,17 @@ def decode() -> Rates:
 def placement() -> Rates:
     """Evaluation: the load of every expert in every window, and the GPUs that every token
     reaches."""
+    from moe_inspect.simulate.placement.kernels_numba import count_windows
     from moe_inspect.simulate.placement.placement import simulate_placement
-    from moe_inspect.simulate.placement.policies import POLICIES, Layout, shares
-    from moe_inspect.simulate.placement.ranks_reached import count_windows, counter
+    from moe_inspect.simulate.placement.policies.layout import Layout, shares
+    from moe_inspect.simulate.placement.policies.policies import POLICIES
+    from moe_inspect.simulate.placement.ranks_reached import counter
 
     window_T = np.arange(TOKENS) // 4096
     for E, k in SHAPES:
         ids_KT, layout = np.ascontiguousarray(zipf(TOKENS, E, k).T), Layout(E * 9 // 8 // 4 * 4, 4)
         load_E = np.bincount(ids_KT.ravel(), minlength=E)
-        reached = counter(shares(POLICIES["ours"](load_E, layout), E, 4))
+        reached = counter(shares(POLICIES["local-search"](load_E, layout), E, 4))
 
         def sweep(
             ids_KT: np.ndarray = ids_KT,
@@ -200,11 +205,12 @@ def placement() -> Rates:
 @figures
 def plans() -> Figures:
     """58 layers of 256 experts into 288 slots on 32 GPUs in 4 nodes."""
-    from moe_inspect.simulate.placement.policies import POLICIES, Layout
+    from moe_inspect.simulate.placement.policies.layout import Layout
+    from moe_inspect.simulate.placement.policies.policies import POLICIES
 
     load_LE = np.random.default_rng(0).zipf(1.2, (58, 256)).clip(max=10**5)
     spent = {}
-    for name, most in (("eplb", 1), ("ours", 10)):
+    for name, most in (("eplb", 1), ("local-search", 10)):
         began = time.process_time()
         for load_E in load_LE:
             POLICIES[name](load_E, Layout(288, 32, 4, 8))
@@ -230,7 +236,8 @@ def plans() -> Figures:
 def balance() -> Figures:
     """Ours against the better EPLB, on the loads that both are fitted to: 1,000 random Zipf loads
     in random layouts."""
-    from moe_inspect.simulate.placement.policies import POLICIES, Layout, colocated, shares
+    from moe_inspect.simulate.placement.policies.layout import Layout, colocated, shares
+    from moe_inspect.simulate.placement.policies.policies import POLICIES
     from tests.exact import fits_apart
 
     rng = np.random.default_rng(2026)
@@ -242,13 +249,15 @@ def balance() -> Figures:
         layout = Layout(gpus * int(rng.integers(room, room + 3)), gpus, 2, 4)
         share_E = rng.permutation(np.arange(1, E + 1) ** -rng.uniform(0.1, 2.0))
         load_E = rng.multinomial(100_000, share_E / share_E.sum())
-        plan_of = {name: POLICIES[name](load_E, layout) for name in ("ours", "eplb", "eplb-global")}
+        plan_of = {
+            name: POLICIES[name](load_E, layout) for name in ("local-search", "eplb", "eplb-global")
+        }
         most = {
             name: float((load_E @ shares(plan, E, gpus)).max()) for name, plan in plan_of.items()
         }
         lighter = min(("eplb", "eplb-global"), key=most.__getitem__)
-        how = "lighter" if most["ours"] < most[lighter] * (1 - 1e-6) else "equal"
-        if most["ours"] > most[lighter] * (1 + 1e-9):
+        how = "lighter" if most["local-search"] < most[lighter] * (1 - 1e-6) else "equal"
+        if most["local-search"] > most[lighter] * (1 + 1e-9):
             how = (
                 cannot
                 if E == 8 and not fits_apart(load_E, layout.slots, gpus, most[lighter] * (1 + 1e-9))
@@ -256,11 +265,11 @@ def balance() -> Figures:
             )
         count[how] += 1
         if layout.slots // gpus < E:  # else every GPU has every expert
-            count["replicas on one GPU"] += colocated(plan_of["ours"], gpus)
+            count["replicas on one GPU"] += colocated(plan_of["local-search"], gpus)
     for name, number in count.items():
         bar = name in ("heavier", "replicas on one GPU")
         yield (
-            f"ours against EPLB, 1,000 Zipf loads: {name}",
+            f"local-search against EPLB, 1,000 Zipf loads: {name}",
             number,
             "≤ 0" if bar else "",
             number == 0 if bar else None,
@@ -272,13 +281,14 @@ def drift() -> Figures:
     """Placements of 256 experts in 288 slots on 32 GPUs, fitted to 32 windows and judged on the
     next 32: the mean over windows and layers of busiest ÷ mean GPU."""
     from benchmarks.flashlb import flashlb
-    from moe_inspect.simulate.placement.policies import POLICIES, Layout
+    from moe_inspect.simulate.placement.policies.layout import Layout
+    from moe_inspect.simulate.placement.policies.policies import POLICIES
     from tests.drift import CASES, drifting, mean_over_windows
 
     layers, windows, gpus, layout, spent = 60, 32, 32, Layout(288, 32), 0.0
     ahead = dict.fromkeys(("eplb", "flashlb"), 0.0)
     for case, how in CASES.items():
-        judged, static = {name: [] for name in ("eplb", "flashlb", "ours")}, []
+        judged, static = {name: [] for name in ("eplb", "flashlb", "local-search")}, []
         for layer in range(layers):
             load_WE = drifting(layer, 256, 2 * windows, *how)
             seen_WE, later_WE = load_WE[:windows], load_WE[windows:]
@@ -287,48 +297,56 @@ def drift() -> Figures:
                 "flashlb": flashlb(seen_WE, layout.slots, gpus),
             }
             began = time.process_time()
-            plans["ours"] = POLICIES["ours"](seen_WE, layout)
+            plans["local-search"] = POLICIES["local-search"](seen_WE, layout)
             spent += time.process_time() - began
             for name, plan in plans.items():
                 judged[name].append(mean_over_windows(plan, later_WE, gpus))
             static.append(
                 [
                     mean_over_windows(plans[name], seen_WE.sum(0, keepdims=True), gpus)
-                    for name in ("ours", "eplb")
+                    for name in ("local-search", "eplb")
                 ]
             )
         mean = {name: float(np.mean(found)) for name, found in judged.items()}
-        error = float(np.std(np.subtract(judged["ours"], judged["flashlb"])) / layers**0.5)
+        error = float(np.std(np.subtract(judged["local-search"], judged["flashlb"])) / layers**0.5)
         for name, found in judged.items():
             fine = None
-            if name == "ours":
-                fine = mean["ours"] <= mean["eplb"] and mean["ours"] <= mean["flashlb"] + error
+            if name == "local-search":
+                fine = (
+                    mean["local-search"] <= mean["eplb"]
+                    and mean["local-search"] <= mean["flashlb"] + error
+                )
             yield (
                 f"{case}, held out: {name}",
                 mean[name],
-                "≤ eplb, ≤ flashlb + its standard error" if name == "ours" else "",
+                "≤ eplb, ≤ flashlb + its standard error" if name == "local-search" else "",
                 fine,
             )
-            if name != "ours":
-                won = float(np.mean(np.less(judged["ours"], found)))
+            if name != "local-search":
+                won = float(np.mean(np.less(judged["local-search"], found)))
                 ahead[name] += won / len(CASES)
-                yield f"{case}, held out: layers on which ours is ahead of {name}", won, "", None
+                yield (
+                    f"{case}, held out: layers on which local-search is ahead of {name}",
+                    won,
+                    "",
+                    None,
+                )
         lighter = float(np.mean([ours <= eplb * (1 + 1e-9) for ours, eplb in static]))
         yield (
-            f"{case}, fitted part: layers on which ours ≤ eplb",
+            f"{case}, fitted part: layers on which local-search ≤ eplb",
             lighter,
             "≥ 0.99",
             lighter >= 0.99,
         )
     for name, share in ahead.items():
         yield (
-            f"all four, held out: layers on which ours is ahead of {name}",
+            f"all four, held out: layers on which local-search is ahead of {name}",
             share,
             "≥ 0.6" if name == "eplb" else "",
             share >= 0.6 if name == "eplb" else None,
         )
     spent = spent / layers / len(CASES) * 58
-    yield "ours on 32 windows of 58 x 256 experts, CPU-seconds", spent, "≤ 10", spent <= 10
+    yield "local-search on 32 windows of 58 x 256 experts, CPU-seconds", spent, "≤ 10", spent <= 10
 
 
 def measure(names: Sequence[str] = ()) -> dict[str, float]:
@@ -353,10 +371,8 @@ def main(names: Sequence[str]) -> None:
         f"{facts['processor']} {facts['cores']} cores".lower().replace("(r)", "").split()
     )
     RESULTS.mkdir(parents=True, exist_ok=True)
-    target = (
-        RESULTS
-        / f"{'-'.join(['simulate', *names])}-{''.join(c for c in name if c.isalnum() or c == '-')}.json"
-    )
+    machine = "".join(c for c in name if c.isalnum() or c == "-")
+    target = RESULTS / f"{'-'.join(['simulate', *names])}-{machine}.json"
     target.write_text(
         json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False) + "\n"
     )

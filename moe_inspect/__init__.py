@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from moe_inspect.importers.run import import_trace
     from moe_inspect.model.describe import Description, describe
     from moe_inspect.reporting.report import Report, report
-    from moe_inspect.simulate.cache import simulate_cache
-    from moe_inspect.simulate.capacity import simulate_capacity
-    from moe_inspect.simulate.decode import simulate_decode
+    from moe_inspect.simulate.cache.cache import simulate_cache
+    from moe_inspect.simulate.capacity.capacity import simulate_capacity
+    from moe_inspect.simulate.decode.decode import simulate_decode
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import write_plan
-    from moe_inspect.simulate.routing import simulate_routing
+    from moe_inspect.simulate.routing.routing import simulate_routing
     from moe_inspect.trace.reader import Trace, open_trace
     from moe_inspect.trace.verify import Verification, verify
 
@@ -69,11 +69,11 @@ _HOMES = {
     "open_trace": "moe_inspect.trace.reader",
     "record": "moe_inspect.api",
     "report": "moe_inspect.reporting.report",
-    "simulate_cache": "moe_inspect.simulate.cache",
-    "simulate_capacity": "moe_inspect.simulate.capacity",
-    "simulate_decode": "moe_inspect.simulate.decode",
+    "simulate_cache": "moe_inspect.simulate.cache.cache",
+    "simulate_capacity": "moe_inspect.simulate.capacity.capacity",
+    "simulate_decode": "moe_inspect.simulate.decode.decode",
     "simulate_placement": "moe_inspect.simulate.placement.placement",
-    "simulate_routing": "moe_inspect.simulate.routing",
+    "simulate_routing": "moe_inspect.simulate.routing.routing",
     "trace_engine": "moe_inspect.capture.server.run",
     "trace_model": "moe_inspect.capture.run",
     "verify": "moe_inspect.trace.verify",

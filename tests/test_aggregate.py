@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis.counting import token_ids as tokenids
+from moe_inspect.analysis.counting import token_ids
+from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import BASE, CLUSTERS, Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace as count
 from moe_inspect.analysis.counting.select import parse_layers, select
-from moe_inspect.analysis.counting.shard import count_shard
 from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
@@ -441,7 +441,7 @@ def test_token_ids_beyond_the_budget_are_left_out_and_said(
     trace = write_trace(tmp_path / "t", **given_)
     whole = report(trace).tables["specialization"]
     assert not any("most frequent" in note for note in report(trace).notes())
-    monkeypatch.setattr(tokenids, "CELLS", 30 * 3 * 17 * E)
+    monkeypatch.setattr(token_ids, "CELLS", 30 * 3 * 17 * E)
     made = report(trace)
     assert any("the 30 most frequent token ids" in note for note in made.notes())
     assert (

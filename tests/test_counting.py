@@ -11,14 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis.counting import engine
-from moe_inspect.analysis.counting import kernels_numba as kernels
-from moe_inspect.analysis.counting import kernels_numpy as counting
-from moe_inspect.analysis.counting import token_ids as tokenids
+from moe_inspect.analysis.counting import engine, kernels_numba, kernels_numpy, token_ids
+from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import BASE, WANTS, Counts, RouterCounts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.analysis.counting.shard import count_shard
 from moe_inspect.cli.app import app
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.plots import write_plots
@@ -42,7 +39,7 @@ def ids_with_gaps(
     return ids_TK
 
 
-def slots_of(ids_TK: np.ndarray, E: int = E) -> counting.Slots:
+def slots_of(ids_TK: np.ndarray, E: int = E) -> kernels_numpy.Slots:
     """As the reader has them."""
     return tuple(np.where(ids_TK < 0, E, ids_TK).astype(np.uint8).T.copy())
 
@@ -89,7 +86,7 @@ def same(a: Counts, b: Counts) -> None:
 
 def test_pairs_by_hand():
     here, there = np.array([[0, 1], [0, -1]], np.int16), np.array([[2, 0], [1, 2]], np.int16)
-    for by in (counting, kernels):
+    for by in (kernels_numpy, kernels_numba):
         assert [
             table.tolist() for table in by.transitions(slots_of(here, 2), slots_of(here, 2), 2, 2)
         ] == [
@@ -107,11 +104,11 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
     # two sequences decoded side by side: their tokens alternate, the second starts a new sequence
     # of the same document at 2
     document, sequence = np.array([7, 8, 7, 8, 7, 7]), np.array([0, 1, 0, 1, 0, 2])
-    order = counting.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 0]))
+    order = kernels_numpy.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 0]))
     slots = slots_of(np.array([[0, 1], [3, 2], [0, 2], [2, 3], [1, 3], [1, 3]]), 4)
     nothing_T, unit_T = np.zeros(6, np.int64), document - 7
-    places = counting.Places(unit_T, nothing_T, nothing_T, nothing_T, 2, 1, 1, 1, order)
-    for by in (counting, kernels):
+    places = kernels_numpy.Places(unit_T, nothing_T, nothing_T, nothing_T, 2, 1, 1, 1, order)
+    for by in (kernels_numpy, kernels_numba):
         first, common = by.repetition(slots, places, 4)
         assert places.pairs_U.tolist() == [2, 1]
         assert first.tolist() == [1, 0]
@@ -123,7 +120,9 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
 
 def test_tokens_that_do_not_follow_each_other_are_no_pair():
     """Token 2 of the sequence is missing, as a selection by phase leaves it."""
-    order = counting.order_of(np.zeros(4, np.int64), np.zeros(4, np.int64), np.array([0, 1, 3, 4]))
+    order = kernels_numpy.order_of(
+        np.zeros(4, np.int64), np.zeros(4, np.int64), np.array([0, 1, 3, 4])
+    )
     assert order.follows_T.tolist() == [False, True, False, True]
     assert order.size_S.tolist() == [4]
 
@@ -144,23 +143,26 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
     weights = tuple(rng.random((k, tokens)).astype(np.float32))
     unit_T = rng.integers(0, 3, tokens)
     sequence_T = unit_T + 3 * rng.integers(0, 2, tokens)
-    order = counting.order_of(unit_T, sequence_T, np.arange(tokens) // 3)
-    places = counting.Places(
+    order = kernels_numpy.order_of(unit_T, sequence_T, np.arange(tokens) // 3)
+    places = kernels_numpy.Places(
         unit_T, unit_T // 2, np.arange(tokens) // 40, np.arange(tokens) // 50, 3, 2, 8, 6, order
     )
     for ours, twin in zip(
-        kernels.loads(slots, places, experts), counting.loads(slots, places, experts), strict=True
+        kernels_numba.loads(slots, places, experts),
+        kernels_numpy.loads(slots, places, experts),
+        strict=True,
     ):
         assert (ours == twin).all()
-    runs = counting.Places(
+    runs = kernels_numpy.Places(
         np.arange(tokens) // 30 % 3, unit_T * 0, unit_T * 0, unit_T * 0, 3, 1, 1, 1
     )
     assert (
-        kernels.loads(slots, runs, experts)[0] == counting.load(runs.unit_T, slots, 3, experts)
+        kernels_numba.loads(slots, runs, experts)[0]
+        == kernels_numpy.load(runs.unit_T, slots, 3, experts)
     ).all()
-    assert (kernels.by_slot(slots, experts) == counting.by_slot(slots, experts)).all()
-    assert kernels.weight_confidence(weights) == pytest.approx(
-        counting.weight_confidence(weights), rel=1e-5, abs=1e-6 * tokens
+    assert (kernels_numba.by_slot(slots, experts) == kernels_numpy.by_slot(slots, experts)).all()
+    assert kernels_numba.weight_confidence(weights) == pytest.approx(
+        kernels_numpy.weight_confidence(weights), rel=1e-5, abs=1e-6 * tokens
     )
     for name, arguments in {
         "weight_sum": (unit_T, slots, weights, 3, experts),
@@ -168,12 +170,14 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
         "repetition": (slots, places, experts),
     }.items():
         np.testing.assert_allclose(
-            getattr(counting, name)(*arguments), getattr(kernels, name)(*arguments), rtol=1e-6
+            getattr(kernels_numpy, name)(*arguments),
+            getattr(kernels_numba, name)(*arguments),
+            rtol=1e-6,
         )
     for m in (1, 2, 5):
         assert (
-            counting.srp(slots, places, experts, m).tolist()
-            == kernels.srp(slots, places, experts, m).tolist()
+            kernels_numpy.srp(slots, places, experts, m).tolist()
+            == kernels_numba.srp(slots, places, experts, m).tolist()
         )
 
 
@@ -181,14 +185,14 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
 def test_a_pair_that_comes_up_more_often_than_a_narrow_table_holds(tokens: int):
     twice = (np.zeros(tokens, np.uint8),) * 2  # damaged: an expert named twice in a decision
     for total, first in (
-        kernels.transitions(twice, twice, 1, 1),
-        counting.transitions(twice, twice, 1, 1),
+        kernels_numba.transitions(twice, twice, 1, 1),
+        kernels_numpy.transitions(twice, twice, 1, 1),
     ):
         assert (total.tolist(), first.tolist()) == ([[4 * tokens]], [[tokens]])
     thrice = (np.zeros(tokens, np.uint8),) * 3
     assert (
-        kernels.by_slot(thrice, 1).tolist()
-        == counting.by_slot(thrice, 1).tolist()
+        kernels_numba.by_slot(thrice, 1).tolist()
+        == kernels_numpy.by_slot(thrice, 1).tolist()
         == [[3 * tokens]]
     )
 
@@ -197,7 +201,8 @@ def test_a_wrong_kernel_would_be_noticed():
     slots = slots_of(ids_with_gaps(0))
     rolled = tuple(np.roll(slot_T, 1) for slot_T in slots)
     assert (
-        counting.transitions(slots, slots, E, E)[0] != kernels.transitions(rolled, slots, E, E)[0]
+        kernels_numpy.transitions(slots, slots, E, E)[0]
+        != kernels_numba.transitions(rolled, slots, E, E)[0]
     ).any()
 
 
@@ -274,7 +279,7 @@ def test_sums_that_must_hold(tmp_path: Path):
     assert mine.together_EE.sum() == (there_T**2).sum()
     assert (
         mine.together_EE.tolist()
-        == counting.pairs(*[slots_of(ids_with_gaps(0))] * 2, E, E).tolist()
+        == kernels_numpy.pairs(*[slots_of(ids_with_gaps(0))] * 2, E, E).tolist()
     )
     assert mine.next_EN.sum() == (there_T * next_T).sum()
     assert counts.of[1].next_EN is None  # there is none after it
@@ -369,7 +374,7 @@ def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
     assert [counts.next_router(r) for r in range(4)] == [1, None, 3, None]
     assert (
         counts.of[0].next_EN.tolist()
-        == counting.pairs(
+        == kernels_numpy.pairs(
             slots_of(fed["encode"][0], 4), slots_of(fed["encode"][1], 4), 4, 4
         ).tolist()
     )
@@ -380,7 +385,7 @@ def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
 
 def test_what_logits_and_weights_say_by_hand():
     logits = np.array([[0, 0, 0, 0], [3, 1, 1, 0], [np.nan, 0, 0, 0]], np.float16)
-    said = counting.logit_confidence(logits, 2, "softmax")
+    said = kernels_numpy.logit_confidence(logits, 2, "softmax")
     p = np.exp([3, 1, 1, 0]) / np.exp([3, 1, 1, 0]).sum()
     assert said["logit_decisions"] == 2
     np.testing.assert_allclose(said["probability_sum_E"], 0.25 + p)
@@ -390,8 +395,8 @@ def test_what_logits_and_weights_say_by_hand():
     assert said["boundary_margin_sum"] == 0
     assert said["ties"] == 2
     assert said["topk_mass_sum"] == pytest.approx(0.5 + p[:2].sum())
-    assert np.isnan(counting.logit_confidence(logits, 4, "softmax")["boundary_margin_sum"])
-    weights = counting.weight_confidence(
+    assert np.isnan(kernels_numpy.logit_confidence(logits, 4, "softmax")["boundary_margin_sum"])
+    weights = kernels_numpy.weight_confidence(
         tuple(np.array([[0.3, 0.2, 0], [0.1, 0.2, 0]], np.float32))
     )
     assert weights["weight_decisions"] == 2
@@ -488,7 +493,7 @@ def test_token_ids_are_counted_by_stack(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(engine, "LONG", long)
         counts = count_trace(trace, select(trace))
         assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
-        encoder, decoder = tokenids.by_token_id(
+        encoder, decoder = token_ids.by_token_id(
             trace, select(trace), counts, nulls=False, min_count=1
         )
         assert (encoder.token_ids.occurrences_V.tolist(), encoder.any_VE.tolist()) == (

@@ -1,5 +1,6 @@
-"""The tests of counting, evidence, verdict, writer, reader and importers can fail: each mistake of this list, put in on purpose, makes one
-of them do so. The kernels' and the ring's are in test_mutations."""
+"""The tests of counting, evidence, verdict, writer, reader and importers can fail: each mistake of
+this list, put in on purpose, makes one of them do so. The kernels' and the ring's are in
+test_mutations."""
 
 from __future__ import annotations
 
@@ -11,9 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.analysis.counting import counts as aggregate
-from moe_inspect.analysis.counting import kernels_numpy as counting
-from moe_inspect.analysis.counting import shard as fragment
+from moe_inspect.analysis.counting import count_shard, counts, kernels_numpy
 from moe_inspect.analysis.metrics import balance, pairs, uncertainty
 from moe_inspect.capture import corpus
 from moe_inspect.importers import context, esft, responses, routed
@@ -118,26 +117,26 @@ MUTATIONS = {
     "evidence: repeated tokens count": (pair_tables, "max(1.0, self.effect) if self.effect == self.effect else 1.0", "1.0", by(test_evidence.test_one_pair_in_so_many_is_chance)),
     "pairs by chance: of independent choices": (pairs, "np.outer(weight_E, weight_E) * others_EE * apart_EE", "apart_EE", by(test_evidence.test_chance_is_that_of_sets_by_lot, 3, 5.0)),
     # counting
-    "unknown first choices are counted": (fragment, "first_choice_DE if ranked else None, weight_sum_DE", "first_choice_DE, weight_sum_DE", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
-    "unknown first choices repeat": (fragment, "first_same_U if ranked else None", "first_same_U", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
-    "unknown first choices lead on": (fragment, "next_first_EN if ranked else None", "next_first_EN", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
-    "unknown first choices of counts": (fragment, "first_choice_DE if part.routers[r].first_choice_known else None", "first_choice_DE", by(test_slot_order.test_counts_recorded_before_the_order_was_stated_have_no_first_choices)),
-    "first choices of the second slot": (counting, "slots[:1], places.D, E)", "slots[1:2], places.D, E)", by_hand),
-    "weights are of one domain": (fragment, "by.weight_sum(places.domain_T, slots, weights, D, E)", "by.weight_sum(places.domain_T * 0, slots, weights, D, E)", by_hand),
-    "weights of the first slot": (counting, "np.concatenate(weights), X", "np.concatenate(weights[:1] * len(weights)), X", by_hand),
-    "nowhere is an expert": (counting, "return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)", "return (row_T.astype(np.int64) * (E + 1) + np.minimum(np.stack(slots), E - 1)).reshape(-1)", by_hand),
-    "what routed nowhere is not told": (fragment, "k * len(slots[0]) - int(load_BE.sum())", "0 * int(load_BE.sum())", by_hand),
-    "pairs over the edges of sequences": (counting, "same_T = np.r_[False, (d[1:] == d[:-1]) & (s[1:] == s[:-1])]", "same_T = np.r_[False, d[1:] == d[:-1]]", in_sequences),
-    "pairs over gaps": (counting, "same_T & np.r_[False, p[1:] == p[:-1] + 1]", "same_T & np.r_[False, p[1:] > p[:-1]]", by(test_counting.test_tokens_that_do_not_follow_each_other_are_no_pair)),
-    "tokens in the order of the trace": (counting, "if not later_T.all():", "if False:", in_sequences),
-    "segments a token longer": (counting, "place_T - run_start_T >= m - 1", "place_T - run_start_T >= m", in_sequences),
-    "pairs of slots: each with itself": (counting, "slots[j:], E, E)", "slots[j - 1 :], E, E)", sums),
-    "windows a token late": (fragment, "(first + seen.number_T) // windows.tokens", "(first + seen.number_T + 1) // windows.tokens", by(test_counting.test_windows_by_hand)),
-    "windows begin anew in every shard": (fragment, "first = windows.before[shard.files.rank, shard.files.index] if windows else 0", "first = 0", by(test_counting.test_windows_by_hand)),
-    "ties: the rank before": (counting, "ranked_TE[:, k - 1] - ranked_TE[:, k] if", "ranked_TE[:, k - 2] - ranked_TE[:, k - 1] if", logits),
-    "merged: the last part alone": (aggregate, "mine[rows.theirs] += theirs", "mine[rows.theirs] = theirs", merging),
-    "merged: passes of one part": (aggregate, "before + n, sum_before + max_vio", "n, max_vio", merging),
-    "an encoder's tokens are the decoder's": (fragment, '(phase == PHASES[2]) == (stack == "encoder")', '(phase == PHASES[2]) != (stack == "encoder")', two_stacks),
+    "unknown first choices are counted": (count_shard, "first_choice_DE if ranked else None, weight_sum_DE", "first_choice_DE, weight_sum_DE", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
+    "unknown first choices repeat": (count_shard, "first_same_U if ranked else None", "first_same_U", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
+    "unknown first choices lead on": (count_shard, "next_first_EN if ranked else None", "next_first_EN", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
+    "unknown first choices of counts": (count_shard, "first_choice_DE if part.routers[r].first_choice_known else None", "first_choice_DE", by(test_slot_order.test_counts_recorded_before_the_order_was_stated_have_no_first_choices)),
+    "first choices of the second slot": (kernels_numpy, "slots[:1], places.D, E)", "slots[1:2], places.D, E)", by_hand),
+    "weights are of one domain": (count_shard, "by.weight_sum(places.domain_T, slots, weights, D, E)", "by.weight_sum(places.domain_T * 0, slots, weights, D, E)", by_hand),
+    "weights of the first slot": (kernels_numpy, "np.concatenate(weights), X", "np.concatenate(weights[:1] * len(weights)), X", by_hand),
+    "nowhere is an expert": (kernels_numpy, "return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)", "return (row_T.astype(np.int64) * (E + 1) + np.minimum(np.stack(slots), E - 1)).reshape(-1)", by_hand),
+    "what routed nowhere is not told": (count_shard, "k * len(slots[0]) - int(load_BE.sum())", "0 * int(load_BE.sum())", by_hand),
+    "pairs over the edges of sequences": (kernels_numpy, "same_T = np.r_[False, (d[1:] == d[:-1]) & (s[1:] == s[:-1])]", "same_T = np.r_[False, d[1:] == d[:-1]]", in_sequences),
+    "pairs over gaps": (kernels_numpy, "same_T & np.r_[False, p[1:] == p[:-1] + 1]", "same_T & np.r_[False, p[1:] > p[:-1]]", by(test_counting.test_tokens_that_do_not_follow_each_other_are_no_pair)),
+    "tokens in the order of the trace": (kernels_numpy, "if not later_T.all():", "if False:", in_sequences),
+    "segments a token longer": (kernels_numpy, "place_T - run_start_T >= m - 1", "place_T - run_start_T >= m", in_sequences),
+    "pairs of slots: each with itself": (kernels_numpy, "slots[j:], E, E)", "slots[j - 1 :], E, E)", sums),
+    "windows a token late": (count_shard, "(first + seen.number_T) // windows.tokens", "(first + seen.number_T + 1) // windows.tokens", by(test_counting.test_windows_by_hand)),
+    "windows begin anew in every shard": (count_shard, "first = windows.before[shard.files.rank, shard.files.index] if windows else 0", "first = 0", by(test_counting.test_windows_by_hand)),
+    "ties: the rank before": (kernels_numpy, "ranked_TE[:, k - 1] - ranked_TE[:, k] if", "ranked_TE[:, k - 2] - ranked_TE[:, k - 1] if", logits),
+    "merged: the last part alone": (counts, "mine[rows.theirs] += theirs", "mine[rows.theirs] = theirs", merging),
+    "merged: passes of one part": (counts, "before + n, sum_before + max_vio", "n, max_vio", merging),
+    "an encoder's tokens are the decoder's": (count_shard, '(phase == PHASES[2]) == (stack == "encoder")', '(phase == PHASES[2]) != (stack == "encoder")', two_stacks),
     # writer
     "slots stay as they came": (tables, "if order_KT is not None:", "if order_KT is None and False:", written_in_order),
     "weights stay where they were": (tables, "weights_KT = None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)", "pass", written_in_order),

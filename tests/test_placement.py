@@ -1,5 +1,5 @@
-"""Placement: EPLB against its published values, ours against EPLB, what a token reaches, plans that
-engines read."""
+"""Placement: EPLB against its published values, the local search against EPLB, what a token
+reaches, plans that engines read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.placement.eplb import eplb
-from moe_inspect.simulate.placement.exact import as_light
-from moe_inspect.simulate.placement.placement import reached_numpy, simulate_placement
+from moe_inspect.simulate.placement import kernels_numba, kernels_numpy
+from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.placement.plan import write_plan
-from moe_inspect.simulate.placement.policies import POLICIES, Layout, colocated, shares
-from moe_inspect.simulate.placement.search import CLOSE
-from moe_inspect.simulate.placement.windows import count_windows_numpy
+from moe_inspect.simulate.placement.policies.eplb import eplb
+from moe_inspect.simulate.placement.policies.exact import as_light
+from moe_inspect.simulate.placement.policies.layout import Layout, colocated, shares
+from moe_inspect.simulate.placement.policies.policies import POLICIES
+from moe_inspect.simulate.placement.policies.search import CLOSE
+from moe_inspect.simulate.placement.ranks_reached import counter, table_of
 from tests.exact import fits_apart
 from tests.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_real_data import FIDDLER, deepseek, needs_esft, needs_fiddler  # noqa: F401  (a fixture)
@@ -47,8 +49,8 @@ def ratio(load_E: np.ndarray, expert_P: np.ndarray, gpus: int) -> float:
 
 
 def no_worse(load_E: np.ndarray, layout: Layout) -> tuple[float, float]:
-    """max/mean of ours and of the best EPLB, checked."""
-    ours = POLICIES["ours"](load_E, layout)
+    """max/mean of local-search and of the best EPLB, checked."""
+    ours = POLICIES["local-search"](load_E, layout)
     assert sorted(set(ours.tolist())) == list(range(len(load_E)))
     assert len(ours) == layout.slots
     assert colocated(ours, layout.gpus) == 0
@@ -84,7 +86,7 @@ def test_eplb_places_as_published(layer: int) -> None:
     no_worse(load_E, Layout(16, 8, 2, 4))
 
 
-def test_ours_is_no_worse_than_eplb_and_keeps_replicas_apart() -> None:
+def test_local_search_is_no_worse_than_eplb_and_keeps_replicas_apart() -> None:
     rng, better = np.random.default_rng(0), 0
     for _ in range(60):
         E = int(rng.choice([8, 16, 32, 64]))
@@ -96,9 +98,9 @@ def test_ours_is_no_worse_than_eplb_and_keeps_replicas_apart() -> None:
     assert better >= 10
 
 
-# where EPLB's heaviest GPU is lighter than ours, by replicas that share one: four of the six of
-# 5,000 random Zipf loads; layer 1 of Mixtral-8x7B (real/fiddler_mixtral), layers 0 and 2 of the
-# collapsed sample trace, layer 1 of the untrained one
+# where EPLB's heaviest GPU is lighter than that of local-search, by replicas that share one: four
+# of the six of 5,000 random Zipf loads; layer 1 of Mixtral-8x7B (real/fiddler_mixtral), layers 0
+# and 2 of the collapsed sample trace, layer 1 of the untrained one
 MIXTRAL_1 = [24418, 26955, 31240, 14610, 31706, 29339, 26026, 26838]
 SHARED = [
     ([5852, 18135, 9716, 12464, 5092, 6705, 7802, 34234], 16, 8),
@@ -113,30 +115,30 @@ SHARED = [
 
 
 @pytest.mark.parametrize(("load", "slots", "gpus"), SHARED)
-def test_where_eplb_beats_ours_nothing_apart_is_lighter_than_ours(
+def test_where_eplb_beats_ours_nothing_apart_is_lighter_than_local_search(
     load: list[int], slots: int, gpus: int
 ) -> None:
     load_E, layout = np.array(load), Layout(slots, gpus)
     most = {
         name: float((load_E @ shares(POLICIES[name](load_E, layout), 8, gpus)).max())
-        for name in ("ours", "eplb-global")
+        for name in ("local-search", "eplb-global")
     }
-    assert most["eplb-global"] < most["ours"] < 1.03 * most["eplb-global"]
+    assert most["eplb-global"] < most["local-search"] < 1.03 * most["eplb-global"]
     assert colocated(POLICIES["eplb-global"](load_E, layout), gpus) > 0
-    assert not fits_apart(load_E, slots, gpus, most["ours"] * (1 - 1e-9))
-    assert fits_apart(load_E, slots, gpus, most["ours"] * (1 + 1e-9))
+    assert not fits_apart(load_E, slots, gpus, most["local-search"] * (1 - 1e-9))
+    assert fits_apart(load_E, slots, gpus, most["local-search"] * (1 + 1e-9))
 
 
 @pytest.mark.parametrize(
     ("E", "gpus", "slots"), [(5, 3, 6), (6, 2, 8), (6, 3, 9), (6, 4, 8), (8, 4, 12)]
 )
-def test_ours_is_the_lightest_there_is_where_all_can_be_tried(
+def test_local_search_is_the_lightest_there_is_where_all_can_be_tried(
     E: int, gpus: int, slots: int
 ) -> None:
     for seed in range(8):
         load_E = zipf(np.random.default_rng(seed), E)
         most = float(
-            (load_E @ shares(POLICIES["ours"](load_E, Layout(slots, gpus)), E, gpus)).max()
+            (load_E @ shares(POLICIES["local-search"](load_E, Layout(slots, gpus)), E, gpus)).max()
         )
         assert fits_apart(load_E, slots, gpus, most * (1 + 1e-9))
         assert not fits_apart(load_E, slots, gpus, most * (1 - CLOSE), replicas=gpus)
@@ -182,7 +184,7 @@ def test_where_kicks_do_not_get_there_trying_all_does(
 
 def test_with_room_for_every_expert_on_every_gpu_balance_is_perfect() -> None:
     load_E = np.array([100, 1, 1])
-    assert ratio(load_E, POLICIES["ours"](load_E, Layout(8, 2)), 2) == pytest.approx(1)
+    assert ratio(load_E, POLICIES["local-search"](load_E, Layout(8, 2)), 2) == pytest.approx(1)
 
 
 def test_colocated_sees_replicas_that_share_a_gpu() -> None:
@@ -194,19 +196,23 @@ def test_colocated_sees_replicas_that_share_a_gpu() -> None:
 
 
 @needs_esft
-def test_ours_on_deepseek_v2_lite(deepseek) -> None:  # noqa: F811
+def test_local_search_on_deepseek_v2_lite(deepseek) -> None:  # noqa: F811
     made = simulate_placement(
-        deepseek, gpus=8, physical_experts=72, policies=["eplb", "eplb-global", "ours"], fit_share=1
+        deepseek,
+        gpus=8,
+        physical_experts=72,
+        policies=["eplb", "eplb-global", "local-search"],
+        fit_share=1,
     )
     by = made.tables["placement"].pivot(index="layer", columns="policy", values="max_over_mean")
-    assert (by["ours"] <= by[["eplb", "eplb-global"]].min(axis=1) * (1 + 1e-9)).all()
-    assert made.tables["placement"].query("policy == 'ours'")["colocated"].sum() == 0
+    assert (by["local-search"] <= by[["eplb", "eplb-global"]].min(axis=1) * (1 + 1e-9)).all()
+    assert made.tables["placement"].query("policy == 'local-search'")["colocated"].sum() == 0
     assert len(by) == 26
 
 
 @needs_fiddler
 @pytest.mark.parametrize("model", ["mixtral_8x7b_original", "mixtral_8x7b_instruct"])
-def test_ours_on_mixtral(model: str) -> None:
+def test_local_search_on_mixtral(model: str) -> None:
     counts_LE = np.sum(
         [json.loads(f.read_text())["expert_popularity"] for f in (FIDDLER / model).glob("*.json")],
         axis=0,
@@ -218,14 +224,6 @@ def test_ours_on_mixtral(model: str) -> None:
 
 
 def test_the_loops_equal_their_twins() -> None:
-    from moe_inspect.simulate.placement.ranks_reached import (
-        count_windows,
-        counter,
-        reached,
-        reached_dense,
-        table_of,
-    )
-
     rng = np.random.default_rng(1)
     ids_KT = np.ascontiguousarray(uniform_ids(rng, 300, 12, 3).astype(np.int16).T)
     ids_KT[2, ::7] = -1
@@ -235,19 +233,20 @@ def test_the_loops_equal_their_twins() -> None:
         for t in range(300)
         for g in range(8)
     )
-    assert reached_numpy(ids_KT, share_EG) == pytest.approx(expected)
-    assert reached(ids_KT, *table_of(share_EG), 8) == pytest.approx(expected)
+    assert kernels_numpy.reached(ids_KT, share_EG) == pytest.approx(expected)
+    assert kernels_numba.reached_sparse(ids_KT, *table_of(share_EG), 8) == pytest.approx(expected)
     assert counter(share_EG)(ids_KT) == pytest.approx(expected)
-    assert reached_dense(ids_KT, np.vstack([1 - share_EG, np.ones(8)])) == pytest.approx(expected)
+    miss_EG = np.vstack([1 - share_EG, np.ones(8)])
+    assert kernels_numba.reached_dense(ids_KT, miss_EG) == pytest.approx(expected)
     alone_EG = np.eye(12)[:, np.arange(12) % 6]
-    assert counter(alone_EG)(ids_KT) == pytest.approx(reached_numpy(ids_KT, alone_EG))
+    assert counter(alone_EG)(ids_KT) == pytest.approx(kernels_numpy.reached(ids_KT, alone_EG))
     window_T, mine, theirs = (
         rng.integers(0, 5, 300),
         np.zeros((5, 12), np.int64),
         np.zeros((5, 12), np.int64),
     )
-    count_windows_numpy(ids_KT, window_T, mine)
-    count_windows(ids_KT, window_T, theirs)
+    kernels_numpy.count_windows(ids_KT, window_T, mine)
+    kernels_numba.count_windows(ids_KT, window_T, theirs)
     assert (mine == theirs).all()
     assert mine.sum() == (ids_KT >= 0).sum()
 
@@ -263,7 +262,7 @@ def test_a_token_reaches_the_ranks_of_its_experts(tmp_path: Path) -> None:
     assert rows["ranks_per_token"].to_dict() == {"contiguous": 1.0, "round-robin": 2.0}
     assert (rows["max_over_mean"] == 1).all()
     assert rows["activations_per_token"].to_dict() == {"contiguous": 1.0, "round-robin": 2.0}
-    fewer = simulate_placement(trace, gpus=2, policies=["ours"], minimize="ranks")
+    fewer = simulate_placement(trace, gpus=2, policies=["local-search"], minimize="ranks")
     assert fewer.tables["placement"]["ranks_per_token"].item() == 1.0
 
 
@@ -286,7 +285,7 @@ def test_counts_alone_give_a_placement_and_no_ranks(tmp_path: Path) -> None:
     )
     table = made.tables["placement"]
     assert table["ranks_per_token"].isna().all()
-    assert table.set_index("policy")["max_over_mean"]["ours"] == 1.0
+    assert table.set_index("policy")["max_over_mean"]["local-search"] == 1.0
     assert table.set_index("policy")["max_over_mean"]["contiguous"] == pytest.approx(1.4)
     assert any("Counts only" in sentence for sentence in made.verdict)
 
@@ -354,10 +353,10 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     ids = np.tile(np.array([[0], [2]], np.uint16), (1000, 1))
     ids[1000:] = np.tile(np.array([[0], [1]], np.uint16), (500, 1))
     trace = write_trace(tmp_path / "t", [ids], 4)
-    made = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin", "ours"])
+    made = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin", "local-search"])
     slowdown = made.tables["policies"].set_index("policy")["slowdown"]
     assert slowdown["round-robin"] == 1 < slowdown["contiguous"]
-    best = slowdown.idxmin() if slowdown["ours"] > 1 else "ours"
+    best = slowdown.idxmin() if slowdown["local-search"] > 1 else "local-search"
     assert set(made.tables["plan"]["policy"]) == {best}
     assert any(
         f"written by -o: the plan of {best}, which is the least slow on the judged part" in said
@@ -367,15 +366,17 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     assert set(two.tables["plan"]["policy"]) == {"round-robin"}
     assert two.tables["plan"]["expert"].tolist() == [0, 2, 1, 3]
     assert write_plan(two, tmp_path / "plan.json").startswith("round-robin,")
-    asked = simulate_placement(trace, gpus=2, policies=["round-robin", "ours"], minimize="ranks")
-    assert set(asked.tables["plan"]["policy"]) == {"ours"}
+    asked = simulate_placement(
+        trace, gpus=2, policies=["round-robin", "local-search"], minimize="ranks"
+    )
+    assert set(asked.tables["plan"]["policy"]) == {"local-search"}
     better = asked.tables["policies"].set_index("policy")["slowdown"]
     reason = (
         "which is the least slow"
-        if better["ours"] <= better["round-robin"]
+        if better["local-search"] <= better["round-robin"]
         else "as --minimize asks"
     )
-    assert any(f"the plan of ours, {reason}" in said for said in asked.verdict)
+    assert any(f"the plan of local-search, {reason}" in said for said in asked.verdict)
 
 
 def test_dispatch_by_a_linear_program_is_reported_beside_even(tmp_path: Path) -> None:

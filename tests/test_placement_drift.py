@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 
 from moe_inspect.simulate.placement.dispatch import least_busiest
-from moe_inspect.simulate.placement.lasting import busiest, settle
-from moe_inspect.simulate.placement.outlook import MOST, drawn, kriging, merged, variogram
-from moe_inspect.simulate.placement.policies import POLICIES, Layout, colocated, shares
+from moe_inspect.simulate.placement.policies.lasting import busiest, settle
+from moe_inspect.simulate.placement.policies.layout import Layout, colocated, shares
+from moe_inspect.simulate.placement.policies.outlook import MOST, drawn, kriging, merged, variogram
+from moe_inspect.simulate.placement.policies.policies import POLICIES
 from tests.drift import CASES, drifting, mean_over_windows
 
 GPUS, SLOTS, EXPERTS = 8, 72, 64
 
 
 @pytest.mark.parametrize("case", ["bursts", "slow drift", "heavy drift"])
-def test_ours_lasts_longer_than_eplb(case: str) -> None:
+def test_local_search_lasts_longer_than_eplb(case: str) -> None:
     held_out, layout = [], Layout(SLOTS, GPUS)
     for layer in range(12):
         load_WE = drifting(layer, EXPERTS, 32, *CASES[case])
         fit_WE, judged_WE = load_WE[:16], load_WE[16:]
-        ours, eplb = (POLICIES[name](fit_WE, layout) for name in ("ours", "eplb-global"))
+        ours, eplb = (POLICIES[name](fit_WE, layout) for name in ("local-search", "eplb-global"))
         held_out.append([mean_over_windows(plan, judged_WE, GPUS) for plan in (ours, eplb)])
         static = [
             mean_over_windows(plan, fit_WE.sum(0, keepdims=True), GPUS) for plan in (ours, eplb)
@@ -42,7 +43,7 @@ def test_any_number_of_windows_gives_a_placement(windows: int) -> None:
     load_WE[windows // 2] = 0  # as of a stack that saw nothing
     load_WE[:, 3] = 0  # a dead expert
     for slots, gpus in ((16, 4), (20, 4), (16, 1), (64, 2)):
-        plan = POLICIES["ours"](load_WE, Layout(slots, gpus))
+        plan = POLICIES["local-search"](load_WE, Layout(slots, gpus))
         assert set(plan.tolist()) == set(range(16))
         assert colocated(plan, gpus) == 0 or slots // gpus >= 16
 
@@ -50,7 +51,7 @@ def test_any_number_of_windows_gives_a_placement(windows: int) -> None:
 def test_settling_lowers_the_busiest_gpu_and_keeps_the_limit() -> None:
     rng = np.random.default_rng(0)
     load_EM = rng.lognormal(size=(24, 40))
-    expert_P = POLICIES["ours"](load_EM.sum(1), Layout(28, 7))
+    expert_P = POLICIES["local-search"](load_EM.sum(1), Layout(28, 7))
     slots_GS, replicas_E = expert_P.reshape(7, 4).copy(), np.bincount(expert_P)
     assert colocated(expert_P, 7) == 0
     limit = 1.02 * (load_EM.sum(1) @ shares(expert_P, 24, 7)).max()

@@ -12,17 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate import kernels
-from moe_inspect.simulate.capacity import (
-    ORDERS,
-    Stack,
-    capacity,
-    drops,
-    levels,
-    queue_numpy,
-    simulate_capacity,
-)
-from moe_inspect.simulate.shards import document_deciles, runs
+from moe_inspect.simulate import kernels_numba, kernels_numpy
+from moe_inspect.simulate.capacity.capacity import ORDERS, simulate_capacity
+from moe_inspect.simulate.capacity.queues import Groups, dropped, levels
+from moe_inspect.simulate.shards import document_deciles, expert_capacity
 from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
@@ -59,7 +52,9 @@ def routing(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
     return ids_TK, rng.integers(1, 5, (T, K)).astype(np.float32), E
 
 
-@pytest.mark.parametrize("sweep", [queue_numpy, kernels.queue], ids=["numpy", "numba"])
+@pytest.mark.parametrize(
+    "sweep", [kernels_numpy.queue, kernels_numba.queue], ids=["numpy", "numba"]
+)
 @pytest.mark.parametrize("order", ORDERS)
 @settings(max_examples=60, deadline=None)
 @given(case=routing(), size=st.integers(1, 15))
@@ -69,7 +64,9 @@ def test_drops_equal_a_brute_force(
     ids_TK, weight_TK, E = case
     T, K = ids_TK.shape
     start_G = np.append(np.arange(0, T, size), T)
-    room_GF = np.array([[capacity(f, int(n), K, E) for f in FACTORS] for n in np.diff(start_G)])
+    room_GF = np.array(
+        [[expert_capacity(f, int(n), K, E) for f in FACTORS] for n in np.diff(start_G)]
+    )
     group_T = np.repeat(np.arange(len(start_G) - 1), np.diff(start_G))
     domain_T, decile_PT = (
         np.arange(T) % 2,
@@ -80,21 +77,13 @@ def test_drops_equal_a_brute_force(
         if order == "weight"
         else np.zeros(0, np.int64)
     )
-    last_FD, last_FPN = np.zeros((4, 2), np.int64), np.zeros((4, 2, 10), np.int64)
     load_GE, level_KT = np.zeros((len(start_G) - 1, E), np.int32), np.empty((K, T), np.uint8)
     of_G, ids_KT = np.arange(len(room_GF)), np.ascontiguousarray(ids_TK.T)
     sweep(
         ids_KT, start_G, of_G, levels(room_GF, size), visit_N, order == "token", load_GE, level_KT
     )
-    stack = Stack(
-        slice(None),
-        start_G,
-        domain_T,
-        decile_PT,
-        *[np.zeros(0, np.int64)] * 2,
-        runs(domain_T, *decile_PT),
-    )
-    worst_T, best_T = drops(level_KT, stack, last_FD, last_FPN)
+    groups = Groups(slice(None), start_G, domain_T, decile_PT, domains=2)
+    last_FD, last_FPN, worst_T, best_T = dropped(level_KT, groups, len(FACTORS))
     for f in range(len(FACTORS)):
         lost = {
             (int(start_G[g]) + t, k)
@@ -117,8 +106,8 @@ def test_drops_equal_a_brute_force(
 
 def test_capacity_is_exact_where_a_float_is_not():
     assert ceil(1.1 * 100) == 111
-    assert capacity(1.1, 100, 1, 1) == 110
-    assert capacity(1.25, 7, 2, 8) == 3
+    assert expert_capacity(1.1, 100, 1, 1) == 110
+    assert expert_capacity(1.25, 7, 2, 8) == 3
 
 
 def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
@@ -156,7 +145,7 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
         0.0,
         0.5,
     )
-    assert capacity(1.5, 4, 1, 2) == 3  # one hundredth less is too little
+    assert expert_capacity(1.5, 4, 1, 2) == 3  # one hundredth less is too little
     assert all(sentence.startswith("Simulated") for sentence in made.verdict)
 
 

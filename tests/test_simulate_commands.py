@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from moe_inspect.cli.app import app
-from moe_inspect.simulate.decode import simulate_decode
+from moe_inspect.simulate.decode.decode import simulate_decode
 from moe_inspect.simulate.placement.placement import simulate_placement
 from tests.conftest import ROOT
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
@@ -53,7 +53,7 @@ def test_every_table_in_every_format(command: str, table: str, tmp_path: Path) -
 
 
 def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
-    options = ("--gpus", 4, "--physical-experts", 12, "--policy", "contiguous,eplb,ours")
+    options = ("--gpus", 4, "--physical-experts", 12, "--policy", "contiguous,eplb,local-search")
     done = run(
         "placement",
         TRACE,
@@ -66,7 +66,7 @@ def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
         tmp_path / "page.html",
     )
     assert "by vLLM's convention" in done.stdout
-    assert "ours, 4 MoE layers of 12 slots on 4 GPUs" in done.stderr
+    assert "local-search, 4 MoE layers of 12 slots on 4 GPUs" in done.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
     assert [sorted(set(row)) for row in plan] == [list(range(8))] * 4
     assert (tmp_path / "placement.png").stat().st_size > 10_000
@@ -231,7 +231,7 @@ def test_counts_alone_write_a_plan(tmp_path: Path) -> None:
 
 def test_where_replicas_need_not_share_a_gpu_the_search_finds_it() -> None:
     """Found by looking for loads where EPLB, whose replicas do share, was ahead."""
-    from moe_inspect.simulate.placement.policies import Layout
+    from moe_inspect.simulate.placement.policies.layout import Layout
     from tests.test_placement import no_worse
 
     no_worse(np.array([29404, 17494, 12788, 6333, 8838, 7713, 10430, 7000]), Layout(64, 32, 2, 4))

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from moe_inspect import Trace, open_trace
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate import kernels
-from moe_inspect.simulate.routing import simulate_routing
-from moe_inspect.simulate.routing_algorithms import (
+from moe_inspect.simulate import kernels_numba, kernels_numpy
+from moe_inspect.simulate.routing.algorithms import (
     ALGORITHMS,
     BIAS_RATE,
     BIAS_TOKENS,
@@ -23,8 +22,8 @@ from moe_inspect.simulate.routing_algorithms import (
     Batch,
     batch_of,
     largest,
-    serve_in_turn,
 )
+from moe_inspect.simulate.routing.routing import simulate_routing
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.conftest import ROOT, Cli
@@ -105,8 +104,8 @@ def test_next_best_equals_a_naive_queue(T: int, E: int, k: int, room: int, seed:
         for e in [int(e) for e in order_TE[t] if taken[int(e)] < room][:k]:
             taken[e] += 1
             expected[t, e] = True
-    assert (serve_in_turn(order_TE, k, room) == expected).all()
-    assert (kernels.serve_in_turn(order_TE, k, room) == expected).all()
+    assert (kernels_numpy.serve_in_turn(order_TE, k, room) == expected).all()
+    assert (kernels_numba.serve_in_turn(order_TE, k, room) == expected).all()
 
 
 def test_expert_choice_gives_every_expert_the_same():

@@ -1,4 +1,5 @@
-"""What the simulations say of their tables, just under and just over each threshold: on tables by hand."""
+"""What the simulations say of their tables, just under and just over each threshold: on tables by
+hand."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moe_inspect.simulate import cache, decode, routing
-from moe_inspect.simulate import capacity_text as capacity_said
+from moe_inspect.simulate.cache import cache
+from moe_inspect.simulate.capacity import text as capacity_text
+from moe_inspect.simulate.decode import decode
+from moe_inspect.simulate.routing import routing
 
 LABELS = {0: "0", 1: "1/1", 2: "1/2"}
 
@@ -123,7 +126,7 @@ def test_capacity_names_the_worst_router():
         "capacity_by_position": ends,
     }
     settings = {"capacity_factors": [1.0], "group_tokens": "batch", "target_drop": 0.01}
-    said = capacity_said.verdict(tables, settings, LABELS)
+    said = capacity_text.verdict(tables, settings, LABELS)
     assert (
         "layer 1/2 would drop most: 10.1% of its assignments; 20.0% of its tokens would lose a choice and 5.0% all"
         in said[0]
@@ -140,9 +143,9 @@ def test_capacity_names_the_worst_router():
         f"Simulated, layer 1/2, drops by place in the {p}: first tenth 1.0%, last tenth 10.0%."
         for p in ("document", "group")
     ]
-    assert len(capacity_said.verdict(tables, settings | {"group_tokens": "sequence"}, LABELS)) == 4
+    assert len(capacity_text.verdict(tables, settings | {"group_tokens": "sequence"}, LABELS)) == 4
     nothing = {**tables, "capacity": main.assign(drop_rate=float("nan"))}
-    assert capacity_said.verdict(nothing, settings, LABELS) == [
+    assert capacity_text.verdict(nothing, settings, LABELS) == [
         "Simulated: no router made an assignment, so nothing could be dropped."
     ]
 

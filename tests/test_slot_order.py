@@ -21,7 +21,7 @@ from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.charts.sections import report_page
 from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import report
-from moe_inspect.simulate.capacity import simulate_capacity
+from moe_inspect.simulate.capacity.capacity import simulate_capacity
 from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router

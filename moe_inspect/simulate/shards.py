@@ -6,6 +6,7 @@ T tokens that the routers see, G groups.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fractions import Fraction
 
 import numpy as np
 
@@ -96,3 +97,10 @@ def document_deciles(document_T: np.ndarray, sequence_T: np.ndarray) -> np.ndarr
     decile_T = np.empty(len(sequence_T), np.uint8)
     decile_T[order_T] = deciles(runs(document_T[order_T]))
     return decile_T
+
+
+def expert_capacity(factor: float, tokens: int, k: int, E: int) -> int:
+    """ceil(factor · tokens · k / E) assignments, computed exactly: a factor of 1.1 is eleven
+    tenths, not the binary float next to it."""
+    exact = Fraction(repr(float(factor)))
+    return -(-exact.numerator * tokens * k // (exact.denominator * E))

@@ -31,7 +31,9 @@ def select(
     chosen = parse_layers(layers, trace.routers)
     if not chosen:
         has = ranges(sorted({r.layer for r in trace.routers}))
-        raise MoeInspectError(f"no layer {_said(layers)} in {trace.path}: it has layers {has}")
+        raise MoeInspectError(
+            f"no layer {_text(layers or '')} in {trace.path}: it has layers {has}"
+        )
     if phase is not None and phase not in PHASES:
         raise MoeInspectError(f"no phase {phase!r}: there are {' and '.join(PHASES)}")
     labels = [domains] if isinstance(domains, str) else list(domains or [])
@@ -47,7 +49,7 @@ def parse_layers(layers: str | int | Iterable[int] | None, routers: list[Router]
     that exist in it (dense blocks have no router); a single layer must exist."""
     if layers is None:
         return list(range(len(routers)))
-    text = _said(layers)
+    text = _text(layers)
     parse_ranges(text)  # a complaint names all that was asked for
     wanted: set[int] = set()
     there = {r.layer for r in routers}
@@ -59,7 +61,7 @@ def parse_layers(layers: str | int | Iterable[int] | None, routers: list[Router]
     return [i for i, r in enumerate(routers) if r.layer in wanted]
 
 
-def _said(layers: object) -> str:
-    return (
-        str(layers) if isinstance(layers, (str, int)) else ",".join(str(layer) for layer in layers)
-    )  # type: ignore[union-attr]
+def _text(layers: str | int | Iterable[int]) -> str:
+    if isinstance(layers, (str, int)):
+        return str(layers)
+    return ",".join(str(layer) for layer in layers)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_inspect.analysis.counting.count_shard import selected_tokens
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import is_long
 from moe_inspect.analysis.counting.kernels_numpy import Slots
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.counting.shard import selected_tokens
-from moe_inspect.analysis.metrics import specialization as sp
+from moe_inspect.analysis.metrics import specialization
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -224,8 +224,8 @@ def _accumulate(table: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
 def token_mi(tables: TokenTables) -> tuple[float, float]:
     """I(token id; expert) in bits over the token ids counted, and its mean with the token ids
     shuffled."""
-    null = [sp.token_mi_bits(any_VE) for any_VE in tables.shuffled_any]
-    return sp.token_mi_bits(tables.any_VE), float(np.mean(null))
+    null = [specialization.token_mi_bits(any_VE) for any_VE in tables.shuffled_any]
+    return specialization.token_mi_bits(tables.any_VE), float(np.mean(null))
 
 
 def top_token_ids(tables: TokenTables, top: int) -> tuple[np.ndarray, np.ndarray]:

@@ -62,7 +62,7 @@ def cache(
     When wanted, at batch size 1; and what fetching the others costs. Each layer has its own slots,
     empty at first; the experts of a decision are wanted together; sequences run one after the
     other."""
-    from moe_inspect.simulate.cache import POLICIES, simulate_cache
+    from moe_inspect.simulate.cache.cache import POLICIES, simulate_cache
 
     simulation = simulate_cache(
         trace,

@@ -74,7 +74,7 @@ def capacity(
         raise typer.BadParameter(
             f"--group-tokens: {group_tokens!r} is no whole number, batch or sequence"
         )
-    from moe_inspect.simulate.capacity import simulate_capacity
+    from moe_inspect.simulate.capacity.capacity import simulate_capacity
 
     simulation = simulate_capacity(
         trace,

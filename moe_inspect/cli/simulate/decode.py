@@ -57,7 +57,7 @@ def decode(
 
     By how many sequences are decoded together. Documents stand in for requests: the tokens at one
     position of B of them are a step."""
-    from moe_inspect.simulate.decode import simulate_decode
+    from moe_inspect.simulate.decode.decode import simulate_decode
 
     simulation = simulate_decode(
         trace,

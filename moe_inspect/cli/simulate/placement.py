@@ -72,7 +72,7 @@ def placement(
         list[str] | None,
         typer.Option(
             help=(
-                "contiguous, round-robin, greedy, eplb, eplb-global, ours; repeated or "
+                "contiguous, round-robin, greedy, eplb, eplb-global, local-search; repeated or "
                 "comma-separated. Default: all."
             ),
             show_default=False,
@@ -95,8 +95,8 @@ def placement(
         Minimize | None,
         typer.Option(
             help=(
-                "ranks: ours gives up what it gains over EPLB's balance to reach fewer GPUs a "
-                "token."
+                "ranks: local-search gives up what it gains over EPLB's balance to reach fewer "
+                "GPUs per token."
             ),
             show_default=False,
         ),
@@ -146,9 +146,9 @@ def placement(
 
     Balance, ranks that a token reaches, how a plan ages. Fitted on the first part of the trace and
     judged on the rest. The plan that -o writes is the one that the verdict recommends: of the
-    policy that is the least slow on the judged part, with --minimize of ours. EPLB is slot for slot
-    as published, except where loads are equal: the published code then has no fixed order, and here
-    the lower number goes first."""
+    policy that is the least slow on the judged part, with --minimize of local-search. EPLB is slot
+    for slot as published, except where loads are equal: the published code then has no fixed order,
+    and here the lower number goes first."""
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import ENDINGS, write_plan
 

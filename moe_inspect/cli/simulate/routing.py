@@ -66,7 +66,7 @@ def routing(
     Those this model computed (trace with --logits): balance, probability mass kept, agreement with
     the model's own choices, whether a token's routing depends on later tokens, and when each is the
     one to use."""
-    from moe_inspect.simulate.routing import simulate_routing
+    from moe_inspect.simulate.routing.routing import simulate_routing
 
     simulation = simulate_routing(
         trace,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.analysis.counting.shard import selected_tokens
+from moe_inspect.analysis.counting.count_shard import selected_tokens
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
 from moe_inspect.reporting.verdict.chance import capital
 from moe_inspect.reporting.verdict.findings import Finding, finding

@@ -1,222 +1,105 @@
-"""How many GPUs (or nodes) a token reaches under a placement: the loop over every decision, its
-plain twin, and a search for placements that reach fewer.
+"""How many GPUs (or nodes) a token reaches under a placement, and placements that reach fewer.
 
-T tokens, K slots, E experts, G GPUs, P physical slots, S = P / G of a GPU, M decisions of a sample.
-Of each chosen expert one replica is used, any with the same chance and independently: GPU g is
-reached with probability 1 − Π (1 − its share of the expert).
+T tokens, K slots of a decision, E experts, G GPUs, P physical slots, M decisions of a sample. Of
+each chosen expert one replica is used, any with the same chance and independently: GPU g is reached
+with probability 1 − Π (1 − its share of the expert).
 """
-# ruff: noqa: NPY002 (compiled code draws from numba's own generator)
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
+from moe_inspect.simulate.placement import kernels_numpy
+from moe_inspect.simulate.placement.layouts import Plans
+from moe_inspect.simulate.placement.policies.layout import shares
+from moe_inspect.simulate.placement.policies.policies import POLICIES
+from moe_inspect.simulate.placement.windows import decisions
+
+SAMPLE = 8_192  # decisions of a router by which an exchange is judged
 PROPOSALS = 60_000  # exchanges tried
+HEAT = 0.02  # the first temperature, in reached GPUs per decision that chose the expert
 # GPUs up to which going through all of them beats looking up those that have a replica; an eighth,
-# where none has
+# where no expert has several
 DENSE = 128
-HEAT = 0.02  # of the first temperature, reached GPUs a decision that chose the expert
+
+Counter = Callable[[np.ndarray], float]  # ids_KT → the sum over decisions of the GPUs reached
 
 
-def counter(share_EG: np.ndarray) -> Callable[[np.ndarray], float]:
-    """ids_KT → the sum over decisions of the GPUs each is expected to reach, as
-    `placement.reached_numpy`; the quicker of two ways."""
+def ranks_reached(plans: Plans, small: bool) -> dict[tuple[int, str], tuple[float, float]]:
+    """GPUs and nodes that a token of the judged part is expected to reach, its own included, by
+    (router, policy)."""
+    trace, selection, windows = plans.trace, plans.selection, plans.windows
+    counters: dict[tuple[int, str], tuple[Counter, Counter]] = {}
+    for (r, name), expert_P in plans.of.items():
+        E, layout = trace.routers[r].experts, plans.layouts[r]
+        of_gpus, of_nodes = (
+            counter(shares(expert_P, E, parts), small) for parts in (layout.gpus, layout.nodes)
+        )
+        counters[r, name] = (of_gpus, of_nodes if layout.nodes > 1 else _routed)
+    sums = {key: np.zeros(2) for key in plans.of}
+    tokens = dict.fromkeys(selection.routers, 0)
+    for r, ids_KT, _ in decisions(trace, selection, windows, since=windows.judged.start):
+        tokens[r] += ids_KT.shape[1]
+        for key, (of_gpus, of_nodes) in counters.items():
+            if key[0] == r:
+                sums[key] += of_gpus(ids_KT), of_nodes(ids_KT)
+    return {
+        (r, name): (gpus / tokens[r], nodes / tokens[r])
+        for (r, name), (gpus, nodes) in sums.items()
+        if tokens[r]
+    }
+
+
+def _routed(ids_KT: np.ndarray) -> float:
+    """One node is reached by every decision that routes anywhere."""
+    return int((ids_KT >= 0).any(0).sum())
+
+
+def counter(share_EG: np.ndarray, small: bool = False) -> Counter:
+    """Counts as `kernels_numpy.reached` does, the quickest way. `small`: for few decisions, without
+    compiled code."""
+    if small:
+        return lambda ids_KT: kernels_numpy.reached(ids_KT, share_EG)
+    from moe_inspect.simulate.placement import kernels_numba
+
     gpus = share_EG.shape[1]
     if gpus <= (DENSE if ((share_EG > 0).sum(1) > 1).any() else DENSE // 8):
-        miss_EG = np.vstack([1 - share_EG, np.ones(gpus)]).astype(
-            np.float32
-        )  # the last row: a slot that routed nowhere
-        return lambda ids_KT: reached_dense(ids_KT, miss_EG)
+        # the last row: a slot that routed nowhere
+        miss_EG = np.vstack([1 - share_EG, np.ones(gpus)]).astype(np.float32)
+        return lambda ids_KT: kernels_numba.reached_dense(ids_KT, miss_EG)
     table = table_of(share_EG)
-    return lambda ids_KT: reached(ids_KT, *table, gpus)
-
-
-@njit(nogil=True, cache=True)
-def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray) -> float:
-    """GPU by GPU, many at once and without a branch: quicker on few GPUs, and on more where experts
-    are replicated."""
-    K, T = ids_KT.shape
-    nowhere, gpus = len(miss_EG) - 1, miss_EG.shape[1]
-    miss_G, missed_G = np.empty(gpus, np.float32), np.zeros(gpus)
-    for t in range(T):
-        miss_G[:] = 1
-        for k in range(K):
-            row_G = miss_EG[ids_KT[k, t] if ids_KT[k, t] >= 0 else nowhere]
-            for g in range(gpus):
-                miss_G[g] *= row_G[g]
-        for g in range(gpus):
-            missed_G[g] += miss_G[g]
-    return T * gpus - missed_G.sum()
+    return lambda ids_KT: kernels_numba.reached_sparse(ids_KT, *table, gpus)
 
 
 def table_of(share_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For `reached`: sole_E int64 (the one GPU that has the expert, else −1), and the GPUs of the
-    others: start_E [E + 1], gpu_C, share_C."""
+    """For `kernels_numba.reached_sparse`: sole_E int64 (the one GPU that has the expert, else −1),
+    and the GPUs of the others: start_E [E + 1], gpu_C, share_C."""
     sole_E = np.where((share_EG > 0).sum(1) == 1, share_EG.argmax(1), -1)
     expert_C, gpu_C = np.nonzero(share_EG * (sole_E < 0)[:, None])
     start_E = np.searchsorted(expert_C, np.arange(len(share_EG) + 1))
     return sole_E, start_E, gpu_C, share_EG[expert_C, gpu_C]
 
 
-@njit(nogil=True, cache=True)
-def reached(
-    ids_KT: np.ndarray,
-    sole_E: np.ndarray,
-    start_E: np.ndarray,
-    gpu_C: np.ndarray,
-    share_C: np.ndarray,
-    gpus: int,
-) -> float:
-    """The same by looking up which GPUs have the experts: quicker where each expert is on one, or
-    there are very many GPUs."""
-    K, T = ids_KT.shape
-    sure_G, maybe_G, miss_G = (
-        np.full(gpus, -1, np.int64),
-        np.full(gpus, -1, np.int64),
-        np.zeros(gpus),
-    )
-    total = 0.0
-    for t in range(T):
-        count = split = 0
-        for k in range(K):
-            e = ids_KT[k, t]
-            if e < 0:
-                continue
-            g = sole_E[e]
-            if g < 0:
-                split += 1
-            elif sure_G[g] != t:
-                sure_G[g] = t
-                count += 1
-        total += count
-        if split == 0:
-            continue
-        for k in range(K):
-            e = ids_KT[k, t]
-            if e < 0 or sole_E[e] >= 0:
-                continue
-            for c in range(start_E[e], start_E[e + 1]):
-                g = gpu_C[c]
-                if sure_G[g] == t:
-                    continue
-                if maybe_G[g] != t:
-                    maybe_G[g] = t
-                    miss_G[g] = 1.0
-                total += (
-                    miss_G[g] * share_C[c]
-                )  # the chance that this expert is the first to reach the GPU
-                miss_G[g] *= 1.0 - share_C[c]
-    return total
-
-
-@njit(nogil=True, cache=True)
-def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray) -> None:
-    """Adds the assignments of each window to load_WE."""
-    K, T = ids_KT.shape
-    for k in range(K):
-        for t in range(T):
-            e = ids_KT[k, t]
-            if e >= 0:
-                load_WE[window_T[t], e] += 1
-
-
-@njit(nogil=True, cache=True)
-def anneal(
-    ids_KM: np.ndarray,
-    slots_GS: np.ndarray,
-    load_E: np.ndarray,
-    limit: float,
-    proposals: int,
-    heat: float,
-    seed: int,
-) -> None:
-    """Exchanges slots of `slots_GS` in place so that the decisions of the sample reach fewer GPUs,
-    no GPU loaded beyond `limit`.
-
-    Simulated annealing on the exact expectation: for each decision and GPU it keeps the number of
-    chosen experts that are there alone, and the probability that none of the replicated ones is
-    used there."""
-    K, M = ids_KM.shape
-    G, S = slots_GS.shape
-    E = len(load_E)
-    copies_GE, replicas_E = np.zeros((G, E), np.int64), np.zeros(E, np.int64)
-    load_G = np.zeros(G)
-    for g in range(G):
-        for s in range(S):
-            copies_GE[g, slots_GS[g, s]] += 1
-            replicas_E[slots_GS[g, s]] += 1
-    for g in range(G):
-        for s in range(S):
-            load_G[g] += load_E[slots_GS[g, s]] / replicas_E[slots_GS[g, s]]
-    start_E = np.zeros(E + 1, np.int64)  # the decisions that chose each expert
-    for k in range(K):
-        for m in range(M):
-            if ids_KM[k, m] >= 0:
-                start_E[ids_KM[k, m] + 1] += 1
-    start_E = np.cumsum(start_E)
-    fill_E, decision_N = start_E[:-1].copy(), np.zeros(start_E[-1], np.int64)
-    sure_MG, miss_MG = np.zeros((M, G), np.int64), np.ones((M, G))
-    for k in range(K):
-        for m in range(M):
-            e = ids_KM[k, m]
-            if e >= 0:
-                decision_N[fill_E[e]] = m
-                fill_E[e] += 1
-                for g in range(G):
-                    if copies_GE[g, e] > 0:
-                        _shift(sure_MG, miss_MG, m, g, replicas_E[e], 1)
-    np.random.seed(seed)
-    for n in range(proposals):
-        g, h = np.random.randint(G), np.random.randint(G)
-        i, j = np.random.randint(S), np.random.randint(S)
-        a, b = slots_GS[g, i], slots_GS[h, j]
-        if g == h or a == b or copies_GE[h, a] > 0 or copies_GE[g, b] > 0:
-            continue
-        change = load_E[a] / replicas_E[a] - load_E[b] / replicas_E[b]
-        if (load_G[h] + change > limit and change > 0) or (
-            load_G[g] - change > limit and change < 0
-        ):
-            continue
-        difference = 0.0
-        for e, came, went in ((a, h, g), (b, g, h)):
-            for c in range(start_E[e], start_E[e + 1]):
-                m = decision_N[c]
-                difference += _shift(sure_MG, miss_MG, m, went, replicas_E[e], -1) + _shift(
-                    sure_MG, miss_MG, m, came, replicas_E[e], 1
-                )
-        affected = start_E[a + 1] - start_E[a] + start_E[b + 1] - start_E[b]
-        warmth = heat * (1 - n / proposals) * max(1, affected)
-        if difference <= 0 or np.random.random() < np.exp(-difference / max(warmth, 1e-9)):
-            slots_GS[g, i], slots_GS[h, j] = b, a
-            copies_GE[g, a] -= 1
-            copies_GE[h, a] += 1
-            copies_GE[h, b] -= 1
-            copies_GE[g, b] += 1
-            load_G[g] -= change
-            load_G[h] += change
-            continue
-        for e, came, went in ((a, g, h), (b, h, g)):
-            for c in range(start_E[e], start_E[e + 1]):
-                _shift(sure_MG, miss_MG, decision_N[c], went, replicas_E[e], -1)
-                _shift(sure_MG, miss_MG, decision_N[c], came, replicas_E[e], 1)
-
-
-@njit(nogil=True, cache=True)
-def _shift(sure_MG, miss_MG, m, g, replicas, step):
-    """One replica of a chosen expert comes to (+1) or leaves (−1) the GPU: by how much the reached
-    GPUs change."""
-    before = 1.0 if sure_MG[m, g] > 0 else 1.0 - miss_MG[m, g]
-    if replicas == 1:
-        sure_MG[m, g] += step
-    elif step > 0:
-        miss_MG[m, g] *= 1.0 - 1.0 / replicas
-    else:
-        miss_MG[m, g] /= 1.0 - 1.0 / replicas
-    after = 1.0 if sure_MG[m, g] > 0 else 1.0 - miss_MG[m, g]
-    return after - before
+def reach_fewer(plans: Plans, policy: str, slack: float) -> None:
+    """Replaces the plans of a policy by ones that reach fewer GPUs, on a sample of the decisions
+    they were fitted on. No GPU is loaded more than the best EPLB's heaviest × (1 + slack)."""
+    windows = plans.windows
+    step = max(1, int(windows.tokens * windows.edge_W[windows.fit]) // SAMPLE)
+    samples: dict[int, list[np.ndarray]] = {r: [] for r in plans.selection.routers}
+    for r, ids_KT, window_T in decisions(plans.trace, plans.selection, windows):
+        samples[r].append(ids_KT[:, window_T < windows.fit][:, ::step])
+    for r, parts in samples.items():
+        ids_KM = np.ascontiguousarray(np.concatenate(parts, axis=1))
+        layout, load_E = plans.layouts[r], plans.loads[r][: windows.fit].sum(0)
+        best = min(
+            (load_E @ shares(POLICIES[name](load_E, layout), len(load_E), layout.gpus)).max()
+            for name in ("eplb", "eplb-global")
+        )
+        plans.of[r, policy] = fewer_reached(
+            plans.of[r, policy], layout.gpus, load_E, ids_KM, best * (1 + slack)
+        )
 
 
 def fewer_reached(
@@ -224,6 +107,8 @@ def fewer_reached(
 ) -> np.ndarray:
     """A placement with the replicas of `expert_P`, exchanged among GPUs so that the sampled
     decisions reach fewer, no GPU loaded beyond `limit` (or beyond what it was). int64 [P]"""
+    from moe_inspect.simulate.placement.kernels_numba import anneal
+
     slots_GS = np.ascontiguousarray(expert_P.reshape(gpus, -1))
     if slots_GS.shape[1] > 1 and gpus > 1:
         anneal(ids_KM, slots_GS, load_E.astype(np.float64), limit, PROPOSALS, HEAT, 0)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.simulate.placement.placement import recommended
+from moe_inspect.simulate.placement.tables import recommended
 from moe_inspect.text import counted
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             f"No other policy saves as much as {WORTH:.0%} of the time that {first['policy']} "
             "takes."
         )
-    if (ours := rows.get("ours")) and any(name.startswith("eplb") for name in rows):
+    if (searched := rows.get("local-search")) and any(name.startswith("eplb") for name in rows):
         wasted = max(row["colocated"] for name, row in rows.items() if name.startswith("eplb"))
         if wasted:
             said.append(
                 f"EPLB puts up to {counted(wasted, 'replica')} beside another of the same "
-                f"expert; ours {ours['colocated']:,}."
+                f"expert; local-search {searched['colocated']:,}."
             )
     if settings["counts_only"]:
         said.append(

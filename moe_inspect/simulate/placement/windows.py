@@ -1,4 +1,5 @@
-"""How `simulate placement` reads a trace: its tokens in windows, the first of which are fitted on.
+"""How `simulate placement` reads a trace: in windows of tokens, of which plans are fitted on the
+first.
 
 T tokens, K slots of a decision, N decisions of a router, E experts, W windows.
 """
@@ -13,6 +14,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.placement import kernels_numpy
 from moe_inspect.simulate.shards import check_length, slots, taken
 from moe_inspect.trace.reader import Trace
 
@@ -21,9 +23,10 @@ MOST_WINDOWS = 4_096
 
 
 @dataclass(frozen=True)
-class Windows:
+class FitWindows:
     """Tokens in order, each rank's on their own: window w covers the shares edge_W[w] to edge_W[w +
-    1] of every rank's tokens, the first `fit` of them are what is fitted on."""
+    1] of every rank's tokens. Plans are fitted on the first `fit` windows and judged on the rest.
+    `tokens`: in all windows."""
 
     edge_W: np.ndarray
     fit: int
@@ -35,8 +38,9 @@ class Windows:
         return slice(self.fit if self.fit < whole else 0, whole)
 
 
-def counted(trace: Trace, selection: Selection) -> tuple[Windows, dict[int, np.ndarray]]:
-    """Counts know no order: one window, fitted on and judged by."""
+def loads_of_counts(trace: Trace, selection: Selection) -> tuple[FitWindows, dict[int, np.ndarray]]:
+    """The loads of a trace of counts only. Counts know no order: one window, which plans are both
+    fitted on and judged by."""
     table: Any = trace.counts()
     if selection.domains is not None:
         table = table[table["domain"].astype(str).isin(sorted(selection.domains))]
@@ -47,10 +51,12 @@ def counted(trace: Trace, selection: Selection) -> tuple[Windows, dict[int, np.n
             mine["expert"].to_numpy(), mine["assignments"].to_numpy(), trace.routers[r].experts
         )
         loads[r] = load_E[None].astype(np.int64)
-    return Windows(np.array([0.0, 1.0]), 1, trace.n_tokens), loads
+    return FitWindows(np.array([0.0, 1.0]), 1, trace.n_tokens), loads
 
 
-def windows_of(trace: Trace, selection: Selection, fit_share: float, window: int | None) -> Windows:
+def windows_of(
+    trace: Trace, selection: Selection, fit_share: float, window: int | None
+) -> FitWindows:
     tokens = sum(_selected(trace, selection).values())
     if not tokens:
         raise MoeInspectError(
@@ -69,7 +75,7 @@ def windows_of(trace: Trace, selection: Selection, fit_share: float, window: int
     edge_W = np.concatenate(
         [np.linspace(0, fit_share, fit + 1), np.linspace(fit_share, 1, rest + 1)[1:]]
     )
-    return Windows(edge_W, fit, tokens)
+    return FitWindows(edge_W, fit, tokens)
 
 
 def _selected(trace: Trace, selection: Selection) -> dict[int, int]:
@@ -83,7 +89,7 @@ def _selected(trace: Trace, selection: Selection) -> dict[int, int]:
 
 
 def decisions(
-    trace: Trace, selection: Selection, windows: Windows, since: int = 0
+    trace: Trace, selection: Selection, windows: FitWindows, since: int = 0
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(router, ids int16 [K, T], window of each token int64 [T]), shard by shard. What lies before
     the window `since` is not read."""
@@ -116,7 +122,7 @@ def decisions(
 
 
 def loads_of(
-    trace: Trace, selection: Selection, windows: Windows, small: bool
+    trace: Trace, selection: Selection, windows: FitWindows, small: bool
 ) -> dict[int, np.ndarray]:
     """Assignments of each expert in each window, int64 [W, E], a router."""
     loads = {
@@ -124,16 +130,11 @@ def loads_of(
         for r in selection.routers
     }
     if small:
-        count = count_windows_numpy
+        count_windows = kernels_numpy.count_windows
     else:
-        from moe_inspect.simulate.placement.ranks_reached import count_windows as count
+        from moe_inspect.simulate.placement import kernels_numba
+
+        count_windows = kernels_numba.count_windows
     for r, ids_KT, window_T in decisions(trace, selection, windows):
-        count(ids_KT, window_T, loads[r])
+        count_windows(ids_KT, window_T, loads[r])
     return loads
-
-
-def count_windows_numpy(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray) -> None:
-    """Adds the assignments of each window to load_WE: the twin of `reach.count_windows`."""
-    W, E = load_WE.shape
-    cell_N = (window_T * E + ids_KT)[ids_KT >= 0]
-    load_WE += np.bincount(cell_N, minlength=W * E).reshape(W, E)

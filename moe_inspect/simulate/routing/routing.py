@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.analysis.metrics import balance as bal
-from moe_inspect.analysis.metrics.balance import UNEVEN
+from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.routing_algorithms import (
+from moe_inspect.simulate.routing.algorithms import (
     ALGORITHMS,
     SEED,
     Algorithm,
@@ -249,7 +248,7 @@ class Run:
             "algorithm": self.label,
             "experts_per_token": float(self.load_E.sum() / self.tokens),
             "max_vio": _max_vio(self.load_E),
-            "max_vio_batch": bal.max_vio_batch(vio_B[known_B], known_B[known_B], tokens_B[known_B]),
+            "max_vio_batch": max_vio_batch(vio_B[known_B], known_B[known_B], tokens_B[known_B]),
             "mass": self.mass / self.tokens,
             "mass_retained": self.mass / self.own,
             "agreement": self.agreed / self.recorded if self.recorded else float("nan"),
@@ -260,7 +259,7 @@ class Run:
 
 
 def _max_vio(load_E: np.ndarray) -> float:
-    return float(bal.max_vio(load_E[None])[0])
+    return float(max_vio(load_E[None])[0])
 
 
 def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, pd.DataFrame]:

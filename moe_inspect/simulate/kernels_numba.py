@@ -1,8 +1,9 @@
-"""The loops over every assignment, compiled. Imported for traces that are worth the wait for numba
-(SMALL); each has its plain twin in the simulation's own file, which smaller traces run and the
-tests compare.
+"""The loops over every assignment, compiled by numba, for traces long enough to be worth loading it
+(`shards.is_small`). Their twins without numba are in kernels_numpy.py, those of the cache policies
+in cache.py: same arguments, same results.
 
-T tokens, K slots, E experts, G groups, F capacity factors, D domains.
+T tokens, K slots, E experts, G groups, F capacity factors, P phases or positions, B batch sizes, W
+words of 64 experts.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from moe_inspect.simulate import routing_algorithms as algorithms
-from moe_inspect.simulate.capacity import NOWHERE
+from moe_inspect.simulate import kernels_numpy
+from moe_inspect.simulate.kernels_numpy import NOWHERE
 
 
 @njit(nogil=True, cache=True)
@@ -25,8 +26,7 @@ def queue(
     load_GE: np.ndarray,
     level_KT: np.ndarray,
 ) -> None:
-    """`capacity.queue_numpy`, in one sweep. The last two arrays are filled in place. `visit_N`,
-    where not empty, is the order."""
+    """The twin of `kernels_numpy.queue`, in one sweep."""
     K, T = ids_KT.shape
     for g in range(len(start_G) - 1):
         first, last, load_E, level_C = start_G[g], start_G[g + 1], load_GE[g], level_SC[of_G[g]]
@@ -234,4 +234,50 @@ def belady(
     known[0] = n
 
 
-serve_in_turn = njit(nogil=True, cache=True)(algorithms.serve_in_turn)
+@njit(nogil=True, cache=True)
+def fill_steps(slots, position_T, batch_B, there_BPW, tokens_BP, steps_B, distinct_B, load_E):  # type: ignore[no-untyped-def]
+    """Each token goes into the step of its position; a step of B tokens is full, is counted, and
+    begins anew. slots: K arrays [T], −1 for none. Sets of experts are words of 64 bits. The last
+    five arrays change in place."""
+    W = there_BPW.shape[2]
+    even_W, odd_W = (
+        np.zeros(W, np.uint64),
+        np.zeros(W, np.uint64),
+    )  # two, so that no slot waits for the one before
+    for t in range(len(position_T)):
+        p = position_T[t]
+        even_W[:] = np.uint64(0)
+        odd_W[:] = np.uint64(0)
+        for k in range(len(slots)):
+            e = slots[k][t]
+            if e >= 0:
+                load_E[e] += 1
+                mine_W = odd_W if k % 2 else even_W
+                mine_W[e >> 6] |= np.uint64(1) << np.uint64(e & 63)
+        for b in range(len(batch_B)):
+            there_W = there_BPW[b, p]
+            tokens_BP[b, p] += 1
+            full = tokens_BP[b, p] == batch_B[b]
+            for w in range(W):
+                word = there_W[w] | even_W[w] | odd_W[w]
+                if full:
+                    distinct_B[b] += _bits(word)
+                there_W[w] = np.uint64(0) if full else word
+            if full:
+                steps_B[b] += 1
+                tokens_BP[b, p] = 0
+
+
+@njit(nogil=True, cache=True)
+def _bits(word):
+    """How many bits are set: by twos, by fours, by bytes, and the bytes added up by a product
+    (Warren, Hacker's Delight, 5-1)."""
+    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    word = (word & np.uint64(0x3333333333333333)) + (
+        (word >> np.uint64(2)) & np.uint64(0x3333333333333333)
+    )
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+serve_in_turn = njit(nogil=True, cache=True)(kernels_numpy.serve_in_turn)

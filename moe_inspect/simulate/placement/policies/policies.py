@@ -9,29 +9,18 @@ what @window_policy decorates gets them all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.simulate.placement import eplb as published
-from moe_inspect.simulate.placement.search import search
+from moe_inspect.simulate.placement.policies import eplb as published
+from moe_inspect.simulate.placement.policies.layout import Layout
+from moe_inspect.simulate.placement.policies.search import search
 
 FEWEST = 4  # windows from which their spread is estimated
 
-Policy = Callable[[np.ndarray, "Layout"], np.ndarray]
+Policy = Callable[[np.ndarray, Layout], np.ndarray]
 POLICIES: dict[str, Policy] = {}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where replicas can go: `slots` in all, the same number on each GPU, the same number of GPUs
-    on each node. `groups`: of experts, which a router with group-limited routing chooses among
-    (DeepSeek-V3)."""
-
-    slots: int
-    gpus: int
-    nodes: int = 1
-    groups: int = 1
+FORMER_NAMES = {"ours": "local-search"}  # still accepted
 
 
 def policy(function: Policy) -> Policy:
@@ -92,29 +81,13 @@ def eplb_global(load_E: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 @window_policy
-def ours(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
-    """A local search from EPLB's placements, replicas of an expert apart. With windows, the
-    placement is fitted to windows that may come."""
+def local_search(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
+    """A local search from EPLB's placements that keeps the replicas of an expert on different GPUs.
+    With at least FEWEST windows, the placement is fitted to windows drawn from a forecast."""
     load_E, load_WE = load_WE.sum(0), load_WE[load_WE.any(axis=1)]
     starts = [eplb(load_E, layout), eplb_global(load_E, layout)]
     if len(load_WE) < FEWEST or layout.slots // layout.gpus >= len(load_E):
         return search(load_E, layout.slots, layout.gpus, starts)
-    from moe_inspect.simulate.placement.lasting import lasting
+    from moe_inspect.simulate.placement.policies.lasting import lasting
 
     return lasting(load_WE, layout.slots, layout.gpus, starts)
-
-
-def shares(expert_P: np.ndarray, E: int, parts: int) -> np.ndarray:
-    """The share of each expert's load that each of `parts` equal runs of slots (GPUs, or nodes)
-    gets. float64 [E, parts]"""
-    share_EG = np.zeros((E, parts))
-    np.add.at(share_EG, (expert_P, np.arange(len(expert_P)) * parts // len(expert_P)), 1)
-    return share_EG / share_EG.sum(1, keepdims=True)
-
-
-def colocated(expert_P: np.ndarray, gpus: int) -> int:
-    """Replicas that share a GPU with another of the same expert, of experts with no more replicas
-    than there are GPUs."""
-    slots_GS = np.sort(expert_P.reshape(gpus, -1), axis=1)
-    few_E = np.bincount(expert_P) <= gpus
-    return int(((slots_GS[:, 1:] == slots_GS[:, :-1]) & few_E[slots_GS[:, 1:]]).sum())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe_inspect.simulate.capacity.queues import POSITIONS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-PLACES = ("document", "group")
 
 
 def _middle(factors: Sequence[float]) -> float:
@@ -51,7 +51,7 @@ def verdict(
     ends = tables["capacity_by_position"].query(
         "capacity_factor == @factor and router == @worst.router"
     )
-    for place in PLACES[:1] if settings["group_tokens"] == "sequence" else PLACES:
+    for place in POSITIONS[:1] if settings["group_tokens"] == "sequence" else POSITIONS:
         rate = ends[ends["position_in"] == place].set_index("tenth")["drop_rate"]
         said.append(
             f"Simulated, layer {label_of[worst['router']]}, drops by place in the {place}: first "
@@ -95,7 +95,7 @@ def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int,
     factor = _middle(factors)
     mid = main[main["capacity_factor"] == factor]
     worst = mid.loc[mid["drop_rate"].fillna(-1).idxmax()]
-    for place, marker, colour in zip(PLACES, ("o-", "s--"), ("#2c3e50", "#2980b9"), strict=True):
+    for place, marker, colour in zip(POSITIONS, ("o-", "s--"), ("#2c3e50", "#2980b9"), strict=True):
         at = ends[
             (ends["capacity_factor"] == factor)
             & (ends["router"] == worst["router"])

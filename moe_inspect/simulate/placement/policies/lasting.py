@@ -16,9 +16,16 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from moe_inspect.simulate.placement.eplb import replicate
-from moe_inspect.simulate.placement.outlook import drawn
-from moe_inspect.simulate.placement.search import SMALLEST, State, apart, descend, packed, search
+from moe_inspect.simulate.placement.policies.eplb import replicate
+from moe_inspect.simulate.placement.policies.outlook import drawn
+from moe_inspect.simulate.placement.policies.search import (
+    SMALLEST,
+    State,
+    apart,
+    descend,
+    packed,
+    search,
+)
 
 DRAWN, JUDGED = (
     768,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_inspect.simulate.placement.eplb import replicate
-from moe_inspect.simulate.placement.exact import as_light
+from moe_inspect.simulate.placement.policies.eplb import replicate
+from moe_inspect.simulate.placement.policies.exact import as_light
 
 CLOSE = (
     1e-4  # relative to what no placement can undercut: nearer than this there is nothing to gain

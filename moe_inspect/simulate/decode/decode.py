@@ -20,6 +20,7 @@ import pandas as pd
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.sizes import expert_bytes, weight_bytes
+from moe_inspect.simulate import kernels_numpy
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.shards import check_domains, check_length, is_small, slots, taken
 from moe_inspect.text import counted
@@ -68,54 +69,11 @@ class Steps:
             self.load_E,
         )
         if small:
-            fill_steps_numpy(ids_KT, *held)
+            kernels_numpy.fill_steps(ids_KT, *held)
         else:
-            from moe_inspect.simulate.steps import fill_steps
+            from moe_inspect.simulate import kernels_numba
 
-            fill_steps(tuple(ids_KT), *held)
-
-
-def fill_steps_numpy(
-    ids_KT: np.ndarray,
-    position_T: np.ndarray,
-    batch_B: np.ndarray,
-    there_BPW: np.ndarray,
-    tokens_BP: np.ndarray,
-    steps_B: np.ndarray,
-    distinct_B: np.ndarray,
-    load_E: np.ndarray,
-) -> None:
-    """Adds tokens to the steps of their positions, and full steps to the sums; the last five arrays
-    change in place. The twin of `steps.fill_steps`, which is the plain statement of it."""
-    T, E, W = len(position_T), len(load_E), there_BPW.shape[2]
-    load_E += np.bincount(ids_KT[ids_KT >= 0], minlength=E)
-    order_T = np.argsort(position_T, kind="stable")
-    sorted_T = position_T[order_T]
-    place_T = np.arange(T) - np.searchsorted(sorted_T, sorted_T)
-    ids_KT = ids_KT[:, order_T]
-    for b, B in enumerate(batch_B.tolist()):
-        nth_T = place_T + tokens_BP[b, sorted_T]
-        step_T = nth_T // B  # 0: the one that was still filling up
-        key_T = np.cumsum(np.r_[0, (np.diff(sorted_T) != 0) | (np.diff(step_T) != 0)])
-        there = np.zeros((key_T[-1] + 1, E), bool)
-        first = np.flatnonzero(np.r_[True, np.diff(key_T) > 0])
-        position, step = sorted_T[first], step_T[first]
-        begun = step == 0
-        there[begun] = np.unpackbits(
-            there_BPW[b, position[begun]].view(np.uint8), axis=1, count=E, bitorder="little"
-        )
-        routed_KT = ids_KT >= 0
-        there[np.broadcast_to(key_T, ids_KT.shape)[routed_KT], ids_KT[routed_KT]] = True
-        last = np.r_[first[1:], T] - 1
-        full = (nth_T[last] + 1) % B == 0
-        steps_B[b] += int(full.sum())
-        distinct_B[b] += int(there[full].sum())
-        tokens_BP[b] = (tokens_BP[b] + np.bincount(position_T, minlength=tokens_BP.shape[1])) % B
-        there_BPW[b, position[full]] = 0
-        filling = np.pad(there[~full], ((0, 0), (0, 64 * W - E)))
-        there_BPW[b, position[~full]] = np.packbits(filling, axis=1, bitorder="little").view(
-            np.uint64
-        )
+            kernels_numba.fill_steps(tuple(ids_KT), *held)
 
 
 def independent(E: int, k: int, B: int) -> float:

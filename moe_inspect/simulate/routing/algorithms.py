@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_inspect.simulate import kernels_numpy
+from moe_inspect.simulate.shards import expert_capacity
+
 BIAS_RATE = 0.001  # a step of the bias (Wang et al. 2024)
 BIAS_TOKENS = 4096  # a step of the bias takes the load of at least so many
 WARM_UP = 300  # steps before a bias is judged, on tokens drawn from the first shard
@@ -149,34 +152,15 @@ def expert_choice(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndar
 def next_best(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
     """Token by token, each takes its k best experts that still have room: nothing depends on later
     tokens."""
-    from moe_inspect.simulate.capacity import capacity
-
     T, E = batch.scores_TE.shape
     order_TE = np.argsort(-batch.scores_TE, axis=1, kind="stable")
     if order_TE.size < 200_000:
-        serve = serve_in_turn
+        serve = kernels_numpy.serve_in_turn
     else:
-        from moe_inspect.simulate.kernels import serve_in_turn as serve
-    return serve(order_TE, batch.k, capacity(value, T, batch.k, E))
+        from moe_inspect.simulate import kernels_numba
 
-
-def serve_in_turn(order_TE: np.ndarray, k: int, capacity: int) -> np.ndarray:
-    """order_TE: each token's experts, best first. Also compiled by kernels.py, from this source.
-    bool [T, E]"""
-    T, E = order_TE.shape
-    left_E = np.full(E, capacity)
-    chosen_TE = np.zeros((T, E), np.bool_)
-    for t in range(T):
-        found = 0
-        for i in range(E):
-            e = order_TE[t, i]
-            if left_E[e] > 0:
-                left_E[e] -= 1
-                chosen_TE[t, e] = True
-                found += 1
-                if found == k:
-                    break
-    return chosen_TE
+        serve = kernels_numba.serve_in_turn
+    return serve(order_TE, batch.k, expert_capacity(value, T, batch.k, E))
 
 
 def _fitted_bias(sample: Batch) -> dict[str, Any]:

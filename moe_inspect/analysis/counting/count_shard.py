@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.counting import kernels_numpy as counting
+from moe_inspect.analysis.counting import kernels_numpy
 from moe_inspect.analysis.counting.counts import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.analysis.metrics.balance import max_vio
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
@@ -54,7 +54,7 @@ class SelectedTokens:
     position_T: np.ndarray | None
     labels: set[str]
 
-    def of(self, columns: counting.Slots, router: int) -> counting.Slots:
+    def of(self, columns: kernels_numpy.Slots, router: int) -> kernels_numpy.Slots:
         """The decisions of the tokens kept; columns of R rows each."""
         if len(columns[0]) != self.rows:
             raise MoeInspectError(
@@ -64,11 +64,11 @@ class SelectedTokens:
         return columns if self.keep_R is None else tuple(column[self.keep_R] for column in columns)
 
     @cached_property
-    def order(self) -> counting.Order | None:
+    def order(self) -> kernels_numpy.Order | None:
         """How the tokens follow each other within their sequences, where that was asked for."""
         if self.sequence_T is None or self.position_T is None:
             return None
-        return counting.order_of(self.document_T, self.sequence_T, self.position_T)
+        return kernels_numpy.order_of(self.document_T, self.sequence_T, self.position_T)
 
 
 def selected_tokens(
@@ -140,9 +140,11 @@ def count_shard(
     prompt and what was generated from it together. Only a loop that generates more than
     writer.CONTINUED shards hold goes on in the next: the pair at that edge is not counted. `fast`:
     by the compiled kernels. `routers`: of those selected, the ones to count now, by default all."""
-    by = counting
+    by: Any = kernels_numpy
     if fast:
-        from moe_inspect.analysis.counting import kernels_numba as by
+        from moe_inspect.analysis.counting import kernels_numba
+
+        by = kernels_numba
     W = windows.count if windows else 0
     part = Counts(
         shard.trace.routers,
@@ -174,7 +176,7 @@ def _count_routed(
     part.labels = every.labels
     if not len(every.domain_T):
         return
-    key_U, unit_T = counting.distinct(_unit(every))
+    key_U, unit_T = kernels_numpy.distinct(_unit(every))
     part.tokens_U = np.bincount(unit_T)
     part.units = [(every.domains[key // CLUSTERS], int(key % CLUSTERS)) for key in key_U]
     domain_U, domain_of_U = np.unique(key_U // CLUSTERS, return_inverse=True)
@@ -197,7 +199,7 @@ def _count_routed(
         chosen = [r for r in routers if part.routers[r].stack == stack]
         linked = chosen if "transitions" in part.wants else []
         reached = {after for r in linked if (after := part.next_router(r)) is not None}
-        before: tuple[int, counting.Slots] | None = None
+        before: tuple[int, kernels_numpy.Slots] | None = None
         for r in sorted({*chosen, *reached}):
             slots = seen.of(shard.slots(r), r)
             if r in chosen:
@@ -217,27 +219,27 @@ def _places(
     domain_of_U: np.ndarray,
     windows: Windows | None,
     shard: Shard,
-) -> counting.Places:
+) -> kernels_numpy.Places:
     """What the routers of one stack share in a shard: where each of its tokens counts."""
     row_of = np.zeros(key_U[-1] + 1, np.int64)
     row_of[key_U] = np.arange(len(key_U))
     unit_T = row_of[_unit(seen)]
-    batch_B, batch_T = counting.distinct(seen.batch_T)
+    batch_B, batch_T = kernels_numpy.distinct(seen.batch_T)
     first = windows.before[shard.files.rank, shard.files.index] if windows else 0
     window_T = (
         (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
     )
     sizes = len(key_U), int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1
-    return counting.Places(unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order)
+    return kernels_numpy.Places(unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order)
 
 
 def _count_router(
     shard: Shard,
     part: Counts,
     r: int,
-    slots: counting.Slots,
+    slots: kernels_numpy.Slots,
     seen: SelectedTokens,
-    places: counting.Places,
+    places: kernels_numpy.Places,
     by: Any,
 ) -> RouterCounts:
     E, k, wants, D = part.routers[r].experts, part.routers[r].top_k, part.wants, places.D
@@ -278,7 +280,9 @@ def _count_router(
             setattr(mine, name, value)
     if "logits" in wants and "logits" in shard.trace.tables:
         (logits_TE,) = seen.of((shard.logits(r),), r)
-        for name, value in counting.logit_confidence(logits_TE, k, part.routers[r].scoring).items():
+        for name, value in kernels_numpy.logit_confidence(
+            logits_TE, k, part.routers[r].scoring
+        ).items():
             setattr(mine, name, value)
     return mine
 
@@ -294,10 +298,10 @@ def _unit(seen: SelectedTokens) -> np.ndarray:
 
 def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
     found: dict[int, tuple[int, float]] = {}
-    for tokens, max_vio in zip(tokens_B.tolist(), bal.max_vio(load_BE).tolist(), strict=True):
-        if not math.isnan(max_vio):
+    for tokens, vio in zip(tokens_B.tolist(), max_vio(load_BE).tolist(), strict=True):
+        if not math.isnan(vio):
             n, total = found.get(tokens, (0, 0.0))
-            found[tokens] = n + 1, total + max_vio
+            found[tokens] = n + 1, total + vio
     return found
 
 

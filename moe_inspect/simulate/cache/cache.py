@@ -282,15 +282,17 @@ class Compiled(Plain):
         self.held = {(name, size): fresh[name]() for name, size in self.done}
 
     def lru(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> tuple[Any, ...]:
-        """What `kernels.lru` takes."""
+        """What `kernels_numba.lru` takes."""
         return tuple(ids_KT), phase_T, self.rank_E, self.known, self.load_E, self.at_PE, self.cold_P
 
     def run(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
-        from moe_inspect.simulate import kernels
+        from moe_inspect.simulate import kernels_numba
 
-        kernels.lru(*self.lru(ids_KT, phase_T))  # also where not asked for: it counts accesses
+        kernels_numba.lru(
+            *self.lru(ids_KT, phase_T)
+        )  # also where not asked for: it counts accesses
         for (name, size), held in self.held.items():
-            getattr(kernels, name)(ids_KT, phase_T, size, *held, self.done[name, size])
+            getattr(kernels_numba, name)(ids_KT, phase_T, size, *held, self.done[name, size])
 
     def hits(self) -> dict[tuple[str, int], np.ndarray]:
         self.accesses_P = self.at_PE.sum(1) + self.cold_P

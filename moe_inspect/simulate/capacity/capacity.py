@@ -1,0 +1,332 @@
+"""`simulate capacity`: what a capacity factor would drop, of routing that dropped nothing.
+
+An expert takes capacity = ceil(cf · G · k / E) assignments of a group of G tokens (GShard,
+arXiv:2006.16668; Switch, arXiv:2101.03961); what comes later in its queue is dropped. The tokens'
+later choices are those recorded: a real drop would change them.
+
+T tokens, E experts, G groups, F capacity factors (ascending), D domains, P POSITIONS (in the
+document, in the group), N tenths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.capacity.queues import (
+    POSITIONS,
+    Drops,
+    Groups,
+    GroupTokens,
+    Order,
+    drops_of,
+    groups_of,
+)
+from moe_inspect.simulate.capacity.text import figure, verdict
+from moe_inspect.simulate.result import Simulation, need_decisions
+from moe_inspect.simulate.shards import is_small
+from moe_inspect.text import layer_label
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.shard import Shard, codes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ORDERS = {
+    "arrival": "first choices of all tokens, then second choices (GShard)",
+    "token": "token after token, each with all its choices (Switch)",
+    "weight": "the highest gate weight first",
+}
+STEP = 100  # the least factor is searched for in hundredths
+MOST_FACTORS = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`factors`: ascending. `target_drop`: the drop rate for which the least factor is sought."""
+
+    factors: tuple[float, ...]
+    group_tokens: GroupTokens
+    order: Order
+    target_drop: float
+
+
+def simulate_capacity(
+    trace: Trace | str | Path,
+    *,
+    capacity_factors: Sequence[float] = (1.0, 1.25, 2.0),
+    group_tokens: GroupTokens = "batch",
+    order: Order | None = None,
+    target_drop: float = 0.01,
+    layers: str | int | Iterable[int] | None = None,
+) -> Simulation:
+    """What experts of limited capacity would drop.
+
+    `capacity_factors`: up to 50, each above 0. `group_tokens`: the tokens that share the experts'
+    capacity: "batch" (a forward pass), a number (at most so many of one pass) or "sequence" (the
+    tokens of one sequence in one pass). `order`: which assignments are served first, one of ORDERS;
+    default "arrival", or "token" where the trace does not say which choice of a decision was the
+    first. `target_drop`: drop rate, 0 to 1, for which the least factor is sought. `layers`:
+    "0-3,7", 3 or [0, 3]; default all.
+
+    Tables: capacity (a row per router and factor), capacity_needed (per router), capacity_tokens
+    (per factor, all layers), capacity_by_domain, capacity_by_position. MoeInspectError for settings
+    out of range, and for traces without decisions or without the weights that `order` needs."""
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    need_decisions(trace, "simulate capacity")
+    chosen = select(trace, layers=layers).routers
+    ranked = all(trace.routers[r].first_choice_known for r in chosen)
+    settings = Settings(
+        tuple(sorted({float(f) for f in capacity_factors})),
+        group_tokens,
+        order or ("arrival" if ranked else "token"),
+        target_drop,
+    )
+    _check(trace, settings, ranked)
+    counted = _count(trace, chosen, settings)
+    tables = _tables(counted, settings)
+    shown = {
+        "capacity_factors": list(settings.factors),
+        "group_tokens": group_tokens,
+        "order": settings.order,
+        "target_drop": target_drop,
+    }
+    label_of = {r: layer_label(trace.routers, r) for r in chosen}
+    return Simulation(
+        "capacity",
+        tables,
+        verdict(tables, shown, label_of),
+        shown,
+        lambda: figure(tables, shown, label_of),
+        ("capacity", "capacity_needed"),
+    )
+
+
+def _check(trace: Trace, settings: Settings, ranked: bool) -> None:
+    factors, group, order = settings.factors, settings.group_tokens, settings.order
+    if not factors or len(factors) > MOST_FACTORS or not all(0 < f < 1e6 for f in factors):
+        raise MoeInspectError(
+            f"capacity factors {list(factors)}: give 1 to {MOST_FACTORS} of them, each above 0"
+        )
+    if group not in ("batch", "sequence") and not (isinstance(group, int) and group >= 1):
+        raise MoeInspectError(
+            f"group tokens {group!r}: give a number of tokens from 1 up, batch or sequence"
+        )
+    if order not in ORDERS:
+        raise MoeInspectError(f"no order {order!r}: there are {', '.join(ORDERS)}")
+    if order == "weight" and not trace.has_weights:
+        raise MoeInspectError(
+            f"{trace.path} holds no gate weights, which order weight needs: trace without "
+            "--no-weights"
+        )
+    if order == "arrival" and not ranked:
+        raise MoeInspectError(
+            f"order arrival serves first choices first, and {trace.path} does not say which "
+            "those are: order token needs none"
+        )
+    if not 0 <= settings.target_drop < 1:
+        raise MoeInspectError(f"target drop {settings.target_drop}: give a share from 0 to below 1")
+
+
+@dataclass
+class RouterDrops:
+    """The drops of one router, summed over shards (fields as in `queues.Drops`). dropped_at,
+    room_at: what factors of 1/STEP, 2/STEP, … drop and have room for."""
+
+    router: Router
+    factors: tuple[float, ...]
+    decisions: int = 0
+    groups: int = 0
+    made_D: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    made_PN: np.ndarray = field(default_factory=lambda: np.zeros((2, 10), np.int64))
+    room_F: np.ndarray = field(init=False)
+    hit_F: np.ndarray = field(init=False)
+    lost_F: np.ndarray = field(init=False)
+    last_FD: np.ndarray = field(init=False)
+    last_FPN: np.ndarray = field(init=False)
+    dropped_at: np.ndarray = field(init=False)
+    room_at: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        F, most = len(self.factors), -(-STEP * self.router.experts // self.router.top_k)
+        self.room_F, self.hit_F, self.lost_F = (np.zeros(F, np.int64) for _ in range(3))
+        self.last_FD, self.last_FPN = np.zeros((F, 0), np.int64), np.zeros((F, 2, 10), np.int64)
+        self.dropped_at, self.room_at = np.zeros(most, np.int64), np.zeros(most, np.int64)
+
+    @property
+    def assignments(self) -> int:
+        return int(self.made_D.sum())
+
+    def add(self, shard: Drops) -> None:
+        F, more = len(self.factors), len(shard.made_D) - len(self.made_D)
+        self.made_D = np.pad(self.made_D, (0, more)) + shard.made_D
+        self.last_FD = np.pad(self.last_FD, ((0, 0), (0, more))) + shard.last_FD
+        self.decisions += len(shard.worst_T)
+        self.groups += len(shard.size_G)
+        self.made_PN += shard.made_PN
+        self.last_FPN += shard.last_FPN
+        self.room_F += shard.room_F
+        self.hit_F += _at_least(shard.worst_T, F)
+        self.lost_F += _at_least(shard.best_T, F)
+        self._add_hundredths(shard.size_G, shard.load_GE)
+
+    def _add_hundredths(self, size_G: np.ndarray, load_GE: np.ndarray) -> None:
+        """What every hundredth of a factor would drop: Σ max(0, load − capacity), exact, in memory
+        that no trace makes grow."""
+        k, E = self.router.top_k, self.router.experts
+        n = np.arange(1, len(self.dropped_at) + 1)
+        for size in np.unique(size_G):
+            at_G = size_G == size
+            load_C = np.bincount(load_GE[at_G].ravel(), minlength=size + 1)
+            above_C = np.cumsum(load_C[::-1])[::-1] - load_C  # experts with more than c
+            excess_C = np.append(np.cumsum(above_C[::-1])[::-1], 0)
+            capacity_n = -(-n * int(size) * k // (STEP * E))
+            self.dropped_at += excess_C[np.minimum(capacity_n, size + 1)]
+            self.room_at += capacity_n * E * int(at_G.sum())
+
+    def needed(self, target: float) -> dict[str, float]:
+        """The least factor, in hundredths, that drops at most `target`; what it drops; the share of
+        capacity it leaves unused."""
+        at = int(np.argmax(self.dropped_at <= target * self.assignments))
+        dropped = int(self.dropped_at[at])
+        return {
+            "capacity_factor": (at + 1) / STEP,
+            "drop_rate": dropped / self.assignments,
+            "unused_capacity": 1 - (self.assignments - dropped) / int(self.room_at[at]),
+        }
+
+
+@dataclass
+class Counted:
+    """The drops of every router; the domains that made_D and last_FD count by; and the tokens of
+    the trace, with those that lose an assignment in any layer (hit_F) and all of some layer's
+    (lost_F)."""
+
+    of: dict[int, RouterDrops]
+    domains: list[str]
+    tokens: int
+    hit_F: np.ndarray
+    lost_F: np.ndarray
+
+
+def _count(trace: Trace, chosen: Sequence[int], settings: Settings) -> Counted:
+    F, small = len(settings.factors), is_small(trace, chosen)
+    of = {r: RouterDrops(trace.routers[r], settings.factors) for r in chosen}
+    counted = Counted(of, [], 0, np.zeros(F, np.int64), np.zeros(F, np.int64))
+    for shard in trace.shards:
+        domain_T = _domains(shard, counted.domains)
+        hit_T, lost_T = np.zeros(len(domain_T), np.uint8), np.zeros(len(domain_T), np.uint8)
+        of_stack: dict[str, Groups] = {}
+        for r in chosen:
+            stack = trace.routers[r].stack
+            if stack not in of_stack:
+                of_stack[stack] = groups_of(
+                    shard, r, settings.group_tokens, domain_T, len(counted.domains)
+                )
+            groups = of_stack[stack]
+            drops = drops_of(shard, r, groups, settings.factors, settings.order, small)
+            of[r].add(drops)
+            hit_T[groups.seen] = np.maximum(hit_T[groups.seen], drops.worst_T)
+            lost_T[groups.seen] = np.maximum(lost_T[groups.seen], drops.best_T)
+        counted.tokens += len(domain_T)
+        counted.hit_F += _at_least(hit_T, F)
+        counted.lost_F += _at_least(lost_T, F)
+    if not counted.tokens:
+        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
+    return counted
+
+
+def _domains(shard: Shard, domains: list[str]) -> np.ndarray:
+    """The domain of each token, as an index into `domains`, to which new ones are appended. int64
+    [T]"""
+    code_T, labels = codes(shard.tokens(["domain"])["domain"])
+    used = {labels[c] for c in np.unique(code_T)}
+    domains += [label for label in labels if label in used and label not in domains]
+    row_of = [domains.index(label) if label in used else -1 for label in labels]
+    return np.array(row_of, np.int64)[code_T]
+
+
+def _at_least(level_T: np.ndarray, F: int) -> np.ndarray:
+    """How many tokens each factor meets: those whose level is above its index. int64 [F]"""
+    return np.array([np.count_nonzero(level_T > f) for f in range(F)])
+
+
+def _tables(counted: Counted, settings: Settings) -> dict[str, pd.DataFrame]:
+    import pandas as pd
+
+    main, needed, by_domain, by_position = [], [], [], []
+    for r, drops in counted.of.items():
+        router: dict[str, Any] = {"layer": drops.router.layer, "router": r}
+        # what a larger factor drops every smaller one drops too
+        dropped_FD, dropped_FPN = (
+            last[::-1].cumsum(0)[::-1] for last in (drops.last_FD, drops.last_FPN)
+        )
+        for f, factor in enumerate(drops.factors):
+            at = {**router, "capacity_factor": factor}
+            main.append({**at, **_row(drops, f, int(dropped_FD[f].sum()))})
+            by_domain += [
+                {**at, "domain": counted.domains[d], **_rate(drops.made_D[d], dropped_FD[f, d])}
+                for d in np.argsort(counted.domains[: len(drops.made_D)])
+                if drops.made_D[d]
+            ]
+            by_position += [
+                {
+                    **at,
+                    "position_in": position,
+                    "tenth": n + 1,
+                    **_rate(drops.made_PN[p, n], dropped_FPN[f, p, n]),
+                }
+                for p, position in enumerate(POSITIONS)
+                for n in range(10)
+            ]
+        if drops.assignments:
+            target = settings.target_drop
+            needed.append({**router, "target_drop": target, **drops.needed(target)})
+    columns = ["layer", "router", "target_drop", "capacity_factor", "drop_rate", "unused_capacity"]
+    return {
+        "capacity": pd.DataFrame(main),
+        "capacity_needed": pd.DataFrame(needed, columns=columns),
+        "capacity_tokens": pd.DataFrame(
+            {
+                "capacity_factor": settings.factors,
+                "tokens": counted.tokens,
+                "hit_anywhere": counted.hit_F / counted.tokens,
+                "lost_anywhere": counted.lost_F / counted.tokens,
+            }
+        ),
+        "capacity_by_domain": pd.DataFrame(by_domain),
+        "capacity_by_position": pd.DataFrame(by_position),
+    }
+
+
+def _row(drops: RouterDrops, f: int, dropped: int) -> dict[str, float]:
+    kept = drops.assignments - dropped
+    return {
+        "drop_rate": _share(dropped, drops.assignments),
+        "tokens_hit": _share(int(drops.hit_F[f]), drops.decisions),
+        "tokens_lost": _share(int(drops.lost_F[f]), drops.decisions),
+        "unused_capacity": 1 - _share(kept, int(drops.room_F[f])),
+        "groups": drops.groups,
+        "decisions": drops.decisions,
+        "assignments": drops.assignments,
+        "dropped": dropped,
+    }
+
+
+def _rate(made: Any, dropped: Any) -> dict[str, float]:
+    return {
+        "assignments": int(made),
+        "dropped": int(dropped),
+        "drop_rate": _share(int(dropped), int(made)),
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")

@@ -1,0 +1,107 @@
+"""From the GPUs that were asked for to the layout of each router; and plans: the expert of every
+slot of a layout.
+
+E experts, W windows, P slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.sizes import text_config
+from moe_inspect.simulate.placement.policies.layout import Layout
+from moe_inspect.simulate.placement.windows import FitWindows
+from moe_inspect.trace.reader import Trace
+
+MOST_SLOTS = 2**20  # of a layer
+MOST_GPUS = 8  # where no number is asked for
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What was asked for; None is the default. `slots`: physical experts of a layer, replicas
+    included. `groups`: of experts."""
+
+    gpus: int | None = None
+    nodes: int = 1
+    slots: int | None = None
+    groups: int | None = None
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The expert of every slot, int64 [P], by (router, policy), with what the plans were made from.
+    `loads`: assignments of each router's experts by window, int64 [W, E]."""
+
+    trace: Trace
+    selection: Selection
+    windows: FitWindows
+    layouts: dict[int, Layout]
+    loads: dict[int, np.ndarray]
+    of: dict[tuple[int, str], np.ndarray]
+
+
+def layouts_of(trace: Trace, selection: Selection, wanted: Hardware) -> dict[int, Layout]:
+    """The layout of each router. MoeInspectError where the numbers do not divide."""
+    experts = {trace.routers[r].experts for r in selection.routers}
+    if wanted.slots is not None:
+        _check_slots(wanted.slots, max(experts))
+    slots = experts if wanted.slots is None else {wanted.slots}
+    gpus = _default_gpus(slots, wanted.nodes) if wanted.gpus is None else wanted.gpus
+    if gpus < 1 or wanted.nodes < 1 or gpus % wanted.nodes:
+        raise MoeInspectError(
+            f"{gpus} GPUs on {wanted.nodes} nodes: give each node the same number of GPUs"
+        )
+    if uneven := sorted(n for n in slots if n % gpus):
+        raise MoeInspectError(
+            f"{uneven[0]} physical experts on {gpus} GPUs: each GPU holds the same number, give "
+            f"a multiple of {gpus}"
+        )
+    groups = _default_groups(trace, experts) if wanted.groups is None else wanted.groups
+    if groups < 1 or any(E % groups for E in experts):
+        raise MoeInspectError(
+            f"{groups} groups of {_listed(experts)} experts: groups are of the same size, give a "
+            "divisor"
+        )
+    return {
+        r: Layout(wanted.slots or trace.routers[r].experts, gpus, wanted.nodes, groups)
+        for r in selection.routers
+    }
+
+
+def _check_slots(slots: int, E: int) -> None:
+    if slots < E:
+        raise MoeInspectError(
+            f"{slots} physical experts for {E} experts: each needs a slot, give at least {E}"
+        )
+    if slots > MOST_SLOTS:
+        raise MoeInspectError(f"{slots:,} physical experts: give {MOST_SLOTS:,} at most")
+
+
+def _default_gpus(slots: set[int], nodes: int) -> int:
+    """As many as divide the slots, up to MOST_GPUS. At least two slots per GPU: with one there is
+    nothing to choose."""
+    most = max(1, min(MOST_GPUS, min(slots) // 2))
+    for gpus in range(most, 0, -1):
+        if not any(n % gpus for n in slots) and gpus % nodes == 0:
+            return gpus
+    raise MoeInspectError(
+        f"no number of GPUs up to {most} divides {_listed(slots)} slots and among {nodes} nodes: "
+        "give gpus"
+    )
+
+
+def _default_groups(trace: Trace, experts: set[int]) -> int:
+    known = text_config(trace).get("n_group")
+    if isinstance(known, int) and known > 0 and not any(E % known for E in experts):
+        return known
+    return 1
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(values)))

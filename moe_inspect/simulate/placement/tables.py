@@ -1,0 +1,154 @@
+"""The tables of `simulate placement`: what plans come to on the windows that they are judged by.
+
+E experts, G GPUs, P slots, W windows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.sizes import hidden_bytes
+from moe_inspect.simulate.placement.dispatch import least_busiest
+from moe_inspect.simulate.placement.layouts import Plans
+from moe_inspect.simulate.placement.policies.layout import colocated, shares
+
+Reached = dict[tuple[int, str], tuple[float, float]]  # ranks and nodes, by (router, policy)
+
+
+def tables_of(plans: Plans, reached: Reached, linear_program: bool) -> dict[str, Any]:
+    """`placement`: a row per router and policy; `policies`: a row per policy; `windows`: a row per
+    window, router and policy. `linear_program`: with what the best dispatch could reach."""
+    windows, size = plans.windows, hidden_bytes(plans.trace)
+    rows: list[dict[str, Any]] = []
+    by_window: list[dict[str, Any]] = []
+    first_W = np.round(windows.edge_W * windows.tokens).astype(np.int64)
+    for (r, name), expert_P in plans.of.items():
+        router, layout, load_WE = plans.trace.routers[r], plans.layouts[r], plans.loads[r]
+        share_EG = shares(expert_P, router.experts, layout.gpus)
+        load_WG = load_WE @ share_EG
+        mean_W, least_W = load_WE.sum(1) / layout.gpus, None
+        if linear_program:
+            least_W = least_busiest(load_WE, share_EG)
+        key = {"layer": router.layer, "router": r, "policy": name}
+        ranks, nodes = reached.get((r, name), (np.nan, np.nan))
+        sent = 2 * ranks * (1 - 1 / layout.gpus)  # there and back, but to the token's own GPU
+        load_G = load_WE[windows.judged].sum(0) @ share_EG
+        ratio = _ratio(load_G)
+        row = key | {
+            "max_over_mean": ratio,
+            "balancedness": 1 / ratio,
+            "slowdown": ratio,
+            "ranks_per_token": ranks,
+            "nodes_per_token": nodes,
+            "activations_per_token": sent,
+            "moved_bytes_per_token": sent * size if size else np.nan,
+            "fit_max_over_mean": _ratio(load_WE[: windows.fit].sum(0) @ share_EG),
+            "colocated": colocated(expert_P, layout.gpus),
+            "max_load": load_G.max(),
+            "mean_load": load_G.mean(),
+            "by_window_max_over_mean": _over(load_WG.max(1), mean_W, windows.judged),
+        }
+        if least_W is not None:
+            row["lp_max_over_mean"] = _over(least_W, mean_W, windows.judged)
+        rows.append(row)
+        for w, load_E in enumerate(load_WE):
+            ratio = _ratio(load_E @ share_EG)
+            row = {
+                "window": w,
+                "first_token": first_W[w],
+                "tokens": first_W[w + 1] - first_W[w],
+                "part": "fit" if w < windows.fit else "judged",
+                **key,
+                "max_over_mean": ratio,
+                "balancedness": 1 / ratio,
+            }
+            if least_W is not None:
+                row["lp_max_over_mean"] = _over(least_W, mean_W, slice(w, w + 1))
+            by_window.append(row)
+    table = pd.DataFrame(rows)
+    return {
+        "placement": table,
+        "policies": _by_policy(table),
+        "windows": pd.DataFrame(by_window),
+    }
+
+
+def _ratio(load_G: np.ndarray) -> float:
+    return float(load_G.max() / load_G.mean()) if load_G.any() else np.nan
+
+
+def _over(most_W: np.ndarray, mean_W: np.ndarray, part: slice) -> float:
+    """Load of the busiest GPU ÷ mean load, over windows one after the other: in each, all wait for
+    its busiest GPU. NaN without load."""
+    return float(most_W[part].sum() / mean_W[part].sum()) if mean_W[part].any() else np.nan
+
+
+def _by_policy(table: Any) -> Any:
+    """One row per policy. balancedness_sglang: mean over layers of mean ÷ max; balancedness_vllm: Σ
+    mean ÷ Σ max."""
+    rows = []
+    for name, mine in table.dropna(subset=["max_over_mean"]).groupby("policy", sort=False):
+        vllm = mine["mean_load"].sum() / mine["max_load"].sum()
+        row = {
+            "policy": name,
+            "balancedness_sglang": mine["balancedness"].mean(),
+            "balancedness_vllm": vllm,
+            "slowdown": 1 / vllm,
+            "worst_max_over_mean": mine["max_over_mean"].max(),
+            "fit_max_over_mean": mine["fit_max_over_mean"].mean(),
+            "ranks_per_token": mine["ranks_per_token"].mean(),
+            "nodes_per_token": mine["nodes_per_token"].mean(),
+            "moved_bytes_per_token": mine["moved_bytes_per_token"].sum(min_count=1),
+            "colocated": mine["colocated"].sum(),
+        }
+        for how in ("by_window", "lp"):
+            if f"{how}_max_over_mean" in mine:
+                row[f"{how}_slowdown"] = _weighted(mine, f"{how}_max_over_mean")
+        rows.append(row)
+    if not rows:
+        raise MoeInspectError(
+            "no router made an assignment in the part that is judged, what --fit-share leaves: "
+            "there is no load to place"
+        )
+    return pd.DataFrame(rows)
+
+
+def _weighted(mine: Any, column: str) -> float:
+    """Mean of a ratio over layers, each weighing as its load."""
+    return float((mine[column] * mine["mean_load"]).sum() / mine["mean_load"].sum())
+
+
+def recommended(by_policy: Any) -> str:
+    """The policy with the least slowdown on the judged part; of equals local-search, then the
+    first."""
+    rows = by_policy[["policy", "slowdown"]].to_dict("records")
+    return min(rows, key=lambda row: (round(row["slowdown"], 9), row["policy"] != "local-search"))[
+        "policy"
+    ]
+
+
+def plan_table(plans: Plans, policy: str) -> Any:
+    """The plan of one policy: a row per router and slot."""
+    rows = []
+    for r in plans.selection.routers:
+        expert_P, layout, router = plans.of[r, policy], plans.layouts[r], plans.trace.routers[r]
+        replicas_E = np.bincount(expert_P, minlength=router.experts)
+        for p, e in enumerate(expert_P.tolist()):
+            gpu = p * layout.gpus // layout.slots
+            rows.append(
+                {
+                    "layer": router.layer,
+                    "router": r,
+                    "policy": policy,
+                    "slot": p,
+                    "gpu": gpu,
+                    "node": gpu * layout.nodes // layout.gpus,
+                    "expert": e,
+                    "replicas": replicas_E[e],
+                }
+            )
+    return pd.DataFrame(rows)
