@@ -30,7 +30,7 @@ NAMES = {
     int: "a whole number",
     bool: "true or false",
 }
-ANNOTATIONS = {"$schema", "$id", "$defs", "title", "description"}
+ANNOTATIONS = {"$schema", "$id", "$defs", "title", "description", "examples"}
 
 
 @cache
@@ -119,11 +119,12 @@ def _range(least: int, schema: dict[str, Any], root: dict[str, Any]) -> Check:
 
 
 def _pattern(pattern: str, schema: dict[str, Any], root: dict[str, Any]) -> Check:
+    example = schema["examples"][0]
     find = re.compile(pattern.replace("$", r"\Z"), re.ASCII).search
 
     def check(value: Any, path: str) -> None:
         if isinstance(value, str) and find(value) is None:
-            raise ValueError(f"{path} is {shown(value)}, which does not match {pattern}")
+            raise ValueError(f"{path} is {shown(value)}, not like {example}")
 
     return check
 
