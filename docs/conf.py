@@ -24,10 +24,10 @@ html_title = f"moe-inspect {version}"
 html_show_sourcelink = False
 html_copy_source = False
 
+smartquotes = False  # an option is written with two hyphens
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_mock_imports: list[str] = []
 
 
 def setup(app: Any) -> None:

@@ -29,7 +29,8 @@ def _command(command: Any, name: str) -> Iterator[str]:
         yield "| | |\n|---|---|"
         for parameter in command.params:
             names, text = parameter.get_help_record(context)
-            yield f"| `{names.strip()}` | {_text(text)} |".replace("|", "\\|", 0)
+            names = names.strip().replace("|", "\\|")  # a cell ends at a bar, even in code
+            yield f"| `{names}` | {_text(text)} |"
         yield ""
     for subcommand in subcommands:
         yield from _command(subcommands[subcommand], f"{name} {subcommand}")
