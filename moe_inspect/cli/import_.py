@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from moe_inspect.importers import MODULES
 from moe_inspect.text import say
 
 
@@ -18,10 +19,7 @@ def import_(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help=(
-                "auto, sglang, sglang-routed, vllm-routed, tensorrt-llm, megatron, esft, fiddler "
-                "or counts."
-            ),
+            help=f"auto, or one of {', '.join(MODULES)}.",
             show_default=False,
         ),
     ],

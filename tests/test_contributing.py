@@ -1,0 +1,184 @@
+"""CONTRIBUTING.md's walks, done: each is carried out on a copy of the package, and what it adds is
+seen in the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_inspect
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+class Copy:
+    """A copy of the package, which its commands import instead of this one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        skip = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(Path(moe_inspect.__file__).parent, root / "moe_inspect", ignore=skip)
+
+    def follow(self, title: str) -> list[str]:
+        """Does what a section of CONTRIBUTING.md says: writes its new files, inserts its lines.
+        Returns the files."""
+        section = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M)
+        assert section, title
+        blocks = re.findall(
+            r"(?:New file|In) `([^`]+)`(?:, after `([^`]+)`)?:\n\n```python\n(.*?)^```",
+            section[1],
+            re.S | re.M,
+        )
+        assert blocks, title
+        for name, anchor, text in blocks:
+            path = self.root / name
+            if anchor:
+                before = path.read_text()
+                assert before.count(f"{anchor}\n") == 1, f"{name}: {anchor}"
+                path.write_text(before.replace(f"{anchor}\n", f"{anchor}\n{text}"))
+            else:
+                assert not path.exists(), name
+                path.write_text(text)
+        return [name for name, _, _ in blocks]
+
+    def python(self, *arguments: object) -> str:
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=self.root,
+            env={**os.environ, "PYTHONPATH": str(self.root)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def cli(self, *arguments: object) -> str:
+        return self.python("-m", "moe_inspect", *arguments)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    return Copy(tmp_path)
+
+
+def test_the_blocks_are_formatted_and_linted(copy: Copy) -> None:
+    """As what a contributor would commit."""
+    shutil.copy(ROOT / "pyproject.toml", copy.root)
+    files = {f for title in re.findall(r"^## (Add .*)$", PAGE, re.M) for f in copy.follow(title)}
+    for command in (["check"], ["format", "--check"]):
+        copy.python("-m", "ruff", *command, "--no-cache", *sorted(files))
+
+
+def test_an_importer(copy: Copy) -> None:
+    copy.follow("Add an importer")
+    assert "tally" in copy.cli("import", "--help")
+    (copy.root / "code.tally.json").write_text(json.dumps({"1": [3, 1, 2, 0], "3": [1, 1, 2, 2]}))
+    copy.cli("import", "auto", "code.tally.json", "-o", "t", "--top-k", "2")
+    copy.cli("verify", "t")
+    rows = [json.loads(line) for line in _table(copy, "t", "load")]
+    assert [r["assignments"] for r in rows if r["layer"] == 1] == [3, 1, 2, 0]
+    assert [r["assignments"] for r in rows if r["layer"] == 3] == [1, 1, 2, 2]
+
+
+def _table(copy: Copy, trace: str, table: str) -> list[str]:
+    return copy.cli("report", trace, "--table", table, "--format", "json").splitlines()
+
+
+TOY = """
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class ToyConfig(PretrainedConfig):
+    model_type = "toy_moe"
+
+    def __init__(self, **options):
+        self.num_hidden_layers, self.hidden_size, self.vocab_size = 2, 16, 50
+        self.num_experts, self.num_experts_per_tok = 4, 2
+        super().__init__(**options)
+
+
+class ToyGate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.score = nn.Linear(config.hidden_size, config.num_experts)
+
+    def forward(self, hidden):
+        return self.score(hidden).softmax(-1)
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = ToyGate(config)
+        self.linears = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.num_experts)
+        )
+
+    def forward(self, hidden):
+        flat = hidden.flatten(0, 1)
+        weights, ids = self.gate(flat).topk(self.gate.top_k)
+        CHOSEN.append(ids)
+        out = sum(
+            weights[:, slot, None] * torch.stack([self.linears[e](x) for x, e in zip(flat, chosen)])
+            for slot, chosen in enumerate(ids.T.tolist())
+        )
+        return hidden + out.view_as(hidden)
+
+
+class ToyMoe(PreTrainedModel):
+    config_class = ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ToyBlock(config) for _ in range(config.num_hidden_layers))
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, **options):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return CausalLMOutput(logits=self.head(hidden))
+
+
+CHOSEN = []
+"""
+RECORDED = """
+import moe_inspect
+from toy import CHOSEN, ToyConfig, ToyMoe
+import torch
+
+model = ToyMoe(ToyConfig()).eval()
+with torch.no_grad(), moe_inspect.record(model, "t"):
+    model(input_ids=torch.arange(10)[None])
+trace = moe_inspect.open_trace("t")
+for layer, ids in enumerate(CHOSEN):
+    recorded = trace.routing(layer=layer)[["expert_0", "expert_1"]].to_numpy().tolist()
+    assert recorded == ids.tolist(), (layer, recorded, ids)
+print(len(CHOSEN), "layers recorded")
+"""
+
+
+def test_a_model_family(copy: Copy) -> None:
+    (copy.root / "toy.py").write_text(TOY)
+    (copy.root / "recorded.py").write_text(RECORDED)
+    with pytest.raises(AssertionError, match="MoeInspectError"):  # as it is, it is refused
+        copy.python("recorded.py")
+    copy.follow("Add a model family")
+    assert copy.python("recorded.py") == "2 layers recorded\n"
