@@ -147,6 +147,7 @@ def stored(row: dict[str, Any], bits: int) -> bool:
     return any(wide.get(store) == bits for store in row["stores"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_nothing_spills(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     assert len(compiled[gpu]) == len(compiled["sm_90"]) > 100
@@ -155,6 +156,7 @@ def test_nothing_spills(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> 
         assert 0 < row["registers"] <= 255, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", [g for g in TARGETS if g.startswith("sm")])
 def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     """Eight ids of a byte in 64 bits (two bytes each above 255 experts: 128), eight weights in 128;
@@ -177,6 +179,7 @@ def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, An
     assert not any(stored(r, 128) for r in single)
 
 
+@pytest.mark.slow
 def test_the_register_table(
     compiled: dict[str, list[dict[str, Any]]], record_property: Callable[[str, str], None]
 ) -> None:

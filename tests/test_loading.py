@@ -81,6 +81,7 @@ def test_code_of_a_repository_runs_only_when_asked_for(
     assert trace.manifest["model"]["trust_remote_code"] is True
 
 
+@pytest.mark.slow
 def test_a_revision_is_pinned_and_told(
     tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

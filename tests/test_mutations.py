@@ -20,6 +20,8 @@ from tests.mutation import changed_source, fails
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 KERNELS = {
     "wrong permutation: later slots rank first": ("(j[None, :] < j[:, None])", "(j[None, :] > j[:, None])"),
     "wrong permutation: a slot ranks behind itself": ("(j[None, :] < j[:, None])", "(j[None, :] <= j[:, None])"),

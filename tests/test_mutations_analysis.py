@@ -55,6 +55,8 @@ from tests import (
 )
 from tests.mutation import fails, mutation
 
+pytestmark = pytest.mark.slow
+
 Check = Callable[[Path], None]
 
 

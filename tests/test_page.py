@@ -29,10 +29,13 @@ CHROMIUM = (
     or shutil.which("chromium-browser")
     or shutil.which("google-chrome")
 )
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("REQUIRE_CHROMIUM"),
-    reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None and not os.environ.get("REQUIRE_CHROMIUM"),
+        reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from tests.conftest import ROOT, Cli
 from tests.damage import edit_manifest
 from tests.families import build
 
+pytestmark = pytest.mark.slow
+
 
 def torchrun(path: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
     command = [
@@ -190,7 +192,6 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["tp_size", "fsdp_size"], ids=["all-reduce", "all-to-all"])
 def test_experts_of_other_ranks_are_recorded_by_their_global_ids(
     sharing: str, tmp_path: Path

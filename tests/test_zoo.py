@@ -25,6 +25,8 @@ from tests import zoo
 from tests.conftest import ROOT
 from tests.test_cli_trace import save_tokenizer
 
+pytestmark = pytest.mark.slow
+
 BUILT = [f for f in zoo.FAMILIES if f not in zoo.WHY_NOT]
 LENGTHS = [9, 5, 12]
 # what these do with the router's choice cannot be told from outside by disturbing an expert
