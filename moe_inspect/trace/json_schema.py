@@ -38,7 +38,7 @@ def checker(name: str) -> Callable[[Any], None]:
     """The check of a schema beside this file, e.g. "trace_json". ValueError in one line, which
     names the value by its path from the root (`capture.weights`, `routers[3].top_k`)."""
     schema = read_schema(name)
-    check = _compiled(schema, schema)
+    check = compiled(schema, schema)
     return lambda value: check(value, "")
 
 
@@ -58,9 +58,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _compiled(schema: dict[str, Any], root: dict[str, Any]) -> Check:
+def compiled(schema: dict[str, Any], root: dict[str, Any] | None = None) -> Check:
+    """The check of a schema. `root`: the schema that `$ref` refers to."""
+    root = schema if root is None else root
     if "$ref" in schema:
-        return _compiled(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
+        return compiled(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
     checks: list[Check] = []
     for keyword, argument in schema.items():
         if keyword in _KEYWORDS:
@@ -130,7 +132,7 @@ def _pattern(pattern: str, schema: dict[str, Any], root: dict[str, Any]) -> Chec
 
 
 def _items(schema_of: dict[str, Any], schema: dict[str, Any], root: dict[str, Any]) -> Check:
-    item, least, most = _compiled(schema_of, root), schema["minItems"], schema["maxItems"]
+    item, least, most = compiled(schema_of, root), schema["minItems"], schema["maxItems"]
 
     def check(value: Any, path: str) -> None:
         if not isinstance(value, list):
@@ -144,7 +146,7 @@ def _items(schema_of: dict[str, Any], schema: dict[str, Any], root: dict[str, An
 
 
 def _properties(properties: dict[str, Any], schema: dict[str, Any], root: dict[str, Any]) -> Check:
-    checks = {name: _compiled(one, root) for name, one in properties.items()}
+    checks = {name: compiled(one, root) for name, one in properties.items()}
     required, closed = schema.get("required", []), schema.get("additionalProperties") is False
 
     def check(value: Any, path: str) -> None:

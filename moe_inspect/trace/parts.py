@@ -61,15 +61,38 @@ def open_part(path: Path | Remote, name: str, columns: pa.Schema, stated: Stated
     with reading(name):
         file = _source(path)
         _check_bytes(file, name, stated)
-        # routers of a shard are read from several threads, which Arrow's buffer of what comes next
-        # does not stand
-        opened = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
+        opened = _parquet(file)
         rows = opened.metadata.num_rows
         if stated.rows is not None and rows != stated.rows:
             raise Damaged(name, f"it has {rows} rows, its line says {stated.rows}", name)
         _check_size(opened, name)
+        if text := _plain_labels(opened.schema_arrow, columns):
+            opened = _parquet(_source(path), read_dictionary=text)
         _check_columns(opened.schema_arrow, name, columns)
         return opened
+
+
+def _parquet(file: pa.NativeFile, read_dictionary: list[str] | None = None) -> pq.ParquetFile:
+    # routers of a shard are read from several threads, which Arrow's buffer of what comes next does
+    # not stand
+    return pq.ParquetFile(
+        file,
+        read_dictionary=read_dictionary,
+        page_checksum_verification=True,
+        pre_buffer=False,
+    )
+
+
+def _plain_labels(found: pa.Schema, columns: pa.Schema) -> list[str]:
+    """Columns of labels that the file holds as plain text, as programs write them that know no
+    Arrow."""
+    return [
+        field.name
+        for field in columns
+        if pa.types.is_dictionary(field.type)
+        and (at := found.get_field_index(field.name)) >= 0
+        and _alike(found.types[at], pa.string())
+    ]
 
 
 def _source(path: Path | Remote) -> pa.NativeFile:

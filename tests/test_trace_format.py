@@ -1,0 +1,301 @@
+"""docs/trace-format.md is the specification: its example is a trace, its tables of columns and keys
+are those of the code, and the JSON Schemas say what the reader checks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import moe_inspect
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import json_schema, schema
+from moe_inspect.trace.manifest import read_manifest
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.verify import verify
+from tests.conftest import ROOT
+from tests.damage import without_checksums
+
+PAGE = (ROOT / "docs/trace-format.md").read_text(encoding="utf-8")
+SAMPLES = sorted(path.parent for path in (ROOT / "sample_traces").glob("*/trace.json"))
+ROUTERS = [Router(0, "a", "a", 8, 2), Router(1, "b", "b", 8, 2)]
+
+
+def section(title: str) -> str:
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", PAGE, re.M | re.S)
+    assert found is not None, title
+    return found[1]
+
+
+def rows(title: str) -> Iterator[list[str]]:
+    """The cells of a section's table, without its head."""
+    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    for line in lines[2:]:
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# --- the example
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the page's example writes."""
+    folder = tmp_path_factory.mktemp("example")
+    (code,) = re.findall(r"```python\n(.*?)```", section("A complete writer"), re.S)
+    assert "moe_inspect" not in code
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        exec(compile(code, "trace-format.md", "exec"), {"__name__": "example"})
+    return folder / "my-trace"
+
+
+def test_the_example_verifies(written: Path) -> None:
+    found = verify(written)
+    assert found.ok, found
+    assert (found.tokens, found.decisions, found.assignments) == (500, 1000, 2000)
+    assert found.status == "complete"
+    assert any("3 files state no sha256" in line for line in found.checked)
+
+
+def test_the_example_is_reported_and_simulated(written: Path) -> None:
+    trace = moe_inspect.open_trace(written)
+    assert trace.routers[0].first_choice_known
+    tables = moe_inspect.report(trace).tables
+    assert tables["balance"]["assignments"].tolist() == [1000, 1000]
+    assert tables["load"]["first_choice"].sum() == 1000
+    assert len(moe_inspect.simulate_capacity(trace).tables)
+    assert len(moe_inspect.simulate_cache(trace).tables)
+    assert len(moe_inspect.simulate_decode(trace).tables)
+
+
+@pytest.mark.parametrize("writer", ["plain text", "polars", "duckdb"])
+def test_files_of_programs_without_arrows_schema_are_read(writer: str, tmp_path: Path) -> None:
+    polars, duckdb = pytest.importorskip("polars"), pytest.importorskip("duckdb")
+    without_checksums(SAMPLES[0], tmp_path / "t")
+    manifest = json.loads((tmp_path / "t/trace.json").read_text())
+    manifest["tables"] = ["documents", "tokens", "routing"]  # logits need Arrow's schema
+    (tmp_path / "t/trace.json").write_text(json.dumps(manifest))
+    for path in (tmp_path / "t").glob("shards-*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [
+            {k: v for k, v in line.items() if k != "sha256"}
+            for line in lines
+            if line["table"] != "logits"
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in (tmp_path / "t").glob("*/*.parquet"):
+        if path.parent.name == "logits":
+            continue
+        if writer == "polars":
+            table = polars.read_parquet(path)
+            table.with_columns(polars.col(polars.Categorical).cast(polars.String)).write_parquet(
+                path
+            )
+        elif writer == "duckdb":
+            duckdb.sql(f"copy (select * from '{path}') to '{path}.new' (format parquet)")
+            Path(f"{path}.new").replace(path)
+        else:
+            table = pq.read_table(path)
+            plain = [
+                pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type)
+                for f in table.schema
+            ]
+            pq.write_table(table.cast(pa.schema(plain)), path, store_schema=False)
+    found = verify(tmp_path / "t")
+    assert found.ok, found
+    for table in ("balance", "domains"):
+        pd.testing.assert_frame_equal(
+            moe_inspect.report(tmp_path / "t").tables[table],
+            moe_inspect.report(SAMPLES[0]).tables[table],
+        )
+
+
+# --- columns
+
+
+def columns_of(table: str) -> pa.Schema:
+    return {
+        "tokens": schema.TOKENS,
+        "documents": schema.DOCUMENTS,
+        "routing": schema.routing_schema(ROUTERS, weights=True),
+        "logits": schema.logits_schema(8),
+        "counts": schema.counts_schema(weights=True),
+        "vocabulary": schema.VOCABULARY_SCHEMA,
+    }[table]
+
+
+def type_on_the_page(kind: pa.DataType) -> str:
+    if pa.types.is_dictionary(kind):
+        return "label"
+    if pa.types.is_fixed_size_list(kind):
+        return "fixed_size_list<float16>"
+    return {"float": "float32", "double": "float64"}.get(str(kind), str(kind))
+
+
+@pytest.mark.parametrize("table", [*schema.TABLES, "vocabulary"])
+def test_the_pages_columns_are_those_of_the_code(table: str) -> None:
+    found = {}
+    for column, kind, null, _ in rows(table):
+        name = column.strip("`")
+        for slot in range(2) if "…" in column else [None]:
+            here = name if slot is None else re.sub(r"_0.*", f"_{slot}", name)
+            found[here] = (kind, null == "yes")
+    expected = {
+        field.name: (
+            type_on_the_page(field.type),
+            (field.name.startswith(("expert_", "weight_")) and field.name != "weight_sum")
+            or field.name == "first_choice",
+        )
+        for field in columns_of(table)
+    }
+    assert found == expected
+
+
+# --- keys
+
+
+def keys_of(one: dict[str, Any], root: dict[str, Any], before: str = "") -> dict[str, bool]:
+    """Path of each key of a JSON Schema → whether it is required."""
+    found = {}
+    for name, value in one["properties"].items():
+        found[before + name] = name in one.get("required", [])
+        if "properties" in value:
+            found |= keys_of(value, root, f"{before}{name}.")
+        if "items" in value:
+            item = root["$defs"][value["items"]["$ref"].rpartition("/")[2]]
+            found |= keys_of(item, root, f"{before}{name}[].")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [("trace.json", "trace_json"), ("Lines of shards-&lt;rank&gt;.jsonl", "shard_line")],
+)
+def test_the_pages_keys_are_those_of_the_schema(title: str, name: str) -> None:
+    found = {cells[0].strip("`"): cells[2] == "yes" for cells in rows(title)}
+    read = json_schema.read_schema(name)
+    assert found == keys_of(read, read)
+
+
+def test_a_router_has_the_keys_of_the_schema() -> None:
+    stated = json_schema.read_schema("trace_json")["$defs"]["router"]
+    assert set(stated["properties"]) == set(Router.__dataclass_fields__)
+    assert stated["properties"]["slot_order"]["enum"] == ["", "weight", "unknown"]
+
+
+def unknown_keys(value: Any, one: dict[str, Any], path: str = "") -> list[str]:
+    if "properties" not in one or not isinstance(value, dict):
+        return []
+    return [path + name for name in value if name not in one["properties"]] + [
+        key
+        for name, inner in value.items()
+        for key in unknown_keys(inner, one["properties"].get(name, {}), f"{path}{name}.")
+    ]
+
+
+def test_the_schemas_know_every_key_that_is_written(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("layer,expert,count,top_k\n0,0,3,1\n0,1,2,1\n")
+    imported = moe_inspect.import_trace("counts", [tmp_path / "c.csv"], tmp_path / "imported")
+    assert imported.counts_only
+    for root in [*SAMPLES, tmp_path / "imported"]:
+        assert unknown_keys(read_manifest(root), json_schema.read_schema("trace_json")) == []
+        for path in root.glob("shards-*.jsonl"):
+            for line in path.read_text().splitlines():
+                assert unknown_keys(json.loads(line), json_schema.read_schema("shard_line")) == []
+
+
+# --- the check
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m["capture"].pop("weights"), "capture.weights is missing"),
+        (lambda m: m.pop("tables"), "tables is missing"),
+        (lambda m: m["routers"][1].pop("top_k"), "routers[1].top_k is missing"),
+        (lambda m: m["routers"][0].update(top_k=True), "routers[0].top_k is true, not a whole"),
+        (lambda m: m["routers"][0].update(top_k=2.0), "routers[0].top_k is 2.0, not a whole"),
+        (lambda m: m["routers"][0].update(top_k=9), "routers[0].top_k is 9: 1 to 8 are possible"),
+        (lambda m: m["model"].update(id=3), "model.id is 3, not text"),
+        (lambda m: m.update(counts={"tokens": -1}), "counts.tokens is -1"),
+        (lambda m: m.update(vocabulary={"bytes": 1}), "vocabulary.sha256 is missing"),
+        (lambda m: m.update(digest="x"), 'digest is "x", not like e3b0c4'),
+        (lambda m: m.update(status=True), "status is true, not one of recording, complete"),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_keys_full_path(written: Path, change: Any, said: str) -> None:
+    manifest = read_manifest(written)
+    change(manifest)
+    draft = written.parent / "changed"
+    draft.mkdir(exist_ok=True)
+    (draft / "trace.json").write_text(json.dumps(manifest))
+    with pytest.raises(MoeInspectError, match=re.escape(f"trace.json: {said}")):
+        moe_inspect.open_trace(draft)
+
+
+ODD = [None, True, -1, 0, 3, 2**63, 2.0, 0.5, "", "x", "weight", [], [1], {}, {"a": 1}]
+
+
+def mutated(value: Any, rng: np.random.Generator) -> Any:
+    """A copy with one value, at any depth, removed or replaced, or one key too many."""
+    made = copy.deepcopy(value)
+    at = made
+    while True:
+        names = list(at) if isinstance(at, dict) else list(range(len(at)))
+        if not names:
+            return made
+        name = names[rng.integers(len(names))]
+        if isinstance(at[name], (dict, list)) and at[name] and rng.random() < 0.7:
+            at = at[name]
+            continue
+        if rng.random() < 0.2:
+            del at[name]
+        elif isinstance(at, dict) and rng.random() < 0.1:
+            at["odd"] = 1
+        else:
+            at[name] = copy.deepcopy(ODD[rng.integers(len(ODD))])
+        return made
+
+
+@pytest.mark.parametrize("name", ["trace_json", "shard_line"])
+def test_the_check_is_json_schemas(name: str) -> None:
+    """The reference implementation and ours accept and refuse the same, but 2.0, which is an integer
+    to JSON Schema."""
+    jsonschema = pytest.importorskip("jsonschema")
+    stated = json_schema.read_schema(name)
+    jsonschema.Draft202012Validator.check_schema(stated)
+    reference = jsonschema.Draft202012Validator(stated)
+    if name == "trace_json":
+        right = read_manifest(SAMPLES[0])
+    else:
+        right = json.loads((SAMPLES[0] / "shards-0.jsonl").read_text().splitlines()[0])
+    assert reference.is_valid(right)
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(2000):
+        made = mutated(right, rng)
+        if re.search(r"\b2\.0\b", json.dumps(made)):
+            continue
+        try:
+            json_schema.checker(name)(made)
+            said = None
+        except ValueError as error:
+            said = str(error)
+            assert said
+            assert "\n" not in said
+        assert (said is None) == reference.is_valid(made), (made, said)
+        refused += said is not None
+    assert 100 < refused < 1900
+
+
+def test_a_keyword_that_is_not_known_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="multipleOf"):
+        json_schema.compiled({"multipleOf": 2})
