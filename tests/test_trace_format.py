@@ -268,7 +268,7 @@ def mutated(value: Any, rng: np.random.Generator) -> Any:
 
 @pytest.mark.parametrize("name", ["trace_json", "shard_line"])
 def test_the_check_is_json_schemas(name: str) -> None:
-    """The reference implementation and ours accept and refuse the same, but 2.0, which is an integer
+    """The reference implementation and ours accept and refuse the same, but 2.0, an integer
     to JSON Schema."""
     jsonschema = pytest.importorskip("jsonschema")
     stated = json_schema.read_schema(name)
