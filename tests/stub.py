@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics import balance as bal
-from moe_inspect.reporting.tables.thresholds import thresholds
+from moe_inspect.reporting.tables.thresholds import thresholds_with
 from moe_inspect.trace.schema import Router
 
 
@@ -132,12 +132,13 @@ def stub(
         tables={name: pd.DataFrame(of) for name, of in made.items()},
         loaded=[one for one in balance if not np.isnan(one["max_vio"])],
         counts=counts,
-        thresholds=thresholds(limits),
+        thresholds=thresholds_with(limits),
         selection=SimpleNamespace(routers=chosen, domains=domains_selected),
         trace=SimpleNamespace(
             routers=listed, tables=("routing", "logits"), manifest={}, imported=False
         ),
         warning=None,
         top=20,
+        made={},
         pooled_max_over_mean=lambda: pooled,
     )

@@ -10,8 +10,8 @@ import pytest
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import Report, report
-from moe_inspect.reporting.tables.load import TABLES
+from moe_inspect.reporting.report import TABLES, Report, report
+from moe_inspect.reporting.tables.registry import Table
 from moe_inspect.reporting.verdict.chance import chance
 from moe_inspect.trace.reader import Trace
 from tests.planted import DOCUMENT, E, K, T, planted, sentences, uniform
@@ -63,7 +63,8 @@ def test_every_table_has_its_columns(made: Report):
 
 def test_tables_are_made_when_asked_for(trace: Trace, monkeypatch: pytest.MonkeyPatch):
     fresh = report(trace)
-    monkeypatch.setitem(TABLES, "specialization", lambda _: pytest.fail("not asked for"))
+    unasked = Table(lambda _: pytest.fail("not asked for"), frozenset(), ())
+    monkeypatch.setitem(TABLES, "specialization", unasked)
     assert len(fresh.tables["balance"]) == 4
     assert fresh.tables["balance"] is fresh.tables["balance"]
     assert list(fresh.tables) == list(TABLES)

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect.reporting.charts.plots import write_plots
-from moe_inspect.reporting.report import Report, report
-from moe_inspect.reporting.tables.load import TABLES
+from moe_inspect.reporting.report import TABLES, Report, report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
 from tests.planted import planted

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import Report, report
-from moe_inspect.reporting.tables.load import every_table
+from moe_inspect.reporting.report import TABLES, Report, report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from tests.planted import text_of
@@ -116,8 +115,8 @@ ODD: dict[str, tuple[Callable[[Path], Trace], str]] = {
 def test_every_table_is_right_or_says_what_it_lacks(tmp_path: Path, case: str):
     trace, says = ODD[case][0](tmp_path / "t"), ODD[case][1]
     made, lacking = report(trace, top=0, window=trace.n_tokens // 3 + 1), {}
-    made.prepare([] if trace.counts_only else every_table())
-    for name in every_table():
+    made.prepare([] if trace.counts_only else TABLES)
+    for name in TABLES:
         try:
             table: Any = made.tables[name]
         except MoeInspectError as error:

@@ -263,11 +263,11 @@ def _simulated(made: Report, names: list[Simulated], layers: str | None) -> Iter
 
 
 def _threshold(text: str) -> tuple[str, float]:
-    from moe_inspect.reporting.tables.thresholds import thresholds
+    from moe_inspect.reporting.tables.thresholds import thresholds_with
 
     name, _, value = text.partition("=")
     try:
-        thresholds({name.strip(): float(value)})
+        thresholds_with({name.strip(): float(value)})
     except (ValueError, MoeInspectError) as error:
         said = str(error) if isinstance(error, MoeInspectError) else "write it like uneven=0.3"
         raise typer.BadParameter(f"--threshold {text}: {said}") from None

@@ -15,7 +15,8 @@ from moe_inspect.reporting.charts.sections_parts import SECTIONS
 from moe_inspect.reporting.render import html
 from moe_inspect.reporting.render.html import Section
 from moe_inspect.reporting.render.map_data import map_data
-from moe_inspect.reporting.verdict.chance import chance, uneven, worst_router
+from moe_inspect.reporting.tables.data import worst_router
+from moe_inspect.reporting.verdict.chance import chance, uneven
 from moe_inspect.reporting.verdict.checks import DATA_KINDS
 from moe_inspect.text import counted, layer_label
 

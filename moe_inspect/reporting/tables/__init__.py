@@ -1,0 +1,11 @@
+"""The report's tables. Importing the package registers them, in this order: a new file of tables is
+added here."""
+
+# ruff: noqa: F401
+# isort: off
+from moe_inspect.reporting.tables import summary
+from moe_inspect.reporting.tables import load
+from moe_inspect.reporting.tables import specialization
+from moe_inspect.reporting.tables import pairs
+from moe_inspect.reporting.tables import router
+from moe_inspect.reporting.tables import over_time

@@ -1,57 +1,19 @@
-"""The report's tables, one function each: aggregates → DataFrame. `layer, router` come first where
-a row is about a router.
-
-A table is a function decorated with @table: `Report.tables`, `--table` and its help take it from
-TABLES. What goes by pairs of experts is in pair_tables.py, what goes by router or over time in
-router_tables.py.
-"""
+"""Tables of the load: of every router and of every expert. `layer, router` come first where a row is
+about a router. L routers, E experts, U documents, S sizes of forward passes."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting import token_ids as tokenids
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report
-
-Maker = Callable[["Report"], pd.DataFrame]
-TABLES: dict[str, Maker] = {}
-WANTS: dict[str, frozenset[str]] = {}  # what each table needs counted
-BY_ROUTER: dict[
-    str, tuple[str, ...]
-] = {}  # the numeric columns of the tables of a row a router: what a gate can be put on
-
-
-def table(*wants: str, by_router: tuple[str, ...] = ()) -> Callable[[Maker], Maker]:
-    """Registers a table under the function's name, with what it needs counted beyond the load
-    (aggregate.WANTS)."""
-
-    def register(function: Maker) -> Maker:
-        name = function.__name__
-        TABLES[name], WANTS[name] = function, frozenset(wants)
-        if by_router:
-            BY_ROUTER[name] = by_router
-        return function
-
-    return register
-
-
-def every_table() -> dict[str, Maker]:
-    """TABLES with every file read that adds to it."""
-    for home in ("pairs", "router"):
-        importlib.import_module(f"moe_inspect.reporting.tables.{home}")
-    return TABLES
-
+from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.registry import table
 
 BALANCE = (
     *bal.of_load(),
@@ -64,34 +26,12 @@ BALANCE = (
     "design_effect",
     "importance_cv",
 )
-SPECIALIZATION = (
-    "domain_mi_bits",
-    "domain_mi_null_bits",
-    "domain_mi_null_p99_bits",
-    "domain_mi_given_token_bits",
-    "domain_mi_given_token_null_bits",
-    "token_mi_bits",
-    "token_mi_null_bits",
-    "jsd_bits",
-    "vocabulary_specialization",
-    "vocabulary_specialization_null",
-    "vocabulary_specialization_any",
-    "vocabulary_specialization_any_null",
-)
-
-
-@table()
-def summary(report: Report) -> pd.DataFrame:
-    """A row a fact: key, value (text)."""
-    return pd.DataFrame(report.facts(), columns=["key", "value"]).astype(
-        {"key": "str", "value": "str"}
-    )
 
 
 @table(by_router=BALANCE)
-def balance(report: Report) -> pd.DataFrame:
+def balance(data: ReportData) -> pd.DataFrame:
     """A row a router: how even its load is, and what chance alone would give."""
-    return balance_of(report.counts, report.thresholds.starved)
+    return balance_of(data.counts, data.thresholds.starved)
 
 
 def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
@@ -149,17 +89,11 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
     return bal.max_vio_batch(vio_sum_S, passes_S, tokens_S), float(floor)
 
 
-def whole_batches(batches: dict[int, tuple[int, float]]) -> dict[int, tuple[int, float]]:
-    """Those of `RouterCounts.batches` that max_vio_batch is of."""
-    whole_S = bal.whole_passes(np.array(list(batches), np.int64))
-    return {size: batches[size] for size, whole in zip(batches, whole_S, strict=True) if whole}
-
-
 @table()
-def load(report: Report) -> pd.DataFrame:
+def load(data: ReportData) -> pd.DataFrame:
     """A row an expert of a router: its load, absolute and against the mean."""
-    counts, parts = report.counts, []
-    for r in report.selection.routers:
+    counts, parts = data.counts, []
+    for r in data.selection.routers:
         load_E = counts.load_E(r)
         columns = {
             "expert": np.arange(len(load_E)),
@@ -169,126 +103,14 @@ def load(report: Report) -> pd.DataFrame:
             "first_choice": counts.first_choice_E(r),
             "weight_sum": counts.weight_sum_E(r),
         }
-        parts.append(of_router(report, r, columns))
+        parts.append(of_router(data, r, columns))
     return stacked(parts)
 
 
-@table()
-def domains(report: Report) -> pd.DataFrame:
-    """A row an expert in a domain: activation = assignments ÷ tokens of the domain (sums to k over
-    the experts), lift = that to the mean of the domains' activations."""
-    counts, parts = report.counts, []
-    D = len(counts.domains)
-    for r in report.selection.routers:
-        assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
-        E = assignments_DE.shape[1]
-        columns = {
-            "domain": np.repeat(np.array(counts.domains, object), E),
-            "expert": np.tile(np.arange(E), D),
-            "tokens": np.repeat(tokens_D, E),
-            "assignments": assignments_DE.reshape(-1),
-            "activation": sp.activation(assignments_DE, tokens_D).reshape(-1),
-            "lift": sp.lift(assignments_DE, tokens_D).reshape(-1),
-        }
-        parts.append(of_router(report, r, columns))
-    return stacked(parts)
-
-
-@table(by_router=SPECIALIZATION)
-def specialization(report: Report) -> pd.DataFrame:
-    """A row a router: how much the domain, the token id, and the domain beyond the token id tell of
-    the expert, each beside what shuffled labels give."""
-    if report.counts.counts_only:
-        rows = [_domain_specialization(report, r) for r in report.selection.routers]
-    else:
-        rows = [
-            {**_domain_specialization(report, r), **by_id}
-            for r, by_id in zip(report.selection.routers, report.by_id, strict=True)
-        ]
-    return pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(
-        dict.fromkeys(SPECIALIZATION, float)
-    )
-
-
-def _domain_specialization(report: Report, router: int) -> dict[str, float]:
-    counts = report.counts
-    assignments_DE = counts.assignments_DE(router)
-    null, p99 = float("nan"), float("nan")
-    if not counts.counts_only and len(counts.units) >= unc.FEWEST_DOCUMENTS:
-        null, p99 = sp.domain_mi_null_bits(
-            counts.of[router].assignments_UE, counts.domain_of_unit_U
-        )
-    return {
-        "layer": counts.routers[router].layer,
-        "router": router,
-        "domain_mi_bits": sp.domain_mi_bits(assignments_DE),
-        "domain_mi_null_bits": null,
-        "domain_mi_null_p99_bits": p99,
-        "jsd_bits": sp.jsd_bits(assignments_DE),
-    }
-
-
-def specialization_by_id(tables: tokenids.TokenTables, D: int) -> dict[str, float]:
-    """The columns of `specialization` that need token ids."""
-    token_mi, token_mi_null = tokenids.token_mi(tables)
-    occurrences_V = tables.token_ids.occurrences_V
-    any_null = [sp.vocabulary_specialization_any(a, occurrences_V) for a in tables.shuffled_any]
-    row = {
-        "token_mi_bits": token_mi,
-        "token_mi_null_bits": token_mi_null,
-        "vocabulary_specialization_any": sp.vocabulary_specialization_any(
-            tables.any_VE, occurrences_V
-        ),
-        "vocabulary_specialization_any_null": float(np.mean(any_null)),
-    }
-    if tables.first_VE is not None:
-        row["vocabulary_specialization"] = sp.vocabulary_specialization(tables.first_VE)
-        row["vocabulary_specialization_null"] = float(
-            np.mean([sp.vocabulary_specialization(f) for f in tables.shuffled_first])
-        )
-    if tables.by_unit is not None:
-        counts_PE, token_P, domain_P = tables.pairs(D)
-        row["domain_mi_given_token_bits"] = sp.conditional_mi_bits(
-            *sp.by_group(counts_PE, token_P, domain_P)
-        )
-        null = (
-            sp.conditional_mi_null_bits(counts_PE, token_P, domain_P, len(tables.shuffled_any))
-            if len(counts_PE)
-            else float("nan")
-        )
-        row["domain_mi_given_token_null_bits"] = null
-    return row
-
-
-@table()
-def vocabulary(report: Report) -> pd.DataFrame:
-    """A row an expert and a token id: the token ids most exclusively sent to it. fraction and
-    first_choice_fraction are of the token id's occurrences."""
-    return report.vocabulary
-
-
-def vocabulary_of(tables: tokenids.TokenTables, report: Report, text_of: pd.Series) -> pd.DataFrame:
-    """The rows of `vocabulary` of one router."""
-    expert, row = tokenids.top_token_ids(tables, report.top)
-    ids, occurrences = tables.token_ids.ids_V[row], tables.token_ids.occurrences_V[row]
-    columns = {
-        "expert": expert,
-        "token_id": ids,
-        "token": text_of.reindex(ids).to_numpy(object),
-        "count": tables.any_VE[row, expert].astype(np.int64),
-        "fraction": tables.any_VE[row, expert] / np.maximum(occurrences, 1),
-        "first_choice_fraction": np.nan
-        if tables.first_VE is None
-        else tables.first_VE[row, expert] / np.maximum(occurrences, 1),
-        "occurrences": occurrences,
-    }
-    return of_router(report, tables.router, columns)
-
-
-def of_router(report: Report, router: int, columns: Mapping[str, object]) -> pd.DataFrame:
+def of_router(data: ReportData, router: int, columns: Mapping[str, object]) -> pd.DataFrame:
     """Rows about a router: `layer, router` in front."""
     frame = pd.DataFrame(dict(columns))
-    frame.insert(0, "layer", report.counts.routers[router].layer)
+    frame.insert(0, "layer", data.counts.routers[router].layer)
     frame.insert(1, "router", router)
     return frame
 

@@ -9,7 +9,7 @@ beyond what chance expects first, most below it last.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,10 +17,9 @@ import pandas as pd
 from moe_inspect.analysis.counting.counts import SRP_LENGTHS
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.reporting.tables.load import of_router, stacked, table
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report
+from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.load import of_router, stacked
+from moe_inspect.reporting.tables.registry import table
 
 LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # of one token it is 1
 BOUNDS = ("", "_low", "_high")  # 95 %
@@ -37,16 +36,16 @@ LOCALITY = (
 
 
 @table("pairs")
-def coactivation(report: Report) -> pd.DataFrame:
+def coactivation(data: ReportData) -> pd.DataFrame:
     """A row an ordered pair of experts: how many decisions chose both (together); P(other chosen,
     given expert chosen) in one decision, over all pairs of slots; what chance gives experts of
     these loads (chance, and as a number of decisions: expected), the ratio to it (lift), the
     standard deviation of lift by chance, for tokens that come in documents (lift_sd), and the
     evidence that it is not chance (log10_p, supported: see Met)."""
-    counts, parts = report.decisions("coactivation"), []
-    for r in report.selection.routers:
-        together_EE, met = _known(counts.of[r].together_EE), chosen_together(report, r)
-        at = expert, other = met.top(report.top)
+    counts, parts = data.decisions("coactivation"), []
+    for r in data.selection.routers:
+        together_EE, met = _known(counts.of[r].together_EE), chosen_together(data, r)
+        at = expert, other = met.top(data.top)
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = {
                 "expert": expert,
@@ -58,23 +57,23 @@ def coactivation(report: Report) -> pd.DataFrame:
                 "expected": met.expected_EN[at],
                 **met.evidence(at),
             }
-        parts.append(by_evidence(of_router(report, r, columns)))
+        parts.append(by_evidence(of_router(data, r, columns)))
     return stacked(parts)
 
 
 @table("transitions")
-def transitions(report: Report) -> pd.DataFrame:
+def transitions(data: ReportData) -> pd.DataFrame:
     """A row an expert and one of the next MoE layer: how many tokens chose both (together), and how
     many would by chance at these loads (expected); P(next_expert chosen there, given expert chosen
     here), over all pairs of slots, its lift to how often next_expert is chosen at all, the standard
     deviation of lift by chance, for tokens that come in documents (lift_sd), and the evidence that
     it is not chance (log10_p, supported: see Met)."""
-    counts, parts = report.decisions("transitions"), []
-    for r in report.selection.routers:
-        after, met = counts.next_router(r), chosen_next(report, r)
+    counts, parts = data.decisions("transitions"), []
+    for r in data.selection.routers:
+        after, met = counts.next_router(r), chosen_next(data, r)
         if after is None or met is None:
             continue
-        at = expert, other = met.top(report.top)
+        at = expert, other = met.top(data.top)
         columns = {
             "next_layer": counts.routers[after].layer,
             "next_router": after,
@@ -86,7 +85,7 @@ def transitions(report: Report) -> pd.DataFrame:
             "expected": met.expected_EN[at],
             **met.evidence(at),
         }
-        parts.append(by_evidence(of_router(report, r, columns)))
+        parts.append(by_evidence(of_router(data, r, columns)))
     if not parts:  # the last MoE layer
         integers = [
             "layer",
@@ -106,15 +105,15 @@ def transitions(report: Report) -> pd.DataFrame:
 
 
 @table("repetition")
-def repetition(report: Report) -> pd.DataFrame:
+def repetition(data: ReportData) -> pd.DataFrame:
     """A row a domain: how often a token's first choice is that of the token before it in its
     sequence, and how often the two share any expert, with 95 % intervals by document (low, high);
     beside it what independent choices give, even ones (random) and ones of the domain's loads
     (by_load)."""
-    counts, parts = report.decisions("repetition"), []
+    counts, parts = data.decisions("repetition"), []
     of_domain = [np.flatnonzero(counts.domain_of_unit_U == d) for d in range(len(counts.domains))]
     resampled = [unc.resample_weights(units * 0) for units in of_domain]
-    for r in report.selection.routers:
+    for r in data.selection.routers:
         router, of = counts.routers[r], counts.of[r]
         pairs_U = _known(of.pairs_U)
         columns: dict[str, Any] = {
@@ -140,20 +139,20 @@ def repetition(report: Report) -> pd.DataFrame:
             np.nan if first_DE is None else pairs.first_choice_by_load(first_DE)
         )
         columns["any_choice_random"] = pairs.any_choice_random(router.experts, router.top_k)
-        parts.append(of_router(report, r, columns))
+        parts.append(of_router(data, r, columns))
     return stacked(parts)
 
 
 @table("repetition", "srp", "transitions", by_router=LOCALITY)
-def locality(report: Report) -> pd.DataFrame:
+def locality(data: ReportData) -> pd.DataFrame:
     """A row a router: how far a choice can be told from the token before (repetition, all domains),
     from the segment (SRP of m tokens, beside that of independent choices with these loads) and from
     the layer before (accuracy of predicting the next MoE layer's first choice, beside its marginal
     and its null). 95 % intervals (low, high) by document; that of the accuracy by the design effect
     of the router's load, since pairs of layers are not counted by document."""
-    counts, rows = report.decisions("locality"), []
+    counts, rows = data.decisions("locality"), []
     weights_RU = unc.resample_weights(counts.domain_of_unit_U)
-    for r in report.selection.routers:
+    for r in data.selection.routers:
         of = counts.of[r]
         row: dict[str, float] = {"layer": counts.routers[r].layer, "router": r}
         pairs_U = _known(of.pairs_U)
@@ -184,7 +183,7 @@ def locality(report: Report) -> pd.DataFrame:
             value = pairs.next_accuracy(of.next_first_EN)
             found["next_accuracy"] = (
                 value,
-                unc.share_interval(value, of.next_first_EN.sum(), _effect(report, r)),
+                unc.share_interval(value, of.next_first_EN.sum(), _effect(data, r)),
             )
             row["next_accuracy_marginal"] = pairs.next_accuracy_marginal(of.next_first_EN)
             row["next_accuracy_null"] = pairs.next_accuracy_null(of.next_first_EN)
@@ -196,9 +195,9 @@ def locality(report: Report) -> pd.DataFrame:
     )
 
 
-def _effect(report: Report, r: int) -> float:
+def _effect(data: ReportData, r: int) -> float:
     """The design effect of a router's load; NaN with few documents."""
-    counts = report.counts
+    counts = data.counts
     return unc.design_effect(
         counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U
     )
@@ -251,21 +250,21 @@ class Met:
         }
 
 
-def chosen_together(report: Report, r: int) -> Met:
+def chosen_together(data: ReportData, r: int) -> Met:
     """Experts of one decision. A decision of one choice has no pairs."""
-    counts = report.decisions("coactivation")
+    counts = data.decisions("coactivation")
     together_EE = _known(counts.of[r].together_EE)
     load_E = np.diagonal(together_EE)
     tested = sum(
         router.experts * (router.experts - 1) // 2 for router in counts.routers if router.top_k > 1
     )
     count_EE = (together_EE - np.diag(load_E)) * (counts.routers[r].top_k > 1)
-    return _met(report, r, count_EE, pairs.together_by_chance(together_EE), load_E, load_E, tested)
+    return _met(data, r, count_EE, pairs.together_by_chance(together_EE), load_E, load_E, tested)
 
 
-def chosen_next(report: Report, r: int) -> Met | None:
+def chosen_next(data: ReportData, r: int) -> Met | None:
     """Experts of router r and of the next that the same tokens reach; None for the last."""
-    counts = report.decisions("transitions")
+    counts = data.decisions("transitions")
     after, next_EN = counts.next_router(r), counts.of[r].next_EN
     if after is None or next_EN is None:
         return None
@@ -277,7 +276,7 @@ def chosen_next(report: Report, r: int) -> Met | None:
     expected_EN = np.outer(row_E, column_N) / max(next_EN.sum(), 1)
     # of a token's k·k pairs an expert is in as many as the other router has choices
     return _met(
-        report,
+        data,
         r,
         next_EN,
         expected_EN,
@@ -288,7 +287,7 @@ def chosen_next(report: Report, r: int) -> Met | None:
 
 
 def _met(
-    report: Report,
+    data: ReportData,
     r: int,
     count_EN: np.ndarray,
     expected_EN: np.ndarray,
@@ -302,7 +301,7 @@ def _met(
         expected_EN,
         np.maximum(most_EN, np.maximum(count_EN, 1)),
         max(tested, 1),
-        _effect(report, r),
+        _effect(data, r),
     )
 
 

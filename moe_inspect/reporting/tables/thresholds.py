@@ -44,7 +44,7 @@ class Thresholds:
         return [(f"threshold_{name}", text) for name, text in said.items()]
 
 
-def thresholds(given: Mapping[str, float] | None = None) -> Thresholds:
+def thresholds_with(given: Mapping[str, float] | None = None) -> Thresholds:
     """The defaults with those given in their place."""
     names = [f.name for f in fields(Thresholds)]
     for name, value in (given or {}).items():

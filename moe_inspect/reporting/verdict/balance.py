@@ -7,10 +7,10 @@ called a fault.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
-from moe_inspect.reporting.tables.load import whole_batches
+from moe_inspect.reporting.tables.data import ReportData, whole_batches, worst_router
 from moe_inspect.reporting.verdict.chance import (
     above_chance,
     capital,
@@ -18,13 +18,9 @@ from moe_inspect.reporting.verdict.chance import (
     few_documents,
     name_of,
     uneven,
-    worst_router,
 )
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import some
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report as ReportData
 
 COLLAPSED = 0.5  # share of a router's tokens that go to one expert
 

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report as ReportData
-
-
-def worst_router(data: ReportData) -> dict[str, Any] | None:
-    """The row of the router with the highest max_vio; None where no router has any load."""
-    return max(data.loaded, key=lambda row: row["max_vio"], default=None)
 
 
 def chance(row: Any) -> float:

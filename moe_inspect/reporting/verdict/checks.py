@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from moe_inspect.reporting.tables.load import table
+from moe_inspect.reporting.tables.data import ReportData, once
+from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report as ReportData
 
 Check = Callable[[Any], Finding | None]
 # whether the trace is fit to be judged: the page puts these above the verdict
@@ -52,6 +50,7 @@ OF_ALL_RANKS: tuple[Check, ...] = (experts.dead_experts, balance.idle_gpus)
 DATA_KINDS = frozenset(check.__name__ for check in DATA_CHECKS)
 
 
+@once
 def findings(data: ReportData) -> list[Finding]:
     """What every check finds, most important first."""
     found, partial = list[Finding](), False
@@ -70,7 +69,7 @@ def findings(data: ReportData) -> list[Finding]:
 @table()
 def verdict(data: ReportData) -> pd.DataFrame:
     """One row per finding, most important first."""
-    return verdict_table(data.verdict())
+    return verdict_table(findings(data))
 
 
 def verdict_table(found: Sequence[Finding], values: bool = False) -> pd.DataFrame:

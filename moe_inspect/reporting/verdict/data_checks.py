@@ -7,18 +7,16 @@ Each check takes the report's data and returns one Finding or none. T tokens, K 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.counting.count_shard import selected_tokens
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import capital
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import counted, some
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report as ReportData
 
 CHANCE = 1e-3  # probability that dead experts fill whole ranks
 RUN = 16  # identical rows in sequence that text does not make

@@ -6,17 +6,15 @@ Each check takes the report's data and returns one Finding or none.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import above_chance, chance, few_documents, name_of
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import counted, listed, small, some, verb
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report as ReportData
 
 LITTLE_USED = 0.5  # load ratio under which the least used expert is named
 # mean load of a domain's experts from which an expert with few assignments is not just unlucky

@@ -6,14 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.tables.load import BY_ROUTER, every_table
+from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.registry import TABLES
 from moe_inspect.text import layer_label
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,16 @@ def gate(text: str, above: bool) -> Gate:
 
 def gated() -> dict[str, str]:
     """metric → its table."""
-    every_table()
-    return {metric: name for name, columns in BY_ROUTER.items() for metric in columns}
+    return {metric: name for name, table in TABLES.items() for metric in table.by_router}
 
 
-def breaches(report: Report, gates: Iterable[Gate]) -> list[str]:
+def breaches(data: ReportData, gates: Iterable[Gate]) -> list[str]:
     """A line for each router beyond a limit. What has no value has not been shown to keep to the
     limit, so NaN is a breach; but a metric of the next layer has no value at the last one, and is
     not asked for there."""
     lines = []
     for g in gates:
-        table: Any = report.tables[gated()[g.metric]]
+        table: Any = data.tables[gated()[g.metric]]
         values = table[g.metric].astype(float)
         rows = table.assign(value=values)
         if g.metric.startswith("next_accuracy") and values.notna().any():
@@ -66,7 +63,7 @@ def breaches(report: Report, gates: Iterable[Gate]) -> list[str]:
                 else "has no value (NaN) to hold against"
             )
             lines.append(
-                f"layer {layer_label(report.trace.routers, row['router'])}: {g.metric} {said} "
+                f"layer {layer_label(data.trace.routers, row['router'])}: {g.metric} {said} "
                 f"{g.limit:g}"
             )
     return lines

@@ -5,17 +5,15 @@ Each check takes the report's data and returns one Finding or none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.specialization import relabellings
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import name_of
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import counted
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report as ReportData
 
 KIND = "domain_specialization"
 FEWEST_RELABELLINGS = 100  # below this nothing can lie beyond the 99th percentile of the null

@@ -1,0 +1,184 @@
+"""What a report is made of: the trace, what of it is selected, its counts, thresholds and tables.
+Tables, checks and charts are functions of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.counting.counts import BASE, Counts
+from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.metrics.balance import whole_passes
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.tables.registry import TABLES
+from moe_inspect.reporting.tables.thresholds import Thresholds, thresholds_with
+from moe_inspect.trace.reader import Trace
+
+Result = TypeVar("Result")
+STATUS = {
+    "recording": (
+        "this trace is still being recorded, or was cut off: the report is of what is committed "
+        "so far"
+    ),
+    "interrupted": "this trace was interrupted: the report is of what was committed",
+}
+
+
+class ReportData:
+    """The arguments are those of `report`. Nothing is counted before it is asked for."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        selection: Selection,
+        *,
+        top: int = 20,
+        window: int | None = None,
+        thresholds: Mapping[str, float] | None = None,
+        scheduler: object = None,
+        progress: Callable[[int], None] | None = None,
+    ):
+        if top < 0:
+            raise MoeInspectError(
+                f"top is {top}: give the number of token ids per expert, 0 for all"
+            )
+        if window is not None and window < 1:
+            raise MoeInspectError(f"window is {window}: give the tokens per window, 1 or more")
+        self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
+        self.window, self.scheduler = window, scheduler
+        self.thresholds: Thresholds = thresholds_with(thresholds)
+        self.tables: Mapping[str, pd.DataFrame] = _Tables(self)
+        self.made: dict[object, Any] = {}  # function → its result, see `once`
+        self._counts: Counts | None = None
+
+    @property
+    def counts(self) -> Counts:
+        return self.counts_for()
+
+    def counts_for(self, *wants: str) -> Counts:
+        """The counts with at least these among them. What is not counted yet takes another pass:
+        `prepare` saves that."""
+        asked = (
+            BASE
+            if self.trace.counts_only
+            else BASE.union(wants) - (set() if "logits" in self.trace.tables else {"logits"})
+        )
+        if self._counts is None or not asked <= self._counts.wants:
+            asked |= self._counts.wants if self._counts else frozenset()
+            self._counts = count_trace(
+                self.trace,
+                self.selection,
+                asked,
+                window=self.window,
+                scheduler=self.scheduler,
+                progress=self.progress,
+            )
+        return self._counts
+
+    def prepare(self, tables: Iterable[str]) -> None:
+        """Counts in one pass what these tables need."""
+        known = [TABLES[name].wants for name in tables if name in TABLES]
+        self.counts_for(*frozenset[str]().union(*known))
+
+    def decisions(self, table: str) -> Counts:
+        """The counts for a table that needs decisions; an error where the trace has counts only."""
+        if self.trace.counts_only:
+            raise MoeInspectError(
+                f"{self.trace.path} holds counts only, no decisions: no {table} table; "
+                f"{self.trace.more_than_counts}"
+            )
+        return self.counts_for(*TABLES[table].wants)
+
+    @property
+    def dropped(self) -> int:
+        """Decisions that were lost while recording."""
+        return int(self.trace.manifest.get("counts", {}).get("dropped", 0))
+
+    @property
+    def warning(self) -> str | None:
+        """What to know before believing any of it: the trace is not complete, something was
+        dropped, or its model has a quirk."""
+        lost = f"{self.dropped:,} decisions were dropped while recording" if self.dropped else None
+        quirk = self.trace.manifest.get("model", {}).get("note")
+        return "; ".join(s for s in (STATUS.get(self.trace.status), lost, quirk) if s) or None
+
+    @property
+    def loaded(self) -> list[dict[str, Any]]:
+        """The rows of `balance` of the routers that have any load."""
+        return _loaded(self)
+
+    def pooled_max_over_mean(self) -> float | None:
+        """max_over_mean of the load summed over all routers; None where they have different
+        experts."""
+        counts = self.counts
+        sizes = {counts.routers[r].experts for r in self.selection.routers}
+        if len(sizes) > 1 or len(self.selection.routers) < 2:
+            return None
+        load_E = np.sum([counts.load_E(r) for r in self.selection.routers], axis=0)
+        return float(load_E.max() / load_E.mean()) if load_E.any() else None
+
+
+def once(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """A function of ReportData that runs once per report: its result is kept in `made`."""
+
+    @wraps(function)
+    def kept(data: Any) -> Result:
+        if function not in data.made:
+            data.made[function] = function(data)
+        return data.made[function]
+
+    return kept
+
+
+def has_run(data: ReportData, function: Callable[[Any], Any]) -> bool:
+    """Whether a function that runs `once` has."""
+    return getattr(function, "__wrapped__", function) in data.made
+
+
+@once
+def _loaded(data: ReportData) -> list[dict[str, Any]]:
+    table: Any = data.tables["balance"]
+    return table.dropna(subset=["max_vio"]).to_dict("records")
+
+
+def worst_router(data: ReportData) -> dict[str, Any] | None:
+    """The row of `balance` of the router with the highest max_vio; None where none has load."""
+    return max(data.loaded, key=lambda row: row["max_vio"], default=None)
+
+
+def whole_batches(batches: dict[int, tuple[int, float]]) -> dict[int, tuple[int, float]]:
+    """Those of `RouterCounts.batches` that max_vio_batch is of."""
+    whole_S = whole_passes(np.array(list(batches), np.int64))
+    return {size: batches[size] for size, whole in zip(batches, whole_S, strict=True) if whole}
+
+
+class _Tables(Mapping[str, pd.DataFrame]):
+    """name → DataFrame, made when first asked for."""
+
+    def __init__(self, data: ReportData):
+        self._data, self._made = data, dict[str, pd.DataFrame]()
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        if name not in TABLES:
+            raise no_such_table(name)
+        if name not in self._made:
+            self._made[name] = TABLES[name].make(self._data)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in TABLES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TABLES)
+
+    def __len__(self) -> int:
+        return len(TABLES)
+
+
+def no_such_table(name: str) -> MoeInspectError:
+    return MoeInspectError(f"no table {name!r}: there are {', '.join(TABLES)}")

@@ -1,0 +1,200 @@
+"""The table of facts: what was traced, how, what the report comes to, and why columns are empty."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from moe_inspect.analysis.counting import token_ids as tokenids
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
+from moe_inspect.reporting.tables.data import ReportData, once, whole_batches, worst_router
+from moe_inspect.reporting.tables.registry import table
+from moe_inspect.text import counted, ranges, storable
+
+
+@table()
+def summary(data: ReportData) -> pd.DataFrame:
+    """One row per fact: key, value (text)."""
+    frame = pd.DataFrame(facts(data), columns=["key", "value"])
+    return frame.astype({"key": "str", "value": "str"})
+
+
+@once
+def facts(data: ReportData) -> list[tuple[str, str]]:
+    """The rows of `summary`."""
+    rows = [
+        *_recording(data),
+        *_amounts(data),
+        *_worst(data),
+        *data.thresholds.facts(),
+        *(("note", note) for note in notes(data)),
+    ]
+    return [
+        (storable(key), "unknown" if value is None else storable(str(value))) for key, value in rows
+    ]
+
+
+def _recording(data: ReportData) -> list[tuple[str, object]]:
+    """What was traced and how, and what of it is selected."""
+    trace, selection = data.trace, data.selection
+    capture, model = trace.manifest.get("capture", {}), trace.manifest.get("model", {})
+    rows: list[tuple[str, object]] = [("status", trace.status)]
+    rows += [("warning", data.warning)] if data.warning else []
+    rows += [
+        ("model", model.get("id") or model.get("class")),
+        ("capture_mode", capture.get("mode")),
+        ("device", capture.get("device")),
+        ("dtype", capture.get("dtype")),
+        ("layers", ranges({trace.routers[r].layer for r in selection.routers})),
+        ("routers", len(selection.routers)),
+    ]
+    if selection.domains:
+        rows.append(("domains_selected", ", ".join(sorted(selection.domains))))
+    if selection.phase:
+        rows.append(("phase_selected", selection.phase))
+    return rows
+
+
+def _amounts(data: ReportData) -> list[tuple[str, object]]:
+    counts, routers = data.counts, data.selection.routers
+    return [
+        ("tokens", counts.tokens),
+        ("documents", counts.documents),
+        *(
+            (f"tokens_in_{domain}", int(n))
+            for domain, n in zip(counts.domains, counts.tokens_D, strict=True)
+        ),
+        ("decisions", counts.decisions),
+        ("assignments", sum(int(counts.load_E(r).sum()) for r in routers)),
+        ("null_slots", sum(counts.of[r].null_slots for r in routers)),
+        ("dropped", data.dropped),
+    ]
+
+
+def _worst(data: ReportData) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
+        ("dead_experts", sum(int(row["dead_experts"]) for row in data.loaded))
+    ]
+    if worst := worst_router(data):
+        rows += [
+            ("worst_layer", worst["layer"]),
+            ("worst_router", worst["router"]),
+            ("worst_max_over_mean", f"{worst['max_over_mean']:.6g}"),
+            ("worst_noise_floor", f"{worst['noise_floor']:.6g}"),
+        ]
+    if (pooled := data.pooled_max_over_mean()) is not None:
+        rows.append(("pooled_max_over_mean", f"{pooled:.6g}"))
+    return rows
+
+
+@once
+def notes(data: ReportData) -> list[str]:
+    """Why a column is NaN, and what a number is limited to."""
+    found = (
+        _few_documents(data),
+        _one_domain(data),
+        _no_weights(data),
+        _unknown_first_choices(data),
+        _no_load(data),
+        _no_logits(data),
+        _partial_batches(data),
+    )
+    return [note for note in found if note] + (
+        [] if data.counts.counts_only else _token_id_notes(data)
+    )
+
+
+def _few_documents(data: ReportData) -> str | None:
+    if data.counts.counts_only:
+        return (
+            "counts only: no intervals, batches, nulls or token ids; "
+            f"{data.trace.more_than_counts} for those"
+        )
+    n = len(data.counts.units)
+    if n >= FEWEST_DOCUMENTS:
+        return None
+    return (
+        f"{counted(n, 'document')}: intervals, design effect and domain nulls need "
+        f"{FEWEST_DOCUMENTS}"
+    )
+
+
+def _one_domain(data: ReportData) -> str | None:
+    if len(data.counts.domains) > 1:
+        return None
+    way_out = "" if data.selection.domains else "; label sources as DOMAIN=SRC when tracing"
+    return f"one domain: domain_mi_*, jsd_bits need two{way_out}"
+
+
+def _no_weights(data: ReportData) -> str | None:
+    if data.trace.has_weights:
+        return None
+    return "no weights recorded: weight_sum, importance_cv, gate_score, weight_* are NaN"
+
+
+def _unknown_first_choices(data: ReportData) -> str | None:
+    routers = data.selection.routers
+    unknown = sum(not data.trace.routers[r].first_choice_known for r in routers)
+    if not unknown:
+        return None
+    which = "" if unknown == len(routers) else f" of {counted(unknown, 'router')}"
+    return (
+        f"first choices{which} are unknown: no gate weights say which expert came first; columns "
+        "that need them are NaN"
+    )
+
+
+def _no_load(data: ReportData) -> str | None:
+    if all(data.counts.load_E(r).any() for r in data.selection.routers):
+        return None
+    return "a router without any assignments has no balance"
+
+
+def _no_logits(data: ReportData) -> str | None:
+    if "logits" in data.trace.tables:
+        return None
+    way_out = "" if data.trace.imported else "; trace with --logits for those"
+    return f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{way_out}"
+
+
+def _partial_batches(data: ReportData) -> str | None:
+    sizes = max((data.counts.of[r].batches for r in data.selection.routers), key=len)
+    batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
+    if batches - whole <= 1:
+        return None
+    return (
+        f"max_vio_batch is of {whole:,} of {batches:,} batches: the others have under half the "
+        "tokens of the largest; --phase decode selects decode steps alone"
+    )
+
+
+def _token_id_notes(data: ReportData) -> list[str]:
+    widest = max(data.trace.routers[r].experts for r in data.selection.routers)
+    judged = tokenids.frequent(data.counts, tokenids.MIN_COUNT, tokenids.CELLS // widest)
+    if not len(judged.ids_V):
+        return [
+            (
+                f"no token id occurs {tokenids.MIN_COUNT} times: token_mi_*, "
+                "domain_mi_given_token_*, vocabulary_specialization are NaN"
+            )
+        ]
+    said = (
+        f"token ids are judged from {tokenids.MIN_COUNT} occurrences: "
+        f"{counted(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
+    )
+    notes = (
+        [said]
+        if data.trace.vocabulary().size
+        else [
+            said,
+            "no vocabulary in the trace: token is missing, give a tokenizer when tracing",
+        ]
+    )
+    if len(data.counts.domains) > 1:
+        paired, clusters = tokenids.pair_ids_of(data.counts, widest)
+        if paired.coverage < judged.coverage:
+            notes.append(
+                f"domain_mi_given_token_bits is of the {len(paired.ids_V):,} most frequent "
+                f"token ids ({paired.coverage:.1%} of the "
+                f"tokens), documents in {clusters} clusters a domain, to bound its memory"
+            )
+    return notes
