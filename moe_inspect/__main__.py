@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    from moe_inspect.cli.app import UsageError, app
+    from moe_inspect.cli import UsageError, app
     from moe_inspect.cli.emit import to_stdout
     from moe_inspect.errors import MoeInspectError
     from moe_inspect.text import first_line, say

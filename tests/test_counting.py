@@ -16,7 +16,7 @@ from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import BASE, WANTS, Counts, RouterCounts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.cli.app import app
+from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.plots import write_plots
 from moe_inspect.reporting.report import report

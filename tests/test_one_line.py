@@ -26,7 +26,7 @@ import typer
 
 import moe_inspect
 from moe_inspect.__main__ import main
-from moe_inspect.cli.app import app
+from moe_inspect.cli import app
 from moe_inspect.cli.emit import Format, emit
 from moe_inspect.reporting.report import report
 from moe_inspect.text import first_line, printable

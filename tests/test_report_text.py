@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_inspect.reporting.render import terminal
+from moe_inspect.reporting.render import console, terminal
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
@@ -92,15 +92,15 @@ def test_a_terminal_gets_lines_it_can_hold(made: Report):
 
 def test_one_domain_has_nothing_to_compare(tmp_path: Path, made: Report):
     one = text_of(report(planted(tmp_path / "t"), domains="law"))
-    assert "domains: only one, 'law', so none to compare it with" in one
+    assert "domains: only one, 'law': nothing to compare it with" in one
     assert " lift" not in one
     assert " lift" in text_of(made)
 
 
 def test_the_domains_shown_are_in_the_order_said(made: Report):
-    shown = terminal._cut("domains", made.tables["domains"])
+    shown = terminal.EXCERPTS["domains"].rows(made.tables["domains"])
     above = shown["activation"] - shown["activation"] / shown["lift"]
-    assert "by activation minus that mean" in terminal.CUTS["domains"][1]
+    assert "by activation minus that mean" in terminal.EXCERPTS["domains"].what
     assert above.is_monotonic_decreasing
     assert len(shown) == terminal.ROWS
 
@@ -123,7 +123,7 @@ def test_an_encoding_that_lacks_a_character_loses_that_character_only(cli: Cli, 
 def test_tokens_that_look_like_markup_are_text():
     frame = pd.DataFrame({"layer": [0, 0], "router": [0, 0], "token": ["[/bold]\n", ":smile:"]})
     file = io.StringIO()
-    terminal.print_table(frame, file)
+    console.print_table(frame, file)
     assert "[/bold]\\n" in file.getvalue()
     assert ":smile:" in file.getvalue()
 

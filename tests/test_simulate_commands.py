@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from moe_inspect.cli.app import app
+from moe_inspect.cli import app
 from moe_inspect.simulate.decode.decode import simulate_decode
 from moe_inspect.simulate.placement.placement import simulate_placement
 from tests.conftest import ROOT

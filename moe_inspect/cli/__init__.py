@@ -1,2 +1,46 @@
-"""The command line: one file a command, each a thin caller of a public function. Only here is typer
-imported."""
+"""The command table. Commands import what is heavy inside themselves, so that --help is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from moe_inspect.cli import describe, export, import_, report, simulate, trace, verify
+
+UsageError: Any = typer.BadParameter.mro()[
+    2
+]  # of typer's own copy of click, which does not export the name
+
+app = typer.Typer(
+    name="moe-inspect",
+    help="Where do the tokens go? Record and analyse the routing of Mixture-of-Experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("trace")(trace.trace)
+app.command("report")(report.report)
+app.command("describe")(describe.describe)
+app.command("import")(import_.import_)
+app.command("verify")(verify.verify)
+app.command("export")(export.export)
+app.add_typer(simulate.app, name="simulate")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"moe-inspect {version('moe-inspect')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

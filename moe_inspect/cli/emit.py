@@ -58,7 +58,7 @@ def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool 
     """Writes a table to `output`, or to stdout. `safe_csv`: no text of a csv is a formula to a
     spreadsheet."""
     if form is Format.table:
-        from moe_inspect.reporting.render.terminal import print_table
+        from moe_inspect.reporting.render.console import print_table
 
         with text_to(output) as file:
             left_out = print_table(frame, file)

@@ -137,7 +137,7 @@ def show(
     with text_to(output) as file:
         from rich.text import Text
 
-        from moe_inspect.reporting.render.terminal import console_for, print_frame
+        from moe_inspect.reporting.render.console import console_for, print_frame
 
         console = console_for(file)
         for sentence in simulation.verdict:

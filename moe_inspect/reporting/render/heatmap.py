@@ -1,0 +1,117 @@
+"""The load of every expert at a glance, as text: a row per router. L routers, E experts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from moe_inspect.analysis.metrics.balance import load_ratio
+from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.text import layer_label
+
+MOST_ROUTERS = 32  # on a terminal; beyond that the least balanced
+FILE_CELLS = 128  # characters of a row in a file
+
+# upper end of the load ratio → character, with Unicode and without; 0 is a dead expert
+RAMP = [
+    (0, "×", "x"),
+    (0.25, "▁", "."),
+    (0.5, "▂", ":"),
+    (0.8, "▃", "-"),
+    (1.25, "▄", "="),
+    (2, "▅", "+"),
+    (4, "▇", "#"),
+    (math.inf, "█", "@"),
+]
+
+
+def print_heatmap(data: ReportData, console: Console) -> None:
+    """A row a router: the load ratio of each expert, as numbers where they fit, as characters
+    otherwise. Where even those do not fit, a character is the most extreme of several experts next
+    to each other, and the title says so."""
+    counts, routers = data.counts, data.selection.routers
+    ratios = {r: load_ratio(counts.load_E(r)[None])[0] for r in routers}
+    if console.is_terminal and len(routers) > MOST_ROUTERS:
+        routers = sorted(
+            sorted(routers, key=lambda r: -np.nan_to_num(ratios[r]).max())[:MOST_ROUTERS]
+        )
+    widest = max(len(ratio_E) for ratio_E in ratios.values())
+    label_of = {r: f"layer {layer_label(data.trace.routers, r)}" for r in routers}
+    indent = max(len(label) for label in label_of.values()) + 2
+    room = (console.width if console.is_terminal else FILE_CELLS + indent) - indent
+    numbers = widest * 5 <= room
+    together = 1 if numbers else math.ceil(widest / room)
+    unicode = (console.encoding or "").lower().startswith("utf")
+    console.print()
+    console.print(Text(_heatmap_title(numbers, together), style="bold"))
+    if len(routers) < len(ratios):
+        console.print(Text(f"the least balanced, {len(routers)} of {len(ratios)} routers"))
+    if numbers:
+        console.print(Text(" " * indent + "".join(f"{e:>5}" for e in range(widest))))
+    else:
+        console.print(Text(_legend(unicode)))
+    for r in routers:
+        line = Text(label_of[r].ljust(indent))
+        if np.isnan(ratios[r]).all():
+            line.append("no load")
+        elif numbers:
+            for ratio in ratios[r]:
+                line.append(
+                    f"{ratio:>5.2f}" if ratio < 99.5 else f"{ratio:>5.0f}",
+                    style=_style(ratio, "on "),
+                )
+        else:
+            for ratio in _extremes(ratios[r], together):
+                line.append(_character(ratio, unicode), style=_style(ratio))
+        console.print(line, no_wrap=True, overflow="crop")
+
+
+def _heatmap_title(numbers: bool, together: int) -> str:
+    title = "load of each expert, as a ratio to its router's mean"
+    if numbers:
+        return title
+    return f"{title}; experts left to right" + (
+        f", each character the most extreme of {together}" if together > 1 else ""
+    )
+
+
+def _legend(unicode: bool) -> str:
+    low, parts = None, []
+    for high, fancy, plain in RAMP:
+        character = fancy if unicode else plain
+        if high == 0:
+            parts.append(f"{character} dead")
+        elif high == math.inf:
+            parts.append(f"{character} ≥{low:g}" if unicode else f"{character} >={low:g}")
+        else:
+            parts.append(f"{character} <{high:g}")
+        low = high
+    return "   ".join(parts)
+
+
+def _extremes(ratio_E: np.ndarray, together: int) -> list[float]:
+    """Of every `together` neighbours the ratio furthest from 1, on the logarithmic scale on which
+    0.5 is as far as 2."""
+    distance_E = np.abs(np.log(np.maximum(ratio_E, 1e-9)))
+    starts = range(0, len(ratio_E), together)
+    return [float(ratio_E[s + int(distance_E[s : s + together].argmax())]) for s in starts]
+
+
+def _character(ratio: float, unicode: bool) -> str:
+    for high, fancy, plain in RAMP:
+        if ratio < high or ratio == high == 0:
+            return fancy if unicode else plain
+    raise AssertionError(ratio)
+
+
+def _style(ratio: float, on: str = "") -> str:
+    """Blue under the mean, red above it, nothing near it; of the character, or of the ground it is
+    "on "."""
+    far = min(abs(math.log2(max(ratio, 1e-3))) / 1.5, 1.0)
+    if far < 0.15:
+        return ""
+    fade, ink = round(215 - 145 * far), "black " if on else ""
+    return f"{ink}{on}rgb(255,{fade},{fade})" if ratio > 1 else f"{ink}{on}rgb({fade},{fade},255)"
