@@ -14,7 +14,7 @@ def commands() -> str:
     """A section per command: its usage, its help and its options, from the command line itself."""
     import typer
 
-    from moe_inspect.cli.app import app
+    from moe_inspect.cli import app
 
     return "\n".join(_command(typer.main.get_command(app), "moe-inspect"))
 

@@ -40,7 +40,7 @@ def text(page: Path) -> str:
 def test_every_command_and_option_is_there(site: Path) -> None:
     import typer
 
-    from moe_inspect.cli.app import app
+    from moe_inspect.cli import app
 
     shown = text(site / "commands.html")
 
