@@ -62,11 +62,10 @@ bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (ben
 	$(BIN)/python -m benchmarks.simulate
 
 FUZZ_SECONDS ?= 600
-FUZZED := vllm-routed vllm-npy sglang-routed sglang-per_token sglang-per_pass sglang-stat tensorrt-llm tensorrt-llm-raw megatron megatron-pipeline esft fiddler counts
 
 fuzz: $(VENV)/.installed ## Fuzz every importer, FUZZ_SECONDS=600 each; what breaks one stays in tests/crashes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,fuzz]'
-	for name in $(FUZZED); do $(BIN)/python -m tests.fuzz $$name --seconds $(FUZZ_SECONDS) || exit 1; done
+	for name in $$($(BIN)/python -m tests.fuzz --list); do $(BIN)/python -m tests.fuzz $$name --seconds $(FUZZ_SECONDS) || exit 1; done
 
 clean: ## Remove what make made
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

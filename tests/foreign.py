@@ -40,11 +40,14 @@ class Made:
 
 
 MAKERS: dict[str, Callable[[Path], Made]] = {}
+FORMAT_OF: dict[str, str] = {}  # name of a maker → format that reads what it makes
 
 
-def maker(name: str) -> Callable[[Callable[[Path], Made]], Callable[[Path], Made]]:
+def maker(
+    name: str, format: str | None = None
+) -> Callable[[Callable[[Path], Made]], Callable[[Path], Made]]:
     def register(make: Callable[[Path], Made]) -> Callable[[Path], Made]:
-        MAKERS[name] = make
+        MAKERS[name], FORMAT_OF[name] = make, format or name
         return make
 
     return register
@@ -98,7 +101,7 @@ def vllm(root: Path) -> Made:
     return Made(root / "v.jsonl", [np.concatenate(p) for p in zip(*parts, strict=True)])
 
 
-@maker("vllm-npy")
+@maker("vllm-npy", format="vllm-routed")
 def vllm_npy(root: Path) -> Made:
     ids = drawn(12)
     np.save(root / "a.npy", blocks(ids).astype(np.uint16))
@@ -140,7 +143,7 @@ def physical(ids: list[np.ndarray]) -> np.ndarray:
     return topk
 
 
-@maker("sglang-per_token")
+@maker("sglang-per_token", format="sglang")
 def sglang_per_token(root: Path) -> Made:
     import torch
 
@@ -175,7 +178,7 @@ def sglang_per_token(root: Path) -> Made:
     return Made(path, [np.concatenate(p) for p in zip(prefill, decode, strict=True)])
 
 
-@maker("sglang-per_pass")
+@maker("sglang-per_pass", format="sglang")
 def sglang_per_pass(root: Path) -> Made:
     import torch
 
@@ -203,7 +206,7 @@ def sglang_per_pass(root: Path) -> Made:
     return Made(root, load=load)
 
 
-@maker("sglang-stat")
+@maker("sglang-stat", format="sglang")
 def sglang_stat(root: Path) -> Made:
     import torch
 
@@ -250,7 +253,7 @@ def tensorrt(root: Path) -> Made:
     )
 
 
-@maker("tensorrt-llm-raw")
+@maker("tensorrt-llm-raw", format="tensorrt-llm")
 def tensorrt_raw(root: Path) -> Made:
     return Made(root, _tensorrt(root, True), config=False)
 
@@ -313,7 +316,7 @@ def megatron(root: Path) -> Made:
     return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)])
 
 
-@maker("megatron-pipeline")
+@maker("megatron-pipeline", format="megatron")
 def megatron_pipeline(root: Path) -> Made:
     """By the inference engine. Ranks 9 and 10 are the first stage, 11 and 12 the second; by name 10
     comes first, 9 last."""
@@ -344,7 +347,7 @@ def megatron_tpe(root: Path, ranks: dict[int, dict[int, dict[int, np.ndarray]]])
         lines(root / "tokens_per_expert" / f"rank{rank}.jsonl", rows)
 
 
-@maker("megatron-counts")
+@maker("megatron-counts", format="megatron")
 def megatron_counts(root: Path) -> Made:
     """Two ranks of expert parallelism, each with half of the experts, two microbatches an
     iteration."""
@@ -403,25 +406,3 @@ def counts(root: Path) -> Made:
         "layer,expert,count\n" + "".join(f"{r['layer']},{r['expert']},{r['count']}\n" for r in rows)
     )
     return Made(root / "c.csv", load=load)
-
-
-FORMAT_OF = {
-    name: name
-    for name in (
-        "sglang-routed",
-        "vllm-routed",
-        "megatron",
-        "esft",
-        "fiddler",
-        "counts",
-        "tensorrt-llm",
-    )
-} | {
-    "vllm-npy": "vllm-routed",
-    "sglang-per_token": "sglang",
-    "sglang-per_pass": "sglang",
-    "sglang-stat": "sglang",
-    "tensorrt-llm-raw": "tensorrt-llm",
-    "megatron-pipeline": "megatron",
-    "megatron-counts": "megatron",
-}

@@ -1,5 +1,5 @@
-"""Coverage-guided fuzzing of every importer: `python -m tests.fuzz NAME --seconds N` (a name of
-tests/foreign.py's MAKERS; `make fuzz` does all).
+"""Coverage-guided fuzzing of every importer: `python -m tests.fuzz NAME --seconds N` (`make fuzz`
+does all targets, which `--list` prints).
 
 Whatever the bytes, an import ends in a trace that verifies, or in a MoeInspectError of one line.
 What breaks that is written to tests/crashes/<NAME>-…, where tests/test_hostile.py finds it from
@@ -30,51 +30,68 @@ def unpacked(names: list[Path], data: bytes, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
+def targets() -> dict[str, str]:
+    """Name → format: what tests/foreign.py makes files of, and every format of the registry that it
+    does not know, which is fuzzed from an empty file."""
+    from moe_inspect.importers import MODULES
+    from tests.foreign import FORMAT_OF
+
+    return FORMAT_OF | {name: name for name in MODULES if name not in FORMAT_OF.values()}
+
+
 def seed(name: str, folder: Path) -> tuple[list[Path], bytes, bool]:
     """The files that the maker of this name writes, and whether they need a config."""
     from tests.foreign import MAKERS
 
     folder.mkdir(parents=True)
+    if name not in MAKERS:
+        (folder / "input").touch()
+        return *packed(folder), True
     made = MAKERS[name](folder)
     return *packed(folder), made.config
 
 
-def check(name: str, names: list[Path], data: bytes, place: Path, model: Path | None) -> None:
-    """Imports the files at `place`, an empty folder; what ends in neither of the two good ways is
+def check(name: str, names: list[Path], data: bytes, root: Path, model: Path | None) -> None:
+    """Imports the files at `root`, an empty folder; what ends in neither of the two good ways is
     an exception."""
     from moe_inspect.errors import MoeInspectError
     from moe_inspect.importers.run import import_trace
     from moe_inspect.trace.verify import verify
-    from tests.foreign import FORMAT_OF
 
-    unpacked(names, data, place / "in")
+    unpacked(names, data, root / "in")
     try:
         import_trace(
-            FORMAT_OF[name], [place / "in"], place / "t", model=model, warn=lambda line: None
+            targets()[name], [root / "in"], root / "t", model=model, warn=lambda line: None
         )
         said = None
     except MoeInspectError as error:
         said = str(error)
     if said is None:
-        found = verify(place / "t")
+        found = verify(root / "t")
         assert found.ok, f"imported, and not fine: {found.file} row {found.row}: {found.violation}"
         return
     assert said.strip(), "an error without words"
     assert "\n" not in said, f"an error of several lines: {said}"
-    assert [p.name for p in place.iterdir()] == ["in"], "something is left of a failed import"
+    assert [p.name for p in root.iterdir()] == ["in"], "something is left of a failed import"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", nargs="?", choices=targets())
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--list", action="store_true", help="print the names of all targets")
+    asked = parser.parse_args()
+    if asked.list:
+        print("\n".join(targets()))
+        return
+    if asked.name is None:
+        parser.error("give the name of a target, or --list")
     import atheris
 
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("--seconds", type=int, default=600)
-    asked = parser.parse_args()
-    with atheris.instrument_imports(include=["moe_inspect.trace"]):
-        import moe_inspect.trace.importers.run
+    with atheris.instrument_imports(include=["moe_inspect.importers", "moe_inspect.trace"]):
+        from moe_inspect.importers.registry import formats
 
-        import moe_inspect.trace.verify  # noqa: F401
+        formats()
     from tests.foreign import config_file
 
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -12,6 +12,7 @@ import pytest
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters import MODULES
+from moe_inspect.exporters.registry import exporters
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
@@ -212,3 +213,12 @@ def test_the_command(cli, trace: Trace, tmp_path: Path):
         ).stderr
     )
     cli("export", trace.path, "--format", "nonsense", "-o", "c", check=2)
+
+
+def test_the_help_lists_every_format(cli) -> None:
+    said = " ".join(cli("export", "--help").stdout.split())
+    assert set(exporters()) == set(MODULES)
+    for name, exporter in exporters().items():
+        assert f"{name} {exporter.writes}" in said
+    assert exporters()["esft"].options == ["top_p", "score"]
+    assert exporters()["sglang"].options == []

@@ -175,3 +175,9 @@ def test_what_once_broke_an_importer_does_so_no_more(crash: Path, made: dict, tm
     name = max((n for n in MAKERS if crash.name.startswith(n)), key=len)
     names, _, model = made[name]
     fuzz.check(name, names, crash.read_bytes(), fresh(tmp_path / "place"), model)
+
+
+def test_every_format_is_fuzzed(tmp_path: Path) -> None:
+    assert set(fuzz.targets().values()) == set(MODULES)
+    names, data, _ = fuzz.seed("a format without a maker", tmp_path / "seed")
+    assert (names, data) == ([Path("input")], b"")

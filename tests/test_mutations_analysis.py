@@ -174,7 +174,7 @@ MUTATIONS = {
     "nulls are taken": (parts, "if column.null_count and not nulls and", "if False and", by(test_damage.test_what_a_file_holds_is_checked, "a null id")),
     "changed lines are taken": (validate, "not checksums.is_intact(line)", "False", by(test_damage.test_a_line_changed_to_another_that_is_possible_is_found)),
     "changed footers are taken": (parts, "elif stated.footer_crc32 is not None and", "elif False and", changed),
-    "changed pages are taken": (parts, "opened = pq.ParquetFile(file, page_checksum_verification=True,", "opened = pq.ParquetFile(file,", changed),
+    "changed pages are taken": (parts, "read_dictionary=read_dictionary, page_checksum_verification=True, pre_buffer", "read_dictionary=read_dictionary, pre_buffer", changed),
     # importers
     "counts: a token too few": (context, "-(-load_DE.sum(1) // router.top_k)", "load_DE.sum(1) // router.top_k", by(test_import.test_counts_are_of_as_many_tokens_as_the_fullest_router_needs, 5, 3)),
     "−1 is an expert": (routed, 'ids = ids_TK.astype(dtype, order="C")', 'ids = np.maximum(ids_TK, 0).astype(dtype, order="C")', by(test_routed.test_minus_one_is_nowhere, 8, np.uint8)),

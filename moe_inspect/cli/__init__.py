@@ -23,9 +23,9 @@ app = typer.Typer(
 app.command("trace")(trace.trace)
 app.command("report")(report.report)
 app.command("describe")(describe.describe)
-app.command("import")(import_.import_)
+app.command("import", cls=import_.ImportCommand)(import_.import_)
 app.command("verify")(verify.verify)
-app.command("export")(export.export)
+app.command("export", cls=export.ExportCommand)(export.export)
 app.add_typer(simulate.app, name="simulate")
 
 

@@ -1,14 +1,16 @@
-"""`moe-inspect export`: a trace for tools that read something else."""
+"""`moe-inspect export`: a trace as the file of another tool."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_inspect.cli.emit import SafeCsv
+from moe_inspect.cli.formats import FormatsCommand
+from moe_inspect.exporters import MODULES
 from moe_inspect.text import say
 
 
@@ -17,25 +19,35 @@ class Score(StrEnum):
     gate = "gate"
 
 
-class Export(StrEnum):
-    sglang = "sglang"
-    esft = "esft"
-    counts = "counts"
-    long_parquet = "long-parquet"
+if TYPE_CHECKING:
+    ExportFormat = StrEnum
+else:
+    ExportFormat = StrEnum("ExportFormat", {name: name for name in MODULES})
+
+
+class ExportCommand(FormatsCommand):
+    def formats(self) -> dict[str, str]:
+        from moe_inspect.exporters.registry import exporters
+
+        return {name: exporter.writes for name, exporter in exporters().items()}
 
 
 def export(
-    trace: Annotated[Path, typer.Argument(help="The directory of a trace.", show_default=False)],
-    format: Annotated[Export, typer.Option(help="For which tool.", show_default=False)],
+    trace: Annotated[Path, typer.Argument(help="Directory of the trace.", show_default=False)],
+    format: Annotated[
+        ExportFormat, typer.Option(help="What to write: see Formats.", show_default=False)
+    ],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="The file, or of esft the folder.", show_default=False),
+        typer.Option(
+            "-o", "--output", help="File to write; for esft, a folder.", show_default=False
+        ),
     ],
     top_p: Annotated[
         float | None,
         typer.Option(
             help=(
-                "esft: train the fewest experts of each layer whose scores sum to this share. "
+                "esft: train the fewest experts per layer whose scores sum to this share. "
                 "Default: 0.2."
             ),
             show_default=False,
@@ -44,17 +56,16 @@ def export(
     score: Annotated[
         Score | None,
         typer.Option(
-            help="esft: share of the assignments (token) or of the gate weight. Default: token.",
+            help=(
+                "esft: score experts by their share of the assignments (token) or of the gate "
+                "weight (gate). Default: token."
+            ),
             show_default=False,
         ),
     ] = None,
     safe_csv: SafeCsv = False,
 ) -> None:
-    """Write a trace as other tools read it.
-
-    sglang: the load, for --init-expert-location of SGLang and ktransformers (.pt, .json); esft: per
-    domain the expert weights, scores and training configuration; counts: load by expert and domain
-    (.csv, .json, .parquet); long-parquet: one row per assignment."""
+    """Convert a trace to the format of another tool."""
     from moe_inspect.exporters.run import export_trace
 
     made = export_trace(

@@ -1,4 +1,4 @@
-"""`moe-inspect import`: what engines and labs have written → a trace."""
+"""`moe-inspect import`: files of inference engines and training frameworks → a trace."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from typing import Annotated
 
 import typer
 
+from moe_inspect.cli.formats import FormatsCommand
 from moe_inspect.importers import MODULES
 from moe_inspect.text import say
+
+
+class ImportCommand(FormatsCommand):
+    def formats(self) -> dict[str, str]:
+        from moe_inspect.importers.registry import formats
+
+        return {name: format.reads.replace("`", "") for name, format in formats().items()}
 
 
 def import_(
@@ -19,23 +27,28 @@ def import_(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help=f"auto, or one of {', '.join(MODULES)}.",
+            help=f"auto (recognise the files), or one of {', '.join(MODULES)}.",
             show_default=False,
         ),
     ],
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SRC...", help="[DOMAIN=]FILE or folder.", show_default=False),
+        typer.Argument(
+            metavar="SRC...",
+            help="Files or folders. DOMAIN=SRC labels the tokens of one.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="The directory of the trace.", show_default=False)
+        Path,
+        typer.Option("-o", "--output", help="Directory of the trace to write.", show_default=False),
     ],
     model: Annotated[
         str | None,
         typer.Option(
             help=(
-                "A hub id or a directory: says what the files do not (experts, top-k, dense "
-                "layers, vocabulary)."
+                "Hub id or directory of the model, for what the files leave out: number of "
+                "experts, top-k, dense layers, vocabulary."
             ),
             show_default=False,
         ),
@@ -44,7 +57,7 @@ def import_(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The same from a config.json; no transformers needed.",
+            help="The same from a config.json, without transformers.",
             show_default=False,
         ),
     ] = None,
@@ -52,7 +65,7 @@ def import_(
         int | None,
         typer.Option(
             min=1,
-            help="Experts of each layer, where neither the files nor a config say.",
+            help="Experts per layer, where neither the files nor a config give it.",
             show_default=False,
         ),
     ] = None,
@@ -60,7 +73,7 @@ def import_(
         int | None,
         typer.Option(
             min=1,
-            help="Experts a token, where neither the files nor a config say.",
+            help="Experts per token, where neither the files nor a config give it.",
             show_default=False,
         ),
     ] = None,
@@ -69,8 +82,8 @@ def import_(
         typer.Option(
             min=1,
             help=(
-                "Pipeline stages of a Megatron run whose files number layers from 0 in each "
-                "stage. Above 1 it needs --model or --config."
+                "megatron: pipeline stages of a run whose files number layers from 0 in each "
+                "stage. More than one needs --model or --config."
             ),
             show_default=False,
         ),
@@ -79,11 +92,9 @@ def import_(
         bool, typer.Option("--overwrite", help="Replace an existing trace.")
     ] = False,
 ) -> None:
-    """Turn the dumps of engines and labs into a trace.
+    """Convert routing data of inference engines and training frameworks to a trace.
 
-    Counts, per-token choices or responses; report reads them like any other trace and says what
-    they cannot tell."""
-    from moe_inspect.importers import MODULES
+    Reports read it like any other trace, and state what it cannot tell."""
     from moe_inspect.importers.run import import_trace
 
     if format not in (*MODULES, "auto"):

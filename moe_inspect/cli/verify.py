@@ -1,4 +1,4 @@
-"""`moe-inspect verify`: whether a trace is what it says."""
+"""`moe-inspect verify`: checks a trace by the rules of its format."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from moe_inspect.text import printable, say
 
 
 def verify(
-    trace: Annotated[Path, typer.Argument(help="The directory of a trace.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    trace: Annotated[Path, typer.Argument(help="Directory of the trace.", show_default=False)],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Check the invariants of a trace, ours or imported.
+    """Check every file of a trace: checksums, ids, counts, order.
 
     Names the first violation by file and row, and exits with 1."""
     from moe_inspect.trace.verify import verify as check

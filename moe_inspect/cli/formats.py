@@ -1,0 +1,20 @@
+"""Commands that take a FORMAT list the formats of a registry at the end of their help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+
+class FormatsCommand(TyperCommand):
+    """Adds a section "Formats". The registry is loaded only when the help is asked for."""
+
+    def formats(self) -> dict[str, str]:
+        """Name → what it reads or writes."""
+        raise NotImplementedError
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Formats"):
+            formatter.write_dl(list(self.formats().items()))
+        super().format_epilog(ctx, formatter)
