@@ -353,6 +353,14 @@ LINES: dict[str, tuple[dict[str, Any], str]] = {
     "a table unknown": ({"table": "x"}, 'table is "x", not one of'),
     "no hash": ({"sha256": "0"}, r'sha256 is "0"'),
     "a path elsewhere": ({"path": "../../etc/passwd"}, r'path is "\.\./\.\./etc/passwd"'),
+    "a path of another rank": (
+        {"path": "tokens/part-1-0.parquet"},
+        'path is "tokens/part-1-0.parquet", not tokens/part-0-',
+    ),
+    "a path that goes on elsewhere": (
+        {"path": "tokens/part-0-0/../../../etc/a.parquet"},
+        r'path is "tokens/part-0-0/',
+    ),
     "a path as a number": ({"path": 7}, "path is 7"),
     "bytes below zero": ({"bytes": -1}, "bytes is -1"),
 }
