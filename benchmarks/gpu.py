@@ -988,7 +988,8 @@ def report_contest(
         rate = work.B * work.S / statistics.median(row["s_a_step"])
         print(
             "  "
-            f"{name:<48}{rate:>12,.0f}{p50:>10.3f}{p99:>10.3f}{row['peak_mib']:>10,.0f}{row['launches'] or '–':>10}"
+            f"{name:<48}{rate:>12,.0f}{p50:>10.3f}{p99:>10.3f}{row['peak_mib']:>10,.0f}"
+            f"{row['launches'] or '–':>10}"
             f"   {statistics.median(spread):.3f} ({min(spread):.3f}–{max(spread):.3f})"
         )
     for rival, least, nearly, says in (

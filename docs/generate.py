@@ -1,4 +1,5 @@
-"""What the site takes from the program: its commands, tables, metrics and importers, as Markdown."""
+"""What the site takes from the program: its commands, tables, metrics and importers, as
+Markdown."""
 
 from __future__ import annotations
 

@@ -48,9 +48,8 @@ class Case:
     strangers: bool
 
     def __str__(self) -> str:
-        return f"E{self.E}-k{self.K}-T{self.T}-{self.skew}-{self.launches}-{self.weights}-{self.tape}".replace(
-            " ", "_"
-        )
+        parts = (f"E{self.E}", f"k{self.K}", f"T{self.T}", self.skew, self.launches, self.weights)
+        return "-".join(map(str, (*parts, self.tape))).replace(" ", "_")
 
 
 def is_possible(given: dict[str, Any]) -> bool:

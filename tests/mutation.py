@@ -25,7 +25,8 @@ Place = tuple[str, str, int]  # file, qualified name, line
 
 
 def changed_source(module: ModuleType, old: str, new: str) -> str:
-    """The module's source with `new` for `old`. Line breaks and the commas before closing brackets do not count: a formatter
+    """The module's source with `new` for `old`. Line breaks and the commas before closing brackets
+    do not count: a formatter
     moves them."""
     source = Path(module.__file__ or "").read_text()
     pieces = [re.escape(piece) for piece in re.findall(r"\w+|[^\w\s]", old)]

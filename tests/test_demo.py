@@ -259,7 +259,10 @@ def test_prose_keeps_its_own_language_once():
         "<p>The computer is restarted in the next step, and the system can not be reached for as "
         "long.</p>"
     )
-    page = f"<html><head><title>x</title></head><body>{german}{english}{german}<pre>{english}</pre></body></html>"
+    page = (
+        f"<html><head><title>x</title></head><body>{german}{english}{german}<pre>{english}</pre>"
+        "</body></html>"
+    )
     (found,) = texts.prose(page, "german", set())
     assert found.startswith("Der Rechner")
     assert "The computer" not in found

@@ -1,4 +1,5 @@
-"""Two writers are kept apart; only the files of a trace are ever removed; a stopped writer leaves what can be gone on with."""
+"""Two writers are kept apart; only the files of a trace are ever removed; a stopped writer leaves
+what can be gone on with."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
 def test_a_lock_removed_while_it_was_waited_for_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening the file and locking it, its holder removes it and a third process locks a new one."""
+    """Between opening the file and locking it, its holder removes it and a third process locks a
+    new one."""
     monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
     holder, third = hold(tmp_path), list[Lock]()
     flock = lock_module._flock
@@ -160,7 +162,8 @@ def test_a_file_system_without_locks_is_named(
     a_trace(tmp_path / "t")
     assert (
         capsys.readouterr().err
-        == f"warning: the file system of {tmp_path / 't'} has no locks: make sure that nothing else writes there\n"
+        == f"warning: the file system of {tmp_path / 't'} has no locks: make sure that nothing else "
+        "writes there\n"
     )
     assert verify(tmp_path / "t").ok
 
@@ -332,7 +335,8 @@ def test_killed_before_the_first_manifest(left: tuple[str, ...], tmp_path: Path)
 
 
 def test_names_lead_nowhere_else(tmp_path: Path) -> None:
-    """The tables of the manifest and the paths of shards, whatever they say, touch nothing outside of the trace."""
+    """The tables of the manifest and the paths of shards, whatever they say, touch nothing outside
+    of the trace."""
     other = a_trace(tmp_path / "other")
     before = {p: (other / p).read_bytes() for p in listing(other)}
     for tables in (

@@ -1,4 +1,5 @@
-"""Every command and every Python block of the README and of the docs runs, in its order, as it stands.
+"""Every command and every Python block of the README and of the docs runs, in its order, as it
+stands.
 A hub id is a tiny model in a directory of that name."""
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def test_the_types_of_the_readmes_python_are_real(tmp_path: Path) -> None:
     (tmp_path / "reader.py").write_text(program)
     (tmp_path / "mypy.ini").write_text(
         "[mypy]\nstrict = true\n"
-        "[mypy-torch.*,transformers.*,triton.*]\nfollow_imports = skip\nignore_missing_imports = true\n"
+        "[mypy-torch.*,transformers.*,triton.*]\n"
+        "follow_imports = skip\nignore_missing_imports = true\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "reader.py"], cwd=tmp_path, capture_output=True, text=True

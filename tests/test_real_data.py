@@ -105,8 +105,8 @@ def test_mixtral_on_mmlu(model: str, tmp_path: Path):
             46.5, abs=0.1
         )
         least = (
-            "Expert 3 of layer 11 is the least used: 0.22x the mean load, the busiest expert there gets "
-            "5.6x as much"
+            "Expert 3 of layer 11 is the least used: 0.22x the mean load, the busiest expert there "
+            "gets 5.6x as much"
         )
         assert f'{least} and 46.5x on "international_law".' in sentences(made)
 

@@ -1,4 +1,5 @@
-"""`record`: whatever is done with the model inside the block, the trace holds each routed token once,
+"""`record`: whatever is done with the model inside the block, the trace holds each routed token
+once,
 and the model is left as it was."""
 
 from __future__ import annotations

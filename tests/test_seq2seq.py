@@ -1,4 +1,5 @@
-"""Encoder-decoders: each stack's routers see its own tokens, in `trace`, in `record` and in `generate`."""
+"""Encoder-decoders: each stack's routers see its own tokens, in `trace`, in `record` and in
+`generate`."""
 
 from __future__ import annotations
 

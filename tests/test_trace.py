@@ -1,4 +1,5 @@
-"""The trace format: what is written is what is read, by every reader, whatever the shards; damage is one clear line."""
+"""The trace format: what is written is what is read, by every reader, whatever the shards; damage
+is one clear line."""
 
 from __future__ import annotations
 
@@ -211,7 +212,8 @@ def test_an_exception_leaves_a_readable_interrupted_trace(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_group_is_committed_together_or_not_at_all(complete: bool, tmp_path: Path) -> None:
-    """A prompt and what was generated from it: passes 0 to 2, and 3 to 5, of which the last is yet to come where a run is cut short."""
+    """A prompt and what was generated from it: passes 0 to 2, and 3 to 5, of which the last is yet
+    to come where a run is cut short."""
     rng = np.random.default_rng(3)
     writer = TraceWriter(tmp_path / "t", {}, ROUTERS, shard_tokens=25)
     for n in range(6 if complete else 5):
@@ -226,7 +228,8 @@ def test_a_group_is_committed_together_or_not_at_all(complete: bool, tmp_path: P
 
 
 def test_everything_is_on_disk_before_anything_speaks_of_it(tmp_path: Path) -> None:
-    """A file is synchronised before it gets its name. The name lasts once its directory is synchronised: of each part file before the
+    """A file is synchronised before it gets its name. The name lasts once its directory is
+    synchronised: of each part file before the
     lines that list it are, of the manifest at once."""
     named: list[tuple[int, Path, bool]] = []
     done: list[tuple[int, int]] = []  # files and directories, as they are synchronised
@@ -263,7 +266,7 @@ def test_everything_is_on_disk_before_anything_speaks_of_it(tmp_path: Path) -> N
 def test_a_full_disk_is_one_clear_line_and_what_was_committed_is_safe(
     full_from: int, tmp_path: Path
 ) -> None:
-    """The process may not write files beyond a size: every write past it fails, as on a full disk."""
+    """The process may not write files beyond a size: a write past it fails, as on a full disk."""
     program = f"""
 import numpy as np, resource, sys
 from pathlib import Path
@@ -411,7 +414,8 @@ def test_the_schema_is_the_contract() -> None:
 
 
 def test_a_router_has_rows_of_the_tokens_that_it_sees(tmp_path: Path) -> None:
-    """Of an encoder-decoder: batches of both kinds of tokens, of one alone, and one that nothing of is decoded."""
+    """Of an encoder-decoder: batches of both kinds of tokens, of one alone, and one that nothing of
+    is decoded."""
     listed = [
         Router(1, "gate", f"{stack}.1", 4, 1, stack=stack) for stack in ("encoder", "decoder")
     ]
@@ -450,7 +454,8 @@ def test_a_router_has_rows_of_the_tokens_that_it_sees(tmp_path: Path) -> None:
 
 
 def test_routers_of_a_shard_are_read_from_several_threads(tmp_path: Path) -> None:
-    """As the last shards of a trace are counted: each thread reads other routers of one file that is open once."""
+    """As the last shards of a trace are counted: each thread reads other routers of one file that is
+    open once."""
     routers = [Router(layer, "a", f"layers.{layer}.a", 128, 8) for layer in range(24)]
     written(tmp_path, [a_batch(np.random.default_rng(0), 0, 16_000, routers)], routers)
 

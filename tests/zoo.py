@@ -65,10 +65,9 @@ WHY_NOT: dict[str, str] = {
     ),
     **CRASHES.get(hf.__version__.rpartition(".")[0], {}),
 }
-ALONE = {
-    "doge",
-    "nllb_moe",
-}  # the tokens of a batch change each other's routing: only batches of one unpadded sequence mean anything
+# the tokens of a batch change each other's routing: only batches of one unpadded sequence mean
+# anything
+ALONE = {"doge", "nllb_moe"}
 
 # A value for every field of a config, or of a config in it, that has the name.
 SMALL: dict[str, Any] = {

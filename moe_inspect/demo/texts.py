@@ -149,8 +149,13 @@ def metamath(page: str, domain: str, seen: set[str]) -> Iterator[str]:
 
 
 READERS: dict[str, Callable[[str, str, set[str]], Iterator[str]]] = {
-    "english": prose, "german": prose, "russian": prose, "python": code, "c": code, "metamath": metamath,
-}  # fmt: skip
+    "english": prose,
+    "german": prose,
+    "russian": prose,
+    "python": code,
+    "c": code,
+    "metamath": metamath,
+}
 
 
 def default_cache() -> Path:

@@ -347,7 +347,8 @@ def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: 
     config = model.config
     total, active = parameter_counts(model)
     train_tokens = {domain: len(stream.token_T) for domain, stream in train_streams.items()}
-    figures = f"{card.losses(evaluation.loss_nats, unigram_nats)}\n\n{card.balance(*evaluation.balance())}"
+    losses = card.losses(evaluation.loss_nats, unigram_nats)
+    figures = f"{losses}\n\n{card.balance(*evaluation.balance())}"
     options = f" --balance {balance} --steps {steps} --seed {seed}" + (
         " --texts DIR" if own_texts else ""
     )
