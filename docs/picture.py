@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 import moe_inspect
-from moe_inspect.reporting.charts.sections import report_page
+from moe_inspect.reporting.render.page import report_page
 
 WIDTH, HEIGHT = 1180, 1176  # down to the map
 OUTPUT = Path(__file__).parent / "report.png"

@@ -18,7 +18,7 @@ from moe_inspect.analysis.counting.engine import count_trace, windows_of
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.plots import write_plots
+from moe_inspect.reporting.render.matplotlib import write_pictures
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
@@ -467,7 +467,7 @@ def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):
     assert first.of[0].next_EN.tolist() == whole.of[0].next_EN.tolist()
     last = report(trace, layers=1)
     assert last.tables["transitions"].empty
-    assert "transitions" not in {path.stem for path in write_plots(last, tmp_path / "plots")}
+    assert "transitions" not in {path.stem for path in write_pictures(last, tmp_path / "plots")}
 
 
 def by_stack(root: Path) -> Trace:

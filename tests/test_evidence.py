@@ -12,8 +12,7 @@ from scipy import stats
 
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.reporting.charts.plots import supported_lift
-from moe_inspect.reporting.charts.sections_pairs import _strongest, coactivation
+from moe_inspect.reporting.charts.pairs import _strongest, coactivation, supported_lift
 from moe_inspect.reporting.render.map_data import map_data
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.pairs import LUCK, Met, chosen_together

@@ -14,8 +14,9 @@ import pytest
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import registry
 from moe_inspect.cli.report import Simulated, _simulated
-from moe_inspect.reporting.charts.plots import PLOTS
+from moe_inspect.reporting.charts.spec import draw_charts
 from moe_inspect.reporting.render.map_data import map_data
+from moe_inspect.reporting.render.matplotlib import draw
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.thresholds import Thresholds
 from moe_inspect.reporting.verdict.gate import breaches, gate
@@ -150,9 +151,7 @@ def written(figure: Any) -> list[str]:
 
 def texts(made: Report) -> str:
     """Every text there is on a report: terminal, page, pictures, gates."""
-    pictures = [
-        text for draw in PLOTS.values() if (figure := draw(made)) for text in written(figure)
-    ]
+    pictures = [text for chart in draw_charts(made)[0] for text in written(draw(chart))]
     data, _ = map_data(made)
     assert data is not None
     page = [f"layer {layer['label']}" for layer in data["layers"]]

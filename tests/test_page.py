@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moe_inspect.reporting.charts.sections import report_page
+from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import Report, report
 from tests.damage import edit_manifest
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
@@ -131,8 +131,12 @@ class Opened:
             if url.partition("#")[0] != self.address and not url.startswith(("data:", "blob:"))
         ]
 
-    def map(self, what: str) -> Any:
-        return self.view.evaluate(f'document.querySelector(".grid .plot").data[0].{what}')
+    def map(self, row: int) -> list[float | None]:
+        """The values of a row of the map, as drawn."""
+        heatmap = "document.querySelector('[data-widget=map] .plot').plot.panel.marks[0]"
+        values = self.view.evaluate(f"{heatmap}.values.map((v) => Number.isNaN(v) ? null : v)")
+        columns = self.view.evaluate(f"{heatmap}.columns")
+        return values[row * columns : (row + 1) * columns]
 
     def until(self, true: str) -> None:
         """Waits for an expression to hold; not by playwright's own way, which evaluates text within
@@ -144,19 +148,13 @@ class Opened:
         raise AssertionError(f"never true: {true}")
 
     def drawn(self, title: str) -> list[list[dict[str, Any]]]:
-        """What plotly draws in each plot of a section: its traces."""
+        """What is drawn in each panel of a section: its marks."""
         plots = (
             "[...document.querySelectorAll('main > section')].find((s) => "
             "s.querySelector('h2').textContent === title).querySelectorAll('.plot')"
         )
-        kept = (
-            "['type', 'name', 'x', 'y', 'z', 'text', 'customdata', 'error_y'].map((key) => [key, "
-            "trace[key]])"
-        )
         return self.view.evaluate(
-            f"(title) => [...{plots}].map((plot) => plot.data.map((trace) => "
-            f"Object.fromEntries({kept})))",
-            title,
+            f"(title) => [...{plots}].map((place) => place.plot.panel.marks)", title
         )
 
     def title(self) -> str | None:
@@ -178,7 +176,7 @@ def opened(
 def test_it_renders_without_a_complaint_and_asks_for_nothing(opened: Opened):
     plots = opened.view.locator(".plot")
     assert plots.count() >= 4
-    assert all(plots.nth(i).locator("svg.main-svg").count() for i in range(plots.count()))
+    assert all(plots.nth(i).locator(".canvas svg").count() for i in range(plots.count()))
     assert opened.complaints == []
     assert opened.foreign() == []
     assert opened.view.locator("#s1 h2").inner_text() == "Load of every expert"
@@ -187,43 +185,40 @@ def test_it_renders_without_a_complaint_and_asks_for_nothing(opened: Opened):
 def test_the_map_shows_the_load_table(opened: Opened, small: Report):
     table: Any = small.tables["load"]
     row = table[(table["layer"] == 3) & (table["expert"] == 5)].iloc[0]
-    assert f"expert 5<br>{row['load_ratio']:.2f}× the mean load" in opened.map("customdata[3][5]")
-    assert f"{int(row['assignments']):,} assignments" in opened.map("customdata[3][5]")
-    assert opened.map("z[3][5]") == pytest.approx(np.log2(row["load_ratio"]))
+    assert opened.map(3)[5] == pytest.approx(row["load_ratio"])
+    opened.view.evaluate("document.querySelector('[data-widget=map] .plot').plot.move(3, 5)")
+    said = opened.view.locator("[data-widget=map] .tip").inner_text()
+    assert f"expert 5: {row['load_ratio']:.2f}× the mean load" in said
+    assert f"{int(row['assignments']):,} assignments" in said
+    assert opened.view.locator("#now").inner_text() == said
 
 
 def test_domains_and_order_switch_what_the_map_shows(opened: Opened, small: Report):
-    before = opened.map("z[2]")
+    before = opened.map(2)
     opened.view.locator("#map-domain").select_option(label=LABELS[0])
-    opened.until(
-        "document.querySelector('.grid .plot').data[0].customdata[2][3].includes('in "
-        "&lt;b&gt;code')"
-    )
     table: Any = small.tables["domains"]
     code = table[(table["layer"] == 2) & (table["domain"] == LABELS[0])]["assignments"].to_numpy()
-    assert 2 ** np.array(opened.map("z[2]")) == pytest.approx(np.clip(code / code.mean(), 0.25, 4))
-    assert opened.map("z[2]") != before
+    assert opened.map(2) == pytest.approx(code / code.mean())
+    assert opened.map(2) != before
+    assert opened.view.locator("#now").inner_text().count(f"in {LABELS[0]}") == 1
     opened.view.locator("#map-domain").select_option(label="all domains")
     opened.view.locator("#map-order").select_option(label="by load")
     load: Any = small.tables["load"][small.tables["load"]["layer"] == 3]
-    busiest = int(load["load_ratio"].to_numpy().argmax())
-    opened.until(
-        "document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert "
-        f"{busiest}<')"
-    )
-    assert opened.map("z[3]") == sorted(opened.map("z[3]"), reverse=True)
+    by_load = load["load_ratio"].sort_values(ascending=False)
+    assert opened.map(3) == pytest.approx(by_load.to_numpy())
+    opened.view.locator("[data-widget=map] .plot").focus()
+    for key in ("Home", "ArrowDown", "ArrowDown", "ArrowDown", "Home"):
+        opened.view.keyboard.press(key)
+    busiest = int(load["expert"].loc[by_load.index[0]])
+    assert opened.view.locator("#now").inner_text().startswith(f"Layer 3, expert {busiest}: ")
     opened.view.locator("#map-order").select_option(label="by expert id")
-    opened.until(
-        "document.querySelector('.grid .plot').data[0].customdata[3][0].includes('expert 0')"
-    )
+    assert opened.map(3) == pytest.approx(load["load_ratio"].to_numpy())
 
 
 def test_a_click_opens_the_card_of_the_expert(opened: Opened):
-    opened.view.locator(".grid").scroll_into_view_if_needed()
-    drawn = opened.view.locator(".grid .plot .nsewdrag").bounding_box()
-    opened.view.mouse.click(
-        drawn["x"] + drawn["width"] * 5.5 / 8, drawn["y"] + drawn["height"] * 3.5 / 4
-    )
+    opened.view.locator("[data-widget=map] .plot").scroll_into_view_if_needed()
+    cell = opened.view.locator("[data-widget=map] .canvas g rect").nth(3 * 8 + 5).bounding_box()
+    opened.view.mouse.click(cell["x"] + cell["width"] / 2, cell["y"] + cell["height"] / 2)
     opened.until("!document.getElementById('card').hidden")
     assert opened.title() == "Layer 3 · expert 5"
     opened.view.keyboard.press("Escape")
@@ -231,7 +226,7 @@ def test_a_click_opens_the_card_of_the_expert(opened: Opened):
 
 
 def test_the_keyboard_alone_is_enough(opened: Opened):
-    opened.view.locator(".grid").focus()
+    opened.view.locator("[data-widget=map] .plot").focus()
     opened.view.keyboard.press("Home")
     for key in (
         "ArrowUp",
@@ -249,26 +244,24 @@ def test_the_keyboard_alone_is_enough(opened: Opened):
     assert opened.view.evaluate("document.activeElement.id") == "card"
     opened.view.keyboard.press("Escape")
     assert opened.title() is None
-    assert opened.view.evaluate("document.activeElement.className") == "grid"
+    assert opened.view.evaluate("document.activeElement.parentElement.dataset.widget") == "map"
 
 
 def test_what_is_hostile_is_text(opened: Opened):
-    opened.view.locator(".grid").focus()
+    opened.view.locator("[data-widget=map] .plot").focus()
     opened.view.keyboard.press("Enter")
     card = opened.view.locator("#card").inner_text()
     assert HOSTILE + r"\n\u202e" in card
     assert "<b>code</b>" in card
     assert HOSTILE in opened.view.locator("h1").inner_text()
-    assert (
-        "<b>code</b>" in opened.view.locator(".ytick").filter(has_text="code").first.text_content()
-    )
+    assert "<b>code</b>" in opened.view.locator(".ytick").all_text_contents()
     assert opened.view.evaluate("window.pwned") is None
     assert opened.view.locator("img").count() == 0
     opened.view.keyboard.press("Escape")
 
 
 def named(traces: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    return next(trace for trace in traces if trace["name"] == name)
+    return next(trace for trace in traces if trace.get("name") == name)
 
 
 def test_sections_come_in_order_of_their_files(opened: Opened):
@@ -296,19 +289,19 @@ def test_drift_shows_distances_beside_their_floor_and_what_an_old_placement_cost
     assert named(over_time, "layer 2")["y"][1:] == pytest.approx(moved[1:], rel=1e-4)
     for name, column in (
         ("to the next window", "total_variation"),
-        ("first to last", "first_to_last"),
+        ("first to last window", "first_to_last"),
     ):
         assert named(by_layer, name)["y"] == pytest.approx(table[column], rel=1e-4)
         assert named(by_layer, f"{name}: chance")["y"] == pytest.approx(
             table[f"{column}_floor"], rel=1e-4
         )
     fresh, stale = (
-        named(cost, "packed for the window itself")["y"],
-        named(cost, "packed for the window before")["y"],
+        named(cost, "placed for the window itself")["y"],
+        named(cost, "placed for the window before")["y"],
     )
     assert fresh == pytest.approx(table["balancedness_fresh"], rel=1e-4)
     assert stale == pytest.approx(table["balancedness_stale"], rel=1e-4)
-    assert "mean ÷ max, 4 GPUs" in opened.view.locator(".ytitle").all_text_contents()
+    assert "mean ÷ max load of 4 GPUs" in opened.view.locator(".ytitle").all_text_contents()
 
 
 def test_locality_shows_each_value_with_its_interval_and_its_reference(
@@ -319,8 +312,8 @@ def test_locality_shows_each_value_with_its_interval_and_its_reference(
     shown = (
         (first, "the same again", "first_choice_repetition"),
         (any_choice, "an expert in common", "any_choice_repetition"),
-        *((segment, f"{m} tokens", f"srp_{m}") for m in (4, 16, 64)),
-        (following, "foretold", "next_accuracy"),
+        *((segment, f"segments of {m} tokens", f"srp_{m}") for m in (4, 16, 64)),
+        (following, "predicted", "next_accuracy"),
     )
     for traces, name, column in shown:
         value, low, high = (
@@ -328,20 +321,22 @@ def test_locality_shows_each_value_with_its_interval_and_its_reference(
         )
         trace = named(traces, name)
         assert trace["y"][: len(value)] == pytest.approx(value, rel=1e-4)
-        assert trace["error_y"]["array"][: len(value)] == pytest.approx(high - value, rel=1e-4)
-        assert trace["error_y"]["arrayminus"][: len(value)] == pytest.approx(value - low, rel=1e-4)
-    assert named(any_choice, "an expert in common: by chance")["y"] == pytest.approx(
+        assert trace["high"][: len(value)] == pytest.approx(high, rel=1e-4)
+        assert trace["low"][: len(value)] == pytest.approx(low, rel=1e-4)
+    assert named(any_choice, "an expert in common: chance")["y"] == pytest.approx(
         [0.4643] * 4, abs=1e-4
     )
-    assert named(segment, "16 tokens: by load")["y"] == pytest.approx(
+    assert named(segment, "segments of 16 tokens: at these loads")["y"] == pytest.approx(
         table["srp_16_by_load"], rel=1e-4
     )
-    assert named(following, "foretold")["y"][3] is None  # no layer after the last
+    assert named(following, "predicted")["y"][3] is None  # no layer after the last
     marginal = named(following, "always the most frequent")["y"]
     assert marginal[:3] == pytest.approx(table["next_accuracy_marginal"].to_numpy()[:3], rel=1e-4)
     # layer 0 chooses by lot; at layer 3 half the tokens go to expert 5, the others by lot
-    assert named(first, "the same again: by load")["y"][0] == pytest.approx(1 / 8, abs=0.01)
-    assert named(first, "the same again: by load")["y"][3] == pytest.approx(
+    assert named(first, "the same again: chance at these loads")["y"][0] == pytest.approx(
+        1 / 8, abs=0.01
+    )
+    assert named(first, "the same again: chance at these loads")["y"][3] == pytest.approx(
         (0.5 + 0.5 / 8) ** 2 + 7 * (0.5 / 8) ** 2, abs=0.03
     )
 
@@ -350,12 +345,8 @@ def test_repetition_has_the_interval_of_each_domain(opened: Opened, small: Repor
     table: Any = small.tables["repetition"]
     rows = table[table["domain"] == "law"]
     law = named(opened.drawn("Repetition")[0], "law")
-    assert law["error_y"]["array"] == pytest.approx(
-        (rows["first_choice_high"] - rows["first_choice"]).to_numpy(), rel=1e-4
-    )
-    assert law["error_y"]["arrayminus"] == pytest.approx(
-        (rows["first_choice"] - rows["first_choice_low"]).to_numpy(), rel=1e-4
-    )
+    assert law["high"] == pytest.approx(rows["first_choice_high"].to_numpy(), rel=1e-4)
+    assert law["low"] == pytest.approx(rows["first_choice_low"].to_numpy(), rel=1e-4)
 
 
 def test_the_experts_of_a_domain_are_its_top_k(opened: Opened, small: Report):
@@ -365,13 +356,11 @@ def test_the_experts_of_a_domain_are_its_top_k(opened: Opened, small: Report):
         "token_score", ascending=False
     )
     assert small.counts.domains[0] == LABELS[0]
-    assert drawn["z"][0][2] == pytest.approx(rows["token_score"].head(2).sum(), rel=1e-4)
-    assert drawn["text"][0][2] == ", ".join(str(e) for e in rows["expert"].head(2))
-    assert sorted(drawn["text"][1][3]) == sorted("2, 5")
-    said, experts = drawn["customdata"][0][2]
-    assert said == "&lt;b&gt;code&lt;/b&gt;, layer 2"
-    assert experts.startswith("expert 3: 0.500<br>expert ")
-    assert experts.count("expert") == 2
+    assert drawn["values"][2] == pytest.approx(rows["token_score"].head(2).sum(), rel=1e-4)
+    assert drawn["cells"][2] == ", ".join(str(e) for e in rows["expert"].head(2))
+    assert sorted(drawn["cells"][4 + 3]) == sorted("2, 5")
+    assert drawn["notes"][2].startswith("expert 3: 0.500\nexpert ")
+    assert drawn["notes"][2].count("expert") == 2
 
 
 CONTRAST = """() => {
@@ -379,10 +368,11 @@ CONTRAST = """() => {
   const light = ([r, g, b]) => [r, g, b].map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
   const ground = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c.length && c[3] !== 0) return c; } return [255, 255, 255]; };
   const found = {};
-  for (const query of ["h1", ".subtitle", ".verdict li", "p.text", ".facts dd", ".facts dt", ".definitions dd", "td", "th", "summary", "button", "select", ".now", ".xtick text", ".ytick text", ".legendtext", ".gtitle, .xtitle, .ytitle"])
+  for (const query of ["h1", ".subtitle", ".verdict li", "p.text", ".facts dd", ".facts dt", ".definitions dd", "td", "th", "summary", "button", "select", ".now", ".xtick", ".ytick", ".legend button", ".scale", ".xtitle, .ytitle", ".in"])
     for (const e of document.querySelectorAll(query)) {
       const style = getComputedStyle(e);
-      const [a, b] = [light(parse(e instanceof SVGElement ? style.fill : style.color)), light(ground(e))].sort((x, y) => y - x);
+      const under = e.matches(".in") ? parse(e.previousSibling.getAttribute("fill")) : ground(e);
+      const [a, b] = [light(parse(e instanceof SVGElement ? style.fill : style.color)), light(under)].sort((x, y) => y - x);
       found[query] = Math.min(found[query] ?? 99, (a + 0.05) / (b + 0.05));
     }
   return found;
@@ -394,12 +384,10 @@ def test_both_themes_are_legible(opened: Opened):
     paper = "getComputedStyle(document.documentElement).backgroundColor"
     before = opened.view.evaluate(paper)
     opened.view.get_by_label("Switch between light and dark").click()
-    opened.until(
-        "getComputedStyle(document.querySelector('.ytick text')).fill.match(/\\d+/)[0] > 128"
-    )
+    opened.until("getComputedStyle(document.querySelector('.ytick')).fill.match(/\\d+/)[0] > 128")
     dark = opened.view.evaluate(CONTRAST)
     assert before != opened.view.evaluate(paper)
-    assert len(light) == len(dark) >= 15
+    assert len(light) == len(dark) >= 18
     assert min(light.values()) >= 4.5, light
     assert min(dark.values()) >= 4.5, dark
     opened.view.evaluate(
@@ -430,41 +418,36 @@ def test_the_policy_stops_scripts_and_requests(browser: Any, opened: Opened):
 
 def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
     text = report_page(large)
-    assert len(text.encode()) <= 6_000_000
+    assert len(text.encode()) <= 2_000_000
     page = Opened(browser, tmp_path / "large.html", text, color_scheme="dark")
-    assert len(page.map("z")) == 61
-    assert len(page.map("z[60]")) == 256
+    assert len(page.map(60)) == 256
+    assert page.map(61) == []
     ticks = page.view.evaluate(
-        """[...document.querySelectorAll('.grid .ytick text')].map((t) => { const r = t.getBoundingClientRect(); return [r.top, r.bottom]; })"""
+        """[...document.querySelectorAll('[data-widget=map] .ytick')].map((t) => { const r = t.getBoundingClientRect(); return [r.top, r.bottom]; })"""
     )
     ticks.sort()
     assert len(ticks) > 20
     assert all(above[1] <= below[0] + 2 for above, below in pairwise(ticks))
-    assert [len(traces[0]["z"]) for traces in page.drawn("Drift")[:1]] == [61]
-    assert [len(traces[0]["y"]) for traces in page.drawn("Drift")[1:] + page.drawn("Locality")] == [
-        61,
-        3 * 61,
-        61,
-        61,
-        61,
-        61,
-    ]
-    assert np.array(page.drawn("Experts of a domain")[0][0]["z"]).shape == (4, 61)
+    assert page.drawn("Drift")[0][0]["rows"] == 61
+    by_layer = page.drawn("Drift")[1:] + page.drawn("Locality")
+    assert [len(marks[0]["x"]) for marks in by_layer] == [61] * 6
+    heatmap = page.drawn("Experts of a domain")[0][0]
+    assert (heatmap["rows"], heatmap["columns"]) == (4, 61)
     entries = (
         "[...document.querySelectorAll('.plot')].map((plot) => "
-        "plot.querySelectorAll('.legendtext').length)"
+        "plot.querySelectorAll('.legend button').length)"
     )
     assert max(page.view.evaluate(entries)) <= 12
-    crowded = """[...document.querySelectorAll('.plots .plot')].filter((plot) => {
-      const ends = [...plot.querySelectorAll('.xtick text')].map((t) => t.getBoundingClientRect()).sort((a, b) => a.left - b.left);
+    crowded = """[...document.querySelectorAll('.panels .plot')].filter((plot) => {
+      const ends = [...plot.querySelectorAll('.xtick')].map((t) => t.getBoundingClientRect()).sort((a, b) => a.left - b.left);
       return ends.some((end, i) => i && end.left < ends[i - 1].right);
     }).length"""
     assert page.view.evaluate(crowded) == 0
     page.view.evaluate(
-        "document.querySelector('.plots .xtick text').textContent = 'wide enough for the next two'"
+        "document.querySelector('.panels .xtick').textContent = 'wide enough for the next two'"
     )
     assert page.view.evaluate(crowded) == 1
-    page.view.locator(".grid").focus()
+    page.view.locator("[data-widget=map] .plot").focus()
     for key in ("End", "ArrowDown", "Enter"):
         page.view.keyboard.press(key)
     assert page.title() == "Layer 1 · expert 255"
@@ -483,7 +466,7 @@ def test_ids_are_unique_and_every_figure_is_named(opened: Opened):
     html = opened.view.content()
     assert not re.findall(r'aria-label=""', html)
     unnamed = (
-        "[...document.querySelectorAll('[data-figure], .grid, select, button, "
+        "[...document.querySelectorAll('.plot, select, button, "
         "[role=dialog]')].filter((e) => !(e.ariaLabel || e.labels?.length || e.textContent || "
         "e.getAttribute('aria-labelledby'))).length"
     )
@@ -516,7 +499,7 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
     text_of = {}
     for i, (name, trace) in enumerate(traces.items()):
         page = Opened(browser, tmp_path / f"{i}.html", report_page(report(trace)))
-        page.view.locator(".grid").focus()
+        page.view.locator("[data-widget=map] .plot").focus()
         page.view.keyboard.press("Enter")
         assert page.title(), name
         assert page.complaints == [], name
@@ -531,12 +514,12 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
     assert "drift: no router has load in two whole windows" in text_of["one token"]
     assert "locality: no token follows another, and no layer another" in text_of["one token"]
     assert (
-        "Not in this trace: the first choice of the token before, any choice"
-        in text_of["three tokens"]
+        "Not in this trace: first choice of the token before, any choice" in text_of["three tokens"]
     )
-    assert (
-        "Not in this trace: the first choice at the next layer." in text_of["one choice, no words"]
-    )
+    assert "Not in this trace: first choice at the next layer." in text_of["one choice, no words"]
     assert "domains: there is only one" in text_of["one choice, no words"]
-    assert "co-activation: one expert a token makes no pairs" in text_of["one choice, no words"]
+    assert (
+        "co-activation: with one expert per token there are no pairs"
+        in text_of["one choice, no words"]
+    )
     assert all(text.count("Not shown:") == 1 for text in text_of.values())

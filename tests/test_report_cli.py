@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from moe_inspect.reporting.charts.plots import write_plots
+from moe_inspect.reporting.render.matplotlib import write_pictures
 from moe_inspect.reporting.report import TABLES, Report, report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
@@ -201,12 +201,12 @@ def test_a_warning_goes_to_stderr(cli: Cli, tmp_path: Path):
 
 
 def test_plots_are_pictures(cli: Cli, trace: Trace, tmp_path: Path):
-    from moe_inspect.reporting.charts.plots import PLOTS
+    from moe_inspect.reporting.charts.spec import every_chart
 
     done = cli("report", trace.path, "--table", "balance", "--plots", "pictures")
     names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
     assert {"balance.png", "domains.svg", "load.png", "specialization.svg"} <= set(names)
-    assert {Path(name).stem for name in names} <= set(PLOTS)
+    assert {Path(name).stem for name in names} <= set(every_chart())
     for name in names:
         data = (tmp_path / "pictures" / name).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n" if name.endswith("png") else data[:5] == b"<?xml"
@@ -215,27 +215,30 @@ def test_plots_are_pictures(cli: Cli, trace: Trace, tmp_path: Path):
 
 
 def test_pictures_say_what_they_show(made: Report):
-    from moe_inspect.reporting.charts.plots import PLOTS
+    from moe_inspect.reporting.charts.spec import Chart, chart_of
+    from moe_inspect.reporting.render.matplotlib import draw
 
-    figure = PLOTS["balance"](made)
-    assert figure is not None
+    chart = chart_of(made, "balance")
+    assert isinstance(chart, Chart)
+    figure = draw(chart)
     figure.canvas.draw()
-    legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_tightbbox()
-    assert axes is not None
-    assert not legend.overlaps(axes)
-    assert figure.axes[0].get_legend() is None
-    figure = PLOTS["domains"](made)
-    assert figure is not None
-    assert "against its mean over the domains" in figure.get_suptitle()
+    legend, axes = figure.axes[0].get_legend(), figure.axes[0].get_window_extent()
+    assert legend is not None
+    assert not legend.get_window_extent().overlaps(axes)  # within the axes its marks look like data
+    chart = chart_of(made, "domains")
+    assert isinstance(chart, Chart)
+    assert "÷ its mean over the domains" in draw(chart).get_suptitle()
 
 
 def test_plots_without_domains_or_documents(tmp_path: Path):
-    from moe_inspect.reporting.charts.plots import write_plots
+    from moe_inspect.reporting.render.matplotlib import write_pictures
 
     made = report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2))
-    assert sorted(p.name for p in write_plots(made, tmp_path / "p")) == [
+    assert sorted(p.name for p in write_pictures(made, tmp_path / "p")) == [
         "balance.png",
         "balance.svg",
+        "esft.png",
+        "esft.svg",
         "load.png",
         "load.svg",
     ]
@@ -243,9 +246,10 @@ def test_plots_without_domains_or_documents(tmp_path: Path):
 
 def test_pictures_leave_the_notebooks_backend_alone(trace: Trace):
     code = (
-        "import sys, moe_inspect; from moe_inspect.reporting.charts.plots import PLOTS\n"
-        f"PLOTS['load'](moe_inspect.report(r'{trace.path}')); print('matplotlib' in sys.modules, "
-        "'matplotlib.pyplot' in sys.modules)"
+        "import sys, moe_inspect; from moe_inspect.reporting.charts.spec import chart_of\n"
+        "from moe_inspect.reporting.render.matplotlib import draw\n"
+        f"draw(chart_of(moe_inspect.report(r'{trace.path}'), 'load')); "
+        "print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
     assert (
         subprocess.run(
@@ -290,7 +294,7 @@ def test_simulations_have_sections_on_the_page(cli: Cli, trace: Trace, tmp_path:
 
 
 def test_a_page_of_counts_says_what_it_lacks(tmp_path: Path):
-    from moe_inspect.reporting.charts.sections import report_page
+    from moe_inspect.reporting.render.page import report_page
 
     page = report_page(report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2)))
     said = page.partition('class="left-out">')[2].partition("</p>")[0]
@@ -309,7 +313,7 @@ def test_labels_in_any_script_are_drawn_without_a_warning(tmp_path: Path):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tmp_path / "domains.png" in write_plots(report(trace), tmp_path)
+        assert tmp_path / "domains.png" in write_pictures(report(trace), tmp_path)
 
 
 def test_a_report_shows_itself_in_a_notebook(made: Report):
@@ -337,7 +341,7 @@ def test_help_names_every_table_and_imports_nothing_heavy(cli: Cli):
 
 def test_no_torch_and_no_matplotlib_in_a_report(trace: Trace):
     code = (
-        "import sys, io, moe_inspect.analysis, moe_inspect.report\n"
+        "import sys, io, moe_inspect.analysis, moe_inspect.reporting.report\n"
         "from moe_inspect.reporting.render.terminal import print_report\n"
         f"print_report(moe_inspect.report(r'{trace.path}'), io.StringIO())\n"
         "print([m for m in ('torch', 'transformers', 'triton', 'matplotlib', 'typer') if m in "

@@ -18,7 +18,7 @@ from moe_inspect.capture.hook.device_counts import DeviceCounts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
-from moe_inspect.reporting.charts.sections import report_page
+from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import report
 from moe_inspect.simulate.capacity.capacity import simulate_capacity

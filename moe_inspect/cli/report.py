@@ -219,13 +219,13 @@ def report(
     if made.warning:
         say(f"warning: {made.warning}")
     if plots is not None:
-        from moe_inspect.reporting.charts.plots import write_plots
+        from moe_inspect.reporting.render.matplotlib import write_pictures
 
-        for path in write_plots(made, plots):
+        for path in write_pictures(made, plots):
             say(f"wrote {path}")
     if html is not None:
-        from moe_inspect.reporting.charts.sections import report_page
         from moe_inspect.reporting.render.html import write_page
+        from moe_inspect.reporting.render.page import report_page
 
         write_page(html, report_page(made, _simulated(made, simulate or [], layers)))
         say(f"wrote {html}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_inspect.reporting.render.html import Section, svg_of
+from moe_inspect.reporting.render.html import Section
 from moe_inspect.reporting.render.html import page as html_page
 from moe_inspect.simulate.result import Simulation
 
@@ -15,7 +15,7 @@ def sections(simulation: Simulation) -> list[Section]:
     found = []
     if simulation.figure is not None:
         said = "Simulated: the trace replayed under other assumptions."
-        found.append(Section(f"simulate {simulation.name}", said, svg=svg_of(simulation.figure())))
+        found.append(Section(f"simulate {simulation.name}", said, svg=_drawing(simulation)))
     for name in dict.fromkeys([*simulation.shown, *simulation.tables]):
         table = simulation.tables[name]
         cut = f"The first {ROWS} of {len(table):,} rows." if len(table) > ROWS else ""
@@ -26,7 +26,7 @@ def sections(simulation: Simulation) -> list[Section]:
 def section(simulation: Simulation) -> Section:
     """What it says and its picture, with the table that the text shows first."""
     table = simulation.tables[next(iter([*simulation.shown, *simulation.tables]))]
-    drawing = svg_of(simulation.figure()) if simulation.figure is not None else None
+    drawing = _drawing(simulation) if simulation.figure is not None else None
     return Section(
         f"Simulated: {simulation.name}",
         " ".join(simulation.verdict),
@@ -48,6 +48,13 @@ def page(simulation: Simulation) -> str:
         sections(simulation),
         subtitle=assumed,
     )
+
+
+def _drawing(simulation: Simulation) -> str:
+    from moe_inspect.reporting.render.matplotlib import picture  # imports matplotlib
+
+    assert simulation.figure is not None
+    return picture(simulation.figure(), "svg").decode()
 
 
 def _said(value: object) -> str:

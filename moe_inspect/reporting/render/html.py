@@ -1,9 +1,9 @@
-"""A page that needs nothing but itself: sections with figures and tables, the look and the scripts
+"""A page that needs nothing but itself: sections with charts and tables, the look and the scripts
 within it, no network.
 
 What a corpus holds ends up here (tokens, labels, file names), so everything is escaped by the
 template, and a policy in the page lets no script run but the page's own (named by their hashes) and
-nothing be fetched. Data and plotly.js lie in it compressed.
+nothing be fetched. The data of the charts lie in it compressed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,44 +24,41 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from moe_inspect.errors import writing
+from moe_inspect.reporting.charts.spec import PALETTE, Axis, Chart, Heatmap, Mark, Panel
+from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import number, readable
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 MOST_ROWS = 100  # of a table on the page
-SCRIPTS = ("page.js", "map.js")  # map.js only where the page holds a map
+SCRIPTS = ("chart.js", "map.js", "page.js")
+LAST_CODE = 65535  # of a heatmap's values as 16 bits: no value
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a heading, a paragraph on what is seen, and a figure, a drawing or a table.
+    """A part of a page: a heading, a paragraph on what is seen, and a chart, a drawing or a table.
 
-    figure: a plotly figure as JSON, {"data": …, "layout": …}; a colour "@ink" (any variable of
-    page.css) follows the theme, and labels must have gone through `label`. figures: heading →
-    figure, for what takes several, in place of `figure`. svg: a drawing as SVG text, shown as a
-    picture, on white. table: shown as it is, or folded in under a figure, for which it is the
-    alternative that can be read out. definitions: term → what it means."""
+    svg: a drawing as SVG text, shown as a picture, on white. table: shown as it is, or folded in
+    under a chart, for which it is the alternative that can be read out. definitions: term → what it
+    means."""
 
     title: str
     text: str = ""
-    figure: Mapping[str, Any] | None = None
+    chart: Chart | None = None
     svg: str | None = None
     table: pd.DataFrame | None = None
     definitions: Mapping[str, str] = field(default_factory=dict)
-    widget: str = ""  # "map" or "domains": drawn by map.js from the page's data
-    figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    @property
-    def plots(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """(heading, figure), in the order of the page; a lone figure has no heading."""
-        return [("", self.figure)] if self.figure is not None else list(self.figures.items())
+
+def chart_section(chart: Chart) -> Section:
+    return Section(chart.title, chart.text, chart, table=chart.table, definitions=chart.definitions)
 
 
 def page(
     title: str,
-    verdict: Sequence[str],
+    verdict: Sequence[Finding | str],
     sections: Sequence[Section],
     *,
     subtitle: str = "",
@@ -75,14 +71,11 @@ def page(
     """The page as one string of HTML. facts: (label, value, remark), a tile each. left_out: what
     the page could not show, and why.
     data: what map.js draws from."""
-    figures = [figure for s in sections for _, figure in s.plots]
-    scripts = [_asset(name) for name in (SCRIPTS if data else SCRIPTS[:1])]
-    plotly = _plotly() if figures or data else ""
-    hashes = " ".join(
-        f"'sha256-{_sha256(script)}'" for script in [*scripts, *([plotly] if plotly else [])]
-    )
+    charts = [section.chart for section in sections if section.chart is not None]
+    panels = [_panel(p) for chart in charts if not chart.interactive for p in chart.panels]
+    script = "".join(map(_asset, SCRIPTS))
     payload = json.dumps(
-        {"figures": figures, "map": data},
+        {"panels": panels, "map": data},
         default=_plain,
         ensure_ascii=False,
         allow_nan=False,
@@ -94,20 +87,21 @@ def page(
         .render(
             title=title,
             subtitle=subtitle,
-            verdict=verdict,
+            verdict=[
+                (said.severity, said.text) if isinstance(said, Finding) else ("note", said)
+                for said in verdict
+            ],
             warnings=warnings,
             facts=facts,
             left_out=left_out,
             sections=sections,
             footer=footer,
-            policy=(
-                f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src "
-                "data:; base-uri 'none'; form-action 'none'"
-            ),
+            policy=f"default-src 'none'; script-src 'sha256-{_sha256(script)}'; "
+            "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
+            palette=Markup(_palette()),
             style=Markup(_asset("page.css")),
-            scripts=[Markup(script) for script in scripts],
-            payload=_packed(payload) if figures or data else "",
-            plotly=_packed_plotly() if plotly else "",
+            script=Markup(script),
+            payload=_packed(payload) if panels or data else "",
         )
     )
 
@@ -115,19 +109,6 @@ def page(
 def write_page(path: str | Path, text: str) -> None:
     with writing(path):
         Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def svg_of(figure: Figure) -> str:
-    """A matplotlib figure as SVG text, letters as paths so that it looks the same everywhere;
-    closes nothing."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return text.getvalue()
-
-
-def label(text: object) -> str:
-    """A text for a plotly figure, which reads markup in labels: as it is, never as markup."""
-    return readable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def rows_of(frame: pd.DataFrame) -> dict[str, Any]:
@@ -185,22 +166,72 @@ def _asset(name: str) -> str:
     )
 
 
-@cache
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
+def _palette() -> str:
+    """The colours of charts as variables of CSS, which follow the theme."""
+    colours = "".join(f"--{name}:light-dark({a},{b});" for name, (a, b) in PALETTE.items())
+    return f":root{{{colours}}}"
 
-    return get_plotlyjs()
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    """A panel as chart.js takes it."""
+    return {
+        "x": _axis(panel.x),
+        "y": _axis(panel.y),
+        "marks": [_mark(mark) for mark in panel.marks],
+    }
 
 
-@cache
-def _packed_plotly() -> str:
-    return _packed(_plotly())
+def _axis(axis: Axis) -> dict[str, Any]:
+    return {**vars(axis), "labels": [readable(label) for label in axis.labels]}
+
+
+def _mark(mark: Mark) -> dict[str, Any]:
+    kind = type(mark).__name__.lower()
+    if not isinstance(mark, Heatmap):
+        return {"kind": kind} | {
+            key: numbers(value) if isinstance(value, np.ndarray) else value
+            for key, value in vars(mark).items()
+        }
+    R, C = mark.values.shape
+    texts = {"cells": mark.cells, "notes": mark.notes}
+    return {
+        "kind": kind,
+        "rows": R,
+        "columns": C,
+        "scale": vars(mark.scale),
+        **{key: None if text is None else text.ravel().tolist() for key, text in texts.items()},
+        **_coded(mark.values),
+    }
+
+
+def _coded(values_RC: np.ndarray) -> dict[str, Any]:
+    """Values as 16-bit codes between their least and their greatest, which are exact; the last code
+    is no value: a third of the size of decimals, and as fine as a picture needs."""
+    known_RC = np.isfinite(values_RC)
+    low, high = 0.0, 1.0
+    if known_RC.any():
+        low, high = float(values_RC[known_RC].min()), float(values_RC[known_RC].max())
+    share_RC = (np.where(known_RC, values_RC, low) - low) / ((high - low) or 1.0)
+    codes_RC = np.where(known_RC, np.rint(share_RC * (LAST_CODE - 1)), LAST_CODE)
+    text = base64.b64encode(codes_RC.astype("<u2").tobytes()).decode()
+    return {"low": low, "high": high, "values": text}
+
+
+def numbers(values: np.ndarray) -> list[float | None]:
+    """For JSON: five digits, None where there is none."""
+    values = np.asarray(values, float)
+    known = np.isfinite(values)
+    size = np.where(known & (values != 0), np.abs(values), 1.0)
+    unit = 10.0 ** (4 - np.floor(np.log10(size)))
+    rounded = np.empty(values.shape, object)
+    rounded[known] = (np.rint(values * unit) / unit)[known].tolist()
+    return rounded.tolist()
 
 
 def _packed(text: str) -> str:
-    """gzip, in base64: a quarter of the size, and nothing in it that HTML could misread."""
+    """gzip, in base64: a third of the size, and nothing in it that HTML could misread."""
     return base64.b64encode(
-        gzip.compress(text.encode(errors="backslashreplace"), 9, mtime=0)
+        gzip.compress(text.encode(errors="backslashreplace"), 6, mtime=0)
     ).decode()
 
 

@@ -11,31 +11,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from moe_inspect.reporting.render.html import numbers
 from moe_inspect.text import layer_label, readable
 
 if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report
+    from moe_inspect.reporting.tables.data import ReportData
 
 # load by domain, router and expert: the domains with the most tokens, up to so many numbers
 CELLS = 800_000
 ENTRIES = 160_000  # of each list that cards show, over all experts
 
 
-def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
+def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
     """What map.js draws the map, the domains and the cards from; and what had to be left out of it,
     in words.
 
     load: [domain][router][expert] assignments; tokens: [domain][router]. Lists of an expert (words,
     partners, nexts) are columns with
     `start`: those of expert e of router row l are start[first[l] + e] … start[first[l] + e + 1]."""
-    tables: Any = report.tables
-    if not report.loaded:
+    tables: Any = data.tables
+    if not data.loaded:
         return None, []
-    chosen, short, table = report.selection.routers, list[str](), tables["domains"]
-    sizes = np.array([report.trace.routers[r].experts for r in chosen])
+    chosen, short, table = data.selection.routers, list[str](), tables["domains"]
+    sizes = np.array([data.trace.routers[r].experts for r in chosen])
     first = np.r_[0, np.cumsum(sizes)]
     labels = sorted(
-        report.counts.domains, key=lambda d: -int(table.loc[table["domain"] == d, "tokens"].max())
+        data.counts.domains, key=lambda d: -int(table.loc[table["domain"] == d, "tokens"].max())
     )
     most = max(1, CELLS // int(first[-1]))
     if len(labels) > most:
@@ -43,7 +44,7 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
             f"{len(labels) - most} of {len(labels)} domains, those with the fewest tokens, on "
             "the map"
         )
-    kept = [d for d in report.counts.domains if d in set(labels[:most])]
+    kept = [d for d in data.counts.domains if d in set(labels[:most])]
     load, tokens = [], []
     for name in kept:
         rows = dict(iter(table[table["domain"] == name].groupby("router")))
@@ -53,15 +54,15 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
     position = {r: i for i, r in enumerate(chosen)}
     bits = tables["specialization"]["domain_mi_bits"]
-    data: dict[str, Any] = {
+    drawn: dict[str, Any] = {
         "layers": [
-            {"label": layer_label(report.trace.routers, r), "experts": int(E)}
+            {"label": layer_label(data.trace.routers, r), "experts": int(E)}
             for r, E in zip(chosen, sizes, strict=True)
         ],
         "first": first.tolist(),
         "domains": [readable(d) for d in kept],
         "all": [of_router[r]["assignments"].tolist() for r in chosen],
-        "load": load if len(report.counts.domains) > 1 else [],
+        "load": load if len(data.counts.domains) > 1 else [],
         "tokens": tokens,
         "choices": [
             numbers(of_router[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen
@@ -70,29 +71,29 @@ def map_data(report: Report) -> tuple[dict[str, Any] | None, list[str]]:
             numbers((of_router[r]["weight_sum"] / of_router[r]["assignments"]).to_numpy(float))
             for r in chosen
         ]
-        if report.trace.has_weights
+        if data.trace.has_weights
         else None,
         "telling": int(bits.argmax()) if bits.notna().any() else 0,
-        "words": _words(report, first, position, entries),
+        "words": _words(data, first, position, entries),
         "partners": None,
         "nexts": None,
     }
-    if not report.counts.counts_only:
+    if not data.counts.counts_only:
         pairs: Any = tables["coactivation"]
-        data["partners"] = _pairs(pairs, "other", first, position, entries)
+        drawn["partners"] = _pairs(pairs, "other", first, position, entries)
         links: Any = tables["transitions"]
-        data["nexts"] = _pairs(links, "next_expert", first, position, entries)
+        drawn["nexts"] = _pairs(links, "next_expert", first, position, entries)
         next_of = links.drop_duplicates("router").set_index("router")["next_router"]
-        data["next"] = [position.get(next_of.get(r)) for r in chosen]
-    return data, short
+        drawn["next"] = [position.get(next_of.get(r)) for r in chosen]
+    return drawn, short
 
 
 def _words(
-    report: Report, first: np.ndarray, position: dict[int, int], entries: int
+    data: ReportData, first: np.ndarray, position: dict[int, int], entries: int
 ) -> dict[str, Any] | None:
-    if report.counts.counts_only or not report.top:
+    if data.counts.counts_only or not data.top:
         return None
-    table: Any = report.tables["vocabulary"]
+    table: Any = data.tables["vocabulary"]
     table, start = _by_expert(table, first, position, entries)
     ids, texts = pd.factorize(table["token_id"])
     text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
@@ -136,12 +137,7 @@ def _by_expert(
 
 
 def _thousandths(values: Any) -> list[int | None]:
-    return [None if np.isnan(v) else round(v * 1000) for v in values.to_numpy(float).tolist()]
-
-
-def numbers(values: np.ndarray) -> list[float | None]:
-    """For JSON: five digits, None where there is none."""
-    return [
-        None if np.isnan(v) else float(f"{v:.5g}") if isinstance(v, float) else v
-        for v in np.asarray(values).tolist()
-    ]
+    share = values.to_numpy(float)
+    known, whole = ~np.isnan(share), np.empty(len(share), object)
+    whole[known] = np.rint(share[known] * 1000).astype(int).tolist()
+    return whole.tolist()

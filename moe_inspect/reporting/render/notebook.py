@@ -1,16 +1,18 @@
-"""A report as a cell of a notebook shows it: no script, so that it is seen in notebooks that are
-not trusted too."""
+"""A report as a notebook shows it: without scripts, so that it is seen before the notebook is
+trusted."""
 
 from __future__ import annotations
 
 import base64
-import io
 from typing import TYPE_CHECKING, Any
 
+from moe_inspect.reporting.charts.spec import chart_of
 from moe_inspect.reporting.render.html import template
+from moe_inspect.reporting.tables.summary import facts
+from moe_inspect.reporting.verdict.checks import findings
 
 if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report
+    from moe_inspect.reporting.tables.data import ReportData
 
 ROWS = 10
 COLUMNS = [
@@ -27,25 +29,28 @@ COLUMNS = [
 ]
 
 
-def notebook(report: Report) -> str:
+def notebook(data: ReportData) -> str:
     """Verdict, the load of every expert as a picture, and the least balanced routers."""
-    balance: Any = report.tables["balance"]
+    balance: Any = data.tables["balance"]
     worst = balance.nlargest(ROWS, "max_vio")[COLUMNS]
     return template("notebook.html").render(
-        title=str(dict(report.facts())["model"]),
-        warning=report.warning,
-        verdict=[f.text for f in report.verdict() if f.kind != "trace_warning"],
-        picture=_load(report) if balance["max_vio"].notna().any() else None,
+        title=str(dict(facts(data))["model"]),
+        warning=data.warning,
+        verdict=[f.text for f in findings(data) if f.kind != "trace_warning"],
+        picture=_load(data),
         worst=worst,
         routers=len(balance),
-        tables=", ".join(report.tables),
+        tables=", ".join(data.tables),
     )
 
 
-def _load(report: Report) -> str:
-    from moe_inspect.reporting.charts.plots import PLOTS
+def _load(data: ReportData) -> tuple[str, str] | None:
+    """The chart of the load as the address of a picture, and in words."""
+    from moe_inspect.reporting.render.matplotlib import draw, letters, picture
 
-    png, figure = io.BytesIO(), PLOTS["load"](report)
-    assert figure is not None
-    figure.savefig(png, format="png", dpi=100, bbox_inches="tight")
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    made = chart_of(data, "load")
+    if isinstance(made, str):
+        return None
+    with letters():
+        png = picture(draw(made), "png", dpi=100)
+    return "data:image/png;base64," + base64.b64encode(png).decode(), made.description

@@ -1,18 +1,10 @@
 "use strict";
 // The map of layers × experts, domains × experts, and an expert's card. Texts of the corpus become text nodes, never markup.
-moe.map = async (data) => {
-  const FAR = 2; // colours are saturated at a quarter and at four times the mean
-  const DEAD = -2.3;
-  const SCALE = [[0, "@dead"], [0.069, "@dead"], [0.07, "@low"], [0.302, "@lower"], [0.535, "@even"], [0.767, "@higher"], [1, "@high"]];
+moe.map = (data) => {
+  const SCALE = { kind: "ratio", title: "× the mean load", unknown: "" };
+  const FEW = 160; // cells, up to which each carries its number
   const at = { row: 0, expert: 0, domain: -1, byLoad: false };
-
-  const h = (tag, properties = {}, ...children) => {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(properties)) name in element ? (element[name] = value) : element.setAttribute(name, value);
-    element.append(...children.filter((child) => child !== null));
-    return element;
-  };
-  const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  const { h } = moe;
   const whole = (value) => value.toLocaleString("en");
   const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`;
   const sum = (values) => values.reduce((a, b) => a + b, 0);
@@ -24,7 +16,6 @@ moe.map = async (data) => {
     const even = mean(load);
     return load.map((n) => (even ? n / even : null));
   };
-  const colourOf = (ratio) => (ratio === null || Number.isNaN(ratio) ? null : ratio === 0 ? DEAD : Math.max(-FAR, Math.min(FAR, Math.log2(ratio))));
   const activation = (domain, row, expert) => data.load[domain][row][expert] / data.tokens[domain][row];
   const lift = (domain, row, expert) => activation(domain, row, expert) / mean(data.domains.map((_, d) => activation(d, row, expert)));
   const orderOf = (row) => {
@@ -39,17 +30,11 @@ moe.map = async (data) => {
     const said = ratio === null ? "no load" : `${ratio.toFixed(2)}× the mean load`;
     return `Layer ${data.layers[row].label}, expert ${expert}: ${said}${among()}, ${whole(load[expert])} assignments (${percent(load[expert] / Math.max(1, sum(load)))})`;
   };
-  const ticks = (labels, most) => {
-    const step = Math.max(1, Math.ceil(labels.length / most));
-    const shown = [...labels.keys()].filter((i) => i % step === 0);
-    return { tickvals: shown, ticktext: shown.map((i) => plain(labels[i])), zeroline: false, showgrid: false };
+  const axis = (title, labels = []) => ({ title, labels });
+  const heatmap = (rows, columns, value, text, scale, lengths) => {
+    const flat = (cell) => Array.from({ length: rows * columns }, (_, i) => cell(Math.floor(i / columns), i % columns));
+    return { kind: "heatmap", rows, columns, values: flat(value), cells: rows * columns <= FEW ? flat(text) : null, scale, lengths };
   };
-  const heatmap = (z, text, cells, few) => ({
-    type: "heatmap", z, customdata: text, hovertemplate: "%{customdata}<extra></extra>", colorscale: SCALE, zmin: DEAD, zmax: FAR,
-    showscale: false, xgap: few ? 2 : 0, ygap: few ? 2 : 0, ...(few ? { text: cells, texttemplate: "%{text}" } : {}),
-  });
-  const legend = (what) =>
-    h("span", { className: "legend" }, h("i", { className: "dead" }), "0", h("i", { className: "ramp" }), `≤ ¼ … 1 … ≥ 4 ${what}`);
   const choose = (name, options, act) => {
     const select = h("select", {}, ...options.map((text, value) => h("option", { value }, text)));
     select.addEventListener("change", () => act(Number(select.value)));
@@ -58,48 +43,35 @@ moe.map = async (data) => {
 
   // --- the map
   const place = document.querySelector('[data-widget="map"]');
-  const plot = h("div", { className: "plot" });
   const now = h("p", { className: "now", id: "now", "aria-live": "polite" });
   const grid = h("div", {
-    className: "grid", tabIndex: 0, role: "application", "aria-roledescription": "heatmap",
+    className: "plot", role: "application", "aria-roledescription": "heatmap",
     "aria-label": `Load of ${data.layers.length} routers by expert. Arrow keys move from expert to expert, Enter opens the card of one, Escape closes it.`,
     "aria-describedby": "now",
-  }, plot);
+  });
   const widest = Math.max(...data.layers.map((layer) => layer.experts));
-  const few = data.layers.length * widest <= 160;
   let orders = [];
 
-  const map = () => {
+  const panel = () => {
     orders = data.layers.map((_, row) => orderOf(row));
     const value = data.layers.map((_, row) => ratios(row));
-    const table = (cell) => orders.map((order, row) => Array.from({ length: widest }, (_, i) => (i < order.length ? cell(row, order[i]) : null)));
-    const totals = data.layers.map((_, row) => Math.max(1, sum(loads(row))));
-    const said = (row, expert) =>
-      `layer ${plain(data.layers[row].label)} · expert ${expert}<br>${value[row][expert] === null ? "no load" : `${value[row][expert].toFixed(2)}× the mean load`}${plain(among())}` +
-      `<br>${whole(loads(row)[expert])} assignments, ${percent(loads(row)[expert] / totals[row])}`;
-    const height = Math.max(11, Math.min(38, 560 / data.layers.length)) * data.layers.length;
+    const cell = (row, i) => (i < orders[row].length ? value[row][orders[row][i]] : null);
+    const lengths = data.layers.map((layer) => layer.experts);
     return {
-      data: [heatmap(table((row, e) => colourOf(value[row][e])), table(said), table((row, e) => (value[row][e] === null ? "" : value[row][e].toFixed(2))), few)],
-      layout: {
-        height: height + 64, margin: { l: 60, r: 8, t: 8, b: 48 }, shapes: [cursor()],
-        xaxis: { title: { text: at.byLoad ? "experts of each layer, most loaded first" : "expert" }, zeroline: false, showgrid: false, ...(at.byLoad ? { showticklabels: false } : few ? { dtick: 1 } : {}) },
-        yaxis: { title: { text: "layer" }, autorange: "reversed", ...ticks(data.layers.map((l) => l.label), 31) },
-      },
+      x: at.byLoad ? axis("experts of each layer, most loaded first") : axis("expert"),
+      y: axis("layer", data.layers.map((layer) => layer.label)),
+      marks: [heatmap(data.layers.length, widest, cell, (row, i) => cell(row, i)?.toFixed(2) ?? "", SCALE, lengths)],
     };
   };
-  const cursor = () => {
-    const column = orders[at.row].indexOf(at.expert);
-    const line = { color: "@ink", width: 2 };
-    return { type: "rect", x0: column - 0.5, x1: column + 0.5, y0: at.row - 0.5, y1: at.row + 0.5, line };
-  };
-  const move = (row, column) => {
-    at.row = Math.max(0, Math.min(data.layers.length - 1, row));
-    at.expert = orders[at.row][Math.max(0, Math.min(orders[at.row].length - 1, column))];
+  const moved = (row, column) => {
+    at.row = row;
+    at.expert = orders[row][column];
     now.textContent = sentence(at.row, at.expert);
-    return Plotly.relayout(plot, { shapes: moe.coloured([cursor()]) });
   };
-  const redraw = async () => {
-    await repaintMap();
+  const redraw = () => {
+    map.at = [at.row, orderOf(at.row).indexOf(at.expert)];
+    map.hide();
+    map.redraw();
     now.textContent = sentence(at.row, at.expert);
     if (!card.hidden) open(at.row, at.expert, false);
     if (layerTable.open) fillTable();
@@ -109,26 +81,7 @@ moe.map = async (data) => {
   domainSelect.id = "map-domain";
   orderSelect.id = "map-order";
   const layerTable = h("details", {}, h("summary", {}, "As a table, a layer at a time"));
-  place.append(h("div", { className: "controls" }, data.load.length ? domainLabel : null, orderLabel, legend("× the mean load")), grid, now, layerTable);
-
-  let repaintMap = () => {};
-  const paintMap = async () => {
-    const figure = moe.coloured(map());
-    await Plotly.react(plot, figure.data, moe.coloured(moe.layout(figure.layout)), { displayModeBar: false, responsive: true });
-  };
-  repaintMap = paintMap;
-  moe.drawn.push(paintMap);
-
-  grid.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-    const column = orders[at.row].indexOf(at.expert);
-    if (step) move(at.row + step[0], column + step[1]);
-    else if (event.key === "Home") move(at.row, 0);
-    else if (event.key === "End") move(at.row, Infinity);
-    else if (event.key === "Enter") open(at.row, at.expert);
-    else return;
-    event.preventDefault();
-  });
+  place.append(h("div", { className: "controls" }, data.load.length ? domainLabel : null, orderLabel), grid, now, layerTable);
 
   // --- its table, for those who listen
   const layerChoice = h("select", {}, ...data.layers.map((layer, row) => h("option", { value: row }, layer.label)));
@@ -225,41 +178,41 @@ moe.map = async (data) => {
     card.scrollTop = 0;
     if (focus) {
       card.focus();
-      move(row, orders[row].indexOf(expert));
+      map.move(row, orders[row].indexOf(expert));
     }
   };
 
-  await paintMap();
-  plot.on("plotly_click", ({ points: [point] }) => {
-    const [row, column] = point.pointIndex;
-    if (orders[row][column] !== undefined) open(row, orders[row][column]);
+  const map = moe.plot(grid, panel, {
+    height: (heat) => 64 + heat.rows * Math.max(11, Math.min(38, 560 / heat.rows)),
+    note: (row, column) => [sentence(row, orders[row][column])],
+    moved,
+    open: (row, column) => column < orders[row].length && open(row, orders[row][column]),
   });
+  map.at = [0, 0];
   now.textContent = sentence(at.row, at.expert);
 
   // --- domains × experts of a layer
   const second = document.querySelector('[data-widget="domains"]');
   if (!second) return;
-  const domainPlot = h("div", { className: "plot", role: "img", "aria-label": "Activation of each expert in each domain; the table below has the values." });
-  const [rowLabel, rowSelect] = choose("Layer", data.layers.map((layer) => layer.label), () => paintDomains());
+  const domainPlot = h("div", { className: "plot", role: "application", "aria-roledescription": "heatmap", "aria-label": "Activation of each expert in each domain. Arrow keys move from cell to cell, Enter opens an expert's card; the table below has the values." });
+  const [rowLabel, rowSelect] = choose("Layer", data.layers.map((layer) => layer.label), () => domains.redraw());
   rowSelect.value = data.telling;
-  second.append(h("div", { className: "controls" }, rowLabel, legend("× the mean over domains")), domainPlot);
-  const paintDomains = async () => {
-    const row = Number(rowSelect.value);
-    const all = [...Array(data.layers[row].experts).keys()];
-    const table = (cell) => data.domains.map((_, d) => all.map((e) => cell(d, e)));
-    const sparse = data.domains.length * all.length <= 160;
-    const said = (d, e) => `${plain(data.domains[d])} · expert ${e}<br>takes ${percent(activation(d, row, e))} of the tokens<br>${Number.isFinite(lift(d, row, e)) ? lift(d, row, e).toFixed(2) : "–"}× its mean over domains`;
-    const figure = moe.coloured({
-      data: [heatmap(table((d, e) => colourOf(lift(d, row, e))), table(said), table((d, e) => percent(activation(d, row, e))), sparse)],
-      layout: {
-        height: 70 + data.domains.length * Math.max(14, Math.min(38, 560 / data.domains.length)), margin: { l: 90, r: 8, t: 8, b: 48 },
-        xaxis: { title: { text: "expert" }, zeroline: false, showgrid: false, ...(all.length <= 32 ? { dtick: 1 } : {}) },
-        yaxis: { autorange: "reversed", ...ticks(data.domains.map((d) => (d.length > 24 ? `${d.slice(0, 23)}…` : d)), 40) },
-      },
-    });
-    await Plotly.react(domainPlot, figure.data, moe.coloured(moe.layout(figure.layout)), { displayModeBar: false, responsive: true });
-  };
-  moe.drawn.push(paintDomains);
-  await paintDomains();
-  domainPlot.on("plotly_click", ({ points: [point] }) => open(Number(rowSelect.value), point.pointIndex[1]));
+  second.append(h("div", { className: "controls" }, rowLabel), domainPlot);
+  const layer = () => Number(rowSelect.value);
+  const domains = moe.plot(
+    domainPlot,
+    () => ({
+      x: axis("expert"),
+      y: axis("", data.domains.map((name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name))),
+      marks: [heatmap(data.domains.length, data.layers[layer()].experts, (d, e) => lift(d, layer(), e), (d, e) => percent(activation(d, layer(), e)), { ...SCALE, title: "× the mean over domains" })],
+    }),
+    {
+      note: (d, e) => [
+        `${data.domains[d]}, expert ${e}`,
+        `takes ${percent(activation(d, layer(), e))} of the tokens`,
+        `${Number.isFinite(lift(d, layer(), e)) ? lift(d, layer(), e).toFixed(2) : "–"}× its mean over domains`,
+      ],
+      open: (d, e) => open(layer(), e),
+    },
+  );
 };

@@ -1,0 +1,194 @@
+"""Charts of what the experts are for: domains, token ids, and the experts that a domain needs.
+
+L routers, E experts, D domains, K experts of a top-k.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.reporting.charts.parts import definitions, layer_axis, written
+from moe_inspect.reporting.charts.spec import (
+    MOST_LINES,
+    Axis,
+    Chart,
+    Heatmap,
+    Line,
+    Mark,
+    Panel,
+    Scale,
+    chart,
+)
+from moe_inspect.text import cut, layer_label, readable
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.tables.data import ReportData
+
+MOST_PANELS = 8  # layers drawn where each takes a panel
+MOST_DOMAINS = 24  # drawn as rows
+NAMED, LISTED = 3, 8  # experts of a domain written in a cell, and shown with its value
+
+
+@chart("domains")
+def domains(data: ReportData) -> Chart | str:
+    """Lift: the activation of each expert in each domain ÷ its mean over the domains, its own
+    included; a panel per layer."""
+    counts, D = data.counts, len(data.counts.domains)
+    if D < 2:
+        return "domains: there is only one"
+    table: Any = data.tables["domains"]
+    names = tuple(cut(readable(name)) for name in counts.domains)
+    rows_of = dict(iter(table.groupby("router")))
+    spread = {r: _spread(rows_of[r]) for r in data.selection.routers}
+    chosen = sorted(sorted(spread, key=lambda r: -spread[r])[:MOST_PANELS])
+    panels = []
+    for r in chosen:
+        lift_DE = rows_of[r]["lift"].to_numpy().reshape(D, counts.routers[r].experts)
+        heatmap = Heatmap(lift_DE, Scale("ratio", "activation ÷ mean"), written(lift_DE))
+        title = f"layer {layer_label(data.trace.routers, r)}"
+        panels.append(Panel((heatmap,), Axis("expert"), Axis("", names), title))
+    rise = table["activation"] - table["activation"] / table["lift"]
+    return Chart(
+        "Domains and experts",
+        "Activation of each expert in each domain ÷ its mean over the domains",
+        tuple(panels),
+        text="How much of each domain goes to each expert, relative to the expert's mean over the "
+        "domains.",
+        columns=1 if len(chosen) == 1 or max(counts.routers[r].experts for r in chosen) > 64 else 2,
+        table=table.loc[rise.sort_values(ascending=False, kind="stable").index],
+        definitions={
+            "activation": "assignments of the expert in a domain ÷ tokens of the domain; over the "
+            "experts it sums to k.",
+            "lift": "activation ÷ its mean over all domains. 1 is no preference.",
+        },
+        interactive="domains",
+        subset=f"the {len(chosen)} of {len(spread)} layers that differ most by domain"
+        if len(chosen) < len(spread)
+        else "",
+    )
+
+
+@chart("specialization")
+def specialization(data: ReportData) -> Chart | str:
+    """Bits that domain and token id tell about the expert, by layer, each beside what shuffled
+    labels give."""
+    table: Any = data.tables["specialization"]
+    x = np.arange(len(table), dtype=float)
+    kinds = (
+        ("domain", "domain_mi_bits", "domain_mi_null_bits", "c1"),
+        (
+            "domain, given the token id",
+            "domain_mi_given_token_bits",
+            "domain_mi_given_token_null_bits",
+            "c3",
+        ),
+        ("token id", "token_mi_bits", "token_mi_null_bits", "c2"),
+    )
+    marks: list[Mark] = []
+    for name, column, null, colour in kinds:
+        if table[column].notna().any():
+            marks.append(Line(x, table[column].to_numpy(), name, colour, dots=True))
+            if table[null].notna().any():
+                shuffled = f"{name}: shuffled labels"
+                marks.append(Line(x, table[null].to_numpy(), shuffled, colour, "dot"))
+    if not marks:
+        return "specialization: neither two domains nor token ids to tell apart"
+    return Chart(
+        "What decides the expert",
+        "Information that the domain and the token id carry about the chosen expert",
+        (
+            Panel(
+                tuple(marks),
+                layer_axis(data, table["router"]),
+                Axis("mutual information (bits)", low=0),
+            ),
+        ),
+        text="Bits of information that the domain, and the token id, carry about the chosen "
+        "expert. Only the distance from the dotted line of the same colour means anything: "
+        "shuffled labels already give that much.",
+        table=table,
+        definitions={
+            "domain": "mutual information of expert and domain, all domains with equal weight; "
+            "shuffled: document labels permuted.",
+            "domain, given the token id": "the same among tokens with the same id: topic beyond "
+            "vocabulary.",
+            "token id": "mutual information of expert and token id, over ids that occur at least 8 "
+            "times.",
+        },
+    )
+
+
+@chart("esft")
+def esft(data: ReportData) -> Chart | str:
+    """The share of each domain that its k most used experts take, by layer, and which they are."""
+    table: Any = data.tables["esft"]
+    if not table["token_score"].notna().any():
+        return "experts of a domain: no router made an assignment"
+    chosen, counts, D = data.selection.routers, data.counts, len(data.counts.domains)
+    rows_of = dict(iter(table.groupby("router")))
+    share_DL, kept = np.full((D, len(chosen)), np.nan), []
+    named_DL, listed_DL = (np.full((D, len(chosen)), "", object) for _ in range(2))
+    for column, r in enumerate(chosen):
+        score_DE = rows_of[r]["token_score"].to_numpy().reshape(D, -1)
+        order_DK = np.argsort(-score_DE, axis=1, kind="stable")[:, : counts.routers[r].top_k]
+        score_DK = np.take_along_axis(score_DE, order_DK, 1)
+        share_DL[:, column] = score_DK.sum(1)
+        named_DL[:, column] = [", ".join(map(str, order_K[:NAMED])) for order_K in order_DK]
+        listed_DL[:, column] = [
+            "\n".join(
+                f"expert {e}: {score:.3f}"
+                for e, score in zip(order_K[:LISTED], score_K, strict=False)
+                if score == score
+            )
+            for order_K, score_K in zip(order_DK, score_DK, strict=True)
+        ]
+        index_DE = rows_of[r].index.to_numpy().reshape(D, -1)
+        kept.append(np.take_along_axis(index_DE, order_DK, 1).ravel())
+    drawn_D = np.sort(np.argsort(-counts.tokens_D, kind="stable")[:MOST_DOMAINS])
+    even = min(counts.routers[r].top_k / counts.routers[r].experts for r in chosen)
+    high = max(float(np.nanquantile(share_DL, 0.99)), 1.1 * even)
+    heatmap = Heatmap(
+        share_DL[drawn_D],
+        Scale("amount", "share of the top k", even, high),
+        named_DL[drawn_D] if len(chosen) <= MOST_LINES else None,
+        listed_DL[drawn_D],
+    )
+    names = tuple(cut(readable(counts.domains[d])) for d in drawn_D)
+    notes = [
+        f"Shown are the {len(names)} of {D} domains with the most tokens."
+        if len(names) < D
+        else "",
+        ""
+        if table["gate_score"].notna().any()
+        else "Without recorded weights there is no gate score.",
+    ]
+    return Chart(
+        "Experts of a domain",
+        "Share of each domain's assignments that its k most used experts take",
+        (Panel((heatmap,), layer_axis(data, chosen), Axis("", names)),),
+        text=" ".join(
+            [
+                "The share of each domain that its k most used experts take, with the first of "
+                "them named: k/E is even, 1 is all. Expert-specialised fine-tuning (ESFT) picks "
+                "the experts to train by these scores.",
+                *filter(None, notes),
+            ]
+        ),
+        table=table.loc[np.concatenate(kept)].sort_values(
+            "token_score", ascending=False, kind="stable"
+        ),
+        definitions={
+            **definitions("token_score", "gate_score"),
+            "by_sample": "the same scores with equal weight for every sample (sequence), however "
+            "long.",
+            "chance": "in a domain with few tokens the k busiest experts take more than k/E by "
+            "chance alone.",
+        },
+    )
+
+
+def _spread(rows: Any) -> float:
+    """How far the activations of a router are from the same in every domain."""
+    return float((rows["activation"] * np.log2(rows["lift"].clip(lower=1e-9))).sum())

@@ -1,0 +1,122 @@
+"""Charts of the load: of every expert, and of the busiest of each layer.
+
+L routers, E experts of the widest of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.analysis.metrics.balance import load_ratio
+from moe_inspect.reporting.charts.parts import definitions, known_interval, layer_axis, written
+from moe_inspect.reporting.charts.spec import (
+    Axis,
+    Band,
+    Chart,
+    Heatmap,
+    Mark,
+    Panel,
+    Points,
+    Rule,
+    Scale,
+    chart,
+)
+from moe_inspect.reporting.verdict.chance import chance, uneven
+from moe_inspect.text import counted, layer_label
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.tables.data import ReportData
+
+
+@chart("load")
+def load(data: ReportData) -> Chart | str:
+    """Load ratio of every expert at every layer."""
+    if not data.loaded:
+        return "load: no router made an assignment"
+    chosen = data.selection.routers
+    widest = max(data.trace.routers[r].experts for r in chosen)
+    ratio_LE = np.full((len(chosen), widest), np.nan)
+    for row, r in enumerate(chosen):
+        load_E = data.counts.load_E(r)
+        ratio_LE[row, : len(load_E)] = load_ratio(load_E[None])[0]
+    worst = np.nan_to_num(ratio_LE, nan=-1)
+    row, expert = np.unravel_index(worst.argmax(), worst.shape)
+    dead = int((ratio_LE == 0).sum())
+    label = layer_label(data.trace.routers, chosen[int(row)])
+    return Chart(
+        "Load of every expert",
+        f"Busiest: expert {expert} of layer {label}, {worst.max():.2f}× the layer's mean load; "
+        + (f"{counted(dead, 'dead expert')} (black)" if dead else "no dead expert"),
+        (
+            Panel(
+                (Heatmap(ratio_LE, Scale("ratio", "load ÷ mean load"), written(ratio_LE)),),
+                Axis("expert"),
+                layer_axis(data, chosen),
+            ),
+        ),
+        text="The load of an expert as a ratio to the mean of its layer, on a scale on which a "
+        "half is as far from even as double. Click a cell, or move with the arrow keys and press "
+        "Enter, to open the expert's card.",
+        definitions={
+            "load ratio": "assignments of an expert ÷ the mean over the experts of its router; "
+            "within a domain, of that domain's tokens. 1 is even, E/k is every token.",
+            "dead": "no assignment at all; judged on the tokens of this trace only.",
+        },
+        interactive="map",
+    )
+
+
+@chart("balance")
+def balance(data: ReportData) -> Chart | str:
+    """max/mean of the load by layer, with its interval, against what is expected by chance."""
+    table: Any = data.tables["balance"]
+    if not table["max_vio"].notna().any():
+        return "balance: no router made an assignment"
+    rows = table.to_dict("records")
+    x, value = np.arange(len(table), dtype=float), 1 + table["max_vio"].to_numpy()
+    floor = 1 + np.array([chance(row) for row in rows])
+    edge = np.r_[-0.5, x, len(x) - 0.5]
+    marks: list[Mark] = [
+        Band(edge, edge * 0 + 1, np.r_[floor[0], floor, floor[-1]], "expected by chance"),
+        Rule(1),
+    ]
+    low, high = known_interval(1 + table["max_vio_low"], 1 + table["max_vio_high"])
+    name = f"busiest expert, all tokens{', with 95% interval' if low is not None else ''}"
+    bad = np.array([row["max_vio"] == row["max_vio"] and uneven(data, row) for row in rows])
+    for among, said, colour in ((~bad, name, "c1"), (bad, f"{name}; uneven layer", "bad")):
+        if among.any():
+            ends = (None, None) if low is None or high is None else (low[among], high[among])
+            marks.append(Points(x[among], value[among], said, colour, "dot", *ends))
+    if table["max_vio_batch"].notna().any():
+        batch = 1 + table["max_vio_batch"].to_numpy()
+        marks.append(Points(x, batch, "busiest expert per batch, mean", "c2", "tick"))
+    pooled = data.pooled_max_over_mean()
+    if pooled is not None:
+        marks.append(Rule(pooled, f"averaged over layers: {pooled:.2f}×", "c3", "dash"))
+    worst = int(np.nanargmax(value))
+    label = layer_label(data.trace.routers, data.selection.routers[worst])
+    return Chart(
+        "Balance by layer",
+        f"Layer {label} is the least balanced: its busiest expert gets {value[worst]:.2f}× the "
+        "mean load",
+        (
+            Panel(
+                tuple(marks),
+                layer_axis(data, table["router"]),
+                Axis("max ÷ mean load", low=1),
+            ),
+        ),
+        text="The load of the busiest expert of each layer, relative to the mean. Values within "
+        "the grey band are explained by chance.",
+        table=table,
+        definitions={
+            **definitions("max_over_mean"),
+            "chance": "the ratio expected of a router that chooses uniformly at random, on as many "
+            "tokens, widened by how alike the tokens of a document are (design effect).",
+            "interval": "of the busiest expert's load ratio, from resampling documents; there is "
+            "none with fewer than five documents.",
+            **definitions("cv", "gini", "entropy"),
+        },
+    )

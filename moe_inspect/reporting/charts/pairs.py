@@ -1,0 +1,292 @@
+"""Charts of what goes together: a token and the next, the experts of one decision, a layer and the
+next.
+
+L routers, E experts, N experts of the next layer's router.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.reporting.charts.parts import (
+    INTERVALS,
+    definitions,
+    known_interval,
+    layer_axis,
+    look,
+)
+from moe_inspect.reporting.charts.spec import (
+    SERIES,
+    Axis,
+    Chart,
+    Heatmap,
+    Line,
+    Mark,
+    Panel,
+    Points,
+    Scale,
+    chart,
+)
+from moe_inspect.reporting.tables.pairs import (
+    BOUNDS,
+    LENGTHS,
+    LUCK,
+    Met,
+    chosen_next,
+    chosen_together,
+)
+from moe_inspect.text import cut, layer_label, readable
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.tables.data import ReportData
+
+MOST_PAIRS = 60  # of a table of pairs
+MATRICES = 4  # layers drawn where each takes a matrix of experts
+NEXT = "First choice at the next layer"
+BESIDE = 0.1  # of a layer, between dots that would hide each other
+BEYOND = "is chosen more often than chance may explain"
+LOG10_P = (
+    "the evidence: log₁₀ of the probability that chance at these loads is as far from what is "
+    "expected, or further (binomial, two-sided; counts ÷ design effect). Supported: times the "
+    f"number of all pairs of the trace (Bonferroni) at most {LUCK:g}."
+)
+LIFT_SD = "the standard deviation of lift by chance, for tokens that come in documents."
+
+
+@chart("repetition")
+def repetition(data: ReportData) -> Chart | str:
+    """How often the next token has the same first choice, by layer and domain."""
+    if data.counts.counts_only:
+        return "repetition and locality: counts alone have no order"
+    table: Any = data.tables["repetition"]
+    if table["first_choice"].isna().all():
+        return "repetition: first choices are unknown, or no token follows another"
+    chosen = data.selection.routers
+    order = {r: i for i, r in enumerate(chosen)}
+    marks: list[Mark] = []
+    for i, (name, rows) in enumerate(table.groupby("domain", sort=False)):
+        share, low, high = (rows[f"first_choice{bound}"].to_numpy() for bound in BOUNDS)
+        x = rows["router"].map(order).to_numpy(float)
+        ends = known_interval(low, high)
+        marks.append(Line(x, share, cut(readable(name)), *look(i), True, *ends))
+    chance_of = table.groupby("router", sort=False)["first_choice_random"].first()
+    x = np.array([order[r] for r in chance_of.index], float)
+    marks.append(Line(x, chance_of.to_numpy(float), "chance", "baseline", "dot"))
+    return Chart(
+        "Repetition",
+        "How often two consecutive tokens have the same first choice",
+        (
+            Panel(
+                tuple(marks),
+                layer_axis(data, chosen),
+                Axis("share of consecutive pairs", low=0),
+            ),
+        ),
+        text="How often two consecutive tokens have the same first choice, which is what a cache "
+        "of experts relies on." + (INTERVALS if _has_interval(marks) else ""),
+        table=table,
+    )
+
+
+@chart("locality", "repetition")
+def locality(data: ReportData) -> Chart | str:
+    """How far a choice can be predicted from the token, the segment and the layer before, by layer,
+    each beside its reference."""
+    if data.counts.counts_only:
+        return ""  # repetition says so
+    table: Any = data.tables["locality"]
+    x, axis = np.arange(len(table), dtype=float), layer_axis(data, table["router"])
+    lengths = [
+        (f"srp_{m}", f"segments of {m} tokens", f"srp_{m}_by_load", "at these loads")
+        for m in LENGTHS
+    ]
+    kinds_of = {
+        "First choice of the token before": (
+            "share of tokens",
+            [("first_choice_repetition", "the same again", "by_load", "chance at these loads")],
+        ),
+        "Any choice of the token before": (
+            "share of tokens",
+            [("any_choice_repetition", "an expert in common", "by_chance", "chance")],
+        ),
+        "Experts of a segment (SRP)": ("SRP", lengths),
+        NEXT: ("accuracy", [("next_accuracy", "predicted", "next_accuracy_null", "chance")]),
+    }
+    frame = table.assign(**_references(data, table))
+    panels = []
+    for title, (unit, kinds) in kinds_of.items():
+        marks: list[Mark] = []
+        for i, (column, name, reference, said) in enumerate(kinds):
+            value, low, high, expected = (
+                frame[c].to_numpy() for c in (*(column + b for b in BOUNDS), reference)
+            )
+            if not np.isnan(value).all():
+                beside = x + BESIDE * (i - (len(kinds) - 1) / 2)
+                ends = known_interval(low, high)
+                marks.append(Points(beside, value, name, SERIES[i], "dot", *ends))
+                marks.append(Points(beside, expected, f"{name}: {said}", SERIES[i], "tick"))
+        if marks and title == NEXT:
+            marginal = table["next_accuracy_marginal"].to_numpy()
+            marks.append(Points(x + BESIDE, marginal, "always the most frequent", "c2", "tick"))
+        if marks:
+            panels.append(Panel(tuple(marks), axis, Axis(unit, low=0), title))
+    if not panels:
+        return "locality: no token follows another, and no layer another"
+    drawn = {panel.title for panel in panels}
+    missing = [title[0].lower() + title[1:] for title in kinds_of if title not in drawn]
+    has_interval = any(_has_interval(panel.marks) for panel in panels)
+    return Chart(
+        "Locality",
+        "How far a choice can be predicted from what was chosen just before",
+        tuple(panels),
+        text="How far a choice can be predicted from what was chosen just before: what prefetching "
+        "and caching of experts can gain. Only what a dot has above the dash of its colour is "
+        "locality."
+        + (INTERVALS if has_interval else "")
+        + (f" Not in this trace: {', '.join(missing)}." if missing else ""),
+        table=table,
+        definitions={
+            **definitions(
+                "first_choice", "any_choice", "srp", "next_accuracy", "next_accuracy_marginal"
+            ),
+            "chance": "what tokens that choose independently would give: at these loads; at even "
+            "loads; for the next layer, with as few first choices as these.",
+        },
+    )
+
+
+@chart("coactivation")
+def coactivation(data: ReportData) -> Chart | str:
+    """Which experts one decision chooses together, against chance: a panel for each of the routers
+    where it is most marked."""
+    if data.counts.counts_only:
+        return "co-activation and transitions: counts alone know no decisions"
+    table: Any = data.tables["coactivation"]
+    if table.empty:
+        return "co-activation: with one expert per token there are no pairs"
+    strongest = _strongest(table)
+    if strongest.empty:
+        return f"co-activation: no pair {BEYOND}"
+    met_of = {r: chosen_together(data, r) for r in _furthest(table)}
+    return Chart(
+        "Chosen together",
+        "Pairs of experts that one decision chooses, relative to chance",
+        _matrices(data, met_of, "other expert"),
+        text="The pairs of experts that one decision chooses more often than chance, those with "
+        f"the most evidence first: {_supported(table)} Each card lists its expert's partners.",
+        columns=min(2, len(met_of)),
+        subset=_subset(data, met_of),
+        table=strongest,
+        definitions={
+            "probability": "P(other chosen, given expert chosen), over all pairs of slots; "
+            "(k − 1)/(E − 1) by chance.",
+            "lift": "relative to what the loads of the two alone would give.",
+            "expected": "the number of decisions that choose both if experts keep their loads and "
+            "are otherwise picked at random.",
+            "lift_sd": LIFT_SD,
+            "log10_p": LOG10_P,
+        },
+    )
+
+
+@chart("transitions")
+def transitions(data: ReportData) -> Chart | str:
+    """Which experts of the next layer the tokens of an expert go to, against chance."""
+    if data.counts.counts_only:
+        return ""  # coactivation says so
+    table: Any = data.tables["transitions"]
+    if table.empty:
+        return "transitions: no two layers follow each other"
+    strongest = _strongest(table)
+    if strongest.empty:
+        return f"transitions: no link {BEYOND}"
+    met_of = {r: met for r in _furthest(table) if (met := chosen_next(data, r)) is not None}
+    return Chart(
+        "From layer to layer",
+        "Experts of one layer and the next, relative to chance",
+        _matrices(data, met_of, "expert of the next layer"),
+        text="Where the tokens of an expert go at the next layer more often than chance, the links "
+        f"with the most evidence first: {_supported(table)}",
+        columns=min(2, len(met_of)),
+        subset=_subset(data, met_of),
+        table=strongest,
+        definitions={
+            "probability": "P(next expert chosen at the next MoE layer, given expert chosen here), "
+            "over all pairs of slots.",
+            "lift": "relative to how often the next expert is chosen at all.",
+            "expected": "the number of tokens that choose both if the two layers choose "
+            "independently.",
+            "lift_sd": LIFT_SD,
+            "log10_p": LOG10_P,
+        },
+    )
+
+
+def _references(data: ReportData, table: Any) -> dict[str, np.ndarray]:
+    """What the repetition over all domains is held against, per router; pairs of tokens have equal
+    weight."""
+    rows: Any = data.tables["repetition"]
+    by_router = rows.assign(expected=rows["first_choice_by_load"] * rows["pairs"]).groupby("router")
+    by_load = by_router["expected"].sum() / by_router["pairs"].sum()
+    return {
+        "by_load": by_load.reindex(table["router"]).to_numpy(),
+        "by_chance": by_router["any_choice_random"].first().reindex(table["router"]).to_numpy(),
+    }
+
+
+def _has_interval(marks: Any) -> bool:
+    return any(getattr(mark, "low", None) is not None for mark in marks)
+
+
+def _matrices(data: ReportData, met_of: dict[int, Met], xlabel: str) -> tuple[Panel, ...]:
+    """Lift of the supported pairs of experts [E, N], a panel per router; other pairs are grey."""
+    scale = Scale("ratio", "times as often as by chance", unknown="may be chance")
+    return tuple(
+        Panel(
+            (Heatmap(supported_lift(met), scale),),
+            Axis(xlabel),
+            Axis("expert"),
+            f"layer {layer_label(data.trace.routers, r)}",
+        )
+        for r, met in met_of.items()
+    )
+
+
+def _subset(data: ReportData, met_of: dict[int, Met]) -> str:
+    routers = len(data.selection.routers)
+    fewer = len(met_of) == MATRICES < routers
+    return f"the {len(met_of)} of {routers} layers furthest from chance" if fewer else ""
+
+
+def supported_lift(met: Met) -> np.ndarray:
+    """The lift of each pair that its evidence supports, NaN for the others. [E, N]"""
+    lift_EN = np.full(met.count_EN.shape, np.nan)
+    possible = np.nonzero(met.expected_EN > 0)
+    supported = met.evidence(possible)["supported"]
+    lift_EN[possible] = np.where(
+        supported, met.count_EN[possible] / met.expected_EN[possible], np.nan
+    )
+    return lift_EN
+
+
+def _furthest(table: Any) -> list[int]:
+    """The routers whose supported pairs are furthest from chance, in order of layers."""
+    beyond = (
+        ((table["probability"] - table["probability"] / table["lift"]).abs() * table["supported"])
+        .groupby(table["router"])
+        .sum()
+    )
+    return sorted(int(r) for r in beyond.nlargest(MATRICES).index)
+
+
+def _strongest(table: Any) -> pd.DataFrame:
+    """The supported pairs that happen more often than chance, by their evidence."""
+    return table[table["supported"] & (table["lift"] > 1)].nsmallest(MOST_PAIRS, "log10_p")
+
+
+def _supported(table: Any) -> str:
+    n = int((table["supported"] & (table["lift"] > 1)).sum())
+    return f"{n:,} of the {len(table):,} pairs listed have enough."

@@ -1,0 +1,262 @@
+"""A chart as data: panels of marks over two axes, which every drawer draws alike.
+
+A chart is a function decorated with @chart in any file of this folder. It takes the data of a
+report and returns a Chart, or in words why this trace has none to show ("" where another chart says
+so already).
+`render/matplotlib.py` draws charts as PNG and SVG, `render/page.py` draws them on the page.
+
+L routers, E experts, R rows, C columns of a heatmap, N points of a series.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_inspect.reporting.tables.data import ReportData
+
+MOST_LINES = 12  # routers that can be told apart as lines; more make a heatmap
+FEW_CELLS = 160  # of a heatmap, up to which each cell carries its number
+FAR = 2.0  # log₂: colours of a ratio are saturated at a quarter and at four times
+
+# Colours by what they are for: on a light ground, on a dark one. c1 to c8 follow Okabe and Ito,
+# whose colours the colour-blind tell apart, darkened or lightened until they stand out.
+PALETTE: dict[str, tuple[str, str]] = {
+    "c1": ("#0072b2", "#56aee8"),
+    "c2": ("#b8730a", "#f0b040"),
+    "c3": ("#008764", "#2fc79a"),
+    "c4": ("#b0578b", "#e59cc6"),
+    "c5": ("#2f93cf", "#9fd6ff"),
+    "c6": ("#c75400", "#ff9a5c"),
+    "c7": ("#4a5361", "#c3cbd6"),
+    "c8": ("#8a8200", "#efe442"),
+    "baseline": ("#6b7482", "#98a3b1"),
+    "bad": ("#b2382a", "#ff8a6b"),  # only what the verdict calls a fault
+    "band": ("#dfe3e8", "#2b3440"),
+    # of a ratio: a quarter, a half, one, double, four times; nothing at all; not known
+    "low": ("#2166ac", "#58a9ff"),
+    "lower": ("#92c5de", "#24557f"),
+    "even": ("#f4f4f2", "#202731"),
+    "higher": ("#f4a582", "#8a4130"),
+    "high": ("#b2182b", "#ff7d5e"),
+    "dead": ("#101010", "#ffffff"),
+    "unknown": ("#d4d7db", "#3b434f"),
+    # of an amount, from the least to the most
+    "least": ("#eef3f7", "#1b2530"),
+    "middle": ("#7fb0d3", "#2f6f9f"),
+    "most": ("#0b3c63", "#a9dcff"),
+}
+SERIES = tuple(f"c{i}" for i in range(1, 9))
+RATIO = ("low", "lower", "even", "higher", "high")  # at log₂ −2, −1, 0, 1, 2
+AMOUNT = ("least", "middle", "most")
+
+Dash = Literal["", "dot", "dash"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """labels: names of the positions 0, 1, …; without any the axis is of numbers. low, high: where
+    the axis ends at the latest; it grows with the data."""
+
+    title: str = ""
+    labels: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """x, y: float [N], NaN where the line breaks. low, high: float [N], the ends of an interval."""
+
+    x: np.ndarray
+    y: np.ndarray
+    name: str
+    colour: str
+    dash: Dash = ""
+    dots: bool = False
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Points:
+    """As Line, without the line. shape "tick" is a short dash: the reference of the dots of that
+    colour."""
+
+    x: np.ndarray
+    y: np.ndarray
+    name: str
+    colour: str
+    shape: Literal["dot", "tick"] = "dot"
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Band:
+    """The area between low and high, behind everything else. x, low, high: float [N]"""
+
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    name: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A horizontal line through the panel. Without a name it is not in the legend."""
+
+    y: float
+    name: str = ""
+    colour: str = "baseline"
+    dash: Dash = ""
+
+
+@dataclass(frozen=True)
+class Links:
+    """A thin vertical line from low to high at each x: joins two values of one thing. float [N]"""
+
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a heatmap is coloured. "ratio": by log₂ around 1, where a half is as far from even as
+    double; 0 has a colour of its own. "amount": linear from low to high. title: what is shown."""
+
+    kind: Literal["ratio", "amount"]
+    title: str
+    low: float = 0.25
+    high: float = 4.0
+    unknown: str = ""  # what a cell without a value means, where it is coloured; else it is blank
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """(value, label) of the colour bar."""
+        if self.kind == "ratio":
+            return [(0.25, "≤ ¼"), (0.5, "½"), (1, "1"), (2, "2"), (4, "≥ 4")]
+        middle = (self.low + self.high) / 2
+        return [
+            (self.low, f"{self.low:.3g}"),
+            (middle, f"{middle:.3g}"),
+            (self.high, f"≥ {self.high:.3g}"),
+        ]
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """values: float [R, C], NaN where there is none; row 0 on top. cells: str [R, C], written into
+    the cells. notes: str [R, C], shown with a cell's value."""
+
+    values: np.ndarray
+    scale: Scale
+    cells: np.ndarray | None = None
+    notes: np.ndarray | None = None
+
+
+Mark = Line | Points | Band | Rule | Links | Heatmap
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Marks over two axes, the first at the back."""
+
+    marks: tuple[Mark, ...]
+    x: Axis
+    y: Axis
+    title: str = ""
+
+    @property
+    def heatmap(self) -> Heatmap | None:
+        return next((mark for mark in self.marks if isinstance(mark, Heatmap)), None)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """title: what it is of. caption: what it shows of this trace, in one line. subset: of which
+    layers, where not of all. text: how to read it. table: the same in numbers, for those who cannot
+    see it. definitions: term → what it means. interactive: the page's own drawing of the same, for
+    all layers and domains ("map", "domains"). name: of the function, and of the picture's file."""
+
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+    text: str = ""
+    columns: int = 1
+    table: pd.DataFrame | None = None
+    definitions: Mapping[str, str] = field(default_factory=dict)
+    interactive: str = ""
+    subset: str = ""
+    name: str = ""
+
+    @property
+    def headline(self) -> str:
+        return f"{self.caption}, {self.subset}" if self.subset else self.caption
+
+    @property
+    def description(self) -> str:
+        """What stands in for the picture where it cannot be seen."""
+        return f"{self.title}. {self.headline}."
+
+
+Maker = Callable[["ReportData"], "Chart | str"]
+CHARTS: dict[str, Maker] = {}
+TABLES_OF: dict[str, tuple[str, ...]] = {}  # chart → the tables that it is drawn from
+ORDER = ("load", "over_time", "domains", "pairs", "router")  # files; any others come after these
+
+
+def chart(*tables: str) -> Callable[[Maker], Maker]:
+    """Registers a chart under the function's name, with the tables that it is drawn from."""
+
+    def register(function: Maker) -> Maker:
+        CHARTS[function.__name__], TABLES_OF[function.__name__] = function, tables
+        return function
+
+    return register
+
+
+def every_chart() -> dict[str, Maker]:
+    """CHARTS with every file of this folder read, in the order of the page."""
+    package = importlib.import_module(__package__ or "")
+    files = [found.name for found in pkgutil.iter_modules(package.__path__)]
+    files.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    homes = [f"{package.__name__}.{name}" for name in files]
+    for home in homes:
+        importlib.import_module(home)
+    position = {home: i for i, home in enumerate(homes)}
+    last = len(homes)
+    return dict(sorted(CHARTS.items(), key=lambda of: position.get(of[1].__module__, last)))
+
+
+def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:
+    """Every chart that the trace has the data for, and why it has no others."""
+    makers = every_chart()
+    data.prepare(dict.fromkeys(table for name in makers for table in TABLES_OF[name]))
+    charts, left_out = list[Chart](), list[str]()
+    for name in makers:
+        made = chart_of(data, name)
+        if isinstance(made, Chart):
+            charts.append(made)
+        elif made:
+            left_out.append(made)
+    return charts, left_out
+
+
+def chart_of(data: ReportData, name: str) -> Chart | str:
+    """One chart by its name."""
+    try:
+        made = every_chart()[name](data)
+    except MoeInspectError as error:  # a table that this trace cannot give
+        return str(error)
+    return replace(made, name=name) if isinstance(made, Chart) else made

@@ -1,0 +1,339 @@
+"use strict";
+// Draws a panel of a chart (charts/spec.py) as SVG, and lets it be read with the mouse or the keyboard alone.
+// Colours are variables of the page's style, so that lines follow the theme by themselves; texts become text nodes, never markup.
+const moe = { plots: [] };
+
+moe.h = (tag, properties = {}, ...children) => {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) name in element ? (element[name] = value) : element.setAttribute(name, value);
+  element.append(...children.filter((child) => child !== null));
+  return element;
+};
+moe.s = (tag, attributes = {}, ...children) => {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+};
+
+// what a colour of page.css comes to in the theme of the moment, as [red, green, blue]
+moe.colour = (name) => {
+  const probe = document.body.appendChild(moe.h("i"));
+  probe.style.color = `var(--${name})`;
+  const found = getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number);
+  probe.remove();
+  return found;
+};
+moe.digits = (value) => {
+  if (value === null || Number.isNaN(value)) return "–";
+  return value !== 0 && (Math.abs(value) < 0.001 || Math.abs(value) >= 1e5) ? value.toPrecision(3) : String(Number(value.toFixed(Math.abs(value) < 10 ? 3 : 1)));
+};
+moe.wide = ((pen) => (text, size = 12) => ((pen.font = `${size}px system-ui, sans-serif`), pen.measureText(text).width))(document.createElement("canvas").getContext("2d"));
+
+// value → colour of a cell, as [red, green, blue]; null where it has none
+moe.colours = (scale) => {
+  const ratio = scale.kind === "ratio";
+  const stops = (ratio ? ["low", "lower", "even", "higher", "high"] : ["least", "middle", "most"]).map(moe.colour);
+  const dead = ratio ? moe.colour("dead") : null;
+  const unknown = scale.unknown ? moe.colour("unknown") : null;
+  return (value) => {
+    if (value === null || Number.isNaN(value)) return unknown;
+    if (ratio && value === 0) return dead;
+    const share = ratio ? (Math.log2(value) + 2) / 4 : (value - scale.low) / (scale.high - scale.low || 1);
+    const at = Math.max(0, Math.min(1, share)) * (stops.length - 1);
+    const i = Math.min(stops.length - 2, Math.floor(at));
+    return stops[i].map((part, c) => part + (at - i) * (stops[i + 1][c] - part));
+  };
+};
+moe.scaleBar = (scale) => {
+  const names = scale.kind === "ratio" ? ["low", "lower", "even", "higher", "high"] : ["least", "middle", "most"];
+  const ramp = moe.h("i", { className: "ramp" });
+  ramp.style.background = `linear-gradient(to right, ${names.map((name) => `var(--${name})`).join(", ")})`;
+  const ends = scale.kind === "ratio" ? ["≤ ¼", "1", "≥ 4"] : [moe.digits(scale.low), "", `≥ ${moe.digits(scale.high)}`];
+  const parts = [ramp, moe.h("span", { className: "ends" }, ...ends.map((end) => moe.h("b", {}, end)))];
+  const box = moe.h("span", { className: "scale" }, moe.h("span", {}, ...parts), scale.title);
+  if (scale.kind === "ratio") box.append(moe.h("i", { className: "cell dead" }), "none");
+  if (scale.unknown) box.append(moe.h("i", { className: "cell unknown" }), scale.unknown);
+  return box;
+};
+
+// round numbers between low and high, about `most` of them
+moe.round = (low, high, most) => {
+  const raw = (high - low) / Math.max(1, most) || 1;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * ([1, 2, 2.5, 5, 10].find((factor) => factor * power >= raw) ?? 10);
+  const found = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
+  return found;
+};
+
+// options: height; note(row, column): text of a cell; moved(row, column); open(row, column): Enter or a click
+moe.plot = (element, make, options = {}) => {
+  const plot = { element, hidden: new Set(), view: null, at: null };
+  const live = moe.h("p", { className: "unseen", "aria-live": "polite" });
+  const tip = moe.h("div", { className: "tip", hidden: true });
+  const legend = moe.h("div", { className: "legend" });
+  const canvas = moe.h("div", { className: "canvas" }, tip);
+  const reset = moe.h("button", { type: "button", className: "reset" }, "Reset zoom");
+  reset.addEventListener("click", () => zoom(null));
+  element.replaceChildren(legend, canvas, live);
+  element.tabIndex = 0;
+  let frame, heat, columns, rows;
+
+  const valuesOf = (mark) => [...(mark.y ?? []), ...(mark.low ?? []), ...(mark.high ?? [])].filter((v) => v !== null);
+  const shown = () => plot.panel.marks.filter((mark) => !plot.hidden.has(mark.name));
+  const range = () => {
+    const { y, marks } = plot.panel;
+    const values = marks.flatMap((mark) => (mark.kind === "rule" ? [mark.y] : valuesOf(mark)));
+    let low = Math.min(...values, y.low ?? Infinity);
+    let high = Math.max(...values, y.high ?? -Infinity);
+    if (!(high > low)) [low, high] = [low - 0.5, low + 0.5];
+    const margin = 0.04 * (high - low);
+    return [low === y.low ? low : low - margin, high === y.high ? high : high + margin];
+  };
+
+  const ticksOf = (axis, from, to, length, wide) => {
+    if (!axis.labels.length && !heat) return moe.round(from, to, length / 45).map((at) => [at, moe.digits(at)]);
+    const name = (i) => axis.labels[i] ?? String(i);
+    const first = Math.max(0, Math.ceil(from));
+    const last = Math.min((axis.labels.length || (axis === plot.panel.x ? heat.columns : heat.rows)) - 1, Math.floor(to));
+    let step = Math.max(1, Math.ceil(((last - first + 1) * wide) / length));
+    if (!axis.labels.length) step = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000].find((s) => s >= step) ?? step;
+    const found = [];
+    for (let i = Math.ceil(first / step) * step; i <= last; i += step) found.push([i, name(i)]);
+    return found;
+  };
+
+  const lines = (marks, g) => {
+    const { x, y } = frame;
+    const colour = (mark) => `stroke: var(--${mark.colour})`;
+    for (const mark of marks) {
+      const at = (i) => [x(mark.x[i]), mark.y[i] === null ? null : y(mark.y[i])];
+      if (mark.kind === "band") {
+        const side = (ends) => mark.x.map((v, i) => `${x(v).toFixed(1)},${y(ends[i]).toFixed(1)}`);
+        g.append(moe.s("polygon", { points: [...side(mark.high), ...side(mark.low).reverse()].join(" "), style: "fill: var(--band)" }));
+        continue;
+      }
+      if (mark.kind === "rule") {
+        g.append(moe.s("line", { x1: frame.left, x2: frame.right, y1: y(mark.y), y2: y(mark.y), class: `rule ${mark.dash}`, style: colour(mark) }));
+        continue;
+      }
+      if (mark.low)
+        mark.x.forEach((v, i) => {
+          if (mark.low[i] === null || mark.high[i] === null) return;
+          const style = mark.kind === "links" ? "stroke: var(--baseline)" : colour(mark);
+          g.append(moe.s("line", { x1: x(v), x2: x(v), y1: y(mark.low[i]), y2: y(mark.high[i]), class: mark.kind === "links" ? "link" : "interval", style }));
+        });
+      if (mark.kind === "links") continue;
+      if (mark.kind === "line") {
+        const path = mark.x.map((_, i) => at(i)).map(([px, py], i, all) => (py === null ? "" : `${i && all[i - 1][1] !== null ? "L" : "M"}${px.toFixed(1)} ${py.toFixed(1)}`));
+        g.append(moe.s("path", { d: path.join(""), class: `line ${mark.dash}`, style: colour(mark) }));
+      }
+      if (mark.kind === "line" && !mark.dots) continue;
+      const few = mark.x.length <= 12;
+      const reach = Math.min(few ? 10 : 7, 0.4 * (x(1) - x(0)));
+      const size = mark.kind === "line" ? (few ? 3.2 : 2) : few ? 4.5 : 3.2;
+      mark.x.forEach((_, i) => {
+        const [px, py] = at(i);
+        if (py === null) return;
+        if (mark.shape === "tick") g.append(moe.s("line", { x1: px - reach, x2: px + reach, y1: py, y2: py, class: "tick", style: colour(mark) }));
+        else g.append(moe.s("circle", { cx: px, cy: py, r: size, style: `fill: var(--${mark.colour})` }));
+      });
+    }
+  };
+
+  const cells = (g) => {
+    const { x, y } = frame;
+    const colourOf = moe.colours(heat.scale);
+    const [wide, high] = [x(1) - x(0), y(1) - y(0)];
+    if (heat.cells) {
+      for (let i = 0; i < heat.values.length; i++) {
+        const [row, column] = [Math.floor(i / heat.columns), i % heat.columns];
+        const rgb = colourOf(heat.values[i]);
+        if (rgb === null) continue;
+        const ink = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 128 ? "#000" : "#fff";
+        g.append(moe.s("rect", { x: x(column - 0.5) + 1, y: y(row - 0.5) + 1, width: wide - 2, height: high - 2, fill: `rgb(${rgb})` }));
+        const text = heat.cells[i] ?? "";
+        if (moe.wide(text, 11.5) < wide) g.append(moe.s("text", { x: x(column), y: y(row) + 4, class: "in", style: `fill: ${ink}` }, text));
+      }
+      return;
+    }
+    const sheet = moe.h("canvas", { width: heat.columns, height: heat.rows });
+    const pen = sheet.getContext("2d");
+    const picture = pen.createImageData(heat.columns, heat.rows);
+    heat.values.forEach((value, i) => {
+      const rgb = colourOf(value);
+      if (rgb !== null) picture.data.set([...rgb, 255], 4 * i);
+    });
+    pen.putImageData(picture, 0, 0);
+    const box = { x: x(-0.5), y: y(-0.5), width: wide * heat.columns, height: high * heat.rows };
+    g.append(moe.s("image", { ...box, href: sheet.toDataURL(), preserveAspectRatio: "none", class: "pixels" }));
+  };
+
+  plot.redraw = () => {
+    plot.panel = make();
+    heat = plot.panel.marks.find((mark) => mark.kind === "heatmap");
+    const { x, y, marks } = plot.panel;
+    [columns, rows] = heat ? [heat.columns, heat.rows] : [x.labels.length, 1];
+    const width = Math.max(240, canvas.clientWidth);
+    const height = options.height?.(heat) ?? (heat ? Math.max(150, Math.min(620, 40 + heat.rows * Math.max(9, Math.min(34, 520 / heat.rows)))) : 260);
+    const [x0, x1] = plot.view?.x ?? [-0.5, columns - 0.5];
+    const [y0, y1] = heat ? (plot.view?.y ?? [-0.5, rows - 0.5]) : range();
+    const bottom = height - 40;
+    const across = ticksOf(y, y0, y1, bottom - 8, 15);
+    const left = Math.min(width / 3, Math.max(...across.map(([, label]) => moe.wide(label)), 8) + (y.title ? 30 : 14));
+    const names = x.labels.length ? x.labels : [String(columns)];
+    const longest = Math.max(...names.map((label) => moe.wide(label))) + 10;
+    const right = width - Math.max(8, Math.min(40, longest / 2 - 5));
+    frame = { left, right, top: 8, bottom, x0, x1, y0, y1 };
+    frame.x = (v) => left + ((v - x0) / (x1 - x0)) * (right - left);
+    frame.y = heat ? (v) => 8 + ((v - y0) / (y1 - y0)) * (bottom - 8) : (v) => bottom - ((v - y0) / (y1 - y0)) * (bottom - 8);
+    const svg = moe.s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+    const clip = `clip-${moe.plots.indexOf(plot)}`;
+    svg.append(moe.s("clipPath", { id: clip }, moe.s("rect", { x: left, y: 2, width: right - left, height: bottom })));
+    for (const [at, label] of across) {
+      if (!heat) svg.append(moe.s("line", { x1: left, x2: right, y1: frame.y(at), y2: frame.y(at), class: "gridline" }));
+      svg.append(moe.s("text", { x: left - 6, y: frame.y(at) + 4, class: "ytick" }, label));
+    }
+    for (const [at, label] of ticksOf(x, x0, x1, right - left, longest)) svg.append(moe.s("text", { x: frame.x(at), y: bottom + 15, class: "xtick" }, label));
+    svg.append(moe.s("text", { x: (left + right) / 2, y: height - 6, class: "xtitle" }, x.title));
+    if (y.title) svg.append(moe.s("text", { class: "ytitle", transform: `translate(11 ${(8 + bottom) / 2}) rotate(-90)` }, y.title));
+    if (!heat) svg.append(moe.s("line", { x1: left, x2: right, y1: bottom, y2: bottom, class: "axis" }));
+    const drawing = moe.s("g", { "clip-path": `url(#${clip})` });
+    if (heat) cells(drawing);
+    else lines(shown(), drawing);
+    plot.cursor = moe.s("rect", { class: heat ? "cursor" : "cursor column", visibility: "hidden" });
+    plot.dragged = moe.s("rect", { class: "dragged", visibility: "hidden" });
+    svg.append(drawing, plot.cursor, plot.dragged);
+    canvas.replaceChildren(svg, tip, ...(plot.view ? [reset] : []));
+    fillLegend(marks);
+    if (plot.at) mark(...plot.at);
+  };
+
+  const swatch = (mark) => {
+    const style = `stroke: var(--${mark.colour ?? "band"}); fill: var(--${mark.colour ?? "band"})`;
+    const box = moe.s("svg", { width: 20, height: 10, "aria-hidden": "true" });
+    if (mark.kind === "band") box.append(moe.s("rect", { width: 20, height: 10, style }));
+    else if (mark.shape === "dot") box.append(moe.s("circle", { cx: 10, cy: 5, r: 4, style }));
+    else box.append(moe.s("line", { x1: mark.shape === "tick" ? 5 : 0, x2: mark.shape === "tick" ? 15 : 20, y1: 5, y2: 5, class: mark.shape === "tick" ? "tick" : `line ${mark.dash}`, style }));
+    return box;
+  };
+  const fillLegend = (marks) => {
+    if (legend.childElementCount) return;
+    if (heat) return legend.append(moe.scaleBar(heat.scale));
+    for (const mark of marks.filter((m) => m.name)) {
+      const button = moe.h("button", { type: "button", title: "Show or hide" }, swatch(mark), moe.h("span", { className: "name" }, mark.name));
+      button.setAttribute("aria-pressed", "true");
+      button.addEventListener("click", () => {
+        plot.hidden.delete(mark.name) || plot.hidden.add(mark.name);
+        button.setAttribute("aria-pressed", String(!plot.hidden.has(mark.name)));
+        plot.redraw();
+      });
+      legend.append(button);
+    }
+  };
+
+  // --- what is under the mouse, or where the keys have moved to
+  const place = (axis, i) => `${axis.title ? `${axis.title} ` : ""}${axis.labels[i] ?? i}`;
+  const said = (row, column) => {
+    const { x, y } = plot.panel;
+    if (heat) {
+      if (options.note) return options.note(row, column);
+      const i = row * heat.columns + column;
+      const value = Number.isNaN(heat.values[i]) && heat.scale.unknown ? heat.scale.unknown : `${moe.digits(heat.values[i])} ${heat.scale.title}`;
+      return [`${place(y, row)}, ${place(x, column)}: ${value}`, ...(heat.notes?.[i] ? heat.notes[i].split("\n") : [])];
+    }
+    const rowsOf = shown().filter((m) => m.y && m.x && m.name).map((m) => {
+      const i = m.x.findIndex((v) => Math.round(v) === column);
+      if (i < 0 || m.y[i] === null) return null;
+      const ends = m.low && m.low[i] !== null ? ` (${moe.digits(m.low[i])} to ${moe.digits(m.high[i])})` : "";
+      return `${m.name}: ${moe.digits(m.y[i])}${ends}`;
+    });
+    const alone = shown().filter((m) => m.y && m.x && !m.name).map((m) => moe.digits(m.y[column]));
+    return [place(x, column), ...alone, ...rowsOf.filter((text) => text !== null)];
+  };
+  const mark = (row, column) => {
+    plot.at = [row, column];
+    const { x, y, top, bottom } = frame;
+    const box = heat
+      ? { x: x(column - 0.5), y: y(row - 0.5), width: x(1) - x(0), height: y(1) - y(0) }
+      : { x: x(column) - 0.5, y: top, width: 1, height: bottom - top };
+    for (const [name, value] of Object.entries({ ...box, visibility: "visible" })) plot.cursor.setAttribute(name, value);
+  };
+  const show = (row, column, announce) => {
+    if (heat && column >= (heat.lengths?.[row] ?? columns)) return;
+    mark(row, column);
+    const texts = said(row, column);
+    tip.replaceChildren(...texts.map((text) => moe.h("div", {}, text)));
+    tip.hidden = false;
+    const px = frame.x(column);
+    const wide = Math.min(tip.offsetWidth, canvas.clientWidth);
+    tip.style.left = `${Math.max(0, px + 14 + wide > canvas.clientWidth ? px - 14 - wide : px + 14)}px`;
+    tip.style.top = `${Math.max(0, (heat ? frame.y(row) : frame.top + 20) - 10)}px`;
+    if (announce && !options.moved) live.textContent = texts.join(". ");
+    options.moved?.(row, column);
+  };
+  plot.move = (row, column, announce = true) => {
+    const r = Math.max(0, Math.min(rows - 1, row));
+    show(r, Math.max(0, Math.min((heat?.lengths?.[r] ?? columns) - 1, column)), announce);
+  };
+  plot.hide = () => (tip.hidden = true);
+  const zoom = (view) => {
+    plot.view = view;
+    plot.hide();
+    plot.redraw();
+  };
+  element.addEventListener("keydown", (event) => {
+    if (event.target !== element) return;
+    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+    const [row, column] = plot.at ?? [0, -1];
+    if (step) plot.move(row + step[0], Math.max(0, column + step[1]));
+    else if (event.key === "Home") plot.move(row, 0);
+    else if (event.key === "End") plot.move(row, Infinity);
+    else if (event.key === "Enter" && options.open && plot.at) options.open(row, column);
+    else if (event.key === "Escape" && plot.view) zoom(null);
+    else if (event.key === "Escape") return plot.hide();
+    else return;
+    event.preventDefault();
+  });
+
+  let start = null;
+  const where = (event) => {
+    const box = canvas.getBoundingClientRect();
+    const share = (px, from, to) => Math.max(0, Math.min(1, (px - from) / (to - from)));
+    const { left, right, top, bottom, x0, x1, y0, y1 } = frame;
+    const [px, py] = [event.clientX - box.left, event.clientY - box.top];
+    return { px, py, x: x0 + share(px, left, right) * (x1 - x0), y: y0 + share(py, top, bottom) * (y1 - y0), inside: px >= left && px <= right && py >= top && py <= bottom };
+  };
+  const cellOf = (at) => [heat ? Math.max(0, Math.min(rows - 1, Math.round(at.y))) : 0, Math.max(0, Math.min(columns - 1, Math.round(at.x)))];
+  canvas.addEventListener("pointerdown", (event) => {
+    const at = where(event);
+    if (at.inside && event.button === 0 && event.target !== reset) start = at;
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    const at = where(event);
+    if (start && Math.abs(at.px - start.px) > 6) {
+      const [a, b] = [frame.x(Math.min(start.x, at.x)), frame.x(Math.max(start.x, at.x))];
+      const [c, d] = heat ? [frame.y(Math.min(start.y, at.y)), frame.y(Math.max(start.y, at.y))] : [frame.top, frame.bottom];
+      for (const [name, value] of Object.entries({ x: a, y: c, width: b - a, height: d - c, visibility: "visible" })) plot.dragged.setAttribute(name, value);
+      return plot.hide();
+    }
+    if (at.inside) show(...cellOf(at), false);
+    else plot.hide();
+  });
+  canvas.addEventListener("pointerleave", () => plot.hide());
+  window.addEventListener("pointerup", (event) => {
+    if (!start) return;
+    const [from, to] = [start, where(event)];
+    start = null;
+    if (Math.abs(to.px - from.px) <= 6) return canvas.contains(event.target) && options.open?.(...cellOf(to));
+    const ends = (a, b, most) => [Math.max(-0.5, Math.round(Math.min(a, b)) - 0.5), Math.min(most - 0.5, Math.round(Math.max(a, b)) + 0.5)];
+    zoom({ x: ends(from.x, to.x, columns), y: heat ? ends(from.y, to.y, rows) : null });
+  });
+
+  element.plot = plot;
+  moe.plots.push(plot);
+  plot.redraw();
+  new ResizeObserver(() => canvas.clientWidth !== plot.width && ((plot.width = canvas.clientWidth), plot.redraw())).observe(canvas);
+  return plot;
+};
