@@ -28,6 +28,7 @@ test-slow: $(VENV)/.installed ## The rest of it: compilers, browsers, several pr
 NEWEST := build/venv-newest
 OLDEST := build/venv-oldest
 NEWEST_PYTHON ?= python3.13
+OLDEST_PYTHON ?= python3.11
 
 test-newest: ## The suite on the newest Python and the newest release of every dependency (build/venv-newest)
 	$(NEWEST_PYTHON) -m venv $(NEWEST)
@@ -35,7 +36,7 @@ test-newest: ## The suite on the newest Python and the newest release of every d
 	$(NEWEST)/bin/python -m pytest -n auto --dist loadfile
 
 test-oldest: ## The suite on the lower bounds that pyproject.toml states (build/venv-oldest)
-	python3.11 -m venv $(OLDEST)
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check packaging pytest
 	$(OLDEST)/bin/python -m tests.lower_bounds > build/lower-bounds.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/lower-bounds.txt --editable '.[trace,dask,dev,docs]'

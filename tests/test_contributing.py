@@ -17,6 +17,7 @@ import moe_inspect
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+SAMPLE = ROOT / "sample_traces/collapsed"
 
 
 class Copy:
@@ -77,6 +78,24 @@ def test_the_blocks_are_formatted_and_linted(copy: Copy) -> None:
         copy.python("-m", "ruff", *command, "--no-cache", *sorted(files))
 
 
+def test_a_metric(copy: Copy) -> None:
+    copy.follow("Add a metric")
+    assert "spread" in copy.cli("report", "--list-metrics", "--format", "csv")
+    rows = [json.loads(line) for line in _table(copy, SAMPLE, "balance")]
+    for row in rows:
+        least = row["max_over_mean"] * row["min_over_max"]
+        assert row["spread"] == pytest.approx(row["max_over_mean"] - least)
+    with pytest.raises(AssertionError, match="spread"):
+        copy.cli("report", SAMPLE, "--fail-above", "spread=0.01")
+
+
+def test_a_chart(copy: Copy) -> None:
+    copy.follow("Add a chart")
+    copy.cli("report", SAMPLE, "--plots", "plots", "--html", "page.html")
+    assert {p.name for p in (copy.root / "plots").iterdir()} >= {"entropy.png", "entropy.svg"}
+    assert "Entropy of the load" in (copy.root / "page.html").read_text(encoding="utf-8")
+
+
 def test_an_importer(copy: Copy) -> None:
     copy.follow("Add an importer")
     assert "tally" in copy.cli("import", "--help")
@@ -88,7 +107,7 @@ def test_an_importer(copy: Copy) -> None:
     assert [r["assignments"] for r in rows if r["layer"] == 3] == [1, 1, 2, 2]
 
 
-def _table(copy: Copy, trace: str, table: str) -> list[str]:
+def _table(copy: Copy, trace: object, table: str) -> list[str]:
     return copy.cli("report", trace, "--table", table, "--format", "json").splitlines()
 
 
