@@ -44,18 +44,23 @@ def _text(text: str) -> str:
 
 
 def metrics() -> str:
-    """A row per metric of the registry."""
+    """A section per table, with a row per metric of the registry."""
     from moe_inspect.analysis.metrics.registry import listing
 
-    head = (
-        "| metric | table | definition | range; where all is even | source |\n|---|---|---|---|---|"
-    )
-    rows = [
-        f"| `{row['metric']}` | `{row['table']}` | {_text(row['definition'])} | "
-        f"{_text(row['range'])}; {_text(row['even'])} | {_link(row['source'])} |"
-        for row in listing()
-    ]
-    return "\n".join([head, *rows])
+    rows = listing()
+    sections = []
+    for table in dict.fromkeys(row["table"] for row in rows):
+        sections += [f"### {table}", "", "| metric | definition | range; where all is even |"]
+        sections += ["|---|---|---|"]
+        for row in rows:
+            if row["table"] == table:
+                source = f" ({_link(row['source'])})" if row["source"] else ""
+                sections.append(
+                    f"| `{row['metric']}` | {_text(row['definition'])}{source} | "
+                    f"{_text(row['range'])}; {_text(row['even'])} |"
+                )
+        sections.append("")
+    return "\n".join(sections)
 
 
 def _link(source: str) -> str:
