@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.measuring import in_a_process, peak_memory_mib
+
 SHAPES = {
     "esft": (26, 64, 6),
     "vllm-routed": (48, 128, 8),
@@ -62,7 +63,6 @@ def run(format: str, assignments: float) -> dict[str, float]:
     """In a process of its own: its peak memory and CPU time are the import's."""
     import pandas  # noqa: F401  (pyarrow looks for it at its first write: no part of importing)
 
-    from benchmarks.run import peak_memory_mib
     from moe_inspect.importers.run import import_trace
 
     L, E, k = SHAPES[format]
@@ -91,18 +91,9 @@ def measure() -> dict[str, dict[str, float]]:
     found = {}
     for format in SHAPES:
         for size in (3e6, 3e7):
-            program = (
-                "import json; from benchmarks.imports import run; "
-                f"print(json.dumps(run({format!r}, {size})))"
+            found[f"{format} {size:.0e}"] = in_a_process(
+                "run", format, size, module="benchmarks.imports"
             )
-            done = subprocess.run(
-                [sys.executable, "-c", program],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            found[f"{format} {size:.0e}"] = json.loads(done.stdout)
     return found
 
 

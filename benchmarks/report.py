@@ -17,17 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.run import (
-    EXPERTS,
-    LAYERS,
-    RESULTS,
-    TOP_K,
-    in_a_process,
-    machine,
-    peak_memory_mib,
-    start,
-    stream,
-)
+from benchmarks.measuring import RESULTS, in_a_process, machine, peak_memory_mib, start
+from benchmarks.run import EXPERTS, LAYERS, TOP_K, stream
 
 WANTS = ("load", "domains", "pairs", "transitions", "repetition", "windows")
 SIZES = {"competitors": 2.5e7, "rate": 1e8, "memory": 1e9}

@@ -8,17 +8,11 @@ less so.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +20,9 @@ import numpy as np
 
 from benchmarks.imports import SHAPES
 from benchmarks.imports import measure as measure_imports
+from benchmarks.measuring import RESULTS, ROOT, in_a_process, machine, peak_memory_mib, start
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 LAYERS, EXPERTS, TOP_K, BATCH = 48, 128, 8, 8192  # Qwen3-30B-A3B's shape
-
-
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
-    packages = (
-        "moe-inspect",
-        "torch",
-        "transformers",
-        "pyarrow",
-        "pandas",
-        "numpy",
-        "numba",
-        "polars",
-        "duckdb",
-    )
-    return {
-        "processor": model,
-        "cores": sum(line.startswith("processor") for line in lines),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "allocator": {
-            name: os.environ[name]
-            for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX")
-            if name in os.environ
-        },
-        "date": date.today().isoformat(),
-        "command": "make bench",
-    }
 
 
 # --- traced ÷ untraced
@@ -233,42 +193,6 @@ def write(assignments: int, rounding: str) -> dict[str, float]:
     }
 
 
-def peak_memory_mib() -> float:
-    """Of this process alone: getrusage would count what its parent held when it was forked."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
-def in_a_process(
-    function: str, *arguments: object, module: str = "benchmarks.run"
-) -> dict[str, Any]:
-    program = (
-        f"import json; from {module} import {function}; print(json.dumps({function}{arguments!r}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
-
-
-# --- starting
-
-
-def start(*arguments: str, times: int = 7) -> float:
-    """Median wall seconds of a whole command."""
-    walls = []
-    for _ in range(times):
-        began = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "moe_inspect", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            check=True,
-        )
-        walls.append(time.perf_counter() - began)
-    return statistics.median(walls)
-
-
 def main() -> None:
     measured: dict[str, Any] = {}
 
@@ -279,7 +203,7 @@ def main() -> None:
         print(f"{label:<66}{value:>10.3f}   {bar} {verdict}".rstrip(), flush=True)
 
     measured["overhead"] = found = {
-        name: in_a_process("overhead", name, *passes)
+        name: in_a_process("overhead", name, *passes, module="benchmarks.run")
         for name, passes in {"bundled": (11, 8), "24 layers": (11, 1)}.items()
     }
     for name, ratios in found.items():
@@ -292,7 +216,7 @@ def main() -> None:
                 lambda v: v >= 0.97,
             )
     measured["writer"] = writer = {
-        f"{r} {n:.0e}": in_a_process("write", n, r)
+        f"{r} {n:.0e}": in_a_process("write", n, r, module="benchmarks.run")
         for r, n in (("fp16", 1e6), ("fp16", 1e7), ("fp16", 1e8), ("bf16", 1e8), ("none", 1e8))
     }
     row(

@@ -361,7 +361,7 @@ def measure(names: Sequence[str] = ()) -> dict[str, float]:
 
 
 def main(names: Sequence[str]) -> None:
-    from benchmarks.run import RESULTS, machine
+    from benchmarks.measuring import RESULTS, machine
 
     measured, facts = (
         measure(names),

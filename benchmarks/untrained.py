@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.run import RESULTS, machine
+from benchmarks.measuring import RESULTS, machine
 
 SEEDS = range(5)
 WIDTH = {

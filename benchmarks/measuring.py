@@ -1,0 +1,82 @@
+"""What the benchmarks share: the machine they run on, processes of their own, peak memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
+    packages = (
+        "moe-inspect",
+        "torch",
+        "transformers",
+        "pyarrow",
+        "pandas",
+        "numpy",
+        "numba",
+        "polars",
+        "duckdb",
+    )
+    return {
+        "processor": model,
+        "cores": sum(line.startswith("processor") for line in lines),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "allocator": {
+            name: os.environ[name]
+            for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX")
+            if name in os.environ
+        },
+        "date": date.today().isoformat(),
+        "command": "make bench",
+    }
+
+
+def peak_memory_mib() -> float:
+    """Of this process alone: getrusage would count what its parent held when it was forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def in_a_process(function: str, *arguments: object, module: str) -> dict[str, Any]:
+    program = (
+        f"import json; from {module} import {function}; print(json.dumps({function}{arguments!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def start(*arguments: str, times: int = 7) -> float:
+    """Median wall seconds of a whole command."""
+    walls = []
+    for _ in range(times):
+        began = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "moe_inspect", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        )
+        walls.append(time.perf_counter() - began)
+    return statistics.median(walls)
