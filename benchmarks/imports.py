@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measuring import in_a_process, peak_memory_mib
+from benchmarks.measuring import ROOT, in_a_process, peak_memory_mib
 
 SHAPES = {
     "esft": (26, 64, 6),
@@ -68,9 +68,11 @@ def run(format: str, assignments: float) -> dict[str, float]:
     L, E, k = SHAPES[format]
     with tempfile.TemporaryDirectory() as scratch:
         (source := Path(scratch) / "in").mkdir()
-        subprocess.run([sys.executable, "-c", ("from pathlib import Path; from "
-            f"benchmarks.imports import make; make({format!r}, "
-            f"Path({str(source)!r}), {assignments})")], cwd=ROOT, check=True)  # fmt: skip
+        program = (
+            "from pathlib import Path; from benchmarks.imports import make; "
+            f"make({format!r}, Path({str(source)!r}), {assignments})"
+        )
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
         config = Path(scratch) / "config.json"
         config.write_text(
             json.dumps({"num_hidden_layers": L, "num_experts": E, "num_experts_per_tok": k})
