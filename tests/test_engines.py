@@ -427,7 +427,7 @@ LIES: dict[str, tuple[str, str, Any, str]] = {
         "start the server with --enable-return-",
     ),
     "cut base64": ("vllm", "edit", _set("choices.0.routed_experts", "k05VTVB"), "base64"),
-    "no array": ("vllm", "edit", _set("choices.0.routed_experts", "AAAA"), "no .npy"),
+    "no array": ("vllm", "edit", _set("choices.0.routed_experts", "AAAA"), "not a .npy"),
     "cut array": (
         "sglang",
         "edit",

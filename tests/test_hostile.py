@@ -137,7 +137,7 @@ def test_nothing_is_unpickled_and_no_archive_unpacked(tmp_path: Path):
     import torch
 
     torch.save({"logical_count": Bomb()}, tmp_path / "a.pt")
-    with pytest.raises(MoeInspectError, match=r"a\.pt is no \.pt that can be read safely"):
+    with pytest.raises(MoeInspectError, match=r"a\.pt cannot be read safely as a \.pt file"):
         import_trace("sglang", [tmp_path / "a.pt"], tmp_path / "t", top_k=2)
     torch.save({"logical_count": torch.zeros(1, 2, 8, dtype=torch.int32)}, tmp_path / "b.pt")
     with (
@@ -146,7 +146,7 @@ def test_nothing_is_unpickled_and_no_archive_unpacked(tmp_path: Path):
     ):
         for entry in stored.infolist():
             squeezed.writestr(entry.filename, stored.read(entry), zipfile.ZIP_DEFLATED)
-    with pytest.raises(MoeInspectError, match=r"c\.pt is no \.pt that can be read safely"):
+    with pytest.raises(MoeInspectError, match=r"c\.pt cannot be read safely as a \.pt file"):
         import_trace("sglang", [tmp_path / "c.pt"], tmp_path / "t", top_k=2)
     (tmp_path / "d.npy").write_bytes(b"")
     np.save(tmp_path / "d.npy", np.array([[[None]]]), allow_pickle=True)

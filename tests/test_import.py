@@ -92,7 +92,7 @@ def test_what_was_written_comes_back(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", MAKERS)
 def test_auto_names_what_it_takes_a_file_for(name: str, tmp_path: Path):
     trace, _, said = imported(name, tmp_path, "auto")
-    assert said[0].startswith(f"taken for {FORMAT_OF[name]}: ")
+    assert said[0].startswith(f"recognised as {FORMAT_OF[name]}: ")
     assert trace.manifest["capture"]["format"] == FORMAT_OF[name]
 
 
@@ -259,7 +259,7 @@ def test_auto_knows_counts_in_every_form(form: str, tmp_path: Path):
         )
     said: list[str] = []
     import_trace("auto", [path], tmp_path / "t", top_k=1, warn=said.append)
-    assert said[0].startswith("taken for counts")
+    assert said[0].startswith("recognised as counts")
 
 
 def test_esfts_folders_of_ranks_are_of_the_domain_above_them(
@@ -433,7 +433,7 @@ def test_fiddlers_unused_expert_is_in_the_verdict_and_its_subjects_are_domains(t
 def test_the_command(cli, tmp_path: Path):
     made = MAKERS["counts"](tmp_path)
     done = cli("import", "auto", made.source, "-o", "t", "--top-k", 2)
-    assert "taken for counts" in done.stderr
+    assert "recognised as counts" in done.stderr
     assert "imported 30 tokens, 2 routers" in done.stderr
     assert done.stdout == ""
     assert (

@@ -169,7 +169,7 @@ def test_recomputed_passes_are_left_out_before_stages_are_paired(tmp_path: Path)
     for layer in range(4):
         assert np.array_equal(decisions(trace, layer), np.concatenate([a[layer], b[layer]]))
     assert said == [
-        "4 passes repeat one of the same rank and step (activations recomputed): each is taken once"
+        "4 passes repeat one of the same rank and step (activations recomputed): each is counted once"
     ]
 
 
@@ -508,7 +508,7 @@ def test_a_config_that_the_hooks_numbers_do_not_fit_is_refused(tmp_path: Path):
         place,
         model=config_of(tmp_path, 3),
         pipeline_stages=1,
-        match=line + "is it the model's config",
+        match=line + "is it the config of this model",
     )
 
 
@@ -619,7 +619,7 @@ def test_ranks_of_a_stage_that_do_not_agree_are_refused(tmp_path: Path):
     for path, text, (old, new) in zip(swapped, texts[::-1], ((2, 1), (1, 2)), strict=True):
         path.write_text(text.replace(f'"rank": {old}', f'"rank": {new}'))
     line = (
-        r"rank0\.jsonl has layers 0, 1, .*rank1\.jsonl has layers 0, 1, 2: 2 ranks in a row .* "
+        r"rank0\.jsonl has layers 0, 1, .*rank1\.jsonl has layers 0, 1, 2: 2 consecutive ranks .* "
         r"--use-tp-pp-dp-mapping cannot be joined"
     )
     refused(tmp_path, place, model=config_of(tmp_path, 5), pipeline_stages=2, match=line)
@@ -671,7 +671,7 @@ def test_recomputed_routers_are_left_out(order: list[int], tmp_path: Path):
     megatron_rank(place, 0, written, hook=True)
     trace, said = taken(tmp_path, place)
     assert said == [
-        "4 passes repeat one of the same rank and step (activations recomputed): each is taken once"
+        "4 passes repeat one of the same rank and step (activations recomputed): each is counted once"
     ]
     for layer in range(3):
         assert np.array_equal(decisions(trace, layer), whole([passes], layer))
@@ -909,7 +909,7 @@ def test_a_batch_of_counts_is_an_iteration(tmp_path: Path):
             "counts the 4 experts of its rank, and 6 in all are no multiple of 4",
         ),
         (lambda r: None, {"experts": None}, "does not say how many experts there are"),
-        (lambda r: None, {"top_k": None}, "does not say how many experts a token takes"),
+        (lambda r: None, {"top_k": None}, "does not say how many experts each token uses"),
         (
             lambda r: r[1][20].update({1: r[1][20][1][:, :3]}),
             {},
@@ -986,7 +986,7 @@ def loads_of(trace: Trace) -> list[np.ndarray]:
     [
         ("ppall", "files of 2 ranks: give --pipeline-stages"),
         ("capacity", "no call of a router: .* capacity factor"),
-        ("tpe", "does not say how many experts a token takes"),
+        ("tpe", "does not say how many experts each token uses"),
     ],
 )
 def test_real_files_that_cannot_say_are_refused(name: str, line: str, tmp_path: Path):

@@ -396,7 +396,7 @@ def test_links_outside_and_pipes_are_refused(name: str, kind: str, tmp_path: Pat
         (root / name).symlink_to(moved)
     else:
         os.mkfifo(root / name)
-    said = "outside of" if kind == "link" else "no plain file|no trace at|is missing|routing"
+    said = "outside of" if kind == "link" else "not a regular file|no trace at|is missing|routing"
     with pytest.raises(MoeInspectError, match=said):
         open_trace(root).routing(router=0)
     with pytest.raises(MoeInspectError, match=said):  # noqa: PT012

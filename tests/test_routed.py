@@ -51,10 +51,10 @@ def test_an_sglang_payload_is_raw_int32():
     ("payload", "said"),
     [
         (None, "is NoneType"),
-        ("%%%", "is no base64"),
-        ("é", "is no base64"),
-        (base64.b64encode(b"nothing").decode(), "is no .npy"),
-        (npy(np.zeros((2, 2, 2), np.float32)), "no .npy of integers"),
+        ("%%%", "is not base64"),
+        ("é", "is not base64"),
+        (base64.b64encode(b"nothing").decode(), "is not a .npy"),
+        (npy(np.zeros((2, 2, 2), np.float32)), "not a .npy file of integers"),
         (npy(np.zeros((2, 2), np.uint8)), "has shape"),
         (npy(np.zeros((2, 2, 2), np.uint8))[:-4], "declares"),
         (

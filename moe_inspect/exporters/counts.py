@@ -37,8 +37,8 @@ SUMS = ("count", "first_choice", "weight_sum")
 
 @exporter("counts", writes="load by expert and domain (.csv, .json, .parquet)")
 def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
-    """A row an expert, router and domain, also of experts without load: what pruning by use or by
-    gate weight starts from."""
+    """A row per expert, router and domain, also of experts without load: the input of pruning by
+    load or by gate weight."""
     columns: dict[str, list[Any]] = {name: [] for name in COUNTS.names}
     for r, (router, of_domain) in enumerate(zip(trace.routers, sums_by_domain(trace), strict=True)):
         for domain, sums in sorted(of_domain.items()):

@@ -21,8 +21,8 @@ from moe_inspect.trace.reader import Trace
 
 @exporter("long-parquet", writes="one row per assignment")
 def long_parquet(trace: Trace, output: Path) -> None:
-    """A row an assignment, with all that is known of its token: for a quick look in any tool, at
-    several times the trace's size."""
+    """A row per assignment, with all that is known of its token, for a quick look in any tool.
+    Several times the trace's size."""
     need_decisions(trace, "long-parquet")
     facts = [f for f in schema.TOKENS if f.name != "token"]
     kinds = [

@@ -31,7 +31,8 @@ def sglang(trace: Trace, output: Path) -> None:
     sizes = {r.experts for r in trace.routers}
     if len(sizes) > 1 or len({r.layer for r in trace.routers}) < len(trace.routers):
         raise MoeInspectError(
-            "SGLang places layers of one router and of as many experts each: this model has others"
+            "SGLang needs one router per layer, all with the same number of experts: "
+            "this model differs"
         )
     config = trace.manifest.get("model", {}).get("config") or {}
     stated = next(

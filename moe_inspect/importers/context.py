@@ -30,7 +30,7 @@ NO_ID = -1  # a token whose vocabulary id the source does not say
 
 @dataclass(frozen=True)
 class ImportSource:
-    """A file or folder, and the label that its tokens get (None: the importer's own)."""
+    """A file or folder, and the label of its tokens (None: the importer chooses one)."""
 
     path: Path
     domain: str | None
@@ -38,8 +38,12 @@ class ImportSource:
 
 @dataclass
 class ImportContext:
-    """`experts`, `top_k`, `pipeline_stages`: said by the user where neither the file nor a config
-    says so. `read` is told of bytes, `warn` of what is odd."""
+    """What an importer is given.
+
+    facts: of the model, from its config, where the user gave one.
+    experts, top_k, pipeline_stages: the user's, where neither files nor a config give them.
+    warn: is called with a line for each oddity.
+    read: is called with the number of bytes read since the last call."""
 
     sources: list[ImportSource]
     facts: ModelFacts | None = None
@@ -50,8 +54,8 @@ class ImportContext:
     read: Callable[[int], None] = lambda n: None
 
     def files(self, pattern: str, what: str) -> list[tuple[Path, ImportSource]]:
-        """Files whose name matches, in the folders of the sources and their subfolders; a source
-        that is a file is taken whatever its name is."""
+        """Files whose name matches, in the sources' folders and their subfolders; a source that is
+        a file is taken whatever its name is. `what`: what they are, for the error."""
         found: list[tuple[Path, ImportSource]] = []
         for source in self.sources:
             if source.path.is_dir():
@@ -70,7 +74,7 @@ class ImportContext:
         return found
 
     def lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        """(number from 1, line), empty ones left out."""
+        """(number from 1, line) of each line that is not empty."""
         with open(path, "rb") as file:
             number = 0
             while line := file.readline(MOST_LINE_BYTES):
@@ -78,7 +82,7 @@ class ImportContext:
                 if len(line) == MOST_LINE_BYTES:
                     raise MoeInspectError(
                         f"{path} line {number} is over {MOST_LINE_BYTES:,} bytes long: it is not "
-                        "what it should be"
+                        "a file of this format"
                     )
                 self.read(len(line))
                 if not line.isspace():
@@ -93,20 +97,20 @@ class ImportContext:
     def json(self, path: Path) -> Any:
         if (size := path.stat().st_size) > MOST_JSON_BYTES:
             raise MoeInspectError(
-                f"{path} is one JSON value of {size:,} bytes, over {MOST_JSON_BYTES:,}: write an "
-                "object a line"
+                f"{path} is one JSON value of {size:,} bytes, over {MOST_JSON_BYTES:,}: write one "
+                "object per line"
             )
         self.read(size)
         return parsed(path.read_bytes(), str(path))
 
     def known_top_k(self, where: object) -> int:
-        """k, where every router has the same and the file says nothing."""
+        """top-k, the same for all routers, where the file does not give it."""
         stated = (
             {self.top_k} if self.top_k else set(self.facts.top_k.values()) if self.facts else set()
         )
         if len(stated) != 1:
             raise MoeInspectError(
-                f"{where} does not say how many experts a token takes: give --model, --config or "
+                f"{where} does not say how many experts each token uses: give --model, --config or "
                 "--top-k"
             )
         return stated.pop()
@@ -129,8 +133,7 @@ class ImportContext:
     def routers_of(
         self, layers: Iterable[int], experts: int, top_k: int, where: object
     ) -> list[Router]:
-        """A router for each block. What the config says otherwise is an error: it is another
-        model's."""
+        """A router for each block. MoeInspectError where the config disagrees."""
         layers = sorted(layers)
         if not layers:
             raise MoeInspectError(f"{where} holds no decisions")
@@ -141,8 +144,8 @@ class ImportContext:
             or len(layers) > MOST_LAYERS
         ):
             raise MoeInspectError(
-                f"{where}: {top_k} of {experts} experts in layers {layers[0]}-{layers[-1]} is no "
-                "model's"
+                f"{where}: {top_k} of {experts} experts in layers {layers[0]}-{layers[-1]} is "
+                "not possible"
             )
         if self.facts is None:
             return [Router(layer, "experts", f"layers.{layer}", experts, top_k) for layer in layers]
@@ -156,15 +159,15 @@ class ImportContext:
             if stated != (experts, top_k):
                 raise MoeInspectError(
                     f"{where}: {top_k} of {experts} experts in layer {layer}, {stated[1]} of "
-                    f"{stated[0]} in {self.facts.id}: is the config the model's?"
+                    f"{stated[0]} in {self.facts.id}: is it the config of this model?"
                 )
         return [r for r in self.facts.routers() if r.layer in set(layers)]
 
 
 @dataclass(frozen=True)
 class Imported:
-    """`batches` in the order of the trace. `notes` go into the manifest: what the source did not
-    say."""
+    """What an importer gives back. `batches`: in the order of the trace. `notes`: what the source
+    does not say, for the manifest."""
 
     routers: list[Router]
     batches: Iterator[RoutedBatch | CountedBatches]
@@ -178,7 +181,7 @@ def parsed(data: bytes, where: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise MoeInspectError(f"{where} is no JSON: {first_line(error)}") from None
+        raise MoeInspectError(f"{where} is not JSON: {first_line(error)}") from None
 
 
 def parsed_object(data: bytes, where: str) -> dict[str, Any]:
@@ -189,7 +192,7 @@ def parsed_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def integer(value: Any, where: str, low: int = 0, high: int = 2**31 - 1) -> int:
-    """`value`, if it is a number of that range. `where` names the file and the field."""
+    """`value`, if it is an integer of that range. `where`: file and field, for the error."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise MoeInspectError(
             f"{where} is {str(value)[:60]!r}, not a number from {low:,} to {high:,}"
@@ -204,7 +207,7 @@ def integers(
     low: int = 0,
     high: int = 2**31 - 1,
 ) -> np.ndarray:
-    """int64 of nested lists of numbers of that range. None in `shape`: any length."""
+    """int64 array of nested lists of integers of that range. None in `shape`: any length."""
     try:
         array = np.array(values) if isinstance(values, list) else None
     except (ValueError, OverflowError, RecursionError):  # ragged
@@ -213,7 +216,7 @@ def integers(
         array = np.zeros([extent or 0 for extent in shape], np.int64)
     if array is None or array.dtype.kind not in "iu" or len(array.shape) != len(shape):
         raise MoeInspectError(
-            f"{where} is no {len(shape)}-dimensional list of integers: {str(values)[:40]!r}"
+            f"{where} is not a {len(shape)}-dimensional list of integers: {str(values)[:40]!r}"
         )
     if any(wanted not in (None, found) for wanted, found in zip(shape, array.shape, strict=True)):
         raise MoeInspectError(
@@ -227,7 +230,7 @@ def integers(
 
 
 class Numbering:
-    """Numbers documents, sequences, batches and domains as they come."""
+    """Assigns numbers to documents, sequences, batches and domains in order of appearance."""
 
     def __init__(self) -> None:
         self.documents = self.sequences = self.batches = 0
@@ -240,7 +243,7 @@ class Numbering:
             if len(self._code) >= MOST_DOMAINS:
                 raise MoeInspectError(
                     f"over {MOST_DOMAINS:,} domains, {label[:40]!r} the last: does the field "
-                    "name documents?"
+                    "hold names of documents?"
                 )
             self._code[label] = len(self._code)
             self.domains = (*self.domains, label)
@@ -249,8 +252,8 @@ class Numbering:
     def document(
         self, domain: str, source: str, tokens: int, name: str | None = None
     ) -> tuple[int, list[Document]]:
-        """Its number, and its row where it is new. Documents of one `name` are one, of several
-        sequences."""
+        """The document's number, and its row where it is new. Sequences with the same `name` belong
+        to one document."""
         if name is not None and (domain, name) in self._named:
             return self._named[domain, name], []
         number, self.documents = self.documents, _below_int32(self.documents + 1)
@@ -319,8 +322,8 @@ def batch_of_counts(
     first_choice: list[np.ndarray] | None = None,
     weight_sum: list[np.ndarray] | None = None,
 ) -> CountedBatches:
-    """Counts [D, E] of each router. As many tokens as the fullest router needs, domain by
-    domain."""
+    """A batch of counts [D, E] of each router. The number of tokens, which sources of counts do not
+    give, is the smallest that each domain's largest router needs."""
     tokens_D = np.zeros(len(domains), np.int64)
     for load_DE, router in zip(load_LDE, routers, strict=True):
         tokens_D = np.maximum(tokens_D, -(-load_DE.sum(1) // router.top_k))
@@ -330,13 +333,13 @@ def batch_of_counts(
 
 
 def windows_of(n: int, most: int = WINDOWS) -> np.ndarray:
-    """int64 [n]: which window each of n steps falls in: at most `most`, of like size, in order."""
+    """int64 [n]: the window of each of n steps; at most `most` windows, of about equal size."""
     return np.arange(n) * min(n, most) // max(n, 1)
 
 
 def one_ranks_experts(load_LE: np.ndarray) -> tuple[int, int] | None:
-    """(first, last) where only a contiguous block of at most half of the experts has load, in all
-    layers alike: what one rank of an expert-parallel model sees if nobody adds the ranks up."""
+    """(first, last) where only a contiguous block of at most half of the experts has load, the same
+    in all layers: what one rank of an expert-parallel model counts."""
     E = load_LE.shape[1]
     there = np.nonzero(load_LE.any(0))[0]
     if not len(there) or E < 4 or there[-1] - there[0] + 1 > E // 2:

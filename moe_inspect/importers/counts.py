@@ -1,5 +1,5 @@
-"""Counts of any origin: CSV, JSON (a list of objects, an object a line, or an object of columns) or
-Parquet with the columns layer, expert, count (or assignments), and where there are such router,
+"""Counts of any origin: CSV, JSON (a list of objects, an object per line, or an object of columns)
+or Parquet with the columns layer, expert, count (or assignments), and where there are such router,
 domain, first_choice, weight_sum, experts, top_k.
 
 D domains, E experts.
@@ -49,7 +49,7 @@ SUMS = ("count", "first_choice", "weight_sum")
 
 @dataclass
 class Sums:
-    """What the rows of one (layer, router) come to: domain → expert → sum, by column."""
+    """Sums over the rows of one (layer, router), per column: domain → expert → sum."""
 
     of: dict[str, dict[str, dict[int, float]]] = field(
         default_factory=lambda: {name: {} for name in SUMS}
@@ -152,7 +152,7 @@ def _router(context: ImportContext, layer: int, s: Sums, where: Path) -> Router:
         experts = (
             context.facts.experts.get(layer, 0)
             if context.facts and not context.experts
-            else context.known_experts(f"{where}: layer {layer} lists not every expert and")
+            else context.known_experts(f"{where}: layer {layer} does not list every expert and")
         )
     top_k = (
         s.stated["top_k"].pop()
@@ -170,7 +170,7 @@ def _router(context: ImportContext, layer: int, s: Sums, where: Path) -> Router:
 
 
 def _tables(context: ImportContext, path: Path) -> Iterator[pa.Table]:
-    """Some rows at a time, of integers, floats and strings under our names."""
+    """The rows, some at a time, as integers, floats and strings with our column names."""
     try:
         if path.suffix == ".csv":
             with open(path, "rb") as opened, pyarrow.csv.open_csv(opened) as reader:
@@ -218,7 +218,7 @@ def _json_table(context: ImportContext, path: Path) -> pa.Table:
     if isinstance(value, dict):
         return pa.Table.from_pylist([value])
     raise MoeInspectError(
-        f"{path} is no list of objects with layer, expert and count: {json.dumps(value)[:40]}"
+        f"{path} is not a list of objects with layer, expert and count: {json.dumps(value)[:40]}"
     )
 
 

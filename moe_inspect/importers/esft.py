@@ -1,6 +1,5 @@
-"""ESFT's text: `expert_weights_{layer}.txt`, a line a sequence: ids, two tabs, gate weights.
-DeepSeek-V2-Lite unless a config says
-otherwise: 6 of 64.
+"""ESFT's text: `expert_weights_{layer}.txt`, a line per sequence: ids, two tabs, gate weights. 6 of
+64 experts (DeepSeek-V2-Lite) unless a config says otherwise.
 
 T tokens, K slots.
 """
@@ -45,7 +44,7 @@ def esft(context: ImportContext) -> Imported:
         found = NAME.fullmatch(path.name)
         if found is None:
             raise MoeInspectError(
-                f"{path} is not named expert_weights_<layer>.txt: which layer is it of?"
+                f"{path} is not named expert_weights_<layer>.txt: which layer is it from?"
             )
         tasks.setdefault(path.parent, {})[int(found[1])] = path
         folder = path.absolute().parent
@@ -84,7 +83,7 @@ def _task(
     paths: list[Path],
     routers: list[Router],
 ) -> Iterator[RoutedBatch]:
-    """The files of all layers in step, some lines at a time."""
+    """Reads the files of all layers side by side, some lines at a time."""
     code = numbers.domain(domain)
     readers = [context.lines(path) for path in paths]
     while first := _lines(readers[0], CHUNK_BYTES):
@@ -146,7 +145,7 @@ def _parsed(
         if not gap or n != m or n % k:
             said = f"{n} ids and {m if gap else 0} weights"
             raise MoeInspectError(
-                f"{path} line {number} has {said}: not {k} a token of each, with two tabs "
+                f"{path} line {number} has {said}: not {k} per token of each, with two tabs "
                 "between them"
             )
         left.append(ids)
@@ -175,13 +174,13 @@ def _numbers(parts: list[bytes], kind: pa.DataType) -> np.ndarray:
 
 
 def _wrong_line(lines: list[tuple[int, bytes]], path: Path) -> str:
-    """Which line it was, and what in it is no number."""
+    """Names the first line that holds something else than numbers."""
     for number, line in lines:
         for text in line.split():
             try:
                 float(text)
                 if b"." not in text and not 0 <= int(text) < 2**16:
-                    return f"{path} line {number} holds {text[:40]!r}, which is no expert's id"
+                    return f"{path} line {number} holds {text[:40]!r}, which is not an expert id"
             except ValueError:
-                return f"{path} line {number} holds {text[:40]!r}, which is no number"
-    return f"{path} lines {lines[0][0]}-{lines[-1][0]} hold what is no number"
+                return f"{path} line {number} holds {text[:40]!r}, which is not a number"
+    return f"{path} lines {lines[0][0]}-{lines[-1][0]} hold something that is not a number"

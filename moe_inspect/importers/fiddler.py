@@ -1,6 +1,6 @@
-"""Fiddler's popularity of Mixtral's experts: one JSON a subject, {"total_input_tokens",
-"expert_popularity": [[count × 8] × 32]}. Its token count is of words: a row's sum ÷ 2 is what there
-was.
+"""Fiddler's popularity of Mixtral's experts: a JSON file per subject, {"total_input_tokens",
+"expert_popularity": [[count × 8] × 32]}. The file counts words; the number of tokens is a row's
+sum ÷ 2.
 """
 
 from __future__ import annotations

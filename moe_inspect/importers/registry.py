@@ -57,7 +57,7 @@ def formats() -> dict[str, Format]:
 
 
 def sniff(sources: list[ImportSource]) -> str:
-    """The format of the first source, by its first file that any format knows."""
+    """The format of the first source, by its first file that any format recognises."""
     path = sources[0].path
     files = sorted(p for p in path.rglob("*") if p.is_file())[:1000] if path.is_dir() else [path]
     for file in files:
@@ -73,5 +73,5 @@ def sniff(sources: list[ImportSource]) -> str:
 
 
 def named(path: Path) -> str:
-    """The domain of a file without a label: its name."""
+    """The domain of a file without a label: the file's name."""
     return path.name.split(".")[0] or path.name

@@ -37,7 +37,7 @@ from moe_inspect.importers.routed import (
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
-WARM_UP = 1000  # identical rows in a row are no text
+WARM_UP = 1000  # consecutive identical rows: text does not repeat so
 NPY_BASE64 = b"k05VTVBZ"
 STARTS = (
     "start",
@@ -148,7 +148,7 @@ def _chained(first: Response, rest: Iterator[Response]) -> Iterator[Response]:
 
 
 def _stated_routers(context: ImportContext, first: Response) -> list[Router]:
-    """Without a config: every block, if none reads as a dense one does."""
+    """The routers, without a config: one per block, if none looks dense."""
     where, routed_TBK = first.where, first.routed_TBK
     experts = context.known_experts(where)
     if dense := dense_blocks(routed_TBK):
@@ -164,7 +164,7 @@ def _arriving(
     files: list[tuple[Path, ImportSource]],
     decode: Callable[[dict[str, Any], str], np.ndarray],
 ) -> Iterator[Response]:
-    """Responses without padding; the user is told at the end how much was left out."""
+    """Responses without padding. Warns at the end of how much was left out."""
     padded, rows, without = 0, 0, 0
     for path, source in files:
         if path.suffix == ".npy":
@@ -206,7 +206,7 @@ def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | N
     first: None stands for each of the others."""
     choices = written.get("choices", [written])
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-        raise MoeInspectError(f"{where}: choices is no list of objects")
+        raise MoeInspectError(f"{where}: choices is not a list of objects")
     found = written.get("sglext")
     extension: dict[str, Any] = found if isinstance(found, dict) else {}
     for n, choice in enumerate(choices):
@@ -231,8 +231,8 @@ def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | N
 
 
 def _bare(context: ImportContext, path: Path) -> dict[str, Any]:
-    """An array alone is a prompt; its token ids may be beside it, in `NAME.token_ids.npy`, with or
-    without that of the last token, which is never fed."""
+    """The array of a `.npy`, which is a prompt. Its token ids may be beside it, in
+    `NAME.token_ids.npy`, with or without that of the last token, which is never fed."""
     context.read(path.stat().st_size)
     fields: dict[str, Any] = {"array": array_of_npy(path.read_bytes(), str(path))}
     beside, rows = path.with_suffix(".token_ids.npy"), len(fields["array"])
@@ -337,7 +337,7 @@ def array_of_npy_1d(path: Path) -> np.ndarray:
     dtype, _, shape, start = npy_header(data[:4096], str(path))
     if len(shape) != 1 or npy_bytes(dtype, shape) != len(data) - start:
         raise MoeInspectError(
-            f"{path} is no list of token ids: it declares {shape} of {dtype} and holds "
+            f"{path} is not a list of token ids: it declares {shape} of {dtype} and holds "
             f"{len(data) - start:,} bytes"
         )
     return np.frombuffer(data, dtype, offset=start)

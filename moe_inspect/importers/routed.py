@@ -1,4 +1,4 @@
-"""The routed experts that vLLM and SGLang hand back with a response: their encodings, their traps.
+"""The routed experts that vLLM and SGLang return with a response: decoding and checks.
 
 T tokens, B blocks of the model (dense ones too), L routers, K slots, E experts.
 """
@@ -33,17 +33,17 @@ def decode_sglang(text: object, blocks: int, top_k: int, where: str) -> np.ndarr
     if len(data) % (4 * blocks * top_k):
         raise MoeInspectError(
             f"{where} is {len(data):,} bytes: no whole number of tokens of {blocks} layers × "
-            f"{top_k} experts × 4 bytes; is the config the model's?"
+            f"{top_k} experts × 4 bytes; is it the config of this model?"
         )
     return np.frombuffer(data, "<i4").reshape(-1, blocks, top_k)
 
 
 def array_of_npy(data: bytes, where: str) -> np.ndarray:
-    """A `.npy` of integers [T, B, K] in memory. What the header declares must be what follows it,
-    before anything is made of it."""
+    """A `.npy` of integers [T, B, K] in memory. The declared size must be that of the data, which
+    is checked before anything is allocated."""
     dtype, fortran, shape, start = npy_header(data[:4096], where)
     if len(shape) != 3 or 0 in shape[1:]:
-        raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts a token]")
+        raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts per token]")
     if npy_bytes(dtype, shape) != len(data) - start:
         raise MoeInspectError(
             f"{where} declares {shape} of {dtype}, {npy_bytes(dtype, shape):,} bytes, and holds "
@@ -58,10 +58,10 @@ def npy_header(head: bytes, where: str) -> tuple[np.dtype, bool, tuple[int, ...]
     starts."""
     version = head[6:8]
     if head[:6] != NPY_MAGIC or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
-        raise MoeInspectError(f"{where} is no .npy: it begins with {head[:8]!r}")
+        raise MoeInspectError(f"{where} is not a .npy file: it begins with {head[:8]!r}")
     width = 2 if version == b"\x01\x00" else 4
     end = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
-    # of what a header may be in Python's grammar only what NumPy writes of an array is read
+    # only headers as NumPy writes them, not all that Python's grammar allows
     found = re.fullmatch(
         rb"\{'descr': '([<|>=]?[iub]\d)', 'fortran_order': (False|True), 'shape': (\([\d, "
         rb"]{0,80}\)), \}\s*",
@@ -69,14 +69,17 @@ def npy_header(head: bytes, where: str) -> tuple[np.dtype, bool, tuple[int, ...]
     )
     if found is None or len(head) < end:
         raise MoeInspectError(
-            f"{where} is no .npy of integers: its header is {head[8 + width : min(end, 140)]!r}"
+            f"{where} is not a .npy file of integers: its header is "
+            f"{head[8 + width : min(end, 140)]!r}"
         )
     try:
         dtype, shape = np.dtype(found[1].decode()), ast.literal_eval(found[3].decode())
     except (TypeError, ValueError, SyntaxError):
         dtype, shape = np.dtype(object), None
     if dtype.kind not in "iu" or not isinstance(shape, tuple):
-        raise MoeInspectError(f"{where} is no .npy of integers: its header is {found[0][:120]!r}")
+        raise MoeInspectError(
+            f"{where} is not a .npy file of integers: its header is {found[0][:120]!r}"
+        )
     return dtype, found[2] == b"True", shape, end
 
 
@@ -98,13 +101,14 @@ def select_routers(
     T, B, K = routed_TBK.shape
     if blocks is not None and blocks != B:
         raise MoeInspectError(
-            f"{where} has {B} layers, the model's config {blocks}: is it the model's?"
+            f"{where} has {B} layers, the model's config {blocks}: is it the config of this model?"
         )
     if T > MOST_TOKENS:
         raise MoeInspectError(f"{where} has {T:,} tokens, more than any response ({MOST_TOKENS:,})")
     if (widest := max(r.top_k for r in routers)) > K:
         raise MoeInspectError(
-            f"{where} has {K} experts a token, the model's config {widest}: is it the model's?"
+            f"{where} has {K} experts per token, the model's config {widest}: "
+            "is it the config of this model?"
         )
     return [checked_ids(routed_TBK[:, r.layer], r, f"{where}, layer {r.layer}") for r in routers]
 
@@ -116,7 +120,7 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str, first_row: int =
     E, k = router.experts, router.top_k
     if ids_TK.shape[1] > k:
         if (ids_TK[:, k:] != -1).any():
-            raise MoeInspectError(f"{where} chooses {ids_TK.shape[1]} experts a token, not {k}")
+            raise MoeInspectError(f"{where} chooses {ids_TK.shape[1]} experts per token, not {k}")
         ids_TK = ids_TK[:, :k]
     dtype = np.uint8 if E < 256 else np.uint16  # 256 experts leave uint8 no value for "nowhere"
     if not ids_TK.size:
@@ -142,7 +146,7 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str, first_row: int =
 
 
 def repeats(ids_TK: np.ndarray) -> np.ndarray:
-    """bool [T]: whether an expert is twice in a decision; slots of −1 do not count."""
+    """bool [T]: whether a decision has an expert twice; slots of −1 are ignored."""
     twice_T = np.zeros(len(ids_TK), bool)
     if ids_TK.shape[1] <= 12:  # pairs of columns beat sorting so few
         columns = [np.ascontiguousarray(ids_TK[:, j]) for j in range(ids_TK.shape[1])]
@@ -161,8 +165,8 @@ def _repeats_by_sorting(ids_TK: np.ndarray) -> np.ndarray:
 
 
 def dense_blocks(routed_TBK: np.ndarray) -> list[int]:
-    """Blocks in which every token has the same id in all slots, as a buffer that nobody wrote
-    does."""
+    """Blocks in which every token has the same id in all slots, as in a buffer that was never
+    written."""
     if not len(routed_TBK):
         return []
     same_B = (routed_TBK == routed_TBK[:1, :, :1]).all((0, 2))
@@ -209,4 +213,4 @@ def _unbase64(text: object, where: str) -> bytes:
     try:
         return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise MoeInspectError(f"{where} is no base64: {first_line(error)}") from None
+        raise MoeInspectError(f"{where} is not base64: {first_line(error)}") from None

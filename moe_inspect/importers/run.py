@@ -1,5 +1,5 @@
-"""Foreign files → a trace: what `moe-inspect import` calls. It is written beside its place and
-moved there when it is whole."""
+"""Files of another tool → a trace: what `moe-inspect import` calls. The trace is written in a
+temporary directory beside the output and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
 
-ONE_RANK_TOKENS = 256  # so many tokens that keep to half of the experts do not do so by chance
+ONE_RANK_TOKENS = 256  # that so many tokens use only half of the experts is no chance
 
 
 def import_trace(
@@ -48,16 +48,25 @@ def import_trace(
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Trace:
-    """Imports files of another tool as a trace at `out`.
+    """Imports files of another tool as a trace at `out`, and returns the trace.
 
-    format        a name of FORMATS, or "auto": by the looks of the first file, told to `warn`
-    sources       files and folders, each optionally behind DOMAIN=
-    model         a hub id, a directory, a config.json or "demo": gives experts, top-k, which layers
-    are dense, and the vocabulary experts, top_k  where neither the files nor a config say so
-    pipeline_stages  of a Megatron run whose files number layers from 0 in each stage; takes `model`
-    where it is over 1 progress      called with (bytes read, bytes in all)
+    Args:
+        format: a name of `importers.MODULES`, or "auto": recognised by the first file.
+        sources: files and folders. "DOMAIN=PATH" labels the tokens of one.
+        out: the directory to write.
+        model: a hub id, a directory, a config.json or "demo", for what the files leave out: number
+            of experts, top-k, which layers are dense, the vocabulary.
+        experts: experts per layer, where neither the files nor a config give it.
+        top_k: experts per token, where neither the files nor a config give it.
+        pipeline_stages: of a Megatron run whose files number layers from 0 in each stage; more than
+            one needs `model`.
+        overwrite: replace a trace at `out`.
+        progress: called with (bytes read, bytes in all).
+        warn: called with a line for each oddity; by default `warnings.warn`.
 
-    Raises MoeInspectError for what the caller can mend; nothing is left at `out` then."""
+    Raises:
+        MoeInspectError: the user can mend it. Nothing is left at `out` then.
+    """
     warn = warn or (lambda line: warnings.warn(line, stacklevel=3))
     out = Path(out)
     check_directory(out, overwrite, resumable=False)
@@ -65,7 +74,7 @@ def import_trace(
     try:
         if format == "auto":
             format = sniff(listed)
-            warn(f"taken for {format}: {formats()[format].reads.replace('`', '')}")
+            warn(f"recognised as {format}: {formats()[format].reads.replace('`', '')}")
         if format not in formats():
             raise MoeInspectError(f"no format {format!r}: there are {', '.join(formats())}, auto")
         if pipeline_stages is not None and format != "megatron":
@@ -98,8 +107,7 @@ def import_trace(
 def _read(
     batches: Iterator[RoutedBatch | CountedBatches], sources: list[ImportSource]
 ) -> Iterator[RoutedBatch | CountedBatches]:
-    """Passes them on: what fails while they are read is the sources' fault, not the disk's that
-    they are written to."""
+    """Passes batches on. An OSError here is of the sources, not of the disk that is written to."""
     try:
         yield from batches
     except OSError as error:
@@ -111,9 +119,9 @@ def _unread(error: OSError, sources: list[ImportSource]) -> MoeInspectError:
 
 
 def _source(text: str | Path) -> ImportSource:
-    label, equals, place = str(text).partition("=")
+    label, equals, path = str(text).partition("=")
     if equals and label and "/" not in label and not Path(str(text)).exists():
-        return ImportSource(Path(place), label)
+        return ImportSource(Path(path), label)
     return ImportSource(Path(text), None)
 
 
@@ -169,12 +177,11 @@ def _write(
     vocabulary: pa.Table | None,
     manifest: dict[str, Any],
 ) -> None:
-    place = out.resolve() if out.is_symlink() else out
-    _clear_drafts(place)
-    draft = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with hold(
-        draft, wait=True
-    ) as lock:  # another import may be looking whether anybody is at work there
+    target = out.resolve() if out.is_symlink() else out
+    _clear_drafts(target)
+    draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    # another import may be checking whether somebody is at work there
+    with hold(draft, wait=True) as lock:
         try:
             with TraceWriter(
                 draft,
@@ -184,22 +191,20 @@ def _write(
                 logits=imported.logits,
                 counts_only=imported.counts_only,
                 vocabulary=vocabulary,
-                shard_seconds=float(
-                    "inf"
-                ),  # shards by size alone: the same files make the same trace
+                shard_seconds=float("inf"),  # shards by size alone: same files, same trace
                 lock=lock,
             ) as writer:
                 for batch in batches:
                     writer.write(batch)
-            claim_directory(place, overwrite, resumable=False).release()
-            os.replace(draft, place)
-            lock.root = place
-            sync_directory(place.parent)
+            claim_directory(target, overwrite, resumable=False).release()
+            os.replace(draft, target)
+            lock.root = target
+            sync_directory(target.parent)
         except (OSError, MoeInspectError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             if isinstance(
                 cause, OSError
-            ):  # the writer speaks of resuming, which an import does not
+            ):  # the writer's message offers --resume, which is not here
                 raise MoeInspectError(
                     f"cannot write {out}: {first_line(cause)}; nothing was imported"
                 ) from None
@@ -209,12 +214,12 @@ def _write(
                 _remove(draft)
 
 
-def _clear_drafts(place: Path) -> None:
-    """Removes what imports to the same place left beside it when they were killed."""
-    name = re.compile(rf"\.{re.escape(place.name)}\.\d+(-[0-9a-f]+)?\.tmp")
-    for draft in list(place.parent.iterdir()) if place.parent.is_dir() else ():
+def _clear_drafts(target: Path) -> None:
+    """Removes temporary directories of killed imports to the same directory."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.\d+(-[0-9a-f]+)?\.tmp")
+    for draft in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         if name.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
-            # one whose process is at work is left alone, and one that holds what no trace does
+            # left alone: one whose process is at work, and one that holds other files
             with contextlib.suppress(MoeInspectError), claim_directory(draft, overwrite=True):
                 _remove(draft)
 
@@ -230,8 +235,8 @@ def _remove(draft: Path) -> None:
 def watched(
     imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str], None]
 ) -> Iterator[RoutedBatch | CountedBatches]:
-    """Passes batches on; refuses token ids beyond the vocabulary, and warns of what no whole dump
-    of a router looks like."""
+    """Passes batches on. Refuses token ids beyond the vocabulary; warns where only one rank's
+    experts are ever chosen."""
     routers = imported.routers
     there = [np.zeros(r.experts, bool) for r in routers]
     tokens = 0
@@ -248,7 +253,7 @@ def watched(
             ):
                 raise MoeInspectError(
                     f"token id {int(batch.token_id.max())} of a vocabulary of "
-                    f"{len(vocabulary):,}: is the config the model's?"
+                    f"{len(vocabulary):,}: is it the config of this model?"
                 )
             tokens += len(batch.token_id)
             for r, ids_TK in enumerate(batch.ids):

@@ -56,7 +56,9 @@ def tensorrt_llm(context: ImportContext) -> Imported:
         raise MoeInspectError(f"{context.sources[0].path} holds no rank<r>.safetensors")
     for path, _ in files:
         if NAME.fullmatch(path.name) is None:
-            raise MoeInspectError(f"{path} is not named rank<r>.safetensors: which rank is it of?")
+            raise MoeInspectError(
+                f"{path} is not named rank<r>.safetensors: which rank is it from?"
+            )
     raw = [f for f in files if "_raw" in f[0].name]
     paths = [p for p, _ in (raw or files)]
     domain = files[0][1].domain or paths[0].parent.resolve().name

@@ -47,8 +47,8 @@ class TraceHeader:
         return self.has_weights if not self.counts_only else self.imported
 
     def slots_to_order(self, router: int) -> tuple[list[str], list[str]] | None:
-        """The columns of experts and of weights whose order has to be looked at while they are
-        read."""
+        """The columns of experts and of weights whose slots have to be sorted while they are read;
+        None where the manifest states their order."""
         listed = self.stated_routers[router]
         if listed.slot_order or not self.has_weights or listed.top_k == 1:
             return None
@@ -62,13 +62,13 @@ class TraceHeader:
 
     @property
     def more_than_counts(self) -> str:
-        """How to get more than a trace of counts only has."""
+        """What to do to get decisions, of which this trace has counts only."""
         return (
             "import a recording of every token" if self.imported else "trace without --counts-only"
         )
 
     def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]:
-        """The routers meant: all, those of a layer, or one."""
+        """Indices of all routers, of those of a layer, or of one."""
         chosen = [
             i
             for i, r in enumerate(self.routers)

@@ -34,7 +34,7 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
             raise ValueError(f"it has over {MOST_MANIFEST_BYTES:,} bytes")
         manifest = parsed(data)
         if not isinstance(manifest, dict) or type(version := manifest.get("format")) is not int:
-            raise ValueError("it is no manifest: format is missing")
+            raise ValueError("it is not a manifest: format is missing")
     except ValueError as error:
         raise Damaged(path, str(error), schema.MANIFEST) from None
     if version != schema.FORMAT:

@@ -1,5 +1,5 @@
-"""Whether a trace can be written at a place, and making way for it there: nothing but the files of
-a trace is ever removed."""
+"""Checks and clears the output directory of a trace. Nothing but the files of a trace is ever
+removed."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from moe_inspect.trace.files.atomic import sync_directory
 from moe_inspect.trace.files.lock import LOCK, Lock, hold, refuse_while_locked
 from moe_inspect.trace.manifest import read_manifest, refuse_while_written
 
-# the manifest of a trace that is being removed: readers find no trace there any more
+# what the manifest of a trace that is being removed is renamed to: readers then find no trace
 OVERWRITTEN = ".overwritten.tmp"
 LIST = r"shards-\d+\.jsonl"
 PART = r"part-\d+-\d+\.parquet"
 DRAFT = rf"\.({re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST})\.tmp"
 OF_A_TRACE = re.compile(
-    rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}|{DRAFT}|{re.escape(OVERWRITTEN)}|{re.escape(LOCK)}"
+    rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}|{DRAFT}"
+    rf"|{re.escape(OVERWRITTEN)}|{re.escape(LOCK)}"
 )
 OF_A_TABLE = re.compile(rf"{PART}|\.{PART}\.tmp")
-TO_NAME = 3  # files, in a message
+TO_NAME = 3  # files named in a message
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a directory holds. `files`: what a trace has by these names, without its lock;
-    `strange`: what no trace has."""
+    """What a directory holds. `files`: files with names of a trace's, but its lock; `folders`: its
+    tables; `strange`: anything else."""
 
     root: Path
     files: list[str] = field(default_factory=list)
@@ -106,9 +107,9 @@ def contents(root: Path) -> Contents:
 def check_directory(
     path: Path, overwrite: bool, resumable: bool = True, locked: bool = False
 ) -> None:
-    """Sees to it that a new trace can be written at `path`, or refuses: an existing trace is
-    replaced only with `overwrite` (when there is something to replace it by, not before), anything
-    else never. `locked`: the caller holds the lock."""
+    """MoeInspectError where a new trace cannot be written at `path`. An existing trace may be
+    replaced with `overwrite`, anything else never; nothing is removed here. `locked`: the caller
+    holds the lock."""
     try:
         if path.exists() and not path.is_dir():
             raise MoeInspectError(f"{path} is a file: give a directory for the trace")
@@ -134,12 +135,12 @@ def check_directory(
 def claim_directory(
     path: Path, overwrite: bool, resumable: bool = True, shared: bool = False
 ) -> Lock:
-    """Locks `path` for a new trace and makes way for it. The lock is the caller's to release."""
+    """Locks `path` for a new trace and removes a trace that is to be overwritten. The caller
+    releases the lock."""
     lock = hold(path, shared=shared)
     try:
-        check_directory(
-            path, overwrite, resumable, locked=True
-        )  # another trace may have begun there meanwhile
+        # another trace may have begun there meanwhile
+        check_directory(path, overwrite, resumable, locked=True)
         clear_trace(path)
     except BaseException:
         lock.release()
@@ -148,9 +149,8 @@ def claim_directory(
 
 
 def clear_trace(root: Path) -> None:
-    """Removes the files of the trace at `root`, and only those. Its manifest goes first, then the
-    lists of shards: stopped in between, this leaves no trace, and whoever comes next goes on with
-    it."""
+    """Removes the files of the trace at `root`, and only those: its manifest first, then the lists
+    of shards. Stopped in between, it leaves no trace, and the next call completes it."""
     there = contents(root)
     _refuse_to_replace(there, overwrite=True)
     try:
@@ -188,8 +188,8 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
     if not overwrite:
         way_out = ", or go on with it by --resume" if resumable else ""
         raise MoeInspectError(
-            f"there is {'a trace' if is_trace else 'something'} at {path}: choose another place, "
-            f"or replace a trace with --overwrite (overwrite=True){way_out}"
+            f"there is {'a trace' if is_trace else 'something'} at {path}: choose another "
+            f"directory, or replace a trace with --overwrite (overwrite=True){way_out}"
         )
     others = (
         there.strange

@@ -1,7 +1,5 @@
-"""The Parquet files of a trace, opened and read: nothing of one is believed, or allocated, before
-it is checked.
-
-Whatever is wrong with a file is one line that names it (`Damaged`).
+"""Opens and reads the Parquet files of a trace. Sizes, types and checksums are checked before
+anything is allocated by them; whatever is wrong with a file is a `Damaged` that names it.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ MAY_BE_NULL = ("expert_", "weight_", "first_choice")
 
 @dataclass(frozen=True)
 class Stated:
-    """What is stated of a file elsewhere; None where nothing is."""
+    """What a shard's line or the manifest states of a file; None where it states nothing."""
 
     rows: int | None = None
     bytes: int | None = None
@@ -44,7 +42,7 @@ class Stated:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Whatever Arrow and the system raise while a file of a trace is read becomes one line."""
+    """Turns what Arrow and the system raise while a file of a trace is read into a `Damaged`."""
     try:
         yield
     except Damaged:
@@ -56,8 +54,8 @@ def reading(name: str) -> Iterator[None]:
 
 
 def open_part(path: Path | Remote, name: str, columns: pa.Schema, stated: Stated) -> pq.ParquetFile:
-    """A file of a trace, at `path`, after everything but its pages is checked; those are, by their
-    CRCs, as they are read."""
+    """Opens a file of a trace and checks everything but its pages, whose CRCs are checked when they
+    are read."""
     with reading(name):
         file = _source(path)
         _check_bytes(file, name, stated)
@@ -116,7 +114,7 @@ def _check_bytes(file: pa.NativeFile, name: str, stated: Stated) -> None:
     elif stated.footer_crc32 is not None and checksums.footer_crc32(file) != stated.footer_crc32:
         raise Damaged(
             name,
-            "its footer was changed after it was written (the CRC-32 in its line says so)",
+            "its footer was changed after it was written (its footer_crc32 differs)",
             name,
         )
 
@@ -131,8 +129,8 @@ def check_sha256(found: str, name: str, stated: Stated) -> None:
 
 
 def _check_size(file: pq.ParquetFile, name: str) -> None:
-    """A few kilobytes can decompress to gigabytes. The footer says to how many, before anything is
-    read."""
+    """Refuses row groups that decompress to more than their rows can take, as the footer states:
+    a few kilobytes can become gigabytes."""
     metadata = file.metadata
     table = name.partition("/")[0]
     most_rows = (
@@ -155,7 +153,7 @@ def _check_size(file: pq.ParquetFile, name: str) -> None:
         if not 0 <= group.total_byte_size <= 2 * width * group.num_rows + TEXT_BYTES:
             said = (
                 f"a row group of {group.num_rows:,} rows decompresses to "
-                f"{group.total_byte_size:,} bytes: no {table} take that many"
+                f"{group.total_byte_size:,} bytes, more than {table} can take"
             )
             raise Damaged(name, said, name)
 
@@ -233,8 +231,8 @@ def _check_text(table: pa.Table) -> None:
 
 
 def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
-    """token_id, token. A text that is stored once can be said a million times: the length of all is
-    known before they are copied."""
+    """token_id, token. A dictionary can repeat one long text a million times: the length of all is
+    checked before they are copied."""
     name = schema.VOCABULARY
     file = open_part(path, name, schema.VOCABULARY_SCHEMA, stated)
     with reading(name):

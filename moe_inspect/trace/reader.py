@@ -21,9 +21,9 @@ from moe_inspect.trace.shard_list import committed_shards
 
 
 class Trace(TraceHeader):
-    """A trace. Tables come as pandas DataFrames; large ones by router (`routing(layer=3)`), or by
-    shard (`for shard in trace.shards`), which is how everything that must not depend on the trace's
-    length reads them."""
+    """A trace on disk. Tables are pandas DataFrames; read large ones by router (`routing(layer=3)`)
+    or by shard (`for shard in trace.shards`), which keeps memory independent of the trace's
+    length."""
 
     def __init__(self, path: str | Path | Remote):
         where = location(path)
@@ -33,8 +33,7 @@ class Trace(TraceHeader):
         self._check_total()
 
     def _check_total(self) -> None:
-        """The manifest is written after the lines that it counts: lines that are lost are
-        missed."""
+        """Damaged where lines were lost: the manifest is written after the lines that it counts."""
         stated = (self.manifest.get("counts") or {}).get("tokens", 0)
         if self.n_tokens < stated:
             raise Damaged(

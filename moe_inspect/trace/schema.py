@@ -1,15 +1,4 @@
-"""The trace format: tables, columns, the manifest. DESIGN of a trace directory:
-
-TRACE/
-  trace.json                          the manifest
-  shards-<rank>.jsonl                 one line a committed part file, all lines of a shard in one
-  write routing/part-<rank>-<n>.parquet     one row a decision (token, router); one row group a
-  router tokens/part-<rank>-<n>.parquet      one row a token
-  documents/part-<rank>-<n>.parquet   one row a document, in the shard of its first token
-  logits/part-<rank>-<n>.parquet      only when asked for
-  counts/part-<rank>-<n>.parquet      instead of routing and tokens with --counts-only: one row
-  (router, domain, expert) vocabulary.parquet                  the whole vocabulary with its text
-"""
+"""The trace format's tables, columns and routers, as docs/trace-format.md specifies them."""
 
 from __future__ import annotations
 
@@ -53,7 +42,7 @@ VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())]
 
 @dataclass(frozen=True)
 class Router:
-    """One router of the model, as `trace.json` lists it. `layer` is the block index, `experts` and
+    """A router of the model, as `trace.json` lists it. `layer` is the block index, `experts` and
     `top_k` count routed experts only, `scoring` is how logits become scores ("softmax", "sigmoid",
     or "" where unknown). `stack` is "encoder" or "decoder" in a model that has both, else "": which
     tokens reach the router. `slot_order` is "weight" (slots are in descending gate weight: slot 0
@@ -81,14 +70,13 @@ class Router:
 
 
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:
-    """uint8 holds every id of at most 256 experts; the whole table takes the width of its largest
-    router."""
+    """Type of the expert columns: uint8 up to 256 experts, else uint16, by the largest router."""
     return pa.uint16() if any(r.experts > 256 for r in routers) else pa.uint8()
 
 
 def routing_schema(routers: Sequence[Router], weights: bool, nullable: bool = True) -> pa.Schema:
-    """`nullable`: whether a slot may have routed nowhere. A shard in which none has says so, which
-    costs a reader nothing and spares the writer a sixth of its time."""
+    """Columns of the routing table. `nullable`: whether a slot may have routed nowhere. Where none
+    has, columns that are not nullable save a sixth of the writer's time."""
     slots = range(max(r.top_k for r in routers))
     keys = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
     fields = [(f"expert_{j}", id_dtype(routers)) for j in slots]
@@ -139,16 +127,16 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     "batch": "the forward pass",
     "layer": "the model's block index, not the ordinal of the MoE layers",
     "router": "index into routers in trace.json: a block may have several",
-    "expert_j": "routed expert in slot j; null where the "
-    "slot routed nowhere. Slots are in descending "
-    "gate weight where the router's "
-    "slot_order is weight",
+    "expert_j": (
+        "routed expert in slot j; null where the slot routed nowhere. Slots are in descending gate "
+        "weight where the router's slot_order is weight"
+    ),
     "weight_j": "gate weight handed to the expert in slot j",
 }
 
 
 def fingerprint(value: Any) -> str:
-    """sha256 of a JSON value, independent of the order of its keys."""
+    """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
     ).hexdigest()

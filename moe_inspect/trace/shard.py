@@ -51,7 +51,7 @@ class Shard:
         return {}
 
     def tokens(self, columns: list[str] | None = None) -> pa.Table:
-        """The tokens table of this shard, in token order."""
+        """The tokens of this shard, in token order."""
         table = self.table("tokens", columns)
         if (
             "token_id" in table.column_names
@@ -63,8 +63,8 @@ class Shard:
         return table
 
     def counts(self) -> pa.Table:
-        """The counts of this shard: every row of an expert that its router has, and none
-        negative."""
+        """The counts of this shard. MoeInspectError for an expert that its router does not have,
+        and for negative counts."""
         table, routers = self.table("counts"), self.trace.routers
         router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
         experts_L = np.array([router.experts for router in routers])

@@ -39,8 +39,8 @@ class ShardFiles:
 
 
 def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[ShardFiles]:
-    """Every shard whose lines are all there, by rank and index. A last line without an end is an
-    uncommitted shard; any other that cannot be is damage."""
+    """Every shard with a line for each table, by rank and index. A last line without a line feed is
+    not committed; any other that is not possible is damage."""
     shards: list[ShardFiles] = []
     ranks = {
         int(m[1]): p
@@ -80,7 +80,7 @@ def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[Shar
 def _list(
     entry: dict[str, Any], line: bytes, rank: int, routers: int, found: dict[int, ShardFiles]
 ) -> None:
-    """Adds a line to the shard that it is of. ValueError where they do not agree."""
+    """Adds a line to its shard. ValueError where it contradicts another line."""
     table, index = entry["table"], entry["shard"]
     span: dict[str, Any] = {key: entry.get(key) for key in SPAN}
     # a trace that does not say so is one in which every router saw every token

@@ -1,7 +1,7 @@
 """The order of slots within a decision: descending gate weight, so that slot 0 holds the first
 choice.
 
-Many routers hand over their choices in another order (`topk(sorted=False)`, selection biases,
+Many routers return their choices in another order (`topk(sorted=False)`, selection biases,
 engines that sort by expert id). T decisions, K slots, E experts.
 """
 
@@ -17,9 +17,9 @@ BY_WEIGHT, UNKNOWN = "weight", "unknown"
 
 
 def descending(weights_KT: np.ndarray, nowhere_KT: np.ndarray | None = None) -> np.ndarray | None:
-    """The slots of each decision from the largest weight to the smallest: int64 [K, T], the slot
-    that comes n-th; None where all decisions are in that order already. Equal weights keep their
-    order; slots that routed nowhere (bool [K, T]) come last."""
+    """The slots of each decision from the largest weight to the smallest, int64 [K, T]; None where
+    all decisions are in that order already. Equal weights keep their order; slots that routed
+    nowhere (bool [K, T]) come last."""
     key_KT = (
         weights_KT if nowhere_KT is None else np.where(nowhere_KT, np.float32(-np.inf), weights_KT)
     )

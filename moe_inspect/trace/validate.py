@@ -26,7 +26,7 @@ def parsed(data: bytes) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no UTF-8: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def check_manifest(manifest: Any) -> None:
@@ -35,9 +35,9 @@ def check_manifest(manifest: Any) -> None:
     json_schema.checker("trace_json")(manifest)
     if "digest" in manifest and manifest["digest"] != checksums.digest(manifest):
         raise ValueError(
-            "it was changed after it was written (its digest says so): restore it, or delete the "
-            "key digest to have it believed. "
-            f"Free to edit are {', '.join(checksums.FREE_TEXT)}"
+            "it was changed after it was written (its digest differs): restore it, or delete the "
+            "key digest to accept the change. "
+            f"These values may be edited: {', '.join(checksums.FREE_TEXT)}"
         )
     experts = 0
     for r, router in enumerate(manifest["routers"]):
@@ -60,7 +60,7 @@ def line_keys() -> set[str]:
 def check_line(entry: Any, line: bytes, rank: int, routers: int, tables: list[str]) -> None:
     """ValueError for what a line of shards-<rank>.jsonl cannot say."""
     if isinstance(entry, dict) and "crc32" in entry and not checksums.is_intact(line):
-        raise ValueError("it was changed after it was written (its crc32 says so)")
+        raise ValueError("it was changed after it was written (its crc32 differs)")
     json_schema.checker("shard_line")(entry)
     table, path = entry["table"], entry["path"]
     if table not in tables:

@@ -1,4 +1,4 @@
-"""Megatron-LM's `tokens_per_expert/rank<r>.jsonl` (`--save-tokens-per-expert-interval`): a line an
+"""Megatron-LM's `tokens_per_expert/rank<r>.jsonl` (`--save-tokens-per-expert-interval`): a line per
 iteration and layer, with the tokens that each expert of that rank received in each microbatch, from
 every rank of its expert-parallel group.
 
@@ -143,7 +143,7 @@ def _halve_recomputed(
     load_WDLE[:, :, twice] //= 2
     context.warn(
         f"{files[0].path}: every count of {len(twice)} of {len(spots)} layers is there twice "
-        "(activations recomputed): each is taken once"
+        "(activations recomputed): each is counted once"
     )
 
 
@@ -155,7 +155,7 @@ def _run_name(path: Path) -> str:
 def _read(context: ImportContext, path: Path, source: ImportSource) -> Counts | None:
     """None of a file without a line."""
     if (rank := re.fullmatch(r"\D*(\d{1,9})\.jsonl", path.name)) is None:
-        raise MoeInspectError(f"{path} is not named rank<r>.jsonl: which rank is it of?")
+        raise MoeInspectError(f"{path} is not named rank<r>.jsonl: which rank is it from?")
     lines: dict[int, dict[Spot, np.ndarray]] = {}
     once: set[Spot] = set()
     held: int | None = None
@@ -220,7 +220,7 @@ def _distinct(context: ImportContext, files: list[Counts], parallel: int) -> lis
         if tensor > 1 and regular and len(mine) // tensor % parallel == 0:
             context.warn(
                 f"{mine[0].path}: {tensor} ranks in a row count alike (expert tensor "
-                "parallelism): one of them is taken"
+                "parallelism): one of them is counted"
             )
             mine = mine[::tensor]
         else:

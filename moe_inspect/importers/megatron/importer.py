@@ -1,4 +1,4 @@
-"""Megatron-Core's router trace: JSONL, a line a call of a router, a file a rank; the logits beside
+"""Megatron-Core's router trace: JSONL, a line per router call, a file per rank; the logits beside
 it in `logits_rank{r}.bin` (bfloat16).
 
 T tokens, K slots, E experts.
@@ -189,10 +189,10 @@ def _batches(
     if again := told["again"]:
         context.warn(
             f"{again:,} passes repeat one of the same rank and step (activations recomputed): "
-            "each is taken once"
+            "each is counted once"
         )
     if alike := told["alike"]:
         context.warn(
             f"{alike:,} passes were recorded by several ranks alike (tensor parallelism): each "
-            "is taken once"
+            "is counted once"
         )

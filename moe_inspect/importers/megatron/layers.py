@@ -27,8 +27,8 @@ Silent = tuple[Path, ImportSource]  # a file without a record
 
 @dataclass(frozen=True)
 class RankFile:
-    """A file of one rank. `numbered`: its routers as it numbers them. `offset` turns such a number
-    into a block index."""
+    """A file of one rank. `numbered`: its routers, by the layer numbers of the file. `offset`: what
+    to add to such a number for the block index."""
 
     path: Path
     source: ImportSource
@@ -59,9 +59,8 @@ def located(
     by_name: bool,
     together: int = 1,
 ) -> list[AnyFile]:
-    """The files with their offsets. `by_name`: the numbers are known to come from names of modules,
-    otherwise they may.
-    `together`: so many ranks are known to be of one stage."""
+    """The files with their offsets. `by_name`: layer numbers are known to come from module names;
+    otherwise they may. `together`: number of ranks known to belong to one stage."""
     files = _with_offsets(context, files, silent, by_name, together)
     found, given = len({frozenset(f.spots) for f in files}), context.pipeline_stages
     if given is not None and (found > given or (found < given and not silent)):
@@ -102,7 +101,7 @@ def _with_offsets(
         return from_one
     if context.facts is not None:
         hint = (
-            "is it the model's config?"
+            "is it the config of this model?"
             if context.pipeline_stages
             else (
                 "for a run with pipeline parallelism give --pipeline-stages and the files of all "
@@ -181,13 +180,13 @@ def _joined(
                 a, b = (group[0], odd) if odd else (group[0], None)
                 other = f"{b.path} {_of(b)}" if b else "another rank of that stage has none"
                 raise MoeInspectError(
-                    f"{a.path} {_of(a)}, {other}: {each} ranks in a row are taken for one of "
-                    f"{stages} pipeline stages; "
+                    f"{a.path} {_of(a)}, {other}: {each} consecutive ranks are assumed to be "
+                    f"one of {stages} pipeline stages; "
                     "a run with --use-tp-pp-dp-mapping cannot be joined"
                 )
         if each > 1:
             context.warn(
-                f"{each} ranks in a row are taken for one pipeline stage "
+                f"{each} consecutive ranks are assumed to be one pipeline stage "
                 f"({ranks[0]}-{ranks[each - 1]} for the first), "
                 "which is wrong for a run with --use-tp-pp-dp-mapping"
             )

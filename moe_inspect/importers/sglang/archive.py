@@ -43,7 +43,7 @@ def load(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # of a hostile file torch.load may raise what it likes
         raise MoeInspectError(
-            f"{path} is no .pt that can be read safely: {first_line(error)[:160]}"
+            f"{path} cannot be read safely as a .pt file: {first_line(error)[:160]}"
         ) from None
     if not isinstance(content, dict):
         raise MoeInspectError(

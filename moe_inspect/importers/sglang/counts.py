@@ -35,14 +35,14 @@ def _routing_layers(
     """The routers of a counts dump: the config's, or every layer that has counts."""
     B, E = load_BE.shape
     if not 1 <= B <= MOST_LAYERS or not 1 <= E <= MOST_EXPERTS:
-        raise MoeInspectError(f"{where} has {B} layers of {E} experts, which is no model's")
+        raise MoeInspectError(f"{where} has {B} layers of {E} experts, which is not possible")
     if context.facts is None:
         layers = np.nonzero(load_BE.any(1))[0]
         if 0 < len(layers) < B:
             without = sorted(set(range(B)) - {int(i) for i in layers})
             context.warn(
                 f"{where}: no counts in {len(without)} of {B} layers, {without[0]} the first: "
-                "taken for dense; --model or --config would say"
+                "assumed to be dense; give --model or --config to be sure"
             )
         return context.routers_of([int(i) for i in layers], E, top_k, where)
     if context.facts.layers != B:
@@ -124,7 +124,7 @@ def logical_experts(path: Path, content: dict[str, Any], experts: int | None) ->
     E = int(map_BP.max()) + 1
     if experts is not None and experts != E:
         raise MoeInspectError(
-            f"{where} names {E} experts, the config {experts}: is it the model's?"
+            f"{where} names {E} experts, the config {experts}: is it the config of this model?"
         )
     for layer, map_P in enumerate(map_BP):
         if len(missing := set(range(E)) - {int(e) for e in map_P}):
@@ -183,7 +183,8 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
         )
     if alike:
         context.warn(
-            f"{alike:,} records repeat one of another rank (tensor parallelism): each is taken once"
+            f"{alike:,} records repeat one of another rank (tensor parallelism): each is "
+            "counted once"
         )
     if block := one_ranks_experts(physical_BP):
         context.warn(

@@ -31,7 +31,7 @@ def sglang(context: ImportContext) -> Imported:
     if len(modes) > 1:
         raise MoeInspectError(
             f"{context.sources[0].path} holds files of the modes {' and '.join(sorted(modes))}: "
-            "import them apart"
+            "import them separately"
         )
     return {"stat": stat, "per_pass": per_pass, "per_token": per_token}[modes.pop()](context, files)
 

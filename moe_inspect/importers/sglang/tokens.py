@@ -146,7 +146,7 @@ def _batches(
     if repeated:
         context.warn(
             f"{repeated:,} passes were recorded by several ranks alike (tensor parallelism): each "
-            "is taken once"
+            "is counted once"
         )
 
 
@@ -168,7 +168,7 @@ def _pass_of(
         return None
     if T > MOST_TOKENS or max(r.top_k for r in routers) > K:
         raise MoeInspectError(
-            f"{where}: topk_ids_of_layer is {list(physical_BTK.shape)}, which is no pass of this "
+            f"{where}: topk_ids_of_layer is {list(physical_BTK.shape)}, which does not fit this "
             "model"
         )
     mode = integer(record.get("forward_mode"), f"{where}: forward_mode", 1, 99)

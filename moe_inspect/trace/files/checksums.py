@@ -1,17 +1,17 @@
-"""Checksums of a trace: a changed byte is found, whichever file it is in.
+"""Checksums of a trace, by which a changed byte in any of its files is found.
 
-| what                    | covered by                                              | checked
-|
-|-------------------------|---------------------------------------------------------|--------------------------------|
-| pages of Parquet files  | CRC-32 in the page headers                              | when a page is
-read            | | footers and sizes       | `footer_crc32` and `bytes` in the shard's line
-| when a file is opened          | | whole Parquet files     | `sha256` in the shard's line
-| by verify; small files: opened | | vocabulary.parquet      | `vocabulary` in trace.json: bytes,
-sha256               | when it is read                | | lines of shards-*.jsonl | `crc32`, the
-last key of the line                       | when a trace is opened         | | trace.json
-| `digest`, of everything but the values in FREE_TEXT     | when a trace is opened         |
+| what                   | covered by                                         | checked            |
+|------------------------|----------------------------------------------------|--------------------|
+| pages of Parquet files | CRC-32 in the page headers                         | when read          |
+| footers and sizes      | `footer_crc32`, `bytes` in the shard's line        | when opened        |
+| whole Parquet files    | `sha256` in the shard's line                       | by verify, and of  |
+|                        |                                                    | small files when   |
+|                        |                                                    | opened             |
+| vocabulary.parquet     | `vocabulary` in trace.json: bytes, sha256          | when read          |
+| lines of shards-*      | `crc32`, the last key of the line                  | when a trace opens |
+| trace.json             | `digest`, of everything but FREE_TEXT              | when a trace opens |
 
-Traces written before these existed lack them, except `sha256`.
+All are optional: docs/trace-format.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 
 import pyarrow as pa
 
-FREE_TEXT = (  # may be edited: no number depends on it, and it may name what is not to be published
+# may be edited: no number depends on them, and they may name what is not to be published
+FREE_TEXT = (
     "model.id",
     "model.note",
     "capture.command",
@@ -62,7 +63,7 @@ def file_sha256(file: pa.NativeFile) -> str:
 
 
 def _remove(section: Any, path: list[str]) -> None:
-    """Of an object, or of each in a list."""
+    """Removes a value by its path, in an object or in each object of a list."""
     if isinstance(section, list):
         for entry in section:
             _remove(entry, path)

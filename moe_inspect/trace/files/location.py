@@ -88,5 +88,5 @@ def inside(root: Path | Remote, name: str) -> Path | Remote:
             root / name, f"it is a link to {real}, outside of the trace: copy the file there", name
         )
     if real.exists() and not (real.is_file() or real.is_dir()):
-        raise Damaged(root / name, "it is no plain file", name)
+        raise Damaged(root / name, "it is not a regular file", name)
     return path

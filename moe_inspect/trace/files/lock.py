@@ -1,5 +1,5 @@
-"""The lock that a writer holds on its trace: no second process, and no second recording of the same
-process, writes there.
+"""The lock that a writer holds on its trace, which keeps out other processes and other recordings
+of the same process.
 
 It is flock(2) on the file `.lock` of the trace. The operating system drops it when its process
 ends, however it ends. It belongs to the open file: unlike fcntl's record locks it is not lost when
@@ -29,7 +29,7 @@ from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import first_line, say
 
 LOCK = ".lock"
-PATIENCE_S = 0.5  # whoever only looks whether a trace is locked holds its lock for less
+PATIENCE_S = 0.5  # a process that only checks whether a trace is locked holds the lock for less
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
@@ -99,7 +99,7 @@ def hold(root: Path, *, shared: bool = False, wait: bool = False) -> Lock:
 
 
 def join(root: Path, job: str) -> Lock:
-    """The lock of the job that rank 0 began."""
+    """Joins the lock that rank 0 holds for a job."""
     file = _locked(root, exclusive=False)
     if _job_in(file) != job:
         os.close(file)
@@ -163,7 +163,7 @@ def _opened(root: Path) -> int:
         if stat.S_ISREG(os.fstat(file).st_mode):
             return file
         os.close(file)
-        raise MoeInspectError(f"{root / LOCK} is no plain file: remove it")
+        raise MoeInspectError(f"{root / LOCK} is not a regular file: remove it")
 
 
 def _existing(root: Path) -> int | None:

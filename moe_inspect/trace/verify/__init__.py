@@ -1,4 +1,4 @@
-"""Whether a trace is what it says: every invariant of the format, checked."""
+"""verify: checks a trace by every rule of its format."""
 
 from moe_inspect.trace.verify.run import verify
 from moe_inspect.trace.verify.verification import Verification

@@ -1,4 +1,4 @@
-"""Counts: every expert of every router once, sums within what the tokens allow.
+"""Rules of counts: every expert of every router once, sums within what the tokens allow.
 
 D domains, E experts, N rows.
 """

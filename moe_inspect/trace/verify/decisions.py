@@ -1,4 +1,4 @@
-"""Each router decided once for each token that it saw; its ids, weights and logits are possible.
+"""Rules of decisions: one per router and token that reaches it; possible ids, weights and logits.
 
 T tokens, K slots, E experts, N rows of a row group.
 """
@@ -115,8 +115,8 @@ def check_logits(shard: Shard, phase_T: np.ndarray) -> None:
 def _parts_of_routers(
     shard: Shard, table: str, columns: list[str], phase_T: np.ndarray
 ) -> Iterator[tuple[int, int, pa.Table]]:
-    """(router, first row, decisions) of each row group or part of one, having checked that each
-    router has its tokens, once and in order."""
+    """(router, first row, decisions) of each part of a row group that is of one router. Checks that
+    each router has the tokens that reach it, once and in order."""
     name, routers = shard.files.paths[table], shard.trace.routers
     file = open_table(shard, table)
     sees_rP = [np.array([router.sees(phase) for phase in schema.PHASES]) for router in routers]
@@ -148,7 +148,7 @@ def _parts_of_routers(
                     name,
                     row,
                     f"router {r} (layer {routers[r].layer}) has more decisions than the "
-                    f"{len(token_N)} tokens it saw",
+                    f"{len(token_N)} tokens that reach it",
                 )
             expect_equal(
                 name,
@@ -165,7 +165,8 @@ def _parts_of_routers(
             raise Violation(
                 name,
                 rows,
-                f"router {r} (layer {routers[r].layer}) has {n} decisions, it saw {tokens} tokens",
+                f"router {r} (layer {routers[r].layer}) has {n} decisions for the "
+                f"{tokens} tokens that reach it",
             )
 
 

@@ -1,4 +1,4 @@
-"""Files and lines: checksums, rows, files that no line lists."""
+"""Rules of files: checksums, numbers of rows, no file that no line names."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and
 
 
 def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
-    """Keys that no version writes, and checksums that are no longer there: a key may have been
-    changed to another."""
-    # whether a shard before it was: a trace that was begun before there were checksums may have
-    # gone on with them
+    """No unknown keys, and no checksums missing where others are stated: a key may have been
+    renamed."""
+    # whether the line before has checksums: a trace begun without them may be resumed with them
     checked, known = False, line_keys()
     for shard in files:
         for entry in map(json.loads, shard.lines):
@@ -43,7 +42,7 @@ def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
         raise Violation(
             schema.MANIFEST,
             None,
-            "it has no digest, although it was written with one: it was edited",
+            "its digest was removed: lines of the same trace have checksums",
         )
     if (
         "digest" in manifest
@@ -51,7 +50,7 @@ def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
         and (trace.path / schema.VOCABULARY).exists()
     ):
         raise Violation(
-            schema.VOCABULARY, None, "it was put there later: trace.json does not state it"
+            schema.VOCABULARY, None, "it was added later: trace.json states no vocabulary"
         )
 
 
@@ -73,8 +72,8 @@ def check_files(shard: Shard) -> int:
 
 
 def check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) -> None:
-    """A complete trace has none. One that is written has files whose lines are yet to come, one
-    that was stopped may have kept them."""
+    """No files that no line names. A trace that is being written has some whose lines are to come;
+    one that was interrupted may have kept them."""
     known = {path for shard in files for path in shard.paths.values()}
     for table in trace.tables:
         folder = plain_file(trace, table)
@@ -87,7 +86,7 @@ def check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) ->
                 raise Violation(
                     f"{table}/{file.name}",
                     None,
-                    "an orphan: no line of shards-*.jsonl speaks of it (--resume deletes it)",
+                    "an orphan: no line of shards-*.jsonl names it (--resume deletes it)",
                 )
 
 

@@ -1,5 +1,5 @@
-"""The invariants of any trace, ours or imported: a shard and a row group at a time, the first
-violation named by file and row.
+"""verify: checks a trace by the rules of its format, a shard and a row group at a time, and names
+the first violation by file and row.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from moe_inspect.trace.verify.violation import Violation, violation_of
 
 
 def verify(path: str | Path, progress: Callable[[int], None] | None = None) -> Verification:
-    """Checks every invariant. MoeInspectError where there is no trace; a damaged one is a violation
-    like any other. `progress` is told of the tokens of each shard done."""
+    """Checks a trace by every rule of its format (docs/trace-format.md), every byte of it.
+
+    A damaged file is a violation like any other. MoeInspectError where there is no trace.
+    `progress` is called with the number of tokens of each shard that is done."""
     root = Path(path)
     found = Verification(str(path))
     if not (root / schema.MANIFEST).is_file():
@@ -72,7 +74,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
         if not unhashed
         else f"rows of every file are those of its line; {unhashed:,} files state no sha256: "
         "a changed byte may go unseen in them",
-        "no orphans",
+        "no orphaned files",
         "tokens numbered without a gap",
     ]
     words = _check_vocabulary(trace)
@@ -106,7 +108,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
             else "positions: not checked, decisions were dropped",
             "each router saw each of its tokens once, in order",
             "ids < E, no expert twice in a decision, Σ counts = tokens × k − empty slots",
-            "weights finite, descending where the manifest says so, and there where an expert is"
+            "weights finite, present exactly where an expert is, descending where stated"
             if trace.has_weights
             else "no weights recorded",
             *(["logits of each decision, none NaN"] if "logits" in trace.tables else []),

@@ -1,4 +1,5 @@
-"""Documents are declared once, tokens are of declared documents, positions follow each other.
+"""Rules of documents and tokens: documents are unique, tokens belong to them, positions are
+consecutive.
 
 T tokens.
 """
@@ -16,7 +17,7 @@ NO_ID = -1
 
 
 class Documents:
-    """The documents declared in all shards: number → domain."""
+    """The documents of all shards: number → domain."""
 
     def __init__(self, trace: Trace):
         numbers, codes = [], []
@@ -60,7 +61,7 @@ class Documents:
             )[0]
         ):
             raise Violation(
-                name, int(wrong[0]), f"document {document_T[wrong[0]]} is declared nowhere"
+                name, int(wrong[0]), f"document {document_T[wrong[0]]} is not declared in any shard"
             )
         if len(wrong := np.nonzero(self.code[at_T] != code_T)[0]):
             row = int(wrong[0])
@@ -73,8 +74,8 @@ class Documents:
 
 
 class Positions:
-    """Where the sequences of the last shard ended: a sequence may go on in the next, and positions
-    with it."""
+    """The last position of each sequence of the shard before: a sequence may continue in the next
+    shard, and its positions with it."""
 
     def __init__(self, dropped: bool):
         self.strict = not dropped  # what was dropped leaves gaps
@@ -101,8 +102,8 @@ class Positions:
             row = int(rows.min())
             at = int(np.nonzero(order_T == row)[0][0])
             said = (
-                f"position is {position_T[at]} in sequence {key_T[at] // 2}, where the one "
-                "before it is followed by another"
+                f"position is {position_T[at]} in sequence {key_T[at] // 2}, not the position "
+                "before + 1"
             )
             raise Violation(name, row, said)
         ends = np.concatenate([first[1:], [len(key_T)]]) - 1

@@ -8,12 +8,16 @@ from typing import Any
 
 @dataclass
 class Verification:
-    """What was found. `file` and `row` (from 0, in that file) are where the first violation is;
-    both None of a fine trace. `empty_slots` are assignments that were routed nowhere: Σ counts =
-    tokens × k − empty slots, router by router. `status`: "complete", "recording" (by a process that
-    is at work) or "interrupted". A trace may be interrupted and fine: `uncommitted` are the files
-    that its writer was stopped in, which readers ignore and --resume deletes. `resumable`: --resume
-    can go on with it."""
+    """The result of `verify`.
+
+    ok: no rule is violated. An interrupted trace may be ok.
+    status: "complete", "recording" (its writer is at work) or "interrupted".
+    resumable: --resume can continue it.
+    uncommitted: files that its writer was stopped in. Readers ignore them, --resume deletes them.
+    violation, file, row: the first violation, the file it is in, and the row (from 0) where there
+        is one; all None of a trace that is ok.
+    empty_slots: slots that routed nowhere: Σ counts = tokens × k − empty slots, router by router.
+    checked: a line per rule that was checked."""
 
     path: str
     ok: bool = True

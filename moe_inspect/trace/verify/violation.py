@@ -1,4 +1,4 @@
-"""Violation, and reading a file of a trace so that whatever is wrong with it becomes one."""
+"""Violation, and how files are read so that whatever is wrong with one becomes a Violation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_inspect.trace.shard import Shard
 
 
 class Violation(Exception):
-    """The first thing that is wrong; caught by `verify` and nowhere else."""
+    """The first rule that is violated; caught by `verify` only."""
 
     def __init__(self, file: str, row: int | None, what: str):
         super().__init__(what)

@@ -15,8 +15,8 @@ from moe_inspect.trace.shard_list import committed_shards
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a rank has committed: the next batch, document… to do. `slot_orders`: of the routers, by
-    index."""
+    """What a rank has committed, and the numbers of the next shard, token and batch. `slot_orders`:
+    router → the order of its slots in what is written."""
 
     shards: int = 0
     next_token: int = 0
@@ -33,8 +33,8 @@ def committed_counts(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
 
 
 def resume_point(root: Path, rank: int = 0) -> ResumePoint:
-    """Where rank `rank` of the trace at `root` goes on; deletes the files no committed line speaks
-    of. Its caller holds the lock."""
+    """Where rank `rank` of the trace at `root` continues. Deletes the rank's files that no line
+    names. The caller holds the lock."""
     manifest = read_manifest(root)
     shards = [s for s in committed_shards(root, manifest) if s.rank == rank]
     keep = {root / path for s in shards for path in s.paths.values()}

@@ -200,7 +200,7 @@ class TraceWriter:
         return slot_order.stated(router, known)
 
     def _write_vocabulary(self, vocabulary: pa.Table | None) -> None:
-        """Before the manifest, which states its checksum."""
+        """Writes the vocabulary, before the manifest, which states its checksum."""
         path, resumed = self.root / schema.VOCABULARY, (self.root / schema.MANIFEST).exists()
         if vocabulary is not None and not (resumed and path.exists()):
             sink = pa.BufferOutputStream()
@@ -217,7 +217,7 @@ class TraceWriter:
             if resumed and read_manifest(self.root).get("vocabulary", found) != found:
                 raise Damaged(
                     path,
-                    "it was changed after it was written (trace.json says so)",
+                    "it was changed after it was written (trace.json states another sha256)",
                     schema.VOCABULARY,
                 )
             self.manifest["vocabulary"] = found
