@@ -537,11 +537,11 @@ def tracing(bench: Bench) -> None:
     """`trace` itself, with the bundled model."""
     import torch  # noqa: F401  (imported once, not in every child)
 
-    import moe_inspect.capture.run as run
+    import moe_inspect
 
     def trace(out: Path, shard_seconds: float = 0.0, **more: Any) -> str:
         TraceWriter.__init__.__kwdefaults__["shard_seconds"] = shard_seconds
-        run.trace_model("demo", out, max_tokens=700, batch_tokens=100, **more)
+        moe_inspect.trace_model("demo", out, max_tokens=700, batch_tokens=100, **more)
         return "traced"
 
     bench.must(lambda: trace(bench.root / "traced"))

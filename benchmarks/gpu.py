@@ -293,9 +293,9 @@ class Cpu:
 
         def replay() -> None:
             attachment = recorder.attachment
-            attachment._bracketed = attachment.gates[""].open = True
+            attachment._bracketed = attachment.scopes[""].open = True
             run()
-            attachment._bracketed = attachment.gates[""].open = False
+            attachment._bracketed = attachment.scopes[""].open = False
 
         return run if recorder is None else replay
 

@@ -59,25 +59,27 @@ def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
     without `record` in turn; in a process of its own."""
     import torch
 
-    from moe_inspect.capture.corpus import Plan, find_sources
-    from moe_inspect.capture.hook.recorder import Recorder
-    from moe_inspect.capture.run import feed
+    from moe_inspect.capture.feed import Batch, prefill
+    from moe_inspect.capture.options import RecordOptions
+    from moe_inspect.capture.plan import Plan
+    from moe_inspect.capture.recorder import Recorder
+    from moe_inspect.capture.sources import find_sources
     from moe_inspect.model.load import load_config, load_model, load_tokenizer
 
     torch.set_num_threads(1)
     tokenizer = load_tokenizer("demo")
     network = load_model("demo", load_config("demo")) if name == "bundled" else many_layers()
-    batches = list(Plan(find_sources([]), max_length=512).batches(tokenizer)) * times
+    planned = list(Plan(find_sources([]), max_length=512).batches(tokenizer)) * times
+    batches = [Batch(n, *batch) for n, batch in enumerate(planned)]
     silent = Recorder(
-        network, counts_only=True
-    )  # what feed() tells of its rows must go somewhere: it is never entered
+        network, options=RecordOptions(counts_only=True)
+    )  # what prefill() tells of its rows must go somewhere: it is never entered
 
     def one_pass(recorder: Recorder | None) -> float:
         began = time.perf_counter()
         with recorder or nullcontext():
             tokens = sum(
-                feed(network, recorder or silent, batch, documents, tokenizer)
-                for batch, documents in batches
+                prefill(network, recorder or silent, batch, tokenizer) for batch in batches
             )
         return tokens / (time.perf_counter() - began)
 
@@ -88,13 +90,15 @@ def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
                 recorder = (
                     None
                     if capture == "untraced"
-                    else Recorder(network, Path(scratch) / f"{capture}{n}", capture=capture)
+                    else Recorder(
+                        network, Path(scratch) / f"{capture}{n}", RecordOptions(capture=capture)
+                    )
                 )
                 rate = one_pass(recorder)
                 if n:  # the first round warms up
                     found.append(rate)
     measured = {
-        "tokens_a_pass": sum(len(s.ids) for batch, _ in batches for s in batch),
+        "tokens_a_pass": sum(len(s.ids) for batch in batches for s in batch.sequences),
         "rounds": rounds,
     }
     measured["untraced_tokens_per_s"] = statistics.median(rates["untraced"])

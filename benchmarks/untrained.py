@@ -81,7 +81,7 @@ def configs() -> Iterator[tuple[str, Any]]:
 def effects(config: Any, seed: int, scratch: Path) -> np.ndarray:
     """Bits beyond shuffled documents, of every router."""
     import moe_inspect
-    from moe_inspect.capture.run import trace_model
+    from moe_inspect import trace_model
     from moe_inspect.demo import MODEL_DIR
 
     model = scratch / "model"

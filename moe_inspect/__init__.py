@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
-    from moe_inspect.api import record
-    from moe_inspect.capture.run import trace_model
-    from moe_inspect.capture.server.run import trace_engine
+    from moe_inspect.api import record, trace_engine, trace_model
+    from moe_inspect.capture.options import EngineOptions, TraceOptions
     from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
     from moe_inspect.model.describe import Description, describe
@@ -36,9 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Description",
+    "EngineOptions",
     "MoeInspectError",
     "Report",
     "Trace",
+    "TraceOptions",
     "Verification",
     "describe",
     "export_trace",
@@ -60,8 +61,10 @@ __all__ = [
 # where each name is defined; imported when it is first used
 _HOMES = {
     "Description": "moe_inspect.model.describe",
+    "EngineOptions": "moe_inspect.capture.options",
     "Report": "moe_inspect.reporting.report",
     "Trace": "moe_inspect.trace.reader",
+    "TraceOptions": "moe_inspect.capture.options",
     "Verification": "moe_inspect.trace.verify",
     "describe": "moe_inspect.model.describe",
     "export_trace": "moe_inspect.exporters.run",
@@ -74,8 +77,8 @@ _HOMES = {
     "simulate_decode": "moe_inspect.simulate.decode.decode",
     "simulate_placement": "moe_inspect.simulate.placement.placement",
     "simulate_routing": "moe_inspect.simulate.routing.routing",
-    "trace_engine": "moe_inspect.capture.server.run",
-    "trace_model": "moe_inspect.capture.run",
+    "trace_engine": "moe_inspect.api",
+    "trace_model": "moe_inspect.api",
     "verify": "moe_inspect.trace.verify",
     "write_plan": "moe_inspect.simulate.placement.plan",
 }

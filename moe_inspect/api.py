@@ -3,15 +3,25 @@ where `moe_inspect.__init__` says. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
+
+from moe_inspect.capture.options import (
+    EngineKeywords,
+    EngineOptions,
+    RecordOptions,
+    TraceKeywords,
+    TraceOptions,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moe_inspect.capture.hook.device_counts import Totals
-    from moe_inspect.capture.hook.recorder import Recorder
+    from moe_inspect.capture.recorder import Recorder
+    from moe_inspect.trace.reader import Trace
 
 
 def record(
@@ -70,25 +80,79 @@ def record(
 
     Raises MoeInspectError for a dense model, for a path that cannot be written, and in a forward
     pass where a router has not seen every token exactly once."""
-    from moe_inspect.capture.hook.recorder import Recorder
+    from moe_inspect.capture.recorder import Recorder
 
     return Recorder(
         model,
         path,
+        RecordOptions(
+            capture=capture,
+            layers=layers,
+            weights=weights,
+            logits=logits,
+            counts_only=counts_only,
+            every=every,
+            overwrite=overwrite,
+            drop=drop,
+            ring_tokens=ring_tokens,
+        ),
         tokenizer=tokenizer,
-        capture=capture,
-        layers=layers,
-        weights=weights,
-        logits=logits,
-        counts_only=counts_only,
-        every=every,
         documents=documents,
         domains=domains,
-        overwrite=overwrite,
-        drop=drop,
-        ring_tokens=ring_tokens,
         balance_of=_balance_table,
     )
+
+
+def trace_model(
+    model: str,
+    out: str | Path,
+    options: TraceOptions | None = None,
+    *,
+    progress: Callable[[int, int | None], None] | None = None,
+    **changes: Unpack[TraceKeywords],
+) -> Trace:
+    """Feeds a corpus to a model and records every routing decision as a trace at `out`.
+
+    model     a hub id, a directory, or "demo" (bundled, offline)
+    out       directory of the trace
+    options   settings; each field of `TraceOptions` may also be given as a keyword:
+              `trace_model("demo", "runs/a", max_tokens=10_000, logits=True)`
+    progress  called with (tokens done, tokens in all or None) after every forward pass
+
+    Raises MoeInspectError for what the caller can mend."""
+    from moe_inspect.capture.run import trace_model as run
+
+    return run(model, Path(out), replace(options or TraceOptions(), **changes), progress)
+
+
+def trace_engine(
+    url: str,
+    out: str | Path,
+    options: EngineOptions | None = None,
+    *,
+    engine: str,
+    model_config: str,
+    progress: Callable[[int, int | None], None] | None = None,
+    **changes: Unpack[EngineKeywords],
+) -> Trace:
+    """Sends a corpus to a serving engine and writes the routed experts that it returns as a trace
+    at `out`: the trace that `trace_model` would write of the same model, without gate weights,
+    which engines do not return.
+
+    url           of the server, http://HOST:PORT
+    out           directory of the trace
+    options       settings; each field of `EngineOptions` may also be given as a keyword. To feed N
+                  tokens per document after the text, `generate=N` asks for N + 1, the last of which
+                  is not fed
+    engine        "vllm" or "sglang"
+    model_config  a hub id or a directory: config and tokenizer of the model that is served
+    progress      called with (tokens done, tokens in all or None) after every batch
+
+    Raises MoeInspectError for what the caller can mend."""
+    from moe_inspect.capture.server.run import trace_engine as run
+
+    chosen = replace(options or EngineOptions(), **changes)
+    return run(url, Path(out), engine, model_config, chosen, progress)
 
 
 def _balance_table(totals: Totals) -> pd.DataFrame:

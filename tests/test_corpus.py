@@ -19,18 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.capture import tokenize
-from moe_inspect.capture.corpus import (
-    CorpusStats,
+from moe_inspect.capture.documents import CorpusStats, interleaved
+from moe_inspect.capture.plan import (
     Frame,
     Plan,
-    Sequence_,
+    TokenSequence,
     batches,
-    find_sources,
-    interleaved,
     sequences,
     special_frame,
     with_documents,
 )
+from moe_inspect.capture.sources import find_sources
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT
 
@@ -265,7 +264,7 @@ def test_every_token_is_fed_once(
 def test_packing_wastes_little() -> None:
     rng = np.random.default_rng(0)
     rows = [
-        Sequence_(n, n, "d", "s", np.zeros(rng.integers(1, 512), np.int32), 1, 1)
+        TokenSequence(n, n, "d", "s", np.zeros(rng.integers(1, 512), np.int32), 1, 1)
         for n in range(2000)
     ]
     packed = list(batches(rows, 4096))
@@ -289,10 +288,10 @@ def test_no_room_beside_the_special_tokens() -> None:
 
 def test_the_plan_sees_changed_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
-    before = Plan(find_sources([str(tmp_path / "a.txt")])).options()
-    assert before == Plan(find_sources([str(tmp_path / "a.txt")])).options()
+    before = Plan(find_sources([str(tmp_path / "a.txt")])).record()
+    assert before == Plan(find_sources([str(tmp_path / "a.txt")])).record()
     (tmp_path / "a.txt").write_text("two")
-    assert before != Plan(find_sources([str(tmp_path / "a.txt")])).options()
+    assert before != Plan(find_sources([str(tmp_path / "a.txt")])).record()
 
 
 # --- long texts, tokenized in pieces

@@ -25,7 +25,7 @@ import pytest
 import moe_inspect
 from moe_inspect.capture.server import client as engine_http
 from moe_inspect.capture.server.protocols import ENGINES
-from moe_inspect.capture.server.run import _without_secrets, trace_engine
+from moe_inspect.capture.server.run import _without_secrets
 from moe_inspect.cli.trace import EngineName
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import Cli
@@ -244,7 +244,9 @@ def traced(
     url: str, out: Path, model: str, corpus: str, engine: str = "vllm", **options: Any
 ) -> moe_inspect.Trace:
     usual = {"data": [corpus], "max_length": 40, "batch_tokens": 300, "concurrency": 4}
-    return trace_engine(url, out, engine=engine, model_config=model, **{**usual, **options})
+    return moe_inspect.trace_engine(
+        url, out, engine=engine, model_config=model, **{**usual, **options}
+    )
 
 
 def rows(trace: moe_inspect.Trace) -> Any:
@@ -644,7 +646,7 @@ def test_a_server_that_is_not_up_is_one_line_at_once(
             "trace", url, "-o", "t", "--engine", "vllm", "--model-config", "demo", check=1
         )
         with pytest.raises(MoeInspectError, match="no server is ready at"):
-            trace_engine(url, tmp_path / "t", engine="vllm", model_config="demo")
+            moe_inspect.trace_engine(url, tmp_path / "t", engine="vllm", model_config="demo")
     why = {
         "nobody": "no answer (ConnectError: All connection attempts failed)",
         "silent": "no answer",

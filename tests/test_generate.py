@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture import run
-from moe_inspect.capture.corpus import CorpusStats, Frame, batches, sequences
+from moe_inspect.capture import feed, run
+from moe_inspect.capture.documents import CorpusStats
+from moe_inspect.capture.options import CorpusOptions
+from moe_inspect.capture.plan import Frame, Plan, batches, sequences
+from moe_inspect.capture.sources import find_sources
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import load_config, load_model
 from tests.conftest import Cli
@@ -103,7 +106,7 @@ def test_cut_short_and_resumed_is_as_if_nothing_happened(
     counts_only: bool, model: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = traced(model, corpus, tmp_path / "whole", counts_only=counts_only)
-    chosen, calls = run.chosen, [0]
+    chosen, calls = feed.chosen, [0]
 
     def interrupted(*args: Any) -> Any:
         calls[0] += 1
@@ -111,7 +114,7 @@ def test_cut_short_and_resumed_is_as_if_nothing_happened(
             raise KeyboardInterrupt
         return chosen(*args)
 
-    monkeypatch.setattr(run, "chosen", interrupted)
+    monkeypatch.setattr(feed, "chosen", interrupted)
     with pytest.raises(KeyboardInterrupt):
         traced(model, corpus, tmp_path / "cut", counts_only=counts_only)
     cut = moe_inspect.open_trace(tmp_path / "cut")
@@ -202,7 +205,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
 
 def test_one_at_a_time_each_document_is_named_once(model: str, corpus: str) -> None:
     """For models whose routing depends on the other rows of a batch."""
-    plan = run.Plan(run.find_sources([corpus]), max_length=24, batch_tokens=200)
+    plan = Plan(find_sources([corpus]), CorpusOptions(batch_tokens=200), max_length=24)
     tokenizer = run.load_tokenizer(model)
     together, singly = list(plan.batches(tokenizer)), list(run.singly(plan.batches(tokenizer)))
     assert max(len(batch) for batch, _ in together) > 1
@@ -229,4 +232,4 @@ def test_out_of_memory_says_what_to_do() -> None:
         MoeInspectError,
         match="cpu is out of memory in a forward pass of 6 tokens: lower --batch-tokens",
     ):
-        run.forward(Full(1, 1), torch.zeros(2, 3, dtype=torch.long))
+        feed.forward(Full(1, 1), torch.zeros(2, 3, dtype=torch.long))

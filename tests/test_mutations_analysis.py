@@ -14,7 +14,7 @@ import pytest
 
 from moe_inspect.analysis.counting import count_shard, counts, kernels_numpy
 from moe_inspect.analysis.metrics import balance, pairs, uncertainty
-from moe_inspect.capture import corpus
+from moe_inspect.capture import plan as capture_plan
 from moe_inspect.importers import context, esft, responses, routed
 from moe_inspect.importers.megatron import importer as megatron
 from moe_inspect.importers.megatron import layers as megatron_layers
@@ -163,7 +163,7 @@ MUTATIONS = {
     "the manifest goes last": (output_dir, "if schema.MANIFEST in there.files:\n            os.replace", "if False:\n            os.replace", by(test_output_dir.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
     "a lock that another holds": (lock, "if got and _is_at(file, root / LOCK):", "if _is_at(file, root / LOCK):", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
     "a job that is over is joined": (lock, "if _job_in(file) != job:", "if False:", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
-    "generated tokens take no room": (corpus, "(len(row.ids) + generate * row.continued) > batch_tokens", "len(row.ids) > batch_tokens", by(test_generate.test_the_plan)),
+    "generated tokens take no room": (capture_plan, "(len(row.ids) + generate * row.continued) > batch_tokens", "len(row.ids) > batch_tokens", by(test_generate.test_the_plan)),
     # reader
     "older traces are not put in order": (shard, "if not slots or (", "if True or (", older_in_order),
     "a torn line is taken": (shard_list, '.split(b"\\n")[:-1], 1)', ".splitlines(), 1)", resumed),

@@ -9,6 +9,7 @@ import pydoc
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -25,11 +26,15 @@ TYPES = {
     "moe_inspect.record": "every: int",
     "moe_inspect.describe(path)": "Description",
     "moe_inspect.verify(path)": "Verification",
-    "moe_inspect.trace_model(path, path)": "Trace",
+    "moe_inspect.trace_model(path, path, batch_tokens=500)": "Trace",
     "moe_inspect.simulate_cache(trace)": "Simulation",
 }
 # what a type checker must refuse: it would be accepted where the types were Any
-WRONG = ("moe_inspect.reprot(trace)", "moe_inspect.record(model, path, evry=2)")
+WRONG = (
+    "moe_inspect.reprot(trace)",
+    "moe_inspect.trace_model(path, path, batch_token=500)",
+    "moe_inspect.record(model, path, evry=2)",
+)
 
 
 def test_every_name_is_there_and_documented() -> None:
@@ -84,3 +89,19 @@ def test_type_checkers_see_real_types(tmp_path: Path) -> None:
         assert kind in by_line[n]["message"].partition(" is ")[2], expression
     for n in range(len(TYPES), len(TYPES) + len(WRONG)):
         assert by_line[n]["severity"] == "error"
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [("TraceOptions", "TraceKeywords"), ("EngineOptions", "EngineKeywords")],
+)
+def test_each_setting_of_a_trace_is_a_typed_keyword(options: str, keywords: str) -> None:
+    from moe_inspect.capture import options as module
+
+    assert get_type_hints(getattr(module, options)) == get_type_hints(getattr(module, keywords))
+
+
+def test_settings_of_a_trace_are_checked_by_name() -> None:
+    with pytest.raises(TypeError, match="batch_token'"):
+        moe_inspect.trace_model("demo", "t", batch_token=5)  # pyright: ignore
+    assert "sesame" not in repr(moe_inspect.EngineOptions(api_key="sesame"))

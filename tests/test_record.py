@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.call_inputs import Held, _length, _mask
+from moe_inspect.capture.hook.call_inputs import CachedRows, _length, _mask
 from moe_inspect.errors import MoeInspectError
 from tests.families import build, token_batch
 
@@ -417,7 +417,7 @@ def test_a_cache_that_counts_on_its_device_is_asked_when_it_may_have_been_reset(
         def get_seq_length(self) -> OnDevice:
             return self.length
 
-    held = Held(7)
+    held = CachedRows(7)
     assert _length(Cache(), held, S=1) == 7  # nobody waits for the device in a step of decoding
     assert _length(Cache(), held, S=4) == _length(Cache(), None, S=1) == 9
 

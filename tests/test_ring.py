@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_inspect
-from moe_inspect.capture.hook import kernels, recorder, ring
+from moe_inspect.capture.hook import call_inputs, kernels, ring
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import TraceWriter
 from tests.families import build, token_batch
@@ -156,7 +156,7 @@ def test_pages_that_leave_late_arrive_right(
             for batch in batches:
                 model(**batch)
             assert rec.stacks[""].rings is not None
-            assert rec.stacks[""].rings.at_once == (name == "at once")
+            assert rec.stacks[""].rings.synchronous == (name == "at once")
         tables.append(moe_inspect.open_trace(tmp_path / name).routing())
     assert tables[0].equals(tables[1])
 
@@ -427,7 +427,7 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
         model(**batch)
         capturing[0] = True
         monkeypatch.setattr(
-            recorder.RowReader, "note", lambda *a: pytest.fail("looked at the inputs")
+            call_inputs.RowReader, "read_call", lambda *a: pytest.fail("looked at the inputs")
         )
         launched: list[Any] = []
         monkeypatch.setattr(kernels, "record_torch", lambda tape, *choice: launched.append(tape))

@@ -18,7 +18,6 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture.hook.stack import shares
-from moe_inspect.capture.run import trace_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, find_routers
 from tests import zoo
@@ -165,7 +164,7 @@ def traced(model: Any, folder: Path, capture: str) -> moe_inspect.Trace:
     (folder / "texts.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     )
-    return trace_model(
+    return moe_inspect.trace_model(
         str(folder / "model"),
         folder / "trace",
         data=[str(folder / "texts.jsonl")],

@@ -1,59 +1,81 @@
-"""What a manifest keeps of the plan of a trace, and going on with a trace by the same plan."""
+"""What a manifest keeps of the plan of a trace, and resuming a trace by the same plan."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.capture.corpus import Frame, Plan, special_frame
+from moe_inspect.capture.options import CorpusOptions
+from moe_inspect.capture.plan import Frame, Plan, special_frame
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.load import config_record
 from moe_inspect.trace import schema
+from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.manifest import read_manifest, refuse_while_written, write_manifest
+from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.writer import ResumePoint, committed_counts, resume_point
 
 
+def may_resume(output_dir: Path, options: CorpusOptions) -> bool:
+    """Whether there is a trace to resume, and it is to be; else the directory must be free (or may
+    be overwritten). Where nothing was committed, a resumed trace starts at its beginning."""
+    if options.resume and (output_dir / schema.MANIFEST).exists():
+        refuse_while_locked(output_dir)
+        return True
+    check_directory(output_dir, options.overwrite)
+    return False
+
+
 def comparable(config: Any) -> dict[str, Any]:
+    """A model's config, but for what a newer transformers writes into it by itself."""
     return {k: v for k, v in config_record(config).items() if k != "transformers_version"}
 
 
-def corpus_record(options: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[str, Any]:
-    frame = special_frame(tokenizer) if plan.special_tokens else Frame()
+def sampling_record(options: CorpusOptions) -> dict[str, Any]:
+    return {"temperature": options.temperature, "seed": options.seed} if options.generate else {}
+
+
+def corpus_record(record: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[str, Any]:
+    """The manifest's section `corpus`."""
+    max_tokens = plan.options.max_tokens
+    frame = special_frame(tokenizer) if plan.options.special_tokens else Frame()
     names = tokenizer.convert_ids_to_tokens
     return {
-        "plan": options,
-        "plan_hash": schema.fingerprint(options),
+        "plan": record,
+        "plan_hash": schema.fingerprint(record),
         "special_tokens": {"before": names(list(frame.before)), "after": names(list(frame.after))},
         "truncation": "none: longer documents are split"
-        if plan.max_tokens is None
-        else f"the corpus is cut at {plan.max_tokens} tokens",
+        if max_tokens is None
+        else f"the corpus is cut at {max_tokens} tokens",
     }
 
 
-def resumed(out: Path, options: dict[str, Any], rank: int) -> ResumePoint:
-    """Where the trace at `out` goes on; refuses another plan, and a trace whose writer is still at
-    work."""
-    manifest = read_manifest(out)
-    refuse_while_written(out, manifest)
+def resume_from(output_dir: Path, record: dict[str, Any], rank: int) -> ResumePoint:
+    """Where the trace resumes. Refuses another plan, and a trace whose writer is still at work."""
+    manifest = read_manifest(output_dir)
+    refuse_while_written(output_dir, manifest)
     then = manifest.get("corpus", {}).get("plan")
     if then is None:
-        raise MoeInspectError(f'{out} was not made by "moe-inspect trace": it cannot be resumed')
-    for key, now in options.items():
+        raise MoeInspectError(
+            f'{output_dir} was not made by "moe-inspect trace": it cannot be resumed'
+        )
+    for key, now in record.items():
         if then.get(key) != now:
             raise MoeInspectError(
-                f"{out} was made with {_difference(key, then.get(key), now)}: resume with the "
-                "same, or --overwrite"
+                f"{output_dir} was made with {_difference(key, then.get(key), now)}: resume with "
+                "the same, or --overwrite"
             )
-    with writing(out):
-        return resume_point(out, rank)
+    with writing(output_dir):
+        return resume_point(output_dir, rank)
 
 
-def complete_now(out: Path, plan: Plan) -> None:
-    manifest = read_manifest(out)
+def complete_now(output_dir: Path, plan: Plan) -> None:
+    """All was committed but the status: the manifest says complete."""
+    manifest = read_manifest(output_dir)
     manifest["corpus"] |= plan.stats.record()
-    counts = {**committed_counts(out, manifest), "dropped": 0}
-    with writing(out):
-        write_manifest(out, {**manifest, "status": "complete", "counts": counts})
+    counts = {**committed_counts(output_dir, manifest), "dropped": 0}
+    with writing(output_dir):
+        write_manifest(output_dir, {**manifest, "status": "complete", "counts": counts})
 
 
 def _difference(key: str, then: Any, now: Any) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_inspect.cli.needs import need_torch, quiet
+from moe_inspect.cli.token_progress import TokenProgress
 from moe_inspect.text import say
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.options import CorpusKeywords
 
 
 class Capture(StrEnum):
@@ -193,9 +196,10 @@ def trace(
     chosen = _layers(layers)
     _refuse_early(model, output, model_config, revision, api_key, resume, overwrite)
     need_torch()
-    from moe_inspect.capture.run import trace_model
+    from moe_inspect.api import trace_engine, trace_model
+    from moe_inspect.capture.options import EngineOptions, TraceOptions
 
-    shared: dict[str, Any] = {
+    corpus: CorpusKeywords = {
         "data": data or (),
         "text_field": text_field,
         "domain_field": domain_field,
@@ -216,24 +220,22 @@ def trace(
     _stop_cleanly()
     quiet()
     try:
-        with _Progress() as progress:
+        with TokenProgress() as progress:
             if engine is not None and model_config is not None:
-                from moe_inspect.capture.server.run import trace_engine
-
-                of_engine = {
-                    "engine": str(engine),
-                    "model_config": model_config,
-                    "concurrency": concurrency,
-                    "timeout_s": timeout,
-                }
-                written = trace_engine(
-                    model, output, **shared, **of_engine, api_key=api_key, progress=progress
+                of_engine = EngineOptions(
+                    **corpus, concurrency=concurrency, timeout_s=timeout, api_key=api_key
                 )
-            else:
-                written = trace_model(
+                written = trace_engine(
                     model,
                     output,
-                    **shared,
+                    of_engine,
+                    engine=str(engine),
+                    model_config=model_config,
+                    progress=progress,
+                )
+            else:
+                of_model = TraceOptions(
+                    **corpus,
                     capture=str(capture),
                     device=device,
                     device_map=device_map,
@@ -242,8 +244,8 @@ def trace(
                     weights=weights,
                     logits=logits,
                     counts_only=counts_only,
-                    progress=progress,
                 )
+                written = trace_model(model, output, of_model, progress=progress)
     except KeyboardInterrupt:
         began_writing = (output / "trace.json").exists()
         state = (
@@ -375,39 +377,3 @@ def _stop_cleanly() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-
-
-class _Progress:
-    """Tokens, tokens/s and time left, on a terminal only."""
-
-    def __enter__(self) -> _Progress:
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                TextColumn("tracing"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f} tokens"),
-                TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task("", total=None, rate=0)
-            self.began: float | None = None
-        return self
-
-    def __call__(self, done: int, total: int | None) -> None:
-        if self.bar is None:
-            return
-        if self.began is None:  # the first forward pass pays for what is made once
-            self.began, self.first = time.monotonic(), done
-        elapsed = time.monotonic() - self.began
-        rate = (done - self.first) / elapsed if elapsed > 0 else 0
-        self.bar.update(self.task, completed=done, total=total, rate=rate)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()

@@ -7,6 +7,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,19 @@ def find_routers(model: Any) -> list[Site]:
         )
     # the encoder runs before the decoder, and a block's attention before its MLP
     return sorted(sites, key=lambda s: (s.stack == "decoder", s.layer, "attention" not in s.path))
+
+
+def in_layers(sites: list[Site], layers: Iterable[int] | None) -> list[Site]:
+    """The sites in these layers; None: all. MoeInspectError where a layer has none."""
+    if layers is None:
+        return sites
+    wanted = set(layers)
+    if unknown := sorted(wanted - {s.layer for s in sites}):
+        raise MoeInspectError(
+            f"no router in layer {unknown[0]}: the MoE layers are "
+            f"{', '.join(str(s.layer) for s in sites)}"
+        )
+    return [s for s in sites if s.layer in wanted]
 
 
 def layer_of(path: str) -> int:

@@ -10,25 +10,26 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook import experts as experts_implementation
-from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernels import Tape
+from moe_inspect.capture.hook.sink import (
+    Scope,
+    Sink,
+    choice_after_call,
+    choice_at_call,
+    logits_after_call,
+)
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.families import called_with
 from moe_inspect.model.routers import (
     Site,
     is_expert_parallel,
-    logits_among,
     wants_expert_parallel,
 )
-
-if TYPE_CHECKING:
-    from moe_inspect.model.families import Choice
 
 CAPTURES = ("auto", "dispatch", "tap")
 
@@ -46,36 +47,6 @@ class Records(Protocol):
     def end(self) -> None: ...
 
 
-class Gate:
-    """Whether a stack's routers are recorded now: while a call of `module` is under way. Outside it
-    a recomputation is not recorded twice."""
-
-    def __init__(self, stack: str, module: torch.nn.Module):
-        self.stack, self.module = stack, module
-        self.open = False
-
-
-class Sink:
-    """Where the values of one router go while its gate is open: says on which tape a kernel is to
-    write them, or takes them itself."""
-
-    def __init__(self, gate: Gate, take: Callable[..., None]):
-        self.gate, self.take = gate, take
-        self.tapes: list[Tape] = []  # one for each time that a forward pass runs its layer
-        self.calls = 0  # in the forward pass under way
-
-    def __call__(self, *values: Tensor) -> Tape | None:
-        if not self.gate.open:
-            return None
-        if not self.tapes:
-            self.take(*(v.detach() for v in values))
-            return None
-        if len(self.tapes) == 1:
-            return self.tapes[0]
-        self.calls += 1
-        return self.tapes[(self.calls - 1) % len(self.tapes)]
-
-
 class Attachment:
     """`sinks[r]` and `logit_sinks[r]` belong to `sites[r]`. A forward pass is a call of the model
     or, of an encoder-decoder, also one of a stack by itself, as `generate` calls the encoder."""
@@ -91,21 +62,26 @@ class Attachment:
             records,
         )
         self.paused = self.over = False
-        self.gates = {s.stack: Gate(s.stack, self.model.get_submodule(s.stack_path)) for s in sites}
+        self.scopes = {
+            s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path)) for s in sites
+        }
         self._in_model = False  # of an encoder-decoder: a call of the whole is under way
-        self._alone: Gate | None = None  # or one of this stack by itself
-        gates = [self.gates[s.stack] for s in sites]
+        self._alone: Scope | None = None  # or one of this stack by itself
+        scopes = [self.scopes[s.stack] for s in sites]
         self.sinks = [
-            Sink(gate, functools.partial(records.take, r)) for r, gate in enumerate(gates)
+            Sink(scope, functools.partial(records.take, r)) for r, scope in enumerate(scopes)
         ]
         self.logit_sinks = (
-            [Sink(gate, functools.partial(records.take_logits, r)) for r, gate in enumerate(gates)]
+            [
+                Sink(scope, functools.partial(records.take_logits, r))
+                for r, scope in enumerate(scopes)
+            ]
             if logits
             else []
         )
         self.compiled = is_compiled(model)
         self._bracketed = False
-        self._stack, self._stance = ExitStack(), ExitStack()
+        self._cleanup, self._stance = ExitStack(), ExitStack()
 
     def attach(self) -> None:
         try:
@@ -118,28 +94,28 @@ class Attachment:
         self._shut()
         self.over = True
         self._stance.close()
-        self._stack.close()
+        self._cleanup.close()
 
     def _attach(self) -> None:
         def keep(hook: Any) -> None:
-            self._stack.callback(hook.remove)
+            self._cleanup.callback(hook.remove)
 
         if (
             self.compiled or _has_compiled()
         ):  # compiled code does not look again which hooks there are
             torch.compiler.reset()
-            self._stack.callback(torch.compiler.reset)
+            self._cleanup.callback(torch.compiler.reset)
         keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
-        stacks = [gate for stack, gate in self.gates.items() if stack]
+        stacks = [scope for stack, scope in self.scopes.items() if stack]
         # whether or not it raised: what a stack is called for afterwards is no part of it
         keep(self.model.register_forward_hook(self._after, always_call=bool(stacks)))
-        for gate in stacks:
+        for scope in stacks:
             keep(
-                gate.module.register_forward_pre_hook(
-                    functools.partial(self._before_stack, gate), with_kwargs=True
+                scope.module.register_forward_pre_hook(
+                    functools.partial(self._before_stack, scope), with_kwargs=True
                 )
             )
-            keep(gate.module.register_forward_hook(functools.partial(self._after_stack, gate)))
+            keep(scope.module.register_forward_hook(functools.partial(self._after_stack, scope)))
         if self.outer is not self.model:
             self._replace(self.outer, "forward", self._around)
         if getattr(self.model, "_compiled_call_impl", None) is not None:
@@ -154,20 +130,20 @@ class Attachment:
             if site.adapter is not None and not site.adapter.at_call:
                 keep(
                     site.module.register_forward_hook(
-                        _after_call(self.sinks[r], site.adapter.choice)
+                        choice_after_call(self.sinks[r], site.adapter.choice)
                     )
                 )
             elif site.adapter is not None or self.mode == "tap":
                 choice_of = site.adapter.choice if site.adapter is not None else called_with
                 keep(
                     site.module.register_forward_pre_hook(
-                        _at_call(self.sinks[r], choice_of), with_kwargs=True
+                        choice_at_call(self.sinks[r], choice_of), with_kwargs=True
                     )
                 )
             if self.logit_sinks and site.logits_module is not None:
                 keep(
                     site.logits_module.register_forward_hook(
-                        _logits_seen(self.logit_sinks[r], site)
+                        logits_after_call(self.logit_sinks[r], site)
                     )
                 )
         if self.mode == "dispatch":
@@ -191,7 +167,7 @@ class Attachment:
             else:
                 delattr(owner, name)
 
-        self._stack.callback(put_back)
+        self._cleanup.callback(put_back)
 
     def _take_over(self) -> None:
         if any(hasattr(site.module, experts_implementation.SINK) for site in self.sites):
@@ -200,14 +176,14 @@ class Attachment:
                 "with tap"
             )
         experts_implementation.register()
-        self._stack.callback(
+        self._cleanup.callback(
             self.model.set_experts_implementation, self.model.get_experts_implementation()
         )
         self.model.set_experts_implementation(experts_implementation.NAME)
         for sink, site in zip(self.sinks, self.sites, strict=True):
             if site.adapter is None:
                 setattr(site.module, experts_implementation.SINK, sink)
-                self._stack.callback(delattr, site.module, experts_implementation.SINK)
+                self._cleanup.callback(delattr, site.module, experts_implementation.SINK)
 
     # --- around a forward pass
 
@@ -252,8 +228,8 @@ class Attachment:
             return
         self._in_model = True
         self._begin_pass()
-        if "" in self.gates:
-            self._open(self.gates[""], args, kwargs)
+        if "" in self.scopes:
+            self._open(self.scopes[""], args, kwargs)
 
     @torch.compiler.disable(
         reason="to record it without a graph break, record what torch.compile returned"
@@ -264,7 +240,7 @@ class Attachment:
         self._shut()
         if output is None:  # it raised
             return
-        if "" in self.gates:
+        if "" in self.scopes:
             self.records.returned("", output)
         self._end_pass()
 
@@ -272,26 +248,26 @@ class Attachment:
         reason="the stacks of an encoder-decoder are told apart outside compiled code"
     )
     def _before_stack(
-        self, gate: Gate, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if self.paused or self.over:
             return
         if not self._in_model:
-            self._alone = gate
+            self._alone = scope
             self._begin_pass()
-        self._open(gate, args, kwargs)
+        self._open(scope, args, kwargs)
 
     @torch.compiler.disable(
         reason="the stacks of an encoder-decoder are told apart outside compiled code"
     )
     def _after_stack(
-        self, gate: Gate, module: torch.nn.Module, args: tuple[Any, ...], output: Any
+        self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
-        if self.paused or self.over or not gate.open:
+        if self.paused or self.over or not scope.open:
             return
-        gate.open = False
-        self.records.returned(gate.stack, output)
-        if self._alone is gate:
+        scope.open = False
+        self.records.returned(scope.stack, output)
+        if self._alone is scope:
             self._shut()
             self._end_pass()
 
@@ -305,9 +281,9 @@ class Attachment:
             sink.calls = 0
         self.records.begin()
 
-    def _open(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.records.feed(gate.stack, args, kwargs)
-        gate.open = True
+    def _open(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.records.feed(scope.stack, args, kwargs)
+        scope.open = True
 
     def _end_pass(self) -> None:
         self._stance.close()
@@ -315,38 +291,8 @@ class Attachment:
 
     def _shut(self) -> None:
         self._in_model, self._alone = False, None
-        for gate in self.gates.values():
-            gate.open = False
-
-
-def _at_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _seen(sink, choice_of(module, [*args, *kwargs.values()], None))
-
-    return hook
-
-
-def _after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _seen(sink, choice_of(module, list(args), output))
-
-    return hook
-
-
-def _seen(sink: Sink, choice: Choice | None) -> None:
-    if (
-        choice is not None and (tape := sink(*choice)) is not None
-    ):  # where there is no choice the completeness check names the module
-        kernels.record(tape, *choice)
-
-
-def _logits_seen(sink: Sink, site: Site) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        logits_TE = logits_among(output, site)
-        if logits_TE is not None and (tape := sink(logits_TE)) is not None:
-            kernels.record(tape, None, logits_TE)
-
-    return hook
+        for scope in self.scopes.values():
+            scope.open = False
 
 
 def uncompiled(model: Any) -> Any:

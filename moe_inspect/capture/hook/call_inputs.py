@@ -47,7 +47,7 @@ State = tuple[
 
 
 @dataclass
-class Held:
+class CachedRows:
     """What a key-value cache holds: `length` positions of each row and, once that is read, of which
     sequences."""
 
@@ -56,7 +56,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Given:
+class CallInputs:
     """What a forward pass was called with: copies on the host, whole once it has run (the host
     waits for nothing)."""
 
@@ -66,8 +66,8 @@ class Given:
     mask_BS: torch.Tensor | None
     position: torch.Tensor | None  # [B, S] or [S]
     labels: dict[str, Sequence[Any] | None]
-    before: Held | None  # of the cache it was given, or what the encoder read
-    after: Held
+    before: CachedRows | None  # of the cache it was given, or what the encoder read
+    after: CachedRows
     stack: str = ""
     copied: Any = None  # the CUDA event after which the copies are whole
 
@@ -93,10 +93,10 @@ class RowReader:
         self._next_labels: dict[str, Sequence[Any] | None] = {}
         self._names: dict[Any, int] = {}
         self._documents = self._sequences = 0
-        self._held: WeakKeyDictionary[Any, Held] = (
+        self._cached: WeakKeyDictionary[Any, CachedRows] = (
             WeakKeyDictionary()
         )  # key-value cache → the rows it holds
-        self._encoded: deque[tuple[torch.Tensor, Held]] = deque(
+        self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(
             maxlen=8
         )  # encoder passes: their first outputs, [B, C], and rows
         self._undo: tuple[int, int, list[Any]] | None = (
@@ -113,13 +113,13 @@ class RowReader:
             self.domains.append(label)
         return self.domains.index(label)
 
-    def note(
+    def read_call(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         stack: str = "",
-        encoder: Given | None = None,
-    ) -> Given:
+        encoder: CallInputs | None = None,
+    ) -> CallInputs:
         """What these arguments of the call of the model, or of one of its stacks, feed it, to be
         read by `rows`. `encoder`: what the encoder was fed in the same forward pass."""
         given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
@@ -139,7 +139,7 @@ class RowReader:
             )
         B, S = fed.shape[:2]
         cache = cache_among(given.values())
-        before = self._held.get(cache) if cache is not None else None
+        before = self._cached.get(cache) if cache is not None else None
         past = _length(cache, before, S) if cache is not None else 0
         before = before if past else None
         if before is None and stack == "decoder":
@@ -150,7 +150,7 @@ class RowReader:
             )
         mask, position = given.get("attention_mask"), given.get("position_ids")
         labels = {
-            name: given_now if (given_now := self._next_labels.get(name)) is not None else usual
+            name: new if (new := self._next_labels.get(name)) is not None else usual
             for name, usual in self._labels.items()
         }
         self._next_labels = {}
@@ -167,11 +167,11 @@ class RowReader:
         if fed.is_cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(fed.device))
-        return Given(
-            B, S, token_BS, mask_BS, position, labels, before, Held(past + S), stack, copied
+        return CallInputs(
+            B, S, token_BS, mask_BS, position, labels, before, CachedRows(past + S), stack, copied
         )
 
-    def confirm(self, given: Given, output: Any) -> None:
+    def remember(self, call: CallInputs, output: Any) -> None:
         """The forward pass has been launched, and returned this: the key-value cache in it holds
         the rows it was given."""
         values = list(
@@ -183,41 +183,39 @@ class RowReader:
         )
         cache = cache_among(values)
         if cache is not None:
-            self._held[cache] = given.after
-        if given.stack == "encoder" and values:
-            self._encoded.append((values[0][:, 0].detach().clone(), given.after))
+            self._cached[cache] = call.after
+        if call.stack == "encoder" and values:
+            self._encoded.append((values[0][:, 0].detach().clone(), call.after))
 
-    def _read_by_encoder(self, hidden_BSC: torch.Tensor | None) -> Held | None:
+    def _read_by_encoder(self, hidden_BSC: torch.Tensor | None) -> CachedRows | None:
         """What the encoder pass read that returned this, here found by its values: they may have
         been copied, and each row repeated, since. None where it was not seen."""
-        for first_BC, held in reversed(self._encoded if hidden_BSC is not None else ()):
+        for first_BC, cached in reversed(self._encoded if hidden_BSC is not None else ()):
             assert hidden_BSC is not None
             times, rest = divmod(len(hidden_BSC), len(first_BC))
             if times and not rest and torch.equal(hidden_BSC[::times, 0].to(first_BC), first_BC):
-                return held
+                return cached
         return None
 
-    def rows(self, given: Given) -> Rows:
+    def rows(self, call: CallInputs) -> Rows:
         """The rows of a forward pass (of an encoder-decoder, of one stack in it), in the order of
-        the passes. Until `settle` follows they can be `forgotten`."""
+        the passes. Until `accept` follows, `discard` undoes it."""
         if self._undo is None:
             self._undo = (self._documents, self._sequences, [])
-        if given.copied is not None:
-            given.copied.synchronize()
-        B, S = given.B, given.S
+        if call.copied is not None:
+            call.copied.synchronize()
+        B, S = call.B, call.S
         real_BS = (
-            given.mask_BS.numpy().astype(bool)
-            if given.mask_BS is not None
-            else np.ones((B, S), bool)
+            call.mask_BS.numpy().astype(bool) if call.mask_BS is not None else np.ones((B, S), bool)
         )
-        token_BS = given.token_BS.numpy() if given.token_BS is not None else np.full((B, S), -1)
+        token_BS = call.token_BS.numpy() if call.token_BS is not None else np.full((B, S), -1)
         position_BS = np.broadcast_to(
-            given.position.numpy() if given.position is not None else 0, (B, S)
+            call.position.numpy() if call.position is not None else 0, (B, S)
         )
-        state = given.before.state if given.before is not None else None
+        state = call.before.state if call.before is not None else None
         times = (
             B // len(state[0])
-            if state is not None and (given.stack == "decoder" or len(state[0]) == B)
+            if state is not None and (call.stack == "decoder" or len(state[0]) == B)
             else 0
         )
         if (
@@ -228,11 +226,11 @@ class RowReader:
             )
             new: list[Document] = []
         else:
-            _check_labels(given.labels, B)
+            _check_labels(call.labels, B)
             document_BS, sequence_BS, domain_BS, new = self._number(
-                real_BS, position_BS, **given.labels
+                real_BS, position_BS, **call.labels
             )
-        given.after.state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
+        call.after.state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
         real = real_BS.reshape(-1)
         flat = [
             a.reshape(-1)[real].astype(np.int32)
@@ -240,15 +238,15 @@ class RowReader:
         ]
         phase = (
             "encode"
-            if given.stack == "encoder"
+            if call.stack == "encoder"
             else "decode"
-            if given.after.length > S and S == 1
+            if call.after.length > S and S == 1
             else "prefill"
         )
-        return Rows(real, *flat, documents=new, phase=phase, stack=given.stack)
+        return Rows(real, *flat, documents=new, phase=phase, stack=call.stack)
 
-    def forget(self) -> None:
-        """The forward pass whose rows were read since `settle` failed: the next one takes its
+    def discard(self) -> None:
+        """The forward pass whose rows were read since `accept` failed: the next one takes its
         numbers."""
         if self._undo is not None:
             self._documents, self._sequences, names_to_forget = self._undo
@@ -256,7 +254,7 @@ class RowReader:
                 del self._names[name]
             self._undo = None
 
-    def settle(self) -> None:
+    def accept(self) -> None:
         """The rows read since were recorded."""
         self._undo = None
 
@@ -315,14 +313,14 @@ def cache_among(values: Iterable[Any]) -> Any:
     return next((v for v in values if hasattr(v, "get_seq_length")), None)
 
 
-def _length(cache: Any, held: Held | None, S: int) -> int:
+def _length(cache: Any, cached: CachedRows | None, S: int) -> int:
     """Positions in a cache. A static one counts on its device, which would have to be waited for: a
     step of one token goes by our own count; a longer one asks, for the cache may have been reset or
     cropped."""
     length = cache.get_seq_length()
     return (
-        held.length
-        if S == 1 and held is not None and getattr(length, "is_cuda", False)
+        cached.length
+        if S == 1 and cached is not None and getattr(length, "is_cuda", False)
         else int(length)
     )
 

@@ -255,7 +255,7 @@ class Rings:
                 self._of[r] = (ring, n)
         self.tapes = [ring.tapes[n] for ring, n in self._of]
         self.logit_tapes = [ring.logit_tapes[n] for ring, n in self._of] if logits else []
-        self.at_once = all(
+        self.synchronous = all(
             ring.side is None for ring in self._rings
         )  # the host sees what has been written when it has been
 

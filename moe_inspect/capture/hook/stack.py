@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.attach import Sink
-from moe_inspect.capture.hook.call_inputs import Given, Rows
+from moe_inspect.capture.hook.call_inputs import CallInputs, Rows
 from moe_inspect.capture.hook.ring import Rings
+from moe_inspect.capture.hook.sink import Sink
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.trace.schema import Router
@@ -29,7 +29,7 @@ class Pass:
     position `start` on, the first `kept` of them."""
 
     stack: Stack
-    fed: Rows | Given
+    fed: Rows | CallInputs
     start: int
     kept: int
     stands: list[Tensor]  # of each ring: where its cursors stood afterwards
@@ -60,8 +60,7 @@ class Stack:
         )
         self.routers_of = [[n] for n in range(len(sites))]  # of each site
         self.first_router = 0  # the place of its first among the model's
-        self.fed: Rows | Given | None = None  # in the forward pass under way
-        self.given: Given | None = None  # the same, unless it was planned
+        self.fed: Rows | CallInputs | None = None  # in the forward pass under way
         self.seen = [0] * len(
             sites
         )  # rows of each site in this forward pass, where there is no tape
@@ -88,13 +87,13 @@ class Stack:
         """A forward pass begins. If the one before failed, its rows are written over."""
         if self.fed is not None and self.rings is not None:
             self.rings.rewind(self.dropped_rows)
-        self.fed = self.given = None
+        self.fed = None
         self.seen = [0] * len(self.sites)
         if self.staged is not None:
             self.staged = [[] for _ in self.sites]
             self.staged_logits = [[] for _ in self.sites]
 
-    def settle_shape(self) -> list[torch.dtype]:
+    def fix_shape(self) -> list[torch.dtype]:
         """The first forward pass is over: top-k, dtypes and devices are what it showed, not what a
         config claims. Returns the dtypes of the gate weights."""
         staged, logits, declared = self.staged, self.staged_logits, self.routers

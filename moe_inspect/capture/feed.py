@@ -1,0 +1,275 @@
+"""Feeds a planned batch to a model: a prefill pass, a prefill pass and decode steps, or the two
+stacks of an encoder-decoder. The recorder is told what each pass is fed before it runs.
+
+B rows, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_inspect.capture.hook.call_inputs import Rows, cache_among
+from moe_inspect.capture.plan import TokenSequence
+from moe_inspect.capture.recorder import Recorder
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.writer import Document
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that are fed together. `number`: that of its first forward pass. `documents`: those
+    of which this is the first batch."""
+
+    number: int
+    sequences: list[TokenSequence]
+    documents: list[Document]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """`tokens`: fed after the prompt, at most. `temperature`: 0 is greedy. `end_ids`: token ids
+    after which a row is fed nothing."""
+
+    tokens: int
+    temperature: float
+    seed: int
+    end_ids: frozenset[int]
+
+
+# --- the passes; each returns the tokens fed, padding not counted
+
+
+def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> int:
+    """One forward pass over right-padded rows."""
+    ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
+    fed = _Announcer(recorder, batch)(ids_BS, mask_BS, documents=batch.documents)
+    mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
+    # no key-value cache and no [T, vocabulary] logits, which nobody reads
+    forward(
+        network,
+        torch.from_numpy(ids_BS),
+        attention_mask=mask,
+        use_cache=False,
+        **last_logits(network),
+    )
+    return fed
+
+
+def decode(network: Any, recorder: Recorder, batch: Batch, decoding: Decoding) -> int:
+    """Rows of one length, then one token of each at a time, with a key-value cache and no padding.
+    Nothing is recorded of a row that has met an end token."""
+    announce = _Announcer(recorder, batch, group=batch.number)
+    generator = torch.Generator().manual_seed(decoding.seed)
+    ids_BS = torch.from_numpy(np.stack([s.ids for s in batch.sequences]).astype(np.int64))
+    running_B = np.ones(len(ids_BS), bool)
+    usual, cache = {"use_cache": True, **last_logits(network)}, {}
+    fed = position = 0
+    for step in range(decoding.tokens + 1):
+        fed += announce(
+            ids_BS.numpy(),
+            np.broadcast_to(running_B[:, None], tuple(ids_BS.shape)),
+            position=position,
+            step=step,
+            phase="decode" if step else "prefill",
+            documents=[] if step else batch.documents,
+        )
+        output = forward(network, ids_BS, **usual, **cache)
+        position += ids_BS.shape[1]
+        cache = cache_of(network, output)
+        next_B = chosen(output.logits[:, -1].float().cpu(), decoding.temperature, generator)
+        running_B = running_B & ~np.isin(next_B.numpy(), list(decoding.end_ids))
+        if not running_B.any():
+            break
+        ids_BS = next_B[:, None]
+    recorder.end_group()
+    return fed
+
+
+def encode_decode(
+    network: Any, recorder: Recorder, batch: Batch, tokenizer: Any, decoding: Decoding
+) -> int:
+    """The encoder over right-padded rows, then the decoder: its start tokens, and up to
+    `decoding.tokens` one at a time, with a key-value cache. Nothing is recorded of a row that has
+    met an end token."""
+    announce = _Announcer(recorder, batch, group=batch.number)
+    generator = torch.Generator().manual_seed(decoding.seed)
+    ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
+    mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
+    fed = announce(ids_BS, mask_BS, phase="encode", stack="encoder", documents=batch.documents)
+    usual: dict[str, Any] = {"attention_mask": mask, "use_cache": True, **last_logits(network)}
+    usual["encoder_outputs"] = forward(
+        network.get_encoder(), torch.from_numpy(ids_BS), attention_mask=mask, return_dict=True
+    )
+    decoded_BS = torch.tensor([start_ids(network)] * len(ids_BS))
+    running_B, cache, position = np.ones(len(ids_BS), bool), {}, 0
+    for step in range(decoding.tokens + 1):
+        fed += announce(
+            decoded_BS.numpy(),
+            np.broadcast_to(running_B[:, None], tuple(decoded_BS.shape)),
+            position=position,
+            step=1 + step,
+            phase="decode" if step else "prefill",
+            stack="decoder",
+        )
+        output = forward(network, decoded_BS, "decoder_input_ids", **usual, **cache)
+        position += decoded_BS.shape[1]
+        if step == decoding.tokens:
+            break
+        cache = cache_of(network, output)
+        next_B = chosen(output.logits[:, -1].float().cpu(), decoding.temperature, generator)
+        running_B = running_B & ~np.isin(next_B.numpy(), list(decoding.end_ids))
+        if not running_B.any():
+            break
+        decoded_BS = next_B[:, None]
+    recorder.end_group()
+    return fed
+
+
+class _Announcer:
+    """Tells the recorder what the next forward pass of a batch is fed; returns how many tokens."""
+
+    def __init__(self, recorder: Recorder, batch: Batch, group: int | None = None):
+        self.recorder, self.number, self.group = recorder, batch.number, group
+        sequences = batch.sequences
+        self.document_B = np.array([s.document for s in sequences], np.int32)
+        self.sequence_B = np.array([s.sequence for s in sequences], np.int32)
+        codes = [recorder.inputs.domain_code(s.domain) for s in sequences]
+        self.domain_B = np.array(codes, np.int32)
+
+    def __call__(
+        self,
+        ids_BS: np.ndarray,
+        real_BS: np.ndarray,
+        *,
+        position: int = 0,
+        step: int = 0,
+        phase: str = "prefill",
+        stack: str = "",
+        documents: list[Document] | None = None,
+    ) -> int:
+        B, S = ids_BS.shape
+        position_S = np.arange(position, position + S, dtype=np.int32)
+
+        def of_real(values: np.ndarray) -> np.ndarray:
+            return np.broadcast_to(values, (B, S))[real_BS]
+
+        rows = Rows(
+            real=real_BS.reshape(-1),
+            token_id=ids_BS[real_BS].astype(np.int32),
+            document=of_real(self.document_B[:, None]),
+            sequence=of_real(self.sequence_B[:, None]),
+            position=of_real(position_S),
+            domain=of_real(self.domain_B[:, None]),
+            documents=documents or [],
+            phase=phase,
+            number=self.number + step,
+            group=self.group,
+            stack=stack,
+        )
+        self.recorder.expect(rows)
+        return len(rows.token_id)
+
+
+# --- a model's call
+
+
+def padded(
+    sequences: list[TokenSequence], tokenizer: Any, network: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int64, mask bool) [B, S] of right-padded rows. A padding token that was added to the
+    tokenizer alone has no embedding: 0 stands for it."""
+    lengths = np.array([len(s.ids) for s in sequences])
+    mask_BS = np.arange(lengths.max()) < lengths[:, None]
+    known = embeddings(network)
+    pad = tokenizer.pad_token_id
+    ids_BS = np.full(
+        mask_BS.shape, 0 if pad is None or (known is not None and pad >= known) else pad, np.int64
+    )
+    ids_BS[mask_BS] = np.concatenate([s.ids for s in sequences])
+    return ids_BS, mask_BS
+
+
+def embeddings(network: Any) -> int | None:
+    """How many token ids the model knows, where it says so."""
+    try:
+        return getattr(network.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # code of a model's own may not say
+        return None
+
+
+def forward(network: Any, ids_BS: torch.Tensor, name: str = "input_ids", **options: Any) -> Any:
+    """The model's output for these tokens; MoeInspectError where they are too many for the
+    device."""
+    if (known := embeddings(network)) is not None and (highest := int(ids_BS.max())) >= known:
+        raise MoeInspectError(
+            f"the tokenizer gives token id {highest}, but the model has {known:,} embeddings: the "
+            "tokenizer is another model's"
+        )
+    device = next(network.parameters()).device
+    try:
+        return network(**{name: ids_BS.to(device)}, **options)
+    except torch.OutOfMemoryError as error:
+        tokens = ids_BS.numel()
+        raise MoeInspectError(
+            f"{device} is out of memory in a forward pass of {tokens:,} tokens: lower "
+            "--batch-tokens"
+        ) from error
+
+
+def last_logits(network: Any) -> dict[str, Any]:
+    """Only the logits of the last position, where the model can do so."""
+    takes = inspect.signature(network.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+
+def cache_of(network: Any, output: Any) -> dict[str, Any]:
+    """The key-value cache in a model's output, as the argument by which the next call takes it."""
+    cache = cache_among(output.values())
+    if cache is None:
+        raise MoeInspectError(
+            f"{type(network).__name__} keeps no key-value cache: trace without --generate"
+        )
+    takes = inspect.signature(network.forward).parameters
+    return {"cache" if "cache" in takes else "past_key_values": cache}  # transformers 5.24: cache
+
+
+# --- decoding
+
+
+def chosen(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    """The next token of each row, [B]."""
+    if not temperature:
+        return logits_BV.argmax(1)
+    scores_BV = torch.softmax(logits_BV / temperature, 1)
+    return torch.multinomial(scores_BV, 1, generator=generator)[:, 0]
+
+
+def end_ids(network: Any, tokenizer: Any) -> frozenset[int]:
+    """Token ids that end a text, by the generation config or else the tokenizer."""
+    stated = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
+    stated = stated if stated is not None else tokenizer.eos_token_id
+    return frozenset([stated] if isinstance(stated, int) else stated or [])
+
+
+def start_ids(network: Any) -> list[int]:
+    """What a decoder is fed first: the start token, and the one that the generation config forces
+    to follow it."""
+    generation = getattr(network, "generation_config", None)
+
+    def stated(name: str) -> Any:
+        found = getattr(generation, name, None)
+        return found if found is not None else getattr(network.config, name, None)
+
+    start, forced = stated("decoder_start_token_id"), stated("forced_bos_token_id")
+    start = start if start is not None else stated("bos_token_id")
+    if not isinstance(start, int):
+        raise MoeInspectError(
+            f"the config of {type(network).__name__} states no decoder_start_token_id: nothing "
+            "to begin decoding with"
+        )
+    return [start, forced] if isinstance(forced, int) else [start]

@@ -1,0 +1,81 @@
+"""What the forward pass under way is fed: as a caller planned it, else as the arguments of the
+model's calls say."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moe_inspect.capture.hook.call_inputs import CallInputs, RowReader, Rows
+
+
+class PassInputs:
+    """`modules`: stack → the module whose calls feed it. `documents`, `domains`: labels of each
+    batch row, unless `label` gives others."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        documents: Sequence[Any] | None,
+        domains: Sequence[str] | None,
+    ):
+        names = {
+            stack: list(inspect.signature(module.forward).parameters)
+            for stack, module in modules.items()
+        }
+        self._reader = RowReader(names, documents, domains)
+        self._next_plan: dict[str, Rows] = {}  # of the next forward pass, by stack
+        self._plan: dict[str, Rows] = {}  # of the one under way
+        self._calls: dict[str, CallInputs] = {}  # of its stacks, where nobody planned it
+        self._outputs: list[tuple[CallInputs, Any]] = []
+
+    @property
+    def domains(self) -> list[str]:
+        """Domain labels by code."""
+        return self._reader.domains
+
+    def domain_code(self, label: str) -> int:
+        """The code of a domain label, new or known."""
+        return self._reader.domain_code(label)
+
+    def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
+        self._reader.label(documents, domains)
+
+    def expect(self, *rows: Rows) -> None:
+        self._next_plan = {r.stack: r for r in rows}
+
+    def begin(self) -> int | None:
+        """A forward pass begins. Returns its number, where it was planned."""
+        self._reader.discard()  # the forward pass before this one, if it failed
+        self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
+        return next((r.number for r in self._plan.values() if r.number is not None), None)
+
+    def of_call(
+        self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Rows | CallInputs:
+        """What the coming call of a stack is fed."""
+        if stack in self._plan:
+            return self._plan[stack]
+        encoder = self._calls.get("encoder") if stack == "decoder" else None
+        self._calls[stack] = self._reader.read_call(args, kwargs, stack, encoder)
+        return self._calls[stack]
+
+    def rows(self, fed: Rows | CallInputs) -> Rows:
+        return fed if isinstance(fed, Rows) else self._reader.rows(fed)
+
+    def returned(self, stack: str, output: Any) -> None:
+        if stack in self._calls:
+            self._outputs.append((self._calls[stack], output))
+
+    def accept(self) -> None:
+        """The rows that were read are recorded: their numbers are taken."""
+        self._reader.accept()
+
+    def end(self) -> None:
+        """The forward pass has been launched: what its caches hold is known."""
+        for call, output in self._outputs:
+            self._reader.remember(call, output)
+        self._outputs = []

@@ -1,0 +1,123 @@
+"""Opens the trace that a recorder writes: takes the directory, and says in the manifest what is
+recorded and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from moe_inspect.capture.manifest import capture_facts
+from moe_inspect.capture.options import RecordOptions
+from moe_inspect.capture.ranks import Ranks
+from moe_inspect.model.load import config_record
+from moe_inspect.model.routers import Site
+from moe_inspect.model.vocabulary import vocabulary_table
+from moe_inspect.trace import slot_order
+from moe_inspect.trace.files.lock import Lock, join
+from moe_inspect.trace.output_dir import claim_directory
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, TraceWriter
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a caller that plans the batches knows of the trace. `manifest`: sections to add;
+    `lock`: of the trace to resume, held by the caller."""
+
+    ranks: Ranks | None = None
+    resume: ResumePoint | None = None
+    lock: Lock | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    shard_tokens: int = SHARD_TOKENS
+
+
+class TraceOpener:
+    """`path` None: nothing is written. `tokenizer`: its vocabulary goes into the trace."""
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        model: Any,
+        sites: Sequence[Site],
+        mode: str,
+        tokenizer: Any,
+    ):
+        self.path = Path(path) if path is not None else None
+        self.model, self.sites, self.mode, self.tokenizer = model, sites, mode, tokenizer
+        self._own_lock: Lock | None = None
+
+    def open(
+        self,
+        routers: Sequence[Router],
+        weight_dtype: torch.dtype,
+        options: RecordOptions,
+        session: Session,
+    ) -> TraceWriter | None:
+        """The writer. Of several ranks each has its own; rank 0 makes way for all."""
+        if self.path is None:
+            return None
+        ranks = session.ranks
+        # rank 0 has made way once it says so
+        made_way = ranks.hear("open") if ranks is not None and ranks.rank else None
+        lock = session.lock or self._take(self.path, options, ranks, made_way)
+        writer = TraceWriter(
+            self.path,
+            self._manifest(weight_dtype if options.weights else None, session),
+            [slot_order.stated(router, known=True) for router in routers],
+            weights=options.weights,
+            logits=options.logits,
+            counts_only=options.counts_only,
+            vocabulary=self._vocabulary(),
+            rank=ranks.rank if ranks is not None else 0,
+            resume=session.resume,
+            shard_tokens=session.shard_tokens,
+            lock=lock,
+        )
+        if ranks is not None:
+            ranks.say("open", lock.job)
+            writer.others = ranks.status
+        return writer
+
+    def release(self) -> None:
+        """The recording is over."""
+        if self._own_lock is not None:
+            self._own_lock.release()
+
+    def _take(
+        self, path: Path, options: RecordOptions, ranks: Ranks | None, made_way: str | None
+    ) -> Lock:
+        if made_way is not None:
+            self._own_lock = join(path, made_way)
+        else:
+            shared = ranks is not None and ranks.world > 1
+            self._own_lock = claim_directory(path, options.overwrite, shared=shared)
+        return self._own_lock
+
+    def _manifest(self, weight_dtype: torch.dtype | None, session: Session) -> dict[str, Any]:
+        config = self.model.config
+        own = {
+            "id": getattr(config, "_name_or_path", ""),
+            "revision": None,
+            "class": type(self.model).__name__,
+        }
+        manifest = {"model": own, **session.manifest}
+        manifest["model"]["config"] = config_record(config)
+        notes = {site.adapter.note for site in self.sites if site.adapter is not None} - {""}
+        if notes:
+            manifest["model"]["note"] = "; ".join(sorted(notes))
+        manifest["capture"] = {
+            **capture_facts(self.model, self.mode),
+            "weight_dtype": str(weight_dtype).removeprefix("torch.") if weight_dtype else None,
+        }
+        return manifest
+
+    def _vocabulary(self) -> pa.Table | None:
+        if self.tokenizer is None:
+            return None
+        text = self.model.config.get_text_config()
+        return vocabulary_table(self.tokenizer, getattr(text, "vocab_size", 0) or 0)

@@ -1,0 +1,140 @@
+"""The settings of a trace: fields of frozen dataclasses, and keywords of the public functions
+`trace_model`, `trace_engine` and `record`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """What is fed to a model, and which of its layers are recorded.
+
+    data               files, folders, quoted globs, fsspec URLs, each optionally behind DOMAIN=;
+                       none: the bundled corpus
+    text_field         field of .jsonl, .csv and .parquet rows that holds the text
+    domain_field       field that holds the domain; None: "domain" where there is one
+    max_tokens         stop after this many tokens
+    max_length         split longer documents; None: what the model takes, at most 2048
+    batch_tokens       tokens per forward pass, padding included
+    special_tokens     frame each text as the tokenizer does (<s> …)
+    generate           continue each document by N decoded tokens
+    temperature, seed  of sampling; temperature 0 is greedy
+    revision           branch, tag or commit on the hub
+    trust_remote_code  run code from the model's repository
+    layers             record only these block indices; None: all
+    resume             continue an interrupted trace of the same corpus, model and options
+    overwrite          replace an existing trace
+    """
+
+    data: Sequence[str] = ()
+    text_field: str = "text"
+    domain_field: str | None = None
+    max_tokens: int | None = None
+    max_length: int | None = None
+    batch_tokens: int = 8192
+    special_tokens: bool = True
+    generate: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+    revision: str | None = None
+    trust_remote_code: bool = False
+    layers: Sequence[int] | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(CorpusOptions):
+    """Settings of `trace_model`: those of the corpus (`CorpusOptions`), and
+
+    capture      "dispatch": our experts implementation routes and records; "tap": the model's own
+                 implementation is watched; "auto": dispatch where the model would run the stock
+                 grouped_mm on a GPU, else tap
+    device       "auto" (cuda where there is one), "cpu", "cuda:1", …
+    device_map   spread the model over devices: "auto", "balanced", … (accelerate)
+    dtype        "float32", "bfloat16", "float16"; "auto": as the checkpoint is stored
+    random_init  initialise the weights with this seed instead of reading them: the untrained
+                 baseline
+    weights      record the gate weights
+    logits       record the router logits
+    counts_only  keep counts by layer, domain and expert, no decisions
+    """
+
+    capture: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    dtype: str = "auto"
+    random_init: int | None = None
+    weights: bool = True
+    logits: bool = False
+    counts_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """Settings of a recorder; `moe_inspect.record` describes them."""
+
+    capture: str = "auto"
+    layers: Sequence[int] | None = None
+    weights: bool = True
+    logits: bool = False
+    counts_only: bool = False
+    every: int = 1
+    overwrite: bool = False
+    drop: bool = False
+    ring_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(CorpusOptions):
+    """Settings of `trace_engine`: those of the corpus (`CorpusOptions`), and
+
+    concurrency  sequences in flight at once
+    timeout_s    per request in all, from connecting to the last byte; then it is sent again
+    api_key      sent as a bearer token, written nowhere
+    """
+
+    concurrency: int = 8
+    timeout_s: float = 600.0
+    api_key: str | None = field(default=None, repr=False)
+
+
+# The same names and types as keywords, for type checkers (a test compares the two).
+
+
+class CorpusKeywords(TypedDict, total=False):
+    data: Sequence[str]
+    text_field: str
+    domain_field: str | None
+    max_tokens: int | None
+    max_length: int | None
+    batch_tokens: int
+    special_tokens: bool
+    generate: int
+    temperature: float
+    seed: int
+    revision: str | None
+    trust_remote_code: bool
+    layers: Sequence[int] | None
+    resume: bool
+    overwrite: bool
+
+
+class TraceKeywords(CorpusKeywords, total=False):
+    capture: str
+    device: str
+    device_map: str | None
+    dtype: str
+    random_init: int | None
+    weights: bool
+    logits: bool
+    counts_only: bool
+
+
+class EngineKeywords(CorpusKeywords, total=False):
+    concurrency: int
+    timeout_s: float
+    api_key: str | None

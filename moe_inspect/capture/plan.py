@@ -1,0 +1,245 @@
+"""Documents → sequences → token batches. Everything streams: memory does not grow with the corpus.
+The batch plan is a function of files and options alone, which is what makes a trace resumable."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.capture.documents import CorpusStats, interleaved
+from moe_inspect.capture.options import CorpusOptions
+from moe_inspect.capture.sources import COMPRESSED, Source
+from moe_inspect.capture.tokenize import token_ids
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.writer import Document
+
+MAX_LENGTH = 2048
+TEXTS_PER_CALL = 64  # documents tokenized together
+# sequences of so many batches are sorted by length together: less padding, bounded memory
+WINDOW_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What determines the batches, and the batches. `max_length`: tokens of the longest sequence;
+    `encoded`: the text goes to an encoder."""
+
+    sources: list[Source]
+    options: CorpusOptions = field(default_factory=CorpusOptions)
+    max_length: int = MAX_LENGTH
+    encoded: bool = False
+    stats: CorpusStats = field(default_factory=CorpusStats)
+
+    def record(self) -> dict[str, Any]:
+        """What determines the batches, as the manifest keeps it."""
+        keys = "text_field", "domain_field", "max_tokens"
+        later = "batch_tokens", "special_tokens", "generate"
+        return {
+            **{k: getattr(self.options, k) for k in keys},
+            "max_length": self.max_length,
+            **{k: getattr(self.options, k) for k in later},
+            "sources": [asdict(s) for s in self.sources],
+        }
+
+    def estimated_tokens(self) -> int | None:
+        """Tokens of the whole corpus, judged by what has been read of its bytes; None where they do
+        not tell."""
+        max_tokens = self.options.max_tokens
+        sizes = [s.bytes for s in self.sources if s.bytes and not s.path.endswith(COMPRESSED)]
+        if len(sizes) < len(self.sources) or not self.stats.bytes_read:
+            return max_tokens
+        whole = round(self.stats.tokens * max(sum(sizes) / self.stats.bytes_read, 1))
+        return whole if max_tokens is None else min(whole, max_tokens)
+
+    def batches(self, tokenizer: Any) -> Iterator[tuple[list[TokenSequence], list[Document]]]:
+        """Each batch, with the documents that it is the first to feed a sequence of."""
+        asked = self.options
+        documents = interleaved(self.sources, asked.text_field, asked.domain_field, self.stats)
+        frame = special_frame(tokenizer) if asked.special_tokens else Frame()
+        rows = sequences(
+            documents,
+            tokenizer,
+            frame,
+            self.max_length,
+            asked.max_tokens,
+            self.stats,
+            asked.generate > 0,
+            self.encoded,
+        )
+        return with_documents(batches(rows, asked.batch_tokens, asked.generate))
+
+
+def longest_sequence(
+    max_length: int | None, config: Any, generate: int, served: int | None = None
+) -> int:
+    """Tokens of the longest sequence: the model's own limit holds (and that of a server), unless it
+    states none, and leaves room for what is to be decoded."""
+    stated = [
+        n for n in (getattr(config.get_text_config(), "max_position_embeddings", None), served) if n
+    ]
+    limit = min(stated or [MAX_LENGTH + generate]) - generate
+    if limit < 1:
+        raise MoeInspectError(
+            f"generating {generate} tokens leaves no room for a prompt in the positions of this "
+            "model"
+        )
+    if max_length is not None and max_length > limit:
+        after = f" that {generate} generated tokens leave" if generate else ""
+        raise MoeInspectError(
+            f"--max-length {max_length} is beyond the {limit} positions of this model{after}"
+        )
+    return max_length or min(limit, MAX_LENGTH)
+
+
+# --- sequences
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """What a model sees as one row: `ids` int32 [tokens], positions 0…tokens−1."""
+
+    document: int
+    sequence: int
+    domain: str
+    source: str
+    ids: np.ndarray
+    document_tokens: int
+    document_sequences: int
+    continued: bool = False  # decoded tokens are to follow
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the tokenizer puts around a text: <s>, </s>, [CLS] …"""
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+
+def special_frame(tokenizer: Any) -> Frame:
+    """The special tokens that this tokenizer adds, found by asking it."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(framed) - len(plain) + 1):
+        if framed[start : start + len(plain)] == plain:
+            return Frame(tuple(framed[:start]), tuple(framed[start + len(plain) :]))
+    raise MoeInspectError(
+        "this tokenizer changes a text when it adds special tokens: use --no-special-tokens"
+    )
+
+
+def sequences(
+    documents: Iterable[tuple[str, str, str]],
+    tokenizer: Any,
+    frame: Frame,
+    max_length: int,
+    max_tokens: int | None,
+    stats: CorpusStats,
+    generate: bool = False,
+    whole: bool = False,
+) -> Iterator[TokenSequence]:
+    """Documents → rows of at most `max_length` tokens, each within `frame`. A longer document is
+    several rows; the last row is cut where `max_tokens` is reached. With `generate` a document's
+    last row is to be continued: nothing ends it, unless it is fed `whole`, to an encoder."""
+    room = max_length - len(frame.before) - len(frame.after)
+    if room < 1:
+        raise MoeInspectError(
+            f"--max-length {max_length} leaves no room for text beside the tokenizer's special "
+            "tokens"
+        )
+    left = max_tokens if max_tokens is not None else sys.maxsize
+    document = sequence = 0
+    waiting = iter(documents)
+    while chunk := list(islice(waiting, TEXTS_PER_CALL)):
+        encoded = token_ids([text for _, _, text in chunk], tokenizer)
+        for (domain, source, _), ids in zip(chunk, encoded, strict=True):
+            pieces = [
+                np.array([*frame.before, *ids[at : at + room], *frame.after], np.int32)
+                for at in range(0, len(ids), room)
+            ]
+            if generate and not whole and pieces and frame.after:
+                pieces[-1] = pieces[-1][: -len(frame.after)]
+            pieces = list(_cut(pieces, left))
+            total = sum(map(len, pieces))
+            if not pieces:  # a text of no tokens
+                stats.empty_documents += 1
+                continue
+            stats.documents += 1
+            stats.split_documents += len(pieces) > 1
+            stats.tokens += total
+            for n, piece in enumerate(pieces):
+                continued = generate and n == len(pieces) - 1
+                yield TokenSequence(
+                    document, sequence, domain, source, piece, total, len(pieces), continued
+                )
+                sequence += 1
+            document, left = document + 1, left - total
+            if left == 0:
+                return
+
+
+def _cut(pieces: list[np.ndarray], left: int) -> Iterator[np.ndarray]:
+    for piece in pieces:
+        if left <= 0:
+            return
+        yield piece[:left]
+        left -= len(piece)
+
+
+def batches(
+    rows: Iterable[TokenSequence], batch_tokens: int, generate: int = 0
+) -> Iterator[list[TokenSequence]]:
+    """Rows → forward passes of at most `batch_tokens` tokens, padding included (one longer row is a
+    batch of its own). Within a window of a few batches rows of like length come together; rows that
+    are to be continued by `generate` tokens only with those of the same length, so that no padding
+    is decoded."""
+    window: list[TokenSequence] = []
+    size = 0
+    for row in rows:
+        window.append(row)
+        size += len(row.ids)
+        if size >= WINDOW_BATCHES * batch_tokens:
+            yield from _packed(window, batch_tokens, generate)
+            window, size = [], 0
+    yield from _packed(window, batch_tokens, generate)
+
+
+def _packed(
+    window: list[TokenSequence], batch_tokens: int, generate: int
+) -> Iterator[list[TokenSequence]]:
+    batch: list[TokenSequence] = []
+    for row in sorted(
+        window, key=lambda s: (s.continued, len(s.ids))
+    ):  # stable: equal lengths keep their order
+        too_long = (len(batch) + 1) * (len(row.ids) + generate * row.continued) > batch_tokens
+        apart = batch and (
+            row.continued != batch[0].continued
+            or (row.continued and len(row.ids) != len(batch[0].ids))
+        )
+        if batch and (too_long or apart):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def with_documents(
+    planned: Iterable[list[TokenSequence]],
+) -> Iterator[tuple[list[TokenSequence], list[Document]]]:
+    """Each batch with the documents that it is the first to feed a sequence of."""
+    to_come: dict[int, int] = {}  # sequences yet to be fed of the documents under way
+    for batch in planned:
+        new = []
+        for row in batch:
+            if row.document not in to_come:
+                new.append(Document(row.document, row.domain, row.source, row.document_tokens))
+            to_come[row.document] = to_come.get(row.document, row.document_sequences) - 1
+            if not to_come[row.document]:
+                del to_come[row.document]
+        yield batch, new

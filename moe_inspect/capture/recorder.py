@@ -1,0 +1,392 @@
+"""Recorder: attaches to a model, sees every router's choice in every forward pass, writes the
+trace, detaches (always).
+
+T rows a router sees (padding included), K slots, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_inspect.capture.hand_over import Forward, HandOver
+from moe_inspect.capture.hook.attach import Attachment, mode_of, uncompiled
+from moe_inspect.capture.hook.call_inputs import Rows
+from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
+from moe_inspect.capture.hook.pass_inputs import PassInputs
+from moe_inspect.capture.hook.stack import Stack
+from moe_inspect.capture.open_trace import Session, TraceOpener
+from moe_inspect.capture.options import RecordOptions
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.routers import Site, find_routers, in_layers
+from moe_inspect.trace.output_dir import check_directory
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import TraceWriter
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Recorder:
+    """Records every forward pass of `model` within its `with` block. The public function
+    `moe_inspect.record` describes the options, `documents` and `domains`.
+
+    `session` is for callers that plan the batches (`trace_model`). `balance_of` turns what has been
+    counted into the table that `balance()` returns."""
+
+    def __init__(
+        self,
+        model: Any,
+        path: str | Path | None = None,
+        options: RecordOptions | None = None,
+        *,
+        tokenizer: Any = None,
+        documents: Sequence[Any] | None = None,
+        domains: Sequence[str] | None = None,
+        session: Session | None = None,
+        balance_of: Callable[[Totals], pd.DataFrame] | None = None,
+    ):
+        self.options = options = options or RecordOptions()
+        self.session = session or Session()
+        _check_options(path, options)
+        self.model = uncompiled(model)
+        self.sites = in_layers(find_routers(self.model), options.layers)
+        self.mode = mode_of(self.model, self.sites, options.capture)
+        if options.logits and any(s.logits_module is None for s in self.sites):
+            raise MoeInspectError(
+                f"{type(self.model).__name__} does not show its router logits: trace without "
+                "--logits"
+            )
+        if path is not None and self.session.resume is None and self.session.ranks is None:
+            check_directory(Path(path), options.overwrite)
+        self.attachment = Attachment(model, self.sites, self.mode, options.logits, self)
+        self.stacks = _stacks(self.model, self.sites, self.attachment)
+        # of each site: its stack, and which of the stack's it is
+        self._place_of = [
+            (self.stacks[site.stack], self.stacks[site.stack].sites.index(site))
+            for site in self.sites
+        ]
+        modules = {name: scope.module for name, scope in self.attachment.scopes.items()}
+        self.inputs = PassInputs(modules, documents, domains)
+        self._hand_over = HandOver(self.stacks, self.inputs, options)
+        self._opener = TraceOpener(path, self.model, self.sites, self.mode, tokenizer)
+        self._balance_of = balance_of
+        self._entered = False
+        self._forwards = self.session.resume.next_batch if self.session.resume else 0
+        self._counts: DeviceCounts | None = None  # counts_only
+        self._counted_tokens = 0
+        self._counting = self._in_group = False
+        self._opened = False  # the routers are known, and what their pages hold
+        self._stepped = False  # the pass under way is one that `step` announced
+        self._capturing = False  # it is one that a CUDA graph captures: nothing runs
+
+    @property
+    def routers(self) -> list[Router]:
+        return [router for stack in self.stacks.values() for router in stack.routers]
+
+    @property
+    def tokens(self) -> int:
+        """Recorded so far, padding not counted."""
+        return self._hand_over.tokens + self._counted_tokens
+
+    @property
+    def writer(self) -> TraceWriter | None:
+        return self._hand_over.writer
+
+    # --- attach and detach
+
+    def __enter__(self) -> Recorder:
+        if self._entered:
+            raise MoeInspectError("this recording is over: call record again for another")
+        self._entered = True
+        self.attachment.attach()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        status = "interrupted"
+        try:
+            self.attachment.detach()
+            if kind is None:
+                self._end_step()
+                self._hand_over.finish()
+                status = "complete"
+            # an interrupt may have cut a hand-over short: what is still in the ring is left out, so
+            # that no batch is missing between others, and --resume feeds it again
+            if not self._in_group:
+                self._write_counts()
+        finally:
+            try:
+                if self.writer is not None:
+                    self.writer.close(status, quiet=status != "complete")
+            finally:
+                self._opener.release()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward passes within are not recorded, nor are CUDA graphs replayed within."""
+        self._end_step()
+        before, self.attachment.paused = self.attachment.paused, True
+        self._enable(False)
+        try:
+            yield
+        finally:
+            self.attachment.paused = before
+            self._enable(not before)
+
+    def _enable(self, on: bool) -> None:
+        for stack in self.stacks.values():
+            if stack.rings is not None:
+                stack.rings.enable(on)
+
+    # --- what the caller says of passes to come
+
+    def label(
+        self, *, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None
+    ) -> None:
+        """The document and the domain of each batch row of the next forward pass."""
+        self.inputs.label(documents, domains)
+
+    def expect(self, *rows: Rows) -> None:
+        """What the next forward pass is fed (for an encoder-decoder, each of its stacks), from a
+        caller that planned it."""
+        self.inputs.expect(*rows)
+
+    def end_group(self) -> None:
+        """The passes of a group are over: what was counted may be committed."""
+        self._in_group = False
+        if self._counts is not None and self._counts.tokens >= self.session.shard_tokens:
+            self._write_counts()
+
+    def step(self, tokens: int, **inputs: Any) -> None:
+        """Announces a forward pass of `tokens` rows per router that runs without a call of the
+        model: a CUDA graph replayed by hand, on this stream. Waits until there is room for it.
+        `inputs`: what the model would be called with (`input_ids`, `attention_mask`,
+        `position_ids`, `past_key_values`); without them its rows are one document of unknown
+        tokens."""
+        if list(self.stacks) != [""]:
+            raise MoeInspectError(
+                f"{type(self.model).__name__} has two stacks, and step() does not say which one it "
+                "feeds: call the model"
+            )
+        stack = self.stacks[""]
+        if stack.staged is not None or self.options.counts_only:
+            raise MoeInspectError(
+                "step() follows a forward pass that was recorded as usual, into a trace"
+            )
+        self._keep_rings()
+        self._begin()
+        fed = self.inputs.of_call(stack.name, (), inputs or {"input_ids": _unknown(tokens)})
+        if tokens != fed.T:
+            raise MoeInspectError(f"step({tokens}) with inputs of {fed.T} rows")
+        self._hand_over.make_room(stack, fed)
+        self._stepped = True
+        self.inputs.returned(stack.name, inputs)
+
+    def _keep_rings(self) -> None:
+        """A CUDA graph writes into the rings: they stay where they are."""
+        self._hand_over.rings_fixed = self.stacks[""].replayed = True
+
+    # --- what the attachment says of the forward pass under way
+
+    def begin(self) -> None:
+        self._capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not self._capturing:
+            self._begin()
+            return
+        # only the kernels' launches matter; the host must not look at anything now
+        if self._forwards < 2 or self.options.counts_only or list(self.stacks) != [""]:
+            raise MoeInspectError(
+                "record two forward passes before capturing a CUDA graph, and a trace of one "
+                "stack, not counts_only"
+            )
+        self._keep_rings()
+
+    def _begin(self) -> None:
+        self._end_step()
+        for stack in self.stacks.values():
+            stack.begin()
+        number = self.inputs.begin()
+        self._forwards = number if number is not None else self._forwards
+        self._counting = self._forwards % self.options.every == 0
+        if self._counts is not None:
+            self._counts.begin()
+
+    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._capturing:
+            return
+        of = self.stacks[stack]
+        if of.fed is not None:
+            raise MoeInspectError(
+                f"the {stack} ran twice in one forward pass of {type(self.model).__name__}: call "
+                "it by itself"
+            )
+        fed = self.inputs.of_call(stack, args, kwargs)
+        if of.staged is None and self._counts is None:
+            self._hand_over.make_room(of, fed)
+            return
+        of.fed = self.inputs.rows(fed)
+        if of.staged is None:
+            self._count(of)
+
+    def returned(self, stack: str, output: Any) -> None:
+        if not self._capturing:
+            self.inputs.returned(stack, output)
+
+    def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        """One call of the router at site r, before there is a tape or where there is none."""
+        stack, n = self._place_of[r]
+        row, stack.seen[n] = stack.seen[n], stack.seen[n] + len(ids_TK)
+        if stack.staged is not None:
+            stack.staged[n].append((ids_TK.clone(), weights_TK.clone()))
+        elif self._counts is not None and self._counting and stack.fed is not None:
+            time, row = divmod(row, stack.fed.T)
+            if time < stack.times[n]:  # else the completeness check speaks of it
+                self._counts.add(
+                    stack.first_router + stack.routers_of[n][time], row, ids_TK, weights_TK
+                )
+
+    def take_logits(self, r: int, logits_TE: Tensor) -> None:
+        stack, n = self._place_of[r]
+        stack.staged_logits[n].append(logits_TE.clone())
+
+    def end(self) -> None:
+        if self._capturing:
+            self._capturing = False
+            return
+        fed = [stack for stack in self.stacks.values() if stack.fed is not None]
+        if new := [stack for stack in fed if stack.staged is not None]:
+            self._begin_with(new)
+        if fed and self._counts is not None:
+            self._end_counted(self._counts, fed)
+        elif fed:  # nothing is recorded of a stack without routers
+            self._hand_over.launched(Forward(self._forwards, [stack.end() for stack in fed]))
+            self._forwards += 1
+            self._hand_over.drain()
+        self.inputs.end()
+
+    def _end_step(self) -> None:
+        """The forward pass that `step` announced is over."""
+        if self._stepped:
+            self._stepped = False
+            self.end()
+
+    # --- the first forward pass shows what the pages and the table must hold
+
+    def _begin_with(self, new: Sequence[Stack]) -> None:
+        """These stacks have run for the first time. What they chose was kept aside, and is written
+        now."""
+        dtypes = [dtype for stack in new for dtype in stack.fix_shape()]
+        if self._opened:
+            for stack in new:
+                stack.refuse_undeclared()
+        else:
+            is_bf16 = all(d == torch.bfloat16 for d in dtypes)
+            self._open(torch.bfloat16 if is_bf16 else torch.float16)
+        for stack in new:
+            rows, staged = stack.fed, stack.staged
+            assert isinstance(rows, Rows)
+            assert staged is not None
+            if self.options.counts_only:
+                stack.staged, stack.staged_logits, stack.seen = None, [], [0] * len(stack.sites)
+                self._count(stack)
+                sites = [r for r, (of, _) in enumerate(self._place_of) if of is stack]
+                for site, choices in zip(sites, stack.routers_of, strict=True):
+                    for choice in [choice for r in choices for choice in staged[r]]:
+                        self.take(site, *choice)
+            else:
+                self._hand_over.make_rings(stack, self.options.ring_tokens or rows.T)
+                stack.fed = None
+                self._hand_over.make_room(stack, rows)
+                stack.unstage()
+
+    def _open(self, weight_dtype: torch.dtype) -> None:
+        self._opened = True
+        self._hand_over.weight_dtype = weight_dtype
+        first = 0
+        for stack in self.stacks.values():
+            stack.first_router, first = first, first + len(stack.routers)
+        self._hand_over.writer = self._opener.open(
+            self.routers, weight_dtype, self.options, self.session
+        )
+        if self.options.counts_only:
+            devices = [d for stack in self.stacks.values() for d in stack.devices()]
+            self._counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)
+            self._counts.begin()
+
+    # --- a forward pass that is counted
+
+    def _count(self, stack: Stack) -> None:
+        assert isinstance(stack.fed, Rows)
+        if self._counts is not None and self._counting:
+            routers = range(stack.first_router, stack.first_router + len(stack.routers))
+            self._counts.feed(routers, stack.fed, len(self.inputs.domains))
+
+    def _end_counted(self, counts: DeviceCounts, fed: Sequence[Stack]) -> None:
+        self.inputs.accept()
+        rows = [stack.fed for stack in fed if isinstance(stack.fed, Rows)]
+        if self._counting:
+            for stack in fed:
+                stack.check_counted()
+            counts.end(self._forwards)
+            self._in_group = rows[-1].group is not None
+            if not self._in_group:
+                self.end_group()
+        self._forwards += 1
+        self._counted_tokens += sum(int(r.real.sum()) for r in rows)
+        for stack in fed:
+            stack.fed = None
+
+    def _write_counts(self) -> None:
+        if self._counts is not None and self.writer is not None and self._counts.tokens:
+            self.writer.write(self._counts.take(list(self.inputs.domains)))
+
+    def totals(self, all_ranks: bool = False) -> Totals:
+        """What has been counted since the recording began (`counts_only=True`); with `all_ranks`
+        summed over the processes of torch.distributed."""
+        if self._counts is None:
+            raise MoeInspectError(
+                "nothing is counted yet: record with counts_only=True, and run a forward pass first"
+            )
+        return self._counts.totals(all_ranks)
+
+    def balance(self, all_ranks: bool = False) -> pd.DataFrame:
+        """The balance table of `totals`."""
+        assert self._balance_of is not None
+        return self._balance_of(self.totals(all_ranks))
+
+
+def _check_options(path: str | Path | None, options: RecordOptions) -> None:
+    if path is None and not options.counts_only:
+        raise MoeInspectError(
+            "record needs a path for the trace (only counts_only=True works without)"
+        )
+    if options.every != 1 and not options.counts_only:
+        raise MoeInspectError("every=N samples counts: give counts_only=True with it")
+    if options.counts_only and options.logits:
+        raise MoeInspectError("counts_only keeps no logits: drop one of the two")
+
+
+def _stacks(model: Any, sites: Sequence[Site], attachment: Attachment) -> dict[str, Stack]:
+    """The stacks of the model, by name, with the sinks of their routers."""
+
+    def of(name: str) -> Stack:
+        mine = [r for r, site in enumerate(sites) if site.stack == name]
+        sinks, logit_sinks = attachment.sinks, attachment.logit_sinks
+        return Stack(
+            name,
+            [sites[r] for r in mine],
+            [sinks[r] for r in mine],
+            [logit_sinks[r] for r in mine] if logit_sinks else [],
+            model,
+        )
+
+    return {name: of(name) for name in attachment.scopes}
+
+
+def _unknown(tokens: int) -> Tensor:
+    return torch.full((1, tokens), -1)
