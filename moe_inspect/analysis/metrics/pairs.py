@@ -82,30 +82,28 @@ def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
     odds_E = share_E / (1 - share_E)
     weight_E = odds_E
     for _ in range(ROUNDS):
-        others_EJ = _sums_of_products(weight_E[None], k)[0]
-        fitted_E, before_E = odds_E * others_EJ[:, k] / others_EJ[:, k - 1], weight_E
+        fewer_E, as_many_E = _sums_of_products(weight_E[None], k - 1, k)[:, 0]
+        fitted_E, before_E = odds_E * as_many_E / fewer_E, weight_E
         weight_E = fitted_E * (k / fitted_E.sum())
         if np.abs(weight_E / before_E - 1).max() < 1e-9:
             break
-    others_EE = _sums_of_products(weight_E * apart_EE, k - 2)[:, :, k - 2]
+    [others_EE] = _sums_of_products(weight_E * apart_EE, k - 2)
     return np.outer(weight_E, weight_E) * others_EE * apart_EE
 
 
-def _sums_of_products(weight_XE: np.ndarray, most: int) -> np.ndarray:
+def _sums_of_products(weight_XE: np.ndarray, *sizes: int) -> np.ndarray:
     """Elementary symmetric polynomials of the weights of a row but that of expert e: the sums, over
-    all sets of j other experts, of the products of their weights, j = 0 … most. Sums of positive
-    terms from both sides, so that nothing cancels. [X, E, most + 1]"""
+    all sets of j other experts, of the products of their weights, for each j of `sizes`. Sums of
+    positive terms from both sides, so that nothing cancels. [sizes, X, E]"""
     X, E = weight_XE.shape
+    most = max(sizes)
     left_EXJ, right_EXJ = np.zeros((2, E, X, most + 1))
     left_EXJ[0, :, 0] = right_EXJ[E - 1, :, 0] = 1
     for e in range(1, E):
         for sums_EXJ, here, before in ((left_EXJ, e, e - 1), (right_EXJ, E - 1 - e, E - e)):
             sums_EXJ[here] = sums_EXJ[before]
             sums_EXJ[here, :, 1:] += weight_XE[:, before, None] * sums_EXJ[before, :, :-1]
-    found_EXJ = np.stack(
-        [(left_EXJ[:, :, : j + 1] * right_EXJ[:, :, j::-1]).sum(2) for j in range(most + 1)], axis=2
-    )
-    return found_EXJ.transpose(1, 0, 2)
+    return np.stack([(left_EXJ[:, :, : j + 1] * right_EXJ[:, :, j::-1]).sum(2).T for j in sizes])
 
 
 @metric(

@@ -185,12 +185,33 @@ def conditional_mi_null_bits(
     among the documents (units) that hold it: every token id keeps the domains it occurs in, which
     is what most of the bias depends on. Row p counts the assignments of one token id in one unit;
     rows of a token id lie together."""
+    if not R or not len(token_P):
+        return float("nan")
     rng = np.random.default_rng([SEED, len(token_P)])
+    # nearly all cells are empty: the sums run over the others, N of them
+    row_N, expert_N = np.nonzero(counts_PE)
+    count_N, load_P = counts_PE[row_N, expert_N], counts_PE.sum(1)
+    token_P = np.unique(token_P, return_inverse=True)[1]
+    X, D, E = int(token_P[-1]) + 1, int(domain_P.max()) + 1, counts_PE.shape[1]
     values = []
     for _ in range(R):
-        order_P = np.lexsort((rng.random(len(token_P)), token_P))
-        values.append(conditional_mi_bits(*by_group(counts_PE, token_P, domain_P[order_P])))
-    return float(np.mean(values)) if values else float("nan")
+        shuffled_P = domain_P[np.lexsort((rng.random(len(token_P)), token_P))]
+        weight_P = 1 / _positive(np.bincount(shuffled_P, load_P, D))[shuffled_P]
+        p_N = count_N * weight_P[row_N]
+        p_N, group_P = p_N / p_N.sum(), token_P * D + shuffled_P
+        token_N = token_P[row_N]
+        p_XDE = np.bincount(group_P[row_N] * E + expert_N, p_N, X * D * E)
+        p_XD = np.bincount(group_P[row_N], p_N, X * D)
+        p_XE, p_X = np.bincount(token_N * E + expert_N, p_N, X * E), np.bincount(token_N, p_N, X)
+        # I(D; E | X) = H(X, D) + H(X, E) - H(X, D, E) - H(X)
+        joint, apart = _entropy_bits(p_XDE) + _entropy_bits(p_X), _entropy_bits(p_XD)
+        values.append(apart + _entropy_bits(p_XE) - joint)
+    return float(np.mean(values))
+
+
+def _entropy_bits(p: np.ndarray) -> float:
+    p = p[p > 0]
+    return float(-(p * np.log2(p)).sum())
 
 
 def by_group(
