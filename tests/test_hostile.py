@@ -150,7 +150,7 @@ def test_nothing_is_unpickled_and_no_archive_unpacked(tmp_path: Path):
         import_trace("sglang", [tmp_path / "c.pt"], tmp_path / "t", top_k=2)
     (tmp_path / "d.npy").write_bytes(b"")
     np.save(tmp_path / "d.npy", np.array([[[None]]]), allow_pickle=True)
-    with pytest.raises(MoeInspectError, match=r"d\.npy is no \.npy of integers"):
+    with pytest.raises(MoeInspectError, match=r"d\.npy is not a \.npy file of integers"):
         import_trace("vllm-routed", [tmp_path / "d.npy"], tmp_path / "t", experts=8)
 
 
