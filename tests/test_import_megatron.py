@@ -906,7 +906,7 @@ def test_a_batch_of_counts_is_an_iteration(tmp_path: Path):
         (
             lambda r: None,
             {"experts": 6},
-            "counts the 4 experts of its rank, and 6 in all are no multiple of 4",
+            "counts the 4 experts of its rank, and 6 in all is not a multiple of 4",
         ),
         (lambda r: None, {"experts": None}, "does not say how many experts there are"),
         (lambda r: None, {"top_k": None}, "does not say how many experts each token uses"),

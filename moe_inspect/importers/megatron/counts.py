@@ -33,8 +33,8 @@ from moe_inspect.importers.context import (
     windows_of,
 )
 from moe_inspect.importers.megatron.layers import (
+    EmptyFile,
     RankFile,
-    Silent,
     Spot,
     by_rank,
     located,
@@ -47,9 +47,9 @@ MOST_ASSIGNMENTS = 2**40  # of one expert in one microbatch
 
 
 @dataclass(frozen=True)
-class Counts(RankFile):
-    """`load`: iteration → int64 [S, n], routers as in `numbered`. `once`: those of which some line
-    has a microbatch but once."""
+class RankCounts(RankFile):
+    """`load`: iteration → int64 [S, n], routers as in `numbered`. `once`: routers with a line whose
+    microbatches are not all there twice."""
 
     load: dict[int, np.ndarray] = field(kw_only=True)
     once: set[Spot] = field(kw_only=True)
@@ -60,53 +60,28 @@ class Counts(RankFile):
 
 
 def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSource]]) -> Imported:
-    files: list[Counts] = []
-    silent: list[Silent] = []
-    for path, source in found:
-        run = ImportSource(source.path, source.domain or _run_name(path))
-        if counts := _read(context, path, run):
-            files.append(counts)
-        else:
-            silent.append((path, run))
+    files, empty = _read_all(context, found)
     where, n = str(files[0].path), files[0].held
     E, top_k = context.known_experts(where), context.known_top_k(where)
-    if odd := next((f for f in files if f.held != n), None):
-        raise MoeInspectError(
-            f"{odd.path} counts {odd.held} experts, {where} {n}: are they of one run?"
-        )
     if E % n:
         raise MoeInspectError(
-            f"{where} counts the {n} experts of its rank, and {E} in all are no multiple of {n}: "
-            "how many has the model?"
+            f"{where} counts the {n} experts of its rank, and {E} in all is not a multiple of {n}: "
+            "how many experts does the model have?"
         )
     parallel = E // n  # ranks of expert parallelism
-    files = located(
-        context, _distinct(context, files, parallel), silent, by_name=True, together=parallel
-    )
+    distinct = _distinct(context, files, parallel)
+    files = located(context, distinct, empty, by_name=True, together=parallel)
     spots = sorted({spot for f in files for spot in f.spots})
     routers = routers_of(context, spots, E, top_k, where)
-    row = {spot: r for r, spot in enumerate(spots)}
     domains = list(dict.fromkeys(str(f.source.domain) for f in files))
     iterations = sorted({i for f in files for i in f.load})
     window_of = dict(zip(iterations, windows_of(len(iterations)), strict=True))
     load_WDLE = np.zeros((max(window_of.values()) + 1, len(domains), len(spots), E), np.int64)
-    stages: dict[tuple[str, frozenset[Spot]], list[Counts]] = {}
-    for f in files:
-        stages.setdefault((str(f.source.domain), frozenset(f.spots)), []).append(f)
-    for (domain, _), stage in stages.items():
-        if len(stage) % parallel:
-            raise MoeInspectError(
-                f"{stage[0].path} counts {n} of {E} experts: {len(stage)} ranks do not make "
-                f"whole groups of {parallel}; give the files of all ranks"
-            )
-        for place, f in enumerate(stage):
-            first, rows = place % parallel * n, [row[spot] for spot in f.spots]
-            for i, load_Sn in f.load.items():
-                load_WDLE[window_of[i], domains.index(domain), rows, first : first + n] += load_Sn
+    for d, stage in _stages(files, domains, parallel):
+        _add_stage(load_WDLE[:, d], stage, spots, window_of, parallel)
     _halve_recomputed(context, files, spots, load_WDLE)
-    total_WDL = load_WDLE[
-        :, :, [r for r, (block, _, _) in enumerate(spots) if block == "decoder"]
-    ].sum(3)
+    decoder = [r for r, (block, _, _) in enumerate(spots) if block == "decoder"]
+    total_WDL = load_WDLE[:, :, decoder].sum(3)
     if (total_WDL != total_WDL[:, :, :1]).any() or (total_WDL % top_k).any():
         context.warn(
             f"{where}: layers differ in their assignments: tokens were dropped (capacity "
@@ -129,16 +104,67 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
     )
 
 
+def _read_all(
+    context: ImportContext, found: list[tuple[Path, ImportSource]]
+) -> tuple[list[RankCounts], list[EmptyFile]]:
+    """Files with counts, all of the same number of experts, and files without a line."""
+    files: list[RankCounts] = []
+    empty: list[EmptyFile] = []
+    for path, source in found:
+        run = ImportSource(source.path, source.domain or _run_name(path))
+        if counts := _read(context, path, run):
+            files.append(counts)
+        else:
+            empty.append((path, run))
+    n = files[0].held
+    if odd := next((f for f in files if f.held != n), None):
+        raise MoeInspectError(
+            f"{odd.path} counts {odd.held} experts, {files[0].path} {n}: are they of one run?"
+        )
+    return files, empty
+
+
+def _stages(
+    files: list[RankCounts], domains: list[str], parallel: int
+) -> Iterator[tuple[int, list[RankCounts]]]:
+    """(domain, files) of each pipeline stage, whole groups of expert-parallel ranks."""
+    stages: dict[tuple[str, frozenset[Spot]], list[RankCounts]] = {}
+    for f in files:
+        stages.setdefault((str(f.source.domain), frozenset(f.spots)), []).append(f)
+    for (domain, _), stage in stages.items():
+        if len(stage) % parallel:
+            raise MoeInspectError(
+                f"{stage[0].path} counts {stage[0].held} of {stage[0].held * parallel} experts: "
+                f"{len(stage)} ranks do not make whole groups of {parallel}; give the files of all "
+                "ranks"
+            )
+        yield domains.index(domain), stage
+
+
+def _add_stage(
+    load_WLE: np.ndarray,
+    stage: list[RankCounts],
+    spots: list[Spot],
+    window_of: dict[int, int],
+    parallel: int,
+) -> None:
+    """Adds the counts of a stage's ranks, each at the experts that its rank holds."""
+    row = {spot: r for r, spot in enumerate(spots)}
+    for number, f in enumerate(stage):
+        first, rows = number % parallel * f.held, [row[spot] for spot in f.spots]
+        for i, load_Sn in f.load.items():
+            load_WLE[window_of[i], rows, first : first + f.held] += load_Sn
+
+
 def _halve_recomputed(
-    context: ImportContext, files: list[Counts], spots: list[Spot], load_WDLE: np.ndarray
+    context: ImportContext, files: list[RankCounts], spots: list[Spot], load_WDLE: np.ndarray
 ) -> None:
     """Under activation recomputation experts are called again for the backward, and every count is
     written twice."""
     once = {f.spot(spot) for f in files for spot in f.once}
     twice = [r for r, spot in enumerate(spots) if spot not in once]
-    if (
-        sum(len(f.load) for f in files) * len(twice) < 2 or not load_WDLE[:, :, twice].any()
-    ):  # one pair may be alike by chance
+    # one pair may be equal by chance
+    if sum(len(f.load) for f in files) * len(twice) < 2 or not load_WDLE[:, :, twice].any():
         return
     load_WDLE[:, :, twice] //= 2
     context.warn(
@@ -152,7 +178,7 @@ def _run_name(path: Path) -> str:
     return (folder.parent if folder.name == "tokens_per_expert" else folder).name or "megatron"
 
 
-def _read(context: ImportContext, path: Path, source: ImportSource) -> Counts | None:
+def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCounts | None:
     """None of a file without a line."""
     if (rank := re.fullmatch(r"\D*(\d{1,9})\.jsonl", path.name)) is None:
         raise MoeInspectError(f"{path} is not named rank<r>.jsonl: which rank is it from?")
@@ -194,13 +220,13 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> Counts | 
     load = {
         i: np.stack([of_iteration[spot] for spot in spots]) for i, of_iteration in lines.items()
     }
-    return Counts(path, source, int(rank[1]), spots, load=load, once=once)
+    return RankCounts(path, source, int(rank[1]), spots, load=load, once=once)
 
 
-def _distinct(context: ImportContext, files: list[Counts], parallel: int) -> list[Counts]:
+def _distinct(context: ImportContext, files: list[RankCounts], parallel: int) -> list[RankCounts]:
     """By run and rank, without those that count what the rank before them does. Every run must have
     the files of all ranks."""
-    kept: list[Counts] = []
+    kept: list[RankCounts] = []
     for run in dict.fromkeys(f.source.domain for f in files):
         mine = by_rank(f for f in files if f.source.domain == run)
         for a, b in pairwise(mine):
@@ -235,7 +261,7 @@ def _distinct(context: ImportContext, files: list[Counts], parallel: int) -> lis
     return kept
 
 
-def _alike(a: Counts, b: Counts) -> bool:
+def _alike(a: RankCounts, b: RankCounts) -> bool:
     return a.numbered == b.numbered and all(
         np.array_equal(load_Sn, b.load[i]) for i, load_Sn in a.load.items()
     )

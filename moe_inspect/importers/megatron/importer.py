@@ -40,7 +40,7 @@ from moe_inspect.importers.context import (
 from moe_inspect.importers.megatron.calls import checked, logits_of, logits_shape
 from moe_inspect.importers.megatron.counts import tokens_per_expert
 from moe_inspect.importers.megatron.layers import (
-    Silent,
+    EmptyFile,
     Spot,
     located,
     routers_of,
@@ -89,16 +89,16 @@ def megatron(context: ImportContext) -> Imported:
             )
         return tokens_per_expert(context, found)
     files: list[File] = []
-    silent: list[Silent] = []  # as a stage of dense layers has
+    empty: list[EmptyFile] = []  # as a stage of dense layers has
     for path, source in found:
         if calls := next(passes_of(quiet, path), None):
             call = next(iter(calls.values()))
             files.append(File(path, source, call.fields["rank"], list(calls), first=call))
         else:
-            silent.append((path, source))
+            empty.append((path, source))
     if not files:
         raise MoeInspectError(f"{context.sources[0].path} holds no call of a router: {NO_CALL}")
-    files = located(context, files, silent, written_by_hook(quiet, files))
+    files = located(context, files, empty, written_by_hook(quiet, files))
     columns = columns_of(files)
     where, call = columns[0][0].first.where, columns[0][0].first.fields
     stages, spots = len(columns[0]), sorted({spot for f in columns[0] for spot in f.spots})
@@ -147,12 +147,12 @@ def _batches(
 ) -> Iterator[RoutedBatch]:
     numbers = Numbering()
     seen: dict[tuple[str | None, int], set[bytes]] = {}  # run and step → what its ranks did in it
-    told: Counter[str] = Counter()  # of passes left out
+    left_out: Counter[str] = Counter()  # of passes left out
     for column in columns:
         path, source = column[0].path, column[0].source
         domain = source.domain or re.sub(r"_?rank\d+$", "", named(path)) or named(path)
         code = numbers.domain(domain)
-        for calls in joined_passes(context, column, told):
+        for calls in joined_passes(context, column, left_out):
             first = next(iter(calls.values()))
             step = first.fields["step"]
             ids: list[np.ndarray] = []
@@ -168,7 +168,7 @@ def _batches(
             if T == 0:
                 continue
             if digest.digest() in seen.setdefault((source.domain, step), set()) and T > 1:
-                told["alike"] += 1
+                left_out["alike"] += 1
                 continue
             seen[source.domain, step].add(digest.digest())
             document, documents = numbers.document(
@@ -186,12 +186,12 @@ def _batches(
                 position=np.zeros(T, np.int32),
                 batch=step,
             )
-    if again := told["again"]:
+    if again := left_out["again"]:
         context.warn(
             f"{again:,} passes repeat one of the same rank and step (activations recomputed): "
             "each is counted once"
         )
-    if alike := told["alike"]:
+    if alike := left_out["alike"]:
         context.warn(
             f"{alike:,} passes were recorded by several ranks alike (tensor parallelism): each "
             "is counted once"

@@ -22,7 +22,7 @@ from moe_inspect.model.config import ModelFacts
 from moe_inspect.trace.schema import Router
 
 Spot = tuple[str, int, int]  # block ("decoder" or "mtp"), mtp_idx, layer
-Silent = tuple[Path, ImportSource]  # a file without a record
+EmptyFile = tuple[Path, ImportSource]  # a file without a record
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ AnyFile = TypeVar("AnyFile", bound=RankFile)
 def located(
     context: ImportContext,
     files: list[AnyFile],
-    silent: Sequence[Silent],
+    empty: Sequence[EmptyFile],
     by_name: bool,
     together: int = 1,
 ) -> list[AnyFile]:
     """The files with their offsets. `by_name`: layer numbers are known to come from module names;
     otherwise they may. `together`: number of ranks known to belong to one stage."""
-    files = _with_offsets(context, files, silent, by_name, together)
+    files = _with_offsets(context, files, empty, by_name, together)
     found, given = len({frozenset(f.spots) for f in files}), context.pipeline_stages
-    if given is not None and (found > given or (found < given and not silent)):
+    if given is not None and (found > given or (found < given and not empty)):
         layers = listed(
             sorted({layer for f in files for block, _, layer in f.spots if block == "decoder"})
         )
@@ -77,7 +77,7 @@ def located(
 def _with_offsets(
     context: ImportContext,
     files: list[AnyFile],
-    silent: Sequence[Silent],
+    empty: Sequence[EmptyFile],
     by_name: bool,
     together: int,
 ) -> list[AnyFile]:
@@ -90,7 +90,7 @@ def _with_offsets(
     if not by_name and [n - 1 for n in numbers] == stated:
         return from_one
     if context.facts is not None and stages > 1:
-        return _joined(context, context.facts, files, silent, stages)
+        return _joined(context, context.facts, files, empty, stages)
     if not by_name and min(layer for f in files for _, _, layer in f.numbered) > 0:
         if stated is None:
             context.warn(
@@ -120,9 +120,7 @@ def _with_offsets(
     if (
         context.pipeline_stages is None
         and (
-            ranks := max(
-                len(_ranks(files, silent, run)) for run in {f.source.domain for f in files}
-            )
+            ranks := max(len(_ranks(files, empty, run)) for run in {f.source.domain for f in files})
         )
         > together
     ):
@@ -140,12 +138,10 @@ def _with_offsets(
     return files
 
 
-def _ranks(files: Iterable[RankFile], silent: Iterable[Silent], run: str | None) -> list[int]:
+def _ranks(files: Iterable[RankFile], empty: Iterable[EmptyFile], run: str | None) -> list[int]:
     """Of one run, also those without a record, as stages of dense layers are."""
     named = (
-        re.search(r"rank(\d{1,9})\D*$", path.name)
-        for path, source in silent
-        if source.domain == run
+        re.search(r"rank(\d{1,9})\D*$", path.name) for path, source in empty if source.domain == run
     )
     return sorted(
         {f.rank for f in files if f.source.domain == run}
@@ -157,14 +153,14 @@ def _joined(
     context: ImportContext,
     facts: ModelFacts,
     files: list[AnyFile],
-    silent: Sequence[Silent],
+    empty: Sequence[EmptyFile],
     stages: int,
 ) -> list[AnyFile]:
     """Files of stages that each number their layers from 0, by the order of their ranks."""
     located: list[AnyFile] = []
     for run in dict.fromkeys(f.source.domain for f in files):
         mine = by_rank(f for f in files if f.source.domain == run)
-        ranks = _ranks(mine, silent, run)
+        ranks = _ranks(mine, empty, run)
         if len(ranks) % stages:
             raise MoeInspectError(
                 f"{mine[0].path}: files of {len(ranks)} ranks do not make {stages} pipeline "

@@ -162,7 +162,9 @@ def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:
         yield calls
 
 
-def _own(context: ImportContext, file: File, staged: bool, told: Counter[str]) -> Iterator[Pass]:
+def _own(
+    context: ImportContext, file: File, staged: bool, left_out: Counter[str]
+) -> Iterator[Pass]:
     """The passes of a file, by block indices, all of them through the routers of the first.
     `staged`: to be paired with those of other stages."""
     done: dict[Spot, set[bytes]] = {}
@@ -183,7 +185,7 @@ def _own(context: ImportContext, file: File, staged: bool, told: Counter[str]) -
         if all(digests[spot] in done.get(spot, ()) for spot in calls) and (
             odd or len(first.ids_TK) > 1
         ):
-            told["again"] += 1
+            left_out["again"] += 1
             continue
         if odd:
             how = "has" if (spot := min(odd)) in calls else "lacks"
@@ -206,9 +208,11 @@ def _own(context: ImportContext, file: File, staged: bool, told: Counter[str]) -
         yield calls
 
 
-def joined_passes(context: ImportContext, column: list[File], told: Counter[str]) -> Iterator[Pass]:
+def joined_passes(
+    context: ImportContext, column: list[File], left_out: Counter[str]
+) -> Iterator[Pass]:
     """The calls of each pass at all stages, which must agree on its step and tokens."""
-    for stages in zip_longest(*(_own(context, file, len(column) > 1, told) for file in column)):
+    for stages in zip_longest(*(_own(context, file, len(column) > 1, left_out) for file in column)):
         heads = [next(iter(calls.values())) if calls else None for calls in stages]
         said = [
             f"step {h.fields['step']} with {h.fields.get('num_tokens')!r} tokens"
