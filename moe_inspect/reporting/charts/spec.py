@@ -41,7 +41,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "c7": ("#4a5361", "#c3cbd6"),
     "c8": ("#8a8200", "#efe442"),
     "baseline": ("#6b7482", "#98a3b1"),
-    "bad": ("#b2382a", "#ff8a6b"),  # only what the verdict calls a fault
+    "bad": ("#b2382a", "#ff6f61"),  # only what the verdict calls a fault
     "band": ("#dfe3e8", "#2b3440"),
     # of a ratio: a quarter, a half, one, double, four times; nothing at all; not known
     "low": ("#2166ac", "#58a9ff"),

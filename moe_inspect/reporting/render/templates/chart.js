@@ -190,7 +190,7 @@ moe.plot = (element, make, options = {}) => {
     frame.y = heat ? (v) => 8 + ((v - y0) / (y1 - y0)) * (bottom - 8) : (v) => bottom - ((v - y0) / (y1 - y0)) * (bottom - 8);
     const svg = moe.s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     const clip = `clip-${moe.plots.indexOf(plot)}`;
-    svg.append(moe.s("clipPath", { id: clip }, moe.s("rect", { x: left, y: 2, width: right - left, height: bottom })));
+    svg.append(moe.s("clipPath", { id: clip }, moe.s("rect", { x: left, y: heat ? 8 : 2, width: right - left, height: bottom - (heat ? 8 : 2) })));
     for (const [at, label] of across) {
       if (!heat) svg.append(moe.s("line", { x1: left, x2: right, y1: frame.y(at), y2: frame.y(at), class: "gridline" }));
       svg.append(moe.s("text", { x: left - 6, y: frame.y(at) + 4, class: "ytick" }, label));
@@ -243,8 +243,9 @@ moe.plot = (element, make, options = {}) => {
       const value = Number.isNaN(heat.values[i]) && heat.scale.unknown ? heat.scale.unknown : `${moe.digits(heat.values[i])} ${heat.scale.title}`;
       return [`${place(y, row)}, ${place(x, column)}: ${value}`, ...(heat.notes?.[i] ? heat.notes[i].split("\n") : [])];
     }
-    const rowsOf = shown().filter((m) => m.y && m.x && m.name).map((m) => {
+    const rowsOf = shown().filter((m) => m.x && m.name).map((m) => {
       const i = m.x.findIndex((v) => Math.round(v) === column);
+      if (m.kind === "band") return i < 0 || m.high[i] === null ? null : `${m.name}: up to ${moe.digits(m.high[i])}`;
       if (i < 0 || m.y[i] === null) return null;
       const ends = m.low && m.low[i] !== null ? ` (${moe.digits(m.low[i])} to ${moe.digits(m.high[i])})` : "";
       return `${m.name}: ${moe.digits(m.y[i])}${ends}`;
