@@ -365,14 +365,26 @@ def test_the_experts_of_a_domain_are_its_top_k(opened: Opened, small: Report):
 
 CONTRAST = """() => {
   const parse = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c.length && c[3] !== 0) return c; } return [255, 255, 255]; };
+  const linear = (v) => ((v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const ground = (e) => {
+    for (; e; e = e.parentElement) {
+      const c = parse(getComputedStyle(e).backgroundColor);
+      if (c.length && c[3] !== 0) return c;
+    }
+    return [255, 255, 255];
+  };
   const found = {};
-  for (const query of ["h1", ".subtitle", ".verdict li", "p.text", ".facts dd", ".facts dt", ".definitions dd", "td", "th", "summary", "button", "select", ".now", ".xtick", ".ytick", ".legend button", ".scale", ".xtitle, .ytitle", ".in"])
+  for (const query of [
+    "h1", ".subtitle", ".verdict li", "p.text", ".facts dd", ".facts dt", ".definitions dd", "td",
+    "th", "summary", "button", "select", ".now", ".xtick", ".ytick", ".legend button", ".scale",
+    ".xtitle, .ytitle", ".in", ".severity", "figcaption",
+  ])
     for (const e of document.querySelectorAll(query)) {
       const style = getComputedStyle(e);
       const under = e.matches(".in") ? parse(e.previousSibling.getAttribute("fill")) : ground(e);
-      const [a, b] = [light(parse(e instanceof SVGElement ? style.fill : style.color)), light(under)].sort((x, y) => y - x);
+      const ink = light(parse(e instanceof SVGElement ? style.fill : style.color));
+      const [a, b] = [ink, light(under)].sort((x, y) => y - x);
       found[query] = Math.min(found[query] ?? 99, (a + 0.05) / (b + 0.05));
     }
   return found;
@@ -403,7 +415,9 @@ def test_the_policy_stops_scripts_and_requests(browser: Any, opened: Opened):
     said = list[str]()
     view.on("console", lambda message: said.append(message.text))
     inject = """() => {
-      const script = document.createElement("script"); script.textContent = "window.ran = 1"; document.head.append(script);
+      const script = document.createElement("script");
+      script.textContent = "window.ran = 1";
+      document.head.append(script);
       return fetch("data:text/plain,x").then(() => "fetched", () => "refused");
     }"""
     view.goto("about:blank")
@@ -423,7 +437,8 @@ def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
     assert len(page.map(60)) == 256
     assert page.map(61) == []
     ticks = page.view.evaluate(
-        """[...document.querySelectorAll('[data-widget=map] .ytick')].map((t) => { const r = t.getBoundingClientRect(); return [r.top, r.bottom]; })"""
+        """[...document.querySelectorAll('[data-widget=map] .ytick')]
+          .map((t) => t.getBoundingClientRect()).map((r) => [r.top, r.bottom])"""
     )
     ticks.sort()
     assert len(ticks) > 20
@@ -439,7 +454,8 @@ def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
     )
     assert max(page.view.evaluate(entries)) <= 12
     crowded = """[...document.querySelectorAll('.panels .plot')].filter((plot) => {
-      const ends = [...plot.querySelectorAll('.xtick')].map((t) => t.getBoundingClientRect()).sort((a, b) => a.left - b.left);
+      const ends = [...plot.querySelectorAll('.xtick')].map((t) => t.getBoundingClientRect());
+      ends.sort((a, b) => a.left - b.left);
       return ends.some((end, i) => i && end.left < ends[i - 1].right);
     }).length"""
     assert page.view.evaluate(crowded) == 0
@@ -454,6 +470,35 @@ def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
     assert page.complaints == []
     assert page.foreign() == []
     page.view.close()
+
+
+def test_every_chart_is_read_with_the_keyboard_and_zoomed_with_the_mouse(opened: Opened):
+    plots = opened.view.locator("[data-panel]")
+    for i in range(plots.count()):
+        plots.nth(i).focus()
+        opened.view.keyboard.press("ArrowRight")
+        said = plots.nth(i).locator(".unseen").text_content()
+        assert plots.nth(i).locator(".tip").is_visible()
+        assert re.search(r"\d", said), said
+        opened.view.keyboard.press("Escape")
+        assert not plots.nth(i).locator(".tip").is_visible()
+    balance = plots.first
+    balance.scroll_into_view_if_needed()
+    box = balance.locator(".canvas").bounding_box()
+    opened.view.mouse.move(box["x"] + box["width"] * 0.55, box["y"] + 60)
+    opened.view.mouse.down()
+    opened.view.mouse.move(box["x"] + box["width"] * 0.95, box["y"] + 60)
+    opened.view.mouse.up()
+    assert balance.locator(".xtick").all_text_contents() == ["2", "3"]
+    balance.get_by_text("Reset zoom").click()
+    assert balance.locator(".xtick").all_text_contents() == ["0", "1", "2", "3"]
+    before = balance.locator(".canvas circle").count()
+    named = balance.locator(".legend button", has_text="uneven layer")
+    named.click()
+    assert balance.locator(".canvas circle").count() < before
+    assert named.get_attribute("aria-pressed") == "false"
+    named.click()
+    assert balance.locator(".canvas circle").count() == before
 
 
 def test_a_narrow_window_does_not_scroll_sideways(opened: Opened):
