@@ -110,7 +110,8 @@ def capacity() -> Rates:
 @benchmark
 def cache() -> Rates:
     from moe_inspect.simulate import kernels_numba
-    from moe_inspect.simulate.cache.cache import POLICIES, Compiled, simulate_cache
+    from moe_inspect.simulate.cache.cache import simulate_cache
+    from moe_inspect.simulate.cache.policies import POLICIES, CompiledCache
 
     phase_T = np.zeros(TOKENS, np.uint8)
     for name in POLICIES:
@@ -120,12 +121,12 @@ def cache() -> Rates:
             def sweep(
                 ids_KT: np.ndarray = ids_KT, E: int = E, k: int = k, name: str = name
             ) -> None:
-                held = Compiled(E, [2 * k], [name])
+                held = CompiledCache(E, [2 * k], [name])
                 if name == "lru":
                     kernels_numba.lru(*held.lru(ids_KT, phase_T))
                 else:
                     getattr(kernels_numba, name)(
-                        ids_KT, phase_T, 2 * k, *held.held[name, 2 * k], held.done[name, 2 * k]
+                        ids_KT, phase_T, 2 * k, *held.state[name, 2 * k], held.done[name, 2 * k]
                     )
 
             yield (

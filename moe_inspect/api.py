@@ -159,7 +159,8 @@ def _balance_table(totals: Totals) -> pd.DataFrame:
     """The balance table of what a recorder has counted so far."""
     import numpy as np
 
-    from moe_inspect.analysis.counting.counts import Counts, RouterCounts
+    from moe_inspect.analysis.counting.counts import Counts
+    from moe_inspect.analysis.counting.router_counts import RouterCounts
     from moe_inspect.reporting.tables.load import balance_of
 
     counts = Counts(

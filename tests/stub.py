@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.reporting.tables.thresholds import thresholds_with
 from moe_inspect.trace.schema import Router
 
@@ -22,7 +23,8 @@ def row(
     otherwise."""
     load_E = np.array(load)
     found: dict[str, Any] = {
-        name: float(m.function(load_E[None])[0]) for name, m in bal.of_load().items()
+        name: float(m.function(load_E[None])[0])
+        for name, m in metrics_of("balance", {"load_LE"}).items()
     }
     found |= {
         "experts": len(load),

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from moe_inspect.analysis.counting import token_ids
 from moe_inspect.analysis.counting.count_shard import count_shard
-from moe_inspect.analysis.counting.counts import BASE, CLUSTERS, Counts, merge
+from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace as count
+from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import parse_layers, select
 from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.errors import MoeInspectError

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.analysis.metrics.registry import metrics_of
 
-METRICS = bal.of_load()
+METRICS = metrics_of("balance", {"load_LE"})
 
 # computed from the OLMoE authors' published counts of Mixtral-8x7B on C4, any of 2, 208,896 tokens
 MIXTRAL = {

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from moe_inspect.analysis.counting import engine, kernels_numba, kernels_numpy, token_ids
 from moe_inspect.analysis.counting.count_shard import count_shard
-from moe_inspect.analysis.counting.counts import BASE, WANTS, Counts, RouterCounts, merge
+from moe_inspect.analysis.counting.counts import Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
+from moe_inspect.analysis.counting.router_counts import BASE, WANTS, RouterCounts
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
@@ -48,8 +49,8 @@ def made(
     root: Path, shard_tokens: int = 400, seed: int = 0, relabel: np.ndarray | None = None
 ) -> Trace:
     ids = [
-        np.where(i < 0, np.uint16(NOWHERE), i if relabel is None else relabel[i]).astype(np.uint16)
-        for i in map(ids_with_gaps, (seed, seed + 1))
+        np.where(i < 0, NOWHERE, i if relabel is None else relabel[i]).astype(np.uint16)
+        for i in (ids_with_gaps(n).astype(np.int64) for n in (seed, seed + 1))
     ]
     weights = [
         np.random.default_rng(9).random((T, K)).astype(np.float16).astype(np.float32) for _ in ids

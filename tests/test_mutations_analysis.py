@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.analysis.counting import count_shard, counts, kernels_numpy
+from moe_inspect.analysis.counting import count_shard, kernels_numpy, router_counts
 from moe_inspect.analysis.metrics import balance, pairs, uncertainty
 from moe_inspect.capture import plan as capture_plan
 from moe_inspect.importers import context, esft, responses, routed
@@ -119,15 +119,15 @@ MUTATIONS = {
     "evidence: repeated tokens count": (pair_tables, "max(1.0, self.effect) if self.effect == self.effect else 1.0", "1.0", by(test_evidence.test_one_pair_in_so_many_is_chance)),
     "pairs by chance: of independent choices": (pairs, "np.outer(weight_E, weight_E) * others_EE * apart_EE", "apart_EE", by(test_evidence.test_chance_is_that_of_sets_by_lot, 3, 5.0)),
     # counting
-    "unknown first choices are counted": (count_shard, "first_choice_DE if ranked else None, weight_sum_DE", "first_choice_DE, weight_sum_DE", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
-    "unknown first choices repeat": (count_shard, "first_same_U if ranked else None", "first_same_U", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
+    "unknown first choices are counted": (router_counts, "first_DE if of.ranked else None, None", "first_DE, None", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
+    "unknown first choices repeat": (router_counts, "first_same_U if of.ranked else None", "first_same_U", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
     "unknown first choices lead on": (count_shard, "next_first_EN if ranked else None", "next_first_EN", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
     "unknown first choices of counts": (count_shard, "first_choice_DE if part.routers[r].first_choice_known else None", "first_choice_DE", by(test_slot_order.test_counts_recorded_before_the_order_was_stated_have_no_first_choices)),
     "first choices of the second slot": (kernels_numpy, "slots[:1], places.D, E)", "slots[1:2], places.D, E)", by_hand),
-    "weights are of one domain": (count_shard, "by.weight_sum(places.domain_T, slots, weights, D, E)", "by.weight_sum(places.domain_T * 0, slots, weights, D, E)", by_hand),
+    "weights are of one domain": (router_counts, "of.kernels.weight_sum(of.places.domain_T, of.slots", "of.kernels.weight_sum(of.places.domain_T * 0, of.slots", by_hand),
     "weights of the first slot": (kernels_numpy, "np.concatenate(weights), X", "np.concatenate(weights[:1] * len(weights)), X", by_hand),
     "nowhere is an expert": (kernels_numpy, "return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)", "return (row_T.astype(np.int64) * (E + 1) + np.minimum(np.stack(slots), E - 1)).reshape(-1)", by_hand),
-    "what routed nowhere is not told": (count_shard, "k * len(slots[0]) - int(load_BE.sum())", "0 * int(load_BE.sum())", by_hand),
+    "what routed nowhere is not told": (router_counts, "of.k * len(of.slots[0]) - int(load_BE.sum())", "0 * int(load_BE.sum())", by_hand),
     "pairs over the edges of sequences": (kernels_numpy, "same_T = np.r_[False, (d[1:] == d[:-1]) & (s[1:] == s[:-1])]", "same_T = np.r_[False, d[1:] == d[:-1]]", in_sequences),
     "pairs over gaps": (kernels_numpy, "same_T & np.r_[False, p[1:] == p[:-1] + 1]", "same_T & np.r_[False, p[1:] > p[:-1]]", by(test_counting.test_tokens_that_do_not_follow_each_other_are_no_pair)),
     "tokens in the order of the trace": (kernels_numpy, "if not later_T.all():", "if False:", in_sequences),
@@ -136,8 +136,8 @@ MUTATIONS = {
     "windows a token late": (count_shard, "(first + seen.number_T) // windows.tokens", "(first + seen.number_T + 1) // windows.tokens", by(test_counting.test_windows_by_hand)),
     "windows begin anew in every shard": (count_shard, "first = windows.before[shard.files.rank, shard.files.index] if windows else 0", "first = 0", by(test_counting.test_windows_by_hand)),
     "ties: the rank before": (kernels_numpy, "ranked_TE[:, k - 1] - ranked_TE[:, k] if", "ranked_TE[:, k - 2] - ranked_TE[:, k - 1] if", logits),
-    "merged: the last part alone": (counts, "mine[rows.theirs] += theirs", "mine[rows.theirs] = theirs", merging),
-    "merged: passes of one part": (counts, "before + n, sum_before + max_vio", "n, max_vio", merging),
+    "merged: the last part alone": (router_counts, "mine[self.theirs] += theirs", "mine[self.theirs] = theirs", merging),
+    "merged: passes of one part": (router_counts, "before + n, sum_before + vio", "n, vio", merging),
     "an encoder's tokens are the decoder's": (count_shard, '(phase == PHASES[2]) == (stack == "encoder")', '(phase == PHASES[2]) != (stack == "encoder")', two_stacks),
     # writer
     "slots stay as they came": (tables, "if order_KT is not None:", "if order_KT is None and False:", written_in_order),

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.cache.cache import POLICIES, Compiled, Plain, replay, simulate_cache
+from moe_inspect.simulate.cache.cache import simulate_cache
+from moe_inspect.simulate.cache.policies import POLICIES, Cache, CompiledCache, replay
 from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
@@ -84,7 +85,7 @@ NAIVE = {"lru": naive_lru, "lfu": naive_lfu, "belady": best_of_all}
 
 
 def compiled_hits(ids_KT: np.ndarray, E: int, slots: int, name: str, cuts: int = 3) -> np.ndarray:
-    cache = Compiled(E, [slots], [name])
+    cache = CompiledCache(E, [slots], [name])
     for part in np.array_split(ids_KT, cuts, axis=1):  # carried from shard to shard
         cache.feed(np.ascontiguousarray(part), np.zeros(part.shape[1], np.uint8))
     return cache.hits()[name, slots]
@@ -220,7 +221,7 @@ def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
 
 
 def test_the_plain_cache_of_no_token_has_no_hits():
-    assert Plain(4, [2], ["lru"]).hits()["lru", 2].sum() == 0
+    assert Cache(4, [2], ["lru"]).hits()["lru", 2].sum() == 0
 
 
 def test_the_command(cli: Cli, tmp_path: Path):

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moe_inspect.simulate.cache import cache
+from moe_inspect.simulate.cache import text as cache_text
 from moe_inspect.simulate.capacity import text as capacity_text
-from moe_inspect.simulate.decode import decode
-from moe_inspect.simulate.routing import routing
+from moe_inspect.simulate.decode import text as decode_text
+from moe_inspect.simulate.routing import text as routing_text
 
 LABELS = {0: "0", 1: "1/1", 2: "1/2"}
 
@@ -40,7 +40,7 @@ def routed(
         "scoring": ["softmax"],
     }
     return " ".join(
-        routing._verdict(
+        routing_text.verdict(
             {"routing": pd.DataFrame(rows), "routing_algorithms": told}, settings, LABELS
         )
     )
@@ -73,13 +73,13 @@ def test_routing(case: str):
     ("times", "says"),
     [
         (1.005, ""),
-        (1.0051, "; computes 1.01x as many experts a token"),
+        (1.0051, "; computes 1.01x as many experts per token"),
         (0.5, "; computes 0.5x as many"),
     ],
 )
 def test_compute(times: float, says: str):
-    assert routing._compute(times).startswith(says)
-    assert bool(routing._compute(times)) == bool(says)
+    assert routing_text.added_compute(times).startswith(says)
+    assert bool(routing_text.added_compute(times)) == bool(says)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,14 @@ def test_compute(times: float, says: str):
     ],
 )
 def test_a_hot_set(shares: list[float], says: str):
-    assert says in cache._hot_set(pd.DataFrame({"hot_set_share": shares, "even_share": 0.25}), 2)
+    assert says in cache_text.hot_set(
+        pd.DataFrame({"hot_set_share": shares, "even_share": 0.25}), 2
+    )
 
 
 @pytest.mark.parametrize(("even", "asks"), [(0.834, True), (0.832, False)])
 def test_a_hot_set_of_nearly_all(even: float, asks: bool):
-    said = cache._hot_set(pd.DataFrame({"hot_set_share": [1.0], "even_share": [even]}), 2)
+    said = cache_text.hot_set(pd.DataFrame({"hot_set_share": [1.0], "even_share": [even]}), 2)
     assert ("nearly all experts are in: ask with fewer" in said) == asks
 
 
@@ -162,7 +164,7 @@ def test_decode_says_what_it_has_steps_of():
         {"reads_all_from": [24.0, 20.0], "compute_bound_from": [None, None]}, dtype=float
     )
     settings = {"decoded": True, "weight_bits": 16, "flops_per_byte": 300}
-    said = decode._verdict({"decode": table, "batch_needed": needed}, settings)
+    said = decode_text.verdict({"decode": table, "batch_needed": needed}, settings)
     assert (
         said[0]
         == "1 sequence reads 2.0 experts a layer and step (25% of them; by lot it would be 2.0)."
@@ -172,7 +174,7 @@ def test_decode_says_what_it_has_steps_of():
         "From 24 sequences on a step reads 95% of the experts that are used at all, in every layer"
     )
     assert len(said) == 5
-    bound = decode._verdict(
+    bound = decode_text.verdict(
         {"decode": table, "batch_needed": needed.assign(compute_bound_from=[100.0, 300.0])},
         settings,
     )

@@ -6,7 +6,6 @@ batches, W windows, S samples (the tokens of a sequence in the shard).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.counting import kernels_numpy
-from moe_inspect.analysis.counting.counts import CLUSTERS, SRP_LENGTHS, Counts, RouterCounts
+from moe_inspect.analysis.counting.counts import CLUSTERS, Counts
+from moe_inspect.analysis.counting.router_counts import Decisions, RouterCounts, count_router
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.metrics.balance import max_vio
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
@@ -203,7 +202,9 @@ def _count_routed(
         for r in sorted({*chosen, *reached}):
             slots = seen.of(shard.slots(r), r)
             if r in chosen:
-                part.of[r] = _count_router(shard, part, r, slots, seen, places, by)
+                part.of[r] = count_router(
+                    _decisions(shard, r, slots, seen, places, by, part.wants), part.wants
+                )
             if before is not None and r in reached:
                 b, of_b = before
                 shape = (part.routers[b].experts, part.routers[r].experts)
@@ -233,58 +234,31 @@ def _places(
     return kernels_numpy.Places(unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order)
 
 
-def _count_router(
+def _decisions(
     shard: Shard,
-    part: Counts,
     r: int,
     slots: kernels_numpy.Slots,
     seen: SelectedTokens,
     places: kernels_numpy.Places,
-    by: Any,
-) -> RouterCounts:
-    E, k, wants, D = part.routers[r].experts, part.routers[r].top_k, part.wants, places.D
-    weighted = shard.trace.has_weights and bool(wants & NEEDS_WEIGHTS)
-    weights = seen.of(shard.slot_weights(r), r) if weighted else None
-    assignments_UE, first_choice_DE, load_BE, load_WE = by.loads(slots, places, E)
-    weight_sum_DE = (
-        by.weight_sum(places.domain_T, slots, weights, D, E) if weights is not None else None
-    )
-    ranked = part.routers[r].first_choice_known
-    null_slots = k * len(slots[0]) - int(load_BE.sum())
-    mine = RouterCounts(
-        assignments_UE, first_choice_DE if ranked else None, weight_sum_DE, null_slots
-    )
-    mine.batches = _batches(places.tokens_B, load_BE)
-    if "pairs" in wants:
-        mine.by_slot_EE = by.by_slot(slots, E)
-    if "windows" in wants:
-        mine.window_load_WE, mine.window_tokens_W = load_WE, places.tokens_W.copy()
-    if "repetition" in wants:
-        mine.pairs_U = places.pairs_U.copy()
-        first_same_U, mine.any_same_U = by.repetition(
-            slots, places, E if mine.null_slots else 2**16
-        )
-        mine.first_same_U = first_same_U if ranked else None
-    if "srp" in wants:
-        mine.srp = {m: by.srp(slots, places, E, m) for m in SRP_LENGTHS}
-    if "esft" in wants and (order := places.order) is not None:
-        mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
-        mine.samples_D = np.bincount(places.domain_T[order.first_S], minlength=D).astype(np.int64)
-        mine.esft_token_DE = by.weight_sum(places.domain_T, slots, (mean_T / k,) * k, D, E)
-        if weights is not None:
-            mine.esft_gate_DE = by.weight_sum(
-                places.domain_T, slots, tuple(weight_T * mean_T for weight_T in weights), D, E
-            )
-    if "weights" in wants and weights is not None:
-        for name, value in by.weight_confidence(weights).items():
-            setattr(mine, name, value)
+    kernels: Any,
+    wants: frozenset[str],
+) -> Decisions:
+    router, weights, logits_TE = shard.trace.routers[r], None, None
+    if shard.trace.has_weights and wants & NEEDS_WEIGHTS:
+        weights = seen.of(shard.slot_weights(r), r)
     if "logits" in wants and "logits" in shard.trace.tables:
         (logits_TE,) = seen.of((shard.logits(r),), r)
-        for name, value in kernels_numpy.logit_confidence(
-            logits_TE, k, part.routers[r].scoring
-        ).items():
-            setattr(mine, name, value)
-    return mine
+    return Decisions(
+        router.experts,
+        router.top_k,
+        router.first_choice_known,
+        router.scoring,
+        slots,
+        weights,
+        logits_TE,
+        places,
+        kernels,
+    )
 
 
 def _occurrences(seen: SelectedTokens) -> np.ndarray:
@@ -294,15 +268,6 @@ def _occurrences(seen: SelectedTokens) -> np.ndarray:
 
 def _unit(seen: SelectedTokens) -> np.ndarray:
     return seen.domain_T.astype(np.int64) * CLUSTERS + seen.document_T % CLUSTERS
-
-
-def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
-    found: dict[int, tuple[int, float]] = {}
-    for tokens, vio in zip(tokens_B.tolist(), max_vio(load_BE).tolist(), strict=True):
-        if not math.isnan(vio):
-            n, total = found.get(tokens, (0, 0.0))
-            found[tokens] = n + 1, total + vio
-    return found
 
 
 def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:

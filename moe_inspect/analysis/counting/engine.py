@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.counting.count_shard import Windows, count_shard
-from moe_inspect.analysis.counting.counts import BASE, SRP_LENGTHS, WANTS, Counts
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.router_counts import BASE, SRP_LENGTHS, WANTS
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line

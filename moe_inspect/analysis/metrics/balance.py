@@ -10,20 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.registry import METRICS, Metric, metric
+from moe_inspect.analysis.metrics.registry import metric
 
 # the defaults of the thresholds that analysis, report and simulations share
 UNEVEN = 0.2  # max_vio from which a router is uneven
 STARVED = 0.1  # load ratio under which an expert is starved
-
-
-def of_load() -> dict[str, Metric]:
-    """The metrics of the balance table that need the load alone, in its columns' order."""
-    return {
-        name: m
-        for name, m in METRICS.items()
-        if m.table == "balance" and m.parameters == ("load_LE",)
-    }
 
 
 @metric(table="balance", ideal=1.0, unit="ratio", range="1 to E/k", axes="L")

@@ -1,5 +1,6 @@
-"""Every metric there is: plain functions, each registered by its decorator, from which the list on
-the command line, the README's table, the gates and the property tests come.
+"""Every metric there is: plain functions in the files of this folder, each registered by its
+decorator. The list on the command line, the balance table, the gates, the table in the
+documentation and the property tests come from here: a new metric is one function in one file.
 
 L routers, D domains, E experts, N experts of the next layer's router, W windows, K slots. The
 letters at the end of a parameter's name are its axes; a metric's are those of its result. `ideal`
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
-HOMES = ("balance", "specialization", "pairs", "router", "windows", "esft")
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,37 @@ def metric(
     return register
 
 
+@cache
+def _homes() -> list[str]:
+    """The files of this folder, each imported, so that its decorators have run."""
+    folder = importlib.import_module(__name__.rpartition(".")[0])
+    files = pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")
+    return [importlib.import_module(file.name).__name__ for file in files]
+
+
 def metrics() -> dict[str, Metric]:
-    """METRICS with every file read that adds to it, in the order of the files, whichever was read
-    first."""
-    homes = [
-        importlib.import_module(f"moe_inspect.analysis.metrics.{home}").__name__ for home in HOMES
-    ]
-    return dict(sorted(METRICS.items(), key=lambda item: homes.index(item[1].function.__module__)))
+    """METRICS with every file of this folder read: by file in alphabetical order, and in the order
+    in which a file defines them."""
+    homes = _homes()
+    return dict(
+        sorted(
+            METRICS.items(),
+            key=lambda item: homes.index(inspect.unwrap(item[1].function).__module__),
+        )
+    )
+
+
+def metrics_of(table: str, inputs: Container[str]) -> dict[str, Metric]:
+    """The metrics of a table that can be computed from what `inputs` names."""
+    return {
+        name: m
+        for name, m in metrics().items()
+        if m.table == table and all(p in inputs for p in m.parameters)
+    }
 
 
 def listing() -> list[dict[str, str]]:
-    """A row a metric, for people: metric, table, definition, range, even (its value where all is
+    """A row per metric, for people: metric, table, definition, range, even (its value where all is
     even), unit, source."""
     return [
         {

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.counts import BASE, Counts
+from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.balance import whole_passes
 from moe_inspect.errors import MoeInspectError

@@ -9,14 +9,16 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.inputs import INPUTS, values_of
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import table
 
 BALANCE = (
-    *bal.of_load(),
+    *metrics_of("balance", {"load_LE"}),
     "busiest_expert",
     "noise_floor",
     "max_vio_low",
@@ -25,6 +27,9 @@ BALANCE = (
     "noise_floor_batch",
     "design_effect",
     "importance_cv",
+)
+BALANCE += tuple(
+    m.column for m in metrics_of("balance", INPUTS).values() if m.column not in BALANCE
 )
 
 
@@ -50,7 +55,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
             "tokens": counts.tokens_of(r),
             "assignments": total,
         }
-        row |= {name: float(m.function(load_E[None])[0]) for name, m in bal.of_load().items()}
+        row |= values_of(counts, r, "balance")
         row["starved_experts"] = float(bal.starved_experts(load_E[None], starved)[0])
         row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
         row["noise_floor"] = unc.noise_floor(
@@ -64,7 +69,6 @@ def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
         row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(
             counts, r, total / max(k * counts.tokens_of(r), 1)
         )
-        row["importance_cv"] = float(bal.importance_cv(counts.weight_sum_E(r)[None])[0])
         rows.append(row)
     columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE]
     frame = pd.DataFrame(rows, columns=columns)

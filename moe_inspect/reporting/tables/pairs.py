@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.counts import SRP_LENGTHS
+from moe_inspect.analysis.counting.router_counts import SRP_LENGTHS
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.reporting.tables.data import ReportData

@@ -21,16 +21,15 @@ from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.sizes import expert_bytes, weight_bytes
 from moe_inspect.simulate import kernels_numpy
+from moe_inspect.simulate.decode.text import SATURATED, figure, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.shards import check_domains, check_length, is_small, slots, taken
-from moe_inspect.text import counted
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.shard import Shard
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-SATURATED = 0.95  # of the experts a step reads them as good as all
 RIDGE = (
     295.0  # FLOP a byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
 )
@@ -77,7 +76,8 @@ class Steps:
 
 
 def independent(E: int, k: int, B: int) -> float:
-    """Distinct experts of B tokens that each choose k of E by lot: E (1 − (1 − k/E)^B)."""
+    """Distinct experts of B tokens that each choose k of E uniformly at random: E (1 − (1 −
+    k/E)^B)."""
     return E * (1 - (1 - k / E) ** B)
 
 
@@ -143,7 +143,7 @@ def simulate_decode(
         "weight_bits": 8 * weight_bytes(trace),
     }
     return Simulation(
-        "decode", tables, _verdict(tables, settings), settings, lambda: _figure(tables), ("decode",)
+        "decode", tables, verdict(tables, settings), settings, lambda: figure(tables), ("decode",)
     )
 
 
@@ -260,82 +260,3 @@ def _least(holds: Any) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
-
-
-def _verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    table, needed = tables["decode"], tables["batch_needed"]
-    of = (
-        "generated tokens"
-        if settings["decoded"]
-        else "prompt tokens, in place of generated ones (trace with --generate for those)"
-    )
-    said = []
-    for batch, mine in table.dropna(subset=["distinct_experts"]).groupby("batch"):
-        distinct, lot = mine["distinct_experts"].mean(), mine["independent"].mean()
-        said.append(
-            f"{batch:,} {'sequence reads' if batch == 1 else 'sequences together read'} "
-            f"{distinct:.1f} experts a layer and step "
-            f"({mine['share_of_experts'].mean():.0%} of them; by lot it would be {lot:.1f})"
-            + (
-                f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights a token."
-                if mine["bytes_per_token"].notna().all()
-                else "."
-            )
-        )
-    short = sorted(set(table.loc[table["steps"] == 0, "batch"]))
-    if short:
-        said.append(
-            f"No step of {', '.join(map(str, short))}: the trace holds too few sequences at any "
-            "position."
-        )
-    if needed["reads_all_from"].notna().any():
-        said.append(
-            f"From {counted(int(needed['reads_all_from'].max()), 'sequence')} on a step reads "
-            f"{SATURATED:.0%} of the experts that are used at all, in every layer: "
-            "before that a larger batch reads more, after it only shares the reading out."
-        )
-    if needed["compute_bound_from"].notna().any():
-        said.append(
-            f"Beyond about {counted(round(needed['compute_bound_from'].median()), 'sequence')} a "
-            "larger batch stops helping: computing is then the limit, not "
-            f"reading ({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} "
-            "FLOP a byte)."
-        )
-    return [*said, f"Simulated: steps of the same position of different sequences, from {of}."]
-
-
-def _figure(tables: dict[str, Any]) -> Figure:
-    """Distinct experts by batch size: each layer, and the two baselines."""
-    from matplotlib.figure import Figure
-
-    table = tables["decode"].dropna(subset=["distinct_experts"])
-    made = Figure(figsize=(6.5, 4.2), layout="constrained")
-    axes = made.subplots()
-    for number, (_, mine) in enumerate(table.groupby("router")):
-        axes.plot(
-            mine["batch"],
-            mine["distinct_experts"],
-            color="0.6",
-            lw=1,
-            label="each layer" if number == 0 else None,
-        )
-    mean = table.groupby("batch")[["distinct_experts", "independent", "from_marginals"]].mean()
-    axes.plot(
-        mean.index, mean["distinct_experts"], "o-", color="#c0392b", lw=2, label="mean over layers"
-    )
-    axes.plot(mean.index, mean["independent"], "--", color="#2c3e50", label="by lot")
-    axes.plot(
-        mean.index,
-        mean["from_marginals"],
-        ":",
-        color="#2980b9",
-        lw=2,
-        label="independent, experts as popular as they are",
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(mean.index), [f"{batch:g}" for batch in mean.index])
-    axes.set(xlabel="sequences decoded together", ylabel="distinct experts a step")
-    axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
-    return made

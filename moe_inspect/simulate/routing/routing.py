@@ -7,9 +7,8 @@ router's probability is kept says how far off it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +18,23 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.routing.algorithms import (
-    ALGORITHMS,
-    SEED,
-    Algorithm,
-    Batch,
-    batch_of,
-    largest,
-)
-from moe_inspect.simulate.shards import check_length, runs, slots
+from moe_inspect.simulate.routing.algorithms import ALGORITHMS, Algorithm, Batch, largest
+from moe_inspect.simulate.routing.decisions import Decisions, halves
+from moe_inspect.simulate.routing.text import added_compute, figure, verdict
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
-from moe_inspect.trace.shard import Shard
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
-SAMPLE = 16_384  # tokens from which algorithms with a memory warm up
-AS_MUCH = 0.005  # share of the model's experts a token that is no difference
+
+@dataclass(frozen=True)
+class Settings:
+    """`algorithms`: names of ALGORITHMS. `values`: of each setting that an algorithm runs through;
+    None is its default."""
+
+    algorithms: tuple[str, ...]
+    values: dict[str, Sequence[float] | None]
 
 
 def simulate_routing(
@@ -50,158 +47,103 @@ def simulate_routing(
     layers: str | int | Iterable[int] | None = None,
     uneven: float = UNEVEN,
 ) -> Simulation:
-    """Balance, probability mass and agreement of other routing algorithms. `top_k`: default 1, k
-    and 2k. `capacity_factor`: of "next best". `uneven`: max_vio from which a router is not
-    balanced, the report's threshold of that name."""
+    """Balance, probability mass and agreement of other routing algorithms on recorded logits.
+
+    `algorithms`: names of ALGORITHMS; default all. `top_k`: experts per token of "top-k", from 1
+    up; default 1, k and 2k. `top_p`: probability that "top-p" reaches, above 0 to 1.
+    `capacity_factor`: of "next best", above 0. `layers`: what is selected. `uneven`: max_vio from
+    which a router is not balanced, the report's threshold of that name.
+
+    Tables: routing (a row per router and algorithm), routing_algorithms (a row per algorithm).
+    MoeInspectError for a trace without logits, and for values out of range."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     need_decisions(trace, "simulate routing")
-    if "logits" not in trace.tables:
-        raise MoeInspectError(
-            f"{trace.path} has no logits, which simulate routing needs: trace with --logits"
-        )
-    unknown = [name for name in algorithms or [] if name not in ALGORITHMS]
-    if unknown:
-        raise MoeInspectError(
-            f"no algorithm {', '.join(unknown)}: there are {', '.join(ALGORITHMS)}"
-        )
-    for name, values, fits, rule in (
-        ("top-k", top_k or [], lambda k: k >= 1, "at least 1"),
-        ("top-p", top_p, lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        ("capacity factor", capacity_factor, lambda f: 0 < f < 1e6, "above 0"),
-    ):
-        if wrong := [value for value in values if not fits(value)]:
-            raise MoeInspectError(f"{name} {wrong[0]:g}: give a number {rule}")
+    settings = Settings(
+        tuple(algorithms or ALGORITHMS),
+        {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor},
+    )
+    _check(trace, settings)
     chosen = select(trace, layers=layers).routers
-    named = [ALGORITHMS[name] for name in algorithms or ALGORITHMS]
-    given: dict[str, Sequence[float] | None] = {
-        "top_k": top_k,
-        "top_p": top_p,
-        "capacity_factor": capacity_factor,
-    }
-    runs_of = {
-        r: [
-            Run(a, value)
-            for a in named
-            for value in _values(a, given, trace.routers[r].top_k, trace.routers[r].experts)
-        ]
-        for r in chosen
-    }
     half_of = halves(trace)
-    held_out = (
-        half_of.nunique() == 2
-    )  # what learns does so from the one half, and is judged on the other
-    for r in chosen:
-        learning, others = (
-            [run for run in runs_of[r] if bool(run.algorithm.prepare) == learns]
-            for learns in (True, False)
-        )
-        for shard in trace.shards:
-            decisions = Decisions(shard, r, half_of)
-            for run in learning:
-                if (
-                    not run.memory
-                    and run.algorithm.prepare
-                    and len(sample := decisions.tokens(0 if held_out else None))
-                ):
-                    run.memory = run.algorithm.prepare(decisions.sample(sample))
-            for running, half in ((others, None), (learning, 1 if held_out else None)):
-                for batch in decisions.batches(half) if running else ():
-                    own = float(
-                        batch.share_TE[largest(batch.scores_TE, batch.k)].sum(dtype=np.float64)
-                    )
-                    for run in running:
-                        run.add(batch, own)
+    # what learns does so on one half of the documents and is judged on the other
+    held_out = half_of.nunique() == 2
+    runs_of = {r: _run(trace, r, settings, half_of, held_out) for r in chosen}
     if not any(run.tokens for found in runs_of.values() for run in found):
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
     k = float(np.mean([trace.routers[r].top_k for r in chosen]))
     tables = _tables(trace, runs_of, k)
-    settings = {
+    shown: dict[str, Any] = {
         "batch": "a forward pass",
         "bias_held_out": held_out,
         "experts_per_token": k,
-        **given,
+        **settings.values,
         "uneven": uneven,
         "scoring": sorted({trace.routers[r].scoring or "softmax (not stated)" for r in chosen}),
     }
     label_of = {r: layer_label(trace.routers, r) for r in chosen}
-    said = _verdict(tables, settings, label_of)
     return Simulation(
         "routing",
         tables,
-        said,
-        settings,
-        lambda: _figure(tables, uneven, label_of),
+        verdict(tables, shown, label_of),
+        shown,
+        lambda: figure(tables, uneven, label_of),
         ("routing_algorithms",),
     )
 
 
-def halves(trace: Trace) -> pd.Series:
-    """Which half each document of the trace is of, 0 or 1: in turn within each domain, so that the
-    halves are alike."""
-    listed: Any = (
-        trace.documents().drop_duplicates("document").sort_values("document").set_index("document")
-    )
-    return listed.groupby("domain", observed=True).cumcount() % 2
+def _check(trace: Trace, settings: Settings) -> None:
+    if "logits" not in trace.tables:
+        raise MoeInspectError(
+            f"{trace.path} has no logits, which simulate routing needs: trace with --logits"
+        )
+    if unknown := [name for name in settings.algorithms if name not in ALGORITHMS]:
+        raise MoeInspectError(
+            f"no algorithm {', '.join(unknown)}: there are {', '.join(ALGORITHMS)}"
+        )
+    for name, fits, rule in (
+        ("top_k", lambda k: k >= 1, "at least 1"),
+        ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        ("capacity_factor", lambda f: 0 < f < 1e6, "above 0"),
+    ):
+        if wrong := [value for value in settings.values[name] or () if not fits(value)]:
+            option = {"top_k": "top-k", "top_p": "top-p"}.get(name, "capacity factor")
+            raise MoeInspectError(f"{option} {wrong[0]:g}: give a number {rule}")
+
+
+def _run(
+    trace: Trace, router: int, settings: Settings, half_of: pd.Series, held_out: bool
+) -> list[Run]:
+    """Every algorithm, at every value of its setting, on one router's decisions. `held_out`: those
+    that learn do so on half 0 of the documents and are judged on half 1."""
+    k, E = trace.routers[router].top_k, trace.routers[router].experts
+    found = [
+        Run(ALGORITHMS[name], value)
+        for name in settings.algorithms
+        for value in _values(ALGORITHMS[name], settings.values, k, E)
+    ]
+    learning = [run for run in found if run.algorithm.prepare]
+    others = [run for run in found if not run.algorithm.prepare]
+    for shard in trace.shards:
+        decisions = Decisions(shard, router, half_of)
+        for run in learning:
+            run.warm_up(decisions, 0 if held_out else None)
+        for running, half in ((others, None), (learning, 1 if held_out else None)):
+            for batch in decisions.batches(half) if running else ():
+                own = float(batch.share_TE[largest(batch.scores_TE, batch.k)].sum(dtype=np.float64))
+                for run in running:
+                    run.add(batch, own)
+    return found
 
 
 def _values(
-    algorithm: Algorithm, given: dict[str, Sequence[float] | None], k: int, E: int
+    algorithm: Algorithm, values_of: dict[str, Sequence[float] | None], k: int, E: int
 ) -> list[float]:
     if not algorithm.setting:
         return [0]
-    values = given[algorithm.setting] or (1, k, 2 * k)
+    values = values_of[algorithm.setting] or (1, k, 2 * k)
     return (
         sorted({min(v, E) for v in values}) if algorithm.setting == "top_k" else sorted(set(values))
     )
-
-
-class Decisions:
-    """What one router decided in one shard, from which logits."""
-
-    def __init__(self, shard: Shard, r: int, half_of: pd.Series) -> None:
-        self.router, seen = shard.trace.routers[r], shard.seen(r)
-        table = shard.tokens(["batch", "token_id", "document"])
-        kept = slice(None) if seen is None else seen
-        self.batch_T, self.token_id_T = (
-            table["batch"].to_numpy()[kept],
-            table["token_id"].to_numpy()[kept],
-        )
-        self.half_T = half_of.reindex(table["document"].to_numpy()[kept]).to_numpy()
-        ids_KT, self.logits_TE = slots(shard, r), shard.logits(r)
-        check_length(ids_KT.T, len(self.batch_T), r)
-        check_length(self.logits_TE, len(self.batch_T), r)
-        if np.isnan(self.logits_TE).any() or not np.isfinite(self.logits_TE).any(1).all():
-            raise MoeInspectError(
-                f"{shard.trace.path}: router {r} has logits that are NaN, or tokens without a "
-                "finite one"
-            )
-        model_TE = np.zeros((len(self.batch_T), self.router.experts + 1), bool)
-        model_TE[np.arange(len(self.batch_T)), ids_KT] = True  # −1, nowhere, is the last column
-        self.model_TE = model_TE[:, :-1]
-
-    def batch(self, part: Any, number: int) -> Batch:
-        k, scoring = self.router.top_k, self.router.scoring
-        return batch_of(
-            self.logits_TE[part], self.model_TE[part], self.token_id_T[part], k, scoring, number
-        )
-
-    def tokens(self, half: int | None) -> np.ndarray:
-        """Of a half of the documents, or all."""
-        return np.arange(len(self.half_T)) if half is None else np.flatnonzero(self.half_T == half)
-
-    def batches(self, half: int | None) -> Iterator[Batch]:
-        tokens = self.tokens(half)
-        start_G = runs(self.batch_T[tokens])
-        for first, last in pairwise(start_G):
-            yield self.batch(
-                tokens[first:last] if half is not None else slice(first, last),
-                int(self.batch_T[tokens[first]]),
-            )
-
-    def sample(self, tokens: np.ndarray) -> Batch:
-        """At most SAMPLE of them, drawn by lot."""
-        drawn = np.random.default_rng(SEED).permutation(tokens)[:SAMPLE]
-        return self.batch(np.sort(drawn), -1)
 
 
 @dataclass
@@ -227,6 +169,12 @@ class Run:
             if self.algorithm.setting
             else self.algorithm.name
         )
+
+    def warm_up(self, decisions: Decisions, half: int | None) -> None:
+        """Prepares an algorithm that learns, once, on the first tokens of that half."""
+        prepare = self.algorithm.prepare
+        if prepare and not self.memory and len(tokens := decisions.tokens(half)):
+            self.memory = prepare(decisions.sample(tokens))
 
     def add(self, batch: Batch, own: float) -> None:
         chosen_TE = self.algorithm.choose(batch, self.value, self.memory)
@@ -272,11 +220,11 @@ def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, 
         if run.tokens
     ]
     routing: Any = pd.DataFrame(rows)
-    said = []
+    rows = []
     by_label = {run.label: run.algorithm for found in runs_of.values() for run in found}
     for label, algorithm in by_label.items():
         mine = routing[routing["algorithm"] == label]
-        said.append(
+        rows.append(
             {
                 "algorithm": label,
                 "experts_per_token": mine["experts_per_token"].mean(),
@@ -284,112 +232,8 @@ def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, 
                 "mass_retained_least": mine["mass_retained"].min(),
                 "agreement_least": mine["agreement"].min(),
                 "leaks_future": "yes" if algorithm.leaks else "no",
-                "use_when": algorithm.use_when + _compute(mine["experts_per_token"].mean() / k),
+                "use_when": algorithm.use_when
+                + added_compute(mine["experts_per_token"].mean() / k),
             }
         )
-    return {"routing": routing, "routing_algorithms": pd.DataFrame(said)}
-
-
-def _compute(times: float) -> str:
-    """How much of the model's compute, where that is another than the model's."""
-    return "" if abs(times - 1) <= AS_MUCH else f"; computes {times:.3g}x as many experts a token"
-
-
-def _verdict(
-    tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]
-) -> list[str]:
-    routing, advice = tables["routing"], tables["routing_algorithms"]
-    said, uneven = [], settings["uneven"]
-    recorded = routing[routing["algorithm"] == "as recorded"]
-    if len(recorded):
-        worst = recorded.loc[recorded["max_vio"].idxmax()]
-        layer = label_of[int(worst["router"])]
-        said.append(
-            f"As recorded, layer {layer} is the least balanced: max_vio {worst['max_vio']:.2f} "
-            "over all tokens."
-        )
-        bias = routing[
-            (routing["router"] == worst["router"]) & (routing["algorithm"] == "loss-free bias")
-        ]
-        if len(bias):
-            row = bias.iloc[0]
-            helps = row["max_vio"] < worst["max_vio"]
-            said.append(
-                f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer "
-                f"{layer}{' to' if helps else ':'} max_vio "
-                f"{row['max_vio']:.2f} ({row['max_vio_batch']:.2f} by batch), keeping "
-                f"{row['mass_retained']:.0%} of the probability mass of the router's own "
-                f"top choices and {row['agreement']:.0%} of the model's choices"
-                + (
-                    ", on the half of the documents that the bias had not seen."
-                    if settings["bias_held_out"]
-                    else "."
-                )
-            )
-    same = (advice["experts_per_token"] / settings["experts_per_token"] - 1).abs() <= AS_MUCH
-    usable = advice[
-        same & (advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])
-    ]
-    even = usable[usable["max_vio_worst"] < uneven]
-    if len(even):
-        best = even.loc[even["mass_retained_least"].idxmax()]
-        said.append(
-            "Simulated: of those that compute as much and need not see the future, "
-            f"{best['algorithm']} keeps most among the ones that balance "
-            f"every layer (max_vio below {uneven:g}): at least {best['mass_retained_least']:.0%} "
-            "of the mass."
-        )
-    else:
-        said.append(
-            "Simulated: none that computes as much and need not see the future balances every "
-            f"layer (max_vio below {uneven:g})."
-        )
-    leaking = [
-        f"{label} ({ALGORITHMS[label].leaks})"
-        for label in advice[advice["leaks_future"] == "yes"]["algorithm"]
-    ]
-    if leaking:
-        said.append(
-            f"Leak the future: {', '.join(leaking)}: a token's experts depend on later tokens, "
-            "which a model that generates does not have."
-        )
-    if any("not stated" in scoring for scoring in settings["scoring"]):
-        said.append("The trace does not say how some routers score: softmax was taken.")
-    said.append(
-        "What another routing does to quality is not simulated: these experts were trained with "
-        "their own."
-    )
-    return said
-
-
-def _figure(tables: dict[str, Any], uneven: float, label_of: dict[int, str]) -> Figure:
-    """Each algorithm, at the layer that is least balanced as it is: imbalance, and the probability
-    mass that is kept."""
-    from matplotlib.figure import Figure
-
-    routing = tables["routing"]
-    recorded = routing[routing["algorithm"] == "as recorded"]
-    base = recorded if len(recorded) else routing
-    worst = base.loc[base["max_vio"].idxmax()]
-    at = routing[routing["router"] == worst["router"]].iloc[::-1]
-    colours = ["#c0392b" if leaks else "#2c3e50" for leaks in at["leaks_future"]]
-    figure = Figure(figsize=(9.5, 1.3 + 0.3 * len(at)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, column, form in ((left, "max_vio", "{:.2f}"), (right, "mass_retained", "{:.0%}")):
-        bars = axes.barh(at["algorithm"], at[column], color=colours, height=0.65)
-        axes.bar_label(bars, [form.format(value) for value in at[column]], padding=3, fontsize=8)
-        axes.margins(x=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.axvline(uneven, color="0.4", lw=0.8, ls="--")
-    left.set_title(
-        f"Simulated, layer {label_of[int(worst['router'])]}: max_vio (dashed: {uneven:g}, "
-        "balanced)",
-        loc="left",
-        fontsize=10,
-    )
-    right.set_title("probability mass, ÷ the router's own top-k", loc="left", fontsize=10)
-    if at["leaks_future"].any():
-        figure.supxlabel(
-            "red: sees the whole batch, so leaks the future", fontsize=8, color="#c0392b"
-        )
-    return figure
+    return {"routing": routing, "routing_algorithms": pd.DataFrame(rows)}

@@ -1,0 +1,273 @@
+"""The counts of one router: what each is, how it merges, and how a shard's decisions fill it.
+
+A new count is a field of RouterCounts (`_count`: its axes, its dtype, what it is asked for by) and
+a line that fills it. A metric takes it by naming a parameter like the field.
+
+E experts, N experts of the next router, K slots, T tokens, D domains, U units (clusters of
+documents), W windows, B forward passes, S samples (the tokens of a sequence in a shard), M + 1
+frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.analysis.counting.kernels_numpy import Places, Slots, logit_confidence
+from moe_inspect.analysis.metrics.balance import max_vio
+
+SRP_LENGTHS = (1, 4, 16, 64)  # tokens of a segment
+WANTS = {
+    "load": "assignments, first choices and gate weights of each expert",
+    "domains": "the same by domain and by cluster of documents (comes with load)",
+    "pairs": "experts chosen together: by_slot_EE, together_EE",
+    "transitions": "experts here and at the next router: next_EN, next_first_EN",
+    "repetition": "consecutive tokens that choose alike: pairs_U, first_same_U, any_same_U",
+    "windows": "load over time: window_load_WE, window_tokens_W",
+    "srp": "how often an expert is chosen within m consecutive tokens: srp",
+    "esft": "relevance of experts, averaged over sequences: esft_token_DE, esft_gate_DE, samples_D",
+    "weights": "confidence read off the k gate weights",
+    "logits": "confidence, auxiliary and z-loss read off the router logits",
+}
+BASE = frozenset({"load", "domains"})
+
+
+def _count(want: str, axes: str, dtype: type = np.int64, **default: Any) -> Any:
+    """An array of counts that merges by addition, row by row where its first axis is U (units) or D
+    (domains). None where it was not asked for, or is not known."""
+    return field(metadata={"want": want, "axes": axes, "dtype": dtype}, **default)
+
+
+def _number(dtype: type = int) -> Any:
+    """A sum over decisions that merges by addition."""
+    return field(default=dtype(0), metadata={"want": "", "axes": "", "dtype": dtype})
+
+
+@dataclass
+class RouterCounts:
+    """The counts of one router; what was not asked for is None.
+
+    assignments_UE, first_choice_DE (None: the source does not say), weight_sum_DE (None without
+    weights); null_slots: slots that routed nowhere. batches[T]: of the forward passes in which the
+    router saw T tokens and routed any, how many there were and the sum of their max_vio.
+    by_slot_EE: pairs of experts of one decision, that of the earlier slot by that of the later.
+    next_EN: of every decision all k·k' pairs (expert here, expert of the same token at the next
+    router). next_first_EN: pairs of first choices; None where a router's are unknown.
+    pairs_U: pairs of consecutive tokens of a sequence; first_same_U: with the same first choice
+    (None: unknown); any_same_U: with an expert in common.
+    window_load_WE, window_tokens_W: load and tokens of each window of the trace.
+    srp[m]: int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m
+    tokens choose the expert. esft_token_DE, esft_gate_DE: Σ over samples of the mean over tokens of
+    1[e chosen]/k, and of the gate weight; samples_D.
+    weight_*: Σ over `weight_decisions` decisions; entropy in nats and margin (largest minus second)
+    of the k weights made to sum to 1, mass: their sum as it is.
+    logit_decisions: decisions whose logits are recorded and finite; the sums are over those.
+    probability_sum_E: of the softmax (sigmoid routers: of the sigmoids made to sum to 1);
+    entropy_sum in nats and topk_mass_sum (k largest) of the same; z_sum: of (logsumexp of the
+    logits)²; top1_margin_sum, boundary_margin_sum: logit of rank 1 minus 2, k minus k+1 (NaN where
+    there is no such rank); ties: decisions whose logits of rank k and k+1 are equal as recorded
+    (float16)."""
+
+    assignments_UE: np.ndarray = _count("load", "UE")
+    first_choice_DE: np.ndarray | None = _count("load", "DE")
+    weight_sum_DE: np.ndarray | None = _count("load", "DE", float)
+    null_slots: int = _number()
+    batches: dict[int, tuple[int, float]] = field(default_factory=dict)
+    by_slot_EE: np.ndarray | None = _count("pairs", "EE", default=None)
+    next_EN: np.ndarray | None = _count("transitions", "EN", default=None)
+    next_first_EN: np.ndarray | None = _count("transitions", "EN", default=None)
+    pairs_U: np.ndarray | None = _count("repetition", "U", default=None)
+    first_same_U: np.ndarray | None = _count("repetition", "U", default=None)
+    any_same_U: np.ndarray | None = _count("repetition", "U", default=None)
+    window_load_WE: np.ndarray | None = _count("windows", "WE", default=None)
+    window_tokens_W: np.ndarray | None = _count("windows", "W", default=None)
+    srp: dict[int, np.ndarray] | None = None
+    esft_token_DE: np.ndarray | None = _count("esft", "DE", float, default=None)
+    esft_gate_DE: np.ndarray | None = _count("esft", "DE", float, default=None)
+    samples_D: np.ndarray | None = _count("esft", "D", default=None)
+    weight_decisions: int = _number()
+    weight_entropy_sum: float = _number(float)
+    weight_margin_sum: float = _number(float)
+    weight_mass_sum: float = _number(float)
+    logit_decisions: int = _number()
+    probability_sum_E: np.ndarray | None = _count("logits", "E", float, default=None)
+    z_sum: float = _number(float)
+    entropy_sum: float = _number(float)
+    top1_margin_sum: float = _number(float)
+    boundary_margin_sum: float = _number(float)
+    topk_mass_sum: float = _number(float)
+    ties: int = _number()
+
+    @classmethod
+    def zero(cls, wants: frozenset[str], sizes: dict[str, int]) -> RouterCounts:
+        """What the counts of shards are added to. `sizes`: of the axes E, W and, where there is a
+        next router, N; units and domains come with what is added."""
+        arrays: dict[str, Any] = {
+            name: np.zeros([sizes.get(axis, 0) for axis in axes], f.metadata["dtype"])
+            for name, f in DECLARED.items()
+            if (axes := f.metadata["axes"])
+            and f.metadata["want"] in wants | BASE
+            and not set(axes) - set(sizes) - {"U", "D"}
+        }
+        srp = {m: np.zeros((0, m + 1), np.int64) for m in SRP_LENGTHS} if "srp" in wants else None
+        return cls(**arrays, srp=srp)
+
+    @property
+    def together_EE(self) -> np.ndarray | None:
+        """int64, symmetric: decisions in which both were chosen; diagonal: decisions in which e
+        was."""
+        if self.by_slot_EE is None:
+            return None
+        return self.by_slot_EE + self.by_slot_EE.T + np.diag(self.assignments_UE.sum(0))
+
+    def add(self, other: RouterCounts, rows: dict[str, Rows]) -> None:
+        """Adds `other` in place. rows["U"], rows["D"]: where the rows of the two go."""
+        for name, f in DECLARED.items():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            axis = f.metadata["axes"][:1]
+            if mine is None or theirs is None:  # what one part does not know, the whole does not
+                setattr(self, name, None)
+            elif axis in rows:
+                setattr(self, name, rows[axis].added(mine, theirs))
+            elif axis:
+                mine += theirs
+            else:
+                setattr(self, name, mine + theirs)
+        for size, (n, vio) in other.batches.items():
+            before, sum_before = self.batches.get(size, (0, 0.0))
+            self.batches[size] = (before + n, sum_before + vio)
+        if self.srp is not None and other.srp is not None:
+            self.srp = {m: rows["U"].added(mine, other.srp[m]) for m, mine in self.srp.items()}
+        else:
+            self.srp = None
+
+
+# all but `batches` and `srp`, which `add` merges by name
+DECLARED: dict[str, Field[Any]] = {f.name: f for f in fields(RouterCounts) if f.metadata}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of two parts go among those of both."""
+
+    mine: np.ndarray | slice
+    theirs: np.ndarray | slice
+    both: int
+
+    @staticmethod
+    def of(mine: list[Any], theirs: list[Any], both: list[Any]) -> Rows:
+        row_of = {label: row for row, label in enumerate(both)}
+        # a slice is added to without a copy
+        at, there = (
+            slice(None) if part == both else np.array([row_of[x] for x in part], np.int64)
+            for part in (mine, theirs)
+        )
+        return Rows(at, there, len(both))
+
+    def added(self, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        """`mine` itself where it has all the rows."""
+        if len(mine) != self.both:
+            mine, before = np.zeros((self.both, *mine.shape[1:]), mine.dtype), mine
+            mine[self.mine] = before
+        mine[self.theirs] += theirs
+        return mine
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What one router decided on the selected tokens of a shard. `slots`, `weights` (None: not
+    recorded or not asked for): k arrays [T]; logits_TE: None likewise. `ranked`: whether slot 0 is
+    the first choice. `kernels`: the module to count with, kernels_numpy or kernels_numba."""
+
+    E: int
+    k: int
+    ranked: bool
+    scoring: str
+    slots: Slots
+    weights: Slots | None
+    logits_TE: np.ndarray | None
+    places: Places
+    kernels: Any
+
+
+def count_router(of: Decisions, wants: frozenset[str]) -> RouterCounts:
+    """The counts of one router in one shard; those of transitions need the next router too and are
+    filled by count_shard."""
+    E, places = of.E, of.places
+    assignments_UE, first_DE, load_BE, load_WE = of.kernels.loads(of.slots, places, E)
+    counts = RouterCounts(assignments_UE, first_DE if of.ranked else None, None)
+    if of.weights is not None:
+        counts.weight_sum_DE = _weight_sum(of, of.weights)
+    counts.null_slots = of.k * len(of.slots[0]) - int(load_BE.sum())
+    counts.batches = _batches(places.tokens_B, load_BE)
+    if "windows" in wants:
+        counts.window_load_WE, counts.window_tokens_W = load_WE, places.tokens_W.copy()
+    for want, fill in FILLS.items():
+        if want in wants:
+            fill(of, counts)
+    return counts
+
+
+def _weight_sum(of: Decisions, weights: Slots) -> np.ndarray:
+    return of.kernels.weight_sum(of.places.domain_T, of.slots, weights, of.places.D, of.E)
+
+
+def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
+    found: dict[int, tuple[int, float]] = {}
+    for tokens, vio in zip(tokens_B.tolist(), max_vio(load_BE).tolist(), strict=True):
+        if not math.isnan(vio):
+            n, total = found.get(tokens, (0, 0.0))
+            found[tokens] = n + 1, total + vio
+    return found
+
+
+def _pairs(of: Decisions, counts: RouterCounts) -> None:
+    counts.by_slot_EE = of.kernels.by_slot(of.slots, of.E)
+
+
+def _repetition(of: Decisions, counts: RouterCounts) -> None:
+    counts.pairs_U = of.places.pairs_U.copy()
+    nowhere = of.E if counts.null_slots else 2**16
+    first_same_U, counts.any_same_U = of.kernels.repetition(of.slots, of.places, nowhere)
+    counts.first_same_U = first_same_U if of.ranked else None
+
+
+def _srp(of: Decisions, counts: RouterCounts) -> None:
+    counts.srp = {m: of.kernels.srp(of.slots, of.places, of.E, m) for m in SRP_LENGTHS}
+
+
+def _esft(of: Decisions, counts: RouterCounts) -> None:
+    order, D = of.places.order, of.places.D
+    assert order is not None, "tokens were read without their order"
+    mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
+    first_S = of.places.domain_T[order.first_S]
+    counts.samples_D = np.bincount(first_S, minlength=D).astype(np.int64)
+    counts.esft_token_DE = _weight_sum(of, (mean_T / of.k,) * of.k)
+    if of.weights is not None:
+        counts.esft_gate_DE = _weight_sum(of, tuple(weight_T * mean_T for weight_T in of.weights))
+
+
+def _weights(of: Decisions, counts: RouterCounts) -> None:
+    if of.weights is not None:
+        for name, value in of.kernels.weight_confidence(of.weights).items():
+            setattr(counts, name, value)
+
+
+def _logits(of: Decisions, counts: RouterCounts) -> None:
+    if of.logits_TE is not None:
+        for name, value in logit_confidence(of.logits_TE, of.k, of.scoring).items():
+            setattr(counts, name, value)
+
+
+FILLS: dict[str, Callable[[Decisions, RouterCounts], None]] = {
+    "pairs": _pairs,
+    "repetition": _repetition,
+    "srp": _srp,
+    "esft": _esft,
+    "weights": _weights,
+    "logits": _logits,
+}
