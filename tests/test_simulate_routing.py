@@ -194,9 +194,9 @@ def test_more_compute_is_no_better_balance(tmp_path: Path):
     made = simulate_routing(trace, capacity_factor=[0.5])
     advice = made.tables["routing_algorithms"].set_index("algorithm")
     assert advice.loc["top-k 8", ["max_vio_worst", "experts_per_token"]].tolist() == [0, 8]
-    assert advice.loc["top-k 8", "use_when"].endswith("; computes 2x as many experts a token")
+    assert advice.loc["top-k 8", "use_when"].endswith("; computes 2x as many experts per token")
     assert advice.loc["next best 0.5", "use_when"].endswith(
-        "; computes 0.5x as many experts a token"
+        "; computes 0.5x as many experts per token"
     )
     assert advice.loc["top-k 4", "use_when"] == ALGORITHMS["top-k"].use_when
     assert any("loss-free bias keeps most among the ones that balance" in s for s in made.verdict)

@@ -135,6 +135,7 @@ def _pairs(
     """Tables of one shard, so that they stay in the nearest caches, in the narrower type where it
     holds them. A decision that names an expert twice can make a cell count more than there are
     tokens: what wraps around, the first table's sum falls short of `pairs`."""
+    tables: list[np.ndarray] = []
     for kind in (np.uint16, np.uint32) if len(arguments[0][0]) < 2**16 else (np.uint32,):
         tables = [np.zeros((E + 1, N + 1), kind) for E, N in shapes]
         count(*arguments, *tables)

@@ -1,6 +1,6 @@
 """The counts of one router: what each is, how it merges, and how a shard's decisions fill it.
 
-A new count is a field of RouterCounts (`_count`: its axes, its dtype, what it is asked for by) and
+A new count is a field of RouterCounts (`_count`: what it is asked for by, its axes, its dtype) and
 a line that fills it. A metric takes it by naming a parameter like the field.
 
 E experts, N experts of the next router, K slots, T tokens, D domains, U units (clusters of
@@ -36,15 +36,13 @@ WANTS = {
 BASE = frozenset({"load", "domains"})
 
 
-def _count(want: str, axes: str, dtype: type = np.int64, **default: Any) -> Any:
-    """An array of counts that merges by addition, row by row where its first axis is U (units) or D
-    (domains). None where it was not asked for, or is not known."""
-    return field(metadata={"want": want, "axes": axes, "dtype": dtype}, **default)
+def _count(want: str, axes: str, dtype: type = np.int64) -> dict[str, Any]:
+    """Declares an array of counts. It merges by addition, row by row where its first axis is U
+    (units) or D (domains); it is None where it was not asked for, or is not known."""
+    return {"want": want, "axes": axes, "dtype": dtype}
 
 
-def _number(dtype: type = int) -> Any:
-    """A sum over decisions that merges by addition."""
-    return field(default=dtype(0), metadata={"want": "", "axes": "", "dtype": dtype})
+SUM = {"want": "", "axes": "", "dtype": float}  # a number that merges by addition
 
 
 @dataclass
@@ -72,35 +70,37 @@ class RouterCounts:
     there is no such rank); ties: decisions whose logits of rank k and k+1 are equal as recorded
     (float16)."""
 
-    assignments_UE: np.ndarray = _count("load", "UE")
-    first_choice_DE: np.ndarray | None = _count("load", "DE")
-    weight_sum_DE: np.ndarray | None = _count("load", "DE", float)
-    null_slots: int = _number()
+    assignments_UE: np.ndarray = field(metadata=_count("load", "UE"))
+    first_choice_DE: np.ndarray | None = field(metadata=_count("load", "DE"))
+    weight_sum_DE: np.ndarray | None = field(metadata=_count("load", "DE", float))
+    null_slots: int = field(default=0, metadata=SUM)
     batches: dict[int, tuple[int, float]] = field(default_factory=dict)
-    by_slot_EE: np.ndarray | None = _count("pairs", "EE", default=None)
-    next_EN: np.ndarray | None = _count("transitions", "EN", default=None)
-    next_first_EN: np.ndarray | None = _count("transitions", "EN", default=None)
-    pairs_U: np.ndarray | None = _count("repetition", "U", default=None)
-    first_same_U: np.ndarray | None = _count("repetition", "U", default=None)
-    any_same_U: np.ndarray | None = _count("repetition", "U", default=None)
-    window_load_WE: np.ndarray | None = _count("windows", "WE", default=None)
-    window_tokens_W: np.ndarray | None = _count("windows", "W", default=None)
+    by_slot_EE: np.ndarray | None = field(default=None, metadata=_count("pairs", "EE"))
+    next_EN: np.ndarray | None = field(default=None, metadata=_count("transitions", "EN"))
+    next_first_EN: np.ndarray | None = field(default=None, metadata=_count("transitions", "EN"))
+    pairs_U: np.ndarray | None = field(default=None, metadata=_count("repetition", "U"))
+    first_same_U: np.ndarray | None = field(default=None, metadata=_count("repetition", "U"))
+    any_same_U: np.ndarray | None = field(default=None, metadata=_count("repetition", "U"))
+    window_load_WE: np.ndarray | None = field(default=None, metadata=_count("windows", "WE"))
+    window_tokens_W: np.ndarray | None = field(default=None, metadata=_count("windows", "W"))
     srp: dict[int, np.ndarray] | None = None
-    esft_token_DE: np.ndarray | None = _count("esft", "DE", float, default=None)
-    esft_gate_DE: np.ndarray | None = _count("esft", "DE", float, default=None)
-    samples_D: np.ndarray | None = _count("esft", "D", default=None)
-    weight_decisions: int = _number()
-    weight_entropy_sum: float = _number(float)
-    weight_margin_sum: float = _number(float)
-    weight_mass_sum: float = _number(float)
-    logit_decisions: int = _number()
-    probability_sum_E: np.ndarray | None = _count("logits", "E", float, default=None)
-    z_sum: float = _number(float)
-    entropy_sum: float = _number(float)
-    top1_margin_sum: float = _number(float)
-    boundary_margin_sum: float = _number(float)
-    topk_mass_sum: float = _number(float)
-    ties: int = _number()
+    esft_token_DE: np.ndarray | None = field(default=None, metadata=_count("esft", "DE", float))
+    esft_gate_DE: np.ndarray | None = field(default=None, metadata=_count("esft", "DE", float))
+    samples_D: np.ndarray | None = field(default=None, metadata=_count("esft", "D"))
+    weight_decisions: int = field(default=0, metadata=SUM)
+    weight_entropy_sum: float = field(default=0.0, metadata=SUM)
+    weight_margin_sum: float = field(default=0.0, metadata=SUM)
+    weight_mass_sum: float = field(default=0.0, metadata=SUM)
+    logit_decisions: int = field(default=0, metadata=SUM)
+    probability_sum_E: np.ndarray | None = field(
+        default=None, metadata=_count("logits", "E", float)
+    )
+    z_sum: float = field(default=0.0, metadata=SUM)
+    entropy_sum: float = field(default=0.0, metadata=SUM)
+    top1_margin_sum: float = field(default=0.0, metadata=SUM)
+    boundary_margin_sum: float = field(default=0.0, metadata=SUM)
+    topk_mass_sum: float = field(default=0.0, metadata=SUM)
+    ties: int = field(default=0, metadata=SUM)
 
     @classmethod
     def zero(cls, wants: frozenset[str], sizes: dict[str, int]) -> RouterCounts:

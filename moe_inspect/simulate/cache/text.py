@@ -90,10 +90,9 @@ def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int,
             alpha=0.12,
             lw=0,
         )
-        at = main[(main["policy"] == name) & (main["slots"] == size)]
-        right.plot(
-            range(len(at)), at["hit_rate"], "o-", ms=4, lw=1.2, color=colours[name], label=name
-        )
+        rate = main[(main["policy"] == name) & (main["slots"] == size)]["hit_rate"]
+        right.plot(range(len(rate)), rate, "o-", ms=4, lw=1.2, color=colours[name], label=name)
+    at = main[(main["policy"] == settings["policies"][0]) & (main["slots"] == size)]
     left.plot(
         main.groupby("slots")["even_share"].mean(),
         ":",

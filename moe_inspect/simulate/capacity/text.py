@@ -82,9 +82,10 @@ def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int,
             color=colour,
             label=f"capacity factor {factor:g}",
         )
-    step = max(1, len(at) // 24)
+    routers = main["router"].unique()
+    step = max(1, len(routers) // 24)
     left.set_xticks(
-        range(0, len(at), step), [label_of[r] for r in at["router"].iloc[::step]], fontsize=8
+        range(0, len(routers), step), [label_of[r] for r in routers[::step]], fontsize=8
     )
     left.set(xlabel="layer", ylabel="share of assignments dropped")
     left.set_ylim(bottom=0)
