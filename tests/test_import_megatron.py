@@ -169,7 +169,8 @@ def test_recomputed_passes_are_left_out_before_stages_are_paired(tmp_path: Path)
     for layer in range(4):
         assert np.array_equal(decisions(trace, layer), np.concatenate([a[layer], b[layer]]))
     assert said == [
-        "4 passes repeat one of the same rank and step (activations recomputed): each is counted once"
+        "4 passes repeat one of the same rank and step (activations recomputed): each is counted "
+        "once"
     ]
 
 
@@ -671,7 +672,8 @@ def test_recomputed_routers_are_left_out(order: list[int], tmp_path: Path):
     megatron_rank(place, 0, written, hook=True)
     trace, said = taken(tmp_path, place)
     assert said == [
-        "4 passes repeat one of the same rank and step (activations recomputed): each is counted once"
+        "4 passes repeat one of the same rank and step (activations recomputed): each is counted "
+        "once"
     ]
     for layer in range(3):
         assert np.array_equal(decisions(trace, layer), whole([passes], layer))

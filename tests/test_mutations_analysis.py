@@ -50,6 +50,7 @@ from tests import (
     test_routed,
     test_slot_order,
     test_trace,
+    test_trace_format,
     test_uncertainty,
     test_verdict_thresholds,
 )
@@ -169,6 +170,9 @@ MUTATIONS = {
     "a torn line is taken": (shard_list, '.split(b"\\n")[:-1], 1)', ".splitlines(), 1)", resumed),
     "half a shard is taken": (shard_list, 'if set(shard.paths) != set(manifest["tables"]):', "if False:", resumed),
     "paths lead elsewhere": (json_schema, "if isinstance(value, str) and find(value) is None:", "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path that goes on elsewhere")),
+    "numbers out of range are taken": (json_schema, "if type(value) is int and not least <= value <= most:", "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "shard -1")),
+    "keys of a router that there are not": (json_schema, "elif closed:", "elif False:", by(test_damage.test_an_impossible_manifest_is_refused_by_its_key, "an unknown key")),
+    "true is a number": (json_schema, "if type(value) not in kinds:", "if not isinstance(value, tuple(kinds)):", by(test_trace_format.test_a_value_that_looks_like_another_is_refused, "trace_json", ("routers", 0, "top_k"), True)),
     "paths of another rank": (validate, 'if not path.startswith(f"{table}/part-{rank}-"):', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path of another rank")),
     "a digest is not looked at": (validate, 'if "digest" in manifest and manifest["digest"]', 'if False and manifest["digest"]', by(test_damage.test_free_text_may_be_edited_and_nothing_else)),
     "any expert is taken": (shard, "for column in columns)) >= E:", "for column in columns)) > E:", by(test_damage.test_what_a_file_holds_is_checked, "an expert that there is not")),

@@ -296,6 +296,33 @@ def test_the_check_is_json_schemas(name: str) -> None:
     assert 100 < refused < 1900
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("trace_json", ("routers", 0, "top_k"), True),
+        ("trace_json", ("capture", "weights"), 1),
+        ("trace_json", ("format",), True),
+        ("trace_json", ("format",), 1.0),
+        ("shard_line", ("rows",), False),
+        ("shard_line", ("sha256",), "0" * 64 + "\n"),
+    ],
+)
+def test_a_value_that_looks_like_another_is_refused(
+    name: str, path: tuple[Any, ...], value: Any
+) -> None:
+    """Values that Python takes for another are refused."""
+    right = read_manifest(SAMPLES[0])
+    if name == "shard_line":
+        right = json.loads((SAMPLES[0] / "shards-0.jsonl").read_text().splitlines()[0])
+    json_schema.checker(name)(right)
+    at: Any = right
+    for step in path[:-1]:
+        at = at[step]
+    at[path[-1]] = value
+    with pytest.raises(ValueError, match=re.escape(str(path[-1]))):
+        json_schema.checker(name)(right)
+
+
 def test_a_keyword_that_is_not_known_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="multipleOf"):
         json_schema.compiled({"multipleOf": 2})

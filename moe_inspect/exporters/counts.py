@@ -30,8 +30,6 @@ COUNTS = pa.schema(
         ("top_k", pa.int32()),
     ]
 )
-
-
 SUMS = ("count", "first_choice", "weight_sum")
 
 

@@ -19,7 +19,6 @@ TABLES = ("documents", "tokens", "routing", "logits", "counts")
 STATUSES = ("recording", "complete", "interrupted")
 PHASES = ("prefill", "decode", "encode")  # encode: fed to the encoder of an encoder-decoder
 RANK_STRIDE = 2**40  # tokens of process r are numbered from r · 2^40
-
 LABEL = pa.dictionary(pa.int32(), pa.string())
 TOKENS = pa.schema(
     [

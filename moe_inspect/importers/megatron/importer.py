@@ -4,8 +4,8 @@ it in `logits_rank{r}.bin` (bfloat16).
 T tokens, K slots, E experts.
 
 Two parts of Megatron write it. The training hook reads the map of chosen experts: ids ascend, and
-the gate weights' order is not in them. The inference engine hands over the router's own ids. They
-number layers differently: see megatron_layers. Only the hook writes `hs_offset` and `logit_offset`.
+the gate weights' order is not in them. The inference engine writes the router's own ids. They
+number layers differently: see `layers`. Only the hook writes `hs_offset` and `logit_offset`.
 It writes no call in which a capacity factor dropped a token.
 
 A rank has the routers of its own pipeline stage. Files whose first passes have the same routers are
@@ -14,7 +14,7 @@ which Megatron numbers ranks (stages outermost, or data parallelism by `--use-tp
 those two differ in the stage alone. Every stage meets the microbatches of a step in the same order,
 so the n-th pass of a step at one stage is the n-th at the others. Routers that a rank calls again
 for its backward (activation recomputation), all of them or some, are left out first. Interleaved
-stages are refused: which calls are of one microbatch the file does not say.
+stages are refused: the file does not say which calls belong to one microbatch.
 """
 
 from __future__ import annotations

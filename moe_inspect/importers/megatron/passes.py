@@ -26,9 +26,7 @@ from moe_inspect.importers.megatron.layers import (
 )
 from moe_inspect.model.config import MOST_EXPERTS
 
-SURE = 20  # so many different decisions in the order of their ids, by chance once in a million
-
-
+SURE = 20  # different decisions in ascending order: by chance once in a million
 NO_CALL = (
     "Megatron's tracer writes no call of a router when a capacity factor "
     "(moe_expert_capacity_factor) drops tokens"
@@ -37,6 +35,8 @@ NO_CALL = (
 
 @dataclass(frozen=True)
 class Call:
+    """A line: one call of a router. `where`: file and line."""
+
     where: str
     fields: dict[str, Any]
     ids_TK: np.ndarray
@@ -53,8 +53,8 @@ class File(RankFile):
 
 
 def written_by_hook(context: ImportContext, files: list[File]) -> bool:
-    """Whether the training hook has certainly written these files. Reads no more of them than it
-    takes."""
+    """Whether the training hook has certainly written these files. Reads only as much as it
+    needs."""
     if any(name in f.first.fields for f in files for name in ("hs_offset", "logit_offset")):
         return True
     different: set[tuple[Spot, bytes]] = set()
@@ -76,7 +76,7 @@ def _ascend(ids_TK: np.ndarray) -> bool:
 
 
 def columns_of(files: list[File]) -> list[list[File]]:
-    """The files that belong together: one of each stage, in the order of layers."""
+    """Groups of files that belong together: one of each stage, in the order of layers."""
     stages: dict[frozenset[Spot], File] = {}  # routers → the first file that has them
     holder: dict[Spot, File] = {}
     for file in files:
@@ -165,8 +165,8 @@ def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:
 def _own(
     context: ImportContext, file: File, staged: bool, left_out: Counter[str]
 ) -> Iterator[Pass]:
-    """The passes of a file, by block indices, all of them through the routers of the first.
-    `staged`: to be paired with those of other stages."""
+    """The passes of a file, by block index. All must call the same routers as the first. `staged`:
+    they will be paired with those of other stages."""
     done: dict[Spot, set[bytes]] = {}
     current: tuple[int, int] | None = None  # step and rank of what is done
     for numbered in passes_of(context, file.path):

@@ -18,8 +18,6 @@ from moe_inspect.importers.context import (
 from moe_inspect.text import first_line
 
 NEEDS_TORCH = "SGLang's .pt files need torch: pip install 'moe-inspect[trace]'"
-
-
 File = tuple[Path, ImportSource, dict[str, Any]]
 
 
