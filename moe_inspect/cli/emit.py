@@ -1,5 +1,7 @@
 """A DataFrame to stdout or a file, in one of four formats."""
 
+# pyright: standard
+# (strict elsewhere in this folder: pyarrow has no types)
 from __future__ import annotations
 
 import contextlib

@@ -10,8 +10,8 @@ INSTALL = "pip install 'moe-inspect[trace]'"
 def need_torch() -> None:
     """The capture side is an extra: says how to get it."""
     try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise MoeInspectError(f"this needs {error.name}: {INSTALL}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -247,7 +247,9 @@ def report(
         raise typer.Exit(3)
 
 
-def _simulated(made: Report, names: list[Simulated], layers: str | None) -> Iterator[Section | str]:
+def _simulated(
+    made: Report, names: list[Simulated], layers: str | None
+) -> Generator[Section | str]:
     """A section each, or why the trace has none to give."""
     import moe_inspect
     from moe_inspect.simulate.page import section
@@ -288,7 +290,7 @@ def _gates(texts: list[str] | None, above: bool) -> list[Gate]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int], None] | None]:
+def _progress() -> Generator[Callable[[int], None] | None]:
     """Decisions read so far, on a terminal: each once for the load and once more where token ids
     count."""
     if not sys.stderr.isatty():

@@ -74,7 +74,7 @@ def sources(data: texts.Texts, train_tokens: dict[str, int]) -> str:
         return table(
             header[:2], [[domain, f"{tokens:,}"] for domain, tokens in train_tokens.items()]
         )
-    rows, named = [], set()
+    rows, named = list[list[str]](), set[str]()
     for source in texts.SOURCES:
         tokens = "" if source.domain in named else f"{train_tokens[source.domain]:,}"
         named.add(source.domain)

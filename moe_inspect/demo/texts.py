@@ -126,7 +126,7 @@ def prose(page: str, domain: str, seen: set[str]) -> Iterator[str]:
     would otherwise appear on both sides of the split."""
     parser = _Paragraphs()
     parser.feed(page)
-    kept = []
+    kept: list[str] = []
     for paragraph in (" ".join(text.split()) for text in parser.paragraphs):
         if len(paragraph) >= 60 and paragraph not in seen and language(paragraph) == domain:
             seen.add(paragraph)
@@ -227,7 +227,7 @@ def load_packages(seed: int, cache: Path) -> Texts:
     """The texts of SOURCES, fetched where the cache lacks them."""
     documents: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
     seen: dict[str, set[str]] = {domain: set() for domain in DOMAINS}
-    versions = {}
+    versions: dict[str, str] = {}
     for source in SOURCES:
         folder, versions[source.package] = fetch(source.package, cache)
         for path in sorted(

@@ -9,6 +9,8 @@ Legend of shapes: T tokens, K slots, E experts, L layers, D domains, V vocabular
 tokens a window.
 """
 
+# pyright: standard
+# (strict elsewhere in this folder: torch and transformers are partly untyped)
 import argparse
 import math
 import os

@@ -6,7 +6,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -167,7 +167,7 @@ def _draw(simulation: Simulation, directory: Path) -> None:
     if simulation.figure is None:
         say("nothing to draw")
         return
-    figure = simulation.figure()
+    figure: Any = simulation.figure()
     path = directory / f"{simulation.name}.png"
     with writing(path):
         directory.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def breaches(data: ReportData, gates: Iterable[Gate]) -> list[str]:
     """A line for each router beyond a limit. What has no value has not been shown to keep to the
     limit, so NaN is a breach; but a metric of the next layer has no value at the last one, and is
     not asked for there."""
-    lines = []
+    lines: list[str] = []
     for g in gates:
         table: Any = data.tables[gated()[g.metric]]
         values = table[g.metric].astype(float)

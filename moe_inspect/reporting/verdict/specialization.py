@@ -219,8 +219,8 @@ def _most_exclusive_token(data: ReportData, row: Any) -> str:
 
 def untrained_seed(data: ReportData) -> int | None:
     """The seed of a model whose weights were drawn at random, as far as the trace says so."""
-    corpus = data.trace.manifest.get("corpus")
-    plan = corpus.get("plan") if isinstance(corpus, dict) else None
+    corpus: Any = data.trace.manifest.get("corpus")
+    plan: Any = corpus.get("plan") if isinstance(corpus, dict) else None
     return plan.get("random_init") if isinstance(plan, dict) else None
 
 
