@@ -1,4 +1,5 @@
-"""Tables of the load: of every router and of every expert. `layer, router` come first where a row is
+"""Tables of the load: of every router and of every expert. `layer, router` come first where a row
+is
 about a router. L routers, E experts, U documents, S sizes of forward passes."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Tables of what the experts do: their load by domain, the information that domain and token id carry
+"""Tables of what the experts do: their load by domain, the information that domain and token id
+carry
 about the expert, and the token ids of each expert. V token ids, E experts, D domains."""
 
 from __future__ import annotations
