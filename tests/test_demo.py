@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_inspect.demo import CORPUS_DIR, MODEL_DIR, texts, train
+from moe_inspect.demo import CORPUS_DIR, MODEL_DIR, balancing, texts, train
 from moe_inspect.errors import MoeInspectError
 
 torch.set_num_threads(1)
@@ -209,8 +209,8 @@ def test_balance_of_a_hand_computed_load():
 @pytest.mark.parametrize("layers", [1, 4])
 def test_uniform_router_scores_1_in_each_layer_and_top_k_when_pooled(layers):
     logits = [torch.zeros(16, 8)] * layers
-    assert train.per_layer_balancing_loss(logits, 8, 2).item() == pytest.approx(1)
-    assert train.pooled_balancing_loss(logits, 8, 2).item() == pytest.approx(2)
+    assert balancing.per_layer_balancing_loss(logits, 8, 2).item() == pytest.approx(1)
+    assert balancing.pooled_balancing_loss(logits, 8, 2).item() == pytest.approx(2)
 
 
 def test_pooled_loss_is_blind_to_layers_that_collapse_onto_different_experts():
@@ -218,9 +218,9 @@ def test_pooled_loss_is_blind_to_layers_that_collapse_onto_different_experts():
     uses half."""
     left, right = torch.zeros(16, 4), torch.zeros(16, 4)
     left[:, :2], right[:, 2:] = 30, 30
-    assert train.pooled_balancing_loss([left, right], 4, 2).item() == pytest.approx(2)
-    assert train.per_layer_balancing_loss([left, right], 4, 2).item() == pytest.approx(2)
-    assert train.pooled_balancing_loss([left, left], 4, 2).item() == pytest.approx(4)
+    assert balancing.pooled_balancing_loss([left, right], 4, 2).item() == pytest.approx(2)
+    assert balancing.per_layer_balancing_loss([left, right], 4, 2).item() == pytest.approx(2)
+    assert balancing.pooled_balancing_loss([left, left], 4, 2).item() == pytest.approx(4)
 
 
 def test_windows_do_not_cross_a_document_that_is_long_enough():

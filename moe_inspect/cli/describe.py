@@ -31,8 +31,8 @@ def describe(
         typer.Option(
             min=1,
             help=(
-                "Tokens a token attends to, for its FLOPs; by default 4096, or what the model "
-                "takes."
+                "Context length that the FLOPs per token are computed for (default: 4096, or the "
+                "model's maximum)."
             ),
             show_default=False,
         ),
@@ -41,30 +41,34 @@ def describe(
         float | None,
         typer.Option(
             min=1,
-            help="Also the FLOPs of training on so many tokens, e.g. 2e12.",
+            help="Also show the FLOPs of training on this many tokens, e.g. 2e12.",
             show_default=False,
         ),
     ] = None,
-    gpu: Annotated[Gpu, typer.Option(help="Whose bf16 peak training is reckoned with.")] = Gpu.h100,
+    gpu: Annotated[
+        Gpu, typer.Option(help="GPU whose dense bf16 peak is used for training.")
+    ] = Gpu.h100,
     mfu: Annotated[
         float | None,
         typer.Option(
             min=0.001,
             max=1,
-            help="Also the GPU-hours that this utilisation takes, e.g. 0.4.",
+            help="Also show the GPU-hours of training at this model FLOPs utilisation, e.g. 0.4.",
             show_default=False,
         ),
     ] = None,
     gpu_hours: Annotated[
         float | None,
         typer.Option(
-            min=1, help="Also the utilisation that so many GPU-hours imply.", show_default=False
+            min=1,
+            help="Also show the model FLOPs utilisation that this many GPU-hours imply.",
+            show_default=False,
         ),
     ] = None,
     format: Annotated[
         Format | None,
         typer.Option(
-            help="json is one object a line. By default what the file's ending says, else table.",
+            help="json: one object per line. Default: by the ending of the file, else table.",
             show_default=False,
         ),
     ] = None,
@@ -76,16 +80,16 @@ def describe(
     ] = None,
     safe_csv: SafeCsv = False,
     revision: Annotated[
-        str | None, typer.Option(help="Of the model on the hub.", show_default=False)
+        str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code from the hub.")
+        bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
     ] = False,
 ) -> None:
-    """Say what a model is: its parameters, memory and FLOPs.
+    """Show a model's parameters, memory and FLOPs, sparse against dense.
 
-    Sparse against dense. Reads no weights: a config is enough. Active parameters are those a token
-    meets: of each router's experts its top k."""
+    Reads no weights: a config is enough. Active parameters are those that a token is computed with:
+    of each router's experts, its top k."""
     if (mfu or gpu_hours) and train_tokens is None:
         raise typer.BadParameter("--mfu and --gpu-hours are about training: add --train-tokens")
     form = format or format_of(output)

@@ -81,7 +81,7 @@ def trace(
         ),
     ] = None,
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens a forward pass, padding included.")
+        int, typer.Option(min=1, help="Tokens per forward pass, padding included.")
     ] = 8192,
     special_tokens: Annotated[
         bool, typer.Option(help="Frame each text as the tokenizer does (<s> …).")
@@ -92,21 +92,22 @@ def trace(
             min=0,
             metavar="N",
             help=(
-                "Go on with each document by N tokens, decoded one at a time, and trace them "
-                "too; an encoder-decoder decodes them after its start token."
+                "Continue each document by N tokens, decoded one at a time, and trace them too; "
+                "an encoder-decoder decodes them after its start token."
             ),
         ),
     ] = 0,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Of what is generated; 0 takes the likeliest token.")
+        float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at a temperature.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     capture: Annotated[
         Capture,
         typer.Option(
             help=(
                 "dispatch: our experts implementation routes and records; tap: the model's own "
-                "is watched."
+                "implementation is watched; auto: dispatch where the model would run the stock "
+                "grouped_mm on a GPU, else tap."
             )
         ),
     ] = Capture.auto,
@@ -115,7 +116,7 @@ def trace(
         str | None,
         typer.Option(
             metavar="MAP",
-            help="Spread the model over devices: auto, balanced, … (accelerate).",
+            help="Spread the model over devices: auto, balanced, … (needs accelerate).",
             show_default=False,
         ),
     ] = None,
@@ -125,56 +126,57 @@ def trace(
     ] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust-remote-code", help="Run code that the model's repository brings."),
+        typer.Option("--trust-remote-code", help="Run code from the model's repository."),
     ] = False,
     random_init: Annotated[
         int | None,
         typer.Option(
             metavar="SEED",
-            help="Draw the weights with this seed: the untrained baseline.",
+            help="Initialise the weights at random with this seed instead of reading them: the "
+            "untrained baseline.",
             show_default=False,
         ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)
+        str | None, typer.Option(help="Record only these layers, e.g. 0-3,7.", show_default=False)
     ] = None,
     weights: Annotated[bool, typer.Option(help="Record the gate weights.")] = True,
     logits: Annotated[bool, typer.Option("--logits", help="Record the router logits too.")] = False,
     counts_only: Annotated[
         bool,
         typer.Option(
-            "--counts-only", help="Keep counts by layer, domain and expert, no decisions."
+            "--counts-only", help="Record counts by layer, domain and expert instead of decisions."
         ),
     ] = False,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with an interrupted trace of the same corpus and options."
+            "--resume", help="Resume an interrupted trace of the same corpus, model and options."
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a trace that is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing trace.")
     ] = False,
     engine: Annotated[
-        EngineName | None, typer.Option(help="What serves at the URL.", show_default=False)
+        EngineName | None, typer.Option(help="The serving engine at the URL.", show_default=False)
     ] = None,
     model_config: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Of an engine's model: a hub id or a directory with its config and tokenizer.",
+            help="With --engine: hub id or directory of the served model's config and tokenizer.",
             show_default=False,
         ),
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Of an engine: sequences under way at once.")
+        int, typer.Option(min=1, help="With --engine: sequences in flight at once.")
     ] = 8,
     timeout: Annotated[
         float,
         typer.Option(
             min=0.1,
             metavar="SECONDS",
-            help="Of an engine: time for one request in all; after it the request is sent again.",
+            help="With --engine: time limit of one request; then it is sent again.",
         ),
     ] = 600.0,
     api_key: Annotated[
@@ -182,12 +184,12 @@ def trace(
         typer.Option(
             metavar="KEY",
             envvar="MOE_INSPECT_API_KEY",
-            help="Of an engine: sent to it, written nowhere.",
+            help="With --engine: sent as a bearer token, written nowhere.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Record which experts a model sends every token of a text to."""
+    """Record which experts a model sends each token of a corpus to."""
     if resume and overwrite:
         raise typer.BadParameter(
             "--resume keeps what is there, --overwrite does not: give one of the two"
@@ -249,7 +251,7 @@ def trace(
     except KeyboardInterrupt:
         began_writing = (output / "trace.json").exists()
         state = (
-            f'{output} is readable; "--resume" goes on with it'
+            f'{output} is readable; continue it with "--resume"'
             if began_writing
             else "nothing was traced yet"
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 # triton:
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
