@@ -109,7 +109,7 @@ def test_decode_draws_and_writes_a_page(tmp_path: Path) -> None:
         "--html",
         tmp_path / "page.html",
     )
-    assert "1 sequence reads 2.0 experts a layer and step" in done.stdout
+    assert "1 sequence reads 2.0 experts per layer and step" in done.stdout
     assert (tmp_path / "decode.png").stat().st_size > 10_000
     assert "<title>moe-inspect simulate decode" in (tmp_path / "page.html").read_text()
 
@@ -152,7 +152,10 @@ def test_what_can_be_mended_exits_1_in_a_line(cli, tmp_path: Path) -> None:
             "no tokens to tell fewer ranks by: trace without --counts-only",
         ),
         (("placement", counts, "--window", 10), "no tokens to tell windows by"),
-        (("decode", TRACE, "--flops-per-byte", 0), "0.0 FLOP a byte: give finite numbers above 0"),
+        (
+            ("decode", TRACE, "--flops-per-byte", 0),
+            "0.0 FLOPs per byte: give finite numbers above 0",
+        ),
         (("decode", TRACE, "--expert-mb", 0), "expert size 0.0 MB"),
         (("cache", TRACE, "--expert-mb", "inf", "--gb-per-s", 25), "expert size inf MB"),
         (("routing", TRACE, "--top-p", "0.5,0"), "top-p 0: give a number above 0 and at most 1"),

@@ -167,7 +167,7 @@ def test_decode_says_what_it_has_steps_of():
     said = decode_text.verdict({"decode": table, "batch_needed": needed}, settings)
     assert (
         said[0]
-        == "1 sequence reads 2.0 experts a layer and step (25% of them; by lot it would be 2.0)."
+        == "1 sequence reads 2.0 experts per layer and step (25% of them; expected by chance: 2.0)."
     )
     assert said[2] == "No step of 32: the trace holds too few sequences at any position."
     assert said[3].startswith(

@@ -7,7 +7,7 @@ from moe_inspect.reporting.render.html import page as html_page
 from moe_inspect.simulate.result import Simulation
 
 ROWS = 400  # of a table on the page
-UNSAID = ("moe_layers",)  # a setting that plan files need, too long to read
+HIDDEN = ("moe_layers",)  # a setting that plan files need, too long to read
 
 
 def sections(simulation: Simulation) -> list[Section]:
@@ -38,9 +38,9 @@ def section(simulation: Simulation) -> Section:
 def page(simulation: Simulation) -> str:
     """The page as one string of HTML."""
     assumed = "; ".join(
-        f"{name.replace('_', ' ')}: {_said(value)}"
+        f"{name.replace('_', ' ')}: {_text(value)}"
         for name, value in simulation.settings.items()
-        if name not in UNSAID and _said(value)
+        if name not in HIDDEN and _text(value)
     )
     return html_page(
         f"moe-inspect simulate {simulation.name}",
@@ -57,7 +57,7 @@ def _drawing(simulation: Simulation) -> str:
     return picture(simulation.figure(), "svg").decode()
 
 
-def _said(value: object) -> str:
+def _text(value: object) -> str:
     """Nothing of what was not asked for."""
     if value is None or value is False:
         return ""

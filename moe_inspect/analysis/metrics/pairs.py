@@ -46,8 +46,8 @@ def coactivation_lift(together_EE: np.ndarray, expected_EE: np.ndarray | None = 
 
 
 def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
-    """N_ab of decisions whose k distinct experts keep their loads and are otherwise picked by lot:
-    P(a set) is the product of a weight of each of its experts (conditional Poisson sampling, of all
+    """N_ab of decisions whose k distinct experts keep their loads and are otherwise random: P(a
+    set) is the product of a weight of each of its experts (conditional Poisson sampling, of all
     with these loads the one of largest entropy: Chen, Dempster and Liu 1994). Where slots are null,
     k is that of the mean decision. [E, E], 0 on the diagonal."""
     observed_EE = _without_diagonal(together_EE, 0.0)
@@ -146,7 +146,7 @@ def next_accuracy_marginal(next_first_EN: np.ndarray) -> float:
 
 def next_accuracy_null(next_first_EN: np.ndarray, R: int = 5) -> float:
     """Mean `next_accuracy` of choices with these marginals that do not depend on each other: the
-    maximum of each row is over the marginal's by luck alone where rows are few."""
+    maximum of each row is over the marginal's by chance alone where rows are few."""
     row_E, column_N = next_first_EN.sum(1), next_first_EN.sum(0)
     if not column_N.sum():
         return float("nan")

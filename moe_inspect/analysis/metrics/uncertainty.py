@@ -21,8 +21,8 @@ GAUSSIAN_FROM = 500  # mean load from which the counts of k-of-E choices are as 
 
 @lru_cache(maxsize=4096)
 def noise_floor(T: int, E: int, k: int) -> float:
-    """The max_vio expected when each of T tokens picks k of E experts by lot. NaN without tokens, 0
-    when k = E.
+    """The max_vio expected when each of T tokens picks k of E experts uniformly at random. NaN
+    without tokens, 0 when k = E.
 
     Simulated, at a cost that does not depend on T: experts are gone through one by one, and of the
     tokens that still have j picks among the e experts left, Binomial(·, j/e) take this one. That is

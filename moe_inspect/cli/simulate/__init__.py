@@ -7,7 +7,7 @@ import typer
 from moe_inspect.cli.simulate import cache, capacity, decode, placement, routing
 
 app = typer.Typer(
-    help="Replay a trace under other assumptions: what would help?",
+    help="Replay a trace under other assumptions.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

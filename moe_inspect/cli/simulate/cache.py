@@ -1,4 +1,4 @@
-"""`moe-inspect simulate cache`: experts that are kept elsewhere and fetched when wanted."""
+"""`moe-inspect simulate cache`: hit rates of a cache of offloaded experts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cache(
         list[str] | None,
         typer.Option(
             help=(
-                "Experts of a layer that fit into fast memory. Repeated or comma-separated; "
+                "Experts per layer that fit in fast memory. Repeated or comma-separated; "
                 "default k, 2k, 4k."
             ),
             show_default=False,
@@ -37,17 +37,17 @@ def cache(
         list[str] | None,
         typer.Option(
             help=(
-                "Who makes room: lru, lfu or belady (the bound). Repeated or comma-separated; "
-                "default all."
+                "Eviction policy: lru, lfu or belady (the upper bound). Repeated or "
+                "comma-separated; default all."
             )
         ),
     ] = None,
     expert_mb: Annotated[
-        float | None, typer.Option(help="Size of an expert, in 10^6 bytes.", show_default=False)
+        float | None, typer.Option(help="Size of one expert, in 10^6 bytes.", show_default=False)
     ] = None,
     gb_per_s: Annotated[
         float | None,
-        typer.Option(help="Speed of the link, in 10^9 bytes a second.", show_default=False),
+        typer.Option(help="Bandwidth of the link, in 10^9 bytes per second.", show_default=False),
     ] = None,
     layers: LayersOption = None,
     table: TableOption = None,
@@ -57,11 +57,11 @@ def cache(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """Say how often offloaded experts would be in fast memory.
+    """Simulate a cache of offloaded experts.
 
-    When wanted, at batch size 1; and what fetching the others costs. Each layer has its own slots,
-    empty at first; the experts of a decision are wanted together; sequences run one after the
-    other."""
+    Reports the hit rate at batch size 1, and what loading the other experts costs. Each layer has
+    its own cache, empty at first; the experts of a decision are requested together; sequences run
+    one after the other."""
     from moe_inspect.simulate.cache.cache import POLICIES, simulate_cache
 
     simulation = simulate_cache(

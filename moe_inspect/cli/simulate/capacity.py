@@ -33,7 +33,7 @@ def capacity(
         list[str] | None,
         typer.Option(
             help=(
-                "Capacity = ceil(factor · G · k / E) of a group of G tokens. Repeated or "
+                "Capacity = ceil(factor · G · k / E) per expert and group of G tokens. Repeated or "
                 "comma-separated."
             )
         ),
@@ -42,21 +42,23 @@ def capacity(
         str,
         typer.Option(
             metavar="N|batch|sequence",
-            help="What is a group: a forward pass, at most N tokens of one, or a sequence.",
+            help="A group is a forward pass, at most N tokens of one, or a sequence.",
         ),
     ] = "batch",
     order: Annotated[
         Order | None,
         typer.Option(
-            help="Who is served first: all first choices (arrival, GShard), token by token "
-            "(Switch), the highest gate weight. "
+            help="Order of service: all first choices first (arrival, GShard), token by token "
+            "(token, Switch), highest gate weight first (weight). "
             "Default: arrival, or token where the trace does not say which choice was the first.",
             show_default=False,
         ),
     ] = None,
     target_drop: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Find the least factor that drops at most this share."),
+        typer.Option(
+            min=0, max=1, help="Report the smallest factor that drops at most this share."
+        ),
     ] = 0.01,
     layers: LayersOption = None,
     table: TableOption = None,
@@ -66,10 +68,10 @@ def capacity(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """Say what experts of limited capacity would drop, and where.
+    """Simulate the drops that a capacity factor would cause.
 
-    By layer, domain and place, and the factor that would do. Simulated: which tokens a model drops
-    changes what it computes next, and that is not replayed."""
+    By layer, domain and position, with the smallest factor that meets a target drop rate. A model
+    that drops tokens computes something else from there on; that is not simulated."""
     if group_tokens not in ("batch", "sequence") and not group_tokens.isdecimal():
         raise typer.BadParameter(
             f"--group-tokens: {group_tokens!r} is no whole number, batch or sequence"

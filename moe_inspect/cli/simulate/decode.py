@@ -28,7 +28,7 @@ def decode(
     batch: Annotated[
         list[str] | None,
         typer.Option(
-            help="Sequences decoded together; repeated or comma-separated.",
+            help="Sequences decoded together (batch size). Repeated or comma-separated.",
             show_default="1,8,32,128",
         ),
     ] = None,
@@ -36,12 +36,15 @@ def decode(
         float | None,
         typer.Option(
             min=0,
-            help="Size of one expert, MB. Default: from the model's config.",
+            help="Size of one expert, in 10^6 bytes. Default: from the model's config.",
             show_default=False,
         ),
     ] = None,
     flops_per_byte: Annotated[
-        float, typer.Option(min=0, help="Of the GPU: where computing, not reading, is the limit.")
+        float,
+        typer.Option(
+            min=0, help="Arithmetic intensity at which the GPU is compute-bound (FLOPs per byte)."
+        ),
     ] = 295.0,
     layers: LayersOption = None,
     domain: DomainOption = None,
@@ -53,10 +56,10 @@ def decode(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """Say how many experts a decode step reads.
+    """Count the distinct experts that a decode step reads.
 
-    By how many sequences are decoded together. Documents stand in for requests: the tokens at one
-    position of B of them are a step."""
+    By batch size. Documents stand in for requests: a step is the tokens at one position of B
+    documents."""
     from moe_inspect.simulate.decode.decode import simulate_decode
 
     simulation = simulate_decode(

@@ -50,13 +50,13 @@ def placement(
             show_default=False,
         ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Nodes that the GPUs are in.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Nodes that the GPUs are on.")] = 1,
     physical_experts: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="P",
-            help="All slots, replicas included. Default: one an expert.",
+            help="Slots per layer, replicas included. Default: one per expert.",
             show_default=False,
         ),
     ] = None,
@@ -80,14 +80,14 @@ def placement(
     ] = None,
     fit_share: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Fit on this first part of the trace, judge on the rest."),
+        typer.Option(min=0, max=1, help="Fit on this first share of the trace, judge on the rest."),
     ] = 0.5,
     window: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Also by windows of N tokens. Default: 16 windows.",
+            help="Report the balance per window of N tokens. Default: 16 windows.",
             show_default=False,
         ),
     ] = None,
@@ -103,13 +103,16 @@ def placement(
     ] = None,
     slack: Annotated[
         float,
-        typer.Option(min=0, help="With --minimize: load a GPU by this share more than EPLB would."),
+        typer.Option(
+            min=0,
+            help="With --minimize: the share by which a GPU may be loaded more than under EPLB.",
+        ),
     ] = 0.0,
     dispatch: Annotated[
         Dispatch,
         typer.Option(
             help=(
-                "lp: also the best that dispatch could do if it chose among the replicas of an "
+                "lp: also report the balance under optimal dispatch among the replicas of an "
                 "expert (a linear program per window)."
             )
         ),
@@ -134,7 +137,7 @@ def placement(
     plan_for: Annotated[
         Engine | None,
         typer.Option(
-            help="The engine that -o writes the plan for. Default: by the ending of the file.",
+            help="Engine that -o writes the plan for. Default: by file extension.",
             show_default=False,
         ),
     ] = None,
@@ -142,9 +145,9 @@ def placement(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """Say which GPU should hold which expert.
+    """Compare placements of experts on GPUs, and write the best as a plan.
 
-    Balance, ranks that a token reaches, how a plan ages. Fitted on the first part of the trace and
+    Balance, ranks reached per token, and how a plan ages. Fitted on the first part of the trace and
     judged on the rest. The plan that -o writes is the one that the verdict recommends: of the
     policy that is the least slow on the judged part, with --minimize of local-search. EPLB is slot
     for slot as published, except where loads are equal: the published code then has no fixed order,

@@ -32,16 +32,16 @@ def routing(
     ] = None,
     top_k: Annotated[
         list[str] | None,
-        typer.Option(help="Experts a token, of top-k; default 1, k and 2k.", show_default=False),
+        typer.Option(help="Experts per token, for top-k. Default 1, k and 2k.", show_default=False),
     ] = None,
     top_p: Annotated[
         list[str] | None,
-        typer.Option(help="Probability to be reached, of top-p; default 0.7.", show_default=False),
+        typer.Option(help="Cumulative probability, for top-p. Default 0.7.", show_default=False),
     ] = None,
     capacity_factor: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of next best, which re-routes what finds no room; default 1.0 and 1.25.",
+            help="Capacity factor, for next best, which re-routes overflow. Default 1.0 and 1.25.",
             show_default=False,
         ),
     ] = None,
@@ -49,7 +49,7 @@ def routing(
         float | None,
         typer.Option(
             min=0,
-            help="max_vio from which a router is not balanced; default as in report.",
+            help="max_vio from which a router counts as unbalanced. Default as in report.",
             show_default=False,
         ),
     ] = None,
@@ -61,11 +61,10 @@ def routing(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """Say what other routing algorithms would do with the logits.
+    """Simulate other routing algorithms on the recorded logits.
 
-    Those this model computed (trace with --logits): balance, probability mass kept, agreement with
-    the model's own choices, whether a token's routing depends on later tokens, and when each is the
-    one to use."""
+    Needs a trace with --logits. Reports balance, probability mass kept, agreement with the model's
+    own choices, whether a token's routing depends on later tokens, and when to use each."""
     from moe_inspect.simulate.routing.routing import simulate_routing
 
     simulation = simulate_routing(

@@ -27,14 +27,17 @@ TraceArgument = Annotated[
 TableOption = Annotated[
     str | None,
     typer.Option(
-        "--table", metavar="NAME", help="One table instead of the text.", show_default=False
+        "--table",
+        metavar="NAME",
+        help="Print this table instead of the summary.",
+        show_default=False,
     ),
 ]
 FormatOption = Annotated[
     Format | None,
     typer.Option(
         "--format",
-        help="Of the table (without --table the main one); json is one object a line.",
+        help="Format of the table (default: the main one); json is one object per line.",
         show_default=False,
     ),
 ]
@@ -49,7 +52,7 @@ PlotsOption = Annotated[
     typer.Option(
         "--plots",
         metavar="DIR",
-        help="Also write the picture (PNG) into this directory.",
+        help="Also write the chart (PNG) into this directory.",
         show_default=False,
     ),
 ]
@@ -58,7 +61,7 @@ HtmlOption = Annotated[
     typer.Option(
         "--html",
         metavar="FILE",
-        help="Also write a page of the verdict, the picture and the tables.",
+        help="Also write an HTML page of the summary, the chart and the tables.",
         show_default=False,
     ),
 ]

@@ -23,7 +23,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         rate = at[at["policy"] == name]["hit_rate"]
         bound = " (the bound: it sees the future)" if name == "belady" else ""
         said.append(
-            f"Simulated, {size} slots a layer, {name}{bound}: hit rate "
+            f"Simulated, {size} slots per layer, {name}{bound}: hit rate "
             f"{_percents(rate.min(), rate.max())} by layer."
         )
     if "tokens_per_s" in speed:
@@ -34,10 +34,10 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             .iloc[0]
         )
         said.append(
-            f"Simulated: {settings['expert_mb']:g} MB an expert over {settings['gb_per_s']:g} "
+            f"Simulated: {settings['expert_mb']:g} MB per expert over {settings['gb_per_s']:g} "
             f"GB/s allow at most {best['tokens_per_s']:,.1f} tokens/s "
             f"({best['policy']}{'' if len(real) else ', which no real cache reaches'}, "
-            f"{best['slots']:.0f} slots a layer, {best['held_gb']:.2f} GB held), if transfers "
+            f"{best['slots']:.0f} slots per layer, {best['held_gb']:.2f} GB held), if transfers "
             "were all that took time."
         )
     cold = once["cold_misses"].sum() / once["accesses"].sum()
@@ -97,7 +97,7 @@ def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int,
         main.groupby("slots")["even_share"].mean(),
         ":",
         color="0.4",
-        label="slots ÷ experts: what chance hits",
+        label="chance (slots ÷ experts)",
     )
     right.plot(
         range(len(at)),
@@ -112,7 +112,7 @@ def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int,
     right.set_xticks(
         range(0, len(at), step), [label_of[r] for r in at["router"].iloc[::step]], fontsize=8
     )
-    left.set(xlabel="slots a layer", ylabel="hit rate", xticks=settings["slots"], ylim=(0, 1.02))
+    left.set(xlabel="slots per layer", ylabel="hit rate", xticks=settings["slots"], ylim=(0, 1.02))
     right.set(xlabel="layer", ylim=(0, 1.02))
     left.set_title(
         "Simulated hit rate: mean over layers, band from least to most", loc="left", fontsize=10

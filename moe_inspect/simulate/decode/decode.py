@@ -30,9 +30,8 @@ from moe_inspect.trace.shard import Shard
 if TYPE_CHECKING:
     pass
 
-RIDGE = (
-    295.0  # FLOP a byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
-)
+# FLOPs per byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
+RIDGE = 295.0
 LARGEST = 2**24
 
 
@@ -109,7 +108,8 @@ def simulate_decode(
         )
     if not 0 < flops_per_byte < inf or (expert_mb is not None and not 0 < expert_mb < inf):
         raise MoeInspectError(
-            f"expert size {expert_mb} MB, {flops_per_byte} FLOP a byte: give finite numbers above 0"
+            f"expert size {expert_mb} MB, {flops_per_byte} FLOPs per byte: give finite numbers "
+            "above 0"
         )
     selection = select(trace, layers, domains, phase)
     check_domains(trace, selection)

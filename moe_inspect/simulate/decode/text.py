@@ -24,10 +24,10 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         distinct, lot = mine["distinct_experts"].mean(), mine["independent"].mean()
         said.append(
             f"{batch:,} {'sequence reads' if batch == 1 else 'sequences together read'} "
-            f"{distinct:.1f} experts a layer and step "
-            f"({mine['share_of_experts'].mean():.0%} of them; by lot it would be {lot:.1f})"
+            f"{distinct:.1f} experts per layer and step "
+            f"({mine['share_of_experts'].mean():.0%} of them; expected by chance: {lot:.1f})"
             + (
-                f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights a token."
+                f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights per token."
                 if mine["bytes_per_token"].notna().all()
                 else "."
             )
@@ -49,7 +49,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             f"Beyond about {counted(round(needed['compute_bound_from'].median()), 'sequence')} a "
             "larger batch stops helping: computing is then the limit, not "
             f"reading ({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} "
-            "FLOP a byte)."
+            "FLOPs per byte)."
         )
     return [*said, f"Simulated: steps of the same position of different sequences, from {of}."]
 
@@ -73,7 +73,7 @@ def figure(tables: dict[str, Any]) -> Figure:
     axes.plot(
         mean.index, mean["distinct_experts"], "o-", color="#c0392b", lw=2, label="mean over layers"
     )
-    axes.plot(mean.index, mean["independent"], "--", color="#2c3e50", label="by lot")
+    axes.plot(mean.index, mean["independent"], "--", color="#2c3e50", label="chance")
     axes.plot(
         mean.index,
         mean["from_marginals"],
@@ -84,7 +84,7 @@ def figure(tables: dict[str, Any]) -> Figure:
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(mean.index), [f"{batch:g}" for batch in mean.index])
-    axes.set(xlabel="sequences decoded together", ylabel="distinct experts a step")
+    axes.set(xlabel="sequences decoded together", ylabel="distinct experts per step")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
