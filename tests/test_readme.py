@@ -123,11 +123,11 @@ def test_the_types_of_the_readmes_python_are_real(tmp_path: Path) -> None:
     """Under mypy --strict, as a reader's own code: nothing of ours is Any."""
     blocks = [text for kind, text in steps("README.md") if kind == "python"]
     shown = {
-        "recorder": "moe_inspect.capture.hook.recorder.Recorder",
+        "recorder": ".Recorder",
         "recorder.balance()": "DataFrame",
-        "trace": "moe_inspect.trace.reader.Trace",
+        "trace": ".Trace",
         "trace.routing(layer=3)": "DataFrame",
-        "report": "moe_inspect.reporting.report.Report",
+        "report": ".Report",
         'report.tables["domains"]': "DataFrame",
         "report.verdict()": "list[",
     }

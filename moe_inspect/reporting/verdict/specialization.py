@@ -5,7 +5,7 @@ Each check takes the report's data and returns one Finding or none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -219,9 +219,9 @@ def _most_exclusive_token(data: ReportData, row: Any) -> str:
 
 def untrained_seed(data: ReportData) -> int | None:
     """The seed of a model whose weights were drawn at random, as far as the trace says so."""
-    corpus: Any = data.trace.manifest.get("corpus")
-    plan: Any = corpus.get("plan") if isinstance(corpus, dict) else None
-    return plan.get("random_init") if isinstance(plan, dict) else None
+    corpus = data.trace.manifest.get("corpus")
+    plan = cast("dict[str, Any]", corpus).get("plan") if isinstance(corpus, dict) else None
+    return cast("dict[str, Any]", plan).get("random_init") if isinstance(plan, dict) else None
 
 
 def router_ties(data: ReportData) -> Finding | None:
