@@ -21,7 +21,7 @@ def per_layer_balancing_loss(
     sum over the pooled layers is content when two layers lean on different experts.
     arXiv:2101.03961, eq. 4-6, with f summing to 1.
     router_logits: L tensors float [T, E]."""
-    losses = []
+    losses: list[torch.Tensor] = []
     for logits_TE in router_logits:
         probability_TE = logits_TE.float().softmax(-1)
         chosen_TK = probability_TE.topk(top_k, dim=-1).indices
