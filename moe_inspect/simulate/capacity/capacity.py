@@ -34,10 +34,11 @@ from moe_inspect.simulate.shards import is_small
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.shard import Shard, codes
+from moe_inspect.trace.shard import codes
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 ORDERS = {
     "arrival": "first choices of all tokens, then second choices (GShard)",
@@ -221,14 +222,15 @@ def _count(trace: Trace, chosen: Sequence[int], settings: Settings) -> Counted:
     of = {r: RouterDrops(trace.routers[r], settings.factors) for r in chosen}
     counted = Counted(of, [], 0, np.zeros(F, np.int64), np.zeros(F, np.int64))
     for shard in trace.shards:
-        domain_T = _domains(shard, counted.domains)
+        table = shard.tokens(["document", "sequence", "batch", "domain"])
+        domain_T = _domains(table, counted.domains)
         hit_T, lost_T = np.zeros(len(domain_T), np.uint8), np.zeros(len(domain_T), np.uint8)
         of_stack: dict[str, Groups] = {}
         for r in chosen:
             stack = trace.routers[r].stack
             if stack not in of_stack:
                 of_stack[stack] = groups_of(
-                    shard, r, settings.group_tokens, domain_T, len(counted.domains)
+                    table, shard.seen(r), settings.group_tokens, domain_T, len(counted.domains)
                 )
             groups = of_stack[stack]
             drops = drops_of(shard, r, groups, settings.factors, settings.order, small)
@@ -243,10 +245,10 @@ def _count(trace: Trace, chosen: Sequence[int], settings: Settings) -> Counted:
     return counted
 
 
-def _domains(shard: Shard, domains: list[str]) -> np.ndarray:
+def _domains(table: pa.Table, domains: list[str]) -> np.ndarray:
     """The domain of each token, as an index into `domains`, to which new ones are appended. int64
     [T]"""
-    code_T, labels = codes(shard.tokens(["domain"])["domain"])
+    code_T, labels = codes(table["domain"])
     used = {labels[c] for c in np.unique(code_T)}
     domains += [label for label in labels if label in used and label not in domains]
     row_of = [domains.index(label) if label in used else -1 for label in labels]

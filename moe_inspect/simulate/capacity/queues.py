@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from moe_inspect.simulate.shards import (
     slots,
 )
 from moe_inspect.trace.shard import Shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Order = Literal["arrival", "token", "weight"]
 GroupTokens = int | Literal["batch", "sequence"]
@@ -59,18 +62,18 @@ class Groups:
 
 
 def groups_of(
-    shard: Shard,
-    router: int,
+    table: pa.Table,
+    mask: np.ndarray | None,
     group_tokens: GroupTokens,
     domain_T: np.ndarray,
     domains: int,
 ) -> Groups:
-    """The groups that the tokens of a shard form before a router. domain_T: of all the shard's
-    tokens."""
-    names = ["document", "sequence", "batch"]
-    table, mask = shard.tokens(names), shard.seen(router)
+    """The groups that the tokens of a shard form before a router. table: the shard's tokens;
+    domain_T: their domains; mask: which of them reach the router (`Shard.seen`)."""
     seen = slice(None) if mask is None else np.flatnonzero(mask)
-    document_T, sequence_T, batch_T = (table[name].to_numpy()[seen] for name in names)
+    document_T, sequence_T, batch_T = (
+        table[name].to_numpy()[seen] for name in ("document", "sequence", "batch")
+    )
     start_G = runs(batch_T, sequence_T) if group_tokens == "sequence" else runs(batch_T)
     if isinstance(group_tokens, int):
         start_G = cut(start_G, min(group_tokens, len(batch_T) + 1))
