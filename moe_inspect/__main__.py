@@ -8,7 +8,8 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line; every way it can end has its exit code (0, 1, 2, 3, 130)."""
+    """Runs the command line. Exit codes: 0 done, 1 an error that the user can fix, 2 usage, 3 a
+    gate failed, 130 interrupted."""
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
@@ -17,7 +18,7 @@ def main() -> None:
     code = _run()
     try:
         sys.stdout.flush()
-    except OSError:  # said already
+    except OSError:  # reported already
         abandon(sys.stdout)
     sys.exit(code)
 
@@ -42,7 +43,7 @@ def _run() -> int:
     except MoeInspectError as error:
         say(f"error: {error}")
         return 1
-    except OSError as error:  # a disk or a network that fails where nothing above expects it
+    except OSError as error:  # a disk or network error that no command handles
         say(
             "error: "
             f"{f'{error.filename}: ' if error.filename is not None else ''}{first_line(error)}"
@@ -53,9 +54,8 @@ def _run() -> int:
 
 
 def _open_closed_streams() -> None:
-    """A stream that the caller closed (`>&-`) would be None, and its number would go to the next
-    file that is opened. It becomes one of its own: stdout fails when it is written, stderr
-    forgets."""
+    """Replaces standard streams that the caller closed (`>&-`): they are None, and the next file
+    that is opened would get their descriptor. Writing to stdout then fails, stderr is discarded."""
     for name, flags in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
         if getattr(sys, name) is None:
             setattr(

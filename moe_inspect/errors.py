@@ -1,32 +1,35 @@
-"""MoeInspectError, the one exception for what the user can fix, and how an OSError becomes one."""
+"""MoeInspectError, the exception for what a user can fix, and the conversion of an OSError to
+it."""
+
+# pyright: strict, reportMissingTypeStubs=false
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from moe_inspect.text import first_line
 
 
 class MoeInspectError(Exception):
-    """Something the user can mend: the message names the thing, the value and the way out. The CLI
-    prints it as one line and exits with 1. What only we can mend is an assert or another exception,
-    and keeps its traceback."""
+    """Something the user can fix. The message is one line: the thing, the value, the way out; the
+    command line prints it and exits with 1. Our own mistakes are other exceptions and keep their
+    traceback."""
 
 
 @contextmanager
-def reading(place: object) -> Iterator[None]:
-    """An OSError in the block becomes one line: `place` cannot be read."""
+def reading(path: object) -> Generator[None, None, None]:
+    """An OSError in the block becomes a MoeInspectError: cannot read `path`."""
     try:
         yield
     except OSError as error:
-        raise MoeInspectError(f"cannot read {place}: {first_line(error)}") from error
+        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from error
 
 
 @contextmanager
-def writing(place: object) -> Iterator[None]:
-    """An OSError in the block becomes one line: `place` cannot be written."""
+def writing(path: object) -> Generator[None, None, None]:
+    """An OSError in the block becomes a MoeInspectError: cannot write `path`."""
     try:
         yield
     except OSError as error:
-        raise MoeInspectError(f"cannot write {place}: {first_line(error)}") from error
+        raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from error

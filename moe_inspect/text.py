@@ -1,5 +1,7 @@
-"""How things are written for people: numbers, counts, lists, names of routers, errors in one line,
-text that others wrote."""
+"""Text for people: formats of numbers, counts and lists, names of routers, errors in one line, and
+escaping of untrusted text."""
+
+# pyright: strict, reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TextIO
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spreadsheet may run
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet may run a cell that begins so
 
 
 def printable(text: str) -> str:
-    """A text of which nothing can steer a terminal: control characters, escapes and direction marks
-    are spelled out."""
+    """Text that is safe on a terminal: control characters, escapes and direction marks become
+    backslash escapes."""
     return (
         text
         if text.isprintable()
@@ -27,20 +29,20 @@ def printable(text: str) -> str:
 
 
 def storable(text: str) -> str:
-    """A text that UTF-8 can hold: the bytes of a file name that are no text, and halves of
-    characters, are spelled out."""
+    """Text that UTF-8 can encode: surrogates, such as undecodable bytes of a file name, become
+    backslash escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def safe_cell(text: str) -> str:
-    """The text of a cell that no spreadsheet takes for a formula: one that begins like it gets an
-    apostrophe in front."""
+    """The text of a spreadsheet cell: what would be run as a formula gets an apostrophe in
+    front."""
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def readable(text: object) -> str:
-    """A text in which every character is seen: line ends, control and direction marks as escapes, a
-    blank at an end as ␣."""
+    """Text in which every character is visible: line ends, control and direction marks as escapes,
+    a leading or trailing space as ␣."""
     text = "".join(
         c if c == " " or unicodedata.category(c)[0] not in "CZ" else _escape(c) for c in str(text)
     )
@@ -54,46 +56,54 @@ def _escape(character: str) -> str:
 
 
 def number(value: Any) -> str:
-    """A cell as people read it; "–" where there is none."""
+    """A table cell: numbers with thousands separators and three decimals, "–" for a missing
+    value."""
     if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "<NA>":
         return "–"
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, numbers.Integral):
         return f"{int(value):,}"
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real):
         real = float(value)
         return f"{real:,.3f}" if abs(real) >= 0.001 or real == 0 else f"{real:.1e}"
     return readable(value)
 
 
 def cut(text: str, most: int = 18) -> str:
+    """The text, shortened to at most so many characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def counted(count: int, noun: str) -> str:
+    """ "1 expert", "2,000 experts"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def small(ratio: float) -> str:
-    """A ratio to two decimals, or to two digits where those would hide it."""
+    """A ratio to two decimals; below 0.1 to two significant digits."""
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def some(items: list[str], most: int, between: str) -> str:
+    """The first `most` items, and how many more there are."""
     return between.join(items[:most]) + (
         f"{between}{len(items) - most} more" if len(items) > most else ""
     )
 
 
 def listed(ids: list[int]) -> str:
+    """ "1, 2, 3": the first six ids, and how many more there are."""
     return some([str(i) for i in ids], 6, ", ")
 
 
 def verb(subjects: Any, verb: str) -> str:
+    """The verb in the number of its subjects: "gets" for one, "get" for more."""
     return f"{verb}s" if len(subjects) == 1 else verb
 
 
 def ranges(values: Iterable[int]) -> str:
-    """[0, 1, 2, 3, 7] → "0-3,7", as options take it."""
+    """[0, 1, 2, 3, 7] → "0-3,7", the form that --layers takes."""
     runs: list[list[int]] = []
     for value in sorted(values):
         if runs and value == runs[-1][1] + 1:
@@ -104,7 +114,7 @@ def ranges(values: Iterable[int]) -> str:
 
 
 class NamedRouter(Protocol):
-    """What a router's name is made of: `trace.schema.Router` has it."""
+    """What the name of a router is made from; `trace.schema.Router` is one."""
 
     @property
     def layer(self) -> int: ...
@@ -113,9 +123,9 @@ class NamedRouter(Protocol):
 
 
 def layer_label(routers: Sequence[NamedRouter], r: int) -> str:
-    """What router r of a model is called, after the word "layer": "3"; "3/5", with the number of
-    the router, where its layer has several; "3 (encoder)" in a model of two stacks. The one name of
-    a router in every text, table title, picture and page."""
+    """The name of router r after the word "layer", in all text, charts and pages: "3"; "3/5", with
+    the index of the router, where its layer has several; "3 (encoder)" in a model with two
+    stacks."""
     this = routers[r]
     several = sum((other.layer, other.stack) == (this.layer, this.stack) for other in routers) > 1
     return (
@@ -124,15 +134,16 @@ def layer_label(routers: Sequence[NamedRouter], r: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The reason the system gives, else the first line of the message (with the next, where it ends
-    in a colon), else the name of the error's class."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
+    """The system's reason of an OSError, else the first line of the message (with the next where it
+    ends in a colon), else the name of the error's class."""
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    lines = lines or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def say(line: str) -> None:
-    """One line on stderr, cleaned: it may quote a server, a path or a label."""
+    """Prints one line to stderr, escaped: it may quote a server, a path or a label."""
     try:
         print(printable(line), file=sys.stderr, flush=True)
     except OSError:  # it is full or gone: nobody can be told, and the work must not be lost for it
@@ -140,9 +151,10 @@ def say(line: str) -> None:
 
 
 def abandon(stream: TextIO) -> None:
-    """What is still buffered in a stream that cannot be written must not raise at exit."""
+    """Redirects a stream that cannot be written to the null device: what it still buffers must not
+    raise at exit."""
     with (
         contextlib.suppress(io.UnsupportedOperation),
-        open(os.devnull, "wb") as nowhere,
+        open(os.devnull, "wb") as null,
     ):  # a notebook's has no number
-        os.dup2(nowhere.fileno(), stream.fileno())
+        os.dup2(null.fileno(), stream.fileno())

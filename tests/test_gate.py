@@ -53,10 +53,10 @@ def test_a_breach_is_named_and_exits_with_3(cli: Cli, tmp_path: Path):
     ("option", "says"),
     [
         (["--fail-above", "ginny=1"], "no metric 'ginny': there are max_over_mean, max_vio"),
-        (["--fail-below", "gini"], "write it like gini=0.5"),
+        (["--fail-below", "gini"], "expected METRIC=VALUE, e.g. gini=0.5"),
         (["--threshold", "even=1"], "no threshold 'even': there are uneven, overloaded"),
         (["--threshold", "uneven=-1"], "give a number from 0 up"),
-        (["--threshold", "uneven"], "write it like uneven=0.3"),
+        (["--threshold", "uneven"], "expected NAME=VALUE, e.g. uneven=0.3"),
     ],
 )
 def test_a_limit_on_nothing_is_a_usage_error(
@@ -76,7 +76,7 @@ def test_every_gate_has_its_column(tmp_path: Path):
 def test_what_has_no_value_does_not_pass(tmp_path: Path):
     made = report(trace(tmp_path / "t"))
     (line, _) = breaches(made, [gate("aux_loss=2", above=True)])  # no logits
-    assert "has no value (NaN) to hold against 2" in line
+    assert "aux_loss is NaN, which counts as above 2" in line
     assert (
         breaches(made, [gate("next_accuracy=0.9", above=True)]) == []
     )  # the last layer has no next one

@@ -115,7 +115,7 @@ MUTATIONS = {
     "a 90 % interval": (uncertainty, "[0.025, 0.975]", "[0.05, 0.95]", by(test_uncertainty.test_an_interval_leaves_out_a_fortieth_at_each_end)),
     "labels are drawn, not permuted": (uncertainty, "rng.permuted(np.broadcast_to(labels_U, (R, len(labels_U))), axis=1)", "rng.choice(labels_U, (R, len(labels_U)))", by(test_uncertainty.test_permuting_keeps_every_label)),
     # pairs
-    "evidence: as if one pair were tested": (pair_tables, "np.log10(LUCK / self.tested)", "np.log10(LUCK)", by(test_evidence.test_one_pair_in_so_many_is_chance)),
+    "evidence: as if one pair were tested": (pair_tables, "np.log10(ALPHA / self.tested)", "np.log10(ALPHA)", by(test_evidence.test_one_pair_in_so_many_is_chance)),
     "evidence: one tail": (uncertainty, "(log_tail + np.log(2)) / np.log(10)", "log_tail / np.log(10)", by(test_evidence.test_tails_are_the_binomial_ones_far_out_too)),
     "evidence: repeated tokens count": (pair_tables, "max(1.0, self.effect) if self.effect == self.effect else 1.0", "1.0", by(test_evidence.test_one_pair_in_so_many_is_chance)),
     "pairs by chance: of independent choices": (pairs, "np.outer(weight_E, weight_E) * others_EE * apart_EE", "apart_EE", by(test_evidence.test_chance_is_that_of_sets_by_lot, 3, 5.0)),

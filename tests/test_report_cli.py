@@ -144,11 +144,11 @@ def test_selecting_on_the_command_line(cli: Cli, trace: Trace):
     [
         (["--format", "csv"], 2, "summary, balance, load, domains, specialization, vocabulary"),
         (["--format", "yaml", "--table", "load"], 2, "yaml"),
-        (["-o", "load.csv"], 2, "-o load.csv is of one table: add --table summary"),
+        (["-o", "load.csv"], 2, "-o load.csv needs one table: add --table summary"),
         (
             ["--table", "load", "-o", "load.xlsx"],
             2,
-            "no format goes by this ending, add --format table, csv, json, parquet",
+            "no format has this ending, add --format table, csv, json, parquet",
         ),
         (["--layers", "3-1"], 1, "error: cannot read layers '3-1': write them like 0-3,7"),
         (["--table", "gini"], 1, "error: no table 'gini': there are summary, balance"),
@@ -288,7 +288,7 @@ def test_simulations_have_sections_on_the_page(cli: Cli, trace: Trace, tmp_path:
         in page.partition('class="left-out">')[2].partition("</p>")[0]
     )
     said = cli("report", trace.path, *asked, check=2).stderr
-    assert "--simulate is of all the text, for a page: give it with --html" in " ".join(
+    assert "--simulate takes all tokens and adds to a page: give it with --html" in " ".join(
         said.split()
     )
 

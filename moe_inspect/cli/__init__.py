@@ -1,4 +1,7 @@
-"""The command table. Commands import what is heavy inside themselves, so that --help is quick."""
+"""The command line: a file per command. Commands import what is heavy when they run, so that --help
+is quick."""
+
+# pyright: strict, reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ import typer
 
 from moe_inspect.cli import describe, export, import_, report, simulate, trace, verify
 
-UsageError: Any = typer.BadParameter.mro()[
-    2
-]  # of typer's own copy of click, which does not export the name
+# of typer's own copy of click, which does not export the name
+UsageError: Any = typer.BadParameter.mro()[2]
 
 app = typer.Typer(
     name="moe-inspect",
@@ -21,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("trace")(trace.trace)
-app.command("report")(report.report)
+app.command("report", cls=report.ReportCommand)(report.report)
 app.command("describe")(describe.describe)
 app.command("import", cls=import_.ImportCommand)(import_.import_)
 app.command("verify")(verify.verify)

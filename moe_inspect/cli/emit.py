@@ -50,15 +50,14 @@ TEXT = ("", ".txt", ".md")
 
 
 def format_of(output: Path | None) -> Format | None:
-    """The format that a file's ending asks for: text for stdout and .txt; None where an ending says
-    nothing."""
+    """The format of a file by its ending: text for stdout and .txt; None for an unknown ending."""
     ending = output.suffix.lower() if output else ""
     return Format.table if ending in TEXT else ENDINGS.get(ending)
 
 
 def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool = False) -> None:
-    """Writes a table to `output`, or to stdout. `safe_csv`: no text of a csv is a formula to a
-    spreadsheet."""
+    """Writes a table to `output`, or to stdout. `safe_csv`: text that a spreadsheet would run as a
+    formula gets an apostrophe in front. Raises MoeInspectError where it cannot be written."""
     if form is Format.table:
         from moe_inspect.reporting.render.console import print_table
 
@@ -68,7 +67,7 @@ def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool 
             say(f"{left_out:,} more rows: --format csv, json or parquet has them all")
         return
     if form is Format.parquet and output is None and sys.stdout.isatty():
-        raise MoeInspectError("parquet is no text: give -o FILE, or send it into a pipe")
+        raise MoeInspectError("parquet is binary: give -o FILE, or redirect it into a pipe")
     write = {Format.csv: _csv, Format.json: _json, Format.parquet: _parquet}[form]
     if form is Format.csv and safe_csv:
         frame = _without_formulas(frame)
@@ -82,7 +81,7 @@ def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool 
 
 @contextlib.contextmanager
 def text_to(output: Path | None) -> Iterator[TextIO]:
-    """Where text goes: a file, or stdout."""
+    """A text stream to a file, or to stdout."""
     if output is None:
         with to_stdout():
             yield sys.stdout
@@ -93,8 +92,8 @@ def text_to(output: Path | None) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def to_stdout() -> Iterator[None]:
-    """Around what writes to stdout. `| head` has seen enough: that is no error; a full disk or a
-    closed stdout is one line."""
+    """Around code that writes to stdout. A reader that closes the pipe (`| head`) is no error; a
+    full disk or a closed stdout is a MoeInspectError."""
     try:
         yield
         sys.stdout.flush()
@@ -109,7 +108,7 @@ def to_stdout() -> Iterator[None]:
 
 
 def _texts(frame: pd.DataFrame) -> dict[str, list[Any]]:
-    """The values of the columns that are not of numbers."""
+    """The values of the columns that are not numeric."""
     return {
         name: frame[name].tolist() for name in frame.columns if frame[name].dtype.kind not in "iufb"
     }
@@ -125,7 +124,7 @@ def _without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _csv(frame: pd.DataFrame, file: BinaryIO) -> None:
-    # a carriage return is not quoted by itself, and readers end the row there
+    # pandas does not quote a carriage return, and readers end the row there
     returns = any(
         "\r" in value
         for values in _texts(frame).values()
@@ -158,7 +157,7 @@ def _json(frame: pd.DataFrame, file: BinaryIO) -> None:
 
 
 def _plain(column: Any) -> list[object]:
-    """Python values, None where there is none."""
+    """Python values, None where a value is missing."""
     missing = column.isna().to_numpy()
     return [None if gone else value for value, gone in zip(column.tolist(), missing, strict=True)]
 
@@ -167,6 +166,6 @@ def _parquet(frame: pd.DataFrame, file: BinaryIO) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    buffer = io.BytesIO()  # a pipe cannot tell its position
+    buffer = io.BytesIO()  # a pipe has no position
     pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), buffer, compression="zstd")
     file.write(buffer.getvalue())

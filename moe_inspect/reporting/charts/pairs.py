@@ -31,10 +31,10 @@ from moe_inspect.reporting.charts.spec import (
     chart,
 )
 from moe_inspect.reporting.tables.pairs import (
+    ALPHA,
     BOUNDS,
     LENGTHS,
-    LUCK,
-    Met,
+    PairCounts,
     chosen_next,
     chosen_together,
 )
@@ -51,7 +51,7 @@ BEYOND = "is chosen more often than chance may explain"
 LOG10_P = (
     "the evidence: log₁₀ of the probability that chance at these loads is as far from what is "
     "expected, or further (binomial, two-sided; counts ÷ design effect). Supported: times the "
-    f"number of all pairs of the trace (Bonferroni) at most {LUCK:g}."
+    f"number of all pairs of the trace (Bonferroni) at most {ALPHA:g}."
 )
 LIFT_SD = "the standard deviation of lift by chance, for tokens that come in documents."
 
@@ -241,7 +241,7 @@ def _has_interval(marks: Any) -> bool:
     return any(getattr(mark, "low", None) is not None for mark in marks)
 
 
-def _matrices(data: ReportData, met_of: dict[int, Met], xlabel: str) -> tuple[Panel, ...]:
+def _matrices(data: ReportData, met_of: dict[int, PairCounts], xlabel: str) -> tuple[Panel, ...]:
     """Lift of the supported pairs of experts [E, N], a panel per router; other pairs are grey."""
     scale = Scale("ratio", "times as often as by chance", unknown="may be chance")
     return tuple(
@@ -255,13 +255,13 @@ def _matrices(data: ReportData, met_of: dict[int, Met], xlabel: str) -> tuple[Pa
     )
 
 
-def _subset(data: ReportData, met_of: dict[int, Met]) -> str:
+def _subset(data: ReportData, met_of: dict[int, PairCounts]) -> str:
     routers = len(data.selection.routers)
     fewer = len(met_of) == MATRICES < routers
     return f"the {len(met_of)} of {routers} layers furthest from chance" if fewer else ""
 
 
-def supported_lift(met: Met) -> np.ndarray:
+def supported_lift(met: PairCounts) -> np.ndarray:
     """The lift of each pair that its evidence supports, NaN for the others. [E, N]"""
     lift_EN = np.full(met.count_EN.shape, np.nan)
     possible = np.nonzero(met.expected_EN > 0)

@@ -1,6 +1,8 @@
 """What a report is made of: the trace, what of it is selected, its counts, thresholds and tables.
 Tables, checks and charts are functions of it."""
 
+# pyright: strict, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +18,7 @@ from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.balance import whole_passes
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.tables.registry import TABLES
+from moe_inspect.reporting.tables.registry import TABLES, check_table
 from moe_inspect.reporting.tables.thresholds import Thresholds, thresholds_with
 from moe_inspect.trace.reader import Trace
 
@@ -165,8 +167,7 @@ class _Tables(Mapping[str, pd.DataFrame]):
         self._data, self._made = data, dict[str, pd.DataFrame]()
 
     def __getitem__(self, name: str) -> pd.DataFrame:
-        if name not in TABLES:
-            raise no_such_table(name)
+        check_table(name)
         if name not in self._made:
             self._made[name] = TABLES[name].make(self._data)
         return self._made[name]
@@ -179,7 +180,3 @@ class _Tables(Mapping[str, pd.DataFrame]):
 
     def __len__(self) -> int:
         return len(TABLES)
-
-
-def no_such_table(name: str) -> MoeInspectError:
-    return MoeInspectError(f"no table {name!r}: there are {', '.join(TABLES)}")

@@ -1,6 +1,5 @@
-"""Tables of the load: of every router and of every expert. `layer, router` come first where a row
-is
-about a router. L routers, E experts, U documents, S sizes of forward passes."""
+"""Tables of the load: of every router and of every expert. `layer, router` come first. L routers, E
+experts, U documents, S sizes of forward passes."""
 
 from __future__ import annotations
 
@@ -36,13 +35,13 @@ BALANCE += tuple(
 
 @table(by_router=BALANCE)
 def balance(data: ReportData) -> pd.DataFrame:
-    """A row a router: how even its load is, and what chance alone would give."""
+    """One row per router: how even its load is, and what is expected by chance."""
     return balance_of(data.counts, data.thresholds.starved)
 
 
 def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
-    """The balance table of any counts, a finished trace's or those of a recording under way.
-    `starved`: that threshold."""
+    """The balance table of any counts, also those of a recording in progress. `starved`: load ratio
+    below which an expert counts as starved."""
     rows = []
     weights_RU = None if counts.counts_only else unc.resample_weights(counts.domain_of_unit_U)
     for r in counts.indices:
@@ -80,8 +79,8 @@ def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
 
 
 def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
-    """Mean max_vio over batches, and the noise floor of batches of their sizes. `filled`: share of
-    slots that routed."""
+    """Mean max_vio over forward passes, and the noise floor of passes of these sizes. `filled`:
+    share of slots that are not null."""
     batches = counts.of[router].batches
     if not batches or filled <= 0:
         return float("nan"), float("nan")
@@ -96,7 +95,7 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
 
 @table()
 def load(data: ReportData) -> pd.DataFrame:
-    """A row an expert of a router: its load, absolute and against the mean."""
+    """One row per expert of a router: its load, absolute and relative to the mean."""
     counts, parts = data.counts, []
     for r in data.selection.routers:
         load_E = counts.load_E(r)
@@ -113,7 +112,7 @@ def load(data: ReportData) -> pd.DataFrame:
 
 
 def of_router(data: ReportData, router: int, columns: Mapping[str, object]) -> pd.DataFrame:
-    """Rows about a router: `layer, router` in front."""
+    """Rows about one router: `layer, router` come first."""
     frame = pd.DataFrame(dict(columns))
     frame.insert(0, "layer", data.counts.routers[router].layer)
     frame.insert(1, "router", router)

@@ -33,9 +33,9 @@ DRIFT = (
 
 @table("windows")
 def windows(data: ReportData) -> pd.DataFrame:
-    """A row a window of tokens, in the order of execution: its balance beside what chance gives so
-    few tokens, how far its load is from the window before and how far chance would take it, and
-    what a capacity of 1.25 times the mean would drop."""
+    """One row per window of tokens, in the order of execution: its balance and that expected by
+    chance of so few tokens; the distance of its load from the window before and that expected by
+    chance; the share of assignments that a capacity factor of 1.25 would drop."""
     counts, parts = data.decisions("windows"), []
     for r in data.selection.routers:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
@@ -65,9 +65,9 @@ def windows(data: ReportData) -> pd.DataFrame:
 
 @table("windows", by_router=DRIFT)
 def drift(data: ReportData) -> pd.DataFrame:
-    """A row a router: how far its load moves from a window to the next, beside what chance moves
-    it, and what it costs those who place experts on GPUs by the window before. A last window under
-    half the size is left out."""
+    """One row per router: how far its load moves from one window to the next, and how far chance
+    moves it; and what that costs where experts are placed on GPUs by the load of the window before.
+    Windows with under half the tokens of the largest are left out."""
     counts, rows = data.decisions("drift"), []
     for r in data.selection.routers:
         _, _, tokens_W, load_WE = _windows(counts, r)

@@ -1,5 +1,4 @@
-"""Tables of what goes together: experts of one decision, of a layer and the next, of a token and
-the next.
+"""Tables of pairs: experts of one decision, of one layer and the next, of one token and the next.
 
 E experts, N experts of the next router, D domains. Of pairs the `top` partners of each expert with
 the most evidence beyond chance are listed, and the rows of a router go by that evidence: most
@@ -23,7 +22,7 @@ from moe_inspect.reporting.tables.registry import table
 
 LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # of one token it is 1
 BOUNDS = ("", "_low", "_high")  # 95 %
-LUCK = 0.05  # probability that any pair of the trace is called supported by chance
+ALPHA = 0.05  # probability that chance makes any pair of the trace supported (family-wise)
 LOCALITY = (
     *(
         name + bound
@@ -37,25 +36,25 @@ LOCALITY = (
 
 @table("pairs")
 def coactivation(data: ReportData) -> pd.DataFrame:
-    """A row an ordered pair of experts: how many decisions chose both (together); P(other chosen,
-    given expert chosen) in one decision, over all pairs of slots; what chance gives experts of
-    these loads (chance, and as a number of decisions: expected), the ratio to it (lift), the
-    standard deviation of lift by chance, for tokens that come in documents (lift_sd), and the
-    evidence that it is not chance (log10_p, supported: see Met)."""
+    """One row per ordered pair of experts: decisions that chose both (together); P(other chosen,
+    given expert chosen) in one decision, over all pairs of slots; that probability and that number
+    of decisions as expected by chance at these loads (chance, expected); the ratio to it (lift),
+    the standard deviation of lift under chance, given the design effect of documents (lift_sd), and
+    the evidence against chance (log10_p, supported: see PairCounts)."""
     counts, parts = data.decisions("coactivation"), []
     for r in data.selection.routers:
-        together_EE, met = _known(counts.of[r].together_EE), chosen_together(data, r)
-        at = expert, other = met.top(data.top)
+        together_EE, both = _counted(counts.of[r].together_EE), chosen_together(data, r)
+        at = expert, other = both.top(data.top)
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = {
                 "expert": expert,
                 "other": other,
                 "together": together_EE[at],
                 "probability": pairs.coactivation(together_EE)[at],
-                "lift": pairs.coactivation_lift(together_EE, met.expected_EN)[at],
-                "chance": met.expected_EN[at] / np.diagonal(together_EE)[expert],
-                "expected": met.expected_EN[at],
-                **met.evidence(at),
+                "lift": pairs.coactivation_lift(together_EE, both.expected_EN)[at],
+                "chance": both.expected_EN[at] / np.diagonal(together_EE)[expert],
+                "expected": both.expected_EN[at],
+                **both.evidence(at),
             }
         parts.append(by_evidence(of_router(data, r, columns)))
     return stacked(parts)
@@ -63,27 +62,27 @@ def coactivation(data: ReportData) -> pd.DataFrame:
 
 @table("transitions")
 def transitions(data: ReportData) -> pd.DataFrame:
-    """A row an expert and one of the next MoE layer: how many tokens chose both (together), and how
-    many would by chance at these loads (expected); P(next_expert chosen there, given expert chosen
-    here), over all pairs of slots, its lift to how often next_expert is chosen at all, the standard
-    deviation of lift by chance, for tokens that come in documents (lift_sd), and the evidence that
-    it is not chance (log10_p, supported: see Met)."""
+    """One row per expert and expert of the next MoE layer: tokens that chose both (together), and
+    the number expected by chance at these loads (expected); P(next_expert chosen there, given
+    expert chosen here), over all pairs of slots; its ratio to the probability of next_expert
+    (lift), the standard deviation of lift under chance, given the design effect of documents
+    (lift_sd), and the evidence against chance (log10_p, supported: see PairCounts)."""
     counts, parts = data.decisions("transitions"), []
     for r in data.selection.routers:
-        after, met = counts.next_router(r), chosen_next(data, r)
-        if after is None or met is None:
+        after, both = counts.next_router(r), chosen_next(data, r)
+        if after is None or both is None:
             continue
-        at = expert, other = met.top(data.top)
+        at = expert, other = both.top(data.top)
         columns = {
             "next_layer": counts.routers[after].layer,
             "next_router": after,
             "expert": expert,
             "next_expert": other,
-            "together": met.count_EN[at],
-            "probability": pairs.transition(met.count_EN, counts.load_E(r))[at],
-            "lift": pairs.transition_lift(met.count_EN)[at],
-            "expected": met.expected_EN[at],
-            **met.evidence(at),
+            "together": both.count_EN[at],
+            "probability": pairs.transition(both.count_EN, counts.load_E(r))[at],
+            "lift": pairs.transition_lift(both.count_EN)[at],
+            "expected": both.expected_EN[at],
+            **both.evidence(at),
         }
         parts.append(by_evidence(of_router(data, r, columns)))
     if not parts:  # the last MoE layer
@@ -106,16 +105,16 @@ def transitions(data: ReportData) -> pd.DataFrame:
 
 @table("repetition")
 def repetition(data: ReportData) -> pd.DataFrame:
-    """A row a domain: how often a token's first choice is that of the token before it in its
-    sequence, and how often the two share any expert, with 95 % intervals by document (low, high);
-    beside it what independent choices give, even ones (random) and ones of the domain's loads
+    """One row per router and domain: how often a token's first choice is that of the token before
+    it in its sequence, and how often the two share any expert, with 95 % intervals by document
+    (low, high); and the same for independent choices, uniform (random) or with the domain's loads
     (by_load)."""
     counts, parts = data.decisions("repetition"), []
     of_domain = [np.flatnonzero(counts.domain_of_unit_U == d) for d in range(len(counts.domains))]
     resampled = [unc.resample_weights(units * 0) for units in of_domain]
     for r in data.selection.routers:
         router, of = counts.routers[r], counts.of[r]
-        pairs_U = _known(of.pairs_U)
+        pairs_U = _counted(of.pairs_U)
         columns: dict[str, Any] = {
             "domain": np.array(counts.domains, object),
             "pairs": counts.by_domain(pairs_U),
@@ -145,17 +144,17 @@ def repetition(data: ReportData) -> pd.DataFrame:
 
 @table("repetition", "srp", "transitions", by_router=LOCALITY)
 def locality(data: ReportData) -> pd.DataFrame:
-    """A row a router: how far a choice can be told from the token before (repetition, all domains),
-    from the segment (SRP of m tokens, beside that of independent choices with these loads) and from
-    the layer before (accuracy of predicting the next MoE layer's first choice, beside its marginal
-    and its null). 95 % intervals (low, high) by document; that of the accuracy by the design effect
-    of the router's load, since pairs of layers are not counted by document."""
+    """One row per router: how well a choice can be predicted from the token before (repetition, all
+    domains), from the segment (SRP of m tokens, and that of independent choices with these loads)
+    and from the layer before (accuracy of predicting the next MoE layer's first choice, its
+    marginal and its null). 95 % intervals (low, high) by document; that of the accuracy by the
+    design effect of the router's load, since pairs of layers are not counted by document."""
     counts, rows = data.decisions("locality"), []
     weights_RU = unc.resample_weights(counts.domain_of_unit_U)
     for r in data.selection.routers:
         of = counts.of[r]
         row: dict[str, float] = {"layer": counts.routers[r].layer, "router": r}
-        pairs_U = _known(of.pairs_U)
+        pairs_U = _counted(of.pairs_U)
         found: dict[str, tuple[float, tuple[float, float]]] = {}
         for name, formula, same in (
             ("first_choice_repetition", pairs.first_choice, of.first_same_U),
@@ -204,26 +203,27 @@ def _effect(data: ReportData, r: int) -> float:
 
 
 @dataclass(frozen=True)
-class Met:
-    """How often the experts of two sides met, and what chance expects of experts of these loads.
+class PairCounts:
+    """How often the experts of two sides are chosen together, and how often chance would at these
+    loads.
 
     The evidence of a pair is the probability that chance, at these loads, gives a count as far from
     the expected one or further: a two-sided binomial tail, of as many trials as the rarer of the
     two experts was chosen. Tokens of one document are not independent: all counts are divided by
     the design effect of the router's load, where there are documents enough to have one (pairs
     themselves are not counted by document). A pair is supported where that probability times the
-    number of pairs tested, those of all routers of the trace (Bonferroni), is at most LUCK:
+    number of pairs tested, those of all routers of the trace (Bonferroni), is at most ALPHA:
     whatever layers are selected, a pair is supported or not."""
 
     count_EN: np.ndarray
     expected_EN: np.ndarray
-    most_EN: np.ndarray  # as often as the two can meet
+    most_EN: np.ndarray  # as often as the two can be chosen together
     tested: int
     effect: float
 
     def top(self, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `top` partners of each expert with the most evidence, of those it ever met; 0: all.
-        (expert, partner)"""
+        """The `top` partners of each expert with the most evidence, of those it is ever chosen
+        with; 0: all. (expert, partner)"""
         E, N = self.count_EN.shape
         # the deviance grows with the evidence, and is quick to have of every pair
         deviance_EN = unc.signed_deviance(self.count_EN, self.expected_EN, self.most_EN)
@@ -231,8 +231,8 @@ class Met:
             np.where(self.count_EN > 0, -deviance_EN, np.inf), axis=1, kind="stable"
         )[:, : top or N]
         expert_EN = np.broadcast_to(np.arange(E)[:, None], order_EN.shape)
-        met_EN = np.take_along_axis(self.count_EN, order_EN, 1) > 0
-        return expert_EN[met_EN], order_EN[met_EN]
+        chosen_EN = np.take_along_axis(self.count_EN, order_EN, 1) > 0
+        return expert_EN[chosen_EN], order_EN[chosen_EN]
 
     def evidence(self, at: Any) -> dict[str, np.ndarray]:
         """The columns lift_sd, log10_p and supported of the pairs `at`."""
@@ -246,23 +246,25 @@ class Met:
         return {
             "lift_sd": lift_sd,
             "log10_p": log10_p,
-            "supported": log10_p <= np.log10(LUCK / self.tested),
+            "supported": log10_p <= np.log10(ALPHA / self.tested),
         }
 
 
-def chosen_together(data: ReportData, r: int) -> Met:
+def chosen_together(data: ReportData, r: int) -> PairCounts:
     """Experts of one decision. A decision of one choice has no pairs."""
     counts = data.decisions("coactivation")
-    together_EE = _known(counts.of[r].together_EE)
+    together_EE = _counted(counts.of[r].together_EE)
     load_E = np.diagonal(together_EE)
     tested = sum(
         router.experts * (router.experts - 1) // 2 for router in counts.routers if router.top_k > 1
     )
     count_EE = (together_EE - np.diag(load_E)) * (counts.routers[r].top_k > 1)
-    return _met(data, r, count_EE, pairs.together_by_chance(together_EE), load_E, load_E, tested)
+    return _against_chance(
+        data, r, count_EE, pairs.together_by_chance(together_EE), load_E, load_E, tested
+    )
 
 
-def chosen_next(data: ReportData, r: int) -> Met | None:
+def chosen_next(data: ReportData, r: int) -> PairCounts | None:
     """Experts of router r and of the next that the same tokens reach; None for the last."""
     counts = data.decisions("transitions")
     after, next_EN = counts.next_router(r), counts.of[r].next_EN
@@ -275,7 +277,7 @@ def chosen_next(data: ReportData, r: int) -> Met | None:
     row_E, column_N = next_EN.sum(1), next_EN.sum(0)
     expected_EN = np.outer(row_E, column_N) / max(next_EN.sum(), 1)
     # of a token's k·k pairs an expert is in as many as the other router has choices
-    return _met(
+    return _against_chance(
         data,
         r,
         next_EN,
@@ -286,7 +288,7 @@ def chosen_next(data: ReportData, r: int) -> Met | None:
     )
 
 
-def _met(
+def _against_chance(
     data: ReportData,
     r: int,
     count_EN: np.ndarray,
@@ -294,9 +296,9 @@ def _met(
     load_E: np.ndarray,
     load_N: np.ndarray,
     tested: int,
-) -> Met:
+) -> PairCounts:
     most_EN = np.minimum(load_E[:, None], load_N[None, :])
-    return Met(
+    return PairCounts(
         count_EN,
         expected_EN,
         np.maximum(most_EN, np.maximum(count_EN, 1)),
@@ -315,6 +317,6 @@ def by_evidence(rows: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def _known(values: np.ndarray | None) -> np.ndarray:
+def _counted(values: np.ndarray | None) -> np.ndarray:
     assert values is not None, "not counted"
     return values

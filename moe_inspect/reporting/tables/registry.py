@@ -1,6 +1,8 @@
 """The report's tables by name: a table is a function of the report's data that returns a DataFrame,
 decorated with @table. `Report.tables`, `--table`, its help and the gates take it from TABLES."""
 
+# pyright: strict, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pandas as pd
+
+from moe_inspect.errors import MoeInspectError
 
 Maker = TypeVar("Maker", bound=Callable[[Any], pd.DataFrame])
 
@@ -33,3 +37,9 @@ def table(*wants: str, by_router: tuple[str, ...] = ()) -> Callable[[Maker], Mak
         return function
 
     return register
+
+
+def check_table(name: str) -> None:
+    """Raises MoeInspectError where there is no table of that name."""
+    if name not in TABLES:
+        raise MoeInspectError(f"no table {name!r}: there are {', '.join(TABLES)}")

@@ -28,8 +28,8 @@ ROUTER = (
 
 @table("weights", "logits", by_router=ROUTER)
 def router(data: ReportData) -> pd.DataFrame:
-    """A row a router: how sure it is, from the k gate weights and, where they are recorded, from
-    all logits (NaN otherwise); the balancing losses that the logits give."""
+    """One row per router: its confidence, from the k gate weights and, where they are recorded,
+    from all logits (NaN otherwise); the balancing losses computed from the logits."""
     counts, rows = data.counts_for("weights", "logits"), []
     for r in data.selection.routers:
         of = counts.of[r]
@@ -61,9 +61,9 @@ def router(data: ReportData) -> pd.DataFrame:
 
 @table("esft")
 def esft(data: ReportData) -> pd.DataFrame:
-    """A row an expert in a domain: how much of the domain it takes, by tokens and by gate weight,
-    with all tokens weighing alike and with all samples (sequences) doing so: the scores by which
-    expert-specialised fine-tuning picks experts."""
+    """One row per expert and domain: the expert's share of the domain by tokens and by gate weight,
+    weighting all tokens alike, or all samples (sequences): the scores by which expert-specialised
+    fine-tuning (ESFT) selects experts."""
     counts, parts = data.counts_for("esft"), []
     D = len(counts.domains)
     for r in data.selection.routers:

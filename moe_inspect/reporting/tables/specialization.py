@@ -1,6 +1,5 @@
 """Tables of what the experts do: their load by domain, the information that domain and token id
-carry
-about the expert, and the token ids of each expert. V token ids, E experts, D domains."""
+carry about the expert, and the token ids of each expert. V token ids, E experts, D domains."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ SPECIALIZATION = (
 
 @table()
 def domains(data: ReportData) -> pd.DataFrame:
-    """A row an expert in a domain: activation = assignments ÷ tokens of the domain (sums to k over
-    the experts), lift = that to the mean of the domains' activations."""
+    """One row per expert and domain: activation = assignments ÷ tokens of the domain (sums to k
+    over the experts), lift = activation ÷ its mean over the domains."""
     counts, parts = data.counts, []
     D = len(counts.domains)
     for r in data.selection.routers:
@@ -56,8 +55,8 @@ def domains(data: ReportData) -> pd.DataFrame:
 
 @table(by_router=SPECIALIZATION)
 def specialization(data: ReportData) -> pd.DataFrame:
-    """A row a router: how much the domain, the token id, and the domain beyond the token id tell of
-    the expert, each beside what shuffled labels give."""
+    """One row per router: the information about the expert that the domain carries, the token id,
+    and the domain given the token id; each with its null, the same with shuffled labels."""
     if data.counts.counts_only:
         rows = [_domain_specialization(data, r) for r in data.selection.routers]
     else:

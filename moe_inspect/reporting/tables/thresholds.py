@@ -1,4 +1,6 @@
-"""From where the verdict calls something what it calls it. All can be set; `summary` lists them."""
+"""Verdict thresholds. All can be set; `summary` lists them."""
+
+# pyright: strict, reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -11,15 +13,14 @@ from moe_inspect.errors import MoeInspectError
 
 @dataclass(frozen=True)
 class Thresholds:
-    """uneven: max_vio of a router. overloaded, starved: load ratio of an expert. specialised: bits
-    that the domain tells of the expert, beyond shuffled documents, as a share of the log₂ E that
-    would name it: routers that were never trained reach 0.08 by the text alone (six architectures
-    of 8 to 128 experts over the bundled corpus, five random initialisations each, the highest
-    router of
-    each: benchmarks/untrained.py), the trained sample traces 0.15 and 0.19; another text or model
-    has its own baseline, which a trace with --random-init gives. no_domain: bits up to which
-    shuffled documents may reach for a "no" to mean anything. tie: tie rate of the logits. repeated:
-    share of tokens in runs of identical rows."""
+    """uneven: max_vio of a router. overloaded, starved: load ratio of an expert. specialised:
+    information that the domain carries about the expert, beyond shuffled documents, as a share of
+    the log₂ E bits that identify it. Untrained routers reach 0.08 from the text alone (maximum over
+    six architectures of 8 to 128 experts, five random initialisations each, on the bundled corpus:
+    benchmarks/untrained.py), the trained sample traces 0.15 and 0.19; another text or model has its
+    own baseline, which a trace with --random-init gives. no_domain: bits of shuffled documents up
+    to which a negative result means anything. tie: tie rate of the logits. repeated: share of
+    tokens in runs of identical rows."""
 
     uneven: float = UNEVEN
     overloaded: float = 2.0
@@ -30,7 +31,8 @@ class Thresholds:
     repeated: float = 0.01
 
     def facts(self) -> list[tuple[str, object]]:
-        said = {
+        """The rows of `summary` on them: (key, condition)."""
+        meaning = {
             "uneven": f"max_vio >= {self.uneven:g} and above chance",
             "overloaded": f"load_ratio >= {self.overloaded:g}",
             "starved": f"load_ratio < {self.starved:g}",
@@ -41,15 +43,16 @@ class Thresholds:
             "tie": f"tie_rate >= {self.tie:g}",
             "repeated": f"share of tokens in runs of identical rows >= {self.repeated:g}",
         }
-        return [(f"threshold_{name}", text) for name, text in said.items()]
+        return [(f"threshold_{name}", text) for name, text in meaning.items()]
 
 
-def thresholds_with(given: Mapping[str, float] | None = None) -> Thresholds:
-    """The defaults with those given in their place."""
-    names = [f.name for f in fields(Thresholds)]
-    for name, value in (given or {}).items():
+def thresholds_with(changes: Mapping[str, float] | None = None) -> Thresholds:
+    """The defaults with these changes. Raises MoeInspectError for an unknown name or a value that
+    is negative or not finite."""
+    changes, names = changes or {}, [f.name for f in fields(Thresholds)]
+    for name, value in changes.items():
         if name not in names:
             raise MoeInspectError(f"no threshold {name!r}: there are {', '.join(names)}")
         if not 0 <= value < float("inf"):
             raise MoeInspectError(f"threshold {name} is {value:g}: give a number from 0 up")
-    return replace(Thresholds(), **(given or {}))
+    return replace(Thresholds(), **changes)

@@ -1,6 +1,5 @@
-"""Is the trace fit to be judged? Too few tokens, domains of few documents, rows that repeat,
-experts
-of which only one rank's were counted.
+"""Is the trace fit to be judged? Too few tokens, domains of few documents, repeated rows, counts of
+only some ranks.
 
 Each check takes the report's data and returns one Finding or none. T tokens, K slots, E experts.
 """

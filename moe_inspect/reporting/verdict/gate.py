@@ -1,5 +1,6 @@
-"""Gates: does any selected router breach a limit? For the continuous integration of training
-runs."""
+"""Gates: does the metric of any selected router exceed a limit? For continuous integration."""
+
+# pyright: strict, reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from moe_inspect.text import layer_label
 
 @dataclass(frozen=True)
 class Gate:
-    """A router fails above (or below) `limit`."""
+    """A router fails where its metric is above (or below) the limit."""
 
     metric: str
     limit: float
@@ -24,8 +25,7 @@ class Gate:
 
 
 def gate(text: str, above: bool) -> Gate:
-    """ "max_vio=0.5" → Gate. MoeInspectError names what is wrong with it, and the metrics there
-    are."""
+    """ "max_vio=0.5" → Gate. Raises MoeInspectError for an unknown metric or no number."""
     metric, equals, limit = (part.strip() for part in text.partition("="))
     if metric not in gated():
         raise MoeInspectError(f"no metric {metric!r}: there are {', '.join(gated())}")
@@ -34,20 +34,19 @@ def gate(text: str, above: bool) -> Gate:
     except ValueError:
         value = math.nan
     if not equals or math.isnan(value):
-        raise MoeInspectError(f"{text!r} is no limit: write it like {metric}=0.5")
+        raise MoeInspectError(f"{text!r}: expected METRIC=VALUE, e.g. {metric}=0.5")
     return Gate(metric, value, above)
 
 
 def gated() -> dict[str, str]:
-    """metric → its table."""
+    """Metric → the table whose column it is."""
     return {metric: name for name, table in TABLES.items() for metric in table.by_router}
 
 
 def breaches(data: ReportData, gates: Iterable[Gate]) -> list[str]:
-    """A line for each router beyond a limit. What has no value has not been shown to keep to the
-    limit, so NaN is a breach; but a metric of the next layer has no value at the last one, and is
-    not asked for there."""
-    lines: list[str] = []
+    """A line per router and gate that fails. NaN counts as a failure; but a metric of the next
+    layer has no value at the last one, which is left out."""
+    lines = list[str]()
     for g in gates:
         table: Any = data.tables[gated()[g.metric]]
         values = table[g.metric].astype(float)
@@ -57,13 +56,8 @@ def breaches(data: ReportData, gates: Iterable[Gate]) -> list[str]:
         beyond = ~(rows["value"] <= g.limit) if g.above else ~(rows["value"] >= g.limit)
         for row in rows[beyond].to_dict("records"):
             value = row["value"]
-            said = (
-                f"is {value:.6g}, {'above' if g.above else 'below'}"
-                if not math.isnan(value)
-                else "has no value (NaN) to hold against"
-            )
-            lines.append(
-                f"layer {layer_label(data.trace.routers, row['router'])}: {g.metric} {said} "
-                f"{g.limit:g}"
-            )
+            side = "above" if g.above else "below"
+            found = "NaN, which counts as" if math.isnan(value) else f"{value:.6g},"
+            router = layer_label(data.trace.routers, row["router"])
+            lines.append(f"layer {router}: {g.metric} is {found} {side} {g.limit:g}")
     return lines
