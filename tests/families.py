@@ -1,131 +1,39 @@
-"""Tiny random models of the main families, and what routes where in them, found without the hook
-under test."""
+"""Tiny random models of the main families, of two layers, and what routes where in them, found
+without the hook under test."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-import transformers as hf
 
-VOCABULARY = 300
-BASE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-MLA = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-}
-DEEPSEEK = {
-    **BASE,
-    **MLA,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 24,
-}
-GLM = {
-    **BASE,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-}
+from tests import zoo
 
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "mixtral": lambda: hf.MixtralConfig(
-        **BASE, intermediate_size=48, num_local_experts=8, num_experts_per_tok=2
-    ),
-    "olmoe": lambda: hf.OlmoeConfig(
-        **BASE, intermediate_size=24, num_experts=8, num_experts_per_tok=4
-    ),
-    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
-        **BASE,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=24,
-        num_experts=8,
-        num_experts_per_tok=3,
-    ),
-    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
-        **BASE,
-        head_dim=8,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_experts=8,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-    ),
-    "deepseek_v2": lambda: hf.DeepseekV2Config(
-        **DEEPSEEK,
-        intermediate_size=48,
-        n_group=2,
-        topk_group=1,
-        topk_method="group_limited_greedy",
-        routed_scaling_factor=1.5,
-    ),
-    "deepseek_v3": lambda: hf.DeepseekV3Config(
-        **DEEPSEEK, intermediate_size=48, n_group=4, topk_group=2, routed_scaling_factor=2.5
-    ),
-    "gpt_oss": lambda: hf.GptOssConfig(
-        **BASE,
-        head_dim=8,
-        intermediate_size=24,
-        num_local_experts=8,
-        num_experts_per_tok=3,
-        layer_types=["full_attention"] * 2,
-    ),
-    "granitemoe": lambda: hf.GraniteMoeConfig(
-        **BASE, intermediate_size=24, num_local_experts=8, num_experts_per_tok=3
-    ),
-    "phimoe": lambda: hf.PhimoeConfig(
-        **BASE, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2
-    ),
-    "glm4_moe": lambda: hf.Glm4MoeConfig(**GLM),
-    "dots1": lambda: hf.Dots1Config(**GLM, n_group=1, topk_group=1),
-    "ernie4_5_moe": lambda: hf.Ernie4_5_MoeConfig(
-        **BASE,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        moe_num_experts=8,
-        moe_k=3,
-        moe_num_shared_experts=1,
-        moe_layer_start_index=1,
-    ),
-    "flex_olmo": lambda: hf.FlexOlmoConfig(
-        **BASE, intermediate_size=24, num_experts=8, num_experts_per_tok=3
-    ),
-    "hunyuan_v1_moe": lambda: hf.HunYuanMoEV1Config(
-        **BASE, head_dim=8, intermediate_size=24, num_experts=8, moe_topk=3
-    ),
-    "llama4": lambda: hf.Llama4TextConfig(
-        **BASE,
-        head_dim=8,
-        intermediate_size=24,
-        intermediate_size_mlp=48,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        interleave_moe_layer_step=1,
-    ),
+# family → what its config has other than in `zoo`, where every family's is; two layers each
+GROUPS = {"n_group": 1, "topk_group": 1}
+NARROW = {"intermediate_size": 24}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_experts_per_tok": 2, "sliding_window": None},
+    "olmoe": {**NARROW, "num_experts_per_tok": 4},
+    "qwen2_moe": {"decoder_sparse_step": 1},
+    "qwen3_moe": {"decoder_sparse_step": 1, "num_experts_per_tok": 4, "norm_topk_prob": True},
+    "deepseek_v2": {
+        "n_group": 2,
+        "topk_group": 1,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {},
+    "gpt_oss": {**NARROW, "layer_types": ["full_attention"] * 2},
+    "granitemoe": NARROW,
+    "phimoe": {**NARROW, "num_experts_per_tok": 2, "sliding_window": None},
+    "glm4_moe": GROUPS,
+    "dots1": GROUPS,
+    "ernie4_5_moe": {},
+    "flex_olmo": NARROW,
+    "hunyuan_v1_moe": NARROW,
+    "llama4": {**NARROW, "num_experts_per_tok": 2, "interleave_moe_layer_step": 1},
 }
 DENSE_FIRST = {
     "deepseek_v2",
@@ -137,15 +45,13 @@ DENSE_FIRST = {
 NO_INTERFACE = {"llama4"}
 
 
+def config(family: str) -> Any:
+    return zoo.config(family, num_hidden_layers=2, **FAMILIES[family])
+
+
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A tiny random model in eval mode whose routers do choose: selection biases are not left at
-    zero."""
-    torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.data.normal_(std=0.5)
-    return model.eval()
+    """As `zoo.build`, of two layers, with selection biases that change many choices."""
+    return zoo.build(family, dtype, seed, spread=0.5, num_hidden_layers=2, **FAMILIES[family])
 
 
 def moe_layers(family: str) -> list[int]:
@@ -210,15 +116,3 @@ def handed_over(
     finally:
         kind.forward = stock
     return received[0]
-
-
-def token_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Right-padded random token ids."""
-    rng = np.random.default_rng(seed)
-    ids = np.full((len(lengths), max(lengths)), 1)
-    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-    ids[mask] = rng.integers(2, VOCABULARY, mask.sum())
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-    }

@@ -17,7 +17,7 @@ from moe_inspect.cli.describe import Gpu
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.describe import PEAK_FLOPS, describe_table
 from tests.conftest import ROOT, Cli
-from tests.families import FAMILIES, build
+from tests.families import FAMILIES, build, config
 
 CONFIGS = ROOT / "docs" / "configs"
 # from the safetensors indices of the released models; the active count of Mixtral is Mistral's
@@ -70,7 +70,7 @@ def test_it_counts_what_the_built_model_has(family: str, tmp_path: Path) -> None
     """On the meta device as in memory, every parameter in one part; and of the routed experts k in
     E are active."""
     model = build(family)
-    FAMILIES[family]().save_pretrained(tmp_path)
+    config(family).save_pretrained(tmp_path)
     made = moe_inspect.describe(str(tmp_path))
     assert made.parameters == sum(p.numel() for p in model.parameters())
     experts = sum(

@@ -21,7 +21,8 @@ from moe_inspect.capture.hook import experts, kernels
 from moe_inspect.capture.hook.attach import mode_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import find_routers
-from tests.families import FAMILIES, NO_INTERFACE, build, token_batch
+from tests.families import FAMILIES, NO_INTERFACE, build
+from tests.zoo import token_batch
 
 ON_INTERFACE = sorted(set(FAMILIES) - NO_INTERFACE)
 LENGTHS = [9, 5]

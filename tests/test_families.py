@@ -17,8 +17,8 @@ from tests.families import (
     causal_routing,
     handed_over,
     moe_layers,
-    token_batch,
 )
+from tests.zoo import token_batch
 
 LENGTHS = [9, 5, 12]
 

@@ -14,7 +14,8 @@ import torch
 import moe_inspect
 from moe_inspect.capture.hook.call_inputs import CachedRows, _length, _mask
 from moe_inspect.errors import MoeInspectError
-from tests.families import build, token_batch
+from tests.families import build
+from tests.zoo import token_batch
 
 LENGTHS = [9, 5, 12]
 

@@ -20,7 +20,8 @@ import moe_inspect
 from moe_inspect.capture.hook import call_inputs, kernels, ring
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import TraceWriter
-from tests.families import build, token_batch
+from tests.families import build
+from tests.zoo import token_batch
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """Every Mixture-of-Experts family that the installed transformers ships, as a tiny random model on
 the CPU.
 
-`python -m tests.zoo` builds and runs each and prints one line a family. The list of families is
+`python -m tests.zoo` builds and runs each and prints one line per family. The list of families is
 read from the installed package, so what a newer release brings is in it by itself: it is built by
 the generic part, or fails by name until it gets a line in `OVERRIDES` or `WHY_NOT`.
 """
@@ -17,11 +17,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as hf
 
-from tests.families import VOCABULARY, token_batch
-
+VOCABULARY = 300
 PACKAGE = Path(hf.__file__).parent / "models"
 ROUTED = re.compile(
     r"^class (\w+(?:Experts|MoE|Moe))\b", re.MULTILINE
@@ -301,7 +301,9 @@ WITH_TOWERS = {
     family: made for family, made in WITH_TOWERS.items() if family in FAMILIES
 }  # a release may lack some
 
-SPREAD = 0.07  # of selection biases: enough to change choices, not so much that they alone choose
+# standard deviation of selection biases: enough to change choices, not so much that they alone
+# choose
+SPREAD = 0.07
 
 
 def _classes(family: str) -> dict[str, type[hf.PreTrainedModel]]:
@@ -339,16 +341,24 @@ def _shrink(kind: type[hf.PreTrainedConfig], overrides: dict[str, Any]) -> hf.Pr
     return kind(**copy.deepcopy(values))  # a config may change what it is given
 
 
-def config(family: str) -> hf.PreTrainedConfig:
-    return _shrink(model_class(family).config_class, OVERRIDES.get(family, {}))
+def config(family: str, **overrides: Any) -> hf.PreTrainedConfig:
+    """`overrides`: values that replace those of `SMALL` and `OVERRIDES`."""
+    return _shrink(model_class(family).config_class, OVERRIDES.get(family, {}) | overrides)
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def build(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spread: float = SPREAD,
+    **overrides: Any,
+) -> Any:
     """A tiny random model in eval mode whose routers do choose: what a checkpoint would bring and
     random weights leave at a constant (selection biases, scales, a table of hashed experts, one
-    family's gate) is random too."""
+    family's gate) is random too. `spread`: standard deviation of the selection biases."""
     torch.manual_seed(seed)
-    return _with_choices(model_class(family)._from_config(config(family), dtype=dtype))
+    model = model_class(family)._from_config(config(family, **overrides), dtype=dtype)
+    return _with_choices(model, spread)
 
 
 def build_with_towers(family: str, seed: int = 0) -> Any:
@@ -365,10 +375,10 @@ def build_with_towers(family: str, seed: int = 0) -> Any:
     )
 
 
-def _with_choices(model: Any) -> Any:
+def _with_choices(model: Any, spread: float = SPREAD) -> Any:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if re.search(r"(e_score_correction_bias|expert_bias|balancing_biases)$", name):
-            tensor.data.normal_(std=SPREAD)
+            tensor.data.normal_(std=spread)
         elif name.endswith("per_expert_scale"):
             tensor.data.uniform_(0.5, 1.5)
         elif name.endswith("tid2eid"):
@@ -378,6 +388,18 @@ def _with_choices(model: Any) -> Any:
         elif name.endswith("router.gate.weight") and not tensor.any():
             tensor.data.normal_(std=0.3)
     return model.eval()
+
+
+def token_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Right-padded random token ids."""
+    rng = np.random.default_rng(seed)
+    ids = np.full((len(lengths), max(lengths)), 1)
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    ids[mask] = rng.integers(2, VOCABULARY, mask.sum())
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+    }
 
 
 def inputs(family: str, lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
