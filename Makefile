@@ -10,7 +10,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-slow test-families test-newest test-oldest lint docs picture bench fuzz clean
+.PHONY: help demo test test-quick test-slow test-families test-newest test-oldest lint docs picture bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -19,10 +19,12 @@ demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus; rep
 	$(BIN)/moe-inspect trace demo -o build/demo/trace --logits --overwrite
 	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots --html build/demo/report.html
 
-test: $(VENV)/.installed ## The test suite but for what is slow
+test: test-quick test-slow ## The whole test suite
+
+test-quick: $(VENV)/.installed ## The tests that are not marked slow
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
-test-slow: $(VENV)/.installed ## The rest of it: compilers, browsers, several processes, mistakes put in on purpose
+test-slow: $(VENV)/.installed ## Those that are: compilers, browsers, several processes, mistakes put in on purpose
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 NEWEST := build/venv-newest
