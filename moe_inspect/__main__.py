@@ -27,7 +27,7 @@ def _run() -> int:
     from moe_inspect.cli import UsageError, app
     from moe_inspect.cli.emit import to_stdout
     from moe_inspect.errors import MoeInspectError
-    from moe_inspect.text import first_line, say
+    from moe_inspect.text import first_line, print_stderr
 
     try:
         code = app(standalone_mode=False)
@@ -38,13 +38,13 @@ def _run() -> int:
         text = io.StringIO()
         error.show(text)
         for line in text.getvalue().splitlines():
-            say(line)
+            print_stderr(line)
         return error.exit_code
     except MoeInspectError as error:
-        say(f"error: {error}")
+        print_stderr(f"error: {error}")
         return 1
     except OSError as error:  # a disk or network error that no command handles
-        say(
+        print_stderr(
             "error: "
             f"{f'{error.filename}: ' if error.filename is not None else ''}{first_line(error)}"
         )

@@ -75,29 +75,29 @@ def cut(text: str, most: int = 18) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def counted(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """ "1 expert", "2,000 experts"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def small(ratio: float) -> str:
+def format_ratio(ratio: float) -> str:
     """A ratio to two decimals; below 0.1 to two significant digits."""
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
-def some(items: list[str], most: int, between: str) -> str:
+def join_first(items: list[str], most: int, between: str) -> str:
     """The first `most` items, and how many more there are."""
     return between.join(items[:most]) + (
         f"{between}{len(items) - most} more" if len(items) > most else ""
     )
 
 
-def listed(ids: list[int]) -> str:
+def comma_list(ids: list[int]) -> str:
     """ "1, 2, 3": the first six ids, and how many more there are."""
-    return some([str(i) for i in ids], 6, ", ")
+    return join_first([str(i) for i in ids], 6, ", ")
 
 
-def verb(subjects: Any, verb: str) -> str:
+def verb_for(subjects: Any, verb: str) -> str:
     """The verb in the number of its subjects: "gets" for one, "get" for more."""
     return f"{verb}s" if len(subjects) == 1 else verb
 
@@ -142,7 +142,7 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
-def say(line: str) -> None:
+def print_stderr(line: str) -> None:
     """Prints one line to stderr, escaped: it may quote a server, a path or a label."""
     try:
         print(printable(line), file=sys.stderr, flush=True)

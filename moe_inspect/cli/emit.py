@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 import typer
 
 from moe_inspect.errors import MoeInspectError, writing
-from moe_inspect.text import abandon, first_line, safe_cell, say
+from moe_inspect.text import abandon, first_line, print_stderr, safe_cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,7 @@ def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool 
         with text_to(output) as file:
             left_out = print_table(frame, file)
         if left_out:
-            say(f"{left_out:,} more rows: --format csv, json or parquet has them all")
+            print_stderr(f"{left_out:,} more rows: --format csv, json or parquet has them all")
         return
     if form is Format.parquet and output is None and sys.stdout.isatty():
         raise MoeInspectError("parquet is binary: give -o FILE, or redirect it into a pipe")

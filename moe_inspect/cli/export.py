@@ -11,7 +11,7 @@ import typer
 from moe_inspect.cli.emit import SafeCsv
 from moe_inspect.cli.formats import FormatsCommand
 from moe_inspect.exporters import MODULES
-from moe_inspect.text import say
+from moe_inspect.text import print_stderr
 
 
 class Score(StrEnum):
@@ -71,4 +71,4 @@ def export(
     made = export_trace(
         trace, format.value, output, top_p=top_p, score=score and score.value, safe_csv=safe_csv
     )
-    say(f"wrote {made}")
+    print_stderr(f"wrote {made}")

@@ -12,7 +12,7 @@ import typer
 
 from moe_inspect.cli.formats import FormatsCommand
 from moe_inspect.importers import MODULES
-from moe_inspect.text import say
+from moe_inspect.text import print_stderr
 
 
 class ImportCommand(FormatsCommand):
@@ -103,7 +103,7 @@ def import_(
         raise typer.BadParameter("--model and --config say the same: give one")
 
     def warn(line: str) -> None:
-        say(line if line.startswith("taken for") else f"warning: {line}")
+        print_stderr(line if line.startswith("taken for") else f"warning: {line}")
 
     with _bar() as progress:
         trace = import_trace(
@@ -118,7 +118,7 @@ def import_(
             progress=progress,
             warn=warn,
         )
-    say(f"imported {trace.n_tokens:,} tokens, {len(trace.routers)} routers into {output}")
+    print_stderr(f"imported {trace.n_tokens:,} tokens, {len(trace.routers)} routers into {output}")
 
 
 @contextmanager

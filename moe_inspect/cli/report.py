@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperOption
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import say
+from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -216,7 +216,7 @@ def report(
     made, breached = _build(request)
     _write(made, request)
     for line in breached:
-        say(f"failed: {line}")
+        print_stderr(f"failed: {line}")
     if breached:
         raise typer.Exit(3)
 
@@ -332,19 +332,19 @@ def _progress() -> Generator[Callable[[int], None] | None]:
 
 def _write(made: Report, request: Request) -> None:
     if made.warning:
-        say(f"warning: {made.warning}")
+        print_stderr(f"warning: {made.warning}")
     if request.plots is not None:
         from moe_inspect.reporting.render.matplotlib import write_pictures
 
         for path in write_pictures(made, request.plots):
-            say(f"wrote {path}")
+            print_stderr(f"wrote {path}")
     if request.html is not None:
         from moe_inspect.reporting.render.html import write_page
         from moe_inspect.reporting.render.page import report_page
 
         simulated = _simulated(made, request.simulate, request.selection["layers"])
         write_page(request.html, report_page(made, simulated))
-        say(f"wrote {request.html}")
+        print_stderr(f"wrote {request.html}")
     if request.table:
         table = _table(made, request.table, request.format)
         emit(table, request.format, request.output, request.safe_csv)

@@ -13,7 +13,7 @@ import typer
 
 from moe_inspect.cli.needs import need_torch, quiet
 from moe_inspect.cli.token_progress import TokenProgress
-from moe_inspect.text import say
+from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
     from moe_inspect.capture.options import CorpusKeywords
@@ -255,7 +255,7 @@ def trace(
             if began_writing
             else "nothing was traced yet"
         )
-        say(f"interrupted: {state}")
+        print_stderr(f"interrupted: {state}")
         raise
     if (
         int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0"
@@ -264,7 +264,7 @@ def trace(
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
     routers, seconds = len(written.routers), time.monotonic() - began
-    say(
+    print_stderr(
         f"{'complete already: ' if complete_before else ''}{written.n_tokens:,} tokens "
         f"{'at' if stacks else '×'} {routers} routers = "
         f"{written.n_decisions:,} decisions{' counted' if counts_only else ''} in {output} "

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.emit import to_stdout
-from moe_inspect.text import printable, say
+from moe_inspect.text import print_stderr, printable
 
 
 def verify(
@@ -47,5 +47,5 @@ def verify(
             where = f"{trace / (found.file or '')}" + (
                 f" row {found.row}" if found.row is not None else ""
             )
-            say(f"error: {where}: {found.violation}")
+            print_stderr(f"error: {where}: {found.violation}")
         raise typer.Exit(1)

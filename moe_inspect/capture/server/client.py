@@ -14,7 +14,7 @@ import httpx
 import tenacity
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import first_line, say
+from moe_inspect.text import first_line, print_stderr
 
 ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = (
@@ -102,7 +102,7 @@ def teller() -> Callable[[str, float], None]:
         nonlocal over
         if (now := time.monotonic()) >= over:
             over = now + wait_s
-            say(what)
+            print_stderr(what)
 
     return tell
 
@@ -118,7 +118,7 @@ async def ask(
     is no such path."""
     root, tell = root_of(http), tell or teller()
 
-    def say(state: tenacity.RetryCallState) -> None:
+    def tell_why(state: tenacity.RetryCallState) -> None:
         error, wait_s = (
             state.outcome and state.outcome.exception(),
             state.next_action.sleep if state.next_action else 0.0,
@@ -133,7 +133,7 @@ async def ask(
         retry=tenacity.retry_if_exception_type(_Again),
         stop=tenacity.stop_after_attempt(ATTEMPTS),
         wait=_wait,
-        before_sleep=say,
+        before_sleep=tell_why,
         reraise=True,
     )
     try:

@@ -21,7 +21,7 @@ from moe_inspect.cli.simulate.show import (
     show,
     split,
 )
-from moe_inspect.text import say
+from moe_inspect.text import print_stderr
 
 
 class Minimize(StrEnum):
@@ -177,7 +177,9 @@ def placement(
     if output is not None and (
         plan_for or (ending in ENDINGS and (table is None or ending != ".json"))
     ):
-        say(f"wrote {output}: {write_plan(simulation, output, plan_for and plan_for.value)}")
+        print_stderr(
+            f"wrote {output}: {write_plan(simulation, output, plan_for and plan_for.value)}"
+        )
         output = None
     show(
         simulation,

@@ -13,7 +13,7 @@ import typer
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
 from moe_inspect.cli.report import Phase
 from moe_inspect.errors import writing
-from moe_inspect.text import printable, say
+from moe_inspect.text import print_stderr, printable
 
 if TYPE_CHECKING:
     from moe_inspect.simulate.result import Simulation
@@ -133,7 +133,7 @@ def show(
 
         with text_to(html) as file:
             file.write(page(simulation))
-        say(f"wrote {html}")
+        print_stderr(f"wrote {html}")
     if table or format or ending is not Format.table:
         emit(simulation.tables[table or main], format or ending or Format.table, output, safe_csv)
         return
@@ -168,11 +168,11 @@ def show(
 
 def _draw(simulation: Simulation, directory: Path) -> None:
     if simulation.figure is None:
-        say("nothing to draw")
+        print_stderr("nothing to draw")
         return
     figure: Any = simulation.figure()
     path = directory / f"{simulation.name}.png"
     with writing(path):
         directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    say(f"wrote {path}")
+    print_stderr(f"wrote {path}")

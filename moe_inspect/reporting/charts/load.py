@@ -24,7 +24,7 @@ from moe_inspect.reporting.charts.spec import (
     chart,
 )
 from moe_inspect.reporting.verdict.chance import chance, uneven
-from moe_inspect.text import counted, layer_label
+from moe_inspect.text import layer_label, plural
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
@@ -48,7 +48,7 @@ def load(data: ReportData) -> Chart | str:
     return Chart(
         "Load of every expert",
         f"Busiest: expert {expert} of layer {label}, {worst.max():.2f}× the layer's mean load; "
-        + (f"{counted(dead, 'dead expert')} (black)" if dead else "no dead expert"),
+        + (f"{plural(dead, 'dead expert')} (black)" if dead else "no dead expert"),
         (
             Panel(
                 (Heatmap(ratio_LE, Scale("ratio", "load ÷ mean load"), written(ratio_LE)),),

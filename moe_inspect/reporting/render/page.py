@@ -12,7 +12,7 @@ from moe_inspect.reporting.tables.data import ReportData, worst_router
 from moe_inspect.reporting.tables.summary import facts
 from moe_inspect.reporting.verdict.chance import chance, uneven
 from moe_inspect.reporting.verdict.checks import DATA_KINDS, findings
-from moe_inspect.text import counted, layer_label
+from moe_inspect.text import layer_label, plural
 
 
 def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
@@ -51,10 +51,10 @@ def _subtitle(data: ReportData) -> str:
     )
     said = [
         str(trace.path.resolve().name),
-        counted(counts.tokens, "token")
-        + (f" of {counted(counts.documents, 'document')}" if counts.documents else ""),
-        counted(len(counts.domains), "domain"),
-        f"{counted(len(data.selection.routers), 'router')}, "
+        plural(counts.tokens, "token")
+        + (f" of {plural(counts.documents, 'document')}" if counts.documents else ""),
+        plural(len(counts.domains), "domain"),
+        f"{plural(len(data.selection.routers), 'router')}, "
         f"{' and '.join(f'{k} of {E} experts' for E, k in shapes)} per token",
     ]
     return " · ".join(said + ([f"{data.selection.phase} only"] if data.selection.phase else []))

@@ -8,7 +8,7 @@ from moe_inspect.analysis.counting import token_ids as tokenids
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData, once, whole_batches, worst_router
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.text import counted, ranges, storable
+from moe_inspect.text import plural, ranges, storable
 
 
 @table()
@@ -113,7 +113,7 @@ def _few_documents(data: ReportData) -> str | None:
     if n >= FEWEST_DOCUMENTS:
         return None
     return (
-        f"{counted(n, 'document')}: intervals, design effect and domain nulls need "
+        f"{plural(n, 'document')}: intervals, design effect and domain nulls need "
         f"{FEWEST_DOCUMENTS}"
     )
 
@@ -136,7 +136,7 @@ def _unknown_first_choices(data: ReportData) -> str | None:
     unknown = sum(not data.trace.routers[r].first_choice_known for r in routers)
     if not unknown:
         return None
-    which = "" if unknown == len(routers) else f" of {counted(unknown, 'router')}"
+    which = "" if unknown == len(routers) else f" of {plural(unknown, 'router')}"
     return (
         f"first choices{which} are unknown: no gate weights say which expert came first; columns "
         "that need them are NaN"
@@ -179,7 +179,7 @@ def _token_id_notes(data: ReportData) -> list[str]:
         ]
     said = (
         f"token ids are judged from {tokenids.MIN_COUNT} occurrences: "
-        f"{counted(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
+        f"{plural(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
     )
     notes = (
         [said]

@@ -20,7 +20,7 @@ from moe_inspect.reporting.verdict.chance import (
     uneven,
 )
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
-from moe_inspect.text import some
+from moe_inspect.text import join_first
 
 COLLAPSED = 0.5  # share of a router's tokens that go to one expert
 
@@ -107,7 +107,7 @@ def routers_without_load(data: ReportData) -> Finding | None:
     silent: list[dict[str, Any]] = table[table["assignments"] == 0].to_dict("records")
     if not silent or len(silent) == len(table):
         return None
-    names = some([name_of(data, row) for row in silent], 6, ", ")
+    names = join_first([name_of(data, row) for row in silent], 6, ", ")
     return finding(
         "routers_without_load",
         "critical",

@@ -16,7 +16,7 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_flo
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import capital
 from moe_inspect.reporting.verdict.findings import Finding, finding
-from moe_inspect.text import counted, some
+from moe_inspect.text import join_first, plural
 
 CHANCE = 1e-3  # probability that dead experts fill whole ranks
 RUN = 16  # identical rows in sequence that text does not make
@@ -44,9 +44,9 @@ def missing_ranks(data: ReportData) -> Finding | None:
     E, ranks = dead_LE.shape[1], len(silent_R)
     seen, gone = (_expert_ranges(at, E // ranks) for at in (~silent_R, silent_R))
     which = (
-        f"Only experts {some(seen, 4, ', ')} of {E} have any load"
+        f"Only experts {join_first(seen, 4, ', ')} of {E} have any load"
         if len(seen) < len(gone)
-        else f"Experts {some(gone, 4, ', ')} of {E} have no load"
+        else f"Experts {join_first(gone, 4, ', ')} of {E} have no load"
     )
     routers = ", at every router alike" if len(load_of) > 1 else ""
     return finding(
@@ -115,7 +115,7 @@ def few_tokens(data: ReportData) -> Finding | None:
     return finding(
         "few_tokens",
         "note",
-        f"{counted(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: by chance alone "
+        f"{plural(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: by chance alone "
         f"the busiest gets {1 + floor:.2f}x the mean load. About {enough:,} tokens would bring "
         f"that under {1 + uneven:g}x.",
         {"layer": counts.routers[r].layer, "router": r},
@@ -143,7 +143,7 @@ def few_documents_per_domain(data: ReportData) -> Finding | None:
     }
     if not few:
         return None
-    names = some([f'"{domain}" ({n})' for domain, n in few.items()], 6, ", ")
+    names = join_first([f'"{domain}" ({n})' for domain, n in few.items()], 6, ", ")
     return finding(
         "few_documents_per_domain",
         "note",
@@ -192,14 +192,14 @@ def in_runs(rows_TX: np.ndarray, run: int = RUN) -> int:
 def sample(data: ReportData) -> Finding:
     """How much text all of it was judged on."""
     counts = data.counts
-    documents = f" of {counted(counts.documents, 'document')}" if counts.documents else ""
-    domains = f" in {counted(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
+    documents = f" of {plural(counts.documents, 'document')}" if counts.documents else ""
+    domains = f" in {plural(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
     routers = len(data.selection.routers)
     return finding(
         "sample",
         "note",
-        f"Judged on {counted(counts.tokens, 'token')}{documents}{domains}, "
-        f"{counted(routers, 'router')}.",
+        f"Judged on {plural(counts.tokens, 'token')}{documents}{domains}, "
+        f"{plural(routers, 'router')}.",
         tokens=counts.tokens,
         documents=counts.documents,
         domains=len(counts.domains),

@@ -14,7 +14,7 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_flo
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import above_chance, chance, few_documents, name_of
 from moe_inspect.reporting.verdict.findings import Finding, finding
-from moe_inspect.text import counted, listed, small, some, verb
+from moe_inspect.text import comma_list, format_ratio, join_first, plural, verb_for
 
 LITTLE_USED = 0.5  # load ratio under which the least used expert is named
 # mean load of a domain's experts from which an expert with few assignments is not just unlucky
@@ -30,25 +30,25 @@ def dead_experts(data: ReportData) -> Finding | None:
     names, likely = list[str](), 0.0
     for row in dead:
         of_router = (load["router"] == row["router"]) & (load["assignments"] == 0)
-        names.append(f"{name_of(data, row)}: {listed(load.loc[of_router, 'expert'].tolist())}")
+        names.append(f"{name_of(data, row)}: {comma_list(load.loc[of_router, 'expert'].tolist())}")
         picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
         likely = max(likely, row["experts"] * (1 - picked) ** row["tokens"])
     n = sum(int(row["dead_experts"]) for row in dead)
-    where = f"in {len(dead)} of {len(data.loaded)} routers ({some(names, 4, '; ')})"
-    tokens = counted(data.counts.tokens, "token")
+    where = f"in {len(dead)} of {len(data.loaded)} routers ({join_first(names, 4, '; ')})"
+    tokens = plural(data.counts.tokens, "token")
     about = dead[0] if len(dead) == 1 else None
     values = {"experts": n, "routers": len(dead), "tokens": data.counts.tokens}
     if likely > 0.01:
         return finding(
             "dead_experts",
             "note",
-            f"{counted(n, 'expert')} without load {where}, but {tokens} "
+            f"{plural(n, 'expert')} without load {where}, but {tokens} "
             f"{'is' if data.counts.tokens == 1 else 'are'} too few to call an expert dead: chance "
             "alone leaves some without load.",
             about,
             **values,
         )
-    said = f"{counted(n, 'dead expert')} {where}: none of {tokens} was routed there"
+    said = f"{plural(n, 'dead expert')} {where}: none of {tokens} was routed there"
     if few_documents(data):
         return finding(
             "dead_experts",
@@ -94,7 +94,7 @@ def _crowd(kind: str, rows: Any, load: str) -> Finding | None:
     return finding(
         kind,
         "warning",
-        f"{counted(n, 'expert')} in {counted(routers, 'router')} {verb(rows, 'get')} {load}.",
+        f"{plural(n, 'expert')} in {plural(routers, 'router')} {verb_for(rows, 'get')} {load}.",
         rows.iloc[0] if routers == 1 else None,
         experts=n,
         routers=routers,
@@ -126,8 +126,9 @@ def least_used_expert(data: ReportData) -> Finding | None:
     return finding(
         "least_used_expert",
         "note",
-        f"Expert {expert} of {name_of(data, row)} is the least used{alone}: {small(ratio)}x the "
-        f"mean load, the busiest expert there gets {times:,.1f}x as much{in_domain}.",
+        f"Expert {expert} of {name_of(data, row)} is the least used{alone}: "
+        f"{format_ratio(ratio)}x the mean load, the busiest expert there gets {times:,.1f}x as much"
+        f"{in_domain}.",
         row,
         expert=expert,
         load_ratio=ratio,
@@ -246,7 +247,7 @@ def unused_in_domain(data: ReportData) -> Finding | None:
     times = row["most"] / row["assignments"] if row["assignments"] else math.inf
     less = f", {times:.1f} times less than the busiest expert there" if times < math.inf else ""
     others = (
-        f"; the same holds for {counted(len(rows) - 1, 'other expert')} in some domain"
+        f"; the same holds for {plural(len(rows) - 1, 'other expert')} in some domain"
         if len(rows) > 1
         else ""
     )

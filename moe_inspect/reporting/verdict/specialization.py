@@ -13,7 +13,7 @@ from moe_inspect.analysis.metrics.specialization import relabellings
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import name_of
 from moe_inspect.reporting.verdict.findings import Finding, finding
-from moe_inspect.text import counted
+from moe_inspect.text import plural
 
 KIND = "domain_specialization"
 FEWEST_RELABELLINGS = 100  # below this nothing can lie beyond the 99th percentile of the null
@@ -105,7 +105,7 @@ def _cannot_tell(data: ReportData, table: Any) -> str | None:
         )
     few = (
         "Too few documents to tell whether experts specialise by domain: "
-        f"{counted(counts.documents, 'document')} in {counted(len(counts.domains), 'domain')}"
+        f"{plural(counts.documents, 'document')} in {plural(len(counts.domains), 'domain')}"
     )
     if known.empty or relabellings(counts.domain_of_unit_U) < FEWEST_RELABELLINGS:
         return f"{few} have too few permutations."
@@ -212,7 +212,7 @@ def _most_exclusive_token(data: ReportData, row: Any) -> str:
     of = "all" if share == 1 else f"{share:.0%} of the"
     verb = "goes" if best["occurrences"] == 1 else "go"
     return (
-        f"; {of} {counted(best['occurrences'], 'occurrence')} of {best['token']!r} {verb} to "
+        f"; {of} {plural(best['occurrences'], 'occurrence')} of {best['token']!r} {verb} to "
         f"expert {best['expert']} first"
     )
 
@@ -238,7 +238,7 @@ def router_ties(data: ReportData) -> Finding | None:
         "router_ties",
         "warning",
         f"In {row['tie_rate']:.1%} of the decisions of {name_of(data, row)} the last expert chosen "
-        f"and the first not chosen have equal logits ({counted(len(tied), 'router')} from "
+        f"and the first not chosen have equal logits ({plural(len(tied), 'router')} from "
         f"{data.thresholds.tie:.1%} up): there the order of the experts decides, not the router.",
         row,
         tie_rate=row["tie_rate"],

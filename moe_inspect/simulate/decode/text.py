@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_inspect.text import counted
+from moe_inspect.text import plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,13 +40,13 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         )
     if needed["reads_all_from"].notna().any():
         said.append(
-            f"From {counted(int(needed['reads_all_from'].max()), 'sequence')} on a step reads "
+            f"From {plural(int(needed['reads_all_from'].max()), 'sequence')} on a step reads "
             f"{SATURATED:.0%} of the experts that are used at all, in every layer: "
             "before that a larger batch reads more, after it only shares the reading out."
         )
     if needed["compute_bound_from"].notna().any():
         said.append(
-            f"Beyond about {counted(round(needed['compute_bound_from'].median()), 'sequence')} a "
+            f"Beyond about {plural(round(needed['compute_bound_from'].median()), 'sequence')} a "
             "larger batch stops helping: computing is then the limit, not "
             f"reading ({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} "
             "FLOPs per byte)."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.simulate.placement.tables import recommended
-from moe_inspect.text import counted
+from moe_inspect.text import plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     first = rows.get("contiguous") or next(iter(rows.values()))
     gpus = settings["gpus"]
     said = [
-        f"On {counted(gpus, 'GPU')} the {first['policy']} placement makes the MoE layers "
+        f"On {plural(gpus, 'GPU')} the {first['policy']} placement makes the MoE layers "
         f"{first['slowdown']:.2f}x as slow as perfect balance "
         f"would (balancedness {first['balancedness_vllm']:.2f} by vLLM's convention, "
         f"{first['balancedness_sglang']:.2f} by SGLang's; "
@@ -50,7 +50,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         wasted = max(row["colocated"] for name, row in rows.items() if name.startswith("eplb"))
         if wasted:
             said.append(
-                f"EPLB puts up to {counted(wasted, 'replica')} beside another of the same "
+                f"EPLB puts up to {plural(wasted, 'replica')} beside another of the same "
                 f"expert; local-search {searched['colocated']:,}."
             )
     if settings["counts_only"]:
@@ -116,7 +116,7 @@ def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list
         f"Fitted on the first {100 * settings['fit_share']:.3g}%, {policy} has max/mean "
         f"{row['fit_max_over_mean']:.3f} there and "
         f"{1 / row['balancedness_sglang']:.3f} on the rest; by window of "
-        f"{counted(settings['window'], 'token')} {fit.mean():.3f} while fitted, "
+        f"{plural(settings['window'], 'token')} {fit.mean():.3f} while fitted, "
         f"{judged.iloc[0]:.3f} right after, {judged.iloc[-1]:.3f} at the end."
     ]
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 
 from moe_inspect.errors import MoeInspectError, writing
-from moe_inspect.text import first_line, say
+from moe_inspect.text import first_line, print_stderr
 
 LOCK = ".lock"
 PATIENCE_S = 0.5  # a process that only checks whether a trace is locked holds the lock for less
@@ -129,7 +129,7 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
         try:
             got = _flock(file, exclusive)
             if got is None:
-                say(
+                print_stderr(
                     f"warning: the file system of {root} has no locks: make sure that nothing "
                     "else writes there"
                 )
