@@ -26,146 +26,137 @@ TARGETS = {
 }
 SHAPES = ((8, 2), (60, 4), (64, 8), (256, 8), (512, 10))  # E, k
 BLOCKS = (256, 512, 1024)  # every value of kernels.slots_a_program
-NUMBERS = ("T", "E", "H", "blocks", "lane", "base", "page_values", "pages")
-ALIGNED = (
-    "base",
-    "page_values",
-    "H",
-)  # multiples of 16 by construction (H: in the models there are)
+PAGE_ROWS = 4096
+NUMBERS = ("T", "E", "H", "blocks", "lane", "base", "page_values", "ring_rows")
+# multiples of 16 by construction (H: in the models there are)
+ALIGNED = ("base", "page_values", "ring_rows", "H")
+WIDE = ("cursor", "dropped", "limit", "ids")  # int64; what is not named here is int32
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+def tape_types(ids: str | None, weights: str | None) -> kernels.TapeArguments:
+    """The types of a tape's fields; P, and what is None, are constants."""
+    fields = {name: type_of(name) for name in kernels.TapeArguments._fields}
+    given = {"ids": ids or "constexpr", "weights": weights or "constexpr", "P": "constexpr"}
+    return kernels.TapeArguments(**{**fields, **given})
+
+
+def type_of(name: str) -> str:
+    return "i32" if name in NUMBERS else "*i64" if name in WIDE else "*i32"
+
+
+NO_TAPE = kernels.TapeArguments(*("constexpr",) * len(kernels.TapeArguments._fields))
+
+
+def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], dict[str, int]]]:
     """(name, kernel, types, constants, options) of everything that is launched."""
+    block, one = {"BLOCK": kernels.RECORD_BLOCK}, {"BLOCK": kernels.ONE_LAUNCH}
+    chunk, ranking = {"CHUNK": kernels.CHUNK}, kernels.RANKING
     for E, K in SHAPES:
+        shape = {"K": K, "BINS": max(16, triton.next_power_of_2(E))}
         ids = "*u8" if E < 256 else "*i16"
+        off = {"tape": NO_TAPE}
         for weight in ("fp16", "bf16"):
-            types = {
-                "ids": "*i64",
-                "weights": "*fp32" if weight == "fp16" else "*bf16",
-                "tape_ids": ids,
-                "tape_weights": "*" + weight,
-            }
-            tape = {"P": 4096, "MARK": 255 if E < 256 else -1, "IDS": True, "WEIGHTS": True}
-            shape = {"K": K, "BINS": max(16, triton.next_power_of_2(E))}
-            block, chunk = {"BLOCK": kernels.RECORD_BLOCK}, {"CHUNK": kernels.CHUNK}
-            one, ranking = {"BLOCK": kernels.ONE_LAUNCH}, kernels.RANKING
+            weights = {"weights": "*fp32" if weight == "fp16" else "*bf16"}
+            taped = {**weights, "tape": tape_types(ids, "*" + weight)}
             name = f"E{E} k{K} {weight}"
             yield (
                 f"record {name}",
                 kernels._record_kernel,
-                types,
-                {**tape, **block, "K": K, "ALONE": False},
+                taped,
+                {**block, "K": K, "ALONE": False},
                 kernels.REGISTERS,
             )
             yield (
                 f"dispatch 1/1 {name}",
                 kernels._one_kernel,
-                types,
-                {**shape, **tape, **one, **chunk},
+                taped,
+                {**shape, **one, **chunk},
                 ranking,
             )
             for size in BLOCKS:
-                warps = {"num_warps": kernels.recording_warps(size)}
                 yield (
                     f"dispatch 1/2 {name} block {size}",
                     kernels._count_kernel,
-                    types,
-                    {**shape, **tape, "BLOCK": size},
-                    warps,
+                    taped,
+                    {**shape, "BLOCK": size},
+                    {"num_warps": kernels.recording_warps(size)},
                 )
-            grouped = {"GROUPED": True, "ROUND": weight == "bf16", "COLUMNS": 1024}
             y = {"y": "*bf16", "out": "*bf16"}
-            off = {"P": 16, "MARK": 0, "IDS": False, "WEIGHTS": False}
-            yield (
-                f"combine {name}",
-                kernels._combine_kernel,
-                {**types, **y},
-                {**off, **block, **grouped, "K": K},
-                {},
-            )
-            few = {**grouped, "GROUPED": False}
+            combine = {**block, "ROUND": weight == "bf16", "COLUMNS": 1024, "K": K}
+            yield f"combine {name}", kernels._combine_kernel, {**weights, **off, **y}, combine, {}
             yield (
                 f"combine + record {name}",
                 kernels._combine_kernel,
-                {**types, **y},
-                {**tape, **block, **few, "K": K},
+                {**taped, **y},
+                {**combine, "inverse": None, "offsets": None},
                 {},
             )
         name, rows = f"E{E} k{K}", {"ROWS": max(1, min(64, 4096 // shape["BINS"]))}
         yield (
             f"record alone {name}",
             kernels._record_kernel,
-            types,
-            {**tape, **block, "K": K, "ALONE": True},
+            taped,
+            {**block, "K": K, "ALONE": True},
             kernels.REGISTERS,
         )
+        unweighted = {"weights": None}
         yield (
             f"dispatch 1/1 off {name}",
             kernels._one_kernel,
-            types,
-            {**shape, **off, **one, **chunk},
+            off,
+            {**shape, **one, **chunk, **unweighted},
             ranking,
         )
         yield (
             f"dispatch 1/2 off {name}",
             kernels._count_kernel,
-            types,
-            {**shape, **off, **block},
+            off,
+            {**shape, **block, **unweighted},
             {},
         )
         for scanned in (False, True):
             for size in BLOCKS:
-                constants = {
-                    **shape,
-                    **chunk,
-                    **rows,
-                    "BLOCK": size,
-                    "SCANNED": scanned,
-                    "ADVANCE": True,
-                }
                 yield (
                     f"dispatch {'3/3' if scanned else '2/2'} {name} block {size}",
                     kernels._scatter_kernel,
-                    types,
-                    constants,
+                    taped,
+                    {**shape, **chunk, **rows, "BLOCK": size, "SCANNED": scanned},
                     ranking,
                 )
-        yield f"dispatch 2/3 {name}", kernels._scan_kernel, types, {"ROWS": 64, "COLUMNS": 16}, {}
-    logits = {"weights": "*fp32", "tape_weights": "*fp16"}
-    off = {"P": 4096, "MARK": 0, "IDS": False, "WEIGHTS": True, "ALONE": False}
+        yield f"dispatch 2/3 {name}", kernels._scan_kernel, {}, {"ROWS": 64, "COLUMNS": 16}, {}
+    logits = tape_types(None, "*fp16")
     yield (
         "record logits E64",
         kernels._record_kernel,
-        logits,
-        {**off, "K": 64, "BLOCK": kernels.RECORD_BLOCK},
+        {"weights": "*fp32", "tape": logits},
+        {**block, "K": 64, "ALONE": False, "ids": None},
         kernels.REGISTERS,
     )
-    yield "advance", kernels._advance_kernel, {}, {}, {"num_warps": 1}
+    yield "advance", kernels._advance_kernel, {"tape": logits}, {}, {"num_warps": 1}
 
 
 def compiled(
     kernel: Any,
-    types: dict[str, str],
+    types: dict[str, Any],
     constants: dict[str, Any],
     target: GPUTarget,
     options: dict[str, int],
 ) -> Any:
-    def type_of(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in NUMBERS:
-            return "i32"
-        return types.get(
-            name, "*i64" if name in ("cursor", "dropped", "limit", "ids", "weights") else "*i32"
-        )
-
-    signature = {name: type_of(name) for name in kernel.arg_names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in ALIGNED
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    """`kernel` for one GPU. `types`: of its arguments, of a tape a tuple; `constants`: by name."""
+    signature: dict[str, Any] = {}
+    attributes = {}
+    values: dict[Any, Any] = dict(constants)
+    for i, name in enumerate(kernel.arg_names):
+        kind = "constexpr" if name in constants else types.get(name, type_of(name))
+        signature[name] = kind
+        fields = zip(kind._fields, kind, strict=True) if name == "tape" else ((name, kind),)
+        for n, (field, of) in enumerate(fields):
+            path = (i, n) if name == "tape" else (i,)
+            if of.startswith("*") or (field in ALIGNED and of != "constexpr"):
+                attributes[path] = [["tt.divisibility", 16]]
+            if name == "tape" and of == "constexpr":
+                values[path] = PAGE_ROWS if field == "P" and kind is not NO_TAPE else None
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     return triton.compile(
         source, target=target, options={"num_warps": 4, "enable_fp_fusion": False, **options}
     )

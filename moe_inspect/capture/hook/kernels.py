@@ -16,6 +16,7 @@ from __future__ import annotations
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,27 @@ def recording_warps(block: int) -> int:
     return max(1, block // 256)
 
 
+class TapeArguments(NamedTuple):
+    """A tape as the kernels see it, one argument; a field that is None is known to be so when a
+    kernel is compiled. Triton compiles a variant per divisibility by 16 of each number in a tuple:
+    these always are divisible. The lane is not, and is an argument of its own, for which that can
+    be turned off."""
+
+    ids: Any
+    weights: Any
+    cursor: Any
+    dropped: Any
+    limit: Any
+    enabled: Any
+    base: Any
+    page_values: Any
+    ring_rows: Any  # P · pages
+    P: Any  # a constant of the compiled kernel
+
+
+NO_TAPE = TapeArguments(*(None,) * 10)
+
+
 @dataclass(frozen=True, eq=False)
 class Tape:
     """Where the decisions of one router are written: its part of a ring's pages, and the state on
@@ -74,6 +96,22 @@ class Tape:
     def mark(self) -> int:
         """The id of a slot that routed nowhere: a sentinel, a skip expert."""
         return nowhere(self.ids) if self.ids is not None else 0
+
+    @cached_property
+    def arguments(self) -> TapeArguments:
+        """The one argument that the kernels take for this tape, made once."""
+        return TapeArguments(
+            self.ids,
+            self.weights,
+            self.cursor,
+            self.dropped,
+            self.limit,
+            self.enabled,
+            self.base,
+            self.page_values,
+            self.P * self.pages,
+            tl.constexpr(self.P),
+        )
 
     def part(self, tensor: Tensor, page: int) -> Tensor:
         """This router's [P, K] of page `page` of `tensor`."""
@@ -163,85 +201,66 @@ if triton is not None:
         return tl.where(somewhere, raw, 0).to(tl.int32), somewhere
 
     @triton.jit
-    def _room(at, limit, enabled, T):
-        return tl.minimum(tl.maximum(tl.load(limit) - at, 0), T).to(tl.int32) * tl.load(enabled)
+    def _room(tape, at, T):
+        """How many of T rows at position `at` are written."""
+        room = tl.minimum(tl.maximum(tl.load(tape.limit) - at, 0), T)
+        return room.to(tl.int32) * tl.load(tape.enabled)
 
     @triton.jit
-    def _write(
-        i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
-        K: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
-    ):  # fmt: skip
+    def _write(tape, lane, i, expert, somewhere, weights, T, K: tl.constexpr):
         """Slots `i` of this call onto the tape. The row's offset times K plus the slot is what axis
         analysis can see through: K values in a row become one vector store."""
-        at = tl.load(cursor + lane)
-        inside = i < _room(at, limit, enabled, T) * K
-        row = (at % (P * pages)).to(tl.int32) + i // K
-        page = row // P  # what fits passes the ring's end at most once
-        offset = (
-            tl.where(page < pages, page, page - pages) * page_values + base + row % P * K + i % K
-        )
-        if IDS:
-            value = tl.where(somewhere, expert, MARK)
-            tl.store(tape_ids + offset, value.to(tape_ids.dtype.element_ty), mask=inside)
-        if WEIGHTS:
+        at = tl.load(tape.cursor + lane)
+        inside = i < _room(tape, at, T) * K
+        row = (at % tape.ring_rows).to(tl.int32) + i // K
+        # the rows that fit pass the ring's end at most once
+        row = tl.where(row < tape.ring_rows, row, row - tape.ring_rows)
+        offset = row // tape.P * tape.page_values + tape.base + row % tape.P * K + i % K
+        if tape.ids is not None:
+            value = tl.where(somewhere, expert, -1)  # 255 in an unsigned byte
+            tl.store(tape.ids + offset, value.to(tape.ids.dtype.element_ty), mask=inside)
+        if tape.weights is not None:
             weight = tl.load(weights + i, mask=inside, other=0.0)
-            tl.store(tape_weights + offset, weight.to(tape_weights.dtype.element_ty), mask=inside)
+            tl.store(tape.weights + offset, weight.to(tape.weights.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _advance(T, cursor, dropped, limit, enabled, lane):
+    def _advance(tape, lane, T):
         """One program, after every other has read the cursor."""
-        at = tl.load(cursor + lane)
-        on = tl.load(enabled)
-        tl.store(cursor + lane, at + T * on)
-        tl.store(dropped + lane, tl.load(dropped + lane) + T * on - _room(at, limit, enabled, T))
+        at = tl.load(tape.cursor + lane)
+        on = tl.load(tape.enabled)
+        dropped = tl.load(tape.dropped + lane)
+        tl.store(tape.cursor + lane, at + T * on)
+        tl.store(tape.dropped + lane, dropped + T * on - _room(tape, at, T))
 
-    @triton.jit(do_not_specialize=["T", "lane", "pages"])
+    @triton.jit(do_not_specialize=["T", "lane"])
     def _record_kernel(
-        ids, weights, T, E, tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values, pages,
-        K: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
-        ALONE: tl.constexpr, BLOCK: tl.constexpr,
+        ids, weights, T, E, tape, lane, K: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = i < T * K
         expert, somewhere = tl.zeros([BLOCK], tl.int32), inside
-        if IDS:
+        if tape.ids is not None:
             expert, somewhere = _experts(ids, i, inside, E)
-        _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
-               K, P, MARK, IDS, WEIGHTS)  # fmt: skip
+        _write(tape, lane, i, expert, somewhere, weights, T, K)
         if ALONE:
             tl.debug_barrier()
-            _advance(T, cursor, dropped, limit, enabled, lane)
+            _advance(tape, lane, T)
 
     @triton.jit(do_not_specialize=["T", "lane"])
-    def _advance_kernel(T, cursor, dropped, limit, enabled, lane):
-        _advance(T, cursor, dropped, limit, enabled, lane)
+    def _advance_kernel(T, tape, lane):
+        _advance(tape, lane, T)
 
-    def _where_to(
-        tape: Tape | None, ids_TK: Tensor | None, weights_TK: Tensor | None, anything: Tensor
-    ) -> tuple[tuple, tuple, dict]:
-        """What the kernels are told of a tape: tensors and numbers, those of the advance, and
-        constants. Without one, `anything` stands where a tensor must."""
+    def _tape_arguments(
+        tape: Tape | None, ids_TK: Tensor | None, weights_TK: Tensor | None
+    ) -> tuple[TapeArguments, int]:
+        """What the kernels take for the tape, and its lane. What the tape holds must be given."""
         if tape is None:
-            return (
-                (anything,) * 6 + (0, 0, 0, 1),
-                (),
-                {"P": 16, "MARK": 0, "IDS": False, "WEIGHTS": False},
-            )
+            return NO_TAPE, 0
         fed = ids_TK if ids_TK is not None else weights_TK
         assert fed.shape[1] == tape.K, f"{fed.shape[1]} values a row on a tape of {tape.K}"
-        state = (tape.cursor, tape.dropped, tape.limit, tape.enabled)
-        pages = tuple(t if t is not None else anything for t in (tape.ids, tape.weights))
-        constants = {
-            "P": tape.P,
-            "MARK": tape.mark,
-            "IDS": tape.ids is not None and ids_TK is not None,
-            "WEIGHTS": tape.weights is not None and weights_TK is not None,
-        }
-        return (
-            (*pages, *state, tape.lane, tape.base, tape.page_values, tape.pages),
-            (*state, tape.lane),
-            constants,
-        )
+        assert tape.ids is None or ids_TK is not None, "a tape of ids, and no ids"
+        assert tape.weights is None or weights_TK is not None, "a tape of weights, and no weights"
+        return tape.arguments, tape.lane
 
     def record_triton(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
         """One launch for up to RECORD_BLOCK slots, else two: the cursor may only move when every
@@ -250,25 +269,15 @@ if triton is not None:
         T, K = fed.shape
         if T == 0:
             return
-        ids, weights = (
-            t.contiguous() if t is not None else tape.cursor for t in (ids_TK, weights_TK)
-        )
-        place, state, constants = _where_to(tape, ids_TK, weights_TK, tape.cursor)
+        ids, weights = (t.contiguous() if t is not None else None for t in (ids_TK, weights_TK))
+        arguments = _tape_arguments(tape, ids_TK, weights_TK)
         blocks = triton.cdiv(T * K, RECORD_BLOCK)
         _record_kernel[(blocks,)](
-            ids,
-            weights,
-            T,
-            tape.experts,
-            *place,
-            K=K,
-            **constants,
-            ALONE=blocks == 1,
-            BLOCK=RECORD_BLOCK,
-            **REGISTERS,
-        )
+            ids, weights, T, tape.experts, *arguments,
+            K=K, ALONE=blocks == 1, BLOCK=RECORD_BLOCK, **REGISTERS,
+        )  # fmt: skip
         if blocks > 1:
-            _advance_kernel[(1,)](T, *state, num_warps=1)
+            _advance_kernel[(1,)](T, *arguments, num_warps=1)
 
 
 # --- dispatch: groups the slots by expert and, with a tape, records them in the same launches
@@ -347,57 +356,39 @@ if triton is not None:
             base_E += tl.histogram(expert, BINS, mask=somewhere)
             nowhere += tl.sum((inside & (somewhere == 0)).to(tl.int32), 0)
 
-    @triton.jit(do_not_specialize=["T", "lane", "pages"])
+    @triton.jit(do_not_specialize=["T", "lane"])
     def _one_kernel(
-        ids, weights, T, E, counts, offsets, permutation, inverse, token,
-        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values, pages,
-        K: tl.constexpr, BINS: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr,
-        IDS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+        ids, weights, T, E, counts, offsets, permutation, inverse, token, tape, lane,
+        K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
         """The whole dispatch by one program."""
         i = tl.arange(0, BLOCK)
         expert, somewhere = _experts(ids, i, i < T * K, E)
-        if IDS:
-            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
-                   K, P, MARK, IDS, WEIGHTS)  # fmt: skip
+        if tape.cursor is not None:
+            _write(tape, lane, i, expert, somewhere, weights, T, K)
         count_E = tl.histogram(expert, BINS, mask=somewhere)
         e = tl.arange(0, BINS)
         end_E = tl.cumsum(count_E, 0)
         tl.store(counts + e, count_E, mask=e < E)
         tl.store(offsets + 1 + e, end_E, mask=e < E)
         tl.store(offsets, 0)
-        _place(
-            ids,
-            permutation,
-            inverse,
-            token,
-            end_E - count_E,
-            tl.sum(count_E, 0),
-            0,
-            T * K,
-            E,
-            K,
-            BINS,
-            CHUNK,
-        )
-        if IDS:
+        _place(ids, permutation, inverse, token, end_E - count_E, tl.sum(count_E, 0), 0, T * K,
+               E, K, BINS, CHUNK)  # fmt: skip
+        if tape.cursor is not None:
             tl.debug_barrier()
-            _advance(T, cursor, dropped, limit, enabled, lane)
+            _advance(tape, lane, T)
 
-    @triton.jit(do_not_specialize=["T", "lane", "pages"])
+    @triton.jit(do_not_specialize=["T", "lane"])
     def _count_kernel(
-        ids, weights, T, E, partial,
-        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values, pages,
-        K: tl.constexpr, BINS: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr,
-        IDS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+        ids, weights, T, E, partial, tape, lane,
+        K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """First launch: partial[block, E] and the record."""
         block = tl.program_id(0)
         i = block * BLOCK + tl.arange(0, BLOCK)
         expert, somewhere = _experts(ids, i, i < T * K, E)
-        if IDS:
-            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
-                   K, P, MARK, IDS, WEIGHTS)  # fmt: skip
+        if tape.cursor is not None:
+            _write(tape, lane, i, expert, somewhere, weights, T, K)
         e = tl.arange(0, BINS)
         tl.store(partial + block * E + e, tl.histogram(expert, BINS, mask=somewhere), mask=e < E)
 
@@ -418,8 +409,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane", "blocks"])
     def _scatter_kernel(
-        ids, T, E, blocks, partial, counts, offsets, permutation, inverse, token, cursor, dropped, limit, enabled, lane,
-        K: tl.constexpr, BINS: tl.constexpr, SCANNED: tl.constexpr, ADVANCE: tl.constexpr,
+        ids, T, E, blocks, partial, counts, offsets, permutation, inverse, token, tape, lane,
+        K: tl.constexpr, BINS: tl.constexpr, SCANNED: tl.constexpr,
         BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
         """Last launch: each program's slots behind those of the programs before it."""
@@ -447,8 +438,8 @@ if triton is not None:
             tl.store(offsets, 0)
             if not SCANNED:
                 tl.store(counts + e, count_E, mask=e < E)
-            if ADVANCE:
-                _advance(T, cursor, dropped, limit, enabled, lane)
+            if tape.cursor is not None:
+                _advance(tape, lane, T)
 
     def dispatch_triton(
         ids_TK: Tensor,
@@ -468,9 +459,9 @@ if triton is not None:
             out.offsets.zero_()
             return out
         ids = ids_TK.contiguous()
-        weights = weights_TK.contiguous() if weights_TK is not None else ids
-        place, state, constants = _where_to(tape, ids_TK, weights_TK, ids)
-        constants |= {"K": K, "BINS": max(16, triton.next_power_of_2(experts))}
+        weights = weights_TK.contiguous() if weights_TK is not None else None
+        arguments = _tape_arguments(tape, ids_TK, weights_TK)
+        BINS = max(16, triton.next_power_of_2(experts))
         block = block or slots_a_program(S)
         blocks = triton.cdiv(S, block)
         if launches is None:
@@ -478,30 +469,23 @@ if triton is not None:
         if launches == 1:
             assert S <= ONE_LAUNCH
             _one_kernel[(1,)](
-                ids, weights, T, experts, *out, *place, **constants, BLOCK=ONE_LAUNCH, CHUNK=CHUNK, **RANKING,
+                ids, weights, T, experts, *out, *arguments,
+                K=K, BINS=BINS, BLOCK=ONE_LAUNCH, CHUNK=CHUNK, **RANKING,
             )  # fmt: skip
             return out
         partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
         _count_kernel[(blocks,)](
-            ids,
-            weights,
-            T,
-            experts,
-            partial,
-            *place,
-            **constants,
-            BLOCK=block,
-            num_warps=recording_warps(block),
-        )
+            ids, weights, T, experts, partial, *arguments,
+            K=K, BINS=BINS, BLOCK=block, num_warps=recording_warps(block),
+        )  # fmt: skip
         if launches == 3:
             _scan_kernel[(triton.cdiv(experts, 16),)](
                 partial, out.counts, blocks, experts, ROWS=64, COLUMNS=16
             )
         _scatter_kernel[(blocks,)](
-            ids, T, experts, blocks, partial, *out, *(state or (*place[2:6], 0)),
-            K=K, BINS=constants["BINS"], SCANNED=launches == 3, ADVANCE=tape is not None,
-            BLOCK=block, ROWS=max(1, min(64, 4096 // constants["BINS"])), CHUNK=CHUNK,
-            **RANKING,
+            ids, T, experts, blocks, partial, *out, *arguments,
+            K=K, BINS=BINS, SCANNED=launches == 3, BLOCK=block,
+            ROWS=max(1, min(64, 4096 // BINS)), CHUNK=CHUNK, **RANKING,
         )  # fmt: skip
         return out
 
@@ -526,15 +510,13 @@ def combine_torch(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) ->
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["T", "lane", "pages"])
+    @triton.jit(do_not_specialize=["T", "lane"])
     def _combine_kernel(
-        y, ids, weights, inverse, offsets, out, T, E, H,
-        tape_ids, tape_weights, cursor, dropped, limit, enabled, lane, base, page_values, pages,
-        K: tl.constexpr, P: tl.constexpr, MARK: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
-        GROUPED: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+        y, ids, weights, inverse, offsets, out, T, E, H, tape, lane,
+        K: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """A token's row, a part of its columns, a program. The very first program also records the
-        whole call (`IDS`)."""
+        """A program sums some columns of one token. `inverse` and `offsets` None: y is in slot
+        order. The very first program also records the whole call, where there is a tape."""
         t = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = h < H
@@ -542,7 +524,7 @@ if triton is not None:
         for k in tl.static_range(K):
             place = t * K + k
             end = T * K
-            if GROUPED:
+            if inverse is not None:
                 place = tl.load(inverse + place).to(tl.int64)
                 end = tl.load(offsets + E)  # rows beyond belong to no expert: nobody wrote them
             row = tl.load(y + place * H + h, mask=h < tl.where(place < end, H, 0), other=0.0)
@@ -553,13 +535,12 @@ if triton is not None:
         if ROUND:
             sum_H = sum_H.to(y.dtype.element_ty).to(tl.float32)
         tl.store(out + t * H + h, sum_H.to(out.dtype.element_ty), mask=inside)
-        if IDS and (tl.program_id(0) + tl.program_id(1) == 0):
+        if tape.cursor is not None and (tl.program_id(0) + tl.program_id(1) == 0):
             i = tl.arange(0, BLOCK)
             expert, somewhere = _experts(ids, i, i < T * K, E)
-            _write(i, expert, somewhere, weights, T, tape_ids, tape_weights, cursor, limit, enabled, lane, base, page_values, pages,
-                   K, P, MARK, IDS, WEIGHTS)  # fmt: skip
+            _write(tape, lane, i, expert, somewhere, weights, T, K)
             tl.debug_barrier()
-            _advance(T, cursor, dropped, limit, enabled, lane)
+            _advance(tape, lane, T)
 
     def combine_triton(
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
@@ -575,14 +556,14 @@ if triton is not None:
         out = torch.empty((T, H), dtype=dtype, device=y_SH.device)
         if T == 0:
             return out
-        place, _, constants = _where_to(tape, ids_TK, weights_TK, ids_TK)
         inverse, offsets = (
-            (grouped.inverse, grouped.offsets) if grouped is not None else (ids_TK, ids_TK)
+            (grouped.inverse, grouped.offsets) if grouped is not None else (None,) * 2
         )
         _combine_kernel[(T, triton.cdiv(H, 1024))](
-            y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous(), inverse, offsets, out, T, experts, H, *place,
-            K=K, **constants, GROUPED=grouped is not None, ROUND=torch.promote_types(y_SH.dtype, weights_TK.dtype).itemsize == 2,
+            y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous(), inverse, offsets,
+            out, T, experts, H, *_tape_arguments(tape, ids_TK, weights_TK),
             # as stock: product, rounding, sum
+            K=K, ROUND=torch.promote_types(y_SH.dtype, weights_TK.dtype).itemsize == 2,
             COLUMNS=1024, BLOCK=RECORD_BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
         return out
