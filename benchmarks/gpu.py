@@ -483,7 +483,7 @@ def on_tape(tape: Any, room: int, ids_TK: Tensor, weights_TK: Tensor) -> list[Te
         tape.weights.clone(),
         torch.tensor([0, T * on, 0], device=at.device),
     )
-    ids[at] = ids_TK.masked_fill((ids_TK < 0) | (ids_TK >= tape.experts), tape.mark)[:room].to(
+    ids[at] = ids_TK.masked_fill((ids_TK < 0) | (ids_TK >= tape.experts), tape.null_id)[:room].to(
         ids.dtype
     )
     weights[at] = weights_TK[:room].to(weights.dtype)
@@ -614,7 +614,7 @@ def correctness(bench: Bench) -> None:
                 torch.int64,
                 "bfloat16" if bf16 else "float32 as float16",
                 "",
-                strangers=n % 2 == 1,
+                invalid_ids=n % 2 == 1,
             )
             host_ids, host_weights = choice(case)
             ids, weights = host_ids.to(device.type), host_weights.to(device.type)

@@ -1,5 +1,5 @@
-"""Compiles every kernel variant ahead of time for one GPU, which needs no GPU; prints a JSON line
-each. Run as a program: the interpreter must be off."""
+"""Compiles every kernel variant ahead of time for one GPU type, which needs no GPU, and prints one
+JSON line per variant. Run it as a program, without TRITON_INTERPRET."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 SHAPES = ((8, 2), (60, 4), (64, 8), (256, 8), (512, 10))  # E, k
-BLOCKS = (256, 512, 1024)  # every value of kernels.slots_a_program
+BLOCKS = (256, 512, 1024)  # every value of kernels.slots_per_program
 PAGE_ROWS = 4096
 NUMBERS = ("T", "E", "H", "blocks", "lane", "base", "page_values", "ring_rows")
 # multiples of 16 by construction (H: in the models there are)
@@ -79,7 +79,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], dict[
                     kernels._count_kernel,
                     taped,
                     {**shape, "BLOCK": size},
-                    {"num_warps": kernels.recording_warps(size)},
+                    {"num_warps": kernels.record_warps(size)},
                 )
             y = {"y": "*bf16", "out": "*bf16"}
             combine = {**block, "ROUND": weight == "bf16", "COLUMNS": 1024, "K": K}
@@ -163,8 +163,8 @@ def compiled(
 
 
 def resources(found: Any) -> dict[str, int]:
-    """Registers a thread, and what of them lies in memory: stack and local bytes on NVIDIA, spilled
-    registers on AMD."""
+    """Registers per thread, and what was spilled: stack and local bytes on NVIDIA, registers on
+    AMD."""
     if "cubin" not in found.asm:
         asm = found.asm["amdgcn"]
         registers, spills = (
@@ -176,11 +176,11 @@ def resources(found: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
         file.flush()
-        said = subprocess.run(
+        output = subprocess.run(
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack, local = (
-        int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "LOCAL")
+        int(re.search(rf"{name}:(\d+)", output)[1]) for name in ("REG", "STACK", "LOCAL")
     )
     return {"registers": registers, "stack": stack, "spills": local}
 

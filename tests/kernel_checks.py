@@ -1,5 +1,5 @@
-"""What the kernels must do, said a second time in numpy and without them; and the cases it is asked
-in. `kernels` is the module under test, an argument: the mutation tests hand over broken ones."""
+"""NumPy reference checks of the kernels, and the cases they are run on. The module under test,
+`kernels`, is an argument, so that the mutation tests can pass a broken one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 POISON = 77
-LANES = 3  # routers that share the tape's ring; the second is under test
+LANES = 3  # routers of the tape's ring; the second is tested
 
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "E": (4, 8, 16, 60, 64, 72, 128, 160, 256, 384, 512),
@@ -31,7 +31,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
         "disabled",
         "none",
     ),
-    "strangers": (False, True),  # ids of no expert
+    "invalid_ids": (False, True),  # ids of no expert
 }
 
 
@@ -45,7 +45,7 @@ class Case:
     ids: torch.dtype
     weights: str
     tape: str
-    strangers: bool
+    invalid_ids: bool
 
     def __str__(self) -> str:
         parts = (f"E{self.E}", f"k{self.K}", f"T{self.T}", self.skew, self.launches, self.weights)
@@ -61,8 +61,8 @@ def is_possible(given: dict[str, Any]) -> bool:
 
 
 def pairwise() -> list[Case]:
-    """Cases in which every two values of every two dimensions meet (where they can): greedy, each
-    case as many new pairs as the best of some random ones."""
+    """Cases that contain every possible pair of values of every two dimensions. Greedy: each case
+    is the one with the most new pairs among some random ones."""
     rng = np.random.default_rng(0)
     names = list(DIMENSIONS)
     missing = {
@@ -76,7 +76,7 @@ def pairwise() -> list[Case]:
     while missing:
         wanted = dict(
             min(missing, key=lambda pair: sorted(map(str, pair)))
-        )  # the same in every process: a set has no order
+        )  # sets are unordered: sort to get the same in every process
         best: dict[str, Any] = {}
         gain = -1
         for _ in range(60):
@@ -103,7 +103,7 @@ def choice(case: Case, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | None
     elif case.skew == "one-hot":
         scores[:, : case.K] += 2
     ids = scores.topk(case.K, dim=1).indices.to(case.ids)
-    if case.strangers:
+    if case.invalid_ids:
         at = torch.rand(case.T, case.K, generator=generator)
         ids[at < 0.1], ids[at > 0.95] = case.E, -1
     if case.weights == "none":
@@ -117,7 +117,7 @@ def choice(case: Case, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | None
 
 
 def tape_for(kernels: ModuleType, case: Case) -> Any:
-    """A poisoned tape, with one value more than it needs past the end."""
+    """A tape filled with POISON, one value longer than needed, to detect a write past the end."""
     if case.tape == "none":
         return None
     P = 256
@@ -150,8 +150,7 @@ def tape_for(kernels: ModuleType, case: Case) -> Any:
 def check_tape(
     case: Case, tape: Any, ids_TK: torch.Tensor, weights_TK: torch.Tensor | None
 ) -> None:
-    """The tape holds the decisions at their positions, and what was poison elsewhere is poison
-    still."""
+    """The tape holds the decisions at their positions, and is unchanged everywhere else."""
     start = int(tape_for(_Plain, case).cursor[1])
     enabled = case.tape != "disabled"
     room = max(0, min(case.T, int(tape.limit) - start)) if enabled else 0
@@ -173,7 +172,7 @@ def check_tape(
 
 
 class _Plain:
-    """Stands for the module where only the numbers of a tape are wanted."""
+    """In place of the module where only the cursor of a new tape is needed."""
 
     @staticmethod
     def Tape(ids: Any, weights: Any, cursor: torch.Tensor, *rest: Any, **named: Any) -> Any:
@@ -205,17 +204,17 @@ def check_grouping(case: Case, found: Any, ids_TK: torch.Tensor) -> None:
 def check_dispatch(kernels: ModuleType, case: Case, twin: bool) -> None:
     ids, weights = choice(case)
     tape = tape_for(kernels, case)
-    whole = kernels.empty_dispatch
+    empty_dispatch = kernels.empty_dispatch
     kernels.empty_dispatch = lambda *a: kernels.Dispatch(
-        *(t.fill_(POISON * 1000) for t in whole(*a))
-    )  # what is not written shows
+        *(t.fill_(POISON * 1000) for t in empty_dispatch(*a))
+    )  # makes what is not written visible
     try:
         if twin:
             found = kernels.dispatch_torch(ids, weights, case.E, tape)
         else:
             found = kernels.dispatch_triton(ids, weights, case.E, tape, launches=case.launches)
     finally:
-        kernels.empty_dispatch = whole
+        kernels.empty_dispatch = empty_dispatch
     check_grouping(case, found, ids)
     if tape is not None:
         check_tape(case, tape, ids, weights)
@@ -230,8 +229,8 @@ def check_record(kernels: ModuleType, case: Case, twin: bool) -> None:
 
 
 def check_combine(kernels: ModuleType, case: Case, twin: bool) -> None:
-    """Against float64, and the twin against stock's steps to the bit. Rows that belong to no expert
-    hold NaN."""
+    """Against float64; the torch implementation bit-identical to transformers' steps. Rows without
+    an expert hold NaN."""
     ids, weights = choice(case)
     if weights is None or case.T == 0 or case.T * case.K > 1100:
         return
@@ -241,8 +240,8 @@ def check_combine(kernels: ModuleType, case: Case, twin: bool) -> None:
     grouped = kernels.dispatch_torch(ids, None, case.E)
     if twin:
         sorted_weights = weights.reshape(-1)[grouped.permutation.long()].unsqueeze(-1)
-        stock = (y_SH * sorted_weights)[grouped.inverse.long()].view(case.T, case.K, H).sum(1)
-        assert torch.equal(kernels.combine_torch(y_SH, weights, grouped.inverse), stock)
+        reference = (y_SH * sorted_weights)[grouped.inverse.long()].view(case.T, case.K, H).sum(1)
+        assert torch.equal(kernels.combine_torch(y_SH, weights, grouped.inverse), reference)
         return
     y_SH[int(grouped.offsets[-1]) :] = float("nan")
     got = kernels.combine_triton(y_SH, ids, weights, grouped, torch.float32, case.E)
@@ -263,8 +262,8 @@ def check_combine(kernels: ModuleType, case: Case, twin: bool) -> None:
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
-    """Maximum and root mean square of the error, to that of the values: rounded once or twice in
-    `dtype`, not wrong."""
+    """Asserts that the maximum and root mean square error, relative to the values' root mean
+    square, are within a few roundings in `dtype`."""
     error, scale = got.double() - want, want.square().mean().sqrt()
     unit = torch.finfo(dtype).eps
     assert error.isfinite().all()
@@ -278,12 +277,12 @@ CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_c
 
 
 def small_cases() -> Iterator[Case]:
-    """A few cases that between them see every mutation, quickly."""
+    """A few fast cases that together detect every mutation."""
     base = {
         "skew": "uniform",
         "ids": torch.int64,
         "weights": "float32 as float16",
-        "strangers": True,
+        "invalid_ids": True,
     }
     for launches, (T, E, K) in itertools.product(
         (1, 2, 3), ((130, 60, 4), (100, 256, 8), (7, 8, 2))

@@ -1,5 +1,5 @@
-"""The kernels in Triton's interpreter and their torch twins, both against numpy; as operators; and
-compiled for real GPUs."""
+"""The kernels in Triton's interpreter and their torch implementations, both against NumPy; as
+custom operators; and compiled ahead of time for GPUs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_kernel_and_twin_are_right(check: Callable[..., None], twin: bool, case:
     check(kernels, case, twin)
 
 
-def test_the_measure_of_error_can_fail() -> None:
+def test_assert_close_can_fail() -> None:
     x = torch.randn(100)
     with pytest.raises(AssertionError):
         assert_close(x + 1e-3, x.double(), torch.float32)
@@ -65,7 +65,7 @@ def test_strided_arguments() -> None:
     assert torch.equal(tapes[0].weights, tapes[1].weights)
 
 
-def test_the_same_to_the_bit_whatever_the_program_size() -> None:
+def test_results_do_not_depend_on_the_program_size() -> None:
     ids, _ = choice(Case(60, 6, 400, "zipf", 2, torch.int64, "none", "none", True))
     first, *others = (
         kernels.dispatch_triton(ids, None, 60, launches=n, block=b)
@@ -76,8 +76,8 @@ def test_the_same_to_the_bit_whatever_the_program_size() -> None:
 
 
 def test_program_sizes() -> None:
-    assert {kernels.slots_a_program(s) for s in range(0, 2**21, 777)} == {256, 512, 1024}
-    assert kernels.slots_a_program(8192 * 8) == 512
+    assert {kernels.slots_per_program(s) for s in range(0, 2**21, 777)} == {256, 512, 1024}
+    assert kernels.slots_per_program(8192 * 8) == 512
 
 
 # --- as operators
@@ -88,7 +88,7 @@ def arguments(tape: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("on_triton", [False, True], ids=["twin", "kernel"])
-def test_operators_keep_their_word(on_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_pass_opcheck(on_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: on_triton)
     case = Case(60, 4, 20, "uniform", None, torch.int64, "float16", "across pages", True)
     ids, weights = choice(case)
@@ -132,7 +132,7 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
 
 
 def stored(row: dict[str, Any], bits: int) -> bool:
-    """Whether some store to global memory is that wide."""
+    """Whether some store to global memory is `bits` wide."""
     wide = {
         "b16": 16,
         "b32": 32,
@@ -159,8 +159,8 @@ def test_nothing_spills(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", [g for g in TARGETS if g.startswith("sm")])
 def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
-    """Eight ids of a byte in 64 bits (two bytes each above 255 experts: 128), eight weights in 128;
-    four in half of that."""
+    """Eight one-byte ids are stored in 64 bits (from 256 experts on two-byte ids in 128), eight
+    weights in 128; four in half of that."""
     recording = [
         r
         for r in compiled[gpu]
@@ -183,9 +183,9 @@ def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, An
 def test_the_register_table(
     compiled: dict[str, list[dict[str, Any]]], record_property: Callable[[str, str], None]
 ) -> None:
-    """Registers a thread, as every run of the tests prints them."""
+    """Prints the registers per thread of every variant."""
     names = [row["kernel"] for row in compiled["sm_90"]]
-    lines = [f"{'registers a thread':<44}" + "".join(f"{gpu:>8}" for gpu in TARGETS)]
+    lines = [f"{'registers per thread':<44}" + "".join(f"{gpu:>8}" for gpu in TARGETS)]
     for n, name in enumerate(names):
         lines.append(
             f"{name:<44}" + "".join(f"{compiled[gpu][n]['registers']:>8}" for gpu in TARGETS)

@@ -1,4 +1,4 @@
-"""The tests of the kernels and the ring can fail: each mistake of this list, put in on purpose, makes one of their checks do so.
+"""Mutation tests of the kernels and the ring: each of these mistakes makes at least one check fail.
 Those of analysis, writer, reader and importers are in test_mutations_analysis."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KERNELS = {
     "wrong permutation: later slots rank first": ("(j[None, :] < j[:, None])", "(j[None, :] > j[:, None])"),
     "wrong permutation: a slot ranks behind itself": ("(j[None, :] < j[:, None])", "(j[None, :] <= j[:, None])"),
     "wrong permutation: blocks swapped": ("row[:, None] < block, count", "row[:, None] > block, count"),
-    "wrong permutation: chunks forget each other": ("base_E += tl.histogram", "base_E + tl.histogram"),
+    "wrong permutation: chunks ignore each other": ("base_E += tl.histogram", "base_E + tl.histogram"),
     "inverse not written": ("tl.store(inverse + i, place, mask=inside)", "pass"),
     "token of another slot": ("tl.store(token + place, i // K,", "tl.store(token + place, (i + 1) // K,"),
     "dropped last element": ("            inside = i < end\n", "            inside = i < end - 1\n"),
@@ -40,12 +40,12 @@ KERNELS = {
     "disabled it moves on": ("at + T * on", "at + T"),
     "the cursor of another router": ("tl.store(tape.cursor + lane, at", "tl.store(tape.cursor + lane + 1, at"),
     "nothing dropped": ("dropped + T * on - _room", "dropped + 0 * T * on + 0 * _room"),
-    "strangers counted": ("inside & (raw >= 0) & (raw < E)", "inside & (raw >= 0) & (raw < E + 1)"),
-    "strangers lie among the experts": ("tl.gather(base_E, expert, 0), nowhere)", "tl.gather(base_E, expert, 0), nowhere - 1)"),
+    "ids of no expert counted": ("inside & (raw >= 0) & (raw < E)", "inside & (raw >= 0) & (raw < E + 1)"),
+    "slots without an expert lie among the experts": ("tl.gather(base_E, expert, 0), unrouted)", "tl.gather(base_E, expert, 0), unrouted - 1)"),
     "the scan is inclusive": ("tl.cumsum(count, 0) - count, mask", "tl.cumsum(count, 0), mask"),
     "offsets from one": ("tl.store(offsets, 0)\n        _place", "tl.store(offsets, 1)\n        _place"),
     "weights of slot 0": ("tl.load(weights + t * K + k)", "tl.load(weights + t * K)"),
-    "rows nobody wrote are summed": ("tl.where(place < end, H, 0)", "tl.where(place >= 0, H, 0)"),
+    "rows that were not written are summed": ("tl.where(place < end, H, 0)", "tl.where(place >= 0, H, 0)"),
     "twin: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", "tape.part(tape.ids, (page + 1) % tape.pages)"),
     "twin: shifted record": ("page % tape.pages)[row : row + n], ids_TK", "page % tape.pages)[row + 1 : row + n + 1], ids_TK"),
     "twin: wrong weights": ("= weights_TK[done : done + n]", "= weights_TK[:n]"),
@@ -53,9 +53,9 @@ KERNELS = {
     "twin: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
 }  # fmt: skip
 RING = {
-    "a page is free a page too early": (
-        "self.drained = position // self.P\n",
-        "self.drained = position // self.P + 1\n",
+    "a page is released a page too early": (
+        "self.released = position // self.P\n",
+        "self.released = position // self.P + 1\n",
     ),
     "off-by-one page on the host": (
         "tape.part(tensor, page % self.pages)",
@@ -71,7 +71,7 @@ RING = {
         "return (self.pages + 1) * self.P\n",
     ),
     "it fits all that there is": ("return self.capacity - self.P\n", "return self.capacity\n"),
-    "the limit stays": ("self.limit.fill_((self.drained + self.pages) * self.P)", "pass"),
+    "the limit stays": ("self.limit.fill_((self.released + self.pages) * self.P)", "pass"),
 }
 
 
@@ -104,7 +104,7 @@ def run_kernel_checks(module: ModuleType) -> None:
 
 
 def run_ring_checks(module: ModuleType) -> None:
-    """Passes of sizes that fill pages exactly, almost, and not at all; handed over at once and late."""
+    """Passes of sizes that fill pages exactly, almost, and not at all; released immediately and late."""
     for behind in (0, 1, 3):
         test_ring.follow(module, [16, 1, 15, 40, 7, 33, 16, 40, 2, 40, 31] * 3, behind)
     test_ring.follow(module, [40, 23, 40, 40, 17, 40] * 4, 4, drop=True)
@@ -112,7 +112,7 @@ def run_ring_checks(module: ModuleType) -> None:
 
 
 def notices(check: Callable[[ModuleType], None], broken: ModuleType) -> bool:
-    """Whether `check` fails; a kernel that writes where it must not may bring its process down."""
+    """Whether `check` fails, in a process of its own: a kernel's stray write may crash it."""
 
     def run() -> None:
         faulthandler.disable()

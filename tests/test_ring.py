@@ -59,23 +59,23 @@ def follow(
                 np.concatenate(held.rows("weights", r, start, kept)).tolist()
                 == weights.half().tolist()
             )
-        held.handed_over(start + T)
+        held.release(start + T)
 
     for T in sizes:
         while (
             waiting
-            and (len(waiting) > behind or held.room < T)
+            and (len(waiting) > behind or held.free_rows < T)
             and not (drop and len(waiting) <= behind)
         ):
             hand_over()
-        kept = min(T, max(0, held.room))
+        kept = min(T, max(0, held.free_rows))
         assert drop or kept == T
         for r, (K, E) in enumerate(((2, 8), (5, 300))):
             kernels.record_torch(held.tapes[r], *decisions(held.head, T, K, E))
         waiting.append((held.head, T, kept))
         lost += T - kept
         held.end(T)
-        assert held.stand().tolist() == [held.head] * 2
+        assert held.read_cursors().tolist() == [held.head] * 2
     while waiting:
         hand_over()
     assert held.dropped.tolist() == [lost] * 2
@@ -83,7 +83,7 @@ def follow(
 
 def follow_the_largest(module: ModuleType, P: int = 16, rows: int = 40) -> None:
     """Forward passes as large as the ring says that it can hold, wherever in a page they begin."""
-    fits = module.Ring(CPU, [2, 5], [8, 300], torch.float16, rows=rows, page_rows=P).fits
+    fits = module.Ring(CPU, [2, 5], [8, 300], torch.float16, rows=rows, page_rows=P).max_rows
     assert fits >= rows
     for start in range(P):
         follow(module, [start, fits, fits], 0, P, rows)
@@ -117,7 +117,7 @@ class LateStream:
     def pinned(self, like: torch.Tensor) -> torch.Tensor:
         return torch.full_like(like, 77)
 
-    def follow(self) -> None:
+    def pass_launched(self) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -126,7 +126,7 @@ class LateStream:
     def copy(self, page: int, pairs: Any) -> None:
         self.waiting.append((page, pairs))
 
-    def arrived(self, page: int, wait: bool) -> bool:
+    def is_copied(self, page: int, wait: bool) -> bool:
         while self.waiting and (wait or page != self.waiting[0][0]):
             for host, device in self.waiting.pop(0)[1]:
                 host.copy_(device)
@@ -151,13 +151,13 @@ def test_pages_that_leave_late_arrive_right(
         token_batch([1]),
     ]
     tables = []
-    for name, stream in (("late", LateStream), ("at once", lambda device, pages: None)):
+    for name, stream in (("late", LateStream), ("synchronous", lambda device, pages: None)):
         monkeypatch.setattr(ring, "side_stream", stream)
         with moe_inspect.record(model, tmp_path / name) as rec, torch.no_grad():
             for batch in batches:
                 model(**batch)
             assert rec.stacks[""].rings is not None
-            assert rec.stacks[""].rings.synchronous == (name == "at once")
+            assert rec.stacks[""].rings.synchronous == (name == "synchronous")
         tables.append(moe_inspect.open_trace(tmp_path / name).routing())
     assert tables[0].equals(tables[1])
 
@@ -310,7 +310,7 @@ def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: 
     with moe_inspect.record(model, tmp_path / "t", ring_tokens=5000) as rec, torch.no_grad():
         model(**token_batch([9, 5]))
         assert rec.stacks[""].rings is not None
-        fits = rec.stacks[""].rings.fits
+        fits = rec.stacks[""].rings.max_rows
         assert fits >= 5000
         with pytest.raises(
             MoeInspectError,
@@ -492,8 +492,8 @@ def test_a_ring_that_32_bits_cannot_address_is_refused() -> None:
     with pytest.raises(
         MoeInspectError,
         match=(
-            r"900,000 rows a forward pass of 24,576 values each are too many at once: feed at "
-            r"most"
+            r"a forward pass of 900,000 tokens with 24,576 recorded values each is too large to "
+            r"record: pass at most [\d,]+ tokens per forward pass"
         ),
     ):
         ring.Ring(CPU, [8] * 48, [512] * 48, torch.float16, logits=True, rows=900_000)

@@ -28,7 +28,7 @@ class Forward:
 
     def arrived(self, wait: bool) -> bool:
         return all(
-            p.stack.rings is not None and p.stack.rings.arrived(p.start + p.fed.T, wait)
+            p.stack.rings is not None and p.stack.rings.is_on_host(p.start + p.fed.T, wait)
             for p in self.passes
         )
 
@@ -57,14 +57,14 @@ class HandOver:
         rings, T = stack.rings, fed.T
         assert rings is not None
         self.drain()
-        too_large = rings.fits < T
-        while rings.room < T and self._in_flight and (too_large or not self.options.drop):
+        too_large = rings.max_rows < T
+        while rings.free_rows < T and self._in_flight and (too_large or not self.options.drop):
             self.drain(wait=True, most=1)
-        if rings.room < T and too_large:
+        if rings.free_rows < T and too_large:
             if self.rings_fixed:
                 raise MoeInspectError(
-                    f"a forward pass of {T:,} rows is more than the {rings.fits:,} there is room "
-                    f"for on the device: record with ring_tokens={T}"
+                    f"a forward pass of {T:,} rows is more than the {rings.max_rows:,} there is "
+                    f"room for on the device: record with ring_tokens={T}"
                 )
             self.make_rings(stack, T)
             rings = stack.rings
@@ -96,9 +96,9 @@ class HandOver:
                 continue
             if stack.fed is not None:  # the last forward pass failed
                 rings.rewind(stack.dropped_rows)
-            # `dropped` waits for the device, and so for the copy that `stands` began
-            stands, dropped = rings.stands(), rings.dropped()
-            stack.check_seen(0, *rings.seen(stands, rings.head))
+            # `dropped` waits for the device, and so for the copy that `read_cursors` began
+            cursors, dropped = rings.read_cursors(), rings.dropped()
+            stack.check_seen(0, *rings.rows_seen(cursors, rings.head))
             assert all(n == stack.dropped_rows for n in dropped), (
                 f"the device dropped {dropped} rows, the host {stack.dropped_rows}"
             )
@@ -119,7 +119,7 @@ class HandOver:
             self._write(self.writer, forward)
             for done in forward.passes:
                 assert done.stack.rings is not None
-                done.stack.rings.handed_over(done.start + done.fed.T)
+                done.stack.rings.release(done.start + done.fed.T)
             self._in_flight.popleft()
             most = most - 1 if most is not None else None
 

@@ -1,10 +1,10 @@
-"""The Triton kernels that dispatch tokens to experts and record where they went and, beside each,
-its torch twin: the same result to the bit, and what a CPU runs.
+"""The Triton kernels that dispatch tokens to experts and record the routing decisions and, for each,
+an implementation in torch with bit-identical results, which runs on a CPU.
 
 T tokens, K slots, S = T·K, E experts, H hidden; a ring's page holds P rows. Positions count the
-rows a router has seen since its ring was made; row `position` lies in page `position // P % pages`.
-What is written, and where, is decided on the device alone: a CUDA graph may be replayed without a
-line of Python and goes on where the last replay ended.
+rows that a router has seen since its ring was made; row `position` is in page
+`position // P % pages`. What is written, and where, is decided on the device alone: a CUDA graph
+can be replayed without any Python and continues where the last replay ended.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton on this platform: the twins do the work
+except ImportError:  # no Triton on this platform: the torch implementations run
     triton = None
 
 # None of these is measured on a GPU yet: benchmarks/gpu.py sweeps them
-ONE_LAUNCH = 2048  # slots that one program groups alone
-# entries of the table blocks × E that every program of the second launch can afford to sum by
-# itself
+ONE_LAUNCH = 2048  # slots that a single program can group
+# up to so many entries of the table blocks × E, every program of the second launch sums it itself
 TWO_LAUNCHES = 16384
-CHUNK = 64  # slots that are ranked against each other at once
-# told no number of registers, ptxas aims at 64 and puts some bytes of some variants on the stack
+CHUNK = 64  # slots that are ranked against each other in one step
+# without a limit ptxas aims at 64 registers, and some variants spill to the stack
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
-RANKING = {"num_warps": 8, **REGISTERS}  # of programs that rank
-RECORD_BLOCK = 1024  # slots a program
+RANKING = {"num_warps": 8, **REGISTERS}  # launch options of the kernels that rank slots
+RECORD_BLOCK = 1024  # slots per program
 
 
-def slots_a_program(slots: int) -> int:
+def slots_per_program(slots: int) -> int:
     """Enough for some 128 programs, about as many as a large GPU has multiprocessors."""
     return min(1024, max(256, 1 << (max(1, slots // 128) - 1).bit_length()))
 
 
-def recording_warps(block: int) -> int:
-    """8 slots a thread: a decision of k = 8 is then one vector store of ids and one of weights."""
+def record_warps(block: int) -> int:
+    """8 slots per thread: a decision of K = 8 is then one vector store of ids, one of weights."""
     return max(1, block // 256)
 
 
 class TapeArguments(NamedTuple):
-    """A tape as the kernels see it, one argument; a field that is None is known to be so when a
-    kernel is compiled. Triton compiles a variant per divisibility by 16 of each number in a tuple:
-    these always are divisible. The lane is not, and is an argument of its own, for which that can
-    be turned off."""
+    """A tape as one kernel argument. Which fields are None is known at compile time.
+
+    Triton compiles a variant for each combination of numbers in a tuple that are divisible by 16;
+    these always are. The lane is not, and so is an argument of its own, which is not specialized.
+    """
 
     ids: Any
     weights: Any
@@ -73,10 +73,10 @@ NO_TAPE = TapeArguments(*(None,) * 10)
 
 @dataclass(frozen=True, eq=False)
 class Tape:
-    """Where the decisions of one router are written: its part of a ring's pages, and the state on
-    the device that says from which position on (`cursor[lane]`), up to which one (`limit`, moved
-    when a page has been drained: what lies beyond is not written but counted in `dropped[lane]`)
-    and whether at all (`enabled`; if not, the cursor stands still)."""
+    """Where the decisions of one router are written: its part of a ring's pages, and state on the
+    device. The next row is written at position `cursor[lane]`. Rows at or beyond `limit` are not
+    written but counted in `dropped[lane]`. While `enabled` is 0, nothing is written or counted and
+    the cursor does not move."""
 
     ids: Tensor | None  # uint8 (E < 256) or int16, all pages
     weights: Tensor | None  # float16 or bfloat16, all pages
@@ -85,21 +85,21 @@ class Tape:
     limit: Tensor  # int64 [1]
     enabled: Tensor  # int32 [1]
     lane: int
-    K: int  # values a row
+    K: int  # values per row
     experts: int
-    base: int  # where this router's part of a page begins, in values
-    page_values: int  # values a page, of all routers
-    P: int  # rows a page, a power of two of at least 16 (alignment)
+    base: int  # offset of this router's part within a page, in values
+    page_values: int  # values per page, of all routers
+    P: int  # rows per page, a power of two of at least 16 (alignment)
     pages: int
 
     @property
-    def mark(self) -> int:
-        """The id of a slot that routed nowhere: a sentinel, a skip expert."""
-        return nowhere(self.ids) if self.ids is not None else 0
+    def null_id(self) -> int:
+        """What is recorded for an id outside 0…E−1: 255 in uint8, −1 in int16."""
+        return 255 if self.ids is not None and self.ids.dtype == torch.uint8 else -1
 
     @cached_property
     def arguments(self) -> TapeArguments:
-        """The one argument that the kernels take for this tape, made once."""
+        """The tape as the kernels take it, built once."""
         return TapeArguments(
             self.ids,
             self.weights,
@@ -114,14 +114,14 @@ class Tape:
         )
 
     def part(self, tensor: Tensor, page: int) -> Tensor:
-        """This router's [P, K] of page `page` of `tensor`."""
+        """View [P, K] of this router's part of page `page` of `tensor`."""
         start = page * self.page_values + self.base
         return tensor[start : start + self.P * self.K].view(self.P, self.K)
 
 
 class Dispatch(NamedTuple):
-    """The slots grouped by expert, in token order within one; all int32. Slots whose id is no
-    expert's come last, beyond offsets[E], and are in no count."""
+    """The slots grouped by expert, within an expert in token order; all int32. Slots whose id is
+    outside 0…E−1 come last, from place offsets[E] on, and are not counted."""
 
     counts: Tensor  # [E]
     offsets: Tensor  # [E + 1], from 0
@@ -130,27 +130,24 @@ class Dispatch(NamedTuple):
     token: Tensor  # [S]: the token at each place, permutation // K
 
 
-def nowhere(ids: Tensor) -> int:
-    return 255 if ids.dtype == torch.uint8 else -1
-
-
 def runs_triton(tensor: Tensor) -> bool:
     return triton is not None and tensor.is_cuda
 
 
-def _on(tensor: Tensor) -> Any:
-    """Triton launches on the current device, which under a device map may be another."""
+def _device_of(tensor: Tensor) -> Any:
+    """Makes the tensor's device the current one, on which Triton launches."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
 
 
-# --- record: the trace write alone, for routers that are tapped
+# --- record: writes decisions without dispatching
 
 
 def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    """Appends T decisions to the tape: ids (any integer type) in the tape's, those outside 0…E−1 as
-    its mark; weights (any floating-point type) rounded to the tape's. Asynchronous on a GPU."""
+    """Appends T decisions to the tape: ids [T, K] of any integer type, those outside 0…E−1 as
+    `tape.null_id`; weights [T, K] of any floating-point type, rounded to the tape's. What the tape
+    holds must be given, and may be None otherwise. Asynchronous on a GPU."""
     weights_TK = weights_TK.detach() if weights_TK is not None else None
     if torch.compiler.is_compiling():
         torch.ops.moe_inspect.record(ids_TK, weights_TK, *_tensors(tape), _numbers(tape))
@@ -160,7 +157,7 @@ def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None
 
 def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
     if runs_triton(tape.cursor):
-        with _on(tape.cursor):
+        with _device_of(tape.cursor):
             record_triton(tape, ids_TK, weights_TK)
     else:
         record_torch(tape, ids_TK, weights_TK)
@@ -182,7 +179,7 @@ def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -
                 ids_TK[done : done + n],
             )
             written.copy_(ids)
-            written.masked_fill_((ids < 0) | (ids >= tape.experts), tape.mark)
+            written.masked_fill_((ids < 0) | (ids >= tape.experts), tape.null_id)
         if tape.weights is not None and weights_TK is not None:
             tape.part(tape.weights, page % tape.pages)[row : row + n] = weights_TK[done : done + n]
         done += n
@@ -194,11 +191,11 @@ def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -
 if triton is not None:
 
     @triton.jit
-    def _experts(ids, i, inside, E):
-        """The expert of each slot (0 where there is none), and whether there is one."""
+    def _load_experts(ids, i, inside, E):
+        """The expert of each slot (0 where its id is no expert's), and whether it has one."""
         raw = tl.load(ids + i, mask=inside, other=0)
-        somewhere = inside & (raw >= 0) & (raw < E)
-        return tl.where(somewhere, raw, 0).to(tl.int32), somewhere
+        routed = inside & (raw >= 0) & (raw < E)
+        return tl.where(routed, raw, 0).to(tl.int32), routed
 
     @triton.jit
     def _room(tape, at, T):
@@ -207,9 +204,9 @@ if triton is not None:
         return room.to(tl.int32) * tl.load(tape.enabled)
 
     @triton.jit
-    def _write(tape, lane, i, expert, somewhere, weights, T, K: tl.constexpr):
-        """Slots `i` of this call onto the tape. The row's offset times K plus the slot is what axis
-        analysis can see through: K values in a row become one vector store."""
+    def _write(tape, lane, i, expert, routed, weights, T, K: tl.constexpr):
+        """Writes slots `i` of this call to the tape. Triton's axis analysis sees that the K offsets
+        of a row are contiguous only when they are written in this form: one vector store."""
         at = tl.load(tape.cursor + lane)
         inside = i < _room(tape, at, T) * K
         row = (at % tape.ring_rows).to(tl.int32) + i // K
@@ -217,7 +214,7 @@ if triton is not None:
         row = tl.where(row < tape.ring_rows, row, row - tape.ring_rows)
         offset = row // tape.P * tape.page_values + tape.base + row % tape.P * K + i % K
         if tape.ids is not None:
-            value = tl.where(somewhere, expert, -1)  # 255 in an unsigned byte
+            value = tl.where(routed, expert, -1)  # 255 in an unsigned byte
             tl.store(tape.ids + offset, value.to(tape.ids.dtype.element_ty), mask=inside)
         if tape.weights is not None:
             weight = tl.load(weights + i, mask=inside, other=0.0)
@@ -225,7 +222,7 @@ if triton is not None:
 
     @triton.jit
     def _advance(tape, lane, T):
-        """One program, after every other has read the cursor."""
+        """Moves the cursor. Run by one program, after all others have read the cursor."""
         at = tl.load(tape.cursor + lane)
         on = tl.load(tape.enabled)
         dropped = tl.load(tape.dropped + lane)
@@ -238,10 +235,10 @@ if triton is not None:
     ):  # fmt: skip
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = i < T * K
-        expert, somewhere = tl.zeros([BLOCK], tl.int32), inside
+        expert, routed = tl.zeros([BLOCK], tl.int32), inside
         if tape.ids is not None:
-            expert, somewhere = _experts(ids, i, inside, E)
-        _write(tape, lane, i, expert, somewhere, weights, T, K)
+            expert, routed = _load_experts(ids, i, inside, E)
+        _write(tape, lane, i, expert, routed, weights, T, K)
         if ALONE:
             tl.debug_barrier()
             _advance(tape, lane, T)
@@ -253,7 +250,7 @@ if triton is not None:
     def _tape_arguments(
         tape: Tape | None, ids_TK: Tensor | None, weights_TK: Tensor | None
     ) -> tuple[TapeArguments, int]:
-        """What the kernels take for the tape, and its lane. What the tape holds must be given."""
+        """The arguments `tape` and `lane` of the kernels."""
         if tape is None:
             return NO_TAPE, 0
         fed = ids_TK if ids_TK is not None else weights_TK
@@ -263,8 +260,8 @@ if triton is not None:
         return tape.arguments, tape.lane
 
     def record_triton(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-        """One launch for up to RECORD_BLOCK slots, else two: the cursor may only move when every
-        program has read it."""
+        """`record` on a GPU: one launch for up to RECORD_BLOCK slots, else two, because the cursor
+        may only move when every program has read it."""
         fed = ids_TK if ids_TK is not None else weights_TK
         T, K = fed.shape
         if T == 0:
@@ -286,8 +283,8 @@ if triton is not None:
 def dispatch(
     ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None
 ) -> Dispatch:
-    """Token → expert dispatch: stable, the same to the bit from run to run, no atomics, nothing
-    waits for the device. With `tape` the T decisions are recorded as well, as `record` would."""
+    """Groups the slots of ids [T, K] by expert: stable and deterministic, without atomics and
+    without waiting for the device. With `tape`, also records the T decisions as `record` does."""
     weights_TK = weights_TK.detach() if weights_TK is not None else None
     if not torch.compiler.is_compiling():
         return _dispatch(ids_TK, weights_TK, experts, tape)
@@ -304,7 +301,7 @@ def _dispatch(
     ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None
 ) -> Dispatch:
     if runs_triton(ids_TK):
-        with _on(ids_TK):
+        with _device_of(ids_TK):
             return dispatch_triton(ids_TK, weights_TK, experts, tape)
     return dispatch_torch(ids_TK, weights_TK, experts, tape)
 
@@ -332,41 +329,39 @@ if triton is not None:
 
     @triton.jit
     def _place(
-        ids, permutation, inverse, token, base_E, nowhere, first, end, E,
+        ids, permutation, inverse, token, base_E, unrouted, first, end, E,
         K: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        """Slots [first, end): behind `base_E` of their expert, those of no expert behind `nowhere`,
-        each behind the earlier ones like it. No sort: a slot's rank is how many of the earlier
-        slots of its chunk share its expert."""
+        """Places slots [first, end) from place `base_E` of their expert on, those without an expert
+        from `unrouted` on, in their order. No sort: a slot's rank is the number of earlier slots in
+        its chunk with the same expert."""
         j = tl.arange(0, CHUNK)
         for chunk in tl.range(0, tl.cdiv(end - first, CHUNK)):
             i = first + chunk * CHUNK + j
             inside = i < end
-            expert, somewhere = _experts(ids, i, inside, E)
-            kind = tl.where(
-                somewhere, expert, BINS
-            )  # beyond every expert: no expert's slots rank among themselves
+            expert, routed = _load_experts(ids, i, inside, E)
+            kind = tl.where(routed, expert, BINS)  # slots without an expert rank among themselves
             earlier = (kind[:, None] == kind[None, :]) & (j[None, :] < j[:, None])
-            place = tl.where(somewhere, tl.gather(base_E, expert, 0), nowhere) + tl.sum(
+            place = tl.where(routed, tl.gather(base_E, expert, 0), unrouted) + tl.sum(
                 earlier.to(tl.int32), 1
             )
             tl.store(permutation + place, i, mask=inside)
             tl.store(token + place, i // K, mask=inside)
             tl.store(inverse + i, place, mask=inside)
-            base_E += tl.histogram(expert, BINS, mask=somewhere)
-            nowhere += tl.sum((inside & (somewhere == 0)).to(tl.int32), 0)
+            base_E += tl.histogram(expert, BINS, mask=routed)
+            unrouted += tl.sum((inside & (routed == 0)).to(tl.int32), 0)
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _one_kernel(
         ids, weights, T, E, counts, offsets, permutation, inverse, token, tape, lane,
         K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        """The whole dispatch by one program."""
+        """The whole dispatch in one program."""
         i = tl.arange(0, BLOCK)
-        expert, somewhere = _experts(ids, i, i < T * K, E)
+        expert, routed = _load_experts(ids, i, i < T * K, E)
         if tape.cursor is not None:
-            _write(tape, lane, i, expert, somewhere, weights, T, K)
-        count_E = tl.histogram(expert, BINS, mask=somewhere)
+            _write(tape, lane, i, expert, routed, weights, T, K)
+        count_E = tl.histogram(expert, BINS, mask=routed)
         e = tl.arange(0, BINS)
         end_E = tl.cumsum(count_E, 0)
         tl.store(counts + e, count_E, mask=e < E)
@@ -383,19 +378,19 @@ if triton is not None:
         ids, weights, T, E, partial, tape, lane,
         K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """First launch: partial[block, E] and the record."""
+        """First launch: counts of each block, partial [blocks, E]; records the decisions."""
         block = tl.program_id(0)
         i = block * BLOCK + tl.arange(0, BLOCK)
-        expert, somewhere = _experts(ids, i, i < T * K, E)
+        expert, routed = _load_experts(ids, i, i < T * K, E)
         if tape.cursor is not None:
-            _write(tape, lane, i, expert, somewhere, weights, T, K)
+            _write(tape, lane, i, expert, routed, weights, T, K)
         e = tl.arange(0, BINS)
-        tl.store(partial + block * E + e, tl.histogram(expert, BINS, mask=somewhere), mask=e < E)
+        tl.store(partial + block * E + e, tl.histogram(expert, BINS, mask=routed), mask=e < E)
 
     @triton.jit(do_not_specialize=["blocks"])
     def _scan_kernel(partial, counts, blocks, E, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Second of three launches: each column of partial [blocks, E] becomes its exclusive
-        running sum, counts its total."""
+        """Second of three launches: replaces each column of partial [blocks, E] by its exclusive
+        running sum, and writes its total to counts."""
         e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         running_E = tl.zeros([COLUMNS], tl.int32)
         for first in tl.range(0, blocks, ROWS):
@@ -413,7 +408,7 @@ if triton is not None:
         K: tl.constexpr, BINS: tl.constexpr, SCANNED: tl.constexpr,
         BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        """Last launch: each program's slots behind those of the programs before it."""
+        """Last launch: places each program's slots after those of the programs before it."""
         block = tl.program_id(0)
         e = tl.arange(0, BINS)
         before_E = tl.zeros([BINS], tl.int32)
@@ -430,8 +425,8 @@ if triton is not None:
                 before_E += tl.sum(tl.where(row[:, None] < block, count, 0), 0)
         end_E = tl.cumsum(count_E, 0)
         first_slot = block * BLOCK
-        nowhere = tl.sum(count_E, 0) + first_slot - tl.sum(before_E, 0)
-        _place(ids, permutation, inverse, token, end_E - count_E + before_E, nowhere, first_slot,
+        unrouted = tl.sum(count_E, 0) + first_slot - tl.sum(before_E, 0)
+        _place(ids, permutation, inverse, token, end_E - count_E + before_E, unrouted, first_slot,
                tl.minimum(first_slot + BLOCK, T * K), E, K, BINS, CHUNK)  # fmt: skip
         if block == 0:
             tl.store(offsets + 1 + e, end_E, mask=e < E)
@@ -449,8 +444,8 @@ if triton is not None:
         launches: int | None = None,
         block: int | None = None,
     ) -> Dispatch:
-        """`launches` 1 (at most ONE_LAUNCH slots), 2 or 3, of `block` slots a program; None chooses
-        by size."""
+        """`dispatch` on a GPU. `launches`: 1 (at most ONE_LAUNCH slots), 2 or 3; `block`: slots per
+        program. None chooses by size."""
         T, K = ids_TK.shape
         S = T * K
         out = empty_dispatch(ids_TK, experts)
@@ -462,7 +457,7 @@ if triton is not None:
         weights = weights_TK.contiguous() if weights_TK is not None else None
         arguments = _tape_arguments(tape, ids_TK, weights_TK)
         BINS = max(16, triton.next_power_of_2(experts))
-        block = block or slots_a_program(S)
+        block = block or slots_per_program(S)
         blocks = triton.cdiv(S, block)
         if launches is None:
             launches = 1 if S <= ONE_LAUNCH else 2 if blocks * experts <= TWO_LAUNCHES else 3
@@ -476,7 +471,7 @@ if triton is not None:
         partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
         _count_kernel[(blocks,)](
             ids, weights, T, experts, partial, *arguments,
-            K=K, BINS=BINS, BLOCK=block, num_warps=recording_warps(block),
+            K=K, BINS=BINS, BLOCK=block, num_warps=record_warps(block),
         )  # fmt: skip
         if launches == 3:
             _scan_kernel[(triton.cdiv(experts, 16),)](
@@ -526,7 +521,7 @@ if triton is not None:
             end = T * K
             if inverse is not None:
                 place = tl.load(inverse + place).to(tl.int64)
-                end = tl.load(offsets + E)  # rows beyond belong to no expert: nobody wrote them
+                end = tl.load(offsets + E)  # later rows belong to no expert and were not written
             row = tl.load(y + place * H + h, mask=h < tl.where(place < end, H, 0), other=0.0)
             product = row.to(tl.float32) * tl.load(weights + t * K + k).to(tl.float32)
             if ROUND:
@@ -537,8 +532,8 @@ if triton is not None:
         tl.store(out + t * H + h, sum_H.to(out.dtype.element_ty), mask=inside)
         if tape.cursor is not None and (tl.program_id(0) + tl.program_id(1) == 0):
             i = tl.arange(0, BLOCK)
-            expert, somewhere = _experts(ids, i, i < T * K, E)
-            _write(tape, lane, i, expert, somewhere, weights, T, K)
+            expert, routed = _load_experts(ids, i, i < T * K, E)
+            _write(tape, lane, i, expert, routed, weights, T, K)
             tl.debug_barrier()
             _advance(tape, lane, T)
 
@@ -546,10 +541,10 @@ if triton is not None:
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
         tape: Tape | None = None,
     ) -> Tensor:  # fmt: skip
-        """What `combine_torch` computes, in one pass over y and one launch, product and sum rounded
-        as there (on a GPU torch adds more than four slots in another order); places of no expert
-        count as zero. With `grouped` None, y is in slot order, and `tape` records the call (at most
-        RECORD_BLOCK slots) in the same launch."""
+        """`combine_torch` in one launch and one pass over y, with product and sum rounded as there
+        (on a GPU torch adds more than four slots in another order). Places without an expert count
+        as zero. With `grouped` None, y is in slot order, and with `tape` the same launch also
+        records the call, of at most RECORD_BLOCK slots."""
         T, K = weights_TK.shape
         H = y_SH.shape[1]
         assert tape is None or (grouped is None and T * K <= RECORD_BLOCK)
@@ -562,14 +557,14 @@ if triton is not None:
         _combine_kernel[(T, triton.cdiv(H, 1024))](
             y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous(), inverse, offsets,
             out, T, experts, H, *_tape_arguments(tape, ids_TK, weights_TK),
-            # as stock: product, rounding, sum
+            # in the order of transformers: product, rounding, sum
             K=K, ROUND=torch.promote_types(y_SH.dtype, weights_TK.dtype).itemsize == 2,
             COLUMNS=1024, BLOCK=RECORD_BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
         return out
 
 
-# --- the same as operators, which torch.compile takes as they are
+# --- the same as custom operators, which torch.compile does not trace into
 
 
 def _tensors(tape: Tape) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor]:

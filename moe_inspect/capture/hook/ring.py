@@ -1,12 +1,13 @@
-"""The pages that the kernels record into, on the device they run on, and their way to the host.
+"""The ring buffer of pages that the kernels record into, and the copy of full pages to the host.
 
-Rows have positions: the n-th row that a router sees lies in page n // P % pages, at n % P. A page
-holds the ids of all routers of its device, then, each kind in one contiguous tensor: so a full page
-leaves in one copy a kind (event → side stream → pinned memory). The device writes no row at or
-beyond `limit`, and only a page whose rows have been handed over moves it: nothing that is still
-needed is overwritten, whoever launches the kernels. What lies beyond the limit the device counts.
+The n-th row that a router sees, counted from 0, is row n % P of page n // P % pages. A page holds
+the rows of all routers of one device, in one contiguous tensor per kind of value (ids, weights,
+logits), so that a full page needs one copy per kind: event → side stream → pinned memory. The
+device writes no row at or beyond the position `limit`, which moves only when a page has been
+released: no row that is still needed is overwritten, also when a CUDA graph is replayed without
+any Python. Rows beyond the limit are dropped, and the device counts them.
 
-R routers, K slots, E experts, P rows a page.
+R routers, K slots, E experts, P rows per page.
 """
 
 from __future__ import annotations
@@ -20,35 +21,38 @@ from torch import Tensor
 from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.errors import MoeInspectError
 
-PAGE_ROWS = 1024  # on a CPU a page is its own host copy, and few large ones cost less
-PAGE_ROWS_CPU = 4096
-FORWARDS = 3  # that fit into a ring beside each other: one is written, one leaves, one is read
+PAGE_ROWS = 1024
+PAGE_ROWS_CPU = 4096  # pages are read in place there, and few large ones cost less
+FORWARD_PASSES = 3  # that a GPU's ring holds: one is written, one copied to the host, one read
 
 
 class SideStream:
-    """Copies pages of a GPU to pinned memory, beside the stream that the model runs on."""
+    """Copies pages of a GPU to pinned host memory, on another CUDA stream than the model's."""
 
     def __init__(self, device: torch.device, pages: int):
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.source = torch.cuda.current_stream(device)  # that the last forward pass ran on
+        self.model_stream = torch.cuda.current_stream(device)  # of the last forward pass
         self.copied = [torch.cuda.Event() for _ in range(pages)]
 
     def pinned(self, like: Tensor) -> Tensor:
+        """An uninitialized pinned host tensor of the same shape and type."""
         return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
 
-    def follow(self) -> None:
-        """A forward pass has been launched on the current stream."""
-        self.source = torch.cuda.current_stream(self.device)
+    def pass_launched(self) -> None:
+        """To be called after a forward pass was launched, on the stream that it runs on."""
+        self.model_stream = torch.cuda.current_stream(self.device)
 
     def copy(self, page: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Starts copying (to, from) once the forward passes launched so far have run."""
-        self.stream.wait_stream(self.source)
+        """Copies each (host, device) pair once the forward passes launched so far have run.
+        Returns without waiting."""
+        self.stream.wait_stream(self.model_stream)
         with torch.cuda.stream(self.stream):
             for host, device in pairs:
                 host.copy_(device, non_blocking=True)
             self.copied[page].record(self.stream)
 
-    def arrived(self, page: int, wait: bool) -> bool:
+    def is_copied(self, page: int, wait: bool) -> bool:
+        """Whether the last copy of the page has ended; with `wait`, waits for it."""
         if wait:
             self.copied[page].synchronize()
         return self.copied[page].query()
@@ -58,13 +62,21 @@ class SideStream:
 
 
 def side_stream(device: torch.device, pages: int) -> SideStream | None:
-    """None where the host reads the device's memory."""
+    """None where the host can read the device's memory."""
     return SideStream(device, pages) if device.type == "cuda" else None
 
 
 class Ring:
-    """Pages of the routers of one device. `slots[r]` = K_r, `experts[r]` = E_r. It holds
-    forward passes of at least `rows` rows."""
+    """Ring buffer of the routers of one device.
+
+    slots, experts   K and E of each router
+    weight_dtype     of the recorded gate weights: float16 or bfloat16
+    logits           whether router logits are recorded too, as float16
+    rows             the largest forward pass that must fit
+    page_rows        P, a power of two of at least 16; None: PAGE_ROWS or PAGE_ROWS_CPU
+
+    Raises MoeInspectError if the kernels' 32-bit offsets cannot address that many values.
+    """
 
     def __init__(
         self,
@@ -78,8 +90,8 @@ class Ring:
     ):
         on_gpu = device.type == "cuda"
         self.P = page_rows or (PAGE_ROWS if on_gpu else PAGE_ROWS_CPU)
-        # one more, since a forward pass may begin at a page's end
-        self.pages = (FORWARDS if on_gpu and not logits else 1) * -(-rows // self.P) + 1
+        # one more, since a forward pass may begin at the end of a page
+        self.pages = (FORWARD_PASSES if on_gpu and not logits else 1) * -(-rows // self.P) + 1
         self.side = side_stream(device, self.pages)
         self.slots, self.experts = list(slots), list(experts)
         widths = {
@@ -87,7 +99,7 @@ class Ring:
             "weights": self.slots,
             "logits": self.experts if logits else [],
         }
-        # one value is kept for "nowhere", so 256 experts need the wider type
+        # one value marks slots without an expert, so 256 experts need the wider type
         kinds = {
             "ids": torch.uint8 if max(experts) < 256 else torch.int16,
             "weights": weight_dtype,
@@ -95,15 +107,15 @@ class Ring:
         }
         lanes = len(self.slots) * (2 if logits else 1)
         widest = max(map(sum, widths.values()))
-        if self.capacity * widest >= 2**31:  # the kernels reckon offsets in 32 bits
+        if self.capacity * widest >= 2**31:  # the kernels compute offsets in 32 bits
             most = 2**31 // widest // self.P // 2 * self.P
             raise MoeInspectError(
-                f"{rows:,} rows a forward pass of {widest:,} values each are too many at once: "
-                f"feed at most {most:,} tokens"
+                f"a forward pass of {rows:,} tokens with {widest:,} recorded values each is too "
+                f"large to record: pass at most {most:,} tokens per forward pass"
             )
         with torch.inference_mode(
             False
-        ):  # a page made in inference mode could not be written outside it
+        ):  # a tensor made in inference mode could not be written outside it
             made = {
                 name: torch.empty(self.pages * self.P * sum(w), dtype=kinds[name], device=device)
                 for name, w in widths.items()
@@ -122,12 +134,12 @@ class Ring:
             if logits
             else []
         )
-        if on_gpu:  # so that torch.compile's CUDA graphs write where these are, and copy nothing
+        if on_gpu:  # torch.compile's CUDA graphs then write into these tensors, without a copy
             for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
                 torch._dynamo.mark_static_address(tensor, guard=False)
         self.head = 0  # the position at which the next forward pass begins
-        self.left = 0  # pages that have started to leave
-        self.drained = 0  # pages that have been handed over
+        self.copying = 0  # pages whose copy to the host has been started, since the beginning
+        self.released = 0  # pages that may be written again, since the beginning
 
     def _tape(
         self, r: int, widths: list[int], ids: str | None, weights: str, lane: int = 0
@@ -150,58 +162,61 @@ class Ring:
 
     @property
     def capacity(self) -> int:
+        """Rows of all pages."""
         return self.pages * self.P
 
     @property
-    def fits(self) -> int:
-        """Rows of the largest forward pass that can always be held, wherever it begins."""
+    def max_rows(self) -> int:
+        """Rows of the largest forward pass that fits, wherever in a page it begins."""
         return self.capacity - self.P
 
     @property
-    def room(self) -> int:
-        """Rows that can be written now."""
-        return (self.drained + self.pages) * self.P - self.head
+    def free_rows(self) -> int:
+        """Rows that can be written now; negative after rows were dropped."""
+        return (self.released + self.pages) * self.P - self.head
 
-    def stand(self) -> Tensor:
-        """Where the cursors stand, [lanes]: on a GPU, once what has been launched so far has
-        run."""
-        stand = self.side.pinned(self.cursor) if self.side else torch.empty_like(self.cursor)
-        return stand.copy_(self.cursor, non_blocking=True)
+    def read_cursors(self) -> Tensor:
+        """A host copy of the cursors, int64 [lanes]. From a GPU it is valid only once what has been
+        launched so far has run."""
+        copy = self.side.pinned(self.cursor) if self.side else torch.empty_like(self.cursor)
+        return copy.copy_(self.cursor, non_blocking=True)
 
     def end(self, rows: int) -> None:
-        """A forward pass of `rows` rows has been launched: the pages it filled start to leave."""
+        """A forward pass of `rows` rows has been launched: starts copying the pages it fills."""
         if self.side is not None:
-            self.side.follow()
+            self.side.pass_launched()
         self.head += rows
-        self._leave(self.head // self.P)
+        self._copy_pages(self.head // self.P)
 
-    def _leave(self, until: int) -> None:
+    def _copy_pages(self, until: int) -> None:
+        """Starts the copy to the host of all pages before `until` that is not started yet."""
         if self.side is not None:
-            for page in range(self.left, until):
+            for page in range(self.copying, until):
                 n = page % self.pages
                 parts = [
                     (self.host[name].view(self.pages, -1)[n], t.view(self.pages, -1)[n])
                     for name, t in self._made.items()
                 ]
                 self.side.copy(n, parts)
-        self.left = max(self.left, until)
+        self.copying = max(self.copying, until)
 
-    def arrived(self, position: int, wait: bool) -> bool:
-        """Whether all rows before `position` are on the host. With `wait`, sees to it, if need be
-        with a page that is not full (which leaves again when it is)."""
+    def is_on_host(self, position: int, wait: bool) -> bool:
+        """Whether all rows before `position` are on the host. With `wait`, waits until they are; a
+        page that is not full is then copied now and once more when it is full."""
         last = (position - 1) // self.P
         if self.side is None or position == 0:
             return True
-        if last >= self.left:
+        if last >= self.copying:
             if not wait:
                 return False
-            self._leave(last + 1)
-            self.left = self.head // self.P
-        return self.side.arrived(last % self.pages, wait)
+            self._copy_pages(last + 1)
+            self.copying = self.head // self.P
+        return self.side.is_copied(last % self.pages, wait)
 
     def rows(self, kind: str, r: int, start: int, count: int) -> list[np.ndarray]:
-        """Rows [start, start + count) of router r on the host, as views into the pages they lie in:
-        `ids`, `weights` or `logits` (16-bit integers and bfloat16 as uint16)."""
+        """Rows [start, start + count) of router r on the host, as one view per page: [n, K], or
+        [n, E] for logits. `kind`: ids, weights or logits. Ids are uint8 or uint16, their maximum
+        where a slot has no expert; bfloat16 weights are given as their bits, uint16."""
         tape, tensor = (self.logit_tapes if kind == "logits" else self.tapes)[r], self.host[kind]
         if tensor.dtype in (torch.int16, torch.bfloat16):
             tensor = tensor.view(torch.uint16)
@@ -213,23 +228,26 @@ class Ring:
             start, count = start + n, count - n
         return found
 
-    def handed_over(self, position: int) -> None:
-        """The rows before `position` have been copied out: pages that lie before it may be written
-        again."""
-        if position // self.P > self.drained:
-            self.drained = position // self.P
-            self.limit.fill_((self.drained + self.pages) * self.P)
+    def release(self, position: int) -> None:
+        """The rows before `position` are no longer needed: whole pages before it may be
+        overwritten."""
+        if position // self.P > self.released:
+            self.released = position // self.P
+            self.limit.fill_((self.released + self.pages) * self.P)
 
     def rewind(self, dropped: int) -> None:
-        """Back to the end of the last forward pass that ended, with `dropped` rows then: one
-        failed, and its rows are written over."""
+        """Undoes a forward pass that failed: the cursors go back to the end of the one before it,
+        the counts of dropped rows to `dropped`."""
         self.cursor.fill_(self.head)
         self.dropped.fill_(dropped)
 
 
 class Rings:
-    """The rings of a model, one a device, in step. `routers`: device, top-k and experts of each
-    router."""
+    """The ring buffers of a model, one per device. All of them hold the same forward passes.
+
+    routers   (device, K, E) of each router
+    weight_dtype, logits, rows   as for Ring, whose errors this raises too
+    """
 
     def __init__(
         self,
@@ -257,19 +275,19 @@ class Rings:
         self.logit_tapes = [ring.logit_tapes[n] for ring, n in self._of] if logits else []
         self.synchronous = all(
             ring.side is None for ring in self._rings
-        )  # the host sees what has been written when it has been
+        )  # what the model has written can be read without waiting
 
     @property
     def head(self) -> int:
         return self._rings[0].head
 
     @property
-    def fits(self) -> int:
-        return min(ring.fits for ring in self._rings)
+    def max_rows(self) -> int:
+        return min(ring.max_rows for ring in self._rings)
 
     @property
-    def room(self) -> int:
-        return min(ring.room for ring in self._rings)
+    def free_rows(self) -> int:
+        return min(ring.free_rows for ring in self._rings)
 
     def enable(self, on: bool) -> None:
         for ring in self._rings:
@@ -288,38 +306,39 @@ class Rings:
         for ring in self._rings:
             ring.end(rows)
 
-    def arrived(self, position: int, wait: bool) -> bool:
-        return all(ring.arrived(position, wait) for ring in self._rings)
+    def is_on_host(self, position: int, wait: bool) -> bool:
+        return all(ring.is_on_host(position, wait) for ring in self._rings)
 
-    def handed_over(self, position: int) -> None:
+    def release(self, position: int) -> None:
         for ring in self._rings:
-            ring.handed_over(position)
+            ring.release(position)
 
-    def stands(self) -> list[Tensor]:
-        return [ring.stand() for ring in self._rings]
+    def read_cursors(self) -> list[Tensor]:
+        """The cursors of each ring, as `Ring.read_cursors` gives them."""
+        return [ring.read_cursors() for ring in self._rings]
 
-    def seen(self, stands: list[Tensor], start: int) -> tuple[list[int], list[int] | None]:
-        """Rows that each router saw after position `start`, up to where its ring's cursors stood,
-        and those of logits."""
-        stand_of = {
-            id(ring): (stand - start).tolist()
-            for ring, stand in zip(self._rings, stands, strict=True)
+    def rows_seen(self, cursors: list[Tensor], start: int) -> tuple[list[int], list[int] | None]:
+        """Rows from position `start` to `cursors`: those of each router, and of its logits (None
+        where logits are not recorded)."""
+        rows_of = {
+            id(ring): (cursor - start).tolist()
+            for ring, cursor in zip(self._rings, cursors, strict=True)
         }
-        seen = [stand_of[id(ring)][n] for ring, n in self._of]
+        seen = [rows_of[id(ring)][n] for ring, n in self._of]
         return seen, [
-            stand_of[id(ring)][len(ring.tapes) + n] for ring, n in self._of
+            rows_of[id(ring)][len(ring.tapes) + n] for ring, n in self._of
         ] if self.logit_tapes else None
 
     def dropped(self) -> list[int]:
-        """Rows that each router's device left out, by its own count. Waits for the device."""
+        """Rows of each router that were dropped, as counted on its device. Waits for the device."""
         dropped_of = {id(ring): ring.dropped.tolist() for ring in self._rings}
         return [dropped_of[id(ring)][n] for ring, n in self._of]
 
     def rows(
         self, kind: str, r: int, start: int, count: int, keep: np.ndarray | None
     ) -> np.ndarray:
-        """A copy of router r's rows [start, start + count), or of those at `keep` among them;
-        bfloat16 as its bits, uint16."""
+        """A copy of router r's rows [start, start + count), of these only the ones at the indices
+        `keep` if given: [rows, K], or [rows, E] for logits. Types: see `Ring.rows`."""
         ring, n = self._of[r]
         parts = ring.rows(kind, n, start, count)
         values = np.concatenate(parts) if len(parts) > 1 else parts[0]

@@ -32,7 +32,7 @@ class Pass:
     fed: Rows | CallInputs
     start: int
     kept: int
-    stands: list[Tensor]  # of each ring: where its cursors stood afterwards
+    cursors: list[Tensor]  # of each ring, after the forward pass
 
 
 class Stack:
@@ -168,15 +168,15 @@ class Stack:
             self,
             self.fed,
             self.rings.head,
-            min(self.fed.T, max(0, self.rings.room)),
-            self.rings.stands(),
+            min(self.fed.T, max(0, self.rings.free_rows)),
+            self.rings.read_cursors(),
         )
 
     def check(self, done: Pass) -> None:
         """Every router must have seen every token exactly once, or the trace would be silently
         wrong."""
         assert self.rings is not None
-        self.check_seen(done.fed.T, *self.rings.seen(done.stands, done.start))
+        self.check_seen(done.fed.T, *self.rings.rows_seen(done.cursors, done.start))
 
     def check_seen(self, T: int, seen: Sequence[int], logits: Sequence[int] | None = None) -> None:
         for rows_of in (seen, logits):
