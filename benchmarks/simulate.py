@@ -235,8 +235,8 @@ def plans() -> Figures:
 
 @figures
 def balance() -> Figures:
-    """Ours against the better EPLB, on the loads that both are fitted to: 1,000 random Zipf loads
-    in random layouts."""
+    """local-search against the better EPLB, on the loads that both are fitted to: 1,000 random
+    Zipf loads in random layouts."""
     from moe_inspect.simulate.placement.policies.layout import Layout, colocated, shares
     from moe_inspect.simulate.placement.policies.policies import POLICIES
     from tests.exact import fits_apart
@@ -332,7 +332,7 @@ def drift() -> Figures:
                     "",
                     None,
                 )
-        lighter = float(np.mean([ours <= eplb * (1 + 1e-9) for ours, eplb in static]))
+        lighter = float(np.mean([searched <= eplb * (1 + 1e-9) for searched, eplb in static]))
         yield (
             f"{case}, fitted part: layers on which local-search ≤ eplb",
             lighter,

@@ -134,7 +134,7 @@ def physical_map() -> np.ndarray:
 
 
 def physical(ids: list[np.ndarray]) -> np.ndarray:
-    """int32 [blocks, T, 8], a replica of each expert drawn by lot, −1 where nothing was written."""
+    """int32 [blocks, T, 8], a random replica of each expert, −1 where nothing was written."""
     rng, maps = np.random.default_rng(6), physical_map()
     topk = np.full((LAYERS, len(ids[0]), 8), -1, np.int32)
     for layer, ids_TK in zip(ROUTED, ids, strict=True):

@@ -20,7 +20,7 @@ def routers(L: int, E: int, k: int) -> list[Router]:
 
 
 def uniform_ids(rng: np.random.Generator, T: int, E: int, k: int) -> np.ndarray:
-    """k distinct experts of E by lot, in random order. uint16 [T, k]"""
+    """k distinct experts of E, uniformly at random and in random order. uint16 [T, k]"""
     return np.argsort(rng.random((T, E)), axis=1)[:, :k].astype(np.uint16)
 
 

@@ -108,14 +108,14 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
     order = kernels_numpy.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 0]))
     slots = slots_of(np.array([[0, 1], [3, 2], [0, 2], [2, 3], [1, 3], [1, 3]]), 4)
     nothing_T, unit_T = np.zeros(6, np.int64), document - 7
-    places = kernels_numpy.Places(unit_T, nothing_T, nothing_T, nothing_T, 2, 1, 1, 1, order)
+    token_rows = kernels_numpy.TokenRows(unit_T, nothing_T, nothing_T, nothing_T, 2, 1, 1, 1, order)
     for by in (kernels_numpy, kernels_numba):
-        first, common = by.repetition(slots, places, 4)
-        assert places.pairs_U.tolist() == [2, 1]
+        first, common = by.repetition(slots, token_rows, 4)
+        assert token_rows.pairs_U.tolist() == [2, 1]
         assert first.tolist() == [1, 0]
         assert common.tolist() == [1, 1]
         # windows of 2 tokens: {0,1},{0,2} then {0,2},{1,3}; {3,2},{2,3}
-        assert by.srp(slots, places, 4, 2).tolist() == [[1 + 0, 2 + 4, 1 + 0], [2, 0, 2]]
+        assert by.srp(slots, token_rows, 4, 2).tolist() == [[1 + 0, 2 + 4, 1 + 0], [2, 0, 2]]
     assert sorted(order.size_S.tolist()) == [1, 2, 3]
 
 
@@ -145,16 +145,16 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
     unit_T = rng.integers(0, 3, tokens)
     sequence_T = unit_T + 3 * rng.integers(0, 2, tokens)
     order = kernels_numpy.order_of(unit_T, sequence_T, np.arange(tokens) // 3)
-    places = kernels_numpy.Places(
+    token_rows = kernels_numpy.TokenRows(
         unit_T, unit_T // 2, np.arange(tokens) // 40, np.arange(tokens) // 50, 3, 2, 8, 6, order
     )
-    for ours, twin in zip(
-        kernels_numba.loads(slots, places, experts),
-        kernels_numpy.loads(slots, places, experts),
+    for compiled, twin in zip(
+        kernels_numba.loads(slots, token_rows, experts),
+        kernels_numpy.loads(slots, token_rows, experts),
         strict=True,
     ):
-        assert (ours == twin).all()
-    runs = kernels_numpy.Places(
+        assert (compiled == twin).all()
+    runs = kernels_numpy.TokenRows(
         np.arange(tokens) // 30 % 3, unit_T * 0, unit_T * 0, unit_T * 0, 3, 1, 1, 1
     )
     assert (
@@ -168,7 +168,7 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
     for name, arguments in {
         "weight_sum": (unit_T, slots, weights, 3, experts),
         "transitions": (slots, after, experts, experts),
-        "repetition": (slots, places, experts),
+        "repetition": (slots, token_rows, experts),
     }.items():
         np.testing.assert_allclose(
             getattr(kernels_numpy, name)(*arguments),
@@ -177,8 +177,8 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
         )
     for m in (1, 2, 5):
         assert (
-            kernels_numpy.srp(slots, places, experts, m).tolist()
-            == kernels_numba.srp(slots, places, experts, m).tolist()
+            kernels_numpy.srp(slots, token_rows, experts, m).tolist()
+            == kernels_numba.srp(slots, token_rows, experts, m).tolist()
         )
 
 

@@ -1,5 +1,5 @@
 """Pairs of experts are ranked by evidence: what chance expects of them and how far from it they
-are, against enumeration, scipy's exact tails and routing by lot."""
+are, against enumeration, scipy's exact tails and random routing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def by_enumeration(weight_E: np.ndarray, k: int, decisions: float) -> np.ndarray
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 @pytest.mark.parametrize("heaviest", [1.0, 5.0, 3_000.0])
-def test_chance_is_that_of_sets_by_lot(k: int, heaviest: float):
+def test_chance_is_that_of_random_sets(k: int, heaviest: float):
     weight_E = np.r_[heaviest, heaviest / 2, 1, 0.7, 0.5, 0.2, 0.01]
     together_EE = by_enumeration(weight_E, k, 1e6)
     expected_EE = pairs.together_by_chance(together_EE)
@@ -85,8 +85,8 @@ def test_the_deviance_orders_as_the_tails_do():
 
 
 def planted(root: Path, T: int = 4_000, per_document: int = 40) -> Report:
-    """Two routers of 64 experts by lot, three a token; a tenth of the tokens choose 7 and 8 in
-    both, and 60 and 61 are chosen by one token alone."""
+    """Two routers of 64 experts, three random ones per token; a tenth of the tokens choose 7 and 8
+    in both, and 60 and 61 are chosen by one token alone."""
     rng = np.random.default_rng(0)
     tenth, ids = rng.random(T) < 0.1, [uniform_ids(rng, T, 60, 3) for _ in range(2)]
     for chosen in ids:
@@ -139,16 +139,16 @@ def test_pictures_and_page_show_what_is_supported(made: Report):
     assert of == [[8], []]
 
 
-def test_routing_by_lot_supports_no_pair(tmp_path: Path):
+def test_random_routing_supports_no_pair(tmp_path: Path):
     """Uneven loads, tokens of a document that repeat each other's choices: nothing of it is
     co-activation."""
     rng, T, E, k = np.random.default_rng(1), 12_000, 8, 4
     weight_E = np.exp(rng.normal(0, 1, E))
     sets = np.array(list(combinations(range(E), k)))
     chance = np.prod(weight_E[sets], axis=1)
-    by_lot = sets[rng.choice(len(sets), T, p=chance / chance.sum())].astype(np.uint16)
-    repeated = np.repeat(by_lot[::20], 20, axis=0)
-    for name, ids in (("by lot", [by_lot, rng.permutation(by_lot)]), ("repeated", [repeated])):
+    drawn = sets[rng.choice(len(sets), T, p=chance / chance.sum())].astype(np.uint16)
+    repeated = np.repeat(drawn[::20], 20, axis=0)
+    for name, ids in (("random", [drawn, rng.permutation(drawn)]), ("repeated", [repeated])):
         made = report(write_trace(tmp_path / name, ids, E, document=np.arange(T) // 20))
         assert len(made.tables["coactivation"]) == len(ids) * E * (E - 1)
         assert not made.tables["coactivation"]["supported"].any(), name

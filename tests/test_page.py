@@ -332,7 +332,7 @@ def test_locality_shows_each_value_with_its_interval_and_its_reference(
     assert named(following, "predicted")["y"][3] is None  # no layer after the last
     marginal = named(following, "always the most frequent")["y"]
     assert marginal[:3] == pytest.approx(table["next_accuracy_marginal"].to_numpy()[:3], rel=1e-4)
-    # layer 0 chooses by lot; at layer 3 half the tokens go to expert 5, the others by lot
+    # layer 0 chooses at random; at layer 3 half the tokens go to expert 5, the others at random
     assert named(first, "the same again: chance at these loads")["y"][0] == pytest.approx(
         1 / 8, abs=0.01
     )

@@ -1,5 +1,5 @@
-"""Pairs, repetition, segments, windows, ESFT: by hand, and whole traces by lot against the values
-known for them."""
+"""Pairs, repetition, segments, windows, ESFT: by hand, and whole traces routed at random
+against the values known for them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_segments_by_hand():
     assert np.isnan(pairs.srp(np.array([4, 0, 0])))
 
 
-def test_choices_by_lot_have_the_values_of_chance(tmp_path: Path):
+def test_random_choices_have_the_values_of_chance(tmp_path: Path):
     rng = np.random.default_rng(1)
     T, E, k = 12_000, 8, 2
     ids = [uniform_ids(rng, T, E, k) for _ in range(2)]

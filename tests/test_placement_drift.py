@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_inspect.simulate.placement.dispatch import least_busiest
-from moe_inspect.simulate.placement.policies.lasting import busiest, settle
+from moe_inspect.simulate.placement.policies.lasting import busiest, descend_windows
 from moe_inspect.simulate.placement.policies.layout import Layout, colocated, shares
 from moe_inspect.simulate.placement.policies.outlook import MOST, drawn, kriging, merged, variogram
 from moe_inspect.simulate.placement.policies.policies import POLICIES
@@ -24,14 +24,16 @@ def test_local_search_lasts_longer_than_eplb(case: str) -> None:
     for layer in range(12):
         load_WE = drifting(layer, EXPERTS, 32, *CASES[case])
         fit_WE, judged_WE = load_WE[:16], load_WE[16:]
-        ours, eplb = (POLICIES[name](fit_WE, layout) for name in ("local-search", "eplb-global"))
-        held_out.append([mean_over_windows(plan, judged_WE, GPUS) for plan in (ours, eplb)])
+        searched, eplb = (
+            POLICIES[name](fit_WE, layout) for name in ("local-search", "eplb-global")
+        )
+        held_out.append([mean_over_windows(plan, judged_WE, GPUS) for plan in (searched, eplb)])
         static = [
-            mean_over_windows(plan, fit_WE.sum(0, keepdims=True), GPUS) for plan in (ours, eplb)
+            mean_over_windows(plan, fit_WE.sum(0, keepdims=True), GPUS) for plan in (searched, eplb)
         ]
         assert static[0] <= static[1] * (1 + 1e-9)
-        assert colocated(ours, GPUS) == 0
-        assert set(ours.tolist()) == set(range(EXPERTS))
+        assert colocated(searched, GPUS) == 0
+        assert set(searched.tolist()) == set(range(EXPERTS))
     ours_L, eplb_L = np.array(held_out).T
     assert ours_L.mean() < eplb_L.mean()
     assert (ours_L < eplb_L).mean() >= 0.6
@@ -56,7 +58,7 @@ def test_settling_lowers_the_busiest_gpu_and_keeps_the_limit() -> None:
     assert colocated(expert_P, 7) == 0
     limit = 1.02 * (load_EM.sum(1) @ shares(expert_P, 24, 7)).max()
     before = busiest(slots_GS, load_EM)
-    settle(slots_GS, load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E, limit)
+    descend_windows(slots_GS, load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E, limit)
     after = busiest(slots_GS, load_EM)
     assert after < 0.99 * before
     assert after == pytest.approx((load_EM.T @ shares(slots_GS.ravel(), 24, 7)).max(1).mean())
@@ -64,7 +66,7 @@ def test_settling_lowers_the_busiest_gpu_and_keeps_the_limit() -> None:
     assert colocated(slots_GS.ravel(), 7) == 0
     assert (load_EM.sum(1) @ shares(slots_GS.ravel(), 24, 7)).max() <= limit * (1 + 1e-12)
     again = slots_GS.copy()
-    settle(
+    descend_windows(
         again, load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E, 0.0
     )  # no exchange keeps such a limit
     assert (again == slots_GS).all()

@@ -127,7 +127,7 @@ def test_uniform_routing_hits_as_often_as_slots_are_of_experts(tmp_path: Path):
     assert table["even_share"].tolist() == [0.25, 0.5, 1.0]
     assert table["hit_rate_warm"].iloc[2] == 1.0
     assert simulate_cache(trace, slots=[4]).verdict[0].startswith("A hot set worth caching? No")
-    assert simulate_cache(trace, slots=[16]).verdict[0].endswith("ask with fewer.")
+    assert simulate_cache(trace, slots=[16]).verdict[0].endswith("simulate fewer slots.")
     assert (
         simulate_cache(ROOT / "sample_traces/collapsed", slots=[4])
         .verdict[0]
@@ -204,7 +204,7 @@ def test_a_router_of_over_256_experts(tmp_path: Path):
         assert compiled_hits(ids_KT, 300, 200, name).sum() == replay(ids_KT, 200, name).sum() > 0
 
 
-def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
+def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
     with pytest.raises(
         MoeInspectError, match="holds counts only, no order of tokens, which simulate cache needs"
     ):

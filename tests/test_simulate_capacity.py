@@ -238,7 +238,7 @@ def test_an_encoder_decoders_groups_are_of_the_tokens_a_router_sees(tmp_path: Pa
     assert (across["tokens"], across["hit_anywhere"]) == (10, 0.3)
 
 
-def test_what_cannot_be_simulated_is_said_in_a_line(tmp_path: Path):
+def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
     with pytest.raises(
         MoeInspectError,
         match="holds counts only, no order of tokens, which simulate capacity needs",

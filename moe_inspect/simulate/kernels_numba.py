@@ -55,11 +55,10 @@ def _join(ids_T, t, load_E, level_C, level_T):  # type: ignore[no-untyped-def]
     if e < 0:
         level_T[t] = NOWHERE
         return
-    place = load_E[e]
-    load_E[e] = place + 1
-    level_T[t] = level_C[
-        min(place, len(level_C) - 1)
-    ]  # looked up: whether there is room is what no processor can foresee
+    ahead = load_E[e]
+    load_E[e] = ahead + 1
+    # looked up, since a branch on whether there is room would be mispredicted
+    level_T[t] = level_C[min(ahead, len(level_C) - 1)]
 
 
 @njit(nogil=True, cache=True)

@@ -23,11 +23,11 @@ def queue(
     load_GE: np.ndarray,
     level_KT: np.ndarray,
 ) -> None:
-    """The place of each assignment in the queue of its expert and group. ids_KT: experts, −1 for
-    none. start_G: the first token of each group, and the end. of_G: the row of level_SC for each
-    group. visit_N: indices into the flat ids_KT in the order of service; where empty, token after
-    token (`by_token`) or slot after slot. Adds to load_GE; level_KT becomes how many of the
-    capacity factors drop each assignment, NOWHERE where there is none."""
+    """How many assignments are ahead of each in the queue of its expert and group. ids_KT:
+    experts, −1 for none. start_G: the first token of each group, and the end. of_G: the row of
+    level_SC for each group. visit_N: indices into the flat ids_KT in the order of service; where
+    empty, token after token (`by_token`) or slot after slot. Adds to load_GE; level_KT becomes how
+    many of the capacity factors drop each assignment, NOWHERE where there is none."""
     K, T = ids_KT.shape
     E = load_GE.shape[1]
     group_T = np.repeat(np.arange(len(start_G) - 1), np.diff(start_G))
@@ -43,12 +43,12 @@ def queue(
     queue_N = group_N * E + ids_KT.ravel()[visit_N]
     order_N = np.argsort(queue_N, kind="stable")
     start = runs(queue_N[order_N])
-    place_N = np.empty(len(queue_N), np.int64)
-    place_N[order_N] = np.arange(len(queue_N)) - np.repeat(start[:-1], np.diff(start))
+    ahead_N = np.empty(len(queue_N), np.int64)
+    ahead_N[order_N] = np.arange(len(queue_N)) - np.repeat(start[:-1], np.diff(start))
     load_GE += np.bincount(queue_N, minlength=load_GE.size).reshape(load_GE.shape).astype(np.int32)
     level_KT[:] = NOWHERE
     level_KT.reshape(-1)[visit_N] = level_SC[
-        of_G[group_N], np.minimum(place_N, level_SC.shape[1] - 1)
+        of_G[group_N], np.minimum(ahead_N, level_SC.shape[1] - 1)
     ]
 
 
@@ -71,10 +71,10 @@ def fill_steps(
     load_E += np.bincount(ids_KT[ids_KT >= 0], minlength=E)
     order_T = np.argsort(position_T, kind="stable")
     sorted_T = position_T[order_T]
-    place_T = np.arange(T) - np.searchsorted(sorted_T, sorted_T)
+    index_T = np.arange(T) - np.searchsorted(sorted_T, sorted_T)
     ids_KT = ids_KT[:, order_T]
     for b, B in enumerate(batch_B.tolist()):
-        nth_T = place_T + tokens_BP[b, sorted_T]
+        nth_T = index_T + tokens_BP[b, sorted_T]
         step_T = nth_T // B  # 0: the one that was still filling up
         key_T = np.cumsum(np.r_[0, (np.diff(sorted_T) != 0) | (np.diff(step_T) != 0)])
         there = np.zeros((key_T[-1] + 1, E), bool)

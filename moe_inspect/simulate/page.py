@@ -14,8 +14,8 @@ def sections(simulation: Simulation) -> list[Section]:
     """The picture, then the tables, those first that the text shows."""
     found = []
     if simulation.figure is not None:
-        said = "Simulated: the trace replayed under other assumptions."
-        found.append(Section(f"simulate {simulation.name}", said, svg=_drawing(simulation)))
+        caption = "Simulated: the trace replayed under other assumptions."
+        found.append(Section(f"simulate {simulation.name}", caption, svg=_drawing(simulation)))
     for name in dict.fromkeys([*simulation.shown, *simulation.tables]):
         table = simulation.tables[name]
         cut = f"The first {ROWS} of {len(table):,} rows." if len(table) > ROWS else ""

@@ -79,15 +79,15 @@ def runs(*keys_T: np.ndarray) -> np.ndarray:
 def cut(start_G: np.ndarray, size: int) -> np.ndarray:
     """Runs cut into pieces of at most `size` tokens. int64 [G + 1]"""
     T = int(start_G[-1])
-    place_T = np.arange(T) - np.repeat(start_G[:-1], np.diff(start_G))
-    return np.append(np.flatnonzero(place_T % size == 0), T)
+    index_T = np.arange(T) - np.repeat(start_G[:-1], np.diff(start_G))
+    return np.append(np.flatnonzero(index_T % size == 0), T)
 
 
 def deciles(start_G: np.ndarray) -> np.ndarray:
     """The tenth of its group each token is in. uint8 [T]"""
     size_G = np.diff(start_G)
-    place_T = np.arange(int(start_G[-1])) - np.repeat(start_G[:-1], size_G)
-    return (10 * place_T // np.repeat(size_G, size_G)).astype(np.uint8)
+    index_T = np.arange(int(start_G[-1])) - np.repeat(start_G[:-1], size_G)
+    return (10 * index_T // np.repeat(size_G, size_G)).astype(np.uint8)
 
 
 def document_deciles(document_T: np.ndarray, sequence_T: np.ndarray) -> np.ndarray:

@@ -187,12 +187,12 @@ def _count_routed(
         part.first_token_W[window_W] = shard.files.first_token + every.number_T[at_W]
     for stack in sorted({part.routers[r].stack for r in part.indices}):
         seen = every if not stack else selected_tokens(shard, selection, stack, order)
-        places = _places(
+        token_rows = _token_rows(
             seen, key_U, domain_of_U, windows if "windows" in part.wants else None, shard
         )
         if stack:
             part.token_ids_SV[stack] = _occurrences(seen)
-            part.tokens_SU[stack] = np.bincount(places.unit_T, minlength=len(key_U)).astype(
+            part.tokens_SU[stack] = np.bincount(token_rows.unit_T, minlength=len(key_U)).astype(
                 np.int64
             )
         chosen = [r for r in routers if part.routers[r].stack == stack]
@@ -203,7 +203,7 @@ def _count_routed(
             slots = seen.of(shard.slots(r), r)
             if r in chosen:
                 part.of[r] = count_router(
-                    _decisions(shard, r, slots, seen, places, by, part.wants), part.wants
+                    _decisions(shard, r, slots, seen, token_rows, by, part.wants), part.wants
                 )
             if before is not None and r in reached:
                 b, of_b = before
@@ -214,14 +214,14 @@ def _count_routed(
             before = (r, slots) if r in chosen else None
 
 
-def _places(
+def _token_rows(
     seen: SelectedTokens,
     key_U: np.ndarray,
     domain_of_U: np.ndarray,
     windows: Windows | None,
     shard: Shard,
-) -> kernels_numpy.Places:
-    """What the routers of one stack share in a shard: where each of its tokens counts."""
+) -> kernels_numpy.TokenRows:
+    """The rows that each token of a shard is counted in, the same for all routers of a stack."""
     row_of = np.zeros(key_U[-1] + 1, np.int64)
     row_of[key_U] = np.arange(len(key_U))
     unit_T = row_of[_unit(seen)]
@@ -231,7 +231,9 @@ def _places(
         (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
     )
     sizes = len(key_U), int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1
-    return kernels_numpy.Places(unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order)
+    return kernels_numpy.TokenRows(
+        unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order
+    )
 
 
 def _decisions(
@@ -239,7 +241,7 @@ def _decisions(
     r: int,
     slots: kernels_numpy.Slots,
     seen: SelectedTokens,
-    places: kernels_numpy.Places,
+    token_rows: kernels_numpy.TokenRows,
     kernels: Any,
     wants: frozenset[str],
 ) -> Decisions:
@@ -256,7 +258,7 @@ def _decisions(
         slots,
         weights,
         logits_TE,
-        places,
+        token_rows,
         kernels,
     )
 

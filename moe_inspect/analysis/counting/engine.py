@@ -73,9 +73,9 @@ def count_trace(
             f"{', '.join(sorted(total.labels))}"
         )
     if not total.tokens:
-        said = f" of phase {selection.phase}" if selection.phase else ""
+        of_phase = f" of phase {selection.phase}" if selection.phase else ""
         raise MoeInspectError(
-            f"{trace.path} holds no tokens{said}"
+            f"{trace.path} holds no tokens{of_phase}"
             + ("" if trace.n_tokens else " yet: nothing is committed")
         )
     return total

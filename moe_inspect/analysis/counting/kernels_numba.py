@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
-from moe_inspect.analysis.counting.kernels_numpy import Places, Slots
+from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows
 
 ONE = np.uint32(1)
 PAGE, LINE = (
@@ -61,19 +61,20 @@ def _loads(
 
 
 def loads(
-    slots: Slots, places: Places, E: int
+    slots: Slots, token_rows: TokenRows, E: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """uint32 [U, E], [D, E], [B, E], [W, E]"""
     tables = [
-        np.zeros((rows, E + 1), np.uint32) for rows in (places.U, places.D, places.B, places.W)
+        np.zeros((rows, E + 1), np.uint32)
+        for rows in (token_rows.U, token_rows.D, token_rows.B, token_rows.W)
     ]
     _loads(
         slots,
-        places.start_G,
-        places.unit_T,
-        places.domain_T,
-        places.batch_T,
-        places.window_T,
+        token_rows.start_G,
+        token_rows.unit_T,
+        token_rows.domain_T,
+        token_rows.batch_T,
+        token_rows.window_T,
         *tables,
     )
     units_UE, first_DE, batches_BE, windows_WE = (table[:, :E] for table in tables)
@@ -225,17 +226,17 @@ def _repetition(before, after, follows_T, unit_T, first_U, any_U):  # type: igno
         any_U[unit] += either
 
 
-def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray]:
+def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray, np.ndarray]:
     """int64 [U], twice"""
-    assert places.order is not None
-    by_T, follows_T, unit_T = places.order.by_T, places.order.follows_T, places.unit_T
-    if not places.order.in_place:
+    assert token_rows.order is not None
+    by_T, follows_T, unit_T = token_rows.order.by_T, token_rows.order.follows_T, token_rows.unit_T
+    if not token_rows.order.in_place:
         slots, unit_T = tuple(slot_T[by_T] for slot_T in slots), unit_T[by_T]
     before = slots
     if E < 2**16:  # nowhere is nothing to have in common
         slots = tuple(slot_T.astype(np.uint16) for slot_T in slots)
         before = tuple(np.where(slot_T == E, np.uint16(2**16 - 1), slot_T) for slot_T in slots)
-    first_U, any_U = np.zeros(places.U, np.int64), np.zeros(places.U, np.int64)
+    first_U, any_U = np.zeros(token_rows.U, np.int64), np.zeros(token_rows.U, np.int64)
     _repetition(before, slots, follows_T, unit_T, first_U, any_U)
     return first_U, any_U
 
@@ -249,35 +250,37 @@ def _srp(slots, by_T, follows_T, unit_T, E, m, total_UM):  # type: ignore[no-unt
         np.zeros(E + 1, np.int64),
     )  # since which window f has been what it is
     windows = first = 0
-    for place in range(len(by_T) + 1):
-        if place == len(by_T) or not follows_T[place]:  # the run before is over
+    for index in range(len(by_T) + 1):
+        if index == len(by_T) or not follows_T[index]:  # the run before is over
             if windows:
                 histogram = total_UM[unit_T[by_T[first]]]
                 for e in range(E):
                     histogram[f_E[e]] += windows - since_E[e]
             f_E[:], since_E[:] = 0, 0
-            windows, first = 0, place
-        if place < len(by_T):
+            windows, first = 0, index
+        if index < len(by_T):
             histogram = total_UM[unit_T[by_T[first]]]
             for step in range(2):
-                if step == 1 and place - first < m:
+                if step == 1 and index - first < m:
                     break
-                t = by_T[place - step * m]
+                t = by_T[index - step * m]
                 for j in range(len(slots)):
                     e = np.uint64(slots[j][t])
                     histogram[f_E[e]] += windows - since_E[e] if e < E else 0
                     since_E[e] = windows
                     f_E[e] = f_E[e] + 1 - 2 * step if e < E else 0
-            windows += place - first >= m - 1
+            windows += index - first >= m - 1
 
 
-def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
+def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
     """int64 [U, m+1]"""
-    assert places.order is not None
+    assert token_rows.order is not None
     total_UM = np.zeros(
-        (places.U, m + 2), np.int64
+        (token_rows.U, m + 2), np.int64
     )  # f is m+1 between a token's coming and another's going, for no window
-    _srp(slots, places.order.by_T, places.order.follows_T, places.unit_T, E, m, total_UM)
+    _srp(
+        slots, token_rows.order.by_T, token_rows.order.follows_T, token_rows.unit_T, E, m, total_UM
+    )
     return total_UM[:, : m + 1]
 
 

@@ -63,10 +63,10 @@ def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndar
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the tokens of a shard count: the rows of each by unit, domain, batch and window, and
-    how many rows there are; how they follow each other, where that was asked for. start_G: where a
-    run of tokens of one unit, batch and window begins, and the end."""
+class TokenRows:
+    """The row of each token of a shard in the tables by unit, domain, batch and window, and how
+    many rows each table has; how tokens follow each other, where that was asked for. start_G:
+    where a run of tokens of one unit, batch and window begins, and the end."""
 
     unit_T: np.ndarray
     domain_T: np.ndarray
@@ -104,12 +104,16 @@ class Places:
 
 
 def loads(
-    slots: Slots, places: Places, E: int
+    slots: Slots, token_rows: TokenRows, E: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Assignments by unit, first choices by domain, assignments by batch and by window. int64 [U,
     E], [D, E], [B, E], [W, E]"""
-    first_DE = load(places.domain_T, slots[:1], places.D, E)
-    rows = ((places.unit_T, places.U), (places.batch_T, places.B), (places.window_T, places.W))
+    first_DE = load(token_rows.domain_T, slots[:1], token_rows.D, E)
+    rows = (
+        (token_rows.unit_T, token_rows.U),
+        (token_rows.batch_T, token_rows.B),
+        (token_rows.window_T, token_rows.W),
+    )
     units_UE, batches_BE, windows_WE = (load(row_T, slots, X, E) for row_T, X in rows)
     return units_UE, first_DE, batches_BE, windows_WE
 
@@ -154,36 +158,36 @@ def by_slot(slots: Slots, E: int) -> np.ndarray:
     )
 
 
-def repetition(slots: Slots, places: Places, E: int) -> tuple[np.ndarray, np.ndarray]:
+def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray, np.ndarray]:
     """By unit, of the pairs of consecutive tokens: those with the same first choice, those with an
     expert in common. int64 [U]. E: what a slot holds that routed nowhere; 2**16 where none did."""
-    assert places.order is not None
-    by_T, after = places.order.by_T, np.flatnonzero(places.order.follows_T)
+    assert token_rows.order is not None
+    by_T, after = token_rows.order.by_T, np.flatnonzero(token_rows.order.follows_T)
     ids_TK = np.stack(slots).T[by_T]
     before_PK, after_PK = ids_TK[after - 1], ids_TK[after]
     first_P = (before_PK[:, 0] == after_PK[:, 0]) & (after_PK[:, 0] < E)
     any_P = np.zeros(len(after), bool)
     for slot_P in before_PK.T:
         any_P |= ((slot_P[:, None] == after_PK) & (slot_P < E)[:, None]).any(1)
-    unit_P = places.unit_T[by_T[after]]
+    unit_P = token_rows.unit_T[by_T[after]]
     first_U, any_U = (
-        np.bincount(unit_P[chosen], minlength=places.U) for chosen in (first_P, any_P)
+        np.bincount(unit_P[chosen], minlength=token_rows.U) for chosen in (first_P, any_P)
     )
     return first_U, any_U
 
 
-def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
+def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
     """By unit, how many (m consecutive tokens of a sequence, expert) have f of the m tokens choose
     the expert. int64 [U, m+1]. The windows slide by one token; a sequence of fewer than m tokens
     has none. arXiv:2505.16056."""
-    assert places.order is not None
-    by_T, follows_T = places.order.by_T, places.order.follows_T
+    assert token_rows.order is not None
+    by_T, follows_T = token_rows.order.by_T, token_rows.order.follows_T
     T = len(by_T)
-    place_T = np.arange(T)
-    run_start_T = np.maximum.accumulate(np.where(follows_T, 0, place_T))
-    last = np.flatnonzero(place_T - run_start_T >= m - 1)  # the last token of each window
-    unit_last = places.unit_T[by_T[last]]
-    histogram = np.zeros(places.U * (m + 1), np.int64)
+    index_T = np.arange(T)
+    run_start_T = np.maximum.accumulate(np.where(follows_T, 0, index_T))
+    last = np.flatnonzero(index_T - run_start_T >= m - 1)  # the last token of each window
+    unit_last = token_rows.unit_T[by_T[last]]
+    histogram = np.zeros(token_rows.U * (m + 1), np.int64)
     sorted_TK = np.stack(slots).T[by_T]
     step = max(1, BLOCK // (T + 1))
     for first_expert in range(0, E, step):
@@ -193,7 +197,7 @@ def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
         )  # one more column takes what is no expert of this block
         inside_TK = (sorted_TK >= first_expert) & (sorted_TK < first_expert + width)
         chosen[
-            place_T[:, None] + 1,
+            index_T[:, None] + 1,
             np.where(inside_TK, sorted_TK.astype(np.int64) - first_expert, width),
         ] = 1
         cumulative = chosen[:, :width].cumsum(0)
@@ -201,7 +205,7 @@ def srp(slots: Slots, places: Places, E: int, m: int) -> np.ndarray:
         histogram += np.bincount(
             (unit_last[:, None] * (m + 1) + f).reshape(-1), minlength=len(histogram)
         )
-    return histogram.reshape(places.U, m + 1)
+    return histogram.reshape(token_rows.U, m + 1)
 
 
 def weight_confidence(weights: Slots) -> dict[str, float]:

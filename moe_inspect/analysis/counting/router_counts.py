@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.counting.kernels_numpy import Places, Slots, logit_confidence
+from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, logit_confidence
 from moe_inspect.analysis.metrics.balance import max_vio
 
 SRP_LENGTHS = (1, 4, 16, 64)  # tokens of a segment
@@ -190,22 +190,22 @@ class Decisions:
     slots: Slots
     weights: Slots | None
     logits_TE: np.ndarray | None
-    places: Places
+    token_rows: TokenRows
     kernels: Any
 
 
 def count_router(of: Decisions, wants: frozenset[str]) -> RouterCounts:
     """The counts of one router in one shard; those of transitions need the next router too and are
     filled by count_shard."""
-    E, places = of.E, of.places
-    assignments_UE, first_DE, load_BE, load_WE = of.kernels.loads(of.slots, places, E)
+    E, token_rows = of.E, of.token_rows
+    assignments_UE, first_DE, load_BE, load_WE = of.kernels.loads(of.slots, token_rows, E)
     counts = RouterCounts(assignments_UE, first_DE if of.ranked else None, None)
     if of.weights is not None:
         counts.weight_sum_DE = _weight_sum(of, of.weights)
     counts.null_slots = of.k * len(of.slots[0]) - int(load_BE.sum())
-    counts.batches = _batches(places.tokens_B, load_BE)
+    counts.batches = _batches(token_rows.tokens_B, load_BE)
     if "windows" in wants:
-        counts.window_load_WE, counts.window_tokens_W = load_WE, places.tokens_W.copy()
+        counts.window_load_WE, counts.window_tokens_W = load_WE, token_rows.tokens_W.copy()
     for want, fill in FILLS.items():
         if want in wants:
             fill(of, counts)
@@ -213,7 +213,7 @@ def count_router(of: Decisions, wants: frozenset[str]) -> RouterCounts:
 
 
 def _weight_sum(of: Decisions, weights: Slots) -> np.ndarray:
-    return of.kernels.weight_sum(of.places.domain_T, of.slots, weights, of.places.D, of.E)
+    return of.kernels.weight_sum(of.token_rows.domain_T, of.slots, weights, of.token_rows.D, of.E)
 
 
 def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
@@ -230,21 +230,21 @@ def _pairs(of: Decisions, counts: RouterCounts) -> None:
 
 
 def _repetition(of: Decisions, counts: RouterCounts) -> None:
-    counts.pairs_U = of.places.pairs_U.copy()
+    counts.pairs_U = of.token_rows.pairs_U.copy()
     nowhere = of.E if counts.null_slots else 2**16
-    first_same_U, counts.any_same_U = of.kernels.repetition(of.slots, of.places, nowhere)
+    first_same_U, counts.any_same_U = of.kernels.repetition(of.slots, of.token_rows, nowhere)
     counts.first_same_U = first_same_U if of.ranked else None
 
 
 def _srp(of: Decisions, counts: RouterCounts) -> None:
-    counts.srp = {m: of.kernels.srp(of.slots, of.places, of.E, m) for m in SRP_LENGTHS}
+    counts.srp = {m: of.kernels.srp(of.slots, of.token_rows, of.E, m) for m in SRP_LENGTHS}
 
 
 def _esft(of: Decisions, counts: RouterCounts) -> None:
-    order, D = of.places.order, of.places.D
+    order, D = of.token_rows.order, of.token_rows.D
     assert order is not None, "tokens were read without their order"
     mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
-    first_S = of.places.domain_T[order.first_S]
+    first_S = of.token_rows.domain_T[order.first_S]
     counts.samples_D = np.bincount(first_S, minlength=D).astype(np.int64)
     counts.esft_token_DE = _weight_sum(of, (mean_T / of.k,) * of.k)
     if of.weights is not None:

@@ -75,9 +75,9 @@ def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
     """P(a and b in the set) for sets of k experts in which each is with probability share_E (sum
     k). [E, E], 0 on the diagonal."""
     E = len(share_E)
-    apart_EE = 1 - np.eye(E)
+    off_diagonal_EE = 1 - np.eye(E)
     if k >= E:  # all experts are in it
-        return apart_EE
+        return off_diagonal_EE
     share_E = np.minimum(share_E, NEARLY_ALL)
     odds_E = share_E / (1 - share_E)
     weight_E = odds_E
@@ -87,8 +87,8 @@ def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
         weight_E = fitted_E * (k / fitted_E.sum())
         if np.abs(weight_E / before_E - 1).max() < 1e-9:
             break
-    [others_EE] = _sums_of_products(weight_E * apart_EE, k - 2)
-    return np.outer(weight_E, weight_E) * others_EE * apart_EE
+    [others_EE] = _sums_of_products(weight_E * off_diagonal_EE, k - 2)
+    return np.outer(weight_E, weight_E) * others_EE * off_diagonal_EE
 
 
 def _sums_of_products(weight_XE: np.ndarray, *sizes: int) -> np.ndarray:

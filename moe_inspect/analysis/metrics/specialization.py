@@ -204,8 +204,8 @@ def conditional_mi_null_bits(
         p_XD = np.bincount(group_P[row_N], p_N, X * D)
         p_XE, p_X = np.bincount(token_N * E + expert_N, p_N, X * E), np.bincount(token_N, p_N, X)
         # I(D; E | X) = H(X, D) + H(X, E) - H(X, D, E) - H(X)
-        joint, apart = _entropy_bits(p_XDE) + _entropy_bits(p_X), _entropy_bits(p_XD)
-        values.append(apart + _entropy_bits(p_XE) - joint)
+        pairs, joint = _entropy_bits(p_XD) + _entropy_bits(p_XE), _entropy_bits(p_XDE)
+        values.append(pairs - joint - _entropy_bits(p_X))
     return float(np.mean(values))
 
 

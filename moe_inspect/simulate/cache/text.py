@@ -1,4 +1,4 @@
-"""The verdict and the picture of `simulate cache`."""
+"""The verdict and the chart of `simulate cache`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     size = settings["slots"][len(settings["slots"]) // 2]
     at = main[main["slots"] == size]
     once = at.drop_duplicates("router")
-    said = [hot_set(once, size)]
+    sentences = [hot_set(once, size)]
     for name in settings["policies"]:
         rate = at[at["policy"] == name]["hit_rate"]
         bound = " (the bound: it sees the future)" if name == "belady" else ""
-        said.append(
+        sentences.append(
             f"Simulated, {size} slots per layer, {name}{bound}: hit rate "
             f"{_percents(rate.min(), rate.max())} by layer."
         )
@@ -33,7 +33,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             .nlargest(1, "tokens_per_s")
             .iloc[0]
         )
-        said.append(
+        sentences.append(
             f"Simulated: {settings['expert_mb']:g} MB per expert over {settings['gb_per_s']:g} "
             f"GB/s allow at most {best['tokens_per_s']:,.1f} tokens/s "
             f"({best['policy']}{'' if len(real) else ', which no real cache reaches'}, "
@@ -41,19 +41,19 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             "were all that took time."
         )
     cold = once["cold_misses"].sum() / once["accesses"].sum()
-    said.append(
+    sentences.append(
         f"Cold start: caches begin empty; first touches are {cold:.2%} of accesses and count as "
         "misses (hit_rate_warm leaves them out)."
     )
-    return said
+    return sentences
 
 
 def hot_set(once: Any, size: int) -> str:
-    """Whether the busiest experts of each layer are wanted so often that holding them pays. once: a
-    row a router."""
+    """Whether the busiest experts of each layer get enough accesses to be worth caching. once: one
+    row per router."""
     if (HOT * once["even_share"] >= 1).all():
         return (
-            f"A hot set worth caching? With {size} slots nearly all experts are in: ask with fewer."
+            f"A hot set worth caching? {size} slots hold nearly all experts: simulate fewer slots."
         )
     hot = int((once["hot_set_share"] >= HOT * once["even_share"]).sum())
     return (

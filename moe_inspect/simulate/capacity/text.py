@@ -1,4 +1,4 @@
-"""What `simulate capacity` says and draws of its tables."""
+"""The verdict and the chart of `simulate capacity`."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ def verdict(
         return ["Simulated: no router made an assignment, so nothing could be dropped."]
     worst = at.loc[at["drop_rate"].idxmax()]
     everywhere = across[across["capacity_factor"] == factor].iloc[0]
-    said = [
+    sentences = [
         f"Simulated: at capacity factor {factor:g}, in groups of "
         f"{_group(settings['group_tokens'])}, layer {label_of[worst['router']]} would drop most: "
         f"{worst['drop_rate']:.1%} of its assignments; {worst['tokens_hit']:.1%} of its tokens "
-        f"would lose a choice and {worst['tokens_lost']:.1%} all of them.",
-        f"Simulated, over all layers: {everywhere['hit_anywhere']:.1%} of tokens would lose a "
-        "choice somewhere, and "
-        f"{everywhere['lost_anywhere']:.1%} every choice of some layer.",
+        f"would lose an expert and {worst['tokens_lost']:.1%} all of them.",
+        f"Simulated, over all layers: {everywhere['hit_anywhere']:.1%} of tokens would lose an "
+        "expert in at least one layer, and "
+        f"{everywhere['lost_anywhere']:.1%} all experts of a layer.",
     ]
     most = needed.loc[needed["capacity_factor"].idxmax()]
-    said.append(
+    sentences.append(
         f"Simulated: to drop at most {100 * settings['target_drop']:.3g}% of every layer's "
         f"assignments takes a factor of {most['capacity_factor']:.2f} "
         f"(layer {label_of[most['router']]}), which leaves {most['unused_capacity']:.0%} of that "
-        "layer's places empty."
+        "layer's capacity unused."
     )
     ends = tables["capacity_by_position"].query(
         "capacity_factor == @factor and router == @worst.router"
     )
-    for place in POSITIONS[:1] if settings["group_tokens"] == "sequence" else POSITIONS:
-        rate = ends[ends["position_in"] == place].set_index("tenth")["drop_rate"]
-        said.append(
-            f"Simulated, layer {label_of[worst['router']]}, drops by place in the {place}: first "
-            f"tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
+    for position in POSITIONS[:1] if settings["group_tokens"] == "sequence" else POSITIONS:
+        rate = ends[ends["position_in"] == position].set_index("tenth")["drop_rate"]
+        sentences.append(
+            f"Simulated, layer {label_of[worst['router']]}, drop rate by position in the "
+            f"{position}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
         )
-    return said
+    return sentences
 
 
 def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Figure:
@@ -96,11 +96,13 @@ def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int,
     factor = _middle(factors)
     mid = main[main["capacity_factor"] == factor]
     worst = mid.loc[mid["drop_rate"].fillna(-1).idxmax()]
-    for place, marker, colour in zip(POSITIONS, ("o-", "s--"), ("#2c3e50", "#2980b9"), strict=True):
+    for position, marker, colour in zip(
+        POSITIONS, ("o-", "s--"), ("#2c3e50", "#2980b9"), strict=True
+    ):
         at = ends[
             (ends["capacity_factor"] == factor)
             & (ends["router"] == worst["router"])
-            & (ends["position_in"] == place)
+            & (ends["position_in"] == position)
         ]
         right.plot(
             at["tenth"],
@@ -109,13 +111,13 @@ def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int,
             ms=4,
             lw=1.2,
             color=colour,
-            label=f"tenth of the {place}",
+            label=f"tenth of the {position}",
         )
     right.set(xlabel="tenth (10 is the end)", xticks=range(1, 11))
     right.set_ylim(bottom=0)
     right.legend(fontsize=8, frameon=False)
     right.set_title(
-        f"Layer {label_of[worst['router']]} at factor {factor:g}: who is dropped",
+        f"Layer {label_of[worst['router']]} at factor {factor:g}: drop rate by position",
         loc="left",
         fontsize=10,
     )

@@ -1,4 +1,4 @@
-"""The verdict and the picture of `simulate decode`."""
+"""The verdict and the chart of `simulate decode`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     of = (
         "generated tokens"
         if settings["decoded"]
-        else "prompt tokens, in place of generated ones (trace with --generate for those)"
+        else "prompt tokens instead of generated ones (trace with --generate for those)"
     )
-    said = []
+    sentences = []
     for batch, mine in table.dropna(subset=["distinct_experts"]).groupby("batch"):
         distinct, lot = mine["distinct_experts"].mean(), mine["independent"].mean()
-        said.append(
+        sentences.append(
             f"{batch:,} {'sequence reads' if batch == 1 else 'sequences together read'} "
             f"{distinct:.1f} experts per layer and step "
             f"({mine['share_of_experts'].mean():.0%} of them; expected by chance: {lot:.1f})"
@@ -34,24 +34,24 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         )
     short = sorted(set(table.loc[table["steps"] == 0, "batch"]))
     if short:
-        said.append(
+        sentences.append(
             f"No step of {', '.join(map(str, short))}: the trace holds too few sequences at any "
             "position."
         )
     if needed["reads_all_from"].notna().any():
-        said.append(
+        sentences.append(
             f"From {plural(int(needed['reads_all_from'].max()), 'sequence')} on a step reads "
             f"{SATURATED:.0%} of the experts that are used at all, in every layer: "
-            "before that a larger batch reads more, after it only shares the reading out."
+            "below that a larger batch reads more experts, above it only shares them."
         )
     if needed["compute_bound_from"].notna().any():
-        said.append(
+        sentences.append(
             f"Beyond about {plural(round(needed['compute_bound_from'].median()), 'sequence')} a "
-            "larger batch stops helping: computing is then the limit, not "
-            f"reading ({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} "
+            "larger batch stops helping: the step is then compute-bound, not memory-bound "
+            f"({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} "
             "FLOPs per byte)."
         )
-    return [*said, f"Simulated: steps of the same position of different sequences, from {of}."]
+    return [*sentences, f"Simulated: steps of the same position of different sequences, from {of}."]
 
 
 def figure(tables: dict[str, Any]) -> Figure:

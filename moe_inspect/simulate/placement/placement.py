@@ -19,7 +19,7 @@ from moe_inspect.simulate.placement.policies.policies import FORMER_NAMES, POLIC
 from moe_inspect.simulate.placement.ranks_reached import ranks_reached, reach_fewer
 from moe_inspect.simulate.placement.tables import plan_table, recommended, tables_of
 from moe_inspect.simulate.placement.text import figure, verdict
-from moe_inspect.simulate.placement.windows import loads_of, loads_of_counts, windows_of
+from moe_inspect.simulate.placement.windows import fit_windows_of, loads_of, loads_of_counts
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.shards import check_domains, is_small
 from moe_inspect.text import layer_label
@@ -94,7 +94,7 @@ def simulate_placement(
     if trace.counts_only:
         windows, loads = loads_of_counts(trace, selection)
     else:
-        windows = windows_of(trace, selection, fit_share, window)
+        windows = fit_windows_of(trace, selection, fit_share, window)
         loads = loads_of(trace, selection, windows, small)
     of = {
         (r, name): POLICIES[name](loads[r][: windows.fit], layouts[r])

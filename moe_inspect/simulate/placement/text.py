@@ -1,4 +1,4 @@
-"""What `simulate placement` says and draws of its tables."""
+"""The verdict and the chart of `simulate placement`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_inspect.text import plural
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WORTH = 0.01  # share of the time under which none is better
+WORTH = 0.01  # share of the time saved below which no policy counts as better
 MARKERS = "os^vDP"
 
 
@@ -22,7 +22,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     best = rows[recommended(tables["policies"])]
     first = rows.get("contiguous") or next(iter(rows.values()))
     gpus = settings["gpus"]
-    said = [
+    sentences = [
         f"On {plural(gpus, 'GPU')} the {first['policy']} placement makes the MoE layers "
         f"{first['slowdown']:.2f}x as slow as perfect balance "
         f"would (balancedness {first['balancedness_vllm']:.2f} by vLLM's convention, "
@@ -36,36 +36,33 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             for name, row in rows.items()
             if row not in (best, first)
         ]
-        said.append(
+        sentences.append(
             f"{best['policy']} brings that to {best['slowdown']:.2f}x"
             + (f" ({', '.join(others)})" if others else "")
             + f": {saved:.0%} less time."
         )
     elif len(rows) > 1:
-        said.append(
-            f"No other policy saves as much as {WORTH:.0%} of the time that {first['policy']} "
-            "takes."
-        )
+        sentences.append(f"No other policy is more than {WORTH:.0%} faster than {first['policy']}.")
     if (searched := rows.get("local-search")) and any(name.startswith("eplb") for name in rows):
         wasted = max(row["colocated"] for name, row in rows.items() if name.startswith("eplb"))
         if wasted:
-            said.append(
-                f"EPLB puts up to {plural(wasted, 'replica')} beside another of the same "
+            sentences.append(
+                f"EPLB puts up to {plural(wasted, 'replica')} on a GPU that already has the same "
                 f"expert; local-search {searched['colocated']:,}."
             )
     if settings["counts_only"]:
-        said.append(
-            "Counts only: fitted on what it is judged by, and no ranks a token reaches; both "
-            "need a trace with decisions."
+        sentences.append(
+            "Counts only: placements are fitted and judged on the same counts, and the GPUs that a "
+            "token reaches are unknown. Both need a trace with decisions."
         )
     else:
-        said += _aged(tables, settings, best["policy"])
+        sentences += _aged(tables, settings, best["policy"])
         moved = best["moved_bytes_per_token"]
-        said.append(
-            f"Under {best['policy']} a token reaches {best['ranks_per_token']:.2f} GPUs a layer"
+        sentences.append(
+            f"Under {best['policy']} a token reaches {best['ranks_per_token']:.2f} GPUs per layer"
             + (f" on {best['nodes_per_token']:.2f} nodes" if settings["nodes"] > 1 else "")
             + (
-                f"; {moved / 1024:,.0f} KiB go there and back a token, all layers."
+                f"; dispatch and combine move {moved / 1024:,.0f} KiB per token over all layers."
                 if np.isfinite(moved)
                 else "."
             )
@@ -75,24 +72,23 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             f"{name} {row['lp_slowdown']:.2f}x ({row['by_window_slowdown']:.2f}x)"
             for name, row in rows.items()
         )
-        said.append(
-            "If dispatch chose among replicas as a linear program would, window by window, the "
-            "slowdown could fall to, at best (in brackets "
-            f"with even sharing): {least}."
+        sentences.append(
+            "With optimal dispatch among replicas (a linear program per window) the slowdown would "
+            f"be at least, in brackets with even sharing: {least}."
         )
-    said.append(
+    sentences.append(
         f"Recommended, and written by -o: the plan of {settings['recommended']}"
         + (
-            ", which is the least slow on the judged part."
+            ", the fastest on the judged part."
             if settings["recommended"] == best["policy"]
             else ", as --minimize asks."
         )
     )
-    said.append(
+    sentences.append(
         "Simulated: replicas of an expert share its load evenly and at random; the time of a "
         "layer is that of its busiest GPU."
     )
-    return said
+    return sentences
 
 
 def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list[str]:
@@ -108,16 +104,14 @@ def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list
         mine[mine["part"] == "judged"]["max_over_mean"],
     )
     if not len(judged):
-        return [
-            "Fitted on the whole trace and judged by it: what new text would cost is not known."
-        ]
+        return ["Fitted and judged on the whole trace: the balance on unseen text is unknown."]
     row = next(row for row in tables["policies"].to_dict("records") if row["policy"] == policy)
     return [
         f"Fitted on the first {100 * settings['fit_share']:.3g}%, {policy} has max/mean "
         f"{row['fit_max_over_mean']:.3f} there and "
-        f"{1 / row['balancedness_sglang']:.3f} on the rest; by window of "
-        f"{plural(settings['window'], 'token')} {fit.mean():.3f} while fitted, "
-        f"{judged.iloc[0]:.3f} right after, {judged.iloc[-1]:.3f} at the end."
+        f"{1 / row['balancedness_sglang']:.3f} on the rest; per window of "
+        f"{plural(settings['window'], 'token')} {fit.mean():.3f} in the fitted part, "
+        f"{judged.iloc[0]:.3f} just after it, {judged.iloc[-1]:.3f} at the end."
     ]
 
 
@@ -157,7 +151,7 @@ def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int,
     grid[0].set_xticks(range(0, len(labels), step), labels[::step], fontsize=8)
     grid[0].set(xlabel="layer", ylabel="busiest GPU ÷ mean GPU")
     grid[0].set_title(
-        "On the part that was not fitted" if aged else "Counts: fitted on what it is judged by",
+        "On the part not fitted on" if aged else "Counts only: fitted and judged on the same",
         loc="left",
         fontsize=10,
     )

@@ -54,7 +54,7 @@ def loads_of_counts(trace: Trace, selection: Selection) -> tuple[FitWindows, dic
     return FitWindows(np.array([0.0, 1.0]), 1, trace.n_tokens), loads
 
 
-def windows_of(
+def fit_windows_of(
     trace: Trace, selection: Selection, fit_share: float, window: int | None
 ) -> FitWindows:
     tokens = sum(_selected(trace, selection).values())
@@ -96,10 +96,10 @@ def decisions(
     of_rank, before = _selected(trace, selection), dict[int, int]()
     for shard in trace.shards:
         rank, taken_T = shard.files.rank, taken(shard, selection)
-        place_T = before.get(rank, 0) + np.cumsum(taken_T) - 1
+        index_T = before.get(rank, 0) + np.cumsum(taken_T) - 1
         before[rank] = before.get(rank, 0) + int(taken_T.sum())
         window_T = (
-            np.searchsorted(windows.edge_W, place_T / max(1, of_rank[rank]), side="right") - 1
+            np.searchsorted(windows.edge_W, index_T / max(1, of_rank[rank]), side="right") - 1
         )
         wanted_T = taken_T & (window_T >= since)
         if not wanted_T.any():

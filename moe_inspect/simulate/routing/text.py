@@ -1,4 +1,4 @@
-"""The verdict and the picture of `simulate routing`."""
+"""The verdict and the chart of `simulate routing`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SAME_COMPUTE = 0.005  # relative difference in experts per token that counts as 
 
 
 def added_compute(times: float) -> str:
-    """How many times the model's experts are computed; "" for as many."""
+    """The compute relative to the model's own routing, in words; "" where it is the same."""
     same = abs(times - 1) <= SAME_COMPUTE
     return "" if same else f"; computes {times:.3g}x as many experts per token"
 
@@ -22,12 +22,12 @@ def verdict(
     tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]
 ) -> list[str]:
     routing, advice = tables["routing"], tables["routing_algorithms"]
-    said, uneven = [], settings["uneven"]
+    sentences, uneven = [], settings["uneven"]
     recorded = routing[routing["algorithm"] == "as recorded"]
     if len(recorded):
         worst = recorded.loc[recorded["max_vio"].idxmax()]
         layer = label_of[int(worst["router"])]
-        said.append(
+        sentences.append(
             f"As recorded, layer {layer} is the least balanced: max_vio {worst['max_vio']:.2f} "
             "over all tokens."
         )
@@ -37,14 +37,14 @@ def verdict(
         if len(bias):
             row = bias.iloc[0]
             helps = row["max_vio"] < worst["max_vio"]
-            said.append(
+            sentences.append(
                 f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer "
                 f"{layer}{' to' if helps else ':'} max_vio "
-                f"{row['max_vio']:.2f} ({row['max_vio_batch']:.2f} by batch), keeping "
+                f"{row['max_vio']:.2f} ({row['max_vio_batch']:.2f} per batch), keeping "
                 f"{row['mass_retained']:.0%} of the probability mass of the router's own "
                 f"top choices and {row['agreement']:.0%} of the model's choices"
                 + (
-                    ", on the half of the documents that the bias had not seen."
+                    ", on the half of the documents held out from fitting the bias."
                     if settings["bias_held_out"]
                     else "."
                 )
@@ -56,33 +56,34 @@ def verdict(
     even = usable[usable["max_vio_worst"] < uneven]
     if len(even):
         best = even.loc[even["mass_retained_least"].idxmax()]
-        said.append(
-            "Simulated: of those that compute as much and need not see the future, "
-            f"{best['algorithm']} keeps most among the ones that balance "
-            f"every layer (max_vio below {uneven:g}): at least {best['mass_retained_least']:.0%} "
-            "of the mass."
+        sentences.append(
+            "Simulated: of the causal algorithms with the same compute that balance every layer "
+            f"(max_vio below {uneven:g}), {best['algorithm']} keeps the most probability mass: at "
+            f"least {best['mass_retained_least']:.0%}."
         )
     else:
-        said.append(
-            "Simulated: none that computes as much and need not see the future balances every "
-            f"layer (max_vio below {uneven:g})."
+        sentences.append(
+            "Simulated: no causal algorithm with the same compute balances every layer "
+            f"(max_vio below {uneven:g})."
         )
     leaking = [
         f"{label} ({ALGORITHMS[label].leaks})"
         for label in advice[advice["leaks_future"] == "yes"]["algorithm"]
     ]
     if leaking:
-        said.append(
-            f"Leak the future: {', '.join(leaking)}: a token's experts depend on later tokens, "
-            "which a model that generates does not have."
+        sentences.append(
+            f"Not causal: {', '.join(leaking)}. A token's experts depend on later tokens, which "
+            "are unknown during generation."
         )
     if any("not stated" in scoring for scoring in settings["scoring"]):
-        said.append("The trace does not say how some routers score: softmax was taken.")
-    said.append(
-        "What another routing does to quality is not simulated: these experts were trained with "
-        "their own."
+        sentences.append(
+            "The trace does not state the scoring of some routers: softmax is assumed."
+        )
+    sentences.append(
+        "The effect on the model's quality is not simulated: its experts were trained with its own "
+        "routing."
     )
-    return said
+    return sentences
 
 
 def figure(tables: dict[str, Any], uneven: float, label_of: dict[int, str]) -> Figure:
@@ -110,9 +111,7 @@ def figure(tables: dict[str, Any], uneven: float, label_of: dict[int, str]) -> F
         loc="left",
         fontsize=10,
     )
-    right.set_title("probability mass, ÷ the router's own top-k", loc="left", fontsize=10)
+    right.set_title("probability mass ÷ that of the router's own top-k", loc="left", fontsize=10)
     if at["leaks_future"].any():
-        figure.supxlabel(
-            "red: sees the whole batch, so leaks the future", fontsize=8, color="#c0392b"
-        )
+        figure.supxlabel("red: not causal, depends on later tokens", fontsize=8, color="#c0392b")
     return figure

@@ -15,21 +15,21 @@ import numpy as np
 def pack(weight_I: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
     """Items into packs of equally many: the heaviest first, each to the lightest pack with room.
 
-    Returns the pack of each item and its place within the pack, int64 [I]. One item a pack stays
+    Returns the pack of each item and its position within the pack, int64 [I]. One item a pack stays
     where it is."""
     items = len(weight_I)
     room = items // packs
     if room == 1:
         return np.arange(items), np.zeros(items, np.int64)
-    pack_I, place_I = np.zeros(items, np.int64), np.zeros(items, np.int64)
+    pack_I, position_I = np.zeros(items, np.int64), np.zeros(items, np.int64)
     weight, filled = [0.0] * packs, [0] * packs
     weights = weight_I.tolist()
     for item in np.argsort(-weight_I, kind="stable").tolist():
         lightest = min((p for p in range(packs) if filled[p] < room), key=weight.__getitem__)
-        pack_I[item], place_I[item] = lightest, filled[lightest]
+        pack_I[item], position_I[item] = lightest, filled[lightest]
         weight[lightest] += weights[item]
         filled[lightest] += 1
-    return pack_I, place_I
+    return pack_I, position_I
 
 
 def replicate(
@@ -60,15 +60,15 @@ def eplb(load_E: np.ndarray, slots: int, groups: int, nodes: int, gpus: int) -> 
         groups, nodes = 1, 1
     E = len(load_E)
     size, of_node, room = E // groups, E // nodes, slots // nodes
-    node_of_group, place = pack(load_E.reshape(groups, size).sum(1).astype(np.float64), nodes)
+    node_of_group, position = pack(load_E.reshape(groups, size).sum(1).astype(np.float64), nodes)
     # experts in the order of their nodes
-    start_of_group = (node_of_group * (groups // nodes) + place) * size
+    start_of_group = (node_of_group * (groups // nodes) + position) * size
     expert_of = np.empty(E, np.int64)
     expert_of[(start_of_group[:, None] + np.arange(size)).ravel()] = np.arange(E)
     expert_P = np.empty(slots, np.int64)
     for node in range(nodes):
         experts = expert_of[node * of_node : (node + 1) * of_node]
         replica_of, replicas = replicate(load_E[experts], room)
-        gpu, place = pack((load_E[experts] / replicas)[replica_of], gpus // nodes)
-        expert_P[node * room + gpu * (slots // gpus) + place] = experts[replica_of]
+        gpu, position = pack((load_E[experts] / replicas)[replica_of], gpus // nodes)
+        expert_P[node * room + gpu * (slots // gpus) + position] = experts[replica_of]
     return expert_P

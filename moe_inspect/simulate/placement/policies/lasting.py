@@ -1,10 +1,10 @@
-"""Our placement where the loads of several windows are known: fitted to what comes, not to the sum
-of what was.
+"""The policy local-search where the loads of several windows are known: fitted to a forecast of the
+windows to come, not to the sum of those seen.
 
-The lightest placement for the sum of the windows is not the one that lasts: it saves replicas of
-the busiest experts, whose load moves most. This search lowers the mean, over windows drawn from the
-outlook, of the load of the busiest GPU. On the sum of the windows no GPU gets heavier than the
-heaviest of the published placement that it starts from.
+The best placement for the sum of the windows does not stay the best: it gives few replicas to the
+busiest experts, whose load varies most. This search lowers the mean, over windows drawn from the
+forecast, of the load of the busiest GPU. On the sum of the windows no GPU carries more than the
+busiest of the published placement that it starts from.
 
 W windows seen, M windows drawn, E experts, P slots, G GPUs, S = P / G slots of a GPU.
 """
@@ -21,16 +21,14 @@ from moe_inspect.simulate.placement.policies.outlook import drawn
 from moe_inspect.simulate.placement.policies.search import (
     SMALLEST,
     State,
-    apart,
     descend,
     packed,
     search,
+    separated,
 )
 
-DRAWN, JUDGED = (
-    768,
-    1024,
-)  # windows that are fitted to, and others by which the results are compared
+# windows drawn to fit to, and others drawn to compare the results
+DRAWN, JUDGED = 768, 1024
 # standard deviations above its mean at which an expert's load is taken when replicas are counted
 # out
 CAUTION = 2.0
@@ -57,20 +55,20 @@ def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndar
         found = [State(load_E, search(load_E, slots, gpus, starts).reshape(gpus, -1))]
     tried = {state.slots_GS.tobytes(): state.slots_GS for state in found}
     for slots_GS in list(tried.values()):
-        settled_GS, replicas_E = (
+        exchanged_GS, replicas_E = (
             slots_GS.copy(),
             np.bincount(slots_GS.ravel(), minlength=len(load_E)),
         )
-        settle(settled_GS, drawn_EM / replicas_E[:, None], load_E / replicas_E, limit)
-        tried[settled_GS.tobytes()] = settled_GS
+        descend_windows(exchanged_GS, drawn_EM / replicas_E[:, None], load_E / replicas_E, limit)
+        tried[exchanged_GS.tobytes()] = exchanged_GS
     best_GS = min(tried.values(), key=lambda slots_GS: busiest(slots_GS, judged_EM))
     return best_GS.reshape(-1).astype(np.int64)
 
 
 def _light(load_E: np.ndarray, slots_GS: np.ndarray, limit: float) -> State | None:
-    """The placement with replicas apart, its exchanges made; None where its busiest GPU stays above
-    the limit."""
-    state = apart(State(load_E, slots_GS))
+    """The placement with replicas on different GPUs, improved by exchanges; None where its busiest
+    GPU stays above the limit."""
+    state = separated(State(load_E, slots_GS))
     if state is None:
         return None
     descend(state)
@@ -84,7 +82,9 @@ def busiest(slots_GS: np.ndarray, load_EM: np.ndarray) -> float:
 
 
 @njit(nogil=True, cache=True)
-def settle(slots_GS: np.ndarray, each_EM: np.ndarray, fitted_E: np.ndarray, limit: float) -> None:
+def descend_windows(
+    slots_GS: np.ndarray, each_EM: np.ndarray, fitted_E: np.ndarray, limit: float
+) -> None:
     """Exchanges slots in place, as long as the sum over windows of the busiest GPU's load falls.
     each_EM: load of a replica in each window.
     fitted_E: load of a replica on the whole part fitted to, of which no GPU may get more than

@@ -47,8 +47,8 @@ def drawn(load_WE: np.ndarray, windows: int, seed: int = 0) -> np.ndarray:
     moves_E = (moves_E + share_E @ moves_E) / 2  # few windows: halfway to what all experts have
     ahead_M = np.arange(windows) * W // windows
     scale_M = variance_H[ahead_M] / max(float(share_E @ own_E), 1e-12)
-    apart_WE = log_WE - log_WE.mean(0)
-    unit_WE = apart_WE / np.maximum(np.sqrt(own_E), 1e-12)
+    centred_WE = log_WE - log_WE.mean(0)
+    unit_WE = centred_WE / np.maximum(np.sqrt(own_E), 1e-12)
     together_ME = rng.normal(size=(windows, W)) @ unit_WE / np.sqrt(W - 1)
     alone_ME = rng.normal(size=(windows, E))
     level_ME = (weight_HW @ log_WE)[ahead_M] - chance_E / 2
@@ -91,8 +91,8 @@ def kriging(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The weights [H, W] of the windows seen in the best linear forecast of each of the next H, the
     mean being unknown; and the variance of what comes around its forecast, [H]."""
-    apart = np.abs(np.subtract.outer(np.arange(W + H), np.arange(W + H)))
-    covariance = sill * rho**apart + nugget * (apart == 0)
+    lag = np.abs(np.subtract.outer(np.arange(W + H), np.arange(W + H)))
+    covariance = sill * rho**lag + nugget * (lag == 0)
     seen_WW, ahead_HW = covariance[:W, :W], covariance[W:, :W]
     system = np.ones((W + 1, W + 1))
     system[:W, :W] = seen_WW + max(sill + nugget, 1e-12) * 1e-9 * np.eye(W)

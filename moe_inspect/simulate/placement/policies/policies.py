@@ -48,8 +48,8 @@ def contiguous(load_E: np.ndarray, layout: Layout) -> np.ndarray:
 @policy
 def round_robin(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     """Expert e on GPU e mod G, then from the first again (vLLM's round_robin)."""
-    gpu_P, place_P = np.divmod(np.arange(layout.slots), layout.slots // layout.gpus)
-    return (place_P * layout.gpus + gpu_P) % len(load_E)
+    gpu_P, position_P = np.divmod(np.arange(layout.slots), layout.slots // layout.gpus)
+    return (position_P * layout.gpus + gpu_P) % len(load_E)
 
 
 @policy
@@ -61,9 +61,9 @@ def greedy(load_E: np.ndarray, layout: Layout) -> np.ndarray:
         [np.arange(E), np.resize(np.argsort(-load_E, kind="stable"), layout.slots - E)]
     )
     each_P = (load_E / np.bincount(expert_P, minlength=E))[expert_P]
-    gpu_P, place_P = published.pack(each_P, layout.gpus)
+    gpu_P, position_P = published.pack(each_P, layout.gpus)
     placed_P = np.empty(layout.slots, np.int64)
-    placed_P[gpu_P * (layout.slots // layout.gpus) + place_P] = expert_P
+    placed_P[gpu_P * (layout.slots // layout.gpus) + position_P] = expert_P
     return placed_P
 
 

@@ -1,9 +1,9 @@
-"""Our placement: a local search from the best of several constructions, EPLB's among them, with the
-replicas of an expert apart.
+"""The policy local-search: a local search from the best of several constructions, EPLB's among
+them, that puts the replicas of an expert on different GPUs.
 
-Moves lower the busiest GPU: two slots change places, or a slot goes from one replicated expert to
-another. Replicas share their expert's load evenly. E experts, P slots, G GPUs, S = P / G slots of a
-GPU. Deterministic.
+Moves lower the load of the busiest GPU: two slots exchange their experts, or a slot goes from one
+replicated expert to another. Replicas share their expert's load evenly. E experts, P slots, G GPUs,
+S = P / G slots per GPU. Deterministic.
 """
 
 from __future__ import annotations
@@ -15,26 +15,13 @@ import numpy as np
 from moe_inspect.simulate.placement.policies.eplb import replicate
 from moe_inspect.simulate.placement.policies.exact import as_light
 
-CLOSE = (
-    1e-4  # relative to what no placement can undercut: nearer than this there is nothing to gain
-)
+CLOSE = 1e-4  # relative to the lower bound on the load of the busiest GPU: the search stops there
 TRIES = 6  # moves of a replica that are followed up at a time
-FULL = (
-    1.0,
-    0.9,
-    0.8,
-    0.7,
-    0.6,
-    0.5,
-    0.4,
-    0.3,
-)  # of a GPU's mean load: what a replica may carry at most, in one construction each
-KICKS, SLOT_KICKS, PATIENT_KICKS = (
-    12,
-    2_048,
-    600,
-)  # random disturbances: at least; that ÷ slots; while a start is still ahead of the search
-MOVES = 8  # replicas moved in a disturbance, at most: one or two do not get out of some valleys
+# of a GPU's mean load: what a replica may carry at most, in one construction each
+FULL = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+# random perturbations: at least so many; this many ÷ slots; at most, where a start is still better
+LEAST_PERTURBATIONS, SLOT_PERTURBATIONS, MOST_PERTURBATIONS = 12, 2_048, 600
+MOVES = 8  # replicas moved in a perturbation, at most: one or two do not leave some local optima
 CANDIDATES = 20_000  # replica moves looked at in a round
 SMALLEST = 1e-9  # relative; below this a gain is rounding
 
@@ -88,10 +75,11 @@ class State:
 
 def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarray]) -> np.ndarray:
     """The expert of each slot, int64 [P], from `starts`, placements [P] of others. No two replicas
-    of an expert are on one GPU, unless it has more than there are GPUs. The heaviest GPU is no
-    heavier than in any start that keeps them apart too. One that does not can be lighter than all
-    that do: EPLB's for 6 of 5,000 random Zipf loads, each of 8 experts, by 0.4 % at most. Where a
-    start is still ahead after some kicks and there are few enough placements, all are tried."""
+    of an expert are on one GPU, unless it has more than there are GPUs. The busiest GPU carries no
+    more than in any start that keeps them on different GPUs too. A start that does not can carry
+    less than all that do: EPLB's for 6 of 5,000 random Zipf loads, each of 8 experts, by 0.4 % at
+    most. Where a start is still better after some perturbations and there are few enough
+    placements, all are tried."""
     E, S = len(load_E), slots // gpus
     if S >= E:  # the same experts on every GPU: the load is the same too
         spare = np.argsort(-load_E, kind="stable")[: S % E]
@@ -101,41 +89,39 @@ def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarra
     load_E = load_E.astype(np.float64)
     _, replicas_E = replicate(load_E, slots, most=gpus)
     bound = max(load_E.sum() / gpus, float((load_E / replicas_E).max()))
-    packings = [packed(load_E, n_E, gpus) for n_E in (replicas_E, *_thrifty(load_E, slots, gpus))]
+    packings = [
+        packed(load_E, n_E, gpus) for n_E in (replicas_E, *_fewest_replicas(load_E, slots, gpus))
+    ]
     target = min((State(load_E, start.reshape(gpus, S)).most for start in starts), default=np.inf)
-    begun = [apart(State(load_E, start.reshape(gpus, S))) for start in (*starts, *packings)]
+    begun = [separated(State(load_E, start.reshape(gpus, S))) for start in (*starts, *packings)]
     states = [state for state in begun if state is not None]
     for state in states:
         improve(state, bound)
     best = min(states, key=lambda state: state.most)
     rng = np.random.default_rng(0)
-    for crowds in (
-        False,
-        True,
-    ):
-        # the latter only where a start is still ahead: what so many replicas gain is lost on other
-        # loads
+    # crowds only where a start is still better: what so many replicas gain is lost on other loads
+    for crowds in (False, True):
         best, few = (
             State(load_E, best.slots_GS, crowds),
-            0 if crowds else max(KICKS, SLOT_KICKS // slots),
+            0 if crowds else max(LEAST_PERTURBATIONS, SLOT_PERTURBATIONS // slots),
         )
-        for kick in range(PATIENT_KICKS):
+        for n in range(MOST_PERTURBATIONS):
             ahead = best.most > target * (1 + SMALLEST)
-            if not ahead and (kick >= few or best.most <= bound * (1 + CLOSE)):
+            if not ahead and (n >= few or best.most <= bound * (1 + CLOSE)):
                 break
-            if kick == few and (found := as_light(load_E, slots, gpus, target, crowds)) is not None:
+            if n == few and (found := as_light(load_E, slots, gpus, target, crowds)) is not None:
                 best = State(load_E, found.reshape(gpus, S), crowds)
                 improve(best, bound)
                 break
-            state = kicked(best, rng)
+            state = perturbed(best, rng)
             improve(state, bound)
             best = min(best, state, key=lambda state: state.most)
     return best.slots_GS.reshape(-1).astype(np.int64)
 
 
-def _thrifty(load_E: np.ndarray, slots: int, gpus: int) -> list[np.ndarray]:
+def _fewest_replicas(load_E: np.ndarray, slots: int, gpus: int) -> list[np.ndarray]:
     """Replicas of each expert, int64 [E], several ways: as few as keep a replica within a share of
-    a GPU's mean load, and of what is left one more for each of the lightest, where it disturbs
+    a GPU's mean load, and of what is left one more for each of the lightest, where it matters
     least."""
     found: dict[bytes, np.ndarray] = {}
     lightest, mean = np.argsort(load_E, kind="stable"), load_E.sum() / gpus or 1.0
@@ -163,7 +149,7 @@ def packed(load_E: np.ndarray, replicas_E: np.ndarray, gpus: int) -> np.ndarray:
     return np.array(placed, np.int64).reshape(-1)
 
 
-def apart(state: State) -> State | None:
+def separated(state: State) -> State | None:
     """Exchanges replicas that share a GPU for others, at the least cost to the heavier of the two
     GPUs. Each exchange leaves one pair fewer. None where one is left: only where an expert that has
     more replicas than there are GPUs, which may share one, is in the way."""
@@ -261,15 +247,15 @@ def replica_moves(state: State) -> list[tuple[int, int, int]]:
 
 def _spare(state: State) -> np.ndarray:
     """Slots of experts that can do without one: where one replica fewer leaves as many as there are
-    GPUs, they must then be apart."""
+    GPUs, they must then be on different ones."""
     G, S = state.slots_GS.shape
     expert_P, gpu_P = state.slots_GS.reshape(-1), np.repeat(np.arange(G), S)
     replicas_P = state.replicas_E[expert_P]
-    apart_P = (state.copies_GE[gpu_P, expert_P] == 2) & np.all(state.copies_GE, axis=0)[expert_P]
-    return np.flatnonzero((replicas_P > 1) & ((replicas_P != G + 1) | apart_P))
+    separate_P = (state.copies_GE[gpu_P, expert_P] == 2) & np.all(state.copies_GE, axis=0)[expert_P]
+    return np.flatnonzero((replicas_P > 1) & ((replicas_P != G + 1) | separate_P))
 
 
-def kicked(state: State, rng: np.random.Generator) -> State:
+def perturbed(state: State, rng: np.random.Generator) -> State:
     """A few slots exchanged at random, one of them on the busiest GPU, after perhaps some replicas
     moved at random."""
     new = State(state.load_E, state.slots_GS, state.crowds)

@@ -48,25 +48,25 @@ def routed(
 
 ROUTING = {
     "as recorded": (routed(), "As recorded, layer 1/1 is the least balanced: max_vio 1.00 over all tokens."),
-    "a bias helps": (routed(bias=0.999), "a loss-free bias would bring layer 1/1 to max_vio 1.00 (0.30 by batch), keeping 80%"),
+    "a bias helps": (routed(bias=0.999), "a loss-free bias would bring layer 1/1 to max_vio 1.00 (0.30 per batch), keeping 80%"),
     "a bias does not": (routed(bias=1.0), "a loss-free bias would not even out layer 1/1: max_vio 1.00"),
-    "judged held out": (routed(bias=0.5), "on the half of the documents that the bias had not seen."),
-    "balanced": (routed(("hashed", 2, 0.1999, 0.5)), "hashed keeps most among the ones that balance every layer (max_vio below 0.2): at least 50%"),
-    "not balanced": (routed(("hashed", 2, 0.2, 0.5)), "none that computes as much and need not see the future balances every layer"),
-    "computes as much": (routed(("x", 2.0099, 0.1, 0.5)), "x keeps most"),
-    "computes more": (routed(("x", 2.0101, 0.1, 0.9)), "none that computes as much"),
-    "computes less": (routed(("x", 1.9899, 0.1, 0.9)), "none that computes as much"),
-    "the most kept": (routed(("x", 2, 0.1, 0.51), ("y", 2, 0.15, 0.52)), "y keeps most"),
-    "not by lot": (routed(("random", 2, 0.0, 0.9)), "none that computes as much"),
-    "not the future": (routed(("expert choice", 2, 0.0, 0.9)), "none that computes as much"),
-    "leaks": (routed(("expert choice", 2, 0.0, 0.9)), "Leak the future: expert choice ("),
+    "judged held out": (routed(bias=0.5), "on the half of the documents held out from fitting the bias."),
+    "balanced": (routed(("hashed", 2, 0.1999, 0.5)), "that balance every layer (max_vio below 0.2), hashed keeps the most probability mass: at least 50%"),
+    "not balanced": (routed(("hashed", 2, 0.2, 0.5)), "no causal algorithm with the same compute balances every layer"),
+    "computes as much": (routed(("x", 2.0099, 0.1, 0.5)), "x keeps the most"),
+    "computes more": (routed(("x", 2.0101, 0.1, 0.9)), "no causal algorithm with the same compute"),
+    "computes less": (routed(("x", 1.9899, 0.1, 0.9)), "no causal algorithm with the same compute"),
+    "the most kept": (routed(("x", 2, 0.1, 0.51), ("y", 2, 0.15, 0.52)), "y keeps the most"),
+    "not random": (routed(("random", 2, 0.0, 0.9)), "no causal algorithm with the same compute"),
+    "not the future": (routed(("expert choice", 2, 0.0, 0.9)), "no causal algorithm with the same compute"),
+    "leaks": (routed(("expert choice", 2, 0.0, 0.9)), "Not causal: expert choice ("),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ROUTING)
 def test_routing(case: str):
-    said, says = ROUTING[case]
-    assert says in said
+    sentences, says = ROUTING[case]
+    assert says in sentences
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_a_hot_set(shares: list[float], says: str):
 
 @pytest.mark.parametrize(("even", "asks"), [(0.834, True), (0.832, False)])
 def test_a_hot_set_of_nearly_all(even: float, asks: bool):
-    said = cache_text.hot_set(pd.DataFrame({"hot_set_share": [1.0], "even_share": [even]}), 2)
-    assert ("nearly all experts are in: ask with fewer" in said) == asks
+    sentences = cache_text.hot_set(pd.DataFrame({"hot_set_share": [1.0], "even_share": [even]}), 2)
+    assert ("hold nearly all experts: simulate fewer slots" in sentences) == asks
 
 
 def test_capacity_names_the_worst_router():
@@ -128,21 +128,21 @@ def test_capacity_names_the_worst_router():
         "capacity_by_position": ends,
     }
     settings = {"capacity_factors": [1.0], "group_tokens": "batch", "target_drop": 0.01}
-    said = capacity_text.verdict(tables, settings, LABELS)
+    sentences = capacity_text.verdict(tables, settings, LABELS)
     assert (
-        "layer 1/2 would drop most: 10.1% of its assignments; 20.0% of its tokens would lose a choice and 5.0% all"
-        in said[0]
+        "layer 1/2 would drop most: 10.1% of its assignments; 20.0% of its tokens would lose an expert and 5.0% all"
+        in sentences[0]
     )
     assert (
-        "30.0% of tokens would lose a choice somewhere, and 7.0% every choice of some layer"
-        in said[1]
+        "30.0% of tokens would lose an expert in at least one layer, and 7.0% all experts of a layer"
+        in sentences[1]
     )
     assert (
         "at most 1% of every layer's assignments takes a factor of 1.51 (layer 1/1), which leaves 33%"
-        in said[2]
+        in sentences[2]
     )
-    assert said[3:] == [
-        f"Simulated, layer 1/2, drops by place in the {p}: first tenth 1.0%, last tenth 10.0%."
+    assert sentences[3:] == [
+        f"Simulated, layer 1/2, drop rate by position in the {p}: first tenth 1.0%, last tenth 10.0%."
         for p in ("document", "group")
     ]
     assert len(capacity_text.verdict(tables, settings | {"group_tokens": "sequence"}, LABELS)) == 4
@@ -164,16 +164,16 @@ def test_decode_says_what_it_has_steps_of():
         {"reads_all_from": [24.0, 20.0], "compute_bound_from": [None, None]}, dtype=float
     )
     settings = {"decoded": True, "weight_bits": 16, "flops_per_byte": 300}
-    said = decode_text.verdict({"decode": table, "batch_needed": needed}, settings)
+    sentences = decode_text.verdict({"decode": table, "batch_needed": needed}, settings)
     assert (
-        said[0]
+        sentences[0]
         == "1 sequence reads 2.0 experts per layer and step (25% of them; expected by chance: 2.0)."
     )
-    assert said[2] == "No step of 32: the trace holds too few sequences at any position."
-    assert said[3].startswith(
+    assert sentences[2] == "No step of 32: the trace holds too few sequences at any position."
+    assert sentences[3].startswith(
         "From 24 sequences on a step reads 95% of the experts that are used at all, in every layer"
     )
-    assert len(said) == 5
+    assert len(sentences) == 5
     bound = decode_text.verdict(
         {"decode": table, "batch_needed": needed.assign(compute_bound_from=[100.0, 300.0])},
         settings,
