@@ -193,7 +193,7 @@ def test_two_routers_a_layer_keep_apart_and_no_plan_file_holds_both(tmp_path: Pa
     table = simulate_placement(trace, gpus=2, policies=["contiguous"]).tables["plan"]
     assert table.groupby("router")["expert"].apply(list).to_dict() == {0: [0, 1], 1: [0, 1]}
     assert simulate_decode(trace, batches=[1]).tables["decode"]["router"].tolist() == [0, 1]
-    assert "one router a layer" in str(
+    assert "one router per layer" in str(
         run("placement", trace.path, "--gpus", 2, "-o", tmp_path / "p.json", exit_code=1).exception
     )
 

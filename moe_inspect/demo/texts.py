@@ -242,7 +242,7 @@ def load_packages(seed: int, cache: Path) -> Texts:
 
 
 def load_folder(folder: Path, seed: int) -> Texts:
-    """Own texts: a subfolder a domain, a .txt file a document."""
+    """Own texts: one subfolder per domain, one .txt file per document."""
     documents = {
         sub.name: [path.read_text(encoding="utf-8") for path in sorted(sub.glob("*.txt"))]
         for sub in sorted(folder.glob("*/"))

@@ -46,7 +46,8 @@ def esft(trace: Trace, output: Path, top_p: float = 0.2, score: str = "token") -
         or any(r.stack for r in trace.routers)
     ):
         raise MoeInspectError(
-            "ESFT's text has the gate weights of one router a layer: this trace has others, or none"
+            "ESFT's text has the gate weights of one router per layer: this trace has others, "
+            "or none"
         )
     if output.exists():
         raise MoeInspectError(f"there is something at {output}: give a new folder")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_inspect.simulate.shards import runs
+from moe_inspect.trace.runs import run_edges
 
 NOWHERE = 255  # level of a slot that routed nowhere
 
@@ -42,7 +42,7 @@ def queue(
     group_N = group_T[visit_N % max(T, 1)]
     queue_N = group_N * E + ids_KT.ravel()[visit_N]
     order_N = np.argsort(queue_N, kind="stable")
-    start = runs(queue_N[order_N])
+    start = run_edges(queue_N[order_N])
     ahead_N = np.empty(len(queue_N), np.int64)
     ahead_N[order_N] = np.arange(len(queue_N)) - np.repeat(start[:-1], np.diff(start))
     load_GE += np.bincount(queue_N, minlength=load_GE.size).reshape(load_GE.shape).astype(np.int32)

@@ -13,6 +13,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, codes
 
 # assignments: below this plain numpy is done before numba has been imported and its code loaded
@@ -64,18 +65,6 @@ def taken(shard: Shard, selection: Selection) -> np.ndarray:
     return taken_T
 
 
-def runs(*keys_T: np.ndarray) -> np.ndarray:
-    """Where a run of tokens with the same keys begins, and the end. int64 [G + 1]"""
-    T = len(keys_T[0])
-    if not T:
-        return np.zeros(1, np.int64)
-    changed_T = np.zeros(T, bool)
-    changed_T[0] = True
-    for key_T in keys_T:
-        changed_T[1:] |= key_T[1:] != key_T[:-1]
-    return np.append(np.flatnonzero(changed_T), T)
-
-
 def cut(start_G: np.ndarray, size: int) -> np.ndarray:
     """Runs cut into pieces of at most `size` tokens. int64 [G + 1]"""
     T = int(start_G[-1])
@@ -95,7 +84,7 @@ def document_deciles(document_T: np.ndarray, sequence_T: np.ndarray) -> np.ndarr
     tokens lie; a document that was cut is its sequences, one after the other. uint8 [T]"""
     order_T = np.argsort(document_T.astype(np.int64) << 32 | sequence_T, kind="stable")
     decile_T = np.empty(len(sequence_T), np.uint8)
-    decile_T[order_T] = deciles(runs(document_T[order_T]))
+    decile_T[order_T] = deciles(run_edges(document_T[order_T]))
     return decile_T
 
 

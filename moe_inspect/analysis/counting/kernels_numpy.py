@@ -12,6 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
+from moe_inspect.trace.runs import run_edges
+
 Slots = tuple[np.ndarray, ...]
 BLOCK = 2**22  # cells of a temporary table
 
@@ -80,13 +82,7 @@ class TokenRows:
 
     @cached_property
     def start_G(self) -> np.ndarray:
-        changed_T = np.ones(len(self.unit_T) + 1, bool)
-        changed_T[1:-1] = (
-            np.diff(self.unit_T).astype(bool)
-            | np.diff(self.batch_T).astype(bool)
-            | np.diff(self.window_T).astype(bool)
-        )
-        return np.flatnonzero(changed_T)
+        return run_edges(self.unit_T, self.batch_T, self.window_T)
 
     @cached_property
     def tokens_B(self) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 from moe_inspect.analysis.metrics.balance import _positive
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import SEED, permuted_labels
+from moe_inspect.trace.runs import run_edges
 
 PERMUTATIONS = 200
 CHUNK_CELLS = 2**21
@@ -169,9 +170,9 @@ def conditional_mi_bits(counts_GE: np.ndarray, token_G: np.ndarray, domain_G: np
     row_G = counts_GE.sum(1)
     p_GE = counts_GE * (1 / _positive(np.bincount(domain_G, row_G)))[domain_G][:, None]
     p_GE = p_GE / p_GE.sum()
-    starts = np.flatnonzero(np.r_[True, token_G[1:] != token_G[:-1]])
-    group_of_G = np.cumsum(np.r_[False, token_G[1:] != token_G[:-1]])
-    token_XE = np.add.reduceat(p_GE, starts)
+    edges = run_edges(token_G)
+    group_of_G = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+    token_XE = np.add.reduceat(p_GE, edges[:-1])
     p_G, p_X = p_GE.sum(1), token_XE.sum(1)
     expected_GE = p_G[:, None] * (token_XE / p_X[:, None])[group_of_G]
     ratio_GE = np.divide(p_GE, expected_GE, out=np.ones_like(p_GE), where=counts_GE > 0)
@@ -220,10 +221,7 @@ def by_group(
     """Sums rows of (token id, unit) to rows of (token id, domain): counts_GE, token_G, domain_G."""
     order_P = np.lexsort((domain_P, token_P))
     token_P, domain_P = token_P[order_P], domain_P[order_P]
-    new_P = np.r_[True, (token_P[1:] != token_P[:-1]) | (domain_P[1:] != domain_P[:-1])][
-        : len(token_P)
-    ]
-    starts = np.flatnonzero(new_P)
+    starts = run_edges(token_P, domain_P)[:-1]
     if not len(starts):
         return counts_PE, token_P, domain_P
     return np.add.reduceat(counts_PE[order_P], starts), token_P[starts], domain_P[starts]

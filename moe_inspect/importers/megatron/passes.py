@@ -198,7 +198,8 @@ def _own(
             done[spot].add(digest)
         if staged and step[1] != file.rank:
             raise MoeInspectError(
-                f"{here} in a file of rank {file.rank}: with pipeline stages it takes a file a rank"
+                f"{here} in a file of rank {file.rank}: with pipeline stages it takes "
+                "one file per rank"
             )
         if list(calls) != file.spots:
             raise MoeInspectError(

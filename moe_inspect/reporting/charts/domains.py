@@ -106,8 +106,8 @@ def specialization(data: ReportData) -> Chart | str:
             ),
         ),
         text="Bits of information that the domain, and the token id, carry about the chosen "
-        "expert. Only the distance from the dotted line of the same colour means anything: "
-        "shuffled labels already give that much.",
+        "expert. Only the distance above the dotted line of the same colour is evidence: "
+        "shuffled labels alone reach the dotted line.",
         table=table,
         definitions={
             "domain": "mutual information of expert and domain, all domains with equal weight; "
@@ -170,9 +170,9 @@ def esft(data: ReportData) -> Chart | str:
         (Panel((heatmap,), layer_axis(data, chosen), Axis("", names)),),
         text=" ".join(
             [
-                "The share of each domain that its k most used experts take, with the first of "
-                "them named: k/E is even, 1 is all. Expert-specialised fine-tuning (ESFT) picks "
-                "the experts to train by these scores.",
+                "The share of each domain's assignments that its k most used experts take; "
+                "each cell names the first of them. k/E is even, 1 is all. Expert-specialised "
+                "fine-tuning (ESFT) picks the experts to train by these scores.",
                 *filter(None, notes),
             ]
         ),
@@ -181,8 +181,8 @@ def esft(data: ReportData) -> Chart | str:
         ),
         definitions={
             **definitions("token_score", "gate_score"),
-            "by_sample": "the same scores with equal weight for every sample (sequence), however "
-            "long.",
+            "by_sample": "the same scores with equal weight for each sample (sequence), "
+            "whatever its length.",
             "chance": "in a domain with few tokens the k busiest experts take more than k/E by "
             "chance alone.",
         },

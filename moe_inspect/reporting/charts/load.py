@@ -56,9 +56,9 @@ def load(data: ReportData) -> Chart | str:
                 layer_axis(data, chosen),
             ),
         ),
-        text="The load of an expert as a ratio to the mean of its layer, on a scale on which a "
-        "half is as far from even as double. Click a cell, or move with the arrow keys and press "
-        "Enter, to open the expert's card.",
+        text="The load of each expert, as a ratio to the mean of its layer. The colour scale is "
+        "logarithmic: half the mean is as far from even as twice the mean. Click a cell, "
+        "or move with the arrow keys and press Enter, to open the expert's card.",
         definitions={
             "load ratio": "assignments of an expert ÷ the mean over the experts of its router; "
             "within a domain, of that domain's tokens. 1 is even, E/k is every token.",
@@ -113,10 +113,11 @@ def balance(data: ReportData) -> Chart | str:
         table=table,
         definitions={
             **definitions("max_over_mean"),
-            "chance": "the ratio expected of a router that chooses uniformly at random, on as many "
-            "tokens, widened by how alike the tokens of a document are (design effect).",
-            "interval": "of the busiest expert's load ratio, from resampling documents; there is "
-            "none with fewer than five documents.",
+            "chance": "the ratio expected of a router that chooses uniformly at random on the "
+            "same number of tokens, widened because tokens of one document are alike (design "
+            "effect).",
+            "interval": "95% interval of the busiest expert's load ratio, from resampling "
+            "documents; it needs at least five documents.",
             **definitions("cv", "gini", "entropy"),
         },
     )

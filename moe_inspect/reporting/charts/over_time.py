@@ -48,10 +48,11 @@ def windows(data: ReportData) -> Chart | str:
         panel = _rows(ratio_LW, layers, time, Scale("amount", "max ÷ mean load", 1, 1.1))
     return Chart(
         "Load over time",
-        "Load of the busiest expert ÷ mean load, in windows of the trace",
+        "Load of the busiest expert ÷ mean load, by window of the trace",
         (panel,),
-        text="The load of the busiest expert ÷ the mean, in windows of the trace in the order it "
-        "ran. A change of text shows as a step, a drifting router as a slope.",
+        text="The load of the busiest expert ÷ the mean load, for consecutive windows of the trace "
+        "in the order of execution. A change of text shows as a step, a drifting router as a "
+        "slope.",
         table=table,
     )
 
@@ -102,14 +103,15 @@ def drift(data: ReportData) -> Chart | str:
                 "Balancedness of a placement made for the window before",
             ),
         ),
-        text="How far the load of each layer moves from one window to the next, beside what chance "
-        "moves it. The last figure is what that costs a placement made for the window before.",
+        text="How far the load of each layer moves from one window to the next, compared with "
+        "chance. The last panel shows what this costs a placement made for the window before.",
         table=table,
         definitions={
             **definitions("total_variation", "first_to_last"),
             "chance": "the distance expected of two windows of these sizes that draw from the same "
-            "load, widened by how alike the tokens of a document are (design effect). Part of what "
-            "an old placement costs is chance too, the more the smaller the windows.",
+            "load, widened because tokens of one document are alike (design effect). Part of the "
+            "cost of an old placement is chance too: the smaller the windows, the larger "
+            "that part.",
             **definitions("balancedness_fresh", "balancedness_stale"),
         },
     )

@@ -93,8 +93,8 @@ def repetition(data: ReportData) -> Chart | str:
 
 @chart("locality", "repetition")
 def locality(data: ReportData) -> Chart | str:
-    """How far a choice can be predicted from the token, the segment and the layer before, by layer,
-    each beside its reference."""
+    """How well a choice can be predicted from the token, the segment and the layer before, by
+    layer, each beside its reference."""
     if data.counts.counts_only:
         return ""  # repetition says so
     table: Any = data.tables["locality"]
@@ -140,11 +140,11 @@ def locality(data: ReportData) -> Chart | str:
     has_interval = any(_has_interval(panel.marks) for panel in panels)
     return Chart(
         "Locality",
-        "How far a choice can be predicted from what was chosen just before",
+        "How well a choice can be predicted from the choices just before",
         tuple(panels),
-        text="How far a choice can be predicted from what was chosen just before: what prefetching "
-        "and caching of experts can gain. Only what a dot has above the dash of its colour is "
-        "locality."
+        text="How well a choice can be predicted from the choices just before: what prefetching "
+        "and caching of experts can gain. Only the distance of a dot above the dash of its "
+        "colour is locality."
         + (INTERVALS if has_interval else "")
         + (f" Not in this trace: {', '.join(missing)}." if missing else ""),
         table=table,
@@ -152,8 +152,8 @@ def locality(data: ReportData) -> Chart | str:
             **definitions(
                 "first_choice", "any_choice", "srp", "next_accuracy", "next_accuracy_marginal"
             ),
-            "chance": "what tokens that choose independently would give: at these loads; at even "
-            "loads; for the next layer, with as few first choices as these.",
+            "chance": "the value expected of tokens that choose independently: at these loads; at "
+            "even loads; for the next layer, with the same number of first choices.",
         },
     )
 
@@ -175,15 +175,15 @@ def coactivation(data: ReportData) -> Chart | str:
         "Chosen together",
         "Pairs of experts that one decision chooses, relative to chance",
         _matrices(data, met_of, "other expert"),
-        text="The pairs of experts that one decision chooses more often than chance, those with "
-        f"the most evidence first: {_supported(table)} Each card lists its expert's partners.",
+        text="Pairs of experts that one decision chooses together more often than chance, those "
+        f"with the most evidence first: {_supported(table)} Each card lists its expert's partners.",
         columns=min(2, len(met_of)),
         subset=_subset(data, met_of),
         table=strongest,
         definitions={
             "probability": "P(other chosen, given expert chosen), over all pairs of slots; "
             "(k − 1)/(E − 1) by chance.",
-            "lift": "relative to what the loads of the two alone would give.",
+            "lift": "P(both chosen) relative to what the loads of the two alone would give.",
             "expected": "the number of decisions that choose both if experts keep their loads and "
             "are otherwise picked at random.",
             "lift_sd": LIFT_SD,
@@ -216,7 +216,7 @@ def transitions(data: ReportData) -> Chart | str:
         definitions={
             "probability": "P(next expert chosen at the next MoE layer, given expert chosen here), "
             "over all pairs of slots.",
-            "lift": "relative to how often the next expert is chosen at all.",
+            "lift": "the probability relative to how often the next expert is chosen overall.",
             "expected": "the number of tokens that choose both if the two layers choose "
             "independently.",
             "lift_sd": LIFT_SD,

@@ -206,7 +206,7 @@ class Chart:
 
     @property
     def description(self) -> str:
-        """What stands in for the picture where it cannot be seen."""
+        """The alternative text of the picture."""
         return f"{self.title}. {self.headline}."
 
 
@@ -240,7 +240,7 @@ def every_chart() -> dict[str, Maker]:
 
 
 def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:
-    """Every chart that the trace has the data for, and why it has no others."""
+    """All charts that the trace has the data for, and why the others are missing."""
     makers = every_chart()
     data.prepare(dict.fromkeys(table for name in makers for table in TABLES_OF[name]))
     charts, left_out = list[Chart](), list[str]()

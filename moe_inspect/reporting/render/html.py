@@ -68,9 +68,8 @@ def page(
     data: Mapping[str, Any] | None = None,
     footer: str = "",
 ) -> str:
-    """The page as one string of HTML. facts: (label, value, remark), a tile each. left_out: what
-    the page could not show, and why.
-    data: what map.js draws from."""
+    """The page as one string of HTML. facts: (label, value, remark), one tile per fact. left_out:
+    what the page could not show, and why. data: what map.js draws from."""
     charts = [section.chart for section in sections if section.chart is not None]
     panels = [_panel(p) for chart in charts if not chart.interactive for p in chart.panels]
     script = "".join(map(_asset, SCRIPTS))

@@ -37,7 +37,7 @@ def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
         facts=_tiles(data),
         left_out=[*left_out, *short],
         data=experts,
-        footer="Every number is about one router: expert 3 of one layer has nothing to do with "
+        footer="Each number is about one router: expert 3 of one layer has nothing to do with "
         "expert 3 of the next. Load counts assignments; a token makes k of them at each router. "
         "Drag over a chart to zoom in, click a name to hide its marks; with the keyboard, Tab to a "
         "chart and read it with the arrow keys. Made by moe-inspect.",

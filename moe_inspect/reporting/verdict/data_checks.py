@@ -17,6 +17,7 @@ from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import capital
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import join_first, plural
+from moe_inspect.trace.runs import run_edges
 
 CHANCE = 1e-3  # probability that dead experts fill whole ranks
 RUN = 16  # identical rows in sequence that text does not make
@@ -182,10 +183,7 @@ def repeated_rows(data: ReportData) -> Finding | None:
 
 def in_runs(rows_TX: np.ndarray, run: int = RUN) -> int:
     """How many rows lie in runs of at least `run` identical ones."""
-    if not len(rows_TX):
-        return 0
-    starts = np.flatnonzero(np.r_[True, (rows_TX[1:] != rows_TX[:-1]).any(1)])
-    lengths = np.diff(np.r_[starts, len(rows_TX)])
+    lengths = np.diff(run_edges(rows_TX))
     return int(lengths[lengths >= run].sum())
 
 

@@ -21,9 +21,9 @@ from moe_inspect.simulate.shards import (
     deciles,
     document_deciles,
     expert_capacity,
-    runs,
     slots,
 )
+from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Groups:
 
     @cached_property
     def start_R(self) -> np.ndarray:
-        return runs(self.domain_T, *self.tenth_PT)
+        return run_edges(self.domain_T, *self.tenth_PT)
 
     @cached_property
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +74,7 @@ def groups_of(
     document_T, sequence_T, batch_T = (
         table[name].to_numpy()[seen] for name in ("document", "sequence", "batch")
     )
-    start_G = runs(batch_T, sequence_T) if group_tokens == "sequence" else runs(batch_T)
+    start_G = run_edges(batch_T, sequence_T) if group_tokens == "sequence" else run_edges(batch_T)
     if isinstance(group_tokens, int):
         start_G = cut(start_G, min(group_tokens, len(batch_T) + 1))
     tenth_PT = np.stack([document_deciles(document_T, sequence_T), deciles(start_G)])

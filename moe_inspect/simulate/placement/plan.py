@@ -37,7 +37,7 @@ def write_plan(simulation: Simulation, path: str | Path, engine: str | None = No
         or len({len(row) for row in slots.values()}) > 1
     ):
         raise MoeInspectError(
-            "a plan has one router a layer, with the same number of slots: choose such layers "
+            "a plan has one router per layer, with the same number of slots: choose such layers "
             "with --layers"
         )
     text = ENGINES[engine](slots, int(table["expert"].max()) + 1, simulation.settings)

@@ -14,8 +14,9 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.routing.algorithms import SEED, Batch, batch_of
-from moe_inspect.simulate.shards import check_length, runs, slots
+from moe_inspect.simulate.shards import check_length, slots
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Decisions:
 
     def batches(self, half: int | None) -> Iterator[Batch]:
         tokens = self.tokens(half)
-        start_G = runs(self.batch_T[tokens])
+        start_G = run_edges(self.batch_T[tokens])
         for first, last in pairwise(start_G):
             yield self.batch(
                 tokens[first:last] if half is not None else slice(first, last),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 
 from moe_inspect.trace import parts, schema
+from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify.verification import Verification
 from moe_inspect.trace.verify.violation import (
@@ -127,8 +129,7 @@ def _parts_of_routers(
             lambda g=g: parts.read(file, name, ["token", "layer", "router", *columns], [g])
         )
         router_N = group["router"].to_numpy()
-        starts = [0, *(np.nonzero(router_N[1:] != router_N[:-1])[0] + 1)] if len(router_N) else []
-        for start, end in zip(starts, [*starts[1:], len(router_N)], strict=True):
+        for start, end in pairwise(run_edges(router_N).tolist()):
             r, part = int(router_N[start]), group.slice(start, end - start)
             if r >= len(routers):
                 raise Violation(

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify.violation import Violation, codes_of, expect_equal, read_table
 
@@ -93,8 +94,8 @@ class Positions:
         key_T, position_T = key_T[order_T], position_T[order_T]
         wrong_T = np.zeros(len(key_T), bool)
         wrong_T[1:] = (key_T[1:] == key_T[:-1]) & (position_T[1:] != position_T[:-1] + 1)
-        first = np.nonzero(np.concatenate([[True], key_T[1:] != key_T[:-1]]))[0]
-        for i in first:
+        edges = run_edges(key_T)
+        for i in edges[:-1]:
             if (before := self.last.get(int(key_T[i]))) is not None and position_T[i] != before + 1:
                 wrong_T[i] = True
         if wrong_T.any():
@@ -106,7 +107,7 @@ class Positions:
                 "before + 1"
             )
             raise Violation(name, row, said)
-        ends = np.concatenate([first[1:], [len(key_T)]]) - 1
+        ends = edges[1:] - 1
         self.last = dict(zip(key_T[ends].tolist(), position_T[ends].tolist(), strict=True))
 
 

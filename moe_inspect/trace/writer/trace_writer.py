@@ -25,6 +25,7 @@ from moe_inspect.trace.files.atomic import sync_directory, write_atomically
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.lock import Lock, hold
 from moe_inspect.trace.manifest import read_manifest, write_manifest
+from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.writer import tables
 from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch
@@ -374,10 +375,8 @@ class TraceWriter:
 def _reached(batch: RoutedBatch) -> dict[tuple[int, int], tuple[int, int]]:
     """(document, sequence) → the first and the last position of its last run of rows; those of an
     encoder come before."""
-    changed_T = np.ones(len(batch.document) + 1, bool)
-    changed_T[1:-1] = (np.diff(batch.document) != 0) | (np.diff(batch.sequence) != 0)
-    changed_T[min(batch.encoded, len(batch.document))] = True
-    edges = np.flatnonzero(changed_T)
+    encoded_T = np.arange(len(batch.document)) < batch.encoded
+    edges = run_edges(batch.document, batch.sequence, encoded_T)
     first, last = edges[:-1], edges[1:] - 1
     keys = zip(batch.document[first].tolist(), batch.sequence[first].tolist(), strict=True)
     return dict(
