@@ -2,7 +2,7 @@
 
 L routers, E experts, N experts of the next router, K slots, T tokens, D domains, U units (clusters
 of documents), W windows. Memory is set by routers, experts, domains and vocabulary, never by the
-length of the trace: documents are kept apart only as CLUSTERS clusters a domain, which is enough
+length of the trace: documents are kept apart only as CLUSTERS clusters per domain, which is enough
 for the bootstrap and for permuting document labels.
 """
 

@@ -38,7 +38,7 @@ def count_trace(
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
     """The counts of what is selected. `wants`: names of WANTS. `window`: tokens of a window, by
-    default so many that there are WINDOWS. `threads`: None is one a core. `scheduler`: a
+    default so many that there are WINDOWS. `threads`: None is one per core. `scheduler`: a
     dask.distributed client, or the address of a scheduler whose workers see the trace at the same
     path. `progress` is told of the decisions of every shard done. MoeInspectError where the
     selection holds no token, naming what there is.
@@ -123,7 +123,7 @@ def _joined(shares: list[Future[Counts]]) -> Counts:
 
 
 def _on_cluster(trace: Trace, arguments: Arguments, scheduler: Any) -> Iterator[Counts]:
-    """The same by dask.distributed: a task a shard, twice as many at once as the cluster has
+    """The same by dask.distributed: one task per shard, twice as many at once as the cluster has
     threads."""
     try:
         from distributed import Client

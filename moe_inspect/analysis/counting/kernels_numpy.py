@@ -2,7 +2,7 @@
 
 T tokens, K slots, E experts here, N experts of the next router, X rows (units, domains, windows …),
 D domains, U units, S samples, P pairs of consecutive tokens. Decisions come as the reader has them,
-an array a slot: unsigned [T], E where it routed nowhere.
+an array per slot: unsigned [T], E where it routed nowhere.
 """
 
 from __future__ import annotations

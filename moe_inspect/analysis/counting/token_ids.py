@@ -36,7 +36,7 @@ UNIT_CLUSTERS = (
     61,
     31,
     17,
-)  # clusters of documents a domain: the most that let every token id in
+)  # clusters of documents per domain: the most that let every token id in
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Is the load of a router balanced? One plain function a metric, on load_LE: int64 [routers,
+"""Is the load of a router balanced? One plain function per metric, on load_LE: int64 [routers,
 experts], assignments.
 
 L routers, E experts, G GPUs, B forward passes. The balance table takes every metric of load_LE that
@@ -105,9 +105,9 @@ def starved_experts(load_LE: np.ndarray, starved: float = STARVED) -> np.ndarray
 
 @metric(table="balance", ideal=1.0, unit="ratio", range="k/E to 1", axes="L")
 def balancedness(load_LE: np.ndarray) -> np.ndarray:
-    """Mean ÷ max load, with a GPU to each expert: the share of the GPUs' time that is work while
-    all wait for the busiest. The slowdown is 1 ÷ this. Any placement's is that of its GPUs' loads:
-    give load_LG."""
+    """Mean ÷ max load with one GPU per expert: the share of the time that GPUs compute, the rest
+    being spent waiting for the busiest. The slowdown is 1 ÷ this. For another placement pass the
+    loads of its GPUs, load_LG."""
     return 1 / max_over_mean(load_LE)
 
 

@@ -1,6 +1,6 @@
 """What chance alone would show: noise floors, intervals by document.
 
-T tokens, E experts, k choices a token, U units (clusters of documents), R repetitions. Tokens of
+T tokens, E experts, k choices per token, U units (clusters of documents), R repetitions. Tokens of
 one document are not independent, so nothing here resamples tokens: intervals resample documents,
 nulls permute documents. Every seed is fixed: the same trace gives the same report.
 """

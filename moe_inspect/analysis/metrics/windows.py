@@ -1,8 +1,8 @@
 """Does the load move? Pure functions on the loads of windows of consecutive tokens.
 
-W windows in the order of execution, E experts, k choices a token. Chance moves the load too: every
-distance between windows has its floor, the distance expected of two windows of these sizes that
-draw from one and the same distribution.
+W windows in the order of execution, E experts, k choices per token. Chance moves the load too:
+every distance between windows has a floor, the distance expected of two windows of these sizes that
+draw from the same distribution.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def balancedness_fresh(load_WE: np.ndarray, ranks: int) -> float:
 )
 def balancedness_stale(load_WE: np.ndarray, ranks: int) -> float:
     """The same, each window under the placement packed for the window before: what drift costs
-    those who rebalance once a window. NaN with fewer than two windows."""
+    rebalancing once per window. NaN with fewer than two windows."""
     return _mean(_balancedness(load_WE[1:], pack(load_WE[:-1], ranks), ranks))
 
 
