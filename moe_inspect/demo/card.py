@@ -1,4 +1,4 @@
-"""The demo model's card. Every figure in it is handed in by the run that measured it."""
+"""The demo model's card (README.md). Its figures come from the training run that measured them."""
 
 import math
 import platform
@@ -19,29 +19,32 @@ tags: [mixture-of-experts, toy]
 ---
 # moe-inspect demo model (`--balance {balance}`)
 
-A toy that shows routing. It is **not a useful language model**: it has read a few megabytes and writes nonsense. It is
-here so that every command of moe-inspect has a real Mixture-of-Experts model to work on, offline and in seconds.
+A small model that demonstrates routing. It is **not a useful language model**: it was trained on a few megabytes of text
+and generates nonsense. With it every command of moe-inspect can be tried on a real Mixture-of-Experts model, offline and
+in seconds.
 
-Mixtral architecture, {total:,} parameters, {active:,} of them active a token: {layers} layers, {experts} experts a layer,
+Mixtral architecture, {total:,} parameters, {active:,} of them active per token: {layers} layers, {experts} experts per layer,
 top-{top_k}, hidden size {hidden}, expert size {intermediate}, tied embeddings, {positions} positions. Its tokenizer is a
-byte-level BPE of {vocabulary:,} tokens, trained on the same texts; it puts `<s>` in front. Weights in bfloat16.
+byte-level BPE of {vocabulary:,} tokens, trained on the same texts; it prepends `<s>`. Weights in bfloat16.
 
-## What it read
+## Training data
 
-{domains} domains, {train_tokens:,} tokens in {train_documents:,} documents; {held_out_documents:,} other documents were held out.
+{domains} domains, {train_tokens:,} tokens in {train_documents:,} documents; {held_out_documents:,} further documents are held out.
 
 {sources}
 
-## What it does
+## Evaluation
 
-{windows} held-out windows of {window} tokens a domain, measured after rounding the weights to bfloat16 (mean loss
-{loss_bf16:.4f}; in float32 {loss_float32:.4f}). The unigram loss is that of the domain's own token frequencies.
+Measured on {windows} held-out windows of {window} tokens per domain, with the weights rounded to bfloat16 (mean loss
+{loss_bf16:.4f}; in float32 {loss_float32:.4f}). The unigram loss is that of a model that predicts each domain's token
+frequencies.
 
 {figures}
 
-Balancing loss: {balancing}. Load counts assignments, over the same held-out tokens, as many of each domain.
+Balancing loss: {balancing}. Load is the number of assignments on the same held-out tokens, with the same number of tokens
+per domain.
 
-## How it was made
+## How it was trained
 
     {command}
 
@@ -51,7 +54,7 @@ Balancing loss: {balancing}. Load counts assignments, over the same held-out tok
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux gives it, else what Python knows."""
+    """The name of the processor: from /proc/cpuinfo, else from `platform`."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next(
@@ -68,7 +71,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def sources(data: texts.Texts, train_tokens: dict[str, int]) -> str:
-    """Where each domain's texts come from; a folder of own texts has no package to name."""
+    """Markdown table of the packages that each domain's texts come from; of a folder of your own texts,
+    the tokens per domain."""
     header = ["domain", "tokens", "package", "version", "licence"]
     if not data.versions:
         return table(
@@ -85,25 +89,25 @@ def sources(data: texts.Texts, train_tokens: dict[str, int]) -> str:
 
 
 def losses(loss_nats: dict[str, float], unigram_nats: dict[str, float]) -> str:
-    """Held-out loss by domain beside what the domain's token frequencies alone would give."""
+    """Markdown table of the held-out loss and the unigram loss per domain."""
     rows = [
         [domain, f"{x:.3f}", f"{math.exp(x):.1f}", f"{unigram_nats[domain]:.3f}"]
         for domain, x in loss_nats.items()
     ]
-    return table(["domain", "loss (nats a token)", "perplexity", "unigram loss"], rows)
+    return table(["domain", "loss (nats per token)", "perplexity", "unigram loss"], rows)
 
 
 def balance(
     max_over_mean_L: np.ndarray, min_over_mean_L: np.ndarray, domain_mi_bits_L: np.ndarray
 ) -> str:
-    """A line a layer."""
+    """Markdown table with one row per layer."""
     columns = zip(max_over_mean_L, min_over_mean_L, domain_mi_bits_L, strict=True)
     rows = [[str(layer), *(f"{x:.3f}" for x in row)] for layer, row in enumerate(columns)]
     return table(["layer", "max / mean load", "min / mean load", "MI(domain; expert), bits"], rows)
 
 
 def versions() -> str:
-    """What a rerun needs to be the same run."""
+    """The versions that a rerun needs to reproduce the weights."""
     libraries = (
         f"torch {torch.__version__}, transformers {transformers.__version__}, tokenizers "
         f"{tokenizers.__version__}"

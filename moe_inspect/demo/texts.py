@@ -1,8 +1,8 @@
 """The demo model's training texts: which packages they come from, how they are fetched, cleaned and
 split.
 
-Everything comes out of Debian packages, because a package has a version and a copyright file: what
-the model read, and under which licence, can be stated exactly. English, German and Russian are
+All of it comes from Debian packages, because a package has a version and a copyright file: the
+training data and its licences can be stated exactly. English, German and Russian are
 largely the same manuals in translation, so that what separates these three domains is the language
 and not the topic.
 """
@@ -26,7 +26,7 @@ HELD_OUT_SHARE = 0.07
 
 
 @dataclass(frozen=True)
-class Source:
+class PackageFiles:
     """Files of one Debian package. `licence` is what the package's copyright file says about
     exactly these files."""
 
@@ -37,24 +37,24 @@ class Source:
 
 
 SOURCES = (
-    Source("english", "debian-handbook", "**/html/en-US/*.html", "GPL-2.0+ or CC-BY-SA-3.0"),
-    Source("english", "installation-guide-amd64", "**/en/*.html", "GPL-2"),
-    Source("english", "developers-reference", "**/*.html", "GPL-2"),
-    Source("english", "anarchism", "**/html/*.html", "GPL-2"),
-    Source("german", "debian-handbook", "**/html/de-DE/*.html", "GPL-2.0+ or CC-BY-SA-3.0"),
-    Source("german", "installation-guide-amd64", "**/de/*.html", "GPL-2"),
-    Source("german", "developers-reference-de", "**/*.html", "GPL-2"),
-    Source("german", "debian-reference-de", "**/*.html", "GPL-2+"),
-    Source("german", "maint-guide-de", "**/*.html", "GPL-2.0+"),
-    Source("russian", "debian-handbook", "**/html/ru-RU/*.html", "GPL-2.0+ or CC-BY-SA-3.0"),
-    Source("russian", "installation-guide-amd64", "**/ru/*.html", "GPL-2"),
-    Source("russian", "developers-reference-ru", "**/*.html", "GPL-2"),
-    Source("russian", "aptitude-doc-ru", "**/*.html", "GPL-2+"),
-    Source("russian", "maint-guide-ru", "**/*.html", "GPL-2.0+"),
-    Source("python", "libpython3.13-stdlib", "**/*.py", "PSF-2.0"),
-    Source("c", "lttng-modules-dkms", "**/*.c", "LGPL-2.1 or GPL-2, by file"),
-    Source("c", "libstb-dev", "**/*.h", "Expat or public domain"),
-    Source("metamath", "metamath-databases", "**/set.mm", "CC0-1.0"),
+    PackageFiles("english", "debian-handbook", "**/html/en-US/*.html", "GPL-2.0+ or CC-BY-SA-3.0"),
+    PackageFiles("english", "installation-guide-amd64", "**/en/*.html", "GPL-2"),
+    PackageFiles("english", "developers-reference", "**/*.html", "GPL-2"),
+    PackageFiles("english", "anarchism", "**/html/*.html", "GPL-2"),
+    PackageFiles("german", "debian-handbook", "**/html/de-DE/*.html", "GPL-2.0+ or CC-BY-SA-3.0"),
+    PackageFiles("german", "installation-guide-amd64", "**/de/*.html", "GPL-2"),
+    PackageFiles("german", "developers-reference-de", "**/*.html", "GPL-2"),
+    PackageFiles("german", "debian-reference-de", "**/*.html", "GPL-2+"),
+    PackageFiles("german", "maint-guide-de", "**/*.html", "GPL-2.0+"),
+    PackageFiles("russian", "debian-handbook", "**/html/ru-RU/*.html", "GPL-2.0+ or CC-BY-SA-3.0"),
+    PackageFiles("russian", "installation-guide-amd64", "**/ru/*.html", "GPL-2"),
+    PackageFiles("russian", "developers-reference-ru", "**/*.html", "GPL-2"),
+    PackageFiles("russian", "aptitude-doc-ru", "**/*.html", "GPL-2+"),
+    PackageFiles("russian", "maint-guide-ru", "**/*.html", "GPL-2.0+"),
+    PackageFiles("python", "libpython3.13-stdlib", "**/*.py", "PSF-2.0"),
+    PackageFiles("c", "lttng-modules-dkms", "**/*.c", "LGPL-2.1 or GPL-2, by file"),
+    PackageFiles("c", "libstb-dev", "**/*.h", "Expat or public domain"),
+    PackageFiles("metamath", "metamath-databases", "**/set.mm", "CC0-1.0"),
 )
 DOMAINS = tuple(dict.fromkeys(source.domain for source in SOURCES))
 
@@ -242,14 +242,14 @@ def load_packages(seed: int, cache: Path) -> Texts:
 
 
 def load_folder(folder: Path, seed: int) -> Texts:
-    """Own texts: one subfolder per domain, one .txt file per document."""
+    """Your own texts: one subfolder per domain, one .txt file per document."""
     documents = {
         sub.name: [path.read_text(encoding="utf-8") for path in sorted(sub.glob("*.txt"))]
         for sub in sorted(folder.glob("*/"))
     }
     if not documents:
         raise MoeInspectError(
-            f"no domains in {folder}: it needs one subfolder of .txt files a domain"
+            f"no domains in {folder}: it needs one subfolder of .txt files per domain"
         )
     return _split_all(documents, seed, {})
 

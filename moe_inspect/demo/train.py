@@ -1,4 +1,4 @@
-"""Trains the bundled demo model from nothing, on one CPU core: `python -m moe_inspect.demo.train -o
+"""Trains the bundled demo model from scratch, on one CPU core: `python -m moe_inspect.demo.train -o
 DIR`.
 
 The model exists to be looked at: it is the smallest Mixture-of-Experts model whose experts visibly
@@ -49,8 +49,8 @@ BALANCE_COEFFICIENT = 0.05
 
 @dataclass(frozen=True)
 class Stream:
-    """A domain's documents one after the other, each as <s> … </s>. start: where each document
-    begins."""
+    """The documents of a domain, concatenated, each as <s> … </s>. start: offset of each
+    document."""
 
     token_T: np.ndarray
     start: np.ndarray
@@ -85,8 +85,8 @@ class Stream:
 
 
 def train_tokenizer(documents: dict[str, list[str]]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the same number of characters a domain, so that none is spelled out in
-    bytes."""
+    """A byte-level BPE trained on the same number of characters per domain, so that no domain is
+    split into single bytes."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -127,14 +127,14 @@ def encode(
             break
     if total < WINDOW:
         raise MoeInspectError(
-            f"{total} tokens in {len(documents)} documents: a domain needs {WINDOW}; add text"
+            f"{total} tokens in {len(documents)} documents: each domain needs {WINDOW}: add text"
         )
     start = np.cumsum([0, *map(len, streams)])
     return Stream(np.concatenate([np.array(ids, dtype=np.int64) for ids in streams]), start)
 
 
 def new_model(vocabulary: int, seed: int) -> MixtralForCausalLM:
-    """The architecture, random. Mixtral's, because its experts run on every path of
+    """A Mixtral with random weights: its experts run on every experts implementation of
     transformers."""
     torch.manual_seed(seed)
     config = MixtralConfig(
@@ -159,15 +159,14 @@ def new_model(vocabulary: int, seed: int) -> MixtralForCausalLM:
 
 
 def token_losses(logits_WSV: torch.Tensor, token_WS: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats of each token but a window's first. float [W · (S − 1)]."""
+    """Cross-entropy in nats of each token but the first of each window. float [W · (S − 1)]."""
     return F.cross_entropy(
         logits_WSV[:, :-1].flatten(0, 1).float(), token_WS[:, 1:].flatten(), reduction="none"
     )
 
 
 def loads(logits_TE: torch.Tensor) -> np.ndarray:
-    """Assignments of each expert: its places among the routers' top-k, which is how the model
-    chooses. int64 [E]."""
+    """Assignments per expert: how often it is among the top k of the router logits. int64 [E]."""
     return torch.bincount(
         logits_TE.topk(TOP_K, dim=-1).indices.flatten(), minlength=EXPERTS
     ).numpy()
@@ -215,7 +214,7 @@ def train(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out figures. loss_nats: by domain. load_LDE: assignments by layer, domain and expert,
+    """Held-out evaluation. loss_nats: by domain. load_LDE: assignments by layer, domain and expert,
     int64."""
 
     loss_nats: dict[str, float]
@@ -240,8 +239,8 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: MixtralForCausalLM, streams: dict[str, Stream]) -> Evaluation:
-    """As many held-out windows of every domain, so that a balanced layer would have uniform load
-    over them."""
+    """The same number of held-out windows per domain, so that a balanced layer has uniform load on
+    them."""
     model.eval()
     loss_nats, load_DLE = {}, []
     for domain, stream in streams.items():
@@ -255,8 +254,8 @@ def evaluate(model: MixtralForCausalLM, streams: dict[str, Stream]) -> Evaluatio
 def unigram_losses(
     train_streams: dict[str, Stream], held_out: dict[str, Stream], vocabulary: int
 ) -> dict[str, float]:
-    """What knowing each domain's token frequencies alone would give: nats a token on the same
-    held-out windows."""
+    """The loss of predicting each domain's token frequencies: nats per token on the same held-out
+    windows."""
     losses = {}
     for domain, stream in train_streams.items():
         count_V = (
@@ -268,8 +267,8 @@ def unigram_losses(
 
 
 def parameter_counts(model: MixtralForCausalLM) -> tuple[int, int]:
-    """Total, and active a token: without the E − k experts of each layer that a token does not
-    visit."""
+    """Total, and active per token: without the E − k experts of each layer that a token is not
+    routed to."""
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(
         parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name

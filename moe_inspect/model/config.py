@@ -1,5 +1,5 @@
-"""What a model's config.json says of its routers, read in plain Python: which blocks have experts,
-how many, and how many per token.
+"""Reads the routers from a model's config.json in plain Python: which blocks have experts, how
+many, and how many are chosen per token.
 
 The keys are those of transformers' configs and of the checkpoints that engines load
 (`model/families.py`); a family that states nothing about dense blocks has experts in all of them.
@@ -29,7 +29,7 @@ from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 
-# no model is near; what a hostile config could ask for
+# far above any real model; a hostile config could state more
 MOST_LAYERS, MOST_EXPERTS = 4096, 65_535
 MOST_WIDTH, MOST_BYTES = 2**24, 2**24
 SIZES = (  # key of a config or of a part of it → the largest number it may state
@@ -42,8 +42,8 @@ SIZES = (  # key of a config or of a part of it → the largest number it may st
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """`layers`: blocks of the model, dense ones too. `experts`, `top_k`: block index → E and k, of
-    the blocks that route."""
+    """`layers`: number of blocks, dense ones included. `experts`, `top_k`: block index → E and k,
+    of the blocks with a router."""
 
     id: str
     layers: int
@@ -78,7 +78,7 @@ class ModelFacts:
         }
 
     def vocabulary(self) -> pa.Table | None:
-        """Of the tokenizer.json beside the config; None where there is none."""
+        """The vocabulary of the tokenizer.json beside the config; None where there is none."""
         from moe_inspect.model.vocabulary import read_tokenizer
 
         return (
@@ -96,16 +96,16 @@ def read_facts(model: str | Path) -> ModelFacts:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's config in a config.json or a trace's manifest. MoeInspectError where it is none,
-    or states a size that no model has: what is built by it would take all memory."""
+    """The model's config in a config.json or a trace's manifest. MoeInspectError where it is not
+    one, or states a size that no model has: building it would use up all memory."""
     try:
         if path.name != schema.MANIFEST and (size := path.stat().st_size) > MOST_BYTES:
             raise ValueError(f"{size:,} bytes are more than {MOST_BYTES:,}")
         written = json.loads(path.read_bytes())
     except RecursionError:
-        raise MoeInspectError(f"{path} is no model's config: it is nested too deeply") from None
+        raise MoeInspectError(f"{path} is not a model's config: it is nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise MoeInspectError(f"{path} is no model's config: {first_line(error)}") from None
+        raise MoeInspectError(f"{path} is not a model's config: {first_line(error)}") from None
     if (
         path.name == schema.MANIFEST
         and isinstance(written, dict)
@@ -113,7 +113,7 @@ def read_config(path: Path) -> dict[str, Any]:
     ):
         written = written["model"].get("config")
     if not isinstance(written, dict):
-        raise MoeInspectError(f"{path} is no model's config: it holds no object")
+        raise MoeInspectError(f"{path} is not a model's config: expected a JSON object")
     _refuse_impossible_sizes(written, path)
     return written
 
@@ -135,7 +135,9 @@ def _refuse_impossible_sizes(config: dict[str, Any], where: object) -> None:
                 for keys in (TOP_K, EXPERTS)
             )
             if top_k > experts > 1:
-                raise MoeInspectError(f"{where}: {top_k} experts per token of only {experts}")
+                raise MoeInspectError(
+                    f"{where}: {top_k} experts per token, but only {experts} experts"
+                )
         parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
@@ -143,7 +145,7 @@ def facts_of(
     config: dict[str, Any], name: str, where: object, tokenizer: Path | None = None
 ) -> ModelFacts:
     """The facts in a config that has been read; MoeInspectError names `where` and the key that
-    lacks or is impossible."""
+    is missing or impossible."""
     inner = language_config(config)
     layers = _number(inner, LAYERS, where, MOST_LAYERS)
     sparse = _sparse_layers(inner, layers, where)
@@ -152,7 +154,8 @@ def facts_of(
     for layer in sparse:
         if top_k[layer] > experts[layer]:
             raise MoeInspectError(
-                f"{where}: {top_k[layer]} experts a token of only {experts[layer]} in layer {layer}"
+                f"{where}: {top_k[layer]} experts per token, but only {experts[layer]} experts in "
+                f"layer {layer}"
             )
     shared = _stated(inner, SHARED_EXPERTS, 0)
     return ModelFacts(
@@ -162,16 +165,18 @@ def facts_of(
 
 def _config_file(model: str) -> tuple[Path, Path | None]:
     """config.json, and the tokenizer.json beside it."""
-    place = Path(__file__).parent.parent / "demo" / "model" if model == "demo" else Path(model)
-    if place.is_file():
-        beside = place.parent / "tokenizer.json"
-        return place, beside if place.name == "config.json" and beside.is_file() else None
-    if place.is_dir():
+    path = Path(__file__).parent.parent / "demo" / "model" if model == "demo" else Path(model)
+    if path.is_file():
+        beside = path.parent / "tokenizer.json"
+        return path, beside if path.name == "config.json" and beside.is_file() else None
+    if path.is_dir():
         for name in ("config.json", "trace.json"):
-            if (place / name).is_file():
-                beside = place / "tokenizer.json"
-                return place / name, beside if beside.is_file() else None
-        raise MoeInspectError(f"no config.json in {place}: give a model's directory, or its config")
+            if (path / name).is_file():
+                beside = path / "tokenizer.json"
+                return path / name, beside if beside.is_file() else None
+        raise MoeInspectError(
+            f"no config.json in {path}: give a model's directory or its config.json"
+        )
     if (
         not 1 <= len(Path(model).parts) <= 2
         or model.startswith((".", "/", "~"))
@@ -200,7 +205,7 @@ def _from_hub(model: str) -> tuple[Path, Path | None]:
         except (
             EntryNotFoundError
         ) as error:  # a model may have none: the trace is then without a vocabulary
-            if isinstance(error, LocalEntryNotFoundError):  # whether it has one could not be asked
+            if isinstance(error, LocalEntryNotFoundError):  # the hub could not be reached
                 raise
     except Exception as error:
         # offline, no such model, no access: the library has a class for each, and the way out is
@@ -225,11 +230,11 @@ def _sparse_layers(config: dict[str, Any], layers: int, where: object) -> list[i
             sparse &= set(filter(rule(config, config[key]), every))
         except (TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError):
             raise MoeInspectError(
-                f"{where}: {key} is {str(config[key])[:60]!r}, which says of no layer whether it "
-                "has experts"
+                f"{where}: {key} is {str(config[key])[:60]!r}, which does not say which "
+                "layers have experts"
             ) from None
     if config.get("enable_moe_block") is False or not sparse:
-        raise MoeInspectError(f"{where} is of a dense model: no layer has experts")
+        raise MoeInspectError(f"{where} describes a dense model: no layer has experts")
     return sorted(sparse)
 
 
@@ -248,7 +253,7 @@ def _number(config: dict[str, Any], keys: tuple[str, ...], where: object, most: 
         )
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise MoeInspectError(
-            f"{where}: {_named(config, keys)} is {value!r}, not a number from 1 to {most:,}"
+            f"{where}: {_named(config, keys)} is {value!r}, expected an integer from 1 to {most:,}"
         )
     return value
 
@@ -261,7 +266,7 @@ def _by_layer(
     where: object,
     most: int,
 ) -> dict[int, int]:
-    """A number for all blocks, or (Hunyuan) a list with one for each."""
+    """One number for all blocks, or (Hunyuan) a list with one per block."""
     value = _stated(config, keys)
     if isinstance(value, list) and len(value) == layers:
         return {i: _number({keys[0]: value[i]}, keys[:1], where, most) for i in sparse}

@@ -1,7 +1,7 @@
-"""What a model is before it runs: parameters, memory and FLOPs, sparse against dense. Built on the
-meta device: no weight is read.
+"""Parameters, memory and FLOPs of a model, compared with dense models of the same size. The model
+is built on the meta device: no weights are read.
 
-E experts, k of them a token.
+E experts, k chosen per token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARTS = (
     "norms and others",
     "vision and audio",
 )
-# parts of a multimodal model that a token of text does not meet
+# modules of a multimodal model that text tokens do not pass through
 NOT_TEXT = re.compile(f"{TOWER.pattern}|{CONNECTOR.pattern}")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 # dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets: A100 SXM, H100 SXM, H200 SXM, B200 SXM
@@ -42,8 +42,8 @@ CONTEXT = 4096
 
 @dataclass
 class Description:
-    """Parameters by part, in total and of those a token meets; what a token's forward pass
-    computes. `routers`: (layer, E, k)."""
+    """Parameters by part, in total and active per token; FLOPs of a forward pass per token.
+    `routers`: (layer, E, k)."""
 
     config: Any
     kind: str
@@ -54,12 +54,10 @@ class Description:
     shared_experts: int = 0
     total: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     active: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
-    products_total: int = (
-        0  # entries of the matrices that a token would be multiplied with, were all experts active
-    )
+    products_total: int = 0  # matrix entries multiplied per token if all experts were active
     products_active: int = 0
     score_width: int = (
-        0  # Σ over attention layers of heads × (query + value width): each key costs twice that
+        0  # Σ over attention layers of heads × (query + value width): FLOPs per key are twice that
     )
 
     @property
@@ -71,16 +69,16 @@ class Description:
         return sum(self.active.values())
 
     def flops_a_token(self, keys: float, dense: bool = False) -> float:
-        """Of a forward pass, where a token attends to `keys` keys: a multiplication and an addition
-        for each entry of each matrix, and for each key. `dense`: as if every expert were active."""
+        """FLOPs of a forward pass per token that attends to `keys` keys: one multiplication and one
+        addition per matrix entry and per key. `dense`: as if every expert were active."""
         return (
             2 * (self.products_total if dense else self.products_active)
             + 2 * self.score_width * keys
         )
 
     def training_flops(self, tokens: float) -> float:
-        """Forward and backward: three times the forward pass, at the mean of a causal context
-        (arXiv:2001.08361, with the attention it leaves out)."""
+        """FLOPs of forward and backward pass: three times the forward pass, at the mean length of a
+        causal context (arXiv:2001.08361, attention scores included)."""
         return 3 * tokens * self.flops_a_token((self.context + 1) / 2)
 
     def facts(self) -> list[tuple[str, float | None, str]]:
@@ -106,7 +104,7 @@ class Description:
                 ("scoring", None, self.scoring),
             ]
         else:
-            facts.append(("routers", 0, "no router: a dense model"))
+            facts.append(("routers", 0, "none: a dense model"))
         facts += [
             _count("parameters.total", self.parameters),
             _count("parameters.active", self.parameters_active),
@@ -125,9 +123,13 @@ class Description:
             (
                 "flops_a_token.prefill",
                 prefill,
-                f"{_si(prefill)}FLOP, the mean over {self.context:,} positions",
+                f"{_si(prefill)}FLOP, mean over {self.context:,} positions",
             ),
-            ("flops_a_token.decode", decode, f"{_si(decode)}FLOP, with {self.context:,} keys"),
+            (
+                "flops_a_token.decode",
+                decode,
+                f"{_si(decode)}FLOP at a context of {self.context:,} tokens",
+            ),
         ]
         dense, small = (
             self.flops_a_token((self.context + 1) / 2, dense=True),
@@ -139,7 +141,7 @@ class Description:
             (
                 "dense_of_same_active_size.memory_bytes.bf16",
                 small,
-                f"{_bytes(small)}, where this one needs {ratio:.2f}x",
+                f"{_bytes(small)}; this model needs {ratio:.2f}x",
             ),
             ("dense_of_same_active_size.flops_a_token.prefill", prefill, "the same"),
             _count("dense_of_same_total_size.parameters", self.parameters),
@@ -147,7 +149,7 @@ class Description:
             (
                 "dense_of_same_total_size.flops_a_token.prefill",
                 dense,
-                f"{_si(dense)}FLOP, {dense / prefill:.2f}x of this one's",
+                f"{_si(dense)}FLOP, {dense / prefill:.2f}x this model's",
             ),
         ]
 
@@ -155,8 +157,8 @@ class Description:
         self, tokens: float, gpu: str, mfu: float | None, gpu_hours: float | None
     ) -> list[tuple[str, float | None, str]]:
         """FLOPs of training on `tokens`; the GPU-hours that an MFU (model FLOPs utilisation: the
-        share of a GPU's peak that the model's own FLOPs come to, arXiv:2204.02311) implies, or the
-        MFU that so many GPU-hours imply."""
+        model's FLOPs as a share of the GPU's peak, arXiv:2204.02311) implies, or the MFU that
+        `gpu_hours` imply."""
         flops, peak = self.training_flops(tokens), PEAK_FLOPS[gpu]
         facts: list[tuple[str, float | None, str]] = [
             ("training.flops", flops, f"{flops:.3g} FLOP for {tokens:,.0f} tokens")
@@ -190,7 +192,7 @@ def describe(
     trust_remote_code: bool = False,
 ) -> Description:
     """`model`: a hub id, a directory, a config.json, a trace (by its manifest), or "demo".
-    `context`: what a token attends to, at most 4096 by default."""
+    `context`: context length in tokens; default: the model's, at most 4096."""
     import torch
 
     config = _config_of(model, revision, trust_remote_code)
@@ -201,7 +203,7 @@ def describe(
             )
     except (
         Exception
-    ) as error:  # whatever an odd config makes transformers raise, the file is the user's
+    ) as error:  # transformers raises anything for a broken config, which is the user's
         raise MoeInspectError(
             f"cannot build a language model of {model}: {first_line(error)}"
         ) from error
@@ -230,7 +232,7 @@ def describe(
 def describe_table(
     made: Description, training: list[tuple[str, float | None, str]] | None = None
 ) -> pd.DataFrame:
-    """key, value (a number, where it is one), text."""
+    """Columns key, value (float, NaN where the fact is no number) and text."""
     return pd.DataFrame([*made.facts(), *(training or [])], columns=["key", "value", "text"])
 
 
@@ -244,13 +246,13 @@ def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any
     known = read_config(manifest if manifest.is_file() else path)
     kind = known.pop("model_type", None)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise MoeInspectError(f"{model} is of no model type that transformers knows: {kind!r}")
+        raise MoeInspectError(f"{model}: transformers does not know the model_type {kind!r}")
     try:
         return of_the_text_model(AutoConfig.for_model(kind, **known))
     except (
         Exception
-    ) as error:  # whatever an odd config makes transformers raise, the file is the user's
-        raise MoeInspectError(f"{model} is no model's config: {first_line(error)}") from error
+    ) as error:  # transformers raises anything for a broken config, which is the user's
+        raise MoeInspectError(f"{model} is not a model's config: {first_line(error)}") from error
 
 
 def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
@@ -279,13 +281,13 @@ def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
         made.active[part] += active
         if (
             parameter.dim() > 1 and part != PARTS[-1] and (part != "embeddings" or tied)
-        ):  # a lookup multiplies nothing
+        ):  # a lookup is no multiplication
             made.products_total += n
             made.products_active += active
 
 
 def _expert_prefixes(built: Any, site: Site) -> list[str]:
-    """Where the parameters of this router's experts are."""
+    """Name prefixes of the parameters of this router's experts."""
     if site.adapter is None:
         return [site.path + "."]
     if site.adapter.parameters:
@@ -321,7 +323,7 @@ def _part_of(name: str, parameter: Any, embedded: Any, head: Any, routers: set[s
 
 
 def _score_width(module: Any, text: Any) -> int:
-    """heads × (query width + value width) of a softmax attention, 0 of any other module."""
+    """heads × (query width + value width) of a softmax attention, 0 for any other module."""
     if not type(module).__name__.endswith("Attention") or not hasattr(module, "scaling"):
         return 0
     heads = (

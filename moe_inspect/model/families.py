@@ -1,4 +1,4 @@
-"""What is known of families of Mixture-of-Experts models, as data.
+"""What differs between families of Mixture-of-Experts models, as data.
 
 `FAMILIES` has an entry for each family that needs one. Most need none: on transformers' experts
 interface, or with the same call, a router's choice is an argument of its experts module, and the
@@ -86,8 +86,7 @@ def _period(config: dict[str, Any], value: Any) -> Rule:
     return lambda i: i % int(value) == int(config.get("expert_layer_offset") or 0)
 
 
-# key → which blocks it says route; a config that states several is a conjunction, one that states
-# none has experts in every block
+# key → which blocks have a router by it; a block must satisfy every key that the config states
 ROUTING_BLOCKS: dict[str, Callable[[dict[str, Any], Any], Rule]] = {
     "mlp_layer_types": lambda c, v: lambda i: v[i] not in ("dense", "mlp"),
     "mlp_only_layers": _mixed,
@@ -111,9 +110,9 @@ ROUTING_BLOCKS: dict[str, Callable[[dict[str, Any], Any], Rule]] = {
 
 # --- modules
 
-# of a multimodal model: sees no token
+# modules of a multimodal model that see no text tokens
 TOWER = re.compile(r"(?:^|[._])(?:vision|visual|audio|image)(?:[._]|$)")
-# and what connects it to the language model
+# modules that connect them to the language model
 CONNECTOR = re.compile(
     r"(?:^|\.)(?:multi_modal_projector|resampler_model|view_separator|perception_emb_norm)(?:\.|$)"
 )
@@ -126,7 +125,7 @@ STACKS = {"encoder", "decoder"}
 class Adapter:
     """How to read a router's choice where it is no argument of an experts call.
 
-    choice        (module, its arguments, its output) → what the router chose; None where nothing
+    choice        (module, its arguments, its output) → its choice; None where there is none
     at_call       the module is the experts module, and is read before it runs: no output yet
     logits_index  where in the output the router logits are, if the module is a router
     experts       E, where the module does not state it
@@ -134,7 +133,7 @@ class Adapter:
     alone         the tokens of a batch change each other's routing: sequences are fed one by one
     applies       to which modules of the class
     parameters    names of the experts' parameters, where they have no module of their own
-    note          what a reader of the trace must know
+    note          a caveat, which goes into the trace's manifest
     """
 
     choice: Callable[[Any, list[Any], Any], Choice | None]
@@ -150,10 +149,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Family:
-    """How a family differs from the rest.
+    """What a family does differently.
 
     adapters    class of a module → how the router's choice is read there
-    not_routed  classes named *Experts that no choice is handed to
+    not_routed  classes named *Experts that are not called with a router's choice
     gated       an expert has a gate projection: three matrices, without it two
     """
 
@@ -178,7 +177,7 @@ def choice_among(arguments: list[Any]) -> Choice | None:
 
 
 def called_with(experts: Module, arguments: list[Any], output: Any) -> Choice | None:
-    """What an experts module is called with: how every family without an adapter is read."""
+    """The choice in the arguments of an experts module: for every family without an adapter."""
     return choice_among(arguments)
 
 

@@ -16,8 +16,7 @@ from moe_inspect.trace import schema
 
 
 def model_location(name: str) -> str:
-    """What transformers is to load: "demo" is the bundled model, everything else stands for
-    itself."""
+    """What transformers loads: for "demo" the bundled model, else `name` itself."""
     if name != "demo":
         return name
     from moe_inspect.demo import MODEL_DIR
@@ -62,7 +61,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     try:
         read_config(
             Path(cached_file(location, "config.json", revision=revision) or "")
-        )  # before anything is built by it
+        )  # before transformers builds anything from it
         return of_the_text_model(
             AutoConfig.from_pretrained(
                 location, revision=revision, trust_remote_code=trust_remote_code
@@ -75,8 +74,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     ) as error:  # whatever a broken config.json makes transformers raise, the file is the user's
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise MoeInspectError(
-                f"model {name!r} brings code of its own, which runs here: read it, then give "
-                "--trust-remote-code"
+                f"model {name!r} needs to run code from its own repository: review it, then "
+                "give --trust-remote-code"
             ) from None
         way_out = "" if Path(location).is_dir() else f": {HOW_TO_NAME}"
         raise MoeInspectError(
@@ -85,13 +84,13 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def of_the_text_model(config: Any) -> Any:
-    """The config of the part that reads text, where that is a model of its own beside one that
-    speaks (Qwen-Omni's thinker)."""
+    """The config of the submodel that reads text, where there is another that generates speech
+    (Qwen-Omni's thinker)."""
     return getattr(config, "thinker_config", None) or config
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit of the hub that was loaded, where it is one; else the revision as given."""
+    """The commit that was loaded from the hub; for a local directory the revision as given."""
     from huggingface_hub import try_to_load_from_cache
 
     location = model_location(name)
@@ -118,13 +117,13 @@ def load_tokenizer(
         ) from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise MoeInspectError(
-            f"the tokenizer of {name!r} makes no tokens of a text: are its files there?"
+            f"the tokenizer of {name!r} gives no tokens for a text: are its files complete?"
         )
     return tokenizer
 
 
-# What transformers builds a model of text with: the language model alone where it has a class for
-# that, else with its towers
+# The auto classes that build a language model, in order of preference: the language model alone
+# where the family has a class for that, else with its towers
 AUTO_CLASSES = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
@@ -149,7 +148,7 @@ def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
     ]
     if not able:
         raise MoeInspectError(
-            f"transformers {transformers.__version__} has no language model of the type "
+            f"transformers {transformers.__version__} has no language model for model_type "
             f"{config.model_type!r}"
         )
     classifies = str((config.architectures or [""])[0]).endswith("ForTokenClassification")
@@ -176,28 +175,24 @@ def load_model(
 ) -> Any:
     """The language model in eval mode on `device` ("auto": cuda where there is one), or spread over
     devices as accelerate's `device_map` says ("auto", "balanced", …). With `random_init` its
-    weights are drawn with that seed instead of
-    read: the untrained baseline."""
+    weights are initialised with that seed instead of read: the untrained baseline."""
     import torch
 
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device_map is not None and (device != "auto" or random_init is not None):
-        raise MoeInspectError(
-            "a device map is for weights that are read: give neither a device nor --random-init "
-            "with it"
-        )
+        raise MoeInspectError("--device-map cannot be combined with --device or --random-init")
     if device_map is not None and find_spec("accelerate") is None:
         raise MoeInspectError(
             "a device map needs accelerate: pip install 'moe-inspect[accelerate]'"
         )
     try:
-        torch.ones(1, device=place).item()
+        torch.ones(1, device=target).item()
     except (
         RuntimeError,
         AssertionError,
         NotImplementedError,
     ) as error:  # torch asserts where it was built without that device
-        raise MoeInspectError(f"no device {place!r} here: {first_line(error)}") from error
+        raise MoeInspectError(f"device {target!r} is not available: {first_line(error)}") from error
     try:
         if random_init is not None:
             torch.manual_seed(random_init)
@@ -220,22 +215,22 @@ def load_model(
             missing = set(loaded["missing_keys"])
     except Exception as error:  # as above: the weights are the user's
         raise MoeInspectError(f"cannot load model {name!r}: {first_line(error)}") from error
-    if missing:  # transformers draws them at random: what they routed would be no one's routing
+    if missing:  # transformers would initialise them at random, and the trace would be meaningless
         raise MoeInspectError(
-            f"the weights of {name!r} lack {len(missing)} parameters, {min(missing)} the first: "
-            "not traced"
+            f"the weights of {name!r} lack {len(missing)} parameters (first: {min(missing)}): not "
+            "traced"
         )
-    return (model if device_map is not None else model.to(place)).eval()
+    return (model if device_map is not None else model.to(target)).eval()
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str | None:
-    """Tells one set of weights from another without reading them through: the commit on the hub, or
+    """Identifies a set of weights without reading all of them: the commit on the hub, or
     size, beginning and end of each file of a directory."""
-    place = Path(model_location(name))
-    if not place.is_dir():
+    directory = Path(model_location(name))
+    if not directory.is_dir():
         return commit_of(name, revision)
     parts = []
-    for file in sorted(f for f in place.iterdir() if f.suffix in (".safetensors", ".bin")):
+    for file in sorted(f for f in directory.iterdir() if f.suffix in (".safetensors", ".bin")):
         size = file.stat().st_size
         with open(file, "rb") as data:
             head = data.read(2**20)
@@ -245,7 +240,7 @@ def weights_fingerprint(name: str, revision: str | None) -> str | None:
 
 
 def config_record(config: Any) -> dict[str, Any]:
-    """The config as plain JSON, without the place it was read from."""
+    """The config as plain JSON, without the path it was read from."""
     return {
         k: v
         for k, v in json.loads(config.to_json_string(use_diff=False)).items()

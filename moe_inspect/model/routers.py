@@ -1,5 +1,5 @@
-"""Finds every router of a model: the seam where its choice is handed over. What families do
-differently is in `model/families.py`.
+"""Finds every router of a model, and the module call in which its choice can be read. Differences
+between families are in `model/families.py`.
 
 T tokens, K slots, E experts.
 """
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 class Site:
     """Where one router's choice can be seen. `adapter` is None where the choice is an argument of
     `module`'s call, else it reads `module`'s output. `experts`: E. `logits_module`: the module
-    whose output holds the router logits, if known, at `logits_index`, or (None) wherever E values a
-    row stand."""
+    whose output holds the router logits, if known, at `logits_index`, or (None) where the last
+    dimension is E."""
 
     module: Module
     path: str
@@ -70,9 +70,9 @@ def find_routers(model: Any) -> list[Site]:
     sites = []
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if kind.startswith("Mxfp4"):  # neither the router nor the experts are called
+        if kind.startswith("Mxfp4"):  # then neither router nor experts are called
             raise MoeInspectError(
-                f"{path} routes within a fused kernel: load the model with "
+                f"{path} routes inside a fused kernel: load the model with "
                 "Mxfp4Config(dequantize=True)"
             )
         adapter = ADAPTERS.get(kind)
@@ -103,8 +103,7 @@ def find_routers(model: Any) -> list[Site]:
         sites.append(Site(module, path, layer_of(path), *facts, adapter, shown, index, stack))
     if not sites:
         raise MoeInspectError(
-            f"{type(model).__name__} is a dense model: it has no router, so there is nothing to "
-            "trace"
+            f"{type(model).__name__} is a dense model: it has no routers to trace"
         )
     # the encoder runs before the decoder, and a block's attention before its MLP
     return sorted(sites, key=lambda s: (s.stack == "decoder", s.layer, "attention" not in s.path))
@@ -128,14 +127,14 @@ def layer_of(path: str) -> int:
     found = LAYER.search(path + ".")
     if found is None:
         raise MoeInspectError(
-            f"no layer number in the module path {path}: this model's layout is not known"
+            f"no layer number in the module path {path}: this model's structure is not supported"
         )
     return int(found.group(1))
 
 
 def experts_of(module: Module) -> int:
-    """E of a module: never the largest id seen, or dead experts would vanish. Under expert
-    parallelism the module holds some of them, and the config tells how many there are."""
+    """E of a module, as stated: the largest id seen would miss dead experts. Under expert
+    parallelism the module holds only some of them, and the config states how many there are."""
     if is_expert_parallel(module):
         config = module.config
         for name in EXPERTS:
@@ -156,8 +155,8 @@ def experts_of(module: Module) -> int:
 
 
 def top_k_of(site: Site, model: Any) -> int:
-    """The k that a router, its block or the config declares. What it hands over shows only when it
-    runs."""
+    """The k that a router, its block or the config declares, which a forward pass may
+    contradict."""
     if site.adapter is not None and site.adapter.top_k is not None:
         return site.adapter.top_k
     block = model.get_submodule(site.path.rpartition(".")[0])
@@ -171,17 +170,19 @@ def top_k_of(site: Site, model: Any) -> int:
         for name in ("top_k", *TOP_K):
             if isinstance(value := getattr(owner, name, None), int) and not isinstance(value, bool):
                 return value
-    raise MoeInspectError(f"cannot tell how many experts a token {site.path} chooses")
+    raise MoeInspectError(
+        f"cannot tell the top-k of {site.path}: no module and no config states it"
+    )
 
 
 def is_expert_parallel(module: Module) -> bool:
-    """Whether this module's experts are some of those its router chooses from: at its call ids are
-    global, within its forward local ones or another rank's."""
+    """Whether this module holds only some of the experts its router chooses from. It is called with
+    global ids; its forward sees local ones, or sentinels for other ranks' experts."""
     return getattr(module, "_is_expert_parallel", False)
 
 
 def wants_expert_parallel(model: Any) -> bool:
-    """Whether the model was loaded with its experts shared out over ranks."""
+    """Whether the model was loaded with its experts distributed over ranks."""
     distributed = getattr(model.config, "distributed_config", None)
     return bool(
         getattr(distributed, "enable_expert_parallel", False)
@@ -190,8 +191,8 @@ def wants_expert_parallel(model: Any) -> bool:
 
 
 def scoring_of(config: Any, router: Module) -> str:
-    """How logits become scores: what the config states, else what the code of the router (or of its
-    block) calls."""
+    """The scoring function of the router logits: as the config states it, else by the source code
+    of the router (or of its block)."""
     stated = getattr(config, "scoring_func", None)
     if isinstance(stated, str):
         return stated
@@ -203,13 +204,13 @@ def scoring_of(config: Any, router: Module) -> str:
 
 
 def shared_experts_of(config: Any, model: Any, experts_path: str) -> int:
-    """Experts that every token of this layer goes to: as many as the config says, or one where the
-    block has a shared MLP."""
+    """Number of experts that every token of this layer goes to: as the config states, or one where
+    the block has a shared MLP."""
     block = experts_path.rpartition(".")[0]
     owners = (
         block,
         block.rpartition(".")[0],
-    )  # of some families the shared one stands beside the block
+    )  # in some families the shared expert is a sibling of the block
     if not any(
         "shared" in name
         for owner in owners
@@ -224,8 +225,8 @@ def shared_experts_of(config: Any, model: Any, experts_path: str) -> int:
 
 def logits_among(output: Any, site: Site) -> Tensor | None:
     """The router logits [T, E] in the output of `site.logits_module`: at the declared index, else
-    the one tensor of E floating-point values a row (the order of the others has changed between
-    releases). None where that is not one."""
+    the only floating-point tensor whose last dimension is E (their order has changed between
+    releases). None where there is not exactly one."""
     parts = output if isinstance(output, tuple | list) else (output,)
     if site.logits_index is not None:
         parts = parts[site.logits_index : site.logits_index + 1]

@@ -1,4 +1,4 @@
-"""Bytes of a hidden state and of an expert, from the config that the manifest keeps."""
+"""Sizes in bytes of a hidden state and of an expert, by the config in the manifest."""
 
 from __future__ import annotations
 

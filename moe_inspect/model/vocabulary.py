@@ -15,8 +15,8 @@ from moe_inspect.trace import schema
 
 
 def read_tokenizer(path: Path, size: int = 0) -> pa.Table:
-    """token_id, token, of `size` ids at least; null where the tokenizer has no such id. Byte-level
-    pieces are shown as text."""
+    """Columns token_id and token, with at least `size` rows; token is null where the tokenizer has
+    no such id. Byte-level pieces are decoded to text."""
     try:
         written = json.loads(path.read_bytes())
         vocab = written["model"]["vocab"]
@@ -33,7 +33,7 @@ def read_tokenizer(path: Path, size: int = 0) -> pa.Table:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MoeInspectError(
-            f"{path} is no tokenizer.json: {error or type(error).__name__}"
+            f"{path} is not a tokenizer.json: {error or type(error).__name__}"
         ) from None
     if not fine:
         raise MoeInspectError(
@@ -77,7 +77,7 @@ def readable(piece: str) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Changes whenever the tokenizer could give other ids."""
+    """A hash that changes whenever the tokenizer could give other ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return schema.fingerprint(
         backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
@@ -85,9 +85,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def vocabulary_table(tokenizer: Any, size: int) -> pa.Table:
-    """token_id int32, token string, of `size` ids at least. Byte-level pieces are shown as the text
-    they stand for, with ▁ for a space as SentencePiece writes it, and bytes that are no text as
-    <0x..>; null where the tokenizer has no such id."""
+    """token_id int32, token string, at least `size` rows. Byte-level pieces are decoded to
+    text, with ▁ for a space as in SentencePiece, and bytes that are not valid UTF-8 as <0x..>; null
+    where the tokenizer has no such id."""
     size = max(size, len(tokenizer))
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     if _is_byte_level(tokenizer):
