@@ -416,16 +416,16 @@ def test_two_writers_are_kept_apart(
         ),
         (
             ("MODEL", "-o", "t", "--data", "text.txt", "--device", "cuda:9"),
-            "error: no device 'cuda:9' here",
+            "error: device 'cuda:9' is not available",
         ),
         (("DENSE", "-o", "t", "--data", "text.txt"), "LlamaForCausalLM is a dense model"),
         (
             ("MODEL", "-o", "t", "--data", "text.txt", "--device", "meta"),
-            "error: no device 'meta' here",
+            "error: device 'meta' is not available",
         ),
         (
             ("BROKEN/lacking", "-o", "t", "--data", "text.txt"),
-            "lack 4 parameters, model.layers.0.mlp.experts.down_proj the first",
+            "lack 4 parameters (first: model.layers.0.mlp.experts.down_proj)",
         ),
         (("BROKEN/torn", "-o", "t", "--data", "text.txt"), "error: cannot load model"),
         (("BROKEN/odd", "-o", "t", "--data", "text.txt"), "error: cannot load model"),

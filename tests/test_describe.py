@@ -88,7 +88,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     config = CONFIGS / "mixtral-8x7b.json"
     said = cli("describe", config).stdout
     assert "46,702,792,704" in said
-    assert "where this one needs 3.63x" in said
+    assert "this model needs 3.63x" in said
     rows = [
         json.loads(line) for line in cli("describe", config, "--format", "json").stdout.splitlines()
     ]
@@ -107,7 +107,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     )
     assert pd.read_csv(tmp_path / "facts.csv").set_index("key").value["training.gpu_hours"] > 1e5
     dense = cli("describe", CONFIGS / "llama-2-7b.json").stdout
-    assert "no router: a dense model" in dense
+    assert "none: a dense model" in dense
     assert "dense_of_same_total_size" in dense
     assert (
         cli("describe", config, "--mfu", "0.4", check=2)
@@ -127,10 +127,10 @@ def test_from_a_trace_and_the_bundled_model() -> None:
 
 def test_bad_input_gets_one_line(tmp_path: Path) -> None:
     for text, message in (
-        ("{", "is no model's config"),
-        ('{"a": 1}', "is of no model type that transformers knows: None"),
-        ('{"model_type": "nothing"}', "is of no model type that transformers knows: 'nothing'"),
-        ("[1]", "is no model's config"),
+        ("{", "is not a model's config"),
+        ('{"a": 1}', "transformers does not know the model_type None"),
+        ('{"model_type": "nothing"}', "transformers does not know the model_type 'nothing'"),
+        ("[1]", "is not a model's config"),
     ):
         path = tmp_path / "config.json"
         path.write_text(text)

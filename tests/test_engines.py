@@ -354,7 +354,7 @@ def test_a_busy_server_is_asked_again_as_it_says(
         )  # else any of the refusals may be told first
     check_rows(trace)
     assert (
-        f"{url}: HTTP 503: starting; it is asked again in 0 s (1 of 6 attempts made)\n"
+        f"{url}: HTTP 503: starting; retrying in 0 s (attempt 1 of 6 failed)\n"
         in capsys.readouterr().err
     )
     assert "7" in waited
@@ -481,7 +481,7 @@ LIES: dict[str, tuple[str, str, Any, str]] = {
         _changed(lambda a: a[:, 1:]),
         "1 layers, the model's config 2",
     ),
-    "another top-k": ("vllm", "routed", _changed(lambda a: a[:, :, :2]), "2 experts a token"),
+    "another top-k": ("vllm", "routed", _changed(lambda a: a[:, :, :2]), "2 experts per token"),
     "an expert beyond E": (
         "vllm",
         "routed",
@@ -506,7 +506,12 @@ LIES: dict[str, tuple[str, str, Any, str]] = {
         _changed(lambda a: a.__setitem__((0, 0, 0), 4)),
         "no router in layer 0",
     ),
-    "no JSON": ("vllm", "behave", lambda *_: (200, {}, b"<html>"), "no JSON object but b'<html>'"),
+    "no JSON": (
+        "vllm",
+        "behave",
+        lambda *_: (200, {}, b"<html>"),
+        "expected a JSON object, got b'<html>'",
+    ),
     "endless": ("vllm", "behave", lambda *_: (200, {}, b" " * 2**22), "not read on"),
     "a redirect": ("vllm", "behave", lambda *_: (307, {"Location": "/elsewhere"}, b""), "HTTP 307"),
     "a refusal": (
@@ -630,7 +635,7 @@ def test_a_server_that_is_not_up_is_one_line_at_once(
     async def counted(http: Any, path: str, *more: Any) -> tuple[int, bytes]:
         asked.append(path)
         if there == "starting":
-            raise engine_http._Again("HTTP 503: starting", 100.0)
+            raise engine_http._Retry("HTTP 503: starting", 100.0)
         return await once(http, path, *more)
 
     monkeypatch.setattr(engine_http, "_once", counted)
@@ -659,7 +664,7 @@ def test_a_server_that_is_not_up_is_one_line_at_once(
 
 
 def test_requests_that_wait_together_say_so_once(capsys: Any) -> None:
-    tell = engine_http.teller()
+    tell = engine_http.wait_notifier()
     for what, wait_s in (("a", 0.01), ("b", 0.01)):
         tell(what, wait_s)
     time.sleep(0.02)
@@ -716,7 +721,8 @@ def test_the_timeout_is_of_the_whole_request(drips: str) -> None:
         threading.Thread(target=listen, args=(listening,), daemon=True).start()
         began = time.monotonic()
         with pytest.raises(
-            MoeInspectError, match=r"asked 6 times, the last time with no whole answer in 0\.15 s"
+            MoeInspectError,
+            match=r"no answer after 6 attempts, the last error: incomplete response after 0\.15 s",
         ):
             asyncio.run(asyncio.wait_for(ask(f"http://127.0.0.1:{listening.getsockname()[1]}"), 10))
         assert 6 * 0.15 <= time.monotonic() - began < 5
@@ -747,7 +753,7 @@ def test_an_answer_is_never_decompressed(status: int, monkeypatch: Any) -> None:
             return await engine_http.ask(http, "/generate", {}, most_bytes=2**30)
 
     said = {
-        200: "answered in content-encoding 'gzip, gzip', not as it is",
+        200: "answered with content-encoding 'gzip, gzip'",
         500: "HTTP 500: no reason given",
     }[status]
     tracemalloc.start()
@@ -783,5 +789,5 @@ def test_what_a_server_says_steers_no_terminal(
         )
     waiting, error = done.stderr.splitlines()
     spelled = r"\x1b[2J\x1b]0;mine\x07\x9b31m\u202egnp"
-    assert f"HTTP 503: {spelled}; it is asked again" in waiting
+    assert f"HTTP 503: {spelled}; retrying" in waiting
     assert error == f"error: {url}/v1/completions refused the request (HTTP 400): {spelled}"

@@ -323,7 +323,7 @@ def test_experts_in_a_fused_kernel_are_refused() -> None:
     with pytest.raises(
         MoeInspectError,
         match=(
-            r"layers\.0\.mlp\.experts routes within a fused kernel: "
+            r"layers\.0\.mlp\.experts routes inside a fused kernel: "
             r".*Mxfp4Config\(dequantize=True\)"
         ),
     ):

@@ -68,7 +68,7 @@ def test_code_of_a_repository_runs_only_when_asked_for(
     data = write_jsonl(tmp_path / "data.jsonl", documents=4, words=9)
     refused = cli("trace", with_code, "-o", "t", "--data", data, check=1)
     assert refused.stderr == (
-        f"error: model {str(with_code)!r} brings code of its own, which runs here: read it, "
+        f"error: model {str(with_code)!r} needs to run code from its own repository: review it, "
         "then give --trust-remote-code\n"
     )
     assert not (tmp_path / "t").exists()

@@ -163,7 +163,7 @@ MUTATIONS = {
     "links are followed and emptied": (output_dir, "entry.is_dir(follow_symlinks=False)", "entry.is_dir()", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a table elsewhere")),
     "the manifest goes last": (output_dir, "if schema.MANIFEST in there.files:\n            os.replace", "if False:\n            os.replace", by(test_output_dir.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
     "a lock that another holds": (lock, "if got and _is_at(file, root / LOCK):", "if _is_at(file, root / LOCK):", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
-    "a job that is over is joined": (lock, "if _job_in(file) != job:", "if False:", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
+    "a lock of another holder is joined": (lock, "if _holder_in(file) != holder:", "if False:", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
     "generated tokens take no room": (capture_plan, "(len(row.ids) + generate * row.continued) > batch_tokens", "len(row.ids) > batch_tokens", by(test_generate.test_the_plan)),
     # reader
     "older traces are not put in order": (shard, "if not slots or (", "if True or (", older_in_order),

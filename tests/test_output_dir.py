@@ -103,9 +103,9 @@ def test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out(
 ) -> None:
     monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
     first = hold(tmp_path, shared=True)
-    others = [join(tmp_path, first.job) for _ in range(2)]
-    with pytest.raises(MoeInspectError, match="another job has begun to write"):
-        join(tmp_path, "a job that is over")
+    others = [join(tmp_path, first.holder) for _ in range(2)]
+    with pytest.raises(MoeInspectError, match="another process has begun to write"):
+        join(tmp_path, "a holder that is gone")
     for left in (first, *others):  # whoever is the last
         for shared in (False, True):
             with pytest.raises(MoeInspectError, match="is still writing"):

@@ -238,7 +238,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         )
     )
     with pytest.raises(
-        MoeInspectError, match="LlamaForCausalLM is a dense model: it has no router"
+        MoeInspectError, match="LlamaForCausalLM is a dense model: it has no routers"
     ):
         moe_inspect.record(dense, tmp_path / "t")
     assert not (tmp_path / "t").exists()

@@ -235,7 +235,7 @@ def test_a_config_says_which_blocks_route(config: dict, layers: list[int]):
         ),
         (
             {"num_hidden_layers": 2, "num_experts": 2, "num_experts_per_tok": 3},
-            "3 experts a token of only 2",
+            "3 experts per token, but only 2 experts",
         ),
         (
             {

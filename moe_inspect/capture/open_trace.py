@@ -63,7 +63,7 @@ class TraceOpener:
             return None
         ranks = session.ranks
         # rank 0 has made way once it says so
-        made_way = ranks.hear("open") if ranks is not None and ranks.rank else None
+        made_way = ranks.wait_for("open") if ranks is not None and ranks.rank else None
         lock = session.lock or self._take(self.path, options, ranks, made_way)
         writer = TraceWriter(
             self.path,
@@ -79,7 +79,7 @@ class TraceOpener:
             lock=lock,
         )
         if ranks is not None:
-            ranks.say("open", lock.job)
+            ranks.publish("open", lock.holder)
             writer.others = ranks.status
         return writer
 

@@ -1,5 +1,5 @@
-"""The processes of one `torchrun`, which share a corpus: batch n is for rank n mod world. They
-agree through the launcher's store."""
+"""The processes of one `torchrun`, which share a corpus: batch n goes to rank n mod world. They
+exchange strings through the launcher's key-value store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_inspect.errors import MoeInspectError
 
 
 class Ranks:
-    """`rank` of `world`; 0 of 1 where no launcher says otherwise."""
+    """`rank` of `world`; 0 of 1 without a launcher."""
 
     def __init__(self) -> None:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -37,48 +37,50 @@ class Ranks:
             )
 
     def takes(self, batch: int) -> bool:
+        """Whether batch number `batch` is for this rank."""
         return batch % self.world == self.rank
 
-    def say(self, what: str, value: str = "") -> None:
+    def publish(self, key: str, value: str = "") -> None:
+        """Sets a key of the store."""
         if self._store is not None:
-            self._store.set(what, value)
+            self._store.set(key, value)
 
-    def hear(self, what: str) -> str:
-        """What a rank said or will say. Waits for it as long as that works (the launcher ends all
-        when one fails), and can be interrupted meanwhile."""
-        while not self._store.check([what]):
+    def wait_for(self, key: str) -> str:
+        """The value of a key, once a rank has published it. No timeout: the launcher ends all ranks
+        when one fails. Polls, so that Ctrl-C works."""
+        while not self._store.check([key]):
             time.sleep(0.05)
-        return self._store.get(what).decode()
+        return self._store.get(key).decode()
 
-    def agree(self, what: str, decide: Callable[[], bool]) -> bool:
-        """What rank 0 decides; where it raises a MoeInspectError all do."""
+    def agree(self, key: str, decide: Callable[[], bool]) -> bool:
+        """The decision of rank 0, on all ranks; where it raises a MoeInspectError all do."""
         if self.rank:
-            verdict, _, message = self.hear(what).partition(":")
+            decided, _, message = self.wait_for(key).partition(":")
             if message:
                 raise MoeInspectError(message)
-            return bool(int(verdict))
+            return bool(int(decided))
         try:
             decided = decide()
         except MoeInspectError as error:
-            self.say(what, f":{error}")
+            self.publish(key, f":{error}")
             raise
-        self.say(what, f"{int(decided)}:")
+        self.publish(key, f"{int(decided)}:")
         return decided
 
     def status(self, own: str) -> str:
-        """How the trace ended: complete where all ranks say so. One that was interrupted waits for
-        nobody."""
+        """The status of the whole trace: complete where all ranks are. An interrupted rank waits
+        for no other."""
         if own != "complete":
-            self.say(f"closed-{self.rank}", own)
+            self.publish(f"closed-{self.rank}", own)
             return own
         return own if set(self.gather("closed", own)) == {own} else "interrupted"
 
-    def gather(self, what: str, value: str) -> list[str]:
-        """Rank 0 waits for every rank's value, the others for nothing; theirs is a list of their
-        own."""
-        self.say(f"{what}-{self.rank}", value)
+    def gather(self, key: str, value: str) -> list[str]:
+        """On rank 0 the values of all ranks, in order; on the others only their own, without
+        waiting."""
+        self.publish(f"{key}-{self.rank}", value)
         return (
-            [value, *(self.hear(f"{what}-{r}") for r in range(1, self.world))]
+            [value, *(self.wait_for(f"{key}-{r}") for r in range(1, self.world))]
             if self.rank == 0
             else [value]
         )

@@ -134,7 +134,7 @@ def _record(
                 recorder.writer.at_close["corpus"] = plan.stats.record()
     # this rank had nothing to write: no batch was left for it, or only the status was not committed
     if recorder.writer is None and ranks.rank == 0:
-        ranks.say("open")
+        ranks.publish("open")
     if recorder.writer is None and ranks.status("complete") == "complete" and ranks.rank == 0:
         complete_now(run.output_dir, plan)
     ranks.agree("over", lambda: True)  # the manifest says so now
@@ -233,9 +233,9 @@ def _shared_lock(output_dir: Path, ranks: Ranks) -> Iterator[Lock]:
 
     ranks.agree("lock", take)
     if ranks.rank:
-        locks.append(join(output_dir, ranks.hear("job")))
+        locks.append(join(output_dir, ranks.wait_for("lock-holder")))
     else:
-        ranks.say("job", locks[0].job)
+        ranks.publish("lock-holder", locks[0].holder)
     with locks[0] as lock:
         yield lock
 
@@ -247,5 +247,5 @@ def _ended_early(ranks: Ranks, recorder: Recorder) -> Iterator[None]:
         yield
     except BaseException:
         if recorder.writer is None:
-            ranks.say(f"closed-{ranks.rank}", "interrupted")
+            ranks.publish(f"closed-{ranks.rank}", "interrupted")
         raise

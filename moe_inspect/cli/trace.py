@@ -349,9 +349,9 @@ def _refuse_early(
 
     refuse_unless_found(model_config or model, revision)
     if model_config is not None:
-        from moe_inspect.capture.server.client import refuse_unless_up
+        from moe_inspect.capture.server.client import check_server
 
-        refuse_unless_up(model, api_key)
+        check_server(model, api_key)
 
 
 def _is_complete(output: Path) -> bool:

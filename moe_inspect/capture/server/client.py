@@ -1,4 +1,4 @@
-"""Asking a server over HTTP: patiently, and no more of it at once than it was said to bear."""
+"""HTTP requests to a server, with retries, timeouts and limits on the size of a response."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = (
     1.0,
     60.0,
-)  # between attempts, where the server does not say (Retry-After)
+)  # between attempts, without a Retry-After header
 LONGEST_ASKED_WAIT_S = 300.0
 CONNECT_S = 10.0
 FIRST_CONTACT_S = 5.0
-MODELS = "/v1/models"  # of every engine
+MODELS = "/v1/models"  # every engine has it
 MOST_BYTES, ERROR_BYTES = 2**24, 2**16
 
 
-class _Again(Exception):
-    """Another attempt may do: the server is busy, starting, or its connection broke."""
+class _Retry(Exception):
+    """The request can be retried: the server is busy or starting, or the connection broke."""
 
     def __init__(self, why: str, wait_s: float | None = None):
         super().__init__(why)
@@ -37,25 +37,25 @@ class _Again(Exception):
 
 
 def split_url(url: str) -> tuple[str, httpx.BasicAuth | None]:
-    """The root of a server's API and the credentials in its URL, which are in neither messages nor
-    manifests."""
+    """(root of a server's API, credentials in its URL). The credentials appear in no message and no
+    manifest."""
     parts = urlsplit(url)
     try:
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise MoeInspectError(f"{url.rpartition('@')[2]} is no URL: {error}") from None
+        raise MoeInspectError(f"{url.rpartition('@')[2]} is not a URL: {error}") from None
     if parts.scheme not in ("http", "https") or not host:
         raise MoeInspectError(
-            f"{url.rpartition('@')[2]} is no URL of a server: write it like http://HOST:PORT"
+            f"{url.rpartition('@')[2]} is not the URL of a server: expected http://HOST:PORT"
         )
-    place = f"[{host}]" if ":" in host else host
-    path = parts.path.rstrip("/").removesuffix("/v1")  # as OpenAI's clients are given it
-    root = urlunsplit((parts.scheme, place + (f":{port}" if port else ""), path, "", ""))
+    host = f"[{host}]" if ":" in host else host
+    path = parts.path.rstrip("/").removesuffix("/v1")  # part of the base URL of OpenAI's clients
+    root = urlunsplit((parts.scheme, host + (f":{port}" if port else ""), path, "", ""))
     return root, httpx.BasicAuth(parts.username, parts.password or "") if parts.username else None
 
 
 def client(url: str, api_key: str | None, timeout_s: float, concurrency: int) -> httpx.AsyncClient:
-    """`timeout_s`: of a request in all, from connecting to the last byte of its answer."""
+    """`timeout_s`: total time per request, from connecting to the last byte of the response."""
     root, auth = split_url(url)
     return httpx.AsyncClient(
         base_url=root,
@@ -69,42 +69,43 @@ def client(url: str, api_key: str | None, timeout_s: float, concurrency: int) ->
     )
 
 
-def refuse_unless_up(url: str, api_key: str | None) -> None:
-    """MoeInspectError where no server answers there at once."""
+def check_server(url: str, api_key: str | None) -> None:
+    """MoeInspectError unless a server answers within FIRST_CONTACT_S."""
 
     async def once() -> None:
         async with client(url, api_key, FIRST_CONTACT_S, 1) as http:
-            await reach(http)
+            await list_models(http)
 
     asyncio.run(once())
 
 
-async def reach(http: httpx.AsyncClient) -> dict[str, Any] | None:
-    """What a server lists of models, as `ask` has it, but now or never: at first a wrong address is
-    likelier than a busy server."""
+async def list_models(http: httpx.AsyncClient) -> dict[str, Any] | None:
+    """The response of /v1/models, without retries: on first contact a wrong address is more likely
+    than a busy server."""
     root = root_of(http)
     try:
         async with asyncio.timeout(FIRST_CONTACT_S):
             status, data = await _once(http, MODELS, None, MOST_BYTES)
-    except (_Again, TimeoutError) as error:
-        said = str(error) or f"no answer in {FIRST_CONTACT_S:g} s"
+    except (_Retry, TimeoutError) as error:
+        text = str(error) or f"no answer in {FIRST_CONTACT_S:g} s"
         raise MoeInspectError(
-            f"no server is ready at {root}, {said}: check the address, and that the server is up"
+            f"no server is ready at {root}, {text}: check the address, and that the server is up"
         ) from None
-    return _understood(root, MODELS, status, data)
+    return _json_object(root, MODELS, status, data)
 
 
-def teller() -> Callable[[str, float], None]:
-    """Says on stderr why a request waits, once for all that wait at the same time."""
+def wait_notifier() -> Callable[[str, float], None]:
+    """A function that reports on stderr why a request waits, once for all requests that wait at the
+    same time."""
     over = 0.0
 
-    def tell(what: str, wait_s: float) -> None:
+    def notify(what: str, wait_s: float) -> None:
         nonlocal over
         if (now := time.monotonic()) >= over:
             over = now + wait_s
             print_stderr(what)
 
-    return tell
+    return notify
 
 
 async def ask(
@@ -112,25 +113,25 @@ async def ask(
     path: str,
     body: dict[str, Any] | None = None,
     most_bytes: int = MOST_BYTES,
-    tell: Callable[[str, float], None] | None = None,
+    notify: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any] | None:
-    """The JSON object that a POST of `body` (a GET without one) is answered with; None where there
-    is no such path."""
-    root, tell = root_of(http), tell or teller()
+    """The JSON object in the response to a POST of `body` (without a body: a GET); None where the
+    path does not exist (404)."""
+    root, notify = root_of(http), notify or wait_notifier()
 
     def tell_why(state: tenacity.RetryCallState) -> None:
         error, wait_s = (
             state.outcome and state.outcome.exception(),
             state.next_action.sleep if state.next_action else 0.0,
         )
-        tell(
-            f"{root}: {error}; it is asked again in {wait_s:.0f} s ({state.attempt_number} of "
-            f"{ATTEMPTS} attempts made)",
+        notify(
+            f"{root}: {error}; retrying in {wait_s:.0f} s (attempt {state.attempt_number} of "
+            f"{ATTEMPTS} failed)",
             wait_s,
         )
 
     attempts = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(_Again),
+        retry=tenacity.retry_if_exception_type(_Retry),
         stop=tenacity.stop_after_attempt(ATTEMPTS),
         wait=_wait,
         before_sleep=tell_why,
@@ -138,24 +139,24 @@ async def ask(
     )
     try:
         status, data = await attempts(_once, http, path, body, most_bytes)
-    except _Again as error:
+    except _Retry as error:
         raise MoeInspectError(
-            f"{root} was asked {ATTEMPTS} times, the last time with {error}: when it answers, go "
-            "on with --resume"
+            f"{root}: no answer after {ATTEMPTS} attempts, the last error: {error}: when the "
+            "server is back, continue with --resume"
         ) from None
-    return _understood(root, path, status, data)
+    return _json_object(root, path, status, data)
 
 
 def root_of(http: httpx.AsyncClient) -> str:
     return str(http.base_url).rstrip("/")
 
 
-def _understood(root: str, path: str, status: int, data: bytes) -> dict[str, Any] | None:
+def _json_object(root: str, path: str, status: int, data: bytes) -> dict[str, Any] | None:
     if status == 404:
         return None
     if status in (401, 403):
         raise MoeInspectError(
-            f"{root} wants another key (HTTP {status}): give it by --api-key or MOE_INSPECT_API_KEY"
+            f"{root} rejected the API key (HTTP {status}): set --api-key or MOE_INSPECT_API_KEY"
         )
     if status != 200:
         raise MoeInspectError(f"{root}{path} refused the request (HTTP {status}): {_message(data)}")
@@ -165,8 +166,8 @@ def _understood(root: str, path: str, status: int, data: bytes) -> dict[str, Any
         answer = None
     if not isinstance(answer, dict):
         raise MoeInspectError(
-            f"{root}{path} answered with no JSON object but {data[:60]!r}: is it the engine that "
-            "--engine names?"
+            f"{root}{path}: expected a JSON object, got {data[:60]!r}: does --engine match the "
+            "server?"
         )
     return answer
 
@@ -175,32 +176,32 @@ async def _once(
     http: httpx.AsyncClient, path: str, body: dict[str, Any] | None, most_bytes: int
 ) -> tuple[int, bytes]:
     try:
-        # httpx's own timeouts are of silence: a server that sends a byte now and then would never
-        # meet them
+        # httpx's own timeouts are per read: a server that sends a byte now and then never exceeds
+        # them
         async with (
             asyncio.timeout(http.timeout.read),
             http.stream("GET" if body is None else "POST", path, json=body) as response,
         ):
             status, data = response.status_code, await _body(response, path, most_bytes)
             if status in (408, 429) or status >= 500:
-                raise _Again(
+                raise _Retry(
                     f"HTTP {status}: {_message(data)}",
                     _asked_wait(response.headers.get("retry-after")),
                 )
             return status, data
     except TimeoutError as error:
-        raise _Again(f"no whole answer in {http.timeout.read:g} s") from error
+        raise _Retry(f"incomplete response after {http.timeout.read:g} s") from error
     except httpx.TransportError as error:
-        raise _Again(
+        raise _Retry(
             f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})"
         ) from error
     except httpx.HTTPError as error:
-        raise MoeInspectError(f"{path} answered what cannot be read: {first_line(error)}") from None
+        raise MoeInspectError(f"cannot read the response of {path}: {first_line(error)}") from None
 
 
 async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
-    """The body as it is sent, never decompressed: what a few bytes unfold to knows no bound. Of an
-    error only the beginning."""
+    """The body, never decompressed: a few compressed bytes can expand without bound. Of an error
+    only the beginning."""
     encoding, fine = (
         response.headers.get("content-encoding", "identity"),
         response.status_code == 200,
@@ -208,8 +209,8 @@ async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
     if encoding.lower() not in ("identity", ""):
         if fine:
             raise MoeInspectError(
-                f"{path} answered in content-encoding {encoding[:40]!r}, not as it is, which it "
-                "was asked for"
+                f"{path} answered with content-encoding {encoding[:40]!r}, although identity was "
+                "requested"
             )
         return b""
     data = bytearray()
@@ -219,15 +220,14 @@ async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
             break
     if fine and len(data) > most_bytes:
         raise MoeInspectError(
-            f"{path} answered with more than {most_bytes:,} bytes, which no true answer has: not "
-            "read on"
+            f"{path} answered with more than {most_bytes:,} bytes, more than any valid response has"
         )
     return bytes(data)
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(error, _Again) and error.wait_s is not None:
+    if isinstance(error, _Retry) and error.wait_s is not None:
         return error.wait_s
     return tenacity.wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S)(
         state
@@ -235,7 +235,8 @@ def _wait(state: tenacity.RetryCallState) -> float:
 
 
 def _asked_wait(header: str | None) -> float | None:
-    """Retry-After, in seconds or as a date; None where it says nothing."""
+    """Seconds to wait by a Retry-After header (a number of seconds or a date); None where it is
+    missing or unreadable."""
     if header is None:
         return None
     try:
@@ -249,11 +250,11 @@ def _asked_wait(header: str | None) -> float | None:
 
 
 def _message(data: bytes) -> str:
-    """What a server says of an error, on one line."""
+    """The error message in a response, on one line."""
     try:
-        said = json.loads(data)
-        said = said.get("error", said.get("detail", said)) if isinstance(said, dict) else said
-        text = str(said.get("message", said) if isinstance(said, dict) else said)
+        body = json.loads(data)
+        error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, RecursionError):
         text = data.decode(errors="replace")
     return " ".join(text.split())[:300] or "no reason given"

@@ -1,4 +1,4 @@
-"""The model that a server runs: its routers, by its config, and what the server says of itself."""
+"""The model that a server runs: its routers by its config, and the server's own description."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from moe_inspect.capture.server.client import MODELS, ask, reach, root_of
-from moe_inspect.capture.server.protocols import Engine
+from moe_inspect.capture.server.client import MODELS, ask, list_models, root_of
+from moe_inspect.capture.server.protocols import EngineProtocol
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import find_routers, top_k_of
 from moe_inspect.text import first_line, ranges
@@ -27,7 +27,7 @@ def routers_of(config: Any, trust_remote_code: bool = False) -> tuple[str, list[
             )
     except (
         Exception
-    ) as error:  # whatever an odd config makes transformers raise, the file is the user's
+    ) as error:  # transformers raises anything for a broken config, which is the user's
         raise MoeInspectError(
             f"cannot build a causal language model of the config: {first_line(error)}"
         ) from error
@@ -35,8 +35,8 @@ def routers_of(config: Any, trust_remote_code: bool = False) -> tuple[str, list[
     layers, blocks = [s.layer for s in sites], config.get_text_config().num_hidden_layers
     if len(set(layers)) < len(layers) or max(layers) >= blocks:
         raise MoeInspectError(
-            f"{type(built).__name__} has {len(sites)} routers in {blocks} layers: engines hand "
-            "back one per layer"
+            f"{type(built).__name__} has {len(sites)} routers in {blocks} layers: engines return "
+            "one per layer"
         )
     routers = [
         Router(
@@ -67,16 +67,16 @@ def common_top_k(routers: Sequence[Router]) -> int:
     """The K of an answer's arrays: engines allocate one number of experts per token."""
     if len(found := sorted({r.top_k for r in routers})) > 1:
         raise MoeInspectError(
-            f"its routers choose {found} experts per token: engines hand back the same number for "
+            f"its routers choose {found} experts per token: engines return the same number for "
             "all layers"
         )
     return found[0]
 
 
-async def ask_about(http: httpx.AsyncClient, engine: Engine, config: Any) -> dict[str, Any]:
+async def ask_about(http: httpx.AsyncClient, engine: EngineProtocol, config: Any) -> dict[str, Any]:
     """What the server says of itself: model, path, version, max_model_len. MoeInspectError where
     its model is not the config's."""
-    root, models = root_of(http), await reach(http)
+    root, models = root_of(http), await list_models(http)
     cards = models.get("data") if models is not None else None
     cards = (
         [c for c in cards if isinstance(c, dict) and not c.get("parent")]

@@ -1,4 +1,4 @@
-"""What a server answers, written as the trace that a local run would write."""
+"""Writes the responses of a server as the trace that a local run would write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWr
 
 
 class Output:
-    """The trace: begun with its first batch, not before, and closed however the run ends."""
+    """The trace: created with its first batch, and closed whether the run succeeds or fails."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ def routed_batches(
     domain_code: Callable[[str], int],
     domains: list[str],
 ) -> Iterable[RoutedBatch]:
-    """A planned batch as a local trace has it: the prompts in one forward pass, then one pass per
-    decoded token."""
+    """A planned batch as forward passes: the prompts in one pass, then one pass per decoded
+    token."""
     prompts = [len(row.ids) for row in sequences]
     whole = [
         np.concatenate([row.ids, a.token_ids[:-1]])

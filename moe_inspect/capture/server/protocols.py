@@ -1,5 +1,5 @@
-"""The protocols of serving engines that hand back routed experts: what is asked of them, and what
-of an answer is believed.
+"""The protocols of serving engines that return routed experts: their requests, and how their
+responses are checked.
 
 Read from vLLM 0.33.0 and SGLang 0.5.23. T tokens that were fed, B blocks of the model (dense ones
 too), K slots.
@@ -17,13 +17,14 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.routed import decode_sglang, decode_vllm, select_routers
 from moe_inspect.trace.schema import Router
 
-FLAG = "--enable-return-routed-experts"  # both engines call it so
+FLAG = "--enable-return-routed-experts"  # of both engines
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """One sequence: `ids` int32 [prompt]; the last of the `max_tokens` generated ones is never fed.
-    `salt` keeps it apart in the engine's prefix cache, so that each of its tokens runs here."""
+    `salt` gives it its own entries in the engine's prefix cache, so that each of its tokens is
+    computed."""
 
     name: str
     ids: np.ndarray
@@ -35,8 +36,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Served:
-    """The model as the config has it: `blocks` layers, dense ones too; of its `routers`, those that
-    are recorded."""
+    """The model by its config. `blocks`: number of layers, dense ones included; `chosen`: indices
+    of the `routers` that are recorded."""
 
     name: str  # as the server calls it
     blocks: int
@@ -57,7 +58,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as it came: the prompt it repeats, what it generated and why it stopped, the
+    """An unchecked response: the prompt it repeats, the generated tokens, the finish reason and the
     routing [T, B, K]."""
 
     prompt_ids: object
@@ -68,13 +69,14 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """`body`: (what is asked, model) → the request's JSON; `read`: (the answer's JSON, model) →
-    Reply; `about`: where the server speaks of its model, and `version_at` of its version;
-    `cached_rows`: what to do where rows of a cached prefix are missing."""
+class EngineProtocol:
+    """`path`: of completions; `body`: (request, model) → its JSON; `read`: (JSON of the response,
+    model) → Reply; `about`, `version_at`: paths that describe the model and the version;
+    `read_from`: the release whose source code this follows; `cached_rows`: advice where rows of a
+    cached prefix are missing."""
 
     path: str
-    body: Callable[[Asked, Served], dict[str, Any]]
+    body: Callable[[Request, Served], dict[str, Any]]
     read: Callable[[dict[str, Any], Served], Reply]
     about: str
     version_at: str
@@ -82,13 +84,13 @@ class Engine:
     cached_rows: str
 
 
-def _vllm_body(asked: Asked, served: Served) -> dict[str, Any]:
-    # everything that the model's generation_config would else decide is said
+def _vllm_body(request: Request, served: Served) -> dict[str, Any]:
+    # every option is explicit: the default of each would be the model's generation_config
     body = {
         "model": served.name,
-        "prompt": asked.ids.tolist(),
-        "max_tokens": asked.max_tokens,
-        "temperature": asked.temperature,
+        "prompt": request.ids.tolist(),
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
         "top_p": 1.0,
         "top_k": 0,
         "min_p": 0.0,
@@ -97,9 +99,9 @@ def _vllm_body(asked: Asked, served: Served) -> dict[str, Any]:
         "frequency_penalty": 0.0,
         "return_token_ids": True,
         "routed_experts_prompt_start": 0,
-        "cache_salt": asked.salt,
+        "cache_salt": request.salt,
     }
-    return {**body, "seed": asked.seed} if asked.temperature else body
+    return {**body, "seed": request.seed} if request.temperature else body
 
 
 def _vllm_read(answer: dict[str, Any], served: Served) -> Reply:
@@ -119,10 +121,10 @@ def _vllm_read(answer: dict[str, Any], served: Served) -> Reply:
     )
 
 
-def _sglang_body(asked: Asked, served: Served) -> dict[str, Any]:
+def _sglang_body(request: Request, served: Served) -> dict[str, Any]:
     sampling = {
-        "max_new_tokens": asked.max_tokens,
-        "temperature": asked.temperature,
+        "max_new_tokens": request.max_tokens,
+        "temperature": request.temperature,
         "top_p": 1.0,
         "top_k": -1,
         "min_p": 0.0,
@@ -131,14 +133,14 @@ def _sglang_body(asked: Asked, served: Served) -> dict[str, Any]:
         "frequency_penalty": 0.0,
     }
     return {
-        "input_ids": asked.ids.tolist(),
-        "sampling_params": {**sampling, "sampling_seed": asked.seed}
-        if asked.temperature
+        "input_ids": request.ids.tolist(),
+        "sampling_params": {**sampling, "sampling_seed": request.seed}
+        if request.temperature
         else sampling,
         "return_routed_experts": True,
         "routed_experts_start_len": 0,
         "return_prompt_token_ids": True,
-        "extra_key": asked.salt,
+        "extra_key": request.salt,
     }
 
 
@@ -170,7 +172,7 @@ def _present(encoded: object, field: str, command: str) -> object:
 
 
 ENGINES = {
-    "vllm": Engine(
+    "vllm": EngineProtocol(
         "/v1/completions",
         _vllm_body,
         _vllm_read,
@@ -180,7 +182,7 @@ ENGINES = {
         "vLLM 0.31 to 0.33 return them, and do not start with --no-enable-prefix-caching: use "
         "one of these versions",
     ),
-    "sglang": Engine(
+    "sglang": EngineProtocol(
         "/generate",
         _sglang_body,
         _sglang_read,
@@ -192,12 +194,14 @@ ENGINES = {
 }
 
 
-def read_answer(engine: Engine, answer: dict[str, Any], asked: Asked, served: Served) -> Answer:
-    """What an answer says, if it can be true; MoeInspectError where it cannot."""
-    reply, P = engine.read(answer, served), len(asked.ids)
+def read_answer(
+    engine: EngineProtocol, answer: dict[str, Any], request: Request, served: Served
+) -> Answer:
+    """The checked content of a response; MoeInspectError where it is inconsistent."""
+    reply, P = engine.read(answer, served), len(request.ids)
     # older servers do not repeat the prompt, but all say how long it was
     if reply.prompt_tokens != P or (
-        reply.prompt_ids is not None and reply.prompt_ids != asked.ids.tolist()
+        reply.prompt_ids is not None and reply.prompt_ids != request.ids.tolist()
     ):
         raise MoeInspectError(
             f"the server ran another prompt ({reply.prompt_tokens} tokens) than the {P} tokens "
@@ -208,15 +212,15 @@ def read_answer(engine: Engine, answer: dict[str, Any], asked: Asked, served: Se
         type(i) is int and 0 <= i < served.vocabulary for i in made
     ):
         raise MoeInspectError(
-            f"the generated token ids are no list of ids below {served.vocabulary}: "
+            f"the generated token ids are not a list of ids below {served.vocabulary}: "
             f"{str(made)[:80]}"
         )
-    complete = (reply.finish == "length" and len(made) == asked.max_tokens) or (
-        reply.finish == "stop" and 0 < len(made) <= asked.max_tokens
+    complete = (reply.finish == "length" and len(made) == request.max_tokens) or (
+        reply.finish == "stop" and 0 < len(made) <= request.max_tokens
     )
     if not complete:
         raise MoeInspectError(
-            f"{len(made)} of {asked.max_tokens} tokens were generated, and it ended by "
+            f"{len(made)} of {request.max_tokens} tokens were generated, and it ended by "
             f"{reply.finish!r}"
         )
     rows, expected = len(reply.routed_TBK), P + len(made) - 1
@@ -229,20 +233,21 @@ def read_answer(engine: Engine, answer: dict[str, Any], asked: Asked, served: Se
         )
     if reply.routed_TBK.shape[2] != served.top_k:
         raise MoeInspectError(
-            f"routed_experts has {reply.routed_TBK.shape[2]} experts a token, the config "
-            f"{served.top_k}: is it the model's?"
+            f"routed_experts has {reply.routed_TBK.shape[2]} experts per token, the config "
+            f"{served.top_k}: is it this model's config?"
         )
     ids = select_routers(reply.routed_TBK, served.routers, served.blocks, "routed_experts")
     for block in sorted(set(range(served.blocks)) - {r.layer for r in served.routers}):
         if reply.routed_TBK[:, block].any():
             raise MoeInspectError(
                 f"the config has no router in layer {block}, where the server routed tokens: is "
-                "it the model's?"
+                "it this model's config?"
             )
     return Answer(np.array(made, np.int32), [ids[r] for r in served.chosen])
 
 
-def most_bytes(asked: Asked, served: Served) -> int:
-    """More than any true answer takes: base64 of 4 bytes an id, its text and token ids."""
-    tokens = len(asked.ids) + asked.max_tokens
+def most_bytes(request: Request, served: Served) -> int:
+    """Upper bound on the size of a response: base64 of 4 bytes per id, the text and the token
+    ids."""
+    tokens = len(request.ids) + request.max_tokens
     return 2**20 + tokens * (6 * served.blocks * served.top_k + 128)

@@ -26,14 +26,14 @@ from moe_inspect.capture.resume import (
     resume_from,
     sampling_record,
 )
-from moe_inspect.capture.server.client import ask, client, split_url, teller
+from moe_inspect.capture.server.client import ask, client, split_url, wait_notifier
 from moe_inspect.capture.server.model import ask_about, choose, common_top_k, routers_of
 from moe_inspect.capture.server.output import Output, routed_batches
 from moe_inspect.capture.server.protocols import (
     ENGINES,
     Answer,
-    Asked,
-    Engine,
+    EngineProtocol,
+    Request,
     Served,
     most_bytes,
     read_answer,
@@ -53,8 +53,9 @@ Progress = Callable[[int, int | None], None]  # (tokens done, tokens in all or N
 
 
 @dataclass(frozen=True)
-class Run:
-    """`engine`: "vllm" or "sglang"; `model_config`: where the model's config and tokenizer are."""
+class EngineRun:
+    """`engine`: "vllm" or "sglang"; `model_config`: directory or hub id of the model's config and
+    tokenizer."""
 
     url: str
     output_dir: Path
@@ -66,7 +67,7 @@ class Run:
     tokenizer: Any
 
     @property
-    def protocol(self) -> Engine:
+    def protocol(self) -> EngineProtocol:
         return ENGINES[self.engine]
 
 
@@ -81,26 +82,28 @@ def trace_engine(
     """See `moe_inspect.trace_engine`."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise MoeInspectError(
-            "an engine is driven by one process: start it without torchrun, with more --concurrency"
+            "tracing an engine takes one process: start it without torchrun; raise --concurrency"
         )
     resume = may_resume(output_dir, options)
     sources = find_sources(options.data, leave_out=output_dir)
     of_hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(model_config, **of_hub)
     tokenizer = load_tokenizer(model_config, **of_hub)
-    run = Run(url, output_dir, engine, model_config, options, sources, config, tokenizer)
-    # locked before anything is read that decides how to resume
+    run = EngineRun(url, output_dir, engine, model_config, options, sources, config, tokenizer)
+    # the lock comes before reading what decides how to resume
     with hold(output_dir) if resume else nullcontext() as lock:
         asyncio.run(_record(run, resume, lock, progress))
     return Trace(output_dir)
 
 
-async def _record(run: Run, resume: bool, lock: Lock | None, progress: Progress | None) -> None:
+async def _record(
+    run: EngineRun, resume: bool, lock: Lock | None, progress: Progress | None
+) -> None:
     options, config = run.options, run.config
     kind, routers = routers_of(config, options.trust_remote_code)
     async with client(run.url, options.api_key, options.timeout_s, options.concurrency) as http:
         about = await ask_about(http, run.protocol, config)
-        # one token more is generated than is fed
+        # the last generated token is never fed
         length = longest_sequence(
             options.max_length, config, options.generate + 1, about["max_model_len"]
         )
@@ -137,8 +140,8 @@ async def _record(run: Run, resume: bool, lock: Lock | None, progress: Progress 
             raise MoeInspectError(f"the corpus is empty: no text in {corpus}")
 
 
-def _plan_record(run: Run, plan: Plan, served_model: str) -> dict[str, Any]:
-    """What a resumed run must agree with."""
+def _plan_record(run: EngineRun, plan: Plan, served_model: str) -> dict[str, Any]:
+    """The settings that a resumed run must share."""
     options = run.options
     return {
         **plan.record(),
@@ -153,7 +156,7 @@ def _plan_record(run: Run, plan: Plan, served_model: str) -> dict[str, Any]:
 
 
 def _manifest(
-    run: Run, plan: Plan, record: dict[str, Any], kind: str, about: dict[str, Any]
+    run: EngineRun, plan: Plan, record: dict[str, Any], kind: str, about: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "model": {
@@ -176,23 +179,23 @@ def _manifest(
 
 async def _send(
     http: httpx.AsyncClient,
-    run: Run,
+    run: EngineRun,
     served: Served,
     plan: Plan,
     output: Output,
     progress: Progress | None,
 ) -> None:
-    """Sends the sequences of the plan, a few batches ahead of the one that is written next: a slow
-    answer holds up its batch, not the server, and memory does not grow with the corpus."""
+    """Sends the sequences of the plan, a few batches ahead of the one written next: a slow response
+    delays its batch, not the server, and memory does not grow with the corpus."""
     options, protocol, passes = run.options, run.protocol, run.options.generate + 1
     in_flight, salt = asyncio.Semaphore(options.concurrency), uuid.uuid4().hex
     ahead: deque[tuple[int, list[TokenSequence], list[Document], list[asyncio.Task[Answer]]]]
     ahead = deque()
-    done, tell = output.start.tokens if output.start is not None else 0, teller()
+    done, notify = output.start.tokens if output.start is not None else 0, wait_notifier()
 
     async def answer(row: TokenSequence) -> Answer:
         name = f"sequence {row.sequence} ({row.source})"
-        asked = Asked(
+        request = Request(
             name,
             row.ids,
             passes if row.continued else 1,
@@ -200,15 +203,15 @@ async def _send(
             (options.seed + row.sequence) % 2**31,
             f"moe-inspect-{salt}-{row.sequence}",
         )
-        body, limit = protocol.body(asked, served), most_bytes(asked, served)
+        body, limit = protocol.body(request, served), most_bytes(request, served)
         async with in_flight:
-            said = await ask(http, protocol.path, body, limit, tell)
+            response = await ask(http, protocol.path, body, limit, notify)
         try:
-            if said is None:
+            if response is None:
                 raise MoeInspectError(
-                    f"there is no {protocol.path}: is it the engine that --engine names?"
+                    f"the server has no {protocol.path}: does --engine match the server?"
                 )
-            return read_answer(protocol, said, asked, served)
+            return read_answer(protocol, response, request, served)
         except MoeInspectError as error:
             raise MoeInspectError(f"{http.base_url}, {name}: {error}") from None
 
@@ -243,7 +246,7 @@ async def _send(
 
 
 def _without_secrets(arguments: Sequence[str], url: str) -> list[str]:
-    """The command as the manifest shows it: without the key and the credentials in the URL."""
+    """The command for the manifest, without the API key and the credentials in the URL."""
     shown, hide = [Path(arguments[0]).name], False
     for argument in arguments[1:]:
         name, equals, _ = argument.partition("=")

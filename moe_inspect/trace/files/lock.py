@@ -7,10 +7,9 @@ something else in the process opens the file and closes it. Linux sends it to th
 mount, so that it holds between machines, unless the mount says "nolock" or "local_lock". Where a
 file system has no locks, a warning says so.
 
-The ranks of one job share the lock: rank 0 first takes it alone, which fails while any rank of
-another job is alive, then shares it, and the others join. The file names the job, and is removed by
-the last who held it.
-"""
+The ranks of one launch share the lock: rank 0 first takes it alone, which fails while any rank of
+another launch is alive, then shares it, and the others join. The file names the holder (pid, host
+and a random id of rank 0), and is removed by the last rank that held it."""
 
 from __future__ import annotations
 
@@ -34,10 +33,11 @@ UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errn
 
 
 class Lock:
-    """A lock that is held. `job` names the process, or the ranks, that hold it."""
+    """A lock that is held. `holder`: pid, host and random id of the process (of several ranks: rank
+    0)."""
 
-    def __init__(self, root: Path, file: int, job: str):
-        self.root, self.job = Path(os.path.abspath(root)), job
+    def __init__(self, root: Path, file: int, holder: str):
+        self.root, self.holder = Path(os.path.abspath(root)), holder
         self._file: int | None = file
         _HELD.add(self)
 
@@ -83,13 +83,13 @@ def hold(root: Path, *, shared: bool = False, wait: bool = False) -> Lock:
     """Locks the trace at `root`, a directory that is made where there is none. MoeInspectError
     where another writer holds the lock; with `wait`, waits for it. `shared`: other ranks will
     `join`."""
-    job = f"{os.getpid()} {socket.gethostname()} {uuid.uuid4().hex}"
+    holder = f"{os.getpid()} {socket.gethostname()} {uuid.uuid4().hex}"
     file = _locked(root, exclusive=True, wait=wait)
-    lock = Lock(root, file, job)
+    lock = Lock(root, file, holder)
     try:
         with writing(root):
             os.ftruncate(file, 0)
-            os.pwrite(file, job.encode(errors="replace"), 0)
+            os.pwrite(file, holder.encode(errors="replace"), 0)
             if shared and _flock(file, exclusive=False) is False:
                 raise _refusal(root, file)
     except BaseException:
@@ -98,15 +98,15 @@ def hold(root: Path, *, shared: bool = False, wait: bool = False) -> Lock:
     return lock
 
 
-def join(root: Path, job: str) -> Lock:
-    """Joins the lock that rank 0 holds for a job."""
+def join(root: Path, holder: str) -> Lock:
+    """Joins the lock that rank 0 took as `holder`."""
     file = _locked(root, exclusive=False)
-    if _job_in(file) != job:
+    if _holder_in(file) != holder:
         os.close(file)
         raise MoeInspectError(
-            f"another job has begun to write {root}: start this one again when it is done"
+            f"another process has begun to write {root}: start this one again when it is done"
         )
-    return Lock(root, file, job)
+    return Lock(root, file, holder)
 
 
 def refuse_while_locked(root: Path) -> None:
@@ -207,7 +207,7 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _job_in(file: int) -> str:
+def _holder_in(file: int) -> str:
     return os.pread(file, 500, 0).decode(errors="replace")
 
 
@@ -216,7 +216,7 @@ def _cannot_write(root: Path, error: OSError) -> MoeInspectError:
 
 
 def _refusal(root: Path, file: int) -> MoeInspectError:
-    found = re.match(r"(\d+) ([\w.-]+) ", _job_in(file))
+    found = re.match(r"(\d+) ([\w.-]+) ", _holder_in(file))
     if found is None:
         who = "another process"
     elif found[2] != socket.gethostname():
