@@ -374,7 +374,7 @@ def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(
     with serving(server) as url:
         with pytest.raises(
             MoeInspectError,
-            match=r"asked 6 times, the last time with HTTP 503: engine dead: .*--resume",
+            match=r"no answer after 6 attempts, the last error: HTTP 503: engine dead: .*--resume",
         ):
             traced(url, tmp_path / "t", model, corpus, generate=3)
         cut = moe_inspect.open_trace(tmp_path / "t")
@@ -447,9 +447,9 @@ LIES: dict[str, tuple[str, str, Any, str]] = {
         "vllm",
         "edit",
         _set("choices.0.token_ids", [VOCABULARY]),
-        "no list of ids below 300",
+        "not a list of ids below 300",
     ),
-    "no token ids": ("sglang", "edit", _set("output_ids", None), "no list of ids"),
+    "no token ids": ("sglang", "edit", _set("output_ids", None), "not a list of ids"),
     "aborted": (
         "sglang",
         "edit",
@@ -512,7 +512,7 @@ LIES: dict[str, tuple[str, str, Any, str]] = {
         lambda *_: (200, {}, b"<html>"),
         "expected a JSON object, got b'<html>'",
     ),
-    "endless": ("vllm", "behave", lambda *_: (200, {}, b" " * 2**22), "not read on"),
+    "endless": ("vllm", "behave", lambda *_: (200, {}, b" " * 2**22), "more than any valid response has"),
     "a redirect": ("vllm", "behave", lambda *_: (307, {"Location": "/elsewhere"}, b""), "HTTP 307"),
     "a refusal": (
         "sglang",

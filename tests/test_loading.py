@@ -246,7 +246,7 @@ def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
             "trace", model, "-o", "odd", "--data", tmp_path / "odd.txt", *options, check=1
         )
         assert (
-            "token id 300 of the tokenizer, and the model has 300 embeddings"
+            "token id 300, but the model has 300 embeddings"
             in refused.stderr.splitlines()[-1]
         )
 
@@ -277,7 +277,7 @@ def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
             {"num_hidden_layers": float("inf")},
             "num_hidden_layers is inf, and no model has more than 4,096",
         ),
-        ({"num_experts_per_tok": 300}, "300 experts per token of only 256"),
+        ({"num_experts_per_tok": 300}, "300 experts per token, but only 256 experts"),
         ('{"a": ' + "[" * 10**5, "it is nested too deeply"),
         ('{"a": "' + "a" * 2**24 + '"}', "bytes are more than 16,777,216"),
     ],

@@ -451,7 +451,7 @@ def test_probabilities_are_not_taken_for_logits(model: Any, tmp_path: Path) -> N
     hook = gate.register_forward_hook(lambda m, args, output: (output[0].softmax(-1), *output[1:]))
     try:
         with (
-            pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts shows probabilities"),
+            pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts returns probabilities"),
             moe_inspect.record(model, tmp_path / "t", logits=True, overwrite=True),
             torch.no_grad(),
         ):

@@ -403,7 +403,7 @@ def test_replays_within_paused_are_not_recorded(tmp_path: Path) -> None:
 
 def test_step_comes_after_a_forward_pass(tmp_path: Path) -> None:
     with moe_inspect.record(build("olmoe"), tmp_path / "t") as rec:
-        with pytest.raises(MoeInspectError, match=r"step\(\) follows a forward pass"):
+        with pytest.raises(MoeInspectError, match=r"step\(\) needs a forward pass"):
             rec.step(4)
         with torch.no_grad():
             rec.model(**token_batch([4]))
@@ -420,7 +420,7 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
         capturing[0] = True
         with pytest.raises(
-            MoeInspectError, match="record two forward passes before capturing a CUDA graph"
+            MoeInspectError, match="before capturing a CUDA graph, record two forward passes"
         ):
             model(**batch)
         capturing[0] = False

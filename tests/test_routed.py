@@ -287,7 +287,7 @@ def test_configs_are_read_from_where_they_are(tmp_path: Path):
     with pytest.raises(MoeInspectError, match=r"dense|lacks"):
         read_facts(ROOT / "docs/configs/llama-2-7b.json")
     (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(MoeInspectError, match="no model's config"):
+    with pytest.raises(MoeInspectError, match="not a model's config"):
         read_facts(tmp_path)
 
 

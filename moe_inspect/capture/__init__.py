@@ -1,1 +1,1 @@
-"""Left of the trace: the corpus, the model, its routers, and the record of what they decided."""
+"""Records traces: reads a corpus, runs a model on it and captures the choices of its routers."""

@@ -1,4 +1,4 @@
-"""Files → documents, each a text and its domain; streamed, in a fixed order."""
+"""Reads the files of a corpus as documents (text and domain), streamed, in a fixed order."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 
 DOMAIN_FIELD = "domain"
-SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one
+SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer accepts it
 
 
 @dataclass
 class CorpusStats:
-    """What happened to the documents, for the manifest; and how far reading has come, for the
-    progress bar."""
+    """Counts of documents for the manifest; tokens and bytes read for the progress bar."""
 
     documents: int = 0
     split_documents: int = 0
@@ -37,8 +36,8 @@ class CorpusStats:
 def read_documents(
     source: Source, text_field: str, domain_field: str | None
 ) -> Iterator[tuple[str, str, int]]:
-    """(domain, text, bytes of the file it took) of each document. A .txt is one document; the
-    others hold one per row."""
+    """(domain, text, bytes of the file) of each document. A .txt is one document; other files hold
+    one per row."""
     kind = kind_of(source.path)
     if kind == ".txt":
         with opened(source.path) as file:
@@ -54,8 +53,8 @@ def read_documents(
             raise MoeInspectError(_no_text(source.path, number, row, text_field))
         if (broken := SURROGATE.search(row[text_field])) is not None:
             raise MoeInspectError(
-                f"{source.path} row {number}: character {broken.start()} is half of one (a lone "
-                "surrogate)"
+                f"{source.path} row {number}: character {broken.start()} is a lone surrogate: "
+                "not valid Unicode"
             )
         label = row.get(wanted)
         if label is None and domain_field is not None and not source.fixed:
@@ -93,7 +92,7 @@ def _utf8(data: bytes, path: str) -> str:
         ) from None
 
 
-Row = tuple[dict[str, Any], int]  # the fields, and the bytes of the file the row took
+Row = tuple[dict[str, Any], int]  # fields, bytes of the row in the file
 
 
 def _json_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
@@ -106,11 +105,11 @@ def _json_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
                 row = json.loads(_utf8(line, path))
             except (ValueError, RecursionError) as error:
                 raise MoeInspectError(
-                    f"{path} line {number} is no JSON: {first_line(error)}"
+                    f"{path} line {number} is not JSON: {first_line(error)}"
                 ) from None
             if not isinstance(row, dict):
                 raise MoeInspectError(
-                    f"{path} line {number} is no JSON object but {type(row).__name__}"
+                    f"{path} line {number}: expected a JSON object, got {type(row).__name__}"
                 )
             yield row, len(line)
 
@@ -127,7 +126,7 @@ def _csv_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
                 f"{path} is not UTF-8: {error.reason}: convert it first"
             ) from None
         except csv.Error as error:
-            raise MoeInspectError(f"{path} is no CSV: {first_line(error)}") from None
+            raise MoeInspectError(f"{path} is not CSV: {first_line(error)}") from None
 
 
 def _parquet_rows(source: Source, wanted: tuple[str, ...]) -> Iterator[Row]:
@@ -147,16 +146,15 @@ def _parquet_rows(source: Source, wanted: tuple[str, ...]) -> Iterator[Row]:
                 yield from ((row, size) for row in batch.to_pylist())
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise MoeInspectError(
-                f"{path} is no Parquet file of text: {first_line(error)}"
+                f"{path} is not a readable Parquet file: {first_line(error)}"
             ) from None
 
 
 def interleaved(
     sources: Sequence[Source], text_field: str, domain_field: str | None, stats: CorpusStats
 ) -> Iterator[tuple[str, str, str]]:
-    """(domain, source, text), one document of each domain's files in turn, so that `--max-tokens`
-    cuts all domains alike and a forward pass mixes them. Documents of white space alone are left
-    out, and counted."""
+    """(domain, source, text), round-robin over domains, so that `--max-tokens` cuts all domains
+    alike and a forward pass mixes them. Documents of white space only are skipped and counted."""
     files_of: dict[str, list[Source]] = {}
     for source in sources:
         files_of.setdefault(source.domain, []).append(source)

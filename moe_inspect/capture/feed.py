@@ -1,5 +1,5 @@
-"""Feeds a planned batch to a model: a prefill pass, a prefill pass and decode steps, or the two
-stacks of an encoder-decoder. The recorder is told what each pass is fed before it runs.
+"""Feeds a planned batch to a model: a prefill pass, a prefill pass and decode steps, or encoder and
+decoder. The recorder gets the rows of each pass before it runs.
 
 B rows, S positions, V vocabulary.
 """
@@ -22,8 +22,8 @@ from moe_inspect.trace.writer import Document
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that are fed together. `number`: that of its first forward pass. `documents`: those
-    of which this is the first batch."""
+    """Sequences that are fed together. `number`: of its first forward pass. `documents`: those
+    whose first sequence is in this batch."""
 
     number: int
     sequences: list[TokenSequence]
@@ -32,8 +32,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Decoding:
-    """`tokens`: fed after the prompt, at most. `temperature`: 0 is greedy. `end_ids`: token ids
-    after which a row is fed nothing."""
+    """`tokens`: maximum number of decoded tokens fed. `temperature`: 0 is greedy. `end_ids`: token
+    ids that end a row."""
 
     tokens: int
     temperature: float
@@ -41,7 +41,7 @@ class Decoding:
     end_ids: frozenset[int]
 
 
-# --- the passes; each returns the tokens fed, padding not counted
+# --- the passes; each returns the number of tokens fed, without padding
 
 
 def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> int:
@@ -49,7 +49,7 @@ def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> i
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
     fed = _Announcer(recorder, batch)(ids_BS, mask_BS, documents=batch.documents)
     mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
-    # no key-value cache and no [T, vocabulary] logits, which nobody reads
+    # neither key-value cache nor logits of all positions: not needed
     forward(
         network,
         torch.from_numpy(ids_BS),
@@ -61,8 +61,8 @@ def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> i
 
 
 def decode(network: Any, recorder: Recorder, batch: Batch, decoding: Decoding) -> int:
-    """Rows of one length, then one token of each at a time, with a key-value cache and no padding.
-    Nothing is recorded of a row that has met an end token."""
+    """Prefill of rows of equal length, then one token per row and step, with a key-value cache and
+    without padding. A row is no longer recorded after its end token."""
     announce = _Announcer(recorder, batch, group=batch.number)
     generator = torch.Generator().manual_seed(decoding.seed)
     ids_BS = torch.from_numpy(np.stack([s.ids for s in batch.sequences]).astype(np.int64))
@@ -93,9 +93,9 @@ def decode(network: Any, recorder: Recorder, batch: Batch, decoding: Decoding) -
 def encode_decode(
     network: Any, recorder: Recorder, batch: Batch, tokenizer: Any, decoding: Decoding
 ) -> int:
-    """The encoder over right-padded rows, then the decoder: its start tokens, and up to
-    `decoding.tokens` one at a time, with a key-value cache. Nothing is recorded of a row that has
-    met an end token."""
+    """The encoder on right-padded rows, then the decoder: its start tokens, then up to
+    `decoding.tokens` one per step, with a key-value cache. A row is no longer recorded after its
+    end token."""
     announce = _Announcer(recorder, batch, group=batch.number)
     generator = torch.Generator().manual_seed(decoding.seed)
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
@@ -131,7 +131,7 @@ def encode_decode(
 
 
 class _Announcer:
-    """Tells the recorder what the next forward pass of a batch is fed; returns how many tokens."""
+    """Passes the rows of the next forward pass to the recorder; returns the number of tokens."""
 
     def __init__(self, recorder: Recorder, batch: Batch, group: int | None = None):
         self.recorder, self.number, self.group = recorder, batch.number, group
@@ -181,8 +181,8 @@ class _Announcer:
 def padded(
     sequences: list[TokenSequence], tokenizer: Any, network: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int64, mask bool) [B, S] of right-padded rows. A padding token that was added to the
-    tokenizer alone has no embedding: 0 stands for it."""
+    """(ids int64, mask bool) [B, S] of right-padded rows. A padding token that the
+    model has no embedding for is replaced by 0."""
     lengths = np.array([len(s.ids) for s in sequences])
     mask_BS = np.arange(lengths.max()) < lengths[:, None]
     known = embeddings(network)
@@ -195,20 +195,20 @@ def padded(
 
 
 def embeddings(network: Any) -> int | None:
-    """How many token ids the model knows, where it says so."""
+    """Number of embeddings, None where the model does not tell."""
     try:
         return getattr(network.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # code of a model's own may not say
+    except NotImplementedError:  # remote code may not implement it
         return None
 
 
 def forward(network: Any, ids_BS: torch.Tensor, name: str = "input_ids", **options: Any) -> Any:
-    """The model's output for these tokens; MoeInspectError where they are too many for the
-    device."""
+    """The model's output for these tokens; MoeInspectError where the device runs out of memory or
+    an id has no embedding."""
     if (known := embeddings(network)) is not None and (highest := int(ids_BS.max())) >= known:
         raise MoeInspectError(
-            f"the tokenizer gives token id {highest}, but the model has {known:,} embeddings: the "
-            "tokenizer is another model's"
+            f"the tokenizer gives token id {highest}, but the model has {known:,} embeddings: "
+            "it is the tokenizer of another model"
         )
     device = next(network.parameters()).device
     try:
@@ -222,17 +222,17 @@ def forward(network: Any, ids_BS: torch.Tensor, name: str = "input_ids", **optio
 
 
 def last_logits(network: Any) -> dict[str, Any]:
-    """Only the logits of the last position, where the model can do so."""
+    """The option to compute logits of the last position only, where the model has it."""
     takes = inspect.signature(network.forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 
 def cache_of(network: Any, output: Any) -> dict[str, Any]:
-    """The key-value cache in a model's output, as the argument by which the next call takes it."""
+    """The key-value cache in a model's output, as keyword argument of the next call."""
     cache = cache_among(output.values())
     if cache is None:
         raise MoeInspectError(
-            f"{type(network).__name__} keeps no key-value cache: trace without --generate"
+            f"{type(network).__name__} returns no key-value cache: trace without --generate"
         )
     takes = inspect.signature(network.forward).parameters
     return {"cache" if "cache" in takes else "past_key_values": cache}  # transformers 5.24: cache
@@ -250,15 +250,15 @@ def chosen(logits_BV: torch.Tensor, temperature: float, generator: torch.Generat
 
 
 def end_ids(network: Any, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end a text, by the generation config or else the tokenizer."""
+    """End-of-text token ids: of the generation config, else of the tokenizer."""
     stated = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     stated = stated if stated is not None else tokenizer.eos_token_id
     return frozenset([stated] if isinstance(stated, int) else stated or [])
 
 
 def start_ids(network: Any) -> list[int]:
-    """What a decoder is fed first: the start token, and the one that the generation config forces
-    to follow it."""
+    """First token ids of a decoder: the start token, and the one that the generation config forces
+    after it."""
     generation = getattr(network, "generation_config", None)
 
     def stated(name: str) -> Any:
@@ -269,7 +269,7 @@ def start_ids(network: Any) -> list[int]:
     start = start if start is not None else stated("bos_token_id")
     if not isinstance(start, int):
         raise MoeInspectError(
-            f"the config of {type(network).__name__} states no decoder_start_token_id: nothing "
-            "to begin decoding with"
+            f"the config of {type(network).__name__} has no decoder_start_token_id: cannot "
+            "start decoding"
         )
     return [start, forced] if isinstance(forced, int) else [start]

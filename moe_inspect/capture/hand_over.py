@@ -1,5 +1,5 @@
-"""Hands recorded forward passes from the rings to the writer, in order, once they have arrived on
-the host. Back-pressure is here."""
+"""Moves recorded forward passes from the rings to the writer, in order, once they have been copied
+to the host. Applies back-pressure when a ring is full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from moe_inspect.capture.hook.call_inputs import CallInputs, Rows
 from moe_inspect.capture.hook.pass_inputs import PassInputs
-from moe_inspect.capture.hook.stack import Pass, Stack
+from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
@@ -20,11 +20,11 @@ from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass on its way to the writer. `passes`: for an encoder-decoder that of the
-    encoder, then that of the decoder."""
+    """A forward pass on its way to the writer. `passes`: one per stack that ran; the encoder comes
+    before the decoder."""
 
     number: int
-    passes: list[Pass]
+    passes: list[StackPass]
 
     def arrived(self, wait: bool) -> bool:
         return all(
@@ -34,21 +34,21 @@ class Forward:
 
 
 class HandOver:
-    """`weight_dtype`: of the gate weights in the rings, known once the first forward pass has run;
-    `writer`: None until then. `tokens`: handed over so far."""
+    """`weight_dtype`: of the gate weights in the rings, known after the first forward pass;
+    `writer`: None until then. `tokens`: passed to the writer so far."""
 
     def __init__(self, stacks: Mapping[str, Stack], inputs: PassInputs, options: RecordOptions):
         self.stacks, self.inputs, self.options = stacks, inputs, options
         self.writer: TraceWriter | None = None
         self.weight_dtype = torch.float16
-        # a CUDA graph holds the rings' addresses, or their size was asked for
+        # fixed size: as an option, or because a CUDA graph holds the rings' addresses
         self.rings_fixed = options.ring_tokens is not None
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
 
     def make_rings(self, stack: Stack, rows: int) -> None:
         assert not any(p.stack is stack for forward in self._in_flight for p in forward.passes)
-        # weights always: the slots are ordered by them, also in a trace without weights
+        # always with weights: slots are ordered by them, even in a trace without weights
         stack.make_rings(rows, self.weight_dtype)
 
     def make_room(self, stack: Stack, fed: Rows | CallInputs) -> None:
@@ -72,10 +72,10 @@ class HandOver:
         stack.fed = self.inputs.rows(fed) if rings.synchronous else fed
 
     def launched(self, forward: Forward) -> None:
-        """A forward pass has been launched, and need not have run."""
+        """Queues a forward pass that has been launched (on a GPU it may still be running)."""
         for done in forward.passes:
             assert done.stack.rings is not None
-            if done.stack.rings.synchronous:  # else it is checked when it has arrived
+            if done.stack.rings.synchronous:  # else checked on arrival
                 done.stack.check(done)
         for done in forward.passes:
             assert done.stack.rings is not None
@@ -86,7 +86,8 @@ class HandOver:
         self.inputs.accept()
 
     def finish(self) -> None:
-        """Everything goes to the writer; device and host must agree on what was dropped."""
+        """Passes everything left to the writer. Device and host must agree on the number of dropped
+        rows."""
         for stack in self.stacks.values():
             if stack.rings is not None:
                 stack.rings.synchronize()
@@ -104,8 +105,8 @@ class HandOver:
             )
 
     def drain(self, wait: bool = False, most: int | None = None) -> None:
-        """Hands the forward passes that have arrived to the writer, up to `most`; with `wait` waits
-        for them, and for the writer."""
+        """Passes arrived forward passes to the writer, at most `most`; `wait` blocks until they
+        have arrived and the writer accepts them."""
         while self._in_flight and most != 0:
             assert self.writer is not None
             if self.options.drop and not wait and self.writer.full:
@@ -160,12 +161,12 @@ class HandOver:
     def _of_routers(
         self, forward: Forward, kept: Mapping[str, np.ndarray], kind: str
     ) -> list[np.ndarray]:
-        """A copy of each router's rows that are no padding, from the rings. `kept`: stack → which
-        of its rows in the rings those are."""
+        """Per router a copy of its rows in the rings, without padding. `kept`: stack → bool [rows],
+        which rows are no padding."""
         found: list[np.ndarray] = []
         for name, stack in self.stacks.items():
             done = next((p for p in forward.passes if p.stack is stack), None)
-            if done is None:  # this forward pass fed it nothing
+            if done is None:  # did not run in this forward pass
                 dtype = self._dtype(kind)
                 widths = [r.experts if kind == "logits" else r.top_k for r in stack.routers]
                 found += [np.empty((0, width), dtype) for width in widths]

@@ -1,4 +1,4 @@
-"""What a manifest says of how a trace came to be."""
+"""The manifest's facts about the process that records a trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_inspect.trace.manifest import process_start
 
 
 def capture_facts(model: Any, mode: str) -> dict[str, Any]:
-    """Who recorded what with which versions: what the manifest says of the capture."""
+    """The manifest's section `capture`: mode, device, dtype, versions and command."""
     parameter = next(model.parameters())
     return {
         "mode": mode,
@@ -25,7 +25,7 @@ def capture_facts(model: Any, mode: str) -> dict[str, Any]:
 
 
 def process_facts(command: list[str]) -> dict[str, Any]:
-    """Which process, of which versions, was started how."""
+    """Versions, command line, process id and host."""
     import transformers
 
     from moe_inspect.capture.hook.kernels import triton

@@ -1,5 +1,4 @@
-"""Opens the trace that a recorder writes: takes the directory, and says in the manifest what is
-recorded and how."""
+"""Creates the trace that a recorder writes: locks the directory and builds the manifest."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, TraceWriter
 
 @dataclass(frozen=True)
 class Session:
-    """What a caller that plans the batches knows of the trace. `manifest`: sections to add;
-    `lock`: of the trace to resume, held by the caller."""
+    """Settings of a caller that plans the batches. `manifest`: sections to add; `lock`: of the
+    trace to resume, held by the caller."""
 
     ranks: Ranks | None = None
     resume: ResumePoint | None = None
@@ -37,7 +36,7 @@ class Session:
 
 
 class TraceOpener:
-    """`path` None: nothing is written. `tokenizer`: its vocabulary goes into the trace."""
+    """`path`: None writes no trace. `tokenizer`: its vocabulary is stored in the trace."""
 
     def __init__(
         self,
@@ -58,13 +57,14 @@ class TraceOpener:
         options: RecordOptions,
         session: Session,
     ) -> TraceWriter | None:
-        """The writer. Of several ranks each has its own; rank 0 makes way for all."""
+        """The writer; None without a path. Each rank has its own; rank 0 clears the directory
+        first."""
         if self.path is None:
             return None
         ranks = session.ranks
-        # rank 0 has made way once it says so
-        made_way = ranks.wait_for("open") if ranks is not None and ranks.rank else None
-        lock = session.lock or self._take(self.path, options, ranks, made_way)
+        # rank 0 publishes its lock's holder once the directory is cleared
+        holder = ranks.wait_for("open") if ranks is not None and ranks.rank else None
+        lock = session.lock or self._take(self.path, options, ranks, holder)
         writer = TraceWriter(
             self.path,
             self._manifest(weight_dtype if options.weights else None, session),
@@ -84,15 +84,15 @@ class TraceOpener:
         return writer
 
     def release(self) -> None:
-        """The recording is over."""
+        """Releases the lock, if it was taken here."""
         if self._own_lock is not None:
             self._own_lock.release()
 
     def _take(
-        self, path: Path, options: RecordOptions, ranks: Ranks | None, made_way: str | None
+        self, path: Path, options: RecordOptions, ranks: Ranks | None, holder: str | None
     ) -> Lock:
-        if made_way is not None:
-            self._own_lock = join(path, made_way)
+        if holder is not None:
+            self._own_lock = join(path, holder)
         else:
             shared = ranks is not None and ranks.world > 1
             self._own_lock = claim_directory(path, options.overwrite, shared=shared)

@@ -10,20 +10,20 @@ from typing import TypedDict
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusOptions:
-    """What is fed to a model, and which of its layers are recorded.
+    """The corpus and how it is fed, and which layers are recorded.
 
     data               files, folders, quoted globs, fsspec URLs, each optionally behind DOMAIN=;
-                       none: the bundled corpus
+                       default: the bundled corpus
     text_field         field of .jsonl, .csv and .parquet rows that holds the text
     domain_field       field that holds the domain; None: "domain" where there is one
     max_tokens         stop after this many tokens
     max_length         split longer documents; None: what the model takes, at most 2048
     batch_tokens       tokens per forward pass, padding included
-    special_tokens     frame each text as the tokenizer does (<s> …)
-    generate           continue each document by N decoded tokens
+    special_tokens     add the tokenizer's special tokens (<s> …) to each text
+    generate           decode N tokens after each document
     temperature, seed  of sampling; temperature 0 is greedy
     revision           branch, tag or commit on the hub
-    trust_remote_code  run code from the model's repository
+    trust_remote_code  allow code from the model's repository
     layers             record only these block indices; None: all
     resume             continue an interrupted trace of the same corpus, model and options
     overwrite          replace an existing trace
@@ -50,18 +50,14 @@ class CorpusOptions:
 class TraceOptions(CorpusOptions):
     """Settings of `trace_model`: those of the corpus (`CorpusOptions`), and
 
-    capture      "dispatch": our experts implementation routes and records; "tap": the model's own
-                 implementation is watched; "auto": dispatch where the model would run the stock
-                 grouped_mm on a GPU, else tap
-    device       "auto" (cuda where there is one), "cpu", "cuda:1", …
-    device_map   spread the model over devices: "auto", "balanced", … (accelerate)
-    dtype        "float32", "bfloat16", "float16"; "auto": as the checkpoint is stored
-    random_init  initialise the weights with this seed instead of reading them: the untrained
-                 baseline
-    weights      record the gate weights
-    logits       record the router logits
-    counts_only  keep counts by layer, domain and expert, no decisions
-    """
+    capture      "dispatch": replace the experts implementation by one that records; "tap": record
+    the calls of the model's own; "auto": dispatch where the model would run the stock grouped_mm on
+    a GPU, else tap device       "auto" (cuda where there is one), "cpu", "cuda:1", … device_map
+    spread the model over devices: "auto", "balanced", … (accelerate) dtype        "float32",
+    "bfloat16", "float16"; "auto": as the checkpoint is stored random_init  initialise the weights
+    with this seed instead of reading them: the untrained baseline weights      record the gate
+    weights logits       record the router logits counts_only  record only counts by layer, domain
+    and expert"""
 
     capture: str = "auto"
     device: str = "auto"
@@ -93,8 +89,8 @@ class EngineOptions(CorpusOptions):
     """Settings of `trace_engine`: those of the corpus (`CorpusOptions`), and
 
     concurrency  sequences in flight at once
-    timeout_s    per request in all, from connecting to the last byte; then it is sent again
-    api_key      sent as a bearer token, written nowhere
+    timeout_s    total time per request, from connecting to the last byte; then it is retried
+    api_key      sent as a bearer token, never stored
     """
 
     concurrency: int = 8

@@ -1,5 +1,5 @@
-"""Documents → sequences → token batches. Everything streams: memory does not grow with the corpus.
-The batch plan is a function of files and options alone, which is what makes a trace resumable."""
+"""Documents → sequences → batches, streamed: memory does not grow with the corpus. The batches
+depend only on files and options, which makes a trace resumable."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from moe_inspect.trace.writer import Document
 
 MAX_LENGTH = 2048
 TEXTS_PER_CALL = 64  # documents tokenized together
-# sequences of so many batches are sorted by length together: less padding, bounded memory
+# batches whose sequences are sorted by length together: less padding, bounded memory
 WINDOW_BATCHES = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What determines the batches, and the batches. `max_length`: tokens of the longest sequence;
-    `encoded`: the text goes to an encoder."""
+    """The batches, and what determines them. `max_length`: tokens of the longest sequence;
+    `encoded`: the text is the input of an encoder."""
 
     sources: list[Source]
     options: CorpusOptions = field(default_factory=CorpusOptions)
@@ -36,7 +36,7 @@ class Plan:
     stats: CorpusStats = field(default_factory=CorpusStats)
 
     def record(self) -> dict[str, Any]:
-        """What determines the batches, as the manifest keeps it."""
+        """What determines the batches, for the manifest."""
         keys = "text_field", "domain_field", "max_tokens"
         later = "batch_tokens", "special_tokens", "generate"
         return {
@@ -47,8 +47,8 @@ class Plan:
         }
 
     def estimated_tokens(self) -> int | None:
-        """Tokens of the whole corpus, judged by what has been read of its bytes; None where they do
-        not tell."""
+        """Tokens of the whole corpus, extrapolated from the bytes read so far; None where file
+        sizes are unknown."""
         max_tokens = self.options.max_tokens
         sizes = [s.bytes for s in self.sources if s.bytes and not s.path.endswith(COMPRESSED)]
         if len(sizes) < len(self.sources) or not self.stats.bytes_read:
@@ -57,7 +57,7 @@ class Plan:
         return whole if max_tokens is None else min(whole, max_tokens)
 
     def batches(self, tokenizer: Any) -> Iterator[tuple[list[TokenSequence], list[Document]]]:
-        """Each batch, with the documents that it is the first to feed a sequence of."""
+        """Each batch, with the documents whose first sequence it contains."""
         asked = self.options
         documents = interleaved(self.sources, asked.text_field, asked.domain_field, self.stats)
         frame = special_frame(tokenizer) if asked.special_tokens else Frame()
@@ -77,8 +77,8 @@ class Plan:
 def longest_sequence(
     max_length: int | None, config: Any, generate: int, served: int | None = None
 ) -> int:
-    """Tokens of the longest sequence: the model's own limit holds (and that of a server), unless it
-    states none, and leaves room for what is to be decoded."""
+    """Tokens of the longest sequence: `max_length` or the default, within the limits of the model
+    and of the server (`served`), less the tokens to generate."""
     stated = [
         n for n in (getattr(config.get_text_config(), "max_position_embeddings", None), served) if n
     ]
@@ -101,7 +101,7 @@ def longest_sequence(
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """What a model sees as one row: `ids` int32 [tokens], positions 0…tokens−1."""
+    """One row of a model's input: `ids` int32 [tokens], at positions 0…tokens−1."""
 
     document: int
     sequence: int
@@ -110,19 +110,19 @@ class TokenSequence:
     ids: np.ndarray
     document_tokens: int
     document_sequences: int
-    continued: bool = False  # decoded tokens are to follow
+    continued: bool = False  # followed by decoded tokens
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What the tokenizer puts around a text: <s>, </s>, [CLS] …"""
+    """The special tokens before and after a text: <s>, </s>, [CLS] …"""
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
 
 
 def special_frame(tokenizer: Any) -> Frame:
-    """The special tokens that this tokenizer adds, found by asking it."""
+    """The special tokens that this tokenizer adds, found by tokenizing with and without them."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(framed) - len(plain) + 1):
@@ -144,12 +144,13 @@ def sequences(
     whole: bool = False,
 ) -> Iterator[TokenSequence]:
     """Documents → rows of at most `max_length` tokens, each within `frame`. A longer document is
-    several rows; the last row is cut where `max_tokens` is reached. With `generate` a document's
-    last row is to be continued: nothing ends it, unless it is fed `whole`, to an encoder."""
+    split into several rows; the last row is cut where `max_tokens` is reached. With `generate` the
+    last row of a document is continued, so its end tokens are left out (kept if `whole`: an
+    encoder's input)."""
     room = max_length - len(frame.before) - len(frame.after)
     if room < 1:
         raise MoeInspectError(
-            f"--max-length {max_length} leaves no room for text beside the tokenizer's special "
+            f"--max-length {max_length} leaves no room for text next to the tokenizer's special "
             "tokens"
         )
     left = max_tokens if max_tokens is not None else sys.maxsize
@@ -195,9 +196,9 @@ def batches(
     rows: Iterable[TokenSequence], batch_tokens: int, generate: int = 0
 ) -> Iterator[list[TokenSequence]]:
     """Rows → forward passes of at most `batch_tokens` tokens, padding included (one longer row is a
-    batch of its own). Within a window of a few batches rows of like length come together; rows that
-    are to be continued by `generate` tokens only with those of the same length, so that no padding
-    is decoded."""
+    batch by itself). Within a window of WINDOW_BATCHES batches, rows are sorted by length; a row
+    that is continued by `generate` tokens shares a batch only with rows of the same length, so that
+    decoding needs no padding."""
     window: list[TokenSequence] = []
     size = 0
     for row in rows:
@@ -232,14 +233,14 @@ def _packed(
 def with_documents(
     planned: Iterable[list[TokenSequence]],
 ) -> Iterator[tuple[list[TokenSequence], list[Document]]]:
-    """Each batch with the documents that it is the first to feed a sequence of."""
-    to_come: dict[int, int] = {}  # sequences yet to be fed of the documents under way
+    """Each batch with the documents whose first sequence it contains."""
+    remaining: dict[int, int] = {}  # document → sequences not yet fed, of started documents
     for batch in planned:
         new = []
         for row in batch:
-            if row.document not in to_come:
+            if row.document not in remaining:
                 new.append(Document(row.document, row.domain, row.source, row.document_tokens))
-            to_come[row.document] = to_come.get(row.document, row.document_sequences) - 1
-            if not to_come[row.document]:
-                del to_come[row.document]
+            remaining[row.document] = remaining.get(row.document, row.document_sequences) - 1
+            if not remaining[row.document]:
+                del remaining[row.document]
         yield batch, new

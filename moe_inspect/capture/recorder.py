@@ -1,5 +1,5 @@
-"""Recorder: attaches to a model, sees every router's choice in every forward pass, writes the
-trace, detaches (always).
+"""Recorder: attaches to a model, records the choice of every router in every forward pass, writes
+the trace, and always detaches.
 
 T rows a router sees (padding included), K slots, E experts.
 """
@@ -36,8 +36,8 @@ class Recorder:
     """Records every forward pass of `model` within its `with` block. The public function
     `moe_inspect.record` describes the options, `documents` and `domains`.
 
-    `session` is for callers that plan the batches (`trace_model`). `balance_of` turns what has been
-    counted into the table that `balance()` returns."""
+    `session` is for callers that plan the batches (`trace_model`). `balance_of` computes the table
+    that `balance()` returns from the counts."""
 
     def __init__(
         self,
@@ -59,15 +59,15 @@ class Recorder:
         self.mode = mode_of(self.model, self.sites, options.capture)
         if options.logits and any(s.logits_module is None for s in self.sites):
             raise MoeInspectError(
-                f"{type(self.model).__name__} does not show its router logits: trace without "
+                f"{type(self.model).__name__} does not expose its router logits: trace without "
                 "--logits"
             )
         if path is not None and self.session.resume is None and self.session.ranks is None:
             check_directory(Path(path), options.overwrite)
         self.attachment = Attachment(model, self.sites, self.mode, options.logits, self)
         self.stacks = _stacks(self.model, self.sites, self.attachment)
-        # of each site: its stack, and which of the stack's it is
-        self._place_of = [
+        # per site: its stack, and its index there
+        self._index_of = [
             (self.stacks[site.stack], self.stacks[site.stack].sites.index(site))
             for site in self.sites
         ]
@@ -81,9 +81,11 @@ class Recorder:
         self._counts: DeviceCounts | None = None  # counts_only
         self._counted_tokens = 0
         self._counting = self._in_group = False
-        self._opened = False  # the routers are known, and what their pages hold
-        self._stepped = False  # the pass under way is one that `step` announced
-        self._capturing = False  # it is one that a CUDA graph captures: nothing runs
+        self._opened = False  # the routers and the shapes of their rings are known
+        self._stepped = False  # the current pass was announced by `step`
+        self._capturing = (
+            False  # the current pass is being captured into a CUDA graph: nothing runs
+        )
 
     @property
     def routers(self) -> list[Router]:
@@ -91,7 +93,7 @@ class Recorder:
 
     @property
     def tokens(self) -> int:
-        """Recorded so far, padding not counted."""
+        """Number of tokens recorded so far, without padding."""
         return self._hand_over.tokens + self._counted_tokens
 
     @property
@@ -102,7 +104,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if self._entered:
-            raise MoeInspectError("this recording is over: call record again for another")
+            raise MoeInspectError("this recorder has been used already: call record again")
         self._entered = True
         self.attachment.attach()
         return self
@@ -115,8 +117,8 @@ class Recorder:
                 self._end_step()
                 self._hand_over.finish()
                 status = "complete"
-            # an interrupt may have cut a hand-over short: what is still in the ring is left out, so
-            # that no batch is missing between others, and --resume feeds it again
+            # an interrupt may have come between ring and writer: what is still in the ring is left
+            # out, so that no batch in between is missing, and --resume feeds it again
             if not self._in_group:
                 self._write_counts()
         finally:
@@ -128,7 +130,7 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Forward passes within are not recorded, nor are CUDA graphs replayed within."""
+        """Forward passes inside the block are not recorded, replayed CUDA graphs included."""
         self._end_step()
         before, self.attachment.paused = self.attachment.paused, True
         self._enable(False)
@@ -143,21 +145,21 @@ class Recorder:
             if stack.rings is not None:
                 stack.rings.enable(on)
 
-    # --- what the caller says of passes to come
+    # --- the caller describes the next passes
 
     def label(
         self, *, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None
     ) -> None:
-        """The document and the domain of each batch row of the next forward pass."""
+        """Sets the document and the domain of each batch row of the next forward pass."""
         self.inputs.label(documents, domains)
 
     def expect(self, *rows: Rows) -> None:
-        """What the next forward pass is fed (for an encoder-decoder, each of its stacks), from a
+        """Sets the rows of the next forward pass (for an encoder-decoder, of each stack), for a
         caller that planned it."""
         self.inputs.expect(*rows)
 
     def end_group(self) -> None:
-        """The passes of a group are over: what was counted may be committed."""
+        """Ends a group of passes: their counts may be committed."""
         self._in_group = False
         if self._counts is not None and self._counts.tokens >= self.session.shard_tokens:
             self._write_counts()
@@ -170,39 +172,39 @@ class Recorder:
         tokens."""
         if list(self.stacks) != [""]:
             raise MoeInspectError(
-                f"{type(self.model).__name__} has two stacks, and step() does not say which one it "
-                "feeds: call the model"
+                f"{type(self.model).__name__} has an encoder and a decoder, and step() cannot tell "
+                "which one runs: call the model"
             )
         stack = self.stacks[""]
         if stack.staged is not None or self.options.counts_only:
             raise MoeInspectError(
-                "step() follows a forward pass that was recorded as usual, into a trace"
+                "step() needs a forward pass recorded before it, and a trace (not counts_only)"
             )
         self._keep_rings()
         self._begin()
         fed = self.inputs.of_call(stack.name, (), inputs or {"input_ids": _unknown(tokens)})
         if tokens != fed.T:
-            raise MoeInspectError(f"step({tokens}) with inputs of {fed.T} rows")
+            raise MoeInspectError(f"step({tokens}), but its inputs have {fed.T} rows")
         self._hand_over.make_room(stack, fed)
         self._stepped = True
         self.inputs.returned(stack.name, inputs)
 
     def _keep_rings(self) -> None:
-        """A CUDA graph writes into the rings: they stay where they are."""
+        """Fixes the rings' addresses, which a CUDA graph holds."""
         self._hand_over.rings_fixed = self.stacks[""].replayed = True
 
-    # --- what the attachment says of the forward pass under way
+    # --- called by the attachment during a forward pass
 
     def begin(self) -> None:
         self._capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if not self._capturing:
             self._begin()
             return
-        # only the kernels' launches matter; the host must not look at anything now
+        # only the kernels' launches matter; the host must not read from the device now
         if self._forwards < 2 or self.options.counts_only or list(self.stacks) != [""]:
             raise MoeInspectError(
-                "record two forward passes before capturing a CUDA graph, and a trace of one "
-                "stack, not counts_only"
+                "before capturing a CUDA graph, record two forward passes; neither counts_only "
+                "nor an encoder-decoder can be captured"
             )
         self._keep_rings()
 
@@ -223,7 +225,7 @@ class Recorder:
         if of.fed is not None:
             raise MoeInspectError(
                 f"the {stack} ran twice in one forward pass of {type(self.model).__name__}: call "
-                "it by itself"
+                f"the {stack} by itself"
             )
         fed = self.inputs.of_call(stack, args, kwargs)
         if of.staged is None and self._counts is None:
@@ -238,20 +240,21 @@ class Recorder:
             self.inputs.returned(stack, output)
 
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        """One call of the router at site r, before there is a tape or where there is none."""
-        stack, n = self._place_of[r]
+        """One call of the router at site r, while it has no tape (in the first forward pass, or
+        with counts_only)."""
+        stack, n = self._index_of[r]
         row, stack.seen[n] = stack.seen[n], stack.seen[n] + len(ids_TK)
         if stack.staged is not None:
             stack.staged[n].append((ids_TK.clone(), weights_TK.clone()))
         elif self._counts is not None and self._counting and stack.fed is not None:
             time, row = divmod(row, stack.fed.T)
-            if time < stack.times[n]:  # else the completeness check speaks of it
+            if time < stack.times[n]:  # else the completeness check reports it
                 self._counts.add(
                     stack.first_router + stack.routers_of[n][time], row, ids_TK, weights_TK
                 )
 
     def take_logits(self, r: int, logits_TE: Tensor) -> None:
-        stack, n = self._place_of[r]
+        stack, n = self._index_of[r]
         stack.staged_logits[n].append(logits_TE.clone())
 
     def end(self) -> None:
@@ -263,7 +266,7 @@ class Recorder:
             self._begin_with(new)
         if fed and self._counts is not None:
             self._end_counted(self._counts, fed)
-        elif fed:  # nothing is recorded of a stack without routers
+        elif fed:  # a stack without routers has nothing to record
             self._hand_over.launched(Forward(self._forwards, [stack.end() for stack in fed]))
             self._forwards += 1
             self._hand_over.drain()
@@ -275,11 +278,10 @@ class Recorder:
             self._stepped = False
             self.end()
 
-    # --- the first forward pass shows what the pages and the table must hold
+    # --- the first forward pass determines the shapes of rings and tables
 
     def _begin_with(self, new: Sequence[Stack]) -> None:
-        """These stacks have run for the first time. What they chose was kept aside, and is written
-        now."""
+        """These stacks have run for the first time: their staged choices are written."""
         dtypes = [dtype for stack in new for dtype in stack.fix_shape()]
         if self._opened:
             for stack in new:
@@ -294,7 +296,7 @@ class Recorder:
             if self.options.counts_only:
                 stack.staged, stack.staged_logits, stack.seen = None, [], [0] * len(stack.sites)
                 self._count(stack)
-                sites = [r for r, (of, _) in enumerate(self._place_of) if of is stack]
+                sites = [r for r, (of, _) in enumerate(self._index_of) if of is stack]
                 for site, choices in zip(sites, stack.routers_of, strict=True):
                     for choice in [choice for r in choices for choice in staged[r]]:
                         self.take(site, *choice)
@@ -318,7 +320,7 @@ class Recorder:
             self._counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)
             self._counts.begin()
 
-    # --- a forward pass that is counted
+    # --- counts_only
 
     def _count(self, stack: Stack) -> None:
         assert isinstance(stack.fed, Rows)
@@ -346,11 +348,11 @@ class Recorder:
             self.writer.write(self._counts.take(list(self.inputs.domains)))
 
     def totals(self, all_ranks: bool = False) -> Totals:
-        """What has been counted since the recording began (`counts_only=True`); with `all_ranks`
-        summed over the processes of torch.distributed."""
+        """The counts since the recording began (`counts_only=True`); with `all_ranks` summed over
+        the processes of torch.distributed."""
         if self._counts is None:
             raise MoeInspectError(
-                "nothing is counted yet: record with counts_only=True, and run a forward pass first"
+                "no counts yet: record with counts_only=True, and run a forward pass first"
             )
         return self._counts.totals(all_ranks)
 
@@ -363,12 +365,12 @@ class Recorder:
 def _check_options(path: str | Path | None, options: RecordOptions) -> None:
     if path is None and not options.counts_only:
         raise MoeInspectError(
-            "record needs a path for the trace (only counts_only=True works without)"
+            "record needs a path for the trace (optional only with counts_only=True)"
         )
     if options.every != 1 and not options.counts_only:
-        raise MoeInspectError("every=N samples counts: give counts_only=True with it")
+        raise MoeInspectError("every=N needs counts_only=True")
     if options.counts_only and options.logits:
-        raise MoeInspectError("counts_only keeps no logits: drop one of the two")
+        raise MoeInspectError("logits=True and counts_only=True exclude each other")
 
 
 def _stacks(model: Any, sites: Sequence[Site], attachment: Attachment) -> dict[str, Stack]:

@@ -1,4 +1,4 @@
-"""What a manifest keeps of the plan of a trace, and resuming a trace by the same plan."""
+"""Resuming a trace: the plan in its manifest, and where it continues."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from moe_inspect.trace.writer import ResumePoint, committed_counts, resume_point
 
 
 def may_resume(output_dir: Path, options: CorpusOptions) -> bool:
-    """Whether there is a trace to resume, and it is to be; else the directory must be free (or may
-    be overwritten). Where nothing was committed, a resumed trace starts at its beginning."""
+    """Whether to resume the trace in `output_dir`. If not, the directory must be free, or
+    `overwrite` set. A trace without committed batches resumes at its beginning."""
     if options.resume and (output_dir / schema.MANIFEST).exists():
         refuse_while_locked(output_dir)
         return True
@@ -27,7 +27,7 @@ def may_resume(output_dir: Path, options: CorpusOptions) -> bool:
 
 
 def comparable(config: Any) -> dict[str, Any]:
-    """A model's config, but for what a newer transformers writes into it by itself."""
+    """A model's config without the version of transformers that wrote it."""
     return {k: v for k, v in config_record(config).items() if k != "transformers_version"}
 
 
@@ -51,13 +51,14 @@ def corpus_record(record: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[st
 
 
 def resume_from(output_dir: Path, record: dict[str, Any], rank: int) -> ResumePoint:
-    """Where the trace resumes. Refuses another plan, and a trace whose writer is still at work."""
+    """Where the trace continues. MoeInspectError for another plan, or while a writer is still
+    running."""
     manifest = read_manifest(output_dir)
     refuse_while_written(output_dir, manifest)
     then = manifest.get("corpus", {}).get("plan")
     if then is None:
         raise MoeInspectError(
-            f'{output_dir} was not made by "moe-inspect trace": it cannot be resumed'
+            f'{output_dir} was not written by "moe-inspect trace": it cannot be resumed'
         )
     for key, now in record.items():
         if then.get(key) != now:
@@ -70,7 +71,7 @@ def resume_from(output_dir: Path, record: dict[str, Any], rank: int) -> ResumePo
 
 
 def complete_now(output_dir: Path, plan: Plan) -> None:
-    """All was committed but the status: the manifest says complete."""
+    """Sets the status to complete, where all else was committed."""
     manifest = read_manifest(output_dir)
     manifest["corpus"] |= plan.stats.record()
     counts = {**committed_counts(output_dir, manifest), "dropped": 0}

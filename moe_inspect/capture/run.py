@@ -1,4 +1,4 @@
-"""Trace a model over a corpus: what `moe-inspect trace` calls."""
+"""Traces a model on a corpus, for `moe-inspect trace` and `moe_inspect.trace_model`."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ Planned = Iterable[tuple[list[TokenSequence], list[Document]]]
 
 
 @dataclass(frozen=True)
-class Run:
-    """One process's part in a trace. `record`: what a resumed run must agree with."""
+class TraceRun:
+    """One process's part in a trace. `record`: the settings that a resumed run must share."""
 
     model: str
     output_dir: Path
@@ -61,8 +61,7 @@ class Run:
 
     @property
     def passes_per_batch(self) -> int:
-        """Numbers of forward passes set aside for a batch; some stay free where fewer are
-        needed."""
+        """How many numbers of forward passes a batch reserves; it may use fewer."""
         return self.options.generate + (2 if self.plan.encoded else 1)
 
 
@@ -73,17 +72,17 @@ def trace_model(
     ranks = Ranks()
     resume = ranks.agree("resume", lambda: may_resume(output_dir, options))
     run = _prepared(model, output_dir, options, ranks)
-    # locked before anything is read that decides how to resume
+    # the lock comes before reading what decides how to resume
     with _shared_lock(output_dir, ranks) if resume else nullcontext() as lock:
         start = resume_from(output_dir, run.record, ranks.rank) if resume else None
         complete = start is not None and read_manifest(output_dir)["status"] == "complete"
-        ranks.gather("read", "")  # all have read the manifest before rank 0 writes it again
+        ranks.gather("read", "")  # all ranks have read the manifest before rank 0 rewrites it
         if not complete:
             _record(run, start, lock, progress)
     return Trace(output_dir)
 
 
-def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks) -> Run:
+def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks) -> TraceRun:
     sources = find_sources(options.data, leave_out=output_dir)
     of_hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config, tokenizer = load_config(model, **of_hub), load_tokenizer(model, **of_hub)
@@ -112,13 +111,13 @@ def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks)
         "counts_only": options.counts_only,
         "ranks": ranks.world,
     }
-    return Run(model, output_dir, options, ranks, config, tokenizer, plan, record)
+    return TraceRun(model, output_dir, options, ranks, config, tokenizer, plan, record)
 
 
 def _record(
-    run: Run, start: ResumePoint | None, lock: Lock | None, progress: Progress | None
+    run: TraceRun, start: ResumePoint | None, lock: Lock | None, progress: Progress | None
 ) -> None:
-    """Loads the model and feeds it the batches that are this rank's and not yet committed."""
+    """Loads the model and feeds it this rank's batches that are not yet committed."""
     ranks, plan = run.ranks, run.plan
     planned = plan.batches(run.tokenizer)
     first = next(planned, None)
@@ -132,15 +131,15 @@ def _record(
             _feed_batches(run, network, recorder, chain([first], planned), start, progress)
             if recorder.writer is not None:
                 recorder.writer.at_close["corpus"] = plan.stats.record()
-    # this rank had nothing to write: no batch was left for it, or only the status was not committed
+    # this rank wrote nothing: no batch was left for it, or only the status was not committed
     if recorder.writer is None and ranks.rank == 0:
         ranks.publish("open")
     if recorder.writer is None and ranks.status("complete") == "complete" and ranks.rank == 0:
         complete_now(run.output_dir, plan)
-    ranks.agree("over", lambda: True)  # the manifest says so now
+    ranks.agree("over", lambda: True)  # rank 0 has written the manifest
 
 
-def _load(run: Run) -> Any:
+def _load(run: TraceRun) -> Any:
     options, device = run.options, run.options.device
     if device == "auto" and run.ranks.world > 1 and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -156,7 +155,9 @@ def _load(run: Run) -> Any:
     )
 
 
-def _recorder(run: Run, network: Any, start: ResumePoint | None, lock: Lock | None) -> Recorder:
+def _recorder(
+    run: TraceRun, network: Any, start: ResumePoint | None, lock: Lock | None
+) -> Recorder:
     options = run.options
     manifest = {
         "model": {
@@ -185,7 +186,7 @@ def _recorder(run: Run, network: Any, start: ResumePoint | None, lock: Lock | No
 
 
 def _feed_batches(
-    run: Run,
+    run: TraceRun,
     network: Any,
     recorder: Recorder,
     planned: Planned,
@@ -214,7 +215,7 @@ def _feed_batches(
 
 
 def singly(planned: Planned) -> Iterator[tuple[list[TokenSequence], list[Document]]]:
-    """One row per forward pass: for a model where the rows of a batch change each other's
+    """One row per forward pass, for models where the rows of a batch affect each other's
     routing."""
     for sequences, documents in planned:
         new = {d.document: d for d in documents}
@@ -224,7 +225,7 @@ def singly(planned: Planned) -> Iterator[tuple[list[TokenSequence], list[Documen
 
 @contextmanager
 def _shared_lock(output_dir: Path, ranks: Ranks) -> Iterator[Lock]:
-    """The lock of the trace to resume, which all ranks hold."""
+    """The lock of the trace to resume, shared by all ranks."""
     locks: list[Lock] = []
 
     def take() -> bool:
@@ -242,7 +243,7 @@ def _shared_lock(output_dir: Path, ranks: Ranks) -> Iterator[Lock]:
 
 @contextmanager
 def _ended_early(ranks: Ranks, recorder: Recorder) -> Iterator[None]:
-    """A rank that ends before it had anything to write says so: rank 0 waits for all."""
+    """Publishes the end of a rank that fails before it wrote anything: rank 0 waits for all."""
     try:
         yield
     except BaseException:

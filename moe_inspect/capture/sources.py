@@ -1,4 +1,4 @@
-"""The files of a corpus: what `--data` values mean, and how they are opened."""
+"""The files of a corpus: resolves and opens the values of `--data`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_inspect.text import first_line
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz")
-BUNDLED = "demo:"  # stands for the folder of the bundled corpus in the name of a source
+BUNDLED = "demo:"  # replaces the folder of the bundled corpus in the name of a source
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Source:
 
 
 def find_sources(data: Sequence[str], leave_out: Path | None = None) -> list[Source]:
-    """`--data` values → files, in a fixed order; none: the bundled corpus. Each value: a file, a
-    folder (subfolders are domains), a glob or an fsspec URL, optionally behind `DOMAIN=`. What lies
-    below `leave_out` (the trace) is no text."""
+    """`--data` values → files, in a fixed order; without values the bundled corpus. Each value: a
+    file, a folder (subfolders are domains), a glob or an fsspec URL, optionally behind `DOMAIN=`.
+    Files below `leave_out` (the trace) are skipped."""
     found: list[Source] = []
     for value in data or [str(CORPUS_DIR)]:
         domain, location = _split_label(value)
@@ -73,7 +73,7 @@ def _split_label(value: str) -> tuple[str | None, str]:
 
 
 def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
-    """(filesystem, path, domain by its place) of each file that `location` means."""
+    """(filesystem, path, domain by folder or file name) of each file at `location`."""
     import fsspec
 
     try:
@@ -109,14 +109,14 @@ def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
     except (
         ImportError,
         ValueError,
-    ) as error:  # a protocol fsspec does not know, or needs a package for
+    ) as error:  # fsspec does not know the protocol, or lacks a package for it
         raise MoeInspectError(f"cannot open {location}: {first_line(error)}") from None
     except OSError as error:
         raise MoeInspectError(f"cannot read {location}: {first_line(error)}") from None
 
 
 def kind_of(path: str) -> str | None:
-    """Which of `READERS` reads a file, by its name."""
+    """Which of `READERS` reads a file, by its name; None where none does."""
     name = path.lower()
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
@@ -128,7 +128,7 @@ def _stem(path: str) -> str:
 
 
 def _shown(filesystem: Any, path: str) -> str:
-    """The name a source is recorded by: the bundled corpus reads the same wherever it is
+    """The name of a source in the trace: that of the bundled corpus does not depend on where it is
     installed."""
     if not _is_local(filesystem):
         return filesystem.unstrip_protocol(path)
@@ -150,8 +150,8 @@ def _is_local(filesystem: Any) -> bool:
 
 
 def _identity(filesystem: Any, path: str) -> tuple[int | None, str]:
-    """(size, hash of the content). A remote file is known by what its store says of it, without a
-    download."""
+    """(size, hash of the content). A remote file is not downloaded: the hash is that of its store's
+    unique key (ETag, modification time …)."""
     if not _is_local(filesystem):
         return filesystem.size(path), hashlib.sha256(
             str(filesystem.ukey(path)).encode()
@@ -169,12 +169,12 @@ def opened(path: str) -> Iterator[Any]:
     import fsspec
 
     try:
-        filesystem, place = (
+        filesystem, location = (
             fsspec.core.url_to_fs(path)
             if "://" in path
             else (fsspec.filesystem("file"), _located(path))
         )
-        with filesystem.open(place, "rb", compression="infer") as file:
+        with filesystem.open(location, "rb", compression="infer") as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None

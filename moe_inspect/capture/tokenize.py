@@ -1,5 +1,4 @@
-"""Text → token ids, in bounded memory: a tokenizer takes some 200 bytes per character while it
-works.
+"""Text → token ids, in bounded memory: a tokenizer needs about 200 bytes per character.
 
 A long text is tokenized in pieces that overlap. Two pieces are joined in their overlap where both
 split the text into words (the tokenizer's pre-tokens) and agree on the tokens to either side, so
@@ -24,8 +23,8 @@ AGREED = 16  # tokens to either side of a join
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens of one piece, by the characters of the whole text that they stand for. `word`: the
-    index of the pre-token."""
+    """The tokens of one piece. `start`, `end`: character offsets in the whole text; `word`: index
+    of the pre-token."""
 
     ids: np.ndarray
     start: np.ndarray
@@ -34,7 +33,7 @@ class _Tokens:
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
-    """Of each text its token ids, int32, without special tokens."""
+    """The token ids of each text, int32, without special tokens."""
     short = [
         n
         for n, text in enumerate(texts)
@@ -53,7 +52,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
 
 
 def _calls(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[list[int]]:
-    """Texts that are tokenized together: of no more characters than a piece, or one."""
+    """Groups of texts to tokenize in one call: together at most PIECE characters, or one text."""
     call: list[int] = []
     size = 0
     for n in numbers:
@@ -87,9 +86,9 @@ def _in_pieces(text: str, tokenizer: Any) -> Iterator[np.ndarray]:
 
 def _tokens(text: str, begin: int, end: int, tokenizer: Any) -> _Tokens:
     encoding = tokenizer([text[begin:end]], add_special_tokens=False, verbose=False).encodings[0]
-    place = np.array(encoding.offsets, np.int64).reshape(-1, 2) + begin
+    span = np.array(encoding.offsets, np.int64).reshape(-1, 2) + begin
     word = np.array([-1 if w is None else w for w in encoding.word_ids], np.int64)
-    return _Tokens(np.array(encoding.ids, np.int32), place[:, 0], place[:, 1], word)
+    return _Tokens(np.array(encoding.ids, np.int32), span[:, 0], span[:, 1], word)
 
 
 def _splits(tokens: _Tokens, words: bool) -> np.ndarray:
@@ -99,12 +98,12 @@ def _splits(tokens: _Tokens, words: bool) -> np.ndarray:
     return 1 + np.flatnonzero(apart & (tokens.word[1:] != tokens.word[:-1]) if words else apart)
 
 
-def _boundary(left: _Tokens, place: int, words: bool) -> int:
-    """The last split at or (not by more than half a piece) before the character `place`: what
-    repeats itself is then tokenized in step."""
+def _boundary(left: _Tokens, character: int, words: bool) -> int:
+    """The last split at or (not by more than half a piece) before `character`, so that
+    repetitive text is tokenized in step."""
     starts = left.start[_splits(left, words)]
-    before = starts[(starts <= place) & (starts >= place - PIECE // 2)]
-    return int(before[-1]) if len(before) else place
+    before = starts[(starts <= character) & (starts >= character - PIECE // 2)]
+    return int(before[-1]) if len(before) else character
 
 
 def _joined(left: _Tokens, right: _Tokens, first: int, words: bool) -> tuple[int, int] | None:

@@ -1,5 +1,5 @@
-"""Attaches a recorder to a model, and detaches it: hooks around each forward pass, a sink at each
-router, our experts implementation where it dispatches; also where torch.compile has come between.
+"""Attaches a recorder to a model and detaches it: hooks around each forward pass, a sink per
+router, and with dispatch our experts implementation. Handles models compiled by torch.compile.
 
 T tokens, K slots, E experts.
 """
@@ -35,9 +35,8 @@ CAPTURES = ("auto", "dispatch", "tap")
 
 
 class Records(Protocol):
-    """What is told of a forward pass: its beginning; of each stack in it ("": the model is one)
-    what it is fed and what it returned; what each router chose (and its logits), until there is a
-    tape; its end."""
+    """Receives the events of a forward pass: its begin; per stack ("" for a model without two) its
+    inputs and output; per router its choice (and logits), while it has no tape; its end."""
 
     def begin(self) -> None: ...
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
@@ -49,7 +48,7 @@ class Records(Protocol):
 
 class Attachment:
     """`sinks[r]` and `logit_sinks[r]` belong to `sites[r]`. A forward pass is a call of the model
-    or, of an encoder-decoder, also one of a stack by itself, as `generate` calls the encoder."""
+    or, in an encoder-decoder, a call of one stack by itself, as `generate` calls the encoder."""
 
     def __init__(
         self, model: Any, sites: Sequence[Site], mode: str, logits: bool, records: Records
@@ -65,8 +64,8 @@ class Attachment:
         self.scopes = {
             s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path)) for s in sites
         }
-        self._in_model = False  # of an encoder-decoder: a call of the whole is under way
-        self._alone: Scope | None = None  # or one of this stack by itself
+        self._in_model = False  # a call of the whole model is running
+        self._alone: Scope | None = None  # or a call of this stack by itself
         scopes = [self.scopes[s.stack] for s in sites]
         self.sinks = [
             Sink(scope, functools.partial(records.take, r)) for r, scope in enumerate(scopes)
@@ -100,14 +99,12 @@ class Attachment:
         def keep(hook: Any) -> None:
             self._cleanup.callback(hook.remove)
 
-        if (
-            self.compiled or _has_compiled()
-        ):  # compiled code does not look again which hooks there are
+        if self.compiled or _has_compiled():  # compiled code does not check for new hooks
             torch.compiler.reset()
             self._cleanup.callback(torch.compiler.reset)
         keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
         stacks = [scope for stack, scope in self.scopes.items() if stack]
-        # whether or not it raised: what a stack is called for afterwards is no part of it
+        # even if it raised: a later call of a stack is not part of it
         keep(self.model.register_forward_hook(self._after, always_call=bool(stacks)))
         for scope in stacks:
             keep(
@@ -150,8 +147,8 @@ class Attachment:
             self._take_over()
 
     def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
-        """An attribute of `owner` becomes what is `made_of` it, until detached. Another recorder
-        may have come on top of ours by then, and puts back what was before ours."""
+        """Replaces an attribute of `owner` by `made_of` it, until detached. If another recorder has
+        replaced ours by then, that one restores the original."""
         made = made_of(getattr(owner, name))
         made.attachment, made.before = self, vars(owner).get(name)
         setattr(owner, name, made)
@@ -172,8 +169,8 @@ class Attachment:
     def _take_over(self) -> None:
         if any(hasattr(site.module, experts_implementation.SINK) for site in self.sites):
             raise MoeInspectError(
-                "this model is being recorded with dispatch already: record it a second time "
-                "with tap"
+                "this model is already being recorded with dispatch: use capture='tap' for "
+                "the second recorder"
             )
         experts_implementation.register()
         self._cleanup.callback(
@@ -188,7 +185,7 @@ class Attachment:
     # --- around a forward pass
 
     def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A compiled call, with what the hooks would do outside it: within, they are not there."""
+        """A compiled call, wrapped in what the hooks do: hooks do not run in compiled code."""
 
         @functools.wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -218,8 +215,8 @@ class Attachment:
         if not self._bracketed:
             self._end(output)
 
-    # A call that was compiled behind our back (torch.compile(model) with record(model), a compiled
-    # training step) breaks its graph here; record(torch.compile(model)) does not.
+    # A call compiled from outside (torch.compile(model) with record(model), a compiled training
+    # step) has a graph break here; record(torch.compile(model)) has none.
     @torch.compiler.disable(
         reason="to record it without a graph break, record what torch.compile returned"
     )
@@ -274,8 +271,8 @@ class Attachment:
     def _begin_pass(self) -> None:
         self._stance.close()
         if (self.compiled or _has_compiled()) and not all(sink.tapes for sink in self.sinks):
-            # until there are tapes (the first forward pass shows what they must hold) the sinks are
-            # plain Python
+            # until the first forward pass has shown the shapes there are no tapes, and the sinks
+            # are plain Python
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         for sink in (*self.sinks, *self.logit_sinks):
             sink.calls = 0
@@ -301,7 +298,7 @@ def uncompiled(model: Any) -> Any:
 
 
 def is_compiled(model: Any) -> bool:
-    """Whether torch.compile has been at any part of `model`."""
+    """Whether torch.compile was applied to any part of `model`."""
     compiled = (
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
         for m in model.modules()
@@ -310,14 +307,14 @@ def is_compiled(model: Any) -> bool:
 
 
 def _has_compiled() -> bool:
-    """Whether torch.compile has been at work in this process."""
+    """Whether torch.compile has compiled anything in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo is not None and bool(dynamo.counters["frames"])
 
 
 def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
-    """What a capture comes to: "auto" is dispatch where the model would run the stock grouped_mm on
-    a GPU."""
+    """The mode of a `capture` option: "auto" is dispatch where the model would run the stock
+    grouped_mm on a GPU, else tap."""
     if capture not in CAPTURES:
         raise MoeInspectError(f"no capture {capture!r}: choose from {', '.join(CAPTURES)}")
     called = [s.module for s in sites if s.adapter is None]
@@ -325,8 +322,8 @@ def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
     parallel = any(is_expert_parallel(m) for m in called)
     if wants_expert_parallel(model) and not all(hasattr(m, "_is_expert_parallel") for m in called):
         raise MoeInspectError(
-            "this release of transformers gives experts local ids under expert parallelism: 5.24 "
-            "gives global ones"
+            "this release of transformers gives experts local ids under expert parallelism: "
+            "use 5.24, which gives global ones"
         )
     on_interface = all(hasattr(m, "is_transposed") and hasattr(m, "has_gate") for m in called)
     can = bool(called) and on_interface and hasattr(model, "set_experts_implementation")

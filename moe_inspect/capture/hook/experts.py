@@ -1,6 +1,6 @@
-"""The experts implementation `moe_inspect`: groups the slots by expert with our dispatch kernel,
-which records the router's choice as it goes, then the grouped matrix products. What is recorded is
-what executed. Without a recorder it dispatches and records nothing.
+"""The experts implementation `moe_inspect`: a dispatch kernel groups the slots by expert and
+records the router's choice, then grouped matrix products run. So the record is what was executed.
+Without a recorder it computes the same and records nothing.
 
 T tokens, K slots, S = T·K, E experts, H hidden, I intermediate.
 """
@@ -21,9 +21,9 @@ NAME = "moe_inspect"
 # set on an experts module while it is recorded: (ids, weights) → the tape to record them on, if any
 SINK = "_moe_inspect_sink"
 
-# Up to here a copy of each slot's expert (transformers' `batched_mm`) beats grouping: 64 slots are
-# 16 tokens of Qwen1.5-MoE, where Hugging Face measured 52 ms against 64, and at 128 tokens 316
-# against 76 (docs-benchmarks/experts-backends on the hub)
+# Up to here copying each slot's expert (transformers' `batched_mm`) is faster than grouping: 64
+# slots are 16 tokens of Qwen1.5-MoE, where Hugging Face measured 52 ms against 64, and at 128
+# tokens 316 against 76 (docs-benchmarks/experts-backends on the hub)
 FEW_SLOTS = 64
 
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -32,9 +32,9 @@ Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 def experts_forward(
     self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """What transformers calls in place of its `grouped_mm` and, for few tokens on a GPU, of the
-    `batched_mm` that its `generate` decodes with; the flags on `self` say what this family's
-    experts have."""
+    """Replaces transformers' `grouped_mm` and, for few tokens on a GPU, the `batched_mm` that
+    `generate` decodes with; the flags on `self` (has_gate, has_bias …) describe the family's
+    experts."""
     sink = getattr(self, SINK, None)
     tape = sink(top_k_index, top_k_weights) if sink is not None else None
     copied = (
@@ -46,8 +46,8 @@ def experts_forward(
 
 
 def are_few(slots: int, experts: int) -> bool:
-    """Whether a copy of its expert for each slot is the quicker way: hardly where slots must share
-    experts, and never with a gradient, which would keep the copies."""
+    """Whether copying the expert of each slot is faster: only while slots need not share experts,
+    and never with a gradient, which would keep the copies."""
     return slots <= min(FEW_SLOTS, experts)
 
 
@@ -57,9 +57,8 @@ def _grouped(
     grouped = kernels.dispatch(ids_TK, weights_TK, self.num_experts, tape)
     ends_E, token_S = grouped.offsets[1:], grouped.token
     one_pass = _in_one_pass(hidden_TH)
-    # the products leave the rows beyond the last expert as they find them, forward and backward:
-    # where other ranks' slots may be there, nothing may come of them (the fused sum does not look
-    # at them)
+    # the products leave the rows beyond the last expert uninitialised, forward and backward: where
+    # these may be other ranks' slots they are masked (the fused sum does not read them)
     masked = _may_have_sentinels(self) and not one_pass
     beyond_S1 = (
         (torch.arange(len(token_S), device=token_S.device) >= ends_E[-1]).unsqueeze(1)
@@ -82,8 +81,8 @@ def _grouped(
         )
         return y_S if beyond_S1 is None else y_S.masked_fill(beyond_S1, 0.0)
 
-    # (what index_select's gradient adds up on a GPU depends on the order it happens to run in;
-    # stock's does not)
+    # (the gradient of index_select is not deterministic on a GPU; that of indexing, as in
+    # transformers, is)
     hidden_SH = (
         hidden_TH[token_S.long()] if hidden_TH.requires_grad else hidden_TH.index_select(0, token_S)
     )
@@ -100,8 +99,8 @@ def _grouped(
 def _copied(
     self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
 ) -> Tensor:
-    """A copy of its expert's weights a slot: no grouping. The record shares the launch of the
-    weighted sum."""
+    """Copies the expert's weights per slot instead of grouping. Recording shares the kernel launch
+    of the weighted sum."""
     expert_S = ids_TK.reshape(-1)
     if _may_have_sentinels(self):
         outside_TK = ids_TK >= self.num_experts
@@ -136,18 +135,18 @@ def _mlp(self: Any, x_SH: Tensor, linear: Linear) -> Tensor:
     y_SH = linear(h_SI, self.down_proj, bias("down_proj"))
     return (
         self.post_expert_norm(y_SH) if getattr(self, "has_post_expert_norm", False) else y_SH
-    )  # a flag of later releases
+    )  # a flag of newer releases
 
 
 def _may_have_sentinels(self: Any) -> bool:
-    """Under expert parallelism ids ≥ E are another rank's. Releases that do not say whether it is
-    on may have them always."""
+    """Whether ids ≥ E, which mark other ranks' experts, can occur: under expert parallelism, or
+    where the release of transformers does not tell."""
     return getattr(self, "_is_expert_parallel", True)
 
 
 def _in_one_pass(hidden_TH: Tensor) -> bool:
-    """Whether the fused kernel weighs and sums: it has no gradient, and torch.compile fuses these
-    steps by itself."""
+    """Whether the fused kernel computes the weighted sum: it has no gradient, and torch.compile
+    fuses these steps itself."""
     return kernels.runs_triton(hidden_TH) and not (
         torch.is_grad_enabled() or torch.compiler.is_compiling()
     )

@@ -1,5 +1,5 @@
-"""What the forward pass under way is fed: as a caller planned it, else as the arguments of the
-model's calls say."""
+"""The inputs of the current forward pass: as planned by the caller, else by the arguments of the
+model's calls."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moe_inspect.capture.hook.call_inputs import CallInputs, RowReader, Rows
 
 
 class PassInputs:
-    """`modules`: stack → the module whose calls feed it. `documents`, `domains`: labels of each
-    batch row, unless `label` gives others."""
+    """`modules`: stack → its module. `documents`, `domains`: labels of each batch row, unless
+    `label` sets others."""
 
     def __init__(
         self,
@@ -28,8 +28,8 @@ class PassInputs:
         }
         self._reader = RowReader(names, documents, domains)
         self._next_plan: dict[str, Rows] = {}  # of the next forward pass, by stack
-        self._plan: dict[str, Rows] = {}  # of the one under way
-        self._calls: dict[str, CallInputs] = {}  # of its stacks, where nobody planned it
+        self._plan: dict[str, Rows] = {}  # of the current one
+        self._calls: dict[str, CallInputs] = {}  # by stack, where it was not planned
         self._outputs: list[tuple[CallInputs, Any]] = []
 
     @property
@@ -48,15 +48,15 @@ class PassInputs:
         self._next_plan = {r.stack: r for r in rows}
 
     def begin(self) -> int | None:
-        """A forward pass begins. Returns its number, where it was planned."""
-        self._reader.discard()  # the forward pass before this one, if it failed
+        """Begins a forward pass. Returns its number if it was planned."""
+        self._reader.discard()  # of the previous forward pass, if it failed
         self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
         return next((r.number for r in self._plan.values() if r.number is not None), None)
 
     def of_call(
         self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Rows | CallInputs:
-        """What the coming call of a stack is fed."""
+        """The inputs of the next call of a stack."""
         if stack in self._plan:
             return self._plan[stack]
         encoder = self._calls.get("encoder") if stack == "decoder" else None
@@ -71,11 +71,11 @@ class PassInputs:
             self._outputs.append((self._calls[stack], output))
 
     def accept(self) -> None:
-        """The rows that were read are recorded: their numbers are taken."""
+        """Commits the document and sequence numbers of the rows read, which have been recorded."""
         self._reader.accept()
 
     def end(self) -> None:
-        """The forward pass has been launched: what its caches hold is known."""
+        """Ends a launched forward pass: remembers what its key-value caches hold."""
         for call, output in self._outputs:
             self._reader.remember(call, output)
         self._outputs = []

@@ -1,4 +1,5 @@
-"""Receives the outputs of one router: the forward hooks that read a choice, and where it goes.
+"""Receives the outputs of one router: the forward hooks that read a choice, and where it is
+written.
 
 T tokens, K slots, E experts.
 """
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class Scope:
-    """Whether a stack's routers are recorded now: while a call of `module` is under way. Outside
-    it, a recomputation (gradient checkpointing) is not recorded a second time."""
+    """Whether a stack's routers are being recorded: during a call of `module`. A recomputation
+    outside it (gradient checkpointing) is not recorded a second time."""
 
     def __init__(self, stack: str, module: torch.nn.Module):
         self.stack, self.module = stack, module
@@ -29,13 +30,13 @@ class Scope:
 
 
 class Sink:
-    """Receives one router's outputs while its scope is open: says on which tape a kernel is to
-    write them, or passes them to `take`."""
+    """Receives one router's outputs while its scope is open: returns the tape that a kernel writes
+    them to, or passes them to `take` while there is none."""
 
     def __init__(self, scope: Scope, take: Callable[..., None]):
         self.scope, self.take = scope, take
-        self.tapes: list[Tape] = []  # one for each time that a forward pass runs its layer
-        self.calls = 0  # in the forward pass under way
+        self.tapes: list[Tape] = []  # one per run of its layer in a forward pass
+        self.calls = 0  # in the current forward pass
 
     def __call__(self, *values: Tensor) -> Tape | None:
         if not self.scope.open:
@@ -66,7 +67,7 @@ def choice_after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Ca
 def _seen(sink: Sink, choice: Choice | None) -> None:
     if (
         choice is not None and (tape := sink(*choice)) is not None
-    ):  # where there is no choice the completeness check names the module
+    ):  # without a choice, the completeness check names the module
         kernels.record(tape, *choice)
 
 

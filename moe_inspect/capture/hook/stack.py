@@ -1,6 +1,6 @@
-"""The routers of one stack of a model, and where what they chose is until it goes to the writer:
-kept aside in its first forward pass, which shows what the pages must hold, then in rings. An
-encoder-decoder has two stacks, which see different tokens; every other model is one.
+"""The routers of one stack of a model, and the buffers of their choices: staged during the first
+forward pass, which shows shapes and dtypes, then in rings. An encoder-decoder has two stacks, which
+see different tokens; every other model has one.
 
 T rows a router sees (padding included), K slots, E experts.
 """
@@ -24,9 +24,9 @@ from moe_inspect.trace.schema import Router
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What a forward pass fed a stack, on its way to the writer: its rows lie in the rings from
-    position `start` on, the first `kept` of them."""
+class StackPass:
+    """The run of a stack in a forward pass, on its way to the writer: the first `kept` of its rows
+    are in the rings, from position `start` on."""
 
     stack: Stack
     fed: Rows | CallInputs
@@ -36,7 +36,7 @@ class Pass:
 
 
 class Stack:
-    """`sites` of the stack `name`, with their sinks."""
+    """`sites`: of the stack `name` ("" for a model without two), with their sinks."""
 
     def __init__(
         self,
@@ -53,20 +53,17 @@ class Stack:
             logit_sinks,
             model,
         )
-        # one after another of each site: a layer that runs twice has two. Until it has run: as
-        # declared
+        # grouped by site: a layer that runs twice has two. As declared, until the stack has run
         self.routers = (
             [] if not name else [_router(site, 0, top_k_of(site, model)) for site in sites]
         )
         self.routers_of = [[n] for n in range(len(sites))]  # of each site
-        self.first_router = 0  # the place of its first among the model's
-        self.fed: Rows | CallInputs | None = None  # in the forward pass under way
-        self.seen = [0] * len(
-            sites
-        )  # rows of each site in this forward pass, where there is no tape
+        self.first_router = 0  # index of its first router among the model's
+        self.fed: Rows | CallInputs | None = None  # in the current forward pass
+        self.seen = [0] * len(sites)  # rows per site in this forward pass, where there is no tape
         self.staged: list[list[tuple[Tensor, Tensor]]] | None = [
             [] for _ in sites
-        ]  # of the first: each site's calls, later each router's
+        ]  # first forward pass: calls per site, later per router
         self.staged_logits: list[list[Tensor]] = [[] for _ in sites]
         self.shape: list[tuple[torch.device, int, int]] = []  # device, K and E of each router
         self.rings: Rings | None = None
@@ -78,13 +75,13 @@ class Stack:
         return [len(routers) for routers in self.routers_of]
 
     def devices(self) -> list[torch.device]:
-        """Of each router; until it has run, that of its experts."""
+        """The device of each router; until it has run, that of its experts."""
         return [device for device, _, _ in self.shape] or [
             next(site.module.parameters()).device for site in self.sites
         ]
 
     def begin(self) -> None:
-        """A forward pass begins. If the one before failed, its rows are written over."""
+        """Begins a forward pass. If the previous one failed, its rows are overwritten."""
         if self.fed is not None and self.rings is not None:
             self.rings.rewind(self.dropped_rows)
         self.fed = None
@@ -94,8 +91,8 @@ class Stack:
             self.staged_logits = [[] for _ in self.sites]
 
     def fix_shape(self) -> list[torch.dtype]:
-        """The first forward pass is over: top-k, dtypes and devices are what it showed, not what a
-        config claims. Returns the dtypes of the gate weights."""
+        """Ends the first forward pass: top-k, dtypes and devices are as observed, not as declared
+        in the config. Returns the dtype of each router's gate weights."""
         staged, logits, declared = self.staged, self.staged_logits, self.routers
         assert staged is not None
         assert self.fed is not None
@@ -129,7 +126,8 @@ class Stack:
         return [weights.dtype for _, weights in first]
 
     def refuse_undeclared(self) -> None:
-        """Its routers were written as declared, before they had run."""
+        """MoeInspectError where the routers, which were written before they had run, differ from
+        what was declared."""
         for shown, declared in zip(self.routers, self._declared, strict=False):
             if shown != declared or len(self.routers) != len(self._declared):
                 raise MoeInspectError(
@@ -138,7 +136,7 @@ class Stack:
                 )
 
     def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
-        """Rings that hold forward passes of `rows` rows; those before them, if any, are empty."""
+        """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
         self.rings = Rings(self.shape, weight_dtype, bool(self.logit_sinks), rows)
         self.rings.rewind(self.dropped_rows)
         for sinks, tapes in (
@@ -149,7 +147,7 @@ class Stack:
                 sink.tapes = [tapes[r] for r in routers]
 
     def unstage(self) -> None:
-        """What was kept aside goes into the rings."""
+        """Moves the staged choices into the rings."""
         assert self.rings is not None
         staged, self.staged = self.staged, None
         for tape, calls in zip(self.rings.tapes, staged or (), strict=True):
@@ -160,11 +158,11 @@ class Stack:
                 kernels.record(tape, None, values)
         self.staged_logits = []
 
-    def end(self) -> Pass:
-        """A forward pass has been launched, and need not have run."""
+    def end(self) -> StackPass:
+        """Ends a launched forward pass (on a GPU it may still be running)."""
         assert self.rings is not None
         assert self.fed is not None
-        return Pass(
+        return StackPass(
             self,
             self.fed,
             self.rings.head,
@@ -172,9 +170,9 @@ class Stack:
             self.rings.read_cursors(),
         )
 
-    def check(self, done: Pass) -> None:
-        """Every router must have seen every token exactly once, or the trace would be silently
-        wrong."""
+    def check(self, done: StackPass) -> None:
+        """MoeInspectError unless every router has seen every token exactly once: the trace would be
+        silently wrong."""
         assert self.rings is not None
         self.check_seen(done.fed.T, *self.rings.rows_seen(done.cursors, done.start))
 
@@ -199,11 +197,12 @@ class Stack:
     def refuse(self, path: str, n: int, T: int, logits: bool) -> NoReturn:
         if logits:
             raise MoeInspectError(
-                f"{path} showed logits of {n} rows in a forward pass of {T}: trace without --logits"
+                f"{path} returned logits of {n} rows in a forward pass of {T}: "
+                "trace without --logits"
             )
         why = (
-            "fused experts, or kernels of the hub that bypass their call: load the model without "
-            "them (use_kernels=False)"
+            "fused experts, or hub kernels that bypass their call: load the model with "
+            "use_kernels=False"
         )
         if self.model.training and any(
             "layerdrop" in key and value for key, value in vars(self.model.config).items()
@@ -215,12 +214,13 @@ class Stack:
         why += ", or a CUDA graph replayed without step()" if self.replayed else ""
         raise MoeInspectError(
             f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be "
-            f"seen ({why})"
+            f"recorded ({why})"
         )
 
 
 def shares(n: int, times: int, T: int) -> list[int]:
-    """n rows that a site saw, by the runs of its layer; what is too many goes to the last."""
+    """Splits n rows seen at a site over the `times` runs of its layer; surplus rows count for the
+    last."""
     return [
         min(T, max(0, n - time * T)) if time < times - 1 else max(0, n - time * T)
         for time in range(times)
@@ -241,12 +241,12 @@ def _refuse_probabilities(path: str, logits_TE: Tensor) -> None:
         values.sum(1), torch.ones(len(values), device=values.device), atol=1e-2
     ):
         raise MoeInspectError(
-            f"{path} shows probabilities where its family declares logits: trace without --logits"
+            f"{path} returns probabilities where its family declares logits: trace without --logits"
         )
 
 
 def _by_run(calls_of: list[list[Any]], times: list[int]) -> list[list[Any]]:
-    """The calls of each site → the calls of each run of its layer."""
+    """Calls per site → calls per run of its layer."""
     return [
         run
         for calls, t in zip(calls_of, times, strict=True)
@@ -255,5 +255,5 @@ def _by_run(calls_of: list[list[Any]], times: list[int]) -> list[list[Any]]:
 
 
 def _length(calls: Sequence[Any]) -> int:
-    """Rows of the calls of one router; a choice is (ids, weights)."""
+    """Total rows in the calls of one router; a choice is (ids, weights)."""
     return sum(len(call[0]) if isinstance(call, tuple) else len(call) for call in calls)

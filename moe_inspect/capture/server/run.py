@@ -1,4 +1,5 @@
-"""Trace a model that runs in a serving engine: what `moe-inspect trace URL --engine …` calls."""
+"""Traces a model in a serving engine, for `moe-inspect trace URL --engine …` and
+`moe_inspect.trace_engine`."""
 
 from __future__ import annotations
 
