@@ -512,7 +512,12 @@ LIES: dict[str, tuple[str, str, Any, str]] = {
         lambda *_: (200, {}, b"<html>"),
         "expected a JSON object, got b'<html>'",
     ),
-    "endless": ("vllm", "behave", lambda *_: (200, {}, b" " * 2**22), "more than any valid response has"),
+    "endless": (
+        "vllm",
+        "behave",
+        lambda *_: (200, {}, b" " * 2**22),
+        "more than any valid response has",
+    ),
     "a redirect": ("vllm", "behave", lambda *_: (307, {"Location": "/elsewhere"}, b""), "HTTP 307"),
     "a refusal": (
         "sglang",

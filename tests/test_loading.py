@@ -245,10 +245,7 @@ def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
         refused = cli_here(
             "trace", model, "-o", "odd", "--data", tmp_path / "odd.txt", *options, check=1
         )
-        assert (
-            "token id 300, but the model has 300 embeddings"
-            in refused.stderr.splitlines()[-1]
-        )
+        assert "token id 300, but the model has 300 embeddings" in refused.stderr.splitlines()[-1]
 
 
 # --- sizes that no model has

@@ -104,7 +104,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if self._entered:
-            raise MoeInspectError("this recorder has been used already: call record again")
+            raise MoeInspectError("this recording is over: call record again for another")
         self._entered = True
         self.attachment.attach()
         return self
@@ -365,12 +365,12 @@ class Recorder:
 def _check_options(path: str | Path | None, options: RecordOptions) -> None:
     if path is None and not options.counts_only:
         raise MoeInspectError(
-            "record needs a path for the trace (optional only with counts_only=True)"
+            "record needs a path for the trace (only counts_only=True works without)"
         )
     if options.every != 1 and not options.counts_only:
-        raise MoeInspectError("every=N needs counts_only=True")
+        raise MoeInspectError("every=N samples counts: give counts_only=True with it")
     if options.counts_only and options.logits:
-        raise MoeInspectError("logits=True and counts_only=True exclude each other")
+        raise MoeInspectError("counts_only keeps no logits: drop one of the two")
 
 
 def _stacks(model: Any, sites: Sequence[Site], attachment: Attachment) -> dict[str, Stack]:
