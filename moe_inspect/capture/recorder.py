@@ -184,7 +184,7 @@ class Recorder:
         self._begin()
         fed = self.inputs.of_call(stack.name, (), inputs or {"input_ids": _unknown(tokens)})
         if tokens != fed.T:
-            raise MoeInspectError(f"step({tokens}), but its inputs have {fed.T} rows")
+            raise MoeInspectError(f"step({tokens}) with inputs of {fed.T} rows")
         self._hand_over.make_room(stack, fed)
         self._stepped = True
         self.inputs.returned(stack.name, inputs)
