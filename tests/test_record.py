@@ -328,7 +328,7 @@ def test_a_trace_begun_meanwhile_is_not_replaced(model: Any, tmp_path: Path) -> 
 def test_two_recordings_at_once(model: Any, tmp_path: Path) -> None:
     with moe_inspect.record(model, tmp_path / "a", capture="dispatch"), torch.no_grad():
         with (
-            pytest.raises(MoeInspectError, match="with dispatch already"),
+            pytest.raises(MoeInspectError, match="already being recorded with dispatch"),
             moe_inspect.record(model, tmp_path / "b", capture="dispatch"),
         ):
             pass
