@@ -92,7 +92,7 @@ def import_(
         bool, typer.Option("--overwrite", help="Replace an existing trace.")
     ] = False,
 ) -> None:
-    """Convert routing data of engines and training frameworks to a trace.
+    """Convert what engines and trainers recorded to a trace.
 
     Reports read it like any other trace, and state what it cannot tell."""
     from moe_inspect.importers.run import import_trace
