@@ -86,7 +86,7 @@ def describe(
         bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
     ] = False,
 ) -> None:
-    """Show a model's parameters, memory and FLOPs, without its weights.
+    """Show the parameters, memory and FLOPs of a model.
 
     Reads no weights: a config is enough. Active parameters are those that a token is computed with:
     of each router's experts, its top k."""
