@@ -626,10 +626,7 @@ def test_a_device_map_spreads_the_model(
         "cpu",
         check=1,
     ).stderr
-    assert error == (
-        "error: a device map is for weights that are read: give neither a device nor "
-        "--random-init with it\n"
-    )
+    assert error == "error: --device-map cannot be combined with --device or --random-init\n"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

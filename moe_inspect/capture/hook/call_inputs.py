@@ -1,4 +1,4 @@
-"""What a forward pass is fed: of each row the document, the sequence, the position and the domain.
+"""What a forward pass is fed: the document, sequence, position and domain of each row.
 
 B batch rows, S positions, T = B·S rows a router sees (padding included).
 """
@@ -20,9 +20,9 @@ from moe_inspect.trace.writer import Document
 
 @dataclass(frozen=True)
 class Rows:
-    """What one forward pass is fed: `real` bool [T] marks what is no padding, in the order the
-    routers see it; the other arrays have one entry a real row, `domain` as codes into `domains`.
-    `stack`: what is fed, of an encoder-decoder."""
+    """What one forward pass is fed. `real` bool [T] is False for padding, in the order in which the
+    routers see the rows; the other arrays have one entry per real row, `domain` as codes into
+    `RowReader.domains`. `stack` says which stack of an encoder-decoder is fed."""
 
     real: np.ndarray
     token_id: np.ndarray
@@ -32,8 +32,8 @@ class Rows:
     domain: np.ndarray
     documents: list[Document] = field(default_factory=list)
     phase: str = "prefill"
-    number: int | None = None  # of the forward pass, from who planned it
-    group: int | None = None  # passes that are committed together, or not at all
+    number: int | None = None  # of the forward pass, where it was planned
+    group: int | None = None  # passes of one group are committed together or not at all
     stack: str = ""
 
     @property
@@ -41,15 +41,14 @@ class Rows:
         return len(self.real)
 
 
-State = tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]  # document, sequence and domain code of each batch row, [B] each
+# document, sequence and domain code of each batch row, [B] each
+State = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
 class CachedRows:
-    """What a key-value cache holds: `length` positions of each row and, once that is read, of which
-    sequences."""
+    """What a key-value cache holds: `length` positions per row and, once the rows have been read,
+    the sequences they belong to."""
 
     length: int
     state: State | None = None
@@ -57,8 +56,8 @@ class CachedRows:
 
 @dataclass(frozen=True)
 class CallInputs:
-    """What a forward pass was called with: copies on the host, whole once it has run (the host
-    waits for nothing)."""
+    """The inputs of a forward pass, copied to the host without waiting: the copies are complete
+    once the pass has run."""
 
     B: int
     S: int
@@ -66,10 +65,10 @@ class CallInputs:
     mask_BS: torch.Tensor | None
     position: torch.Tensor | None  # [B, S] or [S]
     labels: dict[str, Sequence[Any] | None]
-    before: CachedRows | None  # of the cache it was given, or what the encoder read
+    before: CachedRows | None  # what its cache held, or what the encoder read
     after: CachedRows
     stack: str = ""
-    copied: Any = None  # the CUDA event after which the copies are whole
+    copied: Any = None  # the CUDA event after which the copies are complete
 
     @property
     def T(self) -> int:
@@ -77,8 +76,9 @@ class CallInputs:
 
 
 class RowReader:
-    """Reads it off the model's own arguments, when nobody planned it. Numbers documents and
-    sequences as they come; keeps the domain labels (`domains[code]`)."""
+    """Finds the rows of a forward pass in the model's own arguments, where no plan says what is
+    fed. Numbers documents and sequences as they come and keeps the domain labels
+    (`domains[code]`)."""
 
     def __init__(
         self,
@@ -86,25 +86,22 @@ class RowReader:
         documents: Sequence[Any] | None = None,
         domains: Sequence[str] | None = None,
     ):
-        """`names`: of each stack the names of the arguments it is called with, in their order."""
+        """`names`: stack → the names of its forward arguments, in order."""
         self._argument_names = names
         self.domains: list[str] = []
         self._labels = {"documents": documents, "domains": domains}
         self._next_labels: dict[str, Sequence[Any] | None] = {}
-        self._names: dict[Any, int] = {}
+        self._document_numbers: dict[Any, int] = {}  # by the value the caller gave
         self._documents = self._sequences = 0
-        self._cached: WeakKeyDictionary[Any, CachedRows] = (
-            WeakKeyDictionary()
-        )  # key-value cache → the rows it holds
-        self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(
-            maxlen=8
-        )  # encoder passes: their first outputs, [B, C], and rows
-        self._undo: tuple[int, int, list[Any]] | None = (
-            None  # counters before the rows read last, names new in them
-        )
+        # key-value cache → the rows it holds
+        self._cached: WeakKeyDictionary[Any, CachedRows] = WeakKeyDictionary()
+        # the last encoder passes: their outputs at the first position, [B, C], and rows
+        self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(maxlen=8)
+        # the counters before the rows read last, and the documents that are new in them
+        self._undo: tuple[int, int, list[Any]] | None = None
 
     def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
-        """Document and domain of each batch row of the next forward pass."""
+        """Sets the document and domain of each batch row of the next forward pass."""
         self._next_labels = {"documents": documents, "domains": domains}
 
     def domain_code(self, label: str) -> int:
@@ -120,12 +117,11 @@ class RowReader:
         stack: str = "",
         encoder: CallInputs | None = None,
     ) -> CallInputs:
-        """What these arguments of the call of the model, or of one of its stacks, feed it, to be
-        read by `rows`. `encoder`: what the encoder was fed in the same forward pass."""
+        """The inputs of a call of the model, or of one of its stacks, for `rows` to read.
+        `encoder`: the inputs of the encoder in the same forward pass. Raises MoeInspectError where
+        the call has neither input_ids nor inputs_embeds, or labels of another number of rows."""
         given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
-        if (
-            stack == "decoder"
-        ):  # which some call by the names that the model's own call has for them
+        if stack == "decoder":  # some models call it with the names of their own arguments
             given |= {
                 name.removeprefix("decoder_"): value
                 for name, value in given.items()
@@ -158,11 +154,11 @@ class RowReader:
             _check_labels(labels, B)
         if position is None:
             position = torch.arange(past, past + S)
-        elif (
-            position.dim() == 3
-        ):  # of the several planes of multimodal positions the first is the text's
+        elif position.dim() == 3:  # multimodal positions: the first plane is the text's
             position = position[0]
-        token_BS, mask_BS, position = (_kept(t) for t in (ids, _mask(mask, B, S, past), position))
+        token_BS, mask_BS, position = (
+            _host_copy(t) for t in (ids, _mask(mask, B, S, past), position)
+        )
         copied = None
         if fed.is_cuda:
             copied = torch.cuda.Event()
@@ -172,7 +168,7 @@ class RowReader:
         )
 
     def remember(self, call: CallInputs, output: Any) -> None:
-        """The forward pass has been launched, and returned this: the key-value cache in it holds
+        """Notes, after the forward pass was launched, that the key-value cache in its output holds
         the rows it was given."""
         values = list(
             output.values()
@@ -188,18 +184,22 @@ class RowReader:
             self._encoded.append((values[0][:, 0].detach().clone(), call.after))
 
     def _read_by_encoder(self, hidden_BSC: torch.Tensor | None) -> CachedRows | None:
-        """What the encoder pass read that returned this, here found by its values: they may have
-        been copied, and each row repeated, since. None where it was not seen."""
+        """The rows of the encoder pass that returned this, found by its values: since then they may
+        have been copied, and each row repeated. None where no recorded pass returned it."""
         for first_BC, cached in reversed(self._encoded if hidden_BSC is not None else ()):
             assert hidden_BSC is not None
-            times, rest = divmod(len(hidden_BSC), len(first_BC))
-            if times and not rest and torch.equal(hidden_BSC[::times, 0].to(first_BC), first_BC):
+            repeats, rest = divmod(len(hidden_BSC), len(first_BC))
+            if (
+                repeats
+                and not rest
+                and torch.equal(hidden_BSC[::repeats, 0].to(first_BC), first_BC)
+            ):
                 return cached
         return None
 
     def rows(self, call: CallInputs) -> Rows:
-        """The rows of a forward pass (of an encoder-decoder, of one stack in it), in the order of
-        the passes. Until `accept` follows, `discard` undoes it."""
+        """The rows of a forward pass, or of one stack of an encoder-decoder in it. Call it in the
+        order of the passes, then `accept`, or `discard` to undo it."""
         if self._undo is None:
             self._undo = (self._documents, self._sequences, [])
         if call.copied is not None:
@@ -213,16 +213,15 @@ class RowReader:
             call.position.numpy() if call.position is not None else 0, (B, S)
         )
         state = call.before.state if call.before is not None else None
-        times = (
+        repeats = (
             B // len(state[0])
             if state is not None and (call.stack == "decoder" or len(state[0]) == B)
             else 0
         )
-        if (
-            state is not None and times * len(state[0]) == B
-        ):  # transformers repeats a row for each of its beams
+        # transformers repeats a row for each of its beams
+        if state is not None and repeats * len(state[0]) == B:
             document_BS, sequence_BS, domain_BS = (
-                np.repeat(np.repeat(rows, times)[:, None], S, 1) for rows in state
+                np.repeat(np.repeat(rows, repeats)[:, None], S, 1) for rows in state
             )
             new: list[Document] = []
         else:
@@ -246,16 +245,16 @@ class RowReader:
         return Rows(real, *flat, documents=new, phase=phase, stack=call.stack)
 
     def discard(self) -> None:
-        """The forward pass whose rows were read since `accept` failed: the next one takes its
+        """Undoes the rows read since `accept`, as their forward pass failed: the next one takes its
         numbers."""
         if self._undo is not None:
             self._documents, self._sequences, names_to_forget = self._undo
             for name in names_to_forget:
-                del self._names[name]
+                del self._document_numbers[name]
             self._undo = None
 
     def accept(self) -> None:
-        """The rows read since were recorded."""
+        """Keeps the rows read since: they were recorded."""
         self._undo = None
 
     def _number(
@@ -265,8 +264,9 @@ class RowReader:
         documents: Sequence[Any] | None,
         domains: Sequence[str] | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Document]]:
-        """Document, sequence and domain code of each position; a sequence begins with each row and,
-        within a row, where the positions start again."""
+        """Document, sequence and domain code of each position, int [B, S] each, and the documents
+        that are new. A sequence begins with each row and, within a row, where the positions start
+        again."""
         B, S = real_BS.shape
         starts_BS = np.zeros((B, S), bool)
         starts_BS[:, 1:] = (
@@ -280,15 +280,17 @@ class RowReader:
         document_BS = np.empty((B, S), np.int64)
         new: dict[int, Document] = {}
         for b, s in zip(*np.nonzero(starts_BS), strict=True):
-            known = documents is not None and documents[b] in self._names
+            known = documents is not None and documents[b] in self._document_numbers
             number = (
-                self._names[documents[b]] if known and documents is not None else self._documents
+                self._document_numbers[documents[b]]
+                if known and documents is not None
+                else self._documents
             )
             document_BS[b, s:] = number
             if not known:
                 self._documents += 1
                 if documents is not None:
-                    self._names[documents[b]] = number
+                    self._document_numbers[documents[b]] = number
                     if self._undo is not None:
                         self._undo[2].append(documents[b])
                 source = str(documents[b]) if documents is not None else ""
@@ -309,13 +311,13 @@ def _check_labels(labels: dict[str, Sequence[Any] | None], B: int) -> None:
 
 
 def cache_among(values: Iterable[Any]) -> Any:
-    """The key-value cache, whatever this release calls it."""
+    """The key-value cache among these values, under whatever name; None where there is none."""
     return next((v for v in values if hasattr(v, "get_seq_length")), None)
 
 
 def _length(cache: Any, cached: CachedRows | None, S: int) -> int:
-    """Positions in a cache. A static one counts on its device, which would have to be waited for: a
-    step of one token goes by our own count; a longer one asks, for the cache may have been reset or
+    """Positions in a cache. A static cache counts on its device, and reading that waits: for a step
+    of one token our own count is used. A longer pass reads it, as the cache may have been reset or
     cropped."""
     length = cache.get_seq_length()
     return (
@@ -325,9 +327,8 @@ def _length(cache: Any, cached: CachedRows | None, S: int) -> int:
     )
 
 
-def _kept(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A copy on the host, which waits for nothing: whole once what has been launched so far has
-    run."""
+def _host_copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy on the host, made without waiting: complete once the work launched so far has run."""
     if tensor is None or not tensor.is_cuda:
         return tensor.detach().clone() if tensor is not None else None
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(
@@ -336,16 +337,16 @@ def _kept(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _mask(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:
-    """[B, S], true for what is no padding; None where nothing is."""
-    by_layer: dict[str, Any] = mask if hasattr(mask, "get") else {}  # one a kind of layer
+    """[B, S], True except for padding; None where there is no padding."""
+    by_layer: dict[str, Any] = mask if hasattr(mask, "get") else {}  # one per kind of layer
     if "full_attention" in by_layer or (by_layer and all(m is None for m in by_layer.values())):
         return _mask(by_layer.get("full_attention"), B, S, past)
     ndim = getattr(mask, "ndim", None)
     if mask is None or (B == 1 and ndim != 2):  # a single row needs no padding
         return None
     if ndim == 4 and mask.shape[2] == S and mask.shape[3] >= past + S:
-        # made for a static cache, [B, 1, S, keys]: a row's last position sees whatever of it is no
-        # padding
+        # made for a static cache, [B, 1, S, keys]: the last position of a row attends to all of the
+        # row but its padding
         last = mask[:, 0, -1, past : past + S]
         return (last if last.dtype == torch.bool else last == 0).expand(B, S)
     if ndim != 2:

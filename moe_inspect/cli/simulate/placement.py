@@ -145,7 +145,7 @@ def placement(
     plots: PlotsOption = None,
     html: HtmlOption = None,
 ) -> None:
-    """Compare placements of experts on GPUs, and write the best as a plan.
+    """Compare placements of experts on GPUs.
 
     Balance, ranks reached per token, and how a plan ages. Fitted on the first part of the trace and
     judged on the rest. The plan that -o writes is the one that the verdict recommends: of the
