@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
@@ -88,8 +89,13 @@ def document_deciles(document_T: np.ndarray, sequence_T: np.ndarray) -> np.ndarr
     return decile_T
 
 
+@lru_cache
+def _as_written(factor: float) -> Fraction:
+    """The decimal that prints as `factor`: 1.1 is eleven tenths, not the float nearest it."""
+    return Fraction(repr(float(factor)))
+
+
 def expert_capacity(factor: float, tokens: int, k: int, E: int) -> int:
-    """ceil(factor · tokens · k / E) assignments, computed exactly: a factor of 1.1 is eleven
-    tenths, not the binary float next to it."""
-    exact = Fraction(repr(float(factor)))
+    """ceil(factor · tokens · k / E) assignments, exact for the factor as it is written."""
+    exact = _as_written(factor)
     return -(-exact.numerator * tokens * k // (exact.denominator * E))

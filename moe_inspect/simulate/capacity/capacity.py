@@ -167,8 +167,11 @@ class RouterDrops:
 
     def add(self, shard: Drops) -> None:
         F, more = len(self.factors), len(shard.made_D) - len(self.made_D)
-        self.made_D = np.pad(self.made_D, (0, more)) + shard.made_D
-        self.last_FD = np.pad(self.last_FD, ((0, 0), (0, more))) + shard.last_FD
+        if more:  # domains that no earlier shard has
+            self.made_D = np.pad(self.made_D, (0, more))
+            self.last_FD = np.pad(self.last_FD, ((0, 0), (0, more)))
+        self.made_D += shard.made_D
+        self.last_FD += shard.last_FD
         self.decisions += len(shard.worst_T)
         self.groups += len(shard.size_G)
         self.made_PN += shard.made_PN
