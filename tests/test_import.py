@@ -15,7 +15,7 @@ import pytest
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers import MODULES
-from moe_inspect.importers.context import batch_of_counts
+from moe_inspect.importers.batches import batch_of_counts
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.files.lock import hold

@@ -15,7 +15,7 @@ import pytest
 from moe_inspect.analysis.counting import count_shard, kernels_numpy, router_counts
 from moe_inspect.analysis.metrics import balance, pairs, uncertainty
 from moe_inspect.capture import plan as capture_plan
-from moe_inspect.importers import context, esft, responses, routed
+from moe_inspect.importers import batches, esft, responses, routed
 from moe_inspect.importers.megatron import importer as megatron
 from moe_inspect.importers.megatron import layers as megatron_layers
 from moe_inspect.importers.megatron import passes as megatron_passes
@@ -181,7 +181,7 @@ MUTATIONS = {
     "changed footers are taken": (parts, "elif stated.footer_crc32 is not None and", "elif False and", changed),
     "changed pages are taken": (parts, "read_dictionary=read_dictionary, page_checksum_verification=True, pre_buffer", "read_dictionary=read_dictionary, pre_buffer", changed),
     # importers
-    "counts: a token too few": (context, "-(-load_DE.sum(1) // router.top_k)", "load_DE.sum(1) // router.top_k", by(test_import.test_counts_are_of_as_many_tokens_as_the_fullest_router_needs, 5, 3)),
+    "counts: a token too few": (batches, "-(-load_DE.sum(1) // router.top_k)", "load_DE.sum(1) // router.top_k", by(test_import.test_counts_are_of_as_many_tokens_as_the_fullest_router_needs, 5, 3)),
     "−1 is an expert": (routed, 'ids = ids_TK.astype(dtype, order="C")', 'ids = np.maximum(ids_TK, 0).astype(dtype, order="C")', by(test_routed.test_minus_one_is_nowhere, 8, np.uint8)),
     "vllm: the layer before": (routed, "checked_ids(routed_TBK[:, r.layer], r,", "checked_ids(routed_TBK[:, r.layer - 1], r,", by(test_routed.test_a_router_gets_its_block_and_what_is_no_decision_is_refused)),
     "vllm: dense layers route": (responses, "if dense := dense_blocks(routed_TBK):", "if dense := []:", by(test_import.test_dense_layers_are_refused_without_a_config)),

@@ -13,7 +13,8 @@ import pytest
 
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import registry
-from moe_inspect.cli.report import Simulated, _simulated
+from moe_inspect.cli.report.options import Simulated
+from moe_inspect.cli.report.write import simulated_sections
 from moe_inspect.reporting.charts.spec import draw_charts
 from moe_inspect.reporting.render.map_data import map_data
 from moe_inspect.reporting.render.matplotlib import draw
@@ -102,7 +103,7 @@ def test_a_simulation_of_routing_takes_the_threshold_of_the_report():
         "(max_vio below 0.2)" in s
         for s in simulate_routing(trace, layers=0, algorithms=["top-k"]).verdict
     )
-    (section,) = _simulated(
+    (section,) = simulated_sections(
         report(trace, layers=0, thresholds={"uneven": 1.5}), [Simulated.routing], "0"
     )
     assert not isinstance(section, str)

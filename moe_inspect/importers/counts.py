@@ -20,16 +20,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    MOST_DOMAINS,
-    MOST_JSON_BYTES,
-    ImportContext,
-    Imported,
-    batch_of_counts,
-    parsed,
-    parsed_object,
-)
+from moe_inspect.importers.batches import MOST_DOMAINS, batch_of_counts
+from moe_inspect.importers.context import MOST_JSON_BYTES, ImportContext, Imported
 from moe_inspect.importers.registry import importer, named
+from moe_inspect.importers.values import parsed, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.text import first_line
 from moe_inspect.trace.schema import Router

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import ImportContext, Imported, Numbering, batch_of_decisions
+from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
+from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import importer
 from moe_inspect.importers.routed import checked_ids
 from moe_inspect.trace.schema import Router
@@ -110,13 +111,10 @@ def _task(
             document, documents = numbers.document(domain, f"{paths[0].parent}:{number}", T)
             yield batch_of_decisions(
                 numbers,
+                Tokens(document, code, numbers.sequence(), np.arange(T, dtype=np.int32)),
                 [i[part] for i in ids],
                 weights=[w[part] for w in weights],
-                document=document,
                 documents=documents,
-                domain=code,
-                sequence=numbers.sequence(),
-                position=np.arange(T, dtype=np.int32),
             )
     for reader, path in zip(readers[1:], paths[1:], strict=True):
         if next(reader, None) is not None:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import ImportContext, Imported, batch_of_counts, integers
+from moe_inspect.importers.batches import batch_of_counts
+from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import importer, named
+from moe_inspect.importers.values import integers
 from moe_inspect.trace.writer import CountedBatches
 
 TOP_K = 2  # Mixtral's; the file does not say

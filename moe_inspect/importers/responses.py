@@ -14,15 +14,8 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    ImportContext,
-    Imported,
-    ImportSource,
-    Numbering,
-    batch_of_decisions,
-    integer,
-    integers,
-)
+from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.routed import (
     NPY_MAGIC,
@@ -34,6 +27,7 @@ from moe_inspect.importers.routed import (
     select_routers,
     unrouted_ends,
 )
+from moe_inspect.importers.values import integer, integers
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
@@ -373,13 +367,15 @@ def _sequence(
         if part.start < part.stop:
             yield batch_of_decisions(
                 numbers,
+                Tokens(
+                    document,
+                    code,
+                    sequence,
+                    np.arange(start + part.start, start + part.stop, dtype=np.int32),
+                    None if token_id is None else token_id[part],
+                ),
                 [i[part] for i in ids],
-                document=document,
                 documents=documents,
-                domain=code,
-                sequence=sequence,
-                position=np.arange(start + part.start, start + part.stop, dtype=np.int32),
-                token_id=None if token_id is None else token_id[part],
                 phase=phase,
             )
             documents = []

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import ImportContext, Imported, ImportSource, one_ranks_experts
+from moe_inspect.importers.batches import one_ranks_experts
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.registry import formats, sniff
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line

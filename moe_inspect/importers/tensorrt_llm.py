@@ -16,19 +16,18 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    ImportContext,
-    Imported,
+from moe_inspect.importers.batches import (
     Numbering,
     batch_of_counts,
     batch_of_decisions,
-    integer,
     one_ranks_experts,
-    parsed_object,
+    tokens_without_order,
     windows_of,
 )
+from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import importer
 from moe_inspect.importers.routed import MOST_TOKENS, checked_ids
+from moe_inspect.importers.values import integer, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.text import first_line
 from moe_inspect.trace.schema import Router
@@ -186,13 +185,9 @@ def _decisions(
                 continue
             yield batch_of_decisions(
                 numbers,
+                tokens_without_order(numbers, T, document, code),
                 ids,
-                document=document,
                 documents=documents,
-                domain=code,
-                sequence=np.arange(T)
-                + numbers.sequence(T),  # which tokens follow each other is not said
-                position=np.zeros(T, np.int32),
                 batch=iterations[iteration],
             )
             documents = []

@@ -6,14 +6,10 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import SafeCsv
+from moe_inspect.cli.options import with_options
 from moe_inspect.cli.simulate.show import (
-    FormatOption,
-    HtmlOption,
     LayersOption,
-    OutputOption,
-    PlotsOption,
-    TableOption,
+    ShowOptions,
     TraceArgument,
     numbers,
     show,
@@ -21,6 +17,7 @@ from moe_inspect.cli.simulate.show import (
 )
 
 
+@with_options(ShowOptions)
 def cache(
     trace: TraceArgument,
     slots: Annotated[
@@ -50,12 +47,8 @@ def cache(
         typer.Option(help="Bandwidth of the link, in 10^9 bytes per second.", show_default=False),
     ] = None,
     layers: LayersOption = None,
-    table: TableOption = None,
-    format: FormatOption = None,
-    output: OutputOption = None,
-    safe_csv: SafeCsv = False,
-    plots: PlotsOption = None,
-    html: HtmlOption = None,
+    *,
+    options: ShowOptions,
 ) -> None:
     """Simulate a cache of offloaded experts.
 
@@ -72,12 +65,4 @@ def cache(
         gb_per_s=gb_per_s,
         layers=layers,
     )
-    show(
-        simulation,
-        table=table,
-        format=format,
-        output=output,
-        safe_csv=safe_csv,
-        plots=plots,
-        html=html,
-    )
+    show(simulation, options)

@@ -7,14 +7,10 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import SafeCsv
+from moe_inspect.cli.options import with_options
 from moe_inspect.cli.simulate.show import (
-    FormatOption,
-    HtmlOption,
     LayersOption,
-    OutputOption,
-    PlotsOption,
-    TableOption,
+    ShowOptions,
     TraceArgument,
     numbers,
     show,
@@ -27,6 +23,7 @@ class Order(StrEnum):
     weight = "weight"
 
 
+@with_options(ShowOptions)
 def capacity(
     trace: TraceArgument,
     capacity_factor: Annotated[
@@ -61,12 +58,8 @@ def capacity(
         ),
     ] = 0.01,
     layers: LayersOption = None,
-    table: TableOption = None,
-    format: FormatOption = None,
-    output: OutputOption = None,
-    safe_csv: SafeCsv = False,
-    plots: PlotsOption = None,
-    html: HtmlOption = None,
+    *,
+    options: ShowOptions,
 ) -> None:
     """Simulate the drops that a capacity factor would cause.
 
@@ -88,12 +81,4 @@ def capacity(
         target_drop=target_drop,
         layers=layers,
     )
-    show(
-        simulation,
-        table=table,
-        format=format,
-        output=output,
-        safe_csv=safe_csv,
-        plots=plots,
-        html=html,
-    )
+    show(simulation, options)

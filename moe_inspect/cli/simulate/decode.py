@@ -6,16 +6,12 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import SafeCsv
+from moe_inspect.cli.options import with_options
 from moe_inspect.cli.simulate.show import (
     DomainOption,
-    FormatOption,
-    HtmlOption,
     LayersOption,
-    OutputOption,
     PhaseOption,
-    PlotsOption,
-    TableOption,
+    ShowOptions,
     TraceArgument,
     numbers,
     show,
@@ -23,6 +19,7 @@ from moe_inspect.cli.simulate.show import (
 )
 
 
+@with_options(ShowOptions)
 def decode(
     trace: TraceArgument,
     batch: Annotated[
@@ -49,12 +46,8 @@ def decode(
     layers: LayersOption = None,
     domain: DomainOption = None,
     phase: PhaseOption = None,
-    table: TableOption = None,
-    format: FormatOption = None,
-    output: OutputOption = None,
-    safe_csv: SafeCsv = False,
-    plots: PlotsOption = None,
-    html: HtmlOption = None,
+    *,
+    options: ShowOptions,
 ) -> None:
     """Count the distinct experts that a decode step reads.
 
@@ -71,12 +64,4 @@ def decode(
         domains=split(domain),
         phase=phase and phase.value,
     )
-    show(
-        simulation,
-        table=table,
-        format=format,
-        output=output,
-        safe_csv=safe_csv,
-        plots=plots,
-        html=html,
-    )
+    show(simulation, options)

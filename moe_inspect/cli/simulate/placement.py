@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import SafeCsv
+from moe_inspect.cli.options import with_options
 from moe_inspect.cli.simulate.show import (
     DomainOption,
-    FormatOption,
-    HtmlOption,
     LayersOption,
     PhaseOption,
-    PlotsOption,
-    TableOption,
+    ShowOptions,
     TraceArgument,
     show,
     split,
@@ -39,6 +37,32 @@ class Engine(StrEnum):
     vllm_ascend = "vllm-ascend"
 
 
+@dataclass(frozen=True)
+class PlanOptions(ShowOptions):
+    """And how a plan is written."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help=(
+                "Write the recommended plan: .json for SGLang, .yaml for TensorRT-LLM. With "
+                "--table, write that table."
+            ),
+            show_default=False,
+        ),
+    ] = None
+    plan_for: Annotated[
+        Engine | None,
+        typer.Option(
+            help="Engine that -o writes the plan for. Default: by file extension.",
+            show_default=False,
+        ),
+    ] = None
+
+
+@with_options(PlanOptions)
 def placement(
     trace: TraceArgument,
     gpus: Annotated[
@@ -120,30 +144,8 @@ def placement(
     layers: LayersOption = None,
     domain: DomainOption = None,
     phase: PhaseOption = None,
-    table: TableOption = None,
-    format: FormatOption = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help=(
-                "Write the recommended plan: .json for SGLang, .yaml for TensorRT-LLM. With "
-                "--table, write that table."
-            ),
-            show_default=False,
-        ),
-    ] = None,
-    plan_for: Annotated[
-        Engine | None,
-        typer.Option(
-            help="Engine that -o writes the plan for. Default: by file extension.",
-            show_default=False,
-        ),
-    ] = None,
-    safe_csv: SafeCsv = False,
-    plots: PlotsOption = None,
-    html: HtmlOption = None,
+    *,
+    options: PlanOptions,
 ) -> None:
     """Compare placements of experts on GPUs.
 
@@ -171,22 +173,15 @@ def placement(
         domains=split(domain),
         phase=phase and phase.value,
     )
+    output, plan_for = options.output, options.plan_for
     ending = output.suffix.lower() if output is not None else ""
     if output is None and plan_for is not None:
         raise typer.BadParameter(f"--plan-for {plan_for}: give the file with -o")
     if output is not None and (
-        plan_for or (ending in ENDINGS and (table is None or ending != ".json"))
+        plan_for or (ending in ENDINGS and (options.table is None or ending != ".json"))
     ):
         print_stderr(
             f"wrote {output}: {write_plan(simulation, output, plan_for and plan_for.value)}"
         )
-        output = None
-    show(
-        simulation,
-        table=table,
-        format=format,
-        output=output,
-        safe_csv=safe_csv,
-        plots=plots,
-        html=html,
-    )
+        options = replace(options, output=None)
+    show(simulation, options)

@@ -6,14 +6,10 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import SafeCsv
+from moe_inspect.cli.options import with_options
 from moe_inspect.cli.simulate.show import (
-    FormatOption,
-    HtmlOption,
     LayersOption,
-    OutputOption,
-    PlotsOption,
-    TableOption,
+    ShowOptions,
     TraceArgument,
     numbers,
     show,
@@ -21,6 +17,7 @@ from moe_inspect.cli.simulate.show import (
 )
 
 
+@with_options(ShowOptions)
 def routing(
     trace: TraceArgument,
     algorithm: Annotated[
@@ -54,12 +51,8 @@ def routing(
         ),
     ] = None,
     layers: LayersOption = None,
-    table: TableOption = None,
-    format: FormatOption = None,
-    output: OutputOption = None,
-    safe_csv: SafeCsv = False,
-    plots: PlotsOption = None,
-    html: HtmlOption = None,
+    *,
+    options: ShowOptions,
 ) -> None:
     """Simulate other routing algorithms on the recorded logits.
 
@@ -76,12 +69,4 @@ def routing(
         layers=layers,
         **({} if uneven is None else {"uneven": uneven}),
     )
-    show(
-        simulation,
-        table=table,
-        format=format,
-        output=output,
-        safe_csv=safe_csv,
-        plots=plots,
-        html=html,
-    )
+    show(simulation, options)

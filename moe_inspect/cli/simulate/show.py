@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from moe_inspect.cli.emit import Format, emit, format_of, text_to
-from moe_inspect.cli.report import Phase
+from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
+from moe_inspect.cli.report.options import Phase
 from moe_inspect.errors import writing
 from moe_inspect.text import print_stderr, printable
 
@@ -23,47 +24,6 @@ ROWS = 24  # of a table in the text; --table has them all
 
 TraceArgument = Annotated[
     Path, typer.Argument(metavar="TRACE", help="The directory of a trace.", show_default=False)
-]
-TableOption = Annotated[
-    str | None,
-    typer.Option(
-        "--table",
-        metavar="NAME",
-        help="Print this table instead of the summary.",
-        show_default=False,
-    ),
-]
-FormatOption = Annotated[
-    Format | None,
-    typer.Option(
-        "--format",
-        help="Format of the table (default: the main one); json is one object per line.",
-        show_default=False,
-    ),
-]
-OutputOption = Annotated[
-    Path | None,
-    typer.Option(
-        "-o", "--output", help="Write to this file instead of stdout.", show_default=False
-    ),
-]
-PlotsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--plots",
-        metavar="DIR",
-        help="Also write the chart (PNG) into this directory.",
-        show_default=False,
-    ),
-]
-HtmlOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--html",
-        metavar="FILE",
-        help="Also write an HTML page of the summary, the chart and the tables.",
-        show_default=False,
-    ),
 ]
 LayersOption = Annotated[
     str | None, typer.Option("--layers", help="Only these layers, e.g. 0-3,7.", show_default=False)
@@ -80,6 +40,54 @@ PhaseOption = Annotated[
     Phase | None,
     typer.Option("--phase", help="Only prompt tokens, or only generated ones.", show_default=False),
 ]
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """How a simulation is shown."""
+
+    table: Annotated[
+        str | None,
+        typer.Option(
+            "--table",
+            metavar="NAME",
+            help="Print this table instead of the summary.",
+            show_default=False,
+        ),
+    ] = None
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            "--format",
+            help="Format of the table (default: the main one); json is one object per line.",
+            show_default=False,
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Write to this file instead of stdout.", show_default=False
+        ),
+    ] = None
+    safe_csv: SafeCsv = False
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            "--plots",
+            metavar="DIR",
+            help="Also write the chart (PNG) into this directory.",
+            show_default=False,
+        ),
+    ] = None
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Also write an HTML page of the summary, the chart and the tables.",
+            show_default=False,
+        ),
+    ] = None
 
 
 def split(values: Sequence[str] | str | None) -> list[str]:
@@ -106,18 +114,10 @@ def numbers(values: Sequence[str] | str, option: str, kind: type[N], least: floa
     return found
 
 
-def show(
-    simulation: Simulation,
-    *,
-    table: str | None,
-    format: Format | None,
-    output: Path | None,
-    plots: Path | None,
-    html: Path | None = None,
-    safe_csv: bool = False,
-) -> None:
-    """The verdict and the tables as text; or one table, where `table`, `format` or the ending of
-    `output` asks for it."""
+def show(simulation: Simulation, options: ShowOptions) -> None:
+    """The verdict and the tables as text; or one table, where --table, --format or the ending of
+    the file asks for it."""
+    table, format, output = options.table, options.format, options.output
     ending = format_of(output)
     main = next(iter(simulation.tables))
     if table is not None and table not in simulation.tables:
@@ -126,16 +126,17 @@ def show(
         raise typer.BadParameter(
             f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}"
         )
-    if plots is not None:
-        _draw(simulation, plots)
-    if html is not None:
+    if options.plots is not None:
+        _draw(simulation, options.plots)
+    if options.html is not None:
         from moe_inspect.simulate.page import page
 
-        with text_to(html) as file:
+        with text_to(options.html) as file:
             file.write(page(simulation))
-        print_stderr(f"wrote {html}")
+        print_stderr(f"wrote {options.html}")
     if table or format or ending is not Format.table:
-        emit(simulation.tables[table or main], format or ending or Format.table, output, safe_csv)
+        form = format or ending or Format.table
+        emit(simulation.tables[table or main], form, output, options.safe_csv)
         return
     with text_to(output) as file:
         from rich.text import Text

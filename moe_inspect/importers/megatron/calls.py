@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    integer,
-    integers,
-)
 from moe_inspect.importers.megatron.passes import Call
 from moe_inspect.importers.routed import checked_ids, repeats
+from moe_inspect.importers.values import integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.schema import Router
 

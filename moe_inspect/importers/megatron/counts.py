@@ -23,15 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    ImportContext,
-    Imported,
-    ImportSource,
-    batch_of_counts,
-    integer,
-    integers,
-    windows_of,
-)
+from moe_inspect.importers.batches import batch_of_counts, windows_of
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.megatron.layers import (
     EmptyFile,
     RankFile,
@@ -40,6 +33,7 @@ from moe_inspect.importers.megatron.layers import (
     located,
     routers_of,
 )
+from moe_inspect.importers.values import integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.writer import CountedBatches
 

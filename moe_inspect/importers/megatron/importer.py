@@ -29,14 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    ImportContext,
-    Imported,
-    Numbering,
-    batch_of_decisions,
-    integer,
-    parsed_object,
-)
+from moe_inspect.importers.batches import Numbering, batch_of_decisions, tokens_without_order
+from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.megatron.calls import checked, logits_of, logits_shape
 from moe_inspect.importers.megatron.counts import tokens_per_expert
 from moe_inspect.importers.megatron.layers import (
@@ -54,6 +48,7 @@ from moe_inspect.importers.megatron.passes import (
     written_by_hook,
 )
 from moe_inspect.importers.registry import importer, named
+from moe_inspect.importers.values import integer, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
@@ -176,14 +171,10 @@ def _batches(
             )
             yield batch_of_decisions(
                 numbers,
+                tokens_without_order(numbers, T, document, code),
                 ids,
                 logits=values or None,
-                document=document,
                 documents=documents,
-                domain=code,
-                sequence=np.arange(T)
-                + numbers.sequence(T),  # which tokens follow each other is not said
-                position=np.zeros(T, np.int32),
                 batch=step,
             )
     if again := left_out["again"]:

@@ -13,17 +13,14 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    ImportContext,
-    integer,
-    integers,
-)
+from moe_inspect.importers.context import ImportContext
 from moe_inspect.importers.megatron.layers import (
     RankFile,
     Spot,
     by_rank,
     listed,
 )
+from moe_inspect.importers.values import integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 
 SURE = 20  # different decisions in ascending order: by chance once in a million

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    ImportSource,
-)
+from moe_inspect.importers.context import ImportSource
 from moe_inspect.text import first_line
 
 NEEDS_TORCH = "SGLang's .pt files need torch: pip install 'moe-inspect[trace]'"

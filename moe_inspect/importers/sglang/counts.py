@@ -13,17 +13,11 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    WINDOWS,
-    ImportContext,
-    Imported,
-    batch_of_counts,
-    integer,
-    one_ranks_experts,
-    windows_of,
-)
+from moe_inspect.importers.batches import WINDOWS, batch_of_counts, one_ranks_experts, windows_of
+from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import named
 from moe_inspect.importers.sglang.archive import File, array_of, records
+from moe_inspect.importers.values import integer
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches

@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    ImportContext,
-    Imported,
-)
+from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import importer
 from moe_inspect.importers.sglang.archive import load
 from moe_inspect.importers.sglang.counts import per_pass, stat

@@ -14,18 +14,12 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import (
-    ImportContext,
-    Imported,
-    ImportSource,
-    Numbering,
-    batch_of_decisions,
-    integer,
-    integers,
-)
+from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.routed import MOST_TOKENS, checked_ids, dense_blocks
 from moe_inspect.importers.sglang.archive import File, array_of, records
 from moe_inspect.importers.sglang.counts import logical_experts, stated_experts
+from moe_inspect.importers.values import integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
@@ -236,13 +230,9 @@ def _requests(
         document, documents = numbers.document(one.domain, one.where, length)
         yield batch_of_decisions(
             numbers,
+            Tokens(document, domain, numbers.sequence(), one.position[part], one.token_id[part]),
             [i[part] for i in ids],
-            document=document,
             documents=documents,
-            domain=domain,
-            sequence=numbers.sequence(),
-            position=one.position[part],
-            token_id=one.token_id[part],
             batch=batch,
         )
     if singles:
@@ -252,13 +242,15 @@ def _requests(
         rows = np.array(singles)
         yield batch_of_decisions(
             numbers,
+            Tokens(
+                decoded[one.path],
+                domain,
+                np.arange(len(rows)) + numbers.sequence(len(rows)),
+                one.position[rows],
+                one.token_id[rows],
+            ),
             [i[rows] for i in ids],
-            document=decoded[one.path],
             documents=documents,
-            domain=domain,
-            sequence=np.arange(len(rows)) + numbers.sequence(len(rows)),
-            position=one.position[rows],
-            token_id=one.token_id[rows],
             batch=batch,
             phase="decode",
         )

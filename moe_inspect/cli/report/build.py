@@ -1,0 +1,47 @@
+"""Builds the report that was asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from moe_inspect.cli.report.request import Request
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.report import Report
+
+
+def build(request: Request) -> tuple[Report, list[str]]:
+    """The report with everything counted that was asked for, and the gates that failed."""
+    from moe_inspect.reporting.report import report as make
+    from moe_inspect.reporting.verdict.gate import breaches, gated
+
+    with _progress() as progress:
+        made = make(request.trace, progress=progress, **request.selection)
+        tables = [request.table] if request.table else _tables_of_text(made)
+        made.prepare([*tables, *(gated()[gate.metric] for gate in request.gates)])
+        for name in tables:  # what is counted when it is asked for
+            made.tables[name]
+        return made, breaches(made, request.gates)
+
+
+def _tables_of_text(made: Report) -> list[str]:
+    return ["balance", "specialization", *(["router"] if made.trace.has_weights else [])]
+
+
+@contextmanager
+def _progress() -> Generator[Callable[[int], None] | None]:
+    """Decisions read so far, on a terminal: each once for the load and once more where token ids
+    count."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.completed:,.0f} decisions read"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda decisions: bar.advance(task, decisions)

@@ -1,0 +1,66 @@
+"""The command: its options are checked, the report is built, then what was asked for is written."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from moe_inspect.cli.emit import Format, emit, format_of
+from moe_inspect.cli.options import with_options
+from moe_inspect.cli.report.build import build
+from moe_inspect.cli.report.options import ReportOptions
+from moe_inspect.cli.report.request import requested
+from moe_inspect.cli.report.write import write
+from moe_inspect.text import print_stderr
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@with_options(ReportOptions)
+def report(options: ReportOptions) -> None:
+    """Report load balance and expert specialisation.
+
+    Which layers and experts are out of balance, compared with chance, and what each expert
+    specialises in. Needs neither torch nor the model."""
+    if options.list_metrics:
+        form = options.format or format_of(options.output) or Format.table
+        emit(_metrics(), form, options.output, options.safe_csv)
+        return
+    request = requested(options)
+    made, breached = build(request)
+    write(made, request)
+    for line in breached:
+        print_stderr(f"failed: {line}")
+    if breached:
+        raise typer.Exit(3)
+
+
+def _metrics() -> pd.DataFrame:
+    import pandas as pd
+
+    from moe_inspect.analysis.metrics.registry import listing
+
+    return pd.DataFrame(listing())
+
+
+class ReportCommand(TyperCommand):
+    """Names the tables of the registry in the help of --table, which takes pandas: only then."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        for option in self.params:
+            if option.name == "table":
+                table: Any = option
+                table.get_help_record = partial(_table_help, option)
+
+
+def _table_help(option: Any, ctx: Any) -> tuple[str, str] | None:
+    from moe_inspect.reporting.report import TABLES
+
+    option.help = f"One table instead of the report: {', '.join(TABLES)}."
+
+    return TyperOption.get_help_record(option, ctx)

@@ -1,0 +1,149 @@
+"""The options of `moe-inspect report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_inspect.cli.emit import Format, SafeCsv
+
+
+class Phase(StrEnum):
+    prefill = "prefill"
+    decode = "decode"
+    encoder = "encode"
+
+
+class Simulated(StrEnum):
+    capacity = "capacity"
+    placement = "placement"
+    decode = "decode"
+    cache = "cache"
+    routing = "routing"
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """As given on the command line."""
+
+    trace: Annotated[
+        str | None,
+        typer.Argument(help="The directory of a trace, or its URL (s3://…).", show_default=False),
+    ] = None
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="One table instead of the report.", show_default=False),
+    ] = None
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help=(
+                "Format of the table; json is one object per line. By default from the file's "
+                "ending, else table."
+            ),
+            show_default=False,
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Write to this file instead of stdout.", show_default=False
+        ),
+    ] = None
+    safe_csv: SafeCsv = False
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also write pictures (PNG and SVG) into this directory.",
+            show_default=False,
+        ),
+    ] = None
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write a self-contained page that opens in any browser.",
+            show_default=False,
+        ),
+    ] = None
+    simulate: Annotated[
+        list[Simulated] | None,
+        typer.Option(
+            help="With --html: add a section with this simulation at its defaults; repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)
+    ] = None
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only tokens of this domain; repeatable or comma-separated.", show_default=False
+        ),
+    ] = None
+    phase: Annotated[
+        Phase | None,
+        typer.Option(
+            help="Only prompt tokens (prefill), generated ones (decode), or an encoder's (encode).",
+            show_default=False,
+        ),
+    ] = None
+    top: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help=(
+                "Token ids per expert in vocabulary, partners per expert in tables of pairs; 0 is "
+                "all."
+            ),
+        ),
+    ] = 20
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per window in windows and drift; by default a 64th of the trace.",
+            show_default=False,
+        ),
+    ] = None
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A threshold of the verdict, e.g. uneven=0.3 (summary lists them); repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    fail_above: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METRIC=VALUE",
+            help="Exit with 3 if the metric of any selected router is above; repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    fail_below: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METRIC=VALUE",
+            help="Exit with 3 if the metric of any selected router is below; repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    list_metrics: Annotated[
+        bool, typer.Option("--list-metrics", help="List every metric: definition, range, source.")
+    ] = False
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Count on this dask.distributed cluster, except what is by token id.",
+            show_default=False,
+        ),
+    ] = None

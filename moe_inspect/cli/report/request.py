@@ -1,0 +1,114 @@
+"""What the options of `moe-inspect report` ask for, checked before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from moe_inspect.cli.emit import Format, format_of
+from moe_inspect.cli.report.options import ReportOptions, Simulated
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.verdict.gate import Gate
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. selection: the arguments of `moe_inspect.report`."""
+
+    trace: str
+    table: str | None
+    format: Format
+    output: Path | None
+    safe_csv: bool
+    plots: Path | None
+    html: Path | None
+    simulate: Sequence[Simulated]
+    selection: dict[str, Any]
+    gates: Sequence[Gate]
+
+
+def requested(options: ReportOptions) -> Request:
+    """Raises a usage error where the options do not go together."""
+    if options.trace is None:
+        raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
+    if options.simulate and (options.html is None or options.domain or options.phase):
+        raise typer.BadParameter(
+            "--simulate takes all tokens and adds to a page: give it with --html, without --domain "
+            "and --phase"
+        )
+    return Request(
+        trace=options.trace,
+        table=options.table,
+        format=_format(options.table, options.format, options.output),
+        output=options.output,
+        safe_csv=options.safe_csv,
+        plots=options.plots,
+        html=options.html,
+        simulate=options.simulate or [],
+        selection={
+            "layers": options.layers,
+            "domains": [label for value in options.domain or [] for label in value.split(",")],
+            "phase": options.phase and options.phase.value,
+            "top": options.top,
+            "window": options.window,
+            "thresholds": dict(_threshold(text) for text in options.threshold or []),
+            "scheduler": options.scheduler,
+        },
+        gates=[
+            *_gates(options.fail_above, above=True),
+            *_gates(options.fail_below, above=False),
+        ],
+    )
+
+
+def _format(table: str | None, form: Format | None, output: Path | None) -> Format:
+    """The format asked for, else that of the file's ending. Raises where there is no such table."""
+    ending = format_of(output)
+    if table:
+        from moe_inspect.reporting.report import check_table
+
+        check_table(table)
+    if table and not form and not ending:
+        raise typer.BadParameter(
+            f"-o {output}: no format has this ending, add --format {', '.join(Format)}"
+        )
+    chosen = form or ending or Format.table
+    if table is None and chosen is not Format.table:
+        from moe_inspect.reporting.report import TABLES
+
+        asked = f"--format {form}" if form else f"-o {output}"
+        raise typer.BadParameter(f"{asked} needs one table: add --table {', '.join(TABLES)}")
+    return chosen
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    from moe_inspect.reporting.tables.thresholds import thresholds_with
+
+    name, _, value = (part.strip() for part in text.partition("="))
+    try:
+        thresholds_with({name: float(value)})
+    except ValueError:
+        reason = "expected NAME=VALUE, e.g. uneven=0.3"
+    except MoeInspectError as error:
+        reason = str(error)
+    else:
+        return name, float(value)
+    raise typer.BadParameter(f"--threshold {text}: {reason}")
+
+
+def _gates(texts: list[str] | None, above: bool) -> list[Gate]:
+    if not texts:
+        return []
+    from moe_inspect.reporting.verdict.gate import gate
+
+    try:
+        return [gate(text, above) for text in texts]
+    except MoeInspectError as error:
+        option = "--fail-above" if above else "--fail-below"
+        raise typer.BadParameter(f"{option}: {error}") from None

@@ -1,0 +1,67 @@
+"""Writes a report: as text or one table, with pictures and a page where they were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from moe_inspect.cli.emit import Format, emit, text_to
+from moe_inspect.cli.report.options import Simulated
+from moe_inspect.cli.report.request import Request
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import print_stderr
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_inspect.reporting.render.html import Section
+    from moe_inspect.reporting.report import Report
+
+
+def write(made: Report, request: Request) -> None:
+    if made.warning:
+        print_stderr(f"warning: {made.warning}")
+    if request.plots is not None:
+        from moe_inspect.reporting.render.matplotlib import write_pictures
+
+        for path in write_pictures(made, request.plots):
+            print_stderr(f"wrote {path}")
+    if request.html is not None:
+        from moe_inspect.reporting.render.html import write_page
+        from moe_inspect.reporting.render.page import report_page
+
+        simulated = simulated_sections(made, request.simulate, request.selection["layers"])
+        write_page(request.html, report_page(made, simulated))
+        print_stderr(f"wrote {request.html}")
+    if request.table:
+        table = _table(made, request.table, request.format)
+        emit(table, request.format, request.output, request.safe_csv)
+    else:
+        from moe_inspect.reporting.render.terminal import print_report
+
+        with text_to(request.output) as file:
+            print_report(made, file)
+
+
+def _table(made: Report, name: str, form: Format) -> pd.DataFrame:
+    if name == "verdict" and form is Format.json:  # which alone can hold the numbers of a finding
+        from moe_inspect.reporting.verdict.checks import verdict_table
+
+        return verdict_table(made.verdict(), values=True)
+    return made.tables[name]
+
+
+def simulated_sections(
+    made: Report, names: Sequence[Simulated], layers: str | None
+) -> Iterator[Section | str]:
+    """A section per simulation, or why the trace has none to give."""
+    import moe_inspect
+    from moe_inspect.simulate.page import section
+
+    for name in dict.fromkeys(names):
+        try:
+            limits = {"uneven": made.thresholds.uneven} if name is Simulated.routing else {}
+            simulate = getattr(moe_inspect, f"simulate_{name}")
+            yield section(simulate(made.trace, layers=layers, **limits))
+        except MoeInspectError as error:
+            yield str(error)
