@@ -12,7 +12,7 @@ from scipy import stats
 
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.reporting.charts.pairs import _strongest, coactivation, supported_lift
+from moe_inspect.reporting.charts.pairs import coactivation, strongest_pairs, supported_lift
 from moe_inspect.reporting.render.map_data import map_data
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.pairs import ALPHA, PairCounts, chosen_together
@@ -126,7 +126,7 @@ def test_pictures_and_page_show_what_is_supported(made: Report):
     lift_EE = supported_lift(chosen_together(made, 0))
     assert lift_EE[7, 8] > 3
     assert np.isnan(lift_EE[60, 61])
-    strongest = _strongest(made.tables["coactivation"])
+    strongest = strongest_pairs(made.tables["coactivation"])
     assert strongest["supported"].all()
     assert set(strongest.iloc[0][["expert", "other"]]) == {7, 8}
     data, _ = map_data(made)
@@ -154,8 +154,7 @@ def test_random_routing_supports_no_pair(tmp_path: Path):
         assert not made.tables["coactivation"]["supported"].any(), name
         assert not made.tables["transitions"]["supported"].any(), name
         assert (
-            coactivation(made)
-            == "co-activation: no pair is chosen more often than chance may explain"
+            coactivation(made) == "co-activation: no pair is chosen more often than chance explains"
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
 from moe_inspect.reporting.render import html
-from moe_inspect.reporting.render.html import Section
+from moe_inspect.reporting.render.html import Page, Section, Tile, page_html
 from moe_inspect.text import number
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -19,14 +19,17 @@ HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
 def test_a_page_shows_what_is_hostile_and_runs_none_of_it():
     table = pd.DataFrame({"token": [HOSTILE, "\x1b[31m\u202eevil\n"], HOSTILE: [1, 2]})
     sections = [Section(HOSTILE, HOSTILE, table=table, definitions={HOSTILE: HOSTILE})]
-    made = html.page(
-        HOSTILE,
-        [HOSTILE],
-        sections,
-        warnings=[HOSTILE],
-        facts=[(HOSTILE, HOSTILE, HOSTILE)],
-        subtitle=HOSTILE,
-        footer=HOSTILE,
+    made = page_html(
+        Page(
+            HOSTILE,
+            HOSTILE,
+            warnings=[HOSTILE],
+            verdict=[HOSTILE],
+            tiles=[Tile(HOSTILE, HOSTILE, HOSTILE)],
+            sections=sections,
+            left_out=[HOSTILE],
+            footer=HOSTILE,
+        )
     )
     assert "<img" not in made
     assert made.count("<script>") == 1  # the page's own
@@ -40,7 +43,7 @@ def test_the_policy_names_every_script_and_allows_nothing_else():
     line = Line(np.arange(2.0), np.arange(2.0), HOSTILE, "c1")
     panel = Panel((line,), Axis(HOSTILE, (HOSTILE, "b")), Axis(HOSTILE), HOSTILE)
     chart = Chart(HOSTILE, HOSTILE, (panel,), HOSTILE, subset=HOSTILE, name="s")
-    made = html.page("t", [], [html.chart_section(chart)])
+    made = page_html(Page("t", sections=[html.chart_section(chart)]))
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', made)
     assert policy
     policy = policy[1].replace("&#39;", "'")
@@ -51,11 +54,12 @@ def test_the_policy_names_every_script_and_allows_nothing_else():
     assert "http" not in re.sub(r"http-equiv|http://www.w3.org/[\w/]*", "", made)
     assert "<img" not in made
     assert 'id="payload"' in made
-    assert 'id="payload"' not in html.page("t", [], [Section("s", table=pd.DataFrame({"a": [1]}))])
+    table = pd.DataFrame({"a": [1]})
+    assert 'id="payload"' not in page_html(Page("t", sections=[Section("s", table=table)]))
 
 
 def test_two_sections_of_one_title_have_ids_of_their_own():
-    made = html.page("t", [], [Section("Load"), Section("Load")])
+    made = page_html(Page("t", sections=[Section("Load"), Section("Load")]))
     ids = re.findall(r'\bid="([^"]*)"', made)
     assert len(ids) == len(set(ids))
 
@@ -84,12 +88,12 @@ def test_cells_are_readable(value: object, said: str):
 
 
 def test_a_long_table_is_cut_and_says_so():
-    made = html.page("t", [], [Section("s", table=pd.DataFrame({"a": range(1_234)}))])
+    made = page_html(Page("t", sections=[Section("s", table=pd.DataFrame({"a": range(1_234)}))]))
     assert made.count("<tr>") == html.MOST_ROWS + 1
     assert "1,134 more rows" in made
 
 
 def test_a_drawing_is_an_image():
-    made = html.page("t", [], [Section("s", "of <x>", svg="<svg onload='alert(1)'/>")])
+    made = page_html(Page("t", sections=[Section("s", "of <x>", svg="<svg onload='alert(1)'/>")]))
     assert "onload" not in made
     assert 'alt="s. of &lt;x&gt;" src="data:image/svg+xml;base64,' in made

@@ -309,8 +309,8 @@ def test_the_least_used_expert_is_named_with_the_domain_that_shuns_it(tmp_path: 
     )
     # the mean over both domains is (6400 - 680 + 380) / 8, expert 5 has 1180 of it
     least = (
-        "Expert 3 of layer 1 is the least used: 0.16x the mean load, the busiest expert there gets "
-        '9.8x as much and 39.0x on "math".'
+        "Expert 3 of layer 1 is the least used: 0.16x the mean load. The busiest expert there gets "
+        '9.8x its load (39.0x on "math").'
     )
     assert least in said
     load[:, 3] = 380

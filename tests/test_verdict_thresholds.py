@@ -211,7 +211,7 @@ SPOKEN = {
     "overloaded by chance": (experts.overloaded_experts, stub(crowd(2.0, max_vio_low=0.0099)), None),
     "overloaded beyond chance": (experts.overloaded_experts, stub(crowd(2.0, max_vio_low=0.0101)), "gets at least 2x"),
     # the least used
-    "little used": (experts.least_used_expert, stub(crowd(0.4999)), "Expert 0 of layer 0 is the least used: 0.50x the mean load, the busiest expert there gets 2.1x as much."),
+    "little used": (experts.least_used_expert, stub(crowd(0.4999)), "Expert 0 of layer 0 is the least used: 0.50x the mean load. The busiest expert there gets 2.1x its load."),
     "used enough": (experts.least_used_expert, stub(crowd(0.5001)), None),
     "little used by chance": (experts.least_used_expert, stub(crowd(0.4, noise_floor=0.3001, max_vio_low=0.31, max_vio=0.31)), None),
     "little used beyond chance": (experts.least_used_expert, stub(crowd(0.4, noise_floor=0.2999, max_vio_low=0.31, max_vio=0.31)), "0.40x the mean"),
@@ -220,7 +220,7 @@ SPOKEN = {
     "the least of the living": (
         experts.least_used_expert,
         stub(crowd(0.3), crowd(0.0, 0.0004), crowd(0.0, 0.2)),
-        "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load, the busiest expert there gets 3,3",
+        "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load. The busiest expert there gets 3,3",
     ),
     # what waiting costs
     "waiting": (balance.idle_gpus, stub(near(1.2)), "With one GPU per expert, GPUs would idle 17% of the time."),
@@ -279,33 +279,33 @@ def test_a_domain_overloads_beyond_twice_what_chance_gives_its_tokens(
 
 
 def least_of(code: list[int], law: list[int], **given: Any) -> str | None:
-    """Expert 0 is used at 0.3x; the busiest gets 3.67x as much. The domains' loads are `code` and `law`."""
+    """Expert 0 is used at 0.3x; the busiest gets 3.67x its load. The domains' loads are `code` and `law`."""
     made = stub(crowd(0.3), domains=("code", "law"), by_domain=[np.array([code, law])], **given)
     said = text(experts.least_used_expert(made))
     assert said is not None
     assert said.startswith(
-        "Expert 0 of layer 0 is the least used: 0.30x the mean load, the busiest expert there gets 3.7x as much"
+        "Expert 0 of layer 0 is the least used: 0.30x the mean load. The busiest expert there gets 3.7x its load"
     )
-    return said.partition("as much")[2]
+    return said.partition("its load")[2]
 
 
 LAW = [300] + [1_100] * 7
 LEAST_IN = {
-    "half as much again": (([200] + [1_101] * 7, LAW), {}, ' and 5.5x on "code".'),
+    "half as much again": (([200] + [1_101] * 7, LAW), {}, ' (5.5x on "code").'),
     "not half as much again": (([200] + [1_099] * 7, LAW), {}, "."),
-    "never": (([0] + [1_200] * 7, LAW), {}, ', and on "code" it is never chosen.'),
-    "load enough": (([0] + [114] * 6 + [116], LAW), {}, ', and on "code" it is never chosen.'),
+    "never": (([0] + [1_200] * 7, LAW), {}, ' (on "code" expert 0 is never chosen).'),
+    "load enough": (([0] + [114] * 6 + [116], LAW), {}, ' (on "code" expert 0 is never chosen).'),
     "too little load": (([0] + [114] * 6 + [115], LAW), {}, "."),
     "documents enough": (
         ([0] + [1_200] * 7, LAW),
         {"documents": (5, 60)},
-        ', and on "code" it is never chosen.',
+        ' (on "code" expert 0 is never chosen).',
     ),
     "few documents": (([0] + [1_200] * 7, LAW), {"documents": (4, 60)}, "."),
     "counts know none": (
         ([0] + [1_200] * 7, LAW),
         {"documents": (4, 60), "counts_only": True},
-        ', and on "code" it is never chosen.',
+        ' (on "code" expert 0 is never chosen).',
     ),
 }
 

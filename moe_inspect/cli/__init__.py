@@ -1,8 +1,6 @@
 """The command line: a file per command. Commands import what is heavy when they run, so that --help
 is quick."""
 
-# pyright: strict, reportMissingTypeStubs=false
-
 from __future__ import annotations
 
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """Report: what a trace says, as tables, as a verdict, as a cell of a notebook."""
 
-# pyright: strict, reportMissingTypeStubs=false
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping

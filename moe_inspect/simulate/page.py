@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from moe_inspect.reporting.render.html import Section
-from moe_inspect.reporting.render.html import page as html_page
+from moe_inspect.reporting.render.html import Page, Section, page_html
 from moe_inspect.simulate.result import Simulation
 
 ROWS = 400  # of a table on the page
@@ -42,11 +41,13 @@ def page(simulation: Simulation) -> str:
         for name, value in simulation.settings.items()
         if name not in HIDDEN and _text(value)
     )
-    return html_page(
-        f"moe-inspect simulate {simulation.name}",
-        simulation.verdict,
-        sections(simulation),
-        subtitle=assumed,
+    return page_html(
+        Page(
+            f"moe-inspect simulate {simulation.name}",
+            assumed,
+            verdict=simulation.verdict,
+            sections=sections(simulation),
+        )
     )
 
 

@@ -1,4 +1,5 @@
-"""Charts of what the experts are for: domains, token ids, and the experts that a domain needs.
+"""Charts of specialisation: activation by domain, information about the expert, and the experts
+that each domain uses most.
 
 L routers, E experts, D domains, K experts of a top-k.
 """
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.reporting.charts.parts import definitions, layer_axis, written
+from moe_inspect.reporting.charts.parts import cell_numbers, definitions, layer_axis
 from moe_inspect.reporting.charts.spec import (
     MOST_LINES,
     Axis,
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
 
 MOST_PANELS = 8  # layers drawn where each takes a panel
-MOST_DOMAINS = 24  # drawn as rows
-NAMED, LISTED = 3, 8  # experts of a domain written in a cell, and shown with its value
+MOST_DOMAINS = 24  # rows drawn
+# of the experts that a domain uses most: cell_numbers in a cell, and listed with its value
+NAMED, LISTED = 3, 8
 
 
 @chart("domains")
 def domains(data: ReportData) -> Chart | str:
-    """Lift: the activation of each expert in each domain ÷ its mean over the domains, its own
-    included; a panel per layer."""
+    """Lift: the activation of each expert in each domain ÷ its mean over all domains; a panel per
+    layer."""
     counts, D = data.counts, len(data.counts.domains)
     if D < 2:
         return "domains: there is only one"
@@ -43,10 +45,10 @@ def domains(data: ReportData) -> Chart | str:
     rows_of = dict(iter(table.groupby("router")))
     spread = {r: _spread(rows_of[r]) for r in data.selection.routers}
     chosen = sorted(sorted(spread, key=lambda r: -spread[r])[:MOST_PANELS])
-    panels = []
+    panels = list[Panel]()
     for r in chosen:
         lift_DE = rows_of[r]["lift"].to_numpy().reshape(D, counts.routers[r].experts)
-        heatmap = Heatmap(lift_DE, Scale("ratio", "activation ÷ mean"), written(lift_DE))
+        heatmap = Heatmap(lift_DE, Scale("ratio", "activation ÷ mean"), cell_numbers(lift_DE))
         title = f"layer {layer_label(data.trace.routers, r)}"
         panels.append(Panel((heatmap,), Axis("expert"), Axis("", names), title))
     rise = table["activation"] - table["activation"] / table["lift"]
@@ -72,8 +74,8 @@ def domains(data: ReportData) -> Chart | str:
 
 @chart("specialization")
 def specialization(data: ReportData) -> Chart | str:
-    """Bits that domain and token id tell about the expert, by layer, each beside what shuffled
-    labels give."""
+    """The information about the expert that domain and token id carry, in bits, by layer, each
+    beside its value with shuffled labels."""
     table: Any = data.tables["specialization"]
     x = np.arange(len(table), dtype=float)
     kinds = (
@@ -94,7 +96,7 @@ def specialization(data: ReportData) -> Chart | str:
                 shuffled = f"{name}: shuffled labels"
                 marks.append(Line(x, table[null].to_numpy(), shuffled, colour, "dot"))
     if not marks:
-        return "specialization: neither two domains nor token ids to tell apart"
+        return "specialization: needs two domains or token ids"
     return Chart(
         "What decides the expert",
         "Information that the domain and the token id carry about the chosen expert",
@@ -122,13 +124,14 @@ def specialization(data: ReportData) -> Chart | str:
 
 @chart("esft")
 def esft(data: ReportData) -> Chart | str:
-    """The share of each domain that its k most used experts take, by layer, and which they are."""
+    """The share of each domain's assignments that its k most used experts take, by layer, and which
+    experts these are."""
     table: Any = data.tables["esft"]
     if not table["token_score"].notna().any():
         return "experts of a domain: no router made an assignment"
     chosen, counts, D = data.selection.routers, data.counts, len(data.counts.domains)
     rows_of = dict(iter(table.groupby("router")))
-    share_DL, kept = np.full((D, len(chosen)), np.nan), []
+    share_DL, shown = np.full((D, len(chosen)), np.nan), list[np.ndarray]()
     named_DL, listed_DL = (np.full((D, len(chosen)), "", object) for _ in range(2))
     for column, r in enumerate(chosen):
         score_DE = rows_of[r]["token_score"].to_numpy().reshape(D, -1)
@@ -145,17 +148,17 @@ def esft(data: ReportData) -> Chart | str:
             for order_K, score_K in zip(order_DK, score_DK, strict=True)
         ]
         index_DE = rows_of[r].index.to_numpy().reshape(D, -1)
-        kept.append(np.take_along_axis(index_DE, order_DK, 1).ravel())
-    drawn_D = np.sort(np.argsort(-counts.tokens_D, kind="stable")[:MOST_DOMAINS])
+        shown.append(np.take_along_axis(index_DE, order_DK, 1).ravel())
+    drawn = sorted(int(d) for d in np.argsort(-counts.tokens_D, kind="stable")[:MOST_DOMAINS])
     even = min(counts.routers[r].top_k / counts.routers[r].experts for r in chosen)
     high = max(float(np.nanquantile(share_DL, 0.99)), 1.1 * even)
     heatmap = Heatmap(
-        share_DL[drawn_D],
+        share_DL[drawn],
         Scale("amount", "share of the top k", even, high),
-        named_DL[drawn_D] if len(chosen) <= MOST_LINES else None,
-        listed_DL[drawn_D],
+        named_DL[drawn] if len(chosen) <= MOST_LINES else None,
+        listed_DL[drawn],
     )
-    names = tuple(cut(readable(counts.domains[d])) for d in drawn_D)
+    names = tuple(cut(readable(counts.domains[d])) for d in drawn)
     notes = [
         f"Shown are the {len(names)} of {D} domains with the most tokens."
         if len(names) < D
@@ -171,12 +174,12 @@ def esft(data: ReportData) -> Chart | str:
         text=" ".join(
             [
                 "The share of each domain's assignments that its k most used experts take; "
-                "each cell names the first of them. k/E is even, 1 is all. Expert-specialised "
-                "fine-tuning (ESFT) picks the experts to train by these scores.",
+                "each cell names the first of them. k/E is even, 1 is all of them. "
+                "Expert-specialised fine-tuning (ESFT) picks the experts to train by these scores.",
                 *filter(None, notes),
             ]
         ),
-        table=table.loc[np.concatenate(kept)].sort_values(
+        table=table.loc[np.concatenate(shown)].sort_values(
             "token_score", ascending=False, kind="stable"
         ),
         definitions={
@@ -190,5 +193,5 @@ def esft(data: ReportData) -> Chart | str:
 
 
 def _spread(rows: Any) -> float:
-    """How far the activations of a router are from the same in every domain."""
+    """How much the activations of a router differ between domains: Σ activation · log₂ lift."""
     return float((rows["activation"] * np.log2(rows["lift"].clip(lower=1e-9))).sum())

@@ -1,4 +1,4 @@
-"""Charts of the load: of every expert, and of the busiest of each layer.
+"""Charts of the load: of every expert, and of the busiest expert of each layer.
 
 L routers, E experts of the widest of them.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import load_ratio
-from moe_inspect.reporting.charts.parts import definitions, known_interval, layer_axis, written
+from moe_inspect.reporting.charts.parts import cell_numbers, definitions, known_interval, layer_axis
 from moe_inspect.reporting.charts.spec import (
     Axis,
     Band,
@@ -51,7 +51,7 @@ def load(data: ReportData) -> Chart | str:
         + (f"{plural(dead, 'dead expert')} (black)" if dead else "no dead expert"),
         (
             Panel(
-                (Heatmap(ratio_LE, Scale("ratio", "load ÷ mean load"), written(ratio_LE)),),
+                (Heatmap(ratio_LE, Scale("ratio", "load ÷ mean load"), cell_numbers(ratio_LE)),),
                 Axis("expert"),
                 layer_axis(data, chosen),
             ),
@@ -85,10 +85,10 @@ def balance(data: ReportData) -> Chart | str:
     low, high = known_interval(1 + table["max_vio_low"], 1 + table["max_vio_high"])
     name = f"busiest expert, all tokens{', with 95% interval' if low is not None else ''}"
     bad = np.array([row["max_vio"] == row["max_vio"] and uneven(data, row) for row in rows])
-    for among, said, colour in ((~bad, name, "c1"), (bad, f"{name}; uneven layer", "bad")):
-        if among.any():
-            ends = (None, None) if low is None or high is None else (low[among], high[among])
-            marks.append(Points(x[among], value[among], said, colour, "dot", *ends))
+    for group, label, colour in ((~bad, name, "c1"), (bad, f"{name}; uneven layer", "bad")):
+        if group.any():
+            ends = (None, None) if low is None or high is None else (low[group], high[group])
+            marks.append(Points(x[group], value[group], label, colour, "dot", *ends))
     if table["max_vio_batch"].notna().any():
         batch = 1 + table["max_vio_batch"].to_numpy()
         marks.append(Points(x, batch, "busiest expert per batch, mean", "c2", "tick"))

@@ -1,4 +1,4 @@
-"""Charts of the load over time: window by window, and how far it moves.
+"""Charts of the load over time: by window of the trace, and how far it moves between windows.
 
 L routers, W windows.
 """
@@ -45,7 +45,7 @@ def windows(data: ReportData) -> Chart | str:
         chance_W = 1 + table.groupby("window")["noise_floor"].max().to_numpy()
         panel = _lines(ratio_LW, chance_W, 1, layers, time, Axis("max ÷ mean load", low=1))
     else:
-        panel = _rows(ratio_LW, layers, time, Scale("amount", "max ÷ mean load", 1, 1.1))
+        panel = _heatmap(ratio_LW, layers, time, Scale("amount", "max ÷ mean load", 1, 1.1))
     return Chart(
         "Load over time",
         "Load of the busiest expert ÷ mean load, by window of the trace",
@@ -59,8 +59,8 @@ def windows(data: ReportData) -> Chart | str:
 
 @chart("drift", "windows")
 def drift(data: ReportData) -> Chart | str:
-    """How far the load moves, window by window and by layer, and what it costs a placement made for
-    the window before."""
+    """How far the load moves, by window and by layer, and what that costs a placement made for the
+    window before."""
     if data.counts.counts_only:
         return ""  # windows says so
     table: Any = data.tables["drift"]
@@ -74,7 +74,7 @@ def drift(data: ReportData) -> Chart | str:
     else:
         floor_LW, _, _ = _by_window(data, over_time, "total_variation_floor")
         scale = Scale("amount", "share moved beyond chance", 0, 0.2)
-        first = _rows(moved_LW - floor_LW, layers, time, scale, MOVED)
+        first = _heatmap(moved_LW - floor_LW, layers, time, scale, MOVED)
     x, axis = np.arange(len(table), dtype=float), layer_axis(data, table["router"])
     distances: list[Mark] = []
     for name, column, colour in (
@@ -84,7 +84,7 @@ def drift(data: ReportData) -> Chart | str:
         floor = table[f"{column}_floor"].to_numpy()
         distances.append(Points(x, table[column].to_numpy(), name, colour))
         distances.append(Points(x, floor, f"{name}: chance", colour, "tick"))
-    fresh, stale = (table[f"balancedness_{of}"].to_numpy() for of in ("fresh", "stale"))
+    fresh, stale = (table[f"balancedness_{age}"].to_numpy() for age in ("fresh", "stale"))
     sizes = sorted({int(n) for n in table["gpus"]})
     return Chart(
         "Drift",
@@ -118,7 +118,7 @@ def drift(data: ReportData) -> Chart | str:
 
 
 def _by_window(data: ReportData, table: Any, column: str) -> tuple[np.ndarray, Axis, Axis]:
-    """A column of the table of windows as [L, W], NaN where a router saw no token; the axis of
+    """A column of the table `windows` as [L, W], NaN where a router saw no token; the axis of
     layers; the axis of windows."""
     wide = table.pivot(index="router", columns="window", values=column)
     wide = wide.reindex([r for r in data.selection.routers if r in wide.index])
@@ -136,6 +136,7 @@ def _lines(
     axis: Axis,
     title: str = "",
 ) -> Panel:
+    """A line per router, above the band between `least` and chance."""
     x = np.arange(value_LW.shape[1], dtype=float)
     marks: list[Mark] = [Band(x, x * 0 + least, chance_W, "chance"), Rule(least)]
     for i, (label, value_W) in enumerate(zip(layers.labels, value_LW, strict=True)):
@@ -143,8 +144,11 @@ def _lines(
     return Panel(tuple(marks), time, axis, title)
 
 
-def _rows(value_LW: np.ndarray, layers: Axis, time: Axis, scale: Scale, title: str = "") -> Panel:
-    """The colours end at the 99th percentile, or at the scale's end where that is further."""
+def _heatmap(
+    value_LW: np.ndarray, layers: Axis, time: Axis, scale: Scale, title: str = ""
+) -> Panel:
+    """A row per router. The colours end at the 99th percentile, or at the scale's end where that is
+    further."""
     high = max(float(np.nanquantile(value_LW, 0.99)), scale.high)
     heatmap = Heatmap(value_LW, Scale("amount", scale.title, scale.low, high))
     return Panel((heatmap,), time, layers, title)

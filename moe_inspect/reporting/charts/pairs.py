@@ -1,4 +1,4 @@
-"""Charts of what goes together: a token and the next, the experts of one decision, a layer and the
+"""Charts of pairs: consecutive tokens, the experts of one decision, the experts of a layer and the
 next.
 
 L routers, E experts, N experts of the next layer's router.
@@ -6,6 +6,8 @@ L routers, E experts, N experts of the next layer's router.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,15 +45,15 @@ from moe_inspect.text import cut, layer_label, readable
 if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
 
-MOST_PAIRS = 60  # of a table of pairs
-MATRICES = 4  # layers drawn where each takes a matrix of experts
+MOST_PAIRS = 60  # rows of the table of pairs below a chart
+MOST_MATRICES = 4  # layers drawn, each as a matrix of experts
 NEXT = "First choice at the next layer"
-BESIDE = 0.1  # of a layer, between dots that would hide each other
-BEYOND = "is chosen more often than chance may explain"
+OFFSET = 0.1  # between the dots of one layer, which would hide each other; layers are 1 apart
+BEYOND = "is chosen more often than chance explains"
 LOG10_P = (
-    "the evidence: log₁₀ of the probability that chance at these loads is as far from what is "
-    "expected, or further (binomial, two-sided; counts ÷ design effect). Supported: times the "
-    f"number of all pairs of the trace (Bonferroni) at most {ALPHA:g}."
+    "the evidence: log₁₀ of the probability of a count at least as far from the expected one, by "
+    "chance at these loads (binomial, two-sided; counts ÷ design effect). Supported: that "
+    f"probability × all pairs of the trace (Bonferroni) is at most {ALPHA:g}."
 )
 LIFT_SD = "the standard deviation of lift by chance, for tokens that come in documents."
 
@@ -93,8 +95,8 @@ def repetition(data: ReportData) -> Chart | str:
 
 @chart("locality", "repetition")
 def locality(data: ReportData) -> Chart | str:
-    """How well a choice can be predicted from the token, the segment and the layer before, by
-    layer, each beside its reference."""
+    """How well a choice can be predicted from the token before, the segment and the layer before,
+    by layer, each beside what chance gives."""
     if data.counts.counts_only:
         return ""  # repetition says so
     table: Any = data.tables["locality"]
@@ -116,21 +118,21 @@ def locality(data: ReportData) -> Chart | str:
         NEXT: ("accuracy", [("next_accuracy", "predicted", "next_accuracy_null", "chance")]),
     }
     frame = table.assign(**_references(data, table))
-    panels = []
+    panels = list[Panel]()
     for title, (unit, kinds) in kinds_of.items():
         marks: list[Mark] = []
-        for i, (column, name, reference, said) in enumerate(kinds):
+        for i, (column, name, reference, meaning) in enumerate(kinds):
             value, low, high, expected = (
                 frame[c].to_numpy() for c in (*(column + b for b in BOUNDS), reference)
             )
             if not np.isnan(value).all():
-                beside = x + BESIDE * (i - (len(kinds) - 1) / 2)
+                beside = x + OFFSET * (i - (len(kinds) - 1) / 2)
                 ends = known_interval(low, high)
                 marks.append(Points(beside, value, name, SERIES[i], "dot", *ends))
-                marks.append(Points(beside, expected, f"{name}: {said}", SERIES[i], "tick"))
+                marks.append(Points(beside, expected, f"{name}: {meaning}", SERIES[i], "tick"))
         if marks and title == NEXT:
             marginal = table["next_accuracy_marginal"].to_numpy()
-            marks.append(Points(x + BESIDE, marginal, "always the most frequent", "c2", "tick"))
+            marks.append(Points(x + OFFSET, marginal, "always the most frequent", "c2", "tick"))
         if marks:
             panels.append(Panel(tuple(marks), axis, Axis(unit, low=0), title))
     if not panels:
@@ -160,36 +162,29 @@ def locality(data: ReportData) -> Chart | str:
 
 @chart("coactivation")
 def coactivation(data: ReportData) -> Chart | str:
-    """Which experts one decision chooses together, against chance: a panel for each of the routers
-    where it is most marked."""
+    """Which experts one decision chooses together, against chance."""
     if data.counts.counts_only:
-        return "co-activation and transitions: counts alone know no decisions"
+        return "co-activation and transitions: counts alone have no decisions"
     table: Any = data.tables["coactivation"]
     if table.empty:
         return "co-activation: with one expert per token there are no pairs"
-    strongest = _strongest(table)
-    if strongest.empty:
+    if not _above_chance(table).any():
         return f"co-activation: no pair {BEYOND}"
-    met_of = {r: chosen_together(data, r) for r in _furthest(table)}
-    return Chart(
+    drawn = Chart(
         "Chosen together",
         "Pairs of experts that one decision chooses, relative to chance",
-        _matrices(data, met_of, "other expert"),
+        _matrices(data, table, chosen_together, "other expert"),
         text="Pairs of experts that one decision chooses together more often than chance, those "
         f"with the most evidence first: {_supported(table)} Each card lists its expert's partners.",
-        columns=min(2, len(met_of)),
-        subset=_subset(data, met_of),
-        table=strongest,
         definitions={
             "probability": "P(other chosen, given expert chosen), over all pairs of slots; "
             "(k − 1)/(E − 1) by chance.",
             "lift": "P(both chosen) relative to what the loads of the two alone would give.",
             "expected": "the number of decisions that choose both if experts keep their loads and "
             "are otherwise picked at random.",
-            "lift_sd": LIFT_SD,
-            "log10_p": LOG10_P,
         },
     )
+    return _with_evidence(drawn, data, table)
 
 
 @chart("transitions")
@@ -200,33 +195,27 @@ def transitions(data: ReportData) -> Chart | str:
     table: Any = data.tables["transitions"]
     if table.empty:
         return "transitions: no two layers follow each other"
-    strongest = _strongest(table)
-    if strongest.empty:
+    if not _above_chance(table).any():
         return f"transitions: no link {BEYOND}"
-    met_of = {r: met for r in _furthest(table) if (met := chosen_next(data, r)) is not None}
-    return Chart(
+    drawn = Chart(
         "From layer to layer",
         "Experts of one layer and the next, relative to chance",
-        _matrices(data, met_of, "expert of the next layer"),
+        _matrices(data, table, chosen_next, "expert of the next layer"),
         text="Where the tokens of an expert go at the next layer more often than chance, the links "
         f"with the most evidence first: {_supported(table)}",
-        columns=min(2, len(met_of)),
-        subset=_subset(data, met_of),
-        table=strongest,
         definitions={
             "probability": "P(next expert chosen at the next MoE layer, given expert chosen here), "
             "over all pairs of slots.",
             "lift": "the probability relative to how often the next expert is chosen overall.",
             "expected": "the number of tokens that choose both if the two layers choose "
             "independently.",
-            "lift_sd": LIFT_SD,
-            "log10_p": LOG10_P,
         },
     )
+    return _with_evidence(drawn, data, table)
 
 
 def _references(data: ReportData, table: Any) -> dict[str, np.ndarray]:
-    """What the repetition over all domains is held against, per router; pairs of tokens have equal
+    """The references of repetition over all domains, per router; all pairs of tokens have equal
     weight."""
     rows: Any = data.tables["repetition"]
     by_router = rows.assign(expected=rows["first_choice_by_load"] * rows["pairs"]).groupby("router")
@@ -241,52 +230,67 @@ def _has_interval(marks: Any) -> bool:
     return any(getattr(mark, "low", None) is not None for mark in marks)
 
 
-def _matrices(data: ReportData, met_of: dict[int, PairCounts], xlabel: str) -> tuple[Panel, ...]:
-    """Lift of the supported pairs of experts [E, N], a panel per router; other pairs are grey."""
+def _matrices(
+    data: ReportData,
+    table: Any,
+    pair_counts: Callable[[ReportData, int], PairCounts | None],
+    xlabel: str,
+) -> tuple[Panel, ...]:
+    """Heatmaps of the lift of pairs of experts [E, N], for each of the routers that are furthest
+    from chance; pairs without evidence are grey."""
     scale = Scale("ratio", "times as often as by chance", unknown="may be chance")
     return tuple(
         Panel(
-            (Heatmap(supported_lift(met), scale),),
+            (Heatmap(supported_lift(counted), scale),),
             Axis(xlabel),
             Axis("expert"),
             f"layer {layer_label(data.trace.routers, r)}",
         )
-        for r, met in met_of.items()
+        for r in _furthest_routers(table)
+        if (counted := pair_counts(data, r)) is not None
     )
 
 
-def _subset(data: ReportData, met_of: dict[int, PairCounts]) -> str:
-    routers = len(data.selection.routers)
-    fewer = len(met_of) == MATRICES < routers
-    return f"the {len(met_of)} of {routers} layers furthest from chance" if fewer else ""
-
-
-def supported_lift(met: PairCounts) -> np.ndarray:
-    """The lift of each pair that its evidence supports, NaN for the others. [E, N]"""
-    lift_EN = np.full(met.count_EN.shape, np.nan)
-    possible = np.nonzero(met.expected_EN > 0)
-    supported = met.evidence(possible)["supported"]
-    lift_EN[possible] = np.where(
-        supported, met.count_EN[possible] / met.expected_EN[possible], np.nan
+def _with_evidence(chart: Chart, data: ReportData, table: Any) -> Chart:
+    """A chart of matrices with what all such charts have: the pairs more frequent than chance by
+    their evidence, its definitions, and which layers are shown."""
+    shown, routers = len(chart.panels), len(data.selection.routers)
+    fewer = shown == MOST_MATRICES < routers
+    return replace(
+        chart,
+        columns=min(2, shown),
+        subset=f"the {shown} of {routers} layers furthest from chance" if fewer else "",
+        table=strongest_pairs(table),
+        definitions={**chart.definitions, "lift_sd": LIFT_SD, "log10_p": LOG10_P},
     )
+
+
+def supported_lift(counted: PairCounts) -> np.ndarray:
+    """The lift of each pair with evidence, NaN for the others. [E, N]"""
+    lift_EN = np.full(counted.count_EN.shape, np.nan)
+    possible = np.nonzero(counted.expected_EN > 0)
+    lift = counted.count_EN[possible] / counted.expected_EN[possible]
+    lift_EN[possible] = np.where(counted.evidence(possible)["supported"], lift, np.nan)
     return lift_EN
 
 
-def _furthest(table: Any) -> list[int]:
+def strongest_pairs(table: Any) -> pd.DataFrame:
+    """The supported pairs more frequent than chance, those with the most evidence first."""
+    return table[_above_chance(table)].nsmallest(MOST_PAIRS, "log10_p")
+
+
+def _furthest_routers(table: Any) -> list[int]:
     """The routers whose supported pairs are furthest from chance, in order of layers."""
-    beyond = (
-        ((table["probability"] - table["probability"] / table["lift"]).abs() * table["supported"])
-        .groupby(table["router"])
-        .sum()
-    )
-    return sorted(int(r) for r in beyond.nlargest(MATRICES).index)
+    distance = (table["probability"] - table["probability"] / table["lift"]).abs()
+    by_router = (distance * table["supported"]).groupby(table["router"]).sum()
+    return sorted(int(r) for r in by_router.nlargest(MOST_MATRICES).index)
 
 
-def _strongest(table: Any) -> pd.DataFrame:
-    """The supported pairs that happen more often than chance, by their evidence."""
-    return table[table["supported"] & (table["lift"] > 1)].nsmallest(MOST_PAIRS, "log10_p")
+def _above_chance(table: Any) -> Any:
+    """Which pairs are supported and more frequent than chance. bool, a value per row"""
+    return table["supported"] & (table["lift"] > 1)
 
 
 def _supported(table: Any) -> str:
-    n = int((table["supported"] & (table["lift"] > 1)).sum())
+    n = int(_above_chance(table).sum())
     return f"{n:,} of the {len(table):,} pairs listed have enough."

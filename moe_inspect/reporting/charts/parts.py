@@ -1,4 +1,4 @@
-"""What several charts share: axes of layers, colours of series, definitions of metrics."""
+"""Parts of charts: axes of layers, colours of series, definitions of metrics."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ DASHES: tuple[Dash, ...] = ("", "dash", "dot")
 
 
 def definitions(*names: str) -> dict[str, str]:
-    """What the registry of metrics says of these."""
+    """The definitions of these metrics, from the registry."""
     known = metrics()
     return {name: known[name].formula for name in names}
 
 
 def layer_axis(data: ReportData, routers: Iterable[int]) -> Axis:
+    """An axis with a label per router."""
     return Axis("layer", tuple(layer_label(data.trace.routers, int(r)) for r in routers))
 
 
@@ -34,13 +35,13 @@ def look(i: int) -> tuple[str, Dash]:
 
 
 def known_interval(low: Any, high: Any) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    """`low` and `high` of a mark; none where no value has an interval."""
+    """`low` and `high` of a mark; None where no value has an interval."""
     low, high = np.asarray(low, float), np.asarray(high, float)
     return (None, None) if np.isnan(low).all() else (low, high)
 
 
-def written(values_RC: np.ndarray) -> np.ndarray | None:
-    """The numbers in the cells of a small heatmap of ratios. str [R, C]"""
+def cell_numbers(values_RC: np.ndarray) -> np.ndarray | None:
+    """The text in the cells of a heatmap of ratios, None if it has many. str [R, C]"""
     if values_RC.size > FEW_CELLS:
         return None
     return np.array([["" if v != v else f"{v:.2f}" for v in row] for row in values_RC], object)

@@ -24,9 +24,9 @@ CONFIDENCE = {
 @chart("router")
 def router(data: ReportData) -> Chart | str:
     """How confident each router is: entropy, margin and probability of its choice, from its logits
-    or else from its gate weights; a panel per unit."""
+    or else from its gate weights; a panel per metric."""
     if data.counts.counts_only:
-        return "router confidence: counts alone know no weights"
+        return "router confidence: counts alone have no weights"
     table: Any = data.tables["router"]
     known = [name for name in CONFIDENCE if name in table and table[name].notna().any()]
     if not known:
@@ -35,7 +35,7 @@ def router(data: ReportData) -> Chart | str:
     known = from_logits or known
     x, axis = np.arange(len(table), dtype=float), layer_axis(data, table["router"])
     source = "logits" if from_logits else "gate weights of the chosen experts"
-    panels = []
+    panels = list[Panel]()
     for name, colour in zip(known, SERIES, strict=False):
         title, unit = CONFIDENCE[name]
         value = table[name].to_numpy(float)

@@ -1,9 +1,9 @@
 """A chart as data: panels of marks over two axes, which every drawer draws alike.
 
 A chart is a function decorated with @chart in any file of this folder. It takes the data of a
-report and returns a Chart, or in words why this trace has none to show ("" where another chart says
-so already).
-`render/matplotlib.py` draws charts as PNG and SVG, `render/page.py` draws them on the page.
+report and returns a Chart, or a text that says why this trace has none to show ("" if another chart
+says so already). `render/matplotlib.py` draws charts as PNG and SVG, `render/html.py` puts them on
+the page.
 
 L routers, E experts, R rows, C columns of a heatmap, N points of a series.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
 
 MOST_LINES = 12  # routers that can be told apart as lines; more make a heatmap
-FEW_CELLS = 160  # of a heatmap, up to which each cell carries its number
+FEW_CELLS = 160  # cells of a heatmap up to which each shows its number
 FAR = 2.0  # log₂: colours of a ratio are saturated at a quarter and at four times
 
-# Colours by what they are for: on a light ground, on a dark one. c1 to c8 follow Okabe and Ito,
-# whose colours the colour-blind tell apart, darkened or lightened until they stand out.
+# Colours by purpose: on a light background, on a dark one. c1 to c8 are the colour-blind safe
+# palette of Okabe and Ito, darkened or lightened for contrast.
 PALETTE: dict[str, tuple[str, str]] = {
     "c1": ("#0072b2", "#56aee8"),
     "c2": ("#b8730a", "#f0b040"),
@@ -41,9 +41,9 @@ PALETTE: dict[str, tuple[str, str]] = {
     "c7": ("#4a5361", "#c3cbd6"),
     "c8": ("#8a8200", "#efe442"),
     "baseline": ("#6b7482", "#98a3b1"),
-    "bad": ("#b2382a", "#ff6f61"),  # only what the verdict calls a fault
+    "bad": ("#b2382a", "#ff6f61"),  # only for what the verdict calls a fault
     "band": ("#dfe3e8", "#2b3440"),
-    # of a ratio: a quarter, a half, one, double, four times; nothing at all; not known
+    # of a ratio: a quarter, a half, one, double, four times; zero; unknown
     "low": ("#2166ac", "#58a9ff"),
     "lower": ("#92c5de", "#24557f"),
     "even": ("#f4f4f2", "#202731"),
@@ -65,8 +65,8 @@ Dash = Literal["", "dot", "dash"]
 
 @dataclass(frozen=True)
 class Axis:
-    """labels: names of the positions 0, 1, …; without any the axis is of numbers. low, high: where
-    the axis ends at the latest; it grows with the data."""
+    """labels: names of the positions 0, 1, …; without labels the axis shows numbers. low, high: the
+    range that the axis shows at least; it grows with the data."""
 
     title: str = ""
     labels: tuple[str, ...] = ()
@@ -90,8 +90,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Points:
-    """As Line, without the line. shape "tick" is a short dash: the reference of the dots of that
-    colour."""
+    """Like Line, without the line. shape "tick" is a short dash: the reference for the dots of the
+    same colour."""
 
     x: np.ndarray
     y: np.ndarray
@@ -124,7 +124,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Links:
-    """A thin vertical line from low to high at each x: joins two values of one thing. float [N]"""
+    """A thin vertical line from low to high at each x, which joins two points. float [N]"""
 
     x: np.ndarray
     low: np.ndarray
@@ -133,14 +133,16 @@ class Links:
 
 @dataclass(frozen=True)
 class Scale:
-    """How a heatmap is coloured. "ratio": by log₂ around 1, where a half is as far from even as
-    double; 0 has a colour of its own. "amount": linear from low to high. title: what is shown."""
+    """How a heatmap is coloured. "ratio": by log₂ around 1, so that a half is as far from 1 as
+    double; 0 has a colour of its own. "amount": linear from low to high. title: what is shown.
+    unknown: the meaning of cells without a value, if they are coloured; otherwise they are
+    blank."""
 
     kind: Literal["ratio", "amount"]
     title: str
     low: float = 0.25
     high: float = 4.0
-    unknown: str = ""  # what a cell without a value means, where it is coloured; else it is blank
+    unknown: str = ""
 
     def ticks(self) -> list[tuple[float, str]]:
         """(value, label) of the colour bar."""
@@ -156,8 +158,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """values: float [R, C], NaN where there is none; row 0 on top. cells: str [R, C], written into
-    the cells. notes: str [R, C], shown with a cell's value."""
+    """values: float [R, C], NaN for no value; row 0 on top. cells: str [R, C], the text in the
+    cells. notes: str [R, C], shown with a cell's value."""
 
     values: np.ndarray
     scale: Scale
@@ -184,10 +186,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """title: what it is of. caption: what it shows of this trace, in one line. subset: of which
-    layers, where not of all. text: how to read it. table: the same in numbers, for those who cannot
-    see it. definitions: term → what it means. interactive: the page's own drawing of the same, for
-    all layers and domains ("map", "domains"). name: of the function, and of the picture's file."""
+    """title: its subject. caption: what it shows of this trace, in one line. subset: which layers
+    it shows, if not all. text: how to read it. table: the same in numbers, for those who cannot see
+    it. definitions: term → meaning. interactive: the page's own widget for the same data, with all
+    layers and domains ("map", "domains"). name: of the function and of the picture's file."""
 
     title: str
     caption: str
@@ -195,7 +197,7 @@ class Chart:
     text: str = ""
     columns: int = 1
     table: pd.DataFrame | None = None
-    definitions: Mapping[str, str] = field(default_factory=dict)
+    definitions: Mapping[str, str] = field(default_factory=dict[str, str])
     interactive: str = ""
     subset: str = ""
     name: str = ""
@@ -231,12 +233,12 @@ def every_chart() -> dict[str, Maker]:
     package = importlib.import_module(__package__ or "")
     files = [found.name for found in pkgutil.iter_modules(package.__path__)]
     files.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-    homes = [f"{package.__name__}.{name}" for name in files]
-    for home in homes:
-        importlib.import_module(home)
-    position = {home: i for i, home in enumerate(homes)}
-    last = len(homes)
-    return dict(sorted(CHARTS.items(), key=lambda of: position.get(of[1].__module__, last)))
+    modules = [f"{package.__name__}.{name}" for name in files]
+    for module in modules:
+        importlib.import_module(module)
+    position = {module: i for i, module in enumerate(modules)}
+    last = len(modules)
+    return dict(sorted(CHARTS.items(), key=lambda item: position.get(item[1].__module__, last)))
 
 
 def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:

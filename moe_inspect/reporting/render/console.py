@@ -1,5 +1,5 @@
-"""Where the text of a report goes, and tables on it: on a terminal colours help and columns are
-chosen to fit; in a file or a pipe nothing depends on colour and every column is there."""
+"""Tables as text. On a terminal they have colours and columns are chosen to fit; in a file or a
+pipe nothing depends on colour and every column is there."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich.text import Text
 
 from moe_inspect.text import number, printable
 
-MOST_ROWS = 2_000  # of --format table: nobody reads more
+MOST_ROWS = 2_000  # shown by --format table
 GAP = 2  # between columns
 FILE_WIDTH = 10_000
-# what says which row it is
+# columns that identify a row
 LEAD = (
     "layer",
     "router",
@@ -35,12 +35,12 @@ LEAD = (
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # Rich would exit with 1; the command knows better
+        raise  # Rich would exit with code 1; the command ends quietly
 
 
 def console_for(file: TextIO) -> Console:
-    """Text as it is: tokens hold brackets and colons that must not become markup. No line of a file
-    is broken."""
+    """A console that prints text as it is: brackets and colons in tokens are not markup. It breaks
+    no line in a file."""
     plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
     console = _Console(**plain, file=file)
     return (
@@ -59,12 +59,13 @@ def print_table(frame: Any, file: TextIO) -> int:
 def print_frame(
     frame: Any, console: Console, title: str | None = None, fitting: bool = False
 ) -> int:
-    """A DataFrame; one too wide for the terminal comes in several parts, each with what its rows
-    are about in front; `fitting`: only the first part. Returns how many columns are shown."""
+    """Prints a DataFrame; if it is too wide for the terminal, in several parts, each beginning with
+    the columns that identify a row. `fitting`: only the first part. Returns how many columns are
+    shown."""
     cells = {
         name: [
-            "-" if gone else _cell(v)
-            for v, gone in zip(frame[name], frame[name].isna(), strict=True)
+            "-" if missing else _cell(v)
+            for v, missing in zip(frame[name], frame[name].isna(), strict=True)
         ]
         for name in frame.columns
     }
@@ -85,9 +86,8 @@ def print_frame(
         lines = [
             _row(row, widths, right) for row in zip(*(cells[name] for name in names), strict=True)
         ]
-        if (
-            console.is_terminal and sum(widths) + GAP * (len(widths) - 1) > console.width
-        ):  # the last column is a long text
+        # the last column is a long text
+        if console.is_terminal and sum(widths) + GAP * (len(widths) - 1) > console.width:
             before = sum(widths[:-1]) + GAP * (len(widths) - 1)
             room = max(console.width - before, 20)
             lines = [
@@ -105,8 +105,8 @@ def print_frame(
 
 
 def _parts(width_of: dict[str, int], room: int) -> list[list[str]]:
-    """The columns in as few parts as fit the room, each led by what says which row it is, where
-    that leaves half the room."""
+    """The columns in as few parts as fit `room` characters, each beginning with the columns that
+    identify a row, or only with layer and router if those need more than half the room."""
     names = list(width_of)
     lead = [name for name in names if name in LEAD]
     if sum(width_of[n] + GAP for n in lead) > room // 2:
@@ -126,7 +126,7 @@ def _parts(width_of: dict[str, int], room: int) -> list[list[str]]:
 
 
 def _row(cells: Iterable[str], widths: list[int], right: list[bool]) -> str:
-    padded = []
+    padded = list[str]()
     for cell, width, to_the_right in zip(cells, widths, right, strict=True):
         blanks = " " * (width - cell_len(cell))
         padded.append(blanks + cell if to_the_right else cell + blanks)
@@ -138,5 +138,5 @@ def _clipped(cell: str, most: int) -> str:
 
 
 def _cell(value: Any) -> str:
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    is_number = not isinstance(value, bool) and isinstance(value, Real)
     return number(value) if is_number else printable(str(value))

@@ -1,4 +1,4 @@
-"""The load of every expert at a glance, as text: a row per router. L routers, E experts."""
+"""The load of every expert as a heatmap in text: a row per router. L routers, E experts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ RAMP = [
 
 
 def print_heatmap(data: ReportData, console: Console) -> None:
-    """A row a router: the load ratio of each expert, as numbers where they fit, as characters
-    otherwise. Where even those do not fit, a character is the most extreme of several experts next
-    to each other, and the title says so."""
+    """A row per router: the load ratio of each expert, as numbers if they fit, as characters
+    otherwise. If even those do not fit, a character shows the most extreme of several neighbouring
+    experts, and the title says so."""
     counts, routers = data.counts, data.selection.routers
     ratios = {r: load_ratio(counts.load_E(r)[None])[0] for r in routers}
     if console.is_terminal and len(routers) > MOST_ROUTERS:
@@ -79,7 +79,7 @@ def _heatmap_title(numbers: bool, together: int) -> str:
 
 
 def _legend(unicode: bool) -> str:
-    low, parts = None, []
+    low, parts = 0.0, list[str]()
     for high, fancy, plain in RAMP:
         character = fancy if unicode else plain
         if high == 0:
@@ -93,8 +93,8 @@ def _legend(unicode: bool) -> str:
 
 
 def _extremes(ratio_E: np.ndarray, together: int) -> list[float]:
-    """Of every `together` neighbours the ratio furthest from 1, on the logarithmic scale on which
-    0.5 is as far as 2."""
+    """The ratio furthest from 1 of every `together` neighbours, on a logarithmic scale: 0.5 is as
+    far as 2."""
     distance_E = np.abs(np.log(np.maximum(ratio_E, 1e-9)))
     starts = range(0, len(ratio_E), together)
     return [float(ratio_E[s + int(distance_E[s : s + together].argmax())]) for s in starts]
@@ -108,8 +108,8 @@ def _character(ratio: float, unicode: bool) -> str:
 
 
 def _style(ratio: float, on: str = "") -> str:
-    """Blue under the mean, red above it, nothing near it; of the character, or of the ground it is
-    "on "."""
+    """Blue below the mean, red above it, none near it. `on`: "on " colours the background, "" the
+    character."""
     far = min(abs(math.log2(max(ratio, 1e-3))) / 1.5, 1.0)
     if far < 0.15:
         return ""

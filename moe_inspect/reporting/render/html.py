@@ -1,9 +1,9 @@
-"""A page that needs nothing but itself: sections with charts and tables, the look and the scripts
-within it, no network.
+"""Self-contained HTML pages: sections with charts and tables, styles and scripts included, no
+network.
 
-What a corpus holds ends up here (tokens, labels, file names), so everything is escaped by the
-template, and a policy in the page lets no script run but the page's own (named by their hashes) and
-nothing be fetched. The data of the charts lie in it compressed.
+Text of the corpus (tokens, labels, file names) is untrusted: the template escapes everything, and
+the page's Content-Security-Policy allows only its own scripts (by hash) and no requests. The data
+of the charts are embedded compressed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -33,75 +33,76 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 100  # of a table on the page
 SCRIPTS = ("chart.js", "map.js", "page.js")
-LAST_CODE = 65535  # of a heatmap's values as 16 bits: no value
+LAST_CODE = 65535  # the 16-bit code of a heatmap's cell without a value
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a heading, a paragraph on what is seen, and a chart, a drawing or a table.
+    """A part of a page: a heading, a paragraph, and a chart, a drawing or a table.
 
     svg: a drawing as SVG text, shown as a picture, on white. table: shown as it is, or folded in
-    under a chart, for which it is the alternative that can be read out. definitions: term → what it
-    means."""
+    below a chart as its alternative for screen readers. definitions: term → meaning."""
 
     title: str
     text: str = ""
     chart: Chart | None = None
     svg: str | None = None
     table: pd.DataFrame | None = None
-    definitions: Mapping[str, str] = field(default_factory=dict)
+    definitions: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+class Tile(NamedTuple):
+    """A key figure at the top of a page."""
+
+    label: str
+    value: str
+    remark: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page from top to bottom. left_out: what it could not show, and why. map_data: what map.js
+    draws the map, the domains and the cards of experts from."""
+
+    title: str
+    subtitle: str = ""
+    warnings: Sequence[str] = ()
+    verdict: Sequence[Finding | str] = ()
+    tiles: Sequence[Tile] = ()
+    sections: Sequence[Section] = ()
+    left_out: Sequence[str] = ()
+    footer: str = ""
+    map_data: Mapping[str, Any] | None = None
 
 
 def chart_section(chart: Chart) -> Section:
     return Section(chart.title, chart.text, chart, table=chart.table, definitions=chart.definitions)
 
 
-def page(
-    title: str,
-    verdict: Sequence[Finding | str],
-    sections: Sequence[Section],
-    *,
-    subtitle: str = "",
-    warnings: Sequence[str] = (),
-    facts: Sequence[tuple[str, str, str]] = (),
-    left_out: Sequence[str] = (),
-    data: Mapping[str, Any] | None = None,
-    footer: str = "",
-) -> str:
-    """The page as one string of HTML. facts: (label, value, remark), one tile per fact. left_out:
-    what the page could not show, and why. data: what map.js draws from."""
-    charts = [section.chart for section in sections if section.chart is not None]
+def page_html(page: Page) -> str:
+    """The page as one string of HTML."""
+    charts = [section.chart for section in page.sections if section.chart is not None]
     panels = [_panel(p) for chart in charts if not chart.interactive for p in chart.panels]
-    script = "".join(map(_asset, SCRIPTS))
     payload = json.dumps(
-        {"panels": panels, "map": data},
-        default=_plain,
+        {"panels": panels, "map": page.map_data},
+        default=_without_numpy,
         ensure_ascii=False,
         allow_nan=False,
         separators=(",", ":"),
     )
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=title,
-            subtitle=subtitle,
-            verdict=[
-                (said.severity, said.text) if isinstance(said, Finding) else ("note", said)
-                for said in verdict
-            ],
-            warnings=warnings,
-            facts=facts,
-            left_out=left_out,
-            sections=sections,
-            footer=footer,
-            policy=f"default-src 'none'; script-src 'sha256-{_sha256(script)}'; "
-            "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
-            palette=Markup(_palette()),
-            style=Markup(_asset("page.css")),
-            script=Markup(script),
-            payload=_packed(payload) if panels or data else "",
-        )
+    script = "".join(map(_asset, SCRIPTS))
+    return template("page.html").render(
+        page=page,
+        verdict=[
+            (finding.severity, finding.text) if isinstance(finding, Finding) else ("note", finding)
+            for finding in page.verdict
+        ],
+        policy=f"default-src 'none'; script-src 'sha256-{_sha256(script)}'; "
+        "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
+        palette=Markup(_palette()),
+        style=Markup(_asset("page.css")),
+        script=Markup(script),
+        payload=_packed(payload) if panels or page.map_data else "",
     )
 
 
@@ -111,7 +112,7 @@ def write_page(path: str | Path, text: str) -> None:
 
 
 def rows_of(frame: pd.DataFrame) -> dict[str, Any]:
-    """What the template writes of a table: at most MOST_ROWS rows."""
+    """A table as the template takes it: at most MOST_ROWS rows."""
     shown = frame.head(MOST_ROWS)
     numeric = [frame[name].dtype.kind in "iuf" for name in frame.columns]
     return {
@@ -125,17 +126,16 @@ def rows_of(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def picture(svg: str) -> str:
-    """A drawing as the address of an image: what is in it cannot run, and its names cannot meet
-    those of another drawing."""
+    """A drawing as the data URL of an image: scripts in it do not run, and its ids do not collide
+    with those of another drawing."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+def _without_numpy(value: Any) -> Any:
+    """NumPy arrays and scalars as lists and numbers of Python."""
+    if hasattr(value, "tolist"):
         return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(type(value))
+    raise TypeError(f"{value!r} has no JSON")
 
 
 def template(name: str) -> Template:
@@ -146,7 +146,7 @@ def template(name: str) -> Template:
 @cache
 def _environment() -> Environment:
     loader = PackageLoader("moe_inspect.reporting.render")
-    environment = Environment(
+    environment: Any = Environment(
         loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
@@ -166,7 +166,7 @@ def _asset(name: str) -> str:
 
 
 def _palette() -> str:
-    """The colours of charts as variables of CSS, which follow the theme."""
+    """The colours of charts as CSS variables, which follow the theme."""
     colours = "".join(f"--{name}:light-dark({a},{b});" for name, (a, b) in PALETTE.items())
     return f":root{{{colours}}}"
 
@@ -187,9 +187,10 @@ def _axis(axis: Axis) -> dict[str, Any]:
 def _mark(mark: Mark) -> dict[str, Any]:
     kind = type(mark).__name__.lower()
     if not isinstance(mark, Heatmap):
+        fields: dict[str, np.ndarray | str | float | None] = vars(mark)
         return {"kind": kind} | {
             key: numbers(value) if isinstance(value, np.ndarray) else value
-            for key, value in vars(mark).items()
+            for key, value in fields.items()
         }
     R, C = mark.values.shape
     texts = {"cells": mark.cells, "notes": mark.notes}
@@ -198,14 +199,14 @@ def _mark(mark: Mark) -> dict[str, Any]:
         "rows": R,
         "columns": C,
         "scale": vars(mark.scale),
-        **{key: None if text is None else text.ravel().tolist() for key, text in texts.items()},
+        **{key: None if of is None else of.ravel().tolist() for key, of in texts.items()},
         **_coded(mark.values),
     }
 
 
 def _coded(values_RC: np.ndarray) -> dict[str, Any]:
-    """Values as 16-bit codes between their least and their greatest, which are exact; the last code
-    is no value: a third of the size of decimals, and as fine as a picture needs."""
+    """Values as 16-bit codes on a linear scale from the smallest to the largest; the last code is
+    no value. A third of the size of decimals, and precise enough for a picture."""
     known_RC = np.isfinite(values_RC)
     low, high = 0.0, 1.0
     if known_RC.any():
@@ -217,7 +218,7 @@ def _coded(values_RC: np.ndarray) -> dict[str, Any]:
 
 
 def numbers(values: np.ndarray) -> list[float | None]:
-    """For JSON: five digits, None where there is none."""
+    """Values for JSON: five digits, None for NaN."""
     values = np.asarray(values, float)
     known = np.isfinite(values)
     size = np.where(known & (values != 0), np.abs(values), 1.0)
@@ -228,7 +229,7 @@ def numbers(values: np.ndarray) -> list[float | None]:
 
 
 def _packed(text: str) -> str:
-    """gzip, in base64: a third of the size, and nothing in it that HTML could misread."""
+    """gzip, in base64: a third of the size, and no character with a meaning in HTML."""
     return base64.b64encode(
         gzip.compress(text.encode(errors="backslashreplace"), 6, mtime=0)
     ).decode()

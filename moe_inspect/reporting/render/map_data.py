@@ -1,5 +1,4 @@
-"""The data that the page's map, its domains and the cards of its experts draw from
-(templates/map.js).
+"""The data of the page's map, its chart of domains and its cards of experts (templates/map.js).
 
 L routers, E experts of a router, D domains.
 """
@@ -17,18 +16,18 @@ from moe_inspect.text import layer_label, readable
 if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
 
-# load by domain, router and expert: the domains with the most tokens, up to so many numbers
+# most numbers of the load by domain, router and expert: the domains with the fewest tokens are left
+# out
 CELLS = 800_000
-ENTRIES = 160_000  # of each list that cards show, over all experts
+ENTRIES = 160_000  # most entries of each list that cards show, over all experts
 
 
 def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
-    """What map.js draws the map, the domains and the cards from; and what had to be left out of it,
-    in words.
+    """The data, None for a trace without load; and a text for each thing left out of it.
 
-    load: [domain][router][expert] assignments; tokens: [domain][router]. Lists of an expert (words,
-    partners, nexts) are columns with
-    `start`: those of expert e of router row l are start[first[l] + e] … start[first[l] + e + 1]."""
+    load: [domain][router][expert] assignments; tokens: [domain][router]. The lists of the experts
+    (words, partners, nexts) are columns, one after another: the entries of expert e of row l of
+    `layers` are those from start[first[l] + e] to before start[first[l] + e + 1]."""
     tables: Any = data.tables
     if not data.loaded:
         return None, []
@@ -45,7 +44,7 @@ def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
             "the map"
         )
     kept = [d for d in data.counts.domains if d in set(labels[:most])]
-    load, tokens = [], []
+    load, tokens = list[list[list[int]]](), list[list[int]]()
     for name in kept:
         rows = dict(iter(table[table["domain"] == name].groupby("router")))
         load.append([rows[r]["assignments"].tolist() for r in chosen])
@@ -95,15 +94,16 @@ def _words(
         return None
     table: Any = data.tables["vocabulary"]
     table, start = _by_expert(table, first, position, entries)
-    ids, texts = pd.factorize(table["token_id"])
+    id_of_row: np.ndarray = table["token_id"].to_numpy()
+    codes, ids = pd.factorize(id_of_row)
     text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
     return {
         "start": start,
         "texts": [
             f"id {i}" if text_of[i] is None or text_of[i] != text_of[i] else readable(text_of[i])
-            for i in texts
+            for i in ids
         ],
-        "text": ids.tolist(),
+        "text": codes.tolist(),
         "count": table["count"].tolist(),
         "share": _thousandths(table["fraction"]),
         "choice": _thousandths(table["first_choice_fraction"]),
@@ -133,7 +133,8 @@ def _by_expert(
     table = table[table.groupby(["router", "expert"], sort=False).cumcount() < entries]
     flat = first[table["router"].map(position).to_numpy(int)] + table["expert"].to_numpy(int)
     order = np.argsort(flat, kind="stable")
-    return table.iloc[order], np.searchsorted(flat[order], np.arange(first[-1] + 1)).tolist()
+    experts = np.arange(int(first[-1]) + 1)
+    return table.iloc[order], np.searchsorted(flat[order], experts).tolist()
 
 
 def _thousandths(values: Any) -> list[int | None]:

@@ -4,11 +4,14 @@ backend are the user's.
 R rows, C columns of a heatmap.
 """
 
+# matplotlib's own types leave **kwargs unknown
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import singledispatch
 from pathlib import Path
@@ -47,8 +50,8 @@ if TYPE_CHECKING:
 
 DPI = 200
 DASHES = {"": "-", "dot": ":", "dash": "--"}
-NOTHING = -99.0  # where 0 lies on a scale of logarithms: below all others
-# what DejaVu Sans has no letters for (Chinese, Japanese, Korean), where it is installed
+NOTHING = -99.0  # the position of 0 on a logarithmic scale: below all others
+# for letters that DejaVu Sans lacks (Chinese, Japanese, Korean), if installed
 OTHER_FONTS = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -63,7 +66,7 @@ OTHER_FONTS = (
 def write_pictures(data: ReportData, directory: str | Path) -> list[Path]:
     """Draws every chart that the trace has the data for, as NAME.png and NAME.svg. Returns the
     files."""
-    directory, written = Path(directory), []
+    directory, written = Path(directory), list[Path]()
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     for chart in draw_charts(data)[0]:
@@ -77,8 +80,8 @@ def write_pictures(data: ReportData, directory: str | Path) -> list[Path]:
 
 
 def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) -> bytes:
-    """A figure as a file of "png" or "svg" holds it; the same figure makes the same file. Letters
-    of an SVG are paths, so that it looks the same everywhere."""
+    """The bytes of a figure as a file of format "png" or "svg"; the same figure gives the same
+    bytes. Letters of an SVG are paths, so that it looks the same everywhere."""
     file = io.BytesIO()
     metadata: dict[str, str | None] = {"Description": description} if description else {}
     if format == "svg":
@@ -88,9 +91,9 @@ def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) 
 
 
 @contextmanager
-def letters() -> Iterator[None]:
-    """Labels in any script that an installed font has; a letter that none has is a box, without a
-    warning for each."""
+def letters() -> Generator[None]:
+    """Within it, labels use every installed font that has their letters; a letter that no font has
+    is drawn as a box, without a warning."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     family = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed)]
     with matplotlib.rc_context({"font.family": family}), warnings.catch_warnings():
@@ -126,7 +129,7 @@ def draw(chart: Chart) -> Figure:
 
 
 def _size(panel: Panel, columns: int) -> tuple[float, float]:
-    """Inches of a panel, with its axes."""
+    """Width and height of a panel in inches, axes included."""
     if panel.heatmap is None:
         named = any(getattr(mark, "name", "") for mark in panel.marks)
         breadth = float(np.clip(0.18 * len(panel.x.labels), 5.5, 11.0))
@@ -169,6 +172,8 @@ def _panel(axes: Any, panel: Panel) -> None:
 
 
 def _ticks(axis: Any, of: Axis, count: int, most: int) -> None:
+    """The title and ticks of an axis with `count` positions, at most about `most` of them
+    labelled."""
     axis.set_label_text(of.title, fontsize=9)
     if not of.labels:
         axis.set_major_locator(MaxNLocator(integer=True, nbins=min(most, 16)))
@@ -261,8 +266,8 @@ def _interval(mark: Line | Points, axes: Any) -> None:
         axes.vlines(mark.x, mark.low, mark.high, color=_colour(mark.colour), alpha=0.45, lw=3)
 
 
-def _position(values_RC: np.ndarray, scale: Scale) -> Any:
-    """Where values lie on their scale, masked where there are none."""
+def _position(values_RC: np.ndarray, scale: Scale) -> np.ndarray:
+    """The positions of values on their scale, masked where there is no value."""
     if scale.kind == "amount":
         return np.ma.masked_invalid(values_RC)
     exponent = np.clip(np.log2(np.where(values_RC > 0, values_RC, 1)), -FAR, FAR)
@@ -299,8 +304,8 @@ def _colour(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A label of the corpus: $ would begin a formula, and a leading _ would hide it from the
-    legend."""
+    """A label of the corpus, escaped: $ would begin a formula, and a leading _ would hide it from
+    the legend."""
     text = text.replace("$", r"\$")
     return "\u200a" + text if text.startswith("_") else text
 

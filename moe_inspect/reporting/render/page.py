@@ -1,12 +1,11 @@
-"""The page of a report: its verdict, its figures of note, its charts and tables."""
+"""The page of a report: verdict, key figures, charts and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from moe_inspect.reporting.charts.spec import draw_charts
-from moe_inspect.reporting.render import html
-from moe_inspect.reporting.render.html import Section, chart_section
+from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.map_data import map_data
 from moe_inspect.reporting.tables.data import ReportData, worst_router
 from moe_inspect.reporting.tables.summary import facts
@@ -16,8 +15,8 @@ from moe_inspect.text import layer_label, plural
 
 
 def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
-    """The page of a report, as HTML. `more`: sections to add after its charts, or why there is
-    none."""
+    """The page of a report, as HTML. `more`: sections to add after its charts, or texts that say
+    why one is missing."""
     charts, left_out = draw_charts(data)
     added = list(more)
     sections = [
@@ -28,19 +27,21 @@ def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
     left_out += [made for made in added if isinstance(made, str)]
     experts, short = map_data(data)
     found = findings(data)
-    return html.page(
-        str(dict(facts(data))["model"]),
-        [finding for finding in found if finding.kind not in DATA_KINDS],
-        sections,
-        subtitle=_subtitle(data),
-        warnings=[finding.text for finding in found if finding.kind in DATA_KINDS],
-        facts=_tiles(data),
-        left_out=[*left_out, *short],
-        data=experts,
-        footer="Each number is about one router: expert 3 of one layer has nothing to do with "
-        "expert 3 of the next. Load counts assignments; a token makes k of them at each router. "
-        "Drag over a chart to zoom in, click a name to hide its marks; with the keyboard, Tab to a "
-        "chart and read it with the arrow keys. Made by moe-inspect.",
+    return page_html(
+        Page(
+            str(dict(facts(data))["model"]),
+            _subtitle(data),
+            warnings=[finding.text for finding in found if finding.kind in DATA_KINDS],
+            verdict=[finding for finding in found if finding.kind not in DATA_KINDS],
+            tiles=_tiles(data),
+            sections=sections,
+            left_out=[*left_out, *short],
+            footer="Each number is about one router: expert 3 of one layer has nothing to do with "
+            "expert 3 of the next. Load counts assignments; a token makes k of them at each "
+            "router. Drag over a chart to zoom in, click a name to hide its marks; with the "
+            "keyboard, Tab to a chart and read it with the arrow keys. Made by moe-inspect.",
+            map_data=experts,
+        )
     )
 
 
@@ -49,7 +50,7 @@ def _subtitle(data: ReportData) -> str:
     shapes = sorted(
         {(trace.routers[r].experts, trace.routers[r].top_k) for r in data.selection.routers}
     )
-    said = [
+    parts = [
         str(trace.path.resolve().name),
         plural(counts.tokens, "token")
         + (f" of {plural(counts.documents, 'document')}" if counts.documents else ""),
@@ -57,33 +58,32 @@ def _subtitle(data: ReportData) -> str:
         f"{plural(len(data.selection.routers), 'router')}, "
         f"{' and '.join(f'{k} of {E} experts' for E, k in shapes)} per token",
     ]
-    return " · ".join(said + ([f"{data.selection.phase} only"] if data.selection.phase else []))
+    return " · ".join(parts + ([f"{data.selection.phase} only"] if data.selection.phase else []))
 
 
-def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
-    """(label, value, remark)"""
+def _tiles(data: ReportData) -> list[Tile]:
     worst, rows = worst_router(data), data.loaded
     if worst is None:
         return []
     pooled = data.pooled_max_over_mean()
     tiles = [
-        (
+        Tile(
             "busiest expert ÷ mean",
             f"{worst['max_over_mean']:.2f}×",
             f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst",
         ),
-        ("expected by chance", f"{1 + chance(worst):.2f}×", "for documents like these"),
-        (
+        Tile("expected by chance", f"{1 + chance(worst):.2f}×", "for documents like these"),
+        Tile(
             "uneven routers",
             f"{sum(uneven(data, row) for row in rows)} of {len(rows)}",
             f"{1 + data.thresholds.uneven:g}× and beyond chance",
         ),
-        (
+        Tile(
             "dead experts",
             str(sum(int(row["dead_experts"]) for row in rows)),
             f"of {sum(int(row['experts']) for row in rows):,}",
         ),
     ]
-    return tiles + (
-        [("averaged over layers", f"{pooled:.2f}×", "hides uneven layers")] if pooled else []
-    )
+    if pooled:
+        tiles.append(Tile("averaged over layers", f"{pooled:.2f}×", "hides uneven layers"))
+    return tiles

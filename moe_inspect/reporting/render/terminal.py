@@ -1,7 +1,5 @@
 """The report as text: the verdict first, then the load at a glance, then the tables cut short."""
 
-# pyright: strict, reportMissingTypeStubs=false
-
 from __future__ import annotations
 
 import shlex

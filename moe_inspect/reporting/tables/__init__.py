@@ -1,7 +1,6 @@
 """The report's tables. Importing the package registers them, in this order: a new file of tables is
 added here."""
 
-# ruff: noqa: F401
 # isort: off
 from moe_inspect.reporting.tables import summary
 from moe_inspect.reporting.tables import load
@@ -9,3 +8,5 @@ from moe_inspect.reporting.tables import specialization
 from moe_inspect.reporting.tables import pairs
 from moe_inspect.reporting.tables import router
 from moe_inspect.reporting.tables import over_time
+
+__all__ = ["load", "over_time", "pairs", "router", "specialization", "summary"]

@@ -1,8 +1,6 @@
 """What a report is made of: the trace, what of it is selected, its counts, thresholds and tables.
 Tables, checks and charts are functions of it."""
 
-# pyright: strict, reportMissingTypeStubs=false
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

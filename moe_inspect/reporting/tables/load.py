@@ -17,19 +17,21 @@ from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import table
 
-BALANCE = (
-    *metrics_of("balance", {"load_LE"}),
-    "busiest_expert",
-    "noise_floor",
-    "max_vio_low",
-    "max_vio_high",
-    "max_vio_batch",
-    "noise_floor_batch",
-    "design_effect",
-    "importance_cv",
-)
-BALANCE += tuple(
-    m.column for m in metrics_of("balance", INPUTS).values() if m.column not in BALANCE
+BALANCE = tuple(
+    dict.fromkeys(
+        [
+            *metrics_of("balance", {"load_LE"}),
+            "busiest_expert",
+            "noise_floor",
+            "max_vio_low",
+            "max_vio_high",
+            "max_vio_batch",
+            "noise_floor_batch",
+            "design_effect",
+            "importance_cv",
+            *(m.column for m in metrics_of("balance", INPUTS).values()),
+        ]
+    )
 )
 
 
@@ -42,7 +44,7 @@ def balance(data: ReportData) -> pd.DataFrame:
 def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
     """The balance table of any counts, also those of a recording in progress. `starved`: load ratio
     below which an expert counts as starved."""
-    rows = []
+    rows = list[dict[str, float | None]]()
     weights_RU = None if counts.counts_only else unc.resample_weights(counts.domain_of_unit_U)
     for r in counts.indices:
         router, load_E = counts.routers[r], counts.load_E(r)
@@ -58,9 +60,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
         row |= values_of(counts, r, "balance")
         row["starved_experts"] = float(bal.starved_experts(load_E[None], starved)[0])
         row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
-        row["noise_floor"] = unc.noise_floor(
-            round(total / k), E, k
-        )  # null slots make no load, by chance or otherwise
+        row["noise_floor"] = unc.noise_floor(round(total / k), E, k)  # null slots make no load
         row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(
             counts.of[r].assignments_UE, weights_RU
         )
@@ -96,7 +96,7 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
 @table()
 def load(data: ReportData) -> pd.DataFrame:
     """One row per expert of a router: its load, absolute and relative to the mean."""
-    counts, parts = data.counts, []
+    counts, parts = data.counts, list[pd.DataFrame]()
     for r in data.selection.routers:
         load_E = counts.load_E(r)
         columns = {
@@ -112,7 +112,7 @@ def load(data: ReportData) -> pd.DataFrame:
 
 
 def of_router(data: ReportData, router: int, columns: Mapping[str, object]) -> pd.DataFrame:
-    """Rows about one router: `layer, router` come first."""
+    """A table of these columns about one router: `layer, router` come first."""
     frame = pd.DataFrame(dict(columns))
     frame.insert(0, "layer", data.counts.routers[router].layer)
     frame.insert(1, "router", router)
@@ -120,4 +120,5 @@ def of_router(data: ReportData, router: int, columns: Mapping[str, object]) -> p
 
 
 def stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """One table of the rows of several routers."""
     return pd.concat(parts, ignore_index=True)

@@ -33,10 +33,10 @@ DRIFT = (
 
 @table("windows")
 def windows(data: ReportData) -> pd.DataFrame:
-    """One row per window of tokens, in the order of execution: its balance and that expected by
-    chance of so few tokens; the distance of its load from the window before and that expected by
-    chance; the share of assignments that a capacity factor of 1.25 would drop."""
-    counts, parts = data.decisions("windows"), []
+    """One row per window of tokens, in the order of execution: its balance and the one expected by
+    chance for as many tokens; the distance of its load from that of the window before and the one
+    expected by chance; the share of assignments that a capacity factor of 1.25 would drop."""
+    counts, parts = data.decisions("windows"), list[pd.DataFrame]()
     for r in data.selection.routers:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
         E, k = counts.routers[r].experts, counts.routers[r].top_k
@@ -48,9 +48,7 @@ def windows(data: ReportData) -> pd.DataFrame:
             "tokens": tokens_W,
             "max_over_mean": bal.max_over_mean(load_WE),
             "busiest_expert": pd.array(np.where(there_W, bal.busiest_expert(load_WE), -1), "Int64"),
-            "noise_floor": unc.noise_floors(
-                load_WE.sum(1) / k, E, k
-            ),  # null slots make no load, by chance or otherwise
+            "noise_floor": unc.noise_floors(load_WE.sum(1) / k, E, k),  # null slots make no load
             "total_variation": np.r_[np.nan, win.step_total_variation(load_WE)][: len(tokens_W)],
             "total_variation_floor": np.r_[np.nan, floors[0]][: len(tokens_W)],
             "jsd_bits": np.r_[np.nan, win.step_jsd_bits(load_WE)][: len(tokens_W)],
@@ -65,19 +63,18 @@ def windows(data: ReportData) -> pd.DataFrame:
 
 @table("windows", by_router=DRIFT)
 def drift(data: ReportData) -> pd.DataFrame:
-    """One row per router: how far its load moves from one window to the next, and how far chance
-    moves it; and what that costs where experts are placed on GPUs by the load of the window before.
-    Windows with under half the tokens of the largest are left out."""
-    counts, rows = data.decisions("drift"), []
+    """One row per router: how far its load moves from one window to the next, how far chance alone
+    moves it, and what that costs if experts are placed on GPUs by the load of the window before.
+    Windows with fewer than half the tokens of the largest are left out."""
+    counts, rows = data.decisions("drift"), list[dict[str, float]]()
     for r in data.selection.routers:
         _, _, tokens_W, load_WE = _windows(counts, r)
         whole_W = bal.whole_passes(tokens_W)
         load_WE = load_WE[whole_W]
         floors = _floors(counts, r, load_WE)
         ends = _floors(counts, r, load_WE[[0, -1]]) if len(load_WE) > 1 else floors
-        gpus = min(
-            win.RANKS, max(1, counts.routers[r].experts // 2)
-        )  # with one expert to a GPU there is nothing to place
+        # with one expert per GPU no placement is better than another
+        gpus = min(win.RANKS, max(1, counts.routers[r].experts // 2))
         rows.append(
             {
                 "layer": counts.routers[r].layer,
@@ -110,6 +107,7 @@ def _windows(counts: Counts, router: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _floors(counts: Counts, router: int, load_WE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The total variation and JSD of each window and the one before that chance gives."""
     load_E, k = counts.load_E(router), counts.routers[router].top_k
     effect = unc.design_effect(
         counts.of[router].assignments_UE, counts.tokens_U_of(router), counts.domain_of_unit_U

@@ -1,8 +1,9 @@
 """Tables of pairs: experts of one decision, of one layer and the next, of one token and the next.
 
-E experts, N experts of the next router, D domains. Of pairs the `top` partners of each expert with
-the most evidence beyond chance are listed, and the rows of a router go by that evidence: most
-beyond what chance expects first, most below it last.
+E experts, N experts of the next router, D domains, U units, R resamples, M tokens of a segment.
+The tables of pairs of experts list, for each expert, the `top` partners with the most evidence
+against chance. The rows of a router are sorted by that evidence: pairs more frequent than expected
+first, pairs less frequent than expected last.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.load import of_router, stacked
 from moe_inspect.reporting.tables.registry import table
 
-LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # of one token it is 1
-BOUNDS = ("", "_low", "_high")  # 95 %
-ALPHA = 0.05  # probability that chance makes any pair of the trace supported (family-wise)
+LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # tokens of a segment; SRP is 1 for a single token
+BOUNDS = ("", "_low", "_high")  # suffixes of a value and of its 95% interval
+ALPHA = 0.05  # probability that chance alone makes any pair of the trace supported (family-wise)
 LOCALITY = (
     *(
         name + bound
@@ -41,20 +42,20 @@ def coactivation(data: ReportData) -> pd.DataFrame:
     of decisions as expected by chance at these loads (chance, expected); the ratio to it (lift),
     the standard deviation of lift under chance, given the design effect of documents (lift_sd), and
     the evidence against chance (log10_p, supported: see PairCounts)."""
-    counts, parts = data.decisions("coactivation"), []
+    counts, parts = data.decisions("coactivation"), list[pd.DataFrame]()
     for r in data.selection.routers:
         together_EE, both = _counted(counts.of[r].together_EE), chosen_together(data, r)
-        at = expert, other = both.top(data.top)
+        listed = expert, other = both.top(data.top)
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = {
                 "expert": expert,
                 "other": other,
-                "together": together_EE[at],
-                "probability": pairs.coactivation(together_EE)[at],
-                "lift": pairs.coactivation_lift(together_EE, both.expected_EN)[at],
-                "chance": both.expected_EN[at] / np.diagonal(together_EE)[expert],
-                "expected": both.expected_EN[at],
-                **both.evidence(at),
+                "together": together_EE[listed],
+                "probability": pairs.coactivation(together_EE)[listed],
+                "lift": pairs.coactivation_lift(together_EE, both.expected_EN)[listed],
+                "chance": both.expected_EN[listed] / np.diagonal(together_EE)[expert],
+                "expected": both.expected_EN[listed],
+                **both.evidence(listed),
             }
         parts.append(by_evidence(of_router(data, r, columns)))
     return stacked(parts)
@@ -67,25 +68,25 @@ def transitions(data: ReportData) -> pd.DataFrame:
     expert chosen here), over all pairs of slots; its ratio to the probability of next_expert
     (lift), the standard deviation of lift under chance, given the design effect of documents
     (lift_sd), and the evidence against chance (log10_p, supported: see PairCounts)."""
-    counts, parts = data.decisions("transitions"), []
+    counts, parts = data.decisions("transitions"), list[pd.DataFrame]()
     for r in data.selection.routers:
         after, both = counts.next_router(r), chosen_next(data, r)
         if after is None or both is None:
             continue
-        at = expert, other = both.top(data.top)
+        listed = expert, other = both.top(data.top)
         columns = {
             "next_layer": counts.routers[after].layer,
             "next_router": after,
             "expert": expert,
             "next_expert": other,
-            "together": both.count_EN[at],
-            "probability": pairs.transition(both.count_EN, counts.load_E(r))[at],
-            "lift": pairs.transition_lift(both.count_EN)[at],
-            "expected": both.expected_EN[at],
-            **both.evidence(at),
+            "together": both.count_EN[listed],
+            "probability": pairs.transition(both.count_EN, counts.load_E(r))[listed],
+            "lift": pairs.transition_lift(both.count_EN)[listed],
+            "expected": both.expected_EN[listed],
+            **both.evidence(listed),
         }
         parts.append(by_evidence(of_router(data, r, columns)))
-    if not parts:  # the last MoE layer
+    if not parts:  # only the last MoE layer is selected
         integers = [
             "layer",
             "router",
@@ -105,11 +106,11 @@ def transitions(data: ReportData) -> pd.DataFrame:
 
 @table("repetition")
 def repetition(data: ReportData) -> pd.DataFrame:
-    """One row per router and domain: how often a token's first choice is that of the token before
-    it in its sequence, and how often the two share any expert, with 95 % intervals by document
-    (low, high); and the same for independent choices, uniform (random) or with the domain's loads
-    (by_load)."""
-    counts, parts = data.decisions("repetition"), []
+    """One row per router and domain: how often a token has the same first choice as the token
+    before it in its sequence, and how often the two share any expert, with 95 % intervals by
+    document (low, high); and the same for independent choices, uniform (random) or with the
+    domain's loads (by_load)."""
+    counts, parts = data.decisions("repetition"), list[pd.DataFrame]()
     of_domain = [np.flatnonzero(counts.domain_of_unit_U == d) for d in range(len(counts.domains))]
     resampled = [unc.resample_weights(units * 0) for units in of_domain]
     for r in data.selection.routers:
@@ -149,7 +150,7 @@ def locality(data: ReportData) -> pd.DataFrame:
     and from the layer before (accuracy of predicting the next MoE layer's first choice, its
     marginal and its null). 95 % intervals (low, high) by document; that of the accuracy by the
     design effect of the router's load, since pairs of layers are not counted by document."""
-    counts, rows = data.decisions("locality"), []
+    counts, rows = data.decisions("locality"), list[dict[str, float]]()
     weights_RU = unc.resample_weights(counts.domain_of_unit_U)
     for r in data.selection.routers:
         of = counts.of[r]
@@ -172,7 +173,7 @@ def locality(data: ReportData) -> pd.DataFrame:
                 else np.array([np.nan])
             )
             found[f"srp_{m}"] = value, unc.interval(spread_R)
-            # without a window of m tokens there is nothing to hold it against
+            # NaN also where the trace has no segment of m tokens to compare with it
             row[f"srp_{m}_by_load"] = (
                 pairs.srp_by_load(counts.load_E(r), counts.tokens_of(r), m)
                 if value == value
@@ -204,28 +205,29 @@ def _effect(data: ReportData, r: int) -> float:
 
 @dataclass(frozen=True)
 class PairCounts:
-    """How often the experts of two sides are chosen together, and how often chance would at these
-    loads.
+    """How often each pair of experts is chosen together, and how often it would be by chance at
+    these loads. count_EN, expected_EN: the two numbers. most_EN: the most they could be. tested:
+    pairs of the whole trace. effect: the design effect.
 
-    The evidence of a pair is the probability that chance, at these loads, gives a count as far from
-    the expected one or further: a two-sided binomial tail, of as many trials as the rarer of the
-    two experts was chosen. Tokens of one document are not independent: all counts are divided by
-    the design effect of the router's load, where there are documents enough to have one (pairs
-    themselves are not counted by document). A pair is supported where that probability times the
-    number of pairs tested, those of all routers of the trace (Bonferroni), is at most ALPHA:
-    whatever layers are selected, a pair is supported or not."""
+    The evidence of a pair is the probability of a count at least as far from the expected one, by
+    chance at these loads: a two-sided binomial tail, with one trial for each time that the rarer of
+    the two experts was chosen. Tokens of one document are not independent: all counts are divided
+    by the design effect of the router's load, if there are enough documents to estimate it (pairs
+    are not counted by document). A pair is supported if that probability times the number of pairs
+    tested, those of all routers of the trace (Bonferroni), is at most ALPHA. The selection of
+    layers does not change which pairs are supported."""
 
     count_EN: np.ndarray
     expected_EN: np.ndarray
-    most_EN: np.ndarray  # as often as the two can be chosen together
+    most_EN: np.ndarray
     tested: int
     effect: float
 
     def top(self, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `top` partners of each expert with the most evidence, of those it is ever chosen
-        with; 0: all. (expert, partner)"""
-        E, N = self.count_EN.shape
-        # the deviance grows with the evidence, and is quick to have of every pair
+        """The `top` partners of each expert with the most evidence, among those it is ever chosen
+        with; 0: all. Returns (expert, partner)."""
+        E, N = map(int, self.count_EN.shape)
+        # the deviance orders pairs as their evidence does, and is faster to compute
         deviance_EN = unc.signed_deviance(self.count_EN, self.expected_EN, self.most_EN)
         order_EN = np.argsort(
             np.where(self.count_EN > 0, -deviance_EN, np.inf), axis=1, kind="stable"
@@ -234,15 +236,16 @@ class PairCounts:
         chosen_EN = np.take_along_axis(self.count_EN, order_EN, 1) > 0
         return expert_EN[chosen_EN], order_EN[chosen_EN]
 
-    def evidence(self, at: Any) -> dict[str, np.ndarray]:
-        """The columns lift_sd, log10_p and supported of the pairs `at`."""
+    def evidence(self, pairs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """The columns lift_sd, log10_p and supported of these pairs: (expert, partner)."""
         effect = max(1.0, self.effect) if self.effect == self.effect else 1.0
         count, expected, most = (
-            values_EN[at] / effect for values_EN in (self.count_EN, self.expected_EN, self.most_EN)
+            values_EN[pairs] / effect
+            for values_EN in (self.count_EN, self.expected_EN, self.most_EN)
         )
         log10_p = unc.log10_tail(count, expected, most)
         with np.errstate(divide="ignore", invalid="ignore"):
-            lift_sd = np.sqrt(np.maximum(self.effect, 1) / self.expected_EN[at])
+            lift_sd = np.sqrt(np.maximum(self.effect, 1) / self.expected_EN[pairs])
         return {
             "lift_sd": lift_sd,
             "log10_p": log10_p,
@@ -251,7 +254,7 @@ class PairCounts:
 
 
 def chosen_together(data: ReportData, r: int) -> PairCounts:
-    """Experts of one decision. A decision of one choice has no pairs."""
+    """Pairs of experts of one decision. With k = 1 there are none."""
     counts = data.decisions("coactivation")
     together_EE = _counted(counts.of[r].together_EE)
     load_E = np.diagonal(together_EE)
@@ -265,7 +268,8 @@ def chosen_together(data: ReportData, r: int) -> PairCounts:
 
 
 def chosen_next(data: ReportData, r: int) -> PairCounts | None:
-    """Experts of router r and of the next that the same tokens reach; None for the last."""
+    """Pairs of an expert of router r and one of the next router that the same token chooses; None
+    for the last router."""
     counts = data.decisions("transitions")
     after, next_EN = counts.next_router(r), counts.of[r].next_EN
     if after is None or next_EN is None:
@@ -276,7 +280,7 @@ def chosen_next(data: ReportData, r: int) -> PairCounts | None:
     )
     row_E, column_N = next_EN.sum(1), next_EN.sum(0)
     expected_EN = np.outer(row_E, column_N) / max(next_EN.sum(), 1)
-    # of a token's k·k pairs an expert is in as many as the other router has choices
+    # an expert that a token chooses is in as many of its pairs as the other router has choices
     return _against_chance(
         data,
         r,
@@ -297,6 +301,7 @@ def _against_chance(
     load_N: np.ndarray,
     tested: int,
 ) -> PairCounts:
+    """load_E, load_N: how often each expert of the two sides was chosen."""
     most_EN = np.minimum(load_E[:, None], load_N[None, :])
     return PairCounts(
         count_EN,
@@ -308,7 +313,8 @@ def _against_chance(
 
 
 def by_evidence(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a router: those most beyond chance first, those most below it last."""
+    """The rows of a router by their evidence: more frequent than expected first, less frequent
+    last."""
     beyond = rows["together"] > rows["expected"]
     return rows.iloc[
         np.lexsort(

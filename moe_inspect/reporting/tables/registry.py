@@ -1,8 +1,6 @@
 """The report's tables by name: a table is a function of the report's data that returns a DataFrame,
 decorated with @table. `Report.tables`, `--table`, its help and the gates take it from TABLES."""
 
-# pyright: strict, reportMissingTypeStubs=false
-
 from __future__ import annotations
 
 from collections.abc import Callable

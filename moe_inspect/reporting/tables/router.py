@@ -1,4 +1,4 @@
-"""Tables of the router itself: its confidence and losses, and ESFT scores. E experts, D domains."""
+"""Tables of the router: its confidence and losses, and ESFT scores. E experts, D domains."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ROUTER = (
 def router(data: ReportData) -> pd.DataFrame:
     """One row per router: its confidence, from the k gate weights and, where they are recorded,
     from all logits (NaN otherwise); the balancing losses computed from the logits."""
-    counts, rows = data.counts_for("weights", "logits"), []
+    counts, rows = data.counts_for("weights", "logits"), list[dict[str, float]]()
     for r in data.selection.routers:
         of = counts.of[r]
-        n, weighed = of.logit_decisions, of.weight_decisions
+        n, weighted = of.logit_decisions, of.weight_decisions
         row: dict[str, float] = {
             "layer": counts.routers[r].layer,
             "router": r,
@@ -42,9 +42,9 @@ def router(data: ReportData) -> pd.DataFrame:
         if of.probability_sum_E is not None and n:
             row["aux_loss"] = rt.aux_loss(counts.load_E(r), of.probability_sum_E)
         row |= {
-            "weight_mass": rt.weight_mass(of.weight_mass_sum, weighed),
-            "weight_entropy_nats": rt.weight_entropy_nats(of.weight_entropy_sum, weighed),
-            "weight_margin": rt.weight_margin(of.weight_margin_sum, weighed)
+            "weight_mass": rt.weight_mass(of.weight_mass_sum, weighted),
+            "weight_entropy_nats": rt.weight_entropy_nats(of.weight_entropy_sum, weighted),
+            "weight_margin": rt.weight_margin(of.weight_margin_sum, weighted)
             if counts.routers[r].top_k > 1
             else np.nan,
             "z_loss": rt.z_loss(of.z_sum, n),
@@ -64,10 +64,11 @@ def esft(data: ReportData) -> pd.DataFrame:
     """One row per expert and domain: the expert's share of the domain by tokens and by gate weight,
     weighting all tokens alike, or all samples (sequences): the scores by which expert-specialised
     fine-tuning (ESFT) selects experts."""
-    counts, parts = data.counts_for("esft"), []
+    counts, parts = data.counts_for("esft"), list[pd.DataFrame]()
     D = len(counts.domains)
     for r in data.selection.routers:
         of, assignments_DE = counts.of[r], counts.assignments_DE(r)
+        E = counts.routers[r].experts
         nothing_DE = np.full(assignments_DE.shape, np.nan)
         samples_D = of.samples_D if of.samples_D is not None else np.zeros(D)
         weight_sum_DE = nothing_DE if of.weight_sum_DE is None else of.weight_sum_DE
@@ -76,13 +77,13 @@ def esft(data: ReportData) -> pd.DataFrame:
             nothing_DE if of.esft_gate_DE is None or of.weight_sum_DE is None else of.esft_gate_DE
         )
         columns = {
-            "domain": np.repeat(np.array(counts.domains, object), assignments_DE.shape[1]),
-            "expert": np.tile(np.arange(assignments_DE.shape[1]), D),
+            "domain": np.repeat(np.array(counts.domains, object), E),
+            "expert": np.tile(np.arange(E), D),
             "token_score": scores.token_score(assignments_DE).reshape(-1),
             "gate_score": scores.gate_score(weight_sum_DE, counts.tokens_D_of(r)).reshape(-1),
             "token_score_by_sample": scores.token_score_by_sample(token_DE, samples_D).reshape(-1),
             "gate_score_by_sample": scores.gate_score_by_sample(gate_DE, samples_D).reshape(-1),
-            "samples": np.repeat(samples_D.astype(np.int64), assignments_DE.shape[1]),
+            "samples": np.repeat(samples_D.astype(np.int64), E),
         }
         parts.append(of_router(data, r, columns))
     return stacked(parts)

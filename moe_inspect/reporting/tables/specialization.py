@@ -1,5 +1,6 @@
-"""Tables of what the experts do: their load by domain, the information that domain and token id
-carry about the expert, and the token ids of each expert. V token ids, E experts, D domains."""
+"""Tables of specialisation: the load of each expert by domain, the information that domain and
+token id carry about the expert, and the token ids of each expert. V token ids, E experts, D
+domains."""
 
 from __future__ import annotations
 
@@ -36,11 +37,11 @@ SPECIALIZATION = (
 def domains(data: ReportData) -> pd.DataFrame:
     """One row per expert and domain: activation = assignments ÷ tokens of the domain (sums to k
     over the experts), lift = activation ÷ its mean over the domains."""
-    counts, parts = data.counts, []
+    counts, parts = data.counts, list[pd.DataFrame]()
     D = len(counts.domains)
     for r in data.selection.routers:
         assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
-        E = assignments_DE.shape[1]
+        E = counts.routers[r].experts
         columns = {
             "domain": np.repeat(np.array(counts.domains, object), E),
             "expert": np.tile(np.arange(E), D),
@@ -55,8 +56,9 @@ def domains(data: ReportData) -> pd.DataFrame:
 
 @table(by_router=SPECIALIZATION)
 def specialization(data: ReportData) -> pd.DataFrame:
-    """One row per router: the information about the expert that the domain carries, the token id,
-    and the domain given the token id; each with its null, the same with shuffled labels."""
+    """One row per router: the information about the expert that the domain carries, that the token
+    id carries, and that the domain carries given the token id; each with its null, the same with
+    shuffled labels."""
     if data.counts.counts_only:
         rows = [_domain_specialization(data, r) for r in data.selection.routers]
     else:
@@ -89,8 +91,8 @@ def _domain_specialization(data: ReportData, router: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TokenIdPass:
-    """What the pass by token id that `specialization` needs gives: the columns of that table, a
-    router each, and the rows of `vocabulary`, None where all token ids are asked for."""
+    """The results of the pass by token id. columns: for the table `specialization`, one dict per
+    router. vocabulary: the table of that name, None where all token ids are asked for."""
 
     columns: list[dict[str, float]]
     vocabulary: pd.DataFrame | None
@@ -160,6 +162,7 @@ def vocabulary(data: ReportData) -> pd.DataFrame:
 
 @once
 def _text_of_token_id(data: ReportData) -> pd.Series:
+    """Token id → its text."""
     frame = data.trace.vocabulary().drop_duplicates("token_id")
     return pd.Series(frame["token"].to_numpy(object), index=frame["token_id"].to_numpy())
 

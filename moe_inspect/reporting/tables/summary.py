@@ -1,4 +1,4 @@
-"""The table of facts: what was traced, how, what the report comes to, and why columns are empty."""
+"""The table `summary`: what was traced and how, the main results, and why columns are empty."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def facts(data: ReportData) -> list[tuple[str, str]]:
 
 
 def _recording(data: ReportData) -> list[tuple[str, object]]:
-    """What was traced and how, and what of it is selected."""
+    """What was traced and how, and the selection."""
     trace, selection = data.trace, data.selection
     capture, model = trace.manifest.get("capture", {}), trace.manifest.get("model", {})
     rows: list[tuple[str, object]] = [("status", trace.status)]
@@ -55,6 +55,7 @@ def _recording(data: ReportData) -> list[tuple[str, object]]:
 
 
 def _amounts(data: ReportData) -> list[tuple[str, object]]:
+    """Tokens, documents, decisions and assignments."""
     counts, routers = data.counts, data.selection.routers
     return [
         ("tokens", counts.tokens),
@@ -71,6 +72,7 @@ def _amounts(data: ReportData) -> list[tuple[str, object]]:
 
 
 def _worst(data: ReportData) -> list[tuple[str, object]]:
+    """Dead experts, the router with the most uneven load, and the load summed over routers."""
     rows: list[tuple[str, object]] = [
         ("dead_experts", sum(int(row["dead_experts"]) for row in data.loaded))
     ]
@@ -88,7 +90,7 @@ def _worst(data: ReportData) -> list[tuple[str, object]]:
 
 @once
 def notes(data: ReportData) -> list[str]:
-    """Why a column is NaN, and what a number is limited to."""
+    """Why columns are NaN, and what numbers are limited to."""
     found = (
         _few_documents(data),
         _one_domain(data),
@@ -172,29 +174,21 @@ def _token_id_notes(data: ReportData) -> list[str]:
     judged = tokenids.frequent(data.counts, tokenids.MIN_COUNT, tokenids.CELLS // widest)
     if not len(judged.ids_V):
         return [
-            (
-                f"no token id occurs {tokenids.MIN_COUNT} times: token_mi_*, "
-                "domain_mi_given_token_*, vocabulary_specialization are NaN"
-            )
+            f"no token id occurs {tokenids.MIN_COUNT} times: token_mi_*, domain_mi_given_token_*, "
+            "vocabulary_specialization are NaN"
         ]
-    said = (
+    notes = [
         f"token ids are judged from {tokenids.MIN_COUNT} occurrences: "
         f"{plural(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
-    )
-    notes = (
-        [said]
-        if data.trace.vocabulary().size
-        else [
-            said,
-            "no vocabulary in the trace: token is missing, give a tokenizer when tracing",
-        ]
-    )
+    ]
+    if not data.trace.vocabulary().size:
+        notes.append("no vocabulary in the trace: token is missing, give a tokenizer when tracing")
     if len(data.counts.domains) > 1:
         paired, clusters = tokenids.pair_ids_of(data.counts, widest)
         if paired.coverage < judged.coverage:
             notes.append(
                 f"domain_mi_given_token_bits is of the {len(paired.ids_V):,} most frequent "
                 f"token ids ({paired.coverage:.1%} of the "
-                f"tokens), documents in {clusters} clusters a domain, to bound its memory"
+                f"tokens), documents in {clusters} clusters per domain, to bound its memory"
             )
     return notes

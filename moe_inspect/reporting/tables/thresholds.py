@@ -1,7 +1,5 @@
 """Verdict thresholds. All can be set; `summary` lists them."""
 
-# pyright: strict, reportMissingTypeStubs=false
-
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Is the load of a router more uneven than chance makes it? A row is one of the table `balance`."""
 
-# pyright: strict, reportMissingTypeStubs=false
-
 from __future__ import annotations
 
 import math

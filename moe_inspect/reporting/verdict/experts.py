@@ -119,16 +119,16 @@ def least_used_expert(data: ReportData) -> Finding | None:
     in_domain = ""
     if found is not None:
         in_domain = (
-            f' and {found[0]:.1f}x on "{found[1]}"'
+            f' ({found[0]:.1f}x on "{found[1]}")'
             if math.isfinite(found[0])
-            else f', and on "{found[1]}" it is never chosen'
+            else f' (on "{found[1]}" expert {expert} is never chosen)'
         )
     return finding(
         "least_used_expert",
         "note",
         f"Expert {expert} of {name_of(data, row)} is the least used{alone}: "
-        f"{format_ratio(ratio)}x the mean load, the busiest expert there gets {times:,.1f}x as much"
-        f"{in_domain}.",
+        f"{format_ratio(ratio)}x the mean load. The busiest expert there gets {times:,.1f}x its "
+        f"load{in_domain}.",
         row,
         expert=expert,
         load_ratio=ratio,
@@ -141,8 +141,8 @@ def least_used_expert(data: ReportData) -> Finding | None:
 def _worst_domain(
     data: ReportData, row: Any, expert: int, times: float
 ) -> tuple[float, str] | None:
-    """How many times as much as the expert the busiest gets in the domain where that is most, of
-    those with text enough to tell, and the domain; None where it is not 1.5 × `times` there."""
+    """Load of the busiest expert ÷ load of `expert` in the domain where that is highest, among
+    domains with enough text, and the domain; None where it is below 1.5 × `times`."""
     counts, found = data.counts, list[tuple[float, str]]()
     documents_D = np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains))
     for domain, documents, load_E in zip(

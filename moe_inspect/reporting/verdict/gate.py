@@ -1,7 +1,5 @@
 """Gates: does the metric of any selected router exceed a limit? For continuous integration."""
 
-# pyright: strict, reportMissingTypeStubs=false
-
 from __future__ import annotations
 
 import math
