@@ -10,7 +10,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-quick test-slow test-families test-newest test-oldest lint docs picture bench fuzz clean
+.PHONY: help demo test test-quick test-slow test-families test-ptx test-newest test-oldest lint docs picture bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ NEWEST := build/venv-newest
 OLDEST := build/venv-oldest
 NEWEST_PYTHON ?= python3.13
 OLDEST_PYTHON ?= python3.11
+
+test-ptx: $(VENV)/.installed ## Execute every kernel as compiled for sm_80, sm_90 and sm_100, without a GPU
+	PTX=whole $(BIN)/python -m pytest -n auto tests/test_ptx.py
 
 test-newest: ## The suite on the newest Python and the newest release of every dependency (build/venv-newest)
 	$(NEWEST_PYTHON) -m venv $(NEWEST)

@@ -27,6 +27,8 @@ TARGETS = {
 SHAPES = ((8, 2), (60, 4), (64, 8), (256, 8), (512, 10))  # E, k
 BLOCKS = (256, 512, 1024)  # every value of kernels.slots_per_program
 PAGE_ROWS = 4096
+# name, kernel, types (an ":16" marks a multiple of 16), constants, options
+Variant = tuple[str, Any, dict[str, Any], dict[str, Any], dict[str, int]]
 NUMBERS = ("T", "E", "H", "blocks", "lane", "base", "page_values", "ring_rows")
 # multiples of 16 by construction (H: in the models there are)
 ALIGNED = ("base", "page_values", "ring_rows", "H")
@@ -47,92 +49,98 @@ def type_of(name: str) -> str:
 NO_TAPE = kernels.TapeArguments(*("constexpr",) * len(kernels.TapeArguments._fields))
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, types, constants, options) of everything that is launched."""
-    block, one = {"BLOCK": kernels.RECORD_BLOCK}, {"BLOCK": kernels.ONE_LAUNCH}
-    chunk, ranking = {"CHUNK": kernels.CHUNK}, kernels.RANKING
+def variants() -> Iterator[Variant]:
+    """Everything that is launched."""
     for E, K in SHAPES:
-        shape = {"K": K, "BINS": max(16, triton.next_power_of_2(E))}
-        ids = "*u8" if E < 256 else "*i16"
-        off = {"tape": NO_TAPE}
-        for weight in ("fp16", "bf16"):
-            weights = {"weights": "*fp32" if weight == "fp16" else "*bf16"}
-            taped = {**weights, "tape": tape_types(ids, "*" + weight)}
-            name = f"E{E} k{K} {weight}"
-            yield (
-                f"record {name}",
-                kernels._record_kernel,
-                taped,
-                {**block, "K": K, "ALONE": False},
-                kernels.REGISTERS,
-            )
-            yield (
-                f"dispatch 1/1 {name}",
-                kernels._one_kernel,
-                taped,
-                {**shape, **one, **chunk},
-                ranking,
-            )
-            for size in BLOCKS:
-                yield (
-                    f"dispatch 1/2 {name} block {size}",
-                    kernels._count_kernel,
-                    taped,
-                    {**shape, "BLOCK": size},
-                    {"num_warps": kernels.record_warps(size)},
-                )
-            y = {"y": "*bf16", "out": "*bf16"}
-            combine = {**block, "ROUND": weight == "bf16", "COLUMNS": 1024, "K": K}
-            yield f"combine {name}", kernels._combine_kernel, {**weights, **off, **y}, combine, {}
-            yield (
-                f"combine + record {name}",
-                kernels._combine_kernel,
-                {**taped, **y},
-                {**combine, "inverse": None, "offsets": None},
-                {},
-            )
-        name, rows = f"E{E} k{K}", {"ROWS": max(1, min(64, 4096 // shape["BINS"]))}
-        yield (
-            f"record alone {name}",
-            kernels._record_kernel,
-            taped,
-            {**block, "K": K, "ALONE": True},
-            kernels.REGISTERS,
-        )
-        unweighted = {"weights": None}
-        yield (
-            f"dispatch 1/1 off {name}",
-            kernels._one_kernel,
-            off,
-            {**shape, **one, **chunk, **unweighted},
-            ranking,
-        )
-        yield (
-            f"dispatch 1/2 off {name}",
-            kernels._count_kernel,
-            off,
-            {**shape, **block, **unweighted},
-            {},
-        )
-        for scanned in (False, True):
-            for size in BLOCKS:
-                yield (
-                    f"dispatch {'3/3' if scanned else '2/2'} {name} block {size}",
-                    kernels._scatter_kernel,
-                    taped,
-                    {**shape, **chunk, **rows, "BLOCK": size, "SCANNED": scanned},
-                    ranking,
-                )
-        yield f"dispatch 2/3 {name}", kernels._scan_kernel, {}, {"ROWS": 64, "COLUMNS": 16}, {}
+        number = {"E": "i32" if E % 16 else "i32:16"}
+        for name, kernel, types, constants, options in _variants_of(E, K):
+            yield name, kernel, {**number, **types}, constants, options
     logits = tape_types(None, "*fp16")
     yield (
         "record logits E64",
         kernels._record_kernel,
-        {"weights": "*fp32", "tape": logits},
-        {**block, "K": 64, "ALONE": False, "ids": None},
+        {"weights": "*fp32", "tape": logits, "E": "i32:16"},
+        {"BLOCK": kernels.RECORD_BLOCK, "K": 64, "ALONE": False, "ids": None},
         kernels.REGISTERS,
     )
     yield "advance", kernels._advance_kernel, {"tape": logits}, {}, {"num_warps": 1}
+
+
+def _variants_of(E: int, K: int) -> Iterator[Variant]:
+    block, one = {"BLOCK": kernels.RECORD_BLOCK}, {"BLOCK": kernels.ONE_LAUNCH}
+    chunk, ranking = {"CHUNK": kernels.CHUNK}, kernels.RANKING
+    shape = {"K": K, "BINS": max(16, triton.next_power_of_2(E))}
+    ids = "*u8" if E < 256 else "*i16"
+    off = {"tape": NO_TAPE}
+    for weight in ("fp16", "bf16"):
+        weights = {"weights": "*fp32" if weight == "fp16" else "*bf16"}
+        taped = {**weights, "tape": tape_types(ids, "*" + weight)}
+        name = f"E{E} k{K} {weight}"
+        yield (
+            f"record {name}",
+            kernels._record_kernel,
+            taped,
+            {**block, "K": K, "ALONE": False},
+            kernels.REGISTERS,
+        )
+        yield (
+            f"dispatch 1/1 {name}",
+            kernels._one_kernel,
+            taped,
+            {**shape, **one, **chunk},
+            ranking,
+        )
+        for size in BLOCKS:
+            yield (
+                f"dispatch 1/2 {name} block {size}",
+                kernels._count_kernel,
+                taped,
+                {**shape, "BLOCK": size},
+                {"num_warps": kernels.record_warps(size)},
+            )
+        y = {"y": "*bf16", "out": "*bf16"}
+        combine = {**block, "ROUND": weight == "bf16", "COLUMNS": 1024, "K": K}
+        yield f"combine {name}", kernels._combine_kernel, {**weights, **off, **y}, combine, {}
+        yield (
+            f"combine + record {name}",
+            kernels._combine_kernel,
+            {**taped, **y},
+            {**combine, "inverse": None, "offsets": None},
+            {},
+        )
+    name, rows = f"E{E} k{K}", {"ROWS": max(1, min(64, 4096 // shape["BINS"]))}
+    yield (
+        f"record alone {name}",
+        kernels._record_kernel,
+        taped,
+        {**block, "K": K, "ALONE": True},
+        kernels.REGISTERS,
+    )
+    unweighted = {"weights": None}
+    yield (
+        f"dispatch 1/1 off {name}",
+        kernels._one_kernel,
+        off,
+        {**shape, **one, **chunk, **unweighted},
+        ranking,
+    )
+    yield (
+        f"dispatch 1/2 off {name}",
+        kernels._count_kernel,
+        off,
+        {**shape, **block, **unweighted},
+        {},
+    )
+    for scanned in (False, True):
+        for size in BLOCKS:
+            yield (
+                f"dispatch {'3/3' if scanned else '2/2'} {name} block {size}",
+                kernels._scatter_kernel,
+                taped,
+                {**shape, **chunk, **rows, "BLOCK": size, "SCANNED": scanned},
+                ranking,
+            )
+    yield f"dispatch 2/3 {name}", kernels._scan_kernel, {}, {"ROWS": 64, "COLUMNS": 16}, {}
 
 
 def compiled(
@@ -148,11 +156,11 @@ def compiled(
     values: dict[Any, Any] = dict(constants)
     for i, name in enumerate(kernel.arg_names):
         kind = "constexpr" if name in constants else types.get(name, type_of(name))
-        signature[name] = kind
+        signature[name] = kind.removesuffix(":16") if isinstance(kind, str) else kind
         fields = zip(kind._fields, kind, strict=True) if name == "tape" else ((name, kind),)
         for n, (field, of) in enumerate(fields):
             path = (i, n) if name == "tape" else (i,)
-            if of.startswith("*") or (field in ALIGNED and of != "constexpr"):
+            if of[0] == "*" or of.endswith(":16") or (field in ALIGNED and of != "constexpr"):
                 attributes[path] = [["tt.divisibility", 16]]
             if name == "tape" and of == "constexpr":
                 values[path] = PAGE_ROWS if field == "P" and kind is not NO_TAPE else None

@@ -46,6 +46,8 @@ class Case:
     weights: str
     tape: str
     invalid_ids: bool
+    block: int | None = None  # slots per program
+    P: int = 256  # rows per page
 
     def __str__(self) -> str:
         parts = (f"E{self.E}", f"k{self.K}", f"T{self.T}", self.skew, self.launches, self.weights)
@@ -120,7 +122,7 @@ def tape_for(kernels: ModuleType, case: Case) -> Any:
     """A tape filled with POISON, one value longer than needed, to detect a write past the end."""
     if case.tape == "none":
         return None
-    P = 256
+    P = case.P
     pages = -(-case.T // P) + 2
     start = {
         "in one page": 5 * pages * P,
@@ -212,7 +214,9 @@ def check_dispatch(kernels: ModuleType, case: Case, twin: bool) -> None:
         if twin:
             found = kernels.dispatch_torch(ids, weights, case.E, tape)
         else:
-            found = kernels.dispatch_triton(ids, weights, case.E, tape, launches=case.launches)
+            found = kernels.dispatch_triton(
+                ids, weights, case.E, tape, launches=case.launches, block=case.block
+            )
     finally:
         kernels.empty_dispatch = empty_dispatch
     check_grouping(case, found, ids)

@@ -224,10 +224,11 @@ if triton is not None:
     def _advance(tape, lane, T):
         """Moves the cursor. Run by one program, after all others have read the cursor."""
         at = tl.load(tape.cursor + lane)
-        on = tl.load(tape.enabled)
-        dropped = tl.load(tape.dropped + lane)
-        tl.store(tape.cursor + lane, at + T * on)
-        tl.store(tape.dropped + lane, dropped + T * on - _room(tape, at, T))
+        moved = T * tl.load(tape.enabled)
+        dropped = tl.load(tape.dropped + lane) + moved - _room(tape, at, T)
+        tl.debug_barrier()  # every warp has read the cursor before the first one moves it
+        tl.store(tape.cursor + lane, at + moved)
+        tl.store(tape.dropped + lane, dropped)
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _record_kernel(
@@ -240,7 +241,6 @@ if triton is not None:
             expert, routed = _load_experts(ids, i, inside, E)
         _write(tape, lane, i, expert, routed, weights, T, K)
         if ALONE:
-            tl.debug_barrier()
             _advance(tape, lane, T)
 
     @triton.jit(do_not_specialize=["T", "lane"])
@@ -370,7 +370,6 @@ if triton is not None:
         _place(ids, permutation, inverse, token, end_E - count_E, tl.sum(count_E, 0), 0, T * K,
                E, K, BINS, CHUNK)  # fmt: skip
         if tape.cursor is not None:
-            tl.debug_barrier()
             _advance(tape, lane, T)
 
     @triton.jit(do_not_specialize=["T", "lane"])
@@ -534,7 +533,6 @@ if triton is not None:
             i = tl.arange(0, BLOCK)
             expert, routed = _load_experts(ids, i, i < T * K, E)
             _write(tape, lane, i, expert, routed, weights, T, K)
-            tl.debug_barrier()
             _advance(tape, lane, T)
 
     def combine_triton(

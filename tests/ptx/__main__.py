@@ -1,0 +1,80 @@
+"""Executes the project's kernels as compiled for one GPU type; prints a JSON line per case. Run it
+without TRITON_INTERPRET."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from hashlib import sha256
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+
+from moe_inspect.capture.hook import kernels
+from tests.aot import TARGETS, compiled, variants
+from tests.ptx.cases import executions
+from tests.ptx.launch import Device, executed
+from tests.ptx.parser import Instruction, Program
+from tests.ptx.values import Fault
+
+
+def without_barriers(program: Program) -> Program:
+    def fence(ins: Instruction) -> Instruction:
+        return replace(ins, opcode=("fence",)) if ins.opcode[0] == "bar" else ins
+
+    return replace(program, instructions=tuple(fence(ins) for ins in program.instructions))
+
+
+def outcome(
+    check: Callable[[], None], target: GPUTarget, edit: Callable[[Program], Program] | None = None
+) -> tuple[dict[str, Any], Device]:
+    """What is wrong with the result ("" if nothing), the races, and what the launches did."""
+    device, wrong, start = Device(target, edit=edit), "", time.process_time()
+    try:
+        with executed(kernels, device):
+            check()
+    except (AssertionError, Fault) as error:
+        wrong = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    return {
+        "wrong": wrong,
+        "races": dict(device.memory.races),
+        "launches": [{"kernel": s.kernel, **asdict(s.counts)} for s in device.seen],
+        "seconds": round(time.process_time() - start, 2),
+    }, device
+
+
+def digest(ptx: str) -> str:
+    return sha256(ptx.encode()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("gpu", choices=[gpu for gpu in TARGETS if gpu.startswith("sm_")])
+    parser.add_argument("--match", action="append", help="only the cases whose name contains it")
+    parser.add_argument(
+        "--aot", action="store_true", help="at last, a line with the variants not executed"
+    )
+    parser.add_argument("--no-barriers", action="store_true", help="remove the barriers")
+    given = parser.parse_args()
+    target = GPUTarget(*TARGETS[given.gpu])
+    seen = set()
+    for name, check in executions():
+        if given.match and not any(text in name for text in given.match):
+            continue
+        row, device = outcome(check, target, without_barriers if given.no_barriers else None)
+        seen |= {digest(launch.ptx) for launch in device.seen}
+        print(json.dumps({"case": name, "gpu": given.gpu, **row}), flush=True)
+    if given.aot:
+        missing = [
+            name
+            for name, kernel, types, constants, options in variants()
+            if digest(compiled(kernel, types, constants, target, options).asm["ptx"]) not in seen
+        ]
+        print(json.dumps({"not executed": missing, "gpu": given.gpu}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""What instructions compute from registers: one function per opcode, which decodes an instruction
+once and returns what executes it. A new opcode is one function here."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests.ptx.parser import Instruction
+from tests.ptx.values import (
+    LANES,
+    Array,
+    Fault,
+    Registers,
+    as_bits,
+    as_float,
+    integer,
+    is_float,
+    parts,
+    width,
+)
+
+Execute = Callable[[Any, Array], None]  # warp, mask
+Decode = Callable[[Instruction, Registers], Execute]
+DECODE: dict[str, Decode] = {}
+
+
+def opcode(*names: str) -> Callable[[Decode], Decode]:
+    def register(decode: Decode) -> Decode:
+        DECODE.update(dict.fromkeys(names, decode))
+        return decode
+
+    return register
+
+
+def computes(
+    ins: Instruction, registers: Registers, kinds: tuple[str, ...], f: Callable[..., Array]
+) -> Execute:
+    """first operand = f(the others), read as `kinds`."""
+    write = registers.writer(ins.operands[0])
+    reads = [registers.reader(o, k) for o, k in zip(ins.operands[1:], kinds, strict=True)]
+    if len(reads) == 1:
+        (a,) = reads
+        return lambda warp, on: write(warp, f(a(warp)), on)
+    if len(reads) == 2:
+        a, b = reads
+        return lambda warp, on: write(warp, f(a(warp), b(warp)), on)
+    return lambda warp, on: write(warp, f(*(read(warp) for read in reads)), on)
+
+
+BINARY: dict[str, Callable[[Array, Array], Array]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "min": np.fmin,  # of a number and NaN, the number
+    "max": np.fmax,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+}
+
+
+@opcode("add", "sub", "mul", "min", "max", "fma", "neg", "abs")
+def arithmetic(ins: Instruction, registers: Registers) -> Execute:
+    kind = ins.opcode[-1]
+    if kind.endswith("x2"):
+        return _pairs(ins, registers, kind[:-2])
+    if is_float(kind):
+        return _floats(ins, registers, kind)
+    if ins.opcode[0] == "mul":
+        return multiply(ins, registers)
+    if ins.opcode[0] in ("neg", "abs"):
+        return computes(
+            ins, registers, (kind,), {"neg": operator.neg, "abs": np.abs}[ins.opcode[0]]
+        )
+    return computes(ins, registers, (kind, kind), BINARY[ins.opcode[0]])
+
+
+def _float_operation(name: str, kind: str) -> Callable[..., Array]:
+    """Of float64 for the 16-bit types, whose products it holds exactly, and for a fused product and
+    sum (rounded twice where float64 is not exact); else of the type itself."""
+    if name == "neg":
+        return operator.neg
+    if name == "fma":
+        return lambda a, b, c: a.astype(np.float64) * b + c
+    operation = BINARY[name]
+    if kind in ("f32", "f64"):
+        return operation
+    return lambda a, b: operation(a.astype(np.float64), b)
+
+
+def _floats(ins: Instruction, registers: Registers, kind: str) -> Execute:
+    write = registers.writer(ins.operands[0])
+    kinds = [kind] * (len(ins.operands) - 1)
+    result = kind
+    if (
+        ins.opcode[-2] == "f32" and kind != "f32"
+    ):  # 16-bit operands; the last and the result are f32
+        kinds[-1] = result = "f32"
+    reads = [registers.float_reader(o, k) for o, k in zip(ins.operands[1:], kinds, strict=True)]
+    operation = _float_operation(ins.opcode[0], result)
+
+    def execute(warp: Any, on: Array) -> None:
+        write(warp, as_bits(operation(*(read(warp) for read in reads)), result), on)
+
+    return execute
+
+
+def _pairs(ins: Instruction, registers: Registers, kind: str) -> Execute:
+    """Two floats in a register."""
+    bits = width(kind)
+    write, whole = registers.writer(ins.operands[0]), f"b{2 * bits}"
+    reads = [registers.reader(o, whole) for o in ins.operands[1:]]
+    operation = _float_operation(ins.opcode[0], kind)
+    half, to = integer(f"b{bits}"), integer(whole)
+
+    def execute(warp: Any, on: Array) -> None:
+        given = [np.ascontiguousarray(read(warp)).view(half).reshape(LANES, 2) for read in reads]
+        values = operation(*(as_float(pair, kind) for pair in given))
+        write(warp, np.ascontiguousarray(as_bits(values, kind)).view(to)[:, 0], on)
+
+    return execute
+
+
+@opcode("mad")
+def multiply(ins: Instruction, registers: Registers) -> Execute:
+    """mul and mad of integers: the low or the high half of the product, or all of it."""
+    kind, half = ins.opcode[-1], ins.opcode[1]
+    bits = 2 * width(kind) if half == "wide" else width(kind)
+    to = integer(f"{kind[0]}{bits}")
+
+    def product(a: Array, b: Array, *c: Array) -> Array:
+        if half == "hi":
+            pairs = zip(a.tolist(), b.tolist(), strict=True)
+            r = np.array([int(x) * int(y) >> bits & (1 << bits) - 1 for x, y in pairs], np.uint64)
+            r = r.astype(f"u{to.itemsize}").view(to)
+        else:
+            r = a.astype(to) * b.astype(to)
+        return r + c[0] if c else r
+
+    kinds = (kind, kind, f"{kind[0]}{bits}")[: len(ins.operands) - 1]
+    return computes(ins, registers, kinds, product)
+
+
+@opcode("div", "rem")
+def divide(ins: Instruction, registers: Registers) -> Execute:
+    """Rounded towards zero."""
+    kind, name = ins.opcode[-1], ins.opcode[0]
+    write = registers.writer(ins.operands[0])
+    first, second = (registers.reader(o, kind) for o in ins.operands[1:])
+
+    def execute(warp: Any, on: Array) -> None:
+        a, b = first(warp), second(warp)
+        if (b[on] == 0).any():
+            raise Fault("division by zero")
+        b = np.where(b == 0, 1, b).astype(b.dtype)
+        rest = np.fmod(a, b)
+        write(warp, rest if name == "rem" else (a - rest) // b, on)
+
+    return execute
+
+
+@opcode("and", "or", "xor")
+def bitwise(ins: Instruction, registers: Registers) -> Execute:
+    kind = ins.opcode[-1]
+    return computes(ins, registers, (kind, kind), BINARY[ins.opcode[0]])
+
+
+@opcode("not")
+def invert(ins: Instruction, registers: Registers) -> Execute:
+    return computes(ins, registers, (ins.opcode[-1],), operator.invert)
+
+
+@opcode("popc")
+def count_bits(ins: Instruction, registers: Registers) -> Execute:
+    def count(a: Array) -> Array:
+        return np.array([int(x).bit_count() for x in a], np.uint32)
+
+    return computes(ins, registers, (ins.opcode[-1],), count)
+
+
+@opcode("clz")
+def leading_zeros(ins: Instruction, registers: Registers) -> Execute:
+    bits = width(ins.opcode[-1])
+
+    def count(a: Array) -> Array:
+        return np.array([bits - int(x).bit_length() for x in a], np.uint32)
+
+    return computes(ins, registers, (ins.opcode[-1],), count)
+
+
+@opcode("shl", "shr")
+def shift(ins: Instruction, registers: Registers) -> Execute:
+    """By the operand's width or more: everything is shifted out, or the sign remains."""
+    kind, bits, left = ins.opcode[-1], width(ins.opcode[-1]), ins.opcode[0] == "shl"
+
+    def shifted(a: Array, n: Array) -> Array:
+        if kind[0] == "s":
+            return a >> np.minimum(n, bits - 1).astype(a.dtype)
+        within = np.minimum(n, bits - 1).astype(a.dtype)
+        return np.where(n < bits, a << within if left else a >> within, 0).astype(a.dtype)
+
+    return computes(ins, registers, (kind, "u32"), shifted)
+
+
+@opcode("shf")
+def funnel_shift(ins: Instruction, registers: Registers) -> Execute:
+    """One half of the 64 bits that two registers hold, shifted."""
+    _, direction, mode, _ = ins.opcode
+
+    def shifted(low: Array, high: Array, n: Array) -> Array:
+        both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+        n = (n & 31 if mode == "wrap" else np.minimum(n, 32)).astype(np.uint64)
+        return both << n >> np.uint64(32) if direction == "l" else both >> n
+
+    write = registers.writer(ins.operands[0])
+    reads = [registers.reader(o, "u32") for o in ins.operands[1:]]
+
+    def execute(warp: Any, on: Array) -> None:
+        half = shifted(*(read(warp) for read in reads)) & np.uint64(0xFFFFFFFF)
+        write(warp, half.astype(np.uint32), on)
+
+    return execute
+
+
+@opcode("bfe")
+def extract_bits(ins: Instruction, registers: Registers) -> Execute:
+    kind, bits = ins.opcode[-1], width(ins.opcode[-1])
+
+    def extract(a: Array, at: Array, n: Array) -> Array:
+        at, n = (np.minimum(x & 255, bits).astype(np.int64) for x in (at, n))
+        value = [int(x) >> int(p) & (1 << int(m)) - 1 for x, p, m in zip(a, at, n, strict=True)]
+        if kind[0] == "s":
+            value = [
+                v - (1 << int(m)) if m and v >> int(m) - 1 else v
+                for v, m in zip(value, n, strict=True)
+            ]
+        return np.array(value).astype(a.dtype)
+
+    return computes(ins, registers, (kind, "u32", "u32"), extract)
+
+
+@opcode("prmt")
+def permute_bytes(ins: Instruction, registers: Registers) -> Execute:
+    def permute(a: Array, b: Array, selector: Array) -> Array:
+        from_ = np.stack([a, b], 1).astype("<u4").view(np.uint8)  # [LANES, 8]
+        nibble = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)
+        byte = np.take_along_axis(from_, (nibble & 7).astype(np.int64), 1)
+        sign = np.where(byte & 128, 255, 0)
+        chosen = np.where(nibble & 8, sign, byte).astype(np.uint8)
+        return np.ascontiguousarray(chosen).view(np.uint32)[:, 0]
+
+    return computes(ins, registers, ("b32", "b32", "b32"), permute)
+
+
+@opcode("lop3")
+def logic_of_three(ins: Instruction, registers: Registers) -> Execute:
+    """Any function of three bits, by the table in the last operand."""
+
+    def look_up(a: Array, b: Array, c: Array, table: Array) -> Array:
+        result = np.zeros(LANES, np.uint32)
+        for n in range(8):
+            term = (a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c)
+            result |= np.where(table >> np.uint32(n) & 1, term, 0).astype(np.uint32)
+        return result
+
+    return computes(ins, registers, ("b32",) * 4, look_up)
+
+
+COMPARE: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "lo": operator.lt,
+    "ls": operator.le,
+    "hi": operator.gt,
+    "hs": operator.ge,
+    "neu": operator.ne,
+}
+
+
+@opcode("setp")
+def compare(ins: Instruction, registers: Registers) -> Execute:
+    if len(ins.opcode) != 3:
+        raise Fault(f"instruction {ins.text} is not known")
+    _, name, kind = ins.opcode
+    if not is_float(kind):
+        return computes(ins, registers, (kind, kind), COMPARE[name])
+    bits = f"b{width(kind)}"
+    return computes(
+        ins,
+        registers,
+        (bits, bits),
+        lambda a, b: COMPARE[name](as_float(a, kind), as_float(b, kind)),
+    )
+
+
+@opcode("selp")
+def select(ins: Instruction, registers: Registers) -> Execute:
+    kind = ins.opcode[-1]
+    return computes(ins, registers, (kind, kind, "pred"), lambda a, b, p: np.where(p, a, b))
+
+
+@opcode("mov")
+def move(ins: Instruction, registers: Registers) -> Execute:
+    kind = ins.opcode[-1]
+    to, source = ins.operands
+    if source.startswith("{"):
+        return _pack(ins, registers)
+    if to.startswith("{"):
+        return _unpack(ins, registers)
+    return computes(ins, registers, (f"b{width(kind)}" if is_float(kind) else kind,), lambda a: a)
+
+
+def _pack(ins: Instruction, registers: Registers) -> Execute:
+    kind, pieces = ins.opcode[-1], parts(ins.operands[1])
+    reads = [registers.reader(piece, f"b{width(kind) // len(pieces)}") for piece in pieces]
+    write, to = registers.writer(ins.operands[0]), integer(kind)
+    return lambda warp, on: write(
+        warp, np.stack([read(warp) for read in reads], 1).view(to)[:, 0], on
+    )
+
+
+def _unpack(ins: Instruction, registers: Registers) -> Execute:
+    kind, pieces = ins.opcode[-1], parts(ins.operands[0])
+    to = integer(f"b{width(kind) // len(pieces)}")
+    writes = [registers.writer(piece) for piece in pieces]
+    read = registers.reader(ins.operands[1], kind)
+
+    def execute(warp: Any, on: Array) -> None:
+        values = np.ascontiguousarray(read(warp)).view(to).reshape(LANES, len(pieces))
+        for n, write in enumerate(writes):
+            write(warp, values[:, n], on)
+
+    return execute
+
+
+@opcode("cvt")
+def convert(ins: Instruction, registers: Registers) -> Execute:
+    to, kind = ins.opcode[-2:]
+    if to.endswith("x2"):
+        return _convert_pair(ins, registers, to[:-2], kind)
+    if not is_float(kind) and not is_float(to):
+        return computes(ins, registers, (kind,), lambda a: a.astype(integer(to)))
+    if not is_float(kind):
+        return computes(ins, registers, (kind,), lambda a: as_bits(a.astype(np.float64), to))
+    bits = f"b{width(kind)}"
+    if is_float(to):
+        return computes(ins, registers, (bits,), lambda a: as_bits(as_float(a, kind), to))
+    toward = np.trunc if "rzi" in ins.opcode else np.rint
+    return computes(
+        ins, registers, (bits,), lambda a: toward(as_float(a, kind)).astype(integer(to))
+    )
+
+
+def _convert_pair(ins: Instruction, registers: Registers, to: str, kind: str) -> Execute:
+    """Two floats, the first of which goes into the upper half."""
+    write = registers.writer(ins.operands[0])
+    high, low = (registers.float_reader(o, kind) for o in ins.operands[1:])
+
+    def execute(warp: Any, on: Array) -> None:
+        pair = np.stack([as_bits(low(warp), to), as_bits(high(warp), to)], 1)
+        write(warp, pair.view(np.uint32)[:, 0], on)
+
+    return execute

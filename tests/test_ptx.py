@@ -1,0 +1,332 @@
+"""The kernels as compiled for GPUs, executed without one (tests/ptx), and the executor itself. Set
+PTX=whole to execute every variant that tests.aot compiles, instead of a sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.ptx.execute import Counts, execute
+from tests.ptx.memory import Memory, bank_cycles
+from tests.ptx.parser import parse
+from tests.ptx.values import LANES, Fault
+
+GPUS = ("sm_80", "sm_90", "sm_100")
+SAMPLE = {
+    "sm_80": ("E60 k4 bf16",),
+    "sm_90": ("E64 k8 fp16", "logits"),
+    "sm_100": ("E8 k2 bf16", "1/1 E256 k8 fp16"),
+}
+WHOLE = os.environ.get("PTX") == "whole"
+
+
+def run_cases(gpu: str, *arguments: str) -> list[dict[str, Any]]:
+    """Lines of `python -m tests.ptx`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.ptx", gpu, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", GPUS)
+def test_compiled_kernels_are_right_and_race_free(gpu: str) -> None:
+    choice = ("--aot",) if WHOLE else [f"--match={text}" for text in SAMPLE[gpu]]
+    rows = run_cases(gpu, *choice)
+    if WHOLE:
+        assert rows.pop()["not executed"] == []
+    kernels = {launch["kernel"] for row in rows for launch in row["launches"]}
+    assert {"_one_kernel", "_count_kernel", "_scatter_kernel", "_combine_kernel"} <= kernels
+    assert [(row["case"], row["wrong"], row["races"]) for row in rows] == [
+        (row["case"], "", {}) for row in rows
+    ]
+
+
+@pytest.mark.slow
+def test_kernels_without_their_barriers_are_caught() -> None:
+    """Positive control."""
+    for row in run_cases("sm_90", "--no-barriers", "--match=1/1 E60 k4 fp16", "--match=alone E60"):
+        assert row["races"], row["case"]
+
+
+# --- the executor, with kernels written by hand
+
+
+def kernel(body: str, threads: int = LANES) -> str:
+    """A kernel with the parameter %rd1, the thread's number in %r1, and the address of the thread's
+    32-bit value at the parameter in %rd3."""
+    return f"""
+.version 8.4
+.target sm_90a
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0
+)
+.reqntid {threads}
+{{
+	.reg .pred 	%p<20>;
+	.reg .b16 	%rs<20>;
+	.reg .b32 	%r<20>;
+	.reg .b64 	%rd<20>;
+	ld.param.b64 	%rd1, [kernel_param_0];
+	mov.u32 	%r1, %tid.x;
+	mul.wide.u32 	%rd2, %r1, 4;
+	add.s64 	%rd3, %rd1, %rd2;
+	mov.b32 	%r2, global_smem;
+	shl.b32 	%r3, %r1, 2;
+	add.s32 	%r4, %r2, %r3;
+{body}
+	ret;
+}}
+"""
+
+
+def run(body: str, data: Any, threads: int = LANES, seed: int = 0, grid: int = 1) -> Memory:
+    memory = Memory()
+    buffer = memory.add("data", data)
+    found = execute(
+        parse(kernel(body, threads)), (grid,), [memory.address(buffer)], memory, 4096, seed
+    )
+    memory.counts = found  # type: ignore[attr-defined]
+    return memory
+
+
+EXCHANGE = """
+	ld.global.b32 %r5, [%rd3];
+	st.shared.b32 [%r4], %r5;
+	bar.sync 0;
+	xor.b32 %r6, %r4, 128;
+	ld.shared.b32 %r7, [%r6];
+	st.global.b32 [%rd3], %r7;
+"""
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_barrier_orders_the_warps(seed: int) -> None:
+    data = np.arange(64, dtype=np.uint32)
+    assert not run(EXCHANGE, data, threads=64, seed=seed).races
+    assert data.tolist() == [*range(32, 64), *range(32)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_missing_barrier_is_found(seed: int) -> None:
+    """Whichever warp comes first: the other one's value is not there yet, or is a race."""
+    missing = EXCHANGE.replace("bar.sync 0;", "")
+    found = []
+    try:
+        found += run(missing, np.arange(64, dtype=np.uint32), threads=64, seed=seed).races
+    except Fault as fault:
+        found.append(str(fault))
+    assert any("no barrier between" in f or "before anybody wrote" in f for f in found)
+
+
+FAULTS = {
+    "beyond": ("st.global.b32 [%rd3 + 4], %r1;", "access to byte 128 of data, which has 128"),
+    "before": ("ld.global.b32 %r5, [%rd3 + -4];", "in no buffer"),
+    "nowhere": ("mov.b64 %rd4, 64; ld.global.b32 %r5, [%rd4];", "in no buffer"),
+    "beyond shared": ("st.shared.b32 [%r4 + 4096], %r1;", "of shared memory, which has 4096"),
+    "unwritten": ("ld.shared.b32 %r5, [%r4];", "read before anybody wrote it"),
+    "misaligned": (
+        "st.global.v2.b32 [%rd1 + 4], {%r1, %r1};",
+        "misaligned access of 8 bytes",
+    ),
+    "divergent shuffle": (
+        """setp.lt.u32 %p1, %r1, 16;
+	@%p1 bra $SKIP;
+	shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;
+$SKIP:
+	shfl.sync.bfly.b32 %r6, %r1, 1, 31, -1;""",
+        "divergent shuffle: lanes that it names are elsewhere",
+    ),
+    "shuffle under a predicate": (
+        "setp.lt.u32 %p1, %r1, 16; @%p1 shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;",
+        "divergent shuffle: lanes that it names are elsewhere",
+    ),
+    "shuffle from a lane not named": (
+        """setp.ge.u32 %p1, %r1, 16;
+	@%p1 bra $SKIP;
+	shfl.sync.bfly.b32 %r5, %r1, 16, 31, 65535;
+$SKIP:""",
+        "reads a lane that does not take part",
+    ),
+    "barrier in a branch": (
+        "setp.lt.u32 %p1, %r1, 16; @%p1 bra $SKIP; bar.sync 0; bar.sync 0;\n$SKIP:\nbar.sync 0;",
+        "part at a barrier",
+    ),
+    "barrier not reached": (
+        "setp.lt.u32 %p1, %r1, 16; @%p1 ret; bar.sync 0;",
+        "a barrier that some threads never reach",
+    ),
+    "division": ("mov.b32 %r5, 0; rem.u32 %r6, %r1, %r5;", "division by zero"),
+    "unknown": ("mma.sync.f32 %r1, %r1, %r1;", "mma.sync.f32 %r1, %r1, %r1 is not known"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(name: str) -> None:
+    body, message = FAULTS[name]
+    with pytest.raises(Fault) as found:
+        run(body, np.zeros(LANES, np.uint32))
+    assert message in str(found.value)
+
+
+def test_global_memory_that_nobody_wrote() -> None:
+    memory = Memory()
+    buffer = memory.add("empty", np.zeros(LANES, np.uint32))
+    buffer.written[:] = False
+    with pytest.raises(Fault, match="byte 0 of empty is read before"):
+        execute(parse(kernel("ld.global.b32 %r5, [%rd3];")), (1,), [memory.address(buffer)], memory)
+    execute(parse(kernel("st.global.b32 [%rd3], %r1;")), (1,), [memory.address(buffer)], memory)
+    assert buffer.written.all()
+
+
+RACES = {
+    "lanes": ("st.global.b32 [%rd1], %r1;", 1, "two lanes of a warp write different values"),
+    "blocks": (
+        "mov.u32 %r5, %ctaid.x; st.global.b32 [%rd3], %r5;",
+        3,
+        "one block wrote, another writes",
+    ),
+    "block reads": (
+        """mov.u32 %r5, %ctaid.x;
+	setp.eq.b32 %p1, %r5, 1;
+	@%p1 st.global.b32 [%rd3], %r5;
+	@!%p1 ld.global.b32 %r6, [%rd3];""",
+        2,
+        "one block",
+    ),
+    "atomic and plain": (
+        """mov.u32 %r5, %ctaid.x;
+	setp.eq.b32 %p1, %r5, 1;
+	@%p1 atom.global.add.u32 %r6, [%rd3], 1;
+	@!%p1 st.global.b32 [%rd3], 7;""",
+        2,
+        "one block wrote, another writes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_races_are_found(name: str) -> None:
+    body, blocks, message = RACES[name]
+    for seed in range(4):
+        races = run(body, np.full(LANES, 9, np.uint32), grid=blocks, seed=seed).races
+        assert any(message in race for race in races), races
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "st.global.b32 [%rd3], 3;",  # all write the same
+        "atom.global.add.u32 %r5, [%rd1], 1;",
+        "ld.global.b32 %r5, [%rd3];",
+    ],
+)
+def test_what_is_no_race(body: str) -> None:
+    assert not run(body, np.zeros(LANES, np.uint32), grid=4).races
+
+
+def test_atomic_operations_add_up() -> None:
+    data = np.zeros(LANES, np.uint32)
+    run("atom.global.add.u32 %r5, [%rd1], 2;", data, threads=64, grid=3)
+    assert data[0] == 2 * 64 * 3
+
+
+def test_lanes_that_diverge_meet_again() -> None:
+    """Lanes below 16 take the branch; after it the shuffle finds all of them."""
+    data = np.zeros(LANES, np.uint32)
+    run(
+        """setp.lt.u32 %p1, %r1, 16;
+	mov.b32 %r5, 100;
+	@%p1 bra $LOW;
+	mov.b32 %r5, 200;
+$LOW:
+	shfl.sync.idx.b32 %r6, %r5, 31, 31, -1;
+	add.s32 %r7, %r5, %r6;
+	st.global.b32 [%rd3], %r7;""",
+        data,
+    )
+    assert data.tolist() == [300] * 16 + [400] * 16
+
+
+A, B, C = 0x80F1E2D3, 0x00000007, 0x12345678
+SIGNED_A, MASK = A - 2**32, 2**32 - 1
+COMPUTED = {
+    "add.s32 %r8, %r5, %r5": 2 * A & MASK,
+    "sub.s32 %r8, %r6, %r5": B - A & MASK,
+    "mul.lo.s32 %r8, %r5, %r6": A * B & MASK,
+    "mul.hi.u32 %r8, %r5, %r6": A * B >> 32,
+    "mul.hi.s32 %r8, %r5, %r6": SIGNED_A * B >> 32 & MASK,
+    "mad.lo.s32 %r8, %r6, %r6, %r6": 56,
+    "rem.s32 %r8, %r5, %r6": -(-SIGNED_A % B) & MASK,
+    "div.s32 %r8, %r5, %r6": -(-SIGNED_A // B) & MASK,
+    "div.u32 %r8, %r5, %r6": A // B,
+    "shr.s32 %r8, %r5, %r6": 0xFF01E3C5,
+    "shr.u32 %r8, %r5, %r6": 0x0101E3C5,
+    "shr.s32 %r8, %r5, 40": 0xFFFFFFFF,
+    "shl.b32 %r8, %r5, 32": 0,
+    "shf.l.wrap.b32 %r8, %r5, %r7, 8": 0x34567880,
+    "bfe.u32 %r8, %r5, 4, 8": 0x2D,
+    "bfe.s32 %r8, %r5, 4, 4": 0xFFFFFFFD,
+    "prmt.b32 %r8, %r5, %r7, 0x5410U": 0x5678E2D3,
+    "prmt.b32 %r8, %r5, %r7, 0x80B4U": 0xFFD3FF78,
+    "lop3.b32 %r8, %r5, %r6, %r7, 0x96": A ^ B ^ C,
+    "lop3.b32 %r8, %r5, %r6, %r7, 0xEA": (A & B) | C,
+    "popc.b32 %r8, %r5": A.bit_count(),
+    "clz.b32 %r8, %r6": 29,
+    "min.s32 %r8, %r5, %r6": A,
+    "min.u32 %r8, %r5, %r6": B,
+    "neg.s32 %r8, %r6": 0xFFFFFFF9,
+    "not.b32 %r8, %r6": 0xFFFFFFF8,
+    "cvt.u16.u32 %rs1, %r5; cvt.s32.s16 %r8, %rs1": 0xFFFFE2D3,
+    "cvt.rn.f32.s32 %r8, %r6": 0x40E00000,
+    "cvt.rn.f32.s32 %r9, %r6; cvt.rn.bf16x2.f32 %r8, 0f3F810000, %r9": 0x3F8140E0,
+    "add.rn.f32 %r8, 0f40E00000, 0f3F800000": 0x41000000,
+    "mov.b32 {%rs1, %rs2}, %r7; mov.b32 %r8, {%rs2, %rs1}": 0x56781234,
+    "cvt.u64.u32 %rd5, %r5; shl.b64 %rd6, %rd5, 4; cvt.u32.u64 %r8, %rd6": 0x0F1E2D30,
+    "setp.lt.s32 %p1, %r5, %r6; selp.b32 %r8, 1, 2, %p1": 1,
+    "setp.lt.u32 %p1, %r5, %r6; selp.b32 %r8, 1, 2, %p1": 2,
+    "redux.sync.add.s32 %r8, %r1, -1": 496,
+    "vote.sync.ballot.b32 %r8, %p0, -1": 0,
+}
+
+
+@pytest.mark.parametrize("instructions", COMPUTED)
+def test_instructions_compute(instructions: str) -> None:
+    data = np.zeros(LANES, np.uint32)
+    given = f"mov.b32 %r5, {A}; mov.b32 %r6, {B}; mov.b32 %r7, {C};"
+    run(f"{given}\n{instructions};\nst.global.b32 [%rd3], %r8;", data)
+    assert data.tolist() == [COMPUTED[instructions]] * LANES
+
+
+def test_what_a_launch_does_is_counted() -> None:
+    data = np.zeros(64, np.uint32)
+    counts: Counts = run(EXCHANGE, data, threads=64).counts  # type: ignore[attr-defined]
+    assert counts.warps == 2
+    assert counts.instructions == 2 * (7 + 6 + 1)
+    assert counts.barriers == 1
+    assert (counts.sectors_read, counts.sectors_written, counts.least_sectors) == (8, 8, 16)
+    assert (counts.shared_cycles, counts.bank_conflicts) == (4, 0)
+
+
+def test_bank_conflicts() -> None:
+    lane = np.arange(LANES)
+    assert bank_cycles(4 * lane, 4, atomic=False) == (1, 1)
+    assert bank_cycles(8 * lane, 4, atomic=False) == (2, 1)
+    assert bank_cycles(128 * lane, 4, atomic=False) == (32, 1)
+    assert bank_cycles(0 * lane, 4, atomic=False) == (1, 1)  # one word, read by all
+    assert bank_cycles(0 * lane, 4, atomic=True) == (32, 1)
+    assert bank_cycles(16 * lane, 16, atomic=False) == (4, 4)
