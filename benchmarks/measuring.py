@@ -51,6 +51,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def write_results(kind: str, facts: dict[str, Any], measured: Any) -> Path:
+    """Writes benchmarks/results/<kind>-<processor>.json, and returns its path from the root."""
+    name = f"{kind} {facts['processor']} {facts['cores']} cores".lower().replace("(r)", "")
+    name = "".join(c for c in "-".join(name.split()) if c.isalnum() or c == "-")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    return (RESULTS / f"{name}.json").relative_to(ROOT)
+
+
 def peak_memory_mib() -> float:
     """Of this process alone: getrusage would count what its parent held when it was forked."""
     status = Path("/proc/self/status").read_text()

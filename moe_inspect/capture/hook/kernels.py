@@ -14,9 +14,8 @@ from __future__ import annotations
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,8 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+
+    from moe_inspect.capture.hook.launch import Launch, State, state
 except ImportError:  # no Triton on this platform: the torch implementations run
     triton = None
 
@@ -37,6 +38,7 @@ CHUNK = 64  # slots that are ranked against each other in one step
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 RANKING = {"num_warps": 8, **REGISTERS}  # launch options of the kernels that rank slots
 RECORD_BLOCK = 1024  # slots per program
+COMBINE_COLUMNS = 1024  # of H, per program
 
 
 def slots_per_program(slots: int) -> int:
@@ -68,9 +70,6 @@ class TapeArguments(NamedTuple):
     P: Any  # a constant of the compiled kernel
 
 
-NO_TAPE = TapeArguments(*(None,) * 10)
-
-
 @dataclass(frozen=True, eq=False)
 class Tape:
     """Where the decisions of one router are written: its part of a ring's pages, and state on the
@@ -98,9 +97,9 @@ class Tape:
         return 255 if self.ids is not None and self.ids.dtype == torch.uint8 else -1
 
     @cached_property
-    def arguments(self) -> TapeArguments:
-        """The tape as the kernels take it, built once."""
-        return TapeArguments(
+    def arguments(self) -> State:
+        """The kernels' arguments `tape` and `lane`, prepared once."""
+        tape = TapeArguments(
             self.ids,
             self.weights,
             self.cursor,
@@ -112,6 +111,7 @@ class Tape:
             self.P * self.pages,
             tl.constexpr(self.P),
         )
+        return state(tape, self.lane)
 
     def part(self, tensor: Tensor, page: int) -> Tensor:
         """View [P, K] of this router's part of page `page` of `tensor`."""
@@ -134,13 +134,6 @@ def runs_triton(tensor: Tensor) -> bool:
     return triton is not None and tensor.is_cuda
 
 
-def _device_of(tensor: Tensor) -> Any:
-    """Makes the tensor's device the current one, on which Triton launches."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
-
-
 # --- record: writes decisions without dispatching
 
 
@@ -148,7 +141,8 @@ def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None
     """Appends T decisions to the tape: ids [T, K] of any integer type, those outside 0…E−1 as
     `tape.null_id`; weights [T, K] of any floating-point type, rounded to the tape's. What the tape
     holds must be given, and may be None otherwise. Asynchronous on a GPU."""
-    weights_TK = weights_TK.detach() if weights_TK is not None else None
+    if weights_TK is not None and weights_TK.requires_grad:
+        weights_TK = weights_TK.detach()
     if torch.compiler.is_compiling():
         torch.ops.moe_inspect.record(ids_TK, weights_TK, *_tensors(tape), _numbers(tape))
     else:
@@ -157,8 +151,7 @@ def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None
 
 def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
     if runs_triton(tape.cursor):
-        with _device_of(tape.cursor):
-            record_triton(tape, ids_TK, weights_TK)
+        record_triton(tape, ids_TK, weights_TK)
     else:
         record_torch(tape, ids_TK, weights_TK)
 
@@ -189,6 +182,7 @@ def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -
 
 
 if triton is not None:
+    NO_TAPE, NOTHING = state(TapeArguments(*(None,) * 10), 0), state()
 
     @triton.jit
     def _load_experts(ids, i, inside, E):
@@ -232,7 +226,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _record_kernel(
-        ids, weights, T, E, tape, lane, K: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr
+        ids, weights, E, T, tape, lane, K: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = i < T * K
@@ -247,17 +241,25 @@ if triton is not None:
     def _advance_kernel(T, tape, lane):
         _advance(tape, lane, T)
 
-    def _tape_arguments(
-        tape: Tape | None, ids_TK: Tensor | None, weights_TK: Tensor | None
-    ) -> tuple[TapeArguments, int]:
+    @cache
+    def _record_launch(K: int, alone: bool) -> Launch:
+        constants = {"K": K, "ALONE": alone, "BLOCK": RECORD_BLOCK}
+        return Launch(_record_kernel, constants, **REGISTERS)
+
+    @cache
+    def _advance_launch() -> Launch:
+        return Launch(_advance_kernel, {}, num_warps=1)
+
+    def _arguments(
+        tape: Tape | None, K: int, ids_TK: Tensor | None, weights_TK: Tensor | None
+    ) -> State:
         """The arguments `tape` and `lane` of the kernels."""
         if tape is None:
-            return NO_TAPE, 0
-        fed = ids_TK if ids_TK is not None else weights_TK
-        assert fed.shape[1] == tape.K, f"{fed.shape[1]} values a row on a tape of {tape.K}"
-        assert tape.ids is None or ids_TK is not None, "a tape of ids, and no ids"
-        assert tape.weights is None or weights_TK is not None, "a tape of weights, and no weights"
-        return tape.arguments, tape.lane
+            return NO_TAPE
+        assert K == tape.K, f"{K} values a row on a tape of {tape.K}"
+        assert ids_TK is not None or tape.ids is None, "a tape of ids, and no ids"
+        assert weights_TK is not None or tape.weights is None, "a tape of weights, and no weights"
+        return tape.arguments
 
     def record_triton(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
         """`record` on a GPU: one launch for up to RECORD_BLOCK slots, else two, because the cursor
@@ -266,15 +268,16 @@ if triton is not None:
         T, K = fed.shape
         if T == 0:
             return
-        ids, weights = (t.contiguous() if t is not None else None for t in (ids_TK, weights_TK))
-        arguments = _tape_arguments(tape, ids_TK, weights_TK)
-        blocks = triton.cdiv(T * K, RECORD_BLOCK)
-        _record_kernel[(blocks,)](
-            ids, weights, T, tape.experts, *arguments,
-            K=K, ALONE=blocks == 1, BLOCK=RECORD_BLOCK, **REGISTERS,
-        )  # fmt: skip
+        device, S = fed.get_device(), T * K
+        ids = ids_TK.contiguous() if ids_TK is not None else None
+        weights = weights_TK.contiguous() if weights_TK is not None else None
+        arguments = _arguments(tape, K, ids_TK, weights_TK)
+        blocks = -(-S // RECORD_BLOCK)
+        _record_launch(K, blocks == 1)(
+            device, (blocks, 1), S, (ids, weights), (), (tape.experts,), (T,), arguments
+        )
         if blocks > 1:
-            _advance_kernel[(1,)](T, *arguments, num_warps=1)
+            _advance_launch()(device, (1, 1), S, (), (), (), (T,), arguments)
 
 
 # --- dispatch: groups the slots by expert and, with a tape, records them in the same launches
@@ -285,7 +288,8 @@ def dispatch(
 ) -> Dispatch:
     """Groups the slots of ids [T, K] by expert: stable and deterministic, without atomics and
     without waiting for the device. With `tape`, also records the T decisions as `record` does."""
-    weights_TK = weights_TK.detach() if weights_TK is not None else None
+    if weights_TK is not None and weights_TK.requires_grad:
+        weights_TK = weights_TK.detach()
     if not torch.compiler.is_compiling():
         return _dispatch(ids_TK, weights_TK, experts, tape)
     if tape is None:
@@ -298,11 +302,14 @@ def dispatch(
 
 
 def _dispatch(
-    ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None
+    ids_TK: Tensor,
+    weights_TK: Tensor | None,
+    experts: int,
+    tape: Tape | None,
+    out: Dispatch | None = None,
 ) -> Dispatch:
     if runs_triton(ids_TK):
-        with _device_of(ids_TK):
-            return dispatch_triton(ids_TK, weights_TK, experts, tape)
+        return dispatch_triton(ids_TK, weights_TK, experts, tape, out=out)
     return dispatch_torch(ids_TK, weights_TK, experts, tape)
 
 
@@ -353,7 +360,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _one_kernel(
-        ids, weights, T, E, counts, offsets, permutation, inverse, token, tape, lane,
+        ids, weights, counts, offsets, permutation, inverse, token, E, T, tape, lane,
         K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
         """The whole dispatch in one program."""
@@ -374,8 +381,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _count_kernel(
-        ids, weights, T, E, partial, tape, lane,
-        K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+        ids, weights, partial, E, T, tape, lane, K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
         """First launch: counts of each block, partial [blocks, E]; records the decisions."""
         block = tl.program_id(0)
@@ -387,7 +393,7 @@ if triton is not None:
         tl.store(partial + block * E + e, tl.histogram(expert, BINS, mask=routed), mask=e < E)
 
     @triton.jit(do_not_specialize=["blocks"])
-    def _scan_kernel(partial, counts, blocks, E, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def _scan_kernel(partial, counts, E, blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         """Second of three launches: replaces each column of partial [blocks, E] by its exclusive
         running sum, and writes its total to counts."""
         e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -403,7 +409,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane", "blocks"])
     def _scatter_kernel(
-        ids, T, E, blocks, partial, counts, offsets, permutation, inverse, token, tape, lane,
+        ids, partial, counts, offsets, permutation, inverse, token, E, T, blocks, tape, lane,
         K: tl.constexpr, BINS: tl.constexpr, SCANNED: tl.constexpr,
         BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
@@ -435,6 +441,30 @@ if triton is not None:
             if tape.cursor is not None:
                 _advance(tape, lane, T)
 
+    @cache
+    def _one_launch(K: int, experts: int, slots: int, chunk: int) -> Launch:
+        constants = {"K": K, "BINS": _bins(experts), "BLOCK": slots, "CHUNK": chunk}
+        return Launch(_one_kernel, constants, **RANKING)
+
+    @cache
+    def _count_launch(K: int, experts: int, block: int) -> Launch:
+        constants = {"K": K, "BINS": _bins(experts), "BLOCK": block}
+        return Launch(_count_kernel, constants, num_warps=record_warps(block))
+
+    @cache
+    def _scan_launch() -> Launch:
+        return Launch(_scan_kernel, {"ROWS": 64, "COLUMNS": 16})
+
+    @cache
+    def _scatter_launch(K: int, experts: int, scanned: bool, block: int, chunk: int) -> Launch:
+        bins = _bins(experts)
+        constants = {"K": K, "BINS": bins, "SCANNED": scanned, "BLOCK": block}
+        rows = max(1, min(64, 4096 // bins))
+        return Launch(_scatter_kernel, {**constants, "ROWS": rows, "CHUNK": chunk}, **RANKING)
+
+    def _bins(experts: int) -> int:
+        return max(16, triton.next_power_of_2(experts))
+
     def dispatch_triton(
         ids_TK: Tensor,
         weights_TK: Tensor | None,
@@ -442,53 +472,65 @@ if triton is not None:
         tape: Tape | None = None,
         launches: int | None = None,
         block: int | None = None,
+        out: Dispatch | None = None,
     ) -> Dispatch:
         """`dispatch` on a GPU. `launches`: 1 (at most ONE_LAUNCH slots), 2 or 3; `block`: slots per
-        program. None chooses by size."""
+        program. None chooses by size. `out`: is filled and returned."""
         T, K = ids_TK.shape
         S = T * K
-        out = empty_dispatch(ids_TK, experts)
+        if out is None:
+            out = empty_dispatch(ids_TK, experts)
         if S == 0:
             out.counts.zero_()
             out.offsets.zero_()
             return out
-        ids = ids_TK.contiguous()
+        device, ids = ids_TK.get_device(), ids_TK.contiguous()
         weights = weights_TK.contiguous() if weights_TK is not None else None
-        arguments = _tape_arguments(tape, ids_TK, weights_TK)
-        BINS = max(16, triton.next_power_of_2(experts))
-        block = block or slots_per_program(S)
-        blocks = triton.cdiv(S, block)
-        if launches is None:
-            launches = 1 if S <= ONE_LAUNCH else 2 if blocks * experts <= TWO_LAUNCHES else 3
+        arguments = _arguments(tape, K, ids_TK, weights_TK)
+        if launches is None and S <= ONE_LAUNCH:
+            launches = 1
         if launches == 1:
             assert S <= ONE_LAUNCH
-            _one_kernel[(1,)](
-                ids, weights, T, experts, *out, *arguments,
-                K=K, BINS=BINS, BLOCK=ONE_LAUNCH, CHUNK=CHUNK, **RANKING,
-            )  # fmt: skip
-            return out
-        partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
-        _count_kernel[(blocks,)](
-            ids, weights, T, experts, partial, *arguments,
-            K=K, BINS=BINS, BLOCK=block, num_warps=record_warps(block),
-        )  # fmt: skip
-        if launches == 3:
-            _scan_kernel[(triton.cdiv(experts, 16),)](
-                partial, out.counts, blocks, experts, ROWS=64, COLUMNS=16
+            _one_launch(K, experts, ONE_LAUNCH, CHUNK)(
+                device, (1, 1), S, (ids, weights), out, (experts,), (T,), arguments
             )
-        _scatter_kernel[(blocks,)](
-            ids, T, experts, blocks, partial, *out, *arguments,
-            K=K, BINS=BINS, SCANNED=launches == 3, BLOCK=block,
-            ROWS=max(1, min(64, 4096 // BINS)), CHUNK=CHUNK, **RANKING,
-        )  # fmt: skip
+            return out
+        block = block or slots_per_program(S)
+        blocks = -(-S // block)
+        scanned = launches == 3 or (launches is None and blocks * experts > TWO_LAUNCHES)
+        partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
+        _count_launch(K, experts, block)(
+            device, (blocks, 1), S, (ids, weights), (partial,), (experts,), (T,), arguments
+        )
+        if scanned:
+            _scan_launch()(
+                device,
+                (-(-experts // 16), 1),
+                S,
+                (),
+                (partial, out.counts),
+                (experts,),
+                (blocks,),
+                NOTHING,
+            )
+        _scatter_launch(K, experts, scanned, block, CHUNK)(
+            device, (blocks, 1), S, (ids,), (partial, *out), (experts,), (T, blocks), arguments
+        )
         return out
 
 
-def empty_dispatch(ids_TK: Tensor, experts: int) -> Dispatch:
-    S = ids_TK.shape[0] * ids_TK.shape[1]
-    return Dispatch(
-        *(ids_TK.new_empty(n, dtype=torch.int32) for n in (experts, experts + 1, S, S, S))
+def empty_dispatch(ids_TK: Tensor, experts: int, apart: bool = False) -> Dispatch:
+    """An uninitialized Dispatch. `apart`: of tensors that share no memory, as operators must."""
+    S = ids_TK.numel()
+    if apart or (experts | S) % 4:
+        sizes = (experts, experts + 1, S, S, S)
+        return Dispatch(*(ids_TK.new_empty(n, dtype=torch.int32) for n in sizes))
+    # one allocation takes the host half as long as five; each part is aligned to 16 bytes
+    whole = ids_TK.new_empty(2 * experts + 1 + 3 * S, dtype=torch.int32)
+    counts, permutation, inverse, token, offsets = whole.unsafe_split_with_sizes(
+        (experts, S, S, S, experts + 1)
     )
+    return Dispatch(counts, offsets, permutation, inverse, token)
 
 
 # --- combine: weights the experts' outputs and sums them over a token's slots
@@ -506,7 +548,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _combine_kernel(
-        y, ids, weights, inverse, offsets, out, T, E, H, tape, lane,
+        y, ids, weights, inverse, offsets, out, E, H, T, tape, lane,
         K: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A program sums some columns of one token. `inverse` and `offsets` None: y is in slot
@@ -535,6 +577,13 @@ if triton is not None:
             _write(tape, lane, i, expert, routed, weights, T, K)
             _advance(tape, lane, T)
 
+    @cache
+    def _combine_launch(K: int, y: torch.dtype, weights: torch.dtype) -> Launch:
+        # in the order of transformers: product, rounding, sum
+        rounded = torch.promote_types(y, weights).itemsize == 2
+        constants = {"K": K, "ROUND": rounded, "COLUMNS": COMBINE_COLUMNS, "BLOCK": RECORD_BLOCK}
+        return Launch(_combine_kernel, constants, enable_fp_fusion=False)
+
     def combine_triton(
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
         tape: Tape | None = None,
@@ -546,18 +595,15 @@ if triton is not None:
         T, K = weights_TK.shape
         H = y_SH.shape[1]
         assert tape is None or (grouped is None and T * K <= RECORD_BLOCK)
-        out = torch.empty((T, H), dtype=dtype, device=y_SH.device)
+        out = y_SH.new_empty(T, H, dtype=dtype)
         if T == 0:
             return out
-        inverse, offsets = (
-            (grouped.inverse, grouped.offsets) if grouped is not None else (None,) * 2
-        )
-        _combine_kernel[(T, triton.cdiv(H, 1024))](
-            y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous(), inverse, offsets,
-            out, T, experts, H, *_tape_arguments(tape, ids_TK, weights_TK),
-            # in the order of transformers: product, rounding, sum
-            K=K, ROUND=torch.promote_types(y_SH.dtype, weights_TK.dtype).itemsize == 2,
-            COLUMNS=1024, BLOCK=RECORD_BLOCK, enable_fp_fusion=False,
+        y, ids, weights = y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
+        inverse, offsets = (grouped.inverse, grouped.offsets) if grouped else (None, None)
+        _combine_launch(K, y.dtype, weights.dtype)(
+            y.get_device(), (T, -(-H // COMBINE_COLUMNS)), y.numel(),
+            (y, ids, weights, inverse, offsets, out), (), (experts, H), (T,),
+            _arguments(tape, K, ids, weights),
         )  # fmt: skip
         return out
 
@@ -601,12 +647,12 @@ _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
     "moe_inspect::dispatch", mutates_args=(), schema=f"(Tensor ids, int experts) -> {_FIVE}"
 )
 def _dispatch_op(ids, experts):  # type: ignore[no-untyped-def]
-    return tuple(_dispatch(ids, None, experts, None))
+    return tuple(_dispatch(ids, None, experts, None, empty_dispatch(ids, experts, apart=True)))
 
 
 @_dispatch_op.register_fake
 def _(ids, experts):  # type: ignore[no-untyped-def]
-    return tuple(empty_dispatch(ids, experts))
+    return tuple(empty_dispatch(ids, experts, apart=True))
 
 
 @torch.library.custom_op(
@@ -623,10 +669,11 @@ def _dispatch_recording_op(
             weights,
             experts,
             Tape(tape_ids, tape_weights, cursor, dropped, limit, enabled, *numbers),
+            empty_dispatch(ids, experts, apart=True),
         )
     )
 
 
 @_dispatch_recording_op.register_fake
 def _(ids, weights, experts, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
-    return tuple(empty_dispatch(ids, experts))
+    return tuple(empty_dispatch(ids, experts, apart=True))

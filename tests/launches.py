@@ -1,0 +1,306 @@
+"""Launches through `capture.hook.launch`, each compared with the same launch in Triton's own way,
+on a driver that only notes what it is given. A program of its own: the other tests run the kernels
+in Triton's interpreter, where nothing is compiled. Prints one JSON line per scenario."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
+
+from moe_inspect.capture.hook import kernels, launch
+from tests.fake_driver import FakeDriver
+from tests.kernel_checks import Case, choice, tape_for
+from tests.mutation import changed_source
+
+# mistakes in launch.py: with each of them some launch differs from Triton's own
+MISTAKES = {
+    "types are ignored": ("kinds.append(tensor.dtype)", "kinds.append(0)"),
+    "alignment is ignored": ("bits % ALIGNMENT == 0 and", ""),
+    "alignment of outputs is ignored": (
+        "pointers.append(pointer := tensor.data_ptr()) bits |= pointer can_be_bound",
+        "pointers.append(pointer := tensor.data_ptr())\n        can_be_bound",
+    ),
+    "large tensors are not told apart": ("and elements < FEW_ELEMENTS", ""),
+    "specialized numbers are ignored": ("(current, specialized, state", "(current, state"),
+    "the state is ignored": ("state.variant, *kinds", "*kinds"),
+    "states with other constants are alike": ('getattr(argument, "value", argument)', "None"),
+    "the device is ignored": ("(current, specialized, state", "(specialized, state"),
+    "the tensors' device is ignored": ("if current != device >= 0:", "if False:"),
+    "always the first stream": ("active.get_current_stream(current)", "100"),
+    "hooks are not called": ("or _is_observed()", ""),
+    "numbers swapped": ("*pointers, *specialized, *numbers,", "*pointers, *numbers, *specialized,"),
+    "nothing is ever bound": ("self.bound[variant] = bound", "pass"),
+}  # fmt: skip
+
+
+class Fields(NamedTuple):
+    x: Any
+    base: Any
+    P: Any
+
+
+@triton.jit(do_not_specialize=["T", "lane"])
+def _kernel(x, y, out, E, T, fields, lane, K: tl.constexpr):
+    value = tl.load(out) + E + T + lane + K + fields.base + fields.P
+    if x is not None:
+        value += tl.load(x).to(tl.int32)
+    if y is not None:
+        value += tl.load(y).to(tl.int32)
+    tl.store(out, value + tl.load(fields.x).to(tl.int32))
+
+
+def plain(argument: Any) -> Any:
+    """The argument as the device gets it."""
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, tuple):
+        return tuple(map(plain, argument))
+    return getattr(argument, "value", argument)
+
+
+def given(noted: Any) -> tuple[Any, ...]:
+    where = noted.grid, noted.stream, noted.function, noted.metadata
+    return *where, plain(tuple(noted.arguments))
+
+
+NOTED: list[Any] = []  # launches
+DRIVER = FakeDriver(NOTED.append)
+
+
+class Compared:
+    """Calls a Launch, and launches the same in Triton's own way; they must not differ."""
+
+    def __init__(self, module: ModuleType):
+        driver.set_active(DRIVER)  # type: ignore[arg-type]
+        DRIVER.device, DRIVER.streams[0] = 0, 100
+        self.module, self.inside = module, False
+        self.call, self.by_triton = module.Launch.__call__, module.Launch._by_triton
+        self.unbound = 0  # launches in Triton's own way among those of the Launch
+
+    def __call__(self, made: Any, *arguments: Any) -> None:
+        if self.inside:  # on another device it calls itself
+            return self.call(made, *arguments)
+        before = DRIVER.device
+        NOTED.clear()
+        self.inside = True
+        try:
+            self.call(made, *arguments)
+        finally:
+            self.inside = False
+        assert DRIVER.device == before
+        device, grid, _, tensors, outputs, specialized, numbers, state = arguments
+        DRIVER.device = device if device >= 0 else before
+        numbers = *specialized, *numbers, *state.arguments
+        made.kernel[grid](*tensors, *outputs, *numbers, **made.named)
+        DRIVER.device = before
+        ours, triton_own = map(given, NOTED)
+        assert ours == triton_own, f"\n{ours}\n{triton_own}"
+        return None
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Every launch is compared."""
+        launch_class = self.module.Launch
+
+        def counted(made: Any, *arguments: Any) -> None:
+            self.unbound += 1
+            self.by_triton(made, *arguments)
+
+        launch_class.__call__ = lambda made, *arguments: self(made, *arguments)
+        launch_class._by_triton = counted
+        try:
+            yield
+        finally:
+            launch_class.__call__, launch_class._by_triton = self.call, self.by_triton
+
+    def is_bound(self, call: Callable[[], object]) -> bool:
+        """Whether a second call needs nothing of Triton."""
+        call()
+        before = self.unbound
+        call()
+        return self.unbound == before
+
+
+def a_small_kernel(module: ModuleType = launch) -> None:
+    """All that a variant hangs on, changed one by one and back."""
+    compared = Compared(module)
+    aligned = torch.zeros(64, dtype=torch.int64)
+    out = torch.zeros(64, dtype=torch.int32)
+    launches = {K: module.Launch(_kernel, {"K": K}, num_warps=1) for K in (4, 8)}
+
+    def state(x: torch.Tensor = aligned, base: int = 32, P: int = 16, lane: int = 5) -> Any:
+        return module.state(Fields(x, base, tl.constexpr(P)), lane)
+
+    usual = {"x": aligned, "y": None, "out": out, "K": 4, "E": 64, "T": 7, "state": state()}
+    usual |= {"device": -1, "elements": 64}
+
+    def run(**change: Any) -> None:
+        now = SimpleNamespace(**usual | change)
+        tensors, made = (now.x, now.y), (now.out,)
+        launches[now.K](
+            now.device, (3, 2), now.elements, tensors, made, (now.E,), (now.T,), now.state
+        )
+
+    with compared.everywhere():
+        changes: list[dict[str, Any]] = [
+            {},
+            {"x": aligned.int()},
+            {"x": aligned.bfloat16()},
+            {"x": None},
+            {"x": None, "y": aligned},
+            {"x": aligned[2:]},
+            {"x": aligned.int()[4:]},
+            {"E": 60},
+            {"E": 1},
+            {"T": 1},
+            {"T": 16},
+            {"K": 8},
+            {"state": state(aligned[2:])},
+            {"state": state(aligned.int())},
+            {"state": state(lane=1)},
+            {"state": state(lane=16)},
+            {"state": state(base=40)},
+            {"state": state(P=32)},
+        ]
+        for change in changes:
+            assert compared.is_bound(lambda change=change: run(**change)), change
+            run()
+        never: list[dict[str, Any]] = [
+            {"x": aligned[1:]},
+            {"out": out[1:]},
+            {"y": aligned.int()[3:]},
+            {"T": 2**31, "elements": 2**31},
+        ]
+        for change in never:
+            assert not compared.is_bound(lambda change=change: run(**change)), change
+            run()
+        streams_and_devices(compared, run)
+        hooks(compared, run)
+
+
+def streams_and_devices(compared: Compared, run: Callable[..., None]) -> None:
+    for stream in (101, 102, 100):
+        DRIVER.streams[0] = stream
+        run()
+    for device in (1, 0, 1):
+        DRIVER.device = device
+        assert compared.is_bound(run)
+
+    @contextmanager
+    def current(device: int) -> Iterator[None]:
+        before, DRIVER.device = DRIVER.device, device
+        yield
+        DRIVER.device = before
+
+    real, torch.cuda.device = torch.cuda.device, current  # type: ignore[assignment,misc]
+    try:
+        for device in (0, 1, 0):
+            run(device=device)
+    finally:
+        torch.cuda.device = real  # type: ignore[misc]
+    DRIVER.device = 0
+
+
+def hooks(compared: Compared, run: Callable[..., None]) -> None:
+    run()
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        called: list[Any] = []
+        chain.add(called.append)
+        run()
+        chain.remove(called.append)
+        assert len(called) == 2, "by ours and by Triton's own"
+        run()
+        assert len(called) == 2
+    before = knobs.runtime.launch_enter_hook
+    for hook in (None, called.append):
+        knobs.runtime.launch_enter_hook = hook
+        run()
+    knobs.runtime.launch_enter_hook = before
+    assert len(called) == 4
+    assert compared.is_bound(run)
+
+
+def mistakes_are_noticed() -> None:
+    for name, (old, new) in MISTAKES.items():
+        path = Path(launch.__file__)
+        spec = importlib.util.spec_from_loader("mistaken", loader=None)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        sys.modules["mistaken"] = module
+        exec(compile(changed_source(launch, old, new), path, "exec"), module.__dict__)
+        try:
+            a_small_kernel(module)
+        except AssertionError:
+            continue
+        raise AssertionError(f"not noticed: {name}")
+
+
+def our_kernels() -> None:
+    """Record, dispatch in 1, 2 and 3 launches, combine, as the hooks call them."""
+    compared = Compared(launch)
+    with compared.everywhere():
+        for weights, ids_type in (("bfloat16", torch.int64), ("none", torch.int32)):
+            tape = "none" if weights == "none" else "in one page"
+            case = Case(8, 2, 200, "uniform", None, ids_type, weights, tape, invalid_ids=False)
+            for name, call in calls_of(case).items():
+                assert compared.is_bound(call), name
+
+
+def calls_of(case: Case) -> dict[str, Callable[[], object]]:
+    ids, weights = choice(case)
+    tapes = [tape_for(kernels, case) for _ in range(2)]  # of two layers
+
+    def dispatch(launches: int) -> None:
+        for tape in tapes:
+            kernels.dispatch_triton(ids, weights, case.E, tape, launches=launches)
+
+    calls: dict[str, Callable[[], object]] = {
+        f"dispatch, {n} launches": functools.partial(dispatch, n) for n in (1, 2, 3)
+    }
+    if weights is None:
+        return calls
+    y_SH = torch.zeros(case.T * case.K, 40, dtype=torch.bfloat16)
+    grouped = kernels.dispatch_torch(ids, None, case.E)
+    long = ids.repeat(3, 1), weights.repeat(3, 1)
+
+    def combine(*arguments: Any) -> None:
+        kernels.combine_triton(
+            y_SH, ids, weights, arguments[0], torch.bfloat16, case.E, *arguments[1:]
+        )
+
+    return calls | {
+        "record": lambda: [kernels.record_triton(tape, ids, weights) for tape in tapes],
+        "record, 2 launches": lambda: kernels.record_triton(tapes[0], *long),
+        "combine": lambda: combine(grouped),
+        "combine + record": lambda: combine(None, tapes[1]),
+    }
+
+
+SCENARIOS = {f.__name__: f for f in (a_small_kernel, mistakes_are_noticed, our_kernels)}
+
+
+def main() -> None:
+    for name, scenario in SCENARIOS.items():
+        try:
+            scenario()
+            error = None
+        except Exception:
+            error = traceback.format_exc()
+        print(json.dumps({"scenario": name, "error": error}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
