@@ -4,11 +4,12 @@ ever."""
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -55,15 +56,16 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture
 def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """As `cli`, in this process: for what does not hang on being one of its own, and need not
-    import torch anew."""
+    """As `cli`, in this process, which has imported everything: a second or, with torch, five
+    less. For all that does not need a process of its own."""
     from moe_inspect.__main__ import main
 
     def run(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["moe-inspect", *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        out, err, code = io.StringIO(), io.StringIO(), 0
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "12")
+        code = 0
         try:
             with redirect_stdout(out), redirect_stderr(err):
                 main()
@@ -72,9 +74,48 @@ def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        done = subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+        said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))
+        done = subprocess.CompletedProcess(sys.argv, code, said, complained)
         if check is not None:
             assert code == check, f"exit {code}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run
+
+
+IN_ONE_PROCESS = """
+import json, os, sys
+from moe_inspect.__main__ import main
+
+for n, arguments in enumerate(json.loads(sys.argv[1])):
+    for descriptor, name in ((1, f"{n}.out"), (2, f"{n}.err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.argv = ["moe-inspect", *arguments]
+    try:
+        main()
+    except SystemExit as done:
+        open(f"{n}.code", "w").write(str(done.code or 0))
+"""
+
+
+def in_one_process(
+    directory: Path, *commands: Sequence[object], **environment: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """Runs `moe-inspect …` for each of the commands, one after the other in one process, which
+    imports torch once; all that it writes to its streams is caught, by libraries too."""
+    texts = [list(map(str, command)) for command in commands]
+    subprocess.run(
+        [sys.executable, "-c", IN_ONE_PROCESS, json.dumps(texts)],
+        cwd=directory,
+        env={**os.environ, **environment},
+        check=True,
+    )
+    return [
+        subprocess.CompletedProcess(
+            arguments,
+            int((directory / f"{n}.code").read_text()),
+            (directory / f"{n}.out").read_text(),
+            (directory / f"{n}.err").read_text(),
+        )
+        for n, arguments in enumerate(texts)
+    ]

@@ -29,7 +29,7 @@ from moe_inspect.reporting.charts.spec import (
     every_chart,
 )
 from moe_inspect.reporting.render import html
-from moe_inspect.reporting.render.matplotlib import draw, letters, write_pictures
+from moe_inspect.reporting.render.matplotlib import draw, letters
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import TABLES
 from moe_inspect.reporting.verdict.chance import uneven
@@ -63,7 +63,7 @@ def test_the_picture_and_the_page_show_the_same(sample: str, name: str):
     chart = drawn(sample)[name]
     with letters():
         figure = draw(chart)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     assert chart.headline in figure.get_suptitle()
     section = html.chart_section(chart)
     assert section.title == chart.title
@@ -162,20 +162,3 @@ def test_the_values_of_a_heatmap_survive_their_codes():
     back = np.where(codes == html.LAST_CODE, np.nan, coded["low"] + codes * step)
     assert back.reshape(7, 9) == pytest.approx(values, abs=3e-5, nan_ok=True)
     assert back.reshape(7, 9)[2, 3] == 0  # no load at all has a colour of its own
-
-
-def test_a_new_chart_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(spec, "CHARTS", dict(spec.CHARTS))
-    monkeypatch.setattr(spec, "TABLES_OF", dict(spec.TABLES_OF))
-
-    @spec.chart("balance")
-    def gini(data: Any) -> Chart:
-        table = data.tables["balance"]
-        x = np.arange(len(table), dtype=float)
-        points = Points(x, table["gini"].to_numpy(), "gini", "c1")
-        axis = Axis("layer", tuple(map(str, table["layer"])))
-        return Chart("Gini", "Gini coefficient per layer", (Panel((points,), axis, Axis("gini")),))
-
-    made = report(ROOT / "sample_traces" / "balanced")
-    assert tmp_path / "gini.png" in write_pictures(made, tmp_path)
-    assert [chart.name for chart in draw_charts(made)[0]][-1] == "gini"

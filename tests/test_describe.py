@@ -84,16 +84,17 @@ def test_it_counts_what_the_built_model_has(family: str, tmp_path: Path) -> None
     assert made.total["attention"] > 0
 
 
-def test_the_command(cli: Cli, tmp_path: Path) -> None:
+def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
     config = CONFIGS / "mixtral-8x7b.json"
-    said = cli("describe", config).stdout
+    said = cli_here("describe", config).stdout
     assert "46,702,792,704" in said
     assert "this model needs 3.63x" in said
     rows = [
-        json.loads(line) for line in cli("describe", config, "--format", "json").stdout.splitlines()
+        json.loads(line)
+        for line in cli_here("describe", config, "--format", "json").stdout.splitlines()
     ]
     assert {"key": "parameters.active", "value": 12_879_925_248, "text": "12,879,925,248"} in rows
-    cli(
+    cli_here(
         "describe",
         config,
         "--train-tokens",
@@ -106,11 +107,11 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
         "facts.csv",
     )
     assert pd.read_csv(tmp_path / "facts.csv").set_index("key").value["training.gpu_hours"] > 1e5
-    dense = cli("describe", CONFIGS / "llama-2-7b.json").stdout
+    dense = cli_here("describe", CONFIGS / "llama-2-7b.json").stdout
     assert "none: a dense model" in dense
     assert "dense_of_same_total_size" in dense
     assert (
-        cli("describe", config, "--mfu", "0.4", check=2)
+        cli_here("describe", config, "--mfu", "0.4", check=2)
         .stderr.strip()
         .endswith("add --train-tokens")
     )

@@ -16,6 +16,7 @@ from moe_inspect.exporters.registry import exporters
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
+from tests.conftest import Cli
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
 T, E, K = 240, 8, 2
@@ -197,26 +198,28 @@ def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_command(cli, trace: Trace, tmp_path: Path):
-    assert "wrote c.csv" in cli("export", trace.path, "--format", "counts", "-o", "c.csv").stderr
+def test_the_command(cli_here: Cli, trace: Trace, tmp_path: Path):
+    assert (
+        "wrote c.csv" in cli_here("export", trace.path, "--format", "counts", "-o", "c.csv").stderr
+    )
     assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + 2 * 2 * E
-    cli("export", trace.path, "--format", "esft", "-o", "e", "--top-p", 0.9, "--score", "gate")
+    cli_here("export", trace.path, "--format", "esft", "-o", "e", "--top-p", 0.9, "--score", "gate")
     assert len(json.loads((tmp_path / "e/a/expert_cfg.json").read_text())["experts"]["1"]) > 3
     assert (
         "counts are written as"
-        in cli("export", trace.path, "--format", "counts", "-o", "c.txt", check=1).stderr
+        in cli_here("export", trace.path, "--format", "counts", "-o", "c.txt", check=1).stderr
     )
     assert (
         "within the trace"
-        in cli(
+        in cli_here(
             "export", trace.path, "--format", "counts", "-o", trace.path / "c.csv", check=1
         ).stderr
     )
-    cli("export", trace.path, "--format", "nonsense", "-o", "c", check=2)
+    cli_here("export", trace.path, "--format", "nonsense", "-o", "c", check=2)
 
 
-def test_the_help_lists_every_format(cli) -> None:
-    said = " ".join(cli("export", "--help").stdout.split())
+def test_the_help_lists_every_format(cli_here: Cli) -> None:
+    said = " ".join(cli_here("export", "--help").stdout.split())
     assert set(exporters()) == set(MODULES)
     for name, exporter in exporters().items():
         assert f"{name} {exporter.writes}" in said

@@ -26,9 +26,9 @@ def trace(root: Path) -> Path:
     return root
 
 
-def test_a_breach_is_named_and_exits_with_3(cli: Cli, tmp_path: Path):
+def test_a_breach_is_named_and_exits_with_3(cli_here: Cli, tmp_path: Path):
     trace(tmp_path / "t")
-    done = cli(
+    done = cli_here(
         "report",
         "t",
         "--table",
@@ -46,7 +46,9 @@ def test_a_breach_is_named_and_exits_with_3(cli: Cli, tmp_path: Path):
     assert lines[0].startswith("failed: layer 1: max_vio is 1.")
     assert lines[0].endswith(", above 0.5")
     assert len(done.stdout.splitlines()) == 1 + 2 * E  # the table all the same
-    cli("report", "t", "--table", "load", "--layers", "0", "--fail-above", "max_vio=0.5", check=0)
+    cli_here(
+        "report", "t", "--table", "load", "--layers", "0", "--fail-above", "max_vio=0.5", check=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,10 +62,10 @@ def test_a_breach_is_named_and_exits_with_3(cli: Cli, tmp_path: Path):
     ],
 )
 def test_a_limit_on_nothing_is_a_usage_error(
-    cli: Cli, tmp_path: Path, option: list[str], says: str
+    cli_here: Cli, tmp_path: Path, option: list[str], says: str
 ):
     trace(tmp_path / "t")
-    done = cli("report", "t", *option, check=2)
+    done = cli_here("report", "t", *option, check=2)
     assert says in " ".join(done.stderr.replace("│", " ").split())
 
 
@@ -93,12 +95,14 @@ def test_thresholds_move_the_verdict_and_are_listed(tmp_path: Path):
     assert dict(far.facts())["threshold_uneven"] == "max_vio >= 3 and above chance"
 
 
-def test_the_list_of_metrics_needs_no_trace(cli: Cli):
+def test_the_list_of_metrics_needs_no_trace(cli_here: Cli):
     import io
 
     import pandas as pd
 
-    listed = pd.read_csv(io.StringIO(cli("report", "--list-metrics", "--format", "csv").stdout))
+    listed = pd.read_csv(
+        io.StringIO(cli_here("report", "--list-metrics", "--format", "csv").stdout)
+    )
     assert listed["metric"].tolist() == [m.column for m in metrics().values()]
     assert len(METRICS) > 30
-    assert "TRACE" in cli("report", check=2).stderr
+    assert "TRACE" in cli_here("report", check=2).stderr

@@ -179,8 +179,8 @@ def test_there_must_be_room(model: str, corpus: str, tmp_path: Path) -> None:
         traced(model, corpus, tmp_path / "t", generate=256, max_length=None)
 
 
-def test_the_command(cli: Cli, tmp_path: Path) -> None:
-    cli(
+def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
+    cli_here(
         "trace",
         "demo",
         "-o",
@@ -197,7 +197,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
     assert (tokens[tokens.phase == "decode"].groupby("document").size() <= 2).all()
     assert tokens[tokens.phase == "decode"].document.nunique() > 3
-    summary = cli(
+    summary = cli_here(
         "report", "t", "--phase", "decode", "--table", "balance", "--format", "csv"
     ).stdout
     assert summary.count("\n") == 5

@@ -22,6 +22,7 @@ from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from tests import foreign
+from tests.conftest import Cli
 from tests.foreign import FORMAT_OF, MAKERS, ROUTED
 from tests.planted import sentences
 from tests.test_real_data import ESFT, FIDDLER, needs_esft, needs_fiddler
@@ -430,22 +431,24 @@ def test_fiddlers_unused_expert_is_in_the_verdict_and_its_subjects_are_domains(t
     assert "46.5 times less than the busiest expert there" in said
 
 
-def test_the_command(cli, tmp_path: Path):
+def test_the_command(cli_here: Cli, tmp_path: Path):
     made = MAKERS["counts"](tmp_path)
-    done = cli("import", "auto", made.source, "-o", "t", "--top-k", 2)
+    done = cli_here("import", "auto", made.source, "-o", "t", "--top-k", 2)
     assert "recognised as counts" in done.stderr
     assert "imported 30 tokens, 2 routers" in done.stderr
     assert done.stdout == ""
     assert (
         "error: there is a trace at t"
-        in cli("import", "counts", made.source, "-o", "t", check=1).stderr
+        in cli_here("import", "counts", made.source, "-o", "t", check=1).stderr
     )
-    cli("import", "nonsense", made.source, "-o", "t", check=2)
-    assert len(cli("report", "t", "--table", "load", "--format", "csv").stdout.splitlines()) == 17
+    cli_here("import", "nonsense", made.source, "-o", "t", check=2)
+    assert (
+        len(cli_here("report", "t", "--table", "load", "--format", "csv").stdout.splitlines()) == 17
+    )
 
 
-def test_the_commands_help_names_every_format(cli):
-    said = "".join(cli("import", "--help").stdout.split())  # a line may break at a hyphen
+def test_the_commands_help_names_every_format(cli_here: Cli):
+    said = "".join(cli_here("import", "--help").stdout.split())  # a line may break at a hyphen
     assert all(name in said for name in (*MODULES, "auto"))
 
 

@@ -47,9 +47,14 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(source: str) -> Iterator[tuple[str, bool]]:
+@cache
+def imports(name: str) -> tuple[tuple[str, bool], ...]:
     """The absolute names that a module imports, anywhere in it, and whether once it is loaded: in
     no function, and not for type checkers alone."""
+    return tuple(_imports(modules()[name].read_text()))
+
+
+def _imports(source: str) -> Iterator[tuple[str, bool]]:
     tree = ast.parse(source)
     inside = {
         id(node)
@@ -74,7 +79,7 @@ def graph(names: Iterable[str]) -> dict[str, set[str]]:
     arrows: dict[str, set[str]] = {}
     for name in names:
         arrows[name] = set()
-        for target, _ in imports(modules()[name].read_text()):
+        for target, _ in imports(name):
             inner = target.removeprefix("moe_inspect.")
             if target != inner and inner in modules() and inner != name:
                 arrows[name].add(inner)
@@ -137,7 +142,7 @@ def loaded_by(names: Iterable[str]) -> set[str]:
         seen.add(name)
         at_once = {
             target.removeprefix("moe_inspect.")
-            for target, at_module_level in imports(modules()[name].read_text())
+            for target, at_module_level in imports(name)
             if at_module_level
         }
         rest |= (at_once & modules().keys()) - seen
@@ -149,7 +154,7 @@ def test_what_is_right_of_the_trace_loads_no_torch() -> None:
         return sorted(
             f"{name} imports {target}"
             for name in loaded_by(names)
-            for target, at_module_level in imports(modules()[name].read_text())
+            for target, at_module_level in imports(name)
             if at_module_level and target.split(".")[0] in HEAVY
         )
 
@@ -161,7 +166,7 @@ def test_only_the_command_line_imports_typer() -> None:
     users = {
         room(name)
         for name, path in modules().items()
-        for target, _ in imports(path.read_text())
+        for target, _ in imports(name)
         if target.split(".")[0] in ("typer", "click")
     }
     assert users <= {"cli", "__main__"}
@@ -169,9 +174,9 @@ def test_only_the_command_line_imports_typer() -> None:
 
 
 def test_nothing_inside_imports_the_public_names() -> None:
-    for name, path in modules().items():
+    for name in modules():
         if room(name) not in ("", "__main__", "cli"):
-            public = [t for t, _ in imports(path.read_text()) if t == "moe_inspect"]
+            public = [t for t, _ in imports(name) if t == "moe_inspect"]
             assert not public, f"{name} imports moe_inspect itself"
 
 

@@ -17,7 +17,7 @@ import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import read_config, read_facts
 from tests import zoo
-from tests.conftest import ROOT, Cli
+from tests.conftest import ROOT, Cli, in_one_process
 from tests.families import build
 from tests.test_cli_trace import save, save_tokenizer, write_jsonl
 
@@ -96,28 +96,23 @@ def test_a_revision_is_pinned_and_told(
     (repository / "refs" / "v1").write_text(old)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     data = write_jsonl(tmp_path / "data.jsonl", documents=4, words=9)
-    for revision, commit, kind in (
-        ("v1", old, "Olmoe"),
-        (old, old, "Olmoe"),
-        (None, new, "Qwen3Moe"),
-    ):
-        cli(
-            "trace",
-            "who/what",
-            "-o",
-            "t",
-            "--data",
-            data,
-            "--overwrite",
-            *(["--revision", revision] if revision else []),
-        )
-        model = moe_inspect.open_trace(tmp_path / "t").manifest["model"]
+    command = ("trace", "who/what", "--data", data)
+    *made, missing = in_one_process(
+        tmp_path,
+        (*command, "-o", "a", "--revision", "v1"),
+        (*command, "-o", "b", "--revision", old),
+        (*command, "-o", "c"),
+        (*command, "-o", "d", "--revision", "v9"),
+    )
+    assert [done.returncode for done in made] == [0, 0, 0], made
+    for name, commit, kind in (("a", old, "Olmoe"), ("b", old, "Olmoe"), ("c", new, "Qwen3Moe")):
+        model = moe_inspect.open_trace(tmp_path / name).manifest["model"]
         assert (model["revision"], model["class"]) == (commit, f"{kind}ForCausalLM")
-    missing = cli("trace", "who/what", "-o", "u", "--data", data, "--revision", "v9", check=1)
+    assert missing.returncode == 1
     assert missing.stderr.startswith("error: cannot load model 'who/what'")
     assert missing.stderr.count("\n") == 1
     shutil.rmtree(repository)  # control: it was read from there
-    cli("trace", "who/what", "-o", "u", "--data", data, check=1)
+    cli(*command, "-o", "e", check=1)
 
 
 def test_kernels_of_the_hub_that_bypass_the_experts_are_refused(tmp_path: Path) -> None:

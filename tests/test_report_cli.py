@@ -33,15 +33,15 @@ def made(trace: Trace) -> Report:
     return report(trace)
 
 
-def test_csv_and_json_carry_every_digit(cli: Cli, trace: Trace, made: Report):
+def test_csv_and_json_carry_every_digit(cli_here: Cli, trace: Trace, made: Report):
     expected = made.tables["balance"]
-    text = cli("report", trace.path, "--table", "balance", "--format", "csv").stdout
+    text = cli_here("report", trace.path, "--table", "balance", "--format", "csv").stdout
     csv = pd.read_csv(io.StringIO(text), float_precision="round_trip")
     assert list(csv.columns) == list(expected.columns)
     assert csv["cv"].tolist() == expected["cv"].tolist()
     lines = [
         json.loads(line)
-        for line in cli(
+        for line in cli_here(
             "report", trace.path, "--table", "balance", "--format", "json"
         ).stdout.splitlines()
     ]
@@ -49,14 +49,18 @@ def test_csv_and_json_carry_every_digit(cli: Cli, trace: Trace, made: Report):
     assert [type(line["dead_experts"]) for line in lines] == [int] * 4
 
 
-def test_nan_is_null_in_json(cli: Cli, tmp_path: Path):
+def test_nan_is_null_in_json(cli_here: Cli, tmp_path: Path):
     write_trace(tmp_path / "t", [np.array([[0, 1]] * 20, np.uint16)], 4)
-    line = json.loads(cli("report", "t", "--table", "specialization", "--format", "json").stdout)
+    line = json.loads(
+        cli_here("report", "t", "--table", "specialization", "--format", "json").stdout
+    )
     assert line["domain_mi_bits"] is None
     assert line["layer"] == 0
     summary = [
         json.loads(s)
-        for s in cli("report", "t", "--table", "summary", "--format", "json").stdout.splitlines()
+        for s in cli_here(
+            "report", "t", "--table", "summary", "--format", "json"
+        ).stdout.splitlines()
     ]
     assert any(s["key"] == "note" and "one domain" in s["value"] for s in summary)
 
@@ -81,10 +85,10 @@ def test_parquet_into_a_pipe_and_a_file(trace: Trace, tmp_path: Path, made: Repo
 
 @pytest.mark.parametrize("ending", ["csv", "CSV", "json", "jsonl", "parquet", "txt", "md", ""])
 def test_the_ending_of_the_file_says_the_format(
-    cli: Cli, trace: Trace, tmp_path: Path, made: Report, ending: str
+    cli_here: Cli, trace: Trace, tmp_path: Path, made: Report, ending: str
 ):
     name = f"load.{ending}" if ending else "load"
-    cli("report", trace.path, "--table", "load", "-o", name)
+    cli_here("report", trace.path, "--table", "load", "-o", name)
     data, expected = (tmp_path / name).read_bytes(), made.tables["load"]
     read = {
         "csv": pd.read_csv,
@@ -96,7 +100,7 @@ def test_the_ending_of_the_file_says_the_format(
         assert (
             read[form](io.BytesIO(data))["assignments"].tolist() == expected["assignments"].tolist()
         )
-        cli(
+        cli_here(
             "report", trace.path, "--table", "load", "-o", name, "--format", "table"
         )  # what is said outright goes first
         data = (tmp_path / name).read_bytes()
@@ -105,16 +109,16 @@ def test_the_ending_of_the_file_says_the_format(
     assert not any(line != line.rstrip() for line in lines)
 
 
-def test_the_report_in_words_on_stdout_and_in_a_file(cli: Cli, trace: Trace, tmp_path: Path):
-    done = cli("report", trace.path)
+def test_the_report_in_words_on_stdout_and_in_a_file(cli_here: Cli, trace: Trace, tmp_path: Path):
+    done = cli_here("report", trace.path)
     assert "• Layer 3 is the worst balanced" in done.stdout
     assert done.stderr == ""
-    assert cli("report", trace.path, "-o", "report.txt").stdout == ""
+    assert cli_here("report", trace.path, "-o", "report.txt").stdout == ""
     assert (tmp_path / "report.txt").read_text() == done.stdout
 
 
-def test_selecting_on_the_command_line(cli: Cli, trace: Trace):
-    out = cli(
+def test_selecting_on_the_command_line(cli_here: Cli, trace: Trace):
+    out = cli_here(
         "report",
         trace.path,
         "--table",
@@ -133,7 +137,9 @@ def test_selecting_on_the_command_line(cli: Cli, trace: Trace):
     assert sorted(frame["domain"].unique()) == ["code", "law", "math"]
     words = pd.read_csv(
         io.StringIO(
-            cli("report", trace.path, "--table", "vocabulary", "--format", "csv", "--top", 2).stdout
+            cli_here(
+                "report", trace.path, "--table", "vocabulary", "--format", "csv", "--top", 2
+            ).stdout
         )
     )
     assert words.groupby(["router", "expert"]).size().max() == 2
@@ -164,9 +170,9 @@ def test_selecting_on_the_command_line(cli: Cli, trace: Trace):
     ],
 )
 def test_what_cannot_be_done_is_one_line(
-    cli: Cli, trace: Trace, arguments: list[str], code: int, says: str
+    cli_here: Cli, trace: Trace, arguments: list[str], code: int, says: str
 ):
-    done = cli("report", trace.path, *arguments, check=code)
+    done = cli_here("report", trace.path, *arguments, check=code)
     assert says in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -174,8 +180,8 @@ def test_what_cannot_be_done_is_one_line(
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_no_trace_there(cli: Cli):
-    assert "no trace at nowhere" in cli("report", "nowhere", check=1).stderr
+def test_no_trace_there(cli_here: Cli):
+    assert "no trace at nowhere" in cli_here("report", "nowhere", check=1).stderr
 
 
 def test_head_ends_quietly(trace: Trace):
@@ -193,17 +199,17 @@ def test_head_ends_quietly(trace: Trace):
         assert len(done.stdout.splitlines()) == 1
 
 
-def test_a_warning_goes_to_stderr(cli: Cli, tmp_path: Path):
+def test_a_warning_goes_to_stderr(cli_here: Cli, tmp_path: Path):
     planted(tmp_path / "t", status="interrupted")
-    done = cli("report", "t", "--table", "load", "--format", "csv")
+    done = cli_here("report", "t", "--table", "load", "--format", "csv")
     assert done.stderr.startswith("warning: this trace was interrupted")
     assert len(done.stdout.splitlines()) == 33
 
 
-def test_plots_are_pictures(cli: Cli, trace: Trace, tmp_path: Path):
+def test_plots_are_pictures(cli_here: Cli, trace: Trace, tmp_path: Path):
     from moe_inspect.reporting.charts.spec import every_chart
 
-    done = cli("report", trace.path, "--table", "balance", "--plots", "pictures")
+    done = cli_here("report", trace.path, "--table", "balance", "--plots", "pictures")
     names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
     assert {"balance.png", "domains.svg", "load.png", "specialization.svg"} <= set(names)
     assert {Path(name).stem for name in names} <= set(every_chart())
@@ -259,24 +265,26 @@ def test_pictures_leave_the_notebooks_backend_alone(trace: Trace):
     )
 
 
-def test_a_page_from_the_command_line(cli: Cli, trace: Trace, tmp_path: Path):
-    done = cli("report", trace.path, "--html", "page.html", "--table", "load", "--format", "csv")
+def test_a_page_from_the_command_line(cli_here: Cli, trace: Trace, tmp_path: Path):
+    done = cli_here(
+        "report", trace.path, "--html", "page.html", "--table", "load", "--format", "csv"
+    )
     assert "wrote page.html" in done.stderr
     assert done.stdout.startswith("layer,router,expert")
     assert "Layer 3 is the worst balanced" in (tmp_path / "page.html").read_text()
     assert (
         "cannot write no/such/page.html"
-        in cli("report", trace.path, "--html", "no/such/page.html", check=1).stderr
+        in cli_here("report", trace.path, "--html", "no/such/page.html", check=1).stderr
     )
 
 
-def test_simulations_have_sections_on_the_page(cli: Cli, trace: Trace, tmp_path: Path):
+def test_simulations_have_sections_on_the_page(cli_here: Cli, trace: Trace, tmp_path: Path):
     asked = [
         part
         for name in ("capacity", "placement", "decode", "cache", "routing")
         for part in ("--simulate", name)
     ]
-    cli("report", trace.path, "--html", tmp_path / "page.html", *asked)
+    cli_here("report", trace.path, "--html", tmp_path / "page.html", *asked)
     page = (tmp_path / "page.html").read_text()
     titles = re.findall(r"<h2[^>]*>([^<]+)</h2>", page)
     assert [t for t in titles if t.startswith("Simulated")] == [
@@ -287,7 +295,7 @@ def test_simulations_have_sections_on_the_page(cli: Cli, trace: Trace, tmp_path:
         "has no logits, which simulate routing needs"
         in page.partition('class="left-out">')[2].partition("</p>")[0]
     )
-    said = cli("report", trace.path, *asked, check=2).stderr
+    said = cli_here("report", trace.path, *asked, check=2).stderr
     assert "--simulate takes all tokens and adds to a page: give it with --html" in " ".join(
         said.split()
     )
@@ -324,8 +332,8 @@ def test_a_report_shows_itself_in_a_notebook(made: Report):
     assert len(html) < 300_000
 
 
-def test_help_names_every_table_and_imports_nothing_heavy(cli: Cli):
-    said = cli("report", "--help").stdout
+def test_help_names_every_table_and_imports_nothing_heavy(cli_here: Cli):
+    said = cli_here("report", "--help").stdout
     assert all(name in said for name in TABLES)
     code = (
         "import sys; from moe_inspect.cli import app; print([m for m in ('torch', 'pandas', "

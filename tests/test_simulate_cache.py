@@ -224,9 +224,9 @@ def test_the_plain_cache_of_no_token_has_no_hits():
     assert Cache(4, [2], ["lru"]).hits()["lru", 2].sum() == 0
 
 
-def test_the_command(cli: Cli, tmp_path: Path):
+def test_the_command(cli_here: Cli, tmp_path: Path):
     trace = ROOT / "sample_traces/collapsed"
-    done = cli(
+    done = cli_here(
         "simulate",
         "cache",
         trace,

@@ -251,9 +251,9 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         simulate_capacity(trace, capacity_factors=[0.0])
 
 
-def test_the_command(cli: Cli, tmp_path: Path):
+def test_the_command(cli_here: Cli, tmp_path: Path):
     trace = ROOT / "sample_traces/collapsed"
-    done = cli(
+    done = cli_here(
         "simulate",
         "capacity",
         trace,
@@ -266,7 +266,7 @@ def test_the_command(cli: Cli, tmp_path: Path):
     )
     assert "Simulated: at capacity factor 1.5, in groups of a sequence" in done.stdout
     assert (tmp_path / "capacity.png").stat().st_size > 10_000
-    cli(
+    cli_here(
         "simulate",
         "capacity",
         trace,
@@ -282,7 +282,7 @@ def test_the_command(cli: Cli, tmp_path: Path):
     assert "Simulated: at capacity factor 1.25" in page
     assert "image/svg+xml" in page
     assert "capacity_by_position" in page
-    table = cli(
+    table = cli_here(
         "simulate", "capacity", trace, "--table", "capacity_by_position", "--format", "csv"
     ).stdout
     assert (
@@ -291,5 +291,5 @@ def test_the_command(cli: Cli, tmp_path: Path):
     )
     assert (
         "is no whole number, batch or sequence"
-        in cli("simulate", "capacity", trace, "--group-tokens", "x", check=2).stderr
+        in cli_here("simulate", "capacity", trace, "--group-tokens", "x", check=2).stderr
     )

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from moe_inspect.cli import app
 from moe_inspect.simulate.decode.decode import simulate_decode
 from moe_inspect.simulate.placement.placement import simulate_placement
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 TRACE = ROOT / "sample_traces/collapsed"
@@ -134,7 +134,7 @@ def test_bad_usage_exits_2_and_names_what_is_wrong(
     assert said in " ".join(done.stderr.replace("│", " ").split())
 
 
-def test_what_can_be_mended_exits_1_in_a_line(cli, tmp_path: Path) -> None:
+def test_what_can_be_mended_exits_1_in_a_line(cli_here: Cli, tmp_path: Path) -> None:
     counts = write_counts(tmp_path / "counts", [np.full((1, 8), 200)], 2).path
     for arguments, line in (
         (("placement", TRACE, "--gpus", 3), "8 physical experts on 3 GPUs"),
@@ -160,7 +160,7 @@ def test_what_can_be_mended_exits_1_in_a_line(cli, tmp_path: Path) -> None:
         (("cache", TRACE, "--expert-mb", "inf", "--gb-per-s", 25), "expert size inf MB"),
         (("routing", TRACE, "--top-p", "0.5,0"), "top-p 0: give a number above 0 and at most 1"),
     ):
-        said = cli("simulate", *arguments, check=1).stderr
+        said = cli_here("simulate", *arguments, check=1).stderr
         assert line in said
         assert said.count("\n") == 1
 

@@ -20,8 +20,8 @@ from moe_inspect.simulate.routing.algorithms import (
     BIAS_TOKENS,
     Algorithm,
     Batch,
-    batch_of,
     largest,
+    scores_of,
 )
 from moe_inspect.simulate.routing.routing import simulate_routing
 from moe_inspect.trace.schema import Router
@@ -34,7 +34,9 @@ VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
 
 def batch(logits_TE: np.ndarray, k: int = 2, scoring: str = "softmax") -> Batch:
     logits_TE = logits_TE.astype(np.float16)
-    return batch_of(logits_TE, largest(logits_TE, k), np.arange(len(logits_TE)) % 17, k, scoring, 0)
+    return scores_of(
+        logits_TE, largest(logits_TE, k), np.arange(len(logits_TE)) % 17, k, scoring, 0
+    )
 
 
 def skewed(seed: int = 0, T: int = 200, E: int = 8) -> np.ndarray:
@@ -126,14 +128,14 @@ def test_sinkhorn_evens_out_what_top_k_does_not():
 
 
 def test_a_bias_moves_by_the_sign_of_the_load_error_after_as_many_tokens_as_a_step_of_training():
-    memory = {"bias_E": np.zeros(4, np.float32), "load_E": np.zeros(4, np.int64)}
+    state = {"bias_E": np.zeros(4, np.float32), "load_E": np.zeros(4, np.int64)}
     made = batch(np.array([[9.0, 5, 1, 0]]), k=2)
     for _ in range(BIAS_TOKENS - 1):  # decode steps
-        ALGORITHMS["loss-free bias"].choose(made, 0, memory)
-    assert not memory["bias_E"].any()
-    ALGORITHMS["loss-free bias"].choose(made, 0, memory)
-    assert memory["bias_E"].tolist() == pytest.approx([-BIAS_RATE] * 2 + [BIAS_RATE] * 2)
-    assert not memory["load_E"].any()
+        ALGORITHMS["loss-free bias"].choose(made, 0, state)
+    assert not state["bias_E"].any()
+    ALGORITHMS["loss-free bias"].choose(made, 0, state)
+    assert state["bias_E"].tolist() == pytest.approx([-BIAS_RATE] * 2 + [BIAS_RATE] * 2)
+    assert not state["load_E"].any()
 
 
 def test_a_bias_is_judged_on_documents_that_it_has_not_seen(tmp_path: Path):
@@ -255,12 +257,14 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         simulate_routing(ROOT / "sample_traces/balanced", algorithms=["best"])
 
 
-def test_the_command(cli: Cli, tmp_path: Path):
+def test_the_command(cli_here: Cli, tmp_path: Path):
     trace = ROOT / "sample_traces/collapsed"
-    done = cli("simulate", "routing", trace, "--layers", 3, "--top-k", "1,2", "--plots", tmp_path)
+    done = cli_here(
+        "simulate", "routing", trace, "--layers", 3, "--top-k", "1,2", "--plots", tmp_path
+    )
     assert "Simulated: a loss-free bias would bring layer 3 to max_vio" in done.stdout
     assert (tmp_path / "routing.png").stat().st_size > 10_000
-    lines = cli(
+    lines = cli_here(
         "simulate", "routing", trace, "--algorithm", "top-k,random", "--format", "csv"
     ).stdout.splitlines()
     assert lines[0].startswith(

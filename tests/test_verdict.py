@@ -138,9 +138,9 @@ def test_a_check_runs_once_per_report(monkeypatch: pytest.MonkeyPatch):
     assert len(asked) == 1
 
 
-def test_the_verdict_is_a_table_and_json_has_its_numbers(cli: Cli):
+def test_the_verdict_is_a_table_and_json_has_its_numbers(cli_here: Cli):
     trace = ROOT / "sample_traces" / "collapsed"
-    lines = cli("report", trace, "--table", "verdict", "--format", "json").stdout.splitlines()
+    lines = cli_here("report", trace, "--table", "verdict", "--format", "json").stdout.splitlines()
     rows = [json.loads(line) for line in lines]
     assert [list(row) for row in rows] == [
         ["severity", "kind", "layer", "router", "text", "values"]
@@ -149,7 +149,7 @@ def test_the_verdict_is_a_table_and_json_has_its_numbers(cli: Cli):
     assert [row["text"] for row in rows] == [f.text for f in found]
     assert [row["values"] for row in rows] == [f.values for f in found]
     assert rows[-1]["layer"] is None
-    text = cli("report", trace, "--table", "verdict", "--format", "csv").stdout
+    text = cli_here("report", trace, "--table", "verdict", "--format", "csv").stdout
     assert list(pd.read_csv(io.StringIO(text)).columns) == [
         "severity",
         "kind",

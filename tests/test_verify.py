@@ -17,7 +17,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.verify import verify
 from tests import foreign
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.damage import edit_lines, edit_manifest
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
@@ -257,20 +257,20 @@ def test_what_is_imported_is_fine(name: str, tmp_path: Path):
     assert found.ok, found
 
 
-def test_the_commands(cli, fine: Path, tmp_path: Path):
-    done = cli("verify", fine)
+def test_the_commands(cli_here: Cli, fine: Path, tmp_path: Path):
+    done = cli_here("verify", fine)
     assert "is fine: 300 tokens, 900 decisions, 1,799 assignments in 3 shards" in done.stdout
     shutil.copytree(fine, tmp_path / "t")
     rewrite(tmp_path / "t", "routing", 1, put("expert_1", 123, 8))
-    done = cli("verify", "t", check=1)
+    done = cli_here("verify", "t", check=1)
     assert done.stdout == ""
     assert (
         done.stderr
         == "error: t/routing/part-0-1.parquet row 123: expert_1 is 8, router 1 has 8 experts\n"
     )
-    said = json.loads(cli("verify", "t", "--json", check=1).stdout)
+    said = json.loads(cli_here("verify", "t", "--json", check=1).stdout)
     assert (said["ok"], said["file"], said["row"]) == (False, "routing/part-0-1.parquet", 123)
-    assert "no trace at nowhere" in cli("verify", "nowhere", check=1).stderr
+    assert "no trace at nowhere" in cli_here("verify", "nowhere", check=1).stderr
     with pytest.raises(MoeInspectError):
         verify(tmp_path / "nowhere")
 

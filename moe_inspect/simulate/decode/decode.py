@@ -1,8 +1,8 @@
-"""`simulate decode`: the distinct experts of a step in which B sequences decode together.
+"""`simulate decode`: the number of distinct experts in a decode step of B sequences.
 
-A step is the tokens at one position of B different sequences, in the order in which the trace has
-them: sequences stand in for requests. Where the trace has generated tokens only those count, each
-at its place after the prompt; else prompts stand in for them.
+A step takes the tokens at one position of B different sequences, in the order of the trace; the
+sequences stand in for requests. If the trace has generated tokens, only those are used, with
+positions counted from the end of the prompt; otherwise the prompt tokens are used instead.
 
 T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 experts.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,17 +27,14 @@ from moe_inspect.simulate.shards import check_domains, check_length, is_small, s
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.shard import Shard
 
-if TYPE_CHECKING:
-    pass
-
 # FLOPs per byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
 RIDGE = 295.0
 LARGEST = 2**24
 
 
 class Steps:
-    """The steps of one router that are still filling up, and the sums over those that are full.
-    Memory is set by positions, experts and batch sizes, not by the trace's length."""
+    """The unfinished steps of one router, and sums over the finished ones. Memory grows with the
+    number of positions, experts and batch sizes, not with the number of tokens."""
 
     def __init__(self, E: int, batches: Sequence[int]):
         self.E, self.batch_B = E, np.array(batches, np.int64)
@@ -75,14 +72,14 @@ class Steps:
 
 
 def independent(E: int, k: int, B: int) -> float:
-    """Distinct experts of B tokens that each choose k of E uniformly at random: E (1 − (1 −
-    k/E)^B)."""
+    """Expected distinct experts if each of B tokens chooses k of E uniformly at random:
+    E (1 − (1 − k/E)^B)."""
     return E * (1 - (1 - k / E) ** B)
 
 
 def from_marginals(activation_E: np.ndarray, B: float) -> float:
-    """Distinct experts of B tokens drawn independently, each expert chosen as often as it is: Σ 1 −
-    (1 − activation)^B."""
+    """Expected distinct experts if B tokens choose independently, each expert with its measured
+    activation (the share of tokens that use it): Σ 1 − (1 − activation)^B."""
     return float((1 - (1 - activation_E) ** B).sum())
 
 
@@ -96,15 +93,15 @@ def simulate_decode(
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> Simulation:
-    """How many experts a decode step reads. `expert_mb`: the size of one expert, 10⁶ bytes
-    (default: from the model's config).
-    `flops_per_byte`: of the GPU, from which on computing is the limit, no longer reading."""
+    """Counts the distinct experts that a decode step reads, by batch size. `expert_mb`: size of one
+    expert in 10⁶ bytes; default from the model's config. `flops_per_byte`: arithmetic intensity at
+    which the GPU is compute-bound."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     need_decisions(trace, "simulate decode")
     sizes = sorted(set(batches))
     if not sizes or sizes[0] < 1 or sizes[-1] > LARGEST:
         raise MoeInspectError(
-            f"batch {', '.join(map(str, sizes))}: give numbers of sequences from 1 to {LARGEST:,}"
+            f"batch size {', '.join(map(str, sizes))}: give numbers from 1 to {LARGEST:,}"
         )
     if not 0 < flops_per_byte < inf or (expert_mb is not None and not 0 < expert_mb < inf):
         raise MoeInspectError(
@@ -120,7 +117,9 @@ def simulate_decode(
         of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for r in chosen.routers:
             if (stack := trace.routers[r].stack) not in of_stack:
-                of_stack[stack] = _places(shard, r, chosen, first_of if decoded else None)
+                of_stack[stack] = _selected_positions(
+                    shard, r, chosen, first_of if decoded else None
+                )
             taken_N, position_T = of_stack[stack]
             ids_KT = slots(shard, r)
             check_length(ids_KT.T, len(taken_N), r)
@@ -148,7 +147,8 @@ def simulate_decode(
 
 
 def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
-    """Generated tokens only, where there are some and no phase was asked for."""
+    """Selects the generated tokens, if there are any and no phase was given. Returns the selection,
+    and whether it is of generated tokens."""
     if selection.phase is not None:
         return selection, selection.phase == "decode"
     if any(
@@ -160,15 +160,16 @@ def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
     return selection, False
 
 
-def _places(
+def _selected_positions(
     shard: Shard,
     router: int,
     selection: Selection,
     first_of: dict[tuple[str, int, int], int] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the shard's tokens that the router sees are selected, bool [N], and the positions of
-    those, int64 [T]. With `first_of` (by stack, rank and sequence; it carries on) counted from the
-    sequence's first selected token: its place after the prompt."""
+    """Which of the N tokens that the router sees in the shard are selected, bool [N], and the
+    positions of those, int64 [T]. With `first_of`, positions count from the first selected token of
+    the sequence, the end of its prompt; it maps (stack, rank, sequence) to that token's position
+    and is kept from shard to shard."""
     table, taken_N = shard.tokens(["sequence", "position"]), taken(shard, selection)
     sequence_N, position_N = (
         table["sequence"].to_numpy(),
@@ -221,9 +222,9 @@ def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> An
 
 
 def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> Any:
-    """The batch from which a step reads as good as all experts, and the one from which computing,
-    not reading, is the limit: both by the measured marginals. A weight is used for 2 FLOP a token,
-    so an expert needs `flops_per_byte` tokens by half its bytes."""
+    """The batch size from which a step reads almost all experts, and the one from which it is
+    compute-bound; both from the measured activations. Each weight costs 2 FLOPs per token, so an
+    expert is compute-bound from flops_per_byte × (bytes per weight) / 2 tokens on."""
     rows, intensity = [], flops_per_byte * weight_bytes(trace) / 2
     for r, of in steps.items():
         activation_E, k = of.load_E / max(1, of.tokens), of.load_E.sum() / max(1, of.tokens)
@@ -252,7 +253,7 @@ def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> Any
 
 
 def _least(holds: Any) -> int | None:
-    """The least batch up to LARGEST from which `holds` is true."""
+    """The smallest batch size for which `holds` is true; None if it is not at LARGEST."""
     if not holds(LARGEST):
         return None
     low, high = 0, LARGEST

@@ -9,7 +9,7 @@ from moe_inspect.text import plural
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SATURATED = 0.95  # share of the experts that counts as all of them
+SATURATED = 0.95  # this share of the experts counts as almost all of them
 
 
 def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
@@ -21,11 +21,11 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     )
     sentences = []
     for batch, mine in table.dropna(subset=["distinct_experts"]).groupby("batch"):
-        distinct, lot = mine["distinct_experts"].mean(), mine["independent"].mean()
+        distinct, chance = mine["distinct_experts"].mean(), mine["independent"].mean()
         sentences.append(
             f"{batch:,} {'sequence reads' if batch == 1 else 'sequences together read'} "
             f"{distinct:.1f} experts per layer and step "
-            f"({mine['share_of_experts'].mean():.0%} of them; expected by chance: {lot:.1f})"
+            f"({mine['share_of_experts'].mean():.0%} of them; expected by chance: {chance:.1f})"
             + (
                 f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights per token."
                 if mine["bytes_per_token"].notna().all()

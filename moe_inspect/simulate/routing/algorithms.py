@@ -1,8 +1,8 @@
-"""Routing algorithms, on the logits of one batch. One is a function from a Batch to which experts
-each token gets: bool [T, E].
+"""Routing algorithms. Each is a function from the logits of one batch to the experts of each token:
+bool [T, E].
 
-Registered by being decorated: `simulate routing`, its table of advice and the tests take them from
-ALGORITHMS. T tokens of a batch, in order, E experts, k choices of the model's own router.
+The decorator `algorithm` registers one in ALGORITHMS, from which `simulate routing` and the tests
+take them. T tokens of a batch, in order, E experts, k choices of the model's own router.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ import numpy as np
 from moe_inspect.simulate import kernels_numpy
 from moe_inspect.simulate.shards import expert_capacity
 
-BIAS_RATE = 0.001  # a step of the bias (Wang et al. 2024)
-BIAS_TOKENS = 4096  # a step of the bias takes the load of at least so many
-WARM_UP = 300  # steps before a bias is judged, on tokens drawn from the first shard
-FIRST_RATE = 0.05  # of the warm-up, whose steps shrink to BIAS_RATE
+BIAS_RATE = 0.001  # step size of the bias updates (Wang et al. 2024)
+BIAS_TOKENS = 4096  # tokens per bias update, at least
+WARM_UP = 300  # bias updates before the simulation, on tokens sampled from the first shard
+FIRST_RATE = 0.05  # step size at the start of the warm-up; decays to BIAS_RATE
 SEED = 20_240_815
 
 
 @dataclass(frozen=True)
-class Batch:
-    """`share_TE`: the router's scores, each token's adding up to 1. `scores_TE`: softmax or sigmoid
-    of the logits, as the model's router has it. `model_TE`: what the model chose."""
+class RouterScores:
+    """A batch of tokens, with what the model's router computed for them.
+
+    scores_TE: softmax or sigmoid of the logits, as in the model. share_TE: the scores, normalised
+    so that each token's sum is 1. model_TE: bool, the experts that the model chose.
+    k: experts per token. number: of the batch in the trace."""
 
     logits_TE: np.ndarray
     scores_TE: np.ndarray
@@ -38,27 +41,27 @@ class Batch:
 
     @property
     def capacity(self) -> int:
-        """An even share of the assignments, rounded up."""
+        """The assignments of each expert if load were even, rounded up."""
         T, E = self.scores_TE.shape
         return -(-T * self.k // E)
 
 
-def batch_of(
+def scores_of(
     logits_TE: np.ndarray,
     model_TE: np.ndarray,
     token_id_T: np.ndarray,
     k: int,
     scoring: str,
     number: int,
-) -> Batch:
-    """Scores by the router's own activation; softmax where the trace does not know it."""
+) -> RouterScores:
+    """Applies the router's activation to the logits: softmax where the trace does not say."""
     logits_TE = logits_TE.astype(np.float32)
     if scoring == "sigmoid":
         scores_TE = 1 / (1 + np.exp(-logits_TE))
     else:
         scores_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
         scores_TE /= scores_TE.sum(1, keepdims=True)
-    return Batch(
+    return RouterScores(
         logits_TE,
         scores_TE,
         scores_TE / scores_TE.sum(1, keepdims=True),
@@ -71,16 +74,19 @@ def batch_of(
 
 @dataclass(frozen=True)
 class Algorithm:
-    """`leaks`: how a token's experts depend on tokens after it, "" where they do not. `setting`:
-    the setting whose values it runs through. `prepare`: sets up the memory of one that learns, from
-    tokens drawn from the first shard."""
+    """A registered routing algorithm.
+
+    leaks: how the experts of a token depend on later tokens; "" where they do not.
+    setting: the parameter that it is run with several values of, if any.
+    prepare: computes the initial state of an algorithm that learns, from tokens sampled from the
+    first shard."""
 
     name: str
     choose: Callable[..., np.ndarray]
     leaks: str
     use_when: str
     setting: str = ""
-    prepare: Callable[[Batch], dict[str, Any]] | None = None
+    prepare: Callable[[RouterScores], dict[str, Any]] | None = None
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -89,7 +95,7 @@ ALGORITHMS: dict[str, Algorithm] = {}
 def algorithm(
     name: str, use_when: str, leaks: str = "", **more: Any
 ) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
-    """Registers a function of (batch, value of its setting, memory)."""
+    """Registers a function of (batch, value of its setting, state)."""
 
     def register(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         ALGORITHMS[name] = Algorithm(name, function, leaks, use_when, **more)
@@ -99,30 +105,34 @@ def algorithm(
 
 
 def largest(values_TE: np.ndarray, k: int) -> np.ndarray:
-    """The k largest of each row, of equals the lowest id. bool [T, E]"""
+    """The k largest of each row; ties go to the lowest id. bool [T, E]"""
     E = values_TE.shape[1]
     kth_T1 = np.partition(values_TE, E - k, axis=1)[:, E - k : E - k + 1]
     above_TE, tie_TE = values_TE > kth_T1, values_TE == kth_T1
     return above_TE | (tie_TE & (tie_TE.cumsum(1) <= k - above_TE.sum(1, keepdims=True)))
 
 
-@algorithm("as recorded", "the model as it is: the line to compare with")
-def as_recorded(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
+@algorithm("as recorded", "the model's own routing: the baseline")
+def as_recorded(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
     return batch.model_TE
 
 
-@algorithm("top-k", "the default; balance is left to a training loss", setting="top_k")
-def top_k(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
+@algorithm(
+    "top-k",
+    "the usual choice; balancing is left to an auxiliary loss in training",
+    setting="top_k",
+)
+def top_k(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
     return largest(batch.scores_TE, int(value))
 
 
 @algorithm(
     "top-p",
-    "easy tokens shall cost less, and the runtime takes any number of experts",
+    "easy tokens should use fewer experts, and the inference engine supports a varying number",
     setting="top_p",
 )
-def top_p(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """The fewest experts whose shares come to p (Huang et al. 2024, arXiv:2403.07652)."""
+def top_p(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+    """The fewest experts whose shares sum to at least p (Huang et al. 2024, arXiv:2403.07652)."""
     order_TE = np.argsort(-batch.share_TE, axis=1, kind="stable")
     sorted_TE = np.take_along_axis(batch.share_TE, order_TE, 1).astype(np.float64)
     chosen_TE = np.zeros(order_TE.shape, bool)
@@ -132,11 +142,11 @@ def top_p(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
 
 @algorithm(
     "expert choice",
-    "models that see the whole text anyway; even load, but tokens may get no expert",
-    leaks="each expert picks its tokens from the whole batch",
+    "encoders, which see the whole text; load is even, but some tokens may get no expert",
+    leaks="each expert chooses among the tokens of the whole batch",
 )
-def expert_choice(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Every expert takes the T·k/E tokens that score highest with it (Zhou et al. 2022,
+def expert_choice(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+    """Each expert takes the T·k/E tokens with its highest scores (Zhou et al. 2022,
     arXiv:2202.09368)."""
     return largest(
         np.ascontiguousarray(batch.scores_TE.T), min(batch.capacity, len(batch.scores_TE))
@@ -145,12 +155,12 @@ def expert_choice(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndar
 
 @algorithm(
     "next best",
-    "a hard limit an expert: what finds no room goes to the next best, so late tokens get what "
-    "is left",
+    "a hard limit per expert: overflow goes to the token's next best expert, so later tokens have "
+    "less choice",
     setting="capacity_factor",
 )
-def next_best(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Token by token, each takes its k best experts that still have room: nothing depends on later
+def next_best(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+    """In order, each token takes its k best experts that are not yet full; nothing depends on later
     tokens."""
     T, E = batch.scores_TE.shape
     order_TE = np.argsort(-batch.scores_TE, axis=1, kind="stable")
@@ -163,9 +173,9 @@ def next_best(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
     return serve(order_TE, batch.k, expert_capacity(value, T, batch.k, E))
 
 
-def _fitted_bias(sample: Batch) -> dict[str, Any]:
-    """A bias that has seen training: a step after each batch of tokens in random order, in steps
-    that shrink."""
+def _fitted_bias(sample: RouterScores) -> dict[str, Any]:
+    """A bias as after training: updated after each of WARM_UP random batches, with a decaying step
+    size."""
     T, E = sample.scores_TE.shape
     rng, bias_E = np.random.default_rng(SEED), np.zeros(E, np.float32)
     for rate in np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP):
@@ -180,27 +190,27 @@ def _step(bias_E: np.ndarray, load_E: np.ndarray, rate: float) -> None:
 
 @algorithm(
     "loss-free bias",
-    "training: even load without a loss that pulls at the weights",
+    "training: even load without the gradient of an auxiliary loss",
     prepare=_fitted_bias,
 )
-def loss_free(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Top-k of scores + bias, which only selects; after every BIAS_TOKENS tokens, as after a batch
-    of training, the bias of an expert moves a step towards even load: b += u · sign(mean − load)
+def loss_free(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+    """Top-k of scores + bias. The bias affects the selection only, not the gate weights. It is
+    updated after every BIAS_TOKENS tokens, as after a training batch: b += u · sign(mean − load)
     (Wang et al. 2024, arXiv:2408.15664)."""
-    chosen_TE = largest(batch.scores_TE + memory["bias_E"], batch.k)
-    memory["load_E"] += chosen_TE.sum(0)
-    if memory["load_E"].sum() >= BIAS_TOKENS * batch.k:
-        _step(memory["bias_E"], memory["load_E"], BIAS_RATE)
-        memory["load_E"][:] = 0
+    chosen_TE = largest(batch.scores_TE + state["bias_E"], batch.k)
+    state["load_E"] += chosen_TE.sum(0)
+    if state["load_E"].sum() >= BIAS_TOKENS * batch.k:
+        _step(state["bias_E"], state["load_E"], BIAS_RATE)
+        state["load_E"][:] = 0
     return chosen_TE
 
 
 @algorithm(
     "sinkhorn",
-    "training with large batches, then plain top-k to generate",
-    leaks="the whole batch is balanced at once",
+    "training with large batches, and plain top-k in generation",
+    leaks="the whole batch is balanced together",
 )
-def sinkhorn(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
+def sinkhorn(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
     """Top-k of the entropic transport plan between tokens and experts (S-BASE: Clark et al. 2022,
     arXiv:2202.01169; after BASE's exact assignment, Lewis et al. 2021, arXiv:2103.16716)."""
     logits_TE = batch.logits_TE.astype(np.float64)
@@ -221,10 +231,10 @@ def _logsumexp(values: np.ndarray, axis: int) -> np.ndarray:
     return top + np.log(np.exp(values - top).sum(axis, keepdims=True))
 
 
-@algorithm("hash", "a baseline without a router: experts know token ids, not contexts")
-def hash_layer(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
-    """Experts are a fixed function of the token id (Roller et al. 2021, arXiv:2106.04426): the k
-    highest of a hash of (id, expert). A token whose id the trace does not know gets none."""
+@algorithm("hash", "a baseline without a router: experts by token id alone, whatever the context")
+def hash_layer(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+    """Experts are a fixed function of the token id (Roller et al. 2021, arXiv:2106.04426): those
+    with the k highest hashes of (id, expert). A token without an id in the trace gets none."""
     E = batch.scores_TE.shape[1]
     mixed = (
         batch.token_id_T.astype(np.uint64)[:, None] * np.uint64(E)
@@ -236,8 +246,8 @@ def hash_layer(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray
     return largest(mixed ^ (mixed >> np.uint64(31)), batch.k) & (batch.token_id_T >= 0)[:, None]
 
 
-@algorithm("random", "never: what chance gives, the floor for the other lines")
-def random(batch: Batch, value: float, memory: dict[str, Any]) -> np.ndarray:
+@algorithm("random", "never: experts uniformly at random, a lower bound for the others")
+def random(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
     return largest(
         np.random.default_rng([SEED, batch.number]).random(batch.scores_TE.shape), batch.k
     )

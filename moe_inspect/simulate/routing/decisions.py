@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.routing.algorithms import SEED, Batch, batch_of
+from moe_inspect.simulate.routing.algorithms import SEED, RouterScores, scores_of
 from moe_inspect.simulate.shards import check_length, slots
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
@@ -22,12 +22,12 @@ from moe_inspect.trace.shard import Shard
 if TYPE_CHECKING:
     import pandas as pd
 
-SAMPLE = 16_384  # tokens from which algorithms that learn warm up
+SAMPLE = 16_384  # tokens, at most, that an algorithm that learns is prepared on
 
 
 def halves(trace: Trace) -> pd.Series:
-    """Which half each document of the trace belongs to, 0 or 1: in turn within each domain, so that
-    the halves are alike."""
+    """Splits the documents into two halves with the same mix of domains. By document: 0 or 1,
+    alternating within each domain."""
     listed: Any = (
         trace.documents().drop_duplicates("document").sort_values("document").set_index("document")
     )
@@ -51,16 +51,15 @@ class Decisions:
         check_length(self.logits_TE, len(self.batch_T), r)
         if np.isnan(self.logits_TE).any() or not np.isfinite(self.logits_TE).any(1).all():
             raise MoeInspectError(
-                f"{shard.trace.path}: router {r} has logits that are NaN, or tokens without a "
-                "finite one"
+                f"{shard.trace.path}: router {r} has NaN logits, or tokens without any finite logit"
             )
         model_TE = np.zeros((len(self.batch_T), self.router.experts + 1), bool)
-        model_TE[np.arange(len(self.batch_T)), ids_KT] = True  # −1, nowhere, is the last column
+        model_TE[np.arange(len(self.batch_T)), ids_KT] = True  # an unused slot, −1: the last column
         self.model_TE = model_TE[:, :-1]
 
-    def batch(self, part: Any, number: int) -> Batch:
+    def batch(self, part: Any, number: int) -> RouterScores:
         k, scoring = self.router.top_k, self.router.scoring
-        return batch_of(
+        return scores_of(
             self.logits_TE[part], self.model_TE[part], self.token_id_T[part], k, scoring, number
         )
 
@@ -68,7 +67,7 @@ class Decisions:
         """The tokens of one half of the documents, or of all. int64 [T]"""
         return np.arange(len(self.half_T)) if half is None else np.flatnonzero(self.half_T == half)
 
-    def batches(self, half: int | None) -> Iterator[Batch]:
+    def batches(self, half: int | None) -> Iterator[RouterScores]:
         tokens = self.tokens(half)
         start_G = run_edges(self.batch_T[tokens])
         for first, last in pairwise(start_G):
@@ -77,7 +76,7 @@ class Decisions:
                 int(self.batch_T[tokens[first]]),
             )
 
-    def sample(self, tokens: np.ndarray) -> Batch:
+    def sample(self, tokens: np.ndarray) -> RouterScores:
         """At most SAMPLE of the tokens, drawn uniformly at random."""
         drawn = np.random.default_rng(SEED).permutation(tokens)[:SAMPLE]
         return self.batch(np.sort(drawn), -1)

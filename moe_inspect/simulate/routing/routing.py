@@ -1,8 +1,8 @@
 """`simulate routing`: other routing algorithms on the logits that the model computed.
 
-T tokens of a batch, E experts. A batch is a forward pass, as recorded. What another routing would
-do to the model's quality is not simulated: its experts were trained with their own; how much of the
-router's probability is kept says how far off it is.
+T tokens of a batch, E experts. A batch is a forward pass, as recorded. The effect on the quality of
+the model, whose experts were trained with its own routing, is not simulated; the share of the
+router's probability mass that an algorithm keeps shows how far it departs from that routing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation, need_decisions
-from moe_inspect.simulate.routing.algorithms import ALGORITHMS, Algorithm, Batch, largest
+from moe_inspect.simulate.routing.algorithms import ALGORITHMS, Algorithm, RouterScores, largest
 from moe_inspect.simulate.routing.decisions import Decisions, halves
 from moe_inspect.simulate.routing.text import added_compute, figure, verdict
 from moe_inspect.text import layer_label
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """`algorithms`: names of ALGORITHMS. `values`: of each setting that an algorithm runs through;
-    None is its default."""
+    """`algorithms`: names of ALGORITHMS. `values`: by setting, the values that algorithms are run
+    with; None is the default."""
 
     algorithms: tuple[str, ...]
     values: dict[str, Sequence[float] | None]
@@ -49,10 +49,10 @@ def simulate_routing(
 ) -> Simulation:
     """Balance, probability mass and agreement of other routing algorithms on recorded logits.
 
-    `algorithms`: names of ALGORITHMS; default all. `top_k`: experts per token of "top-k", from 1
-    up; default 1, k and 2k. `top_p`: probability that "top-p" reaches, above 0 to 1.
-    `capacity_factor`: of "next best", above 0. `layers`: what is selected. `uneven`: max_vio from
-    which a router is not balanced, the report's threshold of that name.
+    `algorithms`: names of ALGORITHMS; default all. `top_k`: experts per token of "top-k", at
+    least 1; default 1, k and 2k. `top_p`: cumulative probability of "top-p", above 0 and at most 1.
+    `capacity_factor`: of "next best", above 0. `layers`: only these. `uneven`: max_vio from which a
+    router counts as unbalanced, the report's threshold of that name.
 
     Tables: routing (a row per router and algorithm), routing_algorithms (a row per algorithm).
     MoeInspectError for a trace without logits, and for values out of range."""
@@ -65,7 +65,7 @@ def simulate_routing(
     _check(trace, settings)
     chosen = select(trace, layers=layers).routers
     half_of = halves(trace)
-    # what learns does so on one half of the documents and is judged on the other
+    # algorithms that learn are fitted on one half of the documents and evaluated on the other
     held_out = half_of.nunique() == 2
     runs_of = {r: _run(trace, r, settings, half_of, held_out) for r in chosen}
     if not any(run.tokens for found in runs_of.values() for run in found):
@@ -113,8 +113,8 @@ def _check(trace: Trace, settings: Settings) -> None:
 def _run(
     trace: Trace, router: int, settings: Settings, half_of: pd.Series, held_out: bool
 ) -> list[Run]:
-    """Every algorithm, at every value of its setting, on one router's decisions. `held_out`: those
-    that learn do so on half 0 of the documents and are judged on half 1."""
+    """Runs each algorithm, with each value of its setting, on one router's decisions. `held_out`:
+    algorithms that learn are fitted on half 0 of the documents and evaluated on half 1."""
     k, E = trace.routers[router].top_k, trace.routers[router].experts
     found = [
         Run(ALGORITHMS[name], value)
@@ -148,15 +148,15 @@ def _values(
 
 @dataclass
 class Run:
-    """One algorithm, at one value of its setting, on one router: what the batches add up to."""
+    """One algorithm with one value of its setting on one router: sums over the batches."""
 
     algorithm: Algorithm
     value: float
-    memory: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
     load_E: np.ndarray | None = None
     mass: float = 0.0
-    own: float = 0.0  # mass of the router's own top-k
+    own: float = 0.0  # mass that the top-k of the scores has
     agreed: int = 0
     recorded: int = 0
     unrouted: int = 0
@@ -171,13 +171,13 @@ class Run:
         )
 
     def warm_up(self, decisions: Decisions, half: int | None) -> None:
-        """Prepares an algorithm that learns, once, on the first tokens of that half."""
+        """Prepares an algorithm that learns, on the first shard with tokens of that half."""
         prepare = self.algorithm.prepare
-        if prepare and not self.memory and len(tokens := decisions.tokens(half)):
-            self.memory = prepare(decisions.sample(tokens))
+        if prepare and not self.state and len(tokens := decisions.tokens(half)):
+            self.state = prepare(decisions.sample(tokens))
 
-    def add(self, batch: Batch, own: float) -> None:
-        chosen_TE = self.algorithm.choose(batch, self.value, self.memory)
+    def add(self, batch: RouterScores, own: float) -> None:
+        chosen_TE = self.algorithm.choose(batch, self.value, self.state)
         load_E = chosen_TE.sum(0)
         self.tokens += len(chosen_TE)
         self.own += own
