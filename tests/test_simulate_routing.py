@@ -19,7 +19,7 @@ from moe_inspect.simulate.routing.algorithms import (
     BIAS_RATE,
     BIAS_TOKENS,
     Algorithm,
-    Batch,
+    RouterScores,
     largest,
     scores_of,
 )
@@ -32,7 +32,7 @@ from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_tr
 VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
 
 
-def batch(logits_TE: np.ndarray, k: int = 2, scoring: str = "softmax") -> Batch:
+def batch(logits_TE: np.ndarray, k: int = 2, scoring: str = "softmax") -> RouterScores:
     logits_TE = logits_TE.astype(np.float16)
     return scores_of(
         logits_TE, largest(logits_TE, k), np.arange(len(logits_TE)) % 17, k, scoring, 0
@@ -44,7 +44,7 @@ def skewed(seed: int = 0, T: int = 200, E: int = 8) -> np.ndarray:
     return rng.normal(size=(T, E)) + np.linspace(2, 0, E)
 
 
-def choose(of: Algorithm, made: Batch) -> np.ndarray:
+def choose(of: Algorithm, made: RouterScores) -> np.ndarray:
     return of.choose(made, VALUES[of.setting], of.prepare(made) if of.prepare else {})
 
 
