@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = (
-    "1"  # kernels called by name run on the CPU; everything else uses the torch twins
+    "1"  # kernels called by name run on the CPU; everything else uses the torch references
 )
 
 import pytest

@@ -203,7 +203,7 @@ def check_grouping(case: Case, found: Any, ids_TK: torch.Tensor) -> None:
         assert got.tolist() == want.tolist(), name
 
 
-def check_dispatch(kernels: ModuleType, case: Case, twin: bool) -> None:
+def check_dispatch(kernels: ModuleType, case: Case, reference: bool) -> None:
     ids, weights = choice(case)
     tape = tape_for(kernels, case)
     empty_dispatch = kernels.empty_dispatch
@@ -211,7 +211,7 @@ def check_dispatch(kernels: ModuleType, case: Case, twin: bool) -> None:
         *(t.fill_(POISON * 1000) for t in empty_dispatch(*a))
     )  # makes what is not written visible
     try:
-        if twin:
+        if reference:
             found = kernels.dispatch_torch(ids, weights, case.E, tape)
         else:
             found = kernels.dispatch_triton(
@@ -224,15 +224,15 @@ def check_dispatch(kernels: ModuleType, case: Case, twin: bool) -> None:
         check_tape(case, tape, ids, weights)
 
 
-def check_record(kernels: ModuleType, case: Case, twin: bool) -> None:
+def check_record(kernels: ModuleType, case: Case, reference: bool) -> None:
     ids, weights = choice(case)
     tape = tape_for(kernels, case)
     if tape is not None:
-        (kernels.record_torch if twin else kernels.record_triton)(tape, ids, weights)
+        (kernels.record_torch if reference else kernels.record_triton)(tape, ids, weights)
         check_tape(case, tape, ids, weights)
 
 
-def check_combine(kernels: ModuleType, case: Case, twin: bool) -> None:
+def check_combine(kernels: ModuleType, case: Case, reference: bool) -> None:
     """Against float64; the torch implementation bit-identical to transformers' steps. Rows without
     an expert hold NaN."""
     ids, weights = choice(case)
@@ -242,7 +242,7 @@ def check_combine(kernels: ModuleType, case: Case, twin: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     y_SH = torch.randn(case.T * case.K, H, generator=generator).to(weights.dtype)
     grouped = kernels.dispatch_torch(ids, None, case.E)
-    if twin:
+    if reference:
         sorted_weights = weights.reshape(-1)[grouped.permutation.long()].unsqueeze(-1)
         reference = (y_SH * sorted_weights)[grouped.inverse.long()].view(case.T, case.K, H).sum(1)
         assert torch.equal(kernels.combine_torch(y_SH, weights, grouped.inverse), reference)

@@ -1,5 +1,5 @@
-"""What is counted of one router: by hand, the compiled kernels as their twins, and all of it
-whatever the shards."""
+"""What is counted of one router: by hand, the compiled kernels against their NumPy references, and
+all of it whatever the shards."""
 
 from __future__ import annotations
 
@@ -135,7 +135,9 @@ def test_tokens_that_do_not_follow_each_other_are_no_pair():
     st.sampled_from([0, 0.1]),
 )
 @settings(max_examples=40, deadline=None)
-def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens: int, null: float):
+def test_kernels_count_as_their_references(
+    seed: int, shape: tuple[int, int], tokens: int, null: float
+):
     rng = np.random.default_rng(seed)
     experts, k = shape
     slots, after = (
@@ -148,12 +150,12 @@ def test_kernels_count_as_their_twins(seed: int, shape: tuple[int, int], tokens:
     token_rows = kernels_numpy.TokenRows(
         unit_T, unit_T // 2, np.arange(tokens) // 40, np.arange(tokens) // 50, 3, 2, 8, 6, order
     )
-    for compiled, twin in zip(
+    for compiled, reference in zip(
         kernels_numba.loads(slots, token_rows, experts),
         kernels_numpy.loads(slots, token_rows, experts),
         strict=True,
     ):
-        assert (compiled == twin).all()
+        assert (compiled == reference).all()
     runs = kernels_numpy.TokenRows(
         np.arange(tokens) // 30 % 3, unit_T * 0, unit_T * 0, unit_T * 0, 3, 1, 1, 1
     )

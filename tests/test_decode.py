@@ -1,5 +1,5 @@
 """Distinct experts of a decode step: the baselines' known values, a brute force, and the compiled
-loop against its twin."""
+loop against its NumPy reference."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The experts implementation: through the kernels (Triton's interpreter) and their twins it
-computes what stock computes, forward and backward, for everything transformers' interface can
+"""The experts implementation: through the kernels (Triton's interpreter) and their torch references
+it computes what stock computes, forward and backward, for everything transformers' interface can
 carry; compiled and in `generate`; and leaves a model as it was."""
 
 from __future__ import annotations

@@ -35,10 +35,12 @@ def test_the_cases_cover_every_pair() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("twin", [False, True], ids=["kernel", "twin"])
+@pytest.mark.parametrize("reference", [False, True], ids=["kernel", "reference"])
 @pytest.mark.parametrize("check", CHECKS.values(), ids=list(CHECKS))
-def test_kernel_and_twin_are_right(check: Callable[..., None], twin: bool, case: Case) -> None:
-    check(kernels, case, twin)
+def test_kernel_and_reference_are_right(
+    check: Callable[..., None], reference: bool, case: Case
+) -> None:
+    check(kernels, case, reference)
 
 
 def test_assert_close_can_fail() -> None:
@@ -87,7 +89,7 @@ def arguments(tape: Any) -> tuple[Any, ...]:
     return (*kernels._tensors(tape), kernels._numbers(tape))
 
 
-@pytest.mark.parametrize("on_triton", [False, True], ids=["twin", "kernel"])
+@pytest.mark.parametrize("on_triton", [False, True], ids=["reference", "kernel"])
 def test_operators_pass_opcheck(on_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: on_triton)
     case = Case(60, 4, 20, "uniform", None, torch.int64, "float16", "across pages", True)

@@ -46,11 +46,11 @@ KERNELS = {
     "offsets from one": ("tl.store(offsets, 0)\n        _place", "tl.store(offsets, 1)\n        _place"),
     "weights of slot 0": ("tl.load(weights + t * K + k)", "tl.load(weights + t * K)"),
     "rows that were not written are summed": ("tl.where(place < end, H, 0)", "tl.where(place >= 0, H, 0)"),
-    "twin: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", "tape.part(tape.ids, (page + 1) % tape.pages)"),
-    "twin: shifted record": ("page % tape.pages)[row : row + n], ids_TK", "page % tape.pages)[row + 1 : row + n + 1], ids_TK"),
-    "twin: wrong weights": ("= weights_TK[done : done + n]", "= weights_TK[:n]"),
-    "twin: beyond the limit": ("max(0, min(T, int(tape.limit) - first))", "T"),
-    "twin: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
+    "torch reference: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", "tape.part(tape.ids, (page + 1) % tape.pages)"),
+    "torch reference: shifted record": ("page % tape.pages)[row : row + n], ids_TK", "page % tape.pages)[row + 1 : row + n + 1], ids_TK"),
+    "torch reference: wrong weights": ("= weights_TK[done : done + n]", "= weights_TK[:n]"),
+    "torch reference: beyond the limit": ("max(0, min(T, int(tape.limit) - first))", "T"),
+    "torch reference: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
 }  # fmt: skip
 RING = {
     "a page is released a page too early": (
@@ -99,8 +99,8 @@ def run_kernel_checks(module: ModuleType) -> None:
             if case.launches == 1
             else (check_dispatch,)
         ):
-            for twin in (False, True):
-                check(module, case, twin)
+            for reference in (False, True):
+                check(module, case, reference)
 
 
 def run_ring_checks(module: ModuleType) -> None:

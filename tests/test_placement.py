@@ -223,7 +223,7 @@ def test_local_search_on_mixtral(model: str) -> None:
         no_worse(load_E, Layout(24, 8))
 
 
-def test_the_loops_equal_their_twins() -> None:
+def test_the_loops_equal_their_references() -> None:
     rng = np.random.default_rng(1)
     ids_KT = np.ascontiguousarray(uniform_ids(rng, 300, 12, 3).astype(np.int16).T)
     ids_KT[2, ::7] = -1

@@ -1,6 +1,6 @@
 """The loops over every assignment, compiled by numba, for traces long enough to be worth loading it
-(`shards.is_small`). Their twins without numba are in kernels_numpy.py, those of the cache policies
-in cache.py: same arguments, same results.
+(`shards.is_small`). Their NumPy references, with the same arguments and results, are in
+kernels_numpy.py and, for the cache policies, in cache.py.
 
 T tokens, K slots, E experts, G groups, F capacity factors, P phases or positions, B batch sizes, W
 words of 64 experts.
@@ -26,7 +26,7 @@ def queue(
     load_GE: np.ndarray,
     level_KT: np.ndarray,
 ) -> None:
-    """The twin of `kernels_numpy.queue`, in one sweep."""
+    """The compiled form of `kernels_numpy.queue`, in one sweep."""
     K, T = ids_KT.shape
     for g in range(len(start_G) - 1):
         first, last, load_E, level_C = start_G[g], start_G[g + 1], load_GE[g], level_SC[of_G[g]]

@@ -1,5 +1,5 @@
-"""The loops over every assignment, in numpy, for traces too short to load numba for. The twins of
-kernels_numba.py: same names, arguments and results.
+"""The loops over every assignment, in NumPy: used where a trace is too short to load numba for, and
+the references that kernels_numba.py is tested against. Same names, arguments and results.
 
 T tokens, K slots, E experts, G groups, P positions, B batch sizes, W words of 64 experts.
 """

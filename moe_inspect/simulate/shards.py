@@ -22,8 +22,7 @@ SMALL = 3_000_000
 
 
 def is_small(trace: Trace, routers: Iterable[int], times: int = 1) -> bool:
-    """Whether the twins without numba are the quicker way. `times`: how often each assignment is
-    gone through."""
+    """Whether the NumPy references are faster. `times`: how often each assignment is read."""
     return trace.n_tokens * sum(trace.routers[r].top_k for r in routers) * times < SMALL
 
 

@@ -86,7 +86,7 @@ def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) ->
     routers = [trace.routers[r] for r in selection.routers]
     cells = (
         sum(r.experts for r in routers) * len(SRP_LENGTHS) if "srp" in wants else 0
-    )  # their twin goes through every expert
+    )  # the NumPy reference loops over every expert
     return trace.n_tokens * (sum(r.top_k for r in routers) + cells / 2) >= LONG
 
 

@@ -1,6 +1,6 @@
 """The functions of counting.py compiled by numba, for traces long enough to be worth loading it:
 same names, arguments and results (those with float sums to rounding), an order of magnitude faster,
-without the GIL. Their twins are in counting.py.
+without the GIL. Their NumPy references are in counting.py.
 
 T tokens, K slots, J slots of the next router, E experts here, N experts of the next router, G runs
 of tokens, U units, B batches, W windows, D domains, X rows. slots: K arrays [T], as they were
@@ -329,5 +329,5 @@ def _accumulate(table, row_T, slots):  # type: ignore[no-untyped-def]
 
 
 def accumulate(table: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
-    """The twin of tokenids._accumulate."""
+    """The compiled form of tokenids._accumulate."""
     _accumulate(table, row_T, slots)

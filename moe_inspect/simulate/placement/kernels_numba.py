@@ -1,5 +1,5 @@
-"""The loops over every decision, compiled by numba; of `reached_*` and `count_windows` the twins
-are in kernels_numpy.py.
+"""The loops over every decision, compiled by numba. The NumPy references of `reached_*` and
+`count_windows` are in kernels_numpy.py.
 
 T tokens, K slots of a decision, E experts, G GPUs (or nodes), S slots of a GPU, C (expert, GPU)
 pairs, M decisions of a sample, N assignments of the sample, W windows.
@@ -14,9 +14,9 @@ from numba import njit
 
 @njit(nogil=True, cache=True)
 def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray) -> float:
-    """The twin of `kernels_numpy.reached`, for miss_EG = 1 − share, float32, with a row of ones for
-    slots that routed nowhere. All GPUs at once, without a branch: quicker on few GPUs, and on more
-    where experts are replicated."""
+    """The compiled form of `kernels_numpy.reached`, for miss_EG = 1 − share, float32, with a row of
+    ones for slots that routed nowhere. Goes through all GPUs without a branch: faster on few GPUs,
+    and on more where experts are replicated."""
     K, T = ids_KT.shape
     nowhere, gpus = len(miss_EG) - 1, miss_EG.shape[1]
     miss_G, missed_G = np.empty(gpus, np.float32), np.zeros(gpus)
@@ -84,7 +84,7 @@ def reached_sparse(
 
 @njit(nogil=True, cache=True)
 def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray) -> None:
-    """The twin of `kernels_numpy.count_windows`."""
+    """The compiled form of `kernels_numpy.count_windows`."""
     K, T = ids_KT.shape
     for k in range(K):
         for t in range(T):

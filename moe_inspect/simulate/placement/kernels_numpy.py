@@ -1,4 +1,4 @@
-"""The loops over every decision, in numpy: the twins of kernels_numba.py.
+"""The loops over every decision, in numpy: the references of kernels_numba.py.
 
 T tokens, K slots of a decision, E experts, G GPUs (or nodes), W windows.
 """
