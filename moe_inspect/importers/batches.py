@@ -15,8 +15,8 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch
 
 MOST_DOMAINS = 10_000
-WINDOWS = 64  # of a counts-only trace: its load over time, in so many shards at most
-NO_ID = -1  # a token whose vocabulary id the source does not say
+WINDOWS = 64  # at most, of the load over time in a trace of counts; each is a shard
+NO_ID = -1  # the token id where the source does not give it
 
 
 class Numbering:
@@ -52,7 +52,7 @@ class Numbering:
         return number, [Document(number, domain, source, tokens)]
 
     def sequence(self, n: int = 1) -> int:
-        """The first of the next n."""
+        """Assigns n consecutive numbers and returns the first."""
         first, self.sequences = self.sequences, _below_int32(self.sequences + n)
         return first
 
@@ -128,8 +128,8 @@ def batch_of_counts(
     first_choice: list[np.ndarray] | None = None,
     weight_sum: list[np.ndarray] | None = None,
 ) -> CountedBatches:
-    """A batch of counts [D, E] of each router. The number of tokens, which sources of counts do not
-    give, is the smallest that each domain's largest router needs."""
+    """A batch of counts [D, E] of each router. Sources of counts do not give the number of tokens: it
+    is the smallest that explains the load of every router, by domain."""
     tokens_D = np.zeros(len(domains), np.int64)
     for load_DE, router in zip(load_LDE, routers, strict=True):
         tokens_D = np.maximum(tokens_D, -(-load_DE.sum(1) // router.top_k))
@@ -144,8 +144,8 @@ def windows_of(n: int, most: int = WINDOWS) -> np.ndarray:
 
 
 def one_ranks_experts(load_LE: np.ndarray) -> tuple[int, int] | None:
-    """(first, last) where only a contiguous block of at most half of the experts has load, the same
-    in all layers: what one rank of an expert-parallel model counts."""
+    """The first and last expert with load, if they span at most half of the experts: the source
+    then probably holds the counts of one rank of an expert-parallel model. Else None."""
     E = load_LE.shape[1]
     there = np.nonzero(load_LE.any(0))[0]
     if not len(there) or E < 4 or there[-1] - there[0] + 1 > E // 2:

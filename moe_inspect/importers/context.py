@@ -31,10 +31,11 @@ class ImportSource:
 class ImportContext:
     """What an importer is given.
 
-    facts: of the model, from its config, where the user gave one.
-    experts, top_k, pipeline_stages: the user's, where neither files nor a config give them.
-    warn: is called with a line for each oddity.
-    read: is called with the number of bytes read since the last call."""
+    facts: what the config says of the model, if the user gave one.
+    experts, top_k, pipeline_stages: options of the user, for what neither the files nor a config
+        give.
+    warn: called with one line per warning.
+    read: called with the number of bytes read since the last call."""
 
     sources: list[ImportSource]
     facts: ModelFacts | None = None
@@ -45,8 +46,9 @@ class ImportContext:
     read: Callable[[int], None] = lambda n: None
 
     def files(self, pattern: str, what: str) -> list[tuple[Path, ImportSource]]:
-        """Files whose name matches, in the sources' folders and their subfolders; a source that is
-        a file is taken whatever its name is. `what`: what they are, for the error."""
+        """(file, source) of each file whose name matches, in the sources' folders and subfolders. A
+        source that is itself a file is taken whatever its name. `what`: describes the files in the
+        error message."""
         found: list[tuple[Path, ImportSource]] = []
         for source in self.sources:
             if source.path.is_dir():
@@ -65,7 +67,7 @@ class ImportContext:
         return found
 
     def lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        """(number from 1, line) of each line that is not empty."""
+        """(line number, line) of each line that is not blank."""
         with open(path, "rb") as file:
             number = 0
             while line := file.readline(MOST_LINE_BYTES):
@@ -80,7 +82,7 @@ class ImportContext:
                     yield number, line
 
     def json_lines(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(where, object) of each line."""
+        """(file and line number, JSON object) of each line that is not blank."""
         for number, line in self.lines(path):
             where = f"{path} line {number}"
             yield where, parsed_object(line, where)
@@ -95,7 +97,8 @@ class ImportContext:
         return parsed(path.read_bytes(), str(path))
 
     def known_top_k(self, where: object) -> int:
-        """top-k, the same for all routers, where the file does not give it."""
+        """The top-k by the user or the config, for a file that does not give it. MoeInspectError
+        unless all routers have the same."""
         stated = (
             {self.top_k} if self.top_k else set(self.facts.top_k.values()) if self.facts else set()
         )
@@ -124,7 +127,7 @@ class ImportContext:
     def routers_of(
         self, layers: Iterable[int], experts: int, top_k: int, where: object
     ) -> list[Router]:
-        """A router for each block. MoeInspectError where the config disagrees."""
+        """A router for each of the layers. MoeInspectError where the config disagrees."""
         layers = sorted(layers)
         if not layers:
             raise MoeInspectError(f"{where} holds no decisions")
@@ -157,8 +160,8 @@ class ImportContext:
 
 @dataclass(frozen=True)
 class Imported:
-    """What an importer gives back. `batches`: in the order of the trace. `notes`: what the source
-    does not say, for the manifest."""
+    """What an importer gives back. `batches`: in the order of the trace. `notes`: for the
+    manifest, what the source leaves out."""
 
     routers: list[Router]
     batches: Iterator[RoutedBatch | CountedBatches]

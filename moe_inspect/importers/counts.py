@@ -1,6 +1,6 @@
-"""Counts of any origin: CSV, JSON (a list of objects, an object per line, or an object of columns)
-or Parquet with the columns layer, expert, count (or assignments), and where there are such router,
-domain, first_choice, weight_sum, experts, top_k.
+"""Tables of counts, of any origin: CSV, Parquet or JSON (a list of objects, one object per line, or
+an object of columns). Columns: layer, expert, count (or assignments); optional: router, domain,
+first_choice, weight_sum, experts, top_k.
 
 D domains, E experts.
 """
@@ -56,8 +56,8 @@ class Sums:
 
 
 def _has_columns(name: str, head: bytes) -> bool:
-    """Whether a file that begins so (a .parquet: and ends so) has the columns of counts, or its
-    first JSON object the fields."""
+    """Whether a file has the columns of counts, or its first JSON object the fields, by its first
+    bytes (and by the last ones of a .parquet)."""
     if name.endswith(".parquet") and head[:4] == b"PAR1":
         # in the schema at a .parquet's end a name stands behind its length
         columns = {
@@ -130,8 +130,8 @@ def counts(context: ImportContext) -> Imported:
 
 
 def _router(context: ImportContext, layer: int, s: Sums, where: Path) -> Router:
-    """E from the config, the user, a column, or the rows, where they list every expert of 0…E−1
-    (one that nobody lists might be dead)."""
+    """The number of experts comes from the config, the user or a column; else from the rows, if
+    they list every expert from 0 on (an expert without a row may be a dead one)."""
     seen, stated = s.seen, s.stated["experts"]
     if len(stated) == 1 and context.facts is None and context.experts is None:
         experts = stated.pop()
@@ -164,7 +164,7 @@ def _router(context: ImportContext, layer: int, s: Sums, where: Path) -> Router:
 
 
 def _tables(context: ImportContext, path: Path) -> Iterator[pa.Table]:
-    """The rows, some at a time, as integers, floats and strings with our column names."""
+    """The rows in chunks, as integers, floats and strings, with our column names."""
     try:
         if path.suffix == ".csv":
             with open(path, "rb") as opened, pyarrow.csv.open_csv(opened) as reader:

@@ -1,5 +1,5 @@
-"""ESFT's text: `expert_weights_{layer}.txt`, a line per sequence: ids, two tabs, gate weights. 6 of
-64 experts (DeepSeek-V2-Lite) unless a config says otherwise.
+"""Text files of ESFT: `expert_weights_{layer}.txt` with one line per sequence: ids, two tabs, gate
+weights. 6 of 64 experts (DeepSeek-V2-Lite) unless a config says otherwise.
 
 T tokens, K slots.
 """
@@ -84,7 +84,7 @@ def _task(
     paths: list[Path],
     routers: list[Router],
 ) -> Iterator[RoutedBatch]:
-    """Reads the files of all layers side by side, some lines at a time."""
+    """Reads the files of all layers in parallel, some lines at a time."""
     code = numbers.domain(domain)
     readers = [context.lines(path) for path in paths]
     while first := _lines(readers[0], CHUNK_BYTES):
@@ -172,7 +172,7 @@ def _numbers(parts: list[bytes], kind: pa.DataType) -> np.ndarray:
 
 
 def _wrong_line(lines: list[tuple[int, bytes]], path: Path) -> str:
-    """Names the first line that holds something else than numbers."""
+    """The error for the first line that holds anything but numbers."""
     for number, line in lines:
         for text in line.split():
             try:

@@ -17,7 +17,7 @@ from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.values import integers
 from moe_inspect.trace.writer import CountedBatches
 
-TOP_K = 2  # Mixtral's; the file does not say
+TOP_K = 2  # of Mixtral; the file does not give it
 PREFIX = "expert_popularity_"
 
 

@@ -22,7 +22,7 @@ class Format:
 
     name: what the user calls it.
     reads: which files it reads, for help and documentation.
-    gives: what a trace made of them holds.
+    gives: what the resulting trace holds.
     run: reads the files of an ImportContext.
     sniff: whether a file belongs to the format, by its name and its first HEAD_BYTES bytes (of a
         Parquet file, whose columns are named at its end, followed by its last HEAD_BYTES)."""

@@ -1,5 +1,5 @@
-"""Responses of vLLM and SGLang with the experts that each token was routed to: JSONL, a line a
-response; of vLLM's also bare `.npy`.
+"""Saved responses of vLLM and SGLang that include the experts of each token: JSONL with one
+response per line; for vLLM also bare `.npy` files.
 
 T tokens, B blocks of the model, K slots.
 """
@@ -31,7 +31,7 @@ from moe_inspect.importers.values import integer, integers
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
-WARM_UP = 1000  # consecutive identical rows: text does not repeat so
+WARM_UP = 1000  # consecutive identical rows, more than any real text has
 NPY_BASE64 = b"k05VTVBZ"
 STARTS = (
     "start",
@@ -142,7 +142,8 @@ def _chained(first: Response, rest: Iterator[Response]) -> Iterator[Response]:
 
 
 def _stated_routers(context: ImportContext, first: Response) -> list[Router]:
-    """The routers, without a config: one per block, if none looks dense."""
+    """The routers where there is no config: one per block. MoeInspectError if a block looks
+    dense."""
     where, routed_TBK = first.where, first.routed_TBK
     experts = context.known_experts(where)
     if dense := dense_blocks(routed_TBK):

@@ -1,5 +1,6 @@
-"""Files of another tool → a trace: what `moe-inspect import` calls. The trace is written in a
-temporary directory beside the output and renamed when it is complete."""
+"""Converts files of another tool to a trace, for `moe-inspect import` and
+`moe_inspect.import_trace`. The trace is written in a temporary directory beside the output and
+renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
 
-ONE_RANK_TOKENS = 256  # that so many tokens use only half of the experts is no chance
+ONE_RANK_TOKENS = 256  # from so many on it is no coincidence that half of the experts are unused
 
 
 def import_trace(
@@ -62,11 +63,11 @@ def import_trace(
         pipeline_stages: of a Megatron run whose files number layers from 0 in each stage; more than
             one needs `model`.
         overwrite: replace a trace at `out`.
-        progress: called with (bytes read, bytes in all).
-        warn: called with a line for each oddity; by default `warnings.warn`.
+        progress: called with (bytes read, total bytes).
+        warn: called with one line per warning; default `warnings.warn`.
 
     Raises:
-        MoeInspectError: the user can mend it. Nothing is left at `out` then.
+        MoeInspectError: the files cannot be imported as asked. Nothing is left at `out`.
     """
     warn = warn or (lambda line: warnings.warn(line, stacklevel=3))
     out = Path(out)
@@ -108,7 +109,8 @@ def import_trace(
 def _read(
     batches: Iterator[RoutedBatch | CountedBatches], sources: list[ImportSource]
 ) -> Iterator[RoutedBatch | CountedBatches]:
-    """Passes batches on. An OSError here is of the sources, not of the disk that is written to."""
+    """Yields the batches. An OSError here comes from reading the sources, not from writing the
+    trace."""
     try:
         yield from batches
     except OSError as error:
@@ -181,7 +183,7 @@ def _write(
     target = out.resolve() if out.is_symlink() else out
     _clear_drafts(target)
     draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    # another import may be checking whether somebody is at work there
+    # another import may hold the lock while it checks whether a process is running
     with hold(draft, wait=True) as lock:
         try:
             with TraceWriter(
@@ -192,7 +194,7 @@ def _write(
                 logits=imported.logits,
                 counts_only=imported.counts_only,
                 vocabulary=vocabulary,
-                shard_seconds=float("inf"),  # shards by size alone: same files, same trace
+                shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
                 lock=lock,
             ) as writer:
                 for batch in batches:
@@ -205,7 +207,7 @@ def _write(
             cause = error if isinstance(error, OSError) else error.__cause__
             if isinstance(
                 cause, OSError
-            ):  # the writer's message offers --resume, which is not here
+            ):  # the message of the writer suggests --resume, which `import` does not have
                 raise MoeInspectError(
                     f"cannot write {out}: {first_line(cause)}; nothing was imported"
                 ) from None
@@ -220,7 +222,7 @@ def _clear_drafts(target: Path) -> None:
     name = re.compile(rf"\.{re.escape(target.name)}\.\d+(-[0-9a-f]+)?\.tmp")
     for draft in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         if name.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
-            # left alone: one whose process is at work, and one that holds other files
+            # not removed: one whose process is running, and one with other files in it
             with contextlib.suppress(MoeInspectError), claim_directory(draft, overwrite=True):
                 _remove(draft)
 
@@ -236,8 +238,8 @@ def _remove(draft: Path) -> None:
 def watched(
     imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str], None]
 ) -> Iterator[RoutedBatch | CountedBatches]:
-    """Passes batches on. Refuses token ids beyond the vocabulary; warns where only one rank's
-    experts are ever chosen."""
+    """Yields the batches, checked. Refuses token ids beyond the vocabulary; warns if only the
+    experts of one rank are ever chosen."""
     routers = imported.routers
     there = [np.zeros(r.experts, bool) for r in routers]
     tokens = 0

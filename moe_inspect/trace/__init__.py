@@ -1,1 +1,1 @@
-"""The trace: what the columns mean, who writes them, who reads them. Nothing here imports torch."""
+"""The trace format: its schema, writer, reader and verifier. Nothing here imports torch."""

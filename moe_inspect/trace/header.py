@@ -1,4 +1,4 @@
-"""TraceHeader: what trace.json says of a trace."""
+"""TraceHeader: the manifest of a trace (trace.json), and what follows from it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moe_inspect.trace.schema import Router
 
 
 class TraceHeader:
-    """`stated_routers` are the routers as the manifest lists them; `routers` have their slot order
-    worked out where it does not state it."""
+    """`stated_routers`: the routers as in the manifest. `routers`: the same with the slot order
+    filled in where the manifest does not state it."""
 
     def __init__(self, path: Path | Remote, manifest: dict[str, Any]):
         self.path, self.manifest = path, manifest
@@ -62,7 +62,7 @@ class TraceHeader:
 
     @property
     def more_than_counts(self) -> str:
-        """What to do to get decisions, of which this trace has counts only."""
+        """For error messages: how to make a trace with decisions instead of this one of counts."""
         return (
             "import a recording of every token" if self.imported else "trace without --counts-only"
         )

@@ -1,4 +1,4 @@
-"""trace.json: read, checked, written; and who is writing the trace that it describes."""
+"""Reads, checks and writes trace.json; and finds the process that is writing the trace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_inspect.trace.validate import MOST_MANIFEST_BYTES, check_manifest, pars
 
 
 def read_manifest(root: Path | Remote) -> dict[str, Any]:
-    """The manifest, checked as far as everything else relies on it."""
+    """Reads the manifest, and checks everything that other code relies on."""
     path = inside(root, schema.MANIFEST)
     if not path.is_file():
         raise MoeInspectError(
@@ -81,11 +81,11 @@ def writer_of(manifest: dict[str, Any]) -> int | None:
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass  # it runs, as another user
+        pass  # it exists, but belongs to another user
     then, now = capture.get("process_start"), process_start(pid)
     return (
         pid if then is None or now is None or then == now else None
-    )  # the number may have gone to another process
+    )  # another process may have the pid now
 
 
 def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
@@ -95,8 +95,8 @@ def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
 
 
 def process_start(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot: with its number it names a process once and
-    for all. None where the system does not say (it has no /proc)."""
+    """When a process started, in clock ticks since boot; with the pid it identifies a process
+    uniquely. None without /proc."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

@@ -30,13 +30,13 @@ OF_A_TRACE = re.compile(
     rf"|{re.escape(OVERWRITTEN)}|{re.escape(LOCK)}"
 )
 OF_A_TABLE = re.compile(rf"{PART}|\.{PART}\.tmp")
-TO_NAME = 3  # files named in a message
+TO_NAME = 3  # file names listed in a message
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a directory holds. `files`: files with names of a trace's, but its lock; `folders`: its
-    tables; `strange`: anything else."""
+    """What a directory holds. `files`: files named as those of a trace, except its lock; `folders`:
+    those of its tables; `strange`: anything else."""
 
     root: Path
     files: list[str] = field(default_factory=list)
@@ -45,8 +45,8 @@ class Contents:
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing is committed here: the directory is empty, its writer was stopped before
-        the first manifest, or its trace was given up to be overwritten."""
+        """Whether the directory holds no committed trace: it is empty, its writer was stopped
+        before the first manifest, or its trace is being overwritten."""
         if self.strange or schema.MANIFEST in self.files:
             return False
         return OVERWRITTEN in self.files or not any(
@@ -55,7 +55,7 @@ class Contents:
 
     @property
     def is_trace(self) -> bool:
-        """Whether its files are those of a trace, also of one whose manifest is damaged."""
+        """Whether the files are those of a trace; its manifest may be damaged."""
         if schema.MANIFEST in self.files:
             with suppress(MoeInspectError):
                 read_manifest(self.root)
@@ -65,7 +65,7 @@ class Contents:
         return any(self._is_list(name) for name in self.files)
 
     def _is_other_json(self) -> bool:
-        """Whether trace.json is whole, and something else: profilers use the name too."""
+        """Whether trace.json is valid JSON, but not of a trace: profilers use this name too."""
         try:
             found = json.loads((self.root / schema.MANIFEST).read_bytes())
         except (ValueError, RecursionError):
@@ -126,7 +126,7 @@ def check_directory(
             ) from None
         tempfile.TemporaryFile(dir=path).close()
         with suppress(OSError):  # another trace may have begun in one of them
-            for made in new:  # nothing is left behind where no trace comes of it
+            for made in new:  # if no trace is written, no directory is left behind
                 made.rmdir()
     except OSError as error:
         raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from None
@@ -210,5 +210,5 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
 def _readable_manifest(path: Path) -> dict[str, Any] | None:
     try:
         return read_manifest(path)
-    except MoeInspectError:  # damaged or of another format: nobody is writing it, so it can go
+    except MoeInspectError:  # damaged or of another format: no process is writing it
         return None

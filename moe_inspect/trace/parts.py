@@ -1,5 +1,5 @@
 """Opens and reads the Parquet files of a trace. Sizes, types and checksums are checked before
-anything is allocated by them; whatever is wrong with a file is a `Damaged` that names it.
+memory is allocated by them. Anything wrong with a file raises a `Damaged` that names it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAY_BE_NULL = ("expert_", "weight_", "first_choice")
 
 @dataclass(frozen=True)
 class Stated:
-    """What a shard's line or the manifest states of a file; None where it states nothing."""
+    """What the line of a shard or the manifest states about a file; None where it does not."""
 
     rows: int | None = None
     bytes: int | None = None
@@ -42,7 +42,8 @@ class Stated:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turns what Arrow and the system raise while a file of a trace is read into a `Damaged`."""
+    """Converts exceptions of Arrow and the operating system, raised while a file of a trace is
+    read, to a `Damaged`."""
     try:
         yield
     except Damaged:
@@ -54,8 +55,8 @@ def reading(name: str) -> Iterator[None]:
 
 
 def open_part(path: Path | Remote, name: str, columns: pa.Schema, stated: Stated) -> pq.ParquetFile:
-    """Opens a file of a trace and checks everything but its pages, whose CRCs are checked when they
-    are read."""
+    """Opens a file of a trace and checks everything except its pages; their CRCs are checked when
+    they are read."""
     with reading(name):
         file = _source(path)
         _check_bytes(file, name, stated)
@@ -82,8 +83,8 @@ def _parquet(file: pa.NativeFile, read_dictionary: list[str] | None = None) -> p
 
 
 def _plain_labels(found: pa.Schema, columns: pa.Schema) -> list[str]:
-    """Columns of labels that the file holds as plain text, as programs write them that know no
-    Arrow."""
+    """Columns of labels that the file holds as plain text instead of an Arrow dictionary, as other
+    programs write them."""
     return [
         field.name
         for field in columns

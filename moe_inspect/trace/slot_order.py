@@ -38,5 +38,5 @@ def chosen_logits(
 
 
 def stated(router: Router, known: bool) -> Router:
-    """`router` with the order of its slots stated. A single slot is always in order."""
+    """A copy of `router` with its slot order set. A single slot is always in order."""
     return replace(router, slot_order=BY_WEIGHT if known or router.top_k == 1 else UNKNOWN)

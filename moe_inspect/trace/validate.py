@@ -1,7 +1,7 @@
-"""What trace.json and the lines of shards-*.jsonl may say.
+"""Checks of trace.json and of the lines of shards-*.jsonl.
 
-Both are data from outside. Types and ranges are checked by the JSON Schemas of this folder, what
-hangs on several values here, all before anything is allocated by it.
+Both are untrusted input. The JSON Schemas of this folder check types and ranges; this module checks
+conditions on several values. All before memory is allocated by them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SPAN = ("first_token", "last_token", "first_batch", "last_batch")
 
 
 def parsed(data: bytes) -> Any:
-    """JSON; ValueError, in one line, where it is none or nested too deeply."""
+    """Parses JSON. ValueError, in one line, if it is invalid or nested too deeply."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -30,8 +30,8 @@ def parsed(data: bytes) -> Any:
 
 
 def check_manifest(manifest: Any) -> None:
-    """ValueError, naming the key by its full path, for the first thing that is missing or
-    impossible."""
+    """ValueError for the first value that is missing or impossible, with the full path of its
+    key."""
     json_schema.checker("trace_json")(manifest)
     if "digest" in manifest and manifest["digest"] != checksums.digest(manifest):
         raise ValueError(

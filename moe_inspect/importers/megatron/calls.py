@@ -1,4 +1,4 @@
-"""What one call of a router holds: ids, and logits in the file beside it.
+"""The content of one router call: expert ids, and logits from the sidecar file.
 
 T tokens, K slots, E experts.
 """

@@ -1,5 +1,5 @@
-"""Megatron-Core's router trace: JSONL, a line per router call, a file per rank; the logits beside
-it in `logits_rank{r}.bin` (bfloat16).
+"""The router trace of Megatron-Core: one JSONL file per rank with one line per router call; logits,
+if any, are in `logits_rank{r}.bin` (bfloat16).
 
 T tokens, K slots, E experts.
 
@@ -84,7 +84,7 @@ def megatron(context: ImportContext) -> Imported:
             )
         return tokens_per_expert(context, found)
     files: list[File] = []
-    empty: list[EmptyFile] = []  # as a stage of dense layers has
+    empty: list[EmptyFile] = []  # files that a stage of dense layers writes
     for path, source in found:
         if calls := next(passes_of(quiet, path), None):
             call = next(iter(calls.values()))

@@ -1,5 +1,5 @@
-"""Reads a `.pt` of SGLang's recorder without trusting it: never unpickled freely, sizes checked
-before anything is allocated.
+"""Reads a `.pt` of SGLang's recorder safely: only tensors and plain values are unpickled, and sizes
+are checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ File = tuple[Path, ImportSource, dict[str, Any]]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A `.pt`, never unpickled freely, its tensors mapped, not read. First as shapes alone: what
-    those declare must be in the file."""
+    """Loads a `.pt` with `weights_only` and memory-mapped tensors. First on the meta device: the
+    file must be as large as the declared shapes."""
     try:
         import torch
     except ImportError:
@@ -37,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
-    except Exception as error:  # of a hostile file torch.load may raise what it likes
+    except Exception as error:  # torch.load raises anything for a hostile file
         raise MoeInspectError(
             f"{path} cannot be read safely as a .pt file: {first_line(error)[:160]}"
         ) from None
@@ -49,8 +49,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """What torch takes on trust: it allocates what the archive declares before it reads, and
-    divides by the alignment."""
+    """Checks what torch does not: it allocates the sizes that the archive declares before reading,
+    and divides by the alignment."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
@@ -65,7 +65,8 @@ def _check_archive(path: Path) -> None:
 
 
 def _tensor_bytes(value: Any) -> int:
-    """What the tensors in nested dicts and lists declare, in bytes. A list may be in itself."""
+    """The declared size of all tensors in nested dicts and lists, in bytes. A list may contain
+    itself."""
     total, left, seen = 0, [value], set()
     while left:
         one = left.pop()

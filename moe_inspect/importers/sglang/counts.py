@@ -1,4 +1,5 @@
-"""The recorder's modes stat, stat_approx and per_pass: counts. Physical experts become logical.
+"""Modes stat, stat_approx and per_pass of SGLang's recorder: counts. Physical experts are mapped to
+logical ones.
 
 B blocks of the model, P physical experts, E logical experts, W windows, S steps.
 """
@@ -106,8 +107,8 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
 
 
 def logical_experts(path: Path, content: dict[str, Any], experts: int | None) -> np.ndarray:
-    """int64 [B, P]: physical → logical. Every logical expert is there: E is not guessed from what
-    was used."""
+    """int64 [B, P]: the logical expert of each physical one. Every logical expert occurs, so that
+    the number of experts is known."""
     where = f"{path}: last_physical_to_logical_map"
     map_BP = array_of(
         content.get("last_physical_to_logical_map"), where, (None, None), 0, MOST_EXPERTS - 1
@@ -131,7 +132,8 @@ def stated_experts(context: ImportContext) -> int | None:
 
 
 def per_pass(context: ImportContext, files: list[File]) -> Imported:
-    """Counts of physical experts, a record a pass and rank, each rank its own part: summed."""
+    """Counts of physical experts: one record per pass and rank, which holds that rank's share.
+    Summed over ranks."""
     maps = {
         path: logical_experts(path, content, stated_experts(context)) for path, _, content in files
     }

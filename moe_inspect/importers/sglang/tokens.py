@@ -1,4 +1,4 @@
-"""The recorder's mode per_token: decisions. Physical experts become logical.
+"""Mode per_token of SGLang's recorder: decisions. Physical experts are mapped to logical ones.
 
 T tokens, K slots, B blocks of the model, P physical experts, E logical experts.
 """
@@ -50,8 +50,8 @@ def per_token(context: ImportContext, files: list[File]) -> Imported:
 
 
 def _routers_of_tokens(context: ImportContext, files: list[File], B: int, E: int) -> list[Router]:
-    """By the config, or by the first record with tokens: layers nobody wrote are −1 throughout, and
-    slots beyond k as well."""
+    """By the config, or by the first record with tokens: there, layers without a router and slots
+    beyond k are −1 throughout."""
     for where, _, _, record in records(files):
         topk_BTK = array_of(
             record.get("topk_ids_of_layer"),

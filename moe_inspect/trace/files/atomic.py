@@ -1,4 +1,4 @@
-"""Files that are either old or new, never half written, also after a power cut."""
+"""Atomic writes: a reader sees the old file or the new one, even after a power failure."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` if all went well, and is gone (its space with it) if
-    not; `path` itself where that is a device or a pipe, which nothing may take the place of."""
+    """A temporary path. On success the file is renamed to `path`, on an exception it is removed. A
+    device or a pipe is written directly."""
     if path.exists() and not path.is_file():
         yield path
         return

@@ -1,4 +1,4 @@
-"""Damaged: a file of a trace is not as it was written."""
+"""Damaged, the error for a file of a trace that is not as it was written."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Where a trace is: a directory, or a URL, of which `Remote` is a read-only subset of pathlib over
-fsspec."""
+"""The location of a trace: a local directory or a URL. `Remote` is a read-only subset of pathlib
+over fsspec."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from moe_inspect.trace.files.damaged import Damaged
 
 
 def location(path: str | Path | Remote) -> Path | Remote:
-    """A directory of this machine, or what a URL (`s3://bucket/trace`) names."""
+    """A Path for a local directory, a Remote for a URL (`s3://bucket/trace`)."""
     if isinstance(path, str) and "://" in path:
         return Remote(path)
     return path if isinstance(path, Remote) else Path(path)
 
 
 class Remote:
-    """A file or directory that a URL names: what reading a trace takes of pathlib.Path."""
+    """A file or directory at a URL, with the methods of pathlib.Path that reading a trace needs."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -75,8 +75,8 @@ class Remote:
 
 
 def inside(root: Path | Remote, name: str) -> Path | Remote:
-    """The path of `name`, a file or folder that the trace itself names. MoeInspectError where it is
-    a link out of the trace, or a pipe or a device, which may never end."""
+    """The path of a file or folder that is named in the trace. MoeInspectError if it is a link to
+    outside the trace, or a pipe or device, which may never end."""
     if isinstance(root, Remote):
         if root.url.startswith("file://"):
             inside(Path(root.path), name)

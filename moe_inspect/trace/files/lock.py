@@ -1,8 +1,8 @@
 """The lock that a writer holds on its trace, which keeps out other processes and other recordings
 of the same process.
 
-It is flock(2) on the file `.lock` of the trace. The operating system drops it when its process
-ends, however it ends. It belongs to the open file: unlike fcntl's record locks it is not lost when
+It is flock(2) on the file `.lock` of the trace. The operating system releases it when the process
+ends, in whatever way. It belongs to the open file: unlike fcntl's record locks it is not lost when
 something else in the process opens the file and closes it. Linux sends it to the server of an NFS
 mount, so that it holds between machines, unless the mount says "nolock" or "local_lock". Where a
 file system has no locks, a warning says so.
@@ -51,7 +51,7 @@ class Lock:
             if _flock(file, exclusive=True) and _is_at(file, self.root / LOCK):
                 (self.root / LOCK).unlink()
         except OSError:
-            pass  # a lock file that stays does no harm: without its process it is not locked
+            pass  # a leftover lock file is harmless: without its process it is not locked
         finally:
             os.close(file)
 
@@ -171,12 +171,12 @@ def _existing(root: Path) -> int | None:
         return None
     try:
         return os.open(root / LOCK, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # there is none, or it may not be opened: whoever writes here is told so then
+    except OSError:  # missing, or it cannot be opened: the writer will report that
         return None
 
 
 def _flock(file: int, exclusive: bool) -> bool | None:
-    """Whether the lock was to be had; None where the file system has no locks."""
+    """Whether the lock was acquired; None if the file system has no locks."""
     try:
         import fcntl
     except ImportError:
@@ -190,7 +190,7 @@ def _flock(file: int, exclusive: bool) -> bool | None:
             errno.EWOULDBLOCK,
             errno.EACCES,
             errno.ESTALE,
-        ):  # stale: removed on an NFS server
+        ):  # ESTALE: removed on an NFS server
             return False
         if error.errno in UNSUPPORTED:
             return None

@@ -1,4 +1,4 @@
-"""Rules of files: checksums, numbers of rows, no file that no line names."""
+"""Rules of files: checksums, numbers of rows, no file that is not listed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
 
 
 def check_files(shard: Shard) -> int:
-    """Returns of how many files no line states a sha256."""
+    """Returns the number of files without a stated sha256."""
     files = shard.files
     for table, name in files.paths.items():
         path = plain_file(shard.trace, name)

@@ -1,4 +1,4 @@
-"""What a writer is given: the decisions of a forward pass, or counts of many.
+"""The input of the writer: decisions of one forward pass, or counts over several.
 
 T tokens of a batch, K slots, E experts, D domains. An expert id is uint8 or uint16; the dtype's
 maximum marks a slot that routed nowhere, which on disk is null.
@@ -16,7 +16,7 @@ from moe_inspect.trace.schema import Router
 
 @dataclass(frozen=True)
 class Document:
-    """`tokens` is what the plan will feed of it, special tokens included."""
+    """`tokens`: how many of its tokens are fed, special tokens included."""
 
     document: int
     domain: str

@@ -1,7 +1,7 @@
 """One Parquet file of a shard: written under a temporary name, flushed to disk, then renamed.
 
-Encodings are those that every reader can read: DuckDB reads BYTE_STREAM_SPLIT of float32, but not
-of float16.
+Only encodings that every reader supports: DuckDB reads BYTE_STREAM_SPLIT of float32, but not of
+float16.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _encoding(column: pa.Field) -> str | None:
 
 
 class _HashingFile:
-    """A file that knows the sha256 of what went through it, so that no byte is read twice."""
+    """A file that computes the sha256 while it is written, so that no byte is read again."""
 
     closed = False
 

@@ -1,4 +1,4 @@
-"""What of a trace is committed, and where its writer goes on."""
+"""Finds what is committed in a trace, and where its writer continues."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
             if own.fullmatch(file.name) and file not in keep and not file.is_dir():
                 file.unlink()
     lines = b"".join(line for s in shards for line in s.lines)
-    write_atomically(root / f"shards-{rank}.jsonl", lines)  # without the torn tail
+    write_atomically(root / f"shards-{rank}.jsonl", lines)  # without a partial last line
     slot_orders = {r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])}
     if not shards:
         return ResumePoint(slot_orders=slot_orders)

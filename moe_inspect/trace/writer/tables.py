@@ -1,4 +1,4 @@
-"""Batches → the Arrow tables of a shard.
+"""Makes the Arrow tables of a shard from batches.
 
 T tokens, K slots, E experts, D domains.
 """

@@ -33,9 +33,9 @@ from moe_inspect.trace.writer.part_file import write_part
 from moe_inspect.trace.writer.resume import ResumePoint, committed_counts
 
 SHARD_TOKENS = 65_536
-SHARD_BYTES = 60 * 2**20  # of decisions kept in memory: a shard of a deep model holds fewer tokens
-SHARD_SECONDS = 60.0  # of a slow model: its decisions become readable, and safe, after so long
-# a shard may grow so many times larger and older where the next batch continues its sequences
+SHARD_BYTES = 60 * 2**20  # of decisions in memory, at most: shards of deep models hold fewer tokens
+SHARD_SECONDS = 60.0  # age at which a shard is committed: decisions of a slow model are safe then
+# factor on both limits while the next batch continues sequences of the shard
 CONTINUED = 8
 QUEUE_BATCHES = 2
 
@@ -76,7 +76,7 @@ class TraceWriter:
         self.next_shard = start.shards
         self.next_token = start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
-        self.dropped = 0  # decisions that were made and not handed over, told by who records
+        self.dropped = 0  # decisions that the recorder made but could not hand over
         # own status → that of all ranks, when they have closed
         self.others: Callable[[str], str] = lambda status: status
         # merged into the manifest's sections when the background thread is done
@@ -166,7 +166,7 @@ class TraceWriter:
                 and self._pending
                 and (group := self._pending[-1].group) is not None
             ):
-                # more of the group may have been to come
+                # more passes of the group may be missing
                 self._pending = [b for b in self._pending if b.group != group]
             if self._pending and self._error is None:
                 self._commit_routing()
@@ -246,7 +246,7 @@ class TraceWriter:
                     self._take(batch)
         except BaseException as error:
             self._error = error
-            # whoever waits in write() must wake, and learn of it at the next call
+            # a blocked write() must wake up; the next call raises the error
             for _ in iter(self._queue.get, None):
                 pass
 
