@@ -128,8 +128,8 @@ def batch_of_counts(
     first_choice: list[np.ndarray] | None = None,
     weight_sum: list[np.ndarray] | None = None,
 ) -> CountedBatches:
-    """A batch of counts [D, E] of each router. Sources of counts do not give the number of tokens: it
-    is the smallest that explains the load of every router, by domain."""
+    """A batch of counts [D, E] of each router. Sources of counts do not give the number of tokens:
+    it is the smallest that explains the load of every router, by domain."""
     tokens_D = np.zeros(len(domains), np.int64)
     for load_DE, router in zip(load_LDE, routers, strict=True):
         tokens_D = np.maximum(tokens_D, -(-load_DE.sum(1) // router.top_k))
