@@ -290,6 +290,6 @@ def test_the_command(cli_here: Cli, tmp_path: Path):
         == "layer,router,capacity_factor,position_in,tenth,assignments,dropped,drop_rate"
     )
     assert (
-        "is no whole number, batch or sequence"
+        "is not a whole number, batch or sequence"
         in cli_here("simulate", "capacity", trace, "--group-tokens", "x", check=2).stderr
     )

@@ -118,11 +118,11 @@ def test_decode_draws_and_writes_a_page(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("placement", TRACE, "--table", "nothing"), "no table 'nothing'"),
-        (("placement", TRACE, "-o", "plan.png"), "no format goes by this ending"),
+        (("placement", TRACE, "-o", "plan.png"), "no format has this ending"),
         (("placement", TRACE, "--minimize", "bytes"), "'bytes' is not"),
         (("placement", TRACE, "--dispatch", "odd"), "'odd' is not"),
         (("placement", TRACE, "--plan-for", "sglang"), "give the file with -o"),
-        (("decode", TRACE, "--batch", "1,x"), "'x' is no whole number"),
+        (("decode", TRACE, "--batch", "1,x"), "'x' is not a whole number"),
         (("decode", TRACE, "--batch", "0"), "0 is below 1"),
         (("decode", TRACE, "--phase", "later"), "'later' is not"),
     ],

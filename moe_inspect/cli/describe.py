@@ -95,7 +95,7 @@ def describe(
     form = format or format_of(output)
     if form is None:
         raise typer.BadParameter(
-            f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}"
+            f"-o {output}: no format has this ending, add --format {', '.join(Format)}"
         )
     need_torch()
     quiet()

@@ -67,7 +67,7 @@ def capacity(
     that drops tokens computes something else from there on; that is not simulated."""
     if group_tokens not in ("batch", "sequence") and not group_tokens.isdecimal():
         raise typer.BadParameter(
-            f"--group-tokens: {group_tokens!r} is no whole number, batch or sequence"
+            f"--group-tokens: {group_tokens!r} is not a whole number, batch or sequence"
         )
     from moe_inspect.simulate.capacity.capacity import simulate_capacity
 

@@ -105,7 +105,7 @@ def numbers(values: Sequence[str] | str, option: str, kind: type[N], least: floa
             found.append(kind(text))
         except ValueError:
             raise typer.BadParameter(
-                f"{option}: {text!r} is no {'whole ' if kind is int else ''}number"
+                f"{option}: {text!r} is not a {'whole ' if kind is int else ''}number"
             ) from None
         if not found[-1] >= least:
             raise typer.BadParameter(f"{option}: {text} is below {least:g}")
@@ -124,7 +124,7 @@ def show(simulation: Simulation, options: ShowOptions) -> None:
         raise typer.BadParameter(f"no table {table!r}: there are {', '.join(simulation.tables)}")
     if output is not None and format is None and ending is None:
         raise typer.BadParameter(
-            f"-o {output}: no format goes by this ending, add --format {', '.join(Format)}"
+            f"-o {output}: no format has this ending, add --format {', '.join(Format)}"
         )
     if options.plots is not None:
         _draw(simulation, options.plots)

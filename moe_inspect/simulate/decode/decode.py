@@ -129,7 +129,7 @@ def simulate_decode(
                 small,
             )
     if not any(of.tokens for of in steps.values()):
-        raise MoeInspectError(f"{trace.path} holds no tokens of what was selected")
+        raise MoeInspectError(f"{trace.path} has no tokens in this selection")
     table = _table(trace, steps, expert_mb)
     needed = _needed(trace, steps, flops_per_byte)
     tables = {"decode": table, "batch_needed": needed}

@@ -55,17 +55,18 @@ def layouts_of(trace: Trace, selection: Selection, wanted: Hardware) -> dict[int
     gpus = _default_gpus(slots, wanted.nodes) if wanted.gpus is None else wanted.gpus
     if gpus < 1 or wanted.nodes < 1 or gpus % wanted.nodes:
         raise MoeInspectError(
-            f"{gpus} GPUs on {wanted.nodes} nodes: give each node the same number of GPUs"
+            f"{gpus} GPUs on {wanted.nodes} nodes: the number of GPUs must be a multiple of the "
+            "number of nodes"
         )
     if uneven := sorted(n for n in slots if n % gpus):
         raise MoeInspectError(
-            f"{uneven[0]} physical experts on {gpus} GPUs: each GPU holds the same number, give "
-            f"a multiple of {gpus}"
+            f"{uneven[0]} physical experts on {gpus} GPUs: each GPU holds equally many, give a "
+            f"multiple of {gpus}"
         )
     groups = _default_groups(trace, experts) if wanted.groups is None else wanted.groups
     if groups < 1 or any(E % groups for E in experts):
         raise MoeInspectError(
-            f"{groups} groups of {_listed(experts)} experts: groups are of the same size, give a "
+            f"{groups} groups of {_listed(experts)} experts: groups must be of equal size, give a "
             "divisor"
         )
     return {
@@ -84,15 +85,15 @@ def _check_slots(slots: int, E: int) -> None:
 
 
 def _default_gpus(slots: set[int], nodes: int) -> int:
-    """As many as divide the slots, up to MOST_GPUS. At least two slots per GPU: with one there is
-    nothing to choose."""
+    """The largest number up to MOST_GPUS that divides the slots. At least two slots per GPU: with
+    one there is nothing to choose."""
     most = max(1, min(MOST_GPUS, min(slots) // 2))
     for gpus in range(most, 0, -1):
         if not any(n % gpus for n in slots) and gpus % nodes == 0:
             return gpus
     raise MoeInspectError(
-        f"no number of GPUs up to {most} divides {_listed(slots)} slots and among {nodes} nodes: "
-        "give gpus"
+        f"no number of GPUs up to {most} divides {_listed(slots)} slots and is a multiple of "
+        f"{nodes} nodes: give --gpus"
     )
 
 

@@ -27,7 +27,7 @@ def write_plan(simulation: Simulation, path: str | Path, engine: str | None = No
     engine = engine or ENDINGS.get(path.suffix.lower())
     if engine is None:
         raise MoeInspectError(
-            f"no plan goes by the ending of {path}: .json is SGLang's, .yaml TensorRT-LLM's"
+            f"no plan has the file ending of {path}: .json is for SGLang, .yaml for TensorRT-LLM"
         )
     if engine not in ENGINES:
         raise MoeInspectError(f"no plan for {engine}: there are {', '.join(ENGINES)}")

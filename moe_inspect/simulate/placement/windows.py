@@ -60,15 +60,15 @@ def fit_windows_of(
     tokens = sum(_selected(trace, selection).values())
     if not tokens:
         raise MoeInspectError(
-            f"{trace.path} holds no tokens of what was selected"
+            f"{trace.path} has no tokens in this selection"
             if trace.n_tokens
             else f"{trace.path} holds no tokens yet"
         )
     whole = WINDOWS if window is None else -(-tokens // window)
     if whole > MOST_WINDOWS:
         raise MoeInspectError(
-            f"windows of {window} tokens make {whole:,} of {tokens:,}: give at least "
-            f"{-(-tokens // MOST_WINDOWS)}"
+            f"windows of {window} tokens: {whole:,} windows, more than {MOST_WINDOWS:,}; give at "
+            f"least {-(-tokens // MOST_WINDOWS)}"
         )
     fit = max(1, round(whole * fit_share))
     rest = 0 if fit_share == 1 else max(1, whole - fit)
