@@ -213,7 +213,7 @@ def test_the_manifest_says_how_it_was_made(
 
 @pytest.fixture(scope="module")
 def long_corpus(tmp_path_factory: Any) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "long.jsonl", documents=3000, words=140)
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "long.jsonl", documents=2000, words=140)
 
 
 def start(model: Path, corpus: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -249,7 +249,7 @@ def uninterrupted(model: Path, long_corpus: Path, tmp_path_factory: Any) -> moe_
     out = tmp_path_factory.mktemp("whole") / "t"
     assert start(model, long_corpus, out).wait() == 0
     trace = moe_inspect.open_trace(out)
-    assert len(list(trace.shards)) >= 3
+    assert len(list(trace.shards)) >= 2
     return trace
 
 
