@@ -52,7 +52,7 @@ def test_a_bound_launch_is_what_triton_would_launch(
 
 def test_in_the_interpreter_nothing_is_bound() -> None:
     case = Case(8, 2, 20, "uniform", 1, torch.int64, "float16", "in one page", False)
-    check_record(kernels, case, twin=False)
+    check_record(kernels, case, reference=False)
     assert not kernels._record_launch(2, True).bound
 
 
@@ -94,7 +94,7 @@ def test_the_order_of_programs_changes_nothing(order: list[Any], tape: str) -> N
         (check_combine, 12, 1),
     ):
         case = Case(60, 8, T, "zipf", launches, torch.int64, "bfloat16", tape, True)
-        check(kernels, case, twin=False)
+        check(kernels, case, reference=False)
     assert order != sorted(order), "control: another order than the interpreter's own"
     assert max(order) >= (11, 0, 0)
 
