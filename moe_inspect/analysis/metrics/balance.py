@@ -1,9 +1,9 @@
 """Is the load of a router balanced? One plain function per metric, on load_LE: int64 [routers,
 experts], assignments.
 
-L routers, E experts, G GPUs, B forward passes. The balance table takes every metric of load_LE that
-is registered for it. Every one is NaN for a router without load, and none changes when experts are
-renumbered.
+L routers, E experts, G GPUs, S sizes of forward passes. The balance table takes every metric of
+load_LE that is registered for it. Each is NaN for a router without load, and none changes when
+experts are renumbered.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.registry import metric
 
-# the defaults of the thresholds that analysis, report and simulations share
-UNEVEN = 0.2  # max_vio from which a router is uneven
-STARVED = 0.1  # load ratio under which an expert is starved
+# defaults of the thresholds that analysis, reports and simulations share
+UNEVEN = 0.2  # a router with this max_vio or more is uneven
+STARVED = 0.1  # an expert with a lower load ratio is starved
 
 
 @metric(table="balance", ideal=1.0, unit="ratio", range="1 to E/k", axes="L")
@@ -35,16 +35,14 @@ def max_over_mean(load_LE: np.ndarray) -> np.ndarray:
 def max_vio(load_LE: np.ndarray) -> np.ndarray:
     """(max − mean) / mean of the load, over all tokens ("global" MaxVio). 0 is even."""
     mean_L = _mean(load_LE)
-    return (
-        load_LE.max(1) - mean_L
-    ) / mean_L  # exactly 0.2 for 1.2 times the mean, which 1.2 − 1 is not
+    return (load_LE.max(1) - mean_L) / mean_L  # exact, which max_over_mean − 1 is not
 
 
 @metric(table="balance", ideal=1.0, unit="ratio", range="0 to 1", axes="L")
 def min_over_max(load_LE: np.ndarray) -> np.ndarray:
-    """Load of the least busy expert ÷ load of the busiest, in [0, 1]. 1 is even, 0 has a dead
+    """Load of the least used expert ÷ load of the busiest, in [0, 1]. 1 is even, 0 means a dead
     expert."""
-    return load_LE.min(1) / _positive(load_LE.max(1))
+    return load_LE.min(1) / nan_for_zero(load_LE.max(1))
 
 
 @metric(
@@ -65,16 +63,16 @@ def cv(load_LE: np.ndarray) -> np.ndarray:
 def gini(load_LE: np.ndarray) -> np.ndarray:
     """Gini coefficient Σ(2i−E−1)c₍ᵢ₎ / (E·Σc), in [0, 1−k/E]. 0 is even, 1−k/E is every token on
     the same k experts."""
-    E = load_LE.shape[1]
+    E: int = load_LE.shape[1]
     rank_E = 2 * np.arange(1, E + 1) - E - 1
-    return (rank_E * np.sort(load_LE, axis=1)).sum(1) / _positive(E * load_LE.sum(1))
+    return (rank_E * np.sort(load_LE, axis=1)).sum(1) / nan_for_zero(E * load_LE.sum(1))
 
 
 @metric(table="balance", ideal=1.0, unit="ratio to ln E", range="ln k/ln E to 1", axes="L")
 def entropy(load_LE: np.ndarray) -> np.ndarray:
     """Entropy of the load ÷ ln E, in [ln k / ln E, 1]. 1 is even. Defined as 1 for a router of one
     expert."""
-    share_LE = load_LE / _positive(load_LE.sum(1))[:, None]
+    share_LE = load_LE / nan_for_zero(load_LE.sum(1))[:, None]
     E = load_LE.shape[1]
     nats_L = -(share_LE * np.log(np.where(share_LE > 0, share_LE, 1))).sum(1)
     return nats_L / np.log(E) if E > 1 else nats_L + 1
@@ -82,32 +80,32 @@ def entropy(load_LE: np.ndarray) -> np.ndarray:
 
 @metric(table="balance", ideal=0.0, unit="experts", range="0 to E − k", axes="L")
 def dead_experts(load_LE: np.ndarray) -> np.ndarray:
-    """Experts with no load at all. Means little on few tokens: always read with the number of
-    tokens beside it."""
+    """Experts with no load at all. Means little on few tokens: read it together with the number of
+    tokens."""
     return np.where(load_LE.sum(1) > 0, (load_LE == 0).sum(1), np.nan)
 
 
 @metric(table="balance", ideal="E", unit="experts", range="k to E", axes="L")
 def effective_experts(load_LE: np.ndarray) -> np.ndarray:
-    """Exponential of the entropy of the load: how many evenly loaded experts would be as diverse. E
-    is even."""
-    share_LE = load_LE / _positive(load_LE.sum(1))[:, None]
+    """Exponential of the entropy of the load: the number of evenly loaded experts with the same
+    entropy. E is even."""
+    share_LE = load_LE / nan_for_zero(load_LE.sum(1))[:, None]
     return np.exp(-(share_LE * np.log(np.where(share_LE > 0, share_LE, 1))).sum(1))
 
 
 @metric(table="balance", ideal=0.0, unit="experts", range="0 to E − 1", axes="L")
 def starved_experts(load_LE: np.ndarray, starved: float = STARVED) -> np.ndarray:
-    """Experts with load, but under a tenth of the mean load. Means little on few tokens, like
-    dead_experts. `starved`: the threshold of that name, in place of the tenth."""
+    """Experts with some load, but under a tenth of the mean load. Means little on few tokens, like
+    dead_experts. `starved`: the load ratio to use instead of a tenth."""
     starved_LE = (load_LE > 0) & (load_ratio(load_LE) < starved)
     return np.where(load_LE.sum(1) > 0, starved_LE.sum(1), np.nan)
 
 
 @metric(table="balance", ideal=1.0, unit="ratio", range="k/E to 1", axes="L")
 def balancedness(load_LE: np.ndarray) -> np.ndarray:
-    """Mean ÷ max load with one GPU per expert: the share of the time that GPUs compute, the rest
-    being spent waiting for the busiest. The slowdown is 1 ÷ this. For another placement pass the
-    loads of its GPUs, load_LG."""
+    """Mean ÷ max load with one GPU per expert: the share of the time that GPUs compute; the rest
+    they wait for the busiest. The slowdown is 1 ÷ this. For another placement pass the loads of its
+    GPUs, load_LG."""
     return 1 / max_over_mean(load_LE)
 
 
@@ -127,21 +125,21 @@ def importance_cv(weight_sum_LE: np.ndarray) -> np.ndarray:
 
 @metric(table="balance", ideal=0.0, unit="ratio", range="0 to E/k − 1", source="arXiv:2408.15664")
 def max_vio_batch(vio_sum_S: np.ndarray, passes_S: np.ndarray, tokens_S: np.ndarray) -> float:
-    """Mean over forward passes (B) of the max_vio of each ("batch" MaxVio); passes without load are
-    left out. So are those with under half the tokens of the largest (`whole_passes`). By size S of
-    the passes: the sum of their max_vio, their number, the tokens of each. NaN without any."""
+    """Mean of the max_vio of each forward pass ("batch" MaxVio). Passes without load are left out,
+    and those with fewer than half the tokens of the largest (`whole_passes`). By size S of the
+    passes: the sum of their max_vio, their number, the tokens of each. NaN without any."""
     whole_S = whole_passes(tokens_S)
-    return float(vio_sum_S[whole_S].sum() / _positive(np.asarray(passes_S[whole_S].sum())))
+    return float(vio_sum_S[whole_S].sum() / nan_for_zero(np.asarray(passes_S[whole_S].sum())))
 
 
 def whole_passes(tokens_S: np.ndarray) -> np.ndarray:
-    """Which passes have at least half the tokens of the largest: the last is often a remnant, in
-    which chance is all there is to see, and so are decode steps beside prompts. bool [S]"""
+    """Which passes have at least half the tokens of the largest. The others, often the last pass of
+    a run or decode steps beside prompts, are too small to show more than chance. bool [S]"""
     return 2 * tokens_S >= tokens_S.max(initial=0)
 
 
 def busiest_expert(load_LE: np.ndarray) -> np.ndarray:
-    """The expert with the most load, the lowest id of several. int64 [routers]"""
+    """The expert with the most load, the lowest id if several have it. int64 [routers]"""
     return load_LE.argmax(1)
 
 
@@ -151,9 +149,12 @@ def load_ratio(load_LE: np.ndarray) -> np.ndarray:
 
 
 def _mean(load_LE: np.ndarray) -> np.ndarray:
-    return _positive(load_LE.mean(1))
+    return nan_for_zero(load_LE.mean(1))
 
 
-def _positive(values: np.ndarray) -> np.ndarray:
-    """NaN instead of 0, so that what has no load has no ratio either."""
+def nan_for_zero(values: np.ndarray) -> np.ndarray:
+    """The values with NaN for 0: a divisor that makes the ratio of nothing NaN."""
     return np.where(values > 0, values, np.nan)
+
+
+_positive = nan_for_zero

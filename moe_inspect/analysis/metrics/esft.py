@@ -1,5 +1,5 @@
-"""Which experts does a task need? The scores by which expert-specialised fine-tuning picks the
-experts to train (arXiv:2407.01906), here of every domain.
+"""Which experts does a task need? The scores by which expert-specialised fine-tuning (ESFT) picks
+the experts to train (arXiv:2407.01906), for each domain.
 
 D domains, E experts. A sample is a sequence.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import _positive
+from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.registry import metric
 
 SOURCE = "arXiv:2407.01906, eq."
@@ -23,19 +23,19 @@ SOURCE = "arXiv:2407.01906, eq."
     source=f"{SOURCE} 7",
 )
 def token_score(assignments_DE: np.ndarray) -> np.ndarray:
-    """The mean over a domain's tokens of 1[expert chosen]/k, as the authors publish it: with all
-    tokens weighing alike. NaN for a domain without load."""
-    return assignments_DE / _positive(assignments_DE.sum(1))[:, None]
+    """The mean over a domain's tokens of 1[expert chosen]/k, as the authors publish it: all tokens
+    have equal weight. NaN for a domain without load."""
+    return assignments_DE / nan_for_zero(assignments_DE.sum(1))[:, None]
 
 
 @metric(
     table="esft", ideal="1 / E", unit="weight", range="0 and up", axes="DE", source=f"{SOURCE} 6"
 )
 def gate_score(weight_sum_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
-    """The mean over a domain's tokens of the gate weight handed to the expert, not renormalised (0
-    where it was not chosen), as the authors publish it. NaN without weights. 1/E is even where the
-    weights of a token sum to 1."""
-    return weight_sum_DE / _positive(tokens_D)[:, None]
+    """The mean over a domain's tokens of the expert's gate weight, not renormalised and 0 where it
+    was not chosen, as the authors publish it. NaN without weights. 1/E is even where the weights of
+    a token sum to 1."""
+    return weight_sum_DE / nan_for_zero(tokens_D)[:, None]
 
 
 @metric(
@@ -48,9 +48,9 @@ def gate_score(weight_sum_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
 )
 def token_score_by_sample(esft_token_DE: np.ndarray, samples_D: np.ndarray) -> np.ndarray:
     """The mean over a domain's samples of the mean over the sample's tokens of 1[expert chosen]/k:
-    with all samples weighing alike, however long, as the equation is written. The two agree where
-    samples are of one length."""
-    return esft_token_DE / _positive(samples_D)[:, None]
+    all samples have equal weight, however long, as the equation is written. Equal to token_score if
+    all samples have the same length."""
+    return esft_token_DE / nan_for_zero(samples_D)[:, None]
 
 
 @metric(
@@ -59,4 +59,4 @@ def token_score_by_sample(esft_token_DE: np.ndarray, samples_D: np.ndarray) -> n
 def gate_score_by_sample(esft_gate_DE: np.ndarray, samples_D: np.ndarray) -> np.ndarray:
     """The mean over a domain's samples of the mean gate weight of the expert over the sample's
     tokens. NaN without weights."""
-    return esft_gate_DE / _positive(samples_D)[:, None]
+    return esft_gate_DE / nan_for_zero(samples_D)[:, None]

@@ -1,7 +1,8 @@
-"""Which experts go together: in one decision, from a layer to the next, from a token to the next.
+"""Which experts are chosen together: in one decision, at a layer and the next, by a token and the
+next.
 
 E experts of a router, N of the next MoE layer's, D domains, m tokens of a window. together_EE[a, b]
-counts the decisions in which a and b were both chosen, together_EE[a, a] those in which a was.
+counts the decisions that chose both a and b, together_EE[a, a] those that chose a.
 next_EN[a, b] counts the tokens for which a was chosen here and b at the next MoE layer. All pairs
 of slots count, not only first choices.
 """
@@ -12,12 +13,12 @@ from math import comb
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import _positive
+from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import SEED
 
-ROUNDS = 200  # of fitting: a dozen are enough but where an expert takes nearly every decision
-NEARLY_ALL = 1 - 1e-6  # of the decisions: an expert in all of them would have an infinite weight
+ROUNDS = 200  # of fitting at most; a dozen are enough unless an expert is in nearly every decision
+NEARLY_ALL = 1 - 1e-6  # an expert in all decisions would have an infinite weight
 
 
 @metric(
@@ -32,24 +33,24 @@ NEARLY_ALL = 1 - 1e-6  # of the decisions: an expert in all of them would have a
 def coactivation(together_EE: np.ndarray) -> np.ndarray:
     """P(b chosen, given a chosen) in one decision: N_ab / N_a over all pairs of slots; a row sums
     to k − 1. NaN on the diagonal, and for an a that was never chosen."""
-    probability_EE = together_EE / _positive(np.diagonal(together_EE))[:, None]
+    probability_EE = together_EE / nan_for_zero(np.diagonal(together_EE))[:, None]
     return _without_diagonal(probability_EE)
 
 
 @metric(table="coactivation", column="lift", ideal=1.0, unit="ratio", range="0 and up", axes="EE")
 def coactivation_lift(together_EE: np.ndarray, expected_EE: np.ndarray | None = None) -> np.ndarray:
-    """N_ab ÷ the N_ab that chance gives experts of these loads. 1 is chance; the plain P(b|a)/P(b)
-    would be under 1 by chance, since a decision's experts are distinct. NaN on the diagonal and
-    where chance gives none. `expected_EE`: `together_by_chance`, where it is known."""
+    """N_ab ÷ the N_ab expected by chance at these loads. 1 is chance; the plain P(b|a)/P(b) would
+    be under 1 by chance, since a decision's experts are distinct. NaN on the diagonal and where
+    none are expected. `expected_EE`: the result of `together_by_chance`, if it is known."""
     expected_EE = together_by_chance(together_EE) if expected_EE is None else expected_EE
-    return _without_diagonal(together_EE / _positive(expected_EE))
+    return _without_diagonal(together_EE / nan_for_zero(expected_EE))
 
 
 def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
-    """N_ab of decisions whose k distinct experts keep their loads and are otherwise random: P(a
-    set) is the product of a weight of each of its experts (conditional Poisson sampling, of all
-    with these loads the one of largest entropy: Chen, Dempster and Liu 1994). Where slots are null,
-    k is that of the mean decision. [E, E], 0 on the diagonal."""
+    """The N_ab expected of decisions with k distinct experts, random but for the loads: the
+    probability of a set is the product of a weight of each of its experts (conditional Poisson
+    sampling, the distribution of largest entropy with these loads: Chen, Dempster and Liu 1994). If
+    slots are null, k is that of the mean decision. [E, E], 0 on the diagonal."""
     observed_EE = _without_diagonal(together_EE, 0.0)
     row_E, load_E = observed_EE.sum(1), np.diagonal(together_EE).astype(float)
     expected_EE = np.zeros_like(observed_EE)
@@ -60,9 +61,9 @@ def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
     pair_EE = _pairs_of_sets(load_E[alive] * k / load_E[alive].sum(), k)
     row_E = row_E[alive]
     scale_E = np.full(len(alive), np.sqrt(row_E.sum() / pair_EE.sum()))
-    for _ in range(ROUNDS):  # to the row sums that null slots leave; without any they are met
+    for _ in range(ROUNDS):  # fits the row sums, which null slots change
         fitted_E = scale_E * (pair_EE @ scale_E)
-        # the root of the correction: the whole of it swings between two states
+        # the square root of the correction: the full one would oscillate
         step_E = np.sqrt(np.divide(row_E, fitted_E, out=np.ones_like(row_E), where=fitted_E > 0))
         scale_E = scale_E * step_E
         if np.abs(step_E - 1).max() < 1e-9:
@@ -72,8 +73,8 @@ def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
 
 
 def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
-    """P(a and b in the set) for sets of k experts in which each is with probability share_E (sum
-    k). [E, E], 0 on the diagonal."""
+    """P(a and b in the set) for sets of k experts, each of which is in the set with probability
+    share_E (their sum is k). [E, E], 0 on the diagonal."""
     E = len(share_E)
     off_diagonal_EE = 1 - np.eye(E)
     if k >= E:  # all experts are in it
@@ -92,9 +93,9 @@ def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
 
 
 def _sums_of_products(weight_XE: np.ndarray, *sizes: int) -> np.ndarray:
-    """Elementary symmetric polynomials of the weights of a row but that of expert e: the sums, over
-    all sets of j other experts, of the products of their weights, for each j of `sizes`. Sums of
-    positive terms from both sides, so that nothing cancels. [sizes, X, E]"""
+    """Elementary symmetric polynomials of the weights of a row without that of expert e: the sums,
+    over all sets of j other experts, of the products of their weights, for each j of `sizes`. They
+    add up positive terms from both sides, so that nothing cancels. [sizes, X, E]"""
     X, E = weight_XE.shape
     most = max(sizes)
     left_EXJ, right_EXJ = np.zeros((2, E, X, most + 1))
@@ -118,35 +119,39 @@ def _sums_of_products(weight_XE: np.ndarray, *sizes: int) -> np.ndarray:
 def transition(next_EN: np.ndarray, load_E: np.ndarray) -> np.ndarray:
     """P(b chosen at the next MoE layer, given a chosen here), over all k·k pairs; a row sums to the
     next layer's k. NaN for an a that was never chosen."""
-    return next_EN / _positive(load_E)[:, None]
+    return next_EN / nan_for_zero(load_E)[:, None]
 
 
 @metric(table="transitions", column="lift", ideal=1.0, unit="ratio", range="0 and up", axes="EN")
 def transition_lift(next_EN: np.ndarray) -> np.ndarray:
-    """The share of b among what follows a ÷ its share among what follows anything. 1 is chance: a
-    says nothing of b."""
-    share_EN = next_EN / _positive(next_EN.sum(1))[:, None]
-    return share_EN / _positive(next_EN.sum(0) / _positive(np.asarray(next_EN.sum())))
+    """The share of b among the choices that follow a ÷ its share among all choices of the next
+    layer. 1 is chance: a says nothing about b."""
+    share_EN = next_EN / nan_for_zero(next_EN.sum(1))[:, None]
+    return share_EN / nan_for_zero(next_EN.sum(0) / nan_for_zero(np.asarray(next_EN.sum())))
 
 
 @metric(table="locality", ideal="1 / E", unit="ratio", range="1/E to 1", source="arXiv:2401.08383")
 def next_accuracy(next_first_EN: np.ndarray) -> float:
     """How often the next MoE layer's first choice is the one that most often follows this layer's
     first choice: Σ_a max_b N_ab ÷ N. Read it beside its marginal (always the most frequent) and its
-    null (what as many independent choices reach)."""
-    return float(next_first_EN.max(1, initial=0).sum() / _positive(np.asarray(next_first_EN.sum())))
+    null (the accuracy of as many independent choices)."""
+    return float(
+        next_first_EN.max(1, initial=0).sum() / nan_for_zero(np.asarray(next_first_EN.sum()))
+    )
 
 
 @metric(table="locality", ideal="1 / E", unit="ratio", range="1/E to 1", source="arXiv:2401.08383")
 def next_accuracy_marginal(next_first_EN: np.ndarray) -> float:
-    """How often the next MoE layer's first choice is its most frequent one: what can be predicted
-    without looking."""
-    return float(next_first_EN.sum(0).max(initial=0) / _positive(np.asarray(next_first_EN.sum())))
+    """How often the next MoE layer's first choice is its most frequent one: the accuracy of a
+    prediction that ignores this layer."""
+    return float(
+        next_first_EN.sum(0).max(initial=0) / nan_for_zero(np.asarray(next_first_EN.sum()))
+    )
 
 
 def next_accuracy_null(next_first_EN: np.ndarray, R: int = 5) -> float:
-    """Mean `next_accuracy` of choices with these marginals that do not depend on each other: the
-    maximum of each row is over the marginal's by chance alone where rows are few."""
+    """Mean `next_accuracy` of independent choices with these marginals: with few tokens the maximum
+    of each row is above the marginal's by chance alone."""
     row_E, column_N = next_first_EN.sum(1), next_first_EN.sum(0)
     if not column_N.sum():
         return float("nan")
@@ -164,9 +169,9 @@ def next_accuracy_null(next_first_EN: np.ndarray, R: int = 5) -> float:
     source="arXiv:2401.04088, table 5",
 )
 def first_choice(first_same_D: np.ndarray, pairs_D: np.ndarray) -> np.ndarray:
-    """The share of tokens whose first choice is that of the token before, of the same sequence.
+    """The share of tokens with the same first choice as the token before in the same sequence.
     Random choices: 1/E."""
-    return first_same_D / _positive(pairs_D)
+    return first_same_D / nan_for_zero(pairs_D)
 
 
 @metric(
@@ -178,9 +183,9 @@ def first_choice(first_same_D: np.ndarray, pairs_D: np.ndarray) -> np.ndarray:
     source="arXiv:2401.04088, table 5",
 )
 def any_choice(any_same_D: np.ndarray, pairs_D: np.ndarray) -> np.ndarray:
-    """The share of tokens that share at least one expert with the token before, of the same
+    """The share of tokens that share at least one expert with the token before in the same
     sequence. Random choices: 1 − C(E−k, k)/C(E, k)."""
-    return any_same_D / _positive(pairs_D)
+    return any_same_D / nan_for_zero(pairs_D)
 
 
 def any_choice_random(E: int, k: int) -> float:
@@ -189,9 +194,9 @@ def any_choice_random(E: int, k: int) -> float:
 
 
 def first_choice_by_load(first_choice_DE: np.ndarray) -> np.ndarray:
-    """P(two independent first choices of the same domain are the same) = Σ_e p_e²: what uneven load
-    alone repeats. [D]"""
-    share_DE = first_choice_DE / _positive(first_choice_DE.sum(1))[:, None]
+    """P(two independent first choices of the same domain are the same) = Σ_e p_e²: repetition from
+    uneven load alone. [D]"""
+    share_DE = first_choice_DE / nan_for_zero(first_choice_DE.sum(1))[:, None]
     return (share_DE**2).sum(1)
 
 
@@ -203,8 +208,8 @@ def first_choice_by_load(first_choice_DE: np.ndarray) -> np.ndarray:
     source="arXiv:2505.16056",
 )
 def srp(windows_M: np.ndarray) -> float:
-    """Segment routing best performance: how well a set of experts of its own can serve all m tokens
-    of a window, as the best F-measure over thresholds α, 2Σ_{f≥α}f ÷ Σ(m·1[f≥α] + f). windows_M[f],
+    """Segment routing best performance: how well one fixed set of experts can serve all m tokens of
+    a window, as the best F-measure over thresholds α, 2Σ_{f≥α}f ÷ Σ(m·1[f≥α] + f). windows_M[f],
     f = 0 … m: how many (window, expert) have f of the window's m tokens at the expert. NaN without
     any."""
     return float(best_f(windows_M))
@@ -212,13 +217,12 @@ def srp(windows_M: np.ndarray) -> float:
 
 def best_f(windows_M: np.ndarray) -> np.ndarray:
     """`srp` of any number of histograms at once: [..., m+1] → [...]"""
-    m = windows_M.shape[-1] - 1
+    m: int = windows_M.shape[-1] - 1
     hits_M = np.arange(m + 1) * windows_M
     assigned = hits_M.sum(-1, keepdims=True)
-    from_M, hit_M = (
-        values[..., ::-1].cumsum(-1)[..., ::-1] for values in (windows_M, hits_M)
-    )  # [α]: pairs with f ≥ α
-    return (2 * hit_M / _positive(m * from_M + assigned))[..., 1:].max(-1)
+    # [α]: pairs with f ≥ α
+    from_M, hit_M = (values[..., ::-1].cumsum(-1)[..., ::-1] for values in (windows_M, hits_M))
+    return (2 * hit_M / nan_for_zero(m * from_M + assigned))[..., 1:].max(-1)
 
 
 def srp_by_load(load_E: np.ndarray, tokens: float, m: int) -> float:

@@ -1,12 +1,11 @@
-"""Every metric there is: plain functions in the files of this folder, each registered by its
-decorator. The list on the command line, the balance table, the gates, the table in the
+"""All metrics: plain functions in the files of this folder, each registered by its decorator. The
+list on the command line, the balance table, the gates, the table in the
 documentation and the property tests come from here: a new metric is one function in one file.
 
 L routers, D domains, E experts, N experts of the next layer's router, W windows, K slots. The
 letters at the end of a parameter's name are its axes; a metric's are those of its result. `ideal`
-is the value where everything is even: every expert as loaded as every other, whatever the token,
-the domain, the window and the expert before; a number, or a formula in E and k where it depends on
-them.
+is the value if everything is even: all experts have the same load, whatever the token, the domain,
+the window and the expert before. It is a number, or a formula in E and k.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Metric:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """What it is computed from; a setting with a default is none of them."""
+        """What it is computed from, without settings (parameters with a default)."""
         parameters = inspect.signature(self.function).parameters.values()
         return tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
 
@@ -79,27 +78,27 @@ def metric(
 
 
 @cache
-def _homes() -> list[str]:
-    """The files of this folder, each imported, so that its decorators have run."""
+def _modules() -> list[str]:
+    """The modules of this folder, imported, so that their decorators have run."""
     folder = importlib.import_module(__name__.rpartition(".")[0])
     files = pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")
     return [importlib.import_module(file.name).__name__ for file in files]
 
 
 def metrics() -> dict[str, Metric]:
-    """METRICS with every file of this folder read: by file in alphabetical order, and in the order
-    in which a file defines them."""
-    homes = _homes()
+    """METRICS of all files of this folder: by file in alphabetical order, and within a file in its
+    order."""
+    modules = _modules()
     return dict(
         sorted(
             METRICS.items(),
-            key=lambda item: homes.index(inspect.unwrap(item[1].function).__module__),
+            key=lambda item: modules.index(inspect.unwrap(item[1].function).__module__),
         )
     )
 
 
 def metrics_of(table: str, inputs: Container[str]) -> dict[str, Metric]:
-    """The metrics of a table that can be computed from what `inputs` names."""
+    """The metrics of a table that can be computed from these inputs."""
     return {
         name: m
         for name, m in metrics().items()
@@ -108,8 +107,8 @@ def metrics_of(table: str, inputs: Container[str]) -> dict[str, Metric]:
 
 
 def listing() -> list[dict[str, str]]:
-    """A row per metric, for people: metric, table, definition, range, even (its value where all is
-    even), unit, source."""
+    """A row per metric, for people: metric, table, definition, range, even (its value if everything
+    is even), unit, source."""
     return [
         {
             "metric": m.column,

@@ -1,16 +1,16 @@
-"""How sure is a router, and what do the training losses say of it? Pure functions on sums over
+"""How confident is a router, and what are its balancing losses? Pure functions on sums over
 decisions.
 
 N decisions (those with recorded logits, or weights), E experts, k choices. Probabilities are of all
-E experts: the softmax of the logits, or of a sigmoid router its scores made to sum to 1. Weights
-are the k handed to the experts.
+E experts: the softmax of the logits, or the scores of a sigmoid router scaled to sum to 1. Weights
+are the gate weights of the k experts chosen.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import _positive
+from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.registry import metric
 
 
@@ -23,11 +23,11 @@ from moe_inspect.analysis.metrics.registry import metric
 )
 def aux_loss(load_E: np.ndarray, probability_sum_E: np.ndarray) -> float:
     """Switch load-balancing loss of one router, E·Σ f_e·P_e, with f the share of assignments and P
-    the mean softmax of the logits (of a sigmoid router its scores, made to sum to 1). 1 is even. (A
-    loss pooled over layers, or with f by token, which gives k, is another number.) NaN without
-    logits."""
-    share_E = load_E / _positive(np.asarray(load_E.sum()))
-    probability_E = probability_sum_E / _positive(np.asarray(probability_sum_E.sum()))
+    the mean softmax of the logits (for a sigmoid router its scores, scaled to sum to 1). 1 is even.
+    (A loss averaged over layers, or one with f per token, which gives k, is another number.) NaN
+    without logits."""
+    share_E = load_E / nan_for_zero(np.asarray(load_E.sum()))
+    probability_E = probability_sum_E / nan_for_zero(np.asarray(probability_sum_E.sum()))
     return float(len(load_E) * (share_E * probability_E).sum())
 
 
@@ -39,15 +39,15 @@ def aux_loss(load_E: np.ndarray, probability_sum_E: np.ndarray) -> float:
     source="arXiv:2202.08906, eq. 5",
 )
 def z_loss(z_sum: float, decisions: int) -> float:
-    """Mean of (logsumexp of the logits)²: how large the logits have grown. (ln E)² when all are 0.
+    """Mean of (logsumexp of the logits)²: how large the logits have grown. (ln E)² if all are 0.
     NaN without logits."""
     return _mean(z_sum, decisions)
 
 
 @metric(table="router", ideal="log(E)", unit="nats", range="0 to ln E")
 def gate_entropy_nats(entropy_sum: float, decisions: int) -> float:
-    """Mean entropy of the probabilities of one decision: 0 is certain, ln E knows nothing. NaN
-    without logits."""
+    """Mean entropy of the probabilities of one decision: 0 is certain, ln E is uniform. NaN without
+    logits."""
     return _mean(entropy_sum, decisions)
 
 
@@ -60,37 +60,36 @@ def top1_margin(top1_margin_sum: float, decisions: int) -> float:
 
 @metric(table="router", ideal=0.0, unit="logits", range="0 and up")
 def boundary_margin(boundary_margin_sum: float, decisions: int) -> float:
-    """Mean of the k-th largest logit minus the next: how much noise it takes to change the experts
-    chosen. NaN without logits, and where k = E."""
+    """Mean of the k-th largest logit minus the next: how much noise changes the experts chosen. NaN
+    without logits, and where k = E."""
     return _mean(boundary_margin_sum, decisions)
 
 
 @metric(table="router", ideal="k / E", unit="ratio", range="k/E to 1")
 def top_k_mass(topk_mass_sum: float, decisions: int) -> float:
-    """Mean probability of the k most probable experts together: 1 is a router that wants no other
-    expert. NaN without logits."""
+    """Mean total probability of the k most probable experts: at 1 the other experts have none. NaN
+    without logits."""
     return _mean(topk_mass_sum, decisions)
 
 
 @metric(table="router", ideal=1.0, unit="ratio", range="0 to 1")
 def tie_rate(ties: int, decisions: int) -> float:
-    """The share of decisions whose k-th and next logit are equal as recorded (float16): which
-    expert is chosen is then up to the order of the experts. Even logits tie always. NaN without
-    logits."""
+    """The share of decisions whose k-th and next logit are equal as recorded (float16): the order
+    of the experts then decides which is chosen. Even logits always tie. NaN without logits."""
     return _mean(ties, decisions)
 
 
 @metric(table="router", ideal="log(k)", unit="nats", range="0 to ln k")
 def weight_entropy_nats(weight_entropy_sum: float, decisions: int) -> float:
-    """Mean entropy of a decision's k gate weights, scaled to sum to 1: 0 leaves all to one expert,
-    ln k weighs all alike. NaN without weights."""
+    """Mean entropy of a decision's k gate weights, scaled to sum to 1: 0 if one expert has all the
+    weight, ln k if all have the same. NaN without weights."""
     return _mean(weight_entropy_sum, decisions)
 
 
 @metric(table="router", ideal=0.0, unit="ratio", range="0 to 1")
 def weight_margin(weight_margin_sum: float, decisions: int) -> float:
-    """Mean of the largest gate weight of a decision minus the second, the k scaled to sum to 1. NaN
-    without weights, and where k = 1."""
+    """Mean of the largest gate weight of a decision minus the second, with the k scaled to sum to
+    1. NaN without weights, and where k = 1."""
     return _mean(weight_margin_sum, decisions)
 
 
@@ -98,8 +97,8 @@ def weight_margin(weight_margin_sum: float, decisions: int) -> float:
     table="router", ideal="k / E", unit="weight", range="0 and up; 1 where weights are renormalised"
 )
 def weight_mass(weight_mass_sum: float, decisions: int) -> float:
-    """Mean sum of a decision's k gate weights as handed to the experts: of a softmax not
-    renormalised, the mass of the k chosen. NaN without weights."""
+    """Mean sum of a decision's k gate weights as the experts get them: for a softmax that is not
+    renormalised, the probability of the k chosen. NaN without weights."""
     return _mean(weight_mass_sum, decisions)
 
 

@@ -1,22 +1,23 @@
-"""What chance alone would show: noise floors, intervals by document.
+"""Chance: noise floors, intervals over documents, evidence against chance.
 
 T tokens, E experts, k choices per token, U units (clusters of documents), R repetitions. Tokens of
 one document are not independent, so nothing here resamples tokens: intervals resample documents,
-nulls permute documents. Every seed is fixed: the same trace gives the same report.
+nulls permute documents. All seeds are fixed: the same trace gives the same report.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import _positive
+from moe_inspect.analysis.metrics.balance import nan_for_zero
 
 SEED = 20_240_815
 RESAMPLES = 2_000
-FEWEST_DOCUMENTS = 5  # below this an interval by document says nothing
-GAUSSIAN_FROM = 500  # mean load from which the counts of k-of-E choices are as good as Gaussian
+FEWEST_DOCUMENTS = 5  # that an interval over documents needs
+GAUSSIAN_FROM = 500  # mean load from which the load is treated as Gaussian
 
 
 @lru_cache(maxsize=4096)
@@ -24,10 +25,10 @@ def noise_floor(T: int, E: int, k: int) -> float:
     """The max_vio expected when each of T tokens picks k of E experts uniformly at random. NaN
     without tokens, 0 when k = E.
 
-    Simulated, at a cost that does not depend on T: experts are gone through one by one, and of the
-    tokens that still have j picks among the e experts left, Binomial(·, j/e) take this one. That is
-    exact. Where the mean load is large the counts are Gaussian, with the covariance of distinct
-    picks: var kT/E·(1−k/E), correlation −1/(E−1)."""
+    Simulated exactly, at a cost that does not depend on T: for one expert after another, of the
+    tokens that still have j picks among the e experts left, Binomial(·, j/e) pick this one. For a
+    large mean load the loads are treated as Gaussian, with the covariance of distinct picks:
+    variance kT/E·(1−k/E), correlation −1/(E−1)."""
     if T <= 0:
         return float("nan")
     if k >= E:
@@ -57,8 +58,8 @@ def _expected_maximum(E: int) -> float:
 
 
 def noise_floors(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
-    """`noise_floor` at many sizes: simulated at powers of 2, between them on a straight line in
-    log-log; NaN for a size of 0. [N] → [N]"""
+    """`noise_floor` for many numbers of tokens: simulated at powers of 2, interpolated linearly in
+    log-log between them; NaN for 0. [N] → [N]"""
     sizes = np.asarray(sizes, float)
     sizes = np.where(sizes > 0, np.maximum(sizes, 1), np.nan)
     if np.isnan(sizes).all() or k >= E:
@@ -70,11 +71,11 @@ def noise_floors(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
 
 
 def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | None:
-    """How often each unit counts in each of R resamples of the documents, within strata (domains).
+    """The weight of each unit in each of R resamples of the documents, within strata (domains).
     float64 [R, U]; None with fewer than FEWEST_DOCUMENTS units.
 
     n−1 of n units are drawn and scaled up, which keeps the variance unbiased at small n (Rao and Wu
-    1988). Where a domain has too few documents to vary by itself, all are resampled together."""
+    1988). If a domain has too few documents to resample alone, all are resampled together."""
     U = len(strata_U)
     if U < FEWEST_DOCUMENTS:
         return None
@@ -92,32 +93,31 @@ def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | N
 def max_vio_interval(
     assignments_UE: np.ndarray, weights_RU: np.ndarray | None
 ) -> tuple[float, float]:
-    """95 % interval of max_vio: of the load ratio of the sample's busiest expert, its identity held
-    fixed, minus 1.
+    """95 % interval of max_vio: of the load ratio of the sample's busiest expert, the same expert
+    in all resamples, minus 1.
 
     A bootstrap of the maximum itself would mostly exclude the sample's own value, because each
-    resample picks a new busiest expert; what picking the busiest does is shown by the noise floor
-    instead. NaN without `weights_RU` or load."""
+    resample picks a new busiest expert; the noise floor shows the effect of picking the busiest.
+    NaN without `weights_RU` or load."""
     load_E = assignments_UE.sum(0)
     if weights_RU is None or not load_E.sum():
         return float("nan"), float("nan")
     busiest_R = weights_RU @ assignments_UE[:, load_E.argmax()]
     mean_R = weights_RU @ assignments_UE.sum(1) / len(load_E)
-    return interval(busiest_R / _positive(mean_R) - 1)
+    return interval(busiest_R / nan_for_zero(mean_R) - 1)
 
 
 def ratio_interval(
     hits_U: np.ndarray, of_U: np.ndarray, weights_RU: np.ndarray | None
 ) -> tuple[float, float]:
-    """95 % interval of Σ hits ÷ Σ of. NaN without `weights_RU` or where there is nothing to divide
-    by."""
+    """95 % interval of Σ hits ÷ Σ of. NaN without `weights_RU`, and where Σ of is 0."""
     if weights_RU is None or not of_U.sum():
         return float("nan"), float("nan")
-    return interval(weights_RU @ hits_U / _positive(weights_RU @ of_U))
+    return interval(weights_RU @ hits_U / nan_for_zero(weights_RU @ of_U))
 
 
 def interval(values_R: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of what R resamples gave; NaN where none gave any."""
+    """The middle 95 % of the values of R resamples; NaN where all are NaN."""
     if np.isnan(values_R).all():
         return float("nan"), float("nan")
     low, high = np.nanquantile(values_R, [0.025, 0.975])
@@ -125,34 +125,35 @@ def interval(values_R: np.ndarray) -> tuple[float, float]:
 
 
 def share_interval(share: float, decisions: float, effect: float) -> tuple[float, float]:
-    """95 % interval of a share of that many decisions, from its variance, `effect` (the design
-    effect) times that of independent ones; for what is not known by document."""
+    """95 % interval of a share of so many decisions, for counts that are not known by document: its
+    variance is `effect` (the design effect) times that of independent decisions."""
     half = 1.96 * np.sqrt(
-        np.maximum(effect, 1) * share * (1 - share) / _positive(np.asarray(decisions, float))
+        np.maximum(effect, 1) * share * (1 - share) / nan_for_zero(np.asarray(decisions, float))
     )
     return float(np.maximum(share - half, 0)), float(np.minimum(share + half, 1))
 
 
 def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """log₁₀ of the probability that a count of so many chances, `most`, is as far from what is
-    expected of it as this one, or
-    further: twice the binomial tail on its side, at most 1. The tail is continued to real counts
-    (the incomplete beta function), such as counts ÷ design effect. Where it is too small for a
-    float, its leading term times a geometric series is taken: an upper bound that is close so far
-    out. Arrays of one shape, 0 ≤ count ≤ most, 0 < expected ≤ most."""
-    from scipy.special import betainc, betaln
+    """log₁₀ of the probability of a count at least as far from the expected one, of `most` trials:
+    twice the binomial tail on its side, at most 1. The incomplete beta function extends the tail to
+    real counts, such as counts ÷ design effect. Where the tail is too small for a float, its
+    leading term times a geometric series is used: an upper bound that is close so far out. Arrays
+    of one shape, 0 ≤ count ≤ most, 0 < expected ≤ most."""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
+    betainc: Any = special.betainc
+    betaln: Any = special.betaln
     count, expected, most = np.broadcast_arrays(
         *(np.asarray(x, float) for x in (count, expected, most))
     )
     more = count > expected
     p = np.clip(expected / most, 1e-15, 1 - 1e-12)
-    # P(X ≥ n) = I_p(n, most − n + 1); P(X ≤ n) is the same seen from the failures
+    # P(X ≥ n) = I_p(n, most − n + 1); P(X ≤ n) is the same formula for the failures
     hits, x = np.where(more, count, most - count), np.where(more, p, 1 - p)
     a, b = np.maximum(hits, 1e-9), np.maximum(most - hits, 0) + 1
-    tail = betainc(a, b, x)
+    tail: np.ndarray = betainc(a, b, x)
     with np.errstate(divide="ignore"):
-        leading = (
+        leading: np.ndarray = (
             a * np.log(x)
             + b * np.log1p(-x)
             - np.log(a)
@@ -164,9 +165,8 @@ def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.
 
 
 def signed_deviance(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """How much less likely a count of so many chances is under what is expected of it than under
-    itself, as twice the difference of log-likelihoods (binomial); below zero where the count is
-    below what is expected."""
+    """Binomial deviance of counts of `most` trials: twice the log-likelihood of the count's own
+    rate minus that of the expected one; negative where the count is below the expected one."""
     missed, expected_missed = most - count, np.maximum(most - expected, 1e-12 * most)
     with np.errstate(divide="ignore", invalid="ignore"):
         hit = np.where(count > 0, count * np.log(count / expected), 0)
@@ -182,8 +182,8 @@ def permuted_labels(labels_U: np.ndarray, R: int) -> np.ndarray:
 
 def design_effect(assignments_UE: np.ndarray, tokens_U: np.ndarray, strata_U: np.ndarray) -> float:
     """How many times larger the variance of the load is because tokens come in documents: variance
-    between documents ÷ variance of as many independent tokens, pooled over experts. About 1 where
-    documents do not matter; the noise floor of such data is √ of it higher. NaN with fewer than
+    between documents ÷ variance of as many independent tokens, summed over experts. About 1 where
+    documents do not matter; √ of it multiplies the noise floor. NaN with fewer than
     FEWEST_DOCUMENTS units."""
     T = tokens_U.sum()
     if len(tokens_U) < FEWEST_DOCUMENTS or not assignments_UE.any():

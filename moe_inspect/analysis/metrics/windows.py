@@ -1,8 +1,8 @@
-"""Does the load move? Pure functions on the loads of windows of consecutive tokens.
+"""Does the load change over time? Pure functions on the loads of windows of consecutive tokens.
 
-W windows in the order of execution, E experts, k choices per token. Chance moves the load too:
-every distance between windows has a floor, the distance expected of two windows of these sizes that
-draw from the same distribution.
+W windows in the order of execution, E experts, R GPUs, k choices per token. Chance moves the load
+too: every distance between windows has a floor, the distance expected of two windows of these sizes
+that draw from the same distribution.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ import math
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import _positive
+from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.specialization import mutual_information_bits
 
-RANKS = 8  # GPUs of the placement whose staleness is shown
+RANKS = 8  # GPUs of the placements in the table `drift`
 
 
 @metric(table="drift", ideal=0.0, unit="ratio", range="0 to 1")
 def total_variation(load_WE: np.ndarray) -> float:
-    """½Σ|p − q| between the load shares of a window and the next, its mean: the share of
-    assignments that have moved. NaN with fewer than two windows."""
+    """½Σ|p − q| between the load shares of a window and the next, averaged over windows: the share
+    of assignments that move. NaN with fewer than two windows."""
     return _mean(step_total_variation(load_WE))
 
 
 @metric(table="drift", ideal=0.0, unit="bits", range="0 to 1")
 def window_jsd_bits(load_WE: np.ndarray) -> float:
-    """Jensen–Shannon divergence between the load shares of a window and the next, its mean. NaN
-    with fewer than two windows."""
+    """Jensen–Shannon divergence between the load shares of a window and the next, averaged over
+    windows. NaN with fewer than two windows."""
     return _mean(step_jsd_bits(load_WE))
 
 
 @metric(table="drift", ideal=0.0, unit="ratio", range="0 to 1")
 def first_to_last(load_WE: np.ndarray) -> float:
-    """Total variation between the first window and the last: what the steps add up to. NaN with
-    fewer than two windows."""
+    """Total variation between the first window and the last: how far the load moves in all. NaN
+    with fewer than two windows."""
     return _mean(step_total_variation(load_WE[[0, -1]])) if len(load_WE) > 1 else float("nan")
 
 
@@ -47,8 +47,8 @@ def first_to_last(load_WE: np.ndarray) -> float:
     source="github.com/deepseek-ai/EPLB",
 )
 def balancedness_fresh(load_WE: np.ndarray, ranks: int) -> float:
-    """Mean ÷ max load of the GPUs, each window under the placement packed for its own load; the
-    mean over windows."""
+    """Mean ÷ max load of the GPUs with a placement made for each window's own load, averaged over
+    windows."""
     return _mean(_balancedness(load_WE, pack(load_WE, ranks), ranks))
 
 
@@ -60,8 +60,9 @@ def balancedness_fresh(load_WE: np.ndarray, ranks: int) -> float:
     source="github.com/deepseek-ai/EPLB",
 )
 def balancedness_stale(load_WE: np.ndarray, ranks: int) -> float:
-    """The same, each window under the placement packed for the window before: what drift costs
-    rebalancing once per window. NaN with fewer than two windows."""
+    """Mean ÷ max load of the GPUs with a placement made for the window before, averaged over
+    windows: what remains if experts are rebalanced once per window. NaN with fewer than two
+    windows."""
     return _mean(_balancedness(load_WE[1:], pack(load_WE[:-1], ranks), ranks))
 
 
@@ -69,22 +70,21 @@ def balancedness_stale(load_WE: np.ndarray, ranks: int) -> float:
     table="windows", ideal=0.0, unit="ratio", range="0 to 1", axes="W", source="arXiv:2006.16668"
 )
 def drop_rate(load_WE: np.ndarray, capacity_factor: float) -> np.ndarray:
-    """The share of a window's assignments beyond the capacity ceil(factor · mean load) of their
-    expert: what a model that drops would drop; "simulated" for one that does not. NaN for a window
-    without load."""
+    """The share of a window's assignments beyond the capacity of their expert, ceil(factor · mean
+    load): what a model with this capacity factor would drop. NaN for a window without load."""
     capacity_W = np.ceil(capacity_factor * load_WE.mean(1))
-    return np.maximum(load_WE - capacity_W[:, None], 0).sum(1) / _positive(load_WE.sum(1))
+    return np.maximum(load_WE - capacity_W[:, None], 0).sum(1) / nan_for_zero(load_WE.sum(1))
 
 
 def step_total_variation(load_WE: np.ndarray) -> np.ndarray:
     """½Σ|p − q| of each window and the one before. [W − 1]"""
-    share_WE = load_WE / _positive(load_WE.sum(1))[:, None]
+    share_WE = load_WE / nan_for_zero(load_WE.sum(1))[:, None]
     return np.abs(np.diff(share_WE, axis=0)).sum(1) / 2
 
 
 def step_jsd_bits(load_WE: np.ndarray) -> np.ndarray:
     """Jensen–Shannon divergence of each window and the one before. [W − 1]"""
-    share_WE = load_WE / _positive(load_WE.sum(1))[:, None]
+    share_WE = load_WE / nan_for_zero(load_WE.sum(1))[:, None]
     return mutual_information_bits(np.stack([share_WE[:-1], share_WE[1:]], axis=1))
 
 
@@ -93,10 +93,10 @@ def step_floors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Total variation and JSD expected of each window and the one before when both draw from
     share_E: the share of an expert in T tokens has variance a(1 − a)/(k²T), a = k·share, times the
-    design effect of tokens that come in documents. Gaussian and second-order: for windows in which
-    every expert has some load. [W − 1] each."""
+    design effect of documents (`effect`). A second-order Gaussian approximation, for windows in
+    which every expert has some load. [W − 1] each."""
     chosen_E = np.clip(k * share_E, 0, 1)
-    inverse_W = effect * (1 / _positive(tokens_W[1:]) + 1 / _positive(tokens_W[:-1]))
+    inverse_W = effect * (1 / nan_for_zero(tokens_W[1:]) + 1 / nan_for_zero(tokens_W[:-1]))
     variance_WE = (chosen_E * (1 - chosen_E) / k**2) * inverse_W[:, None]
     total_variation_W = np.sqrt(2 / math.pi * variance_WE).sum(1) / 2
     # JSD ≈ Σ (p − q)² / (8 p ln 2)
@@ -110,9 +110,10 @@ def step_floors(
 
 
 def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:
-    """The GPU of each expert by the load of each window, as many experts to each (one more or less
-    where they do not divide): the heaviest first, each to the lightest GPU with room. [W, E]"""
-    W, E = load_WE.shape
+    """A placement for the load of each window: the GPU of each expert. Each GPU gets the same
+    number of experts, or one fewer; the heaviest expert is placed first, each on the least loaded
+    GPU with room. int64 [W, E]"""
+    W, E = map(int, load_WE.shape)
     room_WR, load_WR = np.full((W, ranks), -(-E // ranks)), np.zeros((W, ranks))
     rank_WE, w = np.zeros((W, E), np.int64), np.arange(W)
     for e in np.argsort(-load_WE, axis=1, kind="stable").T:
@@ -124,13 +125,14 @@ def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def _balancedness(load_WE: np.ndarray, rank_WE: np.ndarray, ranks: int) -> np.ndarray:
+    """Mean ÷ max load of the GPUs. [W]"""
     load_WR = np.array(
         [
             np.bincount(rank_E, load_E, ranks)
             for load_E, rank_E in zip(load_WE, rank_WE, strict=True)
         ]
     ).reshape(-1, ranks)
-    return load_WR.mean(1) / _positive(load_WR.max(1, initial=0))
+    return load_WR.mean(1) / nan_for_zero(load_WR.max(1, initial=0))
 
 
 def _mean(values: np.ndarray) -> float:
