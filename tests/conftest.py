@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -23,6 +24,33 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+# `make test` runs one file per core at a time (--dist loadfile): the longest start first, so that
+# no core is idle at the end
+LONG_FILES = (
+    "test_kernels",
+    "test_zoo",
+    "test_cli_trace",
+    "test_experts",
+    "test_ranks",
+    "test_page",
+    "test_readme",
+    "test_report_cli",
+    "test_loading",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then by number of tests."""
+    tests = Counter(item.path.stem for item in items)
+
+    def turn(item: pytest.Item) -> tuple[int, int, str]:
+        file = item.path.stem
+        return LONG_FILES.index(file) if file in LONG_FILES else 99, -tests[file], file
+
+    items.sort(key=turn)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

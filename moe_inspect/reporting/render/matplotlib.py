@@ -25,6 +25,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from moe_inspect.errors import writing
 from moe_inspect.reporting.charts.spec import (
@@ -72,21 +73,33 @@ def write_pictures(data: ReportData, directory: str | Path) -> list[Path]:
     for chart in draw_charts(data)[0]:
         with letters():
             figure = draw(chart)
+            shown = settle_layout(figure)
             for path in (directory / f"{chart.name}.png", directory / f"{chart.name}.svg"):
                 with writing(path):
-                    path.write_bytes(picture(figure, path.suffix[1:], chart.description))
+                    path.write_bytes(picture(figure, path.suffix[1:], chart.description, shown))
                 written.append(path)
     return written
 
 
-def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) -> bytes:
+def settle_layout(figure: Figure) -> Bbox:
+    """Computes the layout of a figure once for several files; it takes longer than drawing. Returns
+    the part of the figure to save, in inches."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)  # with any engine, "none" too, savefig draws twice
+    return figure.get_tightbbox().padded(matplotlib.rcParams["savefig.pad_inches"])
+
+
+def picture(
+    figure: Figure, format: str, description: str = "", shown: Bbox | None = None, dpi: int = DPI
+) -> bytes:
     """The bytes of a figure as a file of format "png" or "svg"; the same figure gives the same
-    bytes. Letters of an SVG are paths, so that it looks the same everywhere."""
+    bytes. Letters of an SVG are paths, so that it looks the same everywhere. `shown`: from
+    `settle_layout`, for a figure that is saved more than once."""
     file = io.BytesIO()
     metadata: dict[str, str | None] = {"Description": description} if description else {}
     if format == "svg":
         metadata["Date"] = None
-    figure.savefig(file, format=format, dpi=dpi, bbox_inches="tight", metadata=metadata)
+    figure.savefig(file, format=format, dpi=dpi, bbox_inches=shown or "tight", metadata=metadata)
     return file.getvalue()
 
 
