@@ -1,0 +1,1 @@
+"""Two traces of the same tokens: are they the same routing, and where not?"""

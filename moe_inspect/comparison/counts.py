@@ -1,0 +1,136 @@
+"""What two aligned traces come to: counts that merge by addition, in whole numbers, so that the
+order in which shards are done shows nowhere.
+
+T tokens of a shard that are compared, U units (clusters of a domain's documents), X cells (phase ×
+position decile), M margin deciles, E experts, L routers.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moe_inspect.analysis.counting.counts import CLUSTERS
+from moe_inspect.trace.schema import PHASES
+
+DECILES = 10
+CELLS = len(PHASES) * DECILES
+UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
+MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
+GAMMA_FLOOR = 0.8
+
+
+def fixed(value: float) -> int:
+    """A sum of floats as a whole number, which adds up in any order."""
+    return round(value * UNIT)
+
+
+@dataclass
+class RouterCounts:
+    """Of one router. missing_UX: assignments that the other trace did not make; mismatch_UX:
+    decisions with another set of experts. reordered_U, first_differs_U: decisions with another
+    order of slots, another first choice. short_U: slots that route nowhere in both. l1_U: Σ of
+    weight differences. load_UE: A's assignments; moved_UE: B's minus A's. flips_EE: pairs of an
+    expert that B dropped and one that it took instead. margin_UM, margin_mismatch_UM: decisions
+    and those with another set, by A's margin. new, again, before: tokens whose set differs first
+    here; that differ here and did in an earlier layer; that did in an earlier layer."""
+
+    E: int
+    mismatch_UX: np.ndarray
+    missing_UX: np.ndarray
+    reordered_U: np.ndarray
+    first_differs_U: np.ndarray
+    short_U: np.ndarray
+    l1_U: np.ndarray
+    flips_EE: np.ndarray
+    moved_UE: np.ndarray
+    load_UE: np.ndarray
+    margin_UM: np.ndarray
+    margin_mismatch_UM: np.ndarray
+    flip_margins: dict[int, np.ndarray] = field(default_factory=dict)  # by shard
+    new: int = 0
+    again: int = 0
+    before: int = 0
+    kl: int = 0
+    logit_decisions: int = 0
+
+    @classmethod
+    def zero(cls, E: int, U: int) -> RouterCounts:
+        cells = [np.zeros((U, CELLS), np.int64) for _ in range(2)]
+        units = [np.zeros(U, np.int64) for _ in range(4)]
+        experts = [np.zeros(shape, np.int64) for shape in ((E, E), (U, E), (U, E))]
+        margins = [np.zeros((U, DECILES), np.int64) for _ in range(2)]
+        return cls(E, *cells, *units, *experts, *margins)
+
+
+@dataclass
+class PairCounts:
+    """Of two traces. `domains`: A's labels; a unit is domain · CLUSTERS + document % CLUSTERS.
+    decisions_UX: tokens compared that reach the routers of a stack, by stack. layers_N: tokens by
+    the number of routers at which their sets differ. documents: rows (document, domain, tokens,
+    decisions, decisions with another set), by shard. gamma: Σ of RSPO's router shift;
+    gamma_below: tokens under GAMMA_FLOOR."""
+
+    domains: tuple[str, ...]
+    of: dict[int, RouterCounts]
+    decisions_UX: dict[str, np.ndarray]
+    layers_N: np.ndarray
+    documents: dict[int, np.ndarray] = field(default_factory=dict)
+    shards_alike: int = 0
+    gamma: int = 0
+    gamma_below: int = 0
+    gamma_tokens: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def zero(
+        cls, domains: tuple[str, ...], experts: dict[int, int], stacks: set[str]
+    ) -> PairCounts:
+        """experts: router → number of experts."""
+        U = len(domains) * CLUSTERS
+        return cls(
+            domains,
+            {r: RouterCounts.zero(E, U) for r, E in experts.items()},
+            {stack: np.zeros((U, CELLS), np.int64) for stack in stacks},
+            np.zeros(len(experts) + 1, np.int64),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return int(self.layers_N.sum())
+
+    @property
+    def domain_U(self) -> np.ndarray:
+        """int64 [U]: the domain of each unit."""
+        return np.repeat(np.arange(len(self.domains)), CLUSTERS)
+
+    def document_rows(self) -> np.ndarray:
+        """int64 [documents, 5], ascending."""
+        rows = np.concatenate([np.zeros((0, 5), np.int64), *self.documents.values()])
+        if not len(rows):
+            return rows
+        names, at = np.unique(rows[:, 0], return_inverse=True)
+        total = np.zeros((len(names), 5), np.int64)
+        np.add.at(total, at, rows)
+        total[:, 0], total[at, 1] = names, rows[:, 1]
+        return total
+
+
+def add_units(total_U: np.ndarray, unit_N: np.ndarray) -> None:
+    """Counts each unit; in place."""
+    total_U += np.bincount(unit_N, minlength=len(total_U))
+
+
+def add_cells(
+    total_UX: np.ndarray, unit_N: np.ndarray, cell_N: np.ndarray, by: np.ndarray | None = None
+) -> None:
+    """Counts each (unit, cell), or adds up `by`; in place."""
+    U, X = total_UX.shape
+    code_N = unit_N * X + cell_N
+    if len(code_N) < U * X // 8:  # few among many
+        np.add.at(total_UX.reshape(-1), code_N, 1 if by is None else by)
+        return
+    counted = np.bincount(code_N, by, U * X)
+    total_UX += counted.astype(np.int64).reshape(U, X)

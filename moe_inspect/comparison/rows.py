@@ -1,0 +1,154 @@
+"""The tokens of one shard of A that are compared: where they are in both traces, and what is known
+of them.
+
+T tokens, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_inspect.analysis.counting.counts import CLUSTERS
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.comparison.align import Alignment, rows_of, shard_at
+from moe_inspect.comparison.counts import DECILES
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import PHASES
+from moe_inspect.trace.shard import Shard, codes
+
+Columns = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one shard. at: int64, which of the tokens; None for all, in order."""
+
+    shard: Shard
+    rows: np.ndarray
+    at: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens that reach the routers of a stack. a, b: where they are. unit_T, cell_T: what they
+    are counted by (`counts.PairCounts`). alike: the shard is the same file in both traces."""
+
+    a: Part
+    b: list[Part]
+    unit_T: np.ndarray
+    cell_T: np.ndarray
+    document_T: np.ndarray
+    alike: bool
+
+    def __len__(self) -> int:
+        return len(self.a.rows)
+
+    def of_a(self, read: Callable[[Shard], Columns], router: int) -> Columns:
+        return _taken(self.a, read, router)
+
+    def of_b(self, read: Callable[[Shard], Columns], router: int) -> Columns:
+        if len(self.b) == 1:
+            return _taken(self.b[0], read, router)
+        parts = [_taken(part, read, router) for part in self.b]
+        columns = [
+            np.empty((len(self), *column.shape[1:]), np.result_type(*(p[j] for p in parts)))
+            for j, column in enumerate(parts[0])
+        ]
+        for part, found in zip(self.b, parts, strict=True):
+            for column, values in zip(columns, found, strict=True):
+                column[part.at] = values
+        return tuple(columns)
+
+
+def _taken(part: Part, read: Callable[[Shard], Columns], router: int) -> Columns:
+    columns, rows = read(part.shard), part.rows
+    seen = part.shard.seen(router)
+    if seen is not None:
+        rows = (np.cumsum(seen) - 1)[rows]
+    highest = int(rows.max(initial=-1))
+    if highest >= len(columns[0]):
+        raise MoeInspectError(
+            f"damaged trace: {part.shard.trace.path}: router {router} has {len(columns[0])} "
+            f"decisions in a shard with a token in row {highest}"
+        )
+    if len(rows) and highest - int(rows[0]) + 1 == len(rows) and (np.diff(rows) == 1).all():
+        return tuple(column[rows[0] : highest + 1] for column in columns)
+    return tuple(column[rows] for column in columns)
+
+
+def rows_of_shard(
+    traces: tuple[Trace, Trace],
+    alignment: Alignment,
+    number: int,
+    stack: str,
+    selection: Selection,
+) -> Rows:
+    """The tokens of A's shard `number` that reach the routers of a stack and are selected."""
+    trace_a, trace_b = traces
+    s = alignment.segments.in_shard(number)
+    rows_a, rows_b = rows_of(s.row_a, s.length), rows_of(s.row_b, s.length)
+    shard_b = np.repeat(s.shard_b, s.length)
+    start_T = np.repeat(s.position - np.cumsum(s.length) + s.length, s.length)
+    position_T = start_T + np.arange(len(rows_a))
+    pair_T = np.repeat(s.pair, s.length)
+    tokens_T = alignment.a.tokens_G[alignment.pairs[pair_T, 0]]
+    shard = shard_at(trace_a, number)
+    table = shard.tokens(["document", "domain", "phase"])
+    code_T, labels = codes(table["domain"])
+    phase_T, phases = codes(table["phase"])
+    code_T, phase_T = code_T[rows_a], phase_T[rows_a]
+    keep_T = _selected(code_T, labels, phase_T, phases, stack, selection)
+    document_T = table["document"].to_numpy()[rows_a].astype(np.int64)
+    domains = alignment.a.domains
+    domain_of = np.array([domains.index(x) if x in domains else 0 for x in labels], np.int64)
+    number_of = np.array([PHASES.index(x) if x in PHASES else 0 for x in phases], np.int64)
+    decile_T = np.clip(DECILES * position_T // np.maximum(tokens_T, 1), 0, DECILES - 1)
+    unit_T = domain_of[code_T] * CLUSTERS + document_T % CLUSTERS
+    cell_T = number_of[phase_T] * DECILES + decile_T
+    if not keep_T.all():
+        rows_a, rows_b, shard_b, unit_T, cell_T, document_T = (
+            values[keep_T] for values in (rows_a, rows_b, shard_b, unit_T, cell_T, document_T)
+        )
+    others = np.unique(shard_b).tolist()
+    parts = [
+        Part(shard_at(trace_b, n), rows_b[at], at if len(others) > 1 else None)
+        for n in others
+        for at in [np.flatnonzero(shard_b == n)]
+    ]
+    part_a = Part(shard, rows_a)
+    alike = len(parts) == 1 and same_files(shard, parts[0].shard)
+    alike = alike and np.array_equal(rows_a, rows_b)
+    return Rows(part_a, parts, unit_T, cell_T, document_T, alike)
+
+
+def _selected(
+    code_T: np.ndarray,
+    labels: list[str],
+    phase_T: np.ndarray,
+    phases: list[str],
+    stack: str,
+    selection: Selection,
+) -> np.ndarray:
+    """bool [T]: of a selected domain and phase, and seen by the routers of the stack."""
+    keep_T = np.ones(len(code_T), bool)
+    if selection.domains is not None:
+        keep_T &= np.array([x in selection.domains for x in labels], bool)[code_T]
+    if selection.phase is not None:
+        keep_T &= np.array([x == selection.phase for x in phases], bool)[phase_T]
+    if stack:
+        encoded = np.array([x == PHASES[2] for x in phases], bool)
+        keep_T &= (encoded == (stack == "encoder"))[phase_T]
+    return keep_T
+
+
+def same_files(a: Shard, b: Shard) -> bool:
+    """Whether two shards have the same bytes, as the traces state them: nothing is read."""
+    tables = set(a.files.stated) & set(b.files.stated) & {"tokens", "routing", "logits"}
+    hashes = [(a.files.stated[t].sha256, b.files.stated[t].sha256) for t in sorted(tables)]
+    return set(a.files.stated) == set(b.files.stated) and all(
+        x is not None and x == y for x, y in hashes
+    )
