@@ -20,6 +20,8 @@ from moe_inspect.errors import MoeInspectError
 if TYPE_CHECKING:
     from moe_inspect.api import record, trace_engine, trace_model
     from moe_inspect.capture.options import EngineOptions, TraceOptions
+    from moe_inspect.comparison.compare import Comparison, compare
+    from moe_inspect.comparison.mismatch import mismatch
     from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
     from moe_inspect.model.describe import Description, describe
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from moe_inspect.trace.verify import Verification, verify
 
 __all__ = [
+    "Comparison",
     "Description",
     "EngineOptions",
     "MoeInspectError",
@@ -41,9 +44,11 @@ __all__ = [
     "Trace",
     "TraceOptions",
     "Verification",
+    "compare",
     "describe",
     "export_trace",
     "import_trace",
+    "mismatch",
     "open_trace",
     "record",
     "report",
@@ -60,15 +65,18 @@ __all__ = [
 
 # where each name is defined; imported when it is first used
 _HOMES = {
+    "Comparison": "moe_inspect.comparison.compare",
     "Description": "moe_inspect.model.describe",
     "EngineOptions": "moe_inspect.capture.options",
     "Report": "moe_inspect.reporting.report",
     "Trace": "moe_inspect.trace.reader",
     "TraceOptions": "moe_inspect.capture.options",
     "Verification": "moe_inspect.trace.verify",
+    "compare": "moe_inspect.comparison.compare",
     "describe": "moe_inspect.model.describe",
     "export_trace": "moe_inspect.exporters.run",
     "import_trace": "moe_inspect.importers.run",
+    "mismatch": "moe_inspect.comparison.mismatch",
     "open_trace": "moe_inspect.trace.reader",
     "record": "moe_inspect.api",
     "report": "moe_inspect.reporting.report",

@@ -30,11 +30,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": {"demo", "importers", "model", "trace", "errors", "text"},
     "analysis": {"trace", "errors", "text"},
     "reporting": {"analysis", "trace", "errors", "text"},
+    "comparison": {"reporting", "analysis", "trace", "errors", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "text"},
 }
 # an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
 # it in the function that does
-LIGHT = {"trace", "exporters", "importers", "analysis", "reporting", "simulate"}
+LIGHT = {"trace", "exporters", "importers", "analysis", "reporting", "comparison", "simulate"}
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_inspect.cli import describe, export, import_, report, simulate, trace, verify
+from moe_inspect.cli import compare, describe, export, import_, report, simulate, trace, verify
 
 # of typer's own copy of click, which does not export the name
 UsageError: Any = typer.BadParameter.mro()[2]
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("trace")(trace.trace)
 app.command("report", cls=report.ReportCommand)(report.report)
+app.command("compare", cls=compare.CompareCommand)(compare.compare)
 app.command("describe")(describe.describe)
 app.command("import", cls=import_.ImportCommand)(import_.import_)
 app.command("verify")(verify.verify)

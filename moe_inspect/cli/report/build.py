@@ -18,7 +18,7 @@ def build(request: Request) -> tuple[Report, list[str]]:
     from moe_inspect.reporting.report import report as make
     from moe_inspect.reporting.verdict.gate import breaches, gated
 
-    with _progress() as progress:
+    with decisions_read() as progress:
         made = make(request.trace, progress=progress, **request.selection)
         tables = [request.table] if request.table else _tables_of_text(made)
         made.prepare([*tables, *(gated()[gate.metric] for gate in request.gates)])
@@ -32,9 +32,9 @@ def _tables_of_text(made: Report) -> list[str]:
 
 
 @contextmanager
-def _progress() -> Generator[Callable[[int], None] | None]:
-    """Decisions read so far, on a terminal: each once for the load and once more where token ids
-    count."""
+def decisions_read() -> Generator[Callable[[int], None] | None]:
+    """Shows, on a terminal, the decisions read so far: each once for the load and once more where
+    token ids count."""
     if not sys.stderr.isatty():
         yield None
         return

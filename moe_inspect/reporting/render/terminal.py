@@ -42,7 +42,7 @@ def print_report(data: ReportData, file: TextIO) -> None:
     title = f"{model} · {data.trace.path} · {data.trace.status}"
     console.print(Text(printable(title), style="bold"))
     console.print()
-    _print_verdict(findings(data), console)
+    print_verdict(findings(data), console)
     print_heatmap(data, console)
     for name, excerpt in EXCERPTS.items():
         if name == "domains" and len(data.counts.domains) < 2:
@@ -64,7 +64,8 @@ def _has(data: ReportData, name: str) -> bool:
     return name != "router" or data.trace.has_weights or "logits" in data.trace.tables
 
 
-def _print_verdict(found: list[Finding], console: Console) -> None:
+def print_verdict(found: list[Finding], console: Console) -> None:
+    """A line per finding; a terminal shows its severity by a colour."""
     if not console.is_terminal:
         for finding in found:
             console.print(Text(_wrapped("• ", printable(finding.text), console)))

@@ -3,7 +3,7 @@ Tables, checks and charts are functions of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.balance import whole_passes
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.tables.registry import TABLES, check_table
+from moe_inspect.reporting.tables.registry import TABLES, LazyTables
 from moe_inspect.reporting.tables.thresholds import Thresholds, thresholds_with
 from moe_inspect.trace.reader import Trace
 
@@ -53,7 +53,7 @@ class ReportData:
         self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
         self.window, self.scheduler = window, scheduler
         self.thresholds: Thresholds = thresholds_with(thresholds)
-        self.tables: Mapping[str, pd.DataFrame] = _Tables(self)
+        self.tables: Mapping[str, pd.DataFrame] = LazyTables(self)
         self.made: dict[object, Any] = {}  # function → its result, see `once`
         self._counts: Counts | None = None
 
@@ -156,25 +156,3 @@ def whole_batches(batches: dict[int, tuple[int, float]]) -> dict[int, tuple[int,
     """Those of `RouterCounts.batches` that max_vio_batch is of."""
     whole_S = whole_passes(np.array(list(batches), np.int64))
     return {size: batches[size] for size, whole in zip(batches, whole_S, strict=True) if whole}
-
-
-class _Tables(Mapping[str, pd.DataFrame]):
-    """name → DataFrame, made when first asked for."""
-
-    def __init__(self, data: ReportData):
-        self._data, self._made = data, dict[str, pd.DataFrame]()
-
-    def __getitem__(self, name: str) -> pd.DataFrame:
-        check_table(name)
-        if name not in self._made:
-            self._made[name] = TABLES[name].make(self._data)
-        return self._made[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in TABLES
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(TABLES)
-
-    def __len__(self) -> int:
-        return len(TABLES)

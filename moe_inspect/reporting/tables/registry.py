@@ -3,7 +3,7 @@ decorated with @table. `Report.tables`, `--table`, its help and the gates take i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,17 +27,41 @@ class Table:
 TABLES: dict[str, Table] = {}
 
 
-def table(*wants: str, by_router: tuple[str, ...] = ()) -> Callable[[Maker], Maker]:
-    """Registers a table under the function's name."""
+def table(
+    *wants: str, by_router: tuple[str, ...] = (), tables: dict[str, Table] = TABLES
+) -> Callable[[Maker], Maker]:
+    """Registers a table under the function's name. `tables`: of what; by default of the report."""
 
     def register(function: Maker) -> Maker:
-        TABLES[function.__name__] = Table(function, frozenset(wants), by_router)
+        tables[function.__name__] = Table(function, frozenset(wants), by_router)
         return function
 
     return register
 
 
-def check_table(name: str) -> None:
+def check_table(name: str, tables: Mapping[str, Table] = TABLES) -> None:
     """Raises MoeInspectError where there is no table of that name."""
-    if name not in TABLES:
-        raise MoeInspectError(f"no table {name!r}: there are {', '.join(TABLES)}")
+    if name not in tables:
+        raise MoeInspectError(f"no table {name!r}: there are {', '.join(tables)}")
+
+
+class LazyTables(Mapping[str, pd.DataFrame]):
+    """name → DataFrame of what `data` holds, made when first asked for."""
+
+    def __init__(self, data: object, tables: Mapping[str, Table] = TABLES):
+        self._data, self._tables, self._made = data, tables, dict[str, pd.DataFrame]()
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        check_table(name, self._tables)
+        if name not in self._made:
+            self._made[name] = self._tables[name].make(self._data)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tables
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)

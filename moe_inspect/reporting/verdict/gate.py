@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.registry import TABLES
+from moe_inspect.reporting.tables.registry import TABLES, Table
 from moe_inspect.text import layer_label
+from moe_inspect.trace.reader import Trace
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,12 @@ class Gate:
     above: bool
 
 
-def gate(text: str, above: bool) -> Gate:
+def gate(text: str, above: bool, tables: Mapping[str, Table] = TABLES) -> Gate:
     """ "max_vio=0.5" → Gate. Raises MoeInspectError for an unknown metric or no number."""
     metric, equals, limit = (part.strip() for part in text.partition("="))
-    if metric not in gated():
-        raise MoeInspectError(f"no metric {metric!r}: there are {', '.join(gated())}")
+    known = gated(tables)
+    if metric not in known:
+        raise MoeInspectError(f"no metric {metric!r}: there are {', '.join(known)}")
     try:
         value = float(limit)
     except ValueError:
@@ -36,17 +39,26 @@ def gate(text: str, above: bool) -> Gate:
     return Gate(metric, value, above)
 
 
-def gated() -> dict[str, str]:
+def gated(tables: Mapping[str, Table] = TABLES) -> dict[str, str]:
     """Metric → the table whose column it is."""
-    return {metric: name for name, table in TABLES.items() for metric in table.by_router}
+    return {metric: name for name, table in tables.items() for metric in table.by_router}
 
 
-def breaches(data: ReportData, gates: Iterable[Gate]) -> list[str]:
-    """A line per router and gate that fails. NaN counts as a failure; but a metric of the next
-    layer has no value at the last one, which is left out."""
+class Gated(Protocol):
+    """What gates are put on: tables, and the trace whose routers they name."""
+
+    @property
+    def tables(self) -> Mapping[str, pd.DataFrame]: ...
+    @property
+    def trace(self) -> Trace: ...
+
+
+def breaches(data: Gated, gates: Iterable[Gate], tables: Mapping[str, Table] = TABLES) -> list[str]:
+    """A line per router and gate that fails, or per gate on all routers together. NaN counts as a
+    failure; but a metric of the next layer has no value at the last one, which is left out."""
     lines = list[str]()
     for g in gates:
-        table: Any = data.tables[gated()[g.metric]]
+        table: Any = data.tables[gated(tables)[g.metric]]
         values = table[g.metric].astype(float)
         rows = table.assign(value=values)
         if g.metric.startswith("next_accuracy") and values.notna().any():
@@ -56,6 +68,10 @@ def breaches(data: ReportData, gates: Iterable[Gate]) -> list[str]:
             value = row["value"]
             side = "above" if g.above else "below"
             found = "NaN, which counts as" if math.isnan(value) else f"{value:.6g},"
-            router = layer_label(data.trace.routers, row["router"])
-            lines.append(f"layer {router}: {g.metric} is {found} {side} {g.limit:g}")
+            where = (
+                f"layer {layer_label(data.trace.routers, row['router'])}"
+                if "router" in row
+                else "all routers"
+            )
+            lines.append(f"{where}: {g.metric} is {found} {side} {g.limit:g}")
     return lines

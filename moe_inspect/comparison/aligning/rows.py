@@ -13,14 +13,15 @@ import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.comparison.align import Alignment, rows_of, shard_at
-from moe_inspect.comparison.counts import DECILES
+from moe_inspect.comparison.aligning.align import Alignment, rows_of, shard_at
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
 
 Columns = tuple[np.ndarray, ...]
+DECILES = 10
+CELLS = len(PHASES) * DECILES  # a phase and a position decile
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,39 @@ class Part:
 @dataclass(frozen=True)
 class Rows:
     """The tokens that reach the routers of a stack. a, b: where they are. unit_T, cell_T: what they
-    are counted by (`counts.PairCounts`). alike: the shard is the same file in both traces."""
+    are counted by (`counts.PairCounts`). last_T: whether they are the last of their sequence.
+    alike: the shard is the same file in both traces."""
 
     a: Part
     b: list[Part]
     unit_T: np.ndarray
     cell_T: np.ndarray
     document_T: np.ndarray
+    last_T: np.ndarray
     alike: bool
 
     def __len__(self) -> int:
         return len(self.a.rows)
 
+    def take(self, keep_T: np.ndarray) -> Rows:
+        """Of these tokens only."""
+        renumbered_T = np.cumsum(keep_T) - 1
+        parts = list[Part]()
+        for part in self.b:
+            at = np.arange(len(self)) if part.at is None else part.at
+            kept = keep_T[at]
+            if kept.any():
+                place = None if part.at is None else renumbered_T[at[kept]]
+                parts.append(Part(part.shard, part.rows[kept], place))
+        part_a = Part(self.a.shard, self.a.rows[keep_T])
+        tokens = self.unit_T, self.cell_T, self.document_T, self.last_T
+        return Rows(part_a, parts, *(values[keep_T] for values in tokens), alike=self.alike)
+
     def of_a(self, read: Callable[[Shard], Columns], router: int) -> Columns:
         return _taken(self.a, read, router)
 
     def of_b(self, read: Callable[[Shard], Columns], router: int) -> Columns:
-        if len(self.b) == 1:
+        if len(self.b) == 1 and self.b[0].at is None:
             return _taken(self.b[0], read, router)
         parts = [_taken(part, read, router) for part in self.b]
         columns = [
@@ -109,9 +126,11 @@ def rows_of_shard(
     decile_T = np.clip(DECILES * position_T // np.maximum(tokens_T, 1), 0, DECILES - 1)
     unit_T = domain_of[code_T] * CLUSTERS + document_T % CLUSTERS
     cell_T = number_of[phase_T] * DECILES + decile_T
+    last_T = position_T == alignment.last_P[pair_T]
     if not keep_T.all():
-        rows_a, rows_b, shard_b, unit_T, cell_T, document_T = (
-            values[keep_T] for values in (rows_a, rows_b, shard_b, unit_T, cell_T, document_T)
+        rows_a, rows_b, shard_b, unit_T, cell_T, document_T, last_T = (
+            values[keep_T]
+            for values in (rows_a, rows_b, shard_b, unit_T, cell_T, document_T, last_T)
         )
     others = np.unique(shard_b).tolist()
     parts = [
@@ -122,7 +141,7 @@ def rows_of_shard(
     part_a = Part(shard, rows_a)
     alike = len(parts) == 1 and same_files(shard, parts[0].shard)
     alike = alike and np.array_equal(rows_a, rows_b)
-    return Rows(part_a, parts, unit_T, cell_T, document_T, alike)
+    return Rows(part_a, parts, unit_T, cell_T, document_T, last_T, alike)
 
 
 def _selected(
@@ -152,3 +171,13 @@ def same_files(a: Shard, b: Shard) -> bool:
     return set(a.files.stated) == set(b.files.stated) and all(
         x is not None and x == y for x, y in hashes
     )
+
+
+def all_alike(traces: tuple[Trace, Trace], alignment: Alignment) -> bool:
+    """Whether every shard that is compared is the same file in both traces, in whole."""
+    s = alignment.segments
+    if not np.array_equal(s.row_a, s.row_b) or not np.array_equal(s.shard_a, s.shard_b):
+        return False
+    shards = zip(traces[0].shards, traces[1].shards, strict=False)
+    used = set(np.unique(s.shard_a).tolist())
+    return all(same_files(a, b) for n, (a, b) in enumerate(shards) if n in used)

@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
-from moe_inspect.trace.schema import PHASES
+from moe_inspect.comparison.aligning.rows import CELLS, DECILES
 
-DECILES = 10
-CELLS = len(PHASES) * DECILES
 UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
 MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
 GAMMA_FLOOR = 0.8
@@ -35,7 +33,9 @@ class RouterCounts:
     weight differences. load_UE: A's assignments; moved_UE: B's minus A's. flips_EE: pairs of an
     expert that B dropped and one that it took instead. margin_UM, margin_mismatch_UM: decisions
     and those with another set, by A's margin. new, again, before: tokens whose set differs first
-    here; that differ here and did in an earlier layer; that did in an earlier layer."""
+    here; that differ here and did in an earlier layer; that did in an earlier layer. last_mismatch:
+    of the last tokens of sequences, those with another set. weights_differ: decisions in which a
+    weight of an expert that both chose is not the same."""
 
     E: int
     mismatch_UX: np.ndarray
@@ -50,6 +50,8 @@ class RouterCounts:
     margin_UM: np.ndarray
     margin_mismatch_UM: np.ndarray
     flip_margins: dict[int, np.ndarray] = field(default_factory=dict)  # by shard
+    last_mismatch: int = 0
+    weights_differ: int = 0
     new: int = 0
     again: int = 0
     before: int = 0
@@ -58,11 +60,23 @@ class RouterCounts:
 
     @classmethod
     def zero(cls, E: int, U: int) -> RouterCounts:
-        cells = [np.zeros((U, CELLS), np.int64) for _ in range(2)]
-        units = [np.zeros(U, np.int64) for _ in range(4)]
-        experts = [np.zeros(shape, np.int64) for shape in ((E, E), (U, E), (U, E))]
-        margins = [np.zeros((U, DECILES), np.int64) for _ in range(2)]
-        return cls(E, *cells, *units, *experts, *margins)
+        def zeros(*shape: int) -> np.ndarray:
+            return np.zeros(shape, np.int64)
+
+        return cls(
+            E,
+            mismatch_UX=zeros(U, CELLS),
+            missing_UX=zeros(U, CELLS),
+            reordered_U=zeros(U),
+            first_differs_U=zeros(U),
+            short_U=zeros(U),
+            l1_U=zeros(U),
+            flips_EE=zeros(E, E),
+            moved_UE=zeros(U, E),
+            load_UE=zeros(U, E),
+            margin_UM=zeros(U, DECILES),
+            margin_mismatch_UM=zeros(U, DECILES),
+        )
 
 
 @dataclass
@@ -71,7 +85,9 @@ class PairCounts:
     decisions_UX: tokens compared that reach the routers of a stack, by stack. layers_N: tokens by
     the number of routers at which their sets differ. documents: rows (document, domain, tokens,
     decisions, decisions with another set), by shard. gamma: Σ of RSPO's router shift;
-    gamma_below: tokens under GAMMA_FLOOR."""
+    gamma_below: tokens under GAMMA_FLOOR. last_tokens: tokens that are the last of their sequence.
+    zero_filled_a, zero_filled_b: tokens that differ and of which every slot of every router is
+    expert 0 in one trace."""
 
     domains: tuple[str, ...]
     of: dict[int, RouterCounts]
@@ -82,6 +98,9 @@ class PairCounts:
     gamma: int = 0
     gamma_below: int = 0
     gamma_tokens: int = 0
+    last_tokens: int = 0
+    zero_filled_a: int = 0
+    zero_filled_b: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.comparison.slots import Slots
+from moe_inspect.comparison.counting.slots import Slots
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -32,9 +32,7 @@ class Margins:
 def margins(trace: Trace, routers: list[int]) -> Margins | None:
     """The deciles, from shards spread over the trace; None where neither logits nor weights are
     known."""
-    source = (
-        "logits" if "logits" in trace.tables else "weights" if trace.has_weights else ""
-    )
+    source = "logits" if "logits" in trace.tables else "weights" if trace.has_weights else ""
     if not source:
         return None
     shards = [shard for shard in trace.shards if shard.files.tokens]

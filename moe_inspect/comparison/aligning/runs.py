@@ -6,6 +6,7 @@ T tokens of a shard, R runs, G sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,6 +41,13 @@ class Runs:
     prefix_G: np.ndarray
     known: bool
     domains: tuple[str, ...]
+
+    @cached_property
+    def last_G(self) -> np.ndarray:
+        """int64 [G]: the last position of each sequence."""
+        last_G = np.zeros(len(self.key_G), np.int64)
+        np.maximum.at(last_G, self.group, self.position + self.length - 1)
+        return last_G
 
     @property
     def tokens(self) -> int:

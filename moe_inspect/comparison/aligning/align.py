@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 
 import numpy as np
 
-from moe_inspect.comparison.runs import PREFIX, Runs, read_runs
+from moe_inspect.comparison.aligning.runs import PREFIX, Runs, read_runs
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
@@ -60,7 +60,8 @@ def rows_of(first: np.ndarray, length: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Alignment:
     """a, b: the sequences of both. segments: the tokens that are compared. by: "document" (their
-    numbers and positions) or "content". diverged: pairs of sequences that go on with other token
+    numbers and positions) or "content". pairs: int64 [P, 2], sequences of A and of B. matched:
+    tokens that both have. diverged: pairs of sequences that go on with other token
     ids; other_ids: tokens left out since then."""
 
     a: Runs
@@ -68,42 +69,51 @@ class Alignment:
     segments: Segments
     by: str
     pairs: np.ndarray
+    matched: int
     diverged: int
     other_ids: int
 
     @property
     def ids_known(self) -> bool:
+        """Whether it was checked that the tokens are the same."""
         return self.a.known and self.b.known
+
+    @cached_property
+    def last_P(self) -> np.ndarray:
+        """int64 [P]: the last position of each pair that both traces have."""
+        return np.minimum(self.a.last_G[self.pairs[:, 0]], self.b.last_G[self.pairs[:, 1]])
 
 
 def align(
-    trace_a: Trace, trace_b: Trace, shift_positions: int = 0, shift_routes: int = 0
+    trace_a: Trace,
+    trace_b: Trace,
+    *,
+    shift_positions: int = 0,
+    shift_routes: int = 0,
+    drop_last: bool = False,
 ) -> Alignment:
     """The tokens that both traces have. shift_positions: B's position n + shift is A's n.
-    shift_routes: the same of B's routes alone, whose token ids are where they belong."""
+    shift_routes: the same of B's routes alone, whose token ids are where they belong. drop_last:
+    without the last token of each sequence."""
     a, b = read_runs(trace_a), read_runs(trace_b)
-    by_number = _pairs_by_number(a, b)
-    by, pairs = "document", by_number
+    by, pairs = "document", pairs_by_number(a, b)
     if a.known and b.known and not shift_positions:
         by_content = _pairs_by_content(a, b)
-        if _alike(a, b, by_number) < 0.999 * _alike(a, b, by_content):
+        if _alike(a, b, pairs) < 0.999 * _alike(a, b, by_content):
             by, pairs = "content", by_content
     found = segments_of(a, b, pairs, shift_positions)
-    diverged = other = 0
+    first_P = np.full(len(pairs), LINE)
     if a.known and b.known:
         at = np.flatnonzero(~_same_content(a, b, pairs) | bool(shift_positions))
-        if len(at):
-            first_P = _first_difference(trace_a, trace_b, found, at, len(pairs))
-            cut = _cut(found, first_P)
-            diverged = int((first_P < LINE).sum())
-            other, found = found.tokens - cut.tokens, cut
-        else:
-            first_P = np.full(len(pairs), LINE)
-        if shift_routes:
-            found = _cut(segments_of(a, b, pairs, shift_routes), first_P)
-    elif shift_routes:
+        first_P = _first_difference(trace_a, trace_b, found, at, len(pairs))
+    diverged, other = int((first_P < LINE).sum()), found.tokens - _cut(found, first_P).tokens
+    if shift_routes:
         found = segments_of(a, b, pairs, shift_routes)
-    return Alignment(a, b, found, by, pairs, diverged, other)
+    found = _cut(found, first_P)
+    alignment = Alignment(a, b, found, by, pairs, found.tokens, diverged, other)
+    if drop_last:
+        alignment = replace(alignment, segments=_cut(alignment.segments, alignment.last_P))
+    return alignment
 
 
 def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments:
@@ -132,10 +142,11 @@ def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments
 
 
 def _joined(segments: Segments) -> Segments:
-    """Segments that follow each other in both traces, as one; of a pair, since a pair may be cut."""
+    """Segments of a pair that follow each other in both traces, as one."""
     s = segments
-    next_a, next_b = s.row_a - np.cumsum(s.length) + s.length, s.row_b - s.row_a
-    edges = run_edges(s.pair, s.shard_a, s.shard_b, next_a, next_b)
+    start = np.cumsum(s.length) - s.length
+    steps = s.row_a - start, s.row_b - start, s.position - start
+    edges = run_edges(s.pair, s.shard_a, s.shard_b, *steps)
     if len(edges) < 2:
         return s
     return replace(s.take(edges[:-1]), length=np.add.reduceat(s.length, edges[:-1]))
@@ -153,7 +164,7 @@ def _on_lines(runs: Runs, group_P: np.ndarray, offset: int) -> tuple[np.ndarray,
     return at[order], start[order]
 
 
-def _pairs_by_number(a: Runs, b: Runs) -> np.ndarray:
+def pairs_by_number(a: Runs, b: Runs) -> np.ndarray:
     """int64 [P, 2]: sequences with the same document, number within it and repetition."""
     both = np.concatenate([a.key_G, b.key_G])
     order = np.lexsort(both.T[::-1])

@@ -14,19 +14,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.comparison import counts as ct
-from moe_inspect.comparison.align import Alignment
-from moe_inspect.comparison.confidence import Margins, decile_of, logit_shift, margin_of
-from moe_inspect.comparison.rows import Rows, rows_of_shard
-from moe_inspect.comparison.slots import Differing, Slots, differing, weight_difference
+from moe_inspect.comparison.aligning.align import Alignment
+from moe_inspect.comparison.aligning.rows import Rows, rows_of_shard
+from moe_inspect.comparison.counting import counts as ct
+from moe_inspect.comparison.counting.confidence import Margins, decile_of, logit_shift, margin_of
+from moe_inspect.comparison.counting.slots import Differing, Slots, differing, weight_difference
 from moe_inspect.trace.reader import Trace
 
 
 @dataclass(frozen=True)
 class Job:
     """What is compared. routers: (router of A, router of B) of equal shape. margins: of A's
-    decisions, None where none is known or asked for. load: whether A's load is counted."""
+    decisions, None where none is known or asked for. load: whether A's load is counted.
+    drop_zero_filled: whether tokens with expert 0 in every slot of either trace are left out."""
 
     a: Trace
     b: Trace
@@ -35,6 +37,7 @@ class Job:
     selection: Selection
     margins: Margins | None = None
     load: bool = True
+    drop_zero_filled: bool = False
 
     @property
     def weights(self) -> bool:
@@ -83,10 +86,12 @@ def _count_shard(job: Job, number: int, total: ct.PairCounts) -> int:
     for stack in sorted(total.decisions_UX):
         routers = [pair for pair in job.routers if job.a.routers[pair[0]].stack == stack]
         rows = rows_of_shard((job.a, job.b), job.alignment, number, stack, job.selection)
+        if job.drop_zero_filled and not rows.alike:
+            rows = rows.take(~_zero_filled(job, rows, routers))
         if not len(rows):
             continue
         decisions += len(rows) * len(routers)
-        sums = TokenSums.zero(len(rows), job.logits and not rows.alike)
+        sums = TokenSums.zero(len(rows), job.logits)
         for pair in routers:
             _count_router(job, rows, pair, number, total, sums)
         with total.lock:
@@ -94,17 +99,32 @@ def _count_shard(job: Job, number: int, total: ct.PairCounts) -> int:
     return decisions
 
 
+def _zero_filled(job: Job, rows: Rows, routers: list[tuple[int, int]]) -> np.ndarray:
+    """bool [T]: every slot of every router is expert 0, in A or in B."""
+    zero_a_T, zero_b_T = np.ones((2, len(rows)), bool)
+    for r, other in routers:
+        for slot in rows.of_a(lambda shard, r=r: shard.slots(r), r):
+            zero_a_T &= slot == 0
+        for slot in rows.of_b(lambda shard, r=other: shard.slots(r), other):
+            zero_b_T &= slot == 0
+    return zero_a_T | zero_b_T
+
+
 @dataclass
 class TokenSums:
-    """differs_T: routers at which a token's sets differ. shift_T: Σ over routers of the shift of
-    its log-probabilities, None where logits are not known."""
+    """differs_T: routers at which a token's sets differ. zero_a_T, zero_b_T: routers at which they
+    do and every slot of A, of B, is expert 0. shift_T: Σ over routers of the shift of its
+    log-probabilities, None where logits are not known."""
 
     differs_T: np.ndarray
+    zero_a_T: np.ndarray
+    zero_b_T: np.ndarray
     shift_T: np.ndarray | None
 
     @classmethod
     def zero(cls, T: int, logits: bool) -> TokenSums:
-        return cls(np.zeros(T, np.int64), np.zeros(T) if logits else None)
+        nothing = [np.zeros(T, np.int64) for _ in range(3)]
+        return cls(*nothing, shift_T=np.zeros(T) if logits else None)
 
 
 def _add_tokens(
@@ -116,11 +136,14 @@ def _add_tokens(
     document_D, first_D, at_T = np.unique(rows.document_T, return_index=True, return_inverse=True)
     tokens_D = np.bincount(at_T)
     mismatch_D = np.bincount(at_T, differs_T).astype(np.int64)
-    domain_D = rows.unit_T[first_D] // ct.CLUSTERS
+    domain_D = rows.unit_T[first_D] // CLUSTERS
     table = np.stack([document_D, domain_D, tokens_D, tokens_D * routers, mismatch_D], axis=1)
     total.documents.setdefault(number, np.zeros((0, 5), np.int64))
     total.documents[number] = np.concatenate([total.documents[number], table])
     total.shards_alike += rows.alike
+    total.last_tokens += int(rows.last_T.sum())
+    total.zero_filled_a += int((sums.zero_a_T == routers).sum())
+    total.zero_filled_b += int((sums.zero_b_T == routers).sum())
     if sums.shift_T is not None:
         gamma_T = np.exp(-sums.shift_T / routers)
         total.gamma += ct.fixed(float(gamma_T.sum()))
@@ -152,15 +175,18 @@ def _count_router(
         with total.lock:
             ct.add_cells(counts.margin_UM, rows.unit_T[known_T], decile_T[known_T])
     if rows.alike or slots_a is None:
+        with total.lock:
+            counts.logit_decisions += len(rows) * job.logits
         return
     slots_b = rows.of_b(lambda shard: shard.slots(other)[:K], other)
     found = differing(slots_a, slots_b, E)
-    l1_U = None
+    l1_U, weights_differ = None, 0
     if job.weights:
         weights_a = rows.of_a(lambda shard: shard.slot_weights(r)[:K], r)
         weights_b = rows.of_b(lambda shard: shard.slot_weights(other)[:K], other)
         l1_T = weight_difference(found, weights_a, weights_b)
         l1_U = np.bincount(rows.unit_T, l1_T, len(counts.l1_U))
+        weights_differ = int(np.count_nonzero(l1_T))
     kl = None
     if sums.shift_T is not None:
         logits_a, logits_b = (
@@ -173,13 +199,14 @@ def _count_router(
     with total.lock:
         if l1_U is not None:
             counts.l1_U += np.rint(l1_U * ct.UNIT).astype(np.int64)
+            counts.weights_differ += weights_differ
         if kl is not None:
             counts.kl += ct.fixed(kl)
             counts.logit_decisions += len(rows)
         if found.short_T is not None:
-            counts.short_U += np.bincount(
-                rows.unit_T, found.short_T, len(counts.short_U)
-            ).astype(np.int64)
+            counts.short_U += np.bincount(rows.unit_T, found.short_T, len(counts.short_U)).astype(
+                np.int64
+            )
         _add_differing(found, rows, counts, sums, number)
         if decile_T is not None:
             _add_margins(found, rows, counts, decile_T, margin_T, number)
@@ -218,6 +245,9 @@ def _add_differing(
     counts.again += again
     counts.new += len(at) - again
     sums.differs_T[at] += 1
+    sums.zero_a_T[found.at] += (found.a == 0).all(0)
+    sums.zero_b_T[found.at] += (found.b == 0).all(0)
+    counts.last_mismatch += int(rows.last_T[at].sum())
     for experts, moved, sign in ((found.a, found.lost_KN, -1), (found.b, found.gained_KN, 1)):
         slot, n = np.nonzero(moved)
         cells = rows.unit_T[found.at[n]] * counts.E + experts[slot, n]
@@ -246,7 +276,7 @@ def _add_margins(
 
 
 def _load(slots: Slots, unit_T: np.ndarray, E: int) -> tuple[np.ndarray, np.ndarray]:
-    """Assignments of each expert by unit, of the units there are. int64 [units, E], int64 [units]"""
+    """Assignments of each expert, int64 [X, E], of each of the units there are, int64 [X]."""
     unit_X, at_T = np.unique(unit_T, return_inverse=True)
     base_T = at_T.astype(np.int64) * (E + 1)
     load = np.zeros(len(unit_X) * (E + 1), np.int64)

@@ -1,0 +1,120 @@
+"""The options of `moe-inspect compare`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_inspect.cli.emit import Format, SafeCsv
+from moe_inspect.cli.report.options import Phase
+
+TraceA = Annotated[
+    str, typer.Argument(metavar="A", help="A trace, or its URL (s3://…).", show_default=False)
+]
+TraceB = Annotated[
+    str, typer.Argument(metavar="B", help="Another of the same tokens.", show_default=False)
+]
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """As given on the command line."""
+
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACE",
+            help="A second run of A: what differs between the two is no difference.",
+            show_default=False,
+        ),
+    ] = None
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="One table instead of the text.", show_default=False),
+    ] = None
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help=(
+                "Format of the table (default: agreement); json is one object per line. By "
+                "default from the file's ending, else table."
+            ),
+            show_default=False,
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Write to this file instead of stdout.", show_default=False
+        ),
+    ] = None
+    safe_csv: SafeCsv = False
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers of A, e.g. 0-3,7.", show_default=False)
+    ] = None
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only tokens of this domain; repeatable or comma-separated.", show_default=False
+        ),
+    ] = None
+    phase: Annotated[
+        Phase | None,
+        typer.Option(
+            help="Only prompt tokens (prefill), generated ones (decode), or an encoder's (encode).",
+            show_default=False,
+        ),
+    ] = None
+    top: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Rows per router in flips, rows in documents and movers; 0 is all."
+        ),
+    ] = 20
+    shift_layers: Annotated[
+        int, typer.Option(metavar="N", help="Compare layer n of B with layer n + N of A.")
+    ] = 0
+    shift_positions: Annotated[
+        int,
+        typer.Option(metavar="N", help="Tokens at position n of A are at position n + N of B."),
+    ] = 0
+    shift_routes: Annotated[
+        int,
+        typer.Option(metavar="N", help="The routes of B's token n + N are those of A's token n."),
+    ] = 0
+    drop_last: Annotated[
+        bool,
+        typer.Option(
+            "--drop-last",
+            help="Leave out the last token of each sequence, which generation never feeds.",
+        ),
+    ] = False
+    drop_zero_filled: Annotated[
+        bool,
+        typer.Option(
+            "--drop-zero-filled",
+            help="Leave out tokens that one trace sends to expert 0 in every slot.",
+        ),
+    ] = False
+    fail_above: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METRIC=VALUE",
+            help=(
+                "Exit with 3 if the metric of any router, or of all tokens, is above: "
+                "set_mismatch=0.01, tokens_mismatch=0.05; repeatable or comma-separated."
+            ),
+            show_default=False,
+        ),
+    ] = None
+    fail_below: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METRIC=VALUE",
+            help="Exit with 3 if the metric is below: overlap=0.99; repeatable or comma-separated.",
+            show_default=False,
+        ),
+    ] = None

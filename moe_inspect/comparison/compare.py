@@ -1,0 +1,76 @@
+"""Comparison: what two traces of the same tokens have in common, as tables and as a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import moe_inspect.comparison.tables as _tables  # noqa: F401 (registers them)
+from moe_inspect.comparison.data import TABLES, Options, PairData
+from moe_inspect.comparison.verdict import findings
+from moe_inspect.reporting.verdict.findings import Finding
+from moe_inspect.trace.reader import Trace, open_trace
+
+__all__ = ["TABLES", "Comparison", "compare"]
+
+
+class Comparison(PairData):
+    """`tables["agreement"]` and the others are DataFrames, computed when first asked for;
+    `verdict()` is what they come to, in plain sentences."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison({str(self.a.path)!r}, {str(self.b.path)!r}, tables: {', '.join(TABLES)})"
+        )
+
+    def verdict(self) -> list[Finding]:
+        """Whether it is the same routing, where it is not, and what to do: a Finding each, with a
+        plain sentence in `text`; most important first."""
+        return findings(self)
+
+
+def compare(
+    a: Trace | str | Path,
+    b: Trace | str | Path,
+    *,
+    noise: Trace | str | Path | None = None,
+    layers: str | int | Iterable[int] | None = None,
+    domains: str | Iterable[str] | None = None,
+    phase: str | None = None,
+    top: int = 20,
+    shift_layers: int = 0,
+    shift_positions: int = 0,
+    shift_routes: int = 0,
+    drop_last: bool = False,
+    drop_zero_filled: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Compares the decisions of two traces, token by token: do they choose the same experts?
+
+    Tokens are aligned by document, position and token id, or by the content of sequences where
+    documents are numbered otherwise. `noise`: a second run of A, compared with A as what is no
+    difference. `layers`, `domains`, `phase`: as in `report`, by A's names. `top`: rows of the
+    tables of experts and documents, 0 for all. `shift_layers`: layer n of B is compared with
+    n + shift_layers of A. `shift_positions`: tokens at position n of A are at n + shift_positions
+    of B. `shift_routes`: the same of B's routes alone, not of its token ids. `drop_last`: without
+    the last token of each sequence. `drop_zero_filled`: without tokens that one trace sends to
+    expert 0 in every slot. `progress` is called with the number of decisions compared.
+    MoeInspectError where the traces cannot be aligned."""
+    options = Options(
+        layers,
+        domains,
+        phase,
+        top,
+        shift_layers,
+        shift_positions,
+        shift_routes,
+        drop_last,
+        drop_zero_filled,
+    )
+    first, second = _opened(a), _opened(b)
+    base = None if noise is None else PairData(first, _opened(noise), options, progress=progress)
+    return Comparison(first, second, options, noise=base, progress=progress)
+
+
+def _opened(trace: Trace | str | Path) -> Trace:
+    return trace if isinstance(trace, Trace) else open_trace(trace)

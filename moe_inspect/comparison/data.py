@@ -1,0 +1,158 @@
+"""What a comparison is made of: two traces, how they are aligned, and the counts of the pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.metrics.uncertainty import resample_weights
+from moe_inspect.comparison.aligning.align import Alignment, align
+from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
+from moe_inspect.comparison.aligning.pairing import router_pairs
+from moe_inspect.comparison.aligning.refused import check_tokens
+from moe_inspect.comparison.aligning.rows import all_alike
+from moe_inspect.comparison.counting.confidence import Margins, margins
+from moe_inspect.comparison.counting.count import Job, count_pair
+from moe_inspect.comparison.counting.counts import PairCounts, RouterCounts
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.tables.registry import LazyTables, Table
+from moe_inspect.trace.manifest import refuse_while_written
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Router
+
+TABLES: dict[str, Table] = {}
+
+
+@dataclass(frozen=True)
+class Options:
+    """shift_layers: B's layer n is compared with A's n + shift_layers. shift_positions,
+    shift_routes, drop_last: as `align` takes them."""
+
+    layers: str | int | Iterable[int] | None = None
+    domains: str | Iterable[str] | None = None
+    phase: str | None = None
+    top: int = 20
+    shift_layers: int = 0
+    shift_positions: int = 0
+    shift_routes: int = 0
+    drop_last: bool = False
+    drop_zero_filled: bool = False
+    threads: int | None = None
+
+
+class PairData:
+    """Traces A and B, compared. Nothing is counted before it is asked for. `noise`: another run of
+    A's model, compared with A: what is no difference."""
+
+    def __init__(
+        self,
+        a: Trace,
+        b: Trace,
+        options: Options,
+        *,
+        noise: PairData | None = None,
+        progress: Callable[[int], None] | None = None,
+    ):
+        if options.top < 0:
+            raise MoeInspectError(f"top is {options.top}: give a number of rows, 0 for all")
+        for trace in (a, b):
+            refuse_while_written(trace.path, trace.manifest)  # pyright: ignore[reportArgumentType]
+        self.a, self.b, self.options, self.noise = a, b, options, noise
+        self.selection = select(a, options.layers, options.domains, options.phase)
+        self.pairs = router_pairs(a, b, self.selection.routers, options.shift_layers)
+        self.alignment: Alignment = align(
+            a,
+            b,
+            shift_positions=options.shift_positions,
+            shift_routes=options.shift_routes,
+            drop_last=options.drop_last,
+        )
+        check_tokens(a, b, self.alignment)
+        self.tables: Mapping[str, pd.DataFrame] = LazyTables(self, TABLES)
+        self._progress = progress
+
+    @property
+    def trace(self) -> Trace:
+        """The one whose routers, domains and phases name what is compared."""
+        return self.a
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether the traces are the same files, which need not be read."""
+        return all_alike((self.a, self.b), self.alignment) and all(r == m for r, m in self.pairs)
+
+    @cached_property
+    def margins(self) -> Margins | None:
+        return None if self.alike else margins(self.a, [r for r, _ in self.pairs])
+
+    @cached_property
+    def misaligned(self) -> list[Misalignment]:
+        return misalignments((self.a, self.b), self.alignment, self.pairs)
+
+    @cached_property
+    def counts(self) -> PairCounts:
+        job = Job(
+            self.a,
+            self.b,
+            self.alignment,
+            self.pairs,
+            self.selection,
+            self.margins,
+            load=not self.alike,
+            drop_zero_filled=self.options.drop_zero_filled,
+        )
+        counts = count_pair(job, self.options.threads, self._progress)
+        if not counts.tokens:
+            raise MoeInspectError(
+                f"{self.a.path} and {self.b.path} have no token in common that is selected: "
+                "nothing to compare"
+            )
+        return counts
+
+    def router(self, r: int) -> Router:
+        return self.a.routers[r]
+
+    def decisions_UX(self, r: int) -> np.ndarray:
+        """int64 [U, X]: decisions of a router that are compared, by unit and cell."""
+        return self.counts.decisions_UX[self.router(r).stack]
+
+    def of(self, r: int) -> RouterCounts:
+        return self.counts.of[r]
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """The units (clusters of documents) that have any token, over which intervals go."""
+        return np.flatnonzero(sum(x.sum(1) for x in self.counts.decisions_UX.values()))
+
+    @cached_property
+    def weights_RU(self) -> np.ndarray | None:
+        """Resamples of the documents; None where there are too few."""
+        return resample_weights(self.counts.domain_U[self.units])
+
+    @cached_property
+    def first_choice_known(self) -> dict[int, bool]:
+        """Router → whether slot 0 is the first choice in both traces."""
+        return {
+            r: self.a.routers[r].first_choice_known and self.b.routers[m].first_choice_known
+            for r, m in self.pairs
+        }
+
+    @cached_property
+    def tokens_mismatch(self) -> float:
+        """Share of the tokens with another set of experts at any router."""
+        layers_N = self.counts.layers_N
+        return float(layers_N[1:].sum() / layers_N.sum())
+
+    @cached_property
+    def decisions(self) -> int:
+        return sum(int(self.decisions_UX(r).sum()) for r, _ in self.pairs)
+
+    @cached_property
+    def mismatched(self) -> int:
+        """Decisions with another set of experts."""
+        return sum(int(self.of(r).mismatch_UX.sum()) for r, _ in self.pairs)

@@ -1,0 +1,93 @@
+"""A comparison as text: the verdict, then the tables cut short."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from rich.text import Text
+
+from moe_inspect.comparison.compare import Comparison
+from moe_inspect.reporting.render.console import console_for, print_frame
+from moe_inspect.reporting.render.terminal import print_verdict
+from moe_inspect.text import printable
+
+ROWS = 10  # of a table; --table has them all
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What of a table is shown: columns on a terminal, and the rows worth reading first."""
+
+    columns: tuple[str, ...]
+    what: str
+    rows: Callable[[Any], Any]
+
+
+def _worst(frame: Any) -> Any:
+    if len(frame) <= ROWS:
+        return frame
+    return frame.nlargest(ROWS, "set_mismatch").sort_values(["layer", "router"])
+
+
+def _first(frame: Any) -> Any:
+    return frame.head(ROWS)
+
+
+def _most(frame: Any) -> Any:
+    return frame.nlargest(ROWS, "flips")
+
+
+EXCERPTS = {
+    "agreement": Excerpt(
+        (
+            "layer",
+            "router",
+            "set_mismatch",
+            "set_mismatch_low",
+            "set_mismatch_high",
+            "overlap",
+            "first_choice",
+            "weight_l1",
+            "noise_set_mismatch",
+        ),
+        "the routers that differ most",
+        _worst,
+    ),
+    "tokens": Excerpt(("routers", "tokens", "share", "share_more"), "the first rows", _first),
+    "flips": Excerpt(
+        ("layer", "router", "expert", "other", "flips", "expected", "lift"),
+        "the most frequent",
+        _most,
+    ),
+    "documents": Excerpt(
+        ("document", "domain", "tokens", "mismatches", "set_mismatch"),
+        "those that differ most",
+        _first,
+    ),
+}
+
+
+def print_comparison(made: Comparison, file: TextIO) -> None:
+    """The whole text."""
+    console = console_for(file)
+    console.print(Text(printable(f"A {made.a.path} · B {made.b.path}"), style="bold"))
+    console.print()
+    print_verdict(made.verdict(), console)
+    for name, excerpt in EXCERPTS.items():
+        whole: Any = made.tables[name]
+        if not len(whole) or (name != "agreement" and not made.mismatched):
+            continue
+        frame = excerpt.rows(whole)
+        if console.is_terminal:
+            frame = frame[[c for c in excerpt.columns if c in frame.columns]]
+        cut = len(frame) < len(whole)
+        title = f"{name}: {excerpt.what}, {len(frame):,} of {len(whole):,} rows" if cut else name
+        shown = print_frame(frame, console, title, fitting=console.is_terminal)
+        if left := len(whole.columns) - shown:
+            paths = " ".join(shlex.quote(str(trace.path)) for trace in (made.a, made.b))
+            columns = "column" if left == 1 else "columns"
+            command = f"moe-inspect compare {paths} --table {name}"
+            console.print(Text(printable(f"+ {left} more {columns}: {command}"), style="dim"))

@@ -1,0 +1,379 @@
+"""What a comparison comes to: the same to the bit, the same but for rounding, different from some
+layer on, or misaligned, with what to do.
+
+Each check takes the comparison and returns its findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.metrics.uncertainty import ratio_interval
+from moe_inspect.comparison.counting.counts import UNIT
+from moe_inspect.comparison.data import TABLES, PairData
+from moe_inspect.comparison.tables.summary import recorded_otherwise
+from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.verdict.checks import verdict_table
+from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
+from moe_inspect.text import join_first, layer_label, plural
+
+DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
+CLOSE = 0.8  # share of the flips that lie in the lowest tenth of margins, where rounding makes them
+LAST = 5  # how many times as often last tokens must differ
+FEWEST_LAST = 5
+
+
+def findings(data: PairData) -> list[Finding]:
+    """What every check finds, most important first."""
+    found = [one for check in CHECKS for one in check(data)]
+    return most_important_first(found)
+
+
+def misaligned(data: PairData) -> Iterator[Finding]:
+    """The same routing under another numbering."""
+    for one in data.misaligned:
+        mend = f" Add {one.option}." if one.option else ""
+        yield finding(one.kind, "critical", one.text + mend, option=one.option, **one.values)
+
+
+def zero_filled(data: PairData) -> Iterator[Finding]:
+    """Tokens that one trace sends to expert 0 in every slot: not routing, but memory that was set
+    to zero."""
+    sides = ("A", data.counts.zero_filled_a), ("B", data.counts.zero_filled_b)
+    for name, n in sides:
+        if n and _slots(data) >= 4:
+            yield finding(
+                "zero_filled",
+                "critical",
+                f"{plural(n, 'token')} of {name} {'has' if n == 1 else 'have'} expert 0 in every "
+                "slot of every router, and other experts in the other trace: tokens that were "
+                "never fed, or padding, filled with zeros. Add --drop-zero-filled.",
+                tokens=n,
+                trace=name,
+                option="--drop-zero-filled",
+            )
+
+
+def _slots(data: PairData) -> int:
+    return sum(data.router(r).top_k for r, _ in data.pairs)
+
+
+def last_token(data: PairData) -> Iterator[Finding]:
+    """The last token of a sequence, which a generating engine never feeds."""
+    routers = len(data.pairs)
+    last = data.counts.last_tokens * routers
+    of_last = sum(data.of(r).last_mismatch for r, _ in data.pairs)
+    if data.counts.last_tokens < FEWEST_LAST or last == data.decisions:
+        return
+    there, elsewhere = of_last / last, (data.mismatched - of_last) / (data.decisions - last)
+    if there >= 0.5 and there >= LAST * elsewhere:
+        yield finding(
+            "last_token",
+            "critical",
+            f"The last token of sequences has other experts in {there:.1%} of its decisions, all "
+            f"other tokens in {elsewhere:.2%}: a generating engine never feeds the last token. "
+            "Add --drop-last.",
+            mismatch_last=there,
+            mismatch_elsewhere=elsewhere,
+            option="--drop-last",
+        )
+
+
+def same(data: PairData) -> Iterator[Finding]:
+    """Whether it is the same routing; the headline."""
+    if any(True for check in (misaligned, zero_filled, last_token) for _ in check(data)):
+        yield finding(
+            "misaligned",
+            "critical",
+            f"Misaligned: {_amount(data)} have other experts, which says nothing before the "
+            "traces are aligned.",
+            **_values(data),
+        )
+    elif not data.mismatched:
+        yield _the_same(data)
+    else:
+        yield _other_experts(data)
+
+
+def _the_same(data: PairData) -> Finding:
+    all_of = f"all {plural(data.decisions, 'decision')} of {plural(data.counts.tokens, 'token')}"
+    counts = [data.of(r) for r, _ in data.pairs]
+    reordered = sum(int(c.reordered_U.sum()) for c in counts)
+    weights = sum(c.weights_differ for c in counts)
+    known = data.a.has_weights and data.b.has_weights
+    said = f"The same experts in {all_of}"
+    if data.alike:
+        said = f"The same to the bit: {all_of} are in the same files"
+    elif not all(data.first_choice_known.values()):
+        said += "; the order of slots is not known in both"
+    elif reordered:
+        said += f"; {reordered:,} in another order"
+    elif known and not weights:
+        said = f"The same to the bit: {all_of} have the same experts, in the same order, with "
+        said += "the same weights"
+    if known and weights and not data.alike:
+        mean = sum(int(c.l1_U.sum()) for c in counts) / UNIT / data.decisions
+        said += f"; {weights:,} have other weights, by {mean:.2g} on average over all"
+    elif not known and not data.alike:
+        said += "; weights are not known in both"
+    return finding("same", "good", said + ".", **_values(data), weights_differ=weights)
+
+
+def _other_experts(data: PairData) -> Finding:
+    share_R = {
+        r: float(data.of(r).mismatch_UX.sum() / max(data.decisions_UX(r).sum(), 1))
+        for r, _ in data.pairs
+    }
+    worst = max(share_R, key=lambda r: share_R[r])
+    close, at = _close_share(data), _flip_margin(data)
+    values = _values(data) | {"worst_set_mismatch": share_R[worst], "flips_in_lowest_tenth": close}
+    about: dict[str, Any] = {"layer": data.router(worst).layer, "router": worst}
+    worst_of = f"at most {share_R[worst]:.2%} in layer {_name(data, worst)}"
+    if share_R[worst] >= DIFFERENT:
+        first = next(r for r, share in share_R.items() if share >= DIFFERENT)
+        n = sum(share >= DIFFERENT for share in share_R.values())
+        return finding(
+            "different",
+            "warning",
+            f"Different from layer {_name(data, first)} on: {_amount(data)} have other experts, "
+            f"{worst_of}; {n} of {plural(len(share_R), 'router')} {'is' if n == 1 else 'are'} at "
+            f"{DIFFERENT:.0%} or more.{at}",
+            about,
+            **values,
+        )
+    if close is None:
+        return finding(
+            "rounding",
+            "note",
+            f"Nearly the same: {_amount(data)} have other experts, {worst_of}. Whether these were "
+            "close decisions, which rounding flips, neither logits nor weights tell.",
+            about,
+            **values,
+        )
+    if close >= CLOSE:
+        return finding(
+            "rounding",
+            "good",
+            f"The same but for ties and rounding: {_amount(data)} have other experts, {worst_of}; "
+            f"{close:.0%} of these are in the tenth of decisions with the smallest margins.{at}",
+            about,
+            **values,
+        )
+    return finding(
+        "not_rounding",
+        "warning",
+        f"{_amount(data)} have other experts, {worst_of}, and only {close:.0%} of these were "
+        f"close decisions (in the tenth with the smallest margins): rounding does not explain "
+        f"them.{at}",
+        about,
+        **values,
+    )
+
+
+def _amount(data: PairData) -> str:
+    """ "183 of 37,016 decisions (0.49%; 1.80% of tokens)" """
+    return (
+        f"{data.mismatched:,} of {plural(data.decisions, 'decision')} "
+        f"({_percent(data.mismatched / data.decisions)}; {_percent(data.tokens_mismatch)} of "
+        "tokens in any layer)"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share >= 1e-4 or not share else f"{100 * share:.1g}%"
+
+
+def _values(data: PairData) -> dict[str, Any]:
+    return {
+        "decisions": data.decisions,
+        "mismatches": data.mismatched,
+        "set_mismatch": data.mismatched / data.decisions,
+        "tokens": data.counts.tokens,
+        "tokens_mismatch": data.tokens_mismatch,
+    }
+
+
+def _name(data: PairData, r: int) -> str:
+    return layer_label(data.a.routers, r)
+
+
+def _close_share(data: PairData) -> float | None:
+    """Share of the flips in the lowest tenth of A's margins; None where none is known."""
+    mismatch_M = sum(data.of(r).margin_mismatch_UM.sum(0) for r, _ in data.pairs)
+    total = int(np.sum(mismatch_M))
+    return float(np.atleast_1d(mismatch_M)[0] / total) if total else None
+
+
+def _flip_margin(data: PairData) -> str:
+    """A sentence on the margins of flips beside those of all decisions."""
+    parts = [part for r, _ in data.pairs for _, part in sorted(data.of(r).flip_margins.items())]
+    flips = np.concatenate([np.zeros(0), *parts])
+    if data.margins is None or not len(flips):
+        return ""
+    overall = float(np.median(list(data.margins.medians.values())))
+    unit = "logits" if data.margins.source == "logits" else "logarithm of the weights"
+    return f" Median margin ({unit}) of flips {np.median(flips):.2g}, of all {overall:.2g}."
+
+
+def noise(data: PairData) -> Iterator[Finding]:
+    """Two runs of one model, as what is no difference."""
+    if data.noise is None:
+        return
+    share, base = (x.mismatched / x.decisions for x in (data, data.noise))
+    low = _interval_low(data)
+    text = (
+        f"Two runs of A differ in {_percent(base)} of decisions: B differs from A in "
+        f"{_percent(share)}, {'beyond' if low > base else 'not beyond'} that noise."
+    )
+    severity = "warning" if low > base else "good"
+    yield finding("noise", severity, text, set_mismatch=share, noise_set_mismatch=base)
+
+
+def _interval_low(data: PairData) -> float:
+    hits_U = np.sum([data.of(r).mismatch_UX.sum(1) for r, _ in data.pairs], axis=0)
+    of_U = np.sum([data.decisions_UX(r).sum(1) for r, _ in data.pairs], axis=0)
+    low, _ = ratio_interval(hits_U[data.units], of_U[data.units], data.weights_RU)
+    return low if low == low else float(hits_U.sum() / of_U.sum())
+
+
+def missing_tokens(data: PairData) -> Iterator[Finding]:
+    """Tokens that only one of the traces has, or that come after other token ids."""
+    alignment = data.alignment
+    beyond = (("A", alignment.a.tokens), ("B", alignment.b.tokens))
+    said = [
+        f"{tokens - alignment.matched:,} of {name}'s {tokens:,} tokens have no equal in the other"
+        for name, tokens in beyond
+        if tokens > alignment.matched
+    ]
+    if not said:
+        return
+    more = ""
+    if alignment.diverged:
+        n = alignment.diverged
+        more = (
+            f"; {plural(n, 'sequence')} {'goes' if n == 1 else 'go'} on with other token ids, "
+            "after which nothing is compared"
+        )
+    yield finding(
+        "missing_tokens",
+        "note",
+        f"{' and '.join(said)}{more}.",
+        tokens_a=alignment.a.tokens,
+        tokens_b=alignment.b.tokens,
+        tokens_matched=alignment.matched,
+        diverged=alignment.diverged,
+    )
+
+
+def missing_layers(data: PairData) -> Iterator[Finding]:
+    """Routers that only one of the traces has."""
+    paired = {r for r, _ in data.pairs}, {m for _, m in data.pairs}
+    for name, trace, seen in (("A", data.a, paired[0]), ("B", data.b, paired[1])):
+        chosen = data.selection.routers if name == "A" else range(len(trace.routers))
+        left = [layer_label(trace.routers, r) for r in chosen if r not in seen]
+        if left and (name == "A" or data.options.layers is None):
+            yield finding(
+                "missing_layers",
+                "note",
+                f"Only {name} has {'layer' if len(left) == 1 else 'layers'} "
+                f"{join_first(left, 6, ', ')}: not compared.",
+                layers=left,
+            )
+
+
+def unchecked(data: PairData) -> Iterator[Finding]:
+    """Whether the tokens are the same could not be checked."""
+    if not data.alignment.ids_known:
+        yield finding(
+            "unchecked",
+            "note",
+            "Token ids are not known in both: tokens are matched by document and position alone.",
+        )
+
+
+def growth(data: PairData) -> Iterator[Finding]:
+    """Whether a difference makes further ones in later layers."""
+    pairs = [data.of(r) for r, _ in data.pairs]
+    before = sum(c.before for c in pairs)
+    decisions = data.decisions
+    if len(pairs) < 2 or before < 30 or not data.mismatched:
+        return
+    again = sum(c.again for c in pairs) / before
+    fresh = sum(c.new for c in pairs) / max(decisions - before, 1)
+    yield finding(
+        "growth",
+        "note",
+        f"A token that has differed differs again in {again:.2%} of its later decisions; one that "
+        f"has not, in {_percent(fresh)}.",
+        again=again,
+        new=fresh,
+    )
+
+
+def load(data: PairData) -> Iterator[Finding]:
+    """Whether the load of the experts changed by more than documents do."""
+    if not data.mismatched:
+        return
+    table: Any = data.tables["load_shift"]
+    rows = table.dropna(subset=["load_shift", "load_shift_halves"])
+    beyond = rows[rows["load_shift"] > rows["load_shift_halves"]]
+    if not len(rows):
+        return
+    row = rows.loc[rows["load_shift"].idxmax()]
+    where = f"at most {row['load_shift']:.2%} of the load moves, in layer "
+    where += _name(data, int(row["router"]))
+    halves = f"two halves of A's documents are {row['load_shift_halves']:.2%} apart there"
+    yield finding(
+        "load_shift",
+        "warning" if len(beyond) else "good",
+        (
+            f"The load of {plural(len(beyond), 'router')} changed by more than documents do: "
+            if len(beyond)
+            else "The load is the same: "
+        )
+        + f"{where} ({halves}).",
+        {"layer": row["layer"], "router": row["router"]},
+        load_shift=row["load_shift"],
+        load_shift_halves=row["load_shift_halves"],
+        routers=len(beyond),
+    )
+
+
+def recorded(data: PairData) -> Iterator[Finding]:
+    """How the two were recorded otherwise."""
+    apart = recorded_otherwise(data)
+    if apart and data.mismatched:
+        said = [f"{name} {_short(a)} and {_short(b)}" for name, (a, b) in apart.items()]
+        yield finding("recorded", "note", f"Recorded with {join_first(said, 5, ', ')}.")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+Check = Callable[[PairData], Iterator[Finding]]
+# in the order in which they are read
+CHECKS: tuple[Check, ...] = (
+    same,
+    misaligned,
+    zero_filled,
+    last_token,
+    noise,
+    growth,
+    load,
+    missing_tokens,
+    missing_layers,
+    unchecked,
+    recorded,
+)
+
+
+@table(tables=TABLES)
+def verdict(data: PairData) -> pd.DataFrame:
+    """One row per finding, most important first."""
+    return verdict_table(findings(data))

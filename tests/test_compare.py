@@ -1,0 +1,466 @@
+"""Two traces of the same tokens: brute force agrees, what is the same is said to be, and what is
+numbered otherwise is found, named and mended; nothing of the kind is invented."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_inspect
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Trace
+from tests.conftest import Cli
+from tests.synthetic import uniform_ids, write_trace
+
+T, L, E, K = 3_000, 5, 16, 4
+DOCUMENT = np.arange(T) // 50
+IDS = np.arange(T) * 7 % 501
+ALIKE = {
+    "document": DOCUMENT,
+    "token_id": IDS,
+    "domain_of_document": ["a", "b"],
+    "batch_tokens": 50,  # a batch per document: positions count from its beginning
+    "shard_tokens": 1_000,
+}
+MISALIGNED = {
+    "layers_shifted",
+    "layers_swapped",
+    "routes_shifted",
+    "experts_renumbered",
+    "zero_filled",
+    "last_token",
+    "misaligned",
+}
+
+
+def routes(seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [uniform_ids(rng, T, E, K) for _ in range(L)]
+
+
+def flipped(ids: Sequence[np.ndarray], share: float, seed: int = 1) -> list[np.ndarray]:
+    """Some decisions with another last expert."""
+    rng, out = np.random.default_rng(seed), []
+    for of_router in ids:
+        of_router = of_router.copy()
+        t = np.flatnonzero(rng.random(len(of_router)) < share)
+        for i in t:
+            others = np.setdiff1d(np.arange(E), of_router[i])
+            of_router[i, -1] = rng.choice(others)
+        out.append(of_router)
+    return out
+
+
+def pair(
+    root: Path,
+    a: Sequence[np.ndarray],
+    b: Sequence[np.ndarray],
+    b_settings: dict[str, Any] | None = None,
+) -> tuple[Trace, Trace]:
+    first = write_trace(root / "a", a, E, **ALIKE)
+    return first, write_trace(root / "b", b, E, **ALIKE | (b_settings or {}))
+
+
+def kinds(made: Any) -> set[str]:
+    return {finding.kind for finding in made.verdict()}
+
+
+# --- the numbers
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    """Random routes [T, L, K] of two traces, that agree in part; some slots route nowhere."""
+    experts, k = draw(st.sampled_from([(4, 1), (6, 2), (9, 3), (300, 2)]))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    tokens, layers = draw(st.integers(1, 40)), draw(st.integers(1, 3))
+    a, b = (
+        np.argsort(rng.random((tokens, layers, experts)))[..., :k].astype(np.int64)
+        for _ in range(2)
+    )
+    same = rng.random((tokens, layers)) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+    b[same] = a[same]
+    if draw(st.booleans()):
+        a[rng.random(a.shape) < 0.1] = -1
+        b[rng.random(b.shape) < 0.1] = -1
+    return a, b, experts
+
+
+def brute_force(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    tokens, layers, _ = a.shape
+    other, common, size = np.zeros((tokens, layers), bool), np.zeros(layers), np.zeros(layers)
+    for t in range(tokens):
+        for layer in range(layers):
+            x, y = ({int(e) for e in side[t, layer] if e >= 0} for side in (a, b))
+            other[t, layer] = x != y
+            common[layer] += len(x & y)
+            size[layer] += max(len(x), len(y))
+    return {
+        "set_mismatch": other.mean(0),
+        "overlap": np.divide(common, size, out=np.full(layers, np.nan), where=size > 0),
+        "tokens_mismatch": other.any(1).mean(),
+    }
+
+
+@given(drawn=pairs())
+@settings(max_examples=100, deadline=None)
+def test_mismatch_of_arrays_is_what_brute_force_gives(drawn: Any) -> None:
+    a, b, _ = drawn
+    expected, found = brute_force(a, b), moe_inspect.mismatch(a, b)
+    np.testing.assert_allclose(found["set_mismatch_by_layer"], expected["set_mismatch"])
+    np.testing.assert_allclose(found["overlap_by_layer"], expected["overlap"])
+    assert found["set_mismatch"] == pytest.approx(expected["set_mismatch"].mean())
+    assert found["tokens_mismatch"] == pytest.approx(expected["tokens_mismatch"])
+    assert moe_inspect.mismatch(a, a)["order"] == 1
+
+
+def test_mismatch_takes_a_mask_and_refuses_other_shapes() -> None:
+    a = np.zeros((4, 2, 1), np.int32)
+    b = a.copy()
+    b[0] = 1
+    assert moe_inspect.mismatch(a, b)["set_mismatch"] == 0.25
+    assert moe_inspect.mismatch(a, b, mask=[False, True, True, True])["set_mismatch"] == 0
+    assert np.isnan(moe_inspect.mismatch(a[:0], b[:0])["set_mismatch"])
+    with pytest.raises(MoeInspectError, match=r"shapes \(4, 2, 1\) and \(3, 2, 1\)"):
+        moe_inspect.mismatch(a, b[1:])
+    with pytest.raises(MoeInspectError, match="mask has the shape"):
+        moe_inspect.mismatch(a, b, mask=[True])
+    with pytest.raises(MoeInspectError, match="float64: expected integers"):
+        moe_inspect.mismatch(a, b.astype(float))
+
+
+def stored(ids: np.ndarray, experts: int) -> list[np.ndarray]:
+    dtype = np.uint8 if experts <= 256 else np.uint16
+    return [
+        np.where(ids[:, r] < 0, np.iinfo(dtype).max, ids[:, r]).astype(dtype)
+        for r in range(ids.shape[1])
+    ]
+
+
+@given(drawn=pairs())
+@settings(max_examples=12, deadline=None)
+def test_tables_are_what_brute_force_gives(drawn: Any, tmp_path_factory: Any) -> None:
+    a, b, experts = drawn
+    root, tokens = tmp_path_factory.mktemp("pair"), len(a)
+    rng = np.random.default_rng(tokens)
+    weights = [
+        [rng.random(x.shape[::2]).astype(np.float32) for _ in range(x.shape[1])] for x in (a, b)
+    ]
+    both = []
+    for name, ids, of_side in (("a", a, weights[0]), ("b", b, weights[1])):
+        both.append(
+            write_trace(
+                root / name,
+                stored(ids, experts),
+                experts,
+                document=np.arange(tokens) // 7,
+                token_id=np.arange(tokens),
+                weights=of_side,
+                batch_tokens=14,
+                shard_tokens=28,
+            )
+        )
+    made = moe_inspect.compare(*both)
+    expected, table = brute_force(a, b), made.tables["agreement"]
+    np.testing.assert_allclose(table["set_mismatch"], expected["set_mismatch"], atol=1e-12)
+    np.testing.assert_allclose(table["overlap"], expected["overlap"], atol=1e-12)
+    assert made.tokens_mismatch == pytest.approx(expected["tokens_mismatch"])
+    for r in range(a.shape[1]):
+        ids = [trace.routing(router=r).filter(like="expert_").to_numpy(float) for trace in both]
+        gates = [trace.routing(router=r).filter(like="weight_").to_numpy(float) for trace in both]
+        first = (ids[0][:, 0] == ids[1][:, 0]) | np.isnan([x[:, 0] for x in ids]).all(0)
+        assert table["first_choice"][r] == pytest.approx(first.mean())
+        order = ((ids[0] == ids[1]) | (np.isnan(ids[0]) & np.isnan(ids[1]))).all(1)
+        assert table["order"][r] == pytest.approx(order.mean())
+        apart = np.abs(gates[0][:, :, None] - gates[1][:, None, :])
+        shared = ids[0][:, :, None] == ids[1][:, None, :]
+        assert table["weight_l1"][r] == pytest.approx(
+            np.where(shared, apart, 0).sum((1, 2)).mean(), rel=1e-3, abs=1e-6
+        )
+        loads = [np.bincount(x[~np.isnan(x)].astype(int), minlength=experts) for x in ids]
+        shift = made.tables["load_shift"]["load_shift"][r]
+        if all(load.any() for load in loads):
+            shares = [load / load.sum() for load in loads]
+            assert shift == pytest.approx(np.abs(shares[0] - shares[1]).sum() / 2, abs=1e-12)
+    domain = made.tables["domains"]
+    assert domain["decisions"].sum() == tokens * a.shape[1]
+    for name in ("phases", "positions"):
+        of_part = made.tables[name]
+        assert (of_part["set_mismatch"] * of_part["decisions"]).sum() == pytest.approx(
+            expected["set_mismatch"].sum() * tokens
+        )
+
+
+def test_uniform_sets_overlap_by_k_of_E(tmp_path: Path) -> None:
+    made = moe_inspect.compare(*pair(tmp_path, routes(0), routes(1)))
+    table = made.tables["agreement"]
+    np.testing.assert_allclose(table["overlap"], K / E, atol=0.01)
+    np.testing.assert_allclose(table["overlap_by_chance"], K / E)
+    assert kinds(made) & MISALIGNED == set()
+    assert made.verdict()[0].text.startswith("Different from layer 0 on: ")
+
+
+def test_threads_and_the_order_of_batches_change_nothing(tmp_path: Path) -> None:
+    ids = routes()
+    other = flipped(ids, 0.01)
+    order = [*range(T // 50)][::-1]
+    first, second = pair(tmp_path, ids, other, {"batch_order": order})
+    made = moe_inspect.compare(first, second)
+    straight = moe_inspect.compare(first, write_trace(tmp_path / "c", other, E, **ALIKE))
+    assert made.mismatched == straight.mismatched > 0
+    for name in ("agreement", "documents", "flips", "tokens", "depth"):
+        assert made.tables[name].equals(straight.tables[name]), name
+
+
+# --- the same
+
+
+def test_a_trace_and_itself_are_the_same(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    weights = [rng.random((T, K)).astype(np.float32) for _ in range(L)]
+    first, second = pair(tmp_path, routes(), routes(), {"weights": weights})
+    whole = write_trace(tmp_path / "c", routes(), E, **ALIKE, weights=weights)
+    again = write_trace(
+        tmp_path / "d", routes(), E, **ALIKE | {"shard_tokens": 999}, weights=weights
+    )
+    for made, says in (
+        (moe_inspect.compare(first, first), "The same to the bit: all 15,000 decisions"),
+        (moe_inspect.compare(whole, again), "The same to the bit: all 15,000 decisions"),
+        (moe_inspect.compare(first, second), "The same experts in all 15,000 decisions"),
+    ):
+        verdict = made.verdict()
+        assert verdict[0].text.startswith(says)
+        assert {finding.severity for finding in verdict} <= {"good", "note"}
+        table = made.tables["agreement"]
+        assert (table["set_mismatch"] == 0).all()
+        assert (table["overlap"] == 1).all()
+        assert made.tokens_mismatch == 0
+        assert (made.tables["load_shift"][["load_shift", "jsd_bits"]] == 0).all(axis=None)
+        for name in ("flips", "movers", "documents"):
+            assert made.tables[name].empty
+    assert moe_inspect.compare(first, first).alike
+    assert not moe_inspect.compare(whole, again).alike
+
+
+def test_one_flip_in_many_is_found(tmp_path: Path) -> None:
+    ids = routes()
+    other = [x.copy() for x in ids]
+    other[3][1234] = np.setdiff1d(np.arange(E), ids[3][1234])[:K]
+    made = moe_inspect.compare(*pair(tmp_path, ids, other))
+    assert made.mismatched == 1
+    assert made.tables["agreement"]["set_mismatch"][3] == 1 / T
+    assert made.tables["documents"]["document"].tolist() == [1234 // 50]
+    assert "1 of 15,000 decisions (0.007%; 0.03% of tokens in any layer)" in made.verdict()[0].text
+    assert not kinds(made) & MISALIGNED
+
+
+def test_flips_at_the_margin_are_rounding_and_others_are_not(tmp_path: Path) -> None:
+    rng, ids = np.random.default_rng(4), routes()
+    # two smallest weights: nearly equal in a tenth of the decisions
+    weights = [np.sort(rng.dirichlet(np.ones(K), T))[:, ::-1].astype(np.float32) for _ in range(L)]
+    gap = np.stack([np.log(w[:, K - 2] / w[:, K - 1]) for w in weights], 1)
+    for close, kind in ((True, "rounding"), (False, "not_rounding")):
+        other = [x.copy() for x in ids]
+        for r in range(L):
+            order = np.argsort(gap[:, r])
+            for t in order[:20] if close else order[-20:]:
+                other[r][t, -1] = np.setdiff1d(np.arange(E), ids[r][t])[0]
+        a = write_trace(tmp_path / f"a{close}", ids, E, **ALIKE, weights=weights)
+        b = write_trace(tmp_path / f"b{close}", other, E, **ALIKE, weights=weights)
+        made = moe_inspect.compare(a, b)
+        assert made.mismatched == 20 * L
+        assert made.verdict()[0].kind == kind
+        margins = made.tables["margins"].groupby("decile")["set_mismatch"].mean()
+        assert margins.idxmax() == (0 if close else 9)
+
+
+def test_weights_that_differ_are_told(tmp_path: Path) -> None:
+    rng, ids = np.random.default_rng(5), routes()
+    weights = [np.sort(rng.random((T, K)))[:, ::-1].astype(np.float32) for _ in range(L)]
+    a = write_trace(tmp_path / "a", ids, E, **ALIKE, weights=weights)
+    b = write_trace(tmp_path / "b", ids, E, **ALIKE, weights=[w * np.float32(1.5) for w in weights])
+    made = moe_inspect.compare(a, b)
+    assert "have other weights" in made.verdict()[0].text
+    np.testing.assert_allclose(
+        made.tables["agreement"]["weight_l1"], [0.5 * w.sum(1).mean() for w in weights], rtol=1e-3
+    )
+
+
+# --- what is numbered otherwise
+
+
+def test_documents_numbered_otherwise_are_found_by_content(tmp_path: Path) -> None:
+    ids = routes()
+    other = flipped(ids, 0.01)
+    order = np.random.default_rng(6).permutation(T // 50)
+    rows = np.concatenate([np.arange(50 * d, 50 * d + 50) for d in order])
+    first, second = pair(tmp_path, ids, [x[rows] for x in other], {"token_id": IDS[rows]})
+    made = moe_inspect.compare(first, second)
+    assert made.alignment.by == "content"
+    straight = moe_inspect.compare(first, write_trace(tmp_path / "c", other, E, **ALIKE))
+    assert straight.alignment.by == "document"
+    assert made.mismatched == straight.mismatched > 0
+
+
+def test_what_comes_after_other_token_ids_is_not_compared(tmp_path: Path) -> None:
+    ids, token_id = routes(), IDS.copy()
+    token_id[1_030:1_050] += 1
+    first, second = pair(tmp_path, ids, flipped(ids, 0.0), {"token_id": token_id})
+    made = moe_inspect.compare(first, second)
+    assert made.alignment.diverged == 1
+    assert made.counts.tokens == T - 20
+    (finding,) = [f for f in made.verdict() if f.kind == "missing_tokens"]
+    assert "1 sequence goes on with other token ids" in finding.text
+
+
+def planted(name: str) -> tuple[list[np.ndarray], dict[str, Any], set[str], dict[str, Any]]:
+    """B's routes and settings for a fault, the findings it must give, the options that mend it."""
+    ids = flipped(routes(), 0.003)
+    if name == "shift by one":
+        return [np.roll(x, 1, 0) for x in ids], {}, {"routes_shifted"}, {"shift_routes": 1}
+    if name == "last never fed":
+        rng = np.random.default_rng(8)
+        last = np.flatnonzero(np.r_[np.diff(DOCUMENT) > 0, True])
+        for x in ids:
+            x[last] = uniform_ids(rng, len(last), E, K)
+        return ids, {}, {"last_token"}, {"drop_last": True}
+    if name == "zero padding":
+        for x in ids:
+            x[[10, 11, 12, 700]] = 0
+        return ids, {}, {"zero_filled"}, {"drop_zero_filled": True}
+    if name == "layer shift":
+        layers = {"layers": range(1, L + 1)}
+        return ids, layers, {"layers_shifted", "missing_layers"}, {"shift_layers": -1}
+    if name == "swapped layers":
+        return [ids[i] for i in (0, 3, 2, 1, 4)], {}, {"layers_swapped"}, {}
+    assert name == "permuted experts"
+    order = np.random.default_rng(7).permutation(E).astype(np.uint16)
+    return [order[x] for x in ids], {}, {"experts_renumbered"}, {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shift by one",
+        "last never fed",
+        "zero padding",
+        "layer shift",
+        "swapped layers",
+        "permuted experts",
+    ],
+)
+def test_planted_faults_are_named_and_mended(name: str, tmp_path: Path) -> None:
+    ids, b_settings, expected, mend = planted(name)
+    a, b = pair(tmp_path, routes(), ids, b_settings)
+    made = moe_inspect.compare(a, b)
+    assert kinds(made) & (MISALIGNED | {"missing_layers"}) == expected | {"misaligned"}
+    (finding,) = [f for f in made.verdict() if f.kind in expected - {"missing_layers"}]
+    assert finding.severity == "critical"
+    if mend:
+        option, value = next(iter(mend.items()))
+        said = f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}")
+        assert finding.values["option"] == said
+        assert said in finding.text
+        mended = moe_inspect.compare(a, b, **mend)
+        assert not kinds(mended) & MISALIGNED
+        assert mended.mismatched / mended.decisions < 0.005
+
+
+def test_nothing_is_invented_on_a_clean_pair(tmp_path: Path) -> None:
+    for share in (0.003, 0.3):
+        a, b = pair(tmp_path / str(share), routes(), flipped(routes(), share))
+        made = moe_inspect.compare(a, b)
+        assert not kinds(made) & MISALIGNED
+        assert made.mismatched / made.decisions == pytest.approx(share, rel=0.2)
+
+
+# --- what cannot be compared
+
+
+def test_what_cannot_be_aligned_is_refused_in_a_line(tmp_path: Path) -> None:
+    a = write_trace(tmp_path / "a", routes(), E, **ALIKE)
+    shifted = write_trace(tmp_path / "s", routes(), E, **ALIKE | {"token_id": np.roll(IDS, 1)})
+    with pytest.raises(MoeInspectError, match=r"add --shift-positions 1$"):
+        moe_inspect.compare(a, shifted)
+    assert moe_inspect.compare(a, shifted, shift_positions=1).alignment.matched > 0.9 * T
+    text = write_trace(tmp_path / "t", routes(), E, **ALIKE | {"token_id": IDS[::-1] + 1000})
+    with pytest.raises(MoeInspectError, match="trace the same text with both"):
+        moe_inspect.compare(a, text)
+    words = [
+        write_trace(tmp_path / f"w{n}", routes(), E, **ALIKE | {"token_id": IDS + n, "words": n})
+        for n in (600, 700)
+    ]
+    with pytest.raises(MoeInspectError, match="different tokenizers"):
+        moe_inspect.compare(*words)
+    wider = write_trace(tmp_path / "e", routes(), E + 2, **ALIKE)
+    with pytest.raises(MoeInspectError, match=r"layer 0 has 16 experts .* physical ids"):
+        moe_inspect.compare(a, wider)
+    far = write_trace(tmp_path / "f", routes(), E, **ALIKE, layers=range(50, 50 + L))
+    with pytest.raises(MoeInspectError, match="no layer is in both"):
+        moe_inspect.compare(a, far)
+
+
+def test_ids_of_an_engine_are_compared_as_sets(tmp_path: Path) -> None:
+    """An engine's routes come without weights, in any order."""
+    rng = np.random.default_rng(9)
+    weights = [np.sort(rng.random((T, K)))[:, ::-1].astype(np.float32) for _ in range(L)]
+    a = write_trace(tmp_path / "a", routes(), E, **ALIKE, weights=weights)
+    b = write_trace(
+        tmp_path / "b", [np.sort(x, 1) for x in routes()], E, **ALIKE, slot_order="unknown"
+    )
+    made = moe_inspect.compare(a, b)
+    table = made.tables["agreement"]
+    assert (table["set_mismatch"] == 0).all()
+    assert table[["first_choice", "order", "weight_l1"]].isna().all(axis=None)
+    assert "the order of slots is not known in both" in made.verdict()[0].text
+
+
+def test_noise_is_what_two_runs_differ_by(tmp_path: Path) -> None:
+    ids = routes()
+    a, b = pair(tmp_path, ids, flipped(ids, 0.01))
+    again = write_trace(tmp_path / "n", flipped(ids, 0.01, seed=2), E, **ALIKE)
+    far = write_trace(tmp_path / "m", flipped(ids, 0.001, seed=2), E, **ALIKE)
+    of = {f.kind: f for f in moe_inspect.compare(a, b, noise=far).verdict()}
+    assert "beyond that noise" in of["noise"].text
+    assert of["noise"].severity == "warning"
+    made = moe_inspect.compare(a, b, noise=again)
+    assert "noise_set_mismatch" in made.tables["agreement"]
+    assert made.tables["overall"]["noise_tokens_mismatch"][0] == pytest.approx(0.05, abs=0.02)
+
+
+# --- the command
+
+
+def test_the_command_and_its_gates(cli_here: Cli, tmp_path: Path) -> None:
+    ids = routes()
+    pair(tmp_path, ids, flipped(ids, 0.01))
+    shown = cli_here("compare", "a", "b")
+    assert "have other experts" in shown.stdout
+    done = cli_here(
+        "compare", "a", "b", "--fail-above", "set_mismatch=0.5,tokens_mismatch=0.01", check=3
+    )
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("failed: all routers: tokens_mismatch is")
+    )
+    cli_here("compare", "a", "b", "--fail-above", "set_mismatch=0.5", "--fail-below", "overlap=0.9")
+    cli_here("compare", "a", "a", "--fail-above", "set_mismatch=0,tokens_mismatch=0")
+    cli_here("compare", "a", "b", "-o", "agreement.jsonl")
+    rows = [json.loads(x) for x in (tmp_path / "agreement.jsonl").read_text().splitlines()]
+    assert [row["layer"] for row in rows] == [*range(L)]
+    cli_here("compare", "a", "b", "--table", "verdict", "-o", "verdict.json")
+    first = json.loads((tmp_path / "verdict.json").read_text().splitlines()[0])
+    assert first["values"]["decisions"] == T * L
+    cli_here("compare", "a", "b", "--table", "tokens", "-o", "t.csv")
+    assert (tmp_path / "t.csv").read_text().startswith("routers,tokens,share,share_more\n0,")
+    wrong = cli_here("compare", "a", "b", "--fail-above", "gini=1", check=2)
+    assert "no metric 'gini': there are set_mismatch" in wrong.stderr
+    assert "no table 'load'" in cli_here("compare", "a", "b", "--table", "load", check=1).stderr
+    assert "no trace at c" in cli_here("compare", "a", "c", check=1).stderr
