@@ -21,7 +21,7 @@ from tests.synthetic import uniform_ids, write_trace
 
 T, L, E, K = 3_000, 5, 16, 4
 DOCUMENT = np.arange(T) // 50
-IDS = np.arange(T) * 7 % 501
+IDS = np.arange(T) * 7 % 5_003
 ALIKE = {
     "document": DOCUMENT,
     "token_id": IDS,

@@ -44,6 +44,7 @@ LATIN = os.fsdecode(b"caf\xe9")  # a name that is no UTF-8
 USUAL = {
     "trace": ["demo", "-o", "new", "--max-tokens", 50],
     "report": ["t"],
+    "compare": ["t", "t"],
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "verify": ["t"],
@@ -230,6 +231,7 @@ def disk_of(most_bytes: int) -> Iterator[None]:
 OUTPUTS = {
     "trace": [[]],
     "report": [["--table", "load", "-o", "new.csv"], ["-o", "new.txt"], ["--html", "new.html"]],
+    "compare": [["-o", "new.csv"], ["--table", "flips", "-o", "new.parquet"], ["-o", "new.txt"]],
     "describe": [["-o", f"new.{ending}"] for ending in ("csv", "json", "parquet", "txt")],
     "import": [[]],
     "export": [
