@@ -30,10 +30,7 @@ from tests.mutation import changed_source
 MISTAKES = {
     "types are ignored": ("kinds.append(tensor.dtype)", "kinds.append(0)"),
     "alignment is ignored": ("bits % ALIGNMENT == 0 and", ""),
-    "alignment of outputs is ignored": (
-        "pointers.append(pointer := tensor.data_ptr()) bits |= pointer can_be_bound",
-        "pointers.append(pointer := tensor.data_ptr())\n        can_be_bound",
-    ),
+    "alignment of outputs is ignored": ("bits |= pointer or 0", "pass"),
     "large tensors are not told apart": ("and elements < FEW_ELEMENTS", ""),
     "specialized numbers are ignored": ("(current, specialized, state", "(current, state"),
     "the state is ignored": ("state.variant, *kinds", "*kinds"),
@@ -276,16 +273,15 @@ def calls_of(case: Case) -> dict[str, Callable[[], object]]:
     grouped = kernels.dispatch_torch(ids, None, case.E)
     long = ids.repeat(3, 1), weights.repeat(3, 1)
 
-    def combine(*arguments: Any) -> None:
-        kernels.combine_triton(
-            y_SH, ids, weights, arguments[0], torch.bfloat16, case.E, *arguments[1:]
-        )
+    def combine(grouped: Any, tape: Any = None, dtype: torch.dtype = torch.bfloat16) -> None:
+        kernels.combine_triton(y_SH.to(dtype), ids, weights, grouped, dtype, case.E, tape)
 
     return calls | {
         "record": lambda: [kernels.record_triton(tape, ids, weights) for tape in tapes],
         "record, 2 launches": lambda: kernels.record_triton(tapes[0], *long),
         "combine": lambda: combine(grouped),
         "combine + record": lambda: combine(None, tapes[1]),
+        "combine of another type": lambda: combine(grouped, dtype=torch.float32),
     }
 
 

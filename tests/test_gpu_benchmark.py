@@ -3,8 +3,10 @@ section can fail."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tests.conftest import ROOT
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)
 
-SECTIONS = ("ceilings", "correctness", "micro", "models", "graphs", "writer")
+SECTIONS = ("ceilings", "correctness", "micro", "decode", "models", "graphs", "writer")
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -31,7 +33,7 @@ def python(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
     before = sorted((ROOT / "benchmarks/results").iterdir())
-    done = python("benchmarks/gpu.py", "--dry-run")
+    done = python("-m", "benchmarks.gpu", "--dry-run")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for title in (*SECTIONS, "targets"):
         assert f"\n=== {title}" in done.stdout
@@ -39,6 +41,7 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
     assert "left out for want of time: nothing\nWRONG: 0\n" in done.stdout
     for target in (
         "traced ÷ untraced",
+        "ours, recording ÷ stock: 2 layers, decode 1, eager",
         "record on ÷ off",
         "traced ÷ output_router_logits",
         "traced ÷ hook",
@@ -69,7 +72,7 @@ def test_a_wrong_kernel_is_found_and_nothing_is_timed(
         f"""
 import itertools, os, sys
 os.environ["TRITON_INTERPRET"] = "1"
-from benchmarks import gpu
+from benchmarks.gpu import __main__ as gpu
 calls, right = itertools.count(), gpu.kernels.{kernel}
 def wrong(*args, **kwargs):
     made = right(*args, **kwargs)
@@ -86,7 +89,10 @@ sys.exit(gpu.main(["--dry-run", "--sanitized", "--only", "correctness", "--only"
 
 
 def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks.gpu import DRY, Bench, Cpu, models
+    from benchmarks.gpu.bench import Bench
+    from benchmarks.gpu.devices import Cpu
+    from benchmarks.gpu.models import models
+    from benchmarks.gpu.sizes import DRY
 
     bench = Bench(Cpu(), DRY, False, 0.0, {}, [], [], [])
     models(bench)
@@ -95,11 +101,44 @@ def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) 
     assert "CUT, no time left: OLMoE decode 1 CUDA graph" in capsys.readouterr().out
 
 
+def test_a_section_that_does_not_end_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.gpu import __main__ as gpu
+    from benchmarks.gpu.devices import Cpu
+    from benchmarks.gpu.sizes import DRY
+
+    def endless(bench: gpu.Bench) -> None:
+        """Goes on whatever happens."""
+        while True:
+            with contextlib.suppress(Exception):
+                bench.figures["measured"] = 1
+                time.sleep(0.01)
+
+    device = Cpu()
+    device.dry = False
+    monkeypatch.setitem(gpu.SECTIONS, "writer", (endless, 0.0))
+    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+    bench = gpu.Bench(device, DRY, False, time.perf_counter(), {}, [], [], [])
+    assert gpu.run("writer", bench) == {"measured": 1}
+    assert bench.cut == ["the rest of writer, which was interrupted"]
+    assert bench.failures == []
+    assert "CUT, interrupted: writer" in capsys.readouterr().out
+
+
+def test_the_sections_take_nine_minutes_at_most() -> None:
+    from benchmarks.gpu import __main__ as gpu
+
+    start_s = 20  # imports and the last write
+    sections_s = sum(seconds for _, seconds in gpu.SECTIONS.values())
+    assert sections_s + gpu.GRACE_S + start_s <= 9 * 60
+
+
 def test_without_a_gpu_it_says_so() -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = python("benchmarks/gpu.py")
+    done = python("-m", "benchmarks.gpu")
     assert done.returncode == 2
     assert "no CUDA GPU here (--dry-run needs none)" in done.stderr

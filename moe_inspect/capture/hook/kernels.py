@@ -14,6 +14,7 @@ from __future__ import annotations
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ try:
 except ImportError:  # no Triton on this platform: the torch implementations run
     triton = None
 
-# None of these is measured on a GPU yet: benchmarks/gpu.py sweeps them
+# None of these is measured on a GPU yet: benchmarks/gpu sweeps them
 ONE_LAUNCH = 2048  # slots that a single program can group
 # up to so many entries of the table blocks × E, every program of the second launch sums it itself
 TWO_LAUNCHES = 16384
@@ -548,7 +549,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _combine_kernel(
-        y, ids, weights, inverse, offsets, out, E, H, T, tape, lane,
+        y, ids, weights, out, inverse, offsets, E, H, T, tape, lane,
         K: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A program sums some columns of one token. `inverse` and `offsets` None: y is in slot
@@ -578,7 +579,8 @@ if triton is not None:
             _advance(tape, lane, T)
 
     @cache
-    def _combine_launch(K: int, y: torch.dtype, weights: torch.dtype) -> Launch:
+    def _combine_launch(K: int, y: torch.dtype, weights: torch.dtype, *others: Hashable) -> Launch:
+        """`others`: what else a variant hangs on: the types of ids and out, whether `grouped`."""
         # in the order of transformers: product, rounding, sum
         rounded = torch.promote_types(y, weights).itemsize == 2
         constants = {"K": K, "ROUND": rounded, "COLUMNS": COMBINE_COLUMNS, "BLOCK": RECORD_BLOCK}
@@ -600,9 +602,9 @@ if triton is not None:
             return out
         y, ids, weights = y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
         inverse, offsets = (grouped.inverse, grouped.offsets) if grouped else (None, None)
-        _combine_launch(K, y.dtype, weights.dtype)(
+        _combine_launch(K, y.dtype, weights.dtype, ids.dtype, dtype, grouped is None)(
             y.get_device(), (T, -(-H // COMBINE_COLUMNS)), y.numel(),
-            (y, ids, weights, inverse, offsets, out), (), (experts, H), (T,),
+            (), (y, ids, weights, out, inverse, offsets), (experts, H), (T,),
             _arguments(tape, K, ids, weights),
         )  # fmt: skip
         return out

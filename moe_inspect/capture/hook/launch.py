@@ -92,21 +92,22 @@ class Launch:
         grid: tuple[int, int],
         elements: int,
         tensors: Sequence[Tensor | None],
-        made: Sequence[Tensor],
+        typed: Sequence[Tensor | None],
         specialized: tuple[int, ...],
         numbers: tuple[int, ...],
         state: State,
     ) -> None:
         """Launches on the current stream of `device` (its index, or −1 for tensors of the CPU).
-        `elements`: of the largest tensor. `made`: tensors that are int32 at every launch."""
+        `elements`: of the largest tensor. `typed`: tensors of the same types at every launch, or
+        None at every launch."""
         if self.interpreted:
-            return self._by_triton(None, grid, (*tensors, *made, *specialized, *numbers), state)
+            return self._by_triton(None, grid, (*tensors, *typed, *specialized, *numbers), state)
         active: Any = driver.active
         current = active.get_current_device()
         if current != device >= 0:
             with torch.cuda.device(device):
                 return self(
-                    device, grid, elements, tensors, made, specialized, numbers, state
+                    device, grid, elements, tensors, typed, specialized, numbers, state
                 )  # fmt: skip
         pointers, kinds, bits = [], [], 0
         for tensor in tensors:
@@ -117,14 +118,15 @@ class Launch:
                 pointers.append(pointer := tensor.data_ptr())
                 kinds.append(tensor.dtype)
                 bits |= pointer
-        for tensor in made:
-            pointers.append(pointer := tensor.data_ptr())
-            bits |= pointer
+        for tensor in typed:
+            pointer = None if tensor is None else tensor.data_ptr()
+            pointers.append(pointer)
+            bits |= pointer or 0
         can_be_bound = bits % ALIGNMENT == 0 and elements < FEW_ELEMENTS
         variant = (current, specialized, state.variant, *kinds) if can_be_bound else None
         bound = self.bound.get(variant)
         if bound is None or _is_observed():
-            return self._by_triton(variant, grid, (*tensors, *made, *specialized, *numbers), state)
+            return self._by_triton(variant, grid, (*tensors, *typed, *specialized, *numbers), state)
         run, function, metadata, _ = bound
         run(*grid, 1, active.get_current_stream(current), function, metadata, None, None, None,
             *pointers, *specialized, *numbers, *state.addresses, *self.constants)  # fmt: skip

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu`: what recording costs on this machine's CUDA GPU."""
