@@ -29,7 +29,7 @@ INPUTS = frozenset(DERIVED) | frozenset(DECLARED)
 def values_of(counts: Counts, router: int, table: str) -> dict[str, float]:
     """Every metric of a table that is one number per router and needs no more than INPUTS, by
     column. NaN where a count is not known."""
-    values = {}
+    values = dict[str, float]()
     for m in metrics_of(table, INPUTS).values():
         arguments = {
             p: DERIVED[p](counts, router) if p in DERIVED else getattr(counts.of[router], p)
