@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from moe_inspect.text import first_line
 
+INSTALL_TRACE = "pip install 'moe-inspect[trace]'"  # the capture side is an extra
+
 
 class MoeInspectError(Exception):
     """Something the user can fix. The message is one line: the thing, the value, the way out; the

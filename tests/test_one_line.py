@@ -48,6 +48,7 @@ USUAL = {
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "verify": ["t"],
+    "doctor": ["--no-measure"],
     "export": ["t", "--format", "counts", "-o", "new.csv"],
     "simulate capacity": ["t"],
     "simulate placement": ["t", "--gpus", 2, "--policy", "contiguous"],

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_inspect.cli import compare, describe, export, import_, report, simulate, trace, verify
+from moe_inspect.cli import (
+    compare,
+    describe,
+    doctor,
+    export,
+    import_,
+    report,
+    simulate,
+    trace,
+    verify,
+)
 
 # of typer's own copy of click, which does not export the name
 UsageError: Any = typer.BadParameter.mro()[2]
@@ -27,6 +37,7 @@ app.command("describe")(describe.describe)
 app.command("import", cls=import_.ImportCommand)(import_.import_)
 app.command("verify")(verify.verify)
 app.command("export", cls=export.ExportCommand)(export.export)
+app.command("doctor")(doctor.doctor)
 app.add_typer(simulate.app, name="simulate")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from moe_inspect.errors import MoeInspectError
-
-INSTALL = "pip install 'moe-inspect[trace]'"
+from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 
 
 def need_torch() -> None:
@@ -13,7 +11,7 @@ def need_torch() -> None:
         import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise MoeInspectError(f"this needs {error.name}: {INSTALL}") from None
+        raise MoeInspectError(f"this needs {error.name}: {INSTALL_TRACE}") from None
 
 
 def quiet() -> None:

@@ -1,0 +1,275 @@
+"""What the kernels must compute, in NumPy, and the cases to compare them on. The module under test,
+`kernels`, is an argument: the tests pass broken ones too.
+
+T tokens, K slots, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+POISON = 77
+LANES = 3  # routers of the tape's ring; the second is tested
+BEFORE = (11, 5)  # cursor of the first lane, and rows dropped of the second, before the call
+
+
+class Mismatch(AssertionError):
+    """A kernel's result differs from the reference."""
+
+
+def require(holds: object, what: str) -> None:
+    if not holds:
+        raise Mismatch(what)
+
+
+@dataclass(frozen=True)
+class Case:
+    """skew      how uneven the load is: uniform, zipf, one-hot
+    launches     of a dispatch: 1, 2, 3, or None for as many as its size needs
+    ids          type of the ids; None: only weights, which are router logits, are recorded
+    weights      "float32 as float16": as given, and as recorded; "float16" for both; "none"
+    tape         where it is written: a key of `_start`, "beyond the limit", "disabled" or "none"
+    invalid_ids  whether some ids are no expert's
+    """
+
+    E: int
+    K: int
+    T: int
+    skew: str
+    launches: int | None
+    ids: torch.dtype | None
+    weights: str
+    tape: str
+    invalid_ids: bool
+    block: int | None = None  # slots per program
+    P: int = 256  # rows per page
+
+    def __str__(self) -> str:
+        parts = (f"E{self.E}", f"k{self.K}", f"T{self.T}", self.skew, self.launches, self.weights)
+        return "-".join(map(str, (*parts, self.tape))).replace(" ", "_")
+
+    @property
+    def given(self) -> torch.dtype | None:
+        """The type of the weights."""
+        name = self.weights.split(" as ")[0]
+        return None if name == "none" else getattr(torch, name)
+
+    @property
+    def recorded(self) -> torch.dtype | None:
+        """The type that weights are rounded to on the tape."""
+        name = self.weights.split(" as ")[-1]
+        return None if name == "none" else getattr(torch, name)
+
+
+def choice(case: Case, seed: int = 0, device: Any = "cpu") -> tuple[Any, Tensor | None]:
+    """(ids, weights) [T, K] as a router of this kind makes them; ids None where the case has
+    none."""
+    generator = torch.Generator("cpu").manual_seed(seed + case.T * case.E + case.K)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device="cpu")
+
+    scores = drawn(case.T, case.E)
+    if case.skew == "zipf":
+        scores -= 0.05 * torch.arange(case.E, device="cpu")
+    elif case.skew == "one-hot":
+        scores[:, : case.K] += 2
+    ids = None
+    if case.ids is not None:
+        ids = scores.topk(case.K, dim=1).indices.to(case.ids)
+        if case.invalid_ids:
+            at = drawn(case.T, case.K)
+            ids[at < 0.1], ids[at > 0.95] = case.E, -1
+        ids = ids.to(device)
+    if case.given is None:
+        return ids, None
+    return ids, drawn(case.T, case.K).to(case.given).to(device)
+
+
+# --- record
+
+
+def _start(case: Case) -> int:
+    """The position of the tape at which the call is written."""
+    pages, P = _pages(case), case.P
+    return {
+        "in one page": 5 * pages * P,
+        "across the ring's end": (6 * pages - 1) * P + P - 3,
+    }.get(case.tape, 5 * pages * P + P - 3)
+
+
+def _pages(case: Case) -> int:
+    return -(-case.T // case.P) + 2
+
+
+def tape_for(kernels: ModuleType, case: Case, device: Any = "cpu") -> Any:
+    """A tape filled with POISON, one value longer than needed, to detect a write past the end; None
+    where the case has none."""
+    if case.tape == "none":
+        return None
+    pages, start, P = _pages(case), _start(case), case.P
+    room = case.T // 2 if case.tape == "beyond the limit" else pages * P
+    values = pages * P * LANES * case.K
+
+    def poisoned(dtype: torch.dtype) -> Tensor:
+        return torch.full((values + 1,), POISON, dtype=dtype, device=device)
+
+    def state(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return kernels.Tape(
+        None if case.ids is None else poisoned(torch.uint8 if case.E < 256 else torch.int16),
+        None if case.recorded is None else poisoned(case.recorded),
+        state([BEFORE[0], start, 13]),
+        state([0, BEFORE[1], 0]),
+        state([start + room]),
+        state([int(case.tape != "disabled")], torch.int32),
+        lane=1,
+        K=case.K,
+        experts=case.E,
+        base=P * case.K,
+        page_values=P * LANES * case.K,
+        P=P,
+        pages=pages,
+    )
+
+
+def check_tape(case: Case, tape: Any, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
+    """The tape holds the decisions at their positions, and is unchanged everywhere else."""
+    start, enabled = _start(case), case.tape != "disabled"
+    room = max(0, min(case.T, int(tape.limit) - start)) if enabled else 0
+    position = start + np.arange(room)
+    first_value = position // tape.P % tape.pages * tape.page_values + tape.base
+    at = (first_value + position % tape.P * tape.K)[:, None] + np.arange(tape.K)
+    if tape.ids is not None and ids_TK is not None:
+        ids = np.full(len(tape.ids), POISON)
+        given = ids_TK.cpu().numpy().astype(np.int64)
+        mark = 255 if case.E < 256 else -1
+        ids[at] = np.where((given >= 0) & (given < case.E), given, mark)[:room]
+        require((tape.ids.cpu().numpy() == ids).all(), "recorded ids")
+    if tape.weights is not None and weights_TK is not None:
+        weights = torch.full_like(tape.weights, POISON, device="cpu")
+        weights[torch.from_numpy(at)] = weights_TK[:room].cpu().to(tape.weights.dtype)
+        require(torch.equal(tape.weights.cpu(), weights), "recorded weights")
+    after = start + (case.T if enabled else 0)
+    require(tape.cursor.tolist() == [BEFORE[0], after, 13], "the cursor")
+    lost = case.T - room if enabled else 0
+    require(tape.dropped.tolist() == [0, BEFORE[1] + lost, 0], "the count of dropped rows")
+
+
+Record = Callable[[Any, "Tensor | None", "Tensor | None"], None]  # tape, ids, weights
+
+
+def check_record(kernels: ModuleType, case: Case, record: Record, device: Any = "cpu") -> None:
+    ids, weights = choice(case, device=device)
+    tape = tape_for(kernels, case, device)
+    if tape is not None:
+        record(tape, ids, weights)
+        check_tape(case, tape, ids, weights)
+
+
+# --- dispatch
+
+
+def check_grouping(case: Case, found: Any, ids_TK: Tensor) -> None:
+    """Counts, offsets, permutation, inverse and token against a stable sort by numpy."""
+    flat = ids_TK.cpu().numpy().reshape(-1)
+    kind = np.where((flat >= 0) & (flat < case.E), flat, case.E)
+    order = np.argsort(kind, kind="stable")
+    counts = np.bincount(kind, minlength=case.E + 1)[: case.E]
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    expected = (
+        counts,
+        np.concatenate([[0], counts.cumsum()]),
+        order,
+        inverse,
+        order // max(1, case.K),
+    )
+    for name, got, want in zip(found._fields, found, expected, strict=True):
+        require(got.dtype == torch.int32, f"the type of {name}")
+        require(got.tolist() == want.tolist(), name)
+
+
+Group = Callable[[Tensor, "Tensor | None", int, Any], Any]  # ids, weights, experts, tape
+
+
+def check_dispatch(kernels: ModuleType, case: Case, dispatch: Group, device: Any = "cpu") -> None:
+    ids, weights = choice(case, device=device)
+    tape = tape_for(kernels, case, device)
+    poison = [t.fill_(POISON * 1000) for t in kernels.empty_dispatch(ids, case.E)]
+    del poison  # a GPU's allocator hands out the same memory again: what is not written shows
+    found = dispatch(ids, weights, case.E, tape)
+    check_grouping(case, found, ids)
+    if tape is not None:
+        check_tape(case, tape, ids, weights)
+
+
+# --- combine
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Outputs of experts, and what their weighted sum must be."""
+
+    y_SH: Tensor
+    ids: Tensor
+    weights: Tensor
+    grouped: Any  # None: y is in slot order
+    want_TH: Tensor  # float64
+
+
+def rows_of(
+    kernels: ModuleType, case: Case, grouped: bool, H: int, dtype: torch.dtype, device: Any = "cpu"
+) -> Rows:
+    """Where `grouped`, rows of slots without an expert hold NaN and count as zero."""
+    ids, weights = choice(case)
+    assert weights is not None
+    generator = torch.Generator("cpu").manual_seed(1)
+    y_SH = torch.randn(case.T * case.K, H, generator=generator, device="cpu").to(dtype)
+    order = kernels.dispatch_torch(ids, None, case.E)
+    slots = y_SH.double()
+    if grouped:
+        y_SH[int(order.offsets[-1]) :] = float("nan")
+        inside = ((ids >= 0) & (ids < case.E)).reshape(-1, 1)
+        slots = torch.where(inside, y_SH.double()[order.inverse.long()], 0.0)
+    want = (slots.view(case.T, case.K, H) * weights.double().unsqueeze(-1)).sum(1)
+    groups = type(order)(*(t.to(device) for t in order)) if grouped else None
+    return Rows(y_SH.to(device), ids.to(device), weights.to(device), groups, want)
+
+
+# y, ids, weights, grouped, dtype of the result, experts, tape → [T, H]
+Combine = Callable[[Tensor, Tensor, Tensor, Any, torch.dtype, int, Any], Tensor]
+
+
+def check_combine(
+    kernels: ModuleType, case: Case, combine: Combine, rows: Rows, dtype: torch.dtype
+) -> None:
+    """A weighted sum against float64; `dtype`: of the result. The tape of the case is written too,
+    where the rows are in slot order."""
+    device = rows.y_SH.device
+    tape = tape_for(kernels, case, device) if rows.grouped is None else None
+    got = combine(rows.y_SH, rows.ids, rows.weights, rows.grouped, dtype, case.E, tape)
+    require(got.dtype == dtype, "the type of the sum")
+    coarsest = max((rows.y_SH.dtype, rows.weights.dtype, dtype), key=lambda d: torch.finfo(d).eps)
+    assert_close(got.cpu(), rows.want_TH, coarsest)
+    if tape is not None:
+        check_tape(case, tape, rows.ids, rows.weights)
+
+
+def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """Requires that the maximum and root mean square error, relative to the values' root mean
+    square, are within a few roundings in `dtype`."""
+    error, scale = got.double() - want, want.square().mean().sqrt()
+    unit = torch.finfo(dtype).eps
+    require(error.isfinite().all(), "a sum that is not finite")
+    largest, rms = error.abs().max(), error.square().mean().sqrt()
+    require(largest <= 16 * unit * scale, f"max {largest / scale:.2e}")
+    require(rms <= 2 * unit * scale, f"rms {rms / scale:.2e}")

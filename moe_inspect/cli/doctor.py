@@ -1,0 +1,79 @@
+"""`moe-inspect doctor`: what this machine can record, and what that costs on it."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_inspect.cli.emit import to_stdout
+from moe_inspect.cli.needs import quiet
+from moe_inspect.cli.trace import Dtype
+from moe_inspect.text import printable
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help='Also measure this model: a hub id, a directory, or "demo".', show_default=False
+        ),
+    ] = None,
+    directory: Annotated[
+        Path, typer.Option(help="The directory that traces are to be written to.")
+    ] = Path(),
+    measure: Annotated[
+        bool, typer.Option(help="Measure costs and speeds too, which takes seconds.")
+    ] = True,
+    device: Annotated[
+        str, typer.Option(help="Of the model: auto (cuda where there is one), cpu, cuda:1, …")
+    ] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the model; auto: as the checkpoint is stored.")
+    ] = Dtype.auto,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
+    ] = False,
+    random_init: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            help="Initialise the weights at random with this seed instead of reading them.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
+) -> None:
+    """Show what this machine can record, and what that costs.
+
+    One page to paste into a bug report: versions, devices, which captures are possible, speeds.
+    With a model, the measured speed of its forward passes traced and untraced. Names no user, host
+    or path."""
+    if find_spec("transformers") is not None:
+        quiet()
+    from moe_inspect.doctor.examine import examine
+    from moe_inspect.doctor.page import page
+
+    facts = examine(
+        model,
+        directory,
+        measure,
+        device=device,
+        dtype=str(dtype),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        random_init=random_init,
+    )
+    with to_stdout():
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            print("\n".join(printable(line) for line in page(facts).split("\n")))

@@ -1,0 +1,1 @@
+"""What this machine can record, and what recording costs on it: `moe-inspect doctor`."""

@@ -1,0 +1,110 @@
+"""The page that `moe-inspect doctor` prints: sections of lines, name and value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from moe_inspect.text import format_ratio, plural
+
+Line = tuple[str, str]
+NAME = 28  # width of the names' column
+
+
+def page(facts: Mapping[str, Any]) -> str:
+    """Plain text of at most 100 columns, to be pasted into a bug report."""
+    sections: list[tuple[str, Iterable[Line]]] = [
+        ("versions", ((name, found or "–") for name, found in facts["versions"].items())),
+        ("machine", _machine(facts)),
+        ("what can be recorded", map(_capture, facts["captures"])),
+    ]
+    if "costs" in facts:
+        sections.append(("what recording costs the host", _costs(facts["costs"])))
+    if "model" in facts:
+        sections += _model(facts["model"])
+    blocks = [f"moe-inspect doctor, {facts['date']}"]
+    for title, lines in sections:
+        blocks.append("\n".join([title, *(f"  {name:<{NAME}}{value}" for name, value in lines)]))
+    return "\n\n".join(blocks)
+
+
+def _machine(facts: Mapping[str, Any]) -> Iterator[Line]:
+    system, disk = facts["system"], facts["directory"]
+    yield "system", system["platform"]
+    yield "processor", f"{system['processor']}, {plural(system['cores'], 'core')}"
+    if system["memory_bytes"]:
+        yield "memory", _bytes(system["memory_bytes"])
+    for device in facts["devices"]:
+        yield device["device"], _device(device)
+    speed = disk.get("write_bytes_per_s")
+    parts = [disk["filesystem"], f"{_bytes(disk['free_bytes'])} free"]
+    parts += [f"writes {_rate(speed)}"] if speed else []
+    yield "directory of traces", ", ".join(part for part in parts if part)
+
+
+def _device(device: Mapping[str, Any]) -> str:
+    if device["device"] == "cpu":
+        return plural(device["threads"], "thread") + " of torch"
+    return ", ".join(
+        [
+            device["name"],
+            _bytes(device["memory_bytes"]),
+            device["architecture"],
+            f"driver {device['driver'] or 'unknown'}",
+        ]
+    )
+
+
+def _capture(row: Mapping[str, Any]) -> Line:
+    answer = "yes" if row["possible"] else "no"
+    return row["capture"], f"{answer}: {row['note']}" if row["note"] else answer
+
+
+def _costs(costs: Mapping[str, Any]) -> Iterator[Line]:
+    for name, us in costs["record_on_cpu_us"].items():
+        yield f"router call, {name}", f"{us:.1f} µs of CPU time"
+    for name, us in costs["launch_us"].items():
+        yield f"launch, {name}", f"{us:.1f} µs"
+    if costs["copy_bytes_per_s"]:
+        yield "copy to pinned memory", _rate(costs["copy_bytes_per_s"])
+    if not costs["launch_us"]:
+        yield "kernel launches", "not measured: no GPU"
+        yield "copy to pinned memory", "not measured: no GPU"
+
+
+def _model(model: Mapping[str, Any]) -> Iterator[tuple[str, Iterable[Line]]]:
+    shape = f"{plural(model['routers'], 'router')}, {model['top_k']} of {model['experts']} experts"
+    facts = [
+        ("model", f"{model['id'] or 'of a directory'} ({model['class']})"),
+        ("parameters", f"{model['parameters']:,} {model['dtype']} on {model['device']}"),
+        ("routers", shape),
+    ]
+    yield "the model", [*facts, *map(_capture, model["captures"]), ("auto is", model["auto"])]
+    if "speed" in model:
+        clock = "cpu" if model["device"] == "cpu" else "wall"
+        by = "CPU time of one thread" if clock == "cpu" else "the clock"
+        lines = [line for row in model["speed"] for line in _speed(row, clock)]
+        yield f"traced ÷ untraced tokens/s, by {by}", lines
+
+
+def _speed(row: Mapping[str, Any], clock: str) -> Iterator[Line]:
+    if "not_measured" in row:
+        yield row["phase"], f"not measured: {row['not_measured']}"
+        return
+    ratios = [
+        f"{name} {format_ratio(ratio[clock])}"
+        for name, ratio in row["traced_over_untraced"].items()
+    ]
+    rate = row["tokens"] / row["seconds"]["untraced"][clock]
+    yield row["phase"], f"{', '.join(ratios)}; untraced {rate:,.0f} tokens/s"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 2**20:.0f} MiB"
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s / 1e9:.1f} GB/s" if per_s >= 1e9 else f"{per_s / 1e6:.0f} MB/s"

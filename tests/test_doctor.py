@@ -1,0 +1,140 @@
+"""`moe-inspect doctor`: the page and its JSON, without torch, with a model, and what is not in
+them."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_inspect.doctor import machine, model, traced_speed
+from moe_inspect.doctor.page import page
+from moe_inspect.errors import MoeInspectError
+from tests.conftest import ROOT, Cli
+from tests.families import build
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traced_speed, "ROUNDS", 1)
+    monkeypatch.setattr(traced_speed, "BLOCK_SECONDS", 0.0)
+
+
+def test_the_page_names_versions_devices_and_captures(cli_here: Cli) -> None:
+    text = cli_here("doctor", "--no-measure").stdout
+    for name in ("moe-inspect", "torch", "transformers", "pyarrow"):
+        assert f"  {name:<28}{machine.version_of(name)}\n" in text
+    assert "tap                         yes" in text
+    if not torch.cuda.is_available():
+        assert "Triton kernels              no: " in text
+    assert "free" in text
+    assert "not measured" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_json_holds_what_the_page_shows(cli_here: Cli) -> None:
+    facts = json.loads(cli_here("doctor", "--no-measure", "--json").stdout)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["devices"][0]["device"] == "cpu"
+    assert all(row["possible"] or row["note"] for row in facts["captures"])
+    assert {"costs", "model"}.isdisjoint(facts)
+    assert page(facts) + "\n" == cli_here("doctor", "--no-measure").stdout
+
+
+def test_nothing_private_is_shown(cli_here: Cli, tmp_path: Path) -> None:
+    (tmp_path / "secret-project").mkdir()
+    shown = cli_here("doctor", "--no-measure", "--json", "--directory", "secret-project").stdout
+    names = {getpass.getuser(), socket.gethostname(), "secret-project", str(tmp_path), str(ROOT)}
+    values = {value for key, value in os.environ.items() if "PATH" in key or "TOKEN" in key}
+    assert "platform" in shown
+    assert [name for name in names | values if len(name) > 3 and name in shown] == []
+
+
+def test_without_torch_it_says_what_is_possible_all_the_same(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide/torch.py").write_text(
+        'raise ModuleNotFoundError("No module named torch", name="torch")'
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'hide'}:{ROOT}"}
+    text = cli("doctor", env=environment).stdout
+    assert "no: torch is not installed: pip install 'moe-inspect[trace]'" in text
+    assert "reports and simulations     yes" in text
+    assert "MB/s" in text or "GB/s" in text
+    done = cli("doctor", "demo", check=1, env=environment)
+    assert done.stderr == "error: this needs torch: pip install 'moe-inspect[trace]'\n"
+
+
+def test_what_cannot_be_found_or_written_is_one_line(cli_here: Cli, tmp_path: Path) -> None:
+    for arguments, says in (
+        (("--directory", "none"), "error: cannot write none: No such file or directory\n"),
+        (("./none",), "error: no model at ./none: "),
+    ):
+        done = cli_here("doctor", "--no-measure", *arguments, check=1)
+        assert done.stderr.startswith(says)
+        assert done.stderr.count("\n") == 1
+        assert not done.stdout
+
+
+def test_with_a_model_prefill_and_decode_are_measured(cli_here: Cli, quick: None) -> None:
+    facts = json.loads(cli_here("doctor", "demo", "--json").stdout)
+    shown = facts["model"]
+    assert (shown["id"], shown["routers"], shown["experts"], shown["top_k"]) == ("demo", 4, 8, 2)
+    assert [row["phase"].split(",")[0] for row in shown["speed"]] == ["prefill", *["decode"] * 2]
+    for row in shown["speed"]:
+        assert list(row["traced_over_untraced"]) == ["tap", "dispatch", "counts only"]
+        for name, ratio in row["traced_over_untraced"].items():
+            of, traced = row["seconds"]["untraced"], row["seconds"][name]
+            assert ratio == {k: pytest.approx(of[k] / traced[k]) for k in ("wall", "cpu")}
+            assert of["cpu"] > 0
+    assert set(facts["costs"]["record_on_cpu_us"]) == {"tap", "dispatch", "counts only"}
+    text = page(facts)
+    assert "tap 0." in text or "tap 1." in text
+    assert "kernel launches             not measured: no GPU" in text or torch.cuda.is_available()
+
+
+def test_the_time_of_a_recorder_is_in_the_traced_time(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A positive control: with a recorder that is slow on purpose, traced is slower."""
+    network = build("qwen3_moe")
+    phase = traced_speed.prefill_phase(network, torch.arange(8).view(2, 4))
+    original = traced_speed.Recorder.begin
+
+    def slow(recorder: Any) -> None:
+        begun = traced_speed.time.process_time()
+        while traced_speed.time.process_time() - begun < 0.2:
+            pass
+        original(recorder)
+
+    monkeypatch.setattr(traced_speed.Recorder, "begin", slow)
+    found = traced_speed.timed(network, phase, ["tap"])
+    assert found["tap"].cpu > 0.2
+    assert found["tap"].cpu > found["untraced"].cpu + 0.1
+
+
+def test_what_a_model_cannot_record_has_its_reason() -> None:
+    network = build("jetmoe")  # not on the experts interface
+    rows = {r["capture"]: r for r in model.captures_of(network, model.find_routers(network))}
+    assert rows["tap"]["possible"]
+    assert not rows["dispatch"]["possible"]
+    assert "use --capture tap" in rows["dispatch"]["note"]
+    network.get_submodule("model").layers = torch.nn.ModuleList()
+    with pytest.raises(MoeInspectError, match="no routers"):
+        model.find_routers(network)
+
+
+def test_a_model_without_a_cache_has_no_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MoeInspectError("returns no key-value cache")
+
+    monkeypatch.setattr(traced_speed, "cache_of", refuse)
+    network = build("qwen3_moe")
+    phase = traced_speed.decode_phase(network, torch.arange(4).view(1, 4))
+    row = model._speed(network, phase, ["tap"])
+    assert row["not_measured"] == "returns no key-value cache"
