@@ -22,7 +22,8 @@ import torch
 from triton.runtime import driver
 
 from benchmarks.measuring import machine, write_results
-from moe_inspect.capture.hook import kernels, launch, ring
+from moe_inspect.capture.hook import launch
+from moe_inspect.doctor.kernels import calls
 from tests.fake_driver import FakeDriver
 
 ROUNDS, LAUNCHES = 15, 1000
@@ -32,30 +33,6 @@ AT_MOST = {
     "dispatch + record, 3 launches": 14,
     "combine": 4,
 }
-
-
-def calls() -> dict[str, Callable[[], object]]:
-    """What is measured: the functions that the hooks call on a GPU, with a decode step's 8 tokens
-    or, in several launches, with 8192."""
-    E, K, H = 64, 8, 2048
-    tape = ring.Ring(torch.device("cpu"), [K], [E], torch.bfloat16, rows=8192).tapes[0]
-
-    def choice(T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randint(0, E, (T, K)), torch.rand(T, K).to(torch.bfloat16)
-
-    def dispatch(T: int, launches: int) -> Callable[[], object]:
-        ids, weights = choice(T)
-        return lambda: kernels.dispatch_triton(ids, weights, E, tape, launches=launches)
-
-    ids, weights = choice(8)
-    y_SH = torch.rand(8 * K, H).to(torch.bfloat16)
-    return {
-        "record": lambda: kernels.record_triton(tape, ids, weights),
-        "dispatch + record, 1 launch": dispatch(8, 1),
-        "dispatch + record, 2 launches": dispatch(8192, 2),
-        "dispatch + record, 3 launches": dispatch(8192, 3),
-        "combine": lambda: kernels.combine_triton(y_SH, ids, weights, None, torch.bfloat16, E),
-    }
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -77,7 +54,7 @@ def unbound_microseconds(call: Callable[[], object]) -> float:
 def measure() -> dict[str, dict[str, float]]:
     driver.set_active(FakeDriver())  # type: ignore[arg-type]
     found = {}
-    for name, call in calls().items():
+    for name, call in calls(torch.device("cpu")).items():
         call()  # compiles and binds
         rounds = [(microseconds(call), unbound_microseconds(call)) for _ in range(ROUNDS)]
         bound, by_triton = (round(min(times), 2) for times in zip(*rounds, strict=True))

@@ -19,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = (
     "1"  # kernels called by name run on the CPU; everything else uses the torch references
 )
+os.environ["MOE_INSPECT_SELFCHECK"] = "0"  # test_selfcheck tests it
 
 import pytest
 

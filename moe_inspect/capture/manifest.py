@@ -10,18 +10,28 @@ from typing import Any
 
 import torch
 
+from moe_inspect.capture.hook.kernels import SELF_CHECK
+from moe_inspect.capture.hook.selfcheck.check import device_name
 from moe_inspect.trace.manifest import process_start
 
 
 def capture_facts(model: Any, mode: str) -> dict[str, Any]:
-    """The manifest's section `capture`: mode, device, dtype, versions and command."""
+    """The manifest's section `capture`: mode, device, dtype, versions, command and what the
+    self-check has found so far."""
     parameter = next(model.parameters())
     return {
         "mode": mode,
-        "device": ", ".join(dict.fromkeys(_device_name(p.device) for p in model.parameters())),
+        "device": ", ".join(dict.fromkeys(device_name(p.device) for p in model.parameters())),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         **process_facts([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **selfcheck_facts(),
     }
+
+
+def selfcheck_facts() -> dict[str, Any]:
+    """What the self-check has found in this process, where kernels ran."""
+    found = SELF_CHECK.summary()
+    return {"selfcheck": found} if found else {}
 
 
 def process_facts(command: list[str]) -> dict[str, Any]:
@@ -43,10 +53,6 @@ def process_facts(command: list[str]) -> dict[str, Any]:
         "process_start": process_start(os.getpid()),
         "host": socket.gethostname(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _own_version() -> str:

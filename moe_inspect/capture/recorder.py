@@ -20,6 +20,7 @@ from moe_inspect.capture.hook.call_inputs import Rows
 from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
 from moe_inspect.capture.hook.pass_inputs import PassInputs
 from moe_inspect.capture.hook.stack import Stack
+from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.open_trace import Session, TraceOpener
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
@@ -124,6 +125,7 @@ class Recorder:
         finally:
             try:
                 if self.writer is not None:
+                    self.writer.at_close["capture"] = selfcheck_facts()
                     self.writer.close(status, quiet=status != "complete")
             finally:
                 self._opener.release()

@@ -26,7 +26,7 @@ def doctor(
         Path, typer.Option(help="The directory that traces are to be written to.")
     ] = Path(),
     measure: Annotated[
-        bool, typer.Option(help="Measure costs and speeds too, which takes seconds.")
+        bool, typer.Option(help="Check the kernels and measure speeds too, which takes seconds.")
     ] = True,
     device: Annotated[
         str, typer.Option(help="Of the model: auto (cuda where there is one), cpu, cuda:1, …")

@@ -1,5 +1,5 @@
 """What recording costs the host on this machine, whatever the model: a launch of each Triton
-kernel, a router call on the CPU, the copy of a page to pinned memory."""
+kernel, a router call on the CPU, a copy to pinned memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moe_inspect.doctor.kernels import launch_us
 from moe_inspect.doctor.traced_speed import CAPTURES, decode_phase, timed
 
 LAYERS, EXPERTS, TOP_K = 24, 16, 8
@@ -18,7 +19,7 @@ def measured() -> dict[str, Any]:
     """All of them; what needs a GPU is empty or None without one."""
     return {
         "record_on_cpu_us": record_on_cpu(),
-        "launch_us": {},
+        "launch_us": launch_us(),
         "copy_bytes_per_s": copy_bandwidth(),
     }
 

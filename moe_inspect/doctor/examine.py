@@ -17,7 +17,7 @@ def examine(
     """Facts about this machine and, with `model`, about recording that model on it.
 
     directory  where traces are to be written
-    measure    whether to measure speeds too, which takes seconds
+    measure    whether to check the kernels and to measure speeds too, which takes seconds
     options    of the model: device, dtype, revision, trust_remote_code, random_init
     """
     able = missing_for_capture() is None
@@ -42,6 +42,8 @@ def examine(
 
 def _of_recording(measure: bool) -> dict[str, Any]:
     """What needs torch."""
-    from moe_inspect.doctor import costs
+    if not measure:
+        return {}
+    from moe_inspect.doctor import costs, kernels
 
-    return {"costs": costs.measured()} if measure else {}
+    return {"selfcheck": kernels.selfchecks(), "costs": costs.measured()}

@@ -18,6 +18,8 @@ def page(facts: Mapping[str, Any]) -> str:
         ("machine", _machine(facts)),
         ("what can be recorded", map(_capture, facts["captures"])),
     ]
+    if "selfcheck" in facts:
+        sections.append(("self-check of the Triton kernels", _selfcheck(facts["selfcheck"])))
     if "costs" in facts:
         sections.append(("what recording costs the host", _costs(facts["costs"])))
     if "model" in facts:
@@ -60,6 +62,25 @@ def _capture(row: Mapping[str, Any]) -> Line:
     return row["capture"], f"{answer}: {row['note']}" if row["note"] else answer
 
 
+def _selfcheck(rows: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
+    """A line per kernel and GPU, and one per variant that is wrong."""
+    device = None
+    for row in rows:
+        if row["device"] != device:
+            device = row["device"]
+            yield "on", device
+        yield row["kernel"], _verdict(row)
+        for variant, wrong in (row["wrong"] or {}).items():
+            yield "", f"{wrong} ({variant})"
+    if device is None:
+        yield "no GPU", "torch does their work"
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    checked = f"{plural(row['variants'], 'variant')} in {row['ms']:,.0f} ms"
+    return f"WRONG: torch does its work ({checked})" if row["wrong"] else f"right ({checked})"
+
+
 def _costs(costs: Mapping[str, Any]) -> Iterator[Line]:
     for name, us in costs["record_on_cpu_us"].items():
         yield f"router call, {name}", f"{us:.1f} µs of CPU time"
@@ -68,7 +89,8 @@ def _costs(costs: Mapping[str, Any]) -> Iterator[Line]:
     if costs["copy_bytes_per_s"]:
         yield "copy to pinned memory", _rate(costs["copy_bytes_per_s"])
     if not costs["launch_us"]:
-        yield "kernel launches", "not measured: no GPU"
+        yield "launch of a kernel", "not measured: no GPU"
+    if not costs["copy_bytes_per_s"]:
         yield "copy to pinned memory", "not measured: no GPU"
 
 
@@ -79,7 +101,9 @@ def _model(model: Mapping[str, Any]) -> Iterator[tuple[str, Iterable[Line]]]:
         ("parameters", f"{model['parameters']:,} {model['dtype']} on {model['device']}"),
         ("routers", shape),
     ]
-    yield "the model", [*facts, *map(_capture, model["captures"]), ("auto is", model["auto"])]
+    checked = [(f"kernel {name}", found) for name, found in model["selfcheck"].items()]
+    captures = map(_capture, model["captures"])
+    yield "the model", [*facts, *captures, ("auto is", model["auto"]), *checked]
     if "speed" in model:
         clock = "cpu" if model["device"] == "cpu" else "wall"
         by = "CPU time of one thread" if clock == "cpu" else "the clock"

@@ -90,9 +90,7 @@ def _grouped(
         self, hidden_SH if beyond_S1 is None else hidden_SH.masked_fill(beyond_S1, 0.0), linear
     )
     if one_pass:
-        return kernels.combine_triton(
-            y_SH, ids_TK, weights_TK, grouped, hidden_TH.dtype, self.num_experts
-        )
+        return kernels.combine(y_SH, ids_TK, weights_TK, grouped, hidden_TH.dtype, self.num_experts)
     return kernels.combine_torch(y_SH, weights_TK, grouped.inverse).to(hidden_TH.dtype)
 
 
@@ -119,7 +117,7 @@ def _copied(
 
     y_SH = _mlp(self, hidden_TH.repeat_interleave(ids_TK.shape[1], dim=0), linear)
     if _in_one_pass(hidden_TH):
-        return kernels.combine_triton(
+        return kernels.combine(
             y_SH, ids_TK, weights_TK, None, hidden_TH.dtype, self.num_experts, tape
         )
     if tape is not None:

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.hook.selfcheck.check import SelfCheck
+
 try:
     import triton
     import triton.language as tl
@@ -114,10 +116,20 @@ class Tape:
         )
         return state(tape, self.lane)
 
+    @cached_property
+    def kind(self) -> int:
+        """Equal for tapes that the kernels are compiled alike for."""
+        weights = self.weights.dtype if self.weights is not None else None
+        facts = self.cursor.device, self.experts, self.K, self.ids is None, weights, self.P
+        return _kinds.setdefault(facts, len(_kinds))
+
     def part(self, tensor: Tensor, page: int) -> Tensor:
         """View [P, K] of this router's part of page `page` of `tensor`."""
         start = page * self.page_values + self.base
         return tensor[start : start + self.P * self.K].view(self.P, self.K)
+
+
+_kinds: dict[Any, int] = {}
 
 
 class Dispatch(NamedTuple):
@@ -133,6 +145,10 @@ class Dispatch(NamedTuple):
 
 def runs_triton(tensor: Tensor) -> bool:
     return triton is not None and tensor.is_cuda
+
+
+# of each variant of a kernel, the first time that it is to run on a device
+SELF_CHECK = SelfCheck(__name__)
 
 
 # --- record: writes decisions without dispatching
@@ -151,10 +167,15 @@ def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None
 
 
 def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    if runs_triton(tape.cursor):
+    if not runs_triton(tape.cursor):
+        (record_on_device if tape.cursor.is_cuda else record_torch)(tape, ids_TK, weights_TK)
+        return
+    fed = ids_TK if ids_TK is not None else weights_TK
+    launches = 1 if fed.numel() <= RECORD_BLOCK else 2
+    if SELF_CHECK.record(tape, ids_TK, weights_TK, launches):
         record_triton(tape, ids_TK, weights_TK)
     else:
-        record_torch(tape, ids_TK, weights_TK)
+        record_on_device(tape, ids_TK, weights_TK)
 
 
 def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
@@ -180,6 +201,33 @@ def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -
     tape.cursor[tape.lane] += T
     if room < T:
         tape.dropped[tape.lane] += T - room
+
+
+def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
+    """`record_torch` for a GPU: the host reads nothing from it, and so does not wait, and a CUDA
+    graph can hold it."""
+    T = len(ids_TK if ids_TK is not None else weights_TK)
+    if T == 0:
+        return
+    device, lane = tape.cursor.device, slice(tape.lane, tape.lane + 1)
+    at, enabled = tape.cursor[lane], tape.enabled.long()
+    room = (tape.limit - at).clamp(0, T) * enabled
+    # rows that do not fit write the last row that does once more; if none does, what is there
+    source_T = torch.minimum(torch.arange(T, device=device), (room - 1).clamp(min=0))
+    row_T = (at + source_T) % (tape.P * tape.pages)
+    first_T = row_T // tape.P * tape.page_values + tape.base + row_T % tape.P * tape.K
+    offset_TK = first_T.unsqueeze(1) + torch.arange(tape.K, device=device)
+
+    def write(to: Tensor, values_TK: Tensor) -> None:
+        to[offset_TK] = torch.where(room > 0, values_TK[source_T].to(to.dtype), to[offset_TK])
+
+    if tape.ids is not None and ids_TK is not None:
+        outside_TK = (ids_TK < 0) | (ids_TK >= tape.experts)
+        write(tape.ids, ids_TK.long().masked_fill(outside_TK, tape.null_id))
+    if tape.weights is not None and weights_TK is not None:
+        write(tape.weights, weights_TK)
+    tape.cursor[lane] += T * enabled
+    tape.dropped[lane] += T * enabled - room
 
 
 if triton is not None:
@@ -309,9 +357,21 @@ def _dispatch(
     tape: Tape | None,
     out: Dispatch | None = None,
 ) -> Dispatch:
-    if runs_triton(ids_TK):
-        return dispatch_triton(ids_TK, weights_TK, experts, tape, out=out)
-    return dispatch_torch(ids_TK, weights_TK, experts, tape)
+    if not runs_triton(ids_TK):
+        dispatch_here = dispatch_on_device if ids_TK.is_cuda else dispatch_torch
+        return dispatch_here(ids_TK, weights_TK, experts, tape)
+    launches, block = dispatch_plan(ids_TK.numel(), experts)
+    if SELF_CHECK.dispatch(ids_TK, weights_TK, experts, tape, launches, block):
+        return dispatch_triton(ids_TK, weights_TK, experts, tape, launches, block, out)
+    return dispatch_on_device(ids_TK, weights_TK, experts, tape)
+
+
+def dispatch_plan(slots: int, experts: int) -> tuple[int, int]:
+    """How many launches a dispatch takes, and the slots per program."""
+    if slots <= ONE_LAUNCH:
+        return 1, ONE_LAUNCH
+    block = slots_per_program(slots)
+    return 2 if -(-slots // block) * experts <= TWO_LAUNCHES else 3, block
 
 
 def dispatch_torch(
@@ -319,6 +379,19 @@ def dispatch_torch(
 ) -> Dispatch:
     if tape is not None:
         record_torch(tape, ids_TK, weights_TK)
+    return _sorted(ids_TK, experts)
+
+
+def dispatch_on_device(
+    ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None
+) -> Dispatch:
+    """`dispatch_torch` for a GPU, without waiting for it."""
+    if tape is not None:
+        record_on_device(tape, ids_TK, weights_TK)
+    return _sorted(ids_TK, experts)
+
+
+def _sorted(ids_TK: Tensor, experts: int) -> Dispatch:
     flat = ids_TK.reshape(-1)
     flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
     ordered, order = torch.sort(flat, stable=True)
@@ -488,8 +561,7 @@ if triton is not None:
         device, ids = ids_TK.get_device(), ids_TK.contiguous()
         weights = weights_TK.contiguous() if weights_TK is not None else None
         arguments = _arguments(tape, K, ids_TK, weights_TK)
-        if launches is None and S <= ONE_LAUNCH:
-            launches = 1
+        launches = launches or dispatch_plan(S, experts)[0]
         if launches == 1:
             assert S <= ONE_LAUNCH
             _one_launch(K, experts, ONE_LAUNCH, CHUNK)(
@@ -497,8 +569,7 @@ if triton is not None:
             )
             return out
         block = block or slots_per_program(S)
-        blocks = -(-S // block)
-        scanned = launches == 3 or (launches is None and blocks * experts > TWO_LAUNCHES)
+        blocks, scanned = -(-S // block), launches == 3
         partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
         _count_launch(K, experts, block)(
             device, (blocks, 1), S, (ids, weights), (partial,), (experts,), (T,), arguments
@@ -608,6 +679,32 @@ if triton is not None:
             _arguments(tape, K, ids, weights),
         )  # fmt: skip
         return out
+
+
+def combine(
+    y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
+    tape: Tape | None = None,
+) -> Tensor:  # fmt: skip
+    """`combine_triton`, or the same in torch where the kernel is not to be trusted."""
+    given = ids_TK, weights_TK, grouped, dtype, experts, tape
+    if SELF_CHECK.combine(y_SH, ids_TK, weights_TK, grouped is not None, dtype, experts, tape):
+        return combine_triton(y_SH, *given)
+    return combine_on_device(y_SH, *given)
+
+
+def combine_on_device(
+    y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
+    tape: Tape | None = None,
+) -> Tensor:  # fmt: skip
+    """What `combine_triton` does, in torch."""
+    inverse = None
+    if grouped is not None:
+        place = torch.arange(len(y_SH), device=y_SH.device)
+        y_SH = y_SH.masked_fill((place >= grouped.offsets[-1]).unsqueeze(1), 0.0)
+        inverse = grouped.inverse
+    if tape is not None:
+        record_on_device(tape, ids_TK, weights_TK)
+    return combine_torch(y_SH, weights_TK, inverse).to(dtype)
 
 
 # --- the same as custom operators, which torch.compile does not trace into

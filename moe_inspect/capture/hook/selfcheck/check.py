@@ -1,0 +1,299 @@
+"""The self-check: the first time that a variant of a kernel is to run on a device, its results are
+compared with the reference there, on awkward small cases. Where they differ, or the variant cannot
+be compiled, torch does its work, checked in the same way.
+
+MOE_INSPECT_SELFCHECK=0 checks nothing, =always checks in every process what an earlier one has
+checked; the default is 1.
+
+T tokens, K slots, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_inspect.capture.hook.selfcheck import memory
+from moe_inspect.capture.hook.selfcheck.reference import (
+    Case,
+    Mismatch,
+    check_combine,
+    check_dispatch,
+    check_record,
+    rows_of,
+)
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line, plural, print_stderr
+
+SWITCH = "MOE_INSPECT_SELFCHECK"
+TOKENS = (1, 7, 371)
+COMBINED = (1, 7, 37)  # as H multiplies them
+WIDTHS = (1040, 1037)  # H: of two programs, a multiple of 16 or not
+TAPES = {
+    1: ("in one page",),
+    7: ("across the ring's end", "disabled"),
+}  # of other numbers of tokens:
+EDGES = ("across pages", "beyond the limit")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is compiled: types, constants, and numbers that it is specialized on.
+
+    kernel    record, dispatch or combine
+    ids       type of the ids, None where only router logits are recorded
+    given     type of the weights
+    recorded  type of the weights on the tape, None without a tape
+    P         rows per page of the tape, 0 without one
+    launches  how many kernels do it: 1 to 3
+    block     of a dispatch: slots per program
+    y, out    of combine: types of the experts' outputs and of the sum
+    grouped   of combine: whether the rows are in the order of the experts
+    aligned   of combine: whether H is a multiple of 16
+    """
+
+    kernel: str
+    device: torch.device
+    E: int
+    K: int
+    ids: torch.dtype | None
+    given: torch.dtype | None
+    recorded: torch.dtype | None
+    P: int
+    launches: int = 1
+    block: int | None = None
+    y: torch.dtype | None = None
+    out: torch.dtype | None = None
+    grouped: bool = False
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        weights = "no weights" if self.given is None else f"{_name(self.given)} weights"
+        parts = [f"{self.kernel} {self.K} of {self.E} experts", f"{_name(self.ids)} ids", weights]
+        parts += [f"recorded as {_name(self.recorded)} in {self.P}"] if self.P else []
+        parts += [f"{self.launches} launches of {self.block}"] if self.kernel == "dispatch" else []
+        parts += [f"{self.launches} launches"] if self.kernel == "record" else []
+        if self.kernel == "combine":
+            order = "grouped" if self.grouped else "in order"
+            parts += [f"{_name(self.y)} to {_name(self.out)}", order]
+            parts += [] if self.aligned else ["odd width"]
+        return ", ".join(parts)
+
+    def cases(self, kernels: Any) -> Iterator[Case]:
+        """Small shapes with ids of no expert, at the edges of pages, of the ring, and of the
+        limit."""
+        weights = "none"
+        if self.recorded is not None or self.kernel == "combine":
+            recorded = self.recorded if self.recorded is not None else self.given
+            weights = f"{_name(self.given)} as {_name(recorded)}"
+        for T in self._tokens(kernels):
+            for tape in TAPES.get(T, EDGES) if self.P else ("none",):
+                yield Case(
+                    self.E,
+                    self.K,
+                    T,
+                    "uniform",
+                    self.launches,
+                    self.ids,
+                    weights,
+                    tape,
+                    self._holds_invalid_ids(),
+                    self.block,
+                    self.P,
+                )
+
+    def _tokens(self, kernels: Any) -> list[int]:
+        if self.kernel == "record" and self.launches == 2:
+            return [max(TOKENS[-1], kernels.RECORD_BLOCK // self.K + 1)]
+        most = TOKENS[-1]
+        if self.kernel == "dispatch" and self.launches == 1:
+            most = kernels.ONE_LAUNCH // self.K
+        elif self.P and self.kernel != "dispatch":
+            most = kernels.RECORD_BLOCK // self.K
+        wanted = COMBINED if self.kernel == "combine" else TOKENS
+        return sorted({min(T, most) for T in wanted})
+
+    def _holds_invalid_ids(self) -> bool:
+        """Whether the type of the ids holds −1 and E."""
+        if self.ids is None:
+            return False
+        limits = torch.iinfo(self.ids)
+        return limits.min < 0 and limits.max >= self.E
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run(kernels: Any, variant: Variant, by_torch: bool) -> None:
+    """Raises Mismatch where the kernel, or with `by_torch` the torch code in its place, differs
+    from the reference."""
+    device, name = variant.device, variant.kernel
+    code = getattr(kernels, f"{name}_on_device" if by_torch else f"{name}_triton")
+    if name == "dispatch" and not by_torch:
+        code = functools.partial(code, launches=variant.launches, block=variant.block)
+    for case in variant.cases(kernels):
+        try:
+            if name == "record":
+                check_record(kernels, case, code, device)
+            elif name == "dispatch":
+                check_dispatch(kernels, case, code, device)
+            else:
+                assert variant.y is not None
+                assert variant.out is not None
+                H = WIDTHS[not variant.aligned]
+                rows = rows_of(kernels, case, variant.grouped, H, variant.y, device)
+                check_combine(kernels, case, code, rows, variant.out)
+        except Mismatch as error:
+            raise Mismatch(f"{error} of {plural(case.T, 'token')}, {case.tape}") from error
+
+
+class SelfCheck:
+    """Whether each variant is to be trusted on its device, in this process. `kernels`: the name of
+    the module."""
+
+    def __init__(self, kernels: str):
+        self._kernels = kernels
+        self._trusted: dict[Hashable, bool] = {}
+        self.found: dict[Variant, str] = {}  # "ok", "not checked", or what is wrong
+
+    # --- asked at every call: the keys hold what a variant is made from, and no more
+
+    def record(self, tape: Any, ids_TK: Any, weights_TK: Any, launches: int) -> bool:
+        ids = ids_TK.dtype if tape.ids is not None else None
+        key = tape.kind, ids, weights_TK.dtype if weights_TK is not None else None, launches
+        found = self._trusted.get(key)
+        if found is None:
+            variant = _of_tape("record", tape, ids, weights_TK)
+            found = self._first_use(key, variant(launches=launches))
+        return found
+
+    def dispatch(
+        self, ids_TK: Any, weights_TK: Any, E: int, tape: Any, launches: int, block: int
+    ) -> bool:
+        ids, K, key = ids_TK.dtype, ids_TK.shape[1], ()
+        if tape is None:
+            key = ids_TK.device, E, K, ids, launches, block
+        else:
+            key = tape.kind, ids, weights_TK.dtype, launches, block
+        found = self._trusted.get(key)
+        if found is None:
+            variant = functools.partial(
+                Variant, "dispatch", ids_TK.device, E, K, ids, None, None, 0
+            )
+            if tape is not None:
+                variant = _of_tape("dispatch", tape, ids, weights_TK)
+            found = self._first_use(key, variant(launches=launches, block=block))
+        return found
+
+    def combine(
+        self, y_SH: Any, ids_TK: Any, weights_TK: Any, grouped: bool, dtype: Any, E: int, tape: Any
+    ) -> bool:
+        ids, K, aligned = ids_TK.dtype, ids_TK.shape[1], y_SH.shape[1] % 16 == 0
+        kinds = y_SH.dtype, dtype, grouped, aligned
+        where = tape.kind if tape is not None else (y_SH.device, E, K)
+        key = where, ids, weights_TK.dtype, kinds
+        found = self._trusted.get(key)
+        if found is None:
+            variant = functools.partial(
+                Variant, "combine", y_SH.device, E, K, ids, weights_TK.dtype, None, 0
+            )
+            if tape is not None:
+                variant = _of_tape("combine", tape, ids, weights_TK)
+            made = variant(y=y_SH.dtype, out=dtype, grouped=grouped, aligned=aligned)
+            found = self._first_use(key, made)
+        return found
+
+    def _first_use(self, key: Hashable, variant: Variant) -> bool:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return self.found.get(variant, "ok") in FINE  # a graph must not hold the check
+        self._trusted[key] = True  # the check itself calls the kernel
+        found = self.found.get(variant)
+        if found is None:
+            try:
+                found = self.found[variant] = self._checked(variant)
+            except BaseException:
+                del self._trusted[key]
+                raise
+        self._trusted[key] = found in FINE
+        return self._trusted[key]
+
+    # --- the check
+
+    def _checked(self, variant: Variant) -> str:
+        """ "ok", "not checked", or what is wrong with the variant. MoeInspectError where torch is
+        wrong too."""
+        wanted = switch()
+        if wanted == "0":
+            return "not checked"
+        kernels = sys.modules[self._kernels]
+        place, name = memory.place_of(kernels, variant.device), str(variant)
+        if wanted == "1" and name in memory.passed(place):
+            return "ok"
+        wrong = wrong_with(kernels, variant, by_torch=False)
+        if wrong is None:
+            memory.remember(place, {name})
+            return "ok"
+        where = f"{variant.kernel} on {device_name(variant.device)}"
+        if (also := wrong_with(kernels, variant, by_torch=True)) is not None:
+            raise MoeInspectError(
+                f"{where}: the kernel {wrong}, and torch in its place {also} ({name}): record on "
+                'another device, and report it with the output of "moe-inspect doctor"'
+            )
+        print_stderr(
+            f"warning: {where}: the kernel {wrong} ({name}): torch does its work, more slowly; "
+            'please report it with the output of "moe-inspect doctor"'
+        )
+        return wrong
+
+    def summary(self) -> dict[str, str]:
+        """Kernel → "ok", "not checked", or why torch did its work; of those used in this
+        process."""
+        told: dict[str, str] = {}
+        for variant, found in self.found.items():
+            if found not in FINE:
+                found = f"done by torch: the kernel {found} ({variant})"
+            elif told.get(variant.kernel, "ok") != "ok":
+                continue
+            told[variant.kernel] = found
+        return told
+
+
+FINE = ("ok", "not checked")
+
+
+def switch() -> str:
+    """The value of MOE_INSPECT_SELFCHECK."""
+    wanted = os.environ.get(SWITCH) or "1"
+    if wanted not in ("0", "1", "always"):
+        raise MoeInspectError(f"{SWITCH}={wanted}: give 0, 1 or always")
+    return wanted
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _of_tape(kernel: str, tape: Any, ids: Any, weights_TK: Any) -> Any:
+    """A Variant of these, but for what differs between kernels."""
+    given = weights_TK.dtype if tape.weights is not None else None
+    recorded = tape.weights.dtype if tape.weights is not None else None
+    device, E, K = tape.cursor.device, tape.experts, tape.K
+    return functools.partial(Variant, kernel, device, E, K, ids, given, recorded, tape.P)
+
+
+def wrong_with(kernels: Any, variant: Variant, by_torch: bool) -> str | None:
+    """What is wrong with the results, or why there are none; None where they are right."""
+    try:
+        run(kernels, variant, by_torch)
+    except Mismatch as error:
+        return f"gives a wrong result: {error}"
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"cannot be run: {first_line(error)}"
+    return None

@@ -1,0 +1,48 @@
+"""`moe-inspect` with a kernel that is broken on purpose: `BROKEN=record python -m tests.broken
+trace …`. The kernels run in Triton's interpreter, as they would on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when it is imported
+
+from tests.mutation import changed_source
+
+NAME = "moe_inspect.capture.hook.kernels"
+# what is broken → a fragment of the kernels' source, and the wrong one
+BREAKS = {
+    "record": ("row % tape.P * K + i % K", "row % tape.P * K + (i + 1) % K"),
+    "dispatch": ("tl.store(token + place, i // K,", "tl.store(token + place, (i + 1) // K,"),
+    "combine": ("tl.load(weights + t * K + k)", "tl.load(weights + t * K)"),
+}
+
+
+def load(broken: str, place: Path) -> None:
+    """Puts broken kernels, whose source is written to `place`, where the package's are."""
+    spec = importlib.util.find_spec(NAME)
+    assert spec is not None
+    source: Any = SimpleNamespace(__file__=spec.origin, __name__=NAME)
+    file = place / "kernels.py"
+    file.write_text(changed_source(source, *BREAKS[broken]))
+    spec = importlib.util.spec_from_file_location(NAME, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[NAME] = sys.modules["moe_inspect.capture.hook"].kernels = module
+    spec.loader.exec_module(module)
+    module.runs_triton = lambda tensor: True
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        load(os.environ["BROKEN"], Path(place))
+        from moe_inspect.__main__ import main
+
+        main()

@@ -1,0 +1,271 @@
+"""The self-check: right kernels pass it once per device, a broken one is found, and recording goes
+on by torch and is exact."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.capture.hook import kernels
+from moe_inspect.capture.hook.selfcheck import check, memory, reference
+from moe_inspect.capture.hook.selfcheck.check import SWITCH, SelfCheck, Variant
+from moe_inspect.doctor.kernels import selfchecks_of
+from moe_inspect.doctor.page import page
+from moe_inspect.errors import MoeInspectError
+from tests.conftest import ROOT, Cli
+from tests.kernel_checks import choice, small_cases, tape_for
+
+if kernels.triton is None:
+    pytest.skip("no triton on this platform", allow_module_level=True)
+
+CPU = torch.device("cpu")
+CASE = reference.Case(
+    8, 2, 5, "uniform", None, torch.int64, "float32 as float16", "in one page", True
+)
+E, K = CASE.E, CASE.K
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Variant]:
+    """As on a GPU where nothing is checked yet. The variants that the check runs."""
+    ran: list[Variant] = []
+    run = check.run
+
+    def seen(kernels: Any, variant: Variant, by_torch: bool) -> None:
+        ran.append(variant)
+        run(kernels, variant, by_torch)
+
+    monkeypatch.setattr(check, "run", seen)
+    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
+    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    anew(monkeypatch)
+    return ran
+
+
+def anew(monkeypatch: pytest.MonkeyPatch) -> SelfCheck:
+    """As in a new process."""
+    monkeypatch.setattr(kernels, "SELF_CHECK", SelfCheck(kernels.__name__))
+    return kernels.SELF_CHECK
+
+
+def record() -> Any:
+    ids, weights = choice(CASE)
+    tape = tape_for(kernels, CASE)
+    kernels.record(tape, ids, weights)
+    reference.check_tape(CASE, tape, ids, weights)
+    return tape
+
+
+# --- right kernels
+
+
+def test_a_variant_is_checked_once_and_remembered(
+    checked: list[Variant], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record()
+    record()
+    assert [v.kernel for v in checked] == ["record"]
+    assert kernels.SELF_CHECK.summary() == {"record": "ok"}
+    assert anew(monkeypatch).found == {}
+    record()
+    assert len(checked) == 1, "an earlier process has checked it"
+    monkeypatch.setenv(SWITCH, "always")
+    anew(monkeypatch)
+    record()
+    assert len(checked) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_it_can_be_switched_off(checked: list[Variant], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "0")
+    record()
+    assert checked == []
+    assert kernels.SELF_CHECK.summary() == {"record": "not checked"}
+    monkeypatch.setenv(SWITCH, "yes")
+    anew(monkeypatch)
+    with pytest.raises(MoeInspectError, match="SELFCHECK=yes: give 0, 1 or always"):
+        record()
+
+
+def test_another_device_or_version_is_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = memory.place_of(kernels, CPU)
+    for name in (torch.__version__, kernels.triton.__version__, memory.version("moe-inspect")):
+        assert name in place
+    monkeypatch.setattr(memory, "driver_version", lambda: "550.54.14")
+    assert memory.place_of(kernels, CPU) != place
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 3}', "\x00\xff", '{"a": {"b": null}}'])
+def test_a_damaged_file_is_no_error(text: str, checked: list[Variant], tmp_path: Path) -> None:
+    file = memory.cache_file()
+    assert file == tmp_path / "cache/moe-inspect/selfcheck.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text.replace("a", memory.place_of(kernels, CPU)), encoding="latin-1")
+    record()
+    assert len(checked) == 1
+    assert str(checked[0]) in json.loads(file.read_text())[memory.place_of(kernels, CPU)]
+
+
+def test_an_unwritable_cache_is_no_error(
+    checked: list[Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    record()
+    assert len(checked) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", _no_home)
+    anew(monkeypatch)
+    record()
+    assert memory.cache_file() is None
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_the_file_is_small_and_private_to_nobody(checked: list[Variant]) -> None:
+    for n in range(3 * memory.MOST):
+        memory.remember(f"place {n}", {"a", "b"})
+    file = memory.cache_file()
+    assert file is not None
+    assert len(json.loads(file.read_text())) == memory.MOST
+    assert memory.passed(f"place {3 * memory.MOST - 1}") == {"a", "b"}
+    assert [f.name for f in file.parent.iterdir()] == [file.name], "no temporary file is left"
+    assert stat.S_ISREG(file.stat().st_mode)
+
+
+def test_each_variant_is_checked_on_its_own(checked: list[Variant]) -> None:
+    ids, weights = choice(CASE)
+    y_SH = torch.randn(CASE.T * K, 6)
+    grouped = kernels.dispatch(ids, weights, E)
+    for given in (weights, weights.bfloat16()):
+        tape = tape_for(kernels, CASE)
+        kernels.dispatch(ids, given, E, tape)
+        kernels.record(tape, ids.int(), given)
+    kernels.combine(y_SH, ids, weights, grouped, torch.float32, E)
+    kernels.combine(y_SH, ids, weights, None, torch.float32, E, tape)
+    assert [v.kernel for v in checked] == [
+        "dispatch",
+        *["dispatch", "record"] * 2,
+        *["combine"] * 2,
+    ]
+    assert len(set(checked)) == len(set(map(str, checked))) == 7
+    assert set(kernels.SELF_CHECK.found.values()) == {"ok"}
+
+
+def test_cases_reach_pages_ring_and_limit() -> None:
+    for launches in (1, 2):
+        variant = Variant(
+            "record", CPU, 64, 8, torch.int64, torch.float32, torch.float16, 256, launches
+        )
+        cases = list(variant.cases(kernels))
+        assert all((c.T * 8 > kernels.RECORD_BLOCK) == (launches == 2) for c in cases)
+        assert all(c.invalid_ids for c in cases)
+        tapes = {c.tape for c in cases}
+        assert tapes >= set(check.EDGES), tapes
+    sizes = Variant("dispatch", CPU, 64, 8, torch.int64, None, None, 0, 2, 256).cases(kernels)
+    assert [case.T for case in sizes] == [1, 7, 371]
+
+
+# --- torch in a kernel's place
+
+
+@pytest.mark.parametrize("case", list(small_cases()), ids=str)
+def test_what_stands_in_for_a_kernel_is_right(case: reference.Case) -> None:
+    reference.check_record(kernels, case, kernels.record_on_device)
+    reference.check_dispatch(kernels, case, kernels.dispatch_on_device)
+    if case.T * case.K <= kernels.RECORD_BLOCK:
+        for grouped in (True, False):
+            rows = reference.rows_of(kernels, case, grouped, 6, torch.float32)
+            reference.check_combine(kernels, case, kernels.combine_on_device, rows, torch.float32)
+
+
+def test_a_kernel_that_cannot_be_compiled_is_replaced(
+    checked: list[Variant], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nMore.")
+
+    monkeypatch.setattr(kernels, "record_triton", refuse)
+    record()
+    record()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, "it is said once"
+    assert said.startswith("warning: record on cpu: the kernel cannot be run: Failed to find C")
+    assert "done by torch" in kernels.SELF_CHECK.summary()["record"]
+    assert memory.passed(memory.place_of(kernels, CPU)) == set(), "and checked again next time"
+
+
+def test_where_torch_is_wrong_too_nothing_is_recorded(
+    checked: list[Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("record_triton", "record_on_device"):
+        monkeypatch.setattr(kernels, name, lambda tape, ids, weights: None)
+    with pytest.raises(MoeInspectError, match=r"record on cpu: the kernel gives a wrong result: "):
+        record()
+    with pytest.raises(MoeInspectError, match="and torch in its place gives a wrong result"):
+        record()  # and again: it was not taken for checked
+
+
+def test_doctor_shows_what_is_wrong(
+    checked: list[Variant], monkeypatch: pytest.MonkeyPatch, cli_here: Cli
+) -> None:
+    facts = json.loads(cli_here("doctor", "--no-measure", "--json").stdout)
+    monkeypatch.setattr("moe_inspect.doctor.kernels.SHAPES", ((8, 2),))
+    right = list(selfchecks_of(CPU))
+    assert [(row["kernel"], row["wrong"]) for row in right] == [
+        ("record", None), ("dispatch", None), ("combine", None)
+    ]  # fmt: skip
+    monkeypatch.setattr(kernels, "dispatch_triton", lambda *a, **_: kernels.dispatch_torch(*a[:3]))
+    rows = list(selfchecks_of(CPU))
+    shown = page({**facts, "selfcheck": rows})
+    assert "record                      right (2 variants in " in shown
+    assert "dispatch                    WRONG: torch does its work (3 variants in " in shown
+    assert "gives a wrong result: recorded ids of 1 token, in one page" in shown
+
+
+# --- the whole of it
+
+
+@pytest.mark.parametrize(
+    ("capture", "broken"), [("tap", "record"), ("dispatch", "dispatch"), ("dispatch", "combine")]
+)
+def test_with_a_broken_kernel_the_trace_is_exact(
+    capture: str, broken: str, tmp_path: Path, cli_here: Cli
+) -> None:
+    usual = ("trace", "demo", "--max-tokens", 40, "--dtype", "float32", "--capture", capture)
+    cli_here(*usual, "-o", "right")
+    environment = {
+        **os.environ,
+        "BROKEN": broken,
+        SWITCH: "1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.broken", *map(str, usual), "-o", "broken"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {broken} on cpu: the kernel gives a wrong result: " in done.stderr
+    traces = [moe_inspect.open_trace(tmp_path / name) for name in ("right", "broken")]
+    right, exact = (trace.routing() for trace in traces)
+    assert exact.equals(right)
+    told = json.loads((tmp_path / "broken/trace.json").read_text())["capture"]["selfcheck"]
+    assert told.pop(broken).startswith("done by torch: the kernel gives a wrong result: ")
+    assert set(told.values()) == (set() if capture == "tap" else {"ok"})
+    assert "selfcheck" not in json.loads((tmp_path / "right/trace.json").read_text())["capture"]
+    moe_inspect.verify(tmp_path / "broken")
