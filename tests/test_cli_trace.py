@@ -253,6 +253,7 @@ def uninterrupted(model: Path, long_corpus: Path, tmp_path_factory: Any) -> moe_
     return trace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code", "status"),
     [

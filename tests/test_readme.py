@@ -56,7 +56,10 @@ def named(tmp_path_factory: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("page", RUNNABLE)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] if p == "README.md" else []) for p in RUNNABLE],
+)
 def test_the_page_runs_as_it_stands(
     page: str, named: Path, tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
