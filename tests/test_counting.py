@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis.counting import engine, kernels_numba, kernels_numpy, token_ids
+from moe_inspect.analysis.counting import engine, kernels_numba, kernels_numpy, router_groups
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
-from moe_inspect.analysis.counting.router_counts import BASE, WANTS, RouterCounts
+from moe_inspect.analysis.counting.router_counts import BASE, WANTS, ByTokenId, RouterCounts
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
@@ -55,13 +55,30 @@ def made(
     weights = [
         np.random.default_rng(9).random((T, K)).astype(np.float16).astype(np.float32) for _ in ids
     ]
-    documents = {"document": np.arange(T) // 40, "domain_of_document": ["code", "law", "prose"]}
     return write_trace(
-        root, ids, E, weights=weights, batch_tokens=200, shard_tokens=shard_tokens, **documents
+        root,
+        ids,
+        E,
+        weights=weights,
+        batch_tokens=200,
+        shard_tokens=shard_tokens,
+        document=np.arange(T) // 40,
+        domain_of_document=["code", "law", "prose"],
+        token_id=np.random.default_rng(8).zipf(1.5, T).clip(max=300),
     )
 
 
-def same(a: Counts, b: Counts) -> None:
+def same(a: Counts, b: Counts, shards: bool = True) -> None:
+    """`shards`: whether both traces are cut into the same, within which token ids are shuffled."""
+    assert a.by_token_id.keys() == b.by_token_id.keys()
+    for r, by_id in a.by_token_id.items():
+        for name, value in by_id.columns.items():
+            if shards or name.startswith("domain") or "null" not in name:
+                assert b.by_token_id[r].columns[name] == pytest.approx(value, rel=1e-12), name
+        for f in fields(ByTokenId)[1:]:
+            x, y = getattr(by_id, f.name), getattr(b.by_token_id[r], f.name)
+            assert x is not None
+            assert x.tolist() == y.tolist(), f.name
     assert (a.domains, a.units, a.tokens, a.documents) == (
         b.domains,
         b.units,
@@ -167,6 +184,11 @@ def test_kernels_count_as_their_references(
     assert kernels_numba.weight_confidence(weights) == pytest.approx(
         kernels_numpy.weight_confidence(weights), rel=1e-5, abs=1e-6 * tokens
     )
+    by_T, tables = np.flatnonzero(unit_T), np.zeros((2, 3, experts + 1), np.uint32)
+    for kernels, table in zip((kernels_numba, kernels_numpy), tables, strict=True):
+        kernels.accumulate(table, by_T, unit_T[by_T], slots)
+    assert tables[0].tolist() == tables[1].tolist()
+    assert tables.sum() == 2 * k * len(by_T)
     for name, arguments in {
         "weight_sum": (unit_T, slots, weights, 3, experts),
         "transitions": (slots, after, experts, experts),
@@ -217,11 +239,19 @@ def test_shards_threads_and_kernels_change_nothing(
     root = tmp_path_factory.mktemp("traces")
     whole, split = made(root / "whole", T, seed), made(root / "split", shard_tokens, seed)
     expected = count_trace(whole, select(whole), WANTS, window=100)
-    same(count_trace(split, select(split), WANTS, window=100), expected)
+    assert all(len(of.columns) == 8 for of in expected.by_token_id.values())
+    by_numpy = count_trace(split, select(split), WANTS, window=100)
+    same(by_numpy, expected, shards=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "LONG", 0)
-        same(count_trace(split, select(split), WANTS, window=100, threads=1), expected)
-        same(count_trace(split, select(split), WANTS, window=100, threads=3), expected)
+        same(count_trace(split, select(split), WANTS, window=100, threads=1), by_numpy)
+        same(count_trace(split, select(split), WANTS, window=100, threads=3), by_numpy)
+        patch.setattr(router_groups, "TABLE_BYTES", 1)  # a router at a time
+        same(count_trace(split, select(split), WANTS, window=100), by_numpy)
+        without = set(WANTS) - {"token_ids"}
+        by_shard = count_trace(split, select(split), without, window=100, threads=3)
+        by_shard.by_token_id = count_trace(split, select(split), {"token_ids"}).by_token_id
+        same(by_shard, by_numpy)
 
 
 def test_a_slot_that_routes_nowhere_among_256_experts(
@@ -419,15 +449,20 @@ def test_a_cluster_counts_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
-        here = count_trace(trace, select(trace), WANTS)
-        same(count_trace(trace, select(trace), WANTS, scheduler=client), here)
-        opened: list[str] = []
-        monkeypatch.setattr(
-            engine, "open_trace", lambda path: opened.append(path) or open_trace(path)
-        )
-        monkeypatch.chdir(tmp_path)
-        same(count_trace(open_trace("t"), select(trace), WANTS, scheduler=client), here)
-        assert set(opened) == {str(tmp_path / "t")}  # a worker is in a directory of its own
+        for wants in (set(WANTS), set(WANTS) - {"token_ids"}):
+            here = count_trace(trace, select(trace), wants)
+            same(count_trace(trace, select(trace), wants, scheduler=client), here)
+            opened: list[str] = []
+            with monkeypatch.context() as patch:
+                for module in (engine, router_groups):
+                    patch.setattr(
+                        module,
+                        "open_trace",
+                        lambda path, opened=opened: opened.append(path) or open_trace(path),
+                    )
+                patch.chdir(tmp_path)
+                same(count_trace(open_trace("t"), select(trace), wants, scheduler=client), here)
+            assert set(opened) == {str(tmp_path / "t")}  # a worker is in a directory of its own
     with pytest.raises(MoeInspectError, match="no dask scheduler answers at nonsense"):
         count_trace(trace, select(trace), WANTS, scheduler="nonsense://nowhere:1")
 
@@ -494,20 +529,14 @@ def test_token_ids_are_counted_by_stack(tmp_path: Path, monkeypatch: pytest.Monk
     trace = by_stack(tmp_path / "t")
     for long in (engine.LONG, 0):
         monkeypatch.setattr(engine, "LONG", long)
-        counts = count_trace(trace, select(trace))
+        counts = count_trace(trace, select(trace), {"token_ids"}, top=0)
         assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
-        encoder, decoder = token_ids.by_token_id(
-            trace, select(trace), counts, nulls=False, min_count=1
-        )
-        assert (encoder.token_ids.occurrences_V.tolist(), encoder.any_VE.tolist()) == (
-            [6],
-            [[6, 0]],
-        )
-        assert (decoder.token_ids.occurrences_V.tolist(), decoder.any_VE.tolist()) == (
-            [2, 2],
-            [[2, 0], [2, 0]],
-        )
-        assert decoder.token_ids.coverage == 1
+        encoder, decoder = (counts.by_token_id[r] for r in range(2))
+        for of, ids, times in ((encoder, [1], [6]), (decoder, [2, 1], [2, 2])):
+            assert (of.token_id_N.tolist(), of.expert_N.tolist()) == (ids, [0] * len(ids))
+            assert of.count_N.tolist() == of.occurrences_N.tolist() == times
+            assert of.first_N is not None
+            assert of.first_N.tolist() == times
 
 
 def generated(root: Path, shard_tokens: int, steps: int = 30) -> Trace:

@@ -59,11 +59,8 @@ def test_what_cannot_be_known_is_nan():
     assert np.isnan(sp.jsd_bits(one_domain))
     assert all(np.isnan(sp.domain_mi_null_bits(np.ones((9, 4), np.int64), np.zeros(9, np.int64))))
     assert np.isnan(sp.vocabulary_specialization(np.zeros((0, 4), np.int64)))
-    assert np.isnan(
-        sp.conditional_mi_bits(
-            np.zeros((0, 4), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-        )
-    )
+    assert np.isnan(sp.conditional_mi_bits(np.zeros((0, 2, 4), np.int64)))
+    assert np.isnan(sp.token_mi_bits(np.zeros((0, 4), np.int64)))
 
 
 def test_ways_to_part_documents_into_domains():
@@ -74,28 +71,31 @@ def test_ways_to_part_documents_into_domains():
 
 
 def test_domain_beyond_token_id_by_hand():
-    token_G, domain_G = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
     # the token id decides: the domain adds nothing
-    assert sp.conditional_mi_bits(
-        np.array([[4, 0], [4, 0], [0, 4], [0, 4]]), token_G, domain_G
-    ) == pytest.approx(0)
+    decided_XDE = np.array([[[4, 0], [4, 0]], [[0, 4], [0, 4]]])
+    assert sp.conditional_mi_bits(decided_XDE) == pytest.approx(0)
     # given the token id the domain decides, in opposite ways, so that without it the domain tells
     # nothing
-    crossed_GE = np.array([[4, 0], [0, 4], [0, 4], [4, 0]])
-    assert sp.conditional_mi_bits(crossed_GE, token_G, domain_G) == pytest.approx(1)
-    assert sp.domain_mi_bits(
-        np.array([crossed_GE[0] + crossed_GE[2], crossed_GE[1] + crossed_GE[3]])
-    ) == pytest.approx(0)
+    crossed_XDE = np.array([[[4, 0], [0, 4]], [[0, 4], [4, 0]]])
+    assert sp.conditional_mi_bits(crossed_XDE) == pytest.approx(1)
+    assert sp.domain_mi_bits(crossed_XDE.sum(0)) == pytest.approx(0)
+    # domains are equally weighted, however many tokens each has; one without any is left out
+    unequal_XDE = crossed_XDE * np.array([1, 1000])[:, None]
+    assert sp.conditional_mi_bits(unequal_XDE) == pytest.approx(1)
+    padded_XDE = np.insert(unequal_XDE, 1, 0, axis=1)
+    assert sp.conditional_mi_bits(padded_XDE) == pytest.approx(1)
 
 
-def test_grouping_units_to_domains():
-    counts_PE = np.array([[1, 0], [2, 0], [0, 3], [0, 4]])
-    counts_GE, token_G, domain_G = sp.by_group(
-        counts_PE, np.array([0, 0, 0, 1]), np.array([1, 0, 1, 0])
-    )
-    assert counts_GE.tolist() == [[2, 0], [1, 3], [0, 4]]
-    assert token_G.tolist() == [0, 0, 1]
-    assert domain_G.tolist() == [0, 1, 0]
+@pytest.mark.parametrize("most", [30, 3 * sp.LOOKED_UP])
+def test_information_of_counts_is_that_of_their_shares(most: int):
+    """Counts whose n log n is looked up, and larger ones."""
+    rng = np.random.default_rng(0)
+    counts_XDE = rng.integers(0, most, (40, 3, 8)) * (rng.random((40, 3, 8)) < 0.5)
+    expected = sp.mutual_information_bits(counts_XDE.sum(1).astype(float))
+    assert sp.token_mi_bits(counts_XDE.sum(1).astype(np.uint32)) == pytest.approx(expected)
+    p_XDE = counts_XDE / counts_XDE.sum((0, 2))[:, None] / 3
+    given = sum(p.sum() * sp.mutual_information_bits(p) for p in p_XDE)
+    assert sp.conditional_mi_bits(counts_XDE.astype(np.uint32)) == pytest.approx(given)
 
 
 # --- whole traces: chance, and what is planted

@@ -6,6 +6,7 @@ batches, W windows, S samples (the tokens of a sequence in the shard).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -127,6 +128,16 @@ def selected_tokens(
     )
 
 
+@dataclass(frozen=True)
+class PreparedShard:
+    """What is read of a shard once for all its routers. `part`: its counts, without those of
+    routers; of each stack, the tokens selected and their rows. Empty where no token is selected."""
+
+    shard: Shard
+    part: Counts
+    stacks: dict[str, tuple[SelectedTokens, kernels_numpy.TokenRows]]
+
+
 def count_shard(
     shard: Shard,
     selection: Selection,
@@ -139,62 +150,76 @@ def count_shard(
     prompt and what was generated from it together. Only a loop that generates more than
     writer.CONTINUED shards hold goes on in the next: the pair at that edge is not counted. `fast`:
     by the compiled kernels. `routers`: of those selected, the ones to count now, by default all."""
-    by: Any = kernels_numpy
+    prepared = prepare_shard(shard, selection, wants, windows)
+    if shard.trace.counts_only:
+        _count_counted(shard, selection, prepared.part)
+    else:
+        chosen = selection.routers if routers is None else routers
+        prepared.part.of = count_routers(prepared, chosen, kernels(fast))
+    return prepared.part
+
+
+def kernels(fast: bool) -> Any:
+    """The module to count with."""
     if fast:
         from moe_inspect.analysis.counting import kernels_numba
 
-        by = kernels_numba
-    W = windows.count if windows else 0
+        return kernels_numba
+    return kernels_numpy
+
+
+def prepare_shard(
+    shard: Shard, selection: Selection, wants: frozenset[str], windows: Windows | None = None
+) -> PreparedShard:
     part = Counts(
         shard.trace.routers,
         selection.routers,
         wants=wants,
         window_tokens=windows.tokens if windows else 0,
-        first_token_W=np.full(W, -1, np.int64),
+        first_token_W=np.full(windows.count if windows else 0, -1, np.int64),
     )
     part.documents = _documents(shard, selection)
+    prepared = PreparedShard(shard, part, {})
     if shard.trace.counts_only:
-        _count_counted(shard, selection, part)
-    else:
-        _count_routed(
-            shard, selection, part, windows, by, selection.routers if routers is None else routers
-        )
-    return part
-
-
-def _count_routed(
-    shard: Shard,
-    selection: Selection,
-    part: Counts,
-    windows: Windows | None,
-    by: Any,
-    routers: tuple[int, ...],
-) -> None:
-    order = bool(part.wants & NEEDS_ORDER)
+        return prepared
+    order = bool(wants & NEEDS_ORDER)
+    windows = windows if "windows" in wants else None
     every = selected_tokens(shard, selection, order=order)
     part.labels = every.labels
     if not len(every.domain_T):
-        return
+        return prepared
     key_U, unit_T = kernels_numpy.distinct(_unit(every))
     part.tokens_U = np.bincount(unit_T)
     part.units = [(every.domains[key // CLUSTERS], int(key % CLUSTERS)) for key in key_U]
     domain_U, domain_of_U = np.unique(key_U // CLUSTERS, return_inverse=True)
     part.domains = [every.domains[d] for d in domain_U]
     part.token_ids_V = _occurrences(every)
-    if windows and "windows" in part.wants:
+    if windows:
         first_T = windows.before[shard.files.rank, shard.files.index] + every.number_T
         window_W, at_W = np.unique(first_T // windows.tokens, return_index=True)
         part.first_token_W[window_W] = shard.files.first_token + every.number_T[at_W]
     for stack in sorted({part.routers[r].stack for r in part.indices}):
         seen = every if not stack else selected_tokens(shard, selection, stack, order)
-        token_rows = _token_rows(
-            seen, key_U, domain_of_U, windows if "windows" in part.wants else None, shard
-        )
+        token_rows = _token_rows(seen, key_U, domain_of_U, windows, shard)
+        prepared.stacks[stack] = seen, token_rows
         if stack:
             part.token_ids_SV[stack] = _occurrences(seen)
             part.tokens_SU[stack] = np.bincount(token_rows.unit_T, minlength=len(key_U)).astype(
                 np.int64
             )
+    return prepared
+
+
+def count_routers(
+    prepared: PreparedShard,
+    routers: tuple[int, ...],
+    by: Any,
+    visit: Callable[[int, kernels_numpy.Slots], None] | None = None,
+) -> dict[int, RouterCounts]:
+    """The counts of routers of a shard. `by`: the kernels. `visit` is given the decisions of each
+    too."""
+    part, shard, counts = prepared.part, prepared.shard, dict[int, RouterCounts]()
+    for stack, (seen, token_rows) in prepared.stacks.items():
         chosen = [r for r in routers if part.routers[r].stack == stack]
         linked = chosen if "transitions" in part.wants else []
         reached = {after for r in linked if (after := part.next_router(r)) is not None}
@@ -202,16 +227,18 @@ def _count_routed(
         for r in sorted({*chosen, *reached}):
             slots = seen.of(shard.slots(r), r)
             if r in chosen:
-                part.of[r] = count_router(
-                    _decisions(shard, r, slots, seen, token_rows, by, part.wants), part.wants
-                )
+                decisions = _decisions(shard, r, slots, seen, token_rows, by, part.wants)
+                counts[r] = count_router(decisions, part.wants)
+                if visit:
+                    visit(r, slots)
             if before is not None and r in reached:
                 b, of_b = before
                 shape = (part.routers[b].experts, part.routers[r].experts)
-                part.of[b].next_EN, next_first_EN = by.transitions(of_b, slots, *shape)
+                counts[b].next_EN, next_first_EN = by.transitions(of_b, slots, *shape)
                 ranked = part.routers[b].first_choice_known and part.routers[r].first_choice_known
-                part.of[b].next_first_EN = next_first_EN if ranked else None
+                counts[b].next_first_EN = next_first_EN if ranked else None
             before = (r, slots) if r in chosen else None
+    return counts
 
 
 def _token_rows(

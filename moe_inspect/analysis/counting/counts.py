@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe_inspect.analysis.counting.router_counts import BASE, RouterCounts, Rows
+from moe_inspect.analysis.counting.router_counts import BASE, ByTokenId, RouterCounts, Rows
 from moe_inspect.trace.schema import Router
 
 # a domain; a prime, so that neither consecutive ids nor ids in strides pile up in a few clusters
@@ -28,6 +28,7 @@ class Counts:
     `domains`, both sorted once anything has been added, so that the order of shards shows nowhere.
     tokens_U: int64, the tokens of each; tokens_SU: the same by stack, where the model has two.
     `token_ids_V[i]` counts the occurrences of token id i; token_ids_SV: by stack.
+    `by_token_id`: of each router, whole traces only: it does not merge.
     `first_token_W`: int64, the first token of each window of `window_tokens` tokens, −1 for one
     without any."""
 
@@ -38,6 +39,7 @@ class Counts:
     tokens_U: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tokens_SU: dict[str, np.ndarray] = field(default_factory=dict)
     of: dict[int, RouterCounts] = field(default_factory=dict)
+    by_token_id: dict[int, ByTokenId] = field(default_factory=dict)
     token_ids_V: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     token_ids_SV: dict[str, np.ndarray] = field(default_factory=dict)
     labels: set[str] = field(default_factory=set)
@@ -180,6 +182,16 @@ def merge(parts: Iterable[Counts]) -> Counts:
         total = (empty_like(part) if total is None else total).add(part)
     assert total is not None, "nothing to merge"
     return total
+
+
+def joined(parts: Iterable[Counts]) -> Counts:
+    """The counts of all routers, from counts of the same tokens at some of them each; the first is
+    filled in place."""
+    whole, *others = parts
+    for other in others:
+        whole.of |= other.of
+        whole.by_token_id |= other.by_token_id
+    return whole
 
 
 def empty_like(part: Counts) -> Counts:

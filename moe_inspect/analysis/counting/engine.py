@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from moe_inspect.analysis.counting.cluster import on_cluster
 from moe_inspect.analysis.counting.count_shard import Windows, count_shard
-from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.counts import Counts, joined
 from moe_inspect.analysis.counting.router_counts import BASE, SRP_LENGTHS, WANTS
+from moe_inspect.analysis.counting.router_groups import count_by_token_id
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import first_line
 from moe_inspect.trace.reader import Trace, open_trace
 
 WINDOWS = 64  # where no length is asked for
@@ -33,15 +34,17 @@ def count_trace(
     wants: Iterable[str] = BASE,
     *,
     window: int | None = None,
+    top: int = 20,
     threads: int | None = None,
     scheduler: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
-    """The counts of what is selected. `wants`: names of WANTS. `window`: tokens of a window, by
-    default so many that there are WINDOWS. `threads`: None is one per core. `scheduler`: a
-    dask.distributed client, or the address of a scheduler whose workers see the trace at the same
-    path. `progress` is told of the decisions of every shard done. MoeInspectError where the
-    selection holds no token, naming what there is.
+    """The counts of what is selected. `wants`: names of WANTS; {"token_ids"} alone leaves out what
+    is of a router but not by token id. `window`: tokens of a window, by default so many that there
+    are WINDOWS. `top`: token ids per expert, 0 for all. `threads`: None is one per core.
+    `scheduler`: a dask.distributed client, or the address of a scheduler whose workers see the
+    trace at the same path. `progress` is told of the decisions of every shard done. MoeInspectError
+    where the selection holds no token, naming what there is.
 
     Shards are added in their order however they were shared out: the same trace gives the same
     counts, to the last digit."""
@@ -57,15 +60,28 @@ def count_trace(
         first_token_W=nothing_W,
     )
     arguments = (selection, asked, windows, is_long(trace, selection, asked))
-    parts = (
-        _on_threads(trace, arguments, threads)
-        if scheduler is None
-        else _on_cluster(trace, arguments, scheduler)
-    )
-    for shard, part in zip(trace.shards, parts, strict=True):
-        total.add(part)
-        if progress:
-            progress(shard.files.tokens * len(selection.routers))
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    if "token_ids" in asked:
+        total = count_by_token_id(
+            trace,
+            arguments,
+            total,
+            base=asked != {"token_ids"},
+            top=top,
+            threads=threads if arguments[-1] else 1,  # what numpy counts holds the GIL
+            scheduler=scheduler,
+            progress=progress,
+        )
+    else:
+        parts = (
+            _on_threads(trace, arguments, threads)
+            if scheduler is None
+            else _on_cluster(trace, arguments, scheduler)
+        )
+        for shard, part in zip(trace.shards, parts, strict=True):
+            total.add(part)
+            if progress:
+                progress(shard.files.tokens * len(selection.routers))
     missing = (selection.domains or set()) - total.labels
     if missing:
         raise MoeInspectError(
@@ -90,11 +106,10 @@ def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) ->
     return trace.n_tokens * (sum(r.top_k for r in routers) + cells / 2) >= LONG
 
 
-def _on_threads(trace: Trace, arguments: Arguments, threads: int | None) -> Iterator[Counts]:
+def _on_threads(trace: Trace, arguments: Arguments, threads: int) -> Iterator[Counts]:
     """The counts of every shard, in order; no more of them at once than there are threads and one.
     The routers of the last shards are shared out, so that no thread is left with a whole shard
     while others have none."""
-    threads = len(os.sched_getaffinity(0)) if threads is None else threads
     selection, _, _, fast = arguments
     if threads == 1 or not fast:  # what numpy counts holds the GIL
         yield from (count_shard(shard, *arguments) for shard in trace.shards)
@@ -109,55 +124,16 @@ def _on_threads(trace: Trace, arguments: Arguments, threads: int | None) -> Iter
             shares = [selection.routers[j * L // n : (j + 1) * L // n] for j in range(n)]
             ahead.append([pool.submit(count_shard, shard, *arguments, share) for share in shares])
             if len(ahead) > threads:
-                yield _joined(ahead.popleft())
+                yield joined(share.result() for share in ahead.popleft())
         while ahead:
-            yield _joined(ahead.popleft())
-
-
-def _joined(shares: list[Future[Counts]]) -> Counts:
-    """The counts of a shard, from those of shares of its routers."""
-    whole, *others = (share.result() for share in shares)
-    for other in others:
-        whole.of |= other.of
-    return whole
+            yield joined(share.result() for share in ahead.popleft())
 
 
 def _on_cluster(trace: Trace, arguments: Arguments, scheduler: Any) -> Iterator[Counts]:
-    """The same by dask.distributed: one task per shard, twice as many at once as the cluster has
-    threads."""
-    try:
-        from distributed import Client
-    except ImportError:
-        raise MoeInspectError(
-            "counting on a cluster needs dask: pip install 'moe-inspect[dask]'"
-        ) from None
-    if isinstance(scheduler, str):
-        try:
-            client = Client(scheduler, timeout="10s")
-        except (OSError, TimeoutError, ValueError) as error:
-            raise MoeInspectError(
-                f"no dask scheduler answers at {scheduler}: {first_line(error)}"
-            ) from None
-    else:
-        client = scheduler
-    try:
-        workers: Any = client.nthreads()
-        most = 2 * max(1, sum(workers.values()))
-        ahead: deque[Any] = deque()
-        path = str(trace.path.resolve()) if isinstance(trace.path, Path) else str(trace.path)
-        for shard in trace.shards:
-            ahead.append(
-                client.submit(
-                    _shard_of, path, (shard.files.rank, shard.files.index), arguments, pure=False
-                )
-            )
-            if len(ahead) >= most:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        if client is not scheduler:
-            client.close()
+    """The same, a task per shard."""
+    path = str(trace.path.resolve()) if isinstance(trace.path, Path) else str(trace.path)
+    keys = ((shard.files.rank, shard.files.index) for shard in trace.shards)
+    return on_cluster(scheduler, _shard_of, ((path, key, arguments) for key in keys))
 
 
 def _shard_of(path: str, which: tuple[int, int], arguments: Arguments) -> Counts:

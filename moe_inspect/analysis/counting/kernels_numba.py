@@ -317,17 +317,13 @@ def weight_confidence(weights: Slots) -> dict[str, float]:
 
 
 @njit(nogil=True, cache=True)
-def _accumulate(table, row_T, slots):  # type: ignore[no-untyped-def]
-    E = np.uint64(table.shape[1])
-    for t in range(len(row_T)):
-        if row_T[t] >= 0:
-            row_E = table[row_T[t]]
-            for j in range(len(slots)):
-                e = np.uint64(slots[j][t])
-                if e < E:
-                    row_E[e] += np.uint32(1)
+def _accumulate(table, by_T, row_T, slots):  # type: ignore[no-untyped-def]
+    for i in range(len(by_T)):
+        t, row_E = by_T[i], table[row_T[i]]
+        for j in range(len(slots)):
+            row_E[np.uint64(slots[j][t])] += ONE
 
 
-def accumulate(table: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
-    """The compiled form of tokenids._accumulate."""
-    _accumulate(table, row_T, slots)
+def accumulate(table: np.ndarray, by_T: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
+    """Adds to `table`, uint32 [X, E + 1], in place."""
+    _accumulate(table, by_T, row_T, slots)

@@ -32,6 +32,7 @@ WANTS = {
     "esft": "relevance of experts, averaged over sequences: esft_token_DE, esft_gate_DE, samples_D",
     "weights": "confidence read off the k gate weights",
     "logits": "confidence, auxiliary and z-loss read off the router logits",
+    "token_ids": "what the routing of each token id comes to: Counts.by_token_id",
 }
 BASE = frozenset({"load", "domains"})
 
@@ -148,6 +149,20 @@ class RouterCounts:
 
 # all but `batches` and `srp`, which `add` merges by name
 DECLARED: dict[str, Field[Any]] = {f.name: f for f in fields(RouterCounts) if f.metadata}
+
+
+@dataclass(frozen=True)
+class ByTokenId:
+    """What the routing of each token id comes to at one router. `columns`: metrics by name. Of the
+    token ids that go to each expert most exclusively, expert by expert, a row each: expert, token
+    id, how often it goes there, how often as first choice (None: unknown), how often it occurs."""
+
+    columns: dict[str, float]
+    expert_N: np.ndarray
+    token_id_N: np.ndarray
+    count_N: np.ndarray
+    first_N: np.ndarray | None
+    occurrences_N: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,36 @@
-"""The second pass, for what needs token ids: tables by token id, as many routers at a time as fit
-in memory.
+"""What the routing of each token id comes to at a router: its tables, and what they say.
 
-V token ids, E experts, K slots, T tokens of a shard, U units (domain × cluster of documents), P
-occupied (token id, unit) pairs. Only the most frequent token ids are counted, at least `min_count`
-times each and no more of them than CELLS allows: what that leaves out is `coverage`. Memory does
-not grow with the trace; with `most` it does with the vocabulary.
+V token ids, X those of them that are counted by domain too, E experts, T tokens of a shard, D
+domains, U units (domain × cluster of documents), R shuffles. Metrics are of the most frequent
+token ids, at least MIN_COUNT times each and no more of them than CELLS allows: what that leaves out
+is `coverage`. Memory does not grow with the trace; where all token ids are listed it does with the
+vocabulary.
+
+Which token ids occur how often, and in which units, is known from the tokens alone: the rows of all
+tables, and how their labels are shuffled, are settled before the first decision is read
+(`plans_of`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from moe_inspect.analysis.counting.count_shard import selected_tokens
+from moe_inspect.analysis.counting.count_shard import SelectedTokens, count_shard, selected_tokens
 from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.counting.engine import is_long
 from moe_inspect.analysis.counting.kernels_numpy import Slots
+from moe_inspect.analysis.counting.router_counts import ByTokenId
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.metrics import specialization
+from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 MIN_COUNT = 8  # occurrences from which the routing of a token id can be told from chance
-CELLS = 2**24  # of one table; all tables of a group of routers hold a few times as many
+CELLS = 2**24  # of a table by token id, or by token id and unit
 SHUFFLES = (
     5  # of the token ids, where there are few tokens; over many, one hardly differs from the next
 )
@@ -37,12 +41,12 @@ UNIT_CLUSTERS = (
     31,
     17,
 )  # clusters of documents per domain: the most that let every token id in
+Accumulate = Callable[[np.ndarray, np.ndarray, np.ndarray, Slots], None]
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Which token ids are counted. `row_of[id]` is the row of a token id in the tables, −1 where it
-    is left out;
+    """Some token ids. `row_of[id]` is the row of a token id among them, −1 where it is left out;
     occurrences_V: of each, in the selected tokens; `coverage`: the share of the selected tokens
     they are."""
 
@@ -71,74 +75,8 @@ def frequent(counts: Counts, min_count: int, most: int, router: int | None = Non
     )
 
 
-@dataclass
-class TokenTables:
-    """The tables of one router, uint32. any_VE counts assignments, first_VE first choices (None:
-    unknown). With `nulls`: the same with the token ids shuffled within each shard, and any_PE, by
-    (token id, unit), with its coordinates."""
-
-    router: int
-    token_ids: TokenIds
-    any_VE: np.ndarray
-    first_VE: np.ndarray | None
-    shuffled_any: list[np.ndarray]
-    shuffled_first: list[np.ndarray]
-    pair_ids: TokenIds | None = None
-    by_unit: np.ndarray | None = None  # [pair ids, units, E]
-    clusters: int = 0
-
-    def pairs(self, domains: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The occupied (token id, unit) pairs: counts_PE, token_P, domain_P; rows of a token id lie
-        together."""
-        assert self.by_unit is not None
-        token_P, unit_P = np.nonzero(self.by_unit.any(2))
-        return self.by_unit[token_P, unit_P].astype(np.int64), token_P, unit_P // self.clusters
-
-
-def by_token_id(
-    trace: Trace,
-    selection: Selection,
-    counts: Counts,
-    *,
-    nulls: bool,
-    min_count: int = MIN_COUNT,
-    most: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[TokenTables]:
-    """The tables of every router selected, in order. `most`: how many token ids, by default what
-    CELLS allows."""
-    widest = max(trace.routers[r].experts for r in selection.routers)
-    shuffles = 0 if not nulls else SHUFFLES if counts.tokens < SHORT else 1
-    accumulate = _accumulate
-    if is_long(trace, selection):
-        from moe_inspect.analysis.counting.kernels_numba import accumulate
-    for stack, alike in itertools.groupby(selection.routers, lambda r: trace.routers[r].stack):
-        routers = list(alike)
-        token_ids = frequent(
-            counts, min_count, CELLS // widest if most is None else most, routers[0]
-        )
-        pair_ids, clusters = (
-            (None, 0)
-            if not nulls or len(counts.domains) < 2
-            else pair_ids_of(counts, widest, routers[0])
-        )
-        cells = len(token_ids.ids_V) * widest * (2 + 2 * shuffles)
-        cells += len(pair_ids.ids_V) * len(counts.domains) * clusters * widest if pair_ids else 0
-        at_once = max(1, 2 * CELLS // max(cells, 1))
-        for start in range(0, len(routers), at_once):
-            group = routers[start : start + at_once]
-            tables = [
-                _empty(trace, r, token_ids, pair_ids, clusters, len(counts.domains), shuffles)
-                for r in group
-            ]
-            for shard in trace.shards:
-                _count_shard(shard, selection, stack, counts, tables, accumulate)
-                if progress:
-                    progress(shard.files.tokens * len(group))
-            yield from tables
-
-
 def pair_ids_of(counts: Counts, E: int, router: int | None = None) -> tuple[TokenIds, int]:
+    """The token ids that are counted by domain too, and the clusters of documents per domain."""
     occurrences = counts.token_ids_V if router is None else counts.token_ids_V_of(router)
     D, frequent_enough = len(counts.domains), int((occurrences >= MIN_COUNT).sum())
     fitting = [c for c in UNIT_CLUSTERS if frequent_enough * D * c * E <= CELLS]
@@ -146,96 +84,243 @@ def pair_ids_of(counts: Counts, E: int, router: int | None = None) -> tuple[Toke
     return frequent(counts, MIN_COUNT, max(1, CELLS // (D * clusters * E)), router), clusters
 
 
-def _empty(
-    trace: Trace,
-    router: int,
-    token_ids: TokenIds,
-    pair_ids: TokenIds | None,
-    clusters: int,
-    D: int,
-    shuffles: int,
-) -> TokenTables:
-    V, E = len(token_ids.ids_V), trace.routers[router].experts
+# --- before the decisions are read
 
-    def table(rows: int = V) -> np.ndarray:
-        return np.zeros((rows, E), np.uint32)
 
-    ranked = trace.routers[router].first_choice_known
-    shuffled_any, shuffled_first = (
-        [table() for _ in range(n)] for n in (shuffles, shuffles if ranked else 0)
+@dataclass(frozen=True)
+class Plan:
+    """What is counted by token id at the routers of one stack. `listed`: the token ids of the
+    tables; `judged`: those of them that metrics are of; `paired`: those of these that are counted
+    by domain too. shuffled_RXU: the domain of each unit of a token id with the domains permuted,
+    separately for each token id, among the units that hold it."""
+
+    listed: TokenIds
+    judged: TokenIds
+    paired: TokenIds
+    shuffles: int
+    domains: list[str]
+    clusters: int
+    shuffled_RXU: np.ndarray
+
+    @cached_property
+    def start_V(self) -> np.ndarray:
+        """The first row of each listed token id, and the end: a row per domain where it is paired,
+        else one."""
+        rows_V = np.where(self.paired.rows(self.listed.ids_V) >= 0, len(self.domains), 1)
+        return np.r_[0, np.cumsum(rows_V)]
+
+    def bytes(self, E: int) -> int:
+        """Of the tables of one router."""
+        shuffled = 2 * len(self.judged.ids_V) + len(self.paired.ids_V) * len(self.domains)
+        rows = int(self.start_V[-1]) + len(self.listed.ids_V) + self.shuffles * shuffled
+        return rows * (E + 1) * np.dtype(np.uint32).itemsize
+
+
+def plans_of(trace: Trace, selection: Selection, every: bool) -> dict[str, Plan]:
+    """Reads the tokens, no decisions. `every`: lists every token id that occurs. By stack."""
+    counts = Counts(trace.routers, selection.routers)
+    for shard in trace.shards:
+        counts.add(count_shard(shard, selection, frozenset(), routers=()))
+    first_of = {trace.routers[r].stack: r for r in reversed(selection.routers)}
+    return {stack: _plan(trace, selection, counts, r, every) for stack, r in first_of.items()}
+
+
+def _plan(trace: Trace, selection: Selection, counts: Counts, router: int, every: bool) -> Plan:
+    widest = max(trace.routers[r].experts for r in selection.routers)
+    judged = frequent(counts, MIN_COUNT, CELLS // widest, router)
+    listed = frequent(counts, 1, len(counts.token_ids_V_of(router)), router) if every else judged
+    paired, clusters = frequent(counts, MIN_COUNT, 0, router), 0
+    if len(counts.domains) > 1:
+        paired, clusters = pair_ids_of(counts, widest, router)
+    shuffles = SHUFFLES if counts.tokens < SHORT else 1
+    there_XU = np.zeros((len(paired.ids_V), len(counts.domains) * clusters), bool)
+    for shard in trace.shards if there_XU.size else ():
+        seen = selected_tokens(shard, selection, trace.routers[router].stack)
+        row_T, domain_T = paired.rows(seen.token_id_T), _domains(seen, counts.domains)
+        unit_T = domain_T * clusters + seen.document_T % clusters
+        there_XU[row_T[row_T >= 0], unit_T[row_T >= 0]] = True
+    shuffled_RXU = _shuffled_domains(there_XU, clusters, shuffles)
+    return Plan(listed, judged, paired, shuffles, counts.domains, clusters, shuffled_RXU)
+
+
+def _shuffled_domains(there_XU: np.ndarray, clusters: int, R: int) -> np.ndarray:
+    token_P, unit_P = np.nonzero(there_XU)
+    domain_P, rng = unit_P // max(clusters, 1), np.random.default_rng([SEED, len(token_P)])
+    shuffled_RXU = np.zeros((R, *there_XU.shape), np.int32)
+    for r in range(R):
+        order_P = np.lexsort((rng.random(len(token_P)), token_P))
+        shuffled_RXU[r, token_P, unit_P] = domain_P[order_P]
+    return shuffled_RXU
+
+
+def _domains(seen: SelectedTokens, domains: list[str]) -> np.ndarray:
+    """The domain of each token, as a row of `domains`."""
+    code = {domain: d for d, domain in enumerate(domains)}
+    return np.array([code.get(domain, 0) for domain in seen.domains], np.int64)[seen.domain_T]
+
+
+# --- while they are
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """Tokens of a shard in the order of their rows in a table, so that a row stays in the nearest
+    cache: `by_T` which they are, row_T the row of each. Those that have none are left out."""
+
+    by_T: np.ndarray
+    row_T: np.ndarray
+
+    @staticmethod
+    def of(row_T: np.ndarray) -> Ordered:
+        # numpy sorts 16 bits by radix
+        fits = row_T.max(initial=0) < np.iinfo(np.uint16).max
+        by_T = np.argsort((row_T + 1).astype(np.uint16) if fits else row_T, kind="stable")
+        by_T = by_T[int((row_T < 0).sum()) :]
+        return Ordered(by_T, row_T[by_T])
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The rows of a shard's tokens in the tables of any router of a stack: with token ids as they
+    are, by id and domain and by id; with the domains shuffled; with the token ids shuffled."""
+
+    by_domain: Ordered
+    by_id: Ordered
+    shuffled_domains: list[Ordered]
+    shuffled_ids: list[Ordered]
+
+    @staticmethod
+    def of(shard: Shard, seen: SelectedTokens, plan: Plan) -> ShardRows:
+        row_T, judged_T = plan.listed.rows(seen.token_id_T), plan.judged.rows(seen.token_id_T)
+        paired_T, domain_T = plan.paired.rows(seen.token_id_T), _domains(seen, plan.domains)
+        within_T = np.where(paired_T >= 0, domain_T, 0)
+        by_domain = np.where(row_T >= 0, plan.start_V[row_T] + within_T, -1)
+        shuffled_domains = list[np.ndarray]()
+        for shuffled_XU in plan.shuffled_RXU if plan.clusters else ():
+            unit_T = domain_T * plan.clusters + seen.document_T % plan.clusters
+            shuffled_T = paired_T * len(plan.domains) + shuffled_XU[paired_T, unit_T]
+            shuffled_domains.append(np.where(paired_T >= 0, shuffled_T, -1))
+        # one order for all routers and for a whole decision: its k distinct experts stay together
+        rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
+        shuffled_ids = [judged_T[rng.permutation(len(row_T))] for _ in range(plan.shuffles)]
+        return ShardRows(
+            Ordered.of(by_domain),
+            Ordered.of(row_T),
+            [Ordered.of(shuffled_T) for shuffled_T in shuffled_domains],
+            [Ordered.of(shuffled_T) for shuffled_T in shuffled_ids],
+        )
+
+
+class TokenTables:
+    """The tables of one router, uint32, with a column more than it has experts, for what routed
+    nowhere: assignments by token id and domain, first choices by token id (None: unknown), and the
+    same with labels shuffled."""
+
+    def __init__(self, plan: Plan, experts: int, ranked: bool):
+        def zeros(rows: int) -> np.ndarray:
+            return np.zeros((rows, experts + 1), np.uint32)
+
+        judged, pairs = len(plan.judged.ids_V), len(plan.paired.ids_V) * len(plan.domains)
+        shuffles = range(plan.shuffles)
+        self.plan, self.by_domain = plan, zeros(int(plan.start_V[-1]))
+        self.first = zeros(len(plan.listed.ids_V)) if ranked else None
+        self.shuffled_domains = [zeros(pairs) for _ in shuffles if pairs]
+        self.shuffled_any = [zeros(judged) for _ in shuffles]
+        self.shuffled_first = [zeros(judged) for _ in shuffles if ranked]
+
+    def add(self, rows: ShardRows, slots: Slots, accumulate: Accumulate) -> None:
+        """Counts the decisions of a shard."""
+        added = [(self.by_domain, rows.by_domain, slots)]
+        added += [(self.first, rows.by_id, slots[:1])] if self.first is not None else []
+        for tables, ordered, of in (
+            (self.shuffled_domains, rows.shuffled_domains, slots),
+            (self.shuffled_any, rows.shuffled_ids, slots),
+            (self.shuffled_first, rows.shuffled_ids, slots[:1]),
+        ):
+            added += [(table, rows_T, of) for table, rows_T in zip(tables, ordered, strict=False)]
+        for table, ordered, of in added:
+            accumulate(table, ordered.by_T, ordered.row_T, of)
+
+    @property
+    def any_VE(self) -> np.ndarray:
+        """Assignments of each listed token id."""
+        if not len(self.by_domain):
+            return self.by_domain[:, :-1]
+        return np.add.reduceat(self.by_domain, self.plan.start_V[:-1])[:, :-1]
+
+    def paired_XDE(self) -> np.ndarray:
+        """Assignments of each paired token id by domain."""
+        first_X = self.plan.start_V[self.plan.listed.rows(self.plan.paired.ids_V)]
+        return self.by_domain[first_X[:, None] + np.arange(len(self.plan.domains)), :-1]
+
+
+# --- afterwards
+
+
+def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
+    """What the tables of a router come to. `top`: token ids per expert, 0 for all."""
+    plan, any_VE = tables.plan, tables.any_VE
+    first_VE = None if tables.first is None else tables.first[:, :-1]
+    judged = plan.listed.rows(plan.judged.ids_V)
+    columns = _columns(
+        tables,
+        any_VE if plan.listed is plan.judged else any_VE[judged],
+        first_VE if first_VE is None or plan.listed is plan.judged else first_VE[judged],
     )
-    tables = TokenTables(
-        router, token_ids, table(), table() if ranked else None, shuffled_any, shuffled_first
+    expert_N, row_N = top_token_ids(any_VE, plan.listed.occurrences_V, top)
+    return ByTokenId(
+        columns,
+        expert_N,
+        plan.listed.ids_V[row_N],
+        any_VE[row_N, expert_N].astype(np.int64),
+        None if first_VE is None else first_VE[row_N, expert_N].astype(np.int64),
+        plan.listed.occurrences_V[row_N],
     )
-    if pair_ids is not None:
-        tables.pair_ids, tables.clusters = pair_ids, clusters
-        tables.by_unit = np.zeros((len(pair_ids.ids_V), D * clusters, E), np.uint32)
-    return tables
 
 
-def _count_shard(
-    shard: Shard,
-    selection: Selection,
-    stack: str,
-    counts: Counts,
-    group: list[TokenTables],
-    accumulate: Callable[..., None],
-) -> None:
-    chosen = selected_tokens(shard, selection, stack)
-    if not len(chosen.domain_T):
-        return
-    row_T = group[0].token_ids.rows(chosen.token_id_T)
-    # one order for all routers and for a whole decision: its k distinct experts stay together
-    rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
-    shuffled = [row_T[rng.permutation(len(row_T))] for _ in group[0].shuffled_any]
-    pair_row_T = None
-    if (pair_ids := group[0].pair_ids) is not None:
-        clusters = group[0].clusters
-        code = {domain: d for d, domain in enumerate(counts.domains)}
-        domain_T = np.array([code.get(domain, 0) for domain in chosen.domains])[chosen.domain_T]
-        kept_T = pair_ids.rows(chosen.token_id_T)
-        unit_T = domain_T * clusters + chosen.document_T % clusters
-        pair_row_T = np.where(kept_T >= 0, kept_T * len(counts.domains) * clusters + unit_T, -1)
-    for tables in group:
-        slots = chosen.of(shard.slots(tables.router), tables.router)
-        accumulate(tables.any_VE, row_T, slots)
-        for any_VE, order_T in zip(tables.shuffled_any, shuffled, strict=True):
-            accumulate(any_VE, order_T, slots)
-        if tables.first_VE is not None:
-            accumulate(tables.first_VE, row_T, slots[:1])
-            for first_VE, order_T in zip(tables.shuffled_first, shuffled, strict=True):
-                accumulate(first_VE, order_T, slots[:1])
-        if tables.by_unit is not None and pair_row_T is not None:
-            accumulate(tables.by_unit.reshape(-1, tables.by_unit.shape[-1]), pair_row_T, slots)
+def _columns(
+    tables: TokenTables, any_VE: np.ndarray, first_VE: np.ndarray | None
+) -> dict[str, float]:
+    """The metrics that need token ids, each beside its mean with labels shuffled."""
+    plan, occurrences_V = tables.plan, tables.plan.judged.occurrences_V
+    shuffled_any = [any_VE[:, :-1] for any_VE in tables.shuffled_any]
+    shuffled_first = [first_VE[:, :-1] for first_VE in tables.shuffled_first]
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values))
+
+    columns = {
+        "token_mi_bits": sp.token_mi_bits(any_VE),
+        "token_mi_null_bits": mean([sp.token_mi_bits(a_VE) for a_VE in shuffled_any]),
+        "vocabulary_specialization_any": sp.vocabulary_specialization_any(any_VE, occurrences_V),
+        "vocabulary_specialization_any_null": mean(
+            [sp.vocabulary_specialization_any(a_VE, occurrences_V) for a_VE in shuffled_any]
+        ),
+    }
+    if first_VE is not None:
+        columns["vocabulary_specialization"] = sp.vocabulary_specialization(first_VE)
+        columns["vocabulary_specialization_null"] = mean(
+            [sp.vocabulary_specialization(f_VE) for f_VE in shuffled_first]
+        )
+    if tables.shuffled_domains:
+        shape = len(plan.paired.ids_V), len(plan.domains), any_VE.shape[1]
+        columns["domain_mi_given_token_bits"] = sp.conditional_mi_bits(tables.paired_XDE())
+        columns["domain_mi_given_token_null_bits"] = mean(
+            [sp.conditional_mi_bits(s[:, :-1].reshape(shape)) for s in tables.shuffled_domains]
+        )
+    return columns
 
 
-def _accumulate(table: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
-    """table[row, expert] += 1 for every slot of every token, but where the row is −1 or the slot
-    routed nowhere."""
-    E, ids_KT = table.shape[1], np.stack(slots)
-    cell = (row_T * E + ids_KT)[(row_T >= 0) & (ids_KT < E)]
-    flat = table.reshape(-1)
-    if len(flat) <= 2 * len(cell):
-        flat += np.bincount(cell, minlength=len(flat)).astype(np.uint32)
-    else:  # a table larger than what is added to it is not gone through
-        np.add.at(flat, cell, np.uint32(1))
-
-
-def token_mi(tables: TokenTables) -> tuple[float, float]:
-    """I(token id; expert) in bits over the token ids counted, and its mean with the token ids
-    shuffled."""
-    null = [specialization.token_mi_bits(any_VE) for any_VE in tables.shuffled_any]
-    return specialization.token_mi_bits(tables.any_VE), float(np.mean(null))
-
-
-def top_token_ids(tables: TokenTables, top: int) -> tuple[np.ndarray, np.ndarray]:
+def top_token_ids(
+    any_VE: np.ndarray, occurrences_V: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The `top` token ids of each expert by the fraction of their occurrences that goes to it, then
     by count; 0: all that ever went there. Returns (expert, row in the tables), expert by expert."""
-    V, E = tables.any_VE.shape
+    V, E = any_VE.shape
     if not V:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    fraction_VE = np.minimum(tables.any_VE / tables.token_ids.occurrences_V[:, None], 1)
-    rank_VE = (fraction_VE * 2**31).astype(np.uint64) << np.uint64(32) | tables.any_VE
+    fraction_VE = np.minimum(any_VE / occurrences_V[:, None], 1)
+    rank_VE = (fraction_VE * 2**31).astype(np.uint64) << np.uint64(32) | any_VE
     n = min(top, V) if top else V
     rows_NE = (
         np.argpartition(rank_VE, V - n, axis=0)[V - n :]
@@ -245,5 +330,5 @@ def top_token_ids(tables: TokenTables, top: int) -> tuple[np.ndarray, np.ndarray
     order_NE = np.argsort(np.take_along_axis(rank_VE, rows_NE, 0), axis=0, kind="stable")[::-1]
     rows_EN = np.take_along_axis(rows_NE, order_NE, 0).T
     expert_EN = np.broadcast_to(np.arange(E)[:, None], rows_EN.shape)
-    there_EN = tables.any_VE[rows_EN, expert_EN] > 0
+    there_EN = any_VE[rows_EN, expert_EN] > 0
     return expert_EN[there_EN], rows_EN[there_EN]

@@ -1,26 +1,26 @@
 """What does an expert specialise in? Pure functions on counts, in bits.
 
-D domains, E experts, V token ids, U units (clusters of documents), R permutations, G (token id,
-domain) groups. Counts are
-assignments: with k > 1 a token counts k times. Plug-in estimates of information are biased upwards;
-here none is corrected by a formula (Miller and Madow's assumes independent draws, which k distinct
-picks are not): each comes with the value that shuffled labels give, and only the difference means
-anything.
+D domains, E experts, V token ids, X some of them, U units (clusters of documents), R permutations.
+Counts are assignments: with k > 1 a token counts k times. Plug-in estimates of information are
+biased upwards; here none is corrected by a formula (Miller and Madow's assumes independent draws,
+which k distinct picks are not): each comes with the value that shuffled labels give, and only the
+difference means anything.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from math import factorial, prod
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import _positive
 from moe_inspect.analysis.metrics.registry import metric
-from moe_inspect.analysis.metrics.uncertainty import SEED, permuted_labels
-from moe_inspect.trace.runs import run_edges
+from moe_inspect.analysis.metrics.uncertainty import permuted_labels
 
 PERMUTATIONS = 200
 CHUNK_CELLS = 2**21
+LOOKED_UP = 2**14  # counts whose n log n is kept
 
 
 def mutual_information_bits(counts_XE: np.ndarray) -> np.ndarray:
@@ -150,7 +150,12 @@ def token_mi_bits(any_VE: np.ndarray) -> float:
     """Plug-in I(token id; expert) over the token ids frequent enough to judge. Its bias is large:
     read it only beside the same with the token ids shuffled (token_mi_null_bits). NaN without
     any."""
-    return float(mutual_information_bits(any_VE.astype(float))) if any_VE.any() else float("nan")
+    load_V, load_E = any_VE.sum(1, dtype=np.int64), any_VE.sum(0, dtype=np.int64)
+    total = int(load_V.sum())
+    if not total:
+        return float("nan")
+    margins = _n_log2_n(load_V[None]).sum() + _n_log2_n(load_E[None]).sum()
+    return float(np.log2(total) + (_n_log2_n(any_VE).sum() - margins) / total)
 
 
 @metric(
@@ -160,54 +165,25 @@ def token_mi_bits(any_VE: np.ndarray) -> float:
     unit="bits",
     range="0 to log₂ min(D, E)",
 )
-def conditional_mi_bits(counts_GE: np.ndarray, token_G: np.ndarray, domain_G: np.ndarray) -> float:
+def conditional_mi_bits(counts_XDE: np.ndarray) -> float:
     """I(domain; expert | token id): what the domain says of the expert once the token id is known:
-    topic beyond vocabulary. Domains equally weighted. Row g counts the assignments of one token id
-    in one domain; rows of a token id lie together. Its bias is large: read it only against
-    `conditional_mi_null_bits`. NaN without counts."""
-    if not len(counts_GE):
+    topic beyond vocabulary. Domains equally weighted. counts: assignments of X token ids in each
+    domain. Its bias is large: read it only beside the same with domains shuffled, separately for
+    each token id, among the documents that hold it (domain_mi_given_token_null_bits): every token
+    id keeps the domains it occurs in, on which most of the bias depends. NaN without counts."""
+    load_XD = counts_XDE.sum(2, dtype=np.int64)
+    load_D = load_XD.sum(0)
+    if not load_D.any():
         return float("nan")
-    row_G = counts_GE.sum(1)
-    p_GE = counts_GE * (1 / _positive(np.bincount(domain_G, row_G)))[domain_G][:, None]
-    p_GE = p_GE / p_GE.sum()
-    edges = run_edges(token_G)
-    group_of_G = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
-    token_XE = np.add.reduceat(p_GE, edges[:-1])
-    p_G, p_X = p_GE.sum(1), token_XE.sum(1)
-    expected_GE = p_G[:, None] * (token_XE / p_X[:, None])[group_of_G]
-    ratio_GE = np.divide(p_GE, expected_GE, out=np.ones_like(p_GE), where=counts_GE > 0)
-    return float((p_GE * np.log2(ratio_GE)).sum())
-
-
-def conditional_mi_null_bits(
-    counts_PE: np.ndarray, token_P: np.ndarray, domain_P: np.ndarray, R: int
-) -> float:
-    """Mean of `conditional_mi_bits` with the domain labels permuted, separately for each token id,
-    among the documents (units) that hold it: every token id keeps the domains it occurs in, which
-    is what most of the bias depends on. Row p counts the assignments of one token id in one unit;
-    rows of a token id lie together."""
-    if not R or not len(token_P):
-        return float("nan")
-    rng = np.random.default_rng([SEED, len(token_P)])
-    # nearly all cells are empty: the sums run over the others, N of them
-    row_N, expert_N = np.nonzero(counts_PE)
-    count_N, load_P = counts_PE[row_N, expert_N], counts_PE.sum(1)
-    token_P = np.unique(token_P, return_inverse=True)[1]
-    X, D, E = int(token_P[-1]) + 1, int(domain_P.max()) + 1, counts_PE.shape[1]
-    values = []
-    for _ in range(R):
-        shuffled_P = domain_P[np.lexsort((rng.random(len(token_P)), token_P))]
-        weight_P = 1 / _positive(np.bincount(shuffled_P, load_P, D))[shuffled_P]
-        p_N = count_N * weight_P[row_N]
-        p_N, group_P = p_N / p_N.sum(), token_P * D + shuffled_P
-        token_N = token_P[row_N]
-        p_XDE = np.bincount(group_P[row_N] * E + expert_N, p_N, X * D * E)
-        p_XD = np.bincount(group_P[row_N], p_N, X * D)
-        p_XE, p_X = np.bincount(token_N * E + expert_N, p_N, X * E), np.bincount(token_N, p_N, X)
-        # I(D; E | X) = H(X, D) + H(X, E) - H(X, D, E) - H(X)
-        pairs, joint = _entropy_bits(p_XD) + _entropy_bits(p_XE), _entropy_bits(p_XDE)
-        values.append(pairs - joint - _entropy_bits(p_X))
-    return float(np.mean(values))
+    weight_D = 1 / (_positive(load_D) * np.count_nonzero(load_D))
+    weight_D = np.where(load_D > 0, weight_D, 0)
+    # I(D; E | X) = H(X, D) + H(X, E) - H(X, D, E) - H(X); n log n of counts is looked up
+    n_log2_n_XD = _n_log2_n(counts_XDE.reshape(-1, counts_XDE.shape[2])).reshape(load_XD.shape)
+    domain_bits = -(np.log2(np.where(weight_D > 0, weight_D, 1)) * weight_D * load_D).sum()
+    joint = domain_bits - (n_log2_n_XD * weight_D).sum()
+    p_XD, p_XE = load_XD * weight_D, np.einsum("xde,d->xe", counts_XDE, weight_D)
+    pairs = _entropy_bits(p_XD) + _entropy_bits(p_XE)
+    return float(pairs - joint - _entropy_bits(p_XD.sum(1)))
 
 
 def _entropy_bits(p: np.ndarray) -> float:
@@ -215,13 +191,21 @@ def _entropy_bits(p: np.ndarray) -> float:
     return float(-(p * np.log2(p)).sum())
 
 
-def by_group(
-    counts_PE: np.ndarray, token_P: np.ndarray, domain_P: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sums rows of (token id, unit) to rows of (token id, domain): counts_GE, token_G, domain_G."""
-    order_P = np.lexsort((domain_P, token_P))
-    token_P, domain_P = token_P[order_P], domain_P[order_P]
-    starts = run_edges(token_P, domain_P)[:-1]
-    if not len(starts):
-        return counts_PE, token_P, domain_P
-    return np.add.reduceat(counts_PE[order_P], starts), token_P[starts], domain_P[starts]
+@cache
+def _n_log2_n_table() -> np.ndarray:
+    n = np.arange(LOOKED_UP, dtype=float)
+    return n * np.log2(np.maximum(n, 1))
+
+
+def _n_log2_n(counts_XE: np.ndarray) -> np.ndarray:
+    """Σ over each row of n · log₂ n, looked up where n is small. float64 [X]"""
+    table, sums_X = _n_log2_n_table(), np.zeros(len(counts_XE))
+    step = max(1, CHUNK_CELLS // max(1, counts_XE.shape[1]))
+    for start in range(0, len(counts_XE), step):
+        part_XE = counts_XE[start : start + step]
+        if part_XE.max(initial=0) < LOOKED_UP:
+            terms_XE = table[part_XE]
+        else:
+            terms_XE = part_XE * np.log2(np.maximum(part_XE, 1))
+        sums_X[start : start + step] = terms_XE.sum(1)
+    return sums_X

@@ -21,6 +21,7 @@ from moe_inspect.reporting.tables.thresholds import Thresholds, thresholds_with
 from moe_inspect.trace.reader import Trace
 
 Result = TypeVar("Result")
+TOKEN_IDS = frozenset({"token_ids"})
 STATUS = {
     "recording": (
         "this trace is still being recorded, or was cut off: the report is of what is committed "
@@ -69,17 +70,30 @@ class ReportData:
             if self.trace.counts_only
             else BASE.union(wants) - (set() if "logits" in self.trace.tables else {"logits"})
         )
-        if self._counts is None or not asked <= self._counts.wants:
-            asked |= self._counts.wants if self._counts else frozenset()
-            self._counts = count_trace(
-                self.trace,
-                self.selection,
-                asked,
-                window=self.window,
-                scheduler=self.scheduler,
-                progress=self.progress,
-            )
+        had = self._counts
+        if had is None:
+            self._counts = self._counted(asked)
+        elif asked - had.wants == TOKEN_IDS:
+            had.by_token_id = self._counted(TOKEN_IDS).by_token_id
+            had.wants |= TOKEN_IDS
+        elif not asked <= had.wants:
+            kept = had.wants & TOKEN_IDS
+            self._counts = self._counted((asked | had.wants) - kept)
+            self._counts.by_token_id |= had.by_token_id
+            self._counts.wants |= kept
+        assert self._counts is not None
         return self._counts
+
+    def _counted(self, wants: frozenset[str]) -> Counts:
+        return count_trace(
+            self.trace,
+            self.selection,
+            wants,
+            window=self.window,
+            top=self.top,
+            scheduler=self.scheduler,
+            progress=self.progress,
+        )
 
     def prepare(self, tables: Iterable[str]) -> None:
         """Counts in one pass what these tables need."""
@@ -134,11 +148,6 @@ def once(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
         return data.made[function]
 
     return kept
-
-
-def has_run(data: ReportData, function: Callable[[Any], Any]) -> bool:
-    """Whether a function that runs `once` has."""
-    return getattr(function, "__wrapped__", function) in data.made
 
 
 @once

@@ -4,16 +4,13 @@ domains."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting import token_ids as tokenids
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.tables.data import ReportData, has_run, once
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.load import of_router, stacked
 from moe_inspect.reporting.tables.registry import table
 
@@ -54,18 +51,15 @@ def domains(data: ReportData) -> pd.DataFrame:
     return stacked(parts)
 
 
-@table(by_router=SPECIALIZATION)
+@table("token_ids", by_router=SPECIALIZATION)
 def specialization(data: ReportData) -> pd.DataFrame:
-    """One row per router: the information about the expert that the domain carries, that the token
-    id carries, and that the domain carries given the token id; each with its null, the same with
-    shuffled labels."""
-    if data.counts.counts_only:
-        rows = [_domain_specialization(data, r) for r in data.selection.routers]
-    else:
-        rows = [
-            {**_domain_specialization(data, r), **by_id}
-            for r, by_id in zip(data.selection.routers, _token_id_pass(data).columns, strict=True)
-        ]
+    """One row per router: the information about the expert that the domain carries, the token id,
+    and the domain given the token id; each with its null, the same with shuffled labels."""
+    by_token_id = data.counts_for("token_ids").by_token_id
+    rows = [
+        {**_domain_specialization(data, r), **(by_token_id[r].columns if by_token_id else {})}
+        for r in data.selection.routers
+    ]
     return pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(
         dict.fromkeys(SPECIALIZATION, float)
     )
@@ -89,60 +83,7 @@ def _domain_specialization(data: ReportData, router: int) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class TokenIdPass:
-    """The results of the pass by token id. columns: for the table `specialization`, one dict per
-    router. vocabulary: the table of that name, None where all token ids are asked for."""
-
-    columns: list[dict[str, float]]
-    vocabulary: pd.DataFrame | None
-
-
-@once
-def _token_id_pass(data: ReportData) -> TokenIdPass:
-    columns, words = list[dict[str, float]](), list[pd.DataFrame]()
-    for tables in tokenids.by_token_id(
-        data.trace, data.selection, data.counts, nulls=True, progress=data.progress
-    ):
-        columns.append(_by_token_id(tables, len(data.counts.domains)))
-        if data.top:
-            words.append(_vocabulary_rows(tables, data))
-    return TokenIdPass(columns, stacked(words) if words else None)
-
-
-def _by_token_id(tables: tokenids.TokenTables, D: int) -> dict[str, float]:
-    """The columns of `specialization` that need token ids."""
-    token_mi, token_mi_null = tokenids.token_mi(tables)
-    occurrences_V = tables.token_ids.occurrences_V
-    any_null = [sp.vocabulary_specialization_any(a, occurrences_V) for a in tables.shuffled_any]
-    row = {
-        "token_mi_bits": token_mi,
-        "token_mi_null_bits": token_mi_null,
-        "vocabulary_specialization_any": sp.vocabulary_specialization_any(
-            tables.any_VE, occurrences_V
-        ),
-        "vocabulary_specialization_any_null": float(np.mean(any_null)),
-    }
-    if tables.first_VE is not None:
-        row["vocabulary_specialization"] = sp.vocabulary_specialization(tables.first_VE)
-        row["vocabulary_specialization_null"] = float(
-            np.mean([sp.vocabulary_specialization(f) for f in tables.shuffled_first])
-        )
-    if tables.by_unit is not None:
-        counts_PE, token_P, domain_P = tables.pairs(D)
-        row["domain_mi_given_token_bits"] = sp.conditional_mi_bits(
-            *sp.by_group(counts_PE, token_P, domain_P)
-        )
-        null = (
-            sp.conditional_mi_null_bits(counts_PE, token_P, domain_P, len(tables.shuffled_any))
-            if len(counts_PE)
-            else float("nan")
-        )
-        row["domain_mi_given_token_null_bits"] = null
-    return row
-
-
-@table()
+@table("token_ids")
 def vocabulary(data: ReportData) -> pd.DataFrame:
     """One row per expert and token id: the token ids most exclusively routed to it. fraction and
     first_choice_fraction are of the token id's occurrences."""
@@ -151,35 +92,21 @@ def vocabulary(data: ReportData) -> pd.DataFrame:
             f"{data.trace.path} holds counts only, no token ids: no vocabulary table; "
             f"{data.trace.more_than_counts}"
         )
-    if has_run(data, _token_id_pass) and (found := _token_id_pass(data).vocabulary) is not None:
-        return found
-    asked = {} if data.top else {"min_count": 1, "most": len(data.counts.token_ids_V)}
-    passes = tokenids.by_token_id(
-        data.trace, data.selection, data.counts, nulls=False, progress=data.progress, **asked
-    )
-    return stacked([_vocabulary_rows(tables, data) for tables in passes])
-
-
-@once
-def _text_of_token_id(data: ReportData) -> pd.Series:
-    """Token id → its text."""
-    frame = data.trace.vocabulary().drop_duplicates("token_id")
-    return pd.Series(frame["token"].to_numpy(object), index=frame["token_id"].to_numpy())
-
-
-def _vocabulary_rows(tables: tokenids.TokenTables, data: ReportData) -> pd.DataFrame:
-    """The rows of `vocabulary` of one router."""
-    expert, row = tokenids.top_token_ids(tables, data.top)
-    ids, occurrences = tables.token_ids.ids_V[row], tables.token_ids.occurrences_V[row]
-    columns = {
-        "expert": expert,
-        "token_id": ids,
-        "token": _text_of_token_id(data).reindex(ids).to_numpy(object),
-        "count": tables.any_VE[row, expert].astype(np.int64),
-        "fraction": tables.any_VE[row, expert] / np.maximum(occurrences, 1),
-        "first_choice_fraction": np.nan
-        if tables.first_VE is None
-        else tables.first_VE[row, expert] / np.maximum(occurrences, 1),
-        "occurrences": occurrences,
-    }
-    return of_router(data, tables.router, columns)
+    by_token_id, parts = data.counts_for("token_ids").by_token_id, []
+    text = data.trace.vocabulary().drop_duplicates("token_id")
+    text_of = pd.Series(text["token"].to_numpy(object), index=text["token_id"].to_numpy())
+    for r in data.selection.routers:
+        of = by_token_id[r]
+        columns = {
+            "expert": of.expert_N,
+            "token_id": of.token_id_N,
+            "token": text_of.reindex(of.token_id_N).to_numpy(object),
+            "count": of.count_N,
+            "fraction": of.count_N / np.maximum(of.occurrences_N, 1),
+            "first_choice_fraction": np.nan
+            if of.first_N is None
+            else of.first_N / np.maximum(of.occurrences_N, 1),
+            "occurrences": of.occurrences_N,
+        }
+        parts.append(of_router(data, r, columns))
+    return stacked(parts)

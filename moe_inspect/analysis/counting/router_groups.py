@@ -1,0 +1,178 @@
+"""The pass over a trace where token ids are counted too: some routers at a time, so that their
+tables fit in memory, and of those some per thread. Each router's decisions are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.analysis.counting.cluster import on_cluster
+from moe_inspect.analysis.counting.count_shard import (
+    PreparedShard,
+    Windows,
+    count_routers,
+    kernels,
+    prepare_shard,
+)
+from moe_inspect.analysis.counting.counts import Counts, empty_like, joined
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.counting.token_ids import (
+    Plan,
+    ShardRows,
+    TokenTables,
+    by_token_id,
+    plans_of,
+)
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.shard import Shard
+
+TABLE_BYTES = 2**27  # of the tables of the routers that are counted together
+ROUTERS_PER_TASK = 4  # of a cluster
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """What is counted of any group of routers. `base`: also what is not by token id. `keys`: (rank,
+    index) of the shards. `top`: token ids per expert that are listed."""
+
+    selection: Selection
+    wants: frozenset[str]
+    windows: Windows | None
+    fast: bool
+    base: bool
+    keys: frozenset[tuple[int, int]]
+    plans: Mapping[str, Plan]
+    top: int
+
+    def prepared(self, shard: Shard) -> tuple[PreparedShard, dict[str, ShardRows]]:
+        """What is read of a shard once for all routers."""
+        prepared = prepare_shard(shard, self.selection, self.wants, self.windows)
+        rows = {
+            stack: ShardRows.of(shard, seen, self.plans[stack])
+            for stack, (seen, _) in prepared.stacks.items()
+        }
+        return prepared, rows
+
+    def shards(self, trace: Trace) -> Iterator[Shard]:
+        """Those there were when the request was made: the trace may have grown since."""
+        return (s for s in trace.shards if (s.files.rank, s.files.index) in self.keys)
+
+
+class RouterGroup:
+    """The counts of some routers while shards are added, in their order."""
+
+    def __init__(self, trace: Trace, request: GroupRequest, empty: Counts, routers: list[int]):
+        self.request, self.routers, self.counts = request, tuple(routers), empty_like(empty)
+        self.by = kernels(request.fast)
+        listed = [(r, trace.routers[r]) for r in routers]
+        self.tables = {
+            r: TokenTables(request.plans[of.stack], of.experts, of.first_choice_known)
+            for r, of in listed
+        }
+
+    def add(self, prepared: PreparedShard, rows: Mapping[str, ShardRows]) -> None:
+        def visit(r: int, slots: Any) -> None:
+            self.tables[r].add(rows[part.routers[r].stack], slots, self.by.accumulate)
+
+        part = replace(prepared.part, of={})
+        if self.request.base:
+            part.of = count_routers(prepared, self.routers, self.by, visit)
+        else:
+            for stack, (seen, _) in prepared.stacks.items():
+                for r in self.routers:
+                    if part.routers[r].stack == stack:
+                        visit(r, seen.of(prepared.shard.slots(r), r))
+        self.counts.add(part)
+
+    def result(self) -> Counts:
+        """Tables are given back one by one."""
+        for r in self.routers:
+            self.counts.by_token_id[r] = by_token_id(self.tables.pop(r), self.request.top)
+        return self.counts
+
+
+def count_by_token_id(
+    trace: Trace,
+    arguments: tuple[Selection, frozenset[str], Windows | None, bool],
+    empty: Counts,
+    *,
+    base: bool,
+    top: int,
+    threads: int,
+    scheduler: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> Counts:
+    """The counts of a trace with those by token id. `arguments`: of count_shard. `empty`: what is
+    added to."""
+    selection, *_ = arguments
+    keys = frozenset((shard.files.rank, shard.files.index) for shard in trace.shards)
+    plans = plans_of(trace, selection, every=not top)
+    request = GroupRequest(*arguments, base, keys, plans, top)
+    parts = list[Counts]()
+    routers = list(selection.routers)
+    if scheduler is None:
+        for group in _groups(trace, request, routers):
+            parts += _on_threads(trace, request, empty, group, threads, progress)
+    else:
+        path = str(trace.path.resolve()) if isinstance(trace.path, Path) else str(trace.path)
+        groups = list(_groups(trace, request, routers, ROUTERS_PER_TASK))
+        tasks = ((path, request, empty, group) for group in groups)
+        for group, part in zip(groups, on_cluster(scheduler, _group_of, tasks), strict=True):
+            parts.append(part)
+            if progress:
+                progress(trace.n_tokens * len(group))
+    return joined(parts)
+
+
+def _groups(
+    trace: Trace, request: GroupRequest, routers: list[int], most: int | None = None
+) -> Iterator[list[int]]:
+    """Routers whose tables fit in TABLE_BYTES, at least one and no more than `most` at a time."""
+    group, total = list[int](), 0
+    for r in routers:
+        size = request.plans[trace.routers[r].stack].bytes(trace.routers[r].experts)
+        if group and (total + size > TABLE_BYTES or len(group) == most):
+            yield group
+            group, total = [], 0
+        group.append(r)
+        total += size
+    yield group
+
+
+def _on_threads(
+    trace: Trace,
+    request: GroupRequest,
+    empty: Counts,
+    routers: list[int],
+    threads: int,
+    progress: Callable[[int], None] | None,
+) -> list[Counts]:
+    """The counts of a group, in parts. While a shard is counted the tokens of the next are read."""
+    n = min(threads, len(routers))
+    shares = [routers[i * len(routers) // n : (i + 1) * len(routers) // n] for i in range(n)]
+    groups = [RouterGroup(trace, request, empty, share) for share in shares]
+    with ThreadPoolExecutor(n) as pool:
+        running = list[Future[None]]()
+        for shard in request.shards(trace):
+            prepared = request.prepared(shard)
+            for share in running:
+                share.result()
+            running = [pool.submit(group.add, *prepared) for group in groups]
+            if progress:
+                progress(shard.files.tokens * len(routers))
+        for share in running:
+            share.result()
+        return list(pool.map(RouterGroup.result, groups))
+
+
+def _group_of(path: str, request: GroupRequest, empty: Counts, routers: list[int]) -> Counts:
+    """What a worker of a cluster does: opens the trace where it stands, counts some routers."""
+    trace = open_trace(path)
+    group = RouterGroup(trace, request, empty, routers)
+    for shard in request.shards(trace):
+        group.add(*request.prepared(shard))
+    return group.result()
