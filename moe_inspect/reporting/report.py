@@ -34,8 +34,8 @@ def report(
     `top`: token ids per expert in `vocabulary`, and partners per expert in tables of pairs; 0 for
     all. `window`: tokens per window, by default a 64th of the trace. `thresholds`: of the verdict,
     {"uneven": 0.3}. `scheduler`: address of a dask.distributed cluster. `progress` is called with
-    the number of decisions read; what is by token id reads them a second time. Raises
-    MoeInspectError where there is no such trace, layer, domain or threshold."""
+    the number of decisions read. Raises MoeInspectError where there is no such trace, layer, domain
+    or threshold."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     return Report(
         trace,

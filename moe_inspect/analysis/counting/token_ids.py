@@ -41,6 +41,7 @@ UNIT_CLUSTERS = (
     31,
     17,
 )  # clusters of documents per domain: the most that let every token id in
+ROUNDING = np.float32(1e-6)
 Accumulate = Callable[[np.ndarray, np.ndarray, np.ndarray, Slots], None]
 
 
@@ -56,8 +57,7 @@ class TokenIds:
     coverage: float
 
     def rows(self, token_id_T: np.ndarray) -> np.ndarray:
-        known_T = (token_id_T >= 0) & (token_id_T < len(self.row_of))
-        return np.where(known_T, self.row_of[np.where(known_T, token_id_T, 0)], -1)
+        return self.row_of[np.minimum(token_id_T, len(self.row_of) - 1)]  # -1 is the last too
 
 
 def frequent(counts: Counts, min_count: int, most: int, router: int | None = None) -> TokenIds:
@@ -68,7 +68,7 @@ def frequent(counts: Counts, min_count: int, most: int, router: int | None = Non
     ids_V = np.flatnonzero(occurrences >= max(min_count, 1))
     if len(ids_V) > most:
         ids_V = np.sort(ids_V[np.argsort(-occurrences[ids_V], kind="stable")[:most]])
-    row_of = np.full(max(len(occurrences), 1), -1, np.int64)
+    row_of = np.full(len(occurrences) + 1, -1, np.int32)  # the last is for what is no token id
     row_of[ids_V] = np.arange(len(ids_V))
     return TokenIds(
         ids_V, occurrences[ids_V], row_of, float(occurrences[ids_V].sum() / max(tokens, 1))
@@ -175,8 +175,8 @@ class Ordered:
         # numpy sorts 16 bits by radix
         fits = row_T.max(initial=0) < np.iinfo(np.uint16).max
         by_T = np.argsort((row_T + 1).astype(np.uint16) if fits else row_T, kind="stable")
-        by_T = by_T[int((row_T < 0).sum()) :]
-        return Ordered(by_T, row_T[by_T])
+        by_T = by_T[int((row_T < 0).sum()) :].astype(np.int32)
+        return Ordered(by_T, row_T[by_T].astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -194,21 +194,20 @@ class ShardRows:
         row_T, judged_T = plan.listed.rows(seen.token_id_T), plan.judged.rows(seen.token_id_T)
         paired_T, domain_T = plan.paired.rows(seen.token_id_T), _domains(seen, plan.domains)
         within_T = np.where(paired_T >= 0, domain_T, 0)
-        by_domain = np.where(row_T >= 0, plan.start_V[row_T] + within_T, -1)
-        shuffled_domains = list[np.ndarray]()
-        for shuffled_XU in plan.shuffled_RXU if plan.clusters else ():
+        by_domain = Ordered.of(np.where(row_T >= 0, plan.start_V[row_T] + within_T, -1))
+        shuffled_domains = list[Ordered]()
+        for shuffled_XU in plan.shuffled_RXU if plan.shuffled_RXU.size else ():
             unit_T = domain_T * plan.clusters + seen.document_T % plan.clusters
             shuffled_T = paired_T * len(plan.domains) + shuffled_XU[paired_T, unit_T]
-            shuffled_domains.append(np.where(paired_T >= 0, shuffled_T, -1))
+            shuffled_domains.append(Ordered.of(np.where(paired_T >= 0, shuffled_T, -1)))
         # one order for all routers and for a whole decision: its k distinct experts stay together
         rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
-        shuffled_ids = [judged_T[rng.permutation(len(row_T))] for _ in range(plan.shuffles)]
-        return ShardRows(
-            Ordered.of(by_domain),
-            Ordered.of(row_T),
-            [Ordered.of(shuffled_T) for shuffled_T in shuffled_domains],
-            [Ordered.of(shuffled_T) for shuffled_T in shuffled_ids],
-        )
+        shuffled_ids = [
+            Ordered.of(judged_T[rng.permutation(len(row_T))]) for _ in range(plan.shuffles)
+        ]
+        # by domain they are in the order of their ids too
+        by_id = Ordered(by_domain.by_T, row_T[by_domain.by_T])
+        return ShardRows(by_domain, by_id, shuffled_domains, shuffled_ids)
 
 
 class TokenTables:
@@ -315,20 +314,20 @@ def top_token_ids(
     any_VE: np.ndarray, occurrences_V: np.ndarray, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `top` token ids of each expert by the fraction of their occurrences that goes to it, then
-    by count; 0: all that ever went there. Returns (expert, row in the tables), expert by expert."""
+    by count, then by id; 0: all that ever went there. Returns (expert, row in the tables), expert
+    by expert."""
     V, E = any_VE.shape
-    if not V:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    fraction_VE = np.minimum(any_VE / occurrences_V[:, None], 1)
-    rank_VE = (fraction_VE * 2**31).astype(np.uint64) << np.uint64(32) | any_VE
-    n = min(top, V) if top else V
-    rows_NE = (
-        np.argpartition(rank_VE, V - n, axis=0)[V - n :]
-        if n < V
-        else np.broadcast_to(np.arange(V)[:, None], (V, E))
-    )
-    order_NE = np.argsort(np.take_along_axis(rank_VE, rows_NE, 0), axis=0, kind="stable")[::-1]
-    rows_EN = np.take_along_axis(rows_NE, order_NE, 0).T
-    expert_EN = np.broadcast_to(np.arange(E)[:, None], rows_EN.shape)
-    there_EN = any_VE[rows_EN, expert_EN] > 0
-    return expert_EN[there_EN], rows_EN[there_EN]
+    share_VE = any_VE.astype(np.float32) * (1 / occurrences_V).astype(np.float32)[:, None]
+    least_E, blocks = np.float32(0), 8 * top
+    if 0 < 2 * blocks < V:
+        # of the largest shares of blocks of token ids, `top` are no less than the one at this rank
+        highest_BE = share_VE[: V - V % blocks].reshape(blocks, -1, E).max(1)
+        least_E = np.partition(highest_BE, -top, axis=0)[-top] * (1 - ROUNDING)
+    row_N, expert_N = np.nonzero((share_VE >= least_E) & (any_VE > 0))
+    count_N = any_VE[row_N, expert_N]
+    fraction_N = np.minimum(count_N / occurrences_V[row_N], 1)
+    order_N = np.lexsort((row_N, -count_N.astype(np.int64), -fraction_N, expert_N))
+    row_N, expert_N = row_N[order_N], expert_N[order_N]
+    rank_N = np.arange(len(expert_N)) - np.searchsorted(expert_N, expert_N)
+    kept_N = rank_N < (top or V)
+    return expert_N[kept_N], row_N[kept_N]

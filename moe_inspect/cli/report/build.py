@@ -21,7 +21,13 @@ def build(request: Request) -> tuple[Report, list[str]]:
     with decisions_read() as progress:
         made = make(request.trace, progress=progress, **request.selection)
         tables = [request.table] if request.table else _tables_of_text(made)
-        made.prepare([*tables, *(gated()[gate.metric] for gate in request.gates)])
+        made.prepare(
+            [
+                *tables,
+                *(gated()[gate.metric] for gate in request.gates),
+                *(_tables_of_charts() if request.html or request.plots else []),
+            ]
+        )
         for name in tables:  # what is counted when it is asked for
             made.tables[name]
         return made, breaches(made, request.gates)
@@ -31,10 +37,15 @@ def _tables_of_text(made: Report) -> list[str]:
     return ["balance", "specialization", *(["router"] if made.trace.has_weights else [])]
 
 
+def _tables_of_charts() -> list[str]:
+    from moe_inspect.reporting.charts.spec import tables_of_charts
+
+    return tables_of_charts()
+
+
 @contextmanager
 def decisions_read() -> Generator[Callable[[int], None] | None]:
-    """Shows, on a terminal, the decisions read so far: each once for the load and once more where
-    token ids count."""
+    """Shows, on a terminal, the decisions read so far."""
     if not sys.stderr.isatty():
         yield None
         return

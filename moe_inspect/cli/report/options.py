@@ -143,7 +143,7 @@ class ReportOptions:
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Count on this dask.distributed cluster, except what is by token id.",
+            help="Count on this dask.distributed cluster.",
             show_default=False,
         ),
     ] = None

@@ -241,10 +241,14 @@ def every_chart() -> dict[str, Maker]:
     return dict(sorted(CHARTS.items(), key=lambda item: position.get(item[1].__module__, last)))
 
 
+def tables_of_charts() -> list[str]:
+    return list(dict.fromkeys(table for name in every_chart() for table in TABLES_OF[name]))
+
+
 def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:
     """All charts that the trace has the data for, and why the others are missing."""
     makers = every_chart()
-    data.prepare(dict.fromkeys(table for name in makers for table in TABLES_OF[name]))
+    data.prepare(tables_of_charts())
     charts, left_out = list[Chart](), list[str]()
     for name in makers:
         made = chart_of(data, name)

@@ -113,10 +113,8 @@ def load(data: ReportData) -> pd.DataFrame:
 
 def of_router(data: ReportData, router: int, columns: Mapping[str, object]) -> pd.DataFrame:
     """A table of these columns about one router: `layer, router` come first."""
-    frame = pd.DataFrame(dict(columns))
-    frame.insert(0, "layer", data.counts.routers[router].layer)
-    frame.insert(1, "router", router)
-    return frame
+    layer = data.counts.routers[router].layer
+    return pd.DataFrame({"layer": layer, "router": router, **columns})
 
 
 def stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
