@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from moe_inspect.analysis.counting.token_ids import top_token_ids
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.reporting.report import report
 from tests.synthetic import uniform_ids, write_trace
@@ -96,6 +97,27 @@ def test_information_of_counts_is_that_of_their_shares(most: int):
     p_XDE = counts_XDE / counts_XDE.sum((0, 2))[:, None] / 3
     given = sum(p.sum() * sp.mutual_information_bits(p) for p in p_XDE)
     assert sp.conditional_mi_bits(counts_XDE.astype(np.uint32)) == pytest.approx(given)
+
+
+@pytest.mark.parametrize("ids", [0, 1, 50, 2_000])
+@pytest.mark.parametrize("top", [0, 3, 20])
+def test_top_token_ids_are_those_of_sorting_them_all(ids: int, top: int):
+    """Counts so small that many are alike; one token id names an expert twice in a decision."""
+    rng = np.random.default_rng(ids)
+    occurrences_V = rng.integers(8, 40, ids)
+    any_VE = rng.binomial(occurrences_V[:, None], 0.2, (ids, 5))
+    any_VE[:1, 0] = 2 * occurrences_V[:1]
+    expected = [
+        (e, v)
+        for e in range(5)
+        for v in sorted(
+            np.flatnonzero(any_VE[:, e]).tolist(),
+            key=lambda v: (min(any_VE[v, e] / occurrences_V[v], 1), any_VE[v, e], v),
+            reverse=True,
+        )[: top or None]
+    ]
+    expert_N, row_N = top_token_ids(any_VE.astype(np.uint32), occurrences_V, top)
+    assert list(zip(expert_N.tolist(), row_N.tolist(), strict=True)) == expected
 
 
 # --- whole traces: chance, and what is planted

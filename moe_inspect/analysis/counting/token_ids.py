@@ -314,7 +314,7 @@ def top_token_ids(
     any_VE: np.ndarray, occurrences_V: np.ndarray, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `top` token ids of each expert by the fraction of their occurrences that goes to it, then
-    by count, then by id; 0: all that ever went there. Returns (expert, row in the tables), expert
+    by count, then by id, highest first; 0: all that ever went there. Returns (expert, row), expert
     by expert."""
     V, E = any_VE.shape
     share_VE = any_VE.astype(np.float32) * (1 / occurrences_V).astype(np.float32)[:, None]
@@ -326,7 +326,7 @@ def top_token_ids(
     row_N, expert_N = np.nonzero((share_VE >= least_E) & (any_VE > 0))
     count_N = any_VE[row_N, expert_N]
     fraction_N = np.minimum(count_N / occurrences_V[row_N], 1)
-    order_N = np.lexsort((row_N, -count_N.astype(np.int64), -fraction_N, expert_N))
+    order_N = np.lexsort((-row_N, -count_N.astype(np.int64), -fraction_N, expert_N))
     row_N, expert_N = row_N[order_N], expert_N[order_N]
     rank_N = np.arange(len(expert_N)) - np.searchsorted(expert_N, expert_N)
     kept_N = rank_N < (top or V)
