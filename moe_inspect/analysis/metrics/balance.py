@@ -155,6 +155,3 @@ def _mean(load_LE: np.ndarray) -> np.ndarray:
 def nan_for_zero(values: np.ndarray) -> np.ndarray:
     """The values with NaN for 0: a divisor that makes the ratio of nothing NaN."""
     return np.where(values > 0, values, np.nan)
-
-
-_positive = nan_for_zero

@@ -14,7 +14,7 @@ from math import factorial, prod
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import _positive
+from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import permuted_labels
 
@@ -27,7 +27,7 @@ def mutual_information_bits(counts_XE: np.ndarray) -> np.ndarray:
     """Plug-in I(X; expert) of a table of counts or weights, in [0, log₂ min(X, E)] bits. NaN where
     there are none.
     counts: [..., X, E] → [...]"""
-    total = _positive(counts_XE.sum((-2, -1), keepdims=True))
+    total = nan_for_zero(counts_XE.sum((-2, -1), keepdims=True))
     p = counts_XE / total
     independent = p.sum(-1, keepdims=True) * p.sum(-2, keepdims=True)
     ratio = np.divide(p, independent, out=np.ones_like(p), where=counts_XE > 0)
@@ -36,7 +36,7 @@ def mutual_information_bits(counts_XE: np.ndarray) -> np.ndarray:
 
 def share_by_domain(assignments_DE: np.ndarray) -> np.ndarray:
     """P(expert | domain), rows sum to 1. [..., D, E]"""
-    return assignments_DE / _positive(assignments_DE.sum(-1, keepdims=True))
+    return assignments_DE / nan_for_zero(assignments_DE.sum(-1, keepdims=True))
 
 
 @metric(
@@ -50,7 +50,7 @@ def share_by_domain(assignments_DE: np.ndarray) -> np.ndarray:
 def activation(assignments_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     """Assignments of an expert in a domain ÷ tokens of the domain. (By assignment it would sum to 1
     and be 1/E by chance: that is `share`.) NaN for a domain without tokens."""
-    return assignments_DE / _positive(tokens_D)[:, None]
+    return assignments_DE / nan_for_zero(tokens_D)[:, None]
 
 
 @metric(table="domains", ideal=1.0, unit="ratio", range="0 to D", axes="DE")
@@ -59,7 +59,7 @@ def lift(assignments_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     an expert without load."""
     activation_DE = activation(assignments_DE, tokens_D)
     known = ~np.isnan(activation_DE).any(1)
-    return activation_DE / _positive(activation_DE[known].sum(0) / max(known.sum(), 1))
+    return activation_DE / nan_for_zero(activation_DE[known].sum(0) / max(known.sum(), 1))
 
 
 @metric(table="specialization", ideal=0.0, unit="bits", range="0 to log₂ min(D, E)")
@@ -127,7 +127,7 @@ def vocabulary_specialization(first_choice_VE: np.ndarray) -> float:
     1: the token id alone decides. Rows: the token ids frequent enough to judge. NaN without any.
     Eq. 8 averaged over occurrences."""
     return float(
-        first_choice_VE.max(1, initial=0).sum() / _positive(np.asarray(first_choice_VE.sum()))
+        first_choice_VE.max(1, initial=0).sum() / nan_for_zero(np.asarray(first_choice_VE.sum()))
     )
 
 
@@ -142,7 +142,7 @@ def vocabulary_specialization_any(any_VE: np.ndarray, occurrences_V: np.ndarray)
     """The share of tokens that reach, with any choice, the expert that most tokens of their id
     reach: Σ_x max_e N_xe ÷ Σ_x N_x. Saturates as k grows: read it beside the first choice's. NaN
     without token ids to judge."""
-    return float(any_VE.max(1, initial=0).sum() / _positive(np.asarray(occurrences_V.sum())))
+    return float(any_VE.max(1, initial=0).sum() / nan_for_zero(np.asarray(occurrences_V.sum())))
 
 
 @metric(table="specialization", ideal=0.0, unit="bits", range="0 to log₂ E")
@@ -175,7 +175,7 @@ def conditional_mi_bits(counts_XDE: np.ndarray) -> float:
     load_D = load_XD.sum(0)
     if not load_D.any():
         return float("nan")
-    weight_D = 1 / (_positive(load_D) * np.count_nonzero(load_D))
+    weight_D = 1 / (nan_for_zero(load_D) * np.count_nonzero(load_D))
     weight_D = np.where(load_D > 0, weight_D, 0)
     # I(D; E | X) = H(X, D) + H(X, E) - H(X, D, E) - H(X); n log n of counts is looked up
     n_log2_n_XD = _n_log2_n(counts_XDE.reshape(-1, counts_XDE.shape[2])).reshape(load_XD.shape)

@@ -53,8 +53,9 @@ def domains(data: ReportData) -> pd.DataFrame:
 
 @table("token_ids", by_router=SPECIALIZATION)
 def specialization(data: ReportData) -> pd.DataFrame:
-    """One row per router: the information about the expert that the domain carries, the token id,
-    and the domain given the token id; each with its null, the same with shuffled labels."""
+    """One row per router: the information about the expert that the domain carries, that the token
+    id carries, and that the domain carries given the token id; each with its null, the same with
+    shuffled labels."""
     by_token_id = data.counts_for("token_ids").by_token_id
     rows = [
         {**_domain_specialization(data, r), **(by_token_id[r].columns if by_token_id else {})}
@@ -92,7 +93,7 @@ def vocabulary(data: ReportData) -> pd.DataFrame:
             f"{data.trace.path} holds counts only, no token ids: no vocabulary table; "
             f"{data.trace.more_than_counts}"
         )
-    by_token_id, parts = data.counts_for("token_ids").by_token_id, []
+    by_token_id, parts = data.counts_for("token_ids").by_token_id, list[pd.DataFrame]()
     text = data.trace.vocabulary().drop_duplicates("token_id")
     text_of = pd.Series(text["token"].to_numpy(object), index=text["token_id"].to_numpy())
     for r in data.selection.routers:
