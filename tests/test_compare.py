@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_inspect
+from moe_inspect.comparison.charts import draw_charts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
@@ -464,3 +465,27 @@ def test_the_command_and_its_gates(cli_here: Cli, tmp_path: Path) -> None:
     assert "no metric 'gini': there are set_mismatch" in wrong.stderr
     assert "no table 'load'" in cli_here("compare", "a", "b", "--table", "load", check=1).stderr
     assert "no trace at c" in cli_here("compare", "a", "c", check=1).stderr
+
+
+def test_pictures_and_the_page(cli_here: Cli, tmp_path: Path) -> None:
+    rng, ids = np.random.default_rng(4), routes()
+    weights = [np.sort(rng.random((T, K)))[:, ::-1].astype(np.float32) for _ in range(L)]
+    pair(tmp_path, ids, flipped(ids, 0.01))
+    write_trace(tmp_path / "w", ids, E, **ALIKE, weights=weights)
+    cli_here("compare", "w", "b", "--html", "p.html", "--plots", "plots", "-o", "x.txt")
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    for heading in (
+        "Same routing?",
+        "Decisions with other experts",
+        "Where the router was undecided",
+        "Does a difference grow?",
+        "Documents that differ most",
+    ):
+        assert heading in page
+    drawn = {path.name for path in (tmp_path / "plots").iterdir()}
+    names = ("set_mismatch", "margin_map", "position_map", "growth", "load_shift")
+    assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
+    made = moe_inspect.compare(tmp_path / "a", tmp_path / "a")
+    charts, left_out = draw_charts(made)
+    assert [chart.name for chart in charts] == ["set_mismatch"]
+    assert left_out == []

@@ -100,6 +100,18 @@ def _table(made: Comparison, name: str, form: Format) -> pd.DataFrame:
 def _write(
     made: Comparison, frame: pd.DataFrame | None, form: Format, options: CompareOptions
 ) -> None:
+    if options.plots is not None:
+        from moe_inspect.comparison.charts import draw_charts
+        from moe_inspect.reporting.render.matplotlib import write_charts
+
+        for path in write_charts(draw_charts(made)[0], options.plots):
+            print_stderr(f"wrote {path}")
+    if options.html is not None:
+        from moe_inspect.comparison.page import comparison_page
+        from moe_inspect.reporting.render.html import write_page
+
+        write_page(options.html, comparison_page(made))
+        print_stderr(f"wrote {options.html}")
     if frame is not None:
         emit(frame, form, options.output, options.safe_csv)
         return

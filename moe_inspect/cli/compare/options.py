@@ -52,6 +52,22 @@ class CompareOptions:
         ),
     ] = None
     safe_csv: SafeCsv = False
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also write pictures (PNG and SVG) into this directory.",
+            show_default=False,
+        ),
+    ] = None
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write a self-contained page that opens in any browser.",
+            show_default=False,
+        ),
+    ] = None
     layers: Annotated[
         str | None, typer.Option(help="Only these layers of A, e.g. 0-3,7.", show_default=False)
     ] = None

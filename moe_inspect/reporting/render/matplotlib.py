@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from functools import singledispatch
 from pathlib import Path
@@ -65,12 +65,16 @@ OTHER_FONTS = (
 
 
 def write_pictures(data: ReportData, directory: str | Path) -> list[Path]:
-    """Draws every chart that the trace has the data for, as NAME.png and NAME.svg. Returns the
-    files."""
+    """Draws every chart that the trace has the data for. Returns the files."""
+    return write_charts(draw_charts(data)[0], directory)
+
+
+def write_charts(charts: Iterable[Chart], directory: str | Path) -> list[Path]:
+    """Draws charts as NAME.png and NAME.svg. Returns the files."""
     directory, written = Path(directory), list[Path]()
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    for chart in draw_charts(data)[0]:
+    for chart in charts:
         with letters():
             figure = draw(chart)
             shown = settle_layout(figure)

@@ -1,0 +1,76 @@
+"""The page of a comparison: verdict, key figures, charts and tables."""
+
+from __future__ import annotations
+
+from moe_inspect.comparison.charts import draw_charts
+from moe_inspect.comparison.compare import Comparison
+from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
+from moe_inspect.text import layer_label, plural
+
+TABLES = {
+    "documents": ("Documents that differ most", "Those with the largest share of other decisions."),
+    "flips": (
+        "Which expert instead of which",
+        "Pairs of experts, the most frequent of each layer.",
+    ),
+    "movers": (
+        "Experts whose load changed",
+        "By more than documents explain, in all domains together or in one.",
+    ),
+    "tokens": ("Tokens by the number of layers that differ", ""),
+    "summary": ("About these traces", ""),
+}
+
+
+def comparison_page(made: Comparison) -> str:
+    """The page, as HTML."""
+    charts, left_out = draw_charts(made)
+    sections = [chart_section(chart) for chart in charts]
+    for name, (title, text) in TABLES.items():
+        table = made.tables[name]
+        if len(table):
+            sections.append(Section(title, text, table=table))
+    return page_html(
+        Page(
+            "Same routing?",
+            " · ".join(
+                [
+                    f"A {made.a.path}",
+                    f"B {made.b.path}",
+                    plural(made.counts.tokens, "token"),
+                    plural(len(made.pairs), "router"),
+                ]
+            ),
+            verdict=made.verdict(),
+            tiles=_tiles(made),
+            sections=sections,
+            left_out=left_out,
+            footer="A decision is one call of a router for one token; two decisions are the same "
+            "where they choose the same set of experts. Drag over a chart to zoom in, click a name "
+            "to hide its marks; with the keyboard, Tab to a chart and read it with the arrow keys. "
+            "Made by moe-inspect.",
+        )
+    )
+
+
+def _tiles(made: Comparison) -> list[Tile]:
+    share = {r: made.of(r).mismatch_UX.sum() / made.decisions_UX(r).sum() for r, _ in made.pairs}
+    worst = max(share, key=lambda r: share[r])
+    tiles = [
+        Tile(
+            "decisions with other experts",
+            f"{made.mismatched / made.decisions:.2%}",
+            f"{made.mismatched:,} of {made.decisions:,}",
+        ),
+        Tile("tokens that differ", f"{made.tokens_mismatch:.2%}", "at any layer"),
+        Tile("worst layer", f"{share[worst]:.2%}", f"layer {layer_label(made.a.routers, worst)}"),
+        Tile(
+            "tokens compared",
+            f"{made.counts.tokens:,}",
+            f"of {made.alignment.a.tokens:,} and {made.alignment.b.tokens:,}",
+        ),
+    ]
+    if made.noise is not None:
+        noise = made.noise.mismatched / made.noise.decisions
+        tiles.append(Tile("two runs of A", f"{noise:.2%}", "of decisions differ"))
+    return tiles
