@@ -285,7 +285,32 @@ def calls_of(case: Case) -> dict[str, Callable[[], object]]:
     }
 
 
-SCENARIOS = {f.__name__: f for f in (a_small_kernel, mistakes_are_noticed, our_kernels)}
+def the_benchmark_measures_both_ways() -> None:
+    from benchmarks import launch as benchmark
+
+    ways: list[bool] = []
+    by_triton = launch.Launch._by_triton
+
+    def noted(made: Any, variant: Any, *arguments: Any) -> None:
+        ways.append(variant is not None)
+        by_triton(made, variant, *arguments)
+
+    benchmark.ROUNDS, benchmark.LAUNCHES = 2, 3
+    launch.Launch._by_triton = noted
+    try:
+        found = benchmark.measure()
+    finally:
+        launch.Launch._by_triton = by_triton
+    kernels_of_a_call = 1 + 1 + 2 + 3 + 1
+    assert ways.count(False) == kernels_of_a_call * 2 * 3, "unbound"
+    assert ways.count(True) <= kernels_of_a_call, "each is bound once, and measured bound"
+    assert found.keys() >= benchmark.AT_MOST.keys()
+
+
+SCENARIOS = {
+    f.__name__: f
+    for f in (a_small_kernel, mistakes_are_noticed, our_kernels, the_benchmark_measures_both_ways)
+}
 
 
 def main() -> None:

@@ -24,7 +24,12 @@ if kernels.triton is None:
 import triton
 import triton.language as tl
 
-SCENARIOS = ("a_small_kernel", "mistakes_are_noticed", "our_kernels")
+SCENARIOS = (
+    "a_small_kernel",
+    "mistakes_are_noticed",
+    "our_kernels",
+    "the_benchmark_measures_both_ways",
+)
 
 
 @pytest.fixture(scope="module")
