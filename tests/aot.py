@@ -68,8 +68,8 @@ def variants() -> Iterator[Variant]:
 
 def _variants_of(E: int, K: int) -> Iterator[Variant]:
     block, one = {"BLOCK": kernels.RECORD_BLOCK}, {"BLOCK": kernels.ONE_LAUNCH}
-    chunk, ranking = {"CHUNK": kernels.CHUNK}, kernels.RANKING
     shape = {"K": K, "BINS": max(16, triton.next_power_of_2(E))}
+    chunk, ranking = {"CHUNK": kernels.ranking_chunk(shape["BINS"])}, kernels.RANKING
     ids = "*u8" if E < 256 else "*i16"
     off = {"tape": NO_TAPE}
     for weight in ("fp16", "bf16"):

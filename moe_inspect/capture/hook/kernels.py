@@ -36,7 +36,6 @@ except ImportError:  # no Triton on this platform: the torch implementations run
 ONE_LAUNCH = 2048  # slots that a single program can group
 # up to so many entries of the table blocks × E, every program of the second launch sums it itself
 TWO_LAUNCHES = 16384
-CHUNK = 64  # slots that are ranked against each other in one step
 # without a limit ptxas aims at 64 registers, and some variants spill to the stack
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 RANKING = {"num_warps": 8, **REGISTERS}  # launch options of the kernels that rank slots
@@ -47,6 +46,12 @@ COMBINE_COLUMNS = 1024  # of H, per program
 def slots_per_program(slots: int) -> int:
     """Enough for some 128 programs, about as many as a large GPU has multiprocessors."""
     return min(1024, max(256, 1 << (max(1, slots // 128) - 1).bit_length()))
+
+
+def ranking_chunk(bins: int) -> int:
+    """Slots that are ranked in one step: one per thread, fewer where the table of rows of 32 slots ×
+    experts would need more registers than there are."""
+    return min(256, max(64, 65536 // bins))
 
 
 def record_warps(block: int) -> int:
@@ -409,28 +414,60 @@ def _sorted(ids_TK: Tensor, experts: int) -> Dispatch:
 if triton is not None:
 
     @triton.jit
+    def _count_bits(x):
+        """How many bits of each uint32 are set. LLVM knows this sequence: one instruction."""
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F
+        return ((x * 0x01010101) >> 24).to(tl.int32)
+
+    @triton.jit
+    def _earlier_in_row(expert, routed, BINS: tl.constexpr):
+        """For each slot of [rows, 32], the number of earlier slots of its row with its expert; for
+        one without an expert, of those that have none either. The slots of a row whose expert has a
+        certain bit are a set of 32 bits; those with one expert are an intersection of such sets."""
+        slot = tl.arange(0, 32)[None, :]
+        with_expert = tl.sum(routed.to(tl.int32) << slot, 1)[:, None]
+        same = with_expert ^ (
+            routed.to(tl.int32) - 1
+        )  # the set, or for an unrouted slot the others
+        for bit in tl.static_range(BINS.bit_length() - 1):
+            is_set = (expert >> bit) & 1
+            same &= tl.sum(is_set << slot, 1)[:, None] ^ (is_set - 1)
+        return _count_bits((same & ((1 << slot) - 1)).to(tl.uint32, bitcast=True))
+
+    @triton.jit
     def _place(
         ids, permutation, inverse, token, base_E, unrouted, first, end, E,
         K: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
         """Places slots [first, end) from place `base_E` of their expert on, those without an expert
-        from `unrouted` on, in their order. No sort: a slot's rank is the number of earlier slots in
-        its chunk with the same expert."""
-        j = tl.arange(0, CHUNK)
+        from `unrouted` on, in their order. No sort: before a slot come the earlier ones with its
+        expert in its row of 32, and those of the rows before, which a table [rows R, E] counts."""
+        ROWS: tl.constexpr = CHUNK // 32
+        row = tl.arange(0, ROWS)
+        slot = tl.arange(0, 32)
         for chunk in tl.range(0, tl.cdiv(end - first, CHUNK)):
-            i = first + chunk * CHUNK + j
+            i = first + chunk * CHUNK + row[:, None] * 32 + slot[None, :]
             inside = i < end
             expert, routed = _load_experts(ids, i, inside, E)
-            kind = tl.where(routed, expert, BINS)  # slots without an expert rank among themselves
-            earlier = (kind[:, None] == kind[None, :]) & (j[None, :] < j[:, None])
-            place = tl.where(routed, tl.gather(base_E, expert, 0), unrouted) + tl.sum(
-                earlier.to(tl.int32), 1
+            cell = tl.reshape(row[:, None] * BINS + expert, [CHUNK])
+            count = tl.histogram(cell, ROWS * BINS, tl.reshape(routed, [CHUNK]))
+            count_RE = tl.reshape(count, [ROWS, BINS])
+            before_RE = base_E[None, :] + tl.cumsum(count_RE, 0) - count_RE
+            # of one dimension: a gather along the second one shuffles E / 32 times
+            before = tl.reshape(
+                tl.gather(tl.reshape(before_RE, [ROWS * BINS]), cell, 0), [ROWS, 32]
             )
+            unrouted_R = tl.sum((inside & (routed == 0)).to(tl.int32), 1)
+            unrouted_before_R = unrouted + tl.cumsum(unrouted_R, 0) - unrouted_R
+            place = tl.where(routed, before, unrouted_before_R[:, None])
+            place += _earlier_in_row(expert, routed, BINS)
             tl.store(permutation + place, i, mask=inside)
             tl.store(token + place, i // K, mask=inside)
             tl.store(inverse + i, place, mask=inside)
-            base_E += tl.histogram(expert, BINS, mask=routed)
-            unrouted += tl.sum((inside & (routed == 0)).to(tl.int32), 0)
+            base_E += tl.sum(count_RE, 0)
+            unrouted += tl.sum(unrouted_R, 0)
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _one_kernel(
@@ -516,8 +553,9 @@ if triton is not None:
                 _advance(tape, lane, T)
 
     @cache
-    def _one_launch(K: int, experts: int, slots: int, chunk: int) -> Launch:
-        constants = {"K": K, "BINS": _bins(experts), "BLOCK": slots, "CHUNK": chunk}
+    def _one_launch(K: int, experts: int, slots: int) -> Launch:
+        bins = _bins(experts)
+        constants = {"K": K, "BINS": bins, "BLOCK": slots, "CHUNK": ranking_chunk(bins)}
         return Launch(_one_kernel, constants, **RANKING)
 
     @cache
@@ -530,11 +568,11 @@ if triton is not None:
         return Launch(_scan_kernel, {"ROWS": 64, "COLUMNS": 16})
 
     @cache
-    def _scatter_launch(K: int, experts: int, scanned: bool, block: int, chunk: int) -> Launch:
+    def _scatter_launch(K: int, experts: int, scanned: bool, block: int) -> Launch:
         bins = _bins(experts)
         constants = {"K": K, "BINS": bins, "SCANNED": scanned, "BLOCK": block}
-        rows = max(1, min(64, 4096 // bins))
-        return Launch(_scatter_kernel, {**constants, "ROWS": rows, "CHUNK": chunk}, **RANKING)
+        sizes = {"ROWS": max(1, min(64, 4096 // bins)), "CHUNK": ranking_chunk(bins)}
+        return Launch(_scatter_kernel, {**constants, **sizes}, **RANKING)
 
     def _bins(experts: int) -> int:
         return max(16, triton.next_power_of_2(experts))
@@ -564,7 +602,7 @@ if triton is not None:
         launches = launches or dispatch_plan(S, experts)[0]
         if launches == 1:
             assert S <= ONE_LAUNCH
-            _one_launch(K, experts, ONE_LAUNCH, CHUNK)(
+            _one_launch(K, experts, ONE_LAUNCH)(
                 device, (1, 1), S, (ids, weights), out, (experts,), (T,), arguments
             )
             return out
@@ -585,7 +623,7 @@ if triton is not None:
                 (blocks,),
                 NOTHING,
             )
-        _scatter_launch(K, experts, scanned, block, CHUNK)(
+        _scatter_launch(K, experts, scanned, block)(
             device, (blocks, 1), S, (ids,), (partial, *out), (experts,), (T, blocks), arguments
         )
         return out
