@@ -110,16 +110,15 @@ class Executed:
     compiled: dict[str, Any] = {}  # noqa: RUF012  of all kernels, by what they were compiled for
 
     def __init__(self, kernel: Any, device: Device) -> None:
-        self.kernel, self.device = kernel, device
+        self.kernel, self.device, self.arg_names = kernel, device, kernel.arg_names
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **named: self.launch(grid, *arguments, **named)
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-        names = self.kernel.arg_names
-        options = {"num_warps": 4, **{k: v for k, v in named.items() if k not in names}}
+        options = {"num_warps": 4, **{k: v for k, v in named.items() if k not in self.arg_names}}
         bound = inspect.signature(self.kernel.fn).bind(
-            *arguments, **{k: v for k, v in named.items() if k in names}
+            *arguments, **{k: v for k, v in named.items() if k in self.arg_names}
         )
         found = Signature(self.device, self.kernel.fn.__name__)
         for n, parameter in enumerate(self.kernel.params):
