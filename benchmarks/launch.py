@@ -26,7 +26,7 @@ from moe_inspect.capture.hook import launch
 from moe_inspect.doctor.kernels import calls
 from tests.fake_driver import FakeDriver
 
-ROUNDS, LAUNCHES = 15, 1000
+ROUNDS, LAUNCHES = 25, 1000
 AT_MOST = {
     "record": 3,
     "dispatch + record, 1 launch": 7,
