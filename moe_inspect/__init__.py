@@ -20,6 +20,7 @@ from moe_inspect.errors import MoeInspectError
 if TYPE_CHECKING:
     from moe_inspect.api import record, trace_engine, trace_model
     from moe_inspect.capture.options import EngineOptions, TraceOptions
+    from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
     from moe_inspect.comparison.compare import Comparison, compare
     from moe_inspect.comparison.mismatch import mismatch
     from moe_inspect.exporters.run import export_trace
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from moe_inspect.trace.verify import Verification, verify
 
 __all__ = [
+    "Checkpoints",
     "Comparison",
     "Description",
     "EngineOptions",
@@ -45,6 +47,7 @@ __all__ = [
     "TraceOptions",
     "Verification",
     "compare",
+    "compare_checkpoints",
     "describe",
     "export_trace",
     "import_trace",
@@ -65,6 +68,7 @@ __all__ = [
 
 # where each name is defined; imported when it is first used
 _HOMES = {
+    "Checkpoints": "moe_inspect.comparison.checkpoints",
     "Comparison": "moe_inspect.comparison.compare",
     "Description": "moe_inspect.model.describe",
     "EngineOptions": "moe_inspect.capture.options",
@@ -73,6 +77,7 @@ _HOMES = {
     "TraceOptions": "moe_inspect.capture.options",
     "Verification": "moe_inspect.trace.verify",
     "compare": "moe_inspect.comparison.compare",
+    "compare_checkpoints": "moe_inspect.comparison.checkpoints",
     "describe": "moe_inspect.model.describe",
     "export_trace": "moe_inspect.exporters.run",
     "import_trace": "moe_inspect.importers.run",

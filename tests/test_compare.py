@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import moe_inspect
 from moe_inspect.comparison.charts import draw_charts
+from moe_inspect.comparison.counting import count
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
@@ -489,3 +490,42 @@ def test_pictures_and_the_page(cli_here: Cli, tmp_path: Path) -> None:
     charts, left_out = draw_charts(made)
     assert [chart.name for chart in charts] == ["set_mismatch"]
     assert left_out == []
+
+
+# --- checkpoints
+
+
+def test_checkpoints_are_compared_with_the_last(cli_here: Cli, tmp_path: Path) -> None:
+    last = routes()
+    for name, share in (("c0", 0.8), ("c1", 0.3), ("c2", 0.05)):
+        write_trace(tmp_path / name, flipped(last, share), E, **ALIKE)
+    write_trace(tmp_path / "c3", last, E, **ALIKE)
+    names = [f"c{i}" for i in range(4)]
+    made = moe_inspect.compare_checkpoints([tmp_path / name for name in names])
+    mean = made.tables["saturation"].groupby("checkpoint")["overlap"].mean()
+    np.testing.assert_allclose(mean, [1 - share / K for share in (0.8, 0.3, 0.05)], atol=0.01)
+    (settled,) = [f for f in made.verdict() if f.kind == "saturation"]
+    assert settled.values["settled"] == 1
+    assert made.tables["change"]["checkpoint"].tolist() == [i for i in range(4) for _ in range(L)]
+    shown = cli_here("compare", *names, "--html", "p.html", "--plots", "plots")
+    assert "From checkpoint 1 on (c1)" in shown.stdout.replace("\n  ", " ")
+    assert "When does the routing settle?" in (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert (tmp_path / "plots/saturation.png").exists()
+    done = cli_here("compare", *names, "--fail-below", "overlap=0.9", check=3)
+    assert done.stderr.count("failed: layer") == L
+    wrong = cli_here("compare", *names, "--shift-layers", "1", check=2)
+    assert "is for two traces, and there are 4" in wrong.stderr
+    with pytest.raises(MoeInspectError, match="two checkpoints or more"):
+        moe_inspect.compare_checkpoints([tmp_path / "c0"])
+
+
+def test_the_compiled_load_is_that_of_numpy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair(tmp_path, routes(), flipped(routes(), 0.01))
+    plain = moe_inspect.compare(a, b)
+    monkeypatch.setattr(count, "LONG", 0)
+    fast = moe_inspect.compare(a, b)
+    for r in range(L):
+        assert (plain.of(r).load_UE == fast.of(r).load_UE).all()
+    assert plain.of(0).load_UE.sum() == T * K

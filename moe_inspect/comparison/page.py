@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_inspect.comparison.charts import draw_charts
+from moe_inspect.comparison.checkpoints import Checkpoints, saturation_chart
 from moe_inspect.comparison.compare import Comparison
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.text import layer_label, plural
@@ -74,3 +75,22 @@ def _tiles(made: Comparison) -> list[Tile]:
         noise = made.noise.mismatched / made.noise.decisions
         tiles.append(Tile("two runs of A", f"{noise:.2%}", "of decisions differ"))
     return tiles
+
+
+def checkpoints_page(made: Checkpoints) -> str:
+    """The page on several checkpoints, as HTML."""
+    return page_html(
+        Page(
+            "When does the routing settle?",
+            f"{plural(len(made.names), 'checkpoint')} · each compared with {made.names[-1]}",
+            verdict=made.verdict(),
+            sections=[
+                chart_section(saturation_chart(made)),
+                Section("Balance and specialization", table=made.tables["change"]),
+                Section("By domain", table=made.tables["saturation_by_domain"]),
+                Section("The checkpoints", table=made.tables["checkpoints"]),
+            ],
+            footer="Overlap is the share of the experts of a decision that the last checkpoint "
+            "chooses too. Made by moe-inspect.",
+        )
+    )

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from rich.text import Text
 
+from moe_inspect.comparison.checkpoints import Checkpoints
 from moe_inspect.comparison.compare import Comparison
 from moe_inspect.reporting.render.console import console_for, print_frame
 from moe_inspect.reporting.render.terminal import print_verdict
@@ -91,3 +92,16 @@ def print_comparison(made: Comparison, file: TextIO) -> None:
             columns = "column" if left == 1 else "columns"
             command = f"moe-inspect compare {paths} --table {name}"
             console.print(Text(printable(f"+ {left} more {columns}: {command}"), style="dim"))
+
+
+def print_checkpoints(made: Checkpoints, file: TextIO) -> None:
+    """The text on several checkpoints."""
+    console = console_for(file)
+    console.print(Text(printable(" → ".join(made.names)), style="bold"))
+    console.print()
+    print_verdict(made.verdict(), console)
+    whole: Any = made.tables["saturation"]
+    mean = whole.groupby("checkpoint", as_index=False)[
+        ["overlap", "overlap_by_chance", "set_mismatch", "first_choice"]
+    ].mean()
+    print_frame(mean, console, "saturation: the mean over the routers, --table has them all")

@@ -3,52 +3,49 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from moe_inspect.cli.compare.options import CompareOptions, TraceA, TraceB
-from moe_inspect.cli.emit import Format, emit, format_of, text_to
+from moe_inspect.cli.compare.options import CompareOptions, TraceA, TraceB, Traces
+from moe_inspect.cli.compare.write import Shown, requested, write
 from moe_inspect.cli.options import with_options
 from moe_inspect.cli.report.build import decisions_read
-from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import print_stderr
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moe_inspect.comparison.compare import Comparison
-    from moe_inspect.reporting.verdict.gate import Gate
-
-MAIN = "agreement"  # the table that --format alone asks for
+OF_PAIRS = (
+    "noise",
+    "shift_layers",
+    "shift_positions",
+    "shift_routes",
+    "drop_last",
+    "drop_zero_filled",
+)
 
 
 @with_options(CompareOptions)
-def compare(a: TraceA, b: TraceB, options: CompareOptions) -> None:
+def compare(a: TraceA, b: TraceB, options: CompareOptions, others: Traces = None) -> None:
     """Compare the routing of two traces, token by token.
 
     Do they choose the same experts, where not, and was it rounding, another model or a
-    misalignment? Needs neither torch nor the model."""
+    misalignment? More than two traces are checkpoints in the order of training, each of which is
+    compared with the last. Needs neither torch nor the model."""
+    if others:
+        _checkpoints([a, b, *others], options)
+        return
+    from moe_inspect.comparison.charts import draw_charts
     from moe_inspect.comparison.compare import TABLES
     from moe_inspect.comparison.compare import compare as make
-    from moe_inspect.reporting.tables.registry import check_table
-    from moe_inspect.reporting.verdict.gate import breaches
+    from moe_inspect.comparison.page import comparison_page
+    from moe_inspect.comparison.text import print_comparison
 
-    form, table = _format(options), options.table
-    if table:
-        check_table(table, TABLES)
-    elif form is not Format.table:
-        table = MAIN
-    gates = [*_gates(options.fail_above, True), *_gates(options.fail_below, False)]
+    request = requested(options, TABLES, "agreement")
     with decisions_read() as progress:
         made = make(
             a,
             b,
             noise=options.noise,
-            layers=options.layers,
-            domains=[label for value in options.domain or [] for label in value.split(",")],
-            phase=options.phase and options.phase.value,
+            **_selection(options),
             top=options.top,
             shift_layers=options.shift_layers,
             shift_positions=options.shift_positions,
@@ -57,68 +54,47 @@ def compare(a: TraceA, b: TraceB, options: CompareOptions) -> None:
             drop_zero_filled=options.drop_zero_filled,
             progress=progress,
         )
-        breached = breaches(made, gates, TABLES)
-        frame = None if table is None else _table(made, table, form)
-        made.verdict()
-    _write(made, frame, form, options)
-    for line in breached:
-        print_stderr(f"failed: {line}")
-    if breached:
-        raise typer.Exit(3)
+        made.verdict()  # which counts
+    shown = Shown(
+        partial(print_comparison, made),
+        lambda: draw_charts(made)[0],
+        lambda: comparison_page(made),
+    )
+    write(made, request, shown, TABLES)
 
 
-def _format(options: CompareOptions) -> Format:
-    form = options.format or format_of(options.output)
-    if form is None:
+def _checkpoints(traces: list[str], options: CompareOptions) -> None:
+    from moe_inspect.comparison.checkpoints import (
+        CHECKPOINT_TABLES,
+        compare_checkpoints,
+        saturation_chart,
+    )
+    from moe_inspect.comparison.page import checkpoints_page
+    from moe_inspect.comparison.text import print_checkpoints
+
+    given = [name for name in OF_PAIRS if getattr(options, name)]
+    if given:
         raise typer.BadParameter(
-            f"-o {options.output}: no format has this ending, add --format {', '.join(Format)}"
+            f"--{given[0].replace('_', '-')} is for two traces, and there are {len(traces)}"
         )
-    return form
+    request = requested(options, CHECKPOINT_TABLES, "saturation")
+    with decisions_read() as progress:
+        made = compare_checkpoints(traces, **_selection(options), progress=progress)
+        made.verdict()
+    shown = Shown(
+        partial(print_checkpoints, made),
+        lambda: [saturation_chart(made)],
+        lambda: checkpoints_page(made),
+    )
+    write(made, request, shown, CHECKPOINT_TABLES)
 
 
-def _gates(texts: list[str] | None, above: bool) -> list[Gate]:
-    if not texts:
-        return []
-    from moe_inspect.comparison.compare import TABLES
-    from moe_inspect.reporting.verdict.gate import gate
-
-    option = "--fail-above" if above else "--fail-below"
-    try:
-        return [gate(text, above, TABLES) for value in texts for text in value.split(",")]
-    except MoeInspectError as error:
-        raise typer.BadParameter(f"{option}: {error}") from None
-
-
-def _table(made: Comparison, name: str, form: Format) -> pd.DataFrame:
-    if name == "verdict" and form is Format.json:  # which alone can hold the numbers of a finding
-        from moe_inspect.reporting.verdict.checks import verdict_table
-
-        return verdict_table(made.verdict(), values=True)
-    return made.tables[name]
-
-
-def _write(
-    made: Comparison, frame: pd.DataFrame | None, form: Format, options: CompareOptions
-) -> None:
-    if options.plots is not None:
-        from moe_inspect.comparison.charts import draw_charts
-        from moe_inspect.reporting.render.matplotlib import write_charts
-
-        for path in write_charts(draw_charts(made)[0], options.plots):
-            print_stderr(f"wrote {path}")
-    if options.html is not None:
-        from moe_inspect.comparison.page import comparison_page
-        from moe_inspect.reporting.render.html import write_page
-
-        write_page(options.html, comparison_page(made))
-        print_stderr(f"wrote {options.html}")
-    if frame is not None:
-        emit(frame, form, options.output, options.safe_csv)
-        return
-    from moe_inspect.comparison.text import print_comparison
-
-    with text_to(options.output) as file:
-        print_comparison(made, file)
+def _selection(options: CompareOptions) -> dict[str, Any]:
+    return {
+        "layers": options.layers,
+        "domains": [label for value in options.domain or [] for label in value.split(",")],
+        "phase": options.phase and options.phase.value,
+    }
 
 
 class CompareCommand(TyperCommand):
@@ -133,7 +109,11 @@ class CompareCommand(TyperCommand):
 
 
 def _table_help(option: Any, ctx: Any) -> tuple[str, str] | None:
+    from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES
     from moe_inspect.comparison.compare import TABLES
 
-    option.help = f"One table instead of the text: {', '.join(TABLES)}."
+    option.help = (
+        f"One table instead of the text: {', '.join(TABLES)}; of more than two traces "
+        f"{', '.join(CHECKPOINT_TABLES)}."
+    )
     return TyperOption.get_help_record(option, ctx)

@@ -17,6 +17,14 @@ TraceA = Annotated[
 TraceB = Annotated[
     str, typer.Argument(metavar="B", help="Another of the same tokens.", show_default=False)
 ]
+Traces = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[C]...",
+        help="Further checkpoints, in the order of training: each is compared with the last.",
+        show_default=False,
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -32,6 +33,18 @@ class Part:
     rows: np.ndarray
     at: np.ndarray | None = None
 
+    @cached_property
+    def place(self) -> slice | np.ndarray:
+        """The rows, as a slice where they follow each other: then nothing is copied."""
+        rows = self.rows
+        if len(rows) and (np.diff(rows) == 1).all():
+            return slice(int(rows[0]), int(rows[-1]) + 1)
+        return rows
+
+    @cached_property
+    def highest(self) -> int:
+        return int(self.rows.max(initial=-1))
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -49,6 +62,12 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.a.rows)
+
+    @cached_property
+    def units(self) -> tuple[np.ndarray, np.ndarray]:
+        """The units there are, and which of these each token is in."""
+        unit_X, at_T = np.unique(self.unit_T, return_inverse=True)
+        return unit_X, at_T.astype(np.int64)
 
     def take(self, keep_T: np.ndarray) -> Rows:
         """Of these tokens only."""
@@ -82,19 +101,15 @@ class Rows:
 
 
 def _taken(part: Part, read: Callable[[Shard], Columns], router: int) -> Columns:
-    columns, rows = read(part.shard), part.rows
-    seen = part.shard.seen(router)
+    columns, seen = read(part.shard), part.shard.seen(router)
     if seen is not None:
-        rows = (np.cumsum(seen) - 1)[rows]
-    highest = int(rows.max(initial=-1))
-    if highest >= len(columns[0]):
+        part = Part(part.shard, (np.cumsum(seen) - 1)[part.rows])
+    if part.highest >= len(columns[0]):
         raise MoeInspectError(
             f"damaged trace: {part.shard.trace.path}: router {router} has {len(columns[0])} "
-            f"decisions in a shard with a token in row {highest}"
+            f"decisions in a shard with a token in row {part.highest}"
         )
-    if len(rows) and highest - int(rows[0]) + 1 == len(rows) and (np.diff(rows) == 1).all():
-        return tuple(column[rows[0] : highest + 1] for column in columns)
-    return tuple(column[rows] for column in columns)
+    return tuple(column[part.place] for column in columns)
 
 
 def rows_of_shard(

@@ -54,23 +54,26 @@ def margin_of(shard: Shard, router: int, source: str) -> np.ndarray | None:
     listed = shard.trace.routers[router]
     k = listed.top_k
     if source == "logits":
-        if k >= listed.experts:
-            return None
-        logits_TE = shard.logits(router)
-        return np.concatenate(
-            [_boundary(logits_TE[t : t + ROWS], k) for t in range(0, len(logits_TE), ROWS)]
-            or [np.zeros(0, np.float32)]
-        )
+        return logit_margin(shard.logits(router), k) if k < listed.experts else None
     if k < 2 or not listed.first_choice_known:
         return None
-    last, least = shard.slot_weights(router)[k - 2 : k]
+    return weight_margin(shard.slot_weights(router)[:k])
+
+
+def logit_margin(logits_TE: np.ndarray, k: int) -> np.ndarray:
+    """float32 [T]: the k-th largest logit minus the next."""
+    parts = [np.zeros(0, np.float32)]
+    for t in range(0, len(logits_TE), ROWS):
+        part_TE = -logits_TE[t : t + ROWS].astype(np.float32)
+        part_TE.partition((k - 1, k), axis=1)
+        parts.append(part_TE[:, k] - part_TE[:, k - 1])
+    return np.concatenate(parts)
+
+
+def weight_margin(weights: Slots) -> np.ndarray:
+    """float32 [T]: the logarithm of the ratio of the two smallest gate weights."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(last / least, dtype=np.float32)
-
-
-def _boundary(logits_TE: np.ndarray, k: int) -> np.ndarray:
-    ordered = np.partition(-logits_TE.astype(np.float32), (k - 1, k), axis=1)
-    return ordered[:, k] - ordered[:, k - 1]
+        return np.log(weights[-2] / weights[-1], dtype=np.float32)
 
 
 def decile_of(margin_T: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -11,15 +11,23 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
+from moe_inspect.analysis.counting.engine import LONG
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.comparison.aligning.align import Alignment
 from moe_inspect.comparison.aligning.rows import Rows, rows_of_shard
 from moe_inspect.comparison.counting import counts as ct
-from moe_inspect.comparison.counting.confidence import Margins, decile_of, logit_shift, margin_of
+from moe_inspect.comparison.counting.confidence import (
+    Margins,
+    decile_of,
+    logit_margin,
+    logit_shift,
+    weight_margin,
+)
 from moe_inspect.comparison.counting.slots import Differing, Slots, differing, weight_difference
 from moe_inspect.trace.reader import Trace
 
@@ -38,6 +46,12 @@ class Job:
     margins: Margins | None = None
     load: bool = True
     drop_zero_filled: bool = False
+
+    @cached_property
+    def long(self) -> bool:
+        """Whether compiling pays: loading the compiler takes a second."""
+        slots = sum(self.a.routers[r].top_k for r, _ in self.routers)
+        return self.alignment.segments.tokens * slots >= LONG
 
     @property
     def weights(self) -> bool:
@@ -166,10 +180,13 @@ def _count_router(
     if not rows.alike or job.load:
         slots_a = rows.of_a(lambda shard: shard.slots(r)[:K], r)
     if job.load and slots_a is not None:
-        load_XE, unit_X = _load(slots_a, rows.unit_T, E)
+        load_XE = _load(slots_a, rows, E, job.long)
         with total.lock:
-            counts.load_UE[unit_X] += load_XE
-    decile_T, margin_T = _margin(job, rows, r)
+            counts.load_UE[rows.units[0]] += load_XE
+    weights_a: Slots | None = None
+    if job.a.has_weights and (job.margins or (job.weights and not rows.alike)):
+        weights_a = rows.of_a(lambda shard: shard.slot_weights(r)[:K], r)
+    decile_T, margin_T = _margin(job, rows, r, weights_a)
     if decile_T is not None:
         known_T = np.isfinite(margin_T)
         with total.lock:
@@ -181,8 +198,7 @@ def _count_router(
     slots_b = rows.of_b(lambda shard: shard.slots(other)[:K], other)
     found = differing(slots_a, slots_b, E)
     l1_U, weights_differ = None, 0
-    if job.weights:
-        weights_a = rows.of_a(lambda shard: shard.slot_weights(r)[:K], r)
+    if job.weights and weights_a is not None:
         weights_b = rows.of_b(lambda shard: shard.slot_weights(other)[:K], other)
         l1_T = weight_difference(found, weights_a, weights_b)
         l1_U = np.bincount(rows.unit_T, l1_T, len(counts.l1_U))
@@ -212,18 +228,19 @@ def _count_router(
             _add_margins(found, rows, counts, decile_T, margin_T, number)
 
 
-def _margin(job: Job, rows: Rows, r: int) -> tuple[np.ndarray | None, np.ndarray]:
-    nothing = np.zeros(0, np.float32)
+def _margin(
+    job: Job, rows: Rows, r: int, weights_a: Slots | None
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """int64 [T], float32 [T]: the decile of each margin of A, and the margin; None, and nothing,
+    where the router's are not known."""
     if job.margins is None or r not in job.margins.edges:
-        return None, nothing
-    source = job.margins.source
-
-    def read(shard: object) -> tuple[np.ndarray]:
-        found = margin_of(rows.a.shard, r, source)
-        assert found is not None
-        return (found,)
-
-    (margin_T,) = rows.of_a(read, r)
+        return None, np.zeros(0, np.float32)
+    if job.margins.source == "weights":
+        assert weights_a is not None
+        margin_T = weight_margin(weights_a)
+    else:
+        k = job.a.routers[r].top_k
+        margin_T = logit_margin(rows.of_a(lambda shard: (shard.logits(r),), r)[0], k)
     return decile_of(margin_T, job.margins.edges[r]), margin_T
 
 
@@ -275,11 +292,15 @@ def _add_margins(
     counts.flip_margins[number] = margin_T[at[::step]]
 
 
-def _load(slots: Slots, unit_T: np.ndarray, E: int) -> tuple[np.ndarray, np.ndarray]:
-    """Assignments of each expert, int64 [X, E], of each of the units there are, int64 [X]."""
-    unit_X, at_T = np.unique(unit_T, return_inverse=True)
-    base_T = at_T.astype(np.int64) * (E + 1)
-    load = np.zeros(len(unit_X) * (E + 1), np.int64)
+def _load(slots: Slots, rows: Rows, E: int, fast: bool) -> np.ndarray:
+    """int64 [X, E]: assignments of each expert in each of the units of `rows`."""
+    unit_X, at_T = rows.units
+    if fast:
+        from moe_inspect.comparison.counting.kernels_numba import load
+
+        return load(slots, at_T, len(unit_X), E)
+    base_T = at_T * (E + 1)
+    load_C = np.zeros(len(unit_X) * (E + 1), np.int64)
     for slot in slots:
-        load += np.bincount(base_T + slot, minlength=len(load))
-    return load.reshape(-1, E + 1)[:, :E], unit_X
+        load_C += np.bincount(base_T + slot, minlength=len(load_C))
+    return load_C.reshape(-1, E + 1)[:, :E]
