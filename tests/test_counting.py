@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis.counting import engine, kernels_numba, kernels_numpy, router_groups
+from moe_inspect.analysis.counting import (
+    engine,
+    kernels_numba,
+    kernels_numpy,
+    router_groups,
+    token_ids,
+)
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
@@ -247,6 +253,7 @@ def test_shards_threads_and_kernels_change_nothing(
         same(count_trace(split, select(split), WANTS, window=100, threads=1), by_numpy)
         same(count_trace(split, select(split), WANTS, window=100, threads=3), by_numpy)
         patch.setattr(router_groups, "TABLE_BYTES", 1)  # a router at a time
+        patch.setattr(token_ids, "WIDE", 100)
         same(count_trace(split, select(split), WANTS, window=100), by_numpy)
         without = set(WANTS) - {"token_ids"}
         by_shard = count_trace(split, select(split), without, window=100, threads=3)
@@ -621,3 +628,19 @@ def test_threads_share_out_the_routers_of_the_last_shards(
     )
     assert ((0,),) in asked
     assert ((1,),) in asked
+
+
+def test_a_token_id_that_comes_up_more_often_than_a_narrow_row_holds(tmp_path: Path):
+    """One of two, 70,000 times, always to experts 0 and 1; the other every time to 2 and 3."""
+    token_id = np.r_[np.full(70_000, 5), np.full(900, 3)]
+    ids_TK = np.where(token_id[:, None] == 5, [[0, 1]], [[2, 3]]).astype(np.uint16)
+    settings = {"document": np.arange(len(token_id)) // 1_000, "domain_of_document": ["a", "b"]}
+    trace = write_trace(
+        tmp_path / "t", [ids_TK], 4, token_id=token_id, shard_tokens=30_000, **settings
+    )
+    of = count_trace(trace, select(trace), {"token_ids"}).by_token_id[0]
+    assert of.expert_N.tolist() == [0, 1, 2, 3]
+    assert of.token_id_N.tolist() == [5, 5, 3, 3]
+    assert of.count_N.tolist() == of.occurrences_N.tolist() == [70_000, 70_000, 900, 900]
+    assert of.columns["vocabulary_specialization"] == 1
+    assert of.columns["domain_mi_given_token_bits"] == pytest.approx(0, abs=1e-12)

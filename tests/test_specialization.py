@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moe_inspect.analysis.counting.token_ids import top_token_ids
+from moe_inspect.analysis.counting.token_ids import TokenIds, top_token_ids
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.reporting.report import report
 from tests.synthetic import uniform_ids, write_trace
@@ -116,7 +116,8 @@ def test_top_token_ids_are_those_of_sorting_them_all(ids: int, top: int):
             reverse=True,
         )[: top or None]
     ]
-    expert_N, row_N = top_token_ids(any_VE.astype(np.uint32), occurrences_V, top)
+    listed = TokenIds(np.arange(ids), occurrences_V, np.zeros(0), 1.0)
+    expert_N, row_N = top_token_ids(any_VE.astype(np.uint32), listed, top)
     assert list(zip(expert_N.tolist(), row_N.tolist(), strict=True)) == expected
 
 

@@ -303,9 +303,10 @@ def _weight_confidence(weights_KT, log_KT, sums):  # type: ignore[no-untyped-def
 
 
 def weight_confidence(weights: Slots) -> dict[str, float]:
-    """The logarithms are numpy's, which takes many at once; of float32, which is exact to 1e-7."""
+    """The logarithms are numpy's, which takes many at once."""
     weights_KT, sums = np.stack(weights), np.zeros(4)
-    log_KT = np.log(np.maximum(weights_KT, np.finfo(np.float32).tiny))  # times 0 where it is 0
+    log_KT = np.maximum(weights_KT, np.finfo(np.float32).tiny, dtype=float)  # for 0 times its log
+    np.log(log_KT, out=log_KT)
     _weight_confidence(weights_KT, log_KT, sums)
     return {
         "weight_decisions": int(sums[0]),
@@ -324,5 +325,5 @@ def _accumulate(table, by_T, row_T, slots):  # type: ignore[no-untyped-def]
 
 
 def accumulate(table: np.ndarray, by_T: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
-    """Adds to `table`, uint32 [X, E + 1], in place."""
+    """Adds to `table`, uint16 or uint32 [X, E + 1], in place."""
     _accumulate(table, by_T, row_T, slots)

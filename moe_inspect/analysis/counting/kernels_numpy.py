@@ -132,14 +132,14 @@ def _cells(row_T: np.ndarray, slots: Slots, E: int) -> np.ndarray:
 
 
 def accumulate(table: np.ndarray, by_T: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
-    """Adds the assignments of the tokens `by_T` to their rows of a table, in place. uint32
-    [X, E + 1]: the last column takes what routed nowhere."""
+    """Adds the assignments of the tokens `by_T` to their rows of a table, in place. uint16 or
+    uint32 [X, E + 1]: the last column takes what routed nowhere."""
     cell = (row_T.astype(np.int64) * table.shape[1] + np.stack(slots)[:, by_T]).reshape(-1)
     flat = table.reshape(-1)
     if len(flat) <= 2 * len(cell):
-        flat += np.bincount(cell, minlength=len(flat)).astype(np.uint32)
+        flat += np.bincount(cell, minlength=len(flat)).astype(flat.dtype)
     else:  # a table larger than what is added to it is not gone through
-        np.add.at(flat, cell, np.uint32(1))
+        np.add.at(flat, cell, flat.dtype.type(1))
 
 
 def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:

@@ -68,10 +68,8 @@ class RouterGroup:
     def __init__(self, trace: Trace, request: GroupRequest, empty: Counts, routers: list[int]):
         self.request, self.routers, self.counts = request, tuple(routers), empty_like(empty)
         self.by = kernels(request.fast)
-        listed = [(r, trace.routers[r]) for r in routers]
         self.tables = {
-            r: TokenTables(request.plans[of.stack], of.experts, of.first_choice_known)
-            for r, of in listed
+            r: TokenTables(request.plans[trace.routers[r].stack], trace.routers[r]) for r in routers
         }
 
     def add(self, prepared: PreparedShard, rows: Mapping[str, ShardRows]) -> None:

@@ -27,8 +27,11 @@ from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 
+SLOTS = 64
+WIDE = 2**16 // SLOTS  # occurrences whose assignments 16 bits may not count, of up to SLOTS each
 MIN_COUNT = 8  # occurrences from which the routing of a token id can be told from chance
 CELLS = 2**24  # of a table by token id, or by token id and unit
 SHUFFLES = (
@@ -47,14 +50,19 @@ Accumulate = Callable[[np.ndarray, np.ndarray, np.ndarray, Slots], None]
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Some token ids. `row_of[id]` is the row of a token id among them, −1 where it is left out;
-    occurrences_V: of each, in the selected tokens; `coverage`: the share of the selected tokens
-    they are."""
+    """Some token ids, those that occur WIDE times first, then by id. `row_of[id]` is the row of a
+    token id among them, −1 where it is left out; occurrences_V: of each, in the selected tokens;
+    `coverage`: the share of the selected tokens they are."""
 
     ids_V: np.ndarray
     occurrences_V: np.ndarray
     row_of: np.ndarray
     coverage: float
+
+    @property
+    def wide(self) -> int:
+        """How many occur WIDE times."""
+        return int((self.occurrences_V >= WIDE).sum())
 
     def rows(self, token_id_T: np.ndarray) -> np.ndarray:
         return self.row_of[np.minimum(token_id_T, len(self.row_of) - 1)]  # -1 is the last too
@@ -68,6 +76,7 @@ def frequent(counts: Counts, min_count: int, most: int, router: int | None = Non
     ids_V = np.flatnonzero(occurrences >= max(min_count, 1))
     if len(ids_V) > most:
         ids_V = np.sort(ids_V[np.argsort(-occurrences[ids_V], kind="stable")[:most]])
+    ids_V = ids_V[np.argsort(occurrences[ids_V] < WIDE, kind="stable")]
     row_of = np.full(len(occurrences) + 1, -1, np.int32)  # the last is for what is no token id
     row_of[ids_V] = np.arange(len(ids_V))
     return TokenIds(
@@ -109,11 +118,17 @@ class Plan:
         rows_V = np.where(self.paired.rows(self.listed.ids_V) >= 0, len(self.domains), 1)
         return np.r_[0, np.cumsum(rows_V)]
 
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """Rows of a table by paired token id and domain, and how many of them are wide."""
+        D = len(self.domains)
+        return len(self.paired.ids_V) * D, self.paired.wide * D
+
     def bytes(self, E: int) -> int:
         """Of the tables of one router."""
-        shuffled = 2 * len(self.judged.ids_V) + len(self.paired.ids_V) * len(self.domains)
+        shuffled = 2 * len(self.judged.ids_V) + self.pairs[0]
         rows = int(self.start_V[-1]) + len(self.listed.ids_V) + self.shuffles * shuffled
-        return rows * (E + 1) * np.dtype(np.uint32).itemsize
+        return rows * (E + 1) * np.dtype(np.uint16).itemsize
 
 
 def plans_of(trace: Trace, selection: Selection, every: bool) -> dict[str, Plan]:
@@ -139,7 +154,9 @@ def _plan(trace: Trace, selection: Selection, counts: Counts, router: int, every
         row_T, domain_T = paired.rows(seen.token_id_T), _domains(seen, counts.domains)
         unit_T = domain_T * clusters + seen.document_T % clusters
         there_XU[row_T[row_T >= 0], unit_T[row_T >= 0]] = True
-    shuffled_RXU = _shuffled_domains(there_XU, clusters, shuffles)
+    # drawn in the order of the ids
+    order_X, shuffled_RXU = np.argsort(paired.ids_V), np.zeros((shuffles, *there_XU.shape), int)
+    shuffled_RXU[:, order_X] = _shuffled_domains(there_XU[order_X], clusters, shuffles)
     return Plan(listed, judged, paired, shuffles, counts.domains, clusters, shuffled_RXU)
 
 
@@ -210,47 +227,55 @@ class ShardRows:
         return ShardRows(by_domain, by_id, shuffled_domains, shuffled_ids)
 
 
+class Counters:
+    """Assignments by row and expert; a column more than there are experts takes what routed
+    nowhere. The first `wide` rows are of 32 bits, the others of 16."""
+
+    def __init__(self, rows: int, wide: int, experts: int):
+        self.wide = np.zeros((wide, experts + 1), np.uint32)
+        self.narrow = np.zeros((rows - wide, experts + 1), np.uint16)
+
+    def add(self, ordered: Ordered, slots: Slots, accumulate: Accumulate) -> None:
+        wide = len(self.wide)
+        at = int(np.searchsorted(ordered.row_T, wide))
+        accumulate(self.wide, ordered.by_T[:at], ordered.row_T[:at], slots)
+        accumulate(self.narrow, ordered.by_T[at:], ordered.row_T[at:] - wide, slots)
+
+    @property
+    def rows_XE(self) -> np.ndarray:
+        """uint32"""
+        return np.concatenate([self.wide[:, :-1], self.narrow[:, :-1]])
+
+
 class TokenTables:
-    """The tables of one router, uint32, with a column more than it has experts, for what routed
-    nowhere: assignments by token id and domain, first choices by token id (None: unknown), and the
-    same with labels shuffled."""
+    """The tables of one router: assignments by token id and domain, first choices by token id
+    (None: unknown), and the same with labels shuffled."""
 
-    def __init__(self, plan: Plan, experts: int, ranked: bool):
-        def zeros(rows: int) -> np.ndarray:
-            return np.zeros((rows, experts + 1), np.uint32)
+    def __init__(self, plan: Plan, router: Router):
+        def zeros(rows: int, wide: int) -> Counters:
+            return Counters(rows, wide if router.top_k <= SLOTS else rows, router.experts)
 
-        judged, pairs = len(plan.judged.ids_V), len(plan.paired.ids_V) * len(plan.domains)
-        shuffles = range(plan.shuffles)
-        self.plan, self.by_domain = plan, zeros(int(plan.start_V[-1]))
-        self.first = zeros(len(plan.listed.ids_V)) if ranked else None
-        self.shuffled_domains = [zeros(pairs) for _ in shuffles if pairs]
-        self.shuffled_any = [zeros(judged) for _ in shuffles]
-        self.shuffled_first = [zeros(judged) for _ in shuffles if ranked]
+        ranked, shuffles, pairs = router.first_choice_known, range(plan.shuffles), plan.pairs
+        listed, judged = ((len(ids.ids_V), ids.wide) for ids in (plan.listed, plan.judged))
+        self.plan = plan
+        self.by_domain = zeros(int(plan.start_V[-1]), int(plan.start_V[plan.listed.wide]))
+        self.first = zeros(*listed) if ranked else None
+        self.shuffled_domains = [zeros(*pairs) for _ in shuffles if pairs[0]]
+        self.shuffled_any = [zeros(*judged) for _ in shuffles]
+        self.shuffled_first = [zeros(*judged) for _ in shuffles if ranked]
 
     def add(self, rows: ShardRows, slots: Slots, accumulate: Accumulate) -> None:
         """Counts the decisions of a shard."""
-        added = [(self.by_domain, rows.by_domain, slots)]
-        added += [(self.first, rows.by_id, slots[:1])] if self.first is not None else []
-        for tables, ordered, of in (
+        self.by_domain.add(rows.by_domain, slots, accumulate)
+        if self.first is not None:
+            self.first.add(rows.by_id, slots[:1], accumulate)
+        for tables, shuffled, of in (
             (self.shuffled_domains, rows.shuffled_domains, slots),
             (self.shuffled_any, rows.shuffled_ids, slots),
             (self.shuffled_first, rows.shuffled_ids, slots[:1]),
         ):
-            added += [(table, rows_T, of) for table, rows_T in zip(tables, ordered, strict=False)]
-        for table, ordered, of in added:
-            accumulate(table, ordered.by_T, ordered.row_T, of)
-
-    @property
-    def any_VE(self) -> np.ndarray:
-        """Assignments of each listed token id."""
-        if not len(self.by_domain):
-            return self.by_domain[:, :-1]
-        return np.add.reduceat(self.by_domain, self.plan.start_V[:-1])[:, :-1]
-
-    def paired_XDE(self) -> np.ndarray:
-        """Assignments of each paired token id by domain."""
-        first_X = self.plan.start_V[self.plan.listed.rows(self.plan.paired.ids_V)]
-        return self.by_domain[first_X[:, None] + np.arange(len(self.plan.domains)), :-1]
+            for table, ordered in zip(tables, shuffled, strict=False):
+                table.add(ordered, of, accumulate)
 
 
 # --- afterwards
@@ -258,65 +283,63 @@ class TokenTables:
 
 def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     """What the tables of a router come to. `top`: token ids per expert, 0 for all."""
-    plan, any_VE = tables.plan, tables.any_VE
-    first_VE = None if tables.first is None else tables.first[:, :-1]
-    judged = plan.listed.rows(plan.judged.ids_V)
-    columns = _columns(
-        tables,
-        any_VE if plan.listed is plan.judged else any_VE[judged],
-        first_VE if first_VE is None or plan.listed is plan.judged else first_VE[judged],
-    )
-    expert_N, row_N = top_token_ids(any_VE, plan.listed.occurrences_V, top)
+    plan, by_domain_RE = tables.plan, tables.by_domain.rows_XE
+    listed, judged = plan.listed, plan.listed.rows(plan.judged.ids_V)
+    any_VE = by_domain_RE
+    if plan.pairs[0]:
+        any_VE = np.add.reduceat(by_domain_RE, plan.start_V[:-1])
+    first_VE = None if tables.first is None else tables.first.rows_XE
+    columns = _columns(tables, any_VE[judged], None if first_VE is None else first_VE[judged])
+    if tables.shuffled_domains:
+        shape = len(plan.paired.ids_V), len(plan.domains), any_VE.shape[1]
+        first_X = plan.start_V[listed.rows(plan.paired.ids_V)]
+        counts_XDE = by_domain_RE[first_X[:, None] + np.arange(len(plan.domains))]
+        columns["domain_mi_given_token_bits"] = sp.conditional_mi_bits(counts_XDE)
+        columns["domain_mi_given_token_null_bits"] = _mean(
+            [sp.conditional_mi_bits(s.rows_XE.reshape(shape)) for s in tables.shuffled_domains]
+        )
+    expert_N, row_N = top_token_ids(any_VE, listed, top)
     return ByTokenId(
         columns,
         expert_N,
-        plan.listed.ids_V[row_N],
+        listed.ids_V[row_N],
         any_VE[row_N, expert_N].astype(np.int64),
         None if first_VE is None else first_VE[row_N, expert_N].astype(np.int64),
-        plan.listed.occurrences_V[row_N],
+        listed.occurrences_V[row_N],
     )
 
 
 def _columns(
     tables: TokenTables, any_VE: np.ndarray, first_VE: np.ndarray | None
 ) -> dict[str, float]:
-    """The metrics that need token ids, each beside its mean with labels shuffled."""
-    plan, occurrences_V = tables.plan, tables.plan.judged.occurrences_V
-    shuffled_any = [any_VE[:, :-1] for any_VE in tables.shuffled_any]
-    shuffled_first = [first_VE[:, :-1] for first_VE in tables.shuffled_first]
-
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values))
-
+    """The metrics of token ids, each beside its mean with the token ids shuffled."""
+    occurrences_V = tables.plan.judged.occurrences_V
+    shuffled_any = [shuffled.rows_XE for shuffled in tables.shuffled_any]
     columns = {
         "token_mi_bits": sp.token_mi_bits(any_VE),
-        "token_mi_null_bits": mean([sp.token_mi_bits(a_VE) for a_VE in shuffled_any]),
+        "token_mi_null_bits": _mean([sp.token_mi_bits(s_VE) for s_VE in shuffled_any]),
         "vocabulary_specialization_any": sp.vocabulary_specialization_any(any_VE, occurrences_V),
-        "vocabulary_specialization_any_null": mean(
-            [sp.vocabulary_specialization_any(a_VE, occurrences_V) for a_VE in shuffled_any]
+        "vocabulary_specialization_any_null": _mean(
+            [sp.vocabulary_specialization_any(s_VE, occurrences_V) for s_VE in shuffled_any]
         ),
     }
     if first_VE is not None:
         columns["vocabulary_specialization"] = sp.vocabulary_specialization(first_VE)
-        columns["vocabulary_specialization_null"] = mean(
-            [sp.vocabulary_specialization(f_VE) for f_VE in shuffled_first]
-        )
-    if tables.shuffled_domains:
-        shape = len(plan.paired.ids_V), len(plan.domains), any_VE.shape[1]
-        columns["domain_mi_given_token_bits"] = sp.conditional_mi_bits(tables.paired_XDE())
-        columns["domain_mi_given_token_null_bits"] = mean(
-            [sp.conditional_mi_bits(s[:, :-1].reshape(shape)) for s in tables.shuffled_domains]
+        columns["vocabulary_specialization_null"] = _mean(
+            [sp.vocabulary_specialization(s.rows_XE) for s in tables.shuffled_first]
         )
     return columns
 
 
-def top_token_ids(
-    any_VE: np.ndarray, occurrences_V: np.ndarray, top: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values))
+
+
+def top_token_ids(any_VE: np.ndarray, listed: TokenIds, top: int) -> tuple[np.ndarray, np.ndarray]:
     """The `top` token ids of each expert by the fraction of their occurrences that goes to it, then
     by count, then by id, highest first; 0: all that ever went there. Returns (expert, row), expert
     by expert."""
-    V, E = any_VE.shape
+    (V, E), occurrences_V = any_VE.shape, listed.occurrences_V
     share_VE = any_VE.astype(np.float32) * (1 / occurrences_V).astype(np.float32)[:, None]
     least_E, blocks = np.float32(0), 8 * top
     if 0 < 2 * blocks < V:
@@ -326,7 +349,7 @@ def top_token_ids(
     row_N, expert_N = np.nonzero((share_VE >= least_E) & (any_VE > 0))
     count_N = any_VE[row_N, expert_N]
     fraction_N = np.minimum(count_N / occurrences_V[row_N], 1)
-    order_N = np.lexsort((-row_N, -count_N.astype(np.int64), -fraction_N, expert_N))
+    order_N = np.lexsort((-listed.ids_V[row_N], -count_N.astype(np.int64), -fraction_N, expert_N))
     row_N, expert_N = row_N[order_N], expert_N[order_N]
     rank_N = np.arange(len(expert_N)) - np.searchsorted(expert_N, expert_N)
     kept_N = rank_N < (top or V)

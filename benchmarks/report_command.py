@@ -1,0 +1,108 @@
+"""`python -m benchmarks.report_command`: what `moe-inspect report` costs as a user types it: CPU
+time, wall time and peak memory of the whole command, imports included. With `--against PATH`, a
+second checkout, it is measured too, in turn. Prints a table, writes
+benchmarks/results/report-command-<machine>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measuring import ROOT, in_a_process, machine, write_results
+
+TABLE = "{:<44}{:<9}{:>9}{:>9}{:>12}"
+CASES = {  # label → trace, arguments, rounds
+    "report, 1e8 assignments": ("1e8", (), 3),
+    "report --html, 1e8 assignments": ("1e8", ("--html", "page.html"), 2),
+    "report --table balance, 1e8 assignments": ("1e8", ("--table", "balance"), 3),
+    "report --html, 61 x 256, 2,000 tokens": ("2000", ("--html", "page.html"), 2),
+    "report --html, 61 x 256, 20,000 tokens": ("20000", ("--html", "page.html"), 2),
+    "report, 1e9 assignments": ("1e9", (), 1),
+}
+
+
+def make_wide(root: str, tokens: int) -> None:
+    """61 routers of 256 experts, 8 per token, four domains."""
+    from moe_inspect.trace.schema import Router
+    from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+
+    L, E, k, rng = 61, 256, 8, np.random.default_rng(0)
+    routers = [Router(layer, "gate", f"layers.{layer}", E, k) for layer in range(L)]
+    row = np.arange(tokens, dtype=np.int32)
+    ids = [
+        ((rng.integers(0, E, (tokens, 1)) + np.arange(k) * rng.integers(1, 31, (tokens, 1))) % E)
+        for _ in range(L)
+    ]
+    documents = [Document(d, "abcd"[d % 4], "made", 100) for d in range(tokens // 100)]
+    batch = RoutedBatch(
+        0,
+        np.minimum(rng.zipf(1.2, tokens), 499).astype(np.int32),
+        row // 100,
+        row // 100,
+        row % 100,
+        row // 100 % 4,
+        list("abcd"),
+        [ids_TK.astype(np.uint8) for ids_TK in ids],
+        None,
+        documents=documents,
+    )
+    with TraceWriter(root, {"capture": {"weights": False}}, routers, weights=False) as writer:
+        writer.write(batch)
+
+
+def once(checkout: Path, arguments: list[str]) -> dict[str, float]:
+    """One run of the command from a checkout."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "moe_inspect", "report", *arguments]
+    with open(os.devnull, "wb") as nothing:
+        started = subprocess.Popen(command, cwd=checkout, stdout=nothing, stderr=nothing)
+        _, status, used = os.wait4(started.pid, 0)
+    assert status == 0, f"{command} failed"
+    return {
+        "cpu_s": used.ru_utime + used.ru_stime,
+        "wall_s": time.perf_counter() - began,
+        "peak_memory_mib": used.ru_maxrss / 1024,
+    }
+
+
+def main(scale: float, against: Path | None) -> None:
+    checkouts = {"now": ROOT} | ({"before": against.resolve()} if against else {})
+    measured: dict[str, Any] = {"scale": scale}
+    print(TABLE.format("", "", "CPU s", "wall s", "peak MiB"))
+    with tempfile.TemporaryDirectory() as scratch:
+        for size in ("1e8", "1e9"):
+            in_a_process(
+                "make", f"{scratch}/{size}", float(size) * scale, "bf16", module="benchmarks.report"
+            )
+        for tokens in (2_000, 20_000):
+            make_wide(f"{scratch}/{tokens}", tokens)
+        for label, (trace, arguments, rounds) in CASES.items():
+            written = [scratch + "/page.html" if a == "page.html" else a for a in arguments]
+            runs: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
+            for _ in range(
+                rounds
+            ):  # in turn: the machine may be busier at one time than at another
+                for name, checkout in checkouts.items():
+                    runs[name].append(once(checkout, [f"{scratch}/{trace}", *written]))
+            for name, found in runs.items():
+                least = min(found, key=lambda run: run["cpu_s"])
+                print(TABLE.format(label, name, *(f"{v:.1f}" for v in least.values())), flush=True)
+            measured[label] = runs
+    facts = machine() | {"command": "python -m benchmarks.report_command"}
+    print("written to", write_results("report-command", facts, measured))
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--scale", type=float, default=1.0)
+    options.add_argument("--against", type=Path)
+    main(**vars(options.parse_args()))
