@@ -12,7 +12,7 @@ import typer
 from moe_inspect.cli.emit import to_stdout
 from moe_inspect.cli.needs import quiet
 from moe_inspect.cli.trace import Dtype
-from moe_inspect.text import printable
+from moe_inspect.text import print_stderr, printable
 
 
 def doctor(
@@ -56,7 +56,7 @@ def doctor(
 
     One page to paste into a bug report: versions, devices, which captures are possible, speeds.
     With a model, the measured speed of its forward passes traced and untraced. Names no user, host
-    or path."""
+    or path. Exits with 1 if a kernel gives a wrong result."""
     if find_spec("transformers") is not None:
         quiet()
     from moe_inspect.doctor.examine import examine
@@ -77,3 +77,10 @@ def doctor(
             print(json.dumps(facts))
         else:
             print("\n".join(printable(line) for line in page(facts).split("\n")))
+    wrong = {row["kernel"]: row["device"] for row in facts.get("selfcheck", []) if row["wrong"]}
+    if wrong:
+        on = ", ".join(f"{kernel} on {gpu}" for kernel, gpu in wrong.items())
+        print_stderr(
+            f"error: kernels that are wrong: {on}; torch does their work: please report it"
+        )
+        raise typer.Exit(1)

@@ -46,11 +46,19 @@ def version_of(package: str) -> str | None:
 def system() -> dict[str, Any]:
     """Operating system, processor, cores that this process may use, and memory."""
     return {
-        "platform": platform.platform(),
+        "platform": _platform(),
         "processor": processor(),
         "cores": cores(),
         "memory_bytes": _memory_bytes(),
     }
+
+
+def _platform() -> str:
+    """The operating system, its version without what a distributor or a site has added to it, and
+    the C library."""
+    release = re.match(r"[\d.]*\d", platform.release())
+    parts = [platform.system(), release[0] if release else "", platform.machine()]
+    return " ".join(part for part in [*parts, *platform.libc_ver()] if part)
 
 
 def processor() -> str:

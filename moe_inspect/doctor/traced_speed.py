@@ -23,8 +23,8 @@ from moe_inspect.capture.recorder import Recorder
 from moe_inspect.errors import MoeInspectError
 
 CAPTURES = ("tap", "dispatch", "counts only")
-ROUNDS = 5  # in each, every capture has its turn; the least of them counts
-BLOCK_SECONDS = 0.15  # of passes that are timed together
+ROUNDS = 9  # in each, every capture has its turn; the least of them counts
+BLOCK_SECONDS = 0.1  # of passes that are timed together
 MOST_STEPS = 64
 PROMPT = 16  # positions before the first decoded one
 

@@ -724,10 +724,10 @@ def combine(
     tape: Tape | None = None,
 ) -> Tensor:  # fmt: skip
     """`combine_triton`, or the same in torch where the kernel is not to be trusted."""
-    given = ids_TK, weights_TK, grouped, dtype, experts, tape
-    if SELF_CHECK.combine(y_SH, ids_TK, weights_TK, grouped is not None, dtype, experts, tape):
-        return combine_triton(y_SH, *given)
-    return combine_on_device(y_SH, *given)
+    in_groups = grouped is not None
+    if SELF_CHECK.combine(y_SH, ids_TK, weights_TK, in_groups, dtype, experts, tape):
+        return combine_triton(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape)
+    return combine_on_device(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape)
 
 
 def combine_on_device(

@@ -177,35 +177,26 @@ class SelfCheck:
     def dispatch(
         self, ids_TK: Any, weights_TK: Any, E: int, tape: Any, launches: int, block: int
     ) -> bool:
-        ids, K, key = ids_TK.dtype, ids_TK.shape[1], ()
+        ids = ids_TK.dtype
         if tape is None:
-            key = ids_TK.device, E, K, ids, launches, block
+            key = ids_TK.get_device(), E, ids_TK.size(1), ids, launches, block
         else:
             key = tape.kind, ids, weights_TK.dtype, launches, block
         found = self._trusted.get(key)
         if found is None:
-            variant = functools.partial(
-                Variant, "dispatch", ids_TK.device, E, K, ids, None, None, 0
-            )
-            if tape is not None:
-                variant = _of_tape("dispatch", tape, ids, weights_TK)
+            variant = _of_call("dispatch", ids_TK, weights_TK if tape else None, E, tape)
             found = self._first_use(key, variant(launches=launches, block=block))
         return found
 
     def combine(
         self, y_SH: Any, ids_TK: Any, weights_TK: Any, grouped: bool, dtype: Any, E: int, tape: Any
     ) -> bool:
-        ids, K, aligned = ids_TK.dtype, ids_TK.shape[1], y_SH.shape[1] % 16 == 0
-        kinds = y_SH.dtype, dtype, grouped, aligned
-        where = tape.kind if tape is not None else (y_SH.device, E, K)
-        key = where, ids, weights_TK.dtype, kinds
+        aligned = not y_SH.size(1) % 16
+        kinds = ids_TK.dtype, weights_TK.dtype, y_SH.dtype, dtype, grouped, aligned
+        key = (y_SH.get_device(), E, ids_TK.size(1), kinds) if tape is None else (tape.kind, kinds)
         found = self._trusted.get(key)
         if found is None:
-            variant = functools.partial(
-                Variant, "combine", y_SH.device, E, K, ids, weights_TK.dtype, None, 0
-            )
-            if tape is not None:
-                variant = _of_tape("combine", tape, ids, weights_TK)
+            variant = _of_call("combine", ids_TK, weights_TK, E, tape)
             made = variant(y=y_SH.dtype, out=dtype, grouped=grouped, aligned=aligned)
             found = self._first_use(key, made)
         return found
@@ -286,6 +277,15 @@ def _of_tape(kernel: str, tape: Any, ids: Any, weights_TK: Any) -> Any:
     recorded = tape.weights.dtype if tape.weights is not None else None
     device, E, K = tape.cursor.device, tape.experts, tape.K
     return functools.partial(Variant, kernel, device, E, K, ids, given, recorded, tape.P)
+
+
+def _of_call(kernel: str, ids_TK: Any, weights_TK: Any, E: int, tape: Any) -> Any:
+    """The same; `tape` may be None."""
+    if tape is not None:
+        return _of_tape(kernel, tape, ids_TK.dtype, weights_TK)
+    given = weights_TK.dtype if weights_TK is not None else None
+    device, K = ids_TK.device, ids_TK.size(1)
+    return functools.partial(Variant, kernel, device, E, K, ids_TK.dtype, given, None, 0)
 
 
 def wrong_with(kernels: Any, variant: Variant, by_torch: bool) -> str | None:
