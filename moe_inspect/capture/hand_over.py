@@ -1,11 +1,17 @@
 """Moves recorded forward passes from the rings to the writer, in order, once they have been copied
-to the host. Applies back-pressure when a ring is full."""
+to the host. Applies back-pressure when a ring is full.
+
+Consecutive passes are handed over together where they can be: in decoding, what is done per batch
+would otherwise cost more than the recording itself. On a CPU they wait for that in the ring until a
+page is full, at most HELD_SECONDS."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +22,8 @@ from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
+
+HELD_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,28 @@ class Forward:
         )
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """A forward pass on the host: `rows` of each stack that ran."""
+
+    forward: Forward
+    rows: list[Rows]
+
+    def continues(self, before: Arrived) -> bool:
+        """Whether the two can be one batch: whole passes of one stack, of one kind."""
+        if len(self.rows) > 1 or len(before.rows) > 1:
+            return False
+        (a,), (b,) = before.forward.passes, self.forward.passes
+        (x,), (y,) = before.rows, self.rows
+        return (
+            a.stack is b.stack
+            and a.kept == a.fed.T
+            and b.kept == b.fed.T
+            and x.phase == y.phase != "encode"
+            and x.group == y.group
+        )
+
+
 class HandOver:
     """`weight_dtype`: of the gate weights in the rings, known after the first forward pass;
     `writer`: None until then. `tokens`: passed to the writer so far."""
@@ -45,6 +75,9 @@ class HandOver:
         self.rings_fixed = options.ring_tokens is not None
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
+        self._arrived: Arrived | None = None  # the first of them, once its rows have been read
+        self._held_since = 0.0
+        self._torn = False  # passes have left the queue, and are not yet with the writer
 
     def make_rings(self, stack: Stack, rows: int) -> None:
         assert not any(p.stack is stack for forward in self._in_flight for p in forward.passes)
@@ -56,10 +89,11 @@ class HandOver:
         dropped."""
         rings, T = stack.rings, fed.T
         assert rings is not None
-        self.drain()
+        if rings.free_rows < T or not rings.synchronous:
+            self.drain()
         too_large = rings.max_rows < T
         while rings.free_rows < T and self._in_flight and (too_large or not self.options.drop):
-            self.drain(wait=True, most=1)
+            self.drain(wait=True, once=True)
         if rings.free_rows < T and too_large:
             if self.rings_fixed:
                 raise MoeInspectError(
@@ -69,7 +103,7 @@ class HandOver:
             self.make_rings(stack, T)
             rings = stack.rings
             assert rings is not None
-        stack.fed = self.inputs.rows(fed) if rings.synchronous else fed
+        stack.fed = fed
 
     def launched(self, forward: Forward) -> None:
         """Queues a forward pass that has been launched (on a GPU it may still be running)."""
@@ -82,6 +116,8 @@ class HandOver:
             done.stack.rings.end(done.fed.T)
             done.stack.dropped_rows += done.fed.T - done.kept
             done.stack.fed = None
+        if not self._in_flight:
+            self._held_since = time.monotonic()
         self._in_flight.append(forward)
         self.inputs.accept()
 
@@ -104,78 +140,132 @@ class HandOver:
                 f"the device dropped {dropped} rows, the host {stack.dropped_rows}"
             )
 
-    def drain(self, wait: bool = False, most: int | None = None) -> None:
-        """Passes arrived forward passes to the writer, at most `most`; `wait` blocks until they
-        have arrived and the writer accepts them."""
-        while self._in_flight and most != 0:
+    def abandon(self) -> None:
+        """Passes on what can be, after an exception. Where it came between ring and writer, what is
+        still in the rings is left out, so that no batch in between is missing."""
+        on_host = all(s.rings is None or s.rings.synchronous for s in self.stacks.values())
+        if self.writer is not None and on_host and not self._torn and not self.writer.failed:
+            self.drain(wait=True)
+        self._in_flight.clear()
+
+    def drain_when_due(self) -> None:
+        """As `drain`, but on a CPU only when a page is full, or its first pass has waited long."""
+        if not self._in_flight:
+            return
+        first = self._in_flight[0].passes[0]
+        rings = first.stack.rings
+        assert rings is not None
+        if (
+            not rings.synchronous
+            or rings.has_filled_page_since(first.start)
+            or time.monotonic() - self._held_since > HELD_SECONDS
+        ):
+            self.drain()
+
+    def drain(self, wait: bool = False, once: bool = False) -> None:
+        """Passes arrived forward passes to the writer; `wait` blocks until they have arrived and
+        the writer accepts them; `once`: at most one batch."""
+        while self._in_flight:
             assert self.writer is not None
             if self.options.drop and not wait and self.writer.full:
                 return
-            forward = self._in_flight[0]
-            if not forward.arrived(wait):
+            batch = self._next_batch(wait)
+            if not batch:
                 return
-            for done in forward.passes:
-                if done.stack.rings is not None and not done.stack.rings.synchronous:
-                    done.stack.check(done)
-            self._write(self.writer, forward)
-            for done in forward.passes:
-                assert done.stack.rings is not None
-                done.stack.rings.release(done.start + done.fed.T)
-            self._in_flight.popleft()
-            most = most - 1 if most is not None else None
+            self._write(self.writer, batch)
+            self._torn = False
+            for arrived in batch:
+                for done in arrived.forward.passes:
+                    assert done.stack.rings is not None
+                    done.stack.rings.release(done.start + done.fed.T)
+            if once:
+                return
 
-    def _write(self, writer: TraceWriter, forward: Forward) -> None:
-        parts = [(done, self.inputs.rows(done.fed)) for done in forward.passes]
-        self.inputs.accept()
-        kept = {done.stack.name: rows.real[: done.kept] for done, rows in parts}
-        counts = {name: int(real.sum()) for name, real in kept.items()}
-        self.tokens += sum(counts.values())
-        for done, rows in parts:
-            lost = int(rows.real.sum()) - counts[done.stack.name]
+    def _next_batch(self, wait: bool) -> list[Arrived]:
+        """The next passes that have arrived and can be one batch, taken off the queue. `wait`: for
+        the first."""
+        batch: list[Arrived] = []
+        while self._in_flight:
+            forward = self._in_flight[0]
+            if self._arrived is None:
+                if not forward.arrived(wait and not batch):
+                    break
+                for done in forward.passes:
+                    if done.stack.rings is not None and not done.stack.rings.synchronous:
+                        done.stack.check(done)
+                self._arrived = Arrived(forward, [self.inputs.rows(p.fed) for p in forward.passes])
+                self.inputs.accept()
+            if batch and not self._arrived.continues(batch[-1]):
+                break
+            self._torn = True
+            batch.append(self._arrived)
+            self._in_flight.popleft()
+            self._arrived = None
+        return batch
+
+    def _write(self, writer: TraceWriter, batch: list[Arrived]) -> None:
+        parts = [
+            (done, rows)
+            for arrived in batch
+            for done, rows in zip(arrived.forward.passes, arrived.rows, strict=True)
+        ]
+        kept = [rows.real[: done.kept] for done, rows in parts]
+        sizes = [int(real.sum()) for real in kept]
+        self.tokens += sum(sizes)
+        for (done, rows), size in zip(parts, sizes, strict=True):
+            lost = int(rows.real.sum()) - size
             writer.dropped += lost * len(done.stack.routers)
 
         def of_tokens(name: str) -> np.ndarray:
-            arrays = [getattr(rows, name)[: counts[done.stack.name]] for done, rows in parts]
+            arrays = [getattr(rows, name)[:n] for (_, rows), n in zip(parts, sizes, strict=True)]
             return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-        _, last = parts[-1]
+        # stack → its first position, and which of the rows from there on are no padding
+        places: dict[str, tuple[int, np.ndarray]] = {}
+        for stack in {done.stack.name for done, _ in parts}:
+            own = [n for n, (done, _) in enumerate(parts) if done.stack.name == stack]
+            places[stack] = parts[own[0]][0].start, np.concatenate([kept[n] for n in own])
+        numbers = [arrived.forward.number for arrived in batch]
+        last = batch[-1].rows[-1]
         writer.write(
             RoutedBatch(
-                forward.number,
+                numbers[-1],
                 of_tokens("token_id"),
                 of_tokens("document"),
                 of_tokens("sequence"),
                 of_tokens("position"),
                 of_tokens("domain"),
                 list(self.inputs.domains),
-                ids=self._of_routers(forward, kept, "ids"),
-                weights=self._of_routers(forward, kept, "weights"),
-                logits=self._of_routers(forward, kept, "logits") if self.options.logits else None,
+                ids=self._of_routers(places, "ids"),
+                weights=self._of_routers(places, "weights"),
+                logits=self._of_routers(places, "logits") if self.options.logits else None,
                 documents=[document for _, rows in parts for document in rows.documents],
                 phase=last.phase,
                 group=last.group,
-                encoded=counts.get("encoder", 0),
+                encoded=sum(
+                    n
+                    for (done, _), n in zip(parts, sizes, strict=True)
+                    if done.stack.name == "encoder"
+                ),
+                batches=np.repeat(np.array(numbers, np.int32), sizes) if len(batch) > 1 else None,
             )
         )
 
-    def _of_routers(
-        self, forward: Forward, kept: Mapping[str, np.ndarray], kind: str
-    ) -> list[np.ndarray]:
-        """Per router a copy of its rows in the rings, without padding. `kept`: stack → bool [rows],
-        which rows are no padding."""
+    def _of_routers(self, places: Mapping[str, tuple[int, np.ndarray]], kind: str) -> list[Any]:
+        """Per router a copy of its rows in the rings, without padding. `places`: stack → position
+        of the first row, and bool [rows], which rows are no padding."""
         found: list[np.ndarray] = []
         for name, stack in self.stacks.items():
-            done = next((p for p in forward.passes if p.stack is stack), None)
-            if done is None:  # did not run in this forward pass
+            if name not in places:  # did not run
                 dtype = self._dtype(kind)
                 widths = [r.experts if kind == "logits" else r.top_k for r in stack.routers]
                 found += [np.empty((0, width), dtype) for width in widths]
                 continue
             assert stack.rings is not None
-            keep = None if kept[name].all() else np.flatnonzero(kept[name])
+            start, kept = places[name]
+            keep = None if kept.all() else np.flatnonzero(kept)
             found += [
-                stack.rings.rows(kind, r, done.start, done.kept, keep)
-                for r in range(len(stack.routers))
+                stack.rings.rows(kind, r, start, len(kept), keep) for r in range(len(stack.routers))
             ]
         return found
 

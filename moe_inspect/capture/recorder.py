@@ -95,6 +95,7 @@ class Recorder:
     @property
     def tokens(self) -> int:
         """Number of tokens recorded so far, without padding."""
+        self._hand_over.drain()
         return self._hand_over.tokens + self._counted_tokens
 
     @property
@@ -114,12 +115,13 @@ class Recorder:
         status = "interrupted"
         try:
             self.attachment.detach()
-            if kind is None:
-                self._end_step()
-                self._hand_over.finish()
-                status = "complete"
-            # an interrupt may have come between ring and writer: what is still in the ring is left
-            # out, so that no batch in between is missing, and --resume feeds it again
+            try:
+                if kind is None:
+                    self._end_step()
+                    self._hand_over.finish()
+                    status = "complete"
+            finally:
+                self._hand_over.abandon()
             if not self._in_group:
                 self._write_counts()
         finally:
@@ -232,10 +234,13 @@ class Recorder:
         fed = self.inputs.of_call(stack, args, kwargs)
         if of.staged is None and self._counts is None:
             self._hand_over.make_room(of, fed)
+            assert of.rings is not None
+            if not self.attachment.in_compiled:
+                of.keep_pass(of.rings)
             return
         of.fed = self.inputs.rows(fed)
         if of.staged is None:
-            self._count(of)
+            self._count(of, keep=not self.attachment.in_compiled)
 
     def returned(self, stack: str, output: Any) -> None:
         if not self._capturing:
@@ -271,7 +276,7 @@ class Recorder:
         elif fed:  # a stack without routers has nothing to record
             self._hand_over.launched(Forward(self._forwards, [stack.end() for stack in fed]))
             self._forwards += 1
-            self._hand_over.drain()
+            self._hand_over.drain_when_due()
         self.inputs.end()
 
     def _end_step(self) -> None:
@@ -324,11 +329,13 @@ class Recorder:
 
     # --- counts_only
 
-    def _count(self, stack: Stack) -> None:
+    def _count(self, stack: Stack, keep: bool = False) -> None:
         assert isinstance(stack.fed, Rows)
         if self._counts is not None and self._counting:
             routers = range(stack.first_router, stack.first_router + len(stack.routers))
             self._counts.feed(routers, stack.fed, len(self.inputs.domains))
+            if keep and (buffer := self._counts.buffer(routers)) is not None:
+                stack.keep_pass(buffer)
 
     def _end_counted(self, counts: DeviceCounts, fed: Sequence[Stack]) -> None:
         self.inputs.accept()

@@ -78,7 +78,7 @@ class Attachment:
             if logits
             else []
         )
-        self.compiled = is_compiled(model)
+        self.compiled = self.in_compiled = is_compiled(model)
         self._bracketed = False
         self._cleanup, self._stance = ExitStack(), ExitStack()
 
@@ -270,7 +270,9 @@ class Attachment:
 
     def _begin_pass(self) -> None:
         self._stance.close()
-        if (self.compiled or _has_compiled()) and not all(sink.tapes for sink in self.sinks):
+        # compiled code writes to the tapes, call by call
+        self.in_compiled = self.compiled or _has_compiled()
+        if self.in_compiled and not all(sink.tapes for sink in self.sinks):
             # until the first forward pass has shown the shapes there are no tapes, and the sinks
             # are plain Python
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
@@ -289,7 +291,7 @@ class Attachment:
     def _shut(self) -> None:
         self._in_model, self._alone = False, None
         for scope in self.scopes.values():
-            scope.open = False
+            scope.open = False  # what its sinks have kept is still to be written
 
 
 def uncompiled(model: Any) -> Any:

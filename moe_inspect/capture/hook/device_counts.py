@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from moe_inspect.capture.hook.pass_buffer import PassBuffer, Slot
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, Document
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.call_inputs import Rows
+
+Sums = dict[torch.device, list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Totals:
 class DeviceCounts:
     """Load by router, domain and expert, summed on each router's device; nothing waits for the
     device before `take`. First choices are by the weights rounded to `weight_dtype`, as a trace of
-    decisions stores them. `weights`: whether gate weights are summed too."""
+    decisions stores them. `weights`: whether gate weights are summed too.
+
+    On a CPU the choices of a small pass are kept (`buffer`), and counted together at its end."""
 
     def __init__(
         self,
@@ -53,32 +58,44 @@ class DeviceCounts:
         self._taken_load = [np.zeros(r.experts, np.int64) for r in routers]
         self.decisions = 0
         self._tokens_R = np.zeros(len(self.routers), np.int64)  # seen since the recording began
+        # a device's routers lie side by side in its sums: E + 1 columns each, from here on
+        self._columns = np.zeros(len(self.routers), np.int64)
+        self._width: dict[torch.device, int] = {}
+        for r, (router, device) in enumerate(zip(self.routers, self.devices, strict=True)):
+            self._columns[r] = self._width.get(device, 0)
+            self._width[device] = int(self._columns[r]) + router.experts + 1
         # router → domain code of each row of the forward pass, −1 for padding; on its device
         self._domain_of_row: dict[int, torch.Tensor] = {}
+        self._buffers: dict[int, CountBuffer] = {}  # by the first router of a stack
         self._sums = self._zeros(1)
         self.begin()
 
-    def _zeros(self, domains: int) -> list[list[torch.Tensor]]:
-        """Zeroed sums for `domains`, [domains, E + 1] each. Padding and slots that routed nowhere
-        are counted as expert E, which is left out in the end."""
+    def _zeros(self, domains: int) -> Sums:
+        """Zeroed sums for `domains`: assignments, first choices and weights, [domains, columns]
+        each. Padding and slots that routed nowhere are counted as expert E, which is left out in
+        the end."""
         kinds = [torch.int64, torch.int64, torch.float64][: 3 if self.weights else 2]
         with torch.inference_mode(False):
-            return [
-                [
-                    torch.zeros((domains, router.experts + 1), dtype=kind, device=device)
-                    for kind in kinds
-                ]
-                for router, device in zip(self.routers, self.devices, strict=True)
-            ]
+            return {
+                device: [torch.zeros((domains, width), dtype=kind, device=device) for kind in kinds]
+                for device, width in self._width.items()
+            }
+
+    def _of_router(self, r: int) -> list[torch.Tensor]:
+        """The sums of router r, [domains, E] each."""
+        first = int(self._columns[r])
+        return [s[:, first : first + self.routers[r].experts] for s in self._sums[self.devices[r]]]
 
     def begin(self) -> None:
         """A forward pass begins. Nothing of it is counted unless `end` follows."""
-        self._pass_sums = self._zeros(len(self._sums[0][0]))
+        self._pass_sums: Sums = {}
         self._pass_rows: list[tuple[Rows, Sequence[int]]] = []  # and the routers that saw them
+        self._kept: list[CountBuffer] = []
 
     def feed(self, routers: Sequence[int], rows: Rows, domains: int) -> None:
         """Sets the rows that these routers see in the forward pass."""
-        self._pass_sums = [_padded(sums, domains) for sums in self._pass_sums]
+        self._domains = domains
+        self._pass_sums = {d: _padded(sums, domains) for d, sums in self._pass_sums.items()}
         domain_T = np.full(len(rows.real), -1, np.int64)
         domain_T[rows.real] = rows.domain
         base = {
@@ -88,13 +105,30 @@ class DeviceCounts:
         self._domain_of_row |= {r: base[self.devices[r]] for r in routers}
         self._pass_rows.append((rows, routers))
 
+    def buffer(self, routers: Sequence[int]) -> CountBuffer | None:
+        """Keeps the choices of these routers, a stack's, in the forward pass; None where they are
+        to be added call by call."""
+        if any(self.devices[r].type != "cpu" for r in routers):
+            return None
+        if routers[0] not in self._buffers:
+            sizes = [(self.routers[r].top_k, self.routers[r].experts) for r in routers]
+            self._buffers[routers[0]] = CountBuffer(routers[0], sizes)
+        self._kept.append(self._buffers[routers[0]])
+        return self._kept[-1]
+
     def add(self, r: int, row: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """The decisions of one call of router r, for the rows from `row` on."""
-        E = self.routers[r].experts
+        E, device = self.routers[r].experts, self.devices[r]
+        if not self._pass_sums:
+            self._pass_sums = self._zeros(self._domains)
         domain_T1 = self._domain_of_row[r][row : row + len(ids_TK), None]
         outside_TK = (ids_TK < 0) | (ids_TK >= E) | (domain_T1 < 0)
-        slot_TK = domain_T1.clamp(min=0) * (E + 1) + ids_TK.long().masked_fill(outside_TK, E)
-        assignments, first_choice, *weight_sum = (s.view(-1) for s in self._pass_sums[r])
+        slot_TK = (
+            domain_T1.clamp(min=0) * self._width[device]
+            + int(self._columns[r])
+            + ids_TK.long().masked_fill(outside_TK, E)
+        )
+        assignments, first_choice, *weight_sum = (s.view(-1) for s in self._pass_sums[device])
         assignments.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK).reshape(-1))
         first_T1 = (
             weights_TK.to(self.weight_dtype)
@@ -107,27 +141,60 @@ class DeviceCounts:
         for sums in weight_sum:
             sums.scatter_add_(0, slot_TK.reshape(-1), weights_TK.reshape(-1).to(sums.dtype))
 
+    def _add_kept(self, kept: CountBuffer) -> None:
+        """What `add` does, for all routers of a stack at once and without a pass's own sums."""
+        device = torch.device("cpu")
+        assignments, first_choice, *weight_sum = (s.view(-1).numpy() for s in self._sums[device])
+        domain_T = self._domain_of_row[kept.first_router].numpy()
+        padded = int(domain_T.min(initial=0)) < 0
+        for group in kept.buffer.groups:
+            ids_RTK, weights_RTK = group.ids, group.values
+            if ids_RTK is None or not ids_RTK.size:
+                continue
+            rounded_RTK = torch.from_numpy(weights_RTK).to(self.weight_dtype).double().numpy()
+            if padded or int(ids_RTK.min()) < 0 or int(ids_RTK.max()) >= group.E:
+                outside_RTK = (ids_RTK < 0) | (ids_RTK >= group.E) | (domain_T < 0)[:, None]
+                ids_RTK = np.where(outside_RTK, group.E, ids_RTK)
+                rounded_RTK = np.where(outside_RTK, -np.inf, rounded_RTK)
+            first = kept.first_router + group.first
+            slot_RTK = ids_RTK + self._columns[first : first + group.routers, None, None]
+            slot_RTK += (domain_T.clip(min=0) * self._width[device])[:, None]
+            first_RT1 = rounded_RTK.argmax(2, keepdims=True)
+            np.add.at(assignments, slot_RTK.reshape(-1), 1)
+            np.add.at(first_choice, np.take_along_axis(slot_RTK, first_RT1, 2).reshape(-1), 1)
+            for sums in weight_sum:
+                np.add.at(sums, slot_RTK.reshape(-1), weights_RTK.reshape(-1))
+
     def end(self, batch: int) -> None:
         """The forward pass is over and complete: adds what it counted to the sums."""
-        for now, before in zip(self._pass_sums, self._sums, strict=True):
-            for sums, older in zip(now, before, strict=True):
-                sums[: len(older)] += older
-        self._sums, self.batch = self._pass_sums, batch
+        if self._pass_rows:
+            self._sums = {d: _padded(sums, self._domains) for d, sums in self._sums.items()}
+        for kept in self._kept:
+            if kept.is_open:
+                self._add_kept(kept)
+        for device, sums in self._pass_sums.items():
+            for total, of_pass in zip(self._sums[device], sums, strict=True):
+                total += of_pass
+        self.batch = batch
         for rows, routers in self._pass_rows:
-            n = int(rows.real.sum())
+            n = len(rows.token_id)
             self.tokens, self.decisions = self.tokens + n, self.decisions + n * len(routers)
-            self._tokens_R[list(routers)] += n
+            self._tokens_R[routers[0] : routers[-1] + 1] += n
             self.documents += rows.documents
 
     def take(self, domains: list[str]) -> CountedBatches:
         """The counts since the last `take`, moved to the host."""
-        host = [[s[:, :-1].cpu().numpy() for s in sums] for sums in self._sums]
+        # (copies: on a CPU these would be views of what is counted in next)
+        host = [
+            [s.cpu().numpy().copy() for s in self._of_router(r)] for r in range(len(self.routers))
+        ]
         self._taken_load = [t + h[0].sum(0) for t, h in zip(self._taken_load, host, strict=True)]
         self.taken_tokens += self.tokens
+        known = len(host[0][0])
         counted = CountedBatches(
             self.batch,
             self.tokens,
-            domains[: len(host[0][0])],
+            domains[:known],
             [h[0] for h in host],
             [h[1] for h in host],
             [h[2] for h in host] if self.weights else None,
@@ -135,15 +202,15 @@ class DeviceCounts:
             self.decisions,
         )
         self.tokens, self.decisions, self.documents = 0, 0, []
-        self._sums = self._zeros(len(self._sums[0][0]))
+        self._sums = self._zeros(known)
         return counted
 
     def totals(self, all_ranks: bool = False) -> Totals:
         """The counts since the recording began; with `all_ranks`, summed over the processes of
         torch.distributed."""
         load = [
-            torch.from_numpy(t).to(s[0].device) + s[0][:, :-1].sum(0)
-            for t, s in zip(self._taken_load, self._sums, strict=True)
+            torch.from_numpy(taken).to(self.devices[r]) + self._of_router(r)[0].sum(0)
+            for r, taken in enumerate(self._taken_load)
         ]
         tokens = torch.tensor(self.taken_tokens + self.tokens, device=load[0].device)
         tokens_R = torch.from_numpy(self._tokens_R.copy()).to(tokens.device)
@@ -153,6 +220,23 @@ class DeviceCounts:
         return Totals(
             self.routers, [t.cpu().numpy() for t in load], int(tokens), tokens_R.cpu().numpy()
         )
+
+
+class CountBuffer:
+    """Keeps the choices of a stack's routers in a forward pass, `sizes` (K, E) of each; weights as
+    float64, which holds any exactly."""
+
+    def __init__(self, first_router: int, sizes: Sequence[tuple[int, int]]):
+        self.first_router = first_router
+        self.buffer = PassBuffer(sizes, torch.float64)
+        self.is_open = False  # in this pass; it is not where the pass is large
+
+    def open_buffers(self, T: int) -> bool:
+        self.is_open = self.buffer.open(T)
+        return self.is_open
+
+    def slots(self, logits: bool) -> list[Slot]:
+        return self.buffer.slots
 
 
 def _padded(sums: list[torch.Tensor], domains: int) -> list[torch.Tensor]:

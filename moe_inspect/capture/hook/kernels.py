@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -363,8 +364,10 @@ def _dispatch(
     out: Dispatch | None = None,
 ) -> Dispatch:
     if not runs_triton(ids_TK):
-        dispatch_here = dispatch_on_device if ids_TK.is_cuda else dispatch_torch
-        return dispatch_here(ids_TK, weights_TK, experts, tape)
+        here = dispatch_numpy if ids_TK.is_cpu else dispatch_torch
+        if ids_TK.is_cuda:
+            here = dispatch_on_device
+        return here(ids_TK, weights_TK, experts, tape)
     launches, block = dispatch_plan(ids_TK.numel(), experts)
     if SELF_CHECK.dispatch(ids_TK, weights_TK, experts, tape, launches, block):
         return dispatch_triton(ids_TK, weights_TK, experts, tape, launches, block, out)
@@ -409,6 +412,27 @@ def _sorted(ids_TK: Tensor, experts: int) -> Dispatch:
     return Dispatch(
         offsets.diff(), offsets, permutation, inverse, permutation // max(1, ids_TK.shape[1])
     )
+
+
+def dispatch_numpy(
+    ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None
+) -> Dispatch:
+    """`dispatch_torch` on a CPU: the same in a quarter of the time for few slots, where each
+    operator of torch costs some microseconds, and faster for many, by a radix sort of 16 bits."""
+    if tape is not None:
+        record_torch(tape, ids_TK, weights_TK)
+    ids = ids_TK.detach().numpy().reshape(-1).astype(np.int64, copy=False)
+    # as unsigned numbers, negative ids are larger than any other
+    expert = np.minimum(ids.view(np.uint64), np.uint64(experts))
+    expert = expert.astype(np.uint16 if experts < 2**16 else np.int64)
+    order = expert.argsort(kind="stable").astype(np.int32)
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order), dtype=np.int32)
+    counts = np.bincount(expert, minlength=experts)[:experts].astype(np.int32)
+    offsets = np.zeros(experts + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    token = order // max(1, ids_TK.shape[1])
+    return Dispatch(*map(torch.from_numpy, (counts, offsets, order, inverse, token)))
 
 
 if triton is not None:

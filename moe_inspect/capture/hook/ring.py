@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook.kernels import Tape
+from moe_inspect.capture.hook.pass_buffer import PassBuffer, Slot, TapeWriter
 from moe_inspect.errors import MoeInspectError
 
 PAGE_ROWS = 1024
@@ -137,6 +138,12 @@ class Ring:
         if on_gpu:  # torch.compile's CUDA graphs then write into these tensors, without a copy
             for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
                 torch._dynamo.mark_static_address(tensor, guard=False)
+        # what a pass on a CPU is kept in until it ends, and what writes it then
+        self.buffer: PassBuffer | None = None
+        if device.type == "cpu" and self.side is None:
+            routers = list(zip(self.slots, self.experts, strict=True))
+            self.buffer = PassBuffer(routers, weight_dtype, logits)
+            self.writer = TapeWriter(self.buffer, self.tapes + self.logit_tapes)
         self.head = 0  # the position at which the next forward pass begins
         self.copying = 0  # pages whose copy to the host has been started, since the beginning
         self.released = 0  # pages that may be written again, since the beginning
@@ -312,6 +319,30 @@ class Rings:
     def release(self, position: int) -> None:
         for ring in self._rings:
             ring.release(position)
+
+    def open_buffers(self, T: int) -> bool:
+        """Begins to keep a pass of T rows, which `write_kept` then writes. False where it is to be
+        written call by call: on a GPU, and where it is large."""
+        return all(ring.buffer is not None and ring.buffer.open(T) for ring in self._rings)
+
+    def slots(self, logits: bool) -> list[Slot]:
+        """Of each router, or of its logits, while buffers are open."""
+        found = []
+        for ring, n in self._of:
+            assert ring.buffer is not None
+            found.append(ring.buffer.slots[n + len(ring.tapes) * logits])
+        return found
+
+    def write_kept(self) -> None:
+        for ring in self._rings:
+            ring.writer.write()
+
+    def all_have_seen(self, cursors: list[Tensor], end: int) -> bool:
+        """Whether every router (and its logits) has seen all rows before position `end`."""
+        return all(bool((cursor == end).all()) for cursor in cursors)
+
+    def has_filled_page_since(self, position: int) -> bool:
+        return any(ring.head // ring.P > position // ring.P for ring in self._rings)
 
     def read_cursors(self) -> list[Tensor]:
         """The cursors of each ring, as `Ring.read_cursors` gives them."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.call_inputs import CallInputs, Rows
+from moe_inspect.capture.hook.device_counts import CountBuffer
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.sink import Sink
 from moe_inspect.errors import MoeInspectError
@@ -69,6 +70,8 @@ class Stack:
         self.rings: Rings | None = None
         self.dropped_rows = 0
         self.replayed = False  # a CUDA graph holds its launches
+        self.scope = sinks[0].scope
+        self._slots_of = -1  # rows of the pass that the sinks have slots for
 
     @property
     def times(self) -> list[int]:
@@ -84,7 +87,7 @@ class Stack:
         """Begins a forward pass. If the previous one failed, its rows are overwritten."""
         if self.fed is not None and self.rings is not None:
             self.rings.rewind(self.dropped_rows)
-        self.fed = None
+        self.fed, self.scope.buffered = None, False
         self.seen = [0] * len(self.sites)
         if self.staged is not None:
             self.staged = [[] for _ in self.sites]
@@ -139,12 +142,24 @@ class Stack:
         """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
         self.rings = Rings(self.shape, weight_dtype, bool(self.logit_sinks), rows)
         self.rings.rewind(self.dropped_rows)
+        self._slots_of = -1
         for sinks, tapes in (
             (self.sinks, self.rings.tapes),
             (self.logit_sinks, self.rings.logit_tapes),
         ):
             for sink, routers in zip(sinks, self.routers_of, strict=False):
                 sink.tapes = [tapes[r] for r in routers]
+
+    def keep_pass(self, kept: Rings | CountBuffer) -> None:
+        """Lets the sinks keep the choices of the pass that begins, unless it is too large."""
+        assert self.fed is not None
+        self.scope.buffered = kept.open_buffers(self.fed.T)
+        if self.scope.buffered and self._slots_of != self.fed.T:
+            for sinks, logits in ((self.sinks, False), (self.logit_sinks, True)):
+                slots = kept.slots(logits) if sinks else []
+                for sink, routers in zip(sinks, self.routers_of, strict=False):
+                    sink.slots = [slots[r] for r in routers]
+            self._slots_of = self.fed.T
 
     def unstage(self) -> None:
         """Moves the staged choices into the rings."""
@@ -162,6 +177,9 @@ class Stack:
         """Ends a launched forward pass (on a GPU it may still be running)."""
         assert self.rings is not None
         assert self.fed is not None
+        if self.scope.buffered:
+            self.rings.write_kept()
+            self.scope.buffered = False
         return StackPass(
             self,
             self.fed,
@@ -174,6 +192,8 @@ class Stack:
         """MoeInspectError unless every router has seen every token exactly once: the trace would be
         silently wrong."""
         assert self.rings is not None
+        if self.rings.all_have_seen(done.cursors, done.start + done.fed.T):
+            return
         self.check_seen(done.fed.T, *self.rings.rows_seen(done.cursors, done.start))
 
     def check_seen(self, T: int, seen: Sequence[int], logits: Sequence[int] | None = None) -> None:
@@ -185,7 +205,10 @@ class Stack:
     def check_counted(self) -> None:
         assert self.fed is not None
         T = self.fed.T
-        self.check_seen(
+        if self.scope.buffered:
+            self.scope.buffered = False
+            return self.check_seen(T, [slot.seen for sink in self.sinks for slot in sink.slots])
+        return self.check_seen(
             T,
             [
                 share

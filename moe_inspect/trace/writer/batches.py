@@ -26,12 +26,13 @@ class Document:
 
 @dataclass(frozen=True)
 class RoutedBatch:
-    """One forward pass. Arrays of length T are in execution order; `ids[r]`: uint8 or uint16 [T,
-    K_r], `weights[r]`: float16 [T, K_r], the bits of bfloat16 as uint16, float32 that one of the
-    two holds exactly, or None (a trace without weights is still ordered by them), `logits[r]`:
-    float16 [T, E_r]. `domains[d]` is the label of domain code d. Of an encoder-decoder the first
-    `encoded` tokens were fed to the encoder, the others to the decoder, and a router has rows only
-    of those it sees."""
+    """One forward pass, or consecutive ones: `batch` is the number of the last one, and `batches`
+    int32 [T] that of each token's where they are several. Arrays of length T are in execution
+    order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`: float16 [T, K_r], the bits of
+    bfloat16 as uint16, float32 that one of the two holds exactly, or None (a trace without weights
+    is still ordered by them), `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain
+    code d. Of an encoder-decoder the first `encoded` tokens were fed to the encoder, the others to
+    the decoder, and a router has rows only of those it sees."""
 
     batch: int
     token_id: np.ndarray
@@ -48,6 +49,11 @@ class RoutedBatch:
     # passes of one group follow each other and are committed together, or not at all
     group: int | None = None
     encoded: int = 0
+    batches: np.ndarray | None = None
+
+    @property
+    def first_batch(self) -> int:
+        return self.batch if self.batches is None else int(self.batches[0])
 
     def seen(self, router: Router) -> slice:
         """Which of its tokens a router sees."""

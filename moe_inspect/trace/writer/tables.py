@@ -34,7 +34,6 @@ class Recorded:
 def tokens_table(batches: list[RoutedBatch], token: pa.Array, routers: list[Router]) -> pa.Table:
     domains = list(max((b.domains for b in batches), key=len))
     phases = schema.PHASES if any(r.stack for r in routers) else schema.PHASES[:2]
-    sizes = [len(b.token_id) for b in batches]
     return pa.table(
         {
             "token": token,
@@ -44,7 +43,7 @@ def tokens_table(batches: list[RoutedBatch], token: pa.Array, routers: list[Rout
             },
             "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
             "phase": _labels(np.concatenate([_phases(b) for b in batches]), list(phases)),
-            "batch": pa.array(np.repeat(np.array([b.batch for b in batches], np.int32), sizes)),
+            "batch": pa.array(np.concatenate([_numbers(b) for b in batches])),
         },
         schema=schema.TOKENS,
     )
@@ -178,6 +177,13 @@ def _seen(router: Router, batches: list[RoutedBatch], token: pa.Array) -> pa.Arr
 
 def _router_columns(router: Router, r: int, rows: int) -> list[pa.Array]:
     return [pa.array(np.full(rows, value, np.uint16)) for value in (router.layer, r)]
+
+
+def _numbers(batch: RoutedBatch) -> np.ndarray:
+    """The number of each token's forward pass."""
+    if batch.batches is not None:
+        return batch.batches
+    return np.full(len(batch.token_id), batch.batch, np.int32)
 
 
 def _phases(batch: RoutedBatch) -> np.ndarray:

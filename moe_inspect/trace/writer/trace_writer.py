@@ -133,6 +133,10 @@ class TraceWriter:
         """Whether `write` would wait."""
         return self._queue.full()
 
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
     def write(self, batch: RoutedBatch | CountedBatches) -> None:
         self._raise()
         assert self._thread.is_alive(), "written to after close"
@@ -309,7 +313,7 @@ class TraceWriter:
                 partial(tables.logits_table, recorded, r, batches, token, columns) for r in routers
             ]
             lines.append(self._write_part("logits", columns, groups))
-        self._commit(lines, T, decisions, batches[0].batch, batches[-1].batch)
+        self._commit(lines, T, decisions, batches[0].first_batch, batches[-1].batch)
 
     def _commit_counts(self, counted: CountedBatches) -> None:
         routers = range(len(self.routers))
@@ -373,16 +377,13 @@ class TraceWriter:
 
 
 def _reached(batch: RoutedBatch) -> dict[tuple[int, int], tuple[int, int]]:
-    """(document, sequence) → the first and the last position of its last run of rows; those of an
-    encoder come before."""
+    """(document, sequence) → its first and its last position; the decoder's, where a sequence has
+    rows of both an encoder and a decoder."""
     encoded_T = np.arange(len(batch.document)) < batch.encoded
     edges = run_edges(batch.document, batch.sequence, encoded_T)
     first, last = edges[:-1], edges[1:] - 1
-    keys = zip(batch.document[first].tolist(), batch.sequence[first].tolist(), strict=True)
-    return dict(
-        zip(
-            keys,
-            zip(batch.position[first].tolist(), batch.position[last].tolist(), strict=True),
-            strict=True,
-        )
-    )
+    keys = list(zip(batch.document[first].tolist(), batch.sequence[first].tolist(), strict=True))
+    begins = list(zip(keys, batch.position[first].tolist(), strict=True))
+    begin_of = dict(begins if batch.encoded else reversed(begins))
+    end_of = dict(zip(keys, batch.position[last].tolist(), strict=True))
+    return {key: (begin_of[key], end) for key, end in end_of.items()}
