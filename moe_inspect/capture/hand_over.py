@@ -167,6 +167,10 @@ class HandOver:
         the writer accepts them; `once`: at most one batch."""
         while self._in_flight:
             assert self.writer is not None
+            if self._torn and not self.writer.failed:
+                raise MoeInspectError(
+                    "an earlier forward pass could not be handed over: this recording is over"
+                )
             if self.options.drop and not wait and self.writer.full:
                 return
             batch = self._next_batch(wait)

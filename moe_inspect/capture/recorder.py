@@ -83,6 +83,7 @@ class Recorder:
         self._counted_tokens = 0
         self._counting = self._in_group = False
         self._opened = False  # the routers and the shapes of their rings are known
+        self._has_cuda = torch.cuda.is_available()
         self._stepped = False  # the current pass was announced by `step`
         self._capturing = (
             False  # the current pass is being captured into a CUDA graph: nothing runs
@@ -200,7 +201,7 @@ class Recorder:
     # --- called by the attachment during a forward pass
 
     def begin(self) -> None:
-        self._capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        self._capturing = self._has_cuda and torch.cuda.is_current_stream_capturing()
         if not self._capturing:
             self._begin()
             return

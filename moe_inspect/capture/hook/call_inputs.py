@@ -63,7 +63,7 @@ class CallInputs:
     S: int
     token_BS: torch.Tensor | None
     mask_BS: torch.Tensor | None
-    position: torch.Tensor | None  # [B, S] or [S]
+    position: torch.Tensor | None  # [B, S] or [S]; None: they continue what came before
     labels: dict[str, Sequence[Any] | None]
     before: CachedRows | None  # what its cache held, or what the encoder read
     after: CachedRows
@@ -152,9 +152,9 @@ class RowReader:
         self._next_labels = {}
         if before is None or stack != "decoder":
             _check_labels(labels, B)
-        if position is None:
-            position = torch.arange(past, past + S)
-        elif position.dim() == 3:  # multimodal positions: the first plane is the text's
+        if (
+            position is not None and position.dim() == 3
+        ):  # multimodal positions: the first plane is the text's
             position = position[0]
         token_BS, mask_BS, position = (
             _host_copy(t) for t in (ids, _mask(mask, B, S, past), position)
@@ -209,8 +209,9 @@ class RowReader:
             call.mask_BS.numpy().astype(bool) if call.mask_BS is not None else np.ones((B, S), bool)
         )
         token_BS = call.token_BS.numpy() if call.token_BS is not None else np.full((B, S), -1)
+        end = call.after.length
         position_BS = np.broadcast_to(
-            call.position.numpy() if call.position is not None else 0, (B, S)
+            call.position.numpy() if call.position is not None else np.arange(end - S, end), (B, S)
         )
         state = call.before.state if call.before is not None else None
         repeats = (
@@ -329,8 +330,10 @@ def _length(cache: Any, cached: CachedRows | None, S: int) -> int:
 
 def _host_copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """A copy on the host, made without waiting: complete once the work launched so far has run."""
-    if tensor is None or not tensor.is_cuda:
-        return tensor.detach().clone() if tensor is not None else None
+    if tensor is None:
+        return None
+    if not tensor.is_cuda:
+        return tensor.detach().clone() if tensor.requires_grad else tensor.clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(
         tensor, non_blocking=True
     )

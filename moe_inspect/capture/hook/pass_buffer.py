@@ -167,18 +167,21 @@ class TapeWriter:
     def _append(self, group: Group, ids: Pages, values: Pages, routers: slice, seen: int) -> None:
         """The rows of some routers of a group, all of which have `seen` as many."""
         lanes = slice(group.first + routers.start, group.first + routers.stop)
+        tape = self.tapes[lanes.start]
         start = int(self.cursor[lanes.start])
         room = max(0, min(seen, group.slots[0].shape[0], int(self.limit[0]) - start))
-        tape = self.tapes[lanes.start]
+        values_RTK = group.values[routers]
+        ids_RTK = group.ids[routers] if group.ids is not None else None
+        # (as unsigned numbers, negative ids are the largest)
+        if ids_RTK is not None and ids_RTK.size and ids_RTK.view(np.uint64).max() >= group.E:
+            ids_RTK = np.where((ids_RTK < 0) | (ids_RTK >= group.E), tape.null_id, ids_RTK)
         for page, row, done, n in _pieces(start, room, tape.P, tape.pages):
-            rows = slice(done, done + n)
-            values[page][routers, row : row + n] = group.values[routers, rows]
-            if group.ids is not None:
-                ids[page][routers, row : row + n] = _of_experts(
-                    group.ids[routers, rows], group.E, tape.null_id
-                )
+            values[page][routers, row : row + n] = values_RTK[:, done : done + n]
+            if ids_RTK is not None:
+                ids[page][routers, row : row + n] = ids_RTK[:, done : done + n]
         self.cursor[lanes] += seen
-        self.dropped[lanes] += seen - room
+        if room < seen:
+            self.dropped[lanes] += seen - room
 
 
 def _pages(group: Group, tape: Tape, kind: str) -> Pages:
@@ -201,10 +204,3 @@ def _pieces(start: int, rows: int, P: int, pages: int) -> Iterator[tuple[int, in
         n = min(P - row, rows - done)
         yield page % pages, row, done, n
         done += n
-
-
-def _of_experts(ids: np.ndarray, E: int, null_id: int) -> np.ndarray:
-    """The ids with `null_id` for those outside 0…E−1."""
-    if int(ids.max()) < E and int(ids.min()) >= 0:
-        return ids
-    return np.where((ids < 0) | (ids >= E), null_id, ids)

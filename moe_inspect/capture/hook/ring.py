@@ -183,10 +183,11 @@ class Ring:
         return (self.released + self.pages) * self.P - self.head
 
     def read_cursors(self) -> Tensor:
-        """A host copy of the cursors, int64 [lanes]. From a GPU it is valid only once what has been
+        """The cursors on the host, int64 [lanes]. From a GPU a copy, valid only once what has been
         launched so far has run."""
-        copy = self.side.pinned(self.cursor) if self.side else torch.empty_like(self.cursor)
-        return copy.copy_(self.cursor, non_blocking=True)
+        if self.side is None:
+            return self.cursor
+        return self.side.pinned(self.cursor).copy_(self.cursor, non_blocking=True)
 
     def end(self, rows: int) -> None:
         """A forward pass of `rows` rows has been launched: starts copying the pages it fills."""
@@ -339,7 +340,7 @@ class Rings:
 
     def all_have_seen(self, cursors: list[Tensor], end: int) -> bool:
         """Whether every router (and its logits) has seen all rows before position `end`."""
-        return all(bool((cursor == end).all()) for cursor in cursors)
+        return all((cursor.numpy() == end).all() for cursor in cursors)
 
     def has_filled_page_since(self, position: int) -> bool:
         return any(ring.head // ring.P > position // ring.P for ring in self._rings)

@@ -1,0 +1,330 @@
+"""Small passes on a CPU, which are kept until they end: whatever the model does with its tensors
+meanwhile, and however passes are handed over, the trace is that of passes written call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.capture import hand_over
+from moe_inspect.capture.hook import pass_buffer, ring
+from moe_inspect.capture.hook.pass_buffer import PassBuffer, Slot
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.writer import RoutedBatch, TraceWriter
+from tests.families import build
+from tests.zoo import token_batch
+
+BATCHES = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5], [3], [7, 7, 2], [17]])]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("olmoe")
+
+
+def traced(model: Any, path: Path, batches: Any = BATCHES, **options: Any) -> moe_inspect.Trace:
+    with moe_inspect.record(model, path, **options), torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    return moe_inspect.open_trace(path)
+
+
+def tables(trace: moe_inspect.Trace) -> list[pd.DataFrame]:
+    return [trace.tokens(), trace.documents(), trace.routing()]
+
+
+def same(a: moe_inspect.Trace, b: moe_inspect.Trace) -> bool:
+    return all(x.equals(y) for x, y in zip(tables(a), tables(b), strict=True))
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any, tmp_path_factory: pytest.TempPathFactory) -> moe_inspect.Trace:
+    """Written call by call: no pass is small enough to be kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pass_buffer, "BUFFER_BYTES", 0)
+        return traced(model, tmp_path_factory.mktemp("expected") / "t")
+
+
+@contextmanager
+def replaced(model: Any, part: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """The `forward` of a part of each layer's block is `wrap` of it."""
+    parts = [layer.mlp.get_submodule(part) for layer in model.model.layers]
+    for module in parts:
+        module.forward = wrap(module.forward)
+    try:
+        yield
+    finally:
+        for module in parts:
+            del module.forward
+
+
+def changing_in_place(forward: Any) -> Any:
+    """Experts that clear the choice they were called with."""
+
+    def run(hidden: Any, ids: Any, weights: Any) -> Any:
+        output = forward(hidden, ids, weights)
+        ids.fill_(1)
+        weights.zero_()
+        return output
+
+    return run
+
+
+def reusing_buffers() -> Any:
+    """Routers that all return the same tensors, call after call."""
+    buffers: dict[Any, Any] = {}
+
+    def wrap(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = []
+            for n, value in enumerate(forward(*args, **kwargs)):
+                buffer = buffers.setdefault((n, value.shape), torch.empty_like(value))
+                output.append(buffer.copy_(value))
+            return tuple(output)
+
+        return run
+
+    return wrap
+
+
+@pytest.mark.parametrize("capture", ["tap", "dispatch", "counts_only"])
+@pytest.mark.parametrize("what", ["changed in place", "used again"])
+def test_what_the_model_does_with_its_tensors_does_not_show(
+    what: str, capture: str, model: Any, expected: moe_inspect.Trace, tmp_path: Path
+) -> None:
+    part, wrap = (
+        ("experts", changing_in_place)
+        if what == "changed in place"
+        else ("gate", reusing_buffers())
+    )
+    options = {"counts_only": True} if capture == "counts_only" else {"capture": capture}
+    with replaced(model, part, wrap):
+        found = traced(model, tmp_path / "t", **options)
+    if capture != "counts_only":
+        assert same(found, expected)
+        return
+    load = found.counts().pivot_table(index="router", columns="expert", values="assignments")
+    for router, part_of in expected.routing().groupby("router"):
+        ids = part_of.filter(like="expert_").to_numpy().ravel()
+        assert load.loc[router].tolist() == np.bincount(ids, minlength=8).tolist()
+
+
+@pytest.mark.parametrize("what", ["changed in place", "used again"])
+def test_keeping_references_would_show(
+    what: str,
+    model: Any,
+    expected: moe_inspect.Trace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Positive control: the same models, with slots that copy only when the pass ends."""
+    kept: list[Any] = []
+    copy, write = Slot.keep, pass_buffer.TapeWriter.write
+
+    def late(self: Any) -> None:
+        for slot, *choice in kept:
+            copy(slot, *choice)
+        kept.clear()
+        write(self)
+
+    monkeypatch.setattr(Slot, "keep", lambda slot, *choice: kept.append((slot, *choice)))
+    monkeypatch.setattr(pass_buffer.TapeWriter, "write", late)
+    assert same(traced(model, tmp_path / "plain"), expected)
+    part, wrap = (
+        ("experts", changing_in_place)
+        if what == "changed in place"
+        else ("gate", reusing_buffers())
+    )
+    with replaced(model, part, wrap):
+        assert not same(traced(model, tmp_path / "t"), expected)
+
+
+def test_experts_called_in_parts_are_recorded_whole(
+    model: Any, expected: moe_inspect.Trace, tmp_path: Path
+) -> None:
+    """A block that calls its experts with a few tokens at a time."""
+
+    def in_parts(forward: Any) -> Any:
+        def run(hidden: Any) -> Any:
+            rows = hidden.shape[1]
+            # the routers see rows in the order of the flattened batch
+            parts = [
+                forward(hidden[b : b + 1, at : at + 4])
+                for b in range(len(hidden))
+                for at in range(0, rows, 4)
+            ]
+            return torch.cat(parts, 1).view(hidden.shape)
+
+        return run
+
+    with replaced(model, "", in_parts):
+        found = traced(model, tmp_path / "t")
+    a, b = (t.routing().filter(like="expert_").to_numpy() for t in (found, expected))
+    assert a.shape == b.shape
+    assert (
+        np.sort(a, 1) == np.sort(b, 1)
+    ).mean() > 0.97  # products of other shapes round otherwise
+
+
+@pytest.mark.parametrize("capture", ["tap", "dispatch"])
+@pytest.mark.parametrize("most_rows", [0, 10, 18, 1000])
+@pytest.mark.parametrize("page_rows", [16, 4096])
+def test_kept_or_written_at_once_it_is_the_same(
+    page_rows: int,
+    most_rows: int,
+    capture: str,
+    model: Any,
+    expected: moe_inspect.Trace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    bytes_per_row = 2 * 4 * (8 + 2)  # two routers of four slots
+    monkeypatch.setattr(pass_buffer, "BUFFER_BYTES", most_rows * bytes_per_row)
+    monkeypatch.setattr(ring, "PAGE_ROWS_CPU", page_rows)
+    assert same(traced(model, tmp_path / "t", capture=capture), expected)
+
+
+def test_ids_of_no_expert_are_nowhere(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentinels of other ranks, and anything that a byte cannot hold."""
+    ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
+    weights = torch.rand(2, 4)
+    rings = ring.Rings([(torch.device("cpu"), 4, 8)] * 2, torch.float16, False, 16)
+    assert rings.open_buffers(2)
+    for slot in rings.slots(logits=False):
+        slot.keep(ids, weights)
+    rings.write_kept()
+    for r in range(2):
+        nowhere = 255
+        assert rings.rows("ids", r, 0, 2, None).tolist() == [
+            [0, 7, nowhere, nowhere],
+            [nowhere, nowhere, nowhere, 2],
+        ]
+        assert (rings.rows("weights", r, 0, 2, None) == weights.half().numpy()).all()
+
+
+def test_a_slot_counts_rows_beyond_the_pass_and_keeps_none_of_them() -> None:
+    buffer = PassBuffer([(2, 8)] * 2, torch.float16)
+    assert buffer.open(3)
+    one, other = buffer.slots
+    one.keep(torch.ones(3, 2, dtype=torch.long), torch.ones(3, 2))
+    one.keep(torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 2))
+    assert (one.seen, other.seen) == (5, 0)
+    ids = buffer.groups[0].ids
+    assert ids is not None
+    assert ids[0].tolist() == [[1, 1]] * 3
+    with pytest.raises(AssertionError, match="3 values per row where the first pass had 2"):
+        other.keep(torch.ones(3, 3, dtype=torch.long), torch.ones(3, 3))
+    assert not buffer.open(buffer.max_rows + 1)
+
+
+# --- handed over together
+
+
+def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[RoutedBatch]:
+    """The batches that the writer gets from now on."""
+    found: list[RoutedBatch] = []
+    write = TraceWriter.write
+    monkeypatch.setattr(
+        TraceWriter, "write", lambda self, batch: (found.append(batch), write(self, batch))[1]
+    )
+    return found
+
+
+def generated(model: Any, path: Path, steps: int = 30) -> moe_inspect.Trace:
+    with moe_inspect.record(model, path), torch.no_grad():
+        for _ in range(2):
+            output = model(**token_batch([6, 6]))
+            for n in range(steps):
+                ids = torch.full((2, 1), n)
+                output = model(input_ids=ids, past_key_values=output.past_key_values)
+    return moe_inspect.open_trace(path)
+
+
+def test_decode_steps_are_handed_over_together(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
+    batches = handed_over(monkeypatch)
+    found = generated(model, tmp_path / "t")
+    assert [b.phase for b in batches] == ["prefill", "decode"] * 2
+    assert [(b.first_batch, b.batch) for b in batches] == [(0, 0), (1, 30), (31, 31), (32, 61)]
+    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
+    batches.clear()
+    assert same(found, generated(model, tmp_path / "one"))
+    assert [b.batch for b in batches] == list(range(62))
+    tokens = found.tokens()
+    assert tokens.groupby("batch").size().tolist() == ([12] + [2] * 30) * 2
+    assert tokens.groupby("document").position.apply(list).tolist() == [list(range(36))] * 4
+
+
+def test_a_page_that_is_full_is_handed_over(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
+    monkeypatch.setattr(ring, "PAGE_ROWS_CPU", 32)
+    batches = handed_over(monkeypatch)
+    found = generated(model, tmp_path / "t")
+    assert 2 + 2 * (60 + 60) / 64 < len(batches) < 30
+    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
+    assert same(found, generated(model, tmp_path / "one"))
+
+
+def test_how_many_tokens_are_recorded_is_known_at_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
+    with moe_inspect.record(model, tmp_path / "t") as recorder, torch.no_grad():
+        for n in range(1, 4):
+            model(**token_batch([4]))
+            assert recorder.tokens == 4 * n
+
+
+def test_what_was_held_is_written_after_an_exception(
+    model: Any, expected: moe_inspect.Trace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117
+        with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+            for batch in BATCHES:
+                model(**batch)
+            hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            try:
+                model(**BATCHES[0])
+            finally:
+                hook.remove()
+    found = moe_inspect.open_trace(tmp_path / "t")
+    assert found.status == "interrupted"
+    assert same(found, expected)
+
+
+def test_an_interrupt_between_ring_and_writer_leaves_no_gap(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The batch that was on its way is lost, and so is all that came after it."""
+    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
+    write = TraceWriter.write
+
+    def interrupted(self: TraceWriter, batch: Any) -> None:
+        if batch.batch == 2:
+            raise KeyboardInterrupt
+        write(self, batch)
+
+    monkeypatch.setattr(TraceWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
+        with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+            model(**BATCHES[0])
+            model(**BATCHES[1])
+            with pytest.raises(KeyboardInterrupt):
+                model(**BATCHES[2])
+            with pytest.raises(MoeInspectError, match="could not be handed over"):
+                model(**BATCHES[3])
+            raise KeyboardInterrupt
+    assert moe_inspect.open_trace(tmp_path / "t").tokens().batch.unique().tolist() == [0, 1]
