@@ -64,6 +64,7 @@ picture: $(VENV)/.installed ## The picture that the README opens with, of the pa
 
 bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.calls
 	$(BIN)/python -m benchmarks.launch
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.simulate

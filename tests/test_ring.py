@@ -442,17 +442,23 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_dropping_survives_growth_and_failure(
-    slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The device's count of dropped rows is that of the host, also when a larger pass made the ring
     grow, and when one failed after some routers had dropped."""
     small_pages(monkeypatch)
     model = build("olmoe")
+    take, go_on = TraceWriter._take, threading.Event()
+    monkeypatch.setattr(
+        TraceWriter, "_take", lambda self, batch: go_on.wait() and take(self, batch)
+    )
     with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
         for _ in range(20):
             model(**token_batch([9, 5]))
         assert rec.stacks[""].dropped_rows > 0
+        go_on.set()
         model(**token_batch([90]))
+        go_on.clear()
         for _ in range(20):
             model(**token_batch([9, 5]))
         block = model.model.layers[1].mlp
@@ -460,6 +466,7 @@ def test_dropping_survives_growth_and_failure(
         with pytest.raises(ZeroDivisionError):
             model(**token_batch([9, 5]))
         block.forward = kept
+        go_on.set()
         model(**token_batch([9, 5]))
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
