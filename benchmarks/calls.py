@@ -1,23 +1,25 @@
 """What recording costs where calls are small, on a CPU: decode steps, short passes, and a large
 prefill for comparison. Part of `make bench`; writes benchmarks/results/calls-<machine>.json.
 
-Every way of recording runs in turn in one process, beside a forward hook that does nothing, one
-that clones what it sees, and the usual recipe (`output_router_logits`, then top-k). The figure is
-process CPU time, the writer's thread included: the least over the rounds, since other processes on
-the machine only ever add to it.
+Every way of recording has a copy of the model of its own and stays attached; they run in turn, one
+forward pass each, beside a forward hook that does nothing, one that clones what it sees, and the
+usual recipe (`output_router_logits`, then top-k). Figures are process CPU time, the writer's thread
+included: the median over the rounds of what a pass takes beyond the untraced one next to it, since
+what else runs on the machine changes from one second to the next; and the least pass of each.
 
-    python -m benchmarks.calls [--rounds 10] [--case NAME ...] [-o FILE]
+    python -m benchmarks.calls [--rounds 150] [--case NAME ...] [-o FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ NARROW = {
     "vocab_size": 256,
 }
 Way = Callable[[Any, Path], AbstractContextManager[Any]]
-Measure = Callable[[Any, bool], float]  # (model, whether to ask for router logits) → CPU seconds
+# (model, whether to ask for router logits) → what runs its next forward pass
+Passes = Callable[[Any, bool], Callable[[], Any]]
 
 
 def qwen(layers: int, experts: int, **sizes: int) -> Any:
@@ -100,49 +103,26 @@ def call(model: Any, logits: bool, **inputs: Any) -> Any:
 # --- what is measured
 
 
-def decode(batch: int, steps: int = 20) -> Measure:
-    """Seconds of the least decode step, after a prompt of 16 tokens."""
+def decode(batch: int) -> Passes:
+    """Decode steps, after a prompt of 16 tokens."""
 
-    def measure(model: Any, logits: bool) -> float:
+    def start(model: Any, logits: bool) -> Callable[[], Any]:
         output = call(model, logits, input_ids=torch.ones((batch, 16), dtype=torch.long))
-        token, seconds = torch.ones((batch, 1), dtype=torch.long), []
-        for _ in range(steps):
-            began = time.process_time()
-            output = call(model, logits, input_ids=token, **cache(output))
-            seconds.append(time.process_time() - began)
-        return min(seconds)
+        token = torch.ones((batch, 1), dtype=torch.long)
+        cache = {"past_key_values": output.past_key_values}
+        return lambda: call(model, logits, input_ids=token, use_cache=True, **cache)
 
-    def cache(output: Any) -> dict[str, Any]:
-        return {"past_key_values": output.past_key_values}
-
-    return measure
+    return start
 
 
-def whole_decode(batch: int, steps: int = 160) -> Measure:
-    """Seconds per decode step on average, with what is done now and then: pages handed over."""
-
-    def measure(model: Any, logits: bool) -> float:
-        output = call(model, logits, input_ids=torch.ones((batch, 16), dtype=torch.long))
-        token, began = torch.ones((batch, 1), dtype=torch.long), time.process_time()
-        for _ in range(steps):
-            output = call(model, logits, input_ids=token, past_key_values=output.past_key_values)
-        return (time.process_time() - began) / steps
-
-    return measure
-
-
-def passes(rows: int, tokens: int, times: int) -> Measure:
-    """Seconds per forward pass of `rows` × `tokens` tokens, without a key-value cache."""
+def passes(rows: int, tokens: int) -> Passes:
+    """Forward passes of `rows` × `tokens` tokens, without a key-value cache."""
     ids = torch.randint(0, 256, (rows, tokens), generator=torch.Generator().manual_seed(0))
 
-    def measure(model: Any, logits: bool) -> float:
-        call(model, logits, input_ids=ids, use_cache=False)
-        began = time.process_time()
-        for _ in range(times):
-            call(model, logits, input_ids=ids, use_cache=False)
-        return (time.process_time() - began) / times
+    def start(model: Any, logits: bool) -> Callable[[], Any]:
+        return lambda: call(model, logits, input_ids=ids, use_cache=False)
 
-    return measure
+    return start
 
 
 def bundled() -> Any:
@@ -151,46 +131,53 @@ def bundled() -> Any:
     return load_model("demo", load_config("demo"))
 
 
-# name → (model, measure, layers)
-CASES: dict[str, tuple[Callable[[], Any], Measure, int]] = {
+# name → (model, its passes, layers)
+CASES: dict[str, tuple[Callable[[], Any], Passes, int]] = {
     "decode, 48 layers, batch 1": (lambda: qwen(48, 16), decode(1), 48),
     "decode, 48 layers, batch 8": (lambda: qwen(48, 16), decode(8), 48),
-    "whole decode, 48 layers, batch 1": (lambda: qwen(48, 16), whole_decode(1), 48),
-    "bundled model, passes of 150 tokens": (bundled, passes(1, 150, 60), 4),
+    "bundled model, passes of 150 tokens": (bundled, passes(1, 150), 4),
     "prefill 4 x 512, 12 layers of 64 experts": (
         lambda: qwen(12, 64, hidden_size=64, moe_intermediate_size=32, num_attention_heads=4),
-        passes(4, 512, 2),
+        passes(4, 512),
         12,
     ),
 }
 
 
 def measured(case: str, rounds: int) -> dict[str, dict[str, float]]:
-    make, measure, layers = CASES[case]
-    model = make()
+    make, passes_of, layers = CASES[case]
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
-        for n in range(rounds + 1):
-            for way, enter in WAYS.items():
-                with enter(model, Path(scratch) / f"{way}{n}"):
-                    spent = measure(model, way == "output_router_logits")
-                if n:  # the first round warms up
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch, ExitStack() as attached:
+        run: dict[str, Callable[[], Any]] = {}
+        for way, enter in WAYS.items():
+            model = make()
+            attached.enter_context(enter(model, Path(scratch) / way))
+            run[way] = passes_of(model, way == "output_router_logits")
+        for n in range(-3, rounds):  # the first rounds warm up
+            ways = list(run)
+            for way in ways if n % 2 else ways[::-1]:
+                began = time.process_time()
+                run[way]()
+                spent = time.process_time() - began
+                if n >= 0:
                     seconds[way].append(spent)
-    least = {way: min(values) for way, values in seconds.items()}
-    plain = least["untraced"]
-    return {
-        way: {
-            "cpu_ms": value * 1e3,
-            "us_per_layer": (value - plain) / layers * 1e6,
-            "untraced_over_this": plain / value,
+    plain = seconds["untraced"]
+    found = {}
+    for way, values in seconds.items():
+        beyond = statistics.median(a - b for a, b in zip(values, plain, strict=True))
+        usual = statistics.median(plain)
+        found[way] = {
+            "us_per_layer": beyond / layers * 1e6,
+            "this_over_untraced": (usual + beyond) / usual,
+            "least_ms": min(values) * 1e3,
+            "least_us_per_layer": (min(values) - min(plain)) / layers * 1e6,
         }
-        for way, value in least.items()
-    }
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--case", action="append", choices=list(CASES))
     parser.add_argument("-o", "--output", type=Path)
     asked = parser.parse_args()
@@ -199,11 +186,12 @@ def main() -> None:
     found = {}
     for case in asked.case or CASES:
         found[case] = measured(case, asked.rounds)
-        print(f"\n{case}\n{'':26s}{'CPU ms':>9s}{'us per layer':>14s}{'untraced / this':>17s}")
+        heads = "us per layer", "/ untraced", "least ms", "us per layer"
+        print(f"\n{case}\n{'':24s}" + "".join(f"{head:>14s}" for head in heads))
         for way, row in found[case].items():
+            beyond, ratio, least, least_beyond = row.values()
             print(
-                f"{way:26s}{row['cpu_ms']:9.3f}{row['us_per_layer']:+14.1f}"
-                f"{row['untraced_over_this']:17.3f}",
+                f"{way:24s}{beyond:+14.1f}{ratio:14.3f}{least:14.3f}{least_beyond:+14.1f}",
                 flush=True,
             )
     facts = {**machine(), "command": "python -m benchmarks.calls", "rounds": asked.rounds}

@@ -18,7 +18,8 @@ from moe_inspect.capture import hand_over
 from moe_inspect.capture.hook import pass_buffer, ring
 from moe_inspect.capture.hook.pass_buffer import PassBuffer, Slot
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.writer import RoutedBatch, TraceWriter
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.families import build
 from tests.zoo import token_batch
 
@@ -328,3 +329,47 @@ def test_an_interrupt_between_ring_and_writer_leaves_no_gap(
                 model(**BATCHES[3])
             raise KeyboardInterrupt
     assert moe_inspect.open_trace(tmp_path / "t").tokens().batch.unique().tolist() == [0, 1]
+
+
+def test_shards_end_where_they_would_pass_by_pass(tmp_path: Path) -> None:
+    """A batch of many passes is taken apart where a shard is full."""
+    rng = np.random.default_rng(0)
+
+    def of(numbers: range, decoding: bool) -> RoutedBatch:
+        """Three rows per pass, of the same sequences or of new ones."""
+        T = 3 * len(numbers)
+        row_T = 3 * numbers[0] + np.arange(T, dtype=np.int32)
+        document_T = 3 * numbers[0] + np.arange(T, dtype=np.int32) % 3 if decoding else row_T
+        position_T = np.repeat(np.arange(len(numbers), dtype=np.int32), 3) * decoding
+        tokens = len(numbers) if decoding else 1
+        return RoutedBatch(
+            numbers[-1],
+            token_id=row_T,
+            document=document_T,
+            sequence=document_T,
+            position=position_T,
+            domain=np.zeros(T, np.int32),
+            domains=["x"],
+            ids=[rng.integers(0, 8, (T, 2)).astype(np.uint8)],
+            weights=[rng.random((T, 2)).astype(np.float16)],
+            documents=[Document(int(d), "x", "", tokens) for d in np.unique(document_T)],
+            batches=np.repeat(np.array(numbers, np.int32), 3),
+        )
+
+    together = [of(range(10), False), of(range(10, 14), True), of(range(14, 40), False)]
+    traces = []
+    for name, batches in (
+        ("together", together),
+        ("apart", [part for batch in together for part in batch.passes()]),
+    ):
+        routers = [Router(0, "experts", "layers.0.experts", 8, 2)]
+        with TraceWriter(tmp_path / name, {}, routers, shard_tokens=20) as writer:
+            for batch in batches:
+                writer.write(batch)
+        traces.append(moe_inspect.open_trace(tmp_path / name))
+    assert same(*traces)
+    assert traces[0].tokens().batch.tolist() == np.repeat(np.arange(40), 3).tolist()
+    assert traces[0].documents().document.tolist() == sorted(traces[0].documents().document)
+    tokens_of = [[len(shard.tokens()) for shard in trace.shards] for trace in traces]
+    assert tokens_of[0] == tokens_of[1]
+    assert len(tokens_of[0]) > 3

@@ -23,7 +23,7 @@ from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
-HELD_SECONDS = 1.0
+HELD_SECONDS = 10.0  # a shard that is not full waits longer
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.capture.hook.pass_buffer import PassBuffer, Slot, TapeWriter
 from moe_inspect.errors import MoeInspectError
@@ -140,7 +141,7 @@ class Ring:
                 torch._dynamo.mark_static_address(tensor, guard=False)
         # what a pass on a CPU is kept in until it ends, and what writes it then
         self.buffer: PassBuffer | None = None
-        if device.type == "cpu" and self.side is None:
+        if device.type == "cpu" and self.side is None and not kernels.runs_triton(self.cursor):
             routers = list(zip(self.slots, self.experts, strict=True))
             self.buffer = PassBuffer(routers, weight_dtype, logits)
             self.writer = TapeWriter(self.buffer, self.tapes + self.logit_tapes)

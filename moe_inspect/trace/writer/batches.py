@@ -6,11 +6,13 @@ maximum marks a slot that routed nowhere, which on disk is null.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
+from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
 
 
@@ -54,6 +56,32 @@ class RoutedBatch:
     @property
     def first_batch(self) -> int:
         return self.batch if self.batches is None else int(self.batches[0])
+
+    def passes(self) -> Iterator[RoutedBatch]:
+        """A batch for each forward pass that has tokens."""
+        if self.batches is None or not len(self.batches):
+            yield self
+            return
+        edges = [int(n) for n in run_edges(self.batches)]
+        number_of = dict(
+            zip(reversed(self.document.tolist()), reversed(self.batches.tolist()), strict=True)
+        )  # of the first pass of each document
+        last = int(self.batches[-1])
+        for start, end in pairwise(edges):
+            number, rows = int(self.batches[start]), slice(start, end)
+            yield replace(
+                self,
+                batch=self.batch if number == last else number,
+                batches=None,
+                documents=[d for d in self.documents if number_of.get(d.document, last) == number],
+                **{
+                    name: getattr(self, name)[rows]
+                    for name in ("token_id", "document", "sequence", "position", "domain")
+                },
+                ids=[a[rows] for a in self.ids],
+                weights=None if self.weights is None else [a[rows] for a in self.weights],
+                logits=None if self.logits is None else [a[rows] for a in self.logits],
+            )
 
     def seen(self, router: Router) -> slice:
         """Which of its tokens a router sees."""

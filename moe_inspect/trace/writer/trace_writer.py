@@ -255,6 +255,12 @@ class TraceWriter:
                 pass
 
     def _take(self, batch: RoutedBatch) -> None:
+        # where a shard ends must not depend on how many passes came together
+        alone = batch.batches is None or not self._is_due(batch)
+        for part in [batch] if alone else batch.passes():
+            self._take_whole(part)
+
+    def _take_whole(self, batch: RoutedBatch) -> None:
         together = (
             self._pending and batch.group is not None and batch.group == self._pending[-1].group
         )
