@@ -674,7 +674,10 @@ def combine_torch(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) ->
     """out[t] = Σ_k weight[t, k] · y[place of slot (t, k)], [T, H], in the type that y and weight
     promote to. `inverse_S` None: y is in slot order. Differentiable."""
     T, K = weights_TK.shape
-    y_SH = y_SH if inverse_S is None else y_SH[inverse_S.long()]
+    if inverse_S is not None and y_SH.is_cpu and not y_SH.requires_grad:
+        y_SH = y_SH.index_select(0, inverse_S)  # one operator less
+    elif inverse_S is not None:
+        y_SH = y_SH[inverse_S.long()]
     return (y_SH * weights_TK.reshape(-1, 1)).view(T, K, y_SH.shape[1]).sum(1)
 
 
