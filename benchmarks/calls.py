@@ -154,8 +154,9 @@ def measured(case: str, rounds: int) -> dict[str, dict[str, float]]:
             attached.enter_context(enter(model, Path(scratch) / way))
             run[way] = passes_of(model, way == "output_router_logits")
         for n in range(-3, rounds):  # the first rounds warm up
-            ways = list(run)
-            for way in ways if n % 2 else ways[::-1]:
+            # no way comes right after itself, when its weights are still in the caches
+            turn, ways = n % len(run), list(run)
+            for way in ways[turn:] + ways[:turn]:
                 began = time.process_time()
                 run[way]()
                 spent = time.process_time() - began

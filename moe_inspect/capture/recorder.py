@@ -19,7 +19,7 @@ from moe_inspect.capture.hook.attach import Attachment, mode_of, uncompiled
 from moe_inspect.capture.hook.call_inputs import Rows
 from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
 from moe_inspect.capture.hook.pass_inputs import PassInputs
-from moe_inspect.capture.hook.stack import Stack
+from moe_inspect.capture.hook.stack import Stack, stacks_of
 from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.open_trace import Session, TraceOpener
 from moe_inspect.capture.options import RecordOptions
@@ -66,7 +66,8 @@ class Recorder:
         if path is not None and self.session.resume is None and self.session.ranks is None:
             check_directory(Path(path), options.overwrite)
         self.attachment = Attachment(model, self.sites, self.mode, options.logits, self)
-        self.stacks = _stacks(self.model, self.sites, self.attachment)
+        scopes, sinks = self.attachment.scopes, self.attachment.sinks
+        self.stacks = stacks_of(self.model, scopes, self.sites, sinks, self.attachment.logit_sinks)
         # per site: its stack, and its index there
         self._index_of = [
             (self.stacks[site.stack], self.stacks[site.stack].sites.index(site))
@@ -381,23 +382,6 @@ def _check_options(path: str | Path | None, options: RecordOptions) -> None:
         raise MoeInspectError("every=N samples counts: give counts_only=True with it")
     if options.counts_only and options.logits:
         raise MoeInspectError("counts_only keeps no logits: drop one of the two")
-
-
-def _stacks(model: Any, sites: Sequence[Site], attachment: Attachment) -> dict[str, Stack]:
-    """The stacks of the model, by name, with the sinks of their routers."""
-
-    def of(name: str) -> Stack:
-        mine = [r for r, site in enumerate(sites) if site.stack == name]
-        sinks, logit_sinks = attachment.sinks, attachment.logit_sinks
-        return Stack(
-            name,
-            [sites[r] for r in mine],
-            [sinks[r] for r in mine],
-            [logit_sinks[r] for r in mine] if logit_sinks else [],
-            model,
-        )
-
-    return {name: of(name) for name in attachment.scopes}
 
 
 def _unknown(tokens: int) -> Tensor:

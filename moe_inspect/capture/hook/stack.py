@@ -7,7 +7,7 @@ T rows a router sees (padding included), K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -239,6 +239,23 @@ class Stack:
             f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be "
             f"recorded ({why})"
         )
+
+
+def stacks_of(
+    model: Any,
+    names: Iterable[str],
+    sites: Sequence[Site],
+    sinks: Sequence[Sink],
+    logit_sinks: Sequence[Sink],
+) -> dict[str, Stack]:
+    """The stacks of the model, by name, with the sinks of their routers."""
+
+    def of(name: str) -> Stack:
+        mine = [r for r, site in enumerate(sites) if site.stack == name]
+        logits = [logit_sinks[r] for r in mine] if logit_sinks else []
+        return Stack(name, [sites[r] for r in mine], [sinks[r] for r in mine], logits, model)
+
+    return {name: of(name) for name in names}
 
 
 def shares(n: int, times: int, T: int) -> list[int]:
