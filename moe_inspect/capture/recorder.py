@@ -24,7 +24,7 @@ from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.open_trace import Session, TraceOpener
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import Site, find_routers, in_layers
+from moe_inspect.model.routers import find_routers, in_layers
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import TraceWriter
