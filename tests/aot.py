@@ -108,7 +108,7 @@ def _variants_of(E: int, K: int) -> Iterator[Variant]:
             {**combine, "inverse": None, "offsets": None},
             {},
         )
-    name, rows = f"E{E} k{K}", {"ROWS": max(1, min(64, 4096 // shape["BINS"]))}
+    name, rows = f"E{E} k{K}", {"ROWS": max(1, min(64, 1024 // shape["BINS"]))}
     yield (
         f"record alone {name}",
         kernels._record_kernel,

@@ -78,8 +78,13 @@ def test_results_do_not_depend_on_the_program_size() -> None:
 
 
 def test_program_sizes() -> None:
-    assert {kernels.slots_per_program(s) for s in range(0, 2**21, 777)} == {256, 512, 1024}
-    assert kernels.slots_per_program(8192 * 8) == 512
+    for experts in (0, 8, 512):
+        sizes = {kernels.slots_per_program(s, experts) for s in range(0, 2**21, 777)}
+        assert sizes == {256, 512, 1024}
+    assert kernels.slots_per_program(8192 * 8) == kernels.slots_per_program(8192 * 8, 64) == 512
+    assert kernels.dispatch_plan(2**16, 256) == (2, 1024)
+    assert kernels.dispatch_plan(2**17, 256) == (3, 1024)
+    assert kernels.slots_per_program(4096, 8) == 256
 
 
 # --- as operators

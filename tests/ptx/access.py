@@ -135,9 +135,13 @@ def count(
         counts["bank_conflicts"] += taken - least
         return
     sectors = np.unique(offset // SECTOR)
-    counts[f"sectors_{how}"] += len(sectors)
-    touched = buffer.sectors_read if how == "read" else buffer.sectors_written
-    touched[sectors] = True
+    if how == "read":
+        new = sectors[buffer.read_by[sectors] != warp.visitor.block]
+        buffer.read_by[new], buffer.sectors_read[new] = warp.visitor.block, True
+        counts["sectors_read"] += len(new)
+    else:
+        buffer.sectors_written[sectors] = True
+        counts["sectors_written"] += len(sectors)
 
 
 @opcode("shfl")

@@ -23,9 +23,9 @@ class Counts:
     instructions: int
     warps: int
     barriers: float  # per warp
-    sectors_read: int
-    sectors_written: int
-    least_sectors: int  # as many if each were moved once
+    sectors_read: int  # of 32 bytes: a block reads each once, since a cache holds it
+    sectors_written: int  # one store instruction of a warp writes each once: no cache collects them
+    least_sectors: int  # read and written, if each were moved once in the launch
     shared_cycles: int
     bank_conflicts: int  # of the shared cycles, those that conflicts cost
     lines: dict[int, int]  # line of the kernel's source → instructions

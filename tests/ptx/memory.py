@@ -51,9 +51,9 @@ class Buffer:
 
     def new_launch(self) -> None:
         self.read_by_several_blocks[:] = False
-        self.sectors_read, self.sectors_written = (
-            np.zeros(len(self.data) // SECTOR + 1, bool) for _ in range(2)
-        )
+        sectors = len(self.data) // SECTOR + 1
+        self.read_by = np.zeros(sectors, np.int64)  # the last block that read a sector
+        self.sectors_read, self.sectors_written = np.zeros(sectors, bool), np.zeros(sectors, bool)
 
     def units(self, offset: Array, size: int) -> Array:
         """The units [n, size / unit] of an access to `size` bytes at each of n offsets."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -44,9 +45,12 @@ RECORD_BLOCK = 1024  # slots per program
 COMBINE_COLUMNS = 1024  # of H, per program
 
 
-def slots_per_program(slots: int) -> int:
-    """Enough for some 128 programs, about as many as a large GPU has multiprocessors."""
-    return min(1024, max(256, 1 << (max(1, slots // 128) - 1).bit_length()))
+def slots_per_program(slots: int, experts: int = 0) -> int:
+    """For some 128 programs, about as many as a large GPU has multiprocessors. In two launches each
+    program also reads the counts of all `experts` in all programs, 4 bytes each: then enough that
+    it moves as many bytes of slots, some 80 each."""
+    least = max(1, slots // 128, math.isqrt(slots * experts // 20))
+    return min(1024, max(256, 1 << (least - 1).bit_length()))
 
 
 def ranking_chunk(bins: int) -> int:
@@ -378,8 +382,10 @@ def dispatch_plan(slots: int, experts: int) -> tuple[int, int]:
     """How many launches a dispatch takes, and the slots per program."""
     if slots <= ONE_LAUNCH:
         return 1, ONE_LAUNCH
-    block = slots_per_program(slots)
-    return 2 if -(-slots // block) * experts <= TWO_LAUNCHES else 3, block
+    block = slots_per_program(slots, experts)
+    if -(-slots // block) * experts <= TWO_LAUNCHES:
+        return 2, block
+    return 3, slots_per_program(slots)
 
 
 def dispatch_torch(
@@ -557,12 +563,17 @@ if triton is not None:
             before_E += tl.load(partial + block * E + e, mask=e < E, other=0)
             count_E += tl.load(counts + e, mask=e < E, other=0)
         else:
+            before_RE = tl.zeros([ROWS, BINS], tl.int32)
+            count_RE = tl.zeros([ROWS, BINS], tl.int32)
             for first in tl.range(0, blocks, ROWS):
                 row = first + tl.arange(0, ROWS)
                 inside = (row[:, None] < blocks) & (e[None, :] < E)
                 count = tl.load(partial + row[:, None] * E + e[None, :], mask=inside, other=0)
-                count_E += tl.sum(count, 0)
-                before_E += tl.sum(tl.where(row[:, None] < block, count, 0), 0)
+                count_RE += count
+                before_RE += tl.where(row[:, None] < block, count, 0)
+            # warps meet here, not in the loop
+            count_E += tl.sum(count_RE, 0)
+            before_E += tl.sum(before_RE, 0)
         end_E = tl.cumsum(count_E, 0)
         first_slot = block * BLOCK
         unrouted = tl.sum(count_E, 0) + first_slot - tl.sum(before_E, 0)
@@ -595,7 +606,7 @@ if triton is not None:
     def _scatter_launch(K: int, experts: int, scanned: bool, block: int) -> Launch:
         bins = _bins(experts)
         constants = {"K": K, "BINS": bins, "SCANNED": scanned, "BLOCK": block}
-        sizes = {"ROWS": max(1, min(64, 4096 // bins)), "CHUNK": ranking_chunk(bins)}
+        sizes = {"ROWS": max(1, min(64, 1024 // bins)), "CHUNK": ranking_chunk(bins)}
         return Launch(_scatter_kernel, {**constants, **sizes}, **RANKING)
 
     def _bins(experts: int) -> int:
