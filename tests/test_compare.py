@@ -3,6 +3,8 @@ numbered otherwise is found, named and mended; nothing of the kind is invented."
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -423,6 +425,26 @@ def test_ids_of_an_engine_are_compared_as_sets(tmp_path: Path) -> None:
     assert (table["set_mismatch"] == 0).all()
     assert table[["first_choice", "order", "weight_l1"]].isna().all(axis=None)
     assert "the order of slots is not known in both" in made.verdict()[0].text
+
+
+def test_exported_routes_come_back_as_the_same(tmp_path: Path) -> None:
+    """What an engine would return of a trace: equal sets, and their order is told as unknown."""
+    a = write_trace(tmp_path / "a", routes(), E, **ALIKE)
+    moe_inspect.export_trace(a, "routed-experts", tmp_path / "r.jsonl")
+    lines = [json.loads(x) for x in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert len(lines) == T // 50
+    assert [i for line in lines for i in line["prompt_token_ids"]] == IDS.tolist()
+    b = moe_inspect.import_trace("vllm-routed", [tmp_path / "r.jsonl"], tmp_path / "b", experts=E)
+    made = moe_inspect.compare(a, b)
+    assert made.counts.tokens == T - T // 50  # the last token of a sequence has no row
+    assert made.mismatched == 0
+    assert "the order of slots is not known in both" in made.verdict()[0].text
+    dense = write_trace(tmp_path / "d", routes(), E, **ALIKE, layers=range(1, L + 1))
+    moe_inspect.export_trace(dense, "routed-experts", tmp_path / "d.jsonl")
+    first = json.loads((tmp_path / "d.jsonl").read_text().splitlines()[0])
+    found = np.load(io.BytesIO(base64.b64decode(first["routed_experts"])))
+    assert not found[:, 0].any()
+    assert (found[:, 1:] == np.stack(routes(), 1)[:49]).all()
 
 
 def test_noise_is_what_two_runs_differ_by(tmp_path: Path) -> None:

@@ -6,4 +6,5 @@ MODULES = {
     "esft": "esft",
     "counts": "counts",
     "long-parquet": "long_parquet",
+    "routed-experts": "routed_experts",
 }

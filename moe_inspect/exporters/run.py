@@ -23,8 +23,8 @@ def export_trace(
     Args:
         trace: a trace or its directory.
         format: "sglang" (`logical_count` for --init-expert-location, .pt or .json), "esft" (a
-            folder per domain), "counts" (.csv, .json or .parquet) or "long-parquet" (one row per
-            assignment).
+            folder per domain), "counts" (.csv, .json or .parquet), "long-parquet" (one row per
+            assignment) or "routed-experts" (.jsonl, a line per sequence, as vLLM returns them).
         output: the file, for "esft" the folder, to write.
         top_p: esft: train the fewest experts of each layer whose scores sum to this share of the
             layer's, 0.2 by default.

@@ -13,7 +13,7 @@ from moe_inspect.comparison.counting.slots import Slots
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
-SAMPLE_SHARDS = 4  # from which the deciles of the margin are taken
+SAMPLE_SHARDS = 4  # at most, and one in four, from which the deciles of the margin are taken
 ROWS = 8192  # of logits at a time
 
 
@@ -36,7 +36,7 @@ def margins(trace: Trace, routers: list[int]) -> Margins | None:
     if not source:
         return None
     shards = [shard for shard in trace.shards if shard.files.tokens]
-    step = -(-len(shards) // SAMPLE_SHARDS)
+    step = max(SAMPLE_SHARDS, -(-len(shards) // SAMPLE_SHARDS))
     edges, medians = dict[int, np.ndarray](), dict[int, float]()
     for r in routers:
         parts = [margin_of(shard, r, source) for shard in shards[::step]]

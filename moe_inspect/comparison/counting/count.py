@@ -31,6 +31,8 @@ from moe_inspect.comparison.counting.confidence import (
 from moe_inspect.comparison.counting.slots import Differing, Slots, differing, weight_difference
 from moe_inspect.trace.reader import Trace
 
+BLOCK = 8192  # decisions whose pairs of experts are gone through at a time
+
 
 @dataclass(frozen=True)
 class Job:
@@ -269,12 +271,12 @@ def _add_differing(
         slot, n = np.nonzero(moved)
         cells = rows.unit_T[found.at[n]] * counts.E + experts[slot, n]
         np.add.at(counts.moved_UE.reshape(-1), cells, sign)
-    for lost, from_N in zip(found.lost_KN, found.a, strict=True):
-        for gained, to_N in zip(found.gained_KN, found.b, strict=True):
-            n = np.flatnonzero(lost & gained)
-            if len(n):
-                cells = from_N[n].astype(np.int64) * counts.E + to_N[n]
-                np.add.at(counts.flips_EE.reshape(-1), cells, 1)
+    for n in range(0, len(found.at), BLOCK):
+        part = slice(n, n + BLOCK)
+        flipped_KKN = found.lost_KN[:, None, part] & found.gained_KN[None, :, part]
+        i, j, of = np.nonzero(flipped_KKN)
+        cells = found.a[:, part][i, of].astype(np.int64) * counts.E + found.b[:, part][j, of]
+        np.add.at(counts.flips_EE.reshape(-1), cells, 1)
 
 
 def _add_margins(
