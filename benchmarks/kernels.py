@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,14 @@ from tests.aot import TARGETS, GPUTarget
 from tests.kernel_checks import Case, choice, tape_for
 from tests.ptx.launch import Device, executed
 
-SHAPES = ((8, 2, 4096), (64, 8, 8), (64, 8, 256), (64, 8, 4096), (256, 8, 2048), (512, 10, 512))
+SHAPES = (  # E, k, T
+    (8, 2, 4096),
+    (64, 8, 8),
+    (64, 8, 256),
+    (64, 8, 4096),
+    (256, 8, 2048),
+    (512, 10, 512),
+)
 HIDDEN = 2048
 
 
@@ -42,21 +49,22 @@ def calls(E: int, K: int, T: int) -> dict[str, Callable[[], object]]:
     of = case(E, K, T)
     ids, weights = choice(of)
     assert weights is not None
+    plan = kernels.dispatch_plan(ids.numel(), E)
     few = min(T, 16)  # of the kernel that sums a token's experts, all programs do the same
     y = torch.zeros(few * K, HIDDEN, dtype=torch.bfloat16)
     grouped = kernels.dispatch_torch(ids[:few], None, E)
     return {
         "record": lambda: kernels.record_triton(tape_for(kernels, of), ids, weights),
-        "dispatch": lambda: kernels.dispatch_triton(ids, weights, E, tape_for(kernels, of)),
+        "dispatch": lambda: kernels.dispatch_triton(ids, weights, E, tape_for(kernels, of), *plan),
         "combine": lambda: kernels.combine_triton(
             y, ids[:few], weights[:few], grouped, torch.bfloat16, E
         ),
     }
 
 
-def count(gpu: str) -> list[dict[str, Any]]:
+def count(gpu: str, shapes: Iterable[tuple[int, int, int]]) -> list[dict[str, Any]]:
     rows = []
-    for E, K, T in SHAPES:
+    for E, K, T in shapes:
         for call, run in calls(E, K, T).items():
             with executed(kernels, Device(GPUTarget(*TARGETS[gpu]))) as device:
                 run()
@@ -100,9 +108,10 @@ def main() -> None:
     parser.add_argument("--gpu", default="sm_90", choices=[g for g in TARGETS if g[:3] == "sm_"])
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "kernels.json")
     parser.add_argument("--before", type=Path)
+    parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("E", "K", "T"))
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = count(given.gpu)
+    rows = count(given.gpu, given.shape or SHAPES)
     facts = {"gpu": given.gpu, **{name: version(name) for name in ("triton", "torch", "numpy")}}
     given.output.write_text(json.dumps({"compiled": facts, "counted": rows}, indent=1) + "\n")
     show(rows, json.loads(given.before.read_text())["counted"] if given.before else [])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,17 @@ def test_kernels_without_their_barriers_are_caught() -> None:
     """Positive control."""
     for row in run_cases("sm_90", "--no-barriers", "--match=1/1 E60 k4 fp16", "--match=alone E60"):
         assert row["races"], row["case"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_counts(tmp_path: Path) -> None:
+    output = tmp_path / "counts.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernels", "--shape", "8", "2", "8", "-o", output]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    rows = json.loads(output.read_text())["counted"]
+    assert [row["kernel"] for row in rows] == ["record", "one", "combine"]
+    assert all(row["instructions"] > 100 and row["÷ least"] >= 1 for row in rows)
 
 
 # --- the executor, with kernels written by hand
