@@ -164,7 +164,9 @@ def main() -> None:
     for name, row in measured.items():
         rate, peak = row["decisions_per_cpu_s"] / 1e6, row.get("peak_memory_mib")
         print(f"{name:24} {rate:8.2f} M decisions/CPU s", f"{peak:8.0f} MiB" if peak else "")
-    facts = machine() | {"command": "python -m benchmarks.mismatch_speed"}
+    facts = machine() | {
+        "command": " ".join(["python -m benchmarks.mismatch_speed", *sys.argv[1:]])
+    }
     print(f"wrote {write_results('mismatch', facts, measured)}")
 
 

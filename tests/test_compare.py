@@ -514,6 +514,21 @@ def test_pictures_and_the_page(cli_here: Cli, tmp_path: Path) -> None:
     assert left_out == []
 
 
+def test_experts_of_two_seeds_are_matched_by_their_tokens(tmp_path: Path) -> None:
+    """Experts renumbered, and half of the decisions by chance."""
+    order = np.random.default_rng(7).permutation(E).astype(np.uint16)
+    mixed = []
+    for i, x in enumerate(routes()):
+        by_chance = np.random.default_rng(i).random(T) < 0.5
+        mixed.append(np.where(by_chance[:, None], routes(1)[i], order[x]))
+    made = moe_inspect.compare(*pair(tmp_path, routes(), mixed))
+    table = made.tables["matched"]
+    np.testing.assert_allclose(table["overlap"], K / E, atol=0.1)
+    np.testing.assert_allclose(table["overlap_matched"], 0.5 + 0.5 * K / E, atol=0.05)
+    np.testing.assert_allclose(table["overlap_matched_by_chance"], K / E, atol=0.05)
+    assert (table["layer"] == range(L)).all()
+
+
 # --- checkpoints
 
 

@@ -46,11 +46,11 @@ def misalignments(
     """What is numbered otherwise in B; nothing where the routing is alike as it is compared."""
     stack = traces[0].routers[pairs[0][0]].stack
     pairs = [pair for pair in pairs if traces[0].routers[pair[0]].stack == stack]
-    rows = _sample_rows(traces, alignment, stack)
+    rows = sample_rows(traces, alignment, stack)
     if rows is None or rows.alike:
         return []
-    chosen_a = {r: _chosen(rows.of_a, traces[0], r) for r, _ in pairs}
-    chosen_b = {m: _chosen(rows.of_b, traces[1], m) for _, m in pairs}
+    chosen_a = {r: chosen(rows.of_a, traces[0], r) for r, _ in pairs}
+    chosen_b = {m: chosen(rows.of_b, traces[1], m) for _, m in pairs}
     own = {pair: _agreement(chosen_a[pair[0]], chosen_b[pair[1]]) for pair in pairs}
     if all(value >= GOOD for value in own.values()):
         return []
@@ -58,7 +58,7 @@ def misalignments(
     if shift is not None:
         return [shift]
     others = [m for m, router in enumerate(traces[1].routers) if router.stack == stack]
-    chosen_b |= {m: _chosen(rows.of_b, traces[1], m) for m in others if m not in chosen_b}
+    chosen_b |= {m: chosen(rows.of_b, traces[1], m) for m in others if m not in chosen_b}
     found = _layers_moved(traces, pairs, own, chosen_a, chosen_b)
     if found is not None:
         return [found]
@@ -66,7 +66,7 @@ def misalignments(
     return [] if renumbered is None else [renumbered]
 
 
-def _sample_rows(traces: tuple[Trace, Trace], alignment: Alignment, stack: str) -> Rows | None:
+def sample_rows(traces: tuple[Trace, Trace], alignment: Alignment, stack: str) -> Rows | None:
     """Tokens of the shard of A with the most of those that are compared, in a row: shifted rows
     are looked for beside them."""
     s = alignment.segments
@@ -83,7 +83,7 @@ def _sample_rows(traces: tuple[Trace, Trace], alignment: Alignment, stack: str) 
     return rows.take((at_T >= 0) & (at_T < T))
 
 
-def _chosen(read: Read, trace: Trace, router: int) -> np.ndarray:
+def chosen(read: Read, trace: Trace, router: int) -> np.ndarray:
     """bool [T, E]"""
     K, E = trace.routers[router].top_k, trace.routers[router].experts
     slots = read(lambda shard: shard.slots(router)[:K], router)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
 from moe_inspect.analysis.metrics.windows import step_jsd_bits, step_total_variation
+from moe_inspect.comparison.aligning.matching import matched_overlaps
 from moe_inspect.comparison.data import TABLES, PairData
 from moe_inspect.reporting.tables.registry import table
 
@@ -136,3 +137,15 @@ def _moved(data: PairData, r: int) -> Iterator[dict[str, object]]:
                 "low": (moved_E[e] - reach_E[e]) / load_E[e],
                 "high": (moved_E[e] + reach_E[e]) / load_E[e],
             }
+
+
+@table(tables=TABLES)
+def matched(data: PairData) -> pd.DataFrame:
+    """One row per router, for two seeds of one architecture, which number their experts by chance:
+    the overlap as numbered, after B's experts were matched with A's by the tokens they share, and
+    what matching finds when B's tokens are shuffled. On a sample of tokens."""
+    columns = ["router", "tokens", "overlap", "overlap_matched", "overlap_matched_by_chance"]
+    rows = matched_overlaps((data.a, data.b), data.alignment, data.pairs)
+    frame = pd.DataFrame(list(rows), columns=columns)
+    frame.insert(0, "layer", [data.router(r).layer for r in frame["router"].tolist()])
+    return frame
