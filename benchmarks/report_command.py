@@ -21,11 +21,11 @@ from benchmarks.measuring import ROOT, in_a_process, machine, write_results
 
 TABLE = "{:<44}{:<9}{:>9}{:>9}{:>12}"
 CASES = {  # label → trace, arguments, rounds
-    "report, 1e8 assignments": ("1e8", (), 3),
-    "report --html, 1e8 assignments": ("1e8", ("--html", "page.html"), 2),
-    "report --table balance, 1e8 assignments": ("1e8", ("--table", "balance"), 3),
-    "report --html, 61 x 256, 2,000 tokens": ("2000", ("--html", "page.html"), 2),
-    "report --html, 61 x 256, 20,000 tokens": ("20000", ("--html", "page.html"), 2),
+    "report, 1e8 assignments": ("1e8", (), 1),
+    "report --html, 1e8 assignments": ("1e8", ("--html", "page.html"), 1),
+    "report --table balance, 1e8 assignments": ("1e8", ("--table", "balance"), 1),
+    "report --html, 61 x 256, 2,000 tokens": ("2000", ("--html", "page.html"), 1),
+    "report --html, 61 x 256, 20,000 tokens": ("20000", ("--html", "page.html"), 1),
     "report, 1e9 assignments": ("1e9", (), 1),
 }
 
@@ -74,18 +74,24 @@ def once(checkout: Path, arguments: list[str]) -> dict[str, float]:
     }
 
 
-def main(scale: float, against: Path | None) -> None:
+def make(scratch: str, trace: str, scale: float) -> None:
+    if trace.startswith("1e"):
+        root, size = f"{scratch}/{trace}", float(trace) * scale
+        in_a_process("make", root, size, "bf16", module="benchmarks.report")
+    else:
+        make_wide(f"{scratch}/{trace}", int(trace))
+
+
+def main(scale: float, against: Path | None, only: str) -> None:
     checkouts = {"now": ROOT} | ({"before": against.resolve()} if against else {})
     measured: dict[str, Any] = {"scale": scale}
     print(TABLE.format("", "", "CPU s", "wall s", "peak MiB"))
     with tempfile.TemporaryDirectory() as scratch:
-        for size in ("1e8", "1e9"):
-            in_a_process(
-                "make", f"{scratch}/{size}", float(size) * scale, "bf16", module="benchmarks.report"
-            )
-        for tokens in (2_000, 20_000):
-            make_wide(f"{scratch}/{tokens}", tokens)
         for label, (trace, arguments, rounds) in CASES.items():
+            if only not in label:
+                continue
+            if not Path(f"{scratch}/{trace}").exists():
+                make(scratch, trace, scale)
             written = [scratch + "/page.html" if a == "page.html" else a for a in arguments]
             runs: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
             for _ in range(
@@ -97,12 +103,14 @@ def main(scale: float, against: Path | None) -> None:
                 least = min(found, key=lambda run: run["cpu_s"])
                 print(TABLE.format(label, name, *(f"{v:.1f}" for v in least.values())), flush=True)
             measured[label] = runs
-    facts = machine() | {"command": "python -m benchmarks.report_command"}
+    command = " ".join(["python -m benchmarks.report_command", *sys.argv[1:]])
+    facts = machine() | {"command": command}
     print("written to", write_results("report-command", facts, measured))
 
 
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--scale", type=float, default=1.0)
-    options.add_argument("--against", type=Path)
+    options.add_argument("--against", type=Path, help="a second checkout to measure too")
+    options.add_argument("--only", default="", help="the cases whose label holds this")
     main(**vars(options.parse_args()))
