@@ -58,9 +58,9 @@ def test_compiled_kernels_are_right_and_race_free(gpu: str) -> None:
 
 @pytest.mark.slow
 def test_kernels_without_their_barriers_are_caught() -> None:
-    """Positive control."""
+    """Positive control: a race, or memory that is read before anybody wrote it."""
     for row in run_cases("sm_90", "--no-barriers", "--match=1/1 E60 k4 fp16", "--match=alone E60"):
-        assert row["races"], row["case"]
+        assert row["races"] or "wrote" in row["wrong"], row
 
 
 @pytest.mark.slow
