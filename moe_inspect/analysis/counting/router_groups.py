@@ -30,7 +30,7 @@ from moe_inspect.analysis.counting.token_ids import (
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.shard import Shard
 
-TABLE_BYTES = 3 * 2**25  # of the tables of the routers that are counted together
+TABLE_BYTES = 2**26  # of the tables of the routers that are counted together
 ROUTERS_PER_TASK = 4  # of a cluster
 
 
