@@ -23,7 +23,7 @@ def on_cluster(
         ) from None
     if isinstance(scheduler, str):
         try:
-            client = Client(scheduler, timeout="10s")
+            client: Any = Client(scheduler, timeout="10s")
         except (OSError, TimeoutError, ValueError) as error:
             raise MoeInspectError(
                 f"no dask scheduler answers at {scheduler}: {first_line(error)}"

@@ -4,6 +4,10 @@ L routers, E experts, K slots, T tokens selected, D domains, U units (clusters o
 batches, W windows, S samples (the tokens of a sequence in the shard).
 """
 
+# pyarrow has no types
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

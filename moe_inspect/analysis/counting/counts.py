@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe_inspect.analysis.counting.router_counts import BASE, ByTokenId, RouterCounts, Rows
+from moe_inspect.analysis.counting.router_counts import BASE, ByTokenId, MergedRows, RouterCounts
 from moe_inspect.trace.schema import Router
 
 # a domain; a prime, so that neither consecutive ids nor ids in strides pile up in a few clusters
@@ -34,15 +34,15 @@ class Counts:
 
     routers: list[Router]
     indices: tuple[int, ...]
-    domains: list[str] = field(default_factory=list)
-    units: list[tuple[str, int]] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list[str])
+    units: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     tokens_U: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    tokens_SU: dict[str, np.ndarray] = field(default_factory=dict)
-    of: dict[int, RouterCounts] = field(default_factory=dict)
-    by_token_id: dict[int, ByTokenId] = field(default_factory=dict)
+    tokens_SU: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
+    of: dict[int, RouterCounts] = field(default_factory=dict[int, RouterCounts])
+    by_token_id: dict[int, ByTokenId] = field(default_factory=dict[int, ByTokenId])
     token_ids_V: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    token_ids_SV: dict[str, np.ndarray] = field(default_factory=dict)
-    labels: set[str] = field(default_factory=set)
+    token_ids_SV: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
+    labels: set[str] = field(default_factory=set[str])
     documents: int = 0
     counts_only: bool = False
     wants: frozenset[str] = BASE
@@ -71,8 +71,8 @@ class Counts:
             sorted({*self.units, *other.units}),
         )
         rows = {
-            "D": Rows.of(self.domains, other.domains, domains),
-            "U": Rows.of(self.units, other.units, units),
+            "D": MergedRows.of(self.domains, other.domains, domains),
+            "U": MergedRows.of(self.units, other.units, units),
         }
         self.domains, self.units = domains, units
         self.tokens_U = rows["U"].added(self.tokens_U, other.tokens_U)

@@ -66,7 +66,7 @@ def count_trace(
             trace,
             arguments,
             total,
-            base=asked != {"token_ids"},
+            base=asked != frozenset({"token_ids"}),
             top=top,
             threads=threads if arguments[-1] else 1,  # what numpy counts holds the GIL
             scheduler=scheduler,
@@ -82,7 +82,7 @@ def count_trace(
             total.add(part)
             if progress:
                 progress(shard.files.tokens * len(selection.routers))
-    missing = (selection.domains or set()) - total.labels
+    missing = (selection.domains or frozenset[str]()) - total.labels
     if missing:
         raise MoeInspectError(
             f"no domain {', '.join(sorted(missing))} in {trace.path}: it has "

@@ -9,6 +9,11 @@ holds E, and tables have one more column for it, which is cut off: no branch. Wh
 these is one store a cycle.
 """
 
+# numba infers the types of what it compiles
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

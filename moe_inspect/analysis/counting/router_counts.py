@@ -75,7 +75,7 @@ class RouterCounts:
     first_choice_DE: np.ndarray | None = field(metadata=_count("load", "DE"))
     weight_sum_DE: np.ndarray | None = field(metadata=_count("load", "DE", float))
     null_slots: int = field(default=0, metadata=SUM)
-    batches: dict[int, tuple[int, float]] = field(default_factory=dict)
+    batches: dict[int, tuple[int, float]] = field(default_factory=dict[int, tuple[int, float]])
     by_slot_EE: np.ndarray | None = field(default=None, metadata=_count("pairs", "EE"))
     next_EN: np.ndarray | None = field(default=None, metadata=_count("transitions", "EN"))
     next_first_EN: np.ndarray | None = field(default=None, metadata=_count("transitions", "EN"))
@@ -125,7 +125,7 @@ class RouterCounts:
             return None
         return self.by_slot_EE + self.by_slot_EE.T + np.diag(self.assignments_UE.sum(0))
 
-    def add(self, other: RouterCounts, rows: dict[str, Rows]) -> None:
+    def add(self, other: RouterCounts, rows: dict[str, MergedRows]) -> None:
         """Adds `other` in place. rows["U"], rows["D"]: where the rows of the two go."""
         for name, f in DECLARED.items():
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -166,22 +166,22 @@ class ByTokenId:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where the rows of two parts go among those of both."""
+class MergedRows:
+    """The positions of the rows of two parts among the rows of both together."""
 
     mine: np.ndarray | slice
     theirs: np.ndarray | slice
     both: int
 
     @staticmethod
-    def of(mine: list[Any], theirs: list[Any], both: list[Any]) -> Rows:
+    def of(mine: list[Any], theirs: list[Any], both: list[Any]) -> MergedRows:
         row_of = {label: row for row, label in enumerate(both)}
         # a slice is added to without a copy
         at, there = (
             slice(None) if part == both else np.array([row_of[x] for x in part], np.int64)
             for part in (mine, theirs)
         )
-        return Rows(at, there, len(both))
+        return MergedRows(at, there, len(both))
 
     def added(self, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         """`mine` itself where it has all the rows."""

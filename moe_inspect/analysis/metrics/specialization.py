@@ -83,7 +83,7 @@ def domain_mi_null_bits(
         return float("nan"), float("nan")
     assignments_UE = assignments_UE.astype(float)
     labels_RU = permuted_labels(domain_U, R)
-    step, values = max(1, CHUNK_CELLS // (D * max(E, len(domain_U)))), []
+    step, values = max(1, CHUNK_CELLS // (D * max(E, len(domain_U)))), list[np.ndarray]()
     for start in range(0, R, step):
         member_RDU = (labels_RU[start : start + step, None] == np.arange(D)[:, None]).astype(float)
         # one product of two matrices: many small ones keep the threads of a BLAS waiting
