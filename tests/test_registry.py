@@ -15,7 +15,7 @@ from moe_inspect.analysis.metrics.registry import METRICS, Metric, listing, metr
 
 metrics()
 E, K, T = 12, 3, 8_800  # so that even counts are whole numbers
-SIZES = {"L": 2, "D": 3, "E": E, "N": E, "G": 4, "S": 5, "V": 6, "W": 4, "U": 7, "M": 17}
+SIZES = {"L": 2, "D": 3, "E": E, "N": E, "S": 5, "V": 6, "W": 4, "U": 7, "M": 17, "X": 4}
 DECISIONS = 100
 EVEN: dict[str, object] = {
     "together_EE": np.where(np.eye(E, dtype=bool), T * K // E, T * K * (K - 1) // (E * (E - 1))),
@@ -35,9 +35,6 @@ EVEN: dict[str, object] = {
     "any_VE": np.full((6, E), 10),
     "first_choice_VE": np.full((6, E), 10),
     "occurrences_V": np.full(6, 10 * E // K),
-    "counts_GE": np.full((4, E), 10),
-    "token_G": np.array([0, 0, 1, 1]),
-    "domain_G": np.array([0, 1, 0, 1]),
     "decisions": DECISIONS,
     "z_sum": DECISIONS * math.log(E) ** 2,
     "entropy_sum": DECISIONS * math.log(E),
@@ -67,7 +64,7 @@ def even(parameter: str) -> object:
 def drawn(parameter: str, rng: np.random.Generator) -> object:
     """Uneven counts; what must be in an order or in proportion is."""
     axes = axes_of(parameter)
-    if not axes or parameter in ("token_G", "domain_G"):
+    if not axes:
         return EVEN[parameter]
     values = rng.integers(0, 50, [SIZES[axis] for axis in axes])
     if parameter == "together_EE":

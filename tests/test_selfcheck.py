@@ -241,8 +241,9 @@ def test_doctor_shows_what_is_wrong(
     ("capture", "broken"), [("tap", "record"), ("dispatch", "dispatch"), ("dispatch", "combine")]
 )
 def test_with_a_broken_kernel_the_trace_is_exact(
-    capture: str, broken: str, tmp_path: Path, cli_here: Cli
+    capture: str, broken: str, tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    anew(monkeypatch)
     usual = ("trace", "demo", "--max-tokens", 40, "--dtype", "float32", "--capture", capture)
     cli_here(*usual, "-o", "right")
     environment = {
