@@ -285,3 +285,14 @@ def test_packing_by_hand():
     load_WE = np.array([[4, 3, 2, 1], [1, 2, 3, 4]])
     assert windows.balancedness_fresh(load_WE, 2) == 1
     assert windows.drop_rate(np.array([[8, 0, 0, 0]]), 1.25).tolist() == [5 / 8]
+
+
+@pytest.mark.parametrize("total", [60, 6_000])
+def test_independent_choices_have_the_marginals_drawn_one_by_one_or_not(total: int):
+    rng, E, share_N = np.random.default_rng(2), 12, np.array([0.5, 0.25, 0.15, 0.1, 0.0])
+    row_E = rng.multinomial(total, np.full(E, 1 / E))
+    mean_EN = np.mean([pairs._independent(row_E, share_N, rng) for _ in range(400)], axis=0)
+    np.testing.assert_allclose(mean_EN.sum(1), row_E)
+    expected_EN = np.outer(row_E, share_N)
+    error_EN = np.sqrt(expected_EN * (1 - share_N) / 400)
+    assert (np.abs(mean_EN - expected_EN) <= 5 * error_EN).all()

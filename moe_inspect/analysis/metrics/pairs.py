@@ -98,12 +98,13 @@ def _sums_of_products(weight_XE: np.ndarray, *sizes: int) -> np.ndarray:
     add up positive terms from both sides, so that nothing cancels. [sizes, X, E]"""
     X, E = weight_XE.shape
     most = max(sizes)
-    left_EXJ, right_EXJ = np.zeros((2, E, X, most + 1))
-    left_EXJ[0, :, 0] = right_EXJ[E - 1, :, 0] = 1
+    side_SXE = np.stack([weight_XE, weight_XE[:, ::-1]])  # from the left, from the right
+    sums_ESXJ = np.zeros((E, 2, X, most + 1))
+    sums_ESXJ[0, ..., 0] = 1
     for e in range(1, E):
-        for sums_EXJ, here, before in ((left_EXJ, e, e - 1), (right_EXJ, E - 1 - e, E - e)):
-            sums_EXJ[here] = sums_EXJ[before]
-            sums_EXJ[here, :, 1:] += weight_XE[:, before, None] * sums_EXJ[before, :, :-1]
+        sums_ESXJ[e] = sums_ESXJ[e - 1]
+        sums_ESXJ[e, ..., 1:] += side_SXE[..., e - 1, None] * sums_ESXJ[e - 1, ..., :-1]
+    left_EXJ, right_EXJ = sums_ESXJ[:, 0], sums_ESXJ[::-1, 1]
     return np.stack([(left_EXJ[:, :, : j + 1] * right_EXJ[:, :, j::-1]).sum(2).T for j in sizes])
 
 
@@ -156,8 +157,19 @@ def next_accuracy_null(next_first_EN: np.ndarray, R: int = 5) -> float:
     if not column_N.sum():
         return float("nan")
     rng = np.random.default_rng([SEED, *next_first_EN.shape])
-    share_N = column_N / column_N.sum()
-    return float(np.mean([next_accuracy(rng.multinomial(row_E, share_N)) for _ in range(R)]))
+    draws = (_independent(row_E, column_N / column_N.sum(), rng) for _ in range(R))
+    return float(np.mean([next_accuracy(drawn_EN) for drawn_EN in draws]))
+
+
+def _independent(row_E: np.ndarray, share_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Counts of independent choices with probabilities share_N, row_E of each row. [E, N]"""
+    E, N, total = len(row_E), len(share_N), int(row_E.sum())
+    if total >= E * N:
+        return rng.multinomial(row_E, share_N)
+    # few choices are drawn faster one by one
+    chosen_X = rng.choice(N, total, p=share_N)
+    cell_X = np.repeat(np.arange(E) * N, row_E) + chosen_X
+    return np.bincount(cell_X, minlength=E * N).reshape(E, N)
 
 
 @metric(
