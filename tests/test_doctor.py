@@ -40,7 +40,7 @@ def test_the_page_names_versions_devices_and_captures(cli_here: Cli) -> None:
 
 def test_the_json_holds_what_the_page_shows(cli_here: Cli) -> None:
     facts = json.loads(cli_here("doctor", "--no-measure", "--json").stdout)
-    assert facts["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(facts["versions"]["torch"])  # some builds add +cu130
     assert facts["devices"][0]["device"] == "cpu"
     assert all(row["possible"] or row["note"] for row in facts["captures"])
     assert {"costs", "model"}.isdisjoint(facts)

@@ -315,6 +315,7 @@ def test_labels_in_any_script_are_drawn_without_a_warning(tmp_path: Path):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what matplotlib calls
         chart = chart_of(report(trace), "domains")
         assert isinstance(chart, Chart)
         with letters():
