@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_inspect.capture.hook.kernels import SELF_CHECK
+from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.selfcheck.check import device_name
 from moe_inspect.trace.manifest import process_start
 
@@ -30,7 +30,7 @@ def capture_facts(model: Any, mode: str) -> dict[str, Any]:
 
 def selfcheck_facts() -> dict[str, Any]:
     """What the self-check has found in this process, where kernels ran."""
-    found = SELF_CHECK.summary()
+    found = kernels.SELF_CHECK.summary()
     return {"selfcheck": found} if found else {}
 
 
