@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from typer.core import TyperCommand
 
 
-class FormatsCommand(TyperCommand):
+class FormatsCommand(TyperCommand, ABC):
     """Adds a section "Formats". The registry is loaded only when the help is asked for."""
 
+    @abstractmethod
     def formats(self) -> dict[str, str]:
         """Name → what it reads or writes."""
-        raise NotImplementedError
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Formats"):

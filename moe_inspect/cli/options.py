@@ -4,10 +4,44 @@ option per field."""
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
-from typing import Any, get_type_hints
+from functools import partial, wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", help="Write to this file instead of stdout.", show_default=False
+    ),
+]
+Plots = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Also write pictures (PNG and SVG) into this directory.",
+        show_default=False,
+    ),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Also write a self-contained page that opens in any browser.",
+        show_default=False,
+    ),
+]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Only tokens of this domain; repeatable or comma-separated.", show_default=False
+    ),
+]
 
 
 def with_options(of: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -42,3 +76,22 @@ def with_options(of: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
         return run
 
     return decorated
+
+
+class TableCommand(TyperCommand, ABC):
+    """Names the tables in the help of --table, which takes pandas: only when it is asked for."""
+
+    @abstractmethod
+    def tables_help(self) -> str:
+        """The help of --table."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        for option in self.params:
+            if option.name == "table":
+                table: Any = option
+                table.get_help_record = partial(self._help_record, option)
+
+    def _help_record(self, option: Any, ctx: Any) -> tuple[str, str] | None:
+        option.help = self.tables_help()
+        return TyperOption.get_help_record(option, ctx)

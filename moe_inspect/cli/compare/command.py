@@ -6,11 +6,10 @@ from functools import partial
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from moe_inspect.cli.compare.options import CompareOptions, TraceA, TraceB, Traces
 from moe_inspect.cli.compare.write import Shown, requested, write
-from moe_inspect.cli.options import with_options
+from moe_inspect.cli.options import TableCommand, with_options
 from moe_inspect.cli.report.build import decisions_read
 
 OF_PAIRS = (
@@ -97,23 +96,12 @@ def _selection(options: CompareOptions) -> dict[str, Any]:
     }
 
 
-class CompareCommand(TyperCommand):
-    """Names the tables in the help of --table, which takes pandas: only then."""
+class CompareCommand(TableCommand):
+    def tables_help(self) -> str:
+        from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES
+        from moe_inspect.comparison.compare import TABLES
 
-    def __init__(self, *arguments: Any, **settings: Any):
-        super().__init__(*arguments, **settings)
-        for option in self.params:
-            if option.name == "table":
-                table: Any = option
-                table.get_help_record = partial(_table_help, option)
-
-
-def _table_help(option: Any, ctx: Any) -> tuple[str, str] | None:
-    from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES
-    from moe_inspect.comparison.compare import TABLES
-
-    option.help = (
-        f"One table instead of the text: {', '.join(TABLES)}; of more than two traces "
-        f"{', '.join(CHECKPOINT_TABLES)}."
-    )
-    return TyperOption.get_help_record(option, ctx)
+        return (
+            f"One table instead of the text: {', '.join(TABLES)}; of more than two traces "
+            f"{', '.join(CHECKPOINT_TABLES)}."
+        )

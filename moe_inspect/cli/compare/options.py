@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv
+from moe_inspect.cli.options import Domains, Html, Output, Plots
 from moe_inspect.cli.report.options import Phase
 
 TraceA = Annotated[
@@ -53,38 +53,14 @@ class CompareOptions:
             show_default=False,
         ),
     ] = None
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", help="Write to this file instead of stdout.", show_default=False
-        ),
-    ] = None
+    output: Output = None
     safe_csv: SafeCsv = False
-    plots: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Also write pictures (PNG and SVG) into this directory.",
-            show_default=False,
-        ),
-    ] = None
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Also write a self-contained page that opens in any browser.",
-            show_default=False,
-        ),
-    ] = None
+    plots: Plots = None
+    html: Html = None
     layers: Annotated[
         str | None, typer.Option(help="Only these layers of A, e.g. 0-3,7.", show_default=False)
     ] = None
-    domain: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only tokens of this domain; repeatable or comma-separated.", show_default=False
-        ),
-    ] = None
+    domain: Domains = None
     phase: Annotated[
         Phase | None,
         typer.Option(

@@ -10,6 +10,7 @@ import typer
 
 from moe_inspect.cli.compare.options import CompareOptions
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
+from moe_inspect.cli.report.write import table_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import print_stderr
 
@@ -101,17 +102,9 @@ def write(made: Made, request: Request, shown: Shown, tables: Mapping[str, Table
         with text_to(options.output) as file:
             shown.text(file)
     else:
-        table = _table(made, request.table, request.format)
+        table = table_of(made, request.table, request.format)
         emit(table, request.format, options.output, options.safe_csv)
     for line in breached:
         print_stderr(f"failed: {line}")
     if breached:
         raise typer.Exit(3)
-
-
-def _table(made: Made, name: str, form: Format) -> pd.DataFrame:
-    if name == "verdict" and form is Format.json:  # which alone can hold the numbers of a finding
-        from moe_inspect.reporting.verdict.checks import verdict_table
-
-        return verdict_table(made.verdict(), values=True)
-    return made.tables[name]

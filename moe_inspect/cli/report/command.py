@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from moe_inspect.cli.emit import Format, emit, format_of
-from moe_inspect.cli.options import with_options
+from moe_inspect.cli.options import TableCommand, with_options
 from moe_inspect.cli.report.build import build
 from moe_inspect.cli.report.options import ReportOptions
 from moe_inspect.cli.report.request import requested
@@ -47,20 +45,8 @@ def _metrics() -> pd.DataFrame:
     return pd.DataFrame(listing())
 
 
-class ReportCommand(TyperCommand):
-    """Names the tables of the registry in the help of --table, which takes pandas: only then."""
+class ReportCommand(TableCommand):
+    def tables_help(self) -> str:
+        from moe_inspect.reporting.report import TABLES
 
-    def __init__(self, *arguments: Any, **settings: Any):
-        super().__init__(*arguments, **settings)
-        for option in self.params:
-            if option.name == "table":
-                table: Any = option
-                table.get_help_record = partial(_table_help, option)
-
-
-def _table_help(option: Any, ctx: Any) -> tuple[str, str] | None:
-    from moe_inspect.reporting.report import TABLES
-
-    option.help = f"One table instead of the report: {', '.join(TABLES)}."
-
-    return TyperOption.get_help_record(option, ctx)
+        return f"One table instead of the report: {', '.join(TABLES)}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_inspect.cli.emit import Format, emit, text_to
 from moe_inspect.cli.report.options import Simulated
@@ -34,7 +34,7 @@ def write(made: Report, request: Request) -> None:
         write_page(request.html, report_page(made, simulated))
         print_stderr(f"wrote {request.html}")
     if request.table:
-        table = _table(made, request.table, request.format)
+        table = table_of(made, request.table, request.format)
         emit(table, request.format, request.output, request.safe_csv)
     else:
         from moe_inspect.reporting.render.terminal import print_report
@@ -43,7 +43,8 @@ def write(made: Report, request: Request) -> None:
             print_report(made, file)
 
 
-def _table(made: Report, name: str, form: Format) -> pd.DataFrame:
+def table_of(made: Any, name: str, form: Format) -> pd.DataFrame:
+    """A table of a report or a comparison, as the format holds it."""
     if name == "verdict" and form is Format.json:  # which alone can hold the numbers of a finding
         from moe_inspect.reporting.verdict.checks import verdict_table
 
