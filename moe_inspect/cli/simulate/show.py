@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
+from moe_inspect.cli.options import Output
 from moe_inspect.cli.report.options import Phase
 from moe_inspect.errors import writing
 from moe_inspect.text import print_stderr, printable
@@ -63,12 +64,7 @@ class ShowOptions:
             show_default=False,
         ),
     ] = None
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", help="Write to this file instead of stdout.", show_default=False
-        ),
-    ] = None
+    output: Output = None
     safe_csv: SafeCsv = False
     plots: Annotated[
         Path | None,
