@@ -1,5 +1,5 @@
-"""Whether any placement with the replicas of an expert apart is light enough: by trying all, so for
-few experts and slots."""
+"""An exhaustive search over placements of experts on GPUs: exact, and feasible only for few experts
+and slots."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
-Left = tuple[
-    tuple[float, int, bool], ...
-]  # (load of a replica, replicas yet to place, may share a GPU) of each expert, the heaviest first
+# of each expert, the heaviest replica first:
+# (load of one replica, replicas not yet placed, whether two of them may share a GPU)
+Left = tuple[tuple[float, int, bool], ...]
 
 
 def fits_apart(
     load_E: np.ndarray, slots: int, gpus: int, limit: float, replicas: int = 2**16
 ) -> bool:
-    """Whether `slots` replicas can go to `gpus` GPUs, equally many to each, with no GPU loaded
-    beyond `limit` and no two of an expert on one unless it has more than there are GPUs: every
-    number of replicas up to `replicas` an expert, every way of putting them together."""
+    """Whether `slots` replicas fit on `gpus` GPUs, the same number on each, so that no GPU's load
+    exceeds `limit` and no GPU holds two replicas of one expert (unless the expert has more
+    replicas than there are GPUs). Tries every number of replicas per expert up to `replicas`, and
+    every way to distribute them. load_E: float [E], tokens per expert."""
     room = slots // gpus
     for of_each in _replicas(load_E.tolist(), slots, replicas, limit):
         left = tuple(
@@ -29,9 +30,8 @@ def fits_apart(
             )
         )
         each_P = np.repeat([each for each, _, _ in left], [n for _, n, _ in left])
-        if (
-            room == 2 and (each_P + each_P[::-1]).max() > limit
-        ):  # pairs: the heaviest with the lightest is the best there is
+        # two slots per GPU: pairing the heaviest with the lightest is optimal
+        if room == 2 and (each_P + each_P[::-1]).max() > limit:
             continue
         if _fill(left, room, limit):
             return True
@@ -43,12 +43,12 @@ def _replicas(loads: list[float], slots: int, most: int, limit: float) -> Iterat
         yield from [()] if slots == 0 else []
         return
     for n in range(1, min(most, slots - len(loads) + 1) + 1):
-        if loads[0] / n <= limit:  # or no GPU could hold one
+        if loads[0] / n <= limit:  # otherwise no GPU can hold even one replica
             yield from ((n, *others) for others in _replicas(loads[1:], slots - n, most, limit))
 
 
 def _fill(left: Left, room: int, limit: float) -> bool:
-    """GPU by GPU, each with the heaviest replica left and room − 1 others."""
+    """Fills one GPU after another: the heaviest remaining replica, and room − 1 others."""
 
     @cache
     def fill(left: Left) -> bool:

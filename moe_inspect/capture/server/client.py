@@ -17,10 +17,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 
 ATTEMPTS = 6
-FIRST_WAIT_S, LONGEST_WAIT_S = (
-    1.0,
-    60.0,
-)  # between attempts, without a Retry-After header
+# between attempts, without a Retry-After header
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 LONGEST_ASKED_WAIT_S = 300.0
 CONNECT_S = 10.0
 FIRST_CONTACT_S = 5.0
@@ -120,10 +118,8 @@ async def ask(
     root, notify = root_of(http), notify or wait_notifier()
 
     def tell_why(state: tenacity.RetryCallState) -> None:
-        error, wait_s = (
-            state.outcome and state.outcome.exception(),
-            state.next_action.sleep if state.next_action else 0.0,
-        )
+        error = state.outcome and state.outcome.exception()
+        wait_s = state.next_action.sleep if state.next_action else 0.0
         notify(
             f"{root}: {error}; retrying in {wait_s:.0f} s (attempt {state.attempt_number} of "
             f"{ATTEMPTS} failed)",
@@ -202,10 +198,8 @@ async def _once(
 async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
     """The body, never decompressed: a few compressed bytes can expand without bound. Of an error
     only the beginning."""
-    encoding, fine = (
-        response.headers.get("content-encoding", "identity"),
-        response.status_code == 200,
-    )
+    encoding = response.headers.get("content-encoding", "identity")
+    fine = response.status_code == 200
     if encoding.lower() not in ("identity", ""):
         if fine:
             raise MoeInspectError(

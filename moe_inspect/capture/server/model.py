@@ -25,9 +25,8 @@ def routers_of(config: Any, trust_remote_code: bool = False) -> tuple[str, list[
             built: Any = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
-    except (
-        Exception
-    ) as error:  # transformers raises anything for a broken config, which is the user's
+    # transformers raises anything for a broken config, which is the user's
+    except Exception as error:
         raise MoeInspectError(
             f"cannot build a causal language model of the config: {first_line(error)}"
         ) from error
@@ -77,12 +76,10 @@ async def ask_about(http: httpx.AsyncClient, engine: EngineProtocol, config: Any
     """What the server says of itself: model, path, version, max_model_len. MoeInspectError where
     its model is not the config's."""
     root, models = root_of(http), await list_models(http)
-    cards = models.get("data") if models is not None else None
-    cards = (
-        [c for c in cards if isinstance(c, dict) and not c.get("parent")]
-        if isinstance(cards, list)
-        else []
-    )  # no adapters
+    listed = models.get("data") if models is not None else None
+    listed = listed if isinstance(listed, list) else []
+    # a card with a parent is an adapter
+    cards = [c for c in listed if isinstance(c, dict) and not c.get("parent")]
     if not cards or not isinstance(cards[0].get("id"), str):
         raise MoeInspectError(
             f"{root}{MODELS} names no model: is it the engine that --engine names?"

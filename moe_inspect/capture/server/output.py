@@ -29,12 +29,8 @@ class Output:
         overwrite: bool,
         lock: Lock | None,
     ):
-        self.path, self.manifest, self.routers, self.vocabulary = (
-            path,
-            manifest,
-            routers,
-            vocabulary,
-        )
+        self.path, self.manifest = path, manifest
+        self.routers, self.vocabulary = routers, vocabulary
         self.start, self.overwrite, self.lock = start, overwrite, lock
         self._own_lock: Lock | None = None
         self.writer: TraceWriter | None = None
