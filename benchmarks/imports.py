@@ -16,10 +16,8 @@ import numpy as np
 
 from benchmarks.measuring import ROOT, in_a_process, peak_memory_mib
 
-SHAPES = {
-    "esft": (26, 64, 6),
-    "vllm-routed": (48, 128, 8),
-}  # routers, experts, k: DeepSeek-V2-Lite, Qwen3-30B-A3B
+# routers, experts, k: DeepSeek-V2-Lite, Qwen3-30B-A3B
+SHAPES = {"esft": (26, 64, 6), "vllm-routed": (48, 128, 8)}
 SEQUENCE = 512
 
 

@@ -94,9 +94,8 @@ def main(scale: float, against: Path | None, only: str) -> None:
                 make(scratch, trace, scale)
             written = [scratch + "/page.html" if a == "page.html" else a for a in arguments]
             runs: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
-            for _ in range(
-                rounds
-            ):  # in turn: the machine may be busier at one time than at another
+            # in turn: the machine may be busier at one time than at another
+            for _ in range(rounds):
                 for name, checkout in checkouts.items():
                     runs[name].append(once(checkout, [f"{scratch}/{trace}", *written]))
             for name, found in runs.items():

@@ -71,9 +71,8 @@ def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
     network = load_model("demo", load_config("demo")) if name == "bundled" else many_layers()
     planned = list(Plan(find_sources([]), max_length=512).batches(tokenizer)) * times
     batches = [Batch(n, *batch) for n, batch in enumerate(planned)]
-    silent = Recorder(
-        network, options=RecordOptions(counts_only=True)
-    )  # what prefill() tells of its rows must go somewhere: it is never entered
+    # what prefill() tells of its rows must go somewhere: it is never entered
+    silent = Recorder(network, options=RecordOptions(counts_only=True))
 
     def one_pass(recorder: Recorder | None) -> float:
         began = time.perf_counter()
@@ -144,9 +143,8 @@ def stream(assignments: int, rounding: str) -> Iterator[Any]:
     ids, weights = qwen_like(rounding)
     rng = np.random.default_rng(1)
     for n in range(max(1, round(assignments / (BATCH * LAYERS * TOP_K)))):
-        order = rng.permutation(
-            BATCH
-        )  # no batch is a copy of another, as far as a compressor can see
+        # no batch is a copy of another, as far as a compressor can see
+        order = rng.permutation(BATCH)
         row = np.arange(BATCH, dtype=np.int32)
         yield RoutedBatch(
             n,

@@ -21,9 +21,8 @@ import numpy as np
 SHAPES = ((8, 2), (64, 8), (128, 8), (256, 8))
 TOKENS, ROUTERS = 65_536, 16
 Rates = Iterator[tuple[str, float, float | None]]  # what, the rate, what it should reach
-Figures = Iterator[
-    tuple[str, float, str, bool | None]
-]  # what, the figure, what it should be, whether it is
+# what, the figure, what it should be, whether it is
+Figures = Iterator[tuple[str, float, str, bool | None]]
 BENCHMARKS: dict[str, Callable[[], Figures]] = {}
 
 

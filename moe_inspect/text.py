@@ -153,8 +153,6 @@ def print_stderr(line: str) -> None:
 def abandon(stream: TextIO) -> None:
     """Redirects a stream that cannot be written to the null device: what it still buffers must not
     raise at exit."""
-    with (
-        contextlib.suppress(io.UnsupportedOperation),
-        open(os.devnull, "wb") as null,
-    ):  # a notebook's has no number
+    # a notebook's has no number
+    with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "wb") as null:
         os.dup2(null.fileno(), stream.fileno())

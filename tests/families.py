@@ -35,13 +35,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": NARROW,
     "llama4": {**NARROW, "num_experts_per_tok": 2, "interleave_moe_layer_step": 1},
 }
-DENSE_FIRST = {
-    "deepseek_v2",
-    "deepseek_v3",
-    "dots1",
-    "ernie4_5_moe",
-    "glm4_moe",
-}  # layer 0 has no router
+# layer 0 has no router
+DENSE_FIRST = {"deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe"}
 NO_INTERFACE = {"llama4"}
 
 

@@ -70,9 +70,8 @@ def pairwise() -> list[Case]:
     }
     cases = []
     while missing:
-        wanted = dict(
-            min(missing, key=lambda pair: sorted(map(str, pair)))
-        )  # sets are unordered: sort to get the same in every process
+        # sets are unordered: sort to get the same in every process
+        wanted = dict(min(missing, key=lambda pair: sorted(map(str, pair))))
         best: dict[str, Any] = {}
         gain = -1
         for _ in range(60):

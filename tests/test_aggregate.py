@@ -315,9 +315,8 @@ def test_ranks_of_a_distributed_run_add_up(tmp_path: Path):
             )
     made = report(tmp_path / "t")
     assert made.tables["load"]["assignments"].tolist() == (loads[0] + loads[1]).tolist()
-    assert (
-        made.counts.of[0].batches[300][0] == 2
-    )  # batch 0 of either rank is a forward pass of its own
+    # batch 0 of either rank is a forward pass of its own
+    assert made.counts.of[0].batches[300][0] == 2
     assert len(made.counts.units) == 20
 
 
@@ -476,10 +475,8 @@ def test_slots_that_routed_nowhere_raise_the_floor_of_windows_and_leave_no_pass_
 
 
 def test_all_token_ids_are_all(tmp_path: Path):
-    rng, V = (
-        np.random.default_rng(0),
-        70_000,
-    )  # more than the default's memory has room for with 256 experts
+    # more than the default's memory has room for with 256 experts
+    rng, V = np.random.default_rng(0), 70_000
     trace = write_trace(
         tmp_path / "t",
         [uniform_ids(rng, V, 256, 2)],

@@ -40,13 +40,13 @@ def test_by_hand_on_two_routers_of_four_experts():
     assert bal.max_over_mean(load_LE).tolist() == [2, 1]
     assert bal.max_vio(load_LE).tolist() == [1, 0]
     assert bal.min_over_max(load_LE).tolist() == [0, 1]
-    assert bal.cv(load_LE) == pytest.approx(
-        [np.sqrt(2) / 2, 0]
-    )  # deviations 2, 0, 0, −2 around a mean of 2
+    # deviations 2, 0, 0, −2 around a mean of 2
+    assert bal.cv(load_LE) == pytest.approx([np.sqrt(2) / 2, 0])
     assert bal.gini(load_LE) == pytest.approx([(-3 * 0 - 2 + 2 + 3 * 4) / (4 * 8), 0])
+    # 1/2, 1/4, 1/4
     assert bal.entropy(load_LE) == pytest.approx(
         [(0.5 * np.log(2) + 0.5 * np.log(4)) / np.log(4), 1]
-    )  # 1/2, 1/4, 1/4
+    )
     assert bal.dead_experts(load_LE).tolist() == [1, 0]
     assert bal.starved_experts(np.array([[40, 40, 40, 1], [1, 1, 1, 1]])).tolist() == [1, 0]
     assert bal.starved_experts(np.array([[40, 40, 20, 20]]), 0.7).tolist() == [2]

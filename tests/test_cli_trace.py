@@ -125,9 +125,8 @@ def test_a_saved_model_is_traced_exactly(
     for number, row in enumerate(rows):
         own = tokens[tokens["document"] == number].sort_values(["sequence", "position"])
         plain = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
-        pieces = [
-            [0, *plain[at : at + 63]] for at in range(0, len(plain), 63)
-        ]  # no token of a long document is lost
+        # no token of a long document is lost
+        pieces = [[0, *plain[at : at + 63]] for at in range(0, len(plain), 63)]
         assert own["token_id"].tolist() == [i for piece in pieces for i in piece]
         assert set(own["domain"]) == {row["domain"]} == {documents.loc[number, "domain"]}
         assert documents.loc[number, "tokens"] == len(own)
@@ -634,6 +633,5 @@ def test_in_every_dtype(dtype: str, tmp_path: Path, model: Path, corpus: Path) -
     assert trace.manifest["capture"]["weight_dtype"] == (
         "bfloat16" if dtype == "bfloat16" else "float16"
     )
-    assert (
-        trace.routing().filter(like="weight_").sum(axis=1).between(0.98, 1.02).all()
-    )  # Qwen3's are renormalised
+    # Qwen3's are renormalised
+    assert trace.routing().filter(like="weight_").sum(axis=1).between(0.98, 1.02).all()

@@ -253,9 +253,8 @@ def test_every_token_is_fed_once(
     packed = list(batches(rows, batch_tokens))
     assert sorted(r.sequence for b in packed for r in b) == [r.sequence for r in rows]
     fed: set[int] = set()
-    for batch, new in with_documents(
-        packed
-    ):  # a document's row comes with the first of its sequences to be fed
+    # a document's row comes with the first of its sequences to be fed
+    for batch, new in with_documents(packed):
         assert {d.document for d in new} == {r.document for r in batch} - fed
         fed |= {r.document for r in batch}
     assert all(len(b) == 1 or len(b) * max(len(r.ids) for r in b) <= batch_tokens for b in packed)
@@ -378,9 +377,8 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(
         add_special_tokens=False,
         verbose=False,
     )["input_ids"]
-    assert [
-        i for ids in cut for i in ids
-    ] != whole.tolist()  # control: cut anywhere, the tokens are others
+    # control: cut anywhere, the tokens are others
+    assert [i for ids in cut for i in ids] != whole.tolist()
 
 
 def test_a_repetition_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -499,10 +499,8 @@ def test_a_worker_counts_the_shard_it_was_asked_for(tmp_path: Path):
                 )
             )
     arguments = select(open_trace(root)), BASE, None, False
-    assert [engine._shard_of(str(root), (rank, 0), arguments).tokens for rank in (1, 0)] == [
-        51,
-        50,
-    ]  # by name: a trace may grow meanwhile
+    # by name: a trace may grow meanwhile
+    assert [engine._shard_of(str(root), (rank, 0), arguments).tokens for rank in (1, 0)] == [51, 50]
 
 
 def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):

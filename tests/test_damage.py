@@ -147,11 +147,12 @@ def test_a_changed_footer_or_page_of_a_large_file_is_found(
     experts = (
         pq.read_metadata(path).row_group(1).column(pq.read_schema(path).get_field_index("expert_0"))
     )
+    # nothing compresses it
     of_page = (
         (experts.dictionary_page_offset or experts.data_page_offset)
         + experts.total_compressed_size
         - 5
-    )  # nothing compresses it
+    )
     for place, said in (
         (whole.rindex(b"parquet-cpp"), "its footer was changed after it was written"),
         (of_page, "CRC"),

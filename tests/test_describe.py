@@ -36,9 +36,8 @@ def test_parameters_to_the_digit(name: str) -> None:
     began = time.process_time()
     made = moe_inspect.describe(str(CONFIGS / f"{name}.json"))
     assert (made.parameters, made.parameters_active) == KNOWN[name]
-    assert (
-        time.process_time() - began < 30
-    )  # no weight was made: 3e10 parameters would have taken minutes
+    # no weight was made: 3e10 parameters would have taken minutes
+    assert time.process_time() - began < 30
     assert sum(made.total.values()) == made.parameters
 
 

@@ -269,9 +269,8 @@ def test_every_row_is_what_the_server_decided(
     engine: str, generate: int, model: str, corpus: str, tmp_path: Path
 ) -> None:
     server = Server()
-    server.delay_s = lambda n: (
-        0.02 * (n % 3 == 0)
-    )  # answers come in another order than they were asked for
+    # answers come in another order than they were asked for
+    server.delay_s = lambda n: 0.02 * (n % 3 == 0)
     with serving(server) as url:
         trace = traced(url, tmp_path / "t", model, corpus, engine, generate=generate)
     check_rows(trace)
@@ -301,9 +300,8 @@ def test_the_tokens_are_those_of_a_local_trace(model: str, corpus: str, tmp_path
     local = moe_inspect.trace_model(model, tmp_path / "local", data=[corpus], **options)
     assert served.tokens().equals(local.tokens())
     assert served.documents().equals(local.documents())
-    known = [
-        {**router, "slot_order": "unknown"} for router in local.manifest["routers"]
-    ]  # engines hand back no weights
+    # engines hand back no weights
+    known = [{**router, "slot_order": "unknown"} for router in local.manifest["routers"]]
     assert served.manifest["routers"] == known
 
 
@@ -349,9 +347,8 @@ def test_a_busy_server_is_asked_again_as_it_says(
     }
     server.behave = lambda n, *_: busy.get(n)
     with serving(server) as url:
-        trace = traced(
-            url, tmp_path / "t", model, corpus, concurrency=1
-        )  # else any of the refusals may be told first
+        # else any of the refusals may be told first
+        trace = traced(url, tmp_path / "t", model, corpus, concurrency=1)
     check_rows(trace)
     assert (
         f"{url}: HTTP 503: starting; retrying in 0 s (attempt 1 of 6 failed)\n"
@@ -386,9 +383,8 @@ def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(
         with pytest.raises(MoeInspectError, match="made with generate 3, not 2"):
             traced(url, tmp_path / "t", model, corpus, generate=2, resume=True)
         trace = traced(url, tmp_path / "t", model, corpus, generate=3, resume=True)
-        assert len(server.requests) - before < len(
-            whole.requests
-        )  # what was committed is not asked for again
+        # what was committed is not asked for again
+        assert len(server.requests) - before < len(whole.requests)
         assert rows(trace).equals(expected)
         assert trace.manifest["status"] == "complete"
         again = len(server.requests)
@@ -644,9 +640,8 @@ def test_a_server_that_is_not_up_is_one_line_at_once(
         return await once(http, path, *more)
 
     monkeypatch.setattr(engine_http, "_once", counted)
-    with socket.create_server(
-        ("127.0.0.1", 0)
-    ) as listening:  # connections are taken, and nothing is said
+    # connections are taken, and nothing is said
+    with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         if there == "nobody":
             listening.close()

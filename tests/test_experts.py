@@ -288,9 +288,8 @@ def test_copies_are_made_for_few_slots_without_a_gradient(
     ]
     with torch.no_grad():
         assert experts.experts_forward(made, *arguments(2)) == "copied"
-        assert isinstance(
-            experts.experts_forward(made, *arguments(3)), torch.Tensor
-        )  # 9 slots of 6 experts
+        # 9 slots of 6 experts
+        assert isinstance(experts.experts_forward(made, *arguments(3)), torch.Tensor)
     assert isinstance(experts.experts_forward(made, *arguments(2)), torch.Tensor)
 
 

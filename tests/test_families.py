@@ -77,9 +77,8 @@ def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> N
     )
     for layer in moe_layers(family):
         a, b = slots(together, layer, "expert_"), slots(alone_trace, layer, "expert_")
-        assert (
-            np.sort(a, 1) == np.sort(b, 1)
-        ).mean() > 0.99  # the products of another shape may round otherwise
+        # the products of another shape may round otherwise
+        assert (np.sort(a, 1) == np.sort(b, 1)).mean() > 0.99
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - NO_INTERFACE))
@@ -139,10 +138,8 @@ def test_logits_are_those_before_the_activation(family: str, tmp_path: Path) -> 
 
 
 def test_bf16_weights_are_kept_exactly(tmp_path: Path) -> None:
-    model, inputs = (
-        build("olmoe", torch.bfloat16),
-        token_batch(LENGTHS),
-    )  # Mixtral hands over float32 in any case
+    # Mixtral hands over float32 in any case
+    model, inputs = build("olmoe", torch.bfloat16), token_batch(LENGTHS)
     trace = recorded(model, tmp_path / "trace", inputs)
     assert trace.manifest["capture"]["weight_dtype"] == "bfloat16"
     _, executed = handed_over(model, 1, inputs)

@@ -79,9 +79,8 @@ def test_what_has_no_value_does_not_pass(tmp_path: Path):
     made = report(trace(tmp_path / "t"))
     (line, _) = breaches(made, [gate("aux_loss=2", above=True)])  # no logits
     assert "aux_loss is NaN, which counts as above 2" in line
-    assert (
-        breaches(made, [gate("next_accuracy=0.9", above=True)]) == []
-    )  # the last layer has no next one
+    # the last layer has no next one
+    assert breaches(made, [gate("next_accuracy=0.9", above=True)]) == []
     assert len(breaches(made, [gate("next_accuracy=0.9", above=False)])) == 1  # positive control
     with pytest.raises(MoeInspectError, match="no metric"):
         gate("gini_=1", above=True)

@@ -153,9 +153,8 @@ def test_the_plan() -> None:
         (5, True),
         (3, True),
     ]
-    assert all(
-        (s.ids[-1] == 2) != s.continued for s in made
-    )  # nothing ends what is to be continued
+    # nothing ends what is to be continued
+    assert all((s.ids[-1] == 2) != s.continued for s in made)
     for batch_tokens, planned in (
         (18, [[6], [3], [4, 4], [5, 5]]),
         (17, [[6], [3], [4, 4], [5], [5]]),

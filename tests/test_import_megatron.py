@@ -125,9 +125,8 @@ def test_one_stage_has_no_note_of_stages(tmp_path: Path):
 
 def test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree(tmp_path: Path):
     first = passes_of(2)
-    half = [
-        (s, [ids[0], drawn(6, 99 + i, 1)[0]]) for i, (s, ids) in enumerate(first)
-    ]  # alike at stage 0 alone: another column
+    # alike at stage 0 alone: another column
+    half = [(s, [ids[0], drawn(6, 99 + i, 1)[0]]) for i, (s, ids) in enumerate(first)]
     trace, said = taken(
         tmp_path,
         dump(tmp_path / "in", [first, first, half], [[0], [1]]),
@@ -688,9 +687,8 @@ def test_passes_of_one_token_that_choose_alike_are_all_taken(tmp_path: Path):
     trace, said = taken(tmp_path, place, pipeline_stages=1)
     assert (trace.n_tokens, said) == (4, [])
     (place / "router_trace_rank1.jsonl").unlink()
-    changed(
-        place / "router_trace_rank0.jsonl", lambda rows: [*rows, rows[0] | {"step": 0}]
-    )  # the first layer again, alone
+    # the first layer again, alone
+    changed(place / "router_trace_rank0.jsonl", lambda rows: [*rows, rows[0] | {"step": 0}])
     trace, said = taken(tmp_path / "again", place)
     assert trace.n_tokens == 2
     assert len(said) == 1

@@ -262,8 +262,7 @@ def test_with_one_expert_per_token_zeros_are_padding_only_where_the_number_of_ro
         match="the last row is zero in every layer: padding, or a token that went to expert 0",
     ):
         load(tmp_path / "a.npy")
-    np.save(
-        tmp_path / "a.token_ids.npy", np.arange(4)
-    )  # one more than rows: the last row is a token's
+    # one more than rows: the last row is a token's
+    np.save(tmp_path / "a.token_ids.npy", np.arange(4))
     assert load(tmp_path / "a.npy") == [3, 2, 0]
     assert said == []

@@ -179,9 +179,8 @@ def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, An
         for row in rows:
             assert stored(row, ids), row
             assert stored(row, weights), row
-    single = [
-        r for r in recording if "E8 k2" in r["kernel"]
-    ]  # positive control: two slots are no vector
+    # positive control: two slots are no vector
+    single = [r for r in recording if "E8 k2" in r["kernel"]]
     assert single
     assert not any(stored(r, 128) for r in single)
 

@@ -39,9 +39,8 @@ def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model of a type that transformers does not know, with the code it is written in."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     path = save("olmoe", tmp_path / "mine")
-    save_file(
-        build("olmoe").state_dict(), path / "model.safetensors"
-    )  # by the names they have in memory
+    # by the names they have in memory
+    save_file(build("olmoe").state_dict(), path / "model.safetensors")
     config = json.loads((path / "config.json").read_text())
     classes = {
         "AutoConfig": "configuration_mine.MineConfig",

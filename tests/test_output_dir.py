@@ -86,9 +86,8 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(
                 MoeInspectError, match=r"this process is still writing .*: wait for it, or stop it"
             ):
                 refused(tmp_path / "t")
-        (
-            tmp_path / "t" / LOCK
-        ).read_bytes()  # opened and closed by something else in this process: the lock stays
+        # opened and closed by something else in this process: the lock stays
+        (tmp_path / "t" / LOCK).read_bytes()
         done = elsewhere(f"hold(Path({str(tmp_path / 't')!r}))")
         assert f"MoeInspectError: process {os.getpid()} is still writing" in done.stderr
     assert not (tmp_path / "t" / LOCK).exists()
@@ -182,9 +181,8 @@ def test_a_writer_locks_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert open_trace(tmp_path / "t").n_tokens == 20
     assert not (tmp_path / "t" / LOCK).exists()
     (tmp_path / "u" / MANIFEST).mkdir(parents=True)
-    with pytest.raises(
-        MoeInspectError, match="Is a directory"
-    ):  # what goes wrong at its beginning unlocks too
+    # what goes wrong at its beginning unlocks too
+    with pytest.raises(MoeInspectError, match="Is a directory"):
         a_writer(tmp_path / "u")
     hold(tmp_path / "u").release()
 

@@ -170,9 +170,8 @@ def test_experts_called_in_parts_are_recorded_whole(
         found = traced(model, tmp_path / "t")
     a, b = (t.routing().filter(like="expert_").to_numpy() for t in (found, expected))
     assert a.shape == b.shape
-    assert (
-        np.sort(a, 1) == np.sort(b, 1)
-    ).mean() > 0.97  # products of other shapes round otherwise
+    # products of other shapes round otherwise
+    assert (np.sort(a, 1) == np.sort(b, 1)).mean() > 0.97
 
 
 @pytest.mark.parametrize("capture", ["tap", "dispatch"])

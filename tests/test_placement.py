@@ -189,9 +189,8 @@ def test_with_room_for_every_expert_on_every_gpu_balance_is_perfect() -> None:
 
 def test_colocated_sees_replicas_that_share_a_gpu() -> None:
     assert colocated(np.array([0, 0, 1, 2]), 2) == 1
-    assert (
-        colocated(np.array([0, 0, 0, 1]), 2) == 0
-    )  # three replicas on two GPUs cannot but share one
+    # three replicas on two GPUs cannot but share one
+    assert colocated(np.array([0, 0, 0, 1]), 2) == 0
     assert colocated(np.array([0, 1, 0, 2]), 2) == 0
 
 
@@ -312,19 +311,16 @@ def test_plans_are_what_engines_read(tmp_path: Path) -> None:
     write_plan(made, tmp_path / "ascend.json", "vllm-ascend")
     layers = json.loads((tmp_path / "ascend.json").read_text())["layer_list"]
     assert json.loads((tmp_path / "ascend.json").read_text())["moe_layer_count"] == 2
-    assert [layer["layer_id"] for layer in layers] == [
-        0,
-        1,
-    ]  # MoE layers, where SGLang counts every block
+    # MoE layers, where SGLang counts every block
+    assert [layer["layer_id"] for layer in layers] == [0, 1]
     assert [layer["device_count"] for layer in layers] == [4, 4]
     for layer, block in zip(layers, (1, 3), strict=True):
         assert [device["device_id"] for device in layer["device_list"]] == [0, 1, 2, 3]
         assert [
             expert for device in layer["device_list"] for expert in device["device_expert"]
         ] == rows[block]
-    one = simulate_placement(
-        trace, gpus=4, physical_experts=12, layers=3
-    )  # the other MoE layer keeps its place, experts in order
+    # the other MoE layer keeps its place, experts in order
+    one = simulate_placement(trace, gpus=4, physical_experts=12, layers=3)
     write_plan(one, tmp_path / "ascend.json", "vllm-ascend")
     first, second = (
         layer["device_list"]

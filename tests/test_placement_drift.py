@@ -66,9 +66,8 @@ def test_settling_lowers_the_busiest_gpu_and_keeps_the_limit() -> None:
     assert colocated(slots_GS.ravel(), 7) == 0
     assert (load_EM.sum(1) @ shares(slots_GS.ravel(), 24, 7)).max() <= limit * (1 + 1e-12)
     again = slots_GS.copy()
-    descend_windows(
-        again, load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E, 0.0
-    )  # no exchange keeps such a limit
+    # no exchange keeps such a limit
+    descend_windows(again, load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E, 0.0)
     assert (again == slots_GS).all()
 
 
@@ -102,9 +101,8 @@ def test_windows_drawn_are_like_windows_seen() -> None:
     assert drawn_ME.mean(0) == pytest.approx(mean_E, rel=0.05)
     assert drawn_ME.std(0) == pytest.approx(np.sqrt(mean_E / 5_000), rel=0.35)
     chance = np.corrcoef(drawn_ME.T)[np.triu_indices(20, 1)]
-    assert (
-        np.abs(chance).max() < 0.25
-    )  # by chance two of 20 experts correlate by up to 0.6 in 32 windows
+    # by chance two of 20 experts correlate by up to 0.6 in 32 windows
+    assert np.abs(chance).max() < 0.25
     pair_WE = np.full((32, 20), 300)
     pair_WE[::2, :2], pair_WE[1::2, :2] = 100, 900  # two experts whose bursts coincide
     assert np.corrcoef(np.log(drawn(pair_WE, 2_000)).T)[0, 1] > 0.8

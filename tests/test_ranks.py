@@ -118,9 +118,8 @@ def test_killed_and_resumed_it_ends_with_the_same_rows(
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
     assert rows(trace).equals(rows(whole))
-    process = torchrun(
-        tmp_path, 3, "-o", "t", *arguments, "--resume"
-    )  # other ranks would plan otherwise
+    # other ranks would plan otherwise
+    process = torchrun(tmp_path, 3, "-o", "t", *arguments, "--resume")
     _, err = process.communicate()
     assert process.returncode != 0
     assert "was made with ranks 2, not 3" in err

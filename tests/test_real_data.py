@@ -62,12 +62,10 @@ def test_deepseek_v2_lite_has_the_scores_its_authors_published(deepseek: Trace):
     pairs = [(layer, expert) for layer in range(1, 27) for expert in range(64)]
     token_scores = np.array([published["token_scores"][str(layer)][str(e)] for layer, e in pairs])
     gate_scores = np.array([published["gate_scores"][str(layer)][str(e)] for layer, e in pairs])
-    assert (
-        np.abs(share.loc[pairs].to_numpy() - token_scores).max() <= 5.1e-5
-    )  # published to 4 digits
-    assert (
-        np.abs(gate.loc[pairs].to_numpy() - gate_scores).max() <= 1e-4
-    )  # and the weights are stored to fp16
+    # published to 4 digits
+    assert np.abs(share.loc[pairs].to_numpy() - token_scores).max() <= 5.1e-5
+    # and the weights are stored to fp16
+    assert np.abs(gate.loc[pairs].to_numpy() - gate_scores).max() <= 1e-4
     # positive control: one layer against another is far off
     assert np.abs(share.loc[pairs[:64]].to_numpy() - token_scores[64:128]).max() > 5e-3
 

@@ -208,10 +208,8 @@ def test_a_router_that_saw_too_little_is_an_error(model: Any, tmp_path: Path) ->
     with moe_inspect.record(model, tmp_path / "t") as recorder, torch.no_grad():
         model(**token_batch([4]))
         block = model.model.layers[1].mlp
-        kept, block.forward = (
-            block.forward,
-            lambda hidden: hidden,
-        )  # as a fused block that never calls its experts
+        # as a fused block that never calls its experts
+        kept, block.forward = block.forward, lambda hidden: hidden
         try:
             with pytest.raises(
                 MoeInspectError,

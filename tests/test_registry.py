@@ -122,9 +122,8 @@ def test_other_routing_gives_another_value(name: str):
 def test_numbering_experts_anew_changes_nothing(name: str, seed: int, data: st.DataObject):
     m, rng = METRICS[name], np.random.default_rng(seed)
     arguments = {p: drawn(p, rng) for p in m.parameters}
-    if (
-        "ranks" in arguments
-    ):  # which of two equally loaded experts is packed first is a matter of their numbers
+    # which of two equally loaded experts is packed first is a matter of their numbers
+    if "ranks" in arguments:
         arguments["load_WE"] = rng.permuted(np.arange(SIZES["W"] * E) * 97 % 101).reshape(-1, E)
     order = {"E": data.draw(st.permutations(range(E))), "N": data.draw(st.permutations(range(E)))}
     turned = value_of(

@@ -90,9 +90,8 @@ def test_tables_agree_with_each_other(made: Report):
     assert load.groupby("router")["load_ratio"].max().tolist() == pytest.approx(
         balance["max_over_mean"].tolist()
     )
-    assert load["weight_sum"].sum() == pytest.approx(
-        T * 4, rel=1e-3
-    )  # the weights of a token sum to 1
+    # the weights of a token sum to 1
+    assert load["weight_sum"].sum() == pytest.approx(T * 4, rel=1e-3)
     assert (
         domains.groupby(["router", "expert"])["assignments"].sum().to_numpy()
         == load["assignments"].to_numpy()
@@ -293,9 +292,8 @@ def test_what_pooling_hides_is_said_of_the_layers_looked_at(tmp_path: Path):
         s.startswith("Averaged over the 2 layers selected")
         for s in sentences(report(trace, layers="0-1"))
     )
-    assert not any(
-        s.startswith("Averaged") for s in sentences(report(trace, layers="0,2"))
-    )  # there it shows
+    # there it shows
+    assert not any(s.startswith("Averaged") for s in sentences(report(trace, layers="0,2")))
 
 
 def test_the_least_used_expert_is_named_with_the_domain_that_shuns_it(tmp_path: Path):

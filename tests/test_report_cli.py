@@ -101,9 +101,8 @@ def test_the_ending_of_the_file_says_the_format(
         assert (
             read[form](io.BytesIO(data))["assignments"].tolist() == expected["assignments"].tolist()
         )
-        cli_here(
-            "report", trace.path, "--table", "load", "-o", name, "--format", "table"
-        )  # what is said outright goes first
+        # what is said outright goes first
+        cli_here("report", trace.path, "--table", "load", "-o", name, "--format", "table")
         data = (tmp_path / name).read_bytes()
     lines = data.decode().splitlines()
     assert lines[0].split() == list(expected.columns)

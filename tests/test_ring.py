@@ -220,10 +220,11 @@ def test_pages_do_not_show_in_the_trace(
 ) -> None:
     small_pages(monkeypatch, page_rows)
     model = build("olmoe")
+    # the ring grows
     batches = [
         token_batch(lengths, n)
         for n, lengths in enumerate([[9, 5], [30, 31, 2], [3], [64, 64], [17]])
-    ]  # the ring grows
+    ]
     with (
         moe_inspect.record(model, tmp_path / "t", capture=capture, logits=True) as rec,
         torch.no_grad(),
@@ -265,10 +266,8 @@ def test_what_is_dropped_is_counted_everywhere(
 ) -> None:
     small_pages(monkeypatch)
     model, batch = build("olmoe"), token_batch([9, 5])  # 14 tokens in 18 rows
-    take, go_on = (
-        TraceWriter._take,
-        threading.Event(),
-    )  # the writer stands still for the first 30 passes
+    # the writer stands still for the first 30 passes
+    take, go_on = TraceWriter._take, threading.Event()
     monkeypatch.setattr(
         TraceWriter, "_take", lambda self, batch: go_on.wait() and take(self, batch)
     )

@@ -75,11 +75,8 @@ def test_an_sglang_payload_is_raw_int32():
 )
 def test_a_bad_payload_is_one_line(payload: object, said: str):
     if payload is not None and said == "has|declares|is":
-        assert routed.decode_vllm(payload, "f").shape == (
-            0,
-            1,
-            1,
-        )  # a response of one token has no row, and is fine
+        # a response of one token has no row, and is fine
+        assert routed.decode_vllm(payload, "f").shape == (0, 1, 1)
         return
     with pytest.raises(MoeInspectError, match=said) as raised:
         routed.decode_vllm(payload, "f line 3: routed_experts")

@@ -64,9 +64,8 @@ def test_a_corpus_goes_to_the_encoder_and_is_decoded_from(place: Path, tmp_path:
     assert counts["prefill"] == 3
     assert counts["decode"] == 12
     assert set(tokens[tokens.phase == "prefill"].token_id) == {3}
-    stated = (
-        trace.documents().set_index("document").tokens.to_dict()
-    )  # as the tokenizer frames them, whether or not they are gone on with
+    # as the tokenizer frames them, whether or not they are gone on with
+    stated = trace.documents().set_index("document").tokens.to_dict()
     assert tokens[tokens.phase == "encode"].groupby("document").size().to_dict() == stated
     assert [r.stack for r in trace.routers] == ["encoder"] * 2 + ["decoder"] * 2
     for r, router in enumerate(trace.routers):

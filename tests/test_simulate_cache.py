@@ -107,9 +107,8 @@ def test_belady_hits_at_least_as_often_as_any_policy(case: tuple[np.ndarray, int
     ids_KT, E, slots = case
     hits = {name: replay(ids_KT, slots, name) for name in POLICIES}
     for name in POLICIES:
-        assert (
-            hits["belady"].cumsum() >= hits[name].cumsum()
-        ).all()  # at every moment, not only in the end
+        # at every moment, not only in the end
+        assert (hits["belady"].cumsum() >= hits[name].cumsum()).all()
         assert compiled_hits(ids_KT, E, slots, name).sum() == hits[name].sum()
 
 

@@ -141,9 +141,8 @@ def test_a_bias_moves_by_the_sign_of_the_load_error_after_as_many_tokens_as_a_st
 def test_a_bias_is_judged_on_documents_that_it_has_not_seen(tmp_path: Path):
     rng, document = np.random.default_rng(0), np.arange(8_000) // 50
     skew = np.linspace(2, 0, 8)
-    turned = np.where(
-        document[:, None] % 2 == 0, skew, skew[::-1]
-    )  # what evens out the one half makes the other worse
+    # what evens out the one half makes the other worse
+    turned = np.where(document[:, None] % 2 == 0, skew, skew[::-1])
 
     def vio(name: str, lean: np.ndarray, document: np.ndarray) -> tuple[float, int]:
         trace = with_logits(tmp_path / name, rng.normal(size=(8_000, 8)) + lean, 2, document)
@@ -216,9 +215,8 @@ def test_a_loss_free_bias_evens_the_collapsed_layer_and_keeps_four_fifths_of_the
     assert table.loc["as recorded", ["mass_retained", "agreement"]].tolist() == pytest.approx(
         [1, 1], abs=1e-6
     )
-    assert (
-        table.loc["top-k 2", "agreement"] > 0.99
-    )  # the logits are those that chose, but for ties in float16
+    # the logits are those that chose, but for ties in float16
+    assert table.loc["top-k 2", "agreement"] > 0.99
     assert table.loc["random", "agreement"] == pytest.approx(2 / 8, abs=0.02)
     assert table.loc["random", "mass_retained"] < 0.5
 

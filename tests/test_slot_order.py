@@ -173,9 +173,8 @@ def test_older_traces_with_weights_are_put_in_order_while_read(null: float, tmp_
     ids, weights, _ = drawn(null=null)
     old, new = older(tmp_path / "old", ids, weights), written(tmp_path / "new", ids, weights)
     raw = next(old.shards).table("routing", ["expert_0"])["expert_0"].to_numpy()
-    assert np.array_equal(
-        raw, np.where(ids == NOWHERE, np.nan, ids)[:300, 0], equal_nan=True
-    )  # on disk they are not
+    # on disk they are not
+    assert np.array_equal(raw, np.where(ids == NOWHERE, np.nan, ids)[:300, 0], equal_nan=True)
     assert old.routing().equals(new.routing())
     for a, b in zip(old.shards, new.shards, strict=True):
         assert np.array_equal(a.ids(0), b.ids(0))

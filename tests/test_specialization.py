@@ -154,9 +154,8 @@ def test_uniform_routing_is_within_every_null(tmp_path: Path):
     np.testing.assert_allclose(
         table["vocabulary_specialization"], table["vocabulary_specialization_null"], atol=0.02
     )
-    assert (
-        table["domain_mi_given_token_bits"] > 0.05
-    ).all()  # without its null it would pass for an effect
+    # without its null it would pass for an effect
+    assert (table["domain_mi_given_token_bits"] > 0.05).all()
 
 
 def test_documents_of_their_own_style_are_no_domain(tmp_path: Path):
@@ -225,9 +224,8 @@ def test_expert_as_a_function_of_the_token_id(tmp_path: Path):
     share_E = (
         np.bincount(np.flatnonzero(np.bincount(token_id) >= 8) % E, frequent, E) / frequent.sum()
     )
-    assert row["token_mi_bits"] == pytest.approx(
-        -(share_E * np.log2(share_E)).sum()
-    )  # H(expert | token id) is 0
+    # H(expert | token id) is 0
+    assert row["token_mi_bits"] == pytest.approx(-(share_E * np.log2(share_E)).sum())
     assert row["token_mi_bits"] > 5 * row["token_mi_null_bits"]
     words = made.tables["vocabulary"]
     assert (words["fraction"] == 1).all()

@@ -293,9 +293,8 @@ except MoeInspectError as error:
     assert 0 < trace.n_tokens < 60_000
     assert len(trace.routing(router=2)) == trace.n_tokens
     assert not list((tmp_path / "t").rglob("*.tmp"))
-    assert (
-        resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    )  # only the child was limited
+    # only the child was limited
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,8 @@ def test_the_interval_of_a_ratio_covers_the_truth_where_documents_differ():
         hits_U = rng.binomial(of_U, rng.beta(3, 7, 50))
         low, high = unc.ratio_interval(hits_U, of_U, weights_RU)
         missed += not low <= 0.3 <= high
-        low, high = unc.share_interval(
-            hits_U.sum() / of_U.sum(), of_U.sum(), 1.0
-        )  # as if tokens were independent
+        # as if tokens were independent
+        low, high = unc.share_interval(hits_U.sum() / of_U.sum(), of_U.sum(), 1.0)
         naive += not low <= 0.3 <= high
     assert missed <= 20
     assert naive > 60
@@ -197,8 +196,7 @@ def test_chi_square_of_even_routing_has_the_mean_that_distinct_choices_give():
         [np.bincount(uniform_ids(rng, T, E, k).reshape(-1), minlength=E) for _ in range(runs)]
     )
     chi_R = k * T * cv(load_RE) ** 2  # Σ(c − μ)² / μ
-    spread = (
-        np.sqrt(2 * (E - 1) / runs) * (E - k) / (E - 1)
-    )  # of the mean of χ² with E − 1 degrees of freedom, so scaled
+    # of the mean of χ² with E − 1 degrees of freedom, so scaled
+    spread = np.sqrt(2 * (E - 1) / runs) * (E - k) / (E - 1)
     assert abs(chi_R.mean() - (E - k)) < 4 * spread
     assert abs(chi_R.mean() - (E - 1)) > 4 * spread  # what independent choices would give

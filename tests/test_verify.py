@@ -45,9 +45,8 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shard_tokens=100,
         words=50,
     )
-    for shard in range(
-        3
-    ):  # the writer of the tests numbers positions by batch: here each batch is a document
+    # the writer of the tests numbers positions by batch: here each batch is a document
+    for shard in range(3):
         assert (root / f"tokens/part-0-{shard}.parquet").exists()
     return root
 

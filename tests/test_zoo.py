@@ -138,11 +138,12 @@ def handed_over(
 
         return watched
 
+    # not of masks
     called = [
         (r, s.module)
         for r, s in enumerate(sites)
         if s.adapter is None or (s.adapter.at_call and not s.adapter.top_k)
-    ]  # not of masks
+    ]
     for r, module in called:
         module.forward = watch(r, module.forward)
     try:
@@ -253,9 +254,8 @@ def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
                 np.abs(weights - ordered)[there] <= 2**-10 * np.abs(ordered)[there] + 2**-25
             ).all()
         chosen = np.zeros((len(ids), site.experts), bool)
-        row, slot = np.nonzero(
-            ~np.isnan(ids) & (weights != 0)
-        )  # a weight of zero leaves no trace in the output
+        # a weight of zero leaves no trace in the output
+        row, slot = np.nonzero(~np.isnan(ids) & (weights != 0))
         chosen[row, ids[row, slot].astype(int)] = True
         changed = disturbed(model, site, inputs)[real]
         assert (chosen == changed).all(), (
@@ -285,17 +285,13 @@ def test_a_saved_model_routes_as_the_one_that_was_saved(
     model = zoo.build_with_towers(family) if with_towers else zoo.build(family)
     for name, buffer in model.named_buffers():
         if name.endswith("balancing_biases"):
-            buffer[
-                -1
-            ] = (
-                -1.0
-            )  # of Zaya's choice to skip: transformers sets it so while loading, whatever was saved
+            # of Zaya's choice to skip: transformers sets it so while loading, whatever was saved
+            buffer[-1] = -1.0
     if "encode" in set(tokens.phase):
         return  # what its decoder is fed, the command makes: tests/test_seq2seq.py
     if family == "llama4" and with_towers:
-        model = (
-            model.language_model
-        )  # the whole one's own forward fails on text alone in transformers 5.24
+        # the whole one's own forward fails on text alone in transformers 5.24
+        model = model.language_model
     rows = [rows.token_id.tolist() for _, rows in tokens.groupby("sequence", sort=False)]
     assert len(rows) == len(TEXTS)
     with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
@@ -333,9 +329,8 @@ def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> N
     assert tokens_in_order(together)[names].equals(tokens_in_order(alone)[names])
     for r in range(len(together.routers)):
         a, b = (np.sort(slots(t, r, "expert_"), 1) for t in (together, alone))
-        assert (
-            np.nan_to_num(a, nan=-1) == np.nan_to_num(b, nan=-1)
-        ).mean() > 0.98  # products of another shape round otherwise
+        # products of another shape round otherwise
+        assert (np.nan_to_num(a, nan=-1) == np.nan_to_num(b, nan=-1)).mean() > 0.98
 
 
 # --- the quirks

@@ -23,9 +23,8 @@ import transformers as hf
 
 VOCABULARY = 300
 PACKAGE = Path(hf.__file__).parent / "models"
-ROUTED = re.compile(
-    r"^class (\w+(?:Experts|MoE|Moe))\b", re.MULTILINE
-)  # Doge and ViTPose have a *MoE and no *Experts
+# Doge and ViTPose have a *MoE and no *Experts
+ROUTED = re.compile(r"^class (\w+(?:Experts|MoE|Moe))\b", re.MULTILINE)
 
 
 def _find_families() -> list[str]:
@@ -46,9 +45,8 @@ ENDINGS = (
     "ForBlockDiffusion",
     "Backbone",
 )
-CLASSES = {
-    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"
-}  # its first ForConditionalGeneration is abstract
+# its first ForConditionalGeneration is abstract
+CLASSES = {"qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 
 CRASHES = {  # upstream, by release
     "5.17": {
@@ -297,9 +295,8 @@ WITH_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", {}),
     "qwen4_exp": ("Qwen4ExpForConditionalGeneration", {"text_config": OVERRIDES["qwen4_exp"]}),
 }
-WITH_TOWERS = {
-    family: made for family, made in WITH_TOWERS.items() if family in FAMILIES
-}  # a release may lack some
+# a release may lack some
+WITH_TOWERS = {family: made for family, made in WITH_TOWERS.items() if family in FAMILIES}
 
 # standard deviation of selection biases: enough to change choices, not so much that they alone
 # choose
@@ -365,9 +362,8 @@ def build_with_towers(family: str, seed: int = 0) -> Any:
     """As `build`, of the class that is released where the family has one of text alone too."""
     name, overrides = WITH_TOWERS[family]
     kind = _classes(family)[name]
-    if (
-        kind.config_class.sub_configs.get("text_config") is hf.AutoConfig
-    ):  # in transformers 5.17: any
+    # in transformers 5.17: any
+    if kind.config_class.sub_configs.get("text_config") is hf.AutoConfig:
         overrides = {"text_config": config(family).to_dict(), **overrides}
     torch.manual_seed(seed)
     return _with_choices(
@@ -408,9 +404,8 @@ def inputs(family: str, lengths: list[int], seed: int = 0) -> dict[str, torch.Te
     if "decoder_input_ids" in inspect.signature(model_class(family).forward).parameters:
         decoded = token_batch([max(lengths) + 1] * len(lengths), seed + 1)
         batch["decoder_input_ids"] = decoded["input_ids"]
-        if hasattr(
-            config(family), "canvas_length"
-        ):  # a decoder that reads the encoder's cache masks both at once and goes on counting
+        # a decoder that reads the encoder's cache masks both at once and goes on counting
+        if hasattr(config(family), "canvas_length"):
             batch["decoder_position_ids"] = torch.tensor(lengths)[:, None] + torch.arange(
                 max(lengths) + 1
             )

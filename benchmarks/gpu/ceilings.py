@@ -18,9 +18,8 @@ def ceilings(bench: Bench) -> None:
     a = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device.type)
     b, host = torch.empty_like(a), device.pinned(size // 16)
     found = bench.figures
-    found["copy_gb_per_s"] = (
-        2 * size / median_us(bench, lambda: b.copy_(a)) / 1e3
-    )  # read and written
+    # read and written
+    found["copy_gb_per_s"] = 2 * size / median_us(bench, lambda: b.copy_(a)) / 1e3
     found["to_pinned_host_gb_per_s"] = (
         len(host) / median_us(bench, lambda: host.copy_(a[: len(host)], non_blocking=True)) / 1e3
     )

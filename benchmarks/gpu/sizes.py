@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-ROUTERS = (
-    (8, 2),
-    (60, 4),
-    (64, 8),
-    (128, 8),
-    (256, 8),
-    (384, 8),
-    (512, 10),
-)  # E, K of models there are
+# E, K of models there are
+ROUTERS = ((8, 2), (60, 4), (64, 8), (128, 8), (256, 8), (384, 8), (512, 10))
 SKEWS = ("uniform", "zipf", "one-hot")
 SMALL = {
     "hidden_size": 256,
@@ -67,13 +60,11 @@ class Sizes:
     rounds: tuple[int, int]  # at least, at most
     steps: int  # to warm a rival up, and the least of a turn
     turn_s: float  # of a rival in a round
-    batches: tuple[
-        tuple[int, int], ...
-    ]  # B, positions where recorded rows are checked: many slots, and few
+    # B, positions where recorded rows are checked: many slots, and few
+    batches: tuple[tuple[int, int], ...]
     ring_tokens: int  # there: a ring so large that a copy of it shows
-    throttled: tuple[
-        int, int, float
-    ]  # B, positions, and the seconds that the writer sleeps per batch
+    # B, positions, and the seconds that the writer sleeps per batch
+    throttled: tuple[int, int, float]
 
 
 FULL = Sizes(

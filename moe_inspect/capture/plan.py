@@ -214,9 +214,8 @@ def _packed(
     window: list[TokenSequence], batch_tokens: int, generate: int
 ) -> Iterator[list[TokenSequence]]:
     batch: list[TokenSequence] = []
-    for row in sorted(
-        window, key=lambda s: (s.continued, len(s.ids))
-    ):  # stable: equal lengths keep their order
+    # stable: equal lengths keep their order
+    for row in sorted(window, key=lambda s: (s.continued, len(s.ids))):
         too_long = (len(batch) + 1) * (len(row.ids) + generate * row.continued) > batch_tokens
         apart = batch and (
             row.continued != batch[0].continued

@@ -106,10 +106,8 @@ def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
                     f"cannot read {location}: its name must end in {', '.join(READERS)}"
                 )
             yield filesystem, path, _stem(path)
-    except (
-        ImportError,
-        ValueError,
-    ) as error:  # fsspec does not know the protocol, or lacks a package for it
+    # fsspec does not know the protocol, or lacks a package for it
+    except (ImportError, ValueError) as error:
         raise MoeInspectError(f"cannot open {location}: {first_line(error)}") from None
     except OSError as error:
         raise MoeInspectError(f"cannot read {location}: {first_line(error)}") from None

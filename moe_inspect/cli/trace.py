@@ -257,9 +257,8 @@ def trace(
         )
         print_stderr(f"interrupted: {state}")
         raise
-    if (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0"
-    ):  # of a torchrun: the first speaks for all
+    # of a torchrun: the first speaks for all
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0":
         return
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
@@ -336,9 +335,8 @@ def _refuse_early(
     from moe_inspect.trace.output_dir import check_directory
     from moe_inspect.trace.schema import MANIFEST
 
-    alone = (
-        int(os.environ.get("WORLD_SIZE", 1)) == 1
-    )  # of a torchrun another process may have begun there
+    # of a torchrun another process may have begun there
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if alone and resume and (output / MANIFEST).exists():
         refuse_while_locked(output)
     elif alone:

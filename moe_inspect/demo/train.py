@@ -258,9 +258,8 @@ def unigram_losses(
     windows."""
     losses = {}
     for domain, stream in train_streams.items():
-        count_V = (
-            np.bincount(stream.token_T, minlength=vocabulary) + 1.0
-        )  # +1: no token is impossible
+        # +1: no token is impossible
+        count_V = np.bincount(stream.token_T, minlength=vocabulary) + 1.0
         surprise_V = -np.log(count_V / count_V.sum())
         losses[domain] = float(surprise_V[held_out[domain].evenly(HELD_OUT_WINDOWS)[:, 1:]].mean())
     return losses
@@ -279,9 +278,8 @@ def parameter_counts(model: MixtralForCausalLM) -> tuple[int, int]:
 def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: int) -> Evaluation:
     """The whole recipe: texts, tokenizer, training, the model folder and its card. Returns the bf16
     model's figures."""
-    torch.set_num_threads(
-        1
-    )  # with one thread the sums have one order, so that a seed gives one result
+    # with one thread the sums have one order, so that a seed gives one result
+    torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     data = (
         texts.load_folder(own_texts, seed)

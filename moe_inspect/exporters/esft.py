@@ -121,9 +121,8 @@ def _config(scores: dict[str, dict[str, float]], top_p: float) -> dict[str, Any]
         score_E = np.array(list(of_expert.values()))
         best_E = np.argsort(-score_E, kind="stable")
         before_E = np.cumsum(score_E[best_E]) - score_E[best_E]
-        experts[layer] = best_E[
-            before_E < top_p * score_E.sum() * (1 - 1e-9)
-        ].tolist()  # a sum that is top_p but for rounding is enough
+        # a sum that is top_p but for rounding is enough
+        experts[layer] = best_E[before_E < top_p * score_E.sum() * (1 - 1e-9)].tolist()
     return {"experts": experts, "shared_experts": False, "non_expert_modules": False}
 
 

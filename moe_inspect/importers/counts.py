@@ -176,12 +176,8 @@ def _tables(context: ImportContext, path: Path) -> Iterator[pa.Table]:
                     yield _named(pa.table(batch), path)
         else:
             yield _named(_json_table(context, path), path)
-    except (
-        pa.ArrowException,
-        UnicodeError,
-        OverflowError,
-        TypeError,
-    ) as error:  # the last three of values that no column holds
+    # the last three of values that no column holds
+    except (pa.ArrowException, UnicodeError, OverflowError, TypeError) as error:
         raise MoeInspectError(f"{path}: {first_line(error)}") from None
     if path.suffix in (".csv", ".parquet"):
         context.read(path.stat().st_size)

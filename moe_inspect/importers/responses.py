@@ -33,11 +33,8 @@ from moe_inspect.trace.writer import RoutedBatch
 
 WARM_UP = 1000  # consecutive identical rows, more than any real text has
 NPY_BASE64 = b"k05VTVBZ"
-STARTS = (
-    "start",
-    "routed_experts_prompt_start",
-    "routed_experts_start_len",
-)  # our field; vLLM's and SGLang's request parameters
+# our field; vLLM's and SGLang's request parameters
+STARTS = ("start", "routed_experts_prompt_start", "routed_experts_start_len")
 
 
 @dataclass(frozen=True)
@@ -267,9 +264,8 @@ def _response(
     expected = len(fed) - start
     begin, end = _padding(routed_TBK, expected, where)
     kept = routed_TBK[begin : rows - end]
-    if len(kept) != expected and not (
-        end and rows >= expected > len(kept)
-    ):  # a padded one may lack routes, and never has too many
+    # a padded one may lack routes, and never has too many
+    if len(kept) != expected and not (end and rows >= expected > len(kept)):
         after = f" from token {start}" if start else ""
         raise MoeInspectError(
             f"{where}: routed_experts has {rows} tokens{after}, not {expected}: one fewer than "

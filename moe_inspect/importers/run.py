@@ -205,9 +205,8 @@ def _write(
             sync_directory(target.parent)
         except (OSError, MoeInspectError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
-            if isinstance(
-                cause, OSError
-            ):  # the message of the writer suggests --resume, which `import` does not have
+            # the message of the writer suggests --resume, which `import` does not have
+            if isinstance(cause, OSError):
                 raise MoeInspectError(
                     f"cannot write {out}: {first_line(cause)}; nothing was imported"
                 ) from None

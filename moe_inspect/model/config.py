@@ -202,9 +202,8 @@ def _from_hub(model: str) -> tuple[Path, Path | None]:
         config = Path(hf_hub_download(model, "config.json"))
         try:
             vocabulary = Path(hf_hub_download(model, "tokenizer.json"))
-        except (
-            EntryNotFoundError
-        ) as error:  # a model may have none: the trace is then without a vocabulary
+        # a model may have none: the trace is then without a vocabulary
+        except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):  # the hub could not be reached
                 raise
     except Exception as error:
@@ -270,9 +269,8 @@ def _by_layer(
     value = _stated(config, keys)
     if isinstance(value, list) and len(value) == layers:
         return {i: _number({keys[0]: value[i]}, keys[:1], where, most) for i in sparse}
-    if (
-        isinstance(value, list) and len({json.dumps(v) for v in value}) == 1
-    ):  # ERNIE-VL: of text and of images
+    # ERNIE-VL: of text and of images
+    if isinstance(value, list) and len({json.dumps(v) for v in value}) == 1:
         value = value[0]
     return dict.fromkeys(
         sparse, _number({**config, _named(config, keys): value}, keys, where, most)

@@ -201,9 +201,8 @@ def describe(
             built: Any = auto_class(config, trust_remote_code).from_config(
                 config, trust_remote_code=trust_remote_code
             )
-    except (
-        Exception
-    ) as error:  # transformers raises anything for a broken config, which is the user's
+    # transformers raises anything for a broken config, which is the user's
+    except Exception as error:
         raise MoeInspectError(
             f"cannot build a language model of {model}: {first_line(error)}"
         ) from error
@@ -249,9 +248,8 @@ def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any
         raise MoeInspectError(f"{model}: transformers does not know the model_type {kind!r}")
     try:
         return of_the_text_model(AutoConfig.for_model(kind, **known))
-    except (
-        Exception
-    ) as error:  # transformers raises anything for a broken config, which is the user's
+    # transformers raises anything for a broken config, which is the user's
+    except Exception as error:
         raise MoeInspectError(f"{model} is not a model's config: {first_line(error)}") from error
 
 
@@ -279,9 +277,8 @@ def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
         active = 0 if part == PARTS[-1] else n if share is None else round(n * share)
         made.total[part] += n
         made.active[part] += active
-        if (
-            parameter.dim() > 1 and part != PARTS[-1] and (part != "embeddings" or tied)
-        ):  # a lookup is no multiplication
+        # a lookup is no multiplication
+        if parameter.dim() > 1 and part != PARTS[-1] and (part != "embeddings" or tied):
             made.products_total += n
             made.products_active += active
 

@@ -59,9 +59,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     refuse_unless_found(name, revision)
     location = model_location(name)
     try:
-        read_config(
-            Path(cached_file(location, "config.json", revision=revision) or "")
-        )  # before transformers builds anything from it
+        # before transformers builds anything from it
+        read_config(Path(cached_file(location, "config.json", revision=revision) or ""))
         return of_the_text_model(
             AutoConfig.from_pretrained(
                 location, revision=revision, trust_remote_code=trust_remote_code
@@ -69,9 +68,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         )
     except MoeInspectError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever a broken config.json makes transformers raise, the file is the user's
+    # whatever a broken config.json makes transformers raise, the file is the user's
+    except Exception as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise MoeInspectError(
                 f"model {name!r} needs to run code from its own repository: review it, then "
@@ -138,9 +136,8 @@ def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
     where it has none."""
     import transformers
 
-    brought = (
-        (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
-    )  # by code of the model's own
+    # by code of the model's own
+    brought = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
     able = [
         name
         for name, mapping in AUTO_CLASSES.items()
@@ -187,11 +184,8 @@ def load_model(
         )
     try:
         torch.ones(1, device=target).item()
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # torch asserts where it was built without that device
+    # torch asserts where it was built without that device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise MoeInspectError(f"device {target!r} is not available: {first_line(error)}") from error
     try:
         if random_init is not None:

@@ -207,10 +207,8 @@ def shared_experts_of(config: Any, model: Any, experts_path: str) -> int:
     """Number of experts that every token of this layer goes to: as the config states, or one where
     the block has a shared MLP."""
     block = experts_path.rpartition(".")[0]
-    owners = (
-        block,
-        block.rpartition(".")[0],
-    )  # in some families the shared expert is a sibling of the block
+    # in some families the shared expert is a sibling of the block
+    owners = (block, block.rpartition(".")[0])
     if not any(
         "shared" in name
         for owner in owners

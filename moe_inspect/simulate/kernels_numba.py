@@ -74,9 +74,8 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
     rank_8 = np.empty(8, rank_E.dtype)
     for t in range(len(phase_T)):
         at_E, new = at_PE[phase_T[t]], 0
-        for k in range(
-            len(slots)
-        ):  # the k experts of a decision are judged together, before any of them counts as used
+        # the k experts of a decision are judged together, before any of them counts as used
+        for k in range(len(slots)):
             e = slots[k][t]
             if e >= 0:
                 load_E[e] += 1
@@ -85,9 +84,8 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
                     at_E[rank] += 1
                 else:
                     new += 1
-        for first in range(
-            0, len(slots), 8
-        ):  # eight move to the front in one sweep of vector instructions over the ranks
+        # eight move to the front in one sweep of vector instructions over the ranks
+        for first in range(0, len(slots), 8):
             moved = least
             for k in range(first, min(first + 8, len(slots))):
                 e = slots[k][t]
@@ -107,9 +105,8 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
             )
             for i in range(len(rank_E)):
                 here = rank_E[i]
-                after = here + (
-                    one if here < a else zero
-                )  # one further back for each that was behind it
+                # one further back for each that was behind it
+                after = here + (one if here < a else zero)
                 after += one if here < b else zero
                 after += one if here < c else zero
                 after += one if here < d else zero
@@ -239,10 +236,8 @@ def fill_steps(slots, position_T, batch_B, there_BPW, tokens_BP, steps_B, distin
     begins anew. slots: K arrays [T], −1 for none. Sets of experts are words of 64 bits. The last
     five arrays change in place."""
     W = there_BPW.shape[2]
-    even_W, odd_W = (
-        np.zeros(W, np.uint64),
-        np.zeros(W, np.uint64),
-    )  # two, so that no slot waits for the one before
+    # two, so that no slot waits for the one before
+    even_W, odd_W = np.zeros(W, np.uint64), np.zeros(W, np.uint64)
     for t in range(len(position_T)):
         p = position_T[t]
         even_W[:] = np.uint64(0)

@@ -83,9 +83,8 @@ def writer_of(manifest: dict[str, Any]) -> int | None:
     except PermissionError:
         pass  # it exists, but belongs to another user
     then, now = capture.get("process_start"), process_start(pid)
-    return (
-        pid if then is None or now is None or then == now else None
-    )  # another process may have the pid now
+    # another process may have the pid now
+    return pid if then is None or now is None or then == now else None
 
 
 def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:

@@ -22,9 +22,8 @@ from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.validate import MOST_SHARD_TOKENS
 
-SMALL_BYTES = (
-    2**20
-)  # a file of this size is hashed when it is opened, which takes less than opening it
+# a file of this size is hashed when it is opened, which takes less than opening it
+SMALL_BYTES = 2**20
 MOST_COUNT_ROWS = 2**26
 TEXT_BYTES = 2**28  # of the texts of a table: far above any, far below what memory holds
 MAY_BE_NULL = ("expert_", "weight_", "first_choice")

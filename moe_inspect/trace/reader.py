@@ -122,9 +122,8 @@ class Trace(TraceHeader):
                 "logits": schema.logits_schema(max(r.experts for r in self.routers)),
             }
             return empty[name].empty_table().to_pandas()
-        joined = pa.concat_tables(
-            parts, promote_options="permissive"
-        )  # some shards say that they hold no null
+        # some shards say that they hold no null
+        joined = pa.concat_tables(parts, promote_options="permissive")
         return joined.unify_dictionaries().to_pandas()
 
 

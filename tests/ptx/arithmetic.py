@@ -96,9 +96,8 @@ def _floats(ins: Instruction, registers: Registers, kind: str) -> Execute:
     write = registers.writer(ins.operands[0])
     kinds = [kind] * (len(ins.operands) - 1)
     result = kind
-    if (
-        ins.opcode[-2] == "f32" and kind != "f32"
-    ):  # 16-bit operands; the last and the result are f32
+    # 16-bit operands; the last and the result are f32
+    if ins.opcode[-2] == "f32" and kind != "f32":
         kinds[-1] = result = "f32"
     reads = [registers.float_reader(o, k) for o, k in zip(ins.operands[1:], kinds, strict=True)]
     operation = _float_operation(ins.opcode[0], result)

@@ -100,9 +100,8 @@ def count_trace(
 def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) -> bool:
     """Whether to count by the compiled kernels."""
     routers = [trace.routers[r] for r in selection.routers]
-    cells = (
-        sum(r.experts for r in routers) * len(SRP_LENGTHS) if "srp" in wants else 0
-    )  # the NumPy reference loops over every expert
+    # the NumPy reference loops over every expert
+    cells = sum(r.experts for r in routers) * len(SRP_LENGTHS) if "srp" in wants else 0
     return trace.n_tokens * (sum(r.top_k for r in routers) + cells / 2) >= LONG
 
 
@@ -117,9 +116,8 @@ def _on_threads(trace: Trace, arguments: Arguments, threads: int) -> Iterator[Co
     count, L = sum(1 for _ in trace.shards), len(selection.routers)
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[list[Future[Counts]]] = deque()
-        for i, shard in enumerate(
-            trace.shards
-        ):  # a shard keeps what was read of it: none is held longer than needed
+        # a shard keeps what was read of it: none is held longer than needed
+        for i, shard in enumerate(trace.shards):
             n = min(threads, L) if count - i <= threads and not trace.counts_only else 1
             shares = [selection.routers[j * L // n : (j + 1) * L // n] for j in range(n)]
             ahead.append([pool.submit(count_shard, shard, *arguments, share) for share in shares])

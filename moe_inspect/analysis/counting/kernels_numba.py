@@ -24,10 +24,8 @@ from numba import njit
 from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows
 
 ONE = np.uint32(1)
-PAGE, LINE = (
-    4096,
-    64,
-)  # bytes; of which the lower address bits say where in the nearest cache something goes
+# bytes; of which the lower address bits say where in the nearest cache something goes
+PAGE, LINE = 4096, 64
 BLOCK = 4096  # tokens at a time, whose slots stay in the nearest cache
 SHORT = 16  # tokens of a run below which its load is counted in place
 
@@ -106,9 +104,8 @@ def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-unty
     in_fours = len(slots) - len(slots) % 4
     for t in range(len(slots[0])):
         first_EN[np.uint64(slots[0][t]), np.uint64(next_slots[0][t])] += ONE
-        for i in range(
-            0, in_fours, 4
-        ):  # four rows at a time, so that their addresses stay in registers
+        # four rows at a time, so that their addresses stay in registers
+        for i in range(0, in_fours, 4):
             a_N, b_N = total_EN[np.uint64(slots[i][t])], total_EN[np.uint64(slots[i + 1][t])]
             c_N, d_N = total_EN[np.uint64(slots[i + 2][t])], total_EN[np.uint64(slots[i + 3][t])]
             for j in range(len(next_slots)):
@@ -250,10 +247,8 @@ def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray,
 def _srp(slots, by_T, follows_T, unit_T, E, m, total_UM):  # type: ignore[no-untyped-def]
     """f of each expert changes only when a token that chose it enters or leaves: how long it stayed
     is added then. A sequence is of one unit."""
-    f_E, since_E = (
-        np.zeros(E + 1, np.int64),
-        np.zeros(E + 1, np.int64),
-    )  # since which window f has been what it is
+    # since which window f has been what it is
+    f_E, since_E = np.zeros(E + 1, np.int64), np.zeros(E + 1, np.int64)
     windows = first = 0
     for index in range(len(by_T) + 1):
         if index == len(by_T) or not follows_T[index]:  # the run before is over
@@ -280,9 +275,8 @@ def _srp(slots, by_T, follows_T, unit_T, E, m, total_UM):  # type: ignore[no-unt
 def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
     """int64 [U, m+1]"""
     assert token_rows.order is not None
-    total_UM = np.zeros(
-        (token_rows.U, m + 2), np.int64
-    )  # f is m+1 between a token's coming and another's going, for no window
+    # f is m+1 between a token's coming and another's going, for no window
+    total_UM = np.zeros((token_rows.U, m + 2), np.int64)
     _srp(
         slots, token_rows.order.by_T, token_rows.order.follows_T, token_rows.unit_T, E, m, total_UM
     )

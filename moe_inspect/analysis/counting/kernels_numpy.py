@@ -199,9 +199,8 @@ def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
     step = max(1, BLOCK // (T + 1))
     for first_expert in range(0, E, step):
         width = min(step, E - first_expert)
-        chosen = np.zeros(
-            (T + 1, width + 1), np.int32
-        )  # one more column takes what is no expert of this block
+        # one more column takes what is no expert of this block
+        chosen = np.zeros((T + 1, width + 1), np.int32)
         inside_TK = (sorted_TK >= first_expert) & (sorted_TK < first_expert + width)
         chosen[
             index_T[:, None] + 1,

@@ -38,12 +38,8 @@ SHUFFLES = (
     5  # of the token ids, where there are few tokens; over many, one hardly differs from the next
 )
 SHORT = 100_000  # tokens
-UNIT_CLUSTERS = (
-    127,
-    61,
-    31,
-    17,
-)  # clusters of documents per domain: the most that let every token id in
+# clusters of documents per domain: the most that let every token id in
+UNIT_CLUSTERS = (127, 61, 31, 17)
 ROUNDING = np.float32(1e-6)
 Accumulate = Callable[[np.ndarray, np.ndarray, np.ndarray, Slots], None]
 

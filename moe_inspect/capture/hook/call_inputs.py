@@ -152,9 +152,8 @@ class RowReader:
         self._next_labels = {}
         if before is None or stack != "decoder":
             _check_labels(labels, B)
-        if (
-            position is not None and position.dim() == 3
-        ):  # multimodal positions: the first plane is the text's
+        # multimodal positions: the first plane is the text's
+        if position is not None and position.dim() == 3:
             position = position[0]
         token_BS, mask_BS, position = (
             _host_copy(t) for t in (ids, _mask(mask, B, S, past), position)

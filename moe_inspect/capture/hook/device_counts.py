@@ -130,11 +130,12 @@ class DeviceCounts:
         )
         assignments, first_choice, *weight_sum = (s.view(-1) for s in self._pass_sums[device])
         assignments.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK).reshape(-1))
+        # the first of equal weights
         first_T1 = (
             weights_TK.to(self.weight_dtype)
             .masked_fill(outside_TK, -torch.inf)
             .argmax(1, keepdim=True)
-        )  # the first of equal weights
+        )
         first_choice.scatter_add_(
             0, slot_TK.gather(1, first_T1)[:, 0], torch.ones_like(slot_TK[:, 0])
         )

@@ -131,9 +131,8 @@ def _mlp(self: Any, x_SH: Tensor, linear: Linear) -> Tensor:
     h_SI = linear(x_SH, getattr(self, up), bias(up))
     h_SI = self._apply_gate(h_SI) if self.has_gate else self.act_fn(h_SI)
     y_SH = linear(h_SI, self.down_proj, bias("down_proj"))
-    return (
-        self.post_expert_norm(y_SH) if getattr(self, "has_post_expert_norm", False) else y_SH
-    )  # a flag of newer releases
+    # a flag of newer releases
+    return self.post_expert_norm(y_SH) if getattr(self, "has_post_expert_norm", False) else y_SH
 
 
 def _may_have_sentinels(self: Any) -> bool:

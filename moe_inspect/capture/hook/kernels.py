@@ -458,9 +458,8 @@ if triton is not None:
         certain bit are a set of 32 bits; those with one expert are an intersection of such sets."""
         slot = tl.arange(0, 32)[None, :]
         with_expert = tl.sum(routed.to(tl.int32) << slot, 1)[:, None]
-        same = with_expert ^ (
-            routed.to(tl.int32) - 1
-        )  # the set, or for an unrouted slot the others
+        # the set, or for an unrouted slot the others
+        same = with_expert ^ (routed.to(tl.int32) - 1)
         for bit in tl.static_range(BINS.bit_length() - 1):
             is_set = (expert >> bit) & 1
             same &= tl.sum(is_set << slot, 1)[:, None] ^ (is_set - 1)

@@ -115,9 +115,8 @@ class Ring:
                 f"a forward pass of {rows:,} tokens with {widest:,} recorded values each is too "
                 f"large to record: pass at most {most:,} tokens per forward pass"
             )
-        with torch.inference_mode(
-            False
-        ):  # a tensor made in inference mode could not be written outside it
+        # a tensor made in inference mode could not be written outside it
+        with torch.inference_mode(False):
             made = {
                 name: torch.empty(self.pages * self.P * sum(w), dtype=kinds[name], device=device)
                 for name, w in widths.items()
@@ -282,9 +281,8 @@ class Rings:
                 self._of[r] = (ring, n)
         self.tapes = [ring.tapes[n] for ring, n in self._of]
         self.logit_tapes = [ring.logit_tapes[n] for ring, n in self._of] if logits else []
-        self.synchronous = all(
-            ring.side is None for ring in self._rings
-        )  # what the model has written can be read without waiting
+        # what the model has written can be read without waiting
+        self.synchronous = all(ring.side is None for ring in self._rings)
 
     @property
     def head(self) -> int:

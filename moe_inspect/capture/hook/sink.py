@@ -107,9 +107,8 @@ def choice_after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Ca
 
 
 def _seen(sink: Sink, choice: Choice | None) -> None:
-    if (
-        choice is not None and (tape := sink(*choice)) is not None
-    ):  # without a choice, the completeness check names the module
+    # without a choice, the completeness check names the module
+    if choice is not None and (tape := sink(*choice)) is not None:
         kernels.record(tape, *choice)
 
 

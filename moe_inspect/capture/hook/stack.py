@@ -62,9 +62,8 @@ class Stack:
         self.first_router = 0  # index of its first router among the model's
         self.fed: Rows | CallInputs | None = None  # in the current forward pass
         self.seen = [0] * len(sites)  # rows per site in this forward pass, where there is no tape
-        self.staged: list[list[tuple[Tensor, Tensor]]] | None = [
-            [] for _ in sites
-        ]  # first forward pass: calls per site, later per router
+        # first forward pass: calls per site, later per router
+        self.staged: list[list[tuple[Tensor, Tensor]]] | None = [[] for _ in sites]
         self.staged_logits: list[list[Tensor]] = [[] for _ in sites]
         self.shape: list[tuple[torch.device, int, int]] = []  # device, K and E of each router
         self.rings: Rings | None = None

@@ -83,10 +83,11 @@ def routed_batches(
     """A planned batch as forward passes: the prompts in one pass, then one pass per decoded
     token."""
     prompts = [len(row.ids) for row in sequences]
+    # what was fed
     whole = [
         np.concatenate([row.ids, a.token_ids[:-1]])
         for row, a in zip(sequences, answers, strict=True)
-    ]  # what was fed
+    ]
     codes = [domain_code(row.domain) for row in sequences]
     for step in range(max(map(len, (a.token_ids for a in answers)))):
         spans = [(0, p) if step == 0 else (p + step - 1, p + step) for p in prompts]

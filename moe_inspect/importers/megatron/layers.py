@@ -42,11 +42,8 @@ class RankFile:
 
     def spot(self, numbered: Spot) -> Spot:
         block, index, layer = numbered
-        return (
-            block,
-            index,
-            layer + (self.offset if block == "decoder" else min(self.offset, 0)),
-        )  # stages do not shift mtp's own numbers
+        # stages do not shift mtp's own numbers
+        return (block, index, layer + (self.offset if block == "decoder" else min(self.offset, 0)))
 
 
 AnyFile = TypeVar("AnyFile", bound=RankFile)
@@ -250,9 +247,8 @@ def routers_of(
             f"{where}: layers {listed(missing)} (from 0) have experts in the config and are in "
             "no file: give the files of all ranks"
         )
-    after = (
-        context.facts.layers if context.facts else max(layers, default=-1) + 1
-    )  # the layers of multi-token prediction come after the model's
+    # the layers of multi-token prediction come after the model's
+    after = context.facts.layers if context.facts else max(layers, default=-1) + 1
     for n, (_, index, layer) in enumerate(s for s in spots if s[0] == "mtp"):
         routers.append(Router(after + n, "mtp", f"mtp.{index}.layers.{layer}", experts, top_k))
     return routers

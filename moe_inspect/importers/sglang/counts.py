@@ -72,9 +72,8 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
     count_SBE = array_of(
         content["logical_count"], f"{path}: logical_count", (None, None, None), 0, 2**53
     )
-    if (
-        not count_SBE.size
-    ):  # so many layers and experts as one likes, of which the file need hold none
+    # so many layers and experts as one likes, of which the file need hold none
+    if not count_SBE.size:
         raise MoeInspectError(f"{path}: logical_count is {list(count_SBE.shape)}: no counts")
     last = int(np.nonzero(count_SBE.any((1, 2)))[0].max(initial=0))
     wrapped = 0 < last == len(count_SBE) - 1

@@ -154,9 +154,8 @@ class CompiledCache(Cache):
     def run(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
         from moe_inspect.simulate import kernels_numba
 
-        kernels_numba.lru(
-            *self.lru(ids_KT, phase_T)
-        )  # also where not asked for: it counts accesses
+        # also where not asked for: it counts accesses
+        kernels_numba.lru(*self.lru(ids_KT, phase_T))
         for (name, size), state in self.state.items():
             getattr(kernels_numba, name)(ids_KT, phase_T, size, *state, self.done[name, size])
 

@@ -75,9 +75,8 @@ def reached_sparse(
                 if maybe_G[g] != t:
                     maybe_G[g] = t
                     miss_G[g] = 1.0
-                total += (
-                    miss_G[g] * share_C[c]
-                )  # the chance that this expert is the first to reach the GPU
+                # the chance that this expert is the first to reach the GPU
+                total += miss_G[g] * share_C[c]
                 miss_G[g] *= 1.0 - share_C[c]
     return total
 

@@ -13,9 +13,8 @@ CHUNK = 16_384  # tokens at a time
 def reached(ids_KT: np.ndarray, share_EG: np.ndarray) -> float:
     """The sum over decisions of the GPUs each is expected to reach: Σ_t Σ_g 1 − Π_k (1 − share).
     ids_KT: experts, −1 for none; share_EG: of each expert's load, by GPU."""
-    miss_EG = np.vstack(
-        [1 - share_EG, np.ones(share_EG.shape[1])]
-    )  # the last row: −1, a slot that routed nowhere
+    # the last row: −1, a slot that routed nowhere
+    miss_EG = np.vstack([1 - share_EG, np.ones(share_EG.shape[1])])
     total = 0.0
     for start in range(0, ids_KT.shape[1], CHUNK):
         total += float((1 - miss_EG[ids_KT[:, start : start + CHUNK]].prod(0)).sum())

@@ -186,11 +186,8 @@ def _flock(file: int, exclusive: bool) -> bool | None:
     try:
         fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (
-            errno.EWOULDBLOCK,
-            errno.EACCES,
-            errno.ESTALE,
-        ):  # ESTALE: removed on an NFS server
+        # ESTALE: removed on an NFS server
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.ESTALE):
             return False
         if error.errno in UNSUPPORTED:
             return None

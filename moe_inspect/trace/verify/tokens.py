@@ -87,9 +87,8 @@ class Positions:
     ) -> None:
         if not self.strict or not len(sequence_T):
             return
-        key_T = (
-            sequence_T.astype(np.int64) * 2 + encoded_T
-        )  # what an encoder reads has positions of its own
+        # what an encoder reads has positions of its own
+        key_T = sequence_T.astype(np.int64) * 2 + encoded_T
         order_T = np.argsort(key_T, kind="stable")
         key_T, position_T = key_T[order_T], position_T[order_T]
         wrong_T = np.zeros(len(key_T), bool)

@@ -63,9 +63,10 @@ class RoutedBatch:
             yield self
             return
         edges = [int(n) for n in run_edges(self.batches)]
+        # of the first pass of each document
         number_of = dict(
             zip(reversed(self.document.tolist()), reversed(self.batches.tolist()), strict=True)
-        )  # of the first pass of each document
+        )
         last = int(self.batches[-1])
         for start, end in pairwise(edges):
             number, rows = int(self.batches[start]), slice(start, end)

@@ -35,10 +35,8 @@ SWITCH = "MOE_INSPECT_SELFCHECK"
 TOKENS = (1, 7, 371)
 COMBINED = (1, 7, 37)  # as H multiplies them
 WIDTHS = (1040, 1037)  # H: of two programs, a multiple of 16 or not
-TAPES = {
-    1: ("in one page",),
-    7: ("across the ring's end", "disabled"),
-}  # of other numbers of tokens:
+# of other numbers of tokens:
+TAPES = {1: ("in one page",), 7: ("across the ring's end", "disabled")}
 EDGES = ("across pages", "beyond the limit")
 
 

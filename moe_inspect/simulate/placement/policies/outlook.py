@@ -15,20 +15,8 @@ import numpy as np
 
 # windows; more are merged with their neighbours, since kriging solves a system of as many equations
 MOST = 256
-RHOS = (
-    0.0,
-    0.3,
-    0.5,
-    0.7,
-    0.8,
-    0.85,
-    0.9,
-    0.93,
-    0.95,
-    0.97,
-    0.98,
-    0.99,
-)  # correlations of a window with the next that are tried
+# correlations of a window with the next that are tried
+RHOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 
 
 def drawn(load_WE: np.ndarray, windows: int, seed: int = 0) -> np.ndarray:
