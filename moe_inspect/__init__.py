@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
     from moe_inspect.comparison.compare import Comparison, compare
     from moe_inspect.comparison.mismatch import mismatch
+    from moe_inspect.comparison.models.compare import ModelComparison, compare_models
     from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
     from moe_inspect.model.describe import Description, describe
@@ -41,6 +42,7 @@ __all__ = [
     "Comparison",
     "Description",
     "EngineOptions",
+    "ModelComparison",
     "MoeInspectError",
     "Report",
     "Trace",
@@ -48,6 +50,7 @@ __all__ = [
     "Verification",
     "compare",
     "compare_checkpoints",
+    "compare_models",
     "describe",
     "export_trace",
     "import_trace",
@@ -72,12 +75,14 @@ _HOMES = {
     "Comparison": "moe_inspect.comparison.compare",
     "Description": "moe_inspect.model.describe",
     "EngineOptions": "moe_inspect.capture.options",
+    "ModelComparison": "moe_inspect.comparison.models.compare",
     "Report": "moe_inspect.reporting.report",
     "Trace": "moe_inspect.trace.reader",
     "TraceOptions": "moe_inspect.capture.options",
     "Verification": "moe_inspect.trace.verify",
     "compare": "moe_inspect.comparison.compare",
     "compare_checkpoints": "moe_inspect.comparison.checkpoints",
+    "compare_models": "moe_inspect.comparison.models.compare",
     "describe": "moe_inspect.model.describe",
     "export_trace": "moe_inspect.exporters.run",
     "import_trace": "moe_inspect.importers.run",

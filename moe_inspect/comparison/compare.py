@@ -67,10 +67,10 @@ def compare(
         drop_last,
         drop_zero_filled,
     )
-    first, second = _opened(a), _opened(b)
-    base = None if noise is None else PairData(first, _opened(noise), options, progress=progress)
+    first, second = opened(a), opened(b)
+    base = None if noise is None else PairData(first, opened(noise), options, progress=progress)
     return Comparison(first, second, options, noise=base, progress=progress)
 
 
-def _opened(trace: Trace | str | Path) -> Trace:
+def opened(trace: Trace | str | Path) -> Trace:
     return trace if isinstance(trace, Trace) else open_trace(trace)

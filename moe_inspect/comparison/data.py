@@ -13,6 +13,7 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.comparison.aligning.align import Alignment, align
 from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
+from moe_inspect.comparison.aligning.models import DifferentModelsError, layers_difference
 from moe_inspect.comparison.aligning.pairing import router_pairs
 from moe_inspect.comparison.aligning.refused import check_tokens
 from moe_inspect.comparison.aligning.rows import all_alike
@@ -65,6 +66,9 @@ class PairData:
         self.a, self.b, self.options, self.noise = a, b, options, noise
         self.selection = select(a, options.layers, options.domains, options.phase)
         self.pairs = router_pairs(a, b, self.selection.routers, options.shift_layers)
+        # whoever says which layers belong together may compare models of different depth
+        if options.layers is None and not options.shift_layers and layers_difference(a, b):
+            raise DifferentModelsError(a, b, [layers_difference(a, b)])
         self.alignment: Alignment = align(
             a,
             b,

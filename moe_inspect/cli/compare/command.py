@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -11,6 +11,10 @@ from moe_inspect.cli.compare.options import CompareOptions, TraceA, TraceB, Trac
 from moe_inspect.cli.compare.write import Shown, requested, write
 from moe_inspect.cli.options import TableCommand, with_options
 from moe_inspect.cli.report.build import decisions_read
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    from moe_inspect.comparison.aligning.models import DifferentModelsError
 
 OF_PAIRS = (
     "noise",
@@ -28,17 +32,28 @@ def compare(a: TraceA, b: TraceB, options: CompareOptions, others: Traces = None
 
     Do they choose the same experts, where not, and was it rounding, another model or a
     misalignment? More than two traces are checkpoints in the order of training, each of which is
-    compared with the last. Needs neither torch nor the model."""
+    compared with the last. Different models are shown side by side. Needs neither torch nor the
+    model."""
     if others:
         _checkpoints([a, b, *others], options)
         return
+    from moe_inspect.comparison.aligning.models import DifferentModelsError
+
+    try:
+        _pair(a, b, options)
+    except DifferentModelsError as error:
+        if any(getattr(options, name) for name in OF_PAIRS):
+            raise  # which say how decisions belong together
+        _models(a, b, options, error)
+
+
+def _pair(a: str, b: str, options: CompareOptions) -> None:
     from moe_inspect.comparison.charts import draw_charts
     from moe_inspect.comparison.compare import TABLES
     from moe_inspect.comparison.compare import compare as make
     from moe_inspect.comparison.page import comparison_page
     from moe_inspect.comparison.text import print_comparison
 
-    request = requested(options, TABLES, "agreement")
     with decisions_read() as progress:
         made = make(
             a,
@@ -53,6 +68,9 @@ def compare(a: TraceA, b: TraceB, options: CompareOptions, others: Traces = None
             drop_zero_filled=options.drop_zero_filled,
             progress=progress,
         )
+        request = requested(
+            options, TABLES, "agreement"
+        )  # after it is known which tables there are
         made.verdict()  # which counts
     shown = Shown(
         partial(print_comparison, made),
@@ -60,6 +78,43 @@ def compare(a: TraceA, b: TraceB, options: CompareOptions, others: Traces = None
         lambda: comparison_page(made),
     )
     write(made, request, shown, TABLES)
+
+
+def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError) -> None:
+    """Two different models, side by side: what was asked for must be there for these."""
+    from moe_inspect.comparison.models.compare import compare_models
+    from moe_inspect.comparison.models.data import MODEL_TABLES
+    from moe_inspect.comparison.models.shown import (
+        draw_model_charts,
+        models_page,
+        print_models,
+    )
+
+    given = {
+        f"the table {options.table!r}": options.table and options.table not in MODEL_TABLES,
+        "--layers": options.layers,
+        "--fail-above": options.fail_above,
+        "--fail-below": options.fail_below,
+    }
+    if refused := next((name for name, asked in given.items() if asked), None):
+        raise MoeInspectError(
+            f"{a} (A) and {b} (B) are of different models ({'; '.join(error.reasons)}), for which "
+            f"there is no {refused.removeprefix('the ')}: there are the tables "
+            f"{', '.join(MODEL_TABLES)}"
+        )
+    request = requested(options, MODEL_TABLES, "verdict")
+    selection = {name: value for name, value in _selection(options).items() if name != "layers"}
+    with decisions_read() as progress:
+        made = compare_models(
+            a, b, **selection, top=options.top, reasons=error.reasons, progress=progress
+        )
+        made.verdict()
+    shown = Shown(
+        partial(print_models, made),
+        lambda: draw_model_charts(made)[0],
+        lambda: models_page(made),
+    )
+    write(made, request, shown, MODEL_TABLES)
 
 
 def _checkpoints(traces: list[str], options: CompareOptions) -> None:
@@ -100,8 +155,9 @@ class CompareCommand(TableCommand):
     def tables_help(self) -> str:
         from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES
         from moe_inspect.comparison.compare import TABLES
+        from moe_inspect.comparison.models.data import MODEL_TABLES
 
         return (
             f"One table instead of the text: {', '.join(TABLES)}; of more than two traces "
-            f"{', '.join(CHECKPOINT_TABLES)}."
+            f"{', '.join(CHECKPOINT_TABLES)}; of two different models {', '.join(MODEL_TABLES)}."
         )

@@ -71,7 +71,11 @@ class CompareOptions:
     top: Annotated[
         int,
         typer.Option(
-            min=0, help="Rows per router in flips, rows in documents and movers; 0 is all."
+            min=0,
+            help=(
+                "Rows per router in flips, rows in documents and movers, texts per expert in "
+                "vocabulary; 0 is all."
+            ),
         ),
     ] = 20
     shift_layers: Annotated[

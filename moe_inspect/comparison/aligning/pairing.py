@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from moe_inspect.comparison.aligning.models import DifferentModelsError, shape_differences
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import layer_label, ranges
+from moe_inspect.text import ranges
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
@@ -16,9 +17,24 @@ from moe_inspect.trace.schema import Router
 def router_pairs(
     a: Trace, b: Trace, routers: Iterable[int], shift_layers: int = 0
 ) -> tuple[tuple[int, int], ...]:
+    """`same_places`, checked: DifferentModelsError where two have other experts or another k,
+    MoeInspectError where no layer is in both."""
+    pairs = same_places(a, b, routers, shift_layers)
+    if reasons := shape_differences(a, b, pairs):
+        raise DifferentModelsError(a, b, reasons)
+    if not pairs:
+        raise MoeInspectError(
+            f"no layer is in both: {a.path} has layers {_layers(a.routers)}, {b.path} has "
+            f"{_layers(b.routers)}: give --shift-layers if they are numbered otherwise"
+        )
+    return pairs
+
+
+def same_places(
+    a: Trace, b: Trace, routers: Iterable[int], shift_layers: int = 0
+) -> tuple[tuple[int, int], ...]:
     """(router of A, router of B): the same layer, or layer n of B with n + shift_layers of A, the
-    same stack, and the same place among the routers of the layer. MoeInspectError where no layer
-    is in both, or two have other experts or another k."""
+    same stack, and the same place among the routers of the layer."""
     place_b = {key: r for r, key in enumerate(_places(b.routers))}
     place_a = _places(a.routers)
     pairs = list[tuple[int, int]]()
@@ -27,32 +43,7 @@ def router_pairs(
         other = place_b.get((layer - shift_layers, stack, nth))
         if other is not None:
             pairs.append((r, other))
-    if not pairs:
-        raise MoeInspectError(
-            f"no layer is in both: {a.path} has layers {_layers(a.routers)}, {b.path} has "
-            f"{_layers(b.routers)}: give --shift-layers if they are numbered otherwise"
-        )
-    for r, other in pairs:
-        _check_shape(a, b, r, other)
     return tuple(pairs)
-
-
-def _check_shape(a: Trace, b: Trace, r: int, other: int) -> None:
-    of_a, of_b = a.routers[r], b.routers[other]
-    for what, x, y in (
-        ("experts", of_a.experts, of_b.experts),
-        ("experts per token", of_a.top_k, of_b.top_k),
-    ):
-        if x != y:
-            more = (
-                ": physical ids of replicated experts have to be mapped to logical ids first"
-                if what == "experts" and of_a.top_k == of_b.top_k
-                else ""
-            )
-            raise MoeInspectError(
-                f"layer {layer_label(a.routers, r)} has {x} {what} in {a.path}, {y} in {b.path}: "
-                f"decisions of different shapes cannot be compared{more}"
-            )
 
 
 def _places(routers: Sequence[Router]) -> list[tuple[int, str, int]]:

@@ -12,6 +12,7 @@ from moe_inspect.comparison.aligning.align import (
     segments_of,
     shard_at,
 )
+from moe_inspect.comparison.aligning.models import DifferentModelsError, vocabularies_apart
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 
@@ -21,7 +22,8 @@ SAMPLE = 64  # pairs of sequences
 
 
 def check_tokens(a: Trace, b: Trace, alignment: Alignment) -> None:
-    """MoeInspectError where most tokens of the shorter trace have no equal in the other."""
+    """MoeInspectError where most tokens of the shorter trace have no equal in the other,
+    DifferentModelsError where that is since another tokenizer cut them."""
     possible = min(alignment.a.tokens, alignment.b.tokens)
     if alignment.matched >= LEAST * possible or (alignment.matched and not alignment.ids_known):
         return
@@ -33,11 +35,8 @@ def check_tokens(a: Trace, b: Trace, alignment: Alignment) -> None:
                 f"{b.path}, as a special token in front would have it: add --shift-positions "
                 f"{shift}"
             )
-        if other := _other_vocabulary(a, b):
-            raise MoeInspectError(
-                f"{a.path} and {b.path} come from different tokenizers ({other}): their tokens "
-                "cannot be aligned"
-            )
+        if other := vocabularies_apart(a, b):
+            raise DifferentModelsError(a, b, [other])
     raise MoeInspectError(
         f"{a.path} and {b.path} have {alignment.matched:,} tokens in common (of "
         f"{alignment.a.tokens:,} and {alignment.b.tokens:,}), by document and position or by the "
@@ -65,13 +64,3 @@ def _shift_of_positions(a: Trace, b: Trace, alignment: Alignment) -> tuple[int, 
                 same, total = same + int((ids_a == ids_b).sum()), total + len(ids_a)
         best = max(best, (same / max(total, 1), shift))
     return best[1], best[0]
-
-
-def _other_vocabulary(a: Trace, b: Trace) -> str:
-    """How the vocabularies differ; "" where they do not, or one is not known."""
-    words = [trace.vocabulary_table for trace in (a, b)]
-    if not all(len(table) for table in words) or words[0].equals(words[1]):
-        return ""
-    if len(words[0]) != len(words[1]):
-        return f"vocabularies of {len(words[0]):,} and {len(words[1]):,} tokens"
-    return "the same token ids stand for other texts"

@@ -1,0 +1,1 @@
+"""Two models that cannot be compared decision by decision, side by side."""

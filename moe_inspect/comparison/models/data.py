@@ -1,0 +1,127 @@
+"""What a comparison of two models is made of: the report of each, and the spans of text that they
+have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.comparison.aligning.models import (
+    blocks_of,
+    layers_difference,
+    shape_differences,
+    tokenizer_difference,
+)
+from moe_inspect.comparison.aligning.pairing import same_places
+from moe_inspect.comparison.models.spans import Spans, common_spans
+from moe_inspect.comparison.models.told import Told, judged_texts, told_by_text
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.registry import LazyTables, Table
+from moe_inspect.trace.reader import Trace
+
+MODEL_TABLES: dict[str, Table] = {}
+SIDES = ("a", "b")
+WHOLE = ["balance", "specialization"]
+
+
+class ModelData:
+    """Traces A and B. Nothing is read before it is asked for."""
+
+    def __init__(
+        self,
+        a: Trace,
+        b: Trace,
+        *,
+        domains: str | Iterable[str] | None = None,
+        phase: str | None = None,
+        top: int = 20,
+        reasons: Iterable[str] = (),
+        progress: Callable[[int], None] | None = None,
+    ):
+        self.a, self.b, self.top = a, b, top
+        settings: dict[str, Any] = {"domains": domains, "phase": phase, "progress": progress}
+        self.reports: dict[str, Report] = {
+            side: report(trace, **settings) for side, trace in zip(SIDES, (a, b), strict=True)
+        }
+        self._reasons = tuple(reasons)
+        self.tables = LazyTables(self, MODEL_TABLES)
+
+    @property
+    def trace(self) -> Trace:
+        return self.a
+
+    @property
+    def traces(self) -> dict[str, Trace]:
+        return dict(zip(SIDES, (self.a, self.b), strict=True))
+
+    @cached_property
+    def reasons(self) -> list[str]:
+        """Why they are different models, a phrase each; none where nothing tells them apart."""
+        pairs = same_places(self.a, self.b, range(len(self.a.routers)))
+        found = (
+            *shape_differences(self.a, self.b, pairs),
+            layers_difference(self.a, self.b),
+            tokenizer_difference(self.a, self.b),
+            *self._reasons,
+        )
+        return [reason for reason in dict.fromkeys(found) if reason]
+
+    def depth(self, side: str, router: int) -> float:
+        """Where a router is in its model: 0 the first layer, 1 the last."""
+        trace = self.traces[side]
+        last = max(router.layer for router in trace.routers)
+        return trace.routers[router].layer / max((blocks_of(trace) or last + 1) - 1, last, 1)
+
+    def of(self, side: str, table: str) -> pd.DataFrame:
+        """A table of one trace's report."""
+        made = self.reports[side]
+        made.prepare(WHOLE)
+        return made.tables[table]
+
+    @cached_property
+    def spans(self) -> Spans:
+        """MoeInspectError where there is no text that both cut."""
+        for trace in (self.a, self.b):
+            if trace.counts_only:
+                raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
+        return common_spans(self.a, self.b, self.reports["a"].selection)
+
+    @cached_property
+    def texts(self) -> np.ndarray:
+        """int64 [V]: the texts of spans that occur often enough to be judged."""
+        texts = judged_texts(self.spans.text)
+        if not len(texts):
+            raise MoeInspectError("no span of text occurs eight times in the sample")
+        return texts
+
+    @cached_property
+    def told(self) -> dict[tuple[str, int], Told]:
+        """(side, router) → what the text tells; routers whose first choice is known."""
+        spans, V = self.spans, len(self.texts)
+        place = np.full(len(spans.texts), -1)
+        place[self.texts] = np.arange(V)
+        of_S = np.flatnonzero(place[spans.text] >= 0)
+        text_S, document_S = place[spans.text[of_S]], spans.document[of_S]
+        found = dict[tuple[str, int], Told]()
+        for side, tokens, at_S in (("a", spans.a, spans.at_a), ("b", spans.b, spans.at_b)):
+            for r, router in enumerate(tokens.trace.routers):
+                if router.first_choice_known and router.stack != "encoder":
+                    chosen_S = tokens.first_choices(at_S[of_S], r)
+                    found[side, r] = told_by_text(text_S, chosen_S, document_S, V, router.experts)
+        for side in SIDES:
+            if not any(one == side for one, _ in found):
+                raise MoeInspectError(f"{self.traces[side].path} does not tell first choices")
+        return found
+
+    def why_not(self, table: str) -> str:
+        """Why a table of MODEL_TABLES cannot be had; "" where it can."""
+        try:
+            self.tables[table]
+        except MoeInspectError as error:
+            return str(error)
+        return ""

@@ -1,0 +1,162 @@
+"""Two different models as charts over relative depth, as text and as a page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TextIO
+
+import numpy as np
+from rich.text import Text
+
+from moe_inspect.comparison.models.compare import ModelComparison
+from moe_inspect.comparison.models.data import SIDES
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.charts.parts import known_interval
+from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
+from moe_inspect.reporting.render.console import console_for, print_frame
+from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
+from moe_inspect.reporting.render.terminal import print_verdict
+from moe_inspect.text import printable
+
+STEPS = 100  # of the axis of relative depth
+DEPTH = Axis(
+    "relative depth: 0% is the first layer, 100% the last",
+    tuple(f"{i}%" for i in range(STEPS + 1)),
+)
+COLOURS = dict(zip(SIDES, ("c1", "c2"), strict=True))
+EXCERPTS = {
+    "balance": ("layer", "router", "trace", "depth", "max_vio", "noise_floor", "dead_experts"),
+    "specialization": ("layer", "router", "trace", "depth", "domain_told", "jsd_bits"),
+    "spans": ("layer", "router", "trace", "depth", "text_told", "text_told_low", "text_told_high"),
+}
+
+
+def _lines(
+    table: Any, column: str, low: str = "", high: str = "", floor: str = ""
+) -> tuple[Line, ...]:
+    marks = list[Line]()
+    for side in SIDES:
+        rows = table[table["trace"] == side].sort_values("depth", kind="stable")
+        x, name = (STEPS * rows["depth"].to_numpy(float)).round(), side.upper()
+        ends = known_interval(rows[low], rows[high]) if low else (None, None)
+        marks.append(Line(x, rows[column].to_numpy(float), name, COLOURS[side], "", True, *ends))
+        if floor:
+            y = rows[floor].to_numpy(float)
+            marks.append(Line(x, y, f"{name}: chance", COLOURS[side], dash="dot"))
+    return tuple(marks)
+
+
+def load_by_depth(data: ModelComparison) -> Chart:
+    """How even the load is, by relative depth."""
+    table = data.tables["balance"]
+    marks = _lines(table, "max_vio", "max_vio_low", "max_vio_high", "noise_floor")
+    return Chart(
+        "How even the load is",
+        "MaxVio, the load of the busiest expert above the mean, by relative depth",
+        (Panel(marks, DEPTH, Axis("(max − mean) / mean", low=0)),),
+        text="0 is even; at most E/k − 1 is possible. Bars are 95% intervals over documents.",
+        table=table,
+    )
+
+
+def domains_by_depth(data: ModelComparison) -> Chart:
+    """How much the domain tells, by relative depth."""
+    table = data.tables["specialization"]
+    return Chart(
+        "Specialization by domain",
+        "Share of what a domain could tell of the expert, by relative depth",
+        (Panel(_lines(table, "domain_told"), DEPTH, Axis("share, beyond chance", low=0)),),
+        text="Beyond what shuffled documents tell. 0: domains are all alike; 1: as far apart as "
+        "their number, E and k allow.",
+        table=table,
+    )
+
+
+def texts_by_depth(data: ModelComparison) -> Chart:
+    """How much the text of a span tells, by relative depth."""
+    table = data.tables["spans"]
+    marks = _lines(table, "text_told", "text_told_low", "text_told_high")
+    return Chart(
+        "Do experts follow the text?",
+        "Share of the entropy of the first choice that a span's text explains, by relative depth",
+        (Panel(marks, DEPTH, Axis("share, beyond chance", low=0)),),
+        text="The same spans of text for both, however their tokenizers cut them; beyond what "
+        "shuffled spans tell. 1: the text alone decides which expert is first. Bars are 95% "
+        "intervals over documents.",
+        table=table,
+    )
+
+
+CHARTS: tuple[Callable[[ModelComparison], Chart], ...] = (
+    load_by_depth,
+    domains_by_depth,
+    texts_by_depth,
+)
+
+
+def draw_model_charts(data: ModelComparison) -> tuple[list[Chart], list[str]]:
+    """All charts that the two have the data for, and why others are missing."""
+    charts, left_out = list[Chart](), list[str]()
+    for make in CHARTS:
+        try:
+            charts.append(replace(make(data), name=make.__name__))
+        except MoeInspectError as error:
+            left_out.append(str(error))
+    return charts, list(dict.fromkeys(left_out))
+
+
+def models_page(made: ModelComparison) -> str:
+    """The page, as HTML."""
+    charts, left_out = draw_model_charts(made)
+    sections = [chart_section(chart) for chart in charts]
+    if not made.why_not("vocabulary"):
+        rows: Any = made.tables["vocabulary"]
+        text = "Spans of text that choose an expert first most exclusively, one per expert."
+        best = rows.groupby(["trace", "router", "expert"], sort=False).head(1)
+        sections.append(Section("Texts of experts", text, table=best))
+    for name, title in (("summary", "About these models"), ("refused", "Not compared")):
+        sections.append(Section(title, table=made.tables[name]))
+    return page_html(
+        Page(
+            "Two models, side by side",
+            f"A {made.a.path} · B {made.b.path}",
+            verdict=made.verdict(),
+            sections=sections,
+            left_out=left_out,
+            footer="Figures of two models are comparable where they are shares of what is "
+            "possible or stand beside what chance gives. Made by moe-inspect.",
+        )
+    )
+
+
+def print_models(made: ModelComparison, file: TextIO) -> None:
+    """The whole text."""
+    console = console_for(file)
+    console.print(Text(printable(f"A {made.a.path} · B {made.b.path}"), style="bold"))
+    console.print()
+    print_verdict(made.verdict(), console)
+    for name, columns in EXCERPTS.items():
+        if made.why_not(name):
+            continue
+        frame: Any = made.tables[name]
+        if console.is_terminal:
+            frame = frame[list(columns)]
+        print_frame(_apart(frame), console, name, fitting=console.is_terminal)
+    paths = " ".join(shlex.quote(str(trace.path)) for trace in (made.a, made.b))
+    command = f"experts' texts: moe-inspect compare {paths} --table vocabulary"
+    console.print(Text(printable(command), style="dim"))
+
+
+ROWS = 8  # of a trace; --table has them all
+
+
+def _apart(frame: Any) -> Any:
+    """At most ROWS routers of each trace, spread over its depth."""
+    kept = list[Any]()
+    for side in SIDES:
+        rows = frame[frame["trace"] == side]
+        at = np.unique(np.linspace(0, max(len(rows) - 1, 0), min(ROWS, len(rows))).round())
+        kept += rows.index[at.astype(int)].tolist()
+    return frame.loc[kept]

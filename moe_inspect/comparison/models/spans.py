@@ -1,0 +1,230 @@
+"""The same text, cut into tokens by two tokenizers: the spans of bytes between the cuts that both
+make. White space is left out, which tokenizers treat differently.
+
+T tokens of a document, S spans, V token ids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.runs import run_edges
+from moe_inspect.trace.schema import PHASES
+from moe_inspect.trace.shard import codes
+
+MOST_TOKENS = 200_000  # of A: documents spread over the trace, up to so many
+LEAST_COMMON = 0.5  # of the bytes of the documents in both
+KEY_BYTES = 32  # by which a document is found in the other trace
+KEY_TOKENS = 48
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One trace's tokens of the documents that are judged, in the order of the text. Arrays [T].
+    document: its place in the sample."""
+
+    trace: Trace
+    document: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    token_id: np.ndarray
+
+    def first_choices(self, at: np.ndarray, router: int) -> np.ndarray:
+        """int64 [S]: the first choice of each of these tokens, the number of experts where it
+        has none."""
+        found = np.empty(len(at), np.int64)
+        shard_S, row_S = self.shard[at], self.row[at]
+        for number in np.unique(shard_S).tolist():
+            shard = next(islice(self.trace.shards, number, None))
+            of_shard, seen = np.flatnonzero(shard_S == number), shard.seen(router)
+            rows = row_S[of_shard]
+            found[of_shard] = shard.slots(router)[0][
+                rows if seen is None else (np.cumsum(seen) - 1)[rows]
+            ]
+        return found
+
+
+@dataclass(frozen=True)
+class Spans:
+    """at_a, at_b: int64 [S], the last token of each span, the first at which the model has seen all
+    of it. text: which text each span is, an index into `texts`. document: int64 [S].
+    common: the share of the bytes that both traces have, of the documents of the sample.
+    documents: of the sample; of: of A."""
+
+    a: Side
+    b: Side
+    at_a: np.ndarray
+    at_b: np.ndarray
+    text: np.ndarray
+    texts: list[str]
+    document: np.ndarray
+    common: float
+    documents: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Words:
+    """What each token id of a vocabulary writes, without white space; nothing for special
+    tokens."""
+
+    of: list[bytes]
+
+    @cached_property
+    def size_V(self) -> np.ndarray:
+        return np.array([len(word) for word in self.of] or [0], np.int64)
+
+    def text(self, token_id: np.ndarray) -> bytes:
+        return b"".join([self.of[i] for i in token_id.tolist()])
+
+
+def words_of(trace: Trace) -> Words:
+    """MoeInspectError where the trace has no vocabulary."""
+    table = trace.vocabulary_table
+    if not len(table):
+        raise MoeInspectError(f"{trace.path} was recorded without a vocabulary")
+    frame = (trace.manifest.get("corpus") or {}).get("special_tokens") or {}
+    special = {name for part in ("before", "after") for name in frame.get(part) or []}
+    words = [b"" if text in special else _bytes(text) for text in table["token"].to_pylist()]
+    config = (trace.manifest.get("model") or {}).get("config") or {}
+    ids: list[Any] = [config.get(name) for name in SPECIAL_IDS]
+    for i in [one for some in ids for one in (some if isinstance(some, list) else [some])]:
+        if isinstance(i, int) and 0 <= i < len(words):
+            words[i] = b""
+    return Words(words)
+
+
+def _bytes(text: str | None) -> bytes:
+    """ "▁caf<0xC3><0xA9>" → b"caf\\xc3\\xa9" """
+    parts = BYTE.split("" if text is None else text.replace("▁", ""))
+    raw = b"".join(
+        bytes([int(part, 16)]) if i % 2 else "".join(part.split()).encode("utf-8", "replace")
+        for i, part in enumerate(parts)
+    )
+    return b"".join(raw.split())
+
+
+def common_spans(a: Trace, b: Trace, selection: Selection) -> Spans:
+    """The spans of a sample of the documents that are in both, found by how they begin.
+    MoeInspectError where a vocabulary is missing, or the texts are others."""
+    words_a, words_b = words_of(a), words_of(b)
+    starts_a, starts_b = _starts(a, words_a, selection), _starts(b, words_b, selection)
+    both = [(tokens, document, starts_b[key][1]) for key, (tokens, document) in starts_a.items()
+            if key in starts_b]  # fmt: skip
+    total = sum(tokens for tokens, _, _ in both)
+    step = max(1, -(-total // MOST_TOKENS))
+    sample = [(document, other) for _, document, other in both[::step]]
+    side_a, side_b = (
+        _side(trace, [pair[i] for pair in sample], selection) for i, trace in enumerate((a, b))
+    )
+    return _spans(side_a, side_b, words_a, words_b, len(sample), len(starts_a))
+
+
+def _tokens(
+    trace: Trace, words: int, selection: Selection
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Of each shard its number, and its rows that are selected and that a decoder reads: int64
+    [4, T], document, sequence, position and token id; and which rows these are."""
+    for number, shard in enumerate(trace.shards):
+        columns = ["document", "sequence", "position", "token_id", "phase", "domain"]
+        table = shard.tokens(columns)
+        phase_T, phases = codes(table["phase"])
+        code_T, labels = codes(table["domain"])
+        read = [phase != PHASES[2] and selection.phase in (None, phase) for phase in phases]
+        among = [selection.domains is None or label in selection.domains for label in labels]
+        keep_T = np.array(read, bool)[phase_T] & np.array(among, bool)[code_T]
+        rows = np.flatnonzero(keep_T)
+        part = np.stack([table[name].to_numpy()[rows].astype(np.int64) for name in columns[:4]])
+        if part[3].min(initial=0) < 0 or part[3].max(initial=0) >= words:
+            raise MoeInspectError(f"{trace.path} has token ids that its vocabulary does not have")
+        yield number, part, rows
+
+
+def _starts(
+    trace: Trace, words: Words, selection: Selection
+) -> dict[tuple[bytes, int], tuple[int, int]]:
+    """How each document begins (and which of those that begin so it is) → its number of tokens, and
+    its number. In the order of the documents' numbers."""
+    early, sizes = [np.zeros((4, 0), np.int64)], dict[int, int]()
+    for _, part, _ in _tokens(trace, len(words.of), selection):
+        early.append(part[:, part[2] < KEY_TOKENS])
+        for document, size in zip(*np.unique(part[0], return_counts=True), strict=True):
+            sizes[int(document)] = sizes.get(int(document), 0) + int(size)
+    first = np.concatenate(early, axis=1)
+    first = first[:, np.lexsort(first[2::-1])]
+    edges = run_edges(first[0])
+    found, seen = dict[tuple[bytes, int], tuple[int, int]](), dict[bytes, int]()
+    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        document = int(first[0, begin])
+        key = words.text(first[3, begin : min(end, begin + KEY_TOKENS)])[:KEY_BYTES]
+        seen[key] = seen.get(key, 0) + 1
+        found[key, seen[key]] = sizes[document], document
+    return found
+
+
+def _side(trace: Trace, documents: list[int], selection: Selection) -> Side:
+    """The tokens of these documents, the first of each where a sequence was fed twice."""
+    place = {document: i for i, document in enumerate(documents)}
+    known = np.array(sorted(place), np.int64)
+    parts = [np.zeros((6, 0), np.int64)]
+    for number, part, rows in _tokens(trace, len(trace.vocabulary_table), selection):
+        kept = np.isin(part[0], known)
+        at = np.array([place[d] for d in part[0, kept].tolist()], np.int64)
+        shard = np.full(len(at), number)
+        parts.append(np.stack([at, *part[1:3, kept], shard, rows[kept], part[3, kept]]))
+    whole = np.concatenate(parts, axis=1)
+    whole = whole[:, np.lexsort(whole[4::-1])]
+    if whole.shape[1]:
+        whole = whole[:, run_edges(*whole[:3])[:-1]]
+    return Side(trace, whole[0], *whole[3:])
+
+
+def _spans(a: Side, b: Side, words_a: Words, words_b: Words, documents: int, of: int) -> Spans:
+    at_a, at_b, text, document = (list[np.ndarray]() for _ in range(4))
+    names, common, total = dict[bytes, int](), 0, 0
+    edges_a, edges_b = (np.searchsorted(x.document, np.arange(documents + 1)) for x in (a, b))
+    for d in range(documents):
+        begin_a, begin_b = int(edges_a[d]), int(edges_b[d])
+        ids_a, ids_b = a.token_id[begin_a : edges_a[d + 1]], b.token_id[begin_b : edges_b[d + 1]]
+        text_a, text_b = words_a.text(ids_a), words_b.text(ids_b)
+        same = _common_prefix(text_a, text_b)
+        common, total = common + same, total + min(len(text_a), len(text_b))
+        end_a, end_b = np.cumsum(words_a.size_V[ids_a]), np.cumsum(words_b.size_V[ids_b])
+        cuts = np.intersect1d(end_a, end_b)
+        cuts = cuts[(cuts > 0) & (cuts <= same)]
+        # the first token that ends there; others that do write nothing
+        at_a.append(begin_a + np.searchsorted(end_a, cuts))
+        at_b.append(begin_b + np.searchsorted(end_b, cuts))
+        starts = [0, *cuts.tolist()]
+        spans = [text_a[i:j] for i, j in pairwise(starts)]
+        text.append(np.array([names.setdefault(span, len(names)) for span in spans], np.int64))
+        document.append(np.full(len(cuts), d))
+    share = common / total if total else 0.0
+    if share < LEAST_COMMON:
+        raise MoeInspectError(
+            f"A and B have {share:.0%} of the bytes of {documents:,} common documents in common: "
+            "trace the same text with both"
+        )
+    at_a_S, at_b_S, text_S, document_S = (
+        np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (at_a, at_b, text, document)
+    )
+    texts = [name.decode("utf-8", "backslashreplace") for name in names]
+    return Spans(a, b, at_a_S, at_b_S, text_S, texts, document_S, share, documents, of)
+
+
+def _common_prefix(a: bytes, b: bytes) -> int:
+    size = min(len(a), len(b))
+    differs = np.frombuffer(a, np.uint8, size) != np.frombuffer(b, np.uint8, size)
+    return int(differs.argmax()) if differs.any() else size

@@ -1,0 +1,186 @@
+"""The tables on two different models: what means the same in both, side by side.
+
+E experts, k experts per token, D domains, V texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.comparison.aligning.models import blocks_of
+from moe_inspect.comparison.compare import TABLES
+from moe_inspect.comparison.models.data import MODEL_TABLES, SIDES, ModelData
+from moe_inspect.comparison.models.told import adjusted, jackknife_interval
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.tables.registry import table
+from moe_inspect.text import layer_label, ranges, readable, storable
+
+BALANCE = (
+    "experts",
+    "top_k",
+    "tokens",
+    "max_vio",
+    "max_vio_low",
+    "max_vio_high",
+    "noise_floor",
+    "gini",
+    "entropy",
+    "dead_experts",
+)
+
+
+@table(tables=MODEL_TABLES)
+def summary(data: ModelData) -> pd.DataFrame:
+    """One row per fact: key, and its value in A and in B (text)."""
+    rows = [(key, *(storable(str(value)) for value in values)) for key, *values in _facts(data)]
+    return pd.DataFrame(rows, columns=["key", *SIDES]).astype("str")
+
+
+def _facts(data: ModelData) -> Iterator[tuple[object, ...]]:
+    both = data.a, data.b
+    yield "trace", *(trace.path for trace in both)
+    for key in ("id", "revision", "class"):
+        yield f"model_{key}", *((x.manifest.get("model") or {}).get(key) or "" for x in both)
+    yield "layers", *(blocks_of(trace) or "unknown" for trace in both)
+    yield "moe_layers", *(ranges({r.layer for r in trace.routers}) for trace in both)
+    for key in ("experts", "top_k"):
+        yield (
+            key,
+            *(", ".join(map(str, sorted({getattr(r, key) for r in x.routers}))) for x in both),
+        )
+    yield "vocabulary", *(len(trace.vocabulary_table) or "unknown" for trace in both)
+    yield "tokens", *(trace.n_tokens for trace in both)
+    yield "domains", *(", ".join(data.reports[side].counts.domains) for side in SIDES)
+
+
+@table(tables=MODEL_TABLES)
+def balance(data: ModelData) -> pd.DataFrame:
+    """One row per trace and router: its balance, as its report has it, beside what chance gives
+    with so many tokens and experts (noise_floor) and the most that E and k allow
+    (max_vio_most)."""
+    parts = list[pd.DataFrame]()
+    for side in SIDES:
+        part = data.of(side, "balance")[["layer", "router", *BALANCE]].copy()
+        part.insert(part.columns.get_loc("max_vio") + 1, "max_vio_most", 0.0)  # type: ignore[operator]
+        part["max_vio_most"] = part["experts"] / part["top_k"] - 1
+        parts.append(_of_side(data, side, part))
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(tables=MODEL_TABLES)
+def specialization(data: ModelData) -> pd.DataFrame:
+    """One row per trace and router: the information that the domain carries about the expert, with
+    shuffled documents, and beyond these as a share of the most that D, E and k allow: 0 is
+    chance, 1 all (domain_told)."""
+    names = [frozenset(data.reports[side].counts.domains) for side in SIDES]
+    if names[0] != names[1] or len(names[0]) < 2:
+        said = (", ".join(map(readable, sorted(of_side))) for of_side in names)
+        what = "not the same" if names[0] != names[1] else "fewer than two"
+        raise MoeInspectError("the domains are {}: {} in A, {} in B".format(what, *said))
+    parts = list[pd.DataFrame]()
+    for side in SIDES:
+        routers = data.traces[side].routers
+        part = data.of(side, "specialization")
+        part = part[
+            [
+                "layer",
+                "router",
+                "domain_mi_bits",
+                "domain_mi_null_bits",
+                "domain_mi_null_p99_bits",
+                "jsd_bits",
+            ]
+        ].copy()
+        # the k experts of a token are distinct: no domain can narrow them down to fewer
+        most = [routers[r].experts / routers[r].top_k for r in part["router"].tolist()]
+        most_bits = np.log2(np.minimum(most, len(names[0])))
+        bits = part["domain_mi_bits"], most_bits, part["domain_mi_null_bits"]
+        part["domain_told"] = [adjusted(*row) for row in zip(*bits, strict=True)]
+        parts.append(_of_side(data, side, part))
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(tables=MODEL_TABLES)
+def spans(data: ModelData) -> pd.DataFrame:
+    """One row per trace and router, on the same spans of text, however the tokenizers cut them:
+    the information that a span's text carries about the first choice at its last token, with the
+    spans shuffled, and beyond that as a share of the entropy of the first choice: 0 is chance, 1
+    all (text_told, with a 95 % interval over documents)."""
+    rows = list[dict[str, object]]()
+    for (side, r), told in data.told.items():
+        low, high = jackknife_interval(told.told, told.told_G)
+        rows.append(
+            {
+                "layer": data.traces[side].routers[r].layer,
+                "router": r,
+                "spans": int(told.counts_VE.sum()),
+                "texts": len(told.counts_VE),
+                "text_mi_bits": told.mi_bits,
+                "text_mi_null_bits": told.null_bits,
+                "entropy_bits": told.entropy_bits,
+                "text_told": told.told,
+                "text_told_low": low,
+                "text_told_high": high,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    sides = np.array([side for side, _ in data.told])
+    parts = [_of_side(data, side, frame[sides == side].copy()) for side in SIDES]
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(tables=MODEL_TABLES)
+def vocabulary(data: ModelData) -> pd.DataFrame:
+    """One row per trace, expert and text: the spans that choose the expert first most exclusively,
+    of those that occur eight times or more in the sample; `fraction` of the span's occurrences."""
+    texts = np.array([data.spans.texts[i] for i in data.texts], object)
+    parts = list[pd.DataFrame]()
+    for (side, r), told in data.told.items():
+        counts_VE = told.counts_VE
+        occurrences_V = np.maximum(counts_VE.sum(1), 1)
+        fraction_VE = counts_VE / occurrences_V[:, None]
+        order_VE = np.lexsort((-counts_VE, -fraction_VE), axis=0)
+        order_VE = order_VE[: data.top] if data.top else order_VE
+        v, e = order_VE.T.reshape(-1), np.repeat(np.arange(counts_VE.shape[1]), len(order_VE))
+        v, e = v[counts_VE[v, e] > 0], e[counts_VE[v, e] > 0]
+        part = pd.DataFrame(
+            {
+                "layer": data.traces[side].routers[r].layer,
+                "router": r,
+                "expert": e,
+                "text": texts[v],
+                "count": counts_VE[v, e],
+                "fraction": fraction_VE[v, e],
+                "occurrences": occurrences_V[v],
+            }
+        )
+        parts.append(_of_side(data, side, part))
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(tables=MODEL_TABLES)
+def refused(data: ModelData) -> pd.DataFrame:
+    """One row per table that these two cannot have, and why."""
+    return pd.DataFrame(refusals(data).items(), columns=["table", "why"]).astype("str")
+
+
+def refusals(data: ModelData) -> dict[str, str]:
+    """Table → why these two cannot have it."""
+    why = "; ".join(data.reasons) or "the models have one shape: compare has it"
+    found = {name: why for name in TABLES if name not in ("summary", "verdict")}
+    own = {name: data.why_not(name) for name in ("specialization", "spans", "vocabulary")}
+    return found | {name: reason for name, reason in own.items() if reason}
+
+
+def _of_side(data: ModelData, side: str, part: pd.DataFrame) -> pd.DataFrame:
+    """`trace` and the relative depth beside the names of the routers."""
+    part.insert(2, "trace", side)
+    part.insert(3, "depth", [data.depth(side, r) for r in part["router"].tolist()])
+    return part.astype({"trace": "str"})
+
+
+def name_of(data: ModelData, side: str, router: int) -> str:
+    return layer_label(data.traces[side].routers, router)

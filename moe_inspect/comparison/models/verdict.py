@@ -1,0 +1,173 @@
+"""What two different models come to, side by side: how even the load is, what experts specialise
+in, and what cannot be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.comparison.aligning.models import physical_ids
+from moe_inspect.comparison.models.data import MODEL_TABLES, SIDES, ModelData
+from moe_inspect.comparison.models.tables import name_of, refusals
+from moe_inspect.comparison.models.told import jackknife_interval
+from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.verdict.checks import verdict_table
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.text import plural
+
+SHARED = ("balance", "specialization", "spans", "vocabulary")
+
+
+def findings(data: ModelData) -> list[Finding]:
+    """What every check finds, in the order in which it is read."""
+    return [one for check in CHECKS for one in check(data)]
+
+
+def different(data: ModelData) -> Iterator[Finding]:
+    """Why decisions cannot be compared one by one; the headline."""
+    if not data.reasons:
+        text = "Two models of the same shape, side by side."
+    else:
+        text = (
+            f"Different models: {'; '.join(data.reasons)}. Their decisions cannot be compared one "
+            "by one; what means the same in both is in the tables "
+            f"{', '.join(name for name in SHARED if not data.why_not(name))}.{physical_ids(data.reasons).removeprefix('.')}"
+        )
+    yield finding("different_models", "note", text, reasons=list(data.reasons))
+
+
+def text_in_common(data: ModelData) -> Iterator[Finding]:
+    """Whether both read the same text, without which no figure compares the models."""
+    if data.why_not("spans"):
+        text = (
+            "Whether both read the same text is not known: figures may differ for the text alone."
+        )
+        yield finding("text", "note", text)
+        return
+    spans = data.spans
+    severity = "good" if spans.common >= 0.99 else "warning"
+    yield finding(
+        "text",
+        severity,
+        f"The text is the same in {spans.common:.1%} of the bytes of "
+        f"{plural(spans.documents, 'document')} (of {spans.of:,} in A), cut into "
+        f"{len(spans.at_a):,} spans between cuts of both tokenizers.",
+        common=spans.common,
+        documents=spans.documents,
+        spans=len(spans.at_a),
+    )
+
+
+def balance(data: ModelData) -> Iterator[Finding]:
+    """How even the load is in each."""
+    rows: Any = data.tables["balance"]
+    said, values = list[str](), dict[str, Any]()
+    for side in SIDES:
+        of_side = rows[rows["trace"] == side].dropna(subset=["max_vio"])
+        if not len(of_side):
+            continue
+        median, floor = (float(of_side[name].median()) for name in ("max_vio", "noise_floor"))
+        worst = of_side.loc[of_side["max_vio"].idxmax()]
+        dead = int(of_side["dead_experts"].sum())
+        values[f"max_vio_{side}"] = median
+        said.append(
+            f"{side.upper()} has {median:.2f} in the median layer (chance {floor:.2f}) and "
+            f"{worst['max_vio']:.2f} in layer {name_of(data, side, int(worst['router']))}"
+            + (f", and {plural(dead, 'dead expert')}" if dead else "")
+        )
+    yield finding(
+        "balance",
+        "note",
+        f"Load, as (max − mean) / mean: {'; '.join(said)}. At most E/k − 1 is possible.",
+        **values,
+    )
+
+
+def domains(data: ModelData) -> Iterator[Finding]:
+    """How much the domain tells of the expert in each."""
+    if data.why_not("specialization"):
+        return
+    rows: Any = data.tables["specialization"].dropna(subset=["domain_told"])
+    said = [
+        f"{side.upper()} {_spread(part['domain_told'])}"
+        for side in SIDES
+        for part in [rows[rows["trace"] == side]]
+        if len(part)
+    ]
+    if said:
+        yield finding(
+            "domain_specialization",
+            "note",
+            "Of what a domain could tell of the expert it tells, beyond shuffled documents, "
+            f"{' and '.join(said)}.",
+        )
+
+
+def texts(data: ModelData) -> Iterator[Finding]:
+    """How much the text of a span tells of the first choice in each, and whether they differ."""
+    if data.why_not("spans"):
+        return
+    told = {
+        side: [one for (of, _), one in sorted(data.told.items()) if of == side] for side in SIDES
+    }
+    said = [f"{side.upper()} {_spread(pd.Series([x.told for x in told[side]]))}" for side in SIDES]
+    a, b = [float(np.mean([x.told for x in told[side]])) for side in SIDES]
+    left_a, left_b = (np.mean([x.told_G for x in told[side]], axis=0) for side in SIDES)
+    low, high = jackknife_interval(a - b, left_a - left_b)
+    known = low == low
+    apart = (
+        f" The mean over layers differs by {100 * (a - b):+.1f} points (95 % over documents "
+        f"{100 * low:+.1f} to {100 * high:+.1f}): "
+        + (f"A's experts follow the text {'more' if a > b else 'less'} than B's."
+           if low > 0 or high < 0 else "no more than documents explain.")
+        if known
+        else " There are too few documents for an interval."
+    )  # fmt: skip
+    yield finding(
+        "vocabulary",
+        "note",
+        "Of the entropy of the first choice the text of a span explains, beyond shuffled spans, "
+        f"{' and '.join(said)}.{apart}",
+        told_a=a,
+        told_b=b,
+        difference_low=low,
+        difference_high=high,
+    )
+
+
+def _spread(values: pd.Series) -> str:
+    """ "31% in the median layer (14% to 45%)" """
+    middle, low, high = (
+        f"{round(float(x), 2) + 0.0:.0%}" for x in (values.median(), values.min(), values.max())
+    )
+    return f"{middle} in the median layer ({low} to {high})"
+
+
+def not_compared(data: ModelData) -> Iterator[Finding]:
+    """The tables that there cannot be, those with the same reason together."""
+    names = dict[str, list[str]]()
+    for name, why in refusals(data).items():
+        names.setdefault(why, []).append(name)
+    for why, of in names.items():
+        text = f"Not compared: {', '.join(of)}: {why}."
+        yield finding("refused", "note", text, tables=of, why=why)
+
+
+# in the order in which they are read
+CHECKS: tuple[Callable[[ModelData], Iterator[Finding]], ...] = (
+    different,
+    text_in_common,
+    balance,
+    domains,
+    texts,
+    not_compared,
+)
+
+
+@table(tables=MODEL_TABLES)
+def verdict(data: ModelData) -> pd.DataFrame:
+    """One row per finding."""
+    return verdict_table(findings(data))

@@ -1,0 +1,273 @@
+"""Two different models on the same text: what can be compared is found as it was planted, and the
+rest is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import moe_inspect
+from moe_inspect.comparison.models.told import adjusted, judged_texts, told_by_text
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Trace, open_trace
+from tests.conftest import Cli
+from tests.damage import edit_manifest
+from tests.synthetic import uniform_ids, write_trace
+
+DOCUMENTS, WORDS_EACH, WORDS = 40, 60, 24
+TEXTS = [f"w{i:02}é" for i in range(WORDS)]
+WORD = np.random.default_rng(0).integers(0, WORDS, (DOCUMENTS, WORDS_EACH))
+LABELS = ["law", "code"]
+
+
+def trace_of(
+    root: Path,
+    vocabulary: Sequence[str | None],
+    ids: Sequence[Sequence[int]],
+    choose: Any,
+    E: int,
+    k: int,
+    L: int = 2,
+    **settings: Any,
+) -> Trace:
+    """The ids of each document; `choose(token_id [T], E, k, layer)` → experts [T, k]."""
+    document = np.repeat(np.arange(len(ids)), [len(of) for of in ids])
+    token_id = np.array([i for of in ids for i in of])
+    write_trace(
+        root,
+        [choose(token_id, E, k, r) for r in range(L)],
+        E,
+        document=document,
+        domain_of_document=LABELS,
+        token_id=token_id,
+        batch_tokens=len(ids[0]),
+        **settings,
+    )
+    columns = {
+        "token_id": pa.array(range(len(vocabulary)), pa.int32()),
+        "token": pa.array(vocabulary, pa.string()),
+    }
+    pq.write_table(pa.table(columns), root / "vocabulary.parquet")
+    edit_manifest(root, vocabulary=None)
+    return open_trace(root)
+
+
+def by_word(token_id: np.ndarray, E: int, k: int, layer: int) -> np.ndarray:
+    """Layer 0: the word alone decides. Layer 1: chance."""
+    if layer == 0:
+        return ((token_id[:, None] + np.arange(k)) % E).astype(np.uint16)
+    return uniform_ids(np.random.default_rng([1, E]), len(token_id), E, k)
+
+
+def by_chance(token_id: np.ndarray, E: int, k: int, layer: int) -> np.ndarray:
+    return uniform_ids(np.random.default_rng([2, E, layer]), len(token_id), E, k)
+
+
+def whole_words(root: Path, choose: Any = by_word, E: int = 8, k: int = 2, **more: Any) -> Trace:
+    """A token per word, with ▁ before it as SentencePiece has it, and <s> in front."""
+    vocabulary = [*(f"▁{text}" for text in TEXTS), "<s>"]
+    ids = [[WORDS, *row] for row in WORD.tolist()]
+    manifest = {"corpus": {"special_tokens": {"before": ["<s>"], "after": []}}}
+    return trace_of(root, vocabulary, ids, choose, E, k, manifest=manifest, **more)
+
+
+def pieces(root: Path, choose: Any, E: int = 16, k: int = 4, **more: Any) -> Trace:
+    """Two tokens per word, the first of which begins a character that the second ends, and a token
+    for the space. Token WORDS + i ends word i."""
+    starts = [f"{text[:-1]}<0xC3>" for text in TEXTS]
+    vocabulary = [*starts, *(["<0xA9>"] * WORDS), "▁"]
+    ids = [[x for w in row for x in (w, WORDS + w, 2 * WORDS)] for row in WORD.tolist()]
+    return trace_of(root, vocabulary, ids, choose, E, k, **more)
+
+
+def kinds(made: Any) -> dict[str, Any]:
+    return {finding.kind: finding for finding in made.verdict()}
+
+
+def test_spans_are_the_words_of_both_however_they_are_cut(tmp_path: Path) -> None:
+    a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance)
+    made = moe_inspect.compare_models(a, b)
+    spans = made.spans
+    assert spans.common == 1
+    assert len(spans.at_a) == DOCUMENTS * WORDS_EACH
+    assert [spans.texts[i] for i in spans.text[:WORDS_EACH]] == [TEXTS[w] for w in WORD[0]]
+    assert spans.a.token_id[spans.at_a].tolist() == WORD.ravel().tolist()
+    assert spans.b.token_id[spans.at_b].tolist() == (WORD.ravel() + WORDS).tolist()
+
+
+def test_what_the_text_tells_is_found_in_both_and_chance_is_not(tmp_path: Path) -> None:
+    a = whole_words(tmp_path / "a")
+    for name, choose in (("word", by_word), ("chance", by_chance)):
+        made = moe_inspect.compare_models(a, pieces(tmp_path / name, choose))
+        table: Any = made.tables["spans"].set_index(["trace", "layer"])
+        assert table.loc[("a", 0), "text_mi_bits"] == pytest.approx(3, abs=0.01)
+        planted = [("a", 0), *([("b", 0)] if choose is by_word else [])]
+        for side, layer in ((s, i) for s in "ab" for i in (0, 1)):
+            row = table.loc[(side, layer)]
+            if (side, layer) in planted:
+                assert row["text_told"] == pytest.approx(1)
+                assert row["text_told_low"] == pytest.approx(1)
+            else:
+                assert row["text_told_low"] <= 0.005
+                assert abs(row["text_told"]) < 0.01
+        said = kinds(made)["vocabulary"].text
+        assert ("A's experts follow the text more than B's" in said) == (choose is by_chance)
+
+
+def test_the_texts_of_an_expert_are_those_that_were_sent_to_it(tmp_path: Path) -> None:
+    a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_word)
+    table: Any = moe_inspect.compare_models(a, b, top=0).tables["vocabulary"]
+    for side, E, of_word in (("a", 8, 0), ("b", 16, WORDS)):
+        rows = table[(table["trace"] == side) & (table["layer"] == 0)]
+        assert (rows["fraction"] == 1).all()
+        found = dict(zip(rows["text"], rows["expert"], strict=True))
+        assert found == {text: (of_word + i) % E for i, text in enumerate(TEXTS)}
+        counts = dict(zip(rows["text"], rows["count"], strict=True))
+        assert counts == {text: WORD.ravel().tolist().count(i) for i, text in enumerate(TEXTS)}
+
+
+def test_told_is_the_formula_and_shuffled_text_tells_nothing() -> None:
+    rng = np.random.default_rng(3)
+    text, document = rng.integers(0, 5, 4_000), np.arange(4_000) // 100
+    expert = np.where(rng.random(4_000) < 0.5, text % 4, rng.integers(0, 4, 4_000))
+    told = told_by_text(text, expert, document, 5, 4)
+    p = np.array([[np.mean((text == v) & (expert == e)) for e in range(4)] for v in range(5)])
+    independent = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
+    assert told.mi_bits == pytest.approx((p * np.log2(p / independent)).sum())
+    entropy = -(p.sum(0) * np.log2(p.sum(0))).sum()
+    assert told.entropy_bits == pytest.approx(entropy)
+    null = told.null_bits
+    assert told.told == pytest.approx((told.mi_bits - null) / (entropy - null))
+    kept = document % 10 != 3
+    without = told_by_text(text[kept], expert[kept], document[kept], 5, 4)
+    assert told.told_G[3] == pytest.approx(adjusted(without.mi_bits, without.entropy_bits, null))
+    assert told_by_text(text, text % 4, document, 5, 4).told == pytest.approx(1)
+    assert abs(told_by_text(text, rng.permutation(expert), document, 5, 4).told) < 0.005
+    assert np.isnan(told_by_text(text[:500], expert[:500], document[:500], 5, 4).told_G).all()
+    unknown = np.where(np.arange(4_000) < 1_000, 4, expert)  # routed nowhere
+    assert told_by_text(text, unknown, document, 5, 4).counts_VE.sum() == 3_000
+    assert judged_texts(np.repeat([7, 2, 5], [9, 7, 12])).tolist() == [5, 7]
+
+
+def test_documents_numbered_otherwise_and_text_cut_short_are_found(tmp_path: Path) -> None:
+    a = whole_words(tmp_path / "a")
+    order = np.random.default_rng(5).permutation(DOCUMENTS)
+    starts = [*(f"▁{text}" for text in TEXTS), "▁other"]
+    ids = [[*row[: WORDS_EACH // 2], *([WORDS] * 3)] for row in WORD[order].tolist()]
+    b = trace_of(tmp_path / "b", starts, ids, by_word, 8, 2)
+    spans = moe_inspect.compare_models(a, b).spans
+    assert spans.documents == DOCUMENTS
+    assert len(spans.at_a) == DOCUMENTS * WORDS_EACH // 2
+    assert (spans.a.token_id[spans.at_a] == spans.b.token_id[spans.at_b]).all()
+    assert kinds(moe_inspect.compare_models(a, b))["text"].severity == "warning"
+
+
+def test_balance_stands_beside_its_own_chance_and_its_most(tmp_path: Path) -> None:
+    a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance, L=3)
+    made = moe_inspect.compare_models(a, b)
+    table: Any = made.tables["balance"]
+    assert table.columns[:4].tolist() == ["layer", "router", "trace", "depth"]
+    for side, trace, depth, most in (("a", a, [0, 1], 3), ("b", b, [0, 0.5, 1], 3)):
+        rows = table[table["trace"] == side]
+        alone: Any = moe_inspect.report(trace).tables["balance"]
+        assert rows["depth"].tolist() == depth
+        assert (rows["max_vio_most"] == most).all()
+        for column in ("max_vio", "noise_floor", "gini", "dead_experts"):
+            assert rows[column].tolist() == alone[column].tolist()
+
+
+def test_domains_are_told_as_a_share_of_what_is_possible(tmp_path: Path) -> None:
+    """Two domains on disjoint experts: all that there is to tell, whatever E and k."""
+
+    def choose(token_id: np.ndarray, E: int, k: int, layer: int) -> np.ndarray:
+        document = np.arange(len(token_id)) // (len(token_id) // DOCUMENTS)
+        rng = np.random.default_rng(E)
+        ids = uniform_ids(rng, len(token_id), E // 2, k)
+        return (ids + (document % 2)[:, None] * (E // 2)).astype(np.uint16)
+
+    a, b = whole_words(tmp_path / "a", choose), pieces(tmp_path / "b", choose)
+    table: Any = moe_inspect.compare_models(a, b).tables["specialization"]
+    np.testing.assert_allclose(table["domain_mi_bits"], 1)
+    assert (table["domain_told"] > 0.9).all()
+    c = whole_words(tmp_path / "c", choose, status="complete")
+    assert "domains are" not in moe_inspect.compare_models(a, c).why_not("specialization")
+
+
+def test_the_command_says_what_applies_and_refuses_the_rest(cli_here: Cli, tmp_path: Path) -> None:
+    whole_words(tmp_path / "a")
+    pieces(tmp_path / "b", by_chance)
+    shown = cli_here("compare", "a", "b", "--html", "p.html", "--plots", "plots")
+    said = " ".join(shown.stdout.split())
+    assert "Different models: A has 8 experts per layer, B 16; A has 2 experts per token" in said
+    assert "Not compared: agreement, " in said
+    assert "the tokenizers have 25 tokens in A, 49 in B" in said
+    assert "text_told" in said
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    for heading in ("Two models, side by side", "Do experts follow the text?", "Not compared"):
+        assert heading in page
+    drawn = {path.name for path in (tmp_path / "plots").glob("*.svg")}
+    assert drawn == {"load_by_depth.svg", "domains_by_depth.svg", "texts_by_depth.svg"}
+    for asked in (["--table", "agreement"], ["--fail-above", "set_mismatch=0"], ["--layers", "0"]):
+        done = cli_here("compare", "a", "b", *asked, check=1)
+        assert "A has 8 experts per layer, B 16" in done.stderr
+        assert f"there is no {'table ' if asked[0] == '--table' else '--'}" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert not done.stdout
+    done = cli_here("compare", "a", "b", "--shift-layers", "1", check=1)
+    assert "of different models" in done.stderr
+    cli_here("compare", "a", "b", "--table", "refused", "-o", "refused.jsonl")
+    rows = [json.loads(x) for x in (tmp_path / "refused.jsonl").read_text().splitlines()]
+    assert {row["table"] for row in rows} >= {"agreement", "flips", "tokens", "matched"}
+    cli_here("compare", "a", "b", "--format", "json", "-o", "verdict.json")
+    first = json.loads((tmp_path / "verdict.json").read_text().splitlines()[0])
+    assert first["kind"] == "different_models"
+    assert (
+        "no table 'balance'" in cli_here("compare", "a", "a", "--table", "balance", check=1).stderr
+    )
+
+
+def test_what_cannot_be_had_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
+    a = whole_words(tmp_path / "a")
+    bare = write_trace(tmp_path / "b", [np.zeros((50, 1), np.uint8)], 4)
+    made = moe_inspect.compare_models(a, bare)
+    why = dict(made.tables["refused"].to_numpy().tolist())
+    assert why["spans"] == why["vocabulary"] == f"{bare.path} was recorded without a vocabulary"
+    assert why["specialization"] == "the domains are not the same: code, law in A, text in B"
+    assert {f.kind for f in made.verdict()} == {"different_models", "text", "balance", "refused"}
+    with pytest.raises(MoeInspectError, match="without a vocabulary"):
+        made.tables["spans"]
+    other = trace_of(
+        tmp_path / "c", [f"▁x{i}" for i in range(WORDS)], WORD.tolist(), by_word, 16, 2
+    )
+    assert "of the bytes" in moe_inspect.compare_models(a, other).why_not("spans")
+    unknown = pieces(tmp_path / "d", by_chance, slot_order="unknown")
+    assert "does not tell first choices" in moe_inspect.compare_models(a, unknown).why_not("spans")
+
+
+def test_what_makes_models_different_is_named(tmp_path: Path) -> None:
+    def shaped(name: str, E: int, k: int, blocks: int | None = None) -> Trace:
+        config = {"model": {"config": {"num_hidden_layers": blocks}}} if blocks else {}
+        rng = np.random.default_rng(0)
+        ids = [uniform_ids(rng, 200, E, k) for _ in range(2)]
+        return write_trace(tmp_path / name, ids, E, manifest=config)
+
+    a = shaped("a", 8, 2, 4)
+    for name, sizes, says in (
+        ("b", (16, 2, 4), "A has 8 experts per layer, B 16"),
+        ("c", (8, 3, 4), "A has 2 experts per token, B 3"),
+        ("d", (8, 2, 6), "A has 4 layers, B 6"),
+    ):
+        b = shaped(name, *sizes)
+        assert moe_inspect.compare_models(a, b).reasons == [says]
+        with pytest.raises(MoeInspectError, match=says) as error:
+            moe_inspect.compare(a, b)
+        assert ("Physical ids" in str(error.value)) == (name == "b")
+    assert moe_inspect.compare(a, shaped("e", 8, 2, 6), layers="0-1").mismatched == 0
+    assert moe_inspect.compare(a, shaped("f", 8, 2)).mismatched == 0
