@@ -13,7 +13,7 @@ from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
-PHYSICAL = "Physical ids of replicated experts have to be mapped to logical ids first."
+PHYSICAL = ". Physical ids of replicated experts have to be mapped to logical ids first"
 SAME_WORDS = 0.9  # of the token ids of both, that must stand for the same text
 
 
@@ -33,7 +33,7 @@ class DifferentModelsError(MoeInspectError):
 def physical_ids(reasons: Sequence[str]) -> str:
     """What to do where the number of experts alone differs, as replicas make it; else ""."""
     alone = len(reasons) == 1 and "experts" in reasons[0] and SIZE_OF_K not in reasons[0]
-    return f". {PHYSICAL}" if alone else ""
+    return PHYSICAL if alone else ""
 
 
 def shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> list[str]:

@@ -34,7 +34,8 @@ def different(data: ModelData) -> Iterator[Finding]:
         text = (
             f"Different models: {'; '.join(data.reasons)}. Their decisions cannot be compared one "
             "by one; what means the same in both is in the tables "
-            f"{', '.join(name for name in SHARED if not data.why_not(name))}.{physical_ids(data.reasons).removeprefix('.')}"
+            f"{', '.join(name for name in SHARED if not data.why_not(name))}"
+            f"{physical_ids(data.reasons)}."
         )
     yield finding("different_models", "note", text, reasons=list(data.reasons))
 
