@@ -3,6 +3,7 @@ against the values known for them."""
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def test_chance_keeps_the_loads_and_is_exact_for_two_choices():
     np.testing.assert_allclose(
         pairs.together_by_chance(uneven + np.diag(uneven.sum(1))).sum(1), uneven.sum(1), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize(("E", "k"), [(6, 2), (9, 3), (14, 10)])
+@pytest.mark.parametrize("spread", [0.3, 2.5])
+def test_chance_is_exact_also_where_experts_are_in_nearly_all_decisions(
+    E: int, k: int, spread: float
+):
+    """All sets of k experts, the probability of each the product of weights."""
+    weight_E = np.exp(np.random.default_rng(2).normal(0, spread, E))
+    member_SE = np.array([np.isin(np.arange(E), s) for s in combinations(range(E), k)])
+    share_S = np.where(member_SE, weight_E, 1).prod(1)
+    together_EE = 1e6 * (member_SE.T * share_S / share_S.sum()) @ member_SE
+    expected_EE = pairs.together_by_chance(together_EE)
+    np.testing.assert_allclose(
+        expected_EE, together_EE - np.diag(np.diagonal(together_EE)), rtol=1e-8
+    )
+    assert (expected_EE == expected_EE.T).all()
 
 
 def test_transitions_by_hand():

@@ -76,36 +76,81 @@ def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
     """P(a and b in the set) for sets of k experts, each of which is in the set with probability
     share_E (their sum is k). [E, E], 0 on the diagonal."""
     E = len(share_E)
-    off_diagonal_EE = 1 - np.eye(E)
     if k >= E:  # all experts are in it
-        return off_diagonal_EE
+        return 1 - np.eye(E)
     share_E = np.minimum(share_E, NEARLY_ALL)
     odds_E = share_E / (1 - share_E)
     weight_E = odds_E
     for _ in range(ROUNDS):
-        fewer_E, as_many_E = _sums_of_products(weight_E[None], k - 1, k)[:, 0]
+        (*_, fewer_E, as_many_E), _ = _without_each(weight_E, k)
         fitted_E, before_E = odds_E * as_many_E / fewer_E, weight_E
         weight_E = fitted_E * (k / fitted_E.sum())
         if np.abs(weight_E / before_E - 1).max() < 1e-9:
             break
-    [others_EE] = _sums_of_products(weight_E * off_diagonal_EE, k - 2)
-    return np.outer(weight_E, weight_E) * others_EE * off_diagonal_EE
+    pair_EE = _without_each_pair(weight_E, k)
+    pair_EE *= np.outer(weight_E, weight_E)
+    np.fill_diagonal(pair_EE, 0)
+    return (pair_EE + pair_EE.T) / 2  # rounding must not tell a pair from its mirror image
 
 
-def _sums_of_products(weight_XE: np.ndarray, *sizes: int) -> np.ndarray:
-    """Elementary symmetric polynomials of the weights of a row without that of expert e: the sums,
-    over all sets of j other experts, of the products of their weights, for each j of `sizes`. They
-    add up positive terms from both sides, so that nothing cancels. [sizes, X, E]"""
-    X, E = weight_XE.shape
-    most = max(sizes)
-    side_SXE = np.stack([weight_XE, weight_XE[:, ::-1]])  # from the left, from the right
-    sums_ESXJ = np.zeros((E, 2, X, most + 1))
-    sums_ESXJ[0, ..., 0] = 1
-    for e in range(1, E):
-        sums_ESXJ[e] = sums_ESXJ[e - 1]
-        sums_ESXJ[e, ..., 1:] += side_SXE[..., e - 1, None] * sums_ESXJ[e - 1, ..., :-1]
-    left_EXJ, right_EXJ = sums_ESXJ[:, 0], sums_ESXJ[::-1, 1]
-    return np.stack([(left_EXJ[:, :, : j + 1] * right_EXJ[:, :, j::-1]).sum(2).T for j in sizes])
+def _without_each(weight_E: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each expert e and j = 0 … most: the sum, over all sets of j experts other than e, of the
+    products of their weights. [most + 1, E]
+
+    The polynomial Π(1 + w x) of all experts is divided by 1 + w_e x. That subtracts, which costs
+    digits where an expert is in most of the sets: for these, which are returned too, the polynomial
+    of the others is multiplied out."""
+    [sums_J] = _sums_of_products(weight_E[None], most)
+    without_JE = np.ones((most + 1, len(weight_E)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for j in range(1, most + 1):
+            without_JE[j] = sums_J[j] - weight_E * without_JE[j - 1]
+        mostly_JE = weight_E * without_JE[:-1] > sums_J[1:, None] / 2
+    heavy = np.flatnonzero(mostly_JE.any(0))
+    if len(heavy):
+        without_JE[:, heavy] = _sums_without(weight_E, heavy[:, None], most).T
+    return without_JE, heavy
+
+
+def _without_each_pair(weight_E: np.ndarray, k: int) -> np.ndarray:
+    """For each two experts: the sum, over all sets of k − 2 other experts, of the products of their
+    weights; as `_without_each`. [E, E], without meaning on the diagonal"""
+    without_JE, heavy = _without_each(weight_E, k)
+    without_EE = np.ones((len(weight_E), len(weight_E)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for sum_E in without_JE[1 : k - 1]:
+            without_EE *= -weight_E
+            without_EE += sum_E[:, None]
+    if not len(heavy):
+        return without_EE
+    without_EE[:, heavy] = without_EE[heavy].T
+    pairs_X2 = heavy[np.stack(np.triu_indices(len(heavy), 1), axis=1)]
+    sums_X = _sums_without(weight_E, pairs_X2, k - 2)[:, -1]
+    without_EE[pairs_X2[:, 0], pairs_X2[:, 1]] = without_EE[pairs_X2[:, 1], pairs_X2[:, 0]] = sums_X
+    return without_EE
+
+
+def _sums_without(weight_E: np.ndarray, left_out_XN: np.ndarray, most: int) -> np.ndarray:
+    """`_sums_of_products` of the weights without those of N experts, for each row. [X, most + 1]"""
+    weight_XE = np.tile(weight_E, (len(left_out_XN), 1))
+    np.put_along_axis(weight_XE, left_out_XN, 0, axis=1)
+    return _sums_of_products(weight_XE, most)
+
+
+def _sums_of_products(weight_XE: np.ndarray, most: int) -> np.ndarray:
+    """Elementary symmetric polynomials of the weights of each row: for j = 0 … most the sum, over
+    all sets of j experts, of the products of their weights. They are the coefficients of
+    Π(1 + w x), multiplied two by two: N polynomials are left. [X, most + 1]"""
+    X, E = map(int, weight_XE.shape)
+    sums_XNJ = np.ones((X, 1 << (E - 1).bit_length(), 2))
+    sums_XNJ[:, :E, 1], sums_XNJ[:, E:, 1] = weight_XE, 0
+    while N := int(sums_XNJ.shape[1]) // 2:
+        even_XNJ, odd_XNJ, J = sums_XNJ[:, ::2], sums_XNJ[:, 1::2], int(sums_XNJ.shape[2])
+        sums_XNJ = np.zeros((X, N, min(2 * J - 1, most + 1)))
+        for j in range(min(J, most + 1)):
+            upper_XNJ = sums_XNJ[..., j : j + J]
+            upper_XNJ += even_XNJ[..., j, None] * odd_XNJ[..., : upper_XNJ.shape[2]]
+    return sums_XNJ[:, 0]
 
 
 @metric(
@@ -230,11 +275,13 @@ def srp(windows_M: np.ndarray) -> float:
 def best_f(windows_M: np.ndarray) -> np.ndarray:
     """`srp` of any number of histograms at once: [..., m+1] → [...]"""
     m: int = windows_M.shape[-1] - 1
-    hits_M = np.arange(m + 1) * windows_M
-    assigned = hits_M.sum(-1, keepdims=True)
-    # [α]: pairs with f ≥ α
-    from_M, hit_M = (values[..., ::-1].cumsum(-1)[..., ::-1] for values in (windows_M, hits_M))
-    return (2 * hit_M / nan_for_zero(m * from_M + assigned))[..., 1:].max(-1)
+    assigned = nan_for_zero(windows_M @ np.arange(m + 1.0))
+    pairs = hits = best = np.zeros_like(assigned)
+    for f in range(m, 0, -1):  # a vector at a time stays in the nearest cache
+        pairs = pairs + windows_M[..., f]  # with at least this f
+        hits = hits + f * windows_M[..., f]
+        best = np.maximum(best, 2 * hits / (m * pairs + assigned))
+    return best
 
 
 def srp_by_load(load_E: np.ndarray, tokens: float, m: int) -> float:

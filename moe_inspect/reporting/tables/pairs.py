@@ -168,7 +168,7 @@ def locality(data: ReportData) -> pd.DataFrame:
             windows_UM = (of.srp or {})[m]
             value = pairs.srp(windows_UM.sum(0))
             spread_R = (
-                pairs.best_f(weights_RU @ windows_UM)
+                pairs.best_f((windows_UM.T @ weights_RU.T).T)
                 if weights_RU is not None
                 else np.array([np.nan])
             )
