@@ -23,7 +23,9 @@ def describe(
     model: Annotated[
         str,
         typer.Argument(
-            help="A hub id, a directory, a config.json, a trace, or demo.", show_default=False
+            metavar="MODEL",
+            help="A hub id, a directory, a config.json, a trace, or demo.",
+            show_default=False,
         ),
     ],
     context: Annotated[
@@ -75,12 +77,19 @@ def describe(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Write to this file instead of stdout.", show_default=False
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Write to this file instead of stdout.",
+            show_default=False,
         ),
     ] = None,
     safe_csv: SafeCsv = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="REVISION", help="Branch, tag or commit on the hub.", show_default=False
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")

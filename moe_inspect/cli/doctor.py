@@ -19,23 +19,31 @@ def doctor(
     model: Annotated[
         str | None,
         typer.Argument(
-            help='Also measure this model: a hub id, a directory, or "demo".', show_default=False
+            metavar="MODEL",
+            help='Also measure this model: a hub id, a directory, or "demo".',
+            show_default=False,
         ),
     ] = None,
     directory: Annotated[
-        Path, typer.Option(help="The directory that traces are to be written to.")
+        Path, typer.Option(metavar="DIR", help="The directory that traces are to be written to.")
     ] = Path(),
     measure: Annotated[
         bool, typer.Option(help="Check the kernels and measure speeds too, which takes seconds.")
     ] = True,
     device: Annotated[
-        str, typer.Option(help="Of the model: auto (cuda where there is one), cpu, cuda:1, …")
+        str,
+        typer.Option(
+            metavar="DEVICE", help="Of the model: auto (cuda where there is one), cpu, cuda:1, …"
+        ),
     ] = "auto",
     dtype: Annotated[
         Dtype, typer.Option(help="Of the model; auto: as the checkpoint is stored.")
     ] = Dtype.auto,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="REVISION", help="Branch, tag or commit on the hub.", show_default=False
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")

@@ -33,14 +33,20 @@ class ExportCommand(FormatsCommand):
 
 
 def export(
-    trace: Annotated[Path, typer.Argument(help="Directory of the trace.", show_default=False)],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="Directory of the trace.", show_default=False)
+    ],
     format: Annotated[
         ExportFormat, typer.Option(help="What to write: see Formats.", show_default=False)
     ],
     output: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", help="File to write; for esft, a folder.", show_default=False
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="File to write; for esft, a folder.",
+            show_default=False,
         ),
     ],
     top_p: Annotated[

@@ -41,11 +41,18 @@ def import_(
     ],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="Directory of the trace to write.", show_default=False),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Directory of the trace to write.",
+            show_default=False,
+        ),
     ],
     model: Annotated[
         str | None,
         typer.Option(
+            metavar="MODEL",
             help=(
                 "Hub id or directory of the model, for what the files leave out: number of "
                 "experts, top-k, dense layers, vocabulary."

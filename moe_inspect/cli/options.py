@@ -7,6 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
+from enum import StrEnum
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -17,7 +18,11 @@ from typer.core import TyperCommand, TyperOption
 Output = Annotated[
     Path | None,
     typer.Option(
-        "-o", "--output", help="Write to this file instead of stdout.", show_default=False
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Write to this file instead of stdout.",
+        show_default=False,
     ),
 ]
 Plots = Annotated[
@@ -36,10 +41,33 @@ Html = Annotated[
         show_default=False,
     ),
 ]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="LAYERS", help="Only these layers, e.g. 0-3,7.", show_default=False),
+]
 Domains = Annotated[
     list[str] | None,
     typer.Option(
-        help="Only tokens of this domain; repeatable or comma-separated.", show_default=False
+        "--domain",
+        metavar="NAME",
+        help="Only tokens of this domain; repeatable or comma-separated.",
+        show_default=False,
+    ),
+]
+
+
+class Phase(StrEnum):
+    prefill = "prefill"
+    decode = "decode"
+    encoder = "encode"
+
+
+OfPhase = Annotated[
+    Phase | None,
+    typer.Option(
+        "--phase",
+        help="Only prompt tokens (prefill), generated ones (decode), or an encoder's (encode).",
+        show_default=False,
     ),
 ]
 

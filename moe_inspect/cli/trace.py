@@ -50,21 +50,28 @@ def trace(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="The directory of the trace.", show_default=False)
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="The directory of the trace.", show_default=False
+        ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="[DOMAIN=]SRC, repeated: a .txt, .jsonl, .csv or .parquet file, a folder (its "
-            "subfolders are domains), a quoted glob, "
-            "or an fsspec URL (hf:// s3:// …). Default: the bundled corpus.",
+            metavar="[DOMAIN=]SRC",
+            help="A .txt, .jsonl, .csv or .parquet file, a folder (its subfolders are domains), a "
+            "quoted glob, or an fsspec URL (hf:// s3:// …); repeatable. Default: the bundled "
+            "corpus.",
             show_default=False,
         ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    text_field: Annotated[
+        str, typer.Option(metavar="FIELD", help="The field that holds the text.")
+    ] = "text",
     domain_field: Annotated[
         str | None,
         typer.Option(
+            metavar="FIELD",
             help='The field that holds the domain (default: "domain" where there is one).',
             show_default=False,
         ),
@@ -111,7 +118,9 @@ def trace(
             )
         ),
     ] = Capture.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")
+    ] = "auto",
     device_map: Annotated[
         str | None,
         typer.Option(
@@ -122,7 +131,10 @@ def trace(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint is stored.")] = Dtype.auto,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="REVISION", help="Branch, tag or commit on the hub.", show_default=False
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool,
@@ -138,7 +150,10 @@ def trace(
         ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Record only these layers, e.g. 0-3,7.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="LAYERS", help="Record only these layers, e.g. 0-3,7.", show_default=False
+        ),
     ] = None,
     weights: Annotated[bool, typer.Option(help="Record the gate weights.")] = True,
     logits: Annotated[bool, typer.Option("--logits", help="Record the router logits too.")] = False,

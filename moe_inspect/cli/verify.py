@@ -13,7 +13,9 @@ from moe_inspect.text import print_stderr, printable
 
 
 def verify(
-    trace: Annotated[Path, typer.Argument(help="Directory of the trace.", show_default=False)],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="Directory of the trace.", show_default=False)
+    ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object.")
     ] = False,

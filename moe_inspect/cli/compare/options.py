@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv
-from moe_inspect.cli.options import Domains, Html, Output, Plots
-from moe_inspect.cli.report.options import Phase
+from moe_inspect.cli.options import Domains, Html, OfPhase, Output, Plots
 
 TraceA = Annotated[
     str, typer.Argument(metavar="A", help="A trace, or its URL (s3://…).", show_default=False)
@@ -20,7 +19,7 @@ TraceB = Annotated[
 Traces = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[C]...",
+        metavar="C",
         help="Further checkpoints, in the order of training: each is compared with the last.",
         show_default=False,
     ),
@@ -58,16 +57,13 @@ class CompareOptions:
     plots: Plots = None
     html: Html = None
     layers: Annotated[
-        str | None, typer.Option(help="Only these layers of A, e.g. 0-3,7.", show_default=False)
-    ] = None
-    domain: Domains = None
-    phase: Annotated[
-        Phase | None,
+        str | None,
         typer.Option(
-            help="Only prompt tokens (prefill), generated ones (decode), or an encoder's (encode).",
-            show_default=False,
+            metavar="LAYERS", help="Only these layers of A, e.g. 0-3,7.", show_default=False
         ),
     ] = None
+    domain: Domains = None
+    phase: OfPhase = None
     top: Annotated[
         int,
         typer.Option(

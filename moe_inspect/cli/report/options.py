@@ -9,13 +9,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv
-from moe_inspect.cli.options import Domains, Html, Output, Plots
-
-
-class Phase(StrEnum):
-    prefill = "prefill"
-    decode = "decode"
-    encoder = "encode"
+from moe_inspect.cli.options import Domains, Html, Layers, OfPhase, Output, Plots
 
 
 class Simulated(StrEnum):
@@ -32,7 +26,11 @@ class ReportOptions:
 
     trace: Annotated[
         str | None,
-        typer.Argument(help="The directory of a trace, or its URL (s3://…).", show_default=False),
+        typer.Argument(
+            metavar="TRACE",
+            help="The directory of a trace, or its URL (s3://…).",
+            show_default=False,
+        ),
     ] = None
     table: Annotated[
         str | None,
@@ -59,17 +57,9 @@ class ReportOptions:
             show_default=False,
         ),
     ] = None
-    layers: Annotated[
-        str | None, typer.Option(help="Only these layers, e.g. 0-3,7.", show_default=False)
-    ] = None
+    layers: Layers = None
     domain: Domains = None
-    phase: Annotated[
-        Phase | None,
-        typer.Option(
-            help="Only prompt tokens (prefill), generated ones (decode), or an encoder's (encode).",
-            show_default=False,
-        ),
-    ] = None
+    phase: OfPhase = None
     top: Annotated[
         int,
         typer.Option(

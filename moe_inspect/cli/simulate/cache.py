@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.options import with_options
+from moe_inspect.cli.options import Layers, with_options
 from moe_inspect.cli.simulate.show import (
-    LayersOption,
     ShowOptions,
     TraceArgument,
     numbers,
@@ -23,6 +22,7 @@ def cache(
     slots: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="SLOTS",
             help=(
                 "Experts per layer that fit in fast memory. Repeated or comma-separated; "
                 "default k, 2k, 4k."
@@ -33,10 +33,11 @@ def cache(
     policy: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="POLICY",
             help=(
                 "Eviction policy: lru, lfu or belady (the upper bound). Repeated or "
                 "comma-separated; default all."
-            )
+            ),
         ),
     ] = None,
     expert_mb: Annotated[
@@ -46,7 +47,7 @@ def cache(
         float | None,
         typer.Option(help="Bandwidth of the link, in 10^9 bytes per second.", show_default=False),
     ] = None,
-    layers: LayersOption = None,
+    layers: Layers = None,
     *,
     options: ShowOptions,
 ) -> None:

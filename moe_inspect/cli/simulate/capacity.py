@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.options import with_options
+from moe_inspect.cli.options import Layers, with_options
 from moe_inspect.cli.simulate.show import (
-    LayersOption,
     ShowOptions,
     TraceArgument,
     numbers,
@@ -29,10 +28,11 @@ def capacity(
     capacity_factor: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="FACTOR",
             help=(
                 "Capacity = ceil(factor · G · k / E) per expert and group of G tokens. Repeated or "
                 "comma-separated."
-            )
+            ),
         ),
     ] = None,
     group_tokens: Annotated[
@@ -57,7 +57,7 @@ def capacity(
             min=0, max=1, help="Report the smallest factor that drops at most this share."
         ),
     ] = 0.01,
-    layers: LayersOption = None,
+    layers: Layers = None,
     *,
     options: ShowOptions,
 ) -> None:

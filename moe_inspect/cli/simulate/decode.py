@@ -6,11 +6,8 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.options import with_options
+from moe_inspect.cli.options import Domains, Layers, OfPhase, with_options
 from moe_inspect.cli.simulate.show import (
-    DomainOption,
-    LayersOption,
-    PhaseOption,
     ShowOptions,
     TraceArgument,
     numbers,
@@ -25,6 +22,7 @@ def decode(
     batch: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="TOKENS",
             help="Sequences decoded together (batch size). Repeated or comma-separated.",
             show_default="1,8,32,128",
         ),
@@ -43,9 +41,9 @@ def decode(
             min=0, help="Arithmetic intensity at which the GPU is compute-bound (FLOPs per byte)."
         ),
     ] = 295.0,
-    layers: LayersOption = None,
-    domain: DomainOption = None,
-    phase: PhaseOption = None,
+    layers: Layers = None,
+    domain: Domains = None,
+    phase: OfPhase = None,
     *,
     options: ShowOptions,
 ) -> None:

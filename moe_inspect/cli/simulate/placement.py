@@ -9,11 +9,8 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.options import with_options
+from moe_inspect.cli.options import Domains, Layers, OfPhase, with_options
 from moe_inspect.cli.simulate.show import (
-    DomainOption,
-    LayersOption,
-    PhaseOption,
     ShowOptions,
     TraceArgument,
     show,
@@ -95,6 +92,7 @@ def placement(
     policy: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="POLICY",
             help=(
                 "contiguous, round-robin, greedy, eplb, eplb-global, local-search; repeated or "
                 "comma-separated. Default: all."
@@ -141,9 +139,9 @@ def placement(
             )
         ),
     ] = Dispatch.even,
-    layers: LayersOption = None,
-    domain: DomainOption = None,
-    phase: PhaseOption = None,
+    layers: Layers = None,
+    domain: Domains = None,
+    phase: OfPhase = None,
     *,
     options: PlanOptions,
 ) -> None:

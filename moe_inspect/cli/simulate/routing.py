@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.options import with_options
+from moe_inspect.cli.options import Layers, with_options
 from moe_inspect.cli.simulate.show import (
-    LayersOption,
     ShowOptions,
     TraceArgument,
     numbers,
@@ -23,21 +22,29 @@ def routing(
     algorithm: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME",
             help='Only these, e.g. "top-k,loss-free bias". Repeated or comma-separated.',
             show_default=False,
         ),
     ] = None,
     top_k: Annotated[
         list[str] | None,
-        typer.Option(help="Experts per token, for top-k. Default 1, k and 2k.", show_default=False),
+        typer.Option(
+            metavar="K",
+            help="Experts per token, for top-k. Default 1, k and 2k.",
+            show_default=False,
+        ),
     ] = None,
     top_p: Annotated[
         list[str] | None,
-        typer.Option(help="Cumulative probability, for top-p. Default 0.7.", show_default=False),
+        typer.Option(
+            metavar="P", help="Cumulative probability, for top-p. Default 0.7.", show_default=False
+        ),
     ] = None,
     capacity_factor: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="FACTOR",
             help="Capacity factor, for next best, which re-routes overflow. Default 1.0 and 1.25.",
             show_default=False,
         ),
@@ -50,7 +57,7 @@ def routing(
             show_default=False,
         ),
     ] = None,
-    layers: LayersOption = None,
+    layers: Layers = None,
     *,
     options: ShowOptions,
 ) -> None:

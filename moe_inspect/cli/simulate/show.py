@@ -13,7 +13,6 @@ import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.cli.options import Output
-from moe_inspect.cli.report.options import Phase
 from moe_inspect.errors import writing
 from moe_inspect.text import print_stderr, printable
 
@@ -25,21 +24,6 @@ ROWS = 24  # of a table in the text; --table has them all
 
 TraceArgument = Annotated[
     Path, typer.Argument(metavar="TRACE", help="The directory of a trace.", show_default=False)
-]
-LayersOption = Annotated[
-    str | None, typer.Option("--layers", help="Only these layers, e.g. 0-3,7.", show_default=False)
-]
-DomainOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--domain",
-        help="Only tokens of this domain; repeated or comma-separated.",
-        show_default=False,
-    ),
-]
-PhaseOption = Annotated[
-    Phase | None,
-    typer.Option("--phase", help="Only prompt tokens, or only generated ones.", show_default=False),
 ]
 
 
