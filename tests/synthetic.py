@@ -33,6 +33,7 @@ def write_trace(
     domain_of_document: Sequence[str] = ("text",),
     token_id: np.ndarray | None = None,
     weights: Sequence[np.ndarray] | None = None,
+    logits: Sequence[np.ndarray] | None = None,
     batch_tokens: int = 500,
     shard_tokens: int = 2_000,
     words: int = 0,
@@ -81,6 +82,7 @@ def write_trace(
         manifest,
         listed,
         weights=weights is not None,
+        logits=logits is not None,
         vocabulary=vocabulary,
         shard_tokens=shard_tokens,
     )
@@ -101,6 +103,7 @@ def write_trace(
                 labels,
                 [i[part] for i in ids],
                 None if weights is None else [w[part] for w in weights],
+                None if logits is None else [x[part] for x in logits],
                 documents=[
                     Document(d, labels[code_of[d]], "synthetic", int((document == d).sum()))
                     for d in new

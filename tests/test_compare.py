@@ -141,68 +141,6 @@ def test_mismatch_takes_a_mask_and_refuses_other_shapes() -> None:
         moe_inspect.mismatch(a, b.astype(float))
 
 
-def stored(ids: np.ndarray, experts: int) -> list[np.ndarray]:
-    dtype = np.uint8 if experts <= 256 else np.uint16
-    return [
-        np.where(ids[:, r] < 0, np.iinfo(dtype).max, ids[:, r]).astype(dtype)
-        for r in range(ids.shape[1])
-    ]
-
-
-@given(drawn=pairs())
-@settings(max_examples=12, deadline=None)
-def test_tables_are_what_brute_force_gives(drawn: Any, tmp_path_factory: Any) -> None:
-    a, b, experts = drawn
-    root, tokens = tmp_path_factory.mktemp("pair"), len(a)
-    rng = np.random.default_rng(tokens)
-    weights = [
-        [rng.random(x.shape[::2]).astype(np.float32) for _ in range(x.shape[1])] for x in (a, b)
-    ]
-    both = []
-    for name, ids, of_side in (("a", a, weights[0]), ("b", b, weights[1])):
-        both.append(
-            write_trace(
-                root / name,
-                stored(ids, experts),
-                experts,
-                document=np.arange(tokens) // 7,
-                token_id=np.arange(tokens),
-                weights=of_side,
-                batch_tokens=14,
-                shard_tokens=28,
-            )
-        )
-    made = moe_inspect.compare(*both)
-    expected, table = brute_force(a, b), made.tables["agreement"]
-    np.testing.assert_allclose(table["set_mismatch"], expected["set_mismatch"], atol=1e-12)
-    np.testing.assert_allclose(table["overlap"], expected["overlap"], atol=1e-12)
-    assert made.tokens_mismatch == pytest.approx(expected["tokens_mismatch"])
-    for r in range(a.shape[1]):
-        ids = [trace.routing(router=r).filter(like="expert_").to_numpy(float) for trace in both]
-        gates = [trace.routing(router=r).filter(like="weight_").to_numpy(float) for trace in both]
-        first = (ids[0][:, 0] == ids[1][:, 0]) | np.isnan([x[:, 0] for x in ids]).all(0)
-        assert table["first_choice"][r] == pytest.approx(first.mean())
-        order = ((ids[0] == ids[1]) | (np.isnan(ids[0]) & np.isnan(ids[1]))).all(1)
-        assert table["order"][r] == pytest.approx(order.mean())
-        apart = np.abs(gates[0][:, :, None] - gates[1][:, None, :])
-        shared = ids[0][:, :, None] == ids[1][:, None, :]
-        assert table["weight_l1"][r] == pytest.approx(
-            np.where(shared, apart, 0).sum((1, 2)).mean(), rel=1e-3, abs=1e-6
-        )
-        loads = [np.bincount(x[~np.isnan(x)].astype(int), minlength=experts) for x in ids]
-        shift = made.tables["load_shift"]["load_shift"][r]
-        if all(load.any() for load in loads):
-            shares = [load / load.sum() for load in loads]
-            assert shift == pytest.approx(np.abs(shares[0] - shares[1]).sum() / 2, abs=1e-12)
-    domain = made.tables["domains"]
-    assert domain["decisions"].sum() == tokens * a.shape[1]
-    for name in ("phases", "positions"):
-        of_part = made.tables[name]
-        assert (of_part["set_mismatch"] * of_part["decisions"]).sum() == pytest.approx(
-            expected["set_mismatch"].sum() * tokens
-        )
-
-
 def test_uniform_sets_overlap_by_k_of_E(tmp_path: Path) -> None:
     made = moe_inspect.compare(*pair(tmp_path, routes(0), routes(1)))
     table = made.tables["agreement"]

@@ -89,12 +89,13 @@ def _share(
 @dataclass(frozen=True)
 class Part:
     """Decisions of a router that have something in common. missing: assignments that the other
-    trace did not make; None where not known."""
+    trace did not make; None where not known. short: slots that route nowhere in both."""
 
     value: object
     decisions_U: np.ndarray
     mismatch_U: np.ndarray
     missing: int | None = None
+    short: int = 0
 
 
 def _by(data: PairData, column: str, parts: Callable[[int], Iterable[Part]]) -> pd.DataFrame:
@@ -109,7 +110,8 @@ def _by(data: PairData, column: str, parts: Callable[[int], Iterable[Part]]) -> 
             row |= {"decisions": n}
             row |= _share(data, "set_mismatch", part.mismatch_U, part.decisions_U)
             if part.missing is not None:
-                row["overlap"] = 1 - part.missing / (n * data.router(r).top_k)
+                size = n * data.router(r).top_k - part.short
+                row["overlap"] = 1 - part.missing / size if size else np.nan
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -128,6 +130,7 @@ def domains(data: PairData) -> pd.DataFrame:
                 decisions_U * of_U,
                 counts.mismatch_UX.sum(1) * of_U,
                 int(counts.missing_UX[of_U].sum()),
+                int(counts.short_U[of_U].sum()),
             )
 
     return _by(data, "domain", parts)
