@@ -1,8 +1,8 @@
 """Does the load change over time? Pure functions on the loads of windows of consecutive tokens.
 
-W windows in the order of execution, E experts, R GPUs, k choices per token. Chance moves the load
-too: every distance between windows has a floor, the distance expected of two windows of these sizes
-that draw from the same distribution.
+W windows in the order of execution, E experts, R GPUs, k choices per token. rank_WE: the GPU of
+each expert, the result of `pack`. Chance moves the load too: every distance between windows has a
+floor, the distance expected of two windows of these sizes that draw from the same distribution.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def first_to_last(load_WE: np.ndarray) -> float:
     range="1/GPUs to 1",
     source="github.com/deepseek-ai/EPLB",
 )
-def balancedness_fresh(load_WE: np.ndarray, ranks: int) -> float:
+def balancedness_fresh(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | None = None) -> float:
     """Mean ÷ max load of the GPUs with a placement made for each window's own load, averaged over
     windows."""
-    return _mean(_balancedness(load_WE, pack(load_WE, ranks), ranks))
+    rank_WE = pack(load_WE, ranks) if rank_WE is None else rank_WE
+    return _mean(_balancedness(load_WE, rank_WE, ranks))
 
 
 @metric(
@@ -59,11 +60,12 @@ def balancedness_fresh(load_WE: np.ndarray, ranks: int) -> float:
     range="1/GPUs to 1",
     source="github.com/deepseek-ai/EPLB",
 )
-def balancedness_stale(load_WE: np.ndarray, ranks: int) -> float:
+def balancedness_stale(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | None = None) -> float:
     """Mean ÷ max load of the GPUs with a placement made for the window before, averaged over
     windows: what remains if experts are rebalanced once per window. NaN with fewer than two
     windows."""
-    return _mean(_balancedness(load_WE[1:], pack(load_WE[:-1], ranks), ranks))
+    rank_WE = pack(load_WE, ranks) if rank_WE is None else rank_WE
+    return _mean(_balancedness(load_WE[1:], rank_WE[:-1], ranks))
 
 
 @metric(
@@ -114,13 +116,19 @@ def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:
     number of experts, or one fewer; the heaviest expert is placed first, each on the least loaded
     GPU with room. int64 [W, E]"""
     W, E = map(int, load_WE.shape)
-    room_WR, load_WR = np.full((W, ranks), -(-E // ranks)), np.zeros((W, ranks))
-    rank_WE, w = np.zeros((W, E), np.int64), np.arange(W)
-    for e in np.argsort(-load_WE, axis=1, kind="stable").T:
-        rank = np.where(room_WR > 0, load_WR, np.inf).argmin(1)
-        rank_WE[w, e] = rank
-        load_WR[w, rank] += load_WE[w, e]
-        room_WR[w, rank] -= 1
+    order_WE = np.argsort(-load_WE, axis=1, kind="stable")
+    heaviest_EW = np.take_along_axis(load_WE, order_WE, 1).T.astype(float)
+    load_X, room_X = np.zeros(W * ranks), np.full(W * ranks, -(-E // ranks))  # X = W · ranks
+    load_WR, first_W = load_X.reshape(W, ranks), np.arange(W) * ranks
+    rank_EW = np.zeros((E, W), np.int64)
+    for load_W, rank_W in zip(heaviest_EW, rank_EW, strict=True):
+        load_WR.argmin(1, out=rank_W)
+        x = first_W + rank_W
+        load_X[x] += load_W
+        room_X[x] -= 1
+        load_X[x[room_X[x] == 0]] = np.inf
+    rank_WE = np.zeros((W, E), np.int64)
+    np.put_along_axis(rank_WE, order_WE, rank_EW.T, 1)
     return rank_WE
 
 

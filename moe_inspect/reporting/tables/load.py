@@ -14,7 +14,7 @@ from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.registry import metrics_of
-from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.data import ReportData, once
 from moe_inspect.reporting.tables.registry import table
 
 BALANCE = tuple(
@@ -109,6 +109,16 @@ def load(data: ReportData) -> pd.DataFrame:
         }
         parts.append(of_router(data, r, columns))
     return stacked(parts)
+
+
+@once
+def design_effects(data: ReportData) -> dict[int, float]:
+    """The design effect of documents on the load of each router; NaN with few documents."""
+    counts, strata_U = data.counts, data.counts.domain_of_unit_U
+    return {
+        r: unc.design_effect(counts.of[r].assignments_UE, counts.tokens_U_of(r), strata_U)
+        for r in data.selection.routers
+    }
 
 
 def of_router(data: ReportData, router: int, columns: Mapping[str, object]) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.load import of_router, stacked
+from moe_inspect.reporting.tables.load import design_effects, of_router, stacked
 from moe_inspect.reporting.tables.registry import table
 
 CAPACITY_FACTOR = 1.25  # of drop_rate
@@ -40,7 +40,7 @@ def windows(data: ReportData) -> pd.DataFrame:
     for r in data.selection.routers:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
         E, k = counts.routers[r].experts, counts.routers[r].top_k
-        floors = _floors(counts, r, load_WE)
+        floors = _floors(data, r, load_WE)
         there_W = load_WE.sum(1) > 0
         columns = {
             "window": index_W,
@@ -71,10 +71,11 @@ def drift(data: ReportData) -> pd.DataFrame:
         _, _, tokens_W, load_WE = _windows(counts, r)
         whole_W = bal.whole_passes(tokens_W)
         load_WE = load_WE[whole_W]
-        floors = _floors(counts, r, load_WE)
-        ends = _floors(counts, r, load_WE[[0, -1]]) if len(load_WE) > 1 else floors
+        floors = _floors(data, r, load_WE)
+        ends = _floors(data, r, load_WE[[0, -1]]) if len(load_WE) > 1 else floors
         # with one expert per GPU no placement is better than another
         gpus = min(win.RANKS, max(1, counts.routers[r].experts // 2))
+        rank_WE = win.pack(load_WE, gpus)
         rows.append(
             {
                 "layer": counts.routers[r].layer,
@@ -87,8 +88,8 @@ def drift(data: ReportData) -> pd.DataFrame:
                 "first_to_last": win.first_to_last(load_WE),
                 "first_to_last_floor": _mean(ends[0]),
                 "gpus": gpus,
-                "balancedness_fresh": win.balancedness_fresh(load_WE, gpus),
-                "balancedness_stale": win.balancedness_stale(load_WE, gpus),
+                "balancedness_fresh": win.balancedness_fresh(load_WE, gpus, rank_WE),
+                "balancedness_stale": win.balancedness_stale(load_WE, gpus, rank_WE),
             }
         )
     return pd.DataFrame(rows, columns=["layer", "router", *DRIFT])
@@ -106,13 +107,10 @@ def _windows(counts: Counts, router: int) -> tuple[np.ndarray, np.ndarray, np.nd
     )
 
 
-def _floors(counts: Counts, router: int, load_WE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _floors(data: ReportData, router: int, load_WE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The total variation and JSD of each window and the one before that chance gives."""
-    load_E, k = counts.load_E(router), counts.routers[router].top_k
-    effect = unc.design_effect(
-        counts.of[router].assignments_UE, counts.tokens_U_of(router), counts.domain_of_unit_U
-    )
-    share_E = load_E / max(load_E.sum(), 1)
+    load_E, k = data.counts.load_E(router), data.counts.routers[router].top_k
+    effect, share_E = design_effects(data)[router], load_E / max(load_E.sum(), 1)
     return win.step_floors(
         share_E, load_WE.sum(1) / k, k, max(1.0, effect) if effect == effect else 1.0
     )

@@ -18,7 +18,7 @@ from moe_inspect.analysis.counting.router_counts import SRP_LENGTHS
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.load import of_router, stacked
+from moe_inspect.reporting.tables.load import design_effects, of_router, stacked
 from moe_inspect.reporting.tables.registry import table
 
 LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # tokens of a segment; SRP is 1 for a single token
@@ -183,7 +183,7 @@ def locality(data: ReportData) -> pd.DataFrame:
             value = pairs.next_accuracy(of.next_first_EN)
             found["next_accuracy"] = (
                 value,
-                unc.share_interval(value, of.next_first_EN.sum(), _effect(data, r)),
+                unc.share_interval(value, of.next_first_EN.sum(), design_effects(data)[r]),
             )
             row["next_accuracy_marginal"] = pairs.next_accuracy_marginal(of.next_first_EN)
             row["next_accuracy_null"] = pairs.next_accuracy_null(of.next_first_EN)
@@ -192,14 +192,6 @@ def locality(data: ReportData) -> pd.DataFrame:
         rows.append(row)
     return pd.DataFrame(rows, columns=["layer", "router", *LOCALITY]).astype(
         dict.fromkeys(LOCALITY, float)
-    )
-
-
-def _effect(data: ReportData, r: int) -> float:
-    """The design effect of a router's load; NaN with few documents."""
-    counts = data.counts
-    return unc.design_effect(
-        counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U
     )
 
 
@@ -308,7 +300,7 @@ def _against_chance(
         expected_EN,
         np.maximum(most_EN, np.maximum(count_EN, 1)),
         max(tested, 1),
-        _effect(data, r),
+        design_effects(data)[r],
     )
 
 
