@@ -51,6 +51,12 @@ def slots_of(ids_TK: np.ndarray, E: int = E) -> kernels_numpy.Slots:
     return tuple(np.where(ids_TK < 0, E, ids_TK).astype(np.uint8).T.copy())
 
 
+def truncated(weights: kernels_numpy.Slots, bits: int) -> kernels_numpy.Slots:
+    """float32 whose last `bits` bits are 0, as those of a bfloat16 or a float16 are."""
+    shift = np.uint32(bits)
+    return tuple((w_T.view(np.uint32) >> shift << shift).view(np.float32) for w_T in weights)
+
+
 def made(
     root: Path, shard_tokens: int = 400, seed: int = 0, relabel: np.ndarray | None = None
 ) -> Trace:
@@ -187,14 +193,23 @@ def test_kernels_count_as_their_references(
         == kernels_numpy.load(runs.unit_T, slots, 3, experts)
     ).all()
     assert (kernels_numba.by_slot(slots, experts) == kernels_numpy.by_slot(slots, experts)).all()
-    assert kernels_numba.weight_confidence(weights) == pytest.approx(
-        kernels_numpy.weight_confidence(weights), rel=1e-5, abs=1e-6 * tokens
-    )
-    by_T, tables = np.flatnonzero(unit_T), np.zeros((2, 3, experts + 1), np.uint32)
-    for kernels, table in zip((kernels_numba, kernels_numpy), tables, strict=True):
-        kernels.accumulate(table, by_T, unit_T[by_T], slots)
+    for rounded in (weights, truncated(weights, 16), truncated(weights, 13)):
+        assert kernels_numba.weight_confidence(rounded) == pytest.approx(
+            kernels_numpy.weight_confidence(rounded), rel=1e-9, abs=1e-9 * tokens
+        )
+    tables, first = np.zeros((2, 2, 3, experts + 1), np.uint32)
+    for n, kernels in enumerate((kernels_numba, kernels_numpy)):
+        by_N, row_N = kernels.sorted_rows(unit_T - 1, 2)
+        assert (by_N.tolist(), row_N.tolist()) == (
+            np.argsort(unit_T, kind="stable")[(unit_T == 0).sum() :].tolist(),
+            np.sort(unit_T[unit_T > 0] - 1).tolist(),
+        )
+        visits = kernels_numpy.Visits(by_N, row_N, row_N + np.uint32(1))
+        kernels.accumulate(tables[n], first[n], visits, kernels.by_token(slots))
+        kernels.accumulate(tables[n], None, visits, kernels.by_token(slots))
     assert tables[0].tolist() == tables[1].tolist()
-    assert tables.sum() == 2 * k * len(by_T)
+    assert first[0].tolist() == first[1].tolist()
+    assert (tables.sum(), first.sum()) == (4 * k * len(by_N), 2 * len(by_N))
     for name, arguments in {
         "weight_sum": (unit_T, slots, weights, 3, experts),
         "transitions": (slots, after, experts, experts),
@@ -253,7 +268,8 @@ def test_shards_threads_and_kernels_change_nothing(
         same(count_trace(split, select(split), WANTS, window=100, threads=1), by_numpy)
         same(count_trace(split, select(split), WANTS, window=100, threads=3), by_numpy)
         patch.setattr(router_groups, "TABLE_BYTES", 1)  # a router at a time
-        patch.setattr(token_ids, "WIDE", 100)
+        narrower = {np.uint32: 2**32, np.uint16: 250, np.uint8: 60}
+        patch.setattr(token_ids, "WIDTHS", narrower)
         same(count_trace(split, select(split), WANTS, window=100), by_numpy)
         without = set(WANTS) - {"token_ids"}
         by_shard = count_trace(split, select(split), without, window=100, threads=3)

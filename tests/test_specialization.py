@@ -116,7 +116,7 @@ def test_top_token_ids_are_those_of_sorting_them_all(ids: int, top: int):
             reverse=True,
         )[: top or None]
     ]
-    listed = TokenIds(np.arange(ids), occurrences_V, np.zeros(0), 1.0)
+    listed = TokenIds(np.arange(ids), occurrences_V, np.zeros(0), 1.0, np.zeros(3))
     expert_N, row_N = top_token_ids(any_VE.astype(np.uint32), listed, top)
     assert list(zip(expert_N.tolist(), row_N.tolist(), strict=True)) == expected
 

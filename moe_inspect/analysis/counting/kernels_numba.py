@@ -17,16 +17,19 @@ these is one store a cycle.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numba import njit
 
-from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows
+from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, Visits
 
 ONE = np.uint32(1)
 # bytes; of which the lower address bits say where in the nearest cache something goes
 PAGE, LINE = 4096, 64
 BLOCK = 4096  # tokens at a time, whose slots stay in the nearest cache
+BFLOAT16_SHIFT, FLOAT16_SHIFT = 16, 13  # bits of a float32 that the rounding leaves 0
+TINY = float(np.finfo(np.float32).tiny)  # for 0 times its logarithm
 SHORT = 16  # tokens of a run below which its load is counted in place
 
 
@@ -284,29 +287,52 @@ def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _weight_confidence(weights_KT, log_KT, sums):  # type: ignore[no-untyped-def]
-    K, T = weights_KT.shape
-    for t in range(T):
+def _weight_confidence(weights, bits, shift, terms_N, sums):  # type: ignore[no-untyped-def]
+    """False at the first weight that has bits which `shift` drops. Shift 0: without `terms_N`."""
+    below, mass_product = (np.uint32(1) << np.uint32(shift)) - np.uint32(1), 1.0
+    for t in range(len(weights[0])):
         mass = plogp = largest = second = 0.0
-        for j in range(K):
-            w = np.float64(weights_KT[j, t])
+        dropped = np.uint32(0)
+        for j in range(len(weights)):
+            w, b = np.float64(weights[j][t]), bits[j][t]
+            dropped |= b & below
             mass += w
-            plogp += w * log_KT[j, t]
+            plogp += terms_N[b >> np.uint32(shift)] if shift else w * np.log(max(w, TINY))
             second = max(second, min(w, largest))
             largest = max(largest, w)
+        if dropped:
+            return False
         if mass > 0:
             sums[0] += 1
-            sums[1] += np.log(mass) - plogp / mass
+            sums[1] -= plogp / mass
             sums[2] += (largest - second) / mass
             sums[3] += mass
+            mass_product *= mass  # one logarithm of a product instead of one per decision
+            if not 1e-200 < mass_product < 1e200:
+                sums[1] += np.log(mass_product)
+                mass_product = 1.0
+    sums[1] += np.log(mass_product)
+    return True
+
+
+@cache
+def _entropy_terms(shift: int) -> np.ndarray:
+    """w · ln w of each float32 whose last `shift` bits are 0, by its other bits. float64 [2^(32 −
+    shift)]"""
+    bits_N = np.arange(2 ** (32 - shift), dtype=np.uint32) << np.uint32(shift)
+    with np.errstate(invalid="ignore"):  # some are no numbers
+        w_N = bits_N.view(np.float32).astype(float)
+        return w_N * np.log(np.maximum(w_N, TINY))
 
 
 def weight_confidence(weights: Slots) -> dict[str, float]:
-    """The logarithms are numpy's, which takes many at once."""
-    weights_KT, sums = np.stack(weights), np.zeros(4)
-    log_KT = np.maximum(weights_KT, np.finfo(np.float32).tiny, dtype=float)  # for 0 times its log
-    np.log(log_KT, out=log_KT)
-    _weight_confidence(weights_KT, log_KT, sums)
+    """Weights rounded to bfloat16 or float16, as a trace has them, look up their logarithms."""
+    bits = tuple(weight_T.view(np.uint32) for weight_T in weights)
+    for shift in (BFLOAT16_SHIFT, FLOAT16_SHIFT, 0):
+        sums = np.zeros(4)
+        terms_N = _entropy_terms(shift) if shift else np.zeros(0)
+        if _weight_confidence(weights, bits, shift, terms_N, sums):
+            break
     return {
         "weight_decisions": int(sums[0]),
         "weight_entropy_sum": float(sums[1]),
@@ -316,13 +342,56 @@ def weight_confidence(weights: Slots) -> dict[str, float]:
 
 
 @njit(nogil=True, cache=True)
-def _accumulate(table, by_T, row_T, slots):  # type: ignore[no-untyped-def]
-    for i in range(len(by_T)):
-        t, row_E = by_T[i], table[row_T[i]]
+def _by_token(slots, ids_TK):  # type: ignore[no-untyped-def]
+    for t in range(len(ids_TK)):
         for j in range(len(slots)):
-            row_E[np.uint64(slots[j][t])] += ONE
+            ids_TK[t, j] = slots[j][t]
 
 
-def accumulate(table: np.ndarray, by_T: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
-    """Adds to `table`, uint16 or uint32 [X, E + 1], in place."""
-    _accumulate(table, by_T, row_T, slots)
+def by_token(slots: Slots) -> np.ndarray:
+    """[T, K]"""
+    ids_TK = np.empty((len(slots[0]), len(slots)), slots[0].dtype)
+    _by_token(slots, ids_TK)
+    return ids_TK
+
+
+@njit(nogil=True, cache=True)
+def _sorted_rows(row_T, end_X, by_N, row_N):  # type: ignore[no-untyped-def]
+    for t in range(len(row_T)):
+        if row_T[t] >= 0:
+            end_X[row_T[t] + 1] += 1
+    for x in range(1, len(end_X)):
+        end_X[x] += end_X[x - 1]
+    for t in range(len(row_T)):
+        if row_T[t] >= 0:
+            at = end_X[row_T[t]]
+            by_N[at], row_N[at] = t, row_T[t]
+            end_X[row_T[t]] = at + 1
+    return end_X[-1]
+
+
+def sorted_rows(row_T: np.ndarray, X: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint32, twice"""
+    by_N, row_N = np.empty((2, len(row_T)), np.uint32)
+    end_X = np.zeros(X + 1, np.int64)
+    n = _sorted_rows(row_T, end_X, by_N, row_N)
+    return by_N[:n], row_N[:n]
+
+
+@njit(nogil=True, cache=True)
+def _accumulate(any_XE, first_XE, by_N, row_N, first_row_N, ids_TK, slots):  # type: ignore[no-untyped-def]
+    for i in range(len(by_N)):
+        ids_K, row_E = ids_TK[by_N[i]], any_XE[row_N[i]]
+        if first_XE is not None:
+            first_XE[first_row_N[i], np.uint64(ids_K[0])] += ONE
+        for j in range(len(slots)):
+            row_E[np.uint64(ids_K[j])] += ONE
+
+
+def accumulate(
+    any_XE: np.ndarray, first_XE: np.ndarray | None, visits: Visits, ids_TK: np.ndarray
+) -> None:
+    """Adds to tables of unsigned integers in place."""
+    if len(visits.by_N):
+        slots = (0,) * ids_TK.shape[1]  # their number is part of the type
+        _accumulate(any_XE, first_XE, visits.by_N, visits.row_N, visits.first_row_N, ids_TK, slots)

@@ -131,11 +131,45 @@ def _cells(row_T: np.ndarray, slots: Slots, E: int) -> np.ndarray:
     return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)
 
 
-def accumulate(table: np.ndarray, by_T: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
-    """Adds the assignments of the tokens `by_T` to their rows of a table, in place. uint16 or
-    uint32 [X, E + 1]: the last column takes what routed nowhere."""
-    cell = (row_T.astype(np.int64) * table.shape[1] + np.stack(slots)[:, by_T]).reshape(-1)
-    flat = table.reshape(-1)
+def by_token(slots: Slots) -> np.ndarray:
+    """The slots of a token side by side, for tokens that are visited out of order. [T, K]"""
+    return np.stack(slots, axis=1)
+
+
+def sorted_rows(row_T: np.ndarray, X: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens in the order of their rows in a table of X rows, so that a row stays in the nearest
+    cache; those of row −1 are left out. The tokens, and the row of each: uint32 [N], twice"""
+    # numpy sorts 16 bits by radix
+    key_T = (row_T + 1).astype(np.uint16) if X < 2**16 else row_T
+    by_N = np.argsort(key_T, kind="stable")[int((row_T < 0).sum()) :]
+    return by_N.astype(np.uint32), row_T[by_N].astype(np.uint32)
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Tokens in the order of their rows in a table: `by_N` which they are, row_N the row of each,
+    first_row_N that in the table of first choices. uint32"""
+
+    by_N: np.ndarray
+    row_N: np.ndarray
+    first_row_N: np.ndarray
+
+
+def accumulate(
+    any_XE: np.ndarray, first_XE: np.ndarray | None, visits: Visits, ids_TK: np.ndarray
+) -> None:
+    """Adds the assignments of tokens to their rows of a table, in place, and their first choices to
+    their rows of another (None: not counted). Unsigned integers [X, E + 1]: the last column takes
+    what routed nowhere."""
+    ids_NK = ids_TK[visits.by_N]
+    _add_cells(any_XE, visits.row_N[:, None], ids_NK)
+    if first_XE is not None:
+        _add_cells(first_XE, visits.first_row_N, ids_NK[:, 0])
+
+
+def _add_cells(table_XE: np.ndarray, row: np.ndarray, ids: np.ndarray) -> None:
+    cell = (row.astype(np.int64) * table_XE.shape[1] + ids).reshape(-1)
+    flat = table_XE.reshape(-1)
     if len(flat) <= 2 * len(cell):
         flat += np.bincount(cell, minlength=len(flat)).astype(flat.dtype)
     else:  # a table larger than what is added to it is not gone through

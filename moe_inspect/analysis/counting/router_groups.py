@@ -52,7 +52,7 @@ class GroupRequest:
         """What is read of a shard once for all routers."""
         prepared = prepare_shard(shard, self.selection, self.wants, self.windows)
         rows = {
-            stack: ShardRows.of(shard, seen, self.plans[stack])
+            stack: ShardRows.of(shard, seen, self.plans[stack], kernels(self.fast))
             for stack, (seen, _) in prepared.stacks.items()
         }
         return prepared, rows
@@ -74,7 +74,7 @@ class RouterGroup:
 
     def add(self, prepared: PreparedShard, rows: Mapping[str, ShardRows]) -> None:
         def visit(r: int, slots: Any) -> None:
-            self.tables[r].add(rows[part.routers[r].stack], slots, self.by.accumulate)
+            self.tables[r].add(rows[part.routers[r].stack], slots, self.by)
 
         part = replace(prepared.part, of={})
         if self.request.base:

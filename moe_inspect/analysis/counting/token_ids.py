@@ -13,15 +13,17 @@ tables, and how their labels are shuffled, are settled before the first decision
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.counting.count_shard import SelectedTokens, count_shard, selected_tokens
 from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.counting.kernels_numpy import Slots
+from moe_inspect.analysis.counting.kernels_numpy import Slots, Visits
 from moe_inspect.analysis.counting.router_counts import ByTokenId
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics import specialization as sp
@@ -30,35 +32,30 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 
-SLOTS = 64
-WIDE = 2**16 // SLOTS  # occurrences whose assignments 16 bits may not count, of up to SLOTS each
+# the types of counts, and what each holds less than: a row has the narrowest that surely holds it
+WIDTHS = {np.uint32: 2**32, np.uint16: 2**16, np.uint8: 2**8}
 MIN_COUNT = 8  # occurrences from which the routing of a token id can be told from chance
 CELLS = 2**24  # of a table by token id, or by token id and unit
-SHUFFLES = (
-    5  # of the token ids, where there are few tokens; over many, one hardly differs from the next
-)
+# of the token ids, where there are few tokens; over many, one hardly differs from the next
+SHUFFLES = 5
 SHORT = 100_000  # tokens
 # clusters of documents per domain: the most that let every token id in
 UNIT_CLUSTERS = (127, 61, 31, 17)
 ROUNDING = np.float32(1e-6)
-Accumulate = Callable[[np.ndarray, np.ndarray, np.ndarray, Slots], None]
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Some token ids, those that occur WIDE times first, then by id. `row_of[id]` is the row of a
-    token id among them, −1 where it is left out; occurrences_V: of each, in the selected tokens;
-    `coverage`: the share of the selected tokens they are."""
+    """Some token ids, those whose assignments take wider counts first, then by id. `row_of[id]` is
+    the row of a token id among them, −1 where it is left out; occurrences_V: of each, in the
+    selected tokens; `coverage`: the share of the selected tokens they are; `sizes`: how many take
+    each of WIDTHS."""
 
     ids_V: np.ndarray
     occurrences_V: np.ndarray
     row_of: np.ndarray
     coverage: float
-
-    @property
-    def wide(self) -> int:
-        """How many occur WIDE times."""
-        return int((self.occurrences_V >= WIDE).sum())
+    sizes: np.ndarray
 
     def rows(self, token_id_T: np.ndarray) -> np.ndarray:
         return self.row_of[np.minimum(token_id_T, len(self.row_of) - 1)]  # -1 is the last too
@@ -72,11 +69,19 @@ def frequent(counts: Counts, min_count: int, most: int, router: int | None = Non
     ids_V = np.flatnonzero(occurrences >= max(min_count, 1))
     if len(ids_V) > most:
         ids_V = np.sort(ids_V[np.argsort(-occurrences[ids_V], kind="stable")[:most]])
-    ids_V = ids_V[np.argsort(occurrences[ids_V] < WIDE, kind="stable")]
+    top_k = max(counts.routers[r].top_k for r in counts.indices)
+    # a damaged decision may name one expert k times
+    most_V, (_, *limits) = occurrences[ids_V] * top_k, WIDTHS.values()
+    width_V = np.sum([most_V < limit for limit in limits], axis=0)
+    ids_V = ids_V[np.argsort(width_V, kind="stable")]
     row_of = np.full(len(occurrences) + 1, -1, np.int32)  # the last is for what is no token id
     row_of[ids_V] = np.arange(len(ids_V))
     return TokenIds(
-        ids_V, occurrences[ids_V], row_of, float(occurrences[ids_V].sum() / max(tokens, 1))
+        ids_V,
+        occurrences[ids_V],
+        row_of,
+        float(occurrences[ids_V].sum() / max(tokens, 1)),
+        np.bincount(width_V, minlength=len(WIDTHS)),
     )
 
 
@@ -114,17 +119,27 @@ class Plan:
         rows_V = np.where(self.paired.rows(self.listed.ids_V) >= 0, len(self.domains), 1)
         return np.r_[0, np.cumsum(rows_V)]
 
+    @cached_property
+    def paired_V(self) -> np.ndarray:
+        """The row of each listed token id among the paired, −1 where it is none, and the same for
+        what is not listed."""
+        return np.append(self.paired.rows(self.listed.ids_V), -1)
+
     @property
-    def pairs(self) -> tuple[int, int]:
-        """Rows of a table by paired token id and domain, and how many of them are wide."""
-        D = len(self.domains)
-        return len(self.paired.ids_V) * D, self.paired.wide * D
+    def by_domain_sizes(self) -> np.ndarray:
+        """Of the table by listed token id and domain: rows of each of WIDTHS."""
+        return np.diff(self.start_V[np.r_[0, np.cumsum(self.listed.sizes)]])
+
+    @property
+    def pair_sizes(self) -> np.ndarray:
+        """Of a table by paired token id and domain: rows of each of WIDTHS."""
+        return self.paired.sizes * len(self.domains)
 
     def bytes(self, E: int) -> int:
         """Of the tables of one router."""
-        shuffled = 2 * len(self.judged.ids_V) + self.pairs[0]
-        rows = int(self.start_V[-1]) + len(self.listed.ids_V) + self.shuffles * shuffled
-        return rows * (E + 1) * np.dtype(np.uint16).itemsize
+        shuffled = 2 * self.judged.sizes + self.pair_sizes
+        rows = self.by_domain_sizes + self.listed.sizes + self.shuffles * shuffled
+        return int(rows @ [np.dtype(width).itemsize for width in WIDTHS]) * (E + 1)
 
 
 def plans_of(trace: Trace, selection: Selection, every: bool) -> dict[str, Plan]:
@@ -176,102 +191,118 @@ def _domains(seen: SelectedTokens, domains: list[str]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Ordered:
-    """Tokens of a shard in the order of their rows in a table, so that a row stays in the nearest
-    cache: `by_T` which they are, row_T the row of each. Those that have none are left out."""
-
-    by_T: np.ndarray
-    row_T: np.ndarray
-
-    @staticmethod
-    def of(row_T: np.ndarray) -> Ordered:
-        # numpy sorts 16 bits by radix
-        fits = row_T.max(initial=0) < np.iinfo(np.uint16).max
-        by_T = np.argsort((row_T + 1).astype(np.uint16) if fits else row_T, kind="stable")
-        by_T = by_T[int((row_T < 0).sum()) :].astype(np.int32)
-        return Ordered(by_T, row_T[by_T].astype(np.int32))
-
-
-@dataclass(frozen=True)
 class ShardRows:
-    """The rows of a shard's tokens in the tables of any router of a stack: with token ids as they
-    are, by id and domain and by id; with the domains shuffled; with the token ids shuffled."""
+    """The rows of a shard's tokens in the tables of any router of a stack, in each of WIDTHS: with
+    token ids as they are, by id and domain; with the domains shuffled; with the token ids
+    shuffled."""
 
-    by_domain: Ordered
-    by_id: Ordered
-    shuffled_domains: list[Ordered]
-    shuffled_ids: list[Ordered]
+    by_domain: list[Visits]
+    shuffled_domains: list[list[Visits]]
+    shuffled_ids: list[list[Visits]]
 
     @staticmethod
-    def of(shard: Shard, seen: SelectedTokens, plan: Plan) -> ShardRows:
-        row_T, judged_T = plan.listed.rows(seen.token_id_T), plan.judged.rows(seen.token_id_T)
-        paired_T, domain_T = plan.paired.rows(seen.token_id_T), _domains(seen, plan.domains)
-        within_T = np.where(paired_T >= 0, domain_T, 0)
-        by_domain = Ordered.of(np.where(row_T >= 0, plan.start_V[row_T] + within_T, -1))
-        shuffled_domains = list[Ordered]()
+    def of(shard: Shard, seen: SelectedTokens, plan: Plan, by: Any) -> ShardRows:
+        D, domain_T = len(plan.domains), _domains(seen, plan.domains)
+        listed_T = plan.listed.rows(seen.token_id_T)
+        judged_T = listed_T if plan.judged is plan.listed else plan.judged.rows(seen.token_id_T)
+        paired_T = plan.paired_V[listed_T]  # −1 is the last
+        row_T = plan.start_V[listed_T]
+        row_T += np.where(paired_T >= 0, domain_T, 0)
+        row_T[listed_T < 0] = -1
+        # by domain they are in the order of their ids too
+        by_domain = _visits(by, row_T, plan.by_domain_sizes, listed_T, plan.listed.sizes)
+        shuffled_domains = list[list[Visits]]()
         for shuffled_XU in plan.shuffled_RXU if plan.shuffled_RXU.size else ():
             unit_T = domain_T * plan.clusters + seen.document_T % plan.clusters
-            shuffled_T = paired_T * len(plan.domains) + shuffled_XU[paired_T, unit_T]
-            shuffled_domains.append(Ordered.of(np.where(paired_T >= 0, shuffled_T, -1)))
+            shuffled_T = paired_T * D + shuffled_XU[paired_T, unit_T]
+            shuffled_T[paired_T < 0] = -1
+            shuffled_domains.append(_visits(by, shuffled_T, plan.pair_sizes))
         # one order for all routers and for a whole decision: its k distinct experts stay together
         rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
         shuffled_ids = [
-            Ordered.of(judged_T[rng.permutation(len(row_T))]) for _ in range(plan.shuffles)
+            _visits(by, judged_T[rng.permutation(len(judged_T))], plan.judged.sizes)
+            for _ in range(plan.shuffles)
         ]
-        # by domain they are in the order of their ids too
-        by_id = Ordered(by_domain.by_T, row_T[by_domain.by_T])
-        return ShardRows(by_domain, by_id, shuffled_domains, shuffled_ids)
+        return ShardRows(by_domain, shuffled_domains, shuffled_ids)
+
+
+def _visits(
+    by: Any,
+    row_T: np.ndarray,
+    sizes: np.ndarray,
+    first_row_T: np.ndarray | None = None,
+    first_sizes: np.ndarray | None = None,
+) -> list[Visits]:
+    """`sizes`: rows of each of WIDTHS. first_row_T: where the rows of first choices are others."""
+    by_N, row_N = by.sorted_rows(row_T, int(sizes.sum()))
+    rows = [(row_N, np.cumsum(sizes) - sizes)]
+    if first_row_T is not None and first_sizes is not None:
+        first_row_N = first_row_T[by_N].astype(np.uint32)
+        rows.append((first_row_N, np.cumsum(first_sizes) - first_sizes))
+    cuts = [*np.searchsorted(row_N, rows[0][1]), len(row_N)]
+    visits = list[Visits]()
+    for i, (start, end) in enumerate(itertools.pairwise(cuts)):
+        within = [of_N[start:end] - np.uint32(before[i]) for of_N, before in rows]
+        visits.append(Visits(by_N[start:end], within[0], within[-1]))
+    return visits
 
 
 class Counters:
     """Assignments by row and expert; a column more than there are experts takes what routed
-    nowhere. The first `wide` rows are of 32 bits, the others of 16."""
+    nowhere. `sizes`: rows of each of WIDTHS."""
 
-    def __init__(self, rows: int, wide: int, experts: int):
-        self.wide = np.zeros((wide, experts + 1), np.uint32)
-        self.narrow = np.zeros((rows - wide, experts + 1), np.uint16)
-
-    def add(self, ordered: Ordered, slots: Slots, accumulate: Accumulate) -> None:
-        wide = len(self.wide)
-        at = int(np.searchsorted(ordered.row_T, wide))
-        accumulate(self.wide, ordered.by_T[:at], ordered.row_T[:at], slots)
-        accumulate(self.narrow, ordered.by_T[at:], ordered.row_T[at:] - wide, slots)
+    def __init__(self, sizes: np.ndarray, experts: int):
+        self.tables = [
+            np.zeros((rows, experts + 1), width)
+            for rows, width in zip(sizes.tolist(), WIDTHS, strict=True)
+        ]
 
     @property
     def rows_XE(self) -> np.ndarray:
         """uint32"""
-        return np.concatenate([self.wide[:, :-1], self.narrow[:, :-1]])
+        return np.concatenate([table[:, :-1] for table in self.tables], dtype=np.uint32)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Assignments by row and, where that is known and asked for, first choices."""
+
+    any: Counters
+    first: Counters | None
+
+    def add(self, visits: list[Visits], ids_TK: np.ndarray, by: Any) -> None:
+        first = [None] * len(WIDTHS) if self.first is None else self.first.tables
+        for any_XE, first_XE, of in zip(self.any.tables, first, visits, strict=True):
+            by.accumulate(any_XE, first_XE, of, ids_TK)
 
 
 class TokenTables:
-    """The tables of one router: assignments by token id and domain, first choices by token id
-    (None: unknown), and the same with labels shuffled."""
+    """The tables of one router: assignments by token id and domain with first choices by token id,
+    and the same with labels shuffled."""
 
     def __init__(self, plan: Plan, router: Router):
-        def zeros(rows: int, wide: int) -> Counters:
-            return Counters(rows, wide if router.top_k <= SLOTS else rows, router.experts)
+        def counted(sizes: np.ndarray, first_sizes: np.ndarray | None) -> Counted:
+            known = first_sizes if router.first_choice_known else None
+            first = None if known is None else Counters(known, router.experts)
+            return Counted(Counters(sizes, router.experts), first)
 
-        ranked, shuffles, pairs = router.first_choice_known, range(plan.shuffles), plan.pairs
-        listed, judged = ((len(ids.ids_V), ids.wide) for ids in (plan.listed, plan.judged))
+        shuffles, listed, judged = range(plan.shuffles), plan.listed.sizes, plan.judged.sizes
         self.plan = plan
-        self.by_domain = zeros(int(plan.start_V[-1]), int(plan.start_V[plan.listed.wide]))
-        self.first = zeros(*listed) if ranked else None
-        self.shuffled_domains = [zeros(*pairs) for _ in shuffles if pairs[0]]
-        self.shuffled_any = [zeros(*judged) for _ in shuffles]
-        self.shuffled_first = [zeros(*judged) for _ in shuffles if ranked]
+        self.by_domain = counted(plan.by_domain_sizes, listed)
+        self.shuffled_domains = [
+            counted(plan.pair_sizes, None) for _ in shuffles if len(plan.paired.ids_V)
+        ]
+        self.shuffled_ids = [counted(judged, judged) for _ in shuffles]
 
-    def add(self, rows: ShardRows, slots: Slots, accumulate: Accumulate) -> None:
-        """Counts the decisions of a shard."""
-        self.by_domain.add(rows.by_domain, slots, accumulate)
-        if self.first is not None:
-            self.first.add(rows.by_id, slots[:1], accumulate)
-        for tables, shuffled, of in (
-            (self.shuffled_domains, rows.shuffled_domains, slots),
-            (self.shuffled_any, rows.shuffled_ids, slots),
-            (self.shuffled_first, rows.shuffled_ids, slots[:1]),
+    def add(self, rows: ShardRows, slots: Slots, by: Any) -> None:
+        """Counts the decisions of a shard. `by`: the kernels."""
+        ids_TK = by.by_token(slots)
+        self.by_domain.add(rows.by_domain, ids_TK, by)
+        for counted, visits in (
+            *zip(self.shuffled_domains, rows.shuffled_domains, strict=False),
+            *zip(self.shuffled_ids, rows.shuffled_ids, strict=True),
         ):
-            for table, ordered in zip(tables, shuffled, strict=False):
-                table.add(ordered, of, accumulate)
+            counted.add(visits, ids_TK, by)
 
 
 # --- afterwards
@@ -279,21 +310,21 @@ class TokenTables:
 
 def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     """What the tables of a router come to. `top`: token ids per expert, 0 for all."""
-    plan, by_domain_RE = tables.plan, tables.by_domain.rows_XE
-    listed, judged = plan.listed, plan.listed.rows(plan.judged.ids_V)
-    any_VE = by_domain_RE
-    if plan.pairs[0]:
-        any_VE = np.add.reduceat(by_domain_RE, plan.start_V[:-1])
-    first_VE = None if tables.first is None else tables.first.rows_XE
-    columns = _columns(tables, any_VE[judged], None if first_VE is None else first_VE[judged])
+    plan, listed, columns = tables.plan, tables.plan.listed, dict[str, float]()
+    any_VE, first = tables.by_domain.any.rows_XE, tables.by_domain.first
     if tables.shuffled_domains:
-        shape = len(plan.paired.ids_V), len(plan.domains), any_VE.shape[1]
-        first_X = plan.start_V[listed.rows(plan.paired.ids_V)]
-        counts_XDE = by_domain_RE[first_X[:, None] + np.arange(len(plan.domains))]
+        paired_X, D = listed.rows(plan.paired.ids_V), len(plan.domains)
+        counts_XDE = any_VE[plan.start_V[paired_X][:, None] + np.arange(D)]
+        any_VE = any_VE[plan.start_V[:-1]]
+        any_VE[paired_X] = counts_XDE.sum(1)
         columns["domain_mi_given_token_bits"] = sp.conditional_mi_bits(counts_XDE)
         columns["domain_mi_given_token_null_bits"] = _mean(
-            [sp.conditional_mi_bits(s.rows_XE.reshape(shape)) for s in tables.shuffled_domains]
+            sp.conditional_mi_bits(s.any.rows_XE.reshape(counts_XDE.shape))
+            for s in tables.shuffled_domains
         )
+    first_VE = None if first is None else first.rows_XE
+    judged = slice(None) if plan.judged is listed else listed.rows(plan.judged.ids_V)
+    columns |= _columns(tables, any_VE[judged], None if first_VE is None else first_VE[judged])
     expert_N, row_N = top_token_ids(any_VE, listed, top)
     return ByTokenId(
         columns,
@@ -310,25 +341,27 @@ def _columns(
 ) -> dict[str, float]:
     """The metrics of token ids, each beside its mean with the token ids shuffled."""
     occurrences_V = tables.plan.judged.occurrences_V
-    shuffled_any = [shuffled.rows_XE for shuffled in tables.shuffled_any]
+    shuffled_any = [shuffled.any.rows_XE for shuffled in tables.shuffled_ids]
     columns = {
         "token_mi_bits": sp.token_mi_bits(any_VE),
-        "token_mi_null_bits": _mean([sp.token_mi_bits(s_VE) for s_VE in shuffled_any]),
+        "token_mi_null_bits": _mean(map(sp.token_mi_bits, shuffled_any)),
         "vocabulary_specialization_any": sp.vocabulary_specialization_any(any_VE, occurrences_V),
         "vocabulary_specialization_any_null": _mean(
-            [sp.vocabulary_specialization_any(s_VE, occurrences_V) for s_VE in shuffled_any]
+            sp.vocabulary_specialization_any(s_VE, occurrences_V) for s_VE in shuffled_any
         ),
     }
     if first_VE is not None:
         columns["vocabulary_specialization"] = sp.vocabulary_specialization(first_VE)
         columns["vocabulary_specialization_null"] = _mean(
-            [sp.vocabulary_specialization(s.rows_XE) for s in tables.shuffled_first]
+            sp.vocabulary_specialization(shuffled.first.rows_XE)
+            for shuffled in tables.shuffled_ids
+            if shuffled.first is not None
         )
     return columns
 
 
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values))
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def top_token_ids(any_VE: np.ndarray, listed: TokenIds, top: int) -> tuple[np.ndarray, np.ndarray]:
