@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import typer
@@ -28,6 +29,8 @@ def report(options: ReportOptions) -> None:
         form = options.format or format_of(options.output) or Format.table
         emit(_metrics(), form, options.output, options.safe_csv)
         return
+    # before numpy is imported: with small matrices, threads of a BLAS mostly wait for each other
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     request = requested(options)
     made, breached = build(request)
     write(made, request)
