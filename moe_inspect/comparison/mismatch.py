@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.comparison.counting.slots import differing
+from moe_inspect.comparison.counting.router_sums import nowhere_in_both, sets, unequal
 from moe_inspect.errors import MoeInspectError
 
 
@@ -43,12 +43,12 @@ def mismatch(ids_a: Any, ids_b: Any, *, mask: Any = None) -> dict[str, Any]:
     missing_L, size_L, moved_L = np.zeros((3, L), np.int64)
     for layer in range(L):
         slots_a, slots_b = (tuple(side[:, layer, j] for j in range(K)) for side in (a, b))
-        found = differing(slots_a, slots_b, E)
-        other_TL[found.at, layer] = found.missing_N > 0
-        missing_L[layer] = found.missing_N.sum()
-        moved_L[layer] = len(found.at)
-        short = 0 if found.short_T is None else int(found.short_T.sum())
-        size_L[layer] = T * K - short
+        at = unequal(slots_a, slots_b)
+        missing_N = sets(a[at, layer].T, b[at, layer].T, E)[2]
+        other_TL[at, layer] = missing_N > 0
+        missing_L[layer] = missing_N.sum()
+        moved_L[layer] = len(at)
+        size_L[layer] = T * K - int(nowhere_in_both(slots_a, slots_b, E).sum())
     with np.errstate(invalid="ignore", divide="ignore"):
         overlap_L = 1 - missing_L / size_L
         return {

@@ -222,6 +222,8 @@ def read(
 
 def _check_text(table: pa.Table) -> None:
     """ArrowInvalid where a text is no UTF-8, of which Parquet's readers take no notice."""
+    if all(pa.types.is_primitive(kind) for kind in table.schema.types):
+        return
     for column in table.columns:
         if pa.types.is_dictionary(column.type):
             for chunk in column.chunks:

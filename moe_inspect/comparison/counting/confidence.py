@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.comparison.counting.slots import Slots
+from moe_inspect.comparison.counting.kernels_numpy import Slots
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -77,11 +77,11 @@ def weight_margin(weights: Slots) -> np.ndarray:
 
 
 def decile_of(margin_T: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """int64 [T]: which tenth each margin is in."""
+    """uint8 [T]: which tenth each margin is in."""
     decile_T = np.zeros(len(margin_T), np.uint8)
     for edge in edges:
         decile_T += margin_T > edge
-    return decile_T.astype(np.int64)
+    return decile_T
 
 
 def log_probabilities(logits_TE: np.ndarray, scoring: str) -> np.ndarray:

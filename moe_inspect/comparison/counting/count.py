@@ -28,10 +28,9 @@ from moe_inspect.comparison.counting.confidence import (
     logit_shift,
     weight_margin,
 )
-from moe_inspect.comparison.counting.slots import Differing, Slots, differing, weight_difference
+from moe_inspect.comparison.counting.kernels_numpy import Slots
+from moe_inspect.comparison.counting.router_sums import Decisions, RouterSums
 from moe_inspect.trace.reader import Trace
-
-BLOCK = 8192  # decisions whose pairs of experts are gone through at a time
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,11 @@ def _count_shard(job: Job, number: int, total: ct.PairCounts) -> int:
         if not len(rows):
             continue
         decisions += len(rows) * len(routers)
-        sums = TokenSums.zero(len(rows), job.logits)
+        tokens = TokenSums.zero(len(rows), job.logits)
         for pair in routers:
-            _count_router(job, rows, pair, number, total, sums)
+            _count_router(job, rows, pair, number, total, tokens)
         with total.lock:
-            _add_tokens(rows, stack, number, len(routers), sums, total)
+            _add_tokens(rows, stack, number, len(routers), tokens, total)
     return decisions
 
 
@@ -128,14 +127,16 @@ def _zero_filled(job: Job, rows: Rows, routers: list[tuple[int, int]]) -> np.nda
 
 @dataclass
 class TokenSums:
-    """differs_T: routers at which a token's sets differ. zero_a_T, zero_b_T: routers at which they
-    do and every slot of A, of B, is expert 0. shift_T: Σ over routers of the shift of its
-    log-probabilities, None where logits are not known."""
+    """differs_T: routers at which a token's sets differ. differing: tokens with any so far.
+    zero_a_T, zero_b_T: routers at which slots differ and every one of A, of B, is expert 0.
+    shift_T: Σ over routers of the shift of its log-probabilities, None where logits are not
+    known."""
 
     differs_T: np.ndarray
     zero_a_T: np.ndarray
     zero_b_T: np.ndarray
     shift_T: np.ndarray | None
+    differing: int = 0
 
     @classmethod
     def zero(cls, T: int, logits: bool) -> TokenSums:
@@ -144,24 +145,23 @@ class TokenSums:
 
 
 def _add_tokens(
-    rows: Rows, stack: str, number: int, routers: int, sums: TokenSums, total: ct.PairCounts
+    rows: Rows, stack: str, number: int, routers: int, tokens: TokenSums, total: ct.PairCounts
 ) -> None:
-    differs_T = sums.differs_T
     ct.add_cells(total.decisions_UX[stack], rows.unit_T, rows.cell_T)
-    total.layers_N += np.bincount(differs_T, minlength=len(total.layers_N))
+    total.layers_N += np.bincount(tokens.differs_T, minlength=len(total.layers_N))
     document_D, first_D, at_T = np.unique(rows.document_T, return_index=True, return_inverse=True)
     tokens_D = np.bincount(at_T)
-    mismatch_D = np.bincount(at_T, differs_T).astype(np.int64)
+    mismatch_D = np.bincount(at_T, tokens.differs_T).astype(np.int64)
     domain_D = rows.unit_T[first_D] // CLUSTERS
     table = np.stack([document_D, domain_D, tokens_D, tokens_D * routers, mismatch_D], axis=1)
     total.documents.setdefault(number, np.zeros((0, 5), np.int64))
     total.documents[number] = np.concatenate([total.documents[number], table])
     total.shards_alike += rows.alike
     total.last_tokens += int(rows.last_T.sum())
-    total.zero_filled_a += int((sums.zero_a_T == routers).sum())
-    total.zero_filled_b += int((sums.zero_b_T == routers).sum())
-    if sums.shift_T is not None:
-        gamma_T = np.exp(-sums.shift_T / routers)
+    total.zero_filled_a += int((tokens.zero_a_T == routers).sum())
+    total.zero_filled_b += int((tokens.zero_b_T == routers).sum())
+    if tokens.shift_T is not None:
+        gamma_T = np.exp(-tokens.shift_T / routers)
         total.gamma += ct.fixed(float(gamma_T.sum()))
         total.gamma_below += int((gamma_T < ct.GAMMA_FLOOR).sum())
         total.gamma_tokens += len(gamma_T)
@@ -173,70 +173,57 @@ def _count_router(
     pair: tuple[int, int],
     number: int,
     total: ct.PairCounts,
-    sums: TokenSums,
+    tokens: TokenSums,
 ) -> None:
     r, other = pair
     listed, counts = job.a.routers[r], total.of[r]
-    E, K = listed.experts, listed.top_k
-    slots_a: Slots | None = None
-    if not rows.alike or job.load:
-        slots_a = rows.of_a(lambda shard: shard.slots(r)[:K], r)
-    if job.load and slots_a is not None:
-        load_XE = _load(slots_a, rows, E, job.long)
-        with total.lock:
-            counts.load_UE[rows.units[0]] += load_XE
-    weights_a: Slots | None = None
-    if job.a.has_weights and (job.margins or (job.weights and not rows.alike)):
-        weights_a = rows.of_a(lambda shard: shard.slot_weights(r)[:K], r)
-    decile_T, margin_T = _margin(job, rows, r, weights_a)
-    if decile_T is not None:
-        known_T = np.isfinite(margin_T)
-        with total.lock:
-            ct.add_cells(counts.margin_UM, rows.unit_T[known_T], decile_T[known_T])
-    if rows.alike or slots_a is None:
+    K = listed.top_k
+    if rows.alike and not job.load:
         with total.lock:
             counts.logit_decisions += len(rows) * job.logits
         return
-    slots_b = rows.of_b(lambda shard: shard.slots(other)[:K], other)
-    found = differing(slots_a, slots_b, E)
-    l1_U, weights_differ = None, 0
-    if job.weights and weights_a is not None:
+    slots_a = rows.of_a(lambda shard: shard.slots(r)[:K], r)
+    slots_b = None if rows.alike else rows.of_b(lambda shard: shard.slots(other)[:K], other)
+    weights_a = weights_b = None
+    if job.a.has_weights and (job.margins or (job.weights and not rows.alike)):
+        weights_a = rows.of_a(lambda shard: shard.slot_weights(r)[:K], r)
+    if job.weights and not rows.alike:
         weights_b = rows.of_b(lambda shard: shard.slot_weights(other)[:K], other)
-        l1_T = weight_difference(found, weights_a, weights_b)
-        l1_U = np.bincount(rows.unit_T, l1_T, len(counts.l1_U))
-        weights_differ = int(np.count_nonzero(l1_T))
-    kl = None
-    if sums.shift_T is not None:
-        logits_a, logits_b = (
-            rows.of_a(lambda shard: (shard.logits(r),), r)[0],
-            rows.of_b(lambda shard: (shard.logits(other),), other)[0],
-        )
+    decile_T, margin_T = _margin(job, rows, r, weights_a)
+    unit_V, unit_T = rows.units
+    decisions = Decisions(
+        listed.experts,
+        len(unit_V),
+        unit_T,
+        rows.cell_T,
+        slots_a,
+        slots_b,
+        (weights_a, weights_b) if weights_a and weights_b else None,
+        decile_T,
+        margin_T,
+    )
+    sums = RouterSums(decisions, job.long)
+    kl = 0
+    if tokens.shift_T is not None and not rows.alike:
+        logits_a = rows.of_a(lambda shard: (shard.logits(r),), r)[0]
+        logits_b = rows.of_b(lambda shard: (shard.logits(other),), other)[0]
         shift_T, kl_T = logit_shift(logits_a, logits_b, slots_a, listed.scoring)
-        sums.shift_T += shift_T
-        kl = float(kl_T.sum())
+        tokens.shift_T += shift_T
+        kl = ct.fixed(float(kl_T.sum()))
     with total.lock:
-        if l1_U is not None:
-            counts.l1_U += np.rint(l1_U * ct.UNIT).astype(np.int64)
-            counts.weights_differ += weights_differ
-        if kl is not None:
-            counts.kl += ct.fixed(kl)
-            counts.logit_decisions += len(rows)
-        if found.short_T is not None:
-            counts.short_U += np.bincount(rows.unit_T, found.short_T, len(counts.short_U)).astype(
-                np.int64
-            )
-        _add_differing(found, rows, counts, sums, number)
-        if decile_T is not None:
-            _add_margins(found, rows, counts, decile_T, margin_T, number)
+        counts.add(sums, unit_V)
+        counts.kl += kl
+        counts.logit_decisions += len(rows) * job.logits
+        _add_mismatched(rows, sums, margin_T, number, counts, tokens)
 
 
 def _margin(
     job: Job, rows: Rows, r: int, weights_a: Slots | None
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """int64 [T], float32 [T]: the decile of each margin of A, and the margin; None, and nothing,
-    where the router's are not known."""
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """uint8 [T], float32 [T]: the decile of each margin of A, and the margin; None where the
+    router's are not known."""
     if job.margins is None or r not in job.margins.edges:
-        return None, np.zeros(0, np.float32)
+        return None, None
     if job.margins.source == "weights":
         assert weights_a is not None
         margin_T = weight_margin(weights_a)
@@ -246,63 +233,26 @@ def _margin(
     return decile_of(margin_T, job.margins.edges[r]), margin_T
 
 
-def _add_differing(
-    found: Differing, rows: Rows, counts: ct.RouterCounts, sums: TokenSums, number: int
+def _add_mismatched(
+    rows: Rows,
+    sums: RouterSums,
+    margin_T: np.ndarray | None,
+    number: int,
+    counts: ct.RouterCounts,
+    tokens: TokenSums,
 ) -> None:
-    """What the decisions that are not equal slot by slot add."""
-    before_T = sums.differs_T > 0
-    counts.before += int(before_T.sum())
-    unit_N = rows.unit_T[found.at]
-    ct.add_units(counts.reordered_U, unit_N)
-    ct.add_units(counts.first_differs_U, unit_N[found.a[0] != found.b[0]])
-    other = np.flatnonzero(found.missing_N)
-    at = found.at[other]
-    unit_N, cell_N = unit_N[other], rows.cell_T[at]
-    ct.add_cells(counts.mismatch_UX, unit_N, cell_N)
-    ct.add_cells(counts.missing_UX, unit_N, cell_N, found.missing_N[other])
-    again = int(before_T[at].sum())
+    """What of the decisions with another set depends on the routers before this one, or is of
+    single tokens."""
+    at = sums.at[sums.missing_N > 0]
+    again = int((tokens.differs_T[at] > 0).sum())
+    counts.before += tokens.differing
     counts.again += again
     counts.new += len(at) - again
-    sums.differs_T[at] += 1
-    sums.zero_a_T[found.at] += (found.a == 0).all(0)
-    sums.zero_b_T[found.at] += (found.b == 0).all(0)
     counts.last_mismatch += int(rows.last_T[at].sum())
-    for experts, moved, sign in ((found.a, found.lost_KN, -1), (found.b, found.gained_KN, 1)):
-        slot, n = np.nonzero(moved)
-        cells = rows.unit_T[found.at[n]] * counts.E + experts[slot, n]
-        np.add.at(counts.moved_UE.reshape(-1), cells, sign)
-    for n in range(0, len(found.at), BLOCK):
-        part = slice(n, n + BLOCK)
-        flipped_KKN = found.lost_KN[:, None, part] & found.gained_KN[None, :, part]
-        i, j, of = np.nonzero(flipped_KKN)
-        cells = found.a[:, part][i, of].astype(np.int64) * counts.E + found.b[:, part][j, of]
-        np.add.at(counts.flips_EE.reshape(-1), cells, 1)
-
-
-def _add_margins(
-    found: Differing,
-    rows: Rows,
-    counts: ct.RouterCounts,
-    decile_T: np.ndarray,
-    margin_T: np.ndarray,
-    number: int,
-) -> None:
-    at = found.at[found.missing_N > 0]
-    at = at[np.isfinite(margin_T[at])]
-    ct.add_cells(counts.margin_mismatch_UM, rows.unit_T[at], decile_T[at])
-    step = -(-len(at) // ct.MOST_FLIPS) or 1
-    counts.flip_margins[number] = margin_T[at[::step]]
-
-
-def _load(slots: Slots, rows: Rows, E: int, fast: bool) -> np.ndarray:
-    """int64 [X, E]: assignments of each expert in each of the units of `rows`."""
-    unit_X, at_T = rows.units
-    if fast:
-        from moe_inspect.comparison.counting.kernels_numba import load
-
-        return load(slots, at_T, len(unit_X), E)
-    base_T = at_T * (E + 1)
-    load_C = np.zeros(len(unit_X) * (E + 1), np.int64)
-    for slot in slots:
-        load_C += np.bincount(base_T + slot, minlength=len(load_C))
-    return load_C.reshape(-1, E + 1)[:, :E]
+    tokens.differing += len(at) - again
+    tokens.differs_T[at] += 1
+    tokens.zero_a_T[sums.at] += sums.zero_a_N
+    tokens.zero_b_T[sums.at] += sums.zero_b_N
+    if margin_T is not None:
+        at = at[np.isfinite(margin_T[at])]
+        counts.flip_margins[number] = margin_T[at[:: -(-len(at) // ct.MOST_FLIPS) or 1]]

@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.comparison.aligning.rows import CELLS, DECILES
+from moe_inspect.comparison.counting.router_sums import RouterSums
 
 UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
 MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
@@ -78,6 +79,23 @@ class RouterCounts:
             margin_mismatch_UM=zeros(U, DECILES),
         )
 
+    def add(self, sums: RouterSums, unit_V: np.ndarray) -> None:
+        """The sums of one shard, whose units are `unit_V`."""
+        self.load_UE[unit_V] += sums.load_VE
+        self.margin_UM[unit_V] += sums.margin_VM
+        self.l1_U[unit_V] += np.rint(sums.l1_V * UNIT).astype(np.int64)
+        self.weights_differ += sums.weights_differ
+        self.short_U[unit_V] += sums.short_V
+        if not len(sums.at):
+            return
+        self.mismatch_UX[unit_V] += sums.mismatch_VX
+        self.missing_UX[unit_V] += sums.missing_VX
+        self.reordered_U[unit_V] += sums.reordered_V
+        self.first_differs_U[unit_V] += sums.first_differs_V
+        self.flips_EE += sums.flips_EE
+        self.moved_UE[unit_V] += sums.moved_VE
+        self.margin_mismatch_UM[unit_V] += sums.margin_mismatch_VM
+
 
 @dataclass
 class PairCounts:
@@ -137,19 +155,7 @@ class PairCounts:
         return total
 
 
-def add_units(total_U: np.ndarray, unit_N: np.ndarray) -> None:
-    """Counts each unit; in place."""
-    total_U += np.bincount(unit_N, minlength=len(total_U))
-
-
-def add_cells(
-    total_UX: np.ndarray, unit_N: np.ndarray, cell_N: np.ndarray, by: np.ndarray | None = None
-) -> None:
-    """Counts each (unit, cell), or adds up `by`; in place."""
+def add_cells(total_UX: np.ndarray, unit_T: np.ndarray, cell_T: np.ndarray) -> None:
+    """Counts each (unit, cell); in place."""
     U, X = total_UX.shape
-    code_N = unit_N * X + cell_N
-    if len(code_N) < U * X // 8:  # few among many
-        np.add.at(total_UX.reshape(-1), code_N, 1 if by is None else by)
-        return
-    counted = np.bincount(code_N, by, U * X)
-    total_UX += counted.astype(np.int64).reshape(U, X)
+    total_UX += np.bincount(unit_T * X + cell_T, minlength=U * X).reshape(U, X)
