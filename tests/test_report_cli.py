@@ -334,7 +334,7 @@ def test_help_names_every_table_and_imports_nothing_heavy(cli_here: Cli):
     assert all(name in said for name in TABLES)
     code = (
         "import sys; from moe_inspect.cli import app; print([m for m in ('torch', 'pandas', "
-        "'pyarrow', 'matplotlib') if m in sys.modules])"
+        "'numpy', 'pyarrow', 'matplotlib') if m in sys.modules])"
     )
     assert (
         subprocess.run(
