@@ -96,7 +96,7 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
 @table()
 def load(data: ReportData) -> pd.DataFrame:
     """One row per expert of a router: its load, absolute and relative to the mean."""
-    counts, parts = data.counts, list[pd.DataFrame]()
+    counts, parts = data.counts, list[dict[str, np.ndarray]]()
     for r in data.selection.routers:
         load_E = counts.load_E(r)
         columns = {
@@ -121,12 +121,15 @@ def design_effects(data: ReportData) -> dict[int, float]:
     }
 
 
-def of_router(data: ReportData, router: int, columns: Mapping[str, object]) -> pd.DataFrame:
-    """A table of these columns about one router: `layer, router` come first."""
-    layer = data.counts.routers[router].layer
-    return pd.DataFrame({"layer": layer, "router": router, **columns})
+def of_router(
+    data: ReportData, router: int, columns: Mapping[str, np.ndarray | float]
+) -> dict[str, np.ndarray]:
+    """Rows of a table about one router, by column: `layer, router` come first. A number is that of
+    all rows."""
+    rows = {"layer": data.counts.routers[router].layer, "router": router, **columns}
+    return dict(zip(rows, np.broadcast_arrays(*rows.values()), strict=True))
 
 
-def stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
+def stacked(parts: list[dict[str, np.ndarray]]) -> pd.DataFrame:
     """One table of the rows of several routers."""
-    return pd.concat(parts, ignore_index=True)
+    return pd.DataFrame({name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]})

@@ -36,7 +36,7 @@ def windows(data: ReportData) -> pd.DataFrame:
     """One row per window of tokens, in the order of execution: its balance and the one expected by
     chance for as many tokens; the distance of its load from that of the window before and the one
     expected by chance; the share of assignments that a capacity factor of 1.25 would drop."""
-    counts, parts = data.decisions("windows"), list[pd.DataFrame]()
+    counts, parts = data.decisions("windows"), list[dict[str, np.ndarray]]()
     for r in data.selection.routers:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
         E, k = counts.routers[r].experts, counts.routers[r].top_k
@@ -47,7 +47,7 @@ def windows(data: ReportData) -> pd.DataFrame:
             "first_token": first_W,
             "tokens": tokens_W,
             "max_over_mean": bal.max_over_mean(load_WE),
-            "busiest_expert": pd.array(np.where(there_W, bal.busiest_expert(load_WE), -1), "Int64"),
+            "busiest_expert": np.where(there_W, bal.busiest_expert(load_WE), -1),
             "noise_floor": unc.noise_floors(load_WE.sum(1) / k, E, k),  # null slots make no load
             "total_variation": np.r_[np.nan, win.step_total_variation(load_WE)][: len(tokens_W)],
             "total_variation_floor": np.r_[np.nan, floors[0]][: len(tokens_W)],
@@ -55,10 +55,10 @@ def windows(data: ReportData) -> pd.DataFrame:
             "jsd_floor_bits": np.r_[np.nan, floors[1]][: len(tokens_W)],
             "drop_rate": win.drop_rate(load_WE, CAPACITY_FACTOR),
         }
-        frame = of_router(data, r, columns)
-        frame.loc[frame["busiest_expert"] < 0, "busiest_expert"] = pd.NA
-        parts.append(frame)
-    return stacked(parts)
+        parts.append(of_router(data, r, columns))
+    frame = stacked(parts)
+    busiest = frame["busiest_expert"].astype("Int64")
+    return frame.assign(busiest_expert=busiest.mask(busiest < 0))
 
 
 @table("windows", by_router=DRIFT)

@@ -42,7 +42,7 @@ def coactivation(data: ReportData) -> pd.DataFrame:
     of decisions as expected by chance at these loads (chance, expected); the ratio to it (lift),
     the standard deviation of lift under chance, given the design effect of documents (lift_sd), and
     the evidence against chance (log10_p, supported: see PairCounts)."""
-    counts, parts = data.decisions("coactivation"), list[pd.DataFrame]()
+    counts, parts = data.decisions("coactivation"), list[dict[str, np.ndarray]]()
     for r in data.selection.routers:
         together_EE, both = _counted(counts.of[r].together_EE), chosen_together(data, r)
         listed = expert, other = both.top(data.top)
@@ -68,7 +68,7 @@ def transitions(data: ReportData) -> pd.DataFrame:
     expert chosen here), over all pairs of slots; its ratio to the probability of next_expert
     (lift), the standard deviation of lift under chance, given the design effect of documents
     (lift_sd), and the evidence against chance (log10_p, supported: see PairCounts)."""
-    counts, parts = data.decisions("transitions"), list[pd.DataFrame]()
+    counts, parts = data.decisions("transitions"), list[dict[str, np.ndarray]]()
     for r in data.selection.routers:
         after, both = counts.next_router(r), chosen_next(data, r)
         if after is None or both is None:
@@ -110,7 +110,7 @@ def repetition(data: ReportData) -> pd.DataFrame:
     before it in its sequence, and how often the two share any expert, with 95 % intervals by
     document (low, high); and the same for independent choices, uniform (random) or with the
     domain's loads (by_load)."""
-    counts, parts = data.decisions("repetition"), list[pd.DataFrame]()
+    counts, parts = data.decisions("repetition"), list[dict[str, np.ndarray]]()
     of_domain = [np.flatnonzero(counts.domain_of_unit_U == d) for d in range(len(counts.domains))]
     resampled = [unc.resample_weights(units * 0) for units in of_domain]
     for r in data.selection.routers:
@@ -304,15 +304,13 @@ def _against_chance(
     )
 
 
-def by_evidence(rows: pd.DataFrame) -> pd.DataFrame:
+def by_evidence(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The rows of a router by their evidence: more frequent than expected first, less frequent
     last."""
-    beyond = rows["together"] > rows["expected"]
-    return rows.iloc[
-        np.lexsort(
-            (-rows["together"], np.where(beyond, rows["log10_p"], -rows["log10_p"]), ~beyond)
-        )
-    ]
+    together, log10_p = rows["together"], rows["log10_p"]
+    beyond = together > rows["expected"]
+    order = np.lexsort((-together, np.where(beyond, log10_p, -log10_p), ~beyond))
+    return {name: values[order] for name, values in rows.items()}
 
 
 def _counted(values: np.ndarray | None) -> np.ndarray:

@@ -64,7 +64,7 @@ def esft(data: ReportData) -> pd.DataFrame:
     """One row per expert and domain: the expert's share of the domain by tokens and by gate weight,
     weighting all tokens alike, or all samples (sequences): the scores by which expert-specialised
     fine-tuning (ESFT) selects experts."""
-    counts, parts = data.counts_for("esft"), list[pd.DataFrame]()
+    counts, parts = data.counts_for("esft"), list[dict[str, np.ndarray]]()
     D = len(counts.domains)
     for r in data.selection.routers:
         of, assignments_DE = counts.of[r], counts.assignments_DE(r)

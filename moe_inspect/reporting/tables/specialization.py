@@ -34,7 +34,7 @@ SPECIALIZATION = (
 def domains(data: ReportData) -> pd.DataFrame:
     """One row per expert and domain: activation = assignments ÷ tokens of the domain (sums to k
     over the experts), lift = activation ÷ its mean over the domains."""
-    counts, parts = data.counts, list[pd.DataFrame]()
+    counts, parts = data.counts, list[dict[str, np.ndarray]]()
     D = len(counts.domains)
     for r in data.selection.routers:
         assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
@@ -93,7 +93,7 @@ def vocabulary(data: ReportData) -> pd.DataFrame:
             f"{data.trace.path} holds counts only, no token ids: no vocabulary table; "
             f"{data.trace.more_than_counts}"
         )
-    by_token_id, parts = data.counts_for("token_ids").by_token_id, list[pd.DataFrame]()
+    by_token_id, parts = data.counts_for("token_ids").by_token_id, list[dict[str, np.ndarray]]()
     text = data.trace.vocabulary().drop_duplicates("token_id")
     text_of = pd.Series(text["token"].to_numpy(object), index=text["token_id"].to_numpy())
     for r in data.selection.routers:
