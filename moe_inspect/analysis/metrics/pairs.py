@@ -18,6 +18,7 @@ from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import SEED
 
 ROUNDS = 200  # of fitting at most; a dozen are enough unless an expert is in nearly every decision
+GRID = 2**12  # a power of 2, so that multiplying by it does not round
 NEARLY_ALL = 1 - 1e-6  # an expert in all decisions would have an infinite weight
 
 
@@ -212,9 +213,23 @@ def _independent(row_E: np.ndarray, share_N: np.ndarray, rng: np.random.Generato
     if total >= E * N:
         return rng.multinomial(row_E, share_N)
     # few choices are drawn faster one by one
-    chosen_X = rng.choice(N, total, p=share_N)
+    chosen_X = _choices(share_N, total, rng)
     cell_X = np.repeat(np.arange(E) * N, row_E) + chosen_X
     return np.bincount(cell_X, minlength=E * N).reshape(E, N)
+
+
+def _choices(share_N: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """`rng.choice(N, size, p=share_N)`, the same draws in less time: between most neighbours of a
+    grid no cumulated share lies, and all that is drawn there is the same choice. int64 [size]"""
+    up_to_N = share_N.cumsum()
+    up_to_N /= up_to_N[-1]
+    first_G = up_to_N.searchsorted(np.linspace(0, 1, GRID + 1), side="right")
+    drawn_X = rng.random(size)
+    at_X = (drawn_X * GRID).astype(np.int64)
+    chosen_X, decided_G = first_G[at_X], first_G[1:] == first_G[:-1]
+    open_X = np.flatnonzero(~decided_G[at_X])
+    chosen_X[open_X] = up_to_N.searchsorted(drawn_X[open_X], side="right")
+    return chosen_X
 
 
 @metric(

@@ -218,15 +218,16 @@ class PairCounts:
     def top(self, top: int) -> tuple[np.ndarray, np.ndarray]:
         """The `top` partners of each expert with the most evidence, among those it is ever chosen
         with; 0: all. Returns (expert, partner)."""
-        E, N = map(int, self.count_EN.shape)
+        top = min(top or self.count_EN.shape[1], self.count_EN.shape[1])
         # the deviance orders pairs as their evidence does, and is faster to compute
         deviance_EN = unc.signed_deviance(self.count_EN, self.expected_EN, self.most_EN)
-        order_EN = np.argsort(
-            np.where(self.count_EN > 0, -deviance_EN, np.inf), axis=1, kind="stable"
-        )[:, : top or N]
-        expert_EN = np.broadcast_to(np.arange(E)[:, None], order_EN.shape)
-        chosen_EN = np.take_along_axis(self.count_EN, order_EN, 1) > 0
-        return expert_EN[chosen_EN], order_EN[chosen_EN]
+        order_EN = np.where(self.count_EN > 0, -deviance_EN, np.inf)
+        last_E = np.partition(order_EN, top - 1, axis=1)[:, top - 1]
+        expert, other = np.nonzero((order_EN <= last_E[:, None]) & (order_EN < np.inf))
+        by_evidence = np.lexsort((order_EN[expert, other], expert))
+        expert, other = expert[by_evidence], other[by_evidence]
+        listed = np.arange(len(expert)) - np.searchsorted(expert, expert) < top  # of equals, some
+        return expert[listed], other[listed]
 
     def evidence(self, pairs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """The columns lift_sd, log10_p and supported of these pairs: (expert, partner)."""
