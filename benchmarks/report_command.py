@@ -1,7 +1,7 @@
 """`python -m benchmarks.report_command`: what `moe-inspect report` costs as a user types it: CPU
-time, wall time and peak memory of the whole command, imports included. With `--against PATH`, a
-second checkout, it is measured too, in turn. Prints a table, writes
-benchmarks/results/report-command-<machine>.json.
+time, wall time and peak memory of the whole command, imports included, and the size of the page it
+writes. With `--against PATH`, a second checkout, it is measured too, in turn. Prints a table,
+writes benchmarks/results/report-command-<machine>.json.
 """
 
 from __future__ import annotations
@@ -19,13 +19,23 @@ import numpy as np
 
 from benchmarks.measuring import ROOT, in_a_process, machine, write_results
 
-TABLE = "{:<44}{:<9}{:>9}{:>9}{:>12}"
+TABLE = "{:<60}{:<9}{:>9}{:>9}{:>12}{:>10}"
+MEASURED = ("cpu_s", "wall_s", "peak_memory_mib", "page_mib")
+PAGE = ("--html", "page.html")
 CASES = {  # label → trace, arguments, rounds
     "report, 1e8 assignments": ("1e8", (), 1),
-    "report --html, 1e8 assignments": ("1e8", ("--html", "page.html"), 1),
+    "report --html, 1e8 assignments": ("1e8", PAGE, 1),
     "report --table balance, 1e8 assignments": ("1e8", ("--table", "balance"), 1),
-    "report --html, 61 x 256, 2,000 tokens": ("2000", ("--html", "page.html"), 1),
-    "report --html, 61 x 256, 20,000 tokens": ("20000", ("--html", "page.html"), 1),
+    "report --html --table verdict, 61 x 256, 2,000 tokens": (
+        "2000",
+        (*PAGE, "--table", "verdict"),
+        3,
+    ),
+    "report --html --table verdict, 61 x 256, 20,000 tokens": (
+        "20000",
+        (*PAGE, "--table", "verdict"),
+        3,
+    ),
     "report, 1e9 assignments": ("1e9", (), 1),
 }
 
@@ -59,8 +69,9 @@ def make_wide(root: str, tokens: int) -> None:
         writer.write(batch)
 
 
-def once(checkout: Path, arguments: list[str]) -> dict[str, float]:
-    """One run of the command from a checkout."""
+def once(checkout: Path, arguments: list[str], page: Path) -> dict[str, float]:
+    """One run of the command from a checkout. `page`: where its page goes, if it writes one."""
+    page.unlink(missing_ok=True)
     began = time.perf_counter()
     command = [sys.executable, "-m", "moe_inspect", "report", *arguments]
     with open(os.devnull, "wb") as nothing:
@@ -71,7 +82,7 @@ def once(checkout: Path, arguments: list[str]) -> dict[str, float]:
         "cpu_s": used.ru_utime + used.ru_stime,
         "wall_s": time.perf_counter() - began,
         "peak_memory_mib": used.ru_maxrss / 1024,
-    }
+    } | ({"page_mib": page.stat().st_size / 2**20} if page.exists() else {})
 
 
 def make(scratch: str, trace: str, scale: float) -> None:
@@ -85,22 +96,24 @@ def make(scratch: str, trace: str, scale: float) -> None:
 def main(scale: float, against: Path | None, only: str) -> None:
     checkouts = {"now": ROOT} | ({"before": against.resolve()} if against else {})
     measured: dict[str, Any] = {"scale": scale}
-    print(TABLE.format("", "", "CPU s", "wall s", "peak MiB"))
+    print(TABLE.format("", "", "CPU s", "wall s", "peak MiB", "page MiB"))
     with tempfile.TemporaryDirectory() as scratch:
         for label, (trace, arguments, rounds) in CASES.items():
             if only not in label:
                 continue
             if not Path(f"{scratch}/{trace}").exists():
                 make(scratch, trace, scale)
-            written = [scratch + "/page.html" if a == "page.html" else a for a in arguments]
+            page = Path(scratch, "page.html")
+            written = [str(page) if a == page.name else a for a in arguments]
             runs: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
             # in turn: the machine may be busier at one time than at another
             for _ in range(rounds):
                 for name, checkout in checkouts.items():
-                    runs[name].append(once(checkout, [f"{scratch}/{trace}", *written]))
+                    runs[name].append(once(checkout, [f"{scratch}/{trace}", *written], page))
             for name, found in runs.items():
                 least = min(found, key=lambda run: run["cpu_s"])
-                print(TABLE.format(label, name, *(f"{v:.1f}" for v in least.values())), flush=True)
+                shown = [f"{least[n]:.1f}" if n in least else "" for n in MEASURED]
+                print(TABLE.format(label, name, *shown), flush=True)
             measured[label] = runs
     command = " ".join(["python -m benchmarks.report_command", *sys.argv[1:]])
     facts = machine() | {"command": command}

@@ -15,7 +15,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,7 +35,7 @@ class Metric:
     axes: str
     source: str
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[str, ...]:
         """What it is computed from, without settings (parameters with a default)."""
         parameters = inspect.signature(self.function).parameters.values()

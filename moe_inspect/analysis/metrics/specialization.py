@@ -19,7 +19,7 @@ from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import permuted_labels
 
 PERMUTATIONS = 200
-CHUNK_CELLS = 2**21
+CHUNK_CELLS = 2**16  # of the permutations taken together, which stay in a cache
 LOOKED_UP = 2**14  # counts whose n log n is kept
 
 

@@ -194,4 +194,5 @@ def esft(data: ReportData) -> Chart | str:
 
 def _spread(rows: Any) -> float:
     """How much the activations of a router differ between domains: Σ activation · log₂ lift."""
-    return float((rows["activation"] * np.log2(rows["lift"].clip(lower=1e-9))).sum())
+    activation, lift = rows["activation"].to_numpy(), rows["lift"].to_numpy()
+    return float(np.nansum(activation * np.log2(np.maximum(lift, 1e-9))))
