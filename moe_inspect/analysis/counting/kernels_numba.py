@@ -23,11 +23,24 @@ import numpy as np
 from numba import njit
 
 from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, Visits
+from moe_inspect.analysis.counting.sequences_numba import repetition, srp
+
+__all__ = [
+    "accumulate",
+    "by_slot",
+    "by_token",
+    "loads",
+    "repetition",
+    "sorted_rows",
+    "srp",
+    "transitions",
+    "weight_confidence",
+    "weight_sum",
+]
 
 ONE = np.uint32(1)
 # bytes; of which the lower address bits say where in the nearest cache something goes
 PAGE, LINE = 4096, 64
-BLOCK = 4096  # tokens at a time, whose slots stay in the nearest cache
 BFLOAT16_SHIFT, FLOAT16_SHIFT = 16, 13  # bits of a float32 that the rounding leaves 0
 TINY = float(np.finfo(np.float32).tiny)  # for 0 times its logarithm
 SHORT = 16  # tokens of a run below which its load is counted in place
@@ -200,90 +213,6 @@ def by_slot(slots: Slots, E: int) -> np.ndarray:
     return _pairs(_by_slot, (slots,), len(slots[0]) * len(slots) * (len(slots) - 1) // 2, [(E, E)])[
         0
     ]
-
-
-@njit(nogil=True, cache=True)
-def _meet(before_T, after_T, common_T):  # type: ignore[no-untyped-def]
-    for t in range(len(common_T)):
-        common_T[t] |= before_T[t] == after_T[t]
-
-
-@njit(nogil=True, cache=True)
-def _repetition(before, after, follows_T, unit_T, first_U, any_U):  # type: ignore[no-untyped-def]
-    """Slot by slot, many tokens at once."""
-    common = np.empty(BLOCK, np.bool_)
-    for start in range(1, len(follows_T), BLOCK):
-        end = min(start + BLOCK, len(follows_T))
-        common_T = common[: end - start]
-        common_T[:] = False
-        for i in range(len(before)):
-            for j in range(len(after)):
-                _meet(before[i][start - 1 : end - 1], after[j][start:end], common_T)
-        unit, first, either = unit_T[start], 0, 0
-        for t in range(start, end):
-            if unit_T[t] != unit:
-                first_U[unit] += first
-                any_U[unit] += either
-                unit, first, either = unit_T[t], 0, 0
-            first += follows_T[t] & (before[0][t - 1] == after[0][t])
-            either += follows_T[t] & common_T[t - start]
-        first_U[unit] += first
-        any_U[unit] += either
-
-
-def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [U], twice"""
-    assert token_rows.order is not None
-    by_T, follows_T, unit_T = token_rows.order.by_T, token_rows.order.follows_T, token_rows.unit_T
-    if not token_rows.order.in_place:
-        slots, unit_T = tuple(slot_T[by_T] for slot_T in slots), unit_T[by_T]
-    before = slots
-    if E < 2**16:  # nowhere is nothing to have in common
-        slots = tuple(slot_T.astype(np.uint16) for slot_T in slots)
-        before = tuple(np.where(slot_T == E, np.uint16(2**16 - 1), slot_T) for slot_T in slots)
-    first_U, any_U = np.zeros(token_rows.U, np.int64), np.zeros(token_rows.U, np.int64)
-    _repetition(before, slots, follows_T, unit_T, first_U, any_U)
-    return first_U, any_U
-
-
-@njit(nogil=True, cache=True)
-def _srp(slots, by_T, follows_T, unit_T, E, m, total_UM):  # type: ignore[no-untyped-def]
-    """f of each expert changes only when a token that chose it enters or leaves: how long it stayed
-    is added then. A sequence is of one unit."""
-    # since which window f has been what it is
-    f_E, since_E = np.zeros(E + 1, np.int64), np.zeros(E + 1, np.int64)
-    windows = first = 0
-    for index in range(len(by_T) + 1):
-        if index == len(by_T) or not follows_T[index]:  # the run before is over
-            if windows:
-                histogram = total_UM[unit_T[by_T[first]]]
-                for e in range(E):
-                    histogram[f_E[e]] += windows - since_E[e]
-            f_E[:], since_E[:] = 0, 0
-            windows, first = 0, index
-        if index < len(by_T):
-            histogram = total_UM[unit_T[by_T[first]]]
-            for step in range(2):
-                if step == 1 and index - first < m:
-                    break
-                t = by_T[index - step * m]
-                for j in range(len(slots)):
-                    e = np.uint64(slots[j][t])
-                    histogram[f_E[e]] += windows - since_E[e] if e < E else 0
-                    since_E[e] = windows
-                    f_E[e] = f_E[e] + 1 - 2 * step if e < E else 0
-            windows += index - first >= m - 1
-
-
-def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
-    """int64 [U, m+1]"""
-    assert token_rows.order is not None
-    # f is m+1 between a token's coming and another's going, for no window
-    total_UM = np.zeros((token_rows.U, m + 2), np.int64)
-    _srp(
-        slots, token_rows.order.by_T, token_rows.order.follows_T, token_rows.unit_T, E, m, total_UM
-    )
-    return total_UM[:, : m + 1]
 
 
 @njit(nogil=True, cache=True)
