@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import registry
 from moe_inspect.cli.report.options import Simulated
 from moe_inspect.cli.report.write import simulated_sections
+from moe_inspect.comparison.compare import compare
 from moe_inspect.reporting.charts.spec import draw_charts
 from moe_inspect.reporting.render.map_data import map_data
 from moe_inspect.reporting.render.matplotlib import draw
@@ -35,9 +37,9 @@ SPLIT = {"srp": ["srp_4", "srp_16", "srp_64"]}  # a metric of several columns
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, dict[str, set[float]]]:
-    """A report with logits and one with windows, all of whose tables are made, and what each
-    registered metric returned meanwhile."""
+def computed() -> tuple[dict[str, pd.DataFrame], dict[str, set[float]]]:
+    """All tables of a report with logits and windows, and of a comparison, and what each registered
+    metric returned meanwhile."""
     returned: dict[str, set[float]] = {name: set() for name in registry.metrics()}
     with pytest.MonkeyPatch.context() as patch:
         for name, m in registry.metrics().items():
@@ -55,19 +57,20 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, dict[str
             patch.setitem(registry.METRICS, name, replace(m, function=told))
         made = report(ROOT / "sample_traces" / "collapsed", top=0, window=3_000)
         made.prepare(made.tables)
-        for name in made.tables:
-            made.tables[name]
-    return made, returned
+        tables = dict(made.tables)
+        pair = compare(*(ROOT / "sample_traces" / name for name in ("balanced", "collapsed")))
+        tables |= {name: pair.tables[name] for name in ("agreement", "overall", "load_shift")}
+    return tables, returned
 
 
 @pytest.mark.parametrize("name", registry.metrics())
 def test_the_number_in_the_table_is_the_one_that_the_registered_metric_computes(
-    computed: tuple[Report, dict[str, set[float]]], name: str
+    computed: tuple[dict[str, pd.DataFrame], dict[str, set[float]]], name: str
 ):
-    made, returned = computed
+    tables, returned = computed
     m = registry.metrics()[name]
     for column in SPLIT.get(name, [m.column]):
-        values = made.tables[m.table][column].astype(float).dropna()
+        values: Any = tables[m.table][column].astype(float).dropna()
         assert len(values), column
         assert set(values.round(12)) <= returned[name], column
 

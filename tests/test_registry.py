@@ -15,7 +15,7 @@ from moe_inspect.analysis.metrics.registry import METRICS, Metric, listing, metr
 
 metrics()
 E, K, T = 12, 3, 8_800  # so that even counts are whole numbers
-SIZES = {"L": 2, "D": 3, "E": E, "N": E, "S": 5, "V": 6, "W": 4, "U": 7, "M": 17, "X": 4}
+SIZES = {"L": 2, "D": 3, "E": E, "N": E, "S": 5, "V": 6, "W": 4, "U": 7, "M": 17, "X": 4, "2": 2}
 DECISIONS = 100
 EVEN: dict[str, object] = {
     "together_EE": np.where(np.eye(E, dtype=bool), T * K // E, T * K * (K - 1) // (E * (E - 1))),
@@ -45,9 +45,20 @@ EVEN: dict[str, object] = {
     "weight_entropy_sum": DECISIONS * math.log(K),
     "weight_margin_sum": 0.0,
     "vio_sum_S": np.zeros(5),
+    "mismatch_sum": 0,
+    "common_sum": DECISIONS * K,
+    "chosen": DECISIONS * K,
+    "same_first_sum": DECISIONS,
+    "same_order_sum": DECISIONS,
+    "weights_apart_sum": 0.0,
+    "kl_sum": 0.0,
+    "differing_sum": 0,
+    "gamma_sum": float(DECISIONS),
+    "tokens": DECISIONS,
     "ranks": 4,
     "capacity_factor": 1.25,
 }
+WHOLE = ("decisions", "tokens", "chosen")  # of what a sum is a share
 
 
 def axes_of(parameter: str) -> str:
@@ -139,7 +150,7 @@ def test_numbering_experts_anew_changes_nothing(name: str, seed: int, data: st.D
 def test_what_cannot_be_known_is_nan_or_nothing_not_an_error(name: str):
     m = METRICS[name]
     nothing = {
-        p: np.zeros_like(np.asarray(even(p))) if axes_of(p) or p == "decisions" else even(p)
+        p: np.zeros_like(np.asarray(even(p))) if axes_of(p) or p in WHOLE else even(p)
         for p in m.parameters
     }
     value = value_of(m, nothing)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.comparison.aligning.align import Alignment, align
 from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
@@ -150,7 +151,7 @@ class PairData:
     def tokens_mismatch(self) -> float:
         """Share of the tokens with another set of experts at any router."""
         layers_N = self.counts.layers_N
-        return float(layers_N[1:].sum() / layers_N.sum())
+        return tt.tokens_mismatch(layers_N[1:].sum(), layers_N.sum())
 
     @cached_property
     def decisions(self) -> int:

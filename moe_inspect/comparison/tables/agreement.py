@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.uncertainty import ratio_interval
 from moe_inspect.comparison.aligning.rows import DECILES
 from moe_inspect.comparison.counting.counts import UNIT
@@ -51,13 +52,22 @@ def _agreement_row(data: PairData, r: int, noise: dict[tuple[int, str, str], flo
         "layer": listed.layer,
         "router": r,
         "decisions": n,
-        **_share(data, "set_mismatch", counts.mismatch_UX.sum(1), decisions_U),
-        **_share(data, "overlap", size_U - counts.missing_UX.sum(1), size_U),
+        **_share(data, "set_mismatch", tt.set_mismatch, counts.mismatch_UX.sum(1), decisions_U),
+        **_share(data, "overlap", tt.overlap, size_U - counts.missing_UX.sum(1), size_U),
         "overlap_by_chance": listed.top_k / listed.experts,
-        **_share(data, "first_choice", decisions_U - counts.first_differs_U, decisions_U, known),
-        **_share(data, "order", decisions_U - counts.reordered_U, decisions_U, known),
-        **_share(data, "weight_l1", counts.l1_U / UNIT, decisions_U, both),
-        "kl_nats": counts.kl / UNIT / counts.logit_decisions if counts.logit_decisions else np.nan,
+        **_share(
+            data,
+            "first_choice",
+            tt.same_first_choice,
+            decisions_U - counts.first_differs_U,
+            decisions_U,
+            known,
+        ),
+        **_share(
+            data, "order", tt.same_order, decisions_U - counts.reordered_U, decisions_U, known
+        ),
+        **_share(data, "weight_l1", tt.weight_l1, counts.l1_U / UNIT, decisions_U, both),
+        "kl_nats": tt.kl_nats(counts.kl / UNIT, counts.logit_decisions),
     }
     if noise is not None:
         row["noise_set_mismatch"] = noise.get((listed.layer, listed.stack, listed.path), np.nan)
@@ -76,14 +86,23 @@ def _mismatch_of(data: PairData) -> dict[tuple[int, str, str], float]:
 
 
 def _share(
-    data: PairData, name: str, hits_U: np.ndarray, of_U: np.ndarray, known: bool = True
+    data: PairData,
+    name: str,
+    measure: Callable[[float, float], float],
+    hits_U: np.ndarray,
+    of_U: np.ndarray,
+    known: bool = True,
 ) -> Row:
-    """A share of all, and the ends of its interval."""
+    """A metric of two sums, and the ends of its interval."""
     total = of_U.sum()
     if not known or not total:
         return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
     low, high = ratio_interval(hits_U[data.units], of_U[data.units], data.weights_RU)
-    return {name: float(hits_U.sum() / total), f"{name}_low": low, f"{name}_high": high}
+    return {
+        name: measure(float(hits_U.sum()), float(total)),
+        f"{name}_low": low,
+        f"{name}_high": high,
+    }
 
 
 @dataclass(frozen=True)
@@ -108,10 +127,10 @@ def _by(data: PairData, column: str, parts: Callable[[int], Iterable[Part]]) -> 
                 continue
             row: Row = {"layer": data.router(r).layer, "router": r, column: part.value}
             row |= {"decisions": n}
-            row |= _share(data, "set_mismatch", part.mismatch_U, part.decisions_U)
+            row |= _share(data, "set_mismatch", tt.set_mismatch, part.mismatch_U, part.decisions_U)
             if part.missing is not None:
                 size = n * data.router(r).top_k - part.short
-                row["overlap"] = 1 - part.missing / size if size else np.nan
+                row["overlap"] = tt.overlap(size - part.missing, size)
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
-from moe_inspect.analysis.metrics.windows import step_jsd_bits, step_total_variation
 from moe_inspect.comparison.aligning.matching import matched_overlaps
 from moe_inspect.comparison.data import TABLES, PairData
 from moe_inspect.reporting.tables.registry import table
@@ -66,18 +66,18 @@ def load_shift(data: PairData) -> pd.DataFrame:
             {
                 "layer": data.router(r).layer,
                 "router": r,
-                "load_shift": _of_pair(step_total_variation, both, data.alike),
-                "load_shift_halves": _mean([step_total_variation(h)[0] for h in halves]),
-                "jsd_bits": _of_pair(step_jsd_bits, both, data.alike),
-                "jsd_bits_halves": _mean([step_jsd_bits(h)[0] for h in halves]),
+                "load_shift": _of_pair(tt.load_shift, both, data.alike),
+                "load_shift_halves": _mean([tt.load_shift(h) for h in halves]),
+                "jsd_bits": _of_pair(tt.load_shift_jsd_bits, both, data.alike),
+                "jsd_bits_halves": _mean([tt.load_shift_jsd_bits(h) for h in halves]),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _of_pair(measure: Callable[[np.ndarray], np.ndarray], loads: np.ndarray, alike: bool) -> float:
+def _of_pair(measure: Callable[[np.ndarray], float], loads: np.ndarray, alike: bool) -> float:
     # of the same files the load is not counted
-    return 0.0 if alike else float(measure(loads)[0])
+    return 0.0 if alike else measure(loads)
 
 
 def _mean(values: list[float]) -> float:

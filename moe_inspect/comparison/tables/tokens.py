@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.comparison.counting.counts import UNIT
 from moe_inspect.comparison.data import TABLES, PairData
 from moe_inspect.reporting.tables.registry import table
@@ -16,7 +17,7 @@ def overall(data: PairData) -> pd.DataFrame:
     """One row: all routers together."""
     counts = data.counts
     gamma = {
-        "router_shift": _ratio(counts.gamma / UNIT, counts.gamma_tokens),
+        "router_shift": tt.router_shift(counts.gamma / UNIT, counts.gamma_tokens),
         "router_shift_below_floor": _ratio(counts.gamma_below, counts.gamma_tokens),
     }
     row = {
