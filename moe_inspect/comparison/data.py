@@ -97,7 +97,7 @@ class PairData:
 
     @cached_property
     def misaligned(self) -> list[Misalignment]:
-        return misalignments((self.a, self.b), self.alignment, self.pairs)
+        return misalignments((self.a, self.b), self.alignment, self.pairs, self.selection.routers)
 
     @cached_property
     def counts(self) -> PairCounts:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.comparison.aligning.align import Alignment
 from moe_inspect.comparison.aligning.rows import Columns, Rows, rows_of_shard
-from moe_inspect.text import join_first, layer_label
+from moe_inspect.text import join_first, layer_label, ranges
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -24,13 +25,15 @@ MOST_TOKENS = 4096
 GOOD = 0.9  # overlap from which a router is not looked at further
 MATCH = 0.6  # overlap beyond chance that the right numbering must reach …
 GAIN = 0.3  # … and by how much it must be better than the one that was compared
+BY_CHANCE = 0.1  # overlap beyond chance under which two routers have nothing in common
 SHIFTS = (-2, -1, 1, 2)
 Read = Callable[[Callable[[Shard], Columns], int], Columns]
 
 
 @dataclass(frozen=True)
 class Misalignment:
-    """kind: "layers_shifted", "layers_swapped", "routes_shifted", "experts_renumbered". text: what
+    """kind: "layers_shifted", "layers_swapped", "layers_renumbered", "routes_shifted",
+    "experts_renumbered", "routes_of_another_router". text: what
     was found, with the evidence. option: what mends it, "" where no option does. values: the
     numbers."""
 
@@ -41,9 +44,13 @@ class Misalignment:
 
 
 def misalignments(
-    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[tuple[int, int]]
+    traces: tuple[Trace, Trace],
+    alignment: Alignment,
+    pairs: Sequence[tuple[int, int]],
+    routers: Sequence[int],
 ) -> list[Misalignment]:
-    """What is numbered otherwise in B; nothing where the routing is alike as it is compared."""
+    """What is numbered otherwise in B; nothing where the routing is alike as it is compared.
+    routers: those of A that are selected, also those that no router of B is compared with."""
     stack = traces[0].routers[pairs[0][0]].stack
     pairs = [pair for pair in pairs if traces[0].routers[pair[0]].stack == stack]
     rows = sample_rows(traces, alignment, stack)
@@ -51,19 +58,28 @@ def misalignments(
         return []
     chosen_a = {r: chosen(rows.of_a, traces[0], r) for r, _ in pairs}
     chosen_b = {m: chosen(rows.of_b, traces[1], m) for _, m in pairs}
-    own = {pair: _agreement(chosen_a[pair[0]], chosen_b[pair[1]]) for pair in pairs}
-    if all(value >= GOOD for value in own.values()):
+    own = {pair: agreement(chosen_a[pair[0]], chosen_b[pair[1]]) for pair in pairs}
+    others_a, others_b = (
+        [r for r in of if trace.routers[r].stack == stack and r not in known]
+        for trace, of, known in (
+            (traces[0], routers, chosen_a),
+            (traces[1], range(len(traces[1].routers)), chosen_b),
+        )
+    )
+    alike = all(value >= GOOD for value in own.values())
+    if alike and not (others_a and others_b):
         return []
-    shift = _routes_shifted(rows, pairs, own, chosen_a, chosen_b)
+    shift = None if alike else _routes_shifted(rows, pairs, own, chosen_a, chosen_b)
     if shift is not None:
         return [shift]
-    others = [m for m, router in enumerate(traces[1].routers) if router.stack == stack]
-    chosen_b |= {m: chosen(rows.of_b, traces[1], m) for m in others if m not in chosen_b}
-    found = _layers_moved(traces, pairs, own, chosen_a, chosen_b)
-    if found is not None:
-        return [found]
-    renumbered = _experts_renumbered(traces, pairs, own, chosen_a, chosen_b)
-    return [] if renumbered is None else [renumbered]
+    chosen_a |= {r: chosen(rows.of_a, traces[0], r) for r in others_a}
+    chosen_b |= {m: chosen(rows.of_b, traces[1], m) for m in others_b}
+    found = (
+        _layers_moved(traces, own, chosen_a, chosen_b)
+        or _experts_renumbered(traces, pairs, own, chosen_a, chosen_b)
+        or _foreign(traces, own)
+    )
+    return [] if found is None else [found]
 
 
 def sample_rows(traces: tuple[Trace, Trace], alignment: Alignment, stack: str) -> Rows | None:
@@ -93,7 +109,7 @@ def chosen(read: Read, trace: Trace, router: int) -> np.ndarray:
     return chosen_TE[:, :E]
 
 
-def _agreement(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
+def agreement(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
     """Overlap of the sets beyond chance: 0 where they are independent, 1 where they are equal."""
     if a_TE.shape != b_TE.shape or not a_TE.any():
         return 0.0
@@ -101,6 +117,11 @@ def _agreement(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
     overlap = float((a_TE & b_TE).sum() / size)
     chance = float((a_TE.mean(0) * b_TE.mean(0)).sum() * len(a_TE) / size)
     return (overlap - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+def half_of(T: int) -> np.ndarray:
+    """bool [T]: a random half, since replicas of an expert may take tokens in turn."""
+    return np.random.default_rng([SEED, T]).permutation(T) < T // 2
 
 
 def _better(value: float, own: float) -> bool:
@@ -124,7 +145,7 @@ def _routes_shifted(
             T = len(a_TE)
             t = np.arange(max(0, -shift), min(T, T - shift))
             t = t[rows.document_T[t] == rows.document_T[t + shift]]
-            values.append(_agreement(a_TE[t], b_TE[t + shift]))
+            values.append(agreement(a_TE[t], b_TE[t + shift]))
         best = max(best, (float(np.mean(values)), shift))
     value, shift = best
     if not _better(value, mean):
@@ -142,20 +163,26 @@ def _routes_shifted(
 
 def _layers_moved(
     traces: tuple[Trace, Trace],
-    pairs: Sequence[tuple[int, int]],
     own: dict[tuple[int, int], float],
     chosen_a: dict[int, np.ndarray],
     chosen_b: dict[int, np.ndarray],
 ) -> Misalignment | None:
-    """Routers of A whose decisions are those of another layer of B."""
+    """Routers of A whose decisions are those of another layer of B than is compared with it, if
+    any is."""
     a, b = (trace.routers for trace in traces)
+    place = dict(own.keys())
+    good = {m for (_, m), value in own.items() if value >= GOOD}
     moved = list[tuple[int, int, float, float]]()
-    for r, m in pairs:
-        if own[r, m] >= GOOD:
+    for r in sorted(chosen_a):
+        before = own[r, place[r]] if r in place else 0.0
+        if before >= GOOD:
             continue
-        value, other = max((_agreement(chosen_a[r], chosen_b[n]), -n) for n in chosen_b)
-        if -other != m and _better(value, own[r, m]):
-            moved.append((r, -other, value, own[r, m]))
+        rest = [m for m in chosen_b if m not in good and m != place.get(r)]
+        value, other = max(
+            ((agreement(chosen_a[r], chosen_b[m]), -m) for m in rest), default=(0.0, 0)
+        )
+        if _better(value, before):
+            moved.append((r, -other, value, before))
     if not moved:
         return None
     steps = {a[r].layer - b[m].layer for r, m, _, _ in moved}
@@ -167,8 +194,8 @@ def _layers_moved(
         "layers_a": [a[r].layer for r, *_ in moved],
         "layers_b": [b[m].layer for _, m, *_ in moved],
     }
-    if len(steps) == 1 and len(moved) >= max(1, len(pairs) - abs(next(iter(steps))) - 1):
-        step = steps.pop()
+    step = next(iter(steps))
+    if len(steps) == 1 and not good and len(moved) >= max(1, len(own) - abs(step) - 1):
         return Misalignment(
             "layers_shifted",
             f"Layers are numbered otherwise: B's layer n is A's n{step:+d} {evidence}, for "
@@ -178,9 +205,13 @@ def _layers_moved(
             values | {"shift": step},
         )
     names = [f"A's {layer_label(a, r)} is B's {layer_label(b, m)}" for r, m, *_ in moved]
+    said = f"{join_first(names, 4, ', ')} {evidence}"
+    if all(r in place and m in place.values() for r, m, *_ in moved):
+        return Misalignment("layers_swapped", f"Layers are swapped: {said}.", "", values)
     return Misalignment(
-        "layers_swapped",
-        f"Layers are swapped: {join_first(names, 4, ', ')} {evidence}.",
+        "layers_renumbered",
+        f"Layers are numbered otherwise: {said}, for instance since pipeline stages number theirs "
+        "anew.",
         "",
         values,
     )
@@ -201,9 +232,10 @@ def _experts_renumbered(
         a_TE, b_TE = chosen_a[r], chosen_b[m]
         if own[r, m] >= GOOD:
             continue
-        shared_EE = a_TE[::2].astype(np.float32).T @ b_TE[::2].astype(np.float32)
+        fit_T = half_of(len(a_TE))
+        shared_EE = a_TE[fit_T].astype(np.float32).T @ b_TE[fit_T].astype(np.float32)
         _, match_E = linear_sum_assignment(shared_EE, maximize=True)
-        value = _agreement(a_TE[1::2], b_TE[1::2][:, match_E])
+        value = agreement(a_TE[~fit_T], b_TE[~fit_T][:, match_E])
         if _better(value, own[r, m]):
             moved.append((r, value, own[r, m]))
     if not moved:
@@ -218,4 +250,26 @@ def _experts_renumbered(
         "checkpoint.",
         "",
         {"routers": [r for r, *_ in moved], "agreement": value, "agreement_as_compared": before},
+    )
+
+
+def _foreign(traces: tuple[Trace, Trace], own: dict[tuple[int, int], float]) -> Misalignment | None:
+    """Few routers that agree no more than by chance, between others that agree: a model that
+    differs would differ from there on."""
+    a = traces[0].routers
+    good = [r for (r, _), value in own.items() if value >= GOOD]
+    bad = [r for (r, _), value in own.items() if value < BY_CHANCE]
+    if not bad or 2 * len(good) < len(own) or max(bad) > max(good):
+        return None
+    value = float(np.mean([own[r, m] for r, m in own if r in bad]))
+    others = float(np.mean([own[r, m] for r, m in own if r in good]))
+    names = join_first([layer_label(a, r) for r in bad], 6, ", ")
+    left = ranges({a[r].layer for r, _ in own if r not in bad})
+    return Misalignment(
+        "routes_of_another_router",
+        f"In {'layer' if len(bad) == 1 else 'layers'} {names} B agrees with A no more than by "
+        f"chance (beyond chance {value:.1%}), in others {others:.1%}: these routes are of a router "
+        "that A does not have, such as an MTP layer's, or were never recorded.",
+        f"--layers {left}",
+        {"routers": bad, "agreement": value, "agreement_elsewhere": others},
     )

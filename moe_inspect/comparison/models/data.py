@@ -17,6 +17,7 @@ from moe_inspect.comparison.aligning.models import (
     tokenizer_difference,
 )
 from moe_inspect.comparison.aligning.pairing import same_places
+from moe_inspect.comparison.models.physical import replicas
 from moe_inspect.comparison.models.spans import Spans, common_spans
 from moe_inspect.comparison.models.told import Told, judged_texts, told_by_text
 from moe_inspect.errors import MoeInspectError
@@ -70,6 +71,11 @@ class ModelData:
             *self._reasons,
         )
         return [reason for reason in dict.fromkeys(found) if reason]
+
+    @cached_property
+    def replicas(self) -> dict[str, Any] | None:
+        """Whether it is one model, and one trace has physical ids of replicas."""
+        return replicas(self.a, self.b) if self.reasons else None
 
     def depth(self, side: str, router: int) -> float:
         """Where a router is in its model: 0 the first layer, 1 the last."""

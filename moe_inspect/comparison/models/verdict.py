@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.comparison.aligning.models import physical_ids
 from moe_inspect.comparison.models.data import MODEL_TABLES, SIDES, ModelData
 from moe_inspect.comparison.models.tables import name_of, refusals
 from moe_inspect.comparison.models.told import jackknife_interval
@@ -28,14 +27,24 @@ def findings(data: ModelData) -> list[Finding]:
 
 def different(data: ModelData) -> Iterator[Finding]:
     """Why decisions cannot be compared one by one; the headline."""
+    if data.replicas is not None:
+        found = data.replicas
+        yield finding(
+            "physical_ids",
+            "critical",
+            f"The {found['physical']} ids of {found['trace']} are physical ids of "
+            f"{found['logical']} experts: mapped by the tokens that they share, the traces agree "
+            f"(beyond chance {found['agreement']:.1%}). Map them to logical ids before comparing.",
+            **found,
+        )
+        return
     if not data.reasons:
         text = "Two models of the same shape, side by side."
     else:
         text = (
             f"Different models: {'; '.join(data.reasons)}. Their decisions cannot be compared one "
             "by one; what means the same in both is in the tables "
-            f"{', '.join(name for name in SHARED if not data.why_not(name))}"
-            f"{physical_ids(data.reasons)}."
+            f"{', '.join(name for name in SHARED if not data.why_not(name))}."
         )
     yield finding("different_models", "note", text, reasons=list(data.reasons))
 
