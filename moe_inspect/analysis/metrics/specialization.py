@@ -81,14 +81,15 @@ def domain_mi_null_bits(
     D, E = int(domain_U.max(initial=-1)) + 1, assignments_UE.shape[1]
     if D < 2 or not assignments_UE.any():
         return float("nan"), float("nan")
-    assignments_UE = assignments_UE.astype(float)
-    labels_RU = permuted_labels(domain_U, R)
+    # whole numbers, which float32 adds up exactly as long as they are small
+    kind = np.float32 if assignments_UE.sum(0).max() < 2**24 else np.float64
+    assignments_UE, labels_RU = assignments_UE.astype(kind), permuted_labels(domain_U, R)
     step, values = max(1, CHUNK_CELLS // (D * max(E, len(domain_U)))), list[np.ndarray]()
     for start in range(0, R, step):
-        member_RDU = (labels_RU[start : start + step, None] == np.arange(D)[:, None]).astype(float)
+        member_RDU = (labels_RU[start : start + step, None] == np.arange(D)[:, None]).astype(kind)
         # one product of two matrices: many small ones keep the threads of a BLAS waiting
         load_RDE = (member_RDU.reshape(-1, len(domain_U)) @ assignments_UE).reshape(-1, D, E)
-        values.append(mutual_information_bits(share_by_domain(load_RDE)))
+        values.append(mutual_information_bits(share_by_domain(load_RDE.astype(float))))
     null_R = np.concatenate(values)
     return float(np.nanmean(null_R)), float(np.nanquantile(null_R, 0.99))
 
