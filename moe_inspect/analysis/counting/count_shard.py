@@ -22,6 +22,7 @@ from moe_inspect.analysis.counting.counts import CLUSTERS, Counts
 from moe_inspect.analysis.counting.router_counts import Decisions, RouterCounts, count_router
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
 
@@ -85,7 +86,7 @@ def selected_tokens(
     )
     table = shard.tokens(names + (["sequence", "position"] if order else []))
     code_T, domains = codes(table["domain"])
-    labels = {domains[d] for d in np.unique(code_T)}
+    labels = {domains[d] for d in np.flatnonzero(np.bincount(code_T))}
     keep_T = seen_T = None
     if selection.domains is not None:
         keep_T = np.isin(
@@ -200,17 +201,18 @@ def prepare_shard(
     part.token_ids_V = _occurrences(every)
     if windows:
         first_T = windows.before[shard.files.rank, shard.files.index] + every.number_T
-        window_W, at_W = np.unique(first_T // windows.tokens, return_index=True)
-        part.first_token_W[window_W] = shard.files.first_token + every.number_T[at_W]
+        window_T = first_T // windows.tokens
+        at_W = run_edges(window_T)[:-1]
+        part.first_token_W[window_T[at_W]] = shard.files.first_token + every.number_T[at_W]
     for stack in sorted({part.routers[r].stack for r in part.indices}):
-        seen = every if not stack else selected_tokens(shard, selection, stack, order)
-        token_rows = _token_rows(seen, key_U, domain_of_U, windows, shard)
-        prepared.stacks[stack] = seen, token_rows
+        seen, of_seen_T = every, unit_T
         if stack:
+            seen = selected_tokens(shard, selection, stack, order)
+            of_seen_T = np.searchsorted(key_U, _unit(seen))
             part.token_ids_SV[stack] = _occurrences(seen)
-            part.tokens_SU[stack] = np.bincount(token_rows.unit_T, minlength=len(key_U)).astype(
-                np.int64
-            )
+            part.tokens_SU[stack] = np.bincount(of_seen_T, minlength=len(key_U))
+        token_rows = _token_rows(seen, of_seen_T, len(key_U), domain_of_U, windows, shard)
+        prepared.stacks[stack] = seen, token_rows
     return prepared
 
 
@@ -247,21 +249,19 @@ def count_routers(
 
 def _token_rows(
     seen: SelectedTokens,
-    key_U: np.ndarray,
+    unit_T: np.ndarray,
+    U: int,
     domain_of_U: np.ndarray,
     windows: Windows | None,
     shard: Shard,
 ) -> kernels_numpy.TokenRows:
     """The rows that each token of a shard is counted in, the same for all routers of a stack."""
-    row_of = np.zeros(key_U[-1] + 1, np.int64)
-    row_of[key_U] = np.arange(len(key_U))
-    unit_T = row_of[_unit(seen)]
     batch_B, batch_T = kernels_numpy.distinct(seen.batch_T)
     first = windows.before[shard.files.rank, shard.files.index] if windows else 0
     window_T = (
         (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
     )
-    sizes = len(key_U), int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1
+    sizes = U, int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1
     return kernels_numpy.TokenRows(
         unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order
     )
@@ -296,7 +296,7 @@ def _decisions(
 
 def _occurrences(seen: SelectedTokens) -> np.ndarray:
     """int64 [V]: of each token id; a token of unknown id is −1."""
-    return np.bincount(seen.token_id_T[seen.token_id_T >= 0]).astype(np.int64)
+    return np.bincount(seen.token_id_T[seen.token_id_T >= 0])
 
 
 def _unit(seen: SelectedTokens) -> np.ndarray:

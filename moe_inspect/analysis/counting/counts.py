@@ -66,15 +66,11 @@ class Counts:
 
     def add(self, other: Counts) -> Counts:
         """Adds `other` in place. Addition is associative and commutative."""
-        domains, units = (
-            sorted({*self.domains, *other.domains}),
-            sorted({*self.units, *other.units}),
-        )
         rows = {
-            "D": MergedRows.of(self.domains, other.domains, domains),
-            "U": MergedRows.of(self.units, other.units, units),
+            "D": MergedRows.of(self.domains, other.domains),
+            "U": MergedRows.of(self.units, other.units),
         }
-        self.domains, self.units = domains, units
+        self.domains, self.units = rows["D"].labels, rows["U"].labels
         self.tokens_U = rows["U"].added(self.tokens_U, other.tokens_U)
         self.tokens_SU = {
             s: rows["U"].added(mine_U, other.tokens_SU[s]) for s, mine_U in self.tokens_SU.items()

@@ -167,26 +167,31 @@ class ByTokenId:
 
 @dataclass(frozen=True)
 class MergedRows:
-    """The positions of the rows of two parts among the rows of both together."""
+    """The positions of the rows of a sum and of a part that is added to it among the rows of both
+    together, whose `labels` are sorted, as those of every sum are."""
 
+    labels: list[Any]
     mine: np.ndarray | slice
     theirs: np.ndarray | slice
-    both: int
 
     @staticmethod
-    def of(mine: list[Any], theirs: list[Any], both: list[Any]) -> MergedRows:
-        row_of = {label: row for row, label in enumerate(both)}
+    def of(mine: list[Any], theirs: list[Any]) -> MergedRows:
+        row_of = {label: row for row, label in enumerate(mine)}
+        both = mine
+        if not row_of.keys() >= set(theirs):
+            both = sorted({*mine, *theirs})
+            row_of = {label: row for row, label in enumerate(both)}
         # a slice is added to without a copy
         at, there = (
             slice(None) if part == both else np.array([row_of[x] for x in part], np.int64)
             for part in (mine, theirs)
         )
-        return MergedRows(at, there, len(both))
+        return MergedRows(both, at, there)
 
     def added(self, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         """`mine` itself where it has all the rows."""
-        if len(mine) != self.both:
-            mine, before = np.zeros((self.both, *mine.shape[1:]), mine.dtype), mine
+        if len(mine) != len(self.labels):
+            mine, before = np.zeros((len(self.labels), *mine.shape[1:]), mine.dtype), mine
             mine[self.mine] = before
         mine[self.theirs] += theirs
         return mine

@@ -117,13 +117,13 @@ class Plan:
         """The first row of each listed token id, and the end: a row per domain where it is paired,
         else one."""
         rows_V = np.where(self.paired.rows(self.listed.ids_V) >= 0, len(self.domains), 1)
-        return np.r_[0, np.cumsum(rows_V)]
+        return np.r_[0, np.cumsum(rows_V)].astype(np.int32)
 
     @cached_property
     def paired_V(self) -> np.ndarray:
         """The row of each listed token id among the paired, −1 where it is none, and the same for
         what is not listed."""
-        return np.append(self.paired.rows(self.listed.ids_V), -1)
+        return np.append(self.paired.rows(self.listed.ids_V), np.int32(-1))
 
     @property
     def by_domain_sizes(self) -> np.ndarray:
@@ -166,7 +166,10 @@ def _plan(trace: Trace, selection: Selection, counts: Counts, router: int, every
         unit_T = domain_T * clusters + seen.document_T % clusters
         there_XU[row_T[row_T >= 0], unit_T[row_T >= 0]] = True
     # drawn in the order of the ids
-    order_X, shuffled_RXU = np.argsort(paired.ids_V), np.zeros((shuffles, *there_XU.shape), int)
+    order_X, shuffled_RXU = (
+        np.argsort(paired.ids_V),
+        np.zeros((shuffles, *there_XU.shape), np.int32),
+    )
     shuffled_RXU[:, order_X] = _shuffled_domains(there_XU[order_X], clusters, shuffles)
     return Plan(listed, judged, paired, shuffles, counts.domains, clusters, shuffled_RXU)
 
@@ -184,7 +187,7 @@ def _shuffled_domains(there_XU: np.ndarray, clusters: int, R: int) -> np.ndarray
 def _domains(seen: SelectedTokens, domains: list[str]) -> np.ndarray:
     """The domain of each token, as a row of `domains`."""
     code = {domain: d for d, domain in enumerate(domains)}
-    return np.array([code.get(domain, 0) for domain in seen.domains], np.int64)[seen.domain_T]
+    return np.array([code.get(domain, 0) for domain in seen.domains], np.int32)[seen.domain_T]
 
 
 # --- while they are
@@ -214,7 +217,8 @@ class ShardRows:
         shuffled_domains = list[list[Visits]]()
         for shuffled_XU in plan.shuffled_RXU if plan.shuffled_RXU.size else ():
             unit_T = domain_T * plan.clusters + seen.document_T % plan.clusters
-            shuffled_T = paired_T * D + shuffled_XU[paired_T, unit_T]
+            cell_T = np.maximum(paired_T, 0) * np.int32(shuffled_XU.shape[1]) + unit_T
+            shuffled_T = paired_T * D + shuffled_XU.reshape(-1)[cell_T]
             shuffled_T[paired_T < 0] = -1
             shuffled_domains.append(_visits(by, shuffled_T, plan.pair_sizes))
         # one order for all routers and for a whole decision: its k distinct experts stay together
@@ -310,18 +314,8 @@ class TokenTables:
 
 def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     """What the tables of a router come to. `top`: token ids per expert, 0 for all."""
-    plan, listed, columns = tables.plan, tables.plan.listed, dict[str, float]()
-    any_VE, first = tables.by_domain.any.rows_XE, tables.by_domain.first
-    if tables.shuffled_domains:
-        paired_X, D = listed.rows(plan.paired.ids_V), len(plan.domains)
-        counts_XDE = any_VE[plan.start_V[paired_X][:, None] + np.arange(D)]
-        any_VE = any_VE[plan.start_V[:-1]]
-        any_VE[paired_X] = counts_XDE.sum(1)
-        columns["domain_mi_given_token_bits"] = sp.conditional_mi_bits(counts_XDE)
-        columns["domain_mi_given_token_null_bits"] = _mean(
-            sp.conditional_mi_bits(s.any.rows_XE.reshape(counts_XDE.shape))
-            for s in tables.shuffled_domains
-        )
+    plan, listed, first = tables.plan, tables.plan.listed, tables.by_domain.first
+    any_VE, columns = _by_domain(tables)
     first_VE = None if first is None else first.rows_XE
     judged = slice(None) if plan.judged is listed else listed.rows(plan.judged.ids_V)
     columns |= _columns(tables, any_VE[judged], None if first_VE is None else first_VE[judged])
@@ -334,6 +328,25 @@ def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
         None if first_VE is None else first_VE[row_N, expert_N].astype(np.int64),
         listed.occurrences_V[row_N],
     )
+
+
+def _by_domain(tables: TokenTables) -> tuple[np.ndarray, dict[str, float]]:
+    """Assignments by listed token id, uint32 [V, E], and what the domain says given the token
+    id."""
+    any_RE, plan = tables.by_domain.any.rows_XE, tables.plan
+    if not tables.shuffled_domains:
+        return any_RE, {}
+    paired_X, D = plan.listed.rows(plan.paired.ids_V), len(plan.domains)
+    counts_XDE = any_RE[plan.start_V[paired_X][:, None] + np.arange(D)]
+    any_VE = any_RE[plan.start_V[:-1]]
+    any_VE[paired_X] = counts_XDE.sum(1)
+    null = _mean(
+        sp.conditional_mi_bits(shuffled.any.rows_XE.reshape(counts_XDE.shape))
+        for shuffled in tables.shuffled_domains
+    )
+    given = sp.conditional_mi_bits(counts_XDE)
+    columns = {"domain_mi_given_token_bits": given, "domain_mi_given_token_null_bits": null}
+    return any_VE, columns
 
 
 def _columns(
@@ -375,7 +388,7 @@ def top_token_ids(any_VE: np.ndarray, listed: TokenIds, top: int) -> tuple[np.nd
         # of the largest shares of blocks of token ids, `top` are no less than the one at this rank
         highest_BE = share_VE[: V - V % blocks].reshape(blocks, -1, E).max(1)
         least_E = np.partition(highest_BE, -top, axis=0)[-top] * (1 - ROUNDING)
-    row_N, expert_N = np.nonzero((share_VE >= least_E) & (any_VE > 0))
+    row_N, expert_N = np.divmod(np.flatnonzero((share_VE >= least_E) & (any_VE > 0)), E)
     count_N = any_VE[row_N, expert_N]
     fraction_N = np.minimum(count_N / occurrences_V[row_N], 1)
     order_N = np.lexsort((-listed.ids_V[row_N], -count_N.astype(np.int64), -fraction_N, expert_N))

@@ -202,13 +202,15 @@ def _n_log2_n_table() -> np.ndarray:
 
 def _n_log2_n(counts_XE: np.ndarray) -> np.ndarray:
     """Σ over each row of n · log₂ n, looked up where n is small. float64 [X]"""
-    table, sums_X = _n_log2_n_table(), np.zeros(len(counts_XE))
-    step = max(1, LOOKED_UP * 8 // max(1, counts_XE.shape[1]))  # a block stays in a cache
-    for start in range(0, len(counts_XE), step):
+    (X, E), table = counts_XE.shape, _n_log2_n_table()
+    step = max(1, LOOKED_UP * 8 // max(1, E))  # a block stays in a cache
+    sums_X, looked_up_XE, one_E = np.zeros(X), np.empty((min(step, X), E)), np.ones(E)
+    for start in range(0, X, step):
         part_XE = counts_XE[start : start + step]
         if part_XE.max(initial=0) < LOOKED_UP:
-            terms_XE = table[part_XE]
+            # which copies no indices: none is out of range
+            terms_XE = np.take(table, part_XE, out=looked_up_XE[: len(part_XE)], mode="clip")
         else:
             terms_XE = part_XE * np.log2(np.maximum(part_XE, 1))
-        sums_X[start : start + step] = terms_XE.sum(1)
+        sums_X[start : start + step] = terms_XE @ one_E
     return sums_X
