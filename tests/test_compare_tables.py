@@ -30,7 +30,7 @@ def pairs(draw: st.DrawFn) -> dict[str, Any]:
     T, L = draw(st.integers(1, 40)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     ids = [np.argsort(rng.random((T, L, E)))[..., :k].astype(np.int64) for _ in range(2)]
-    same = rng.random((T, L)) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+    same = rng.random((T, L)) < draw(st.sampled_from([0.0, 0.5, 0.95, 1.0]))
     ids[1][same] = ids[0][same]
     if draw(st.booleans()):
         for side in ids:
@@ -195,11 +195,7 @@ def test_every_table_is_what_brute_force_gives(drawn: Any, tmp_path_factory: Any
         assert len(tables[name]) == L * len({*part_of})
         for row in tables[name]:
             of = [t for t in range(T) if part_of[t] == row[column]]
-            expected = brute.row(row["router"], of)
-            if name != "domains":
-                # of these two it is of all slots, also those that route nowhere in both
-                expected.pop("overlap")
-            same(row, expected)
+            same(row, brute.row(row["router"], of))
 
     # tokens and documents
     at = brute.differs.sum(1)

@@ -30,7 +30,7 @@ def fixed(value: float) -> int:
 class RouterCounts:
     """Of one router. missing_UX: assignments that the other trace did not make; mismatch_UX:
     decisions with another set of experts. reordered_U, first_differs_U: decisions with another
-    order of slots, another first choice. short_U: slots that route nowhere in both. l1_U: Σ of
+    order of slots, another first choice. short_UX: slots that route nowhere in both. l1_U: Σ of
     weight differences. load_UE: A's assignments; moved_UE: B's minus A's. flips_EE: pairs of an
     expert that B dropped and one that it took instead. margin_UM, margin_mismatch_UM: decisions
     and those with another set, by A's margin. new, again, before: tokens whose set differs first
@@ -43,7 +43,7 @@ class RouterCounts:
     missing_UX: np.ndarray
     reordered_U: np.ndarray
     first_differs_U: np.ndarray
-    short_U: np.ndarray
+    short_UX: np.ndarray
     l1_U: np.ndarray
     flips_EE: np.ndarray
     moved_UE: np.ndarray
@@ -70,7 +70,7 @@ class RouterCounts:
             missing_UX=zeros(U, CELLS),
             reordered_U=zeros(U),
             first_differs_U=zeros(U),
-            short_U=zeros(U),
+            short_UX=zeros(U, CELLS),
             l1_U=zeros(U),
             flips_EE=zeros(E, E),
             moved_UE=zeros(U, E),
@@ -85,7 +85,7 @@ class RouterCounts:
         self.margin_UM[unit_V] += sums.margin_VM
         self.l1_U[unit_V] += np.rint(sums.l1_V * UNIT).astype(np.int64)
         self.weights_differ += sums.weights_differ
-        self.short_U[unit_V] += sums.short_V
+        self.short_UX[unit_V] += sums.short_VX
         if not len(sums.at):
             return
         self.mismatch_UX[unit_V] += sums.mismatch_VX

@@ -49,16 +49,18 @@ class RouterSums:
         load_VE = self._kernels.load(of.a, of.unit_T, V, E)
         self.load_VE = load_VE[:, :E]
         self.margin_VM, self.margin_mismatch_VM = np.zeros((2, V, DECILES), np.int64)
-        self.mismatch_VX, self.missing_VX = np.zeros((2, V, CELLS), np.int64)
-        self.reordered_V, self.first_differs_V, self.short_V = np.zeros((3, V), np.int64)
+        self.mismatch_VX, self.missing_VX, self.short_VX = np.zeros((3, V, CELLS), np.int64)
+        self.reordered_V, self.first_differs_V = np.zeros((2, V), np.int64)
         self.moved_VE, self.flips_EE = np.zeros((V, E), np.int64), np.zeros((E, E), np.int64)
         self.l1_V, self.weights_differ = np.zeros(V), 0
         self.at, self.missing_N = np.zeros((2, 0), np.int64)
         self.zero_a_N, self.zero_b_N = np.zeros((2, 0), bool)
         self._add_margins(of, self.margin_VM, slice(None))
+        if load_VE[:, E].any():
+            short_T = nowhere_in_both(of.a, of.a if of.b is None else of.b, E)
+            self._kernels.add_cells(self.short_VX, of.unit_T, of.cell_T, short_T)
         if of.b is not None:
-            nowhere = bool(load_VE[:, E].any())
-            self._compare(of, of.b, nowhere)
+            self._compare(of, of.b)
 
     def _add_margins(self, of: Decisions, total_VM: np.ndarray, at: np.ndarray | slice) -> None:
         if of.decile_T is None or of.margin_T is None:
@@ -66,7 +68,7 @@ class RouterSums:
         known = np.isfinite(of.margin_T[at])
         self._kernels.add_cells(total_VM, of.unit_T[at], of.decile_T[at], known.view(np.uint8))
 
-    def _compare(self, of: Decisions, b: Slots, nowhere: bool) -> None:
+    def _compare(self, of: Decisions, b: Slots) -> None:
         E, V, at = of.E, of.V, unequal(of.a, b)
         a_KN, b_KN = (np.stack([slot_T[at] for slot_T in side]) for side in (of.a, b))
         lost_KN, gained_KN, missing_N = sets(a_KN, b_KN, E)
@@ -81,9 +83,6 @@ class RouterSums:
             a_KN, b_KN, lost_KN, gained_KN, unit_N, self.moved_VE, self.flips_EE
         )
         self._add_margins(of, self.margin_mismatch_VM, at[missing_N > 0])
-        if nowhere:
-            short_T = nowhere_in_both(of.a, b, E)
-            self.short_V += np.bincount(of.unit_T, short_T, V).astype(np.int64)
         if of.weights is not None:
             l1_T = self._kernels.weight_difference(a_KN, b_KN, E, at, *of.weights)
             self.l1_V += np.bincount(of.unit_T, l1_T, V)

@@ -44,7 +44,7 @@ def agreement(data: PairData) -> pd.DataFrame:
 def _agreement_row(data: PairData, r: int, noise: dict[tuple[int, str, str], float] | None) -> Row:
     listed, counts = data.router(r), data.of(r)
     decisions_U = data.decisions_UX(r).sum(1)
-    size_U = listed.top_k * decisions_U - counts.short_U
+    size_U = listed.top_k * decisions_U - counts.short_UX.sum(1)
     known = data.first_choice_known[r]
     both = data.a.has_weights and data.b.has_weights
     n = int(decisions_U.sum())
@@ -149,7 +149,7 @@ def domains(data: PairData) -> pd.DataFrame:
                 decisions_U * of_U,
                 counts.mismatch_UX.sum(1) * of_U,
                 int(counts.missing_UX[of_U].sum()),
-                int(counts.short_U[of_U].sum()),
+                int(counts.short_UX[of_U].sum()),
             )
 
     return _by(data, "domain", parts)
@@ -170,12 +170,13 @@ def positions(data: PairData) -> pd.DataFrame:
 
 def _cells(data: PairData, r: int, names: Mapping[int, object], by_phase: bool) -> Iterator[Part]:
     counts = data.of(r)
-    tables = data.decisions_UX(r), counts.mismatch_UX, counts.missing_UX
-    decisions, mismatch, missing = (
+    tables = data.decisions_UX(r), counts.mismatch_UX, counts.missing_UX, counts.short_UX
+    decisions, mismatch, missing, short = (
         x.reshape(len(x), len(PHASES), DECILES).sum(2 if by_phase else 1) for x in tables
     )
     for i, name in names.items():
-        yield Part(name, decisions[:, i], mismatch[:, i], int(missing[:, i].sum()))
+        sums = int(missing[:, i].sum()), int(short[:, i].sum())
+        yield Part(name, decisions[:, i], mismatch[:, i], *sums)
 
 
 @table(tables=TABLES)
