@@ -109,6 +109,22 @@ def vllm_npy(root: Path) -> Made:
     return Made(root / "a.npy", ids)
 
 
+@maker("tensorrt-llm-routed")
+def tensorrt_llm_routed(root: Path) -> Made:
+    parts = [drawn(T, T) for T in (6, 2, 9)]
+    results = [
+        {"token_ids": list(range(50, 53)), "routed_experts": npy(np.stack(ids, 1).astype(np.int16))}
+        for ids in parts
+    ]
+    prompts = [list(range(len(ids[0]) - 2)) for ids in parts]
+    rows = [
+        {"request_id": n, "prompt_token_ids": prompt, "outputs": [result]}
+        for n, (prompt, result) in enumerate(zip(prompts, results, strict=True))
+    ]
+    lines(root / "results.jsonl", rows)
+    return Made(root / "results.jsonl", [np.concatenate(p) for p in zip(*parts, strict=True)])
+
+
 @maker("sglang-routed")
 def sglang_routed(root: Path) -> Made:
     ids, start = drawn(7), 3

@@ -6,6 +6,7 @@ MODULES = {
     "esft": "esft",
     "fiddler": "fiddler",
     "megatron": "megatron.importer",
+    "tensorrt-llm-routed": "tensorrt_llm",
     "vllm-routed": "responses",
     "sglang-routed": "responses",
     "sglang": "sglang.importer",

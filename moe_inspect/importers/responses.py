@@ -1,5 +1,5 @@
 """Saved responses of vLLM and SGLang that include the experts of each token: JSONL with one
-response per line; for vLLM also bare `.npy` files.
+response per line; for vLLM also bare `.npy` files. TensorRT-LLM's are read by the same code.
 
 T tokens, B blocks of the model, K slots.
 """
@@ -24,6 +24,7 @@ from moe_inspect.importers.routed import (
     decode_vllm,
     dense_blocks,
     identical_run,
+    recorded_runs,
     select_routers,
     unrouted_ends,
 )
@@ -67,7 +68,7 @@ class Response:
     ),
 )
 def vllm_routed(context: ImportContext) -> Imported:
-    return _responses(
+    return read_responses(
         context, lambda fields, where: decode_vllm(fields.get("routed_experts"), where)
     )
 
@@ -87,15 +88,16 @@ def sglang_routed(context: ImportContext) -> Imported:
             "SGLang's routed experts do not say how many layers there are: give --model or --config"
         )
     blocks, top_k = context.facts.layers, context.known_top_k(context.facts.id)
-    return _responses(
+    return read_responses(
         context,
         lambda fields, where: decode_sglang(fields.get("routed_experts"), blocks, top_k, where),
     )
 
 
-def _responses(
+def read_responses(
     context: ImportContext, decode: Callable[[dict[str, Any], str], np.ndarray]
 ) -> Imported:
+    """decode: from the fields of a response and how an error begins, its experts [T, B, K]."""
     files = context.files(r".*\.(jsonl|npy)", ".jsonl of responses")
     arrived = _arriving(
         context, [f for f in files if not f[0].name.endswith(".token_ids.npy")], decode
@@ -106,13 +108,18 @@ def _responses(
     routers = context.facts.routers() if context.facts else _stated_routers(context, first)
 
     def batches() -> Iterator[RoutedBatch]:
-        numbers, identical = Numbering(), 0
+        numbers, identical, forgotten = Numbering(), 0, 0
+        blocks = context.facts.layers if context.facts else None
         assert first is not None
         for response in _chained(first, arrived):
             run = identical_run(response.routed_TBK)
             identical += run if run >= WARM_UP else 0
-            yield from _sequence(
-                numbers, response, routers, context.facts.layers if context.facts else None
+            runs = recorded_runs(response.routed_TBK)
+            forgotten += len(response.routed_TBK) - sum(r.stop - r.start for r in runs)
+            yield from _sequences(numbers, response, runs, routers, blocks)
+        if forgotten:
+            context.warn(
+                f"{forgotten:,} tokens are left out: the engine had forgotten their routes (−1)"
             )
         if identical:
             context.warn(
@@ -193,12 +200,13 @@ def _arriving(
 
 
 def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | None]:
-    """The fields of a flat line, or of each choice of an OpenAI-style response. SGLang's are in
-    `meta_info`, or in `sglext`, which has the token ids of all choices and the experts of the
-    first: None stands for each of the others."""
-    choices = written.get("choices", [written])
+    """The fields of a flat line, of each choice of an OpenAI-style response, or of each output of
+    a result of an LLM API. SGLang's are in `meta_info`, or in `sglext`, which has the token ids of
+    all choices and the experts of the first: None stands for each of the others."""
+    title = "outputs" if "outputs" in written else "choices"
+    choices = written.get(title, [written])
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-        raise MoeInspectError(f"{where}: choices is not a list of objects")
+        raise MoeInspectError(f"{where}: {title} is not a list of objects")
     found = written.get("sglext")
     extension: dict[str, Any] = found if isinstance(found, dict) else {}
     for n, choice in enumerate(choices):
@@ -334,44 +342,45 @@ def array_of_npy_1d(path: Path) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=start)
 
 
-def _sequence(
-    numbers: Numbering, response: Response, routers: list[Router], blocks: int | None
+def _sequences(
+    numbers: Numbering,
+    response: Response,
+    runs: list[slice],
+    routers: list[Router],
+    blocks: int | None,
 ) -> Iterator[RoutedBatch]:
-    """The batches of one response: what of the prompt was fed, then what was generated."""
-    where, fields, routed_TBK, path, source = (
-        response.where,
-        response.fields,
-        response.routed_TBK,
-        response.path,
-        response.source,
-    )
-    start, T = response.start, len(response.routed_TBK)
-    prompt = T if response.prompt is None else response.prompt
+    """The batches of one response: what of the prompt was fed, then what was generated. Each run of
+    tokens whose routes are known is a sequence."""
+    where, fields, start = response.where, response.fields, response.start
+    T = len(response.routed_TBK)
+    cut = T if response.prompt is None else min(max(response.prompt - start, 0), T)
     token_id = None if response.fed is None else response.fed[start : start + T]
-    ids = select_routers(routed_TBK, routers, blocks, f"{where}: routed_experts")
-    domain = fields.get("domain")
-    domain = source.domain or (domain if isinstance(domain, str) and domain else named(path))
-    name = fields.get("document")
+    ids = select_routers(response.routed_TBK, routers, blocks, f"{where}: routed_experts")
+    domain, name = fields.get("domain"), fields.get("document")
+    domain = domain if isinstance(domain, str) and domain else named(response.path)
+    domain = response.source.domain or domain
     document, documents = numbers.document(
         domain,
         where,
-        min(prompt, start + T) - min(start, prompt),
+        sum(max(min(run.stop, cut) - run.start, 0) for run in runs),
         None if name is None else str(name),
     )
-    code, sequence = numbers.domain(domain), numbers.sequence()
-    cut = min(max(prompt - start, 0), T)
-    for phase, part in (("prefill", slice(0, cut)), ("decode", slice(cut, T))):
-        if part.start < part.stop:
+    code = numbers.domain(domain)
+    for run in runs:
+        sequence, before = numbers.sequence(), min(max(cut, run.start), run.stop)
+        for phase, first, last in (("prefill", run.start, before), ("decode", before, run.stop)):
+            if first == last:
+                continue
             yield batch_of_decisions(
                 numbers,
                 Tokens(
                     document,
                     code,
                     sequence,
-                    np.arange(start + part.start, start + part.stop, dtype=np.int32),
-                    None if token_id is None else token_id[part],
+                    np.arange(start + first, start + last, dtype=np.int32),
+                    None if token_id is None else token_id[first:last],
                 ),
-                [i[part] for i in ids],
+                [i[first:last] for i in ids],
                 documents=documents,
                 phase=phase,
             )

@@ -192,6 +192,32 @@ def unrouted_ends(routed_TBK: np.ndarray) -> tuple[int, int]:
     return (run(range(T)) if end < T else 0), end
 
 
+def with_dense_blocks(
+    routed_TLK: np.ndarray, layers: Sequence[int], blocks: int, where: str
+) -> np.ndarray:
+    """[T, B, K], −1 in dense blocks, of an array that has only the layers with experts, which are
+    `layers` of the model's `blocks`."""
+    T, L, K = routed_TLK.shape
+    if len(layers) != L:
+        raise MoeInspectError(
+            f"{where} has {L} layers with experts, the model's config {len(layers)}: "
+            "is it the config of this model?"
+        )
+    signed = np.promote_types(routed_TLK.dtype, np.int8)
+    routed_TBK = np.full((T, blocks, K), -1, signed)
+    routed_TBK[:, layers] = routed_TLK
+    return routed_TBK
+
+
+def recorded_runs(routed_TBK: np.ndarray) -> list[slice]:
+    """The runs of consecutive tokens without those of which every slot of every block is −1."""
+    T = len(routed_TBK)
+    if routed_TBK.dtype.kind == "u" or (known_T := (routed_TBK != -1).any((1, 2))).all():
+        return [slice(0, T)]
+    edges = np.flatnonzero(np.diff(known_T, prepend=False, append=False))
+    return [slice(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
+
+
 def identical_run(routed_TBK: np.ndarray) -> int:
     """The longest run of consecutive tokens with the same decisions in every block."""
     T = len(routed_TBK)

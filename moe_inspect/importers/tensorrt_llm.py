@@ -1,8 +1,8 @@
 """TensorRT-LLM's expert statistics: `meta_info.json` and `rank{r}.safetensors`
 ("{iteration}_{layer}" → counts [E]), or `rank{r}_raw.safetensors` (the same keys → the chosen
-experts [T, K]).
+experts [T, K]). And the routed experts of its LLM API's results, saved as JSONL.
 
-T tokens, K slots, E experts, W windows, L layers.
+T tokens, K slots, E experts, W windows, L layers with experts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from moe_inspect.importers.batches import (
 )
 from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import importer
-from moe_inspect.importers.routed import MOST_TOKENS, checked_ids
+from moe_inspect.importers.responses import read_responses
+from moe_inspect.importers.routed import MOST_TOKENS, checked_ids, decode_vllm, with_dense_blocks
 from moe_inspect.importers.values import integer, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.text import first_line
@@ -79,6 +80,36 @@ def tensorrt_llm(context: ImportContext) -> Imported:
             notes=["token ids, sequences and positions are not in the source"],
         )
     return Imported(routers, _counts(context, opened, routers, domain), counts_only=True)
+
+
+@importer(
+    "tensorrt-llm-routed",
+    reads=(
+        "JSONL of the LLM API's results: `outputs` with `routed_experts` (base64 of a `.npy` "
+        "[tokens, layers with experts, k])"
+    ),
+    gives="as vllm-routed",
+    sniff=lambda name, head: b'"routed_experts"' in head and b'"outputs"' in head,
+)
+def tensorrt_llm_routed(context: ImportContext) -> Imported:
+    """`CompletionOutput.routed_experts` is int16 [tokens − 1, L, K]: what the routers chose, in
+    their order of slots, before experts are mapped to physical ones. A prompt's token whose routes
+    the engine no longer had is −1 throughout."""
+    facts = context.facts
+    if facts is None:
+        context.warn(
+            "TensorRT-LLM returns no rows for dense layers: without --model or --config, layers "
+            "are numbered from 0 on"
+        )
+
+    def decode(fields: dict[str, Any], where: str) -> np.ndarray:
+        routed_TLK = decode_vllm(fields.get("routed_experts"), where)
+        if facts is None:
+            return routed_TLK
+        layers = [router.layer for router in facts.routers()]
+        return with_dense_blocks(routed_TLK, layers, facts.layers, where)
+
+    return read_responses(context, decode)
 
 
 def _opened(path: Path) -> tuple[Any, Keys]:

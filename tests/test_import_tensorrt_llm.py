@@ -1,0 +1,137 @@
+"""Routed experts of TensorRT-LLM's LLM API, saved as docs/import.md says.
+
+T tokens, L layers with experts, K slots.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.run import import_trace
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify.run import verify
+from tests import foreign
+from tests.conftest import ROOT
+from tests.foreign import E
+
+T = 6
+IDS = foreign.drawn(T, 3)
+ROUTED_TLK = np.stack(IDS, axis=1).astype(np.int16)
+PROMPT, GENERATED = [7, 8, 9, 10], [20, 21, 22]  # T + 1: the last one is never fed
+
+
+class Tensor:
+    """As much of a torch tensor as is asked for."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def numpy(self) -> np.ndarray:
+        return self.array
+
+
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *outputs: np.ndarray) -> Path:
+    """What the block of the page writes for one request with these outputs."""
+    page = (ROOT / "docs/import.md").read_text(encoding="utf-8")
+    block = re.findall(r"^```py\n(.*?)^```", page, re.S | re.M)
+    assert len(block) == 1
+    result = SimpleNamespace(
+        prompt_token_ids=PROMPT,
+        outputs=[SimpleNamespace(token_ids=GENERATED, routed_experts=Tensor(o)) for o in outputs],
+    )
+
+    def sampling(*, return_routed_experts: bool) -> bool:
+        return return_routed_experts
+
+    names = {
+        "llm": SimpleNamespace(generate=lambda prompts, asked: [result] if asked else []),
+        "prompts": [],
+        "SamplingParams": sampling,
+        **{"base64": base64, "io": io, "json": json, "np": np},
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(block[0], names)
+    return tmp_path / "results.jsonl"
+
+
+def read(source: Path, config: bool = True) -> tuple[Trace, list[str]]:
+    said: list[str] = []
+    model = foreign.config_file(source.parent) if config else None
+    trace = import_trace(
+        "tensorrt-llm-routed",
+        [source],
+        source.parent / "t",
+        model=model,
+        experts=None if config else E,
+        warn=said.append,
+    )
+    checked = verify(source.parent / "t")
+    assert checked.ok, checked.violation
+    return trace, said
+
+
+def test_each_output_of_a_request_is_a_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = np.stack(foreign.drawn(T, 4), axis=1).astype(np.int16)
+    trace, said = read(saved(tmp_path, monkeypatch, ROUTED_TLK, other))
+    assert [r.layer for r in trace.routers] == foreign.ROUTED
+    assert not any(r.first_choice_known for r in trace.routers)
+    for n in range(2):
+        found = trace.routing(router=n)[["expert_0", "expert_1"]].to_numpy()
+        assert np.array_equal(found, np.concatenate([ROUTED_TLK[:, n], other[:, n]]))
+    tokens = trace.tokens()
+    assert tokens["token_id"].tolist() == [*PROMPT, *GENERATED[:2]] * 2
+    assert tokens["phase"].tolist() == (["prefill"] * 4 + ["decode"] * 2) * 2
+    assert tokens["document"].tolist() == [0] * T + [1] * T
+    assert said == []
+
+
+def test_forgotten_routes_are_left_out_and_split_the_sequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routed_TLK = ROUTED_TLK.copy()
+    routed_TLK[[0, 2]] = -1
+    trace, said = read(saved(tmp_path, monkeypatch, routed_TLK))
+    tokens = trace.tokens()
+    assert tokens["position"].tolist() == [1, 3, 4, 5]
+    assert tokens["sequence"].tolist() == [0, 1, 1, 1]
+    assert tokens["token_id"].tolist() == [8, 10, 20, 21]
+    for n in range(2):
+        found = trace.routing(router=n)[["expert_0", "expert_1"]].to_numpy()
+        assert np.array_equal(found, IDS[n][[1, 3, 4, 5]])
+    assert said == ["2 tokens are left out: the engine had forgotten their routes (−1)"]
+
+
+def test_without_a_config_layers_are_numbered_from_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, said = read(saved(tmp_path, monkeypatch, ROUTED_TLK), config=False)
+    assert [r.layer for r in trace.routers] == [0, 1]
+    assert len(said) == 1
+    assert "no rows for dense layers" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (ROUTED_TLK[:, :1], "has 1 layers with experts, the model's config 2"),
+        (np.repeat(ROUTED_TLK, 2, axis=1), "has 4 layers with experts, the model's config 2"),
+        (ROUTED_TLK[:-1], "routed_experts has 5 tokens, not 6"),
+        (np.concatenate([ROUTED_TLK, ROUTED_TLK[:1]]), "routed_experts has 7 tokens, not 6"),
+    ],
+)
+def test_an_array_of_another_shape_is_refused(
+    array: np.ndarray, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MoeInspectError, match=said):
+        read(saved(tmp_path, monkeypatch, array))
