@@ -30,7 +30,7 @@ from moe_inspect.analysis.counting.token_ids import (
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.shard import Shard
 
-TABLE_BYTES = 2**26  # of the tables of the routers that are counted together
+TABLE_BYTES = 84 * 2**20  # of the tables of the routers that are counted together
 ROUTERS_PER_TASK = 4  # of a cluster
 
 
@@ -164,7 +164,8 @@ def _on_threads(
                 progress(shard.files.tokens * len(routers))
         for share in running:
             share.result()
-        return list(pool.map(RouterGroup.result, groups))
+    # one after the other: numpy holds the GIL, and each takes the memory that the last gave back
+    return [group.result() for group in groups]
 
 
 def _group_of(path: str, request: GroupRequest, empty: Counts, routers: list[int]) -> Counts:
