@@ -115,10 +115,9 @@ class ModelData:
         text_S, document_S = place[spans.text[of_S]], spans.document[of_S]
         found = dict[tuple[str, int], Told]()
         for side, tokens, at_S in (("a", spans.a, spans.at_a), ("b", spans.b, spans.at_b)):
-            for r, router in enumerate(tokens.trace.routers):
-                if router.first_choice_known and router.stack != "encoder":
-                    chosen_S = tokens.first_choices(at_S[of_S], r)
-                    found[side, r] = told_by_text(text_S, chosen_S, document_S, V, router.experts)
+            for r, chosen_S in tokens.first_choices(at_S[of_S]).items():
+                E = tokens.trace.routers[r].experts
+                found[side, r] = told_by_text(text_S, chosen_S, document_S, V, E)
         for side in SIDES:
             if not any(one == side for one, _ in found):
                 raise MoeInspectError(f"{self.traces[side].path} does not tell first choices")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,18 +41,22 @@ class Side:
     row: np.ndarray
     token_id: np.ndarray
 
-    def first_choices(self, at: np.ndarray, router: int) -> np.ndarray:
-        """int64 [S]: the first choice of each of these tokens, the number of experts where it
-        has none."""
-        found = np.empty(len(at), np.int64)
+    def first_choices(self, at: np.ndarray) -> dict[int, np.ndarray]:
+        """Router → int32 [S], the first choice of each of these tokens, the number of experts where
+        it has none; routers of a decoder whose first choice is known."""
+        known = [
+            r
+            for r, router in enumerate(self.trace.routers)
+            if router.first_choice_known and router.stack != "encoder"
+        ]
+        found = {r: np.empty(len(at), np.int32) for r in known}
         shard_S, row_S = self.shard[at], self.row[at]
-        for number in np.unique(shard_S).tolist():
-            shard = next(islice(self.trace.shards, number, None))
-            of_shard, seen = np.flatnonzero(shard_S == number), shard.seen(router)
-            rows = row_S[of_shard]
-            found[of_shard] = shard.slots(router)[0][
-                rows if seen is None else (np.cumsum(seen) - 1)[rows]
-            ]
+        for number, shard in enumerate(self.trace.shards):
+            of_shard = np.flatnonzero(shard_S == number)
+            for r in known if len(of_shard) else ():
+                rows, seen = row_S[of_shard], shard.seen(r)
+                rows = rows if seen is None else (np.cumsum(seen) - 1)[rows]
+                found[r][of_shard] = shard.slots(r)[0][rows]
         return found
 
 
