@@ -14,7 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.models.told import adjusted, judged_texts, told_by_text
+from moe_inspect.comparison.models.told import (
+    adjusted,
+    jackknife_interval,
+    judged_texts,
+    told_by_text,
+)
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
 from tests.conftest import Cli
@@ -154,6 +159,30 @@ def test_told_is_the_formula_and_shuffled_text_tells_nothing() -> None:
     unknown = np.where(np.arange(4_000) < 1_000, 4, expert)  # routed nowhere
     assert told_by_text(text, unknown, document, 5, 4).counts_VE.sum() == 3_000
     assert judged_texts(np.repeat([7, 2, 5], [9, 7, 12])).tolist() == [5, 7]
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Two models of one law, in documents that have favourite experts of their own: the difference
+    is 0. Wrong intervals, of half the width, miss it."""
+    S, V, E, documents, runs = 4_000, 50, 8, 60, 100
+    document = np.repeat(np.arange(documents), -(-S // documents))[:S]
+
+    def model(text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        favourite, u = rng.integers(0, E, documents), rng.random(S)
+        chance = rng.integers(0, E, S)
+        return np.where(u < 0.4, text * 3 % E, np.where(u < 0.6, favourite[document], chance))
+
+    held = narrow = 0
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        text = rng.integers(0, V, S)
+        a, b = (told_by_text(text, model(text, rng), document, V, E) for _ in range(2))
+        difference = a.told - b.told
+        low, high = jackknife_interval(difference, a.told_G - b.told_G)
+        held += low <= 0 <= high
+        narrow += abs(difference) <= (high - low) / 4
+    assert held >= 0.9 * runs
+    assert narrow < 0.85 * runs
 
 
 def test_documents_numbered_otherwise_and_text_cut_short_are_found(tmp_path: Path) -> None:
