@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.models.told import (
+from moe_inspect.comparison.models.explained import (
     adjusted,
+    explained_by_text,
     jackknife_interval,
     judged_texts,
-    told_by_text,
 )
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
@@ -117,11 +117,11 @@ def test_what_the_text_tells_is_found_in_both_and_chance_is_not(tmp_path: Path) 
         for side, layer in ((s, i) for s in "ab" for i in (0, 1)):
             row = table.loc[(side, layer)]
             if (side, layer) in planted:
-                assert row["text_told"] == pytest.approx(1)
-                assert row["text_told_low"] == pytest.approx(1)
+                assert row["explained_by_text"] == pytest.approx(1)
+                assert row["explained_by_text_low"] == pytest.approx(1)
             else:
-                assert row["text_told_low"] <= 0.005
-                assert abs(row["text_told"]) < 0.01
+                assert row["explained_by_text_low"] <= 0.005
+                assert abs(row["explained_by_text"]) < 0.01
         said = kinds(made)["vocabulary"].text
         assert ("A's experts follow the text more than B's" in said) == (choose is by_chance)
 
@@ -142,22 +142,26 @@ def test_told_is_the_formula_and_shuffled_text_tells_nothing() -> None:
     rng = np.random.default_rng(3)
     text, document = rng.integers(0, 5, 4_000), np.arange(4_000) // 100
     expert = np.where(rng.random(4_000) < 0.5, text % 4, rng.integers(0, 4, 4_000))
-    told = told_by_text(text, expert, document, 5, 4)
+    explained = explained_by_text(text, expert, document, 5, 4)
     p = np.array([[np.mean((text == v) & (expert == e)) for e in range(4)] for v in range(5)])
     independent = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
-    assert told.mi_bits == pytest.approx((p * np.log2(p / independent)).sum())
+    assert explained.mi_bits == pytest.approx((p * np.log2(p / independent)).sum())
     entropy = -(p.sum(0) * np.log2(p.sum(0))).sum()
-    assert told.entropy_bits == pytest.approx(entropy)
-    null = told.null_bits
-    assert told.told == pytest.approx((told.mi_bits - null) / (entropy - null))
+    assert explained.entropy_bits == pytest.approx(entropy)
+    null = explained.null_bits
+    assert explained.share == pytest.approx((explained.mi_bits - null) / (entropy - null))
     kept = document % 10 != 3
-    without = told_by_text(text[kept], expert[kept], document[kept], 5, 4)
-    assert told.told_G[3] == pytest.approx(adjusted(without.mi_bits, without.entropy_bits, null))
-    assert told_by_text(text, text % 4, document, 5, 4).told == pytest.approx(1)
-    assert abs(told_by_text(text, rng.permutation(expert), document, 5, 4).told) < 0.005
-    assert np.isnan(told_by_text(text[:500], expert[:500], document[:500], 5, 4).told_G).all()
+    without = explained_by_text(text[kept], expert[kept], document[kept], 5, 4)
+    assert explained.share_without_G[3] == pytest.approx(
+        adjusted(without.mi_bits, without.entropy_bits, null)
+    )
+    assert explained_by_text(text, text % 4, document, 5, 4).share == pytest.approx(1)
+    assert abs(explained_by_text(text, rng.permutation(expert), document, 5, 4).share) < 0.005
+    assert np.isnan(
+        explained_by_text(text[:500], expert[:500], document[:500], 5, 4).share_without_G
+    ).all()
     unknown = np.where(np.arange(4_000) < 1_000, 4, expert)  # routed nowhere
-    assert told_by_text(text, unknown, document, 5, 4).counts_VE.sum() == 3_000
+    assert explained_by_text(text, unknown, document, 5, 4).counts_VE.sum() == 3_000
     assert judged_texts(np.repeat([7, 2, 5], [9, 7, 12])).tolist() == [5, 7]
 
 
@@ -176,9 +180,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     for seed in range(runs):
         rng = np.random.default_rng(seed)
         text = rng.integers(0, V, S)
-        a, b = (told_by_text(text, model(text, rng), document, V, E) for _ in range(2))
-        difference = a.told - b.told
-        low, high = jackknife_interval(difference, a.told_G - b.told_G)
+        a, b = (explained_by_text(text, model(text, rng), document, V, E) for _ in range(2))
+        difference = a.share - b.share
+        low, high = jackknife_interval(difference, a.share_without_G - b.share_without_G)
         held += low <= 0 <= high
         narrow += abs(difference) <= (high - low) / 4
     assert held >= 0.9 * runs
@@ -224,7 +228,7 @@ def test_domains_are_told_as_a_share_of_what_is_possible(tmp_path: Path) -> None
     a, b = whole_words(tmp_path / "a", choose), pieces(tmp_path / "b", choose)
     table: Any = moe_inspect.compare_models(a, b).tables["specialization"]
     np.testing.assert_allclose(table["domain_mi_bits"], 1)
-    assert (table["domain_told"] > 0.9).all()
+    assert (table["explained_by_domain"] > 0.9).all()
     c = whole_words(tmp_path / "c", choose, status="complete")
     assert "domains are" not in moe_inspect.compare_models(a, c).why_not("specialization")
 
@@ -237,7 +241,7 @@ def test_the_command_says_what_applies_and_refuses_the_rest(cli_here: Cli, tmp_p
     assert "Different models: A has 8 experts per layer, B 16; A has 2 experts per token" in said
     assert "Not compared: agreement, " in said
     assert "the tokenizers have 25 tokens in A, 49 in B" in said
-    assert "text_told" in said
+    assert "explained_by_text" in said
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     for heading in ("Two models, side by side", "Do experts follow the text?", "Not compared"):
         assert heading in page

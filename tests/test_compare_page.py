@@ -142,8 +142,8 @@ def test_the_page_of_two_models(browser: Any, tmp_path: Path) -> None:  # noqa: 
     (lines,) = page.drawn("Do experts follow the text?")
     for line, side, at in zip(lines, "ab", ([0, 100], [0, 50, 100]), strict=True):
         assert line["x"] == at
-        told = rows[rows["trace"] == side]["text_told"]
-        assert line["y"] == pytest.approx(told, rel=1e-3, abs=1e-5)
+        share = rows[rows["trace"] == side]["explained_by_text"]
+        assert line["y"] == pytest.approx(share, rel=1e-3, abs=1e-5)
     text = page.view.locator("main").inner_text()
     assert "A has 8 experts per layer, B 16" in text
     assert "flips" in text

@@ -17,9 +17,9 @@ from moe_inspect.comparison.aligning.models import (
     tokenizer_difference,
 )
 from moe_inspect.comparison.aligning.pairing import same_places
+from moe_inspect.comparison.models.explained import Explained, explained_by_text, judged_texts
 from moe_inspect.comparison.models.physical import replicas
 from moe_inspect.comparison.models.spans import Spans, common_spans
-from moe_inspect.comparison.models.told import Told, judged_texts, told_by_text
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import LazyTables, Table
@@ -106,18 +106,18 @@ class ModelData:
         return texts
 
     @cached_property
-    def told(self) -> dict[tuple[str, int], Told]:
-        """(side, router) → what the text tells; routers whose first choice is known."""
+    def explained(self) -> dict[tuple[str, int], Explained]:
+        """(side, router) → what the text explains; routers whose first choice is known."""
         spans, V = self.spans, len(self.texts)
         place = np.full(len(spans.texts), -1)
         place[self.texts] = np.arange(V)
         of_S = np.flatnonzero(place[spans.text] >= 0)
         text_S, document_S = place[spans.text[of_S]], spans.document[of_S]
-        found = dict[tuple[str, int], Told]()
+        found = dict[tuple[str, int], Explained]()
         for side, tokens, at_S in (("a", spans.a, spans.at_a), ("b", spans.b, spans.at_b)):
             for r, chosen_S in tokens.first_choices(at_S[of_S]).items():
                 E = tokens.trace.routers[r].experts
-                found[side, r] = told_by_text(text_S, chosen_S, document_S, V, E)
+                found[side, r] = explained_by_text(text_S, chosen_S, document_S, V, E)
         for side in SIDES:
             if not any(one == side for one, _ in found):
                 raise MoeInspectError(f"{self.traces[side].path} does not tell first choices")

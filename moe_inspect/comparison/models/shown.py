@@ -28,8 +28,16 @@ DEPTH = Axis(
 COLOURS = dict(zip(SIDES, ("c1", "c2"), strict=True))
 EXCERPTS = {
     "balance": ("layer", "router", "trace", "depth", "max_vio", "noise_floor", "dead_experts"),
-    "specialization": ("layer", "router", "trace", "depth", "domain_told", "jsd_bits"),
-    "spans": ("layer", "router", "trace", "depth", "text_told", "text_told_low", "text_told_high"),
+    "specialization": ("layer", "router", "trace", "depth", "explained_by_domain", "jsd_bits"),
+    "spans": (
+        "layer",
+        "router",
+        "trace",
+        "depth",
+        "explained_by_text",
+        "explained_by_text_low",
+        "explained_by_text_high",
+    ),
 }
 
 
@@ -62,12 +70,12 @@ def load_by_depth(data: ModelComparison) -> Chart:
 
 
 def domains_by_depth(data: ModelComparison) -> Chart:
-    """How much the domain tells, by relative depth."""
+    """The share that the domain explains, by relative depth."""
     table = data.tables["specialization"]
     return Chart(
         "Specialization by domain",
         "Share of what a domain could tell of the expert, by relative depth",
-        (Panel(_lines(table, "domain_told"), DEPTH, Axis("share, beyond chance", low=0)),),
+        (Panel(_lines(table, "explained_by_domain"), DEPTH, Axis("share, beyond chance", low=0)),),
         text="Beyond what shuffled documents tell. 0: domains are all alike; 1: as far apart as "
         "their number, E and k allow.",
         table=table,
@@ -75,9 +83,9 @@ def domains_by_depth(data: ModelComparison) -> Chart:
 
 
 def texts_by_depth(data: ModelComparison) -> Chart:
-    """How much the text of a span tells, by relative depth."""
+    """The share that the text of a span explains, by relative depth."""
     table = data.tables["spans"]
-    marks = _lines(table, "text_told", "text_told_low", "text_told_high")
+    marks = _lines(table, "explained_by_text", "explained_by_text_low", "explained_by_text_high")
     return Chart(
         "Do experts follow the text?",
         "Share of the entropy of the first choice that a span's text explains, by relative depth",

@@ -13,7 +13,7 @@ import pandas as pd
 from moe_inspect.comparison.aligning.models import blocks_of
 from moe_inspect.comparison.compare import TABLES
 from moe_inspect.comparison.models.data import MODEL_TABLES, SIDES, ModelData
-from moe_inspect.comparison.models.told import adjusted, jackknife_interval
+from moe_inspect.comparison.models.explained import adjusted, jackknife_interval
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.text import layer_label, ranges, readable, storable
@@ -74,7 +74,7 @@ def balance(data: ModelData) -> pd.DataFrame:
 def specialization(data: ModelData) -> pd.DataFrame:
     """One row per trace and router: the information that the domain carries about the expert, with
     shuffled documents, and beyond these as a share of the most that D, E and k allow: 0 is
-    chance, 1 all (domain_told)."""
+    chance, 1 all (explained_by_domain)."""
     names = [frozenset(data.reports[side].counts.domains) for side in SIDES]
     if names[0] != names[1] or len(names[0]) < 2:
         said = (", ".join(map(readable, sorted(of_side))) for of_side in names)
@@ -98,7 +98,7 @@ def specialization(data: ModelData) -> pd.DataFrame:
         most = [routers[r].experts / routers[r].top_k for r in part["router"].tolist()]
         most_bits = np.log2(np.minimum(most, len(names[0])))
         bits = part["domain_mi_bits"], most_bits, part["domain_mi_null_bits"]
-        part["domain_told"] = [adjusted(*row) for row in zip(*bits, strict=True)]
+        part["explained_by_domain"] = [adjusted(*row) for row in zip(*bits, strict=True)]
         parts.append(_of_side(data, side, part))
     return pd.concat(parts, ignore_index=True)
 
@@ -108,26 +108,26 @@ def spans(data: ModelData) -> pd.DataFrame:
     """One row per trace and router, on the same spans of text, however the tokenizers cut them:
     the information that a span's text carries about the first choice at its last token, with the
     spans shuffled, and beyond that as a share of the entropy of the first choice: 0 is chance, 1
-    all (text_told, with a 95 % interval over documents)."""
+    all (explained_by_text, with a 95 % interval over documents)."""
     rows = list[dict[str, object]]()
-    for (side, r), told in data.told.items():
-        low, high = jackknife_interval(told.told, told.told_G)
+    for (side, r), explained in data.explained.items():
+        low, high = jackknife_interval(explained.share, explained.share_without_G)
         rows.append(
             {
                 "layer": data.traces[side].routers[r].layer,
                 "router": r,
-                "spans": int(told.counts_VE.sum()),
-                "texts": len(told.counts_VE),
-                "text_mi_bits": told.mi_bits,
-                "text_mi_null_bits": told.null_bits,
-                "entropy_bits": told.entropy_bits,
-                "text_told": told.told,
-                "text_told_low": low,
-                "text_told_high": high,
+                "spans": int(explained.counts_VE.sum()),
+                "texts": len(explained.counts_VE),
+                "text_mi_bits": explained.mi_bits,
+                "text_mi_null_bits": explained.null_bits,
+                "entropy_bits": explained.entropy_bits,
+                "explained_by_text": explained.share,
+                "explained_by_text_low": low,
+                "explained_by_text_high": high,
             }
         )
     frame = pd.DataFrame(rows)
-    sides = np.array([side for side, _ in data.told])
+    sides = np.array([side for side, _ in data.explained])
     parts = [_of_side(data, side, frame[sides == side].copy()) for side in SIDES]
     return pd.concat(parts, ignore_index=True)
 
@@ -138,8 +138,8 @@ def vocabulary(data: ModelData) -> pd.DataFrame:
     of those that occur eight times or more in the sample; `fraction` of the span's occurrences."""
     texts = np.array([data.spans.texts[i] for i in data.texts], object)
     parts = list[pd.DataFrame]()
-    for (side, r), told in data.told.items():
-        counts_VE = told.counts_VE
+    for (side, r), explained in data.explained.items():
+        counts_VE = explained.counts_VE
         occurrences_V = np.maximum(counts_VE.sum(1), 1)
         fraction_VE = counts_VE / occurrences_V[:, None]
         order_VE = np.lexsort((-counts_VE, -fraction_VE), axis=0)

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.comparison.models.data import MODEL_TABLES, SIDES, ModelData
+from moe_inspect.comparison.models.explained import jackknife_interval
 from moe_inspect.comparison.models.tables import name_of, refusals
-from moe_inspect.comparison.models.told import jackknife_interval
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding
@@ -97,12 +97,12 @@ def balance(data: ModelData) -> Iterator[Finding]:
 
 
 def domains(data: ModelData) -> Iterator[Finding]:
-    """How much the domain tells of the expert in each."""
+    """How much of the choice of experts the domain explains in each."""
     if data.why_not("specialization"):
         return
-    rows: Any = data.tables["specialization"].dropna(subset=["domain_told"])
+    rows: Any = data.tables["specialization"].dropna(subset=["explained_by_domain"])
     said = [
-        f"{side.upper()} {_spread(part['domain_told'])}"
+        f"{side.upper()} {_spread(part['explained_by_domain'])}"
         for side in SIDES
         for part in [rows[rows["trace"] == side]]
         if len(part)
@@ -111,21 +111,27 @@ def domains(data: ModelData) -> Iterator[Finding]:
         yield finding(
             "domain_specialization",
             "note",
-            "Of what a domain could tell of the expert it tells, beyond shuffled documents, "
+            "Of the most that domains could explain of the choice of experts they explain, beyond "
+            "shuffled documents, "
             f"{' and '.join(said)}.",
         )
 
 
 def texts(data: ModelData) -> Iterator[Finding]:
-    """How much the text of a span tells of the first choice in each, and whether they differ."""
+    """How much of the first choice the text of a span explains in each, and whether they differ."""
     if data.why_not("spans"):
         return
-    told = {
-        side: [one for (of, _), one in sorted(data.told.items()) if of == side] for side in SIDES
+    explained = {
+        side: [one for (of, _), one in sorted(data.explained.items()) if of == side]
+        for side in SIDES
     }
-    said = [f"{side.upper()} {_spread(pd.Series([x.told for x in told[side]]))}" for side in SIDES]
-    a, b = [float(np.mean([x.told for x in told[side]])) for side in SIDES]
-    left_a, left_b = (np.mean([x.told_G for x in told[side]], axis=0) for side in SIDES)
+    said = [
+        f"{side.upper()} {_spread(pd.Series([x.share for x in explained[side]]))}" for side in SIDES
+    ]
+    a, b = [float(np.mean([x.share for x in explained[side]])) for side in SIDES]
+    left_a, left_b = (
+        np.mean([x.share_without_G for x in explained[side]], axis=0) for side in SIDES
+    )
     low, high = jackknife_interval(a - b, left_a - left_b)
     known = low == low
     apart = (
@@ -141,8 +147,8 @@ def texts(data: ModelData) -> Iterator[Finding]:
         "note",
         "Of the entropy of the first choice the text of a span explains, beyond shuffled spans, "
         f"{' and '.join(said)}.{apart}",
-        told_a=a,
-        told_b=b,
+        explained_a=a,
+        explained_b=b,
         difference_low=low,
         difference_high=high,
     )

@@ -1,5 +1,5 @@
-"""How much the text of a span tells of the expert that a router chooses first: a number that two
-models have in common, whatever their tokenizers and their numbers of experts.
+"""How much of a router's first choice the text of a span explains: a share of its entropy, so
+that models with different tokenizers and numbers of experts can be compared.
 
 S spans, V texts, E experts, G groups of documents.
 """
@@ -21,17 +21,17 @@ STUDENT = 2.262  # two-sided 95 % at GROUPS − 1 degrees of freedom
 
 
 @dataclass(frozen=True)
-class Told:
-    """mi_bits: I(text; first choice); null_bits: the same with the spans shuffled; entropy_bits:
-    of the first choice, the most that can be told. told: `adjusted` of these; told_G: the same
+class Explained:
+    """mi_bits: I(text; first choice), with null_bits for shuffled spans; entropy_bits: of the first
+    choice, the most that can be explained. share: `adjusted` of these; share_without_G: the same
     without each group of documents, NaN with too few documents. counts_VE: int64, first choices by
     text."""
 
     mi_bits: float
     null_bits: float
     entropy_bits: float
-    told: float
-    told_G: np.ndarray
+    share: float
+    share_without_G: np.ndarray
     counts_VE: np.ndarray
 
 
@@ -42,9 +42,9 @@ def judged_texts(text_S: np.ndarray) -> np.ndarray:
     return order[count[order] >= FEWEST]
 
 
-def told_by_text(
+def explained_by_text(
     text_S: np.ndarray, expert_S: np.ndarray, document_S: np.ndarray, V: int, E: int
-) -> Told:
+) -> Explained:
     """text_S: int64, in 0…V − 1. expert_S: the first choice of each span, E where it has none."""
     known_S = expert_S < E
     text_S, expert_S, document_S = (x[known_S] for x in (text_S, expert_S, document_S))
@@ -58,21 +58,20 @@ def told_by_text(
         for _ in range(SHUFFLES)
     ]
     null = float(np.mean(shuffled))
-    told_G = np.full(GROUPS, np.nan)
+    share_without_G = np.full(GROUPS, np.nan)
     documents = np.unique(document_S)
     if len(documents) >= max(FEWEST_DOCUMENTS, GROUPS):
         group_S = np.searchsorted(documents, document_S) % GROUPS
         for g in range(GROUPS):
             of_g = np.bincount(code_S[group_S == g], minlength=V * E).reshape(V, E)
-            told_G[g] = adjusted(*_information(counts_VE - of_g), null)
+            share_without_G[g] = adjusted(*_information(counts_VE - of_g), null)
     mi, entropy = _information(counts_VE)
-    return Told(mi, null, entropy, adjusted(mi, entropy, null), told_G, counts_VE)
+    return Explained(mi, null, entropy, adjusted(mi, entropy, null), share_without_G, counts_VE)
 
 
 def _information(counts_VE: np.ndarray) -> tuple[float, float]:
     """I(text; first choice) and the entropy of the first choice, in bits."""
     load_E = counts_VE.sum(0)
-    # what an expert tells of itself
     return token_mi_bits(counts_VE), token_mi_bits(np.diag(load_E))
 
 
