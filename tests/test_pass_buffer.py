@@ -15,8 +15,9 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture import hand_over
-from moe_inspect.capture.hook import pass_buffer, ring
-from moe_inspect.capture.hook.pass_buffer import PassBuffer, Slot
+from moe_inspect.capture.hook import pass_buffer, pass_inputs, ring
+from moe_inspect.capture.hook.pass_buffer import PassBuffer
+from moe_inspect.capture.hook.sink import Scope
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
@@ -32,7 +33,7 @@ def model() -> Any:
 
 
 def traced(model: Any, path: Path, batches: Any = BATCHES, **options: Any) -> moe_inspect.Trace:
-    with moe_inspect.record(model, path, **options), torch.no_grad():
+    with moe_inspect.record(model, path, **options), torch.inference_mode():
         for batch in batches:
             model(**batch)
     return moe_inspect.open_trace(path)
@@ -67,16 +68,23 @@ def replaced(model: Any, part: str, wrap: Callable[[Any], Any]) -> Iterator[None
             del module.forward
 
 
-def changing_in_place(forward: Any) -> Any:
-    """Experts that clear the choice they were called with."""
+def changing_in_place(from_call: int = 0) -> Any:
+    """Experts that clear the choice they were called with, from a certain call on."""
 
-    def run(hidden: Any, ids: Any, weights: Any) -> Any:
-        output = forward(hidden, ids, weights)
-        ids.fill_(1)
-        weights.zero_()
-        return output
+    def wrap(forward: Any) -> Any:
+        calls = [0]
 
-    return run
+        def run(hidden: Any, ids: Any, weights: Any) -> Any:
+            output = forward(hidden, ids, weights)
+            if calls[0] >= from_call:
+                ids.fill_(1)
+                weights.zero_()
+            calls[0] += 1
+            return output
+
+        return run
+
+    return wrap
 
 
 def reusing_buffers() -> Any:
@@ -102,7 +110,7 @@ def test_what_the_model_does_with_its_tensors_does_not_show(
     what: str, capture: str, model: Any, expected: moe_inspect.Trace, tmp_path: Path
 ) -> None:
     part, wrap = (
-        ("experts", changing_in_place)
+        ("experts", changing_in_place())
         if what == "changed in place"
         else ("gate", reusing_buffers())
     )
@@ -126,26 +134,28 @@ def test_keeping_references_would_show(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Positive control: the same models, with slots that copy only when the pass ends."""
-    kept: list[Any] = []
-    copy, write = Slot.keep, pass_buffer.TapeWriter.write
-
-    def late(self: Any) -> None:
-        for slot, *choice in kept:
-            copy(slot, *choice)
-        kept.clear()
-        write(self)
-
-    monkeypatch.setattr(Slot, "keep", lambda slot, *choice: kept.append((slot, *choice)))
-    monkeypatch.setattr(pass_buffer.TapeWriter, "write", late)
+    """Positive control: the same models, where nothing is copied."""
+    never = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr(Scope, "copies", never, raising=False)
     assert same(traced(model, tmp_path / "plain"), expected)
     part, wrap = (
-        ("experts", changing_in_place)
+        ("experts", changing_in_place())
         if what == "changed in place"
         else ("gate", reusing_buffers())
     )
     with replaced(model, part, wrap):
         assert not same(traced(model, tmp_path / "t"), expected)
+
+
+def test_a_model_of_unknown_code_may_begin_to_change_its_tensors_at_any_time(
+    model: Any, expected: moe_inspect.Trace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the first pass shows is not relied on there."""
+    own = type("OwnModel", (type(model),), {"__module__": "transformers_modules.own"})
+    with replaced(model, "experts", changing_in_place(from_call=1)):
+        assert not same(traced(model, tmp_path / "known"), expected)
+        monkeypatch.setattr(model, "__class__", own)
+        assert same(traced(model, tmp_path / "unknown"), expected)
 
 
 def test_experts_called_in_parts_are_recorded_whole(
@@ -186,7 +196,7 @@ def test_kept_or_written_at_once_it_is_the_same(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    bytes_per_row = 2 * 4 * (8 + 2)  # two routers of four slots
+    bytes_per_row = 2 * 4 * (8 + 4)  # two routers of four slots
     monkeypatch.setattr(pass_buffer, "BUFFER_BYTES", most_rows * bytes_per_row)
     monkeypatch.setattr(ring, "PAGE_ROWS_CPU", page_rows)
     assert same(traced(model, tmp_path / "t", capture=capture), expected)
@@ -196,10 +206,11 @@ def test_ids_of_no_expert_are_nowhere(model: Any, monkeypatch: pytest.MonkeyPatc
     """Sentinels of other ranks, and anything that a byte cannot hold."""
     ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
     weights = torch.rand(2, 4)
-    rings = ring.Rings([(torch.device("cpu"), 4, 8)] * 2, torch.float16, False, 16)
-    assert rings.open_buffers(2)
-    for slot in rings.slots(logits=False):
-        slot.keep(ids, weights)
+    rings = ring.Rings([(torch.device("cpu"), 4, 8)] * 2, [0, 1], torch.float16, False, 16)
+    assert rings.buffer is not None
+    whole = rings.buffer.whole([(n, ids, weights) for n in range(2)], 2)
+    assert whole is not None
+    rings.buffer.keep(whole, 2)
     rings.write_kept()
     for r in range(2):
         nowhere = 255
@@ -210,19 +221,32 @@ def test_ids_of_no_expert_are_nowhere(model: Any, monkeypatch: pytest.MonkeyPatc
         assert (rings.rows("weights", r, 0, 2, None) == weights.half().numpy()).all()
 
 
-def test_a_slot_counts_rows_beyond_the_pass_and_keeps_none_of_them() -> None:
-    buffer = PassBuffer([(2, 8)] * 2, torch.float16)
-    assert buffer.open(3)
-    one, other = buffer.slots
-    one.keep(torch.ones(3, 2, dtype=torch.long), torch.ones(3, 2))
-    one.keep(torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 2))
-    assert (one.seen, other.seen) == (5, 0)
-    ids = buffer.groups[0].ids
-    assert ids is not None
-    assert ids[0].tolist() == [[1, 1]] * 3
-    with pytest.raises(AssertionError, match="3 values per row where the first pass had 2"):
-        other.keep(torch.ones(3, 3, dtype=torch.long), torch.ones(3, 3))
-    assert not buffer.open(buffer.max_rows + 1)
+def test_only_a_whole_pass_is_kept() -> None:
+    def call(n: int, rows: int, K: int = 2) -> tuple[int, torch.Tensor, torch.Tensor]:
+        return n, torch.full((rows, K), n), torch.rand(rows, K)
+
+    buffer = PassBuffer([(2, 8)] * 3, [0, 1, 1])  # the second site is called twice
+    for calls in (
+        [call(0, 3), call(1, 3), call(1, 3)],
+        [call(1, 3), call(0, 3), call(1, 3)],
+        [call(1, 3), call(0, 2), call(1, 3), call(0, 1)],  # in parts
+    ):
+        whole = buffer.whole(calls, 3)
+        assert whole is not None
+        ids, values = whole[0]
+        assert ids is not None
+        assert ids[..., 0].tolist() == [[0] * 3, [1] * 3, [1] * 3]
+        assert (values[0] == torch.cat([v for n, _, v in calls if n == 0])).all()
+    for calls in (
+        [call(0, 3), call(1, 3)],
+        [call(0, 3), call(1, 3), call(1, 3), call(1, 3)],
+        [call(0, 3), call(1, 3), call(1, 2)],
+        [call(0, 4), call(1, 4), call(1, 4)],
+        [call(0, 3), call(0, 1), call(1, 3), call(1, 3)],
+        [call(0, 3, 3), call(1, 3, 3), call(1, 3, 3)],
+    ):
+        assert buffer.whole(calls, 3) is None
+    assert not buffer.fits(buffer.max_rows + 1)
 
 
 # --- handed over together
@@ -263,6 +287,44 @@ def test_decode_steps_are_handed_over_together(
     tokens = found.tokens()
     assert tokens.groupby("batch").size().tolist() == ([12] + [2] * 30) * 2
     assert tokens.groupby("document").position.apply(list).tolist() == [list(range(36))] * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"counts_only": True}])
+@pytest.mark.parametrize("padded", [True, False])
+def test_steps_read_together_are_the_steps_read_one_by_one(
+    padded: bool,
+    options: dict[str, Any],
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Prompts of several lengths, and positions and masks as `generate` makes them."""
+    prompt = torch.arange(18).view(3, 6)
+    mask = torch.ones_like(prompt)
+    if padded:
+        mask[0, :4] = mask[1, :1] = 0
+
+    def recorded(name: str) -> moe_inspect.Trace:
+        with moe_inspect.record(model, tmp_path / name, domains=["x", "y", "x"], **options):
+            for n in range(2):
+                model.generate(
+                    prompt,
+                    attention_mask=mask,
+                    max_new_tokens=9 + n,
+                    do_sample=False,
+                    eos_token_id=-1,
+                )
+        return moe_inspect.open_trace(tmp_path / name)
+
+    found = recorded("together")
+    for module in (hand_over, pass_inputs):
+        monkeypatch.setattr(module, "steps_at", lambda fed: [])
+    one_by_one = recorded("one")
+    if options:
+        assert found.counts().equals(one_by_one.counts())
+        assert found.n_tokens == one_by_one.n_tokens
+    else:
+        assert same(found, one_by_one)
 
 
 def test_a_page_that_is_full_is_handed_over(

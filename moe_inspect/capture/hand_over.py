@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from moe_inspect.capture.hook.call_inputs import CallInputs, Rows
 from moe_inspect.capture.hook.pass_inputs import PassInputs
+from moe_inspect.capture.hook.rows import CallInputs, Rows, steps_at
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
@@ -26,8 +26,7 @@ from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(NamedTuple):
     """A forward pass on its way to the writer. `passes`: one per stack that ran; the encoder comes
     before the decoder."""
 
@@ -41,18 +40,18 @@ class Forward:
         )
 
 
-@dataclass(frozen=True)
-class Arrived:
-    """A forward pass on the host: `rows` of each stack that ran."""
+class Arrived(NamedTuple):
+    """Forward passes on the host: one, or several that are one stack's consecutive decode steps.
+    `rows` of each stack that ran, those of all passes."""
 
-    forward: Forward
+    forwards: list[Forward]
     rows: list[Rows]
 
     def continues(self, before: Arrived) -> bool:
         """Whether the two can be one batch: whole passes of one stack, of one kind."""
         if len(self.rows) > 1 or len(before.rows) > 1:
             return False
-        (a,), (b,) = before.forward.passes, self.forward.passes
+        (a,), (b,) = before.forwards[-1].passes, self.forwards[-1].passes
         (x,), (y,) = before.rows, self.rows
         return (
             a.stack is b.stack
@@ -165,6 +164,9 @@ class HandOver:
     def drain(self, wait: bool = False, once: bool = False) -> None:
         """Passes arrived forward passes to the writer; `wait` blocks until they have arrived and
         the writer accepts them; `once`: at most one batch."""
+        for stack in self.stacks.values():
+            if stack.rings is not None:
+                stack.rings.write_kept()
         while self._in_flight:
             assert self.writer is not None
             if self._torn and not self.writer.failed:
@@ -179,7 +181,7 @@ class HandOver:
             self._write(self.writer, batch)
             self._torn = False
             for arrived in batch:
-                for done in arrived.forward.passes:
+                for done in arrived.forwards[-1].passes:
                     assert done.stack.rings is not None
                     done.stack.rings.release(done.start + done.fed.T)
             if once:
@@ -190,50 +192,74 @@ class HandOver:
         the first."""
         batch: list[Arrived] = []
         while self._in_flight:
-            forward = self._in_flight[0]
             if self._arrived is None:
-                if not forward.arrived(wait and not batch):
+                self._arrived = self._read(wait and not batch)
+                if self._arrived is None:
                     break
-                for done in forward.passes:
-                    if done.stack.rings is not None and not done.stack.rings.synchronous:
-                        done.stack.check(done)
-                self._arrived = Arrived(forward, [self.inputs.rows(p.fed) for p in forward.passes])
-                self.inputs.accept()
             if batch and not self._arrived.continues(batch[-1]):
                 break
             self._torn = True
             batch.append(self._arrived)
-            self._in_flight.popleft()
+            for _ in self._arrived.forwards:
+                self._in_flight.popleft()
             self._arrived = None
         return batch
 
+    def _read(self, wait: bool) -> Arrived | None:
+        """The first pass of the queue with its rows, or as many as are consecutive decode steps;
+        None where it has not arrived."""
+        first = self._in_flight[0]
+        if not first.arrived(wait):
+            return None
+        steps = len(steps_at(done.fed for done in self._whole_passes()))
+        forwards = list(islice(self._in_flight, max(1, steps)))
+        for done in (done for forward in forwards for done in forward.passes):
+            if done.stack.rings is not None and not done.stack.rings.synchronous:
+                done.stack.check(done)
+        if steps > 1:
+            rows = [self.inputs.rows_of_steps([forward.passes[0].fed for forward in forwards])]
+        else:
+            rows = [self.inputs.rows(done.fed) for done in first.passes]
+        self.inputs.accept()
+        return Arrived(forwards, rows)
+
+    def _whole_passes(self) -> Iterator[StackPass]:
+        """The first passes of the queue that have arrived, up to one of another stack or of two, or
+        one whose decisions were dropped in part."""
+        for forward in self._in_flight:
+            done = forward.passes[0]
+            of_one = len(forward.passes) == 1 and done.stack is self._in_flight[0].passes[0].stack
+            if not of_one or done.kept < done.fed.T or not forward.arrived(wait=False):
+                return
+            yield done
+
     def _write(self, writer: TraceWriter, batch: list[Arrived]) -> None:
         parts = [
-            (done, rows)
+            (stack, [forward.passes[n] for forward in arrived.forwards], rows)
             for arrived in batch
-            for done, rows in zip(arrived.forward.passes, arrived.rows, strict=True)
+            for n, rows in enumerate(arrived.rows)
+            for stack in [arrived.forwards[0].passes[n].stack]
         ]
-        kept = [rows.real[: done.kept] for done, rows in parts]
+        # of these rows, those that are in the rings; and how many are no padding
+        kept = [rows.real[: sum(done.kept for done in passes)] for _, passes, rows in parts]
         sizes = [int(real.sum()) for real in kept]
         self.tokens += sum(sizes)
-        for (done, rows), size in zip(parts, sizes, strict=True):
-            lost = int(rows.real.sum()) - size
-            writer.dropped += lost * len(done.stack.routers)
+        for (stack, _, rows), size in zip(parts, sizes, strict=True):
+            writer.dropped += (len(rows.token_id) - size) * len(stack.routers)
 
         def of_tokens(name: str) -> np.ndarray:
-            arrays = [getattr(rows, name)[:n] for (_, rows), n in zip(parts, sizes, strict=True)]
+            arrays = [getattr(rows, name)[:n] for (*_, rows), n in zip(parts, sizes, strict=True)]
             return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
         # stack → its first position, and which of the rows from there on are no padding
         places: dict[str, tuple[int, np.ndarray]] = {}
-        for stack in {done.stack.name for done, _ in parts}:
-            own = [n for n, (done, _) in enumerate(parts) if done.stack.name == stack]
-            places[stack] = parts[own[0]][0].start, np.concatenate([kept[n] for n in own])
-        numbers = [arrived.forward.number for arrived in batch]
+        for name in {stack.name for stack, _, _ in parts}:
+            own = [n for n, (stack, _, _) in enumerate(parts) if stack.name == name]
+            places[name] = parts[own[0]][1][0].start, np.concatenate([kept[n] for n in own])
         last = batch[-1].rows[-1]
         writer.write(
             RoutedBatch(
-                numbers[-1],
+                batch[-1].forwards[-1].number,
                 of_tokens("token_id"),
                 of_tokens("document"),
                 of_tokens("sequence"),
@@ -243,15 +269,15 @@ class HandOver:
                 ids=self._of_routers(places, "ids"),
                 weights=self._of_routers(places, "weights"),
                 logits=self._of_routers(places, "logits") if self.options.logits else None,
-                documents=[document for _, rows in parts for document in rows.documents],
+                documents=[document for *_, rows in parts for document in rows.documents],
                 phase=last.phase,
                 group=last.group,
                 encoded=sum(
                     n
-                    for (done, _), n in zip(parts, sizes, strict=True)
-                    if done.stack.name == "encoder"
+                    for (stack, _, _), n in zip(parts, sizes, strict=True)
+                    if stack.name == "encoder"
                 ),
-                batches=np.repeat(np.array(numbers, np.int32), sizes) if len(batch) > 1 else None,
+                batches=_numbers(batch, kept),
             )
         )
 
@@ -278,3 +304,16 @@ class HandOver:
             return np.uint8
         is_bits = kind == "weights" and self.weight_dtype == torch.bfloat16
         return np.uint16 if is_bits else np.float16
+
+
+def _numbers(batch: list[Arrived], kept: list[np.ndarray]) -> np.ndarray | None:
+    """The number of the forward pass that each token is of, int32; None where all are of one.
+    `kept`: per pass, or consecutive steps, which rows are no padding."""
+    if len(batch) == len(batch[0].forwards) == 1:
+        return None
+    numbers: list[int] = []
+    sizes: list[int] = []
+    for arrived, real in zip(batch, kept, strict=True):
+        numbers += [forward.number for forward in arrived.forwards]
+        sizes += real.reshape(len(arrived.forwards), -1).sum(1).tolist()
+    return np.repeat(np.array(numbers, np.int32), sizes)

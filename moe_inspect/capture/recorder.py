@@ -16,9 +16,10 @@ from torch import Tensor
 
 from moe_inspect.capture.hand_over import Forward, HandOver
 from moe_inspect.capture.hook.attach import Attachment, mode_of, uncompiled
-from moe_inspect.capture.hook.call_inputs import Rows
+from moe_inspect.capture.hook.counted import CountedPasses
 from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
 from moe_inspect.capture.hook.pass_inputs import PassInputs
+from moe_inspect.capture.hook.rows import Rows
 from moe_inspect.capture.hook.stack import Stack, stacks_of
 from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.open_trace import Session, TraceOpener
@@ -80,9 +81,8 @@ class Recorder:
         self._balance_of = balance_of
         self._entered = False
         self._forwards = self.session.resume.next_batch if self.session.resume else 0
-        self._counts: DeviceCounts | None = None  # counts_only
-        self._counted_tokens = 0
-        self._counting = self._in_group = False
+        self._counted: CountedPasses | None = None  # counts_only
+        self._in_group = False
         self._opened = False  # the routers and the shapes of their rings are known
         self._has_cuda = torch.cuda.is_available()
         self._stepped = False  # the current pass was announced by `step`
@@ -97,8 +97,11 @@ class Recorder:
     @property
     def tokens(self) -> int:
         """Number of tokens recorded so far, without padding."""
+        if self._counted is not None:
+            self._counted.count_waiting()
+            return self._counted.tokens
         self._hand_over.drain()
-        return self._hand_over.tokens + self._counted_tokens
+        return self._hand_over.tokens
 
     @property
     def writer(self) -> TraceWriter | None:
@@ -167,7 +170,7 @@ class Recorder:
     def end_group(self) -> None:
         """Ends a group of passes: their counts may be committed."""
         self._in_group = False
-        if self._counts is not None and self._counts.tokens >= self.session.shard_tokens:
+        if self._counted is not None and self._counted.uncommitted >= self.session.shard_tokens:
             self._write_counts()
 
     def step(self, tokens: int, **inputs: Any) -> None:
@@ -220,9 +223,8 @@ class Recorder:
             stack.begin()
         number = self.inputs.begin()
         self._forwards = number if number is not None else self._forwards
-        self._counting = self._forwards % self.options.every == 0
-        if self._counts is not None:
-            self._counts.begin()
+        if self._counted is not None:
+            self._counted.begin(self._forwards)
 
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._capturing:
@@ -233,16 +235,18 @@ class Recorder:
                 f"the {stack} ran twice in one forward pass of {type(self.model).__name__}: call "
                 f"the {stack} by itself"
             )
-        fed = self.inputs.of_call(stack, args, kwargs)
-        if of.staged is None and self._counts is None:
+        fed, keep = self.inputs.of_call(stack, args, kwargs), not self.attachment.in_compiled
+        if of.staged is not None:
+            if self._counted is not None:  # the other stack's rows come first
+                self._counted.count_at_once()
+            of.fed = self.inputs.rows(fed)
+        elif self._counted is not None:
+            self._counted.feed(of, fed, keep)
+        else:
             self._hand_over.make_room(of, fed)
             assert of.rings is not None
-            if not self.attachment.in_compiled:
-                of.keep_pass(of.rings)
-            return
-        of.fed = self.inputs.rows(fed)
-        if of.staged is None:
-            self._count(of, keep=not self.attachment.in_compiled)
+            if not keep or not of.keep_pass(of.rings.buffer):
+                of.rings.write_kept()
 
     def returned(self, stack: str, output: Any) -> None:
         if not self._capturing:
@@ -254,17 +258,13 @@ class Recorder:
         stack, n = self._index_of[r]
         row, stack.seen[n] = stack.seen[n], stack.seen[n] + len(ids_TK)
         if stack.staged is not None:
-            stack.staged[n].append((ids_TK.clone(), weights_TK.clone()))
-        elif self._counts is not None and self._counting and stack.fed is not None:
-            time, row = divmod(row, stack.fed.T)
-            if time < stack.times[n]:  # else the completeness check reports it
-                self._counts.add(
-                    stack.first_router + stack.routers_of[n][time], row, ids_TK, weights_TK
-                )
+            stack.stage(n, ids_TK, weights_TK)
+        elif self._counted is not None:
+            self._counted.add(stack, n, row, ids_TK, weights_TK)
 
     def take_logits(self, r: int, logits_TE: Tensor) -> None:
         stack, n = self._index_of[r]
-        stack.staged_logits[n].append(logits_TE.clone())
+        stack.stage_logits(n, logits_TE)
 
     def end(self) -> None:
         if self._capturing:
@@ -273,8 +273,8 @@ class Recorder:
         fed = [stack for stack in self.stacks.values() if stack.fed is not None]
         if new := [stack for stack in fed if stack.staged is not None]:
             self._begin_with(new)
-        if fed and self._counts is not None:
-            self._end_counted(self._counts, fed)
+        if fed and self._counted is not None:
+            self._end_counted(self._counted, fed)
         elif fed:  # a stack without routers has nothing to record
             self._hand_over.launched(Forward(self._forwards, [stack.end() for stack in fed]))
             self._forwards += 1
@@ -304,11 +304,11 @@ class Recorder:
             assert staged is not None
             if self.options.counts_only:
                 stack.staged, stack.staged_logits, stack.seen = None, [], [0] * len(stack.sites)
-                self._count(stack)
-                sites = [r for r, (of, _) in enumerate(self._index_of) if of is stack]
-                for site, choices in zip(sites, stack.routers_of, strict=True):
+                assert self._counted is not None
+                self._counted.feed(stack, rows, keep=False)
+                for sink, choices in zip(stack.sinks, stack.routers_of, strict=True):
                     for choice in [choice for r in choices for choice in staged[r]]:
-                        self.take(site, *choice)
+                        sink.take(*choice)
             else:
                 self._hand_over.make_rings(stack, self.options.ring_tokens or rows.T)
                 stack.fed = None
@@ -326,46 +326,37 @@ class Recorder:
         )
         if self.options.counts_only:
             devices = [d for stack in self.stacks.values() for d in stack.devices()]
-            self._counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)
-            self._counts.begin()
+            counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)
+            self._counted = CountedPasses(counts, self.inputs, self.options.every)
+            self._counted.begin(self._forwards)
 
     # --- counts_only
 
-    def _count(self, stack: Stack, keep: bool = False) -> None:
-        assert isinstance(stack.fed, Rows)
-        if self._counts is not None and self._counting:
-            routers = range(stack.first_router, stack.first_router + len(stack.routers))
-            self._counts.feed(routers, stack.fed, len(self.inputs.domains))
-            if keep and (buffer := self._counts.buffer(routers)) is not None:
-                stack.keep_pass(buffer)
-
-    def _end_counted(self, counts: DeviceCounts, fed: Sequence[Stack]) -> None:
-        self.inputs.accept()
-        rows = [stack.fed for stack in fed if isinstance(stack.fed, Rows)]
-        if self._counting:
-            for stack in fed:
-                stack.check_counted()
-            counts.end(self._forwards)
-            self._in_group = rows[-1].group is not None
+    def _end_counted(self, counted: CountedPasses, fed: Sequence[Stack]) -> None:
+        group = fed[-1].fed.group if isinstance(fed[-1].fed, Rows) else None
+        counted.end()
+        self._forwards += 1
+        if counted.is_counted:
+            self._in_group = group is not None
             if not self._in_group:
                 self.end_group()
-        self._forwards += 1
-        self._counted_tokens += sum(int(r.real.sum()) for r in rows)
-        for stack in fed:
-            stack.fed = None
 
     def _write_counts(self) -> None:
-        if self._counts is not None and self.writer is not None and self._counts.tokens:
-            self.writer.write(self._counts.take(list(self.inputs.domains)))
+        if self._counted is None:
+            return
+        self._counted.count_waiting()
+        if self.writer is not None and self._counted.counts.tokens:
+            self.writer.write(self._counted.counts.take(list(self.inputs.domains)))
 
     def totals(self, all_ranks: bool = False) -> Totals:
         """The counts since the recording began (`counts_only=True`); with `all_ranks` summed over
         the processes of torch.distributed."""
-        if self._counts is None:
+        if self._counted is None:
             raise MoeInspectError(
                 "no counts yet: record with counts_only=True, and run a forward pass first"
             )
-        return self._counts.totals(all_ranks)
+        self._counted.count_waiting()
+        return self._counted.counts.totals(all_ranks)
 
     def balance(self, all_ranks: bool = False) -> pd.DataFrame:
         """The balance table of `totals`."""

@@ -61,23 +61,21 @@ class Attachment:
             records,
         )
         self.paused = self.over = False
+        unknown = not all(map(_is_of_transformers, [self.model, *(s.module for s in sites)]))
         self.scopes = {
-            s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path)) for s in sites
+            s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path), unknown) for s in sites
         }
         self._in_model = False  # a call of the whole model is running
         self._alone: Scope | None = None  # or a call of this stack by itself
-        scopes = [self.scopes[s.stack] for s in sites]
-        self.sinks = [
-            Sink(scope, functools.partial(records.take, r)) for r, scope in enumerate(scopes)
-        ]
-        self.logit_sinks = (
-            [
-                Sink(scope, functools.partial(records.take_logits, r))
-                for r, scope in enumerate(scopes)
-            ]
-            if logits
-            else []
-        )
+        sites_of = {stack: [s for s in sites if s.stack == stack] for stack in self.scopes}
+        self.sinks, self.logit_sinks = [], []
+        for r, site in enumerate(sites):
+            scope, of_stack = self.scopes[site.stack], sites_of[site.stack]
+            n = of_stack.index(site)
+            self.sinks.append(Sink(scope, n, functools.partial(records.take, r)))
+            if logits:
+                take = functools.partial(records.take_logits, r)
+                self.logit_sinks.append(Sink(scope, len(of_stack) + n, take))
         self.compiled = self.in_compiled = is_compiled(model)
         self._bracketed = False
         self._cleanup, self._stance = ExitStack(), ExitStack()
@@ -276,8 +274,6 @@ class Attachment:
             # until the first forward pass has shown the shapes there are no tapes, and the sinks
             # are plain Python
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-        for sink in (*self.sinks, *self.logit_sinks):
-            sink.calls = 0
         self.records.begin()
 
     def _open(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -297,6 +293,11 @@ class Attachment:
 def uncompiled(model: Any) -> Any:
     """The model that torch.compile(model) wraps, or `model`."""
     return getattr(model, "_orig_mod", model)
+
+
+def _is_of_transformers(module: torch.nn.Module) -> bool:
+    """Whether its code is a release of transformers, and not loaded with the model."""
+    return type(module).__module__.startswith("transformers.")
 
 
 def is_compiled(model: Any) -> bool:

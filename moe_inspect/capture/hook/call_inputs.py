@@ -1,4 +1,5 @@
-"""What a forward pass is fed: the document, sequence, position and domain of each row.
+"""Reads what a forward pass is fed from the arguments of the model's call: the document, sequence,
+position and domain of each row.
 
 B batch rows, S positions, T = B·S rows a router sees (padding included).
 """
@@ -7,72 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from moe_inspect.capture.hook.rows import CachedRows, CallInputs, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import Document
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What one forward pass is fed. `real` bool [T] is False for padding, in the order in which the
-    routers see the rows; the other arrays have one entry per real row, `domain` as codes into
-    `RowReader.domains`. `stack` says which stack of an encoder-decoder is fed."""
-
-    real: np.ndarray
-    token_id: np.ndarray
-    document: np.ndarray
-    sequence: np.ndarray
-    position: np.ndarray
-    domain: np.ndarray
-    documents: list[Document] = field(default_factory=list)
-    phase: str = "prefill"
-    number: int | None = None  # of the forward pass, where it was planned
-    group: int | None = None  # passes of one group are committed together or not at all
-    stack: str = ""
-
-    @property
-    def T(self) -> int:
-        return len(self.real)
-
-
-# document, sequence and domain code of each batch row, [B] each
-State = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-@dataclass
-class CachedRows:
-    """What a key-value cache holds: `length` positions per row and, once the rows have been read,
-    the sequences they belong to."""
-
-    length: int
-    state: State | None = None
-
-
-@dataclass(frozen=True)
-class CallInputs:
-    """The inputs of a forward pass, copied to the host without waiting: the copies are complete
-    once the pass has run."""
-
-    B: int
-    S: int
-    token_BS: torch.Tensor | None
-    mask_BS: torch.Tensor | None
-    position: torch.Tensor | None  # [B, S] or [S]; None: they continue what came before
-    labels: dict[str, Sequence[Any] | None]
-    before: CachedRows | None  # what its cache held, or what the encoder read
-    after: CachedRows
-    stack: str = ""
-    copied: Any = None  # the CUDA event after which the copies are complete
-
-    @property
-    def T(self) -> int:
-        return self.B * self.S
 
 
 class RowReader:
@@ -243,6 +187,37 @@ class RowReader:
             else "prefill"
         )
         return Rows(real, *flat, documents=new, phase=phase, stack=call.stack)
+
+    def rows_of_steps(self, steps: Sequence[CallInputs]) -> Rows:
+        """The rows of passes that `steps_at` found, one after the other."""
+        first, n = steps[0], len(steps)
+        assert first.before is not None
+        assert first.before.state is not None
+        if self._undo is None:
+            self._undo = (self._documents, self._sequences, [])
+        for call in steps:
+            if call.copied is not None:
+                call.copied.synchronize()
+            call.after.state = first.before.state
+
+        def of_steps(tensors: list[torch.Tensor | None], otherwise: np.ndarray) -> np.ndarray:
+            """[n, B], from one row for all or one per batch row."""
+            given = [t.reshape(-1) for t in tensors if t is not None]
+            found = torch.stack(given).numpy() if given else otherwise
+            return np.broadcast_to(found, (n, first.B))
+
+        lengths_N1 = np.array([[call.after.length] for call in steps])
+        real = of_steps([c.mask_BS for c in steps], np.ones((1, 1), bool)).astype(bool).reshape(-1)
+        token = of_steps([c.token_BS for c in steps], np.full((1, 1), -1))
+        position = of_steps([c.position for c in steps], lengths_N1 - 1)
+        document, sequence, domain = (np.broadcast_to(s, (n, first.B)) for s in first.before.state)
+        token, document, sequence, position, domain = (
+            a.reshape(-1)[real].astype(np.int32)
+            for a in (token, document, sequence, position, domain)
+        )
+        return Rows(
+            real, token, document, sequence, position, domain, phase="decode", stack=first.stack
+        )
 
     def discard(self) -> None:
         """Undoes the rows read since `accept`, as their forward pass failed: the next one takes its

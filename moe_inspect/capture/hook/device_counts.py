@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moe_inspect.capture.hook.pass_buffer import PassBuffer, Slot
+from moe_inspect.capture.hook.pass_buffer import PassBuffer
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, Document
 
 if TYPE_CHECKING:
-    from moe_inspect.capture.hook.call_inputs import Rows
+    from moe_inspect.capture.hook.rows import Rows
 
 Sums = dict[torch.device, list[torch.Tensor]]
 
@@ -38,7 +38,7 @@ class DeviceCounts:
     device before `take`. First choices are by the weights rounded to `weight_dtype`, as a trace of
     decisions stores them. `weights`: whether gate weights are summed too.
 
-    On a CPU the choices of a small pass are kept (`buffer`), and counted together at its end."""
+    On a CPU small passes are kept (`buffer`), and many are counted together (`count_kept`)."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class DeviceCounts:
             self._width[device] = int(self._columns[r]) + router.experts + 1
         # router → domain code of each row of the forward pass, −1 for padding; on its device
         self._domain_of_row: dict[int, torch.Tensor] = {}
-        self._buffers: dict[int, CountBuffer] = {}  # by the first router of a stack
+        self._buffers: dict[int, PassBuffer] = {}  # by the first router of a stack
         self._sums = self._zeros(1)
         self.begin()
 
@@ -90,14 +90,12 @@ class DeviceCounts:
         """A forward pass begins. Nothing of it is counted unless `end` follows."""
         self._pass_sums: Sums = {}
         self._pass_rows: list[tuple[Rows, Sequence[int]]] = []  # and the routers that saw them
-        self._kept: list[CountBuffer] = []
 
     def feed(self, routers: Sequence[int], rows: Rows, domains: int) -> None:
         """Sets the rows that these routers see in the forward pass."""
         self._domains = domains
         self._pass_sums = {d: _padded(sums, domains) for d, sums in self._pass_sums.items()}
-        domain_T = np.full(len(rows.real), -1, np.int64)
-        domain_T[rows.real] = rows.domain
+        domain_T = _domain_of(rows)
         base = {
             d: torch.from_numpy(domain_T).to(d, non_blocking=True)
             for d in {self.devices[r] for r in routers}
@@ -105,16 +103,15 @@ class DeviceCounts:
         self._domain_of_row |= {r: base[self.devices[r]] for r in routers}
         self._pass_rows.append((rows, routers))
 
-    def buffer(self, routers: Sequence[int]) -> CountBuffer | None:
-        """Keeps the choices of these routers, a stack's, in the forward pass; None where they are
-        to be added call by call."""
+    def buffer(self, routers: Sequence[int], sites: Sequence[int]) -> PassBuffer | None:
+        """Keeps small passes of these routers, a stack's, until `count_kept`; None where the calls
+        are to be added one by one. `sites`: the index of each router's site."""
         if any(self.devices[r].type != "cpu" for r in routers):
             return None
         if routers[0] not in self._buffers:
             sizes = [(self.routers[r].top_k, self.routers[r].experts) for r in routers]
-            self._buffers[routers[0]] = CountBuffer(routers[0], sizes)
-        self._kept.append(self._buffers[routers[0]])
-        return self._kept[-1]
+            self._buffers[routers[0]] = PassBuffer(sizes, sites)
+        return self._buffers[routers[0]]
 
     def add(self, r: int, row: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """The decisions of one call of router r, for the rows from `row` on."""
@@ -142,46 +139,53 @@ class DeviceCounts:
         for sums in weight_sum:
             sums.scatter_add_(0, slot_TK.reshape(-1), weights_TK.reshape(-1).to(sums.dtype))
 
-    def _add_kept(self, kept: CountBuffer) -> None:
-        """What `add` does, for all routers of a stack at once and without a pass's own sums."""
-        device = torch.device("cpu")
+    def count_kept(
+        self, routers: Sequence[int], fed: Sequence[Rows], domains: int, batch: int
+    ) -> None:
+        """Counts what the buffer of these routers has kept, as `add` would have, for all of them at
+        once. `fed`: the rows of its passes; `batch`: the number of the last one."""
+        device, buffer = torch.device("cpu"), self._buffers[routers[0]]
+        self._sums = {d: _padded(sums, domains) for d, sums in self._sums.items()}
         assignments, first_choice, *weight_sum = (s.view(-1).numpy() for s in self._sums[device])
-        domain_T = self._domain_of_row[kept.first_router].numpy()
-        padded = int(domain_T.min(initial=0)) < 0
-        for group in kept.buffer.groups:
-            ids_RTK, weights_RTK = group.ids, group.values
-            if ids_RTK is None or not ids_RTK.size:
-                continue
-            rounded_RTK = torch.from_numpy(weights_RTK).to(self.weight_dtype).double().numpy()
-            if padded or int(ids_RTK.min()) < 0 or int(ids_RTK.max()) >= group.E:
-                outside_RTK = (ids_RTK < 0) | (ids_RTK >= group.E) | (domain_T < 0)[:, None]
-                ids_RTK = np.where(outside_RTK, group.E, ids_RTK)
-                rounded_RTK = np.where(outside_RTK, -np.inf, rounded_RTK)
-            first = kept.first_router + group.first
-            slot_RTK = ids_RTK + self._columns[first : first + group.routers, None, None]
-            slot_RTK += (domain_T.clip(min=0) * self._width[device])[:, None]
-            first_RT1 = rounded_RTK.argmax(2, keepdims=True)
-            np.add.at(assignments, slot_RTK.reshape(-1), 1)
-            np.add.at(first_choice, np.take_along_axis(slot_RTK, first_RT1, 2).reshape(-1), 1)
+        domain_N = np.concatenate([_domain_of(rows) for rows in fed])
+        padded = int(domain_N.min(initial=0)) < 0
+        for group in buffer.groups:
+            ids_RNK, values_RNK = group.joined()
+            assert ids_RNK is not None
+            rounded_RNK = values_RNK.to(self.weight_dtype).double().numpy()
+            if padded or (ids_RNK.view(np.uint64) >= group.E).any():
+                outside_RNK = (ids_RNK < 0) | (ids_RNK >= group.E) | (domain_N < 0)[:, None]
+                ids_RNK = np.where(outside_RNK, group.E, ids_RNK)
+                rounded_RNK = np.where(outside_RNK, -np.inf, rounded_RNK)
+            first = routers[0] + group.first
+            slot_RNK = ids_RNK + self._columns[first : first + group.routers, None, None]
+            slot_RNK += (domain_N.clip(min=0) * self._width[device])[:, None]
+            first_RN1 = rounded_RNK.argmax(2)[..., None]  # the first of equal weights
+            first_RN = np.take_along_axis(slot_RNK, first_RN1, 2)
+            slots, bins = slot_RNK.reshape(-1), len(assignments)
+            assignments += np.bincount(slots, minlength=bins)
+            first_choice += np.bincount(first_RN.reshape(-1), minlength=bins)
             for sums in weight_sum:
-                np.add.at(sums, slot_RTK.reshape(-1), weights_RTK.reshape(-1))
+                sums += np.bincount(slots, values_RNK.double().numpy().reshape(-1), bins)
+        buffer.clear()
+        self._count_rows(fed, routers, batch)
 
     def end(self, batch: int) -> None:
         """The forward pass is over and complete: adds what it counted to the sums."""
         if self._pass_rows:
             self._sums = {d: _padded(sums, self._domains) for d, sums in self._sums.items()}
-        for kept in self._kept:
-            if kept.is_open:
-                self._add_kept(kept)
         for device, sums in self._pass_sums.items():
             for total, of_pass in zip(self._sums[device], sums, strict=True):
                 total += of_pass
-        self.batch = batch
         for rows, routers in self._pass_rows:
-            n = len(rows.token_id)
-            self.tokens, self.decisions = self.tokens + n, self.decisions + n * len(routers)
-            self._tokens_R[routers[0] : routers[-1] + 1] += n
-            self.documents += rows.documents
+            self._count_rows([rows], routers, batch)
+
+    def _count_rows(self, fed: Sequence[Rows], routers: Sequence[int], batch: int) -> None:
+        n = sum(len(rows.token_id) for rows in fed)
+        self.batch = batch
+        self.tokens, self.decisions = self.tokens + n, self.decisions + n * len(routers)
+        self._tokens_R[routers[0] : routers[-1] + 1] += n
+        self.documents += [document for rows in fed for document in rows.documents]
 
     def take(self, domains: list[str]) -> CountedBatches:
         """The counts since the last `take`, moved to the host."""
@@ -223,21 +227,11 @@ class DeviceCounts:
         )
 
 
-class CountBuffer:
-    """Keeps the choices of a stack's routers in a forward pass, `sizes` (K, E) of each; weights as
-    float64, which holds any exactly."""
-
-    def __init__(self, first_router: int, sizes: Sequence[tuple[int, int]]):
-        self.first_router = first_router
-        self.buffer = PassBuffer(sizes, torch.float64)
-        self.is_open = False  # in this pass; it is not where the pass is large
-
-    def open_buffers(self, T: int) -> bool:
-        self.is_open = self.buffer.open(T)
-        return self.is_open
-
-    def slots(self, logits: bool) -> list[Slot]:
-        return self.buffer.slots
+def _domain_of(rows: Rows) -> np.ndarray:
+    """The domain code of each row, int64 [T], −1 for padding."""
+    domain_T = np.full(len(rows.real), -1, np.int64)
+    domain_T[rows.real] = rows.domain
+    return domain_T
 
 
 def _padded(sums: list[torch.Tensor], domains: int) -> list[torch.Tensor]:

@@ -1,18 +1,17 @@
-"""The choices of a forward pass on a CPU, kept until the pass ends and then written or counted
-together: one write per pass instead of one per router, which in a decode step costs more than the
-router itself.
+"""The choices of small forward passes on a CPU. During a pass only references to the routers'
+tensors are kept. At its end they are stacked, and once there are many passes, these are written or
+counted together: in a decode step one write per router would cost more than the router itself.
 
-A choice is copied at the call that hands it over, because a model may change its tensors in place
-later in the same pass, or use them again as output buffers. Two copies into memory that is already
-there cost about a microsecond.
+Of a model that changes these tensors later in the same pass, copies are kept (see `Scope.copies`).
 
-R routers, T rows of the forward pass, K values per row, E experts.
+R routers, T rows of a forward pass, N rows of several passes, K values per row, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -20,119 +19,109 @@ from torch import Tensor
 
 from moe_inspect.capture.hook.kernels import Tape
 
-# A larger pass is written call by call: kept, its values would leave the processor's caches
+# More is written call by call: kept, it would leave the processor's caches
 BUFFER_BYTES = 2**20
 
-Pages = list[np.ndarray]
-
-
-class Slot:
-    """Where one router's values of the current pass are kept: views [T, K] of its group's buffers,
-    `ids` None for router logits. `seen`: rows so far, of all calls in the pass."""
-
-    __slots__ = ("ids", "seen", "shape", "values")
-
-    def __init__(self, ids: Tensor | None, values: Tensor):
-        self.ids, self.values, self.shape, self.seen = ids, values, values.shape, 0
-
-    def keep(self, ids_TK: Tensor | None, values_TK: Tensor) -> None:
-        """Copies what one call of the router hands over."""
-        if values_TK.requires_grad:
-            values_TK = values_TK.detach()
-        if values_TK.shape == self.shape and not self.seen:
-            self.values.copy_(values_TK)
-            if self.ids is not None and ids_TK is not None:
-                self.ids.copy_(ids_TK)
-            self.seen = self.shape[0]
-        else:
-            self._keep_part(ids_TK, values_TK)
-
-    def _keep_part(self, ids_TK: Tensor | None, values_TK: Tensor) -> None:
-        """One of several calls in a pass. Rows beyond the pass are only counted: the check at its
-        end names the router."""
-        T, K = values_TK.shape
-        assert self.shape[1] == K, f"{K} values per row where the first pass had {self.shape[1]}"
-        first, self.seen = self.seen, self.seen + T
-        if self.seen <= self.shape[0]:
-            self.values[first : self.seen].copy_(values_TK)
-            if self.ids is not None and ids_TK is not None:
-                self.ids[first : self.seen].copy_(ids_TK)
+# (index of the site, ids [T, K] or None for router logits, values [T, K]) of one call
+Call = tuple[int, "Tensor | None", Tensor]
+# ids [R, T, K], or None for router logits, and values [R, T, K] of a group in one pass
+Stacked = tuple["Tensor | None", Tensor]
 
 
 class Group:
-    """Consecutive routers of equal K and E, `first` being the index of the first one. `dtype`: of
-    the values. While a pass is open: `ids` int64 [R, T, K], or None for router logits, and `values`
-    [R, T, K], those of bfloat16 as their bits."""
+    """Consecutive routers of equal K and E, `first` being the index of the first one. `ids` int
+    [R, T, K] (none for router logits) and `values` float [R, T, K]: of each pass that is kept."""
 
-    def __init__(
-        self, first: int, routers: int, K: int, E: int, with_ids: bool, dtype: torch.dtype
-    ):
+    def __init__(self, first: int, routers: int, K: int, E: int, with_ids: bool):
         self.first, self.routers, self.K, self.E, self.with_ids = first, routers, K, E, with_ids
-        self.dtype = dtype
-        self.ids: np.ndarray | None = None
-        self.values = np.empty(0)
-        self.slots: list[Slot] = []
+        self.ids: list[Tensor] = []
+        self.values: list[Tensor] = []
 
-    @property
-    def bytes_per_row(self) -> int:
-        return self.routers * self.K * (8 * self.with_ids + self.dtype.itemsize)
+    def joined(self) -> tuple[np.ndarray | None, Tensor]:
+        """All kept passes: ids int64 [R, N, K] and values [R, N, K]."""
+        ids = _joined(self.ids).long().numpy() if self.with_ids else None
+        return ids, _joined(self.values)
 
-    def allocate(self, rows: int) -> None:
-        size = self.routers * rows * self.K
-        self._ids = torch.empty(size if self.with_ids else 0, dtype=torch.int64)
-        self._values = torch.empty(size, dtype=self.dtype)
 
-    def open(self, T: int) -> None:
-        shape = (self.routers, T, self.K)
-        size = self.routers * T * self.K
-        values_RTK = self._values[:size].view(shape)
-        bits_RTK = values_RTK.view(torch.int16) if self.dtype == torch.bfloat16 else values_RTK
-        ids_RTK = self._ids[:size].view(shape) if self.with_ids else None
-        self.values = bits_RTK.numpy()
-        self.ids = ids_RTK.numpy() if ids_RTK is not None else None
-        ids_of = ids_RTK.unbind(0) if ids_RTK is not None else [None] * self.routers
-        self.slots = [Slot(i, v) for i, v in zip(ids_of, values_RTK.unbind(0), strict=True)]
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class PassBuffer:
-    """`routers`: (K, E) of each. `weight_dtype`: that gate weights are kept in. With `logits`, a
-    slot for the logits of each router follows, as float16."""
+    """`routers`: (K, E) of each, `sites`: the index of its site. With `logits`, the routers' logits
+    are kept too."""
 
     def __init__(
-        self, routers: Sequence[tuple[int, int]], weight_dtype: torch.dtype, logits: bool = False
+        self, routers: Sequence[tuple[int, int]], sites: Sequence[int], logits: bool = False
     ):
-        kinds = [(K, E, True, weight_dtype) for K, E in routers]
-        kinds += [(E, E, False, torch.float16) for _, E in routers] if logits else []
+        kinds = [(K, E, True) for K, E in routers]
+        kinds += [(E, E, False) for _, E in routers] if logits else []
         self.groups: list[Group] = []
         first = 0
         for kind, same in groupby(kinds):
             self.groups.append(Group(first, len(list(same)), *kind))
             first += self.groups[-1].routers
-        self.max_rows = BUFFER_BYTES // sum(group.bytes_per_row for group in self.groups)
-        self.slots: list[Slot] = []  # of every router, then of its logits
-        self._T = -1
+        # whose calls a whole pass consists of, in the order of the routers and then of their logits
+        after = max(sites, default=-1) + 1
+        self.sites = [*sites, *(after + site for site in sites)] if logits else list(sites)
+        values = sum(group.routers * group.K for group in self.groups)
+        self.max_rows = BUFFER_BYTES // (12 * values)  # ids of 8 bytes, weights of 4
+        self.rows = 0  # of all passes that are kept
 
-    def open(self, T: int) -> bool:
-        """Begins a pass of T rows; False where it is too large to be kept."""
-        if self.max_rows < T:
-            return False
-        if self._T != T:
-            # no inference tensors: they could not be written outside inference mode
-            with torch.inference_mode(False):
-                for group in self.groups:
-                    if self._T < 0:
-                        group.allocate(self.max_rows)
-                    group.open(T)
-            self.slots = [slot for group in self.groups for slot in group.slots]
-            self._T = T
-        for slot in self.slots:
-            slot.seen = 0
-        return True
+    def fits(self, T: int) -> bool:
+        """Whether a pass of T rows is small enough to be kept."""
+        return self.max_rows >= T
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every router has seen each row of the pass once."""
-        return all(slot.seen == self._T for slot in self.slots)
+    def is_full(self) -> bool:
+        return self.rows >= self.max_rows
+
+    @torch.no_grad()
+    def whole(self, calls: list[Call], T: int) -> list[Stacked] | None:
+        """The calls of a pass of T rows, by group, for `keep`; None unless every router has seen
+        each of the rows once."""
+        if [n for n, _, _ in calls] != self.sites:  # not one call per router, in their order
+            calls = self._in_order(calls)
+            if [n for n, _, _ in calls] != self.sites:
+                return None
+        found: list[Stacked] = []
+        for group in self.groups:
+            of_group = calls[group.first : group.first + group.routers]
+            ids = [i for _, i, _ in of_group if i is not None]
+            try:
+                made = torch.stack(ids) if ids else None, torch.stack([v for _, _, v in of_group])
+            except RuntimeError:  # tensors of different sizes
+                return None
+            shape = (group.routers, T, group.K)
+            if any(t is not None and t.shape != shape for t in made):
+                return None
+            found.append(made)
+        return found
+
+    def keep(self, stacked: list[Stacked], T: int) -> None:
+        for group, (ids, values) in zip(self.groups, stacked, strict=True):
+            if ids is not None:
+                group.ids.append(ids)
+            group.values.append(values)
+        self.rows += T
+
+    def _in_order(self, calls: list[Call]) -> list[Call]:
+        """The calls by site, those of one site in their order. Where a site was called with some of
+        the rows at a time, these are one call."""
+        found: list[Call] = []
+        for n, of_site in groupby(sorted(calls, key=itemgetter(0)), itemgetter(0)):
+            parts = list(of_site)
+            if len(parts) == self.sites.count(n):
+                found += parts
+                continue
+            ids = [i for _, i, _ in parts if i is not None]
+            found.append((n, torch.cat(ids) if ids else None, torch.cat([v for _, _, v in parts])))
+        return found
+
+    def clear(self) -> None:
+        self.rows = 0
+        for group in self.groups:
+            group.ids, group.values = [], []
 
 
 class TapeWriter:
@@ -140,14 +129,12 @@ class TapeWriter:
     have, call by call."""
 
     def __init__(self, buffer: PassBuffer, tapes: Sequence[Tape]):
-        self.tapes = tapes
-        state = tapes[0]
-        # the same memory as the tensors: reading a number from a tensor costs more than a copy
-        self.cursor, self.dropped = state.cursor.numpy(), state.dropped.numpy()
-        self.limit, self.enabled = state.limit.numpy(), state.enabled.numpy()
+        self.buffer = buffer
+        self.cursor = tapes[0].cursor.numpy()  # the same memory as the tensor
         self.groups = [
             (
                 group,
+                tapes[group.first],
                 _pages(group, tapes[group.first], "ids"),
                 _pages(group, tapes[group.first], "weights"),
             )
@@ -155,44 +142,38 @@ class TapeWriter:
         ]
 
     def write(self) -> None:
-        if not self.enabled[0]:
+        """There must be room for all of it."""
+        if not self.buffer.rows:
             return
-        for group, ids, values in self.groups:
-            seen = [slot.seen for slot in group.slots]
-            together = seen.count(seen[0]) == len(seen)
-            for n in range(1 if together else group.routers):
-                routers = slice(0, group.routers) if together else slice(n, n + 1)
-                self._append(group, ids, values, routers, seen[n])
-
-    def _append(self, group: Group, ids: Pages, values: Pages, routers: slice, seen: int) -> None:
-        """The rows of some routers of a group, all of which have `seen` as many."""
-        lanes = slice(group.first + routers.start, group.first + routers.stop)
-        tape = self.tapes[lanes.start]
-        start = int(self.cursor[lanes.start])
-        room = max(0, min(seen, group.slots[0].shape[0], int(self.limit[0]) - start))
-        values_RTK = group.values[routers]
-        ids_RTK = group.ids[routers] if group.ids is not None else None
-        # (as unsigned numbers, negative ids are the largest)
-        if ids_RTK is not None and ids_RTK.size and ids_RTK.view(np.uint64).max() >= group.E:
-            ids_RTK = np.where((ids_RTK < 0) | (ids_RTK >= group.E), tape.null_id, ids_RTK)
-        for page, row, done, n in _pieces(start, room, tape.P, tape.pages):
-            values[page][routers, row : row + n] = values_RTK[:, done : done + n]
-            if ids_RTK is not None:
-                ids[page][routers, row : row + n] = ids_RTK[:, done : done + n]
-        self.cursor[lanes] += seen
-        if room < seen:
-            self.dropped[lanes] += seen - room
+        N, start = self.buffer.rows, int(self.cursor[0])
+        for group, tape, ids, values in self.groups:
+            ids_RNK, values_RNK = group.joined()
+            # (as unsigned numbers, negative ids are the largest)
+            if ids_RNK is not None and ids_RNK.size and ids_RNK.view(np.uint64).max() >= group.E:
+                outside_RNK = (ids_RNK < 0) | (ids_RNK >= group.E)
+                ids_RNK = np.where(outside_RNK, tape.null_id, ids_RNK)
+            assert tape.weights is not None
+            bits_RNK = _bits(values_RNK.to(tape.weights.dtype)).numpy()
+            for page, row, done, n in _pieces(start, N, tape.P, tape.pages):
+                values[page][:, row : row + n] = bits_RNK[:, done : done + n]
+                if ids_RNK is not None:
+                    ids[page][:, row : row + n] = ids_RNK[:, done : done + n]
+        self.cursor += N
+        self.buffer.clear()
 
 
-def _pages(group: Group, tape: Tape, kind: str) -> Pages:
+def _bits(tensor: Tensor) -> Tensor:
+    """NumPy has no bfloat16: its bits."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _pages(group: Group, tape: Tape, kind: str) -> list[np.ndarray]:
     """The group's part of each page, [R, P, K]; bfloat16 as its bits."""
     tensor = getattr(tape, kind)
     if tensor is None:
         return []
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
     end = tape.base + group.routers * tape.P * group.K
-    parts = tensor.view(tape.pages, -1)[:, tape.base : end].numpy()
+    parts = _bits(tensor).view(tape.pages, -1)[:, tape.base : end].numpy()
     return [part.reshape(group.routers, tape.P, group.K) for part in parts]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from moe_inspect.capture.hook.call_inputs import CallInputs, RowReader, Rows
+from moe_inspect.capture.hook.call_inputs import RowReader
+from moe_inspect.capture.hook.rows import CallInputs, Rows, steps_at
 
 
 class PassInputs:
@@ -65,6 +66,20 @@ class PassInputs:
 
     def rows(self, fed: Rows | CallInputs) -> Rows:
         return fed if isinstance(fed, Rows) else self._reader.rows(fed)
+
+    def rows_of_steps(self, steps: Sequence[Any]) -> Rows:
+        """The rows of passes that `steps_at` found, one after the other."""
+        return self._reader.rows_of_steps(steps)
+
+    def rows_of_all(self, fed: Sequence[Rows | CallInputs]) -> list[Rows]:
+        """The rows of passes in their order, those of consecutive decode steps as one."""
+        found: list[Rows] = []
+        at = 0
+        while at < len(fed):
+            steps = steps_at(fed[n] for n in range(at, len(fed)))
+            found.append(self.rows_of_steps(steps) if len(steps) > 1 else self.rows(fed[at]))
+            at += max(1, len(steps))
+        return found
 
     def returned(self, stack: str, output: Any) -> None:
         if stack in self._calls:

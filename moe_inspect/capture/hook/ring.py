@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
-from moe_inspect.capture.hook.pass_buffer import PassBuffer, Slot, TapeWriter
+from moe_inspect.capture.hook.pass_buffer import PassBuffer, TapeWriter
 from moe_inspect.errors import MoeInspectError
 
 PAGE_ROWS = 1024
@@ -138,12 +138,6 @@ class Ring:
         if on_gpu:  # torch.compile's CUDA graphs then write into these tensors, without a copy
             for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        # what a pass on a CPU is kept in until it ends, and what writes it then
-        self.buffer: PassBuffer | None = None
-        if device.type == "cpu" and self.side is None and not kernels.runs_triton(self.cursor):
-            routers = list(zip(self.slots, self.experts, strict=True))
-            self.buffer = PassBuffer(routers, weight_dtype, logits)
-            self.writer = TapeWriter(self.buffer, self.tapes + self.logit_tapes)
         self.head = 0  # the position at which the next forward pass begins
         self.copying = 0  # pages whose copy to the host has been started, since the beginning
         self.released = 0  # pages that may be written again, since the beginning
@@ -254,12 +248,17 @@ class Rings:
     """The ring buffers of a model, one per device. All of them hold the same forward passes.
 
     routers   (device, K, E) of each router
+    sites     the index of its site, of each router
     weight_dtype, logits, rows   as for Ring, whose errors this raises too
+
+    On a CPU small passes are kept in `buffer`, and `write_kept` writes them; elsewhere there is
+    none. Positions (`head`, `free_rows` …) count them as written.
     """
 
     def __init__(
         self,
         routers: Sequence[tuple[torch.device, int, int]],
+        sites: Sequence[int],
         weight_dtype: torch.dtype,
         logits: bool,
         rows: int,
@@ -283,6 +282,11 @@ class Rings:
         self.logit_tapes = [ring.logit_tapes[n] for ring, n in self._of] if logits else []
         # what the model has written can be read without waiting
         self.synchronous = all(ring.side is None for ring in self._rings)
+        self.buffer: PassBuffer | None = None
+        first = self._rings[0]
+        if self.synchronous and first.cursor.is_cpu and not kernels.runs_triton(first.cursor):
+            self.buffer = PassBuffer([(K, E) for _, K, E in routers], sites, logits)
+            self._writer = TapeWriter(self.buffer, self.tapes + self.logit_tapes)
 
     @property
     def head(self) -> int:
@@ -297,10 +301,12 @@ class Rings:
         return min(ring.free_rows for ring in self._rings)
 
     def enable(self, on: bool) -> None:
+        self.write_kept()
         for ring in self._rings:
             ring.enabled.fill_(int(on))
 
     def rewind(self, dropped: int) -> None:
+        self.write_kept()
         for ring in self._rings:
             ring.rewind(dropped)
 
@@ -320,22 +326,11 @@ class Rings:
         for ring in self._rings:
             ring.release(position)
 
-    def open_buffers(self, T: int) -> bool:
-        """Begins to keep a pass of T rows, which `write_kept` then writes. False where it is to be
-        written call by call: on a GPU, and where it is large."""
-        return all(ring.buffer is not None and ring.buffer.open(T) for ring in self._rings)
-
-    def slots(self, logits: bool) -> list[Slot]:
-        """Of each router, or of its logits, while buffers are open."""
-        found = []
-        for ring, n in self._of:
-            assert ring.buffer is not None
-            found.append(ring.buffer.slots[n + len(ring.tapes) * logits])
-        return found
-
     def write_kept(self) -> None:
-        for ring in self._rings:
-            ring.writer.write()
+        """Writes the passes that are kept. Before anything else is written or read, or the room for
+        them changes."""
+        if self.buffer is not None:
+            self._writer.write()
 
     def all_have_seen(self, cursors: list[Tensor], end: int) -> bool:
         """Whether every router (and its logits) has seen all rows before position `end`."""

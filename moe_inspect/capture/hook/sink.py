@@ -11,7 +11,7 @@ T tokens, K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
-from moe_inspect.capture.hook.pass_buffer import Slot
+from moe_inspect.capture.hook.pass_buffer import Call
 from moe_inspect.model.families import called_with
 from moe_inspect.model.routers import Site, logits_among
 
@@ -29,71 +29,67 @@ if TYPE_CHECKING:
 
 class Scope:
     """Whether a stack's routers are being recorded: during a call of `module`. A recomputation
-    outside it (gradient checkpointing) is not recorded a second time. `buffered`: whether the
-    slots of its sinks are open, which keep the choices until the pass ends."""
+    outside it (gradient checkpointing) is not recorded a second time.
 
-    def __init__(self, stack: str, module: torch.nn.Module):
-        self.stack, self.module = stack, module
-        self.open = self.buffered = False
+    `kept`: the calls of the routers in the current pass, where they are kept until it ends; None
+    where each is written when it comes. `copies`: whether what is kept are copies, because the
+    model changes these tensors in place later in a pass, or uses them again as output buffers; or
+    because nothing is known of the model's code (that of transformers is tested)."""
+
+    def __init__(self, stack: str, module: torch.nn.Module, copies: bool):
+        self.stack, self.module, self.copies = stack, module, copies
+        self.open = False
+        self.kept: list[Call] | None = None
+        self.passes = 0  # that have begun
 
 
 class Sink:
-    """Receives one router's outputs while its scope is open: keeps them in a slot, or returns the
-    tape that a kernel writes them to, or passes them to `take` while there is neither."""
+    """Receives one router's outputs while its scope is open: keeps them until the pass ends, or
+    returns the tape that a kernel writes them to, or passes them to `take` while there is neither.
+    `n`: tells the sinks of a scope apart."""
 
-    def __init__(self, scope: Scope, take: Callable[..., None]):
-        self.scope, self.take = scope, take
-        # one per run of its layer in a forward pass
-        self.tapes: list[Tape] = []
-        self.slots: Sequence[Slot] = ()
-        self.calls = 0  # in the current forward pass
+    def __init__(self, scope: Scope, n: int, take: Callable[..., None]):
+        self.scope, self.n, self.take = scope, n, take
+        self.tapes: list[Tape] = []  # one per run of its layer in a forward pass
+        self._calls = self._pass = 0  # in the current forward pass
 
     def __call__(self, ids: Tensor | None, values: Tensor) -> Tape | None:
         """`ids` is None for router logits."""
         scope = self.scope
-        if scope.buffered and scope.open and not torch.compiler.is_compiling():
-            self._of_this_run(self.slots).keep(ids, values)
-            return None
         if not scope.open:
+            return None
+        if scope.kept is not None and not torch.compiler.is_compiling():
+            if scope.copies:
+                ids, values = ids.clone() if ids is not None else None, values.detach().clone()
+            scope.kept.append((self.n, ids, values))
             return None
         if not self.tapes:
             self.take(*(v.detach() for v in (ids, values) if v is not None))
             return None
-        return self._of_this_run(self.tapes)
-
-    def keeps(self, ids: Any, values: Any) -> bool:
-        """Keeps a choice whose ids and weights are what they are in nearly every call; False where
-        they have to be looked for among the arguments."""
-        scope = self.scope
-        if not (scope.buffered and scope.open and len(self.slots) == 1):
-            return False
-        slot = self.slots[0]
-        if (
-            type(ids) is not Tensor
-            or type(values) is not Tensor
-            or ids.dtype is not torch.int64
-            or values.shape != slot.shape
-            or ids.shape != slot.shape
-            or not values.dtype.is_floating_point
-        ):
-            return False
-        slot.keep(ids, values)
-        return True
-
-    def _of_this_run(self, places: Sequence[Any]) -> Any:
-        if len(places) == 1:
-            return places[0]
-        self.calls += 1
-        return places[(self.calls - 1) % len(places)]
+        if len(self.tapes) == 1:
+            return self.tapes[0]
+        if self._pass != scope.passes:
+            self._pass, self._calls = scope.passes, 0
+        self._calls += 1
+        return self.tapes[(self._calls - 1) % len(self.tapes)]
 
 
 def choice_at_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
-    by_type = choice_of is called_with
+    scope, n, by_type = sink.scope, sink.n, choice_of is called_with
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # (hidden states, ids, weights) can be nothing else
-        if by_type and len(args) == 3 and not kwargs and sink.keeps(args[1], args[2]):
-            return
+        kept = scope.kept
+        # in nearly every call: (hidden states, ids, weights) can be nothing else
+        if kept is not None and scope.open and by_type and len(args) == 3 and not kwargs:
+            _, ids, values = args
+            if (
+                type(ids) is Tensor
+                and type(values) is Tensor
+                and ids.dtype is torch.int64
+                and not scope.copies
+            ):
+                kept.append((n, ids, values))
+                return
         _seen(sink, choice_of(module, [*args, *kwargs.values()], None))
 
     return hook

@@ -8,24 +8,22 @@ T rows a router sees (padding included), K slots, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.call_inputs import CallInputs, Rows
-from moe_inspect.capture.hook.device_counts import CountBuffer
+from moe_inspect.capture.hook.pass_buffer import Call, PassBuffer
 from moe_inspect.capture.hook.ring import Rings
+from moe_inspect.capture.hook.rows import CallInputs, Rows
 from moe_inspect.capture.hook.sink import Sink
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.trace.schema import Router
 
 
-@dataclass(frozen=True)
-class StackPass:
+class StackPass(NamedTuple):
     """The run of a stack in a forward pass, on its way to the writer: the first `kept` of its rows
     are in the rings, from position `start` on."""
 
@@ -33,7 +31,7 @@ class StackPass:
     fed: Rows | CallInputs
     start: int
     kept: int
-    cursors: list[Tensor]  # of each ring, after the forward pass
+    cursors: list[Tensor] | None  # of each ring, after the forward pass; None: it is checked
 
 
 class Stack:
@@ -65,16 +63,21 @@ class Stack:
         # first forward pass: calls per site, later per router
         self.staged: list[list[tuple[Tensor, Tensor]]] | None = [[] for _ in sites]
         self.staged_logits: list[list[Tensor]] = [[] for _ in sites]
+        self.given: list[tuple[Tensor, Tensor]] = []  # meanwhile: a copy, and what was copied
         self.shape: list[tuple[torch.device, int, int]] = []  # device, K and E of each router
         self.rings: Rings | None = None
         self.dropped_rows = 0
         self.replayed = False  # a CUDA graph holds its launches
         self.scope = sinks[0].scope
-        self._slots_of = -1  # rows of the pass that the sinks have slots for
 
     @property
     def times(self) -> list[int]:
         return [len(routers) for routers in self.routers_of]
+
+    @property
+    def router_range(self) -> range:
+        """Its routers among the model's."""
+        return range(self.first_router, self.first_router + len(self.routers))
 
     def devices(self) -> list[torch.device]:
         """The device of each router; until it has run, that of its experts."""
@@ -86,17 +89,37 @@ class Stack:
         """Begins a forward pass. If the previous one failed, its rows are overwritten."""
         if self.fed is not None and self.rings is not None:
             self.rings.rewind(self.dropped_rows)
-        self.fed, self.scope.buffered = None, False
-        self.seen = [0] * len(self.sites)
+        self.fed = self.scope.kept = None
+        self.scope.passes += 1
         if self.staged is not None:
             self.staged = [[] for _ in self.sites]
             self.staged_logits = [[] for _ in self.sites]
+            self.given = []
+        if self.staged is not None or self.rings is None:
+            self.seen = [0] * len(self.sites)
+
+    def stage(self, n: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        """One call of the router at site n, in the first forward pass."""
+        assert self.staged is not None
+        self.staged[n].append((self._copied(ids_TK), self._copied(weights_TK)))
+
+    def stage_logits(self, n: int, logits_TE: Tensor) -> None:
+        self.staged_logits[n].append(self._copied(logits_TE))
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        if tensor.is_cpu and not self.scope.copies:
+            self.given.append((copy, tensor))
+        return copy
 
     def fix_shape(self) -> list[torch.dtype]:
         """Ends the first forward pass: top-k, dtypes and devices are as observed, not as declared
         in the config. Returns the dtype of each router's gate weights."""
         staged, logits, declared = self.staged, self.staged_logits, self.routers
         assert staged is not None
+        if not all(torch.equal(copy, tensor) for copy, tensor in self.given):
+            self.scope.copies = True
+        self.given = []
         assert self.fed is not None
         T = self.fed.T
         times = [
@@ -139,9 +162,10 @@ class Stack:
 
     def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
         """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
-        self.rings = Rings(self.shape, weight_dtype, bool(self.logit_sinks), rows)
+        self.rings = Rings(
+            self.shape, self.sites_of_routers, weight_dtype, bool(self.logit_sinks), rows
+        )
         self.rings.rewind(self.dropped_rows)
-        self._slots_of = -1
         for sinks, tapes in (
             (self.sinks, self.rings.tapes),
             (self.logit_sinks, self.rings.logit_tapes),
@@ -149,16 +173,19 @@ class Stack:
             for sink, routers in zip(sinks, self.routers_of, strict=False):
                 sink.tapes = [tapes[r] for r in routers]
 
-    def keep_pass(self, kept: Rings | CountBuffer) -> None:
-        """Lets the sinks keep the choices of the pass that begins, unless it is too large."""
+    @property
+    def sites_of_routers(self) -> list[int]:
+        """The index of each router's site."""
+        return [n for n, routers in enumerate(self.routers_of) for _ in routers]
+
+    def keep_pass(self, buffer: PassBuffer | None) -> bool:
+        """Has the sinks keep what the pass that begins shows, if it is small enough for the
+        buffer."""
         assert self.fed is not None
-        self.scope.buffered = kept.open_buffers(self.fed.T)
-        if self.scope.buffered and self._slots_of != self.fed.T:
-            for sinks, logits in ((self.sinks, False), (self.logit_sinks, True)):
-                slots = kept.slots(logits) if sinks else []
-                for sink, routers in zip(sinks, self.routers_of, strict=False):
-                    sink.slots = [slots[r] for r in routers]
-            self._slots_of = self.fed.T
+        if buffer is None or not buffer.fits(self.fed.T):
+            return False
+        self.scope.kept = []
+        return True
 
     def unstage(self) -> None:
         """Moves the staged choices into the rings."""
@@ -174,24 +201,38 @@ class Stack:
 
     def end(self) -> StackPass:
         """Ends a launched forward pass (on a GPU it may still be running)."""
-        assert self.rings is not None
-        assert self.fed is not None
-        if self.scope.buffered:
-            self.rings.write_kept()
-            self.scope.buffered = False
-        return StackPass(
-            self,
-            self.fed,
-            self.rings.head,
-            min(self.fed.T, max(0, self.rings.free_rows)),
-            self.rings.read_cursors(),
-        )
+        rings, fed, calls = self.rings, self.fed, self.scope.kept
+        assert rings is not None
+        assert fed is not None
+        T, free = fed.T, rings.free_rows
+        self.scope.kept = None
+        if calls is not None:
+            assert rings.buffer is not None
+            if free >= T and (stacked := rings.buffer.whole(calls, T)) is not None:
+                rings.buffer.keep(stacked, T)
+                if rings.buffer.is_full:
+                    rings.write_kept()
+                return StackPass(self, fed, rings.head, T, None)
+            rings.write_kept()
+            self._record(calls)
+        kept = min(T, max(0, free))
+        return StackPass(self, fed, rings.head, kept, rings.read_cursors())
+
+    def _record(self, calls: Sequence[Call]) -> None:
+        """Writes the calls of a pass one by one, which tells rows that are missing or too many, and
+        those there is no room for."""
+        sinks = [*self.sinks, *self.logit_sinks]
+        made = [0] * len(sinks)
+        for n, ids, values in calls:
+            tapes = sinks[n].tapes
+            kernels.record(tapes[made[n] % len(tapes)], ids, values)
+            made[n] += 1
 
     def check(self, done: StackPass) -> None:
         """MoeInspectError unless every router has seen every token exactly once: the trace would be
         silently wrong."""
         assert self.rings is not None
-        if self.rings.all_have_seen(done.cursors, done.start + done.fed.T):
+        if done.cursors is None or self.rings.all_have_seen(done.cursors, done.start + done.fed.T):
             return
         self.check_seen(done.fed.T, *self.rings.rows_seen(done.cursors, done.start))
 
@@ -202,12 +243,10 @@ class Stack:
                     self.refuse(router.path, n, T, logits=rows_of is logits)
 
     def check_counted(self) -> None:
+        """The same, where choices are counted."""
         assert self.fed is not None
         T = self.fed.T
-        if self.scope.buffered:
-            self.scope.buffered = False
-            return self.check_seen(T, [slot.seen for sink in self.sinks for slot in sink.slots])
-        return self.check_seen(
+        self.check_seen(
             T,
             [
                 share
