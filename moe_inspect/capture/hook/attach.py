@@ -260,7 +260,7 @@ class Attachment:
     ) -> None:
         if self.paused or self.over or not scope.open:
             return
-        scope.open = False
+        scope.stop()
         self.records.returned(scope.stack, output)
         if self._alone is scope:
             self._shut()
@@ -278,7 +278,7 @@ class Attachment:
 
     def _open(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.records.feed(scope.stack, args, kwargs)
-        scope.open = True
+        scope.start()
 
     def _end_pass(self) -> None:
         self._stance.close()
@@ -287,7 +287,7 @@ class Attachment:
     def _shut(self) -> None:
         self._in_model, self._alone = False, None
         for scope in self.scopes.values():
-            scope.open = False  # what its sinks have kept is still to be written
+            scope.stop()  # what its sinks have kept is still to be written
 
 
 def uncompiled(model: Any) -> Any:

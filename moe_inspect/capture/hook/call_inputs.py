@@ -64,9 +64,11 @@ class RowReader:
         """The inputs of a call of the model, or of one of its stacks, for `rows` to read.
         `encoder`: the inputs of the encoder in the same forward pass. Raises MoeInspectError where
         the call has neither input_ids nor inputs_embeds, or labels of another number of rows."""
-        given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
+        given = kwargs
+        if args:
+            given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
         if stack == "decoder":  # some models call it with the names of their own arguments
-            given |= {
+            given = given | {
                 name.removeprefix("decoder_"): value
                 for name, value in given.items()
                 if name.startswith("decoder_")
@@ -89,11 +91,10 @@ class RowReader:
                 else self._read_by_encoder(given.get("encoder_hidden_states"))
             )
         mask, position = given.get("attention_mask"), given.get("position_ids")
-        labels = {
-            name: new if (new := self._next_labels.get(name)) is not None else usual
-            for name, usual in self._labels.items()
-        }
-        self._next_labels = {}
+        labels = self._labels
+        if self._next_labels:
+            new = {name: n for name, n in self._next_labels.items() if n is not None}
+            labels, self._next_labels = {**labels, **new}, {}
         if before is None or stack != "decoder":
             _check_labels(labels, B)
         # multimodal positions: the first plane is the text's
@@ -287,7 +288,10 @@ def _check_labels(labels: dict[str, Sequence[Any] | None], B: int) -> None:
 
 def cache_among(values: Iterable[Any]) -> Any:
     """The key-value cache among these values, under whatever name; None where there is none."""
-    return next((v for v in values if hasattr(v, "get_seq_length")), None)
+    for value in values:
+        if type(value) is not torch.Tensor and hasattr(value, "get_seq_length"):
+            return value
+    return None
 
 
 def _length(cache: Any, cached: CachedRows | None, S: int) -> int:

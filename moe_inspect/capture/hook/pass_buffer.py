@@ -34,6 +34,7 @@ class Group:
 
     def __init__(self, first: int, routers: int, K: int, E: int, with_ids: bool):
         self.first, self.routers, self.K, self.E, self.with_ids = first, routers, K, E, with_ids
+        self.of_all = slice(first, first + routers)
         self.ids: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -63,7 +64,7 @@ class PassBuffer:
             first += self.groups[-1].routers
         # whose calls a whole pass consists of, in the order of the routers and then of their logits
         after = max(sites, default=-1) + 1
-        self.sites = [*sites, *(after + site for site in sites)] if logits else list(sites)
+        self.sites = (*sites, *(after + site for site in sites)) if logits else tuple(sites)
         values = sum(group.routers * group.K for group in self.groups)
         self.max_rows = BUFFER_BYTES // (12 * values)  # ids of 8 bytes, weights of 4
         self.rows = 0  # of all passes that are kept
@@ -80,22 +81,23 @@ class PassBuffer:
     def whole(self, calls: list[Call], T: int) -> list[Stacked] | None:
         """The calls of a pass of T rows, by group, for `keep`; None unless every router has seen
         each of the rows once."""
-        if [n for n, _, _ in calls] != self.sites:  # not one call per router, in their order
+        sites, ids, values = zip(*calls, strict=True) if calls else ((), (), ())
+        if sites != self.sites:  # not one call per router, in their order
             calls = self._in_order(calls)
-            if [n for n, _, _ in calls] != self.sites:
+            sites, ids, values = zip(*calls, strict=True) if calls else ((), (), ())
+            if sites != self.sites:
                 return None
         found: list[Stacked] = []
         for group in self.groups:
-            of_group = calls[group.first : group.first + group.routers]
-            ids = [i for _, i, _ in of_group if i is not None]
+            routers, shape = group.of_all, (group.routers, T, group.K)
             try:
-                made = torch.stack(ids) if ids else None, torch.stack([v for _, _, v in of_group])
+                values_RTK = torch.stack(values[routers])
+                ids_RTK = torch.stack(ids[routers]) if group.with_ids else None
             except RuntimeError:  # tensors of different sizes
                 return None
-            shape = (group.routers, T, group.K)
-            if any(t is not None and t.shape != shape for t in made):
+            if values_RTK.shape != shape or (ids_RTK is not None and ids_RTK.shape != shape):
                 return None
-            found.append(made)
+            found.append((ids_RTK, values_RTK))
         return found
 
     def keep(self, stacked: list[Stacked], T: int) -> None:

@@ -298,7 +298,7 @@ class Rings:
 
     @property
     def free_rows(self) -> int:
-        return min(ring.free_rows for ring in self._rings)
+        return min([ring.free_rows for ring in self._rings])
 
     def enable(self, on: bool) -> None:
         self.write_kept()

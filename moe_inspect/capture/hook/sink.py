@@ -40,7 +40,16 @@ class Scope:
         self.stack, self.module, self.copies = stack, module, copies
         self.open = False
         self.kept: list[Call] | None = None
+        self.references: list[Call] | None = None  # `kept`, while it takes references
         self.passes = 0  # that have begun
+
+    def start(self) -> None:
+        """A call of the stack begins."""
+        self.open = True
+        self.references = None if self.copies else self.kept
+
+    def stop(self) -> None:
+        self.open, self.references = False, None
 
 
 class Sink:
@@ -56,12 +65,14 @@ class Sink:
     def __call__(self, ids: Tensor | None, values: Tensor) -> Tape | None:
         """`ids` is None for router logits."""
         scope = self.scope
+        if scope.references is not None and not torch.compiler.is_compiling():
+            scope.references.append((self.n, ids, values))
+            return None
         if not scope.open:
             return None
         if scope.kept is not None and not torch.compiler.is_compiling():
-            if scope.copies:
-                ids, values = ids.clone() if ids is not None else None, values.detach().clone()
-            scope.kept.append((self.n, ids, values))
+            copy = ids.clone() if ids is not None else None
+            scope.kept.append((self.n, copy, values.detach().clone()))
             return None
         if not self.tapes:
             self.take(*(v.detach() for v in (ids, values) if v is not None))
@@ -75,22 +86,24 @@ class Sink:
 
 
 def choice_at_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
-    scope, n, by_type = sink.scope, sink.n, choice_of is called_with
+    scope, n = sink.scope, sink.n
+    by_place = False  # whether the last call was one of (hidden states, ids, weights)
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept = scope.kept
-        # in nearly every call: (hidden states, ids, weights) can be nothing else
-        if kept is not None and scope.open and by_type and len(args) == 3 and not kwargs:
-            _, ids, values = args
-            if (
-                type(ids) is Tensor
-                and type(values) is Tensor
-                and ids.dtype is torch.int64
-                and not scope.copies
-            ):
-                kept.append((n, ids, values))
-                return
-        _seen(sink, choice_of(module, [*args, *kwargs.values()], None))
+        nonlocal by_place
+        references = scope.references
+        if by_place and references is not None and len(args) == 3 and not kwargs:
+            references.append((n, args[1], args[2]))
+            return
+        choice = choice_of(module, [*args, *kwargs.values()], None)
+        by_place = (
+            choice_of is called_with
+            and choice is not None
+            and len(args) == 3
+            and choice[0] is args[1]
+            and choice[1] is args[2]
+        )
+        _seen(sink, choice)
 
     return hook
 
