@@ -3,6 +3,7 @@ on by torch and is exact."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -17,7 +18,7 @@ import torch
 import moe_inspect
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.selfcheck import check, memory, reference
-from moe_inspect.capture.hook.selfcheck.check import SWITCH, SelfCheck, Variant
+from moe_inspect.capture.hook.selfcheck.check import SWITCH, SelfCheck, Variant, summary
 from moe_inspect.doctor.kernels import selfchecks_of
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
@@ -75,7 +76,7 @@ def test_a_variant_is_checked_once_and_remembered(
     record()
     record()
     assert [v.kernel for v in checked] == ["record"]
-    assert kernels.SELF_CHECK.summary() == {"record": "ok"}
+    assert summary(kernels.SELF_CHECK.found) == {"record": "ok"}
     assert anew(monkeypatch).found == {}
     record()
     assert len(checked) == 1, "an earlier process has checked it"
@@ -90,7 +91,7 @@ def test_it_can_be_switched_off(checked: list[Variant], monkeypatch: pytest.Monk
     monkeypatch.setenv(SWITCH, "0")
     record()
     assert checked == []
-    assert kernels.SELF_CHECK.summary() == {"record": "not checked"}
+    assert summary(kernels.SELF_CHECK.found) == {"record": "not checked"}
     monkeypatch.setenv(SWITCH, "yes")
     anew(monkeypatch)
     with pytest.raises(MoeInspectError, match="SELFCHECK=yes: give 0, 1 or always"):
@@ -163,6 +164,83 @@ def test_each_variant_is_checked_on_its_own(checked: list[Variant]) -> None:
     assert set(kernels.SELF_CHECK.found.values()) == {"ok"}
 
 
+@pytest.mark.parametrize("shifted", [("ids",), ("weights",), ("ids", "weights"), ("y",)])
+def test_tensors_at_an_odd_address_are_a_variant_of_their_own(
+    shifted: tuple[str, ...], checked: list[Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compiles another kernel for them: it is checked with such tensors."""
+    addresses: dict[str, set[bool]] = {}
+    record_triton, combine_triton = kernels.record_triton, kernels.combine_triton
+
+    def seen(**tensors: torch.Tensor) -> None:
+        for name, tensor in tensors.items():
+            addresses.setdefault(name, set()).add(tensor.data_ptr() % 16 != 0)
+
+    def recording(tape: Any, ids: Any, weights: Any) -> None:
+        seen(ids=ids, weights=weights)
+        record_triton(tape, ids, weights)
+
+    def combining(y_SH: Any, ids: Any, weights: Any, *more: Any) -> Any:
+        seen(y=y_SH, ids=ids, weights=weights)
+        return combine_triton(y_SH, ids, weights, *more)
+
+    monkeypatch.setattr(kernels, "record_triton", recording)
+    monkeypatch.setattr(kernels, "combine_triton", combining)
+    case = dataclasses.replace(CASE, shifted=shifted)
+
+    def use(case: reference.Case) -> None:
+        ids, weights = choice(case)
+        if "y" in shifted:
+            y_SH = case.shift("y", torch.randn(CASE.T * K, 6))
+            kernels.combine(y_SH, ids, weights, None, torch.float32, E)
+        else:
+            kernels.record(tape_for(kernels, CASE), ids, weights)
+
+    use(CASE)
+    assert all(odd == {False} for odd in addresses.values()), "control"
+    addresses.clear()
+    use(case)
+    assert [v.shifted for v in checked] == [(), shifted]
+    assert {name for name, odd in addresses.items() if odd == {True}} == set(shifted)
+    assert len(set(map(str, checked))) == 2
+
+
+def test_a_kernel_that_is_wrong_only_at_odd_addresses_is_found(
+    checked: list[Variant], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = kernels.record_triton
+
+    def wrong(tape: Any, ids: Any, weights: Any) -> None:
+        right(tape, ids + 1 if ids.data_ptr() % 16 else ids, weights)
+
+    monkeypatch.setattr(kernels, "record_triton", wrong)
+    record()
+    assert capsys.readouterr().err == ""
+    case = dataclasses.replace(CASE, shifted=("ids",))
+    ids, weights = choice(case)
+    tape = tape_for(kernels, case)
+    kernels.record(tape, ids, weights)
+    reference.check_tape(case, tape, ids, weights)
+    said = capsys.readouterr().err
+    assert "the kernel gives a wrong result: recorded ids of 1 token" in said
+    assert "ids at an odd address" in said
+
+
+def test_a_recording_tells_of_the_kernels_that_it_used(checked: list[Variant]) -> None:
+    ids, weights = choice(CASE)
+    first = kernels.SELF_CHECK.begin()
+    kernels.dispatch(ids, weights, E)
+    record()
+    kernels.SELF_CHECK.end(first)
+    second = kernels.SELF_CHECK.begin()
+    record()
+    kernels.SELF_CHECK.end(second)
+    kernels.dispatch(ids, weights, E)
+    assert summary(first) == {"dispatch": "ok", "record": "ok"}
+    assert summary(second) == {"record": "ok"}
+    assert len(checked) == 2, "each is checked once"
+
+
 def test_cases_reach_pages_ring_and_limit() -> None:
     for launches in (1, 2):
         variant = Variant(
@@ -202,7 +280,7 @@ def test_a_kernel_that_cannot_be_compiled_is_replaced(
     said = capsys.readouterr().err
     assert said.count("\n") == 1, "it is said once"
     assert said.startswith("warning: record on cpu: the kernel cannot be run: Failed to find C")
-    assert "done by torch" in kernels.SELF_CHECK.summary()["record"]
+    assert "done by torch" in summary(kernels.SELF_CHECK.found)["record"]
     assert memory.passed(memory.place_of(kernels, CPU)) == set(), "and checked again next time"
 
 

@@ -10,28 +10,24 @@ from typing import Any
 
 import torch
 
-from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.selfcheck.check import device_name
+from moe_inspect.capture.hook.selfcheck.check import Found, device_name, summary
 from moe_inspect.trace.manifest import process_start
 
 
 def capture_facts(model: Any, mode: str) -> dict[str, Any]:
-    """The manifest's section `capture`: mode, device, dtype, versions, command and what the
-    self-check has found so far."""
+    """The manifest's section `capture`: mode, device, dtype, versions and command."""
     parameter = next(model.parameters())
     return {
         "mode": mode,
         "device": ", ".join(dict.fromkeys(device_name(p.device) for p in model.parameters())),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         **process_facts([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        **selfcheck_facts(),
     }
 
 
-def selfcheck_facts() -> dict[str, Any]:
-    """What the self-check has found in this process, where kernels ran."""
-    found = kernels.SELF_CHECK.summary()
-    return {"selfcheck": found} if found else {}
+def selfcheck_facts(found: Found) -> dict[str, Any]:
+    """What the self-check has found of the kernels that a recording used, if any."""
+    return {"selfcheck": summary(found)} if found else {}
 
 
 def process_facts(command: list[str]) -> dict[str, Any]:

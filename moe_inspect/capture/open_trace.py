@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from moe_inspect.capture.manifest import capture_facts
+from moe_inspect.capture.hook.selfcheck.check import Found
+from moe_inspect.capture.manifest import capture_facts, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.model.load import config_record
@@ -48,6 +49,7 @@ class TraceOpener:
     ):
         self.path = Path(path) if path is not None else None
         self.model, self.sites, self.mode, self.tokenizer = model, sites, mode, tokenizer
+        self.selfcheck: Found = {}  # of the kernels used so far
         self._own_lock: Lock | None = None
 
     def open(
@@ -112,6 +114,7 @@ class TraceOpener:
             manifest["model"]["note"] = "; ".join(sorted(notes))
         manifest["capture"] = {
             **capture_facts(self.model, self.mode),
+            **selfcheck_facts(self.selfcheck),
             "weight_dtype": str(weight_dtype).removeprefix("torch.") if weight_dtype else None,
         }
         return manifest

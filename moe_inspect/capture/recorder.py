@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hand_over import Forward, HandOver
+from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment, mode_of, uncompiled
 from moe_inspect.capture.hook.counted import CountedPasses
 from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
@@ -113,6 +114,7 @@ class Recorder:
         if self._entered:
             raise MoeInspectError("this recording is over: call record again for another")
         self._entered = True
+        self._opener.selfcheck = kernels.SELF_CHECK.begin()
         self.attachment.attach()
         return self
 
@@ -132,9 +134,10 @@ class Recorder:
         finally:
             try:
                 if self.writer is not None:
-                    self.writer.at_close["capture"] = selfcheck_facts()
+                    self.writer.at_close["capture"] = selfcheck_facts(self._opener.selfcheck)
                     self.writer.close(status, quiet=status != "complete")
             finally:
+                kernels.SELF_CHECK.end(self._opener.selfcheck)
                 self._opener.release()
 
     @contextmanager

@@ -11,6 +11,7 @@ import torch
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import mode_of
+from moe_inspect.capture.hook.selfcheck.check import summary
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.doctor.traced_speed import Phase, phases, timed
 from moe_inspect.errors import MoeInspectError
@@ -49,7 +50,7 @@ def examined(
     text = "\n".join(file.read_text("utf-8") for file in sorted(CORPUS_DIR.rglob("*.txt")))
     ids_N = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     speed = [_speed(network, phase, able) for phase in phases(network, ids_N)]
-    return {**facts, "speed": speed, "selfcheck": kernels.SELF_CHECK.summary()}
+    return {**facts, "speed": speed, "selfcheck": summary(kernels.SELF_CHECK.found)}
 
 
 def _facts(name: str, network: Any, sites: Sequence[Site]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Variant:
     y, out    of combine: types of the experts' outputs and of the sum
     grouped   of combine: whether the rows are in the order of the experts
     aligned   of combine: whether H is a multiple of 16
+    shifted   which of ids, weights and y do not begin at a multiple of 16 bytes
     """
 
     kernel: str
@@ -70,6 +71,7 @@ class Variant:
     out: torch.dtype | None = None
     grouped: bool = False
     aligned: bool = True
+    shifted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         weights = "no weights" if self.given is None else f"{_name(self.given)} weights"
@@ -81,6 +83,7 @@ class Variant:
             order = "grouped" if self.grouped else "in order"
             parts += [f"{_name(self.y)} to {_name(self.out)}", order]
             parts += [] if self.aligned else ["odd width"]
+        parts += [f"{name} at an odd address" for name in self.shifted]
         return ", ".join(parts)
 
     def cases(self, kernels: Any) -> Iterator[Case]:
@@ -104,6 +107,7 @@ class Variant:
                     self._holds_invalid_ids(),
                     self.block,
                     self.P,
+                    self.shifted,
                 )
 
     def _tokens(self, kernels: Any) -> list[int]:
@@ -123,6 +127,21 @@ class Variant:
             return False
         limits = torch.iinfo(self.ids)
         return limits.min < 0 and limits.max >= self.E
+
+
+Found = dict[Variant, str]  # "ok", "not checked", or what is wrong
+
+
+def shifted_among(ids_TK: Any, weights_TK: Any, y_SH: Any = None) -> tuple[str, ...]:
+    """The names of the tensors that do not begin at a multiple of 16 bytes, for which Triton
+    compiles other kernels."""
+    bits = ids_TK.data_ptr() if ids_TK is not None else 0
+    bits |= weights_TK.data_ptr() if weights_TK is not None else 0
+    bits |= y_SH.data_ptr() if y_SH is not None else 0
+    if not bits & 15:  # nearly always
+        return ()
+    tensors = {"ids": ids_TK, "weights": weights_TK, "y": y_SH}
+    return tuple(n for n, t in tensors.items() if t is not None and t.data_ptr() & 15)
 
 
 def _name(dtype: torch.dtype | None) -> str:
@@ -159,43 +178,63 @@ class SelfCheck:
     def __init__(self, kernels: str):
         self._kernels = kernels
         self._trusted: dict[Hashable, bool] = {}
-        self.found: dict[Variant, str] = {}  # "ok", "not checked", or what is wrong
+        self.found: Found = {}  # in this process
+        self._recordings: list[Found] = []
+
+    def begin(self) -> Found:
+        """A recording begins. Returns what will be found of the variants that are used until
+        `end`."""
+        self._trusted.clear()  # each is asked for again, when it is first used
+        self._recordings.append({})
+        return self._recordings[-1]
+
+    def end(self, found: Found) -> None:
+        self._recordings = [other for other in self._recordings if other is not found]
 
     # --- asked at every call: the keys hold what a variant is made from, and no more
 
     def record(self, tape: Any, ids_TK: Any, weights_TK: Any, launches: int) -> bool:
         ids = ids_TK.dtype if tape.ids is not None else None
-        key = tape.kind, ids, weights_TK.dtype if weights_TK is not None else None, launches
+        weights = weights_TK.dtype if weights_TK is not None else None
+        shifted = shifted_among(ids_TK, weights_TK)
+        key = tape.kind, ids, weights, launches, shifted
         found = self._trusted.get(key)
         if found is None:
             variant = _of_tape("record", tape, ids, weights_TK)
-            found = self._first_use(key, variant(launches=launches))
+            found = self._first_use(key, variant(launches=launches, shifted=shifted))
         return found
 
     def dispatch(
         self, ids_TK: Any, weights_TK: Any, E: int, tape: Any, launches: int, block: int
     ) -> bool:
         ids = ids_TK.dtype
+        key: tuple[Hashable, ...]
         if tape is None:
-            key = ids_TK.get_device(), E, ids_TK.size(1), ids, launches, block
+            shifted = shifted_among(ids_TK, None)
+            key = ids_TK.get_device(), E, ids_TK.size(1), ids, launches, block, shifted
         else:
-            key = tape.kind, ids, weights_TK.dtype, launches, block
+            shifted = shifted_among(ids_TK, weights_TK)
+            key = tape.kind, ids, weights_TK.dtype, launches, block, shifted
         found = self._trusted.get(key)
         if found is None:
             variant = _of_call("dispatch", ids_TK, weights_TK if tape else None, E, tape)
-            found = self._first_use(key, variant(launches=launches, block=block))
+            made = variant(launches=launches, block=block, shifted=shifted)
+            found = self._first_use(key, made)
         return found
 
     def combine(
         self, y_SH: Any, ids_TK: Any, weights_TK: Any, grouped: bool, dtype: Any, E: int, tape: Any
     ) -> bool:
         aligned = not y_SH.size(1) % 16
-        kinds = ids_TK.dtype, weights_TK.dtype, y_SH.dtype, dtype, grouped, aligned
+        shifted = shifted_among(ids_TK, weights_TK, y_SH)
+        kinds = ids_TK.dtype, weights_TK.dtype, y_SH.dtype, dtype, grouped, aligned, shifted
         key = (y_SH.get_device(), E, ids_TK.size(1), kinds) if tape is None else (tape.kind, kinds)
         found = self._trusted.get(key)
         if found is None:
             variant = _of_call("combine", ids_TK, weights_TK, E, tape)
-            made = variant(y=y_SH.dtype, out=dtype, grouped=grouped, aligned=aligned)
+            made = variant(
+                y=y_SH.dtype, out=dtype, grouped=grouped, aligned=aligned, shifted=shifted
+            )
             found = self._first_use(key, made)
         return found
 
@@ -210,6 +249,8 @@ class SelfCheck:
             except BaseException:
                 del self._trusted[key]
                 raise
+        for recording in self._recordings:
+            recording[variant] = found
         self._trusted[key] = found in FINE
         return self._trusted[key]
 
@@ -241,17 +282,17 @@ class SelfCheck:
         )
         return wrong
 
-    def summary(self) -> dict[str, str]:
-        """Kernel → "ok", "not checked", or why torch did its work; of those used in this
-        process."""
-        told: dict[str, str] = {}
-        for variant, found in self.found.items():
-            if found not in FINE:
-                found = f"done by torch: the kernel {found} ({variant})"
-            elif told.get(variant.kernel, "ok") != "ok":
-                continue
-            told[variant.kernel] = found
-        return told
+
+def summary(found: Found) -> dict[str, str]:
+    """Kernel → "ok", "not checked", or why torch did its work; of those in `found`."""
+    told: dict[str, str] = {}
+    for variant, result in found.items():
+        if result not in FINE:
+            result = f"done by torch: the kernel {result} ({variant})"
+        elif told.get(variant.kernel, "ok") != "ok":
+            continue
+        told[variant.kernel] = result
+    return told
 
 
 FINE = ("ok", "not checked")

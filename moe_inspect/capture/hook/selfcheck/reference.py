@@ -50,6 +50,18 @@ class Case:
     invalid_ids: bool
     block: int | None = None  # slots per program
     P: int = 256  # rows per page
+    shifted: tuple[
+        str, ...
+    ] = ()  # of ids, weights and y: what begins beside a multiple of 16 bytes
+
+    def shift(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, or where it is one of `shifted` a copy that begins beside such an address."""
+        if name not in self.shifted:
+            return tensor
+        longer = tensor.new_empty(tensor.numel() + 1)
+        copy = longer[1:].view(tensor.shape).copy_(tensor)
+        assert not copy.numel() or copy.data_ptr() % 16
+        return copy
 
     def __str__(self) -> str:
         parts = (f"E{self.E}", f"k{self.K}", f"T{self.T}", self.skew, self.launches, self.weights)
@@ -87,10 +99,10 @@ def choice(case: Case, seed: int = 0, device: Any = "cpu") -> tuple[Any, Tensor 
         if case.invalid_ids:
             at = drawn(case.T, case.K)
             ids[at < 0.1], ids[at > 0.95] = case.E, -1
-        ids = ids.to(device)
+        ids = case.shift("ids", ids.to(device))
     if case.given is None:
         return ids, None
-    return ids, drawn(case.T, case.K).to(case.given).to(device)
+    return ids, case.shift("weights", drawn(case.T, case.K).to(case.given).to(device))
 
 
 # --- record
@@ -230,7 +242,7 @@ def rows_of(
     kernels: ModuleType, case: Case, grouped: bool, H: int, dtype: torch.dtype, device: Any = "cpu"
 ) -> Rows:
     """Where `grouped`, rows of slots without an expert hold NaN and count as zero."""
-    ids, weights = choice(case)
+    ids, weights = choice(case, device="cpu")
     assert weights is not None
     generator = torch.Generator("cpu").manual_seed(1)
     y_SH = torch.randn(case.T * case.K, H, generator=generator, device="cpu").to(dtype)
@@ -242,7 +254,11 @@ def rows_of(
         slots = torch.where(inside, y_SH.double()[order.inverse.long()], 0.0)
     want = (slots.view(case.T, case.K, H) * weights.double().unsqueeze(-1)).sum(1)
     groups = type(order)(*(t.to(device) for t in order)) if grouped else None
-    return Rows(y_SH.to(device), ids.to(device), weights.to(device), groups, want)
+    y_SH, ids, weights = (
+        case.shift(name, tensor.to(device))
+        for name, tensor in (("y", y_SH), ("ids", ids), ("weights", weights))
+    )
+    return Rows(y_SH, ids, weights, groups, want)
 
 
 # y, ids, weights, grouped, dtype of the result, experts, tape → [T, H]
