@@ -30,7 +30,10 @@ from tests.mutation import changed_source
 MISTAKES = {
     "types are ignored": ("kinds.append(tensor.dtype)", "kinds.append(0)"),
     "alignment is ignored": ("bits % ALIGNMENT == 0 and", ""),
-    "alignment of outputs is ignored": ("bits |= pointer or 0", "pass"),
+    "alignment of outputs is ignored": (
+        "append(pointer := tensor.data_ptr()) bits |= pointer",
+        "append(tensor.data_ptr())",
+    ),
     "large tensors are not told apart": ("and elements < FEW_ELEMENTS", ""),
     "specialized numbers are ignored": ("(current, specialized, state", "(current, state"),
     "the state is ignored": ("state.variant, *kinds", "*kinds"),
@@ -38,7 +41,7 @@ MISTAKES = {
     "the device is ignored": ("(current, specialized, state", "(specialized, state"),
     "the tensors' device is ignored": ("if current != device >= 0:", "if False:"),
     "always the first stream": ("active.get_current_stream(current)", "100"),
-    "hooks are not called": ("or _is_observed()", ""),
+    "hooks are not called": ("or observed:", ":"),
     "numbers swapped": ("*pointers, *specialized, *numbers,", "*pointers, *numbers, *specialized,"),
     "nothing is ever bound": ("self.bound[variant] = bound", "pass"),
 }  # fmt: skip

@@ -695,7 +695,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _combine_kernel(
-        y, ids, weights, out, inverse, offsets, E, H, T, tape, lane,
+        inverse, offsets, y, ids, weights, out, E, H, T, tape, lane,
         K: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A program sums some columns of one token. `inverse` and `offsets` None: y is in slot
@@ -726,7 +726,7 @@ if triton is not None:
 
     @cache
     def _combine_launch(K: int, y: torch.dtype, weights: torch.dtype, *others: Hashable) -> Launch:
-        """`others`: what else a variant hangs on: the types of ids and out, whether `grouped`."""
+        """`others`: what else a variant hangs on: the types of ids and out."""
         # in the order of transformers: product, rounding, sum
         rounded = torch.promote_types(y, weights).itemsize == 2
         constants = {"K": K, "ROUND": rounded, "COLUMNS": COMBINE_COLUMNS, "BLOCK": RECORD_BLOCK}
@@ -741,17 +741,16 @@ if triton is not None:
         as zero. With `grouped` None, y is in slot order, and with `tape` the same launch also
         records the call, of at most RECORD_BLOCK slots."""
         T, K = weights_TK.shape
-        H = y_SH.shape[1]
-        assert tape is None or (grouped is None and T * K <= RECORD_BLOCK)
+        S, H = y_SH.shape
+        assert tape is None or (grouped is None and S <= RECORD_BLOCK)
         out = y_SH.new_empty(T, H, dtype=dtype)
         if T == 0:
             return out
         y, ids, weights = y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
-        inverse, offsets = (grouped.inverse, grouped.offsets) if grouped else (None, None)
-        _combine_launch(K, y.dtype, weights.dtype, ids.dtype, dtype, grouped is None)(
-            y.get_device(), (T, -(-H // COMBINE_COLUMNS)), y.numel(),
-            (), (y, ids, weights, out, inverse, offsets), (experts, H), (T,),
-            _arguments(tape, K, ids, weights),
+        order = (grouped.inverse, grouped.offsets) if grouped is not None else (None, None)
+        _combine_launch(K, y.dtype, weights.dtype, ids.dtype, dtype)(
+            y.get_device(), (T, -(-H // COMBINE_COLUMNS)), S * H, order, (y, ids, weights, out),
+            (experts, H), (T,), NO_TAPE if tape is None else _arguments(tape, K, ids, weights),
         )  # fmt: skip
         return out
 

@@ -92,14 +92,13 @@ class Launch:
         grid: tuple[int, int],
         elements: int,
         tensors: Sequence[Tensor | None],
-        typed: Sequence[Tensor | None],
+        typed: Sequence[Tensor],
         specialized: tuple[int, ...],
         numbers: tuple[int, ...],
         state: State,
     ) -> None:
         """Launches on the current stream of `device` (its index, or −1 for tensors of the CPU).
-        `elements`: of the largest tensor. `typed`: tensors of the same types at every launch, or
-        None at every launch."""
+        `elements`: of the largest tensor. `typed`: tensors of the same types at every launch."""
         if self.interpreted:
             return self._by_triton(None, grid, (*tensors, *typed, *specialized, *numbers), state)
         active: Any = driver.active
@@ -119,13 +118,17 @@ class Launch:
                 kinds.append(tensor.dtype)
                 bits |= pointer
         for tensor in typed:
-            pointer = None if tensor is None else tensor.data_ptr()
-            pointers.append(pointer)
-            bits |= pointer or 0
+            pointers.append(pointer := tensor.data_ptr())
+            bits |= pointer
         can_be_bound = bits % ALIGNMENT == 0 and elements < FEW_ELEMENTS
         variant = (current, specialized, state.variant, *kinds) if can_be_bound else None
         bound = self.bound.get(variant)
-        if bound is None or _is_observed():
+        runtime: Any = knobs.runtime
+        try:  # whether a hook wants to see launches: Triton's are lists of functions
+            observed = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+        except AttributeError:  # whatever else somebody puts there may be one
+            observed = True
+        if bound is None or observed:
             return self._by_triton(variant, grid, (*tensors, *typed, *specialized, *numbers), state)
         run, function, metadata, _ = bound
         run(*grid, 1, active.get_current_stream(current), function, metadata, None, None, None,
@@ -141,13 +144,3 @@ class Launch:
             # the last only keeps the module loaded
             bound = compiled.run, compiled.function, compiled.packed_metadata, compiled
             self.bound[variant] = bound
-
-
-def _is_observed() -> bool:
-    """Whether a hook wants to see launches. Triton's are lists of functions; whatever else somebody
-    puts there may be one."""
-    runtime: Any = knobs.runtime
-    try:
-        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
-    except AttributeError:
-        return True
