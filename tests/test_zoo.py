@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.stack import shares
+from moe_inspect.capture.hook.stack import Stack, shares
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, find_routers
 from tests import zoo
@@ -153,6 +153,49 @@ def handed_over(
         for _, module in called:
             del module.forward
     return [received.get(r) for r in range(len(sites))]
+
+
+class Noting(list[Any]):
+    """Kept calls, and the versions of their tensors when they were handed over: an operation in
+    place counts them up."""
+
+    def __init__(self, handed: list[tuple[torch.Tensor, int]]):
+        super().__init__()
+        self.handed = handed
+
+    def append(self, call: Any) -> None:
+        self.handed += [(t, t._version) for t in call[1:] if t is not None]
+        super().append(call)
+
+
+@pytest.mark.parametrize("family", BUILT)
+def test_a_choice_is_not_changed_after_it_was_handed_over(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that references to it can be kept until the forward pass ends."""
+    handed: list[tuple[torch.Tensor, int]] = []
+    keep = Stack.keep_pass
+
+    def noting(stack: Stack, buffer: Any) -> bool:
+        kept = keep(stack, buffer)
+        if kept:
+            stack.scope.kept = Noting(handed)
+        return kept
+
+    monkeypatch.setattr(Stack, "keep_pass", noting)
+    model, inputs = zoo.build(family), batch(family)
+    for capture in ("tap", "dispatch") if found(family)[1] == "dispatch, tap" else ("tap",):
+        handed.clear()
+        with moe_inspect.record(model, tmp_path / capture, capture=capture) as recorder:
+            with torch.no_grad():
+                for _ in range(2):
+                    zoo.outputs(model, inputs)
+            assert not any(scope.copies for scope in recorder.attachment.scopes.values())
+        assert len(handed) >= 2 * len(recorder.routers)
+        assert all(tensor._version == version for tensor, version in handed)
+        tensor, version = handed[0]
+        tensor += 0
+        assert tensor._version != version, "control"
 
 
 TEXTS = ["the cat sat on a mat", "two dogs ran home again and the old moon rose", "every roof"]
