@@ -19,8 +19,9 @@ from torch import Tensor
 
 from moe_inspect.capture.hook.kernels import Tape
 
-# More is written call by call: kept, it would leave the processor's caches
-BUFFER_BYTES = 2**20
+# More is written call by call: kept, it would leave the processor's caches, and every pass would
+# take memory afresh from the system
+BUFFER_BYTES = 2**19
 
 # (index of the site, ids [T, K] or None for router logits, values [T, K]) of one call
 Call = tuple[int, "Tensor | None", Tensor]
