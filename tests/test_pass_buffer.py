@@ -15,7 +15,7 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture import hand_over
-from moe_inspect.capture.hook import pass_buffer, pass_inputs, ring
+from moe_inspect.capture.hook import attach, pass_buffer, pass_inputs, ring
 from moe_inspect.capture.hook.pass_buffer import PassBuffer
 from moe_inspect.capture.hook.sink import Scope
 from moe_inspect.errors import MoeInspectError
@@ -25,6 +25,12 @@ from tests.families import build
 from tests.zoo import token_batch
 
 BATCHES = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5], [3], [7, 7, 2], [17]])]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other tests have compiled in this process: no pass would be kept."""
+    monkeypatch.setattr(attach, "_has_compiled", lambda: False)
 
 
 @pytest.fixture(scope="module")
