@@ -27,9 +27,11 @@ from moe_inspect.reporting.charts.spec import (
 from moe_inspect.text import layer_label
 
 INTERVALS = " Bars are 95% intervals over documents."
-DEFINITIONS = {
+SETS = {
     "set mismatch": "The share of decisions for which the two traces chose other sets of experts.",
     "overlap": "The share of the experts of a decision that both traces chose.",
+}
+MARGIN = {
     "margin": "How far A's router was from choosing another expert: the k-th largest logit minus "
     "the next; without logits, the logarithm of the ratio of the two smallest gate weights.",
 }
@@ -60,7 +62,7 @@ def set_mismatch(data: PairData) -> Chart | str:
         ),
         text="How often the two traces chose other experts, by layer." + INTERVALS,
         table=table,
-        definitions=DEFINITIONS,
+        definitions=SETS,
     )
 
 
@@ -77,6 +79,7 @@ def margin_map(data: PairData) -> Chart | str:
         f"tenth of the margins (by {source}), 0 the least decided",
         "Rounding flips only close decisions, in the leftmost column; a difference of the models "
         "flips others too.",
+        MARGIN,
     )
 
 
@@ -95,7 +98,15 @@ def position_map(data: PairData) -> Chart | str:
     )
 
 
-def _map(data: PairData, name: str, title: str, caption: str, axis: str, text: str) -> Chart | str:
+def _map(
+    data: PairData,
+    name: str,
+    title: str,
+    caption: str,
+    axis: str,
+    text: str,
+    definitions: dict[str, str] | None = None,
+) -> Chart | str:
     table: Any = data.tables[name]
     if not len(table):
         return f"{title}: no decisions with a known margin"
@@ -111,7 +122,7 @@ def _map(data: PairData, name: str, title: str, caption: str, axis: str, text: s
         (Panel((Heatmap(values_LC, scale),), columns, _layers(data)),),
         text=text,
         table=table,
-        definitions=DEFINITIONS,
+        definitions=definitions or {},
     )
 
 

@@ -151,7 +151,11 @@ def print_models(made: ModelComparison, file: TextIO) -> None:
         frame: Any = made.tables[name]
         if console.is_terminal:
             frame = frame[list(columns)]
-        print_frame(_apart(frame), console, name, fitting=console.is_terminal)
+        shown = _apart(frame)
+        title = (
+            name if len(shown) == len(frame) else f"{name}: {ROWS} routers of each trace at most"
+        )
+        print_frame(shown, console, title, fitting=console.is_terminal)
     paths = " ".join(shlex.quote(str(trace.path)) for trace in (made.a, made.b))
     command = f"experts' texts: moe-inspect compare {paths} --table vocabulary"
     console.print(Text(printable(command), style="dim"))
