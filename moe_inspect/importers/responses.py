@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
+from moe_inspect.importers.batches import NO_ID, Numbering, Tokens, batch_of_decisions
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.routed import (
@@ -28,7 +28,7 @@ from moe_inspect.importers.routed import (
     select_routers,
     unrouted_ends,
 )
-from moe_inspect.importers.values import integer, integers
+from moe_inspect.importers.values import check_range, integer, integers
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
@@ -339,7 +339,9 @@ def array_of_npy_1d(path: Path) -> np.ndarray:
             f"{path} is not a list of token ids: it declares {shape} of {dtype} and holds "
             f"{len(data) - start:,} bytes"
         )
-    return np.frombuffer(data, dtype, offset=start)
+    ids_T = np.frombuffer(data, dtype, offset=start)
+    check_range(ids_T, str(path), NO_ID, 2**31 - 1)
+    return ids_T
 
 
 def _sequences(

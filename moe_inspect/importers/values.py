@@ -58,7 +58,12 @@ def integers(
             f"{where} has shape {list(array.shape)}, not "
             f"{[w if w is not None else 'any' for w in shape]}"
         )
+    check_range(array, where, low, high)
+    return array.astype(np.int64, copy=False)
+
+
+def check_range(array: np.ndarray, where: str, low: int, high: int) -> None:
+    """MoeInspectError where an integer array holds a value below `low` or above `high`."""
     if array.size and not (low <= int(array.min()) and int(array.max()) <= high):
         wrong = array[(array < low) | (array > high)].reshape(-1)[0]
         raise MoeInspectError(f"{where} holds {int(wrong)}, not of {low:,} to {high:,}")
-    return array.astype(np.int64, copy=False)
