@@ -92,8 +92,7 @@ class RouterCounts:
         self.missing_UX[unit_V] += sums.missing_VX
         self.reordered_U[unit_V] += sums.reordered_V
         self.first_differs_U[unit_V] += sums.first_differs_V
-        self.flips_EE += sums.flips_EE
-        self.moved_UE[unit_V] += sums.moved_VE
+        sums.add_moves(unit_V, self.moved_UE, self.flips_EE)
         self.margin_mismatch_UM[unit_V] += sums.margin_mismatch_VM
 
 

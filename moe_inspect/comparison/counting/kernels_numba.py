@@ -61,15 +61,15 @@ def add_cells(total_VX, unit_N, cell_N, by_N):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def add_moves(a_KN, b_KN, lost_KN, gained_KN, unit_N, moved_VE, flips_EE):  # type: ignore[no-untyped-def]
+def add_moves(a_KN, b_KN, lost_KN, gained_KN, unit_N, moved_UE, flips_EE):  # type: ignore[no-untyped-def]
     K, N = a_KN.shape
     for i in range(K):
         for n in range(N):
             if gained_KN[i, n]:
-                moved_VE[unit_N[n], b_KN[i, n]] += 1
+                moved_UE[unit_N[n], b_KN[i, n]] += 1
         for n in range(N):
             if lost_KN[i, n]:
-                moved_VE[unit_N[n], a_KN[i, n]] -= 1
+                moved_UE[unit_N[n], a_KN[i, n]] -= 1
                 for j in range(K):
                     if gained_KN[j, n]:
                         flips_EE[a_KN[i, n], b_KN[j, n]] += 1

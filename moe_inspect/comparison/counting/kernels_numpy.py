@@ -36,14 +36,14 @@ def add_moves(
     lost_KN: np.ndarray,
     gained_KN: np.ndarray,
     unit_N: np.ndarray,
-    moved_VE: np.ndarray,
+    moved_UE: np.ndarray,
     flips_EE: np.ndarray,
 ) -> None:
     """Adds assignments that B has and A does not, less those that it lacks; and each pair of an
     expert that was lost and one that was gained. In place."""
     for experts_KN, which_KN, sign in ((a_KN, lost_KN, -1), (b_KN, gained_KN, 1)):
         slot, n = np.nonzero(which_KN)
-        np.add.at(moved_VE, (unit_N[n], experts_KN[slot, n]), sign)
+        np.add.at(moved_UE, (unit_N[n], experts_KN[slot, n]), sign)
     for n in range(0, len(unit_N), BLOCK):
         part = slice(n, n + BLOCK)
         i, j, at = np.nonzero(lost_KN[:, None, part] & gained_KN[None, :, part])

@@ -51,7 +51,6 @@ class RouterSums:
         self.margin_VM, self.margin_mismatch_VM = np.zeros((2, V, DECILES), np.int64)
         self.mismatch_VX, self.missing_VX, self.short_VX = np.zeros((3, V, CELLS), np.int64)
         self.reordered_V, self.first_differs_V = np.zeros((2, V), np.int64)
-        self.moved_VE, self.flips_EE = np.zeros((V, E), np.int64), np.zeros((E, E), np.int64)
         self.l1_V, self.weights_differ = np.zeros(V), 0
         self.at, self.missing_N = np.zeros((2, 0), np.int64)
         self.zero_a_N, self.zero_b_N = np.zeros((2, 0), bool)
@@ -61,6 +60,12 @@ class RouterSums:
             self._kernels.add_cells(self.short_VX, of.unit_T, of.cell_T, short_T)
         if of.b is not None:
             self._compare(of, of.b)
+
+    def add_moves(self, unit_V: np.ndarray, moved_UE: np.ndarray, flips_EE: np.ndarray) -> None:
+        """Adds to the whole what may be as large as that and is mostly zero in a shard. unit_V: the
+        shard's units."""
+        a_KN, b_KN, lost_KN, gained_KN, unit_N = self._moves
+        self._kernels.add_moves(a_KN, b_KN, lost_KN, gained_KN, unit_V[unit_N], moved_UE, flips_EE)
 
     def _add_margins(self, of: Decisions, total_VM: np.ndarray, at: np.ndarray | slice) -> None:
         if of.decile_T is None or of.margin_T is None:
@@ -79,9 +84,7 @@ class RouterSums:
         self.first_differs_V += np.bincount(unit_N[a_KN[0] != b_KN[0]], minlength=V)
         self._kernels.add_cells(self.mismatch_VX, unit_N, cell_N, missing_N > 0)
         self._kernels.add_cells(self.missing_VX, unit_N, cell_N, missing_N)
-        self._kernels.add_moves(
-            a_KN, b_KN, lost_KN, gained_KN, unit_N, self.moved_VE, self.flips_EE
-        )
+        self._moves = a_KN, b_KN, lost_KN, gained_KN, unit_N
         self._add_margins(of, self.margin_mismatch_VM, at[missing_N > 0])
         if of.weights is not None:
             l1_T = self._kernels.weight_difference(a_KN, b_KN, E, at, *of.weights)
