@@ -293,6 +293,42 @@ def test_copies_are_made_for_few_slots_without_a_gradient(
     assert isinstance(experts.experts_forward(made, *arguments(2)), torch.Tensor)
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+def test_on_a_cpu_few_slots_are_left_to_the_models_own_implementation(
+    implementation: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, few, many = build("olmoe"), token_batch([3]), token_batch([40, 9])
+    model.set_experts_implementation(implementation)
+    grouped: list[int] = []
+    ours = experts._grouped
+
+    def watched(self: Any, hidden: torch.Tensor, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        grouped.append(ids.numel())
+        return ours(self, hidden, ids, *rest)
+
+    monkeypatch.setattr(experts, "_grouped", watched)
+    with torch.no_grad():
+        bare = model(**few).logits
+    outputs: list[torch.Tensor] = []
+    found = routing(
+        model,
+        tmp_path / "d",
+        lambda m: outputs.extend(m(**b).logits for b in (few, many, few)),
+        capture="dispatch",
+    )
+    eager = implementation == "eager"  # its loop is no entry of the registry
+    assert [slots <= experts.FEW_SLOTS for slots in grouped].count(True) == (4 if eager else 0)
+    assert len(grouped) == (6 if eager else 2)
+    if not eager:
+        assert all(torch.equal(bare, outputs[n]) for n in (0, 2))
+    assert set(model.get_experts_implementation().values()) == {implementation}
+    assert not any(hasattr(s.module, experts.STOCK) for s in find_routers(model))
+    tapped = routing(
+        model, tmp_path / "t", lambda m: [m(**b) for b in (few, many, few)], capture="tap"
+    )
+    assert found.equals(tapped)
+
+
 # --- what is left to the tap
 
 

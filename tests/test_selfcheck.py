@@ -99,11 +99,11 @@ def test_it_can_be_switched_off(checked: list[Variant], monkeypatch: pytest.Monk
 
 
 def test_another_device_or_version_is_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = memory.place_of(kernels, CPU)
+    place = memory.environment_of(kernels, CPU)
     for name in (torch.__version__, kernels.triton.__version__, memory.version("moe-inspect")):
         assert name in place
     monkeypatch.setattr(memory, "driver_version", lambda: "550.54.14")
-    assert memory.place_of(kernels, CPU) != place
+    assert memory.environment_of(kernels, CPU) != place
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 3}', "\x00\xff", '{"a": {"b": null}}'])
@@ -111,10 +111,10 @@ def test_a_damaged_file_is_no_error(text: str, checked: list[Variant], tmp_path:
     file = memory.cache_file()
     assert file == tmp_path / "cache/moe-inspect/selfcheck.json"
     file.parent.mkdir(parents=True)
-    file.write_text(text.replace("a", memory.place_of(kernels, CPU)), encoding="latin-1")
+    file.write_text(text.replace("a", memory.environment_of(kernels, CPU)), encoding="latin-1")
     record()
     assert len(checked) == 1
-    assert str(checked[0]) in json.loads(file.read_text())[memory.place_of(kernels, CPU)]
+    assert str(checked[0]) in json.loads(file.read_text())[memory.environment_of(kernels, CPU)]
 
 
 def test_an_unwritable_cache_is_no_error(
@@ -281,7 +281,9 @@ def test_a_kernel_that_cannot_be_compiled_is_replaced(
     assert said.count("\n") == 1, "it is said once"
     assert said.startswith("warning: record on cpu: the kernel cannot be run: Failed to find C")
     assert "done by torch" in summary(kernels.SELF_CHECK.found)["record"]
-    assert memory.passed(memory.place_of(kernels, CPU)) == set(), "and checked again next time"
+    assert memory.passed(memory.environment_of(kernels, CPU)) == set(), (
+        "and checked again next time"
+    )
 
 
 def test_where_torch_is_wrong_too_nothing_is_recorded(

@@ -88,8 +88,10 @@ class HandOver:
         dropped."""
         rings, T = stack.rings, fed.T
         assert rings is not None
-        if rings.free_rows < T or not rings.synchronous:
-            self.drain()
+        if rings.synchronous and rings.free_rows >= T:
+            stack.fed = fed
+            return
+        self.drain()
         too_large = rings.max_rows < T
         while rings.free_rows < T and self._in_flight and (too_large or not self.options.drop):
             self.drain(wait=True, once=True)

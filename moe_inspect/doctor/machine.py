@@ -105,12 +105,12 @@ def _write_speed(directory: Path, most: int) -> float | None:
 
 def _filesystem(directory: Path) -> str | None:
     """ext4, nfs4, overlay, …: of the mount with the longest path that holds the directory."""
-    place = directory.resolve()
+    resolved = directory.resolve()
     mounts = [line.split(" ")[1:3] for line in _text("/proc/mounts").splitlines()]
     holding = [
         (len(point), kind)
         for point, kind in mounts
-        if place.is_relative_to(point.replace("\\040", " "))
+        if resolved.is_relative_to(point.replace("\\040", " "))
     ]
     return max(holding, key=lambda mount: mount[0])[1] if holding else None
 

@@ -151,16 +151,16 @@ def _wait_for(network: Any) -> Callable[[], None]:
 
 @contextmanager
 def _recording(network: Any, capture: str) -> Iterator[None]:
-    with tempfile.TemporaryDirectory() as place, _recorder(network, capture, Path(place)):
+    with tempfile.TemporaryDirectory() as scratch, _recorder(network, capture, Path(scratch)):
         yield
 
 
-def _recorder(network: Any, capture: str, place: Path) -> Any:
+def _recorder(network: Any, capture: str, scratch: Path) -> Any:
     if capture == "untraced":
         return nullcontext()
     if capture == "counts only":
         return Recorder(network, options=RecordOptions(counts_only=True))
-    return Recorder(network, place / "trace", RecordOptions(capture=capture))
+    return Recorder(network, scratch / "trace", RecordOptions(capture=capture))
 
 
 @contextmanager

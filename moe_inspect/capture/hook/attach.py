@@ -171,14 +171,22 @@ class Attachment:
                 "the second recorder"
             )
         experts_implementation.register()
+        called = [
+            (site.module, sink)
+            for sink, site in zip(self.sinks, self.sites, strict=True)
+            if site.adapter is None
+        ]
+        for module, sink in called:
+            for name, value in (
+                (experts_implementation.SINK, sink),
+                (experts_implementation.STOCK, experts_implementation.stock_of(module)),
+            ):
+                setattr(module, name, value)
+                self._cleanup.callback(delattr, module, name)
         self._cleanup.callback(
             self.model.set_experts_implementation, self.model.get_experts_implementation()
         )
         self.model.set_experts_implementation(experts_implementation.NAME)
-        for sink, site in zip(self.sinks, self.sites, strict=True):
-            if site.adapter is None:
-                setattr(site.module, experts_implementation.SINK, sink)
-                self._cleanup.callback(delattr, site.module, experts_implementation.SINK)
 
     # --- around a forward pass
 

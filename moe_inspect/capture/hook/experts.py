@@ -1,6 +1,7 @@
 """The experts implementation `moe_inspect`: a dispatch kernel groups the slots by expert and
 records the router's choice, then grouped matrix products run. So the record is what was executed.
-Without a recorder it computes the same and records nothing.
+Without a recorder it computes the same and records nothing. On a CPU, where no kernel of ours runs,
+few slots go to the implementation that the model would use.
 
 T tokens, K slots, S = T·K, E experts, H hidden, I intermediate.
 """
@@ -18,8 +19,9 @@ from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
 
 NAME = "moe_inspect"
-# set on an experts module while it is recorded: (ids, weights) → the tape to record them on, if any
-SINK = "_moe_inspect_sink"
+# set on an experts module while it is recorded: (ids, weights) → the tape to record them on, if
+# any; and the implementation that it would run otherwise, if it is one of the registry
+SINK, STOCK = "_moe_inspect_sink", "_moe_inspect_stock"
 
 # Up to here copying each slot's expert (transformers' `batched_mm`) is faster than grouping: 64
 # slots are 16 tokens of Qwen1.5-MoE, where Hugging Face measured 52 ms against 64, and at 128
@@ -37,10 +39,16 @@ def experts_forward(
     experts."""
     sink = getattr(self, SINK, None)
     tape = sink(top_k_index, top_k_weights) if sink is not None else None
+    on_gpu = kernels.runs_triton(hidden_TH)
+    if not on_gpu and not torch.compiler.is_compiling() and top_k_index.numel() <= FEW_SLOTS:
+        # grouping few slots without our kernels would only add steps
+        stock = getattr(self, STOCK, None)
+        if stock is not None:
+            if tape is not None:
+                kernels.record(tape, top_k_index, top_k_weights)
+            return stock(self, hidden_TH, top_k_index, top_k_weights)
     copied = (
-        kernels.runs_triton(hidden_TH)
-        and not torch.is_grad_enabled()
-        and are_few(top_k_index.numel(), self.num_experts)
+        on_gpu and not torch.is_grad_enabled() and are_few(top_k_index.numel(), self.num_experts)
     )
     return (_copied if copied else _grouped)(self, hidden_TH, top_k_index, top_k_weights, tape)
 
@@ -147,6 +155,13 @@ def _in_one_pass(hidden_TH: Tensor) -> bool:
     return kernels.runs_triton(hidden_TH) and not (
         torch.is_grad_enabled() or torch.compiler.is_compiling()
     )
+
+
+def stock_of(module: Any) -> Callable[..., Tensor] | None:
+    """The implementation that an experts module would run without ours; None for its own loop
+    (eager)."""
+    stock = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation)
+    return None if stock is experts_forward else stock
 
 
 def register() -> None:

@@ -170,14 +170,14 @@ def _layers_moved(
     """Routers of A whose decisions are those of another layer of B than is compared with it, if
     any is."""
     a, b = (trace.routers for trace in traces)
-    place = dict(own.keys())
+    paired = dict(own.keys())
     good = {m for (_, m), value in own.items() if value >= GOOD}
     moved = list[tuple[int, int, float, float]]()
     for r in sorted(chosen_a):
-        before = own[r, place[r]] if r in place else 0.0
+        before = own[r, paired[r]] if r in paired else 0.0
         if before >= GOOD:
             continue
-        rest = [m for m in chosen_b if m not in good and m != place.get(r)]
+        rest = [m for m in chosen_b if m not in good and m != paired.get(r)]
         value, other = max(
             ((agreement(chosen_a[r], chosen_b[m]), -m) for m in rest), default=(0.0, 0)
         )
@@ -206,7 +206,7 @@ def _layers_moved(
         )
     names = [f"A's {layer_label(a, r)} is B's {layer_label(b, m)}" for r, m, *_ in moved]
     said = f"{join_first(names, 4, ', ')} {evidence}"
-    if all(r in place and m in place.values() for r, m, *_ in moved):
+    if all(r in paired and m in paired.values() for r, m, *_ in moved):
         return Misalignment("layers_swapped", f"Layers are swapped: {said}.", "", values)
     return Misalignment(
         "layers_renumbered",

@@ -34,7 +34,7 @@ class Part:
     at: np.ndarray | None = None
 
     @cached_property
-    def place(self) -> slice | np.ndarray:
+    def index(self) -> slice | np.ndarray:
         """The rows, as a slice where they follow each other: then nothing is copied."""
         rows = self.rows
         if len(rows) and (np.diff(rows) == 1).all():
@@ -77,8 +77,8 @@ class Rows:
             at = np.arange(len(self)) if part.at is None else part.at
             kept = keep_T[at]
             if kept.any():
-                place = None if part.at is None else renumbered_T[at[kept]]
-                parts.append(Part(part.shard, part.rows[kept], place))
+                at_kept = None if part.at is None else renumbered_T[at[kept]]
+                parts.append(Part(part.shard, part.rows[kept], at_kept))
         part_a = Part(self.a.shard, self.a.rows[keep_T])
         tokens = self.unit_T, self.cell_T, self.document_T, self.last_T
         return Rows(part_a, parts, *(values[keep_T] for values in tokens), alike=self.alike)
@@ -109,7 +109,7 @@ def _taken(part: Part, read: Callable[[Shard], Columns], router: int) -> Columns
             f"damaged trace: {part.shard.trace.path}: router {router} has {len(columns[0])} "
             f"decisions in a shard with a token in row {part.highest}"
         )
-    return tuple(column[part.place] for column in columns)
+    return tuple(column[part.index] for column in columns)
 
 
 def rows_of_shard(

@@ -109,10 +109,10 @@ class ModelData:
     def explained(self) -> dict[tuple[str, int], Explained]:
         """(side, router) → what the text explains; routers whose first choice is known."""
         spans, V = self.spans, len(self.texts)
-        place = np.full(len(spans.texts), -1)
-        place[self.texts] = np.arange(V)
-        of_S = np.flatnonzero(place[spans.text] >= 0)
-        text_S, document_S = place[spans.text[of_S]], spans.document[of_S]
+        index_of = np.full(len(spans.texts), -1)
+        index_of[self.texts] = np.arange(V)
+        of_S = np.flatnonzero(index_of[spans.text] >= 0)
+        text_S, document_S = index_of[spans.text[of_S]], spans.document[of_S]
         found = dict[tuple[str, int], Explained]()
         for side, tokens, at_S in (("a", spans.a, spans.at_a), ("b", spans.b, spans.at_b)):
             for r, chosen_S in tokens.first_choices(at_S[of_S]).items():

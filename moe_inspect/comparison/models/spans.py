@@ -33,7 +33,7 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_to
 @dataclass(frozen=True)
 class Side:
     """One trace's tokens of the documents that are judged, in the order of the text. Arrays [T].
-    document: its place in the sample."""
+    document: its index in the sample."""
 
     trace: Trace
     document: np.ndarray
@@ -180,12 +180,12 @@ def _starts(
 
 def _side(trace: Trace, documents: list[int], selection: Selection) -> Side:
     """The tokens of these documents, the first of each where a sequence was fed twice."""
-    place = {document: i for i, document in enumerate(documents)}
-    known = np.array(sorted(place), np.int64)
+    index_of = {document: i for i, document in enumerate(documents)}
+    known = np.array(sorted(index_of), np.int64)
     parts = [np.zeros((6, 0), np.int64)]
     for number, part, rows in _tokens(trace, len(trace.vocabulary_table), selection):
         kept = np.isin(part[0], known)
-        at = np.array([place[d] for d in part[0, kept].tolist()], np.int64)
+        at = np.array([index_of[d] for d in part[0, kept].tolist()], np.int64)
         shard = np.full(len(at), number)
         parts.append(np.stack([at, *part[1:3, kept], shard, rows[kept], part[3, kept]]))
     whole = np.concatenate(parts, axis=1)

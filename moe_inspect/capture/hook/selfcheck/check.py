@@ -263,12 +263,12 @@ class SelfCheck:
         if wanted == "0":
             return "not checked"
         kernels = sys.modules[self._kernels]
-        place, name = memory.place_of(kernels, variant.device), str(variant)
-        if wanted == "1" and name in memory.passed(place):
+        environment, name = memory.environment_of(kernels, variant.device), str(variant)
+        if wanted == "1" and name in memory.passed(environment):
             return "ok"
         wrong = wrong_with(kernels, variant, by_torch=False)
         if wrong is None:
-            memory.remember(place, {name})
+            memory.remember(environment, {name})
             return "ok"
         where = f"{variant.kernel} on {device_name(variant.device)}"
         if (also := wrong_with(kernels, variant, by_torch=True)) is not None:

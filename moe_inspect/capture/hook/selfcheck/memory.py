@@ -28,21 +28,21 @@ def cache_file() -> Path | None:
     return home / "moe-inspect" / "selfcheck.json"
 
 
-def passed(place: str) -> set[str]:
-    """The variants that have passed at `place`, as `place_of` names it. A file that is missing or
-    damaged holds none."""
-    found = _read().get(place, [])
+def passed(environment: str) -> set[str]:
+    """The variants that have passed in an environment, as `environment_of` names it. A file that is
+    missing or damaged holds none."""
+    found = _read().get(environment, [])
     return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
 
 
-def remember(place: str, variants: set[str]) -> None:
+def remember(environment: str, variants: set[str]) -> None:
     """Adds variants to the file. Where it cannot be written they are checked again next time."""
     file = cache_file()
     if file is None:
         return
     known = _read()
-    names = sorted(passed(place) | variants)
-    known = {**{k: v for k, v in known.items() if k != place}, place: names}
+    names = sorted(passed(environment) | variants)
+    known = {**{k: v for k, v in known.items() if k != environment}, environment: names}
     text = json.dumps(dict(list(known.items())[-MOST:]))
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def _read() -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def place_of(kernels: ModuleType, device: torch.device) -> str:
+def environment_of(kernels: ModuleType, device: torch.device) -> str:
     """What a result depends on: the device, its driver, torch, Triton, and our kernels."""
     name = device.type
     if device.type == "cuda":
