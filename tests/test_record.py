@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.call_inputs import CachedRows, _length, _mask
+from moe_inspect.capture.hook.inputs.call_inputs import CachedRows, _length, _mask
 from moe_inspect.errors import MoeInspectError
 from tests.families import build
 from tests.zoo import token_batch

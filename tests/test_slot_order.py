@@ -14,7 +14,7 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture.hook.device_counts import DeviceCounts
-from moe_inspect.capture.hook.rows import Rows
+from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moe_inspect.capture.hook.pass_inputs import PassInputs
-from moe_inspect.capture.hook.rows import CallInputs, Rows, steps_at
+from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
+from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError

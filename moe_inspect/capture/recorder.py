@@ -19,8 +19,8 @@ from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment, mode_of, uncompiled
 from moe_inspect.capture.hook.counted import CountedPasses
 from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
-from moe_inspect.capture.hook.pass_inputs import PassInputs
-from moe_inspect.capture.hook.rows import Rows
+from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
+from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.stack import Stack, stacks_of
 from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.open_trace import Session, TraceOpener

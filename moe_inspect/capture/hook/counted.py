@@ -11,8 +11,8 @@ from itertools import groupby
 from torch import Tensor
 
 from moe_inspect.capture.hook.device_counts import DeviceCounts
-from moe_inspect.capture.hook.pass_inputs import PassInputs
-from moe_inspect.capture.hook.rows import CallInputs, Rows
+from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
+from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.stack import Stack
 
 MOST_WAITING = 256  # forward passes

@@ -17,7 +17,7 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, Document
 
 if TYPE_CHECKING:
-    from moe_inspect.capture.hook.rows import Rows
+    from moe_inspect.capture.hook.inputs.rows import Rows
 
 Sums = dict[torch.device, list[torch.Tensor]]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
+from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.pass_buffer import Call, PassBuffer
 from moe_inspect.capture.hook.ring import Rings
-from moe_inspect.capture.hook.rows import CallInputs, Rows
 from moe_inspect.capture.hook.sink import Sink
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, top_k_of

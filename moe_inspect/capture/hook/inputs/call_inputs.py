@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from moe_inspect.capture.hook.rows import CachedRows, CallInputs, Rows
+from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import Document
 

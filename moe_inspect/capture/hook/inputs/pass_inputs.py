@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from moe_inspect.capture.hook.call_inputs import RowReader
-from moe_inspect.capture.hook.rows import CallInputs, Rows, steps_at
+from moe_inspect.capture.hook.inputs.call_inputs import RowReader
+from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
 
 
 class PassInputs:
