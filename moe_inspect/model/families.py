@@ -127,7 +127,9 @@ class Adapter:
 
     choice        (module, its arguments, its output) → its choice; None where there is none
     at_call       the module is the experts module, and is read before it runs: no output yet
+    method        the method whose arguments hold the choice, where the module is not called
     logits_index  where in the output the router logits are, if the module is a router
+    block_logits  where in the output of the experts' block they are, if no router is called
     experts       E, where the module does not state it
     top_k         k, where neither module nor config states it
     alone         the tokens of a batch change each other's routing: sequences are fed one by one
@@ -138,7 +140,9 @@ class Adapter:
 
     choice: Callable[[Any, list[Any], Any], Choice | None]
     at_call: bool = False
+    method: str = ""
     logits_index: int | None = None
+    block_logits: int | None = None
     experts: Callable[[Any], int] | None = None
     top_k: int | None = None
     alone: bool = False
@@ -227,6 +231,24 @@ def _aria(experts: Any, arguments: list[Any], output: Any) -> Choice:
     return ids_TK, values_TK.softmax(-1)
 
 
+def _mxfp4(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
+    # what the kernels are handed: the assignments (slot k of token t is number t·K + k) in the
+    # order of their experts, and how many each expert has. Within a token experts ascend.
+    import torch
+
+    routing = arguments[1]
+    if hasattr(routing, "dtype"):  # the call of a rank's experts, under expert parallelism
+        return choice_among(arguments)
+    place = arguments[2].dst_indx.long()  # of each assignment in that order; -1: it goes nowhere
+    ids = torch.searchsorted(routing.expt_hist.long().cumsum(0), place, right=True)
+    weights = routing.gate_scal[place.clamp(min=0)]
+    shape = (-1, routing.n_expts_act)
+    return (
+        ids.masked_fill(place < 0, -1).view(shape),
+        weights.masked_fill(place < 0, 0).view(shape),
+    )
+
+
 def _switch(experts: Any, arguments: list[Any], output: Any) -> Choice:
     # one-hot [T, 1, E], all zeros where the token came after the expert's capacity
     _, chosen_T1E, weights_T1 = arguments
@@ -273,6 +295,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "doge": Family(
         {"DogeCDMoE": Adapter(_doge, alone=True, parameters=("down_embed", "up_embed"))}
+    ),
+    "gpt_oss": Family(
+        # in MXFP4; up to transformers 5.17 the module is called with what the method takes
+        {
+            "Mxfp4GptOssExperts": Adapter(
+                _mxfp4, at_call=True, method="forward_routed", block_logits=1
+            )
+        }
     ),
     "inkling": Family(not_routed=("InklingSharedExperts",)),
     "jetmoe": Family(

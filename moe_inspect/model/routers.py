@@ -49,6 +49,12 @@ class Site:
     stack: str = ""  # "encoder" or "decoder" of a model that has both
 
     @property
+    def method(self) -> str:
+        """The method of `module` whose arguments hold the choice; "" where its call does."""
+        name = self.adapter.method if self.adapter is not None else ""
+        return name if hasattr(self.module, name) and not is_expert_parallel(self.module) else ""
+
+    @property
     def stack_path(self) -> str:
         """The module whose calls feed this router its tokens: the model itself ("") where that is
         not two stacks."""
@@ -70,11 +76,6 @@ def find_routers(model: Any) -> list[Site]:
     sites = []
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if kind.startswith("Mxfp4"):  # then neither router nor experts are called
-            raise MoeInspectError(
-                f"{path} routes inside a fused kernel: load the model with "
-                "Mxfp4Config(dequantize=True)"
-            )
         adapter = ADAPTERS.get(kind)
         if adapter is not None and not adapter.applies(module):
             adapter = None
@@ -91,7 +92,7 @@ def find_routers(model: Any) -> list[Site]:
         experts = (
             adapter.experts(module)
             if adapter is not None and adapter.experts is not None
-            else experts_of(module)
+            else experts_of(module, config)
         )
         facts = (
             experts,
@@ -99,6 +100,8 @@ def find_routers(model: Any) -> list[Site]:
             shared_experts_of(config, model, path),
         )
         shown = router if adapter is None or adapter.at_call or index is not None else None
+        if adapter is not None and adapter.block_logits is not None:
+            shown, index = model.get_submodule(path.rpartition(".")[0]), adapter.block_logits
         stack = next((part for part in path.split(".") if part in stacks), "")
         sites.append(Site(module, path, layer_of(path), *facts, adapter, shown, index, stack))
     if not sites:
@@ -132,11 +135,10 @@ def layer_of(path: str) -> int:
     return int(found.group(1))
 
 
-def experts_of(module: Module) -> int:
+def experts_of(module: Module, config: Any) -> int:
     """E of a module, as stated: the largest id seen would miss dead experts. Under expert
     parallelism the module holds only some of them, and the config states how many there are."""
     if is_expert_parallel(module):
-        config = module.config
         for name in EXPERTS:
             if isinstance(getattr(config, name, None), int):
                 return getattr(config, name)

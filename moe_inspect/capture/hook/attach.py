@@ -19,6 +19,7 @@ from moe_inspect.capture.hook import experts as experts_implementation
 from moe_inspect.capture.hook.sink import (
     Scope,
     Sink,
+    before_method,
     choice_after_call,
     choice_at_call,
     logits_after_call,
@@ -122,27 +123,30 @@ class Attachment:
                 lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)),
             )
         for r, site in enumerate(self.sites):
-            if site.adapter is not None and not site.adapter.at_call:
-                keep(
-                    site.module.register_forward_hook(
-                        choice_after_call(self.sinks[r], site.adapter.choice)
-                    )
-                )
-            elif site.adapter is not None or self.mode == "tap":
-                choice_of = site.adapter.choice if site.adapter is not None else called_with
-                keep(
-                    site.module.register_forward_pre_hook(
-                        choice_at_call(self.sinks[r], choice_of), with_kwargs=True
-                    )
-                )
-            if self.logit_sinks and site.logits_module is not None:
-                keep(
-                    site.logits_module.register_forward_hook(
-                        logits_after_call(self.logit_sinks[r], site)
-                    )
-                )
+            self._watch(r, site)
         if self.mode == "dispatch":
             self._take_over()
+
+    def _watch(self, r: int, site: Site) -> None:
+        """Hooks that read the choice and the logits of the router at site r."""
+
+        def keep(hook: Any) -> None:
+            self._cleanup.callback(hook.remove)
+
+        adapter, module = site.adapter, site.module
+        if adapter is not None and not adapter.at_call:
+            keep(module.register_forward_hook(choice_after_call(self.sinks[r], adapter.choice)))
+        elif adapter is not None or self.mode == "tap":
+            hook = choice_at_call(
+                self.sinks[r], adapter.choice if adapter is not None else called_with
+            )
+            if site.method:
+                self._cleanup.callback(before_method(module, site.method, hook))
+            else:
+                keep(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if self.logit_sinks and site.logits_module is not None:
+            hook = logits_after_call(self.logit_sinks[r], site)
+            keep(site.logits_module.register_forward_hook(hook))
 
     def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
         """Replaces an attribute of `owner` by `made_of` it, until detached. If another recorder has
@@ -328,7 +332,7 @@ def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
     grouped_mm on a GPU, else tap."""
     if capture not in CAPTURES:
         raise MoeInspectError(f"no capture {capture!r}: choose from {', '.join(CAPTURES)}")
-    called = [s.module for s in sites if s.adapter is None]
+    called = [s.module for s in sites if s.adapter is None or s.adapter.method]
     fp8 = any(type(m).__name__.startswith("FP8") for m in called)  # has a registry of its own
     parallel = any(is_expert_parallel(m) for m in called)
     if wants_expert_parallel(model) and not all(hasattr(m, "_is_expert_parallel") for m in called):

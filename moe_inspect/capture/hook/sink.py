@@ -12,6 +12,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,6 +107,37 @@ def choice_at_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Calla
         _seen(sink, choice)
 
     return hook
+
+
+def before_method(
+    module: torch.nn.Module, name: str, hook: Callable[..., None]
+) -> Callable[[], None]:
+    """`register_forward_pre_hook(hook, with_kwargs=True)` for another method of `module`. Returns
+    what removes the hook."""
+    hooks = getattr(vars(module).get(name), "hooks", None)
+    if hooks is None:
+        hooks, own, of_class = [], vars(module).get(name), getattr(type(module), name)
+
+        def run(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            for before in hooks:
+                before(self, args, kwargs)
+            return own(*args, **kwargs) if own is not None else of_class(self, *args, **kwargs)
+
+        run.__dict__.update(hooks=hooks, own=own)
+        # bound, so that a copy of the module runs the copy
+        setattr(module, name, MethodType(run, module))
+    hooks.append(hook)
+
+    def remove() -> None:
+        hooks.remove(hook)
+        if hooks or getattr(vars(module).get(name), "hooks", None) is not hooks:
+            return  # another recorder's hook is left, or somebody has replaced the method since
+        if (own := getattr(module, name).own) is not None:
+            setattr(module, name, own)
+        else:
+            delattr(module, name)
+
+    return remove
 
 
 def choice_after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:

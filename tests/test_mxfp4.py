@@ -1,0 +1,208 @@
+"""GPT-OSS in MXFP4: what is recorded is what the experts were given, with a stand-in for the
+kernels on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers.integrations import mxfp4
+
+import moe_inspect
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.routers import find_routers
+from tests.mxfp4 import Kernels, model_with_kernels
+from tests.zoo import token_batch
+
+LENGTHS = [9, 5, 7]
+INPUTS = token_batch(LENGTHS)
+REAL = INPUTS["attention_mask"].flatten().bool()
+
+
+def given(kernels: Kernels, hidden: list[torch.Tensor]) -> list[dict[int, float]]:
+    """Of each call of the experts and each real token: expert → gate weight. `hidden`: the rows
+    that each call's block was called with, by which the experts' rows are told apart."""
+    found = []
+    for rows, assignments in zip(hidden, kernels.given, strict=True):
+        of_tokens: list[dict[int, float]] = [{} for _ in rows]
+        for expert, row, weight in assignments:
+            (t,) = (rows == row).all(1).nonzero().flatten().tolist()[:1]
+            of_tokens[t][expert] = weight
+        found += [of for of, real in zip(of_tokens, REAL, strict=True) if real]
+    return found
+
+
+def recorded(frame: pd.DataFrame) -> list[dict[int, float]]:
+    slots = [c.removeprefix("expert_") for c in frame if c.startswith("expert_")]
+    return [
+        {int(row[f"expert_{k}"]): row[f"weight_{k}"] for k in slots}
+        for _, row in frame.sort_values(["router", "token"]).iterrows()
+    ]
+
+
+def routing(model: Any, path: Path, **options: Any) -> pd.DataFrame:
+    with moe_inspect.record(model, path, **options), torch.no_grad():
+        model(**INPUTS)
+    return moe_inspect.open_trace(path).routing()
+
+
+def test_every_decision_is_what_the_experts_were_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, _, kernels = model_with_kernels(monkeypatch)
+    hidden: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda m, args: hidden.append(args[0].flatten(0, 1)))
+    found = recorded(routing(model, tmp_path / "t"))
+    truth = given(kernels, hidden)
+    assert len(found) == len(truth) == sum(LENGTHS) * 2
+    for ours, theirs in zip(found, truth, strict=True):
+        assert list(ours) == sorted(theirs, key=theirs.__getitem__, reverse=True)
+        assert ours == pytest.approx(theirs, rel=2**-11)
+    with pytest.raises(AssertionError):  # a control: another token's
+        assert found[0] == pytest.approx(truth[1], rel=2**-11)
+
+
+def test_it_is_what_the_model_with_experts_of_its_own_chooses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, plain, _ = model_with_kernels(monkeypatch)
+    paths = tmp_path / "mxfp4", tmp_path / "plain"
+    for of, path in zip((model, plain), paths, strict=True):
+        with moe_inspect.record(of, path, logits=True), torch.no_grad():
+            prompt = of(**INPUTS, use_cache=True)
+            of.generate(INPUTS["input_ids"][:1], max_new_tokens=4, do_sample=False)
+            assert torch.isfinite(prompt.logits).all()
+    ours, theirs = (moe_inspect.open_trace(path) for path in paths)
+    pd.testing.assert_frame_equal(ours.routing(), theirs.routing(), rtol=1e-3)
+    assert ours.manifest["routers"] == [
+        {**of_plain, "path": of_plain["path"]} for of_plain in theirs.manifest["routers"]
+    ]
+    logits = [pd.read_parquet(path / "logits").logits.explode().astype(float) for path in paths]
+    pd.testing.assert_series_equal(*logits, atol=2e-3)
+
+
+def test_it_may_be_recorded_by_two_and_copied_and_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, _, _ = model_with_kernels(monkeypatch)
+
+    def state() -> list[Any]:
+        return [(name, sorted(vars(m))) for name, m in model.named_modules()]
+
+    before = state()
+    first = moe_inspect.record(model, tmp_path / "first")
+    second = moe_inspect.record(model, tmp_path / "second")
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        model(**INPUTS)
+        copied = copy.deepcopy(model.model.layers)
+        first.__exit__(None, None, None)  # not the last to come
+        model(**INPUTS)
+        second.__exit__(None, None, None)
+        assert state() == before
+        hidden, mlp = torch.randn(2, 3, model.config.hidden_size), copied[0].mlp
+        before_change = mlp(hidden)[0]
+        mlp.experts.down_proj.mul_(2)
+        assert not torch.equal(mlp(hidden)[0], before_change)  # the copy runs its own weights
+        assert torch.equal(model.model.layers[0].mlp(hidden)[0], before_change)
+    counts = [moe_inspect.open_trace(tmp_path / name).n_tokens for name in ("first", "second")]
+    assert counts == [sum(LENGTHS), 2 * sum(LENGTHS)]
+
+
+def test_another_replacement_of_the_method_is_called_and_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, _, _ = model_with_kernels(monkeypatch)
+    site = find_routers(model)[0]
+    if not site.method:
+        pytest.skip("this release of transformers calls the experts module")
+    calls: list[int] = []
+
+    def own(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return type(site.module).forward_routed(site.module, *args, **kwargs)
+
+    site.module.forward_routed = own
+    assert len(routing(model, tmp_path / "t")) == 2 * sum(LENGTHS)
+    assert calls == [1]
+    assert site.module.forward_routed is own
+
+
+def test_dispatch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, _, _ = model_with_kernels(monkeypatch)
+    with pytest.raises(MoeInspectError, match="is not on transformers' experts interface: use"):
+        moe_inspect.record(model, tmp_path / "t", capture="dispatch")
+
+
+def test_under_expert_parallelism_global_ids_are_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As transformers does it: the experts of this rank are half of them, and routes to the others
+    are skipped."""
+    model, plain, _ = model_with_kernels(monkeypatch)
+    if not hasattr(mxfp4, "routing_from_top_k"):
+        for site in find_routers(model):
+            assert not hasattr(site.module, "_is_expert_parallel")
+        model.config.distributed_config = type("D", (), {"enable_expert_parallel": True})()
+        with pytest.raises(MoeInspectError, match="gives experts local ids"):
+            moe_inspect.record(model, tmp_path / "t")
+        return
+    histc = torch.histc  # a CPU's takes no integers
+    monkeypatch.setattr(torch, "histc", lambda x, **options: histc(x.float(), **options))
+    for site in find_routers(model):
+        part = site.module
+        part._is_hooked = part._is_expert_parallel = True
+        part.num_experts = 4
+        for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"):
+            value = getattr(part, name)
+            if name in part._parameters:
+                del part._parameters[name]
+            setattr(part, name, value.data[:4])
+    ours, theirs = routing(model, tmp_path / "part"), routing(plain, tmp_path / "whole")
+    first = ours.layer == 0  # what follows the first layer lacks the other rank's share
+    pd.testing.assert_frame_equal(ours[first], theirs[first])
+    assert moe_inspect.open_trace(tmp_path / "part").routers[0].experts == 8
+
+
+def test_assignments_that_go_nowhere_are_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own structures, of ids some of which are another rank's."""
+    if not hasattr(mxfp4, "routing_from_top_k"):
+        pytest.skip("this release of transformers builds them from the logits")
+    model, _, _ = model_with_kernels(monkeypatch)
+    histc = torch.histc
+    monkeypatch.setattr(torch, "histc", lambda x, **options: histc(x.float(), **options))
+    site = find_routers(model)[0]
+    assert site.adapter is not None
+    generator = torch.Generator().manual_seed(0)
+    for T in (0, 1, 7, 371):
+        weights, ids = torch.rand(T, 8, generator=generator).topk(3)
+        ids = torch.where(torch.rand(T, 3, generator=generator) < 0.3, ids + 8, ids)
+        made = mxfp4.routing_from_top_k(ids, weights, 8)
+        choice = site.adapter.choice(site.module, [torch.empty(T, 4), *made], None)
+        assert choice is not None
+        assert choice[0].shape == choice[1].shape == (T, 3)
+        rows = zip(ids.tolist(), weights.tolist(), *(c.tolist() for c in choice), strict=True)
+        for e, w, of_e, of_w in rows:
+            kept = {i: v for i, v in zip(e, w, strict=True) if i < 8}
+            assert {i: v for i, v in zip(of_e, of_w, strict=True) if i >= 0} == kept
+            assert all(v == 0 for i, v in zip(of_e, of_w, strict=True) if i < 0)
+
+
+def test_compiled_it_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, plain, _ = model_with_kernels(monkeypatch)
+    expected = routing(plain, tmp_path / "plain")
+    compiled = torch.compile(model, backend="eager")
+    with moe_inspect.record(compiled, tmp_path / "t"), torch.no_grad():
+        compiled(**INPUTS)
+        compiled(**INPUTS)
+    found = moe_inspect.open_trace(tmp_path / "t").routing()
+    assert len(found) == 2 * len(expected)
+    again = found[found.token >= sum(LENGTHS)].reset_index(drop=True)
+    again["token"] -= sum(LENGTHS)
+    pd.testing.assert_frame_equal(again, expected, rtol=1e-3)
