@@ -40,6 +40,7 @@ def record(
     overwrite: bool = False,
     drop: bool = False,
     ring_tokens: int | None = None,
+    commit_every: float | None = None,
 ) -> Recorder:
     """Records every forward pass of `model` within a `with` block as a trace at `path`:
 
@@ -71,6 +72,9 @@ def record(
     domains      domain label of each batch row
     overwrite    replace an existing trace at `path`, which is refused otherwise
     drop         where the writer cannot keep up, drop decisions and count them instead of waiting
+    commit_every seconds after which what was recorded is committed, for those who read the trace
+                 while it is written (`moe-inspect watch`). By default a shard of 65,536 tokens or
+                 60 seconds is; it replaces those that were committed early
     ring_tokens  rows of the largest forward pass to allocate device memory for. By default the
                  buffer grows as needed, which it cannot once CUDA graphs write into it
 
@@ -95,6 +99,7 @@ def record(
             overwrite=overwrite,
             drop=drop,
             ring_tokens=ring_tokens,
+            commit_every=commit_every,
         ),
         tokenizer=tokenizer,
         documents=documents,

@@ -71,6 +71,8 @@ class HandOver:
         self.writer: TraceWriter | None = None
         self.weight_dtype = torch.float16
         # fixed size: as an option, or because a CUDA graph holds the rings' addresses
+        # how long a pass waits for others on a CPU
+        self._hold_s = min(HELD_SECONDS, options.commit_every or HELD_SECONDS)
         self.rings_fixed = options.ring_tokens is not None
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
@@ -159,7 +161,7 @@ class HandOver:
         if (
             not rings.synchronous
             or rings.has_filled_page_since(first.start)
-            or time.monotonic() - self._held_since > HELD_SECONDS
+            or time.monotonic() - self._held_since > self._hold_s
         ):
             self.drain()
 

@@ -78,6 +78,7 @@ class TraceOpener:
             rank=ranks.rank if ranks is not None else 0,
             resume=session.resume,
             shard_tokens=session.shard_tokens,
+            commit_every=options.commit_every,
             lock=lock,
         )
         if ranks is not None:

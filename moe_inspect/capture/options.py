@@ -27,6 +27,8 @@ class CorpusOptions:
     layers             record only these block indices; None: all
     resume             continue an interrupted trace of the same corpus, model and options
     overwrite          replace an existing trace
+    commit_every       seconds after which what was recorded is committed early, for those who read
+                       the trace while it is written; None: when a shard is full
     """
 
     data: Sequence[str] = ()
@@ -44,6 +46,7 @@ class CorpusOptions:
     layers: Sequence[int] | None = None
     resume: bool = False
     overwrite: bool = False
+    commit_every: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ class RecordOptions:
     overwrite: bool = False
     drop: bool = False
     ring_tokens: int | None = None
+    commit_every: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,7 @@ class CorpusKeywords(TypedDict, total=False):
     layers: Sequence[int] | None
     resume: bool
     overwrite: bool
+    commit_every: float | None
 
 
 class TraceKeywords(CorpusKeywords, total=False):

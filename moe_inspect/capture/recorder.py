@@ -6,6 +6,7 @@ T rows a router sees (padding included), K slots, E experts.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,7 @@ class Recorder:
         self._entered = False
         self._forwards = self.session.resume.next_batch if self.session.resume else 0
         self._counted: CountedPasses | None = None  # counts_only
+        self._counts_written = time.monotonic()
         self._in_group = False
         self._opened = False  # the routers and the shapes of their rings are known
         self._has_cuda = torch.cuda.is_available()
@@ -173,7 +175,11 @@ class Recorder:
     def end_group(self) -> None:
         """Ends a group of passes: their counts may be committed."""
         self._in_group = False
-        if self._counted is not None and self._counted.uncommitted >= self.session.shard_tokens:
+        if self._counted is None:
+            return
+        every, full = self.options.commit_every, self.session.shard_tokens
+        is_early = every is not None and time.monotonic() - self._counts_written >= every
+        if is_early or self._counted.uncommitted >= full:
             self._write_counts()
 
     def step(self, tokens: int, **inputs: Any) -> None:
@@ -348,6 +354,7 @@ class Recorder:
         if self._counted is None:
             return
         self._counted.count_waiting()
+        self._counts_written = time.monotonic()
         if self.writer is not None and self._counted.counts.tokens:
             self.writer.write(self._counted.counts.take(list(self.inputs.domains)))
 

@@ -179,6 +179,7 @@ def _recorder(
             logits=options.logits,
             counts_only=options.counts_only,
             overwrite=options.overwrite,
+            commit_every=options.commit_every,
         ),
         tokenizer=run.tokenizer,
         session=Session(run.ranks, start, lock, manifest),

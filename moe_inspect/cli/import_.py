@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.formats import FormatsCommand
+from moe_inspect.cli.options import CommitEvery
 from moe_inspect.importers import MODULES
 from moe_inspect.text import print_stderr
 
@@ -98,6 +99,7 @@ def import_(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing trace.")
     ] = False,
+    commit_every: CommitEvery = None,
 ) -> None:
     """Convert what engines and trainers recorded to a trace.
 
@@ -122,6 +124,7 @@ def import_(
             top_k=top_k,
             pipeline_stages=pipeline_stages,
             overwrite=overwrite,
+            commit_every=commit_every,
             progress=progress,
             warn=warn,
         )

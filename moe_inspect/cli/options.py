@@ -4,6 +4,7 @@ option per field."""
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
@@ -51,6 +52,27 @@ Domains = Annotated[
         "--domain",
         metavar="NAME",
         help="Only tokens of this domain; repeatable or comma-separated.",
+        show_default=False,
+    ),
+]
+
+
+def seconds(text: str | float) -> float:
+    """ "5s", "500ms", "2m" or "5" → seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s|m|h|)", str(text).strip())
+    if found is None or float(found[1]) == 0:
+        raise typer.BadParameter(f"cannot read {text!r}: write a time like 5s, 500ms or 2m")
+    return float(found[1]) * {"ms": 0.001, "m": 60.0, "h": 3600.0}.get(found[2], 1.0)
+
+
+CommitEvery = Annotated[
+    float | None,
+    typer.Option(
+        "--commit-every",
+        metavar="TIME",
+        parser=seconds,
+        help="Commit what was recorded after this time, e.g. 5s, so that moe-inspect watch shows "
+        "it early (default: when a shard is full).",
         show_default=False,
     ),
 ]

@@ -47,6 +47,7 @@ def import_trace(
     top_k: int | None = None,
     pipeline_stages: int | None = None,
     overwrite: bool = False,
+    commit_every: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Trace:
@@ -63,6 +64,8 @@ def import_trace(
         pipeline_stages: of a Megatron run whose files number layers from 0 in each stage; more than
             one needs `model`.
         overwrite: replace a trace at `out`.
+        commit_every: seconds after which what was read is committed, for those who read the trace
+            while it is written. It is written beside `out` and renamed when it is complete.
         progress: called with (bytes read, total bytes).
         warn: called with one line per warning; default `warnings.warn`.
 
@@ -98,6 +101,7 @@ def import_trace(
     _write(
         out,
         overwrite,
+        commit_every,
         _read(chain([first], batches), listed),
         imported,
         vocabulary,
@@ -175,6 +179,7 @@ def _manifest(format: str, context: ImportContext, imported: Imported) -> dict[s
 def _write(
     out: Path,
     overwrite: bool,
+    commit_every: float | None,
     batches: Iterator[RoutedBatch | CountedBatches],
     imported: Imported,
     vocabulary: pa.Table | None,
@@ -195,6 +200,8 @@ def _write(
                 counts_only=imported.counts_only,
                 vocabulary=vocabulary,
                 shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
+                # counts are committed as they come: a shard is a window of a report
+                commit_every=None if imported.counts_only else commit_every,
                 lock=lock,
             ) as writer:
                 for batch in batches:

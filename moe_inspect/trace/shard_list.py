@@ -16,7 +16,8 @@ from moe_inspect.trace.validate import MOST_RANKS, SPAN, check_line, parsed
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """A committed shard: table → path within the trace, and the lines that committed it."""
+    """A committed shard: table → path within the trace, and the lines that committed it. `early`:
+    one that holds more will replace it."""
 
     rank: int
     index: int
@@ -25,6 +26,7 @@ class ShardFiles:
     first_batch: int | None
     last_batch: int
     decisions: int
+    early: bool = False
     paths: dict[str, str] = field(default_factory=dict)
     stated: dict[str, Stated] = field(default_factory=dict)
     lines: list[bytes] = field(default_factory=list)
@@ -86,7 +88,14 @@ def _list(
     # a trace that does not say so is one in which every router saw every token
     everywhere = (span["last_token"] - span["first_token"] + 1) * routers
     shard = found.setdefault(
-        index, ShardFiles(rank, index, **span, decisions=entry.get("decisions", everywhere))
+        index,
+        ShardFiles(
+            rank,
+            index,
+            **span,
+            decisions=entry.get("decisions", everywhere),
+            early=entry.get("early", False),
+        ),
     )
     if span != (stated := {key: getattr(shard, key) for key in SPAN}):
         raise ValueError(

@@ -28,10 +28,12 @@ class Output:
         start: ResumePoint | None,
         overwrite: bool,
         lock: Lock | None,
+        commit_every: float | None = None,
     ):
         self.path, self.manifest = path, manifest
         self.routers, self.vocabulary = routers, vocabulary
         self.start, self.overwrite, self.lock = start, overwrite, lock
+        self.commit_every = commit_every
         self._own_lock: Lock | None = None
         self.writer: TraceWriter | None = None
         self.domains: list[str] = []
@@ -53,6 +55,7 @@ class Output:
                 weights=False,
                 vocabulary=self.vocabulary,
                 resume=self.start,
+                commit_every=self.commit_every,
                 lock=self.lock or self._own_lock,
             )
         self.writer.write(batch)

@@ -130,6 +130,7 @@ async def _record(
             start,
             options.overwrite,
             lock,
+            options.commit_every,
         )
         with output:
             await _send(http, run, served, plan, output, progress)

@@ -1,8 +1,9 @@
 """Writes a trace: batches of what is recorded or imported become shards of Parquet files."""
 
 from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch
+from moe_inspect.trace.writer.pending import SHARD_TOKENS
 from moe_inspect.trace.writer.resume import ResumePoint, committed_counts, resume_point
-from moe_inspect.trace.writer.trace_writer import SHARD_TOKENS, TraceWriter
+from moe_inspect.trace.writer.trace_writer import TraceWriter
 
 __all__ = [
     "SHARD_TOKENS",

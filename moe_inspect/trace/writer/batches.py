@@ -114,3 +114,37 @@ class CountedBatches:
     weight_sum: list[np.ndarray] | None
     documents: list[Document] = field(default_factory=list)
     decisions: int | None = None
+
+
+def summed(parts: Sequence[CountedBatches]) -> CountedBatches:
+    """The sum of counts of consecutive batches. Domains of a later one begin with those of an
+    earlier one."""
+    if len(parts) == 1:
+        return parts[0]
+    last, domains = parts[-1], len(parts[-1].domains)
+
+    def added(name: str) -> list[np.ndarray] | None:
+        arrays = [getattr(part, name) for part in parts]
+        if any(of_routers is None for of_routers in arrays):
+            return None
+        return [_added(of_router, domains) for of_router in zip(*arrays, strict=True)]
+
+    assignments, decisions = added("assignments"), [part.decisions for part in parts]
+    assert assignments is not None
+    return CountedBatches(
+        last.batch,
+        sum(part.tokens for part in parts),
+        last.domains,
+        assignments,
+        added("first_choice"),
+        added("weight_sum"),
+        [document for part in parts for document in part.documents],
+        None if None in decisions else sum(n for n in decisions if n is not None),
+    )
+
+
+def _added(parts: Sequence[np.ndarray], domains: int) -> np.ndarray:
+    total_DE = np.zeros((domains, *parts[0].shape[1:]), parts[0].dtype)
+    for part_DE in parts:
+        total_DE[: len(part_DE)] += part_DE
+    return total_DE

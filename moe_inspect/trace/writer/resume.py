@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from moe_inspect.trace.files.atomic import write_atomically
 from moe_inspect.trace.files.location import inside
-from moe_inspect.trace.manifest import read_manifest
-from moe_inspect.trace.shard_list import committed_shards
+from moe_inspect.trace.manifest import read_manifest, write_manifest
+from moe_inspect.trace.shard_list import ShardFiles, committed_shards
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,24 @@ class ResumePoint:
 
 def committed_counts(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
     """Tokens and decisions in the committed shards of all ranks."""
-    shards = committed_shards(root, manifest)
+    return _counts(committed_shards(root, manifest))
+
+
+def _counts(shards: list[ShardFiles]) -> dict[str, int]:
     return {"tokens": sum(s.tokens for s in shards), "decisions": sum(s.decisions for s in shards)}
 
 
 def resume_point(root: Path, rank: int = 0) -> ResumePoint:
-    """Where rank `rank` of the trace at `root` continues. Deletes the rank's files that no line
-    names. The caller holds the lock."""
+    """Where rank `rank` of the trace at `root` continues: after its last shard that was not
+    committed early. Deletes the rank's files that no line names, and its early shards. The caller
+    holds the lock."""
     manifest = read_manifest(root)
-    shards = [s for s in committed_shards(root, manifest) if s.rank == rank]
+    committed = [s for s in committed_shards(root, manifest) if s.rank == rank]
+    shards = list(takewhile(lambda s: not s.early, committed))
+    if rank == 0 and len(shards) < len(committed):
+        # first, so that it never counts more tokens than the shards have
+        counts = {**_counts(shards), "dropped": 0}
+        write_manifest(root, {**manifest, "status": "recording", "counts": counts})
     keep = {root / path for s in shards for path in s.paths.values()}
     own = re.compile(rf"part-{rank}-\d+\.parquet|\.part-{rank}-\d+\.parquet\.tmp")
     for table in manifest["tables"]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,18 +23,14 @@ from moe_inspect.trace.files.atomic import sync_directory, write_atomically
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.lock import Lock, hold
 from moe_inspect.trace.manifest import read_manifest, write_manifest
-from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.writer import tables
-from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch
+from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch, summed
+from moe_inspect.trace.writer.early import EarlyShards
 from moe_inspect.trace.writer.part_file import write_part
+from moe_inspect.trace.writer.pending import SHARD_SECONDS, SHARD_TOKENS, PendingShard
 from moe_inspect.trace.writer.resume import ResumePoint, committed_counts
 
-SHARD_TOKENS = 65_536
-SHARD_BYTES = 60 * 2**20  # of decisions in memory, at most: shards of deep models hold fewer tokens
-SHARD_SECONDS = 60.0  # age at which a shard is committed: decisions of a slow model are safe then
-# factor on both limits while the next batch continues sequences of the shard
-CONTINUED = 8
 QUEUE_BATCHES = 2
 
 
@@ -46,7 +40,10 @@ class TraceWriter:
     `write` may block (back-pressure) and re-raises the background thread's exception, as a
     MoeInspectError where the user can mend it (a full disk). Leaving the `with` block by
     KeyboardInterrupt or any other exception closes the trace as "interrupted". The writer holds the
-    trace's lock until then, unless the caller holds it and passes it as `lock`."""
+    trace's lock until then, unless the caller holds it and passes it as `lock`.
+
+    `commit_every`: seconds after which what is pending is committed early, for those who read the
+    trace while it is written."""
 
     def __init__(
         self,
@@ -62,12 +59,12 @@ class TraceWriter:
         shard_tokens: int = SHARD_TOKENS,
         shard_seconds: float = SHARD_SECONDS,
         queue_batches: int = QUEUE_BATCHES,
+        commit_every: float | None = None,
         resume: ResumePoint | None = None,
         lock: Lock | None = None,
     ):
         self.root, self.rank = Path(root), rank
         self.weights, self.logits, self.counts_only = weights, logits, counts_only
-        self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
         start = resume or ResumePoint()
         self.routers = [
             self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)
@@ -93,11 +90,9 @@ class TraceWriter:
             "columns": schema.GLOSSARY,
             "counts": {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0},
         }
-        self._pending: list[RoutedBatch] = []
-        self._pending_tokens = self._pending_bytes = 0
-        self._pending_since = time.monotonic()
-        # (document, sequence) → its last position among what is pending
-        self._reached: dict[tuple[int, int], int] = {}
+        self._pending = PendingShard(shard_tokens, shard_seconds)
+        self._counted: list[CountedBatches] = []  # of the next shard, all committed early
+        self._early = EarlyShards(self.root / f"shards-{rank}.jsonl", commit_every)
         self._error: BaseException | None = None
         self._lock = hold(self.root) if lock is None else None
         try:
@@ -165,15 +160,14 @@ class TraceWriter:
             self._queue.put(None)
             self._thread.join()
         try:
-            if (
-                status != "complete"
-                and self._pending
-                and (group := self._pending[-1].group) is not None
-            ):
-                # more passes of the group may be missing
-                self._pending = [b for b in self._pending if b.group != group]
-            if self._pending and self._error is None:
-                self._commit_routing()
+            if status != "complete":
+                self._pending.drop_open_group()
+            if self._error is None:
+                if self._pending.batches:
+                    self._commit_routing()
+                if self._counted:
+                    self._commit_counts()
+                self._early.remove_replaced(older_than_s=0)
         except OSError as error:
             self._error = error
         for section, values in self.at_close.items():
@@ -243,9 +237,9 @@ class TraceWriter:
 
     def _run(self) -> None:
         try:
-            for batch in iter(self._queue.get, None):
+            for batch in iter(self._next, None):
                 if isinstance(batch, CountedBatches):
-                    self._commit_counts(batch)
+                    self._take_counts(batch)
                 else:
                     self._take(batch)
         except BaseException as error:
@@ -254,48 +248,55 @@ class TraceWriter:
             for _ in iter(self._queue.get, None):
                 pass
 
+    def _next(self) -> RoutedBatch | CountedBatches | None:
+        """What comes next; what is to be committed early is committed before and while it waits."""
+        while True:
+            wait_s = self._early.wait_s(self._pending.of_closed_groups())
+            try:
+                if wait_s != 0:
+                    return self._queue.get(timeout=wait_s)
+            except queue.Empty:
+                pass
+            self._commit_routing_early()
+
     def _take(self, batch: RoutedBatch) -> None:
         # where a shard ends must not depend on how many passes came together
-        alone = batch.batches is None or not self._is_due(batch)
+        alone = batch.batches is None or not self._pending.is_due(batch)
         for part in [batch] if alone else batch.passes():
-            self._take_whole(part)
-
-    def _take_whole(self, batch: RoutedBatch) -> None:
-        together = (
-            self._pending and batch.group is not None and batch.group == self._pending[-1].group
-        )
-        reached = _reached(batch)
-        if self._pending and not together and self._is_due(batch):
-            # what is counted of consecutive tokens is counted shard by shard: a sequence stays in
-            # one, as far as memory allows
-            continued = any(
-                self._reached.get(key) == first - 1 for key, (first, _) in reached.items()
-            )
-            if not continued or self._is_due(batch, CONTINUED):
+            if self._pending.ends_before(part):
                 self._commit_routing()
-        if not self._pending:
-            self._pending_since = time.monotonic()
-        self._pending.append(batch)
-        self._reached.update((key, last) for key, (_, last) in reached.items())
-        self._pending_tokens += len(batch.token_id)
-        self._pending_bytes += batch.nbytes
+            self._pending.add(part)
 
-    def _is_due(self, batch: RoutedBatch, times: int = 1) -> bool:
-        """Whether the shard is to be committed before `batch` joins it: it would grow too large, or
-        has waited too long."""
-        return (
-            self._pending_tokens + len(batch.token_id) > times * self.shard_tokens
-            or self._pending_bytes + batch.nbytes > times * SHARD_BYTES
-            or time.monotonic() - self._pending_since > times * self.shard_seconds
-        )
+    def _take_counts(self, counted: CountedBatches) -> None:
+        self._counted.append(counted)
+        if (
+            self._early.every_s is None
+            or sum(c.tokens for c in self._counted) >= self._pending.shard_tokens
+        ):
+            self._commit_counts()
+        else:
+            self._commit_counts(early=True)
 
     # --- commits: documents, tokens, routing, then the shard's lines in one write
 
+    def _commit_routing_early(self) -> None:
+        """Commits the pending batches that are not committed yet, but keeps them pending."""
+        early = self._early
+        self._write_routing(
+            self._pending.batches[early.batches : self._pending.of_closed_groups()],
+            self.next_token + early.tokens,
+            early=True,
+        )
+        early.tried()
+
     def _commit_routing(self) -> None:
-        batches, self._pending, self._pending_tokens, self._pending_bytes = self._pending, [], 0, 0
-        self._reached = {}
+        self._write_routing(self._pending.take(), self.next_token)
+
+    def _write_routing(
+        self, batches: list[RoutedBatch], first_token: int, early: bool = False
+    ) -> None:
         recorded, T = self._recorded, sum(len(b.token_id) for b in batches)
-        token = pa.array(np.arange(self.next_token, self.next_token + T, dtype=np.int64))
+        token = pa.array(np.arange(first_token, first_token + T, dtype=np.int64))
         tokens = tables.tokens_table(batches, token, self.routers)
         columns = tables.routing_columns(recorded, batches)
         routers = range(len(self.routers))
@@ -319,9 +320,19 @@ class TraceWriter:
                 partial(tables.logits_table, recorded, r, batches, token, columns) for r in routers
             ]
             lines.append(self._write_part("logits", columns, groups))
-        self._commit(lines, T, decisions, batches[0].first_batch, batches[-1].batch)
+        span = {
+            "first_token": first_token,
+            "last_token": first_token + T - 1,
+            "decisions": decisions,
+            "first_batch": batches[0].first_batch,
+            "last_batch": batches[-1].batch,
+        }
+        self._commit(lines, span, len(batches) if early else 0)
 
-    def _commit_counts(self, counted: CountedBatches) -> None:
+    def _commit_counts(self, early: bool = False) -> None:
+        """Commits the counts that are not committed yet, or `early` those that came last."""
+        counted = self._counted[-1] if early else summed(self._counted)
+        first_token = self.next_token + (self._early.tokens if early else 0)
         routers = range(len(self.routers))
         groups = [partial(tables.counts_table, self._recorded, r, counted) for r in routers]
         lines = [
@@ -329,8 +340,16 @@ class TraceWriter:
             self._write_part("counts", schema.counts_schema(self.weights), groups),
         ]
         everywhere = counted.tokens * len(self.routers)
-        decisions = everywhere if counted.decisions is None else counted.decisions
-        self._commit(lines, counted.tokens, decisions, None, counted.batch)
+        span = {
+            "first_token": first_token,
+            "last_token": first_token + counted.tokens - 1,
+            "decisions": everywhere if counted.decisions is None else counted.decisions,
+            "first_batch": None,
+            "last_batch": counted.batch,
+        }
+        self._commit(lines, span, early=1 if early else 0)
+        if not early:
+            self._counted = []
 
     def _write_documents(self, documents: list[Document]) -> dict[str, Any]:
         table = tables.documents_table(documents)
@@ -347,31 +366,23 @@ class TraceWriter:
         path = f"{table}/part-{self.rank}-{self.next_shard}.parquet"
         return {"table": table, "path": path} | write_part(self.root / path, columns, groups, bf16)
 
-    def _commit(
-        self,
-        lines: list[dict[str, Any]],
-        tokens: int,
-        decisions: int,
-        first_batch: int | None,
-        last_batch: int,
-    ) -> None:
+    def _commit(self, lines: list[dict[str, Any]], span: dict[str, Any], early: int = 0) -> None:
+        """Commits a shard. `early`: how many of the pending batches it holds, which stay pending;
+        0 for a shard that holds all of them."""
         for table in self.tables:
             sync_directory(self.root / table)
-        span = {
-            "shard": self.next_shard,
-            "first_token": self.next_token,
-            "last_token": self.next_token + tokens - 1,
-            "decisions": decisions,
-            "first_batch": first_batch,
-            "last_batch": last_batch,
-        }
+        span = {"shard": self.next_shard, **span, **({"early": True} if early else {})}
         text = b"".join(checksums.sealed({**line, **span}) for line in lines)
-        with open(self.root / f"shards-{self.rank}.jsonl", "ab") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        tokens, decisions = span["last_token"] - span["first_token"] + 1, span["decisions"]
+        if early:
+            files = [self.root / line["path"] for line in lines]
+            self._early.add(text, files, early, tokens, decisions)
+        else:
+            self.next_token += tokens
+            tokens, decisions = tokens - self._early.tokens, decisions - self._early.decisions
+            self._early.replace(text)
+            self._early.remove_replaced()
         self.next_shard += 1
-        self.next_token += tokens
         self.tokens += tokens
         self.decisions += decisions
         self.manifest["counts"] = {
@@ -380,16 +391,3 @@ class TraceWriter:
             "dropped": self.dropped,
         }
         self._write_manifest()
-
-
-def _reached(batch: RoutedBatch) -> dict[tuple[int, int], tuple[int, int]]:
-    """(document, sequence) → its first and its last position; the decoder's, where a sequence has
-    rows of both an encoder and a decoder."""
-    encoded_T = np.arange(len(batch.document)) < batch.encoded
-    edges = run_edges(batch.document, batch.sequence, encoded_T)
-    first, last = edges[:-1], edges[1:] - 1
-    keys = list(zip(batch.document[first].tolist(), batch.sequence[first].tolist(), strict=True))
-    begins = list(zip(keys, batch.position[first].tolist(), strict=True))
-    begin_of = dict(begins if batch.encoded else reversed(begins))
-    end_of = dict(zip(keys, batch.position[last].tolist(), strict=True))
-    return {key: (begin_of[key], end) for key, end in end_of.items()}

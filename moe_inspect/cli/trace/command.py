@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import time
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_inspect.cli.needs import need_torch, quiet
+from moe_inspect.cli.options import CommitEvery
 from moe_inspect.cli.token_progress import TokenProgress
+from moe_inspect.cli.trace.checks import check_engine_options, refuse_early
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def trace(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing trace.")
     ] = False,
+    commit_every: CommitEvery = None,
     engine: Annotated[
         EngineName | None, typer.Option(help="The serving engine at the URL.", show_default=False)
     ] = None,
@@ -209,9 +211,9 @@ def trace(
         raise typer.BadParameter(
             "--resume keeps what is there, --overwrite does not: give one of the two"
         )
-    _check_engine_options(context, model, engine, model_config)
+    check_engine_options(context, model, engine, model_config)
     chosen = _layers(layers)
-    _refuse_early(model, output, model_config, revision, api_key, resume, overwrite)
+    refuse_early(model, output, model_config, revision, api_key, resume, overwrite)
     need_torch()
     from moe_inspect.api import trace_engine, trace_model
     from moe_inspect.capture.options import EngineOptions, TraceOptions
@@ -232,6 +234,7 @@ def trace(
         "layers": chosen,
         "resume": resume,
         "overwrite": overwrite,
+        "commit_every": commit_every,
     }
     began, complete_before = time.monotonic(), resume and _is_complete(output)
     _stop_cleanly()
@@ -284,87 +287,6 @@ def trace(
         f"{written.n_decisions:,} decisions{' counted' if counts_only else ''} in {output} "
         f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)"
     )
-
-
-NOT_OF_ENGINES = (
-    "capture",
-    "device",
-    "device_map",
-    "dtype",
-    "random_init",
-    "weights",
-    "logits",
-    "counts_only",
-)
-OF_ENGINES = ("model_config", "concurrency", "timeout", "api_key")
-
-
-def _check_engine_options(
-    context: typer.Context, model: str, engine: str | None, model_config: str | None
-) -> None:
-    """A URL and --engine belong together, and with either only the options that mean something
-    there."""
-    is_url = model.startswith(("http://", "https://"))
-    given = [
-        o
-        for o in context.params
-        if (source := context.get_parameter_source(o)) is not None and source.name == "COMMANDLINE"
-    ]
-    if is_url and engine is None:
-        raise typer.BadParameter("a URL is traced with --engine vllm or --engine sglang")
-    if engine is not None and not is_url:
-        raise typer.BadParameter(
-            f"--engine {engine} takes the URL of a server, like http://HOST:PORT; the model goes "
-            "to --model-config"
-        )
-    if engine is not None and model_config is None:
-        raise typer.BadParameter(
-            "--engine needs --model-config: the hub id or directory of the model that is served"
-        )
-    wrong = [o for o in given if o in (NOT_OF_ENGINES if engine is not None else OF_ENGINES)]
-    if wrong:
-        option = f"--{wrong[0].replace('_', '-')}"
-        why = (
-            "it runs the model, and hands back no weights and no logits"
-            if engine is not None
-            else "there is none"
-        )
-        raise typer.BadParameter(
-            f"{option} means nothing "
-            f"{'to an engine' if engine is not None else 'without an engine'}: {why}"
-        )
-
-
-def _refuse_early(
-    model: str,
-    output: Path,
-    model_config: str | None,
-    revision: str | None,
-    api_key: str | None,
-    resume: bool,
-    overwrite: bool,
-) -> None:
-    """What is wrong for certain is said before torch is imported, which takes seconds.
-    `trace_model` and `trace_engine` look again."""
-    from moe_inspect.trace.files.lock import refuse_while_locked
-    from moe_inspect.trace.output_dir import check_directory
-    from moe_inspect.trace.schema import MANIFEST
-
-    # of a torchrun another process may have begun there
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if alone and resume and (output / MANIFEST).exists():
-        refuse_while_locked(output)
-    elif alone:
-        check_directory(output, overwrite)
-    if find_spec("torch") is None:  # then the rest of the extra may be missing too
-        return
-    from moe_inspect.model.load import refuse_unless_found
-
-    refuse_unless_found(model_config or model, revision)
-    if model_config is not None:
-        from moe_inspect.capture.server.client import check_server
-
-        check_server(model, api_key)
 
 
 def _is_complete(output: Path) -> bool:

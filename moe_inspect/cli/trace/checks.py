@@ -1,0 +1,89 @@
+"""What `moe-inspect trace` refuses before it loads anything."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+
+NOT_OF_ENGINES = (
+    "capture",
+    "device",
+    "device_map",
+    "dtype",
+    "random_init",
+    "weights",
+    "logits",
+    "counts_only",
+)
+OF_ENGINES = ("model_config", "concurrency", "timeout", "api_key")
+
+
+def check_engine_options(
+    context: typer.Context, model: str, engine: str | None, model_config: str | None
+) -> None:
+    """A URL and --engine belong together, and with either only the options that mean something
+    there."""
+    is_url = model.startswith(("http://", "https://"))
+    given = [
+        o
+        for o in context.params
+        if (source := context.get_parameter_source(o)) is not None and source.name == "COMMANDLINE"
+    ]
+    if is_url and engine is None:
+        raise typer.BadParameter("a URL is traced with --engine vllm or --engine sglang")
+    if engine is not None and not is_url:
+        raise typer.BadParameter(
+            f"--engine {engine} takes the URL of a server, like http://HOST:PORT; the model goes "
+            "to --model-config"
+        )
+    if engine is not None and model_config is None:
+        raise typer.BadParameter(
+            "--engine needs --model-config: the hub id or directory of the model that is served"
+        )
+    wrong = [o for o in given if o in (NOT_OF_ENGINES if engine is not None else OF_ENGINES)]
+    if wrong:
+        option = f"--{wrong[0].replace('_', '-')}"
+        why = (
+            "it runs the model, and hands back no weights and no logits"
+            if engine is not None
+            else "there is none"
+        )
+        raise typer.BadParameter(
+            f"{option} means nothing "
+            f"{'to an engine' if engine is not None else 'without an engine'}: {why}"
+        )
+
+
+def refuse_early(
+    model: str,
+    output: Path,
+    model_config: str | None,
+    revision: str | None,
+    api_key: str | None,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """What is wrong for certain is said before torch is imported, which takes seconds.
+    `trace_model` and `trace_engine` look again."""
+    from moe_inspect.trace.files.lock import refuse_while_locked
+    from moe_inspect.trace.output_dir import check_directory
+    from moe_inspect.trace.schema import MANIFEST
+
+    # of a torchrun another process may have begun there
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone and resume and (output / MANIFEST).exists():
+        refuse_while_locked(output)
+    elif alone:
+        check_directory(output, overwrite)
+    if find_spec("torch") is None:  # then the rest of the extra may be missing too
+        return
+    from moe_inspect.model.load import refuse_unless_found
+
+    refuse_unless_found(model_config or model, revision)
+    if model_config is not None:
+        from moe_inspect.capture.server.client import check_server
+
+        check_server(model, api_key)

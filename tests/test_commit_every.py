@@ -1,0 +1,301 @@
+"""commit_every: what is recorded is on disk early, and the trace is at last the one that would have
+been written without; whenever its writer is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_inspect.trace.reader import open_trace
+from moe_inspect.trace.verify import verify
+from moe_inspect.trace.writer import (
+    CountedBatches,
+    RoutedBatch,
+    TraceWriter,
+    resume_point,
+)
+from tests.test_trace import ROUTERS, a_batch
+
+AT_ONCE = 1e-9  # seconds: after every batch
+TOKENS = 20
+
+
+def some_batches(n: int = 7, group: int = 0) -> list[RoutedBatch]:
+    rng = np.random.default_rng(5)
+    made = [a_batch(rng, number, TOKENS, ROUTERS) for number in range(n)]
+    for batch in made:
+        for r, router in enumerate(ROUTERS):  # no expert twice in a decision
+            order = np.argsort(rng.random((TOKENS, router.experts)), axis=1)[:, : router.top_k]
+            batch.ids[r][:] = order
+            if batch.batch % 2:
+                batch.ids[r][::3, -1] = 255  # routed nowhere
+    return [replace(b, group=b.batch // group) for b in made] if group else made
+
+
+def writer(root: Path, **options: Any) -> TraceWriter:
+    return TraceWriter(root, {"model": {"id": "made"}}, ROUTERS, shard_tokens=60, **options)
+
+
+def write(root: Path, batches: list[RoutedBatch], **options: Any) -> None:
+    with writer(root, **options) as open_writer:
+        for batch in batches:
+            open_writer.write(batch)
+
+
+def lines_of(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "shards-0.jsonl").read_text().splitlines()]
+
+
+def content(root: Path) -> list[Any]:
+    """What a trace holds: each file by its hash, without numbers of shards and names of files."""
+    return [
+        {k: v for k, v in line.items() if k not in ("shard", "path", "crc32")}
+        for line in lines_of(root)
+    ]
+
+
+def waited(until: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not until():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize("seconds", [AT_ONCE, 0.02])
+def test_the_trace_is_at_last_the_same_file_by_file(
+    tmp_path: Path, seconds: float, group: int
+) -> None:
+    batches = some_batches(group=group)
+    write(tmp_path / "plain", batches)
+    with writer(tmp_path / "early", commit_every=seconds) as early:
+        for batch in batches:
+            early.write(batch)
+            time.sleep(0.03)
+    assert content(tmp_path / "early") == content(tmp_path / "plain")
+    assert not any("early" in line for line in lines_of(tmp_path / "early"))
+    # control: early shards were there, and took numbers
+    assert lines_of(tmp_path / "early")[-1]["shard"] > lines_of(tmp_path / "plain")[-1]["shard"]
+    found = verify(tmp_path / "early")
+    assert (found.ok, found.status, found.uncommitted) == (True, "complete", [])
+
+
+def test_what_was_recorded_can_be_read_while_the_recording_goes_on(tmp_path: Path) -> None:
+    batches, root = some_batches(), tmp_path / "t"
+    with writer(root, commit_every=0.01) as early:
+        for n, batch in enumerate(batches, 1):
+            early.write(batch)
+            # also what came last, while nothing else comes
+            waited(lambda n=n: open_trace(root).n_tokens == n * TOKENS)
+            trace = open_trace(root)
+            expected = np.concatenate([b.ids[0] for b in batches[:n]]).astype(float)
+            expected[expected == 255] = np.nan
+            got = trace.routing(router=0)[["expert_0", "expert_1"]].to_numpy(float)
+            assert np.array_equal(got, expected, equal_nan=True)
+            assert verify(root).ok
+            if n == 2:
+                assert [shard.files.early for shard in trace.shards] == [True, True]
+            if n == 4:  # three batches are a shard
+                waited(lambda: not next(open_trace(root).shards).files.early)
+
+
+def test_without_it_nothing_shows_before_a_shard_is_full(tmp_path: Path) -> None:
+    with writer(tmp_path / "t") as late:
+        late.write(some_batches()[0])
+        time.sleep(0.1)
+        assert open_trace(tmp_path / "t").n_tokens == 0
+
+
+def test_passes_of_one_group_are_committed_together(tmp_path: Path) -> None:
+    """A prompt and what was generated from it: committed when the next prompt comes, not before."""
+    with writer(tmp_path / "t", commit_every=AT_ONCE) as early:
+        for batch in some_batches(n=3, group=2):
+            early.write(batch)
+        waited(lambda: open_trace(tmp_path / "t").n_tokens > 0)
+        time.sleep(0.05)
+        assert open_trace(tmp_path / "t").n_tokens == 2 * TOKENS
+    assert open_trace(tmp_path / "t").n_tokens == 3 * TOKENS
+
+
+def test_an_interrupted_trace_is_merged_too_and_resumes(tmp_path: Path) -> None:
+    batches, root = some_batches(), tmp_path / "t"
+    with pytest.raises(KeyboardInterrupt), writer(root, commit_every=AT_ONCE) as early:  # noqa: PT012
+        for batch in batches[:5]:
+            early.write(batch)
+        raise KeyboardInterrupt
+    assert open_trace(root).n_tokens == 5 * TOKENS
+    assert not any("early" in line for line in lines_of(root))
+    point = resume_point(root)
+    assert point.next_batch == 5
+    write(root, batches[5:], resume=point, commit_every=AT_ONCE)
+    assert verify(root).ok
+    assert (open_trace(root).tokens()["token"] == range(7 * TOKENS)).all()
+
+
+def test_replaced_files_stay_a_while_for_those_who_read_them(tmp_path: Path) -> None:
+    root = tmp_path / "t"
+    with writer(root, commit_every=AT_ONCE) as early:
+        for batch in some_batches():
+            early.write(batch)
+        waited(lambda: open_trace(root).n_tokens == 7 * TOKENS)
+        named = {line["path"] for line in lines_of(root) if line["table"] == "routing"}
+        there = {f"routing/{file.name}" for file in (root / "routing").iterdir()}
+        assert named < there
+    named = {line["path"] for line in lines_of(root) if line["table"] == "routing"}
+    assert named == {f"routing/{file.name}" for file in (root / "routing").iterdir()}
+
+
+def died_at(root: Path, step: int, batches: list[RoutedBatch]) -> bool:
+    """Writes in a process that dies as by kill -9 at its n-th step on the disk. Whether it did."""
+    pid = os.fork()
+    if pid == 0:
+        left = step
+
+        def dying(function: Any) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+                return function(*args, **options)
+
+            return call
+
+        try:
+            for name in ("fsync", "replace", "unlink"):
+                setattr(os, name, dying(getattr(os, name)))
+            point = resume_point(root) if (root / "trace.json").exists() else None
+            start = point.next_batch if point else 0
+            write(root, batches[start:], resume=point, commit_every=AT_ONCE)
+        except BaseException as error:
+            print(error, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 9)
+    return code == 9
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_it_reads_verifies_and_resumes(tmp_path: Path) -> None:
+    batches = some_batches(n=4)
+    write(tmp_path / "plain", batches)
+    expected = content(tmp_path / "plain")
+    step, early, replaced = 0, 0, 0
+    while True:
+        root = tmp_path / f"t{step}"
+        if not died_at(root, step, batches):
+            break
+        if (root / "trace.json").exists():
+            trace = open_trace(root)
+            early += any(shard.files.early for shard in trace.shards)
+            found = verify(root)
+            assert found.ok, (step, found.violation)
+            # of the last steps only the lock is left to remove
+            done = trace.status == "complete"
+            assert found.status == ("complete" if done else "interrupted"), step
+            replaced += bool(found.uncommitted)
+            assert (trace.tokens()["token"] == range(trace.n_tokens)).all()
+            assert len(trace.routing(router=1)) == trace.n_tokens
+        # a second death, while it is resumed
+        died_at(root, step // 3, batches)
+        if (root / "trace.json").exists():
+            open_trace(root)
+        died_at(root, 10**6, batches)
+        found = verify(root)
+        assert (found.ok, found.status, found.uncommitted) == (True, "complete", []), step
+        assert content(root) == expected, step
+        step += 1
+    assert content(root) == expected
+    # control: it died while early shards were there, and while replaced files were
+    assert step > 60
+    assert early > 20
+    assert replaced > 20
+
+
+@pytest.mark.slow
+def test_a_recording_killed_by_the_system_resumes_to_the_same_trace(tmp_path: Path) -> None:
+    """`trace --commit-every` of the demo, killed -9 while early shards are there."""
+    command = [sys.executable, "-m", "moe_inspect", "trace", "demo", "--batch-tokens", "128"]
+    command += ["--max-tokens", "6000", "--device", "cpu"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*command, "-o", whole], check=True, capture_output=True)
+    process = subprocess.Popen([*command, "-o", cut, "--commit-every", "50ms"])
+    waited_for_early = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < waited_for_early:
+        if (cut / "trace.json").exists() and open_trace(cut).n_tokens:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < open_trace(cut).n_tokens < open_trace(whole).n_tokens
+    assert any(shard.files.early for shard in open_trace(cut).shards)
+    assert verify(cut).status == "interrupted"
+    subprocess.run([*command, "-o", cut, "--resume"], check=True, capture_output=True)
+    assert content(cut) == content(whole)
+    assert verify(cut).status == "complete"
+
+
+# --- counts
+
+
+def counted(n: int, domains: int) -> CountedBatches:
+    rng = np.random.default_rng(n)
+    load = [rng.integers(0, 3, (domains, r.experts)) for r in ROUTERS]
+    names = ["a", "b", "c"][:domains]
+    return CountedBatches(n, 100, names, load, [x // 2 for x in load], [x * 0.5 for x in load])
+
+
+def test_counts_are_summed_when_the_shard_is_due(tmp_path: Path) -> None:
+    root, parts = tmp_path / "t", [counted(n, min(3, n + 1)) for n in range(5)]
+    with TraceWriter(
+        root, {}, ROUTERS, counts_only=True, shard_tokens=250, commit_every=AT_ONCE
+    ) as writer:
+        for n, part in enumerate(parts):
+            writer.write(part)
+            waited(lambda n=n: open_trace(root).n_tokens == 100 * (n + 1))
+            early = [shard.files.early for shard in open_trace(root).shards]
+            assert early == [[True], [True, True], [False], [False, True], [False, True, True]][n]
+    trace = open_trace(root)
+    assert [shard.files.tokens for shard in trace.shards] == [300, 200]
+    assert verify(root).ok
+    table = trace.counts()
+    for r, router in enumerate(ROUTERS):
+        for d, name in enumerate("abc"):
+            rows = table[(table["router"] == r) & (table["domain"] == name)]
+            got = rows.groupby("expert")[["assignments", "weight_sum"]].sum()
+            expected = sum(p.assignments[r][d] for p in parts if d < len(p.assignments[r]))
+            assert (got["assignments"] == expected).all()
+            assert (got["weight_sum"] == expected * 0.5).all()
+            assert len(got) == router.experts
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5s", 5), ("500ms", 0.5), ("2m", 120), ("1.5", 1.5), ("1h", 3600)]
+)
+def test_times_of_the_command_line(text: str, seconds: float) -> None:
+    from moe_inspect.cli.options import seconds as parsed
+
+    assert parsed(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "0s", "-1s", "5 days", "s", "nan", "1e9999"])
+def test_times_that_are_none_are_refused(text: str) -> None:
+    import typer
+
+    from moe_inspect.cli.options import seconds as parsed
+
+    with pytest.raises(typer.BadParameter, match="write a time like"):
+        parsed(text)
