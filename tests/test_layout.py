@@ -30,13 +30,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": {"demo", "importers", "model", "trace", "errors", "text"},
     "doctor": {"capture", "demo", "model", "trace", "errors", "text"},
     "analysis": {"trace", "errors", "text"},
+    "alarms": {"analysis", "trace", "errors", "text"},
+    # what watches a training run counts on the model and judges what it counted
+    "training": {"alarms", "capture", "analysis", "model", "trace", "errors", "text"},
     "reporting": {"analysis", "trace", "errors", "text"},
     "comparison": {"reporting", "analysis", "trace", "errors", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "text"},
 }
 # an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
 # it in the function that does
-LIGHT = {"trace", "exporters", "importers", "analysis", "reporting", "comparison", "simulate"}
+LIGHT = {
+    "trace",
+    "exporters",
+    "importers",
+    "analysis",
+    "alarms",
+    "reporting",
+    "comparison",
+    "simulate",
+}
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch
 from moe_inspect.trace.writer.pending import SHARD_TOKENS
-from moe_inspect.trace.writer.resume import ResumePoint, committed_counts, resume_point
+from moe_inspect.trace.writer.resume import ResumePoint, committed_counts, drop_after, resume_point
 from moe_inspect.trace.writer.trace_writer import TraceWriter
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "RoutedBatch",
     "TraceWriter",
     "committed_counts",
+    "drop_after",
     "resume_point",
 ]

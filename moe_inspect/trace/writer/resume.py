@@ -67,3 +67,18 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
         decisions=sum(s.decisions for s in shards),
         slot_orders=slot_orders,
     )
+
+
+def drop_after(root: Path, batch: int) -> int | None:
+    """Takes from the list of rank 0 the shards that hold any batch after `batch`; their files
+    are deleted by `resume_point`. For traces of one rank. Returns the last batch that is left, None
+    where none is. The caller holds the lock."""
+    manifest = read_manifest(root)
+    shards = committed_shards(root, manifest)
+    kept = [s for s in shards if s.last_batch <= batch]
+    if len(kept) < len(shards):
+        # first, so that it never counts more tokens than the shards have
+        counts = {**_counts(kept), "dropped": 0}
+        write_manifest(root, {**manifest, "status": "recording", "counts": counts})
+    write_atomically(root / "shards-0.jsonl", b"".join(line for s in kept for line in s.lines))
+    return kept[-1].last_batch if kept else None

@@ -344,7 +344,7 @@ class TraceWriter:
             "first_token": first_token,
             "last_token": first_token + counted.tokens - 1,
             "decisions": everywhere if counted.decisions is None else counted.decisions,
-            "first_batch": None,
+            "first_batch": counted.first_batch,
             "last_batch": counted.batch,
         }
         self._commit(lines, span, early=1 if early else 0)

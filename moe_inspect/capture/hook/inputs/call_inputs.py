@@ -67,12 +67,8 @@ class RowReader:
         given = kwargs
         if args:
             given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
-        if stack == "decoder":  # some models call it with the names of their own arguments
-            given = given | {
-                name.removeprefix("decoder_"): value
-                for name, value in given.items()
-                if name.startswith("decoder_")
-            }
+        if stack == "decoder":
+            given = {**given, **_of_decoder(given)}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         fed = ids if ids is not None else embeds
         if fed is None:
@@ -315,6 +311,28 @@ def _host_copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(
         tensor, non_blocking=True
     )
+
+
+def real_rows(given: Mapping[str, Any], stack: str = "") -> tuple[int, int, torch.Tensor | None]:
+    """B, S and the mask [B, S] of a call with these arguments, on its own device: not 0 except for
+    padding; None where there is no padding. Nothing is copied."""
+    if stack == "decoder":
+        given = {**given, **_of_decoder(given)}
+    ids = given.get("input_ids")
+    fed = ids if ids is not None else given.get("inputs_embeds")
+    if fed is None:
+        raise MoeInspectError("a forward pass had neither input_ids nor inputs_embeds")
+    B, S = fed.shape[:2]
+    return B, S, _mask(given.get("attention_mask"), B, S, 0)
+
+
+def _of_decoder(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a decoder that some models call with the names of their own arguments."""
+    return {
+        name.removeprefix("decoder_"): value
+        for name, value in given.items()
+        if name.startswith("decoder_")
+    }
 
 
 def _mask(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:

@@ -1,0 +1,124 @@
+"""Rules: when an alarm is raised, as a line of text.
+
+max_vio > 1 for 3 windows
+dead_experts > 0 for 3 windows
+entropy falling by 0.1
+drift > 0.2 in layers 0-3
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_inspect.analysis.metrics.registry import metrics_of
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.schema import parse_ranges
+
+DRIFT = "drift"
+# metrics of a router that its load does not tell: only where the model is at hand
+OF_MODEL = ("max_vio_batch", "aux_loss", "z_loss", "bias_range")
+DRIFTED = 0.2  # share of the assignments that moved: the rule "drift"
+CHANGED = 0.05  # of "falling" and "rising" without a share
+
+DEFAULT_RULES = (
+    "dead_experts > 0 for 3 windows",
+    "max_vio > 1.5 for 3 windows",
+)
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_RULE = re.compile(
+    rf"(?P<metric>\w+)"
+    rf"(?:\s*(?P<sign>>=|<=|>|<)\s*(?P<value>{_NUMBER})"
+    rf"|\s+(?P<way>falling|rising)(?:\s+by\s+(?P<by>{_NUMBER}))?)?"
+    rf"(?:\s+(?:and\s+)?(?P<chance>beyond\s+chance|even\s+by\s+chance))?"
+    rf"(?:\s+for\s+(?P<windows>\d+)\s+windows?)?"
+    rf"(?:\s+in\s+layers?\s+(?P<layers>[\d,\s-]+))?"
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The alarm is raised for a router whose `metric` meets the condition in `windows` consecutive
+    windows. `sign`: ">", ">=", "<", "<=" than `value`, or "falling" ("rising"): by the share
+    `value` below the highest (above the lowest) of its earlier windows. `beyond_chance`: and
+    tokens that choose their experts at random would not give such a value. `layers`: only there."""
+
+    metric: str
+    sign: str
+    value: float
+    windows: int = 1
+    beyond_chance: bool = True
+    layers: frozenset[int] | None = None
+
+    @property
+    def above(self) -> bool:
+        """Whether large values raise it."""
+        return self.sign in (">", ">=", "rising")
+
+    def __str__(self) -> str:
+        of = f" by {self.value:g}" if self.sign in ("falling", "rising") else f" {self.value:g}"
+        chance = "" if self.beyond_chance else " even by chance"
+        times = f" for {self.windows} windows" if self.windows > 1 else ""
+        layers = f" in layers {','.join(map(str, sorted(self.layers)))}" if self.layers else ""
+        return f"{self.metric} {self.sign}{of}{chance}{times}{layers}"
+
+
+def known_metrics() -> tuple[str, ...]:
+    """What a rule can be on."""
+    return (*metrics_of("balance", {"load_LE"}), DRIFT, *OF_MODEL)
+
+
+def parse_rule(text: str) -> Rule:
+    """The rule of a line of text. MoeInspectError where it is none.
+
+    METRIC > VALUE (also >=, <, <=), METRIC falling [by SHARE], METRIC rising [by SHARE], or "drift"
+    alone; then, each if wanted: "beyond chance" (the default) or "even by chance", "for N windows",
+    "in layers 0-3,7"."""
+    found = _RULE.fullmatch(" ".join(text.split()))
+    if found is None:
+        raise MoeInspectError(
+            f"cannot read the rule {text.strip()!r}: write it like "
+            '"max_vio > 1 for 3 windows" or "entropy falling by 0.1"'
+        )
+    metric = found["metric"]
+    if metric not in known_metrics():
+        raise MoeInspectError(
+            f"no metric {metric!r} in the rule {text.strip()!r}: there are "
+            f"{', '.join(known_metrics())}"
+        )
+    if found["sign"]:
+        sign, value = found["sign"], float(found["value"])
+    elif found["way"]:
+        sign, value = found["way"], float(found["by"] or CHANGED)
+    elif metric == DRIFT:
+        sign, value = ">", DRIFTED
+    else:
+        raise MoeInspectError(f"the rule {text.strip()!r} has no limit: write {metric} > VALUE")
+    windows = int(found["windows"] or 1)
+    if windows < 1:
+        raise MoeInspectError(f"the rule {text.strip()!r}: it takes at least 1 window")
+    layers = frozenset(parse_ranges(found["layers"])) if found["layers"] else None
+    return Rule(
+        metric, sign, value, windows, not (found["chance"] or "").startswith("even"), layers
+    )
+
+
+def read_rules(path: str | Path) -> list[Rule]:
+    """The rules of a text file, one per line; "#" begins a comment. MoeInspectError where a line is
+    none, or there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoeInspectError(f"cannot read the rules in {path}: {error}") from None
+    rules = list[Rule]()
+    for number, line in enumerate(lines, 1):
+        if text := line.partition("#")[0].strip():
+            try:
+                rules.append(parse_rule(text))
+            except MoeInspectError as error:
+                raise MoeInspectError(f"{path} line {number}: {error}") from None
+    if not rules:
+        raise MoeInspectError(f"{path} holds no rules: write one per line")
+    return rules

@@ -1,0 +1,117 @@
+"""RoutingCallback: the monitor as a callback of transformers' Trainer, and so of TRL's trainers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from moe_inspect.training.monitor import RoutingMonitor
+from moe_inspect.training.pictures import show_picture
+
+
+class RoutingCallback(TrainerCallback):
+    """Watches the routers of the model that a Trainer trains:
+
+        Trainer(model, args, train_dataset=…, callbacks=[RoutingCallback("runs/a/routing")])
+
+    Metrics of the routers are part of the Trainer's own logs, every `logging_steps`, and so go to
+    whatever it reports to. The load of all experts goes there as one picture (W&B, TensorBoard,
+    MLflow) every `picture_logs`-th log, 0 for never. Evaluation is logged apart, as eval_routing/….
+
+    path, every, flush_steps, detail, rules, on_alarm, layers, overwrite, group: as of
+    `RoutingMonitor`; "stop" among `on_alarm` stops the training. The history is committed before
+    each checkpoint is saved, and a training that is resumed from one goes on in it."""
+
+    def __init__(self, path: str | Path | None = None, *, picture_logs: int = 10, **options: Any):
+        self.path, self.picture_logs, self.options = path, picture_logs, options
+        self.monitor: RoutingMonitor | None = None
+        self._metrics: dict[str, float] = {}
+        self._logs = 0
+        self._trainer: Trainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer = _trainer_that_calls()
+        if self._trainer is not None:
+            # before those that report: they see what is added to the logs
+            callbacks = self._trainer.callback_handler.callbacks
+            callbacks.remove(self)
+            callbacks.insert(min(1, len(callbacks)), self)  # after what decides when to log
+        self._end("interrupted")
+        self.monitor = RoutingMonitor(
+            kwargs["model"],
+            self.path,
+            log_steps=sys.maxsize,  # when the Trainer logs
+            resume_step=state.global_step,
+            **{"flush_steps": sys.maxsize, **self.options},
+        )
+        self.monitor.__enter__()
+        self._metrics, self._logs = {}, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        monitor = self.monitor
+        assert monitor is not None
+        monitor.step(state.global_step)
+        if control.should_log:
+            self._metrics = monitor.log()
+            if "flush_steps" not in self.options:
+                monitor.flush()
+            self._logs += 1
+            if self.picture_logs and self._logs % self.picture_logs == 1 % self.picture_logs:
+                self._show(args, state)
+        if control.should_save:
+            monitor.flush()
+        if monitor.should_stop:
+            control.should_training_stop = True
+        return control
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        if self.monitor is not None and (found := self.monitor.evaluation()):
+            if self._trainer is not None:
+                self._trainer.log(found)
+            elif metrics is not None:
+                metrics.update(found)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Adds the metrics of the window that has just ended to the log."""
+        if logs is not None and "loss" in logs and self._metrics:
+            logs.update(self._metrics)
+            if state.log_history:
+                state.log_history[-1].update(self._metrics)
+            self._metrics = {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end("complete")
+
+    def _end(self, status: str) -> None:
+        if self.monitor is not None:
+            monitor, self.monitor = self.monitor, None
+            monitor.__exit__(None if status == "complete" else KeyboardInterrupt, None, None)
+
+    def _show(self, args: Any, state: Any) -> None:
+        monitor = self.monitor
+        if not state.is_world_process_zero or monitor is None or monitor.window is None:
+            return
+        writers = [
+            writer
+            for callback in (self._trainer.callback_handler.callbacks if self._trainer else [])
+            if (writer := getattr(callback, "tb_writer", None)) is not None
+        ]
+        reporters = set(args.report_to or ())
+        if writers or reporters & {"wandb", "mlflow"}:
+            show_picture(monitor.picture(), state.global_step, reporters, *writers[:1])
+
+
+def _trainer_that_calls() -> Trainer | None:
+    """The Trainer whose training calls this callback: a callback is not told. None where something
+    else calls it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), Trainer):
+            return found
+        frame = frame.f_back
+    return None

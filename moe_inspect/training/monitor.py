@@ -1,0 +1,294 @@
+"""RoutingMonitor: watches the routers of a model in any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moe_inspect.alarms.alarms import Alarm, Alarms
+from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
+from moe_inspect.alarms.window import Window
+from moe_inspect.capture.hook.attach import Attachment, is_compiled, uncompiled
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.routers import find_routers, in_layers
+from moe_inspect.training.actions import Action, act, actions_of
+from moe_inspect.training.history import History
+from moe_inspect.training.metrics import DETAILS, logged, max_vio_of_steps, window_metrics
+from moe_inspect.training.sums import Sums, Taken
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PREFIX = "routing/"
+
+
+class RoutingMonitor:
+    """Counts, while a model is trained, how many tokens its routers send to each expert:
+
+        with RoutingMonitor(model, "runs/a/routing") as monitor:
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if metrics := monitor.step():
+                    print(metrics)
+
+    Counts are kept on the device, without padding (by the attention mask). All passes between two
+    calls of `step` are one step, however many there are (gradient accumulation); what gradient
+    checkpointing computes again is not counted. A pass in evaluation mode, or without gradients, is
+    not training: `evaluation` returns what was counted of those. Under torch.distributed every
+    process has a monitor, and logs hold the sums of all.
+
+    model        any model that `moe_inspect.record` takes, also wrapped (DDP, FSDP, torch.compile)
+    path         directory of the history, a trace of counts whose batches are steps; None: none
+    every        count every N-th step
+    log_steps    `step` returns metrics after as many steps: the length of a window
+    flush_steps  commit the history after as many steps; by default at every log
+    detail       "summary": the worst and the median over layers of each metric; "layers": all
+    rules        of the alarms, as text or `Rule`; () for none
+    on_alarm     "warn", "log", "stop" (sets `should_stop`), a function of the `Alarm`, a `Webhook`,
+                 or several of them
+    layers       only these block indices
+    resume_step  the run goes on after this step of an earlier one: later steps in the history are
+                 replaced
+    overwrite    replace an existing history
+    group        the processes to sum over, by default all. Ranks of tensor parallelism see the same
+                 tokens: give the group of data-parallel ranks
+
+    Raises MoeInspectError for a dense model, and in a pass in which a router has not seen every
+    token once."""
+
+    def __init__(
+        self,
+        model: Any,
+        path: str | Path | None = None,
+        *,
+        every: int = 1,
+        log_steps: int = 10,
+        flush_steps: int | None = None,
+        detail: str = "summary",
+        rules: Sequence[str | Rule] = DEFAULT_RULES,
+        on_alarm: str | Action | Sequence[str | Action] = "warn",
+        layers: Sequence[int] | None = None,
+        resume_step: int = 0,
+        overwrite: bool = False,
+        group: Any = None,
+    ):
+        for name, n in (("every", every), ("log_steps", log_steps), ("flush_steps", flush_steps)):
+            if n is not None and n < 1:
+                raise MoeInspectError(f"{name} is {n}: give 1 or more")
+        if detail not in DETAILS:
+            raise MoeInspectError(f"no detail {detail!r}: choose from {', '.join(DETAILS)}")
+        self.model = unwrapped(model)
+        self.path = Path(path) if path is not None else None
+        self.every, self.log_steps, self.detail, self.group = every, log_steps, detail, group
+        self.flush_steps = flush_steps or log_steps
+        self.actions = actions_of(on_alarm)
+        self.rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
+        self.resume_step, self.overwrite = resume_step, overwrite
+        sites = in_layers(find_routers(self.model), layers)
+        logits = any(site.logits_module is not None for site in sites)
+        self._sums = Sums(self.model, sites, logits)
+        # what torch.compile returned has to be bracketed from outside
+        outer = model if uncompiled(model) is self.model else self.model
+        self._attachment = Attachment(outer, sites, "tap", logits, self._sums)
+        self._pauses = is_compiled(outer)
+        self.steps = resume_step
+        self.should_stop = False
+        self.raised: list[Alarm] = []
+        self.window: Window | None = None  # the last one
+        self._before: Window | None = None
+        self._alarms: Alarms | None = None
+        self._history: History | None = None
+        self._logged = self._flushed = resume_step  # steps of the last log and flush
+        self._to_log: list[Taken] = []
+        self._to_flush: list[Taken] = []
+
+    @property
+    def routers(self) -> list[Any]:
+        """The routers, once a pass has run."""
+        return self._sums.routers
+
+    # --- attach and detach
+
+    def __enter__(self) -> RoutingMonitor:
+        if self.path is not None and _rank() == 0:
+            self._history = History(
+                self.path,
+                resume_step=self.resume_step,
+                overwrite=self.overwrite,
+                settings={"every": self.every, "log_steps": self.log_steps},
+            )
+        try:
+            self._attachment.attach()
+        except BaseException:
+            self._close("interrupted")
+            raise
+        self._choose()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._attachment.detach()
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._close("complete" if kind is None else "interrupted")
+
+    def _close(self, status: str) -> None:
+        for action in self.actions:
+            if not isinstance(action, str) and hasattr(action, "close"):
+                action.close()  # pyright: ignore[reportFunctionMemberAccess]
+        if self._history is not None:
+            history, self._history = self._history, None
+            history.close(status)
+
+    def _choose(self) -> None:
+        """Whether the next step is counted. A compiled model runs uncompiled where it is, and is
+        left alone elsewhere, evaluation included."""
+        self._sums.is_counted = self.steps % self.every == 0
+        if self._pauses:
+            self._attachment.paused = not self._sums.is_counted
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward passes inside the block are not counted."""
+        before, self._attachment.paused = self._attachment.paused, True
+        try:
+            yield
+        finally:
+            self._attachment.paused = before
+
+    # --- steps
+
+    def step(self, step: int | None = None) -> dict[str, float]:
+        """The optimizer has taken a step: the passes since the last call were its batch. Returns
+        the metrics of the window at every `log_steps`-th step, else nothing. `step`: its number,
+        where the caller has one; by default they are counted from 1."""
+        self._sums.end_step()
+        self.steps = self.steps + 1 if step is None else step
+        self._choose()
+        if self.steps - self._flushed >= self.flush_steps and self._flushes:
+            self.flush()
+        return self.log() if self.steps - self._logged >= self.log_steps else {}
+
+    @property
+    def _flushes(self) -> bool:
+        return self.path is not None
+
+    def log(self) -> dict[str, float]:
+        """Ends the window now: its metrics, by key ("routing/max_vio/worst" …). Empty where nothing
+        was counted since the last one. Waits for the device, and for the other processes."""
+        self._collect()
+        taken, self._to_log = _summed(self._to_log), []
+        first, self._logged = self._logged + 1, self.steps
+        if taken is None:
+            return {}
+        window = Window(first, self.steps, taken.load, taken.tokens_R, self._values(taken))
+        values = window_metrics(window, self._before)
+        self.window, self._before = window, window
+        self._judge(window)
+        metrics = logged(values, self.routers, self.detail, PREFIX)
+        metrics[f"{PREFIX}tokens"] = float(taken.tokens_R.max())
+        metrics[f"{PREFIX}alarms"] = float(len(self._alarms.active) if self._alarms else 0)
+        return metrics
+
+    def evaluation(self) -> dict[str, float]:
+        """The metrics of the passes in evaluation since the last call, by key
+        ("eval_routing/max_vio/worst" …); empty where there were none."""
+        taken = self._sums.read(training=False, group=self.group)
+        if taken is None or not taken.passes:
+            return {}
+        window = Window(self.steps, self.steps, taken.load, taken.tokens_R, _losses(taken))
+        values = window_metrics(window, None)
+        return logged(values, self.routers, self.detail, f"eval_{PREFIX}")
+
+    def flush(self) -> None:
+        """Commits the steps so far to the history: what is saved by a checkpoint now is in it."""
+        if not self._flushes or self.steps == self._flushed:
+            return
+        self._collect()
+        taken, self._to_flush = _summed(self._to_flush), []
+        self._flushed = self.steps
+        if self._history is not None and taken is not None:
+            self._history.write(self.model, self.routers, taken.load, taken.tokens_R, self.steps)
+
+    def _collect(self) -> None:
+        taken = self._sums.read(group=self.group)
+        if taken is not None and taken.passes:
+            self._to_log.append(taken)
+            if self._flushes:
+                self._to_flush.append(taken)
+
+    def _values(self, taken: Taken) -> Mapping[str, np.ndarray]:
+        return {
+            "max_vio_batch": max_vio_of_steps(taken.recent),
+            **_losses(taken),
+            "bias_range": self._sums.bias_range(),
+        }
+
+    def _judge(self, window: Window) -> None:
+        if not self.rules:
+            return
+        if self._alarms is None:
+            self._alarms = Alarms(self.routers, self.rules)
+        for alarm in self._alarms.see(window):
+            self.raised.append(alarm)
+            if _rank() == 0:
+                self.should_stop |= act(alarm, self.actions)
+            else:  # every process sees the same window
+                self.should_stop |= "stop" in self.actions
+
+    def picture(self) -> Any:
+        """A matplotlib figure of the last window: the load of every expert of every layer."""
+        from moe_inspect.training.pictures import load_picture
+
+        if self.window is None:
+            raise MoeInspectError("no window yet: there is a picture after the first log")
+        return load_picture(self.window, self.routers)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside DDP, FSDP, DeepSpeed and torch.compile."""
+    while True:
+        inner = uncompiled(model)
+        if inner is model and not hasattr(model, "config"):
+            inner = getattr(model, "module", model)
+        if inner is model:
+            return model
+        model = inner
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    there = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_rank() if there else 0
+
+
+def _losses(taken: Taken) -> dict[str, np.ndarray]:
+    return {"aux_loss": taken.aux_loss_R, "z_loss": taken.z_loss_R}
+
+
+def _summed(parts: Sequence[Taken]) -> Taken | None:
+    """What consecutive reads come to together; None where there are none."""
+    if not parts:
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        n, m = total.passes, part.passes
+        total = replace(
+            part,
+            load=[a + b for a, b in zip(total.load, part.load, strict=True)],
+            recent=[np.concatenate(p) for p in zip(total.recent, part.recent, strict=True)],
+            tokens_R=total.tokens_R + part.tokens_R,
+            passes=n + m,
+            aux_loss_R=(n * total.aux_loss_R + m * part.aux_loss_R) / (n + m),
+            z_loss_R=(n * total.z_loss_R + m * part.z_loss_R) / (n + m),
+        )
+    return total

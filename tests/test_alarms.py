@@ -1,0 +1,241 @@
+"""Alarms: raised where a rule is broken and chance does not explain it, once, naming the layer."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_inspect.alarms.alarms import Alarms
+from moe_inspect.alarms.chance import chance_limit, uniform_loads
+from moe_inspect.alarms.rules import Rule, known_metrics, parse_rule, read_rules
+from moe_inspect.alarms.window import Window
+from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.schema import Router
+from moe_inspect.training.actions import RoutingWarning, Webhook, act
+
+E, K = 8, 2
+ROUTERS = [Router(layer, f"r{layer}", f"r{layer}", E, K) for layer in (2, 3)]
+EVEN = [1000] * E
+DEAD = [0, 2000, *[1000] * (E - 2)]
+
+
+def window(n: int, *load: list[int], **values: list[float]) -> Window:
+    loads = [np.array(of_router) for of_router in load]
+    tokens_R = np.array([int(load_E.sum()) // K for load_E in loads])
+    arrays = {name: np.array(value) for name, value in values.items()}
+    return Window(10 * n + 1, 10 * n + 10, loads, tokens_R, arrays)
+
+
+def judged(rules: list[str], *windows: Window) -> list[Any]:
+    alarms = Alarms(ROUTERS, [parse_rule(rule) for rule in rules])
+    return [alarm for w in windows for alarm in alarms.see(w)]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("max_vio > 1", Rule("max_vio", ">", 1.0)),
+        ("max_vio > 1 and beyond chance", Rule("max_vio", ">", 1.0)),
+        ("max_vio>.5 even by chance", Rule("max_vio", ">", 0.5, beyond_chance=False)),
+        ("dead_experts > 0 for 3 windows", Rule("dead_experts", ">", 0.0, 3)),
+        ("entropy falling", Rule("entropy", "falling", 0.05)),
+        ("entropy  falling by 0.2 for 2 windows", Rule("entropy", "falling", 0.2, 2)),
+        ("drift", Rule("drift", ">", 0.2)),
+        (
+            "z_loss rising by 1 in layers 0-1,3",
+            Rule("z_loss", "rising", 1.0, layers=frozenset((0, 1, 3))),
+        ),
+    ],
+)
+def test_rules_are_read_as_they_are_written(text: str, rule: Rule) -> None:
+    assert parse_rule(text) == rule
+    assert parse_rule(str(rule)) == rule
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("max_vio", "has no limit"),
+        ("max_wio > 1", "no metric 'max_wio'"),
+        ("max_vio > many", "cannot read the rule"),
+        ("max_vio > 1 for 0 windows", "at least 1 window"),
+        ("drop table", "cannot read the rule"),
+        ("", "cannot read the rule"),
+    ],
+)
+def test_what_is_no_rule_is_refused(text: str, why: str) -> None:
+    with pytest.raises(MoeInspectError, match=why):
+        parse_rule(text)
+
+
+def test_a_file_of_rules(tmp_path: Path) -> None:
+    path = tmp_path / "rules.txt"
+    path.write_text("# of this run\nmax_vio > 1  # high\n\ndrift\n")
+    assert [rule.metric for rule in read_rules(path)] == ["max_vio", "drift"]
+    path.write_text("max_vio > 1\nmax_vio !\n")
+    with pytest.raises(MoeInspectError, match=r"rules.txt line 2: cannot read"):
+        read_rules(path)
+    path.write_text("# none\n")
+    with pytest.raises(MoeInspectError, match="holds no rules"):
+        read_rules(path)
+    with pytest.raises(MoeInspectError, match="cannot read the rules"):
+        read_rules(tmp_path / "none.txt")
+
+
+def test_an_alarm_names_layer_expert_step_and_help() -> None:
+    (alarm,) = judged(
+        ["dead_experts > 0 for 2 windows"],
+        window(0, EVEN, EVEN),
+        window(1, EVEN, DEAD),
+        window(2, EVEN, DEAD),
+    )
+    assert (alarm.layer, alarm.router, alarm.experts) == (3, 1, (0,))
+    assert (alarm.since, alarm.step, alarm.value) == (11, 30, 1.0)
+    assert alarm.text.startswith("Layer 3, expert 0: dead_experts is 1 since step 11")
+    assert "arXiv:" in alarm.help
+    assert json.loads(json.dumps(alarm.record()))["layer"] == 3
+
+
+def test_it_is_raised_once_and_again_after_the_rule_was_kept() -> None:
+    windows = [window(n, EVEN, load) for n, load in enumerate([DEAD, DEAD, DEAD, EVEN, DEAD])]
+    assert [a.step for a in judged(["dead_experts > 0"], *windows)] == [10, 50]
+    assert [a.step for a in judged(["dead_experts > 0 for 2 windows"], *windows)] == [20]
+    assert not judged(["dead_experts > 0 for 4 windows"], *windows)
+
+
+def test_only_in_the_layers_asked_for() -> None:
+    assert not judged(["dead_experts > 0 in layers 2"], window(0, EVEN, DEAD))
+    assert judged(["dead_experts > 0 in layers 3"], window(0, EVEN, DEAD))
+
+
+def test_windows_without_tokens_are_left_out() -> None:
+    none = [0] * E
+    assert not judged(["dead_experts > 0"], window(0, none, none))
+    broken = [window(0, EVEN, DEAD), window(1, EVEN, none), window(2, EVEN, DEAD)]
+    assert judged(["dead_experts > 0 for 2 windows"], *broken)
+
+
+def test_falling_is_below_the_best_so_far() -> None:
+    uneven = [4000, *[571] * 7]
+    found = judged(["entropy falling by 0.05"], window(0, uneven, EVEN), window(1, uneven, uneven))
+    assert [(a.router, a.metric) for a in found] == [(1, "entropy")]
+    assert "was 1" in found[0].text
+    assert not judged(
+        ["entropy rising by 0.05"], window(0, uneven, EVEN), window(1, uneven, uneven)
+    )
+
+
+def test_drift_is_from_the_window_before() -> None:
+    moved = [2000, 0, *[1000] * (E - 2)]
+    found = judged(["drift > 0.1"], window(0, EVEN, EVEN), window(1, EVEN, moved))
+    assert [(a.layer, a.value) for a in found] == [(3, pytest.approx(0.125))]
+    few = [[n // 100 for n in load] for load in (EVEN, moved)]
+    assert not judged(["drift > 0.1"], window(0, few[0], few[0]), window(1, few[0], few[1]))
+
+
+def test_what_only_the_model_tells() -> None:
+    high = window(0, EVEN, EVEN, z_loss=[1.0, 900.0])
+    (alarm,) = judged(["z_loss > 100"], high)
+    assert (alarm.layer, alarm.experts) == (3, ())
+    assert not judged(["z_loss > 100"], window(0, EVEN, EVEN))  # a trace does not
+
+
+# --- chance
+
+
+@pytest.mark.parametrize("tokens", [16, 200, 5000])
+def test_chance_alone_raises_nothing(tokens: int) -> None:
+    """Windows of tokens that choose at random, against rules that look at the least."""
+    rules = ["max_vio > 0", "dead_experts > 0", "entropy < 1", "starved_experts > 0", "drift > 0"]
+    rng = np.random.default_rng(tokens)
+    alarms = Alarms(ROUTERS, [parse_rule(rule) for rule in rules])
+    raised, blind = 0, 0
+    for n in range(100):
+        loads = []
+        for _ in ROUTERS:
+            ids = rng.random((tokens, E)).argsort(1)[:, :K]
+            loads.append(np.bincount(ids.reshape(-1), minlength=E).tolist())
+        raised += len(alarms.see(window(n, *loads)))
+        blind += sum(bal.max_vio(np.array(loads)) > 0)
+    assert raised <= 1
+    assert blind == 200  # control: without the floor every window breaks "max_vio > 0"
+
+
+def test_the_limit_is_what_random_choices_give() -> None:
+    limit = chance_limit("max_vio", 4 * 1024, E, K, above=True)
+    rng = np.random.default_rng(1)
+    ids = rng.random((400, 1024, E)).argsort(2)[..., :K]
+    load_WE = np.stack([np.bincount(w.reshape(-1), minlength=E) for w in ids])
+    vio_W = bal.max_vio(load_WE)
+    assert np.quantile(vio_W, 0.95) < limit < 1.5 * vio_W.max()
+    simulated = bal.max_vio(uniform_loads(1024, E, K)).mean()
+    assert simulated == pytest.approx(vio_W.mean(), rel=0.05)
+    assert (uniform_loads(1024, E, K).sum(1) == 1024 * K).all()
+    assert uniform_loads(1024, E, K).max() <= 1024
+
+
+@pytest.mark.parametrize("metric", known_metrics())
+def test_every_metric_can_be_a_rule(metric: str) -> None:
+    windows = [window(n, EVEN, DEAD, z_loss=[0.0, 0.0]) for n in range(2)]
+    judged([f"{metric} > 0", f"{metric} < 0", f"{metric} falling", f"{metric} rising"], *windows)
+
+
+# --- actions
+
+
+@pytest.fixture
+def posted() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    got: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/", got
+    server.shutdown()
+
+
+def test_actions(
+    posted: tuple[str, list[dict[str, Any]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    (alarm,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
+    url, got = posted
+    called: list[Any] = []
+    webhook = Webhook(url, most_per_hour=2)
+    with pytest.warns(RoutingWarning, match="Layer 3, expert 0"):
+        assert not act(alarm, ["warn", "log", called.append, webhook])
+    assert called == [alarm]
+    assert "Layer 3, expert 0" in caplog.text
+    assert act(alarm, ["stop"])
+    for _ in range(3):
+        webhook(alarm)
+    webhook.close()
+    assert [post["layer"] for post in got] == [3, 3]  # bounded
+    assert "not posted" in caplog.text
+
+
+def test_a_webhook_that_is_not_there_does_not_stop_training(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (alarm,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
+    webhook = Webhook("http://127.0.0.1:9/", timeout_s=1)
+    webhook(alarm)
+    webhook.close()
+    assert "could not post" in caplog.text
+    with pytest.raises(MoeInspectError, match="is not a webhook"):
+        Webhook("file:///etc/passwd")

@@ -1,0 +1,326 @@
+"""RoutingMonitor: the counts of a training loop are those of its batches, each token once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.training import RoutingMonitor
+from tests.conftest import ROOT
+from tests.families import build
+from tests.trained import EXPERTS, LAYERS, counted, reset
+from tests.zoo import token_batch
+
+
+def batch(n: int) -> dict[str, torch.Tensor]:
+    return token_batch([9, 5, 12, 1], seed=n)
+
+
+def loop(
+    model: Any, monitor: RoutingMonitor, steps: int, accumulate: int = 1, first: int = 0
+) -> list[dict[str, float]]:
+    """Trains; returns what was logged."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    logs = []
+    for step in range(first, first + steps):
+        for micro in range(accumulate):
+            inputs = batch(step * accumulate + micro)
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        logs.append(monitor.step())
+    return [metrics for metrics in logs if metrics]
+
+
+def history(path: Path) -> np.ndarray:
+    """int64 [layers, experts]"""
+    load = moe_inspect.report(path).tables["load"]
+    return load["assignments"].to_numpy().reshape(-1, load["expert"].max() + 1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_counts_are_those_of_the_batches(
+    accumulate: int, checkpointing: bool, tmp_path: Path
+) -> None:
+    model = counted().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with RoutingMonitor(model, tmp_path / "h", log_steps=2) as monitor:
+        logs = loop(model, monitor, 5, accumulate)
+    assert model.steps_passes == 5 * accumulate
+    assert (history(tmp_path / "h") == model.load).all()
+    assert len(logs) == 2
+    trace = moe_inspect.open_trace(tmp_path / "h")
+    assert trace.n_tokens == 5 * accumulate * (9 + 5 + 12 + 1)  # without padding
+    assert [(s.files.first_batch, s.files.last_batch) for s in trace.shards] == [
+        (1, 2),
+        (3, 4),
+        (5, 5),
+    ]
+    assert moe_inspect.verify(tmp_path / "h").ok
+    model.load[0, 0] += 1  # control
+    assert not (history(tmp_path / "h") == model.load).all()
+
+
+def test_evaluation_is_counted_apart(tmp_path: Path) -> None:
+    model = counted().train()
+    with RoutingMonitor(model, tmp_path / "h", log_steps=3) as monitor:
+        assert monitor.evaluation() == {}
+        for step in range(3):
+            loop(model, monitor, 1, first=step)
+            model.eval()
+            model(**batch(100))
+            model.train()
+            with torch.no_grad():  # what a trainer generates, or a reference's log-probabilities
+                model(**batch(101))
+        metrics = monitor.evaluation()
+        assert monitor.evaluation() == {}
+    assert (history(tmp_path / "h") == model.load).all()
+    assert metrics["eval_routing/max_vio/worst"] > 0
+
+
+def test_a_pass_that_failed_is_not_counted(tmp_path: Path) -> None:
+    model = counted().train()
+    with RoutingMonitor(model, tmp_path / "h") as monitor:
+        loop(model, monitor, 1)
+        layer = model.model.layers[1].mlp
+        before = layer.forward
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise ArithmeticError
+
+        layer.forward = fail
+        with pytest.raises(ArithmeticError):
+            model(**batch(0))
+        layer.forward = before
+        loop(model, monitor, 1, first=1)
+    assert (history(tmp_path / "h") == model.load).all()
+
+
+def test_every_second_step_is_counted_whole(tmp_path: Path) -> None:
+    model = counted().train()
+    expected = np.zeros((LAYERS, EXPERTS), np.int64)
+    with RoutingMonitor(model, tmp_path / "h", every=2) as monitor:
+        for step in range(5):
+            reset(model)
+            loop(model, monitor, 1, accumulate=2, first=step)
+            expected += model.load * (step % 2 == 0)
+    assert (history(tmp_path / "h") == expected).all()
+
+
+def test_metrics_are_those_of_the_window() -> None:
+    model = counted().train()
+    with RoutingMonitor(model, log_steps=2, detail="layers") as monitor:
+        (first,) = loop(model, monitor, 2)
+        load_LE = model.load.copy()
+        reset(model)
+        (second,) = loop(model, monitor, 2, first=2)
+    assert first["routing/max_vio/layer_0"] == pytest.approx(bal.max_vio(load_LE)[0])
+    assert first["routing/max_vio/worst"] == pytest.approx(bal.max_vio(load_LE).max())
+    assert first["routing/entropy/worst"] == pytest.approx(bal.entropy(load_LE).min())
+    assert first["routing/dead_experts/worst"] == bal.dead_experts(load_LE).max()
+    assert first["routing/tokens"] == 2 * 27
+    assert "routing/drift/worst" not in first
+    shares = [load / load.sum(1, keepdims=True) for load in (load_LE, model.load)]
+    drift_L = np.abs(shares[0] - shares[1]).sum(1) / 2
+    assert second["routing/drift/layer_1"] == pytest.approx(drift_L[1])
+
+
+def test_max_vio_of_a_step_is_not_that_of_the_window() -> None:
+    model = counted().train()
+    with RoutingMonitor(model, log_steps=4) as monitor:
+        vio = []
+        for step in range(4):
+            reset(model)
+            logs = loop(model, monitor, 1, accumulate=2, first=step)
+            vio.append(bal.max_vio(model.load))
+    worst = np.mean(vio, axis=0).max()
+    assert logs[0]["routing/max_vio_batch/worst"] == pytest.approx(worst)
+    assert logs[0]["routing/max_vio_batch/worst"] > logs[0]["routing/max_vio/worst"]
+
+
+def test_losses_of_the_router_are_those_of_its_logits() -> None:
+    model = counted().train()
+    inputs = batch(0)
+    with RoutingMonitor(model, log_steps=1, detail="layers") as monitor:
+        out = model(**inputs, labels=inputs["input_ids"])
+        metrics = monitor.step()
+    real = inputs["attention_mask"].reshape(-1) != 0
+    for layer, logits_TE in enumerate(out.router_logits):
+        logits_TE = logits_TE.detach()[real]
+        p_E = logits_TE.softmax(-1).mean(0)
+        f_E = torch.from_numpy(model.load[layer] / model.load[layer].sum())
+        aux = EXPERTS * float((f_E * p_E).sum())
+        z = float((logits_TE.logsumexp(-1) ** 2).mean())
+        assert metrics[f"routing/aux_loss/layer_{layer}"] == pytest.approx(aux, rel=1e-5)
+        assert metrics[f"routing/z_loss/layer_{layer}"] == pytest.approx(z, rel=1e-5)
+
+
+def test_the_range_of_a_selection_bias_is_logged() -> None:
+    model = build("deepseek_v3").train()
+    gates = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    gates[-1].e_score_correction_bias[0] = 3.0
+    gates[-1].e_score_correction_bias[1:] = 0.5
+    with RoutingMonitor(model, log_steps=1) as monitor:
+        model(**batch(0))
+        assert monitor.step()["routing/bias_range/worst"] == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("detail", ["summary", "layers"])
+def test_the_number_of_keys_does_not_depend_on_the_number_of_experts(detail: str) -> None:
+    def keys(**config: Any) -> set[str]:
+        model = counted(**config).train()
+        with RoutingMonitor(model, log_steps=1, detail=detail) as monitor:
+            (metrics,) = loop(model, monitor, 1)
+        return set(metrics)
+
+    few = keys()
+    assert len(few) < 20 + 10 * LAYERS * (detail == "layers")
+    assert "routing/max_vio/median" in few
+
+
+def test_a_compiled_model_is_counted(tmp_path: Path) -> None:
+    model = counted().train()
+    with RoutingMonitor(torch.compile(model, backend="eager"), tmp_path / "h") as monitor:
+        loop(model, monitor, 2)
+    assert (history(tmp_path / "h") == model.load).all()
+
+
+def test_a_wrapped_model_is_found() -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module):
+            super().__init__()
+            self.module = module
+
+    model = counted()
+    assert RoutingMonitor(Wrapper(Wrapper(model))).model is model
+
+
+def test_gradients_and_outputs_are_untouched() -> None:
+    def gradients(watched: bool) -> dict[str, torch.Tensor]:
+        model = counted().train()
+        inputs = batch(0)
+        if watched:
+            with RoutingMonitor(model):
+                model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        else:
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    with_it, without = gradients(True), gradients(False)
+    assert all(torch.equal(with_it[name], without[name]) for name in without)
+    assert len(without) > 10
+
+
+def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    model = counted()
+    for options, message in (
+        ({"every": 0}, "every is 0"),
+        ({"detail": "all"}, "no detail 'all'"),
+        ({"rules": ["max_vio"]}, "has no limit"),
+        ({"on_alarm": "shout"}, "no action 'shout'"),
+    ):
+        with pytest.raises(MoeInspectError, match=message):
+            RoutingMonitor(model, **options)  # pyright: ignore[reportArgumentType]
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h" / "file").touch()
+    with pytest.raises(MoeInspectError, match="there is something at"):
+        RoutingMonitor(model, tmp_path / "h").__enter__()
+
+
+# --- history, a kill, a resume
+
+
+def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
+    path, expected = tmp_path / "h", np.zeros((LAYERS, EXPERTS), np.int64)
+    model = counted().train()
+    with RoutingMonitor(model, path, log_steps=2) as monitor:
+        loop(model, monitor, 4)
+        expected += model.load
+        loop(model, monitor, 3, first=4)
+    reset(model)
+    with RoutingMonitor(model, path, log_steps=2, resume_step=4) as monitor:
+        loop(model, monitor, 4, first=4)
+        assert monitor.steps == 8
+    expected += model.load
+    assert (history(path) == expected).all()
+    assert moe_inspect.verify(path).ok
+    spans = [(s.files.first_batch, s.files.last_batch) for s in moe_inspect.open_trace(path).shards]
+    assert spans == [(1, 2), (3, 4), (5, 6), (7, 8)]
+
+
+def test_steps_that_are_missing_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = counted().train()
+    with RoutingMonitor(model, tmp_path / "h", log_steps=3) as monitor:
+        loop(model, monitor, 6)
+    with RoutingMonitor(model, tmp_path / "h", log_steps=3, resume_step=5) as monitor:
+        loop(model, monitor, 1, first=5)
+    assert "counts up to step 3" in capsys.readouterr().err
+    trace = moe_inspect.open_trace(tmp_path / "h")
+    assert [s.files.last_batch for s in trace.shards] == [3, 6]
+
+
+def test_a_trace_that_is_no_history_is_not_resumed(tmp_path: Path) -> None:
+    model = counted()
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(**batch(0))
+    with pytest.raises(MoeInspectError, match="not the history of a training run"):
+        RoutingMonitor(model, tmp_path / "t", resume_step=3).__enter__()
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from moe_inspect.training import RoutingMonitor
+from tests.test_training import loop
+from tests.trained import counted
+model = counted().train()
+with RoutingMonitor(model, sys.argv[1], log_steps=2) as monitor:
+    for step in range(1000):
+        loop(model, monitor, 1, first=step)
+        print(step + 1, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_no_step_twice(tmp_path: Path) -> None:
+    path = tmp_path / "h"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) >= 7:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    trace = moe_inspect.open_trace(path)
+    assert trace.status == "recording"
+    assert trace.n_tokens >= 6 * 27  # steps 1 to 6 were committed
+    model = counted().train()
+    with RoutingMonitor(model, log_steps=2) as monitor:  # the same steps again, up to a checkpoint
+        loop(model, monitor, 4)
+    with RoutingMonitor(model, path, log_steps=2, resume_step=4) as monitor:
+        loop(model, monitor, 4, first=4)
+    assert (history(path) == model.load).all()
+    trace = moe_inspect.open_trace(path)
+    assert (trace.status, trace.n_tokens) == ("complete", 8 * 27)
+    assert moe_inspect.verify(path).ok
