@@ -15,7 +15,8 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture import hand_over
-from moe_inspect.capture.hook import attach, pass_buffer, pass_inputs, ring
+from moe_inspect.capture.hook import attach, pass_buffer, ring
+from moe_inspect.capture.hook.inputs import pass_inputs
 from moe_inspect.capture.hook.pass_buffer import PassBuffer
 from moe_inspect.capture.hook.sink import Scope
 from moe_inspect.errors import MoeInspectError

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_inspect
-from moe_inspect.capture.hook import call_inputs, kernels, ring
+from moe_inspect.capture.hook import kernels, ring
+from moe_inspect.capture.hook.inputs import call_inputs
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import TraceWriter
 from tests.families import build

@@ -98,7 +98,8 @@ class Attachment:
         def keep(hook: Any) -> None:
             self._cleanup.callback(hook.remove)
 
-        if self.compiled or _has_compiled():  # compiled code does not check for new hooks
+        compiled = self.compiled or _has_compiled()
+        if compiled:  # compiled code does not check for new hooks
             torch.compiler.reset()
             self._cleanup.callback(torch.compiler.reset)
         keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -123,11 +124,11 @@ class Attachment:
                 lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)),
             )
         for r, site in enumerate(self.sites):
-            self._watch(r, site)
+            self._watch(r, site, compiled)
         if self.mode == "dispatch":
             self._take_over()
 
-    def _watch(self, r: int, site: Site) -> None:
+    def _watch(self, r: int, site: Site, compiled: bool) -> None:
         """Hooks that read the choice and the logits of the router at site r."""
 
         def keep(hook: Any) -> None:
@@ -140,8 +141,10 @@ class Attachment:
             hook = choice_at_call(
                 self.sinks[r], adapter.choice if adapter is not None else called_with
             )
-            if site.method:
-                self._cleanup.callback(before_method(module, site.method, hook))
+            # (whoever has put a forward there, as accelerate does, may look for it again)
+            replaces = not compiled and "forward" not in vars(module)
+            if method := site.method or ("forward" if replaces else ""):
+                self._cleanup.callback(before_method(module, method, hook))
             else:
                 keep(module.register_forward_pre_hook(hook, with_kwargs=True))
         if self.logit_sinks and site.logits_module is not None:

@@ -1,16 +1,11 @@
-"""Receives the outputs of one router: the forward hooks that read a choice, and where it is
-written.
-
-These are hooks, although replacing `forward` on the instance would be a microsecond or two
-cheaper: a copy of the model (`copy.deepcopy`, an averaged model) would still call the original's
-`forward` with the original's weights, and accelerate, which replaces `forward` too, could put back
-the wrong one.
+"""Receives the outputs of one router: the hooks that read a choice, and where it is written.
 
 T tokens, K slots, E experts.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -112,12 +107,16 @@ def choice_at_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Calla
 def before_method(
     module: torch.nn.Module, name: str, hook: Callable[..., None]
 ) -> Callable[[], None]:
-    """`register_forward_pre_hook(hook, with_kwargs=True)` for another method of `module`. Returns
-    what removes the hook."""
-    hooks = getattr(vars(module).get(name), "hooks", None)
+    """Calls `hook(module, args, kwargs)` before each call of a method of `module`, by a method of
+    the instance. Returns what ends that.
+
+    For `forward` this costs some 5 µs less per call than `register_forward_pre_hook`: once there is
+    a hook, `Module.__call__` goes a long way."""
+    hooks = _hooks_before(module, name)
     if hooks is None:
         hooks, own, of_class = [], vars(module).get(name), getattr(type(module), name)
 
+        @functools.wraps(of_class)
         def run(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             for before in hooks:
                 before(self, args, kwargs)
@@ -130,7 +129,7 @@ def before_method(
 
     def remove() -> None:
         hooks.remove(hook)
-        if hooks or getattr(vars(module).get(name), "hooks", None) is not hooks:
+        if hooks or _hooks_before(module, name) is not hooks:
             return  # another recorder's hook is left, or somebody has replaced the method since
         if (own := getattr(module, name).own) is not None:
             setattr(module, name, own)
@@ -138,6 +137,13 @@ def before_method(
             delattr(module, name)
 
     return remove
+
+
+def _hooks_before(module: torch.nn.Module, name: str) -> list[Callable[..., None]] | None:
+    """The hooks before a method of `module`; None where `before_method` has not replaced it."""
+    made = vars(module).get(name)
+    # (what wraps a function may have its attributes)
+    return getattr(made, "hooks", None) if isinstance(made, MethodType) else None
 
 
 def choice_after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
