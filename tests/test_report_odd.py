@@ -23,8 +23,6 @@ NEED_DECISIONS = {
     "transitions",
     "repetition",
     "locality",
-    "windows",
-    "drift",
 }
 RNG = np.random.default_rng(9)
 

@@ -243,6 +243,27 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
 # --- history, a kill, a resume
 
 
+def test_a_report_has_the_windows_of_a_history(tmp_path: Path) -> None:
+    model, loads = counted().train(), []
+    with RoutingMonitor(model, tmp_path / "h", log_steps=2) as monitor:
+        for step in range(0, 6, 2):
+            reset(model)
+            loop(model, monitor, 2, first=step)
+            loads.append(model.load)
+    made = moe_inspect.report(tmp_path / "h")
+    windows = made.tables["windows"]
+    assert windows["tokens"].tolist() == [2 * 27] * 3 * LAYERS
+    expected = [bal.max_over_mean(load_LE)[1] for load_LE in loads]
+    assert windows[windows["router"] == 1]["max_over_mean"].tolist() == pytest.approx(expected)
+    drift = made.tables["drift"].set_index("router")["first_to_last"]
+    shares = [load / load.sum(1, keepdims=True) for load in (loads[0], loads[-1])]
+    assert drift.tolist() == pytest.approx((np.abs(shares[0] - shares[1]).sum(1) / 2).tolist())
+    wide = moe_inspect.report(tmp_path / "h", window=4 * 27).tables["windows"]
+    assert sorted(set(wide["tokens"])) == [2 * 27, 4 * 27]
+    made.prepare(["windows"])
+    assert "Judged on 162 tokens" in " ".join(f.text for f in made.verdict())
+
+
 def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
     path, expected = tmp_path / "h", np.zeros((LAYERS, EXPERTS), np.int64)
     model = counted().train()

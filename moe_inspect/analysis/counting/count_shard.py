@@ -158,6 +158,8 @@ def count_shard(
     prepared = prepare_shard(shard, selection, wants, windows)
     if shard.trace.counts_only:
         _count_counted(shard, selection, prepared.part)
+        if windows and "windows" in wants:
+            _windows_of_counted(shard, prepared.part, windows)
     else:
         chosen = selection.routers if routers is None else routers
         prepared.part.of = count_routers(prepared, chosen, kernels(fast))
@@ -355,6 +357,17 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
         part.of[r].null_slots = part.tokens_of(r) * part.routers[r].top_k - int(
             part.of[r].assignments_UE.sum()
         )
+
+
+def _windows_of_counted(shard: Shard, part: Counts, windows: Windows) -> None:
+    """Counts know no order within a shard: all of it is in the window in which it begins."""
+    w = windows.before[shard.files.rank, shard.files.index] // windows.tokens
+    part.first_token_W[w] = shard.files.first_token
+    for r, counts in part.of.items():
+        counts.window_load_WE = np.zeros((windows.count, part.routers[r].experts), np.int64)
+        counts.window_load_WE[w] = part.load_E(r)
+        counts.window_tokens_W = np.zeros(windows.count, np.int64)
+        counts.window_tokens_W[w] = part.tokens_of(r)
 
 
 def _documents(shard: Shard, selection: Selection) -> int:

@@ -35,10 +35,10 @@ MOVED = "From one window to the next"
 @chart("windows")
 def windows(data: ReportData) -> Chart | str:
     """max/mean of each router in windows of the trace, in execution order."""
-    if data.counts.counts_only:
-        return "load over time and drift: counts alone have no order"
     table: Any = data.tables["windows"]
     if table["window"].nunique() < 2:
+        if data.counts.counts_only:
+            return "load over time and drift: counts that were written at once have no order"
         return "load over time: the trace is a single window; --window N makes smaller ones"
     ratio_LW, layers, time = _by_window(data, table, "max_over_mean")
     if len(ratio_LW) <= MOST_LINES:
@@ -61,10 +61,10 @@ def windows(data: ReportData) -> Chart | str:
 def drift(data: ReportData) -> Chart | str:
     """How far the load moves, by window and by layer, and what that costs a placement made for the
     window before."""
-    if data.counts.counts_only:
-        return ""  # windows says so
     table: Any = data.tables["drift"]
     if not table["total_variation"].notna().any():
+        if data.counts.counts_only:
+            return ""  # windows says so
         return "drift: no router has load in two whole windows; --window N makes smaller ones"
     over_time: Any = data.tables["windows"]
     moved_LW, layers, time = _by_window(data, over_time, "total_variation")

@@ -22,6 +22,7 @@ from moe_inspect.trace.reader import Trace
 
 Result = TypeVar("Result")
 TOKEN_IDS = frozenset({"token_ids"})
+IN_ORDER = frozenset({"windows"})  # what counts alone tell besides sums: their shards have an order
 STATUS = {
     "recording": (
         "this trace is still being recorded, or was cut off: the report is of what is committed "
@@ -66,7 +67,7 @@ class ReportData:
         """The counts with at least these among them. What is not counted yet takes another pass:
         `prepare` saves that."""
         asked = (
-            BASE
+            BASE.union(IN_ORDER & set(wants))
             if self.trace.counts_only
             else BASE.union(wants) - (set() if "logits" in self.trace.tables else {"logits"})
         )
@@ -101,8 +102,9 @@ class ReportData:
         self.counts_for(*frozenset[str]().union(*known))
 
     def decisions(self, table: str) -> Counts:
-        """The counts for a table that needs decisions; an error where the trace has counts only."""
-        if self.trace.counts_only:
+        """The counts for a table that needs decisions; an error where the trace has counts only. A
+        table over time takes those too."""
+        if self.trace.counts_only and TABLES[table].wants != IN_ORDER:
             raise MoeInspectError(
                 f"{self.trace.path} holds counts only, no decisions: no {table} table; "
                 f"{self.trace.more_than_counts}"
