@@ -22,6 +22,7 @@ from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.text import join_first, layer_label
 from moe_inspect.trace.schema import Router
 
+CALM = 3
 WHICH: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # load_E → the experts at fault
     "dead_experts": lambda load_E: np.flatnonzero(load_E == 0),
     "starved_experts": lambda load_E: np.flatnonzero(
@@ -60,10 +61,11 @@ class Alarm:
 
 @dataclass
 class _Watched:
-    """One rule at one router: how many windows in a row have broken it, since which step; the best
-    value seen; and whether the alarm was raised."""
+    """One rule at one router: how many windows in a row have broken it, since which step, or kept
+    it; the best value seen; and whether the alarm was raised."""
 
     broken: int = 0
+    kept: int = 0
     since: int = 0
     best: float = math.nan
     raised: bool = False
@@ -71,8 +73,9 @@ class _Watched:
 
 @dataclass
 class Alarms:
-    """Judges windows by rules. An alarm is raised once, and again after a window that keeps the
-    rule. Windows without tokens at a router do not count."""
+    """Judges windows by rules. An alarm is raised once, and can be again after CALM windows in a
+    row (or as many as the rule says, if more) that keep the rule. Windows without tokens at a
+    router do not count."""
 
     routers: Sequence[Router]
     rules: Sequence[Rule] = field(
@@ -129,9 +132,10 @@ class Alarms:
             and not math.isnan(chance)
             and not (value > chance if rule.above else value < chance)
         ):
-            watched.broken, watched.raised = 0, False
+            watched.broken, watched.kept = 0, watched.kept + 1
+            watched.raised &= watched.kept < max(CALM, rule.windows)
             return []
-        watched.broken += 1
+        watched.broken, watched.kept = watched.broken + 1, 0
         if watched.broken == 1:
             watched.since = window.first
         if watched.raised or watched.broken < rule.windows:

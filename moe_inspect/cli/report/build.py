@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def build(request: Request) -> tuple[Report, list[str]]:
-    """The report with everything counted that was asked for, and the gates that failed."""
+    """The report with everything counted that was asked for, and a line per gate that failed and
+    alarm that its rules raise."""
+    from moe_inspect.alarms.of_trace import alarms_of
     from moe_inspect.reporting.report import report as make
     from moe_inspect.reporting.verdict.gate import breaches, gated
 
@@ -30,7 +32,13 @@ def build(request: Request) -> tuple[Report, list[str]]:
         )
         for name in tables:  # what is counted when it is asked for
             made.tables[name]
-        return made, breaches(made, request.gates)
+        failed = [f"failed: {line}" for line in breaches(made, request.gates)]
+        if request.rules:
+            window = request.selection["window"]
+            alarms = alarms_of(made.trace, request.rules, made.selection, window)
+            failed += [f"alarm: {alarm.text}" for alarm in alarms]
+            failed += [f"help: {text}" for text in dict.fromkeys(a.help for a in alarms)]
+        return made, failed
 
 
 def _tables_of_text(made: Report) -> list[str]:

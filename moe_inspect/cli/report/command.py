@@ -32,11 +32,11 @@ def report(options: ReportOptions) -> None:
     # before numpy is imported: with small matrices, threads of a BLAS mostly wait for each other
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     request = requested(options)
-    made, breached = build(request)
+    made, failed = build(request)
     write(made, request)
-    for line in breached:
-        print_stderr(f"failed: {line}")
-    if breached:
+    for line in failed:
+        print_stderr(line)
+    if failed:
         raise typer.Exit(3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -99,6 +100,17 @@ class ReportOptions:
         typer.Option(
             metavar="METRIC=VALUE",
             help="Exit with 3 if the metric of any selected router is below; repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help=(
+                "Exit with 3 if any window breaks a rule of this file, one per line, e.g. max_vio "
+                "> 1 for 3 windows."
+            ),
             show_default=False,
         ),
     ] = None

@@ -14,6 +14,7 @@ from moe_inspect.cli.report.options import ReportOptions, Simulated
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
+    from moe_inspect.alarms.rules import Rule
     from moe_inspect.reporting.verdict.gate import Gate
 
 
@@ -31,6 +32,7 @@ class Request:
     simulate: Sequence[Simulated]
     selection: dict[str, Any]
     gates: Sequence[Gate]
+    rules: Sequence[Rule]
 
 
 def requested(options: ReportOptions) -> Request:
@@ -64,6 +66,7 @@ def requested(options: ReportOptions) -> Request:
             *_gates(options.fail_above, above=True),
             *_gates(options.fail_below, above=False),
         ],
+        rules=_rules(options.rules),
     )
 
 
@@ -100,6 +103,17 @@ def _threshold(text: str) -> tuple[str, float]:
     else:
         return name, float(value)
     raise typer.BadParameter(f"--threshold {text}: {reason}")
+
+
+def _rules(path: Path | None) -> list[Rule]:
+    if path is None:
+        return []
+    from moe_inspect.alarms.rules import read_rules
+
+    try:
+        return read_rules(path)
+    except MoeInspectError as error:
+        raise typer.BadParameter(f"--rules: {error}") from None
 
 
 def _gates(texts: list[str] | None, above: bool) -> list[Gate]:

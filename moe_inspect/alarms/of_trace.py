@@ -1,0 +1,88 @@
+"""The alarms of a trace, after the fact: what they would have been while it was written.
+
+R routers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moe_inspect.alarms.alarms import Alarm, Alarms
+from moe_inspect.alarms.rules import OF_MODEL, Rule
+from moe_inspect.alarms.window import Window
+from moe_inspect.analysis.counting.count_shard import count_shard
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.engine import WINDOWS, count_trace
+from moe_inspect.analysis.counting.router_counts import BASE
+from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Trace
+
+FEWEST_TOKENS = 4096
+
+
+def alarms_of(
+    trace: Trace,
+    rules: Sequence[Rule],
+    selection: Selection | None = None,
+    window: int | None = None,
+) -> list[Alarm]:
+    """The alarms of a trace, in its order. The windows of a history of training are those that were
+    committed; every other trace is cut into windows of `window` tokens, by default a 64th of it and
+    at least FEWEST_TOKENS: a few documents are no trend. MoeInspectError for a rule on what no
+    trace holds."""
+    for rule in rules:
+        if rule.metric in OF_MODEL:
+            raise MoeInspectError(
+                f"the rule {str(rule)!r}: a trace does not hold {rule.metric}, only the monitor of "
+                "a training run knows it"
+            )
+    selection = selection or select(trace)
+    seen = Alarms(trace.routers, rules, "step" if is_history(trace) else "window")
+    return [alarm for w in windows_of_trace(trace, selection, window) for alarm in seen.see(w)]
+
+
+def is_history(trace: Trace) -> bool:
+    """Whether the trace is the history of a training run: its shards are windows of steps."""
+    return trace.counts_only and "training" in trace.manifest
+
+
+def windows_of_trace(
+    trace: Trace, selection: Selection, window: int | None = None
+) -> Iterator[Window]:
+    """The windows of a trace in order. Routers that are not selected have no tokens."""
+    if is_history(trace) and window is None:
+        last = 0
+        for shard in trace.shards:
+            counts = count_shard(shard, selection, BASE)
+            first, last = shard.files.first_batch or last + 1, shard.files.last_batch
+            load = [_load(counts, r) for r in range(len(trace.routers))]
+            yield _window(counts, first, last, load)
+        return
+    window = window or max(-(-trace.n_tokens // WINDOWS), FEWEST_TOKENS)
+    counts = count_trace(trace, selection, BASE | {"windows"}, window=window)
+    for w in range(len(counts.first_token_W)):
+        load = [_load(counts, r, w) for r in range(len(trace.routers))]
+        if any(load_E.any() for load_E in load):
+            yield _window(counts, w, w, load)
+
+
+def _load(counts: Counts, r: int, w: int | None = None) -> np.ndarray:
+    if r not in counts.of:
+        return np.zeros(counts.routers[r].experts, np.int64)
+    if w is None:
+        return counts.load_E(r)
+    load_WE = counts.of[r].window_load_WE
+    assert load_WE is not None
+    return load_WE[w]
+
+
+def _window(counts: Counts, first: int, last: int, load: list[np.ndarray]) -> Window:
+    # null slots make no load
+    tokens_R = [
+        round(int(load_E.sum()) / router.top_k)
+        for load_E, router in zip(load, counts.routers, strict=True)
+    ]
+    return Window(first, last, load, np.array(tokens_R, np.int64))
