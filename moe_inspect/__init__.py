@@ -19,6 +19,7 @@ from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from moe_inspect.api import record, trace_engine, trace_model
+    from moe_inspect.capture.hook.probe import probe
     from moe_inspect.capture.options import EngineOptions, TraceOptions
     from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
     from moe_inspect.comparison.compare import Comparison, compare
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from moe_inspect.comparison.models.compare import ModelComparison, compare_models
     from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
+    from moe_inspect.model.custom.spec import RouterSpec, register_router
     from moe_inspect.model.describe import Description, describe
     from moe_inspect.reporting.report import Report, report
     from moe_inspect.simulate.cache.cache import simulate_cache
@@ -45,6 +47,7 @@ __all__ = [
     "ModelComparison",
     "MoeInspectError",
     "Report",
+    "RouterSpec",
     "Trace",
     "TraceOptions",
     "Verification",
@@ -56,7 +59,9 @@ __all__ = [
     "import_trace",
     "mismatch",
     "open_trace",
+    "probe",
     "record",
+    "register_router",
     "report",
     "simulate_cache",
     "simulate_capacity",
@@ -76,6 +81,7 @@ _HOMES = {
     "Description": "moe_inspect.model.describe",
     "EngineOptions": "moe_inspect.capture.options",
     "ModelComparison": "moe_inspect.comparison.models.compare",
+    "RouterSpec": "moe_inspect.model.custom.spec",
     "Report": "moe_inspect.reporting.report",
     "Trace": "moe_inspect.trace.reader",
     "TraceOptions": "moe_inspect.capture.options",
@@ -88,6 +94,8 @@ _HOMES = {
     "import_trace": "moe_inspect.importers.run",
     "mismatch": "moe_inspect.comparison.mismatch",
     "open_trace": "moe_inspect.trace.reader",
+    "probe": "moe_inspect.capture.hook.probe",
+    "register_router": "moe_inspect.model.custom.spec",
     "record": "moe_inspect.api",
     "report": "moe_inspect.reporting.report",
     "simulate_cache": "moe_inspect.simulate.cache.cache",

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moe_inspect.capture.hook.device_counts import Totals
+    from moe_inspect.capture.hook.inputs.arguments import InputsOf
     from moe_inspect.capture.recorder import Recorder
+    from moe_inspect.model.custom.spec import RouterSpec
     from moe_inspect.trace.reader import Trace
 
 
@@ -41,6 +43,8 @@ def record(
     drop: bool = False,
     ring_tokens: int | None = None,
     commit_every: float | None = None,
+    routers: Sequence[RouterSpec] | None = None,
+    inputs: InputsOf | None = None,
 ) -> Recorder:
     """Records every forward pass of `model` within a `with` block as a trace at `path`:
 
@@ -56,7 +60,8 @@ def record(
     in phase "encode"), each with its own mask: labels padded with -100 are tokens to a decoder that
     gets no `decoder_attention_mask`.
 
-    model        any Hugging Face MoE, torch.compile'd or not, also within a training loop
+    model        any MoE, torch.compile'd or not, also within a training loop: of transformers, of a
+                 training framework, or one's own with `probe` in its forward or with `routers`
     path         directory of the trace; may be None with `counts_only`
     tokenizer    its vocabulary is written into the trace
     capture      "dispatch": our experts implementation routes and records; "tap": the model's own
@@ -77,6 +82,13 @@ def record(
                  60 seconds is; it replaces those that were committed early
     ring_tokens  rows of the largest forward pass to allocate device memory for. By default the
                  buffer grows as needed, which it cannot once CUDA graphs write into it
+    routers      where the routers are and how their choices are read, by `RouterSpec`s; by default
+                 they are found, and where none is known, the calls of `probe` in the first forward
+                 pass show them. An empty list: the probes alone
+    inputs       (args, kwargs) of the model's forward → a dict of what it is fed: `input_ids` (int
+                 [B, S], or [S] for one packed row), `position_ids`, `attention_mask` (true for
+                 tokens, false for padding), `documents` and `domains` (a label for each row), any
+                 of them. By default the arguments' names tell
 
     To record a CUDA graph that is replayed by hand: record two forward passes of its shape (the
     first shows what there is to record, the second loads the kernels), capture the graph in a third
@@ -100,6 +112,8 @@ def record(
             drop=drop,
             ring_tokens=ring_tokens,
             commit_every=commit_every,
+            routers=routers,
+            inputs=inputs,
         ),
         tokenizer=tokenizer,
         documents=documents,

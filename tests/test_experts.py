@@ -20,7 +20,7 @@ import moe_inspect
 from moe_inspect.capture.hook import experts, kernels
 from moe_inspect.capture.hook.attach import mode_of
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import find_routers
+from moe_inspect.model.find import find_routers
 from tests.families import FAMILIES, NO_INTERFACE, build
 from tests.zoo import token_batch
 

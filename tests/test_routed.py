@@ -301,7 +301,8 @@ def test_the_vocabulary_is_the_tokenizers_own():
 def test_a_config_alone_says_what_the_built_model_has():
     """Of every family that the installed transformers ships."""
     torch = pytest.importorskip("torch")
-    from moe_inspect.model.routers import find_routers, top_k_of
+    from moe_inspect.model.find import find_routers
+    from moe_inspect.model.routers import top_k_of
     from tests import zoo
 
     compared = 0

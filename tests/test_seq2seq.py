@@ -15,7 +15,7 @@ import torch
 import moe_inspect
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import find_routers
+from moe_inspect.model.find import find_routers
 from tests import zoo
 
 TEXTS = ["The cat sat on the mat.", "A dog.", "Where do the tokens go?"]

@@ -19,7 +19,8 @@ import torch
 import moe_inspect
 from moe_inspect.capture.hook.stack import Stack, shares
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import Site, find_routers
+from moe_inspect.model.find import find_routers
+from moe_inspect.model.routers import Site
 from tests import zoo
 from tests.conftest import ROOT
 from tests.test_cli_trace import save_tokenizer

@@ -29,7 +29,7 @@ from benchmarks.gpu.rivals import (
     running,
 )
 from moe_inspect.capture.hook import experts
-from moe_inspect.model.routers import find_routers
+from moe_inspect.model.find import find_routers
 
 
 def timed(bench: Bench, step: Callable[[], Any], steps: int) -> tuple[float, list[float]]:

@@ -16,7 +16,7 @@ import transformers
 import moe_inspect
 from benchmarks.gpu.bench import Bench
 from moe_inspect.capture.hook import experts
-from moe_inspect.model.routers import find_routers
+from moe_inspect.model.find import find_routers
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # layers of the real width, few of them
     "Mixtral": (

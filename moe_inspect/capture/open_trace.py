@@ -15,7 +15,7 @@ from moe_inspect.capture.manifest import capture_facts, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.model.load import config_record
-from moe_inspect.model.routers import Site
+from moe_inspect.model.routers import Site, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.trace import slot_order
 from moe_inspect.trace.files.lock import Lock, join
@@ -102,7 +102,7 @@ class TraceOpener:
         return self._own_lock
 
     def _manifest(self, weight_dtype: torch.dtype | None, session: Session) -> dict[str, Any]:
-        config = self.model.config
+        config = getattr(self.model, "config", None)
         own = {
             "id": getattr(config, "_name_or_path", ""),
             "revision": None,
@@ -123,5 +123,5 @@ class TraceOpener:
     def _vocabulary(self) -> pa.Table | None:
         if self.tokenizer is None:
             return None
-        text = self.model.config.get_text_config()
+        text = text_config(self.model)
         return vocabulary_table(self.tokenizer, getattr(text, "vocab_size", 0) or 0)

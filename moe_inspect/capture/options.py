@@ -5,7 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
+
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.hook.inputs.arguments import InputsOf
+    from moe_inspect.model.custom.spec import RouterSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,19 @@ class RecordOptions:
     drop: bool = False
     ring_tokens: int | None = None
     commit_every: float | None = None
+    routers: Sequence[RouterSpec] | None = None
+    inputs: InputsOf | None = None
+
+    def check(self, writes: bool) -> None:
+        """MoeInspectError for options that contradict each other. `writes`: there is a path."""
+        if not writes and not self.counts_only:
+            raise MoeInspectError(
+                "record needs a path for the trace (only counts_only=True works without)"
+            )
+        if self.every != 1 and not self.counts_only:
+            raise MoeInspectError("every=N samples counts: give counts_only=True with it")
+        if self.counts_only and self.logits:
+            raise MoeInspectError("counts_only keeps no logits: drop one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)

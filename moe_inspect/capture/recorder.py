@@ -17,17 +17,21 @@ from torch import Tensor
 
 from moe_inspect.capture.hand_over import Forward, HandOver
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.attach import Attachment, mode_of, uncompiled
+from moe_inspect.capture.hook.attach import Attachment, is_of_transformers, mode_of, uncompiled
 from moe_inspect.capture.hook.counted import CountedPasses
 from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
+from moe_inspect.capture.hook.inputs.arguments import inputs_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
+from moe_inspect.capture.hook.inputs.row_order import row_order_of
 from moe_inspect.capture.hook.inputs.rows import Rows
+from moe_inspect.capture.hook.probes import Probes, Sinks
 from moe_inspect.capture.hook.stack import Stack, stacks_of
 from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.open_trace import Session, TraceOpener
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import find_routers, in_layers
+from moe_inspect.model.find import no_routers, routers_in
+from moe_inspect.model.routers import Site, in_layers
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import TraceWriter
@@ -57,9 +61,14 @@ class Recorder:
     ):
         self.options = options = options or RecordOptions()
         self.session = session or Session()
-        _check_options(path, options)
+        options.check(path is not None)
         self.model = uncompiled(model)
-        self.sites = in_layers(find_routers(self.model), options.layers)
+        self.sites = routers_in(self.model, options.routers)
+        by_probes = not self.sites  # none is known: those in the model's own code are its routers
+        if not by_probes:
+            self.sites = in_layers(self.sites, options.layers)
+        elif options.routers is None and is_of_transformers(self.model):
+            raise no_routers(self.model)
         self.mode = mode_of(self.model, self.sites, options.capture)
         if options.logits and any(s.logits_module is None for s in self.sites):
             raise MoeInspectError(
@@ -69,6 +78,9 @@ class Recorder:
         if path is not None and self.session.resume is None and self.session.ranks is None:
             check_directory(Path(path), options.overwrite)
         self.attachment = Attachment(model, self.sites, self.mode, options.logits, self)
+        self.attachment.probes = Probes(
+            self.attachment.scopes, self._add if by_probes else None, self.model, options.layers
+        )
         scopes, sinks = self.attachment.scopes, self.attachment.sinks
         self.stacks = stacks_of(self.model, scopes, self.sites, sinks, self.attachment.logit_sinks)
         # per site: its stack, and its index there
@@ -77,7 +89,9 @@ class Recorder:
             for site in self.sites
         ]
         modules = {name: scope.module for name, scope in self.attachment.scopes.items()}
-        self.inputs = PassInputs(modules, documents, domains)
+        inputs = inputs_of(self.model, self.sites, options.inputs)
+        row_order = row_order_of(self.sites)
+        self.inputs = PassInputs(modules, documents, domains, inputs, row_order)
         self._hand_over = HandOver(self.stacks, self.inputs, options)
         self._opener = TraceOpener(path, self.model, self.sites, self.mode, tokenizer)
         self._balance_of = balance_of
@@ -200,7 +214,8 @@ class Recorder:
             )
         self._keep_rings()
         self._begin()
-        fed = self.inputs.of_call(stack.name, (), inputs or {"input_ids": _unknown(tokens)})
+        unknown = {"input_ids": torch.full((1, tokens), -1)}
+        fed = self.inputs.of_call(stack.name, (), inputs or unknown)
         if tokens != fed.T:
             raise MoeInspectError(f"step({tokens}) with inputs of {fed.T} rows")
         self._hand_over.make_room(stack, fed)
@@ -271,6 +286,19 @@ class Recorder:
         elif self._counted is not None:
             self._counted.add(stack, n, row, ids_TK, weights_TK)
 
+    def _add(self, site: Site) -> Sinks:
+        """One more router, which a probe shows in the first forward pass."""
+        stack = self.stacks[""]
+        if stack.staged is None:
+            raise MoeInspectError(
+                f"{site.path} was not called in the first forward pass: record a pass that calls "
+                "every probe first"
+            )
+        self.sites.append(site)
+        sinks = self.attachment.add(self.options.logits)
+        self._index_of.append((stack, stack.add(site, *sinks)))
+        return sinks
+
     def take_logits(self, r: int, logits_TE: Tensor) -> None:
         stack, n = self._index_of[r]
         stack.stage_logits(n, logits_TE)
@@ -300,6 +328,8 @@ class Recorder:
 
     def _begin_with(self, new: Sequence[Stack]) -> None:
         """These stacks have run for the first time: their staged choices are written."""
+        if not self.sites:
+            raise no_routers(self.model)
         dtypes = [dtype for stack in new for dtype in stack.fix_shape()]
         if self._opened:
             for stack in new:
@@ -372,18 +402,3 @@ class Recorder:
         """The balance table of `totals`."""
         assert self._balance_of is not None
         return self._balance_of(self.totals(all_ranks))
-
-
-def _check_options(path: str | Path | None, options: RecordOptions) -> None:
-    if path is None and not options.counts_only:
-        raise MoeInspectError(
-            "record needs a path for the trace (only counts_only=True works without)"
-        )
-    if options.every != 1 and not options.counts_only:
-        raise MoeInspectError("every=N samples counts: give counts_only=True with it")
-    if options.counts_only and options.logits:
-        raise MoeInspectError("counts_only keeps no logits: drop one of the two")
-
-
-def _unknown(tokens: int) -> Tensor:
-    return torch.full((1, tokens), -1)

@@ -15,8 +15,9 @@ from moe_inspect.capture.hook.selfcheck.check import summary
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.doctor.traced_speed import Phase, phases, timed
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import load_config, load_model, load_tokenizer
-from moe_inspect.model.routers import Site, find_routers, top_k_of
+from moe_inspect.model.routers import Site, top_k_of
 
 
 def examined(

@@ -16,8 +16,9 @@ import pandas as pd
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import read_config
 from moe_inspect.model.families import CONNECTOR, TOWER
+from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import auto_class, load_config, of_the_text_model
-from moe_inspect.model.routers import Site, find_routers, top_k_of
+from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.text import first_line, ranges
 from moe_inspect.trace import schema
 

@@ -15,13 +15,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
     Choice = tuple[Tensor, Tensor]  # expert ids int [T, K], gate weights float [T, K]
+    Args: TypeAlias = tuple[Any, ...]  # of a module's call
+    Kwargs: TypeAlias = dict[str, Any]
+
 
 # --- names that configs (and modules) give to a size, in order of precedence
 
@@ -125,7 +128,7 @@ STACKS = {"encoder", "decoder"}
 class Adapter:
     """How to read a router's choice where it is no argument of an experts call.
 
-    choice        (module, its arguments, its output) → its choice; None where there is none
+    choice        (module, args, kwargs, output) of a call → its choice; None where there is none
     at_call       the module is the experts module, and is read before it runs: no output yet
     method        the method whose arguments hold the choice, where the module is not called
     logits_index  where in the output the router logits are, if the module is a router
@@ -138,7 +141,7 @@ class Adapter:
     note          a caveat, which goes into the trace's manifest
     """
 
-    choice: Callable[[Any, list[Any], Any], Choice | None]
+    choice: Callable[[Any, Args, Kwargs, Any], Choice | None]
     at_call: bool = False
     method: str = ""
     logits_index: int | None = None
@@ -165,11 +168,11 @@ class Family:
     gated: bool = True
 
 
-def choice_among(arguments: list[Any]) -> Choice | None:
+def choice_among(args: Args, kwargs: Kwargs) -> Choice | None:
     """The router's choice among the arguments of an experts call, by dtype and shape, never by
     position: the 2-D integer tensor and the floating-point tensor of its shape. None where there is
     none."""
-    tensors = [a for a in arguments if hasattr(a, "dtype") and hasattr(a, "dim")]
+    tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype") and hasattr(a, "dim")]
     tensors = tensors[1:]  # the first holds the hidden states
     ids = [
         t
@@ -180,15 +183,15 @@ def choice_among(arguments: list[Any]) -> Choice | None:
     return (ids[0], weights[0]) if ids and weights else None
 
 
-def called_with(experts: Module, arguments: list[Any], output: Any) -> Choice | None:
+def called_with(experts: Module, args: Args, kwargs: Kwargs, output: Any) -> Choice | None:
     """The choice in the arguments of an experts module: for every family without an adapter."""
-    return choice_among(arguments)
+    return choice_among(args, kwargs)
 
 
 # --- the adapters' functions
 
 
-def _llama4(router: Any, arguments: list[Any], output: Any) -> Choice:
+def _llama4(router: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
     # the score multiplies the expert's input; every expert is called, with zeros where it was not
     # chosen
     scores_TE, logits_TE = output
@@ -196,14 +199,14 @@ def _llama4(router: Any, arguments: list[Any], output: Any) -> Choice:
     return ids_TK, scores_TE.gather(1, ids_TK)
 
 
-def _jetmoe(router: Any, arguments: list[Any], output: Any) -> Choice:
+def _jetmoe(router: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
     # two routers per block: of the MLP's experts and of the attention's; what they return is sorted
     # by expert, but for the logits
     values_TK, ids_TK = output[4].topk(router.top_k, dim=1)
     return ids_TK, values_TK.softmax(1).type_as(values_TK)
 
 
-def _doge(mixture: Any, arguments: list[Any], output: Any) -> Choice:
+def _doge(mixture: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
     # product keys: an expert is a pair of keys, and the k best pairs are among those of the best
     # keys of each set
     (x_TK, y_TK), (x_ids, y_ids) = output[1].topk(mixture.num_keys, dim=-1)
@@ -216,30 +219,31 @@ def _doge(mixture: Any, arguments: list[Any], output: Any) -> Choice:
     return pairs.gather(1, at_TK), weights_TK
 
 
-def _zaya(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
+def _zaya(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice | None:
     # a token that skips the experts is handed to expert 0 with weight 0
-    choice = choice_among(arguments)
+    choice = choice_among(args, kwargs)
     if choice is None:
         return None
     ids_TK, weights_TK = choice
     return ids_TK.masked_fill(weights_TK == 0, -1), weights_TK
 
 
-def _aria(experts: Any, arguments: list[Any], output: Any) -> Choice:
+def _aria(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
     # up to transformers 5.17 the experts are handed the logits, and choose by themselves
-    values_TK, ids_TK = arguments[1].topk(experts.config.moe_topk, dim=1)
+    logits_TE = [*args, *kwargs.values()][1]
+    values_TK, ids_TK = logits_TE.topk(experts.config.moe_topk, dim=1)
     return ids_TK, values_TK.softmax(-1)
 
 
-def _mxfp4(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
+def _mxfp4(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice | None:
     # what the kernels are handed: the assignments (slot k of token t is number t·K + k) in the
     # order of their experts, and how many each expert has. Within a token experts ascend.
     import torch
 
-    routing = arguments[1]
+    _, routing, *rest = (*args, *kwargs.values())
     if hasattr(routing, "dtype"):  # the call of a rank's experts, under expert parallelism
-        return choice_among(arguments)
-    place = arguments[2].dst_indx.long()  # of each assignment in that order; -1: it goes nowhere
+        return choice_among(args, kwargs)
+    place = rest[0].dst_indx.long()  # of each assignment in that order; -1: it goes nowhere
     ids = torch.searchsorted(routing.expt_hist.long().cumsum(0), place, right=True)
     weights = routing.gate_scal[place.clamp(min=0)]
     shape = (-1, routing.n_expts_act)
@@ -249,13 +253,13 @@ def _mxfp4(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
     )
 
 
-def _switch(experts: Any, arguments: list[Any], output: Any) -> Choice:
+def _switch(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
     # one-hot [T, 1, E], all zeros where the token came after the expert's capacity
-    _, chosen_T1E, weights_T1 = arguments
+    _, chosen_T1E, weights_T1 = (*args, *kwargs.values())
     return chosen_T1E.argmax(2).masked_fill(chosen_T1E.sum(2) == 0, -1), weights_T1
 
 
-def _nllb(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
+def _nllb(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice | None:
     # Handed a mask of each token's first choice and the gate weights of both, the experts' code
     # takes the mask for ids: what runs is expert 1 with the weight of the first choice (where
     # capacity left it one), and expert 0 with the weights of all others
@@ -263,7 +267,7 @@ def _nllb(experts: Any, arguments: list[Any], output: Any) -> Choice | None:
 
     if not _takes_mask_for_ids(type(experts)):
         return None
-    _, mask_TE, weights_TE = arguments
+    _, mask_TE, weights_TE = (*args, *kwargs.values())
     first_T, others_T = (weights_TE * mask_TE).sum(1), (weights_TE * (1 - mask_TE)).sum(1)
     weights_TK = torch.stack([first_T, others_T], 1)
     ids_TK = torch.tensor([1, 0], device=weights_TK.device).expand(len(weights_TK), 2)

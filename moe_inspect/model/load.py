@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -234,9 +236,15 @@ def weights_fingerprint(name: str, revision: str | None) -> str | None:
 
 
 def config_record(config: Any) -> dict[str, Any]:
-    """The config as plain JSON, without the path it was read from."""
-    return {
-        k: v
-        for k, v in json.loads(config.to_json_string(use_diff=False)).items()
-        if k != "_name_or_path"
-    }
+    """The config as plain JSON, without the path it was read from. Of a config that is not
+    transformers': its values that are plain themselves."""
+    if hasattr(config, "to_json_string"):
+        stated = json.loads(config.to_json_string(use_diff=False))
+        return {k: v for k, v in stated.items() if k != "_name_or_path"}
+    if isinstance(config, Mapping):
+        stated = config
+    elif is_dataclass(config):
+        stated = {f.name: getattr(config, f.name, None) for f in fields(config)}
+    else:
+        stated = getattr(config, "__dict__", {})
+    return {str(k): v for k, v in stated.items() if isinstance(v, str | int | float | bool)}

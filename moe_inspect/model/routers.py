@@ -7,7 +7,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,11 @@ class Site:
     logits_module: Module | None = None
     logits_index: int | None = None
     stack: str = ""  # "encoder" or "decoder" of a model that has both
+    told: bool = False  # by a RouterSpec or a probe: by a user's code, which is checked
+    # of a RouterSpec: the router logits of a call, and how its rows are ordered
+    logits_of: Callable[..., Tensor] | None = None
+    order: str = "bs"
+    rows: Callable[[Any, int, int], Any] | None = None
 
     @property
     def method(self) -> str:
@@ -62,9 +67,9 @@ class Site:
         return ".".join(parts[: parts.index(self.stack) + 1]) if self.stack else ""
 
 
-def find_routers(model: Any) -> list[Site]:
-    """The routers of `model` in execution order of their layers. MoeInspectError where it has
-    none."""
+def called_experts(model: Any) -> list[Site]:
+    """The routers of `model` whose experts module is called with their choice, or that an adapter
+    reads, in execution order of their layers: those of transformers."""
     declared = _declared_logits(model)
     names = {
         part
@@ -83,7 +88,7 @@ def find_routers(model: Any) -> list[Site]:
             adapter is None and (not kind.endswith("Experts") or kind in NOT_ROUTED)
         ):
             continue
-        config = getattr(module, "config", None) or model.config.get_text_config()
+        config = getattr(module, "config", None) or text_config(model)
         if adapter is None or adapter.at_call:
             router = _router_beside(model, path)
             index = declared.get(type(router))
@@ -104,12 +109,15 @@ def find_routers(model: Any) -> list[Site]:
             shown, index = model.get_submodule(path.rpartition(".")[0]), adapter.block_logits
         stack = next((part for part in path.split(".") if part in stacks), "")
         sites.append(Site(module, path, layer_of(path), *facts, adapter, shown, index, stack))
-    if not sites:
-        raise MoeInspectError(
-            f"{type(model).__name__} is a dense model: it has no routers to trace"
-        )
     # the encoder runs before the decoder, and a block's attention before its MLP
     return sorted(sites, key=lambda s: (s.stack == "decoder", s.layer, "attention" not in s.path))
+
+
+def text_config(model: Any) -> Any:
+    """The config of the language model of a transformers model, else the model's own, of any class;
+    None where it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def in_layers(sites: list[Site], layers: Iterable[int] | None) -> list[Site]:
@@ -167,7 +175,7 @@ def top_k_of(site: Site, model: Any) -> int:
         site.module,
         block,
         getattr(site.module, "config", None),
-        model.config.get_text_config(),
+        text_config(model),
     ):
         for name in ("top_k", *TOP_K):
             if isinstance(value := getattr(owner, name, None), int) and not isinstance(value, bool):
@@ -185,7 +193,7 @@ def is_expert_parallel(module: Module) -> bool:
 
 def wants_expert_parallel(model: Any) -> bool:
     """Whether the model was loaded with its experts distributed over ranks."""
-    distributed = getattr(model.config, "distributed_config", None)
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
     return bool(
         getattr(distributed, "enable_expert_parallel", False)
         or (getattr(distributed, "ep_size", None) or 1) > 1

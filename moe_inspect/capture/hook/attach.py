@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook import experts as experts_implementation
+from moe_inspect.capture.hook.probe import listen
+from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.sink import (
     Scope,
     Sink,
@@ -62,10 +64,13 @@ class Attachment:
             records,
         )
         self.paused = self.over = False
-        unknown = not all(map(_is_of_transformers, [self.model, *(s.module for s in sites)]))
+        # without sites, probes will show them
+        unknown = not sites or not all(
+            map(is_of_transformers, [self.model, *(s.module for s in sites)])
+        )
         self.scopes = {
             s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path), unknown) for s in sites
-        }
+        } or {"": Scope("", self.model, unknown)}
         self._in_model = False  # a call of the whole model is running
         self._alone: Scope | None = None  # or a call of this stack by itself
         sites_of = {stack: [s for s in sites if s.stack == stack] for stack in self.scopes}
@@ -79,7 +84,19 @@ class Attachment:
                 self.logit_sinks.append(Sink(scope, len(of_stack) + n, take))
         self.compiled = self.in_compiled = is_compiled(model)
         self._bracketed = False
+        self.probes: Probes | None = None
         self._cleanup, self._stance = ExitStack(), ExitStack()
+
+    def add(self, logits: bool) -> tuple[Sink, Sink | None]:
+        """The sinks of one more site, which was added to `sites`."""
+        r, scope = len(self.sinks), self.scopes[""]
+        self.sinks.append(Sink(scope, r, functools.partial(self.records.take, r)))
+        if logits:
+            take = functools.partial(self.records.take_logits, r)
+            self.logit_sinks.append(Sink(scope, r, take))
+            for n, sink in enumerate(self.logit_sinks):
+                sink.n = len(self.sinks) + n
+        return self.sinks[-1], self.logit_sinks[-1] if logits else None
 
     def attach(self) -> None:
         try:
@@ -127,6 +144,8 @@ class Attachment:
             self._watch(r, site, compiled)
         if self.mode == "dispatch":
             self._take_over()
+        if self.probes is not None:
+            self._cleanup.callback(listen(self.probes))
 
     def _watch(self, r: int, site: Site, compiled: bool) -> None:
         """Hooks that read the choice and the logits of the router at site r."""
@@ -136,7 +155,8 @@ class Attachment:
 
         adapter, module = site.adapter, site.module
         if adapter is not None and not adapter.at_call:
-            keep(module.register_forward_hook(choice_after_call(self.sinks[r], adapter.choice)))
+            hook = choice_after_call(self.sinks[r], adapter.choice)
+            keep(module.register_forward_hook(hook, with_kwargs=True))
         elif adapter is not None or self.mode == "tap":
             hook = choice_at_call(
                 self.sinks[r], adapter.choice if adapter is not None else called_with
@@ -149,7 +169,7 @@ class Attachment:
                 keep(module.register_forward_pre_hook(hook, with_kwargs=True))
         if self.logit_sinks and site.logits_module is not None:
             hook = logits_after_call(self.logit_sinks[r], site)
-            keep(site.logits_module.register_forward_hook(hook))
+            keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
 
     def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
         """Replaces an attribute of `owner` by `made_of` it, until detached. If another recorder has
@@ -310,7 +330,7 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def _is_of_transformers(module: torch.nn.Module) -> bool:
+def is_of_transformers(module: torch.nn.Module) -> bool:
     """Whether its code is a release of transformers, and not loaded with the model."""
     return type(module).__module__.startswith("transformers.")
 

@@ -91,7 +91,7 @@ def choice_at_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Calla
         if by_place and references is not None and len(args) == 3 and not kwargs:
             references.append((n, args[1], args[2]))
             return
-        choice = choice_of(module, [*args, *kwargs.values()], None)
+        choice = choice_of(module, args, kwargs, None)
         by_place = (
             choice_of is called_with
             and choice is not None
@@ -147,8 +147,10 @@ def _hooks_before(module: torch.nn.Module, name: str) -> list[Callable[..., None
 
 
 def choice_after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _seen(sink, choice_of(module, list(args), output))
+    def hook(
+        module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        _seen(sink, choice_of(module, args, kwargs, output))
 
     return hook
 
@@ -160,8 +162,13 @@ def _seen(sink: Sink, choice: Choice | None) -> None:
 
 
 def logits_after_call(sink: Sink, site: Site) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        logits_TE = logits_among(output, site)
+    def hook(
+        module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if site.logits_of is not None:
+            logits_TE = site.logits_of(module, args, kwargs, output).reshape(-1, site.experts)
+        else:
+            logits_TE = logits_among(output, site)
         if logits_TE is not None and (tape := sink(None, logits_TE)) is not None:
             kernels.record(tape, None, logits_TE)
 

@@ -7,7 +7,7 @@ T rows a router sees (padding included), K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,7 +17,7 @@ from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.pass_buffer import Call, PassBuffer
 from moe_inspect.capture.hook.ring import Rings
-from moe_inspect.capture.hook.sink import Sink
+from moe_inspect.capture.hook.sink import Scope, Sink
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.trace.schema import Router
@@ -40,18 +40,14 @@ class Stack:
     def __init__(
         self,
         name: str,
+        scope: Scope,
         sites: Sequence[Site],
         sinks: Sequence[Sink],
         logit_sinks: Sequence[Sink],
         model: Any,
     ):
-        self.name, self.sites, self.sinks, self.logit_sinks, self.model = (
-            name,
-            list(sites),
-            sinks,
-            logit_sinks,
-            model,
-        )
+        self.name, self.scope, self.model = name, scope, model
+        self.sites, self.sinks, self.logit_sinks = list(sites), list(sinks), list(logit_sinks)
         # grouped by site: a layer that runs twice has two. As declared, until the stack has run
         self.routers = (
             [] if not name else [_router(site, 0, top_k_of(site, model)) for site in sites]
@@ -68,7 +64,19 @@ class Stack:
         self.rings: Rings | None = None
         self.dropped_rows = 0
         self.replayed = False  # a CUDA graph holds its launches
-        self.scope = sinks[0].scope
+
+    def add(self, site: Site, sink: Sink, logit_sink: Sink | None) -> int:
+        """One more site, which the first forward pass has shown. Returns its index."""
+        assert self.staged is not None
+        self.routers_of.append([len(self.sites)])
+        self.sites.append(site)
+        self.sinks.append(sink)
+        if logit_sink is not None:
+            self.logit_sinks.append(logit_sink)
+        self.seen.append(0)
+        self.staged.append([])
+        self.staged_logits.append([])
+        return len(self.sites) - 1
 
     @property
     def times(self) -> list[int]:
@@ -130,6 +138,9 @@ class Stack:
             for site, calls, t in zip(self.sites, calls_of, times, strict=True):
                 if (n := _length(calls)) != t * T:
                     self.refuse(site.path, n, T, logits=calls_of is logits)
+        for site, calls in zip(self.sites, staged, strict=True):
+            if site.told:
+                _refuse_unknown_experts(site, calls)
         for site, calls in zip(self.sites, logits, strict=True):
             if calls:
                 _refuse_probabilities(site.path, calls[0])
@@ -261,6 +272,13 @@ class Stack:
                 f"{path} returned logits of {n} rows in a forward pass of {T}: "
                 "trace without --logits"
             )
+        site = next(s for s in self.sites if path.startswith(s.path))
+        if site.told:
+            raise MoeInspectError(
+                f"{path} showed the choices of {n} rows in a forward pass of {T} tokens: it must "
+                "show each token once (where a router sees a part of them, RouterSpec(rows=…) says "
+                "which; what a forward pass is fed, record(inputs=…) says)"
+            )
         why = (
             "fused experts, or hub kernels that bypass their call: load the model with "
             "use_kernels=False"
@@ -281,19 +299,19 @@ class Stack:
 
 def stacks_of(
     model: Any,
-    names: Iterable[str],
+    scopes: Mapping[str, Scope],
     sites: Sequence[Site],
     sinks: Sequence[Sink],
     logit_sinks: Sequence[Sink],
 ) -> dict[str, Stack]:
     """The stacks of the model, by name, with the sinks of their routers."""
 
-    def of(name: str) -> Stack:
+    def of(name: str, scope: Scope) -> Stack:
         mine = [r for r, site in enumerate(sites) if site.stack == name]
         logits = [logit_sinks[r] for r in mine] if logit_sinks else []
-        return Stack(name, [sites[r] for r in mine], [sinks[r] for r in mine], logits, model)
+        return Stack(name, scope, [sites[r] for r in mine], [sinks[r] for r in mine], logits, model)
 
-    return {name: of(name) for name in names}
+    return {name: of(name, scope) for name, scope in scopes.items()}
 
 
 def shares(n: int, times: int, T: int) -> list[int]:
@@ -311,6 +329,14 @@ def _router(site: Site, time: int, top_k: int) -> Router:
     return Router(
         site.layer, name, path, site.experts, top_k, site.scoring, site.shared_experts, site.stack
     )
+
+
+def _refuse_unknown_experts(site: Site, calls: Sequence[tuple[Tensor, Tensor]]) -> None:
+    highest = max((int(ids.max()) for ids, _ in calls if ids.numel()), default=-1)
+    if highest >= site.experts:
+        raise MoeInspectError(
+            f"{site.path} chose expert {highest} and is said to have {site.experts} experts"
+        )
 
 
 def _refuse_probabilities(path: str, logits_TE: Tensor) -> None:

@@ -10,7 +10,8 @@ import httpx
 from moe_inspect.capture.server.client import MODELS, ask, list_models, root_of
 from moe_inspect.capture.server.protocols import EngineProtocol
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import find_routers, top_k_of
+from moe_inspect.model.find import find_routers
+from moe_inspect.model.routers import top_k_of
 from moe_inspect.text import first_line, ranges
 from moe_inspect.trace.schema import Router
 

@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from moe_inspect.capture.hook.inputs.arguments import InputsOf
+from moe_inspect.capture.hook.inputs.row_order import RowOrder
 from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import Document
@@ -29,9 +31,12 @@ class RowReader:
         names: Mapping[str, Sequence[str]],
         documents: Sequence[Any] | None = None,
         domains: Sequence[str] | None = None,
+        inputs: InputsOf | None = None,
+        row_order: RowOrder | None = None,
     ):
-        """`names`: stack → the names of its forward arguments, in order."""
-        self._argument_names = names
+        """`names`: stack → the names of its forward arguments, in order. `inputs` reads them in
+        place of these names. `row_order`: see `RowOrder`; None is batch-first."""
+        self._argument_names, self._inputs, self._row_order = names, inputs, row_order
         self.domains: list[str] = []
         self._labels = {"documents": documents, "domains": domains}
         self._next_labels: dict[str, Sequence[Any] | None] = {}
@@ -64,8 +69,10 @@ class RowReader:
         """The inputs of a call of the model, or of one of its stacks, for `rows` to read.
         `encoder`: the inputs of the encoder in the same forward pass. Raises MoeInspectError where
         the call has neither input_ids nor inputs_embeds, or labels of another number of rows."""
-        given = kwargs
-        if args:
+        given: Mapping[str, Any] = kwargs
+        if self._inputs is not None:
+            given = self._inputs(args, kwargs)
+        elif args:
             given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
         if stack == "decoder":
             given = {**given, **_of_decoder(given)}
@@ -73,7 +80,8 @@ class RowReader:
         fed = ids if ids is not None else embeds
         if fed is None:
             raise MoeInspectError(
-                "record saw a forward pass with neither input_ids nor inputs_embeds"
+                "record saw a forward pass with neither input_ids nor inputs_embeds: give the "
+                "model one of them, or record(inputs=…) a function that returns it"
             )
         B, S = fed.shape[:2]
         cache = cache_among(given.values())
@@ -91,6 +99,8 @@ class RowReader:
         if self._next_labels:
             new = {name: n for name, n in self._next_labels.items() if n is not None}
             labels, self._next_labels = {**labels, **new}, {}
+        if self._inputs is not None:
+            labels = {name: given.get(name, value) for name, value in labels.items()}
         if before is None or stack != "decoder":
             _check_labels(labels, B)
         # multimodal positions: the first plane is the text's
@@ -103,20 +113,20 @@ class RowReader:
         if fed.is_cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(fed.device))
+        order = self._row_order(B, S) if self._row_order is not None else None
+        after = CachedRows(past + S)
         return CallInputs(
-            B, S, token_BS, mask_BS, position, labels, before, CachedRows(past + S), stack, copied
+            B, S, token_BS, mask_BS, position, labels, before, after, stack, copied, order
         )
 
     def remember(self, call: CallInputs, output: Any) -> None:
         """Notes, after the forward pass was launched, that the key-value cache in its output holds
         the rows it was given."""
-        values = list(
-            output.values()
-            if hasattr(output, "values")
-            else output
-            if isinstance(output, tuple)
-            else ()
-        )
+        values: list[Any] = []
+        if isinstance(output, Mapping):
+            values = list(output.values())
+        elif isinstance(output, tuple):
+            values = list(output)
         cache = cache_among(values)
         if cache is not None:
             self._cached[cache] = call.after
@@ -171,11 +181,17 @@ class RowReader:
                 real_BS, position_BS, **call.labels
             )
         call.after.state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
-        real = real_BS.reshape(-1)
+        order = slice(None) if call.order is None else call.order
+        real = real_BS.reshape(-1)[order]
         flat = [
-            a.reshape(-1)[real].astype(np.int32)
+            a.reshape(-1)[order][real].astype(np.int32)
             for a in (token_BS, document_BS, sequence_BS, position_BS, domain_BS)
         ]
+        if call.order is not None and len(call.order) < B * S:  # a part of the tokens
+            new = [
+                Document(d.document, d.domain, d.source, int((flat[1] == d.document).sum()))
+                for d in new
+            ]
         phase = (
             "encode"
             if call.stack == "encoder"

@@ -9,25 +9,30 @@ from typing import Any
 
 import torch
 
+from moe_inspect.capture.hook.inputs.arguments import InputsOf
 from moe_inspect.capture.hook.inputs.call_inputs import RowReader
+from moe_inspect.capture.hook.inputs.row_order import RowOrder
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
 
 
 class PassInputs:
     """`modules`: stack → its module. `documents`, `domains`: labels of each batch row, unless
-    `label` sets others."""
+    `label` sets others. `inputs`: reads the arguments of a call in place of their names.
+    `row_order`: see `RowOrder`."""
 
     def __init__(
         self,
         modules: Mapping[str, torch.nn.Module],
         documents: Sequence[Any] | None,
         domains: Sequence[str] | None,
+        inputs: InputsOf | None = None,
+        row_order: RowOrder | None = None,
     ):
         names = {
             stack: list(inspect.signature(module.forward).parameters)
             for stack, module in modules.items()
         }
-        self._reader = RowReader(names, documents, domains)
+        self._reader = RowReader(names, documents, domains, inputs, row_order)
         self._next_plan: dict[str, Rows] = {}  # of the next forward pass, by stack
         self._plan: dict[str, Rows] = {}  # of the current one
         self._calls: dict[str, CallInputs] = {}  # by stack, where it was not planned

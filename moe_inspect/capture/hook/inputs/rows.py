@@ -66,10 +66,11 @@ class CallInputs:
     after: CachedRows
     stack: str = ""
     copied: Any = None  # the CUDA event after which the copies are complete
+    order: np.ndarray | None = None  # the token b·S + s of each row; None: row b·S + s
 
     @property
     def T(self) -> int:
-        return self.B * self.S
+        return self.B * self.S if self.order is None else len(self.order)
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -88,7 +89,12 @@ def steps_at(fed: Iterable[Rows | CallInputs]) -> list[CallInputs]:
     """The first of these passes, as long as each feeds one token to each of the same sequences."""
     found: list[CallInputs] = []
     for call in fed:
-        if not isinstance(call, CallInputs) or call.S != 1 or call.stack == "encoder":
+        if (
+            not isinstance(call, CallInputs)
+            or call.S != 1
+            or call.stack == "encoder"
+            or call.order is not None
+        ):
             break
         if not found:
             state = call.before.state if call.before is not None else None

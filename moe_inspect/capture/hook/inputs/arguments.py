@@ -1,0 +1,164 @@
+"""The inputs of a model that is not transformers', under the names that transformers gives them.
+
+B batch rows, S positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.routers import Site
+
+# (args, kwargs) of the model's call → any of
+#   input_ids       int [B, S], or [S] where a batch is one packed row
+#   inputs_embeds   [B, S, ...], where there are no token ids
+#   position_ids    int [B, S] or [S]; a position that is not above the one before begins a document
+#   attention_mask  [B, S], true for tokens and false for padding
+#   documents, domains  a label for each row of the batch
+InputsOf = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]]
+KEYS = (
+    "input_ids",
+    "inputs_embeds",
+    "position_ids",
+    "attention_mask",
+    "documents",
+    "domains",
+)
+
+TOKENS = ("input_ids", "tokens", "idx")
+POSITIONS = ("position_ids", "positions", "input_pos")
+PADDING = ("padding_mask", "key_padding_mask")  # true for padding
+
+
+def inputs_of(model: Any, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
+    """How the arguments of a model's calls are read: as a caller told; None for a model of
+    transformers, by its names."""
+    if told is not None:
+        return as_told(told)
+    if hasattr(getattr(model, "config", None), "get_text_config"):
+        return None
+    names = list(inspect.signature(model.forward).parameters)
+    return by_name(names, any(site.order == "sb" for site in sites))
+
+
+def as_told(inputs: InputsOf) -> InputsOf:
+    """What a caller's function says, checked."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+        given = inputs(args, kwargs)
+        if not isinstance(given, Mapping):
+            raise MoeInspectError(
+                f"inputs must return a dict with any of {', '.join(KEYS)}, not a "
+                f"{type(given).__name__}"
+            )
+        if unknown := sorted(set(given) - set(KEYS)):
+            raise MoeInspectError(
+                f"inputs returned {unknown[0]!r}: it may return {', '.join(KEYS)}"
+            )
+        return _in_one_shape(dict(given))
+
+    return read
+
+
+def by_name(names: Sequence[str], sequence_first: bool) -> InputsOf:
+    """Read by the names and types of the arguments, as training frameworks give them. `names`: of
+    the forward's arguments, in their order. `sequence_first`: hidden states, which later pipeline
+    stages are given in place of tokens, are [S, B, ...]."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        # what is more than the names, by *args
+        loose = [*given.values(), *args[len(names) :]]
+        found: dict[str, Any] = {"input_ids": _first(given, TOKENS, _is_integer)}
+        if found["input_ids"] is None:
+            found["input_ids"] = next((v for v in loose if _is_integer(v) and v.dim() <= 2), None)
+        if found["input_ids"] is None:
+            hidden = next((v for v in loose if _is_float(v) and v.dim() == 3), None)
+            if hidden is not None and sequence_first:
+                hidden = hidden.transpose(0, 1)
+            found["inputs_embeds"] = hidden
+        found["position_ids"] = _first(given, POSITIONS, _is_integer)
+        found = _in_one_shape(found)
+        fed = found["input_ids"] if found["input_ids"] is not None else found.get("inputs_embeds")
+        if fed is None:
+            return found
+        B, S = fed.shape[:2]
+        found["attention_mask"] = _mask(given, B, S)
+        if found["position_ids"] is None:
+            found["position_ids"] = _packed(given, B, S)
+        return found
+
+    return read
+
+
+def _first(given: Mapping[str, Any], names: Sequence[str], fits: Callable[[Any], bool]) -> Any:
+    return next((given[name] for name in names if fits(given.get(name))), None)
+
+
+def _is_integer(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dim() > 0
+        and not value.dtype.is_floating_point
+        and value.dtype != torch.bool
+    )
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def _in_one_shape(given: dict[str, Any]) -> dict[str, Any]:
+    """A packed row [S] as a batch of one."""
+    if (ids := given.get("input_ids")) is not None and ids.dim() == 1:
+        given["input_ids"] = ids[None]
+        for name in ("position_ids", "attention_mask"):
+            if (value := given.get(name)) is not None and value.dim() == 1:
+                given[name] = value[None]
+    return given
+
+
+def _mask(given: Mapping[str, Any], B: int, S: int) -> Tensor | None:
+    """True for tokens. A mask of another shape says which positions a token attends to."""
+    padding = _first(given, PADDING, lambda v: isinstance(v, Tensor))
+    if padding is not None and padding.shape == (B, S):
+        return ~padding.bool()
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != (B, S):
+        return None
+    if B == S:
+        raise MoeInspectError(
+            f"attention_mask is [{B}, {S}] in a batch of {B} rows of {S} positions: record cannot "
+            "tell padding from a causal mask: give record(inputs=…), a function of the forward's "
+            "arguments that returns it"
+        )
+    return mask
+
+
+def _packed(given: Mapping[str, Any], B: int, S: int) -> Tensor | None:
+    """The positions [B, S] in documents packed one after the other, of which the lengths are given
+    (`doc_lens` int [B, n], 0 where a row has fewer) or the ends (`cu_seqlens` int [n + 1], over
+    all rows)."""
+    lengths: Any = given.get("doc_lens")
+    ends: Any = given.get("cu_seqlens")
+    if _is_integer(lengths):
+        lengths = lengths.reshape(-1, lengths.shape[-1])  # [n]: of a single row
+        ends = lengths.cumsum(1)
+        return _since_start(torch.cat([torch.zeros_like(ends[:, :1]), ends], 1), S).expand(B, S)
+    if _is_integer(ends):
+        return _since_start(ends.reshape(1, -1), B * S).reshape(B, S)
+    return None
+
+
+def _since_start(bounds: Tensor, S: int) -> Tensor:
+    """bounds [B, n + 1]: where documents begin, and the end of the last → for each of S positions
+    the distance from the beginning of its document. What follows the last is one more."""
+    at = torch.arange(S, device=bounds.device).expand(len(bounds), S).contiguous()
+    document = torch.searchsorted(bounds.long().contiguous(), at, right=True) - 1
+    return at - bounds.long().gather(1, document)

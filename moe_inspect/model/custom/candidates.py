@@ -1,0 +1,75 @@
+"""Modules that look like routers, in a model in which no known router was found.
+
+E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+# of a module that chooses experts: the last name in its path, or its class
+ROUTER_NAME = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)$")
+ROUTER_CLASS = re.compile(r"(?:Router|Gate|Gating)$")
+NUMBER = re.compile(r"\.\d+(?=\.|$)")
+MOST_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """`routers`, `experts_lists`: patterns of module paths, with what is there. `experts`: E, where
+    the lists or a router tell."""
+
+    routers: dict[str, str]
+    experts_lists: dict[str, str]
+    experts: int | None
+
+    @property
+    def pattern(self) -> str:
+        return next(iter(self.routers or self.experts_lists))
+
+    def described(self) -> str:
+        parts = []
+        if self.routers:
+            parts.append(f"{_listed(self.routers)} may be one")
+        if self.experts_lists:
+            parts.append(f"{_listed(self.experts_lists)} may be its experts")
+        return " and ".join(parts)
+
+
+def candidates(model: Any) -> Candidates | None:
+    """None where nothing in the model looks like a router or like experts."""
+    import torch
+
+    routers: dict[str, str] = {}
+    lists: dict[str, str] = {}
+    sizes: list[int] = []
+    for path, module in model.named_modules():
+        last, pattern, kind = path.split(".")[-1], NUMBER.sub(".*", path), type(module).__name__
+        if isinstance(module, torch.nn.ModuleList):
+            classes = {type(child).__name__ for child in module}
+            if "expert" in last.lower() and len(module) > 1 and len(classes) == 1:
+                lists[pattern] = f"{len(module)} × {classes.pop()}"
+                sizes.append(len(module))
+        elif "expert" in last.lower() and "shared" not in path.lower() and not last.isdigit():
+            stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+            if stacked:
+                lists[pattern] = f"{kind} of {stacked[0].shape[0]}"
+                sizes.append(int(stacked[0].shape[0]))
+        elif ROUTER_NAME.match(last) or ROUTER_CLASS.search(kind):
+            routers[pattern] = kind
+    beside = {path.rpartition(".")[0] for path in lists}
+    near = {path: kind for path, kind in routers.items() if path.rpartition(".")[0] in beside}
+    # a gate without experts beside it may be one of an LSTM or of an attention
+    routers = near or {p: kind for p, kind in routers.items() if not kind.startswith("Linear")}
+    if not routers and not lists:
+        return None
+    return Candidates(routers, lists, sizes[0] if len(set(sizes)) == 1 else None)
+
+
+def _listed(found: dict[str, str]) -> str:
+    shown: Iterable[str] = [f"{path} ({kind})" for path, kind in list(found.items())[:MOST_SHOWN]]
+    more = len(found) - MOST_SHOWN
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

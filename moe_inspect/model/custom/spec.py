@@ -1,0 +1,125 @@
+"""How a router that is not transformers' is described: `RouterSpec`, and the register of those
+that belong to a class.
+
+T rows a router sees, K slots, E experts, B batch rows, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    ChoiceOf = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], tuple[Tensor, Tensor] | None]
+
+ENTRY_POINTS = "moe_inspect.routers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """Where a model's routers are, and how their choices are read. Where a value may also be a
+    function of a module, it is called once per router.
+
+    module          the routers: a pattern of module paths ("layers.*.moe.router", as
+                    `named_modules` gives them), a module, a class, or the name of a class
+                    ("MoEGate", "torchtitan.models.common.moe.TokenChoiceTopKRouter")
+    choice          (module, args, kwargs, output) of a call → expert ids, int [..., K] with -1 in a
+                    slot that went to no expert, and gate weights of the same shape; or bool
+                    [..., E], True for the experts chosen, and their weights [..., E]. None: nothing
+                    was routed in this call
+    before          read `choice` before the module runs, from its arguments (`output` is None)
+    experts         E, the number of experts; by default the module's `num_experts` or the like. It
+                    is never taken from the ids, as experts that are never chosen would be missing
+    top_k           K, needed only for a bool map of a module that does not state its top-k
+    layer           block index, or a function of the module's path; by default the number after
+                    "layers", "blocks" or "h" in the path
+    order           how a router's rows are ordered: "bs" (batch-first: row b·S + s) or "sb"
+                    (sequence-first: row s·B + b). Nothing in the values tells one from the other
+    rows            (module, B, S) → int [T], the token b·S + s of each row, where a router sees
+                    only a part of the tokens: a slice of a sequence-parallel rank. It replaces
+                    `order`
+    logits          (module, args, kwargs, output) → router logits [..., E], for `logits=True`
+    scoring         scoring function of the logits: "softmax" or "sigmoid"
+    shared_experts  number of experts that every token goes to
+    note            a caveat for the trace's manifest
+    """
+
+    module: str | type | Module
+    choice: ChoiceOf
+    before: bool = False
+    experts: int | Callable[[Any], int] | None = None
+    top_k: int | Callable[[Any], int] | None = None
+    layer: int | Callable[[str], int] | None = None
+    order: Literal["bs", "sb"] = "bs"
+    rows: Callable[[Any, int, int], Any] | None = None
+    logits: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Tensor] | None = None
+    scoring: str | Callable[[Any], str] = ""
+    shared_experts: int | Callable[[Any], int] = 0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.order not in ("bs", "sb"):
+            raise MoeInspectError(
+                f'RouterSpec(order={self.order!r}): choose "bs" (batch-first) or "sb" '
+                "(sequence-first)"
+            )
+        if not callable(self.choice):
+            raise MoeInspectError(
+                "RouterSpec(choice=…) takes a function (module, args, kwargs, output) → (ids, "
+                f"weights), not {type(self.choice).__name__}"
+            )
+
+
+_registered: list[RouterSpec] = []
+
+
+def register_router(module_class: str | type, choice: ChoiceOf, **settings: Any) -> RouterSpec:
+    """Registers how the routers of a class are read, for every model recorded from now on in this
+    process. `settings`: the other fields of `RouterSpec`. The class may be given by its qualified
+    name, so that its module need not be imported. Returns the spec; a later one for the same class
+    replaces it.
+
+    A package that brings routers of its own declares an entry point in the group
+    "moe_inspect.routers" instead: a RouterSpec, a list of them, or a function that returns one."""
+    spec = RouterSpec(module=module_class, choice=choice, **settings)
+    _registered[:] = [s for s in _registered if s.module != module_class]
+    _registered.insert(0, spec)
+    return spec
+
+
+def registered() -> list[RouterSpec]:
+    """Those of `register_router`, then those of installed packages: the first that matches a module
+    counts."""
+    return [*_registered, *_of_packages()]
+
+
+@cache
+def _of_packages() -> tuple[RouterSpec, ...]:
+    found: list[RouterSpec] = []
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            value: Any = entry.load()
+            value = value() if callable(value) and not isinstance(value, RouterSpec) else value
+            specs = list(value) if isinstance(value, Iterable) else [value]
+        # whatever the code of another package raises
+        except Exception as error:
+            raise MoeInspectError(
+                f"the entry point {entry.name!r} ({entry.value}) in {ENTRY_POINTS} cannot be "
+                f"loaded: {first_line(error)}"
+            ) from error
+        if wrong := [type(s).__name__ for s in specs if not isinstance(s, RouterSpec)]:
+            raise MoeInspectError(
+                f"the entry point {entry.name!r} ({entry.value}) in {ENTRY_POINTS} gives a "
+                f"{wrong[0]}, not a RouterSpec"
+            )
+        found += specs
+    return tuple(found)

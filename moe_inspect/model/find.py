@@ -1,0 +1,47 @@
+"""Finds every router of a model: those that RouterSpecs describe, and those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.custom.candidates import candidates
+from moe_inspect.model.custom.find import sites_given, sites_registered
+from moe_inspect.model.custom.frameworks import SPECS
+from moe_inspect.model.custom.spec import RouterSpec, registered
+from moe_inspect.model.routers import Site, called_experts
+
+
+def find_routers(model: Any, specs: Sequence[RouterSpec] | None = None) -> list[Site]:
+    """The routers of `model` in execution order of their layers. MoeInspectError where it has
+    none."""
+    sites = routers_in(model, specs)
+    if not sites:
+        raise no_routers(model)
+    return sites
+
+
+def routers_in(model: Any, specs: Sequence[RouterSpec] | None = None) -> list[Site]:
+    """Those of `specs`, if given; else those of registered classes, and in layers that have none of
+    these, those of transformers. May be none."""
+    if specs is not None:
+        return sites_given(model, specs)
+    own = sites_registered(model, [*registered(), *SPECS])
+    layers = {site.layer for site in own}
+    sites = [*own, *(site for site in called_experts(model) if site.layer not in layers)]
+    return sorted(sites, key=lambda site: site.layer) if own else sites
+
+
+def no_routers(model: Any) -> MoeInspectError:
+    """Why nothing can be recorded, and what would help."""
+    name = type(model).__name__
+    like = candidates(model)
+    if not like:
+        return MoeInspectError(f"{name} is a dense model: it has no routers to trace")
+    return MoeInspectError(
+        f"no router that is known was found in {name}, but {like.described()}: call "
+        f"moe_inspect.probe(ids, weights, layer=i, experts={like.experts or 'E'}) in its forward, "
+        f"or give record(routers=[moe_inspect.RouterSpec(module={like.pattern!r}, choice=f)]), or "
+        "let record(discover=True) look for it"
+    )
