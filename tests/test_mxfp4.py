@@ -14,7 +14,7 @@ from transformers.integrations import mxfp4
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import find_routers
+from moe_inspect.model.find import find_routers
 from tests.mxfp4 import Kernels, model_with_kernels
 from tests.zoo import token_batch
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hand_over import Forward, HandOver
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.attach import Attachment, is_of_transformers, mode_of, uncompiled
+from moe_inspect.capture.hook.attach import Attachment, mode_of, uncompiled
 from moe_inspect.capture.hook.counted import CountedPasses
 from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
 from moe_inspect.capture.hook.inputs.arguments import inputs_of
@@ -30,8 +30,8 @@ from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.open_trace import Session, TraceOpener
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.find import no_routers, routers_in
-from moe_inspect.model.routers import Site, in_layers
+from moe_inspect.model.find import no_routers, recordable
+from moe_inspect.model.routers import Site
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import TraceWriter
@@ -63,12 +63,8 @@ class Recorder:
         self.session = session or Session()
         options.check(path is not None)
         self.model = uncompiled(model)
-        self.sites = routers_in(self.model, options.routers)
-        by_probes = not self.sites  # none is known: those in the model's own code are its routers
-        if not by_probes:
-            self.sites = in_layers(self.sites, options.layers)
-        elif options.routers is None and is_of_transformers(self.model):
-            raise no_routers(self.model)
+        self.sites = recordable(self.model, options.routers, options.layers)
+        by_probes = not self.sites  # those in the model's own code are its routers
         self.mode = mode_of(self.model, self.sites, options.capture)
         if options.logits and any(s.logits_module is None for s in self.sites):
             raise MoeInspectError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
@@ -10,7 +10,7 @@ from moe_inspect.model.custom.candidates import candidates
 from moe_inspect.model.custom.find import sites_given, sites_registered
 from moe_inspect.model.custom.frameworks import SPECS
 from moe_inspect.model.custom.spec import RouterSpec, registered
-from moe_inspect.model.routers import Site, called_experts
+from moe_inspect.model.routers import Site, called_experts, in_layers, is_of_transformers
 
 
 def find_routers(model: Any, specs: Sequence[RouterSpec] | None = None) -> list[Site]:
@@ -31,6 +31,19 @@ def routers_in(model: Any, specs: Sequence[RouterSpec] | None = None) -> list[Si
     layers = {site.layer for site in own}
     sites = [*own, *(site for site in called_experts(model) if site.layer not in layers)]
     return sorted(sites, key=lambda site: site.layer) if own else sites
+
+
+def recordable(
+    model: Any, specs: Sequence[RouterSpec] | None, layers: Iterable[int] | None
+) -> list[Site]:
+    """The routers of `model` in these layers (None: all). None at all where only probes in the
+    model's own code can show them. MoeInspectError where there can be no probes either."""
+    sites = routers_in(model, specs)
+    if sites:
+        return in_layers(sites, layers)
+    if specs is None and is_of_transformers(model):
+        raise no_routers(model)
+    return []
 
 
 def no_routers(model: Any) -> MoeInspectError:

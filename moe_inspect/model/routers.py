@@ -185,6 +185,11 @@ def top_k_of(site: Site, model: Any) -> int:
     )
 
 
+def is_of_transformers(module: Any) -> bool:
+    """Whether its code is a release of transformers, and not loaded with the model."""
+    return type(module).__module__.startswith("transformers.")
+
+
 def is_expert_parallel(module: Module) -> bool:
     """Whether this module holds only some of the experts its router chooses from. It is called with
     global ids; its forward sees local ones, or sentinels for other ranks' experts."""

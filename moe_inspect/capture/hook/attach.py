@@ -31,6 +31,7 @@ from moe_inspect.model.families import called_with
 from moe_inspect.model.routers import (
     Site,
     is_expert_parallel,
+    is_of_transformers,
     wants_expert_parallel,
 )
 
@@ -328,11 +329,6 @@ class Attachment:
 def uncompiled(model: Any) -> Any:
     """The model that torch.compile(model) wraps, or `model`."""
     return getattr(model, "_orig_mod", model)
-
-
-def is_of_transformers(module: torch.nn.Module) -> bool:
-    """Whether its code is a release of transformers, and not loaded with the model."""
-    return type(module).__module__.startswith("transformers.")
 
 
 def is_compiled(model: Any) -> bool:
