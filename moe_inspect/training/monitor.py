@@ -16,7 +16,8 @@ from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
 from moe_inspect.alarms.window import Window
 from moe_inspect.capture.hook.attach import Attachment, is_compiled, uncompiled
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import find_routers, in_layers
+from moe_inspect.model.find import find_routers
+from moe_inspect.model.routers import in_layers
 from moe_inspect.training.actions import Action, act, actions_of
 from moe_inspect.training.history import History
 from moe_inspect.training.metrics import DETAILS, logged, max_vio_of_steps, window_metrics
