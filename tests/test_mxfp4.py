@@ -184,7 +184,7 @@ def test_assignments_that_go_nowhere_are_null(monkeypatch: pytest.MonkeyPatch) -
         weights, ids = torch.rand(T, 8, generator=generator).topk(3)
         ids = torch.where(torch.rand(T, 3, generator=generator) < 0.3, ids + 8, ids)
         made = mxfp4.routing_from_top_k(ids, weights, 8)
-        choice = site.adapter.choice(site.module, [torch.empty(T, 4), *made], None)
+        choice = site.adapter.choice(site.module, (torch.empty(T, 4), *made), {}, None)
         assert choice is not None
         assert choice[0].shape == choice[1].shape == (T, 3)
         rows = zip(ids.tolist(), weights.tolist(), *(c.tolist() for c in choice), strict=True)
