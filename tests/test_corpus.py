@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.capture import tokenize
-from moe_inspect.capture.documents import CorpusStats, interleaved
-from moe_inspect.capture.plan import (
+from moe_inspect.capture.corpus.documents import CorpusStats, interleaved
+from moe_inspect.capture.corpus.plan import (
     Frame,
     Plan,
     TokenSequence,
@@ -29,7 +29,7 @@ from moe_inspect.capture.plan import (
     special_frame,
     with_documents,
 )
-from moe_inspect.capture.sources import find_sources
+from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT
 

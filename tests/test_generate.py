@@ -14,10 +14,10 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture import feed, run
-from moe_inspect.capture.documents import CorpusStats
+from moe_inspect.capture.corpus.documents import CorpusStats
+from moe_inspect.capture.corpus.plan import Frame, Plan, batches, sequences
+from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.capture.options import CorpusOptions
-from moe_inspect.capture.plan import Frame, Plan, batches, sequences
-from moe_inspect.capture.sources import find_sources
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import load_config, load_model
 from tests.conftest import Cli

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moe_inspect.capture.corpus.plan import Frame, Plan, special_frame
 from moe_inspect.capture.options import CorpusOptions
-from moe_inspect.capture.plan import Frame, Plan, special_frame
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.load import config_record
 from moe_inspect.trace import schema

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
+from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.capture.feed import Batch, Decoding, decode, encode_decode, end_ids, prefill
 from moe_inspect.capture.open_trace import Session
 from moe_inspect.capture.options import RecordOptions, TraceOptions
-from moe_inspect.capture.plan import Plan, TokenSequence, longest_sequence
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.capture.resume import (
@@ -26,7 +27,6 @@ from moe_inspect.capture.resume import (
     resume_from,
     sampling_record,
 )
-from moe_inspect.capture.sources import find_sources
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import (
     commit_of,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.capture.plan import TokenSequence
+from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.server.protocols import Answer
 from moe_inspect.trace.files.lock import Lock
 from moe_inspect.trace.output_dir import claim_directory

@@ -16,9 +16,10 @@ from typing import Any
 
 import httpx
 
+from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
+from moe_inspect.capture.corpus.sources import Source, find_sources
 from moe_inspect.capture.manifest import process_facts
 from moe_inspect.capture.options import EngineOptions
-from moe_inspect.capture.plan import Plan, TokenSequence, longest_sequence
 from moe_inspect.capture.resume import (
     comparable,
     complete_now,
@@ -39,7 +40,6 @@ from moe_inspect.capture.server.protocols import (
     most_bytes,
     read_answer,
 )
-from moe_inspect.capture.sources import Source, find_sources
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import commit_of, config_record, load_config, load_tokenizer
 from moe_inspect.model.vocabulary import tokenizer_fingerprint, vocabulary_table

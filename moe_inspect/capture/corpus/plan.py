@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.capture.documents import CorpusStats, interleaved
+from moe_inspect.capture.corpus.documents import CorpusStats, interleaved
+from moe_inspect.capture.corpus.sources import COMPRESSED, Source
+from moe_inspect.capture.corpus.tokenize import token_ids
 from moe_inspect.capture.options import CorpusOptions
-from moe_inspect.capture.sources import COMPRESSED, Source
-from moe_inspect.capture.tokenize import token_ids
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import Document
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_inspect.capture.sources import Source, kind_of, opened
+from moe_inspect.capture.corpus.sources import Source, kind_of, opened
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 
