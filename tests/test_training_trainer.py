@@ -1,0 +1,400 @@
+"""RoutingCallback: the counts of a Trainer, in its logs, its history and its checkpoints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+import moe_inspect
+from moe_inspect.alarms.alarms import Alarm
+from moe_inspect.alarms.of_trace import windows_of_trace
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.training import RoutingCallback
+from tests.conftest import ROOT
+from tests.test_training import history
+from tests.trained import EXPERTS, LAYERS, counted, reset
+from tests.zoo import VOCABULARY
+
+ROWS = 48
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Right-padded rows of 4 to 12 tokens."""
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng(n)
+        length = int(rng.integers(4, 13))
+        ids, mask = np.ones(12, np.int64), np.zeros(12, np.int64)
+        ids[:length], mask[:length] = rng.integers(2, VOCABULARY, length), 1
+        labels = np.where(mask == 1, ids, -100)
+        rows = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {name: torch.from_numpy(values) for name, values in rows.items()}
+
+
+def trainer(
+    out: Path, callback: RoutingCallback, model: Any = None, **arguments: Any
+) -> hf.Trainer:
+    model = model if model is not None else counted()
+    return hf.Trainer(
+        model,
+        hf.TrainingArguments(
+            str(out / "trainer"),
+            **{
+                "per_device_train_batch_size": 4,
+                "per_device_eval_batch_size": 16,
+                "max_steps": 6,
+                "logging_steps": 2,
+                "save_strategy": "no",
+                "report_to": [],
+                "disable_tqdm": True,
+                "use_cpu": True,
+                "remove_unused_columns": False,
+                **arguments,
+            },
+        ),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        callbacks=[callback],
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_counts_are_those_of_the_batches(
+    tmp_path: Path, accumulate: int, checkpointing: bool
+) -> None:
+    it = trainer(
+        tmp_path,
+        RoutingCallback(tmp_path / "h"),
+        gradient_accumulation_steps=accumulate,
+        gradient_checkpointing=checkpointing,
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    it.train()
+    assert it.model.steps_passes == 6 * accumulate
+    assert (history(tmp_path / "h") == it.model.load).all()
+    trace = moe_inspect.open_trace(tmp_path / "h")
+    assert trace.status == "complete"
+    assert [s.files.last_batch for s in trace.shards] == [2, 4, 6]
+
+
+def test_the_metrics_are_in_the_row_of_the_loss(tmp_path: Path) -> None:
+    it = trainer(tmp_path, RoutingCallback(), eval_strategy="steps", eval_steps=3)
+    it.train()
+    rows = [row for row in it.state.log_history if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert all("routing/max_vio/worst" in row for row in rows)
+    assert "routing/drift/median" in rows[1]
+    evaluated = [row for row in it.state.log_history if "eval_routing/max_vio/worst" in row]
+    assert [row["step"] for row in evaluated] == [3, 6]
+
+
+def test_an_alarm_stops_the_training(tmp_path: Path) -> None:
+    raised: list[Alarm] = []
+    callback = RoutingCallback(
+        rules=["max_vio > 0 even by chance for 2 windows"], on_alarm=["stop", raised.append]
+    )
+    it = trainer(tmp_path, callback)
+    it.train()
+    assert it.state.global_step == 4
+    assert {alarm.layer for alarm in raised} == set(range(LAYERS))
+    assert {alarm.since for alarm in raised} == {1}
+
+
+def test_a_training_that_failed_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    callback = RoutingCallback(tmp_path / "h")
+    it = trainer(tmp_path, callback)
+
+    class Failing(hf.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise ArithmeticError
+
+    it.add_callback(Failing)
+    with pytest.raises(ArithmeticError):
+        it.train()
+    it.remove_callback(Failing)
+    callback.options["overwrite"] = True
+    reset(it.model)
+    it.train()
+    assert (history(tmp_path / "h") == it.model.load).all()
+
+
+def test_a_training_resumed_from_a_checkpoint_has_no_step_twice(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    it = trainer(tmp_path, RoutingCallback(tmp_path / "h"), **options)
+    it.train()
+    last = moe_inspect.open_trace(tmp_path / "h")
+    assert [s.files.last_batch for s in last.shards] == [2, 3, 4, 6]
+    kept = sum(np.stack(list(w.load)) for w in windows_of_trace(last, select(last)) if w.last <= 3)
+    again = trainer(tmp_path, RoutingCallback(tmp_path / "h"), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "trainer/checkpoint-3"))
+    assert again.model.steps_passes == 3
+    assert (history(tmp_path / "h") == kept + again.model.load).all()
+    assert moe_inspect.verify(tmp_path / "h").ok
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import transformers as hf
+from moe_inspect.training import RoutingCallback
+from tests.test_training_trainer import trainer
+
+class Say(hf.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        print(state.global_step, flush=True)
+
+out = Path(sys.argv[1])
+it = trainer(out, RoutingCallback(out / "h"), max_steps=500, save_strategy="steps", save_steps=4)
+it.add_callback(Say)
+it.train()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip().isdigit() and int(line) >= 7:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert moe_inspect.open_trace(tmp_path / "h").status == "recording"
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10}
+    again = trainer(tmp_path, RoutingCallback(tmp_path / "h"), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "trainer/checkpoint-4"))
+    whole = trainer(tmp_path / "whole", RoutingCallback(tmp_path / "whole/h"), max_steps=10)
+    whole.train()
+    found, expected = (moe_inspect.open_trace(p / "h") for p in (tmp_path, tmp_path / "whole"))
+    assert found.n_tokens == expected.n_tokens
+    assert found.status == "complete"
+    assert (history(tmp_path / "h").sum(1) == history(tmp_path / "whole/h").sum(1)).all()
+    spans = [(s.files.first_batch, s.files.last_batch) for s in found.shards]
+    assert [step for a, b in spans for step in range(a or 0, b + 1)] == list(range(1, 11))
+
+
+# --- where the logs go; each skips where the logger is not installed
+
+
+def test_tensorboard_has_the_keys_and_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "tb")
+    try:
+        trainer(tmp_path, RoutingCallback(picture_logs=2), report_to=["tensorboard"]).train()
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert len(events.Scalars("train/routing/max_vio/worst")) == 3
+    assert [image.step for image in events.Images("routing/load")] == [2, 6]
+    assert events.Images("routing/load")[0].width > 200
+
+
+def test_mlflow_has_the_keys_and_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/ml")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/ml")
+    trainer(tmp_path, RoutingCallback(), report_to=["mlflow"]).train()
+    names = [path.name for path in (tmp_path / "ml").rglob("*")]
+    assert "routing" in names
+    assert "load-00000002.png" in names
+    (scalars,) = (tmp_path / "ml").rglob("metrics/routing/max_vio/worst")
+    assert len(scalars.read_text().splitlines()) == 3
+
+
+def test_wandb_offline_has_the_keys_and_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer(tmp_path, RoutingCallback(), report_to=["wandb"]).train()
+    import wandb
+
+    wandb.finish()
+    (log,) = tmp_path.rglob("*.wandb")
+    until = time.monotonic() + 20
+    # a process of its own writes the file; the last row is the summary of the run
+    while len(rows := _wandb_history(log)) < 4 and time.monotonic() < until:
+        time.sleep(0.1)
+    keys = [key for row in rows for key in row]
+    assert keys.count("train/routing/max_vio/worst") == 3
+    assert keys.count("routing/load/path") == 1
+    assert len(list(tmp_path.rglob("media/images/routing/*.png"))) == 1
+
+
+def _wandb_history(path: Path) -> list[list[str]]:
+    """The keys of each row of an offline run: records in blocks of 32 KiB, as in LevelDB's logs,
+    behind a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, pieces, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        pieces += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pieces)
+            pieces = b""
+            if record.HasField("history"):
+                items = record.history.item
+                rows.append([item.key or "/".join(item.nested_key) for item in items])
+    return rows
+
+
+# --- TRL, Lightning
+
+
+def count_at_routers(model: Any) -> np.ndarray:
+    """Counts the first call of each router in every training pass, for a trainer that replaces the
+    model's forward. int64 [layers, experts], filled as the model runs."""
+    load_LE = np.zeros((LAYERS, EXPERTS), np.int64)
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    real: dict[int, Any] = {}
+
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        real.clear()
+        if module.training and torch.is_grad_enabled():
+            mask = kwargs.get("attention_mask")
+            real.update(dict.fromkeys(range(LAYERS), slice(None) if mask is None else mask != 0))
+
+    def count(layer: int, output: Any) -> None:
+        if (rows := real.pop(layer, None)) is not None:
+            ids = output[2] if isinstance(rows, slice) else output[2][rows.reshape(-1)]
+            load_LE[layer] += np.bincount(ids.reshape(-1).numpy(), minlength=EXPERTS)
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    for layer, router in enumerate(routers):
+        router.register_forward_hook(lambda m, a, output, layer=layer: count(layer, output))
+    return load_LE
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl_gives_the_same_counts(tmp_path: Path, packing: bool) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+
+    model = counted()
+    load_LE = count_at_routers(model)
+    model.config.architectures = ["MixtralForCausalLM"]
+    tokenizer = hf.AutoTokenizer.from_pretrained(ROOT / "moe_inspect/demo/model")
+    tokenizer.pad_token = tokenizer.eos_token
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": rng.integers(2, VOCABULARY, n).tolist()} for n in rng.integers(3, 12, 40)]
+    it = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(
+            str(tmp_path / "trl"),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=True,
+            max_steps=3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            packing=packing,
+            max_length=16,
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[RoutingCallback(tmp_path / "h")],
+    )
+    it.train()
+    assert load_LE.sum() > 0
+    assert (history(tmp_path / "h") == load_LE).all()
+    rows_of_loss = [row for row in it.state.log_history if "loss" in row]
+    assert all("routing/max_vio/worst" in row for row in rows_of_loss)
+    assert all("mean_token_accuracy" in row for row in rows_of_loss)  # TRL's own are still there
+
+
+def test_lightning_gives_the_same_counts(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    from moe_inspect.training import LightningRoutingCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = counted()
+
+        def training_step(self, batch: Any, n: int) -> Any:
+            return self.model(**batch).loss
+
+        def validation_step(self, batch: Any, n: int) -> Any:
+            self.model(**batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    from lightning.pytorch.loggers import CSVLogger
+
+    module, logger = Module(), CSVLogger(tmp_path / "csv")
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=4)
+    lightning.Trainer(
+        max_steps=4,
+        accumulate_grad_batches=2,
+        log_every_n_steps=2,
+        val_check_interval=4,
+        limit_val_batches=2,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        callbacks=[LightningRoutingCallback(tmp_path / "h")],
+    ).fit(module, loader, loader)
+    assert module.model.steps_passes == 8
+    assert (history(tmp_path / "h") == module.model.load).all()
+    logged = "".join(path.read_text() for path in (tmp_path / "csv").rglob("metrics.csv"))
+    assert "routing/max_vio/worst" in logged
+    assert "eval_routing/max_vio/worst" in logged
+
+
+def test_the_picture_shows_every_expert_of_every_layer(tmp_path: Path) -> None:
+    from moe_inspect.training import RoutingMonitor
+    from tests.test_training import loop
+
+    model = counted().train()
+    with RoutingMonitor(model, log_steps=2) as monitor:
+        loop(model, monitor, 2)
+        image = monitor.picture().axes[0].images[0].get_array()
+    assert image.shape == (LAYERS, EXPERTS)
+    ratio_LE = model.load / model.load.mean(1, keepdims=True)
+    assert np.allclose(image, ratio_LE)
