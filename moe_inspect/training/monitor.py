@@ -107,7 +107,7 @@ class RoutingMonitor:
         self._before: Window | None = None
         self._alarms: Alarms | None = None
         self._history: History | None = None
-        self._logged = self._flushed = resume_step  # steps of the last log and flush
+        self._collected = self._logged = self._flushed = resume_step  # the last step of each
         self._to_log: list[Taken] = []
         self._to_flush: list[Taken] = []
 
@@ -221,6 +221,10 @@ class RoutingMonitor:
             self._history.write(self.model, self.routers, taken.load, taken.tokens_R, self.steps)
 
     def _collect(self) -> None:
+        """Reads the sums, once per step: every process is at the same one."""
+        if self._collected == self.steps:
+            return
+        self._collected = self.steps
         taken = self._sums.read(group=self.group)
         if taken is not None and taken.passes:
             self._to_log.append(taken)

@@ -59,7 +59,7 @@ class _OnDevice:
             self.z_R = torch.zeros(self.R)
             # of the step, of the steps before, and since `read`: training, evaluation
             self.step_C = torch.zeros(self.C, dtype=torch.int64)
-            self.recent_SC = torch.zeros(RECENT, self.C, dtype=torch.int64)
+            self.recent_SC = torch.zeros(RECENT, self.C, dtype=torch.int32)
             self.total_C = [torch.zeros(self.C, dtype=torch.int64) for _ in range(2)]
             self.losses_2R = [torch.zeros(2, self.R) for _ in range(2)]
 
