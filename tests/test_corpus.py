@@ -18,7 +18,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.capture import tokenize
+from moe_inspect.capture.corpus import tokenize
 from moe_inspect.capture.corpus.documents import CorpusStats, interleaved
 from moe_inspect.capture.corpus.plan import (
     Frame,

@@ -14,7 +14,7 @@ import pytest
 
 from moe_inspect.analysis.counting import count_shard, kernels_numpy, router_counts
 from moe_inspect.analysis.metrics import balance, pairs, uncertainty
-from moe_inspect.capture import plan as capture_plan
+from moe_inspect.capture.corpus import plan as capture_plan
 from moe_inspect.importers import batches, esft, responses, routed
 from moe_inspect.importers.megatron import importer as megatron
 from moe_inspect.importers.megatron import layers as megatron_layers

@@ -48,7 +48,7 @@ class Decoding:
 def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> int:
     """One forward pass over right-padded rows."""
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
-    fed = _Announcer(recorder, batch)(ids_BS, mask_BS, documents=batch.documents)
+    fed = Announcer(recorder, batch)(ids_BS, mask_BS, documents=batch.documents)
     mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
     # neither key-value cache nor logits of all positions: not needed
     forward(
@@ -64,7 +64,7 @@ def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> i
 def decode(network: Any, recorder: Recorder, batch: Batch, decoding: Decoding) -> int:
     """Prefill of rows of equal length, then one token per row and step, with a key-value cache and
     without padding. A row is no longer recorded after its end token."""
-    announce = _Announcer(recorder, batch, group=batch.number)
+    announce = Announcer(recorder, batch, group=batch.number)
     generator = torch.Generator().manual_seed(decoding.seed)
     ids_BS = torch.from_numpy(np.stack([s.ids for s in batch.sequences]).astype(np.int64))
     running_B = np.ones(len(ids_BS), bool)
@@ -97,7 +97,7 @@ def encode_decode(
     """The encoder on right-padded rows, then the decoder: its start tokens, then up to
     `decoding.tokens` one per step, with a key-value cache. A row is no longer recorded after its
     end token."""
-    announce = _Announcer(recorder, batch, group=batch.number)
+    announce = Announcer(recorder, batch, group=batch.number)
     generator = torch.Generator().manual_seed(decoding.seed)
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
     mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
@@ -131,7 +131,7 @@ def encode_decode(
     return fed
 
 
-class _Announcer:
+class Announcer:
     """Passes the rows of the next forward pass to the recorder; returns the number of tokens."""
 
     def __init__(self, recorder: Recorder, batch: Batch, group: int | None = None):

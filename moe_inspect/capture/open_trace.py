@@ -15,6 +15,7 @@ from moe_inspect.capture.manifest import capture_facts, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.model.load import config_record
+from moe_inspect.model.own import as_tokenizer
 from moe_inspect.model.routers import Site, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.trace import slot_order
@@ -48,7 +49,8 @@ class TraceOpener:
         tokenizer: Any,
     ):
         self.path = Path(path) if path is not None else None
-        self.model, self.sites, self.mode, self.tokenizer = model, sites, mode, tokenizer
+        self.model, self.sites, self.mode = model, sites, mode
+        self.tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
         self.selfcheck: Found = {}  # of the kernels used so far
         self._own_lock: Lock | None = None
 

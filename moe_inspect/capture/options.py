@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from moe_inspect.errors import MoeInspectError
 
@@ -60,13 +60,21 @@ class TraceOptions(CorpusOptions):
     """Settings of `trace_model`: those of the corpus (`CorpusOptions`), and
 
     capture      "dispatch": replace the experts implementation by one that records; "tap": record
-    the calls of the model's own; "auto": dispatch where the model would run the stock grouped_mm on
-    a GPU, else tap device       "auto" (cuda where there is one), "cpu", "cuda:1", … device_map
-    spread the model over devices: "auto", "balanced", … (accelerate) dtype        "float32",
-    "bfloat16", "float16"; "auto": as the checkpoint is stored random_init  initialise the weights
-    with this seed instead of reading them: the untrained baseline weights      record the gate
-    weights logits       record the router logits counts_only  record only counts by layer, domain
-    and expert"""
+                 the calls of the model's own; "auto": dispatch where the model would run the stock
+                 grouped_mm on a GPU, else tap
+    device       "auto" (cuda where there is one), "cpu", "cuda:1", …
+    device_map   spread the model over devices: "auto", "balanced", … (accelerate)
+    dtype        "float32", "bfloat16", "float16"; "auto": as the checkpoint is stored
+    random_init  initialise the weights with this seed instead of reading them: the untrained
+                 baseline
+    weights      record the gate weights
+    logits       record the router logits
+    counts_only  record only counts by layer, domain and expert
+    routers      where the routers of a model with code of its own are, by `RouterSpec`s
+    loader       loads a model that is not transformers': a function, called with the model's name
+                 if it takes an argument, that returns (model, tokenizer) or (model, tokenizer,
+                 forward), `forward(model, ids)` → logits for a model that takes more than token ids
+    """
 
     capture: str = "auto"
     device: str = "auto"
@@ -76,6 +84,8 @@ class TraceOptions(CorpusOptions):
     weights: bool = True
     logits: bool = False
     counts_only: bool = False
+    routers: Sequence[RouterSpec] | None = None
+    loader: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +162,8 @@ class TraceKeywords(CorpusKeywords, total=False):
     weights: bool
     logits: bool
     counts_only: bool
+    routers: Sequence[RouterSpec] | None
+    loader: Callable[..., Any] | None
 
 
 class EngineKeywords(CorpusKeywords, total=False):

@@ -15,6 +15,7 @@ import torch
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
 from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.capture.feed import Batch, Decoding, decode, encode_decode, end_ids, prefill
+from moe_inspect.capture.feed_own import feed_own
 from moe_inspect.capture.open_trace import Session
 from moe_inspect.capture.options import RecordOptions, TraceOptions
 from moe_inspect.capture.ranks import Ranks
@@ -28,6 +29,7 @@ from moe_inspect.capture.resume import (
     sampling_record,
 )
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.custom.find import named
 from moe_inspect.model.load import (
     commit_of,
     load_config,
@@ -35,6 +37,7 @@ from moe_inspect.model.load import (
     load_tokenizer,
     weights_fingerprint,
 )
+from moe_inspect.model.own import OwnModel, load_own, state_fingerprint
 from moe_inspect.model.vocabulary import tokenizer_fingerprint
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import Lock, hold, join
@@ -58,6 +61,7 @@ class TraceRun:
     tokenizer: Any
     plan: Plan
     record: dict[str, Any]
+    own: OwnModel | None = None  # what a loader returned
 
     @property
     def passes_per_batch(self) -> int:
@@ -84,15 +88,19 @@ def trace_model(
 
 def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks) -> TraceRun:
     sources = find_sources(options.data, leave_out=output_dir)
-    of_hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    config, tokenizer = load_config(model, **of_hub), load_tokenizer(model, **of_hub)
+    own = None
+    if options.loader is not None:
+        own = _own_of(options, model)
+        model, config, tokenizer = own.name, getattr(own.model, "config", None), own.tokenizer
+    else:
+        of_hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+        config, tokenizer = load_config(model, **of_hub), load_tokenizer(model, **of_hub)
     plan = Plan(
         sources,
         options,
         longest_sequence(options.max_length, config, options.generate),
         encoded=bool(getattr(config, "is_encoder_decoder", False)),
     )
-    random_init = options.random_init
     record = {
         **plan.record(),
         **sampling_record(options),
@@ -100,10 +108,8 @@ def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks)
         "model": model,
         "revision": options.revision,
         "config": schema.fingerprint(comparable(config)),
-        "weights_hash": None
-        if random_init is not None
-        else weights_fingerprint(model, options.revision),
-        "random_init": random_init,
+        "weights_hash": _weights_hash(model, options, own),
+        "random_init": options.random_init,
         "dtype": options.dtype,
         "layers": sorted(options.layers) if options.layers is not None else None,
         "weights": options.weights,
@@ -111,7 +117,33 @@ def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks)
         "counts_only": options.counts_only,
         "ranks": ranks.world,
     }
-    return TraceRun(model, output_dir, options, ranks, config, tokenizer, plan, record)
+    if options.routers is not None:
+        record["routers"] = [named(spec) for spec in options.routers]
+    return TraceRun(model, output_dir, options, ranks, config, tokenizer, plan, record, own)
+
+
+def _own_of(options: TraceOptions, name: str) -> OwnModel:
+    """What the loader returns, on the device and in the dtype asked for."""
+    for option in ("device_map", "revision", "trust_remote_code", "random_init"):
+        if getattr(options, option) not in (None, False):
+            raise MoeInspectError(
+                f"--{option.replace('_', '-')} is for models of transformers: the loader decides"
+            )
+    assert options.loader is not None
+    own = load_own(options.loader, name)
+    if options.device != "auto":
+        own.model.to(options.device)
+    if options.dtype != "auto":
+        own.model.to(getattr(torch, options.dtype))
+    return own
+
+
+def _weights_hash(model: str, options: TraceOptions, own: OwnModel | None) -> str | None:
+    if own is not None:
+        return state_fingerprint(own.model)
+    if options.random_init is not None:
+        return None
+    return weights_fingerprint(model, options.revision)
 
 
 def _record(
@@ -140,6 +172,8 @@ def _record(
 
 
 def _load(run: TraceRun) -> Any:
+    if run.own is not None:
+        return run.own.model
     options, device = run.options, run.options.device
     if device == "auto" and run.ranks.world > 1 and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -162,7 +196,7 @@ def _recorder(
     manifest = {
         "model": {
             "id": run.model,
-            "revision": commit_of(run.model, options.revision),
+            "revision": commit_of(run.model, options.revision) if run.own is None else None,
             "class": type(network).__name__,
             "trust_remote_code": options.trust_remote_code,
             "device_map": options.device_map,
@@ -179,6 +213,7 @@ def _recorder(
             logits=options.logits,
             counts_only=options.counts_only,
             overwrite=options.overwrite,
+            routers=options.routers,
             commit_every=options.commit_every,
         ),
         tokenizer=run.tokenizer,
@@ -197,7 +232,8 @@ def _feed_batches(
     options, plan = run.options, run.plan
     done = start.tokens if start is not None else 0
     ends = end_ids(network, run.tokenizer)
-    if any(site.adapter is not None and site.adapter.alone for site in recorder.sites):
+    own = run.own if run.own is not None and not run.own.is_of_transformers else None
+    if own is not None or any(s.adapter is not None and s.adapter.alone for s in recorder.sites):
         planned = singly(planned)
     for n, (sequences, documents) in enumerate(planned):
         batch = Batch(n * run.passes_per_batch, sequences, documents)
@@ -205,7 +241,9 @@ def _feed_batches(
             continue
         tokens = options.generate if sequences[0].continued else 0
         decoding = Decoding(tokens, options.temperature, options.seed + n, ends)
-        if plan.encoded:
+        if own is not None:
+            done += feed_own(own, recorder, batch, decoding)
+        elif plan.encoded:
             done += encode_decode(network, recorder, batch, run.tokenizer, decoding)
         elif sequences[0].continued:
             done += decode(network, recorder, batch, decoding)

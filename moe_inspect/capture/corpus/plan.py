@@ -16,6 +16,7 @@ from moe_inspect.capture.corpus.sources import COMPRESSED, Source
 from moe_inspect.capture.corpus.tokenize import token_ids
 from moe_inspect.capture.options import CorpusOptions
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.own import positions_of
 from moe_inspect.trace.writer import Document
 
 MAX_LENGTH = 2048
@@ -79,9 +80,8 @@ def longest_sequence(
 ) -> int:
     """Tokens of the longest sequence: `max_length` or the default, within the limits of the model
     and of the server (`served`), less the tokens to generate."""
-    stated = [
-        n for n in (getattr(config.get_text_config(), "max_position_embeddings", None), served) if n
-    ]
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    stated = [n for n in (positions_of(text), served) if n]
     limit = min(stated or [MAX_LENGTH + generate]) - generate
     if limit < 1:
         raise MoeInspectError(

@@ -17,6 +17,8 @@ NOT_OF_ENGINES = (
     "weights",
     "logits",
     "counts_only",
+    "loader",
+    "routers",
 )
 OF_ENGINES = ("model_config", "concurrency", "timeout", "api_key")
 
@@ -58,7 +60,7 @@ def check_engine_options(
 
 
 def refuse_early(
-    model: str,
+    model: str | None,
     output: Path,
     model_config: str | None,
     revision: str | None,
@@ -67,7 +69,7 @@ def refuse_early(
     overwrite: bool,
 ) -> None:
     """What is wrong for certain is said before torch is imported, which takes seconds.
-    `trace_model` and `trace_engine` look again."""
+    `trace_model` and `trace_engine` look again. `model`: None where a loader decides."""
     from moe_inspect.trace.files.lock import refuse_while_locked
     from moe_inspect.trace.output_dir import check_directory
     from moe_inspect.trace.schema import MANIFEST
@@ -82,8 +84,9 @@ def refuse_early(
         return
     from moe_inspect.model.load import refuse_unless_found
 
-    refuse_unless_found(model_config or model, revision)
-    if model_config is not None:
+    if (name := model_config or model) is not None:
+        refuse_unless_found(name, revision)
+    if model_config is not None and model is not None:
         from moe_inspect.capture.server.client import check_server
 
         check_server(model, api_key)

@@ -18,6 +18,7 @@ from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
     from moe_inspect.capture.options import CorpusKeywords
+    from moe_inspect.model.custom.spec import RouterSpec
 
 
 class Capture(StrEnum):
@@ -40,22 +41,23 @@ class Dtype(StrEnum):
 
 def trace(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help=(
-                'A hub id, a directory, "demo" (bundled, offline), or with --engine the URL of a '
-                "server."
-            ),
-            metavar="MODEL|URL",
-        ),
-    ],
     output: Annotated[
         Path,
         typer.Option(
             "-o", "--output", metavar="DIR", help="The directory of the trace.", show_default=False
         ),
     ],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help=(
+                'A hub id, a directory, "demo" (bundled, offline), with --engine the URL of a '
+                "server, or with --loader what its function is called with."
+            ),
+            metavar="MODEL|URL",
+            show_default=False,
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -150,6 +152,22 @@ def trace(
             show_default=False,
         ),
     ] = None,
+    loader: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION",
+            help="Load a model that is not transformers': the function returns (model, tokenizer).",
+            show_default=False,
+        ),
+    ] = None,
+    routers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:NAME",
+            help="Where the routers of a model with code of its own are: a RouterSpec or a list.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -211,12 +229,24 @@ def trace(
         raise typer.BadParameter(
             "--resume keeps what is there, --overwrite does not: give one of the two"
         )
+    if model is None and loader is None:
+        raise typer.BadParameter("give a MODEL, or --loader FILE.py:FUNCTION")
+    model = model or ""
     check_engine_options(context, model, engine, model_config)
     chosen = _layers(layers)
-    refuse_early(model, output, model_config, revision, api_key, resume, overwrite)
+    refuse_early(
+        model if loader is None else None,
+        output,
+        model_config,
+        revision,
+        api_key,
+        resume,
+        overwrite,
+    )
     need_torch()
     from moe_inspect.api import trace_engine, trace_model
     from moe_inspect.capture.options import EngineOptions, TraceOptions
+    from moe_inspect.model.own import load_object
 
     corpus: CorpusKeywords = {
         "data": data or (),
@@ -264,6 +294,8 @@ def trace(
                     weights=weights,
                     logits=logits,
                     counts_only=counts_only,
+                    routers=_routers(routers),
+                    loader=load_object(loader) if loader is not None else None,
                 )
                 written = trace_model(model, output, of_model, progress=progress)
     except KeyboardInterrupt:
@@ -294,6 +326,17 @@ def _is_complete(output: Path) -> bool:
     from moe_inspect.trace.schema import MANIFEST
 
     return (output / MANIFEST).exists() and read_manifest(output)["status"] == "complete"
+
+
+def _routers(reference: str | None) -> list[RouterSpec] | None:
+    """Of "FILE.py:NAME", a RouterSpec or several."""
+    from moe_inspect.model.custom.spec import RouterSpec
+    from moe_inspect.model.own import load_object
+
+    if reference is None:
+        return None
+    found = load_object(reference)
+    return [found] if isinstance(found, RouterSpec) else list(found)
 
 
 def _layers(text: str | None) -> list[int] | None:

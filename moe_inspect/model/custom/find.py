@@ -40,7 +40,7 @@ def sites_given(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:
         matched = [(path, m) for path, m in model.named_modules() if _matches(spec, path, m)]
         if not matched:
             raise MoeInspectError(
-                f"RouterSpec(module={_named(spec)}) matches no module of {type(model).__name__}"
+                f"RouterSpec(module={named(spec)}) matches no module of {type(model).__name__}"
                 f"{_similar(model, spec)}"
             )
         for path, module in matched:
@@ -189,7 +189,8 @@ def _features(module: Module) -> int | None:
     return getattr(module, "out_features", None)
 
 
-def _named(spec: RouterSpec) -> str:
+def named(spec: RouterSpec) -> str:
+    """The modules of a spec, for people."""
     if isinstance(spec.module, str):
         return repr(spec.module)
     return spec.module.__name__ if isinstance(spec.module, type) else type(spec.module).__name__

@@ -1,0 +1,202 @@
+"""Models that a user's own code loads, and their tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line
+from moe_inspect.trace import schema
+
+# names that configs give to the number of positions a model can take
+POSITIONS = (
+    "max_position_embeddings",
+    "block_size",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_length",
+    "context_length",
+    "n_positions",
+    "n_ctx",
+)
+BYTES_PER_TENSOR = 2**16  # at its beginning and at its end, which identify it
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """What a loader returned. `name`: of the model, for the manifest. `forward` (model, token ids
+    int64 [B, S]) → logits [B, S or 1, V]; None: the model is called with the ids alone."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    forward: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def is_of_transformers(self) -> bool:
+        """Whether it is called, masked and cached as the models of transformers are."""
+        return hasattr(getattr(self.model, "config", None), "get_text_config")
+
+
+def load_object(reference: str) -> Any:
+    """The object of a reference "FILE.py:NAME". MoeInspectError where there is none, or the file
+    cannot be run."""
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    if not file or not name.isidentifier():
+        raise MoeInspectError(f"{reference!r} is not of the form FILE.py:NAME")
+    if not path.is_file():
+        raise MoeInspectError(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise MoeInspectError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # it may import what lies beside it
+    before = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    # whatever the user's file raises
+    except Exception as error:
+        raise MoeInspectError(
+            f"{path} cannot be run: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+        if before is not None:
+            sys.modules[path.stem] = before
+    if not hasattr(module, name):
+        raise MoeInspectError(f"{path} has no {name!r}")
+    return getattr(module, name)
+
+
+def load_own(loader: Callable[..., Any], name: str) -> OwnModel:
+    """Calls a loader, with the model's name if it takes an argument and there is a name. It returns
+    a model and its tokenizer, and where the model takes more than token ids, a function that calls
+    it (see `OwnModel`)."""
+    import torch
+
+    given = (name,) if name and inspect.signature(loader).parameters else ()
+    name = name or f"{loader.__module__}.{loader.__qualname__}"
+    try:
+        loaded = loader(*given)
+    except MoeInspectError:
+        raise
+    # whatever the user's code raises
+    except Exception as error:
+        raise MoeInspectError(
+            f"the loader of {name} failed: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not isinstance(loaded, tuple) or len(loaded) not in (2, 3):
+        raise MoeInspectError(
+            f"the loader of {name} must return (model, tokenizer) or (model, tokenizer, forward), "
+            f"not a {type(loaded).__name__}"
+        )
+    model, tokenizer = loaded[:2]
+    if not isinstance(model, torch.nn.Module):
+        raise MoeInspectError(
+            f"the loader of {name} returned a {type(model).__name__} in place of a model"
+        )
+    model.eval()
+    return OwnModel(name, model, as_tokenizer(tokenizer), *loaded[2:])
+
+
+def positions_of(config: Any) -> int | None:
+    """The number of positions that a model can take, as its config states it under one of the usual
+    names."""
+    found = (getattr(config, name, None) for name in POSITIONS)
+    return next(
+        (n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None
+    )
+
+
+def state_fingerprint(model: Any) -> str:
+    """Identifies the weights of a model in memory: name, shape, type, beginning and end of each."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        n = BYTES_PER_TENSOR // max(1, tensor.element_size())
+        for part in (flat[:n], flat[-n:]):
+            found.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return schema.fingerprint(found.hexdigest())
+
+
+# --- tokenizers
+
+
+def as_tokenizer(tokenizer: Any) -> Any:
+    """`tokenizer` if it is transformers', else wrapped: it needs `encode` (text → token ids) and
+    `decode` (token ids → text), as those of tiktoken and tokenizers have."""
+    if callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tokenizer
+    if callable(getattr(tokenizer, "encode", None)) and callable(
+        getattr(tokenizer, "decode", None)
+    ):
+        return PlainTokenizer(tokenizer)
+    raise MoeInspectError(
+        f"a {type(tokenizer).__name__} is no tokenizer: it needs encode(text) → token ids and "
+        "decode(token ids) → text, or to be one of transformers"
+    )
+
+
+class PlainTokenizer:
+    """A tokenizer that has `encode` and `decode`, with what is asked of transformers' tokenizers.
+    It adds no special tokens. Its size is what it states as `n_vocab`, `vocab_size` or
+    `get_vocab_size()`, or 0 where it does not."""
+
+    is_fast = False
+    pad_token_id = None
+    all_special_tokens: tuple[str, ...] = ()
+
+    def __init__(self, plain: Any):
+        self.plain = plain
+        ends = (getattr(plain, name, None) for name in ("eos_token_id", "eot_token"))
+        self.eos_token_id = next((e for e in ends if isinstance(e, int)), None)
+
+    def __len__(self) -> int:
+        count: Any = getattr(self.plain, "get_vocab_size", None)
+        if callable(count):
+            size: Any = count()
+            return int(size)
+        sizes = (getattr(self.plain, name, None) for name in ("n_vocab", "vocab_size"))
+        return next((n for n in sizes if isinstance(n, int)), 0)
+
+    def __call__(self, text: str | Sequence[str], **_: Any) -> dict[str, Any]:
+        if isinstance(text, str):
+            return {"input_ids": self._encode(text)}
+        return {"input_ids": [self._encode(one) for one in text]}
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
+        return [self._token(i) for i in ids]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"{i} {token}": i for i, token in enumerate(self._all()) if token is not None}
+
+    def _all(self) -> list[str | None]:
+        return self.convert_ids_to_tokens(range(len(self)))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: Any = self.plain.encode(text)
+        return [int(i) for i in np.asarray(getattr(ids, "ids", ids)).reshape(-1)]
+
+    def _token(self, i: int) -> str | None:
+        # a tokenizer may have holes, and raise whatever it likes for them
+        try:
+            return str(self.plain.decode([i])).replace(" ", "▁")
+        except Exception:
+            return None
