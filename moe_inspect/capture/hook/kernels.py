@@ -743,12 +743,14 @@ if triton is not None:
         T, K = weights_TK.shape
         S, H = y_SH.shape
         assert tape is None or (grouped is None and S <= RECORD_BLOCK)
-        out = y_SH.new_empty(T, H, dtype=dtype)
+        kind = y_SH.dtype
+        # (naming the type takes longer)
+        out = y_SH.new_empty(T, H) if dtype is kind else y_SH.new_empty(T, H, dtype=dtype)
         if T == 0:
             return out
         y, ids, weights = y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
         order = (grouped.inverse, grouped.offsets) if grouped is not None else (None, None)
-        _combine_launch(K, y.dtype, weights.dtype, ids.dtype, dtype)(
+        _combine_launch(K, kind, weights.dtype, ids.dtype, dtype)(
             y.get_device(), (T, -(-H // COMBINE_COLUMNS)), S * H, order, (y, ids, weights, out),
             (experts, H), (T,), NO_TAPE if tape is None else _arguments(tape, K, ids, weights),
         )  # fmt: skip
