@@ -50,6 +50,21 @@ class Records(Protocol):
     def end(self) -> None: ...
 
 
+def _not_compiled(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`torch.compiler.disable`, which costs an eager call some 10 µs, for a method."""
+
+    def made_of(method: Callable[..., None]) -> Callable[..., None]:
+        disabled = torch.compiler.disable(method, reason=reason)
+
+        @functools.wraps(method)
+        def run(*args: Any) -> None:
+            (disabled if torch.compiler.is_compiling() else method)(*args)
+
+        return run
+
+    return made_of
+
+
 class Attachment:
     """`sinks[r]` and `logit_sinks[r]` belong to `sites[r]`. A forward pass is a call of the model
     or, in an encoder-decoder, a call of one stack by itself, as `generate` calls the encoder."""
@@ -251,9 +266,7 @@ class Attachment:
 
     # A call compiled from outside (torch.compile(model) with record(model), a compiled training
     # step) has a graph break here; record(torch.compile(model)) has none.
-    @torch.compiler.disable(
-        reason="to record it without a graph break, record what torch.compile returned"
-    )
+    @_not_compiled("to record it without a graph break, record what torch.compile returned")
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.paused or self.over:
             return
@@ -262,9 +275,7 @@ class Attachment:
         if "" in self.scopes:
             self._open(self.scopes[""], args, kwargs)
 
-    @torch.compiler.disable(
-        reason="to record it without a graph break, record what torch.compile returned"
-    )
+    @_not_compiled("to record it without a graph break, record what torch.compile returned")
     def _end(self, output: Any) -> None:
         if self.paused or self.over:
             return
@@ -275,9 +286,7 @@ class Attachment:
             self.records.returned("", output)
         self._end_pass()
 
-    @torch.compiler.disable(
-        reason="the stacks of an encoder-decoder are told apart outside compiled code"
-    )
+    @_not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
     def _before_stack(
         self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -288,9 +297,7 @@ class Attachment:
             self._begin_pass()
         self._open(scope, args, kwargs)
 
-    @torch.compiler.disable(
-        reason="the stacks of an encoder-decoder are told apart outside compiled code"
-    )
+    @_not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
     def _after_stack(
         self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
@@ -303,7 +310,8 @@ class Attachment:
             self._end_pass()
 
     def _begin_pass(self) -> None:
-        self._stance.close()
+        if self.in_compiled:  # (the pass before it failed)
+            self._stance.close()
         # compiled code writes to the tapes, call by call
         self.in_compiled = self.compiled or _has_compiled()
         if self.in_compiled and not all(sink.tapes for sink in self.sinks):
@@ -317,7 +325,8 @@ class Attachment:
         scope.start()
 
     def _end_pass(self) -> None:
-        self._stance.close()
+        if self.in_compiled:
+            self._stance.close()
         self.records.end()
 
     def _shut(self) -> None:

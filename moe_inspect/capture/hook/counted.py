@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_inspect.capture.hook.device_counts import DeviceCounts
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
+from moe_inspect.capture.hook.pass_buffer import PassBuffer
 from moe_inspect.capture.hook.stack import Stack
 
 MOST_WAITING = 256  # forward passes
@@ -24,6 +25,7 @@ class CountedPasses:
     def __init__(self, counts: DeviceCounts, inputs: PassInputs, every: int):
         self.counts, self.inputs, self.every = counts, inputs, every
         self.tokens = 0
+        self._buffers: dict[str, PassBuffer | None] = {}  # of each stack
         # number, whether it is counted, and a stack that ran in it with its inputs
         self._waiting: list[tuple[int, bool, Stack, Rows | CallInputs]] = []
         self._waiting_rows = 0
@@ -47,10 +49,14 @@ class CountedPasses:
         self._fed.append(stack)
         if self._at_once:
             self._read(stack)
-        elif self.is_counted:
-            buffer = self.counts.buffer(stack.router_range, stack.sites_of_routers)
-            if not keep or not stack.keep_pass(buffer):
-                self.count_at_once()
+        elif self.is_counted and not (keep and stack.keep_pass(self._buffer(stack))):
+            self.count_at_once()
+
+    def _buffer(self, stack: Stack) -> PassBuffer | None:
+        if stack.name not in self._buffers:
+            routers, sites = stack.router_range, stack.sites_of_routers
+            self._buffers[stack.name] = self.counts.buffer(routers, sites)
+        return self._buffers[stack.name]
 
     def count_at_once(self) -> None:
         """The calls of the current pass are counted one by one, those that were kept first."""
@@ -103,7 +109,7 @@ class CountedPasses:
         made = []
         for stack in self._fed:
             assert stack.fed is not None
-            buffer = self.counts.buffer(stack.router_range, stack.sites_of_routers)
+            buffer = self._buffer(stack)
             assert buffer is not None
             stacked = buffer.whole(stack.scope.kept or [], stack.fed.T)
             if stacked is None:

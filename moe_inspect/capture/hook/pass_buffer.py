@@ -78,7 +78,6 @@ class PassBuffer:
     def is_full(self) -> bool:
         return self.rows >= self.max_rows
 
-    @torch.no_grad()
     def whole(self, calls: list[Call], T: int) -> list[Stacked] | None:
         """The calls of a pass of T rows, by group, for `keep`; None unless every router has seen
         each of the rows once."""
@@ -98,7 +97,7 @@ class PassBuffer:
                 return None
             if values_RTK.shape != shape or (ids_RTK is not None and ids_RTK.shape != shape):
                 return None
-            found.append((ids_RTK, values_RTK))
+            found.append((ids_RTK, values_RTK.detach() if values_RTK.requires_grad else values_RTK))
         return found
 
     def keep(self, stacked: list[Stacked], T: int) -> None:

@@ -185,21 +185,20 @@ class Ring:
 
     def end(self, rows: int) -> None:
         """A forward pass of `rows` rows has been launched: starts copying the pages it fills."""
+        self.head += rows
         if self.side is not None:
             self.side.pass_launched()
-        self.head += rows
-        self._copy_pages(self.head // self.P)
+            self._copy_pages(self.side, self.head // self.P)
 
-    def _copy_pages(self, until: int) -> None:
+    def _copy_pages(self, side: SideStream, until: int) -> None:
         """Starts the copy to the host of all pages before `until` that is not started yet."""
-        if self.side is not None:
-            for page in range(self.copying, until):
-                n = page % self.pages
-                parts = [
-                    (self.host[name].view(self.pages, -1)[n], t.view(self.pages, -1)[n])
-                    for name, t in self._made.items()
-                ]
-                self.side.copy(n, parts)
+        for page in range(self.copying, until):
+            n = page % self.pages
+            parts = [
+                (self.host[name].view(self.pages, -1)[n], t.view(self.pages, -1)[n])
+                for name, t in self._made.items()
+            ]
+            side.copy(n, parts)
         self.copying = max(self.copying, until)
 
     def is_on_host(self, position: int, wait: bool) -> bool:
@@ -211,7 +210,7 @@ class Ring:
         if last >= self.copying:
             if not wait:
                 return False
-            self._copy_pages(last + 1)
+            self._copy_pages(self.side, last + 1)
             self.copying = self.head // self.P
         return self.side.is_copied(last % self.pages, wait)
 

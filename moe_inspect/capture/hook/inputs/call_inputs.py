@@ -106,9 +106,10 @@ class RowReader:
         # multimodal positions: the first plane is the text's
         if position is not None and position.dim() == 3:
             position = position[0]
-        token_BS, mask_BS, position = (
-            _host_copy(t) for t in (ids, _mask(mask, B, S, past), position)
-        )
+        mask = _mask(mask, B, S, past)
+        token_BS = _host_copy(ids) if ids is not None else None
+        mask_BS = _host_copy(mask) if mask is not None else None
+        position = _host_copy(position) if position is not None else None
         copied = None
         if fed.is_cuda:
             copied = torch.cuda.Event()
@@ -318,10 +319,8 @@ def _length(cache: Any, cached: CachedRows | None, S: int) -> int:
     )
 
 
-def _host_copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the host, made without waiting: complete once the work launched so far has run."""
-    if tensor is None:
-        return None
     if not tensor.is_cuda:
         return tensor.detach().clone() if tensor.requires_grad else tensor.clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(

@@ -57,7 +57,10 @@ class PassInputs:
         """Begins a forward pass. Returns its number if it was planned."""
         self._reader.discard()  # of the previous forward pass, if it failed
         self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
-        return next((r.number for r in self._plan.values() if r.number is not None), None)
+        for rows in self._plan.values():
+            if rows.number is not None:
+                return rows.number
+        return None
 
     def of_call(
         self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -66,8 +69,8 @@ class PassInputs:
         if stack in self._plan:
             return self._plan[stack]
         encoder = self._calls.get("encoder") if stack == "decoder" else None
-        self._calls[stack] = self._reader.read_call(args, kwargs, stack, encoder)
-        return self._calls[stack]
+        call = self._calls[stack] = self._reader.read_call(args, kwargs, stack, encoder)
+        return call
 
     def rows(self, fed: Rows | CallInputs) -> Rows:
         return fed if isinstance(fed, Rows) else self._reader.rows(fed)
@@ -98,4 +101,4 @@ class PassInputs:
         """Ends a launched forward pass: remembers what its key-value caches hold."""
         for call, output in self._outputs:
             self._reader.remember(call, output)
-        self._outputs = []
+        self._outputs.clear()
