@@ -45,6 +45,7 @@ def record(
     commit_every: float | None = None,
     routers: Sequence[RouterSpec] | None = None,
     inputs: InputsOf | None = None,
+    discover: bool = False,
 ) -> Recorder:
     """Records every forward pass of `model` within a `with` block as a trace at `path`:
 
@@ -114,6 +115,7 @@ def record(
             commit_every=commit_every,
             routers=routers,
             inputs=inputs,
+            discover=discover,
         ),
         tokenizer=tokenizer,
         documents=documents,

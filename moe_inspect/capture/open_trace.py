@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from moe_inspect.capture.hook import discovery
 from moe_inspect.capture.hook.selfcheck.check import Found
 from moe_inspect.capture.manifest import capture_facts, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
@@ -71,7 +72,7 @@ class TraceOpener:
         lock = session.lock or self._take(self.path, options, ranks, holder)
         writer = TraceWriter(
             self.path,
-            self._manifest(weight_dtype if options.weights else None, session),
+            self._manifest(weight_dtype if options.weights else None, session, options.discover),
             [slot_order.stated(router, known=True) for router in routers],
             weights=options.weights,
             logits=options.logits,
@@ -103,7 +104,9 @@ class TraceOpener:
             self._own_lock = claim_directory(path, options.overwrite, shared=shared)
         return self._own_lock
 
-    def _manifest(self, weight_dtype: torch.dtype | None, session: Session) -> dict[str, Any]:
+    def _manifest(
+        self, weight_dtype: torch.dtype | None, session: Session, discovered: bool
+    ) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
         own = {
             "id": getattr(config, "_name_or_path", ""),
@@ -113,6 +116,8 @@ class TraceOpener:
         manifest = {"model": own, **session.manifest}
         manifest["model"]["config"] = config_record(config)
         notes = {site.adapter.note for site in self.sites if site.adapter is not None} - {""}
+        if discovered:
+            notes.add(discovery.NOTE)
         if notes:
             manifest["model"]["note"] = "; ".join(sorted(notes))
         manifest["capture"] = {

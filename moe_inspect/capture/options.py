@@ -104,6 +104,12 @@ class RecordOptions:
     commit_every: float | None = None
     routers: Sequence[RouterSpec] | None = None
     inputs: InputsOf | None = None
+    discover: bool = False
+
+    @property
+    def specs(self) -> Sequence[RouterSpec] | None:
+        """Of the routers to look for; None: those that are known."""
+        return () if self.discover else self.routers
 
     def check(self, writes: bool) -> None:
         """MoeInspectError for options that contradict each other. `writes`: there is a path."""
@@ -115,6 +121,8 @@ class RecordOptions:
             raise MoeInspectError("every=N samples counts: give counts_only=True with it")
         if self.counts_only and self.logits:
             raise MoeInspectError("counts_only keeps no logits: drop one of the two")
+        if self.discover and (self.routers is not None or self.logits):
+            raise MoeInspectError("discover=True looks for routers by itself, and sees no logits")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from moe_inspect.capture.hook.inputs.arguments import inputs_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.row_order import row_order_of
 from moe_inspect.capture.hook.inputs.rows import Rows
-from moe_inspect.capture.hook.probes import Probes, Sinks
+from moe_inspect.capture.hook.probes import Sinks
 from moe_inspect.capture.hook.stack import Stack, stacks_of
 from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.open_trace import Session, TraceOpener
@@ -63,7 +63,7 @@ class Recorder:
         self.session = session or Session()
         options.check(path is not None)
         self.model = uncompiled(model)
-        self.sites = recordable(self.model, options.routers, options.layers)
+        self.sites = recordable(self.model, options.specs, options.layers)
         by_probes = not self.sites  # those in the model's own code are its routers
         self.mode = mode_of(self.model, self.sites, options.capture)
         if options.logits and any(s.logits_module is None for s in self.sites):
@@ -74,9 +74,7 @@ class Recorder:
         if path is not None and self.session.resume is None and self.session.ranks is None:
             check_directory(Path(path), options.overwrite)
         self.attachment = Attachment(model, self.sites, self.mode, options.logits, self)
-        self.attachment.probes = Probes(
-            self.attachment.scopes, self._add if by_probes else None, self.model, options.layers
-        )
+        self.attachment.take_probes(self._add if by_probes else None, options)
         scopes, sinks = self.attachment.scopes, self.attachment.sinks
         self.stacks = stacks_of(self.model, scopes, self.sites, sinks, self.attachment.logit_sinks)
         # per site: its stack, and its index there

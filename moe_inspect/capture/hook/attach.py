@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook import experts as experts_implementation
+from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.probe import listen
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.sink import (
@@ -26,6 +27,7 @@ from moe_inspect.capture.hook.sink import (
     choice_at_call,
     logits_after_call,
 )
+from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.families import called_with
 from moe_inspect.model.routers import (
@@ -101,7 +103,14 @@ class Attachment:
         self.compiled = self.in_compiled = is_compiled(model)
         self._bracketed = False
         self.probes: Probes | None = None
+        self.discovery: Discovery | None = None
         self._cleanup, self._stance = ExitStack(), ExitStack()
+
+    def take_probes(self, add: Callable[[Site], Any] | None, options: RecordOptions) -> None:
+        """`add`: see `Probes`."""
+        self.probes = Probes(self.scopes, add, self.model, options.layers)
+        if options.discover:
+            self.discovery = Discovery(self.model, self.probes)
 
     def add(self, logits: bool) -> tuple[Sink, Sink | None]:
         """The sinks of one more site, which was added to `sites`."""
@@ -162,6 +171,8 @@ class Attachment:
             self._take_over()
         if self.probes is not None:
             self._cleanup.callback(listen(self.probes))
+        if self.discovery is not None:
+            self._cleanup.callback(self.discovery.attach())
 
     def _watch(self, r: int, site: Site, compiled: bool) -> None:
         """Hooks that read the choice and the logits of the router at site r."""
@@ -314,7 +325,7 @@ class Attachment:
             self._stance.close()
         # compiled code writes to the tapes, call by call
         self.in_compiled = self.compiled or _has_compiled()
-        if self.in_compiled and not all(sink.tapes for sink in self.sinks):
+        if self.in_compiled and not (self.sinks and all(sink.tapes for sink in self.sinks)):
             # until the first forward pass has shown the shapes there are no tapes, and the sinks
             # are plain Python
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))

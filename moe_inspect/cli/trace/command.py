@@ -312,10 +312,10 @@ def trace(
         return
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
-    routers, seconds = len(written.routers), time.monotonic() - began
+    n_routers, seconds = len(written.routers), time.monotonic() - began
     print_stderr(
         f"{'complete already: ' if complete_before else ''}{written.n_tokens:,} tokens "
-        f"{'at' if stacks else '×'} {routers} routers = "
+        f"{'at' if stacks else '×'} {n_routers} routers = "
         f"{written.n_decisions:,} decisions{' counted' if counts_only else ''} in {output} "
         f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)"
     )
