@@ -18,7 +18,7 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 
 import moe_inspect
 from moe_inspect.capture.hook import experts, kernels
-from moe_inspect.capture.hook.attach import mode_of
+from moe_inspect.capture.mode import mode_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from tests.families import FAMILIES, NO_INTERFACE, build

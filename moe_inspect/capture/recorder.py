@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hand_over import Forward, HandOver
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.attach import Attachment, mode_of, uncompiled
+from moe_inspect.capture.hook.attach import Attachment, uncompiled
 from moe_inspect.capture.hook.counted import CountedPasses
 from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
 from moe_inspect.capture.hook.inputs.arguments import inputs_of
@@ -27,6 +27,7 @@ from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.probes import Sinks
 from moe_inspect.capture.hook.stack import Stack, stacks_of
 from moe_inspect.capture.manifest import selfcheck_facts
+from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.open_trace import Session, TraceOpener
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.attach import mode_of
 from moe_inspect.capture.hook.selfcheck.check import summary
+from moe_inspect.capture.mode import mode_of
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.doctor.traced_speed import Phase, phases, timed
 from moe_inspect.errors import MoeInspectError
