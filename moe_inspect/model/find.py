@@ -28,8 +28,7 @@ def routers_in(model: Any, specs: Sequence[RouterSpec] | None = None) -> list[Si
     if specs is not None:
         return sites_given(model, specs)
     own = sites_registered(model, [*registered(), *SPECS])
-    layers = {site.layer for site in own}
-    sites = [*own, *(site for site in called_experts(model) if site.layer not in layers)]
+    sites = [*own, *called_experts(model, {site.layer for site in own})]
     return sorted(sites, key=lambda site: site.layer) if own else sites
 
 

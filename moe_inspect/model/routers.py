@@ -7,7 +7,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +67,10 @@ class Site:
         return ".".join(parts[: parts.index(self.stack) + 1]) if self.stack else ""
 
 
-def called_experts(model: Any) -> list[Site]:
+def called_experts(model: Any, known: Collection[int] = ()) -> list[Site]:
     """The routers of `model` whose experts module is called with their choice, or that an adapter
-    reads, in execution order of their layers: those of transformers."""
+    reads, in execution order of their layers: those of transformers. Not in the layers `known`,
+    whose routers are found otherwise."""
     declared = _declared_logits(model)
     names = {
         part
@@ -87,6 +88,8 @@ def called_experts(model: Any) -> list[Site]:
         if TOWER.search(path) or (
             adapter is None and (not kind.endswith("Experts") or kind in NOT_ROUTED)
         ):
+            continue
+        if known and layer_of(path) in known:
             continue
         config = getattr(module, "config", None) or text_config(model)
         if adapter is None or adapter.at_call:

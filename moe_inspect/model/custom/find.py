@@ -46,7 +46,7 @@ def sites_given(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:
         for path, module in matched:
             if path in found:
                 raise MoeInspectError(f"two RouterSpecs match {path}")
-            found[path] = site_of(spec, path, module)
+            found[path] = site_of(spec, path, module, model)
     return sorted(found.values(), key=lambda site: site.layer)
 
 
@@ -57,11 +57,11 @@ def sites_registered(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:
     for path, module in model.named_modules():
         if not TOWER.search(path):
             spec = next((s for s in specs if _matches(s, path, module)), None)
-            found += [site_of(spec, path, module)] if spec is not None else []
+            found += [site_of(spec, path, module, model)] if spec is not None else []
     return sorted(found, key=lambda site: site.layer)
 
 
-def site_of(spec: RouterSpec, path: str, module: Module) -> Site:
+def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
     experts = spec.experts(module) if callable(spec.experts) else spec.experts
     experts = experts if experts is not None else _stated(module, EXPERTS_OF_MODULE)
     experts = experts if experts is not None else _features(module)
@@ -75,10 +75,10 @@ def site_of(spec: RouterSpec, path: str, module: Module) -> Site:
     return Site(
         module,
         path,
-        _layer(spec, path),
+        _layer(spec, path, module),
         int(experts),
         _of(spec.scoring, module),
-        int(_of(spec.shared_experts, module)),
+        _shared_experts(spec, path, module, model),
         Adapter(
             _reads(spec, path, top_k),
             at_call=spec.before,
@@ -147,18 +147,22 @@ def _matches(spec: RouterSpec, path: str, module: Module) -> bool:
     }
     if wanted in names:
         return True
-    wraps = any(WRAPPERS.fullmatch(name) for name, _ in module.named_children())
-    return not wraps and bool(_pattern(wanted).fullmatch(WRAPPERS.sub("", path)))
+    return not _wraps(module) and bool(_pattern(wanted).fullmatch(WRAPPERS.sub("", path)))
+
+
+def _wraps(module: Module) -> bool:
+    return any(WRAPPERS.fullmatch(name) for name, _ in module.named_children())
 
 
 def _pattern(glob: str) -> re.Pattern[str]:
-    """Of module paths: "*" is anything within one name."""
-    return re.compile(re.escape(glob).replace(r"\*", r"[^.]*"))
+    """Of module paths: "*" is anything within one name, "**." any number of names."""
+    escaped = re.escape(glob).replace(r"\*\*\.", r"(?:.*\.)?")
+    return re.compile(escaped.replace(r"\*", r"[^.]*"))
 
 
-def _layer(spec: RouterSpec, path: str) -> int:
+def _layer(spec: RouterSpec, path: str, module: Module) -> int:
     if callable(spec.layer):
-        return spec.layer(path)
+        return spec.layer(path, module)
     if spec.layer is not None:
         return spec.layer
     try:
@@ -166,8 +170,18 @@ def _layer(spec: RouterSpec, path: str) -> int:
     except MoeInspectError:
         raise MoeInspectError(
             f"no layer number in the module path {path}: give RouterSpec(layer=…), a number or a "
-            "function of the path"
+            "function of the path and the module"
         ) from None
+
+
+def _shared_experts(spec: RouterSpec, path: str, module: Module, model: Any) -> int:
+    if spec.shared_experts is not None:
+        return int(_of(spec.shared_experts, module))
+    while True:
+        path = path.rpartition(".")[0]
+        block = model.get_submodule(path)
+        if not _wraps(block):
+            return int(any("shared" in name for name, _ in block.named_children()))
 
 
 def _of(value: Any, module: Module) -> Any:

@@ -29,8 +29,9 @@ class RouterSpec:
     """Where a model's routers are, and how their choices are read. Where a value may also be a
     function of a module, it is called once per router.
 
-    module          the routers: a pattern of module paths ("layers.*.moe.router", as
-                    `named_modules` gives them), a module, a class, or the name of a class
+    module          the routers: a pattern of module paths as `named_modules` gives them
+                    ("layers.*.moe.router", "**.router": * is one name, ** any number), a module,
+                    a class, or the name of a class
                     ("MoEGate", "torchtitan.models.common.moe.TokenChoiceTopKRouter")
     choice          (module, args, kwargs, output) of a call → expert ids, int [..., K] with -1 in a
                     slot that went to no expert, and gate weights of the same shape; or bool
@@ -40,16 +41,17 @@ class RouterSpec:
     experts         E, the number of experts; by default the module's `num_experts` or the like. It
                     is never taken from the ids, as experts that are never chosen would be missing
     top_k           K, needed only for a bool map of a module that does not state its top-k
-    layer           block index, or a function of the module's path; by default the number after
-                    "layers", "blocks" or "h" in the path
+    layer           block index, or a function of the module's path and the module; by default the
+                    number after "layers", "blocks" or "h" in the path
     order           how a router's rows are ordered: "bs" (batch-first: row b·S + s) or "sb"
                     (sequence-first: row s·B + b). Nothing in the values tells one from the other
     rows            (module, B, S) → int [T], the token b·S + s of each row, where a router sees
-                    only a part of the tokens: a slice of a sequence-parallel rank. It replaces
-                    `order`
+                    only a part of the tokens: a slice of a sequence-parallel rank. None: all of
+                    them, in `order`
     logits          (module, args, kwargs, output) → router logits [..., E], for `logits=True`
     scoring         scoring function of the logits: "softmax" or "sigmoid"
-    shared_experts  number of experts that every token goes to
+    shared_experts  number of experts that every token goes to; by default 1 where a module beside
+                    the router has "shared" in its name
     note            a caveat for the trace's manifest
     """
 
@@ -58,12 +60,12 @@ class RouterSpec:
     before: bool = False
     experts: int | Callable[[Any], int] | None = None
     top_k: int | Callable[[Any], int] | None = None
-    layer: int | Callable[[str], int] | None = None
+    layer: int | Callable[[str, Any], int] | None = None
     order: Literal["bs", "sb"] = "bs"
     rows: Callable[[Any, int, int], Any] | None = None
     logits: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Tensor] | None = None
     scoring: str | Callable[[Any], str] = ""
-    shared_experts: int | Callable[[Any], int] = 0
+    shared_experts: int | Callable[[Any], int] | None = None
     note: str = ""
 
     def __post_init__(self) -> None:

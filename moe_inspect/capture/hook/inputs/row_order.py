@@ -32,8 +32,11 @@ def row_order_of(sites: Sequence[Site]) -> RowOrder | None:
         return _sequence_first
     rows, module = first.rows, first.module
 
-    def of_part(B: int, S: int) -> np.ndarray:
-        order = np.asarray(rows(module, B, S))
+    def of_part(B: int, S: int) -> np.ndarray | None:
+        part = rows(module, B, S)
+        if part is None:
+            return _sequence_first(B, S) if first.order == "sb" else None
+        order = np.asarray(part)
         if (
             order.ndim != 1
             or not np.issubdtype(order.dtype, np.integer)
