@@ -1,7 +1,14 @@
-"""Trains the bundled recipe with transformers' Trainer and a RoutingCallback, for the figures of
-docs/training.md: `python benchmarks/training_alarms.py -o DIR --balance pooled --steps 1000`.
+"""When do alarms tell of a layer that collapses? The figures of docs/training.md:
 
-DIR/history is the counts trace of the run; DIR/run.json holds the Trainer's logs and the alarms.
+    python -m benchmarks.training_alarms train -o DIR/pooled --balance pooled --steps 800
+    python -m benchmarks.training_alarms train -o DIR/per-layer --balance per-layer --steps 2000
+    python -m benchmarks.training_alarms untrained -o DIR/untrained
+    python -m benchmarks.training_alarms results -o DIR
+
+`train` trains the bundled recipe with transformers' Trainer and a RoutingCallback: history is the
+counts trace of the run, run.json holds the Trainer's logs. `untrained` watches the first batches
+at 20 random starts. `results` judges the three by the default rules, writes benchmarks/results and
+the picture in docs.
 """
 
 from __future__ import annotations
@@ -9,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +25,14 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import moe_inspect
+from benchmarks.measuring import ROOT, machine, write_results
+from moe_inspect.alarms.of_trace import alarms_of
+from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
 from moe_inspect.demo import texts
 from moe_inspect.demo import train as recipe
 from moe_inspect.demo.balancing import BALANCING_LOSSES
-from moe_inspect.training import RoutingCallback
+from moe_inspect.trace.reader import Trace
+from moe_inspect.training import RoutingCallback, RoutingMonitor
 
 
 class Windows(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
@@ -134,8 +145,100 @@ def train(out: Path, balance: str, steps: int, seed: int, log_steps: int) -> Non
     print(f"{balance}: {len(alarms)} alarms in {steps} steps")
 
 
+SEEDS, WINDOWS, WINDOW_STEPS = 20, 3, 10  # of `untrained`
+
+
+def untrained(out: Path) -> None:
+    """Windows of the recipe's batches at random starts, without a step of the optimizer."""
+    torch.set_num_threads(1)
+    streams, found = streams_of_recipe(0), []
+    for seed in range(SEEDS):
+        model, rows = (
+            recipe.new_model(recipe.VOCABULARY, seed).train(),
+            iter(Windows(streams, seed)),
+        )
+        batch = recipe.WINDOWS_PER_DOMAIN * len(streams)
+        with RoutingMonitor(
+            model, log_steps=WINDOW_STEPS, detail="layers", on_alarm=lambda alarm: None
+        ) as monitor:
+            for _ in range(WINDOWS * WINDOW_STEPS):
+                model(input_ids=torch.stack([next(rows)["input_ids"] for _ in range(batch)]))
+                if metrics := monitor.step():
+                    found.append({"seed": seed, "step": monitor.steps, **metrics})
+        print(seed, len(monitor.raised), metrics["routing/max_vio/worst"], flush=True)
+    (out / "run.json").write_text(json.dumps({"seeds": SEEDS, "log": found}, indent=1))
+
+
+def results(folder: Path) -> None:
+    """Judges the recorded runs and draws them."""
+    runs = {name: read_run(folder / name) for name in ("pooled", "per-layer")}
+    start = json.loads((folder / "untrained/run.json").read_text())
+    measured: dict[str, Any] = {"default_rules": list(DEFAULT_RULES)}
+    for name, (rows, trace) in runs.items():
+        measured[name] = {
+            "steps": rows[-1]["step"],
+            "alarms": [alarm.record() for alarm in alarms_of(trace, parsed(DEFAULT_RULES))],
+            "alarms_max_vio_2": [
+                alarm.record() for alarm in alarms_of(trace, parsed(["max_vio > 2 for 3 windows"]))
+            ],
+            "highest_max_vio": max(row["routing/max_vio/worst"] for row in rows),
+            "max_vio_at_the_end": [rows[-1][f"routing/max_vio/layer_{n}"] for n in range(4)],
+            "step": [row["step"] for row in rows],
+            "language_loss": [round(row["language_loss"], 4) for row in rows],
+            "max_vio": [
+                [round(row[f"routing/max_vio/layer_{n}"], 4) for n in range(4)] for row in rows
+            ],
+        }
+    measured["untrained"] = {
+        "seeds": start["seeds"],
+        "windows": len(start["log"]),
+        "alarms": sum(row["routing/alarms"] for row in start["log"]),
+        "highest_max_vio": max(row["routing/max_vio/worst"] for row in start["log"]),
+        "most_dead_experts": max(row["routing/dead_experts/worst"] for row in start["log"]),
+    }
+    facts = {**machine(), "command": "python -m benchmarks.training_alarms"}
+    print(f"wrote {write_results('training-alarms', facts, measured)}")
+    draw(measured, ROOT / "docs/training.png")
+
+
+def read_run(folder: Path) -> tuple[list[dict[str, Any]], Trace]:
+    log = json.loads((folder / "run.json").read_text())["log"]
+    return [row for row in log if "language_loss" in row], moe_inspect.open_trace(
+        folder / "history"
+    )
+
+
+def parsed(rules: Sequence[str]) -> list[Rule]:
+    return [parse_rule(rule) for rule in rules]
+
+
+def draw(measured: dict[str, Any], path: Path) -> None:
+    """max_vio of each layer in both runs, and their losses over the same steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), dpi=110)
+    axes = figure.subplots(1, 3)
+    last = measured["pooled"]["steps"]
+    for ax, name in zip(axes, ("pooled", "per-layer"), strict=False):
+        run = measured[name]
+        for layer, vio in enumerate(zip(*run["max_vio"], strict=True)):
+            ax.plot(run["step"], vio, label=f"layer {layer}", linewidth=1)
+        for alarm in run["alarms"]:
+            ax.axvline(alarm["step"], color="crimson", linewidth=0.8, linestyle="--")
+        ax.axhline(1, color="grey", linewidth=0.8)
+        ax.set(title=f"{name} loss", xlabel="step", ylabel="max_vio", xlim=(0, last), ylim=(0, 3))
+        ax.legend(fontsize=8)
+        axes[2].plot(run["step"], run["language_loss"], label=f"{name} loss", linewidth=1)
+    axes[2].set(title="language loss", xlabel="step", ylabel="nats", xlim=(0, last))
+    axes[2].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"wrote {path}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["train", "untrained", "results"])
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--balance", choices=list(BALANCING_LOSSES), default="pooled")
     parser.add_argument("--steps", type=int, default=1000)
@@ -143,7 +246,12 @@ def main() -> None:
     parser.add_argument("--log-steps", type=int, default=10)
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
-    train(given.output, given.balance, given.steps, given.seed, given.log_steps)
+    if given.what == "results":
+        results(given.output)
+    elif given.what == "untrained":
+        untrained(given.output)
+    else:
+        train(given.output, given.balance, given.steps, given.seed, given.log_steps)
 
 
 if __name__ == "__main__":

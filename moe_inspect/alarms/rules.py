@@ -24,7 +24,7 @@ CHANGED = 0.05  # of "falling" and "rising" without a share
 
 DEFAULT_RULES = (
     "dead_experts > 0 for 3 windows",
-    "max_vio > 1.5 for 3 windows",
+    "max_vio > 1 for 3 windows",
 )
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
