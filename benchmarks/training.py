@@ -22,8 +22,9 @@ import torch
 from benchmarks.measuring import machine, write_results
 from moe_inspect.demo import train as recipe
 from moe_inspect.demo.balancing import per_layer_balancing_loss
+from moe_inspect.training.device_sums import RECENT, DeviceSums
 from moe_inspect.training.monitor import RoutingMonitor
-from moe_inspect.training.sums import RECENT, Sums, _OnDevice
+from moe_inspect.training.sums import Sums
 
 ROUNDS, STEPS = 16, 10  # rounds of each side; steps per round
 EVERY = (1, 10)
@@ -127,7 +128,7 @@ def measure() -> dict[str, Any]:
 
 def device_bytes(routers: int, experts: int) -> int:
     """Bytes of all sums on a device that holds these routers."""
-    sums = vars(_OnDevice(torch.device("cpu"), [experts] * routers)).values()
+    sums = vars(DeviceSums(torch.device("cpu"), [experts] * routers)).values()
     flat = [t for value in sums for t in (value if isinstance(value, list) else [value])]
     return sum(t.numel() * t.element_size() for t in flat if isinstance(t, torch.Tensor))
 

@@ -199,13 +199,14 @@ def test_a_compiled_model_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_wrapped_model_is_found() -> None:
-    class Wrapper(torch.nn.Module):
+    class DistributedDataParallel(torch.nn.Module):
         def __init__(self, module: torch.nn.Module):
             super().__init__()
             self.module = module
 
     model = counted()
-    assert RoutingMonitor(Wrapper(Wrapper(model))).model is model
+    assert RoutingMonitor(DistributedDataParallel(model)).model is model
+    assert RoutingMonitor(torch.compile(DistributedDataParallel(model))).model is model
 
 
 def test_gradients_and_outputs_are_untouched() -> None:
@@ -238,6 +239,60 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "h" / "file").touch()
     with pytest.raises(MoeInspectError, match="there is something at"):
         RoutingMonitor(model, tmp_path / "h").__enter__()
+
+
+class Block(torch.nn.Module):
+    """A router of one's own: an MoE block that is not transformers'."""
+
+    def __init__(self, probe_layer: int | None):
+        super().__init__()
+        self.num_experts, self.probe_layer = EXPERTS, probe_layer
+        self.gate = torch.nn.Linear(16, EXPERTS, bias=False)
+        self.ids: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weights, ids = self.gate(x).softmax(-1).topk(2, -1)
+        if self.probe_layer is not None:
+            moe_inspect.probe(ids, weights, layer=self.probe_layer, experts=EXPERTS)
+        self.ids.append(ids.reshape(-1, 2))
+        return x * weights.sum(-1, keepdim=True), ids, weights
+
+
+class OwnModel(torch.nn.Module):
+    def __init__(self, probes: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(300, 16)
+        self.layers = torch.nn.ModuleList(Block(n if probes else None) for n in range(LAYERS))
+
+    def forward(
+        self, tokens: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)[0]
+        return x.sum()
+
+
+@pytest.mark.parametrize("probes", [False, True])
+def test_a_model_of_ones_own_is_counted(probes: bool, tmp_path: Path) -> None:
+    """By a RouterSpec, and by probes in its forward."""
+    spec = moe_inspect.RouterSpec(module=Block, choice=lambda m, a, k, output: output[1:])
+    model = OwnModel(probes).train()
+    inputs = batch(0)
+    with RoutingMonitor(
+        model, tmp_path / "h", routers=None if probes else [spec], log_steps=2
+    ) as monitor:
+        for _ in range(4):
+            model(inputs["input_ids"], padding_mask=inputs["attention_mask"] == 0).backward()
+            monitor.step()
+    real = inputs["attention_mask"].reshape(-1) != 0
+    expected = [
+        sum(np.bincount(ids[real].reshape(-1).numpy(), minlength=EXPERTS) for ids in layer.ids)
+        for layer in model.layers
+    ]
+    assert (history(tmp_path / "h") == np.array(expected)).all()
+    assert moe_inspect.open_trace(tmp_path / "h").n_tokens == 4 * 27
 
 
 # --- history, a kill, a resume

@@ -15,9 +15,9 @@ from moe_inspect.alarms.alarms import Alarm, Alarms
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
 from moe_inspect.alarms.window import Window
 from moe_inspect.capture.hook.attach import Attachment, is_compiled, uncompiled
+from moe_inspect.capture.hook.probes import Probes, Sinks
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.find import find_routers
-from moe_inspect.model.routers import in_layers
+from moe_inspect.model.find import recordable
 from moe_inspect.training.actions import Action, act, actions_of
 from moe_inspect.training.history import History
 from moe_inspect.training.metrics import DETAILS, logged, max_vio_of_steps, window_metrics
@@ -25,6 +25,10 @@ from moe_inspect.training.sums import Sums, Taken
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from moe_inspect.capture.hook.inputs.arguments import InputsOf
+    from moe_inspect.model.custom.spec import RouterSpec
+    from moe_inspect.model.routers import Site
 
 PREFIX = "routing/"
 
@@ -56,6 +60,7 @@ class RoutingMonitor:
     on_alarm     "warn", "log", "stop" (sets `should_stop`), a function of the `Alarm`, a `Webhook`,
                  or several of them
     layers       only these block indices
+    routers      of a model that is not transformers': as of `moe_inspect.record`, like `inputs`
     resume_step  the run goes on after this step of an earlier one: later steps in the history are
                  replaced
     overwrite    replace an existing history
@@ -77,6 +82,8 @@ class RoutingMonitor:
         rules: Sequence[str | Rule] = DEFAULT_RULES,
         on_alarm: str | Action | Sequence[str | Action] = "warn",
         layers: Sequence[int] | None = None,
+        routers: Sequence[RouterSpec] | None = None,
+        inputs: InputsOf | None = None,
         resume_step: int = 0,
         overwrite: bool = False,
         group: Any = None,
@@ -93,12 +100,15 @@ class RoutingMonitor:
         self.actions = actions_of(on_alarm)
         self.rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
         self.resume_step, self.overwrite = resume_step, overwrite
-        sites = in_layers(find_routers(self.model), layers)
+        sites = recordable(self.model, routers, layers)
         logits = any(site.logits_module is not None for site in sites)
-        self._sums = Sums(self.model, sites, logits)
+        self._sums = Sums(self.model, sites, logits, inputs)
         # what torch.compile returned has to be bracketed from outside
         outer = model if uncompiled(model) is self.model else self.model
         self._attachment = Attachment(outer, sites, "tap", logits, self._sums)
+        self._attachment.probes = Probes(
+            self._attachment.scopes, None if sites else self._add, self.model, layers
+        )
         self._pauses = is_compiled(outer)
         self.steps = resume_step
         self.should_stop = False
@@ -115,6 +125,11 @@ class RoutingMonitor:
     def routers(self) -> list[Any]:
         """The routers, once a pass has run."""
         return self._sums.routers
+
+    def _add(self, site: Site) -> Sinks:
+        """One more router, which a probe shows in the first pass."""
+        self._sums.add_router(site)
+        return self._attachment.add(logits=False)
 
     # --- attach and detach
 
@@ -259,12 +274,15 @@ class RoutingMonitor:
         return load_picture(self.window, self.routers)
 
 
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
 def unwrapped(model: Any) -> Any:
     """The model inside DDP, FSDP, DeepSpeed and torch.compile."""
     while True:
         inner = uncompiled(model)
-        if inner is model and not hasattr(model, "config"):
-            inner = getattr(model, "module", model)
+        if type(model).__name__ in WRAPPERS:
+            inner = model.module
         if inner is model:
             return model
         model = inner

@@ -1,27 +1,26 @@
 """Sums over the routing of forward passes, kept on the devices of the routers. Nothing waits for a
 device before `read`.
 
-T rows a router sees (padding included), K slots, E experts, R routers, S steps. A device's routers
-lie side by side in its sums, E + 1 columns (C in all) each: the last takes padding and slots that
-routed nowhere.
+T rows a router sees (padding included), K slots, E experts, R routers, S steps.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of
 from moe_inspect.capture.hook.inputs.call_inputs import real_rows
+from moe_inspect.capture.hook.inputs.row_order import row_order_of
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.find import no_routers
 from moe_inspect.model.routers import Site
 from moe_inspect.trace.schema import Router
-
-RECENT = 32  # steps whose loads are kept apart, for the max_vio of a step
+from moe_inspect.training.device_sums import RECENT, DeviceSums
 
 
 @dataclass(frozen=True)
@@ -39,88 +38,25 @@ class Taken:
     z_loss_R: Any
 
 
-class _OnDevice:
-    """The sums of the routers of one device. `modes`: one set for training, one for evaluation."""
-
-    def __init__(self, device: torch.device, experts: Sequence[int]):
-        self.device, self.R = device, len(experts)
-        first = torch.tensor([0, *(E + 1 for E in experts)]).cumsum(0).tolist()
-        self.first, self.C = first[:-1], first[-1]
-        with torch.inference_mode(False), torch.device(device):
-            self.router_C = torch.repeat_interleave(
-                torch.arange(self.R), torch.tensor([E + 1 for E in experts])
-            )
-            self.is_expert_C = torch.ones(self.C, dtype=torch.bool)
-            self.is_expert_C[[f + E for f, E in zip(self.first, experts, strict=True)]] = False
-            self.experts_R = torch.tensor(experts, dtype=torch.float32)
-            # of the pass
-            self.load_C = torch.zeros(self.C, dtype=torch.int64)
-            self.probability_C = torch.zeros(self.C)
-            self.z_R = torch.zeros(self.R)
-            # of the step, of the steps before, and since `read`: training, evaluation
-            self.step_C = torch.zeros(self.C, dtype=torch.int64)
-            self.recent_SC = torch.zeros(RECENT, self.C, dtype=torch.int32)
-            self.total_C = [torch.zeros(self.C, dtype=torch.int64) for _ in range(2)]
-            self.losses_2R = [torch.zeros(2, self.R) for _ in range(2)]
-
-    def begin(self) -> None:
-        self.load_C.zero_()
-        self.probability_C.zero_()
-        self.z_R.zero_()
-
-    def end(self, training: bool, logits: bool) -> None:
-        """Adds the pass. Its auxiliary loss is E · Σ f · P of each router: f the share of the
-        assignments, P the mean probability of an expert; 1 for a uniform router
-        (arXiv:2101.03961)."""
-        mode = 0 if training else 1
-        (self.step_C if training else self.total_C[mode]).add_(self.load_C)
-        if not logits:
-            return
-        sums_R = [
-            torch.zeros(self.R, device=self.device).index_add_(0, self.router_C, values_C)
-            for values_C in (
-                self.load_C * self.is_expert_C * 1.0,
-                self.probability_C,
-                self.load_C * self.probability_C,
-            )
-        ]
-        load_R, tokens_R, product_R = sums_R
-        self.losses_2R[mode][0] += self.experts_R * product_R / (load_R * tokens_R).clamp(min=1e-20)
-        self.losses_2R[mode][1] += self.z_R / tokens_R.clamp(min=1)
-
-    def end_step(self, n: int) -> None:
-        self.total_C[0] += self.step_C
-        self.recent_SC[n % RECENT] = self.step_C
-        self.step_C.zero_()
-
-    def parts(self, training: bool, steps: int) -> list[Tensor]:
-        mode = 0 if training else 1
-        recent = self.recent_SC[: steps if training else 0]
-        return [self.total_C[mode], recent.reshape(-1), self.losses_2R[mode].reshape(-1)]
-
-    def clear(self, training: bool) -> None:
-        mode = 0 if training else 1
-        self.total_C[mode].zero_()
-        self.losses_2R[mode].zero_()
-
-
 class Sums:
     """Receives the events of an Attachment (its `Records`). A pass in which the model is in
     training mode and gradients are on is training; every other is evaluation. `is_counted`:
-    whether training passes are, until it is changed."""
+    whether training passes are, until it is changed. `sites`: without any, probes show them in the
+    first pass (`add_router`). `inputs`: how to read the arguments of the model's calls."""
 
-    def __init__(self, model: Any, sites: Sequence[Site], logits: bool):
-        self.model, self.sites, self.logits = model, list(sites), logits
+    def __init__(self, model: Any, sites: list[Site], logits: bool, inputs: InputsOf | None = None):
+        self.model, self.sites, self.logits = model, sites, logits
+        self._inputs = inputs_of(model, sites, inputs)
+        self._row_order = row_order_of(sites)
         self.routers: list[Router] = []  # once a pass has shown their top-k
         self.is_counted = True
-        stacks = {s.stack: model.get_submodule(s.stack_path) for s in sites}
+        stacks = {s.stack: model.get_submodule(s.stack_path) for s in sites} or {"": model}
         self._names = {
             stack: list(inspect.signature(module.forward).parameters)
             for stack, module in stacks.items()
         }
-        self._on: dict[torch.device, _OnDevice] = {}
-        self._place: list[tuple[_OnDevice, int]] = []  # of each router
-        self._top_k = [0] * len(self.sites)
+        self._on: dict[torch.device, DeviceSums] = {}
+        self._place: list[tuple[DeviceSums, int]] = []  # of each router
         self._early: list[tuple[int, Tensor]] = []  # ids and logits of the first pass
         self._early_logits: list[tuple[int, Tensor]] = []
         self._steps = 0  # since the last `read`
@@ -129,6 +65,19 @@ class Sums:
         self._step_tokens: dict[str, Any] = dict.fromkeys(stacks, 0)
         self._step_passes = 0
         self._counting = False
+        self._seen, self._seen_logits = [0] * len(sites), [0] * len(sites)
+        self._shows_logits: set[int] = set()  # routers that do
+
+    def add_router(self, site: Site) -> None:
+        """One more router, which a probe shows in the first pass."""
+        if self._place:
+            raise MoeInspectError(
+                f"{site.path} was not called in the first forward pass: begin with one that calls "
+                "every probe"
+            )
+        self.sites.append(site)
+        self._seen.append(0)
+        self._seen_logits.append(0)
 
     # --- a forward pass
 
@@ -147,10 +96,16 @@ class Sums:
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._counting:
             return
-        given = {**dict(zip(self._names[stack], args, strict=False)), **kwargs}
+        if self._inputs is not None:
+            given = self._inputs(args, kwargs)
+        else:
+            given = {**dict(zip(self._names[stack], args, strict=False)), **kwargs}
         B, S, mask_BS = real_rows(given, stack)
-        self._rows[stack] = B * S
-        self._real[stack] = None if mask_BS is None else mask_BS.reshape(-1) != 0
+        order_T = self._row_order(B, S) if self._row_order is not None else None
+        real_T = None if mask_BS is None else mask_BS.reshape(-1) != 0
+        if real_T is not None and order_T is not None:
+            real_T = real_T[torch.from_numpy(order_T).to(real_T.device)]
+        self._rows[stack], self._real[stack] = B * S if order_T is None else len(order_T), real_T
 
     def returned(self, stack: str, output: Any) -> None:
         pass
@@ -169,6 +124,7 @@ class Sums:
         if not self._counting:
             return
         row, self._seen_logits[r] = self._seen_logits[r], self._seen_logits[r] + len(logits_TE)
+        self._shows_logits.add(r)
         if not self._place:
             self._early_logits.append((r, logits_TE.clone()))
             return
@@ -239,6 +195,8 @@ class Sums:
 
     def _lay_out(self) -> None:
         """The first pass has shown the devices and the top-k: makes the sums, and counts it."""
+        if not self.sites:
+            raise no_routers(self.model)
         early = dict(self._early)
         if missing := [s.path for r, s in enumerate(self.sites) if r not in early]:
             raise MoeInspectError(
@@ -248,7 +206,7 @@ class Sums:
         devices = [early[r].device for r in range(len(self.sites))]
         for device in dict.fromkeys(devices):
             mine = [r for r, d in enumerate(devices) if d == device]
-            self._on[device] = _OnDevice(device, [self.sites[r].experts for r in mine])
+            self._on[device] = DeviceSums(device, [self.sites[r].experts for r in mine])
         order = dict.fromkeys(self._on, 0)
         for device in devices:
             self._place.append((self._on[device], order[device]))
@@ -334,12 +292,12 @@ class Sums:
         tokens = dict(zip(self._names, next_part(len(self._names)).tolist(), strict=True))
         passes = int(next_part(1))
         load, recent, losses = [], [], []
-        for (on, n), site in zip(self._place, self.sites, strict=True):
+        for n_site, ((on, n), site) in enumerate(zip(self._place, self.sites, strict=True)):
             total_C, recent_SC, losses_2R = by_device[id(on)]
             mine = slice(on.first[n], on.first[n] + site.experts)
             load.append(total_C[mine].long().numpy())
             recent.append(recent_SC[:, mine].long().numpy())
-            known = self.logits and site.logits_module is not None and passes
+            known = n_site in self._shows_logits and passes
             losses.append(losses_2R[:, n] / passes if known else torch.full((2,), torch.nan))
         losses_2R = torch.stack(losses, 1).double().numpy()
         tokens_R = torch.tensor([round(tokens[s.stack]) for s in self.sites]).numpy()
@@ -361,6 +319,8 @@ BIASES = ("e_score_correction_bias", "expert_bias", "score_correction_bias", "ex
 
 def selection_bias(site: Site, model: Any) -> Tensor | None:
     """The bias that is added to the scores of a router for the selection alone, [E]."""
+    if site.module is model:  # of a probe
+        return None
     block = model.get_submodule(site.path.rpartition(".")[0])
     for module in (site.logits_module, site.module, block):
         for name, value in (
