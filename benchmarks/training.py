@@ -26,7 +26,7 @@ from moe_inspect.training.device_sums import RECENT, DeviceSums
 from moe_inspect.training.monitor import RoutingMonitor
 from moe_inspect.training.sums import Sums
 
-ROUNDS, STEPS = 16, 10  # rounds of each side; steps per round
+ROUNDS, STEPS = 8, 10  # rounds of each side; steps per round
 EVERY = (1, 10)
 LARGE = (61, 256)  # routers and experts of DeepSeek-V3
 
