@@ -10,7 +10,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-quick test-slow test-families test-ptx test-newest test-oldest lint docs picture bench fuzz clean
+.PHONY: help demo test test-quick test-slow test-families test-ptx test-newest test-oldest test-frameworks lint docs picture bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,15 @@ test-oldest: ## The suite on the lower bounds that pyproject.toml states (build/
 test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes docs/families.md
 	$(BIN)/python -m tests.test_zoo
 	$(BIN)/python -m pytest -s tests/test_zoo.py
+
+FRAMEWORKS := build/venv-frameworks
+FRAMEWORKS_PYTHON ?= python3.13
+
+test-frameworks: ## Traces of training frameworks against what their experts are given; writes the table of docs/frameworks.md
+	$(FRAMEWORKS_PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev]' boto3 google-cloud-storage
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/frameworks/requirements.txt
+	FRAMEWORKS_TABLE=docs/frameworks.md $(FRAMEWORKS)/bin/python -m pytest tests/frameworks
 
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .

@@ -1,0 +1,64 @@
+"""The table of what was compared: printed at the end, and written into the page that
+FRAMEWORKS_TABLE names if everything ran."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tests.frameworks.truth import WEIGHT_ERROR, Compared
+
+Check = Callable[..., None]
+HEADER = """| framework | model and run | decisions equal | largest error of a gate weight |
+|---|---|---|---|"""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def check(record_property: Callable[[str, object], None]) -> Check:
+    """Asserts that all decisions of a comparison, `total` of them, are equal and the gate weights
+    within `tolerance`; adds a row to the table."""
+
+    def check(
+        framework: str, run: str, found: Compared, total: int, tolerance: float = WEIGHT_ERROR
+    ) -> None:
+        assert found.equal == found.total == total
+        assert not found.weight_error > tolerance
+        error = (
+            "not compared"
+            if found.weight_error != found.weight_error
+            else f"{found.weight_error:.0e}"
+        )
+        equal = f"{found.equal:,} of {found.total:,}"
+        name = f"{framework} {version(framework)}" if framework != "DeepSeek" else framework
+        record_property("frameworks", f"| {name} | {run} | {equal} | {error} |")
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = [
+        str(row)
+        for report in terminalreporter.stats.get("passed", [])
+        for name, row in report.user_properties
+        if name == "frameworks"
+    ]
+    if not rows:
+        return
+    table = "\n".join([HEADER, *sorted(rows)])
+    terminalreporter.write_line("\n" + table)
+    left_out = [k for k in ("failed", "error", "skipped") if terminalreporter.stats.get(k)]
+    if (path := os.environ.get("FRAMEWORKS_TABLE")) and not left_out:
+        begin, end = "<!-- table -->", "<!-- end of table -->"
+        before, _, rest = Path(path).read_text().partition(begin)
+        Path(path).write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")

@@ -1,0 +1,180 @@
+"""NeMo-Automodel's own Qwen3-MoE on torch's grouped products."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("nemo_automodel", reason="make test-frameworks installs it")
+
+import nemo_automodel.components.models.qwen3_moe.model as qwen3_moe
+from nemo_automodel.components.models.common import BackendConfig
+from nemo_automodel.components.moe.experts import GroupedExperts
+from nemo_automodel.components.moe.layers import Gate, MoE
+from nemo_automodel.components.moe.parallelizer import apply_ac
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+
+import moe_inspect
+from tests.frameworks.conftest import Check
+from tests.frameworks.truth import Watch, compare
+
+EXPERTS, LAYERS = 8, 4
+B, S = 3, 16
+DECISIONS = (LAYERS - 1) * B * S  # the first layer is dense
+BF16 = 2**-7
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It builds its rotary embedding on the current CUDA device."""
+    rotary = qwen3_moe.RotaryEmbedding
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        qwen3_moe,
+        "RotaryEmbedding",
+        lambda *args, **kwargs: rotary(*args, **{**kwargs, "device": torch.device("cpu")}),
+    )
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=EXPERTS,
+        num_experts_per_tok=3,
+        mlp_only_layers=[0],
+        norm_topk_prob=True,
+        max_position_embeddings=128,
+        dtype=torch.bfloat16,
+    )
+    backend = BackendConfig(
+        attn="sdpa",
+        linear="torch",
+        rms_norm="torch",
+        experts="torch_mm",
+        dispatcher="torch",
+        enable_hf_state_dict_adapter=False,
+        rope_fusion=False,
+    )
+    model = qwen3_moe.Qwen3MoeForCausalLM(config, backend=backend).to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.05)
+        else:
+            nn.init.ones_(parameter)
+    for module in model.modules():
+        if isinstance(module, Gate):
+            nn.init.normal_(module.weight, std=0.5)
+    return model
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    """Token ids and a mask, False for padding, [B, S] each."""
+    ids_BS = torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(7))
+    real_BS = torch.ones(B, S, dtype=torch.bool)
+    real_BS[1, 12:] = False
+    return ids_BS, real_BS
+
+
+def blocks(model: nn.Module) -> dict[int, MoE]:
+    """Layer → MoE block."""
+    found = {path: m for path, m in model.named_modules() if isinstance(m, MoE)}
+    return {int(path.split("layers.")[1].split(".")[0]): m for path, m in found.items()}
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """The rows and the ends of the experts of each grouped product."""
+    real, seen = torch._grouped_mm, []
+
+    def grouped_mm(rows_RD: Tensor, weights: Tensor, offs: Tensor, **options: Any) -> Tensor:
+        seen.append((rows_RD.detach().clone(), offs.clone()))
+        return real(rows_RD, weights, offs=offs, **options)
+
+    monkeypatch.setattr(torch, "_grouped_mm", grouped_mm)
+    return seen
+
+
+def watch(model: nn.Module, products: list[tuple[Tensor, Tensor]]) -> Watch:
+    found = Watch()
+
+    def after(_: nn.Module, args: object, output: object, layer: int) -> None:
+        rows_RD, ends_E = products[0]  # the first of the two products of a layer
+        found.grouped(layer, rows_RD, ends_E.diff(prepend=ends_E.new_zeros(1)))
+
+    for layer, block in blocks(model).items():
+        found.block(block, layer)
+        found.routed(block.experts, layer)
+        assert isinstance(block.experts, GroupedExperts)
+        block.experts.register_forward_pre_hook(lambda *_: products.clear())
+        block.experts.register_forward_hook(partial(after, layer=layer))
+    return found
+
+
+def run_expert(model: nn.Module, layer: int, expert: int, rows_RD: Tensor) -> Tensor:
+    """One expert, by the framework's own code: all rows of weight 1 to it."""
+    experts, T = blocks(model)[layer].experts, len(rows_RD)
+    ids_TK = torch.full((T, 1), expert)
+    weights_TK = torch.ones((T, 1), dtype=rows_RD.dtype)
+    real_T = torch.ones(T, dtype=torch.bool)
+    return type(experts).forward(experts, rows_RD, real_T, weights_TK, ids_TK)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_forward_pass(
+    masked: bool, tmp_path: Path, check: Check, products: list[tuple[Tensor, Tensor]]
+) -> None:
+    model, (ids_BS, real_BS) = build().eval(), inputs()
+    options = {"attention_mask": real_BS.long()} if masked else {}
+    watched = watch(model, products)
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
+        model(ids_BS, **options)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    found = compare(
+        trace,
+        watched.passes,
+        ids_BS,
+        real_BS=real_BS if masked else None,
+        run=partial(run_expert, model),
+    )
+    padding = (LAYERS - 1) * 4 * masked
+    run = "Qwen3-MoE, forward" + ", padding" * masked
+    check("nemo-automodel", run, found, DECISIONS - padding, BF16)
+    listed = trace.routers[0]
+    assert [r.layer for r in trace.routers] == [1, 2, 3]
+    assert (listed.experts, listed.top_k, listed.scoring) == (EXPERTS, 3, "softmax")
+
+
+AC: dict[str, dict[str, Any]] = {
+    "checkpointed, gate kept": {"ignore_router": True},
+    "checkpointed": {"ignore_router": False},
+}
+
+
+@pytest.mark.parametrize("kind", AC)
+def test_training_steps(
+    kind: str, tmp_path: Path, check: Check, products: list[tuple[Tensor, Tensor]]
+) -> None:
+    model, (ids_BS, _) = build().train(), inputs()
+    apply_ac(model, hidden_size=64, num_experts=EXPERTS, **AC[kind])
+    watched, optimizer = watch(model, products), torch.optim.SGD(model.parameters(), lr=0.1)
+    with moe_inspect.record(model, tmp_path / "t"):
+        for _ in range(2):
+            with watched.forward():
+                out = model(ids_BS)
+            out.logits.float().logsumexp(-1).mean().backward()
+            optimizer.step()
+    found = compare(moe_inspect.open_trace(tmp_path / "t"), watched.passes, ids_BS)
+    check("nemo-automodel", f"Qwen3-MoE, 2 training steps, {kind}", found, 2 * DECISIONS)
