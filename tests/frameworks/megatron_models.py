@@ -51,7 +51,7 @@ def start(rank: int = 0, world: int = 1, port: int = 0, **parallel: int) -> None
     parallel_state.initialize_model_parallel(**parallel)
 
 
-def build(**options: Any) -> GPTModel:
+def build(pre_process: bool = True, post_process: bool = True, **options: Any) -> GPTModel:
     config = TransformerConfig(
         **{
             "num_layers": 4,
@@ -92,6 +92,8 @@ def build(**options: Any) -> GPTModel:
         transformer_layer_spec=get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization="LayerNorm"
         ),
+        pre_process=pre_process,
+        post_process=post_process,
         vocab_size=512,
         max_sequence_length=64,
         position_embedding_type="rope",
@@ -112,8 +114,7 @@ def inputs(seed: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 
 def blocks(model: nn.Module) -> dict[int, MoELayer]:
     """Layer → MoE block."""
-    found = {path: m for path, m in model.named_modules() if isinstance(m, MoELayer)}
-    return {int(path.split("layers.")[1].split(".")[0]): m for path, m in found.items()}
+    return {m.layer_number - 1: m for m in model.modules() if isinstance(m, MoELayer)}
 
 
 def watch(model: nn.Module, first_expert: int = 0) -> Watch:
@@ -169,6 +170,34 @@ def sequence_parallel_on_rank(rank: int, port: int, path: Path) -> None:
     part = slice(rank * S // ranks.WORLD, (rank + 1) * S // ranks.WORLD)
     own = {"ids_BS": ids_BS[:, part], "positions_BS": positions_BS[:, part]}
     ranks.save(path, rank, watched, **own)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def pipeline_on_rank(rank: int, port: int, path: Path) -> None:
+    """A forward pass through two stages of a pipeline: the second is given the hidden states of the
+    first, and labels, but no token ids."""
+    torch.set_num_threads(1)
+    without_cuda(setattr)
+    start(rank, ranks.WORLD, port, pipeline_model_parallel_size=ranks.WORLD)
+    model = build(
+        pipeline_model_parallel_size=ranks.WORLD,
+        pre_process=rank == 0,
+        post_process=rank == ranks.WORLD - 1,
+    ).eval()
+    ids_BS, positions_BS, mask = inputs()
+    watched = watch(model)
+    recording = moe_inspect.record(model, ranks.trace_of(path, rank))
+    with recording, torch.no_grad(), watched.forward():
+        if rank == 0:
+            dist.send(model(ids_BS, positions_BS, mask).contiguous(), 1)
+        else:
+            hidden_SBD = torch.empty(S, B, 64)
+            dist.recv(hidden_SBD, 0)
+            model.set_input_tensor(hidden_SBD)
+            model(None, None, mask, labels=ids_BS.roll(-1, 1))
+            ids_BS = torch.full_like(ids_BS, -1)
+    ranks.save(path, rank, watched, ids_BS=ids_BS)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -26,6 +26,7 @@ from tests.frameworks.megatron_models import (
     blocks,
     build,
     inputs,
+    pipeline_on_rank,
     sequence_parallel_on_rank,
     start,
     train_on_rank,
@@ -151,4 +152,12 @@ def test_sequence_parallelism(tmp_path: Path, check: Check) -> None:
     """The router of each rank sees its part of the positions."""
     ranks.run(sequence_parallel_on_rank, tmp_path)
     run = "GPTModel, forward, 2 ranks, tensor, sequence and expert parallel"
+    check("megatron-core", run, ranks.compare_all(tmp_path), DECISIONS)
+
+
+def test_pipeline_stages(tmp_path: Path, check: Check) -> None:
+    """Each rank records its layers, by their numbers in the whole model; the second sees no token
+    ids."""
+    ranks.run(pipeline_on_rank, tmp_path)
+    run = "GPTModel, forward, 2 ranks, pipeline stages"
     check("megatron-core", run, ranks.compare_all(tmp_path), DECISIONS)

@@ -34,6 +34,17 @@ KEYS = (
 TOKENS = ("input_ids", "tokens", "idx")
 POSITIONS = ("position_ids", "positions", "input_pos")
 PADDING = ("padding_mask", "key_padding_mask")  # true for padding
+LABELS = ("labels", "targets", "target")
+# tensors of integers that are no token ids, which a later pipeline stage is given without them
+NOT_TOKENS = {
+    *POSITIONS,
+    *PADDING,
+    *LABELS,
+    "attention_mask",
+    "loss_mask",
+    "doc_lens",
+    "cu_seqlens",
+}
 
 
 def inputs_of(model: Any, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
@@ -73,8 +84,8 @@ def by_name(names: Sequence[str], sequence_first: bool) -> InputsOf:
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        # what is more than the names, by *args
-        loose = [*given.values(), *args[len(names) :]]
+        loose = [value for name, value in given.items() if name not in NOT_TOKENS]
+        loose += args[len(names) :]  # what is more than the names, by *args
         found: dict[str, Any] = {"input_ids": _first(given, TOKENS, _is_integer)}
         if found["input_ids"] is None:
             found["input_ids"] = next((v for v in loose if _is_integer(v) and v.dim() <= 2), None)
@@ -82,6 +93,10 @@ def by_name(names: Sequence[str], sequence_first: bool) -> InputsOf:
             hidden = next((v for v in loose if _is_float(v) and v.dim() == 3), None)
             if hidden is not None and sequence_first:
                 hidden = hidden.transpose(0, 1)
+            if hidden is None:  # these tell how many tokens there are
+                hidden = _first(
+                    given, (*POSITIONS, *LABELS), lambda v: _is_integer(v) and v.dim() > 1
+                )
             found["inputs_embeds"] = hidden
         found["position_ids"] = _first(given, POSITIONS, _is_integer)
         found = _in_one_shape(found)
