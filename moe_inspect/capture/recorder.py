@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hand_over import Forward, HandOver
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.attach import Attachment, uncompiled
+from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.counted import CountedPasses
 from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
 from moe_inspect.capture.hook.inputs.arguments import inputs_of
@@ -33,6 +33,7 @@ from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers, recordable
 from moe_inspect.model.routers import Site
+from moe_inspect.model.wrapped import unwrapped
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import TraceWriter
@@ -63,7 +64,7 @@ class Recorder:
         self.options = options = options or RecordOptions()
         self.session = session or Session()
         options.check(path is not None)
-        self.model = uncompiled(model)
+        self.model = unwrapped(model, by_path=bool(options.specs))
         self.sites = recordable(self.model, options.specs, options.layers)
         by_probes = not self.sites  # those in the model's own code are its routers
         self.mode = mode_of(self.model, self.sites, options.capture)
@@ -74,7 +75,7 @@ class Recorder:
             )
         if path is not None and self.session.resume is None and self.session.ranks is None:
             check_directory(Path(path), options.overwrite)
-        self.attachment = Attachment(model, self.sites, self.mode, options.logits, self)
+        self.attachment = Attachment(model, self.model, self.sites, self.mode, options.logits, self)
         self.attachment.take_probes(self._add if by_probes else None, options)
         scopes, sinks = self.attachment.scopes, self.attachment.sinks
         self.stacks = stacks_of(self.model, scopes, self.sites, sinks, self.attachment.logit_sinks)

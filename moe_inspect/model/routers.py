@@ -7,6 +7,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def called_experts(model: Any, known: Collection[int] = ()) -> list[Site]:
         config = getattr(module, "config", None) or text_config(model)
         if adapter is None or adapter.at_call:
             router = _router_beside(model, path)
-            index = declared.get(type(router))
+            index = declared.get(type(_adapted(router)))
         else:
             router, index = module, adapter.logits_index
         experts = (
@@ -104,12 +105,12 @@ def called_experts(model: Any, known: Collection[int] = ()) -> list[Site]:
         )
         facts = (
             experts,
-            scoring_of(config, router or model.get_submodule(path.rpartition(".")[0])),
+            scoring_of(config, _adapted(router) or model.get_submodule(block_of(path))),
             shared_experts_of(config, model, path),
         )
         shown = router if adapter is None or adapter.at_call or index is not None else None
         if adapter is not None and adapter.block_logits is not None:
-            shown, index = model.get_submodule(path.rpartition(".")[0]), adapter.block_logits
+            shown, index = model.get_submodule(block_of(path)), adapter.block_logits
         stack = next((part for part in path.split(".") if part in stacks), "")
         sites.append(Site(module, path, layer_of(path), *facts, adapter, shown, index, stack))
     # the encoder runs before the decoder, and a block's attention before its MLP
@@ -172,7 +173,7 @@ def top_k_of(site: Site, model: Any) -> int:
     contradict."""
     if site.adapter is not None and site.adapter.top_k is not None:
         return site.adapter.top_k
-    block = model.get_submodule(site.path.rpartition(".")[0])
+    block = model.get_submodule(block_of(site.path))
     for owner in (
         site.logits_module,
         site.module,
@@ -224,7 +225,7 @@ def scoring_of(config: Any, router: Module) -> str:
 def shared_experts_of(config: Any, model: Any, experts_path: str) -> int:
     """Number of experts that every token of this layer goes to: as the config states, or one where
     the block has a shared MLP."""
-    block = experts_path.rpartition(".")[0]
+    block = block_of(experts_path)
     # in some families the shared expert is a sibling of the block
     owners = (block, block.rpartition(".")[0])
     if not any(
@@ -268,8 +269,21 @@ def _declared_logits(model: Any) -> dict[type, int]:
 
 def _router_beside(model: Any, experts_path: str) -> Module | None:
     """The router module among the siblings of these experts."""
-    parent = model.get_submodule(experts_path.rpartition(".")[0])
+    block = model.get_submodule(block_of(experts_path))
     return next(
-        (m for m in parent.children() if ROUTER_CLASS.search(type(m).__name__)),
+        (m for m in block.children() if ROUTER_CLASS.search(type(_adapted(m)).__name__)),
         None,
     )
+
+
+def block_of(experts_path: str) -> str:
+    """The path of the block that these experts are a part of, also where PEFT has put them into
+    modules of its own, as their `base_layer`."""
+    return re.sub(r"(\.base_layer)+$", "", experts_path).rpartition(".")[0]
+
+
+def _adapted(module: Module | None) -> Module | None:
+    """What a module of PEFT adapts, or `module`."""
+    while (inner := getattr(module, "base_layer", None)) is not None:
+        module = inner
+    return module

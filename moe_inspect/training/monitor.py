@@ -14,10 +14,11 @@ import torch
 from moe_inspect.alarms.alarms import Alarm, Alarms
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
 from moe_inspect.alarms.window import Window
-from moe_inspect.capture.hook.attach import Attachment, is_compiled, uncompiled
+from moe_inspect.capture.hook.attach import Attachment, is_compiled
 from moe_inspect.capture.hook.probes import Probes, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import recordable
+from moe_inspect.model.wrapped import unwrapped
 from moe_inspect.training.actions import Action, act, actions_of
 from moe_inspect.training.history import History
 from moe_inspect.training.metrics import DETAILS, logged, max_vio_of_steps, window_metrics
@@ -93,7 +94,7 @@ class RoutingMonitor:
                 raise MoeInspectError(f"{name} is {n}: give 1 or more")
         if detail not in DETAILS:
             raise MoeInspectError(f"no detail {detail!r}: choose from {', '.join(DETAILS)}")
-        self.model = unwrapped(model)
+        self.model = unwrapped(model, by_path=bool(routers))
         self.path = Path(path) if path is not None else None
         self.every, self.log_steps, self.detail, self.group = every, log_steps, detail, group
         self.flush_steps = flush_steps or log_steps
@@ -103,13 +104,11 @@ class RoutingMonitor:
         sites = recordable(self.model, routers, layers)
         logits = any(site.logits_module is not None for site in sites)
         self._sums = Sums(self.model, sites, logits, inputs)
-        # what torch.compile returned has to be bracketed from outside
-        outer = model if uncompiled(model) is self.model else self.model
-        self._attachment = Attachment(outer, sites, "tap", logits, self._sums)
+        self._attachment = Attachment(model, self.model, sites, "tap", logits, self._sums)
         self._attachment.probes = Probes(
             self._attachment.scopes, None if sites else self._add, self.model, layers
         )
-        self._pauses = is_compiled(outer)
+        self._pauses = is_compiled(model)
         self.steps = resume_step
         self.should_stop = False
         self.raised: list[Alarm] = []
@@ -272,20 +271,6 @@ class RoutingMonitor:
         if self.window is None:
             raise MoeInspectError("no window yet: there is a picture after the first log")
         return load_picture(self.window, self.routers)
-
-
-WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-
-
-def unwrapped(model: Any) -> Any:
-    """The model inside DDP, FSDP, DeepSpeed and torch.compile."""
-    while True:
-        inner = uncompiled(model)
-        if type(model).__name__ in WRAPPERS:
-            inner = model.module
-        if inner is model:
-            return model
-        model = inner
 
 
 def _rank() -> int:

@@ -10,11 +10,13 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.eager import Eager
 from moe_inspect.capture.hook import experts as experts_implementation
 from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.probe import listen
@@ -33,6 +35,11 @@ from moe_inspect.model.families import called_with
 from moe_inspect.model.routers import (
     Site,
     is_of_transformers,
+)
+from moe_inspect.model.wrapped import (
+    call_of_model,
+    is_compiled_wrapper,
+    wrappers_of,
 )
 
 
@@ -68,15 +75,22 @@ class Attachment:
     or, in an encoder-decoder, a call of one stack by itself, as `generate` calls the encoder."""
 
     def __init__(
-        self, model: Any, sites: Sequence[Site], mode: str, logits: bool, records: Records
+        self,
+        outer: Any,
+        model: Any,
+        sites: Sequence[Site],
+        mode: str,
+        logits: bool,
+        records: Records,
     ):
         self.outer, self.model, self.sites, self.mode, self.records = (
+            outer,
             model,
-            uncompiled(model),
             sites,
             mode,
             records,
         )
+        self.wrappers = wrappers_of(self.outer, self.model)
         self.paused = self.over = False
         # without sites, probes will show them
         unknown = not sites or not all(
@@ -96,11 +110,11 @@ class Attachment:
             if logits:
                 take = functools.partial(records.take_logits, r)
                 self.logit_sinks.append(Sink(scope, len(of_stack) + n, take))
-        self.compiled = self.in_compiled = is_compiled(model)
+        self.compiled = self.in_compiled = is_compiled(outer)
         self._bracketed = False
         self.probes: Probes | None = None
         self.discovery: Discovery | None = None
-        self._cleanup, self._stance = ExitStack(), ExitStack()
+        self._cleanup, self._eager = ExitStack(), Eager()
 
     def take_probes(self, add: Callable[[Site], Any] | None, options: RecordOptions) -> None:
         """`add`: see `Probes`."""
@@ -129,38 +143,15 @@ class Attachment:
     def detach(self) -> None:
         self._shut()
         self.over = True
-        self._stance.close()
+        self._eager.release()
         self._cleanup.close()
 
     def _attach(self) -> None:
-        def keep(hook: Any) -> None:
-            self._cleanup.callback(hook.remove)
-
         compiled = self.compiled or _has_compiled()
         if compiled:  # compiled code does not check for new hooks
             torch.compiler.reset()
             self._cleanup.callback(torch.compiler.reset)
-        keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
-        stacks = [scope for stack, scope in self.scopes.items() if stack]
-        # even if it raised: a later call of a stack is not part of it
-        keep(self.model.register_forward_hook(self._after, always_call=bool(stacks)))
-        for scope in stacks:
-            keep(
-                scope.module.register_forward_pre_hook(
-                    functools.partial(self._before_stack, scope), with_kwargs=True
-                )
-            )
-            keep(scope.module.register_forward_hook(functools.partial(self._after_stack, scope)))
-        if self.outer is not self.model:
-            self._replace(self.outer, "forward", self._around)
-        if getattr(self.model, "_compiled_call_impl", None) is not None:
-            self._replace(self.model, "_compiled_call_impl", self._around)
-        if hasattr(self.model, "get_compiled_call"):  # what `generate` decodes with on a GPU
-            self._replace(
-                self.model,
-                "get_compiled_call",
-                lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)),
-            )
+        self._bracket()
         for r, site in enumerate(self.sites):
             self._watch(r, site, compiled)
         if self.mode == "dispatch":
@@ -170,16 +161,48 @@ class Attachment:
         if self.discovery is not None:
             self._cleanup.callback(self.discovery.attach())
 
+    def _keep(self, hook: Any) -> None:
+        self._cleanup.callback(hook.remove)
+
+    def _bracket(self) -> None:
+        """Marks where a forward pass begins and ends."""
+
+        stacks = [scope for stack, scope in self.scopes.items() if stack]
+        if all(map(is_compiled_wrapper, self.wrappers)):
+            self._keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
+            # even if it raised: a later call of a stack is not part of it
+            self._keep(self.model.register_forward_hook(self._after, always_call=bool(stacks)))
+        else:  # PEFT calls the model's forward, not the model
+            self._replace(self.model, "forward", self._around_forward)
+        for scope in stacks:
+            self._keep(
+                scope.module.register_forward_pre_hook(
+                    functools.partial(self._before_stack, scope), with_kwargs=True
+                )
+            )
+            self._keep(
+                scope.module.register_forward_hook(functools.partial(self._after_stack, scope))
+            )
+        for n, module in enumerate([*self.wrappers, self.model]):
+            around = functools.partial(self._around, wrappers=self.wrappers[n:])
+            if is_compiled_wrapper(module):
+                self._replace(module, "forward", around)
+            if vars(module).get("_compiled_call_impl") is not None:
+                self._replace(module, "_compiled_call_impl", around)
+        if hasattr(self.model, "get_compiled_call"):  # what `generate` decodes with on a GPU
+            self._replace(
+                self.model,
+                "get_compiled_call",
+                lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)),
+            )
+
     def _watch(self, r: int, site: Site, compiled: bool) -> None:
         """Hooks that read the choice and the logits of the router at site r."""
-
-        def keep(hook: Any) -> None:
-            self._cleanup.callback(hook.remove)
 
         adapter, module = site.adapter, site.module
         if adapter is not None and not adapter.at_call:
             hook = choice_after_call(self.sinks[r], adapter.choice)
-            keep(module.register_forward_hook(hook, with_kwargs=True))
+            self._keep(module.register_forward_hook(hook, with_kwargs=True))
         elif adapter is not None or self.mode == "tap":
             hook = choice_at_call(
                 self.sinks[r], adapter.choice if adapter is not None else called_with
@@ -189,16 +212,16 @@ class Attachment:
             if method := site.method or ("forward" if replaces else ""):
                 self._cleanup.callback(before_method(module, method, hook))
             else:
-                keep(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
         if self.logit_sinks and site.logits_module is not None:
             hook = logits_after_call(self.logit_sinks[r], site)
-            keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
+            self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
 
     def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
         """Replaces an attribute of `owner` by `made_of` it, until detached. If another recorder has
         replaced ours by then, that one restores the original."""
         made = made_of(getattr(owner, name))
-        made.attachment, made.before = self, vars(owner).get(name)
+        vars(getattr(made, "__func__", made)).update(attachment=self, before=vars(owner).get(name))
         setattr(owner, name, made)
 
         def put_back() -> None:
@@ -240,16 +263,18 @@ class Attachment:
 
     # --- around a forward pass
 
-    def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A compiled call, wrapped in what the hooks do: hooks do not run in compiled code."""
+    def _around(self, call: Callable[..., Any], wrappers: Sequence[Any] = ()) -> Callable[..., Any]:
+        """A compiled call, wrapped in what the hooks do: hooks do not run in compiled code.
+        `wrappers`: from what is called down to the model."""
 
         @functools.wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._bracketed:
+            given = None if self._bracketed else call_of_model(wrappers, args, kwargs)
+            if given is None:
                 return call(*args, **kwargs)
             self._bracketed = True
             try:
-                self._begin(args, kwargs)
+                self._begin(*given)
                 output = call(*args, **kwargs)
                 self._end(output)
             except BaseException:
@@ -260,6 +285,18 @@ class Attachment:
             return output
 
         return run
+
+    def _around_forward(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's forward, wrapped like a compiled call; of a copy of the model its own."""
+        around = self._around(call)
+
+        @functools.wraps(type(self.model).forward)
+        def run(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if module is self.model:
+                return around(*args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
+
+        return MethodType(run, self.model)
 
     def _before(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -318,13 +355,13 @@ class Attachment:
 
     def _begin_pass(self) -> None:
         if self.in_compiled:  # (the pass before it failed)
-            self._stance.close()
+            self._eager.release()
         # compiled code writes to the tapes, call by call
         self.in_compiled = self.compiled or _has_compiled()
         if self.in_compiled and not (self.sinks and all(sink.tapes for sink in self.sinks)):
             # until the first forward pass has shown the shapes there are no tapes, and the sinks
             # are plain Python
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._eager.hold()
         self.records.begin()
 
     def _open(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -333,7 +370,7 @@ class Attachment:
 
     def _end_pass(self) -> None:
         if self.in_compiled:
-            self._stance.close()
+            self._eager.release()
         self.records.end()
 
     def _shut(self) -> None:
@@ -342,18 +379,13 @@ class Attachment:
             scope.stop()  # what its sinks have kept is still to be written
 
 
-def uncompiled(model: Any) -> Any:
-    """The model that torch.compile(model) wraps, or `model`."""
-    return getattr(model, "_orig_mod", model)
-
-
 def is_compiled(model: Any) -> bool:
     """Whether torch.compile was applied to any part of `model`."""
     compiled = (
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
         for m in model.modules()
     )
-    return any(compiled) or hasattr(uncompiled(model), "_compiled_call")
+    return any(compiled) or any("_compiled_call" in vars(m) for m in model.modules())
 
 
 def _has_compiled() -> bool:

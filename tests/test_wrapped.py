@@ -1,0 +1,300 @@
+"""Models that something wraps: what is recorded is what the experts inside were called with, one
+pass per call of the model, whatever the wrapper is called with; and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import distributed, nn
+
+import moe_inspect
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.wrapped import unwrapped
+from tests.families import build
+from tests.zoo import token_batch
+
+LENGTHS = [9, 5]
+INPUTS = token_batch(LENGTHS)
+IDS, MASK = INPUTS["input_ids"], INPUTS["attention_mask"]
+Make = Callable[[Any], Any]
+
+
+class Step(nn.Module):
+    """Called with a batch, as a training step is."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.net(batch["input_ids"], batch["attention_mask"]).logits.sum()
+
+
+class Two(nn.Module):
+    def __init__(self, first: Any, second: Any):
+        super().__init__()
+        self.policy, self.reference = first, second
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.policy(**batch).logits - self.reference(**batch).logits
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def of_peft(model: Any, kind: str = "LoraConfig", **options: Any) -> Any:
+    """With adapters that are not zero, as after training."""
+    peft = pytest.importorskip("peft", reason="adapters are tested where peft is installed")
+    adapted = peft.get_peft_model(model, getattr(peft, kind)(**options))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    return adapted
+
+
+def fsdp(model: Any, **options: Any) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+LANGUAGE: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+EXPERTS: dict[str, Any] = {
+    "target_modules": [],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+ROUTER: dict[str, Any] = {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}
+WRAPPED: dict[str, Make] = {
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "FSDP": fsdp,
+    "FSDP, parameters as they are": lambda m: fsdp(m, use_orig_params=True),
+    "PEFT on attention": lambda m: of_peft(m, **ATTENTION, **LANGUAGE),
+    "PEFT, no task": lambda m: of_peft(m, **ATTENTION),
+    "PEFT on experts": lambda m: of_peft(m, **EXPERTS, **LANGUAGE),
+    "PEFT on the router": lambda m: of_peft(m, **ROUTER, **LANGUAGE),
+    "PEFT in DistributedDataParallel": lambda m: nn.parallel.DistributedDataParallel(
+        of_peft(m, **ATTENTION, **LANGUAGE)
+    ),
+}
+
+
+def recorded(model: Any, path: Path, call: Callable[[Any], Any], **options: Any) -> pd.DataFrame:
+    with moe_inspect.record(model, path, **options), torch.no_grad():
+        call(model)
+    return moe_inspect.open_trace(path).routing()
+
+
+def state(model: Any) -> list[Any]:
+    return [
+        (name, sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if "hooks" in k})
+        for name, m in model.named_modules()
+    ]
+
+
+def executed(model: Any, call: Callable[[Any], Any]) -> list[torch.Tensor]:
+    """The experts' arguments, in the order of their calls: (ids, weights) of each row."""
+    found: list[torch.Tensor] = []
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args: found.append(torch.cat(args[1:], 1)))
+        for m in model.modules()
+        if type(m).__name__ == "OlmoeExperts"
+    ]
+    with torch.no_grad():
+        call(model)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("by", ["name", "position"])
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_model_is_recorded(kind: str, by: str, one_rank: None, tmp_path: Path) -> None:
+    wrapped = WRAPPED[kind](build("olmoe"))
+
+    def call(model: Any) -> None:
+        if by == "name":
+            model(**INPUTS)
+        else:
+            model(IDS, MASK)
+
+    truth, before = executed(wrapped, call), state(wrapped)
+    frame = recorded(wrapped, tmp_path / "t", call, logits=True)
+    assert state(wrapped) == before
+    expected = torch.cat([rows[MASK.flatten().bool()] for rows in truth]).numpy()
+    K = expected.shape[1] // 2
+    by_router = frame.sort_values(["router", "token"])
+    found = by_router[[f"expert_{k}" for k in range(K)]].to_numpy()
+    assert (found == expected[:, :K]).all()
+    assert by_router.filter(like="weight_").to_numpy() == pytest.approx(expected[:, K:], rel=2**-11)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.n_tokens == sum(LENGTHS)
+    assert trace.tokens().token_id.tolist() == IDS[MASK.bool()].tolist()
+    assert trace.manifest["model"]["class"] == "OlmoeForCausalLM"
+    assert trace.routers[0].path.startswith("model.layers.0.mlp.experts")
+
+
+def test_a_call_with_a_batch_is_recorded_once_per_call_of_the_model(tmp_path: Path) -> None:
+    step = Step(build("olmoe"))
+    frame = recorded(step, tmp_path / "t", lambda m: [m(INPUTS), m(INPUTS)])
+    bare = recorded(step.net, tmp_path / "bare", lambda m: [m(**INPUTS), m(**INPUTS)])
+    assert frame.equals(bare)
+    assert moe_inspect.open_trace(tmp_path / "t").tokens().batch.nunique() == 2
+
+
+def test_generated_by_a_peft_model_it_is_recorded(tmp_path: Path) -> None:
+    adapted = of_peft(build("olmoe"), **ATTENTION, **LANGUAGE)
+    options = {"input_ids": IDS[:1], "max_new_tokens": 4, "do_sample": False}
+    frame = recorded(adapted, tmp_path / "t", lambda m: m.generate(**options))
+    inside = recorded(unwrapped(adapted), tmp_path / "i", lambda m: m.generate(**options))
+    assert frame.equals(inside)
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == LENGTHS[0] + 3
+
+
+def test_prompt_tuning_adds_rows_that_are_recorded(tmp_path: Path) -> None:
+    adapted = of_peft(build("olmoe"), "PromptTuningConfig", num_virtual_tokens=4, **LANGUAGE)
+    recorded(adapted, tmp_path / "t", lambda m: m(IDS, MASK))
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS) + 2 * 4
+
+
+@pytest.mark.parametrize("kind", ["PEFT on attention", "DistributedDataParallel"])
+def test_a_training_step_is_recorded_once(kind: str, one_rank: None, tmp_path: Path) -> None:
+    """Checkpointing calls the routers a second time."""
+
+    def gradients(recording: bool) -> list[torch.Tensor]:
+        model = build("olmoe")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        wrapped = WRAPPED[kind](model).train()
+        if recording:
+            with moe_inspect.record(wrapped, tmp_path / "t", capture="tap"):
+                wrapped(**INPUTS, labels=IDS).loss.backward()
+        else:
+            wrapped(**INPUTS, labels=IDS).loss.backward()
+        return [p.grad for p in wrapped.parameters() if p.grad is not None]
+
+    ours, bare = gradients(True), gradients(False)
+    assert bare
+    assert all(torch.equal(a, b) for a, b in zip(ours, bare, strict=True))
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS)
+
+
+COMPILED: dict[str, tuple[Make, Callable[[Any], Any]]] = {
+    "PEFT": (
+        lambda m: torch.compile(of_peft(m, **ATTENTION, **LANGUAGE), backend="eager"),
+        lambda m: m(IDS, MASK),
+    ),
+    "a batch": (lambda m: torch.compile(Step(m), backend="eager"), lambda m: m(INPUTS)),
+    "inside DistributedDataParallel": (
+        lambda m: nn.parallel.DistributedDataParallel(torch.compile(m, backend="eager")),
+        lambda m: m(IDS, MASK),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_a_wrapped_model_is_recorded(kind: str, one_rank: None, tmp_path: Path) -> None:
+    make, call = COMPILED[kind]
+    wrapped = make(build("olmoe"))
+    inside = unwrapped(wrapped)
+    expected = recorded(inside, tmp_path / "inside", lambda m: [m(**INPUTS) for _ in range(3)])
+    found = recorded(wrapped, tmp_path / "t", lambda m: [call(m) for _ in range(3)])
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3)
+
+
+def test_a_copy_made_while_recording_runs_its_own_weights(tmp_path: Path) -> None:
+    step = Step(build("olmoe"))
+    with moe_inspect.record(step, tmp_path / "t"), torch.no_grad():
+        before = step(INPUTS)
+        copied = copy.deepcopy(step)
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+        assert not torch.equal(copied(INPUTS), before)
+        assert torch.equal(step(INPUTS), before)
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 2 * sum(LENGTHS)
+
+
+def test_two_recorders_of_a_wrapped_model_may_end_in_any_order(tmp_path: Path) -> None:
+    step = Step(build("olmoe"))
+    before = state(step)
+    first = moe_inspect.record(step, tmp_path / "first")
+    second = moe_inspect.record(step, tmp_path / "second")
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        step(INPUTS)
+        first.__exit__(None, None, None)
+        step(INPUTS)
+        second.__exit__(None, None, None)
+    assert state(step) == before
+    counts = [moe_inspect.open_trace(tmp_path / name).n_tokens for name in ("first", "second")]
+    assert counts == [sum(LENGTHS), 2 * sum(LENGTHS)]
+
+
+def test_a_pass_that_raised_is_forgotten(tmp_path: Path) -> None:
+    step = Step(build("olmoe"))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with moe_inspect.record(step, tmp_path / "t"), torch.no_grad():
+        step(INPUTS)
+        hook = step.net.model.layers[1].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(INPUTS)
+        hook.remove()
+        step(INPUTS)
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 2 * sum(LENGTHS)
+
+
+def test_of_several_models_that_which_has_routers_is_recorded(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_attention_heads=2, **sizes))
+    two = Two(dense, build("olmoe"))
+    recorded(two, tmp_path / "t", lambda m: m(INPUTS))
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS)
+    both = Two(build("olmoe"), build("olmoe", seed=1))
+    with pytest.raises(
+        MoeInspectError,
+        match="Two holds 2 models with routers: record one of policy, reference",
+    ):
+        moe_inspect.record(both, tmp_path / "both")
+    recorded(both.policy, tmp_path / "policy", lambda m: both(INPUTS))
+    assert moe_inspect.open_trace(tmp_path / "policy").n_tokens == sum(LENGTHS)
+
+
+def test_after_two_recorders_of_a_model_compiled_code_runs_compiled(tmp_path: Path) -> None:
+    """Their passes begin and end in the same order, and while they have no tape code runs
+    eagerly."""
+    ran: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        ran.append(1)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x * 2, backend=backend)
+    compiled(torch.ones(2))  # from here on a model may have compiled parts
+    model = build("olmoe")
+    with (
+        moe_inspect.record(model, tmp_path / "first"),
+        moe_inspect.record(model, tmp_path / "second"),
+        torch.no_grad(),
+    ):
+        model(**INPUTS)
+    ran.clear()
+    torch.compiler.reset()
+    compiled(torch.ones(2))
+    assert ran
