@@ -145,7 +145,7 @@ def train(out: Path, balance: str, steps: int, seed: int, log_steps: int) -> Non
     print(f"{balance}: {len(alarms)} alarms in {steps} steps")
 
 
-SEEDS, WINDOWS, WINDOW_STEPS = 20, 3, 10  # of `untrained`
+SEEDS, WINDOWS, WINDOW_STEPS = 20, 6, 5  # of `untrained`
 
 
 def untrained(out: Path) -> None:

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_inspect
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training import RoutingMonitor
+from moe_inspect.training.device_sums import DeviceSums
+from moe_inspect.training.sums import Sums
 from tests.conftest import ROOT
 from tests.families import build
 from tests.trained import EXPERTS, LAYERS, counted, reset
@@ -223,6 +226,55 @@ def test_gradients_and_outputs_are_untouched() -> None:
     with_it, without = gradients(True), gradients(False)
     assert all(torch.equal(with_it[name], without[name]) for name in without)
     assert len(without) > 10
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
+# operations whose result the host has to wait for
+WAITING = {"_local_scalar_dense", "nonzero", "bincount", "_unique2", "equal", "masked_select"}
+
+
+def test_nothing_waits_for_the_device_between_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Operations()
+    for name in ("begin", "feed", "take", "take_logits", "end", "end_step"):
+        function = getattr(Sums, name)
+
+        def watched(*args: Any, function: Any = function, **kwargs: Any) -> Any:
+            with seen:
+                return function(*args, **kwargs)
+
+        monkeypatch.setattr(Sums, name, watched)
+    model = counted().train()
+    with RoutingMonitor(model, log_steps=100) as monitor:
+        loop(model, monitor, 3, accumulate=2)
+    assert "scatter_add_" in seen.names  # it counted
+    assert not seen.names & WAITING
+    with seen:  # control
+        torch.ones(2).sum().item()
+    assert seen.names & WAITING == {"_local_scalar_dense"}
+
+
+def test_the_sums_of_a_large_model_are_small() -> None:
+    sums = DeviceSums(torch.device("cpu"), [256] * 61)
+    tensors = [
+        tensor
+        for value in vars(sums).values()
+        for tensor in (value if isinstance(value, list) else [value])
+        if isinstance(tensor, torch.Tensor)
+    ]
+    assert 1e6 < sum(tensor.numel() * tensor.element_size() for tensor in tensors) < 4e6
 
 
 def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
