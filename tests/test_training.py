@@ -20,8 +20,9 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.training import RoutingMonitor
 from moe_inspect.training.device_sums import DeviceSums
 from moe_inspect.training.sums import Sums
+from tests import zoo
 from tests.conftest import ROOT
-from tests.families import build
+from tests.families import FAMILIES, build
 from tests.trained import EXPERTS, LAYERS, counted, reset
 from tests.zoo import token_batch
 
@@ -291,6 +292,25 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "h" / "file").touch()
     with pytest.raises(MoeInspectError, match="there is something at"):
         RoutingMonitor(model, tmp_path / "h").__enter__()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "switch_transformers"])
+def test_every_family_is_counted_as_a_recorder_counts_it(family: str) -> None:
+    model = (build if family in FAMILIES else zoo.build)(family).train()
+    with (
+        moe_inspect.record(model, counts_only=True, capture="tap") as recorder,
+        RoutingMonitor(model, log_steps=1, rules=()) as monitor,
+    ):
+        for n in range(2):
+            model(**zoo.inputs(family, [9, 5, 12, 1], seed=n))
+        monitor.step()
+        totals = recorder.totals()
+    assert monitor.window is not None
+    assert len(totals.load) == len(monitor.window.load) > 0
+    for mine, theirs in zip(monitor.window.load, totals.load, strict=True):
+        assert mine.sum() > 0
+        assert (mine == theirs).all()
+    assert (monitor.window.tokens_R == totals.tokens_R).all()
 
 
 class Block(torch.nn.Module):

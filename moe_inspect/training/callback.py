@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.training.monitor import RoutingMonitor
 from moe_inspect.training.pictures import show_picture
 
@@ -33,6 +34,11 @@ class RoutingCallback(TrainerCallback):
         self._trainer: Trainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if getattr(args, "n_gpu", 1) > 1:
+            raise MoeInspectError(
+                f"the Trainer runs {args.n_gpu} copies of the model in one process (DataParallel), "
+                "whose routers cannot be told apart: start it with torchrun"
+            )
         self._trainer = _trainer_that_calls()
         if self._trainer is not None:
             # before those that report: they see what is added to the logs
