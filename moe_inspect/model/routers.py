@@ -87,7 +87,8 @@ def called_experts(model: Any, known: Collection[int] = ()) -> list[Site]:
         if adapter is not None and not adapter.applies(module):
             adapter = None
         if TOWER.search(path) or (
-            adapter is None and (not kind.endswith("Experts") or kind in NOT_ROUTED)
+            adapter is None
+            and (not kind.endswith("Experts") or kind in NOT_ROUTED or not _takes_choice(module))
         ):
             continue
         if known and layer_of(path) in known:
@@ -192,6 +193,17 @@ def top_k_of(site: Site, model: Any) -> int:
 def is_of_transformers(module: Any) -> bool:
     """Whether its code is a release of transformers, and not loaded with the model."""
     return type(module).__module__.startswith("transformers.")
+
+
+def _takes_choice(module: Module) -> bool:
+    """Whether experts can be called with hidden states, ids and weights. Code that is not
+    transformers' may use the name for a block that holds its router."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return (
+        is_of_transformers(module)
+        or len(parameters) > 2
+        or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    )
 
 
 def is_expert_parallel(module: Module) -> bool:

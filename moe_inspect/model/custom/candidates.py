@@ -13,6 +13,7 @@ from typing import Any
 # of a module that chooses experts: the last name in its path, or its class
 ROUTER_NAME = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)$")
 ROUTER_CLASS = re.compile(r"(?:Router|Gate|Gating)$")
+EXPERTS_PATH = re.compile(r"expert|moe|mixture", re.IGNORECASE)
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 MOST_SHOWN = 3
 
@@ -50,20 +51,23 @@ def candidates(model: Any) -> Candidates | None:
         last, pattern, kind = path.split(".")[-1], NUMBER.sub(".*", path), type(module).__name__
         if isinstance(module, torch.nn.ModuleList):
             classes = {type(child).__name__ for child in module}
-            if "expert" in last.lower() and len(module) > 1 and len(classes) == 1:
+            if EXPERTS_PATH.search(path) and len(module) > 1 and len(classes) == 1:
                 lists[pattern] = f"{len(module)} × {classes.pop()}"
                 sizes.append(len(module))
-        elif "expert" in last.lower() and "shared" not in path.lower() and not last.isdigit():
+        elif ROUTER_NAME.match(last) or ROUTER_CLASS.search(kind):
+            routers[pattern] = kind
+        elif EXPERTS_PATH.search(path) and "shared" not in path.lower():
             stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
             if stacked:
                 lists[pattern] = f"{kind} of {stacked[0].shape[0]}"
                 sizes.append(int(stacked[0].shape[0]))
-        elif ROUTER_NAME.match(last) or ROUTER_CLASS.search(kind):
-            routers[pattern] = kind
+    # a gate without experts beside it may be one of an attention
     beside = {path.rpartition(".")[0] for path in lists}
-    near = {path: kind for path, kind in routers.items() if path.rpartition(".")[0] in beside}
-    # a gate without experts beside it may be one of an LSTM or of an attention
-    routers = near or {p: kind for p, kind in routers.items() if not kind.startswith("Linear")}
+    routers = {
+        path: kind
+        for path, kind in routers.items()
+        if path.rpartition(".")[0] in beside or "router" in path.lower() or kind != "Linear"
+    }
     if not routers and not lists:
         return None
     return Candidates(routers, lists, sizes[0] if len(set(sizes)) == 1 else None)

@@ -1,0 +1,135 @@
+"""The GPT of examples/your_own_moe.py, and what its experts were given: the truth that its traces
+are compared with.
+
+B batch rows, S positions, K slots.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import moe_inspect
+from moe_inspect.trace.reader import Trace
+from tests.conftest import ROOT
+
+EXAMPLE = ROOT / "examples" / "your_own_moe.py"
+
+
+def example() -> Any:
+    """The module, imported once: its classes are the same in every test."""
+    if "your_own_moe" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("your_own_moe", EXAMPLE)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["your_own_moe"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["your_own_moe"]
+
+
+def gpt(probes: bool = True) -> Any:
+    """Without `probes` its forward has none."""
+    torch.manual_seed(0)
+    model = example().GPT()
+    if not probes:
+        for block in model.blocks:
+            block.experts.__class__ = without_probe()
+    return model
+
+
+def without_probe() -> type:
+    """The experts of the example, with a forward of their own that shows nothing."""
+    found = sys.modules["your_own_moe"]
+    if not hasattr(found, "Silent"):
+        source = EXAMPLE.read_text()
+        start = source.index("class Experts(")
+        end = source.index("class Block(")
+        code = source[start:end].replace("class Experts(", "class Silent(")
+        code = "\n".join(line for line in code.splitlines() if "probe" not in line)
+        exec(compile(code, str(EXAMPLE), "exec"), vars(found))
+    return found.Silent
+
+
+def tokens(B: int = 3, S: int = 16, seed: int = 7) -> Tensor:
+    return torch.randint(0, 256, (B, S), generator=torch.Generator().manual_seed(seed))
+
+
+class Given:
+    """Per layer and forward pass: the experts that each token was given to, as sets."""
+
+    def __init__(self) -> None:
+        self.sets: dict[int, list[list[frozenset[int]]]] = {}
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[Given]:
+    """Watches the input of each expert; a row is known by its bits."""
+    given, hooks = Given(), []
+    for layer, block in enumerate(model.blocks):
+        now: dict[str, Any] = {}
+
+        def before(module: Any, args: tuple[Tensor], now: dict[str, Any] = now) -> None:
+            now["rows"] = [r.numpy().tobytes() for r in args[0].detach().flatten(0, -2)]
+            now["of"] = {}
+
+        def of_expert(
+            module: Any, args: tuple[Tensor], e: int = 0, now: dict[str, Any] = now
+        ) -> None:
+            for row in args[0].detach():
+                now["of"].setdefault(row.numpy().tobytes(), set()).add(e)
+
+        def after(
+            module: Any, args: Any, output: Any, layer: int = layer, now: dict[str, Any] = now
+        ) -> None:
+            found = [frozenset(now["of"].get(row, ())) for row in now["rows"]]
+            given.sets.setdefault(layer, []).append(found)
+
+        hooks.append(block.experts.register_forward_pre_hook(before))
+        hooks.append(block.experts.register_forward_hook(after))
+        for e, mlp in enumerate(block.experts.mlps):
+
+            def hook(
+                module: Any, args: tuple[Tensor], e: int = e, of_expert: Any = of_expert
+            ) -> None:
+                of_expert(module, args, e)
+
+            hooks.append(mlp.register_forward_pre_hook(hook))
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def recorded(trace: Trace, layer: int) -> list[frozenset[int]]:
+    """The experts of each token of a trace, in its order."""
+    routing = trace.routing(layer=layer)
+    ids = routing[[c for c in routing.columns if c.startswith("expert_")]].to_numpy(float)
+    return [frozenset(int(e) for e in row if e >= 0) for row in np.nan_to_num(ids, nan=-1)]
+
+
+def same(trace: Trace, given: Given, order: Any = None) -> int:
+    """Decisions compared with what the experts were given, of all layers and passes, in the
+    `order` of the tokens [T] of each pass. Fails at the first that differs."""
+    compared = 0
+    for layer, passes in given.sets.items():
+        truth = [
+            rows[i] for rows in passes for i in (order if order is not None else range(len(rows)))
+        ]
+        assert recorded(trace, layer) == truth
+        compared += len(truth)
+    assert moe_inspect.verify(trace.path).ok
+    return compared
+
+
+def path_of(trace: Path) -> Trace:
+    return moe_inspect.open_trace(trace)
