@@ -8,6 +8,7 @@ from moe_inspect.analysis.counting import token_ids as tokenids
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData, once, whole_batches, worst_router
 from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.tables.weights import adapter, quantization
 from moe_inspect.text import plural, ranges, storable
 
 
@@ -44,6 +45,14 @@ def _recording(data: ReportData) -> list[tuple[str, object]]:
         ("capture_mode", capture.get("mode")),
         ("device", capture.get("device")),
         ("dtype", capture.get("dtype")),
+        *(
+            (key, said)
+            for key, said in (
+                ("quantization", quantization(trace.manifest)),
+                ("adapter", adapter(trace.manifest)),
+            )
+            if said
+        ),
         ("layers", ranges({trace.routers[r].layer for r in selection.routers})),
         ("routers", len(selection.routers)),
     ]

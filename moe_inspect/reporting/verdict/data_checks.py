@@ -14,9 +14,10 @@ import numpy as np
 from moe_inspect.analysis.counting.count_shard import selected_tokens
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
 from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.weights import adapter, quantization
 from moe_inspect.reporting.verdict.chance import capital
 from moe_inspect.reporting.verdict.findings import Finding, finding
-from moe_inspect.text import join_first, plural
+from moe_inspect.text import join_first, plural, printable
 from moe_inspect.trace.runs import run_edges
 
 CHANCE = 1e-3  # probability that dead experts fill whole ranks
@@ -192,12 +193,13 @@ def sample(data: ReportData) -> Finding:
     counts = data.counts
     documents = f" of {plural(counts.documents, 'document')}" if counts.documents else ""
     domains = f" in {plural(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
-    routers = len(data.selection.routers)
+    routers, manifest = len(data.selection.routers), data.trace.manifest
+    weights = [printable(said) for said in (quantization(manifest), adapter(manifest)) if said]
     return finding(
         "sample",
         "note",
         f"Judged on {plural(counts.tokens, 'token')}{documents}{domains}, "
-        f"{plural(routers, 'router')}.",
+        f"{plural(routers, 'router')}{'; weights: ' if weights else ''}{', '.join(weights)}.",
         tokens=counts.tokens,
         documents=counts.documents,
         domains=len(counts.domains),
