@@ -71,7 +71,7 @@ def test_the_picture_and_the_page_show_the_same(sample: str, name: str):
     shown = [axes for axes in figure.axes if axes.axison and not hasattr(axes, "_colorbar")]
     assert len(shown) == len(chart.panels)
     for axes, panel in zip(shown, chart.panels, strict=True):
-        on_page = html._panel(panel)
+        on_page = html.panel_json(panel)
         assert axes.get_title(loc="left") == panel.title
         assert (axes.get_xlabel(), axes.get_ylabel()) == (panel.x.title, panel.y.title)
         assert (on_page["x"]["title"], on_page["y"]["title"]) == (panel.x.title, panel.y.title)
@@ -133,9 +133,9 @@ def test_both_drawers_know_every_mark():
     axes = draw(chart).axes[0]
     assert axes.get_ylim()[1] == 9
     assert sum(isinstance(found, LineCollection) for found in axes.collections) == 3
-    page = [html._panel(panel) for panel in chart.panels]
+    page = [html.panel_json(panel) for panel in chart.panels]
     assert page[0]["marks"][3]["y"] == [1, None, 3, 2]
-    script = html._asset("chart.js")
+    script = html.asset("chart.js")
     assert all(f'"{kind.__name__.lower()}"' in script for kind in kinds - {Points})
     with pytest.raises(TypeError, match="no way to draw str"):
         draw(Chart("t", "c", (Panel(("mark",), Axis(), Axis()),)))  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what watches a training run counts on the model and judges what it counted
     "training": {"alarms", "capture", "analysis", "model", "trace", "errors", "text"},
     "reporting": {"analysis", "trace", "errors", "text"},
+    "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
     "comparison": {"reporting", "analysis", "trace", "errors", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "text"},
 }
@@ -48,6 +49,7 @@ LIGHT = {
     "reporting",
     "comparison",
     "simulate",
+    "watch",
 }
 
 

@@ -17,6 +17,7 @@ from moe_inspect.cli import (
     simulate,
     trace,
     verify,
+    watch,
 )
 
 # of typer's own copy of click, which does not export the name
@@ -37,6 +38,7 @@ app.command("describe")(describe.describe)
 app.command("import", cls=import_.ImportCommand)(import_.import_)
 app.command("verify")(verify.verify)
 app.command("export", cls=export.ExportCommand)(export.export)
+app.command("watch")(watch.watch)
 app.command("doctor")(doctor.doctor)
 app.add_typer(simulate.app, name="simulate")
 

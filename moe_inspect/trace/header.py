@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import ranges
-from moe_inspect.trace import slot_order
-from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace import parts, schema, slot_order
+from moe_inspect.trace.files.location import Remote, inside
+from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.schema import Router
 
 
@@ -55,6 +59,16 @@ class TraceHeader:
         return [f"expert_{j}" for j in range(listed.top_k)], [
             f"weight_{j}" for j in range(listed.top_k)
         ]
+
+    @cached_property
+    def vocabulary_table(self) -> pa.Table:
+        """token_id, token; empty where the trace was recorded without a tokenizer."""
+        path, stated = inside(self.path, schema.VOCABULARY), self.manifest.get("vocabulary")
+        if stated is None and not path.exists():
+            return schema.VOCABULARY_SCHEMA.empty_table()
+        return parts.read_vocabulary(
+            path, Stated(**{key: (stated or {}).get(key) for key in ("bytes", "sha256")})
+        )
 
     @property
     def imported(self) -> bool:

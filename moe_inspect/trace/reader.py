@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError, reading
-from moe_inspect.trace import parts, schema
+from moe_inspect.trace import schema
 from moe_inspect.trace.files.damaged import Damaged
-from moe_inspect.trace.files.location import Remote, inside, location
+from moe_inspect.trace.files.location import Remote, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
-from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import committed_shards
 
@@ -101,16 +99,6 @@ class Trace(TraceHeader):
     def vocabulary(self) -> pd.DataFrame:
         """token_id, token; empty where the trace was recorded without a tokenizer."""
         return self.vocabulary_table.to_pandas()
-
-    @cached_property
-    def vocabulary_table(self) -> pa.Table:
-        """`vocabulary`, as Arrow."""
-        path, stated = inside(self.path, schema.VOCABULARY), self.manifest.get("vocabulary")
-        if stated is None and not path.exists():
-            return schema.VOCABULARY_SCHEMA.empty_table()
-        return parts.read_vocabulary(
-            path, Stated(**{key: (stated or {}).get(key) for key in ("bytes", "sha256")})
-        )
 
     def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
         if not parts:

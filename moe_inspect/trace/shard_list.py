@@ -43,40 +43,78 @@ class ShardFiles:
 def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[ShardFiles]:
     """Every shard with a line for each table, by rank and index. A last line without a line feed is
     not committed; any other that is not possible is damage."""
-    shards: list[ShardFiles] = []
-    ranks = {
-        int(m[1]): p
-        for p in root.iterdir()
-        if (m := re.fullmatch(r"shards-(\d{1,18})\.jsonl", p.name, re.ASCII))
-    }
-    for rank, path in sorted(ranks.items()):
-        if rank >= MOST_RANKS:
-            raise Damaged(path, f"there are at most {MOST_RANKS:,} ranks", path.name)
-        found: dict[int, ShardFiles] = {}
-        taken: set[str] = set()
-        for number, line in enumerate(inside(root, path.name).read_bytes().split(b"\n")[:-1], 1):
+    return ShardLists(root).read(manifest)
+
+
+class ShardLists:
+    """The lists of all ranks, which grow while the trace is written: of a list that was read before
+    only the new lines are checked."""
+
+    def __init__(self, root: Path | Remote):
+        self.root = root
+        self._of_rank: dict[int, _RankList] = {}
+
+    def read(self, manifest: dict[str, Any]) -> list[ShardFiles]:
+        """As `committed_shards`, of what the lists hold now."""
+        shards: list[ShardFiles] = []
+        ranks = {
+            int(m[1]): p
+            for p in self.root.iterdir()
+            if (m := re.fullmatch(r"shards-(\d{1,18})\.jsonl", p.name, re.ASCII))
+        }
+        for rank, path in sorted(ranks.items()):
+            if rank >= MOST_RANKS:
+                raise Damaged(path, f"there are at most {MOST_RANKS:,} ranks", path.name)
+            data = inside(self.root, path.name).read_bytes()
+            before = self._of_rank.get(rank)
+            if before is None or not data.startswith(before.data):
+                before = self._of_rank[rank] = _RankList(rank, path)
+            shards += before.read(data, manifest)
+        return shards
+
+
+class _RankList:
+    """A list of shards. `data`: the whole lines that were read."""
+
+    def __init__(self, rank: int, path: Path | Remote):
+        self.rank, self.path, self.data = rank, path, b""
+        self._lines = 0
+        self._found: dict[int, ShardFiles] = {}
+        self._taken: set[str] = set()
+
+    def read(self, data: bytes, manifest: dict[str, Any]) -> list[ShardFiles]:
+        """Its shards, where the file holds `data`, which begins with what was read before."""
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in whole[len(self.data) :].split(b"\n")[:-1]:
+            self._lines += 1
             try:
                 entry = parsed(line)
-                check_line(entry, line, rank, len(manifest["routers"]), manifest["tables"])
-                _list(entry, line + b"\n", rank, len(manifest["routers"]), found)
-                if entry["path"] in taken:
+                check_line(entry, line, self.rank, len(manifest["routers"]), manifest["tables"])
+                _list(entry, line + b"\n", self.rank, len(manifest["routers"]), self._found)
+                if entry["path"] in self._taken:
                     raise ValueError(f"{entry['path']} is listed twice")
-                taken.add(entry["path"])
+                self._taken.add(entry["path"])
             except ValueError as error:
-                raise Damaged(path, f"line {number}: {error}", path.name) from None
-        ended = rank * schema.RANK_STRIDE
-        for index, shard in sorted(found.items()):
-            if set(shard.paths) != set(manifest["tables"]):
+                said = f"line {self._lines}: {error}"
+                raise Damaged(self.path, said, self.path.name) from None
+        self.data = whole
+        return self._whole_shards(set(manifest["tables"]))
+
+    def _whole_shards(self, tables: set[str]) -> list[ShardFiles]:
+        shards: list[ShardFiles] = []
+        ended = self.rank * schema.RANK_STRIDE
+        for index, shard in sorted(self._found.items()):
+            if set(shard.paths) != tables:
                 continue
             if shard.first_token != ended:
                 said = (
                     f"shard {index} has tokens {shard.first_token} to {shard.last_token}, "
                     f"{ended} is the next"
                 )
-                raise Damaged(path, said, path.name)
+                raise Damaged(self.path, said, self.path.name)
             ended = shard.last_token + 1
             shards.append(shard)
-    return shards
+        return shards
 
 
 def _list(

@@ -13,6 +13,7 @@ import typer
 from moe_inspect.cli.needs import need_torch, quiet
 from moe_inspect.cli.options import CommitEvery
 from moe_inspect.cli.token_progress import TokenProgress
+from moe_inspect.cli.trace.beside import COMMIT_EVERY_S, Beside
 from moe_inspect.cli.trace.checks import check_engine_options, refuse_early
 from moe_inspect.text import print_stderr
 
@@ -192,6 +193,14 @@ def trace(
         bool, typer.Option("--overwrite", help="Replace an existing trace.")
     ] = False,
     commit_every: CommitEvery = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Show the trace while it is written, as moe-inspect watch does (commits every 2 s "
+            "unless --commit-every says otherwise).",
+        ),
+    ] = False,
     engine: Annotated[
         EngineName | None, typer.Option(help="The serving engine at the URL.", show_default=False)
     ] = None,
@@ -264,13 +273,13 @@ def trace(
         "layers": chosen,
         "resume": resume,
         "overwrite": overwrite,
-        "commit_every": commit_every,
+        "commit_every": COMMIT_EVERY_S if watch and commit_every is None else commit_every,
     }
     began, complete_before = time.monotonic(), resume and _is_complete(output)
     _stop_cleanly()
     quiet()
     try:
-        with TokenProgress() as progress:
+        with Beside(output) if watch and _is_first() else TokenProgress() as progress:
             if engine is not None and model_config is not None:
                 of_engine = EngineOptions(
                     **corpus, concurrency=concurrency, timeout_s=timeout, api_key=api_key
@@ -308,7 +317,7 @@ def trace(
         print_stderr(f"interrupted: {state}")
         raise
     # of a torchrun: the first speaks for all
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["RANK"] != "0":
+    if not _is_first():
         return
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
@@ -319,6 +328,10 @@ def trace(
         f"{written.n_decisions:,} decisions{' counted' if counts_only else ''} in {output} "
         f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)"
     )
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
 
 
 def _is_complete(output: Path) -> bool:

@@ -52,7 +52,7 @@ def print_heatmap(data: ReportData, console: Console) -> None:
     if numbers:
         console.print(Text(" " * indent + "".join(f"{e:>5}" for e in range(widest))))
     else:
-        console.print(Text(_legend(unicode)))
+        console.print(Text(legend(unicode)))
     for r in routers:
         line = Text(label_of[r].ljust(indent))
         if np.isnan(ratios[r]).all():
@@ -61,11 +61,12 @@ def print_heatmap(data: ReportData, console: Console) -> None:
             for ratio in ratios[r]:
                 line.append(
                     f"{ratio:>5.2f}" if ratio < 99.5 else f"{ratio:>5.0f}",
-                    style=_style(ratio, "on "),
+                    style=style(ratio, "on "),
                 )
         else:
-            for ratio in _extremes(ratios[r], together):
-                line.append(_character(ratio, unicode), style=_style(ratio))
+            for ratio in extremes(ratios[r], together):
+                _, fancy, plain = RAMP[int(ramp_of(ratio))]
+                line.append(fancy if unicode else plain, style=style(ratio))
         console.print(line, no_wrap=True, overflow="crop")
 
 
@@ -78,7 +79,7 @@ def _heatmap_title(numbers: bool, together: int) -> str:
     )
 
 
-def _legend(unicode: bool) -> str:
+def legend(unicode: bool) -> str:
     low, parts = 0.0, list[str]()
     for high, fancy, plain in RAMP:
         character = fancy if unicode else plain
@@ -92,22 +93,22 @@ def _legend(unicode: bool) -> str:
     return "   ".join(parts)
 
 
-def _extremes(ratio_E: np.ndarray, together: int) -> list[float]:
+def extremes(ratio_E: np.ndarray, together: int) -> np.ndarray:
     """The ratio furthest from 1 of every `together` neighbours, on a logarithmic scale: 0.5 is as
-    far as 2."""
-    distance_E = np.abs(np.log(np.maximum(ratio_E, 1e-9)))
-    starts = range(0, len(ratio_E), together)
-    return [float(ratio_E[s + int(distance_E[s : s + together].argmax())]) for s in starts]
+    far as 2. NaN only where all of them are. ratio_E: [E] → [ceil(E / together)]"""
+    distance_E = np.nan_to_num(np.abs(np.log(np.maximum(ratio_E, 1e-9))), nan=-1.0)
+    missing = -len(ratio_E) % together
+    far = np.pad(distance_E, (0, missing), constant_values=-2.0).reshape(-1, together).argmax(1)
+    return ratio_E[np.arange(len(far)) * together + far]
 
 
-def _character(ratio: float, unicode: bool) -> str:
-    for high, fancy, plain in RAMP:
-        if ratio < high or ratio == high == 0:
-            return fancy if unicode else plain
-    raise AssertionError(ratio)
+def ramp_of(ratio: np.ndarray | float) -> np.ndarray:
+    """The index into RAMP of load ratios."""
+    inner = [high for high, *_ in RAMP[1:-1]]
+    return np.where(ratio == 0, 0, 1 + np.searchsorted(inner, ratio, side="right"))
 
 
-def _style(ratio: float, on: str = "") -> str:
+def style(ratio: float, on: str = "") -> str:
     """Blue below the mean, red above it, none near it. `on`: "on " colours the background, "" the
     character."""
     far = min(abs(math.log2(max(ratio, 1e-3))) / 1.5, 1.0)

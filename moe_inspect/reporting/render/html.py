@@ -82,25 +82,25 @@ def chart_section(chart: Chart) -> Section:
 def page_html(page: Page) -> str:
     """The page as one string of HTML."""
     charts = [section.chart for section in page.sections if section.chart is not None]
-    panels = [_panel(p) for chart in charts if not chart.interactive for p in chart.panels]
+    panels = [panel_json(p) for chart in charts if not chart.interactive for p in chart.panels]
     payload = json.dumps(
         {"panels": panels, "map": page.map_data},
-        default=_without_numpy,
+        default=without_numpy,
         ensure_ascii=False,
         allow_nan=False,
         separators=(",", ":"),
     )
-    script = "".join(map(_asset, SCRIPTS))
+    script = "".join(map(asset, SCRIPTS))
     return template("page.html").render(
         page=page,
         verdict=[
             (finding.severity, finding.text) if isinstance(finding, Finding) else ("note", finding)
             for finding in page.verdict
         ],
-        policy=f"default-src 'none'; script-src 'sha256-{_sha256(script)}'; "
+        policy=f"default-src 'none'; script-src 'sha256-{script_hash(script)}'; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
-        palette=Markup(_palette()),
-        style=Markup(_asset("page.css")),
+        palette=Markup(palette_css()),
+        style=Markup(asset("page.css")),
         script=Markup(script),
         payload=_packed(payload) if panels or page.map_data else "",
     )
@@ -131,7 +131,7 @@ def picture(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _without_numpy(value: Any) -> Any:
+def without_numpy(value: Any) -> Any:
     """NumPy arrays and scalars as lists and numbers of Python."""
     if hasattr(value, "tolist"):
         return value.tolist()
@@ -157,7 +157,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     return (
         files("moe_inspect.reporting.render")
         .joinpath("templates", name)
@@ -165,13 +165,13 @@ def _asset(name: str) -> str:
     )
 
 
-def _palette() -> str:
+def palette_css() -> str:
     """The colours of charts as CSS variables, which follow the theme."""
     colours = "".join(f"--{name}:light-dark({a},{b});" for name, (a, b) in PALETTE.items())
     return f":root{{{colours}}}"
 
 
-def _panel(panel: Panel) -> dict[str, Any]:
+def panel_json(panel: Panel) -> dict[str, Any]:
     """A panel as chart.js takes it."""
     return {
         "x": _axis(panel.x),
@@ -235,5 +235,5 @@ def _packed(text: str) -> str:
     ).decode()
 
 
-def _sha256(script: str) -> str:
+def script_hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -121,6 +121,18 @@ def refuse_while_locked(root: Path) -> None:
         os.close(file)
 
 
+def is_locked(root: Path) -> bool | None:
+    """Whether a writer, of this or of another machine, holds the lock of the trace at `root`; None
+    where that cannot be told: there is no lock file, or its file system has no locks."""
+    if (file := _existing(root)) is None:
+        return None
+    try:
+        got = _flock(file, exclusive=True)
+        return None if got is None else not got
+    finally:
+        os.close(file)
+
+
 def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
     """The lock file, open and locked."""
     until = time.monotonic() + PATIENCE_S

@@ -1,0 +1,93 @@
+"""`moe-inspect watch`: a trace while it is being written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_inspect.cli.options import seconds
+
+
+def watch(
+    trace: Annotated[
+        str,
+        typer.Argument(
+            metavar="TRACE",
+            help="Directory of a trace that is being written, or will be; or its URL (s3:// …).",
+            show_default=False,
+        ),
+    ],
+    window: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Tokens of the last window, and of a window that rules judge.",
+        ),
+    ] = 16_384,
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Rules of the alarms, one per line, such as: max_vio > 1 for 3 windows.",
+            show_default=False,
+        ),
+    ] = None,
+    counts: Annotated[
+        bool, typer.Option("--counts", help="Show numbers only, no text of the corpus.")
+    ] = False,
+    every: Annotated[
+        float,
+        typer.Option(metavar="TIME", parser=seconds, help="Time between two looks at the trace."),
+    ] = 1.0,
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT",
+            help="Serve a page that keeps itself up to date, and /metrics for Prometheus. Only to "
+            "this machine, unless HOST says otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    per_expert: Annotated[
+        bool,
+        typer.Option("--per-expert", help="With --serve: the load of every expert in /metrics."),
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --serve: answer requests for this host too; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Show a trace while it is being written, until it is complete.
+
+    Works for every trace: of trace, record, import, a training or an engine. Record with
+    --commit-every 5s, else nothing shows before a shard is full. On a terminal a view that is
+    brought up to date; in a file or a pipe a line for each change."""
+    from moe_inspect.alarms.rules import read_rules
+    from moe_inspect.cli.emit import to_stdout
+    from moe_inspect.reporting.render.console import console_for
+    from moe_inspect.watch.run import WatchOptions
+    from moe_inspect.watch.run import watch as watch_trace
+
+    options = WatchOptions(
+        every_s=every,
+        window_tokens=window,
+        rules=None if rules is None else read_rules(rules),
+        texts=not counts,
+    )
+    if serve is not None:
+        from moe_inspect.watch.serve import serve as serve_trace
+
+        serve_trace(trace, options, serve, per_expert=per_expert, allow_hosts=allow_host or ())
+        return
+    if per_expert or allow_host:
+        raise typer.BadParameter("--per-expert and --allow-host belong to --serve")
+    with to_stdout():
+        watch_trace(trace, options, console_for(sys.stdout))

@@ -1,0 +1,211 @@
+"""Follows a trace that is being written, by the lines of its lists of shards."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_inspect.errors import MoeInspectError, reading
+from moe_inspect.text import first_line
+from moe_inspect.trace import schema
+from moe_inspect.trace.files.location import Remote, location
+from moe_inspect.trace.files.lock import is_locked
+from moe_inspect.trace.header import TraceHeader
+from moe_inspect.trace.manifest import read_manifest, writer_of
+from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.shard_list import ShardFiles, ShardLists
+from moe_inspect.watch.piece import Piece, piece_of
+
+WAITING, RECORDING = "waiting", "recording"  # there is no trace yet; its writer is at work
+COMPLETE, INTERRUPTED, KILLED = "complete", "interrupted", "killed"
+ENDED = (COMPLETE, INTERRUPTED, KILLED)
+AT_ONCE_S = 0.5  # of counting in a poll: what a trace holds already is counted in parts
+SURE_POLLS = 2  # that find no writer: between two of them it may have closed the trace
+TRIES = 5  # polls that fail: a file may be replaced while it is read, a network may be down
+
+
+@dataclass
+class News:
+    """What a poll found. `pieces`: counted since the last one, in order, and their `shards`.
+    `again`: those of earlier polls are void, since the trace was begun again or taken back.
+    `left_tokens`: committed, but not counted yet. `trouble`: why it could not be read."""
+
+    status: str
+    pieces: list[Piece] = field(default_factory=list[Piece])
+    shards: list[Shard] = field(default_factory=list[Shard])
+    again: bool = False
+    left_tokens: int = 0
+    trouble: str = ""
+
+
+@dataclass
+class _Rank:
+    """The shards of a rank that were counted: first those that stay, then the early ones, with what
+    they held."""
+
+    full: list[ShardFiles] = field(default_factory=list[ShardFiles])
+    early: list[tuple[ShardFiles, Piece]] = field(default_factory=list[tuple[ShardFiles, Piece]])
+
+
+class Follower:
+    """`poll` counts what was committed since the last call. `path`: a directory, or a URL that
+    fsspec reads; the trace need not exist yet. `of_process`: only the trace that this process
+    writes there. MoeInspectError where it stays unreadable."""
+
+    def __init__(
+        self,
+        path: str | Path | Remote,
+        of_process: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._of_process = of_process
+        self.path = location(path)
+        self.header: TraceHeader | None = None
+        self._clock = clock
+        self._at = self.path  # an import is written beside it
+        self._manifest = b""
+        self._lists = ShardLists(self._at)
+        self._ranks: dict[int, _Rank] = {}
+        self._no_writer = self._failed = 0
+
+    def poll(self) -> News:
+        news = News(WAITING)
+        try:
+            self._poll(news)
+            self._failed = 0
+        except FileNotFoundError:  # no manifest (yet)
+            news.again, self.header, self._ranks = self.header is not None, None, {}
+        except (MoeInspectError, OSError) as error:
+            self._failed += 1
+            if self._failed >= TRIES:
+                with reading(self.path):
+                    raise
+            news.trouble = first_line(error)
+        return news
+
+    @property
+    def writer(self) -> str:
+        """Which process writes the trace: "process 12", with its host where it is another."""
+        capture = self.header.manifest.get("capture", {}) if self.header is not None else {}
+        pid, host = capture.get("pid"), capture.get("host")
+        if pid is None:
+            return "its writer"
+        return f"process {pid}" + (f" on {host}" if host != socket.gethostname() else "")
+
+    def _poll(self, news: News) -> None:
+        header, news.again = self._opened()
+        # before the shards: of a trace that is complete by now all of them are listed
+        news.status = self._status(header)
+        files = self._lists.read(header.manifest)
+        of_rank: dict[int, list[ShardFiles]] = {rank: [] for rank in self._ranks}
+        for shard in files:
+            of_rank.setdefault(shard.rank, []).append(shard)
+        news.again |= any(_was_taken_back(self._ranks.get(r, _Rank()), of_rank[r]) for r in of_rank)
+        if news.again:
+            self._ranks = {}
+        until = self._clock() + AT_ONCE_S
+        for r, listed in of_rank.items():
+            rank = self._ranks.setdefault(r, _Rank())
+            for shard in _not_counted(rank, listed):
+                if self._clock() > until and news.pieces:
+                    news.left_tokens += shard.tokens
+                else:
+                    self._count(Shard(header, shard), rank, news)
+
+    def _count(self, shard: Shard, rank: _Rank, news: News) -> None:
+        files, piece = shard.files, piece_of(shard)
+        if files.early:
+            rank.early.append((files, piece))
+        else:
+            piece = piece.minus([early for _, early in rank.early])
+            rank.full.append(files)
+            rank.early = []
+        if piece.tokens:
+            news.pieces.append(piece)
+            news.shards.append(shard)
+
+    def _opened(self) -> tuple[TraceHeader, bool]:
+        """The manifest, and whether it is of another trace than before. FileNotFoundError where
+        there is none."""
+        at = self._where()
+        if isinstance(at, Remote):
+            at.filesystem.invalidate_cache()  # listings of directories
+        data = (at / schema.MANIFEST).read_bytes()
+        if self.header is not None and at == self._at and data == self._manifest:
+            return self.header, False
+        header = TraceHeader(at, read_manifest(at))
+        if self._of_process not in (None, header.manifest.get("capture", {}).get("pid")):
+            raise FileNotFoundError(f"{at} is of another process")
+        before, self.header = self.header, header
+        again = before is not None and before.routers != header.routers
+        if at != self._at or again:
+            self._lists = ShardLists(at)
+        self._at, self._manifest = at, data
+        return header, again
+
+    def _where(self) -> Path | Remote:
+        """Where the trace is: an import writes it beside its directory, under a temporary name."""
+        path = self.path
+        if isinstance(path, Remote) or not path.parent.is_dir():
+            return path
+        name = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]+\.tmp")
+        drafts = [
+            Path(entry.path)
+            for entry in os.scandir(path.parent)
+            if name.fullmatch(entry.name) and (Path(entry.path) / schema.MANIFEST).is_file()
+        ]
+        at_work = [draft for draft in drafts if is_locked(draft)]
+        if at_work:
+            return at_work[0]
+        return path if (path / schema.MANIFEST).is_file() or not drafts else drafts[0]
+
+    def _status(self, header: TraceHeader) -> str:
+        if header.status != "recording":
+            return header.status
+        self._no_writer = 0 if self._may_be_at_work(header) else self._no_writer + 1
+        return KILLED if self._no_writer >= SURE_POLLS else RECORDING
+
+    def _may_be_at_work(self, header: TraceHeader) -> bool:
+        """Whether the writer is at work, as far as this machine can tell."""
+        capture = header.manifest.get("capture", {})
+        if isinstance(self._at, Remote) or capture.get("host") != socket.gethostname():
+            return True
+        return (
+            capture.get("pid") in (None, os.getpid())
+            or bool(is_locked(self._at))
+            or writer_of(header.manifest) is not None
+        )
+
+
+def _was_taken_back(rank: _Rank, listed: list[ShardFiles]) -> bool:
+    """Whether shards that were counted are gone without a successor: the trace was begun again, or
+    resumed before them."""
+    full, early = len(rank.full), [files for files, _ in rank.early]
+    if not _same(listed[:full], rank.full):
+        return True
+    rest = listed[full:]
+    if not early or _same(rest[: len(early)], early):
+        return False
+    return not (
+        rest
+        and not rest[0].early
+        and rest[0].index > early[-1].index
+        and rest[0].last_token >= early[-1].last_token
+    )
+
+
+def _not_counted(rank: _Rank, listed: list[ShardFiles]) -> list[ShardFiles]:
+    rest, early = listed[len(rank.full) :], [files for files, _ in rank.early]
+    return rest[len(early) :] if _same(rest[: len(early)], early) else rest
+
+
+def _same(some: list[ShardFiles], others: list[ShardFiles]) -> bool:
+    return len(some) == len(others) and all(
+        a is b or (a.index == b.index and a.lines == b.lines)
+        for a, b in zip(some, others, strict=True)
+    )

@@ -1,0 +1,106 @@
+"""The load of a piece of a trace: a shard, or the part of it that was not counted before.
+
+L routers, E experts of the widest, N assignments of a router.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_inspect.trace.files.damaged import Damaged
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.shard import Shard
+
+
+@dataclass(frozen=True)
+class Piece:
+    """load_LE: int64, 0 beyond the experts of a router; tokens_L: int64, the tokens each router
+    saw. `first`, `last`: forward passes (steps of a training)."""
+
+    first: int
+    last: int
+    tokens: int
+    decisions: int
+    load_LE: np.ndarray
+    tokens_L: np.ndarray
+
+    def minus(self, others: list[Piece]) -> Piece:
+        """Without what others have counted of it."""
+        return Piece(
+            max([self.first, *(other.last + 1 for other in others)]),
+            self.last,
+            self.tokens - sum(other.tokens for other in others),
+            self.decisions - sum(other.decisions for other in others),
+            self.load_LE - sum((other.load_LE for other in others), np.zeros_like(self.load_LE)),
+            self.tokens_L - sum((other.tokens_L for other in others), np.zeros_like(self.tokens_L)),
+        )
+
+
+def joined(pieces: list[Piece]) -> Piece:
+    """The sum of consecutive pieces."""
+    return Piece(
+        pieces[0].first,
+        pieces[-1].last,
+        sum(piece.tokens for piece in pieces),
+        sum(piece.decisions for piece in pieces),
+        np.sum([piece.load_LE for piece in pieces], axis=0),
+        np.sum([piece.tokens_L for piece in pieces], axis=0),
+    )
+
+
+def piece_of(shard: Shard) -> Piece:
+    """What a shard holds. Damaged where it names an expert that its router does not have."""
+    routers, files = shard.trace.routers, shard.files
+    load_LE = np.zeros((len(routers), max(r.experts for r in routers)), np.int64)
+    tokens_L = np.zeros(len(routers), np.int64)
+    if shard.trace.counts_only:
+        table = shard.counts()
+        at = table["router"].to_numpy(), table["expert"].to_numpy()
+        np.add.at(load_LE, at, table["assignments"].to_numpy())
+        tokens_L[:] = _tokens_counted(load_LE, routers, files.tokens)
+    else:
+        for r, slots in enumerate(_slots(shard)):
+            tokens_L[r] = len(slots[0])
+            load_LE[r] = _load(slots, load_LE.shape[1], routers[r], files.paths["routing"])
+    first = files.last_batch if files.first_batch is None else files.first_batch
+    return Piece(first, files.last_batch, files.tokens, files.decisions, load_LE, tokens_L)
+
+
+def _tokens_counted(load_LE: np.ndarray, routers: list[Router], tokens: int) -> np.ndarray:
+    """Of a model with two stacks counts do not say which tokens reach a router: as many as its
+    assignments take."""
+    top_k_L = np.array([router.top_k for router in routers])
+    by_load_L = -(-load_LE.sum(1) // top_k_L)
+    has_stacks_L = np.array([bool(router.stack) for router in routers])
+    return np.where(has_stacks_L, by_load_L, tokens)
+
+
+def _slots(shard: Shard) -> list[list[np.ndarray]]:
+    """The experts of each router's decisions, an array a slot, without those that are null. All
+    routers are read at once, which takes a fraction of reading them one by one."""
+    routers = shard.trace.routers
+    columns = [f"expert_{j}" for j in range(max(r.top_k for r in routers))]
+    table = shard.table("routing", ["router", *columns])
+    router_N = table["router"].to_numpy()
+    edges = np.searchsorted(router_N, np.arange(len(routers) + 1))
+    if (router_N[1:] < router_N[:-1]).any() or edges[-1] != len(router_N):
+        name = shard.files.paths["routing"]
+        raise Damaged(name, "its rows are not in the order of routers", name)
+    read = {name: table[name].combine_chunks() for name in columns}
+    found: list[list[np.ndarray]] = []
+    for r, router in enumerate(routers):
+        start, length = int(edges[r]), int(edges[r + 1] - edges[r])
+        parts = [read[f"expert_{j}"].slice(start, length) for j in range(router.top_k)]
+        found.append([(p.drop_null() if p.null_count else p).to_numpy() for p in parts])
+    return found
+
+
+def _load(slots: list[np.ndarray], width: int, router: Router, name: str) -> np.ndarray:
+    load_E = np.bincount(np.concatenate(slots), minlength=width)
+    if load_E[router.experts :].any():
+        highest = load_E.nonzero()[0][-1]
+        said = f"it has an assignment to expert {highest} of layer {router.layer}, which has"
+        raise Damaged(name, f"{said} {router.experts} experts", name)
+    return load_E

@@ -1,0 +1,250 @@
+"""The view of the terminal: as many lines as it has, none wider than it.
+
+L routers, E experts of the widest, R rows of the map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.segment import Segment
+from rich.style import Style
+
+from moe_inspect.alarms.alarms import Alarm
+from moe_inspect.reporting.render.heatmap import RAMP, extremes, legend, ramp_of, style
+from moe_inspect.text import layer_label, plural, printable
+from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING
+from moe_inspect.watch.hot_text import HotText
+from moe_inspect.watch.state import Watched
+
+BARS = "▁▂▃▄▅▆▇█"
+PLAIN_BARS = ".:-=+*#@"
+NUMBER = 5  # characters of a load ratio
+BOLD, DIM, BAD, HOT = (Style.parse(s) for s in ("bold", "dim", "red", "bold reverse"))
+NONE = Style.null()
+# the middle of each step of the ramp: a colour per step keeps the runs of equal cells long
+STEP_STYLES = [Style.parse(style(x) or "none") for x in (0, 0.12, 0.37, 0.63, 1, 1.6, 3, 8)]
+
+Line = list[Segment]
+
+
+class Screen:
+    """Draws what is watched, and a text below it where there is one."""
+
+    def __init__(self, watched: Watched, path: str, writer: str, text: HotText | None = None):
+        self.watched, self.path, self.writer = watched, printable(path), printable(writer)
+        self.text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unicode = (console.encoding or "").lower().startswith("utf")
+        height = options.height or console.height
+        lines = list(self._lines(options.max_width, height, unicode))[:height]
+        for n, line in enumerate(lines):
+            if n:
+                yield Segment.line()
+            yield from _fitted(line, options.max_width)
+
+    def _lines(self, width: int, height: int, unicode: bool) -> Iterator[Line]:
+        watched = self.watched
+        yield from self._head(width)
+        if watched.window is None:
+            return
+        worst, alarms = worst_routers(watched), watched.alarms
+        # what is left of the height goes to the map
+        rows_of_worst = min(len(worst), max(3, height // 8))
+        rows_of_alarms = min(max(1, len(alarms)), max(2, height // 10))
+        text = self._text_lines(width, 2 if height < 40 else 4) if self.text is not None else []
+        fixed = 2 + 2 + (1 + rows_of_worst) + (1 + rows_of_alarms) + (len(text) and 1 + len(text))
+        yield from self._map(width, max(1, height - fixed), unicode)
+        yield from self._worst(worst[:rows_of_worst], width, unicode)
+        yield from _alarm_lines(alarms, rows_of_alarms)
+        if text:
+            yield self._text_title()
+            yield from text
+
+    # --- what is said of the whole
+
+    def _head(self, width: int) -> Iterator[Line]:
+        watched = self.watched
+        said, look = {
+            WAITING: ("waiting for a trace", DIM),
+            RECORDING: (f"recording by {self.writer}", NONE),
+            COMPLETE: ("complete", Style.parse("green")),
+            INTERRUPTED: ("interrupted: closed before its end", BAD),
+            KILLED: (f"{self.writer} is gone: it was stopped before its end", BAD),
+        }[watched.status]
+        room = max(12, width - cell_len(f"watch   {said}"))
+        # of a long path its end
+        path = self.path if cell_len(self.path) <= room else "…" + self.path[1 - room :]
+        yield [Segment(f"watch {path}  ", BOLD), Segment(said, look)]
+        if not watched.tokens:
+            what = watched.trouble or "no tokens yet" * (watched.status != WAITING)
+            yield [Segment(what, BAD if watched.trouble else NONE)]
+            return
+        parts = [f"{watched.tokens:,} tokens", f"{watched.decisions:,} decisions"]
+        rates = watched.rates()
+        if rates is not None and watched.status == RECORDING:
+            parts.append("{:,.0f} tokens/s, {:,.0f} decisions/s".format(*rates))
+        if watched.left_tokens:
+            parts.append(f"{watched.left_tokens:,} to be counted")
+        elif watched.status == RECORDING and watched.changed_s >= 2:
+            parts.append(f"last {watched.changed_s:.0f} s ago")
+        line = [Segment(" · ".join(parts))]
+        yield [*line, Segment(f"  {watched.trouble}", BAD)] if watched.trouble else line
+
+    # --- the map
+
+    def _map(self, width: int, height: int, unicode: bool) -> Iterator[Line]:
+        watched, routers = self.watched, self.watched.routers
+        assert watched.window is not None
+        ratio_LE = watched.ratios()
+        together = -(-len(routers) // height)
+        labels = [
+            row_label([layer_label(routers, r) for r in range(n, min(n + together, len(routers)))])
+            for n in range(0, len(routers), together)
+        ]
+        indent = max(map(cell_len, labels)) + 1
+        per_cell = -(-ratio_LE.shape[1] // max(1, width - indent))
+        as_numbers = together == 1 and ratio_LE.shape[1] * NUMBER <= width - indent
+        title = f"load ÷ mean, last {watched.window.tokens:,} tokens"
+        if together > 1 or per_cell > 1:
+            shape = [
+                f"{n} {what}" for n, what in ((together, "layers"), (per_cell, "experts")) if n > 1
+            ]
+            title += f"; a cell is the most extreme of {' × '.join(shape)}"
+        yield [Segment(title, BOLD)]
+        if as_numbers:
+            experts = "".join(f"{e:>{NUMBER}}" for e in range(ratio_LE.shape[1]))
+            yield [Segment(" " * indent + experts, DIM)]
+        else:
+            yield [Segment(legend(unicode), DIM)]
+        for n, label in enumerate(labels):
+            rows_LE = ratio_LE[n * together : (n + 1) * together]
+            ratio_E = extremes(rows_LE.T.reshape(-1), len(rows_LE))
+            drawn = numbers(ratio_E) if as_numbers else cells(ratio_E, per_cell, unicode)
+            yield [Segment(label.rjust(indent - 1) + " "), *drawn]
+
+    # --- the least balanced layers
+
+    def _worst(self, worst: list[int], width: int, unicode: bool) -> Iterator[Line]:
+        watched = self.watched
+        assert watched.window is not None
+        vio_L, bars = watched.history[-1], BARS if unicode else PLAIN_BARS
+        yield [
+            Segment("least balanced layers", BOLD),
+            Segment("  max_vio (at most by chance)", DIM),
+        ]
+        history_L = np.array(watched.history)
+        for r in worst:
+            load_E = watched.window.load_LE[r, : watched.routers[r].experts]
+            chance = watched.chance(r)
+            dead = int((load_E == 0).sum())
+            said = f"layer {layer_label(watched.routers, r):<4} {vio_L[r]:6.2f} ({chance:.2f})"
+            said += f"  busiest expert {int(load_E.argmax())}"
+            said += f", {dead} dead  " if dead else "  "
+            room = max(0, min(60, width - cell_len(said)))
+            look = BAD if vio_L[r] > chance and vio_L[r] >= 0.2 else NONE
+            yield [
+                Segment(said, look),
+                Segment(sparkline(history_L[-room:, r], chance, bars) if room else ""),
+            ]
+
+    # --- the text
+
+    def _text_title(self) -> Line:
+        assert self.text is not None
+        layer = layer_label(self.watched.routers, self.text.router)
+        return [
+            Segment(f"last text for expert {self.text.expert} of layer {layer}", BOLD),
+            Segment("  (its tokens are marked)", DIM),
+        ]
+
+    def _text_lines(self, width: int, most: int) -> list[Line]:
+        assert self.text is not None
+        lines: list[Line] = [[]]
+        room = width
+        for word, hot in self.text.words:
+            if cell_len(word) > room:
+                lines.append([])
+                room = width
+            lines[-1].append(
+                Segment(f"[{word}]" if hot and not word.strip() else word, HOT if hot else NONE)
+            )
+            room -= cell_len(lines[-1][-1].text)
+        return lines[-most:]
+
+
+def worst_routers(watched: Watched) -> list[int]:
+    """Routers of an alarm first, then by max_vio of the window."""
+    if not watched.history:
+        return []
+    vio_L = np.nan_to_num(watched.history[-1], nan=-1.0)
+    alarmed = {alarm.router for alarm in watched.alarms}
+    return sorted(range(len(vio_L)), key=lambda r: (r not in alarmed, -vio_L[r]))
+
+
+def row_label(layers: list[str]) -> str:
+    return layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def cells(ratio_E: np.ndarray, together: int, unicode: bool) -> Line:
+    """A row of the map, runs of equal cells as one."""
+    ratio_C = extremes(ratio_E[~np.isnan(ratio_E)], together)
+    if not len(ratio_C):
+        return [Segment("no load", DIM)]
+    step_C = ramp_of(ratio_C)
+    edges = [0, *(np.flatnonzero(step_C[1:] != step_C[:-1]) + 1).tolist(), len(step_C)]
+    characters = [fancy if unicode else plain for _, fancy, plain in RAMP]
+    return [
+        Segment(characters[step_C[a]] * (b - a), STEP_STYLES[step_C[a]]) for a, b in pairwise(edges)
+    ]
+
+
+def numbers(ratio_E: np.ndarray) -> Line:
+    """A row of the map as numbers, where there is room for them."""
+    return [
+        Segment(
+            f"{ratio:>{NUMBER}.{2 if ratio < 9.995 else 1}f}"[:NUMBER],
+            Style.parse(style(ratio, "on ") or "none"),
+        )
+        for ratio in ratio_E[~np.isnan(ratio_E)].tolist()
+    ] or [Segment("no load", DIM)]
+
+
+def sparkline(values: np.ndarray, at_least: float, bars: str) -> str:
+    """A character per value, from 0 to the largest of the values and `at_least`; a space for
+    NaN."""
+    top = float(np.nanmax([*values, at_least, 1e-9]))
+    steps = np.minimum(np.nan_to_num(values / top, nan=-1.0) * len(bars), len(bars) - 1)
+    return "".join(
+        " " if math.isnan(v) else bars[int(n)] for v, n in zip(values, steps, strict=True)
+    )
+
+
+def _alarm_lines(alarms: list[Alarm], most: int) -> Iterator[Line]:
+    yield [Segment("alarms", BOLD), Segment(f"  {len(alarms)} now" if alarms else "  none", DIM)]
+    shown = alarms if len(alarms) <= most else alarms[: most - 1]
+    for alarm in shown:
+        yield [Segment("• " + printable(alarm.text), BAD)]
+    if len(shown) < len(alarms):
+        yield [Segment(f"• and {plural(len(alarms) - len(shown), 'more alarm')}", BAD)]
+    if not alarms:
+        yield [Segment("")]
+
+
+def _fitted(line: Line, width: int) -> Iterator[Segment]:
+    """The line cut at the width, with … where something is missing."""
+    left = width
+    for n, segment in enumerate(line):
+        size = cell_len(segment.text)
+        more = any(later.text for later in line[n + 1 :])
+        if size > left or (size == left and more):
+            yield Segment(set_cell_size(segment.text, max(0, left - 1)) + "…", segment.style)
+            return
+        yield segment
+        left -= size

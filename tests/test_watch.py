@@ -1,0 +1,467 @@
+"""watch: what it counts while a trace is written is what the trace holds, whatever its writer
+does; and what the terminal shows of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from moe_inspect.alarms.rules import parse_rule
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import open_trace
+from moe_inspect.trace.writer import TraceWriter, resume_point
+from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING, Follower
+from moe_inspect.watch.piece import Piece
+from moe_inspect.watch.run import Session, WatchOptions, status_line
+from moe_inspect.watch.run import watch as watch_trace
+from moe_inspect.watch.screen import cells, sparkline
+from moe_inspect.watch.state import Watched
+from tests.synthetic import encoder_decoder, write_counts
+from tests.test_commit_every import counted
+from tests.test_trace import ROUTERS
+from tests.watched import batches, writer
+
+AT_ONCE = 1e-9
+L, E = 5, 8
+
+
+def load_of(root: Path) -> np.ndarray:
+    """int64 [L, E], counted from the tables."""
+    trace = open_trace(root)
+    load_LE = np.zeros((len(trace.routers), max(r.experts for r in trace.routers)), np.int64)
+    for r, router in enumerate(trace.routers):
+        table = trace.routing(router=r)[[f"expert_{j}" for j in range(router.top_k)]]
+        for expert in table.to_numpy(float).ravel():
+            if not np.isnan(expert):
+                load_LE[r, int(expert)] += 1
+    return load_LE
+
+
+def polled(follower: Follower, watched: Watched) -> Any:
+    news = follower.poll()
+    watched.take(news, follower.header)
+    return news
+
+
+def waited(until: Callable[[], bool], most_s: float = 60) -> None:
+    end = time.monotonic() + most_s
+    while not until():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+# --- the follower
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_what_is_counted_on_the_way_is_what_the_trace_holds(tmp_path: Path, every: int) -> None:
+    """Shards are committed early and replaced, between any two looks at the trace."""
+    root = tmp_path / "t"
+    follower, watched = Follower(root), Watched(window_tokens=600)
+    assert polled(follower, watched).status == WAITING
+    with writer(root, L, E, shard_tokens=600, commit_every=AT_ONCE) as open_writer:
+        for n, batch in enumerate(batches(L, E, 12), 1):
+            open_writer.write(batch)
+            waited(lambda n=n: open_trace(root).n_tokens == n * 256)
+            if n % every == 0:
+                assert polled(follower, watched).status == RECORDING
+                assert watched.tokens == n * 256
+                assert np.array_equal(watched.total_LE, load_of(root))
+    news = polled(follower, watched)
+    assert (news.status, news.left_tokens, watched.tokens) == (COMPLETE, 0, 12 * 256)
+    assert np.array_equal(watched.total_LE, load_of(root))
+    assert watched.decisions == 12 * 256 * L
+    assert polled(follower, watched).pieces == []
+
+
+def test_the_window_is_the_last_tokens(tmp_path: Path) -> None:
+    root, rows = tmp_path / "t", list(batches(L, E, 9))
+    watched, follower = Watched(window_tokens=512), Follower(root)
+    with writer(root, L, E, commit_every=AT_ONCE) as open_writer:
+        for n, batch in enumerate(rows, 1):
+            open_writer.write(batch)
+            waited(lambda n=n: open_trace(root).n_tokens == n * 256)
+            polled(follower, watched)
+    assert watched.window is not None
+    assert (watched.window.first, watched.window.last) == (7, 8)
+    expected = [
+        np.bincount(np.concatenate([b.ids[r] for b in rows[7:]]).ravel(), minlength=E)
+        for r in range(L)
+    ]
+    assert np.array_equal(watched.window.load_LE, expected)
+    # a shard a sample, of which the last is that of the window
+    assert len(watched.history) == 9
+    busiest = np.array(expected).max(1) / np.array(expected).mean(1) - 1
+    assert np.allclose(watched.history[-1], busiest)
+
+
+def test_counts_are_followed_too(tmp_path: Path) -> None:
+    root = tmp_path / "t"
+    follower, watched = Follower(root), Watched()
+    with TraceWriter(
+        root,
+        {"capture": {"pid": os.getpid()}},
+        ROUTERS,
+        counts_only=True,
+        shard_tokens=250,
+        commit_every=AT_ONCE,
+    ) as open_writer:
+        for n in range(5):
+            open_writer.write(counted(n, 2))
+            waited(lambda n=n: open_trace(root).n_tokens == 100 * (n + 1))
+            if n % 2:  # a look misses early shards that are merged already
+                polled(follower, watched)
+                assert watched.tokens == 100 * (n + 1)
+    polled(follower, watched)
+    for r, router in enumerate(ROUTERS):
+        expected = sum(counted(n, 2).assignments[r].sum(0) for n in range(5))
+        assert np.array_equal(watched.total_LE[r, : router.experts], expected)
+    assert (watched.tokens, watched.status) == (500, COMPLETE)
+
+
+def test_two_stacks_see_their_own_tokens(tmp_path: Path) -> None:
+    encoder_decoder(tmp_path / "t")
+    (piece,) = Follower(tmp_path / "t").poll().pieces
+    assert piece.tokens_L.tolist() == [6, 4]
+    assert piece.load_LE.tolist() == [[6, 0], [2, 2]]
+
+
+def test_a_trace_that_is_resumed_or_begun_again_is_counted_anew(tmp_path: Path) -> None:
+    root, rows = tmp_path / "t", list(batches(L, E, 6))
+    follower, watched = Follower(root), Watched()
+    first = writer(root, L, E, shard_tokens=512, commit_every=AT_ONCE)
+    for batch in rows[:5]:
+        first.write(batch)
+    waited(lambda: open_trace(root).n_tokens == 5 * 256)
+    polled(follower, watched)
+    assert watched.tokens == 5 * 256
+    # as after a kill: the early shard is there, its writer is not
+    lines = (root / "shards-0.jsonl").read_bytes()
+    first.close("interrupted")
+    (root / "shards-0.jsonl").write_bytes(lines)
+    point = resume_point(root)
+    assert point.next_batch == 4
+    assert polled(follower, watched).again
+    assert watched.tokens == 4 * 256
+    with writer(root, L, E, shard_tokens=512, resume=point) as second:
+        for batch in rows[4:]:
+            second.write(batch)
+    polled(follower, watched)
+    assert watched.tokens == 6 * 256
+    assert np.array_equal(watched.total_LE, load_of(root))
+    shutil.rmtree(root)
+    assert polled(follower, watched).status == WAITING
+    with writer(root, 2, 4) as third:
+        third.write(next(batches(2, 4, 1)))
+    polled(follower, watched)
+    assert (watched.tokens, watched.total_LE.shape) == (256, (2, 4))
+
+
+def test_by_a_url(tmp_path: Path) -> None:
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    url = f"memory://{tmp_path.name}/t"
+    follower, watched = Follower(url), Watched()
+    assert polled(follower, watched).status == WAITING
+    with writer(tmp_path / "t", L, E, commit_every=AT_ONCE) as open_writer:
+        for n, batch in enumerate(batches(L, E, 3), 1):
+            open_writer.write(batch)
+            waited(lambda n=n: open_trace(tmp_path / "t").n_tokens == n * 256)
+            files.put(f"{tmp_path}/t/", f"{tmp_path.name}/t", recursive=True)
+            assert polled(follower, watched).status == RECORDING
+            assert watched.tokens == n * 256
+    files.put(f"{tmp_path}/t/", f"{tmp_path.name}/t", recursive=True)
+    assert polled(follower, watched).status == COMPLETE
+    assert np.array_equal(watched.total_LE, load_of(tmp_path / "t"))
+
+
+def test_an_import_is_followed_where_it_is_written(tmp_path: Path) -> None:
+    draft, target = tmp_path / f".t.{os.getpid()}-ab12.tmp", tmp_path / "t"
+    follower, watched = Follower(target), Watched()
+    with writer(draft, L, E, commit_every=AT_ONCE) as open_writer:
+        open_writer.write(next(batches(L, E, 1)))
+        waited(lambda: open_trace(draft).n_tokens == 256)
+        assert polled(follower, watched).status == RECORDING
+        assert watched.tokens == 256
+    os.replace(draft, target)
+    assert polled(follower, watched).status == COMPLETE
+    assert watched.tokens == 256
+
+
+def test_a_killed_writer_is_noticed(tmp_path: Path) -> None:
+    root = tmp_path / "t"
+    command = [sys.executable, "-m", "tests.watched", str(root), "4", "8", "1000", "0.02"]
+    process = subprocess.Popen(command)
+    follower, watched = Follower(root), Watched()
+    waited(lambda: bool(polled(follower, watched) and watched.tokens))
+    assert watched.status == RECORDING
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    waited(lambda: polled(follower, watched).status == KILLED)
+    assert follower.writer == f"process {process.pid}"
+    assert np.array_equal(watched.total_LE, load_of(root))
+    console = Console(file=io.StringIO(), width=80)
+    with pytest.raises(MoeInspectError, match=f"process {process.pid} is gone: it was stopped"):
+        watch_trace(root, WatchOptions(every_s=0.01), console)
+
+
+def test_damage_that_stays_is_an_error(tmp_path: Path) -> None:
+    with writer(tmp_path / "t", L, E) as open_writer:
+        open_writer.write(next(batches(L, E, 1)))
+    (tmp_path / "t/routing/part-0-0.parquet").write_bytes(b"PAR1")
+    follower = Follower(tmp_path / "t")
+    troubles = [follower.poll().trouble for _ in range(4)]  # a file may be replaced meanwhile
+    assert all("routing/part-0-0.parquet" in trouble for trouble in troubles)
+    with pytest.raises(MoeInspectError, match="routing/part-0-0"):
+        follower.poll()
+
+
+def test_only_the_trace_of_a_process_is_waited_for(tmp_path: Path) -> None:
+    with writer(tmp_path / "t", L, E) as open_writer:
+        open_writer.write(next(batches(L, E, 1)))
+    assert Follower(tmp_path / "t", of_process=os.getpid()).poll().status == COMPLETE
+    assert Follower(tmp_path / "t", of_process=os.getpid() + 1).poll().status == WAITING
+
+
+# --- what is made of it
+
+
+def a_piece(load: list[int], first: int = 0, tokens: int | None = None) -> Piece:
+    load_LE = np.array([load])
+    tokens = int(load_LE.sum()) if tokens is None else tokens
+    return Piece(first, first, tokens, tokens, load_LE, np.array([tokens]))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_rates_are_of_the_last_minute(tmp_path: Path) -> None:
+    write_counts(tmp_path / "t", [np.full((1, 4), 100)], 1)
+    follower, clock = Follower(tmp_path / "t"), Clock()
+    news = follower.poll()
+    watched = Watched(clock=clock)
+    for n in range(100):
+        clock.now = 2.0 * n
+        news.pieces = [a_piece([10, 10, 10, 10 + 40 * (n > 50)], n)]
+        watched.take(news, follower.header)
+        assert (watched.rates() is None) == (n == 0)
+    rates = watched.rates()
+    assert rates is not None
+    assert rates[0] == pytest.approx(80 / 2)
+    clock.now += 500
+    assert watched.changed_s == 500
+    slow = watched.rates()
+    assert slow is not None
+    assert slow[0] < 6
+
+
+def test_alarms_judge_windows_and_end_with_the_fault(tmp_path: Path) -> None:
+    write_counts(tmp_path / "t", [np.full((1, 4), 100)], 1)
+    follower = Follower(tmp_path / "t")
+    news = follower.poll()
+    watched = Watched(1_000, [parse_rule("dead_experts > 0 for 2 windows")])
+    said = []
+    for n, load in enumerate(
+        [[250] * 4, [500, 500, 0, 0], [500, 500, 0, 0], [500, 500, 0, 0], [250] * 4]
+    ):
+        news.pieces, news.again = [a_piece(load, n)], n == 0
+        watched.take(news, follower.header)
+        said.append(len(watched.alarms))
+    assert said == [0, 0, 1, 1, 0]
+    assert watched.raised[0].experts == (2, 3)
+    assert watched.raised[0].since == 1
+    assert "since step 1" in watched.raised[0].text
+
+
+# --- the terminal
+
+
+def shown(session: Session, width: int, height: int, **options: Any) -> list[str]:
+    settings: dict[str, Any] = {"force_terminal": True, "color_system": None, **options}
+    console = Console(file=io.StringIO(), width=width, height=height, **settings)
+    lines = console.render_lines(session.screen(), console.options.update(height=height), pad=False)
+    return ["".join(segment.text for segment in line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    root = tmp_path_factory.mktemp("watch") / "t"
+    session = Session(root, WatchOptions(window_tokens=512))
+    with writer(root, L, E, commit_every=AT_ONCE) as open_writer:
+        for n, batch in enumerate(batches(L, E, 10), 1):
+            open_writer.write(batch)
+            waited(lambda n=n: open_trace(root).n_tokens == n * 256)
+            session.update()
+    session.update()
+    return session
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (40, 10), (20, 5)])
+def test_the_view_fits_the_terminal(session: Session, width: int, height: int) -> None:
+    lines = shown(session, width, height)
+    assert len(lines) <= height
+    assert all(cell_len(line) <= width for line in lines)
+    assert lines[0].startswith("watch ")
+
+
+def test_the_view_says_what_there_is(session: Session) -> None:
+    lines = shown(session, 100, 24)
+    text = "\n".join(lines)
+    assert "complete" in lines[0]
+    assert "2,560 tokens · 12,800 decisions" in lines[1]
+    assert "load ÷ mean, last 512 tokens" in text
+    # layer by layer: of layer 3 expert 1 has most, expert 2 nothing
+    assert [line[:2].strip() for line in lines[4 : 4 + L]] == [str(n) for n in range(L)]
+    assert lines[3].split() == [str(e) for e in range(E)]
+    of_layer_3 = [float(ratio) for ratio in lines[4 + 3].split()[1:]]
+    assert of_layer_3[2] == 0.0
+    assert max(of_layer_3) == of_layer_3[1] > 2
+    narrow = shown(session, 40, 24)
+    assert narrow[4 + 3].split()[1][1:3] == "▇×"
+    worst = next(line for line in lines if line.startswith("layer 3"))
+    assert "busiest expert 1, 1 dead" in worst
+    assert worst.rstrip()[-1] in "▇█"
+    assert any(line.startswith("• Layer 3, expert 2: dead_experts is 1") for line in lines)
+    assert "last text for expert 1 of layer 3" in text
+    assert " mat" in text
+    assert "\x1b" not in text  # of the vocabulary
+    assert r"\x1b[31m" in text
+
+
+def test_counts_show_no_text(session: Session) -> None:
+    quiet = Session(session.path, WatchOptions(texts=False))
+    quiet.update()
+    text = "\n".join(shown(quiet, 100, 24))
+    assert "last text" not in text
+    assert " mat" not in text
+
+
+def test_without_colour_and_without_unicode_it_can_be_read(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    console = Console(file=file, width=40, height=24, force_terminal=True)
+    lines = console.render_lines(session.screen(), console.options.update(height=24), pad=False)
+    of_map = ["".join(s.text for s in line) for line in lines[4 : 4 + L]]
+    assert all(line.isascii() for line in of_map)
+    assert of_map[3].split()[1][1:3] == "#x"
+
+    def printed() -> str:
+        file = io.StringIO()
+        size: dict[str, Any] = {"width": 80, "height": 24, "force_terminal": True}
+        Console(file=file, color_system="truecolor", **size).print(session.screen())
+        return file.getvalue()
+
+    assert "8;2;" not in printed()
+    monkeypatch.delenv("NO_COLOR")
+    assert "8;2;" in printed()  # control
+
+
+def test_many_layers_and_experts_share_a_cell() -> None:
+    ratio = np.array([1.0, 1.0, 1.0, 0.0, 1.0, 5.0, np.nan])
+    assert "".join(s.text for s in cells(ratio, 2, True)) == "▄×█"
+    assert "".join(s.text for s in cells(ratio * np.nan, 2, True)) == "no load"
+
+
+def test_a_sparkline_is_flat_where_chance_explains_it() -> None:
+    values = np.array([0.1, 0.2, np.nan, 0.1])
+    assert sparkline(values, 0.8, "12345678") == "23 2"
+    assert sparkline(values, 0.0, "12345678") == "58 5"
+
+
+def test_in_a_pipe_it_is_a_line_for_each_change(session: Session, capsys: Any) -> None:
+    console = Console(width=500)
+    watch_trace(session.path, WatchOptions(every_s=0.01, window_tokens=512), console)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "complete, 2,560 tokens, layer 3 max_vio" in line
+    assert line.split(" ", 1)[1] == status_line(session).split(" ", 1)[1].replace(
+        ", 0 tokens/s", ""
+    ) or "alarms" in status_line(session)
+
+
+def test_an_interrupted_trace_ends_it_with_an_error(tmp_path: Path) -> None:
+    open_writer = writer(tmp_path / "t", L, E)
+    open_writer.write(next(batches(L, E, 1)))
+    open_writer.close("interrupted")
+    assert Follower(tmp_path / "t").poll().status == INTERRUPTED
+    with pytest.raises(MoeInspectError, match="closed before its end; it holds 256 tokens"):
+        watch_trace(tmp_path / "t", WatchOptions(), Console(file=io.StringIO()))
+
+
+# --- in a real terminal
+
+
+@pytest.mark.slow
+def test_beside_a_trace(tmp_path: Path) -> None:
+    """trace --watch: what is watched ends with the trace; an old one there is not taken for it."""
+    with writer(tmp_path / "t", L, E) as old:
+        old.write(next(batches(L, E, 1)))
+    command = [sys.executable, "-m", "moe_inspect", "trace", "demo", "-o", str(tmp_path / "t")]
+    command += ["--max-tokens", "2000", "--batch-tokens", "256", "--device", "cpu", "--overwrite"]
+    command += ["--watch", "--commit-every", "50ms"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = done.stderr.splitlines()
+    assert "256 tokens" not in lines[0]
+    total = f"{open_trace(tmp_path / 't').n_tokens:,} tokens"
+    assert any(" complete, " in line and total in line for line in lines)
+
+
+def tmux(*arguments: str) -> str:
+    done = subprocess.run(["tmux", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("tmux") is None and not os.environ.get("REQUIRE_TMUX"),
+    reason="no tmux here: apt-get install tmux",
+)
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50)])
+def test_under_tmux_while_a_trace_is_written_and_its_writer_killed(
+    tmp_path: Path, width: int, height: int
+) -> None:
+    root, name = tmp_path / "t", f"moe-inspect-{os.getpid()}-{width}"
+    command = f"{sys.executable} -m moe_inspect watch {root} --window 512 --every 200ms; sleep 60"
+    tmux("-L", name, "new-session", "-d", "-x", str(width), "-y", str(height), command)
+    try:
+        screen = lambda: tmux("-L", name, "capture-pane", "-p").splitlines()  # noqa: E731
+        waited(lambda: any("waiting for a trace" in line for line in screen()))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.watched", str(root), "61", "256", "1000", "0.1"]
+        )
+        waited(lambda: any("alarms  " in line and "now" in line for line in screen()))
+        lines = screen()
+        assert len(lines) <= height
+        assert f"recording by process {process.pid}" in lines[0]
+        assert "tokens/s" in lines[1]
+        assert any(line.startswith("layer 3 ") for line in lines)
+        assert any("layers" in line and "a cell is the most extreme" in line for line in lines)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        # the view is gone from the alternate screen; its last state and the error stay
+        waited(lambda: any(line.startswith("error: process") for line in screen()))
+        text = "\n".join(screen())
+        assert "is gone: it was stopped before the end" in text.replace("\n", "")
+        assert "least balanced layers" in text
+    finally:
+        tmux("-L", name, "kill-server")

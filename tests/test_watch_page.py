@@ -1,0 +1,273 @@
+"""watch --serve: what it answers, and to whom; the page in a browser while a trace is written."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_inspect.analysis.metrics import balance
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import open_trace
+from moe_inspect.watch.serve import address, hosts_of, is_loopback
+from tests.test_page import CHROMIUM
+from tests.watched import batches, writer
+
+L, E = 5, 8
+for name in ("starlette", "uvicorn", "prometheus_client"):
+    pytest.importorskip(name, reason="the extra watch")
+
+
+def waited(until: Callable[[], Any], most_s: float = 60) -> Any:
+    end = time.monotonic() + most_s
+    while not (found := until()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+    return found
+
+
+class Server:
+    """`moe-inspect watch TRACE --serve 0`, in a process of its own."""
+
+    def __init__(self, trace: str | Path, *options: str):
+        command = [sys.executable, "-m", "moe_inspect", "watch", str(trace), "--serve", "0"]
+        command += ["--every", "100ms", "--window", "512", *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        said = self.process.stderr.readline()
+        found = re.search(r"at (http://127\.0\.0\.1:(\d+)), metrics at", said)
+        assert found, said
+        self.url, self.port = found[1], int(found[2])
+
+    def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        headers = {"Host": f"127.0.0.1:{self.port}", **headers}
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(), answer.headers
+
+    def state(self) -> dict[str, Any]:
+        return json.loads(self.get("/state")[1])
+
+    def metrics(self) -> dict[str, float]:
+        lines = self.get("/metrics")[1].splitlines()
+        return {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in lines
+            if not line.startswith("#")
+        }
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("watch_page") / "t"
+    with writer(root, L, E, shard_tokens=256) as open_writer:
+        for batch in batches(L, E, 10):
+            open_writer.write(batch)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(trace: Path) -> Iterator[Server]:
+    started = Server(trace, "--per-expert", "--allow-host", "moe.example")
+    waited(lambda: started.state()["status"] == "complete")
+    waited(lambda: started.state()["tokens"] == 2560)
+    yield started
+    assert started.stop() == 130
+
+
+def test_metrics_are_those_of_the_trace(server: Server, trace: Path) -> None:
+    found = server.metrics()
+    last = open_trace(trace)
+    assert found["moe_inspect_tokens_total"] == 2560
+    assert found["moe_inspect_decisions_total"] == 2560 * L
+    assert found['moe_inspect_status{status="complete"}'] == 1
+    assert found["moe_inspect_window_tokens"] == 512
+    for r in range(L):
+        table = last.routing(router=r)[["expert_0", "expert_1"]].to_numpy()
+        load_E = np.bincount(table[-512:].ravel(), minlength=E)[None]
+        at = f'{{layer="{r}",router="{r}"}}'
+        for name in ("max_vio", "dead_experts", "entropy", "balancedness", "starved_experts"):
+            value = getattr(balance, name)(load_E)[0]
+            assert found[f"moe_inspect_{name}{at}"] == pytest.approx(value), name
+        for e, load in enumerate(np.bincount(table.ravel(), minlength=E)):
+            name = f'moe_inspect_expert_assignments_total{{expert="{e}",layer="{r}",router="{r}"}}'
+            assert found[name] == load
+    (alarm,) = [name for name in found if name.startswith("moe_inspect_alarm{") and "dead" in name]
+    assert 'layer="3"' in alarm
+
+
+def test_metrics_are_in_the_format_that_is_asked_for(server: Server) -> None:
+    _, text, headers = server.get("/metrics", Accept="application/openmetrics-text")
+    assert text.endswith("# EOF\n")
+    assert headers["content-type"].startswith("application/openmetrics-text")
+    assert server.get("/metrics")[2]["content-type"].startswith("text/plain")
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:1", 200),
+        ("127.0.0.1:80", 200),
+        ("[::1]:80", 200),
+        ("moe.example:80", 200),
+        ("evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("localhost.evil.example:80", 421),
+        ("", 421),
+        ("[::1", 421),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/state", "/metrics", "/nothing"])
+def test_only_its_own_hosts_are_answered(server: Server, host: str, code: int, path: str) -> None:
+    expected = 404 if code == 200 and path == "/nothing" else code
+    status, text, _ = server.get(path, Host=host)
+    assert status == expected
+    if code == 421:
+        assert "tokens" not in text
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+@pytest.mark.parametrize("path", ["/", "/events", "/state", "/metrics"])
+def test_no_request_changes_anything(server: Server, method: str, path: str) -> None:
+    assert server.get(path, method)[0] == 405
+
+
+def test_the_page_runs_its_own_scripts_only(server: Server) -> None:
+    status, text, headers = server.get("/")
+    assert status == 200
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy.split("script-src")[1].split(";")[0]
+    assert "frame-ancestors 'none'" in policy
+    assert "http://" not in text.replace("http://www.w3.org/", "")
+    assert "access-control-allow-origin" not in headers
+
+
+def test_events_are_what_the_page_shows(server: Server) -> None:
+    with urllib.request.urlopen(f"{server.url}/events", timeout=20) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        line = answer.readline().decode()
+    assert json.loads(line.removeprefix("data: "))["tokens"] == 2560
+
+
+def test_counts_show_no_text(trace: Path) -> None:
+    quiet = Server(trace, "--counts")
+    try:
+        shown = waited(lambda: (s := quiet.state())["tokens"] == 2560 and s)
+        assert shown["text"] is None
+        assert " mat" not in json.dumps(shown)
+    finally:
+        quiet.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("8000", ("127.0.0.1", 8000)),
+        (":8000", ("127.0.0.1", 8000)),
+        ("0.0.0.0:80", ("0.0.0.0", 80)),
+        ("[::1]:80", ("::1", 80)),
+        ("localhost:0", ("localhost", 0)),
+    ],
+)
+def test_addresses(text: str, found: tuple[str, int]) -> None:
+    assert address(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "a", "127.0.0.1", "1:99999", "1:-1", "1:٣"])
+def test_what_is_no_address_is_one_line(text: str) -> None:
+    with pytest.raises(MoeInspectError, match="write it like 127"):
+        address(text)
+
+
+def test_who_is_answered_by_default() -> None:
+    assert is_loopback("127.0.0.9")
+    assert is_loopback("::1")
+    assert not is_loopback("0.0.0.0")
+    assert not is_loopback("10.0.0.1")
+    assert hosts_of("127.0.0.1") == {"localhost", "127.0.0.1", "::1"}
+    assert {socket.gethostname().lower(), "10.0.0.1", "a"} <= hosts_of("10.0.0.1", ["A"])
+
+
+def test_a_port_that_is_taken_is_one_line(trace: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "moe_inspect", "watch", str(trace), "--serve", where]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: cannot serve at {where}: Address already in use\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("REQUIRE_CHROMIUM"),
+    reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path",
+)
+def test_the_page_follows_the_trace_until_its_writer_is_killed(tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, "REQUIRE_CHROMIUM is set, and there is none"
+    root = tmp_path / "<b>t"
+    server, complaints = Server(root), list[str]()
+    with sync_playwright() as tool:
+        browser = tool.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else []
+        )
+        view = browser.new_page(viewport={"width": 1280, "height": 900})
+        view.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        view.on("pageerror", lambda error: complaints.append(str(error)))
+
+        def until(expression: str) -> None:  # (the policy forbids what wait_for_function does)
+            waited(lambda: view.wait_for_timeout(50) or view.evaluate(expression))
+
+        view.goto(server.url)
+        until("document.getElementById('status').textContent === 'waiting'")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.watched", str(root), "5", "8", "1000", "0.05"]
+        )
+        until("document.querySelectorAll('#alarm-list .critical').length > 0")
+        assert view.inner_text("#status") == "recording"
+        assert view.inner_text("#path").endswith("<b>t")
+        assert "process" in view.inner_text("#said")
+        assert "Layer 3, expert 2" in view.inner_text("#alarm-list")
+        tokens = "Number(document.getElementById('tokens').textContent.replaceAll(',', ''))"
+        before = view.evaluate(tokens)
+        # a part of the page that a reader has chosen stays while it is brought up to date
+        view.locator(".plot").first.focus()
+        for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowRight"):
+            view.keyboard.press(key)
+        until(f"{tokens} > {before + 1000}")
+        drawn = view.evaluate("document.querySelectorAll('.plot svg text.in').length")
+        assert drawn > 20  # a number in each cell of 5 × 8
+        assert view.inner_text("#text-title") == "Last text for expert 1 of layer 3"
+        assert view.evaluate("document.querySelectorAll('#words mark').length") > 0
+        assert "<b>" in view.inner_text("#words")
+        assert view.evaluate("moe.plots[0].at") == [3, 1]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        until("document.getElementById('status').textContent === 'killed'")
+        assert f"process {process.pid} is gone" in view.inner_text("#said")
+        assert view.evaluate(tokens) == open_trace(root).n_tokens
+        assert complaints == []
+        assert server.stop() == 130
+        until("document.getElementById('status').textContent === 'lost'")
+        browser.close()

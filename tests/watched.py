@@ -1,0 +1,89 @@
+"""A trace that is written slowly, in a process of its own, for those who watch it.
+
+    python -m tests.watched ROOT LAYERS EXPERTS BATCHES SECONDS
+
+Expert 1 of layer 3 takes ever more, expert 2 there gets nothing from batch 3 on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.trace.manifest import process_start
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "<b>", "\x1b[31m"]
+K, TOKENS = 2, 256
+
+
+def routers(layers: int, experts: int) -> list[Router]:
+    return [
+        Router(n, "gate", f"layers.{n}.gate", experts, K, slot_order="weight")
+        for n in range(layers)
+    ]
+
+
+def manifest() -> dict[str, Any]:
+    pid = os.getpid()
+    capture = {"mode": "tap", "dtype": "float32", "pid": pid, "host": socket.gethostname()}
+    capture["process_start"] = process_start(pid)
+    return {"model": {"id": "made"}, "capture": capture}
+
+
+def batches(layers: int, experts: int, n: int) -> Iterator[RoutedBatch]:
+    rng = np.random.default_rng(0)
+    for b in range(n):
+        ids = []
+        for layer in range(layers):
+            wish = rng.random((TOKENS, experts))
+            if layer == 3:
+                wish[:, 1] += min(0.9, 0.1 * b)
+                if b >= 3:
+                    wish[:, 2] = -1
+            ids.append(np.argsort(-wish, axis=1)[:, :K].astype(np.uint8))
+        row = np.arange(TOKENS, dtype=np.int32)
+        yield RoutedBatch(
+            b,
+            rng.integers(0, len(WORDS), TOKENS).astype(np.int32),
+            row * 0 + b,
+            row * 0 + b,
+            row,
+            row * 0,
+            ["text"],
+            ids,
+            None,
+            None,
+            [Document(b, "text", "made", TOKENS)],
+        )
+
+
+def writer(root: Path, layers: int, experts: int, **options: Any) -> TraceWriter:
+    vocabulary = pa.table({"token_id": range(len(WORDS)), "token": [f" {w}" for w in WORDS]})
+    return TraceWriter(
+        root,
+        manifest(),
+        routers(layers, experts),
+        weights=False,
+        vocabulary=vocabulary,
+        **options,
+    )
+
+
+def main(root: str, layers: str, experts: str, n: str, seconds: str) -> None:
+    with writer(Path(root), int(layers), int(experts), commit_every=0.1) as open_writer:
+        for batch in batches(int(layers), int(experts), int(n)):
+            open_writer.write(batch)
+            time.sleep(float(seconds))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
