@@ -22,11 +22,11 @@ from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.probe import listen
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.sink import (
+    CallReader,
     Scope,
     Sink,
     before_method,
     choice_after_call,
-    choice_at_call,
     logits_after_call,
 )
 from moe_inspect.capture.options import RecordOptions
@@ -112,6 +112,7 @@ class Attachment:
                 self.logit_sinks.append(Sink(scope, len(of_stack) + n, take))
         self.compiled = self.in_compiled = is_compiled(outer)
         self._bracketed = False
+        self._reader = functools.cache(CallReader)
         self.probes: Probes | None = None
         self.discovery: Discovery | None = None
         self._cleanup, self._eager = ExitStack(), Eager()
@@ -204,15 +205,15 @@ class Attachment:
             hook = choice_after_call(self.sinks[r], adapter.choice)
             self._keep(module.register_forward_hook(hook, with_kwargs=True))
         elif adapter is not None or self.mode == "tap":
-            hook = choice_at_call(
-                self.sinks[r], adapter.choice if adapter is not None else called_with
-            )
+            sink, choice_of = self.sinks[r], adapter.choice if adapter is not None else called_with
+            reader = self._reader(sink.scope, choice_of)
+            if site.method:
+                self._cleanup.callback(before_method(module, site.method, reader.hook(sink)))
             # (whoever has put a forward there, as accelerate does, may look for it again)
-            replaces = not compiled and "forward" not in vars(module)
-            if method := site.method or ("forward" if replaces else ""):
-                self._cleanup.callback(before_method(module, method, hook))
+            elif compiled or "forward" in vars(module):
+                self._keep(module.register_forward_pre_hook(reader.hook(sink), with_kwargs=True))
             else:
-                self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._cleanup.callback(reader.replace_forward(module, sink))
         if self.logit_sinks and site.logits_module is not None:
             hook = logits_after_call(self.logit_sinks[r], site)
             self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
@@ -58,6 +59,9 @@ class Sink:
         self.tapes: list[Tape] = []  # one per run of its layer in a forward pass
         self._calls = self._pass = 0  # in the current forward pass
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sink:
+        return self  # what is copied is a module
+
     def __call__(self, ids: Tensor | None, values: Tensor) -> Tape | None:
         """`ids` is None for router logits."""
         scope = self.scope
@@ -81,42 +85,72 @@ class Sink:
         return self.tapes[(self._calls - 1) % len(self.tapes)]
 
 
-def choice_at_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
-    scope, n = sink.scope, sink.n
-    by_place = False  # whether the last call was one of (hidden states, ids, weights)
+class CallReader:
+    """Reads choices in the arguments of calls, for the sinks of a scope.
 
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal by_place
-        references = scope.references
-        if by_place and references is not None and len(args) == 3 and not kwargs:
-            references.append((n, args[1], args[2]))
-            return
-        choice = choice_of(module, args, kwargs, None)
-        by_place = (
-            choice_of is called_with
-            and choice is not None
-            and len(args) == 3
-            and choice[0] is args[1]
-            and choice[1] is args[2]
-        )
-        _seen(sink, choice)
+    All modules share what runs at a call: a decode step has nothing else in the processor's caches,
+    so whatever there is one of per module is loaded from memory."""
 
-    return hook
+    def __init__(self, scope: Scope, choice_of: Callable[..., Choice | None]):
+        self._forwards: dict[type, Callable[..., Any]] = {}
+        by_place: set[int] = set()  # sinks whose last call was one of (hidden states, ids, weights)
+
+        def read(sink: Sink, n: int, module: Module, args: Any, kwargs: Any) -> None:
+            references = scope.references
+            if references is not None and n in by_place and len(args) == 3 and not kwargs:
+                references.append((n, args[1], args[2]))
+                return
+            choice = choice_of(module, args, kwargs, None)
+            is_by_place = (
+                choice_of is called_with
+                and choice is not None
+                and len(args) == 3
+                and choice[0] is args[1]
+                and choice[1] is args[2]
+            )
+            (by_place.add if is_by_place else by_place.discard)(n)
+            _seen(sink, choice)
+
+        self._read = read
+
+    def hook(self, sink: Sink) -> Callable[[Module, Any, Any], None]:
+        """A forward pre-hook with kwargs."""
+        return functools.partial(self._read, sink, sink.n)
+
+    def replace_forward(self, module: Module, sink: Sink) -> Callable[[], None]:
+        """Reads by a `forward` of the instance, until what this returns is called. It costs a call
+        some 5 µs less than a hook: once there is one, `Module.__call__` goes a long way."""
+        kind = type(module)
+        if kind not in self._forwards:
+            self._forwards[kind] = self._before(kind.forward)
+        # (a deep copy of it belongs to the copy of the module)
+        ours = module.forward = functools.partial(self._forwards[kind], module, sink, sink.n)
+
+        def put_back() -> None:
+            if vars(module).get("forward") is ours:  # else it is wrapped by now, and reads no more
+                del module.forward
+
+        return put_back
+
+    def _before(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        read = self._read
+
+        def forward(self: Module, sink: Sink, n: int, /, *args: Any, **kwargs: Any) -> Any:
+            read(sink, n, self, args, kwargs)
+            return inner(self, *args, **kwargs)
+
+        return forward
 
 
 def before_method(
     module: torch.nn.Module, name: str, hook: Callable[..., None]
 ) -> Callable[[], None]:
-    """Calls `hook(module, args, kwargs)` before each call of a method of `module`, by a method of
-    the instance. Returns what ends that.
-
-    For `forward` this costs some 5 µs less per call than `register_forward_pre_hook`: once there is
-    a hook, `Module.__call__` goes a long way."""
-    hooks = _hooks_before(module, name)
+    """`register_forward_pre_hook(hook, with_kwargs=True)` for another method of `module`. Returns
+    what removes the hook."""
+    hooks = getattr(vars(module).get(name), "hooks", None)
     if hooks is None:
         hooks, own, of_class = [], vars(module).get(name), getattr(type(module), name)
 
-        @functools.wraps(of_class)
         def run(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             for before in hooks:
                 before(self, args, kwargs)
@@ -129,7 +163,7 @@ def before_method(
 
     def remove() -> None:
         hooks.remove(hook)
-        if hooks or _hooks_before(module, name) is not hooks:
+        if hooks or getattr(vars(module).get(name), "hooks", None) is not hooks:
             return  # another recorder's hook is left, or somebody has replaced the method since
         if (own := getattr(module, name).own) is not None:
             setattr(module, name, own)
@@ -137,13 +171,6 @@ def before_method(
             delattr(module, name)
 
     return remove
-
-
-def _hooks_before(module: torch.nn.Module, name: str) -> list[Callable[..., None]] | None:
-    """The hooks before a method of `module`; None where `before_method` has not replaced it."""
-    made = vars(module).get(name)
-    # (what wraps a function may have its attributes)
-    return getattr(made, "hooks", None) if isinstance(made, MethodType) else None
 
 
 def choice_after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
