@@ -57,15 +57,16 @@ def qwen(layers: int, experts: int, **sizes: int) -> Any:
 # --- the ways of recording
 
 
+def experts_of(model: Any) -> list[Any]:
+    found = [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
+    assert found
+    return found
+
+
 @contextmanager
 def hooked(model: Any, hook: Callable[[Any, Any], None]) -> Iterator[None]:
     """`hook` before each call of the experts."""
-    handles = [
-        module.register_forward_pre_hook(hook)
-        for name, module in model.named_modules()
-        if name.endswith("mlp.experts")
-    ]
-    assert handles
+    handles = [module.register_forward_pre_hook(hook) for module in experts_of(model)]
     try:
         yield
     finally:
@@ -78,6 +79,20 @@ def cloning(model: Any, path: Path) -> AbstractContextManager[None]:
     return hooked(model, lambda module, args: kept.append([a.clone() for a in args[1:3]]))
 
 
+def probed(model: Any) -> Any:
+    """The model with a probe in the forward of its experts."""
+    kind = type(experts_of(model)[0])
+
+    class Probed(kind):
+        def forward(self, hidden: Any, ids: Any, weights: Any) -> Any:
+            moe_inspect.probe(ids, weights, layer=self.layer, experts=self.num_experts)
+            return super().forward(hidden, ids, weights)
+
+    for n, module in enumerate(experts_of(model)):
+        module.__class__, module.layer = Probed, n
+    return model
+
+
 WAYS: dict[str, Way] = {
     "untraced": lambda model, path: nullcontext(),
     "hook that does nothing": lambda model, path: hooked(model, lambda module, args: None),
@@ -88,6 +103,7 @@ WAYS: dict[str, Way] = {
     "counts_only": lambda model, path: moe_inspect.record(
         model, None, counts_only=True, capture="tap"
     ),
+    "probe": lambda model, path: moe_inspect.record(probed(model), path, routers=[]),
 }
 
 
@@ -176,6 +192,19 @@ def measured(case: str, rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def idle_probe_ns() -> float:
+    """CPU time of a call of `probe` while no recorder is open, least of 50 rounds."""
+    probe, calls = moe_inspect.probe, 20_000
+    ids, weights = torch.zeros((1, 8), dtype=torch.long), torch.rand(1, 8)
+    found = []
+    for _ in range(50):
+        began = time.process_time()
+        for _ in range(calls):
+            probe(ids, weights, layer=3, experts=16)
+        found.append(time.process_time() - began)
+    return min(found) / calls * 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=150)
@@ -184,7 +213,9 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
-    found = {}
+    idle_ns = idle_probe_ns()
+    found: dict[str, Any] = {"probe, no recorder open": {"ns_per_call": idle_ns}}
+    print(f"probe, no recorder open: {idle_ns:.0f} ns per call (at most 150)")
     for case in asked.case or CASES:
         found[case] = measured(case, asked.rounds)
         heads = "us per layer", "/ untraced", "least ms", "us per layer"
