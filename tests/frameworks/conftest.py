@@ -4,6 +4,7 @@ FRAMEWORKS_TABLE names if everything ran."""
 from __future__ import annotations
 
 import os
+import platform
 import socket
 from collections.abc import Callable
 from importlib.metadata import version
@@ -46,6 +47,15 @@ def check(record_property: Callable[[str, object], None]) -> Check:
     return check
 
 
+def table_of(rows: list[str]) -> str:
+    """The rows, and how many decisions were compared with which releases."""
+    counts = [row.split("|")[3].replace(",", "").split(" of ") for row in rows]
+    equal, total = (sum(map(int, column)) for column in zip(*counts, strict=True))
+    releases = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    made = f"{equal:,} of {total:,} decisions. Python {platform.python_version()}, {releases}."
+    return "\n".join([HEADER, *sorted(rows), "", made])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = [
         str(row)
@@ -55,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ]
     if not rows:
         return
-    table = "\n".join([HEADER, *sorted(rows)])
+    table = table_of(rows)
     terminalreporter.write_line("\n" + table)
     left_out = [k for k in ("failed", "error", "skipped") if terminalreporter.stats.get(k)]
     if (path := os.environ.get("FRAMEWORKS_TABLE")) and not left_out:
