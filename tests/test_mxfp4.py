@@ -4,18 +4,25 @@ kernels on the CPU."""
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations import mxfp4
 
 import moe_inspect
+from moe_inspect.capture import run
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
+from tests import zoo
+from tests.conftest import Cli
 from tests.mxfp4 import Kernels, model_with_kernels
+from tests.test_cli_trace import save, save_tokenizer, write_jsonl
 from tests.zoo import token_batch
 
 LENGTHS = [9, 5, 7]
@@ -206,3 +213,96 @@ def test_compiled_it_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     again = found[found.token >= sum(LENGTHS)].reset_index(drop=True)
     again["token"] -= sum(LENGTHS)
     pd.testing.assert_frame_equal(again, expected, rtol=1e-3)
+
+
+# --- from the command line
+
+
+def checkpoint(path: Path) -> Path:
+    """GPT-OSS as it is released: experts as blocks of 32 four-bit values with a scale."""
+    save_tokenizer(path)
+    model = zoo.build("gpt_oss", torch.bfloat16, hidden_size=64, intermediate_size=64)
+    model.save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in weights if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        E, inside, outside = weights.pop(name).shape
+        shape = (E, outside, inside // 32, 16)
+        weights[f"{name}_blocks"] = torch.randint(
+            256, shape, dtype=torch.uint8, generator=generator
+        )
+        weights[f"{name}_scales"] = torch.randint(
+            118, 122, shape[:3], dtype=torch.uint8, generator=generator
+        )
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = Mxfp4Config().to_dict()
+    (path / "config.json").write_text(json.dumps(config, default=str))
+    return path
+
+
+def test_a_checkpoint_is_traced_dequantized(cli_here: Cli, tmp_path: Path) -> None:
+    """On a CPU transformers has no kernels for it, asked for or not."""
+    where, corpus = checkpoint(tmp_path / "m"), write_jsonl(tmp_path / "c.jsonl", 9, 30)
+    cli_here("trace", where, "-o", "plain", "--data", corpus)
+    cli_here("trace", where, "-o", "asked", "--data", corpus, "--dequantize")
+    plain, asked = (moe_inspect.open_trace(tmp_path / name) for name in ("plain", "asked"))
+    pd.testing.assert_frame_equal(plain.routing(), asked.routing())
+    for trace in (plain, asked):
+        assert trace.manifest["model"]["dequantized_from"]["quant_method"] == "mxfp4"
+    said = cli_here("report", "asked").stdout
+    assert "weights: mxfp4 dequantized to bfloat16." in " ".join(said.split())
+    refused = cli_here("trace", where, "-o", "plain", "--resume", "--dequantize", check=1).stderr
+    assert "was made with dequantize None, not True: resume with the same" in refused
+    # the model that transformers makes of it, given the same tokens
+    network = AutoModelForCausalLM.from_pretrained(where)
+    first = asked.tokens().query("sequence == 0")
+    ids = torch.tensor([first.token_id.tolist()])
+    with moe_inspect.record(network, tmp_path / "own"), torch.no_grad():
+        network(input_ids=ids)
+    own = moe_inspect.open_trace(tmp_path / "own").routing().filter(like="expert_").to_numpy()
+    rows = asked.routing()
+    rows = rows[rows.token.isin(first.token)].sort_values(["router", "token"])
+    assert (rows.filter(like="expert_").to_numpy() == own).mean() > 0.98  # bfloat16, other batches
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [
+        (None, "is not quantised: drop --dequantize"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "cannot dequantise bitsandbytes weights",
+        ),
+    ],
+)
+def test_dequantize_is_refused_where_it_means_nothing(
+    quantization: Any, said: str, cli_here: Cli, tmp_path: Path
+) -> None:
+    where = save("olmoe", tmp_path / "m")
+    config = json.loads((where / "config.json").read_text())
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (where / "config.json").write_text(json.dumps(config))
+    corpus = write_jsonl(tmp_path / "c.jsonl", 2, 9)
+    done = cli_here("trace", where, "-o", "t", "--data", corpus, "--dequantize", check=1)
+    assert said in done.stderr
+    done = cli_here(
+        "trace", where, "-o", "t", "--data", corpus, "--dequantize", "--random-init", 0, check=1
+    )
+    assert "--dequantize needs weights, and --random-init reads none" in done.stderr
+
+
+def test_with_kernels_it_is_traced_as_it_runs(
+    monkeypatch: pytest.MonkeyPatch, cli_here: Cli, tmp_path: Path
+) -> None:
+    model, plain, _ = model_with_kernels(monkeypatch)
+    model.config.quantization_config = Mxfp4Config()
+    where, corpus = save("gpt_oss", tmp_path / "m"), write_jsonl(tmp_path / "c.jsonl", 9, 30)
+    for name, network in (("ours", model), ("theirs", plain)):
+        monkeypatch.setattr(run, "load_model", lambda *_, network=network, **__: network)
+        cli_here("trace", where, "-o", name, "--data", corpus, "--generate", 2)
+    ours, theirs = (moe_inspect.open_trace(tmp_path / name) for name in ("ours", "theirs"))
+    pd.testing.assert_frame_equal(ours.routing(), theirs.routing(), rtol=1e-3)
+    assert "weights: mxfp4." in " ".join(cli_here("report", "ours").stdout.split())
+    assert "weights:" not in cli_here("report", "theirs").stdout

@@ -143,6 +143,10 @@ def test_a_wrapped_model_is_recorded(kind: str, by: str, one_rank: None, tmp_pat
     assert trace.n_tokens == sum(LENGTHS)
     assert trace.tokens().token_id.tolist() == IDS[MASK.bool()].tolist()
     assert trace.manifest["model"]["class"] == "OlmoeForCausalLM"
+    adapter = trace.manifest["model"].get("adapter")
+    assert (adapter["kind"] if adapter is not None else None) == (
+        "LORA" if "PEFT" in kind else None
+    )
     assert trace.routers[0].path.startswith("model.layers.0.mlp.experts")
 
 

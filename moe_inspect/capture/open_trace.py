@@ -17,6 +17,7 @@ from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.model.load import config_record
 from moe_inspect.model.own import as_tokenizer
+from moe_inspect.model.peft_adapter import adapter_in
 from moe_inspect.model.routers import Site, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.trace import slot_order
@@ -115,6 +116,8 @@ class TraceOpener:
         }
         manifest = {"model": own, **session.manifest}
         manifest["model"]["config"] = config_record(config)
+        if "adapter" not in manifest["model"] and (adapter := adapter_in(self.model)) is not None:
+            manifest["model"]["adapter"] = adapter
         notes = {site.adapter.note for site in self.sites if site.adapter is not None} - {""}
         if discovered:
             notes.add(discovery.NOTE)

@@ -67,6 +67,7 @@ class TraceOptions(CorpusOptions):
     dtype        "float32", "bfloat16", "float16"; "auto": as the checkpoint is stored
     random_init  initialise the weights with this seed instead of reading them: the untrained
                  baseline
+    dequantize   dequantise MXFP4, FP8 or compressed-tensors weights while reading them
     weights      record the gate weights
     logits       record the router logits
     counts_only  record only counts by layer, domain and expert
@@ -81,6 +82,7 @@ class TraceOptions(CorpusOptions):
     device_map: str | None = None
     dtype: str = "auto"
     random_init: int | None = None
+    dequantize: bool = False
     weights: bool = True
     logits: bool = False
     counts_only: bool = False
@@ -167,6 +169,7 @@ class TraceKeywords(CorpusKeywords, total=False):
     device_map: str | None
     dtype: str
     random_init: int | None
+    dequantize: bool
     weights: bool
     logits: bool
     counts_only: bool

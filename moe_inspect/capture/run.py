@@ -32,12 +32,15 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.find import named
 from moe_inspect.model.load import (
     commit_of,
+    dequantizing,
     load_config,
     load_model,
     load_tokenizer,
+    quantization_of,
     weights_fingerprint,
 )
 from moe_inspect.model.own import OwnModel, load_own, state_fingerprint
+from moe_inspect.model.peft_adapter import PeftAdapter, find_adapter
 from moe_inspect.model.vocabulary import tokenizer_fingerprint
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import Lock, hold, join
@@ -62,6 +65,7 @@ class TraceRun:
     plan: Plan
     record: dict[str, Any]
     own: OwnModel | None = None  # what a loader returned
+    adapter: PeftAdapter | None = None  # then `model` names it, and `config` is its base model's
 
     @property
     def passes_per_batch(self) -> int:
@@ -88,13 +92,22 @@ def trace_model(
 
 def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks) -> TraceRun:
     sources = find_sources(options.data, leave_out=output_dir)
-    own = None
+    own = adapter = None
     if options.loader is not None:
         own = _own_of(options, model)
         model, config, tokenizer = own.name, getattr(own.model, "config", None), own.tokenizer
     else:
-        of_hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-        config, tokenizer = load_config(model, **of_hub), load_tokenizer(model, **of_hub)
+        adapter = find_adapter(model, options.revision)
+        if options.random_init is not None and (options.dequantize or adapter is not None):
+            needs = "--dequantize" if options.dequantize else f"{model}, an adapter,"
+            raise MoeInspectError(f"{needs} needs weights, and --random-init reads none")
+        name, revision = adapter.of_base if adapter is not None else (model, options.revision)
+        config = load_config(name, revision=revision, trust_remote_code=options.trust_remote_code)
+        if adapter is not None and adapter.has_tokenizer():
+            name, revision = model, options.revision
+        tokenizer = load_tokenizer(
+            name, revision=revision, trust_remote_code=options.trust_remote_code
+        )
     plan = Plan(
         sources,
         options,
@@ -108,8 +121,10 @@ def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks)
         "model": model,
         "revision": options.revision,
         "config": schema.fingerprint(comparable(config)),
-        "weights_hash": _weights_hash(model, options, own),
+        "weights_hash": _weights_hash(model, options, own, adapter),
+        "adapter": adapter.fingerprint() if adapter is not None else None,
         "random_init": options.random_init,
+        "dequantize": options.dequantize or None,
         "dtype": options.dtype,
         "layers": sorted(options.layers) if options.layers is not None else None,
         "weights": options.weights,
@@ -119,12 +134,14 @@ def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks)
     }
     if options.routers is not None:
         record["routers"] = [named(spec) for spec in options.routers]
-    return TraceRun(model, output_dir, options, ranks, config, tokenizer, plan, record, own)
+    return TraceRun(
+        model, output_dir, options, ranks, config, tokenizer, plan, record, own, adapter
+    )
 
 
 def _own_of(options: TraceOptions, name: str) -> OwnModel:
     """What the loader returns, on the device and in the dtype asked for."""
-    for option in ("device_map", "revision", "trust_remote_code", "random_init"):
+    for option in ("device_map", "revision", "trust_remote_code", "random_init", "dequantize"):
         if getattr(options, option) not in (None, False):
             raise MoeInspectError(
                 f"--{option.replace('_', '-')} is for models of transformers: the loader decides"
@@ -138,12 +155,15 @@ def _own_of(options: TraceOptions, name: str) -> OwnModel:
     return own
 
 
-def _weights_hash(model: str, options: TraceOptions, own: OwnModel | None) -> str | None:
+def _weights_hash(
+    model: str, options: TraceOptions, own: OwnModel | None, adapter: PeftAdapter | None
+) -> str | None:
     if own is not None:
         return state_fingerprint(own.model)
     if options.random_init is not None:
         return None
-    return weights_fingerprint(model, options.revision)
+    of_base = adapter.of_base if adapter is not None else (model, options.revision)
+    return weights_fingerprint(*of_base)
 
 
 def _record(
@@ -156,9 +176,10 @@ def _record(
     if first is None:
         corpus = ", ".join(run.options.data) or "the bundled corpus"
         raise MoeInspectError(f"the corpus is empty: no text in {corpus}")
+    stored = quantization_of(run.config) if run.own is None else {}  # loading changes the config
     network = _load(run)
     with torch.inference_mode():
-        recorder = _recorder(run, network, start, lock)
+        recorder = _recorder(run, network, stored, start, lock)
         with _ended_early(ranks, recorder), recorder:
             _feed_batches(run, network, recorder, chain([first], planned), start, progress)
             if recorder.writer is not None:
@@ -177,20 +198,28 @@ def _load(run: TraceRun) -> Any:
     options, device = run.options, run.options.device
     if device == "auto" and run.ranks.world > 1 and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return load_model(
-        run.model,
-        run.config,
-        revision=options.revision,
+    name, revision = (
+        run.adapter.of_base if run.adapter is not None else (run.model, options.revision)
+    )
+    network = load_model(
+        name,
+        dequantizing(run.model, run.config) if options.dequantize else run.config,
+        revision=revision,
         dtype=options.dtype,
         device=device,
         device_map=options.device_map,
         trust_remote_code=options.trust_remote_code,
         random_init=options.random_init,
     )
+    return run.adapter.put_on(network, run.tokenizer) if run.adapter is not None else network
 
 
 def _recorder(
-    run: TraceRun, network: Any, start: ResumePoint | None, lock: Lock | None
+    run: TraceRun,
+    network: Any,
+    stored: dict[str, Any],
+    start: ResumePoint | None,
+    lock: Lock | None,
 ) -> Recorder:
     options = run.options
     manifest = {
@@ -200,6 +229,7 @@ def _recorder(
             "class": type(network).__name__,
             "trust_remote_code": options.trust_remote_code,
             "device_map": options.device_map,
+            **_of_weights(run, network, stored),
         },
         "corpus": corpus_record(run.record, run.plan, run.tokenizer),
     }
@@ -219,6 +249,17 @@ def _recorder(
         tokenizer=run.tokenizer,
         session=Session(run.ranks, start, lock, manifest),
     )
+
+
+def _of_weights(run: TraceRun, network: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    """What the config of the model that runs does not say of its weights. `stored`: how they were
+    quantised in the checkpoint."""
+    facts: dict[str, Any] = {}
+    if stored and run.options.random_init is None and not quantization_of(network.config):
+        facts["dequantized_from"] = stored  # because asked for, or no kernels run it here
+    if run.adapter is not None:
+        facts["adapter"] = run.adapter.record()
+    return facts
 
 
 def _feed_batches(

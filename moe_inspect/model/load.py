@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -177,6 +178,9 @@ def load_model(
     weights are initialised with that seed instead of read: the untrained baseline."""
     import torch
 
+    if random_init is not None:
+        config = _without_quantization(config)
+
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device_map is not None and (device != "auto" or random_init is not None):
         raise MoeInspectError("--device-map cannot be combined with --device or --random-init")
@@ -217,6 +221,39 @@ def load_model(
             "traced"
         )
     return (model if device_map is not None else model.to(target)).eval()
+
+
+def quantization_of(config: Any) -> dict[str, Any]:
+    """The quantization_config that a model's config states; empty where it states none."""
+    stated = getattr(config, "quantization_config", None) or {}
+    return stated if isinstance(stated, dict) else stated.to_dict()
+
+
+def dequantizing(name: str, config: Any) -> Any:
+    """The config by which transformers dequantises weights while it reads them. MoeInspectError
+    where they are not quantised, or it cannot."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    stated = quantization_of(config)
+    if not stated:
+        raise MoeInspectError(f"{name!r} is not quantised: drop --dequantize")
+    made = AutoQuantizationConfig.from_dict({**stated, "dequantize": True})
+    if not getattr(made, "dequantize", False):
+        raise MoeInspectError(
+            f"transformers cannot dequantise {stated.get('quant_method')} weights while it reads "
+            "them: drop --dequantize"
+        )
+    config = copy.deepcopy(config)
+    config.quantization_config = {**stated, "dequantize": True}
+    return config
+
+
+def _without_quantization(config: Any) -> Any:
+    """The config of an untrained model, whose weights are not quantised."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str | None:

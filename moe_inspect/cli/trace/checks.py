@@ -14,6 +14,7 @@ NOT_OF_ENGINES = (
     "device_map",
     "dtype",
     "random_init",
+    "dequantize",
     "weights",
     "logits",
     "counts_only",

@@ -144,6 +144,14 @@ def trace(
         bool,
         typer.Option("--trust-remote-code", help="Run code from the model's repository."),
     ] = False,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Dequantise the weights of an MXFP4, FP8 or compressed-tensors checkpoint while "
+            "reading them.",
+        ),
+    ] = False,
     random_init: Annotated[
         int | None,
         typer.Option(
@@ -300,6 +308,7 @@ def trace(
                     device_map=device_map,
                     dtype=str(dtype),
                     random_init=random_init,
+                    dequantize=dequantize,
                     weights=weights,
                     logits=logits,
                     counts_only=counts_only,

@@ -1,0 +1,151 @@
+"""Adapters of PEFT (LoRA and the like), as a directory or on the hub: which base model they adapt,
+and how they are put on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.load import commit_of, weights_fingerprint
+from moe_inspect.text import first_line
+from moe_inspect.trace import schema
+
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """`config`: its adapter_config.json."""
+
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.config.get("peft_type") or "PEFT")
+
+    @property
+    def base(self) -> str:
+        """The model that it adapts: a hub id or a directory."""
+        return self.config["base_model_name_or_path"]
+
+    @property
+    def of_base(self) -> tuple[str, str | None]:
+        """Name and revision of the base model."""
+        return self.base, self.config.get("revision")
+
+    def has_tokenizer(self) -> bool:
+        """Whether it brings a tokenizer of its own."""
+        return _file(self.name, "tokenizer_config.json", self.revision) is not None
+
+    def record(self) -> dict[str, Any]:
+        """For the trace's manifest."""
+        base, revision = self.of_base
+        return {
+            "kind": self.kind,
+            "base": base,
+            "base_revision": commit_of(base, revision),
+            "config": self.config,
+        }
+
+    def fingerprint(self) -> str:
+        """Identifies its weights and how they are applied."""
+        return schema.fingerprint([weights_fingerprint(self.name, self.revision), self.config])
+
+    def put_on(self, model: Any, tokenizer: Any) -> Any:
+        """`model` with the adapter in it. `tokenizer`: for which the adapter may hold embeddings of
+        tokens that the base model does not have."""
+        peft: Any = import_module("peft")
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
+        try:
+            adapted: Any = peft.PeftModel.from_pretrained(
+                model,
+                self.name,
+                revision=self.revision,
+                torch_device=str(next(model.parameters()).device),
+            )
+        except Exception as error:  # whatever it raises, the files are the user's
+            raise MoeInspectError(
+                f"cannot load adapter {self.name!r}: {first_line(error)}"
+            ) from error
+        return adapted.get_base_model().eval()
+
+
+def adapter_in(model: Any) -> dict[str, Any] | None:
+    """For the manifest of a recorded model: the first adapter that PEFT has put into it; None where
+    there is none."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict) or not configs:
+        return None
+    config = next(iter(configs.values()))
+    stated = config.to_dict()
+    return {
+        "kind": str(getattr(config.peft_type, "value", config.peft_type)),
+        "base": config.base_model_name_or_path or None,
+        "base_revision": config.revision,
+        "config": json.loads(
+            json.dumps(
+                stated, default=lambda v: list(map(str, v)) if isinstance(v, set) else str(v)
+            )
+        ),
+    }
+
+
+def find_adapter(name: str, revision: str | None = None) -> PeftAdapter | None:
+    """The adapter of that name; None where it is a whole model. MoeInspectError for one that cannot
+    be traced, or without peft."""
+    path = _file(name, CONFIG, revision)
+    if path is None:
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+        base = config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise MoeInspectError(f"{path} is not an adapter's config: {first_line(error)}") from None
+    if not isinstance(base, str) or not base:
+        raise MoeInspectError(
+            f"{path} does not say which model it adapts (base_model_name_or_path)"
+        )
+    adapter = PeftAdapter(name, revision, config)
+    if "num_virtual_tokens" in config:
+        raise MoeInspectError(
+            f"{name} adds prompts of its own ({adapter.kind}), which are no tokens: record it with "
+            "moe_inspect.record"
+        )
+    if find_spec("peft") is None:
+        raise MoeInspectError(
+            f"{name} is an adapter of {base}, which needs peft: pip install 'moe-inspect[peft]'"
+        )
+    return adapter
+
+
+def _file(name: str, file: str, revision: str | None) -> Path | None:
+    """Of an adapter, in its directory or on the hub; None where it has no such file."""
+    directory = Path(name)
+    if name == "demo" or directory.is_dir():
+        return directory / file if (directory / file).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from transformers.utils.hub import cached_file
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return None
+        found = cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (HFValidationError, OSError):  # there is no such repository: said of the model
+        return None
+    return Path(found) if found else None

@@ -1,0 +1,160 @@
+"""An adapter of PEFT, traced by its directory: base and adapter are loaded, named and compared when
+a trace is resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import moe_inspect
+from moe_inspect.model import peft_adapter
+from tests.conftest import Cli
+from tests.test_cli_trace import save, save_tokenizer, write_jsonl
+
+EXPERTS: dict[str, Any] = {
+    "target_modules": [],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+TARGETS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "experts": EXPERTS,
+    "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: Any) -> Path:
+    return save("olmoe", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: Any) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents=12, words=60)
+
+
+def adapter_in(path: Path, base: Path, seed: int = 1, **options: Any) -> Path:
+    """Trained, as far as its weights are not zero."""
+    peft = pytest.importorskip("peft", reason="adapters are tested where peft is installed")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    adapted.save_pretrained(path)
+    return path
+
+
+def experts_of(path: Path) -> np.ndarray:
+    """Of the routers one after the other."""
+    frame = moe_inspect.open_trace(path).routing().sort_values(["router", "token"])
+    return frame.filter(like="expert_").to_numpy()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_adapter_is_traced(
+    target: str, base: Path, corpus: Path, cli_here: Cli, tmp_path: Path
+) -> None:
+    adapter = adapter_in(tmp_path / "lora", base, **TARGETS[target])
+    for model, name in ((adapter, "t"), (base, "base")):
+        cli_here("trace", model, "-o", name, "--data", corpus, "--logits")
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    # the truth: its weights merged into the base model's, given the same tokens
+    import peft
+
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    merged = peft.PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
+    tokens = trace.tokens()
+    with moe_inspect.record(merged.eval(), tmp_path / "merged"), torch.no_grad():
+        for _, rows in tokens.groupby("sequence", sort=False):
+            merged(input_ids=torch.tensor([rows.token_id.tolist()]))
+    found = experts_of(tmp_path / "t").reshape(len(trace.routers), len(tokens), -1)
+    whole = experts_of(tmp_path / "merged").reshape(found.shape)
+    by_sequence = np.concatenate(
+        [np.flatnonzero(tokens.sequence == s) for s in tokens.sequence.drop_duplicates()]
+    )
+    assert (found[:, by_sequence] == whole).mean() > 0.999  # sums in another order
+    assert (found != experts_of(tmp_path / "base").reshape(found.shape)).any()
+    about = trace.manifest["model"]
+    assert about["id"] == str(adapter)
+    assert about["class"] == "OlmoeForCausalLM"
+    assert about["adapter"]["base"] == str(base)
+    assert about["adapter"]["config"]["peft_type"] == "LORA"
+    said = " ".join(cli_here("report", "t").stdout.split())
+    assert f"weights: LORA adapter of {base}." in said
+
+
+def test_another_adapter_does_not_resume_a_trace(
+    base: Path, corpus: Path, cli_here: Cli, tmp_path: Path
+) -> None:
+    adapter = adapter_in(tmp_path / "lora", base, **TARGETS["attention"])
+    arguments = ("trace", adapter, "-o", "t", "--data", corpus)
+    cli_here(*arguments)
+    assert "complete already" in cli_here(*arguments, "--resume").stderr
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_B" in name)
+    save_file(weights | {name: weights[name] * 2}, adapter / "adapter_model.safetensors")
+    assert "was made with adapter" in cli_here(*arguments, "--resume", check=1).stderr
+    save_file(weights, adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
+    assert "was made with adapter" in cli_here(*arguments, "--resume", check=1).stderr
+
+
+def test_its_own_tokenizer_is_used(base: Path, corpus: Path, cli_here: Cli, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    adapter = adapter_in(tmp_path / "lora", base, **TARGETS["attention"])
+    save_tokenizer(adapter)
+    own = AutoTokenizer.from_pretrained(adapter)
+    own.add_tokens(["mended"])
+    own.save_pretrained(adapter)
+    cli_here("trace", adapter, "-o", "t", "--data", corpus)
+    assert "mended" in set(moe_inspect.open_trace(tmp_path / "t").vocabulary().token)
+
+
+def config_in(path: Path, **config: Any) -> Path:
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_what_cannot_be_traced_is_refused_by_name(
+    base: Path, corpus: Path, cli_here: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(adapter: Path, *options: object) -> str:
+        done = cli_here("trace", adapter, "-o", "t", "--data", corpus, *options, check=1)
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    stated: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    assert "does not say which model it adapts" in said(config_in(tmp_path / "a", peft_type="LORA"))
+    broken = config_in(tmp_path / "b")
+    (broken / "adapter_config.json").write_text("[")
+    assert "is not an adapter's config" in said(broken)
+    prompts = config_in(tmp_path / "c", **stated, num_virtual_tokens=4)
+    assert "adds prompts of its own (LORA), which are no tokens" in said(prompts)
+    adapter = config_in(tmp_path / "d", **stated)
+    monkeypatch.setattr(peft_adapter, "find_spec", lambda name: None)
+    assert "needs peft: pip install 'moe-inspect[peft]'" in said(adapter)
+    monkeypatch.undo()
+    monkeypatch.setattr(peft_adapter, "find_spec", lambda name: name)
+    assert "needs weights, and --random-init reads none" in said(adapter, "--random-init", 0)
+    gone = config_in(tmp_path / "e", peft_type="LORA", base_model_name_or_path="./gone")
+    assert "no model at ./gone" in said(gone)
+
+
+def test_an_adapter_without_weights_is_refused(
+    base: Path, corpus: Path, cli_here: Cli, tmp_path: Path
+) -> None:
+    adapter = adapter_in(tmp_path / "lora", base, **TARGETS["attention"])
+    (adapter / "adapter_model.safetensors").unlink()
+    done = cli_here("trace", adapter, "-o", "t", "--data", corpus, check=1)
+    assert f"cannot load adapter {str(adapter)!r}" in done.stderr
