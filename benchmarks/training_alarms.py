@@ -225,10 +225,10 @@ def draw(measured: dict[str, Any], path: Path) -> None:
             ax.plot(run["step"], vio, label=f"layer {layer}", linewidth=1)
         for alarm in run["alarms"]:
             ax.axvline(alarm["step"], color="crimson", linewidth=0.8, linestyle="--")
-        ax.axhline(1, color="grey", linewidth=0.8)
+        ax.axhline(1.5, color="grey", linewidth=0.8)
         ax.set(title=f"{name} loss", xlabel="step", ylabel="max_vio", xlim=(0, last), ylim=(0, 3))
-        ax.legend(fontsize=8)
         axes[2].plot(run["step"], run["language_loss"], label=f"{name} loss", linewidth=1)
+    axes[1].legend(fontsize=8)
     axes[2].set(title="language loss", xlabel="step", ylabel="nats", xlim=(0, last))
     axes[2].legend(fontsize=8)
     figure.tight_layout()
