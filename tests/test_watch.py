@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from moe_inspect.alarms.alarms import CALM
 from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.render.heatmap import extremes
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING, Follower
@@ -279,16 +282,39 @@ def test_alarms_judge_windows_and_end_with_the_fault(tmp_path: Path) -> None:
     news = follower.poll()
     watched = Watched(1_000, [parse_rule("dead_experts > 0 for 2 windows")])
     said = []
-    for n, load in enumerate(
-        [[250] * 4, [500, 500, 0, 0], [500, 500, 0, 0], [500, 500, 0, 0], [250] * 4]
-    ):
+    for n, load in enumerate([[250] * 4, *[[500, 500, 0, 0]] * 3, *[[250] * 4] * CALM]):
         news.pieces, news.again = [a_piece(load, n)], n == 0
         watched.take(news, follower.header)
         said.append(len(watched.alarms))
-    assert said == [0, 0, 1, 1, 0]
+    assert said == [0, 0, 1, 1, *[1] * (CALM - 1), 0]
     assert watched.raised[0].experts == (2, 3)
     assert watched.raised[0].since == 1
-    assert "since step 1" in watched.raised[0].text
+    assert "since pass 1" in watched.raised[0].text
+
+
+def test_a_history_of_training_is_judged_as_it_was_committed(tmp_path: Path) -> None:
+    """Each shard is a window, whatever its tokens; its steps follow those of the one before."""
+    manifest = {"capture": {"pid": os.getpid()}, "training": {}}
+    watched, follower = Watched(10**6, [parse_rule("dead_experts > 0 for 2 windows")]), None
+    with TraceWriter(tmp_path / "t", manifest, ROUTERS[:1], counts_only=True) as history:
+        for n in range(4):
+            part = counted(10 * (n + 1), 1)
+            load = np.full((1, 8), 400)
+            load[0, 5] = 0 if n > 1 else 400
+            zero = [load * 0]
+            history.write(
+                replace(part, tokens=1600, assignments=[load], first_choice=zero, weight_sum=zero)
+            )
+    follower = Follower(tmp_path / "t")
+    watched.take(follower.poll(), follower.header)
+    (alarm,) = (found for found in watched.alarms if found.layer == 1)
+    assert (alarm.layer, alarm.experts, alarm.since, alarm.step) == (1, (5,), 21, 40)
+    assert "since step 21" in alarm.text
+
+
+def test_rules_on_what_no_trace_holds_are_refused() -> None:
+    with pytest.raises(MoeInspectError, match="a trace does not hold z_loss"):
+        Watched(rules=[parse_rule("z_loss > 1")])
 
 
 # --- the terminal
@@ -378,8 +404,10 @@ def test_without_colour_and_without_unicode_it_can_be_read(
 
 def test_many_layers_and_experts_share_a_cell() -> None:
     ratio = np.array([1.0, 1.0, 1.0, 0.0, 1.0, 5.0, np.nan])
-    assert "".join(s.text for s in cells(ratio, 2, True)) == "▄×█"
-    assert "".join(s.text for s in cells(ratio * np.nan, 2, True)) == "no load"
+    assert "".join(s.text for s in cells(extremes(ratio, 2), True)) == "▄×█"
+    assert "".join(s.text for s in cells(extremes(ratio * np.nan, 2), True)) == "no load"
+    of_layers = extremes(np.array([[1.0, 0.5], [3.0, 1.5], [1.0, 2.0]]).T, 2).T
+    assert of_layers.tolist() == [[3.0, 0.5], [1.0, 2.0]]
 
 
 def test_a_sparkline_is_flat_where_chance_explains_it() -> None:
@@ -449,13 +477,24 @@ def test_under_tmux_while_a_trace_is_written_and_its_writer_killed(
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.watched", str(root), "61", "256", "1000", "0.1"]
         )
-        waited(lambda: any("alarms  " in line and "now" in line for line in screen()))
-        lines = screen()
-        assert len(lines) <= height
-        assert f"recording by process {process.pid}" in lines[0]
-        assert "tokens/s" in lines[1]
-        assert any(line.startswith("layer 3 ") for line in lines)
-        assert any("layers" in line and "a cell is the most extreme" in line for line in lines)
+
+        def is_shown() -> bool:
+            lines = screen()
+            return (
+                f"recording by process {process.pid}" in lines[0]
+                and "tokens/s" in lines[1]
+                and "; a cell is the most extreme of " in lines[2]
+                and any(line.startswith("layer 3 ") for line in lines)
+                and any(line.startswith("alarms  ") and "now" in line for line in lines)
+            )
+
+        waited(is_shown)
+        # it is drawn again and again, at the same place
+        for _ in range(20):
+            time.sleep(0.1)
+            lines = screen()
+            titles = [line for line in lines if line.startswith(("watch ", "alarms  "))]
+            assert len(titles) == 2, lines
         process.send_signal(signal.SIGKILL)
         process.wait()
         # the view is gone from the alternate screen; its last state and the error stay

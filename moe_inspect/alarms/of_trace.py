@@ -18,6 +18,7 @@ from moe_inspect.analysis.counting.engine import WINDOWS, count_trace
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import Trace
 
 FEWEST_TOKENS = 4096
@@ -33,18 +34,23 @@ def alarms_of(
     committed; every other trace is cut into windows of `window` tokens, by default a 64th of it and
     at least FEWEST_TOKENS: a few documents are no trend. MoeInspectError for a rule on what no
     trace holds."""
+    refuse_rules_of_model(rules)
+    selection = selection or select(trace)
+    seen = Alarms(trace.routers, rules, "step" if is_history(trace) else "window")
+    return [alarm for w in windows_of_trace(trace, selection, window) for alarm in seen.see(w)]
+
+
+def refuse_rules_of_model(rules: Sequence[Rule]) -> None:
+    """MoeInspectError for a rule on what no trace holds."""
     for rule in rules:
         if rule.metric in OF_MODEL:
             raise MoeInspectError(
                 f"the rule {str(rule)!r}: a trace does not hold {rule.metric}, only the monitor of "
                 "a training run knows it"
             )
-    selection = selection or select(trace)
-    seen = Alarms(trace.routers, rules, "step" if is_history(trace) else "window")
-    return [alarm for w in windows_of_trace(trace, selection, window) for alarm in seen.see(w)]
 
 
-def is_history(trace: Trace) -> bool:
+def is_history(trace: TraceHeader) -> bool:
     """Whether the trace is the history of a training run: its shards are windows of steps."""
     return trace.counts_only and "training" in trace.manifest
 

@@ -32,7 +32,7 @@ from moe_inspect.reporting.render.html import (
     script_hash,
     without_numpy,
 )
-from moe_inspect.text import layer_label, readable
+from moe_inspect.text import readable
 from moe_inspect.watch.follow import RECORDING
 from moe_inspect.watch.run import Session
 from moe_inspect.watch.screen import worst_routers
@@ -75,7 +75,7 @@ def _key_figures(watched: Watched) -> dict[str, Any]:
     value = float(watched.history[-1][worst])
     return {
         "worst": {
-            "layer": layer_label(watched.routers, worst),
+            "layer": watched.labels[worst],
             "max_over_mean": None if np.isnan(value) else round(1 + value, 2),
             "chance": round(1 + watched.chance(worst), 2),
         },
@@ -88,7 +88,7 @@ def _text(session: Session) -> dict[str, Any] | None:
     text = session.text
     if text is None:
         return None
-    layer = layer_label(session.watched.routers, text.router)
+    layer = session.watched.labels[text.router]
     return {"layer": layer, "expert": text.expert, "words": [list(word) for word in text.words]}
 
 
@@ -99,8 +99,7 @@ def panels(watched: Watched) -> list[Panel]:
 
 
 def _layer_axis(watched: Watched) -> Axis:
-    routers = watched.routers
-    return Axis("layer", tuple(layer_label(routers, r) for r in range(len(routers))))
+    return Axis("layer", tuple(watched.labels))
 
 
 def _map(watched: Watched) -> Panel:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.text import layer_label
 from moe_inspect.watch.follow import ENDED, RECORDING, WAITING
 from moe_inspect.watch.state import Watched, of_routers
 
@@ -49,7 +48,7 @@ class Collector:
         if watched.window is None:
             return
         yield Gauge("moe_inspect_window_tokens", "Tokens of the last window", watched.window.tokens)
-        names = [[layer_label(watched.routers, r), str(r)] for r in range(len(watched.routers))]
+        names = [[label, str(r)] for r, label in enumerate(watched.labels)]
         for metric, said in OF_ROUTERS.items():
             values_L = of_routers(metric, watched.window.load_LE, watched.routers)
             yield _filled(Gauge(f"moe_inspect_{metric}", said, labels=LABELS), names, values_L)

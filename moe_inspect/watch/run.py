@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
+from rich.control import Control
 from rich.segment import Segment
 
 from moe_inspect.alarms.rules import Rule
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import first_line, layer_label, printable
+from moe_inspect.text import first_line, printable
 from moe_inspect.watch.follow import COMPLETE, ENDED, KILLED, WAITING, Follower, News
 from moe_inspect.watch.hot_text import HotText, hot_text
 from moe_inspect.watch.screen import Screen, worst_routers
@@ -94,15 +93,23 @@ def watch(
     """Shows the trace until its writer is done. With `endings`, MoeInspectError unless it is
     complete then."""
     session = Session(path, options)
-    live = Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else None
-    with live or nullcontext():
-        for changed in session.updates():
-            if live is not None:
-                live.update(session.screen(), refresh=True)
-            elif changed:
-                console.print(status_line(session), soft_wrap=True)
-    if live is not None:
+    if console.is_terminal:
+        with console.screen() as whole:
+            size = None
+            for changed in session.updates():
+                if changed or console.size != size:
+                    size = console.size
+                    with console:  # one write: nothing of the old view shows in between
+                        console.control(Control.home())
+                        whole.update(session.screen())
+                else:  # a hundredth of the work
+                    head = session.screen().head(console.width)
+                    console.print(_Parts([Control.home().segment, *head]), end="")
         console.print(_Last(session.screen()))
+    else:
+        for changed in session.updates():
+            if changed:
+                console.print(status_line(session), soft_wrap=True)
     if endings:
         _refuse_unless_complete(session)
 
@@ -118,6 +125,14 @@ def _refuse_unless_complete(session: Session) -> None:
         raise MoeInspectError(
             f"{session.path} was closed before its end; it holds {watched.tokens:,} tokens"
         )
+
+
+class _Parts:
+    def __init__(self, segments: list[Segment]):
+        self.segments = segments
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.segments
 
 
 class _Last:
@@ -145,7 +160,7 @@ def status_line(session: Session) -> str:
         parts.append(f"{rates[0]:,.0f} tokens/s")
     if watched.window is not None:
         r = worst_routers(watched)[0]
-        worst = f"layer {layer_label(watched.routers, r)} max_vio {watched.history[-1][r]:.2f}"
+        worst = f"layer {watched.labels[r]} max_vio {watched.history[-1][r]:.2f}"
         parts.append(f"{worst} (by chance at most {watched.chance(r):.2f})")
     alarms = watched.alarms
     parts.append(

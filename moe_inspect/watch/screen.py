@@ -17,7 +17,7 @@ from rich.style import Style
 
 from moe_inspect.alarms.alarms import Alarm
 from moe_inspect.reporting.render.heatmap import RAMP, extremes, legend, ramp_of, style
-from moe_inspect.text import layer_label, plural, printable
+from moe_inspect.text import plural, printable
 from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING
 from moe_inspect.watch.hot_text import HotText
 from moe_inspect.watch.state import Watched
@@ -48,6 +48,15 @@ class Screen:
             if n:
                 yield Segment.line()
             yield from _fitted(line, options.max_width)
+
+    def head(self, width: int) -> list[Segment]:
+        """The first lines again, over the whole width: what the clock alone changes."""
+        found: list[Segment] = []
+        for line in self._head(width):
+            fitted = list(_fitted(line, width))
+            room = width - sum(cell_len(segment.text) for segment in fitted)
+            found += [*fitted, Segment(" " * room), Segment.line()]
+        return found
 
     def _lines(self, width: int, height: int, unicode: bool) -> Iterator[Line]:
         watched = self.watched
@@ -102,12 +111,9 @@ class Screen:
     def _map(self, width: int, height: int, unicode: bool) -> Iterator[Line]:
         watched, routers = self.watched, self.watched.routers
         assert watched.window is not None
-        ratio_LE = watched.ratios()
+        ratio_LE, names = watched.ratios(), watched.labels
         together = -(-len(routers) // height)
-        labels = [
-            row_label([layer_label(routers, r) for r in range(n, min(n + together, len(routers)))])
-            for n in range(0, len(routers), together)
-        ]
+        labels = [row_label(names[n : n + together]) for n in range(0, len(routers), together)]
         indent = max(map(cell_len, labels)) + 1
         per_cell = -(-ratio_LE.shape[1] // max(1, width - indent))
         as_numbers = together == 1 and ratio_LE.shape[1] * NUMBER <= width - indent
@@ -123,10 +129,9 @@ class Screen:
             yield [Segment(" " * indent + experts, DIM)]
         else:
             yield [Segment(legend(unicode), DIM)]
-        for n, label in enumerate(labels):
-            rows_LE = ratio_LE[n * together : (n + 1) * together]
-            ratio_E = extremes(rows_LE.T.reshape(-1), len(rows_LE))
-            drawn = numbers(ratio_E) if as_numbers else cells(ratio_E, per_cell, unicode)
+        ratio_RC = extremes(extremes(ratio_LE.T, together).T, per_cell)
+        for label, ratio_C in zip(labels, ratio_RC, strict=True):
+            drawn = numbers(ratio_C) if as_numbers else cells(ratio_C, unicode)
             yield [Segment(label.rjust(indent - 1) + " "), *drawn]
 
     # --- the least balanced layers
@@ -144,7 +149,7 @@ class Screen:
             load_E = watched.window.load_LE[r, : watched.routers[r].experts]
             chance = watched.chance(r)
             dead = int((load_E == 0).sum())
-            said = f"layer {layer_label(watched.routers, r):<4} {vio_L[r]:6.2f} ({chance:.2f})"
+            said = f"layer {watched.labels[r]:<4} {vio_L[r]:6.2f} ({chance:.2f})"
             said += f"  busiest expert {int(load_E.argmax())}"
             said += f", {dead} dead  " if dead else "  "
             room = max(0, min(60, width - cell_len(said)))
@@ -158,7 +163,7 @@ class Screen:
 
     def _text_title(self) -> Line:
         assert self.text is not None
-        layer = layer_label(self.watched.routers, self.text.router)
+        layer = self.watched.labels[self.text.router]
         return [
             Segment(f"last text for expert {self.text.expert} of layer {layer}", BOLD),
             Segment("  (its tokens are marked)", DIM),
@@ -192,9 +197,9 @@ def row_label(layers: list[str]) -> str:
     return layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
-def cells(ratio_E: np.ndarray, together: int, unicode: bool) -> Line:
+def cells(ratio_C: np.ndarray, unicode: bool) -> Line:
     """A row of the map, runs of equal cells as one."""
-    ratio_C = extremes(ratio_E[~np.isnan(ratio_E)], together)
+    ratio_C = ratio_C[~np.isnan(ratio_C)]
     if not len(ratio_C):
         return [Segment("no load", DIM)]
     step_C = ramp_of(ratio_C)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from moe_inspect.alarms.alarms import Alarm, Alarms
 from moe_inspect.alarms.chance import chance_limit
+from moe_inspect.alarms.of_trace import is_history, refuse_rules_of_model
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
 from moe_inspect.alarms.window import Window
 from moe_inspect.analysis.metrics.balance import load_ratio
 from moe_inspect.analysis.metrics.registry import metrics
+from moe_inspect.text import layer_label
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.schema import Router
 from moe_inspect.watch.follow import WAITING, News
@@ -32,7 +35,8 @@ MOST_RAISED = 100  # alarms that are remembered
 class Watched:
     """Brought up to date by `take`. `window_tokens`: a window holds at least as many, once there
     are; `window` is the last one, which moves on with every shard. Alarms judge windows that do not
-    overlap.
+    overlap: of a history of training its shards, which are windows of steps. MoeInspectError for a
+    rule on what no trace holds.
 
     window: its load_LE and tokens_L; None without tokens. total_LE: int64 [L, E], of all tokens.
     history: max_vio of the window by router, float [L], after each shard. alarms: those that hold
@@ -46,8 +50,11 @@ class Watched:
     ):
         self.window_tokens, self._clock = window_tokens, clock
         self._rules = list(rules) if rules is not None else list(map(parse_rule, DEFAULT_RULES))
+        refuse_rules_of_model(self._rules)
         self.status, self.trouble, self.left_tokens = WAITING, "", 0
         self.header: TraceHeader | None = None
+        self._labels_of: TraceHeader | None = None
+        self._labels: list[str] = []
         self._changed = clock()
         self._begin()
 
@@ -62,10 +69,23 @@ class Watched:
         self._alarms: Alarms | None = None
         self._last_of: dict[tuple[str, int], Alarm] = {}
         self._came: deque[tuple[float, int, int]] = deque()
+        self._last_step = 0
 
     @property
     def routers(self) -> list[Router]:
         return self.header.routers if self.header is not None else []
+
+    @property
+    def labels(self) -> list[str]:
+        """The name of each router after the word "layer"."""
+        if self._labels_of is not self.header:
+            self._labels_of = self.header
+            self._labels = [layer_label(self.routers, r) for r in range(len(self.routers))]
+        return self._labels
+
+    @property
+    def _is_history(self) -> bool:
+        return self.header is not None and is_history(self.header)
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -100,7 +120,7 @@ class Watched:
             self._alarms = Alarms(
                 self.routers,
                 self._rules,
-                steps="step" if self.header is not None and self.header.counts_only else "pass",
+                steps="step" if self._is_history else "pass",
             )
         self.tokens += piece.tokens
         self.decisions += piece.decisions
@@ -114,8 +134,11 @@ class Watched:
             in_all -= self._pieces.popleft().tokens
         self.window = joined(list(self._pieces))
         self.history.append(of_routers("max_vio", self.window.load_LE, self.routers))
+        if self._is_history:  # counts do not say where they begin
+            piece = replace(piece, first=self._last_step + 1)
+            self._last_step = piece.last
         self._to_judge.append(piece)
-        if sum(part.tokens for part in self._to_judge) >= self.window_tokens:
+        if self._is_history or sum(p.tokens for p in self._to_judge) >= self.window_tokens:
             self._judge(joined(self._to_judge))
             self._to_judge = []
 

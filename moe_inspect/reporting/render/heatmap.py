@@ -95,11 +95,16 @@ def legend(unicode: bool) -> str:
 
 def extremes(ratio_E: np.ndarray, together: int) -> np.ndarray:
     """The ratio furthest from 1 of every `together` neighbours, on a logarithmic scale: 0.5 is as
-    far as 2. NaN only where all of them are. ratio_E: [E] → [ceil(E / together)]"""
-    distance_E = np.nan_to_num(np.abs(np.log(np.maximum(ratio_E, 1e-9))), nan=-1.0)
-    missing = -len(ratio_E) % together
-    far = np.pad(distance_E, (0, missing), constant_values=-2.0).reshape(-1, together).argmax(1)
-    return ratio_E[np.arange(len(far)) * together + far]
+    far as 2. NaN only where all of them are. ratio_E: [..., E] → [..., ceil(E / together)]"""
+    if together == 1:
+        return ratio_E
+    *rows, E = ratio_E.shape
+    missing = -E % together
+    if missing:
+        ratio_E = np.concatenate([ratio_E, np.full((*rows, missing), np.nan)], axis=-1)
+    parts = ratio_E.reshape(*rows, -1, together)
+    far = np.nan_to_num(np.abs(np.log(np.maximum(parts, 1e-9))), nan=-1.0).argmax(-1)
+    return np.take_along_axis(parts, far[..., None], -1)[..., 0]
 
 
 def ramp_of(ratio: np.ndarray | float) -> np.ndarray:
