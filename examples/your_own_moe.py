@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ import moe_inspect
 from moe_inspect.demo import CORPUS_DIR
 
 LAYERS, WIDTH, HEADS, EXPERTS, TOP_K, CONTEXT = 4, 64, 4, 8, 2, 128
+torch.set_num_threads(1)  # so small a model is slower on several
 
 
 class Bytes:
@@ -74,6 +76,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.config = SimpleNamespace(block_size=CONTEXT)  # texts are split to fit
         self.tokens = nn.Embedding(Bytes.vocab_size, WIDTH)
         self.positions = nn.Embedding(CONTEXT, WIDTH)
         self.blocks = nn.ModuleList(Block(layer) for layer in range(LAYERS))
