@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import moe_inspect
+from moe_inspect.model.own import load_object
 from tests.conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -27,6 +29,30 @@ def test_a_training_loop_logs_every_layer(
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == 3 * 4
     assert lines[-1].startswith("step 6 layer 3: max_vio ")
+
+
+def test_a_model_of_ones_own_is_traced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Trained for a few steps, and traced again from the command line as its text says."""
+    run(monkeypatch, "your_own_moe.py", tmp_path, 3)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith("after 3 steps")
+    assert [line.split()[0] for line in out[2:]] == ["0", "1", "2", "3"]
+    traced = moe_inspect.open_trace(tmp_path / "trace")
+    loader = load_object(f"{EXAMPLES / 'your_own_moe.py'}:load")
+    checkpoint = str(tmp_path / "model.pt")
+    again = moe_inspect.trace_model(checkpoint, tmp_path / "again", loader=loader, max_tokens=500)
+    key = ["sequence", "position", "token_id", "expert_0", "expert_1"]
+    both = [t.tokens().merge(t.routing(layer=2), on="token")[key] for t in (traced, again)]
+    assert len(both[1].merge(both[0])) == 500  # the same routing
+    longer = moe_inspect.trace_model(
+        checkpoint, tmp_path / "longer", loader=loader, max_tokens=500, generate=4
+    )
+    assert moe_inspect.verify(longer.path).ok
+    assert longer.n_tokens == 500 + 4 * len(longer.documents())
+    decoded = longer.tokens().query("phase == 'decode'")
+    assert (decoded.groupby("document").size() == 4).all()
 
 
 def test_a_trace_is_asked(

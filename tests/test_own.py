@@ -354,7 +354,7 @@ def test_tokens_are_found_under_any_name() -> None:
         (["tokens"], (ids,), {}),
         (["x", "idx"], (hidden,), {"idx": ids}),
         (["anything"], (ids,), {}),
-        (["h", "labels"], (hidden, ids), {}),
+        (["h", "other"], (hidden, ids), {}),
         ([], (ids,), {}),
     ):
         assert by_name(names, False)(args, kwargs)["input_ids"] is ids

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.custom.spec import RouterSpec
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
-    from moe_inspect.model.custom.spec import RouterSpec
 
 
 @dataclass(frozen=True, kw_only=True)
