@@ -158,3 +158,18 @@ def test_an_adapter_without_weights_is_refused(
     (adapter / "adapter_model.safetensors").unlink()
     done = cli_here("trace", adapter, "-o", "t", "--data", corpus, check=1)
     assert f"cannot load adapter {str(adapter)!r}" in done.stderr
+
+
+def test_an_adapter_of_the_hub_is_traced_from_the_cache(
+    base: Path, corpus: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub" / "models--some--lora" / "snapshots" / ("a" * 40)
+    adapter_in(snapshot, base, **TARGETS["attention"])
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cli("trace", "some/lora", "-o", "t", "--data", corpus)
+    about = moe_inspect.open_trace(tmp_path / "t").manifest["model"]
+    assert (about["id"], about["revision"]) == ("some/lora", "a" * 40)
+    assert about["adapter"]["base"] == str(base)

@@ -38,16 +38,16 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
         return
     if location.startswith((".", "~", os.sep)):
         raise MoeInspectError(f"no model at {location}: {HOW_TO_NAME}")
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(location, "config.json", revision=revision)
+        cached = _cached_config(location, revision)
     except HFValidationError as error:
         raise MoeInspectError(
             f"cannot load model {name!r}: {first_line(error).rstrip('.')}: {HOW_TO_NAME}"
         ) from error
-    if constants.HF_HUB_OFFLINE and not isinstance(cached, str):
+    if constants.HF_HUB_OFFLINE and cached is None:
         raise MoeInspectError(
             f"cannot load model {name!r}: there is no such directory, it is not in the cache, "
             f"and HF_HUB_OFFLINE is set: {HOW_TO_NAME}"
@@ -92,15 +92,20 @@ def of_the_text_model(config: Any) -> Any:
 
 def commit_of(name: str, revision: str | None) -> str | None:
     """The commit that was loaded from the hub; for a local directory the revision as given."""
+    location = model_location(name)
+    cached = None if Path(location).is_dir() else _cached_config(location, revision)
+    return cached.parent.name if cached is not None else revision
+
+
+def _cached_config(location: str, revision: str | None) -> Path | None:
+    """The config of a model, or of an adapter, in the cache of the hub."""
     from huggingface_hub import try_to_load_from_cache
 
-    location = model_location(name)
-    cached = (
-        None
-        if Path(location).is_dir()
-        else try_to_load_from_cache(location, "config.json", revision=revision)
-    )
-    return Path(cached).parent.name if isinstance(cached, str) else revision
+    for file in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(location, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found)
+    return None
 
 
 def load_tokenizer(
