@@ -5,7 +5,10 @@ all it takes to record it.
     moe-inspect trace build/own/model.pt --loader examples/your_own_moe.py:load \
         --generate 16 -o build/own/again               # the same model from the command line
 
-`ROUTERS` records it without that line, where the code of a model cannot be edited."""
+    moe-inspect trace build/own/model.pt --loader examples/your_own_moe.py:load \
+        --routers examples/your_own_moe.py:ROUTERS -o build/own/by-spec
+
+`ROUTERS` records it without the line, where the code of a model cannot be edited."""
 
 from __future__ import annotations
 
@@ -132,6 +135,16 @@ def main(out: Path, steps: int) -> None:
     )
     balance = moe_inspect.report(out / "trace").tables["balance"]
     print(balance[["layer", "max_vio", "noise_floor", "dead_experts"]].to_string(index=False))
+
+    # the same without the line in the forward
+    with moe_inspect.record(model, out / "by-spec", routers=ROUTERS, overwrite=True):
+        model(torch.arange(CONTEXT)[None])
+    with moe_inspect.record(model, out / "by-probe", overwrite=True):
+        model(torch.arange(CONTEXT)[None])
+    compared = moe_inspect.compare(out / "by-probe", out / "by-spec")
+    print(
+        compared.tables["agreement"][["layer", "decisions", "set_mismatch"]].to_string(index=False)
+    )
 
 
 if __name__ == "__main__":

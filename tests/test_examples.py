@@ -38,7 +38,8 @@ def test_a_model_of_ones_own_is_traced(
     run(monkeypatch, "your_own_moe.py", tmp_path, 3)
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith("after 3 steps")
-    assert [line.split()[0] for line in out[2:]] == ["0", "1", "2", "3"]
+    assert [line.split()[0] for line in out[2:6]] == ["0", "1", "2", "3"]
+    assert [line.split() for line in out[7:]] == [[str(n), "128", "0.0"] for n in range(4)]
     traced = moe_inspect.open_trace(tmp_path / "trace")
     loader = load_object(f"{EXAMPLES / 'your_own_moe.py'}:load")
     checkpoint = str(tmp_path / "model.pt")

@@ -170,6 +170,19 @@ def test_a_spec_records_what_the_experts_were_given(tmp_path: Path, before: bool
     assert own.same(own.path_of(tmp_path / "t"), given) == 4 * 3 * T
 
 
+def test_specs_that_are_given_are_all_that_is_recorded(tmp_path: Path) -> None:
+    """The probes in the same forward are not; where routers are found by themselves, a probe is a
+    mistake."""
+    model = own.gpt()
+    record_once(model, tmp_path / "t", routers=[spec(module="blocks.2.experts")])
+    assert [r.layer for r in own.path_of(tmp_path / "t").routers] == [2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(specs, "_registered", [])
+        moe_inspect.register_router("Experts", own.example().choice, experts=8)
+        with pytest.raises(MoeInspectError, match="whose routers record finds without it"):
+            record_once(model, tmp_path / "u")
+
+
 def test_a_registered_class_is_found_without_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

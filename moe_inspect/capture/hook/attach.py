@@ -118,7 +118,10 @@ class Attachment:
         self._cleanup, self._eager = ExitStack(), Eager()
 
     def take_probes(self, add: Callable[[Site], Any] | None, options: RecordOptions) -> None:
-        """`add`: see `Probes`."""
+        """`add`: see `Probes`. Specs that a caller gave say what is recorded: probes show nothing
+        then."""
+        if options.routers:
+            return
         self.probes = Probes(self.scopes, add, self.model, options.layers)
         if options.discover:
             self.discovery = Discovery(self.model, self.probes)
