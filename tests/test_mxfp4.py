@@ -252,7 +252,8 @@ def test_a_checkpoint_is_traced_dequantized(cli_here: Cli, tmp_path: Path) -> No
         assert trace.manifest["model"]["dequantized_from"]["quant_method"] == "mxfp4"
     said = cli_here("report", "asked").stdout
     assert "weights: mxfp4 dequantized to bfloat16." in " ".join(said.split())
-    refused = cli_here("trace", where, "-o", "plain", "--resume", "--dequantize", check=1).stderr
+    again = ("trace", where, "-o", "plain", "--data", corpus, "--resume")
+    refused = cli_here(*again, "--dequantize", check=1).stderr
     assert "was made with dequantize None, not True: resume with the same" in refused
     # the model that transformers makes of it, given the same tokens
     network = AutoModelForCausalLM.from_pretrained(where)
