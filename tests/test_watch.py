@@ -483,7 +483,7 @@ def test_under_tmux_while_a_trace_is_written_and_its_writer_killed(
             return (
                 f"recording by process {process.pid}" in lines[0]
                 and "tokens/s" in lines[1]
-                and "; a cell is the most extreme of " in lines[2]
+                and "; cells: most extreme of " in lines[2]
                 and any(line.startswith("layer 3 ") for line in lines)
                 and any(line.startswith("alarms  ") and "now" in line for line in lines)
             )

@@ -23,6 +23,7 @@ from moe_inspect.analysis.metrics import balance
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.watch.serve import address, hosts_of, is_loopback
+from tests.conftest import ROOT
 from tests.test_page import CHROMIUM
 from tests.watched import batches, writer
 
@@ -119,6 +120,25 @@ def test_metrics_are_in_the_format_that_is_asked_for(server: Server) -> None:
     assert text.endswith("# EOF\n")
     assert headers["content-type"].startswith("application/openmetrics-text")
     assert server.get("/metrics")[2]["content-type"].startswith("text/plain")
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(server: Server) -> None:
+    text = (ROOT / "docs/grafana-dashboard.json").read_text(encoding="utf-8")
+    asked = set(
+        re.findall(
+            r"moe_inspect_\w+",
+            " ".join(
+                target["expr"]
+                for panel in json.loads(text)["panels"]
+                for target in panel["targets"]
+            ),
+        )
+    )
+    served = {name.partition("{")[0] for name in server.metrics()}
+    assert len(asked) >= 8
+    assert asked <= served
+    page = (ROOT / "docs/watch.md").read_text(encoding="utf-8")
+    assert served == set(re.findall(r"`(moe_inspect_\w+)`", page))
 
 
 @pytest.mark.parametrize(

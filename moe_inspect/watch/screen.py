@@ -122,7 +122,7 @@ class Screen:
             shape = [
                 f"{n} {what}" for n, what in ((together, "layers"), (per_cell, "experts")) if n > 1
             ]
-            title += f"; a cell is the most extreme of {' × '.join(shape)}"
+            title += f"; cells: most extreme of {' × '.join(shape)}"
         yield [Segment(title, BOLD)]
         if as_numbers:
             experts = "".join(f"{e:>{NUMBER}}" for e in range(ratio_LE.shape[1]))
