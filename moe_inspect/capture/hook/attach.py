@@ -7,7 +7,6 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import MethodType
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters  # (torch.compiler.disable imports it anyhow)
 
 from moe_inspect.capture.eager import Eager
 from moe_inspect.capture.hook import experts as experts_implementation
@@ -394,5 +394,4 @@ def is_compiled(model: Any) -> bool:
 
 def _has_compiled() -> bool:
     """Whether torch.compile has compiled anything in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters["frames"])
+    return bool(counters["frames"])

@@ -191,9 +191,12 @@ class Stack:
 
     def keep_pass(self, buffer: PassBuffer | None) -> bool:
         """Has the sinks keep what the pass that begins shows, if it is small enough for the
-        buffer."""
+        buffer, and there is room for it in the rings."""
         assert self.fed is not None
-        if buffer is None or not buffer.fits(self.fed.T):
+        T = self.fed.T
+        if buffer is None or not buffer.fits(T):
+            return False
+        if self.rings is not None and self.rings.free_rows < T:
             return False
         self.scope.kept = []
         return True
@@ -215,18 +218,18 @@ class Stack:
         rings, fed, calls = self.rings, self.fed, self.scope.kept
         assert rings is not None
         assert fed is not None
-        T, free = fed.T, rings.free_rows
+        T = fed.T
         self.scope.kept = None
         if calls is not None:
             assert rings.buffer is not None
-            if free >= T and (stacked := rings.buffer.whole(calls, T)) is not None:
+            if (stacked := rings.buffer.whole(calls, T)) is not None:
                 rings.buffer.keep(stacked, T)
                 if rings.buffer.is_full:
                     rings.write_kept()
                 return StackPass(self, fed, rings.head, T, None)
             rings.write_kept()
             self._record(calls)
-        kept = min(T, max(0, free))
+        kept = min(T, max(0, rings.free_rows))
         return StackPass(self, fed, rings.head, kept, rings.read_cursors())
 
     def _record(self, calls: Sequence[Call]) -> None:

@@ -124,7 +124,7 @@ class RowReader:
         """Notes, after the forward pass was launched, that the key-value cache in its output holds
         the rows it was given."""
         values: list[Any] = []
-        if isinstance(output, Mapping):
+        if isinstance(output, (dict, Mapping)):  # (the abstract class takes long to ask)
             values = list(output.values())
         elif isinstance(output, tuple):
             values = list(output)
