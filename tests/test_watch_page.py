@@ -88,10 +88,13 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(trace: Path) -> Iterator[Server]:
     started = Server(trace, "--per-expert", "--allow-host", "moe.example")
-    waited(lambda: started.state()["status"] == "complete")
-    waited(lambda: started.state()["tokens"] == 2560)
-    yield started
-    assert started.stop() == 130
+    try:
+        waited(lambda: started.state()["status"] == "complete")
+        waited(lambda: started.state()["tokens"] == 2560)
+        yield started
+        assert started.stop() == 130
+    finally:
+        started.process.kill()
 
 
 def test_metrics_are_those_of_the_trace(server: Server, trace: Path) -> None:
@@ -242,12 +245,15 @@ def test_a_port_that_is_taken_is_one_line(trace: Path) -> None:
     CHROMIUM is None and not os.environ.get("REQUIRE_CHROMIUM"),
     reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path",
 )
-def test_the_page_follows_the_trace_until_its_writer_is_killed(tmp_path: Path) -> None:
+def test_the_page_follows_the_trace_until_its_writer_is_killed(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     from playwright.sync_api import sync_playwright
 
     assert CHROMIUM, "REQUIRE_CHROMIUM is set, and there is none"
     root = tmp_path / "<b>t"
     server, complaints = Server(root), list[str]()
+    request.addfinalizer(server.process.kill)
     with sync_playwright() as tool:
         browser = tool.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else []
@@ -264,6 +270,7 @@ def test_the_page_follows_the_trace_until_its_writer_is_killed(tmp_path: Path) -
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.watched", str(root), "5", "8", "1000", "0.05"]
         )
+        request.addfinalizer(process.kill)
         until("document.querySelectorAll('#alarm-list .critical').length > 0")
         assert view.inner_text("#status") == "recording"
         assert view.inner_text("#path").endswith("<b>t")
