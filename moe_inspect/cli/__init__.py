@@ -15,6 +15,7 @@ from moe_inspect.cli import (
     import_,
     report,
     simulate,
+    text,
     trace,
     verify,
     watch,
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command("trace")(trace.trace)
 app.command("report", cls=report.ReportCommand)(report.report)
+app.command("text")(text.text)
 app.command("compare", cls=compare.CompareCommand)(compare.compare)
 app.command("describe")(describe.describe)
 app.command("import", cls=import_.ImportCommand)(import_.import_)

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError, reading
-from moe_inspect.trace import schema
+from moe_inspect.trace import schema, texts
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, location
 from moe_inspect.trace.header import TraceHeader
@@ -99,6 +99,37 @@ class Trace(TraceHeader):
     def vocabulary(self) -> pd.DataFrame:
         """token_id, token; empty where the trace was recorded without a tokenizer."""
         return self.vocabulary_table.to_pandas()
+
+    # --- its text (the functions say more)
+
+    def text(self, document: int) -> str:
+        """The text of a document, its sequences one after the other."""
+        return texts.text(self, document)
+
+    def document(self, number: int) -> pd.DataFrame:
+        """The tokens of a document with all their routes: a row per token and router, in the order
+        of the text (`text`, layer, router, expert_0 …, weight_0 …)."""
+        return texts.document(self, number)
+
+    def tokens_of(
+        self,
+        layer: int,
+        expert: int,
+        context: int = 8,
+        *,
+        top: int | None = None,
+        sort: texts.Sort = "weight",
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """The tokens that an expert of a layer was given, each with the text to its left and right,
+        `context` tokens each. `top`: only so many (None: all), the largest gate weights first or
+        (`sort="random"`) a sample that `seed` determines."""
+        return texts.tokens_of(self, layer, expert, context, top=top, sort=sort, seed=seed)
+
+    def requests(self) -> pd.DataFrame:
+        """A row per document, for traces of a serving engine: document, domain, source,
+        prompt_tokens, generated_tokens."""
+        return texts.requests(self)
 
     def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
         if not parts:

@@ -1,0 +1,138 @@
+"""`moe-inspect text`: the text of a trace with its routes, and an expert's tokens in context."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
+from moe_inspect.cli.options import Output
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_inspect.trace.reader import Trace
+
+
+class Sort(StrEnum):
+    weight = "weight"
+    random = "random"
+
+
+def text(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="The directory of a trace.")],
+    document: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Print this document, each token in the colour of its first expert.",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="L", help="The layer (--document: by default the first).", show_default=False
+        ),
+    ] = None,
+    expert: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="E",
+            help="Print tokens that this expert of the layer was given, in their context.",
+            show_default=False,
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="With --expert: so many tokens.")] = 20,
+    sort: Annotated[
+        Sort,
+        typer.Option(
+            help="With --expert: the largest gate weights first, or a random sample of its tokens."
+        ),
+    ] = Sort.weight,
+    context: Annotated[
+        int, typer.Option(min=0, help="With --expert: tokens to the left and to the right.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    format: Annotated[
+        Format | None,
+        typer.Option(help="Default: by the ending of the file, else text.", show_default=False),
+    ] = None,
+    output: Output = None,
+    safe_csv: SafeCsv = False,
+) -> None:
+    """Show the text of a document with its routes, or the tokens of an expert in their context."""
+    if (document is None) == (expert is None):
+        raise typer.BadParameter("give --document N, or --layer L with --expert E")
+    if expert is not None and layer is None:
+        raise typer.BadParameter("--expert needs --layer: each layer has experts of its own")
+    form = format or format_of(output)
+    if form is None:
+        raise typer.BadParameter(f"--output {output}: end it in .txt, .csv, .json or .parquet")
+    from moe_inspect.trace.reader import open_trace
+
+    opened = open_trace(trace)
+    if document is not None:
+        frame = opened.document(document)
+        router = opened.router_index(layer)[0] if layer is not None else 0
+        if form is Format.table:
+            _print_document(opened, frame[frame["router"] == router], router, output)
+            return
+        frame = frame if layer is None else frame[frame["layer"] == layer]
+    else:
+        assert layer is not None
+        assert expert is not None
+        frame = opened.tokens_of(layer, expert, context, top=top, sort=sort.value, seed=seed)
+        if form is Format.table:
+            _print_concordance(opened, frame, layer, expert, output)
+            return
+    emit(frame, form, output, safe_csv)
+
+
+def _print_document(trace: Trace, rows: pd.DataFrame, router: int, output: Path | None) -> None:
+    from rich.console import Console
+
+    from moe_inspect.reporting.render.routed_text import legend, routed_text
+
+    if not len(rows) or not len(trace.vocabulary()):
+        raise MoeInspectError(f"{trace.path} was recorded without a vocabulary: it has no text")
+    listed = trace.routers[router]
+    with text_to(output) as file:
+        console = Console(file=file, highlight=False, soft_wrap=output is not None)
+        colours = console.is_terminal and not console.no_color
+        console.print(f"layer {listed.layer}, {listed.experts} experts", style="bold")
+        console.print(legend(rows, listed.experts), soft_wrap=not colours)
+        console.print()
+        console.print(routed_text(rows, colours), soft_wrap=not colours)
+
+
+def _print_concordance(
+    trace: Trace, rows: pd.DataFrame, layer: int, expert: int, output: Path | None
+) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from moe_inspect.text import readable
+
+    left = [readable(text)[-28:] for text in rows["left"]]
+    words = [f"[{readable(text)}]" for text in rows["text"]]
+    wide = max(map(len, left), default=0), max(map(len, words), default=0)
+    with text_to(output) as file:
+        console = Console(file=file, highlight=False)
+        console.print(f"layer {layer}, expert {expert}: {len(rows)} tokens", style="bold")
+        for row, before, word in zip(rows.itertuples(), left, words, strict=True):
+            line = Text(before.rjust(wide[0]) + " ")
+            line.append(word.center(wide[1]), style="bold")
+            line.append(" " + readable(row.right)[:28].ljust(28))
+            if trace.has_weights:
+                line.append(f"  {row.weight:.2f}")
+            line.append(f"  {readable(row.domain)}  document {row.document}", style="dim")
+            console.print(
+                line, soft_wrap=not console.is_terminal, overflow="ellipsis", no_wrap=True
+            )

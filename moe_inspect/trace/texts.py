@@ -1,0 +1,217 @@
+"""The text of a trace: its documents, and the tokens that an expert was given, in their context.
+
+T tokens, N of them that were asked for, K slots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.shard import Shard
+
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+PLACE = ["token", "document", "domain", "sequence", "position", "phase", "token_id"]
+CONTEXT = 8
+Sort = Literal["weight", "random"]
+
+
+class Trace(Protocol):
+    """What is read of a `moe_inspect.Trace`."""
+
+    path: Path | Remote
+    routers: list[Router]
+
+    @property
+    def has_weights(self) -> bool: ...
+    @property
+    def counts_only(self) -> bool: ...
+    @property
+    def vocabulary_table(self) -> pa.Table: ...
+    @property
+    def shards(self) -> Iterator[Shard]: ...
+    def documents(self) -> pd.DataFrame: ...
+    def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]: ...
+
+
+def as_text(pieces: Sequence[str | None]) -> list[str]:
+    """What consecutive tokens write: ▁ is a space, and a character that is spread over several
+    tokens stands at the first of them. Bytes that are no UTF-8 become "�"."""
+    raw = [_bytes("" if piece is None else piece) for piece in pieces]
+    ends = np.cumsum([len(part) for part in raw])
+    texts = [""] * len(raw)
+    at = 0
+    for character in b"".join(raw).decode("utf-8", "surrogateescape"):
+        size = len(character.encode("utf-8", "surrogateescape"))
+        shown = "�" if "\udc80" <= character <= "\udcff" else character
+        texts[int(np.searchsorted(ends, at, side="right"))] += shown
+        at += size
+    return texts
+
+
+def _bytes(piece: str) -> bytes:
+    parts = BYTE.split(piece.replace("▁", " "))
+    return b"".join(
+        bytes([int(part, 16)]) if n % 2 else part.encode("utf-8", "replace")
+        for n, part in enumerate(parts)
+    )
+
+
+def pieces_of(trace: Trace, token_id: np.ndarray) -> list[str | None]:
+    """The vocabulary's tokens of these ids, null where it has none. MoeInspectError where the trace
+    has no vocabulary."""
+    if not len(trace.vocabulary_table):
+        raise MoeInspectError(f"{trace.path} was recorded without a vocabulary: it has no text")
+    words = trace.vocabulary_table["token"]
+    known = (token_id >= 0) & (token_id < len(words))
+    return words.take(pa.array(np.where(known, token_id, -1), mask=~known)).to_pylist()
+
+
+def text(trace: Trace, document: int) -> str:
+    """The text of a document, its sequences one after the other."""
+    tokens = _of_document(trace, document)
+    return "".join(as_text(pieces_of(trace, tokens["token_id"].to_numpy())))
+
+
+def document(trace: Trace, number: int) -> pd.DataFrame:
+    """A row per token and router, in the order of the text: token, sequence, position, phase,
+    token_id, text ("" where the trace has no vocabulary), layer, router, expert_0 …, weight_0 …."""
+    tokens = _of_document(trace, number)
+    has_text = len(trace.vocabulary_table) > 0
+    ids = tokens["token_id"].to_numpy()
+    tokens["text"] = as_text(pieces_of(trace, ids)) if has_text else ""
+    shown = ["token", "sequence", "position", "phase", "token_id", "text"]
+    parts = []
+    for shard in trace.shards:
+        if not np.isin(shard.tokens(["document"])["document"].to_numpy(), number).any():
+            continue
+        for router in range(len(trace.routers)):
+            routing = shard.routing(router).to_pandas()
+            parts.append(routing[routing["token"].isin(tokens["token"])])
+    routing = pd.concat(parts, ignore_index=True)
+    found = tokens[shown].reset_index(names="order").merge(routing, on="token")
+    return found.sort_values(["order", "router"], ignore_index=True).drop(columns="order")
+
+
+def requests(trace: Trace) -> pd.DataFrame:
+    """A row per document: document, domain, source, prompt_tokens, generated_tokens."""
+    decoded = pd.Series(dtype=int)
+    for shard in trace.shards:
+        tokens = shard.tokens(["document", "phase"]).to_pandas()
+        new = tokens.loc[tokens["phase"] == "decode", "document"].value_counts()
+        decoded = decoded.add(new, fill_value=0)
+    documents = trace.documents()
+    generated = documents["document"].map(decoded).fillna(0).astype(int)
+    return documents[["document", "domain", "source"]].assign(
+        prompt_tokens=documents["tokens"], generated_tokens=generated
+    )
+
+
+def tokens_of(
+    trace: Trace,
+    layer: int,
+    expert: int,
+    context: int = CONTEXT,
+    *,
+    top: int | None = None,
+    sort: Sort = "weight",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The tokens that an expert was given, in their context: token, document, domain, sequence,
+    position, phase, router, slot, weight (NaN where the trace has none), left, text, right.
+
+    context  tokens to the left and to the right
+    top      only so many of them; None: all
+    sort     the largest gate weights first, or a random sample, which `seed` determines
+
+    MoeInspectError for a layer or an expert that the trace does not have."""
+    routers = trace.router_index(layer)
+    if not 0 <= expert < max(trace.routers[r].experts for r in routers):
+        raise MoeInspectError(
+            f"no expert {expert} in layer {layer} of {trace.path}: it has "
+            f"{trace.routers[routers[0]].experts}"
+        )
+    if trace.counts_only:
+        raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
+    hits = _hits(trace, routers, expert)
+    rng = np.random.default_rng(seed)
+    if sort == "random" or not trace.has_weights:
+        hits = hits.iloc[rng.permutation(len(hits))]
+    else:
+        hits = hits.sort_values("weight", ascending=False, kind="stable")
+    hits = hits.iloc[:top].reset_index(drop=True)
+    tokens = pd.concat([s.tokens(PLACE).to_pandas() for s in trace.shards], ignore_index=True)
+    found = hits.merge(tokens.drop(columns="token_id"), on="token", how="left")
+    words = _context(trace, tokens, found, routers, context)
+    shown = ["token", "document", "domain", "sequence", "position", "phase"]
+    return found[[*shown, "router", "slot", "weight"]].assign(**words)
+
+
+def _hits(trace: Trace, routers: Sequence[int], expert: int) -> pd.DataFrame:
+    """token, router, slot, weight of each assignment to the expert."""
+    parts = []
+    for shard in trace.shards:
+        token_T = shard.tokens(["token"])["token"].to_numpy()
+        for router in routers:
+            slots, seen = shard.slots(router), shard.seen(router)
+            weights = shard.slot_weights(router) if trace.has_weights else None
+            for slot, ids_T in enumerate(slots):
+                at = np.flatnonzero(ids_T == expert)
+                weight = weights[slot][at] if weights is not None else np.nan
+                token = token_T[at if seen is None else np.flatnonzero(seen)[at]]
+                parts.append(
+                    pd.DataFrame({"token": token, "router": router, "slot": slot, "weight": weight})
+                )
+    columns = ["token", "router", "slot", "weight"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def _context(
+    trace: Trace, tokens: pd.DataFrame, found: pd.DataFrame, routers: Sequence[int], context: int
+) -> dict[str, list[str]]:
+    """left, text and right of each row."""
+    listed = trace.routers[routers[0]]
+    near = tokens[tokens["sequence"].isin(found["sequence"])]
+    if listed.stack:  # an encoder and a decoder number their positions each from 0
+        near = near[[listed.sees(str(phase)) for phase in near["phase"]]]
+    near = near.sort_values(["sequence", "position"], kind="stable")
+    at_of: dict[int, tuple[list[str], int]] = {}  # token → the texts of its sequence, its place
+    for _, rows in near.groupby("sequence"):
+        texts = as_text(pieces_of(trace, rows["token_id"].to_numpy()))
+        at_of.update({token: (texts, at) for at, token in enumerate(rows["token"].tolist())})
+    left, words, right = [], [], []
+    for token in found["token"].tolist():
+        texts, at = at_of[token]
+        left.append("".join(texts[max(0, at - context) : at]))
+        words.append(texts[at])
+        right.append("".join(texts[at + 1 : at + 1 + context]))
+    return {"left": left, "text": words, "right": right}
+
+
+def _of_document(trace: Trace, number: int) -> pd.DataFrame:
+    """The tokens of a document in the order of its text."""
+    if trace.counts_only:
+        raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
+    parts = []
+    for shard in trace.shards:
+        tokens = shard.tokens(PLACE).to_pandas()
+        parts.append(tokens[tokens["document"] == number])
+    tokens = pd.concat(parts, ignore_index=True)
+    if not len(tokens):
+        raise MoeInspectError(
+            f"no document {number} in {trace.path}: it has {len(trace.documents()):,}, from 0 on"
+        )
+    order = ["sequence", "position"]
+    if tokens["phase"].eq("encode").any():
+        tokens = tokens.assign(decoder=tokens["phase"] != "encode")
+        order = ["decoder", *order]
+    return tokens.sort_values(order, kind="stable", ignore_index=True)

@@ -1,0 +1,148 @@
+"""The text of a trace: documents, and the tokens of an expert in their context."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import moe_inspect
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.render.routed_text import routed_text
+from moe_inspect.trace.texts import as_text
+from tests.conftest import ROOT
+
+SAMPLE = ROOT / "sample_traces" / "collapsed"
+
+
+def test_tokens_become_text() -> None:
+    assert as_text(["▁caf", "<0xC3>", "<0xA9>", "▁", None, "au"]) == [
+        " caf",
+        "é",
+        "",
+        " ",
+        "",
+        "au",
+    ]
+    assert as_text(["a<0xE2><0x82>", "<0xAC>b"]) == ["a€", "b"]
+    assert as_text(["<0xFF>", "x", "<0xC3>"]) == ["�", "x", "�"]
+    assert as_text([]) == []
+
+
+def test_a_document_is_the_text_that_was_fed() -> None:
+    trace = moe_inspect.open_trace(SAMPLE)
+    documents = trace.documents()
+    for row in documents.iloc[:: len(documents) // 6].itertuples():
+        source = (ROOT / "moe_inspect" / "demo" / "corpus").rglob(Path(row.source).name)
+        texts = [file.read_text() for file in source]
+        found = trace.text(row.document).removeprefix("<s>").removesuffix("</s>")
+        assert any(text.startswith(found) or found == text for text in texts), row.source
+        assert len(found) > 20
+
+
+def test_a_document_has_all_its_routes() -> None:
+    trace = moe_inspect.open_trace(SAMPLE)
+    found = trace.document(3)
+    tokens = trace.tokens().query("document == 3")
+    assert len(found) == len(tokens) * len(trace.routers)
+    for router in range(len(trace.routers)):
+        rows = found[found["router"] == router]
+        assert rows["position"].is_monotonic_increasing
+        assert "".join(rows["text"]) == trace.text(3)
+        expected = trace.routing(router=router).set_index("token").loc[rows["token"]]
+        assert (expected["expert_0"].to_numpy() == rows["expert_0"].to_numpy()).all()
+        assert (expected["weight_1"].to_numpy() == rows["weight_1"].to_numpy()).all()
+
+
+def test_an_experts_tokens_in_context() -> None:
+    trace = moe_inspect.open_trace(SAMPLE)
+    found = trace.tokens_of(2, 5, context=4)
+    routing = trace.routing(layer=2)
+    mine = routing[["expert_0", "expert_1"]] == 5
+    assert len(found) == mine.to_numpy().sum()
+    assert set(found["token"]) == set(routing["token"][mine.any(axis=1)])
+    assert found["weight"].is_monotonic_decreasing
+    texts = {n: trace.text(n) for n in found["document"].unique()}
+    for row in found.sample(200, random_state=0).itertuples():
+        assert row.left + row.text + row.right in texts[row.document]
+        chosen = routing.loc[routing["token"] == row.token].iloc[0]
+        assert chosen[f"expert_{row.slot}"] == 5
+        assert chosen[f"weight_{row.slot}"] == row.weight
+    assert trace.tokens_of(2, 5, top=7)["token"].tolist() == found["token"].iloc[:7].tolist()
+    drawn = [trace.tokens_of(2, 5, top=30, sort="random", seed=n)["token"] for n in (0, 0, 1)]
+    assert drawn[0].tolist() == drawn[1].tolist() != drawn[2].tolist()
+    assert set(drawn[2]) <= set(found["token"])
+
+
+def test_requests_count_what_was_generated(tmp_path: Path) -> None:
+    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, generate=3)
+    found, tokens = trace.requests(), trace.tokens()
+    for row in found.itertuples():
+        mine = tokens[tokens["document"] == row.document]["phase"]
+        assert row.prompt_tokens == (mine == "prefill").sum()
+        assert row.generated_tokens == (mine == "decode").sum()
+    assert found["generated_tokens"].sum() > 0
+
+
+def test_colours_or_brackets_show_the_expert() -> None:
+    rows = pd.DataFrame(
+        {"text": ["a", "b", " c", "\x1b[0m", "d"], "expert_0": [3, 3, 1, 1, np.nan]}
+    )
+    assert routed_text(rows, colours=False).plain == "[3]ab[1] c\\x1b[0m[–]d"
+    coloured = routed_text(rows, colours=True)
+    assert coloured.plain == "ab c\\x1b[0md"
+    styles = [str(span.style) for span in coloured.spans]
+    assert styles[0] == styles[1] != styles[2] == styles[3]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moe_inspect", "text", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_the_command(tmp_path: Path) -> None:
+    concordance = run(str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3")
+    assert concordance.stdout.startswith("layer 2, expert 5: 3 tokens\n"), concordance.stderr
+    assert len(concordance.stdout.splitlines()) == 4
+    rows = run(str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3", "--format", "json")
+    assert [json.loads(line)["weight"] for line in rows.stdout.splitlines()]
+    document = run(str(SAMPLE), "--document", "5", "--layer", "2")
+    assert document.stdout.startswith("layer 2, 8 experts\nfirst expert: ")
+    out = tmp_path / "routes.csv"
+    assert run(str(SAMPLE), "--document", "5", "-o", str(out)).returncode == 0
+    assert set(pd.read_csv(out)["layer"]) == {0, 1, 2, 3}
+    for arguments, error in (
+        ((), "give --document N, or --layer L with --expert E"),
+        (("--expert", "3"), "--expert needs --layer"),
+        (("--document", "999"), "no document 999"),
+        (("--layer", "2", "--expert", "8"), "no expert 8 in layer 2"),
+        (("--layer", "9", "--expert", "1"), "no layer 9"),
+    ):
+        found = run(str(SAMPLE), *arguments)
+        assert error in found.stderr
+        assert found.returncode != 0
+
+
+def test_a_trace_of_counts_or_without_vocabulary_has_no_text(tmp_path: Path) -> None:
+    from tests.own import gpt, tokens
+
+    model = gpt()
+    with moe_inspect.record(model, tmp_path / "plain", overwrite=True):
+        model(tokens())
+    with moe_inspect.record(model, tmp_path / "counts", counts_only=True):
+        model(tokens())
+    plain = moe_inspect.open_trace(tmp_path / "plain")
+    with pytest.raises(MoeInspectError, match="without a vocabulary"):
+        plain.text(0)
+    assert (plain.document(0)["text"] == "").all()
+    with pytest.raises(MoeInspectError, match="holds counts only"):
+        moe_inspect.open_trace(tmp_path / "counts").tokens_of(0, 0)
