@@ -18,7 +18,7 @@ from moe_inspect.capture.hook.inputs.arguments import by_name
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom import spec as specs
 from moe_inspect.model.custom.candidates import candidates
-from moe_inspect.model.custom.find import in_map
+from moe_inspect.model.custom.choice import in_map
 from moe_inspect.model.find import find_routers
 from tests import own
 

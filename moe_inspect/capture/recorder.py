@@ -325,7 +325,7 @@ class Recorder:
     def _begin_with(self, new: Sequence[Stack]) -> None:
         """These stacks have run for the first time: their staged choices are written."""
         if not self.sites:
-            raise no_routers(self.model)
+            raise no_routers(self.model, self.options.discover)
         dtypes = [dtype for stack in new for dtype in stack.fix_shape()]
         if self._opened:
             for stack in new:

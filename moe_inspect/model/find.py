@@ -45,15 +45,26 @@ def recordable(
     return []
 
 
-def no_routers(model: Any) -> MoeInspectError:
-    """Why nothing can be recorded, and what would help."""
+def no_routers(model: Any, searched: bool = False) -> MoeInspectError:
+    """Why nothing can be recorded, and what would help. `searched`: for calls of topk, in vain."""
     name = type(model).__name__
     like = candidates(model)
-    if not like:
+    if is_of_transformers(model) and not like:
         return MoeInspectError(f"{name} is a dense model: it has no routers to trace")
+    E = like.experts if like and like.experts else "E"
+    probe = f"call moe_inspect.probe(ids, weights, layer=i, experts={E}) in its forward"
+    spec = f"moe_inspect.RouterSpec(module={like.pattern if like else 'path'!r}, choice=f)"
+    given = f"{probe}, or give record(routers=[{spec}])"
+    if searched:
+        return MoeInspectError(
+            f"no block of {name} called torch.topk to choose experts in this forward pass: {given}"
+        )
+    if not like:
+        return MoeInspectError(
+            f"{name} is a dense model: it has no routers to trace, as far as the names of its "
+            f"modules and parameters tell (if it has: {probe})"
+        )
     return MoeInspectError(
-        f"no router that is known was found in {name}, but {like.described()}: call "
-        f"moe_inspect.probe(ids, weights, layer=i, experts={like.experts or 'E'}) in its forward, "
-        f"or give record(routers=[moe_inspect.RouterSpec(module={like.pattern!r}, choice=f)]), or "
-        "let record(discover=True) look for it"
+        f"no router that is known was found in {name}, but {like.described()}: {given}, or let "
+        "record(discover=True) look for it"
     )

@@ -160,10 +160,11 @@ class Attachment:
             self._watch(r, site, compiled)
         if self.mode == "dispatch":
             self._take_over()
-        if self.probes is not None:
-            self._cleanup.callback(listen(self.probes))
         if self.discovery is not None:
+            self._cleanup.callback(listen(self.discovery.probed))
             self._cleanup.callback(self.discovery.attach())
+        elif self.probes is not None:
+            self._cleanup.callback(listen(self.probes))
 
     def _keep(self, hook: Any) -> None:
         self._cleanup.callback(hook.remove)
@@ -375,6 +376,8 @@ class Attachment:
     def _end_pass(self) -> None:
         if self.in_compiled:
             self._eager.release()
+        if self.probes is not None:
+            self.probes.check_layers()
         self.records.end()
 
     def _shut(self) -> None:

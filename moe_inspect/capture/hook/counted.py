@@ -77,7 +77,7 @@ class CountedPasses:
     def add(self, stack: Stack, n: int, row: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
         """One call of the router at site n of a stack, for the rows from `row` on."""
         if self.is_counted and stack.fed is not None:
-            time, row = divmod(row, stack.fed.T)
+            time, row = divmod(row, max(1, stack.fed.T))
             if time < stack.times[n]:  # else the completeness check reports it
                 router = stack.first_router + stack.routers_of[n][time]
                 self.counts.add(router, row, ids_TK, weights_TK)

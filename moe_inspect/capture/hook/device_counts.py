@@ -93,7 +93,7 @@ class DeviceCounts:
 
     def feed(self, routers: Sequence[int], rows: Rows, domains: int) -> None:
         """Sets the rows that these routers see in the forward pass."""
-        self._domains = domains
+        self._domains = max(1, domains)  # none is known before the first row
         self._pass_sums = {d: _padded(sums, domains) for d, sums in self._pass_sums.items()}
         domain_T = _domain_of(rows)
         base = {

@@ -22,7 +22,10 @@ from moe_inspect.model.routers import layer_of
 from moe_inspect.text import print_stderr
 
 # for the manifest
-NOTE = "weights are what torch.topk chose by, which the router may scale before it uses them"
+NOTE = (
+    "weights are what torch.topk chose by, which the router may scale before it uses them; rows "
+    "were taken for batch-first"
+)
 
 
 class Found(NamedTuple):
@@ -39,12 +42,13 @@ class Found(NamedTuple):
 class Discovery:
     """Shows `probes` the choices of topk in a model's forward. Of several calls in the forward of
     one module, that over the most values counts, and of these the last: grouped routers choose
-    groups first."""
+    groups first. A layer that has a probe already is left to it."""
 
     def __init__(self, model: torch.nn.Module, probes: Probes):
         self.model, self.probes = model, probes
         self._path_of = {id(module): path for path, module in model.named_modules()}
         self._found: list[Found] = []
+        self._probed: set[int] = set()  # layers with a probe of the model's own
         self._told = False
         self._watching = ExitStack()
 
@@ -80,11 +84,24 @@ class Discovery:
             if found.path not in chosen or found.E >= chosen[found.path].E:
                 chosen[found.path] = found
         self._found = []
+        chosen = {path: f for path, f in chosen.items() if f.layer not in self._probed}
         for found in chosen.values():
             self.probes(found.layer, found.ids, found.values, found.E, None)
         if not self._told and output is not None:
             self._told = True
             self._tell(list(chosen.values()))
+
+    def probed(
+        self,
+        layer: int,
+        ids: Tensor,
+        weights: Tensor,
+        experts: int | None,
+        logits: Tensor | None,
+    ) -> None:
+        """A probe in the model's own code."""
+        self._probed.add(layer)
+        self.probes(layer, ids, weights, experts, logits)
 
     def _seen(self, ids: Tensor, values: Tensor, E: int) -> None:
         found = self._caller(sys._getframe())

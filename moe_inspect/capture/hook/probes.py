@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.sink import Scope, Sink
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.custom.find import as_choice
+from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.routers import Site
 
 Sinks = tuple[Sink, "Sink | None"]
@@ -29,7 +30,9 @@ class Probes:
         layers: Sequence[int] | None,
     ):
         self.scopes, self.add, self.model, self.layers = list(scopes.values()), add, model, layers
-        self.sinks: dict[int, Sinks | None] = {}  # by layer; None: not recorded
+        # by layer; None: not recorded
+        self.sinks: dict[int, tuple[ChoiceReader, Sinks] | None] = {}
+        self._checked = add is None or layers is None
 
     def __call__(
         self,
@@ -43,29 +46,46 @@ class Probes:
             return
         if layer not in self.sinks:
             self.sinks[layer] = self._new(layer, experts, logits)
-        if (sinks := self.sinks[layer]) is None:
+        if (found := self.sinks[layer]) is None:
             return
-        path = name_of(layer)
-        ids, weights = as_choice(ids, weights, path)
+        reader, sinks = found
+        ids, weights = reader.choice((ids, weights))
         if (tape := sinks[0](ids, weights)) is not None:
             kernels.record(tape, ids, weights)
         if sinks[1] is None:
             return
         if logits is None:
             raise MoeInspectError(
-                f"{path} shows no router logits: give it logits=, or record without logits=True"
+                f"{reader.path} shows no router logits: give it logits=, or record without "
+                "logits=True"
             )
-        logits = logits.detach().reshape(-1, logits.shape[-1])
+        logits = reader.logits(logits)
         if (tape := sinks[1](None, logits)) is not None:
             kernels.record(tape, None, logits)
 
-    def _new(self, layer: int, experts: int | None, logits: Tensor | None) -> Sinks | None:
+    def check_layers(self) -> None:
+        """MoeInspectError where the first forward pass has shown no probe in a layer that is to be
+        recorded."""
+        if self._checked or not self.sinks:
+            return
+        self._checked = True
+        if missing := sorted(set(self.layers or ()) - set(self.sinks)):
+            raise MoeInspectError(
+                f"no probe in layer {missing[0]}: those called have the layers "
+                f"{', '.join(map(str, sorted(self.sinks)))}"
+            )
+
+    def _new(
+        self, layer: int, experts: int | None, logits: Tensor | None
+    ) -> tuple[ChoiceReader, Sinks] | None:
         name = name_of(layer)
         if self.add is None:
             raise MoeInspectError(
                 f"{name} was called in {type(self.model).__name__}, whose routers record finds "
                 "without it: remove it, or give record(routers=[]) to record the probes alone"
             )
+        if not isinstance(layer, Integral) or layer < 0:
+            raise MoeInspectError(f"{name}: the layer is a number of 0 or more")
         if self.layers is not None and layer not in self.layers:
             return None
         experts = logits.shape[-1] if experts is None and logits is not None else experts
@@ -73,7 +93,11 @@ class Probes:
             raise MoeInspectError(
                 f"{name} does not say how many experts there are: give it experts= or logits="
             )
-        return self.add(Site(self.model, name, layer, experts, "", 0, told=True))
+        if not isinstance(experts, Integral) or experts < 1:
+            raise MoeInspectError(f"{name} has experts={experts!r}: give it a number of 1 or more")
+        site = Site(self.model, name, int(layer), int(experts), "", 0, told=True)
+        reader = ChoiceReader(name, site.experts, None, "give it ids")
+        return reader, self.add(site)
 
 
 def name_of(layer: int) -> str:

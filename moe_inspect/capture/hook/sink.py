@@ -193,7 +193,7 @@ def logits_after_call(sink: Sink, site: Site) -> Callable[..., None]:
         module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if site.logits_of is not None:
-            logits_TE = site.logits_of(module, args, kwargs, output).reshape(-1, site.experts)
+            logits_TE = site.logits_of(module, args, kwargs, output)
         else:
             logits_TE = logits_among(output, site)
         if logits_TE is not None and (tape := sink(None, logits_TE)) is not None:

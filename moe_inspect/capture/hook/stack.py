@@ -137,10 +137,9 @@ class Stack:
         for calls_of in (staged, logits) if self.logit_sinks else (staged,):
             for site, calls, t in zip(self.sites, calls_of, times, strict=True):
                 if (n := _length(calls)) != t * T:
-                    self.refuse(site.path, n, T, logits=calls_of is logits)
-        for site, calls in zip(self.sites, staged, strict=True):
-            if site.told:
-                _refuse_unknown_experts(site, calls)
+                    of_choice = calls and calls_of is staged
+                    K = calls[0][0].shape[1] if of_choice else 1
+                    self.refuse(site.path, n, T, logits=calls_of is logits, K=K)
         for site, calls in zip(self.sites, logits, strict=True):
             if calls:
                 _refuse_probabilities(site.path, calls[0])
@@ -269,13 +268,18 @@ class Stack:
             ],
         )
 
-    def refuse(self, path: str, n: int, T: int, logits: bool) -> NoReturn:
+    def refuse(self, path: str, n: int, T: int, logits: bool, K: int = 1) -> NoReturn:
         if logits:
             raise MoeInspectError(
                 f"{path} returned logits of {n} rows in a forward pass of {T}: "
                 "trace without --logits"
             )
         site = next(s for s in self.sites if path.startswith(s.path))
+        if site.told and K > 1 and n * K == T:
+            raise MoeInspectError(
+                f"{path} showed {n} rows of {K} experts in a forward pass of {T} tokens: where "
+                "each token goes to one expert, ids and weights are [..., 1] (ids.unsqueeze(-1))"
+            )
         if site.told:
             raise MoeInspectError(
                 f"{path} showed the choices of {n} rows in a forward pass of {T} tokens: it must "
@@ -332,14 +336,6 @@ def _router(site: Site, time: int, top_k: int) -> Router:
     return Router(
         site.layer, name, path, site.experts, top_k, site.scoring, site.shared_experts, site.stack
     )
-
-
-def _refuse_unknown_experts(site: Site, calls: Sequence[tuple[Tensor, Tensor]]) -> None:
-    highest = max((int(ids.max()) for ids, _ in calls if ids.numel()), default=-1)
-    if highest >= site.experts:
-        raise MoeInspectError(
-            f"{site.path} chose expert {highest} and is said to have {site.experts} experts"
-        )
 
 
 def _refuse_probabilities(path: str, logits_TE: Tensor) -> None:

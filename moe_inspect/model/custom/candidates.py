@@ -13,7 +13,10 @@ from typing import Any
 # of a module that chooses experts: the last name in its path, or its class
 ROUTER_NAME = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)$")
 ROUTER_CLASS = re.compile(r"(?:Router|Gate|Gating)$")
+ROUTER_WEIGHT = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)(?:_w|_weights?|_kernel)?$")
+EXPERTS_CLASS = re.compile(r"Expert|MoE|MOE|Mixture|Switch")
 EXPERTS_PATH = re.compile(r"expert|moe|mixture", re.IGNORECASE)
+BLOCKS = ("layers", "blocks", "h")  # of a model
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 MOST_SHOWN = 3
 
@@ -47,20 +50,28 @@ def candidates(model: Any) -> Candidates | None:
     routers: dict[str, str] = {}
     lists: dict[str, str] = {}
     sizes: list[int] = []
+    kinds = {path: type(module).__name__ for path, module in model.named_modules()}
     for path, module in model.named_modules():
-        last, pattern, kind = path.split(".")[-1], NUMBER.sub(".*", path), type(module).__name__
+        last, pattern, kind = path.split(".")[-1], NUMBER.sub(".*", path), kinds[path]
+        of_experts = bool(
+            EXPERTS_PATH.search(path) or EXPERTS_CLASS.search(kinds[path.rpartition(".")[0]])
+        )
         if isinstance(module, torch.nn.ModuleList):
             classes = {type(child).__name__ for child in module}
-            if EXPERTS_PATH.search(path) and len(module) > 1 and len(classes) == 1:
+            if of_experts and last not in BLOCKS and len(module) > 1 and len(classes) == 1:
                 lists[pattern] = f"{len(module)} × {classes.pop()}"
                 sizes.append(len(module))
         elif ROUTER_NAME.match(last) or ROUTER_CLASS.search(kind):
             routers[pattern] = kind
-        elif EXPERTS_PATH.search(path) and "shared" not in path.lower():
-            stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-            if stacked:
+        elif not type(module).__module__.startswith("torch.") and "shared" not in path.lower():
+            own = dict(module.named_parameters(recurse=False))
+            stacked = [p for p in own.values() if p.dim() == 3]
+            weights = [n for n, p in own.items() if p.dim() == 2 and ROUTER_WEIGHT.match(n)]
+            if stacked and (of_experts or EXPERTS_CLASS.search(kind) or weights):
                 lists[pattern] = f"{kind} of {stacked[0].shape[0]}"
                 sizes.append(int(stacked[0].shape[0]))
+                if weights:
+                    routers[pattern] = f"{kind}, with {weights[0]}"
     # a gate without experts beside it may be one of an attention
     beside = {path.rpartition(".")[0] for path in lists}
     routers = {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.model.families import EXPERTS, TOP_K, TOWER, Adapter
 from moe_inspect.model.routers import Site, layer_of
@@ -65,13 +66,14 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
     experts = spec.experts(module) if callable(spec.experts) else spec.experts
     experts = experts if experts is not None else _stated(module, EXPERTS_OF_MODULE)
     experts = experts if experts is not None else _features(module)
-    if not experts:
+    if not experts or int(experts) < 1:
         raise MoeInspectError(
             f"{path} ({type(module).__name__}) does not say how many experts it chooses from: "
             "give RouterSpec(experts=…)"
         )
     top_k = spec.top_k(module) if callable(spec.top_k) else spec.top_k
     top_k = top_k if top_k is not None else _stated(module, TOP_K_OF_MODULE)
+    reader = ChoiceReader(path, int(experts), top_k, "give RouterSpec(top_k=…)")
     return Site(
         module,
         path,
@@ -80,7 +82,7 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
         _of(spec.scoring, module),
         _shared_experts(spec, path, module, model),
         Adapter(
-            _reads(spec, path, top_k),
+            _read_choice(spec, reader),
             at_call=spec.before,
             experts=lambda module: int(experts),
             top_k=top_k,
@@ -88,52 +90,39 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
         ),
         logits_module=module if spec.logits is not None else None,
         told=True,
-        logits_of=spec.logits,
+        logits_of=_read_logits(spec, reader),
         order=spec.order,
         rows=spec.rows,
     )
 
 
-def in_map(chosen: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """A bool map of the experts chosen [..., E] and weights of its shape → ids [..., K] in order of
-    their weights, −1 where fewer than K were chosen, and weights [..., K], 0 there."""
-    nowhere = float("-inf")
-    found, ids = weights.detach().float().masked_fill(~chosen, nowhere).topk(top_k, dim=-1)
-    none = found == nowhere
-    return ids.masked_fill(none, -1), weights.detach().gather(-1, ids).masked_fill(none, 0)
-
-
-def _reads(spec: RouterSpec, path: str, top_k: int | None) -> Callable[..., Any]:
-    """`spec.choice` with its result as ids and weights [T, K]."""
+def _read_choice(spec: RouterSpec, reader: ChoiceReader) -> Callable[..., Any]:
+    """`spec.choice` with its result as ids and weights [T, K]. It leaves no trace in the model's
+    autograd graph: a recomputed block may be recomputed without it, or with it alone."""
+    import torch
 
     def choice(
         module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> tuple[Tensor, Tensor] | None:
-        found = spec.choice(module, args, kwargs, output)
-        return None if found is None else as_choice(*found, path, top_k)
+        with torch.no_grad():
+            found = spec.choice(module, args, kwargs, output)
+            return None if found is None else reader.choice(found)
 
     return choice
 
 
-def as_choice(
-    ids: Tensor, weights: Tensor, path: str, top_k: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Ids int [..., K], or bool [..., E], and weights of the same shape → ids and weights [T, K].
-    MoeInspectError, which names `path`, for anything else."""
-    if ids.shape != weights.shape or not weights.dtype.is_floating_point or not ids.dim():
-        raise MoeInspectError(
-            f"the choice of {path} has ids {_shape(ids)} and weights {_shape(weights)}: both need "
-            "the same shape [..., K], ids integer (or bool [..., E]) and weights floating-point"
-        )
-    if _dtype(ids) == "bool":
-        if top_k is None:
-            raise MoeInspectError(
-                f"{path} gives a bool map and does not state its top-k: give RouterSpec(top_k=…)"
-            )
-        ids, weights = in_map(ids, weights, top_k)
-    elif ids.dtype.is_floating_point:
-        raise MoeInspectError(f"the choice of {path} has ids of dtype {_dtype(ids)}, not integers")
-    return ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
+def _read_logits(spec: RouterSpec, reader: ChoiceReader) -> Callable[..., Tensor] | None:
+    """`spec.logits` with its result as [T, E]."""
+    import torch
+
+    if (logits_of := spec.logits) is None:
+        return None
+
+    def logits(module: Module, args: Any, kwargs: Any, output: Any) -> Tensor:
+        with torch.no_grad():
+            return reader.logits(logits_of(module, args, kwargs, output))
+
+    return logits
 
 
 def _matches(spec: RouterSpec, path: str, module: Module) -> bool:
@@ -221,11 +210,3 @@ def _similar(model: Any, spec: RouterSpec) -> str:
 
 def _paths(model: Any) -> Iterator[str]:
     return (path for path, _ in model.named_modules() if path)
-
-
-def _shape(value: Any) -> str:
-    return str(list(value.shape)) if hasattr(value, "shape") else type(value).__name__
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -181,7 +181,8 @@ class RowReader:
             document_BS, sequence_BS, domain_BS, new = self._number(
                 real_BS, position_BS, **call.labels
             )
-        call.after.state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
+        if B and S:
+            call.after.state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
         order = slice(None) if call.order is None else call.order
         real = real_BS.reshape(-1)[order]
         flat = [
@@ -261,9 +262,9 @@ class RowReader:
         starts_BS[:, 1:] = (
             (position_BS[:, 1:] <= position_BS[:, :-1]) & real_BS[:, 1:] & real_BS[:, :-1]
         )
-        starts_BS[:, 0] = True
+        starts_BS[:, :1] = True
         sequence_BS = self._sequences + np.cumsum(starts_BS.reshape(-1)).reshape(B, S) - 1
-        self._sequences = int(sequence_BS.max()) + 1
+        self._sequences += int(starts_BS.sum())
         label_B = [str(d) for d in domains] if domains is not None else [""] * B
         domain_BS = np.repeat(np.array([self.domain_code(d) for d in label_B])[:, None], S, 1)
         document_BS = np.empty((B, S), np.int64)

@@ -1,0 +1,112 @@
+"""What a user's code shows as a router's choice, checked.
+
+T rows a router sees, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_inspect.errors import MoeInspectError
+
+
+class ChoiceReader:
+    """Reads the choices and logits of the router `path`, which chooses from `experts` experts. K is
+    that of its first call. Without `top_k` it takes no bool maps; `where` says where to give it.
+
+    Raises MoeInspectError, which names `path`, for what is no choice, another K, and an id that is
+    no expert's. Ids and bool maps on a GPU are looked at once, in the first call, as reading them
+    waits for the GPU."""
+
+    def __init__(self, path: str, experts: int, top_k: int | None, where: str):
+        self.path, self.experts, self.top_k, self.where = path, experts, top_k, where
+        self.K: int | None = None
+        self._looked = False
+
+    def choice(self, found: Any) -> tuple[Tensor, Tensor]:
+        """(ids int [..., K] or bool [..., E], weights of the same shape) → ids, weights [T, K]."""
+        pair = tuple(found) if isinstance(found, tuple | list) else (found,)
+        if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            raise MoeInspectError(
+                f"the choice of {self.path} must be two tensors, ids and weights, not "
+                f"{_kinds(pair)}"
+            )
+        ids, weights = pair
+        if ids.shape != weights.shape or not weights.dtype.is_floating_point or not ids.dim():
+            raise MoeInspectError(
+                f"the choice of {self.path} has ids {list(ids.shape)} and weights "
+                f"{list(weights.shape)}: both need the same shape [..., K], ids integer (or bool "
+                "[..., E]) and weights floating-point"
+            )
+        if ids.dtype == torch.bool:
+            ids, weights = self._in_map(ids, weights)
+        elif ids.dtype.is_floating_point or ids.dtype.is_complex:
+            kind = str(ids.dtype).removeprefix("torch.")
+            raise MoeInspectError(
+                f"the choice of {self.path} has ids of dtype {kind}, not integers"
+            )
+        elif self._may_look(ids) and ids.numel() and (highest := int(ids.max())) >= self.experts:
+            raise MoeInspectError(
+                f"{self.path} chose expert {highest} and is said to have {self.experts} experts"
+            )
+        K = ids.shape[-1]
+        if self.K is None and not torch.compiler.is_compiling():
+            self.K = K
+        if self.K is not None and self.K != K:
+            raise MoeInspectError(
+                f"{self.path} chose {K} experts per token, and {self.K} in its first call: where "
+                "their number varies, fill the ids up with -1"
+            )
+        return ids.reshape(-1, K), weights.reshape(-1, K)
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """[..., E] → [T, E]."""
+        if not isinstance(logits, Tensor) or logits.shape[-1:] != (self.experts,):
+            raise MoeInspectError(
+                f"{self.path} shows logits {_kinds((logits,))}, not [..., {self.experts}], one for "
+                "each expert"
+            )
+        return logits.detach().reshape(-1, self.experts)
+
+    def _in_map(self, chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if self.top_k is None:
+            raise MoeInspectError(
+                f"{self.path} gives a bool map and does not state its top-k: {self.where}"
+            )
+        if chosen.shape[-1] != self.experts:
+            raise MoeInspectError(
+                f"{self.path} gives a bool map {list(chosen.shape)}, not [..., {self.experts}], "
+                "one for each expert"
+            )
+        most = int(chosen.sum(-1).max()) if self._may_look(chosen) and chosen.numel() else 0
+        if most > self.top_k:
+            raise MoeInspectError(
+                f"{self.path} chose {most} experts for a token in its bool map, and its top-k is "
+                f"{self.top_k}"
+            )
+        return in_map(chosen, weights, self.top_k)
+
+    def _may_look(self, tensor: Tensor) -> bool:
+        """Whether to read values."""
+        if torch.compiler.is_compiling():
+            return False
+        first, self._looked = not self._looked, True
+        return first or tensor.is_cpu
+
+
+def in_map(chosen: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """A bool map of the experts chosen [..., E] and weights of its shape → ids [..., K] in order of
+    their weights, −1 where fewer than K were chosen, and weights [..., K], 0 there."""
+    nowhere = float("-inf")
+    found, ids = weights.detach().float().masked_fill(~chosen, nowhere).topk(top_k, dim=-1)
+    none = found == nowhere
+    return ids.masked_fill(none, -1), weights.detach().gather(-1, ids).masked_fill(none, 0)
+
+
+def _kinds(values: tuple[Any, ...]) -> str:
+    return ", ".join(
+        str(list(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values
+    )

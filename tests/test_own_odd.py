@@ -1,0 +1,234 @@
+"""Routers of one's own that are not what they should be, or are used in ways that a shorter test
+would not try: each is recorded as it is, or refused with a line that says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import moe_inspect
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.custom.candidates import candidates
+from moe_inspect.model.custom.choice import ChoiceReader
+from tests import own
+from tests.test_own import B, Probing, S, T, record_once, record_twice, spec
+
+
+def shown(n: int = 0, K: int = 2, E: int = 8, T: int = T) -> tuple[Tensor, Tensor]:
+    """Ids and weights of a pass."""
+    generator = torch.Generator().manual_seed(n)
+    weights, ids = torch.rand(T, E, generator=generator).topk(K)
+    return ids, weights
+
+
+def refused(path: Path, match: str, probing: Any, **options: Any) -> None:
+    with pytest.raises(MoeInspectError, match=match):
+        record_twice(Probing(probing), path, overwrite=True, **options)
+
+
+# --- what a router shows
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"counts_only": True}, {"ring_tokens": 64}])
+def test_a_top_k_that_changes_is_refused(tmp_path: Path, K: int, options: Any) -> None:
+    """With K = 1 the one expert would be written into every slot."""
+
+    def probing(n: int) -> None:
+        moe_inspect.probe(*shown(n, K if n else 2), layer=0, experts=8)
+
+    refused(tmp_path / "t", f"chose {K} experts per token, and 2 in its first", probing, **options)
+
+
+def test_an_expert_that_cannot_be_is_refused_in_any_pass(tmp_path: Path) -> None:
+    """It would look like a slot that went to no expert."""
+    for late in (0, 1):
+        refused(
+            tmp_path / "t",
+            r"probe\(layer=0\) chose expert 8 and is said to have 8 experts",
+            lambda n, late=late: moe_inspect.probe(
+                shown()[0].clamp(max=6) + 2 * (n == late), shown()[1], layer=0, experts=8
+            ),
+        )
+
+
+def test_what_is_no_choice_is_named(tmp_path: Path) -> None:
+    ids, weights = shown()
+
+    def of(*args: Any, **kwargs: Any) -> Any:
+        return lambda n: moe_inspect.probe(*args, **{"layer": 0, "experts": 8, **kwargs})
+
+    out = tmp_path / "t"
+    refused(out, r"two tensors, ids and weights, not \[48, 2\], NoneType", of(ids, None))
+    refused(out, r"two tensors, ids and weights, not list, \[48, 2\]", of(ids.tolist(), weights))
+    refused(out, "a bool map and does not state its top-k: give it ids", of(weights > 0, weights))
+    refused(out, r"48 experts.* are \[\.\.\., 1\]", of(ids[:, 0], weights[:, 0]))
+    for layer in (torch.tensor(0), "0", -1):
+        refused(out, "the layer is a number of 0 or more", of(ids, weights, layer=layer))
+    for experts in (8.0, torch.tensor(8), "8", 0, -3):
+        refused(out, "give it a number of 1 or more", of(ids, weights, experts=experts))
+    for E in (1, 4):
+        logits = weights[:, :1].expand(T, E)
+        refused(out, r"shows logits \[48, .\]", of(ids, weights, logits=logits), logits=True)
+    of_numpy = Probing(of(ids, weights, layer=np.int64(3), experts=np.int32(8)))
+    record_once(of_numpy, out, overwrite=True)
+    assert own.path_of(out).routers[0].layer == 3
+
+
+def test_what_is_no_choice_of_a_spec_is_named() -> None:
+    reader = ChoiceReader("h.0.router", 4, 2, "give it")
+    ids, weights = shown(E=4)
+    for found in (ids, (ids, weights, weights), None, (ids, 3)):
+        with pytest.raises(MoeInspectError, match=r"choice of h\.0\.router must be two tensors"):
+            reader.choice(found)
+    for wrong, match in (
+        (torch.ones(T, 4), "chose 4 experts for a token in its bool map, and its top-k is 2"),
+        (torch.ones(T, 2), r"gives a bool map \[48, 2\], not \[\.\.\., 4\]"),
+    ):
+        with pytest.raises(MoeInspectError, match=match):
+            reader.choice((wrong.bool(), wrong))
+    with pytest.raises(MoeInspectError, match=r"shows logits \[48, 2\]"):
+        reader.logits(weights)
+    assert reader.choice((ids, weights))[0] is not None  # control
+
+
+@pytest.mark.parametrize("ids", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_dtypes_are_recorded(tmp_path: Path, ids: Any, weights: Any) -> None:
+    def probing(n: int) -> None:
+        i, w = shown(n)
+        moe_inspect.probe(i.to(ids), w.to(weights), layer=0, experts=8)
+
+    record_twice(Probing(probing), tmp_path / "t")
+    expected = [frozenset(row) for n in range(2) for row in shown(n)[0].tolist()]
+    assert own.recorded(own.path_of(tmp_path / "t"), 0) == expected
+    assert moe_inspect.verify(tmp_path / "t").ok
+
+
+@pytest.mark.parametrize("options", [{}, {"counts_only": True}])
+@pytest.mark.parametrize("empty", [(B, 0), (0, S)])
+@pytest.mark.parametrize("at", [0, 1])
+def test_empty_passes_are_passes(
+    tmp_path: Path, options: Any, empty: tuple[int, int], at: int
+) -> None:
+    model, sizes = Probing(None), [(B, S)] * 2
+    sizes.insert(at, empty)
+    with moe_inspect.record(model, tmp_path / "t", **options):
+        for b, s in sizes:
+            chosen = shown(T=b * s)
+            model.probing = lambda n, chosen=chosen: moe_inspect.probe(*chosen, layer=0, experts=8)
+            model(own.tokens(b, s))
+    assert own.path_of(tmp_path / "t").n_tokens == 2 * T
+    assert moe_inspect.verify(tmp_path / "t").ok
+
+
+def test_layers_without_a_probe_are_named(tmp_path: Path) -> None:
+    for layers in ([99], [1, 99]):
+        with pytest.raises(MoeInspectError, match=r"no probe in layer 99: .* layers 0, 1, 2, 3"):
+            record_once(own.gpt(), tmp_path / "t", layers=layers, overwrite=True)
+
+
+# --- how it is used
+
+
+@pytest.mark.parametrize("how", ["probe", "spec", "spec of the router", "discover"])
+@pytest.mark.parametrize("closed_before", ["forward", "backward"])
+def test_a_recording_may_begin_or_end_between_forward_and_backward(
+    tmp_path: Path, how: str, closed_before: str
+) -> None:
+    """Under activation checkpointing too: what reads the choice saves nothing for the backward
+    pass, which the recomputation would then miss, or have too much of."""
+    model, ids = own.gpt(probes=how == "probe"), own.tokens()
+    for block in model.blocks:
+        block.forward = lambda x, run=block.forward: checkpoint(run, x, use_reentrant=False)
+    of_router = spec(
+        module="blocks.*.experts.router",
+        choice=lambda module, args, kwargs, output: output.softmax(-1).topk(2)[::-1],
+    )
+    options: dict[str, Any] = {
+        "probe": {},
+        "spec": {"routers": [spec()]},
+        "spec of the router": {"routers": [of_router]},
+        "discover": {"discover": True},
+    }[how]
+    recorder = moe_inspect.record(model, tmp_path / "t", **options)
+    if closed_before == "backward":
+        with recorder:
+            loss = model(ids).sum()
+        loss.backward()
+    else:
+        loss = model(ids).sum()
+        with recorder:
+            loss.backward()
+            model(ids)
+    assert own.path_of(tmp_path / "t").n_tokens == T
+
+
+def test_a_probe_is_not_discovered_a_second_time(tmp_path: Path) -> None:
+    model, ids = own.gpt(), own.tokens()
+    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t", discover=True):
+        for _ in range(2):
+            model(ids)
+    trace = own.path_of(tmp_path / "t")
+    assert len(trace.routers) == 4
+    assert own.same(trace, given) == 4 * 2 * T
+
+
+# --- a model without a router that is known
+
+
+class Switch(nn.Module):
+    """The router and the experts are parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_w = nn.Parameter(torch.randn(8, 6))
+        self.w1 = nn.Parameter(torch.randn(6, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x @ self.w1[(x @ self.gate_w).argmax(-1)[0, 0]]
+
+
+class OfSwitches(nn.Module):
+    def __init__(self, block: type[nn.Module] = Switch) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(256, 8)
+        self.layers = nn.ModuleList(block() for _ in range(3))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.tokens(idx)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_routers_that_are_parameters_are_named(tmp_path: Path) -> None:
+    found = candidates(OfSwitches())
+    assert found is not None
+    assert found.routers == {"layers.*": "Switch, with gate_w"}
+    assert found.experts_lists == {"layers.*": "Switch of 6"}
+    assert found.experts == 6
+    with pytest.raises(MoeInspectError, match="no router that is known was found in OfSwitches"):
+        record_once(OfSwitches(), tmp_path / "t")
+    with pytest.raises(
+        MoeInspectError, match=r"no block of OfSwitches called torch\.topk to choose experts in"
+    ):
+        record_once(OfSwitches(), tmp_path / "t", discover=True)
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gate_proj = nn.Conv1d(8, 8, 1), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.gate_proj
+
+    assert candidates(OfSwitches(Dense)) is None
+    with pytest.raises(MoeInspectError, match=r"is a dense model: .* as far as the names"):
+        record_once(OfSwitches(Dense), tmp_path / "t")
