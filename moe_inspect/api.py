@@ -46,6 +46,7 @@ def record(
     routers: Sequence[RouterSpec] | None = None,
     inputs: InputsOf | None = None,
     discover: bool = False,
+    text: bool = True,
 ) -> Recorder:
     """Records every forward pass of `model` within a `with` block as a trace at `path`:
 
@@ -77,6 +78,7 @@ def record(
     documents    document of each batch row, any hashable value
     domains      domain label of each batch row
     overwrite    replace an existing trace at `path`, which is refused otherwise
+    text         record which token each is; without, token ids are -1 and there is no vocabulary
     drop         where the writer cannot keep up, drop decisions and count them instead of waiting
     commit_every seconds after which what was recorded is committed, for those who read the trace
                  while it is written (`moe-inspect watch`). By default a shard of 65,536 tokens or
@@ -116,6 +118,7 @@ def record(
             routers=routers,
             inputs=inputs,
             discover=discover,
+            text=text,
         ),
         tokenizer=tokenizer,
         documents=documents,

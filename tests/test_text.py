@@ -132,6 +132,24 @@ def test_the_command(tmp_path: Path) -> None:
         assert found.returncode != 0
 
 
+def test_a_trace_may_say_nothing_of_its_text(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("The lighthouse keeper counts xylophones. " * 9)
+    options = {"data": [str(secret)], "generate": 2}
+    with_text = moe_inspect.trace_model("demo", tmp_path / "a", **options)
+    trace = moe_inspect.trace_model("demo", tmp_path / "b", text=False, **options)
+    assert moe_inspect.verify(trace.path).ok
+    assert (trace.tokens()["token_id"] == -1).all()
+    assert not len(trace.vocabulary())
+    assert trace.routing().equals(with_text.routing())  # nothing else is missing
+    written = b"".join(f.read_bytes() for f in trace.path.rglob("*") if f.is_file())
+    assert b"xylophone" not in written
+    assert b"lighthouse" not in written
+    assert moe_inspect.report(trace).verdict()
+    with pytest.raises(MoeInspectError, match="text"):  # another plan
+        moe_inspect.trace_model("demo", tmp_path / "b", resume=True, **options)
+
+
 def test_a_trace_of_counts_or_without_vocabulary_has_no_text(tmp_path: Path) -> None:
     from tests.own import gpt, tokens
 

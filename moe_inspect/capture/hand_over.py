@@ -261,10 +261,11 @@ class HandOver:
             own = [n for n, (stack, _, _) in enumerate(parts) if stack.name == name]
             places[name] = parts[own[0]][1][0].start, np.concatenate([kept[n] for n in own])
         last = batch[-1].rows[-1]
+        token_id = of_tokens("token_id")
         writer.write(
             RoutedBatch(
                 batch[-1].forwards[-1].number,
-                of_tokens("token_id"),
+                token_id if self.options.text else np.full_like(token_id, -1),
                 of_tokens("document"),
                 of_tokens("sequence"),
                 of_tokens("position"),

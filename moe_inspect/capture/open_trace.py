@@ -78,7 +78,7 @@ class TraceOpener:
             weights=options.weights,
             logits=options.logits,
             counts_only=options.counts_only,
-            vocabulary=self._vocabulary(),
+            vocabulary=self._vocabulary() if options.text else None,
             rank=ranks.rank if ranks is not None else 0,
             resume=session.resume,
             shard_tokens=session.shard_tokens,

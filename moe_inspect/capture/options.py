@@ -26,6 +26,8 @@ class CorpusOptions:
     max_length         split longer documents; None: what the model takes, at most 2048
     batch_tokens       tokens per forward pass, padding included
     special_tokens     add the tokenizer's special tokens (<s> …) to each text
+    text               record which token each is; without, token ids are -1 and there is no
+                       vocabulary
     generate           decode N tokens after each document
     temperature, seed  of sampling; temperature 0 is greedy
     revision           branch, tag or commit on the hub
@@ -44,6 +46,7 @@ class CorpusOptions:
     max_length: int | None = None
     batch_tokens: int = 8192
     special_tokens: bool = True
+    text: bool = True
     generate: int = 0
     temperature: float = 0.0
     seed: int = 0
@@ -104,6 +107,7 @@ class RecordOptions:
     drop: bool = False
     ring_tokens: int | None = None
     commit_every: float | None = None
+    text: bool = True
     routers: Sequence[RouterSpec] | None = None
     inputs: InputsOf | None = None
     discover: bool = False
@@ -152,6 +156,7 @@ class CorpusKeywords(TypedDict, total=False):
     max_length: int | None
     batch_tokens: int
     special_tokens: bool
+    text: bool
     generate: int
     temperature: float
     seed: int

@@ -60,11 +60,12 @@ def resume_from(output_dir: Path, record: dict[str, Any], rank: int) -> ResumePo
         raise MoeInspectError(
             f'{output_dir} was not written by "moe-inspect trace": it cannot be resumed'
         )
-    for key, now in record.items():
-        if then.get(key) != now:
+    for key in dict.fromkeys([*record, *then]):  # what is not stated is as it is by default
+        before, now = then.get(key), record.get(key)
+        if before != now:
             raise MoeInspectError(
-                f"{output_dir} was made with {_difference(key, then.get(key), now)}: resume with "
-                "the same, or --overwrite"
+                f"{output_dir} was made with {_difference(key, before, now)}: resume with the "
+                "same, or --overwrite"
             )
     with writing(output_dir):
         return resume_point(output_dir, rank)

@@ -243,6 +243,7 @@ def _recorder(
             logits=options.logits,
             counts_only=options.counts_only,
             overwrite=options.overwrite,
+            text=options.text,
             routers=options.routers,
             commit_every=options.commit_every,
         ),

@@ -45,6 +45,7 @@ class Plan:
             "max_length": self.max_length,
             **{k: getattr(self.options, k) for k in later},
             "sources": [asdict(s) for s in self.sources],
+            **({} if self.options.text else {"text": False}),
         }
 
     def estimated_tokens(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWr
 
 
 class Output:
-    """The trace: created with its first batch, and closed whether the run succeeds or fails."""
+    """The trace: created with its first batch, and closed whether the run succeeds or fails.
+    `vocabulary`: None records no token ids either."""
 
     def __init__(
         self,
@@ -58,6 +60,8 @@ class Output:
                 commit_every=self.commit_every,
                 lock=self.lock or self._own_lock,
             )
+        if self.vocabulary is None:
+            batch = replace(batch, token_id=np.full_like(batch.token_id, -1))
         self.writer.write(batch)
 
     def __enter__(self) -> Output:

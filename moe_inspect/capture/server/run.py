@@ -126,7 +126,7 @@ async def _record(
             run.output_dir,
             _manifest(run, plan, record, kind, about),
             [routers[r] for r in chosen],
-            vocabulary_table(run.tokenizer, text.vocab_size),
+            vocabulary_table(run.tokenizer, text.vocab_size) if options.text else None,
             start,
             options.overwrite,
             lock,

@@ -97,6 +97,12 @@ def trace(
     special_tokens: Annotated[
         bool, typer.Option(help="Frame each text as the tokenizer does (<s> …).")
     ] = True,
+    text: Annotated[
+        bool,
+        typer.Option(
+            help="Record which token each is. Without, the trace says nothing of the text."
+        ),
+    ] = True,
     generate: Annotated[
         int,
         typer.Option(
@@ -273,6 +279,7 @@ def trace(
         "max_length": max_length,
         "batch_tokens": batch_tokens,
         "special_tokens": special_tokens,
+        "text": text,
         "generate": generate,
         "temperature": temperature,
         "seed": seed,
