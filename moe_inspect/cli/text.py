@@ -67,7 +67,7 @@ def text(
     output: Output = None,
     safe_csv: SafeCsv = False,
 ) -> None:
-    """Show the text of a document with its routes, or the tokens of an expert in their context."""
+    """Show a document, or the tokens of an expert, with the routes."""
     if (document is None) == (expert is None):
         raise typer.BadParameter("give --document N, or --layer L with --expert E")
     if expert is not None and layer is None:
