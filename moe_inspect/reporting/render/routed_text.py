@@ -10,7 +10,8 @@ from rich.text import Text
 from moe_inspect.text import printable
 
 GOLDEN = 0.61803398875  # of a turn: neighbours in number are far apart in hue
-SHADES = (0.45, 0.30, 0.60)  # lightness; more than 24 experts share hues
+SHADES = (0.86, 0.70)  # lightness: neighbours differ in it too, for who sees few hues
+TAB = "    "
 
 
 def routed_text(document: pd.DataFrame, colours: bool) -> Text:
@@ -19,7 +20,7 @@ def routed_text(document: pd.DataFrame, colours: bool) -> Text:
     found, before = Text(), None
     for text, expert in zip(document["text"], document["expert_0"], strict=True):
         expert = None if pd.isna(expert) else int(expert)
-        shown = "\n".join(printable(line) for line in text.split("\n"))
+        shown = "\n".join(printable(line) for line in text.replace("\t", TAB).split("\n"))
         if colours:
             found.append(shown, style=_style(expert))
             continue
@@ -45,7 +46,6 @@ def legend(document: pd.DataFrame, experts: int, most: int = 16) -> Text:
 def _style(expert: int | None) -> str:
     if expert is None:
         return "dim"
-    shade = SHADES[expert // 24 % len(SHADES)]
-    rgb = colorsys.hls_to_rgb(expert * GOLDEN % 1, shade, 0.75)
+    rgb = colorsys.hls_to_rgb(expert * GOLDEN % 1, SHADES[expert % len(SHADES)], 0.75)
     back = "".join(f"{round(255 * part):02x}" for part in rgb)
-    return f"{'black' if shade > 0.5 else 'white'} on #{back}"
+    return f"#000000 on #{back}"
