@@ -37,6 +37,7 @@ def record(
     logits: bool = False,
     counts_only: bool = False,
     every: int = 1,
+    flush_steps: int | None = None,
     documents: Sequence[Any] | None = None,
     domains: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -75,6 +76,9 @@ def record(
     counts_only  keep only counts [routers, domains, experts] on the device; the recorder's
                  `balance()` returns the balance table at any time
     every        with `counts_only`: count every N-th forward pass
+    flush_steps  with `counts_only` and a path: commit the counts after so many counted passes, for
+                 those who read the trace while it is written; each commit is one step of `windows`
+                 and `drift`. By default they are committed after 65,536 tokens
     documents    document of each batch row, any hashable value
     domains      domain label of each batch row
     overwrite    replace an existing trace at `path`, which is refused otherwise
@@ -111,6 +115,7 @@ def record(
             logits=logits,
             counts_only=counts_only,
             every=every,
+            flush_steps=flush_steps,
             overwrite=overwrite,
             drop=drop,
             ring_tokens=ring_tokens,

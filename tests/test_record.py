@@ -4,6 +4,7 @@ and the model is left as it was."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,53 @@ def test_sampled_counts_without_a_trace(model: Any) -> None:
     assert tables[0]["assignments"].tolist() == [32, 32]
 
 
+@pytest.mark.parametrize(
+    ("every", "spans"), [(1, [(0, 2), (3, 5), (6, 8), (9, 10)]), (2, [(0, 4), (6, 10)])]
+)
+def test_counts_are_committed_after_so_many_counted_passes(
+    model: Any, tmp_path: Path, every: int, spans: list[tuple[int, int]]
+) -> None:
+    batches, root = [token_batch(LENGTHS, seed) for seed in range(11)], tmp_path / "t"
+    options: dict[str, Any] = {"counts_only": True, "every": every}
+
+    def shards() -> list[Any]:
+        return [shard.files for shard in moe_inspect.open_trace(root).shards]
+
+    with moe_inspect.record(model, root, flush_steps=3, **options), torch.no_grad():
+        for number, batch in enumerate(batches):
+            model(**batch)
+            whole = [span for span in spans if span[1] <= number and span != (9, 10)]
+            end = time.monotonic() + 20
+            while whole and len(shards()) < len(whole):  # the writer is a thread
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert len(shards()) == len(whole)
+    assert [(files.first_batch, files.last_batch) for files in shards()] == spans
+    # a shard's counts are those of its passes, and together those of one shard
+    for (first, last), shard in zip(spans, moe_inspect.open_trace(root).shards, strict=True):
+        with moe_inspect.record(model, counts_only=True) as of_span, torch.no_grad():
+            for batch in batches[first : last + 1 : every]:
+                model(**batch)
+            load = of_span.totals().load
+        table = shard.counts().to_pandas()
+        for r, load_E in enumerate(load):
+            assert table[table["router"] == r]["assignments"].tolist() == load_E.tolist()
+    with moe_inspect.record(model, tmp_path / "one", **options), torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    one, several = (moe_inspect.open_trace(path).counts() for path in (tmp_path / "one", root))
+    key = ["router", "expert"]
+    assert several.groupby(key)["assignments"].sum().equals(one.groupby(key)["assignments"].sum())
+    # they are windows in the report, and a single shard is one (control)
+    windows = moe_inspect.report(root, window=1).tables["windows"]
+    assert windows.groupby("router")["window"].count().tolist() == [len(spans)] * 2
+    assert (
+        moe_inspect.report(root, window=1).tables["drift"]["windows"].tolist() == [len(spans)] * 2
+    )
+    alone = moe_inspect.report(tmp_path / "one", window=1).tables["windows"]
+    assert alone.groupby("router")["window"].count().tolist() == [1, 1]
+
+
 def test_a_router_that_saw_too_little_is_an_error(model: Any, tmp_path: Path) -> None:
     experts = model.model.layers[1].mlp.experts
     stock = experts.forward
@@ -261,6 +309,12 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
         ({"capture": "spy"}, "no capture 'spy'"),
         ({"every": 2}, "give counts_only=True"),
         ({"counts_only": True, "logits": True}, "keeps no logits"),
+        ({"flush_steps": 3}, "flush_steps commits counts to a trace"),
+        ({"flush_steps": 0, "counts_only": True}, "flush_steps is 0: give a number of passes"),
+        (
+            {"flush_steps": 3, "counts_only": True, "commit_every": 5.0},
+            "flush_steps and commit_every both say when counts are committed",
+        ),
     ):
         with pytest.raises(MoeInspectError, match=says):
             moe_inspect.record(model, tmp_path / "t", **options)

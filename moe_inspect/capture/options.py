@@ -103,6 +103,7 @@ class RecordOptions:
     logits: bool = False
     counts_only: bool = False
     every: int = 1
+    flush_steps: int | None = None
     overwrite: bool = False
     drop: bool = False
     ring_tokens: int | None = None
@@ -125,6 +126,19 @@ class RecordOptions:
             )
         if self.every != 1 and not self.counts_only:
             raise MoeInspectError("every=N samples counts: give counts_only=True with it")
+        if self.flush_steps is not None:
+            if not writes or not self.counts_only:
+                raise MoeInspectError(
+                    "flush_steps commits counts to a trace: give a path and counts_only=True"
+                )
+            if self.flush_steps < 1:
+                raise MoeInspectError(
+                    f"flush_steps is {self.flush_steps}: give a number of passes, 1 or more"
+                )
+            if self.commit_every is not None:
+                raise MoeInspectError(
+                    "flush_steps and commit_every both say when counts are committed: give one"
+                )
         if self.counts_only and self.logits:
             raise MoeInspectError("counts_only keeps no logits: drop one of the two")
         if self.discover and (self.routers is not None or self.logits):

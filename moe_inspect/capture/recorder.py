@@ -6,7 +6,6 @@ T rows a router sees (padding included), K slots, E experts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +93,6 @@ class Recorder:
         self._entered = False
         self._forwards = self.session.resume.next_batch if self.session.resume else 0
         self._counted: CountedPasses | None = None  # counts_only
-        self._counts_written = time.monotonic()
         self._in_group = False
         self._opened = False  # the routers and the shapes of their rings are known
         self._has_cuda = torch.cuda.is_available()
@@ -185,11 +183,7 @@ class Recorder:
     def end_group(self) -> None:
         """Ends a group of passes: their counts may be committed."""
         self._in_group = False
-        if self._counted is None:
-            return
-        every, full = self.options.commit_every, self.session.shard_tokens
-        is_early = every is not None and time.monotonic() - self._counts_written >= every
-        if is_early or self._counted.uncommitted >= full:
+        if self._counted is not None and self.writer is not None and self._counted.is_due:
             self._write_counts()
 
     def step(self, tokens: int, **inputs: Any) -> None:
@@ -362,7 +356,9 @@ class Recorder:
         if self.options.counts_only:
             devices = [d for stack in self.stacks.values() for d in stack.devices()]
             counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)
-            self._counted = CountedPasses(counts, self.inputs, self.options.every)
+            self._counted = CountedPasses(
+                counts, self.inputs, self.options, self.session.shard_tokens
+            )
             self._counted.begin(self._forwards)
 
     # --- counts_only
@@ -379,10 +375,10 @@ class Recorder:
     def _write_counts(self) -> None:
         if self._counted is None:
             return
-        self._counted.count_waiting()
-        self._counts_written = time.monotonic()
-        if self.writer is not None and self._counted.counts.tokens:
-            self.writer.write(self._counted.counts.take(list(self.inputs.domains)))
+        if self.writer is None:
+            self._counted.count_waiting()
+        elif counted := self._counted.take():
+            self.writer.write(counted)
 
     def totals(self, all_ranks: bool = False) -> Totals:
         """The counts since the recording began (`counts_only=True`); with `all_ranks` summed over

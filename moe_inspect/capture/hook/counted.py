@@ -6,7 +6,10 @@ T rows a router sees (padding included), K slots.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
+from time import monotonic
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,30 +18,36 @@ from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.pass_buffer import PassBuffer
 from moe_inspect.capture.hook.stack import Stack
+from moe_inspect.trace.writer import CountedBatches
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.options import RecordOptions
 
 MOST_WAITING = 256  # forward passes
 
 
 class CountedPasses:
-    """`every`: one of so many passes is counted. `tokens`: of the passes that no longer wait."""
+    """`options.every`: one of so many passes is counted. `shard_tokens`: after how many tokens
+    counts are due, unless `options.flush_steps` says after how many passes. `tokens`: of the passes
+    that no longer wait."""
 
-    def __init__(self, counts: DeviceCounts, inputs: PassInputs, every: int):
-        self.counts, self.inputs, self.every = counts, inputs, every
+    def __init__(
+        self, counts: DeviceCounts, inputs: PassInputs, options: RecordOptions, shard_tokens: int
+    ):
+        self.counts, self.inputs, self.options = counts, inputs, options
+        self.shard_tokens = shard_tokens
         self.tokens = 0
+        self._numbers: list[int] = []  # of the passes counted since the last `take`
+        self._taken = monotonic()
         self._buffers: dict[str, PassBuffer | None] = {}  # of each stack
         # number, whether it is counted, and a stack that ran in it with its inputs
         self._waiting: list[tuple[int, bool, Stack, Rows | CallInputs]] = []
         self._waiting_rows = 0
 
-    @property
-    def uncommitted(self) -> int:
-        """Rows since the last `DeviceCounts.take`."""
-        return self.counts.tokens + self._waiting_rows
-
     # --- a forward pass
 
     def begin(self, number: int) -> None:
-        self.number, self.is_counted = number, number % self.every == 0
+        self.number, self.is_counted = number, number % self.options.every == 0
         self._at_once = False  # its calls are counted one by one
         self._fed: list[Stack] = []  # stacks that run in it
         self.counts.begin()
@@ -101,6 +110,8 @@ class CountedPasses:
                 self._waiting.append((self.number, self.is_counted, stack, stack.fed))
                 self._waiting_rows += stack.fed.T
             stack.fed = stack.scope.kept = None
+        if self.is_counted:
+            self._numbers.append(self.number)
         if len(self._waiting) >= MOST_WAITING:
             self.count_waiting()
 
@@ -140,3 +151,22 @@ class CountedPasses:
             self.counts.count_kept(
                 stack.router_range, rows_of[name], len(self.inputs.domains), number
             )
+
+    # --- commits
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the counts since the last `take` are to be committed now."""
+        if self.options.flush_steps is not None:
+            return len(self._numbers) >= self.options.flush_steps
+        every_s = self.options.commit_every
+        is_early = every_s is not None and monotonic() - self._taken >= every_s
+        return is_early or self.counts.tokens + self._waiting_rows >= self.shard_tokens
+
+    def take(self) -> CountedBatches | None:
+        """The counts since the last `take`; None where these passes had no tokens."""
+        self.count_waiting()
+        numbers, self._numbers, self._taken = self._numbers, [], monotonic()
+        if not self.counts.tokens:
+            return None
+        return replace(self.counts.take(list(self.inputs.domains)), first_batch=numbers[0])
