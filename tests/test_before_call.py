@@ -27,7 +27,7 @@ def model() -> Any:
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever other tests have compiled in this process: the tap would be a forward hook."""
-    monkeypatch.setattr(attach, "_has_compiled", lambda: False)
+    monkeypatch.setattr(attach, "has_compiled", lambda: False)
 
 
 def experts_of(model: Any) -> list[Any]:

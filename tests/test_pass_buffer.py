@@ -31,7 +31,7 @@ BATCHES = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5], [3], [7,
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever other tests have compiled in this process: no pass would be kept."""
-    monkeypatch.setattr(attach, "_has_compiled", lambda: False)
+    monkeypatch.setattr(attach, "has_compiled", lambda: False)
 
 
 @pytest.fixture(scope="module")

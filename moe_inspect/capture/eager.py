@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import ClassVar
 
 import torch
+from torch._dynamo.utils import counters  # (torch.compiler.disable imports it anyhow)
 
 
 class Eager:
@@ -25,3 +26,8 @@ class Eager:
             self._held_by.remove(self)
             if not self._held_by:
                 self._stance.close()
+
+
+def has_compiled() -> bool:
+    """Whether torch.compile has compiled anything in this process."""
+    return bool(counters["frames"])

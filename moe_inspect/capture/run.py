@@ -29,7 +29,7 @@ from moe_inspect.capture.resume import (
     sampling_record,
 )
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.custom.find import named
+from moe_inspect.model.custom.find import checked, named
 from moe_inspect.model.load import (
     commit_of,
     dequantizing,
@@ -133,7 +133,7 @@ def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks)
         "ranks": ranks.world,
     }
     if options.routers is not None:
-        record["routers"] = [named(spec) for spec in options.routers]
+        record["routers"] = [named(spec) for spec in checked(options.routers)]
     return TraceRun(
         model, output_dir, options, ranks, config, tokenizer, plan, record, own, adapter
     )

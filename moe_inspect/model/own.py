@@ -66,8 +66,8 @@ def load_object(reference: str) -> Any:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    # whatever the user's file raises
-    except Exception as error:
+    # whatever the user's file raises; a script that ends in sys.exit() would end this one too
+    except (Exception, SystemExit) as error:
         raise MoeInspectError(
             f"{path} cannot be run: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -86,6 +86,10 @@ def load_own(loader: Callable[..., Any], name: str) -> OwnModel:
     it (see `OwnModel`)."""
     import torch
 
+    if not callable(loader):
+        raise MoeInspectError(
+            f"a loader is a function that returns (model, tokenizer), not a {_kind(loader)}"
+        )
     given = (name,) if name and inspect.signature(loader).parameters else ()
     name = name or f"{loader.__module__}.{loader.__qualname__}"
     try:
@@ -93,22 +97,30 @@ def load_own(loader: Callable[..., Any], name: str) -> OwnModel:
     except MoeInspectError:
         raise
     # whatever the user's code raises
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MoeInspectError(
             f"the loader of {name} failed: {type(error).__name__}: {first_line(error)}"
         ) from error
     if not isinstance(loaded, tuple) or len(loaded) not in (2, 3):
         raise MoeInspectError(
             f"the loader of {name} must return (model, tokenizer) or (model, tokenizer, forward), "
-            f"not a {type(loaded).__name__}"
+            f"not a {_kind(loaded)}"
         )
     model, tokenizer = loaded[:2]
-    if not isinstance(model, torch.nn.Module):
+    forward = loaded[2] if len(loaded) == 3 else None
+    if forward is not None and not callable(forward):
         raise MoeInspectError(
-            f"the loader of {name} returned a {type(model).__name__} in place of a model"
+            f"the loader of {name} returned a {_kind(forward)} in place of a function "
+            "forward(model, ids) → logits"
         )
+    if not isinstance(model, torch.nn.Module):
+        raise MoeInspectError(f"the loader of {name} returned a {_kind(model)} in place of a model")
     model.eval()
-    return OwnModel(name, model, as_tokenizer(tokenizer), *loaded[2:])
+    return OwnModel(name, model, as_tokenizer(tokenizer), forward)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def positions_of(config: Any) -> int | None:
@@ -149,7 +161,7 @@ def as_tokenizer(tokenizer: Any) -> Any:
     ):
         return PlainTokenizer(tokenizer)
     raise MoeInspectError(
-        f"a {type(tokenizer).__name__} is no tokenizer: it needs encode(text) → token ids and "
+        f"this is no tokenizer, but a {_kind(tokenizer)}: it needs encode(text) → token ids and "
         "decode(token ids) → text, or to be one of transformers"
     )
 
@@ -191,8 +203,18 @@ class PlainTokenizer:
         return self.convert_ids_to_tokens(range(len(self)))
 
     def _encode(self, text: str) -> list[int]:
-        ids: Any = self.plain.encode(text)
-        return [int(i) for i in np.asarray(getattr(ids, "ids", ids)).reshape(-1)]
+        # that of tiktoken refuses texts with special tokens in them, and has another that does not
+        encode = getattr(self.plain, "encode_ordinary", None) or self.plain.encode
+        try:
+            ids: Any = encode(text)
+            return [int(i) for i in np.asarray(getattr(ids, "ids", ids)).reshape(-1)]
+        # whatever the user's code raises
+        except Exception as error:
+            shown = text if len(text) <= 40 else f"{text[:40]}…"
+            raise MoeInspectError(
+                f"the tokenizer ({_kind(self.plain)}) failed on the text {shown!r}: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
 
     def _token(self, i: int) -> str | None:
         # a tokenizer may have holes, and raise whatever it likes for them

@@ -46,6 +46,15 @@ def is_compiled_wrapper(module: Any) -> bool:
     return "_orig_mod" in getattr(module, "_modules", {})
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile was applied to any part of `model`."""
+    compiled = (
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+    return any(compiled) or any("_compiled_call" in vars(m) for m in model.modules())
+
+
 def call_of_model(
     wrappers: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

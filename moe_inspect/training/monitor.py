@@ -14,11 +14,11 @@ import torch
 from moe_inspect.alarms.alarms import Alarm, Alarms
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
 from moe_inspect.alarms.window import Window
-from moe_inspect.capture.hook.attach import Attachment, is_compiled
+from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import recordable
-from moe_inspect.model.wrapped import unwrapped
+from moe_inspect.model.wrapped import is_compiled, unwrapped
 from moe_inspect.training.actions import Action, act, actions_of
 from moe_inspect.training.history import History
 from moe_inspect.training.metrics import DETAILS, logged, max_vio_of_steps, window_metrics

@@ -7,6 +7,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import MethodType
@@ -14,9 +15,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters  # (torch.compiler.disable imports it anyhow)
 
-from moe_inspect.capture.eager import Eager
+from moe_inspect.capture.eager import Eager, has_compiled
 from moe_inspect.capture.hook import experts as experts_implementation
 from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.probe import listen
@@ -32,12 +32,10 @@ from moe_inspect.capture.hook.sink import (
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.families import called_with
-from moe_inspect.model.routers import (
-    Site,
-    is_of_transformers,
-)
+from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import (
     call_of_model,
+    is_compiled,
     is_compiled_wrapper,
     wrappers_of,
 )
@@ -100,6 +98,7 @@ class Attachment:
             s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path), unknown) for s in sites
         } or {"": Scope("", self.model, unknown)}
         self._in_model = False  # a call of the whole model is running
+        self._handled: BaseException | None = None  # what was being handled when it began
         self._alone: Scope | None = None  # or a call of this stack by itself
         sites_of = {stack: [s for s in sites if s.stack == stack] for stack in self.scopes}
         self.sinks, self.logit_sinks = [], []
@@ -151,7 +150,12 @@ class Attachment:
         self._cleanup.close()
 
     def _attach(self) -> None:
-        compiled = self.compiled or _has_compiled()
+        if self.discovery is not None and self.compiled:
+            raise MoeInspectError(
+                "discover=True cannot look into compiled code: record the model before it is "
+                "compiled"
+            )
+        compiled = self.compiled or has_compiled()
         if compiled:  # compiled code does not check for new hooks
             torch.compiler.reset()
             self._cleanup.callback(torch.compiler.reset)
@@ -162,7 +166,6 @@ class Attachment:
             self._take_over()
         if self.discovery is not None:
             self._cleanup.callback(listen(self.discovery.probed))
-            self._cleanup.callback(self.discovery.attach())
         elif self.probes is not None:
             self._cleanup.callback(listen(self.probes))
 
@@ -175,8 +178,9 @@ class Attachment:
         stacks = [scope for stack, scope in self.scopes.items() if stack]
         if all(map(is_compiled_wrapper, self.wrappers)):
             self._keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
-            # even if it raised: a later call of a stack is not part of it
-            self._keep(self.model.register_forward_hook(self._after, always_call=bool(stacks)))
+            # even if it raised: a later call of a stack, or of a probe, is not part of it
+            always = bool(stacks) or not self.sites
+            self._keep(self.model.register_forward_hook(self._after, always_call=always))
         else:  # PEFT calls the model's forward, not the model
             self._replace(self.model, "forward", self._around_forward)
         for scope in stacks:
@@ -319,18 +323,23 @@ class Attachment:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.paused or self.over:
             return
-        self._in_model = True
+        self._in_model, self._handled = True, sys.exc_info()[1]
         self._begin_pass()
         if "" in self.scopes:
             self._open(self.scopes[""], args, kwargs)
+        if self.discovery is not None:
+            self.discovery.begin()
 
     @_not_compiled("to record it without a graph break, record what torch.compile returned")
     def _end(self, output: Any) -> None:
         if self.paused or self.over:
             return
-        self._shut()
-        if output is None:  # it raised
+        if output is None and sys.exc_info()[1] is not self._handled:  # it raised
+            self._shut()
             return
+        if self.discovery is not None:
+            self.discovery.end()
+        self._shut()
         if "" in self.scopes:
             self.records.returned("", output)
         self._end_pass()
@@ -362,7 +371,7 @@ class Attachment:
         if self.in_compiled:  # (the pass before it failed)
             self._eager.release()
         # compiled code writes to the tapes, call by call
-        self.in_compiled = self.compiled or _has_compiled()
+        self.in_compiled = self.compiled or has_compiled()
         if self.in_compiled and not (self.sinks and all(sink.tapes for sink in self.sinks)):
             # until the first forward pass has shown the shapes there are no tapes, and the sinks
             # are plain Python
@@ -382,19 +391,7 @@ class Attachment:
 
     def _shut(self) -> None:
         self._in_model, self._alone = False, None
+        if self.discovery is not None:
+            self.discovery.close()
         for scope in self.scopes.values():
             scope.stop()  # what its sinks have kept is still to be written
-
-
-def is_compiled(model: Any) -> bool:
-    """Whether torch.compile was applied to any part of `model`."""
-    compiled = (
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
-    return any(compiled) or any("_compiled_call" in vars(m) for m in model.modules())
-
-
-def _has_compiled() -> bool:
-    """Whether torch.compile has compiled anything in this process."""
-    return bool(counters["frames"])

@@ -52,32 +52,18 @@ class Discovery:
         self._told = False
         self._watching = ExitStack()
 
-    def attach(self) -> Callable[[], None]:
-        """Returns the function that detaches."""
-        if any(getattr(m, "_compiled_call_impl", None) for m in self.model.modules()):
-            raise MoeInspectError(
-                "discover=True cannot look into compiled code: record the model before it is "
-                "compiled"
-            )
-        hooks = (
-            self.model.register_forward_pre_hook(self._start),
-            # before the recorder ends the pass
-            self.model.register_forward_hook(self._stop, prepend=True, always_call=True),
-        )
-
-        def detach() -> None:
-            self._watching.close()
-            for hook in hooks:
-                hook.remove()
-
-        return detach
-
-    def _start(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    def begin(self) -> None:
+        """A forward pass begins."""
         self._watching.close()
         self._found = []
         self._watching.enter_context(_Watch(self._seen))
 
-    def _stop(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def close(self) -> None:
+        """It is over, or has failed."""
+        self._watching.close()
+
+    def end(self) -> None:
+        """The model's forward has returned."""
         self._watching.close()
         chosen: dict[str, Found] = {}
         for found in self._found:
@@ -87,7 +73,7 @@ class Discovery:
         chosen = {path: f for path, f in chosen.items() if f.layer not in self._probed}
         for found in chosen.values():
             self.probes(found.layer, found.ids, found.values, found.E, None)
-        if not self._told and output is not None:
+        if not self._told:
             self._told = True
             self._tell(list(chosen.values()))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
@@ -44,11 +46,18 @@ class Probes:
     ) -> None:
         if not any(scope.open for scope in self.scopes):
             return
+        # another model may run in another thread meanwhile
+        if not torch.compiler.is_compiling() and self.scopes[0].thread != get_ident():
+            return
         if layer not in self.sinks:
             self.sinks[layer] = self._new(layer, experts, logits)
         if (found := self.sinks[layer]) is None:
             return
         reader, sinks = found
+        if experts is not None and experts != reader.experts:
+            raise MoeInspectError(
+                f"{reader.path} was called with experts={experts} and with {reader.experts}"
+            )
         ids, weights = reader.choice((ids, weights))
         if (tape := sinks[0](ids, weights)) is not None:
             kernels.record(tape, ids, weights)

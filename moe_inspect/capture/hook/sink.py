@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from threading import get_ident
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,14 @@ class Scope:
     def __init__(self, stack: str, module: torch.nn.Module, copies: bool):
         self.stack, self.module, self.copies = stack, module, copies
         self.open = False
+        self.thread = 0  # in which it was opened
         self.kept: list[Call] | None = None
         self.references: list[Call] | None = None  # `kept`, while it takes references
         self.passes = 0  # that have begun
 
     def start(self) -> None:
         """A call of the stack begins."""
-        self.open = True
+        self.open, self.thread = True, get_ident()
         self.references = None if self.copies else self.kept
 
     def stop(self) -> None:

@@ -359,12 +359,16 @@ def _is_complete(output: Path) -> bool:
 
 def _routers(reference: str | None) -> list[RouterSpec] | None:
     """Of "FILE.py:NAME", a RouterSpec or several."""
+    from moe_inspect.errors import MoeInspectError
     from moe_inspect.model.custom.spec import RouterSpec
     from moe_inspect.model.own import load_object
 
     if reference is None:
         return None
     found = load_object(reference)
+    if not isinstance(found, RouterSpec | list | tuple):
+        kind = type(found).__name__
+        raise MoeInspectError(f"{reference} is a {kind}, not a RouterSpec or a list of them")
     return [found] if isinstance(found, RouterSpec) else list(found)
 
 

@@ -35,9 +35,7 @@ def sites_given(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:
     """The sites of the specs that a caller gave. MoeInspectError where one matches no module, or
     two the same."""
     found: dict[str, Site] = {}
-    for spec in specs:
-        if not isinstance(spec, RouterSpec):
-            raise MoeInspectError(f"routers takes RouterSpecs, not {type(spec).__name__}")
+    for spec in checked(specs):
         matched = [(path, m) for path, m in model.named_modules() if _matches(spec, path, m)]
         if not matched:
             raise MoeInspectError(
@@ -49,6 +47,13 @@ def sites_given(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:
                 raise MoeInspectError(f"two RouterSpecs match {path}")
             found[path] = site_of(spec, path, module, model)
     return sorted(found.values(), key=lambda site: site.layer)
+
+
+def checked(specs: Sequence[Any]) -> Sequence[RouterSpec]:
+    """MoeInspectError where one is no RouterSpec."""
+    if wrong := [type(s).__name__ for s in specs if not isinstance(s, RouterSpec)]:
+        raise MoeInspectError(f"routers takes RouterSpecs, not {wrong[0]}")
+    return specs
 
 
 def sites_registered(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:

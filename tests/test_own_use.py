@@ -1,0 +1,197 @@
+"""Models of one's own in the ways that people use them: wrapped, failing, beside others, and loaded
+by code that may be wrong."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import moe_inspect
+from moe_inspect.cli import app
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.own import as_tokenizer, load_object, load_own
+from tests import own
+from tests.test_own import Probing, T, record_once, spec
+
+
+class Wrapper(nn.Module):
+    """Hands on its arguments, as DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("how", ["probe", "spec", "discover"])
+def test_a_wrapped_model_is_recorded(tmp_path: Path, how: str) -> None:
+    model, ids = own.gpt(probes=how == "probe"), own.tokens()
+    options: dict[str, Any] = {"spec": {"routers": [spec()]}, "discover": {"discover": True}}
+    wrapped = Wrapper(model)
+    with (
+        own.watched(model) as given,
+        moe_inspect.record(wrapped, tmp_path / "t", **options.get(how, {})),
+    ):
+        for _ in range(2):
+            wrapped(ids).sum().backward()
+    assert own.same(own.path_of(tmp_path / "t"), given) == 4 * 2 * T
+
+
+def test_discovery_refuses_what_is_compiled(tmp_path: Path) -> None:
+    compiled = torch.compile(own.gpt(probes=False), backend="eager")
+    with pytest.raises(MoeInspectError, match="cannot look into compiled code"):
+        record_once(compiled, tmp_path / "t", discover=True)
+
+
+def test_a_forward_that_returns_nothing_is_recorded(tmp_path: Path) -> None:
+    """It keeps its loss in an attribute, say. What raises is told from it, also while another
+    exception is handled."""
+
+    class Silent(nn.Module):
+        fails = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt = own.gpt()
+
+        def forward(self, idx: Tensor) -> None:
+            self.loss = self.gpt(idx).sum()
+            if self.fails:
+                raise ArithmeticError
+
+    model = Silent()
+    with moe_inspect.record(model, tmp_path / "t") as recorder:
+        model(own.tokens())
+        try:
+            raise KeyError
+        except KeyError:
+            model(own.tokens())
+        model.fails = True
+        with pytest.raises(ArithmeticError):
+            model(own.tokens())
+        assert recorder.tokens == 2 * T
+    assert own.path_of(tmp_path / "t").n_tokens == 2 * T
+
+
+@pytest.mark.parametrize("options", [{}, {"discover": True}])
+def test_a_pass_that_failed_is_over(tmp_path: Path, options: Any) -> None:
+    """The probes of another model after it are not this one's."""
+    model, other = own.gpt(probes=not options), Probing(None)
+    other.probing = lambda n: moe_inspect.probe(
+        torch.zeros(T, 1).long(), torch.ones(T, 1), layer=9, experts=2
+    )
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError
+
+    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t", **options):
+        model(own.tokens())
+        hook = model.head.register_forward_pre_hook(fail)
+        with pytest.raises(ArithmeticError):
+            model(own.tokens())
+        hook.remove()
+        other(own.tokens())
+        torch.randn(3, 8).topk(2)
+        model(own.tokens())
+    for passes in given.sets.values():
+        del passes[1]
+    assert own.same(own.path_of(tmp_path / "t"), given) == 4 * 2 * T
+
+
+def test_a_model_in_another_thread_is_another(tmp_path: Path) -> None:
+    """Its probes are called while the pass of this one runs."""
+    model, other = own.gpt(), own.gpt()
+    blocks = list(model.blocks)
+    thread = threading.Thread(target=other, args=(own.tokens(5, 7),))
+
+    def run_other(*_: Any) -> None:
+        if not thread.ident:
+            thread.start()
+            thread.join()
+
+    blocks[1].register_forward_pre_hook(run_other)
+    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t"):
+        model(own.tokens())
+    assert not thread.is_alive()
+    assert own.same(own.path_of(tmp_path / "t"), given) == 4 * T
+
+
+def test_two_models_of_one_layer_number_are_told_apart_by_their_experts(tmp_path: Path) -> None:
+    chosen = torch.zeros(T, 1).long(), torch.ones(T, 1)
+
+    def both(n: int) -> None:
+        for experts in (2, 3):
+            moe_inspect.probe(*chosen, layer=0, experts=experts)
+
+    with pytest.raises(MoeInspectError, match="called with experts=3 and with 2"):
+        record_once(Probing(both), tmp_path / "t")
+
+
+# --- loaders and tokenizers
+
+
+def test_a_tokenizer_that_fails_says_on_what() -> None:
+    class Strict:
+        n_vocab = 256
+
+        def encode(self, text: str) -> list[int]:
+            if "<|" in text:
+                raise ValueError("disallowed special token\nand much more")
+            return list(text.encode())
+
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode()
+
+    strict = as_tokenizer(Strict())
+    assert strict("ab")["input_ids"] == [97, 98]
+    with pytest.raises(
+        MoeInspectError,
+        match=r"\(Strict\) failed on the text 'a<\|b\|>': ValueError: disallowed special token$",
+    ):
+        strict("a<|b|>")
+
+    class Tiktoken(Strict):
+        def encode_ordinary(self, text: str) -> list[int]:
+            return list(text.encode())
+
+    assert len(as_tokenizer(Tiktoken())("a<|b|>")["input_ids"]) == 6
+
+
+def test_loaders_that_are_wrong_are_named(tmp_path: Path) -> None:
+    good = own.example()
+    loader: Any
+    for loader, match in (
+        (3, "a loader is a function that returns .* not a int"),
+        (lambda: (own.gpt(), good.Bytes(), 3), "returned a int in place of a function"),
+        (lambda: (own.gpt(), object()), "this is no tokenizer, but a object"),
+        (lambda: exit(2), "failed: SystemExit: 2"),
+    ):
+        with pytest.raises(MoeInspectError, match=match):
+            load_own(loader, "x")
+    file = tmp_path / "script.py"
+    file.write_text("import sys\nsys.exit('usage: script.py')\n")
+    with pytest.raises(MoeInspectError, match=r"cannot be run: SystemExit: usage: script\.py"):
+        load_object(f"{file}:load")
+
+
+def test_routers_that_are_none_are_named_by_the_cli(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import moe_inspect\nROUTERS = 3\nNAMES = ['a']\n")
+    for name, match in (
+        ("ROUTERS", "mine.py:ROUTERS is a int, not a RouterSpec or a list of them"),
+        ("NAMES", "routers takes RouterSpecs, not str"),
+    ):
+        command = ["trace", "--loader", f"{own.EXAMPLE}:load", "--routers", f"{file}:{name}"]
+        torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
+        arguments = [*command, str(tmp_path / "model.pt"), "-o", str(tmp_path / name)]
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, MoeInspectError | SystemExit)
+        assert match in f"{result.output} {result.exception}"
