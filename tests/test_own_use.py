@@ -3,6 +3,7 @@ by code that may be wrong."""
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import moe_inspect
+from moe_inspect.capture.hook.inputs.arguments import by_name
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.own import as_tokenizer, load_object, load_own
@@ -133,6 +135,47 @@ def test_two_models_of_one_layer_number_are_told_apart_by_their_experts(tmp_path
 
     with pytest.raises(MoeInspectError, match="called with experts=3 and with 2"):
         record_once(Probing(both), tmp_path / "t")
+
+
+def test_a_copy_made_meanwhile_is_not_recorded(tmp_path: Path) -> None:
+    """As of the weights' moving average."""
+    model, ids = own.gpt(), own.tokens()
+    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t"):
+        model(ids)
+        copied = copy.deepcopy(model)
+        for block in copied.blocks:  # its hooks are those of `watched`
+            block.experts._forward_hooks.clear()
+        copied(own.tokens(2, 5))
+        model(ids)
+    assert own.same(own.path_of(tmp_path / "t"), given) == 4 * 2 * T
+
+
+def test_a_recording_without_a_forward_pass_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = own.gpt()
+    with moe_inspect.record(model, tmp_path / "t"):
+        model.forward(own.tokens())
+    assert "no forward pass of GPT was recorded" in capsys.readouterr().err
+    record_once(model, tmp_path / "t")
+    assert not capsys.readouterr().err
+
+
+def test_masks_are_read_as_what_they_are() -> None:
+    """Ones and zeros of any type; added to scores, a mask is 0 for tokens; one token is one."""
+    ids, real = own.tokens(), torch.ones(3, 16, dtype=torch.bool)
+    real[1, 10:] = False
+    read = by_name(["tokens", "attention_mask"], False)
+    for given in (
+        real.long(),
+        real.float(),
+        real.bfloat16(),
+        torch.zeros(3, 16).masked_fill(~real, float("-inf")),
+        torch.zeros(3, 16).masked_fill(~real, -1e9),
+    ):
+        assert torch.equal(read((ids, given), {})["attention_mask"] != 0, real)
+    assert (read((ids, torch.zeros(3, 16)), {})["attention_mask"] != 0).all()
+    assert read((ids[:1, :1], torch.ones(1, 1)), {})["attention_mask"].all()
 
 
 # --- loaders and tokenizers

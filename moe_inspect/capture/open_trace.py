@@ -20,6 +20,7 @@ from moe_inspect.model.own import as_tokenizer
 from moe_inspect.model.peft_adapter import adapter_in
 from moe_inspect.model.routers import Site, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
+from moe_inspect.text import print_stderr
 from moe_inspect.trace import slot_order
 from moe_inspect.trace.files.lock import Lock, join
 from moe_inspect.trace.output_dir import claim_directory
@@ -89,6 +90,14 @@ class TraceOpener:
             ranks.publish("open", lock.holder)
             writer.others = ranks.status
         return writer
+
+    def tell_unused(self) -> None:
+        """No forward pass was seen: says so, as there is no trace to look at."""
+        if self.path is not None:
+            print_stderr(
+                f"no forward pass of {type(self.model).__name__} was recorded, and {self.path} was "
+                "not written: call the model itself, as model(…), not a method of it"
+            )
 
     def release(self) -> None:
         """Releases the lock, if it was taken here."""

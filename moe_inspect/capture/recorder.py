@@ -137,6 +137,8 @@ class Recorder:
                     self._end_step()
                     self._hand_over.finish()
                     status = "complete"
+                    if not self._opened and not self.session.manifest:
+                        self._opener.tell_unused()
             finally:
                 self._hand_over.abandon()
             if not self._in_group:

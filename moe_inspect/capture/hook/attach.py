@@ -116,6 +116,9 @@ class Attachment:
         self.discovery: Discovery | None = None
         self._cleanup, self._eager = ExitStack(), Eager()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        return self  # what is copied is the model, and of the copy nothing is recorded
+
     def take_probes(self, add: Callable[[Site], Any] | None, options: RecordOptions) -> None:
         """`add`: see `Probes`. Specs that a caller gave say what is recorded: probes show nothing
         then."""
@@ -310,11 +313,11 @@ class Attachment:
     def _before(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not self._bracketed:
+        if not self._bracketed and module is self.model:
             self._begin(args, kwargs)
 
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._bracketed:
+        if not self._bracketed and module is self.model:
             self._end(output)
 
     # A call compiled from outside (torch.compile(model) with record(model), a compiled training
@@ -348,7 +351,7 @@ class Attachment:
     def _before_stack(
         self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self.paused or self.over:
+        if self.paused or self.over or module is not scope.module:
             return
         if not self._in_model:
             self._alone = scope
@@ -359,7 +362,7 @@ class Attachment:
     def _after_stack(
         self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
-        if self.paused or self.over or not scope.open:
+        if self.paused or self.over or not scope.open or module is not scope.module:
             return
         scope.stop()
         self.records.returned(scope.stack, output)

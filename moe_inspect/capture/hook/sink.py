@@ -42,6 +42,9 @@ class Scope:
         self.references: list[Call] | None = None  # `kept`, while it takes references
         self.passes = 0  # that have begun
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
+        return self  # what is copied is a module
+
     def start(self) -> None:
         """A call of the stack begins."""
         self.open, self.thread = True, get_ident()

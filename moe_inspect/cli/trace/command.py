@@ -6,7 +6,7 @@ import os
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -366,9 +366,11 @@ def _routers(reference: str | None) -> list[RouterSpec] | None:
     if reference is None:
         return None
     found = load_object(reference)
-    if not isinstance(found, RouterSpec | list | tuple):
-        kind = type(found).__name__
-        raise MoeInspectError(f"{reference} is a {kind}, not a RouterSpec or a list of them")
+    kind: type[Any] = type(found)
+    if not issubclass(kind, RouterSpec | list | tuple):
+        raise MoeInspectError(
+            f"{reference} is a {kind.__name__}, not a RouterSpec or a list of them"
+        )
     return [found] if isinstance(found, RouterSpec) else list(found)
 
 

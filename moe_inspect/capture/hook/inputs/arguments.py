@@ -147,12 +147,14 @@ def _mask(given: Mapping[str, Any], B: int, S: int) -> Tensor | None:
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != (B, S):
         return None
-    if B == S:
+    if B == S > 1:
         raise MoeInspectError(
             f"attention_mask is [{B}, {S}] in a batch of {B} rows of {S} positions: record cannot "
             "tell padding from a causal mask: give record(inputs=…), a function of the forward's "
             "arguments that returns it"
         )
+    if mask.dtype.is_floating_point and mask.numel():  # added to scores, it is 0 for tokens
+        return torch.where(mask.max() <= 0, mask == 0, mask != 0)
     return mask
 
 
