@@ -232,3 +232,77 @@ def test_routers_that_are_parameters_are_named(tmp_path: Path) -> None:
     assert candidates(OfSwitches(Dense)) is None
     with pytest.raises(MoeInspectError, match=r"is a dense model: .* as far as the names"):
         record_once(OfSwitches(Dense), tmp_path / "t")
+
+
+class SparseAttention(nn.Module):
+    """It chooses keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (x @ x.transpose(1, 2)).topk(3)
+        return x
+
+
+class WithAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.moe = SparseAttention(), Chooser()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(self.attention(x))
+
+
+class MyExperts(nn.Module):
+    """Called as those of transformers are; says nothing of their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return x + weights.sum(-1, keepdim=True)
+
+
+class MoEGate(nn.Module):
+    """DeepSeek's name and interface without its config, as many have copied them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_routed_experts, self.linear = 4, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.linear(x.flatten(0, 1)).softmax(-1).topk(2)
+        return ids, weights
+
+
+class Chooser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 4), MyExperts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x.flatten(0, 1)).topk(2)
+        return self.experts(x.flatten(0, 1), ids, weights).view_as(x)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.shared_mlp = MoEGate(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate(x)[1].sum()
+
+
+@pytest.mark.parametrize("block", [Chooser, Gated])
+def test_names_and_interfaces_that_are_known_need_nothing(tmp_path: Path, block: Any) -> None:
+    record_once(OfSwitches(block), tmp_path / "t")
+    routers = own.path_of(tmp_path / "t").routers
+    assert [(r.layer, r.experts, r.top_k) for r in routers] == [(n, 4, 2) for n in range(3)]
+    assert {r.shared_experts for r in routers} == {int(block is Gated)}
+
+
+def test_discovery_does_not_guess_between_two(tmp_path: Path) -> None:
+    with pytest.raises(
+        MoeInspectError, match=r"layers\.0\.attention and layers\.0\.moe .* over 16 and 4 values"
+    ):
+        record_once(OfSwitches(WithAttention), tmp_path / "t", discover=True)

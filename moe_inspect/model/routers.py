@@ -164,9 +164,15 @@ def experts_of(module: Module, config: Any) -> int:
         if isinstance(value, int):
             return value
     stacked = next((p for p in module.parameters() if p.dim() == 3), None)
-    if stacked is None:
-        raise MoeInspectError(f"cannot tell how many experts {type(module).__name__} has")
-    return int(stacked.shape[0])
+    if stacked is not None:
+        return int(stacked.shape[0])
+    lists: list[Any] = [m for m in module.modules() if type(m).__name__ == "ModuleList"]
+    if len(lists) == 1:
+        return len(lists[0])
+    raise MoeInspectError(
+        f"cannot tell how many experts {type(module).__name__} has: give it an attribute "
+        "num_experts, or give record(routers=[…]) a RouterSpec of its router ([] for probes alone)"
+    )
 
 
 def top_k_of(site: Site, model: Any) -> int:

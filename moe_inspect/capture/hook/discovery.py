@@ -71,11 +71,26 @@ class Discovery:
                 chosen[found.path] = found
         self._found = []
         chosen = {path: f for path, f in chosen.items() if f.layer not in self._probed}
+        self._refuse_two(list(chosen.values()))
         for found in chosen.values():
             self.probes(found.layer, found.ids, found.values, found.E, None)
         if not self._told:
             self._told = True
             self._tell(list(chosen.values()))
+
+    def _refuse_two(self, chosen: list[Found]) -> None:
+        """MoeInspectError where two modules of a layer choose, and of different numbers: one may be
+        a sparse attention."""
+        first: dict[int, Found] = {}
+        for found in chosen:
+            other = first.setdefault(found.layer, found)
+            if other.E != found.E:
+                raise MoeInspectError(
+                    f"{other.path} and {found.path} both call torch.topk, over {other.E} and "
+                    f"{found.E} values ({other.line}, {found.line}): discover=True cannot tell "
+                    "which chooses experts. After the line that does, call moe_inspect.probe(ids, "
+                    "weights, layer=…, experts=…)"
+                )
 
     def probed(
         self,

@@ -6,7 +6,7 @@ import os
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -366,12 +366,12 @@ def _routers(reference: str | None) -> list[RouterSpec] | None:
     if reference is None:
         return None
     found = load_object(reference)
-    kind: type[Any] = type(found)
-    if not issubclass(kind, RouterSpec | list | tuple):
-        raise MoeInspectError(
-            f"{reference} is a {kind.__name__}, not a RouterSpec or a list of them"
-        )
-    return [found] if isinstance(found, RouterSpec) else list(found)
+    if isinstance(found, RouterSpec):
+        return [found]
+    if not hasattr(found, "__iter__"):
+        kind = type(found).__name__
+        raise MoeInspectError(f"{reference} is a {kind}, not a RouterSpec or a list of them")
+    return list(found)
 
 
 def _layers(text: str | None) -> list[int] | None:

@@ -169,8 +169,8 @@ def _layer(spec: RouterSpec, path: str, module: Module) -> int:
 
 
 def _shared_experts(spec: RouterSpec, path: str, module: Module, model: Any) -> int:
-    if spec.shared_experts is not None:
-        return int(_of(spec.shared_experts, module))
+    if (stated := _of(spec.shared_experts, module)) is not None:
+        return int(stated)
     while True:
         path = path.rpartition(".")[0]
         block = model.get_submodule(path)

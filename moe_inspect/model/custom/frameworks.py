@@ -121,8 +121,13 @@ SPECS = [
     RouterSpec(
         module="MoEGate",  # DeepSeek's own code, loaded with the model: in no package
         choice=ids_first,
-        scoring=lambda gate: gate.scoring_func,
-        shared_experts=lambda gate: gate.config.n_shared_experts or 0,
+        # other code that has copied the name may state less
+        scoring=lambda gate: getattr(gate, "scoring_func", ""),
+        shared_experts=lambda gate: (
+            gate.config.n_shared_experts or 0
+            if hasattr(getattr(gate, "config", None), "n_shared_experts")
+            else None
+        ),
     ),
     RouterSpec(
         module="deepspeed.moe.sharded_moe.TopKGate",

@@ -65,7 +65,7 @@ class RouterSpec:
     rows: Callable[[Any, int, int], Any] | None = None
     logits: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Tensor] | None = None
     scoring: str | Callable[[Any], str] = ""
-    shared_experts: int | Callable[[Any], int] | None = None
+    shared_experts: int | Callable[[Any], int | None] | None = None
     note: str = ""
 
     def __post_init__(self) -> None:
