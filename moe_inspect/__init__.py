@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_inspect.capture.options import EngineOptions, TraceOptions
     from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
     from moe_inspect.comparison.compare import Comparison, compare
+    from moe_inspect.comparison.loads.compare import LoadComparison
     from moe_inspect.comparison.mismatch import mismatch
     from moe_inspect.comparison.models.compare import ModelComparison, compare_models
     from moe_inspect.exporters.run import export_trace
@@ -44,6 +45,7 @@ __all__ = [
     "Comparison",
     "Description",
     "EngineOptions",
+    "LoadComparison",
     "ModelComparison",
     "MoeInspectError",
     "Report",
@@ -80,6 +82,7 @@ _HOMES = {
     "Comparison": "moe_inspect.comparison.compare",
     "Description": "moe_inspect.model.describe",
     "EngineOptions": "moe_inspect.capture.options",
+    "LoadComparison": "moe_inspect.comparison.loads.compare",
     "ModelComparison": "moe_inspect.comparison.models.compare",
     "RouterSpec": "moe_inspect.model.custom.spec",
     "Report": "moe_inspect.reporting.report",

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from moe_inspect.comparison.compare import Comparison, compare
+from moe_inspect.comparison.compare import Comparison
+from moe_inspect.comparison.data import Options
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
 from moe_inspect.reporting.report import report
@@ -108,7 +109,13 @@ def compare_checkpoints(
         raise MoeInspectError("give two checkpoints or more, in the order of training")
     opened = [x if isinstance(x, Trace) else open_trace(x) for x in traces]
     settings: dict[str, Any] = {"layers": layers, "domains": domains, "phase": phase}
-    made = [compare(x, opened[-1], **settings, progress=progress) for x in opened[:-1]]
+    for trace in opened:
+        if trace.counts_only:
+            raise MoeInspectError(
+                f"{trace.path} holds counts only, no decisions: give two traces, whose load can be "
+                "compared"
+            )
+    made = [Comparison(x, opened[-1], Options(**settings), progress=progress) for x in opened[:-1]]
     return Checkpoints(made)
 
 

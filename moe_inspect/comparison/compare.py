@@ -7,7 +7,9 @@ from pathlib import Path
 
 import moe_inspect.comparison.tables as _tables  # noqa: F401 (registers them)
 from moe_inspect.comparison.data import TABLES, Options, PairData
+from moe_inspect.comparison.loads.compare import LoadComparison
 from moe_inspect.comparison.verdict import findings
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.reader import Trace, open_trace
 
@@ -44,7 +46,7 @@ def compare(
     drop_last: bool = False,
     drop_zero_filled: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> Comparison:
+) -> Comparison | LoadComparison:
     """Compares the decisions of two traces, token by token: do they choose the same experts?
 
     Tokens are aligned by document, position and token id, or by the content of sequences where
@@ -55,7 +57,10 @@ def compare(
     of B. `shift_routes`: the same of B's routes alone, not of its token ids. `drop_last`: without
     the last token of each sequence. `drop_zero_filled`: without tokens that one trace sends to
     expert 0 in every slot. `progress` is called with the number of decisions compared.
-    MoeInspectError where the traces cannot be aligned."""
+    MoeInspectError where the traces cannot be aligned.
+
+    Where a trace holds counts only (`--counts-only`, the history of a training run), the load of
+    the experts is compared, as a LoadComparison, also while the trace is still being written."""
     options = Options(
         layers,
         domains,
@@ -68,6 +73,11 @@ def compare(
         drop_zero_filled,
     )
     first, second = opened(a), opened(b)
+    if first.counts_only or second.counts_only:
+        made = LoadComparison(first, second, options, progress)
+        if noise is not None:
+            raise MoeInspectError(f"{made.why}, which noise is about: leave it out")
+        return made
     base = None if noise is None else PairData(first, opened(noise), options, progress=progress)
     return Comparison(first, second, options, noise=base, progress=progress)
 

@@ -14,8 +14,7 @@ from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.comparison.aligning.align import Alignment, align
 from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
-from moe_inspect.comparison.aligning.models import DifferentModelsError, layers_difference
-from moe_inspect.comparison.aligning.pairing import router_pairs
+from moe_inspect.comparison.aligning.pairing import routers_of_one_model
 from moe_inspect.comparison.aligning.refused import check_tokens
 from moe_inspect.comparison.aligning.rows import all_alike
 from moe_inspect.comparison.counting.confidence import Margins, margins
@@ -66,10 +65,8 @@ class PairData:
             refuse_while_written(trace.path, trace.manifest)  # pyright: ignore[reportArgumentType]
         self.a, self.b, self.options, self.noise = a, b, options, noise
         self.selection = select(a, options.layers, options.domains, options.phase)
-        self.pairs = router_pairs(a, b, self.selection.routers, options.shift_layers)
-        # whoever says which layers belong together may compare models of different depth
-        if options.layers is None and not options.shift_layers and layers_difference(a, b):
-            raise DifferentModelsError(a, b, [layers_difference(a, b)])
+        shift = options.shift_layers
+        self.pairs = routers_of_one_model(a, b, self.selection.routers, shift, options.layers)
         self.alignment: Alignment = align(
             a,
             b,

@@ -7,7 +7,7 @@ Each check takes the comparison and returns its findings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,9 @@ from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
 from moe_inspect.text import join_first, layer_label, plural
+
+if TYPE_CHECKING:
+    from moe_inspect.comparison.loads.data import LoadData
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
 CLOSE = 0.8  # share of the flips that lie in the lowest tenth of margins, where rounding makes them
@@ -269,7 +272,7 @@ def missing_tokens(data: PairData) -> Iterator[Finding]:
     )
 
 
-def missing_layers(data: PairData) -> Iterator[Finding]:
+def missing_layers(data: PairData | LoadData) -> Iterator[Finding]:
     """Routers that only one of the traces has."""
     paired = {r for r, _ in data.pairs}, {m for _, m in data.pairs}
     for name, trace, seen in (("A", data.a, paired[0]), ("B", data.b, paired[1])):

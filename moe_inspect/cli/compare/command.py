@@ -15,6 +15,7 @@ from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from moe_inspect.comparison.aligning.models import DifferentModelsError
+    from moe_inspect.comparison.loads.compare import LoadComparison
 
 OF_PAIRS = (
     "noise",
@@ -32,8 +33,8 @@ def compare(a: TraceA, b: TraceB, options: CompareOptions, others: Traces = None
 
     Do they choose the same experts, where not, and was it rounding, another model or a
     misalignment? More than two traces are checkpoints in the order of training, each of which is
-    compared with the last. Different models are shown side by side. Needs neither torch nor the
-    model."""
+    compared with the last. Of traces of counts the load of the experts is compared. Different
+    models are shown side by side. Needs neither torch nor the model."""
     if others:
         _checkpoints([a, b, *others], options)
         return
@@ -49,7 +50,7 @@ def compare(a: TraceA, b: TraceB, options: CompareOptions, others: Traces = None
 
 def _pair(a: str, b: str, options: CompareOptions) -> None:
     from moe_inspect.comparison.charts import draw_charts
-    from moe_inspect.comparison.compare import TABLES
+    from moe_inspect.comparison.compare import TABLES, LoadComparison
     from moe_inspect.comparison.compare import compare as make
     from moe_inspect.comparison.page import comparison_page
     from moe_inspect.comparison.text import print_comparison
@@ -68,6 +69,9 @@ def _pair(a: str, b: str, options: CompareOptions) -> None:
             drop_zero_filled=options.drop_zero_filled,
             progress=progress,
         )
+        if isinstance(made, LoadComparison):
+            _loads(made, options)
+            return
         request = requested(
             options, TABLES, "agreement"
         )  # after it is known which tables there are
@@ -78,6 +82,23 @@ def _pair(a: str, b: str, options: CompareOptions) -> None:
         lambda: comparison_page(made),
     )
     write(made, request, shown, TABLES)
+
+
+def _loads(made: LoadComparison, options: CompareOptions) -> None:
+    """The load of two traces, of which one holds counts only."""
+    from moe_inspect.comparison.loads.data import LOAD_TABLES
+    from moe_inspect.comparison.loads.shown import draw_load_charts, loads_page, print_loads
+
+    if options.table:
+        made.refuse("table", options.table)
+    for text in [*(options.fail_above or []), *(options.fail_below or [])]:
+        for one in text.split(","):
+            made.refuse("metric", one.partition("=")[0].strip())
+    request = requested(options, LOAD_TABLES, "load_shift")
+    shown = Shown(
+        partial(print_loads, made), lambda: draw_load_charts(made), lambda: loads_page(made)
+    )
+    write(made, request, shown, LOAD_TABLES)
 
 
 def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError) -> None:
@@ -155,9 +176,11 @@ class CompareCommand(TableCommand):
     def tables_help(self) -> str:
         from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES
         from moe_inspect.comparison.compare import TABLES
+        from moe_inspect.comparison.loads.compare import LOAD_TABLES
         from moe_inspect.comparison.models.data import MODEL_TABLES
 
         return (
             f"One table instead of the text: {', '.join(TABLES)}; of more than two traces "
-            f"{', '.join(CHECKPOINT_TABLES)}; of two different models {', '.join(MODEL_TABLES)}."
+            f"{', '.join(CHECKPOINT_TABLES)}; of traces of counts "
+            f"{', '.join(LOAD_TABLES)}; of two different models {', '.join(MODEL_TABLES)}."
         )

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moe_inspect.comparison.aligning.models import DifferentModelsError, shape_differences
+from moe_inspect.comparison.aligning.models import (
+    DifferentModelsError,
+    layers_difference,
+    shape_differences,
+)
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import ranges
 from moe_inspect.trace.reader import Trace
@@ -27,6 +31,17 @@ def router_pairs(
             f"no layer is in both: {a.path} has layers {_layers(a.routers)}, {b.path} has "
             f"{_layers(b.routers)}: give --shift-layers if they are numbered otherwise"
         )
+    return pairs
+
+
+def routers_of_one_model(
+    a: Trace, b: Trace, routers: Iterable[int], shift_layers: int, layers: object
+) -> tuple[tuple[int, int], ...]:
+    """`router_pairs`; DifferentModelsError also where the models have another number of layers,
+    unless the caller says which belong together: by `layers`, or by a shift."""
+    pairs = router_pairs(a, b, routers, shift_layers)
+    if layers is None and not shift_layers and (difference := layers_difference(a, b)):
+        raise DifferentModelsError(a, b, [difference])
     return pairs
 
 

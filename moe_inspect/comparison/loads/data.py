@@ -1,0 +1,85 @@
+"""What a comparison of loads is made of: the report of each trace, and which router goes with
+which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import pandas as pd
+
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.comparison.aligning.pairing import routers_of_one_model
+from moe_inspect.comparison.data import TABLES, Options
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.registry import LazyTables, Table
+from moe_inspect.reporting.verdict.gate import gated
+from moe_inspect.trace.reader import Trace
+
+LOAD_TABLES: dict[str, Table] = {}
+SIDES = ("a", "b")
+# how decisions belong together, which counts do not tell
+OF_DECISIONS = ("shift_positions", "shift_routes", "drop_last", "drop_zero_filled")
+
+
+class LoadData:
+    """Traces A and B, at least one of which holds counts only; they may still be written. Nothing
+    is counted before it is asked for. DifferentModelsError where the routers have other experts
+    or another k."""
+
+    def __init__(
+        self, a: Trace, b: Trace, options: Options, progress: Callable[[int], None] | None = None
+    ):
+        self.a, self.b, self.options = a, b, options
+        for name in OF_DECISIONS:
+            if getattr(options, name):
+                raise MoeInspectError(f"{self.why}, which {name} is about: leave it out")
+        self.selection = select(a, options.layers, options.domains, options.phase)
+        shift = options.shift_layers
+        self.pairs = routers_of_one_model(a, b, self.selection.routers, shift, options.layers)
+        settings: dict[str, Any] = {"domains": options.domains, "phase": options.phase}
+        self.reports: dict[str, Report] = {
+            side: report(
+                trace,
+                layers=sorted({trace.routers[pair[i]].layer for pair in self.pairs}),
+                **settings,
+                progress=progress,
+            )
+            for i, (side, trace) in enumerate(zip(SIDES, (a, b), strict=True))
+        }
+        self.tables: Mapping[str, pd.DataFrame] = LazyTables(self, LOAD_TABLES)
+
+    @property
+    def trace(self) -> Trace:
+        """The one whose routers name what is compared."""
+        return self.a
+
+    @property
+    def why(self) -> str:
+        """Why decisions cannot be compared."""
+        of = [str(trace.path) for trace in (self.a, self.b) if trace.counts_only]
+        names = " and ".join(dict.fromkeys(of))
+        return f"{names} {'hold' if len(set(of)) > 1 else 'holds'} counts only, no decisions"
+
+    @property
+    def refused(self) -> list[str]:
+        """The tables of a comparison of decisions that counts cannot have."""
+        return [name for name in TABLES if name not in LOAD_TABLES]
+
+    def refuse(self, what: Literal["table", "metric"], name: str) -> None:
+        """MoeInspectError for a table, or a metric of a gate, that a comparison of decisions has
+        and counts cannot have: with the reason."""
+        of_decisions = TABLES if what == "table" else gated(TABLES)
+        there = LOAD_TABLES if what == "table" else gated(LOAD_TABLES)
+        if name in of_decisions and name not in there:
+            raise MoeInspectError(
+                f"{self.why}: there is no {what} {name!r}, only {', '.join(there)}"
+            )
+
+    def of(self, side: str, table: str, router: int) -> Any:
+        """The rows of a table of one trace's report that are about a router of A, or the one of B
+        that goes with it."""
+        r = dict(self.pairs)[router] if side == "b" else router
+        rows: Any = self.reports[side].tables[table]
+        return rows[rows["router"] == r]

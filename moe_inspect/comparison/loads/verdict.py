@@ -1,0 +1,116 @@
+"""What the load of two traces comes to: whether it differs by more than chance, where, and how even
+each is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+
+from moe_inspect.comparison.loads.data import LOAD_TABLES, SIDES, LoadData
+from moe_inspect.comparison.verdict import missing_layers
+from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.verdict.checks import verdict_table
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.text import format_ratio, layer_label, plural
+
+# the floor is a mean, and counts know no documents, whose tokens are alike: as in the report on
+# counts, what is below twice the floor may be chance
+BEYOND = 2
+
+
+def findings(data: LoadData) -> list[Finding]:
+    """What every check finds, in the order in which it is read."""
+    return [one for check in CHECKS for one in check(data)]
+
+
+def shifted(data: LoadData) -> Iterator[Finding]:
+    """Whether the load differs by more than chance; the headline."""
+    every: Any = data.tables["load_shift"]
+    rows = every.dropna(subset=["load_shift"])
+    if not len(rows):
+        yield finding("load_shift", "warning", "No router has load in both traces.")
+        return
+    beyond = rows[rows["load_shift"] > BEYOND * rows["load_shift_floor"]]
+    row = rows.loc[rows["load_shift"].idxmax()]
+    r = int(row["router"])
+    text = (
+        f"The load of {len(beyond)} of {plural(len(rows), 'router')} differs by more than chance: "
+        if len(beyond)
+        else "The load is the same as far as chance lets it be told: "
+    )
+    text += (
+        f"at most {row['load_shift']:.2%} of it moves, in layer {layer_label(data.a.routers, r)} "
+        f"(chance alone moves {row['load_shift_floor']:.2%} with so many tokens)."
+    )
+    values = {"routers": len(beyond), **{k: row[k] for k in ("load_shift", "load_shift_floor")}}
+    if len(beyond):
+        of: Any = data.tables["load"]
+        of = of[of["router"] == r]
+        most = of.loc[of["load_ratio_difference"].abs().idxmax()]
+        a, b = (format_ratio(most[f"load_ratio_{side}"]) for side in SIDES)
+        text += f" Most of all expert {int(most['expert'])}: {a}x the mean load in A, {b}x in B."
+        values["expert"] = int(most["expert"])
+    yield finding("load_shift", "warning" if len(beyond) else "good", text, row, **values)
+
+
+def balance(data: LoadData) -> Iterator[Finding]:
+    """How even the load is in each."""
+    rows: Any = data.tables["balance"].dropna(subset=["max_vio_a", "max_vio_b"])
+    if not len(rows):
+        return
+    said, values = list[str](), dict[str, Any]()
+    for side in SIDES:
+        vio, floor = rows[f"max_vio_{side}"], rows[f"noise_floor_{side}"]
+        worst, dead = rows.loc[vio.idxmax()], int(rows[f"dead_experts_{side}"].sum())
+        values |= {f"max_vio_{side}": vio.median(), f"dead_experts_{side}": dead}
+        said.append(
+            f"{side.upper()} has {vio.median():.2f} in the median layer (chance "
+            f"{floor.median():.2f}), {vio.max():.2f} in layer "
+            f"{layer_label(data.a.routers, int(worst['router']))}, and "
+            f"{plural(dead, 'dead expert')}"
+        )
+    text = f"Load, as (max − mean) / mean: {'; '.join(said)}."
+    yield finding("balance", "note", text, **values)
+
+
+def counts_only(data: LoadData) -> Iterator[Finding]:
+    """That only the load is compared, and what that leaves open."""
+    of = [name for name, x in (("A", data.a), ("B", data.b)) if x.counts_only]
+    holds = f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only"
+    text = (
+        f"{holds}: the load of experts is compared, not decisions, and whether both saw the same "
+        "text is not known: other text moves the load too."
+    )
+    yield finding("counts_only", "note", text)
+
+
+def warnings(data: LoadData) -> Iterator[Finding]:
+    """What to know of a trace before believing its figures."""
+    for side in SIDES:
+        if said := data.reports[side].warning:
+            yield finding("incomplete", "warning", f"{side.upper()}: {said}.", trace=side)
+
+
+def not_compared(data: LoadData) -> Iterator[Finding]:
+    """The tables that there cannot be."""
+    text = f"Not compared: {', '.join(data.refused)}: {data.why}."
+    yield finding("refused", "note", text, tables=data.refused, why=data.why)
+
+
+# in the order in which they are read
+CHECKS: tuple[Callable[[LoadData], Iterator[Finding]], ...] = (
+    shifted,
+    balance,
+    counts_only,
+    warnings,
+    missing_layers,
+    not_compared,
+)
+
+
+@table(tables=LOAD_TABLES)
+def verdict(data: LoadData) -> pd.DataFrame:
+    """One row per finding."""
+    return verdict_table(findings(data))

@@ -1,0 +1,207 @@
+"""Two traces of which one holds counts only: the load of the experts is compared, with what chance
+alone gives, and what needs decisions is refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import moe_inspect
+from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.comparison.data import TABLES
+from moe_inspect.comparison.loads.compare import LOAD_TABLES
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.writer import CountedBatches, TraceWriter
+from tests.conftest import Cli
+from tests.synthetic import routers, uniform_ids, write_counts, write_trace
+
+E, K = 8, 2
+
+
+def loads_of(ids: list[np.ndarray], experts: int = E) -> list[np.ndarray]:
+    return [np.bincount(ids_TK.ravel(), minlength=experts)[None] for ids_TK in ids]
+
+
+def drawn(seed: int, T: int = 5_000, L: int = 3) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [uniform_ids(rng, T, E, K) for _ in range(L)]
+
+
+def moved(ids: list[np.ndarray]) -> list[np.ndarray]:
+    """In layer 1 a quarter of the tokens that did not choose expert 5 choose it first."""
+    of_layer = ids[1].copy()
+    for row in of_layer[::4]:
+        if 5 not in row:
+            row[0] = 5
+    return [ids[0], of_layer, *ids[2:]]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Trace, Trace]:
+    return (
+        write_counts(tmp_path / "a", loads_of(drawn(0)), K),
+        write_counts(tmp_path / "b", loads_of(moved(drawn(1, T=2_000))), K),
+    )
+
+
+def kinds(made: Any) -> dict[str, Any]:
+    return {found.kind: found for found in made.verdict()}
+
+
+def test_the_tables_hold_the_load_of_both_and_the_difference(pair: tuple[Trace, Trace]) -> None:
+    made: Any = moe_inspect.compare(*pair)
+    a, b = (np.concatenate(loads_of(ids)) for ids in (drawn(0), moved(drawn(1, T=2_000))))
+    load, shift, balance = (made.tables[name] for name in ("load", "load_shift", "balance"))
+    assert load["assignments_a"].tolist() == a.ravel().tolist()
+    assert load["assignments_b"].tolist() == b.ravel().tolist()
+    share_a, share_b = a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
+    assert np.allclose(load["share_difference"], (share_b - share_a).ravel())
+    assert np.allclose(load["load_ratio_difference"], E * (share_b - share_a).ravel())
+    assert np.allclose(shift["load_shift"], np.abs(share_b - share_a).sum(1) / 2)
+    assert balance["tokens_a"].tolist() == pytest.approx([5_000] * 3, abs=E)
+    assert balance["tokens_b"].tolist() == pytest.approx([2_000] * 3, abs=E)
+    for name in ("max_vio", "entropy", "dead_experts"):
+        of_a, of_b = (np.asarray(getattr(bal, name)(load_LE), float) for load_LE in (a, b))
+        assert np.allclose(balance[f"{name}_a"], of_a)
+        assert np.allclose(balance[f"{name}_difference"].astype(float), of_b - of_a)
+
+
+def test_a_shift_is_found_where_it_was_made_and_chance_is_none(tmp_path: Path) -> None:
+    def of(name: str, ids: list[np.ndarray]) -> Trace:
+        return write_counts(tmp_path / name, loads_of(ids), K)
+
+    first = of("a", drawn(0))
+    found = kinds(moe_inspect.compare(first, of("b", moved(drawn(1)))))["load_shift"]
+    assert (found.severity, found.layer, found.values["expert"]) == ("warning", 1, 5)
+    assert found.values["routers"] == 1
+    same = kinds(moe_inspect.compare(first, of("c", drawn(2))))["load_shift"]
+    assert (same.severity, same.values["routers"]) == ("good", 0)
+
+
+def test_the_floor_is_what_traces_that_route_alike_are_apart(tmp_path: Path) -> None:
+    """Mean over many routers, for loads that are even and for one that is not."""
+    L, popular = 300, np.r_[np.full(E // 2, 3.0), np.full(E // 2, 1.0)]
+    for name, weight in (("even", np.ones(E)), ("uneven", popular)):
+        rng, sides = np.random.default_rng(7), list[Trace]()
+        for side, T in (("a", 3_000), ("b", 700)):
+            # the K largest of weighted exponentials: K distinct experts
+            ids = [
+                np.argsort(rng.exponential(size=(T, E)) / weight, axis=1)[:, :K] for _ in range(L)
+            ]
+            sides.append(write_counts(tmp_path / name / side, loads_of(ids), K))
+        table: Any = moe_inspect.compare(*sides).tables["load_shift"]
+        for metric in ("load_shift", "jsd_bits"):
+            found, floor = table[metric].mean(), table[f"{metric}_floor"].mean()
+            assert found == pytest.approx(floor, rel=0.1), metric
+            # control: with other numbers of tokens it would not be
+            assert found != pytest.approx(floor * np.sqrt(2), rel=0.1)
+
+
+def test_decisions_are_counted_where_the_other_holds_counts(tmp_path: Path) -> None:
+    ids = drawn(3)
+    decisions = write_trace(tmp_path / "decisions", ids, E)
+    counts = write_counts(tmp_path / "counts", loads_of(ids), K)
+    for sides in ((decisions, counts), (counts, decisions)):
+        made: Any = moe_inspect.compare(*sides)
+        assert (made.tables["load_shift"]["load_shift"] == 0).all()
+        load = made.tables["load"]
+        assert load["assignments_a"].equals(load["assignments_b"].rename("assignments_a"))
+        assert load["assignments_a"].sum() == 3 * 5_000 * K
+        holder = "B" if sides[1] is counts else "A"
+        assert kinds(made)["counts_only"].text.startswith(f"{holder} holds counts only: ")
+    assert isinstance(moe_inspect.compare(decisions, decisions), moe_inspect.Comparison)
+
+
+def test_a_trace_that_is_still_written_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
+    ids, root = drawn(0), tmp_path / "live"
+    whole = write_counts(tmp_path / "whole", loads_of(ids), K)
+    parts = [[ids_TK[:2_000] for ids_TK in ids], [ids_TK[2_000:] for ids_TK in ids]]
+    with TraceWriter(root, {}, routers(3, E, K), weights=False, counts_only=True) as writer:
+        with pytest.raises(MoeInspectError, match="holds no tokens"):
+            moe_inspect.compare(root, whole).verdict()
+        for n, part in enumerate(parts, 1):
+            load, shards = loads_of(part), writer.next_shard
+            writer.write(CountedBatches(n, len(part[0]), ["text"], load, None, None))
+            while writer.next_shard == shards:
+                time.sleep(0.005)
+            made: Any = moe_inspect.compare(root, whole)
+            assert made.tables["balance"]["tokens_a"].tolist() == [(2_000, 5_000)[n - 1]] * 3
+            assert "still being recorded" in kinds(made)["incomplete"].text
+    assert "incomplete" not in kinds(moe_inspect.compare(root, whole))
+
+
+def test_what_needs_decisions_is_refused_by_name(pair: tuple[Trace, Trace], cli_here: Cli) -> None:
+    made: Any = moe_inspect.compare(*pair)
+    assert set(made.tables["refused"]["table"]) == set(TABLES) - set(LOAD_TABLES)
+    assert made.tables["refused"]["why"].str.endswith("hold counts only, no decisions").all()
+    a, b = (str(trace.path) for trace in pair)
+    for arguments, says in (
+        (["--table", "agreement"], "there is no table 'agreement', only summary, balance"),
+        (["--fail-above", "load_shift=1,set_mismatch=0"], "there is no metric 'set_mismatch'"),
+        (["--noise", a], "which noise is about"),
+        (["--drop-last"], "which drop_last is about"),
+        (["--phase", "decode"], "which know no phase"),
+    ):
+        result = cli_here("compare", a, b, *arguments, check=1)
+        assert says in result.stderr
+        assert "counts only" in result.stderr
+        assert result.stderr.count("\n") == 1
+    with pytest.raises(MoeInspectError, match="give two traces, whose load"):
+        moe_inspect.compare_checkpoints([*pair, pair[0]])
+
+
+def test_other_numbers_of_experts_are_shown_side_by_side(tmp_path: Path, cli_here: Cli) -> None:
+    a = write_counts(tmp_path / "a", loads_of(drawn(0)), K)
+    b = write_counts(tmp_path / "b", loads_of(drawn(0), experts=16), K)
+    with pytest.raises(MoeInspectError, match="A has 8 experts per layer, B 16"):
+        moe_inspect.compare(a, b)
+    result = cli_here("compare", str(a.path), str(b.path))
+    assert "Different models: A has 8 experts per layer, B 16" in result.stdout
+
+
+def test_routers_of_one_trace_alone_are_named(tmp_path: Path) -> None:
+    a = write_counts(tmp_path / "a", loads_of(drawn(0, L=3)), K)
+    b = write_counts(tmp_path / "b", loads_of(drawn(0, L=2)), K)
+    made: Any = moe_inspect.compare(a, b)
+    assert made.tables["load_shift"]["layer"].tolist() == [0, 1]
+    assert kinds(made)["missing_layers"].text == "Only A has layer 2: not compared."
+    # B's layer n as A's n + 1
+    shifted: Any = moe_inspect.compare(a, b, shift_layers=1).tables["load"]
+    expected = np.concatenate(loads_of(drawn(0, L=3)[1:])).ravel()
+    assert shifted["assignments_a"].tolist() == expected.tolist()
+    assert shifted["assignments_b"].tolist() == made.tables["load"]["assignments_b"].tolist()
+
+
+def test_the_command_writes_text_tables_a_page_and_gates(
+    pair: tuple[Trace, Trace], cli_here: Cli, tmp_path: Path
+) -> None:
+    a, b = (str(trace.path) for trace in pair)
+    made: Any = moe_inspect.compare(*pair)
+    text = cli_here("compare", a, b, "--html", str(tmp_path / "p.html")).stdout
+    assert "1 of 3 routers differs" in text.replace("\n  ", " ")
+    assert "load_shift" in text
+    assert "max_vio_difference" in text
+    page = (tmp_path / "p.html").read_text()
+    for said in ("The load of two traces", "Load that moves", "How even the load is", "Experts"):
+        assert said in page
+    shift = made.tables["load_shift"]
+    written = cli_here("compare", a, b, "--format", "csv").stdout
+    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(written)), shift, check_exact=False)
+    lines = cli_here("compare", a, b, "--table", "load", "--format", "json").stdout.splitlines()
+    assert [json.loads(x)["assignments_b"] for x in lines] == list(
+        made.tables["load"]["assignments_b"]
+    )
+    for name in LOAD_TABLES:
+        out = tmp_path / f"{name}.parquet"
+        cli_here("compare", a, b, "--table", name, "-o", out)
+        assert len(pd.read_parquet(out)) == len(made.tables[name])
+    cli_here("compare", a, b, "--fail-above", "load_shift=0.01", check=3)
+    cli_here("compare", a, b, "--fail-above", "load_shift=0.9,dead_experts_b=0")
