@@ -48,6 +48,7 @@ USUAL = {
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "verify": ["t"],
+    "text": ["t", "--layer", 0, "--expert", 1],
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
     "export": ["t", "--format", "counts", "-o", "new.csv"],

@@ -205,7 +205,7 @@ def test_counts_alone_say_what_they_can(tmp_path: Path):
     assert made.tables["router"]["weight_mass"].isna().all()
     from moe_inspect.errors import MoeInspectError
 
-    for name in ("coactivation", "transitions", "repetition", "locality", "windows", "drift"):
+    for name in ("coactivation", "transitions", "repetition", "locality"):
         with pytest.raises(MoeInspectError, match=f"counts only, no decisions: no {name} table"):
             made.tables[name]
 

@@ -96,35 +96,34 @@ def text(
 
 
 def _print_document(trace: Trace, rows: pd.DataFrame, router: int, output: Path | None) -> None:
-    from rich.console import Console
-
+    from moe_inspect.reporting.render.console import console_for
     from moe_inspect.reporting.render.routed_text import legend, routed_text
 
     if not len(rows) or not len(trace.vocabulary()):
         raise MoeInspectError(f"{trace.path} was recorded without a vocabulary: it has no text")
     listed = trace.routers[router]
     with text_to(output) as file:
-        console = Console(file=file, highlight=False, soft_wrap=output is not None)
+        console = console_for(file)
         colours = console.is_terminal and not console.no_color
         console.print(f"layer {listed.layer}, {listed.experts} experts", style="bold")
-        console.print(legend(rows, listed.experts), soft_wrap=not colours)
+        console.print(legend(rows, listed.experts))
         console.print()
-        console.print(routed_text(rows, colours), soft_wrap=not colours)
+        console.print(routed_text(rows, colours))
 
 
 def _print_concordance(
     trace: Trace, rows: pd.DataFrame, layer: int, expert: int, output: Path | None
 ) -> None:
-    from rich.console import Console
     from rich.text import Text
 
+    from moe_inspect.reporting.render.console import console_for
     from moe_inspect.text import readable
 
     left = [readable(text)[-28:] for text in rows["left"]]
     words = [f"[{readable(text)}]" for text in rows["text"]]
     wide = max(map(len, left), default=0), max(map(len, words), default=0)
     with text_to(output) as file:
-        console = Console(file=file, highlight=False)
+        console = console_for(file)
         console.print(f"layer {layer}, expert {expert}: {len(rows)} tokens", style="bold")
         for row, before, word in zip(rows.itertuples(), left, words, strict=True):
             line = Text(before.rjust(wide[0]) + " ")
