@@ -130,7 +130,7 @@ def test_a_trace_that_is_still_written_is_compared_as_far_as_it_goes(tmp_path: P
         for n, part in enumerate(parts, 1):
             load, shards = loads_of(part), writer.next_shard
             writer.write(CountedBatches(n, len(part[0]), ["text"], load, None, None))
-            while writer.next_shard == shards:
+            while writer.next_shard == shards and not writer.failed:
                 time.sleep(0.005)
             made: Any = moe_inspect.compare(root, whole)
             assert made.tables["balance"]["tokens_a"].tolist() == [(2_000, 5_000)[n - 1]] * 3
@@ -178,6 +178,15 @@ def test_routers_of_one_trace_alone_are_named(tmp_path: Path) -> None:
     expected = np.concatenate(loads_of(drawn(0, L=3)[1:])).ravel()
     assert shifted["assignments_a"].tolist() == expected.tolist()
     assert shifted["assignments_b"].tolist() == made.tables["load"]["assignments_b"].tolist()
+
+
+def test_the_help_names_the_tables_of_every_kind(cli: Cli) -> None:
+    from moe_inspect.comparison.models.compare import MODEL_TABLES
+
+    said = " ".join(cli("compare", "--help").stdout.split())
+    for of, tables in (("traces of counts", LOAD_TABLES), ("two different models", MODEL_TABLES)):
+        assert len(tables) > 5
+        assert f"of {of} {', '.join(tables)}" in said
 
 
 def test_the_command_writes_text_tables_a_page_and_gates(

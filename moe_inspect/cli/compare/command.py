@@ -177,7 +177,7 @@ class CompareCommand(TableCommand):
         from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES
         from moe_inspect.comparison.compare import TABLES
         from moe_inspect.comparison.loads.compare import LOAD_TABLES
-        from moe_inspect.comparison.models.data import MODEL_TABLES
+        from moe_inspect.comparison.models.compare import MODEL_TABLES
 
         return (
             f"One table instead of the text: {', '.join(TABLES)}; of more than two traces "
