@@ -17,6 +17,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.candidates import candidates
 from moe_inspect.model.custom.choice import ChoiceReader
 from tests import own
+from tests.families import build
 from tests.test_own import B, Probing, S, T, record_once, record_twice, spec
 
 
@@ -167,6 +168,17 @@ def test_a_recording_may_begin_or_end_between_forward_and_backward(
         with recorder:
             loss.backward()
             model(ids)
+    assert own.path_of(tmp_path / "t").n_tokens == T
+
+
+@pytest.mark.parametrize("family", ["llama4", "gpt_oss", "olmoe"])
+def test_so_may_one_of_transformers(tmp_path: Path, family: str) -> None:
+    """Also where an adapter computes the choice."""
+    model = build(family).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with moe_inspect.record(model, tmp_path / "t"):
+        loss = model(own.tokens() % 50, use_cache=False).logits.sum()
+    loss.backward()
     assert own.path_of(tmp_path / "t").n_tokens == T
 
 

@@ -98,6 +98,8 @@ class CallReader:
 
     def __init__(self, scope: Scope, choice_of: Callable[..., Choice | None]):
         self._forwards: dict[type, Callable[..., Any]] = {}
+        if choice_of is not called_with:
+            choice_of = _aside(choice_of)
         by_place: set[int] = set()  # sinks whose last call was one of (hidden states, ids, weights)
 
         def read(sink: Sink, n: int, module: Module, args: Any, kwargs: Any) -> None:
@@ -178,7 +180,15 @@ def before_method(
     return remove
 
 
+def _aside(read: Callable[..., Any]) -> Callable[..., Any]:
+    """`read` with nothing saved for the backward pass: under activation checkpointing a block may
+    be recomputed without it, or with it alone."""
+    return torch.no_grad()(read)
+
+
 def choice_after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
+    choice_of = _aside(choice_of)
+
     def hook(
         module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -194,11 +204,13 @@ def _seen(sink: Sink, choice: Choice | None) -> None:
 
 
 def logits_after_call(sink: Sink, site: Site) -> Callable[..., None]:
+    logits_of = _aside(site.logits_of) if site.logits_of is not None else None
+
     def hook(
         module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if site.logits_of is not None:
-            logits_TE = site.logits_of(module, args, kwargs, output)
+        if logits_of is not None:
+            logits_TE = logits_of(module, args, kwargs, output)
         else:
             logits_TE = logits_among(output, site)
         if logits_TE is not None and (tape := sink(None, logits_TE)) is not None:

@@ -102,30 +102,24 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
 
 
 def _read_choice(spec: RouterSpec, reader: ChoiceReader) -> Callable[..., Any]:
-    """`spec.choice` with its result as ids and weights [T, K]. It leaves no trace in the model's
-    autograd graph: a recomputed block may be recomputed without it, or with it alone."""
-    import torch
+    """`spec.choice` with its result as ids and weights [T, K]."""
 
     def choice(
         module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> tuple[Tensor, Tensor] | None:
-        with torch.no_grad():
-            found = spec.choice(module, args, kwargs, output)
-            return None if found is None else reader.choice(found)
+        found = spec.choice(module, args, kwargs, output)
+        return None if found is None else reader.choice(found)
 
     return choice
 
 
 def _read_logits(spec: RouterSpec, reader: ChoiceReader) -> Callable[..., Tensor] | None:
     """`spec.logits` with its result as [T, E]."""
-    import torch
-
     if (logits_of := spec.logits) is None:
         return None
 
     def logits(module: Module, args: Any, kwargs: Any, output: Any) -> Tensor:
-        with torch.no_grad():
-            return reader.logits(logits_of(module, args, kwargs, output))
+        return reader.logits(logits_of(module, args, kwargs, output))
 
     return logits
 
