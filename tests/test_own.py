@@ -183,6 +183,16 @@ def test_specs_that_are_given_are_all_that_is_recorded(tmp_path: Path) -> None:
             record_once(model, tmp_path / "u")
 
 
+def test_a_selection_bias_is_said(tmp_path: Path) -> None:
+    for n, biased in enumerate((False, True)):
+        model = own.gpt(probes=False)
+        if biased:
+            model.blocks[2].experts.register_buffer("e_score_correction_bias", torch.zeros(8))
+        record_once(model, tmp_path / str(n), routers=[spec()])
+        note = own.path_of(tmp_path / str(n)).manifest["model"].get("note", "")
+        assert ("selection bias" in note) == biased
+
+
 def test_a_registered_class_is_found_without_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from moe_inspect.capture.ranks import Ranks
 from moe_inspect.model.load import config_record
 from moe_inspect.model.own import as_tokenizer
 from moe_inspect.model.peft_adapter import adapter_in
-from moe_inspect.model.routers import Site, text_config
+from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.text import print_stderr
 from moe_inspect.trace import slot_order
@@ -130,6 +130,11 @@ class TraceOpener:
         notes = {site.adapter.note for site in self.sites if site.adapter is not None} - {""}
         if discovered:
             notes.add(discovery.NOTE)
+        if any(site.told and selection_bias(site, self.model) is not None for site in self.sites):
+            notes.add(
+                "a selection bias is added to the scores that experts are chosen by, and not to "
+                "their weights"
+            )
         if notes:
             manifest["model"]["note"] = "; ".join(sorted(notes))
         manifest["capture"] = {

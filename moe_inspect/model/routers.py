@@ -240,6 +240,31 @@ def scoring_of(config: Any, router: Module) -> str:
     return next((name for name in ("sparsemixer", "sigmoid", "softmax") if name in code), "softmax")
 
 
+# names of the bias that is added to a router's scores for the selection alone
+SELECTION_BIAS = (
+    "e_score_correction_bias",
+    "expert_bias",
+    "expert_bias_E",
+    "expert_biases",
+    "score_bias",
+    "score_correction_bias",
+)
+
+
+def selection_bias(site: Site, model: Any) -> Tensor | None:
+    """The bias that is added to the scores of a router for the selection alone, [E]."""
+    if site.module is model:  # of a probe
+        return None
+    block = model.get_submodule(site.path.rpartition(".")[0])
+    for module in (site.logits_module, site.module, block):
+        for name, value in (
+            [*module.named_parameters(), *module.named_buffers()] if module is not None else []
+        ):
+            if name.rpartition(".")[2] in SELECTION_BIAS and value.numel() == site.experts:
+                return value
+    return None
+
+
 def shared_experts_of(config: Any, model: Any, experts_path: str) -> int:
     """Number of experts that every token of this layer goes to: as the config states, or one where
     the block has a shared MLP."""

@@ -18,7 +18,7 @@ from moe_inspect.capture.hook.inputs.call_inputs import real_rows
 from moe_inspect.capture.hook.inputs.row_order import row_order_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers
-from moe_inspect.model.routers import Site
+from moe_inspect.model.routers import Site, selection_bias
 from moe_inspect.trace.schema import Router
 from moe_inspect.training.device_sums import RECENT, DeviceSums
 
@@ -312,20 +312,3 @@ class Sums:
             for b in biases
         ]
         return torch.stack(ranges).double().numpy()
-
-
-BIASES = ("e_score_correction_bias", "expert_bias", "score_correction_bias", "expert_biases")
-
-
-def selection_bias(site: Site, model: Any) -> Tensor | None:
-    """The bias that is added to the scores of a router for the selection alone, [E]."""
-    if site.module is model:  # of a probe
-        return None
-    block = model.get_submodule(site.path.rpartition(".")[0])
-    for module in (site.logits_module, site.module, block):
-        for name, value in (
-            [*module.named_parameters(), *module.named_buffers()] if module is not None else []
-        ):
-            if name.rpartition(".")[2] in BIASES and value.numel() == site.experts:
-                return value
-    return None
