@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from moe_inspect.text import printable
 from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.texts import as_text
 
 BEFORE, AFTER = 40, 10  # tokens that are shown around it
 
@@ -45,11 +46,6 @@ def hot_text(shard: Shard, router: int, expert: int, vocabulary: pa.Table) -> Ho
     ids = tokens["token_id"].to_numpy()[shown]
     if (ids < 0).any() or (ids >= len(vocabulary)).any():
         return None
-    texts = vocabulary["token"].take(pa.array(ids)).to_pylist()
-    words = [(_shown(word or ""), bool(hot)) for word, hot in zip(texts, hot_T[shown], strict=True)]
+    texts = as_text(vocabulary["token"].take(pa.array(ids)).to_pylist())
+    words = [(printable(word), bool(hot)) for word, hot in zip(texts, hot_T[shown], strict=True)]
     return HotText(router, expert, words)
-
-
-def _shown(word: str) -> str:
-    """A token as text: with spaces for the marks that tokenizers write for them."""
-    return printable(word.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n"))
