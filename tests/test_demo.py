@@ -137,6 +137,13 @@ def test_tokenizer_puts_bos_in_front_and_round_trips_every_domain(tokenizer):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
+def test_tokenizer_pads_a_batch_and_its_padding_is_never_a_target(tokenizer):
+    batch = tokenizer(["a b c", "a"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert len(tokenizer) == json.loads((MODEL_DIR / "config.json").read_text())["vocab_size"]
+
+
 def test_model_card_states_source_licence_and_figures():
     card = (MODEL_DIR / "README.md").read_text(encoding="utf-8")
     for source in texts.SOURCES:

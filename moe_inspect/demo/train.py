@@ -110,6 +110,7 @@ def train_tokenizer(documents: dict[str, list[str]]) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         bos_token="<s>",
         eos_token="</s>",
+        pad_token="<s>",  # not </s>: collators leave padding out of the loss, ends are learned
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
