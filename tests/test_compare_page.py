@@ -98,7 +98,7 @@ def test_the_verdict_and_the_worst_documents_are_on_the_page(
     for finding in made.verdict():
         assert finding.text in text
     worst: Any = made.tables["documents"]
-    section = opened.view.locator("main > section", has_text="Documents that differ most")
+    section = opened.view.locator("main section", has_text="Documents that differ most")
     cells = section.locator("tbody tr").first.locator("td").all_inner_texts()
     assert cells[0].replace(",", "") == str(worst["document"].iloc[0])
     assert int(worst["document"].iloc[0]) <= DOCUMENT.max()

@@ -279,7 +279,7 @@ def test_simulations_have_sections_on_the_page(cli_here: Cli, trace: Trace, tmp_
     ]
     cli_here("report", trace.path, "--html", tmp_path / "page.html", *asked)
     page = (tmp_path / "page.html").read_text()
-    titles = re.findall(r"<h2[^>]*>([^<]+)</h2>", page)
+    titles = re.findall(r"<h3[^>]*>([^<]+) <a", page)
     assert [t for t in titles if t.startswith("Simulated")] == [
         f"Simulated: {name}" for name in ("capacity", "placement", "decode", "cache")
     ]

@@ -31,6 +31,7 @@ def section(simulation: Simulation) -> Section:
         " ".join(simulation.verdict),
         svg=drawing,
         table=table.head(ROWS),
+        group="Serving",
     )
 
 

@@ -189,7 +189,8 @@ class Chart:
     """title: its subject. caption: what it shows of this trace, in one line. subset: which layers
     it shows, if not all. text: how to read it. table: the same in numbers, for those who cannot see
     it. definitions: term → meaning. interactive: the page's own widget for the same data, with all
-    layers and domains ("map", "domains"). name: of the function and of the picture's file."""
+    layers and domains ("map", "domains"). name: of the function and of the picture's file. group:
+    the part of the page that it stands in."""
 
     title: str
     caption: str
@@ -201,6 +202,7 @@ class Chart:
     interactive: str = ""
     subset: str = ""
     name: str = ""
+    group: str = ""
 
     @property
     def headline(self) -> str:
@@ -215,7 +217,15 @@ class Chart:
 Maker = Callable[["ReportData"], "Chart | str"]
 CHARTS: dict[str, Maker] = {}
 TABLES_OF: dict[str, tuple[str, ...]] = {}  # chart → the tables that it is drawn from
-ORDER = ("load", "over_time", "domains", "pairs", "router")  # files; any others come after these
+# file → the group of its charts, in the order of the page; any other files come after these
+GROUPS = {
+    "load": "Balance",
+    "over_time": "Balance",
+    "domains": "Specialization",
+    "pairs": "Serving",
+    "router": "Router",
+}
+ORDER = tuple(GROUPS)
 
 
 def chart(*tables: str) -> Callable[[Maker], Maker]:
@@ -261,8 +271,10 @@ def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:
 
 def chart_of(data: ReportData, name: str) -> Chart | str:
     """One chart by its name."""
+    make = every_chart()[name]
     try:
-        made = every_chart()[name](data)
+        made = make(data)
     except MoeInspectError as error:  # a table that this trace cannot give
         return str(error)
-    return replace(made, name=name) if isinstance(made, Chart) else made
+    group = GROUPS.get(make.__module__.rpartition(".")[2], "")
+    return replace(made, name=name, group=group) if isinstance(made, Chart) else made

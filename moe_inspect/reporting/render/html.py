@@ -12,10 +12,12 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,16 +34,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_ROWS = 100  # of a table on the page
-SCRIPTS = ("chart.js", "map.js", "page.js")
+GRAVEST = 3  # findings on the first screen
+GROUPS = ("Balance", "Specialization", "Serving", "Router")
+SCRIPTS = ("chart.js", "card.js", "map.js", "page.js")
 LAST_CODE = 65535  # the 16-bit code of a heatmap's cell without a value
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a heading, a paragraph, and a chart, a drawing or a table.
+    """A part of a page: a heading, a paragraph, and a chart, a drawing, a widget or a table.
 
     svg: a drawing as SVG text, shown as a picture, on white. table: shown as it is, or folded in
-    below a chart as its alternative for screen readers. definitions: term → meaning."""
+    below a chart as its alternative for screen readers. definitions: term → meaning. group: the
+    part of the page that it stands in, one of GROUPS or a name of the page's own. name: its id in
+    links, by default made of the title. widget: the function of `moe.widgets` (templates/*.js)
+    that fills it from `data`, which JSON can hold. python: code that gives the table."""
 
     title: str
     text: str = ""
@@ -49,6 +56,11 @@ class Section:
     svg: str | None = None
     table: pd.DataFrame | None = None
     definitions: Mapping[str, str] = field(default_factory=dict[str, str])
+    group: str = ""
+    name: str = ""
+    widget: str = ""
+    data: Any = None
+    python: str = ""
 
 
 class Tile(NamedTuple):
@@ -61,49 +73,123 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """A page from top to bottom. left_out: what it could not show, and why. map_data: what map.js
-    draws the map, the domains and the cards of experts from."""
+    """A page from top to bottom. lead: the section on the first screen, beside the gravest
+    findings. left_out: what it could not show, and why. map_data: what map.js draws the map, the
+    domains and the cards of experts from. link_of: the address of what a finding is about, such as
+    "#L12E45", or ""."""
 
     title: str
     subtitle: str = ""
     warnings: Sequence[str] = ()
     verdict: Sequence[Finding | str] = ()
     tiles: Sequence[Tile] = ()
+    lead: Section | None = None
     sections: Sequence[Section] = ()
     left_out: Sequence[str] = ()
     footer: str = ""
     map_data: Mapping[str, Any] | None = None
+    link_of: Callable[[Finding], str] = lambda _: ""
 
 
 def chart_section(chart: Chart) -> Section:
-    return Section(chart.title, chart.text, chart, table=chart.table, definitions=chart.definitions)
+    return Section(
+        chart.title,
+        chart.text,
+        chart,
+        table=chart.table,
+        definitions=chart.definitions,
+        group=chart.group,
+        name=chart.name,
+    )
 
 
 def page_html(page: Page) -> str:
     """The page as one string of HTML."""
-    charts = [section.chart for section in page.sections if section.chart is not None]
+    groups = _grouped(page)
+    placed = [section for group in groups for section in group.sections]
+    lead = _placed(page.lead, set()) if page.lead else None
+    charts = [one.chart for one in ([lead] if lead else []) + placed if one.chart is not None]
     panels = [panel_json(p) for chart in charts if not chart.interactive for p in chart.panels]
-    payload = json.dumps(
-        {"panels": panels, "map": page.map_data},
-        default=without_numpy,
-        ensure_ascii=False,
-        allow_nan=False,
-        separators=(",", ":"),
-    )
-    script = "".join(map(asset, SCRIPTS))
+    script, said = "".join(map(asset, SCRIPTS)), _said(page)
     return template("page.html").render(
         page=page,
-        verdict=[
-            (finding.severity, finding.text) if isinstance(finding, Finding) else ("note", finding)
-            for finding in page.verdict
-        ],
+        lead=lead,
+        groups=groups,
+        gravest=said[:GRAVEST],
+        others={
+            name: [one for one in said[GRAVEST:] if one.group == name]
+            for name in _in_order(one.group for one in said[GRAVEST:])
+        },
         policy=f"default-src 'none'; script-src 'sha256-{script_hash(script)}'; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
         palette=Markup(palette_css()),
         style=Markup(asset("page.css")),
         script=Markup(script),
-        payload=_packed(payload) if panels or page.map_data else "",
+        payload=packed({"panels": panels, "map": page.map_data}) if panels or page.map_data else "",
     )
+
+
+class Group(NamedTuple):
+    """Sections under one heading of the page and of its menu; without a title they stand last."""
+
+    id: str
+    title: str
+    sections: list[Section]
+
+
+def _grouped(page: Page) -> list[Group]:
+    """The groups in the order of GROUPS, then those of the page's own as they come; each section
+    with an id of its own."""
+    names = _in_order(section.group for section in page.sections)
+    taken = {"first", "findings", "payload", "theme", "card", "now", *map(slug, names)}
+    if page.lead:
+        taken.add(page.lead.name or slug(page.lead.title))
+    return [
+        Group(
+            slug(name) if name else "",
+            name,
+            [_placed(section, taken) for section in page.sections if section.group == name],
+        )
+        for name in names
+    ]
+
+
+def _placed(section: Section, taken: set[str]) -> Section:
+    """The section with an id that is not taken."""
+    wanted = (section.name or slug(section.title)).replace("_", "-")
+    tries = (wanted if n == 1 else f"{wanted}-{n}" for n in count(1))
+    name = next(one for one in tries if one not in taken)
+    taken.add(name)
+    return replace(section, name=name)
+
+
+def slug(text: str) -> str:
+    """A title as an id: "Load over time" → "load-over-time"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "section"
+
+
+class Said(NamedTuple):
+    """A finding as the page shows it. link: the hash of the expert that it is about."""
+
+    severity: str
+    text: str
+    group: str = ""
+    link: str = ""
+
+
+def _said(page: Page) -> list[Said]:
+    return [
+        Said(one.severity, one.text, one.group, page.link_of(one))
+        if isinstance(one, Finding)
+        else Said("note", one)
+        for one in page.verdict
+    ]
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Each group once: those of GROUPS in their order, others as they come, "" last."""
+    known = {name: i for i, name in enumerate(GROUPS)}
+    return sorted(dict.fromkeys(names), key=lambda n: (not n, known.get(n, len(GROUPS))))
 
 
 def write_page(path: str | Path, text: str) -> None:
@@ -153,7 +239,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rows": rows_of, "picture": picture, "readable": readable}
+    environment.filters |= {
+        "rows": rows_of,
+        "picture": picture,
+        "readable": readable,
+        "packed": packed,
+    }
     return environment
 
 
@@ -228,8 +319,15 @@ def numbers(values: np.ndarray) -> list[float | None]:
     return rounded.tolist()
 
 
-def _packed(text: str) -> str:
-    """gzip, in base64: a third of the size, and no character with a meaning in HTML."""
+def packed(value: Any) -> str:
+    """JSON in gzip in base64: a third of the size, and no character with a meaning in HTML."""
+    text = json.dumps(
+        value,
+        default=without_numpy,
+        ensure_ascii=False,
+        allow_nan=False,
+        separators=(",", ":"),
+    )
     return base64.b64encode(
         gzip.compress(text.encode(errors="backslashreplace"), 6, mtime=0)
     ).decode()

@@ -11,6 +11,7 @@ from moe_inspect.reporting.tables.data import ReportData, worst_router
 from moe_inspect.reporting.tables.summary import facts
 from moe_inspect.reporting.verdict.chance import chance, uneven
 from moe_inspect.reporting.verdict.checks import DATA_KINDS, findings
+from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural
 
 
@@ -19,8 +20,9 @@ def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
     why one is missing."""
     charts, left_out = draw_charts(data)
     added = list(more)
+    lead = next((chart for chart in charts if chart.interactive == "map"), None)
     sections = [
-        *map(chart_section, charts),
+        *(chart_section(chart) for chart in charts if chart is not lead),
         *(made for made in added if isinstance(made, Section)),
         Section("About this trace", table=data.tables["summary"]),
     ]
@@ -31,9 +33,10 @@ def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
         Page(
             str(dict(facts(data))["model"]),
             _subtitle(data),
-            warnings=[finding.text for finding in found if finding.kind in DATA_KINDS],
-            verdict=[finding for finding in found if finding.kind not in DATA_KINDS],
+            warnings=[finding.text for finding in found if _of_data(finding)],
+            verdict=[finding for finding in found if not _of_data(finding)],
             tiles=_tiles(data),
+            lead=chart_section(lead) if lead else None,
             sections=sections,
             left_out=[*left_out, *short],
             footer="Each number is about one router: expert 3 of one layer has nothing to do with "
@@ -41,8 +44,23 @@ def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
             "router. Drag over a chart to zoom in, click a name to hide its marks; with the "
             "keyboard, Tab to a chart and read it with the arrow keys. Made by moe-inspect.",
             map_data=experts,
+            link_of=lambda finding: _link(data, finding),
         )
     )
+
+
+def _of_data(finding: Finding) -> bool:
+    """Whether the trace is not fit to be judged: said above everything else."""
+    return finding.kind in DATA_KINDS and finding.severity in ("critical", "warning")
+
+
+def _link(data: ReportData, finding: Finding) -> str:
+    """The hash that opens the card of the expert that the finding is about."""
+    expert = finding.values.get("expert")
+    if finding.router is None or not isinstance(expert, int):
+        return ""
+    label = layer_label(data.trace.routers, finding.router)
+    return f"#L{label.replace(' (', '-').removesuffix(')')}E{expert}"
 
 
 def _subtitle(data: ReportData) -> str:

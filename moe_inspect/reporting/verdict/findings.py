@@ -10,6 +10,24 @@ from typing import Any, Literal, cast, get_args
 
 Severity = Literal["critical", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+# group of a page → the kinds that stand in it; the others are about the data
+KINDS = {
+    "Balance": (
+        "balance",
+        "routers_without_load",
+        "dead_experts",
+        "overloaded_experts",
+        "starved_experts",
+        "least_used_expert",
+        "averaging_hides",
+        "overloading_domain",
+        "unused_in_domain",
+    ),
+    "Specialization": ("domain_specialization", "domain_beyond_token", "token_specialization"),
+    "Serving": ("idle_gpus", "uneven_batches"),
+    "Router": ("router_ties",),
+}
+GROUP_OF = {kind: group for group, kinds in KINDS.items() for kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,11 @@ class Finding:
     router: int | None
     text: str
     values: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+
+    @property
+    def group(self) -> str:
+        """The group of the page that it stands in; "" where it is about the data."""
+        return GROUP_OF.get(self.kind, "")
 
 
 def finding(

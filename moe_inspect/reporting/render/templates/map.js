@@ -1,23 +1,14 @@
 "use strict";
-// The map of layers × experts, domains × experts, and an expert's card. Texts of the corpus become text nodes, never markup.
+// The map of layers × experts, and domains × experts.
 moe.map = (data) => {
   const SCALE = { kind: "ratio", title: "× the mean load", unknown: "" };
   const FEW = 160; // cells, up to which each carries its number
   const at = { row: 0, expert: 0, domain: -1, byLoad: false };
   const { h } = moe;
-  const whole = (value) => value.toLocaleString("en");
-  const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`;
-  const sum = (values) => values.reduce((a, b) => a + b, 0);
-  const mean = (values) => sum(values) / values.length;
-
-  const loads = (row, domain = at.domain) => (domain < 0 ? data.all[row] : data.load[domain][row]);
-  const ratios = (row, domain = at.domain) => {
-    const load = loads(row, domain);
-    const even = mean(load);
-    return load.map((n) => (even ? n / even : null));
-  };
-  const activation = (domain, row, expert) => data.load[domain][row][expert] / data.tokens[domain][row];
-  const lift = (domain, row, expert) => activation(domain, row, expert) / mean(data.domains.map((_, d) => activation(d, row, expert)));
+  const experts = moe.experts(data);
+  const { whole, percent, sum, activation, lift, listed } = experts;
+  const loads = (row, domain = at.domain) => experts.loads(row, domain);
+  const ratios = (row, domain = at.domain) => experts.ratios(row, domain);
   const orderOf = (row) => {
     const load = loads(row);
     const order = [...load.keys()];
@@ -73,7 +64,7 @@ moe.map = (data) => {
     map.hide();
     map.redraw();
     now.textContent = sentence(at.row, at.expert);
-    if (!card.hidden) open(at.row, at.expert, false);
+    card.refresh();
     if (layerTable.open) fillTable();
   };
   const [orderLabel, orderSelect] = choose("Order", ["by expert id", "by load"], (value) => ((at.byLoad = value === 1), redraw()));
@@ -94,106 +85,26 @@ moe.map = (data) => {
       listed(["expert", "assignments", "share", "load ratio"], orderOf(row).map((e) => [e, whole(loads(row)[e]), percent(loads(row)[e] / total), ratio[e]?.toFixed(3) ?? "–"])),
     );
   };
-  const listed = (names, rows, token = -1) => {
-    const cell = (value, i) => h("td", { className: i === token ? "token" : "n" }, value instanceof Node ? value : h("bdi", {}, String(value)));
-    return h("table", {},
-      h("thead", {}, h("tr", {}, ...names.map((name, i) => h("th", { scope: "col", className: i === token ? "" : "n" }, name)))),
-      h("tbody", {}, ...rows.map((row) => h("tr", {}, ...row.map(cell)))));
-  };
   layerChoice.addEventListener("change", fillTable);
   layerTable.addEventListener("toggle", () => {
     if (layerTable.open) { layerChoice.value = at.row; fillTable(); }
   });
   layerTable.append(h("div", { className: "controls" }, h("label", {}, "Layer", layerChoice)), layerPlace);
 
-  // --- an expert's card
-  const card = h("aside", { id: "card", role: "dialog", "aria-labelledby": "card-title", tabIndex: -1, hidden: true });
-  document.body.append(card);
-  let before = grid;
-  const close = () => {
-    if (card.hidden) return;
-    card.hidden = true;
-    before.focus();
-  };
-  document.addEventListener("keydown", (event) => event.key === "Escape" && close());
-  const entries = (list, row, expert) => {
-    const i = data.first[row] + expert;
-    return Array.from({ length: list.start[i + 1] - list.start[i] }, (_, j) => list.start[i] + j);
-  };
-  const jump = (row, expert) => {
-    const button = h("button", { type: "button", className: "jump" }, `expert ${expert}`);
-    button.addEventListener("click", () => open(row, expert));
-    return button;
-  };
-  const meter = (share, most) => {
-    const bar = h("span", { className: "meter" });
-    bar.style.width = `${(5.5 * share) / most}em`;
-    return bar;
-  };
-  const part = (title, content) => [h("h3", {}, title), content];
-
-  const open = (row, expert, focus = true) => {
-    if (focus && card.hidden) before = document.activeElement === document.body ? grid : document.activeElement;
-    const ratio = ratios(row, -1);
-    const load = data.all[row][expert];
-    const total = Math.max(1, sum(data.all[row]));
-    const rank = data.all[row].filter((n) => n > load).length + 1;
-    const shut = h("button", { type: "button", "aria-label": "Close the card" }, "✕");
-    shut.addEventListener("click", close);
-    const said = [
-      ratio[expert] === null ? "No load." : `${ratio[expert].toFixed(2)}× the mean load of its layer, number ${rank} of ${data.layers[row].experts} by load.`,
-      `${whole(load)} assignments (${percent(load / total)})`,
-    ];
-    if (load && data.choices[row][expert] !== null) said[1] += `, in ${percent(data.choices[row][expert] / load)} of them as first choice`;
-    said[1] += ".";
-    if (load && data.weights && data.weights[row][expert] !== null) said.push(`Mean gate weight ${data.weights[row][expert].toPrecision(3)}.`);
-    const parts = [];
-    if (data.load.length) {
-      const rows = data.domains.map((name, d) => [name, activation(d, row, expert), lift(d, row, expert)]);
-      const most = Math.max(...rows.map((r) => r[1]), 1e-9);
-      rows.sort((a, b) => b[1] - a[1]);
-      parts.push(...part("Share of each domain's tokens that come here", listed(["domain", "", "activation", "lift"],
-        rows.map(([name, share, times]) => [name, meter(share, most), percent(share), Number.isFinite(times) ? `${times.toFixed(2)}×` : "–"]), 0)));
-    }
-    if (data.words) {
-      const w = data.words;
-      const rows = entries(w, row, expert).map((i) => [w.texts[w.text[i]], whole(w.count[i]), percent(w.share[i] / 1000), w.choice[i] === null ? "–" : percent(w.choice[i] / 1000)]);
-      parts.push(...part("Tokens most its own", rows.length
-        ? listed(["token", "times", "of its occurrences", "as first choice"], rows, 0)
-        : h("p", { className: "said" }, "None that occurs often enough to judge.")));
-    }
-    const linked = (title, list, to) => {
-      if (!list || to === null || to === undefined) return;
-      const rows = entries(list, row, expert).map((i) => [jump(to, list.other[i]), percent(list.share[i] / 1000), list.lift[i] === null ? "–" : `${list.lift[i].toFixed(2)}×`]);
-      if (rows.length) parts.push(...part(title, listed(["", "probability", "lift"], rows, 0)));
-    };
-    linked("Chosen together with", data.partners, row);
-    if (data.next) linked(`Then, at layer ${data.layers[data.next[row]]?.label ?? ""}`, data.nexts, data.next[row]);
-    card.replaceChildren(
-      h("div", { className: "top" }, h("h2", { id: "card-title" }, `Layer ${data.layers[row].label} · expert ${expert}`), shut),
-      ...said.map((text) => h("p", { className: "said" }, text)),
-      ...parts,
-    );
-    card.hidden = false;
-    card.scrollTop = 0;
-    if (focus) {
-      card.focus();
-      map.move(row, orders[row].indexOf(expert));
-    }
-  };
-
+  const card = moe.card(experts, grid, (row, expert) => map.move(row, orders[row].indexOf(expert)));
   const map = moe.plot(grid, panel, {
-    height: (heat) => 64 + heat.rows * Math.max(11, Math.min(38, 560 / heat.rows)),
+    height: (heat) => 64 + heat.rows * Math.max(8, Math.min(38, 500 / heat.rows)), // with what stands above it, on a screen of 1440 × 900
     note: (row, column) => [sentence(row, orders[row][column])],
     moved,
-    open: (row, column) => column < orders[row].length && open(row, orders[row][column]),
+    open: (row, column) => column < orders[row].length && card.open(row, orders[row][column]),
   });
   map.at = [0, 0];
   now.textContent = sentence(at.row, at.expert);
 
   // --- domains × experts of a layer
   const second = document.querySelector('[data-widget="domains"]');
-  if (!second) return;
+  const page = { experts, card, map, choose: (domain) => ((domainSelect.value = domain + 1), domainSelect.dispatchEvent(new Event("change"))) };
+  if (!second) return page;
   const domainPlot = h("div", { className: "plot", role: "application", "aria-roledescription": "heatmap", "aria-label": "Activation of each expert in each domain. Arrow keys move from cell to cell, Enter opens an expert's card; the table below has the values." });
   const [rowLabel, rowSelect] = choose("Layer", data.layers.map((layer) => layer.label), () => domains.redraw());
   rowSelect.value = data.telling;
@@ -212,7 +123,8 @@ moe.map = (data) => {
         `takes ${percent(activation(d, layer(), e))} of the tokens`,
         `${Number.isFinite(lift(d, layer(), e)) ? lift(d, layer(), e).toFixed(2) : "–"}× its mean over domains`,
       ],
-      open: (d, e) => open(layer(), e),
+      open: (d, e) => card.open(layer(), e),
     },
   );
+  return page;
 };

@@ -1,7 +1,7 @@
 "use strict";
 // Inflates what lies in the page, draws its charts, and follows the theme.
-moe.inflate = async (id) => {
-  const packed = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
+moe.inflated = async (element) => {
+  const packed = Uint8Array.from(atob(element.textContent), (c) => c.charCodeAt(0));
   return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 };
 
@@ -18,7 +18,15 @@ moe.decoded = (mark) => {
 // lines take their colours from the style; cells do not
 moe.recolour = () => moe.plots.filter((plot) => plot.panel.marks.some((mark) => mark.kind === "heatmap")).forEach((plot) => plot.redraw());
 
+// name → function (place, data, page): fills a section's widget
+moe.widgets = {};
+
+const half = () => moe.s("svg", { width: 16, height: 16, viewBox: "0 0 16 16", "aria-hidden": "true" },
+  moe.s("circle", { cx: 8, cy: 8, r: 6.5, fill: "none", stroke: "currentColor", "stroke-width": 1.5 }),
+  moe.s("path", { d: "M8 1.5a6.5 6.5 0 0 1 0 13z", fill: "currentColor" }));
+
 moe.start = async () => {
+  document.getElementById("theme").append(half());
   document.getElementById("theme").addEventListener("click", () => {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
     const now = document.documentElement.dataset.theme ?? (dark ? "dark" : "light");
@@ -26,13 +34,18 @@ moe.start = async () => {
     moe.recolour();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", moe.recolour);
-  if (!document.getElementById("payload")) return;
-  const payload = JSON.parse(await moe.inflate("payload"));
+  document.getElementById("menu")?.addEventListener("click", (event) => event.target.closest("a") && document.getElementById("menu").hidePopover());
+  const packed = document.getElementById("payload");
+  const payload = packed ? JSON.parse(await moe.inflated(packed)) : {};
   document.querySelectorAll("[data-panel]").forEach((place, i) => {
     const panel = { ...payload.panels[i], marks: payload.panels[i].marks.map(moe.decoded) };
     moe.plot(place, () => panel);
   });
-  if (payload.map) moe.map(payload.map);
+  if (payload.map) moe.page = moe.map(payload.map);
+  for (const place of document.querySelectorAll("script[data-of]")) {
+    const name = place.dataset.of;
+    moe.widgets[name](document.querySelector(`[data-widget="${name}"]`), JSON.parse(await moe.inflated(place)), moe.page);
+  }
 };
 
 document.addEventListener("DOMContentLoaded", () =>
