@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
     from moe_inspect.model.custom.spec import RouterSpec, register_router
-    from moe_inspect.model.describe import Description, describe
+    from moe_inspect.model.describe import describe
+    from moe_inspect.model.description import Description
     from moe_inspect.reporting.report import Report, report
     from moe_inspect.simulate.cache.cache import simulate_cache
     from moe_inspect.simulate.capacity.capacity import simulate_capacity
@@ -80,7 +81,7 @@ __all__ = [
 _HOMES = {
     "Checkpoints": "moe_inspect.comparison.checkpoints",
     "Comparison": "moe_inspect.comparison.compare",
-    "Description": "moe_inspect.model.describe",
+    "Description": "moe_inspect.model.description",
     "EngineOptions": "moe_inspect.capture.options",
     "LoadComparison": "moe_inspect.comparison.loads.compare",
     "ModelComparison": "moe_inspect.comparison.models.compare",

@@ -15,7 +15,7 @@ import transformers
 import moe_inspect
 from moe_inspect.cli.describe import Gpu
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.describe import PEAK_FLOPS, describe_table
+from moe_inspect.model.description import PEAK_FLOPS, describe_table
 from tests.conftest import ROOT, Cli
 from tests.families import FAMILIES, build, config
 
@@ -87,7 +87,12 @@ def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
     config = CONFIGS / "mixtral-8x7b.json"
     said = cli_here("describe", config).stdout
     assert "46,702,792,704" in said
-    assert "this model needs 3.63x" in said
+    assert "12,879,925,248 parameters: the same FLOPs, 1/3.63 of the memory" in said
+    made = moe_inspect.describe(str(config))
+    assert said == f"{made}\n"
+    assert repr(made) == str(made)
+    assert (len(said.splitlines()) <= 20, max(map(len, said.splitlines())) <= 80) == (True, True)
+    assert "this model needs 3.63x" in cli_here("describe", config, "--format", "table").stdout
     rows = [
         json.loads(line)
         for line in cli_here("describe", config, "--format", "json").stdout.splitlines()
@@ -107,8 +112,13 @@ def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
     )
     assert pd.read_csv(tmp_path / "facts.csv").set_index("key").value["training.gpu_hours"] > 1e5
     dense = cli_here("describe", CONFIGS / "llama-2-7b.json").stdout
-    assert "none: a dense model" in dense
-    assert "dense_of_same_total_size" in dense
+    assert "no routers: a dense model" in dense
+    assert "the same" not in dense
+    of_dense = moe_inspect.describe(str(CONFIGS / "llama-2-7b.json"))
+    compared = [
+        sum(key.startswith("dense_of") for key, *_ in of.facts()) for of in (made, of_dense)
+    ]
+    assert compared == [6, 0]
     assert (
         cli_here("describe", config, "--mfu", "0.4", check=2)
         .stderr.strip()

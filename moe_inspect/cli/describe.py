@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of
+from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.cli.needs import need_torch, quiet
 
 
@@ -70,7 +70,10 @@ def describe(
     format: Annotated[
         Format | None,
         typer.Option(
-            help="json: one object per line. Default: by the ending of the file, else table.",
+            help=(
+                "Every fact as a table, csv, json (one object per line) or parquet. Default: by "
+                "the ending of the file, else text."
+            ),
             show_default=False,
         ),
     ] = None,
@@ -109,11 +112,17 @@ def describe(
     need_torch()
     quiet()
     from moe_inspect.model.describe import describe as make
-    from moe_inspect.model.describe import describe_table
+    from moe_inspect.model.description import describe_table
 
     made = make(model, context=context, revision=revision, trust_remote_code=trust_remote_code)
     training = (
-        made.training(train_tokens, gpu.value, mfu, gpu_hours) if train_tokens is not None else None
+        made.training(train_tokens, gpu.value, mfu, gpu_hours) if train_tokens is not None else []
     )
+    if format is None and form is Format.table:
+        with text_to(output) as file:
+            print(made, file=file)
+            for n, (_, _, text) in enumerate(training):
+                print(f"{'' if n else 'train':<8}{text}", file=file)
+        return
     table = describe_table(made, training)
     emit(table.drop(columns="value") if form is Format.table else table, form, output, safe_csv)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.emit import to_stdout
-from moe_inspect.text import print_stderr, printable
+from moe_inspect.text import print_stderr
 
 
 def verify(
@@ -30,24 +30,8 @@ def verify(
         if as_json:
             print(json.dumps(found.record()))
         elif found.ok:
-            state = {
-                "complete": "is fine",
-                "recording": "is still being written, and fine so far",
-                "interrupted": (
-                    f"was interrupted{' and can be resumed' if found.resumable else ''}; what is "
-                    "committed is fine"
-                ),
-            }[found.status or "complete"]
-            counts = (
-                f"{found.tokens:,} tokens, {found.decisions:,} decisions, {found.assignments:,} "
-                f"assignments in {found.shards} shards"
-            )
-            print(printable(f"{trace} {state}: {counts}"))
-            print("\n".join(f"  {line}" for line in found.checked))
+            print(found)
     if not found.ok:
         if not as_json:
-            where = f"{trace / (found.file or '')}" + (
-                f" row {found.row}" if found.row is not None else ""
-            )
-            print_stderr(f"error: {where}: {found.violation}")
+            print_stderr(f"error: {found}")
         raise typer.Exit(1)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
 from typing import Any
 
+from moe_inspect.text import plural, printable
 
-@dataclass
+STATE = {"complete": "is fine", "recording": "is still being written, and fine so far"}
+COUNTED = ("tokens", "decisions", "assignments")
+
+
+@dataclass(repr=False)
 class Verification:
     """The result of `verify`.
 
@@ -34,6 +41,29 @@ class Verification:
     documents: int = 0
     shards: int = 0
     checked: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        """What the command prints: the state of the trace and what was checked, or the first
+        violation."""
+        if not self.ok:
+            row = "" if self.row is None else f" row {self.row}"
+            return printable(f"{Path(self.path) / (self.file or '')}{row}: {self.violation}")
+        counts = (plural(getattr(self, name), name[:-1]) for name in COUNTED)
+        first = f"{self.path} {self.state}: {', '.join(counts)} in {plural(self.shards, 'shard')}"
+        return "\n".join([printable(first), *(f"  {line}" for line in self.checked)])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+    @property
+    def state(self) -> str:
+        """How a trace is that violates no rule, in words."""
+        resumed = " and can be resumed" if self.resumable else ""
+        interrupted = f"was interrupted{resumed}; what is committed is fine"
+        return STATE.get(self.status or "complete", interrupted)
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
