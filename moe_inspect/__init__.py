@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
-    from moe_inspect.api import record, trace_engine, trace_model
+    from moe_inspect.api import intervene, record, trace_engine, trace_model
     from moe_inspect.capture.hook.probe import probe
     from moe_inspect.capture.options import EngineOptions, TraceOptions
     from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
@@ -60,6 +60,7 @@ __all__ = [
     "describe",
     "export_trace",
     "import_trace",
+    "intervene",
     "mismatch",
     "open_trace",
     "probe",
@@ -96,6 +97,7 @@ _HOMES = {
     "describe": "moe_inspect.model.describe",
     "export_trace": "moe_inspect.exporters.run",
     "import_trace": "moe_inspect.importers.run",
+    "intervene": "moe_inspect.api",
     "mismatch": "moe_inspect.comparison.mismatch",
     "open_trace": "moe_inspect.trace.reader",
     "probe": "moe_inspect.capture.hook.probe",

@@ -3,7 +3,7 @@ where `moe_inspect.__init__` says. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_inspect.capture.hook.device_counts import Totals
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
     from moe_inspect.capture.recorder import Recorder
+    from moe_inspect.interventions.intervene import Intervention
     from moe_inspect.model.custom.spec import RouterSpec
     from moe_inspect.trace.reader import Trace
 
@@ -129,6 +130,58 @@ def record(
         documents=documents,
         domains=domains,
         balance_of=_balance_table,
+    )
+
+
+def intervene(
+    model: Any,
+    *,
+    drop: Mapping[int, int | Iterable[int]] | None = None,
+    force: Mapping[int, int | Iterable[int]] | None = None,
+    replay: Trace | str | Path | None = None,
+    shuffle: int | None = None,
+    routers: Sequence[RouterSpec] | None = None,
+    inputs: InputsOf | None = None,
+) -> Intervention:
+    """Sends the tokens of `model` to other experts within a `with` block:
+
+        with moe_inspect.intervene(model, drop={3: [5]}) as done:
+            model(**batch)
+        done.table()  # what was changed, a row per router
+
+    Afterwards, also after an exception, the model is as it was. A recording within the block, or
+    around it, records what was executed.
+
+    model    any MoE that `record` can record, but for probes
+    drop     layer → experts that no token goes to. Where the router logits can be seen (in nearly
+             every family), the router chooses among the rest by its own code, as if it had no row
+             for them; else the gate weight of a dropped expert is shared out among the token's
+             other experts. `table()` says which of the two
+    force    layer → experts that every token goes to, at most K: one that the router did not choose
+             takes over the slot and the gate weight of the token's least choice
+    replay   a trace, or its path: each token goes to the experts it went to there. Where the
+             router's own choice holds an expert, its own gate weight is kept, with its gradient;
+             the others get the trace's, which `table()` counts. Sequences are recognised by their
+             token ids, in whatever order and batches they are fed; MoeInspectError for one that is
+             not in the trace. A token beyond the end of its sequence there keeps its own choice
+    shuffle  a seed: the tokens of each forward pass exchange their choices at random, which leaves
+             the load of every expert as it was
+    routers  where the routers are, by `RouterSpec`s; by default they are found
+    inputs   what a forward pass is fed, as in `record`
+
+    `drop` and `force` can be combined, for different layers. A compiled model runs eagerly within
+    the block. Raises MoeInspectError for a layer or an expert that the model does not have, and, in
+    a forward pass, for a router whose choice cannot be replaced."""
+    from moe_inspect.interventions.intervene import Intervention
+
+    return Intervention(
+        model,
+        drop=drop,
+        force=force,
+        replay=replay,
+        shuffle=shuffle,
+        routers=routers,
+        inputs=inputs,
     )
 
 

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"demo", "trace", "errors", "text"},
     "importers": {"model", "trace", "errors", "text"},
     "capture": {"demo", "importers", "model", "trace", "errors", "text"},
+    "interventions": {"capture", "analysis", "model", "trace", "demo", "errors", "text"},
     "doctor": {"capture", "demo", "model", "trace", "errors", "text"},
     "analysis": {"trace", "errors", "text"},
     "alarms": {"analysis", "trace", "errors", "text"},

@@ -7,11 +7,15 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from moe_inspect.capture.hook.selfcheck.check import Found, device_name, summary
 from moe_inspect.trace.manifest import process_start
+
+# model → what an intervention changes in it, while it lasts
+ALTERED: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
 
 def capture_facts(model: Any, mode: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from moe_inspect.capture.hook import discovery
 from moe_inspect.capture.hook.selfcheck.check import Found
-from moe_inspect.capture.manifest import capture_facts, selfcheck_facts
+from moe_inspect.capture.manifest import ALTERED, capture_facts, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.model.load import config_record
@@ -130,6 +130,8 @@ class TraceOpener:
         notes = {site.adapter.note for site in self.sites if site.adapter is not None} - {""}
         if discovered:
             notes.add(discovery.NOTE)
+        if self.model in ALTERED:
+            notes.add(ALTERED[self.model])
         if any(site.told and selection_bias(site, self.model) is not None for site in self.sites):
             notes.add(
                 "a selection bias is added to the scores that experts are chosen by, and not to "

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from moe_inspect.model import replaced
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
@@ -139,6 +141,8 @@ class Adapter:
     applies       to which modules of the class
     parameters    names of the experts' parameters, where they have no module of their own
     note          a caveat, which goes into the trace's manifest
+    replace       gives the call another choice (`model/replaced.py`), where that is not done by
+                  replacing the tensors which `choice` returned
     """
 
     choice: Callable[[Any, Args, Kwargs, Any], Choice | None]
@@ -152,6 +156,7 @@ class Adapter:
     applies: Callable[[Any], bool] = lambda module: True
     parameters: tuple[str, ...] = ()
     note: str = ""
+    replace: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -310,11 +315,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "inkling": Family(not_routed=("InklingSharedExperts",)),
     "jetmoe": Family(
-        {"JetMoeTopKGating": Adapter(_jetmoe, logits_index=4)},
+        {"JetMoeTopKGating": Adapter(_jetmoe, logits_index=4, replace=replaced.jetmoe)},
         not_routed=("JetMoeParallelExperts",),
     ),
     "llama4": Family(
-        {"Llama4Router": Adapter(_llama4, logits_index=1)}, not_routed=("Llama4TextExperts",)
+        {"Llama4Router": Adapter(_llama4, logits_index=1, replace=replaced.llama4)},
+        not_routed=("Llama4TextExperts",),
     ),
     "longcat_flash": Family(
         # ids beyond the routed experts are identity experts': they compute nothing
@@ -340,7 +346,12 @@ FAMILIES: dict[str, Family] = {
         gated=False,
     ),
     "switch_transformers": Family(
-        {"SwitchTransformersExperts": Adapter(_switch, at_call=True, top_k=1)}, gated=False
+        {
+            "SwitchTransformersExperts": Adapter(
+                _switch, at_call=True, top_k=1, replace=replaced.switch
+            )
+        },
+        gated=False,
     ),
     "zaya": Family({"ZayaExperts": Adapter(_zaya, at_call=True)}),
 }

@@ -92,6 +92,7 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
             experts=lambda module: int(experts),
             top_k=top_k,
             note=spec.note,
+            replace=spec.replace,
         ),
         logits_module=module if spec.logits is not None else None,
         told=True,

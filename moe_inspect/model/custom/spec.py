@@ -52,6 +52,10 @@ class RouterSpec:
     scoring         scoring function of the logits: "softmax" or "sigmoid"
     shared_experts  number of experts that every token goes to; by default 1 where a module beside
                     the router has "shared" in its name
+    replace         (module, args, kwargs, output, ids, weights) → the output with this choice, ids
+                    int [T, K] (-1: to no expert) and weights [T, K] in its place; with `before` the
+                    (args, kwargs) to run with. `intervene` needs it only where `choice` makes its
+                    tensors, instead of returning some of those that the module takes or returns
     note            a caveat for the trace's manifest
     """
 
@@ -66,6 +70,7 @@ class RouterSpec:
     logits: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Tensor] | None = None
     scoring: str | Callable[[Any], str] = ""
     shared_experts: int | Callable[[Any], int | None] | None = None
+    replace: Callable[..., Any] | None = None
     note: str = ""
 
     def __post_init__(self) -> None:

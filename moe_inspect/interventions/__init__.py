@@ -1,0 +1,2 @@
+"""What a model computes when its tokens go elsewhere: experts dropped or forced, the routing of a
+trace replayed, and what each expert is worth by that measure."""

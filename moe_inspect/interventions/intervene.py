@@ -1,0 +1,334 @@
+"""Interventions: while a `with` block runs, the tokens of a model go to other experts.
+
+T rows a router sees, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_inspect.capture.hook.attach import Attachment
+from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of
+from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
+from moe_inspect.capture.hook.inputs.row_order import row_order_of
+from moe_inspect.capture.hook.inputs.rows import Rows
+from moe_inspect.capture.manifest import ALTERED
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.interventions import rules
+from moe_inspect.interventions.among import Among, logits_seen
+from moe_inspect.interventions.plan import Layers, Plan, planned
+from moe_inspect.interventions.replay import Replay
+from moe_inspect.interventions.substitute import replaced
+from moe_inspect.model.families import called_with
+from moe_inspect.model.find import find_routers
+from moe_inspect.model.routers import Site
+from moe_inspect.model.wrapped import unwrapped
+from moe_inspect.text import plural, print_stderr
+from moe_inspect.trace.reader import Trace, open_trace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+    from moe_inspect.model.custom.spec import RouterSpec
+
+
+@dataclass
+class Done:
+    """What was done at a router so far. `rows` counts padding where nothing tells it from
+    tokens."""
+
+    how: str = ""
+    rows: int = 0
+    decisions: int = 0
+    assignments: int = 0
+    weights: int = 0
+    seen: int = field(default=0, repr=False)  # rows of the current forward pass
+
+
+class Intervention:
+    """The context manager of `moe_inspect.intervene`, which describes the arguments."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        drop: Layers | None = None,
+        force: Layers | None = None,
+        replay: Trace | str | Path | None = None,
+        shuffle: int | None = None,
+        routers: Sequence[RouterSpec] | None = None,
+        inputs: InputsOf | None = None,
+    ):
+        self.model = unwrapped(model, by_path=bool(routers))
+        self.sites = find_routers(self.model, routers)
+        self.plan = planned(self.model, self.sites, drop, force, shuffle, replay is not None)
+        self.done = [Done() for _ in self.sites]
+        self.replay = None
+        if replay is not None:
+            trace = replay if isinstance(replay, Trace) else open_trace(replay)
+            self.replay = Replay(trace, self.sites)
+        self._attachment = _Attachment(model, self)
+        modules = {name: scope.module for name, scope in self._attachment.scopes.items()}
+        if self.plan.needs_rows and list(modules) != [""]:
+            raise MoeInspectError(
+                f"{type(self.model).__name__} has an encoder and a decoder: only drop and force "
+                "work there"
+            )
+        self._inputs = PassInputs(
+            modules,
+            None,
+            None,
+            inputs_of(self.model, self.sites, inputs),
+            row_order_of(self.sites),
+        )
+        self._passes = 0
+        self._rows: Rows | None = None  # of the current forward pass
+        self._at_T: Tensor | None = None  # their tokens in the trace
+        self._entered = False
+        self._dropped = {
+            r: torch.isin(torch.arange(self.sites[r].experts), torch.tensor(experts))
+            for r, experts in self.plan.drop.items()
+        }
+
+    def __enter__(self) -> Intervention:
+        if self._entered:
+            raise MoeInspectError("this intervention is over: call intervene again for another")
+        if self.model in ALTERED:
+            raise MoeInspectError(
+                f"this {type(self.model).__name__} has an intervention already: leave it first, or "
+                "give one intervene() all that is to be changed"
+            )
+        self._entered = True
+        ALTERED[self.model] = self.plan.described(self.sites)
+        try:
+            self._attachment.attach()
+        except BaseException:
+            del ALTERED[self.model]
+            raise
+        if shared := [
+            site for r, site in enumerate(self.sites) if self.done[r].how == SHARED_OUT
+        ]:
+            print_stderr(
+                f"the logits of {shared[0].path}"
+                f"{f' and {len(shared) - 1} more' if len(shared) > 1 else ''} cannot be seen: its "
+                "router chooses as before, and the gate weights of dropped experts are shared out "
+                "among a token's others"
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._attachment.detach()
+        del ALTERED[self.model]
+        if self.replay is not None and self.replay.beyond and kind is None:
+            print_stderr(
+                f"{plural(self.replay.beyond, 'token')} beyond the end of their sequence in "
+                f"{self.replay.trace.path} kept the model's own choice"
+            )
+
+    def table(self) -> pd.DataFrame:
+        """What was done so far, a row per router: `how`, and the numbers of `rows` it saw (padding
+        included), of `decisions` that were changed, of `assignments` that went to another expert,
+        and of `weights` that are not the router's own for that expert. Where a router itself chose
+        among the rest, only what was changed afterwards is counted."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "layer": site.layer,
+                    "router": r,
+                    "name": site.path,
+                    "how": done.how,
+                    "rows": done.rows,
+                    "decisions": done.decisions,
+                    "assignments": done.assignments,
+                    "weights": done.weights,
+                }
+                for r, (site, done) in enumerate(zip(self.sites, self.done, strict=True))
+            ]
+        )
+
+    # --- called by the attachment around a forward pass
+
+    def begin(self) -> None:
+        self._passes += 1
+        for done in self.done:
+            done.seen = 0
+        self._rows = self._at_T = None
+        if self.plan.needs_rows:
+            self._inputs.begin()
+
+    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.plan.needs_rows:
+            return
+        self._rows = self._inputs.rows(self._inputs.of_call(stack, args, kwargs))
+        if self.replay is not None:
+            self._at_T = self.replay.at(self._rows)
+
+    def returned(self, stack: str, output: Any) -> None:
+        if self.plan.needs_rows:
+            self._inputs.returned(stack, output)
+
+    def end(self) -> None:
+        if self.plan.needs_rows:
+            self._inputs.accept()
+            self._inputs.end()
+
+    def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None: ...
+    def take_logits(self, r: int, logits_TE: Tensor) -> None: ...
+
+    # --- called at a router
+
+    def changed(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> rules.Changed | None:
+        """The choice to be made instead of this one at site r; None for this one."""
+        T, done = len(ids_TK), self.done[r]
+        start, done.seen = done.seen, done.seen + T
+        made = self._made(r, start, ids_TK, weights_TK)
+        if made is None:
+            return None
+        done.rows += T
+        counts = torch.stack([made.moved_T > 0, made.moved_T, made.given_T]).sum(1).tolist()
+        done.decisions += counts[0]
+        done.assignments += counts[1]
+        done.weights += counts[2]
+        return made if counts[1] else None
+
+    def _made(
+        self, r: int, start: int, ids_TK: Tensor, weights_TK: Tensor
+    ) -> rules.Changed | None:
+        device = ids_TK.device
+        if r in self._dropped:
+            return rules.without(ids_TK, weights_TK, self._dropped[r].to(device))
+        if r in self.plan.force:
+            experts = torch.tensor(self.plan.force[r], device=device)
+            return rules.forced(ids_TK, weights_TK, experts)
+        if not self.plan.needs_rows:
+            return None
+        assert self._rows is not None
+        of_pass = self._rows.T
+        # a layer may run several times, and again in the backward pass (gradient checkpointing)
+        at = (torch.arange(start, start + len(ids_TK)) % max(1, of_pass)).to(torch.int64)
+        time = start // max(1, of_pass)
+        if self.replay is None:
+            row_T = self._exchange(r, time, at).to(device)
+            return rules.exchanged(ids_TK, weights_TK, row_T)
+        return self._replayed(self.replay, r, time, at, ids_TK, weights_TK)
+
+    def _replayed(
+        self, replay: Replay, r: int, time: int, at: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> rules.Changed | None:
+        assert self._at_T is not None
+        token_T = self._at_T[at]
+        found = replay.routes(r, time, token_T)
+        if found is None:  # a layer the trace does not have; or the backward pass
+            found = replay.routes(r, 0, token_T)
+        if found is None:
+            return None
+        wanted_TK, given_TK = found
+        if wanted_TK.shape[1] != ids_TK.shape[1]:
+            raise MoeInspectError(
+                f"{self.sites[r].path} chooses {ids_TK.shape[1]} experts, and "
+                f"{wanted_TK.shape[1]} in {replay.trace.path}"
+            )
+        own_T1 = (token_T < 0).unsqueeze(1).to(ids_TK.device)
+        wanted_TK = torch.where(own_T1, ids_TK, wanted_TK.to(ids_TK.device))
+        given_TK = given_TK.to(ids_TK.device) if given_TK is not None else None
+        return rules.replayed(ids_TK, weights_TK, wanted_TK, given_TK, self.sites[r].experts)
+
+    def _exchange(self, r: int, time: int, at: Tensor) -> Tensor:
+        """For each row of a call the row whose choice it gets: tokens exchange theirs at random,
+        padding keeps its own."""
+        assert self._rows is not None
+        assert self.plan.shuffle is not None
+        seed = hash((self.plan.shuffle, self._passes, r, time, int(at[0]) if len(at) else 0))
+        generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+        real = torch.from_numpy(self._rows.real)[at].nonzero()[:, 0]
+        row_T = torch.arange(len(at))
+        row_T[real] = real[torch.randperm(len(real), generator=generator)]
+        return row_T
+
+
+RESELECTED, SHARED_OUT = "chose among the rest", "weights shared out"
+
+
+class _Attachment(Attachment):
+    """Puts an intervention where a recorder reads the choice, ahead of any recorder: what it
+    records is what is executed."""
+
+    def __init__(self, outer: Any, of: Intervention):
+        super().__init__(outer, of.model, of.sites, "tap", False, of)
+        self.of = of
+
+    def _watch(self, r: int, site: Site, compiled: bool) -> None:
+        plan, done = self.of.plan, self.of.done[r]
+        if not (plan.needs_rows or r in plan.drop or r in plan.force):
+            return
+        if site.method:
+            raise MoeInspectError(
+                f"{site.path} runs fused MXFP4 kernels, where no choice can be replaced: load the "
+                "model with Mxfp4Config(dequantize=True)"
+            )
+        if r in plan.drop:
+            router = logits_seen(site)
+            done.how = RESELECTED if router is not None else SHARED_OUT
+            if router is not None:
+                self._mask_logits(router, self.of._dropped[r])
+        else:
+            done.how = "forced" if r in plan.force else "replayed" if plan.replay else "shuffled"
+        if site.adapter is not None and not site.adapter.at_call:
+            hook = functools.partial(self._after_call, r)
+            self._keep(site.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        else:
+            hook = functools.partial(self._before_call, r)
+            self._keep(site.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+
+    def _mask_logits(self, router: torch.nn.Module, dropped_E: Tensor) -> None:
+        active = ExitStack()
+
+        def before(module: torch.nn.Module, args: Any) -> None:
+            if module is router:
+                active.enter_context(Among(dropped_E))
+
+        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if module is router:
+                active.close()
+
+        self._keep(router.register_forward_pre_hook(before))
+        self._keep(router.register_forward_hook(after, prepend=True, always_call=True))
+
+    def _before_call(self, r: int, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        site = self.of.sites[r]
+        if module is not site.module:  # a copy of it
+            return None
+        choice_of = site.adapter.choice if site.adapter is not None else called_with
+        return self._instead(r, choice_of(module, args, kwargs, None), args, kwargs, None)
+
+    def _after_call(
+        self, r: int, module: torch.nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        site = self.of.sites[r]
+        if module is not site.module:
+            return None
+        assert site.adapter is not None
+        choice = site.adapter.choice(module, args, kwargs, output)
+        return self._instead(r, choice, args, kwargs, output)
+
+    def _instead(self, r: int, choice: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """What a hook returns: None leaves the call as it is."""
+        if choice is None:
+            return None
+        new = self.of.changed(r, *choice)
+        if new is None:
+            return None
+        return replaced(
+            self.of.sites[r], args, kwargs, output, choice, (new.ids_TK, new.weights_TK)
+        )

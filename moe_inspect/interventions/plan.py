@@ -1,0 +1,107 @@
+"""What is to be changed in which layer, checked against the routers of a model.
+
+E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.routers import Site, top_k_of
+from moe_inspect.text import comma_list
+
+Layers = Mapping[int, "int | Iterable[int]"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """By site: the experts dropped and the experts forced. `shuffle`: the seed, None where nothing
+    is shuffled."""
+
+    drop: Mapping[int, tuple[int, ...]]
+    force: Mapping[int, tuple[int, ...]]
+    shuffle: int | None = None
+    replay: bool = False
+
+    @property
+    def needs_rows(self) -> bool:
+        return self.replay or self.shuffle is not None
+
+    def described(self, sites: Sequence[Site]) -> str:
+        """For the manifest of a trace recorded meanwhile."""
+        parts = [
+            f"{verb} in {sites[r].path}: {comma_list(list(experts))}"
+            for verb, of in (("dropped", self.drop), ("forced", self.force))
+            for r, experts in of.items()
+        ]
+        parts += ["routing replayed from another trace"] if self.replay else []
+        parts += [f"choices shuffled (seed {self.shuffle})"] if self.shuffle is not None else []
+        return "intervention: " + "; ".join(parts)
+
+
+def planned(
+    model: object,
+    sites: Sequence[Site],
+    drop: Layers | None,
+    force: Layers | None,
+    shuffle: int | None,
+    replay: bool,
+) -> Plan:
+    """MoeInspectError for a layer without a router, an expert that it does not have, a layer with
+    nothing left to choose, and for interventions that contradict each other."""
+    given = [
+        name
+        for name, is_given in (
+            ("drop", drop is not None),
+            ("force", force is not None),
+            ("replay", replay),
+            ("shuffle", shuffle is not None),
+        )
+        if is_given
+    ]
+    if not given:
+        raise MoeInspectError("intervene does nothing: give it drop, force, replay or shuffle")
+    if len(given) > 1 and set(given) != {"drop", "force"}:
+        raise MoeInspectError(f"{given[0]} and {given[1]} contradict each other: give one of them")
+    dropped = _by_site(sites, drop or {}, "drop")
+    made = Plan(dropped, _by_site(sites, force or {}, "force"), shuffle, replay)
+    for r, experts in made.drop.items():
+        if len(experts) >= sites[r].experts:
+            raise MoeInspectError(
+                f"drop leaves no expert in layer {sites[r].layer}, which has {sites[r].experts}"
+            )
+    for r, experts in made.force.items():
+        if r in dropped:
+            raise MoeInspectError(f"layer {sites[r].layer} is in drop and in force: give one")
+        if len(experts) > (K := top_k_of(sites[r], model)):
+            raise MoeInspectError(
+                f"force has {len(experts)} experts for layer {sites[r].layer}, where a token goes "
+                f"to {K}"
+            )
+    return made
+
+
+def _by_site(sites: Sequence[Site], layers: Layers, name: str) -> dict[int, tuple[int, ...]]:
+    found: dict[int, tuple[int, ...]] = {}
+    for layer, of_layer in layers.items():
+        experts = sorted({of_layer} if isinstance(of_layer, int) else set(of_layer))
+        in_layer = [r for r, site in enumerate(sites) if site.layer == layer]
+        if not in_layer:
+            known = comma_list(sorted({site.layer for site in sites}))
+            raise MoeInspectError(f"{name}: no router in layer {layer}: the MoE layers are {known}")
+        if len(in_layer) > 1:
+            raise MoeInspectError(
+                f"{name}: layer {layer} has {len(in_layer)} routers, "
+                f"{' and '.join(sites[r].path for r in in_layer)}: give intervene(routers=[…]) a "
+                "RouterSpec of the one that is meant"
+            )
+        E = sites[in_layer[0]].experts
+        if wrong := [e for e in experts if not 0 <= e < E]:
+            raise MoeInspectError(
+                f"{name}: no expert {wrong[0]} in layer {layer}, which has {E} (0 to {E - 1})"
+            )
+        if experts:
+            found[in_layer[0]] = tuple(experts)
+    return found

@@ -1,0 +1,61 @@
+"""How an adapter's router is given another choice: the call's arguments or its output, rewritten.
+
+T tokens, K slots, E experts. Every function takes (module, args, kwargs, output) of a call, and ids
+int [T, K] (-1: to no expert) and gate weights [T, K]; it returns (args, kwargs) of a call that is
+read before it runs, else the output. Imports no torch until it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def llama4(
+    router: Any, args: Any, kwargs: Any, output: Any, ids_TK: Tensor, weights_TK: Tensor
+) -> Any:
+    # the scores are what the experts are called with; of the logits all but the chosen are masked,
+    # so that whoever chooses by them sees the same experts
+    scores_TE, logits_TE = output
+    there = ids_TK >= 0
+    chosen_TE = _scattered(logits_TE, ids_TK, there.to(logits_TE.dtype)) > 0
+    weights_TK = weights_TK.to(scores_TE.dtype) * there
+    return (
+        _scattered(scores_TE, ids_TK, weights_TK),
+        logits_TE.masked_fill(~chosen_TE, float("-inf")),
+    )
+
+
+def jetmoe(
+    router: Any, args: Any, kwargs: Any, output: Any, ids_TK: Tensor, weights_TK: Tensor
+) -> Any:
+    # what the experts are called with is sorted by expert; whoever reads the choice again takes it
+    # from the logits, of which a softmax over the chosen gives the weights
+    logits_TE = output[4]
+    T, K = ids_TK.shape
+    expert_S, order_S = ids_TK.clamp(min=0).flatten().sort(0, stable=True)
+    gates_S = (weights_TK * (ids_TK >= 0)).flatten()[order_S].to(output[2].dtype)
+    sizes = expert_S.bincount(minlength=logits_TE.shape[1]).tolist()
+    shown_TE = logits_TE.new_full(logits_TE.shape, float("-inf"))
+    shown_TE = shown_TE.scatter(1, ids_TK.clamp(min=0), weights_TK.to(logits_TE.dtype).log())
+    return order_S, order_S.div(K, rounding_mode="trunc"), gates_S, sizes, shown_TE
+
+
+def switch(
+    experts: Any, args: Any, kwargs: Any, output: Any, ids_TK: Tensor, weights_TK: Tensor
+) -> Any:
+    from torch.nn.functional import one_hot
+
+    values = [*args, *kwargs.values()]
+    chosen_T1E = values[1]
+    there = (ids_TK >= 0).unsqueeze(-1)
+    values[1] = (one_hot(ids_TK.clamp(min=0), chosen_T1E.shape[-1]) * there).to(chosen_T1E.dtype)
+    values[2] = weights_TK.to(values[2].dtype)
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+
+def _scattered(like_TE: Tensor, ids_TK: Tensor, values_TK: Tensor) -> Tensor:
+    """Zeros but for the values at the ids; where a slot goes nowhere its value is 0."""
+    return like_TE.new_zeros(like_TE.shape).scatter_add(1, ids_TK.clamp(min=0), values_TK)
