@@ -136,8 +136,8 @@ def record(
 def intervene(
     model: Any,
     *,
-    drop: Mapping[int, int | Iterable[int]] | None = None,
-    force: Mapping[int, int | Iterable[int]] | None = None,
+    drop: Mapping[int | str, int | Iterable[int]] | None = None,
+    force: Mapping[int | str, int | Iterable[int]] | None = None,
     replay: Trace | str | Path | None = None,
     shuffle: int | None = None,
     routers: Sequence[RouterSpec] | None = None,
@@ -153,7 +153,8 @@ def intervene(
     around it, records what was executed.
 
     model    any MoE that `record` can record, but for probes
-    drop     layer → experts that no token goes to. Where the router logits can be seen (in nearly
+    drop     layer → experts that no token goes to (where a layer has two routers, the path of its
+             module in place of the layer). Where the router logits can be seen (in nearly
              every family), the router chooses among the rest by its own code, as if it had no row
              for them; else the gate weight of a dropped expert is shared out among the token's
              other experts. `table()` says which of the two

@@ -47,7 +47,9 @@ class Among(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "topk" and args:
-            args = (self._masked(args[0], float("-inf")), *args[1:])
+            values, *rest = args
+            k: int = rest[0] if rest else kwargs["k"]
+            args = (self._never_chosen(values, k), *rest)
         output = func(*args, **kwargs)
         if name in PRODUCTS:
             # (a finite number: sparsemixer divides by it)
@@ -55,13 +57,21 @@ class Among(TorchFunctionMode):
         return output
 
     def _masked(self, values: Tensor, fill: float) -> Tensor:
-        """Values [T, E], or [T, groups, E / groups] as grouped routers look at them."""
-        E = len(self.dropped_E)
-        if not values.dtype.is_floating_point:
+        """Values [T, E]."""
+        if not values.dtype.is_floating_point or values.shape[-1:] != self.dropped_E.shape:
             return values
-        dropped = self.dropped_E.to(values.device)
-        if values.shape[-1:] == (E,):
-            return values.masked_fill(dropped, fill)
-        if values.dim() > 2 and values.shape[-2] * values.shape[-1] == E:
-            return values.masked_fill(dropped.view(values.shape[-2:]), fill)
-        return values
+        return values.masked_fill(self.dropped_E.to(values.device), fill)
+
+    def _never_chosen(self, values: Tensor, k: int) -> Tensor:
+        """Values [T, E], or [T, groups, E / groups] as grouped routers look at them to compare
+        groups by their k best. Where fewer than k of a group are left, a dropped expert adds
+        nothing to it."""
+        grouped = values.dim() > 2 and values.shape[-2] * values.shape[-1] == len(self.dropped_E)
+        if not grouped:
+            return self._masked(values, float("-inf"))
+        dropped_GE = self.dropped_E.to(values.device).view(values.shape[-2:])
+        left_G = (~dropped_GE).sum(1)
+        few_G1 = ((left_G > 0) & (left_G < k)).unsqueeze(1)
+        return values.masked_fill(dropped_GE & ~few_G1, float("-inf")).masked_fill(
+            dropped_GE & few_G1, 0
+        )

@@ -23,7 +23,7 @@ from moe_inspect.capture.manifest import ALTERED
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions import rules
 from moe_inspect.interventions.among import Among, logits_seen
-from moe_inspect.interventions.plan import Layers, Plan, planned
+from moe_inspect.interventions.plan import Layers, planned
 from moe_inspect.interventions.replay import Replay
 from moe_inspect.interventions.substitute import replaced
 from moe_inspect.model.families import called_with
@@ -114,9 +114,7 @@ class Intervention:
         except BaseException:
             del ALTERED[self.model]
             raise
-        if shared := [
-            site for r, site in enumerate(self.sites) if self.done[r].how == SHARED_OUT
-        ]:
+        if shared := [site for r, site in enumerate(self.sites) if self.done[r].how == SHARED_OUT]:
             print_stderr(
                 f"the logits of {shared[0].path}"
                 f"{f' and {len(shared) - 1} more' if len(shared) > 1 else ''} cannot be seen: its "
@@ -202,9 +200,7 @@ class Intervention:
         done.weights += counts[2]
         return made if counts[1] else None
 
-    def _made(
-        self, r: int, start: int, ids_TK: Tensor, weights_TK: Tensor
-    ) -> rules.Changed | None:
+    def _made(self, r: int, start: int, ids_TK: Tensor, weights_TK: Tensor) -> rules.Changed | None:
         device = ids_TK.device
         if r in self._dropped:
             return rules.without(ids_TK, weights_TK, self._dropped[r].to(device))

@@ -12,7 +12,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.text import comma_list
 
-Layers = Mapping[int, "int | Iterable[int]"]
+# layer, or path of a router's module → experts
+Layers = Mapping["int | str", "int | Iterable[int]"]
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,15 @@ def _by_site(sites: Sequence[Site], layers: Layers, name: str) -> dict[int, tupl
     found: dict[int, tuple[int, ...]] = {}
     for layer, of_layer in layers.items():
         experts = sorted({of_layer} if isinstance(of_layer, int) else set(of_layer))
-        in_layer = [r for r, site in enumerate(sites) if site.layer == layer]
+        in_layer = [r for r, site in enumerate(sites) if layer in (site.layer, site.path)]
         if not in_layer:
             known = comma_list(sorted({site.layer for site in sites}))
             raise MoeInspectError(f"{name}: no router in layer {layer}: the MoE layers are {known}")
         if len(in_layer) > 1:
             raise MoeInspectError(
                 f"{name}: layer {layer} has {len(in_layer)} routers, "
-                f"{' and '.join(sites[r].path for r in in_layer)}: give intervene(routers=[…]) a "
-                "RouterSpec of the one that is meant"
+                f"{' and '.join(sites[r].path for r in in_layer)}: give one of these paths in "
+                "place of the layer"
             )
         E = sites[in_layer[0]].experts
         if wrong := [e for e in experts if not 0 <= e < E]:

@@ -119,7 +119,9 @@ class Replay:
         by_path = {router.path: n for n, router in enumerate(self.trace.routers)}
         for r, site in enumerate(self.sites):
             time = 0
-            while (n := by_path.get(site.path + (f" (run {time + 1})" if time else ""))) is not None:
+            while (
+                n := by_path.get(site.path + (f" (run {time + 1})" if time else ""))
+            ) is not None:
                 found[r, time], time = n, time + 1
         if not found:
             for n, router in enumerate(self.trace.routers):

@@ -44,10 +44,10 @@ def without(ids_TK: Tensor, weights_TK: Tensor, dropped_E: Tensor) -> Changed:
 def _refilled(ids_TK: Tensor, gone_TK: Tensor, dropped_E: Tensor) -> Tensor:
     """The slots that are gone at the lowest-numbered experts which are free; an expert is used
     twice only where there are none left."""
-    T, K = ids_TK.shape
-    E = len(dropped_E)
-    taken_TE = dropped_E.expand(T, E).clone()
-    taken_TE.scatter_(1, ids_TK.clamp(0, E - 1), True)
+    T, E = len(ids_TK), len(dropped_E)
+    nowhere_TK = (ids_TK < 0) | (ids_TK >= E)
+    taken_TE = torch.cat([dropped_E, dropped_E[:1]]).expand(T, E + 1).clone()
+    taken_TE = taken_TE.scatter_(1, ids_TK.masked_fill(nowhere_TK, E), True)[:, :E]
     # free experts first, in their order
     free_TE = taken_TE.to(torch.int8).argsort(dim=1, stable=True)
     rank_TK = (gone_TK.cumsum(1) - 1).clamp(0, E - 1)
@@ -80,7 +80,7 @@ def replayed(
     """The experts `wanted_TK` (-1: to no expert). Where the router's own choice holds an expert,
     slot and gate weight stay its own; the others take the slots that are left, with the weights
     `given_TK` of the same shape, or where there are none, with the weights of these slots. A slot
-    that goes to no expert gets weight 0, unless it went to none before."""
+    that goes to none of them gets id -1 and weight 0, unless it went to none before."""
     K = ids_TK.shape[1]
     wanted_TK = wanted_TK.to(ids_TK.dtype)
     nowhere_TK, to_none_TK = (ids_TK < 0) | (ids_TK >= experts), wanted_TK < 0
@@ -95,7 +95,7 @@ def replayed(
     take_TK = left_TK & (new_TK >= 0)
     empty_TK = left_TK & (new_TK < 0) & ~nowhere_TK.gather(1, slot_TK)
     values_TK = given_TK.to(weights_TK).gather(1, want_TK) if given_TK is not None else own_TK
-    new_ids_TK = torch.where(take_TK, new_TK, own_ids_TK)
+    new_ids_TK = torch.where(take_TK, new_TK, own_ids_TK).masked_fill(empty_TK, -1)
     new_weights_TK = torch.where(take_TK, values_TK, own_TK).masked_fill(empty_TK, 0)
     moved_T = (take_TK | empty_TK).sum(1)
     return Changed(

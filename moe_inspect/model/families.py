@@ -326,7 +326,10 @@ FAMILIES: dict[str, Family] = {
         # ids beyond the routed experts are identity experts': they compute nothing
         {
             "LongcatFlashExperts": Adapter(
-                called_with, at_call=True, experts=lambda m: m.num_routed_experts
+                called_with,
+                at_call=True,
+                experts=lambda m: m.num_routed_experts,
+                replace=replaced.longcat,
             )
         },
     ),

@@ -34,13 +34,27 @@ def jetmoe(
     # what the experts are called with is sorted by expert; whoever reads the choice again takes it
     # from the logits, of which a softmax over the chosen gives the weights
     logits_TE = output[4]
-    T, K = ids_TK.shape
-    expert_S, order_S = ids_TK.clamp(min=0).flatten().sort(0, stable=True)
+    K = ids_TK.shape[1]
+    expert_S, order_S = ids_TK.clamp(min=0).flatten().sort(dim=0, stable=True)
     gates_S = (weights_TK * (ids_TK >= 0)).flatten()[order_S].to(output[2].dtype)
     sizes = expert_S.bincount(minlength=logits_TE.shape[1]).tolist()
     shown_TE = logits_TE.new_full(logits_TE.shape, float("-inf"))
     shown_TE = shown_TE.scatter(1, ids_TK.clamp(min=0), weights_TK.to(logits_TE.dtype).log())
     return order_S, order_S.div(K, rounding_mode="trunc"), gates_S, sizes, shown_TE
+
+
+def longcat(
+    experts: Any, args: Any, kwargs: Any, output: Any, ids_TK: Tensor, weights_TK: Tensor
+) -> Any:
+    # to no expert is to an identity expert, beyond the routed ones
+    nowhere = ids_TK < 0
+    new = (
+        ids_TK.masked_fill(nowhere, experts.num_routed_experts),
+        weights_TK.masked_fill(nowhere, 0),
+    )
+    values = [*args, *kwargs.values()]
+    values[1:3] = [part.to(value.dtype) for part, value in zip(new, values[1:3], strict=True)]
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
 def switch(
