@@ -2,6 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# a file per core at a time; tests/conftest.py says in which order
+SPREAD := -n auto --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(SPREAD)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
@@ -19,13 +22,14 @@ demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus; rep
 	$(BIN)/moe-inspect trace demo -o build/demo/trace --logits --overwrite
 	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots --html build/demo/report.html
 
-test: test-quick test-slow ## The whole test suite
+test: $(VENV)/.installed ## The whole test suite
+	$(PYTEST)
 
 test-quick: $(VENV)/.installed ## The tests that are not marked slow
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed ## Those that are: compilers, browsers, several processes, mistakes put in on purpose
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m slow
+	$(PYTEST) -m slow
 
 NEWEST := build/venv-newest
 OLDEST := build/venv-oldest
@@ -38,14 +42,14 @@ test-ptx: $(VENV)/.installed ## Execute every kernel as compiled for sm_80, sm_9
 test-newest: ## The suite on the newest Python and the newest release of every dependency (build/venv-newest)
 	$(NEWEST_PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[trace,dask,dev,docs]'
-	$(NEWEST)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(NEWEST)/bin/python -m pytest $(SPREAD)
 
 test-oldest: ## The suite on the lower bounds that pyproject.toml states (build/venv-oldest)
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check packaging pytest
 	$(OLDEST)/bin/python -m tests.lower_bounds > build/lower-bounds.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/lower-bounds.txt --editable '.[trace,dask,dev,docs]'
-	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(OLDEST)/bin/python -m pytest $(SPREAD)
 
 test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes docs/families.md
 	$(BIN)/python -m tests.test_zoo
