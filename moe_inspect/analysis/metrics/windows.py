@@ -79,9 +79,9 @@ def drop_rate(load_WE: np.ndarray, capacity_factor: float) -> np.ndarray:
 
 
 def step_total_variation(load_WE: np.ndarray) -> np.ndarray:
-    """½Σ|p − q| of each window and the one before. [W − 1]"""
-    share_WE = load_WE / nan_for_zero(load_WE.sum(1))[:, None]
-    return np.abs(np.diff(share_WE, axis=0)).sum(1) / 2
+    """½Σ|p − q| of each window and the one before. [W − 1]; of load [W, …, E] [W − 1, …]"""
+    share_WE = load_WE / nan_for_zero(load_WE.sum(-1))[..., None]
+    return np.abs(np.diff(share_WE, axis=0)).sum(-1) / 2
 
 
 def step_jsd_bits(load_WE: np.ndarray) -> np.ndarray:
@@ -96,11 +96,12 @@ def step_floors(
     """Total variation and JSD expected of each window and the one before when both draw from
     share_E: the share of an expert in T tokens has variance a(1 − a)/(k²T), a = k·share, times the
     design effect of documents (`effect`). A second-order Gaussian approximation, for windows in
-    which every expert has some load. [W − 1] each."""
+    which every expert has some load. [W − 1] each; of share_E […, E] and tokens_W [W, …]
+    [W − 1, …]."""
     chosen_E = np.clip(k * share_E, 0, 1)
     inverse_W = effect * (1 / nan_for_zero(tokens_W[1:]) + 1 / nan_for_zero(tokens_W[:-1]))
-    variance_WE = (chosen_E * (1 - chosen_E) / k**2) * inverse_W[:, None]
-    total_variation_W = np.sqrt(2 / math.pi * variance_WE).sum(1) / 2
+    variance_WE = (chosen_E * (1 - chosen_E) / k**2) * inverse_W[..., None]
+    total_variation_W = np.sqrt(2 / math.pi * variance_WE).sum(-1) / 2
     # JSD ≈ Σ (p − q)² / (8 p ln 2)
     relative_WE = np.divide(
         variance_WE,
@@ -108,7 +109,7 @@ def step_floors(
         out=np.zeros_like(variance_WE),
         where=np.broadcast_to(share_E > 0, variance_WE.shape),
     )
-    return np.minimum(total_variation_W, 1), np.minimum(relative_WE.sum(1) / (8 * math.log(2)), 1)
+    return np.minimum(total_variation_W, 1), np.minimum(relative_WE.sum(-1) / (8 * math.log(2)), 1)
 
 
 def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:

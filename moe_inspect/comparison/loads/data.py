@@ -4,13 +4,16 @@ which."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.comparison.aligning.pairing import routers_of_one_model
 from moe_inspect.comparison.data import TABLES, Options
+from moe_inspect.comparison.loads.steps import StepWindows, step_windows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import LazyTables, Table
@@ -61,6 +64,18 @@ class LoadData:
         of = [str(trace.path) for trace in (self.a, self.b) if trace.counts_only]
         names = " and ".join(dict.fromkeys(of))
         return f"{names} {'hold' if len(set(of)) > 1 else 'holds'} counts only, no decisions"
+
+    @cached_property
+    def steps(self) -> StepWindows:
+        """The load of both in windows of the same steps."""
+        a, b = (self.reports[side].selection for side in SIDES)
+        return step_windows((self.a, self.b), self.pairs, (a, b))
+
+    def design_effect(self, router: int) -> float:
+        """How much more than with independent tokens the load of a router of A varies, where a
+        trace of decisions tells it; else 1."""
+        effects = [self.of(side, "balance", router)["design_effect"].iloc[0] for side in SIDES]
+        return float(np.nanmax([1.0, *map(float, effects)]))
 
     @property
     def refused(self) -> list[str]:

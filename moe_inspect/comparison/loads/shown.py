@@ -10,7 +10,20 @@ from rich.text import Text
 
 from moe_inspect.comparison.loads.compare import LoadComparison
 from moe_inspect.comparison.loads.data import SIDES
-from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel, Points
+from moe_inspect.comparison.loads.tables import chance_limit
+from moe_inspect.reporting.charts.parts import look
+from moe_inspect.reporting.charts.spec import (
+    MOST_LINES,
+    Axis,
+    Band,
+    Chart,
+    Heatmap,
+    Line,
+    Mark,
+    Panel,
+    Points,
+    Scale,
+)
 from moe_inspect.reporting.render.console import console_for, print_frame
 from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
 from moe_inspect.reporting.render.terminal import print_verdict
@@ -71,9 +84,54 @@ def max_vio(data: LoadComparison) -> Chart:
     )
 
 
+def by_step(data: LoadComparison) -> Chart | None:
+    """How far the load moves in every window of steps; None where there are not two of them."""
+    table: Any = data.tables["windows"]
+    if table["window"].nunique() < 2:
+        return None
+    steps, moved = data.steps, "share of the load that moves"
+    moved_LW, floor_LW = (
+        table[c].to_numpy(float).reshape(len(data.pairs), -1)
+        for c in ("load_shift", "load_shift_floor")
+    )
+    limit_LW = np.stack(
+        [
+            chance_limit(floor_W, data.a.routers[r].experts)
+            for (r, _), floor_W in zip(data.pairs, floor_LW, strict=True)
+        ]
+    )
+    time = Axis(f"first {steps.unit} of the window", tuple(f"{step:,}" for step in steps.first_W))
+    x = np.arange(len(steps.first_W), dtype=float)
+    if len(moved_LW) <= MOST_LINES:
+        chance_W = np.nan_to_num(limit_LW).max(0)
+        marks: list[Mark] = [Band(x, 0 * x, chance_W, "may be chance")]
+        for i, (label, moved_W) in enumerate(zip(_layers(data).labels, moved_LW, strict=True)):
+            marks.append(Line(x, moved_W, f"layer {label}", *look(i)))
+        panel = Panel(tuple(marks), time, Axis(moved, low=0))
+    else:
+        beyond_LW = np.maximum(moved_LW - limit_LW, 0)
+        high = float(np.nanmax(np.nan_to_num(beyond_LW))) or 1.0
+        heatmap = Heatmap(beyond_LW, Scale("amount", f"{moved}, beyond chance", 0.0, high))
+        panel = Panel((heatmap,), time, _layers(data))
+    return Chart(
+        "Since which step",
+        f"How far the load of B is from that of A in the same {steps.units}, by layer",
+        (panel,),
+        text=f"Two runs that part leave the band of chance and stay outside. A window is what is "
+        f"between two {steps.units} at which both traces were written to disk; the table says "
+        f"since which {steps.unit} each layer differs.",
+        table=data.tables["diverged"],
+        definitions={
+            "may be chance": "up to twice the total variation that is expected of two windows with "
+            "so many tokens whose routers choose alike; more with fewer than 8 experts."
+        },
+    )
+
+
 def draw_load_charts(data: LoadComparison) -> list[Chart]:
     """All charts."""
-    return [replace(make(data), name=make.__name__) for make in (load_shift, max_vio)]
+    made = ((make, make(data)) for make in (load_shift, by_step, max_vio))
+    return [replace(chart, name=make.__name__) for make, chart in made if chart is not None]
 
 
 def loads_page(made: LoadComparison) -> str:
@@ -98,8 +156,11 @@ def print_loads(made: LoadComparison, file: TextIO) -> None:
     console.print(Text(printable(f"A {made.a.path} · B {made.b.path}"), style="bold"))
     console.print()
     print_verdict(made.verdict(), console)
-    for name, worst in (("load_shift", "load_shift"), ("balance", "max_vio_b")):
+    shown = {"load_shift": "load_shift", "diverged": "most_load_shift", "balance": "max_vio_b"}
+    for name, worst in shown.items():
         whole: Any = made.tables[name]
+        if name == "diverged" and len(made.steps.first_W) < 2:
+            continue
         frame = whole.nlargest(ROWS, worst) if len(whole) > ROWS else whole
         if name == "balance" and console.is_terminal:
             frame = frame[list(ON_A_TERMINAL)]

@@ -5,14 +5,17 @@ E experts. An axis of 2 is the two traces.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics import two_traces as tt
+from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
 from moe_inspect.analysis.metrics.registry import metrics_of
-from moe_inspect.analysis.metrics.windows import step_floors
+from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
 from moe_inspect.comparison.loads.data import LOAD_TABLES, SIDES, LoadData
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.text import storable
@@ -20,6 +23,26 @@ from moe_inspect.text import storable
 BALANCE = tuple(metrics_of("balance", {"load_LE"}))
 NUMBERS = ("dead_experts", "starved_experts")  # whole, and may be missing
 OF_EXPERT = ("assignments", "share", "load_ratio")
+# the floor is a mean, and counts know no documents, whose tokens are alike: as in the report on
+# counts, what is below twice the floor may be chance
+BEYOND = 2
+IN_A_ROW = 3  # windows beyond chance from which on two runs differ: a single one may be chance
+STEPS = ("first_step", "last_step")
+WINDOWS = {
+    **dict.fromkeys(("layer", "router", "window", *STEPS, "tokens_a", "tokens_b"), "int64"),
+    **dict.fromkeys(("load_shift", "load_shift_floor"), "float64"),
+    "beyond_chance": "bool",
+    **dict.fromkeys(("max_vio_a", "max_vio_b"), "float64"),
+    "expert": "int64",
+    **dict.fromkeys(("load_ratio_a", "load_ratio_b"), "float64"),
+}
+DIVERGED = {
+    **dict.fromkeys(("layer", "router", "windows", "windows_beyond_chance"), "int64"),
+    "since_step": "Int64",
+    **dict.fromkeys(("windows_since", "beyond_chance_since"), "int64"),
+    **dict.fromkeys((f"most_{name}" for name in STEPS), "int64"),
+    **dict.fromkeys(("most_load_shift", "most_load_shift_floor"), "float64"),
+}
 
 
 @table(tables=LOAD_TABLES)
@@ -75,12 +98,10 @@ def load_shift(data: LoadData) -> pd.DataFrame:
     for r, _ in data.pairs:
         router = data.a.routers[r]
         load_2E = np.stack([data.of(s, "load", r)["assignments"].to_numpy(float) for s in SIDES])
-        effect = np.nanmax(
-            [1.0, *(float(data.of(s, "balance", r)["design_effect"].iloc[0]) for s in SIDES)]
-        )
+        effect = data.design_effect(r)
         share_E = load_2E.sum(0) / max(load_2E.sum(), 1)
         # null slots make no load
-        floors = step_floors(share_E, load_2E.sum(1) / router.top_k, router.top_k, float(effect))
+        floors = step_floors(share_E, load_2E.sum(1) / router.top_k, router.top_k, effect)
         rows.append(
             {
                 "layer": router.layer,
@@ -92,6 +113,83 @@ def load_shift(data: LoadData) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+@table(tables=LOAD_TABLES)
+def windows(data: LoadData) -> pd.DataFrame:
+    """One row per router and window of steps that both traces have: how far apart their load is
+    and how far chance alone takes it (load_shift_floor), whether that is beyond chance, how even
+    each is, and the expert whose load differs most."""
+    steps, parts = data.steps, [pd.DataFrame(columns=list(WINDOWS)).astype(WINDOWS)]
+    for r, load_2WE in steps.load_2WE.items():
+        router, W = data.a.routers[r], len(steps.first_W)
+        tokens_2W = load_2WE.sum(2) / router.top_k  # null slots make no load
+        share_WE = load_2WE.sum(0) / nan_for_zero(load_2WE.sum((0, 2)))[:, None]
+        moved_W = step_total_variation(load_2WE)[0]
+        floor_W = step_floors(share_WE, tokens_2W, router.top_k, data.design_effect(r))[0][0]
+        ratio_2WE = load_2WE / nan_for_zero(load_2WE.mean(2))[..., None]
+        expert_W = np.abs(np.nan_to_num(ratio_2WE[1] - ratio_2WE[0])).argmax(1)
+        columns: dict[str, object] = {
+            "layer": router.layer,
+            "router": r,
+            "window": np.arange(W),
+            "first_step": steps.first_W,
+            "last_step": steps.last_W,
+            "tokens_a": np.rint(tokens_2W[0]),
+            "tokens_b": np.rint(tokens_2W[1]),
+            "load_shift": moved_W,
+            "load_shift_floor": floor_W,
+            "beyond_chance": moved_W > chance_limit(floor_W, router.experts),
+            "max_vio_a": max_vio(load_2WE[0]),
+            "max_vio_b": max_vio(load_2WE[1]),
+            "expert": expert_W,
+            "load_ratio_a": ratio_2WE[0, np.arange(W), expert_W],
+            "load_ratio_b": ratio_2WE[1, np.arange(W), expert_W],
+        }
+        parts.append(pd.DataFrame(columns).astype(WINDOWS))
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(by_router=("windows_beyond_chance",), tables=LOAD_TABLES)
+def diverged(data: LoadData) -> pd.DataFrame:
+    """One row per router: in how many windows of steps the load differs by more than chance, since
+    which step (the first of IN_A_ROW windows in a row that do; empty where there are none), and
+    where it differs most."""
+    rows, every = list[dict[str, object]](), cast(Any, data.tables["windows"])
+    for _, of in every.groupby("router", sort=False):
+        beyond_W = of["beyond_chance"].to_numpy(bool)
+        start = first_run(beyond_W, min(IN_A_ROW, len(of)))
+        most = of.loc[of["load_shift"].fillna(-1).idxmax()]
+        rows.append(
+            {
+                "layer": most["layer"],
+                "router": most["router"],
+                "windows": len(of),
+                "windows_beyond_chance": int(beyond_W.sum()),
+                "since_step": pd.NA if start is None else of["first_step"].iloc[start],
+                "windows_since": 0 if start is None else len(of) - start,
+                "beyond_chance_since": 0 if start is None else int(beyond_W[start:].sum()),
+                **{f"most_{name}": most[name] for name in ("first_step", "last_step")},
+                **{f"most_{name}": most[name] for name in ("load_shift", "load_shift_floor")},
+            }
+        )
+    return pd.DataFrame(rows, columns=list(DIVERGED)).astype(DIVERGED)
+
+
+def chance_limit(floor: Any, experts: int) -> Any:
+    """The total variation up to which two loads may be alike, from the one that is expected of
+    chance. The total variation of two random loads has a standard deviation of
+    √((π/2 − 1) / (E − 1)) of its mean: the limit is 3.5 of them above it, and at least BEYOND times
+    the mean."""
+    return floor * max(BEYOND, 1 + 3.5 * math.sqrt((math.pi / 2 - 1) / max(1, experts - 1)))
+
+
+def first_run(true_W: np.ndarray, length: int) -> int | None:
+    """Where the first `length` True in a row begin; None without."""
+    if not 0 < length <= len(true_W):
+        return None
+    (starts,) = np.nonzero(np.lib.stride_tricks.sliding_window_view(true_W, length).all(1))
+    return int(starts[0]) if len(starts) else None
 
 
 @table(tables=LOAD_TABLES)

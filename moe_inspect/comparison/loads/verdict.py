@@ -9,15 +9,14 @@ from typing import Any
 import pandas as pd
 
 from moe_inspect.comparison.loads.data import LOAD_TABLES, SIDES, LoadData
+from moe_inspect.comparison.loads.tables import chance_limit
 from moe_inspect.comparison.verdict import missing_layers
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding
-from moe_inspect.text import format_ratio, layer_label, plural
+from moe_inspect.text import format_ratio, join_first, layer_label, plural
 
-# the floor is a mean, and counts know no documents, whose tokens are alike: as in the report on
-# counts, what is below twice the floor may be chance
-BEYOND = 2
+MOST_NAMED = 4  # layers, or steps, in a sentence
 
 
 def findings(data: LoadData) -> list[Finding]:
@@ -32,7 +31,9 @@ def shifted(data: LoadData) -> Iterator[Finding]:
     if not len(rows):
         yield finding("load_shift", "warning", "No router has load in both traces.")
         return
-    beyond = rows[rows["load_shift"] > BEYOND * rows["load_shift_floor"]]
+    experts = [data.a.routers[int(r)].experts for r in rows["router"]]
+    limit = [chance_limit(f, E) for f, E in zip(rows["load_shift_floor"], experts, strict=True)]
+    beyond = rows[rows["load_shift"] > limit]
     row = rows.loc[rows["load_shift"].idxmax()]
     r = int(row["router"])
     text = (
@@ -53,6 +54,64 @@ def shifted(data: LoadData) -> Iterator[Finding]:
         text += f" Most of all expert {int(most['expert'])}: {a}x the mean load in A, {b}x in B."
         values["expert"] = int(most["expert"])
     yield finding("load_shift", "warning" if len(beyond) else "good", text, row, **values)
+
+
+def by_step(data: LoadData) -> Iterator[Finding]:
+    """Since which step the load differs, and which steps are not compared."""
+    steps = data.steps
+    if steps.why_none:
+        yield finding("by_step", "note", f"Not compared step by step: {steps.why_none}.")
+        return
+    rows: Any = data.tables["diverged"]
+    W = len(steps.first_W)
+    if W < 2 and not any(steps.left_out):
+        return
+    parted = rows.dropna(subset=["since_step"]).sort_values("since_step", kind="stable")
+    first = parted.iloc[0] if len(parted) else None
+    if first is None:
+        text = (
+            "Step by step the load is the same as far as chance lets it be told, in "
+            f"{plural(W, 'window')} of {steps.units} {steps.first_W[0]:,} to {steps.last_W[-1]:,}."
+        )
+    else:
+        most = parted.loc[parted["most_load_shift"].idxmax()]
+        text = (
+            f"Step by step: {_since(data, parted)}. Most in {steps.units} "
+            f"{int(most['most_first_step']):,} to {int(most['most_last_step']):,}, where "
+            f"{most['most_load_shift']:.2%} of the load moves in layer "
+            f"{layer_label(data.a.routers, int(most['router']))} (chance alone: "
+            f"{most['most_load_shift_floor']:.2%})."
+        )
+    lacking = [f"{left} of {name}" for name, left in zip("AB", steps.left_out, strict=True) if left]
+    if lacking:
+        text += (
+            f" Left out: {steps.units} {' and '.join(lacking)}, which the other does not have; the "
+            "totals hold them."
+        )
+    values = {"windows": W, "routers": len(parted), "left_out": steps.left_out}
+    since = None if first is None else int(first["since_step"])
+    severity = "good" if first is None else "warning"
+    yield finding("by_step", severity, text, first, since_step=since, **values)
+
+
+def _since(data: LoadData, parted: Any) -> str:
+    """Since which step which layers differ, the earliest first."""
+    steps, said = data.steps, list[str]()
+    for since, of in parted.groupby("since_step"):
+        labels = [layer_label(data.a.routers, int(r)) for r in of["router"]]
+        first = since == steps.first_W[0]
+        start = f"the first {steps.unit}" if first else f"{steps.unit} {since:,}"
+        fewest, most = of["beyond_chance_since"].min(), of["beyond_chance_since"].max()
+        layers = f"{'layer' if len(of) == 1 else 'layers'} {join_first(labels, MOST_NAMED, ', ')}"
+        said.append(
+            f"from {start} on in {layers} ({'at least ' if fewest < most else ''}{fewest:,} of the "
+            f"{plural(int(of['windows_since'].iloc[0]), 'window')} since)"
+        )
+    text = f"the load differs by more than chance {join_first(said, MOST_NAMED, '; ')}"
+    same = [r for r, _ in data.pairs if r not in set(parted["router"])]
+    labels = [layer_label(data.a.routers, r) for r in same]
+    layers = f"{'layer' if len(same) == 1 else 'layers'} {join_first(labels, MOST_NAMED, ', ')}"
+    return f"{text}; not in {layers}" if same else text
 
 
 def balance(data: LoadData) -> Iterator[Finding]:
@@ -102,6 +161,7 @@ def not_compared(data: LoadData) -> Iterator[Finding]:
 # in the order in which they are read
 CHECKS: tuple[Callable[[LoadData], Iterator[Finding]], ...] = (
     shifted,
+    by_step,
     balance,
     counts_only,
     warnings,
