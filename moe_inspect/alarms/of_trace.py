@@ -18,7 +18,6 @@ from moe_inspect.analysis.counting.engine import WINDOWS, count_trace
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import Trace
 
 FEWEST_TOKENS = 4096
@@ -36,7 +35,7 @@ def alarms_of(
     trace holds."""
     refuse_rules_of_model(rules)
     selection = selection or select(trace)
-    seen = Alarms(trace.routers, rules, "step" if is_history(trace) else "window")
+    seen = Alarms(trace.routers, rules, "step" if trace.is_history else "window")
     return [alarm for w in windows_of_trace(trace, selection, window) for alarm in seen.see(w)]
 
 
@@ -50,16 +49,11 @@ def refuse_rules_of_model(rules: Sequence[Rule]) -> None:
             )
 
 
-def is_history(trace: TraceHeader) -> bool:
-    """Whether the trace is the history of a training run: its shards are windows of steps."""
-    return trace.counts_only and "training" in trace.manifest
-
-
 def windows_of_trace(
     trace: Trace, selection: Selection, window: int | None = None
 ) -> Iterator[Window]:
     """The windows of a trace in order. Routers that are not selected have no tokens."""
-    if is_history(trace) and window is None:
+    if trace.is_history and window is None:
         last = 0
         for shard in trace.shards:
             counts = count_shard(shard, selection, BASE)

@@ -41,6 +41,11 @@ class TraceHeader:
         return "routing" not in self.tables
 
     @property
+    def is_history(self) -> bool:
+        """Whether it is the history of a training run: its shards are windows of steps."""
+        return self.counts_only and "training" in self.manifest
+
+    @property
     def has_weights(self) -> bool:
         return bool(self.manifest["capture"]["weights"])
 

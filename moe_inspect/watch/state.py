@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_inspect.alarms.alarms import Alarm, Alarms
 from moe_inspect.alarms.chance import chance_limit
-from moe_inspect.alarms.of_trace import is_history, refuse_rules_of_model
+from moe_inspect.alarms.of_trace import refuse_rules_of_model
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
 from moe_inspect.alarms.window import Window
 from moe_inspect.analysis.metrics.balance import load_ratio
@@ -85,7 +85,7 @@ class Watched:
 
     @property
     def _is_history(self) -> bool:
-        return self.header is not None and is_history(self.header)
+        return self.header is not None and self.header.is_history
 
     @property
     def alarms(self) -> list[Alarm]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.alarms.of_trace import is_history
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.engine import WINDOW_CELLS, WINDOWS
 from moe_inspect.analysis.counting.router_counts import BASE
@@ -74,7 +73,7 @@ def _unit(traces: tuple[Trace, Trace]) -> tuple[str, str]:
     for name, trace in zip("AB", traces, strict=True):
         if not trace.counts_only:
             return PASS, f"{name} holds decisions, not counts by step"
-    units = [STEP if is_history(trace) else PASS for trace in traces]
+    units = [STEP if trace.is_history else PASS for trace in traces]
     of = {STEP: "steps of a training run", PASS: "forward passes"}
     why = "" if units[0] == units[1] else f"A counts {of[units[0]]}, B {of[units[1]]}"
     return units[0], why
@@ -87,7 +86,7 @@ def _spans(trace: Trace) -> np.ndarray:
         files = shard.files
         first = files.first_batch
         if first is None:  # counts need not say it: after the shard before
-            first = min(following.get(files.rank, int(is_history(trace))), files.last_batch)
+            first = min(following.get(files.rank, int(trace.is_history)), files.last_batch)
         spans.append((first, files.last_batch, files.rank))
         following[files.rank] = files.last_batch + 1
     return np.array(spans, np.int64).reshape(-1, 3)
