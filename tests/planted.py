@@ -59,8 +59,9 @@ def uniform(root: Path, T: int = T, E: int = E, K: int = K, L: int = 3, seed: in
 
 
 def text_of(made: Report) -> str:
+    """The text of `report --full` in a file."""
     file = io.StringIO()
-    terminal.print_report(made, file)
+    terminal.print_report(made, file, full=True)
     return file.getvalue()
 
 

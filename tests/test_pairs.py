@@ -289,6 +289,7 @@ def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
     )
     file = io.StringIO()
     print_report(report(trace), file)
+    print_report(report(trace), file, full=True)
     assert "\x1b" not in file.getvalue()
     assert "\x07" not in file.getvalue()
     assert "\\x1b[31mred" in file.getvalue()

@@ -264,7 +264,7 @@ def test_the_verdict_is_silent_about_it_and_one_line_says_why(
     assert not [s for s in sentences(unknown) if "first choice" in s]
     assert sum("first choices are unknown" in note for note in unknown.notes()) == 1
     assert not any("first choices" in note for note in known.notes())
-    print_report(unknown, sys.stdout)
+    print_report(unknown, sys.stdout, full=True)
     assert capsys.readouterr().out.count("first choices are unknown") == 1
     assert "repetition: first choices are unknown" in report_page(unknown)
 

@@ -361,7 +361,7 @@ def test_the_view_says_what_there_is(session: Session) -> None:
     assert of_layer_3[2] == 0.0
     assert max(of_layer_3) == of_layer_3[1] > 2
     narrow = shown(session, 40, 24)
-    assert narrow[4 + 3].split()[1][1:3] == "▇×"
+    assert narrow[4 + 3].split()[1][1:3] == "▆×"
     worst = next(line for line in lines if line.startswith("layer 3"))
     assert "busiest expert 1, 1 dead" in worst
     assert worst.rstrip()[-1] in "▇█"
@@ -389,7 +389,7 @@ def test_without_colour_and_without_unicode_it_can_be_read(
     lines = console.render_lines(session.screen(), console.options.update(height=24), pad=False)
     of_map = ["".join(s.text for s in line) for line in lines[4 : 4 + L]]
     assert all(line.isascii() for line in of_map)
-    assert of_map[3].split()[1][1:3] == "#x"
+    assert of_map[3].split()[1][1:3] == "*x"
 
     def printed() -> str:
         file = io.StringIO()
@@ -403,7 +403,7 @@ def test_without_colour_and_without_unicode_it_can_be_read(
 
 
 def test_many_layers_and_experts_share_a_cell() -> None:
-    ratio = np.array([1.0, 1.0, 1.0, 0.0, 1.0, 5.0, np.nan])
+    ratio = np.array([1.0, 1.0, 1.0, 0.0, 1.0, 9.0, np.nan])
     assert "".join(s.text for s in cells(extremes(ratio, 2), True)) == "▄×█"
     assert "".join(s.text for s in cells(extremes(ratio * np.nan, 2), True)) == "no load"
     of_layers = extremes(np.array([[1.0, 0.5], [3.0, 1.5], [1.0, 2.0]]).T, 2).T

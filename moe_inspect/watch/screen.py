@@ -16,7 +16,15 @@ from rich.segment import Segment
 from rich.style import Style
 
 from moe_inspect.alarms.alarms import Alarm
-from moe_inspect.reporting.render.heatmap import RAMP, extremes, legend, ramp_of, style
+from moe_inspect.reporting.render.heatmap import (
+    NUMBER,
+    RAMP,
+    extremes,
+    legend,
+    load_number,
+    ramp_of,
+    style,
+)
 from moe_inspect.text import plural, printable
 from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING
 from moe_inspect.watch.hot_text import HotText
@@ -24,11 +32,9 @@ from moe_inspect.watch.state import Watched
 
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = ".:-=+*#@"
-NUMBER = 5  # characters of a load ratio
 BOLD, DIM, BAD, HOT = (Style.parse(s) for s in ("bold", "dim", "red", "bold reverse"))
 NONE = Style.null()
-# the middle of each step of the ramp: a colour per step keeps the runs of equal cells long
-STEP_STYLES = [Style.parse(style(x) or "none") for x in (0, 0.12, 0.37, 0.63, 1, 1.6, 3, 8)]
+STEP_STYLES = [Style.parse(colour or "none") for *_, colour in RAMP]
 
 Line = list[Segment]
 
@@ -204,7 +210,7 @@ def cells(ratio_C: np.ndarray, unicode: bool) -> Line:
         return [Segment("no load", DIM)]
     step_C = ramp_of(ratio_C)
     edges = [0, *(np.flatnonzero(step_C[1:] != step_C[:-1]) + 1).tolist(), len(step_C)]
-    characters = [fancy if unicode else plain for _, fancy, plain in RAMP]
+    characters = [fancy if unicode else plain for _, fancy, plain, _ in RAMP]
     return [
         Segment(characters[step_C[a]] * (b - a), STEP_STYLES[step_C[a]]) for a, b in pairwise(edges)
     ]
@@ -213,10 +219,7 @@ def cells(ratio_C: np.ndarray, unicode: bool) -> Line:
 def numbers(ratio_E: np.ndarray) -> Line:
     """A row of the map as numbers, where there is room for them."""
     return [
-        Segment(
-            f"{ratio:>{NUMBER}.{2 if ratio < 9.995 else 1}f}"[:NUMBER],
-            Style.parse(style(ratio, "on ") or "none"),
-        )
+        Segment(load_number(ratio), Style.parse(style(ratio) or "none"))
         for ratio in ratio_E[~np.isnan(ratio_E)].tolist()
     ] or [Segment("no load", DIM)]
 

@@ -33,6 +33,12 @@ class ReportOptions:
             show_default=False,
         ),
     ] = None
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Every finding and note, and excerpts of the tables, not one screen."
+        ),
+    ] = False
     table: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="One table instead of the report.", show_default=False),

@@ -23,6 +23,7 @@ class Request:
     """What was asked for. selection: the arguments of `moe_inspect.report`."""
 
     trace: str
+    full: bool
     table: str | None
     format: Format
     output: Path | None
@@ -46,6 +47,7 @@ def requested(options: ReportOptions) -> Request:
         )
     return Request(
         trace=options.trace,
+        full=options.full,
         table=options.table,
         format=_format(options.table, options.format, options.output),
         output=options.output,

@@ -40,7 +40,7 @@ def write(made: Report, request: Request) -> None:
         from moe_inspect.reporting.render.terminal import print_report
 
         with text_to(request.output) as file:
-            print_report(made, file)
+            print_report(made, file, request.full)
 
 
 def table_of(made: Any, name: str, form: Format) -> pd.DataFrame:

@@ -59,9 +59,9 @@ def print_table(frame: Any, file: TextIO) -> int:
 def print_frame(
     frame: Any, console: Console, title: str | None = None, fitting: bool = False
 ) -> int:
-    """Prints a DataFrame; if it is too wide for the terminal, in several parts, each beginning with
-    the columns that identify a row. `fitting`: only the first part. Returns how many columns are
-    shown."""
+    """Prints a DataFrame. On a terminal, columns with the same value in every row are a line above
+    it, and if it is too wide it comes in several parts, each beginning with the columns that
+    identify a row. `fitting`: only the first part. Returns how many columns are shown."""
     cells = {
         name: [
             "-" if missing else _cell(v)
@@ -74,17 +74,23 @@ def print_frame(
             name: [_clipped(cell, console.width // 3) for cell in column]
             for name, column in cells.items()
         }
+    constant = _constant(frame, cells) if console.is_terminal else {}
+    cells = {name: column for name, column in cells.items() if name not in constant}
     width_of = {name: max([len(name), *map(cell_len, column)]) for name, column in cells.items()}
     parts = _parts(width_of, console.width)
+    if title:
+        console.print()
+        _print_text(title, "bold", console)
+    if said := " · ".join(f"{name} {value}" for name, value in constant.items() if value):
+        _print_text(f"every row: {said}", "dim", console)
     for part, names in enumerate(parts[:1] if fitting else parts):
-        if title or part:
+        if part:
             console.print()
-        if title and part == 0:
-            console.print(Text(title, style="bold"))
         right = [frame[name].dtype.kind in "iuf" for name in names]
         widths = [width_of[name] for name in names]
         lines = [
-            _row(row, widths, right) for row in zip(*(cells[name] for name in names), strict=True)
+            table_row(one, widths, right)
+            for one in zip(*(cells[name] for name in names), strict=True)
         ]
         # the last column is a long text
         if console.is_terminal and sum(widths) + GAP * (len(widths) - 1) > console.width:
@@ -97,11 +103,31 @@ def print_frame(
                 for line in lines
             ]
             widths[-1] = room
-        console.print(Text(_row(names, widths, right), style="bold"), soft_wrap=True)
+        console.print(Text(table_row(names, widths, right), style="bold"), soft_wrap=True)
         console.print(
             Text("\n".join(["─" * (sum(widths) + GAP * (len(widths) - 1)), *lines])), soft_wrap=True
         )
-    return len(parts[0]) if fitting else len(cells)
+    shown = len(parts[0]) if fitting else len(cells)
+    return shown + sum(value != "" for value in constant.values())
+
+
+def _print_text(text: str, style: str, console: Console) -> None:
+    for line in wrapped(Text(printable(text), style=style), console):
+        console.print(line, soft_wrap=True)
+
+
+def _constant(frame: Any, cells: dict[str, list[str]]) -> dict[str, str]:
+    """The columns that say the same in every row, with what they say; "" for the router where every
+    layer has one: its number then says nothing that the layer does not."""
+    names = [str(name) for name in frame.columns]
+    if len(frame) < 2 or names[:1] == ["key"]:
+        return {}
+    found = {name: cells[name][0] for name in names if len(set(cells[name])) == 1}
+    for layer, router in (("layer", "router"), ("next_layer", "next_router")):
+        pairs = set(zip(cells.get(layer, []), cells.get(router, []), strict=False))
+        if pairs and len(pairs) == len({a for a, _ in pairs}):
+            found[router] = ""
+    return found if len(found) < len(names) else {}
 
 
 def _parts(width_of: dict[str, int], room: int) -> list[list[str]]:
@@ -125,7 +151,22 @@ def _parts(width_of: dict[str, int], room: int) -> list[list[str]]:
     return parts
 
 
-def _row(cells: Iterable[str], widths: list[int], right: list[bool]) -> str:
+def wrapped(text: Text, console: Console, lead: Text | None = None) -> list[Text]:
+    """A text in lines of whole words that fit a terminal; in a file or a pipe one line. `lead`: in
+    front of the first line, and blanks of its width in front of the others. Only a word that is
+    wider than the terminal is broken."""
+    lead = lead or Text()
+    if not console.is_terminal:
+        return [lead + text]
+    lines = text.wrap(console, max(console.width - lead.cell_len, 20), overflow="fold")
+    for n, line in enumerate(lines):
+        line.rstrip()
+        lines[n] = (Text(" " * lead.cell_len) if n else lead) + line
+    return list(lines)
+
+
+def table_row(cells: Iterable[str], widths: list[int], right: list[bool]) -> str:
+    """Cells side by side, GAP apart, each as wide as its column."""
     padded = list[str]()
     for cell, width, to_the_right in zip(cells, widths, right, strict=True):
         blanks = " " * (width - cell_len(cell))

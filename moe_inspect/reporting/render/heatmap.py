@@ -9,79 +9,103 @@ from rich.console import Console
 from rich.text import Text
 
 from moe_inspect.analysis.metrics.balance import load_ratio
+from moe_inspect.reporting.render.console import wrapped
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label
 
 MOST_ROUTERS = 32  # on a terminal; beyond that the least balanced
 FILE_CELLS = 128  # characters of a row in a file
+NUMBER = 5  # characters of a load ratio
+RULER = 8  # cells between two numbers of experts above the map
 
-# upper end of the load ratio → character, with Unicode and without; 0 is a dead expert
+# upper end of the load ratio → character with Unicode, without, and its colour, which can be seen
+# on black and on white; 0 is a dead expert
 RAMP = [
-    (0, "×", "x"),
-    (0.25, "▁", "."),
-    (0.5, "▂", ":"),
-    (0.8, "▃", "-"),
-    (1.25, "▄", "="),
-    (2, "▅", "+"),
-    (4, "▇", "#"),
-    (math.inf, "█", "@"),
+    (0, "×", "x", "bold rgb(60,110,255)"),
+    (0.25, "▁", ".", "rgb(60,110,255)"),
+    (0.5, "▂", ":", "rgb(70,145,235)"),
+    (0.8, "▃", "-", "rgb(105,175,230)"),
+    (1.2, "▄", "=", ""),
+    (2, "▅", "+", "rgb(235,150,95)"),
+    (4, "▆", "*", "rgb(230,110,70)"),
+    (8, "▇", "#", "rgb(220,65,55)"),
+    (math.inf, "█", "@", "bold rgb(215,25,75)"),
 ]
+# the background of numbers, from the mean to four times or a quarter of it (ColorBrewer's RdBu)
+ABOVE = [(253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43)]
+BELOW = [(209, 229, 240), (146, 197, 222), (67, 147, 195), (33, 102, 172)]
 
 
 def print_heatmap(data: ReportData, console: Console) -> None:
-    """A row per router: the load ratio of each expert, as numbers if they fit, as characters
-    otherwise. If even those do not fit, a character shows the most extreme of several neighbouring
-    experts, and the title says so."""
+    """The heatmap, below an empty line."""
+    console.print()
+    most = MOST_ROUTERS if console.is_terminal else len(data.selection.routers)
+    for line in heatmap_lines(data, console, most):
+        console.print(line, no_wrap=True, overflow="crop")
+
+
+def heatmap_lines(data: ReportData, console: Console, most: int) -> list[Text]:
+    """A title, then a row per router, of the `most` least balanced: the load ratio of each expert,
+    as numbers if they fit, as characters otherwise. If even those do not fit, a character shows the
+    most extreme of several neighbouring experts, and the title says so."""
     counts, routers = data.counts, data.selection.routers
     ratios = {r: load_ratio(counts.load_E(r)[None])[0] for r in routers}
-    if console.is_terminal and len(routers) > MOST_ROUTERS:
-        routers = sorted(
-            sorted(routers, key=lambda r: -np.nan_to_num(ratios[r]).max())[:MOST_ROUTERS]
-        )
+    if len(routers) > most:
+        worst = sorted(routers, key=lambda r: -np.nan_to_num(ratios[r]).max())
+        routers = sorted(worst[:most])
     widest = max(len(ratio_E) for ratio_E in ratios.values())
     label_of = {r: f"layer {layer_label(data.trace.routers, r)}" for r in routers}
-    indent = max(len(label) for label in label_of.values()) + 2
+    indent = max(len("experts"), *map(len, label_of.values())) + 2
     room = (console.width if console.is_terminal else FILE_CELLS + indent) - indent
-    numbers = widest * 5 <= room
-    together = 1 if numbers else math.ceil(widest / room)
+    as_numbers = widest * NUMBER <= room
+    together = 1 if as_numbers else math.ceil(widest / room)
     unicode = (console.encoding or "").lower().startswith("utf")
-    console.print()
-    console.print(Text(_heatmap_title(numbers, together), style="bold"))
-    if len(routers) < len(ratios):
-        console.print(Text(f"the least balanced, {len(routers)} of {len(ratios)} routers"))
-    if numbers:
-        console.print(Text(" " * indent + "".join(f"{e:>5}" for e in range(widest))))
+    lines = [Text("load of each expert ÷ mean of its layer", style="bold")]
+    several = len({data.trace.routers[r].layer for r in ratios}) < len(ratios)
+    what = "routers" if several else "layers"
+    if subset := _subset(len(routers), len(ratios), what, together):
+        lines += wrapped(Text(subset, style="dim"), console)
+    if as_numbers:
+        ruler = "".join(f"{e:>{NUMBER}}" for e in range(widest))
     else:
-        console.print(Text(legend(unicode)))
+        lines += wrapped(Text(legend(unicode), style="dim"), console)
+        ruler = "".join(str(e).ljust(RULER) for e in range(0, widest, RULER * together))
+    lines.append(Text("experts".ljust(indent) + ruler.rstrip(), style="dim"))
     for r in routers:
         line = Text(label_of[r].ljust(indent))
         if np.isnan(ratios[r]).all():
             line.append("no load")
-        elif numbers:
-            for ratio in ratios[r]:
-                line.append(
-                    f"{ratio:>5.2f}" if ratio < 99.5 else f"{ratio:>5.0f}",
-                    style=style(ratio, "on "),
-                )
+        elif as_numbers:
+            for ratio in ratios[r].tolist():
+                line.append(load_number(ratio), style=style(ratio))
         else:
-            for ratio in extremes(ratios[r], together):
-                _, fancy, plain = RAMP[int(ramp_of(ratio))]
-                line.append(fancy if unicode else plain, style=style(ratio))
-        console.print(line, no_wrap=True, overflow="crop")
+            steps: list[int] = ramp_of(extremes(ratios[r], together)).tolist()
+            for step in steps:
+                _, fancy, plain, colour = RAMP[step]
+                line.append(fancy if unicode else plain, style=colour)
+        lines.append(line)
+    return lines
 
 
-def _heatmap_title(numbers: bool, together: int) -> str:
-    title = "load of each expert, as a ratio to its router's mean"
-    if numbers:
-        return title
-    return f"{title}; experts left to right" + (
-        f", each character the most extreme of {together}" if together > 1 else ""
-    )
+def _subset(shown: int, of: int, what: str, together: int) -> str:
+    """What the map leaves out."""
+    said = list[str]()
+    if shown < of:
+        said.append(f"the {shown} least balanced of {of} {what}")
+    if together > 1:
+        said.append(f"each character: most extreme of {together} experts")
+    return "; ".join(said)
+
+
+def load_number(ratio: float) -> str:
+    """A load ratio in NUMBER characters; 0 is exactly none."""
+    digits = 0 if ratio == 0 or ratio >= 99.5 else 1 if ratio >= 9.995 else 2
+    return f"{ratio:>{NUMBER}.{digits}f}"
 
 
 def legend(unicode: bool) -> str:
     low, parts = 0.0, list[str]()
-    for high, fancy, plain in RAMP:
+    for high, fancy, plain, _ in RAMP:
         character = fancy if unicode else plain
         if high == 0:
             parts.append(f"{character} dead")
@@ -113,11 +137,14 @@ def ramp_of(ratio: np.ndarray | float) -> np.ndarray:
     return np.where(ratio == 0, 0, 1 + np.searchsorted(inner, ratio, side="right"))
 
 
-def style(ratio: float, on: str = "") -> str:
-    """Blue below the mean, red above it, none near it. `on`: "on " colours the background, "" the
-    character."""
-    far = min(abs(math.log2(max(ratio, 1e-3))) / 1.5, 1.0)
-    if far < 0.15:
+def style(ratio: float) -> str:
+    """The colours of a load ratio as a number: on blue below the mean, on red above it, on nothing
+    within 5% of it. The root keeps 0.8, 1 and 1.2 apart, where most loads are."""
+    far = min(abs(math.log2(max(ratio, 1e-3))) / 2, 1.0)
+    if far < 0.035:
         return ""
-    fade, ink = round(215 - 145 * far), "black " if on else ""
-    return f"{ink}{on}rgb(255,{fade},{fade})" if ratio > 1 else f"{ink}{on}rgb({fade},{fade},255)"
+    stops = ABOVE if ratio > 1 else BELOW
+    at = math.sqrt(far) * (len(stops) - 1)
+    low = min(int(at), len(stops) - 2)
+    mixed = (round(a + (b - a) * (at - low)) for a, b in zip(*stops[low : low + 2], strict=True))
+    return f"{'white' if at > 2.4 else 'black'} on rgb({','.join(map(str, mixed))})"

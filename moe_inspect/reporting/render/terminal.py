@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from moe_inspect.reporting.render.console import console_for, print_frame
+from moe_inspect.reporting.render.console import console_for, print_frame, wrapped
 from moe_inspect.reporting.render.heatmap import print_heatmap
+from moe_inspect.reporting.render.one_screen import finding_lines, print_one_screen
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.summary import facts, notes
 from moe_inspect.reporting.verdict.checks import findings
@@ -22,8 +21,6 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import printable
 
 ROWS = 10  # of a table in the report; --table has them all
-COLOUR_OF = {"critical": "red", "warning": "yellow"}  # of a finding; others have none
-FILE_TEXT = 100  # columns of sentences in a file
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,18 @@ class Excerpt:
     rows: Callable[[Any], Any]
 
 
-def print_report(data: ReportData, file: TextIO) -> None:
-    """The whole report."""
+def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
+    """The report on one screen; `full`: with every finding and note, and excerpts of the tables."""
     console, model = console_for(file), dict(facts(data))["model"]
-    title = f"{model} · {data.trace.path} · {data.trace.status}"
-    console.print(Text(printable(title), style="bold"))
+    title = Text(
+        printable(f"{model} · {data.trace.path} · {data.trace.status}"),
+        style="bold",
+    )
+    if not full:
+        print_one_screen(data, title, console)
+        return
+    for line in wrapped(title, console):
+        console.print(line, soft_wrap=True)
     console.print()
     print_verdict(findings(data), console)
     print_heatmap(data, console)
@@ -54,7 +58,8 @@ def print_report(data: ReportData, file: TextIO) -> None:
     if notes(data):
         console.print()
     for note in notes(data):
-        console.print(Text(_wrapped("note: ", printable(note), console), style="dim"))
+        for line in wrapped(Text(printable(note), style="dim"), console, Text("note: ", "dim")):
+            console.print(line, soft_wrap=True)
 
 
 def _has(data: ReportData, name: str) -> bool:
@@ -64,17 +69,11 @@ def _has(data: ReportData, name: str) -> bool:
     return name != "router" or data.trace.has_weights or "logits" in data.trace.tables
 
 
-def print_verdict(found: list[Finding], console: Console) -> None:
-    """A line per finding; a terminal shows its severity by a colour."""
-    if not console.is_terminal:
-        for finding in found:
-            console.print(Text(_wrapped("• ", printable(finding.text), console)))
-        return
-    hanging = Table.grid(padding=(0, 1, 0, 0))
-    for finding in found:
-        colour = COLOUR_OF.get(finding.severity, "")
-        hanging.add_row(Text("•", style=colour), Text(printable(finding.text), style=colour))
-    console.print(hanging)
+def print_verdict(findings: list[Finding], console: Console) -> None:
+    """A bullet per finding."""
+    for found in findings:
+        for line in finding_lines(found, console):
+            console.print(line, soft_wrap=True)
 
 
 def _print_excerpt(data: ReportData, name: str, excerpt: Excerpt, console: Console) -> None:
@@ -97,20 +96,6 @@ def _print_excerpt(data: ReportData, name: str, excerpt: Excerpt, console: Conso
         columns = "column" if left_out == 1 else "columns"
         command = f"moe-inspect report {shlex.quote(str(data.trace.path))} --table {name}"
         console.print(Text(printable(f"+ {left_out} more {columns}: {command}"), style="dim"))
-
-
-def _wrapped(lead: str, sentence: str, console: Console) -> str:
-    """A sentence over several lines of a file; a terminal breaks it by itself."""
-    if console.is_terminal:
-        return lead + sentence
-    return textwrap.fill(
-        sentence,
-        FILE_TEXT,
-        initial_indent=lead,
-        subsequent_indent=" " * len(lead),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def _highest(frame: Any, column: str) -> Any:
@@ -154,14 +139,14 @@ EXCERPTS = {
         (
             "layer",
             "router",
-            "max_over_mean",
+            "max_vio",
             "noise_floor",
+            "max_vio_low",
+            "max_vio_high",
             "busiest_expert",
             "dead_experts",
             "cv",
             "gini",
-            "max_vio_low",
-            "max_vio_high",
             "max_vio_batch",
         ),
         "the least balanced routers",

@@ -1,0 +1,108 @@
+"""The report on one screen: findings, the load of every expert, the worst layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from moe_inspect.reporting.render.console import table_row, wrapped
+from moe_inspect.reporting.render.heatmap import heatmap_lines
+from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.summary import notes
+from moe_inspect.reporting.verdict.chance import chance
+from moe_inspect.reporting.verdict.checks import findings
+from moe_inspect.reporting.verdict.findings import Finding
+from moe_inspect.text import layer_label, plural, printable
+
+LINES = 45  # of the whole, on a terminal of 80 columns or more
+LEAST_ROWS = 5  # that the table of layers has, where there are so many
+LEAST_MAP = 10  # rows that the map has, where there are so many
+COLOUR_OF = {"critical": "red", "warning": "yellow"}  # of a finding; others have none
+
+
+def print_one_screen(data: ReportData, title: Text, console: Console) -> None:
+    """At most LINES lines. The gravest findings come first, then the map and the table have the
+    room that is left; the last line says what is not shown."""
+    head = wrapped(title, console)
+    routers = len(data.selection.routers)
+    # empty lines, titles of map and table, the last line
+    fixed = len(head) + 4 + len(heatmap_lines(data, console, 1)) - 1 + 2 + 1
+    room = LINES - fixed - min(routers, LEAST_ROWS)
+    said, left_out = _gravest(findings(data), room - min(routers, LEAST_MAP), console)
+    rows_of_map = min(routers, max(LEAST_MAP, room - len(said)))
+    rows = LINES - fixed - len(said) - rows_of_map
+    parts = [
+        head,
+        said,
+        heatmap_lines(data, console, rows_of_map),
+        _worst_layers(data, rows, console),
+        wrapped(Text(_more(left_out, len(notes(data))), style="dim"), console),
+    ]
+    for n, part in enumerate(parts):
+        if n:
+            console.print()
+        for line in part:
+            console.print(line, soft_wrap=True)
+
+
+def finding_lines(found: Finding, console: Console) -> list[Text]:
+    """A finding as a bullet; a terminal shows its severity by a colour."""
+    colour = COLOUR_OF.get(found.severity, "") if console.is_terminal else ""
+    return wrapped(Text(printable(found.text), style=colour), console, Text("• ", style=colour))
+
+
+def _gravest(found: list[Finding], most: int, console: Console) -> tuple[list[Text], int]:
+    """The lines of the first findings that fit, of three at least; and how many do not."""
+    lines = list[Text]()
+    for n, one in enumerate(found):
+        more = finding_lines(one, console)
+        if n >= 3 and len(lines) + len(more) > most:
+            return lines, len(found) - n
+        lines += more
+    return lines, 0
+
+
+def _worst_layers(data: ReportData, most: int, console: Console) -> list[Text]:
+    """A row per layer, the worst first, beside what chance would give."""
+    table: Any = data.tables["balance"].sort_values("max_vio", ascending=False, kind="stable")
+    columns = ["layer", "busiest expert", "max/mean", "expected by chance", "95% interval", "dead"]
+    cells = [
+        [layer_label(data.trace.routers, int(one["router"])), *_balance(one)]
+        for one in table.head(most).to_dict("records")
+    ]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+    right = [True] * len(columns)
+    what = "layers" if table["layer"].is_unique else "routers"
+    some = len(cells) < len(table)
+    said = f"the {len(cells)} worst of {len(table)} {what}" if some else f"{what}, the worst first"
+    title = Text(said, style="bold")
+    head = Text(table_row(columns, widths, right), style="dim")
+    lines = [title, head, *(Text(table_row(line, widths, right)) for line in cells)]
+    return [one for line in lines for one in wrapped(line, console)]
+
+
+def _balance(one: dict[str, Any]) -> list[str]:
+    if not one["assignments"]:
+        return ["–", "no load", "–", "–", "–"]
+    low, high = 1 + one["max_vio_low"], 1 + one["max_vio_high"]
+    return [
+        str(one["busiest_expert"]),
+        f"{one['max_over_mean']:.2f}x",
+        f"{1 + chance(one):.2f}x",
+        "–" if np.isnan(low) else f"{low:.2f}-{high:.2f}x",
+        f"{one['dead_experts']}",
+    ]
+
+
+def _more(findings_left: int, notes_left: int) -> str:
+    parts = [
+        plural(findings_left, "more finding") if findings_left else "",
+        plural(notes_left, "note") if notes_left else "",
+        "tables",
+    ]
+    *some, last = [part for part in parts if part]
+    return f"--full adds {', '.join(some)}{' and ' if some else ''}{last}; --html FILE is a page"

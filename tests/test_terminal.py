@@ -1,0 +1,208 @@
+"""What a terminal shows: a real one (tmux), or a pseudo-terminal where there is no tmux."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.color import Color, ColorSystem
+
+from moe_inspect.reporting.render.heatmap import style
+from moe_inspect.reporting.render.one_screen import LINES
+from moe_inspect.reporting.render.terminal import print_report
+from moe_inspect.reporting.report import report
+from moe_inspect.trace.reader import open_trace
+from tests.conftest import ROOT
+from tests.synthetic import uniform_ids, write_trace
+
+SHAPES = [(4, 8, 2), (24, 64, 8), (61, 256, 8)]
+HEIGHT = 60
+# draws the report whose number it reads, on a screen that it clears first
+DRAW = """
+import sys, moe_inspect
+from moe_inspect.reporting.render.terminal import print_report
+made = [moe_inspect.report(path) for path in sys.argv[1:]]
+print("READY", flush=True)
+for line in sys.stdin:
+    print("\\x1b[2J\\x1b[H", end="")
+    print_report(made[int(line)], sys.stdout)
+    print("END", flush=True)
+"""
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+Show = Callable[[int, int], list[str]]
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Relative paths in the current directory: titles are as long as a user's."""
+    place, names = tmp_path_factory.mktemp("shapes"), list[str]()
+    os.chdir(place)
+    for L, E, k in SHAPES:
+        rng, T = np.random.default_rng(0), 400
+        ids = [uniform_ids(rng, T, E, k) for _ in range(L)]
+        for r in range(0, L, 3):  # some layers prefer experts 0 to k - 1, in one domain or in all
+            ids[r][r % 2 * 100 : 200] = np.arange(k)
+        weights = [np.sort(rng.random((T, k)).astype(np.float32))[:, ::-1] for _ in ids]
+        write_trace(
+            Path(f"{L}x{E}"),
+            ids,
+            E,
+            document=np.arange(T) // 20,
+            domain_of_document=["law"] * 10 + ["code"] * 10,
+            token_id=rng.integers(0, 30, T),
+            weights=weights,
+            words=30,
+        )
+        names.append(f"{L}x{E}")
+    return names
+
+
+@pytest.fixture(scope="module")
+def show(traces: list[str]) -> Iterator[Show]:
+    """The lines on a screen of so many columns, of the report of a trace."""
+    command = [sys.executable, "-c", DRAW, *traces]
+    here = _tmux(command) if shutil.which("tmux") else _pseudo_terminal(command)
+    yield next(here)
+    next(here, None)
+
+
+def _tmux(command: list[str]) -> Iterator[Show]:
+    server = ["tmux", "-L", f"moe-inspect-{os.getpid()}", "-f", os.devnull]
+
+    def tmux(*arguments: object) -> str:
+        made = [*server, *map(str, arguments)]
+        return subprocess.run(made, capture_output=True, text=True, check=True).stdout
+
+    def lines(until: str) -> list[str]:
+        for _ in range(3_000):
+            shown = tmux("capture-pane", "-p", "-t", "one").rstrip("\n").split("\n")
+            if shown[-1] == until:
+                return shown[:-1]
+            time.sleep(0.05)
+        raise AssertionError(shown)
+
+    def show(columns: int, number: int) -> list[str]:
+        tmux("resize-window", "-t", "one", "-x", columns, "-y", HEIGHT)
+        tmux("send-keys", "-R", "-t", "one", str(number), "Enter")
+        return lines("END")
+
+    try:
+        program = f"PYTHONPATH={shlex.quote(str(ROOT))} {shlex.join(command)}"
+        tmux("new-session", "-d", "-s", "one", "-x", 80, "-y", HEIGHT, program)
+        lines("READY")
+        yield show
+    finally:
+        tmux("kill-server")
+
+
+def _pseudo_terminal(command: list[str]) -> Iterator[Show]:
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+    def read(until: str) -> str:
+        sent = b""
+        while not sent.endswith(f"{until}\r\n".encode()):
+            sent += os.read(ours, 65_536)
+        return sent.decode()
+
+    def show(columns: int, number: int) -> list[str]:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, columns, 0, 0))
+        os.write(ours, f"{number}\n".encode())
+        sent = ESCAPE.sub("", read("END").rpartition("\x1b[H")[2]).split("\r\n")[:-2]
+        return [one for line in sent for one in _broken(line, columns)]
+
+    try:
+        read("READY")
+        yield show
+    finally:
+        running.kill()
+        running.wait()
+
+
+def _broken(line: str, columns: int) -> list[str]:
+    """A line as a terminal breaks it that is narrower."""
+    return [line[n : n + columns].rstrip() for n in range(0, max(len(line), 1), columns)]
+
+
+def _words(lines: list[str]) -> set[str]:
+    """The words of a report without its map, whose rows depend on the width."""
+    kept, of_map = list[str](), False
+    for line in lines:
+        of_map = bool(line) and (of_map or line.startswith("load of each expert"))
+        kept += [] if of_map else [line]
+    return set(" ".join(kept).split())
+
+
+def _in_a_file(path: str) -> list[str]:
+    file = io.StringIO()
+    print_report(report(open_trace(path)), file, full=True)
+    whole = file.getvalue().splitlines()
+    file = io.StringIO()
+    print_report(report(open_trace(path)), file)
+    return whole + file.getvalue().splitlines()
+
+
+def test_a_report_fits_a_screen_and_no_word_is_broken(show: Show, traces: list[str]) -> None:
+    for number, (path, (L, E, _)) in enumerate(zip(traces, SHAPES, strict=True)):
+        piped = _in_a_file(path)
+        known = _words(piped)
+        assert not _words([one for line in piped for one in _broken(line, 80)]) <= known  # control
+        shown: dict[int, list[str]] = {}
+        for columns in (80, 120, 200):
+            lines = shown[columns] = show(columns, number)
+            assert 20 < len(lines) <= LINES, (path, columns, len(lines))
+            new = _words(lines[:-1]) - known
+            assert all(word.isdecimal() for word in new), (path, columns, new)
+            rows = [line for line in lines if re.match(r"layer +\d", line)]
+            assert len(rows) == L or 10 <= len(rows) < L
+            assert lines[-1].startswith("--full adds ")
+            at = next(n for n, line in enumerate(lines) if "max/mean" in line) + 1
+            worst = [float(line.split()[2].rstrip("x")) for line in lines[at:-2]]
+            assert worst == sorted(worst, reverse=True)
+            assert len(worst) >= min(L, 5)
+        assert len(shown[200]) <= len(shown[80])
+        first = [line for line in shown[80] if re.match(r"layer +0", line)]
+        assert bool(re.search("[▇█]", first[0])) == (E > 8)  # characters where numbers do not fit
+
+
+def test_a_file_gets_sentences_in_one_line(traces: list[str]) -> None:
+    made, file = report(open_trace(traces[1])), io.StringIO()
+    print_report(made, file)
+    lines = file.getvalue().splitlines()
+    assert [f"• {finding.text}" for finding in made.verdict()] == lines[2 : 2 + len(made.verdict())]
+    assert len(lines) <= LINES
+    assert not any(line.endswith((" ", "…")) for line in lines)
+
+
+@pytest.mark.parametrize("colours", [ColorSystem.TRUECOLOR, ColorSystem.EIGHT_BIT])
+def test_loads_below_at_and_above_the_mean_have_colours_that_differ(colours: ColorSystem) -> None:
+    def background(ratio: float) -> tuple[int, int, int]:
+        colour = Color.parse(style(ratio).rpartition(" ")[2]).downgrade(colours)
+        return colour.get_truecolor()
+
+    assert style(1) == style(0.98) == ""
+    below, above, far, farther = map(background, (0.78, 1.24, 2, 4))
+    assert below[2] - below[0] > 60  # blue
+    assert above[0] - above[2] > 60  # red
+    assert far[1] < above[1] - 30
+    assert farther[1] < far[1] - 30
