@@ -3,6 +3,7 @@ keyboard, both themes, large models."""
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import Report, report
+from moe_inspect.text import number, readable
 from tests.damage import edit_manifest
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
@@ -432,10 +435,19 @@ def test_the_policy_stops_scripts_and_requests(browser: Any, opened: Opened):
     view.close()
 
 
-def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
-    text = report_page(large)
-    assert len(text.encode()) <= 2_000_000
-    page = Opened(browser, tmp_path / "large.html", text, color_scheme="dark")
+@pytest.fixture(scope="module")
+def opened_large(
+    browser: Any, large: Report, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Opened]:
+    file = tmp_path_factory.mktemp("page") / "large.html"
+    page = Opened(browser, file, report_page(large), color_scheme="dark")
+    yield page
+    page.view.close()
+
+
+def test_a_large_model_fits(opened_large: Opened):
+    page = opened_large
+    assert Path(page.address.removeprefix("file://")).stat().st_size <= 2_000_000
     assert len(page.map(60)) == 256
     assert page.map(61) == []
     ticks = page.view.evaluate(
@@ -469,9 +481,9 @@ def test_a_large_model_fits(browser: Any, large: Report, tmp_path: Path):
     for key in ("End", "ArrowDown", "Enter"):
         page.view.keyboard.press(key)
     assert page.title() == "Layer 1 · expert 255"
+    page.view.keyboard.press("Escape")
     assert page.complaints == []
     assert page.foreign() == []
-    page.view.close()
 
 
 def test_every_chart_is_read_with_the_keyboard_and_zoomed_with_the_mouse(opened: Opened):
@@ -571,3 +583,209 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
         in text_of["one choice, no words"]
     )
     assert all(text.count("Not shown:") == 1 for text in text_of.values())
+
+
+def test_the_first_screen_has_the_figures_the_map_and_the_gravest_findings(
+    opened_large: Opened, large: Report
+):
+    page = opened_large
+    page.view.set_viewport_size({"width": 1440, "height": 900})
+    bottom = "(q) => [...document.querySelectorAll(q)].map((e) => e.getBoundingClientRect().bottom)"
+    for query in (".facts > div", "#findings li", "[data-widget=map] .canvas"):
+        ends = page.view.evaluate(bottom, query)
+        assert ends, query
+        assert max(ends) <= 900, query
+    found = large.verdict()
+    assert page.view.locator("#findings li").count() == 3
+    assert page.view.locator("#more-findings li").count() == len(found) - 3
+    said = page.view.locator("#findings li").all_inner_texts()
+    for shown, one in zip(said, found, strict=False):
+        assert shown.lower().startswith(one.severity)
+        assert one.text in shown
+    titles = page.view.locator(".group > h2").all_inner_texts()
+    assert titles == ["Balance", "Specialization", "Serving"]
+    page.view.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_colour_is_for_what_is_wrong(opened: Opened):
+    colour = (
+        "(kind) => { const li = document.querySelector('#findings li').cloneNode(true); "
+        "li.className = kind; document.querySelector('#findings ul').append(li); "
+        "const c = getComputedStyle(li.querySelector('b')).color; li.remove(); return c; }"
+    )
+    of = {kind: opened.view.evaluate(colour, kind) for kind in ("critical", "warning", "note")}
+    assert len(set(of.values())) == 3
+    assert opened.view.evaluate(colour, "good") == of["note"]
+
+
+def test_an_address_opens_a_card_and_a_click_outside_closes_it(opened: Opened):
+    opened.view.evaluate("location.hash = '#L3E5'")
+    opened.until("!document.getElementById('card').hidden")
+    assert opened.title() == "Layer 3 · expert 5"
+    opened.view.locator("#card .jump").first.click()  # within the card
+    assert opened.view.evaluate("location.hash") != "#L3E5"
+    opened.view.mouse.click(20, 450)
+    assert opened.title() is None
+    assert opened.view.evaluate("location.hash") == ""
+    opened.view.locator("#findings a[href^='#L']").first.click()
+    opened.until("!document.getElementById('card').hidden")
+    opened.view.keyboard.press("Escape")
+    assert opened.title() is None
+    opened.view.evaluate("location.hash = '#L9E5'")  # there is none
+    opened.until("document.getElementById('found').textContent === 'Nothing found.'")
+    opened.view.keyboard.press("Escape")
+    opened.view.evaluate(
+        "document.getElementById('find').value = ''; history.replaceState(0, '', '#')"
+    )
+
+
+def asked(opened: Opened, text: str) -> list[str]:
+    opened.view.keyboard.press("/")
+    opened.view.locator("#find").fill(text)
+    return opened.view.locator("#found li").all_inner_texts()
+
+
+def test_the_search_leads_to_experts_tokens_domains_and_sections(opened: Opened, small: Report):
+    for text in ("L2 E3", "layer 2 expert 3", "l2e3", "2 3"):
+        assert asked(opened, text) == ["Layer 2, expert 3\nexpert"], text
+    opened.view.keyboard.press("Enter")
+    assert opened.title() == "Layer 2 · expert 3"
+    assert opened.view.evaluate("location.hash") == "#L2E3"
+    opened.view.keyboard.press("Escape")
+    found = asked(opened, "window.pwned")
+    assert len(found) == 8
+    assert all(HOSTILE in text and text.endswith("token") for text in found)
+    opened.view.keyboard.press("ArrowDown")
+    opened.view.keyboard.press("Enter")
+    assert opened.title() == f"Token {found[1].rpartition(chr(10))[0]}"
+    rows = opened.view.locator("#card tbody tr").count()
+    table: Any = small.tables["vocabulary"]
+    word = opened.title() or ""
+    assert rows == sum("Token " + readable(text) == word for text in table["token"])
+    opened.view.keyboard.press("Escape")
+    assert asked(opened, "code") == ["<b>code</b>\ndomain"]
+    opened.view.keyboard.press("Enter")
+    assert opened.view.locator("#now").inner_text().count("in <b>code</b>") == 1
+    opened.view.locator("#map-domain").select_option(label="all domains")
+    assert "Locality\nsection" in asked(opened, "local")
+    opened.view.keyboard.press("Enter")
+    assert opened.view.evaluate("location.hash") == "#locality"
+    assert asked(opened, "no such thing") == ["Nothing found."]
+    opened.view.keyboard.press("Escape")
+    opened.view.locator("#find").fill("")
+    assert opened.view.evaluate("window.pwned") is None
+
+
+def sheet(opened: Opened, name: str) -> Any:
+    opened.view.evaluate(
+        "(name) => { const s = document.querySelector(`#${name} .sheet`); "
+        "const d = s.closest('details'); if (d) d.open = true; }",
+        name,
+    )
+    return opened.view.locator(f"#{name} .sheet")
+
+
+def test_a_table_is_sorted_by_the_head_of_a_column(opened: Opened, small: Report):
+    place, table = sheet(opened, "windows"), small.tables["windows"]
+    column: Any = list(table.columns).index("max_over_mean")
+    cells = place.locator(f"tbody td:nth-child({column + 1})")
+    before, head = (
+        cells.all_inner_texts(),
+        place.get_by_role("button", name="max_over_mean", exact=True),
+    )
+    values = [
+        number(value)
+        for value in table["max_over_mean"].sort_values(ascending=False, kind="stable")
+    ]
+    head.click()
+    assert cells.all_inner_texts() == values[: len(before)]
+    assert place.locator("th").nth(column).get_attribute("aria-sort") == "descending"
+    head.click()
+    assert cells.first.inner_text() == number(table["max_over_mean"].min())
+    head.click()
+    assert cells.all_inner_texts() == before
+    place.get_by_role("button", name="Show more").click()
+    assert place.locator("tbody tr").count() == len(table)
+
+
+def test_every_table_is_downloaded_exactly_and_its_python_runs(
+    opened: Opened, small: Report, tmp_path: Path
+):
+    names = opened.view.locator(".sheet").evaluate_all("(all) => all.map((s) => s.dataset.name)")
+    assert len(names) >= 10
+    for name in names:
+        place = sheet(opened, name)
+        lines = place.get_attribute("data-python").splitlines()
+        made: dict[str, Any] = {}
+        exec("\n".join([*lines[:-1], f"table = {lines[-1]}"]), made)
+        if not place.locator("table").count():
+            continue
+        with opened.view.expect_download() as download:
+            place.get_by_role("button", name="Download csv").click()
+        assert download.value.suggested_filename == f"{name}.csv"
+        download.value.save_as(tmp_path / "table.csv")
+        with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+            columns, *got = csv.reader(file)
+        whole = made["table"]
+        assert columns == list(whole.columns), name
+        rows = {tuple(map(csv_cell, row)) for row in whole.itertuples(index=False, name=None)}
+        assert got, name
+        assert {tuple(map(csv_cell, row)) for row in got} <= rows, name
+        excerpts = ("domains", "esft", "coactivation", "transitions")
+        assert len(got) == len(whole) or name in excerpts
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell as a number where it is one, else as text: of a table and of its csv alike."""
+    if value is None or value is pd.NA or value != value or value == "":
+        return None
+    try:
+        return float(str(value))
+    except ValueError:
+        return str(value).removeprefix("'")
+
+
+def test_copy_as_python_copies_the_lines(opened: Opened):
+    place = sheet(opened, "balance")
+    opened.view.evaluate(
+        "Object.defineProperty(navigator, 'clipboard', { configurable: true, "
+        "value: { writeText: async (text) => { window.copied = text; } } })"
+    )
+    place.get_by_role("button", name="Copy as Python").click()
+    opened.until("window.copied !== undefined")
+    assert opened.view.evaluate("window.copied") == place.get_attribute("data-python")
+    assert place.get_by_role("status").inner_text() == "Copied."
+
+
+def test_the_menu_works_on_a_phone(opened: Opened):
+    opened.view.set_viewport_size({"width": 390, "height": 800})
+    opened.view.get_by_role("button", name="Sections").click()
+    menu = opened.view.locator("#menu")
+    assert menu.is_visible()
+    box = menu.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    menu.get_by_role("link", name="Locality").click()
+    assert not menu.is_visible()
+    top = "document.getElementById('locality').getBoundingClientRect().top"
+    opened.until(f"{top} >= 0 && {top} < 300")
+    bar = opened.view.locator(".bar").bounding_box()
+    assert bar["y"] == 0  # it stays
+    assert opened.view.locator("#find").is_visible()
+    opened.view.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_on_paper_it_is_light_and_without_controls(browser: Any, opened: Opened, tmp_path: Path):
+    page = Opened(
+        browser, tmp_path / "p.html", Path(opened.address[7:]).read_text(), color_scheme="dark"
+    )
+    page.view.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.view.emulate_media(media="print")
+    assert page.view.evaluate("getComputedStyle(document.documentElement).backgroundColor") == (
+        "rgb(255, 255, 255)"
+    )
+    for query in (".bar", "#theme", "#map-order", ".tools"):
+        assert not page.view.locator(query).first.is_visible(), query
+    page.view.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.view.evaluate("document.documentElement.dataset.theme") is None
+    page.view.close()

@@ -28,10 +28,9 @@ from moe_inspect.reporting.charts.spec import (
 from moe_inspect.reporting.render.html import (
     asset,
     palette_css,
-    panel_json,
     script_hash,
-    without_numpy,
 )
+from moe_inspect.reporting.render.payload import panel_json, without_numpy
 from moe_inspect.text import readable
 from moe_inspect.watch.follow import RECORDING
 from moe_inspect.watch.run import Session

@@ -9,9 +9,7 @@ of the charts are embedded compressed.
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,23 +19,34 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from moe_inspect.errors import writing
-from moe_inspect.reporting.charts.spec import PALETTE, Axis, Chart, Heatmap, Mark, Panel
+from moe_inspect.reporting.charts.spec import PALETTE, Chart
+from moe_inspect.reporting.render.payload import packed, panel_json, rows_of, table_json
 from moe_inspect.reporting.verdict.findings import Finding
-from moe_inspect.text import number, readable
+from moe_inspect.text import readable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MOST_ROWS = 100  # of a table on the page
+# of the page itself
+IDS = (
+    "top",
+    "findings",
+    "more-findings",
+    "menu",
+    "find",
+    "found",
+    "payload",
+    "theme",
+    "card",
+    "now",
+)
 GRAVEST = 3  # findings on the first screen
 GROUPS = ("Balance", "Specialization", "Serving", "Router")
-SCRIPTS = ("chart.js", "card.js", "map.js", "page.js")
-LAST_CODE = 65535  # the 16-bit code of a heatmap's cell without a value
+SCRIPTS = ("chart.js", "card.js", "map.js", "tables.js", "find.js", "page.js")
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,9 @@ def page_html(page: Page) -> str:
     groups = _grouped(page)
     placed = [section for group in groups for section in group.sections]
     lead = _placed(page.lead, set()) if page.lead else None
-    charts = [one.chart for one in ([lead] if lead else []) + placed if one.chart is not None]
+    in_order = [*([lead] if lead else []), *placed]
+    charts = [one.chart for one in in_order if one.chart is not None]
+    tables = {one.name: table_json(one.table) for one in in_order if one.table is not None}
     panels = [panel_json(p) for chart in charts if not chart.interactive for p in chart.panels]
     script, said = "".join(map(asset, SCRIPTS)), _said(page)
     return template("page.html").render(
@@ -125,7 +136,7 @@ def page_html(page: Page) -> str:
         palette=Markup(palette_css()),
         style=Markup(asset("page.css")),
         script=Markup(script),
-        payload=packed({"panels": panels, "map": page.map_data}) if panels or page.map_data else "",
+        payload=packed({"panels": panels, "map": page.map_data, "tables": tables}),
     )
 
 
@@ -141,12 +152,12 @@ def _grouped(page: Page) -> list[Group]:
     """The groups in the order of GROUPS, then those of the page's own as they come; each section
     with an id of its own."""
     names = _in_order(section.group for section in page.sections)
-    taken = {"first", "findings", "payload", "theme", "card", "now", *map(slug, names)}
+    taken = {*IDS, *(f"group-{slug(name)}" for name in names)}
     if page.lead:
         taken.add(page.lead.name or slug(page.lead.title))
     return [
         Group(
-            slug(name) if name else "",
+            f"group-{slug(name)}" if name else "",
             name,
             [_placed(section, taken) for section in page.sections if section.group == name],
         )
@@ -197,31 +208,10 @@ def write_page(path: str | Path, text: str) -> None:
         Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def rows_of(frame: pd.DataFrame) -> dict[str, Any]:
-    """A table as the template takes it: at most MOST_ROWS rows."""
-    shown = frame.head(MOST_ROWS)
-    numeric = [frame[name].dtype.kind in "iuf" for name in frame.columns]
-    return {
-        "columns": list(zip([str(name) for name in frame.columns], numeric, strict=True)),
-        "rows": [
-            list(zip(map(number, row), numeric, strict=True))
-            for row in shown.itertuples(index=False, name=None)
-        ],
-        "more": len(frame) - len(shown),
-    }
-
-
 def picture(svg: str) -> str:
     """A drawing as the data URL of an image: scripts in it do not run, and its ids do not collide
     with those of another drawing."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
-def without_numpy(value: Any) -> Any:
-    """NumPy arrays and scalars as lists and numbers of Python."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{value!r} has no JSON")
 
 
 def template(name: str) -> Template:
@@ -260,77 +250,6 @@ def palette_css() -> str:
     """The colours of charts as CSS variables, which follow the theme."""
     colours = "".join(f"--{name}:light-dark({a},{b});" for name, (a, b) in PALETTE.items())
     return f":root{{{colours}}}"
-
-
-def panel_json(panel: Panel) -> dict[str, Any]:
-    """A panel as chart.js takes it."""
-    return {
-        "x": _axis(panel.x),
-        "y": _axis(panel.y),
-        "marks": [_mark(mark) for mark in panel.marks],
-    }
-
-
-def _axis(axis: Axis) -> dict[str, Any]:
-    return {**vars(axis), "labels": [readable(label) for label in axis.labels]}
-
-
-def _mark(mark: Mark) -> dict[str, Any]:
-    kind = type(mark).__name__.lower()
-    if not isinstance(mark, Heatmap):
-        fields: dict[str, np.ndarray | str | float | None] = vars(mark)
-        return {"kind": kind} | {
-            key: numbers(value) if isinstance(value, np.ndarray) else value
-            for key, value in fields.items()
-        }
-    R, C = mark.values.shape
-    texts = {"cells": mark.cells, "notes": mark.notes}
-    return {
-        "kind": kind,
-        "rows": R,
-        "columns": C,
-        "scale": vars(mark.scale),
-        **{key: None if of is None else of.ravel().tolist() for key, of in texts.items()},
-        **_coded(mark.values),
-    }
-
-
-def _coded(values_RC: np.ndarray) -> dict[str, Any]:
-    """Values as 16-bit codes on a linear scale from the smallest to the largest; the last code is
-    no value. A third of the size of decimals, and precise enough for a picture."""
-    known_RC = np.isfinite(values_RC)
-    low, high = 0.0, 1.0
-    if known_RC.any():
-        low, high = float(values_RC[known_RC].min()), float(values_RC[known_RC].max())
-    share_RC = (np.where(known_RC, values_RC, low) - low) / ((high - low) or 1.0)
-    codes_RC = np.where(known_RC, np.rint(share_RC * (LAST_CODE - 1)), LAST_CODE)
-    text = base64.b64encode(codes_RC.astype("<u2").tobytes()).decode()
-    return {"low": low, "high": high, "values": text}
-
-
-def numbers(values: np.ndarray) -> list[float | None]:
-    """Values for JSON: five digits, None for NaN."""
-    values = np.asarray(values, float)
-    known = np.isfinite(values)
-    size = np.where(known & (values != 0), np.abs(values), 1.0)
-    unit = 10.0 ** (4 - np.floor(np.log10(size)))
-    rounded = np.empty(values.shape, object)
-    rounded[known] = (np.rint(values * unit) / unit)[known].tolist()
-    return rounded.tolist()
-
-
-def packed(value: Any) -> str:
-    """JSON in gzip in base64: a third of the size, and no character with a meaning in HTML."""
-    text = json.dumps(
-        value,
-        default=without_numpy,
-        ensure_ascii=False,
-        allow_nan=False,
-        separators=(",", ":"),
-    )
-    return base64.b64encode(
-        gzip.compress(text.encode(errors="backslashreplace"), 6, mtime=0)
-    ).decode()
 
 
 def script_hash(script: str) -> str:

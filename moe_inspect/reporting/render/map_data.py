@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.reporting.render.html import numbers
+from moe_inspect.reporting.render.payload import numbers
 from moe_inspect.text import layer_label, readable
 
 if TYPE_CHECKING:

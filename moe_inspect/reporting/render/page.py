@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from moe_inspect.reporting.charts.spec import draw_charts
+from moe_inspect.reporting.charts.spec import TABLES_OF, Chart, draw_charts
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.map_data import map_data
+from moe_inspect.reporting.render.python import python_of_report
 from moe_inspect.reporting.tables.data import ReportData, worst_router
 from moe_inspect.reporting.tables.summary import facts
 from moe_inspect.reporting.verdict.chance import chance, uneven
@@ -22,9 +24,13 @@ def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
     added = list(more)
     lead = next((chart for chart in charts if chart.interactive == "map"), None)
     sections = [
-        *(chart_section(chart) for chart in charts if chart is not lead),
+        *(_section(data, chart) for chart in charts if chart is not lead),
         *(made for made in added if isinstance(made, Section)),
-        Section("About this trace", table=data.tables["summary"]),
+        Section(
+            "About this trace",
+            table=data.tables["summary"],
+            python=python_of_report(data, "summary"),
+        ),
     ]
     left_out += [made for made in added if isinstance(made, str)]
     experts, short = map_data(data)
@@ -36,7 +42,7 @@ def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
             warnings=[finding.text for finding in found if _of_data(finding)],
             verdict=[finding for finding in found if not _of_data(finding)],
             tiles=_tiles(data),
-            lead=chart_section(lead) if lead else None,
+            lead=_section(data, lead) if lead else None,
             sections=sections,
             left_out=[*left_out, *short],
             footer="Each number is about one router: expert 3 of one layer has nothing to do with "
@@ -47,6 +53,12 @@ def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
             link_of=lambda finding: _link(data, finding),
         )
     )
+
+
+def _section(data: ReportData, chart: Chart) -> Section:
+    tables = TABLES_OF.get(chart.name)
+    code = python_of_report(data, tables[0]) if tables else ""
+    return replace(chart_section(chart), python=code)
 
 
 def _of_data(finding: Finding) -> bool:

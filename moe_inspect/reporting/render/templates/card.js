@@ -49,19 +49,22 @@ moe.card = (experts, home, opened) => {
   let before = home;
   let shown = null;
 
-  const close = () => {
+  const address = (hash) => history.replaceState(null, "", hash || location.pathname + location.search);
+  const close = (back = true) => {
     if (place.hidden) return;
     place.hidden = true;
     shown = null;
-    before.focus();
+    if (/^#L\d.*E\d+$/.test(location.hash)) address("");
+    if (back) before.focus();
   };
   document.addEventListener("keydown", (event) => event.key === "Escape" && close());
+  document.addEventListener("pointerdown", (event) => !place.contains(event.target) && close(false));
 
   // anything in the card: a heading and nodes
   const show = (title, nodes, focus = true) => {
     if (focus && place.hidden) before = document.activeElement === document.body ? home : document.activeElement;
     const shut = h("button", { type: "button", "aria-label": "Close the card" }, "✕");
-    shut.addEventListener("click", close);
+    shut.addEventListener("click", () => close());
     place.replaceChildren(h("div", { className: "top" }, h("h2", { id: "card-title" }, title), shut), ...nodes);
     place.hidden = false;
     place.scrollTop = 0;
@@ -84,7 +87,9 @@ moe.card = (experts, home, opened) => {
     const parts = moe.cardParts.flatMap((part) => part(experts, row, expert));
     show(`Layer ${data.layers[row].label} · expert ${expert}`, [...sentences, ...parts], focus);
     shown = [row, expert];
-    if (focus) opened(row, expert);
+    if (!focus) return;
+    address(moe.address({ experts }, row, expert));
+    opened(row, expert);
   };
   // shows the card of the same expert again, after what it is made of has changed
   const refresh = () => shown && open(...shown, false);

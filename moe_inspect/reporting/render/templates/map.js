@@ -93,7 +93,7 @@ moe.map = (data) => {
 
   const card = moe.card(experts, grid, (row, expert) => map.move(row, orders[row].indexOf(expert)));
   const map = moe.plot(grid, panel, {
-    height: (heat) => 64 + heat.rows * Math.max(8, Math.min(38, 500 / heat.rows)), // with what stands above it, on a screen of 1440 × 900
+    height: (heat) => 64 + heat.rows * Math.max(7.5, Math.min(38, 480 / heat.rows)), // with what stands above it, on a screen of 1440 × 900
     note: (row, column) => [sentence(row, orders[row][column])],
     moved,
     open: (row, column) => column < orders[row].length && card.open(row, orders[row][column]),

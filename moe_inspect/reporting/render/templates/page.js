@@ -25,6 +25,32 @@ const half = () => moe.s("svg", { width: 16, height: 16, viewBox: "0 0 16 16", "
   moe.s("circle", { cx: 8, cy: 8, r: 6.5, fill: "none", stroke: "currentColor", "stroke-width": 1.5 }),
   moe.s("path", { d: "M8 1.5a6.5 6.5 0 0 1 0 13z", fill: "currentColor" }));
 
+// the menu closes behind who follows it; the group that is read is marked
+moe.bar = () => {
+  const menu = document.getElementById("menu");
+  menu?.addEventListener("click", (event) => event.target.closest("a") && menu.hidePopover());
+  const seen = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries)
+      document.querySelector(`.groups a[href="#${target.querySelector("h2")?.id}"]`)?.toggleAttribute("aria-current", isIntersecting);
+  }, { rootMargin: "-20% 0px -79% 0px" });
+  document.querySelectorAll(".group").forEach((group) => seen.observe(group));
+};
+
+// on paper everything is as in the light theme
+moe.print = () => {
+  let theme;
+  addEventListener("beforeprint", () => {
+    theme = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
+    moe.recolour();
+  });
+  addEventListener("afterprint", () => {
+    if (theme) document.documentElement.dataset.theme = theme;
+    else delete document.documentElement.dataset.theme;
+    moe.recolour();
+  });
+};
+
 moe.start = async () => {
   document.getElementById("theme").append(half());
   document.getElementById("theme").addEventListener("click", () => {
@@ -34,7 +60,8 @@ moe.start = async () => {
     moe.recolour();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", moe.recolour);
-  document.getElementById("menu")?.addEventListener("click", (event) => event.target.closest("a") && document.getElementById("menu").hidePopover());
+  moe.bar();
+  moe.print();
   const packed = document.getElementById("payload");
   const payload = packed ? JSON.parse(await moe.inflated(packed)) : {};
   document.querySelectorAll("[data-panel]").forEach((place, i) => {
@@ -42,10 +69,12 @@ moe.start = async () => {
     moe.plot(place, () => panel);
   });
   if (payload.map) moe.page = moe.map(payload.map);
+  moe.tables?.(payload.tables);
   for (const place of document.querySelectorAll("script[data-of]")) {
     const name = place.dataset.of;
     moe.widgets[name](document.querySelector(`[data-widget="${name}"]`), JSON.parse(await moe.inflated(place)), moe.page);
   }
+  moe.find?.(moe.page);
 };
 
 document.addEventListener("DOMContentLoaded", () =>

@@ -1,0 +1,137 @@
+"""What the scripts of a page read: charts and tables as JSON, compressed.
+
+R rows, C columns of a heatmap.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.reporting.charts.spec import Axis, Heatmap, Mark, Panel
+from moe_inspect.text import number, readable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_ROWS = 100  # of a table in the text of the page
+SORTED_ROWS = 5_000  # of a table that can be sorted and downloaded
+LAST_CODE = 65535  # the 16-bit code of a heatmap's cell without a value
+
+
+def packed(value: Any) -> str:
+    """JSON in gzip in base64: a third of the size, and no character with a meaning in HTML."""
+    text = json.dumps(
+        value,
+        default=without_numpy,
+        ensure_ascii=False,
+        allow_nan=False,
+        separators=(",", ":"),
+    )
+    return base64.b64encode(
+        gzip.compress(text.encode(errors="backslashreplace"), 6, mtime=0)
+    ).decode()
+
+
+def without_numpy(value: Any) -> Any:
+    """NumPy arrays and scalars as lists and numbers of Python."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{value!r} has no JSON")
+
+
+def rows_of(frame: pd.DataFrame) -> dict[str, Any]:
+    """A table as the template takes it: at most MOST_ROWS rows."""
+    shown = frame.head(MOST_ROWS)
+    numeric = [frame[name].dtype.kind in "iuf" for name in frame.columns]
+    return {
+        "columns": list(zip([str(name) for name in frame.columns], numeric, strict=True)),
+        "rows": [
+            list(zip(map(number, row), numeric, strict=True))
+            for row in shown.itertuples(index=False, name=None)
+        ],
+        "more": len(frame) - len(shown),
+    }
+
+
+def table_json(frame: pd.DataFrame) -> dict[str, Any]:
+    """A table as tables.js takes it: its first SORTED_ROWS rows by column, and how many there are.
+    Numbers are exact; None where there is none; infinity is "inf"."""
+    shown: Any = frame.head(SORTED_ROWS)
+    return {
+        "columns": [str(name) for name in shown.columns],
+        "numeric": [shown.dtypes.iloc[i].kind in "iuf" for i in range(shown.shape[1])],
+        "real": [shown.dtypes.iloc[i].kind == "f" for i in range(shown.shape[1])],
+        "values": [[_plain(v) for v in shown.iloc[:, i]] for i in range(shown.shape[1])],
+        "rows": len(frame),
+    }
+
+
+def _plain(value: Any) -> Any:
+    plain: Any = value.item() if hasattr(value, "item") else value
+    if plain is None or str(plain) == "<NA>" or plain != plain:
+        return None
+    if isinstance(plain, float) and not np.isfinite(plain):
+        return str(plain)
+    return plain if isinstance(plain, bool | int | float) else str(plain)
+
+
+def panel_json(panel: Panel) -> dict[str, Any]:
+    """A panel as chart.js takes it."""
+    return {
+        "x": _axis(panel.x),
+        "y": _axis(panel.y),
+        "marks": [_mark(mark) for mark in panel.marks],
+    }
+
+
+def _axis(axis: Axis) -> dict[str, Any]:
+    return {**vars(axis), "labels": [readable(label) for label in axis.labels]}
+
+
+def _mark(mark: Mark) -> dict[str, Any]:
+    kind = type(mark).__name__.lower()
+    if not isinstance(mark, Heatmap):
+        fields: dict[str, np.ndarray | str | float | None] = vars(mark)
+        return {"kind": kind} | {
+            key: numbers(value) if isinstance(value, np.ndarray) else value
+            for key, value in fields.items()
+        }
+    R, C = mark.values.shape
+    texts = {"cells": mark.cells, "notes": mark.notes}
+    return {
+        "kind": kind,
+        "rows": R,
+        "columns": C,
+        "scale": vars(mark.scale),
+        **{key: None if of is None else of.ravel().tolist() for key, of in texts.items()},
+        **_coded(mark.values),
+    }
+
+
+def _coded(values_RC: np.ndarray) -> dict[str, Any]:
+    """Values as 16-bit codes on a linear scale from the smallest to the largest; the last code is
+    no value. A third of the size of decimals, and precise enough for a picture."""
+    known_RC = np.isfinite(values_RC)
+    low, high = 0.0, 1.0
+    if known_RC.any():
+        low, high = float(values_RC[known_RC].min()), float(values_RC[known_RC].max())
+    share_RC = (np.where(known_RC, values_RC, low) - low) / ((high - low) or 1.0)
+    codes_RC = np.where(known_RC, np.rint(share_RC * (LAST_CODE - 1)), LAST_CODE)
+    text = base64.b64encode(codes_RC.astype("<u2").tobytes()).decode()
+    return {"low": low, "high": high, "values": text}
+
+
+def numbers(values: np.ndarray) -> list[float | None]:
+    """Values for JSON: five digits, None for NaN."""
+    values = np.asarray(values, float)
+    known = np.isfinite(values)
+    size = np.where(known & (values != 0), np.abs(values), 1.0)
+    unit = 10.0 ** (4 - np.floor(np.log10(size)))
+    rounded = np.empty(values.shape, object)
+    rounded[known] = (np.rint(values * unit) / unit)[known].tolist()
+    return rounded.tolist()

@@ -1,0 +1,46 @@
+"""The Python that gives what a page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.thresholds import Thresholds
+from moe_inspect.text import ranges
+from moe_inspect.trace.reader import Trace
+
+
+def python_of_table(function: str, traces: Sequence[Trace], table: str, **options: Any) -> str:
+    """Lines that call `moe_inspect.function` on the traces, with those options that are not None,
+    and give a table of the result."""
+    given = [repr(_address(trace)) for trace in traces]
+    given += [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    return (
+        f"import moe_inspect\n\nmade = moe_inspect.{function}({', '.join(given)})\n"
+        f"made.tables[{table!r}]"
+    )
+
+
+def python_of_report(data: ReportData, table: str) -> str:
+    """Lines that make the same report and give one of its tables."""
+    selection, trace = data.selection, data.trace
+    whole = len(selection.routers) == len(trace.routers)
+    usual = asdict(Thresholds())
+    changed = {k: v for k, v in asdict(data.thresholds).items() if v != usual[k]}
+    options = {
+        "layers": None if whole else ranges({trace.routers[r].layer for r in selection.routers}),
+        "domains": sorted(selection.domains) if selection.domains else None,
+        "phase": selection.phase,
+        "top": None if data.top == 20 else data.top,
+        "window": data.window,
+        "thresholds": changed or None,
+    }
+    return python_of_table("report", [trace], table, **options)
+
+
+def _address(trace: Trace) -> str:
+    """Where the trace is, from any folder."""
+    return str(trace.path.absolute() if isinstance(trace.path, Path) else trace.path)
