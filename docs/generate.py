@@ -32,7 +32,8 @@ def _command(command: Any, name: str) -> Iterator[str]:
             names, text = parameter.get_help_record(context)
             names = names.strip().replace("|", "\\|")  # a cell ends at a bar, even in code
             yield f"| `{names}` | {_text(text)} |"
-        yield ""
+        examples = "\n".join(f"moe-inspect {line}" for line in command.page.examples)
+        yield from ("", f"```text\n{examples}\n```", "")
     for subcommand in subcommands:
         yield from _command(subcommands[subcommand], f"{name} {subcommand}")
 

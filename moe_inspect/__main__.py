@@ -30,12 +30,13 @@ def _run() -> int:
     from moe_inspect.text import first_line, print_stderr
 
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="moe-inspect")
         with to_stdout():  # help is written by typer
             sys.stdout.flush()
         return code or 0
     except UsageError as error:
         text = io.StringIO()
+        error.message = error.message.replace("Value error, ", "")  # pydantic's
         error.show(text)
         for line in text.getvalue().splitlines():
             print_stderr(line)

@@ -97,6 +97,20 @@ def comma_list(ids: list[int]) -> str:
     return join_first([str(i) for i in ids], 6, ", ")
 
 
+def no_such(what: str, name: str, known: Iterable[str]) -> str:
+    """ "no table 'lod' (did you mean load?): there are balance, load"."""
+    known = list(known)
+    return f"no {what} {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean load?)": what is written much like the name, or nothing."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 def verb_for(subjects: Any, verb: str) -> str:
     """The verb in the number of its subjects: "gets" for one, "get" for more."""
     return f"{verb}s" if len(subjects) == 1 else verb

@@ -544,9 +544,8 @@ def test_help_is_light(cli: Cli, cli_here: Cli) -> None:
     assert "trace" in cli("--help").stdout
     assert cli("--version").stdout.startswith("moe-inspect ")
     for group in ((), ("simulate",)):
-        commands = cli_here(*group, "--help").stdout.partition("Commands:\n")[2]
-        assert commands
-        assert "..." not in commands  # every summary fits its line
+        said = cli_here(*group, "--help").stdout
+        assert "..." not in said.replace("ARGS]...", "")  # every summary fits its line
 
 
 def test_a_terminal_sees_progress(tmp_path: Path, model: Path, corpus: Path) -> None:

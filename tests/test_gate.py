@@ -54,9 +54,15 @@ def test_a_breach_is_named_and_exits_with_3(cli_here: Cli, tmp_path: Path):
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        (["--fail-above", "ginny=1"], "no metric 'ginny': there are max_over_mean, max_vio"),
+        (
+            ["--fail-above", "ginny=1"],
+            "no metric 'ginny' (did you mean gini?): there are max_over_mean, max_vio",
+        ),
         (["--fail-below", "gini"], "expected METRIC=VALUE, e.g. gini=0.5"),
-        (["--threshold", "even=1"], "no threshold 'even': there are uneven, overloaded"),
+        (
+            ["--threshold", "even=1"],
+            "no threshold 'even' (did you mean uneven?): there are uneven, overloaded",
+        ),
         (["--threshold", "uneven=-1"], "give a number from 0 up"),
         (["--threshold", "uneven"], "expected NAME=VALUE, e.g. uneven=0.3"),
     ],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import did_you_mean
 from moe_inspect.trace.schema import parse_ranges
 
 DRIFT = "drift"
@@ -85,7 +86,8 @@ def parse_rule(text: str) -> Rule:
     metric = found["metric"]
     if metric not in known_metrics():
         raise MoeInspectError(
-            f"no metric {metric!r} in the rule {text.strip()!r}: there are "
+            f"no metric {metric!r} in the rule {text.strip()!r}"
+            f"{did_you_mean(metric, known_metrics())}: there are "
             f"{', '.join(known_metrics())}"
         )
     if found["sign"]:

@@ -20,6 +20,7 @@ from moe_inspect.cli import (
     verify,
     watch,
 )
+from moe_inspect.cli.help.command import GroupedCommand, GroupOfCommands
 
 # of typer's own copy of click, which does not export the name
 UsageError: Any = typer.BadParameter.mro()[2]
@@ -28,20 +29,20 @@ app = typer.Typer(
     name="moe-inspect",
     help="Where do the tokens go? Record and analyse the routing of Mixture-of-Experts models.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=GroupOfCommands,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("trace")(trace.trace)
+app.command("trace", cls=GroupedCommand)(trace.trace)
 app.command("report", cls=report.ReportCommand)(report.report)
-app.command("text")(text.text)
+app.command("text", cls=GroupedCommand)(text.text)
 app.command("compare", cls=compare.CompareCommand)(compare.compare)
-app.command("describe")(describe.describe)
+app.command("describe", cls=GroupedCommand)(describe.describe)
 app.command("import", cls=import_.ImportCommand)(import_.import_)
-app.command("verify")(verify.verify)
+app.command("verify", cls=GroupedCommand)(verify.verify)
 app.command("export", cls=export.ExportCommand)(export.export)
-app.command("watch")(watch.watch)
-app.command("doctor")(doctor.doctor)
+app.command("watch", cls=GroupedCommand)(watch.watch)
+app.command("doctor", cls=GroupedCommand)(doctor.doctor)
 app.add_typer(simulate.app, name="simulate")
 
 

@@ -10,6 +10,7 @@ import typer
 
 from moe_inspect.cli.emit import SafeCsv
 from moe_inspect.cli.formats import FormatsCommand
+from moe_inspect.cli.help.complete import traces
 from moe_inspect.exporters import MODULES
 from moe_inspect.text import print_stderr
 
@@ -34,7 +35,13 @@ class ExportCommand(FormatsCommand):
 
 def export(
     trace: Annotated[
-        Path, typer.Argument(metavar="TRACE", help="Directory of the trace.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="TRACE",
+            help="Directory of the trace.",
+            show_default=False,
+            autocompletion=traces,
+        ),
     ],
     format: Annotated[
         ExportFormat, typer.Option(help="What to write: see Formats.", show_default=False)

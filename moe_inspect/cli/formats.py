@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from typer.core import TyperCommand
+from moe_inspect.cli.help.command import GroupedCommand
 
 
-class FormatsCommand(TyperCommand, ABC):
+class FormatsCommand(GroupedCommand, ABC):
     """Adds a section "Formats". The registry is loaded only when the help is asked for."""
 
     @abstractmethod

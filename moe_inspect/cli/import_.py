@@ -13,7 +13,7 @@ import typer
 from moe_inspect.cli.formats import FormatsCommand
 from moe_inspect.cli.options import CommitEvery
 from moe_inspect.importers import MODULES
-from moe_inspect.text import print_stderr
+from moe_inspect.text import no_such, print_stderr
 
 
 class ImportCommand(FormatsCommand):
@@ -107,7 +107,7 @@ def import_(
     from moe_inspect.importers.run import import_trace
 
     if format not in (*MODULES, "auto"):
-        raise typer.BadParameter(f"no format {format!r}: there are {', '.join(MODULES)} and auto")
+        raise typer.BadParameter(no_such("format", format, [*MODULES, "auto"]))
     if model is not None and config is not None:
         raise typer.BadParameter("--model and --config say the same: give one")
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperOption
+
+from moe_inspect.cli.help.command import GroupedCommand
 
 Output = Annotated[
     Path | None,
@@ -128,7 +130,7 @@ def with_options(of: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
     return decorated
 
 
-class TableCommand(TyperCommand, ABC):
+class TableCommand(GroupedCommand, ABC):
     """Names the tables in the help of --table, which takes pandas: only when it is asked for."""
 
     @abstractmethod

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
+from moe_inspect.cli.help.complete import traces
 from moe_inspect.cli.options import Output
 from moe_inspect.errors import MoeInspectError
 
@@ -24,7 +25,10 @@ class Sort(StrEnum):
 
 
 def text(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="The directory of a trace.")],
+    trace: Annotated[
+        Path,
+        typer.Argument(metavar="TRACE", help="The directory of a trace.", autocompletion=traces),
+    ],
     document: Annotated[
         int | None,
         typer.Option(

@@ -9,12 +9,19 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.emit import to_stdout
+from moe_inspect.cli.help.complete import traces
 from moe_inspect.text import print_stderr
 
 
 def verify(
     trace: Annotated[
-        Path, typer.Argument(metavar="TRACE", help="Directory of the trace.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="TRACE",
+            help="Directory of the trace.",
+            show_default=False,
+            autocompletion=traces,
+        ),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object.")

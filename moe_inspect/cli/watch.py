@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moe_inspect.cli.help.complete import traces
 from moe_inspect.cli.options import seconds
 
 
@@ -16,6 +17,7 @@ def watch(
         str,
         typer.Argument(
             metavar="TRACE",
+            autocompletion=traces,
             help="Directory of a trace that is being written, or will be; or its URL (s3:// …).",
             show_default=False,
         ),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.exporters.registry import exporters
+from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace
 
 
@@ -38,7 +39,7 @@ def export_trace(
     """
     known = exporters()
     if format not in known:
-        raise MoeInspectError(f"no format {format!r}: there are {', '.join(known)}")
+        raise MoeInspectError(no_such("format", format, known))
     given = (("top_p", top_p), ("score", score), ("safe_csv", safe_csv or None))
     options = {name: value for name, value in given if value is not None}
     if wrong := [name for name in options if name not in known[format].options]:

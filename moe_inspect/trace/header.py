@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import ranges
+from moe_inspect.text import did_you_mean, ranges
 from moe_inspect.trace import parts, schema, slot_order
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.parts import Stated
@@ -96,8 +96,9 @@ class TraceHeader:
         if not chosen:
             layers = sorted({r.layer for r in self.routers})
             asked = f"layer {layer}" if layer is not None else f"router {router}"
+            near = "" if layer is None else did_you_mean(str(layer), map(str, layers))
             raise MoeInspectError(
-                f"no {asked} in {self.path}: it has layers {ranges(layers)} and routers "
+                f"no {asked} in {self.path}{near}: it has layers {ranges(layers)} and routers "
                 f"0-{len(self.routers) - 1}"
             )
         return chosen

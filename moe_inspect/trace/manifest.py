@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import did_you_mean, join_first
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import write_atomically
@@ -21,9 +22,7 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
     """Reads the manifest, and checks everything that other code relies on."""
     path = inside(root, schema.MANIFEST)
     if not path.is_file():
-        raise MoeInspectError(
-            f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root}"'
-        )
+        raise no_trace(root)
     try:
         data = (
             path.read_bytes()
@@ -49,6 +48,32 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
     except RecursionError:
         raise Damaged(path, "it is nested too deeply", schema.MANIFEST) from None
     return manifest
+
+
+def no_trace(root: Path | Remote) -> MoeInspectError:
+    """That there is no trace, and what to do: take one that is near, or make one, where nothing is
+    in the way."""
+    if isinstance(root, Remote):
+        return MoeInspectError(f"no trace at {root}")
+    if root.is_dir():
+        if inside := _traces_in(root):
+            return MoeInspectError(
+                f"no trace at {root}, but in it: {join_first([str(p) for p in inside], 6, ', ')}"
+            )
+        return MoeInspectError(
+            f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root / "NAME"}"'
+        )
+    near = did_you_mean(str(root), map(str, _traces_in(root.parent)))
+    return MoeInspectError(
+        f'no trace at {root}{near}: make one with "moe-inspect trace MODEL -o {root}"'
+    )
+
+
+def _traces_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(p.parent for p in folder.glob(f"*/{schema.MANIFEST}"))
+    except OSError:
+        return []
 
 
 def _beginning(path: Path, most_bytes: int) -> bytes:

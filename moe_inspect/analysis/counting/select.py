@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import ranges
+from moe_inspect.text import did_you_mean, ranges
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import PHASES, Router, parse_ranges
 
@@ -30,9 +30,10 @@ def select(
     have been read: `count` checks those."""
     chosen = parse_layers(layers, trace.routers)
     if not chosen:
-        has = ranges(sorted({r.layer for r in trace.routers}))
+        there, asked = sorted({r.layer for r in trace.routers}), _text(layers or "")
         raise MoeInspectError(
-            f"no layer {_text(layers or '')} in {trace.path}: it has layers {has}"
+            f"no layer {asked} in {trace.path}{did_you_mean(asked, map(str, there))}: it has "
+            f"layers {ranges(there)}"
         )
     if phase is not None and phase not in PHASES:
         raise MoeInspectError(f"no phase {phase!r}: there are {' and '.join(PHASES)}")

@@ -251,4 +251,5 @@ def _message(data: bytes) -> str:
         text = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, RecursionError):
         text = data.decode(errors="replace")
+    text = text.replace("Value error, ", "")  # pydantic's
     return " ".join(text.split())[:300] or "no reason given"

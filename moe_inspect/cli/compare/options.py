@@ -8,18 +8,26 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv
+from moe_inspect.cli.help.complete import metrics, tables, traces
 from moe_inspect.cli.options import Domains, Html, OfPhase, Output, Plots
 
 TraceA = Annotated[
-    str, typer.Argument(metavar="A", help="A trace, or its URL (s3://…).", show_default=False)
+    str,
+    typer.Argument(
+        metavar="A", help="A trace, or its URL (s3://…).", show_default=False, autocompletion=traces
+    ),
 ]
 TraceB = Annotated[
-    str, typer.Argument(metavar="B", help="Another of the same tokens.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="B", help="Another of the same tokens.", show_default=False, autocompletion=traces
+    ),
 ]
 Traces = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="C",
+        autocompletion=traces,
         help="Further checkpoints, in the order of training: each is compared with the last.",
         show_default=False,
     ),
@@ -34,13 +42,19 @@ class CompareOptions:
         str | None,
         typer.Option(
             metavar="TRACE",
+            autocompletion=traces,
             help="A second run of A: what differs between the two is no difference.",
             show_default=False,
         ),
     ] = None
     table: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="One table instead of the text.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="One table instead of the text.",
+            show_default=False,
+            autocompletion=tables,
+        ),
     ] = None
     format: Annotated[
         Format | None,
@@ -103,6 +117,7 @@ class CompareOptions:
         list[str] | None,
         typer.Option(
             metavar="METRIC=VALUE",
+            autocompletion=metrics,
             help=(
                 "Exit with 3 if the metric of any router, or of all tokens, is above: "
                 "set_mismatch=0.01, tokens_mismatch=0.05; repeatable or comma-separated."
@@ -114,6 +129,7 @@ class CompareOptions:
         list[str] | None,
         typer.Option(
             metavar="METRIC=VALUE",
+            autocompletion=metrics,
             help="Exit with 3 if the metric is below: overlap=0.99; repeatable or comma-separated.",
             show_default=False,
         ),

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv
+from moe_inspect.cli.help.complete import metrics, tables, traces
 from moe_inspect.cli.options import Domains, Html, Layers, OfPhase, Output, Plots
 
 
@@ -29,6 +30,7 @@ class ReportOptions:
         str | None,
         typer.Argument(
             metavar="TRACE",
+            autocompletion=traces,
             help="The directory of a trace, or its URL (s3://…).",
             show_default=False,
         ),
@@ -41,7 +43,12 @@ class ReportOptions:
     ] = False
     table: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="One table instead of the report.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="One table instead of the report.",
+            show_default=False,
+            autocompletion=tables,
+        ),
     ] = None
     format: Annotated[
         Format | None,
@@ -97,6 +104,7 @@ class ReportOptions:
         list[str] | None,
         typer.Option(
             metavar="METRIC=VALUE",
+            autocompletion=metrics,
             help="Exit with 3 if the metric of any selected router is above; repeatable.",
             show_default=False,
         ),
@@ -105,6 +113,7 @@ class ReportOptions:
         list[str] | None,
         typer.Option(
             metavar="METRIC=VALUE",
+            autocompletion=metrics,
             help="Exit with 3 if the metric of any selected router is below; repeatable.",
             show_default=False,
         ),

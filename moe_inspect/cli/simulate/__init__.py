@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import typer
 
+from moe_inspect.cli.help.command import GroupedCommand, GroupOfCommands
 from moe_inspect.cli.simulate import cache, capacity, decode, placement, routing
 
 app = typer.Typer(
     help="Replay a trace under other assumptions.",
     no_args_is_help=True,
+    cls=GroupOfCommands,
     rich_markup_mode=None,
 )
 
@@ -18,8 +20,8 @@ def _simulate() -> None:
     pass
 
 
-app.command("capacity")(capacity.capacity)
-app.command("placement")(placement.placement)
-app.command("decode")(decode.decode)
-app.command("cache")(cache.cache)
-app.command("routing")(routing.routing)
+app.command("capacity", cls=GroupedCommand)(capacity.capacity)
+app.command("placement", cls=GroupedCommand)(placement.placement)
+app.command("decode", cls=GroupedCommand)(decode.decode)
+app.command("cache", cls=GroupedCommand)(cache.cache)
+app.command("routing", cls=GroupedCommand)(routing.routing)

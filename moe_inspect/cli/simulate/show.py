@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
+from moe_inspect.cli.help.complete import traces
 from moe_inspect.cli.options import Output
 from moe_inspect.errors import writing
-from moe_inspect.text import print_stderr, printable
+from moe_inspect.text import no_such, print_stderr, printable
 
 if TYPE_CHECKING:
     from moe_inspect.simulate.result import Simulation
@@ -23,7 +24,10 @@ N = TypeVar("N", int, float)
 ROWS = 24  # of a table in the text; --table has them all
 
 TraceArgument = Annotated[
-    Path, typer.Argument(metavar="TRACE", help="The directory of a trace.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="TRACE", help="The directory of a trace.", show_default=False, autocompletion=traces
+    ),
 ]
 
 
@@ -101,7 +105,7 @@ def show(simulation: Simulation, options: ShowOptions) -> None:
     ending = format_of(output)
     main = next(iter(simulation.tables))
     if table is not None and table not in simulation.tables:
-        raise typer.BadParameter(f"no table {table!r}: there are {', '.join(simulation.tables)}")
+        raise typer.BadParameter(no_such("table", table, simulation.tables))
     if output is not None and format is None and ending is None:
         raise typer.BadParameter(
             f"-o {output}: no format has this ending, add --format {', '.join(Format)}"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import no_such
 
 Maker = TypeVar("Maker", bound=Callable[[Any], pd.DataFrame])
 
@@ -42,7 +43,7 @@ def table(
 def check_table(name: str, tables: Mapping[str, Table] = TABLES) -> None:
     """Raises MoeInspectError where there is no table of that name."""
     if name not in tables:
-        raise MoeInspectError(f"no table {name!r}: there are {', '.join(tables)}")
+        raise MoeInspectError(no_such("table", name, tables))
 
 
 class LazyTables(Mapping[str, pd.DataFrame]):

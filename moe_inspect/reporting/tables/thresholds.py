@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from moe_inspect.analysis.metrics.balance import STARVED, UNEVEN
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import no_such
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def thresholds_with(changes: Mapping[str, float] | None = None) -> Thresholds:
     changes, names = changes or {}, [f.name for f in fields(Thresholds)]
     for name, value in changes.items():
         if name not in names:
-            raise MoeInspectError(f"no threshold {name!r}: there are {', '.join(names)}")
+            raise MoeInspectError(no_such("threshold", name, names))
         if not 0 <= value < float("inf"):
             raise MoeInspectError(f"threshold {name} is {value:g}: give a number from 0 up")
     return replace(Thresholds(), **changes)

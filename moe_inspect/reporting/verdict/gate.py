@@ -11,7 +11,7 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import TABLES, Table
-from moe_inspect.text import layer_label
+from moe_inspect.text import layer_label, no_such
 from moe_inspect.trace.reader import Trace
 
 
@@ -29,7 +29,7 @@ def gate(text: str, above: bool, tables: Mapping[str, Table] = TABLES) -> Gate:
     metric, equals, limit = (part.strip() for part in text.partition("="))
     known = gated(tables)
     if metric not in known:
-        raise MoeInspectError(f"no metric {metric!r}: there are {', '.join(known)}")
+        raise MoeInspectError(no_such("metric", metric, known))
     try:
         value = float(limit)
     except ValueError:

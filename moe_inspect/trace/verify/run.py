@@ -12,7 +12,7 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import refuse_while_locked
-from moe_inspect.trace.manifest import writer_of
+from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import contents
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify.counts import check_counts
@@ -37,9 +37,7 @@ def verify(path: str | Path, progress: Callable[[int], None] | None = None) -> V
                 f"no trace at {root} yet: its writer was stopped before anything was committed; "
                 "--resume starts it again"
             )
-        raise MoeInspectError(
-            f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root}"'
-        )
+        raise no_trace(root)
     try:
         _verify(_opened(root), found, progress)
     except Violation as violation:

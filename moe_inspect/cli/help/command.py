@@ -1,0 +1,79 @@
+"""Commands whose `--help` has its options in groups, examples at its end, and the width of the
+terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from moe_inspect.cli.help.pages import COMMANDS, PAGES, Page
+
+WIDEST = 1_000  # as wide as the terminal is
+HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose page of help is in PAGES."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self.context_settings.setdefault("max_content_width", WIDEST)
+
+    @property
+    def page(self) -> Page:
+        return PAGES.get(self.name or "", Page())
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        group_of: dict[str, str] = {}
+        for title, names in self.page.groups.items():
+            for name in names:
+                group_of.setdefault(name, title)
+        titles = ["Arguments", *self.page.groups, "Options"]
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                rest = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                rows[group_of.get(parameter.name or "", rest)].append(record)
+        _write_sections(formatter, rows)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        _write_examples(formatter, self.page.examples)
+
+
+class GroupOfCommands(TyperGroup):
+    """Commands in the groups of COMMANDS."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self.context_settings.setdefault("max_content_width", WIDEST)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        title_of = {name: title for title, names in COMMANDS.items() for name in names}
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in [*COMMANDS, "Commands"]}
+        longest = max(map(len, self.commands))
+        for name in self.list_commands(ctx):
+            said = self.commands[name].get_short_help_str(formatter.width - 6 - longest)
+            rows[title_of.get(name, "Commands")].append((name.ljust(longest), said))
+        _write_sections(formatter, rows)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        page = PAGES.get("" if ctx.parent is None else self.name or "", Page())
+        _write_examples(formatter, page.examples)
+
+
+def _write_sections(formatter: Any, rows: Mapping[str, list[tuple[str, str]]]) -> None:
+    for title, records in rows.items():
+        if records:
+            with formatter.section(title):
+                formatter.write_dl([(name, text.replace("-", HYPHEN)) for name, text in records])
+    formatter.buffer[:] = [part.replace(HYPHEN, "-") for part in formatter.buffer]
+
+
+def _write_examples(formatter: Any, examples: Iterable[str]) -> None:
+    if examples:
+        with formatter.section("Examples"):
+            for line in examples:
+                formatter.write(f"{'':{formatter.current_indent}}moe-inspect {line}\n")

@@ -1,0 +1,177 @@
+"""What the pages of help are made of, besides the options themselves: groups and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Page:
+    """groups: title → names of parameters; those in no group are under "Options". examples: command
+    lines, without "moe-inspect"."""
+
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    examples: tuple[str, ...] = ()
+
+
+# title → commands
+COMMANDS = {
+    "Record": ("trace", "import", "watch", "doctor"),
+    "Look": ("report", "text", "compare", "describe"),
+    "Try": ("simulate", "ablate", "prune"),
+    "Files": ("verify", "export"),
+}
+
+_OUTPUT = ("full", "table", "format", "output", "safe_csv", "plots", "html", "simulate", "top")
+_SELECTION = ("layers", "domain", "phase")
+_GATES = ("fail_above", "fail_below", "threshold", "rules")
+_SHOWN = {"Selection": _SELECTION, "Output": _OUTPUT}
+
+# name of a command → its page; "" is moe-inspect itself
+PAGES = {
+    "": Page(
+        examples=(
+            "trace demo -o runs/demo",
+            "report runs/demo",
+            "report runs/demo --html report.html",
+        )
+    ),
+    "trace": Page(
+        {
+            "Text": (
+                "data",
+                "text_field",
+                "domain_field",
+                "max_tokens",
+                "max_length",
+                "batch_tokens",
+                "special_tokens",
+            ),
+            "Decoding": ("generate", "temperature", "seed"),
+            "Model": (
+                "capture",
+                "device",
+                "device_map",
+                "dtype",
+                "revision",
+                "trust_remote_code",
+                "dequantize",
+                "random_init",
+                "loader",
+                "routers",
+            ),
+            "Record": ("layers", "text", "weights", "logits", "counts_only"),
+            "Trace": ("output", "resume", "overwrite", "commit_every", "watch"),
+            "Server": ("engine", "model_config", "concurrency", "timeout", "api_key"),
+        },
+        (
+            "trace demo -o runs/demo",
+            "trace allenai/OLMoE-1B-7B-0924 -o runs/olmoe --data wiki.jsonl",
+            "trace ./checkpoint -o runs/a --data corpus/ --generate 32 --logits",
+            "trace http://localhost:8000 --engine vllm -o runs/served",
+        ),
+    ),
+    "report": Page(
+        {**_SHOWN, "Checks, exit code 3": _GATES},
+        (
+            "report runs/a",
+            "report runs/a --html report.html",
+            "report runs/a --table load --layers 0-3 --format csv -o load.csv",
+            "report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0",
+        ),
+    ),
+    "text": Page(
+        {
+            "A document": ("document",),
+            "An expert": ("layer", "expert", "top", "sort", "context", "seed"),
+            "Output": ("format", "output", "safe_csv"),
+        },
+        (
+            "text runs/a --document 0 --layer 3",
+            "text runs/a --layer 2 --expert 5",
+            "text runs/a --layer 2 --expert 5 --sort random --format csv",
+        ),
+    ),
+    "compare": Page(
+        {
+            **_SHOWN,
+            "Alignment": (
+                "noise",
+                "shift_layers",
+                "shift_positions",
+                "shift_routes",
+                "drop_last",
+                "drop_zero_filled",
+            ),
+            "Checks, exit code 3": _GATES,
+        },
+        (
+            "compare runs/bf16 runs/fp8",
+            "compare runs/bf16 runs/fp8 --table flips --format csv",
+            "compare runs/step-1000 runs/step-2000 runs/step-3000",
+            "compare runs/train runs/serve --fail-above set_mismatch=0.01",
+        ),
+    ),
+    "describe": Page(
+        {
+            "Training": ("train_tokens", "gpu", "mfu", "gpu_hours"),
+            "Output": _OUTPUT,
+            "Model": ("revision", "trust_remote_code"),
+        },
+        (
+            "describe allenai/OLMoE-1B-7B-0924",
+            "describe config.json --train-tokens 2e12 --mfu 0.4",
+        ),
+    ),
+    "import": Page(
+        {
+            "Model": ("model", "config", "experts", "top_k", "pipeline_stages"),
+            "Trace": ("output", "overwrite", "commit_every"),
+        },
+        (
+            "import auto recorded/ -o runs/served --model Qwen/Qwen3-30B-A3B",
+            "import counts loads.csv -o runs/loads --top-k 8",
+        ),
+    ),
+    "verify": Page(examples=("verify runs/a", "verify runs/a --json")),
+    "export": Page(
+        examples=(
+            "export runs/a --format counts -o counts.csv",
+            "export runs/a --format sglang -o distribution.json",
+        )
+    ),
+    "watch": Page(
+        {
+            "Alarms": ("window", "rules"),
+            "Serve a page": ("serve", "per_expert", "allow_host"),
+        },
+        (
+            "watch runs/a",
+            "watch runs/a --rules rules.txt",
+            "watch runs/a --serve 8000",
+        ),
+    ),
+    "doctor": Page(
+        {
+            "Model": ("device", "dtype", "revision", "trust_remote_code", "random_init"),
+        },
+        ("doctor", "doctor demo", "doctor allenai/OLMoE-1B-7B-0924 --device cuda"),
+    ),
+    "capacity": Page(_SHOWN, ("simulate capacity runs/a --capacity-factor 1.0,1.25,2.0",)),
+    "placement": Page(
+        {
+            "GPUs": ("gpus", "nodes", "physical_experts", "groups"),
+            "Policy": ("policy", "fit_share", "window", "minimize", "slack", "dispatch"),
+            "Plan": ("output", "plan_for"),
+            **_SHOWN,
+        },
+        (
+            "simulate placement runs/a --gpus 8 --physical-experts 72",
+            "simulate placement runs/a --gpus 8 -o plan.json",
+        ),
+    ),
+    "decode": Page(_SHOWN, ("simulate decode runs/a --batch 1,8,32",)),
+    "cache": Page(_SHOWN, ("simulate cache runs/a --slots 2,4 --expert-mb 90 --gb-per-s 25",)),
+    "routing": Page(_SHOWN, ("simulate routing runs/a --top-k 1,2,4",)),
+}

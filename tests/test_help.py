@@ -1,0 +1,122 @@
+"""The pages of --help, what a shell completes, and what a slip of the keys is told."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from moe_inspect.cli import app
+from moe_inspect.cli.help.complete import metrics, tables, traces
+from moe_inspect.cli.help.pages import COMMANDS, PAGES
+from moe_inspect.text import did_you_mean, no_such
+from tests.conftest import ROOT, Cli
+
+ROOT_COMMAND: Any = typer.main.get_command(app)
+
+
+def commands(command: Any = ROOT_COMMAND, name: str = "") -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for inner in getattr(command, "commands", {}).items():
+        yield from commands(inner[1], inner[0])
+
+
+def help_of(command: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    context = command.make_context(f"moe-inspect {command.name}", [], resilient_parsing=True)
+    return command.get_help(context).splitlines()
+
+
+def test_every_option_of_a_group_exists_and_every_command_has_examples() -> None:
+    known = dict(commands())
+    assert set(PAGES) == set(known) - {"simulate"}
+    for name, page in PAGES.items():
+        there = {parameter.name for parameter in known[name].params}
+        named = {n for title, names in page.groups.items() if title != "Output" for n in names}
+        assert named - {"domain", "phase", "rules", "threshold"} <= there, name
+        assert page.examples
+    assert {n for names in COMMANDS.values() for n in names} >= set(ROOT_COMMAND.commands)
+
+
+@pytest.mark.parametrize("example", [line for page in PAGES.values() for line in page.examples])
+def test_examples_are_read_as_they_stand(example: str) -> None:
+    command, arguments = ROOT_COMMAND, shlex.split(example)
+    while hasattr(command, "commands"):
+        command = command.commands[arguments.pop(0)]
+    command.make_context("moe-inspect", arguments)  # a usage error raises
+    assert len(f"  moe-inspect {example}") <= 80
+
+
+def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, command in commands():
+        narrow, wide = (help_of(command, columns, monkeypatch) for columns in (80, 150))
+        words = [set(" ".join(lines).split()) for lines in (narrow, wide)]
+        assert words[0] == words[1], name  # none is broken, at a hyphen either
+        assert max(map(len, narrow)) <= 80
+        assert len(wide) <= len(narrow)
+        assert len(narrow) < 40 or max(map(len, wide)) > 100
+
+
+def complete(*words: str) -> list[str]:
+    """What bash is offered for the last word."""
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_inspect"],
+        env={
+            **os.environ,
+            "_MOE_INSPECT_COMPLETE": "complete_bash",
+            "COMP_WORDS": shlex.join(words),
+            "COMP_CWORD": str(len(words) - 1),
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr
+    return done.stdout.split()
+
+
+def test_a_shell_completes_options_and_traces_once() -> None:
+    assert complete("moe-inspect", "re") == ["report"]
+    assert complete("moe-inspect", "report", "sample_traces/b") == ["sample_traces/balanced"]
+    assert complete("moe-inspect", "trace", "demo", "--dt") == ["--dtype"]
+
+
+def test_tables_metrics_and_traces_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Of:
+        info_name = "report"
+
+    assert tables(Of, "sp") == ["specialization"]
+    assert "max_vio=" in metrics(Of, "max_")
+    Of.info_name = "compare"
+    assert tables(Of, "fl") == ["flips"]
+    assert "set_mismatch=" in metrics(Of, "set")
+    monkeypatch.chdir(ROOT)
+    assert traces("sam") == [f"sample_traces/{n}" for n in ("balanced", "collapsed", "untrained")]
+    assert traces("tests/") == traces("nowhere/") == []
+
+
+def test_a_slip_of_the_keys_is_told_what_is_near(cli_here: Cli, tmp_path: Path) -> None:
+    assert did_you_mean("lod", ["balance", "load"]) == " (did you mean load?)"
+    assert did_you_mean("zzz", ["balance", "load"]) == ""
+    assert no_such("table", "zzz", ["a", "b"]) == "no table 'zzz': there are a, b"
+    trace = ROOT / "sample_traces/balanced"
+    for arguments, code, said in (
+        ((trace, "--table", "balanc"), 1, "no table 'balanc' (did you mean balance?)"),
+        ((trace, "--fail-above", "maxvio=1"), 2, "no metric 'maxvio' (did you mean max_vio?)"),
+        ((trace, "--layers", "33"), 1, f"no layer 33 in {trace} (did you mean 3?)"),
+        ((f"{trace}d",), 1, f"no trace at {trace}d (did you mean {trace}?)"),
+        ((trace.parent,), 1, f"no trace at {trace.parent}, but in it: {trace}, "),
+        ((tmp_path.parent,), 1, f'"moe-inspect trace MODEL -o {tmp_path.parent}/NAME"'),
+        ((trace, "--format", "xml"), 2, "'--format': 'xml' is not one of 'table'"),
+    ):
+        assert said in cli_here("report", *arguments, check=code).stderr
+    # no folder that one stands in is to be written over
+    assert cli_here("report", ".", check=1).stderr.count('-o ."') == 0
