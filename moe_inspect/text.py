@@ -51,6 +51,18 @@ def readable(text: object) -> str:
     return "␣" * lead + inner + "␣" * (len(text) - lead - len(inner)) if inner else "␣" * len(text)
 
 
+def legible(text: str) -> str:
+    """Text that can be read as text, with its line ends, tabs, spaces and joined letters; control
+    characters, direction marks and other invisible ones become backslash escapes."""
+    if text.isprintable():
+        return text
+    kept = "\n\t\u200c\u200d"  # the last two join or part letters of Persian or Hindi
+    return "".join(
+        c if c in kept or c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c)
+        for c in text
+    )
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 

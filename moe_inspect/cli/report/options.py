@@ -71,6 +71,17 @@ class ReportOptions:
             show_default=False,
         ),
     ] = None
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all",
+            help=(
+                "With --html: documents of each domain shown in full, 0 for no text; by default "
+                "the most telling, 1 MB in all."
+            ),
+            show_default=False,
+        ),
+    ] = None
     layers: Layers = None
     domain: Domains = None
     phase: OfPhase = None

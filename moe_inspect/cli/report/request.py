@@ -15,6 +15,7 @@ from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from moe_inspect.alarms.rules import Rule
+    from moe_inspect.reporting.texts.documents import Amount
     from moe_inspect.reporting.verdict.gate import Gate
 
 
@@ -31,6 +32,7 @@ class Request:
     plots: Path | None
     html: Path | None
     simulate: Sequence[Simulated]
+    text: Amount
     selection: dict[str, Any]
     gates: Sequence[Gate]
     rules: Sequence[Rule]
@@ -55,6 +57,7 @@ def requested(options: ReportOptions) -> Request:
         plots=options.plots,
         html=options.html,
         simulate=options.simulate or [],
+        text=_text(options.text, options.html),
         selection={
             "layers": options.layers,
             "domains": [label for value in options.domain or [] for label in value.split(",")],
@@ -105,6 +108,18 @@ def _threshold(text: str) -> tuple[str, float]:
     else:
         return name, float(value)
     raise typer.BadParameter(f"--threshold {text}: {reason}")
+
+
+def _text(asked: str | None, html: Path | None) -> Amount:
+    if asked is None:
+        return None
+    if html is None:
+        raise typer.BadParameter("--text is about the page: give it with --html")
+    if asked == "all":
+        return "all"
+    if not (asked.isascii() and asked.isdecimal()):
+        raise typer.BadParameter(f"--text {asked}: give a number of documents, or all")
+    return int(asked)
 
 
 def _rules(path: Path | None) -> list[Rule]:

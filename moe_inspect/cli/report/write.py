@@ -31,7 +31,7 @@ def write(made: Report, request: Request) -> None:
         from moe_inspect.reporting.render.page import report_page
 
         simulated = simulated_sections(made, request.simulate, request.selection["layers"])
-        write_page(request.html, report_page(made, simulated))
+        write_page(request.html, report_page(made, simulated, request.text))
         print_stderr(f"wrote {request.html}")
     if request.table:
         table = table_of(made, request.table, request.format)

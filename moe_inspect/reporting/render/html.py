@@ -46,7 +46,17 @@ IDS = (
 )
 GRAVEST = 3  # findings on the first screen
 GROUPS = ("Balance", "Specialization", "Serving", "Router")
-SCRIPTS = ("chart.js", "card.js", "map.js", "tables.js", "find.js", "page.js")
+SCRIPTS = (
+    "chart.js",
+    "card.js",
+    "map.js",
+    "tables.js",
+    "find.js",
+    "page.js",
+    "routes.js",
+    "text.js",
+)
+STYLES = ("page.css", "text.css")
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ def page_html(page: Page) -> str:
         policy=f"default-src 'none'; script-src 'sha256-{script_hash(script)}'; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
         palette=Markup(palette_css()),
-        style=Markup(asset("page.css")),
+        style=Markup("".join(map(asset, STYLES))),
         script=Markup(script),
         payload=packed({"panels": panels, "map": page.map_data, "tables": tables}),
     )

@@ -11,19 +11,23 @@ from moe_inspect.reporting.render.map_data import map_data
 from moe_inspect.reporting.render.python import python_of_report
 from moe_inspect.reporting.tables.data import ReportData, worst_router
 from moe_inspect.reporting.tables.summary import facts
+from moe_inspect.reporting.texts.documents import Amount
+from moe_inspect.reporting.texts.section import text_section
 from moe_inspect.reporting.verdict.chance import chance, uneven
 from moe_inspect.reporting.verdict.checks import DATA_KINDS, findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural
 
 
-def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
+def report_page(data: ReportData, more: Iterable[Section | str] = (), text: Amount = None) -> str:
     """The page of a report, as HTML. `more`: sections to add after its charts, or texts that say
-    why one is missing."""
+    why one is missing. `text`: documents of each domain on the page, "all", 0 for none; by default
+    as many as a megabyte holds."""
     charts, left_out = draw_charts(data)
-    added = list(more)
+    of_text, added = text_section(data, text), list(more)
     lead = next((chart for chart in charts if chart.interactive == "map"), None)
     sections = [
+        *([of_text] if isinstance(of_text, Section) else []),
         *(_section(data, chart) for chart in charts if chart is not lead),
         *(made for made in added if isinstance(made, Section)),
         Section(
@@ -32,7 +36,7 @@ def report_page(data: ReportData, more: Iterable[Section | str] = ()) -> str:
             python=python_of_report(data, "summary"),
         ),
     ]
-    left_out += [made for made in added if isinstance(made, str)]
+    left_out += [made for made in [of_text, *added] if isinstance(made, str)]
     experts, short = map_data(data)
     found = findings(data)
     return page_html(

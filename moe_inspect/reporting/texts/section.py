@@ -1,0 +1,275 @@
+"""The section "Text" of a page and the contexts on the cards of experts (templates/text.js).
+
+T tokens, R routers, K slots, E experts.
+"""
+
+# pyarrow has no complete types
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import base64
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.render.html import Section
+from moe_inspect.reporting.texts.documents import (
+    Amount,
+    choose,
+    find_documents,
+    shards_to_read,
+    telling_router,
+)
+from moe_inspect.reporting.texts.routes import (
+    NOWHERE,
+    Routes,
+    Tokens,
+    contexts,
+    mixed_order,
+    read_routes,
+    tokens_of_documents,
+)
+from moe_inspect.text import layer_label, legible, plural, readable
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.texts import as_text, pieces_of
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.tables.data import ReportData
+
+TEXT_BYTES = 1_000_000  # of the documents on the page, where no number of them was asked for
+MOST_BYTES = 64_000_000  # beyond which a browser has trouble
+LEVELS = 127  # of gate weights: √(weight ÷ largest)
+POOL_TOKENS, POOL_LONGEST = 8192, 256  # that contexts are drawn from; of one document
+CONTEXTS = 60_000  # most, over all experts
+TITLE = "Text"
+READING = (
+    "Each token in the colour of its route at one layer; point at a token for its route through "
+    "all layers."
+)
+COLOURS = {
+    "first expert": "the expert with the largest gate weight. Its hue tells the eighth of the ids, "
+    "and its id stands below, where a run of tokens with the same first expert begins.",
+    "gate weight": "that of the first expert.",
+    "margin": "how decided the router was about its last expert: ln of the ratio of the two "
+    "smallest gate weights, which is how far apart the router logits are there.",
+    "reaches expert": "whether a chosen expert is among those of the token, and with what gate "
+    "weight.",
+}
+
+
+def text_section(data: ReportData, amount: Amount = None) -> Section | str:
+    """The section, or why there is none. `amount`: documents of each domain, "all", 0 for no text;
+    by default as many as TEXT_BYTES hold."""
+    trace = data.trace
+    if amount == 0:
+        return "text: it was asked to leave it out"
+    if trace.counts_only:
+        return "text: counts alone hold no tokens"
+    if not len(trace.vocabulary_table):
+        return Section(TITLE, _without_text(trace), group="Specialization", name="text")
+    shards = shards_to_read(trace, data.selection.routers, amount)
+    found = find_documents(data, shards)
+    if not len(found):
+        return "text: no token is selected"
+    budget, longest = _sizes(data, len(set(found["domain"])))
+    shown = choose(found, amount, budget, longest)
+    _check_size(data, int(shown["shown"].sum()))
+    pooled = choose(found.assign(bits=0.0), None, POOL_TOKENS, POOL_LONGEST)
+    both = pd.concat([shown, pooled[~pooled["document"].isin(shown["document"])]])
+    tokens = tokens_of_documents(
+        shards, data.selection, both["document"].to_numpy(), both["shown"].to_numpy()
+    )
+    routes = read_routes(trace, shards, data.selection.routers, tokens)
+    pool = np.isin(tokens.document_T, np.flatnonzero(both["document"].isin(pooled["document"])))
+    pool = np.flatnonzero(pool & (tokens.rank_T < POOL_LONGEST))
+    T = int((tokens.document_T < len(shown)).sum())
+    drawn = page_data(trace, data.selection.routers, both, tokens, routes, T)
+    drawn["domainOf"] = [document["domain"] for document in drawn["documents"]]
+    drawn["documents"] = drawn["documents"][: len(shown)]
+    router = telling_router(data)
+    drawn["row"] = 0 if router is None else data.selection.routers.index(router)
+    drawn["contexts"] = _contexts(data, routes, mixed_order(pool, _domains(both, tokens)[pool]))
+    drawn["pool"] = len(pool)
+    return Section(
+        TITLE,
+        _how_chosen(data, shown, found),
+        group="Specialization",
+        name="text",
+        definitions=COLOURS,
+        widget="text",
+        data=drawn,
+    )
+
+
+def _without_text(trace: Trace) -> str:
+    asked = (trace.manifest.get("corpus") or {}).get("text") is False
+    reason = "its text (trace --no-text)" if asked else "a vocabulary"
+    return f"This trace was recorded without {reason}: it cannot show which words went where."
+
+
+def _sizes(data: ReportData, domains: int) -> tuple[int, int]:
+    """Tokens that TEXT_BYTES hold, and the most of one document."""
+    listed = [data.trace.routers[r] for r in data.selection.routers]
+    weight = 0.85 if data.trace.has_weights else 0  # bytes, compressed
+    slots = sum(r.top_k * (np.log2(r.experts + 1) / 8 + weight) for r in listed)
+    tokens = int(TEXT_BYTES / (4 / 3 * slots + 6))  # base64; 6 for the text itself
+    return tokens, int(np.clip(tokens // domains, 128, 1024))
+
+
+def _check_size(data: ReportData, tokens: int) -> None:
+    size = TEXT_BYTES * tokens / _sizes(data, 1)[0]
+    if size > MOST_BYTES:
+        raise MoeInspectError(
+            f"the text asked for, {tokens:,} tokens with all their routes, would take about "
+            f"{size / 1e6:,.0f} MB of the page: ask for fewer documents or layers"
+        )
+
+
+def _how_chosen(data: ReportData, shown: pd.DataFrame, found: pd.DataFrame) -> str:
+    """How the documents were chosen, and how many are left out."""
+    of, router = data.counts.documents, telling_router(data)
+    cut = shown.loc[shown["shown"] < shown["tokens"], "shown"]
+    if len(shown) == of and not len(cut):
+        return f"{READING} All of the {plural(of, 'document')} are here."
+    said = f"{READING} Here are {len(shown):,} of {plural(of, 'document')}"
+    if len(shown) < len(found):
+        said += ", spread over the trace"
+        if router is not None:
+            said = (
+                f"{said.removesuffix(', spread over the trace')}: of each domain the most "
+                "telling, whose experts differ most from those of other domains (at layer "
+                f"{layer_label(data.trace.routers, router)}, where domains differ most)"
+            )
+    if len(found) < of:
+        said += f", chosen from {len(found):,} of which the routes were read"
+    if len(cut):
+        said += f"; of {plural(len(cut), 'document')} the first {int(cut.max()):,} tokens"
+    return f"{said}. report --text all shows everything."
+
+
+def page_data(
+    trace: Trace,
+    routers: Sequence[int],
+    documents: pd.DataFrame,
+    tokens: Tokens,
+    routes: Sequence[Routes],
+    shown: int,
+) -> dict[str, Any]:
+    """What text.js draws from. Arrays are strings, a character per number (`characters`):
+    words: of each token, the index in `texts`; ids, weights: of each router, slot after slot, the
+    first `shown` tokens."""
+    codes, texts = _words(trace, tokens)
+    names = [layer_label(trace.routers, r) for r in routers]
+    drawn = list[dict[str, Any]]()
+    for name, r, route in zip(names, routers, routes, strict=True):
+        experts = trace.routers[r].experts
+        most = 0.0 if route.weights is None else float(route.weights.max(initial=0))
+        drawn.append(
+            {
+                "label": name,
+                "experts": experts,
+                "k": len(route.ids),
+                "first": trace.routers[r].first_choice_known,
+                "most": most,
+                "a": packed_routes(route, experts, shown, most),
+            }
+        )
+    start = np.searchsorted(tokens.document_T, np.arange(len(documents) + 1))
+    return {
+        "layers": drawn,
+        "words": packed_numbers(codes),
+        "texts": texts,
+        "start": start.tolist(),
+        "levels": LEVELS,
+        "documents": [
+            {"number": int(n), "domain": readable(domain), "tokens": int(all_of)}
+            for n, domain, all_of in zip(
+                documents["document"], documents["domain"], documents["tokens"], strict=True
+            )
+        ],
+    }
+
+
+def packed_routes(route: Routes, experts: int, shown: int, most: float) -> dict[str, str]:
+    """ids, weights: slot after slot, the first `shown` tokens. A slot without an expert has the id
+    `experts`. most: the largest gate weight."""
+    ids = np.where(route.ids == NOWHERE, experts, route.ids)[:, :shown]
+    levels = None if route.weights is None or not most else _levels(route.weights[:, :shown], most)
+    return {
+        "ids": packed_numbers(ids),
+        "weights": "" if levels is None else packed_numbers(levels),
+    }
+
+
+def packed_numbers(numbers: np.ndarray) -> str:
+    """Numbers from 0 on for text.js: the bytes of each (1, 2 or 4), then all of them in base64."""
+    kind = np.min_scalar_type(int(numbers.max(initial=0)))
+    values = numbers.ravel().astype(kind.newbyteorder("<"))
+    return f"{values.itemsize}{base64.b64encode(values.tobytes()).decode()}"
+
+
+def _levels(weights_KT: np.ndarray, most: float) -> np.ndarray:
+    """Weights as levels of their square root, each as the distance from the slot before."""
+    level_KT = np.rint(LEVELS * np.sqrt(np.maximum(weights_KT, 0) / most)).astype(np.int64)
+    return np.diff(level_KT, axis=0, prepend=0) % (LEVELS + 1)
+
+
+def _words(trace: Trace, tokens: Tokens) -> tuple[np.ndarray, list[str]]:
+    """Of each token the index in the texts, and the texts."""
+    texts = list[str]()
+    pieces = pieces_of(trace, tokens.token_id_T)
+    bounds = np.flatnonzero(np.diff(tokens.document_T)) + 1
+    for first, last in zip([0, *bounds], [*bounds, len(pieces)], strict=True):
+        texts += _whole_packed_numbers(as_text(pieces[first:last]))
+    codes, unique = pd.factorize(np.array([legible(text) for text in texts], object))
+    return codes, [str(text) for text in unique]
+
+
+def _whole_packed_numbers(texts: list[str]) -> list[str]:
+    """Combining marks stand with the character they change, as the bytes of a character do."""
+    found = list[str]()
+    at = -1  # the last that is not empty
+    for text in texts:
+        n = 0
+        while at >= 0 and n < len(text) and _joins(text[n]):
+            n += 1
+        if n:
+            found[at] += text[:n]
+        found.append(text[n:])
+        if text[n:]:
+            at = len(found) - 1
+    return found
+
+
+def _joins(character: str) -> bool:
+    return unicodedata.category(character)[0] == "M" or character == "\u200d"
+
+
+def _domains(documents: pd.DataFrame, tokens: Tokens) -> np.ndarray:
+    codes, _ = pd.factorize(documents["domain"])
+    return codes[tokens.document_T]
+
+
+def _contexts(data: ReportData, routes: Sequence[Routes], order: np.ndarray) -> dict[str, Any]:
+    """count: of each expert, router after router; token, level: of each context."""
+    sizes = [data.trace.routers[r].experts for r in data.selection.routers]
+    most = int(np.clip(CONTEXTS // sum(sizes), 4, 12))
+    n, token, level = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    for route, E in zip(routes, sizes, strict=True):
+        n_E, token_N, weight_N = contexts(route, E, order, most)
+        n.append(n_E)
+        token.append(token_N)
+        if weight_N is not None and route.weights is not None:
+            largest = max(float(route.weights.max(initial=0)), 1e-30)
+            level.append(np.rint(LEVELS * np.sqrt(np.maximum(weight_N, 0) / largest)))
+    joined = {"count": n, "token": token, "level": level}
+    return {
+        name: packed_numbers(np.concatenate(of).astype(np.int64)) if of else ""
+        for name, of in joined.items()
+    }
