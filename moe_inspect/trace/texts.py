@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -47,14 +48,14 @@ def as_text(pieces: Sequence[str | None]) -> list[str]:
     """What consecutive tokens write: ▁ is a space, and a character that is spread over several
     tokens stands at the first of them. Bytes that are no UTF-8 become "�"."""
     raw = [_bytes("" if piece is None else piece) for piece in pieces]
-    ends = np.cumsum([len(part) for part in raw])
+    ends = list(accumulate(map(len, raw)))
     texts = [""] * len(raw)
-    at = 0
+    token = at = 0
     for character in b"".join(raw).decode("utf-8", "surrogateescape"):
-        size = len(character.encode("utf-8", "surrogateescape"))
-        shown = "�" if "\udc80" <= character <= "\udcff" else character
-        texts[int(np.searchsorted(ends, at, side="right"))] += shown
-        at += size
+        while ends[token] <= at:
+            token += 1
+        texts[token] += "�" if "\udc80" <= character <= "\udcff" else character
+        at += len(character.encode("utf-8", "surrogateescape"))
     return texts
 
 

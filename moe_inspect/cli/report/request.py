@@ -15,7 +15,7 @@ from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from moe_inspect.alarms.rules import Rule
-    from moe_inspect.reporting.texts.documents import Amount
+    from moe_inspect.reporting.render.texts.documents import Amount
     from moe_inspect.reporting.verdict.gate import Gate
 
 

@@ -9,10 +9,10 @@ from moe_inspect.reporting.charts.spec import TABLES_OF, Chart, draw_charts
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.map_data import map_data
 from moe_inspect.reporting.render.python import python_of_report
+from moe_inspect.reporting.render.texts.documents import Amount
+from moe_inspect.reporting.render.texts.section import text_section
 from moe_inspect.reporting.tables.data import ReportData, worst_router
 from moe_inspect.reporting.tables.summary import facts
-from moe_inspect.reporting.texts.documents import Amount
-from moe_inspect.reporting.texts.section import text_section
 from moe_inspect.reporting.verdict.chance import chance, uneven
 from moe_inspect.reporting.verdict.checks import DATA_KINDS, findings
 from moe_inspect.reporting.verdict.findings import Finding

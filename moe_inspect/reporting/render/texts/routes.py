@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.reporting.texts.documents import selected_rows
+from moe_inspect.reporting.render.texts.documents import selected_rows
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard, codes
 

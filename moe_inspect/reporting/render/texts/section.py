@@ -19,14 +19,14 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.html import Section
-from moe_inspect.reporting.texts.documents import (
+from moe_inspect.reporting.render.texts.documents import (
     Amount,
     choose,
     find_documents,
     shards_to_read,
     telling_router,
 )
-from moe_inspect.reporting.texts.routes import (
+from moe_inspect.reporting.render.texts.routes import (
     NOWHERE,
     Routes,
     Tokens,
@@ -226,12 +226,12 @@ def _words(trace: Trace, tokens: Tokens) -> tuple[np.ndarray, list[str]]:
     pieces = pieces_of(trace, tokens.token_id_T)
     bounds = np.flatnonzero(np.diff(tokens.document_T)) + 1
     for first, last in zip([0, *bounds], [*bounds, len(pieces)], strict=True):
-        texts += _whole_packed_numbers(as_text(pieces[first:last]))
+        texts += _whole_characters(as_text(pieces[first:last]))
     codes, unique = pd.factorize(np.array([legible(text) for text in texts], object))
     return codes, [str(text) for text in unique]
 
 
-def _whole_packed_numbers(texts: list[str]) -> list[str]:
+def _whole_characters(texts: list[str]) -> list[str]:
     """Combining marks stand with the character they change, as the bytes of a character do."""
     found = list[str]()
     at = -1  # the last that is not empty
