@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import moe_inspect
-from tests.conftest import ROOT, Cli
+from tests.conftest import Cli
 from tests.damage import edit_manifest
 from tests.families import build
+from tests.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,11 @@ def torchrun(path: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ},
     )
+
+
+def traced(path: Path, ranks: int, *arguments: str) -> Ranks:
+    """The same without torchrun."""
+    return Ranks(path, ranks, ["trace", "demo", *arguments])
 
 
 def rows(trace: moe_inspect.Trace) -> pd.DataFrame:
@@ -77,9 +83,8 @@ def test_two_ranks_write_the_rows_of_one(alone: moe_inspect.Trace, tmp_path: Pat
 
 
 def test_more_ranks_than_batches(alone: moe_inspect.Trace, tmp_path: Path) -> None:
-    process = torchrun(tmp_path, 3, "-o", "t", "--max-tokens", "300")
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    run = traced(tmp_path, 3, "-o", "t", "--max-tokens", "300")
+    assert run.wait() == [0] * 3, run.errors
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert (trace.status, trace.n_tokens) == ("complete", 300)
 
@@ -87,31 +92,19 @@ def test_more_ranks_than_batches(alone: moe_inspect.Trace, tmp_path: Path) -> No
 def test_killed_and_resumed_it_ends_with_the_same_rows(
     alone: moe_inspect.Trace, tmp_path: Path
 ) -> None:
-    process = torchrun(
-        tmp_path,
-        2,
-        "-o",
-        "t",
-        "--batch-tokens",
-        "500",
-        "--data",
-        f"a={slow(tmp_path)}",
-        "--max-length",
-        "100",
-    )
+    arguments = ("--batch-tokens", "500", "--data", f"a={slow(tmp_path)}", "--max-length", "100")
+    run = traced(tmp_path, 2, "-o", "t", *arguments)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "t" / "trace.json").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
+        time.sleep(0.01)
+    run.signal(signal.SIGTERM)
+    assert 0 not in run.wait()
     assert json.loads((tmp_path / "t" / "trace.json").read_text())["status"] in (
         "interrupted",
         "recording",
     )
-    arguments = ("--batch-tokens", "500", "--data", f"a={slow(tmp_path)}", "--max-length", "100")
-    process = torchrun(tmp_path, 2, "-o", "t", *arguments, "--resume")
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    run = traced(tmp_path, 2, "-o", "t", *arguments, "--resume")
+    assert run.wait() == [0, 0], run.errors
     whole = moe_inspect.trace_model(
         "demo", tmp_path / "whole", batch_tokens=500, data=[f"a={slow(tmp_path)}"], max_length=100
     )
@@ -119,10 +112,9 @@ def test_killed_and_resumed_it_ends_with_the_same_rows(
     assert trace.status == "complete"
     assert rows(trace).equals(rows(whole))
     # other ranks would plan otherwise
-    process = torchrun(tmp_path, 3, "-o", "t", *arguments, "--resume")
-    _, err = process.communicate()
-    assert process.returncode != 0
-    assert "was made with ranks 2, not 3" in err
+    run = traced(tmp_path, 3, "-o", "t", *arguments, "--resume")
+    assert run.wait() == [1] * 3
+    assert "was made with ranks 2, not 3" in run.errors
 
 
 def slow(path: Path) -> Path:
@@ -136,40 +128,36 @@ def slow(path: Path) -> Path:
 def test_all_end_where_the_first_refuses(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "mine.txt").write_text("")
-    process = torchrun(tmp_path, 2, "-o", "t")
-    _, err = process.communicate()
-    assert process.returncode != 0
-    assert "there is something at t" in err
+    run = traced(tmp_path, 2, "-o", "t")
+    assert run.wait() == [1, 1]
+    assert "there is something at t" in run.errors
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["mine.txt"]
 
 
 def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(
     alone: moe_inspect.Trace, tmp_path: Path
 ) -> None:
-    process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500")
-    assert process.wait() == 0
+    assert traced(tmp_path, 2, "-o", "t", "--batch-tokens", "500").wait() == [0, 0]
     (tmp_path / "t" / "shards-1.jsonl").write_text("")
     edit_manifest(
         tmp_path / "t", status="interrupted", counts={"tokens": 0, "decisions": 0, "dropped": 0}
     )
-    process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500", "--resume")
-    try:
-        process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0
+    assert traced(tmp_path, 2, "-o", "t", "--batch-tokens", "500", "--resume").wait() == [0, 0]
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
     assert trace.manifest["counts"] == alone.manifest["counts"]
     assert rows(trace).equals(rows(alone))
 
 
-def test_half_a_launcher_is_none(cli: Cli) -> None:
-    error = cli("trace", "demo", "-o", "t", check=1, env={**os.environ, "WORLD_SIZE": "2"}).stderr
+def test_half_a_launcher_is_none(cli_here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = cli_here("trace", "demo", "-o", "t", check=1).stderr
     assert (
         error == "error: WORLD_SIZE is 2, but RANK is not set: start the processes with torchrun\n"
     )
-    cli("trace", "demo", "-o", "u", "--max-tokens", "100", env={**os.environ, "RANK": "1"})
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("RANK", "1")
+    cli_here("trace", "demo", "-o", "u", "--max-tokens", "100")
 
 
 EXPERT_PARALLEL = """
@@ -201,26 +189,8 @@ def test_experts_of_other_ranks_are_recorded_by_their_global_ids(
     if "ep_size" not in DistributedConfig.__dataclass_fields__:
         pytest.skip("this release of transformers hands over local ids, and is refused")
     build("qwen3_moe").save_pretrained(tmp_path / "model")
-    (tmp_path / "program.py").write_text(EXPERT_PARALLEL)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "program.py",
-        "model",
-        sharing,
-    ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
+    run = Ranks(tmp_path, 2, ["model", sharing], code=EXPERT_PARALLEL)
+    assert run.wait() == [0, 0], run.errors
     with moe_inspect.record(build("qwen3_moe"), tmp_path / "whole") as recorder, torch.no_grad():
         recorder.model(input_ids=torch.arange(2, 26).reshape(2, 12))
     whole = moe_inspect.open_trace(tmp_path / "whole").routing().filter(like="expert_")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import moe_inspect
-from tests.conftest import ROOT
+from tests.ranks import Ranks
 from tests.test_training import history
 
 pytestmark = pytest.mark.slow
@@ -83,17 +80,8 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "trainer"])
 def test_two_ranks_log_and_write_the_sum(tmp_path: Path, kind: str) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(TRAINER if kind == "trainer" else LOOP)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(program), str(tmp_path), kind],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run = Ranks(tmp_path, 2, [tmp_path, kind], code=TRAINER if kind == "trainer" else LOOP)
+    assert run.wait() == [0, 0], run.errors[-3000:]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     loads = [np.array(rank["load"]) for rank in ranks]
     assert not (loads[0] == loads[1]).all()  # control: they saw different batches
