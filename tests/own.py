@@ -133,3 +133,14 @@ def same(trace: Trace, given: Given, order: Any = None) -> int:
 
 def path_of(trace: Path) -> Trace:
     return moe_inspect.open_trace(trace)
+
+
+def record_once(model: Any, path: Path, **options: Any) -> None:
+    with moe_inspect.record(model, path, **options):
+        model(tokens())
+
+
+def record_twice(model: Any, path: Path, **options: Any) -> None:
+    with moe_inspect.record(model, path, **options):
+        model(tokens())
+        model(tokens())
