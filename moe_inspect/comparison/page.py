@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 from moe_inspect.comparison.charts import draw_charts
 from moe_inspect.comparison.checkpoints import Checkpoints, saturation_chart
 from moe_inspect.comparison.compare import Comparison
+from moe_inspect.comparison.data import Options
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
+from moe_inspect.reporting.render.python import address, python_of_table
 from moe_inspect.text import layer_label, plural
 
+# table → its group on the page, title and text
 TABLES = {
-    "documents": ("Documents that differ most", "Those with the largest share of other decisions."),
+    "documents": (
+        "Decisions",
+        "Documents that differ most",
+        "Those with the largest share of other decisions.",
+    ),
     "flips": (
+        "Decisions",
         "Which expert instead of which",
         "Pairs of experts, the most frequent of each layer.",
     ),
+    "tokens": ("Decisions", "Tokens by the number of layers that differ", ""),
     "movers": (
+        "Load",
         "Experts whose load changed",
         "By more than documents explain, in all domains together or in one.",
     ),
-    "tokens": ("Tokens by the number of layers that differ", ""),
-    "summary": ("About these traces", ""),
+    "summary": ("", "About these traces", ""),
+}
+# chart → its group on the page and its table
+CHARTS = {
+    "set_mismatch": ("Decisions", "agreement"),
+    "margin_map": ("Decisions", "margins"),
+    "position_map": ("Decisions", "positions"),
+    "growth": ("Decisions", "depth"),
+    "load_shift": ("Load", "load_shift"),
 }
 
 
 def comparison_page(made: Comparison) -> str:
     """The page, as HTML."""
     charts, left_out = draw_charts(made)
-    sections = [chart_section(chart) for chart in charts]
-    for name, (title, text) in TABLES.items():
+    sections = list[Section]()
+    for chart in charts:
+        group, name = CHARTS[chart.name]
+        section = chart_section(replace(chart, group=group))
+        sections.append(replace(section, python=_python(made, name)))
+    for name, (group, title, text) in TABLES.items():
         table = made.tables[name]
         if len(table):
-            sections.append(Section(title, text, table=table))
+            code = _python(made, name)
+            sections.append(Section(title, text, table=table, group=group, name=name, python=code))
     return page_html(
         Page(
             "Same routing?",
@@ -52,6 +76,14 @@ def comparison_page(made: Comparison) -> str:
             "Made by moe-inspect.",
         )
     )
+
+
+def _python(made: Comparison, table: str) -> str:
+    usual = asdict(Options())
+    options = {k: v for k, v in asdict(made.options).items() if v != usual[k] and k != "threads"}
+    if made.noise is not None:
+        options["noise"] = address(made.noise.b)
+    return python_of_table("compare", [made.a, made.b], table, **options)
 
 
 def _tiles(made: Comparison) -> list[Tile]:

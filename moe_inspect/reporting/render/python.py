@@ -16,7 +16,7 @@ from moe_inspect.trace.reader import Trace
 def python_of_table(function: str, traces: Sequence[Trace], table: str, **options: Any) -> str:
     """Lines that call `moe_inspect.function` on the traces, with those options that are not None,
     and give a table of the result."""
-    given = [repr(_address(trace)) for trace in traces]
+    given = [repr(address(trace)) for trace in traces]
     given += [f"{name}={value!r}" for name, value in options.items() if value is not None]
     return (
         f"import moe_inspect\n\nmade = moe_inspect.{function}({', '.join(given)})\n"
@@ -41,6 +41,6 @@ def python_of_report(data: ReportData, table: str) -> str:
     return python_of_table("report", [trace], table, **options)
 
 
-def _address(trace: Trace) -> str:
+def address(trace: Trace) -> str:
     """Where the trace is, from any folder."""
     return str(trace.path.absolute() if isinstance(trace.path, Path) else trace.path)

@@ -67,7 +67,7 @@ moe.table = (place, name, given) => {
       );
     });
     tools.append(said);
-    place.prepend(code);
+    place.append(code);
   }
   if (tools.children.length) place.prepend(tools);
 
@@ -112,7 +112,7 @@ moe.table = (place, name, given) => {
       head.replaceChildren(sorter);
     });
     place.querySelector(".more")?.remove();
-    place.append(rest);
+    place.querySelector(".scroll").after(rest);
     count();
     button("Download csv", () => moe.save(`${name}.csv`, moe.csv(columns, order.map((i) => columns.map((_, c) => values[c][i])))));
   }
