@@ -681,7 +681,7 @@ def test_the_search_leads_to_experts_tokens_domains_and_sections(opened: Opened,
 def sheet(opened: Opened, name: str) -> Any:
     opened.view.evaluate(
         "(name) => { const s = document.querySelector(`#${name} .sheet`); "
-        "const d = s.closest('details'); if (d) d.open = true; }",
+        "const d = s.querySelector('details'); if (d) d.open = true; }",
         name,
     )
     return opened.view.locator(f"#{name} .sheet")
