@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.spec import (
@@ -29,7 +30,8 @@ from moe_inspect.reporting.charts.spec import (
     every_chart,
 )
 from moe_inspect.reporting.render import html
-from moe_inspect.reporting.render.matplotlib import draw, letters
+from moe_inspect.reporting.render.marks import colour_map, named_ticks
+from moe_inspect.reporting.render.matplotlib import DPI, draw, letters
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import TABLES
 from moe_inspect.reporting.verdict.chance import uneven
@@ -64,11 +66,10 @@ def test_the_picture_and_the_page_show_the_same(sample: str, name: str):
     with letters():
         figure = draw(chart)
         figure.draw_without_rendering()
-    assert chart.headline in figure.get_suptitle()
-    section = html.chart_section(chart)
-    assert section.title == chart.title
-    assert chart.title.replace(" ", "\\ ") in figure.get_suptitle()
-    shown = [axes for axes in figure.axes if axes.axison and not hasattr(axes, "_colorbar")]
+    title, caption = (text.get_text() for text in figure.texts[:2])
+    assert chart.headline == caption.replace("\n", " ")
+    assert chart.title == title == html.chart_section(chart).title
+    shown = [axes for axes in figure.axes if axes.get_label() != "scale"]
     assert len(shown) == len(chart.panels)
     for axes, panel in zip(shown, chart.panels, strict=True):
         on_page = html.panel_json(panel)
@@ -107,6 +108,115 @@ def test_a_chart_says_in_words_what_it_shows_and_red_is_for_faults(name: str):
         red = sum(len(mark.x) for mark in marks if getattr(mark, "colour", "") == "bad")
         uneven_routers = sum(uneven(of(sample), row) for row in of(sample).loaded)
         assert red == (uneven_routers if name == "balance" else 0)
+
+
+def overlapping(figure: Any) -> list[str]:
+    """Texts of a figure that overlap others or reach beyond its edge."""
+    figure.draw_without_rendering()
+    found = list[str]()
+    texts = [
+        (text.get_text(), text.get_window_extent())
+        for text in figure.findobj(Text)
+        if text.get_text().strip() and text.get_visible()
+    ]
+    page = figure.bbox
+    for i, (text, box) in enumerate(texts):
+        if not (box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1):
+            found.append(f"{text!r} is cut")
+        for other, beside in texts[:i]:
+            width = min(box.x1, beside.x1) - max(box.x0, beside.x0)
+            height = min(box.y1, beside.y1) - max(box.y0, beside.y0)
+            if width > 0.5 and height > 1.5:
+                found.append(f"{text!r} over {other!r}")
+    return found
+
+
+def many_layers(root: Path) -> dict[str, Chart]:
+    """60 × 128, six domains; expert 5 of layer 30 is chosen by every token, 9 and 40 of layer 7 by
+    the same third."""
+    rng, T, E = np.random.default_rng(0), 600, 128
+    ids = [uniform_ids(rng, T, E, 4) for _ in range(60)]
+    ids[30][~(ids[30] == 5).any(1), 0] = 5
+    apart = ~np.isin(ids[7], (9, 40)).any(1) & (np.arange(T) % 3 == 0)
+    ids[7][apart, :2] = 9, 40
+    trace = write_trace(
+        root,
+        ids,
+        E,
+        document=np.arange(T) // 20,
+        domain_of_document=[f"domain number {d}" for d in range(6)],
+    )
+    return {chart.name: chart for chart in draw_charts(report(trace, window=100))[0]}
+
+
+def test_nothing_in_a_picture_overlaps_or_is_cut(tmp_path: Path):
+    with letters():
+        for charts in (drawn("collapsed"), many_layers(tmp_path / "t")):
+            for name, chart in charts.items():
+                figure = draw(chart)
+                assert overlapping(figure) == [], name
+                assert figure.get_figwidth() * DPI <= 2_000
+                smallest = min(text.get_fontsize() for text in figure.findobj(Text))
+                assert smallest * DPI / 72 >= 22  # 11 pixels at half size
+        figure.text(0, 0.99, "over the title")
+    assert overlapping(figure) != []
+
+
+def test_a_large_model_is_drawn_so_that_it_can_be_told_apart(tmp_path: Path):
+    charts = many_layers(tmp_path / "t")
+    repetition = charts["repetition"].panels[0].heatmap
+    assert repetition is not None
+    assert repetition.values.shape == (6, 60)
+    load = charts["load"].panels[0].heatmap
+    assert load is not None
+    assert load.scale.ticks()[-1] == (1.0, "E/k = 32")
+    assert charts["balance"].panels[0].y.log
+    [matrix] = [p for p in charts["coactivation"].panels if p.title.startswith("layer 7:")]
+    assert {"9", "40"} <= set(matrix.y.labels) == set(matrix.x.labels)
+    assert len(matrix.y.labels) < 64
+    windows = charts["windows"].panels[0].x
+    assert [label for _, label in windows.ticks] == [
+        "0",
+        "50",
+        "100",
+        "150",
+        "200",
+        "250",
+        "300",
+        "350",
+        "400",
+        "450",
+        "500",
+    ]
+
+
+def shade(scale: Scale, ratio: float) -> np.ndarray:
+    """The colour of a ratio, in 256ths."""
+    return 256 * np.array(colour_map(scale)(scale.place(np.array(ratio)))[:3])
+
+
+def test_colours_tell_large_ratios_apart_and_show_the_direction():
+    scale = Scale("ratio", "load", high=32)
+    far = np.abs(shade(scale, 5) - shade(scale, 21)).sum()
+    assert far > 80
+    capped = Scale("ratio", "load")
+    assert np.abs(shade(capped, 5) - shade(capped, 21)).sum() == 0
+    red, _, blue = shade(scale, 1.1)
+    assert red - blue > 40
+    red, _, blue = shade(scale, 1 / 1.1)
+    assert blue - red > 20
+    assert [label for _, label in scale.ticks()] == ["≤ ¼", "½", "1", "2", "4", "8", "16", "≥ 32"]
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "shown"),
+    [(0, 58, ["0", "5", "10"]), (3, 58, ["5", "10", "15"]), (1, 8, ["1", "2", "3"])],
+)
+def test_ticks_of_layers_are_at_round_numbers(first: int, count: int, shown: list[str]):
+    axis = Axis("layer", tuple(str(first + i) for i in range(count)))
+    ticks = named_ticks(axis, count, 15)
+    assert [label for _, label in ticks][:3] == shown
+    assert all(axis.labels[int(at)] == label for at, label in ticks)
 
 
 def every_mark() -> Chart:

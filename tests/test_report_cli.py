@@ -228,7 +228,7 @@ def test_pictures_say_what_they_show(made: Report):
     assert not legend.get_window_extent().overlaps(axes)  # within the axes its marks look like data
     chart = chart_of(made, "domains")
     assert isinstance(chart, Chart)
-    assert "÷ its mean over the domains" in draw(chart).get_suptitle()
+    assert "÷ its mean over the domains" in draw(chart).texts[1].get_text()
 
 
 def test_plots_without_domains_or_documents(tmp_path: Path):

@@ -22,7 +22,7 @@ from moe_inspect.reporting.charts.spec import (
     Line,
     Panel,
     Points,
-    Scale,
+    amount,
 )
 from moe_inspect.text import layer_label
 
@@ -114,7 +114,7 @@ def _map(
     values_LC = np.full((len(at), 10), np.nan)
     values_LC[table["router"].map(at), table["decile"]] = table["set_mismatch"]
     top = float(np.nanmax(values_LC)) or 1.0
-    scale = Scale("amount", "share of decisions with other experts", 0.0, top)
+    scale = amount("share of decisions with other experts", 0.0, values_LC, top)
     columns = Axis(axis, tuple(str(i) for i in range(10)))
     return Chart(
         title,

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Template
 from markupsafe import Markup
 
-from moe_inspect.reporting.charts.parts import cell_numbers
+from moe_inspect.reporting.charts.parts import cell_numbers, load_scale
 from moe_inspect.reporting.charts.spec import (
     Axis,
     Band,
@@ -23,7 +23,6 @@ from moe_inspect.reporting.charts.spec import (
     Panel,
     Points,
     Rule,
-    Scale,
 )
 from moe_inspect.reporting.render.html import (
     asset,
@@ -103,7 +102,8 @@ def _layer_axis(watched: Watched) -> Axis:
 
 def _map(watched: Watched) -> Panel:
     ratio_LE = watched.ratios()
-    heatmap = Heatmap(ratio_LE, Scale("ratio", "load ÷ mean load"), cell_numbers(ratio_LE))
+    scale = load_scale(watched.routers, "load ÷ mean load")
+    heatmap = Heatmap(ratio_LE, scale, cell_numbers(ratio_LE))
     return Panel((heatmap,), Axis("expert"), _layer_axis(watched))
 
 

@@ -20,6 +20,7 @@ from moe_inspect.reporting.charts.spec import (
     Mark,
     Panel,
     Scale,
+    amount,
     chart,
 )
 from moe_inspect.text import cut, layer_label, readable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
 
 MOST_PANELS = 8  # layers drawn where each takes a panel
+WIDE = 64  # experts of a panel beyond which it takes the whole width, and half as many are drawn
 MOST_DOMAINS = 24  # rows drawn
 # of the experts that a domain uses most: cell_numbers in a cell, and listed with its value
 NAMED, LISTED = 3, 8
@@ -44,11 +46,13 @@ def domains(data: ReportData) -> Chart | str:
     names = tuple(cut(readable(name)) for name in counts.domains)
     rows_of = dict(iter(table.groupby("router")))
     spread = {r: _spread(rows_of[r]) for r in data.selection.routers}
-    chosen = sorted(sorted(spread, key=lambda r: -spread[r])[:MOST_PANELS])
+    wide = max(counts.routers[r].experts for r in spread) > WIDE
+    most = MOST_PANELS // 2 if wide else MOST_PANELS
+    chosen = sorted(sorted(spread, key=lambda r: -spread[r])[:most])
     panels = list[Panel]()
     for r in chosen:
         lift_DE = rows_of[r]["lift"].to_numpy().reshape(D, counts.routers[r].experts)
-        heatmap = Heatmap(lift_DE, Scale("ratio", "activation ÷ mean"), cell_numbers(lift_DE))
+        heatmap = Heatmap(lift_DE, lift_scale(D, "activation ÷ mean"), cell_numbers(lift_DE))
         title = f"layer {layer_label(data.trace.routers, r)}"
         panels.append(Panel((heatmap,), Axis("expert"), Axis("", names), title))
     rise = table["activation"] - table["activation"] / table["lift"]
@@ -58,7 +62,7 @@ def domains(data: ReportData) -> Chart | str:
         tuple(panels),
         text="How much of each domain goes to each expert, relative to the expert's mean over the "
         "domains.",
-        columns=1 if len(chosen) == 1 or max(counts.routers[r].experts for r in chosen) > 64 else 2,
+        columns=1 if len(chosen) == 1 or wide else 2,
         table=table.loc[rise.sort_values(ascending=False, kind="stable").index],
         definitions={
             "activation": "assignments of the expert in a domain ÷ tokens of the domain; over the "
@@ -151,10 +155,9 @@ def esft(data: ReportData) -> Chart | str:
         shown.append(np.take_along_axis(index_DE, order_DK, 1).ravel())
     drawn = sorted(int(d) for d in np.argsort(-counts.tokens_D, kind="stable")[:MOST_DOMAINS])
     even = min(counts.routers[r].top_k / counts.routers[r].experts for r in chosen)
-    high = max(float(np.nanquantile(share_DL, 0.99)), 1.1 * even)
     heatmap = Heatmap(
         share_DL[drawn],
-        Scale("amount", "share of the top k", even, high),
+        amount("share of the top k", even, share_DL, 1.1 * even),
         named_DL[drawn] if len(chosen) <= MOST_LINES else None,
         listed_DL[drawn],
     )
@@ -190,6 +193,12 @@ def esft(data: ReportData) -> Chart | str:
             "chance alone.",
         },
     )
+
+
+def lift_scale(domains: int, title: str) -> Scale:
+    """The scale of the activation in a domain ÷ the mean over domains, which is at most their
+    number."""
+    return Scale("ratio", title, high=max(4.0, domains), end="domains" if domains >= 4 else "")
 
 
 def _spread(rows: Any) -> float:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import load_ratio
-from moe_inspect.reporting.charts.parts import cell_numbers, definitions, known_interval, layer_axis
+from moe_inspect.reporting.charts.parts import (
+    cell_numbers,
+    definitions,
+    known_interval,
+    layer_axis,
+    load_scale,
+    log_axis,
+)
 from moe_inspect.reporting.charts.spec import (
     Axis,
     Band,
@@ -20,7 +27,6 @@ from moe_inspect.reporting.charts.spec import (
     Panel,
     Points,
     Rule,
-    Scale,
     chart,
 )
 from moe_inspect.reporting.verdict.chance import chance, uneven
@@ -45,13 +51,14 @@ def load(data: ReportData) -> Chart | str:
     row, expert = np.unravel_index(worst.argmax(), worst.shape)
     dead = int((ratio_LE == 0).sum())
     label = layer_label(data.trace.routers, chosen[int(row)])
+    scale = load_scale((data.trace.routers[r] for r in chosen), "load ÷ mean load")
     return Chart(
         "Load of every expert",
         f"Busiest: expert {expert} of layer {label}, {worst.max():.2f}× the layer's mean load; "
-        + (f"{plural(dead, 'dead expert')} (black)" if dead else "no dead expert"),
+        + (plural(dead, "dead expert") if dead else "no dead expert"),
         (
             Panel(
-                (Heatmap(ratio_LE, Scale("ratio", "load ÷ mean load"), cell_numbers(ratio_LE)),),
+                (Heatmap(ratio_LE, scale, cell_numbers(ratio_LE)),),
                 Axis("expert"),
                 layer_axis(data, chosen),
             ),
@@ -105,7 +112,7 @@ def balance(data: ReportData) -> Chart | str:
             Panel(
                 tuple(marks),
                 layer_axis(data, table["router"]),
-                Axis("max ÷ mean load", low=1),
+                log_axis("max ÷ mean load", value),
             ),
         ),
         text="The load of the busiest expert of each layer, relative to the mean. Values within "

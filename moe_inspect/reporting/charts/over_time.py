@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.reporting.charts.parts import definitions, layer_axis, look
+from moe_inspect.reporting.charts.parts import (
+    definitions,
+    layer_axis,
+    log_axis,
+    look,
+    token_axis,
+)
 from moe_inspect.reporting.charts.spec import (
     MOST_LINES,
     Axis,
@@ -22,7 +28,7 @@ from moe_inspect.reporting.charts.spec import (
     Panel,
     Points,
     Rule,
-    Scale,
+    amount,
     chart,
 )
 
@@ -43,9 +49,10 @@ def windows(data: ReportData) -> Chart | str:
     ratio_LW, layers, time = _by_window(data, table, "max_over_mean")
     if len(ratio_LW) <= MOST_LINES:
         chance_W = 1 + table.groupby("window")["noise_floor"].max().to_numpy()
-        panel = _lines(ratio_LW, chance_W, 1, layers, time, Axis("max ÷ mean load", low=1))
+        panel = _lines(ratio_LW, chance_W, 1, layers, time, log_axis("max ÷ mean load", ratio_LW))
     else:
-        panel = _heatmap(ratio_LW, layers, time, Scale("amount", "max ÷ mean load", 1, 1.1))
+        scale = amount("max ÷ mean load", 1, ratio_LW, 1.1, log=True)
+        panel = Panel((Heatmap(ratio_LW, scale),), time, layers)
     return Chart(
         "Load over time",
         "Load of the busiest expert ÷ mean load, by window of the trace",
@@ -73,8 +80,9 @@ def drift(data: ReportData) -> Chart | str:
         first = _lines(moved_LW, chance_W, 0, layers, time, Axis("share moved", low=0), MOVED)
     else:
         floor_LW, _, _ = _by_window(data, over_time, "total_variation_floor")
-        scale = Scale("amount", "share moved beyond chance", 0, 0.2)
-        first = _heatmap(moved_LW - floor_LW, layers, time, scale, MOVED)
+        beyond_LW = moved_LW - floor_LW
+        scale = amount("share moved beyond chance", 0, beyond_LW, 0.2)
+        first = Panel((Heatmap(beyond_LW, scale),), time, layers, MOVED)
     x, axis = np.arange(len(table), dtype=float), layer_axis(data, table["router"])
     distances: list[Mark] = []
     for name, column, colour in (
@@ -123,7 +131,7 @@ def _by_window(data: ReportData, table: Any, column: str) -> tuple[np.ndarray, A
     wide = table.pivot(index="router", columns="window", values=column)
     wide = wide.reindex([r for r in data.selection.routers if r in wide.index])
     first: Any = table.drop_duplicates("window").sort_values("window")["first_token"]
-    time = Axis("first token of the window", tuple(f"{token:,}" for token in first))
+    time = token_axis("first token of the window", first)
     return wide.to_numpy(), layer_axis(data, wide.index), time
 
 
@@ -142,13 +150,3 @@ def _lines(
     for i, (label, value_W) in enumerate(zip(layers.labels, value_LW, strict=True)):
         marks.append(Line(x, value_W, f"layer {label}", *look(i)))
     return Panel(tuple(marks), time, axis, title)
-
-
-def _heatmap(
-    value_LW: np.ndarray, layers: Axis, time: Axis, scale: Scale, title: str = ""
-) -> Panel:
-    """A row per router. The colours end at the 99th percentile, or at the scale's end where that is
-    further."""
-    high = max(float(np.nanquantile(value_LW, 0.99)), scale.high)
-    heatmap = Heatmap(value_LW, Scale("amount", scale.title, scale.low, high))
-    return Panel((heatmap,), time, layers, title)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from moe_inspect.reporting.charts.domains import MOST_DOMAINS
 from moe_inspect.reporting.charts.parts import (
     INTERVALS,
+    cell_numbers,
     definitions,
     known_interval,
     layer_axis,
@@ -30,6 +32,7 @@ from moe_inspect.reporting.charts.spec import (
     Panel,
     Points,
     Scale,
+    amount,
     chart,
 )
 from moe_inspect.reporting.tables.pairs import (
@@ -46,8 +49,10 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
 
 MOST_PAIRS = 60  # rows of the table of pairs below a chart
+MOST_DOTS = 60  # dots with intervals that can be told apart; more make a heatmap
 MOST_MATRICES = 4  # layers drawn, each as a matrix of experts
 NEXT = "First choice at the next layer"
+MANY_EXPERTS = 64  # more are shown only as far as they have a supported pair
 OFFSET = 0.1  # between the dots of one layer, which would hide each other; layers are 1 apart
 BEYOND = "is chosen more often than chance explains"
 LOG10_P = (
@@ -67,7 +72,22 @@ def repetition(data: ReportData) -> Chart | str:
     if table["first_choice"].isna().all():
         return "repetition: first choices are unknown, or no token follows another"
     chosen = data.selection.routers
-    order = {r: i for i, r in enumerate(chosen)}
+    few = table["domain"].nunique() * len(chosen) <= MOST_DOTS
+    panel, left_out = (_as_lines if few else _as_heatmap)(data, table)
+    return Chart(
+        "Repetition",
+        "How often two consecutive tokens have the same first choice",
+        (panel,),
+        text="How often two consecutive tokens have the same first choice, which is what a cache "
+        "of experts relies on." + (INTERVALS if few and _has_interval(panel.marks) else ""),
+        table=table,
+        subset=left_out,
+    )
+
+
+def _as_lines(data: ReportData, table: Any) -> tuple[Panel, str]:
+    """A line per domain, with its intervals; and chance."""
+    order = {r: i for i, r in enumerate(data.selection.routers)}
     marks: list[Mark] = []
     for i, (name, rows) in enumerate(table.groupby("domain", sort=False)):
         share, low, high = (rows[f"first_choice{bound}"].to_numpy() for bound in BOUNDS)
@@ -77,20 +97,32 @@ def repetition(data: ReportData) -> Chart | str:
     chance_of = table.groupby("router", sort=False)["first_choice_random"].first()
     x = np.array([order[r] for r in chance_of.index], float)
     marks.append(Line(x, chance_of.to_numpy(float), "chance", "baseline", "dot"))
-    return Chart(
-        "Repetition",
-        "How often two consecutive tokens have the same first choice",
-        (
-            Panel(
-                tuple(marks),
-                layer_axis(data, chosen),
-                Axis("share of consecutive pairs", low=0),
-            ),
-        ),
-        text="How often two consecutive tokens have the same first choice, which is what a cache "
-        "of experts relies on." + (INTERVALS if _has_interval(marks) else ""),
-        table=table,
+    axis = Axis("share of consecutive pairs", low=0)
+    return Panel(tuple(marks), layer_axis(data, order), axis), ""
+
+
+def _as_heatmap(data: ReportData, table: Any) -> tuple[Panel, str]:
+    """A row per domain, those with the most pairs; a column per layer."""
+    chosen = data.selection.routers
+    pairs_of = table.groupby("domain", sort=False)["pairs"].max()
+    kept = pairs_of.index.isin(pairs_of.nlargest(MOST_DOMAINS).index)
+    names, of = pairs_of.index[kept], table.set_index(["domain", "router"])
+    share_DL, low_DL, high_DL, chance_DL = (
+        of[f"first_choice{c}"].unstack().reindex(index=names, columns=chosen).to_numpy(float)
+        for c in (*BOUNDS, "_random")
     )
+    notes_DL = np.full(share_DL.shape, "", object)
+    for at, low in np.ndenumerate(low_DL):
+        interval = f"95% interval: {low:.3f} to {high_DL[at]:.3f}\n" if low == low else ""
+        notes_DL[at] = f"{interval}chance: {chance_DL[at]:.3f}"
+    chance = float(np.nanmin(chance_DL))
+    scale = amount("share of consecutive pairs", 0, share_DL, max(2 * chance, 0.01))
+    labels = tuple(cut(readable(name)) for name in names)
+    panel = Panel(
+        (Heatmap(share_DL, scale, notes=notes_DL),), layer_axis(data, chosen), Axis("", labels)
+    )
+    fewer = len(names) < len(pairs_of)
+    return panel, f"the {len(names)} of {len(pairs_of)} longest domains" if fewer else ""
 
 
 @chart("locality", "repetition")
@@ -144,6 +176,7 @@ def locality(data: ReportData) -> Chart | str:
         "Locality",
         "How well a choice can be predicted from the choices just before",
         tuple(panels),
+        columns=2,
         text="How well a choice can be predicted from the choices just before: what prefetching "
         "and caching of experts can gain. Only the distance of a dot above the dash of its "
         "colour is locality."
@@ -237,29 +270,50 @@ def _matrices(
     xlabel: str,
 ) -> tuple[Panel, ...]:
     """Heatmaps of the lift of pairs of experts [E, N], for each of the routers that are furthest
-    from chance; pairs without evidence are grey."""
-    scale = Scale("ratio", "times as often as by chance", unknown="may be chance")
-    return tuple(
-        Panel(
-            (Heatmap(supported_lift(counted), scale),),
-            Axis(xlabel),
-            Axis("expert"),
-            f"layer {layer_label(data.trace.routers, r)}",
+    from chance; pairs without evidence are grey. Of many experts, only those with a supported pair
+    are shown."""
+    lifts = dict[int, np.ndarray]()
+    for r in _furthest_routers(table):
+        counted = pair_counts(data, r)
+        if counted is not None and np.isfinite(lift_EN := supported_lift(counted)).any():
+            lifts[r] = lift_EN
+    furthest = max((np.nanmax(lift_EN) for lift_EN in lifts.values()), default=1)
+    high = float(2 ** np.ceil(np.log2(max(4, furthest))))
+    scale = Scale("ratio", "times as often as by chance", high=high, unknown="may be chance")
+    panels = list[Panel]()
+    for r, lift_EN in lifts.items():
+        known_EN = np.isfinite(lift_EN)
+        rows, columns = (_with_supported(known_EN.any(axis)) for axis in (1, 0))
+        shown_EN = lift_EN[np.ix_(rows, columns)]
+        of_chart = Heatmap(shown_EN, scale, cell_numbers(shown_EN))
+        x, y = (
+            Axis(title, () if len(kept) == E else tuple(map(str, kept)))
+            for title, kept, E in (
+                (xlabel, columns, lift_EN.shape[1]),
+                ("expert", rows, len(lift_EN)),
+            )
         )
-        for r in _furthest_routers(table)
-        if (counted := pair_counts(data, r)) is not None
-    )
+        title = f"layer {layer_label(data.trace.routers, r)}"
+        if shown_EN.shape != lift_EN.shape:
+            title += f": the {len(rows)} × {len(columns)} experts with a supported pair"
+        panels.append(Panel((of_chart,), x, y, title))
+    return tuple(panels)
+
+
+def _with_supported(supported_E: np.ndarray) -> np.ndarray:
+    """The experts to show: of many, those with a supported pair."""
+    return np.arange(E) if (E := len(supported_E)) <= MANY_EXPERTS else np.nonzero(supported_E)[0]
 
 
 def _with_evidence(chart: Chart, data: ReportData, table: Any) -> Chart:
     """A chart of matrices with what all such charts have: the pairs more frequent than chance by
     their evidence, its definitions, and which layers are shown."""
-    shown, routers = len(chart.panels), len(data.selection.routers)
-    fewer = shown == MOST_MATRICES < routers
+    shown = len(chart.panels)
+    routers = int(table.loc[table["supported"], "router"].nunique())
     return replace(
         chart,
         columns=min(2, shown),
-        subset=f"the {shown} of {routers} layers furthest from chance" if fewer else "",
+        subset=f"the {shown} of {routers} layers furthest from chance" if shown < routers else "",
         table=strongest_pairs(table),
         definitions={**chart.definitions, "lift_sd": LIFT_SD, "log10_p": LOG10_P},
     )

@@ -49,6 +49,7 @@ def router(data: ReportData) -> Chart | str:
         "Router confidence",
         f"How confident each router is, from its {source}",
         tuple(panels),
+        columns=2,
         text="How confident each router is: from its logits where they were recorded, else from "
         "the gate weights of the chosen experts.",
         table=table,

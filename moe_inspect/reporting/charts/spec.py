@@ -11,6 +11,7 @@ L routers, E experts, R rows, C columns of a heatmap, N points of a series.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 MOST_LINES = 12  # routers that can be told apart as lines; more make a heatmap
 FEW_CELLS = 160  # cells of a heatmap up to which each shows its number
-FAR = 2.0  # log₂: colours of a ratio are saturated at a quarter and at four times
+TINT = 1.1  # a ratio from which on the colour says whether it is above or below 1
 
 # Colours by purpose: on a light background, on a dark one. c1 to c8 are the colour-blind safe
 # palette of Okabe and Ito, darkened or lightened for contrast.
@@ -43,12 +44,15 @@ PALETTE: dict[str, tuple[str, str]] = {
     "baseline": ("#6b7482", "#98a3b1"),
     "bad": ("#b2382a", "#ff6f61"),  # only for what the verdict calls a fault
     "band": ("#dfe3e8", "#2b3440"),
-    # of a ratio: a quarter, a half, one, double, four times; zero; unknown
+    # of a ratio: ¼, ½, 1/TINT, 1, TINT, 2, 4, the most there can be; zero; unknown
     "low": ("#2166ac", "#58a9ff"),
-    "lower": ("#92c5de", "#24557f"),
-    "even": ("#f4f4f2", "#202731"),
-    "higher": ("#f4a582", "#8a4130"),
-    "high": ("#b2182b", "#ff7d5e"),
+    "lower": ("#92c5de", "#2c6ea5"),
+    "below": ("#d3e5f0", "#1d3a54"),
+    "even": ("#f6f6f4", "#1c222b"),
+    "above": ("#fbdcca", "#4a2e29"),
+    "higher": ("#f4a582", "#9a4632"),
+    "high": ("#c4202f", "#ff7d5e"),
+    "highest": ("#5e0f82", "#ffe27a"),
     "dead": ("#101010", "#ffffff"),
     "unknown": ("#d4d7db", "#3b434f"),
     # of an amount, from the least to the most
@@ -57,7 +61,15 @@ PALETTE: dict[str, tuple[str, str]] = {
     "most": ("#0b3c63", "#a9dcff"),
 }
 SERIES = tuple(f"c{i}" for i in range(1, 9))
-RATIO = ("low", "lower", "even", "higher", "high")  # at log₂ −2, −1, 0, 1, 2
+RATIO = {  # ratio → colour; from 4 on, "highest" is at the scale's end
+    0.25: "low",
+    0.5: "lower",
+    1 / TINT: "below",
+    1.0: "even",
+    TINT: "above",
+    2.0: "higher",
+    4.0: "high",
+}
 AMOUNT = ("least", "middle", "most")
 
 Dash = Literal["", "dot", "dash"]
@@ -65,13 +77,16 @@ Dash = Literal["", "dot", "dash"]
 
 @dataclass(frozen=True)
 class Axis:
-    """labels: names of the positions 0, 1, …; without labels the axis shows numbers. low, high: the
-    range that the axis shows at least; it grows with the data."""
+    """labels: names of the positions 0, 1, …; without labels the axis shows numbers. ticks:
+    (position, label) of the ticks, which are otherwise at round numbers. low, high: the range that
+    the axis shows at least; it grows with the data. log: by powers of two."""
 
     title: str = ""
     labels: tuple[str, ...] = ()
     low: float | None = None
     high: float | None = None
+    log: bool = False
+    ticks: tuple[tuple[float, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,26 +149,76 @@ class Links:
 @dataclass(frozen=True)
 class Scale:
     """How a heatmap is coloured. "ratio": by log₂ around 1, so that a half is as far from 1 as
-    double; 0 has a colour of its own. "amount": linear from low to high. title: what is shown.
-    unknown: the meaning of cells without a value, if they are coloured; otherwise they are
-    blank."""
+    double; 0 has a colour of its own. "amount": from little to much, linear or by log₂. low, high:
+    where the colours end; for a ratio low is ¼ and high at least 4. end: what `high` is ("E/k"), if
+    no value can be beyond it. title: what is shown. unknown: the meaning of cells without a value,
+    if they are coloured; otherwise they are blank."""
 
     kind: Literal["ratio", "amount"]
     title: str
     low: float = 0.25
     high: float = 4.0
     unknown: str = ""
+    end: str = ""
+    log: bool = False
+
+    def place(self, values: np.ndarray) -> np.ndarray:
+        """The positions of values on the scale: 0 at low, 1 at high; −∞ for a ratio of 0."""
+        if self.kind == "ratio" or self.log:
+            with np.errstate(divide="ignore"):
+                return np.log2(values / self.low) / np.log2(self.high / self.low)
+        return (values - self.low) / (self.high - self.low)
+
+    def stops(self) -> list[tuple[float, str]]:
+        """(position, colour): the colours between them are mixed."""
+        if self.kind == "amount":
+            return [(i / (len(AMOUNT) - 1), name) for i, name in enumerate(AMOUNT)]
+        of = RATIO | ({self.high: "highest"} if self.high > max(RATIO) else {})
+        return list(zip(self.place(np.array([*of])).tolist(), of.values(), strict=True))
 
     def ticks(self) -> list[tuple[float, str]]:
-        """(value, label) of the colour bar."""
-        if self.kind == "ratio":
-            return [(0.25, "≤ ¼"), (0.5, "½"), (1, "1"), (2, "2"), (4, "≥ 4")]
-        middle = (self.low + self.high) / 2
-        return [
-            (self.low, f"{self.low:.3g}"),
-            (middle, f"{middle:.3g}"),
-            (self.high, f"≥ {self.high:.3g}"),
+        """(position, label) of the colour bar, at round numbers."""
+        if self.kind == "ratio" or (self.log and self.high >= 4 * self.low):
+            octaves = math.ceil(math.log2(self.high / self.low))
+            values = self.low * 2.0 ** np.arange(octaves)
+        else:
+            values = np.array(round_numbers(self.low, self.high, 4))
+        names = {0.25: "≤ ¼", 0.5: "½"} if self.kind == "ratio" else {}
+        ticks = [
+            (at, names.get(value, f"{value:g}"))
+            for at, value in zip(self.place(values).tolist(), values.tolist(), strict=True)
+            if at < 0.87  # beside the label of the end
         ]
+        end = f"{self.high:.3g}"
+        return [*ticks, (1.0, f"{self.end} = {end}" if self.end else f"≥ {end}")]
+
+
+def round_numbers(low: float, high: float, most: int) -> list[float]:
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten from low to high, about `most` of them."""
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [float(f"{i * step:.9g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def amount(
+    title: str,
+    low: float,
+    values: np.ndarray,
+    least: float,
+    *,
+    unknown: str = "",
+    log: bool = False,
+) -> Scale:
+    """A scale from low to the 99th percentile of the values or to `least`, whichever is more,
+    rounded up."""
+    known = values[np.isfinite(values)]
+    top = max(least, float(np.quantile(known, 0.99)) if known.size else least)
+    step = 10.0 ** math.floor(math.log10(top)) / 10
+    rounded = [f * step for f in (10, 11, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)]
+    high = float(f"{next(value for value in rounded if value >= top * 0.9999):.9g}")
+    return Scale("amount", title, low, high, unknown, log=log)
 
 
 @dataclass(frozen=True)

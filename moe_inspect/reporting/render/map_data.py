@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.reporting.render.payload import numbers
+from moe_inspect.reporting.charts.domains import lift_scale
+from moe_inspect.reporting.charts.parts import load_scale
+from moe_inspect.reporting.render.payload import numbers, scale_json
 from moe_inspect.text import layer_label, readable
 
 if TYPE_CHECKING:
@@ -53,7 +55,10 @@ def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
     position = {r: i for i, r in enumerate(chosen)}
     bits = tables["specialization"]["domain_mi_bits"]
+    routers = (data.trace.routers[r] for r in chosen)
     drawn: dict[str, Any] = {
+        "scale": scale_json(load_scale(routers, "× the mean load")),
+        "lift_scale": scale_json(lift_scale(len(kept), "× the mean over domains")),
         "layers": [
             {"label": layer_label(data.trace.routers, r), "experts": int(E)}
             for r, E in zip(chosen, sizes, strict=True)

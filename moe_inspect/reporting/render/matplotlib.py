@@ -1,7 +1,8 @@
-"""Draws charts as PNG and SVG, by matplotlib without pyplot: in a notebook pyplot's figures and
-backend are the user's.
+"""Draws charts as PNG and SVG, laid out as on the page, by matplotlib without pyplot: in a notebook
+pyplot's figures and backend are the user's.
 
-R rows, C columns of a heatmap.
+All pictures have the same width, so that their type has the same size. Lengths are in inches, from
+the top left.
 """
 
 # matplotlib's own types leave **kwargs unknown
@@ -10,48 +11,45 @@ R rows, C columns of a heatmap.
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from functools import singledispatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
+from matplotlib.font_manager import FontProperties
 
 from moe_inspect.errors import writing
-from moe_inspect.reporting.charts.spec import (
-    AMOUNT,
-    FAR,
-    PALETTE,
-    RATIO,
-    Axis,
-    Band,
-    Chart,
-    Heatmap,
-    Line,
-    Links,
-    Panel,
-    Points,
-    Rule,
-    Scale,
-    draw_charts,
+from moe_inspect.reporting.charts.spec import Chart, Panel, Scale, draw_charts
+from moe_inspect.reporting.render.marks import (
+    SMALL,
+    Ticks,
+    colour,
+    colour_map,
+    draw_mark,
+    named_ticks,
+    plain,
+    value_ticks,
+    vertical_range,
+    write_cells,
 )
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
 
 DPI = 200
-DASHES = {"": "-", "dot": ":", "dash": "--"}
-NOTHING = -99.0  # the position of 0 on a logarithmic scale: below all others
+WIDTH = 9.8  # of a picture
+EDGE, GAP = 0.12, 0.3  # around it, between panels
+BETWEEN = 0.2  # rows of panels
+LINE = 0.17  # height of a line of SMALL type
+BELOW = 0.42  # room for the labels and the title of a horizontal axis
+SCALE = 0.45  # height of a colour bar with its labels
 # for letters that DejaVu Sans lacks (Chinese, Japanese, Korean), if installed
 OTHER_FONTS = (
     "Noto Sans CJK SC",
@@ -77,33 +75,21 @@ def write_charts(charts: Iterable[Chart], directory: str | Path) -> list[Path]:
     for chart in charts:
         with letters():
             figure = draw(chart)
-            shown = settle_layout(figure)
             for path in (directory / f"{chart.name}.png", directory / f"{chart.name}.svg"):
                 with writing(path):
-                    path.write_bytes(picture(figure, path.suffix[1:], chart.description, shown))
+                    path.write_bytes(picture(figure, path.suffix[1:], chart.description))
                 written.append(path)
     return written
 
 
-def settle_layout(figure: Figure) -> Bbox:
-    """Computes the layout of a figure once for several files; it takes longer than drawing. Returns
-    the part of the figure to save, in inches."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine(None)  # with any engine, "none" too, savefig draws twice
-    return figure.get_tightbbox().padded(matplotlib.rcParams["savefig.pad_inches"])
-
-
-def picture(
-    figure: Figure, format: str, description: str = "", shown: Bbox | None = None, dpi: int = DPI
-) -> bytes:
+def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) -> bytes:
     """The bytes of a figure as a file of format "png" or "svg"; the same figure gives the same
-    bytes. Letters of an SVG are paths, so that it looks the same everywhere. `shown`: from
-    `settle_layout`, for a figure that is saved more than once."""
+    bytes. Letters of an SVG are paths, so that it looks the same everywhere."""
     file = io.BytesIO()
     metadata: dict[str, str | None] = {"Description": description} if description else {}
     if format == "svg":
         metadata["Date"] = None
-    figure.savefig(file, format=format, dpi=dpi, bbox_inches=shown or "tight", metadata=metadata)
+    figure.savefig(file, format=format, dpi=dpi, metadata=metadata)
     return file.getvalue()
 
 
@@ -118,214 +104,213 @@ def letters() -> Generator[None]:
         yield
 
 
+class Placed(NamedTuple):
+    """A panel with all that its size depends on. height: of its axes; above: of its title, its
+    legend and its colour bar."""
+
+    panel: Panel
+    height: float
+    above: float
+    ends: tuple[float, float]
+    ticks: Ticks
+    legend_columns: int
+
+
 def draw(chart: Chart) -> Figure:
     """The figure of a chart."""
-    columns = min(chart.columns, len(chart.panels))
-    rows = -(-len(chart.panels) // columns)
-    sizes = [_size(panel, columns) for panel in chart.panels]
-    heights = [max(h for _, h in sizes[row * columns :][:columns]) for row in range(rows)]
-    width = columns * max(w for w, _ in sizes)
-    figure = Figure((width, sum(heights) + 0.8), layout="constrained")
+    figure = Figure((WIDTH, 1))
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
-    for axes, panel in zip(grid.flat, chart.panels, strict=False):
-        _panel(axes, panel)
-    for axes in grid.flat[len(chart.panels) :]:
-        axes.set_axis_off()
-    figure.suptitle(
-        f"$\\bf{{{_bold(chart.title)}}}$\n{_plain(chart.headline)}", fontsize=10, x=0.01, ha="left"
+    columns = min(chart.columns, len(chart.panels))
+    breadth = (WIDTH - 2 * EDGE - GAP * (columns - 1)) / columns
+    scales = {panel.heatmap.scale for panel in chart.panels if panel.heatmap}
+    shared = len(scales) == 1 and all(panel.heatmap for panel in chart.panels)
+    placed = [_place(figure, panel, breadth, columns, shared) for panel in chart.panels]
+    rows = [placed[i : i + columns] for i in range(0, len(placed), columns)]
+    headline = textwrap.wrap(chart.headline, 105)
+    y = EDGE + 0.3 + 0.2 * len(headline) + 0.06
+    top = y + (SCALE if shared else 0)
+    sizes = [max(p.above for p in row) + max(p.height for p in row) + BELOW for row in rows]
+    height = top + sum(sizes) + BETWEEN * (len(rows) - 1) + EDGE
+    figure.set_figheight(height)
+    figure.text(
+        EDGE / WIDTH,
+        1 - EDGE / height,
+        plain(chart.title),
+        va="top",
+        fontsize=12,
+        weight="bold",
     )
-    heatmaps = [panel.heatmap for panel in chart.panels if panel.heatmap]
-    if heatmaps and len(heatmaps) == len(chart.panels):  # one scale for all
-        _colour_bar(figure, heatmaps[0].scale, list(grid.flat))
-    else:
-        for axes, panel in zip(grid.flat, chart.panels, strict=False):
-            if panel.heatmap:
-                _colour_bar(figure, panel.heatmap.scale, axes)
+    figure.text(
+        EDGE / WIDTH,
+        1 - (EDGE + 0.3) / height,
+        plain("\n".join(headline)),
+        va="top",
+        fontsize=9.5,
+        linespacing=1.4,
+    )
+    if shared:
+        _colour_bar(figure, next(iter(scales)), EDGE, y)
+    lefts = [max(_beside(figure, p) for p in placed[column::columns]) for column in range(columns)]
+    for row, size in zip(rows, sizes, strict=True):
+        above = max(p.above for p in row)
+        for column, p in enumerate(row):
+            left = EDGE + column * (breadth + GAP)
+            _panel(figure, p, left, lefts[column], top, above, breadth, shared)
+        top += size + BETWEEN
     return figure
 
 
-def _size(panel: Panel, columns: int) -> tuple[float, float]:
-    """Width and height of a panel in inches, axes included."""
-    if panel.heatmap is None:
-        named = any(getattr(mark, "name", "") for mark in panel.marks)
-        breadth = float(np.clip(0.18 * len(panel.x.labels), 5.5, 11.0))
-        return breadth + (2.6 if named else 0), 2.4
-    R, C = panel.heatmap.values.shape
-    most = (14.0, 7.0) if columns == 1 else (6.0, 4.6)
-    cell = 0.3 if panel.heatmap.cells is None else 0.36
-    width = np.clip((0.16 if panel.heatmap.cells is None else 0.62) * C, 4.0, most[0])
-    return float(width) + 1.6, float(np.clip(cell * R, 0.9, most[1])) + 0.8
+def _place(figure: Figure, panel: Panel, breadth: float, columns: int, shared: bool) -> Placed:
+    title = 0.26 if panel.title else 0
+    if heatmap := panel.heatmap:
+        R, _ = heatmap.values.shape
+        tallest = 5.6 if columns == 1 else 3.6
+        height = float(np.clip(R * np.clip(tallest / R, 0.09, 0.3), 0.6, tallest + 1))
+        ticks = named_ticks(panel.y, R, height / LINE)
+        return Placed(panel, height, title + (0 if shared else SCALE), (-0.5, R - 0.5), ticks, 0)
+    names = [plain(name) for mark in panel.marks if (name := getattr(mark, "name", ""))]
+    legend_columns = _legend_columns(figure, names, breadth)
+    lines = -(-len(names) // legend_columns) if names else 0
+    low, high = vertical_range(panel)
+    height = 2.1 if columns == 1 else 1.9
+    ticks = value_ticks(panel.y, low, high, 5)
+    above = title + (0.14 + 0.155 * lines if lines else 0.05)
+    return Placed(panel, height, above, (low, high), ticks, legend_columns)
 
 
-def _panel(axes: Any, panel: Panel) -> None:
-    for mark in panel.marks:
-        _mark(mark, axes)
-    if panel.title:
-        axes.set_title(_plain(panel.title), loc="left", fontsize=9)
-    if panel.heatmap:
-        R, C = panel.heatmap.values.shape
-        _ticks(axes.xaxis, panel.x, C, max(4, int(_size(panel, 1)[0] * 1.6)))
-        _ticks(axes.yaxis, panel.y, R, 32)
-        axes.tick_params(labelsize=8)
-        return
-    _ticks(axes.xaxis, panel.x, len(panel.x.labels), 24)
-    axes.set_ylabel(panel.y.title, fontsize=9)
-    axes.set_xlim(-0.5, len(panel.x.labels) - 0.5)
-    low, high = axes.get_ylim()
-    margin = 0.02 * (high - low)
-    if panel.y.low is not None:
-        axes.set_ylim(
-            bottom=min(panel.y.low, low) if low < panel.y.low - 3 * margin else panel.y.low
+def _panel(
+    figure: Figure,
+    of: Placed,
+    left: float,
+    beside: float,
+    top: float,
+    above: float,
+    breadth: float,
+    shared: bool,
+) -> None:
+    """Draws a panel. left, top: where it begins; beside, above: what lies left of and above its
+    axes."""
+    (width, height), panel = figure.get_size_inches(), of.panel
+    right = _right(figure, panel)
+    axes: Any = figure.add_axes(
+        (
+            (left + beside) / width,
+            1 - (top + above + of.height) / height,
+            (breadth - beside - right) / width,
+            of.height / height,
         )
-    if panel.y.high is not None:
-        axes.set_ylim(top=max(panel.y.high, high))
+    )
+    for mark in panel.marks:
+        draw_mark(mark, axes)
+    across = breadth - beside - right
+    if panel.title:
+        # over what belongs to the panel, which begins left of its axes
+        axes.set_title(
+            plain(panel.title), loc="left", x=-beside / across, fontsize=9.5, weight="bold",
+            pad=72 * (of.above - 0.2),
+        )  # fmt: skip
+    axes.set_ylim(of.ends[::-1] if panel.heatmap else of.ends)
+    if panel.y.log:
+        axes.set_yscale("log", base=2)
+    axes.set_yticks([at for at, _ in of.ticks], [plain(label) for _, label in of.ticks])
+    axes.minorticks_off()
+    count = panel.heatmap.values.shape[1] if panel.heatmap else len(panel.x.labels)
+    axes.set_xlim(-0.5, count - 0.5)
+    ticks = named_ticks(
+        panel.x, count, across / (_widest(figure, panel.x.labels or ("000",)) + 0.15)
+    )
+    axes.set_xticks([at for at, _ in ticks], [plain(label) for _, label in ticks])
+    axes.set_xlabel(plain(panel.x.title), fontsize=SMALL)
+    axes.set_ylabel(plain(panel.y.title), fontsize=SMALL)
+    if panel.y.title:
+        axes.yaxis.set_label_coords(-(beside - 0.08) / across, 0.5)
+    axes.tick_params(labelsize=SMALL, length=2, pad=2, color="0.5")
     axes.spines[["top", "right"]].set_visible(False)
+    if panel.heatmap:
+        axes.spines[["left", "bottom"]].set_visible(False)
+        cells, room = panel.heatmap.cells, across / count - 0.04
+        if cells is not None and _widest(figure, set(cells.ravel())) < room:
+            write_cells(panel.heatmap, axes)
+        if not shared:
+            _colour_bar(figure, panel.heatmap.scale, left, top + above - SCALE)
+        return
     axes.grid(axis="y", color="0.92", lw=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    if of.legend_columns:
+        axes.legend(
+            fontsize=SMALL,
+            frameon=False,
+            loc="lower left",
+            bbox_to_anchor=(-beside / across, 1 + 0.05 / of.height),
+            ncols=of.legend_columns,
+            borderaxespad=0,
+            borderpad=0.3,
+            **LEGEND,
+        )
 
 
-def _ticks(axis: Any, of: Axis, count: int, most: int) -> None:
-    """The title and ticks of an axis with `count` positions, at most about `most` of them
-    labelled."""
-    axis.set_label_text(of.title, fontsize=9)
-    if not of.labels:
-        axis.set_major_locator(MaxNLocator(integer=True, nbins=min(most, 16)))
-        return
-    longest = max(len(label) for label in of.labels)
-    step = -(-count // max(1, min(most, 160 // max(3, longest)) if axis.axis_name == "x" else most))
-    axis.set_ticks(range(0, count, step), [_plain(label) for label in of.labels[::step]])
+LEGEND = {"handlelength": 2.0, "handletextpad": 0.6, "columnspacing": 1.4, "labelspacing": 0.35}
 
 
-@singledispatch
-def _mark(mark: Any, axes: Any) -> None:
-    raise TypeError(f"no way to draw {type(mark).__name__}")
+def _legend_columns(figure: Figure, names: Sequence[str], breadth: float) -> int:
+    """How many columns of a legend fit beside each other. matplotlib fills one column after the
+    other."""
+    em = SMALL / 72
+    for columns in range(len(names), 1, -1):
+        widths = [_widest(figure, part) for part in np.array_split(np.array(names), columns)]
+        handles = (LEGEND["handlelength"] + LEGEND["handletextpad"]) * columns
+        between = LEGEND["columnspacing"] * (columns - 1) + 1
+        if sum(widths) + em * (handles + between) <= breadth:
+            return columns
+    return min(1, len(names))
 
 
-@_mark.register
-def _(mark: Line, axes: Any) -> None:
-    _interval(mark, axes)
-    axes.plot(
-        mark.x,
-        mark.y,
-        color=_colour(mark.colour),
-        ls=DASHES[mark.dash],
-        lw=1.4,
-        marker="o" if mark.dots else "",
-        ms=3.5,
-        label=_plain(mark.name),
+def _beside(figure: Figure, of: Placed) -> float:
+    """The room left of the axes for the labels and the title of the vertical axis."""
+    labels = [label for _, label in of.ticks]
+    return _widest(figure, labels) + 0.09 + (0.2 if of.panel.y.title else 0)
+
+
+def _right(figure: Figure, panel: Panel) -> float:
+    """The room right of the axes for half of a label below their end."""
+    return max(0.05, _widest(figure, panel.x.labels[-1:]) / 2 - 0.03)
+
+
+def _widest(figure: Figure, texts: Iterable[str], size: float = SMALL) -> float:
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    font = FontProperties(size=size)
+    widths = [renderer.get_text_width_height_descent(text, font, False)[0] for text in texts]
+    return max(widths, default=0.0) / figure.dpi
+
+
+def _colour_bar(figure: Figure, scale: Scale, left: float, top: float) -> None:
+    """The colours of a scale with their values; beside it, what is shown."""
+    width, height = figure.get_size_inches()
+    ticks, thickness = scale.ticks(), 0.09
+    long, inset = 0.42 * len(ticks), _widest(figure, [ticks[0][1]]) / 2
+    axes: Any = figure.add_axes(
+        (
+            (left + inset) / width,
+            1 - (top + 0.06 + thickness) / height,
+            long / width,
+            thickness / height,
+        ),
+        label="scale",
     )
-
-
-@_mark.register
-def _(mark: Points, axes: Any) -> None:
-    _interval(mark, axes)
-    few = len(mark.x) <= 12
-    axes.plot(
-        mark.x,
-        mark.y,
-        "o" if mark.shape == "dot" else "_",
-        color=_colour(mark.colour),
-        ms=(5 if few else 4) if mark.shape == "dot" else (10 if few else 7),
-        mew=1 if mark.shape == "dot" else 1.6,
-        label=_plain(mark.name),
-    )
-
-
-@_mark.register
-def _(mark: Band, axes: Any) -> None:
-    colour = _colour("band")
-    axes.fill_between(mark.x, mark.low, mark.high, color=colour, lw=0, label=_plain(mark.name))
-
-
-@_mark.register
-def _(mark: Rule, axes: Any) -> None:
-    axes.axhline(
-        mark.y,
-        color=_colour(mark.colour),
-        lw=0.8 if not mark.dash else 1.2,
-        ls=DASHES[mark.dash],
-        label=_plain(mark.name) or None,
-    )
-
-
-@_mark.register
-def _(mark: Links, axes: Any) -> None:
-    axes.vlines(mark.x, mark.low, mark.high, color=_colour("baseline"), lw=1, alpha=0.6)
-
-
-@_mark.register
-def _(mark: Heatmap, axes: Any) -> None:
-    axes.imshow(
-        _position(mark.values, mark.scale),
-        aspect="auto",
-        cmap=_colours(mark.scale),
-        norm=_range(mark.scale),
-        interpolation="nearest",
-    )
-    if mark.cells is None:
-        return
-    norm, colours = _range(mark.scale), _colours(mark.scale)
-    for (row, column), text in np.ndenumerate(mark.cells):
-        if text:
-            value = _position(mark.values[row : row + 1, column : column + 1], mark.scale)
-            red, green, blue, _ = np.ravel(colours(norm(value)))
-            light = 0.299 * red + 0.587 * green + 0.114 * blue
-            ink = "black" if light > 0.5 else "white"
-            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink)
-
-
-def _interval(mark: Line | Points, axes: Any) -> None:
-    if mark.low is not None and mark.high is not None:
-        axes.vlines(mark.x, mark.low, mark.high, color=_colour(mark.colour), alpha=0.45, lw=3)
-
-
-def _position(values_RC: np.ndarray, scale: Scale) -> np.ndarray:
-    """The positions of values on their scale, masked where there is no value."""
-    if scale.kind == "amount":
-        return np.ma.masked_invalid(values_RC)
-    exponent = np.clip(np.log2(np.where(values_RC > 0, values_RC, 1)), -FAR, FAR)
-    placed = np.where(values_RC == 0, NOTHING, exponent)
-    return np.ma.masked_invalid(np.where(np.isnan(values_RC), np.nan, placed))
-
-
-def _range(scale: Scale) -> Normalize:
-    ends = (-FAR, FAR) if scale.kind == "ratio" else (scale.low, scale.high)
-    return Normalize(*ends)
-
-
-def _colours(scale: Scale) -> Colormap:
-    names = RATIO if scale.kind == "ratio" else AMOUNT
-    colours = LinearSegmentedColormap.from_list(scale.kind, [_colour(name) for name in names])
-    unknown = _colour("unknown") if scale.unknown else "white"
-    under = _colour("dead") if scale.kind == "ratio" else None
-    return colours.with_extremes(bad=unknown, under=under)
-
-
-def _colour_bar(figure: Figure, scale: Scale, axes: Any) -> None:
-    mappable = ScalarMappable(_range(scale), _colours(scale))
-    ticks = scale.ticks()
-    at = [float(np.log2(v)) if scale.kind == "ratio" else v for v, _ in ticks]
-    bar = figure.colorbar(mappable, ax=axes, ticks=at, pad=0.01, fraction=0.03, aspect=35)
-    bar.ax.set_yticklabels([label for _, label in ticks], fontsize=8)
-    bar.set_label(
-        f"{scale.title}; grey: {scale.unknown}" if scale.unknown else scale.title, fontsize=9
-    )
-
-
-def _colour(name: str) -> str:
-    return PALETTE[name][0]
-
-
-def _plain(text: str) -> str:
-    """A label of the corpus, escaped: $ would begin a formula, and a leading _ would hide it from
-    the legend."""
-    text = text.replace("$", r"\$")
-    return "\u200a" + text if text.startswith("_") else text
-
-
-def _bold(text: str) -> str:
-    return text.replace(" ", r"\ ")
+    ramp = np.linspace(0, 1, 512)[None]
+    axes.imshow(ramp, aspect="auto", cmap=colour_map(scale), vmin=0, vmax=1, extent=(0, 1, 0, 1))
+    axes.set_yticks([])
+    axes.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+    axes.tick_params(labelsize=SMALL, length=0, pad=2)
+    axes.spines[:].set_visible(False)
+    x = left + inset + long + _widest(figure, [ticks[-1][1]]) / 2 + 0.12
+    swatches = [(scale.title, "")]
+    swatches += [("none", "dead")] if scale.kind == "ratio" else []
+    swatches += [(scale.unknown, "unknown")] if scale.unknown else []
+    for text, name in swatches:
+        middle = 1 - (top + 0.06 + thickness / 2) / height
+        if name:
+            figure.text(x / width, middle, "■", va="center", fontsize=SMALL + 2, color=colour(name))
+            x += 0.15
+        figure.text(x / width, middle, plain(text), va="center", fontsize=SMALL)
+        x += _widest(figure, [text]) + 0.2

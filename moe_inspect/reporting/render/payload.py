@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.reporting.charts.spec import Axis, Heatmap, Mark, Panel
+from moe_inspect.reporting.charts.spec import Axis, Heatmap, Mark, Panel, Scale
 from moe_inspect.text import number, readable
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ def panel_json(panel: Panel) -> dict[str, Any]:
     }
 
 
+def scale_json(scale: Scale) -> dict[str, Any]:
+    """A scale as chart.js takes it."""
+    return {**vars(scale), "stops": scale.stops(), "ticks": scale.ticks()}
+
+
 def _axis(axis: Axis) -> dict[str, Any]:
     return {**vars(axis), "labels": [readable(label) for label in axis.labels]}
 
@@ -107,7 +112,7 @@ def _mark(mark: Mark) -> dict[str, Any]:
         "kind": kind,
         "rows": R,
         "columns": C,
-        "scale": vars(mark.scale),
+        "scale": scale_json(mark.scale),
         **{key: None if of is None else of.ravel().tolist() for key, of in texts.items()},
         **_coded(mark.values),
     }

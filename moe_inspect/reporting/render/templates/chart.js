@@ -30,31 +30,36 @@ moe.digits = (value) => {
 };
 moe.wide = ((pen) => (text, size = 12) => ((pen.font = `${size}px system-ui, sans-serif`), pen.measureText(text).width))(document.createElement("canvas").getContext("2d"));
 
-// value → colour of a cell, as [red, green, blue]; null where it has none
+// value → colour of a cell, as [red, green, blue]; null where it has none. scale.stops: [position from 0 to 1, colour]
 moe.colours = (scale) => {
   const ratio = scale.kind === "ratio";
-  const stops = (ratio ? ["low", "lower", "even", "higher", "high"] : ["least", "middle", "most"]).map(moe.colour);
+  const stops = scale.stops.map(([at, name]) => [at, moe.colour(name)]);
   const dead = ratio ? moe.colour("dead") : null;
   const unknown = scale.unknown ? moe.colour("unknown") : null;
   return (value) => {
     if (value === null || Number.isNaN(value)) return unknown;
     if (ratio && value === 0) return dead;
-    const share = ratio ? (Math.log2(value) + 2) / 4 : (value - scale.low) / (scale.high - scale.low || 1);
-    const at = Math.max(0, Math.min(1, share)) * (stops.length - 1);
-    const i = Math.min(stops.length - 2, Math.floor(at));
-    return stops[i].map((part, c) => part + (at - i) * (stops[i + 1][c] - part));
+    const share = ratio || scale.log ? Math.log2(value / scale.low) / Math.log2(scale.high / scale.low) : (value - scale.low) / (scale.high - scale.low);
+    const at = Math.max(0, Math.min(1, share));
+    const i = Math.max(1, stops.findIndex(([end]) => at <= end));
+    const [[from, low], [to, high]] = [stops[i - 1], stops[i]];
+    return low.map((part, c) => part + ((at - from) / (to - from)) * (high[c] - part));
   };
 };
 moe.scaleBar = (scale) => {
-  const names = scale.kind === "ratio" ? ["low", "lower", "even", "higher", "high"] : ["least", "middle", "most"];
   const ramp = moe.h("i", { className: "ramp" });
-  ramp.style.background = `linear-gradient(to right, ${names.map((name) => `var(--${name})`).join(", ")})`;
-  const ends = scale.kind === "ratio" ? ["≤ ¼", "1", "≥ 4"] : [moe.digits(scale.low), "", `≥ ${moe.digits(scale.high)}`];
-  const parts = [ramp, moe.h("span", { className: "ends" }, ...ends.map((end) => moe.h("b", {}, end)))];
-  const box = moe.h("span", { className: "scale" }, moe.h("span", {}, ...parts), scale.title);
-  if (scale.kind === "ratio") box.append(moe.h("i", { className: "cell dead" }), "none");
-  if (scale.unknown) box.append(moe.h("i", { className: "cell unknown" }), scale.unknown);
-  return box;
+  ramp.style.background = `linear-gradient(to right, ${scale.stops.map(([at, name]) => `var(--${name}) ${100 * at}%`).join(", ")})`;
+  const ticks = scale.ticks.map(([at, label]) => {
+    const tick = moe.h("b", {}, label);
+    tick.style.left = `${100 * at}%`;
+    return tick;
+  });
+  const bar = moe.h("span", {}, ramp, moe.h("span", { className: "ends" }, ...ticks));
+  bar.style.width = `${2.4 * ticks.length}rem`;
+  bar.style.marginRight = `${moe.wide(scale.ticks.at(-1)[1], 11.5) / 2 + 12}px`;
+  const named = (kind, text) => moe.h("span", {}, moe.h("i", { className: `cell ${kind}` }), text);
+  return moe.h("span", { className: "scale" }, bar, moe.h("span", {}, scale.title),
+    scale.kind === "ratio" ? named("dead", "none") : null, scale.unknown ? named("unknown", scale.unknown) : null);
 };
 
 // round numbers between low and high, about `most` of them
@@ -67,7 +72,15 @@ moe.round = (low, high, most) => {
   return found;
 };
 
-// options: height; note(row, column): text of a cell; moved(row, column); open(row, column): Enter or a click
+// the step between ticks of named positions: 1, 2, 5, 10, 20, …
+moe.step = (least) => {
+  const power = 10 ** Math.floor(Math.log10(Math.max(1, least)));
+  return power * ([1, 2, 5].find((factor) => factor * power >= least) ?? 10);
+};
+
+const FEW = 200; // cells in view, up to which each shows its text
+
+// options: height; note(row, column): what is said of a cell; cell(row, column): texts for it, of which the first that fits is shown; moved(row, column); open(row, column): Enter or a click
 moe.plot = (element, make, options = {}) => {
   const plot = { element, hidden: new Set(), view: null, at: null };
   const live = moe.h("p", { className: "unseen", "aria-live": "polite" });
@@ -89,18 +102,31 @@ moe.plot = (element, make, options = {}) => {
     let high = Math.max(...values, y.high ?? -Infinity);
     if (!(high > low)) [low, high] = [low - 0.5, low + 0.5];
     const margin = 0.04 * (high - low);
+    if (y.log) return [low === y.low ? low : low / 1.05, high * 1.05];
     return [low === y.low ? low : low - margin, high === y.high ? high : high + margin];
   };
 
+  // [position, label] of the ticks of an axis that shows `from` to `to` over `length` pixels, each `wide`
   const ticksOf = (axis, from, to, length, wide) => {
-    if (!axis.labels.length && !heat) return moe.round(from, to, length / 45).map((at) => [at, moe.digits(at)]);
-    const name = (i) => axis.labels[i] ?? String(i);
+    const across = axis === plot.panel.x;
+    if (!axis.labels.length && !heat) {
+      if (axis.log) return Array.from({ length: 40 }, (_, i) => 2 ** (i - 20)).filter((v) => v >= from && v <= to).map((v) => [v, moe.digits(v)]);
+      return moe.round(from, to, length / 45).map((at) => [at, moe.digits(at)]);
+    }
+    const given = axis.ticks.filter(([at]) => at >= from && at <= to);
+    if (given.length > 1) {
+      const widest = across ? Math.max(...given.map(([, label]) => moe.wide(label))) + 10 : wide;
+      const every = moe.step((given.length * widest * (to - from)) / (length * (given.at(-1)[0] - given[0][0])));
+      return given.filter((_, i) => i % every === 0);
+    }
     const first = Math.max(0, Math.ceil(from));
-    const last = Math.min((axis.labels.length || (axis === plot.panel.x ? heat.columns : heat.rows)) - 1, Math.floor(to));
-    let step = Math.max(1, Math.ceil(((last - first + 1) * wide) / length));
-    if (!axis.labels.length) step = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000].find((s) => s >= step) ?? step;
+    const last = Math.min((axis.labels.length || (across ? heat.columns : heat.rows)) - 1, Math.floor(to));
+    const step = moe.step(((last - first + 1) * wide) / length);
+    // layers that begin at 3 have their ticks at 5, 10, …, not at 3, 8, …
+    const start = Number(axis.labels[0] ?? 0);
+    const numbered = axis.labels.every((label, i) => Number(label) === start + i);
     const found = [];
-    for (let i = Math.ceil(first / step) * step; i <= last; i += step) found.push([i, name(i)]);
+    for (let i = first; i <= last; i++) if ((i + (numbered ? start : 0)) % step === 0) found.push([i, axis.labels[i] ?? String(i)]);
     return found;
   };
 
@@ -143,19 +169,24 @@ moe.plot = (element, make, options = {}) => {
   };
 
   const cells = (g) => {
-    const { x, y } = frame;
+    const { x, y, x0, x1, y0, y1 } = frame;
     const colourOf = moe.colours(heat.scale);
     const [wide, high] = [x(1) - x(0), y(1) - y(0)];
-    if (heat.cells) {
-      for (let i = 0; i < heat.values.length; i++) {
-        const [row, column] = [Math.floor(i / heat.columns), i % heat.columns];
-        const rgb = colourOf(heat.values[i]);
-        if (rgb === null) continue;
-        const ink = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 128 ? "#000" : "#fff";
-        g.append(moe.s("rect", { x: x(column - 0.5) + 1, y: y(row - 0.5) + 1, width: wide - 2, height: high - 2, fill: `rgb(${rgb})` }));
-        const text = heat.cells[i] ?? "";
-        if (moe.wide(text, 11.5) < wide) g.append(moe.s("text", { x: x(column), y: y(row) + 4, class: "in", style: `fill: ${ink}` }, text));
-      }
+    const ends = (from, to, count) => [Math.max(0, Math.ceil(from)), Math.min(count - 1, Math.floor(to))];
+    const [[left, right], [top, bottom]] = [ends(x0, x1, columns), ends(y0, y1, rows)];
+    if ((right - left + 1) * (bottom - top + 1) <= FEW) {
+      for (let row = top; row <= bottom; row++)
+        for (let column = left; column <= right; column++) {
+          const i = row * heat.columns + column;
+          const rgb = colourOf(heat.values[i]);
+          if (rgb === null) continue;
+          const ink = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 128 ? "#000" : "#fff";
+          g.append(moe.s("rect", { x: x(column - 0.5) + 1, y: y(row - 0.5) + 1, width: wide - 2, height: high - 2, fill: `rgb(${rgb})` }));
+          const known = heat.values[i] !== null && !Number.isNaN(heat.values[i]);
+          const texts = options.cell ? options.cell(row, column) : [heat.cells ? heat.cells[i] : known ? (heat.scale.kind === "ratio" ? heat.values[i].toFixed(2) : moe.digits(heat.values[i])) : ""];
+          const text = texts.find((one) => moe.wide(one, 11.5) < wide - 4);
+          if (text) g.append(moe.s("text", { x: x(column), y: y(row) + 4, class: "in", style: `fill: ${ink}` }, text));
+        }
       return;
     }
     const sheet = moe.h("canvas", { width: heat.columns, height: heat.rows });
@@ -187,7 +218,8 @@ moe.plot = (element, make, options = {}) => {
     const right = width - Math.max(8, Math.min(40, longest / 2 - 5));
     frame = { left, right, top: 8, bottom, x0, x1, y0, y1 };
     frame.x = (v) => left + ((v - x0) / (x1 - x0)) * (right - left);
-    frame.y = heat ? (v) => 8 + ((v - y0) / (y1 - y0)) * (bottom - 8) : (v) => bottom - ((v - y0) / (y1 - y0)) * (bottom - 8);
+    const share = y.log ? (v) => Math.log2(v / y0) / Math.log2(y1 / y0) : (v) => (v - y0) / (y1 - y0);
+    frame.y = heat ? (v) => 8 + share(v) * (bottom - 8) : (v) => bottom - share(v) * (bottom - 8);
     const svg = moe.s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     const clip = `clip-${moe.plots.indexOf(plot)}`;
     svg.append(moe.s("clipPath", { id: clip }, moe.s("rect", { x: left, y: heat ? 8 : 2, width: right - left, height: bottom - (heat ? 8 : 2) })));

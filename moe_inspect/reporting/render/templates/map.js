@@ -1,8 +1,6 @@
 "use strict";
 // The map of layers × experts, and domains × experts.
 moe.map = (data) => {
-  const SCALE = { kind: "ratio", title: "× the mean load", unknown: "" };
-  const FEW = 160; // cells, up to which each carries its number
   const at = { row: 0, expert: 0, domain: -1, byLoad: false };
   const { h } = moe;
   const experts = moe.experts(data);
@@ -21,10 +19,10 @@ moe.map = (data) => {
     const said = ratio === null ? "no load" : `${ratio.toFixed(2)}× the mean load`;
     return `Layer ${data.layers[row].label}, expert ${expert}: ${said}${among()}, ${whole(load[expert])} assignments (${percent(load[expert] / Math.max(1, sum(load)))})`;
   };
-  const axis = (title, labels = []) => ({ title, labels });
-  const heatmap = (rows, columns, value, text, scale, lengths) => {
-    const flat = (cell) => Array.from({ length: rows * columns }, (_, i) => cell(Math.floor(i / columns), i % columns));
-    return { kind: "heatmap", rows, columns, values: flat(value), cells: rows * columns <= FEW ? flat(text) : null, scale, lengths };
+  const axis = (title, labels = []) => ({ title, labels, ticks: [] });
+  const heatmap = (rows, columns, value, scale, lengths) => {
+    const values = Array.from({ length: rows * columns }, (_, i) => value(Math.floor(i / columns), i % columns));
+    return { kind: "heatmap", rows, columns, values, scale, lengths };
   };
   const choose = (name, options, act) => {
     const select = h("select", {}, ...options.map((text, value) => h("option", { value }, text)));
@@ -41,6 +39,7 @@ moe.map = (data) => {
     "aria-describedby": "now",
   });
   const widest = Math.max(...data.layers.map((layer) => layer.experts));
+  const BUSIEST = Math.min(3, widest); // experts named before each layer, in the order of load
   let orders = [];
 
   const panel = () => {
@@ -48,11 +47,18 @@ moe.map = (data) => {
     const value = data.layers.map((_, row) => ratios(row));
     const cell = (row, i) => (i < orders[row].length ? value[row][orders[row][i]] : null);
     const lengths = data.layers.map((layer) => layer.experts);
+    const busiest = (row) => `${data.layers[row].label}: ${orders[row].slice(0, BUSIEST).join(", ")}`;
     return {
-      x: at.byLoad ? axis("experts of each layer, most loaded first") : axis("expert"),
-      y: axis("layer", data.layers.map((layer) => layer.label)),
-      marks: [heatmap(data.layers.length, widest, cell, (row, i) => cell(row, i)?.toFixed(2) ?? "", SCALE, lengths)],
+      x: at.byLoad ? axis("rank by load", Array.from({ length: widest }, (_, i) => String(i + 1))) : axis("expert"),
+      y: at.byLoad ? axis(`layer: its ${BUSIEST} busiest experts`, data.layers.map((_, row) => busiest(row))) : axis("layer", data.layers.map((layer) => layer.label)),
+      marks: [heatmap(data.layers.length, widest, cell, data.scale, lengths)],
     };
+  };
+  // texts of a cell: the expert's id too, where its place does not tell it
+  const cellTexts = (row, column) => {
+    const expert = orders[row][column];
+    const ratio = ratios(row)[expert]?.toFixed(2) ?? "";
+    return expert === undefined ? [] : at.byLoad ? [`expert ${expert}: ${ratio}`, `${expert}: ${ratio}`, String(expert)] : [ratio];
   };
   const moved = (row, column) => {
     at.row = row;
@@ -93,8 +99,10 @@ moe.map = (data) => {
 
   const card = moe.card(experts, grid, (row, expert) => map.move(row, orders[row].indexOf(expert)));
   const map = moe.plot(grid, panel, {
-    height: (heat) => 64 + heat.rows * Math.max(7.5, Math.min(38, 480 / heat.rows)), // with what stands above it, on a screen of 1440 × 900
+    // with what stands above it, on a screen of 1440 × 900; by load each layer has a label of its own
+    height: (heat) => 64 + heat.rows * Math.max(at.byLoad ? 15 : 7.5, Math.min(38, 480 / heat.rows)),
     note: (row, column) => [sentence(row, orders[row][column])],
+    cell: cellTexts,
     moved,
     open: (row, column) => column < orders[row].length && card.open(row, orders[row][column]),
   });
@@ -115,7 +123,7 @@ moe.map = (data) => {
     () => ({
       x: axis("expert"),
       y: axis("", data.domains.map((name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name))),
-      marks: [heatmap(data.domains.length, data.layers[layer()].experts, (d, e) => lift(d, layer(), e), (d, e) => percent(activation(d, layer(), e)), { ...SCALE, title: "× the mean over domains" })],
+      marks: [heatmap(data.domains.length, data.layers[layer()].experts, (d, e) => lift(d, layer(), e), data.lift_scale)],
     }),
     {
       note: (d, e) => [
@@ -123,6 +131,7 @@ moe.map = (data) => {
         `takes ${percent(activation(d, layer(), e))} of the tokens`,
         `${Number.isFinite(lift(d, layer(), e)) ? lift(d, layer(), e).toFixed(2) : "–"}× its mean over domains`,
       ],
+      cell: (d, e) => [percent(activation(d, layer(), e))],
       open: (d, e) => card.open(layer(), e),
     },
   );
