@@ -280,7 +280,8 @@ def test_the_command(cli_here: Cli, tmp_path: Path):
     page = (tmp_path / "page.html").read_text()
     assert "<title>moe-inspect simulate capacity" in page
     assert "Simulated: at capacity factor 1.25" in page
-    assert "image/svg+xml" in page
+    assert "Capacity of experts" in page
+    assert "<img" not in page
     assert "capacity_by_position" in page
     table = cli_here(
         "simulate", "capacity", trace, "--table", "capacity_by_position", "--format", "csv"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_inspect.reporting.render.html import Page, Section, page_html
+from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
 from moe_inspect.simulate.result import Simulation
 
 ROWS = 400  # of a table on the page
@@ -12,9 +12,8 @@ HIDDEN = ("moe_layers",)  # a setting that plan files need, too long to read
 def sections(simulation: Simulation) -> list[Section]:
     """The picture, then the tables, those first that the text shows."""
     found = []
-    if simulation.figure is not None:
-        caption = "Simulated: the trace replayed under other assumptions."
-        found.append(Section(f"simulate {simulation.name}", caption, svg=_drawing(simulation)))
+    if simulation.chart is not None:
+        found.append(chart_section(simulation.chart))
     for name in dict.fromkeys([*simulation.shown, *simulation.tables]):
         table = simulation.tables[name]
         cut = f"The first {ROWS} of {len(table):,} rows." if len(table) > ROWS else ""
@@ -25,11 +24,10 @@ def sections(simulation: Simulation) -> list[Section]:
 def section(simulation: Simulation) -> Section:
     """What it says and its picture, with the table that the text shows first."""
     table = simulation.tables[next(iter([*simulation.shown, *simulation.tables]))]
-    drawing = _drawing(simulation) if simulation.figure is not None else None
     return Section(
         f"Simulated: {simulation.name}",
         " ".join(simulation.verdict),
-        svg=drawing,
+        simulation.chart,
         table=table.head(ROWS),
         group="Serving",
     )
@@ -50,13 +48,6 @@ def page(simulation: Simulation) -> str:
             sections=sections(simulation),
         )
     )
-
-
-def _drawing(simulation: Simulation) -> str:
-    from moe_inspect.reporting.render.matplotlib import picture  # imports matplotlib
-
-    assert simulation.figure is not None
-    return picture(simulation.figure(), "svg").decode()
 
 
 def _text(value: object) -> str:

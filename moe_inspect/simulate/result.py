@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,21 +12,33 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from moe_inspect.reporting.charts.spec import Chart
+
+SIMULATED = "Simulated: the trace replayed under other assumptions. "
+
 
 @dataclass(frozen=True)
 class Simulation:
     """`tables`: the main one first, under the simulation's own name. `verdict`: plain sentences,
     most important first.
-    `settings`: what was assumed, as told to the user. `figure` draws the picture (matplotlib) when
-    called; None where there is nothing to draw. `shown`: the tables that the text shows; by default
-    the main one."""
+    `settings`: what was assumed, as told to the user. `chart`: what the page and the pictures
+    draw. `shown`: the tables that the text shows; by default the main one."""
 
     name: str
     tables: dict[str, pd.DataFrame]
     verdict: list[str]
     settings: dict[str, object] = field(default_factory=dict)
-    figure: Callable[[], Figure] | None = None
+    chart: Chart | None = None
     shown: tuple[str, ...] = ()
+
+    def figure(self) -> Figure:
+        """The chart, drawn by matplotlib. MoeInspectError where there is nothing to draw."""
+        from moe_inspect.reporting.render.matplotlib import draw, letters
+
+        if self.chart is None:
+            raise MoeInspectError(f"simulate {self.name} has nothing to draw")
+        with letters():
+            return draw(self.chart)
 
 
 def need_decisions(trace: Trace, what: str) -> None:

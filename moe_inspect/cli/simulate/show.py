@@ -7,14 +7,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.cli.help.complete import traces
 from moe_inspect.cli.options import Output
-from moe_inspect.errors import writing
 from moe_inspect.text import no_such, print_stderr, printable
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class ShowOptions:
         typer.Option(
             "--plots",
             metavar="DIR",
-            help="Also write the chart (PNG) into this directory.",
+            help="Also write the chart (PNG and SVG) into this directory.",
             show_default=False,
         ),
     ] = None
@@ -152,12 +151,10 @@ def show(simulation: Simulation, options: ShowOptions) -> None:
 
 
 def _draw(simulation: Simulation, directory: Path) -> None:
-    if simulation.figure is None:
+    from moe_inspect.reporting.render.matplotlib import write_charts  # imports matplotlib
+
+    if simulation.chart is None:
         print_stderr("nothing to draw")
         return
-    figure: Any = simulation.figure()
-    path = directory / f"{simulation.name}.png"
-    with writing(path):
-        directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-    print_stderr(f"wrote {path}")
+    for path in write_charts([simulation.chart], directory):
+        print_stderr(f"wrote {path}")

@@ -61,18 +61,17 @@ STYLES = ("page.css", "text.css")
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a heading, a paragraph, and a chart, a drawing, a widget or a table.
+    """A part of a page: a heading, a paragraph, and a chart, a widget or a table.
 
-    svg: a drawing as SVG text, shown as a picture, on white. table: shown as it is, or folded in
-    below a chart as its alternative for screen readers. definitions: term → meaning. group: the
-    part of the page that it stands in, one of GROUPS or a name of the page's own. name: its id in
-    links, by default made of the title. widget: the function of `moe.widgets` (templates/*.js)
-    that fills it from `data`, which JSON can hold. python: code that gives the table."""
+    table: shown as it is, or folded in below a chart as its alternative for screen readers.
+    definitions: term → meaning. group: the part of the page that it stands in, one of GROUPS or a
+    name of the page's own. name: its id in links, by default made of the title. widget: the
+    function of `moe.widgets` (templates/*.js) that fills it from `data`, which JSON can hold.
+    python: code that gives the table."""
 
     title: str
     text: str = ""
     chart: Chart | None = None
-    svg: str | None = None
     table: pd.DataFrame | None = None
     definitions: Mapping[str, str] = field(default_factory=dict[str, str])
     group: str = ""
@@ -218,14 +217,8 @@ def write_page(path: str | Path, text: str) -> None:
         Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def picture(svg: str) -> str:
-    """A drawing as the data URL of an image: scripts in it do not run, and its ids do not collide
-    with those of another drawing."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
 def template(name: str) -> Template:
-    """A template that escapes, with the filters `rows`, `picture` and `readable`."""
+    """A template that escapes, with the filters `rows` and `readable`."""
     return _environment().get_template(name)
 
 
@@ -241,7 +234,6 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "rows": rows_of,
-        "picture": picture,
         "readable": readable,
         "packed": packed,
     }

@@ -173,9 +173,14 @@ def write_cells(mark: Heatmap, axes: Any) -> None:
     colours, at_RC = colour_map(mark.scale), _positions(mark.values, mark.scale)
     for (row, column), text in np.ndenumerate(mark.cells):
         if text:
-            red, green, blue, _ = np.ravel(colours(at_RC[row : row + 1, column : column + 1]))
-            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-            axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
+            rgb = np.ravel(colours(at_RC[row : row + 1, column : column + 1]))[:3]
+            axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=_ink(rgb))
+
+
+def _ink(rgb: np.ndarray) -> str:
+    """Black or white, whichever has more contrast to a colour (WCAG: at least 4.5 : 1)."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return "black" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "white"
 
 
 def _interval(mark: Line | Points, axes: Any) -> None:

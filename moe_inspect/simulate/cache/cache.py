@@ -24,7 +24,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache.policies import POLICIES, Cache, CompiledCache
-from moe_inspect.simulate.cache.text import figure, verdict
+from moe_inspect.simulate.cache.text import chart, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.shards import check_length, is_small
 from moe_inspect.simulate.shards import slots as slots_of
@@ -88,7 +88,7 @@ def simulate_cache(
         tables,
         verdict(tables, shown),
         shown,
-        lambda: figure(tables, shown, label_of),
+        chart(tables, shown, label_of),
         ("cache", "cache_speed"),
     )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+import numpy as np
+
+from moe_inspect.reporting.charts.parts import DASHES
+from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Mark, Panel, Points
+from moe_inspect.simulate.result import SIMULATED
 
 # a hot set is worth caching where it serves this many times the accesses that even load would
 HOT = 1.2
@@ -69,57 +72,53 @@ def _percents(low: float, high: float) -> str:
     return f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
 
 
-def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Figure:
-    """Left: hit rate by number of slots, over the layers. Right: by layer, at one number of
-    slots."""
-    from matplotlib.figure import Figure
-
-    main = tables["cache"]
-    colours = {"lru": "#2980b9", "lfu": "#27ae60", "belady": "#2c3e50"}
-    size = settings["slots"][len(settings["slots"]) // 2]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in settings["policies"]:
-        by_size = main[main["policy"] == name].groupby("slots")["hit_rate"]
-        left.plot(by_size.mean(), "o-", ms=4, lw=1.2, color=colours[name], label=name)
-        left.fill_between(
-            by_size.mean().index,
-            by_size.min(),
-            by_size.max(),
-            color=colours[name],
-            alpha=0.12,
-            lw=0,
+def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Chart:
+    """Hit rate by number of slots, over the layers; and by layer, at one number of slots."""
+    main, sizes = tables["cache"], list(settings["slots"])
+    size = sizes[len(sizes) // 2]
+    by_size, by_layer = list[Mark](), list[Mark]()
+    for i, name in enumerate(settings["policies"]):
+        rows = main[main["policy"] == name]
+        rate = rows.groupby("slots")["hit_rate"]
+        mean, low, high = (
+            of.reindex(sizes).to_numpy() for of in (rate.mean(), rate.min(), rate.max())
         )
-        rate = main[(main["policy"] == name) & (main["slots"] == size)]["hit_rate"]
-        right.plot(range(len(rate)), rate, "o-", ms=4, lw=1.2, color=colours[name], label=name)
+        # beside each other, or the intervals would hide each other
+        x = np.arange(len(sizes)) + 0.08 * (i - (len(settings["policies"]) - 1) / 2)
+        by_size.append(Line(x, mean, name, SERIES[i], DASHES[i % 3], True, low, high))
+        at = rows[rows["slots"] == size]["hit_rate"].to_numpy()
+        by_layer.append(
+            Line(np.arange(len(at), dtype=float), at, name, SERIES[i], DASHES[i % 3], True)
+        )
+    even = main.groupby("slots")["even_share"].mean().reindex(sizes).to_numpy()
+    by_size.append(
+        Line(np.arange(len(sizes), dtype=float), even, "slots ÷ experts", "baseline", "dot")
+    )
     at = main[(main["policy"] == settings["policies"][0]) & (main["slots"] == size)]
-    left.plot(
-        main.groupby("slots")["even_share"].mean(),
-        ":",
-        color="0.4",
-        label="chance (slots ÷ experts)",
+    hot = Points(
+        np.arange(len(at), dtype=float),
+        at["hot_set_share"].to_numpy(),
+        f"share of the {size} busiest experts",
+        "c6",
+        "tick",
     )
-    right.plot(
-        range(len(at)),
-        at["hot_set_share"],
-        "_",
-        ms=12,
-        mew=1.5,
-        color="#c0392b",
-        label=f"share of the {size} busiest experts",
+    rate = Axis("hit rate", low=0, high=1)
+    layers = Axis("layer", tuple(label_of[r] for r in at["router"]))
+    return Chart(
+        "Cache of experts",
+        "Share of the accesses to experts that a cache serves, by policy",
+        (
+            Panel(
+                tuple(by_size),
+                Axis("slots per layer", tuple(map(str, sizes))),
+                rate,
+                "By number of slots",
+            ),
+            Panel((*by_layer, hot), layers, rate, f"By layer, {size} slots"),
+        ),
+        text=SIMULATED
+        + "By number of slots: the mean over layers, the bars from the lowest layer to the "
+        "highest.",
+        columns=2,
+        name="cache",
     )
-    step = max(1, len(at) // 24)
-    right.set_xticks(
-        range(0, len(at), step), [label_of[r] for r in at["router"].iloc[::step]], fontsize=8
-    )
-    left.set(xlabel="slots per layer", ylabel="hit rate", xticks=settings["slots"], ylim=(0, 1.02))
-    right.set(xlabel="layer", ylim=(0, 1.02))
-    left.set_title(
-        "Simulated hit rate: mean over layers, band from least to most", loc="left", fontsize=10
-    )
-    right.set_title(f"By layer, {size} slots", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.legend(fontsize=8, frameon=False, loc="lower right")
-    return figure

@@ -28,7 +28,7 @@ from moe_inspect.simulate.capacity.queues import (
     drops_of,
     groups_of,
 )
-from moe_inspect.simulate.capacity.text import figure, verdict
+from moe_inspect.simulate.capacity.text import chart, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.shards import is_small
 from moe_inspect.text import layer_label
@@ -105,7 +105,7 @@ def simulate_capacity(
         tables,
         verdict(tables, shown, label_of),
         shown,
-        lambda: figure(tables, shown, label_of),
+        chart(tables, shown, label_of),
         ("capacity", "capacity_needed"),
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from moe_inspect.reporting.charts.parts import DASHES, look
+from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
 from moe_inspect.simulate.capacity.queues import POSITIONS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from moe_inspect.simulate.result import SIMULATED
 
 
 def _middle(factors: Sequence[float]) -> float:
@@ -60,68 +62,38 @@ def verdict(
     return sentences
 
 
-def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Figure:
-    """Left: what each layer drops. Right: where in its document and group the worst layer's drops
-    fall."""
-    from matplotlib.figure import Figure
-
-    factors = settings["capacity_factors"]
-    main, ends = tables["capacity"], tables["capacity_by_position"]
-    made = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = made.subplots(1, 2, width_ratios=[1.3, 1])
-    shades = [0.35 + 0.6 * i / max(1, len(factors) - 1) for i in range(len(factors))]
-    for factor, shade in zip(factors, shades[::-1], strict=True):
-        at = main[main["capacity_factor"] == factor]
-        colour = (0.75, 0.22 * (1 - shade) + 0.1, 0.17, shade)
-        left.plot(
-            range(len(at)),
-            at["drop_rate"],
-            "o-",
-            ms=4,
-            lw=1.2,
-            color=colour,
-            label=f"capacity factor {factor:g}",
-        )
-    routers = main["router"].unique()
-    step = max(1, len(routers) // 24)
-    left.set_xticks(
-        range(0, len(routers), step), [label_of[r] for r in routers[::step]], fontsize=8
-    )
-    left.set(xlabel="layer", ylabel="share of assignments dropped")
-    left.set_ylim(bottom=0)
-    left.legend(fontsize=8, frameon=False)
-    left.set_title(
-        f"Simulated drops in groups of {_group(settings['group_tokens'])}", loc="left", fontsize=10
-    )
+def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Chart:
+    """What each layer drops; and where in its document and group the worst layer's drops fall."""
+    factors, main = settings["capacity_factors"], tables["capacity"]
+    routers = list(main["router"].unique())
+    rate_of = main.pivot(index="capacity_factor", columns="router", values="drop_rate")[routers]
+    x = np.arange(len(routers), dtype=float)
+    by_layer = [
+        Line(x, rate_of.loc[f].to_numpy(float), f"capacity factor {f:g}", *look(i), dots=True)
+        for i, f in enumerate(factors)
+    ]
     factor = _middle(factors)
-    mid = main[main["capacity_factor"] == factor]
-    worst = mid.loc[mid["drop_rate"].fillna(-1).idxmax()]
-    for position, marker, colour in zip(
-        POSITIONS, ("o-", "s--"), ("#2c3e50", "#2980b9"), strict=True
-    ):
-        at = ends[
-            (ends["capacity_factor"] == factor)
-            & (ends["router"] == worst["router"])
-            & (ends["position_in"] == position)
-        ]
-        right.plot(
-            at["tenth"],
-            at["drop_rate"],
-            marker,
-            ms=4,
-            lw=1.2,
-            color=colour,
-            label=f"tenth of the {position}",
-        )
-    right.set(xlabel="tenth (10 is the end)", xticks=range(1, 11))
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=8, frameon=False)
-    right.set_title(
-        f"Layer {label_of[worst['router']]} at factor {factor:g}: drop rate by position",
-        loc="left",
-        fontsize=10,
+    worst = rate_of.loc[factor].fillna(-1).idxmax()
+    ends = tables["capacity_by_position"]
+    ends = ends[(ends["capacity_factor"] == factor) & (ends["router"] == worst)]
+    by_position = list[Line]()
+    for position, colour, dash in zip(POSITIONS, SERIES, DASHES, strict=False):
+        at = ends[ends["position_in"] == position]
+        x, y = at["tenth"].to_numpy(float) - 1, at["drop_rate"].to_numpy(float)
+        by_position.append(Line(x, y, f"tenth of the {position}", colour, dash, True))
+    layers = Axis("layer", tuple(label_of[r] for r in routers))
+    tenths = Axis("tenth (10 is the end)", tuple(str(i) for i in range(1, 11)))
+    rate = Axis("share of assignments dropped", low=0)
+    where = f"Layer {label_of[worst]} at factor {factor:g}, by position"
+    group = _group(settings["group_tokens"])
+    return Chart(
+        "Capacity of experts",
+        f"Share of the assignments that are dropped, in groups of {group}",
+        (
+            Panel(tuple(by_layer), layers, rate, "By layer"),
+            Panel(tuple(by_position), tenths, rate, where),
+        ),
+        text=SIMULATED + "An expert takes at most its even share of a group × the capacity factor.",
+        columns=2,
+        name="capacity",
     )
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    return made

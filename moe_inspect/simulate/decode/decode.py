@@ -21,7 +21,7 @@ from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.sizes import expert_bytes, weight_bytes
 from moe_inspect.simulate import kernels_numpy
-from moe_inspect.simulate.decode.text import SATURATED, figure, verdict
+from moe_inspect.simulate.decode.text import SATURATED, chart, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.shards import check_domains, check_length, is_small, slots, taken
 from moe_inspect.trace.reader import Trace, open_trace
@@ -142,7 +142,7 @@ def simulate_decode(
         "weight_bits": 8 * weight_bytes(trace),
     }
     return Simulation(
-        "decode", tables, verdict(tables, settings), settings, lambda: figure(tables), ("decode",)
+        "decode", tables, verdict(tables, settings), settings, chart(tables), ("decode",)
     )
 
 

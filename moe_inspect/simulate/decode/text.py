@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
+from moe_inspect.simulate.result import SIMULATED
 from moe_inspect.text import plural
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SATURATED = 0.95  # this share of the experts counts as almost all of them
 
@@ -54,38 +55,29 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return [*sentences, f"Simulated: steps of the same position of different sequences, from {of}."]
 
 
-def figure(tables: dict[str, Any]) -> Figure:
-    """Distinct experts by batch size: each layer, and the two baselines."""
-    from matplotlib.figure import Figure
-
+def chart(tables: dict[str, Any]) -> Chart | None:
+    """Distinct experts by batch size, over the layers, and the two baselines."""
     table = tables["decode"].dropna(subset=["distinct_experts"])
-    made = Figure(figsize=(6.5, 4.2), layout="constrained")
-    axes = made.subplots()
-    for number, (_, mine) in enumerate(table.groupby("router")):
-        axes.plot(
-            mine["batch"],
-            mine["distinct_experts"],
-            color="0.6",
-            lw=1,
-            label="each layer" if number == 0 else None,
-        )
-    mean = table.groupby("batch")[["distinct_experts", "independent", "from_marginals"]].mean()
-    axes.plot(
-        mean.index, mean["distinct_experts"], "o-", color="#c0392b", lw=2, label="mean over layers"
+    if table.empty:
+        return None
+    by_batch = table.groupby("batch")
+    mean = by_batch[["distinct_experts", "independent", "from_marginals"]].mean()
+    low, high = (
+        of.to_numpy()
+        for of in (by_batch["distinct_experts"].min(), by_batch["distinct_experts"].max())
     )
-    axes.plot(mean.index, mean["independent"], "--", color="#2c3e50", label="chance")
-    axes.plot(
-        mean.index,
-        mean["from_marginals"],
-        ":",
-        color="#2980b9",
-        lw=2,
-        label="independent, experts as popular as they are",
+    x = np.arange(len(mean), dtype=float)
+    experts, chance, popular = (mean[name].to_numpy() for name in mean)
+    marks = (
+        Line(x, chance, "chance", "baseline", "dot"),
+        Line(x, popular, "independent, experts as popular as they are", "c3", "dash"),
+        Line(x, experts, "mean over layers", "c1", "", True, low, high),
     )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(mean.index), [f"{batch:g}" for batch in mean.index])
-    axes.set(xlabel="sequences decoded together", ylabel="distinct experts per step")
-    axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
-    return made
+    batches = Axis("sequences decoded together", tuple(f"{batch:g}" for batch in mean.index))
+    return Chart(
+        "Experts of a decode step",
+        "Distinct experts that a step reads, by sequences decoded together",
+        (Panel(marks, batches, Axis("distinct experts per step", low=0)),),
+        text=SIMULATED + "Bars go from the layer with the fewest to the one with the most.",
+        name="decode",
+    )

@@ -18,7 +18,7 @@ from moe_inspect.simulate.placement.layouts import Hardware, Plans, layouts_of
 from moe_inspect.simulate.placement.policies.policies import FORMER_NAMES, POLICIES
 from moe_inspect.simulate.placement.ranks_reached import ranks_reached, reach_fewer
 from moe_inspect.simulate.placement.tables import plan_table, recommended, tables_of
-from moe_inspect.simulate.placement.text import figure, verdict
+from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.windows import fit_windows_of, loads_of, loads_of_counts
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.shards import check_domains, is_small
@@ -115,7 +115,7 @@ def simulate_placement(
         tables,
         verdict(tables, shown),
         shown,
-        lambda: figure(tables, shown, label_of),
+        chart(tables, shown, label_of),
         ("policies",),
     )
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from moe_inspect.reporting.charts.parts import log_axis, look, token_axis
+from moe_inspect.reporting.charts.spec import (
+    MOST_LINES,
+    SERIES,
+    Axis,
+    Band,
+    Chart,
+    Heatmap,
+    Line,
+    Panel,
+    Points,
+    Rule,
+    amount,
+)
 from moe_inspect.simulate.placement.tables import recommended
+from moe_inspect.simulate.result import SIMULATED
 from moe_inspect.text import plural
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+ALIKE = 0.001  # relative difference below which lines cannot be told apart
 WORTH = 0.01  # share of the time saved below which no policy counts as better
-MARKERS = "os^vDP"
+BUSIEST = "busiest GPU ÷ mean GPU"
 
 
 def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
@@ -115,63 +129,63 @@ def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list
     ]
 
 
-def figure(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Figure:
-    """Left: max/mean over GPUs by layer, on the judged part. Right: by window, the mean over
-    layers, as the plan ages."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    whole, by_window = tables["placement"], tables["windows"]
+def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Chart:
+    """max/mean over GPUs by layer, on the judged part; and by window, the mean over layers, as the
+    plan ages."""
+    by_window: Any = tables["windows"]
     aged = by_window["window"].nunique() > 1
-    made = Figure(figsize=(11 if aged else 6.5, 4.2), layout="constrained")
-    grid: Any = made.subplots(1, 2 if aged else 1, squeeze=False)[0]
-    routers = whole.drop_duplicates("router")
-    names = settings["policies"]
-    for number, name in enumerate(names):  # side by side, or those that tie would hide each other
-        aside = (number - (len(names) - 1) / 2) * 0.7 / len(names)
-        style: dict[str, Any] = {
-            "color": f"C{number}",
-            "label": name,
-            "marker": MARKERS[number % len(MARKERS)],
-            "ms": 5,
-        }
-        grid[0].plot(
-            np.arange(len(routers)) + aside,
-            whole[whole["policy"] == name]["max_over_mean"],
-            ls="",
-            **style,
-        )
-        if aged:
-            mean = by_window[by_window["policy"] == name].groupby("window")["max_over_mean"].mean()
-            grid[1].plot(mean.index + aside, mean, lw=1, **style)
-    for edge in range(1, len(routers)):
-        grid[0].axvline(edge - 0.5, color="0.9", lw=0.8, zorder=0)
-    labels = [label_of[r] for r in routers["router"]]
-    step = max(1, len(labels) // 24)
-    grid[0].set_xticks(range(0, len(labels), step), labels[::step], fontsize=8)
-    grid[0].set(xlabel="layer", ylabel="busiest GPU ÷ mean GPU")
-    grid[0].set_title(
-        "On the part not fitted on" if aged else "Counts only: fitted and judged on the same",
-        loc="left",
-        fontsize=10,
-    )
+    title = "On the part not fitted on" if aged else "Counts only: fitted and judged on the same"
+    panels = [_by_layer(tables["placement"], settings["policies"], label_of, title)]
     if aged:
-        fitted = by_window.loc[by_window["part"] == "fit", "window"].max() + 0.5
-        grid[1].axvspan(-0.5, fitted, color="0.92", lw=0)
-        grid[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        grid[1].set(
-            xlabel=f"window of {settings['window']:,} tokens (grey: fitted on)",
-            xlim=(-0.5, by_window["window"].max() + 0.5),
-        )
-        grid[1].set_title("As the plan ages, mean over layers", loc="left", fontsize=10)
-    for axes in grid:
-        axes.axhline(1, color="0.3", lw=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    made.legend(
-        *grid[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=6,
-        fontsize=8,
-        frameon=False,
+        panels.append(_by_window(by_window, settings))
+    return Chart(
+        "Placement of experts",
+        "Load of the busiest GPU ÷ mean load of the GPUs, by policy",
+        tuple(panels),
+        text=SIMULATED + "1 is perfect balance: the time of a layer is that of its busiest GPU.",
+        name="placement",
     )
-    return made
+
+
+def _by_layer(whole: Any, policies: Sequence[str], label_of: dict[int, str], title: str) -> Panel:
+    """Dots of the policies beside each other; of many layers a heatmap, in which those that tie do
+    not hide each other."""
+    wide = whole.pivot(index="policy", columns="router", values="max_over_mean").loc[list(policies)]
+    layers = Axis("layer", tuple(label_of[r] for r in wide.columns))
+    ratio_PL = wide.to_numpy(float)
+    if len(wide.columns) > MOST_LINES:
+        scale = amount(BUSIEST, 1, ratio_PL, 1.1, log=True)
+        return Panel((Heatmap(ratio_PL, scale),), layers, Axis("", tuple(policies)), title)
+    x = np.arange(len(wide.columns), dtype=float)
+    dots = [
+        Points(x + (i - (len(policies) - 1) / 2) * 0.7 / len(policies), ratio_L, name, SERIES[i])
+        for i, (name, ratio_L) in enumerate(zip(policies, ratio_PL, strict=True))
+    ]
+    return Panel((Rule(1), *dots), layers, log_axis(BUSIEST, ratio_PL), title)
+
+
+def _by_window(by_window: Any, settings: dict[str, Any]) -> Panel:
+    """A line per policy; those that lie on each other are one line with all their names."""
+    mean = by_window.pivot_table(
+        index="policy", columns="window", values="max_over_mean", aggfunc="mean"
+    )
+    policies = list(settings["policies"])
+    same = dict[str, list[str]]()  # the first of those that lie on each other → all
+    for name in policies:
+        alike = (of for of in same if np.allclose(mean.loc[of], mean.loc[name], rtol=ALIKE))
+        same.setdefault(next(alike, name), []).append(name)
+    x = np.arange(len(mean.columns), dtype=float)
+    lines = [
+        Line(x, mean.loc[of].to_numpy(float), " = ".join(names), *look(policies.index(of)))
+        for of, names in same.items()
+    ]
+    last = int(by_window.loc[by_window["part"] == "fit", "window"].max())
+    fitted, top = np.array([-0.5, last + 0.5]), float(np.nanmax(mean.to_numpy()))
+    band = Band(fitted, np.ones(2), np.full(2, top), "fitted on")
+    first_token = [settings["window"] * int(w) for w in mean.columns]
+    return Panel(
+        (band, Rule(1), *lines),
+        token_axis("first token of the window", first_token),
+        log_axis(BUSIEST, mean.to_numpy()),
+        "As the plan ages, mean over layers",
+    )

@@ -20,7 +20,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation, need_decisions
 from moe_inspect.simulate.routing.algorithms import ALGORITHMS, Algorithm, RouterScores, largest
 from moe_inspect.simulate.routing.decisions import Decisions, halves
-from moe_inspect.simulate.routing.text import added_compute, figure, verdict
+from moe_inspect.simulate.routing.text import added_compute, chart, verdict
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
 
@@ -86,7 +86,7 @@ def simulate_routing(
         tables,
         verdict(tables, shown, label_of),
         shown,
-        lambda: figure(tables, uneven, label_of),
+        chart(tables, label_of),
         ("routing_algorithms",),
     )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moe_inspect.reporting.charts.parts import cell_numbers
+from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, amount
+from moe_inspect.simulate.result import SIMULATED
 from moe_inspect.simulate.routing.algorithms import ALGORITHMS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SAME_COMPUTE = 0.005  # relative difference in experts per token that counts as none
 
@@ -86,32 +86,30 @@ def verdict(
     return sentences
 
 
-def figure(tables: dict[str, Any], uneven: float, label_of: dict[int, str]) -> Figure:
-    """Each algorithm, at the layer that is least balanced as it is: imbalance, and the probability
-    mass that is kept."""
-    from matplotlib.figure import Figure
-
+def chart(tables: dict[str, Any], label_of: dict[int, str]) -> Chart:
+    """Each algorithm at each layer: imbalance, and the probability mass that is kept."""
     routing = tables["routing"]
-    recorded = routing[routing["algorithm"] == "as recorded"]
-    base = recorded if len(recorded) else routing
-    worst = base.loc[base["max_vio"].idxmax()]
-    at = routing[routing["router"] == worst["router"]].iloc[::-1]
-    colours = ["#c0392b" if leaks else "#2c3e50" for leaks in at["leaks_future"]]
-    figure = Figure(figsize=(9.5, 1.3 + 0.3 * len(at)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, column, form in ((left, "max_vio", "{:.2f}"), (right, "mass_retained", "{:.0%}")):
-        bars = axes.barh(at["algorithm"], at[column], color=colours, height=0.65)
-        axes.bar_label(bars, [form.format(value) for value in at[column]], padding=3, fontsize=8)
-        axes.margins(x=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.axvline(uneven, color="0.4", lw=0.8, ls="--")
-    left.set_title(
-        f"Simulated, layer {label_of[int(worst['router'])]}: max_vio (dashed: {uneven:g}, "
-        "balanced)",
-        loc="left",
-        fontsize=10,
+    algorithms = list(routing["algorithm"].unique())
+    leaks = set(routing[routing["leaks_future"]]["algorithm"])
+    names = tuple(f"{name} (not causal)" if name in leaks else name for name in algorithms)
+    routers = list(routing["router"].unique())
+    layers = Axis("layer", tuple(label_of[r] for r in routers))
+    panels = list[Panel]()
+    for column, title, least in (
+        ("max_vio", "MaxVio: (max − mean) ÷ mean load", 0.5),
+        ("mass_retained", "Probability mass ÷ that of the router's own top-k", 1.0),
+    ):
+        wide = routing.pivot(index="algorithm", columns="router", values=column)
+        value_AL = wide.reindex(index=algorithms, columns=routers).to_numpy(float)
+        scale = amount(column, 0, value_AL, least)
+        heatmap = Heatmap(value_AL, scale, cell_numbers(value_AL))
+        panels.append(Panel((heatmap,), layers, Axis("", names), title))
+    return Chart(
+        "Routing algorithms",
+        "How even the load is under each algorithm, and how much of the router's choice it keeps",
+        tuple(panels),
+        text=SIMULATED
+        + "0 is even load. An algorithm that is not causal lets later tokens decide, "
+        "which are unknown during generation.",
+        name="routing",
     )
-    right.set_title("probability mass ÷ that of the router's own top-k", loc="left", fontsize=10)
-    if at["leaks_future"].any():
-        figure.supxlabel("red: not causal, depends on later tokens", fontsize=8, color="#c0392b")
-    return figure

@@ -46,6 +46,11 @@ moe.colours = (scale) => {
     return low.map((part, c) => part + ((at - from) / (to - from)) * (high[c] - part));
   };
 };
+// black or white, whichever has more contrast to a colour (WCAG: at least 4.5 : 1)
+moe.ink = (rgb) => {
+  const [r, g, b] = rgb.map((v) => ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
+};
 moe.scaleBar = (scale) => {
   const ramp = moe.h("i", { className: "ramp" });
   ramp.style.background = `linear-gradient(to right, ${scale.stops.map(([at, name]) => `var(--${name}) ${100 * at}%`).join(", ")})`;
@@ -180,7 +185,7 @@ moe.plot = (element, make, options = {}) => {
           const i = row * heat.columns + column;
           const rgb = colourOf(heat.values[i]);
           if (rgb === null) continue;
-          const ink = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 128 ? "#000" : "#fff";
+          const ink = moe.ink(rgb);
           g.append(moe.s("rect", { x: x(column - 0.5) + 1, y: y(row - 0.5) + 1, width: wide - 2, height: high - 2, fill: `rgb(${rgb})` }));
           const known = heat.values[i] !== null && !Number.isNaN(heat.values[i]);
           const texts = options.cell ? options.cell(row, column) : [heat.cells ? heat.cells[i] : known ? (heat.scale.kind === "ratio" ? heat.values[i].toFixed(2) : moe.digits(heat.values[i])) : ""];
