@@ -9,6 +9,7 @@ import pytest
 
 from moe_inspect import simulate_cache, simulate_capacity, simulate_placement
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.charts.spec import Line, Points
 from moe_inspect.simulate.page import page
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.trace.reader import Trace
@@ -31,12 +32,12 @@ def test_policies_that_lie_on_each_other_are_one_line_with_all_their_names(tmp_p
     simulated = simulate_placement(skewed(tmp_path / "t", 2), gpus=2, policies=POLICIES, window=100)
     assert simulated.chart is not None
     by_layer, by_window = simulated.chart.panels
-    dots = [mark for mark in by_layer.marks if getattr(mark, "name", "")]
+    dots = [mark for mark in by_layer.marks if isinstance(mark, Points)]
     assert [mark.name for mark in dots] == list(POLICIES)
     assert len({float(mark.x[0]) for mark in dots}) == 3  # beside each other
     windows = simulated.tables["windows"].groupby(["policy", "window"])["max_over_mean"].mean()
     tie = np.allclose(windows["greedy"], windows["eplb"], rtol=1e-3)
-    names = [mark.name for mark in by_window.marks if getattr(mark, "name", "")][1:]
+    names = [mark.name for mark in by_window.marks if isinstance(mark, Line)]
     assert names == (["contiguous", "greedy = eplb"] if tie else list(POLICIES))
     assert tie
 

@@ -283,7 +283,7 @@ def _matrices(
     panels = list[Panel]()
     for r, lift_EN in lifts.items():
         known_EN = np.isfinite(lift_EN)
-        rows, columns = (_with_supported(known_EN.any(axis)) for axis in (1, 0))
+        rows, columns = (_with_supported(np.atleast_1d(known_EN.any(axis))) for axis in (1, 0))
         shown_EN = lift_EN[np.ix_(rows, columns)]
         of_chart = Heatmap(shown_EN, scale, cell_numbers(shown_EN))
         x, y = (

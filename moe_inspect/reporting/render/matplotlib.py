@@ -277,9 +277,11 @@ def _right(figure: Figure, panel: Panel) -> float:
 
 
 def _widest(figure: Figure, texts: Iterable[str], size: float = SMALL) -> float:
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     font = FontProperties(size=size)
-    widths = [renderer.get_text_width_height_descent(text, font, False)[0] for text in texts]
+    widths: list[float] = [
+        renderer.get_text_width_height_descent(text, font, False)[0] for text in texts
+    ]
     return max(widths, default=0.0) / figure.dpi
 
 
