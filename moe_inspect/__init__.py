@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
-    from moe_inspect.api import intervene, record, trace_engine, trace_model
+    from moe_inspect.api import ablate, intervene, record, trace_engine, trace_model
     from moe_inspect.capture.hook.probe import probe
     from moe_inspect.capture.options import EngineOptions, TraceOptions
     from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moe_inspect.comparison.models.compare import ModelComparison, compare_models
     from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
+    from moe_inspect.interventions.ablation.run import Ablation
     from moe_inspect.model.custom.spec import RouterSpec, register_router
     from moe_inspect.model.describe import describe
     from moe_inspect.model.description import Description
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from moe_inspect.trace.verify import Verification, verify
 
 __all__ = [
+    "Ablation",
     "Checkpoints",
     "Comparison",
     "Description",
@@ -54,6 +56,7 @@ __all__ = [
     "Trace",
     "TraceOptions",
     "Verification",
+    "ablate",
     "compare",
     "compare_checkpoints",
     "compare_models",
@@ -80,6 +83,7 @@ __all__ = [
 
 # where each name is defined; imported when it is first used
 _HOMES = {
+    "Ablation": "moe_inspect.interventions.ablation.run",
     "Checkpoints": "moe_inspect.comparison.checkpoints",
     "Comparison": "moe_inspect.comparison.compare",
     "Description": "moe_inspect.model.description",
@@ -91,6 +95,7 @@ _HOMES = {
     "Trace": "moe_inspect.trace.reader",
     "TraceOptions": "moe_inspect.capture.options",
     "Verification": "moe_inspect.trace.verify",
+    "ablate": "moe_inspect.api",
     "compare": "moe_inspect.comparison.compare",
     "compare_checkpoints": "moe_inspect.comparison.checkpoints",
     "compare_models": "moe_inspect.comparison.models.compare",

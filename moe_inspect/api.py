@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_inspect.capture.hook.device_counts import Totals
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
     from moe_inspect.capture.recorder import Recorder
+    from moe_inspect.interventions.ablation.run import Ablation
     from moe_inspect.interventions.intervene import Intervention
     from moe_inspect.model.custom.spec import RouterSpec
     from moe_inspect.trace.reader import Trace
@@ -183,6 +184,37 @@ def intervene(
         shuffle=shuffle,
         routers=routers,
         inputs=inputs,
+    )
+
+
+def ablate(
+    model: str,
+    options: TraceOptions | None = None,
+    *,
+    experts: Sequence[int] | None = None,
+    most_passes: int | None = None,
+    resume: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **changes: Unpack[TraceKeywords],
+) -> Ablation:
+    """Measures what each expert of a model is worth: the loss on held-out text without it, its
+    router choosing among the rest, beside that of the whole model.
+
+    model        a hub id, a directory, or "demo" (bundled, offline)
+    options      settings of the text and of the model; each field of `TraceOptions` may also be
+                 given as a keyword: `ablate("demo", data=["held_out/"], layers=[1])`. What is
+                 recorded of a trace does not matter here
+    experts      only these experts of each layer; None: all
+    most_passes  run at most so many forward passes: all experts are judged on less of the text
+    resume       a directory where every loss is kept, and from which a later call goes on
+    progress     called with (forward passes done, in all) after each
+
+    Raises MoeInspectError for what the caller can mend."""
+    from moe_inspect.interventions.ablation.run import ablate as run
+
+    settings = replace(options or TraceOptions(batch_tokens=2048), **changes)
+    return run(
+        model, settings, experts=experts, most_passes=most_passes, resume=resume, progress=progress
     )
 
 

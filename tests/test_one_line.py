@@ -45,6 +45,7 @@ USUAL = {
     "trace": ["demo", "-o", "new", "--max-tokens", 50],
     "report": ["t"],
     "compare": ["t", "t"],
+    "ablate": ["demo", "--layers", 1, "--experts", 0, "--max-tokens", 200],
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "verify": ["t"],

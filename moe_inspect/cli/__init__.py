@@ -11,6 +11,7 @@ from moe_inspect.cli import (
     compare,
     describe,
     doctor,
+    experts,
     export,
     import_,
     report,
@@ -37,6 +38,7 @@ app.command("trace", cls=GroupedCommand)(trace.trace)
 app.command("report", cls=report.ReportCommand)(report.report)
 app.command("text", cls=GroupedCommand)(text.text)
 app.command("compare", cls=compare.CompareCommand)(compare.compare)
+app.command("ablate", cls=GroupedCommand)(experts.ablate)
 app.command("describe", cls=GroupedCommand)(describe.describe)
 app.command("import", cls=import_.ImportCommand)(import_.import_)
 app.command("verify", cls=GroupedCommand)(verify.verify)

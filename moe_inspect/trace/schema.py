@@ -141,7 +141,7 @@ def fingerprint(value: Any) -> str:
     ).hexdigest()
 
 
-def parse_ranges(text: str) -> list[int]:
+def parse_ranges(text: str, what: str = "layers") -> list[int]:
     """ "0-3,7" → [0, 1, 2, 3, 7]."""
     values: set[int] = set()
     for part in text.split(","):
@@ -150,6 +150,6 @@ def parse_ranges(text: str) -> list[int]:
         if not all(n.isascii() and n.isdecimal() and len(n) < 5 for n in numbers) or (
             dash and int(last) < int(first)
         ):
-            raise MoeInspectError(f"cannot read layers {text!r}: write them like 0-3,7")
+            raise MoeInspectError(f"cannot read {what} {text!r}: write them like 0-3,7")
         values.update(range(int(first), int(last or first) + 1))
     return sorted(values)

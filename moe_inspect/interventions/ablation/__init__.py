@@ -1,0 +1,1 @@
+"""What the model loses without one of its experts, measured on held-out text."""

@@ -1,0 +1,121 @@
+"""The loss without an expert: against the model that really has none of its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect import MoeInspectError, ablate
+from moe_inspect.capture.options import TraceOptions
+from moe_inspect.interventions import held_out
+from moe_inspect.interventions.ablation.below import Below
+from tests.conftest import Cli
+
+# in float32, where a text's loss does not depend on the texts beside it
+SMALL = TraceOptions(max_tokens=1500, batch_tokens=512, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def opened() -> held_out.HeldOut:
+    return held_out.open_held_out("demo", SMALL)
+
+
+def test_losses_are_those_of_each_text_alone_without_the_expert(opened: held_out.HeldOut) -> None:
+    done = ablate("demo", SMALL, layers=[2], experts=[3, 5])
+    network, rows = opened.network, [row for batch in opened.batches for row in batch]
+    labels = [torch.tensor(row.ids.astype(int))[None] for row in rows]
+    predicted = [len(row.ids) - 1 for row in rows]
+
+    @torch.no_grad()
+    def loss() -> np.ndarray:
+        return np.array([float(network(input_ids=x, labels=x).loss) for x in labels])
+
+    whole = np.average(loss(), weights=predicted)
+    # by hand: of the scores of the router, those of expert 5 are never the largest
+    gate = network.get_submodule("model.layers.2.mlp.gate")
+    stock = type(gate).forward
+
+    def without(self: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self is not gate:
+            return stock(self, hidden)
+        logits = hidden.reshape(-1, hidden.shape[-1]).float() @ gate.weight.float().T
+        kept = [0, 1, 2, 3, 4, 6, 7]
+        top = logits[:, kept].softmax(-1).topk(2)
+        return (
+            logits,
+            top.values / top.values.sum(-1, keepdim=True),
+            torch.tensor(kept)[top.indices],
+        )
+
+    type(gate).forward = without
+    try:
+        by_document = loss()
+    finally:
+        type(gate).forward = stock
+    row = done.experts.set_index("expert").loc[5]
+    assert row.loss == pytest.approx(whole, abs=1e-5)
+    assert row.loss_without == pytest.approx(np.average(by_document, weights=predicted), abs=1e-5)
+    assert row.difference == pytest.approx(row.loss_without - row.loss)
+    assert row.difference_low < row.difference < row.difference_high
+    assert row.tokens == sum(predicted)
+    domains = done.domains[done.domains.expert == 5]
+    assert (domains.tokens * domains.difference).sum() / row.tokens == pytest.approx(row.difference)
+    assert set(domains.domain) == {r.domain for r in rows}
+
+
+def test_skipping_what_is_below_changes_nothing_and_computes_less(
+    opened: held_out.HeldOut,
+) -> None:
+    site, ran = opened.sites[2], []
+    below = Below(opened.network, [site])
+    hooks = [
+        m.register_forward_hook(lambda *a, n=n: ran.append(n))
+        for n, m in enumerate(b.mlp for b in opened.network.model.layers)
+    ]
+    with below.remembered():
+        whole = opened.losses(0)
+    with below.skipped(site):
+        again = opened.losses(0)
+    assert ran == [0, 1, 2, 3, 2, 3]
+    assert np.array_equal(whole, again)
+    for hook in hooks:
+        hook.remove()
+    assert not any("forward" in vars(block) for block in opened.network.model.layers)
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, cli_here: Cli) -> None:
+    arguments: list[object] = ["--layers", "1,2", "--experts", "0-2", "--max-tokens", 1500]
+    arguments += ["--batch-tokens", 512, "--dtype", "float32"]
+    at_once = ablate("demo", SMALL, layers=[1, 2], experts=[0, 1, 2])
+    path = tmp_path / "kept"
+    first = cli_here("ablate", "demo", *arguments, "--resume", path, "--most-passes", 8)
+    assert "measured on 1 of 4 batches" in first.stderr
+    losses = path / "losses.jsonl"
+    whole = losses.read_bytes()
+    losses.write_bytes(whole[:-20])  # killed while it wrote the last line
+    done = cli_here("ablate", "demo", *arguments, "--resume", path, "-o", "out.json")
+    assert f"{at_once.passes - 5} forward passes" in done.stderr
+    table = pd.read_json(tmp_path / "out.json", lines=True)
+    expected = at_once.experts
+    assert list(table) == list(expected)
+    columns = ["expert", "loss", "loss_without", "difference_low"]
+    assert np.allclose(table[columns], expected[columns])
+    again = cli_here("ablate", "demo", *arguments, "--resume", path)
+    assert " 0 forward passes" in again.stderr
+    other = cli_here("ablate", "demo", "--max-tokens", 300, "--resume", path, check=1)
+    assert "losses of another max_tokens (1500, now 300)" in other.stderr
+    few = cli_here("ablate", "demo", *arguments, "--most-passes", 3, check=1)
+    assert "--most-passes 3 is not enough for one batch, which takes 7" in few.stderr
+
+
+def test_what_cannot_be_ablated_is_said() -> None:
+    with pytest.raises(MoeInspectError, match="no expert 9"):
+        ablate("demo", SMALL, experts=[9])
+    with pytest.raises(MoeInspectError, match="no router in layer 7"):
+        ablate("demo", SMALL, layers=[7])
+    assert moe_inspect.Ablation is type(ablate("demo", layers=[3], experts=[0], max_tokens=100))
