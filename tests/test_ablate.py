@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,7 +58,7 @@ def test_losses_are_those_of_each_text_alone_without_the_expert(opened: held_out
         by_document = loss()
     finally:
         type(gate).forward = stock
-    row = done.experts.set_index("expert").loc[5]
+    row: Any = done.experts.set_index("expert").loc[5]
     assert row.loss == pytest.approx(whole, abs=1e-5)
     assert row.loss_without == pytest.approx(np.average(by_document, weights=predicted), abs=1e-5)
     assert row.difference == pytest.approx(row.loss_without - row.loss)

@@ -81,6 +81,27 @@ PAGES = {
             "report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0",
         ),
     ),
+    "ablate": Page(
+        {
+            "Experts": ("layers", "experts"),
+            "Text": (
+                "data",
+                "text_field",
+                "domain_field",
+                "max_tokens",
+                "max_length",
+                "batch_tokens",
+            ),
+            "Model": ("device", "device_map", "dtype", "revision", "trust_remote_code"),
+            "Run": ("most_passes", "resume"),
+            "Output": ("table", "format", "output", "safe_csv"),
+        },
+        (
+            "ablate demo --layers 1",
+            "ablate ./model --data held_out.jsonl --resume kept -o worth.csv",
+            "ablate ./model --data held_out/ --table domains --most-passes 900",
+        ),
+    ),
     "text": Page(
         {
             "A document": ("document",),
