@@ -37,6 +37,8 @@ def record(
     layers: Sequence[int] | None = None,
     weights: bool = True,
     logits: bool = False,
+    output_norms: bool = False,
+    output_peaks: bool = False,
     counts_only: bool = False,
     every: int = 1,
     flush_steps: int | None = None,
@@ -75,6 +77,9 @@ def record(
     layers       record only these block indices
     weights      record the gate weights
     logits       record the router logits
+    output_norms record the Euclidean norm of each expert's output for its token, before the gate
+                 weight. Needs dispatch, which "auto" then takes, also on a CPU
+    output_peaks record the largest |value| of that output; likewise
     counts_only  keep only counts [routers, domains, experts] on the device; the recorder's
                  `balance()` returns the balance table at any time
     every        with `counts_only`: count every N-th forward pass
@@ -115,6 +120,8 @@ def record(
             layers=layers,
             weights=weights,
             logits=logits,
+            output_norms=output_norms,
+            output_peaks=output_peaks,
             counts_only=counts_only,
             every=every,
             flush_steps=flush_steps,

@@ -46,6 +46,7 @@ def type_of(name: str) -> str:
     return "i32" if name in NUMBERS else "*i64" if name in WIDE else "*i32"
 
 
+NO_SIZES = {"norms": None, "peaks": None}
 NO_TAPE = kernels.TapeArguments(*("constexpr",) * len(kernels.TapeArguments._fields))
 
 
@@ -100,14 +101,30 @@ def _variants_of(E: int, K: int) -> Iterator[Variant]:
             )
         y = {"y": "*bf16", "out": "*bf16"}
         combine = {**block, "ROUND": weight == "bf16", "COLUMNS": 1024, "K": K}
-        yield f"combine {name}", kernels._combine_kernel, {**weights, **off, **y}, combine, {}
+        yield (
+            f"combine {name}",
+            kernels._combine_kernel,
+            {**weights, **off, **y},
+            {**combine, **NO_SIZES},
+            {},
+        )
         yield (
             f"combine + record {name}",
             kernels._combine_kernel,
             {**taped, **y},
-            {**combine, "inverse": None, "offsets": None},
+            {**combine, **NO_SIZES, "inverse": None, "offsets": None},
             {},
         )
+        # of a hidden size of 2048, 7168 and 12288
+        for columns in (2048, 8192, 16384) if weight == "bf16" else (2048,):
+            measured = {"norms": "*fp32", "peaks": "*fp32"}
+            yield (
+                f"combine + sizes {name} of {columns}",
+                kernels._combine_kernel,
+                {**weights, **off, **y, **measured},
+                {**combine, "COLUMNS": columns},
+                {"num_warps": kernels.combine_warps(columns)},
+            )
     name, rows = f"E{E} k{K}", {"ROWS": max(1, min(64, 1024 // shape["BINS"]))}
     yield (
         f"record alone {name}",

@@ -126,12 +126,17 @@ def check_combine(kernels: ModuleType, case: Case, reference: bool) -> None:
         sorted_weights = weights.reshape(-1)[grouped.permutation.long()].unsqueeze(-1)
         want = (y_SH * sorted_weights)[grouped.inverse.long()].view(case.T, case.K, H).sum(1)
         assert torch.equal(kernels.combine_torch(y_SH, weights, grouped.inverse), want)
+        slots = y_SH.double()[grouped.inverse.long()].view(case.T, case.K, H)
+        sizes = kernels.sizes_torch(y_SH, case.K, grouped.inverse, peaks=True)
+        checks.check_sizes(sizes, slots)
         return
     fits = case.T * case.K <= kernels.RECORD_BLOCK
     alone = case if fits else dataclasses.replace(case, tape="none")
     for in_order in (False, True):
         rows = rows_of(kernels, case, not in_order, H, weights.dtype)
-        checks.check_combine(kernels, alone, kernels.combine_triton, rows, torch.float32)
+        # half of the cases measure their rows, too
+        sizes = (checks.SIZES if in_order else ("norms",)) if case.T % 2 else ()
+        checks.check_combine(kernels, alone, kernels.combine_triton, rows, torch.float32, sizes)
 
 
 CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_combine}

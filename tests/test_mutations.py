@@ -45,12 +45,16 @@ KERNELS = {
     "slots without an expert lie among the experts": ("unrouted_before_R[:, None])", "unrouted_before_R[:, None] - 1)"),
     "the scan is inclusive": ("tl.cumsum(count, 0) - count, mask", "tl.cumsum(count, 0), mask"),
     "offsets from one": ("tl.store(offsets, 0)\n        _place", "tl.store(offsets, 1)\n        _place"),
+    "norms of another slot": ("tl.store(norms + t * K + k,", "tl.store(norms + t * K + K - 1 - k,"),
+    "norms without their root": ("tl.sqrt_rn(tl.sum(row * row, 0))", "tl.sum(row * row, 0)"),
+    "peaks with their sign": ("tl.max(tl.abs(row), 0)", "tl.max(row, 0)"),
     "weights of slot 0": ("tl.load(weights + t * K + k)", "tl.load(weights + t * K)"),
     "rows that were not written are summed": ("tl.where(place < end, H, 0)", "tl.where(place >= 0, H, 0)"),
     "torch reference: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", "tape.part(tape.ids, (page + 1) % tape.pages)"),
     "torch reference: shifted record": ("page % tape.pages)[row : row + n], ids_TK", "page % tape.pages)[row + 1 : row + n + 1], ids_TK"),
     "torch reference: wrong weights": ("= weights_TK[done : done + n]", "= weights_TK[:n]"),
     "torch reference: beyond the limit": ("max(0, min(T, int(tape.limit) - first))", "T"),
+    "torch reference: norms in groups": ("size_S if inverse_S is None else size_S[inverse_S.long()]", "size_S"),
     "torch reference: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
 }  # fmt: skip
 RING = {

@@ -155,12 +155,15 @@ def test_each_variant_is_checked_on_its_own(checked: list[Variant]) -> None:
         kernels.record(tape, ids.int(), given)
     kernels.combine(y_SH, ids, weights, grouped, torch.float32, E)
     kernels.combine(y_SH, ids, weights, None, torch.float32, E, tape)
+    for wanted in ({"norms": True}, {"norms": True, "peaks": True}):
+        sizes = kernels.empty_sizes(ids, **wanted)
+        kernels.combine(y_SH, ids, weights, grouped, torch.float32, E, None, sizes)
     assert [v.kernel for v in checked] == [
         "dispatch",
         *["dispatch", "record"] * 2,
-        *["combine"] * 2,
+        *["combine"] * 4,
     ]
-    assert len(set(checked)) == len(set(map(str, checked))) == 7
+    assert len(set(checked)) == len(set(map(str, checked))) == 9
     assert set(kernels.SELF_CHECK.found.values()) == {"ok"}
 
 
@@ -265,7 +268,8 @@ def test_what_stands_in_for_a_kernel_is_right(case: reference.Case) -> None:
     if case.T * case.K <= kernels.RECORD_BLOCK:
         for grouped in (True, False):
             rows = reference.rows_of(kernels, case, grouped, 6, torch.float32)
-            reference.check_combine(kernels, case, kernels.combine_on_device, rows, torch.float32)
+            combine, sizes = kernels.combine_on_device, reference.SIZES
+            reference.check_combine(kernels, case, combine, rows, torch.float32, sizes)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_replaced(

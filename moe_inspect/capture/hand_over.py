@@ -138,7 +138,7 @@ class HandOver:
                 rings.rewind(stack.dropped_rows)
             # `dropped` waits for the device, and so for the copy that `read_cursors` began
             cursors, dropped = rings.read_cursors(), rings.dropped()
-            stack.check_seen(0, *rings.rows_seen(cursors, rings.head))
+            stack.check_seen(0, rings.rows_seen(cursors, rings.head))
             assert all(n == stack.dropped_rows for n in dropped), (
                 f"the device dropped {dropped} rows, the host {stack.dropped_rows}"
             )
@@ -273,7 +273,7 @@ class HandOver:
                 list(self.inputs.domains),
                 ids=self._of_routers(places, "ids"),
                 weights=self._of_routers(places, "weights"),
-                logits=self._of_routers(places, "logits") if self.options.logits else None,
+                **{kind: self._of_routers(places, kind) for kind in self.options.extras},
                 documents=[document for *_, rows in parts for document in rows.documents],
                 phase=last.phase,
                 group=last.group,
@@ -307,6 +307,8 @@ class HandOver:
     def _dtype(self, kind: str) -> type:
         if kind == "ids":
             return np.uint8
+        if kind in ("norms", "peaks"):
+            return np.float32
         is_bits = kind == "weights" and self.weight_dtype == torch.bfloat16
         return np.uint16 if is_bits else np.float16
 

@@ -11,9 +11,9 @@ from moe_inspect.model.routers import Site, is_expert_parallel, wants_expert_par
 CAPTURES = ("auto", "dispatch", "tap")
 
 
-def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
+def mode_of(model: Any, sites: Sequence[Site], capture: str, outputs: bool = False) -> str:
     """The mode of a `capture` option: "auto" is dispatch where the model would run the stock
-    grouped_mm on a GPU, else tap."""
+    grouped_mm on a GPU, or where the experts' `outputs` are to be seen, else tap."""
     if capture not in CAPTURES:
         raise MoeInspectError(f"no capture {capture!r}: choose from {', '.join(CAPTURES)}")
     called = [s.module for s in sites if s.adapter is None or s.adapter.method]
@@ -26,7 +26,13 @@ def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
         )
     on_interface = all(hasattr(m, "is_transposed") and hasattr(m, "has_gate") for m in called)
     can = bool(called) and on_interface and hasattr(model, "set_experts_implementation")
-    if capture == "dispatch" and (fp8 or parallel or not can):
+    if outputs and capture == "tap":
+        raise MoeInspectError(
+            "a tap does not see what the experts return: record output norms and peaks with "
+            "--capture dispatch"
+        )
+    can = can and not (outputs and any(s.adapter is not None for s in sites))
+    if (capture == "dispatch" or outputs) and (fp8 or parallel or not can):
         why = (
             "has FP8 experts"
             if fp8
@@ -34,7 +40,14 @@ def mode_of(model: Any, sites: Sequence[Site], capture: str) -> str:
             if parallel
             else "is not on transformers' experts interface"
         )
-        raise MoeInspectError(f"{type(model).__name__} {why}: use --capture tap")
+        instead = (
+            "what its experts return is not seen: trace without --output-norms, --output-peaks"
+            if outputs
+            else "use --capture tap"
+        )
+        raise MoeInspectError(f"{type(model).__name__} {why}: {instead}")
+    if outputs:
+        return "dispatch"
     if capture != "auto":
         return capture
     stock = (

@@ -78,6 +78,8 @@ class TraceOpener:
             [slot_order.stated(router, known=True) for router in routers],
             weights=options.weights,
             logits=options.logits,
+            norms=options.output_norms,
+            peaks=options.output_peaks,
             counts_only=options.counts_only,
             vocabulary=self._vocabulary() if options.text else None,
             rank=ranks.rank if ranks is not None else 0,

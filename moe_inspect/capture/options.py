@@ -13,6 +13,10 @@ from moe_inspect.model.custom.spec import RouterSpec
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
 
+# what can be recorded of a decision beside its choice: router logits [E], and per slot the norm and
+# the largest |value| of the expert's output [K]
+EXTRAS = ("logits", "norms", "peaks")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusOptions:
@@ -73,6 +77,9 @@ class TraceOptions(CorpusOptions):
     dequantize   dequantise MXFP4, FP8 or compressed-tensors weights while reading them
     weights      record the gate weights
     logits       record the router logits
+    output_norms, output_peaks
+                 record how large each expert's output is before the gate weight: its Euclidean
+                 norm, its largest |value|. Needs dispatch, which "auto" then takes
     counts_only  record only counts by layer, domain and expert
     routers      where the routers of a model with code of its own are, by `RouterSpec`s
     loader       loads a model that is not transformers': a function, called with the model's name
@@ -88,6 +95,8 @@ class TraceOptions(CorpusOptions):
     dequantize: bool = False
     weights: bool = True
     logits: bool = False
+    output_norms: bool = False
+    output_peaks: bool = False
     counts_only: bool = False
     routers: Sequence[RouterSpec] | None = None
     loader: Callable[..., Any] | None = None
@@ -101,6 +110,8 @@ class RecordOptions:
     layers: Sequence[int] | None = None
     weights: bool = True
     logits: bool = False
+    output_norms: bool = False
+    output_peaks: bool = False
     counts_only: bool = False
     every: int = 1
     flush_steps: int | None = None
@@ -117,6 +128,12 @@ class RecordOptions:
     def specs(self) -> Sequence[RouterSpec] | None:
         """Of the routers to look for; None: those that are known."""
         return () if self.discover else self.routers
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What is recorded of a decision beside its choice, of `EXTRAS`."""
+        wanted = (self.logits, self.output_norms, self.output_peaks)
+        return tuple(kind for kind, on in zip(EXTRAS, wanted, strict=True) if on)
 
     def check(self, writes: bool) -> None:
         """MoeInspectError for options that contradict each other. `writes`: there is a path."""
@@ -139,10 +156,13 @@ class RecordOptions:
                 raise MoeInspectError(
                     "flush_steps and commit_every both say when counts are committed: give one"
                 )
-        if self.counts_only and self.logits:
-            raise MoeInspectError("counts_only keeps no logits: drop one of the two")
-        if self.discover and (self.routers is not None or self.logits):
-            raise MoeInspectError("discover=True looks for routers by itself, and sees no logits")
+        if self.counts_only and self.extras:
+            kind = "logits" if self.logits else "output norms or peaks"
+            raise MoeInspectError(f"counts_only keeps no {kind}: drop one of the two")
+        if self.discover and (self.routers is not None or self.extras):
+            raise MoeInspectError(
+                "discover=True looks for routers by itself, and sees neither logits nor outputs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +211,8 @@ class TraceKeywords(CorpusKeywords, total=False):
     dequantize: bool
     weights: bool
     logits: bool
+    output_norms: bool
+    output_peaks: bool
     counts_only: bool
     routers: Sequence[RouterSpec] | None
     loader: Callable[..., Any] | None

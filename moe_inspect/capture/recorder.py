@@ -66,7 +66,8 @@ class Recorder:
         self.model = unwrapped(model, by_path=bool(options.specs))
         self.sites = recordable(self.model, options.specs, options.layers)
         by_probes = not self.sites  # those in the model's own code are its routers
-        self.mode = mode_of(self.model, self.sites, options.capture)
+        outputs = options.output_norms or options.output_peaks
+        self.mode = mode_of(self.model, self.sites, options.capture, outputs)
         if options.logits and any(s.logits_module is None for s in self.sites):
             raise MoeInspectError(
                 f"{type(self.model).__name__} does not expose its router logits: trace without "
@@ -74,10 +75,10 @@ class Recorder:
             )
         if path is not None and self.session.resume is None and self.session.ranks is None:
             check_directory(Path(path), options.overwrite)
-        self.attachment = Attachment(model, self.model, self.sites, self.mode, options.logits, self)
+        self.attachment = Attachment(model, self.model, self.sites, self.mode, options.extras, self)
         self.attachment.take_probes(self._add if by_probes else None, options)
         scopes, sinks = self.attachment.scopes, self.attachment.sinks
-        self.stacks = stacks_of(self.model, scopes, self.sites, sinks, self.attachment.logit_sinks)
+        self.stacks = stacks_of(self.model, scopes, self.sites, sinks, self.attachment.extra_sinks)
         # per site: its stack, and its index there
         self._index_of = [
             (self.stacks[site.stack], self.stacks[site.stack].sites.index(site))
@@ -287,13 +288,13 @@ class Recorder:
                 "every probe first"
             )
         self.sites.append(site)
-        sinks = self.attachment.add(self.options.logits)
+        sinks = self.attachment.add()
         self._index_of.append((stack, stack.add(site, *sinks)))
         return sinks
 
-    def take_logits(self, r: int, logits_TE: Tensor) -> None:
+    def take_extra(self, kind: str, r: int, values: Tensor) -> None:
         stack, n = self._index_of[r]
-        stack.stage_logits(n, logits_TE)
+        stack.stage_extra(kind, n, values)
 
     def end(self) -> None:
         if self._capturing:
@@ -334,7 +335,7 @@ class Recorder:
             assert isinstance(rows, Rows)
             assert staged is not None
             if self.options.counts_only:
-                stack.staged, stack.staged_logits, stack.seen = None, [], [0] * len(stack.sites)
+                stack.staged, stack.staged_extras, stack.seen = None, {}, [0] * len(stack.sites)
                 assert self._counted is not None
                 self._counted.feed(stack, rows, keep=False)
                 for sink, choices in zip(stack.sinks, stack.routers_of, strict=True):

@@ -132,6 +132,8 @@ def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks)
         "counts_only": options.counts_only,
         "ranks": ranks.world,
     }
+    # (a plan of before these options says nothing of them)
+    record |= {name: True for name in ("output_norms", "output_peaks") if getattr(options, name)}
     if options.routers is not None:
         record["routers"] = [named(spec) for spec in checked(options.routers)]
     return TraceRun(
@@ -241,6 +243,8 @@ def _recorder(
             layers=options.layers,
             weights=options.weights,
             logits=options.logits,
+            output_norms=options.output_norms,
+            output_peaks=options.output_peaks,
             counts_only=options.counts_only,
             overwrite=options.overwrite,
             text=options.text,

@@ -61,7 +61,21 @@ def _variants(kernel: str, device: torch.device, E: int, K: int) -> Iterator[Var
     else:
         types: dict[str, Any] = {"y": torch.bfloat16, "out": torch.bfloat16}
         yield made(**types)
-        yield Variant(kernel, device, E, K, *kinds[:2], None, 0, grouped=True, **types)
+        for sizes in ((), ("norms",)):
+            columns = kernels.combine_columns(2048, measured=True) if sizes else 0
+            yield Variant(
+                kernel,
+                device,
+                E,
+                K,
+                *kinds[:2],
+                None,
+                0,
+                grouped=True,
+                sizes=sizes,
+                columns=columns,
+                **types,
+            )
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], object]]:

@@ -24,7 +24,7 @@ def long_parquet(trace: Trace, output: Path) -> None:
     """A row per assignment, with all that is known of its token, for a quick look in any tool.
     Several times the trace's size."""
     need_decisions(trace, "long-parquet")
-    facts = [f for f in schema.TOKENS if f.name != "token"]
+    facts = [f for f in schema.tokens_schema(trace.has_loss) if f.name != "token"]
     kinds = [
         ("token", pa.int64()),
         ("layer", pa.uint16()),
@@ -32,9 +32,7 @@ def long_parquet(trace: Trace, output: Path) -> None:
         ("slot", pa.uint16()),
         ("expert", pa.uint16()),
     ]
-    columns = pa.schema(
-        [*kinds, *([("weight", pa.float32())] if trace.has_weights else []), *facts]
-    )
+    columns = pa.schema([*kinds, *((value, pa.float32()) for value in trace.slot_values), *facts])
     with draft_of(output) as draft, ExitStack() as stack:
         file = stack.enter_context(open(draft, "wb"))
         writer = stack.enter_context(
@@ -58,7 +56,10 @@ def long_parquet(trace: Trace, output: Path) -> None:
                     pa.array(slot_N.astype(np.uint16)),
                     pa.array(ids_TK[there_TK].astype(np.uint16)),
                 ]
-                arrays += [pa.array(shard.weights(r)[there_TK])] if trace.has_weights else []
+                arrays += [
+                    pa.array(np.stack(shard.slot_values(r, value)).T[there_TK])
+                    for value in trace.slot_values
+                ]
                 writer.write_table(
                     pa.Table.from_arrays([*arrays, *(part[f.name] for f in facts)], schema=columns)
                 )

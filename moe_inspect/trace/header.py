@@ -50,19 +50,40 @@ class TraceHeader:
         return bool(self.manifest["capture"]["weights"])
 
     @property
+    def slot_values(self) -> list[str]:
+        """What the routing table holds of each slot beside its expert, of `schema.SLOT_VALUES`."""
+        capture = self.manifest["capture"]
+        return [value for value in schema.SLOT_VALUES if capture.get(f"{value}s")]
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether there are the norms of the experts' outputs (`--output-norms`)."""
+        return "norm" in self.slot_values
+
+    @property
+    def has_peaks(self) -> bool:
+        """Whether there are the largest |values| of the experts' outputs (`--output-peaks`)."""
+        return "peak" in self.slot_values
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether there are the losses of the tokens (`--token-loss`)."""
+        return bool(self.manifest["capture"].get("token_loss"))
+
+    @property
     def _orderable(self) -> bool:
         """Whether the first choice can be known of routers whose slot order nobody stated: by the
         weights, or since a source of counts said it (where it did not, it is null)."""
         return self.has_weights if not self.counts_only else self.imported
 
-    def slots_to_order(self, router: int) -> tuple[list[str], list[str]] | None:
-        """The columns of experts and of weights whose slots have to be sorted while they are read;
-        None where the manifest states their order."""
+    def slots_to_order(self, router: int) -> list[list[str]] | None:
+        """The columns of experts, of weights and of what else there is, whose slots have to be
+        sorted while they are read; None where the manifest states their order."""
         listed = self.stated_routers[router]
         if listed.slot_order or not self.has_weights or listed.top_k == 1:
             return None
-        return [f"expert_{j}" for j in range(listed.top_k)], [
-            f"weight_{j}" for j in range(listed.top_k)
+        return [
+            [f"{name}_{j}" for j in range(listed.top_k)] for name in ("expert", *self.slot_values)
         ]
 
     @cached_property

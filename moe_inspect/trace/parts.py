@@ -4,7 +4,7 @@ memory is allocated by them. Anything wrong with a file raises a `Damaged` that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,12 @@ from moe_inspect.trace.validate import MOST_SHARD_TOKENS
 SMALL_BYTES = 2**20
 MOST_COUNT_ROWS = 2**26
 TEXT_BYTES = 2**28  # of the texts of a table: far above any, far below what memory holds
-MAY_BE_NULL = ("expert_", "weight_", "first_choice")
+MAY_BE_NULL = (
+    "expert_",
+    "first_choice",
+    *(f"{value}_" for value in schema.SLOT_VALUES),
+    *(name for name, _ in schema.LOSS),
+)
 
 
 @dataclass(frozen=True)
@@ -185,15 +190,17 @@ def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
     )
 
 
-def columns_of(table: str, routers: list[Router], weights: bool) -> pa.Schema:
-    """The columns of a table of a trace."""
+def columns_of(
+    table: str, routers: list[Router], values: Sequence[str], loss: bool = False
+) -> pa.Schema:
+    """The columns of a table of a trace. `values`: of `schema.SLOT_VALUES`; `loss`: of tokens."""
     if table == "routing":
-        return schema.routing_schema(routers, weights)
+        return schema.routing_schema(routers, values)
     if table == "counts":
-        return schema.counts_schema(weights)
+        return schema.counts_schema("weight" in values)
     if table == "logits":
         return schema.logits_schema(max(r.experts for r in routers))
-    return {"tokens": schema.TOKENS, "documents": schema.DOCUMENTS}[table]
+    return {"tokens": schema.tokens_schema(loss), "documents": schema.DOCUMENTS}[table]
 
 
 def read(

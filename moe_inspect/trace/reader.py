@@ -134,8 +134,8 @@ class Trace(TraceHeader):
     def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
         if not parts:
             empty = {
-                "routing": schema.routing_schema(self.routers, self.has_weights),
-                "tokens": schema.TOKENS,
+                "routing": schema.routing_schema(self.routers, self.slot_values),
+                "tokens": schema.tokens_schema(self.has_loss),
                 "documents": schema.DOCUMENTS,
                 "counts": schema.counts_schema(self.has_weights),
                 "logits": schema.logits_schema(max(r.experts for r in self.routers)),

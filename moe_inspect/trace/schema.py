@@ -32,6 +32,10 @@ TOKENS = pa.schema(
         ("batch", pa.int32()),
     ]
 )
+# of predicting the next token: where capture.token_loss is true
+LOSS = [("loss_nats", pa.float32()), ("entropy_nats", pa.float32())]
+# of a slot, beside its expert: recorded where capture.weights, capture.norms, capture.peaks is true
+SLOT_VALUES = ("weight", "norm", "peak")
 DOCUMENTS = pa.schema(
     [("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())]
 )
@@ -73,13 +77,20 @@ def id_dtype(routers: Iterable[Router]) -> pa.DataType:
     return pa.uint16() if any(r.experts > 256 for r in routers) else pa.uint8()
 
 
-def routing_schema(routers: Sequence[Router], weights: bool, nullable: bool = True) -> pa.Schema:
-    """Columns of the routing table. `nullable`: whether a slot may have routed nowhere. Where none
-    has, columns that are not nullable save a sixth of the writer's time."""
+def tokens_schema(loss: bool) -> pa.Schema:
+    return pa.schema([*TOKENS, *LOSS]) if loss else TOKENS
+
+
+def routing_schema(
+    routers: Sequence[Router], values: Sequence[str], nullable: bool = True
+) -> pa.Schema:
+    """Columns of the routing table. `values`: of SLOT_VALUES. `nullable`: whether a slot may have
+    routed nowhere. Where none has, columns that are not nullable save a sixth of the writer's
+    time."""
     slots = range(max(r.top_k for r in routers))
     keys = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
     fields = [(f"expert_{j}", id_dtype(routers)) for j in slots]
-    fields += [(f"weight_{j}", pa.float32()) for j in slots] if weights else []
+    fields += [(f"{value}_{j}", pa.float32()) for value in values for j in slots]
     return pa.schema(
         [pa.field(*key, nullable=False) for key in keys]
         + [pa.field(*f, nullable=nullable) for f in fields]
@@ -131,6 +142,15 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
         "weight where the router's slot_order is weight"
     ),
     "weight_j": "gate weight handed to the expert in slot j",
+}
+OPTIONAL_GLOSSARY = {  # where the trace has them
+    "norm_j": "Euclidean norm of the output of the expert in slot j, before the gate weight",
+    "peak_j": "largest |value| of that output",
+    "loss_nats": (
+        "negative log-probability, at temperature 1, that the model gave to the next token of the "
+        "sequence; null at its end"
+    ),
+    "entropy_nats": "entropy of the model's prediction of that token; null at the end",
 }
 
 

@@ -35,7 +35,8 @@ class Shard:
     def file(self, name: str) -> pq.ParquetFile:
         """The Parquet file of a table, checked and opened once."""
         if name not in self._opened:
-            expected = parts.columns_of(name, self.trace.routers, self.trace.has_weights)
+            trace = self.trace
+            expected = parts.columns_of(name, trace.routers, trace.slot_values, trace.has_loss)
             path = self.files.paths[name]
             self._opened[name] = parts.open_part(
                 inside(self.trace.path, path), path, expected, self.files.stated[name]
@@ -142,9 +143,13 @@ class Shard:
 
     def slot_weights(self, router: int) -> tuple[np.ndarray, ...]:
         """The gate weights, an array a slot: float32 [T], 0 where it routed nowhere."""
+        return self.slot_values(router, "weight")
+
+    def slot_values(self, router: int, value: str) -> tuple[np.ndarray, ...]:
+        """One of `schema.SLOT_VALUES` that the trace has, an array a slot: float32 [T], 0 where it
+        routed nowhere."""
         return tuple(
-            (c.fill_null(0) if c.null_count else c).to_numpy()
-            for c in self._slots(router, "weight")
+            (c.fill_null(0) if c.null_count else c).to_numpy() for c in self._slots(router, value)
         )
 
     def weights(self, router: int) -> np.ndarray:
@@ -189,18 +194,19 @@ def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     return array.indices.to_numpy(), array.dictionary.to_pylist()
 
 
-def _in_order(table: pa.Table, experts: list[str], weights: list[str]) -> pa.Table:
+def _in_order(
+    table: pa.Table, experts: list[str], weights: list[str], *others: list[str]
+) -> pa.Table:
     """The table with each decision's slots in descending weight, those that routed nowhere last."""
     nowhere_KT = np.stack([table[name].is_null().to_numpy() for name in experts])
     weights_KT = np.stack([table[name].fill_null(0).to_numpy() for name in weights])
     order_KT = slot_order.descending(weights_KT, nowhere_KT)
     if order_KT is None:
         return table
-    ids_KT = np.stack([table[name].fill_null(0).to_numpy() for name in experts])
-    ids_KT, weights_KT, nowhere_KT = (
-        np.take_along_axis(values_KT, order_KT, 0) for values_KT in (ids_KT, weights_KT, nowhere_KT)
-    )
-    for names, values_KT in ((experts, ids_KT), (weights, weights_KT)):
+    nowhere_KT = np.take_along_axis(nowhere_KT, order_KT, 0)
+    for names in (experts, weights, *others):
+        values_KT = np.stack([table[name].fill_null(0).to_numpy() for name in names])
+        values_KT = np.take_along_axis(values_KT, order_KT, 0)
         for name, values_T, nowhere_T in zip(names, values_KT, nowhere_KT, strict=True):
             at = table.schema.get_field_index(name)
             table = table.set_column(at, table.schema.field(at), pa.array(values_T, mask=nowhere_T))

@@ -104,7 +104,8 @@ class RoutingMonitor:
         sites = recordable(self.model, routers, layers)
         logits = any(site.logits_module is not None for site in sites)
         self._sums = Sums(self.model, sites, logits, inputs)
-        self._attachment = Attachment(model, self.model, sites, "tap", logits, self._sums)
+        extras = ("logits",) if logits else ()
+        self._attachment = Attachment(model, self.model, sites, "tap", extras, self._sums)
         self._attachment.probes = Probes(
             self._attachment.scopes, None if sites else self._add, self.model, layers
         )
@@ -128,7 +129,7 @@ class RoutingMonitor:
     def _add(self, site: Site) -> Sinks:
         """One more router, which a probe shows in the first pass."""
         self._sums.add_router(site)
-        return self._attachment.add(logits=False)
+        return self._attachment.add()
 
     # --- attach and detach
 

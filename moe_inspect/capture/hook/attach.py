@@ -43,13 +43,14 @@ from moe_inspect.model.wrapped import (
 
 class Records(Protocol):
     """Receives the events of a forward pass: its begin; per stack ("" for a model without two) its
-    inputs and output; per router its choice (and logits), while it has no tape; its end."""
+    inputs and output; per router its choice, and what else is recorded of it (`options.EXTRAS`),
+    while it has no tape; its end."""
 
     def begin(self) -> None: ...
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
     def returned(self, stack: str, output: Any) -> None: ...
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None: ...
-    def take_logits(self, r: int, logits_TE: Tensor) -> None: ...
+    def take_extra(self, kind: str, r: int, values: Tensor) -> None: ...
     def end(self) -> None: ...
 
 
@@ -69,8 +70,9 @@ def _not_compiled(reason: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 class Attachment:
-    """`sinks[r]` and `logit_sinks[r]` belong to `sites[r]`. A forward pass is a call of the model
-    or, in an encoder-decoder, a call of one stack by itself, as `generate` calls the encoder."""
+    """`sinks[r]` and `extra_sinks[kind][r]` belong to `sites[r]`; `extras`: the kinds recorded, of
+    `options.EXTRAS`. A forward pass is a call of the model or, in an encoder-decoder, a call of one
+    stack by itself, as `generate` calls the encoder."""
 
     def __init__(
         self,
@@ -78,16 +80,11 @@ class Attachment:
         model: Any,
         sites: Sequence[Site],
         mode: str,
-        logits: bool,
+        extras: Sequence[str],
         records: Records,
     ):
-        self.outer, self.model, self.sites, self.mode, self.records = (
-            outer,
-            model,
-            sites,
-            mode,
-            records,
-        )
+        self.outer, self.model, self.sites = outer, model, sites
+        self.mode, self.records = mode, records
         self.wrappers = wrappers_of(self.outer, self.model)
         self.paused = self.over = False
         # without sites, probes will show them
@@ -101,14 +98,15 @@ class Attachment:
         self._handled: BaseException | None = None  # what was being handled when it began
         self._alone: Scope | None = None  # or a call of this stack by itself
         sites_of = {stack: [s for s in sites if s.stack == stack] for stack in self.scopes}
-        self.sinks, self.logit_sinks = [], []
+        self.sinks: list[Sink] = []
+        self.extra_sinks: dict[str, list[Sink]] = {kind: [] for kind in extras}
         for r, site in enumerate(sites):
             scope, of_stack = self.scopes[site.stack], sites_of[site.stack]
             n = of_stack.index(site)
             self.sinks.append(Sink(scope, n, functools.partial(records.take, r)))
-            if logits:
-                take = functools.partial(records.take_logits, r)
-                self.logit_sinks.append(Sink(scope, len(of_stack) + n, take))
+            for place, (kind, of_kind) in enumerate(self.extra_sinks.items(), 1):
+                take = functools.partial(records.take_extra, kind, r)
+                of_kind.append(Sink(scope, place * len(of_stack) + n, take))
         self.compiled = self.in_compiled = is_compiled(outer)
         self._bracketed = False
         self._reader = functools.cache(CallReader)
@@ -128,16 +126,17 @@ class Attachment:
         if options.discover:
             self.discovery = Discovery(self.model, self.probes)
 
-    def add(self, logits: bool) -> tuple[Sink, Sink | None]:
-        """The sinks of one more site, which was added to `sites`."""
+    def add(self) -> tuple[Sink, Sink | None]:
+        """The sinks of one more site, which was added to `sites`: of its choice, and of its router
+        logits where these are recorded."""
         r, scope = len(self.sinks), self.scopes[""]
         self.sinks.append(Sink(scope, r, functools.partial(self.records.take, r)))
-        if logits:
-            take = functools.partial(self.records.take_logits, r)
-            self.logit_sinks.append(Sink(scope, r, take))
-            for n, sink in enumerate(self.logit_sinks):
+        if (logit_sinks := self.extra_sinks.get("logits")) is not None:
+            take = functools.partial(self.records.take_extra, "logits", r)
+            logit_sinks.append(Sink(scope, r, take))
+            for n, sink in enumerate(logit_sinks):
                 sink.n = len(self.sinks) + n
-        return self.sinks[-1], self.logit_sinks[-1] if logits else None
+        return self.sinks[-1], logit_sinks[-1] if logit_sinks is not None else None
 
     def attach(self) -> None:
         try:
@@ -225,8 +224,8 @@ class Attachment:
                 self._keep(module.register_forward_pre_hook(reader.hook(sink), with_kwargs=True))
             else:
                 self._cleanup.callback(reader.replace_forward(module, sink))
-        if self.logit_sinks and site.logits_module is not None:
-            hook = logits_after_call(self.logit_sinks[r], site)
+        if "logits" in self.extra_sinks and site.logits_module is not None:
+            hook = logits_after_call(self.extra_sinks["logits"][r], site)
             self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
 
     def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
@@ -256,18 +255,17 @@ class Attachment:
                 "the second recorder"
             )
         experts_implementation.register()
-        called = [
-            (site.module, sink)
-            for sink, site in zip(self.sinks, self.sites, strict=True)
-            if site.adapter is None
-        ]
-        for module, sink in called:
+        for r, site in enumerate(self.sites):
+            if site.adapter is not None:
+                continue
+            sizes = {k: of_kind[r] for k, of_kind in self.extra_sinks.items() if k != "logits"}
             for name, value in (
-                (experts_implementation.SINK, sink),
-                (experts_implementation.STOCK, experts_implementation.stock_of(module)),
+                (experts_implementation.SINK, self.sinks[r]),
+                (experts_implementation.STOCK, experts_implementation.stock_of(site.module)),
+                *([(experts_implementation.SIZES, sizes)] if sizes else []),
             ):
-                setattr(module, name, value)
-                self._cleanup.callback(delattr, module, name)
+                setattr(site.module, name, value)
+                self._cleanup.callback(delattr, site.module, name)
         self._cleanup.callback(
             self.model.set_experts_implementation, self.model.get_experts_implementation()
         )

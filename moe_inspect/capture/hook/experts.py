@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear, _grouped_linear
 
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernels import Tape
+from moe_inspect.capture.hook.kernels import Dispatch, Sizes, Tape
+from moe_inspect.capture.hook.sink import Sink
 
 NAME = "moe_inspect"
 # set on an experts module while it is recorded: (ids, weights) → the tape to record them on, if
-# any; and the implementation that it would run otherwise, if it is one of the registry
-SINK, STOCK = "_moe_inspect_sink", "_moe_inspect_stock"
+# any; the implementation that it would run otherwise, if it is one of the registry; and where the
+# sizes of its experts' outputs go: a field of `Sizes` → its sink
+SINK, STOCK, SIZES = "_moe_inspect_sink", "_moe_inspect_stock", "_moe_inspect_sizes"
 
 # Up to here copying each slot's expert (transformers' `batched_mm`) is faster than grouping: 64
 # slots are 16 tokens of Qwen1.5-MoE, where Hugging Face measured 52 ms against 64, and at 128
@@ -40,7 +42,8 @@ def experts_forward(
     sink = getattr(self, SINK, None)
     tape = sink(top_k_index, top_k_weights) if sink is not None else None
     on_gpu = kernels.runs_triton(hidden_TH)
-    if not on_gpu and not torch.compiler.is_compiling() and top_k_index.numel() <= FEW_SLOTS:
+    is_few = not on_gpu and top_k_index.numel() <= FEW_SLOTS
+    if is_few and not torch.compiler.is_compiling() and not _measured(self):
         # grouping few slots without our kernels would only add steps
         stock = getattr(self, STOCK, None)
         if stock is not None:
@@ -97,9 +100,7 @@ def _grouped(
     y_SH = _mlp(
         self, hidden_SH if beyond_S1 is None else hidden_SH.masked_fill(beyond_S1, 0.0), linear
     )
-    if one_pass:
-        return kernels.combine(y_SH, ids_TK, weights_TK, grouped, hidden_TH.dtype, self.num_experts)
-    return kernels.combine_torch(y_SH, weights_TK, grouped.inverse).to(hidden_TH.dtype)
+    return _combined(self, y_SH, ids_TK, weights_TK, grouped, None, hidden_TH)
 
 
 def _copied(
@@ -124,13 +125,45 @@ def _copied(
         )
 
     y_SH = _mlp(self, hidden_TH.repeat_interleave(ids_TK.shape[1], dim=0), linear)
+    return _combined(self, y_SH, ids_TK, weights_TK, None, tape, hidden_TH)
+
+
+def _combined(
+    self: Any,
+    y_SH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    grouped: Dispatch | None,
+    tape: Tape | None,
+    hidden_TH: Tensor,
+) -> Tensor:
+    """The weighted sum of the experts' outputs. Records their sizes, where that was asked for, and
+    on `tape` the choice."""
+    sinks, dtype, sizes = _measured(self), hidden_TH.dtype, None
+    wanted = {kind: kind in sinks for kind in Sizes._fields}
     if _in_one_pass(hidden_TH):
-        return kernels.combine(
-            y_SH, ids_TK, weights_TK, None, hidden_TH.dtype, self.num_experts, tape
+        sizes = kernels.empty_sizes(ids_TK, **wanted) if sinks else None
+        sum_TH = kernels.combine(
+            y_SH, ids_TK, weights_TK, grouped, dtype, self.num_experts, tape, sizes
         )
-    if tape is not None:
-        kernels.record(tape, ids_TK, weights_TK)
-    return kernels.combine_torch(y_SH, weights_TK, None).to(hidden_TH.dtype)
+    else:
+        if tape is not None:
+            kernels.record(tape, ids_TK, weights_TK)
+        inverse_S = grouped.inverse if grouped is not None else None
+        if sinks:
+            sizes = kernels.sizes_torch(y_SH, ids_TK.shape[1], inverse_S, **wanted)
+        sum_TH = kernels.combine_torch(y_SH, weights_TK, inverse_S).to(dtype)
+    for kind, sink in sinks.items():
+        size_TK = getattr(sizes, kind)
+        if (size_tape := sink(None, size_TK)) is not None:
+            kernels.record(size_tape, None, size_TK)
+    return sum_TH
+
+
+def _measured(self: Any) -> dict[str, Sink]:
+    """Where the sizes of this module's outputs go now; empty where nobody wants them."""
+    sinks: dict[str, Sink] = getattr(self, SIZES, {})
+    return sinks if any(sink.scope.open for sink in sinks.values()) else {}
 
 
 def _mlp(self: Any, x_SH: Tensor, linear: Linear) -> Tensor:

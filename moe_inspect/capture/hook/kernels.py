@@ -42,7 +42,7 @@ TWO_LAUNCHES = 16384
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 RANKING = {"num_warps": 8, **REGISTERS}  # launch options of the kernels that rank slots
 RECORD_BLOCK = 1024  # slots per program
-COMBINE_COLUMNS = 1024  # of H, per program
+COMBINE_COLUMNS = 1024  # of H, per program; where outputs are measured, all of H
 
 
 def slots_per_program(slots: int, experts: int = 0) -> int:
@@ -151,6 +151,14 @@ class Dispatch(NamedTuple):
     permutation: Tensor  # [S]: the slot at each place
     inverse: Tensor  # [S]: the place of each slot
     token: Tensor  # [S]: the token at each place, permutation // K
+
+
+class Sizes(NamedTuple):
+    """How large the output of each slot's expert is, before the gate weight: float32 [T, K]. None:
+    not wanted. 0 for a slot without an expert, where rows are grouped."""
+
+    norms: Tensor | None = None  # ‖f(x)‖₂, summed in float32
+    peaks: Tensor | None = None  # the largest |value|
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -691,15 +699,46 @@ def combine_torch(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) ->
     return (y_SH * weights_TK.reshape(-1, 1)).view(T, K, y_SH.shape[1]).sum(1)
 
 
+def sizes_torch(
+    y_SH: Tensor, K: int, inverse_S: Tensor | None, norms: bool = True, peaks: bool = False
+) -> Sizes:
+    """The sizes of the experts' outputs, by the rows of `combine_torch`. Without a gradient."""
+    y_SH = y_SH.detach()
+
+    def of_slots(order: float) -> Tensor:
+        size_S = torch.linalg.vector_norm(y_SH, order, dim=1, dtype=torch.float32)
+        size_S = size_S if inverse_S is None else size_S[inverse_S.long()]
+        return size_S.view(-1, K)
+
+    return Sizes(of_slots(2.0) if norms else None, of_slots(math.inf) if peaks else None)
+
+
+def empty_sizes(ids_TK: Tensor, norms: bool = True, peaks: bool = False) -> Sizes:
+    """Sizes for `combine` to fill."""
+
+    def empty() -> Tensor:
+        return ids_TK.new_empty(ids_TK.shape, dtype=torch.float32)
+
+    return Sizes(empty() if norms else None, empty() if peaks else None)
+
+
+def combine_columns(H: int, measured: bool) -> int:
+    """Columns per program. One that measures rows sees all of them."""
+    if not measured:
+        return COMBINE_COLUMNS
+    return max(COMBINE_COLUMNS, 1 << (H - 1).bit_length())
+
+
 if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _combine_kernel(
-        inverse, offsets, y, ids, weights, out, E, H, T, tape, lane,
+        inverse, offsets, norms, peaks, y, ids, weights, out, E, H, T, tape, lane,
         K: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A program sums some columns of one token. `inverse` and `offsets` None: y is in slot
-        order. The very first program also records the whole call, where there is a tape."""
+        order. `norms`, `peaks`: also writes the sizes of its rows. The very first program also
+        records the whole call, where there is a tape."""
         t = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = h < H
@@ -711,7 +750,12 @@ if triton is not None:
                 place = tl.load(inverse + place).to(tl.int64)
                 end = tl.load(offsets + E)  # later rows belong to no expert and were not written
             row = tl.load(y + place * H + h, mask=h < tl.where(place < end, H, 0), other=0.0)
-            product = row.to(tl.float32) * tl.load(weights + t * K + k).to(tl.float32)
+            row = row.to(tl.float32)
+            if norms is not None:
+                tl.store(norms + t * K + k, tl.sqrt_rn(tl.sum(row * row, 0)))
+            if peaks is not None:
+                tl.store(peaks + t * K + k, tl.max(tl.abs(row), 0))
+            product = row * tl.load(weights + t * K + k).to(tl.float32)
             if ROUND:
                 product = product.to(y.dtype.element_ty).to(tl.float32)
             sum_H += product
@@ -725,21 +769,28 @@ if triton is not None:
             _advance(tape, lane, T)
 
     @cache
-    def _combine_launch(K: int, y: torch.dtype, weights: torch.dtype, *others: Hashable) -> Launch:
+    def _combine_launch(
+        K: int, columns: int, y: torch.dtype, weights: torch.dtype, *others: Hashable
+    ) -> Launch:
         """`others`: what else a variant hangs on: the types of ids and out."""
         # in the order of transformers: product, rounding, sum
         rounded = torch.promote_types(y, weights).itemsize == 2
-        constants = {"K": K, "ROUND": rounded, "COLUMNS": COMBINE_COLUMNS, "BLOCK": RECORD_BLOCK}
-        return Launch(_combine_kernel, constants, enable_fp_fusion=False)
+        constants = {"K": K, "ROUND": rounded, "COLUMNS": columns, "BLOCK": RECORD_BLOCK}
+        warps = combine_warps(columns)
+        return Launch(_combine_kernel, constants, num_warps=warps, enable_fp_fusion=False)
+
+    def combine_warps(columns: int) -> int:
+        """8 to 32 columns per thread."""
+        return min(16, max(4, columns // 512))
 
     def combine_triton(
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
-        tape: Tape | None = None,
+        tape: Tape | None = None, sizes: Sizes | None = None,
     ) -> Tensor:  # fmt: skip
         """`combine_torch` in one launch and one pass over y, with product and sum rounded as there
         (on a GPU torch adds more than four slots in another order). Places without an expert count
         as zero. With `grouped` None, y is in slot order, and with `tape` the same launch also
-        records the call, of at most RECORD_BLOCK slots."""
+        records the call, of at most RECORD_BLOCK slots. Fills `sizes`, in the same pass."""
         T, K = weights_TK.shape
         S, H = y_SH.shape
         assert tape is None or (grouped is None and S <= RECORD_BLOCK)
@@ -750,8 +801,12 @@ if triton is not None:
             return out
         y, ids, weights = y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
         order = (grouped.inverse, grouped.offsets) if grouped is not None else (None, None)
-        _combine_launch(K, kind, weights.dtype, ids.dtype, dtype)(
-            y.get_device(), (T, -(-H // COMBINE_COLUMNS)), S * H, order, (y, ids, weights, out),
+        if sizes is None:
+            columns, measured = COMBINE_COLUMNS, (None, None)
+        else:
+            columns, measured = combine_columns(H, measured=True), sizes
+        _combine_launch(K, columns, kind, weights.dtype, ids.dtype, dtype)(
+            y.get_device(), (T, -(-H // columns)), S * H, (*order, *measured), (y, ids, weights, out),
             (experts, H), (T,), NO_TAPE if tape is None else _arguments(tape, K, ids, weights),
         )  # fmt: skip
         return out
@@ -759,18 +814,18 @@ if triton is not None:
 
 def combine(
     y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
-    tape: Tape | None = None,
+    tape: Tape | None = None, sizes: Sizes | None = None,
 ) -> Tensor:  # fmt: skip
     """`combine_triton`, or the same in torch where the kernel is not to be trusted."""
     in_groups = grouped is not None
-    if SELF_CHECK.combine(y_SH, ids_TK, weights_TK, in_groups, dtype, experts, tape):
-        return combine_triton(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape)
-    return combine_on_device(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape)
+    if SELF_CHECK.combine(y_SH, ids_TK, weights_TK, in_groups, dtype, experts, tape, sizes):
+        return combine_triton(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, sizes)
+    return combine_on_device(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, sizes)
 
 
 def combine_on_device(
     y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
-    tape: Tape | None = None,
+    tape: Tape | None = None, sizes: Sizes | None = None,
 ) -> Tensor:  # fmt: skip
     """What `combine_triton` does, in torch."""
     inverse = None
@@ -780,6 +835,11 @@ def combine_on_device(
         inverse = grouped.inverse
     if tape is not None:
         record_on_device(tape, ids_TK, weights_TK)
+    if sizes is not None:
+        found = sizes_torch(y_SH, ids_TK.shape[1], inverse, *(s is not None for s in sizes))
+        for to, size_TK in zip(sizes, found, strict=True):
+            if to is not None and size_TK is not None:
+                to.copy_(size_TK)
     return combine_torch(y_SH, weights_TK, inverse).to(dtype)
 
 

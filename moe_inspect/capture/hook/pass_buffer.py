@@ -23,15 +23,16 @@ from moe_inspect.capture.hook.kernels import Tape
 # take memory afresh from the system
 BUFFER_BYTES = 2**19
 
-# (index of the site, ids [T, K] or None for router logits, values [T, K]) of one call
+# (index of the site, ids [T, K] or None for one of the extras, values [T, K]) of one call
 Call = tuple[int, "Tensor | None", Tensor]
-# ids [R, T, K], or None for router logits, and values [R, T, K] of a group in one pass
+# ids [R, T, K], or None for one of the extras, and values [R, T, K] of a group in one pass
 Stacked = tuple["Tensor | None", Tensor]
 
 
 class Group:
     """Consecutive routers of equal K and E, `first` being the index of the first one. `ids` int
-    [R, T, K] (none for router logits) and `values` float [R, T, K]: of each pass that is kept."""
+    [R, T, K] (none for one of the extras) and `values` float [R, T, K]: of each pass that is
+    kept."""
 
     def __init__(self, first: int, routers: int, K: int, E: int, with_ids: bool):
         self.first, self.routers, self.K, self.E, self.with_ids = first, routers, K, E, with_ids
@@ -50,22 +51,27 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 class PassBuffer:
-    """`routers`: (K, E) of each, `sites`: the index of its site. With `logits`, the routers' logits
-    are kept too."""
+    """`routers`: (K, E) of each, `sites`: the index of its site. `extras`, of `options.EXTRAS`, are
+    kept too."""
 
     def __init__(
-        self, routers: Sequence[tuple[int, int]], sites: Sequence[int], logits: bool = False
+        self,
+        routers: Sequence[tuple[int, int]],
+        sites: Sequence[int],
+        extras: Sequence[str] = (),
     ):
-        kinds = [(K, E, True) for K, E in routers]
-        kinds += [(E, E, False) for _, E in routers] if logits else []
+        kinds = [(K, E, "") for K, E in routers]
+        for kind in extras:
+            kinds += [(E if kind == "logits" else K, E, kind) for K, E in routers]
         self.groups: list[Group] = []
         first = 0
-        for kind, same in groupby(kinds):
-            self.groups.append(Group(first, len(list(same)), *kind))
+        for (K, E, kind), same in groupby(kinds):
+            self.groups.append(Group(first, len(list(same)), K, E, with_ids=not kind))
             first += self.groups[-1].routers
-        # whose calls a whole pass consists of, in the order of the routers and then of their logits
+        # whose calls a whole pass consists of, in the order of the routers and then of the extras
         after = max(sites, default=-1) + 1
-        self.sites = (*sites, *(after + site for site in sites)) if logits else tuple(sites)
+        times = range(1 + len(extras))
+        self.sites = tuple(n * after + site for n in times for site in sites)
         values = sum(group.routers * group.K for group in self.groups)
         self.max_rows = BUFFER_BYTES // (12 * values)  # ids of 8 bytes, weights of 4
         self.rows = 0  # of all passes that are kept

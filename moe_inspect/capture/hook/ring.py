@@ -2,10 +2,10 @@
 
 The n-th row that a router sees, counted from 0, is row n % P of page n // P % pages. A page holds
 the rows of all routers of one device, in one contiguous tensor per kind of value (ids, weights,
-logits), so that a full page needs one copy per kind: event → side stream → pinned memory. The
-device writes no row at or beyond the position `limit`, which moves only when a page has been
-released: no row that is still needed is overwritten, also when a CUDA graph is replayed without
-any Python. Rows beyond the limit are dropped, and the device counts them.
+and `options.EXTRAS`), so that a full page needs one copy per kind: event → side stream → pinned
+memory. The device writes no row at or beyond the position `limit`, which moves only when a page has
+been released: no row that is still needed is overwritten, also when a CUDA graph is replayed
+without any Python. Rows beyond the limit are dropped, and the device counts them.
 
 R routers, K slots, E experts, P rows per page.
 """
@@ -73,7 +73,8 @@ class Ring:
 
     slots, experts   K and E of each router
     weight_dtype     of the recorded gate weights: float16 or bfloat16
-    logits           whether router logits are recorded too, as float16
+    extras           what is recorded too, of `options.EXTRAS`: logits as float16, norms and peaks
+                     as float32
     rows             the largest forward pass that must fit
     page_rows        P, a power of two of at least 16; None: PAGE_ROWS or PAGE_ROWS_CPU
 
@@ -86,28 +87,32 @@ class Ring:
         slots: Sequence[int],
         experts: Sequence[int],
         weight_dtype: torch.dtype,
-        logits: bool = False,
+        extras: Sequence[str] = (),
         rows: int = 1,
         page_rows: int | None = None,
     ):
         on_gpu = device.type == "cuda"
         self.P = page_rows or (PAGE_ROWS if on_gpu else PAGE_ROWS_CPU)
         # one more, since a forward pass may begin at the end of a page
-        self.pages = (FORWARD_PASSES if on_gpu and not logits else 1) * -(-rows // self.P) + 1
+        self.pages = (FORWARD_PASSES if on_gpu and "logits" not in extras else 1) * -(
+            -rows // self.P
+        ) + 1
         self.side = side_stream(device, self.pages)
         self.slots, self.experts = list(slots), list(experts)
         widths = {
             "ids": self.slots,
             "weights": self.slots,
-            "logits": self.experts if logits else [],
+            **{kind: self.experts if kind == "logits" else self.slots for kind in extras},
         }
         # one value marks slots without an expert, so 256 experts need the wider type
         kinds = {
             "ids": torch.uint8 if max(experts) < 256 else torch.int16,
             "weights": weight_dtype,
             "logits": torch.float16,
+            "norms": torch.float32,
+            "peaks": torch.float32,
         }
-        lanes = len(self.slots) * (2 if logits else 1)
+        lanes = len(self.slots) * (1 + len(extras))
         widest = max(map(sum, widths.values()))
         if self.capacity * widest >= 2**31:  # the kernels compute offsets in 32 bits
             most = 2**31 // widest // self.P // 2 * self.P
@@ -130,11 +135,12 @@ class Ring:
             self.enabled = torch.ones(1, dtype=torch.int32, device=device)
         self._made = made
         self.tapes = [self._tape(r, self.slots, "ids", "weights") for r in range(len(slots))]
-        self.logit_tapes = (
-            [self._tape(r, self.experts, None, "logits", len(slots)) for r in range(len(slots))]
-            if logits
-            else []
-        )
+        self.extra_tapes = {
+            kind: [
+                self._tape(r, widths[kind], None, kind, n * len(slots)) for r in range(len(slots))
+            ]
+            for n, kind in enumerate(extras, 1)
+        }
         if on_gpu:  # torch.compile's CUDA graphs then write into these tensors, without a copy
             for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -216,9 +222,9 @@ class Ring:
 
     def rows(self, kind: str, r: int, start: int, count: int) -> list[np.ndarray]:
         """Rows [start, start + count) of router r on the host, as one view per page: [n, K], or
-        [n, E] for logits. `kind`: ids, weights or logits. Ids are uint8 or uint16, their maximum
-        where a slot has no expert; bfloat16 weights are given as their bits, uint16."""
-        tape, tensor = (self.logit_tapes if kind == "logits" else self.tapes)[r], self.host[kind]
+        [n, E] for logits. `kind`: ids, weights or one of the extras. Ids are uint8 or uint16, their
+        maximum where a slot has no expert; bfloat16 values are given as their bits, uint16."""
+        tape, tensor = self.extra_tapes.get(kind, self.tapes)[r], self.host[kind]
         if tensor.dtype in (torch.int16, torch.bfloat16):
             tensor = tensor.view(torch.uint16)
         found: list[np.ndarray] = []
@@ -248,7 +254,7 @@ class Rings:
 
     routers   (device, K, E) of each router
     sites     the index of its site, of each router
-    weight_dtype, logits, rows   as for Ring, whose errors this raises too
+    weight_dtype, extras, rows   as for Ring, whose errors this raises too
 
     On a CPU small passes are kept in `buffer`, and `write_kept` writes them; elsewhere there is
     none. Positions (`head`, `free_rows` …) count them as written.
@@ -259,7 +265,7 @@ class Rings:
         routers: Sequence[tuple[torch.device, int, int]],
         sites: Sequence[int],
         weight_dtype: torch.dtype,
-        logits: bool,
+        extras: Sequence[str],
         rows: int,
     ):
         self._of: list[tuple[Ring, int]] = [None] * len(routers)  # type: ignore[list-item]
@@ -271,21 +277,24 @@ class Rings:
                 [routers[r][1] for r in local],
                 [routers[r][2] for r in local],
                 weight_dtype,
-                logits,
+                extras,
                 rows,
             )
             self._rings.append(ring)
             for n, r in enumerate(local):
                 self._of[r] = (ring, n)
         self.tapes = [ring.tapes[n] for ring, n in self._of]
-        self.logit_tapes = [ring.logit_tapes[n] for ring, n in self._of] if logits else []
+        self.extra_tapes = {
+            kind: [ring.extra_tapes[kind][n] for ring, n in self._of] for kind in extras
+        }
         # what the model has written can be read without waiting
         self.synchronous = all(ring.side is None for ring in self._rings)
         self.buffer: PassBuffer | None = None
         first = self._rings[0]
         if self.synchronous and first.cursor.is_cpu and not kernels.runs_triton(first.cursor):
-            self.buffer = PassBuffer([(K, E) for _, K, E in routers], sites, logits)
-            self._writer = TapeWriter(self.buffer, self.tapes + self.logit_tapes)
+            self.buffer = PassBuffer([(K, E) for _, K, E in routers], sites, extras)
+            tapes = (tape for of_kind in self.extra_tapes.values() for tape in of_kind)
+            self._writer = TapeWriter(self.buffer, [*self.tapes, *tapes])
 
     @property
     def head(self) -> int:
@@ -332,7 +341,8 @@ class Rings:
             self._writer.write()
 
     def all_have_seen(self, cursors: list[Tensor], end: int) -> bool:
-        """Whether every router (and its logits) has seen all rows before position `end`."""
+        """Whether every router has seen all rows before position `end`, and so has what else is
+        recorded of it."""
         return all((cursor.numpy() == end).all() for cursor in cursors)
 
     def has_filled_page_since(self, position: int) -> bool:
@@ -342,17 +352,17 @@ class Rings:
         """The cursors of each ring, as `Ring.read_cursors` gives them."""
         return [ring.read_cursors() for ring in self._rings]
 
-    def rows_seen(self, cursors: list[Tensor], start: int) -> tuple[list[int], list[int] | None]:
-        """Rows from position `start` to `cursors`: those of each router, and of its logits (None
-        where logits are not recorded)."""
+    def rows_seen(self, cursors: list[Tensor], start: int) -> dict[str, list[int]]:
+        """Rows of each router from position `start` to `cursors`: of its choices (""), and of each
+        of the extras."""
         rows_of = {
             id(ring): (cursor - start).tolist()
             for ring, cursor in zip(self._rings, cursors, strict=True)
         }
-        seen = [rows_of[id(ring)][n] for ring, n in self._of]
-        return seen, [
-            rows_of[id(ring)][len(ring.tapes) + n] for ring, n in self._of
-        ] if self.logit_tapes else None
+        return {
+            kind: [rows_of[id(ring)][place * len(ring.tapes) + n] for ring, n in self._of]
+            for place, kind in enumerate(("", *self.extra_tapes))
+        }
 
     def dropped(self) -> list[int]:
         """Rows of each router that were dropped, as counted on its device. Waits for the device."""

@@ -43,11 +43,12 @@ class Stack:
         scope: Scope,
         sites: Sequence[Site],
         sinks: Sequence[Sink],
-        logit_sinks: Sequence[Sink],
+        extra_sinks: Mapping[str, Sequence[Sink]],
         model: Any,
     ):
         self.name, self.scope, self.model = name, scope, model
-        self.sites, self.sinks, self.logit_sinks = list(sites), list(sinks), list(logit_sinks)
+        self.sites, self.sinks = list(sites), list(sinks)
+        self.extra_sinks = {kind: list(of_kind) for kind, of_kind in extra_sinks.items()}
         # grouped by site: a layer that runs twice has two. As declared, until the stack has run
         self.routers = (
             [] if not name else [_router(site, 0, top_k_of(site, model)) for site in sites]
@@ -58,7 +59,7 @@ class Stack:
         self.seen = [0] * len(sites)  # rows per site in this forward pass, where there is no tape
         # first forward pass: calls per site, later per router
         self.staged: list[list[tuple[Tensor, Tensor]]] | None = [[] for _ in sites]
-        self.staged_logits: list[list[Tensor]] = [[] for _ in sites]
+        self.staged_extras: dict[str, list[list[Tensor]]] = self._no_extras()
         self.given: list[tuple[Tensor, Tensor]] = []  # meanwhile: a copy, and what was copied
         self.shape: list[tuple[torch.device, int, int]] = []  # device, K and E of each router
         self.rings: Rings | None = None
@@ -72,10 +73,11 @@ class Stack:
         self.sites.append(site)
         self.sinks.append(sink)
         if logit_sink is not None:
-            self.logit_sinks.append(logit_sink)
+            self.extra_sinks["logits"].append(logit_sink)
         self.seen.append(0)
         self.staged.append([])
-        self.staged_logits.append([])
+        for of_kind in self.staged_extras.values():
+            of_kind.append([])
         return len(self.sites) - 1
 
     @property
@@ -101,7 +103,7 @@ class Stack:
         self.scope.passes += 1
         if self.staged is not None:
             self.staged = [[] for _ in self.sites]
-            self.staged_logits = [[] for _ in self.sites]
+            self.staged_extras = self._no_extras()
             self.given = []
         if self.staged is not None or self.rings is None:
             self.seen = [0] * len(self.sites)
@@ -111,8 +113,11 @@ class Stack:
         assert self.staged is not None
         self.staged[n].append((self._copied(ids_TK), self._copied(weights_TK)))
 
-    def stage_logits(self, n: int, logits_TE: Tensor) -> None:
-        self.staged_logits[n].append(self._copied(logits_TE))
+    def stage_extra(self, kind: str, n: int, values: Tensor) -> None:
+        self.staged_extras[kind][n].append(self._copied(values))
+
+    def _no_extras(self) -> dict[str, list[list[Tensor]]]:
+        return {kind: [[] for _ in self.sites] for kind in self.extra_sinks}
 
     def _copied(self, tensor: Tensor) -> Tensor:
         copy = tensor.clone()
@@ -123,7 +128,7 @@ class Stack:
     def fix_shape(self) -> list[torch.dtype]:
         """Ends the first forward pass: top-k, dtypes and devices are as observed, not as declared
         in the config. Returns the dtype of each router's gate weights."""
-        staged, logits, declared = self.staged, self.staged_logits, self.routers
+        staged, extras, declared = self.staged, self.staged_extras, self.routers
         assert staged is not None
         if not all(torch.equal(copy, tensor) for copy, tensor in self.given):
             self.scope.copies = True
@@ -134,19 +139,19 @@ class Stack:
             len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1
             for calls in staged
         ]
-        for calls_of in (staged, logits) if self.logit_sinks else (staged,):
+        for kind, calls_of in {"": staged, **extras}.items():
             for site, calls, t in zip(self.sites, calls_of, times, strict=True):
                 if (n := _length(calls)) != t * T:
-                    of_choice = calls and calls_of is staged
-                    K = calls[0][0].shape[1] if of_choice else 1
-                    self.refuse(site.path, n, T, logits=calls_of is logits, K=K)
-        for site, calls in zip(self.sites, logits, strict=True):
+                    K = calls[0][0].shape[1] if calls and not kind else 1
+                    self.refuse(site.path, n, T, kind, K)
+        for site, calls in zip(self.sites, extras.get("logits", ()), strict=False):
             if calls:
                 _refuse_probabilities(site.path, calls[0])
         runs = [
             (site, time) for site, t in zip(self.sites, times, strict=True) for time in range(t)
         ]
-        self.staged, self.staged_logits = _by_run(staged, times), _by_run(logits, times)
+        self.staged = _by_run(staged, times)
+        self.staged_extras = {kind: _by_run(calls, times) for kind, calls in extras.items()}
         first = [calls[0] for calls in self.staged]
         self.shape = [
             (ids.device, ids.shape[1], site.experts)
@@ -173,12 +178,12 @@ class Stack:
     def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
         """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
         self.rings = Rings(
-            self.shape, self.sites_of_routers, weight_dtype, bool(self.logit_sinks), rows
+            self.shape, self.sites_of_routers, weight_dtype, tuple(self.extra_sinks), rows
         )
         self.rings.rewind(self.dropped_rows)
         for sinks, tapes in (
             (self.sinks, self.rings.tapes),
-            (self.logit_sinks, self.rings.logit_tapes),
+            *((of_kind, self.rings.extra_tapes[k]) for k, of_kind in self.extra_sinks.items()),
         ):
             for sink, routers in zip(sinks, self.routers_of, strict=False):
                 sink.tapes = [tapes[r] for r in routers]
@@ -207,10 +212,11 @@ class Stack:
         for tape, calls in zip(self.rings.tapes, staged or (), strict=True):
             for choice in calls:
                 kernels.record(tape, *choice)
-        for tape, calls in zip(self.rings.logit_tapes, self.staged_logits, strict=False):
-            for values in calls:
-                kernels.record(tape, None, values)
-        self.staged_logits = []
+        for kind, tapes in self.rings.extra_tapes.items():
+            for tape, calls in zip(tapes, self.staged_extras[kind], strict=True):
+                for values in calls:
+                    kernels.record(tape, None, values)
+        self.staged_extras = {}
 
     def end(self) -> StackPass:
         """Ends a launched forward pass (on a GPU it may still be running)."""
@@ -234,7 +240,7 @@ class Stack:
     def _record(self, calls: Sequence[Call]) -> None:
         """Writes the calls of a pass one by one, which tells rows that are missing or too many, and
         those there is no room for."""
-        sinks = [*self.sinks, *self.logit_sinks]
+        sinks = [*self.sinks, *(sink for of in self.extra_sinks.values() for sink in of)]
         made = [0] * len(sinks)
         for n, ids, values in calls:
             tapes = sinks[n].tapes
@@ -247,32 +253,29 @@ class Stack:
         assert self.rings is not None
         if done.cursors is None or self.rings.all_have_seen(done.cursors, done.start + done.fed.T):
             return
-        self.check_seen(done.fed.T, *self.rings.rows_seen(done.cursors, done.start))
+        self.check_seen(done.fed.T, self.rings.rows_seen(done.cursors, done.start))
 
-    def check_seen(self, T: int, seen: Sequence[int], logits: Sequence[int] | None = None) -> None:
-        for rows_of in (seen, logits):
-            for router, n in zip(self.routers, rows_of or (), strict=bool(rows_of)):
+    def check_seen(self, T: int, seen: Mapping[str, Sequence[int]]) -> None:
+        """`seen`: rows of each router, by what was recorded of them ("": its choices)."""
+        for kind, rows_of in seen.items():
+            for router, n in zip(self.routers, rows_of, strict=True):
                 if n != T:
-                    self.refuse(router.path, n, T, logits=rows_of is logits)
+                    self.refuse(router.path, n, T, kind)
 
     def check_counted(self) -> None:
         """The same, where choices are counted."""
         assert self.fed is not None
         T = self.fed.T
-        self.check_seen(
-            T,
-            [
-                share
-                for n, t in zip(self.seen, self.times, strict=True)
-                for share in shares(n, t, T)
-            ],
-        )
+        runs = zip(self.seen, self.times, strict=True)
+        self.check_seen(T, {"": [share for n, t in runs for share in shares(n, t, T)]})
 
-    def refuse(self, path: str, n: int, T: int, logits: bool, K: int = 1) -> NoReturn:
-        if logits:
+    def refuse(self, path: str, n: int, T: int, kind: str, K: int = 1) -> NoReturn:
+        """`kind`: of what was seen, one of `options.EXTRAS`, or "" for a choice."""
+        if kind:
+            option = "--logits" if kind == "logits" else f"--output-{kind}"
             raise MoeInspectError(
-                f"{path} returned logits of {n} rows in a forward pass of {T}: "
-                "trace without --logits"
+                f"{path} returned {kind} of {n} rows in a forward pass of {T}: "
+                f"trace without {option}"
             )
         site = next(s for s in self.sites if path.startswith(s.path))
         if site.told and K > 1 and n * K == T:
@@ -309,14 +312,14 @@ def stacks_of(
     scopes: Mapping[str, Scope],
     sites: Sequence[Site],
     sinks: Sequence[Sink],
-    logit_sinks: Sequence[Sink],
+    extra_sinks: Mapping[str, Sequence[Sink]],
 ) -> dict[str, Stack]:
     """The stacks of the model, by name, with the sinks of their routers."""
 
     def of(name: str, scope: Scope) -> Stack:
         mine = [r for r, site in enumerate(sites) if site.stack == name]
-        logits = [logit_sinks[r] for r in mine] if logit_sinks else []
-        return Stack(name, scope, [sites[r] for r in mine], [sinks[r] for r in mine], logits, model)
+        extras = {kind: [of_kind[r] for r in mine] for kind, of_kind in extra_sinks.items()}
+        return Stack(name, scope, [sites[r] for r in mine], [sinks[r] for r in mine], extras, model)
 
     return {name: of(name, scope) for name, scope in scopes.items()}
 

@@ -17,6 +17,8 @@ NOT_OF_ENGINES = (
     "dequantize",
     "weights",
     "logits",
+    "output_norms",
+    "output_peaks",
     "counts_only",
     "loader",
     "routers",

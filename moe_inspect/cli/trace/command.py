@@ -13,13 +13,13 @@ import typer
 from moe_inspect.cli.needs import need_torch, quiet
 from moe_inspect.cli.options import CommitEvery
 from moe_inspect.cli.token_progress import TokenProgress
+from moe_inspect.cli.trace.arguments import layers_of, routers_of
 from moe_inspect.cli.trace.beside import COMMIT_EVERY_S, Beside
 from moe_inspect.cli.trace.checks import check_engine_options, refuse_early
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
     from moe_inspect.capture.options import CorpusKeywords
-    from moe_inspect.model.custom.spec import RouterSpec
 
 
 class Capture(StrEnum):
@@ -191,6 +191,20 @@ def trace(
     ] = None,
     weights: Annotated[bool, typer.Option(help="Record the gate weights.")] = True,
     logits: Annotated[bool, typer.Option("--logits", help="Record the router logits too.")] = False,
+    output_norms: Annotated[
+        bool,
+        typer.Option(
+            "--output-norms",
+            help="Record the norm of each expert's output for its token (with --capture dispatch).",
+        ),
+    ] = False,
+    output_peaks: Annotated[
+        bool,
+        typer.Option(
+            "--output-peaks",
+            help="Record the largest |value| of each expert's output (with --capture dispatch).",
+        ),
+    ] = False,
     counts_only: Annotated[
         bool,
         typer.Option(
@@ -256,7 +270,7 @@ def trace(
         raise typer.BadParameter("give a MODEL, or --loader FILE.py:FUNCTION")
     model = model or ""
     check_engine_options(context, model, engine, model_config)
-    chosen = _layers(layers)
+    chosen = layers_of(layers)
     refuse_early(
         model if loader is None else None,
         output,
@@ -318,8 +332,10 @@ def trace(
                     dequantize=dequantize,
                     weights=weights,
                     logits=logits,
+                    output_norms=output_norms,
+                    output_peaks=output_peaks,
                     counts_only=counts_only,
-                    routers=_routers(routers),
+                    routers=routers_of(routers),
                     loader=load_object(loader) if loader is not None else None,
                 )
                 written = trace_model(model, output, of_model, progress=progress)
@@ -355,29 +371,6 @@ def _is_complete(output: Path) -> bool:
     from moe_inspect.trace.schema import MANIFEST
 
     return (output / MANIFEST).exists() and read_manifest(output)["status"] == "complete"
-
-
-def _routers(reference: str | None) -> list[RouterSpec] | None:
-    """Of "FILE.py:NAME", a RouterSpec or several."""
-    from moe_inspect.errors import MoeInspectError
-    from moe_inspect.model.custom.spec import RouterSpec
-    from moe_inspect.model.own import load_object
-
-    if reference is None:
-        return None
-    found = load_object(reference)
-    if isinstance(found, RouterSpec):
-        return [found]
-    if not hasattr(found, "__iter__"):
-        kind = type(found).__name__
-        raise MoeInspectError(f"{reference} is a {kind}, not a RouterSpec or a list of them")
-    return list(found)
-
-
-def _layers(text: str | None) -> list[int] | None:
-    from moe_inspect.trace.schema import parse_ranges
-
-    return None if text is None else parse_ranges(text)
 
 
 def _stop_cleanly() -> None:

@@ -27,9 +27,8 @@ from moe_inspect.trace.verify.violation import (
 
 def check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> None:
     slots = range(max(r.top_k for r in shard.trace.routers))
-    columns = [f"expert_{j}" for j in slots] + (
-        [f"weight_{j}" for j in slots] if shard.trace.has_weights else []
-    )
+    values = shard.trace.slot_values
+    columns = [f"{name}_{j}" for name in ("expert", *values) for j in slots]
     name = shard.files.paths["routing"]
     for r, start, table in _parts_of_routers(shard, "routing", columns, phase_T):
         router = shard.trace.routers[r]
@@ -57,16 +56,20 @@ def check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> Non
         found.decisions += len(table)
         found.empty_slots += empty
         found.assignments += len(table) * router.top_k - empty
-        if shard.trace.has_weights:
-            _check_weights(name, start, table, ids)
-            # as the manifest states: what does not state its order is put in order as it is read
-            if shard.trace.stated_routers[r].first_choice_known:
-                _check_descending(name, start, table, ids[: router.top_k])
+        for value in values:
+            _check_values(name, start, table, ids, value)
+        # as the manifest states: what does not state its order is put in order as it is read
+        if shard.trace.has_weights and shard.trace.stated_routers[r].first_choice_known:
+            _check_descending(name, start, table, ids[: router.top_k])
 
 
-def _check_weights(name: str, start: int, table: pa.Table, ids: list[np.ndarray]) -> None:
+def _check_values(
+    name: str, start: int, table: pa.Table, ids: list[np.ndarray], value: str
+) -> None:
+    """One of `schema.SLOT_VALUES` is there where an expert is, and nowhere else; finite, and norms
+    and peaks not negative."""
     for j, ids_N in enumerate(ids):
-        column = table[f"weight_{j}"]
+        column = table[f"{value}_{j}"]
         there_N = column.is_valid().to_numpy() if column.null_count else np.ones(len(ids_N), bool)
         wrong_N = there_N != (ids_N >= 0)
         if wrong_N.any():
@@ -74,13 +77,16 @@ def _check_weights(name: str, start: int, table: pa.Table, ids: list[np.ndarray]
             raise Violation(
                 name,
                 start + n,
-                f"weight_{j} is {'there' if there_N[n] else 'null'}, expert_{j} is "
+                f"{value}_{j} is {'there' if there_N[n] else 'null'}, expert_{j} is "
                 f"{'null' if there_N[n] else 'there'}",
             )
-        weights_N = column.fill_null(0).to_numpy() if column.null_count else column.to_numpy()
-        if not np.isfinite(weights_N).all():
-            n = int((~np.isfinite(weights_N)).argmax())
-            raise Violation(name, start + n, f"weight_{j} is {weights_N[n]}")
+        values_N = column.fill_null(0).to_numpy() if column.null_count else column.to_numpy()
+        wrong_N = ~np.isfinite(values_N)
+        if value != "weight":
+            wrong_N |= values_N < 0
+        if wrong_N.any():
+            n = int(wrong_N.argmax())
+            raise Violation(name, start + n, f"{value}_{j} is {values_N[n]}")
 
 
 def _check_descending(name: str, start: int, table: pa.Table, ids: list[np.ndarray]) -> None:

@@ -109,6 +109,12 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
             "weights finite, present exactly where an expert is, descending where stated"
             if trace.has_weights
             else "no weights recorded",
+            *(
+                f"{value}s of outputs finite, not negative, present exactly where an expert is"
+                for value in trace.slot_values
+                if value != "weight"
+            ),
+            *(["losses and entropies finite, not negative"] if trace.has_loss else []),
             *(["logits of each decision, none NaN"] if "logits" in trace.tables else []),
         ]
     found.checked.append("the manifest's totals are those of the shards")

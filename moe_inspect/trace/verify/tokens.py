@@ -7,6 +7,7 @@ T tokens.
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace
@@ -115,8 +116,9 @@ def check_tokens(
 ) -> np.ndarray:
     """The phase of each token, as an index into PHASES."""
     name = shard.files.paths["tokens"]
-    columns = ["token", "token_id", "document", "sequence", "position", "domain", "phase", "batch"]
-    table = read_table(shard, "tokens", columns)
+    columns = schema.TOKENS.names
+    loss = [column for column, _ in schema.LOSS] if shard.trace.has_loss else []
+    table = read_table(shard, "tokens", [*columns, *loss])
     for column in columns:
         if table[column].null_count:
             raise Violation(
@@ -148,6 +150,17 @@ def check_tokens(
         table["document"].to_numpy(),
         codes_of(table["domain"], name, "domain", documents.labels),
     )
+    for column in loss:
+        _check_loss(name, column, table[column])
     encoded_T = phase_T == schema.PHASES.index("encode")
     positions.check(name, table["sequence"].to_numpy(), encoded_T, table["position"].to_numpy())
     return phase_T
+
+
+def _check_loss(name: str, column: str, values: pa.ChunkedArray) -> None:
+    """A loss or an entropy is finite, and at least 0 but for rounding."""
+    values_T = values.fill_null(0).to_numpy()
+    wrong_T = ~np.isfinite(values_T) | (values_T < -1e-3)
+    if wrong_T.any():
+        row = int(wrong_T.argmax())
+        raise Violation(name, row, f"{column} is {values_T[row]}")

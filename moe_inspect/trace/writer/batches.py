@@ -15,6 +15,9 @@ import numpy as np
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
 
+OF_TOKENS = ("token_id", "document", "sequence", "position", "domain")
+OF_ROUTERS = ("ids", "weights", "logits", "norms", "peaks")
+
 
 @dataclass(frozen=True)
 class Document:
@@ -32,9 +35,10 @@ class RoutedBatch:
     int32 [T] that of each token's where they are several. Arrays of length T are in execution
     order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`: float16 [T, K_r], the bits of
     bfloat16 as uint16, float32 that one of the two holds exactly, or None (a trace without weights
-    is still ordered by them), `logits[r]`: float16 [T, E_r]. `domains[d]` is the label of domain
-    code d. Of an encoder-decoder the first `encoded` tokens were fed to the encoder, the others to
-    the decoder, and a router has rows only of those it sees."""
+    is still ordered by them), `logits[r]`: float16 [T, E_r], `norms[r]` and `peaks[r]` like
+    `weights[r]`. `domains[d]` is the label of domain code d. `loss` and `entropy`: float32 [T], NaN
+    where there is none. Of an encoder-decoder the first `encoded` tokens were fed to the encoder,
+    the others to the decoder, and a router has rows only of those it sees."""
 
     batch: int
     token_id: np.ndarray
@@ -52,6 +56,10 @@ class RoutedBatch:
     group: int | None = None
     encoded: int = 0
     batches: np.ndarray | None = None
+    norms: list[np.ndarray] | None = None
+    peaks: list[np.ndarray] | None = None
+    loss: np.ndarray | None = None
+    entropy: np.ndarray | None = None
 
     @property
     def first_batch(self) -> int:
@@ -77,11 +85,14 @@ class RoutedBatch:
                 documents=[d for d in self.documents if number_of.get(d.document, last) == number],
                 **{
                     name: getattr(self, name)[rows]
-                    for name in ("token_id", "document", "sequence", "position", "domain")
+                    for name in (*OF_TOKENS, "loss", "entropy")
+                    if getattr(self, name) is not None
                 },
-                ids=[a[rows] for a in self.ids],
-                weights=None if self.weights is None else [a[rows] for a in self.weights],
-                logits=None if self.logits is None else [a[rows] for a in self.logits],
+                **{
+                    name: [a[rows] for a in getattr(self, name)]
+                    for name in OF_ROUTERS
+                    if getattr(self, name) is not None
+                },
             )
 
     def seen(self, router: Router) -> slice:
@@ -92,12 +103,7 @@ class RoutedBatch:
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            a.nbytes
-            for arrays in (self.ids, self.weights, self.logits)
-            if arrays is not None
-            for a in arrays
-        )
+        return sum(a.nbytes for name in OF_ROUTERS for a in getattr(self, name) or ())
 
 
 @dataclass(frozen=True)

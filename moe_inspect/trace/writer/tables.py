@@ -20,20 +20,39 @@ from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBat
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the shards of a trace hold: decisions of these routers, with gate weights, with router
-    logits."""
+    """What the shards of a trace hold: decisions of these routers, with `values` of each slot (of
+    `schema.SLOT_VALUES`), with router logits; tokens with their loss."""
 
     routers: list[Router]
-    weights: bool
+    values: list[str]
     logits: bool
+    loss: bool = False
+
+    @property
+    def weights(self) -> bool:
+        return "weight" in self.values
+
+    @property
+    def facts(self) -> dict[str, bool]:
+        """What the manifest's section `capture` says of it; of weights in any case."""
+        others = {f"{value}s": True for value in self.values if value != "weight"}
+        return {"weights": self.weights, **others, **({"token_loss": True} if self.loss else {})}
+
+    @property
+    def glossary(self) -> dict[str, str]:
+        """What the manifest says of the columns."""
+        more = [f"{value}_j" for value in self.values if value != "weight"]
+        more += [column for column, _ in schema.LOSS] if self.loss else []
+        return schema.GLOSSARY | {column: schema.OPTIONAL_GLOSSARY[column] for column in more}
 
 
 # --- tokens and documents
 
 
-def tokens_table(batches: list[RoutedBatch], token: pa.Array, routers: list[Router]) -> pa.Table:
+def tokens_table(batches: list[RoutedBatch], token: pa.Array, recorded: Recorded) -> pa.Table:
     domains = list(max((b.domains for b in batches), key=len))
-    phases = schema.PHASES if any(r.stack for r in routers) else schema.PHASES[:2]
+    phases = schema.PHASES if any(r.stack for r in recorded.routers) else schema.PHASES[:2]
+    loss = {"loss_nats": "loss", "entropy_nats": "entropy"} if recorded.loss else {}
     return pa.table(
         {
             "token": token,
@@ -44,8 +63,9 @@ def tokens_table(batches: list[RoutedBatch], token: pa.Array, routers: list[Rout
             "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
             "phase": _labels(np.concatenate([_phases(b) for b in batches]), list(phases)),
             "batch": pa.array(np.concatenate([_numbers(b) for b in batches])),
+            **{column: _or_null(batches, name) for column, name in loss.items()},
         },
-        schema=schema.TOKENS,
+        schema=schema.tokens_schema(recorded.loss),
     )
 
 
@@ -73,7 +93,7 @@ def routing_columns(recorded: Recorded, batches: list[RoutedBatch]) -> pa.Schema
         for b in batches
         for ids, r in zip(b.ids, recorded.routers, strict=True)
     )
-    return schema.routing_schema(recorded.routers, recorded.weights, nullable=nullable)
+    return schema.routing_schema(recorded.routers, recorded.values, nullable=nullable)
 
 
 def routing_table(
@@ -87,20 +107,38 @@ def routing_table(
         ids_KT == np.iinfo(ids_KT.dtype).max if _holds_nowhere(ids_KT, router.experts) else None
     )
     experts_KT = ids_KT.astype(schema.id_dtype(recorded.routers).to_pandas_dtype(), copy=False)
-    weights = [_widened(b.weights[r]) for b in batches if b.weights is not None]
-    weights_KT = _slot_major(weights, np.float32) if weights else None
+    weights_KT = _values(batches, r, "weight")
     order_KT = _slot_order(recorded, r, batches, experts_KT, nowhere_KT, weights_KT)
     if order_KT is not None:
         experts_KT = np.take_along_axis(experts_KT, order_KT, 0)
         nowhere_KT = None if nowhere_KT is None else np.take_along_axis(nowhere_KT, order_KT, 0)
-        weights_KT = None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)
     seen = _seen(router, batches, token)
     arrays = [seen, *_router_columns(router, r, len(seen))]
     arrays += _slots(experts_KT, nowhere_KT, columns, "expert")
-    if recorded.weights:
-        assert weights_KT is not None
-        arrays += _slots(weights_KT, nowhere_KT, columns, "weight")
+    for value in recorded.values:
+        values_KT = weights_KT if value == "weight" else _values(batches, r, value)
+        assert values_KT is not None
+        if order_KT is not None:
+            values_KT = np.take_along_axis(values_KT, order_KT, 0)
+        arrays += _slots(values_KT, nowhere_KT, columns, value)
     return pa.Table.from_arrays(arrays, schema=columns)
+
+
+def _values(batches: list[RoutedBatch], r: int, value: str) -> np.ndarray | None:
+    """One of `schema.SLOT_VALUES`, float32 [K, T] in the order of the batches, sizes rounded; None
+    where they have none."""
+    found = [of_routers for b in batches if (of_routers := getattr(b, f"{value}s")) is not None]
+    if not found:
+        return None
+    values_KT = _slot_major([_widened(f[r]) for f in found], np.float32)
+    return values_KT if value == "weight" else _rounded(values_KT)
+
+
+def _rounded(sizes: np.ndarray) -> np.ndarray:
+    """float32, not negative, to 9 significant bits: a relative error of at most 2⁻⁹, and the range
+    of float32, which float16 does not have. What is stored takes a third of the space."""
+    bits = sizes.view(np.uint32)
+    return ((bits + 0x3FFF + (bits >> 15 & 1)) & 0xFFFF8000).astype(np.uint32).view(np.float32)
 
 
 def _slot_order(
@@ -195,6 +233,16 @@ def _phases(batch: RoutedBatch) -> np.ndarray:
 def _int32(batches: list[RoutedBatch], name: str) -> pa.Array:
     values_T = np.concatenate([getattr(b, name) for b in batches])
     return pa.array(values_T.astype(np.int32, copy=False))
+
+
+def _or_null(batches: list[RoutedBatch], name: str) -> pa.Array:
+    """float32 [T], null where a value is NaN, or a batch has none."""
+    parts = [
+        np.full(len(b.token_id), np.nan, np.float32) if (v := getattr(b, name)) is None else v
+        for b in batches
+    ]
+    values_T = np.concatenate(parts).astype(np.float32, copy=False)
+    return pa.array(values_T, mask=np.isnan(values_T))
 
 
 def _labels(codes: np.ndarray, labels: list[str]) -> pa.Array:

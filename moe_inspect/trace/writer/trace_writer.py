@@ -53,6 +53,9 @@ class TraceWriter:
         *,
         weights: bool = True,
         logits: bool = False,
+        norms: bool = False,
+        peaks: bool = False,
+        token_loss: bool = False,
         counts_only: bool = False,
         vocabulary: pa.Table | None = None,
         rank: int = 0,
@@ -69,7 +72,9 @@ class TraceWriter:
         self.routers = [
             self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)
         ]
-        self._recorded = tables.Recorded(self.routers, weights, logits)
+        held = zip(schema.SLOT_VALUES, (weights, norms, peaks), strict=True)
+        values = [value for value, on in held if on]
+        self._recorded = tables.Recorded(self.routers, values, logits, token_loss)
         self.next_shard = start.shards
         self.next_token = start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
@@ -84,10 +89,10 @@ class TraceWriter:
             "format": schema.FORMAT,
             "status": "recording",
             **manifest,
-            "capture": {**manifest.get("capture", {}), "weights": weights},
+            "capture": {**manifest.get("capture", {}), **self._recorded.facts},
             "routers": [asdict(r) for r in self.routers],
             "tables": self.tables,
-            "columns": schema.GLOSSARY,
+            "columns": self._recorded.glossary,
             "counts": {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0},
         }
         self._pending = PendingShard(shard_tokens, shard_seconds)
@@ -297,12 +302,12 @@ class TraceWriter:
     ) -> None:
         recorded, T = self._recorded, sum(len(b.token_id) for b in batches)
         token = pa.array(np.arange(first_token, first_token + T, dtype=np.int64))
-        tokens = tables.tokens_table(batches, token, self.routers)
+        tokens = tables.tokens_table(batches, token, recorded)
         columns = tables.routing_columns(recorded, batches)
         routers = range(len(self.routers))
         lines = [
             self._write_documents([d for b in batches for d in b.documents]),
-            self._write_part("tokens", schema.TOKENS, [lambda: tokens]),
+            self._write_part("tokens", tokens.schema, [lambda: tokens]),
             self._write_part(
                 "routing",
                 columns,

@@ -21,6 +21,7 @@ import torch
 
 from moe_inspect.capture.hook.selfcheck import memory
 from moe_inspect.capture.hook.selfcheck.reference import (
+    SIZES,
     Case,
     Mismatch,
     check_combine,
@@ -54,6 +55,8 @@ class Variant:
     y, out    of combine: types of the experts' outputs and of the sum
     grouped   of combine: whether the rows are in the order of the experts
     aligned   of combine: whether H is a multiple of 16
+    sizes     of combine: which sizes of the outputs it writes
+    columns   of combine: per program
     shifted   which of ids, weights and y do not begin at a multiple of 16 bytes
     """
 
@@ -71,6 +74,8 @@ class Variant:
     out: torch.dtype | None = None
     grouped: bool = False
     aligned: bool = True
+    sizes: tuple[str, ...] = ()
+    columns: int = 0
     shifted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -83,6 +88,7 @@ class Variant:
             order = "grouped" if self.grouped else "in order"
             parts += [f"{_name(self.y)} to {_name(self.out)}", order]
             parts += [] if self.aligned else ["odd width"]
+            parts += [f"{' and '.join(self.sizes)} of {self.columns}"] if self.sizes else []
         parts += [f"{name} at an odd address" for name in self.shifted]
         return ", ".join(parts)
 
@@ -109,6 +115,13 @@ class Variant:
                     self.P,
                     self.shifted,
                 )
+
+    @property
+    def width(self) -> int:
+        """H of the cases: of two programs, or what one that measures its rows sees."""
+        if not self.sizes:
+            return WIDTHS[not self.aligned]
+        return self.columns // 2 + (16 if self.aligned else 13)
 
     def _tokens(self, kernels: Any) -> list[int]:
         if self.kernel == "record" and self.launches == 2:
@@ -164,9 +177,8 @@ def run(kernels: Any, variant: Variant, by_torch: bool) -> None:
             else:
                 assert variant.y is not None
                 assert variant.out is not None
-                H = WIDTHS[not variant.aligned]
-                rows = rows_of(kernels, case, variant.grouped, H, variant.y, device)
-                check_combine(kernels, case, code, rows, variant.out)
+                rows = rows_of(kernels, case, variant.grouped, variant.width, variant.y, device)
+                check_combine(kernels, case, code, rows, variant.out, variant.sizes)
         except Mismatch as error:
             raise Mismatch(f"{error} of {plural(case.T, 'token')}, {case.tape}") from error
 
@@ -223,17 +235,39 @@ class SelfCheck:
         return found
 
     def combine(
-        self, y_SH: Any, ids_TK: Any, weights_TK: Any, grouped: bool, dtype: Any, E: int, tape: Any
+        self,
+        y_SH: Any,
+        ids_TK: Any,
+        weights_TK: Any,
+        grouped: bool,
+        dtype: Any,
+        E: int,
+        tape: Any,
+        sizes: Any = None,
     ) -> bool:
-        aligned = not y_SH.size(1) % 16
+        H = y_SH.size(1)
         shifted = shifted_among(ids_TK, weights_TK, y_SH)
-        kinds = ids_TK.dtype, weights_TK.dtype, y_SH.dtype, dtype, grouped, aligned, shifted
+        written: tuple[bool, ...] = ()
+        columns = 0
+        if sizes is not None:
+            written = tuple(size is not None for size in sizes)
+            columns = sys.modules[self._kernels].combine_columns(H, True)
+        kinds = (
+            (ids_TK.dtype, weights_TK.dtype, y_SH.dtype, dtype, grouped, not H % 16, shifted),
+            (written, columns),
+        )
         key = (y_SH.get_device(), E, ids_TK.size(1), kinds) if tape is None else (tape.kind, kinds)
         found = self._trusted.get(key)
         if found is None:
             variant = _of_call("combine", ids_TK, weights_TK, E, tape)
             made = variant(
-                y=y_SH.dtype, out=dtype, grouped=grouped, aligned=aligned, shifted=shifted
+                y=y_SH.dtype,
+                out=dtype,
+                grouped=grouped,
+                aligned=not H % 16,
+                sizes=tuple(n for n, on in zip(SIZES, written, strict=False) if on),
+                columns=columns,
+                shifted=shifted,
             )
             found = self._first_use(key, made)
         return found

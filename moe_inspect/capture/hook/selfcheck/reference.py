@@ -236,6 +236,7 @@ class Rows:
     weights: Tensor
     grouped: Any  # None: y is in slot order
     want_TH: Tensor  # float64
+    slots_TKH: Tensor  # float64: the rows of y as they count, in slot order
 
 
 def rows_of(
@@ -252,32 +253,57 @@ def rows_of(
         y_SH[int(order.offsets[-1]) :] = float("nan")
         inside = ((ids >= 0) & (ids < case.E)).reshape(-1, 1)
         slots = torch.where(inside, y_SH.double()[order.inverse.long()], 0.0)
-    want = (slots.view(case.T, case.K, H) * weights.double().unsqueeze(-1)).sum(1)
+    slots = slots.view(case.T, case.K, H)
+    want = (slots * weights.double().unsqueeze(-1)).sum(1)
     groups = type(order)(*(t.to(device) for t in order)) if grouped else None
     y_SH, ids, weights = (
         case.shift(name, tensor.to(device))
         for name, tensor in (("y", y_SH), ("ids", ids), ("weights", weights))
     )
-    return Rows(y_SH, ids, weights, groups, want)
+    return Rows(y_SH, ids, weights, groups, want, slots)
 
 
-# y, ids, weights, grouped, dtype of the result, experts, tape → [T, H]
-Combine = Callable[[Tensor, Tensor, Tensor, Any, torch.dtype, int, Any], Tensor]
+SIZES = ("norms", "peaks")
+# y, ids, weights, grouped, dtype of the result, experts, tape, sizes → [T, H]
+Combine = Callable[[Tensor, Tensor, Tensor, Any, torch.dtype, int, Any, Any], Tensor]
 
 
 def check_combine(
-    kernels: ModuleType, case: Case, combine: Combine, rows: Rows, dtype: torch.dtype
+    kernels: ModuleType,
+    case: Case,
+    combine: Combine,
+    rows: Rows,
+    dtype: torch.dtype,
+    sizes: tuple[str, ...] = (),
 ) -> None:
     """A weighted sum against float64; `dtype`: of the result. The tape of the case is written too,
-    where the rows are in slot order."""
+    where the rows are in slot order, and so are `sizes` of the outputs."""
     device = rows.y_SH.device
     tape = tape_for(kernels, case, device) if rows.grouped is None else None
-    got = combine(rows.y_SH, rows.ids, rows.weights, rows.grouped, dtype, case.E, tape)
+    wanted = {name: name in sizes for name in SIZES}
+    measured = kernels.empty_sizes(rows.ids, **wanted) if sizes else None
+    for size in measured or ():
+        if size is not None:
+            size.fill_(POISON)
+    got = combine(rows.y_SH, rows.ids, rows.weights, rows.grouped, dtype, case.E, tape, measured)
     require(got.dtype == dtype, "the type of the sum")
     coarsest = max((rows.y_SH.dtype, rows.weights.dtype, dtype), key=lambda d: torch.finfo(d).eps)
     assert_close(got.cpu(), rows.want_TH, coarsest)
+    if measured is not None:
+        check_sizes(measured, rows.slots_TKH)
     if tape is not None:
         check_tape(case, tape, rows.ids, rows.weights)
+
+
+def check_sizes(found: Any, slots_TKH: Tensor) -> None:
+    """Requires that the sizes are those of the rows: the peaks exactly, the norms but for the
+    roundings of their sums in float32."""
+    want_TK = {"norms": slots_TKH.norm(dim=2), "peaks": slots_TKH.abs().amax(2)}
+    for name, want in want_TK.items():
+        if (size_TK := getattr(found, name)) is None:
+            continue
+        error, slack = (size_TK.cpu().double() - want).abs(), 1e-5 if name == "norms" else 0.0
+        require((error <= slack * want).all(), f"the {name} of the outputs")
 
 
 def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:

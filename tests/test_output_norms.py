@@ -1,0 +1,177 @@
+"""The size of what each expert returns (`--output-norms`, `--output-peaks`): it is that of the
+expert's own output, in prefill and in decoding, however the model is run; and where it cannot be
+seen, that is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.capture.hook import experts, kernels
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.find import find_routers
+from tests.conftest import Cli
+from tests.families import FAMILIES, NO_INTERFACE, build
+from tests.zoo import token_batch
+
+ROUNDING = 2**-9  # of what is stored
+STEPS = 3
+
+
+def run(model: Any, steps: int = STEPS) -> None:
+    """Prefill of two rows, then decode steps."""
+    ids = torch.arange(22).reshape(2, 11) % 40 + 5
+    output = model(input_ids=ids, use_cache=True)
+    for step in range(steps):
+        cache = output.past_key_values
+        output = model(input_ids=ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+
+
+def recorded(model: Any, path: Path, **options: Any) -> moe_inspect.Trace:
+    with moe_inspect.record(model, path, output_norms=True, output_peaks=True, **options):
+        run(model)
+    return moe_inspect.open_trace(path)
+
+
+def sizes_alone(model: Any, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(norms, peaks) [T, K] of each router in the order of the trace's slots: each expert's output
+    for each of its tokens alone, with the gate weight 1, by the family's own implementation."""
+    sites, seen = find_routers(model), dict[int, list[torch.Tensor]]()
+    hooks = [
+        site.module.register_forward_pre_hook(
+            lambda m, args, r=r: seen.setdefault(r, []).append(args[0])
+        )
+        for r, site in enumerate(sites)
+    ]
+    run(model)
+    for hook in hooks:
+        hook.remove()
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    found = []
+    for r, site in enumerate(sites):
+        hidden_TH = torch.cat([h.reshape(-1, h.shape[-1]) for h in seen[r]])
+        shard = next(moe_inspect.open_trace(path).shards)
+        ids_TK = torch.from_numpy(shard.ids(r).astype(np.int64))
+        T, K = ids_TK.shape
+        one_S1 = torch.ones(T * K, 1, dtype=hidden_TH.dtype)
+        y_SH = site.module(hidden_TH.repeat_interleave(K, 0), ids_TK.reshape(-1, 1), one_S1)
+        sizes = y_SH.norm(dim=1), y_SH.abs().amax(1)
+        found.append(tuple(size.reshape(T, K).numpy() for size in sizes))
+    model.set_experts_implementation(before)
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - NO_INTERFACE))
+@torch.no_grad()
+def test_a_norm_is_that_of_the_experts_own_output(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    trace = recorded(model, tmp_path / "t")
+    assert trace.has_norms
+    assert trace.has_peaks
+    shard = next(trace.shards)
+    assert set(shard.tokens()["phase"].to_pylist()) == {"prefill", "decode"}
+    for r, alone in enumerate(sizes_alone(model, tmp_path / "t")):
+        for value, want_TK in zip(("norm", "peak"), alone, strict=True):
+            got_TK = np.stack(shard.slot_values(r, value)).T
+            assert len(got_TK) == 2 * (11 + STEPS)
+            error_TK = np.abs(got_TK / want_TK - 1)
+            assert error_TK.max() <= ROUNDING
+            # and so for no other slot
+            assert np.abs(got_TK[:, ::-1] / want_TK - 1).max() > ROUNDING
+
+
+@torch.no_grad()
+def test_the_kernel_records_what_its_twin_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Grouped in prefill, copied in decoding; to the digit."""
+    if kernels.triton is None:
+        pytest.skip("no triton on this platform")
+    model = build("olmoe")
+    twin = recorded(model, tmp_path / "twin").routing()
+    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
+    copied = [False]
+    monkeypatch.setattr(
+        experts, "are_few", lambda slots, E: copied.append(slots < 64) or slots < 64
+    )
+    ours = recorded(model, tmp_path / "kernel").routing()
+    assert set(copied) == {False, True}
+    assert ours.equals(twin)
+
+
+def test_with_a_gradient_and_a_backward_pass(tmp_path: Path) -> None:
+    """Activation checkpointing runs the experts twice; each output is recorded once."""
+    model, inputs = build("qwen3_moe"), token_batch([9, 5])
+    with torch.no_grad(), moe_inspect.record(model, tmp_path / "a", output_norms=True):
+        model(**inputs)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with moe_inspect.record(model, tmp_path / "b", output_norms=True):
+        model(**inputs).logits.sum().backward()
+    frames = [moe_inspect.open_trace(tmp_path / name).routing() for name in "ab"]
+    pd.testing.assert_frame_equal(*frames)
+
+
+def test_compiled(tmp_path: Path) -> None:
+    model, inputs = build("olmoe"), token_batch([9, 5])
+    frames = []
+    for name, called in (("eager", model), ("compiled", torch.compile(model, backend="eager"))):
+        with torch.no_grad(), moe_inspect.record(called, tmp_path / name, output_norms=True) as _:
+            called(**inputs)
+            called(**inputs)
+        frames.append(moe_inspect.open_trace(tmp_path / name).routing())
+    pd.testing.assert_frame_equal(*frames, rtol=2**-8)
+
+
+@torch.no_grad()
+def test_without_they_are_nowhere(tmp_path: Path) -> None:
+    model = build("mixtral")
+    with moe_inspect.record(model, tmp_path / "t", capture="dispatch"):
+        run(model)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert not trace.has_norms
+    assert {"norms", "peaks", "token_loss"}.isdisjoint(trace.manifest["capture"])
+    assert "norm_j" not in trace.manifest["columns"]
+    assert trace.slot_values == ["weight"]
+
+
+@torch.no_grad()
+def test_slots_keep_their_sizes_where_they_are_put_in_order(tmp_path: Path) -> None:
+    """phimoe's router returns them in another order than by weight: each norm goes with its
+    expert, in a trace without weights too."""
+    model = build("phimoe")
+    full = recorded(model, tmp_path / "full").routing()
+    bare = recorded(model, tmp_path / "bare", weights=False).routing()
+    pd.testing.assert_frame_equal(full[bare.columns], bare)
+
+
+def test_where_outputs_are_not_seen_that_is_said(tmp_path: Path) -> None:
+    for family, options, said in (
+        ("mixtral", {"capture": "tap"}, "a tap does not see what the experts return"),
+        ("llama4", {}, "is not on transformers' experts interface: what its experts return"),
+        ("mixtral", {"counts_only": True}, "counts_only keeps no output norms or peaks"),
+    ):
+        with pytest.raises(MoeInspectError, match=said) as error:
+            moe_inspect.record(build(family), tmp_path / "t", output_norms=True, **options)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "t").exists()
+
+
+def test_they_are_verified_exported_and_resumed(cli_here: Cli, tmp_path: Path) -> None:
+    cli_here("trace", "demo", "--max-tokens", 300, "--output-norms", "-o", "t")
+    assert "norms of outputs finite, not negative" in cli_here("verify", "t").stdout
+    cli_here("export", "t", "--format", "long-parquet", "-o", "long.parquet")
+    rows = pd.read_parquet(tmp_path / "long.parquet")
+    routing = moe_inspect.open_trace(tmp_path / "t").routing()
+    assert "peak" not in rows
+    norms = [c for c in routing if c.startswith("norm_")]
+    assert rows["norm"].sum() == pytest.approx(routing[norms].to_numpy().sum())
+    again = cli_here("trace", "demo", "--max-tokens", 300, "--resume", "-o", "t", check=1)
+    assert "was made with output norms True, not None" in again.stderr
