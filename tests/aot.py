@@ -26,6 +26,7 @@ TARGETS = {
 }
 SHAPES = ((8, 2), (60, 4), (64, 8), (256, 8), (512, 10))  # E, k
 BLOCKS = (256, 512, 1024)  # every value of kernels.slots_per_program
+COLUMNS = {"fp16": (2048,), "bf16": (8192, 16384)}  # of hidden sizes up to these
 PAGE_ROWS = 4096
 # name, kernel, types (an ":16" marks a multiple of 16), constants, options
 Variant = tuple[str, Any, dict[str, Any], dict[str, Any], dict[str, int]]
@@ -115,8 +116,7 @@ def _variants_of(E: int, K: int) -> Iterator[Variant]:
             {**combine, **NO_SIZES, "inverse": None, "offsets": None},
             {},
         )
-        # of a hidden size of 2048, 7168 and 12288
-        for columns in (2048, 8192, 16384) if weight == "bf16" else (2048,):
+        for columns in COLUMNS[weight]:
             measured = {"norms": "*fp32", "peaks": "*fp32"}
             yield (
                 f"combine + sizes {name} of {columns}",

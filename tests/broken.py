@@ -20,7 +20,7 @@ NAME = "moe_inspect.capture.hook.kernels"
 BREAKS = {
     "record": ("row % tape.P * K + i % K", "row % tape.P * K + (i + 1) % K"),
     "dispatch": ("tl.store(token + place, i // K,", "tl.store(token + place, (i + 1) // K,"),
-    "combine": ("tl.load(weights + t * K + k)", "tl.load(weights + t * K)"),
+    "combine": ("tl.load(weights + slot)", "tl.load(weights + slot // 2 * 2)"),
 }
 
 

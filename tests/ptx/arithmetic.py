@@ -3,6 +3,7 @@ once and returns what executes it. A new opcode is one function here."""
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,7 @@ BINARY: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-@opcode("add", "sub", "mul", "min", "max", "fma", "neg", "abs")
+@opcode("add", "sub", "mul", "min", "max", "fma", "neg", "abs", "sqrt")
 def arithmetic(ins: Instruction, registers: Registers) -> Execute:
     kind = ins.opcode[-1]
     if kind.endswith("x2"):
@@ -82,14 +83,19 @@ def arithmetic(ins: Instruction, registers: Registers) -> Execute:
 def _float_operation(name: str, kind: str) -> Callable[..., Array]:
     """Of float64 for the 16-bit types, whose products it holds exactly, and for a fused product and
     sum (rounded twice where float64 is not exact); else of the type itself."""
-    if name == "neg":
-        return operator.neg
+    unary: dict[str, Any] = {"neg": operator.neg, "abs": np.abs, "sqrt": np.sqrt}
+    if name in unary:
+        return unary[name]
     if name == "fma":
         return lambda a, b, c: a.astype(np.float64) * b + c
-    operation = BINARY[name]
+    two = BINARY[name]
+
+    def operation(*values: Array) -> Array:  # (sm_100 has min and max of three)
+        return functools.reduce(two, values)
+
     if kind in ("f32", "f64"):
         return operation
-    return lambda a, b: operation(a.astype(np.float64), b)
+    return lambda a, *others: operation(a.astype(np.float64), *others)
 
 
 def _floats(ins: Instruction, registers: Registers, kind: str) -> Execute:

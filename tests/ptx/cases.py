@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from moe_inspect.capture.hook import kernels
-from tests.aot import BLOCKS, PAGE_ROWS, SHAPES
+from moe_inspect.capture.hook.selfcheck.reference import check_sizes
+from tests.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES
 from tests.kernel_checks import Case, check_dispatch, check_record, choice, tape_for
 
 TAPES = ("across pages", "across the ring's end", "beyond the limit", "in one page", "disabled")
@@ -50,6 +51,12 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
         yield Execution(
             f"combine {'' if grouped else '+ record '}{name}",
             lambda case=case, grouped=grouped: check_combine(case, grouped),
+        )
+    for columns in COLUMNS[weights]:
+        case = _case(E, K, 2, kind)
+        yield Execution(
+            f"combine + sizes {name} of {columns}",
+            lambda case=case, H=columns // 2 + 16: check_combine(case, True, H, sizes=True),
         )
 
 
@@ -97,19 +104,23 @@ def _check_logits() -> None:
     assert torch.equal(tapes[0].cursor, tapes[1].cursor)
 
 
-def check_combine(case: Case, grouped: bool) -> None:
-    """Against the same sums in float32, in the order of the slots: exactly equal."""
+def check_combine(case: Case, grouped: bool, H: int = H, sizes: bool = False) -> None:
+    """Against the same sums in float32, in the order of the slots: exactly equal. `sizes`: and the
+    norms and peaks of the rows."""
     ids, weights = choice(case)
     assert weights is not None
     y_SH = torch.randn(case.T * case.K, H, generator=torch.Generator().manual_seed(case.T))
     y_SH = y_SH.bfloat16()
     places = kernels.dispatch_torch(ids, None, case.E) if grouped else None
     tape = None if grouped else tape_for(kernels, case)
-    found = kernels.combine_triton(y_SH, ids, weights, places, torch.bfloat16, case.E, tape)
+    made = kernels.empty_sizes(ids, peaks=True) if sizes else None
+    found = kernels.combine_triton(y_SH, ids, weights, places, torch.bfloat16, case.E, tape, made)
     rows = y_SH if places is None else y_SH[places.inverse.long()]
     rows = rows.view(case.T, case.K, H).float()
     if grouped:  # places without an expert count as zero
         rows[(ids < 0) | (ids >= case.E)] = 0
+    if made is not None:
+        check_sizes(made, rows.double())
     total = torch.zeros(case.T, H)
     for k in range(case.K):
         product = rows[:, k] * weights[:, k : k + 1].float()

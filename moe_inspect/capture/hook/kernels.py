@@ -731,6 +731,24 @@ def combine_columns(H: int, measured: bool) -> int:
 
 if triton is not None:
 
+    @triton.jit
+    def _row(inverse, offsets, y, t, k, h, E, H, T, K: tl.constexpr):
+        """Columns `h` of the output of token t's slot k, float32; 0 where it has no expert."""
+        place = t * K + k
+        end = T * K
+        if inverse is not None:
+            place = tl.load(inverse + place).to(tl.int64)
+            end = tl.load(offsets + E)  # later rows belong to no expert and were not written
+        row = tl.load(y + place * H + h, mask=h < tl.where(place < end, H, 0), other=0.0)
+        return row.to(tl.float32)
+
+    @triton.jit
+    def _weighted(row, y, weights, slot, ROUND: tl.constexpr):
+        product = row * tl.load(weights + slot).to(tl.float32)
+        if ROUND:
+            product = product.to(y.dtype.element_ty).to(tl.float32)
+        return product
+
     @triton.jit(do_not_specialize=["T", "lane"])
     def _combine_kernel(
         inverse, offsets, norms, peaks, y, ids, weights, out, E, H, T, tape, lane,
@@ -743,22 +761,18 @@ if triton is not None:
         h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = h < H
         sum_H = tl.zeros([COLUMNS], tl.float32)
-        for k in tl.static_range(K):
-            place = t * K + k
-            end = T * K
-            if inverse is not None:
-                place = tl.load(inverse + place).to(tl.int64)
-                end = tl.load(offsets + E)  # later rows belong to no expert and were not written
-            row = tl.load(y + place * H + h, mask=h < tl.where(place < end, H, 0), other=0.0)
-            row = row.to(tl.float32)
-            if norms is not None:
-                tl.store(norms + t * K + k, tl.sqrt_rn(tl.sum(row * row, 0)))
-            if peaks is not None:
-                tl.store(peaks + t * K + k, tl.max(tl.abs(row), 0))
-            product = row * tl.load(weights + t * K + k).to(tl.float32)
-            if ROUND:
-                product = product.to(y.dtype.element_ty).to(tl.float32)
-            sum_H += product
+        if norms is None and peaks is None:
+            for k in tl.static_range(K):
+                row = _row(inverse, offsets, y, t, k, h, E, H, T, K)
+                sum_H += _weighted(row, y, weights, t * K + k, ROUND)
+        else:  # not unrolled: the rows of all slots would need more registers than there are
+            for k in tl.range(0, K):
+                row = _row(inverse, offsets, y, t, k, h, E, H, T, K)
+                if norms is not None:
+                    tl.store(norms + t * K + k, tl.sqrt_rn(tl.sum(row * row, 0)))
+                if peaks is not None:
+                    tl.store(peaks + t * K + k, tl.max(tl.abs(row), 0))
+                sum_H += _weighted(row, y, weights, t * K + k, ROUND)
         if ROUND:
             sum_H = sum_H.to(y.dtype.element_ty).to(tl.float32)
         tl.store(out + t * H + h, sum_H.to(out.dtype.element_ty), mask=inside)
