@@ -213,7 +213,7 @@ def test_ids_of_no_expert_are_nowhere(model: Any, monkeypatch: pytest.MonkeyPatc
     """Sentinels of other ranks, and anything that a byte cannot hold."""
     ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
     weights = torch.rand(2, 4)
-    rings = ring.Rings([(torch.device("cpu"), 4, 8)] * 2, [0, 1], torch.float16, False, 16)
+    rings = ring.Rings([(torch.device("cpu"), 4, 8)] * 2, [0, 1], torch.float16, (), 16)
     assert rings.buffer is not None
     whole = rings.buffer.whole([(n, ids, weights) for n in range(2)], 2)
     assert whole is not None

@@ -503,4 +503,4 @@ def test_a_ring_that_32_bits_cannot_address_is_refused() -> None:
             r"record: pass at most [\d,]+ tokens per forward pass"
         ),
     ):
-        ring.Ring(CPU, [8] * 48, [512] * 48, torch.float16, logits=True, rows=900_000)
+        ring.Ring(CPU, [8] * 48, [512] * 48, torch.float16, ("logits",), rows=900_000)

@@ -126,7 +126,7 @@ def columns_of(table: str) -> pa.Schema:
     return {
         "tokens": schema.TOKENS,
         "documents": schema.DOCUMENTS,
-        "routing": schema.routing_schema(ROUTERS, weights=True),
+        "routing": schema.routing_schema(ROUTERS, schema.SLOT_VALUES),
         "logits": schema.logits_schema(8),
         "counts": schema.counts_schema(weights=True),
         "vocabulary": schema.VOCABULARY_SCHEMA,
@@ -152,7 +152,10 @@ def test_the_pages_columns_are_those_of_the_code(table: str) -> None:
     expected = {
         field.name: (
             type_on_the_page(field.type),
-            (field.name.startswith(("expert_", "weight_")) and field.name != "weight_sum")
+            (
+                field.name.startswith(("expert_", "weight_", "norm_", "peak_"))
+                and field.name != "weight_sum"
+            )
             or field.name == "first_choice",
         )
         for field in columns_of(table)

@@ -262,6 +262,7 @@ class HandOver:
             places[name] = parts[own[0]][1][0].start, np.concatenate([kept[n] for n in own])
         last = batch[-1].rows[-1]
         token_id = of_tokens("token_id")
+        extras: dict[str, Any] = {k: self._of_routers(places, k) for k in self.options.extras}
         writer.write(
             RoutedBatch(
                 batch[-1].forwards[-1].number,
@@ -273,7 +274,7 @@ class HandOver:
                 list(self.inputs.domains),
                 ids=self._of_routers(places, "ids"),
                 weights=self._of_routers(places, "weights"),
-                **{kind: self._of_routers(places, kind) for kind in self.options.extras},
+                **extras,
                 documents=[document for *_, rows in parts for document in rows.documents],
                 phase=last.phase,
                 group=last.group,

@@ -120,8 +120,9 @@ class Sums:
             return
         self._add(r, row, ids_TK)
 
-    def take_extra(self, kind: str, r: int, logits_TE: Tensor) -> None:
+    def take_extra(self, kind: str, r: int, values: Tensor) -> None:
         assert kind == "logits"
+        logits_TE = values
         if not self._counting:
             return
         row, self._seen_logits[r] = self._seen_logits[r], self._seen_logits[r] + len(logits_TE)
