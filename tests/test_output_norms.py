@@ -43,12 +43,11 @@ def sizes_alone(model: Any, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """(norms, peaks) [T, K] of each router in the order of the trace's slots: each expert's output
     for each of its tokens alone, with the gate weight 1, by the family's own implementation."""
     sites, seen = find_routers(model), dict[int, list[torch.Tensor]]()
-    hooks = [
-        site.module.register_forward_pre_hook(
-            lambda m, args, r=r: seen.setdefault(r, []).append(args[0])
-        )
-        for r, site in enumerate(sites)
-    ]
+
+    def watch(r: int) -> Any:
+        return lambda module, args: seen.setdefault(r, []).append(args[0])
+
+    hooks = [s.module.register_forward_pre_hook(watch(r)) for r, s in enumerate(sites)]
     run(model)
     for hook in hooks:
         hook.remove()
@@ -116,7 +115,7 @@ def test_with_a_gradient_and_a_backward_pass(tmp_path: Path) -> None:
     with moe_inspect.record(model, tmp_path / "b", output_norms=True):
         model(**inputs).logits.sum().backward()
     frames = [moe_inspect.open_trace(tmp_path / name).routing() for name in "ab"]
-    pd.testing.assert_frame_equal(*frames)
+    pd.testing.assert_frame_equal(frames[0], frames[1])
 
 
 def test_compiled(tmp_path: Path) -> None:
@@ -127,7 +126,7 @@ def test_compiled(tmp_path: Path) -> None:
             called(**inputs)
             called(**inputs)
         frames.append(moe_inspect.open_trace(tmp_path / name).routing())
-    pd.testing.assert_frame_equal(*frames, rtol=2**-8)
+    pd.testing.assert_frame_equal(frames[0], frames[1], rtol=2**-8)
 
 
 @torch.no_grad()
