@@ -72,7 +72,7 @@ lint: $(VENV)/.installed ## ruff and pyright
 docs: $(VENV)/.installed ## The documentation site (build/docs/index.html); a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
-picture: $(VENV)/.installed ## The picture that the README opens with, of the page of the bundled model (needs chromium)
+picture: $(VENV)/.installed ## The pictures of the page in the documentation, of the bundled model (needs chromium)
 	$(BIN)/python docs/picture.py
 
 bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)

@@ -1,5 +1,9 @@
-"""Draws docs/report.png: the page of the bundled model over the bundled corpus, as Chromium shows
-it."""
+"""Draws the pictures of the page in the documentation, as Chromium shows it: the bundled model over
+the bundled corpus.
+
+docs/report.png: the first screen. docs/pictures/page-THEME-WIDTH.png: the first screen in both
+themes, as wide as a desktop's window, a tablet and a phone. docs/pictures/NAME.png: sections.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +11,66 @@ import io
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
 import moe_inspect
 from moe_inspect.reporting.render.page import report_page
+from moe_inspect.simulate.page import section
 
-WIDTH, HEIGHT = 1180, 1176  # down to the map
-OUTPUT = Path(__file__).parent / "report.png"
+DOCS = Path(__file__).parent
+SCREENS = {1440: 900, 800: 1000, 390: 844}  # width → height
+SECTIONS = {"locality": "locality", "placement": "simulated-placement", "text": "text"}
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as place:
+    (DOCS / "pictures").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as place, sync_playwright() as tool:
         trace = moe_inspect.trace_model("demo", Path(place) / "demo", logits=True)
+        placed = section(moe_inspect.simulate_placement(trace, gpus=4))
         page = Path(place) / "report.html"
-        page.write_text(report_page(moe_inspect.report(trace)), encoding="utf-8")
-        with sync_playwright() as tool:
-            browser = tool.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-            )
-            view = browser.new_page(
-                viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=1.5
-            )
-            view.goto(page.as_uri())
-            view.wait_for_selector("html[data-ready]", state="attached")
-            picture = view.screenshot()
-            browser.close()
-    few = (
-        Image.open(io.BytesIO(picture))
-        .convert("RGB")
-        .quantize(256, kmeans=2, dither=Image.Dither.NONE)
+        page.write_text(report_page(moe_inspect.report(trace), [placed]), encoding="utf-8")
+        browser = tool.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        for theme in ("light", "dark"):
+            for width, height in SCREENS.items():
+                view = opened(browser, page, theme, width, height)
+                save(view.screenshot(), DOCS / "pictures" / f"page-{theme}-{width}.png")
+                view.close()
+        view = opened(browser, page, "light", 1440, 900, scale=1.25)
+        save(view.screenshot(), DOCS / "report.png")
+        view.close()
+        view = opened(browser, page, "light", 1200, 900)
+        for name, anchor in SECTIONS.items():
+            found = view.locator(f"#{anchor}")
+            if found.count():
+                save(found.screenshot(), DOCS / "pictures" / f"{name}.png")
+            else:
+                print(f"no section #{anchor}")
+        browser.close()
+
+
+def opened(browser: Any, page: Path, theme: str, width: int, height: int, scale: float = 1) -> Any:
+    view = browser.new_page(
+        viewport={"width": width, "height": height},
+        color_scheme=theme,
+        device_scale_factor=scale,
     )
-    few.save(OUTPUT, optimize=True)
-    print(f"wrote {OUTPUT} ({OUTPUT.stat().st_size / 1000:.0f} kB)")
+    view.goto(page.as_uri())
+    view.wait_for_selector("html[data-ready]", state="attached")
+    return view
+
+
+def save(png: bytes, path: Path) -> None:
+    """With 128 colours: a third of the size."""
+    few = (
+        Image.open(io.BytesIO(png)).convert("RGB").quantize(128, kmeans=2, dither=Image.Dither.NONE)
+    )
+    few.save(path, optimize=True)
+    print(f"wrote {path.relative_to(DOCS.parent)} ({path.stat().st_size / 1000:.0f} kB)")
 
 
 if __name__ == "__main__":
