@@ -22,7 +22,7 @@ from moe_inspect.simulate.page import section
 
 DOCS = Path(__file__).parent
 SCREENS = {1440: 900, 800: 1000, 390: 844}  # width → height
-SECTIONS = {"locality": "locality", "placement": "simulated-placement", "text": "text"}
+SECTIONS = {"placement": "simulated-placement", "text": "text"}
 NOTHING_STAYS = """for (const element of document.querySelectorAll("body *"))
   if (getComputedStyle(element).position === "sticky") element.style.position = "static";"""
 
