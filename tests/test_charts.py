@@ -26,6 +26,7 @@ from moe_inspect.reporting.charts.spec import (
     Points,
     Rule,
     Scale,
+    amount,
     draw_charts,
     every_chart,
 )
@@ -202,6 +203,9 @@ def test_colours_tell_large_ratios_apart_and_show_the_direction():
     red, _, blue = shade(scale, 1 / 1.1)
     assert blue - red > 20
     assert [label for _, label in scale.ticks()] == ["≤ ¼", "½", "1", "2", "4", "8", "16", "≥ 32"]
+    shares = np.linspace(0, 1, 1000)
+    assert amount("share", 0, shares, 0.5).ticks()[-1] == (1.0, "1")
+    assert amount("share", 0, np.r_[shares, 7], 0.5).ticks()[-1] == (1.0, "≥ 1")
 
 
 @pytest.mark.parametrize(

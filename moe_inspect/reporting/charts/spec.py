@@ -152,7 +152,7 @@ class Scale:
     double; 0 has a colour of its own. "amount": from little to much, linear or by log₂. low, high:
     where the colours end; for a ratio low is ¼ and high at least 4. end: what `high` is ("E/k"), if
     no value can be beyond it. title: what is shown. unknown: the meaning of cells without a value,
-    if they are coloured; otherwise they are blank."""
+    if they are coloured; otherwise they are blank. beyond: whether values may be above high."""
 
     kind: Literal["ratio", "amount"]
     title: str
@@ -161,6 +161,7 @@ class Scale:
     unknown: str = ""
     end: str = ""
     log: bool = False
+    beyond: bool = True
 
     def place(self, values: np.ndarray) -> np.ndarray:
         """The positions of values on the scale: 0 at low, 1 at high; −∞ for a ratio of 0."""
@@ -190,7 +191,7 @@ class Scale:
             if at < 0.87  # beside the label of the end
         ]
         end = f"{self.high:.3g}"
-        return [*ticks, (1.0, f"{self.end} = {end}" if self.end else f"≥ {end}")]
+        return [*ticks, (1.0, f"{self.end} = {end}" if self.end else "≥ " * self.beyond + end)]
 
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:
@@ -218,7 +219,8 @@ def amount(
     step = 10.0 ** math.floor(math.log10(top)) / 10
     rounded = [f * step for f in (10, 11, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)]
     high = float(f"{next(value for value in rounded if value >= top * 0.9999):.9g}")
-    return Scale("amount", title, low, high, unknown, log=log)
+    beyond = bool(known.size and known.max() > high)
+    return Scale("amount", title, low, high, unknown, log=log, beyond=beyond)
 
 
 @dataclass(frozen=True)
