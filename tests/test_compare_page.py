@@ -91,6 +91,14 @@ def test_what_is_drawn_is_in_the_tables(opened: Opened, made: moe_inspect.Compar
     assert opened.drawn("Load that moves")[0][0]["y"] == pytest.approx(moved, rel=1e-4)
 
 
+def test_a_section_gives_the_python_of_its_table(opened: Opened, made: moe_inspect.Comparison):
+    assert opened.view.locator(".group > h2").all_inner_texts() == ["Decisions", "Load"]
+    lines = opened.view.locator("#set-mismatch .sheet").get_attribute("data-python").splitlines()
+    again: dict[str, Any] = {}
+    exec("\n".join([*lines[:-1], f"table = {lines[-1]}"]), again)
+    assert again["table"].equals(made.tables["agreement"])
+
+
 def test_the_verdict_and_the_worst_documents_are_on_the_page(
     opened: Opened, made: moe_inspect.Comparison
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,10 @@ def test_many_layers_make_a_heatmap_and_every_chart_can_be_read(tmp_path: Path):
         made = page(simulated)
         assert "data-panel" in made
         assert "<img" not in made  # charts follow the theme, pictures do not
+        again: dict[str, Any] = {}
+        exec(simulated.python, again)
+        for name, table in simulated.tables.items():
+            assert table.equals(again["made"].tables[name])
 
 
 def test_nothing_to_draw_is_said():

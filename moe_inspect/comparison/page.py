@@ -9,7 +9,7 @@ from moe_inspect.comparison.checkpoints import Checkpoints, saturation_chart
 from moe_inspect.comparison.compare import Comparison
 from moe_inspect.comparison.data import Options
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
-from moe_inspect.reporting.render.python import address, python_of_table
+from moe_inspect.reporting.render.python import address, python_call, table_of
 from moe_inspect.text import layer_label, plural
 
 # table → its group on the page, title and text
@@ -83,7 +83,7 @@ def _python(made: Comparison, table: str) -> str:
     options = {k: v for k, v in asdict(made.options).items() if v != usual[k] and k != "threads"}
     if made.noise is not None:
         options["noise"] = address(made.noise.b)
-    return python_of_table("compare", [made.a, made.b], table, **options)
+    return table_of(python_call("compare", [made.a, made.b], options), table)
 
 
 def _tiles(made: Comparison) -> list[Tile]:

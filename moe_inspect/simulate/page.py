@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
+from moe_inspect.reporting.render.python import table_of
 from moe_inspect.simulate.result import Simulation
 
-ROWS = 400  # of a table on the page
 HIDDEN = ("moe_layers",)  # a setting that plan files need, too long to read
 
 
@@ -16,20 +16,21 @@ def sections(simulation: Simulation) -> list[Section]:
         found.append(chart_section(simulation.chart))
     for name in dict.fromkeys([*simulation.shown, *simulation.tables]):
         table = simulation.tables[name]
-        cut = f"The first {ROWS} of {len(table):,} rows." if len(table) > ROWS else ""
-        found.append(Section(name, cut, table=table.head(ROWS)))
+        code = table_of(simulation.python, name)
+        found.append(Section(name, table=table, name=name, python=code))
     return found
 
 
 def section(simulation: Simulation) -> Section:
     """What it says and its picture, with the table that the text shows first."""
-    table = simulation.tables[next(iter([*simulation.shown, *simulation.tables]))]
+    name = next(iter([*simulation.shown, *simulation.tables]))
     return Section(
         f"Simulated: {simulation.name}",
         " ".join(simulation.verdict),
         simulation.chart,
-        table=table.head(ROWS),
+        table=simulation.tables[name],
         group="Serving",
+        python=table_of(simulation.python, name),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     from moe_inspect.reporting.charts.spec import Chart
 
+Options = ParamSpec("Options")
 SIMULATED = "Simulated: the trace replayed under other assumptions. "
 
 
@@ -22,7 +25,8 @@ class Simulation:
     """`tables`: the main one first, under the simulation's own name. `verdict`: plain sentences,
     most important first.
     `settings`: what was assumed, as told to the user. `chart`: what the page and the pictures
-    draw. `shown`: the tables that the text shows; by default the main one."""
+    draw. `shown`: the tables that the text shows; by default the main one. `python`: lines that
+    simulate the same again, as `made`."""
 
     name: str
     tables: dict[str, pd.DataFrame]
@@ -30,6 +34,7 @@ class Simulation:
     settings: dict[str, object] = field(default_factory=dict)
     chart: Chart | None = None
     shown: tuple[str, ...] = ()
+    python: str = ""
 
     def figure(self) -> Figure:
         """The chart, drawn by matplotlib. MoeInspectError where there is nothing to draw."""
@@ -39,6 +44,19 @@ class Simulation:
             raise MoeInspectError(f"simulate {self.name} has nothing to draw")
         with letters():
             return draw(self.chart)
+
+
+def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Simulation]:
+    """A simulation that says which lines of Python make it again."""
+
+    @wraps(simulate)
+    def simulated(*trace: Options.args, **options: Options.kwargs) -> Simulation:
+        from moe_inspect.reporting.render.python import python_call
+
+        lines = python_call(simulate.__name__, trace, options)
+        return replace(simulate(*trace, **options), python=lines)
+
+    return simulated
 
 
 def need_decisions(trace: Trace, what: str) -> None:

@@ -131,14 +131,16 @@ def page_html(page: Page) -> str:
     tables = {one.name: table_json(one.table) for one in in_order if one.table is not None}
     panels = [panel_json(p) for chart in charts if not chart.interactive for p in chart.panels]
     script, said = "".join(map(asset, SCRIPTS)), _said(page)
+    # beside a lead there is room for few; without one they all stand in columns
+    gravest, others = (said[:GRAVEST], said[GRAVEST:]) if page.lead else (said, [])
     return template("page.html").render(
         page=page,
         lead=lead,
         groups=groups,
-        gravest=said[:GRAVEST],
+        gravest=gravest,
         others={
-            name: [one for one in said[GRAVEST:] if one.group == name]
-            for name in _in_order(one.group for one in said[GRAVEST:])
+            name: [one for one in others if one.group == name]
+            for name in _in_order(one.group for one in others)
         },
         policy=f"default-src 'none'; script-src 'sha256-{script_hash(script)}'; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
@@ -189,7 +191,8 @@ def slug(text: str) -> str:
 
 
 class Said(NamedTuple):
-    """A finding as the page shows it. link: the hash of the expert that it is about."""
+    """A finding as the page shows it. severity: "" where it was not judged. link: the
+    hash of the expert that it is about."""
 
     severity: str
     text: str
@@ -201,7 +204,7 @@ def _said(page: Page) -> list[Said]:
     return [
         Said(one.severity, one.text, one.group, page.link_of(one))
         if isinstance(one, Finding)
-        else Said("note", one)
+        else Said("", one)
         for one in page.verdict
     ]
 

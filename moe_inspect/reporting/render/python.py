@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ from moe_inspect.text import ranges
 from moe_inspect.trace.reader import Trace
 
 
-def python_of_table(function: str, traces: Sequence[Trace], table: str, **options: Any) -> str:
-    """Lines that call `moe_inspect.function` on the traces, with those options that are not None,
-    and give a table of the result."""
+def python_call(function: str, traces: Sequence[Any], options: Mapping[str, Any]) -> str:
+    """Lines that call `moe_inspect.function` on the traces, with those options that are not None;
+    `made` is the result."""
     given = [repr(address(trace)) for trace in traces]
     given += [f"{name}={value!r}" for name, value in options.items() if value is not None]
-    return (
-        f"import moe_inspect\n\nmade = moe_inspect.{function}({', '.join(given)})\n"
-        f"made.tables[{table!r}]"
-    )
+    return f"import moe_inspect\n\nmade = moe_inspect.{function}({', '.join(given)})"
+
+
+def table_of(lines: str, table: str) -> str:
+    """The lines, and one that gives a table of what they made."""
+    return f"{lines}\nmade.tables[{table!r}]" if lines else ""
 
 
 def python_of_report(data: ReportData, table: str) -> str:
@@ -38,9 +40,11 @@ def python_of_report(data: ReportData, table: str) -> str:
         "window": data.window,
         "thresholds": changed or None,
     }
-    return python_of_table("report", [trace], table, **options)
+    return table_of(python_call("report", [trace], options), table)
 
 
-def address(trace: Trace) -> str:
-    """Where the trace is, from any folder."""
-    return str(trace.path.absolute() if isinstance(trace.path, Path) else trace.path)
+def address(trace: Any) -> str:
+    """Where a trace is, from any folder. `trace`: a Trace, or its path."""
+    path: Any = trace.path if isinstance(trace, Trace) else trace
+    local = isinstance(path, Path) or "://" not in str(path)
+    return str(Path(path).absolute() if local else path)

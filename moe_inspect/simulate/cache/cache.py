@@ -25,7 +25,7 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache.policies import POLICIES, Cache, CompiledCache
 from moe_inspect.simulate.cache.text import chart, verdict
-from moe_inspect.simulate.result import Simulation, need_decisions
+from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.shards import check_length, is_small
 from moe_inspect.simulate.shards import slots as slots_of
 from moe_inspect.text import layer_label
@@ -47,6 +47,7 @@ class Settings:
     gb_per_s: float | None
 
 
+@repeatable
 def simulate_cache(
     trace: Trace | str | Path,
     *,

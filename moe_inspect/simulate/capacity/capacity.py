@@ -29,7 +29,7 @@ from moe_inspect.simulate.capacity.queues import (
     groups_of,
 )
 from moe_inspect.simulate.capacity.text import chart, verdict
-from moe_inspect.simulate.result import Simulation, need_decisions
+from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.shards import is_small
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
@@ -59,6 +59,7 @@ class Settings:
     target_drop: float
 
 
+@repeatable
 def simulate_capacity(
     trace: Trace | str | Path,
     *,

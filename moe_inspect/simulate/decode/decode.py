@@ -22,7 +22,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.sizes import expert_bytes, weight_bytes
 from moe_inspect.simulate import kernels_numpy
 from moe_inspect.simulate.decode.text import SATURATED, chart, verdict
-from moe_inspect.simulate.result import Simulation, need_decisions
+from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.shards import check_domains, check_length, is_small, slots, taken
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.shard import Shard
@@ -83,6 +83,7 @@ def from_marginals(activation_E: np.ndarray, B: float) -> float:
     return float((1 - (1 - activation_E) ** B).sum())
 
 
+@repeatable
 def simulate_decode(
     trace: Trace | str | Path,
     *,

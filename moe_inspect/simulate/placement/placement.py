@@ -20,7 +20,7 @@ from moe_inspect.simulate.placement.ranks_reached import ranks_reached, reach_fe
 from moe_inspect.simulate.placement.tables import plan_table, recommended, tables_of
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.windows import fit_windows_of, loads_of, loads_of_counts
-from moe_inspect.simulate.result import Simulation
+from moe_inspect.simulate.result import Simulation, repeatable
 from moe_inspect.simulate.shards import check_domains, is_small
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
@@ -46,6 +46,7 @@ class Settings:
         return bool(self.minimize) and "local-search" in self.policies
 
 
+@repeatable
 def simulate_placement(
     trace: Trace | str | Path,
     *,

@@ -17,7 +17,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.result import Simulation, need_decisions
+from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.routing.algorithms import ALGORITHMS, Algorithm, RouterScores, largest
 from moe_inspect.simulate.routing.decisions import Decisions, halves
 from moe_inspect.simulate.routing.text import added_compute, chart, verdict
@@ -37,6 +37,7 @@ class Settings:
     values: dict[str, Sequence[float] | None]
 
 
+@repeatable
 def simulate_routing(
     trace: Trace | str | Path,
     *,
