@@ -21,6 +21,7 @@ import moe_inspect
 from tests.conftest import ROOT, Cli, in_one_process
 from tests.damage import edit_manifest
 from tests.families import build, handed_over
+from tests.ranks import Ranks
 
 WORDS = [
     "the",
@@ -215,38 +216,25 @@ def long_corpus(tmp_path_factory: Any) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "long.jsonl", documents=2000, words=140)
 
 
-def start(model: Path, corpus: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "moe_inspect",
-        "trace",
-        model,
-        "-o",
-        out,
-        "--data",
-        corpus,
-        "--batch-tokens",
-        "4000",
-        *more,
-    ]
-    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+def start(model: Path, corpus: Path, out: Path) -> Ranks:
+    command = ("trace", model, "-o", out, "--data", corpus, "--batch-tokens", 4000)
+    return Ranks(out.parent, 1, command)
 
 
-def wait_for_a_shard(process: subprocess.Popen[str], out: Path) -> None:
-    until = time.monotonic() + 120  # a busy machine imports torch slowly
+def wait_for_a_shard(run: Ranks, out: Path) -> None:
+    until = time.monotonic() + 120  # on a busy machine
     while time.monotonic() < until:
         if (out / "shards-0.jsonl").exists() and (out / "shards-0.jsonl").stat().st_size:
             return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
+        assert run.processes[0].is_alive(), run.errors
+        time.sleep(0.005)
     raise AssertionError("no shard in 120 s")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(model: Path, long_corpus: Path, tmp_path_factory: Any) -> moe_inspect.Trace:
     out = tmp_path_factory.mktemp("whole") / "t"
-    assert start(model, long_corpus, out).wait() == 0
+    assert start(model, long_corpus, out).wait() == [0]
     trace = moe_inspect.open_trace(out)
     assert len(list(trace.shards)) >= 2
     return trace
@@ -271,11 +259,11 @@ def test_killed_and_resumed_is_as_if_nothing_happened(
     long_corpus: Path,
     uninterrupted: moe_inspect.Trace,
 ) -> None:
-    process = start(model, long_corpus, tmp_path / "t")
-    wait_for_a_shard(process, tmp_path / "t")
-    process.send_signal(how)
-    _, said = process.communicate()
-    assert process.returncode == code, said
+    run = start(model, long_corpus, tmp_path / "t")
+    wait_for_a_shard(run, tmp_path / "t")
+    run.signal(how)
+    assert run.wait() == [code], run.errors
+    said = run.errors
     if how != signal.SIGKILL:
         assert said.splitlines()[-1].startswith("interrupted: ")
         assert "Traceback" not in said
@@ -329,23 +317,22 @@ def test_resume_refuses_other_weights(cli_here: Cli, tmp_path: Path, corpus: Pat
 def test_a_second_ctrl_c_does_not_cut_the_closing_short(
     tmp_path: Path, model: Path, long_corpus: Path
 ) -> None:
-    process = start(model, long_corpus, tmp_path / "t")
-    wait_for_a_shard(process, tmp_path / "t")
+    run = start(model, long_corpus, tmp_path / "t")
+    wait_for_a_shard(run, tmp_path / "t")
     for _ in range(5):
-        process.send_signal(signal.SIGINT)
+        run.signal(signal.SIGINT)
         time.sleep(0.005)
-    process.communicate()
-    assert process.returncode == 130
+    assert run.wait() == [130]
     assert moe_inspect.open_trace(tmp_path / "t").status == "interrupted"
 
 
 def test_two_writers_are_kept_apart(
     cli_here: Cli, tmp_path: Path, model: Path, long_corpus: Path
 ) -> None:
-    process = start(model, long_corpus, tmp_path / "t")
+    run = start(model, long_corpus, tmp_path / "t")
     try:
-        wait_for_a_shard(process, tmp_path / "t")
-        process.send_signal(signal.SIGSTOP)
+        wait_for_a_shard(run, tmp_path / "t")
+        run.signal(signal.SIGSTOP)
         for option in ("--resume", "--overwrite"):
             done = cli_here(
                 "trace",
@@ -359,10 +346,10 @@ def test_two_writers_are_kept_apart(
                 option,
                 check=1,
             )
-            assert f"process {process.pid} is still writing t" in done.stderr
+            assert f"process {run.processes[0].pid} is still writing t" in done.stderr
     finally:
-        process.kill()
-        process.communicate()
+        run.signal(signal.SIGKILL)
+        run.wait()
 
 
 # --- bad input

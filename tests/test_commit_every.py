@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,8 @@ from moe_inspect.trace.writer import (
     TraceWriter,
     resume_point,
 )
+from tests.conftest import Cli
+from tests.ranks import Ranks
 from tests.test_trace import ROUTERS, a_batch
 
 AT_ONCE = 1e-9  # seconds: after every batch
@@ -226,24 +227,25 @@ def test_killed_at_any_step_it_reads_verifies_and_resumes(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_recording_killed_by_the_system_resumes_to_the_same_trace(tmp_path: Path) -> None:
+def test_a_recording_killed_by_the_system_resumes_to_the_same_trace(
+    tmp_path: Path, cli_here: Cli
+) -> None:
     """`trace --commit-every` of the demo, killed -9 while early shards are there."""
-    command = [sys.executable, "-m", "moe_inspect", "trace", "demo", "--batch-tokens", "128"]
-    command += ["--max-tokens", "6000", "--device", "cpu"]
+    command = ["trace", "demo", "--batch-tokens", "128", "--max-tokens", "6000", "--device", "cpu"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([*command, "-o", whole], check=True, capture_output=True)
-    process = subprocess.Popen([*command, "-o", cut, "--commit-every", "50ms"])
+    cli_here(*command, "-o", whole)
+    run = Ranks(tmp_path, 1, [*command, "-o", cut, "--commit-every", "50ms"])
     waited_for_early = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < waited_for_early:
+    while run.processes[0].is_alive() and time.monotonic() < waited_for_early:
         if (cut / "trace.json").exists() and open_trace(cut).n_tokens:
             break
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run.signal(signal.SIGKILL)
+    assert run.wait() == [-signal.SIGKILL]
     assert 0 < open_trace(cut).n_tokens < open_trace(whole).n_tokens
     assert any(shard.files.early for shard in open_trace(cut).shards)
     assert verify(cut).status == "interrupted"
-    subprocess.run([*command, "-o", cut, "--resume"], check=True, capture_output=True)
+    cli_here(*command, "-o", cut, "--resume")
     assert content(cut) == content(whole)
     assert verify(cut).status == "complete"
 
