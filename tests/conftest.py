@@ -27,18 +27,25 @@ ROOT = Path(__file__).parent.parent
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-# `make test` runs one file per core at a time (--dist loadfile): the longest start first, so that
-# no core is idle at the end
+# `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
+# time or more first, the longest of all at the start, so that no core is idle at the end
 LONG_FILES = (
-    "test_kernels",
     "test_zoo",
-    "test_cli_trace",
     "test_experts",
-    "test_ranks",
-    "test_page",
+    "test_kernels",
+    "test_gpu_benchmark",
     "test_readme",
-    "test_report_cli",
+    "test_cli_trace",
+    "test_ranks",
+    "test_counting",
+    "test_mutations",
     "test_loading",
+    "test_commit_every",
+    "test_report_cli",
+    "test_ptx",
+    "test_mutations_analysis",
+    "test_page",
+    "test_training_ranks",
 )
 
 

@@ -4,7 +4,6 @@ pass a broken one."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ __all__ = ["CHECKS", "Case", "assert_close", "check_tape", "choice", "tape_for"]
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "E": (4, 8, 16, 60, 64, 72, 128, 160, 256, 384, 512),
     "K": (1, 2, 3, 4, 6, 8, 10),
-    "T": (0, 1, 2, 7, 17, 64, 200, 256, 371, 512, 1023, 2048, 4096),
+    "T": (0, 1, 2, 7, 17, 64, 200, 256, 371, 512, 1023, 2048),
     "skew": ("uniform", "zipf", "one-hot"),
     "launches": (1, 2, 3, None),
     "ids": (torch.int64, torch.int32),
@@ -114,9 +113,11 @@ def check_record(kernels: ModuleType, case: Case, reference: bool) -> None:
 
 def check_combine(kernels: ModuleType, case: Case, reference: bool) -> None:
     """The kernel against float64, both grouped and in slot order; the torch implementation
-    bit-identical to transformers' steps."""
+    bit-identical to transformers' steps. A program is one token: more of them show nothing new, but
+    for as many slots as the first of them can record."""
     ids, weights = choice(case)
-    if weights is None or case.T == 0 or case.T * case.K > 1100:
+    full = kernels.RECORD_BLOCK - 4 <= case.T * case.K <= kernels.RECORD_BLOCK
+    if weights is None or case.T == 0 or (case.T > 130 and not full):
         return
     H = 40
     if reference:
@@ -130,36 +131,28 @@ def check_combine(kernels: ModuleType, case: Case, reference: bool) -> None:
         sizes = kernels.sizes_torch(y_SH, case.K, grouped.inverse, peaks=True)
         checks.check_sizes(sizes, slots)
         return
-    fits = case.T * case.K <= kernels.RECORD_BLOCK
-    alone = case if fits else dataclasses.replace(case, tape="none")
-    for in_order in (False, True):
+    for in_order in (True,) if full else (False, True):
         rows = rows_of(kernels, case, not in_order, H, weights.dtype)
         # half of the cases measure their rows, too
         sizes = (checks.SIZES if in_order else ("norms",)) if case.T % 2 else ()
-        checks.check_combine(kernels, alone, kernels.combine_triton, rows, torch.float32, sizes)
+        checks.check_combine(kernels, case, kernels.combine_triton, rows, torch.float32, sizes)
 
 
 CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_combine}
 
 
 def small_cases() -> Iterator[Case]:
-    """A few fast cases that together detect every mutation."""
+    """A few fast cases that together detect every mutation, the fastest first."""
     base = {
         "skew": "uniform",
         "ids": torch.int64,
         "weights": "float32 as float16",
         "invalid_ids": True,
     }
-    for launches, (T, E, K) in itertools.product(
-        (1, 2, 3), ((130, 60, 4), (100, 256, 8), (7, 8, 2))
+    tapes = ("in one page", "across pages", "across the ring's end", "beyond the limit", "disabled")
+    for (T, E, K), tape, launches in itertools.product(
+        ((7, 8, 2), (130, 60, 4), (100, 256, 8)), tapes, (1, 2, 3)
     ):
-        for tape in (
-            "in one page",
-            "across pages",
-            "across the ring's end",
-            "beyond the limit",
-            "disabled",
-        ):
-            yield Case(E=E, K=K, T=T, launches=launches, tape=tape, **base)
+        yield Case(E=E, K=K, T=T, launches=launches, tape=tape, **base)
     yield Case(E=64, K=8, T=400, launches=2, tape="across pages", **base)
     yield Case(E=64, K=8, T=400, launches=3, tape="across pages", **base)

@@ -4,10 +4,13 @@ section can fail."""
 from __future__ import annotations
 
 import contextlib
-import subprocess
+import itertools
+import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -20,20 +23,49 @@ if kernels.triton is None:
 SECTIONS = ("ceilings", "correctness", "micro", "decode", "models", "graphs", "writer")
 
 
-def python(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+def benchmark(folder: Path, *arguments: str, breakage: tuple[str, str] | None = None) -> Finished:
+    """`python -m benchmarks.gpu`, in a process of its own that need not import anything.
+    `breakage`: a function of `kernels`, and what is done to its result."""
+    from benchmarks.gpu import __main__ as gpu
+
+    def run() -> None:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.stdout, sys.stderr = (os.fdopen(d, "w", closefd=False) for d in (1, 2))
+        if breakage is not None:
+            break_kernel(*breakage)
+        os.chdir(ROOT)
+        sys.argv = ["benchmarks.gpu", *arguments]
+        sys.exit(gpu.main(list(arguments)))
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(900)
+    child.kill()
+    return Finished(child.exitcode, *((folder / name).read_text() for name in ("out", "err")))
+
+
+def break_kernel(kernel: str, breakage: str) -> None:
+    right, calls = getattr(kernels, kernel), itertools.count()
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        made = right(*args, **kwargs)
+        exec(breakage, {"made": made, "kwargs": kwargs, "calls": calls})
+        return made
+
+    setattr(kernels, kernel, wrong)
+
+
+class Finished(NamedTuple):
+    returncode: int | None
+    stdout: str
+    stderr: str
 
 
 @pytest.mark.slow
 def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
     before = sorted((ROOT / "benchmarks/results").iterdir())
-    done = python("-m", "benchmarks.gpu", "--dry-run")
+    done = benchmark(tmp_path, "--dry-run")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for title in (*SECTIONS, "targets"):
         assert f"\n=== {title}" in done.stdout
@@ -65,23 +97,10 @@ BREAKAGES = {
 
 @pytest.mark.parametrize(("kernel", "breakage", "found"), BREAKAGES.values(), ids=list(BREAKAGES))
 def test_a_wrong_kernel_is_found_and_nothing_is_timed(
-    kernel: str, breakage: str, found: str
+    kernel: str, breakage: str, found: str, tmp_path: Path
 ) -> None:
-    done = python(
-        "-c",
-        f"""
-import itertools, os, sys
-os.environ["TRITON_INTERPRET"] = "1"
-from benchmarks.gpu import __main__ as gpu
-calls, right = itertools.count(), gpu.kernels.{kernel}
-def wrong(*args, **kwargs):
-    made = right(*args, **kwargs)
-    {breakage}
-    return made
-gpu.kernels.{kernel} = wrong
-sys.exit(gpu.main(["--dry-run", "--sanitized", "--only", "correctness", "--only", "micro"]))
-""",
-    )
+    sections = ("--only", "correctness", "--only", "micro")
+    done = benchmark(tmp_path, "--dry-run", "--sanitized", *sections, breakage=(kernel, breakage))
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"WRONG: {found}" in done.stdout
     assert "Traceback" not in done.stderr
@@ -134,11 +153,14 @@ def test_the_sections_take_nine_minutes_at_most() -> None:
     assert sections_s + gpu.GRACE_S + start_s <= 9 * 60
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
+
+    from benchmarks.gpu import __main__ as gpu
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = python("-m", "benchmarks.gpu")
-    assert done.returncode == 2
-    assert "no CUDA GPU here (--dry-run needs none)" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([])
+    assert ended.value.code == 2
+    assert "no CUDA GPU here (--dry-run needs none)" in capsys.readouterr().err

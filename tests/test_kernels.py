@@ -20,7 +20,11 @@ from tests.kernel_checks import CHECKS, Case, assert_close, choice, is_possible,
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)
 
-CASES = pairwise()
+# and one whose blocks are more than a program scans at a time
+CASES = [
+    *pairwise(),
+    Case(16, 10, 2048, "uniform", 3, torch.int32, "none", "none", True),
+]
 
 
 def test_the_cases_cover_every_pair() -> None:

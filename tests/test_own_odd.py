@@ -18,7 +18,9 @@ from moe_inspect.model.custom.candidates import candidates
 from moe_inspect.model.custom.choice import ChoiceReader
 from tests import own
 from tests.families import build
-from tests.test_own import B, Probing, S, T, record_once, record_twice, spec
+from tests.own import record_once, record_twice
+from tests.test_own import B, S, T, spec
+from tests.test_own_probes import Probing
 
 
 def shown(n: int = 0, K: int = 2, E: int = 8, T: int = T) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,9 @@ from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.own import as_tokenizer, load_object, load_own
 from tests import own
-from tests.test_own import Probing, T, record_once, spec
+from tests.own import record_once
+from tests.test_own import T, spec
+from tests.test_own_probes import Probing
 
 
 class Wrapper(nn.Module):
