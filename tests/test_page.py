@@ -565,6 +565,13 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
         assert page.title(), name
         assert page.complaints == [], name
         text_of[name] = page.view.locator("main").inner_text()
+        if name == "two stacks":
+            address = page.view.evaluate("location.hash")
+            assert re.fullmatch(r"#L0-(en|de)coderE0", address)
+            page.view.keyboard.press("Escape")
+            page.view.evaluate("(hash) => { location.hash = hash; }", address)
+            page.until("!document.getElementById('card').hidden")
+            assert "coder) · expert 0" in (page.title() or "")
         page.view.close()
     assert "Load of every expert" in text_of["two stacks"]
     assert "0 (encoder)" in text_of["two stacks"]

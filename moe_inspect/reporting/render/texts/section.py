@@ -19,6 +19,7 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.html import Section
+from moe_inspect.reporting.render.python import address
 from moe_inspect.reporting.render.texts.documents import (
     Amount,
     choose,
@@ -104,6 +105,8 @@ def text_section(data: ReportData, amount: Amount = None) -> Section | str:
         definitions=COLOURS,
         widget="text",
         data=drawn,
+        python=f"import moe_inspect\n\ntrace = moe_inspect.open_trace({address(trace)!r})\n"
+        f"trace.document({int(shown['document'].iloc[0])})",
     )
 
 
