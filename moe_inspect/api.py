@@ -202,7 +202,8 @@ def ablate(
     most_passes: int | None = None,
     resume: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **changes: Unpack[TraceKeywords],
+    # the trace's own keyword `resume` is another: no trace is written
+    **changes: Unpack[TraceKeywords],  # pyright: ignore[reportGeneralTypeIssues]
 ) -> Ablation:
     """Measures what each expert of a model is worth: the loss on held-out text without it, its
     router choosing among the rest, beside that of the whole model.

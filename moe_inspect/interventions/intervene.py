@@ -182,7 +182,7 @@ class Intervention:
             self._inputs.end()
 
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None: ...
-    def take_logits(self, r: int, logits_TE: Tensor) -> None: ...
+    def take_extra(self, kind: str, r: int, values: Tensor) -> None: ...
 
     # --- called at a router
 
@@ -261,7 +261,7 @@ class _Attachment(Attachment):
     records is what is executed."""
 
     def __init__(self, outer: Any, of: Intervention):
-        super().__init__(outer, of.model, of.sites, "tap", False, of)
+        super().__init__(outer, of.model, of.sites, "tap", (), of)
         self.of = of
 
     def _watch(self, r: int, site: Site, compiled: bool) -> None:
