@@ -106,8 +106,9 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, cli_here: Cli) -> No
     assert list(table) == list(expected)
     columns = ["expert", "loss", "loss_without", "difference_low"]
     assert np.allclose(table[columns], expected[columns])
-    again = cli_here("ablate", "demo", *arguments, "--resume", path)
+    again = cli_here("ablate", "demo", *arguments, "--resume", path, "--format", "csv")
     assert " 0 forward passes" in again.stderr
+    assert "chose among the rest" in again.stdout
     other = cli_here("ablate", "demo", "--max-tokens", 300, "--resume", path, check=1)
     assert "losses of another max_tokens (1500, now 300)" in other.stderr
     few = cli_here("ablate", "demo", *arguments, "--most-passes", 3, check=1)

@@ -73,6 +73,31 @@ def test_a_replayed_model_routes_as_the_trace_says(family: str, tmp_path: Path) 
     assert load(trace, layer)[[0, 3]].all(), "control"
 
 
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("jetmoe", "chose among the rest"),  # two routers a layer, whose output is sorted by expert
+        ("longcat_flash", "weights shared out"),  # identity experts beyond the routed ones
+        ("zaya", "weights shared out"),  # tokens that skip the experts
+    ],
+)
+def test_odd_families(family: str, how: str, tmp_path: Path) -> None:
+    model, inputs = zoo.build(family), batch()
+    before = logits(model, **inputs)
+    trace = traced(model, tmp_path / "a", **inputs)
+    with intervene(model, replay=trace):
+        assert torch.equal(logits(model, **inputs), before)
+    other = zoo.build(family, seed=1)
+    with intervene(other, replay=trace) as done:
+        assert mismatch(trace, traced(other, tmp_path / "b", **inputs)) == 0
+    assert done.table().assignments.sum() > 0, "control: it chose otherwise"
+    path = done.sites[-1].path
+    with intervene(model, drop={path: [0, 1]}) as done:
+        assert not torch.equal(logits(model, **inputs), before)
+    assert done.table().set_index("name").how[path] == how
+    assert torch.equal(logits(model, **inputs), before)
+
+
 def chosen_among(
     logits_TE: torch.Tensor, bias_E: torch.Tensor, K: int, groups: int, kept: list[int]
 ) -> torch.Tensor:

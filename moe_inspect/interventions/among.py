@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_inspect.model.routers import Site
 
+RESELECTED, SHARED_OUT = "chose among the rest", "weights shared out"
 PRODUCTS = {"linear", "matmul", "mm", "addmm", "__matmul__"}
 
 
@@ -27,6 +28,11 @@ def logits_seen(site: Site) -> Module | None:
         return None
     rows = [p for p in module.parameters() if p.dim() == 2 and len(p) == site.experts]
     return module if len(rows) == 1 else None
+
+
+def how_dropped(site: Site) -> str:
+    """How experts are dropped at this site."""
+    return RESELECTED if logits_seen(site) is not None else SHARED_OUT
 
 
 class Among(TorchFunctionMode):

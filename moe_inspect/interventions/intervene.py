@@ -22,7 +22,7 @@ from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.manifest import ALTERED
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions import rules
-from moe_inspect.interventions.among import Among, logits_seen
+from moe_inspect.interventions.among import SHARED_OUT, Among, how_dropped, logits_seen
 from moe_inspect.interventions.plan import Layers, planned
 from moe_inspect.interventions.replay import Replay
 from moe_inspect.interventions.substitute import replaced
@@ -253,9 +253,6 @@ class Intervention:
         return row_T
 
 
-RESELECTED, SHARED_OUT = "chose among the rest", "weights shared out"
-
-
 class _Attachment(Attachment):
     """Puts an intervention where a recorder reads the choice, ahead of any recorder: what it
     records is what is executed."""
@@ -274,9 +271,8 @@ class _Attachment(Attachment):
                 "model with Mxfp4Config(dequantize=True)"
             )
         if r in plan.drop:
-            router = logits_seen(site)
-            done.how = RESELECTED if router is not None else SHARED_OUT
-            if router is not None:
+            done.how = how_dropped(site)
+            if (router := logits_seen(site)) is not None:
                 self._mask_logits(router, self.of._dropped[r])
         else:
             done.how = "forced" if r in plan.force else "replayed" if plan.replay else "shuffled"

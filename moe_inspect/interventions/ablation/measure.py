@@ -18,12 +18,10 @@ Progress = Callable[[int, int], None]  # (passes done, passes in all)
 
 @dataclass
 class Measured:
-    """`batches`: those measured with every expert. `passes`: forward passes of this run; `how`: by
-    router, how its experts were dropped."""
+    """`batches`: those measured with every expert. `passes`: forward passes of this run."""
 
     batches: list[int]
     passes: int
-    how: dict[int, str]
 
 
 def measure(
@@ -42,7 +40,7 @@ def measure(
         b: [pair for pair in order if not store.has(b, *pair)] for b in range(len(held_out.batches))
     }
     total = sum(len(pairs) + 1 for pairs in left.values() if pairs)
-    done = Measured([], 0, {})
+    done = Measured([], 0)
     checked = False
     for b, pairs in left.items():
         if pairs and most_passes is not None and done.passes + len(pairs) + 1 > most_passes:
@@ -61,10 +59,9 @@ def measure(
             store.add(b, *WHOLE, whole.tolist())
             done.passes += 1
         for r, expert in pairs:
-            intervention = Intervention(held_out.network, drop={sites[r].path: expert})
-            with intervention, below.skipped(sites[r]):
+            dropped = Intervention(held_out.network, drop={sites[r].path: expert})
+            with dropped, below.skipped(sites[r]):
                 store.add(b, r, expert, held_out.losses(b).tolist())
-            done.how[r] = intervention.done[r].how
             done.passes += 1
             if progress is not None:
                 progress(done.passes, total)

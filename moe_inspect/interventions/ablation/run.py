@@ -74,7 +74,7 @@ def ablate_held_out(
     finally:
         store.close()
     of = {b: held_out.batches[b] for b in done.batches}
-    by_expert, by_domain = tables(of, held_out.sites, asked, store, done.how)
+    by_expert, by_domain = tables(of, held_out.sites, asked, store)
     return Ablation(by_expert, by_domain, len(done.batches), len(held_out.batches), done.passes)
 
 

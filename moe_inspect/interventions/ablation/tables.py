@@ -13,6 +13,7 @@ import pandas as pd
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.interventions.ablation.store import WHOLE, Store
+from moe_inspect.interventions.among import how_dropped
 from moe_inspect.model.routers import Site
 
 
@@ -21,7 +22,6 @@ def tables(
     sites: Sequence[Site],
     asked: Sequence[tuple[int, int]],
     store: Store,
-    how: Mapping[int, str],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row per expert, and a row per expert and domain: `tokens` predicted, `loss` of the whole
     model and `loss_without` the expert (nats per token), their `difference`, and the 95 % interval
@@ -38,7 +38,7 @@ def tables(
         nats_UA[u] += [store.get(b, r, e)[i] for r, e in (WHOLE, *asked)]
     routers = pd.DataFrame(
         [
-            {"layer": sites[r].layer, "router": r, "expert": e, "how": how.get(r, "")}
+            {"layer": sites[r].layer, "router": r, "expert": e, "how": how_dropped(sites[r])}
             for r, e in asked
         ]
     )
