@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moe_inspect
+from moe_inspect.analysis.metrics.worth import super_experts
 from moe_inspect.capture.hook import experts, kernels
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
@@ -175,3 +176,37 @@ def test_they_are_verified_exported_and_resumed(cli_here: Cli, tmp_path: Path) -
     assert rows["norm"].sum() == pytest.approx(routing[norms].to_numpy().sum())
     again = cli_here("trace", "demo", "--max-tokens", 300, "--resume", "-o", "t", check=1)
     assert "was made with output norms True, not None" in again.stderr
+
+
+def test_the_worth_of_experts_is_that_of_their_assignments(tmp_path: Path) -> None:
+    """Of a trace of several domains: each score from its rows, one by one; an interval around it;
+    NaN in a trace without norms, and a super expert only where its peak is one of few."""
+    options: dict[str, Any] = {"output_norms": True, "output_peaks": True}
+    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=3000, **options)
+    worth: Any = moe_inspect.report(trace).tables["worth"]
+    table: Any = trace.routing()
+    of_slot = {name: [c for c in table if c.startswith(f"{name}_")] for name in ("weight", "norm")}
+    for _, row in worth.iterrows():
+        rows = table[table["router"] == row["router"]]
+        here = rows.filter(like="expert_").to_numpy() == row["expert"]
+        gate, norm = (rows[of_slot[name]].to_numpy(float)[here] for name in ("weight", "norm"))
+        assert row["assignments"] == len(norm)
+        assert row["gate_sum"] == pytest.approx(gate.sum())
+        assert row["reap"] == pytest.approx((gate * norm).mean(), rel=1e-5)
+        assert (row["ean_sum"], row["mean_norm"]) == pytest.approx((norm.sum(), norm.mean()))
+        assert row["peak"] == rows.filter(like="peak_").to_numpy()[here].max()
+        assert row["reap_low"] < row["reap"] < row["reap_high"]
+    assert worth.groupby("router")["share"].sum().tolist() == pytest.approx([1] * 4)
+    assert worth["domains_judged"].min() < worth["domains"].max() == 6
+    bare = moe_inspect.trace_model("demo", tmp_path / "bare", max_tokens=300)
+    without: Any = moe_inspect.report(bare).tables["worth"]
+    assert without[["reap", "reap_low", "ean_sum", "peak", "super_expert"]].isna().all(axis=None)
+    assert without["assignments"].sum() == 300 * 4 * 2
+
+
+def test_super_experts_are_few_and_early() -> None:
+    peaks = [np.ones(64) for _ in range(8)]
+    peaks[1][3] = peaks[7][5] = 100.0
+    peaks[2][4] = 9.0  # less than a tenth of the largest
+    found = super_experts(peaks, np.arange(8), 8)
+    assert [(r, int(e)) for r, of in enumerate(found) for e in np.flatnonzero(of)] == [(1, 3)]

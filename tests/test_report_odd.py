@@ -23,6 +23,7 @@ NEED_DECISIONS = {
     "transitions",
     "repetition",
     "locality",
+    "worth",
 }
 RNG = np.random.default_rng(9)
 

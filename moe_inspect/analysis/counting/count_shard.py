@@ -26,7 +26,7 @@ from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
 
-NEEDS_WEIGHTS = frozenset({"load", "esft", "weights"})
+NEEDS_WEIGHTS = frozenset({"load", "esft", "weights", "worth"})
 NEEDS_ORDER = frozenset({"repetition", "srp", "esft"})
 
 
@@ -293,6 +293,12 @@ def _decisions(
         logits_TE,
         token_rows,
         kernels,
+        *(
+            seen.of(shard.slot_values(r, value), r)
+            if "worth" in wants and value in shard.trace.slot_values
+            else None
+            for value in ("norm", "peak")
+        ),
     )
 
 

@@ -30,6 +30,7 @@ WANTS = {
     "windows": "load over time: window_load_WE, window_tokens_W",
     "srp": "how often an expert is chosen within m consecutive tokens: srp",
     "esft": "relevance of experts, averaged over sequences: esft_token_DE, esft_gate_DE, samples_D",
+    "worth": "sizes of the experts' outputs: gated_norm_UE, norm_UE, peak_E",
     "weights": "confidence read off the k gate weights",
     "logits": "confidence, auxiliary and z-loss read off the router logits",
     "token_ids": "what the routing of each token id comes to: Counts.by_token_id",
@@ -62,6 +63,8 @@ class RouterCounts:
     srp[m]: int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m
     tokens choose the expert. esft_token_DE, esft_gate_DE: Σ over samples of the mean over tokens of
     1[e chosen]/k, and of the gate weight; samples_D.
+    gated_norm_UE, norm_UE: Σ over assignments of gate weight × norm of the expert's output, and of
+    that norm; peak_E: the largest |value| of its outputs. None where the trace has none.
     weight_*: Σ over `weight_decisions` decisions; entropy in nats and margin (largest minus second)
     of the k weights made to sum to 1, mass: their sum as it is.
     logit_decisions: decisions whose logits are recorded and finite; the sums are over those.
@@ -85,6 +88,9 @@ class RouterCounts:
     window_load_WE: np.ndarray | None = field(default=None, metadata=_count("windows", "WE"))
     window_tokens_W: np.ndarray | None = field(default=None, metadata=_count("windows", "W"))
     srp: dict[int, np.ndarray] | None = None
+    gated_norm_UE: np.ndarray | None = field(default=None, metadata=_count("worth", "UE", float))
+    norm_UE: np.ndarray | None = field(default=None, metadata=_count("worth", "UE", float))
+    peak_E: np.ndarray | None = None
     esft_token_DE: np.ndarray | None = field(default=None, metadata=_count("esft", "DE", float))
     esft_gate_DE: np.ndarray | None = field(default=None, metadata=_count("esft", "DE", float))
     samples_D: np.ndarray | None = field(default=None, metadata=_count("esft", "D"))
@@ -115,7 +121,8 @@ class RouterCounts:
             and not set(axes) - set(sizes) - {"U", "D"}
         }
         srp = {m: np.zeros((0, m + 1), np.int64) for m in SRP_LENGTHS} if "srp" in wants else None
-        return cls(**arrays, srp=srp)
+        peak_E = np.zeros(sizes["E"], np.float32) if "worth" in wants else None
+        return cls(**arrays, srp=srp, peak_E=peak_E)
 
     @property
     def together_EE(self) -> np.ndarray | None:
@@ -141,13 +148,17 @@ class RouterCounts:
         for size, (n, vio) in other.batches.items():
             before, sum_before = self.batches.get(size, (0, 0.0))
             self.batches[size] = (before + n, sum_before + vio)
+        if self.peak_E is not None and other.peak_E is not None:
+            self.peak_E = np.maximum(self.peak_E, other.peak_E)
+        else:
+            self.peak_E = None
         if self.srp is not None and other.srp is not None:
             self.srp = {m: rows["U"].added(mine, other.srp[m]) for m, mine in self.srp.items()}
         else:
             self.srp = None
 
 
-# all but `batches` and `srp`, which `add` merges by name
+# all but `batches`, `srp` and `peak_E`, which `add` merges by name
 DECLARED: dict[str, Field[Any]] = {f.name: f for f in fields(RouterCounts) if f.metadata}
 
 
@@ -200,8 +211,9 @@ class MergedRows:
 @dataclass(frozen=True)
 class Decisions:
     """What one router decided on the selected tokens of a shard. `slots`, `weights` (None: not
-    recorded or not asked for): k arrays [T]; logits_TE: None likewise. `ranked`: whether slot 0 is
-    the first choice. `kernels`: the module to count with, kernels_numpy or kernels_numba."""
+    recorded or not asked for): k arrays [T]; logits_TE, norms and peaks: None likewise. `ranked`:
+    whether slot 0 is the first choice. `kernels`: the module to count with, kernels_numpy or
+    kernels_numba."""
 
     E: int
     k: int
@@ -212,6 +224,8 @@ class Decisions:
     logits_TE: np.ndarray | None
     token_rows: TokenRows
     kernels: Any
+    norms: Slots | None = None
+    peaks: Slots | None = None
 
 
 def count_router(of: Decisions, wants: frozenset[str]) -> RouterCounts:
@@ -271,6 +285,20 @@ def _esft(of: Decisions, counts: RouterCounts) -> None:
         counts.esft_gate_DE = _weight_sum(of, tuple(weight_T * mean_T for weight_T in of.weights))
 
 
+def _worth(of: Decisions, counts: RouterCounts) -> None:
+    unit_T, U = of.token_rows.unit_T, len(counts.assignments_UE)
+    if of.norms is not None:
+        counts.norm_UE = of.kernels.weight_sum(unit_T, of.slots, of.norms, U, of.E)
+        if of.weights is not None:
+            gated = tuple(w * n for w, n in zip(of.weights, of.norms, strict=True))
+            counts.gated_norm_UE = of.kernels.weight_sum(unit_T, of.slots, gated, U, of.E)
+    if of.peaks is not None:
+        peak_E = np.zeros(of.E + 1, np.float32)  # the last: slots that routed nowhere
+        for ids_T, peak_T in zip(of.slots, of.peaks, strict=True):
+            np.maximum.at(peak_E, ids_T, peak_T)
+        counts.peak_E = peak_E[: of.E]
+
+
 def _weights(of: Decisions, counts: RouterCounts) -> None:
     if of.weights is not None:
         for name, value in of.kernels.weight_confidence(of.weights).items():
@@ -288,6 +316,7 @@ FILLS: dict[str, Callable[[Decisions, RouterCounts], None]] = {
     "repetition": _repetition,
     "srp": _srp,
     "esft": _esft,
+    "worth": _worth,
     "weights": _weights,
     "logits": _logits,
 }

@@ -8,5 +8,6 @@ from moe_inspect.reporting.tables import specialization
 from moe_inspect.reporting.tables import pairs
 from moe_inspect.reporting.tables import router
 from moe_inspect.reporting.tables import over_time
+from moe_inspect.reporting.tables import worth
 
-__all__ = ["load", "over_time", "pairs", "router", "specialization", "summary"]
+__all__ = ["load", "over_time", "pairs", "router", "specialization", "summary", "worth"]

@@ -1,0 +1,81 @@
+"""What each expert is worth by the size of what it returns (`trace --output-norms`).
+
+L routers, E experts, U units (clusters of documents), D domains, R resamples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.analysis.metrics import worth as of_outputs
+from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.registry import table
+
+JUDGED = 32  # assignments from a domain from which an expert is judged on it
+
+
+@table("worth")
+def worth(data: ReportData) -> pd.DataFrame:
+    """One row per expert: its assignments and gate weights, and by the norms of its outputs REAP,
+    EAN, mean norm and share, with 95 % intervals over documents; whether it is a super expert, by
+    the peaks; and on how many domains it was judged. NaN where the trace lacks what it takes."""
+    counts = data.decisions("worth")
+    weights_RU = unc.resample_weights(counts.domain_of_unit_U)
+    parts = [_of_router(counts, r, weights_RU) for r in counts.indices]
+    found = pd.concat([pd.DataFrame(part) for part in parts], ignore_index=True)
+    peak_LE = [counts.of[r].peak_E for r in counts.indices]
+    known = [peak_E for peak_E in peak_LE if peak_E is not None]
+    found["super_expert"] = pd.array([pd.NA] * len(found), dtype="boolean")
+    if known and len(known) == len(peak_LE):
+        layers = np.array([counts.routers[r].layer for r in counts.indices])
+        blocks = max(router.layer for router in counts.routers) + 1
+        is_super = of_outputs.super_experts(known, layers, blocks)
+        found["super_expert"] = pd.array(np.concatenate(is_super), dtype="boolean")
+    return found
+
+
+def _of_router(counts: Counts, r: int, weights_RU: np.ndarray | None) -> dict[str, Any]:
+    router, of = counts.routers[r], counts.of[r]
+    E, load_UE = router.experts, of.assignments_UE
+    nothing_UE = np.full(load_UE.shape, np.nan)
+    gated_UE = nothing_UE if of.gated_norm_UE is None else of.gated_norm_UE
+    norm_UE = nothing_UE if of.norm_UE is None else of.norm_UE
+    # a share is of the router's sum in the same resample
+    total_UE = np.broadcast_to(gated_UE.sum(1, keepdims=True), gated_UE.shape)
+    assignments_DE = counts.assignments_DE(r)
+    made: dict[str, Any] = {
+        "layer": router.layer,
+        "router": r,
+        "expert": np.arange(E),
+        "assignments": load_UE.sum(0),
+        "gate_sum": counts.weight_sum_E(r),
+        **_with_interval("reap", gated_UE, load_UE, weights_RU),
+        "ean_sum": norm_UE.sum(0),
+        **_with_interval("mean_norm", norm_UE, load_UE, weights_RU),
+        **_with_interval("share", gated_UE, total_UE, weights_RU),
+        "peak": np.full(E, np.nan) if of.peak_E is None else of.peak_E,
+        "domains_judged": (assignments_DE >= JUDGED).sum(0),
+        "domains": len(assignments_DE),
+    }
+    return made
+
+
+def _with_interval(
+    name: str, sums_UE: np.ndarray, of_UE: np.ndarray, weights_RU: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Σ sums ÷ Σ of, of each expert, and its 95 % interval over documents."""
+    value_E = sums_UE.sum(0) / nan_for_zero(of_UE.sum(0))
+    low_E, high_E = np.full((2, len(value_E)), np.nan)
+    known_E = np.isfinite(value_E)
+    if weights_RU is not None and known_E.any():
+        of_RE = nan_for_zero(weights_RU @ of_UE[:, known_E])
+        values_RE = weights_RU @ sums_UE[:, known_E] / of_RE
+        quantile = np.nanquantile if np.isnan(values_RE).any() else np.quantile
+        low_E[known_E], high_E[known_E] = quantile(values_RE, [0.025, 0.975], axis=0)
+    return {name: value_E, f"{name}_low": low_E, f"{name}_high": high_E}
