@@ -13,7 +13,7 @@ import typer
 from moe_inspect.cli.formats import FormatsCommand
 from moe_inspect.cli.options import CommitEvery
 from moe_inspect.importers import MODULES
-from moe_inspect.text import no_such, print_stderr
+from moe_inspect.text import no_such, plural, print_stderr
 
 
 class ImportCommand(FormatsCommand):
@@ -128,7 +128,10 @@ def import_(
             progress=progress,
             warn=warn,
         )
-    print_stderr(f"imported {trace.n_tokens:,} tokens, {len(trace.routers)} routers into {output}")
+    print_stderr(
+        f"imported {plural(trace.n_tokens, 'token')}, {plural(len(trace.routers), 'router')} into "
+        f"{output}"
+    )
 
 
 @contextmanager

@@ -118,24 +118,43 @@ def _print_document(trace: Trace, rows: pd.DataFrame, router: int, output: Path 
 def _print_concordance(
     trace: Trace, rows: pd.DataFrame, layer: int, expert: int, output: Path | None
 ) -> None:
+    from rich.cells import cell_len
     from rich.text import Text
 
     from moe_inspect.reporting.render.console import console_for
     from moe_inspect.text import readable
 
-    left = [readable(text)[-28:] for text in rows["left"]]
     words = [f"[{readable(text)}]" for text in rows["text"]]
-    wide = max(map(len, left), default=0), max(map(len, words), default=0)
+    domains = [readable(domain) for domain in rows["domain"]]
+    wide, of_domain = (max(map(cell_len, column), default=0) for column in (words, domains))
     with text_to(output) as file:
         console = console_for(file)
         console.print(f"layer {layer}, expert {expert}: {len(rows)} tokens", style="bold")
-        for row, before, word in zip(rows.itertuples(), left, words, strict=True):
-            line = Text(before.rjust(wide[0]) + " ")
-            line.append(word.center(wide[1]), style="bold")
-            line.append(" " + readable(row.right)[:28].ljust(28))
+        of_document = max((len(str(n)) for n in rows["document"]), default=0)
+        after = 8 * trace.has_weights + of_domain + of_document + len("  document ")
+        room = max((console.width - wide - after - 4) // 2, 8)
+        left = [_fitted(readable(text)[::-1], room)[::-1] for text in rows["left"]]
+        right = [_fitted(readable(text), room) for text in rows["right"]]
+        of_left, of_right = (max(map(cell_len, column), default=0) for column in (left, right))
+        for row, word, before, behind, domain in zip(
+            rows.itertuples(), words, left, right, domains, strict=True
+        ):
+            line = Text(" " * (of_left - cell_len(before)) + before + " ")
+            blanks = wide - cell_len(word)
+            line.append(" " * (blanks // 2) + word + " " * (blanks - blanks // 2), style="bold")
+            line.append(" " + behind + " " * (of_right - cell_len(behind)))
             if trace.has_weights:
                 line.append(f"  {row.weight:.2f}")
-            line.append(f"  {readable(row.domain)}  document {row.document}", style="dim")
-            console.print(
-                line, soft_wrap=not console.is_terminal, overflow="ellipsis", no_wrap=True
-            )
+            line.append(f"  {domain}" + " " * (of_domain - cell_len(domain)), style="dim")
+            line.append(f"  document {row.document:>{of_document}}", style="dim")
+            console.print(line, soft_wrap=True)
+
+
+def _fitted(text: str, room: int) -> str:
+    """The first words of a text that fit so many cells; of a long word its beginning."""
+    from rich.cells import cell_len, chop_cells
+
+    if cell_len(text) <= room:
+        return text
+    begun = chop_cells(text, room)[0]
+    return begun.rpartition(" ")[0] or begun

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError, reading
+from moe_inspect.text import plural
 from moe_inspect.trace import schema, texts
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, location
@@ -42,8 +43,8 @@ class Trace(TraceHeader):
 
     def __repr__(self) -> str:
         return (
-            f"Trace({str(self.path)!r}: {self.n_tokens:,} tokens, {len(self.routers)} routers, "
-            f"{self.status})"
+            f"Trace({str(self.path)!r}: {plural(self.n_tokens, 'token')}, "
+            f"{plural(len(self.routers), 'router')}, {self.status})"
         )
 
     @property

@@ -13,7 +13,7 @@ from rich.segment import Segment
 
 from moe_inspect.alarms.rules import Rule
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import first_line, printable
+from moe_inspect.text import first_line, plural, printable
 from moe_inspect.watch.follow import COMPLETE, ENDED, KILLED, WAITING, Follower, News
 from moe_inspect.watch.hot_text import HotText, hot_text
 from moe_inspect.watch.screen import Screen, worst_routers
@@ -119,11 +119,11 @@ def _refuse_unless_complete(session: Session) -> None:
     if watched.status == KILLED:
         raise MoeInspectError(
             f"{session.follower.writer} is gone: it was stopped before the end of {session.path}, "
-            f"which holds {watched.tokens:,} tokens"
+            f"which holds {plural(watched.tokens, 'token')}"
         )
     if watched.status != COMPLETE:
         raise MoeInspectError(
-            f"{session.path} was closed before its end; it holds {watched.tokens:,} tokens"
+            f"{session.path} was closed before its end; it holds {plural(watched.tokens, 'token')}"
         )
 
 
@@ -155,7 +155,7 @@ def status_line(session: Session) -> str:
     watched = session.watched
     if watched.status == WAITING:
         return printable(f"waiting for a trace at {session.path}")
-    parts = [f"{time.strftime('%H:%M:%S')} {watched.status}", f"{watched.tokens:,} tokens"]
+    parts = [f"{time.strftime('%H:%M:%S')} {watched.status}", plural(watched.tokens, "token")]
     if (rates := watched.rates()) is not None:
         parts.append(f"{rates[0]:,.0f} tokens/s")
     if watched.window is not None:
@@ -164,6 +164,8 @@ def status_line(session: Session) -> str:
         parts.append(f"{worst} (by chance at most {watched.chance(r):.2f})")
     alarms = watched.alarms
     parts.append(
-        f"{len(alarms)} alarms: " + " ".join(a.text for a in alarms) if alarms else "no alarm"
+        f"{plural(len(alarms), 'alarm')}: " + " ".join(a.text for a in alarms)
+        if alarms
+        else "no alarm"
     )
     return printable(", ".join(parts))

@@ -101,7 +101,7 @@ class Screen:
             what = watched.trouble or "no tokens yet" * (watched.status != WAITING)
             yield [Segment(what, BAD if watched.trouble else NONE)]
             return
-        parts = [f"{watched.tokens:,} tokens", f"{watched.decisions:,} decisions"]
+        parts = [plural(watched.tokens, "token"), plural(watched.decisions, "decision")]
         rates = watched.rates()
         if rates is not None and watched.status == RECORDING:
             parts.append("{:,.0f} tokens/s, {:,.0f} decisions/s".format(*rates))

@@ -3,7 +3,6 @@ shown."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ import typer
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.cli.help.complete import traces
 from moe_inspect.cli.options import Output
-from moe_inspect.text import no_such, print_stderr, printable
+from moe_inspect.text import no_such, plural, print_stderr, printable
 
 if TYPE_CHECKING:
     from moe_inspect.simulate.result import Simulation
 
 N = TypeVar("N", int, float)
-ROWS = 24  # of a table in the text; --table has them all
+ROWS = 20  # of a table in the text; --table has them all
 
 TraceArgument = Annotated[
     Path,
@@ -124,30 +123,23 @@ def show(simulation: Simulation, options: ShowOptions) -> None:
     with text_to(output) as file:
         from rich.text import Text
 
-        from moe_inspect.reporting.render.console import console_for, print_frame
+        from moe_inspect.reporting.render.console import console_for, print_frame, wrapped
 
         console = console_for(file)
         for sentence in simulation.verdict:
-            width = min(console.width, 100)
-            lines = textwrap.fill(
-                printable(sentence),
-                width,
-                initial_indent="• ",
-                subsequent_indent="  ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            console.print(Text(lines))
+            for line in wrapped(Text(printable(sentence)), console, Text("• ")):
+                console.print(line, soft_wrap=True)
         for name in simulation.shown or (main,):
             frame = simulation.tables[name]
-            cut = len(frame) > ROWS
-            print_frame(
-                frame.head(ROWS),
-                console,
-                f"{name}: the first {ROWS} of {len(frame):,} rows, --table {name} has them all"
-                if cut
-                else name,
+            cut = f": the first {ROWS} of {len(frame):,} rows" if len(frame) > ROWS else ""
+            shown = print_frame(
+                frame.head(ROWS), console, f"{name}{cut}", fitting=console.is_terminal
             )
+            left = ["all rows"] if cut else []
+            if columns := len(frame.columns) - shown:
+                left.append(plural(columns, "more column"))
+            if left:
+                console.print(Text(f"+ {' and '.join(left)}: --table {name}", style="dim"))
 
 
 def _draw(simulation: Simulation, directory: Path) -> None:

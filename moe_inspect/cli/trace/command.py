@@ -16,7 +16,7 @@ from moe_inspect.cli.token_progress import TokenProgress
 from moe_inspect.cli.trace.arguments import layers_of, routers_of
 from moe_inspect.cli.trace.beside import COMMIT_EVERY_S, Beside
 from moe_inspect.cli.trace.checks import check_engine_options, refuse_early
-from moe_inspect.text import print_stderr
+from moe_inspect.text import plural, print_stderr
 
 if TYPE_CHECKING:
     from moe_inspect.capture.options import CorpusKeywords
@@ -355,9 +355,9 @@ def trace(
     stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
     n_routers, seconds = len(written.routers), time.monotonic() - began
     print_stderr(
-        f"{'complete already: ' if complete_before else ''}{written.n_tokens:,} tokens "
-        f"{'at' if stacks else '×'} {n_routers} routers = "
-        f"{written.n_decisions:,} decisions{' counted' if counts_only else ''} in {output} "
+        f"{'complete already: ' if complete_before else ''}{plural(written.n_tokens, 'token')} "
+        f"{'at' if stacks else '×'} {plural(n_routers, 'router')} = "
+        f"{plural(written.n_decisions, 'decision')}{' counted' if counts_only else ''} in {output} "
         f"({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {seconds:.1f} s)"
     )
 

@@ -30,6 +30,13 @@ LEAD = (
     "window",
     "token_id",
     "metric",
+    "policy",
+    "algorithm",
+    "slots",
+    "batch",
+    "capacity_factor",
+    "checkpoint",
+    "trace",
 )
 
 

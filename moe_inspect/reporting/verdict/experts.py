@@ -190,7 +190,7 @@ def overloading_domain(data: ReportData) -> Finding | None:
                 "overloading_domain",
                 "warning",
                 f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: '
-                f"{row['ratio']:.2f}x the mean load on its {row['tokens']:,} tokens, where "
+                f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}, where "
                 f"{together} domains together reach at most {overall['max_over_mean']:.2f}x.",
                 row,
                 **values,
@@ -255,7 +255,7 @@ def unused_in_domain(data: ReportData) -> Finding | None:
         "unused_in_domain",
         "note",
         f'"{row["domain"]}" leaves expert {row["expert"]} of {name_of(data, row)} nearly unused: '
-        f"{row['ratio']:.2f}x the mean load on its {row['tokens']:,} tokens{less}{others}.",
+        f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}{less}{others}.",
         row,
         domain=row["domain"],
         expert=row["expert"],

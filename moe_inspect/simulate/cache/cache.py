@@ -28,7 +28,7 @@ from moe_inspect.simulate.cache.text import chart, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.shards import check_length, is_small
 from moe_inspect.simulate.shards import slots as slots_of
-from moe_inspect.text import layer_label
+from moe_inspect.text import layer_label, plural
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
@@ -145,8 +145,8 @@ def _sizes(trace: Trace, chosen: Iterable[int], slots: Sequence[int] | None) -> 
     sizes = sorted(set(slots)) if slots else sorted({min(n * k, E) for n in (1, 2, 4)})
     if sizes[0] < k:
         raise MoeInspectError(
-            f"{sizes[0]} slots hold less than one decision of layer "
-            f"{layer_label(trace.routers, most)}: give at least {k}"
+            f"{plural(sizes[0], 'slot')} {'holds' if sizes[0] == 1 else 'hold'} less than one "
+            f"decision of layer {layer_label(trace.routers, most)}: give at least {k}"
         )
     return sizes
 
