@@ -8,6 +8,7 @@ from moe_inspect.comparison.charts import draw_charts
 from moe_inspect.comparison.checkpoints import Checkpoints, saturation_chart
 from moe_inspect.comparison.compare import Comparison
 from moe_inspect.comparison.data import Options
+from moe_inspect.comparison.texts import text_section
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.python import address, python_call, table_of
 from moe_inspect.text import layer_label, plural
@@ -45,7 +46,9 @@ CHARTS = {
 def comparison_page(made: Comparison) -> str:
     """The page, as HTML."""
     charts, left_out = draw_charts(made)
-    sections = list[Section]()
+    shown = text_section(made)
+    left_out += [shown] if isinstance(shown, str) and shown else []
+    sections = [shown] if isinstance(shown, Section) else []
     for chart in charts:
         group, name = CHARTS[chart.name]
         section = chart_section(replace(chart, group=group))

@@ -33,7 +33,7 @@ moe.widgets.text = (place, data, page) => {
   const same = (token) => {
     const [a, b] = [route(at.row, token), route(at.row, token, "b")];
     const mine = new Set(a.map((slot) => slot.expert));
-    return a.length || b.length ? b.filter((slot) => mine.has(slot.expert)).length / Math.max(a.length, b.length) : null;
+    return a.length && b.length ? b.filter((slot) => mine.has(slot.expert)).length / Math.max(a.length, b.length) : null;
   };
   const highest = (values) => Math.max(...values.filter((v) => v !== null && Number.isFinite(v)), 1e-6);
   const MODES = {
@@ -44,7 +44,7 @@ moe.widgets.text = (place, data, page) => {
           const share = same(token);
           return share === null || share === 1 ? null : colour(1 - share);
         },
-        legend: () => [moe.scaleBar(AMOUNT("share of its experts that differ in B", 0, 1)), said("no colour: the same experts")],
+        legend: () => [moe.scaleBar(AMOUNT("share of its experts that differ in B", 0, 1)), said("no colour: the same experts, or not compared")],
       };
     },
     first: () => ({
@@ -150,6 +150,8 @@ moe.widgets.text = (place, data, page) => {
     for (const unit of units) {
       unit.span = h("span", {}, moe.shown(text(unit.first)) || "·");
       unit.span.unit = unit;
+      // an escape is read from the left within Hebrew too
+      if (/\\[xuU][0-9a-f]{2}/.test(text(unit.first))) unit.span.className = "escape";
     }
     body.replaceChildren(...units.map((unit) => unit.span));
     box.scrollTop = 0;

@@ -18,6 +18,7 @@ import pandas as pd
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.reporting.render.texts.documents import selected_rows
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard, codes
 
 NOWHERE = -1
@@ -84,18 +85,20 @@ def read_routes(
     """The routes of the tokens through each router. Memory: the routes, and one router of one
     shard."""
     T = len(tokens.row_T)
-    found = [
-        Routes(
-            np.full((trace.routers[r].top_k, T), NOWHERE, np.int16),
-            np.zeros((trace.routers[r].top_k, T), np.float32) if trace.has_weights else None,
-        )
-        for r in routers
-    ]
+    found = [empty_routes(trace.routers[r], T, trace.has_weights) for r in routers]
     for s in np.unique(tokens.shard_T).tolist():
         at = np.flatnonzero(tokens.shard_T == s)
         for routes, r in zip(found, routers, strict=True):
             fill_routes(routes, shards[s], r, tokens.row_T[at], at)
     return found
+
+
+def empty_routes(router: Router, tokens: int, weights: bool) -> Routes:
+    """The routes of so many tokens, all NOWHERE."""
+    shape = router.top_k, tokens
+    return Routes(
+        np.full(shape, NOWHERE, np.int16), np.zeros(shape, np.float32) if weights else None
+    )
 
 
 def fill_routes(

@@ -38,6 +38,7 @@ from moe_inspect.reporting.render.texts.routes import (
 )
 from moe_inspect.text import layer_label, legible, plural, readable
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Router
 from moe_inspect.trace.texts import as_text, pieces_of
 
 if TYPE_CHECKING:
@@ -73,14 +74,15 @@ def text_section(data: ReportData, amount: Amount = None) -> Section | str:
     if trace.counts_only:
         return "text: counts alone hold no tokens"
     if not len(trace.vocabulary_table):
-        return Section(TITLE, _without_text(trace), group="Specialization", name="text")
+        return Section(TITLE, without_text(trace), group="Specialization", name="text")
     shards = shards_to_read(trace, data.selection.routers, amount)
     found = find_documents(data, shards)
     if not len(found):
         return "text: no token is selected"
-    budget, longest = _sizes(data, len(set(found["domain"])))
+    listed = [trace.routers[r] for r in data.selection.routers]
+    budget, longest = sizes(listed, trace.has_weights, len(set(found["domain"])))
     shown = choose(found, amount, budget, longest)
-    _check_size(data, int(shown["shown"].sum()))
+    _check_size(int(shown["shown"].sum()), budget)
     pooled = choose(found.assign(bits=0.0), None, POOL_TOKENS, POOL_LONGEST)
     both = pd.concat([shown, pooled[~pooled["document"].isin(shown["document"])]])
     tokens = tokens_of_documents(
@@ -110,23 +112,22 @@ def text_section(data: ReportData, amount: Amount = None) -> Section | str:
     )
 
 
-def _without_text(trace: Trace) -> str:
+def without_text(trace: Trace) -> str:
     asked = (trace.manifest.get("corpus") or {}).get("text") is False
     reason = "its text (trace --no-text)" if asked else "a vocabulary"
     return f"This trace was recorded without {reason}: it cannot show which words went where."
 
 
-def _sizes(data: ReportData, domains: int) -> tuple[int, int]:
-    """Tokens that TEXT_BYTES hold, and the most of one document."""
-    listed = [data.trace.routers[r] for r in data.selection.routers]
-    weight = 0.85 if data.trace.has_weights else 0  # bytes, compressed
-    slots = sum(r.top_k * (np.log2(r.experts + 1) / 8 + weight) for r in listed)
+def sizes(routers: Sequence[Router], weights: bool, parts: int) -> tuple[int, int]:
+    """Tokens that TEXT_BYTES hold, and the most of one document where there are so many parts."""
+    of_weight = 0.85 if weights else 0  # bytes, compressed
+    slots = sum(r.top_k * (np.log2(r.experts + 1) / 8 + of_weight) for r in routers)
     tokens = int(TEXT_BYTES / (4 / 3 * slots + 6))  # base64; 6 for the text itself
-    return tokens, int(np.clip(tokens // domains, 128, 1024))
+    return tokens, int(np.clip(tokens // parts, 128, 1024))
 
 
-def _check_size(data: ReportData, tokens: int) -> None:
-    size = TEXT_BYTES * tokens / _sizes(data, 1)[0]
+def _check_size(tokens: int, budget: int) -> None:
+    size = TEXT_BYTES * tokens / budget
     if size > MOST_BYTES:
         raise MoeInspectError(
             f"the text asked for, {tokens:,} tokens with all their routes, would take about "
@@ -163,24 +164,26 @@ def page_data(
     tokens: Tokens,
     routes: Sequence[Routes],
     shown: int,
+    of_b: Sequence[Routes] = (),
 ) -> dict[str, Any]:
-    """What text.js draws from. Arrays are strings, a character per number (`characters`):
-    words: of each token, the index in `texts`; ids, weights: of each router, slot after slot, the
-    first `shown` tokens."""
+    """What text.js draws from, with the routes of the first `shown` tokens; `of_b`: those in
+    another trace. words: of each token the index in `texts` (`packed_numbers`)."""
     codes, texts = _words(trace, tokens)
     names = [layer_label(trace.routers, r) for r in routers]
     drawn = list[dict[str, Any]]()
-    for name, r, route in zip(names, routers, routes, strict=True):
+    for i, (name, r) in enumerate(zip(names, routers, strict=True)):
         experts = trace.routers[r].experts
-        most = 0.0 if route.weights is None else float(route.weights.max(initial=0))
+        sides = dict(zip("ab", [routes[i], *of_b[i : i + 1]], strict=False))
+        weights = [route.weights for route in sides.values() if route.weights is not None]
+        most = max((float(of.max(initial=0)) for of in weights), default=0.0)
         drawn.append(
             {
                 "label": name,
                 "experts": experts,
-                "k": len(route.ids),
+                "k": len(routes[i].ids),
                 "first": trace.routers[r].first_choice_known,
                 "most": most,
-                "a": packed_routes(route, experts, shown, most),
+                **{side: packed_routes(of, experts, shown, most) for side, of in sides.items()},
             }
         )
     start = np.searchsorted(tokens.document_T, np.arange(len(documents) + 1))

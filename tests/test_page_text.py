@@ -1,0 +1,296 @@
+"""The text on the page and the contexts on the cards, in a browser: what is drawn is what the trace
+holds, in every script, and nothing of it runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import moe_inspect
+from moe_inspect.comparison.page import comparison_page
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.render.html import packed
+from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.render.texts.section import TEXT_BYTES, text_section
+from moe_inspect.reporting.report import Report, report
+from tests.conftest import ROOT
+from tests.damage import edit_manifest
+from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.test_page import HOSTILE, Opened, browser, pytestmark  # noqa: F401 (a fixture, a mark)
+
+# a byte-level "é", a combining mark of its own, Hebrew, an Arabic word in two tokens, a bidi
+# override, a control character
+PIECES = [
+    "caf",
+    "<0xC3>",
+    "<0xA9>",
+    "▁e",
+    "\u0301",
+    "\n",
+    "שלום",
+    "▁مر",
+    "حبا",
+    "\u202eevil",
+    "\x1b[31m",
+    HOSTILE,
+]
+COLOUR = (
+    "(n) => getComputedStyle(document.querySelectorAll('.routed .body span')[n]).backgroundColor"
+)
+
+
+def scripts(root: Path) -> Report:
+    """Two documents of 12 tokens, 2 × 8: at layer n token t goes to experts t + n and t + n + 1."""
+    t = np.arange(24)
+    ids = [
+        np.stack([(t + layer) % 8, (t + layer + 1) % 8], 1).astype(np.uint16) for layer in (0, 1)
+    ]
+    weights = [np.tile(np.float32([0.75, 0.25]), (24, 1))] * 2
+    settings: dict[str, Any] = {"document": t // 12, "token_id": t % 12, "words": 12}
+    write_trace(root, ids, 8, weights=weights, domain_of_document=("a", "b"), **settings)
+    table = pa.table({"token_id": pa.array(range(12), pa.int32()), "token": PIECES})
+    pq.write_table(table, root / "vocabulary.parquet")
+    edit_manifest(root, vocabulary=None)
+    return report(root)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Report:
+    return report(ROOT / "sample_traces" / "collapsed")
+
+
+@pytest.fixture(scope="module")
+def opened(
+    browser: Any,  # noqa: F811
+    demo: Report,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Opened]:
+    page = Opened(browser, tmp_path_factory.mktemp("page") / "page.html", report_page(demo))
+    yield page
+    page.view.close()
+
+
+def spans(page: Opened) -> list[str]:
+    return page.view.locator(".routed .body span").all_text_contents()
+
+
+def batched(words: list[str]) -> list[tuple[str, str]]:
+    return list(zip(words[::2], words[1::2], strict=True))
+
+
+def route(page: Opened) -> list[list[str]]:
+    """Of each layer the experts with their weights, as the panel beside the text shows them."""
+    rows = page.view.locator(".route tbody tr")
+    return [rows.nth(i).locator(".chip").all_text_contents() for i in range(rows.count())]
+
+
+def test_a_token_shows_its_route_through_all_layers(opened: Opened, demo: Report) -> None:
+    number = opened.view.locator("#text-document option").first.text_content()
+    document = int(re.search(r"document (\d+)", number)[1])
+    rows = demo.trace.document(document)
+    shown = "".join(spans(opened)).replace("↵", "")
+    assert shown == "".join(rows.loc[rows["router"] == 0, "text"])
+    token = rows["token"].iloc[4 * 9]  # the tenth of the document, four routers
+    expected = [
+        [f"{row.expert_0} {row.weight_0:.2f}", f"{row.expert_1} {row.weight_1:.2f}"]
+        for row in rows[rows["token"] == token].itertuples()
+    ]
+    opened.view.locator(".routed .body span").nth(9).click()
+
+    def close(found: list[list[str]]) -> bool:
+        shown, right = (
+            " ".join(" ".join(row) for row in side).split() for side in (found, expected)
+        )
+        parts = list(zip(batched(shown), batched(right), strict=True))
+        return all(a[0] == b[0] and abs(float(a[1]) - float(b[1])) < 0.02 for a, b in parts)
+
+    assert close(route(opened))
+    opened.view.locator(".routed .body span").nth(2).hover()
+    assert close(route(opened)), "it is pinned"
+    opened.view.locator(".routed").focus()
+    opened.view.keyboard.press("Escape")
+    for key in ("Home", "ArrowRight"):
+        opened.view.keyboard.press(key)
+    assert not close(route(opened))
+    row = rows[(rows["router"] == 2) & (rows["position"] == 1)].iloc[0]
+    opened.view.locator("#text-layer").fill("2")
+    opened.view.locator(".routed").focus()
+    for key in ("PageUp", "PageDown"):
+        opened.view.keyboard.press(key)
+    said = opened.view.locator("[data-widget=text] > .unseen").text_content()
+    assert said.startswith(f"layer 2: experts {row['expert_0']} (")
+    assert opened.complaints == []
+
+
+def test_colours_follow_the_first_expert_the_weight_the_margin_and_a_chosen_expert(
+    opened: Opened, demo: Report
+) -> None:
+    number = opened.view.locator("#text-document option").first.text_content()
+    rows = demo.trace.document(int(re.search(r"document (\d+)", number)[1]))
+    rows = rows[rows["router"] == 2].reset_index()
+    colours: dict[str, list[str]] = {}
+    opened.view.locator("#text-layer").fill("2")
+    for mode in ("first", "weight", "margin"):
+        opened.view.locator("#text-mode").select_option(mode)
+        colours[mode] = [opened.view.evaluate(COLOUR, n) for n in range(len(spans(opened)))]
+    assert len(colours["first"]) == len(rows)
+    by_expert = dict(zip(rows["expert_0"], colours["first"], strict=True))
+    assert colours["first"] == [by_expert[e] for e in rows["expert_0"]]
+    assert len(set(by_expert.values())) == len(by_expert) > 2
+    # from light to dark
+    light = [sum(map(float, re.findall(r"[\d.]+", c)[:3])) for c in colours["weight"]]
+    assert np.corrcoef(light, rows["weight_0"])[0, 1] < -0.95
+    decided = np.log(rows["weight_0"] / rows["weight_1"])
+    light = [sum(map(float, re.findall(r"[\d.]+", c)[:3])) for c in colours["margin"]]
+    assert light[int(decided.argmin())] > light[int(decided.argmax())]
+    opened.view.locator("#text-mode").select_option("expert")
+    opened.view.locator("#text-expert").fill("4")
+    reached = opened.view.locator(".routed .body .reached").count()
+    assert reached == (rows[["expert_0", "expert_1"]] == 4).any(axis=1).sum() > 0
+    opened.view.locator("#text-mode").select_option("first")
+
+
+def test_a_card_has_contexts_from_the_trace_and_leads_to_the_text(
+    opened: Opened, demo: Report
+) -> None:
+    opened.view.evaluate("location.hash = '#L2E5'")
+    opened.until("document.querySelectorAll('#card .context').length > 3")
+    found = opened.view.locator("#card .context")
+    mine = demo.trace.tokens_of(2, 5)
+    texts = {text.replace("\n", "↵") for text in mine["text"]}
+    weights = mine["weight"].round(2).tolist()
+    domains = set()
+    for i in range(found.count()):
+        weight, domain = found.nth(i).locator("small").text_content().split(" · ")
+        assert found.nth(i).locator("mark").text_content() in texts
+        assert min(abs(float(weight) - w) for w in weights) < 0.02
+        domains.add(domain)
+    assert len(domains) > 1
+    opened.view.get_by_text("Show its tokens in the text").click()
+    assert opened.title() is None
+    assert opened.view.locator("#text-expert").input_value() == "5"
+    assert opened.view.locator("#text-layer").input_value() == "2"
+    opened.view.locator("#text-mode").select_option("first")
+
+
+def test_words_are_whole_in_every_script_and_what_is_hostile_is_text(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    page = Opened(browser, tmp_path / "p.html", report_page(scripts(tmp_path / "t")))
+    assert spans(page) == [
+        "caf", "é", " e\u0301", "↵\n", "שלום", " مر", "حبا", r"\u202eevil", r"\x1b[31m", HOSTILE,
+    ]  # fmt: skip
+    assert page.view.evaluate("window.pwned") is None
+    assert page.view.locator("img").count() == 0
+    # the second byte of é, by the keyboard
+    page.view.locator(".routed").focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "Enter"):
+        page.view.keyboard.press(key)
+    assert page.view.locator(".route .token").text_content() == "é part 2 of 2 token 3, pinned"
+    assert route(page) == [["2 0.75", "3 0.25"], ["3 0.75", "4 0.25"]]
+    page.view.set_viewport_size({"width": 390, "height": 800})
+    page.until("document.documentElement.scrollWidth <= 390")
+    assert page.complaints == []
+    page.view.close()
+
+
+def test_a_large_model_has_a_megabyte_of_text_and_every_expert_its_contexts(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    L, E, k, T, rng = 58, 256, 8, 1_500, np.random.default_rng(0)
+    ids = [
+        (rng.integers(0, E, (T, 1)) + np.arange(k) * rng.integers(1, 31, (T, 1))) % E
+        for _ in range(L)
+    ]
+    weights = [-np.sort(-rng.random((T, k), np.float32), axis=1) for _ in range(L)]
+    settings: dict[str, Any] = {"domain_of_document": ("a", "b"), "words": 500}
+    settings |= {"document": np.arange(T) // 300, "token_id": rng.integers(0, 500, T)}
+    ids = [x.astype(np.uint16) for x in ids]
+    trace = write_trace(tmp_path / "t", ids, E, weights=weights, **settings)
+    made: Any = text_section(report(trace))
+    one = packed({**made.data, "contexts": None})
+    assert TEXT_BYTES / 3 < len(one) <= TEXT_BYTES
+    assert re.search(r"Here are \d of 5 documents: of each domain the most telling", made.text)
+    page = Opened(browser, tmp_path / "p.html", report_page(report(trace)))
+    page.view.locator(".routed .body span").nth(3).click()
+    assert [len(row) for row in route(page)] == [k] * L
+    assert page.view.locator(".routed .ids i").count() > 20
+    page.view.evaluate("location.hash = '#L57E255'")
+    page.until("document.querySelectorAll('#card .context').length === 4")
+    assert page.complaints == []
+    page.view.close()
+
+
+def test_which_documents_are_the_most_telling(tmp_path: Path) -> None:
+    """Documents 0, 2, … are of "a", the others of "b". Document 4 goes to the expert of its domain
+    only, the others of its domain in half of their tokens."""
+    T, rng = 2_000, np.random.default_rng(0)
+    document = np.arange(T) // 100
+    ids = uniform_ids(rng, T, 8, 1)
+    ids[(document % 2 == 0) & (rng.random(T) < 0.5)] = 3
+    ids[document == 4] = 3
+    trace = write_trace(
+        tmp_path / "t", [ids], 8, document=document, domain_of_document=("a", "b"), words=5
+    )
+    made: Any = text_section(report(trace), 1)
+    assert [d["domain"] for d in made.data["documents"]] in (["a", "b"], ["b", "a"])
+    assert 4 in [d["number"] for d in made.data["documents"]]
+    everything: Any = text_section(report(trace), "all")
+    assert len(everything.data["documents"]) == 20
+    assert "All of the 20 documents are here." in everything.text
+    only: Any = text_section(report(trace, domains="b"), "all")
+    assert {d["number"] for d in only.data["documents"]} == set(range(1, 20, 2))
+
+
+def test_a_trace_without_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    ids = [uniform_ids(rng, 300, 8, 2)]
+    silent = write_trace(tmp_path / "a", ids, 8, manifest={"corpus": {"text": False}})
+    said = "This trace was recorded without its text (trace --no-text)"
+    assert report_page(report(silent)).count(said) == 1
+    assert said not in report_page(report(silent), text=0)
+    counts = write_counts(tmp_path / "b", [rng.integers(1, 50, (2, 8))], 2, domains=("a", "b"))
+    assert text_section(report(counts)) == "text: counts alone hold no tokens"
+    words = write_trace(tmp_path / "c", ids, 8, words=5)
+    monkeypatch.setattr("moe_inspect.reporting.render.texts.section.MOST_BYTES", 100)
+    with pytest.raises(MoeInspectError, match="ask for fewer documents or layers"):
+        text_section(report(words), "all")
+
+
+def test_two_traces_are_compared_in_the_text(browser: Any, tmp_path: Path) -> None:  # noqa: F811
+    T, rng = 600, np.random.default_rng(0)
+    a = uniform_ids(rng, T, 8, 2)
+    b = a.copy()
+    b[100:120] = (b[100:120] + 1) % 8  # of document 1
+    settings: dict[str, Any] = {
+        "document": np.arange(T) // 100,
+        "token_id": np.arange(T) % 50,
+        "words": 50,
+    }
+    traces = [
+        write_trace(tmp_path / name, [a, ids], 8, **settings) for name, ids in (("a", a), ("b", b))
+    ]
+    page = Opened(browser, tmp_path / "p.html", comparison_page(moe_inspect.compare(*traces)))
+    assert page.view.locator("#text-document option").all_text_contents() == [
+        "text · document 1 · 100 tokens"
+    ]
+    assert page.view.locator("#text-layer").input_value() == "1"  # which differs most
+    coloured = [page.view.evaluate(COLOUR, n) != "rgba(0, 0, 0, 0)" for n in range(100)]
+    differ = [set(x) != set(y) for x, y in zip(a[100:200], b[100:200], strict=True)]
+    assert coloured == differ
+    assert sum(differ) > 10
+    page.view.locator(".routed .body span").first.click()
+    at_1 = page.view.locator(".route tbody tr").nth(1).locator("div")
+    assert at_1.nth(0).locator(".chip").all_text_contents() == [str(e) for e in a[100]]
+    assert at_1.nth(1).locator(".chip").all_text_contents() == [str(e) for e in b[100]]
+    assert page.complaints == []
+    page.view.close()
