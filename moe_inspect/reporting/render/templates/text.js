@@ -61,7 +61,7 @@ moe.widgets.text = (place, data, page) => {
     },
     margin: () => {
       const all = tokens().map((t) => margin(at.row, t)).filter((v) => v !== null && Number.isFinite(v)).sort((a, b) => a - b);
-      const scale = AMOUNT("ln(weight ÷ weight) of the last two experts: light is undecided", 0, Math.max(0.1, all[Math.floor(0.95 * all.length)] ?? 0));
+      const scale = AMOUNT("ln(weight ÷ weight) of the last two experts: faint is undecided", 0, Math.max(0.1, all[Math.floor(0.95 * all.length)] ?? 0));
       const colour = scaled(scale);
       return { of: (token) => colour(margin(at.row, token)), legend: () => [moe.scaleBar(scale)] };
     },
