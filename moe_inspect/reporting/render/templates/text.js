@@ -12,7 +12,10 @@ moe.widgets.text = (place, data, page) => {
   const number = (value) => (value === null ? "" : value.toFixed(value < 0.0995 ? 3 : 2));
 
   // --- what a token is coloured by: name → [label, colour of a token, legend]
-  const AMOUNT = (title, low, high) => ({ kind: "amount", title, low, high, unknown: "" });
+  const AMOUNT = (title, low, high) => ({
+    kind: "amount", title, low, high, unknown: "", log: false, stops: [[0, "least"], [0.5, "middle"], [1, "most"]],
+    ticks: [[0, moe.digits(low)], [0.5, ""], [1, moe.digits(high)]],
+  });
   const ink = (rgb) => (0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 128 ? "#000" : "#fff");
   const scaled = (scale) => {
     const colours = moe.colours(scale);
