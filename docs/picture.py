@@ -18,7 +18,6 @@ from playwright.sync_api import sync_playwright
 
 import moe_inspect
 from moe_inspect.reporting.render.page import report_page
-from moe_inspect.simulate.page import section
 
 DOCS = Path(__file__).parent
 SCREENS = {1440: 900, 800: 1000, 390: 844}  # width → height
@@ -31,7 +30,7 @@ def main() -> None:
     (DOCS / "pictures").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as place, sync_playwright() as tool:
         trace = moe_inspect.trace_model("demo", Path(place) / "demo", logits=True)
-        placed = section(moe_inspect.simulate_placement(trace, gpus=4))
+        placed = moe_inspect.simulate_placement(trace, gpus=4).section()
         page = Path(place) / "report.html"
         page.write_text(report_page(moe_inspect.report(trace), [placed]), encoding="utf-8")
         browser = tool.chromium.launch(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.decode.decode import simulate_decode
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import write_plan
+    from moe_inspect.simulate.result import Simulation
     from moe_inspect.simulate.routing.routing import simulate_routing
     from moe_inspect.trace.reader import Trace, open_trace
     from moe_inspect.trace.verify import Verification, verify
@@ -53,6 +54,7 @@ __all__ = [
     "MoeInspectError",
     "Report",
     "RouterSpec",
+    "Simulation",
     "Trace",
     "TraceOptions",
     "Verification",
@@ -92,6 +94,7 @@ _HOMES = {
     "ModelComparison": "moe_inspect.comparison.models.compare",
     "RouterSpec": "moe_inspect.model.custom.spec",
     "Report": "moe_inspect.reporting.report",
+    "Simulation": "moe_inspect.simulate.result",
     "Trace": "moe_inspect.trace.reader",
     "TraceOptions": "moe_inspect.capture.options",
     "Verification": "moe_inspect.trace.verify",

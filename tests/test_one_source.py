@@ -184,7 +184,7 @@ def test_two_routers_of_a_layer_are_named_alike_everywhere(tmp_path: Path):
     assert any("(layer 5/1), which leaves" in s for s in capacity.verdict)
     assert any("layer 5/1, drop rate by position" in s for s in capacity.verdict)
     for simulated in (capacity, cache, simulate_placement(trace, gpus=2)):
-        assert {"0", "5/1", "5/2"} <= set(written(simulated.figure()))
+        assert {"0", "5/1", "5/2"} <= set(written(simulated.plot()))
 
 
 def test_a_simulation_of_routing_names_routers_too(tmp_path: Path):

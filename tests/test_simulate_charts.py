@@ -11,7 +11,6 @@ import pytest
 from moe_inspect import simulate_cache, simulate_capacity, simulate_placement
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Line, Points
-from moe_inspect.simulate.page import page
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.trace.reader import Trace
 from tests.synthetic import uniform_ids, write_trace
@@ -51,8 +50,8 @@ def test_many_layers_make_a_heatmap_and_every_chart_can_be_read(tmp_path: Path):
     assert heatmap is not None
     assert heatmap.values.shape == (3, 14)
     for simulated in (placed, simulate_cache(trace), simulate_capacity(trace)):
-        assert overlapping(simulated.figure()) == []
-        made = page(simulated)
+        assert overlapping(simulated.plot()) == []
+        made = simulated.page()
         assert "data-panel" in made
         assert "<img" not in made  # charts follow the theme, pictures do not
         again: dict[str, Any] = {}
@@ -62,5 +61,5 @@ def test_many_layers_make_a_heatmap_and_every_chart_can_be_read(tmp_path: Path):
 
 
 def test_nothing_to_draw_is_said():
-    with pytest.raises(MoeInspectError, match="simulate x has nothing to draw"):
-        Simulation("x", {}, []).figure()
+    with pytest.raises(MoeInspectError, match="has nothing to draw"):
+        Simulation("x", {}, []).plot()

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import moe_inspect.comparison.tables as _tables  # noqa: F401 (registers them)
 from moe_inspect.comparison.data import TABLES, Options, PairData
 from moe_inspect.comparison.loads.compare import LoadComparison
 from moe_inspect.comparison.verdict import findings
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.reader import Trace, open_trace
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.charts.spec import Chart
+    from moe_inspect.reporting.render.notebook import Cell
 
 __all__ = ["TABLES", "Comparison", "compare"]
 
 
-class Comparison(PairData):
+class Comparison(PairData, Shown):
     """`tables["agreement"]` and the others are DataFrames, computed when first asked for;
-    `verdict()` is what they come to, in plain sentences."""
+    `verdict()` is what they come to, in plain sentences. `print(comparison)` is one screen of
+    it."""
 
     def __repr__(self) -> str:
         return (
@@ -29,6 +36,26 @@ class Comparison(PairData):
         """Whether it is the same routing, where it is not, and what to do: a Finding each, with a
         plain sentence in `text`; most important first."""
         return findings(self)
+
+    def write_text(self, file: TextIO) -> None:
+        from moe_inspect.comparison.text import print_comparison
+
+        print_comparison(self, file)
+
+    def charts(self) -> tuple[list[Chart], list[str]]:
+        from moe_inspect.comparison.charts import draw_charts
+
+        return draw_charts(self)
+
+    def page(self) -> str:
+        from moe_inspect.comparison.page import comparison_page
+
+        return comparison_page(self)
+
+    def cell(self) -> Cell:
+        from moe_inspect.comparison.cells import comparison_cell
+
+        return comparison_cell(self)
 
 
 def compare(

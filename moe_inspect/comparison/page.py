@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from moe_inspect.comparison.charts import draw_charts
-from moe_inspect.comparison.checkpoints import Checkpoints, saturation_chart
-from moe_inspect.comparison.compare import Comparison
-from moe_inspect.comparison.data import Options
+from moe_inspect.comparison.checkpoints_data import CheckpointData, saturation_chart
+from moe_inspect.comparison.data import Options, PairData
 from moe_inspect.comparison.texts import text_section
+from moe_inspect.comparison.verdict import findings
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.python import address, python_call, table_of
 from moe_inspect.text import layer_label, plural
@@ -43,7 +43,7 @@ CHARTS = {
 }
 
 
-def comparison_page(made: Comparison) -> str:
+def comparison_page(made: PairData) -> str:
     """The page, as HTML."""
     charts, left_out = draw_charts(made)
     shown = text_section(made)
@@ -69,7 +69,7 @@ def comparison_page(made: Comparison) -> str:
                     plural(len(made.pairs), "router"),
                 ]
             ),
-            verdict=made.verdict(),
+            verdict=findings(made),
             tiles=_tiles(made),
             sections=sections,
             left_out=left_out,
@@ -81,7 +81,7 @@ def comparison_page(made: Comparison) -> str:
     )
 
 
-def _python(made: Comparison, table: str) -> str:
+def _python(made: PairData, table: str) -> str:
     usual = asdict(Options())
     options = {k: v for k, v in asdict(made.options).items() if v != usual[k] and k != "threads"}
     if made.noise is not None:
@@ -89,7 +89,7 @@ def _python(made: Comparison, table: str) -> str:
     return table_of(python_call("compare", [made.a, made.b], options), table)
 
 
-def _tiles(made: Comparison) -> list[Tile]:
+def _tiles(made: PairData) -> list[Tile]:
     share = {r: made.of(r).mismatch_UX.sum() / made.decisions_UX(r).sum() for r, _ in made.pairs}
     worst = max(share, key=lambda r: share[r])
     tiles = [
@@ -112,7 +112,7 @@ def _tiles(made: Comparison) -> list[Tile]:
     return tiles
 
 
-def checkpoints_page(made: Checkpoints) -> str:
+def checkpoints_page(made: CheckpointData) -> str:
     """The page on several checkpoints, as HTML."""
     return page_html(
         Page(

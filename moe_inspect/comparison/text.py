@@ -5,17 +5,24 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TextIO
 
 from rich.text import Text
 
-from moe_inspect.comparison.checkpoints import Checkpoints
-from moe_inspect.comparison.compare import Comparison
-from moe_inspect.reporting.render.console import console_for, print_frame
+from moe_inspect.comparison.checkpoints_data import CheckpointData
+from moe_inspect.comparison.data import PairData
+from moe_inspect.comparison.verdict import findings
+from moe_inspect.reporting.render.console import (
+    console_for,
+    print_and_count,
+    print_frame,
+    rows_that_fit,
+)
 from moe_inspect.reporting.render.terminal import print_verdict
 from moe_inspect.text import printable
 
-ROWS = 10  # of a table; --table has them all
+ROWS = 10  # of a table in a file; --table has them all
 
 
 @dataclass(frozen=True)
@@ -24,21 +31,21 @@ class Excerpt:
 
     columns: tuple[str, ...]
     what: str
-    rows: Callable[[Any], Any]
+    rows: Callable[[Any, int], Any]
 
 
-def _worst(frame: Any) -> Any:
-    if len(frame) <= ROWS:
+def _worst(frame: Any, most: int) -> Any:
+    if len(frame) <= most:
         return frame
-    return frame.nlargest(ROWS, "set_mismatch").sort_values(["layer", "router"])
+    return frame.nlargest(most, "set_mismatch").sort_values(["layer", "router"])
 
 
-def _first(frame: Any) -> Any:
-    return frame.head(ROWS)
+def _first(frame: Any, most: int) -> Any:
+    return frame.head(most)
 
 
-def _most(frame: Any) -> Any:
-    return frame.nlargest(ROWS, "flips")
+def _most(frame: Any, most: int) -> Any:
+    return frame.nlargest(most, "flips")
 
 
 EXCERPTS = {
@@ -71,30 +78,33 @@ EXCERPTS = {
 }
 
 
-def print_comparison(made: Comparison, file: TextIO) -> None:
-    """The whole text."""
+def print_comparison(made: PairData, file: TextIO) -> None:
+    """The whole text; on a terminal as much as fits a screen."""
     console = console_for(file)
-    console.print(Text(printable(f"A {made.a.path} · B {made.b.path}"), style="bold"))
-    console.print()
-    print_verdict(made.verdict(), console)
-    for name, excerpt in EXCERPTS.items():
-        whole: Any = made.tables[name]
-        if not len(whole) or (name != "agreement" and not made.mismatched):
-            continue
-        frame = excerpt.rows(whole)
+    title = f"A {made.a.path} · B {made.b.path}"
+    lines = print_and_count(partial(print_verdict, findings(made)), console, title)
+    shown = [
+        name
+        for name in EXCERPTS
+        if len(made.tables[name]) and (name == "agreement" or made.mismatched)
+    ]
+    most = rows_that_fit(lines, len(shown)) if console.is_terminal else ROWS
+    for name in shown:
+        excerpt, whole = EXCERPTS[name], made.tables[name]
+        frame = excerpt.rows(whole, most)
         if console.is_terminal:
             frame = frame[[c for c in excerpt.columns if c in frame.columns]]
         cut = len(frame) < len(whole)
         title = f"{name}: {excerpt.what}, {len(frame):,} of {len(whole):,} rows" if cut else name
-        shown = print_frame(frame, console, title, fitting=console.is_terminal)
-        if left := len(whole.columns) - shown:
+        columns_shown = print_frame(frame, console, title, fitting=console.is_terminal)
+        if left := len(whole.columns) - columns_shown:
             paths = " ".join(shlex.quote(str(trace.path)) for trace in (made.a, made.b))
             columns = "column" if left == 1 else "columns"
             command = f"moe-inspect compare {paths} --table {name}"
             console.print(Text(printable(f"+ {left} more {columns}: {command}"), style="dim"))
 
 
-def print_checkpoints(made: Checkpoints, file: TextIO) -> None:
+def print_checkpoints(made: CheckpointData, file: TextIO) -> None:
     """The text on several checkpoints."""
     console = console_for(file)
     console.print(Text(printable(" → ".join(made.names)), style="bold"))

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from moe_inspect.analysis.counting.select import select
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.shown import Shown, displayed
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import TABLES, check_table
 from moe_inspect.reporting.tables.summary import facts, notes
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
+from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace, open_trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from moe_inspect.reporting.charts.spec import Chart
+    from moe_inspect.reporting.render.html import Section
+    from moe_inspect.reporting.render.notebook import Cell
+    from moe_inspect.reporting.render.texts.documents import Amount
 
 __all__ = ["TABLES", "Report", "check_table", "report"]  # whoever imports these has every table
 
@@ -48,18 +60,51 @@ def report(
     )
 
 
-class Report(ReportData):
+class Report(ReportData, Shown):
     """`tables["balance"]` and the others are DataFrames, computed when first asked for; `verdict()`
-    is what they come to, in plain sentences."""
+    is what they come to, in plain sentences. `print(report)` is one screen of it."""
 
     def __repr__(self) -> str:
         return f"Report({str(self.trace.path)!r}, tables: {', '.join(TABLES)})"
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows of a report that a cell ends with."""
-        from moe_inspect.reporting.render.notebook import notebook
+    def write_text(self, file: TextIO, full: bool = False) -> None:
+        """Writes the text as the command prints it: one screen, or (`full`) with every finding and
+        note, and excerpts of the tables."""
+        from moe_inspect.reporting.render.terminal import print_report
 
-        return notebook(self)
+        print_report(self, file, full)
+
+    def charts(self) -> tuple[list[Chart], list[str]]:
+        from moe_inspect.reporting.charts.spec import draw_charts
+
+        return draw_charts(self)
+
+    def page(self, more: Iterable[Section | str] = (), text: Amount = None) -> str:
+        """The page, as one string of HTML. `more`: sections to add after its charts, or texts that
+        say why one is missing. `text`: documents of each domain on the page, "all", 0 for none; by
+        default as many as a megabyte holds."""
+        from moe_inspect.reporting.render.page import report_page
+
+        return report_page(self, more, text)
+
+    def cell(self) -> Cell:
+        from moe_inspect.reporting.render.notebook import report_cell
+
+        return report_cell(self)
+
+    def plot(self, name: str) -> Figure:
+        """One chart as a figure of matplotlib: "load", "domains", … MoeInspectError where there is
+        no such chart, naming those there are, or where the trace has no data for it."""
+        from moe_inspect.reporting.charts.spec import chart_of, every_chart
+        from moe_inspect.reporting.render.matplotlib import draw, letters
+
+        if name not in (there := every_chart()):
+            raise MoeInspectError(no_such("chart", name, there))
+        made = chart_of(self, name)
+        if isinstance(made, str):
+            raise MoeInspectError(made or f"this trace has no data for the chart {name!r}")
+        with letters():
+            return displayed(draw(made))
 
     def verdict(self) -> list[Finding]:
         """What is wrong, how sure that is and what is fine: a Finding each, with a plain sentence

@@ -5,28 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, ParamSpec, TextIO
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.shown import Shown
+from moe_inspect.text import plural, printable
 from moe_inspect.trace.reader import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from rich.console import Console
 
     from moe_inspect.reporting.charts.spec import Chart
+    from moe_inspect.reporting.render.html import Section
+    from moe_inspect.reporting.render.notebook import Cell
 
 Options = ParamSpec("Options")
 SIMULATED = "Simulated: the trace replayed under other assumptions. "
+ROWS = 20  # of a table in a file; --table has them all
+HIDDEN = ("moe_layers",)  # a setting that plan files need, too long to read
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """`tables`: the main one first, under the simulation's own name. `verdict`: plain sentences,
-    most important first.
+@dataclass(frozen=True, repr=False)
+class Simulation(Shown):
+    """`tables`: DataFrames, the main one first, under the simulation's own name. `verdict`: plain
+    sentences, most important first.
     `settings`: what was assumed, as told to the user. `chart`: what the page and the pictures
     draw. `shown`: the tables that the text shows; by default the main one. `python`: lines that
-    simulate the same again, as `made`."""
+    simulate the same again, as `made`. `print(simulation)` is one screen of it."""
 
     name: str
     tables: dict[str, pd.DataFrame]
@@ -36,14 +43,107 @@ class Simulation:
     shown: tuple[str, ...] = ()
     python: str = ""
 
-    def figure(self) -> Figure:
-        """The chart, drawn by matplotlib. MoeInspectError where there is nothing to draw."""
-        from moe_inspect.reporting.render.matplotlib import draw, letters
+    def __repr__(self) -> str:
+        return f"Simulation({self.name!r}, tables: {', '.join(self.tables)})"
 
-        if self.chart is None:
-            raise MoeInspectError(f"simulate {self.name} has nothing to draw")
-        with letters():
-            return draw(self.chart)
+    @property
+    def in_order(self) -> list[str]:
+        """The tables, those first that the text shows."""
+        return list(dict.fromkeys([*self.shown, *self.tables]))
+
+    def write_text(self, file: TextIO) -> None:
+        from rich.text import Text
+
+        from moe_inspect.reporting.render.console import (
+            console_for,
+            print_and_count,
+            print_frame,
+            rows_that_fit,
+        )
+
+        console, names = console_for(file), self.shown or self.in_order[:1]
+        lines = print_and_count(self._print_verdict, console)
+        most = rows_that_fit(lines, len(names)) if console.is_terminal else ROWS
+        for name in names:
+            frame = self.tables[name]
+            cut = f": the first {most} of {len(frame):,} rows" if len(frame) > most else ""
+            head, title = frame.head(most), f"{name}{cut}"
+            shown = print_frame(head, console, title, fitting=console.is_terminal)
+            left = ["all rows"] if cut else []
+            if columns := len(frame.columns) - shown:
+                left.append(plural(columns, "more column"))
+            if left:
+                console.print(Text(f"+ {' and '.join(left)}: --table {name}", style="dim"))
+
+    def _print_verdict(self, console: Console) -> None:
+        from rich.text import Text
+
+        from moe_inspect.reporting.render.console import wrapped
+
+        for sentence in self.verdict:
+            for line in wrapped(Text(printable(sentence)), console, Text("• ")):
+                console.print(line, soft_wrap=True)
+
+    def charts(self) -> tuple[list[Chart], list[str]]:
+        return [] if self.chart is None else [self.chart], []
+
+    def plot(self, name: str | None = None) -> Figure:
+        """The picture, which has the simulation's name, as a figure of matplotlib. MoeInspectError
+        where there is nothing to draw."""
+        return super().plot(name or self.name)
+
+    def page(self) -> str:
+        from moe_inspect.reporting.render.html import Page, page_html
+
+        assumed = "; ".join(
+            f"{name.replace('_', ' ')}: {_text(value)}"
+            for name, value in self.settings.items()
+            if name not in HIDDEN and _text(value)
+        )
+        title = f"moe-inspect simulate {self.name}"
+        return page_html(Page(title, assumed, verdict=self.verdict, sections=self._sections()))
+
+    def _sections(self) -> list[Section]:
+        """The picture, then the tables."""
+        from moe_inspect.reporting.render.html import Section, chart_section
+        from moe_inspect.reporting.render.python import table_of
+
+        found = [chart_section(chart) for chart in self.charts()[0]]
+        for name in self.in_order:
+            code = table_of(self.python, name)
+            found.append(Section(name, table=self.tables[name], name=name, python=code))
+        return found
+
+    def section(self) -> Section:
+        """A section for the page of a report: what it says, its picture and its first table."""
+        from moe_inspect.reporting.render.html import Section
+        from moe_inspect.reporting.render.python import table_of
+
+        name = self.in_order[0]
+        return Section(
+            f"Simulated: {self.name}",
+            " ".join(self.verdict),
+            self.chart,
+            table=self.tables[name],
+            group="Serving",
+            python=table_of(self.python, name),
+        )
+
+    def cell(self) -> Cell:
+        from moe_inspect.reporting.render.notebook import Cell, chart_picture
+
+        title, first = f"simulate {self.name}", self.in_order[0]
+        picture = None if self.chart is None else chart_picture(self.chart)
+        table = self.tables[first]
+        caption = f"{first}, the first rows of {len(table):,}" if len(table) > ROWS else first
+        return Cell(title, self.verdict, list(self.tables), None, picture, table, caption)
+
+
+def _text(value: object) -> str:
+    """Nothing of what was not asked for."""
+    if value is None or value is False:
+        return ""
+    return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
 
 
 def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Simulation]:

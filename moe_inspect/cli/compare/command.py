@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from moe_inspect.cli.compare.options import CompareOptions, TraceA, TraceB, Traces
-from moe_inspect.cli.compare.write import Shown, requested, write
+from moe_inspect.cli.compare.write import requested, write
 from moe_inspect.cli.options import TableCommand, with_options
 from moe_inspect.cli.report.build import decisions_read
 from moe_inspect.errors import MoeInspectError
@@ -49,11 +48,8 @@ def compare(a: TraceA, b: TraceB, options: CompareOptions, others: Traces = None
 
 
 def _pair(a: str, b: str, options: CompareOptions) -> None:
-    from moe_inspect.comparison.charts import draw_charts
     from moe_inspect.comparison.compare import TABLES, LoadComparison
     from moe_inspect.comparison.compare import compare as make
-    from moe_inspect.comparison.page import comparison_page
-    from moe_inspect.comparison.text import print_comparison
 
     with decisions_read() as progress:
         made = make(
@@ -76,18 +72,12 @@ def _pair(a: str, b: str, options: CompareOptions) -> None:
             options, TABLES, "agreement"
         )  # after it is known which tables there are
         made.verdict()  # which counts
-    shown = Shown(
-        partial(print_comparison, made),
-        lambda: draw_charts(made)[0],
-        lambda: comparison_page(made),
-    )
-    write(made, request, shown, TABLES)
+    write(made, request, TABLES)
 
 
 def _loads(made: LoadComparison, options: CompareOptions) -> None:
     """The load of two traces, of which one holds counts only."""
     from moe_inspect.comparison.loads.data import LOAD_TABLES
-    from moe_inspect.comparison.loads.shown import draw_load_charts, loads_page, print_loads
 
     if options.table:
         made.refuse("table", options.table)
@@ -95,21 +85,13 @@ def _loads(made: LoadComparison, options: CompareOptions) -> None:
         for one in text.split(","):
             made.refuse("metric", one.partition("=")[0].strip())
     request = requested(options, LOAD_TABLES, "load_shift")
-    shown = Shown(
-        partial(print_loads, made), lambda: draw_load_charts(made), lambda: loads_page(made)
-    )
-    write(made, request, shown, LOAD_TABLES)
+    write(made, request, LOAD_TABLES)
 
 
 def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError) -> None:
     """Two different models, side by side: what was asked for must be there for these."""
     from moe_inspect.comparison.models.compare import compare_models
     from moe_inspect.comparison.models.data import MODEL_TABLES
-    from moe_inspect.comparison.models.shown import (
-        draw_model_charts,
-        models_page,
-        print_models,
-    )
 
     given = {
         f"the table {options.table!r}": options.table and options.table not in MODEL_TABLES,
@@ -130,22 +112,11 @@ def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError
             a, b, **selection, top=options.top, reasons=error.reasons, progress=progress
         )
         made.verdict()
-    shown = Shown(
-        partial(print_models, made),
-        lambda: draw_model_charts(made)[0],
-        lambda: models_page(made),
-    )
-    write(made, request, shown, MODEL_TABLES)
+    write(made, request, MODEL_TABLES)
 
 
 def _checkpoints(traces: list[str], options: CompareOptions) -> None:
-    from moe_inspect.comparison.checkpoints import (
-        CHECKPOINT_TABLES,
-        compare_checkpoints,
-        saturation_chart,
-    )
-    from moe_inspect.comparison.page import checkpoints_page
-    from moe_inspect.comparison.text import print_checkpoints
+    from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES, compare_checkpoints
 
     given = [name for name in OF_PAIRS if getattr(options, name)]
     if given:
@@ -156,12 +127,7 @@ def _checkpoints(traces: list[str], options: CompareOptions) -> None:
     with decisions_read() as progress:
         made = compare_checkpoints(traces, **_selection(options), progress=progress)
         made.verdict()
-    shown = Shown(
-        partial(print_checkpoints, made),
-        lambda: [saturation_chart(made)],
-        lambda: checkpoints_page(made),
-    )
-    write(made, request, shown, CHECKPOINT_TABLES)
+    write(made, request, CHECKPOINT_TABLES)
 
 
 def _selection(options: CompareOptions) -> dict[str, Any]:

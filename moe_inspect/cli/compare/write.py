@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,23 +15,13 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from moe_inspect.reporting.charts.spec import Chart
+    from moe_inspect.comparison.checkpoints import Checkpoints
+    from moe_inspect.comparison.compare import Comparison, LoadComparison
+    from moe_inspect.comparison.models.compare import ModelComparison
     from moe_inspect.reporting.tables.registry import Table
-    from moe_inspect.reporting.verdict.findings import Finding
     from moe_inspect.reporting.verdict.gate import Gate
-    from moe_inspect.trace.reader import Trace
 
-
-class Made(Protocol):
-    """A comparison of two traces, or of several."""
-
-    @property
-    def tables(self) -> Mapping[str, pd.DataFrame]: ...
-    @property
-    def trace(self) -> Trace: ...
-    def verdict(self) -> list[Finding]: ...
+    Made = Comparison | LoadComparison | ModelComparison | Checkpoints
 
 
 @dataclass(frozen=True)
@@ -42,15 +32,6 @@ class Request:
     format: Format
     gates: Sequence[Gate]
     options: CompareOptions
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How a comparison is shown."""
-
-    text: Callable[[TextIO], None]
-    charts: Callable[[], list[Chart]]
-    page: Callable[[], str]
 
 
 def requested(options: CompareOptions, tables: Mapping[str, Table], main: str) -> Request:
@@ -83,24 +64,19 @@ def _gates(texts: list[str] | None, above: bool, tables: Mapping[str, Table]) ->
         raise typer.BadParameter(f"{option}: {error}") from None
 
 
-def write(made: Made, request: Request, shown: Shown, tables: Mapping[str, Table]) -> None:
+def write(made: Made, request: Request, tables: Mapping[str, Table]) -> None:
     """Writes what was asked for; exits with 3 where a gate failed."""
     from moe_inspect.reporting.verdict.gate import breaches
 
     options, breached = request.options, breaches(made, request.gates, tables)
     if options.plots is not None:
-        from moe_inspect.reporting.render.matplotlib import write_charts
-
-        for path in write_charts(shown.charts(), options.plots):
+        for path in made.save_plots(options.plots):
             print_stderr(f"wrote {path}")
     if options.html is not None:
-        from moe_inspect.reporting.render.html import write_page
-
-        write_page(options.html, shown.page())
-        print_stderr(f"wrote {options.html}")
+        print_stderr(f"wrote {made.to_html(options.html)}")
     if request.table is None:
         with text_to(options.output) as file:
-            shown.text(file)
+            made.write_text(file)
     else:
         table = table_of(made, request.table, request.format)
         emit(table, request.format, options.output, options.safe_csv)

@@ -22,25 +22,20 @@ def write(made: Report, request: Request) -> None:
     if made.warning:
         print_stderr(f"warning: {made.warning}")
     if request.plots is not None:
-        from moe_inspect.reporting.render.matplotlib import write_pictures
-
-        for path in write_pictures(made, request.plots):
+        for path in made.save_plots(request.plots):
             print_stderr(f"wrote {path}")
     if request.html is not None:
         from moe_inspect.reporting.render.html import write_page
-        from moe_inspect.reporting.render.page import report_page
 
         simulated = simulated_sections(made, request.simulate, request.selection["layers"])
-        write_page(request.html, report_page(made, simulated, request.text))
+        write_page(request.html, made.page(simulated, request.text))
         print_stderr(f"wrote {request.html}")
     if request.table:
         table = table_of(made, request.table, request.format)
         emit(table, request.format, request.output, request.safe_csv)
     else:
-        from moe_inspect.reporting.render.terminal import print_report
-
         with text_to(request.output) as file:
-            print_report(made, file, request.full)
+            made.write_text(file, request.full)
 
 
 def table_of(made: Any, name: str, form: Format) -> pd.DataFrame:
@@ -57,12 +52,11 @@ def simulated_sections(
 ) -> Iterator[Section | str]:
     """A section per simulation, or why the trace has none to give."""
     import moe_inspect
-    from moe_inspect.simulate.page import section
 
     for name in dict.fromkeys(names):
         try:
             limits = {"uneven": made.thresholds.uneven} if name is Simulated.routing else {}
             simulate = getattr(moe_inspect, f"simulate_{name}")
-            yield section(simulate(made.trace, layers=layers, **limits))
+            yield simulate(made.trace, layers=layers, **limits).section()
         except MoeInspectError as error:
             yield str(error)

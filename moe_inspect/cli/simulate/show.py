@@ -13,13 +13,12 @@ import typer
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.cli.help.complete import traces
 from moe_inspect.cli.options import Output
-from moe_inspect.text import no_such, plural, print_stderr, printable
+from moe_inspect.text import no_such, print_stderr
 
 if TYPE_CHECKING:
     from moe_inspect.simulate.result import Simulation
 
 N = TypeVar("N", int, float)
-ROWS = 20  # of a table in the text; --table has them all
 
 TraceArgument = Annotated[
     Path,
@@ -109,44 +108,14 @@ def show(simulation: Simulation, options: ShowOptions) -> None:
             f"-o {output}: no format has this ending, add --format {', '.join(Format)}"
         )
     if options.plots is not None:
-        _draw(simulation, options.plots)
+        written = simulation.save_plots(options.plots)
+        for line in [f"wrote {path}" for path in written] or ["nothing to draw"]:
+            print_stderr(line)
     if options.html is not None:
-        from moe_inspect.simulate.page import page
-
-        with text_to(options.html) as file:
-            file.write(page(simulation))
-        print_stderr(f"wrote {options.html}")
+        print_stderr(f"wrote {simulation.to_html(options.html)}")
     if table or format or ending is not Format.table:
         form = format or ending or Format.table
         emit(simulation.tables[table or main], form, output, options.safe_csv)
         return
     with text_to(output) as file:
-        from rich.text import Text
-
-        from moe_inspect.reporting.render.console import console_for, print_frame, wrapped
-
-        console = console_for(file)
-        for sentence in simulation.verdict:
-            for line in wrapped(Text(printable(sentence)), console, Text("• ")):
-                console.print(line, soft_wrap=True)
-        for name in simulation.shown or (main,):
-            frame = simulation.tables[name]
-            cut = f": the first {ROWS} of {len(frame):,} rows" if len(frame) > ROWS else ""
-            shown = print_frame(
-                frame.head(ROWS), console, f"{name}{cut}", fitting=console.is_terminal
-            )
-            left = ["all rows"] if cut else []
-            if columns := len(frame.columns) - shown:
-                left.append(plural(columns, "more column"))
-            if left:
-                console.print(Text(f"+ {' and '.join(left)}: --table {name}", style="dim"))
-
-
-def _draw(simulation: Simulation, directory: Path) -> None:
-    from moe_inspect.reporting.render.matplotlib import write_charts  # imports matplotlib
-
-    if simulation.chart is None:
-        print_stderr("nothing to draw")
-        return
-    for path in write_charts([simulation.chart], directory):
-        print_stderr(f"wrote {path}")
+        simulation.write_text(file)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, TextIO
 
 import numpy as np
-from rich.text import Text
 
-from moe_inspect.comparison.loads.compare import LoadComparison
-from moe_inspect.comparison.loads.data import SIDES
+from moe_inspect.comparison.loads.data import SIDES, LoadData
 from moe_inspect.comparison.loads.tables import chance_limit
+from moe_inspect.comparison.loads.verdict import findings
 from moe_inspect.reporting.charts.parts import look
 from moe_inspect.reporting.charts.spec import (
     MOST_LINES,
@@ -24,12 +24,18 @@ from moe_inspect.reporting.charts.spec import (
     Points,
     Scale,
 )
-from moe_inspect.reporting.render.console import console_for, print_frame
+from moe_inspect.reporting.render.console import (
+    console_for,
+    print_and_count,
+    print_frame,
+    rows_that_fit,
+)
 from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
+from moe_inspect.reporting.render.notebook import Cell, verdict_cell
 from moe_inspect.reporting.render.terminal import print_verdict
-from moe_inspect.text import layer_label, printable
+from moe_inspect.text import layer_label, plural
 
-ROWS = 10  # of a table; --table has them all
+ROWS = 10  # of a table in a file; --table has them all
 ON_A_TERMINAL = (
     "layer",
     "router",
@@ -44,11 +50,11 @@ ON_A_TERMINAL = (
 COLOURS = dict(zip(SIDES, ("c1", "c2"), strict=True))
 
 
-def _layers(data: LoadComparison) -> Axis:
+def _layers(data: LoadData) -> Axis:
     return Axis("layer", tuple(layer_label(data.a.routers, r) for r, _ in data.pairs))
 
 
-def load_shift(data: LoadComparison) -> Chart:
+def load_shift(data: LoadData) -> Chart:
     """How far the load moves, beside chance."""
     table: Any = data.tables["load_shift"]
     x = np.arange(len(table), dtype=float)
@@ -67,7 +73,7 @@ def load_shift(data: LoadComparison) -> Chart:
     )
 
 
-def max_vio(data: LoadComparison) -> Chart:
+def max_vio(data: LoadData) -> Chart:
     """How even the load is in each."""
     table: Any = data.tables["balance"]
     x, marks = np.arange(len(table), dtype=float), list[Line]()
@@ -84,7 +90,7 @@ def max_vio(data: LoadComparison) -> Chart:
     )
 
 
-def by_step(data: LoadComparison) -> Chart | None:
+def by_step(data: LoadData) -> Chart | None:
     """How far the load moves in every window of steps; None where there are not two of them."""
     table: Any = data.tables["windows"]
     if table["window"].nunique() < 2:
@@ -128,13 +134,13 @@ def by_step(data: LoadComparison) -> Chart | None:
     )
 
 
-def draw_load_charts(data: LoadComparison) -> list[Chart]:
+def draw_load_charts(data: LoadData) -> list[Chart]:
     """All charts."""
     made = ((make, make(data)) for make in (load_shift, by_step, max_vio))
     return [replace(chart, name=make.__name__) for make, chart in made if chart is not None]
 
 
-def loads_page(made: LoadComparison) -> str:
+def loads_page(made: LoadData) -> str:
     """The page, as HTML."""
     sections = [chart_section(chart) for chart in draw_load_charts(made)]
     titles = {"load": "Experts", "summary": "About these traces", "refused": "Not compared"}
@@ -143,27 +149,36 @@ def loads_page(made: LoadComparison) -> str:
         Page(
             "The load of two traces",
             f"A {made.a.path} · B {made.b.path}",
-            verdict=made.verdict(),
+            verdict=findings(made),
             sections=sections,
             footer="Counts tell the load of experts, not decisions. Made by moe-inspect.",
         )
     )
 
 
-def print_loads(made: LoadComparison, file: TextIO) -> None:
+def loads_cell(made: LoadData) -> Cell:
+    """What a notebook shows: the verdict, how far the load moves, and where the furthest."""
+    whole: Any = made.tables["load_shift"]
+    worst = whole.nlargest(len(whole), "load_shift")
+    title = f"A {made.a.path} · B {made.b.path}"
+    caption = f"load_shift, the highest of {plural(len(whole), 'router')}"
+    return verdict_cell(title, findings(made), made.tables, load_shift(made), worst, caption)
+
+
+def print_loads(made: LoadData, file: TextIO) -> None:
     """The whole text."""
     console = console_for(file)
-    console.print(Text(printable(f"A {made.a.path} · B {made.b.path}"), style="bold"))
-    console.print()
-    print_verdict(made.verdict(), console)
-    shown = {"load_shift": "load_shift", "diverged": "most_load_shift", "balance": "max_vio_b"}
-    for name, worst in shown.items():
+    title = f"A {made.a.path} · B {made.b.path}"
+    lines = print_and_count(partial(print_verdict, findings(made)), console, title)
+    excerpts = {"load_shift": "load_shift", "diverged": "most_load_shift", "balance": "max_vio_b"}
+    if len(made.steps.first_W) < 2:
+        del excerpts["diverged"]
+    most = rows_that_fit(lines, len(excerpts)) if console.is_terminal else ROWS
+    for name, worst in excerpts.items():
         whole: Any = made.tables[name]
-        if name == "diverged" and len(made.steps.first_W) < 2:
-            continue
-        frame = whole.nlargest(ROWS, worst) if len(whole) > ROWS else whole
+        frame = whole.nlargest(most, worst) if len(whole) > most else whole
         if name == "balance" and console.is_terminal:
             frame = frame[list(ON_A_TERMINAL)]
         cut = len(frame) < len(whole)
-        title = f"{name}: the highest {worst}, {ROWS} of {len(whole):,} rows" if cut else name
+        title = f"{name}: the highest {worst}, {most} of {len(whole):,} rows" if cut else name
         print_frame(frame.sort_values(["layer", "router"]), console, title, console.is_terminal)

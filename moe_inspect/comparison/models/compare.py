@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from moe_inspect.comparison.compare import opened
 from moe_inspect.comparison.models.data import MODEL_TABLES, ModelData
 from moe_inspect.comparison.models.verdict import findings
+from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.reader import Trace
 
+if TYPE_CHECKING:
+    from moe_inspect.reporting.charts.spec import Chart
+    from moe_inspect.reporting.render.notebook import Cell
 
-class ModelComparison(ModelData):
+
+class ModelComparison(ModelData, Shown):
     """`tables["balance"]` and the others are DataFrames, computed when first asked for;
     `verdict()` is what they come to, in plain sentences."""
 
@@ -25,6 +31,26 @@ class ModelComparison(ModelData):
     def verdict(self) -> list[Finding]:
         """What can be compared and what it comes to, and what cannot: a Finding each."""
         return findings(self)
+
+    def write_text(self, file: TextIO) -> None:
+        from moe_inspect.comparison.models.shown import print_models
+
+        print_models(self, file)
+
+    def charts(self) -> tuple[list[Chart], list[str]]:
+        from moe_inspect.comparison.models.shown import draw_model_charts
+
+        return draw_model_charts(self)
+
+    def page(self) -> str:
+        from moe_inspect.comparison.models.shown import models_page
+
+        return models_page(self)
+
+    def cell(self) -> Cell:
+        from moe_inspect.comparison.models.shown import models_cell
+
+        return models_cell(self)
 
 
 def compare_models(

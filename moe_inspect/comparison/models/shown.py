@@ -5,18 +5,25 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TextIO
 
 import numpy as np
 from rich.text import Text
 
-from moe_inspect.comparison.models.compare import ModelComparison
-from moe_inspect.comparison.models.data import SIDES
+from moe_inspect.comparison.models.data import SIDES, ModelData
+from moe_inspect.comparison.models.verdict import findings
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.parts import known_interval
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
-from moe_inspect.reporting.render.console import console_for, print_frame
+from moe_inspect.reporting.render.console import (
+    console_for,
+    print_and_count,
+    print_frame,
+    rows_that_fit,
+)
 from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
+from moe_inspect.reporting.render.notebook import Cell, verdict_cell
 from moe_inspect.reporting.render.terminal import print_verdict
 from moe_inspect.text import printable
 
@@ -56,7 +63,7 @@ def _lines(
     return tuple(marks)
 
 
-def load_by_depth(data: ModelComparison) -> Chart:
+def load_by_depth(data: ModelData) -> Chart:
     """How even the load is, by relative depth."""
     table = data.tables["balance"]
     marks = _lines(table, "max_vio", "max_vio_low", "max_vio_high", "noise_floor")
@@ -69,7 +76,7 @@ def load_by_depth(data: ModelComparison) -> Chart:
     )
 
 
-def domains_by_depth(data: ModelComparison) -> Chart:
+def domains_by_depth(data: ModelData) -> Chart:
     """The share that the domain explains, by relative depth."""
     table = data.tables["specialization"]
     return Chart(
@@ -82,7 +89,7 @@ def domains_by_depth(data: ModelComparison) -> Chart:
     )
 
 
-def texts_by_depth(data: ModelComparison) -> Chart:
+def texts_by_depth(data: ModelData) -> Chart:
     """The share that the text of a span explains, by relative depth."""
     table = data.tables["spans"]
     marks = _lines(table, "explained_by_text", "explained_by_text_low", "explained_by_text_high")
@@ -97,14 +104,14 @@ def texts_by_depth(data: ModelComparison) -> Chart:
     )
 
 
-CHARTS: tuple[Callable[[ModelComparison], Chart], ...] = (
+CHARTS: tuple[Callable[[ModelData], Chart], ...] = (
     load_by_depth,
     domains_by_depth,
     texts_by_depth,
 )
 
 
-def draw_model_charts(data: ModelComparison) -> tuple[list[Chart], list[str]]:
+def draw_model_charts(data: ModelData) -> tuple[list[Chart], list[str]]:
     """All charts that the two have the data for, and why others are missing."""
     charts, left_out = list[Chart](), list[str]()
     for make in CHARTS:
@@ -115,7 +122,7 @@ def draw_model_charts(data: ModelComparison) -> tuple[list[Chart], list[str]]:
     return charts, list(dict.fromkeys(left_out))
 
 
-def models_page(made: ModelComparison) -> str:
+def models_page(made: ModelData) -> str:
     """The page, as HTML."""
     charts, left_out = draw_model_charts(made)
     sections = [chart_section(chart) for chart in charts]
@@ -130,7 +137,7 @@ def models_page(made: ModelComparison) -> str:
         Page(
             "Two models, side by side",
             f"A {made.a.path} · B {made.b.path}",
-            verdict=made.verdict(),
+            verdict=findings(made),
             sections=sections,
             left_out=left_out,
             footer="Figures of two models are comparable where they are shares of what is "
@@ -139,36 +146,40 @@ def models_page(made: ModelComparison) -> str:
     )
 
 
-def print_models(made: ModelComparison, file: TextIO) -> None:
+def models_cell(made: ModelData) -> Cell:
+    """What a notebook shows: the verdict, and how even the load of each is."""
+    title = f"A {made.a.path} · B {made.b.path}"
+    return verdict_cell(title, findings(made), made.tables, load_by_depth(made))
+
+
+def print_models(made: ModelData, file: TextIO) -> None:
     """The whole text."""
     console = console_for(file)
-    console.print(Text(printable(f"A {made.a.path} · B {made.b.path}"), style="bold"))
-    console.print()
-    print_verdict(made.verdict(), console)
-    for name, columns in EXCERPTS.items():
-        if made.why_not(name):
-            continue
+    title = f"A {made.a.path} · B {made.b.path}"
+    lines = print_and_count(partial(print_verdict, findings(made)), console, title)
+    there = {name: columns for name, columns in EXCERPTS.items() if not made.why_not(name)}
+    most = rows_that_fit(lines + 2, len(there), 5) // 2 if console.is_terminal else ROWS
+    for name, columns in there.items():
         frame: Any = made.tables[name]
         if console.is_terminal:
             frame = frame[list(columns)]
-        shown = _apart(frame)
-        title = (
-            name if len(shown) == len(frame) else f"{name}: {ROWS} routers of each trace at most"
-        )
+        shown = _apart(frame, max(most, 1))
+        cut = len(shown) < len(frame)
+        title = f"{name}: {max(most, 1)} routers of each trace at most" if cut else name
         print_frame(shown, console, title, fitting=console.is_terminal)
     paths = " ".join(shlex.quote(str(trace.path)) for trace in (made.a, made.b))
     command = f"experts' texts: moe-inspect compare {paths} --table vocabulary"
     console.print(Text(printable(command), style="dim"))
 
 
-ROWS = 8  # of a trace; --table has them all
+ROWS = 8  # of a trace in a file; --table has them all
 
 
-def _apart(frame: Any) -> Any:
-    """At most ROWS routers of each trace, spread over its depth."""
+def _apart(frame: Any, most: int) -> Any:
+    """At most `most` routers of each trace, spread over its depth."""
     kept = list[Any]()
     for side in SIDES:
         rows = frame[frame["trace"] == side]
-        at = np.unique(np.linspace(0, max(len(rows) - 1, 0), min(ROWS, len(rows))).round())
+        at = np.unique(np.linspace(0, max(len(rows) - 1, 0), min(most, len(rows))).round())
         kept += rows.index[at.astype(int)].tolist()
     return frame.loc[kept]

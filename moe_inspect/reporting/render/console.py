@@ -3,8 +3,9 @@ pipe nothing depends on colour and every column is there."""
 
 from __future__ import annotations
 
+import io
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from moe_inspect.text import number, printable
 
+SCREEN_LINES = 45
 MOST_ROWS = 2_000  # shown by --format table
 GAP = 2  # between columns
 FILE_WIDTH = 10_000
@@ -49,6 +51,8 @@ def console_for(file: TextIO) -> Console:
     """A console that prints text as it is: brackets and colons in tokens are not markup. It breaks
     no line in a file."""
     plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+    if isinstance(file, _Screen):
+        return _Console(**plain, file=file, force_terminal=True, color_system=None)
     console = _Console(**plain, file=file)
     return (
         console
@@ -57,10 +61,40 @@ def console_for(file: TextIO) -> Console:
     )
 
 
+class _Screen(io.StringIO):
+    """Takes what is printed as a terminal would, without colours."""
+
+
+def on_screen(show: Callable[[TextIO], None]) -> str:
+    """What `show` prints on a terminal of this width (80 columns where there is none), without
+    colours: an object as text."""
+    screen = _Screen()
+    show(screen)
+    return screen.getvalue().rstrip("\n")
+
+
 def print_table(frame: Any, file: TextIO) -> int:
     """One table, every column. Returns how many rows were left out."""
     print_frame(frame.head(MOST_ROWS), console_for(file))
     return max(0, len(frame) - MOST_ROWS)
+
+
+def print_and_count(show: Callable[[Console], None], console: Console, title: str = "") -> int:
+    """Prints a title, where there is one, and what `show` prints; the lines that it takes."""
+    with console.capture() as captured:
+        if title:
+            _print_text(title, "bold", console)
+            console.print()
+        show(console)
+    console.file.write(captured.get())
+    return captured.get().count("\n")
+
+
+def rows_that_fit(lines: int, tables: int, besides: int = 6) -> int:
+    """The rows that each of so many tables can have on what `lines` leave of a screen. `besides`:
+    what a table takes besides: an empty line, a title, a line on columns that are the same in
+    every row, the names, a rule, a line on what is left out."""
+    return max(2, (SCREEN_LINES - lines) // max(tables, 1) - besides)
 
 
 def print_frame(

@@ -1,0 +1,194 @@
+"""What a comparison of several checkpoints is made of: the pairs, and the tables on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe_inspect.comparison.data import PairData
+from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
+from moe_inspect.reporting.report import report
+from moe_inspect.reporting.tables.registry import LazyTables, Table, table
+from moe_inspect.reporting.verdict.checks import verdict_table
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.text import layer_label
+from moe_inspect.trace.reader import Trace
+
+CHECKPOINT_TABLES: dict[str, Table] = {}
+SETTLED = 0.9  # overlap with the last checkpoint
+BALANCE = ("max_over_mean", "max_vio", "dead_experts", "entropy")
+SPECIALIZATION = ("domain_mi_bits", "domain_mi_null_bits", "vocabulary_specialization")
+
+
+class CheckpointData:
+    """Traces, each compared with the last."""
+
+    def __init__(self, comparisons: Sequence[PairData]):
+        self.comparisons = comparisons
+        self.tables = LazyTables(self, CHECKPOINT_TABLES)
+
+    @property
+    def last(self) -> Trace:
+        return self.comparisons[0].b
+
+    @property
+    def trace(self) -> Trace:
+        """The one whose routers name what is compared."""
+        return self.last
+
+    @property
+    def traces(self) -> list[Trace]:
+        return [*(made.a for made in self.comparisons), self.last]
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [str(trace.path) for trace in self.traces]
+
+    def verdict(self) -> list[Finding]:
+        """When the routing settles, and what is misaligned: a Finding each."""
+        return [*self._misaligned(), self._settling()]
+
+    def _misaligned(self) -> Iterable[Finding]:
+        for made in self.comparisons:
+            for one in made.misaligned:
+                said = f"{made.a.path} (A) and {made.b.path} (B): {one.text}"
+                yield finding(one.kind, "critical", said, option=one.option)
+
+    def _settling(self) -> Finding:
+        rows: Any = self.tables["saturation"]
+        mean = rows.groupby("checkpoint")["overlap"].mean()
+        chance = float(rows["overlap_by_chance"].mean())
+        settled = [i for i in mean.index if (mean.loc[i:] >= SETTLED).all()]
+        first = rows[rows["checkpoint"] == 0]
+        least, most = (first.loc[first["overlap"].agg(which)] for which in ("idxmin", "idxmax"))
+        when = (
+            f"From checkpoint {settled[0]} on ({self.names[settled[0]]}) the routing is within "
+            f"{SETTLED:.0%} of the last"
+            if settled
+            else f"No checkpoint reaches {SETTLED:.0%} of the last"
+        )
+        ends = " → ".join(f"{value:.1%}" for value in mean)
+        return finding(
+            "saturation",
+            "note",
+            f"{when}: mean overlap {ends} (by chance {chance:.1%}). At the first checkpoint layer "
+            f"{self._label(most)} agrees most ({most['overlap']:.1%}), layer {self._label(least)} "
+            f"least ({least['overlap']:.1%}).",
+            overlap=[float(value) for value in mean],
+            settled=settled[0] if settled else None,
+        )
+
+    def _label(self, row: Any) -> str:
+        return layer_label(self.comparisons[0].a.routers, int(row["router"]))
+
+
+@table(by_router=("overlap",), tables=CHECKPOINT_TABLES)
+def saturation(data: CheckpointData) -> pd.DataFrame:
+    """One row per checkpoint but the last and router: the share of experts that are those of the
+    last checkpoint (OLMoE, equation 5), and of first choices that stay."""
+    return _by_checkpoint(
+        data,
+        "agreement",
+        (
+            "layer",
+            "router",
+            "overlap",
+            "overlap_low",
+            "overlap_high",
+            "overlap_by_chance",
+            "set_mismatch",
+            "first_choice",
+        ),
+    )
+
+
+@table(tables=CHECKPOINT_TABLES)
+def saturation_by_domain(data: CheckpointData) -> pd.DataFrame:
+    """The same by domain."""
+    return _by_checkpoint(data, "domains", ("layer", "router", "domain", "overlap", "set_mismatch"))
+
+
+def _by_checkpoint(data: CheckpointData, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    parts = list[pd.DataFrame]()
+    for i, made in enumerate(data.comparisons):
+        part = made.tables[name].loc[:, list(columns)].copy()
+        part.insert(2, "checkpoint", i)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(tables=CHECKPOINT_TABLES)
+def change(data: CheckpointData) -> pd.DataFrame:
+    """One row per checkpoint and router: its balance and specialization, as its report has
+    them."""
+    parts = list[pd.DataFrame]()
+    selection = data.comparisons[0].options
+    for i, trace in enumerate(data.traces):
+        made = report(
+            trace,
+            layers=selection.layers,
+            domains=selection.domains,
+            phase=selection.phase,
+        )
+        made.prepare(["balance", "specialization"])
+        keys = ["layer", "router"]
+        part = made.tables["balance"][[*keys, *BALANCE]].merge(
+            made.tables["specialization"][[*keys, *SPECIALIZATION]], on=keys
+        )
+        part.insert(2, "checkpoint", i)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(tables=CHECKPOINT_TABLES)
+def checkpoints(data: CheckpointData) -> pd.DataFrame:
+    """One row per checkpoint: its trace."""
+    return pd.DataFrame({"checkpoint": range(len(data.names)), "trace": data.names}).astype(
+        {"trace": "str"}
+    )
+
+
+@table(tables=CHECKPOINT_TABLES)
+def verdict(data: CheckpointData) -> pd.DataFrame:
+    """One row per finding."""
+    return verdict_table(data.verdict())
+
+
+def saturation_chart(data: CheckpointData) -> Chart:
+    """Curves of the overlap with the last checkpoint, a line per layer, or the mean, least and
+    most of many."""
+    rows: Any = data.tables["saturation"]
+    by_router = rows.pivot(index="checkpoint", columns="router", values="overlap")
+    x = by_router.index.to_numpy(float)
+    if by_router.shape[1] <= len(SERIES):
+        lines = [
+            Line(
+                x,
+                by_router[r].to_numpy(float),
+                f"layer {data.trace.routers[r].layer}",
+                c,
+                dots=True,
+            )
+            for r, c in zip(by_router.columns, SERIES, strict=False)
+        ]
+    else:
+        lines = [
+            Line(x, getattr(by_router, of)(axis=1).to_numpy(float), said, c, dots=True)
+            for of, said, c in (
+                ("max", "the layer that agrees most", "c3"),
+                ("mean", "mean of the layers", "c1"),
+                ("min", "the layer that agrees least", "c2"),
+            )
+        ]
+    labels = tuple(Path(name).name for name in data.names[:-1])
+    return Chart(
+        "Router saturation",
+        f"Share of the experts that are those of the last checkpoint, {Path(data.names[-1]).name}",
+        (Panel(tuple(lines), Axis("checkpoint", labels), Axis("overlap", low=0, high=1)),),
+        table=rows,
+        name="saturation",
+    )

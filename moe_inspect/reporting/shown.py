@@ -1,0 +1,103 @@
+"""What the results of this package have in common: each is text, pictures, a page, and a cell of a
+notebook. The commands call the same methods."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from abc import ABC, abstractmethod
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import no_such
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from moe_inspect.reporting.charts.spec import Chart
+    from moe_inspect.reporting.render.notebook import Cell
+
+
+class Shown(ABC):
+    """A result. `str()` and `print` give its text, at most a screen of it; a notebook shows a cell
+    of as much."""
+
+    @abstractmethod
+    def write_text(self, file: TextIO) -> None:
+        """Writes the text as the command prints it: with colours and as wide as the terminal where
+        `file` is one, without and unbroken otherwise."""
+
+    @abstractmethod
+    def page(self) -> str:
+        """The page, as one string of HTML."""
+
+    @abstractmethod
+    def charts(self) -> tuple[list[Chart], list[str]]:
+        """Its charts, and why others are missing."""
+
+    @abstractmethod
+    def cell(self) -> Cell:
+        """What a notebook shows of it."""
+
+    def __str__(self) -> str:
+        from moe_inspect.reporting.render.console import on_screen
+
+        return on_screen(self.write_text)
+
+    def _repr_html_(self) -> str:
+        from moe_inspect.reporting.render.notebook import cell_html
+
+        return cell_html(self.cell())
+
+    def show(self) -> None:
+        """Shows it: printed as the command prints it, or as a cell where this is a notebook."""
+        if in_notebook():
+            display: Any = importlib.import_module("IPython.display")
+            display.display(self)
+        else:
+            self.write_text(sys.stdout)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes the page to a file, which needs no network. MoeInspectError where it cannot be
+        written."""
+        from moe_inspect.reporting.render.html import write_page
+
+        write_page(path, self.page())
+        return Path(path)
+
+    def plot(self, name: str) -> Figure:
+        """One chart as a figure of matplotlib. MoeInspectError where there is no such chart, naming
+        those there are."""
+        from moe_inspect.reporting.render.matplotlib import draw, letters
+
+        charts, _ = self.charts()
+        made = next((chart for chart in charts if chart.name == name), None)
+        if made is None:
+            if not charts:
+                raise MoeInspectError(f"{self!r} has nothing to draw")
+            raise MoeInspectError(no_such("chart", name, [chart.name for chart in charts]))
+        with letters():
+            return displayed(draw(made))
+
+    def save_plots(self, directory: str | Path) -> list[Path]:
+        """Writes every chart as NAME.png and NAME.svg. Returns the files. MoeInspectError where
+        they cannot be written."""
+        from moe_inspect.reporting.render.matplotlib import write_charts
+
+        return write_charts(self.charts()[0], directory)
+
+
+def displayed(figure: Figure) -> Figure:
+    """The same figure, which a notebook shows also where nothing has imported pyplot."""
+    from moe_inspect.reporting.render.matplotlib import picture
+
+    figure.__dict__["_repr_png_"] = partial(picture, figure, "png", dpi=100)
+    return figure
+
+
+def in_notebook() -> bool:
+    """Whether this runs in the kernel of a notebook."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and hasattr(shell.get_ipython(), "kernel")

@@ -1,0 +1,100 @@
+"""What results look like: as text, in a notebook, as figures and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moe_inspect
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.shown import Shown
+from tests.conftest import ROOT
+from tests.synthetic import write_counts
+
+SAMPLES = ROOT / "sample_traces"
+BALANCED, COLLAPSED = SAMPLES / "balanced", SAMPLES / "collapsed"
+HOSTILE = "<script>alert(1)</script>"
+LINES, WIDE = 45, 80
+
+
+def _loads(folder: Path) -> moe_inspect.Comparison | moe_inspect.LoadComparison:
+    a, b = np.full((2, 1, 8), 500), np.array([[range(100, 900, 100)]] * 2)
+    traces = [write_counts(folder / name, list(load), 2) for name, load in (("a", a), ("b", b))]
+    return moe_inspect.compare(*traces)
+
+
+MADE: dict[str, Callable[[Path], Shown]] = {
+    "Comparison": lambda _: moe_inspect.compare(BALANCED, COLLAPSED),
+    "LoadComparison": _loads,
+    "ModelComparison": lambda _: moe_inspect.compare_models(BALANCED, COLLAPSED),
+    "Checkpoints": lambda _: moe_inspect.compare_checkpoints(
+        [SAMPLES / "untrained", COLLAPSED, BALANCED]
+    ),
+    "capacity": lambda _: moe_inspect.simulate_capacity(BALANCED),
+    "placement": lambda _: moe_inspect.simulate_placement(BALANCED, gpus=4),
+    "decode": lambda _: moe_inspect.simulate_decode(BALANCED),
+    "cache": lambda _: moe_inspect.simulate_cache(BALANCED),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_result_fits_a_screen(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDE))
+    made = MADE[name](tmp_path)
+    text = str(made).splitlines()
+    assert 5 < len(text) <= LINES
+    assert max(len(line.rstrip()) for line in text) <= WIDE
+    assert "\x1b" not in str(made)
+    assert len(repr(made).splitlines()) == 1
+    html: Any = made._repr_html_()
+    assert html.count("<li") <= 6
+    assert html.count("<tr") <= 6
+    assert "<script" not in html
+    made.show()
+    assert capsys.readouterr().out.startswith(text[0].rstrip()[:40])
+    assert made.to_html(tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    if name in ("Checkpoints", "decode"):  # a chart, a simulation
+        written = made.save_plots(tmp_path / "plots")
+        figure: Any = made.plot(written[0].stem)
+        assert figure._repr_png_().startswith(b"\x89PNG")
+        assert all(path.stat().st_size for path in written)
+        with pytest.raises(MoeInspectError, match=f"'none': there are {written[0].stem}"):
+            made.plot("none")
+
+
+def test_a_report_is_text_a_page_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = moe_inspect.report(BALANCED)
+    monkeypatch.setenv("COLUMNS", str(WIDE))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a string may go anywhere
+    text = str(made).splitlines()
+    assert 20 < len(text) <= LINES
+    assert max(map(len, text)) <= WIDE
+    assert "\x1b" not in str(made)
+    assert made.plot("load").axes
+    with pytest.raises(MoeInspectError, match=r"no chart 'laod' \(did you mean load\?\): "):
+        made.plot("laod")
+    assert "Layer 3 is the worst balanced" in made.to_html(tmp_path / "r.html").read_text()
+    assert "Layer 3 is the worst balanced" in " ".join(str(made).split())
+    with pytest.raises(MoeInspectError, match="cannot write"):
+        made.to_html(tmp_path / "no" / "r.html")
+
+
+def test_what_verify_found_is_its_text(tmp_path: Path) -> None:
+    found = moe_inspect.verify(BALANCED)
+    assert str(found) == repr(found)
+    assert "is fine: 9,254 tokens" in str(found)
+    assert "in 1 shard\n" in str(found)
+    found.ok, found.violation, found.file, found.row = False, HOSTILE, "routing/p", 7
+    assert str(found) == f"{BALANCED / 'routing/p'} row 7: {HOSTILE}"
+    assert "<script" not in found._repr_html_()
