@@ -210,7 +210,7 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         simulate_cache(write_counts(tmp_path / "counts", [np.full((1, 4), 10)], 2))
     trace = ROOT / "sample_traces/balanced"
     with pytest.raises(
-        MoeInspectError, match="1 slots hold less than one decision of layer 0: give at least 2"
+        MoeInspectError, match="1 slot holds less than one decision of layer 0: give at least 2"
     ):
         simulate_cache(trace, slots=[1, 4])
     with pytest.raises(MoeInspectError, match="no policy fifo: there are lru, lfu, belady"):
