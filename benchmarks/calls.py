@@ -1,13 +1,16 @@
 """What recording costs where calls are small, on a CPU: decode steps, short passes, and a large
 prefill for comparison. Part of `make bench`; writes benchmarks/results/calls-<machine>.json.
 
-Every way of recording has a copy of the model of its own and stays attached; they run in turn, one
-forward pass each, beside a forward hook that does nothing, one that clones what it sees, and the
-usual recipe (`output_router_logits`, then top-k). Figures are process CPU time, the writer's thread
-included: the median over the rounds of what a pass takes beyond the untraced one next to it, since
-what else runs on the machine changes from one second to the next; and the least pass of each.
+Every way of recording has a copy of the model of its own and stays attached; they take turns,
+beside a forward hook that does nothing, one that clones what it sees, and the usual recipe
+(`output_router_logits`, then top-k). A turn is --in-a-row passes, as `generate` makes them, of
+which the median counts. With --in-a-row 1 no pass follows one of the same model: everything the
+recorder touches then comes from memory, not from the processor's caches. Figures are process CPU
+time, the writer's thread included: the median over the rounds of what a pass takes beyond the
+untraced one next to it, since what else runs on the machine changes from one second to the next;
+and the least turn of each.
 
-    python -m benchmarks.calls [--rounds 150] [--case NAME ...] [-o FILE]
+    python -m benchmarks.calls [--rounds 30] [--in-a-row 20] [--case NAME ...] [-o FILE]
 """
 
 from __future__ import annotations
@@ -160,7 +163,7 @@ CASES: dict[str, tuple[Callable[[], Any], Passes, int]] = {
 }
 
 
-def measured(case: str, rounds: int) -> dict[str, dict[str, float]]:
+def measured(case: str, rounds: int, in_a_row: int) -> dict[str, dict[str, float]]:
     make, passes_of, layers = CASES[case]
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch, ExitStack() as attached:
@@ -170,12 +173,9 @@ def measured(case: str, rounds: int) -> dict[str, dict[str, float]]:
             attached.enter_context(enter(model, Path(scratch) / way))
             run[way] = passes_of(model, way == "output_router_logits")
         for n in range(-3, rounds):  # the first rounds warm up
-            # no way comes right after itself, when its weights are still in the caches
             turn, ways = n % len(run), list(run)
             for way in ways[turn:] + ways[:turn]:
-                began = time.process_time()
-                run[way]()
-                spent = time.process_time() - began
+                spent = statistics.median(pass_seconds(run[way]) for _ in range(in_a_row))
                 if n >= 0:
                     seconds[way].append(spent)
     plain = seconds["untraced"]
@@ -190,6 +190,13 @@ def measured(case: str, rounds: int) -> dict[str, dict[str, float]]:
             "least_us_per_layer": (min(values) - min(plain)) / layers * 1e6,
         }
     return found
+
+
+def pass_seconds(run: Callable[[], Any]) -> float:
+    """CPU time of a forward pass."""
+    began = time.process_time()
+    run()
+    return time.process_time() - began
 
 
 def idle_probe_ns() -> float:
@@ -207,7 +214,8 @@ def idle_probe_ns() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--in-a-row", type=int, default=20)
     parser.add_argument("--case", action="append", choices=list(CASES))
     parser.add_argument("-o", "--output", type=Path)
     asked = parser.parse_args()
@@ -217,7 +225,7 @@ def main() -> None:
     found: dict[str, Any] = {"probe, no recorder open": {"ns_per_call": idle_ns}}
     print(f"probe, no recorder open: {idle_ns:.0f} ns per call (at most 150)")
     for case in asked.case or CASES:
-        found[case] = measured(case, asked.rounds)
+        found[case] = measured(case, asked.rounds, asked.in_a_row)
         heads = "us per layer", "/ untraced", "least ms", "us per layer"
         print(f"\n{case}\n{'':24s}" + "".join(f"{head:>14s}" for head in heads))
         for way, row in found[case].items():
@@ -226,7 +234,12 @@ def main() -> None:
                 f"{way:24s}{beyond:+14.1f}{ratio:14.3f}{least:14.3f}{least_beyond:+14.1f}",
                 flush=True,
             )
-    facts = {**machine(), "command": "python -m benchmarks.calls", "rounds": asked.rounds}
+    facts = {
+        **machine(),
+        "command": "python -m benchmarks.calls",
+        "rounds": asked.rounds,
+        "in_a_row": asked.in_a_row,
+    }
     if asked.output is None:
         print(f"\nwritten to {write_results('calls', facts, found)}")
         return
