@@ -141,8 +141,8 @@ MUTATIONS = {
     "merged: passes of one part": (router_counts, "before + n, sum_before + vio", "n, vio", merging),
     "an encoder's tokens are the decoder's": (count_shard, '(phase == PHASES[2]) == (stack == "encoder")', '(phase == PHASES[2]) != (stack == "encoder")', two_stacks),
     # writer
-    "slots stay as they came": (tables, "if order_KT is not None:", "if order_KT is None and False:", written_in_order),
-    "weights stay where they were": (tables, "weights_KT = None if weights_KT is None else np.take_along_axis(weights_KT, order_KT, 0)", "pass", written_in_order),
+    "slots stay as they came": (tables, "experts_KT = np.take_along_axis(experts_KT, order_KT, 0)", "pass", written_in_order),
+    "weights stay where they were": (tables, "values_KT = np.take_along_axis(values_KT, order_KT, 0)", "pass", written_in_order),
     "nowhere comes first": (slot_order, "np.float32(-np.inf)", "np.float32(np.inf)", written_in_order),
     "equal weights are turned round": (slot_order, 'np.argsort(-key_KT, axis=0, kind="stable")', 'np.argsort(key_KT, axis=0, kind="stable")[::-1]', written_in_order),
     "in order as a whole, not each": (slot_order, "(key_KT[:-1] >= key_KT[1:]).all()", "(key_KT[:-1] >= key_KT[1:]).any()", by(test_slot_order.test_what_is_in_order_is_left_alone)),

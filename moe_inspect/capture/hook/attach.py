@@ -262,7 +262,7 @@ class Attachment:
             for name, value in (
                 (experts_implementation.SINK, self.sinks[r]),
                 (experts_implementation.STOCK, experts_implementation.stock_of(site.module)),
-                *([(experts_implementation.SIZES, sizes)] if sizes else []),
+                (experts_implementation.SIZES, sizes),
             ):
                 setattr(site.module, name, value)
                 self._cleanup.callback(delattr, site.module, name)

@@ -43,7 +43,7 @@ def experts_forward(
     tape = sink(top_k_index, top_k_weights) if sink is not None else None
     on_gpu = kernels.runs_triton(hidden_TH)
     is_few = not on_gpu and top_k_index.numel() <= FEW_SLOTS
-    if is_few and not torch.compiler.is_compiling() and not _measured(self):
+    if is_few and not _measured(self) and not torch.compiler.is_compiling():
         # grouping few slots without our kernels would only add steps
         stock = getattr(self, STOCK, None)
         if stock is not None:
@@ -163,7 +163,7 @@ def _combined(
 def _measured(self: Any) -> dict[str, Sink]:
     """Where the sizes of this module's outputs go now; empty where nobody wants them."""
     sinks: dict[str, Sink] = getattr(self, SIZES, {})
-    return sinks if any(sink.scope.open for sink in sinks.values()) else {}
+    return sinks if sinks and any(sink.scope.open for sink in sinks.values()) else {}
 
 
 def _mlp(self: Any, x_SH: Tensor, linear: Linear) -> Tensor:
