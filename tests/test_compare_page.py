@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 import moe_inspect
+from moe_inspect.comparison.loads.shown import loads_page
 from moe_inspect.comparison.models.shown import models_page
 from moe_inspect.comparison.page import checkpoints_page, comparison_page
-from tests.synthetic import write_trace
+from tests.synthetic import write_counts, write_trace
 from tests.test_compare import ALIKE, DOCUMENT, E, K, L, T, flipped, routes
 from tests.test_compare_models import by_chance, pieces, whole_words
 from tests.test_page import HOSTILE, Opened, browser, pytestmark  # noqa: F401 (a fixture, a mark)
@@ -27,11 +29,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> moe_inspect.Comparison:
     other = flipped(ids, 0.01)
     other[3] = flipped(ids, 0.1)[3]
     settings = ALIKE | {"domain_of_document": [HOSTILE, "law"], "weights": weights}
-    return moe_inspect.compare(
+    compared = moe_inspect.compare(
         write_trace(root / "a", ids, E, **settings),
         write_trace(root / "b", other, E, **settings),
         noise=write_trace(root / "n", flipped(ids, 0.002, seed=5), E, **settings),
     )
+    assert isinstance(compared, moe_inspect.Comparison)
+    return compared
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,7 @@ def test_the_page_of_a_trace_and_itself_has_nothing_to_show_and_says_so(
     made: moe_inspect.Comparison,
     tmp_path: Path,
 ) -> None:
-    same = moe_inspect.compare(made.a, made.a)
+    same: Any = moe_inspect.compare(made.a, made.a)
     page = Opened(browser, tmp_path / "same.html", comparison_page(same))
     assert page.complaints == []
     assert "The same to the bit" in page.view.locator("main").inner_text()
@@ -156,3 +160,36 @@ def test_the_page_of_two_models(browser: Any, tmp_path: Path) -> None:  # noqa: 
     assert "A has 8 experts per layer, B 16" in text
     assert "flips" in text
     page.view.close()
+
+
+def check_python(page: str, made: Any, groups: list[str]) -> None:
+    """Every table of the page has lines that give it, and its section stands in one of the
+    groups."""
+    assert re.findall(r'<h2 id="group-[^"]*">([^<]*)<', page) == groups
+    sheets = re.findall(r'<div class="sheet" data-name="[^"]*"(?: data-python="([^"]*)")?', page)
+    assert len(sheets) >= 4
+    for code in sheets:
+        *lines, last = html.unescape(code).splitlines()
+        again: dict[str, Any] = {}
+        exec("\n".join([*lines, f"table = {last}"]), again)
+        name = re.search(r"tables\['(\w+)'\]", last)
+        assert name
+        whole: Any = made.tables[name[1]]
+        if name[1] == "vocabulary":  # one text of each expert
+            whole = whole.groupby(["trace", "router", "expert"], sort=False).head(1)
+        assert again["table"].equals(whole)
+
+
+def test_pages_of_checkpoints_models_and_loads_give_the_python_of_every_table(
+    made: moe_inspect.Comparison, tmp_path: Path
+) -> None:
+    several = moe_inspect.compare_checkpoints([made.b, made.a], layers="1-3")
+    check_python(checkpoints_page(several), several, ["Decisions", "Load and specialization"])
+    a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance, L=3)
+    models = moe_inspect.compare_models(a, b, top=3, reasons=["one was pruned"])
+    check_python(models_page(models), models, ["Balance", "Specialization"])
+    even, uneven = np.full((2, 1, 8), 500), np.array([[range(100, 900, 100)]] * 2)
+    counts = [write_counts(tmp_path / n, list(x), 2) for n, x in (("c", even), ("d", uneven))]
+    loads: Any = moe_inspect.compare(*counts, layers=[0])
+    groups = ["Change of the load", "Load of each trace"]
+    check_python(loads_page(loads), loads, groups)

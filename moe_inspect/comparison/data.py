@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,11 @@ class Options:
     drop_last: bool = False
     drop_zero_filled: bool = False
     threads: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that are not as `compare` has them by default, but `threads`, which it lacks."""
+        usual, mine = asdict(Options()), asdict(self)
+        return {k: v for k, v in mine.items() if v != usual[k] and k != "threads"}
 
 
 class PairData:

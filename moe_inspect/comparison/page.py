@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from moe_inspect.comparison.charts import draw_charts
 from moe_inspect.comparison.checkpoints_data import CheckpointData, saturation_chart
-from moe_inspect.comparison.data import Options, PairData
+from moe_inspect.comparison.data import PairData
 from moe_inspect.comparison.texts import text_section
 from moe_inspect.comparison.verdict import findings
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
@@ -82,8 +82,7 @@ def comparison_page(made: PairData) -> str:
 
 
 def _python(made: PairData, table: str) -> str:
-    usual = asdict(Options())
-    options = {k: v for k, v in asdict(made.options).items() if v != usual[k] and k != "threads"}
+    options = made.options.given()
     if made.noise is not None:
         options["noise"] = address(made.noise.b)
     return table_of(python_call("compare", [made.a, made.b], options), table)
@@ -112,6 +111,14 @@ def _tiles(made: PairData) -> list[Tile]:
     return tiles
 
 
+# table → its group on the page and its title
+CHECKPOINT_SECTIONS = {
+    "saturation_by_domain": ("Decisions", "By domain"),
+    "change": ("Load and specialization", "Balance and specialization"),
+    "checkpoints": ("", "The checkpoints"),
+}
+
+
 def checkpoints_page(made: CheckpointData) -> str:
     """The page on several checkpoints, as HTML."""
     return page_html(
@@ -120,12 +127,28 @@ def checkpoints_page(made: CheckpointData) -> str:
             f"{plural(len(made.names), 'checkpoint')} · each compared with {made.names[-1]}",
             verdict=made.verdict(),
             sections=[
-                chart_section(saturation_chart(made)),
-                Section("Balance and specialization", table=made.tables["change"]),
-                Section("By domain", table=made.tables["saturation_by_domain"]),
-                Section("The checkpoints", table=made.tables["checkpoints"]),
+                replace(
+                    chart_section(saturation_chart(made)),
+                    group="Decisions",
+                    python=_python_of_checkpoints(made, "saturation"),
+                ),
+                *(
+                    Section(
+                        title,
+                        table=made.tables[name],
+                        group=group,
+                        name=name,
+                        python=_python_of_checkpoints(made, name),
+                    )
+                    for name, (group, title) in CHECKPOINT_SECTIONS.items()
+                ),
             ],
             footer="Overlap is the share of the experts of a decision that the last checkpoint "
             "chooses too. Made by moe-inspect.",
         )
     )
+
+
+def _python_of_checkpoints(made: CheckpointData, table: str) -> str:
+    options = made.comparisons[0].options.given()
+    return table_of(python_call("compare_checkpoints", [made.traces], options), table)

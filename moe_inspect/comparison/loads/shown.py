@@ -32,6 +32,7 @@ from moe_inspect.reporting.render.console import (
 )
 from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
 from moe_inspect.reporting.render.notebook import Cell, verdict_cell
+from moe_inspect.reporting.render.python import python_call, table_of
 from moe_inspect.reporting.render.terminal import print_verdict
 from moe_inspect.text import layer_label, plural
 
@@ -140,11 +141,31 @@ def draw_load_charts(data: LoadData) -> list[Chart]:
     return [replace(chart, name=make.__name__) for make, chart in made if chart is not None]
 
 
+# chart → its group on the page and its table
+CHARTS = {
+    "load_shift": ("Change of the load", "load_shift"),
+    "by_step": ("Change of the load", "diverged"),
+    "max_vio": ("Load of each trace", "balance"),
+}
+# table → its group on the page and its title
+TABLES = {
+    "load": ("Load of each trace", "Experts"),
+    "summary": ("", "About these traces"),
+    "refused": ("", "Not compared"),
+}
+
+
 def loads_page(made: LoadData) -> str:
     """The page, as HTML."""
-    sections = [chart_section(chart) for chart in draw_load_charts(made)]
-    titles = {"load": "Experts", "summary": "About these traces", "refused": "Not compared"}
-    sections += [Section(title, table=made.tables[name]) for name, title in titles.items()]
+    sections = list[Section]()
+    for chart in draw_load_charts(made):
+        group, name = CHARTS[chart.name]
+        code = _python(made, name)
+        sections.append(replace(chart_section(chart), group=group, python=code))
+    for name, (group, title) in TABLES.items():
+        code = _python(made, name)
+        table = made.tables[name]
+        sections.append(Section(title, table=table, group=group, name=name, python=code))
     return page_html(
         Page(
             "The load of two traces",
@@ -154,6 +175,10 @@ def loads_page(made: LoadData) -> str:
             footer="Counts tell the load of experts, not decisions. Made by moe-inspect.",
         )
     )
+
+
+def _python(made: LoadData, table: str) -> str:
+    return table_of(python_call("compare", [made.a, made.b], made.options.given()), table)
 
 
 def loads_cell(made: LoadData) -> Cell:

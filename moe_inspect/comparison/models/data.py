@@ -49,7 +49,13 @@ class ModelData:
         self.reports: dict[str, Report] = {
             side: report(trace, **settings) for side, trace in zip(SIDES, (a, b), strict=True)
         }
-        self._reasons = tuple(reasons)
+        self._reasons = list(reasons)
+        self.options: dict[str, Any] = {
+            "domains": domains,
+            "phase": phase,
+            "top": None if top == 20 else top,
+            "reasons": self._reasons or None,
+        }
         self.tables = LazyTables(self, MODEL_TABLES)
 
     @property

@@ -24,6 +24,7 @@ from moe_inspect.reporting.render.console import (
 )
 from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
 from moe_inspect.reporting.render.notebook import Cell, verdict_cell
+from moe_inspect.reporting.render.python import python_call, table_of
 from moe_inspect.reporting.render.terminal import print_verdict
 from moe_inspect.text import printable
 
@@ -110,6 +111,14 @@ CHARTS: tuple[Callable[[ModelData], Chart], ...] = (
     texts_by_depth,
 )
 
+# chart → its group on the page and its table
+GROUP_AND_TABLE = {
+    "load_by_depth": ("Balance", "balance"),
+    "domains_by_depth": ("Specialization", "specialization"),
+    "texts_by_depth": ("Specialization", "spans"),
+}
+EXPERT = ["trace", "router", "expert"]
+
 
 def draw_model_charts(data: ModelData) -> tuple[list[Chart], list[str]]:
     """All charts that the two have the data for, and why others are missing."""
@@ -125,14 +134,28 @@ def draw_model_charts(data: ModelData) -> tuple[list[Chart], list[str]]:
 def models_page(made: ModelData) -> str:
     """The page, as HTML."""
     charts, left_out = draw_model_charts(made)
-    sections = [chart_section(chart) for chart in charts]
+    sections = list[Section]()
+    for chart in charts:
+        group, name = GROUP_AND_TABLE[chart.name]
+        code = _python(made, name)
+        sections.append(replace(chart_section(chart), group=group, python=code))
     if not made.why_not("vocabulary"):
         rows: Any = made.tables["vocabulary"]
         text = "Spans of text that choose an expert first most exclusively, one per expert."
-        best = rows.groupby(["trace", "router", "expert"], sort=False).head(1)
-        sections.append(Section("Texts of experts", text, table=best))
+        best = rows.groupby(EXPERT, sort=False).head(1)
+        code = f"{_python(made, 'vocabulary')}.groupby({EXPERT}, sort=False).head(1)"
+        section = Section(
+            "Texts of experts",
+            text,
+            table=best,
+            group="Specialization",
+            name="vocabulary",
+            python=code,
+        )
+        sections.append(section)
     for name, title in (("summary", "About these models"), ("refused", "Not compared")):
-        sections.append(Section(title, table=made.tables[name]))
+        code = _python(made, name)
+        sections.append(Section(title, table=made.tables[name], name=name, python=code))
     return page_html(
         Page(
             "Two models, side by side",
@@ -144,6 +167,10 @@ def models_page(made: ModelData) -> str:
             "possible or stand beside what chance gives. Made by moe-inspect.",
         )
     )
+
+
+def _python(made: ModelData, table: str) -> str:
+    return table_of(python_call("compare_models", [made.a, made.b], made.options), table)
 
 
 def models_cell(made: ModelData) -> Cell:

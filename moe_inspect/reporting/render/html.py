@@ -67,7 +67,7 @@ class Section:
     definitions: term → meaning. group: the part of the page that it stands in, one of GROUPS or a
     name of the page's own. name: its id in links, by default made of the title. widget: the
     function of `moe.widgets` (templates/*.js) that fills it from `data`, which JSON can hold.
-    python: code that gives the table."""
+    python: code that gives the table. download: a table that is only downloaded, whole."""
 
     title: str
     text: str = ""
@@ -79,6 +79,7 @@ class Section:
     widget: str = ""
     data: Any = None
     python: str = ""
+    download: pd.DataFrame | None = None
 
 
 class Tile(NamedTuple):
@@ -129,6 +130,11 @@ def page_html(page: Page) -> str:
     in_order = [*([lead] if lead else []), *placed]
     charts = [one.chart for one in in_order if one.chart is not None]
     tables = {one.name: table_json(one.table) for one in in_order if one.table is not None}
+    downloads = {
+        one.name: table_json(one.download, len(one.download))
+        for one in in_order
+        if one.download is not None
+    }
     panels = [panel_json(p) for chart in charts if not chart.interactive for p in chart.panels]
     script, said = "".join(map(asset, SCRIPTS)), _said(page)
     # beside a lead there is room for few; without one they all stand in columns
@@ -147,7 +153,7 @@ def page_html(page: Page) -> str:
         palette=Markup(palette_css()),
         style=Markup("".join(map(asset, STYLES))),
         script=Markup(script),
-        payload=packed({"panels": panels, "map": page.map_data, "tables": tables}),
+        payload=packed({"panels": panels, "map": page.map_data, "tables": tables | downloads}),
     )
 
 

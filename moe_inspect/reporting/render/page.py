@@ -46,7 +46,7 @@ def report_page(data: ReportData, more: Iterable[Section | str] = (), text: Amou
             warnings=[finding.text for finding in found if _of_data(finding)],
             verdict=[finding for finding in found if not _of_data(finding)],
             tiles=_tiles(data),
-            lead=_section(data, lead) if lead else None,
+            lead=replace(_section(data, lead), download=data.tables["load"]) if lead else None,
             sections=sections,
             left_out=[*left_out, *short],
             footer="Each number is about one router: expert 3 of one layer has nothing to do with "

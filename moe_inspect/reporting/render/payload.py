@@ -58,10 +58,10 @@ def rows_of(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def table_json(frame: pd.DataFrame) -> dict[str, Any]:
-    """A table as tables.js takes it: its first SORTED_ROWS rows by column, and how many there are.
+def table_json(frame: pd.DataFrame, most: int = SORTED_ROWS) -> dict[str, Any]:
+    """A table as tables.js takes it: its first `most` rows by column, and how many there are.
     Numbers are exact; None where there is none; infinity is "inf"."""
-    shown: Any = frame.head(SORTED_ROWS)
+    shown: Any = frame.head(most)
     return {
         "columns": [str(name) for name in shown.columns],
         "numeric": [shown.dtypes.iloc[i].kind in "iuf" for i in range(shown.shape[1])],

@@ -13,10 +13,15 @@ from moe_inspect.text import ranges
 from moe_inspect.trace.reader import Trace
 
 
-def python_call(function: str, traces: Sequence[Any], options: Mapping[str, Any]) -> str:
+def python_call(
+    function: str, traces: Sequence[Trace | list[Trace]], options: Mapping[str, Any]
+) -> str:
     """Lines that call `moe_inspect.function` on the traces, with those options that are not None;
-    `made` is the result."""
-    given = [repr(address(trace)) for trace in traces]
+    `made` is the result. A trace may be a list of them, which is one argument."""
+    given = [
+        repr([address(one) for one in trace] if isinstance(trace, list) else address(trace))
+        for trace in traces
+    ]
     given += [f"{name}={value!r}" for name, value in options.items() if value is not None]
     return f"import moe_inspect\n\nmade = moe_inspect.{function}({', '.join(given)})"
 

@@ -56,7 +56,8 @@ moe.table = (place, name, given) => {
     return made;
   };
   const said = h("span", { role: "status" });
-  if (given) sortable(place, name, given, button);
+  if (given && place.querySelector("table")) sortable(given);
+  else if (given) download(given, () => Array.from({ length: given.rows }, (_, i) => i));
   if (place.dataset.python) {
     const code = h("pre", { className: "code", tabIndex: 0, hidden: true }, place.dataset.python);
     button("Copy as Python", () => {
@@ -71,7 +72,10 @@ moe.table = (place, name, given) => {
   }
   if (tools.children.length) place.prepend(tools);
 
-  function sortable(place, name, given, button) {
+  function download({ columns, values }, order) {
+    button("Download csv", () => moe.save(`${name}.csv`, moe.csv(columns, order().map((i) => columns.map((_, c) => values[c][i])))));
+  }
+  function sortable(given) {
     const { columns, values, numeric } = given;
     const held = values[0]?.length ?? 0;
     const whole = given.real.map((real) => !real);
@@ -114,7 +118,7 @@ moe.table = (place, name, given) => {
     place.querySelector(".more")?.remove();
     place.querySelector(".scroll").after(rest);
     count();
-    button("Download csv", () => moe.save(`${name}.csv`, moe.csv(columns, order.map((i) => columns.map((_, c) => values[c][i])))));
+    download(given, () => order);
   }
 };
 
