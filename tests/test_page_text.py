@@ -112,8 +112,12 @@ def test_a_token_shows_its_route_through_all_layers(opened: Opened, demo: Report
         return all(a[0] == b[0] and abs(float(a[1]) - float(b[1])) < 0.02 for a, b in parts)
 
     assert close(route(opened))
+    instant = "(e) => e.scrollIntoView({ behavior: 'instant', block: 'end' })"
+    opened.view.locator("#text .stage").evaluate(instant)
     opened.view.locator(".routed .body span").nth(2).hover()
     assert close(route(opened)), "it is pinned"
+    text, tip = (opened.view.locator(f"#text {of}").bounding_box() for of in (".routed", ".tip"))
+    assert tip["y"] >= text["y"] + text["height"], "it covers text"
     opened.view.locator(".routed").focus()
     opened.view.keyboard.press("Escape")
     for key in ("Home", "ArrowRight"):

@@ -137,7 +137,7 @@ moe.widgets.text = (place, data, page) => {
   box.append(body, labels);
   place.append(
     h("div", { className: "controls" }, h("label", {}, "Document", documentChoice), data.layers.length > 1 ? h("label", {}, "Layer", slider, layerName) : null, mode.label, expertLabel, idsLabel),
-    legend, h("div", { className: "read" }, h("div", { className: "stage" }, box, tip), panel), live,
+    legend, h("div", { className: "read" }, h("div", { className: "stage" }, box, h("div", { className: "below" }, tip)), panel), live,
   );
 
   // --- the text: a span for each unit, which is a token and those after it that only end its last character
@@ -273,10 +273,6 @@ moe.widgets.text = (place, data, page) => {
     if (token === null) return;
     const [whole, part] = partOf(token);
     tip.replaceChildren(h("div", {}, h("bdi", {}, moe.shown(whole).trim() || "␣"), part), h("div", {}, sentence(token, 3)));
-    const stage = tip.parentElement.getBoundingClientRect();
-    const rect = unitOf.get(token).span.getClientRects()[0];
-    tip.style.left = `${Math.max(0, Math.min(rect.left - stage.left, stage.width - tip.offsetWidth))}px`;
-    tip.style.top = `${rect.bottom - stage.top + 16}px`;
     if (announce) live.textContent = `${whole}${part}. ${sentence(token)}`;
   };
   const pin = (token) => {
@@ -291,7 +287,6 @@ moe.widgets.text = (place, data, page) => {
   };
   body.addEventListener("pointermove", (event) => point(under(event), false));
   box.addEventListener("pointerleave", () => point(null, false));
-  box.addEventListener("scroll", () => (tip.hidden = true));
   body.addEventListener("click", (event) => {
     const token = under(event);
     if (token === null) return;
