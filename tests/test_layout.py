@@ -21,23 +21,24 @@ HEAVY = {"torch", "transformers", "triton", "tokenizers", "accelerate"}
 # left to right, as the tokens flow; a room imports only rooms that it lists
 MAY_IMPORT: dict[str, set[str]] = {
     "text": set(),
+    "progress": set(),
     "errors": {"text"},
     "demo": {"errors", "text"},
-    "trace": {"errors", "text"},
+    "trace": {"errors", "progress", "text"},
     "exporters": {"trace", "errors", "text"},
     "model": {"demo", "trace", "errors", "text"},
     "importers": {"model", "trace", "errors", "text"},
     "capture": {"demo", "importers", "model", "trace", "errors", "text"},
     "interventions": {"capture", "analysis", "model", "trace", "demo", "errors", "text"},
     "doctor": {"capture", "demo", "model", "trace", "errors", "text"},
-    "analysis": {"trace", "errors", "text"},
+    "analysis": {"trace", "errors", "progress", "text"},
     "alarms": {"analysis", "trace", "errors", "text"},
     # what watches a training run counts on the model and judges what it counted
     "training": {"alarms", "capture", "analysis", "model", "trace", "errors", "text"},
-    "reporting": {"analysis", "trace", "errors", "text"},
+    "reporting": {"analysis", "trace", "errors", "progress", "text"},
     "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
-    "comparison": {"reporting", "analysis", "trace", "errors", "text"},
-    "simulate": {"reporting", "analysis", "model", "trace", "errors", "text"},
+    "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},
+    "simulate": {"reporting", "analysis", "model", "trace", "errors", "progress", "text"},
 }
 # an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
 # it in the function that does

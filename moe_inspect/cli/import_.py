@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +9,7 @@ import typer
 
 from moe_inspect.cli.formats import FormatsCommand
 from moe_inspect.cli.options import CommitEvery
+from moe_inspect.cli.progress import shown
 from moe_inspect.importers import MODULES
 from moe_inspect.text import no_such, plural, print_stderr
 
@@ -114,7 +112,7 @@ def import_(
     def warn(line: str) -> None:
         print_stderr(line if line.startswith("taken for") else f"warning: {line}")
 
-    with _bar() as progress:
+    with shown("importing") as bar:
         trace = import_trace(
             format,
             sources,
@@ -125,24 +123,10 @@ def import_(
             pipeline_stages=pipeline_stages,
             overwrite=overwrite,
             commit_every=commit_every,
-            progress=progress,
+            progress=bar.counted("importing", "bytes") if bar else None,
             warn=warn,
         )
     print_stderr(
         f"imported {plural(trace.n_tokens, 'token')}, {plural(len(trace.routers), 'router')} into "
         f"{output}"
     )
-
-
-@contextmanager
-def _bar() -> Generator[Callable[[int, int], None] | None]:
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("importing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError, reading
+from moe_inspect.progress import phase
 from moe_inspect.text import plural
 from moe_inspect.trace import schema, texts
 from moe_inspect.trace.files.damaged import Damaged
@@ -152,3 +153,11 @@ def open_trace(path: str | Path) -> Trace:
     (`s3://bucket/trace`). MoeInspectError where there is none, or it is damaged or of a newer
     format."""
     return Trace(path)
+
+
+def shards_of(trace: Trace, name: str) -> Iterator[Shard]:
+    """The shards, read in a phase of this name, as progress is told."""
+    advance = phase(name, trace.n_tokens, "tokens")
+    for shard in trace.shards:
+        yield shard
+        advance(shard.files.tokens)

@@ -16,7 +16,7 @@ from moe_inspect.analysis.counting.cluster import on_cluster
 from moe_inspect.analysis.counting.count_shard import Windows, count_shard
 from moe_inspect.analysis.counting.counts import Counts, joined
 from moe_inspect.analysis.counting.router_counts import BASE, SRP_LENGTHS, WANTS
-from moe_inspect.analysis.counting.router_groups import count_by_token_id
+from moe_inspect.analysis.counting.router_groups import count_by_token_id, counting
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
@@ -73,6 +73,7 @@ def count_trace(
             progress=progress,
         )
     else:
+        advance = counting(trace, selection.routers)
         parts = (
             _on_threads(trace, arguments, threads)
             if scheduler is None
@@ -80,8 +81,10 @@ def count_trace(
         )
         for shard, part in zip(trace.shards, parts, strict=True):
             total.add(part)
+            decisions = shard.files.tokens * len(selection.routers)
+            advance(decisions)
             if progress:
-                progress(shard.files.tokens * len(selection.routers))
+                progress(decisions)
     missing = (selection.domains or frozenset[str]()) - total.labels
     if missing:
         raise MoeInspectError(

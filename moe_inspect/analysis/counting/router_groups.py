@@ -4,7 +4,7 @@ tables fit in memory, and of those some per thread. Each router's decisions are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from moe_inspect.analysis.counting.token_ids import (
     by_token_id,
     plans_of,
 )
+from moe_inspect.progress import Advance, phase
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.shard import Shard
 
@@ -112,18 +113,29 @@ def count_by_token_id(
     request = GroupRequest(*arguments, base, keys, plans, top)
     parts = list[Counts]()
     routers = list(selection.routers)
+    advance = counting(trace, routers)
+
+    def told(decisions: int) -> None:
+        advance(decisions)
+        if progress:
+            progress(decisions)
+
     if scheduler is None:
         for group in _groups(trace, request, routers):
-            parts += _on_threads(trace, request, empty, group, threads, progress)
+            parts += _on_threads(trace, request, empty, group, threads, told)
     else:
         path = str(trace.path.resolve()) if isinstance(trace.path, Path) else str(trace.path)
         groups = list(_groups(trace, request, routers, ROUTERS_PER_TASK))
         tasks = ((path, request, empty, group) for group in groups)
         for group, part in zip(groups, on_cluster(scheduler, _group_of, tasks), strict=True):
             parts.append(part)
-            if progress:
-                progress(trace.n_tokens * len(group))
+            told(trace.n_tokens * len(group))
     return joined(parts)
+
+
+def counting(trace: Trace, routers: Sequence[int]) -> Advance:
+    """Begins the phase in which the decisions of these routers are counted."""
+    return phase("counting", trace.n_tokens * len(routers), "decisions")
 
 
 def _groups(
@@ -147,7 +159,7 @@ def _on_threads(
     empty: Counts,
     routers: list[int],
     threads: int,
-    progress: Callable[[int], None] | None,
+    progress: Advance,
 ) -> list[Counts]:
     """The counts of a group, in parts. While a shard is counted the tokens of the next are read."""
     n = min(threads, len(routers))
@@ -160,8 +172,7 @@ def _on_threads(
             for share in running:
                 share.result()
             running = [pool.submit(group.add, *prepared) for group in groups]
-            if progress:
-                progress(shard.files.tokens * len(routers))
+            progress(shard.files.tokens * len(routers))
         for share in running:
             share.result()
     # one after the other: numpy holds the GIL, and each takes the memory that the last gave back

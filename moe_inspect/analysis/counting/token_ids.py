@@ -28,7 +28,7 @@ from moe_inspect.analysis.counting.router_counts import ByTokenId
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.uncertainty import SEED
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 
@@ -145,7 +145,7 @@ class Plan:
 def plans_of(trace: Trace, selection: Selection, every: bool) -> dict[str, Plan]:
     """Reads the tokens, no decisions. `every`: lists every token id that occurs. By stack."""
     counts = Counts(trace.routers, selection.routers)
-    for shard in trace.shards:
+    for shard in shards_of(trace, "reading tokens"):
         counts.add(count_shard(shard, selection, frozenset(), routers=()))
     first_of = {trace.routers[r].stack: r for r in reversed(selection.routers)}
     return {stack: _plan(trace, selection, counts, r, every) for stack, r in first_of.items()}

@@ -9,7 +9,7 @@ import typer
 from moe_inspect.cli.compare.options import CompareOptions, TraceA, TraceB, Traces
 from moe_inspect.cli.compare.write import requested, write
 from moe_inspect.cli.options import TableCommand, with_options
-from moe_inspect.cli.report.build import decisions_read
+from moe_inspect.cli.progress import shown
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
@@ -51,26 +51,23 @@ def _pair(a: str, b: str, options: CompareOptions) -> None:
     from moe_inspect.comparison.compare import TABLES, LoadComparison
     from moe_inspect.comparison.compare import compare as make
 
-    with decisions_read() as progress:
-        made = make(
-            a,
-            b,
-            noise=options.noise,
-            **_selection(options),
-            top=options.top,
-            shift_layers=options.shift_layers,
-            shift_positions=options.shift_positions,
-            shift_routes=options.shift_routes,
-            drop_last=options.drop_last,
-            drop_zero_filled=options.drop_zero_filled,
-            progress=progress,
-        )
-        if isinstance(made, LoadComparison):
-            _loads(made, options)
-            return
-        request = requested(
-            options, TABLES, "agreement"
-        )  # after it is known which tables there are
+    made = make(
+        a,
+        b,
+        noise=options.noise,
+        **_selection(options),
+        top=options.top,
+        shift_layers=options.shift_layers,
+        shift_positions=options.shift_positions,
+        shift_routes=options.shift_routes,
+        drop_last=options.drop_last,
+        drop_zero_filled=options.drop_zero_filled,
+    )
+    if isinstance(made, LoadComparison):
+        _loads(made, options)
+        return
+    request = requested(options, TABLES, "agreement")  # after it is known which tables there are
+    with shown("comparing"):
         made.verdict()  # which counts
     write(made, request, TABLES)
 
@@ -85,6 +82,8 @@ def _loads(made: LoadComparison, options: CompareOptions) -> None:
         for one in text.split(","):
             made.refuse("metric", one.partition("=")[0].strip())
     request = requested(options, LOAD_TABLES, "load_shift")
+    with shown("counting"):
+        made.verdict()
     write(made, request, LOAD_TABLES)
 
 
@@ -107,10 +106,8 @@ def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError
         )
     request = requested(options, MODEL_TABLES, "verdict")
     selection = {name: value for name, value in _selection(options).items() if name != "layers"}
-    with decisions_read() as progress:
-        made = compare_models(
-            a, b, **selection, top=options.top, reasons=error.reasons, progress=progress
-        )
+    with shown("counting"):
+        made = compare_models(a, b, **selection, top=options.top, reasons=error.reasons)
         made.verdict()
     write(made, request, MODEL_TABLES)
 
@@ -124,8 +121,8 @@ def _checkpoints(traces: list[str], options: CompareOptions) -> None:
             f"--{given[0].replace('_', '-')} is for two traces, and there are {len(traces)}"
         )
     request = requested(options, CHECKPOINT_TABLES, "saturation")
-    with decisions_read() as progress:
-        made = compare_checkpoints(traces, **_selection(options), progress=progress)
+    with shown("comparing"):
+        made = compare_checkpoints(traces, **_selection(options))
         made.verdict()
     write(made, request, CHECKPOINT_TABLES)
 

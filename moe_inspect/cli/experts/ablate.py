@@ -10,9 +10,9 @@ import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of
 from moe_inspect.cli.experts import options as of
-from moe_inspect.cli.experts.passes import PassProgress
 from moe_inspect.cli.needs import need_torch, quiet
 from moe_inspect.cli.options import Layers, Output
+from moe_inspect.cli.progress import shown
 from moe_inspect.text import plural, print_stderr
 
 
@@ -91,14 +91,14 @@ def ablate(
     from moe_inspect.api import ablate as run
     from moe_inspect.trace.schema import parse_ranges
 
-    with PassProgress("ablating") as progress:
+    with shown("ablating") as bar:
         try:
             done = run(
                 model,
                 experts=parse_ranges(experts, "experts") if experts is not None else None,
                 most_passes=most_passes,
                 resume=resume,
-                progress=progress,
+                progress=bar.counted("ablating", "passes") if bar else None,
                 data=data or (),
                 layers=parse_ranges(layers) if layers is not None else None,
                 text_field=text_field,

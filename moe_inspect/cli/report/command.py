@@ -9,10 +9,11 @@ import typer
 
 from moe_inspect.cli.emit import Format, emit, format_of
 from moe_inspect.cli.options import TableCommand, with_options
+from moe_inspect.cli.progress import shown
 from moe_inspect.cli.report.build import build
 from moe_inspect.cli.report.options import ReportOptions
 from moe_inspect.cli.report.request import requested
-from moe_inspect.cli.report.write import write
+from moe_inspect.cli.report.write import write, write_files
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ def report(options: ReportOptions) -> None:
     # before numpy is imported: with small matrices, threads of a BLAS mostly wait for each other
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     request = requested(options)
-    made, failed = build(request)
+    drawn = ("drawing",) if request.plots or request.html else ()
+    with shown("reading tokens", "counting", "computing", *drawn):
+        made, failed = build(request)
+        write_files(made, request)
     write(made, request)
     for line in failed:
         print_stderr(line)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.report import Report
 
 
-def write(made: Report, request: Request) -> None:
+def write_files(made: Report, request: Request) -> None:
+    """The pictures and the page."""
     if made.warning:
         print_stderr(f"warning: {made.warning}")
     if request.plots is not None:
@@ -30,6 +31,10 @@ def write(made: Report, request: Request) -> None:
         simulated = simulated_sections(made, request.simulate, request.selection["layers"])
         write_page(request.html, made.page(simulated, request.text))
         print_stderr(f"wrote {request.html}")
+
+
+def write(made: Report, request: Request) -> None:
+    """The text or the table."""
     if request.table:
         table = table_of(made, request.table, request.format)
         emit(table, request.format, request.output, request.safe_csv)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.options import Layers, with_options
+from moe_inspect.cli.progress import shown
 from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
@@ -58,12 +59,13 @@ def cache(
     one after the other."""
     from moe_inspect.simulate.cache.cache import POLICIES, simulate_cache
 
-    simulation = simulate_cache(
-        trace,
-        slots=numbers(slots, "--slots", int) if slots else None,
-        policies=split(policy) or tuple(POLICIES),
-        expert_mb=expert_mb,
-        gb_per_s=gb_per_s,
-        layers=layers,
-    )
+    with shown("simulating"):
+        simulation = simulate_cache(
+            trace,
+            slots=numbers(slots, "--slots", int) if slots else None,
+            policies=split(policy) or tuple(POLICIES),
+            expert_mb=expert_mb,
+            gb_per_s=gb_per_s,
+            layers=layers,
+        )
     show(simulation, options)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.options import Layers, with_options
+from moe_inspect.cli.progress import shown
 from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
@@ -71,14 +72,15 @@ def capacity(
         )
     from moe_inspect.simulate.capacity.capacity import simulate_capacity
 
-    simulation = simulate_capacity(
-        trace,
-        capacity_factors=numbers(
-            capacity_factor or ["1.0,1.25,2.0"], "--capacity-factor", float, 0
-        ),
-        group_tokens=int(group_tokens) if group_tokens.isdecimal() else group_tokens,  # type: ignore[arg-type]
-        order=order.value if order else None,
-        target_drop=target_drop,
-        layers=layers,
-    )
+    with shown("simulating"):
+        simulation = simulate_capacity(
+            trace,
+            capacity_factors=numbers(
+                capacity_factor or ["1.0,1.25,2.0"], "--capacity-factor", float, 0
+            ),
+            group_tokens=int(group_tokens) if group_tokens.isdecimal() else group_tokens,  # type: ignore[arg-type]
+            order=order.value if order else None,
+            target_drop=target_drop,
+            layers=layers,
+        )
     show(simulation, options)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.options import Domains, Layers, OfPhase, with_options
+from moe_inspect.cli.progress import shown
 from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
@@ -53,13 +54,14 @@ def decode(
     documents."""
     from moe_inspect.simulate.decode.decode import simulate_decode
 
-    simulation = simulate_decode(
-        trace,
-        batches=numbers(batch or ["1,8,32,128"], "--batch", int),
-        expert_mb=expert_mb,
-        flops_per_byte=flops_per_byte,
-        layers=layers,
-        domains=split(domain),
-        phase=phase and phase.value,
-    )
+    with shown("simulating"):
+        simulation = simulate_decode(
+            trace,
+            batches=numbers(batch or ["1,8,32,128"], "--batch", int),
+            expert_mb=expert_mb,
+            flops_per_byte=flops_per_byte,
+            layers=layers,
+            domains=split(domain),
+            phase=phase and phase.value,
+        )
     show(simulation, options)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.options import Domains, Layers, OfPhase, with_options
+from moe_inspect.cli.progress import shown
 from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
@@ -155,22 +156,23 @@ def placement(
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import ENDINGS, write_plan
 
-    simulation = simulate_placement(
-        trace,
-        gpus=gpus,
-        nodes=nodes,
-        physical_experts=physical_experts,
-        groups=groups,
-        policies=split(policy),
-        fit_share=fit_share,
-        window=window,
-        minimize="ranks" if minimize else None,
-        slack=slack,
-        dispatch="lp" if dispatch is Dispatch.lp else "even",
-        layers=layers,
-        domains=split(domain),
-        phase=phase and phase.value,
-    )
+    with shown("counting loads", "counting ranks"):
+        simulation = simulate_placement(
+            trace,
+            gpus=gpus,
+            nodes=nodes,
+            physical_experts=physical_experts,
+            groups=groups,
+            policies=split(policy),
+            fit_share=fit_share,
+            window=window,
+            minimize="ranks" if minimize else None,
+            slack=slack,
+            dispatch="lp" if dispatch is Dispatch.lp else "even",
+            layers=layers,
+            domains=split(domain),
+            phase=phase and phase.value,
+        )
     output, plan_for = options.output, options.plan_for
     ending = output.suffix.lower() if output is not None else ""
     if output is None and plan_for is not None:

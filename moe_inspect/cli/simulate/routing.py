@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moe_inspect.cli.options import Layers, with_options
+from moe_inspect.cli.progress import shown
 from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
@@ -67,13 +68,14 @@ def routing(
     own choices, whether a token's routing depends on later tokens, and when to use each."""
     from moe_inspect.simulate.routing.routing import simulate_routing
 
-    simulation = simulate_routing(
-        trace,
-        algorithms=split(algorithm) or None,
-        top_k=numbers(top_k, "--top-k", int) if top_k else None,
-        top_p=numbers(top_p or ["0.7"], "--top-p", float, 0),
-        capacity_factor=numbers(capacity_factor or ["1.0,1.25"], "--capacity-factor", float, 0),
-        layers=layers,
-        **({} if uneven is None else {"uneven": uneven}),
-    )
+    with shown("simulating"):
+        simulation = simulate_routing(
+            trace,
+            algorithms=split(algorithm) or None,
+            top_k=numbers(top_k, "--top-k", int) if top_k else None,
+            top_p=numbers(top_p or ["0.7"], "--top-p", float, 0),
+            capacity_factor=numbers(capacity_factor or ["1.0,1.25"], "--capacity-factor", float, 0),
+            layers=layers,
+            **({} if uneven is None else {"uneven": uneven}),
+        )
     show(simulation, options)

@@ -30,6 +30,7 @@ from moe_inspect.comparison.counting.confidence import (
 )
 from moe_inspect.comparison.counting.kernels_numpy import Slots
 from moe_inspect.comparison.counting.router_sums import Decisions, RouterSums
+from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
 
 
@@ -73,14 +74,18 @@ def count_pair(
         {r: listed[r].experts for r, _ in job.routers},
         {listed[r].stack for r, _ in job.routers},
     )
-    for decisions in _on_threads(job, total, threads):
+    numbers = np.unique(job.alignment.segments.shard_a).tolist()
+    advance = phase("comparing", job.alignment.segments.tokens, "tokens")
+    for number, decisions in zip(numbers, _on_threads(job, numbers, total, threads), strict=True):
+        advance(job.alignment.segments.in_shard(number).tokens)
         if progress:
             progress(decisions)
     return total
 
 
-def _on_threads(job: Job, total: ct.PairCounts, threads: int | None) -> Iterator[int]:
-    numbers = np.unique(job.alignment.segments.shard_a).tolist()
+def _on_threads(
+    job: Job, numbers: list[int], total: ct.PairCounts, threads: int | None
+) -> Iterator[int]:
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     if threads == 1 or len(numbers) == 1:
         yield from (_count_shard(job, number, total) for number in numbers)

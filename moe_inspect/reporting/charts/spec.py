@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.progress import phase
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -327,8 +328,10 @@ def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:
     makers = every_chart()
     data.prepare(tables_of_charts())
     charts, left_out = list[Chart](), list[str]()
+    advance = phase("drawing", len(makers), "charts")
     for name in makers:
         made = chart_of(data, name)
+        advance(1)
         if isinstance(made, Chart):
             charts.append(made)
         elif made:

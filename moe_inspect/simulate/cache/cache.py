@@ -29,7 +29,7 @@ from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.shards import check_length, is_small
 from moe_inspect.simulate.shards import slots as slots_of
 from moe_inspect.text import layer_label, plural
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace, open_trace, shards_of
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
 
@@ -121,7 +121,7 @@ def _replay(
     sizes, names, tokens = settings.sizes, settings.policies, 0
     kind = Cache if is_small(trace, chosen, 4 * len(names) * len(sizes)) else CompiledCache
     caches = {r: kind(trace.routers[r].experts, sizes, names) for r in chosen}
-    for shard in trace.shards:
+    for shard in shards_of(trace, "simulating"):
         order_of: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
         tokens += shard.files.tokens
         for r in chosen:

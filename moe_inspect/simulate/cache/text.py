@@ -9,6 +9,7 @@ import numpy as np
 from moe_inspect.reporting.charts.parts import DASHES
 from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Mark, Panel, Points
 from moe_inspect.simulate.result import SIMULATED
+from moe_inspect.text import plural
 
 # a hot set is worth caching where it serves this many times the accesses that even load would
 HOT = 1.2
@@ -26,7 +27,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         rate = at[at["policy"] == name]["hit_rate"]
         bound = " (the bound: it sees the future)" if name == "belady" else ""
         sentences.append(
-            f"Simulated, {size} slots per layer, {name}{bound}: hit rate "
+            f"Simulated, {plural(size, 'slot')} per layer, {name}{bound}: hit rate "
             f"{_percents(rate.min(), rate.max())} by layer."
         )
     if "tokens_per_s" in speed:

@@ -32,7 +32,7 @@ from moe_inspect.simulate.capacity.text import chart, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.shards import is_small
 from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace, open_trace, shards_of
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import codes
 
@@ -225,7 +225,7 @@ def _count(trace: Trace, chosen: Sequence[int], settings: Settings) -> Counted:
     F, small = len(settings.factors), is_small(trace, chosen)
     of = {r: RouterDrops(trace.routers[r], settings.factors) for r in chosen}
     counted = Counted(of, [], 0, np.zeros(F, np.int64), np.zeros(F, np.int64))
-    for shard in trace.shards:
+    for shard in shards_of(trace, "simulating"):
         table = shard.tokens(["document", "sequence", "batch", "domain"])
         domain_T = _domains(table, counted.domains)
         hit_T, lost_T = np.zeros(len(domain_T), np.uint8), np.zeros(len(domain_T), np.uint8)

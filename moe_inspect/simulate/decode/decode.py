@@ -24,7 +24,7 @@ from moe_inspect.simulate import kernels_numpy
 from moe_inspect.simulate.decode.text import SATURATED, chart, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.shards import check_domains, check_length, is_small, slots, taken
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace, open_trace, shards_of
 from moe_inspect.trace.shard import Shard
 
 # FLOPs per byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
@@ -114,7 +114,7 @@ def simulate_decode(
     chosen, decoded = _with_phase(trace, selection)
     steps = {r: Steps(trace.routers[r].experts, sizes) for r in chosen.routers}
     small, first_of = is_small(trace, chosen.routers, len(sizes)), dict[tuple[str, int, int], int]()
-    for shard in trace.shards:
+    for shard in shards_of(trace, "simulating"):
         of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for r in chosen.routers:
             if (stack := trace.routers[r].stack) not in of_stack:

@@ -40,7 +40,8 @@ def ranks_reached(plans: Plans, small: bool) -> dict[tuple[int, str], tuple[floa
         counters[r, name] = (of_gpus, of_nodes if layout.nodes > 1 else _routed)
     sums = {key: np.zeros(2) for key in plans.of}
     tokens = dict.fromkeys(selection.routers, 0)
-    for r, ids_KT, _ in decisions(trace, selection, windows, since=windows.judged.start):
+    since = windows.judged.start
+    for r, ids_KT, _ in decisions(trace, selection, windows, "counting ranks", since):
         tokens[r] += ids_KT.shape[1]
         for key, (of_gpus, of_nodes) in counters.items():
             if key[0] == r:
@@ -88,7 +89,7 @@ def reach_fewer(plans: Plans, policy: str, slack: float) -> None:
     windows = plans.windows
     step = max(1, int(windows.tokens * windows.edge_W[windows.fit]) // SAMPLE)
     samples: dict[int, list[np.ndarray]] = {r: [] for r in plans.selection.routers}
-    for r, ids_KT, window_T in decisions(plans.trace, plans.selection, windows):
+    for r, ids_KT, window_T in decisions(plans.trace, plans.selection, windows, "sampling"):
         samples[r].append(ids_KT[:, window_T < windows.fit][:, ::step])
     for r, parts in samples.items():
         ids_KM = np.ascontiguousarray(np.concatenate(parts, axis=1))

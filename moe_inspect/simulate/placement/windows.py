@@ -16,7 +16,7 @@ from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.placement import kernels_numpy
 from moe_inspect.simulate.shards import check_length, slots, taken
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Trace, shards_of
 
 WINDOWS = 16  # by default
 MOST_WINDOWS = 4_096
@@ -89,12 +89,12 @@ def _selected(trace: Trace, selection: Selection) -> dict[int, int]:
 
 
 def decisions(
-    trace: Trace, selection: Selection, windows: FitWindows, since: int = 0
+    trace: Trace, selection: Selection, windows: FitWindows, name: str, since: int = 0
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(router, ids int16 [K, T], window of each token int64 [T]), shard by shard. What lies before
-    the window `since` is not read."""
+    the window `since` is not read. `name`: of the phase, as progress is told."""
     of_rank, before = _selected(trace, selection), dict[int, int]()
-    for shard in trace.shards:
+    for shard in shards_of(trace, name):
         rank, taken_T = shard.files.rank, taken(shard, selection)
         index_T = before.get(rank, 0) + np.cumsum(taken_T) - 1
         before[rank] = before.get(rank, 0) + int(taken_T.sum())
@@ -135,6 +135,6 @@ def loads_of(
         from moe_inspect.simulate.placement import kernels_numba
 
         count_windows = kernels_numba.count_windows
-    for r, ids_KT, window_T in decisions(trace, selection, windows):
+    for r, ids_KT, window_T in decisions(trace, selection, windows, "counting loads"):
         count_windows(ids_KT, window_T, loads[r])
     return loads

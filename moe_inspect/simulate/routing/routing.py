@@ -17,6 +17,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.progress import phase
 from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.routing.algorithms import ALGORITHMS, Algorithm, RouterScores, largest
 from moe_inspect.simulate.routing.decisions import Decisions, halves
@@ -68,7 +69,10 @@ def simulate_routing(
     half_of = halves(trace)
     # algorithms that learn are fitted on one half of the documents and evaluated on the other
     held_out = half_of.nunique() == 2
-    runs_of = {r: _run(trace, r, settings, half_of, held_out) for r in chosen}
+    advance, runs_of = phase("simulating", len(chosen), "routers"), dict[int, list[Run]]()
+    for r in chosen:
+        runs_of[r] = _run(trace, r, settings, half_of, held_out)
+        advance(1)
     if not any(run.tokens for found in runs_of.values() for run in found):
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
     k = float(np.mean([trace.routers[r].top_k for r in chosen]))

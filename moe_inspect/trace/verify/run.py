@@ -14,7 +14,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import contents
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.verify.counts import check_counts
 from moe_inspect.trace.verify.decisions import check_logits, check_routing
 from moe_inspect.trace.verify.files import check_files, check_lines, check_orphans, local
@@ -65,7 +65,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
         and (trace.manifest.get("corpus") or {}).get("plan") is not None
     )
     check_lines(trace, files)
-    unhashed = sum(check_files(shard) for shard in trace.shards)
+    unhashed = sum(check_files(shard) for shard in shards_of(trace, "checksums"))
     check_orphans(trace, files, found)
     found.checked += [
         "sha256 and rows of every file are those of its line"
@@ -80,7 +80,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
     found.documents = len(documents.number)
     found.checked.append("documents declared once")
     positions = Positions(bool(trace.manifest.get("counts", {}).get("dropped")))
-    for shard in trace.shards:
+    for shard in shards_of(trace, "checking rows"):
         if trace.counts_only:
             check_counts(shard, found)
         else:

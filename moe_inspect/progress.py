@@ -1,0 +1,29 @@
+"""How far a long command is. What reads a trace names the phase that it is in and counts; commands
+on a terminal listen. Where nobody listens, nothing happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+Advance = Callable[[int], None]  # called with what was done since the last call
+Listener = Callable[[str, int, str], Advance]  # (phase, total, unit)
+_listener: ContextVar[Listener | None] = ContextVar("progress", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Generator[None]:
+    """Tells `listener` of every phase that begins, with its total and the unit of that."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def phase(name: str, total: int, unit: str) -> Advance:
+    """Begins a phase. Returns what to call with every amount that is done, which add up to the
+    total; from any thread."""
+    listener = _listener.get()
+    return (lambda done: None) if listener is None else listener(name, total, unit)

@@ -1,0 +1,132 @@
+"""The progress bar of commands, seen through a pseudo-terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_inspect import progress, simulate_cache, simulate_placement, verify
+from moe_inspect.cli import progress as bars
+from moe_inspect.comparison.compare import compare
+from moe_inspect.reporting.charts.spec import draw_charts
+from moe_inspect.reporting.report import report
+from tests.conftest import ROOT
+from tests.synthetic import uniform_ids, write_trace
+
+L, T = 3, 400
+PHASES: dict[Callable[[str], object], dict[str, int]] = {
+    lambda path: draw_charts(report(path)): {
+        "reading tokens": T,
+        "counting": T * L,
+        "drawing": 0,
+    },
+    verify: {"checksums": T, "checking rows": T},
+    lambda path: compare(path, path).verdict(): {"comparing": T},
+    simulate_cache: {"simulating": T},
+    lambda path: simulate_placement(path, policies=["contiguous"]): {
+        "counting loads": T,
+        "counting ranks": T,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("progress") / "t"
+    ids = [uniform_ids(rng, T, 8, 2) for _ in range(L)]
+    domains = ["law"] * 10 + ["code"] * 10
+    token_id = rng.integers(0, 30, T)
+    document = np.arange(T) // 20
+    write_trace(path, ids, 8, document=document, domain_of_document=domains, token_id=token_id)
+    return str(path)
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Generator[list[bytes]]:
+    """What is written to stderr, which is a terminal; complete when the block ends."""
+    ours, theirs = pty.openpty()
+    sent = list[bytes]()
+
+    def read() -> None:
+        try:
+            while more := os.read(ours, 65_536):
+                sent.append(more)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with monkeypatch.context() as patched, os.fdopen(theirs, "w") as stderr:
+        patched.setattr(sys, "stderr", stderr)
+        patched.setenv("TERM", "xterm")
+        yield sent
+    reader.join()
+    os.close(ours)
+
+
+@pytest.mark.parametrize("run", PHASES)
+def test_phases_have_a_total_from_the_start_and_reach_it(
+    trace: str, run: Callable[[str], object]
+) -> None:
+    begun, done = dict[str, int](), dict[str, int]()
+
+    def listener(name: str, total: int, unit: str) -> progress.Advance:
+        begun[name], done[name] = total, 0
+
+        def advance(amount: int) -> None:
+            done[name] += amount
+
+        return advance
+
+    with progress.listening(listener):
+        run(trace)
+    assert done == begun
+    assert begun.keys() == PHASES[run].keys()
+    assert all(begun[name] == (total or begun[name]) > 0 for name, total in PHASES[run].items())
+    begun.clear()
+    run(trace)  # nobody listens
+    assert not begun
+
+
+def test_a_long_command_shows_its_phases_on_stderr_and_removes_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for after_s, expected in ((0.0, True), (60.0, False)):  # the second is done before that
+        monkeypatch.setattr(bars, "AFTER_S", after_s)
+        with terminal(monkeypatch) as sent, bars.shown("first", "second") as bar:
+            assert bar is not None
+            bar.started.wait(5 if expected else 0)
+            for name in ("first", "second"):
+                advance = progress.phase(name, 2_000, "tokens")
+                advance(1_500)
+                if expected:
+                    bar.rich.refresh()
+                advance(500)
+        text = b"".join(sent).decode()
+        assert ("first 1/2" in text and "1,500 of 2,000 tokens" in text) == expected
+        assert ("second 2/2" in text and "2,000 of 2,000 tokens" in text) == expected
+        assert bool(re.search(r"\x1b\[2K$", text)) == expected  # the line is erased
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_is_shown_on_a_pipe(trace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bars.shown("first") as bar:  # stderr is no terminal
+        assert bar is None
+    monkeypatch.setattr(bars, "_piped", lambda: True)
+    with terminal(monkeypatch) as sent, bars.shown("first") as bar:  # stdout is a pipe: to `less`
+        assert bar is None
+    assert not sent
+    code = "from moe_inspect.cli.progress import _piped; import sys; sys.exit(_piped())"
+    for stdout, piped in ((subprocess.PIPE, 1), (subprocess.DEVNULL, 0)):
+        made = subprocess.run([sys.executable, "-c", code], cwd=Path(ROOT), stdout=stdout)
+        assert made.returncode == piped
