@@ -61,9 +61,12 @@ def piece_of(shard: Shard) -> Piece:
         np.add.at(load_LE, at, table["assignments"].to_numpy())
         tokens_L[:] = _tokens_counted(load_LE, routers, files.tokens)
     else:
-        for r, slots in enumerate(_slots(shard)):
-            tokens_L[r] = len(slots[0])
-            load_LE[r] = _load(slots, load_LE.shape[1], routers[r], files.paths["routing"])
+        for r, router in enumerate(routers):
+            tokens_L[r], load_LE[r] = _load(shard, r, router, load_LE.shape[1])
+        if tokens_L.sum() != (rows := shard.file("routing").metadata.num_rows):
+            name = files.paths["routing"]
+            said = f"{tokens_L.sum():,} of its {rows:,} rows are of a router of the manifest"
+            raise Damaged(name, said, name)
     first = files.last_batch if files.first_batch is None else files.first_batch
     return Piece(first, files.last_batch, files.tokens, files.decisions, load_LE, tokens_L)
 
@@ -77,30 +80,18 @@ def _tokens_counted(load_LE: np.ndarray, routers: list[Router], tokens: int) -> 
     return np.where(has_stacks_L, by_load_L, tokens)
 
 
-def _slots(shard: Shard) -> list[list[np.ndarray]]:
-    """The experts of each router's decisions, an array a slot, without those that are null. All
-    routers are read at once, which takes a fraction of reading them one by one."""
-    routers = shard.trace.routers
-    columns = [f"expert_{j}" for j in range(max(r.top_k for r in routers))]
-    table = shard.table("routing", ["router", *columns])
-    router_N = table["router"].to_numpy()
-    edges = np.searchsorted(router_N, np.arange(len(routers) + 1))
-    if (router_N[1:] < router_N[:-1]).any() or edges[-1] != len(router_N):
-        name = shard.files.paths["routing"]
-        raise Damaged(name, "its rows are not in the order of routers", name)
-    read = {name: table[name].combine_chunks() for name in columns}
-    found: list[list[np.ndarray]] = []
-    for r, router in enumerate(routers):
-        start, length = int(edges[r]), int(edges[r + 1] - edges[r])
-        parts = [read[f"expert_{j}"].slice(start, length) for j in range(router.top_k)]
-        found.append([(p.drop_null() if p.null_count else p).to_numpy() for p in parts])
-    return found
-
-
-def _load(slots: list[np.ndarray], width: int, router: Router, name: str) -> np.ndarray:
-    load_E = np.bincount(np.concatenate(slots), minlength=width)
-    if load_E[router.experts :].any():
-        highest = load_E.nonzero()[0][-1]
-        said = f"it has an assignment to expert {highest} of layer {router.layer}, which has"
-        raise Damaged(name, f"{said} {router.experts} experts", name)
-    return load_E
+def _load(shard: Shard, r: int, router: Router, width: int) -> tuple[int, np.ndarray]:
+    """The number of decisions of a router, and its load_E; null slots are not counted. A router and
+    a slot at a time: what is read then stays in the processor's caches."""
+    table = shard.rows_of_router("routing", r, [f"expert_{j}" for j in range(router.top_k)])
+    load_E = np.zeros(width, np.int64)
+    for column in table.columns:
+        for chunk in column.chunks:
+            ids_N = (chunk.drop_null() if chunk.null_count else chunk).to_numpy()
+            found_E = np.bincount(ids_N, minlength=width)
+            if found_E[router.experts :].any():
+                name, highest = shard.files.paths["routing"], found_E.nonzero()[0][-1]
+                said = f"it has an assignment to expert {highest} of layer {router.layer}, which"
+                raise Damaged(name, f"{said} has {router.experts} experts", name)
+            load_E += found_E
+    return len(table), load_E
