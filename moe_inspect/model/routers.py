@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from moe_inspect.errors import MoeInspectError
@@ -233,8 +234,13 @@ def scoring_of(config: Any, router: Module) -> str:
     stated = getattr(config, "scoring_func", None)
     if isinstance(stated, str):
         return stated
+    return _scoring_in_code(type(router))
+
+
+@cache
+def _scoring_in_code(kind: type) -> str:
     try:
-        code = inspect.getsource(type(router))
+        code = inspect.getsource(kind)
     except (OSError, TypeError):
         return ""
     return next((name for name in ("sparsemixer", "sigmoid", "softmax") if name in code), "softmax")

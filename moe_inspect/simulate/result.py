@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TextIO
+from typing import TYPE_CHECKING, ParamSpec, TextIO, cast
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.shown import Shown
@@ -153,7 +153,7 @@ def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Sim
     def simulated(*trace: Options.args, **options: Options.kwargs) -> Simulation:
         from moe_inspect.reporting.render.python import python_call
 
-        lines = python_call(simulate.__name__, trace, options)
+        lines = python_call(simulate.__name__, cast("tuple[Trace, ...]", trace), options)
         return replace(simulate(*trace, **options), python=lines)
 
     return simulated
