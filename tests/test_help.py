@@ -107,14 +107,15 @@ def test_a_slip_of_the_keys_is_told_what_is_near(cli_here: Cli, tmp_path: Path) 
     assert did_you_mean("lod", ["balance", "load"]) == " (did you mean load?)"
     assert did_you_mean("zzz", ["balance", "load"]) == ""
     assert no_such("table", "zzz", ["a", "b"]) == "no table 'zzz': there are a, b"
-    trace = ROOT / "sample_traces/balanced"
+    trace, empty = ROOT / "sample_traces/balanced", tmp_path / "empty"
+    empty.mkdir()
     for arguments, code, said in (
         ((trace, "--table", "balanc"), 1, "no table 'balanc' (did you mean balance?)"),
         ((trace, "--fail-above", "maxvio=1"), 2, "no metric 'maxvio' (did you mean max_vio?)"),
         ((trace, "--layers", "33"), 1, f"no layer 33 in {trace} (did you mean 3?)"),
         ((f"{trace}d",), 1, f"no trace at {trace}d (did you mean {trace}?)"),
         ((trace.parent,), 1, f"no trace at {trace.parent}, but in it: {trace}, "),
-        ((tmp_path.parent,), 1, f'"moe-inspect trace MODEL -o {tmp_path.parent}/NAME"'),
+        ((empty,), 1, f'"moe-inspect trace MODEL -o {empty}/NAME"'),
         ((trace, "--format", "xml"), 2, "'--format': 'xml' is not one of 'table'"),
     ):
         assert said in cli_here("report", *arguments, check=code).stderr
