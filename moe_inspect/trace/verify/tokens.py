@@ -7,7 +7,6 @@ T tokens.
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace
@@ -117,8 +116,7 @@ def check_tokens(
     """The phase of each token, as an index into PHASES."""
     name = shard.files.paths["tokens"]
     columns = schema.TOKENS.names
-    loss = [column for column, _ in schema.LOSS] if shard.trace.has_loss else []
-    table = read_table(shard, "tokens", [*columns, *loss])
+    table = read_table(shard, "tokens", columns)
     for column in columns:
         if table[column].null_count:
             raise Violation(
@@ -150,17 +148,6 @@ def check_tokens(
         table["document"].to_numpy(),
         codes_of(table["domain"], name, "domain", documents.labels),
     )
-    for column in loss:
-        _check_loss(name, column, table[column])
     encoded_T = phase_T == schema.PHASES.index("encode")
     positions.check(name, table["sequence"].to_numpy(), encoded_T, table["position"].to_numpy())
     return phase_T
-
-
-def _check_loss(name: str, column: str, values: pa.ChunkedArray) -> None:
-    """A loss or an entropy is finite, and at least 0 but for rounding."""
-    values_T = values.fill_null(0).to_numpy()
-    wrong_T = ~np.isfinite(values_T) | (values_T < -1e-3)
-    if wrong_T.any():
-        row = int(wrong_T.argmax())
-        raise Violation(name, row, f"{column} is {values_T[row]}")

@@ -55,7 +55,6 @@ class TraceWriter:
         logits: bool = False,
         norms: bool = False,
         peaks: bool = False,
-        token_loss: bool = False,
         counts_only: bool = False,
         vocabulary: pa.Table | None = None,
         rank: int = 0,
@@ -74,7 +73,7 @@ class TraceWriter:
         ]
         held = zip(schema.SLOT_VALUES, (weights, norms, peaks), strict=True)
         values = [value for value, on in held if on]
-        self._recorded = tables.Recorded(self.routers, values, logits, token_loss)
+        self._recorded = tables.Recorded(self.routers, values, logits)
         self.next_shard = start.shards
         self.next_token = start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
