@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TextIO
 
+JOINERS = "\u200c\u200d"  # join or part letters of Persian or Hindi, and emoji
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet may run a cell that begins so
 
 
@@ -41,10 +42,14 @@ def safe_cell(text: str) -> str:
 
 
 def readable(text: object) -> str:
-    """Text in which every character is visible: line ends, control and direction marks as escapes,
-    a leading or trailing space as ␣."""
+    """Text in which every character is visible or joins others: line ends, control and direction
+    marks as escapes, a leading or trailing space as ␣."""
+    text = str(text)
     text = "".join(
-        c if c == " " or unicodedata.category(c)[0] not in "CZ" else _escape(c) for c in str(text)
+        c
+        if c == " " or unicodedata.category(c)[0] not in "CZ" or (c in JOINERS and _joins(before))
+        else _escape(c)
+        for before, c in zip(f" {text}", text, strict=False)
     )
     inner = text.strip(" ")
     lead = len(text) - len(text.lstrip(" "))
@@ -56,11 +61,16 @@ def legible(text: str) -> str:
     characters, direction marks and other invisible ones become backslash escapes."""
     if text.isprintable():
         return text
-    kept = "\n\t\u200c\u200d"  # the last two join or part letters of Persian or Hindi
+    kept = "\n\t" + JOINERS
     return "".join(
         c if c in kept or c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c)
         for c in text
     )
+
+
+def _joins(before: str) -> bool:
+    """Whether a joiner after this character changes how it is drawn."""
+    return not before.isascii() and unicodedata.category(before)[0] in "LMS"
 
 
 def _escape(character: str) -> str:

@@ -4,7 +4,7 @@ holds, in every script, and nothing of it runs."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,15 @@ PIECES = [
     "\x1b[31m",
     HOSTILE,
 ]
+# an Indic conjunct cut within a letter, emoji joined to one, with a skin tone, a flag
+CUT = ["<0xE0><0xA4>", "<0x95>", "्", "षि", "▁", "👩", "\u200d", "💻", "👍", "🏽", "🇩", "🇪"]
+JOINED = ["क्षि", "", "", "", " ", "👩\u200d💻", "", "", "👍🏽", "", "🇩🇪", ""]
 COLOUR = (
     "(n) => getComputedStyle(document.querySelectorAll('.routed .body span')[n]).backgroundColor"
 )
 
 
-def scripts(root: Path) -> Report:
+def scripts(root: Path, pieces: Sequence[str] = PIECES) -> Report:
     """Two documents of 12 tokens, 2 × 8: at layer n token t goes to experts t + n and t + n + 1."""
     t = np.arange(24)
     ids = [
@@ -55,7 +58,7 @@ def scripts(root: Path) -> Report:
     weights = [np.tile(np.float32([0.75, 0.25]), (24, 1))] * 2
     settings: dict[str, Any] = {"document": t // 12, "token_id": t % 12, "words": 12}
     write_trace(root, ids, 8, weights=weights, domain_of_document=("a", "b"), **settings)
-    table = pa.table({"token_id": pa.array(range(12), pa.int32()), "token": PIECES})
+    table = pa.table({"token_id": pa.array(range(12), pa.int32()), "token": pieces})
     pq.write_table(table, root / "vocabulary.parquet")
     edit_manifest(root, vocabulary=None)
     return report(root)
@@ -202,6 +205,25 @@ def test_words_are_whole_in_every_script_and_what_is_hostile_is_text(
     assert route(page) == [["2 0.75", "3 0.25"], ["3 0.75", "4 0.25"]]
     page.view.set_viewport_size({"width": 390, "height": 800})
     page.until("document.documentElement.scrollWidth <= 390")
+    assert page.complaints == []
+    page.view.close()
+
+
+def test_characters_that_tokens_cut_are_whole(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    cut = scripts(tmp_path / "t", CUT)
+    page = Opened(browser, tmp_path / "p.html", report_page(cut))
+    assert spans(page) == [text for text in JOINED if text]
+    page.view.locator(".routed").focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "Enter"):
+        page.view.keyboard.press(key)
+    assert page.view.locator(".route .token").text_content() == "क्षि part 3 of 4 token 3, pinned"
+    page.view.evaluate("location.hash = '#L0E2'")
+    page.until("document.querySelectorAll('#card .context').length > 0")
+    marked = page.view.locator("#card .context mark").all_text_contents()
+    assert set(marked) <= {text for text in JOINED if text} | {"␣"}
     assert page.complaints == []
     page.view.close()
 

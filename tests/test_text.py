@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 import moe_inspect
+from moe_inspect.cli.text import _fitted
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.routed_text import routed_text
-from moe_inspect.trace.texts import as_text
+from moe_inspect.text import readable
+from moe_inspect.trace.texts import CHARACTER, as_text
 from tests.conftest import ROOT
+from tests.synthetic import uniform_ids, write_trace
+from tests.test_page_text import CUT, JOINED, scripts
 
 SAMPLE = ROOT / "sample_traces" / "collapsed"
 
@@ -32,6 +38,8 @@ def test_tokens_become_text() -> None:
     assert as_text(["a<0xE2><0x82>", "<0xAC>b"]) == ["a€", "b"]
     assert as_text(["<0xFF>", "x", "<0xC3>"]) == ["�", "x", "�"]
     assert as_text([]) == []
+    assert as_text(CUT) == JOINED
+    assert as_text(["e", "\u0301x", "\u0301"]) == ["e\u0301", "x\u0301", ""]
 
 
 def test_a_document_is_the_text_that_was_fed() -> None:
@@ -77,6 +85,60 @@ def test_an_experts_tokens_in_context() -> None:
     drawn = [trace.tokens_of(2, 5, top=30, sort="random", seed=n)["token"] for n in (0, 0, 1)]
     assert drawn[0].tolist() == drawn[1].tolist() != drawn[2].tolist()
     assert set(drawn[2]) <= set(found["token"])
+
+
+def test_the_first_of_many_shards_are_the_first_of_all(tmp_path: Path) -> None:
+    T, rng = 900, np.random.default_rng(0)
+    weight = np.float32(rng.integers(1, 5, (T, 2))) / 8  # with many ties
+    written: dict[str, Any] = {"document": np.arange(T) // 100, "words": 5, "batch_tokens": 300}
+    trace = write_trace(
+        tmp_path / "t",
+        [uniform_ids(rng, T, 4, 2)],
+        4,
+        weights=[-np.sort(-weight, axis=1)],
+        shard_tokens=300,
+        token_id=rng.integers(0, 5, T),
+        **written,
+    )
+    assert sum(1 for _ in trace.shards) == 3
+    found = trace.tokens_of(0, 2)
+    assert len(found) == (trace.routing(0)[["expert_0", "expert_1"]] == 2).to_numpy().sum()
+    pd.testing.assert_frame_equal(trace.tokens_of(0, 2, top=40), found[:40])
+    drawn = trace.tokens_of(0, 2, top=40, sort="random")
+    assert drawn["document"].nunique() == 9
+    mixed = trace.tokens_of(0, 2, sort="random")
+    assert drawn["token"].tolist() == mixed["token"].tolist()[:40]
+    empty = write_trace(
+        tmp_path / "e", [np.zeros((0, 2), np.uint16)], 4, document=np.zeros(1), words=5
+    )
+    for ask in (lambda: empty.tokens_of(0, 2), lambda: empty.document(0)):
+        with pytest.raises(MoeInspectError, match="nothing is committed"):
+            ask()
+
+
+def test_characters_cut_by_tokens_are_whole_in_the_concordance(tmp_path: Path) -> None:
+    trace = scripts(tmp_path / "t", CUT).trace
+    whole = "".join(JOINED)
+    for expert in range(8):
+        for row in trace.tokens_of(0, expert, context=20).itertuples():
+            at = row.position % len(JOINED)
+            first = max(n for n in range(at + 1) if JOINED[n])
+            assert (row.left, row.text) == ("".join(JOINED[:first]), JOINED[first])
+            assert row.left + row.text + row.right == whole
+    shown = run(str(trace.path), "--layer", "0", "--expert", "2", "--context", "20").stdout
+    assert "[क्षि] ␣👩\u200d💻👍🏽🇩🇪" in re.sub(" +", " ", shown)
+    document = run(str(trace.path), "--document", "0").stdout
+    assert "क्षि[1][2]" in document
+    assert "👩\u200d💻" in document
+    lines = [_fitted(whole * 3, room, end) for room in (2, 5, 9) for end in (False, True)]
+    assert all(set(CHARACTER.findall(line)) <= {*JOINED} for line in lines)
+
+
+def test_joiners_are_kept_where_they_join() -> None:
+    assert readable("می\u200cخواهم") == "می\u200cخواهم"
+    assert readable("👩\u200d💻") == "👩\u200d💻"
+    assert readable("a\u200db \u200d") == r"a\u200db \u200d"
+    assert readable("\u200d") == r"\u200d"
 
 
 def test_requests_count_what_was_generated(tmp_path: Path) -> None:

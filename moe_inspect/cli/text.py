@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,7 +134,7 @@ def _print_concordance(
         of_document = max((len(str(n)) for n in rows["document"]), default=0)
         after = 8 * trace.has_weights + of_domain + of_document + len("  document ")
         room = max((console.width - wide - after - 4) // 2, 8)
-        left = [_fitted(readable(text)[::-1], room)[::-1] for text in rows["left"]]
+        left = [_fitted(readable(text), room, end=True) for text in rows["left"]]
         right = [_fitted(readable(text), room) for text in rows["right"]]
         of_left, of_right = (max(map(cell_len, column), default=0) for column in (left, right))
         for row, word, before, behind, domain in zip(
@@ -150,11 +151,20 @@ def _print_concordance(
             console.print(line, soft_wrap=True)
 
 
-def _fitted(text: str, room: int) -> str:
-    """The first words of a text that fit so many cells; of a long word its beginning."""
-    from rich.cells import cell_len, chop_cells
+def _fitted(text: str, room: int, end: bool = False) -> str:
+    """The first words of a text that fit so many cells, or its last; of a long word the part that
+    does."""
+    from rich.cells import cell_len
+
+    from moe_inspect.trace.texts import CHARACTER
 
     if cell_len(text) <= room:
         return text
-    begun = chop_cells(text, room)[0]
-    return begun.rpartition(" ")[0] or begun
+    characters = CHARACTER.findall(text)[:: -1 if end else 1]
+    widths = accumulate(map(cell_len, characters))
+    kept = [one for one, width in zip(characters, widths, strict=True) if width <= room]
+    if end:
+        kept = "".join(reversed(kept))
+        return kept.partition(" ")[2] or kept
+    kept = "".join(kept)
+    return kept.rpartition(" ")[0] or kept

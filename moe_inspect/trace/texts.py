@@ -14,12 +14,15 @@ from typing import Literal, Protocol
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import regex
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 
+# as its reader sees it: an extended grapheme cluster (Unicode, UAX 29)
+CHARACTER = regex.compile(r"\X")
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 PLACE = ["token", "document", "domain", "sequence", "position", "phase", "token_id"]
 CONTEXT = 8
@@ -46,12 +49,13 @@ class Trace(Protocol):
 
 def as_text(pieces: Sequence[str | None]) -> list[str]:
     """What consecutive tokens write: ▁ is a space, and a character that is spread over several
-    tokens stands at the first of them. Bytes that are no UTF-8 become "�"."""
+    tokens, with the marks that change it or the emoji that it is joined to, stands at the first of
+    them. Bytes that are no UTF-8 become "�"."""
     raw = [_bytes("" if piece is None else piece) for piece in pieces]
     ends = list(accumulate(map(len, raw)))
     texts = [""] * len(raw)
     token = at = 0
-    for character in b"".join(raw).decode("utf-8", "surrogateescape"):
+    for character in CHARACTER.findall(b"".join(raw).decode("utf-8", "surrogateescape")):
         while ends[token] <= at:
             token += 1
         texts[token] += "�" if "\udc80" <= character <= "\udcff" else character
@@ -128,7 +132,8 @@ def tokens_of(
     seed: int = 0,
 ) -> pd.DataFrame:
     """The tokens that an expert was given, in their context: token, document, domain, sequence,
-    position, phase, router, slot, weight (NaN where the trace has none), left, text, right.
+    position, phase, router, slot, weight (NaN where the trace has none), left, text, right. A token
+    that is a part of a character stands with the whole of it.
 
     context  tokens to the left and to the right
     top      only so many of them; None: all
@@ -143,69 +148,102 @@ def tokens_of(
         )
     if trace.counts_only:
         raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
-    hits = _hits(trace, routers, expert)
-    rng = np.random.default_rng(seed)
-    if sort == "random" or not trace.has_weights:
-        hits = hits.iloc[rng.permutation(len(hits))]
-    else:
-        hits = hits.sort_values("weight", ascending=False, kind="stable")
-    hits = hits.iloc[:top].reset_index(drop=True)
-    tokens = pd.concat([s.tokens(PLACE).to_pandas() for s in trace.shards], ignore_index=True)
-    found = hits.merge(tokens.drop(columns="token_id"), on="token", how="left")
-    words = _context(trace, tokens, found, routers, context)
-    shown = ["token", "document", "domain", "sequence", "position", "phase"]
-    return found[[*shown, "router", "slot", "weight"]].assign(**words)
+    _need_tokens(trace)
+    hits = _hits(trace, routers, expert, top, sort == "weight" and trace.has_weights, seed)
+    words = _context(trace, hits, routers, context)
+    return hits.drop(columns="order").assign(**words)
 
 
-def _hits(trace: Trace, routers: Sequence[int], expert: int) -> pd.DataFrame:
-    """token, router, slot, weight of each assignment to the expert."""
-    parts = []
+def _hits(
+    trace: Trace, routers: Sequence[int], expert: int, top: int | None, by_weight: bool, seed: int
+) -> pd.DataFrame:
+    """The columns of `tokens_of` without the texts, and `order`, by which they are sorted, of the
+    first `top` assignments to the expert: by weight, or in random order. Memory: a shard, and
+    these."""
+    rng, parts = np.random.default_rng(seed), list[pd.DataFrame]()
     for shard in trace.shards:
-        token_T = shard.tokens(["token"])["token"].to_numpy()
-        for router in routers:
-            slots, seen = shard.slots(router), shard.seen(router)
-            weights = shard.slot_weights(router) if trace.has_weights else None
-            for slot, ids_T in enumerate(slots):
-                at = np.flatnonzero(ids_T == expert)
-                weight = weights[slot][at] if weights is not None else np.nan
-                token = token_T[at if seen is None else np.flatnonzero(seen)[at]]
-                parts.append(
-                    pd.DataFrame({"token": token, "router": router, "slot": slot, "weight": weight})
-                )
-    columns = ["token", "router", "slot", "weight"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+        found = [_hits_of(trace, shard, router, expert) for router in routers]
+        rows, router, slot, weight = (np.concatenate(of) for of in zip(*found, strict=True))
+        order = -weight if by_weight else rng.random(len(rows))
+        first = np.argsort(order, kind="stable")[:top]
+        place = shard.tokens(PLACE[:-1]).take(pa.array(rows[first])).to_pandas()
+        new = place.assign(
+            router=router[first], slot=slot[first], weight=weight[first], order=order[first]
+        )
+        parts.append(new)
+        if top is not None:
+            parts = [_in_order(parts).iloc[:top]]
+    return _in_order(parts)
+
+
+def _in_order(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    joined = pd.concat(parts, ignore_index=True)
+    return joined.sort_values("order", kind="stable", ignore_index=True)
+
+
+def _hits_of(
+    trace: Trace, shard: Shard, router: int, expert: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Row of the token, router, slot and weight of each assignment to the expert in a shard."""
+    seen = shard.seen(router)
+    weights = shard.slot_weights(router) if trace.has_weights else None
+    at = [np.flatnonzero(ids_T == expert) for ids_T in shard.slots(router)]
+    slot = np.repeat(np.arange(len(at)), [len(of) for of in at])
+    weight = [w[of] for w, of in zip(weights, at, strict=True)] if weights is not None else None
+    rows = np.concatenate(at)
+    return (
+        rows if seen is None else np.flatnonzero(seen)[rows],
+        np.full(len(rows), router),
+        slot,
+        np.full(len(rows), np.nan) if weight is None else np.concatenate(weight),
+    )
 
 
 def _context(
-    trace: Trace, tokens: pd.DataFrame, found: pd.DataFrame, routers: Sequence[int], context: int
+    trace: Trace, hits: pd.DataFrame, routers: Sequence[int], context: int
 ) -> dict[str, list[str]]:
     """left, text and right of each row."""
-    listed = trace.routers[routers[0]]
-    near = tokens[tokens["sequence"].isin(found["sequence"])]
-    if listed.stack:  # an encoder and a decoder number their positions each from 0
-        near = near[[listed.sees(str(phase)) for phase in near["phase"]]]
-    near = near.sort_values(["sequence", "position"], kind="stable")
+    near = _sequences(trace, hits, routers)
     at_of: dict[int, tuple[list[str], int]] = {}  # token → the texts of its sequence, its place
     for _, rows in near.groupby("sequence"):
         texts = as_text(pieces_of(trace, rows["token_id"].to_numpy()))
         at_of.update({token: (texts, at) for at, token in enumerate(rows["token"].tolist())})
     left, words, right = [], [], []
-    for token in found["token"].tolist():
+    for token in hits["token"].tolist():
         texts, at = at_of[token]
-        left.append("".join(texts[max(0, at - context) : at]))
-        words.append(texts[at])
+        first = at
+        while first > 0 and not texts[first]:
+            first -= 1
+        left.append("".join(texts[max(0, at - context) : first]))
+        words.append(texts[first])
         right.append("".join(texts[at + 1 : at + 1 + context]))
     return {"left": left, "text": words, "right": right}
+
+
+def _sequences(trace: Trace, hits: pd.DataFrame, routers: Sequence[int]) -> pd.DataFrame:
+    """token, sequence, position, token_id of all tokens of the sequences of the hits, in order."""
+    listed, parts = trace.routers[routers[0]], list[pd.DataFrame]()
+    for shard in trace.shards:
+        sequence_T = shard.tokens(["sequence"])["sequence"].to_numpy()
+        rows = np.flatnonzero(np.isin(sequence_T, hits["sequence"].to_numpy()))
+        table = shard.tokens(["token", "sequence", "position", "phase", "token_id"])
+        near = table.take(pa.array(rows)).to_pandas()
+        if listed.stack:  # an encoder and a decoder number their positions each from 0
+            near = near[[listed.sees(str(phase)) for phase in near["phase"]]]
+        parts.append(near.drop(columns="phase"))
+    return pd.concat(parts).sort_values(["sequence", "position"], kind="stable")
 
 
 def _of_document(trace: Trace, number: int) -> pd.DataFrame:
     """The tokens of a document in the order of its text."""
     if trace.counts_only:
         raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
+    _need_tokens(trace)
     parts = []
     for shard in trace.shards:
-        tokens = shard.tokens(PLACE).to_pandas()
-        parts.append(tokens[tokens["document"] == number])
+        table = shard.tokens(PLACE)
+        rows = np.flatnonzero(table["document"].to_numpy() == number)
+        parts.append(table.take(pa.array(rows)).to_pandas())
     tokens = pd.concat(parts, ignore_index=True)
     if not len(tokens):
         raise MoeInspectError(
@@ -216,3 +254,8 @@ def _of_document(trace: Trace, number: int) -> pd.DataFrame:
         tokens = tokens.assign(decoder=tokens["phase"] != "encode")
         order = ["decoder", *order]
     return tokens.sort_values(order, kind="stable", ignore_index=True)
+
+
+def _need_tokens(trace: Trace) -> None:
+    if not any(shard.files.tokens for shard in trace.shards):
+        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")

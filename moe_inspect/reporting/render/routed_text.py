@@ -7,7 +7,7 @@ import colorsys
 import pandas as pd
 from rich.text import Text
 
-from moe_inspect.text import printable
+from moe_inspect.text import legible
 
 GOLDEN = 0.61803398875  # of a turn: neighbours in number are far apart in hue
 SHADES = (0.86, 0.70)  # lightness: neighbours differ in it too, for who sees few hues
@@ -20,7 +20,7 @@ def routed_text(document: pd.DataFrame, colours: bool) -> Text:
     found, before = Text(), None
     for text, expert in zip(document["text"], document["expert_0"], strict=True):
         expert = None if pd.isna(expert) else int(expert)
-        shown = "\n".join(printable(line) for line in text.replace("\t", TAB).split("\n"))
+        shown = legible(text.replace("\t", TAB))
         if colours:
             found.append(shown, style=_style(expert))
             continue

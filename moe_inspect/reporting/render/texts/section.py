@@ -10,7 +10,6 @@ T tokens, R routers, K slots, E experts.
 from __future__ import annotations
 
 import base64
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -232,29 +231,9 @@ def _words(trace: Trace, tokens: Tokens) -> tuple[np.ndarray, list[str]]:
     pieces = pieces_of(trace, tokens.token_id_T)
     bounds = np.flatnonzero(np.diff(tokens.document_T)) + 1
     for first, last in zip([0, *bounds], [*bounds, len(pieces)], strict=True):
-        texts += _whole_characters(as_text(pieces[first:last]))
+        texts += as_text(pieces[first:last])
     codes, unique = pd.factorize(np.array([legible(text) for text in texts], object))
     return codes, [str(text) for text in unique]
-
-
-def _whole_characters(texts: list[str]) -> list[str]:
-    """Combining marks stand with the character they change, as the bytes of a character do."""
-    found = list[str]()
-    at = -1  # the last that is not empty
-    for text in texts:
-        n = 0
-        while at >= 0 and n < len(text) and _joins(text[n]):
-            n += 1
-        if n:
-            found[at] += text[:n]
-        found.append(text[n:])
-        if text[n:]:
-            at = len(found) - 1
-    return found
-
-
-def _joins(character: str) -> bool:
-    return unicodedata.category(character)[0] == "M" or character == "\u200d"
 
 
 def _domains(documents: pd.DataFrame, tokens: Tokens) -> np.ndarray:
