@@ -16,6 +16,8 @@ import typer
 from moe_inspect.cli import app
 from moe_inspect.cli.help.complete import metrics, tables, traces
 from moe_inspect.cli.help.pages import COMMANDS, PAGES
+from moe_inspect.comparison.compare import TABLES as COMPARE_TABLES
+from moe_inspect.reporting.report import TABLES as REPORT_TABLES
 from moe_inspect.text import did_you_mean, no_such
 from tests.conftest import ROOT, Cli
 
@@ -89,14 +91,29 @@ def test_a_shell_completes_options_and_traces_once() -> None:
     assert complete("moe-inspect", "trace", "demo", "--dt") == ["--dtype"]
 
 
+def test_tables_are_completed_without_pandas() -> None:
+    code = (
+        "import sys\n"
+        "from moe_inspect.cli.help.complete import tables_in, FOLDERS\n"
+        "assert 'balance' in tables_in(*FOLDERS['report'])\n"
+        "print({'numpy', 'pandas', 'pyarrow'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+    assert complete("moe-inspect", "report", "--table", "bal") == ["balance"]
+    assert complete("moe-inspect", "compare", "--table", "fli") == ["flips"]
+
+
 def test_tables_metrics_and_traces_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Of:
         info_name = "report"
 
     assert tables(Of, "sp") == ["specialization"]
+    assert set(tables(Of, "")) == set(REPORT_TABLES)
     assert "max_vio=" in metrics(Of, "max_")
     Of.info_name = "compare"
     assert tables(Of, "fl") == ["flips"]
+    assert set(tables(Of, "")) == set(COMPARE_TABLES)
     assert "set_mismatch=" in metrics(Of, "set")
     monkeypatch.chdir(ROOT)
     assert traces("sam") == [f"sample_traces/{n}" for n in ("balanced", "collapsed", "untrained")]

@@ -21,6 +21,9 @@ import numpy as np
 import pytest
 from rich.color import Color, ColorSystem
 
+from moe_inspect.analysis.metrics.registry import listing
+from moe_inspect.cli.report.metrics import print_metrics
+from moe_inspect.reporting.render.console import console_for, on_screen
 from moe_inspect.reporting.render.heatmap import style
 from moe_inspect.reporting.render.one_screen import LINES
 from moe_inspect.reporting.render.terminal import print_report
@@ -192,6 +195,18 @@ def test_a_file_gets_sentences_in_one_line(traces: list[str]) -> None:
     assert [f"• {finding.text}" for finding in made.verdict()] == lines[2 : 2 + len(made.verdict())]
     assert len(lines) <= LINES
     assert not any(line.endswith((" ", "…")) for line in lines)
+
+
+def test_the_list_of_metrics_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = on_screen(lambda file: print_metrics(console_for(file))).splitlines()
+        assert columns - 20 < max(map(len, lines)) <= columns
+        whole = " ".join(" ".join(lines).split())
+        for row in listing():
+            assert f"{row['metric']} {row['definition']} {row['range']} · " in whole
+        tables = [line for line in lines if line.startswith("table ")]
+        assert len(tables) == len(set(tables)) == len({row["table"] for row in listing()})
 
 
 @pytest.mark.parametrize("colours", [ColorSystem.TRUECOLOR, ColorSystem.EIGHT_BIT])

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 MOST = 200  # folders looked into
+PACKAGE = Path(__file__).parents[2]
+# command → where its tables are
+FOLDERS = {
+    "report": ("reporting/tables", "reporting/verdict"),
+    "compare": ("comparison", "comparison/tables"),
+}
 
 
 def traces(incomplete: str) -> list[str]:
@@ -42,11 +50,28 @@ def _is_trace(path: str) -> bool:
 
 def tables(ctx: Any, incomplete: str) -> list[str]:
     """Tables of the command whose --table this is."""
-    if ctx.info_name == "compare":
-        from moe_inspect.comparison.compare import TABLES as known
-    else:
-        from moe_inspect.reporting.report import TABLES as known
-    return [name for name in known if name.startswith(incomplete)]
+    return [name for name in tables_in(*FOLDERS[ctx.info_name]) if name.startswith(incomplete)]
+
+
+def tables_in(*folders: str) -> list[str]:
+    """The functions with the decorator @table in these folders of the package. Their files are
+    read, not imported: that would take pandas, and a second."""
+    found = list[str]()
+    for folder in folders:
+        for file in sorted((PACKAGE / folder).glob("*.py")):
+            functions = [
+                f for f in ast.parse(file.read_bytes()).body if isinstance(f, ast.FunctionDef)
+            ]
+            found += [f.name for f in functions if any(map(_is_table, f.decorator_list))]
+    return found
+
+
+def _is_table(decorator: ast.expr) -> bool:
+    """Whether it is @table(…), and of two traces where it is of a comparison."""
+    if not isinstance(decorator, ast.Call) or ast.unparse(decorator.func) != "table":
+        return False
+    of = [ast.unparse(given.value) for given in decorator.keywords if given.arg == "tables"]
+    return of in ([], ["TABLES"])
 
 
 def metrics(ctx: Any, incomplete: str) -> list[str]:

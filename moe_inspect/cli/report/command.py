@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import typer
 
-from moe_inspect.cli.emit import Format, emit, format_of
+from moe_inspect.cli.emit import Format, format_of
 from moe_inspect.cli.options import TableCommand, with_options
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.report.build import build
+from moe_inspect.cli.report.metrics import list_metrics
 from moe_inspect.cli.report.options import ReportOptions
 from moe_inspect.cli.report.request import requested
 from moe_inspect.cli.report.write import write, write_files
 from moe_inspect.text import print_stderr
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @with_options(ReportOptions)
@@ -28,7 +25,7 @@ def report(options: ReportOptions) -> None:
     specialises in. Needs neither torch nor the model."""
     if options.list_metrics:
         form = options.format or format_of(options.output) or Format.table
-        emit(_metrics(), form, options.output, options.safe_csv)
+        list_metrics(form, options.output, options.safe_csv)
         return
     # before numpy is imported: with small matrices, threads of a BLAS mostly wait for each other
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -42,14 +39,6 @@ def report(options: ReportOptions) -> None:
         print_stderr(line)
     if failed:
         raise typer.Exit(3)
-
-
-def _metrics() -> pd.DataFrame:
-    import pandas as pd
-
-    from moe_inspect.analysis.metrics.registry import listing
-
-    return pd.DataFrame(listing())
 
 
 class ReportCommand(TableCommand):
