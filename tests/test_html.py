@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import re
 
 import numpy as np
@@ -11,7 +13,10 @@ import pytest
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
 from moe_inspect.reporting.render import html, payload
 from moe_inspect.reporting.render.html import Page, Section, Tile, page_html
+from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.report import report
 from moe_inspect.text import number
+from tests.conftest import ROOT
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -89,3 +94,13 @@ def test_a_long_table_is_cut_and_says_so():
     made = page_html(Page("t", sections=[Section("s", table=pd.DataFrame({"a": range(1_234)}))]))
     assert made.count("<tr>") == payload.MOST_ROWS + 1
     assert "1,134 more rows" in made
+
+
+def test_a_page_does_not_say_in_which_folder_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = report_page(report("sample_traces/collapsed"))
+    packed = [base64.b64decode(text) for text in re.findall(r"H4sI[\w+/=]{100,}", page)]
+    inside = "".join(gzip.decompress(data).decode() for data in packed)
+    assert "moe_inspect.report(&#39;sample_traces/collapsed&#39;)" in page
+    assert '"domains"' in inside
+    assert str(ROOT) not in page + inside

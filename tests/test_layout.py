@@ -33,8 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"capture", "demo", "model", "trace", "errors", "text"},
     "analysis": {"trace", "errors", "progress", "text"},
     "alarms": {"analysis", "trace", "errors", "text"},
-    # what watches a training run counts on the model and judges what it counted
-    "training": {"alarms", "capture", "analysis", "model", "trace", "errors", "text"},
+    # what watches a training run counts on the model, judges and draws what it counted
+    "training": {"alarms", "capture", "analysis", "model", "reporting", "trace", "errors", "text"},
     "reporting": {"analysis", "trace", "errors", "progress", "text"},
     "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
     "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},

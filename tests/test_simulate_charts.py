@@ -63,3 +63,14 @@ def test_many_layers_make_a_heatmap_and_every_chart_can_be_read(tmp_path: Path):
 def test_nothing_to_draw_is_said():
     with pytest.raises(MoeInspectError, match="has nothing to draw"):
         Simulation("x", {}, []).plot()
+
+
+def test_the_python_of_a_simulation_names_the_trace_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    skewed(Path("t"), 2)
+    by_place, by_name = simulate_cache("t", slots=[2]), simulate_cache(trace="t", slots=[2])
+    expected = "import moe_inspect\n\nmade = moe_inspect.simulate_cache('t', slots=[2])"
+    assert by_place.python == by_name.python == expected
+    assert str(tmp_path) not in by_place.page()

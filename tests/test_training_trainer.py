@@ -388,13 +388,16 @@ def test_lightning_gives_the_same_counts(tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_every_expert_of_every_layer(tmp_path: Path) -> None:
+    from moe_inspect.reporting.charts.parts import load_scale
     from moe_inspect.training import RoutingMonitor
     from tests.test_training import loop
 
     model = counted().train()
     with RoutingMonitor(model, log_steps=2) as monitor:
         loop(model, monitor, 2)
-        image = monitor.picture().axes[0].images[0].get_array()
+        drawn = [axes for axes in monitor.picture().axes if axes.get_label() != "scale"]
+    (image,) = [axes.images[0].get_array() for axes in drawn]
     assert image.shape == (LAYERS, EXPERTS)
-    ratio_LE = model.load / model.load.mean(1, keepdims=True)
-    assert np.allclose(image, ratio_LE)
+    ratio_LE = np.maximum(model.load / model.load.mean(1, keepdims=True), 0.25)
+    scale = load_scale(monitor.routers, "load ÷ mean load")  # the colours of a report
+    assert np.allclose(image, scale.place(ratio_LE))

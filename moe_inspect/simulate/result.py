@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TextIO, cast
+from inspect import signature
+from typing import TYPE_CHECKING, ParamSpec, TextIO
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.shown import Shown
@@ -153,8 +154,10 @@ def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Sim
     def simulated(*trace: Options.args, **options: Options.kwargs) -> Simulation:
         from moe_inspect.reporting.render.python import python_call
 
-        lines = python_call(simulate.__name__, cast("tuple[Trace, ...]", trace), options)
-        return replace(simulate(*trace, **options), python=lines)
+        made = simulate(*trace, **options)
+        given = signature(simulate).bind(*trace, **options).arguments
+        lines = python_call(simulate.__name__, [given.pop("trace")], given)
+        return replace(made, python=lines)
 
     return simulated
 

@@ -20,29 +20,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAME = "routing/load"
-HIGHEST = 3.0  # load ÷ mean load at the end of the colour scale
 
 
 def load_picture(window: Window, routers: Sequence[Router]) -> Figure:
-    """A heatmap, a row per router and a column per expert: load ÷ mean load in the window."""
-    from matplotlib.figure import Figure
+    """A heatmap as in a report, a row per router and a column per expert: load ÷ mean load in the
+    window."""
+    from moe_inspect.reporting.charts.parts import load_scale
+    from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel
+    from moe_inspect.reporting.render.matplotlib import draw, letters
 
     E = max(router.experts for router in routers)
     ratio_RE = np.full((len(routers), E), np.nan)
     for r, load_E in enumerate(window.load):
         ratio_RE[r, : len(load_E)] = load_ratio(np.asarray(load_E)[None])[0]
-    figure = Figure(figsize=(min(16, 4 + E / 16), min(12, 1.8 + len(routers) / 5)), dpi=100)
-    axes = figure.add_subplot()
-    image = axes.imshow(
-        ratio_RE, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=HIGHEST
-    )
-    ticks = range(0, len(routers), max(1, len(routers) // 16))
-    axes.set_yticks(list(ticks), [layer_label(routers, r) for r in ticks])
-    axes.set(xlabel="expert", ylabel="layer")
-    axes.set_title(f"Load ÷ mean load, steps {window.first} to {window.last}", fontsize=10)
-    figure.colorbar(image, ax=axes, extend="max")
-    figure.tight_layout()
-    return figure
+    scale = load_scale(routers, "load ÷ mean load")
+    layers = tuple(layer_label(routers, r) for r in range(len(routers)))
+    panel = Panel((Heatmap(ratio_RE, scale),), Axis("expert"), Axis("layer", layers))
+    with letters():
+        steps = f"Steps {window.first:,} to {window.last:,}"
+        return draw(Chart("Load of every expert", steps, (panel,)))
 
 
 def show_picture(

@@ -36,8 +36,10 @@ def print_metrics(console: Console) -> None:
     from moe_inspect.analysis.metrics.registry import listing
     from moe_inspect.reporting.render.console import wrapped
 
-    indent = Text("    ")
-    for table, rows in groupby(listing(), lambda row: row["table"]):
+    indent, listed = Text("    "), listing()
+    order = {name: n for n, name in enumerate(dict.fromkeys(row["table"] for row in listed))}
+    listed.sort(key=lambda row: order[row["table"]])
+    for table, rows in groupby(listed, lambda row: row["table"]):
         console.print(Text(f"table {table}", style="bold"))
         for row in rows:
             even = f"even {row['even']}" if row["even"] else ""

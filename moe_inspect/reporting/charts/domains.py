@@ -54,7 +54,7 @@ def domains(data: ReportData) -> Chart | str:
         lift_DE = rows_of[r]["lift"].to_numpy().reshape(D, counts.routers[r].experts)
         heatmap = Heatmap(lift_DE, lift_scale(D, "activation ÷ mean"), cell_numbers(lift_DE))
         title = f"layer {layer_label(data.trace.routers, r)}"
-        panels.append(Panel((heatmap,), Axis("expert"), Axis("", names), title))
+        panels.append(Panel((heatmap,), Axis("expert"), Axis("domain", names), title))
     rise = table["activation"] - table["activation"] / table["lift"]
     return Chart(
         "Domains and experts",
@@ -173,7 +173,7 @@ def esft(data: ReportData) -> Chart | str:
     return Chart(
         "Experts of a domain",
         "Share of each domain's assignments that its k most used experts take",
-        (Panel((heatmap,), layer_axis(data, chosen), Axis("", names)),),
+        (Panel((heatmap,), layer_axis(data, chosen), Axis("domain", names)),),
         text=" ".join(
             [
                 "The share of each domain's assignments that its k most used experts take; "

@@ -119,7 +119,9 @@ def _as_heatmap(data: ReportData, table: Any) -> tuple[Panel, str]:
     scale = amount("share of consecutive pairs", 0, share_DL, max(2 * chance, 0.01))
     labels = tuple(cut(readable(name)) for name in names)
     panel = Panel(
-        (Heatmap(share_DL, scale, notes=notes_DL),), layer_axis(data, chosen), Axis("", labels)
+        (Heatmap(share_DL, scale, notes=notes_DL),),
+        layer_axis(data, chosen),
+        Axis("domain", labels),
     )
     fewer = len(names) < len(pairs_of)
     return panel, f"the {len(names)} of {len(pairs_of)} longest domains" if fewer else ""

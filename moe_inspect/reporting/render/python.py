@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from moe_inspect.reporting.tables.data import ReportData
@@ -49,7 +48,6 @@ def python_of_report(data: ReportData, table: str) -> str:
 
 
 def address(trace: Any) -> str:
-    """Where a trace is, from any folder. `trace`: a Trace, or its path."""
-    path: Any = trace.path if isinstance(trace, Trace) else trace
-    local = isinstance(path, Path) or "://" not in str(path)
-    return str(Path(path).absolute() if local else path)
+    """Where a trace is, as it was given: a page that is shared must not say more. `trace`: a Trace,
+    or its path."""
+    return str(trace.path if isinstance(trace, Trace) else trace)

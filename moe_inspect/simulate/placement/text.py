@@ -155,7 +155,7 @@ def _by_layer(whole: Any, policies: Sequence[str], label_of: dict[int, str], tit
     ratio_PL = wide.to_numpy(float)
     if len(wide.columns) > MOST_LINES:
         scale = amount(BUSIEST, 1, ratio_PL, 1.1, log=True)
-        return Panel((Heatmap(ratio_PL, scale),), layers, Axis("", tuple(policies)), title)
+        return Panel((Heatmap(ratio_PL, scale),), layers, Axis("policy", tuple(policies)), title)
     x = np.arange(len(wide.columns), dtype=float)
     dots = [
         Points(x + (i - (len(policies) - 1) / 2) * 0.7 / len(policies), ratio_L, name, SERIES[i])

@@ -103,7 +103,7 @@ def chart(tables: dict[str, Any], label_of: dict[int, str]) -> Chart:
         value_AL = wide.reindex(index=algorithms, columns=routers).to_numpy(float)
         scale = amount(column, 0, value_AL, least)
         heatmap = Heatmap(value_AL, scale, cell_numbers(value_AL))
-        panels.append(Panel((heatmap,), layers, Axis("", names), title))
+        panels.append(Panel((heatmap,), layers, Axis("algorithm", names), title))
     return Chart(
         "Routing algorithms",
         "How even the load is under each algorithm, and how much of the router's choice it keeps",
