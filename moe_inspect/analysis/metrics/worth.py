@@ -12,6 +12,7 @@ import numpy as np
 QUANTILE = 0.995
 OF_LARGEST = 0.1
 DEPTH = 0.75  # of the model's blocks, from the first
+JUDGED = 32  # assignments (in a domain) from which an expert is judged on it
 
 
 def super_experts(

@@ -17,8 +17,6 @@ from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import table
 
-JUDGED = 32  # assignments from a domain from which an expert is judged on it
-
 
 @table("worth")
 def worth(data: ReportData) -> pd.DataFrame:
@@ -60,7 +58,7 @@ def _of_router(counts: Counts, r: int, weights_RU: np.ndarray | None) -> dict[st
         **_with_interval("mean_norm", norm_UE, load_UE, weights_RU),
         **_with_interval("share", gated_UE, total_UE, weights_RU),
         "peak": np.full(E, np.nan) if of.peak_E is None else of.peak_E,
-        "domains_judged": (assignments_DE >= JUDGED).sum(0),
+        "domains_judged": (assignments_DE >= of_outputs.JUDGED).sum(0),
         "domains": len(assignments_DE),
     }
     return made

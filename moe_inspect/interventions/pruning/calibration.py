@@ -1,0 +1,109 @@
+"""What a trace of the calibration text says of a model's experts.
+
+E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from moe_inspect.analysis.scores import SCORES
+from moe_inspect.capture.corpus.plan import TokenSequence, batches
+from moe_inspect.capture.resume import comparable
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.interventions.ablation.measure import Progress
+from moe_inspect.interventions.ablation.run import ablate_held_out, pairs
+from moe_inspect.interventions.held_out import HeldOut
+from moe_inspect.model.routers import Site
+from moe_inspect.trace.reader import Trace
+
+ABLATION, RANDOM = "ablation", "random"
+BY = (*SCORES, ABLATION, RANDOM)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# config entries that say how weights are stored or run, not what the model is
+OF_A_RUN = {"dtype", "torch_dtype", "use_cache", "output_router_logits"}
+
+
+def check_trace(trace: Trace, held_out: HeldOut) -> list[int]:
+    """The trace's router of each router of the model. MoeInspectError where the trace is of
+    another model."""
+    plan = (trace.manifest.get("corpus") or {}).get("plan") or {}
+    model, name = trace.manifest.get("model") or {}, held_out.record["model"]
+    if plan.get("adapter") is not None or plan.get("random_init") is not None:
+        has = "an adapter" if plan.get("adapter") is not None else "random weights"
+        raise MoeInspectError(f"{trace.path} is of {has}, not of {name} as it is stored")
+    if "intervention" in str(model.get("note", "")):
+        raise MoeInspectError(f"{trace.path} was recorded during an {model['note']}")
+    then, now = model.get("config"), comparable(held_out.network.config)
+    if isinstance(then, dict):
+        for key in sorted(set(then) & set(now) - OF_A_RUN):
+            if then[key] != now[key] and not key.startswith("_"):
+                raise MoeInspectError(
+                    f"{trace.path} is of another model than {name}: its config has {key} "
+                    f"{then[key]!r}, not {now[key]!r}"
+                )
+    before, weights = plan.get("weights_hash"), held_out.record["weights"]
+    if before and weights and before != weights and _is_commit(before) == _is_commit(weights):
+        raise MoeInspectError(
+            f"{trace.path} was recorded with other weights than those of {name} now: record it "
+            "again"
+        )
+    return [_router(trace, site, name) for site in held_out.sites]
+
+
+def _is_commit(value: str) -> bool:
+    return COMMIT.fullmatch(value) is not None
+
+
+def _router(trace: Trace, site: Site, name: str) -> int:
+    by_path = [r for r, router in enumerate(trace.routers) if router.path == site.path]
+    by_layer = [r for r, router in enumerate(trace.routers) if router.layer == site.layer]
+    found = by_path or by_layer
+    if len(found) != 1:
+        raise MoeInspectError(
+            f"{trace.path} has {len(found) or 'no'} routers in layer {site.layer}: record all "
+            f"layers of {name}"
+        )
+    if (E := trace.routers[found[0]].experts) != site.experts:
+        raise MoeInspectError(
+            f"{trace.path} has {E} experts in layer {site.layer}, {name} has {site.experts}"
+        )
+    return found[0]
+
+
+def ablation_scores(
+    held_out: HeldOut, trace: Trace, resume: Path | None, progress: Progress | None
+) -> list[np.ndarray]:
+    """What the model loses on the text of the trace without each expert alone, in nats per token.
+    float64 [E] of each router"""
+    most = max(sum(len(row.ids) for row in batch) for batch in held_out.batches)
+    found = list(batches(sequences_of(trace), most))
+    if not found:
+        raise MoeInspectError(f"{trace.path} does not hold its text, which {ABLATION} needs")
+    calibration = replace(
+        held_out,
+        batches=found,
+        record={**held_out.record, "sources": str(trace.manifest.get("digest"))},
+    )
+    asked = pairs(held_out.sites, None, None)
+    table = ablate_held_out(calibration, asked, resume=resume, progress=progress).experts
+    by_router = table.sort_values(["router", "expert"]).groupby("router").difference
+    return [of.to_numpy(np.float64) for _, of in by_router]
+
+
+def sequences_of(trace: Trace) -> Iterator[TokenSequence]:
+    """The sequences that a trace was recorded of, as they were fed, without decoded tokens; none
+    where it does not hold its text."""
+    columns = ["token_id", "document", "sequence", "position", "domain", "phase"]
+    for shard in () if trace.counts_only else trace.shards:
+        frame = shard.tokens(columns).to_pandas()
+        frame = frame[(frame.phase == "prefill") & (frame.token_id >= 0)]
+        for (document, sequence), of in frame.groupby(["document", "sequence"], sort=False):
+            ids = of.sort_values("position").token_id.to_numpy(np.int32)
+            label, source = str(of.domain.iloc[0]), str(trace.path)
+            yield TokenSequence(document, sequence, label, source, ids, len(ids), 1)

@@ -1,0 +1,77 @@
+"""Which experts may go together.
+
+E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from moe_inspect.analysis.scores import experts_kept
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.interventions.among import SHARED_OUT, how_dropped
+from moe_inspect.model.routers import Site, text_config, top_k_of
+from moe_inspect.text import plural
+
+GROUPS, GROUPS_CHOSEN = ("n_group", "num_expert_group"), ("topk_group", "num_limited_groups")
+
+
+def groups_of(network: Any) -> int:
+    """In how many groups of consecutive experts the routers choose; 1 where they do not."""
+    config = text_config(network)
+    if getattr(config, "topk_method", "") == "greedy":  # DeepSeek-V2 without groups
+        return 1
+    return _number(config, GROUPS) or 1
+
+
+def check(network: Any, sites: Sequence[Site], keep: float) -> None:
+    """MoeInspectError where that many experts cannot go alike in all layers, or where routers do
+    not choose by logits that can be seen."""
+    sizes = sorted({site.experts for site in sites})
+    if len(sizes) > 1:
+        raise MoeInspectError(
+            f"the layers have different numbers of experts ({', '.join(map(str, sizes))}), and a "
+            "config states one: not pruned"
+        )
+    if (layers := [s.layer for s in sites]) and len(set(layers)) < len(layers):
+        raise MoeInspectError("a layer has two routers: models like that are not pruned")
+    for site in sites:
+        hashed = any(name.endswith("tid2eid") for name, _ in _tensors_beside(network, site))
+        if hashed or how_dropped(site) == SHARED_OUT:
+            why = "goes by a table of token ids" if hashed else "does not show its logits"
+            raise MoeInspectError(
+                f"the router of layer {site.layer} {why}: it cannot choose among fewer experts, "
+                "so the model is not pruned"
+            )
+    E, groups, K = sizes[0], groups_of(network), max(top_k_of(s, network) for s in sites)
+    kept = experts_kept(E, keep, groups)
+    if kept == E:
+        raise MoeInspectError(f"--keep {keep:g} drops none of {E} experts: give less")
+    if groups == 1:
+        if kept < K:
+            raise MoeInspectError(
+                f"--keep {keep:g} leaves {kept} of {E} experts, and every token goes to {K}"
+            )
+        return
+    config = text_config(network)
+    chosen = _number(config, GROUPS_CHOSEN) or groups
+    # most families compare groups by their two best experts
+    least = 1 if getattr(config, "topk_method", "") == "group_limited_greedy" else 2
+    if kept // groups < least or kept // groups * chosen < K:
+        raise MoeInspectError(
+            f"--keep {keep:g} leaves {plural(kept // groups, 'expert')} in each of {groups} "
+            f"groups, and every token goes to {K} experts in {chosen} groups"
+        )
+
+
+def _number(config: Any, names: Sequence[str]) -> int | None:
+    return next(
+        (v for name in names if type(v := getattr(config, name, None)) is int and v > 0), None
+    )
+
+
+def _tensors_beside(network: Any, site: Site) -> Iterator[tuple[str, Any]]:
+    block = network.get_submodule(site.path.rpartition(".")[0])
+    yield from block.named_parameters()
+    yield from block.named_buffers()

@@ -1,0 +1,176 @@
+"""Pruning: experts that are worth least by a score are dropped, for `moe-inspect prune` and
+`moe_inspect.prune`.
+
+E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.scores import SCORES, counted, lowest, random_scores, score_E
+from moe_inspect.capture.options import TraceOptions
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.interventions.ablation.measure import Progress
+from moe_inspect.interventions.held_out import HeldOut, open_held_out
+from moe_inspect.interventions.pruning import advise
+from moe_inspect.interventions.pruning.calibration import (
+    ABLATION,
+    BY,
+    RANDOM,
+    ablation_scores,
+    check_trace,
+)
+from moe_inspect.interventions.pruning.choose import check, groups_of
+from moe_inspect.interventions.pruning.measure import Drop, Losses, measure
+from moe_inspect.text import no_such
+from moe_inspect.trace.reader import Trace
+
+FREQUENCY = advise.FREQUENCY
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which experts go, and what the model loses on held-out text without them.
+
+    losses     a row per plan (the whole model, the score asked for, frequency, random), and per
+               plan and domain: documents, tokens, draws, loss (nats per token, of the mean of the
+               draws), least_loss, greatest_loss, difference (to the whole model), difference_low,
+               difference_high (95 %, over documents and draws)
+    scores     a row per expert: layer, router, expert, score, assignments, dropped
+    findings   what speaks against it: kind, text
+    """
+
+    losses: pd.DataFrame
+    scores: pd.DataFrame
+    findings: pd.DataFrame
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        return {"losses": self.losses, "scores": self.scores, "findings": self.findings}
+
+    @property
+    def dropped(self) -> dict[int, list[int]]:
+        """Layer → the experts that go, as `intervene(drop=…)` takes them."""
+        gone = self.scores[self.scores.dropped]
+        layers: list[int] = sorted(set(gone.layer.tolist()))
+        return {layer: gone.expert[gone.layer == layer].tolist() for layer in layers}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How experts are chosen: the share `keep` of each layer by the scores `by`, beside `draws`
+    choices at random from `seed` on. `resume`: the directory of an ablation's losses."""
+
+    by: str
+    keep: float
+    draws: int = 5
+    seed: int = 0
+    resume: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What goes by each way to choose. `score_LE`: of the one asked for, float64 [E] of each
+    router; `routers`: the trace's router of each router of the model; `counts`: of the trace."""
+
+    by: str
+    score_LE: list[np.ndarray]
+    drops: dict[str, list[Drop]]
+    routers: list[int]
+    counts: Counts
+
+    @property
+    def drop(self) -> Drop:
+        return self.drops[self.by][0]
+
+
+def prune(
+    model: str,
+    options: TraceOptions,
+    choice: Choice,
+    trace: Trace,
+    progress: Progress | None = None,
+) -> Pruning:
+    """See `moe_inspect.prune`."""
+    if choice.by not in BY:
+        raise MoeInspectError(no_such("score", choice.by, BY))
+    if options.layers is not None:
+        raise MoeInspectError("all layers are pruned alike: leave out layers")
+    held_out = open_held_out(model, options)
+    return prune_held_out(held_out, trace, choice, progress)
+
+
+def prune_held_out(
+    held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
+) -> Pruning:
+    plans = planned(held_out, trace, choice, progress)
+    losses = measure(held_out, plans.drops, progress)
+    found = [vars(finding) for finding in findings(held_out, plans, trace, losses)]
+    return Pruning(
+        losses.table(),
+        score_table(held_out, plans),
+        pd.DataFrame(found, columns=["kind", "text"]),
+    )
+
+
+def planned(
+    held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
+) -> Plans:
+    """What goes by the score asked for, by frequency, and at random."""
+    check(held_out.network, held_out.sites, choice.keep)
+    routers, groups = check_trace(trace, held_out), groups_of(held_out.network)
+    counts = counted(trace, choice.by if choice.by in SCORES else FREQUENCY)
+
+    def gone(score_LE: list[np.ndarray]) -> Drop:
+        return lowest(score_LE, choice.keep, groups)
+
+    def at_random(draw: int) -> list[np.ndarray]:
+        return random_scores([site.experts for site in held_out.sites], choice.seed + draw)
+
+    if choice.by == RANDOM:
+        score_LE = at_random(0)
+    elif choice.by == ABLATION:
+        score_LE = ablation_scores(held_out, trace, choice.resume, progress)
+    else:
+        score_LE = [score_E(counts, r, choice.by) for r in routers]
+    drops = {choice.by: [gone(score_LE)]}
+    drops.setdefault(FREQUENCY, [gone([score_E(counts, r, FREQUENCY) for r in routers])])
+    drops.setdefault(RANDOM, [gone(at_random(draw)) for draw in range(choice.draws)])
+    return Plans(choice.by, score_LE, drops, routers, counts)
+
+
+def findings(
+    held_out: HeldOut, plans: Plans, trace: Trace, losses: Losses
+) -> Sequence[advise.Finding]:
+    scored = plans.by != RANDOM
+    of = (trace, plans.routers, plans.counts, held_out, plans.drop)
+    return [
+        *(advise.of_coverage(*of) if scored else ()),
+        *advise.of_overlap(trace, held_out),
+        *(advise.of_super_experts(*of) if scored else ()),
+        *advise.of_losses(losses, plans.by),
+    ]
+
+
+def score_table(held_out: HeldOut, plans: Plans) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame(
+            {
+                "layer": site.layer,
+                "router": r,
+                "expert": np.arange(site.experts),
+                "score": plans.score_LE[r],
+                "assignments": plans.counts.load_E(plans.routers[r]),
+                "dropped": np.isin(np.arange(site.experts), plans.drop[r]),
+            }
+        )
+        for r, site in enumerate(held_out.sites)
+    ]
+    return pd.concat(parts, ignore_index=True)

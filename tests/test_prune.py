@@ -1,0 +1,171 @@
+"""Pruning: which experts go, what the model loses without them, and what is said against it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moe_inspect
+from moe_inspect import MoeInspectError, TraceOptions
+from moe_inspect.analysis.scores import lowest
+from moe_inspect.demo import CORPUS_DIR
+from moe_inspect.interventions.ablation.run import ablate_held_out
+from moe_inspect.interventions.held_out import HeldOut, open_held_out
+from moe_inspect.interventions.pruning.calibration import check_trace
+from moe_inspect.interventions.pruning.choose import check
+from moe_inspect.interventions.pruning.measure import measure
+from moe_inspect.interventions.pruning.run import Choice, Pruning, prune_held_out
+from moe_inspect.model.find import find_routers
+from moe_inspect.trace.reader import Trace
+from tests import zoo
+from tests.damage import edit_manifest
+
+
+def trace_of(path: Path, *domains: str) -> Trace:
+    """The bundled model on the bundled texts of these domains."""
+    return moe_inspect.trace_model(
+        "demo",
+        path,
+        data=[f"{d}={CORPUS_DIR / d}" for d in domains],
+        output_norms=True,
+        output_peaks=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def held_out() -> HeldOut:
+    return open_held_out("demo", TraceOptions(batch_tokens=2048))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    return trace_of(tmp_path_factory.mktemp("three") / "t", "english", "metamath", "python")
+
+
+def of_domains(whole: HeldOut, *domains: str) -> HeldOut:
+    rows = [[row for row in batch if row.domain in domains] for batch in whole.batches]
+    return replace(whole, batches=[batch for batch in rows if batch])
+
+
+def said(pruning: Pruning, kind: str) -> str:
+    found = pruning.findings
+    return "\n".join(found.text[found.kind == kind])
+
+
+def test_what_was_not_calibrated_on_may_be_judged_no_better_than_at_random(
+    held_out: HeldOut, three: Trace
+) -> None:
+    others = of_domains(held_out, "c", "german", "russian")
+    done = prune_held_out(others, three, Choice(by="reap", keep=0.75))
+    losses = done.losses.set_index(["plan", "domain"]).loss
+    assert losses["reap", "(all)"] > losses["random", "(all)"] + 0.2
+    assert "random is better: chosen by reap the model loses more" in said(done, "random")
+    assert "in c, german, russian" in said(done, "random")
+    assert "nothing of c, german, russian" in said(done, "coverage")
+    assert not said(done, "overlap")
+    assert {layer: len(experts) for layer, experts in done.dropped.items()} == dict.fromkeys(
+        range(4), 2
+    )
+    same = prune_held_out(
+        of_domains(held_out, "english", "metamath", "python"), three, Choice(by="reap", keep=0.75)
+    )
+    assert not said(same, "random")
+    assert not said(same, "coverage")
+    assert "30 of 30 held-out documents are in the calibration trace" in said(same, "overlap")
+
+
+def test_scores_are_those_of_the_report_and_the_least_go(held_out: HeldOut, three: Trace) -> None:
+    few = replace(held_out, batches=held_out.batches[:1])
+    table = moe_inspect.report(three).tables["worth"]
+    columns = {
+        "reap": "reap",
+        "ean": "ean_sum",
+        "mean-norm": "mean_norm",
+        "gate": "gate_sum",
+        "frequency": "assignments",
+    }
+    for by, column in columns.items():
+        done = prune_held_out(few, three, Choice(by=by, keep=0.75, draws=1))
+        assert np.allclose(done.scores.score, table[column]), by
+        for layer, gone in done.dropped.items():
+            of = table[table.layer == layer].set_index("expert")[column]
+            assert set(gone) == set(of.nsmallest(2).index)
+
+
+def test_a_loss_is_that_of_the_model_without_the_experts(held_out: HeldOut) -> None:
+    few = replace(held_out, batches=held_out.batches[:1])
+    losses = measure(
+        few, {"one": [[[], [3], [], []]], "two": [[[], [], [2], []], [[], [], [5], []]]}
+    )
+    alone = ablate_held_out(few, [(1, 3), (2, 2), (2, 5)]).experts
+    table = losses.table()
+    of_all = table[table.domain == "(all)"].set_index("plan")
+    assert of_all.loss["whole"] == pytest.approx(alone.loss[0], abs=1e-9)
+    assert of_all.loss["one"] == pytest.approx(alone.loss_without[0], abs=1e-9)
+    assert of_all.loss["two"] == pytest.approx(alone.loss_without[1:].mean(), abs=1e-9)
+    assert of_all.greatest_loss["two"] == pytest.approx(alone.loss_without[1:].max(), abs=1e-9)
+    assert of_all.difference_low["one"] == pytest.approx(alone.difference_low[0])
+    by_domain = table[(table.domain != "(all)") & (table.plan == "one")]
+    whole = (by_domain.loss * by_domain.tokens).sum() / by_domain.tokens.sum()
+    assert whole == pytest.approx(of_all.loss["one"])
+
+
+def test_as_many_go_of_each_group() -> None:
+    scores = np.array([5.0, 4, 3, 2, 1, 1, 1, 9])
+    assert lowest([scores], 0.5) == [[3, 4, 5, 6]]
+    assert lowest([scores], 0.5, groups=2) == [[2, 3, 5, 6]]
+    assert lowest([scores], 0.7) == [[5, 6]], "at least this share stays"
+
+
+def test_experts_that_were_hardly_seen_and_super_experts_are_named(
+    held_out: HeldOut, tmp_path: Path
+) -> None:
+    few = replace(held_out, batches=held_out.batches[:1])
+    short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=60, output_norms=True)
+    done = prune_held_out(few, short, Choice(by="frequency", keep=0.75, draws=1))
+    assert "8 dropped experts had fewer than 32 assignments" in said(done, "few tokens")
+    assert "record it with --output-peaks" in said(done, "super experts")
+
+
+def test_what_is_worth_most_alone_stays(held_out: HeldOut, tmp_path: Path) -> None:
+    few = replace(held_out, batches=held_out.batches[:1])
+    short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300)
+    done = prune_held_out(few, short, Choice(by="ablation", keep=0.75, draws=1))
+    alone = moe_inspect.ablate("demo", max_tokens=300).experts
+    assert np.allclose(done.scores.score, alone.difference, atol=0.02)
+    with pytest.raises(MoeInspectError, match="which reap needs: record it with"):
+        prune_held_out(few, short, Choice(by="reap", keep=0.75))
+
+
+def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path: Path) -> None:
+    def refused(family: str, keep: float, why: str, **overrides: object) -> None:
+        model = zoo.build(family, **overrides)
+        with pytest.raises(MoeInspectError, match=why):
+            check(model, find_routers(model), keep)
+
+    refused("mixtral", 0.25, "leaves 2 of 8 experts, and every token goes to 3")
+    refused("mixtral", 0.99, "drops none of 8 experts")
+    refused("mixtral", 1.5, "--keep is 1.5")
+    refused("deepseek_v3", 0.5, "leaves 1 expert in each of 4 groups")
+    refused("jetmoe", 0.75, "a layer has two routers")
+    refused("deepseek_v4", 0.75, "layer 0 goes by a table of token ids")
+    refused("zaya", 0.75, "does not show its logits")
+    wide = zoo.build("deepseek_v3", n_routed_experts=16)
+    check(wide, find_routers(wide), 0.75)
+
+    with pytest.raises(MoeInspectError, match="recorded with other weights"):
+        check_trace(three, replace(held_out, record={**held_out.record, "weights": "another"}))
+    other = moe_inspect.trace_model("demo", tmp_path / "u", max_tokens=50, random_init=0)
+    with pytest.raises(MoeInspectError, match="is of random weights, not of demo as it is stored"):
+        check_trace(other, held_out)
+    part = moe_inspect.trace_model("demo", tmp_path / "p", max_tokens=50, layers=[0, 1])
+    with pytest.raises(MoeInspectError, match="has no routers in layer 2"):
+        check_trace(part, held_out)
+    model = part.manifest["model"]
+    model["config"]["hidden_size"] = 64
+    edit_manifest(tmp_path / "p", model=model)
+    with pytest.raises(MoeInspectError, match="its config has hidden_size 64, not 128"):
+        check_trace(moe_inspect.open_trace(tmp_path / "p"), held_out)
