@@ -15,7 +15,20 @@ from moe_inspect.analysis.metrics.registry import METRICS, Metric, listing, metr
 
 metrics()
 E, K, T = 12, 3, 8_800  # so that even counts are whole numbers
-SIZES = {"L": 2, "D": 3, "E": E, "N": E, "S": 5, "V": 6, "W": 4, "U": 7, "M": 17, "X": 4, "2": 2}
+SIZES = {
+    "L": 2,
+    "D": 3,
+    "E": E,
+    "N": E,
+    "S": 5,
+    "V": 6,
+    "W": 4,
+    "U": 7,
+    "M": 17,
+    "X": 4,
+    "P": 9,
+    "2": 2,
+}
 DECISIONS = 100
 EVEN: dict[str, object] = {
     "together_EE": np.where(np.eye(E, dtype=bool), T * K // E, T * K * (K - 1) // (E * (E - 1))),
@@ -56,6 +69,10 @@ EVEN: dict[str, object] = {
     "gamma_sum": float(DECISIONS),
     "tokens": DECISIONS,
     "ranks": 4,
+    "top_k": K,
+    "hits_D": np.full(3, 5),
+    "documents_D": np.full(3, 15),
+    "tokens_P": np.full(E**2, 7),
     "capacity_factor": 1.25,
 }
 WHOLE = ("decisions", "tokens", "chosen")  # of what a sum is a share
@@ -101,7 +118,7 @@ def value_of(m: Metric, arguments: dict[str, object]) -> np.ndarray:
 
 
 def ideal_of(m: Metric) -> float:
-    known = {"E": E, "k": K, "C": math.comb, "log": math.log}
+    known = {"E": E, "k": K, "D": 3, "L": 2, "C": math.comb, "log": math.log}
     return float(eval(m.ideal, known)) if isinstance(m.ideal, str) else m.ideal
 
 
@@ -123,6 +140,8 @@ def test_other_routing_gives_another_value(name: str):
     for p in m.parameters:
         if p.endswith(("_sum", "ties")):
             arguments[p] = 1.5 * DECISIONS
+        if p == "top_k":
+            arguments[p] = E - 2  # so many that domains have some in common
     value = value_of(m, arguments)
     assert np.nanmax(np.abs(value - ideal_of(m))) > 1e-3
 

@@ -36,6 +36,9 @@ COLUMNS = {
         "layer router domain first_choice first_choice_random any_choice any_choice_random"
     ),
     "windows": "layer router window first_token tokens max_over_mean busiest_expert",
+    "committee": "layer router domains top_k committee_experts committee_mass experts",
+    "signature": "layer router domains documents signature_accuracy signature_null",
+    "paths": "layer router tokens most_bits paths path_entropy_bits path_entropy_shuffled_bits",
     "verdict": "severity kind layer router text",
 }
 

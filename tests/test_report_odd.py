@@ -24,6 +24,8 @@ NEED_DECISIONS = {
     "repetition",
     "locality",
     "worth",
+    "signature",
+    "paths",
 }
 RNG = np.random.default_rng(9)
 

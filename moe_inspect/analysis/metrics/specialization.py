@@ -9,6 +9,7 @@ difference means anything.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from math import factorial, prod
 
@@ -78,20 +79,32 @@ def domain_mi_null_bits(
     """Mean and 99th percentile of `domain_mi_bits` with the domain labels permuted among the
     documents (units): what documents that each have a style of their own, but no domain, would
     show. NaN with fewer than two domains, or no load."""
-    D, E = int(domain_U.max(initial=-1)) + 1, assignments_UE.shape[1]
-    if D < 2 or not assignments_UE.any():
+    if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
         return float("nan"), float("nan")
+    null_R = np.concatenate(
+        [
+            mutual_information_bits(share_by_domain(load_RDE))
+            for load_RDE in permuted_loads(assignments_UE, domain_U, R)
+        ]
+    )
+    return float(np.nanmean(null_R)), float(np.nanquantile(null_R, 0.99))
+
+
+def permuted_loads(
+    assignments_UE: np.ndarray, domain_U: np.ndarray, R: int = PERMUTATIONS
+) -> Iterator[np.ndarray]:
+    """The load of each expert in each domain with the domain labels permuted among the documents
+    (units), R times: float64 [some of R, D, E] at a time."""
+    D, E = int(domain_U.max()) + 1, assignments_UE.shape[1]
     # whole numbers, which float32 adds up exactly as long as they are small
     kind = np.float32 if assignments_UE.sum(0).max() < 2**24 else np.float64
     assignments_UE, labels_RU = assignments_UE.astype(kind), permuted_labels(domain_U, R)
-    step, values = max(1, CHUNK_CELLS // (D * max(E, len(domain_U)))), list[np.ndarray]()
+    step = max(1, CHUNK_CELLS // (D * max(E, len(domain_U))))
     for start in range(0, R, step):
         member_RDU = (labels_RU[start : start + step, None] == np.arange(D)[:, None]).astype(kind)
         # one product of two matrices: many small ones keep the threads of a BLAS waiting
         load_RDE = (member_RDU.reshape(-1, len(domain_U)) @ assignments_UE).reshape(-1, D, E)
-        values.append(mutual_information_bits(share_by_domain(load_RDE.astype(float))))
-    null_R = np.concatenate(values)
-    return float(np.nanmean(null_R)), float(np.nanquantile(null_R, 0.99))
+        yield load_RDE.astype(float)
 
 
 def relabellings(domain_U: np.ndarray) -> int:

@@ -1,0 +1,163 @@
+"""What is too large to count of a whole trace, of a random sample of it: the load of single
+documents, and the routes of single tokens. One pass over the tokens says what is in the sample, one
+over the decisions what it did; the sample is the same however the trace is cut into shards.
+
+L routers, E experts, K slots, T tokens of a shard, S documents or tokens of the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_inspect.analysis.counting import kernels_numpy
+from moe_inspect.analysis.counting.count_shard import SelectedTokens, selected_tokens
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.metrics.paths import mixed
+from moe_inspect.trace.reader import Trace, shards_of
+from moe_inspect.trace.shard import Shard
+
+DOCUMENTS = 2_048
+LOADS = 2**26  # of documents × experts of all routers, 4 bytes each
+TOKENS = 2**18
+CHOICES = 2**24  # of tokens × routers, 12 bytes each
+
+
+# --- documents
+
+
+@dataclass(frozen=True)
+class DocumentLoads:
+    """The documents of the sample, by number, with their domains. load_SE: assignments of each of
+    them, by router, int32 [S, E]."""
+
+    document_S: np.ndarray
+    domain_S: np.ndarray
+    domains: list[str]
+    load_SE: dict[int, np.ndarray]
+
+
+def document_loads(trace: Trace, selection: Selection, most: int = DOCUMENTS) -> DocumentLoads:
+    """`most`: documents of the sample; fewer where the model has very many experts."""
+    cells = sum(trace.routers[r].experts for r in selection.routers)
+    document_S, domain_S, domains = _documents(trace, selection, min(most, LOADS // cells))
+    load_SE = {
+        r: np.zeros((len(document_S), trace.routers[r].experts), np.int32)
+        for r in selection.routers
+    }
+    for shard, seen, routers in _shards(trace, selection, "counting documents"):
+        row_T = np.searchsorted(document_S, seen.document_T)
+        in_T = row_T < len(document_S)
+        in_T[in_T] = document_S[row_T[in_T]] == seen.document_T[in_T]
+        rows, row_T = kernels_numpy.distinct(row_T[in_T])
+        for r in routers:
+            slots = _of(in_T, seen.of(shard.slots(r), r))
+            E = trace.routers[r].experts
+            load_SE[r][rows] += kernels_numpy.load(row_T, slots, len(rows), E).astype(np.int32)
+    return DocumentLoads(document_S, domain_S, domains, load_SE)
+
+
+def _documents(
+    trace: Trace, selection: Selection, most: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The documents with the smallest hashes, no more than `most`, by number; of each which domain
+    it is of; and the domains."""
+    found, domain_of = np.zeros(0, np.int64), dict[int, str]()
+    for shard in shards_of(trace, "reading documents"):
+        seen = selected_tokens(shard, selection)
+        new, at = np.unique(seen.document_T, return_index=True)
+        domain_of |= {int(d): seen.domains[c] for d, c in zip(new, seen.domain_T[at], strict=True)}
+        found = np.union1d(found, new)
+        if len(found) > most:
+            found = np.sort(found[np.argsort(mixed(found), kind="stable")[:most]])
+        domain_of = {int(d): domain_of[int(d)] for d in found}
+    domains = sorted(set(domain_of.values()))
+    code = {domain: d for d, domain in enumerate(domains)}
+    return found, np.array([code[domain_of[int(d)]] for d in found], np.int64), domains
+
+
+# --- tokens
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The choices of the sample's tokens at the routers of one stack, in their order. first_LS: the
+    first choice, uint16, E where it routed nowhere; None: unknown at a router. set_LS: a hash of
+    the set of experts, uint64. document_S, domain_S: of each token."""
+
+    routers: tuple[int, ...]
+    first_LS: list[np.ndarray | None]
+    set_LS: list[np.ndarray]
+    document_S: np.ndarray
+    domain_S: np.ndarray
+
+
+def sampled_routes(trace: Trace, selection: Selection, most: int = TOKENS) -> list[Routes]:
+    """Of each stack. `most`: tokens of the sample, about; fewer where the model has very many
+    routers."""
+    stack_of = {r: trace.routers[r].stack for r in selection.routers}
+    share_of = _shares(trace, selection, min(most, CHOICES // len(stack_of)))
+    first = {r: list[np.ndarray]() for r in stack_of}
+    sets = {r: list[np.ndarray]() for r in stack_of}
+    places = {stack: list[tuple[np.ndarray, np.ndarray]]() for stack in share_of}
+    labels = dict[str, int]()
+    for shard, seen, routers in _shards(trace, selection, "reading routes"):
+        stack = stack_of[routers[0]]
+        in_T = _drawn(shard.files.first_token + seen.number_T, share_of[stack])
+        code = np.array([labels.setdefault(domain, len(labels)) for domain in seen.domains])
+        places[stack].append((seen.document_T[in_T], code[seen.domain_T[in_T]]))
+        for r in routers:
+            slots = _of(in_T, seen.of(shard.slots(r), r))
+            first[r].append(slots[0].astype(np.uint16))
+            sets[r].append(np.stack([mixed(ids_S) for ids_S in slots]).sum(0, dtype=np.uint64))
+    return [
+        Routes(
+            routers := tuple(r for r in stack_of if stack_of[r] == stack),
+            [
+                np.concatenate(first[r]) if trace.routers[r].first_choice_known else None
+                for r in routers
+            ],
+            [np.concatenate(sets[r]) for r in routers],
+            *(np.concatenate(values) for values in zip(*found, strict=True)),
+        )
+        for stack, found in places.items()
+        if found
+    ]
+
+
+def _shares(trace: Trace, selection: Selection, most: int) -> dict[str, float]:
+    """The share of its tokens that is drawn, by stack."""
+    tokens = dict.fromkeys([trace.routers[r].stack for r in selection.routers], 0)
+    if trace.n_tokens > most:
+        for shard in shards_of(trace, "reading tokens"):
+            for stack in tokens:
+                tokens[stack] += len(selected_tokens(shard, selection, stack).number_T)
+    return {stack: most / max(n, most) for stack, n in tokens.items()}
+
+
+def _drawn(token_T: np.ndarray, share: float) -> np.ndarray:
+    return (mixed(token_T) >> np.uint64(11)) < np.uint64(share * 2**53)
+
+
+# --- both
+
+
+def _shards(
+    trace: Trace, selection: Selection, name: str
+) -> Iterator[tuple[Shard, SelectedTokens, list[int]]]:
+    """Each shard, with the tokens selected of it and the routers that see them; once per stack that
+    has any."""
+    stacks = dict[str, list[int]]()
+    for r in selection.routers:
+        stacks.setdefault(trace.routers[r].stack, []).append(r)
+    for shard in shards_of(trace, name):
+        for stack, routers in stacks.items():
+            seen = selected_tokens(shard, selection, stack)
+            if len(seen.number_T):
+                yield shard, seen, routers
+
+
+def _of(in_T: np.ndarray, slots: kernels_numpy.Slots) -> kernels_numpy.Slots:
+    return slots if in_T.all() else tuple(slot_T[in_T] for slot_T in slots)

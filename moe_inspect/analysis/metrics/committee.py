@@ -1,0 +1,100 @@
+"""Do the same experts lead in every domain? The standing committee of a router: the experts in the
+top set of all domains, and the mass they carry (after arXiv:2601.03425).
+
+The top set of a domain is the n = k experts with the largest load in it: as many as a token
+chooses, so one fixed choice would be all of it. Experts that share the last place are left out.
+
+D domains, E experts, U units (clusters of documents), R repetitions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe_inspect.analysis.metrics.registry import metric
+from moe_inspect.analysis.metrics.specialization import (
+    PERMUTATIONS,
+    permuted_loads,
+    share_by_domain,
+)
+from moe_inspect.analysis.metrics.uncertainty import interval
+
+SOURCE = "arXiv:2601.03425"
+nan = float("nan")
+
+
+def committee(assignments_DE: np.ndarray, top_k: int) -> np.ndarray:
+    """Which experts are in the top set of every domain that has load: those with more load than the
+    expert of rank k + 1. bool; none of them where fewer than two domains have load.
+    [..., D, E] → [..., E]"""
+    after = assignments_DE.shape[-1] - 1 - top_k
+    after_D1: np.ndarray | int = 0
+    if after >= 0:
+        after_D1 = np.partition(assignments_DE, after, axis=-1)[..., after : after + 1]
+    loaded_D1: np.ndarray = assignments_DE.sum(-1, keepdims=True) > 0
+    leads_DE = (assignments_DE > after_D1) | ~loaded_D1
+    return leads_DE.all(-2) & (loaded_D1.sum(-2) > 1)
+
+
+@metric(table="committee", ideal=0.0, unit="experts", range="0 to k", source=SOURCE)
+def committee_experts(assignments_DE: np.ndarray, top_k: int) -> float:
+    """The number of experts that are among the k with the largest load in every domain. k: the same
+    experts lead everywhere. NaN with fewer than two domains that have load."""
+    if (assignments_DE.sum(1) > 0).sum() < 2:
+        return nan
+    return float(committee(assignments_DE, top_k).sum())
+
+
+@metric(table="committee", ideal=0.0, unit="share", range="0 to 1", source=SOURCE)
+def committee_mass(assignments_DE: np.ndarray, top_k: int) -> float:
+    """The share of the assignments that go to these experts, its mean over the domains. 1: no other
+    expert is used. NaN with fewer than two domains that have load."""
+    if (assignments_DE.sum(1) > 0).sum() < 2:
+        return nan
+    return mass_of(committee(assignments_DE, top_k), assignments_DE)
+
+
+def mass_of(member_E: np.ndarray, values_DE: np.ndarray) -> float:
+    """The share of these experts in each domain, its mean over the domains that have any."""
+    known_DE = values_DE[values_DE.any(1)]
+    return float(share_by_domain(known_DE)[:, member_E].sum(1).mean()) if len(known_DE) else nan
+
+
+def committee_by_chance(domains: int, E: int, top_k: int) -> float:
+    """The number of experts expected where each domain draws its top set anew: E·(k/E)^D."""
+    return E * (top_k / E) ** domains
+
+
+def committee_null(
+    assignments_UE: np.ndarray, domain_U: np.ndarray, top_k: int, R: int = PERMUTATIONS
+) -> float:
+    """Mean of `committee_experts` with the domain labels permuted among the documents (units): how
+    large the committee is where no domain routes in its own way. NaN with fewer than two
+    domains."""
+    if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
+        return nan
+    sizes = [
+        committee(load_RDE, top_k).sum(1)
+        for load_RDE in permuted_loads(assignments_UE, domain_U, R)
+    ]
+    return float(np.concatenate(sizes).mean())
+
+
+def mass_interval(
+    member_E: np.ndarray,
+    assignments_UE: np.ndarray,
+    domain_U: np.ndarray,
+    weights_RU: np.ndarray | None,
+) -> tuple[float, float]:
+    """95 % interval over documents of the mass of these experts, the same ones in all resamples.
+    NaN without `weights_RU`, and where there are no such experts."""
+    if weights_RU is None or not member_E.any():
+        return nan, nan
+    share_RD = np.full((len(weights_RU), int(domain_U.max()) + 1), np.nan)
+    for d in range(share_RD.shape[1]):
+        of_UE, weight_RU = assignments_UE[domain_U == d], weights_RU[:, domain_U == d]
+        all_R = weight_RU @ of_UE.sum(1)
+        hits_R = weight_RU @ of_UE[:, member_E].sum(1)
+        np.divide(hits_R, all_R, out=share_RD[:, d], where=all_R > 0)
+    known_R = ~np.isnan(share_RD).all(1)
+    return interval(np.nanmean(share_RD[known_R], axis=1))

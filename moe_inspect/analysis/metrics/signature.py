@@ -1,0 +1,104 @@
+"""Does routing tell what a text is about? A document's routing signature is the share of its
+assignments that goes to each expert, of one router or of several side by side; the nearest other
+signature guesses its domain.
+
+S documents, D domains, E experts, R repetitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.registry import metric
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, permuted_labels
+
+PERMUTATIONS = 200
+Z = 1.959964  # of 95 %
+
+
+@metric(table="signature", ideal="1 / D", unit="ratio", range="0 to 1")
+def signature_accuracy(hits_D: np.ndarray, documents_D: np.ndarray) -> float:
+    """The share of the documents whose nearest other document, by the Euclidean distance of their
+    routing signatures, is of their own domain. 1: routing tells the domain. NaN without
+    documents."""
+    return float(hits_D.sum() / nan_for_zero(np.asarray(documents_D.sum())))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """signature_accuracy, its 95 % interval, and its mean and 99th percentile with the labels of
+    the documents shuffled."""
+
+    value: float
+    low: float
+    high: float
+    null: float
+    null_p99: float
+
+
+UNKNOWN = Accuracy(*[float("nan")] * 5)
+
+
+class Nearness:
+    """Squared Euclidean distances of signatures; those of routers add up to that of them
+    together."""
+
+    def __init__(self, documents: int):
+        self.distance_SS = np.zeros((documents, documents))
+
+    def add(self, other: Nearness) -> None:
+        self.distance_SS += other.distance_SS
+
+    @staticmethod
+    def of(load_SE: np.ndarray) -> Nearness:
+        """By the signatures of one router; all 0 for a document that it sent nowhere."""
+        share_SE = load_SE / np.maximum(load_SE.sum(1, keepdims=True), 1)
+        made = Nearness(len(load_SE))
+        size_S = (share_SE**2).sum(1)
+        made.distance_SS = size_S[:, None] + size_S[None, :] - 2 * (share_SE @ share_SE.T)
+        return made
+
+    def nearest_S(self) -> np.ndarray:
+        """The nearest other document of each; of several, the first."""
+        # what is equally far stays so whatever the order of its experts
+        distance_SS = np.round(self.distance_SS, 12)
+        np.fill_diagonal(distance_SS, np.inf)
+        return distance_SS.argmin(1)
+
+    def accuracy(self, domain_S: np.ndarray) -> Accuracy:
+        """All NaN with fewer than two domains or than FEWEST_DOCUMENTS documents."""
+        S, D = len(domain_S), int(domain_S.max(initial=-1)) + 1
+        if S < FEWEST_DOCUMENTS or D < 2:
+            return UNKNOWN
+        nearest_S = self.nearest_S()
+        hit_S = domain_S[nearest_S] == domain_S
+        value = signature_accuracy(np.bincount(domain_S[hit_S], minlength=D), np.bincount(domain_S))
+        shuffled_RS = permuted_labels(domain_S, PERMUTATIONS)
+        null_R = (shuffled_RS[:, nearest_S] == shuffled_RS).mean(1)
+        return Accuracy(
+            value, *wilson(value, S), float(null_R.mean()), float(np.quantile(null_R, 0.99))
+        )
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n independent cases, also where it is 0 or 1 (Wilson 1927)."""
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def accuracies(
+    loads: Sequence[np.ndarray], domain_S: np.ndarray
+) -> tuple[Accuracy, list[Accuracy]]:
+    """By the signatures of all routers side by side, and by those of each. loads: [S, E] of each
+    router."""
+    together, each = Nearness(len(domain_S)), list[Accuracy]()
+    for load_SE in loads:
+        alone = Nearness.of(load_SE)
+        together.add(alone)
+        each.append(alone.accuracy(domain_S))
+    return together.accuracy(domain_S), each

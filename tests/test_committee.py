@@ -1,0 +1,303 @@
+"""The tables committee, signature and paths: against pandas, at the values an independent script
+gave on the bundled model, on samples, and on traces that hardly hold anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moe_inspect.analysis.counting import samples
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.metrics import committee as com
+from moe_inspect.analysis.metrics import paths as pth
+from moe_inspect.analysis.metrics.signature import wilson
+from moe_inspect.reporting.report import report
+from moe_inspect.trace.reader import Trace, open_trace
+from tests.synthetic import uniform_ids, write_trace
+
+SAMPLES = Path("sample_traces")
+E, K = 8, 2
+DOCUMENTS, LENGTH = 24, 50
+DOMAINS = ("law", "code", "news")
+
+
+def tables_of(name: str) -> Any:
+    return report(SAMPLES / name).tables
+
+
+@pytest.fixture(scope="module")
+def balanced() -> Any:
+    return tables_of("balanced")
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Any:
+    return tables_of("untrained")
+
+
+def frame_of(trace: Trace) -> pd.DataFrame:
+    """A row per decision, with its domain and document."""
+    return trace.routing().merge(trace.tokens()[["token", "document", "domain"]], on="token")
+
+
+def entropy_bits(sizes: pd.Series) -> float:
+    share = sizes / sizes.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
+def led(root: Path, L: int = 3, **options: Any) -> Trace:
+    """Expert 0 takes part in every decision; the other is one of two of its domain."""
+    rng = np.random.default_rng(5)
+    document = np.repeat(np.arange(DOCUMENTS), LENGTH)
+    own = 1 + 2 * (document % 3) + rng.integers(0, 2, len(document))
+    ids = [np.stack([0 * own, own], 1).astype(np.uint16) for _ in range(L)]
+    return write_trace(root, ids, E, document=document, domain_of_document=DOMAINS, **options)
+
+
+# --- committee
+
+
+def test_an_expert_that_leads_everywhere_is_the_committee(tmp_path: Path):
+    found: Any = report(led(tmp_path / "t")).tables["committee"]
+    assert found["experts"].tolist() == ["0"] * 3
+    assert found["committee_experts"].tolist() == [1] * 3
+    assert found["committee_mass"].tolist() == [0.5] * 3  # one of two assignments
+    assert found["committee_mass_low"].tolist() == pytest.approx([0.5] * 3)
+    assert found["committee_mass_even"].tolist() == [1 / 8] * 3
+    assert found["committee_by_chance"].tolist() == pytest.approx([8 / 4**3] * 3)
+    assert found["committee_weight"].isna().all()
+    # with the documents shuffled expert 0 still leads, and at times another of the same loads
+    assert ((found["committee_null"] >= 1) & (found["committee_null"] < 2)).all()
+
+
+def test_the_committee_is_what_pandas_finds(balanced: Any):
+    trace = open_trace(SAMPLES / "collapsed")
+    rows: Any = frame_of(trace)
+    for k in (2, 7):  # with 7 of 8 there are some
+        for r in range(4):
+            mine = rows[rows["router"] == r]
+            long = mine.melt(["token", "domain"], [f"expert_{j}" for j in range(2)])
+            load: Any = long.groupby(["domain", "value"], observed=True).size().unstack()
+            tops = [set(load.loc[d].nlargest(k).index) for d in load.index]
+            members = sorted(set.intersection(*tops))
+            share = load[members].sum(axis=1) / load.sum(axis=1)
+            assignments_DE = load.to_numpy()
+            assert np.flatnonzero(com.committee(assignments_DE, k)).tolist() == members
+            assert com.committee_mass(assignments_DE, k) == pytest.approx(share.mean())
+            assert members or k == 2
+    # no expert leads in all six domains of the bundled model
+    assert balanced["committee"]["committee_experts"].tolist() == [0] * 4
+    assert balanced["committee"]["committee_mass_low"].isna().all()
+
+
+def test_experts_that_share_the_last_place_are_left_out():
+    load_DE = np.array([[9, 5, 5, 0], [9, 7, 3, 1], [0, 0, 0, 0]])
+    assert com.committee(load_DE, 2).tolist() == [True, False, False, False]
+    assert com.committee(load_DE, 3).tolist() == [True, True, True, False]
+    assert com.committee(load_DE, 4).tolist() == [True, True, True, False]  # 3 is dead in one
+    assert not com.committee(load_DE[:1], 2).any()
+    assert np.isnan(com.committee_experts(load_DE[:1], 2))
+
+
+def test_where_no_domain_routes_in_its_own_way_the_committee_is_as_large_as_its_null():
+    rng = np.random.default_rng(7)
+    p_E = np.array([0.3, 0.25, 0.2, 0.1, 0.05, 0.04, 0.03, 0.03])
+    domain_U = np.repeat(np.arange(3), 20)
+    sizes, nulls, inside = [], [], 0
+    for _ in range(30):
+        load_UE = rng.multinomial(100, p_E, len(domain_U))
+        load_DE = np.stack([load_UE[domain_U == d].sum(0) for d in range(3)])
+        sizes.append(com.committee_experts(load_DE, 3))
+        nulls.append(com.committee_null(load_UE, domain_U, 3))
+    assert np.mean(sizes) == pytest.approx(np.mean(nulls), abs=0.2)
+    # the interval holds the mass of these experts: 0.75
+    from moe_inspect.analysis.metrics.uncertainty import resample_weights
+
+    weights_RU, leaders_E = resample_weights(domain_U), p_E >= 0.2
+    for _ in range(60):
+        load_UE = rng.multinomial(100, p_E, len(domain_U))
+        low, high = com.mass_interval(leaders_E, load_UE, domain_U, weights_RU)
+        inside += low <= 0.75 <= high
+    assert inside >= 51
+
+
+# --- signature
+
+
+def test_signatures_tell_domains_as_measured_before(balanced: Any, untrained: Any):
+    """An independent script gave 100 % for the bundled model and 55 % for an untrained one, whose
+    distance was another: 33 of 60 documents, here 34."""
+    for tables, right in ((balanced, 60), (untrained, 34)):
+        whole = tables["signature"].iloc[0]
+        assert whole["signature_accuracy"] == pytest.approx(right / 60)
+        assert whole["signature_null"] == pytest.approx(0.15, abs=0.02)
+        assert whole["signature_accuracy_low"] > whole["signature_null_p99"]
+        assert pd.isna(whole["layer"])
+        assert pd.isna(whole["router"])
+    assert tables["signature"]["router"].tolist()[1:] == [0, 1, 2, 3]
+
+
+def test_the_nearest_document_is_what_pandas_finds(untrained: Any):
+    trace = open_trace(SAMPLES / "untrained")
+    rows: Any = frame_of(trace)
+    long = rows.melt(["router", "document"], ["expert_0", "expert_1"])
+    load: Any = long.groupby(["document", "router", "value"]).size().unstack([1, 2], fill_value=0)
+    domain = rows.groupby("document")["domain"].first()
+    for r, stated in enumerate(untrained["signature"]["signature_accuracy"][1:]):
+        share = load[r].div(load[r].sum(axis=1), axis=0)
+        right = 0
+        for document in share.index:
+            apart = ((share - share.loc[document]) ** 2).sum(axis=1).drop(document)
+            right += domain[apart.idxmin()] == domain[document]
+        assert stated == pytest.approx(right / 60)
+
+
+def test_a_sample_of_documents_is_the_same_in_any_shards(tmp_path: Path):
+    drawn = []
+    for shard_tokens in (100, 500, 5_000):
+        trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
+        drawn.append(samples.document_loads(trace, select(trace), most=10))
+    assert len(drawn[0].document_S) == 10
+    assert len(list(open_trace(tmp_path / "100").shards)) > 10
+    for other in drawn[1:]:
+        assert other.document_S.tolist() == drawn[0].document_S.tolist()
+        assert other.domain_S.tolist() == drawn[0].domain_S.tolist()
+        for r in range(3):
+            assert (other.load_SE[r] == drawn[0].load_SE[r]).all()
+    assert (drawn[0].load_SE[0].sum(1) == K * LENGTH).all()
+    assert [drawn[0].domains[d] for d in drawn[0].domain_S] == [
+        DOMAINS[d % 3] for d in drawn[0].document_S
+    ]
+
+
+def test_the_interval_of_a_share_is_never_empty():
+    assert wilson(1.0, 60) == pytest.approx((0.9398, 1.0), abs=1e-4)
+    assert wilson(0.0, 60) == pytest.approx((0.0, 0.0602), abs=1e-4)
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+# --- paths
+
+
+def test_paths_are_as_many_as_measured_before(balanced: Any, untrained: Any):
+    """An independent script gave 843 paths of 4,096 and 8.02 against 11.75 bits for the bundled
+    model, 10.32 against 11.44 for an untrained one."""
+    last = balanced["paths"].iloc[-1]
+    assert last["paths"] == 843
+    assert last["path_entropy_bits"] == pytest.approx(8.02, abs=0.005)
+    assert last["path_entropy_independent_bits"] == pytest.approx(11.75, abs=0.005)
+    assert last["path_entropy_low"] < last["path_entropy_bits"] < last["path_entropy_high"]
+    # of 9,254 tokens: shuffled choices fall short of the sum of their entropies
+    assert 11.3 < last["path_entropy_shuffled_bits"] < 11.5
+    last = untrained["paths"].iloc[-1]
+    assert last["path_entropy_bits"] == pytest.approx(10.32, abs=0.005)
+    assert last["path_entropy_independent_bits"] == pytest.approx(11.44, abs=0.005)
+
+
+def test_paths_are_what_pandas_finds(untrained: Any):
+    rows: Any = open_trace(SAMPLES / "untrained").routing()
+    rows["set"] = [frozenset(pair) for pair in rows[["expert_0", "expert_1"]].to_numpy()]
+    for column, name in (("expert_0", "path"), ("set", "set_path")):
+        wide = rows.pivot(index="token", columns="router", values=column)
+        for r, stated in untrained["paths"].iterrows():
+            sizes = wide[list(range(r + 1))].apply(tuple, axis=1).value_counts()
+            assert stated[f"{name}s"] == len(sizes)
+            assert stated[f"{name}_entropy_bits"] == pytest.approx(entropy_bits(sizes))
+            alone = sum(entropy_bits(wide[s].value_counts()) for s in range(r + 1))
+            assert stated[f"{name}_entropy_independent_bits"] == pytest.approx(alone)
+            order = [wide[s].sample(frac=1, random_state=s).to_numpy() for s in range(r + 1)]
+            shuffled = entropy_bits(pd.Series(list(zip(*order, strict=True))).value_counts())
+            assert stated[f"{name}_entropy_shuffled_bits"] == pytest.approx(shuffled, abs=0.06)
+
+
+def test_the_jackknife_leaves_out_one_group_of_documents_at_a_time():
+    from scipy import stats
+
+    rng = np.random.default_rng(3)
+    path_S, document_S = rng.integers(0, 30, 600) ** 2, rng.integers(0, 45, 600)
+    group_S = pth.groups_of(document_S, document_S % 2)
+    assert set(np.bincount(group_S, minlength=20) > 0) == {True}
+    assert all(len(set(group_S[document_S == d])) == 1 for d in range(45))
+    _, of_S, tokens_P = np.unique(path_S, return_inverse=True, return_counts=True)
+    left = np.array(
+        [entropy_bits(pd.Series(path_S[group_S != g]).value_counts()) for g in range(20)]
+    )
+    error = np.sqrt(19 / 20 * ((left - left.mean()) ** 2).sum())
+    want = error * stats.t.ppf(0.975, 19)
+    assert pth.half_width(tokens_P, of_S, group_S) == pytest.approx(want)
+
+
+def test_the_interval_of_the_entropy_is_over_documents():
+    """Documents that each repeat a few paths: far fewer cases than tokens."""
+    rng, inside = np.random.default_rng(11), 0
+    p_P = rng.dirichlet(np.ones(12))
+    truth = -(p_P * np.log2(p_P)).sum()
+    document_S = np.repeat(np.arange(300), 10)
+    for _ in range(60):
+        path_S = np.repeat(rng.choice(12, 300, p=p_P), 10)
+        (made,) = pth.entropies([path_S], pth.groups_of(document_S, 0 * document_S))
+        assert made is not None
+        inside += made.low <= truth <= made.high
+        assert made.high - made.low > 2 * 1.96 * 0.9 / np.sqrt(3000)  # as if tokens were cases
+    assert inside >= 50
+
+
+def test_a_sample_of_tokens_is_the_same_in_any_shards(tmp_path: Path):
+    drawn = []
+    for shard_tokens in (100, 5_000):
+        trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
+        (routes,) = samples.sampled_routes(trace, select(trace), most=400)
+        drawn.append(routes)
+        assert 320 < len(routes.document_S) < 480
+        first = trace.routing(layer=1)["expert_0"].to_numpy()
+        assert (np.bincount(first, minlength=E) > 0)[0]
+    assert (drawn[0].document_S == drawn[1].document_S).all()
+    for r in range(3):
+        assert (drawn[0].first_LS[r] == drawn[1].first_LS[r]).all()
+        assert (drawn[0].set_LS[r] == drawn[1].set_LS[r]).all()
+    (of_law,) = samples.sampled_routes(trace, select(trace, domains="law"), most=100)
+    assert set(of_law.document_S % 3) == {0}
+    assert 70 < len(of_law.document_S) < 130
+
+
+# --- traces that hardly hold anything
+
+
+def test_one_domain(tmp_path: Path):
+    made = report(led(tmp_path / "t"), domains="law").tables
+    assert made["committee"]["committee_experts"].isna().all()
+    assert made["committee"]["experts"].tolist() == [""] * 3
+    assert made["signature"]["signature_accuracy"].isna().all()
+    assert made["paths"]["path_entropy_bits"].notna().all()
+
+
+def test_one_document_and_one_layer(tmp_path: Path):
+    rng = np.random.default_rng(1)
+    trace = write_trace(tmp_path / "t", [uniform_ids(rng, 300, E, K)], E)
+    made: Any = report(trace).tables
+    assert made["committee"]["committee_mass"].isna().all()
+    assert made["signature"]["documents"].tolist() == [1, 1]
+    assert made["signature"]["signature_accuracy"].isna().all()
+    (path,) = made["paths"].to_dict("records")
+    assert path["path_entropy_bits"] == path["path_entropy_shuffled_bits"] == pytest.approx(3, 0.01)
+    assert np.isnan(path["path_entropy_low"])
+
+
+def test_unknown_first_choices_leave_the_sets(tmp_path: Path):
+    made: Any = report(led(tmp_path / "t", slot_order="unknown")).tables["paths"]
+    assert made["paths"].isna().all()
+    assert made["path_entropy_bits"].isna().all()
+    assert made["set_paths"].tolist() == [6] * 3
+
+
+def test_slots_that_routed_nowhere_are_a_choice_of_their_own(tmp_path: Path):
+    ids = np.array([[0, 1], [0, 65535], [65535, 65535], [1, 0]], np.uint16).repeat(50, axis=0)
+    trace = write_trace(tmp_path / "t", [ids], E, document=np.arange(200) % 10)
+    (found,) = report(trace).tables["paths"].to_dict("records")
+    assert found["paths"] == 3
+    assert found["set_paths"] == 3  # {0, 1}, {0}, none
+    assert found["set_path_entropy_bits"] == pytest.approx(1.5)
