@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,27 @@ import torch
 
 import moe_inspect
 from moe_inspect import MoeInspectError, ablate
+from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.interventions import held_out
 from moe_inspect.interventions.ablation.below import Below
+from moe_inspect.interventions.held_out import open_held_out
+from moe_inspect.model.own import load_object
+from tests import own, zoo
 from tests.conftest import Cli
+from tests.test_cli_trace import save_tokenizer
 
+ROUTERS = """
+import moe_inspect
+
+
+def choice(router, args, kwargs, logits):
+    weights, ids = logits.softmax(-1).topk(2)
+    return ids, weights / weights.sum(-1, keepdim=True)
+
+
+ROUTERS = moe_inspect.RouterSpec(module="blocks.*.experts.router", choice=choice, experts=8)
+"""
 # in float32, where a text's loss does not depend on the texts beside it
 SMALL = TraceOptions(max_tokens=1500, batch_tokens=512, dtype="float32")
 
@@ -115,9 +133,58 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, cli_here: Cli) -> No
     assert "--most-passes 3 is not enough for one batch, which takes 7" in few.stderr
 
 
-def test_what_cannot_be_ablated_is_said() -> None:
+def test_what_cannot_be_ablated_is_said(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match="no expert 9"):
         ablate("demo", SMALL, experts=[9])
     with pytest.raises(MoeInspectError, match="no router in layer 7"):
         ablate("demo", SMALL, layers=[7])
+    save_tokenizer(tmp_path)
+    zoo.config("switch_transformers").save_pretrained(tmp_path)
+    with pytest.raises(MoeInspectError, match="has an encoder and a decoder, and no loss"):
+        ablate(str(tmp_path), replace(SMALL, random_init=0))
+    # (what tells labels from tokens is the width of the logits)
+    row = TokenSequence(0, 0, "a", "s", np.arange(9, dtype=np.int32), 9, 1)
+    with pytest.raises(MoeInspectError, match="does not predict the next token"):
+        held_out._loss(torch.zeros(9, 8), row, "Labels")
     assert moe_inspect.Ablation is type(ablate("demo", layers=[3], experts=[0], max_tokens=100))
+
+
+def test_a_model_of_ones_own(tmp_path: Path, cli_here: Cli) -> None:
+    """Of a loader, fed a text at a time; against the loss with one expert's logit masked."""
+    torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
+    (tmp_path / "routers.py").write_text(ROUTERS)
+    arguments = ["--loader", f"{own.EXAMPLE}:load", "--routers", "routers.py:ROUTERS"]
+    arguments += ["--max-tokens", 600, "--layers", 2, "--experts", 5, "--format", "json"]
+    row = json.loads(cli_here("ablate", "model.pt", *arguments).stdout)
+    assert row["how"] == "chose among the rest"
+
+    model = own.gpt().eval()
+    plan = open_held_out(
+        str(tmp_path / "model.pt"),
+        TraceOptions(
+            loader=load_object(f"{own.EXAMPLE}:load"),
+            routers=[load_object(f"{tmp_path}/routers.py:ROUTERS")],
+            max_tokens=600,
+            batch_tokens=2048,
+        ),
+    )
+    rows = [row for batch in plan.batches for row in batch]
+
+    def loss() -> float:
+        nats = 0.0
+        for ids in (torch.from_numpy(row.ids.astype(int)) for row in rows):
+            logits = model(ids[None])[0, :-1]
+            nats += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+        return nats / sum(len(row.ids) - 1 for row in rows)
+
+    with torch.no_grad():
+        whole = loss()
+        hook = model.blocks[2].experts.router.register_forward_hook(
+            lambda m, a, logits: logits.index_fill(-1, torch.tensor(5), float("-inf"))
+        )
+        without = loss()
+        hook.remove()
+    assert (row["loss"], row["loss_without"]) == pytest.approx((whole, without), abs=1e-6)
+    assert whole != without
+    nothing = cli_here("ablate", check=2)
+    assert "give a MODEL, or --loader" in " ".join(nothing.stderr.split())

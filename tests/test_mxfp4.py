@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations import mxfp4
 
 import moe_inspect
-from moe_inspect.capture import run
+from moe_inspect.capture import load
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from tests import zoo
@@ -301,7 +301,7 @@ def test_with_kernels_it_is_traced_as_it_runs(
     model.config.quantization_config = Mxfp4Config()
     where, corpus = save("gpt_oss", tmp_path / "m"), write_jsonl(tmp_path / "c.jsonl", 9, 30)
     for name, network in (("ours", model), ("theirs", plain)):
-        monkeypatch.setattr(run, "load_model", lambda *_, network=network, **__: network)
+        monkeypatch.setattr(load, "load_model", lambda *_, network=network, **__: network)
         cli_here("trace", where, "-o", name, "--data", corpus, "--generate", 2)
     ours, theirs = (moe_inspect.open_trace(tmp_path / name) for name in ("ours", "theirs"))
     pd.testing.assert_frame_equal(ours.routing(), theirs.routing(), rtol=1e-3)

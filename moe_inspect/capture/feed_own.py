@@ -41,10 +41,11 @@ def feed_own(own: OwnModel, recorder: Recorder, batch: Batch, decoding: Decoding
             phase="decode" if step else "prefill",
             documents=[] if step else batch.documents,
         )
-        output = _forward(own, ids_BS)
+        output = forward_own(own, ids_BS)
         if step == steps:
             break
-        next_B = chosen(_last_logits(own, output), decoding.temperature, generator)
+        last_BV = logits_of(own, output, "trace it without --generate")[:, -1].float().cpu()
+        next_B = chosen(last_BV, decoding.temperature, generator)
         if int(next_B[0]) in decoding.end_ids:
             break
         ids_BS = torch.cat([ids_BS, next_B[:, None]], 1)
@@ -53,7 +54,8 @@ def feed_own(own: OwnModel, recorder: Recorder, batch: Batch, decoding: Decoding
     return fed
 
 
-def _forward(own: OwnModel, ids_BS: Tensor) -> Any:
+def forward_own(own: OwnModel, ids_BS: Tensor) -> Any:
+    """What the model returns for these token ids; MoeInspectError where it fails on them."""
     parameter = next(own.model.parameters(), None)
     ids_BS = ids_BS.to(parameter.device) if parameter is not None else ids_BS
     try:
@@ -83,9 +85,9 @@ def _positions(model: Any, ids_BS: Tensor) -> dict[str, Tensor]:
     return dict.fromkeys(required, position_BS)
 
 
-def _last_logits(own: OwnModel, output: Any) -> Tensor:
-    """Logits of the last position, [B, V]: of a tensor, of `output.logits`, or of the first of
-    several outputs."""
+def logits_of(own: OwnModel, output: Any, instead: str) -> Tensor:
+    """Logits [B, S or 1, V]: a tensor, `output.logits`, or the first of several outputs.
+    MoeInspectError where there are none, with what to do `instead`."""
     found = getattr(output, "logits", None)
     if found is None and isinstance(output, Mapping):
         found = output.get("logits")
@@ -93,7 +95,7 @@ def _last_logits(own: OwnModel, output: Any) -> Tensor:
         found = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(found, Tensor) or found.dim() != 3:
         raise MoeInspectError(
-            f"{own.name} returned no logits [rows, positions, vocabulary]: trace it without "
-            "--generate, or have the loader return (model, tokenizer, forward)"
+            f"{own.name} returned no logits [rows, positions, vocabulary]: {instead}, or have the "
+            "loader return (model, tokenizer, forward)"
         )
-    return found[:, -1].float().cpu()
+    return found

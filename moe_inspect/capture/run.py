@@ -16,12 +16,12 @@ from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequenc
 from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.capture.feed import Batch, Decoding, decode, encode_decode, end_ids, prefill
 from moe_inspect.capture.feed_own import feed_own
+from moe_inspect.capture.load import Unloaded, unloaded
 from moe_inspect.capture.open_trace import Session
 from moe_inspect.capture.options import RecordOptions, TraceOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.capture.resume import (
-    comparable,
     complete_now,
     corpus_record,
     may_resume,
@@ -29,20 +29,7 @@ from moe_inspect.capture.resume import (
     sampling_record,
 )
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.custom.find import checked, named
-from moe_inspect.model.load import (
-    commit_of,
-    dequantizing,
-    load_config,
-    load_model,
-    load_tokenizer,
-    quantization_of,
-    weights_fingerprint,
-)
-from moe_inspect.model.own import OwnModel, load_own, state_fingerprint
-from moe_inspect.model.peft_adapter import PeftAdapter, find_adapter
-from moe_inspect.model.vocabulary import tokenizer_fingerprint
-from moe_inspect.trace import schema
+from moe_inspect.model.load import commit_of, quantization_of
 from moe_inspect.trace.files.lock import Lock, hold, join
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.reader import Trace
@@ -56,16 +43,12 @@ Planned = Iterable[tuple[list[TokenSequence], list[Document]]]
 class TraceRun:
     """One process's part in a trace. `record`: the settings that a resumed run must share."""
 
-    model: str
+    model: Unloaded
     output_dir: Path
     options: TraceOptions
     ranks: Ranks
-    config: Any
-    tokenizer: Any
     plan: Plan
     record: dict[str, Any]
-    own: OwnModel | None = None  # what a loader returned
-    adapter: PeftAdapter | None = None  # then `model` names it, and `config` is its base model's
 
     @property
     def passes_per_batch(self) -> int:
@@ -92,40 +75,17 @@ def trace_model(
 
 def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks) -> TraceRun:
     sources = find_sources(options.data, leave_out=output_dir)
-    own = adapter = None
-    if options.loader is not None:
-        own = _own_of(options, model)
-        model, config, tokenizer = own.name, getattr(own.model, "config", None), own.tokenizer
-    else:
-        adapter = find_adapter(model, options.revision)
-        if options.random_init is not None and (options.dequantize or adapter is not None):
-            needs = "--dequantize" if options.dequantize else f"{model}, an adapter,"
-            raise MoeInspectError(f"{needs} needs weights, and --random-init reads none")
-        name, revision = adapter.of_base if adapter is not None else (model, options.revision)
-        config = load_config(name, revision=revision, trust_remote_code=options.trust_remote_code)
-        if adapter is not None and adapter.has_tokenizer():
-            name, revision = model, options.revision
-        tokenizer = load_tokenizer(
-            name, revision=revision, trust_remote_code=options.trust_remote_code
-        )
+    found = unloaded(model, options)
     plan = Plan(
         sources,
         options,
-        longest_sequence(options.max_length, config, options.generate),
-        encoded=bool(getattr(config, "is_encoder_decoder", False)),
+        longest_sequence(options.max_length, found.config, options.generate),
+        encoded=found.is_encoder_decoder,
     )
     record = {
         **plan.record(),
         **sampling_record(options),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": model,
-        "revision": options.revision,
-        "config": schema.fingerprint(comparable(config)),
-        "weights_hash": _weights_hash(model, options, own, adapter),
-        "adapter": adapter.fingerprint() if adapter is not None else None,
-        "random_init": options.random_init,
-        "dequantize": options.dequantize or None,
-        "dtype": options.dtype,
+        **found.record(),
         "layers": sorted(options.layers) if options.layers is not None else None,
         "weights": options.weights,
         "logits": options.logits,
@@ -134,38 +94,7 @@ def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks)
     }
     # (a plan of before these options says nothing of them)
     record |= {name: True for name in ("output_norms", "output_peaks") if getattr(options, name)}
-    if options.routers is not None:
-        record["routers"] = [named(spec) for spec in checked(options.routers)]
-    return TraceRun(
-        model, output_dir, options, ranks, config, tokenizer, plan, record, own, adapter
-    )
-
-
-def _own_of(options: TraceOptions, name: str) -> OwnModel:
-    """What the loader returns, on the device and in the dtype asked for."""
-    for option in ("device_map", "revision", "trust_remote_code", "random_init", "dequantize"):
-        if getattr(options, option) not in (None, False):
-            raise MoeInspectError(
-                f"--{option.replace('_', '-')} is for models of transformers: the loader decides"
-            )
-    assert options.loader is not None
-    own = load_own(options.loader, name)
-    if options.device != "auto":
-        own.model.to(options.device)
-    if options.dtype != "auto":
-        own.model.to(getattr(torch, options.dtype))
-    return own
-
-
-def _weights_hash(
-    model: str, options: TraceOptions, own: OwnModel | None, adapter: PeftAdapter | None
-) -> str | None:
-    if own is not None:
-        return state_fingerprint(own.model)
-    if options.random_init is not None:
-        return None
-    of_base = adapter.of_base if adapter is not None else (model, options.revision)
-    return weights_fingerprint(*of_base)
+    return TraceRun(found, output_dir, options, ranks, plan, record)
 
 
 def _record(
@@ -173,12 +102,13 @@ def _record(
 ) -> None:
     """Loads the model and feeds it this rank's batches that are not yet committed."""
     ranks, plan = run.ranks, run.plan
-    planned = plan.batches(run.tokenizer)
+    planned = plan.batches(run.model.tokenizer)
     first = next(planned, None)
     if first is None:
         corpus = ", ".join(run.options.data) or "the bundled corpus"
         raise MoeInspectError(f"the corpus is empty: no text in {corpus}")
-    stored = quantization_of(run.config) if run.own is None else {}  # loading changes the config
+    # (loading changes the config)
+    stored = quantization_of(run.model.config) if run.model.own is None else {}
     network = _load(run)
     with torch.inference_mode():
         recorder = _recorder(run, network, stored, start, lock)
@@ -195,25 +125,10 @@ def _record(
 
 
 def _load(run: TraceRun) -> Any:
-    if run.own is not None:
-        return run.own.model
-    options, device = run.options, run.options.device
+    device = run.options.device
     if device == "auto" and run.ranks.world > 1 and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    name, revision = (
-        run.adapter.of_base if run.adapter is not None else (run.model, options.revision)
-    )
-    network = load_model(
-        name,
-        dequantizing(run.model, run.config) if options.dequantize else run.config,
-        revision=revision,
-        dtype=options.dtype,
-        device=device,
-        device_map=options.device_map,
-        trust_remote_code=options.trust_remote_code,
-        random_init=options.random_init,
-    )
-    return run.adapter.put_on(network, run.tokenizer) if run.adapter is not None else network
+    return run.model.load(device)
 
 
 def _recorder(
@@ -226,14 +141,16 @@ def _recorder(
     options = run.options
     manifest = {
         "model": {
-            "id": run.model,
-            "revision": commit_of(run.model, options.revision) if run.own is None else None,
+            "id": run.model.name,
+            "revision": commit_of(run.model.name, options.revision)
+            if run.model.own is None
+            else None,
             "class": type(network).__name__,
             "trust_remote_code": options.trust_remote_code,
             "device_map": options.device_map,
             **_of_weights(run, network, stored),
         },
-        "corpus": corpus_record(run.record, run.plan, run.tokenizer),
+        "corpus": corpus_record(run.record, run.plan, run.model.tokenizer),
     }
     return Recorder(
         network,
@@ -251,7 +168,7 @@ def _recorder(
             routers=options.routers,
             commit_every=options.commit_every,
         ),
-        tokenizer=run.tokenizer,
+        tokenizer=run.model.tokenizer,
         session=Session(run.ranks, start, lock, manifest),
     )
 
@@ -262,8 +179,8 @@ def _of_weights(run: TraceRun, network: Any, stored: dict[str, Any]) -> dict[str
     facts: dict[str, Any] = {}
     if stored and run.options.random_init is None and not quantization_of(network.config):
         facts["dequantized_from"] = stored  # because asked for, or no kernels run it here
-    if run.adapter is not None:
-        facts["adapter"] = run.adapter.record()
+    if run.model.adapter is not None:
+        facts["adapter"] = run.model.adapter.record()
     return facts
 
 
@@ -277,8 +194,12 @@ def _feed_batches(
 ) -> None:
     options, plan = run.options, run.plan
     done = start.tokens if start is not None else 0
-    ends = end_ids(network, run.tokenizer)
-    own = run.own if run.own is not None and not run.own.is_of_transformers else None
+    ends = end_ids(network, run.model.tokenizer)
+    own = (
+        run.model.own
+        if run.model.own is not None and not run.model.own.is_of_transformers
+        else None
+    )
     if own is not None or any(s.adapter is not None and s.adapter.alone for s in recorder.sites):
         planned = singly(planned)
     for n, (sequences, documents) in enumerate(planned):
@@ -290,11 +211,11 @@ def _feed_batches(
         if own is not None:
             done += feed_own(own, recorder, batch, decoding)
         elif plan.encoded:
-            done += encode_decode(network, recorder, batch, run.tokenizer, decoding)
+            done += encode_decode(network, recorder, batch, run.model.tokenizer, decoding)
         elif sequences[0].continued:
             done += decode(network, recorder, batch, decoding)
         else:
-            done += prefill(network, recorder, batch, run.tokenizer)
+            done += prefill(network, recorder, batch, run.model.tokenizer)
         if progress is not None:
             progress(done, plan.estimated_tokens())
 

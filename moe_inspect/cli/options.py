@@ -80,6 +80,43 @@ CommitEvery = Annotated[
 ]
 
 
+# how a model is loaded, and where its routers are
+
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Dequantise the weights of an MXFP4, FP8 or compressed-tensors checkpoint while "
+        "reading them.",
+    ),
+]
+RandomInit = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SEED",
+        help="Initialise the weights at random with this seed instead of reading them: the "
+        "untrained baseline.",
+        show_default=False,
+    ),
+]
+Loader = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:FUNCTION",
+        help="Load a model that is not transformers': the function returns (model, tokenizer).",
+        show_default=False,
+    ),
+]
+Routers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:NAME",
+        help="Where the routers of a model with code of its own are: a RouterSpec or a list.",
+        show_default=False,
+    ),
+]
+
+
 class Phase(StrEnum):
     prefill = "prefill"
     decode = "decode"

@@ -22,6 +22,11 @@ def logits_seen(site: Site) -> Module | None:
     """The module that makes the router logits of this site by one matrix with a row per expert, so
     that they can be masked; None where there is none."""
     module = site.logits_module
+    # a table of token ids chooses, and logits only weigh (the hashed layers of DeepSeek-V4)
+    if module is not None and any(
+        b.dim() == 2 and not b.dtype.is_floating_point for b in module.buffers()
+    ):
+        return None
     if module is None and site.told and site.adapter is not None and not site.adapter.at_call:
         module = site.module
     if module is None:
@@ -52,10 +57,8 @@ class Among(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "topk" and args:
-            values, *rest = args
-            k: int = rest[0] if rest else kwargs["k"]
-            args = (self._never_chosen(values, k), *rest)
+        if name == "topk":
+            return self._top_k(func, *args, **kwargs)
         output = func(*args, **kwargs)
         if name in PRODUCTS:
             # (a finite number: sparsemixer divides by it)
@@ -68,13 +71,24 @@ class Among(TorchFunctionMode):
             return values
         return values.masked_fill(self.dropped_E.to(values.device), fill)
 
-    def _never_chosen(self, values: Tensor, k: int) -> Tensor:
-        """Values [T, E], or [T, groups, E / groups] as grouped routers look at them to compare
-        groups by their k best. Where fewer than k of a group are left, a dropped expert adds
-        nothing to it."""
-        grouped = values.dim() > 2 and values.shape[-2] * values.shape[-1] == len(self.dropped_E)
-        if not grouped:
-            return self._masked(values, float("-inf"))
+    def _top_k(
+        self, top_k: Any, input: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any
+    ) -> Any:
+        """`torch.topk`, which chooses no dropped expert while there are others."""
+        grouped = input.dim() > 2 and input.shape[-2] * input.shape[-1] == len(self.dropped_E)
+        if grouped:
+            return top_k(self._of_groups(input, k), k, dim, *args, **kwargs)
+        output = top_k(self._masked(input, float("-inf")), k, dim, *args, **kwargs)
+        if input.shape[-1:] != self.dropped_E.shape or dim not in (-1, input.dim() - 1):
+            return output
+        # with fewer than k left, a dropped expert has its own score, which its logit made 0: a
+        # weight of -inf would be one that no sum of weights survives
+        return type(output)((input.gather(-1, output.indices), output.indices))
+
+    def _of_groups(self, values: Tensor, k: int) -> Tensor:
+        """Values [T, groups, E / groups], as grouped routers look at them to compare groups by
+        their k best. Where fewer than k of a group are left, a dropped expert adds nothing to
+        it."""
         dropped_GE = self.dropped_E.to(values.device).view(values.shape[-2:])
         left_G = (~dropped_GE).sum(1)
         few_G1 = ((left_G > 0) & (left_G < k)).unsqueeze(1)

@@ -17,89 +17,92 @@ import torch.nn.functional as F
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
 from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.capture.feed import forward, padded
+from moe_inspect.capture.feed_own import forward_own, logits_of
+from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions
-from moe_inspect.capture.resume import comparable
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.model.find import find_routers
-from moe_inspect.model.load import load_config, load_model, load_tokenizer, weights_fingerprint
+from moe_inspect.model.own import OwnModel
 from moe_inspect.model.routers import Site
-from moe_inspect.model.vocabulary import tokenizer_fingerprint
-from moe_inspect.trace import schema
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """`batches`: of sequences that are fed together. `record`: what determines losses, to tell
-    whether two runs measure the same."""
+    whether two runs measure the same. `own`: what a loader returned. `routers`: see `intervene`."""
 
     network: Any
     tokenizer: Any
     batches: list[list[TokenSequence]]
     record: dict[str, Any]
     source: str
+    own: OwnModel | None = None
+    routers: Sequence[RouterSpec] | None = None
 
     @cached_property
     def sites(self) -> list[Site]:
-        return find_routers(self.network)
+        return find_routers(self.network, self.routers)
 
     def losses(self, batch: int) -> np.ndarray:
         """The loss of each sequence of a batch: the sum, in nats, of predicting each of its tokens
         but the first. float64 [B]"""
-        return row_losses(self.network, self.batches[batch], self.tokenizer)
+        sequences = self.batches[batch]
+        if self.own is not None and not self.own.is_of_transformers:
+            return np.concatenate([_own_loss(self.own, row) for row in sequences])
+        return row_losses(self.network, sequences, self.tokenizer)
 
 
 def open_held_out(model: str, options: TraceOptions) -> HeldOut:
-    """Loads a model of transformers and plans its passes over the text of `options.data` (default:
-    the bundled corpus)."""
+    """Loads a model and plans its passes over the text of `options.data` (default: the bundled
+    corpus). MoeInspectError for a model without a loss on plain text."""
     sources = find_sources(options.data)
-    config = load_config(
-        model, revision=options.revision, trust_remote_code=options.trust_remote_code
-    )
-    if getattr(config, "is_encoder_decoder", False):
-        raise MoeInspectError(f"{model} has an encoder: its loss on plain text means nothing")
-    tokenizer = load_tokenizer(
-        model, revision=options.revision, trust_remote_code=options.trust_remote_code
-    )
-    plan = Plan(sources, options, longest_sequence(options.max_length, config, 0))
-    batches = [sequences for sequences, _ in plan.batches(tokenizer)]
+    found = unloaded(model, options)
+    if found.is_encoder_decoder:
+        raise MoeInspectError(
+            f"{found.name} has an encoder and a decoder, and no loss on plain text: measure its "
+            "own with moe_inspect.intervene(model, drop=…)"
+        )
+    plan = Plan(sources, options, longest_sequence(options.max_length, found.config, 0))
+    batches = [sequences for sequences, _ in plan.batches(found.tokenizer)]
     source = ", ".join(options.data) or "the bundled corpus"
     if not any(len(s.ids) > 1 for batch in batches for s in batch):
         raise MoeInspectError(f"the held-out text is empty: no text in {source}")
-    record = {
-        **plan.record(),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "model": model,
-        "revision": options.revision,
-        "config": schema.fingerprint(comparable(config)),
-        "weights": weights_fingerprint(model, options.revision),
-        "dtype": options.dtype,
-    }
-    network = load_model(
-        model,
-        config,
-        revision=options.revision,
-        dtype=options.dtype,
-        device=options.device,
-        device_map=options.device_map,
-        trust_remote_code=options.trust_remote_code,
-    )
-    if any(s.adapter is not None and s.adapter.alone for s in find_routers(network)):
+    record = {**plan.record(), **found.record()}
+    network = found.load()
+    sites = find_routers(network, options.routers)
+    if any(s.adapter is not None and s.adapter.alone for s in sites):
         batches = [[row] for batch in batches for row in batch]
-    return HeldOut(network, tokenizer, batches, record, source)
+    return HeldOut(network, found.tokenizer, batches, record, source, found.own, options.routers)
 
 
 @torch.inference_mode()
 def row_losses(network: Any, sequences: Sequence[TokenSequence], tokenizer: Any) -> np.ndarray:
     """See `HeldOut.losses`. Of the logits only one row at a time is held in float32."""
     ids_BS, mask_BS = padded(list(sequences), tokenizer, network)
-    ids = torch.from_numpy(ids_BS)
     device = next(network.parameters()).device
     mask = torch.from_numpy(mask_BS.astype(np.int64)).to(device)
-    logits_BSV = forward(network, ids, attention_mask=mask, use_cache=False).logits
-    sums: list[torch.Tensor] = []
-    for b, row in enumerate(sequences):
-        n = len(row.ids)
-        wanted_S = ids[b, 1:n].to(logits_BSV.device)
-        nats_S = F.cross_entropy(logits_BSV[b, : n - 1].float(), wanted_S, reduction="none")
-        sums.append(nats_S.double().sum())
-    return torch.stack(sums).cpu().numpy()
+    output = forward(network, torch.from_numpy(ids_BS), attention_mask=mask, use_cache=False)
+    name = type(network).__name__
+    return np.array([_loss(output.logits[b], row, name) for b, row in enumerate(sequences)])
+
+
+@torch.inference_mode()
+def _own_loss(own: OwnModel, row: TokenSequence) -> np.ndarray:
+    output = forward_own(own, torch.from_numpy(row.ids.astype(np.int64))[None])
+    logits_BSV = logits_of(own, output, "its loss cannot be measured")
+    return np.array([_loss(logits_BSV[0], row, own.name)])
+
+
+def _loss(logits_SV: torch.Tensor, row: TokenSequence, name: str) -> float:
+    """The sum, in nats, of predicting each token of a sequence but the first. Positions of
+    `logits_SV` behind its end are padding's."""
+    n = len(row.ids)
+    if len(logits_SV) < n or logits_SV.shape[1] <= row.ids.max():
+        raise MoeInspectError(
+            f"{name} returned logits {list(logits_SV.shape)} for {n} tokens with ids up to "
+            f"{row.ids.max()}: it does not predict the next token, so there is no loss to measure"
+        )
+    wanted_S = torch.from_numpy(row.ids[1:].astype(np.int64)).to(logits_SV.device)
+    nats_S = F.cross_entropy(logits_SV[: n - 1].float(), wanted_S, reduction="none")
+    return float(nats_S.double().sum())

@@ -6,10 +6,12 @@ T rows a router sees, K slots, E experts.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -26,9 +28,10 @@ from moe_inspect.interventions.among import SHARED_OUT, Among, how_dropped, logi
 from moe_inspect.interventions.plan import Layers, planned
 from moe_inspect.interventions.replay import Replay
 from moe_inspect.interventions.substitute import replaced
+from moe_inspect.model.custom.candidates import candidates
 from moe_inspect.model.families import called_with
-from moe_inspect.model.find import find_routers
-from moe_inspect.model.routers import Site
+from moe_inspect.model.find import no_routers, routers_in
+from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import unwrapped
 from moe_inspect.text import plural, print_stderr
 from moe_inspect.trace.reader import Trace, open_trace
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moe_inspect.model.custom.spec import RouterSpec
+
+
+_TOLD: WeakSet[torch.nn.Module] = WeakSet()  # whose user knows that weights are shared out
 
 
 @dataclass
@@ -69,7 +75,9 @@ class Intervention:
         inputs: InputsOf | None = None,
     ):
         self.model = unwrapped(model, by_path=bool(routers))
-        self.sites = find_routers(self.model, routers)
+        self.sites = routers_in(self.model, routers)
+        if not self.sites:
+            raise _nothing_to_change(self.model)
         self.plan = planned(self.model, self.sites, drop, force, shuffle, replay is not None)
         self.done = [Done() for _ in self.sites]
         self.replay = None
@@ -91,7 +99,10 @@ class Intervention:
             row_order_of(self.sites),
         )
         self._passes = 0
-        self._rows: Rows | None = None  # of the current forward pass
+        self._now = _Now()
+        self._counting = threading.Lock()
+        self._thread = 0  # that runs the current forward pass; 0: none does
+        self._rows: Rows | None = None  # of that pass, and afterwards of its backward pass
         self._at_T: Tensor | None = None  # their tokens in the trace
         self._entered = False
         self._dropped = {
@@ -114,7 +125,9 @@ class Intervention:
         except BaseException:
             del ALTERED[self.model]
             raise
-        if shared := [site for r, site in enumerate(self.sites) if self.done[r].how == SHARED_OUT]:
+        shared = [site for r, site in enumerate(self.sites) if self.done[r].how == SHARED_OUT]
+        if shared and self.model not in _TOLD:  # (an ablation intervenes thousands of times)
+            _TOLD.add(self.model)
             print_stderr(
                 f"the logits of {shared[0].path}"
                 f"{f' and {len(shared) - 1} more' if len(shared) > 1 else ''} cannot be seen: its "
@@ -158,14 +171,18 @@ class Intervention:
     # --- called by the attachment around a forward pass
 
     def begin(self) -> None:
+        self._now.stacks, self._now.called = set(), set()
+        if not self.plan.needs_rows:
+            return
         self._passes += 1
         for done in self.done:
             done.seen = 0
         self._rows = self._at_T = None
-        if self.plan.needs_rows:
-            self._inputs.begin()
+        self._thread = threading.get_ident()
+        self._inputs.begin()
 
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._now.stacks.add(stack)
         if not self.plan.needs_rows:
             return
         self._rows = self._inputs.rows(self._inputs.of_call(stack, args, kwargs))
@@ -177,7 +194,15 @@ class Intervention:
             self._inputs.returned(stack, output)
 
     def end(self) -> None:
+        for r, site in enumerate(self.sites):
+            wanted = self.plan.changes(r) and not site.told and site.stack in self._now.stacks
+            if wanted and r not in self._now.called:
+                raise MoeInspectError(
+                    f"the choice of {site.path} was not seen in a forward pass, so nothing was "
+                    "changed there: its experts ran by other code (fused kernels)"
+                )
         if self.plan.needs_rows:
+            self._thread = 0
             self._inputs.accept()
             self._inputs.end()
 
@@ -188,20 +213,21 @@ class Intervention:
 
     def changed(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> rules.Changed | None:
         """The choice to be made instead of this one at site r; None for this one."""
-        T, done = len(ids_TK), self.done[r]
-        start, done.seen = done.seen, done.seen + T
-        made = self._made(r, start, ids_TK, weights_TK)
+        self._now.called.add(r)
+        made = self._made(r, ids_TK, weights_TK)
         if made is None:
             return None
-        done.rows += T
         counts = torch.stack([made.moved_T > 0, made.moved_T, made.given_T]).sum(1).tolist()
-        done.decisions += counts[0]
-        done.assignments += counts[1]
-        done.weights += counts[2]
+        with self._counting:
+            done = self.done[r]
+            done.rows += len(ids_TK)
+            done.decisions += counts[0]
+            done.assignments += counts[1]
+            done.weights += counts[2]
         return made if counts[1] else None
 
-    def _made(self, r: int, start: int, ids_TK: Tensor, weights_TK: Tensor) -> rules.Changed | None:
-        device = ids_TK.device
+    def _made(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> rules.Changed | None:
+        T, device = len(ids_TK), ids_TK.device
         if r in self._dropped:
             return rules.without(ids_TK, weights_TK, self._dropped[r].to(device))
         if r in self.plan.force:
@@ -209,13 +235,18 @@ class Intervention:
             return rules.forced(ids_TK, weights_TK, experts)
         if not self.plan.needs_rows:
             return None
-        assert self._rows is not None
-        of_pass = self._rows.T
+        rows, done = self._rows, self.done[r]
+        if rows is None or (threading.get_ident() != self._thread and not _in_backward()):
+            raise MoeInspectError(
+                f"replay and shuffle follow forward passes of the whole {type(self.model).__name__}"
+                ", one at a time: a part of it was called alone, or two threads call it"
+            )
+        start, done.seen = done.seen, done.seen + T
         # a layer may run several times, and again in the backward pass (gradient checkpointing)
-        at = (torch.arange(start, start + len(ids_TK)) % max(1, of_pass)).to(torch.int64)
-        time = start // max(1, of_pass)
+        at = (torch.arange(start, start + T) % max(1, rows.T)).to(torch.int64)
+        time = start // max(1, rows.T)
         if self.replay is None:
-            row_T = self._exchange(r, time, at).to(device)
+            row_T = self._exchange(rows, r, time, at).to(device)
             return rules.exchanged(ids_TK, weights_TK, row_T)
         return self._replayed(self.replay, r, time, at, ids_TK, weights_TK)
 
@@ -240,17 +271,25 @@ class Intervention:
         given_TK = given_TK.to(ids_TK.device) if given_TK is not None else None
         return rules.replayed(ids_TK, weights_TK, wanted_TK, given_TK, self.sites[r].experts)
 
-    def _exchange(self, r: int, time: int, at: Tensor) -> Tensor:
+    def _exchange(self, rows: Rows, r: int, time: int, at: Tensor) -> Tensor:
         """For each row of a call the row whose choice it gets: tokens exchange theirs at random,
         padding keeps its own."""
-        assert self._rows is not None
         assert self.plan.shuffle is not None
         seed = hash((self.plan.shuffle, self._passes, r, time, int(at[0]) if len(at) else 0))
         generator = torch.Generator().manual_seed(seed & (2**63 - 1))
-        real = torch.from_numpy(self._rows.real)[at].nonzero()[:, 0]
+        real = torch.from_numpy(rows.real)[at].nonzero()[:, 0]
         row_T = torch.arange(len(at))
         row_T[real] = real[torch.randperm(len(real), generator=generator)]
         return row_T
+
+
+class _Now(threading.local):
+    """Of the forward pass that runs in this thread: the stacks that were fed, and the sites whose
+    choice was seen."""
+
+    def __init__(self) -> None:
+        self.stacks: set[str] = set()
+        self.called: set[int] = set()
 
 
 class _Attachment(Attachment):
@@ -263,13 +302,8 @@ class _Attachment(Attachment):
 
     def _watch(self, r: int, site: Site, compiled: bool) -> None:
         plan, done = self.of.plan, self.of.done[r]
-        if not (plan.needs_rows or r in plan.drop or r in plan.force):
+        if not plan.changes(r):
             return
-        if site.method:
-            raise MoeInspectError(
-                f"{site.path} runs fused MXFP4 kernels, where no choice can be replaced: load the "
-                "model with Mxfp4Config(dequantize=True)"
-            )
         if r in plan.drop:
             done.how = how_dropped(site)
             if (router := logits_seen(site)) is not None:
@@ -284,15 +318,16 @@ class _Attachment(Attachment):
             self._keep(site.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
 
     def _mask_logits(self, router: torch.nn.Module, dropped_E: Tensor) -> None:
-        active = ExitStack()
+        running = threading.local()
 
         def before(module: torch.nn.Module, args: Any) -> None:
             if module is router:
-                active.enter_context(Among(dropped_E))
+                running.among = ExitStack()
+                running.among.enter_context(Among(dropped_E))
 
         def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if module is router:
-                active.close()
+            if module is router and hasattr(running, "among"):
+                running.among.close()
 
         self._keep(router.register_forward_pre_hook(before))
         self._keep(router.register_forward_hook(after, prepend=True, always_call=True))
@@ -324,3 +359,19 @@ class _Attachment(Attachment):
         return replaced(
             self.of.sites[r], args, kwargs, output, choice, (new.ids_TK, new.weights_TK)
         )
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass runs: gradient checkpointing runs layers again then."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _nothing_to_change(model: Any) -> MoeInspectError:
+    like = candidates(model)
+    if is_of_transformers(model) or not like:
+        return no_routers(model)
+    return MoeInspectError(
+        f"no known router was found in {type(model).__name__}, but {like.described()}: give "
+        f"routers=[moe_inspect.RouterSpec(module={like.pattern!r}, choice=f)] (a probe shows a "
+        "choice, and cannot replace it)"
+    )

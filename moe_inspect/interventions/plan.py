@@ -30,6 +30,10 @@ class Plan:
     def needs_rows(self) -> bool:
         return self.replay or self.shuffle is not None
 
+    def changes(self, r: int) -> bool:
+        """Whether anything is changed at site r."""
+        return self.needs_rows or r in self.drop or r in self.force
+
     def described(self, sites: Sequence[Site]) -> str:
         """For the manifest of a trace recorded meanwhile."""
         parts = [
@@ -50,8 +54,9 @@ def planned(
     shuffle: int | None,
     replay: bool,
 ) -> Plan:
-    """MoeInspectError for a layer without a router, an expert that it does not have, a layer with
-    nothing left to choose, and for interventions that contradict each other."""
+    """MoeInspectError for a layer without a router or whose router's choice is fixed, an expert
+    that it does not have, a layer with nothing left to choose, and for interventions that
+    contradict each other."""
     given = [
         name
         for name, is_given in (
@@ -68,6 +73,9 @@ def planned(
         raise MoeInspectError(f"{given[0]} and {given[1]} contradict each other: give one of them")
     dropped = _by_site(sites, drop or {}, "drop")
     made = Plan(dropped, _by_site(sites, force or {}, "force"), shuffle, replay)
+    for r, site in enumerate(sites):
+        if made.changes(r) and site.adapter is not None and site.adapter.fixed:
+            raise MoeInspectError(f"{site.path}: {site.adapter.fixed}")
     for r, experts in made.drop.items():
         if len(experts) >= sites[r].experts:
             raise MoeInspectError(

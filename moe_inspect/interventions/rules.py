@@ -25,8 +25,8 @@ class Changed(NamedTuple):
 def without(ids_TK: Tensor, weights_TK: Tensor, dropped_E: Tensor) -> Changed:
     """No expert of `dropped_E` (bool [E]): the gate weights of its slots are shared out among the
     token's other slots in proportion to theirs. An emptied slot goes, with weight 0, to an expert
-    that is neither dropped nor among the token's others, so that none is twice in a decision. A
-    token of dropped experts alone gets nothing."""
+    that is neither dropped nor among the token's others (where there are none, to a dropped one),
+    so that none is twice in a decision. A token of dropped experts alone gets nothing."""
     E = len(dropped_E)
     there = (ids_TK >= 0) & (ids_TK < E)
     gone = there & dropped_E[ids_TK.clamp(0, E - 1)]
@@ -42,14 +42,15 @@ def without(ids_TK: Tensor, weights_TK: Tensor, dropped_E: Tensor) -> Changed:
 
 
 def _refilled(ids_TK: Tensor, gone_TK: Tensor, dropped_E: Tensor) -> Tensor:
-    """The slots that are gone at the lowest-numbered experts which are free; an expert is used
-    twice only where there are none left."""
+    """The slots that are gone at the lowest-numbered experts which are free, then at dropped
+    ones."""
     T, E = len(ids_TK), len(dropped_E)
-    nowhere_TK = (ids_TK < 0) | (ids_TK >= E)
-    taken_TE = torch.cat([dropped_E, dropped_E[:1]]).expand(T, E + 1).clone()
-    taken_TE = taken_TE.scatter_(1, ids_TK.masked_fill(nowhere_TK, E), True)[:, :E]
-    # free experts first, in their order
-    free_TE = taken_TE.to(torch.int8).argsort(dim=1, stable=True)
+    elsewhere_TK = (ids_TK < 0) | (ids_TK >= E) | gone_TK
+    taken_TE = dropped_E.to(torch.int8).repeat(T, 1)
+    taken_TE = torch.cat([taken_TE, taken_TE[:, :1]], 1)
+    taken_TE = taken_TE.scatter_(1, ids_TK.masked_fill(elsewhere_TK, E), 2)[:, :E]
+    # free experts first, in their order, then dropped ones, then the token's own
+    free_TE = taken_TE.argsort(dim=1, stable=True)
     rank_TK = (gone_TK.cumsum(1) - 1).clamp(0, E - 1)
     return torch.where(gone_TK, free_TE.gather(1, rank_TK).to(ids_TK.dtype), ids_TK)
 

@@ -116,7 +116,8 @@ def _not_shown(site: Site) -> MoeInspectError:
     if site.told:
         return MoeInspectError(
             f"the choice of {site.path} cannot be replaced, as what RouterSpec(choice=…) returns "
-            f"is not a part of what {kind} takes or returns: give RouterSpec(replace=…)"
+            f"is not a part of what {kind} takes or returns: give RouterSpec(replace=…), or a "
+            "RouterSpec of the module in it that makes the logits"
         )
     return MoeInspectError(
         f"{site.path}: the experts that {kind} runs cannot be replaced in its call, so nothing can "

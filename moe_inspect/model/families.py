@@ -143,6 +143,7 @@ class Adapter:
     note          a caveat, which goes into the trace's manifest
     replace       gives the call another choice (`model/replaced.py`), where that is not done by
                   replacing the tensors which `choice` returned
+    fixed         why it cannot be given another choice, and what to do
     """
 
     choice: Callable[[Any, Args, Kwargs, Any], Choice | None]
@@ -157,6 +158,7 @@ class Adapter:
     parameters: tuple[str, ...] = ()
     note: str = ""
     replace: Callable[..., Any] | None = None
+    fixed: str = ""
 
 
 @dataclass(frozen=True)
@@ -284,10 +286,11 @@ def _takes_mask_for_ids(experts_class: type) -> bool:
     return "one_hot(router_mask" in inspect.getsource(experts_class)
 
 
-_NLLB_NOTE = (
+_NLLB_RUNS = (
     "this release of transformers runs experts 1 and 0 whatever NLLB's routers choose (its experts "
-    "take the mask of the first choices for ids): the trace says what ran"
+    "take the mask of the first choices for ids)"
 )
+_NLLB_NOTE = f"{_NLLB_RUNS}: the trace says what ran"
 
 # --- the families, by transformers' model_type
 
@@ -303,13 +306,26 @@ FAMILIES: dict[str, Family] = {
         }
     ),
     "doge": Family(
-        {"DogeCDMoE": Adapter(_doge, alone=True, parameters=("down_embed", "up_embed"))}
+        {
+            "DogeCDMoE": Adapter(
+                _doge,
+                alone=True,
+                parameters=("down_embed", "up_embed"),
+                fixed="DogeCDMoE chooses experts and runs them in one function, which takes no "
+                "other choice",
+            )
+        }
     ),
     "gpt_oss": Family(
         # in MXFP4; up to transformers 5.17 the module is called with what the method takes
         {
             "Mxfp4GptOssExperts": Adapter(
-                _mxfp4, at_call=True, method="forward_routed", block_logits=1
+                _mxfp4,
+                at_call=True,
+                method="forward_routed",
+                block_logits=1,
+                fixed="its fused MXFP4 kernels take no other choice than their router's: load the "
+                "model with Mxfp4Config(dequantize=True)",
             )
         }
     ),
@@ -344,6 +360,7 @@ FAMILIES: dict[str, Family] = {
                 alone=True,
                 top_k=2,
                 note=_NLLB_NOTE,
+                fixed="NLLB's experts take no other choice: " + _NLLB_RUNS,
             )
         },
         gated=False,

@@ -11,8 +11,9 @@ import typer
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of
 from moe_inspect.cli.experts import options as of
 from moe_inspect.cli.needs import need_torch, quiet
-from moe_inspect.cli.options import Layers, Output
+from moe_inspect.cli.options import Dequantize, Layers, Loader, Output, RandomInit, Routers
 from moe_inspect.cli.progress import shown
+from moe_inspect.cli.trace.arguments import routers_of
 from moe_inspect.text import plural, print_stderr
 
 
@@ -22,7 +23,17 @@ class Table(StrEnum):
 
 
 def ablate(
-    model: of.Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help=(
+                'A hub id, a directory, "demo" (bundled, offline), or with --loader what its '
+                "function is called with."
+            ),
+            show_default=False,
+        ),
+    ] = None,
     data: of.Data = None,
     layers: Layers = None,
     experts: Annotated[
@@ -75,6 +86,10 @@ def ablate(
     dtype: of.OfDtype = of.Dtype.auto,
     revision: of.Revision = None,
     trust_remote_code: of.TrustRemoteCode = False,
+    dequantize: Dequantize = False,
+    random_init: RandomInit = None,
+    loader: Loader = None,
+    routers: Routers = None,
 ) -> None:
     """Measure the loss on held-out text without each expert.
 
@@ -86,15 +101,18 @@ def ablate(
         raise typer.BadParameter(
             f"-o {output}: no format has this ending, add --format {', '.join(Format)}"
         )
+    if model is None and loader is None:
+        raise typer.BadParameter("give a MODEL, or --loader FILE.py:FUNCTION")
     need_torch()
     quiet()
     from moe_inspect.api import ablate as run
+    from moe_inspect.model.own import load_object
     from moe_inspect.trace.schema import parse_ranges
 
     with shown("ablating") as bar:
         try:
             done = run(
-                model,
+                model or "",
                 experts=parse_ranges(experts, "experts") if experts is not None else None,
                 most_passes=most_passes,
                 resume=resume,
@@ -111,6 +129,10 @@ def ablate(
                 dtype=str(dtype),
                 revision=revision,
                 trust_remote_code=trust_remote_code,
+                dequantize=dequantize,
+                random_init=random_init,
+                loader=load_object(loader) if loader is not None else None,
+                routers=routers_of(routers),
             )
         except KeyboardInterrupt:
             kept = f"--resume {resume} goes on" if resume is not None else "nothing was kept"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_inspect.cli.needs import need_torch, quiet
-from moe_inspect.cli.options import CommitEvery
+from moe_inspect.cli.options import CommitEvery, Dequantize, Loader, RandomInit, Routers
 from moe_inspect.cli.token_progress import TokenProgress
 from moe_inspect.cli.trace.arguments import layers_of, routers_of
 from moe_inspect.cli.trace.beside import COMMIT_EVERY_S, Beside
@@ -150,39 +150,10 @@ def trace(
         bool,
         typer.Option("--trust-remote-code", help="Run code from the model's repository."),
     ] = False,
-    dequantize: Annotated[
-        bool,
-        typer.Option(
-            "--dequantize",
-            help="Dequantise the weights of an MXFP4, FP8 or compressed-tensors checkpoint while "
-            "reading them.",
-        ),
-    ] = False,
-    random_init: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SEED",
-            help="Initialise the weights at random with this seed instead of reading them: the "
-            "untrained baseline.",
-            show_default=False,
-        ),
-    ] = None,
-    loader: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.py:FUNCTION",
-            help="Load a model that is not transformers': the function returns (model, tokenizer).",
-            show_default=False,
-        ),
-    ] = None,
-    routers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.py:NAME",
-            help="Where the routers of a model with code of its own are: a RouterSpec or a list.",
-            show_default=False,
-        ),
-    ] = None,
+    dequantize: Dequantize = False,
+    random_init: RandomInit = None,
+    loader: Loader = None,
+    routers: Routers = None,
     layers: Annotated[
         str | None,
         typer.Option(

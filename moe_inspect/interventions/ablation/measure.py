@@ -55,11 +55,13 @@ def measure(
                 whole = held_out.losses(b)
             if not checked:
                 checked = True
-                _check_below(below, held_out, b, pairs[-1][0], whole)
+                _check_below(below, held_out, b, pairs, whole)
             store.add(b, *WHOLE, whole.tolist())
             done.passes += 1
         for r, expert in pairs:
-            dropped = Intervention(held_out.network, drop={sites[r].path: expert})
+            dropped = Intervention(
+                held_out.network, drop={sites[r].path: expert}, routers=held_out.routers
+            )
             with dropped, below.skipped(sites[r]):
                 store.add(b, r, expert, held_out.losses(b).tolist())
             done.passes += 1
@@ -69,10 +71,13 @@ def measure(
     return done
 
 
-def _check_below(below: Below, held_out: HeldOut, b: int, r: int, whole: np.ndarray) -> None:
-    """Nothing is skipped in a model whose losses would not stay the same to the bit, the second
-    time too."""
-    for _ in range(2):
+def _check_below(
+    below: Below, held_out: HeldOut, b: int, pairs: Sequence[tuple[int, int]], whole: np.ndarray
+) -> None:
+    """Nothing is skipped in a model whose losses would not stay the same to the bit, wherever it
+    begins, and the second time too."""
+    routers = sorted({r for r, _ in pairs})
+    for r in [*routers, routers[-1]]:
         with below.skipped(held_out.sites[r]):
             if below.usable and not np.array_equal(held_out.losses(b), whole):
                 below.usable = False

@@ -1,0 +1,219 @@
+"""Interventions in odd families, in odd calls, and where they cannot be."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect import MoeInspectError, intervene, open_trace, record
+from moe_inspect.interventions import rules
+from moe_inspect.model.find import find_routers
+from tests import families, own, zoo
+from tests.test_intervene import batch, logits, traced
+
+SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+DROPPED = [1, 5, 10, 15]  # of 16: one in each of four groups
+KEPT = [e for e in range(16) if e not in DROPPED]
+
+
+def with_experts(family: str, E: int) -> Any:
+    config = zoo.config(family)
+    for part in (config, *(vars(config)[name] for name in config.sub_configs)):
+        for name in SIZES:
+            if hasattr(part, name):
+                setattr(part, name, E)
+    torch.manual_seed(0)
+    kind = zoo.model_class(family)
+    return zoo._with_choices(kind._from_config(config, dtype=torch.float32), spread=0.5)
+
+
+def pruned(model: Any, family: str) -> Any:
+    """The family's model with 12 experts, whose parameters are the kept ones of `model`."""
+    small = with_experts(family, len(KEPT))
+    large = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, tensor in [*small.named_parameters(), *small.named_buffers()]:
+        found = large[name]
+        for dim in range(found.dim()):
+            if found.shape[dim] != tensor.shape[dim]:
+                width = found.shape[dim] // 16
+                rows = (torch.tensor(KEPT)[:, None] * width + torch.arange(width)).flatten()
+                found = found.index_select(dim, rows)
+        tensor.data.copy_(found)
+    return small
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["dbrx", "phimoe", "jetmoe", "bailing_hybrid", "deepseek_v3", "nemotron_h", "inkling2_loop"],
+)
+def test_dropping_is_what_a_model_without_these_experts_does(family: str) -> None:
+    if family not in zoo.FAMILIES:
+        pytest.skip("not in this release of transformers")
+    model, inputs = with_experts(family, 16), zoo.token_batch([11, 7])
+    real = inputs["attention_mask"].bool()
+    before, expected = logits(model, **inputs), logits(pruned(model, family), **inputs)
+    with intervene(model, drop={s.path: DROPPED for s in find_routers(model)}) as done:
+        found = logits(model, **inputs)
+    assert set(done.table().how) == {"chose among the rest"}
+    assert (found - expected)[real].abs().max() < 1e-4
+    assert (found - before)[real].abs().max() > 1e-2, "control"
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_fewer_experts_than_slots_have_the_whole_weight(family: str, tmp_path: Path) -> None:
+    model, inputs = families.build(family), batch()
+    layer = families.moe_layers(family)[-1]
+    own_sum = traced(model, tmp_path / "a", **inputs).routing(layer=layer).filter(like="weight")
+    with intervene(model, drop={layer: range(7)}):
+        trace = traced(model, tmp_path / "b", **inputs)
+    table: Any = trace.routing(layer=layer)
+    ids, weights = (table.filter(like=f"{name}_").to_numpy() for name in ("expert", "weight"))
+    assert (weights[ids != 7] == 0).all()
+    assert moe_inspect.verify(tmp_path / "b").ok, "no expert is twice in a decision"
+    if family != "olmoe":  # its weights have no fixed sum
+        assert weights.sum(1) == pytest.approx(own_sum.sum(axis=1).to_numpy(), abs=2e-3)
+    else:
+        assert weights.sum(1) == pytest.approx(1, abs=2e-3)
+
+
+def test_an_emptied_slot_takes_a_dropped_expert_where_no_other_is_free() -> None:
+    ids, weights = torch.tensor([[1, 0, 2, 3]]), torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    dropped = torch.tensor([False, False, True, True])
+    made = rules.without(ids, weights, dropped)
+    assert sorted(made.ids_TK[0].tolist()) == [0, 1, 2, 3]
+    assert made.weights_TK[0, 2:].tolist() == [0, 0]
+
+
+def test_a_layer_that_routes_by_token_id_shares_weights_out(capsys: Any) -> None:
+    model, inputs = zoo.build("deepseek_v4"), batch()
+    paths = [site.path for site in find_routers(model)]
+    for _ in range(2):
+        with intervene(model, drop=dict.fromkeys(paths, 0)) as done:
+            logits(model, **inputs)
+    table = done.table()
+    assert table.how.tolist() == ["weights shared out", *["chose among the rest"] * 3]
+    assert table.assignments[0] > 0
+    assert capsys.readouterr().err.count("cannot be seen") == 1, "said once of a model"
+
+
+def test_threads_do_not_disturb_each_other(tmp_path: Path) -> None:
+    model, inputs = families.build("olmoe"), batch(rows=2, length=30)
+    trace = traced(model, tmp_path / "a", **inputs)
+    with intervene(model, drop={0: [0, 3], 1: 2}):
+        expected = logits(model, **inputs)
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.extend(torch.equal(logits(model, **inputs), expected) for _ in range(20))
+        except Exception as error:
+            found.append(error)
+
+    with intervene(model, drop={0: [0, 3], 1: 2}) as done:
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 60
+    assert done.table().rows.tolist() == [60 * 2 * 30] * 2
+
+    # replay follows one pass at a time: what another thread runs within it is not another's rows
+    said: list[str] = []
+
+    def alone() -> None:
+        try:
+            model.model(**inputs)
+        except MoeInspectError as error:
+            said.append(str(error))
+
+    def from_another_thread(*_: Any) -> None:
+        hook.remove()
+        thread = threading.Thread(target=alone)
+        thread.start()
+        thread.join()
+
+    with intervene(model, replay=trace), torch.no_grad():
+        hook = model.model.layers[0].register_forward_pre_hook(from_another_thread)
+        model(**inputs)
+        assert "two threads call it" in said[0]
+        for fed in (inputs, batch(1)):  # not the rows of the pass before
+            with pytest.raises(MoeInspectError, match="a part of it was called alone"):
+                model.model(**fed)
+
+
+def test_experts_that_ran_unseen_are_an_error() -> None:
+    model, inputs = families.build("mixtral"), batch()
+    block = model.get_submodule("model.layers.0.mlp")
+    block.forward = lambda hidden: hidden
+    with intervene(model, drop={0: 1}), pytest.raises(MoeInspectError, match="was not seen"):
+        logits(model, **inputs)
+    with intervene(model, drop={1: 1}):
+        logits(model, **inputs)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("doge", "layers.0.mlp: DogeCDMoE chooses experts and runs them in one function"),
+        ("nllb_moe", "layers.1.ffn.experts: NLLB's experts take no other choice"),
+    ],
+)
+def test_families_whose_choice_is_fixed_are_refused(family: str, said: str) -> None:
+    if family in zoo.WHY_NOT:
+        pytest.skip(zoo.WHY_NOT[family])
+    model = zoo.build(family)
+    path = find_routers(model)[0].path
+    ways: list[dict[str, Any]] = [{"drop": {path: 1}}, {"shuffle": 1}]
+    for given in ways:
+        with pytest.raises(MoeInspectError, match=said) as error:
+            intervene(model, **given)
+        assert "\n" not in str(error.value)
+
+
+def test_a_probe_shows_a_choice_and_a_spec_changes_it(tmp_path: Path) -> None:
+    model, ids = own.gpt(), own.tokens()
+    with pytest.raises(MoeInspectError, match=r"a probe shows a choice, and cannot replace it"):
+        intervene(model, drop={0: 1})
+    inside = moe_inspect.RouterSpec(
+        module="blocks.*.experts",
+        choice=own.example().choice,
+        experts=8,
+        top_k=2,
+    )
+    refused = pytest.raises(MoeInspectError, match="of the module in it that makes the logits")
+    with intervene(model, force={0: 1}, routers=[inside]), refused:
+        model(ids)
+
+    def choice(router: Any, args: Any, kwargs: Any, logits: Any) -> Any:
+        weights, chosen = logits.softmax(-1).topk(2)
+        return chosen, weights / weights.sum(-1, keepdim=True)
+
+    def replace(router: Any, args: Any, kwargs: Any, logits: Any, ids: Any, weights: Any) -> Any:
+        return torch.full_like(logits, float("-inf")).scatter(-1, ids, weights.log())
+
+    spec = moe_inspect.RouterSpec(
+        module="blocks.*.experts.router", choice=choice, replace=replace, experts=8, top_k=2
+    )
+    ways: list[tuple[dict[str, Any], Any]] = [
+        ({"drop": {0: [1, 2]}}, lambda sets: all(not s & {1, 2} for s in sets)),
+        ({"force": {0: 6}}, lambda sets: all(6 in s for s in sets)),
+    ]
+    for given, expected in ways:
+        recorded = record(model, tmp_path / "t", overwrite=True)  # by its probes
+        changed = intervene(model, routers=[spec], **given)
+        with changed, own.watched(model) as seen, torch.no_grad(), recorded:
+            model(ids)
+        assert expected(seen.sets[0][0])
+        assert own.same(open_trace(tmp_path / "t"), seen) == 4 * ids.numel()
+    with torch.no_grad(), record(model, tmp_path / "own"):
+        before = model(ids)
+    with torch.no_grad(), intervene(model, replay=tmp_path / "own", routers=[spec]) as done:
+        assert torch.equal(model(ids), before)
+    assert np.all(done.table().assignments == 0)
