@@ -157,7 +157,7 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
     check(wide, find_routers(wide), 0.75)
 
     with pytest.raises(MoeInspectError, match="recorded with other weights"):
-        check_trace(three, replace(held_out, record={**held_out.record, "weights": "another"}))
+        check_trace(three, replace(held_out, record={**held_out.record, "weights_hash": "another"}))
     other = moe_inspect.trace_model("demo", tmp_path / "u", max_tokens=50, random_init=0)
     with pytest.raises(MoeInspectError, match="is of random weights, not of demo as it is stored"):
         check_trace(other, held_out)

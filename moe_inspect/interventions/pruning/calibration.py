@@ -47,7 +47,7 @@ def check_trace(trace: Trace, held_out: HeldOut) -> list[int]:
                     f"{trace.path} is of another model than {name}: its config has {key} "
                     f"{then[key]!r}, not {now[key]!r}"
                 )
-    before, weights = plan.get("weights_hash"), held_out.record["weights"]
+    before, weights = plan.get("weights_hash"), held_out.record["weights_hash"]
     if before and weights and before != weights and _is_commit(before) == _is_commit(weights):
         raise MoeInspectError(
             f"{trace.path} was recorded with other weights than those of {name} now: record it "

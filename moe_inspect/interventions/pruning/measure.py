@@ -127,5 +127,5 @@ def without(held_out: HeldOut, drop: Drop, batch: int) -> np.ndarray:
     }
     if not by_path:
         return held_out.losses(batch)
-    with Intervention(held_out.network, drop=by_path):
+    with Intervention(held_out.network, drop=by_path, routers=held_out.routers):
         return held_out.losses(batch)
