@@ -18,6 +18,7 @@ from moe_inspect.capture.hook import experts, kernels
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from tests.conftest import Cli
+from tests.damage import edit_manifest
 from tests.families import FAMILIES, NO_INTERFACE, build
 from tests.zoo import token_batch
 
@@ -210,3 +211,16 @@ def test_super_experts_are_few_and_early() -> None:
     peaks[2][4] = 9.0  # less than a tenth of the largest
     found = super_experts(peaks, np.arange(8), 8)
     assert [(r, int(e)) for r, of in enumerate(found) for e in np.flatnonzero(of)] == [(1, 3)]
+
+
+def test_super_experts_are_early_among_all_blocks_of_the_model(tmp_path: Path) -> None:
+    """Also where only some layers were recorded: the last of them is not the model's last."""
+    options: dict[str, Any] = {"output_norms": True, "output_peaks": True, "layers": [3]}
+    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, **options)
+    assert trace.blocks == 4
+    assert not moe_inspect.report(trace).tables["worth"]["super_expert"].any()
+    model = trace.manifest["model"]
+    edit_manifest(tmp_path / "t", model={**model, "config": {"num_hidden_layers": 5}})
+    longer = moe_inspect.open_trace(tmp_path / "t")
+    worth: Any = moe_inspect.report(longer).tables["worth"]
+    assert worth.loc[worth["peak"].idxmax(), "super_expert"]

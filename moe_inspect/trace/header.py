@@ -66,6 +66,19 @@ class TraceHeader:
         return "peak" in self.slot_values
 
     @property
+    def blocks(self) -> int:
+        """Blocks of the model, those without a recorded router too: as its config states, else up
+        to the last router."""
+        config = self.manifest.get("model", {}).get("config") or {}
+        inner = (config.get(f"{name}_config") for name in ("text", "llm", "language"))
+        parts = [config, *(part for part in inner if isinstance(part, dict))]
+        # (LongCat counts two hidden layers per block)
+        names = ("num_layers", "num_hidden_layers", "n_layers", "n_layer")
+        stated = (part[name] for name in names for part in parts if name in part)
+        blocks = next((n for n in stated if type(n) is int), 0)
+        return max(blocks, 1 + max(router.layer for router in self.routers))
+
+    @property
     def _orderable(self) -> bool:
         """Whether the first choice can be known of routers whose slot order nobody stated: by the
         weights, or since a source of counts said it (where it did not, it is null)."""

@@ -80,7 +80,7 @@ def of_super_experts(
         )
         return
     layers = np.array([site.layer for site in held_out.sites])
-    is_super_LE = super_experts(peak_LE, layers, int(layers.max()) + 1)
+    is_super_LE = super_experts(peak_LE, layers, trace.blocks)
     gone = [
         f"L{site.layer}E{e}"
         for site, is_super_E, dropped in zip(held_out.sites, is_super_LE, drop, strict=True)

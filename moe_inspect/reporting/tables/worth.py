@@ -32,8 +32,7 @@ def worth(data: ReportData) -> pd.DataFrame:
     found["super_expert"] = pd.array([pd.NA] * len(found), dtype="boolean")
     if known and len(known) == len(peak_LE):
         layers = np.array([counts.routers[r].layer for r in counts.indices])
-        blocks = max(router.layer for router in counts.routers) + 1
-        is_super = of_outputs.super_experts(known, layers, blocks)
+        is_super = of_outputs.super_experts(known, layers, data.trace.blocks)
         found["super_expert"] = pd.array(np.concatenate(is_super), dtype="boolean")
     return found
 
