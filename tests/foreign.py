@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -422,3 +423,186 @@ def counts(root: Path) -> Made:
         "layer,expert,count\n" + "".join(f"{r['layer']},{r['expert']},{r['count']}\n" for r in rows)
     )
     return Made(root / "c.csv", load=load)
+
+
+def gguf_file(
+    path: Path,
+    fields: dict[str, int | str | list[str]],
+    tensors: dict[str, np.ndarray | tuple[int, tuple[int, ...], bytes]],
+) -> None:
+    """Writes GGUF version 3, to the letter of ggml's docs/gguf.md: metadata of u32, strings and
+    lists of strings; tensors of float32, or (ggml's type, shape with the fastest dimension first,
+    bytes)."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    def typed(value: int | str | list[str]) -> bytes:
+        if isinstance(value, int):
+            return struct.pack("<II", 4, value)
+        if isinstance(value, str):
+            return struct.pack("<I", 8) + text(value)
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields))
+    head += b"".join(text(key) + typed(value) for key, value in fields.items())
+    data = b""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, np.ndarray):
+            tensor = (0, tensor.shape[::-1], tensor.astype("<f4").tobytes())
+        kind, shape, content = tensor
+        head += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        head += struct.pack("<IQ", kind, len(data))
+        data += content + bytes(-len(content) % 32)
+    path.write_bytes(head + bytes(-len(head) % 32) + data)
+
+
+def write_imatrix(
+    path: Path,
+    load: dict[int, np.ndarray],
+    tokens: int,
+    energy: dict[int, np.ndarray] | None = None,
+    chunk: int = 1,
+) -> None:
+    """What llama-imatrix writes of these layers' counts [E], beside a dense tensor's."""
+    tensors: dict[str, np.ndarray] = {}
+    for layer, load_E in load.items():
+        for part in ("gate", "up", "down"):
+            name = f"blk.{layer}.ffn_{part}_exps.weight"
+            sums_EC = np.tile(load_E[:, None] * 0.5, (1, 4))
+            if energy is not None and part == "down":
+                sums_EC = np.repeat(energy[layer][:, None] / 4, 4, axis=1)
+            tensors[f"{name}.in_sum2"] = sums_EC
+            tensors[f"{name}.counts"] = load_E[:, None]
+        dense = f"blk.{layer}.attn_q.weight"
+        tensors[f"{dense}.in_sum2"] = np.ones((1, 4))
+        tensors[f"{dense}.counts"] = np.full((1, 1), tokens)
+    fields: dict[str, int | str | list[str]] = {
+        "general.type": "imatrix",
+        "imatrix.datasets": ["calibration.txt"],
+        "imatrix.chunk_count": tokens // chunk,
+        "imatrix.chunk_size": chunk,
+    }
+    gguf_file(path, fields, dict(tensors))
+
+
+@maker("imatrix")
+def imatrix(root: Path) -> Made:
+    load = [np.bincount(i.reshape(-1), minlength=E) for i in drawn(30, 12)]
+    write_imatrix(root / "imatrix.gguf", dict(zip(ROUTED, load, strict=True)), 30, chunk=5)
+    return Made(root / "imatrix.gguf", load=load, config=False)
+
+
+def write_mbolt(
+    path: Path, passes: list[dict[int, np.ndarray]], experts: int = E, tail: bytes = b""
+) -> None:
+    """What mbolt's patch of llama.cpp writes: the ids [T, K] by layer of each pass."""
+    data = b"MBLT" + struct.pack("<II", 1, experts)
+    for by_layer in passes:
+        for layer, ids_TK in by_layer.items():
+            T, k = ids_TK.shape
+            data += struct.pack("<III", layer, k, T) + ids_TK.astype("<i4").tobytes()
+    path.write_bytes(data + tail)
+
+
+@maker("mbolt")
+def mbolt(root: Path) -> Made:
+    parts = [drawn(T, 40 + n) for n, T in enumerate([7, 1, 1, 4])]
+    write_mbolt(root / "route.bin", [dict(zip(ROUTED, ids, strict=True)) for ids in parts])
+    return Made(
+        root / "route.bin", [np.concatenate(p) for p in zip(*parts, strict=True)], config=False
+    )
+
+
+PREAMBLE = """# route_trace v1
+# model=/data/a model.gguf arch=qwen3moe n_layer={layers} n_expert={E} n_expert_used={K}
+# layer=0 expert_bytes=13219200 dense_bytes=23280128
+"""
+
+
+def write_route_trace(path: Path, rows: list[list[int | float]], dropped: bool = True) -> None:
+    """BigMoeOnEdge's CSV of rows of turn, phase, step, layer, slot, expert, weight, residency,
+    expert_bytes[, dropped]."""
+    names = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
+    text = PREAMBLE.format(layers=LAYERS, E=E, K=K) + names + ",dropped" * dropped + "\n"
+    path.write_text(
+        text + "".join(",".join(f"{v:.6g}" for v in row[: 9 + dropped]) + "\n" for row in rows)
+    )
+
+
+@maker("bigmoeonedge")
+def bigmoeonedge(root: Path) -> Made:
+    """A prompt of 6 tokens, layer by layer, and 3 decoded ones."""
+    ids, weights = drawn(9, 60), np.array([[0.5 + t / 64, 0.25 - t / 64] for t in range(9)])
+    rows: list[list[int | float]] = []
+    for phase, steps in ((0, [range(6)]), (1, [range(t, t + 1) for t in range(6, 9)])):
+        for of_pass in steps:
+            for layer, ids_TK in zip(ROUTED, ids, strict=True):
+                for t in of_pass:
+                    rows += [
+                        [0, phase, t, layer, j, int(ids_TK[t, j]), weights[t, j], 1, 0, 0]
+                        for j in range(K)
+                    ]
+    write_route_trace(root / "route.csv", rows)
+    return Made(root / "route.csv", ids, weights=weights, config=False)
+
+
+@maker("moe-policylang")
+def policylang(root: Path) -> Made:
+    """Two prompts, layer by layer, as its recorder's hooks append them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids, rows = drawn(9, 70), []
+    for prompt, tokens in ((0, range(5)), (1, range(5, 9))):
+        for layer, ids_TK in zip(ROUTED, ids, strict=True):
+            rows += [
+                {
+                    "prompt_id": prompt,
+                    "token_idx": t - tokens[0],
+                    "layer_idx": layer,
+                    "selected_experts": ids_TK[t].tolist(),
+                    "router_scores": [0.5, 0.25],
+                    "router_softmax": [1 / E] * E,
+                    "token_id": t,
+                    "phase": "prefill" if t - tokens[0] < 3 else "decode",
+                    "domain_tag": ["code", "chat"][prompt],
+                    "token_loss": None if t == tokens[0] else 1.5,
+                }
+                for t in tokens
+            ]
+    i32, lists = pa.int32(), pa.list_(pa.float32())
+    kinds = {"prompt_id": i32, "token_idx": i32, "layer_idx": i32, "token_id": i32}
+    kinds |= {"selected_experts": pa.list_(i32), "router_scores": lists, "router_softmax": lists}
+    kinds |= {"phase": pa.string(), "domain_tag": pa.string(), "token_loss": pa.float32()}
+    schema = pa.schema([(name, kinds[name]) for name in rows[0]])
+    pq.write_table(pa.Table.from_pylist(rows, schema), root / "t.parquet", compression="zstd")
+    return Made(root / "t.parquet", ids, config=False)
+
+
+def write_fingerprint(
+    path: Path, samples: int, tokens: dict[str, float], load: dict[str, list[np.ndarray]]
+) -> None:
+    """GPT-OSS's fingerprint of a category: "think" and "answer" → load [E] by layer with
+    experts."""
+    written: dict[str, object] = {"sample_count": samples}
+    for part, load_LE in load.items():
+        written[f"num_{part}_tokens"] = tokens[part]
+        written[f"{part}_expert_analytics"] = {
+            f"layer_{layer}": {
+                str(e): {"prob_density": 0.1, "count_frequency": n / (samples * tokens[part])}
+                for e, n in sorted(enumerate(load_E.tolist()), key=lambda pair: -pair[1])
+                if n
+            }
+            for layer, load_E in zip(ROUTED, load_LE, strict=True)
+        }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(written, indent=2))
+
+
+@maker("gpt-oss-fingerprints")
+def fingerprints(root: Path) -> Made:
+    load = [np.bincount(i.reshape(-1), minlength=E) for i in drawn(60, 80)]
+    write_fingerprint(root / "law" / "True_True.json", 4, {"think": 15.0}, {"think": load})
+    (root / "law" / "True_True_examples.json").write_text('{"row_index": 1}')
+    return Made(root, load=load)

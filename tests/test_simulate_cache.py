@@ -15,6 +15,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache.cache import simulate_cache
 from moe_inspect.simulate.cache.policies import POLICIES, Cache, CompiledCache, replay
 from tests.conftest import ROOT, Cli
+from tests.foreign import gguf_file
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 
@@ -182,6 +183,33 @@ def test_tokens_a_second_are_what_the_link_allows(tmp_path: Path):
     assert (row["mb_per_token"], row["tokens_per_s"], row["held_gb"]) == (200, 50, 0.2)
 
 
+def test_experts_are_of_the_size_that_a_gguf_has_them_in(tmp_path: Path):
+    """Layer 0 in Q4_K (144 bytes for 256 weights), layer 1 in Q8_0 (34 for 32) with a bias."""
+    tensors = {
+        "blk.0.ffn_up_exps.weight": (12, (256, 4, 2), bytes(8 * 144)),
+        "blk.0.ffn_gate_exps.weight": (12, (256, 4, 2), bytes(8 * 144)),
+        "blk.1.ffn_down_exps.weight": (8, (32, 10, 2), bytes(20 * 34)),
+        "blk.1.ffn_down_exps.bias": (0, (10, 2), bytes(80)),
+        "blk.1.attn_q.weight": (0, (4, 4), bytes(64)),
+    }
+    fields = {"general.architecture": "qwen3moe"}
+    for n, part in enumerate([dict([*tensors.items()][:2]), dict([*tensors.items()][2:])], 1):
+        gguf_file(tmp_path / f"m-0000{n}-of-00002.gguf", fields, part)
+    ids = np.array([0, 1] * 500, np.uint16)[:, None]
+    trace = write_trace(tmp_path / "t", [ids, ids], 2)
+    options = {"slots": [1], "policies": ["lru"], "gb_per_s": 1}
+    part = tmp_path / "m-00001-of-00002.gguf"
+    row = simulate_cache(trace, gguf=part, **options).tables["cache_speed"].iloc[0]
+    assert row["mb_per_token"] == pytest.approx((2 * 4 * 144 + 10 * 34 + 40) / 1e6)
+    assert row["held_gb"] == pytest.approx((2 * 4 * 144 + 10 * 34 + 40) / 1e9)
+    gguf_file(part, fields, {"blk.0.ffn_up_exps.weight": (12, (256, 4, 3), bytes(12 * 144))})
+    with pytest.raises(MoeInspectError, match=r"3 experts in layer 0, the trace 2 \(router 0\)"):
+        simulate_cache(trace, gguf=part, **options)
+    part.with_name("m-00002-of-00002.gguf").unlink()
+    with pytest.raises(MoeInspectError, match=r"no m-00002-of-00002\.gguf"):
+        simulate_cache(trace, gguf=part, **options)
+
+
 def test_the_compiled_path_gives_the_same_tables(monkeypatch: pytest.MonkeyPatch):
     trace = ROOT / "sample_traces/collapsed"
     monkeypatch.setattr("moe_inspect.simulate.shards.SMALL", 10**9)
@@ -215,8 +243,12 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         simulate_cache(trace, slots=[1, 4])
     with pytest.raises(MoeInspectError, match="no policy fifo: there are lru, lfu, belady"):
         simulate_cache(trace, policies=["fifo"])
-    with pytest.raises(MoeInspectError, match="give --expert-mb and --gb-per-s"):
+    with pytest.raises(MoeInspectError, match=r"give --expert-mb \(or --gguf\) and --gb-per-s"):
         simulate_cache(trace, expert_mb=10)
+    with pytest.raises(MoeInspectError, match="--expert-mb and --gguf say the same: give one"):
+        simulate_cache(trace, expert_mb=10, gguf="a.gguf", gb_per_s=1)
+    with pytest.raises(MoeInspectError, match=r"no file a\.gguf"):
+        simulate_cache(trace, gguf="a.gguf", gb_per_s=1)
 
 
 def test_the_plain_cache_of_no_token_has_no_hits():

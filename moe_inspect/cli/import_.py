@@ -94,6 +94,18 @@ def import_(
             show_default=False,
         ),
     ] = None,
+    map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAP",
+            help=(
+                "counts: where layer, expert and count are if their names are others: "
+                "layer=block,expert=id,count=hits; in nested JSON "
+                "count=layers.{layer}.{expert}.hits."
+            ),
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing trace.")
     ] = False,
@@ -121,6 +133,7 @@ def import_(
             experts=experts,
             top_k=top_k,
             pipeline_stages=pipeline_stages,
+            map=map,
             overwrite=overwrite,
             commit_every=commit_every,
             progress=bar.counted("importing", "bytes") if bar else None,

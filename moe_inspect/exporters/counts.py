@@ -26,11 +26,12 @@ COUNTS = pa.schema(
         ("count", pa.int64()),
         ("first_choice", pa.int64()),
         ("weight_sum", pa.float64()),
+        ("energy", pa.float64()),
         ("experts", pa.int32()),
         ("top_k", pa.int32()),
     ]
 )
-SUMS = ("count", "first_choice", "weight_sum")
+OPTIONAL = ("first_choice", "weight_sum", "energy")
 
 
 @exporter("counts", writes="load by expert and domain (.csv, .json, .parquet)")
@@ -50,12 +51,10 @@ def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
             for name, value in fixed.items():
                 columns[name] += [value] * router.experts
             columns["expert"] += range(router.experts)
-            for name in SUMS:
+            for name in ("count", *OPTIONAL):
                 columns[name] += sums[name].tolist() if name in sums else [None] * router.experts
     table = pa.table(columns, schema=COUNTS)
-    table = table.drop_columns(
-        [n for n in ("first_choice", "weight_sum") if table[n].null_count == len(table)]
-    )
+    table = table.drop_columns([n for n in OPTIONAL if table[n].null_count == len(table)])
     with draft_of(output) as draft:
         if output.suffix == ".csv":
             with open(draft, "wb") as file:

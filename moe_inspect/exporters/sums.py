@@ -12,13 +12,14 @@ import numpy as np
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
+FLOATS = ("weight_sum", "energy")
 # of one router: domain → column → [E]
 Sums = dict[str, dict[str, np.ndarray]]
 
 
 def sums_by_domain(trace: Trace) -> list[Sums]:
     """Of each router: domain → column → [E]. weight_sum is missing without weights, first_choice
-    where the source did not say."""
+    and energy where the source did not say."""
     made: list[Sums] = [{} for _ in trace.routers]
     for shard in trace.shards:
         for r, domain, sums in _counted(shard) if trace.counts_only else _summed(shard):
@@ -60,7 +61,7 @@ def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
     table = shard.counts()
     router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
     domain_N = np.array(table["domain"].to_pylist(), object)
-    columns = {"count": "assignments", "first_choice": "first_choice", "weight_sum": "weight_sum"}
+    columns = {"count": "assignments"} | {n: n for n in ("first_choice", "weight_sum", "energy")}
     there = {
         name: table[c].to_numpy()
         for name, c in columns.items()
@@ -81,5 +82,5 @@ def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
             yield (
                 r,
                 domain,
-                {n: v if n == "weight_sum" else v.astype(np.int64) for n, v in weigh.items()},
+                {n: v if n in FLOATS else v.astype(np.int64) for n, v in weigh.items()},
             )

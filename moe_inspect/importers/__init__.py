@@ -2,6 +2,11 @@
 
 # name → module of this package, in which `@importer` registers it; "auto" tries them in this order
 MODULES = {
+    "imatrix": "llama_cpp.imatrix",
+    "mbolt": "llama_cpp.mbolt",
+    "bigmoeonedge": "rows.bigmoeonedge",
+    "moe-policylang": "rows.policylang",
+    "gpt-oss-fingerprints": "fingerprints",
     "counts": "counts",
     "esft": "esft",
     "fiddler": "fiddler",

@@ -127,6 +127,7 @@ def batch_of_counts(
     batch: int,
     first_choice: list[np.ndarray] | None = None,
     weight_sum: list[np.ndarray] | None = None,
+    energy: list[np.ndarray] | None = None,
 ) -> CountedBatches:
     """A batch of counts [D, E] of each router. Sources of counts do not give the number of tokens:
     it is the smallest that explains the load of every router, by domain."""
@@ -134,7 +135,13 @@ def batch_of_counts(
     for load_DE, router in zip(load_LDE, routers, strict=True):
         tokens_D = np.maximum(tokens_D, -(-load_DE.sum(1) // router.top_k))
     return CountedBatches(
-        batch, int(tokens_D.sum()), list(domains), list(load_LDE), first_choice, weight_sum
+        batch,
+        int(tokens_D.sum()),
+        list(domains),
+        list(load_LDE),
+        first_choice,
+        weight_sum,
+        energy=energy,
     )
 
 

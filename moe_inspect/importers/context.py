@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.mapping import Map
 from moe_inspect.importers.values import parsed, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
@@ -34,6 +35,7 @@ class ImportContext:
     facts: what the config says of the model, if the user gave one.
     experts, top_k, pipeline_stages: options of the user, for what neither the files nor a config
         give.
+    map: of counts: our column → where it is.
     warn: called with one line per warning.
     read: called with the number of bytes read since the last call."""
 
@@ -42,6 +44,7 @@ class ImportContext:
     experts: int | None = None
     top_k: int | None = None
     pipeline_stages: int | None = None
+    map: Map | None = None
     warn: Callable[[str], None] = print
     read: Callable[[int], None] = lambda n: None
 
@@ -167,5 +170,6 @@ class Imported:
     batches: Iterator[RoutedBatch | CountedBatches]
     weights: bool = False
     logits: bool = False
+    energy: bool = False
     counts_only: bool = False
     notes: list[str] = field(default_factory=list)

@@ -1,6 +1,8 @@
 """Tables of counts, of any origin: CSV, Parquet or JSON (a list of objects, one object per line, or
 an object of columns). Columns: layer, expert, count (or assignments); optional: router, domain,
-first_choice, weight_sum, experts, top_k.
+first_choice, weight_sum, energy, experts, top_k. Without other columns than layer and expert each
+row is one assignment, as llama.cpp's moe-trace writes them (pull request 28544). Other names, and
+JSON of another form, are read by a map (mapping.py).
 
 D domains, E experts.
 """
@@ -12,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +25,7 @@ import pyarrow.parquet as pq
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import MOST_DOMAINS, batch_of_counts
 from moe_inspect.importers.context import MOST_JSON_BYTES, ImportContext, Imported
+from moe_inspect.importers.mapping import Map, mapped_rows
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.values import parsed, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS
@@ -38,7 +42,10 @@ KEYS = {
     "experts": MOST_EXPERTS,
     "top_k": MOST_EXPERTS,
 }
-SUMS = ("count", "first_choice", "weight_sum")
+SUMS = ("count", "first_choice", "weight_sum", "energy")
+ROW = {"layer", "expert"}
+COLUMNS = (*KEYS, *SUMS, "domain")
+FLOATS = {"weight_sum": -np.inf, "energy": 0.0}  # → the least they may be
 
 
 @dataclass
@@ -81,13 +88,16 @@ def _has_columns(name: str, head: bytes) -> bool:
             )
     else:
         return False
-    return {"layer", "expert"} <= columns and bool(columns & {"count", "assignments"})
+    if name.endswith(".csv") and columns == ROW:
+        return True
+    return columns >= ROW and bool(columns & {"count", "assignments"})
 
 
 @importer(
     "counts",
     reads=(
-        "`.csv`, `.json`, `.jsonl` or `.parquet` of layer, expert, count [, domain, router, top_k]"
+        "`.csv`, `.json(l)` or `.parquet` of layer, expert, count [, domain, router, top_k]; "
+        "other names by `--map`"
     ),
     gives="counts by domain",
     sniff=_has_columns,
@@ -123,10 +133,17 @@ def counts(context: ImportContext) -> Imported:
     def batches() -> Iterator[CountedBatches]:
         first = dense("first_choice", np.int64) if "first_choice" in columns else None
         weight = dense("weight_sum", np.float64) if "weight_sum" in columns else None
-        yield batch_of_counts(dense("count", np.int64), routers, domains, 0, first, weight)
+        energy = dense("energy", np.float64) if "energy" in columns else None
+        yield batch_of_counts(dense("count", np.int64), routers, domains, 0, first, weight, energy)
 
     routers = [stated(router, known="first_choice" in columns) for router in routers]
-    return Imported(routers, batches(), weights="weight_sum" in columns, counts_only=True)
+    return Imported(
+        routers,
+        batches(),
+        weights="weight_sum" in columns,
+        energy="energy" in columns,
+        counts_only=True,
+    )
 
 
 def _router(context: ImportContext, layer: int, s: Sums, where: Path) -> Router:
@@ -169,11 +186,11 @@ def _tables(context: ImportContext, path: Path) -> Iterator[pa.Table]:
         if path.suffix == ".csv":
             with open(path, "rb") as opened, pyarrow.csv.open_csv(opened) as reader:
                 for batch in reader:
-                    yield _named(pa.table(batch), path)
+                    yield _named(pa.table(batch), path, context.map)
         elif path.suffix == ".parquet":
             with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
                 for batch in file.iter_batches(2**16, use_threads=False):
-                    yield _named(pa.table(batch), path)
+                    yield _named(pa.table(batch), path, context.map)
         else:
             yield _named(_json_table(context, path), path)
     # the last three of values that no column holds
@@ -192,15 +209,17 @@ def _json_table(context: ImportContext, path: Path) -> pa.Table:
     data = path.read_bytes()
     context.read(len(data))
     lines = data.strip().splitlines()
+    value: Any = None
     if len(lines) > 1 and lines[0].rstrip().endswith(b"}"):
-        return pa.Table.from_pylist(
-            [
-                parsed_object(line, f"{path} line {n}")
-                for n, line in enumerate(lines, 1)
-                if line.strip()
-            ]
-        )
-    value = parsed(data, str(path))
+        value = [
+            parsed_object(line, f"{path} line {n}")
+            for n, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+    else:
+        value = parsed(data, str(path))
+    if context.map:
+        return pa.Table.from_pylist(mapped_rows(value, context.map, str(path)))
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
         return pa.Table.from_pylist(value)
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
@@ -212,7 +231,24 @@ def _json_table(context: ImportContext, path: Path) -> pa.Table:
     )
 
 
-def _named(table: pa.Table, path: Path) -> pa.Table:
+def _renamed(table: pa.Table, path: Path, of: Map | None) -> pa.Table:
+    """The table with names of ours. `of`: our column → the table's, where a map says so."""
+    names = table.column_names
+    if not of and set(names) == ROW and len(names) == len(ROW):
+        counted = table.group_by([*ROW]).aggregate([([], "count_all")])
+        return counted.rename_columns({"count_all": "count"})
+    if not of:
+        return table
+    if missing := [name for name in of.values() if names.count(name) != 1]:
+        raise MoeInspectError(
+            f"{path} has no column {missing[0]}, or several: it has {', '.join(names[:8])}"
+        )
+    return table.select([*of.values()]).rename_columns([*of])
+
+
+def _named(table: pa.Table, path: Path, of: Map | None = None) -> pa.Table:
+    """The table with our columns, checked."""
+    table = _renamed(table, path, of)
     names = table.column_names
     if "assignments" in names and "count" not in names:
         names = ["count" if name == "assignments" else name for name in names]
@@ -220,18 +256,12 @@ def _named(table: pa.Table, path: Path) -> pa.Table:
     if missing := [name for name in ("layer", "expert", "count") if name not in names]:
         raise MoeInspectError(f"{path} has no column {missing[0]}: it has {', '.join(names[:8])}")
     made = {}
-    for name in (*KEYS, *SUMS, "domain"):
+    for name in COLUMNS:
         if name not in names:
             continue
         if names.count(name) > 1:
             raise MoeInspectError(f"{path} has several columns {name}")
-        kind = (
-            pa.string()
-            if name == "domain"
-            else pa.float64()
-            if name == "weight_sum"
-            else pa.int64()
-        )
+        kind = pa.string() if name == "domain" else pa.float64() if name in FLOATS else pa.int64()
         column = table[name]
         if name == "first_choice" and column.null_count == len(column):
             continue
@@ -245,7 +275,7 @@ def _named(table: pa.Table, path: Path) -> pa.Table:
         if kind != pa.string():
             values, high = column.to_numpy(), KEYS.get(name, 2**53)
             with np.errstate(invalid="ignore"):
-                wrong = ~((values >= (-np.inf if name == "weight_sum" else 0)) & (values <= high))
+                wrong = ~((values >= FLOATS.get(name, 0)) & (values <= high))
             if wrong.any():
                 row = int(wrong.argmax())
                 raise MoeInspectError(

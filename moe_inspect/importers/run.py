@@ -23,6 +23,8 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import one_ranks_experts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
+from moe_inspect.importers.counts import COLUMNS
+from moe_inspect.importers.mapping import parse_map
 from moe_inspect.importers.registry import formats, sniff
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
@@ -46,6 +48,7 @@ def import_trace(
     experts: int | None = None,
     top_k: int | None = None,
     pipeline_stages: int | None = None,
+    map: str | None = None,
     overwrite: bool = False,
     commit_every: float | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -63,6 +66,9 @@ def import_trace(
         top_k: experts per token, where neither the files nor a config give it.
         pipeline_stages: of a Megatron run whose files number layers from 0 in each stage; more than
             one needs `model`.
+        map: of counts whose columns or fields have other names: where ours are,
+            "layer=block,expert=id,count=hits"; in JSON the path to the counts,
+            "count=layers.{layer}.{expert}.hits".
         overwrite: replace a trace at `out`.
         commit_every: seconds after which what was read is committed, for those who read the trace
             while it is written. It is written beside `out` and renamed when it is complete.
@@ -86,9 +92,12 @@ def import_trace(
             raise MoeInspectError(
                 f"--pipeline-stages is an option of the format megatron, not of {format}"
             )
+        if map is not None and format != "counts":
+            raise MoeInspectError(f"--map is an option of the format counts, not of {format}")
+        where = parse_map(map, COLUMNS) if map is not None else None
         facts = read_facts(model) if model is not None else None
         context = ImportContext(
-            listed, facts, experts, top_k, pipeline_stages, warn, _progress(listed, progress)
+            listed, facts, experts, top_k, pipeline_stages, where, warn, _progress(listed, progress)
         )
         imported = formats()[format].run(context)
         vocabulary = context.facts.vocabulary() if context.facts is not None else None
@@ -197,6 +206,7 @@ def _write(
                 imported.routers,
                 weights=imported.weights,
                 logits=imported.logits,
+                energy=imported.energy,
                 counts_only=imported.counts_only,
                 vocabulary=vocabulary,
                 shard_seconds=float("inf"),  # no shards by age: the same files give the same trace

@@ -79,6 +79,11 @@ class TraceHeader:
         return max(blocks, 1 + max(router.layer for router in self.routers))
 
     @property
+    def has_energy(self) -> bool:
+        """Whether the counts have the energy of the experts' activations."""
+        return self.manifest["capture"].get("energy") is True
+
+    @property
     def _orderable(self) -> bool:
         """Whether the first choice can be known of routers whose slot order nobody stated: by the
         weights, or since a source of counts said it (where it did not, it is null)."""

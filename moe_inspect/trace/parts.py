@@ -189,12 +189,15 @@ def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
     )
 
 
-def columns_of(table: str, routers: list[Router], values: Sequence[str]) -> pa.Schema:
-    """The columns of a table of a trace. `values`: of `schema.SLOT_VALUES`."""
+def columns_of(
+    table: str, routers: list[Router], values: Sequence[str], energy: bool = False
+) -> pa.Schema:
+    """The columns of a table of a trace. `values`: of `schema.SLOT_VALUES`. `energy`: whether
+    counts have it."""
     if table == "routing":
         return schema.routing_schema(routers, values)
     if table == "counts":
-        return schema.counts_schema("weight" in values)
+        return schema.counts_schema("weight" in values, energy)
     if table == "logits":
         return schema.logits_schema(max(r.experts for r in routers))
     return {"tokens": schema.TOKENS, "documents": schema.DOCUMENTS}[table]

@@ -139,7 +139,7 @@ class Trace(TraceHeader):
                 "routing": schema.routing_schema(self.routers, self.slot_values),
                 "tokens": schema.TOKENS,
                 "documents": schema.DOCUMENTS,
-                "counts": schema.counts_schema(self.has_weights),
+                "counts": schema.counts_schema(self.has_weights, self.has_energy),
                 "logits": schema.logits_schema(max(r.experts for r in self.routers)),
             }
             return empty[name].empty_table().to_pandas()

@@ -91,7 +91,7 @@ def routing_schema(
     )
 
 
-def counts_schema(weights: bool) -> pa.Schema:
+def counts_schema(weights: bool, energy: bool = False) -> pa.Schema:
     fields = [
         ("layer", pa.uint16()),
         ("router", pa.uint16()),
@@ -100,7 +100,8 @@ def counts_schema(weights: bool) -> pa.Schema:
         ("assignments", pa.int64()),
         ("first_choice", pa.int64()),
     ]
-    return pa.schema(fields + ([("weight_sum", pa.float64())] if weights else []))
+    fields += [("weight_sum", pa.float64())] if weights else []
+    return pa.schema(fields + ([("energy", pa.float64())] if energy else []))
 
 
 def logits_schema(experts: int) -> pa.Schema:
@@ -140,6 +141,7 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
 OPTIONAL_GLOSSARY = {  # where the trace has them
     "norm_j": "Euclidean norm of the output of the expert in slot j, before the gate weight",
     "peak_j": "largest |value| of that output",
+    "energy": "sum of the squares of the expert's inner activations over its assignments",
 }
 
 

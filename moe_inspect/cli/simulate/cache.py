@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +49,14 @@ def cache(
         float | None,
         typer.Option(help="Bandwidth of the link, in 10^9 bytes per second.", show_default=False),
     ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take the size of each layer's experts, as quantised, from a GGUF of the model.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Layers = None,
     *,
     options: ShowOptions,
@@ -66,6 +75,7 @@ def cache(
             policies=split(policy) or tuple(POLICIES),
             expert_mb=expert_mb,
             gb_per_s=gb_per_s,
+            gguf=gguf,
             layers=layers,
         )
     show(simulation, options)

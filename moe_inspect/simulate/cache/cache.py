@@ -23,6 +23,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.gguf.experts import expert_mb_of
 from moe_inspect.simulate.cache.policies import POLICIES, Cache, CompiledCache
 from moe_inspect.simulate.cache.text import chart, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
@@ -39,11 +40,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """`sizes`: numbers of slots, ascending. `expert_mb`, `gb_per_s`: both or neither."""
+    """`sizes`: numbers of slots, ascending. `expert_mb`, by router, and `gb_per_s`: both or
+    neither."""
 
     sizes: list[int]
     policies: list[str]
-    expert_mb: float | None
+    expert_mb: dict[int, float] | None
     gb_per_s: float | None
 
 
@@ -55,14 +57,15 @@ def simulate_cache(
     policies: Sequence[str] = ("lru", "lfu", "belady"),
     expert_mb: float | None = None,
     gb_per_s: float | None = None,
+    gguf: str | Path | None = None,
     layers: str | int | Iterable[int] | None = None,
 ) -> Simulation:
     """How often an expert is in one of a layer's `slots` when it is wanted.
 
     `slots`: numbers of slots per layer, k or more; default k, 2k and 4k. `policies`: names of
     POLICIES. `expert_mb` (size of an expert, 10^6 bytes) with `gb_per_s` (bandwidth of the link,
-    10^9 bytes per second): also the tokens per second that transfers allow. `layers`: what is
-    selected.
+    10^9 bytes per second): also the tokens per second that transfers allow. `gguf`: a GGUF of the
+    model, which gives the size of each layer's experts as quantised. `layers`: what is selected.
 
     Tables: cache (a row per router, policy and number of slots), cache_speed (per policy and number
     of slots, all layers), cache_by_phase. MoeInspectError for settings out of range and for traces
@@ -71,7 +74,10 @@ def simulate_cache(
     need_decisions(trace, "simulate cache")
     chosen = select(trace, layers=layers).routers
     settings = Settings(
-        _sizes(trace, chosen, slots), list(dict.fromkeys(policies)), expert_mb, gb_per_s
+        _sizes(trace, chosen, slots),
+        list(dict.fromkeys(policies)),
+        _expert_mb(trace, chosen, expert_mb, gguf),
+        gb_per_s,
     )
     _check(settings)
     caches, tokens = _replay(trace, chosen, settings)
@@ -79,7 +85,7 @@ def simulate_cache(
     shown: dict[str, object] = {
         "slots": settings.sizes,
         "policies": settings.policies,
-        "expert_mb": expert_mb,
+        "expert_mb": settings.expert_mb and float(np.mean([*settings.expert_mb.values()])),
         "gb_per_s": gb_per_s,
         "batch_size": 1,
     }
@@ -105,13 +111,23 @@ def _check(settings: Settings) -> None:
     if settings.expert_mb is None or settings.gb_per_s is None:
         raise MoeInspectError(
             "tokens per second need both the size of an expert and the bandwidth of the link: give "
-            "--expert-mb and --gb-per-s"
+            "--expert-mb (or --gguf) and --gb-per-s"
         )
-    if not (0 < settings.expert_mb < inf and 0 < settings.gb_per_s < inf):
-        raise MoeInspectError(
-            f"expert size {settings.expert_mb} MB over {settings.gb_per_s} GB/s: give finite "
-            "numbers above 0"
-        )
+    for size in settings.expert_mb.values():
+        if not (0 < size < inf and 0 < settings.gb_per_s < inf):
+            raise MoeInspectError(
+                f"expert size {size} MB over {settings.gb_per_s} GB/s: give finite numbers above 0"
+            )
+
+
+def _expert_mb(
+    trace: Trace, chosen: Sequence[int], expert_mb: float | None, gguf: str | Path | None
+) -> dict[int, float] | None:
+    if gguf is None:
+        return None if expert_mb is None else dict.fromkeys(chosen, expert_mb)
+    if expert_mb is not None:
+        raise MoeInspectError("--expert-mb and --gguf say the same: give one")
+    return expert_mb_of(Path(gguf), {r: trace.routers[r] for r in chosen})
 
 
 def _replay(
@@ -176,6 +192,7 @@ def _tables(
 
     rows, by_phase = [], []
     misses = {(name, size): 0 for name in settings.policies for size in settings.sizes}
+    mb_of, moved_mb = settings.expert_mb or {}, dict.fromkeys(misses, 0.0)
     for r, cache in caches.items():
         hits, E = cache.hits(), trace.routers[r].experts
         hottest_E = np.append(0, np.sort(cache.load_E)[::-1].cumsum())
@@ -183,7 +200,9 @@ def _tables(
         for (name, size), hits_P in hits.items():
             at = {**key, "policy": name, "slots": size}
             made = int(cache.accesses_P.sum())
-            misses[name, size] += made - int(hits_P.sum())
+            missed = made - int(hits_P.sum())
+            misses[name, size] += missed
+            moved_mb[name, size] += missed * mb_of.get(r, 0)
             row = _rates(cache, hits_P, slice(None)) | {
                 "even_share": min(size / E, 1.0),
                 "hot_set_share": int(hottest_E[min(size, E)]) / made if made else float("nan"),
@@ -193,31 +212,26 @@ def _tables(
                 {**key, "phase": PHASES[p], **at, **_rates(cache, hits_P, p)}
                 for p in np.flatnonzero(cache.decisions_P).tolist()
             ]
-    slots_held = {
-        size: sum(min(size, trace.routers[r].experts) for r in caches) for size in settings.sizes
+    held_mb = {
+        size: sum(min(size, trace.routers[r].experts) * mb_of.get(r, 0) for r in caches)
+        for size in settings.sizes
     }
-    speed = [
-        {"policy": name, "slots": size, **_speed(count / tokens, slots_held[size], settings)}
-        for (name, size), count in misses.items()
-    ]
+    speed = []
+    for (name, size), count in misses.items():
+        row = {"policy": name, "slots": size, "transfers_per_token": count / tokens}
+        if settings.gb_per_s:
+            mb = moved_mb[name, size] / tokens
+            row |= {
+                "mb_per_token": mb,
+                "tokens_per_s": 1000 * settings.gb_per_s / mb if mb else inf,
+                "held_gb": held_mb[size] / 1000,
+            }
+        speed.append(row)
     return {
         "cache": pd.DataFrame(rows),
         "cache_speed": pd.DataFrame(speed),
         "cache_by_phase": pd.DataFrame(by_phase),
     }
-
-
-def _speed(transfers: float, slots_held: int, settings: Settings) -> dict[str, float]:
-    """`transfers`: experts loaded per token, all layers."""
-    row = {"transfers_per_token": transfers}
-    if settings.expert_mb and settings.gb_per_s:
-        mb = transfers * settings.expert_mb
-        row |= {
-            "mb_per_token": mb,
-            "tokens_per_s": 1000 * settings.gb_per_s / mb if mb else inf,
-            "held_gb": slots_held * settings.expert_mb / 1000,
-        }
-    return row
 
 
 def _rates(cache: Cache, hits_P: np.ndarray, phases: int | slice) -> dict[str, float]:

@@ -16,7 +16,9 @@ from moe_inspect.trace.verify.violation import Violation, codes_of, expect_equal
 def check_counts(shard: Shard, found: Verification) -> None:
     name, routers = shard.files.paths["counts"], shard.trace.routers
     table = read_table(
-        shard, "counts", [f.name for f in schema.counts_schema(shard.trace.has_weights)]
+        shard,
+        "counts",
+        [f.name for f in schema.counts_schema(shard.trace.has_weights, shard.trace.has_energy)],
     )
     labels: dict[str, int] = {}
     router_N, layer_N, expert_N = (table[c].to_numpy() for c in ("router", "layer", "expert"))
@@ -67,6 +69,14 @@ def check_counts(shard: Shard, found: Verification) -> None:
         found.assignments += total
         found.empty_slots += most - total
         found.decisions += shard.files.tokens
-    if shard.trace.has_weights and not np.isfinite(sums := table["weight_sum"].to_numpy()).all():
-        n = int((~np.isfinite(sums)).argmax())
-        raise Violation(name, n, f"weight_sum is {sums[n]}")
+    for column, least, there in (
+        ("weight_sum", -np.inf, shard.trace.has_weights),
+        ("energy", 0.0, shard.trace.has_energy),
+    ):
+        if there:
+            _check_sums(table[column].to_numpy(), name, column, least)
+
+
+def _check_sums(sums_N: np.ndarray, name: str, column: str, least: float) -> None:
+    if (wrong_N := ~(np.isfinite(sums_N) & (sums_N >= least))).any():
+        raise Violation(name, int(wrong_N.argmax()), f"{column} is {sums_N[wrong_N.argmax()]}")

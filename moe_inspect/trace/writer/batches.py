@@ -103,9 +103,9 @@ class RoutedBatch:
 @dataclass(frozen=True)
 class CountedBatches:
     """Load summed over the batches up to `batch`, from `first_batch` on where that is known:
-    integers [D, E_r] a router (`weight_sum`: float64). `first_choice` is None where a source does
-    not say: null in the table. `decisions`: of all routers, where they did not all see every
-    token."""
+    integers [D, E_r] a router (`weight_sum`, `energy`: float64). `first_choice` is None where a
+    source does not say: null in the table. `decisions`: of all routers, where they did not all see
+    every token."""
 
     batch: int
     tokens: int
@@ -116,6 +116,7 @@ class CountedBatches:
     documents: list[Document] = field(default_factory=list)
     decisions: int | None = None
     first_batch: int | None = None
+    energy: list[np.ndarray] | None = None
 
 
 def summed(parts: Sequence[CountedBatches]) -> CountedBatches:
@@ -143,6 +144,7 @@ def summed(parts: Sequence[CountedBatches]) -> CountedBatches:
         [document for part in parts for document in part.documents],
         None if None in decisions else sum(n for n in decisions if n is not None),
         parts[0].first_batch,
+        added("energy"),
     )
 
 

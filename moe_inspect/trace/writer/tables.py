@@ -21,11 +21,12 @@ from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBat
 @dataclass(frozen=True)
 class Recorded:
     """What the shards of a trace hold: decisions of these routers, with `values` of each slot (of
-    `schema.SLOT_VALUES`), with router logits."""
+    `schema.SLOT_VALUES`), with router logits; or counts, with `energy`."""
 
     routers: list[Router]
     values: list[str]
     logits: bool
+    energy: bool = False
 
     @property
     def weights(self) -> bool:
@@ -35,13 +36,19 @@ class Recorded:
     def facts(self) -> dict[str, bool]:
         """What the manifest's section `capture` says of it; of weights in any case."""
         others = {f"{value}s": True for value in self.values if value != "weight"}
+        others |= {"energy": True} if self.energy else {}
         return {"weights": self.weights, **others}
 
     @property
     def glossary(self) -> dict[str, str]:
         """What the manifest says of the columns."""
         more = [f"{value}_j" for value in self.values if value != "weight"]
+        more += ["energy"] if self.energy else []
         return schema.GLOSSARY | {column: schema.OPTIONAL_GLOSSARY[column] for column in more}
+
+    @property
+    def counts_columns(self) -> pa.Schema:
+        return schema.counts_schema(self.weights, self.energy)
 
 
 # --- tokens and documents
@@ -191,8 +198,9 @@ def counts_table(recorded: Recorded, r: int, counted: CountedBatches) -> pa.Tabl
         int64(counted.assignments[r]),
         pa.nulls(D * E, pa.int64()) if first is None else int64(first[r]),
     ]
-    arrays += [] if weight is None else [pa.array(weight[r].reshape(-1))]
-    return pa.Table.from_arrays(arrays, schema=schema.counts_schema(recorded.weights))
+    for sums in (weight, counted.energy):
+        arrays += [] if sums is None else [pa.array(sums[r].reshape(-1))]
+    return pa.Table.from_arrays(arrays, schema=recorded.counts_columns)
 
 
 # --- columns

@@ -55,6 +55,7 @@ class TraceWriter:
         logits: bool = False,
         norms: bool = False,
         peaks: bool = False,
+        energy: bool = False,
         counts_only: bool = False,
         vocabulary: pa.Table | None = None,
         rank: int = 0,
@@ -73,7 +74,7 @@ class TraceWriter:
         ]
         held = zip(schema.SLOT_VALUES, (weights, norms, peaks), strict=True)
         values = [value for value, on in held if on]
-        self._recorded = tables.Recorded(self.routers, values, logits)
+        self._recorded = tables.Recorded(self.routers, values, logits, energy)
         self.next_shard = start.shards
         self.next_token = start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
@@ -341,7 +342,7 @@ class TraceWriter:
         groups = [partial(tables.counts_table, self._recorded, r, counted) for r in routers]
         lines = [
             self._write_documents(counted.documents),
-            self._write_part("counts", schema.counts_schema(self.weights), groups),
+            self._write_part("counts", self._recorded.counts_columns, groups),
         ]
         everywhere = counted.tokens * len(self.routers)
         span = {

@@ -1,0 +1,190 @@
+"""llama.cpp's importance matrix as GGUF (`llama-imatrix`): exact counts of assignments by expert,
+and the energy of its activations.
+
+`blk.N.ffn_{gate,up,down,gate_up}_exps.weight.counts`, F32 [1, E], each assignment once in each of
+the tensors; `.in_sum2` [columns, E], the summed squares of what the tensor was given. The form is
+that of tools/imatrix/imatrix.cpp. E experts, D domains.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.batches import batch_of_counts
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource
+from moe_inspect.importers.registry import importer, named
+from moe_inspect.model.config import MOST_LAYERS
+from moe_inspect.model.gguf.header import MAGIC, Gguf, read_gguf
+from moe_inspect.text import plural, ranges
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import CountedBatches
+
+COUNTS = re.compile(r"(blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)_exps\.weight)\.counts")
+EXACT = 2**24  # float32 holds every integer up to here
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """What a file says. tokens: how many it was computed on; load: layer → counts [E]; energy:
+    layer → [E], None where a layer's is missing."""
+
+    path: Path
+    domain: str
+    datasets: list[str]
+    tokens: int
+    load: dict[int, np.ndarray]
+    energy: dict[int, np.ndarray] | None
+
+    def top_k(self, layer: int) -> int | None:
+        """Σ counts ÷ tokens, where that is a whole number."""
+        k, rest = divmod(int(self.load[layer].sum()), self.tokens)
+        return k if k and not rest else None
+
+
+def _is_imatrix(name: str, head: bytes) -> bool:
+    return (head[:4] == MAGIC and b"imatrix" in head) or _is_old(name, head)
+
+
+def _is_old(name: str, head: bytes) -> bool:
+    return name.endswith(".dat") and head[:4] != MAGIC and b"blk." in head
+
+
+@importer(
+    "imatrix",
+    reads="llama.cpp's importance matrix, `imatrix.gguf`",
+    gives="counts by domain, with the energy of activations",
+    sniff=_is_imatrix,
+)
+def imatrix(context: ImportContext) -> Imported:
+    files = context.files(r".*\.(gguf|dat)(\.at_\d+)?", "imatrix.gguf")
+    found = [_read(context, path, source) for path, source in files]
+    where, layers = found[0].path, sorted({layer for f in found for layer in f.load})
+    top_k = _top_k(context, found)
+    routers = [_router(context, layer, found, top_k) for layer in layers]
+    _warn(context, found, {r.layer: r.top_k for r in routers})
+    domains = sorted({f.domain for f in found})
+    load = [np.zeros((len(domains), r.experts), np.int64) for r in routers]
+    energy = [np.zeros((len(domains), r.experts)) for r in routers]
+    for f in found:
+        for n, layer in enumerate(layers):
+            if layer not in f.load:
+                raise MoeInspectError(f"{f.path} has no counts of layer {layer}, and {where} has")
+            load[n][domains.index(f.domain)] += f.load[layer]
+            if f.energy is not None:
+                energy[n][domains.index(f.domain)] += f.energy[layer]
+    known = all(f.energy is not None for f in found)
+
+    def batches() -> Iterator[CountedBatches]:
+        yield batch_of_counts(load, routers, domains, 0, energy=energy if known else None)
+
+    datasets = [name for f in found for name in f.datasets]
+    notes = [f"computed on {', '.join(datasets)}"] if datasets else []
+    return Imported(routers, batches(), energy=known, counts_only=True, notes=notes)
+
+
+def _read(context: ImportContext, path: Path, source: ImportSource) -> _Matrix:
+    with open(path, "rb") as file:
+        if _is_old(path.name, file.read(4096)):
+            raise MoeInspectError(
+                f"{path} is an imatrix of the old .dat form, which has no counts of experts: let "
+                "llama-imatrix write it as .gguf (--output-format gguf)"
+            )
+    made = read_gguf(path)
+    if (kind := made.fields.get("general.type")) != "imatrix":
+        raise MoeInspectError(
+            f"{path} is GGUF with general.type {str(kind)[:40]!r}, not an imatrix"
+        )
+    of_layer: dict[int, list[str]] = {}
+    for name in made.tensors:
+        if (match := COUNTS.fullmatch(name)) and int(match[2]) < MOST_LAYERS:
+            of_layer.setdefault(int(match[2]), []).append(match[1])
+    if not of_layer:
+        raise MoeInspectError(f"{path} has no counts of experts (blk.N.ffn_…_exps.weight.counts)")
+    tokens = made.number("imatrix.chunk_count") * made.number("imatrix.chunk_size")
+    load = {layer: _load(made, names) for layer, names in of_layer.items()}
+    energy = {layer: _energy(made, layer, len(load[layer])) for layer in of_layer}
+    known = {layer: energy_E for layer, energy_E in energy.items() if energy_E is not None}
+    stated = made.fields.get("imatrix.datasets")
+    datasets = [str(name) for name in stated] if isinstance(stated, list) else []
+    domain = source.domain or (Path(datasets[0]).stem if len(datasets) == 1 else "") or named(path)
+    context.read(made.size)
+    return _Matrix(path, domain, datasets, tokens, load, known if len(known) == len(load) else None)
+
+
+def _load(made: Gguf, names: list[str]) -> np.ndarray:
+    """int64 [E]: the counts of a layer, which each of its tensors states."""
+    load_E = np.zeros(0, np.int64)
+    for name in names:
+        where = f"{made.path}: {name}.counts"
+        count_E = made.floats(f"{name}.counts").reshape(-1)
+        if len(count_E) == 1:
+            raise MoeInspectError(
+                f"{where} is one count for all experts: the file was converted from the old .dat "
+                "form, which has no counts of experts"
+            )
+        wrong_E = ~((count_E >= 0) & (count_E < 2**53) & (count_E == np.floor(count_E)))
+        if not len(count_E) or wrong_E.any():
+            value = count_E[wrong_E.argmax()] if len(count_E) else "nothing"
+            raise MoeInspectError(f"{where} holds {value}, not a count")
+        if name != names[0] and not np.array_equal(load_E, count_E.astype(np.int64)):
+            raise MoeInspectError(f"{where} is not what {names[0]}.counts is: of the same router")
+        load_E = count_E.astype(np.int64)
+    return load_E
+
+
+def _energy(made: Gguf, layer: int, experts: int) -> np.ndarray | None:
+    """float64 [E]: the summed squares of what the layer's down projections were given."""
+    name = f"blk.{layer}.ffn_down_exps.weight.in_sum2"
+    if name not in made.tensors:
+        return None
+    sum2_EC = made.floats(name)
+    if sum2_EC.ndim != 2 or len(sum2_EC) != experts:
+        raise MoeInspectError(f"{made.path}: {name} is not of {experts} experts")
+    energy_E = sum2_EC.sum(1, dtype=np.float64)
+    if (wrong_E := ~((energy_E >= 0) & (energy_E < np.inf))).any():
+        raise MoeInspectError(f"{made.path}: {name} sums to {energy_E[wrong_E.argmax()]}")
+    return energy_E
+
+
+def _top_k(context: ImportContext, found: list[_Matrix]) -> int | None:
+    """What the user or the config says, else the k of most layers; None: each layer's own."""
+    if context.facts is not None and context.top_k is None:
+        return None
+    votes = Counter(k for f in found for layer in f.load if (k := f.top_k(layer)) is not None)
+    if context.top_k is None and votes:
+        return votes.most_common(1)[0][0]
+    return context.known_top_k(found[0].path)
+
+
+def _router(context: ImportContext, layer: int, found: list[_Matrix], top_k: int | None) -> Router:
+    sizes = {len(f.load[layer]) for f in found if layer in f.load}
+    where = next(f.path for f in found if layer in f.load)
+    if len(sizes) > 1:
+        raise MoeInspectError(f"{where}: layer {layer} has {sorted(sizes)} experts: of one model?")
+    if top_k is None and context.facts is not None:
+        top_k = context.facts.top_k.get(layer, 1)
+    assert top_k is not None
+    return context.routers_of([layer], sizes.pop(), top_k, where)[0]
+
+
+def _warn(context: ImportContext, found: list[_Matrix], top_k: dict[int, int]) -> None:
+    for f in found:
+        odd = [layer for layer in sorted(f.load) if f.load[layer].sum() != f.tokens * top_k[layer]]
+        if odd:
+            context.warn(
+                f"{f.path}: {plural(len(odd), 'layer')} ({ranges(odd)}) with other than "
+                f"{f.tokens:,} tokens (chunks × size) × k assignments: layer {odd[0]} has "
+                f"{int(f.load[odd[0]].sum()):,}"
+            )
+        if (largest := max(int(load_E.max()) for load_E in f.load.values())) > EXACT:
+            context.warn(
+                f"{f.path}: a count of {largest:,}: the file stores float32, in which counts above "
+                f"{EXACT:,} are not exact"
+            )

@@ -1,0 +1,154 @@
+"""The header of a GGUF file, and its F32 tensors: llama.cpp's models and importance matrices,
+without reading weights. NumPy alone; sizes in a file are believed only as far as it is long.
+
+The format: github.com/ggml-org/ggml, docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+
+MAGIC = b"GGUF"
+SCALARS = {  # type of a metadata value → struct's letter
+    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+}
+STRING, ARRAY = 8, 9
+MOST_DEPTH, MOST_DIMENSIONS = 4, 4
+# ggml's type of a tensor → (elements, bytes) of a block
+BLOCKS = {
+    **{0: (1, 4), 1: (1, 2), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8)},
+    **{30: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40)},
+    **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210)},
+    **{15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18)},
+    **{21: (256, 110), 22: (256, 82), 23: (256, 136), 29: (256, 56), 34: (256, 54)},
+    **{35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18)},
+}
+F32 = 0
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor's place. shape: as in the file, the fastest dimension first. kind: ggml's type.
+    start: its first byte, from the beginning of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes. MoeInspectError where its type is unknown."""
+        if self.kind not in BLOCKS:
+            raise MoeInspectError(f"tensor {self.name} is of type {self.kind}, which is unknown")
+        elements, size = BLOCKS[self.kind]
+        return math.prod(self.shape) // elements * size
+
+
+@dataclass
+class Gguf:
+    """The header of a file. fields: its metadata, by key."""
+
+    path: Path
+    size: int
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])
+    tensors: dict[str, GgufTensor] = field(default_factory=dict[str, GgufTensor])
+
+    def number(self, key: str) -> int:
+        """A positive integer of the metadata. MoeInspectError where it is missing or another."""
+        value = self.fields.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise MoeInspectError(f"{self.path}: {key} is {str(value)[:40]!r}, not a number")
+        return value
+
+    def floats(self, name: str) -> np.ndarray:
+        """An F32 tensor, float32 with the slowest dimension first."""
+        tensor = self.tensors[name]
+        if tensor.kind != F32:
+            raise MoeInspectError(f"{self.path}: {name} is of type {tensor.kind}, not F32")
+        if tensor.start + tensor.nbytes > self.size:
+            raise MoeInspectError(
+                f"{self.path} ends within {name}: it has {self.size:,} bytes, and "
+                f"{tensor.start + tensor.nbytes:,} were written"
+            )
+        with open(self.path, "rb") as file:
+            file.seek(tensor.start)
+            data = file.read(tensor.nbytes)
+        return np.frombuffer(data, "<f4").reshape(tensor.shape[::-1])
+
+
+@dataclass
+class _Reader:
+    """Reads values one after the other."""
+
+    file: BinaryIO
+    path: Path
+    left: int
+
+    def take(self, n: int) -> bytes:
+        if n > self.left:
+            raise self._cut()
+        self.left -= n
+        return self.file.read(n)
+
+    def scalar(self, letter: str) -> Any:
+        return struct.unpack(f"<{letter}", self.take(struct.calcsize(letter)))[0]
+
+    def text(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8", "replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY and depth < MOST_DEPTH:
+            inner, n = self.scalar("I"), self.scalar("Q")
+            letter = SCALARS.get(inner)
+            if n * (struct.calcsize(letter) if letter else 8) > self.left:
+                raise self._cut()
+            if letter:
+                return np.frombuffer(self.take(n * struct.calcsize(letter)), f"<{letter}")
+            return [self.value(inner, depth + 1) for _ in range(n)]
+        if kind not in SCALARS:
+            raise MoeInspectError(f"{self.path}: type {kind} of a metadata value is unknown")
+        return self.scalar(SCALARS[kind])
+
+    def _cut(self) -> MoeInspectError:
+        return MoeInspectError(f"{self.path} ends within its header: it is cut, or no GGUF file")
+
+
+def read_gguf(path: Path) -> Gguf:
+    """The header of a GGUF file, version 2 or 3. MoeInspectError where it is none."""
+    made = Gguf(path, path.stat().st_size)
+    with open(path, "rb") as file:
+        reader = _Reader(file, path, made.size)
+        if made.size < 24 or (magic := reader.take(4)) != MAGIC:
+            said = f"it begins with {magic!r}" if made.size >= 24 else f"{made.size} bytes"
+            raise MoeInspectError(f"{path} is not a GGUF file: {said}")
+        if (version := reader.scalar("I")) not in (2, 3):
+            raise MoeInspectError(f"{path} is GGUF of version {version}: 2 and 3 can be read")
+        tensors, values = reader.scalar("Q"), reader.scalar("Q")
+        for _ in range(values):
+            key = reader.text()
+            made.fields[key] = reader.value(reader.scalar("I"))
+        placed: list[tuple[str, tuple[int, ...], int, int]] = []
+        for _ in range(tensors):
+            name, dimensions = reader.text(), reader.scalar("I")
+            if dimensions > MOST_DIMENSIONS:
+                raise MoeInspectError(f"{path}: {name[:60]} has {dimensions} dimensions")
+            shape = tuple(reader.scalar("Q") for _ in range(dimensions))
+            placed.append((name, shape, reader.scalar("I"), reader.scalar("Q")))
+        alignment = made.fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
+            raise MoeInspectError(f"{path}: general.alignment is {str(alignment)[:40]!r}")
+        base = -(-file.tell() // alignment) * alignment
+    for name, shape, kind, offset in placed:
+        made.tensors[name] = GgufTensor(name, shape, kind, base + offset)
+    return made

@@ -1,0 +1,167 @@
+"""Counts under other names (`--map`), rows of assignments, and GPT-OSS fingerprints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.run import import_trace
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify import verify
+from tests.conftest import Cli
+from tests.foreign import write_fingerprint
+from tests.test_hostile import JSON, fresh, quick
+
+LOAD = {3: [5, 0, 2, 1], 7: [1, 1, 4, 2]}
+NESTED = {f"layer_{n}": {str(e): {"n": c} for e, c in enumerate(of)} for n, of in LOAD.items()}
+RECORDS = [
+    {"block": n, "id": str(e), "hits": c, "text": "law"}
+    for n, of in LOAD.items()
+    for e, c in enumerate(of)
+]
+
+
+def mapped(value: Any, map: str, root: Path, name: str = "c.json") -> Trace:
+    (root / name).write_text(json.dumps(value))
+    return import_trace("counts", [root / name], root / "t", map=map, top_k=2)
+
+
+def load_of(trace: Trace) -> dict[int, list[int]]:
+    table = trace.counts()
+    return {int(n): of["assignments"].tolist() for n, of in table.groupby("layer")}
+
+
+@pytest.mark.parametrize(
+    ("value", "map"),
+    [
+        (RECORDS, "layer=block,expert=id,count=hits"),
+        ({"rows": RECORDS}, "layer=block, expert=id, count=rows.hits"),
+        ({"analytics": NESTED, "n": 8}, "count=analytics.layer_{layer}.{expert}.n"),
+        ([{"analytics": NESTED}], "count=analytics.layer_{layer}.{expert}.n"),
+        ({str(n): of for n, of in LOAD.items()}, "count={layer}.{expert}"),
+        (
+            [
+                {"n": n, "experts": [{"e": e, "c": c} for e, c in enumerate(of)]}
+                for n, of in LOAD.items()
+            ],
+            "layer=n,expert=e,count=experts.c",
+        ),
+        ({"a.b": {"x": NESTED}}, "count=*.x.layer_{layer}.{expert}.n"),
+    ],
+)
+def test_a_map_leads_to_the_counts(value: Any, map: str, tmp_path: Path):
+    # a key with a dot in it is not split where * stands for it
+    trace = mapped(value, map, tmp_path)
+    assert load_of(trace) == LOAD
+    assert verify(tmp_path / "t").ok
+
+
+def test_a_map_gives_domains_and_names_of_columns(tmp_path: Path):
+    of_domain = {"law": NESTED, "code": NESTED}
+    trace = mapped(of_domain, "count={domain}.layer_{layer}.{expert}.n", tmp_path)
+    assert set(trace.counts()["domain"]) == {"law", "code"}
+    for name in ("c.csv", "c.parquet"):
+        table = pd.DataFrame(RECORDS).astype({"id": int})
+        if name == "c.csv":
+            table.to_csv(tmp_path / name, index=False)
+        else:
+            table.to_parquet(tmp_path / name)
+        trace = import_trace(
+            "counts",
+            [tmp_path / name],
+            tmp_path / name[-3:],
+            map="layer=block,expert=id,count=hits,domain=text",
+            top_k=2,
+        )
+        assert load_of(trace) == LOAD
+        assert set(trace.counts()["domain"]) == {"law"}
+
+
+@pytest.mark.parametrize(
+    ("map", "said"),
+    [
+        ("layer=block,expert=id", "--map does not say where the count is"),
+        ("count=hits,expert=id", "--map does not say where the layer is"),
+        ("layer", "write it like layer=block,expert=id,count=hits"),
+        ("slot=block,count=hits", "no column 'slot'"),
+        (
+            "count={slot}.{layer}.{expert}",
+            "{slot} is none of {layer}, {router}",
+        ),
+        ("layer=block,expert=id,count=misses", "has nothing at misses"),
+        ("layer=floor,expert=id,count=hits", "has no field floor beside a count"),
+        ("layer=block,expert=text,count=hits", "expert is not of int64"),
+        ("layer=block,expert=id,count=hits.n", "where n should be"),
+    ],
+)
+def test_a_map_that_leads_nowhere_is_one_line(map: str, said: str, tmp_path: Path):
+    with pytest.raises(MoeInspectError) as raised:
+        mapped(RECORDS, map, tmp_path)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_map_is_of_counts_alone(cli_here: Cli, tmp_path: Path):
+    (tmp_path / "c.json").write_text(json.dumps(RECORDS))
+    options = ["c.json", "--top-k", "2", "--map", "layer=block,expert=id,count=hits", "-o"]
+    cli_here("import", "counts", *options, "t")
+    result = cli_here("import", "esft", *options, "u", check=1)
+    assert "--map is an option of the format counts, not of esft" in result.stderr
+
+
+MAPS = ["count={layer}.{expert}", "layer=a,expert=b,count=c", "count=*.{layer}.{expert}.n"]
+
+
+@quick
+@given(value=JSON, map=st.sampled_from(MAPS))
+def test_any_json_under_a_map_is_a_trace_or_one_line(
+    value: Any, map: str, tmp_path_factory: pytest.TempPathFactory
+):
+    root = fresh(tmp_path_factory.getbasetemp() / "mapped")
+    try:
+        mapped(value, map, root)
+    except MoeInspectError as error:
+        said = str(error)
+    else:
+        said = "" if verify(root / "t").ok else "not\nfine"
+    assert "\n" not in said
+    assert (root / "t").exists() == (not said)
+
+
+def test_a_row_per_assignment_is_counted(tmp_path: Path):
+    """The form of llama.cpp's moe-trace (pull request 28544)."""
+    rng = np.random.default_rng(0)
+    expert = rng.integers(0, 8, 4000)
+    table = pd.DataFrame({"layer": np.arange(4000) % 2, "expert": expert})
+    table.to_csv(tmp_path / "moe_trace.csv", index=False)
+    said: list[str] = []
+    trace = import_trace(
+        "auto", [tmp_path / "moe_trace.csv"], tmp_path / "t", top_k=2, warn=said.append
+    )
+    assert load_of(trace) == {n: np.bincount(expert[n::2], minlength=8).tolist() for n in (0, 1)}
+    assert said[0].startswith("recognised as counts")
+
+
+def test_thinking_and_answering_are_domains_of_a_category(tmp_path: Path):
+    load = {"think": [np.array([5, 3, 0, 8])] * 2, "answer": [np.array([1, 0, 2, 1])] * 2}
+    whole, folder = {"think": 4.0, "answer": 1.0}, tmp_path / "law"
+    write_fingerprint(folder / "False_True.json", 1, {"think": 8.0}, {"think": load["think"]})
+    write_fingerprint(folder / "True_True.json", 2, whole | {"think": 2.5}, load)
+    with pytest.raises(MoeInspectError, match=r"count_frequency is '1\.6', not of 0 to 1"):
+        import_trace("gpt-oss-fingerprints", [folder], tmp_path / "t", experts=4)
+    write_fingerprint(folder / "True_True.json", 2, whole, load)
+    with pytest.raises(MoeInspectError, match="no layer lists every expert"):
+        import_trace("gpt-oss-fingerprints", [folder], tmp_path / "t")
+    trace = import_trace("gpt-oss-fingerprints", [folder], tmp_path / "t", experts=4)
+    table = trace.counts().groupby(["domain", "expert"], observed=True)["assignments"].first()
+    assert table["law/think"].tolist() == [10, 6, 0, 16]
+    assert table["law/answer"].tolist() == [1, 0, 2, 1]
+    assert {r.top_k for r in trace.routers} == {4}

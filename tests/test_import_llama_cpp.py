@@ -1,0 +1,173 @@
+"""What llama.cpp and the tools around it write: importance matrices and routing traces."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.exporters.run import export_trace
+from moe_inspect.importers.run import import_trace
+from moe_inspect.model.gguf.header import BLOCKS, read_gguf
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify import verify
+from tests.foreign import gguf_file, write_imatrix, write_mbolt
+from tests.test_real_data import REAL
+
+TRUE_IMATRIX = REAL / "llama_cpp"
+needs_imatrix = pytest.mark.skipif(not TRUE_IMATRIX.is_dir(), reason="no imatrix here")
+
+
+def loads(trace: Trace, column: str = "assignments") -> np.ndarray:
+    return trace.counts()[column].to_numpy().reshape(len(trace.routers), -1)
+
+
+def refused(path: Path, tmp_path: Path, **options) -> str:
+    with pytest.raises(MoeInspectError) as raised:
+        import_trace("imatrix", [path], tmp_path / "t", warn=lambda line: None, **options)
+    assert not (tmp_path / "t").exists()
+    return str(raised.value)
+
+
+# --- imatrix
+
+
+@needs_imatrix
+def test_an_imatrix_gives_its_exact_counts(tmp_path: Path):
+    said: list[str] = []
+    source = TRUE_IMATRIX / "imatrix.gguf"
+    trace = import_trace("auto", [source], tmp_path / "t", warn=said.append)
+    assert np.array_equal(loads(trace), np.load(TRUE_IMATRIX / "truth.npy"))
+    assert [(r.layer, r.experts, r.top_k) for r in trace.routers] == [
+        (layer, 16, 4) for layer in (1, 2, 3)
+    ]
+    assert trace.n_tokens == 5 * 512  # chunks × their size
+    assert said == ["recognised as imatrix: llama.cpp's importance matrix, imatrix.gguf"]
+    assert trace.manifest["corpus"]["notes"] == ["computed on calib.txt"]
+
+
+def test_the_energy_of_down_projections_is_kept_and_comes_back_from_an_export(tmp_path: Path):
+    load, energy = np.array([3, 0, 4, 1]), np.array([2.5, 0.0, 1.25, 8.0])
+    write_imatrix(tmp_path / "a.gguf", {0: load, 2: load[::-1]}, 8, {0: energy, 2: energy * 2})
+    trace = import_trace("imatrix", [tmp_path / "a.gguf"], tmp_path / "t")
+    assert verify(tmp_path / "t").ok
+    assert loads(trace, "energy").tolist() == [energy.tolist(), (energy * 2).tolist()]
+    export_trace(trace, "counts", tmp_path / "c.csv")
+    again = import_trace("counts", [tmp_path / "c.csv"], tmp_path / "again")
+    assert loads(again, "energy").tolist() == loads(trace, "energy").tolist()
+    assert loads(again).tolist() == loads(trace).tolist()
+
+
+def test_matrices_of_several_texts_are_domains(tmp_path: Path):
+    for name, load in {"a": [3, 1], "b": [0, 4]}.items():
+        write_imatrix(tmp_path / f"{name}.gguf", {0: np.array(load)}, 4)
+    sources = [f"{name}={tmp_path / f'{name}.gguf'}" for name in "ab"]
+    table = import_trace("imatrix", sources, tmp_path / "t").counts()
+    assert table.groupby("domain", observed=True)["assignments"].apply(list).to_dict() == {
+        "a": [3, 1],
+        "b": [0, 4],
+    }
+
+
+def test_what_an_imatrix_cannot_say_is_refused_in_a_line(tmp_path: Path):
+    old = tmp_path / "imatrix.dat"
+    name = b"blk.0.ffn_up_exps.weight"
+    old.write_bytes(struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii4f", 2, 4, *range(4)))
+    for format in ("imatrix", "auto"):
+        with pytest.raises(MoeInspectError, match=r"old \.dat form, which has no counts of expert"):
+            import_trace(format, [old], tmp_path / "t", warn=lambda line: None)
+    file = tmp_path / "imatrix.gguf"
+    write_imatrix(file, {0: np.array([8])}, 8)
+    assert "converted from the old .dat form" in refused(file, tmp_path)
+    write_imatrix(file, {0: np.array([1.5, 2.5])}, 2)
+    assert refused(file, tmp_path).endswith("gate_exps.weight.counts holds 1.5, not a count")
+    write_imatrix(file, {}, 8)
+    assert "has no counts of experts" in refused(file, tmp_path)
+    gguf_file(file, {"general.type": "model"}, {})
+    assert "general.type 'model', not an imatrix" in refused(file, tmp_path)
+    write_imatrix(file, {0: np.array([3, 1])}, 4)
+    data = file.read_bytes()
+    file.write_bytes(data[:-120])
+    assert "ends within blk.0.ffn_down_exps" in refused(file, tmp_path)
+    file.write_bytes(data.replace(np.float32(3).tobytes(), np.float32(2).tobytes(), 1))
+    assert "is not what blk.0.ffn_gate_exps.weight.counts is" in refused(file, tmp_path)
+
+
+def test_sums_other_than_tokens_times_k_are_told(tmp_path: Path):
+    said: list[str] = []
+    load = {layer: np.array([3, 1, 4, 0]) for layer in range(3)}
+    write_imatrix(tmp_path / "a.gguf", load | {3: np.array([1, 1, 0, 1])}, 4)
+    trace = import_trace("imatrix", [tmp_path / "a.gguf"], tmp_path / "t", warn=said.append)
+    assert {r.top_k for r in trace.routers} == {2}
+    assert len(said) == 1
+    assert "1 layer (3) with other than 4 tokens (chunks × size) × k assignments" in said[0]
+    write_imatrix(tmp_path / "b.gguf", {3: np.array([1, 1, 0, 1])}, 4)
+    assert "does not say how many experts each token uses" in refused(
+        tmp_path / "b.gguf", tmp_path / "b"
+    )
+
+
+@pytest.mark.parametrize(("largest", "exact"), [(2**24, True), (2**24 + 2, False)])
+def test_counts_beyond_float32_are_told(largest: int, exact: bool, tmp_path: Path):
+    said: list[str] = []
+    write_imatrix(tmp_path / "a.gguf", {0: np.array([largest, 0])}, largest)
+    import_trace("imatrix", [tmp_path / "a.gguf"], tmp_path / "t", warn=said.append)
+    assert [("not exact" in line) for line in said] == ([] if exact else [True])
+
+
+# --- GGUF
+
+
+def test_the_reader_agrees_with_the_gguf_package(tmp_path: Path):
+    gguf = pytest.importorskip("gguf", reason="needs the gguf package")
+    sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    assert {kind: sizes[kind] for kind in BLOCKS} == BLOCKS
+    write_imatrix(tmp_path / "a.gguf", {0: np.array([3, 1, 4, 0])}, 4)
+    ours, theirs = read_gguf(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "a.gguf")
+    assert ours.fields == {
+        key: field.contents() for key, field in theirs.fields.items() if key[:5] != "GGUF."
+    }
+    assert len(ours.tensors) == len(theirs.tensors) == 8
+    for tensor in theirs.tensors:
+        assert ours.tensors[tensor.name].start == tensor.data_offset
+        assert np.array_equal(ours.floats(tensor.name), tensor.data)
+
+
+# --- mbolt
+
+
+def test_a_prompts_last_layer_has_its_last_token_alone(tmp_path: Path):
+    ids = np.arange(12).reshape(6, 2) % 8
+    write_mbolt(tmp_path / "route.bin", [{0: ids[:4], 1: ids[4:5]}, {0: ids[4:5], 1: ids[5:]}])
+    trace = import_trace("mbolt", [tmp_path / "route.bin"], tmp_path / "t")
+    assert verify(tmp_path / "t").ok
+    table = trace.routing(router=1)[["expert_0", "expert_1"]]
+    assert table.isna().all(axis=1).tolist() == [True, True, True, False, False]
+    assert table.to_numpy()[3:].tolist() == ids[4:].tolist()
+    assert trace.tokens()["phase"].tolist() == ["prefill"] * 4 + ["decode"]
+
+
+def test_what_mbolts_passes_lack_is_told(tmp_path: Path):
+    ids, every = np.arange(12).reshape(6, 2) % 8, np.arange(8)[None]
+    passes = [
+        {0: every, 1: every},  # llama.cpp warms up with all experts
+        {0: ids[:4], 1: ids[:2]},  # two sequences' last tokens: which is unknown
+        {0: ids[:1], 1: ids[1:2]},
+        {0: ids[:1]},
+    ]
+    said: list[str] = []
+    cut = struct.pack("<IIII", 1, 2, 1, 3)
+    write_mbolt(tmp_path / "route.bin", passes, tail=cut)
+    trace = import_trace("mbolt", [tmp_path / "route.bin"], tmp_path / "t", warn=said.append)
+    assert trace.n_tokens == 5
+    assert {r.top_k for r in trace.routers} == {2}
+    said = [line.split("route.bin: ")[1] for line in said]
+    assert said[0] == "1 pass with all experts (warm-up) left out"
+    assert said[1] == "1 pass without all layers left out"
+    assert said[2].startswith("2 decisions of layer 1 left out: only tokens whose output")
+    write_mbolt(tmp_path / "route.bin", [{0: ids[:1], 1: ids[:4], 2: ids[:1]}])
+    with pytest.raises(MoeInspectError, match="layer 1 has 4 tokens in a pass of 1"):
+        import_trace("mbolt", [tmp_path / "route.bin"], tmp_path / "u")
