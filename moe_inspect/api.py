@@ -39,6 +39,7 @@ def record(
     logits: bool = False,
     output_norms: bool = False,
     output_peaks: bool = False,
+    token_loss: bool = False,
     counts_only: bool = False,
     every: int = 1,
     flush_steps: int | None = None,
@@ -80,6 +81,9 @@ def record(
     output_norms record the Euclidean norm of each expert's output for its token, before the gate
                  weight. Needs dispatch, which "auto" then takes, also on a CPU
     output_peaks record the largest |value| of that output; likewise
+    token_loss   record the loss (nats) of predicting each token's successor in its sequence, and
+                 the entropy of that prediction; the next token of a generated sequence comes with
+                 the next forward pass. Not with beam search, whose rows change places in between
     counts_only  keep only counts [routers, domains, experts] on the device; the recorder's
                  `balance()` returns the balance table at any time
     every        with `counts_only`: count every N-th forward pass
@@ -122,6 +126,7 @@ def record(
             logits=logits,
             output_norms=output_norms,
             output_peaks=output_peaks,
+            token_loss=token_loss,
             counts_only=counts_only,
             every=every,
             flush_steps=flush_steps,

@@ -124,7 +124,7 @@ def test_files_of_programs_without_arrows_schema_are_read(writer: str, tmp_path:
 
 def columns_of(table: str) -> pa.Schema:
     return {
-        "tokens": schema.TOKENS,
+        "tokens": schema.tokens_schema(loss=True),
         "documents": schema.DOCUMENTS,
         "routing": schema.routing_schema(ROUTERS, schema.SLOT_VALUES),
         "logits": schema.logits_schema(8),
@@ -153,7 +153,7 @@ def test_the_pages_columns_are_those_of_the_code(table: str) -> None:
         field.name: (
             type_on_the_page(field.type),
             (
-                field.name.startswith(("expert_", "weight_", "norm_", "peak_"))
+                field.name.startswith(("expert_", "weight_", "norm_", "peak_", "loss_", "entropy_"))
                 and field.name != "weight_sum"
             )
             or field.name == "first_choice",

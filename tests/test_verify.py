@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moe_inspect.api import trace_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.verify import verify
@@ -238,6 +239,24 @@ def test_counts_are_verified_too(name: str, tmp_path: Path):
     assert not found.ok
     assert said in (found.violation or "")
     assert (found.file, found.row) == ("counts/part-0-0.parquet", row)
+
+
+LOSSES = {
+    "negative": ("loss_nats", -0.5, "loss_nats is -0.5"),
+    "no number": ("entropy_nats", float("nan"), "entropy_nats is nan"),
+    "one without the other": ("loss_nats", None, "loss_nats is null where entropy_nats is not"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_verified(name: str, tmp_path: Path):
+    column, value, said = LOSSES[name]
+    trace_model("demo", tmp_path / "t", max_tokens=200, token_loss=True)
+    assert verify(tmp_path / "t").ok
+    rewrite(tmp_path / "t", "tokens", 0, put(column, 7, value))
+    found = verify(tmp_path / "t")
+    assert (found.ok, found.file, found.row) == (False, "tokens/part-0-0.parquet", 7)
+    assert said in str(found.violation)
 
 
 @pytest.mark.parametrize("name", ["balanced", "collapsed", "untrained"])

@@ -56,7 +56,7 @@ def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> i
         torch.from_numpy(ids_BS),
         attention_mask=mask,
         use_cache=False,
-        **last_logits(network),
+        **last_logits(network, recorder),
     )
     return fed
 
@@ -68,7 +68,7 @@ def decode(network: Any, recorder: Recorder, batch: Batch, decoding: Decoding) -
     generator = torch.Generator().manual_seed(decoding.seed)
     ids_BS = torch.from_numpy(np.stack([s.ids for s in batch.sequences]).astype(np.int64))
     running_B = np.ones(len(ids_BS), bool)
-    usual, cache = {"use_cache": True, **last_logits(network)}, {}
+    usual, cache = {"use_cache": True, **last_logits(network, recorder)}, {}
     fed = position = 0
     for step in range(decoding.tokens + 1):
         fed += announce(
@@ -102,7 +102,8 @@ def encode_decode(
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
     mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
     fed = announce(ids_BS, mask_BS, phase="encode", stack="encoder", documents=batch.documents)
-    usual: dict[str, Any] = {"attention_mask": mask, "use_cache": True, **last_logits(network)}
+    usual: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
+    usual |= last_logits(network, recorder)
     usual["encoder_outputs"] = forward(
         network.get_encoder(), torch.from_numpy(ids_BS), attention_mask=mask, return_dict=True
     )
@@ -222,8 +223,12 @@ def forward(network: Any, ids_BS: torch.Tensor, name: str = "input_ids", **optio
         ) from error
 
 
-def last_logits(network: Any) -> dict[str, Any]:
-    """The option to compute logits of the last position only, where the model has it."""
+def last_logits(network: Any, recorder: Recorder | None = None) -> dict[str, Any]:
+    """The option to compute logits of the last position only, where the model has it and the
+    recorder does not need the others."""
+    losses = recorder.losses if recorder is not None else None
+    if losses is not None and losses.head is None:
+        return {}
     takes = inspect.signature(network.forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 

@@ -7,7 +7,6 @@ B rows, S positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from moe_inspect.capture.feed import Announcer, Batch, Decoding, chosen
 from moe_inspect.capture.hook.inputs.arguments import POSITIONS
 from moe_inspect.capture.recorder import Recorder
+from moe_inspect.capture.token_loss.head import logits_in
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.own import OwnModel
 from moe_inspect.text import first_line
@@ -88,12 +88,8 @@ def _positions(model: Any, ids_BS: Tensor) -> dict[str, Tensor]:
 def logits_of(own: OwnModel, output: Any, instead: str) -> Tensor:
     """Logits [B, S or 1, V]: a tensor, `output.logits`, or the first of several outputs.
     MoeInspectError where there are none, with what to do `instead`."""
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("logits")
+    found = logits_in(output)
     if found is None:
-        found = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(found, Tensor) or found.dim() != 3:
         raise MoeInspectError(
             f"{own.name} returned no logits [rows, positions, vocabulary]: {instead}, or have the "
             "loader return (model, tokenizer, forward)"

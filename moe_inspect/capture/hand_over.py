@@ -20,6 +20,7 @@ from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
+from moe_inspect.capture.token_loss.losses import PassLosses, TokenLosses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
@@ -28,12 +29,15 @@ HELD_SECONDS = 10.0  # a shard that is not full waits longer
 
 class Forward(NamedTuple):
     """A forward pass on its way to the writer. `passes`: one per stack that ran; the encoder comes
-    before the decoder."""
+    before the decoder. `losses`: of the tokens of the last stack."""
 
     number: int
     passes: list[StackPass]
+    losses: PassLosses | None = None
 
     def arrived(self, wait: bool) -> bool:
+        if self.losses is not None and not self.losses.complete:
+            return False  # the next pass completes them
         return all(
             p.stack.rings is not None and p.stack.rings.is_on_host(p.start + p.fed.T, wait)
             for p in self.passes
@@ -64,10 +68,18 @@ class Arrived(NamedTuple):
 
 class HandOver:
     """`weight_dtype`: of the gate weights in the rings, known after the first forward pass;
-    `writer`: None until then. `tokens`: passed to the writer so far."""
+    `writer`: None until then. `losses`: of the passes' tokens. `tokens`: passed to the writer so
+    far."""
 
-    def __init__(self, stacks: Mapping[str, Stack], inputs: PassInputs, options: RecordOptions):
+    def __init__(
+        self,
+        stacks: Mapping[str, Stack],
+        inputs: PassInputs,
+        options: RecordOptions,
+        losses: TokenLosses | None = None,
+    ):
         self.stacks, self.inputs, self.options = stacks, inputs, options
+        self.losses = losses
         self.writer: TraceWriter | None = None
         self.weight_dtype = torch.float16
         # fixed size: as an option, or because a CUDA graph holds the rings' addresses
@@ -121,6 +133,8 @@ class HandOver:
             done.stack.fed = None
         if not self._in_flight:
             self._held_since = time.monotonic()
+        if self.losses is not None:
+            forward = forward._replace(losses=self.losses.take())
         self._in_flight.append(forward)
         self.inputs.accept()
 
@@ -130,6 +144,8 @@ class HandOver:
         for stack in self.stacks.values():
             if stack.rings is not None:
                 stack.rings.synchronize()
+        if self.losses is not None:
+            self.losses.close()
         self.drain(wait=True)
         for stack in self.stacks.values():
             if (rings := stack.rings) is None:
@@ -146,6 +162,8 @@ class HandOver:
     def abandon(self) -> None:
         """Passes on what can be, after an exception. Where it came between ring and writer, what is
         still in the rings is left out, so that no batch in between is missing."""
+        if self.losses is not None:
+            self.losses.close()
         on_host = all(s.rings is None or s.rings.synchronous for s in self.stacks.values())
         if self.writer is not None and on_host and not self._torn and not self.writer.failed:
             self.drain(wait=True)
@@ -263,6 +281,8 @@ class HandOver:
         last = batch[-1].rows[-1]
         token_id = of_tokens("token_id")
         extras: dict[str, Any] = {k: self._of_routers(places, k) for k in self.options.extras}
+        if self.options.token_loss:
+            extras["loss"], extras["entropy"] = _losses(batch, sizes)
         writer.write(
             RoutedBatch(
                 batch[-1].forwards[-1].number,
@@ -312,6 +332,27 @@ class HandOver:
             return np.float32
         is_bits = kind == "weights" and self.weight_dtype == torch.bfloat16
         return np.uint16 if is_bits else np.float16
+
+
+def _losses(batch: list[Arrived], sizes: list[int]) -> np.ndarray:
+    """Losses and entropies of the tokens, float32 [2, tokens], NaN where there is none. `sizes`:
+    how many tokens there are of each stack's rows."""
+    found: list[np.ndarray] = []
+    for arrived in batch:
+        for rows in arrived.rows[:-1]:  # an encoder's
+            found.append(np.full((2, len(rows.token_id)), np.nan, np.float32))
+        found.append(
+            np.concatenate(
+                [
+                    forward.losses.values()
+                    if forward.losses is not None
+                    else np.full((2, forward.passes[-1].fed.T), np.nan, np.float32)
+                    for forward in arrived.forwards
+                ],
+                axis=1,
+            )[:, arrived.rows[-1].real]
+        )
+    return np.concatenate([v[:, :n] for v, n in zip(found, sizes, strict=True)], axis=1)
 
 
 def _numbers(batch: list[Arrived], kept: list[np.ndarray]) -> np.ndarray | None:

@@ -80,6 +80,7 @@ class TraceOpener:
             logits=options.logits,
             norms=options.output_norms,
             peaks=options.output_peaks,
+            token_loss=options.token_loss,
             counts_only=options.counts_only,
             vocabulary=self._vocabulary() if options.text else None,
             rank=ranks.rank if ranks is not None else 0,

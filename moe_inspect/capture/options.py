@@ -80,6 +80,8 @@ class TraceOptions(CorpusOptions):
     output_norms, output_peaks
                  record how large each expert's output is before the gate weight: its Euclidean
                  norm, its largest |value|. Needs dispatch, which "auto" then takes
+    token_loss   record the loss of predicting each token's successor in its sequence, and the
+                 entropy of that prediction
     counts_only  record only counts by layer, domain and expert
     routers      where the routers of a model with code of its own are, by `RouterSpec`s
     loader       loads a model that is not transformers': a function, called with the model's name
@@ -97,6 +99,7 @@ class TraceOptions(CorpusOptions):
     logits: bool = False
     output_norms: bool = False
     output_peaks: bool = False
+    token_loss: bool = False
     counts_only: bool = False
     routers: Sequence[RouterSpec] | None = None
     loader: Callable[..., Any] | None = None
@@ -112,6 +115,7 @@ class RecordOptions:
     logits: bool = False
     output_norms: bool = False
     output_peaks: bool = False
+    token_loss: bool = False
     counts_only: bool = False
     every: int = 1
     flush_steps: int | None = None
@@ -135,6 +139,11 @@ class RecordOptions:
         wanted = (self.logits, self.output_norms, self.output_peaks)
         return tuple(kind for kind, on in zip(EXTRAS, wanted, strict=True) if on)
 
+    @property
+    def takes_graphs(self) -> bool:
+        """Whether passes can be recorded that a CUDA graph replays."""
+        return not self.counts_only and not self.token_loss
+
     def check(self, writes: bool) -> None:
         """MoeInspectError for options that contradict each other. `writes`: there is a path."""
         if not writes and not self.counts_only:
@@ -156,8 +165,14 @@ class RecordOptions:
                 raise MoeInspectError(
                     "flush_steps and commit_every both say when counts are committed: give one"
                 )
-        if self.counts_only and self.extras:
-            kind = "logits" if self.logits else "output norms or peaks"
+        if self.counts_only and (self.extras or self.token_loss):
+            kind = (
+                "logits"
+                if self.logits
+                else "output norms or peaks"
+                if self.extras
+                else "token losses"
+            )
             raise MoeInspectError(f"counts_only keeps no {kind}: drop one of the two")
         if self.discover and (self.routers is not None or self.extras):
             raise MoeInspectError(
@@ -213,6 +228,7 @@ class TraceKeywords(CorpusKeywords, total=False):
     logits: bool
     output_norms: bool
     output_peaks: bool
+    token_loss: bool
     counts_only: bool
     routers: Sequence[RouterSpec] | None
     loader: Callable[..., Any] | None

@@ -29,6 +29,7 @@ from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.open_trace import Session, TraceOpener
 from moe_inspect.capture.options import RecordOptions
+from moe_inspect.capture.token_loss.losses import token_losses_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers, recordable
 from moe_inspect.model.routers import Site
@@ -87,8 +88,9 @@ class Recorder:
         modules = {name: scope.module for name, scope in self.attachment.scopes.items()}
         inputs = inputs_of(self.model, self.sites, options.inputs)
         row_order = row_order_of(self.sites)
-        self.inputs = PassInputs(modules, documents, domains, inputs, row_order)
-        self._hand_over = HandOver(self.stacks, self.inputs, options)
+        self.losses = token_losses_of(model, self.model, self.sites) if options.token_loss else None
+        self.inputs = PassInputs(modules, documents, domains, inputs, row_order, self.losses)
+        self._hand_over = HandOver(self.stacks, self.inputs, options, self.losses)
         self._opener = TraceOpener(path, self.model, self.sites, self.mode, tokenizer)
         self._balance_of = balance_of
         self._entered = False
@@ -98,9 +100,7 @@ class Recorder:
         self._opened = False  # the routers and the shapes of their rings are known
         self._has_cuda = torch.cuda.is_available()
         self._stepped = False  # the current pass was announced by `step`
-        self._capturing = (
-            False  # the current pass is being captured into a CUDA graph: nothing runs
-        )
+        self._capturing = False  # this pass into a CUDA graph: nothing runs
 
     @property
     def routers(self) -> list[Router]:
@@ -201,9 +201,10 @@ class Recorder:
                 "which one runs: call the model"
             )
         stack = self.stacks[""]
-        if stack.staged is not None or self.options.counts_only:
+        if stack.staged is not None or not self.options.takes_graphs:
             raise MoeInspectError(
-                "step() needs a forward pass recorded before it, and a trace (not counts_only)"
+                "step() needs a forward pass recorded before it, and a trace (not counts_only) "
+                "without token losses"
             )
         self._keep_rings()
         self._begin()
@@ -227,10 +228,10 @@ class Recorder:
             self._begin()
             return
         # only the kernels' launches matter; the host must not read from the device now
-        if self._forwards < 2 or self.options.counts_only or list(self.stacks) != [""]:
+        if self._forwards < 2 or not self.options.takes_graphs or list(self.stacks) != [""]:
             raise MoeInspectError(
                 "before capturing a CUDA graph, record two forward passes; neither counts_only "
-                "nor an encoder-decoder can be captured"
+                "nor token losses nor an encoder-decoder can be captured"
             )
         self._keep_rings()
 

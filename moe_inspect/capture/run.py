@@ -93,7 +93,8 @@ def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks)
         "ranks": ranks.world,
     }
     # (a plan of before these options says nothing of them)
-    record |= {name: True for name in ("output_norms", "output_peaks") if getattr(options, name)}
+    later = ("output_norms", "output_peaks", "token_loss")
+    record |= {name: True for name in later if getattr(options, name)}
     return TraceRun(found, output_dir, options, ranks, plan, record)
 
 
@@ -162,6 +163,7 @@ def _recorder(
             logits=options.logits,
             output_norms=options.output_norms,
             output_peaks=options.output_peaks,
+            token_loss=options.token_loss,
             counts_only=options.counts_only,
             overwrite=options.overwrite,
             text=options.text,

@@ -24,7 +24,7 @@ def long_parquet(trace: Trace, output: Path) -> None:
     """A row per assignment, with all that is known of its token, for a quick look in any tool.
     Several times the trace's size."""
     need_decisions(trace, "long-parquet")
-    facts = [f for f in schema.TOKENS if f.name != "token"]
+    facts = [f for f in schema.tokens_schema(trace.has_loss) if f.name != "token"]
     kinds = [
         ("token", pa.int64()),
         ("layer", pa.uint16()),

@@ -84,6 +84,11 @@ class TraceHeader:
         return self.manifest["capture"].get("energy") is True
 
     @property
+    def has_loss(self) -> bool:
+        """Whether there are the losses of the tokens (`--token-loss`)."""
+        return bool(self.manifest["capture"].get("token_loss"))
+
+    @property
     def _orderable(self) -> bool:
         """Whether the first choice can be known of routers whose slot order nobody stated: by the
         weights, or since a source of counts said it (where it did not, it is null)."""

@@ -30,6 +30,7 @@ MAY_BE_NULL = (
     "expert_",
     "first_choice",
     *(f"{value}_" for value in schema.SLOT_VALUES),
+    *(name for name, _ in schema.LOSS),
 )
 
 
@@ -190,17 +191,21 @@ def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
 
 
 def columns_of(
-    table: str, routers: list[Router], values: Sequence[str], energy: bool = False
+    table: str,
+    routers: list[Router],
+    values: Sequence[str],
+    energy: bool = False,
+    loss: bool = False,
 ) -> pa.Schema:
     """The columns of a table of a trace. `values`: of `schema.SLOT_VALUES`. `energy`: whether
-    counts have it."""
+    counts have it; `loss`: whether tokens do."""
     if table == "routing":
         return schema.routing_schema(routers, values)
     if table == "counts":
         return schema.counts_schema("weight" in values, energy)
     if table == "logits":
         return schema.logits_schema(max(r.experts for r in routers))
-    return {"tokens": schema.TOKENS, "documents": schema.DOCUMENTS}[table]
+    return {"tokens": schema.tokens_schema(loss), "documents": schema.DOCUMENTS}[table]
 
 
 def read(

@@ -137,7 +137,7 @@ class Trace(TraceHeader):
         if not parts:
             empty = {
                 "routing": schema.routing_schema(self.routers, self.slot_values),
-                "tokens": schema.TOKENS,
+                "tokens": schema.tokens_schema(self.has_loss),
                 "documents": schema.DOCUMENTS,
                 "counts": schema.counts_schema(self.has_weights, self.has_energy),
                 "logits": schema.logits_schema(max(r.experts for r in self.routers)),

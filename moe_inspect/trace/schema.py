@@ -32,6 +32,8 @@ TOKENS = pa.schema(
         ("batch", pa.int32()),
     ]
 )
+# of predicting the next token: where capture.token_loss is true
+LOSS = [("loss_nats", pa.float32()), ("entropy_nats", pa.float32())]
 # of a slot, beside its expert: recorded where capture.weights, capture.norms, capture.peaks is true
 SLOT_VALUES = ("weight", "norm", "peak")
 DOCUMENTS = pa.schema(
@@ -73,6 +75,10 @@ class Router:
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:
     """Type of the expert columns: uint8 up to 256 experts, else uint16, by the largest router."""
     return pa.uint16() if any(r.experts > 256 for r in routers) else pa.uint8()
+
+
+def tokens_schema(loss: bool) -> pa.Schema:
+    return pa.schema([*TOKENS, *LOSS]) if loss else TOKENS
 
 
 def routing_schema(
@@ -142,6 +148,11 @@ OPTIONAL_GLOSSARY = {  # where the trace has them
     "norm_j": "Euclidean norm of the output of the expert in slot j, before the gate weight",
     "peak_j": "largest |value| of that output",
     "energy": "sum of the squares of the expert's inner activations over its assignments",
+    "loss_nats": (
+        "negative log-probability, at temperature 1, that the model gave to the next token of the "
+        "sequence; null at its end"
+    ),
+    "entropy_nats": "entropy of the model's prediction of that token; null at the end",
 }
 
 

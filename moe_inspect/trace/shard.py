@@ -36,7 +36,9 @@ class Shard:
         """The Parquet file of a table, checked and opened once."""
         if name not in self._opened:
             trace = self.trace
-            expected = parts.columns_of(name, trace.routers, trace.slot_values, trace.has_energy)
+            expected = parts.columns_of(
+                name, trace.routers, trace.slot_values, trace.has_energy, trace.has_loss
+            )
             path = self.files.paths[name]
             self._opened[name] = parts.open_part(
                 inside(self.trace.path, path), path, expected, self.files.stated[name]

@@ -43,8 +43,8 @@ from moe_inspect.model.wrapped import (
 
 class Records(Protocol):
     """Receives the events of a forward pass: its begin; per stack ("" for a model without two) its
-    inputs and output; per router its choice, and what else is recorded of it (`options.EXTRAS`),
-    while it has no tape; its end."""
+    inputs and output, and the whole model's output (""); per router its choice, and what else is
+    recorded of it (`options.EXTRAS`), while it has no tape; its end."""
 
     def begin(self) -> None: ...
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
@@ -341,8 +341,7 @@ class Attachment:
         if self.discovery is not None:
             self.discovery.end()
         self._shut()
-        if "" in self.scopes:
-            self.records.returned("", output)
+        self.records.returned("", output)
         self._end_pass()
 
     @_not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")

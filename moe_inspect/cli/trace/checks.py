@@ -19,6 +19,7 @@ NOT_OF_ENGINES = (
     "logits",
     "output_norms",
     "output_peaks",
+    "token_loss",
     "counts_only",
     "loader",
     "routers",

@@ -176,6 +176,13 @@ def trace(
             help="Record the largest |value| of each expert's output (with --capture dispatch).",
         ),
     ] = False,
+    token_loss: Annotated[
+        bool,
+        typer.Option(
+            "--token-loss",
+            help="Record the loss of predicting each token's successor, and its entropy.",
+        ),
+    ] = False,
     counts_only: Annotated[
         bool,
         typer.Option(
@@ -305,6 +312,7 @@ def trace(
                     logits=logits,
                     output_norms=output_norms,
                     output_peaks=output_peaks,
+                    token_loss=token_loss,
                     counts_only=counts_only,
                     routers=routers_of(routers),
                     loader=load_object(loader) if loader is not None else None,

@@ -114,6 +114,11 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
                 for value in trace.slot_values
                 if value != "weight"
             ),
+            *(
+                ["losses and entropies not negative, null in both or neither"]
+                if trace.has_loss
+                else []
+            ),
             *(["logits of each decision, none NaN"] if "logits" in trace.tables else []),
         ]
     found.checked.append("the manifest's totals are those of the shards")

@@ -7,6 +7,7 @@ T tokens.
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace
@@ -116,7 +117,8 @@ def check_tokens(
     """The phase of each token, as an index into PHASES."""
     name = shard.files.paths["tokens"]
     columns = schema.TOKENS.names
-    table = read_table(shard, "tokens", columns)
+    loss = schema.tokens_schema(shard.trace.has_loss).names[len(columns) :]
+    table = read_table(shard, "tokens", [*columns, *loss])
     for column in columns:
         if table[column].null_count:
             raise Violation(
@@ -148,6 +150,26 @@ def check_tokens(
         table["document"].to_numpy(),
         codes_of(table["domain"], name, "domain", documents.labels),
     )
+    if loss:
+        _check_loss(name, table.select(loss))
     encoded_T = phase_T == schema.PHASES.index("encode")
     positions.check(name, table["sequence"].to_numpy(), encoded_T, table["position"].to_numpy())
     return phase_T
+
+
+def _check_loss(name: str, values: pa.Table) -> None:
+    """A loss or an entropy is a number, at least 0 but for rounding, and there is one of each or
+    none. (A loss is infinite where the model gave the token no probability.)"""
+    null_T = values[0].is_null().to_numpy()
+    other_T = values[1].is_null().to_numpy()
+    if (null_T != other_T).any():
+        row = int((null_T != other_T).argmax())
+        has, lacks = (1, 0) if null_T[row] else (0, 1)
+        said = f"{values.column_names[lacks]} is null where {values.column_names[has]} is not"
+        raise Violation(name, row, said)
+    for column in values.column_names:
+        values_T = values[column].fill_null(0).to_numpy()
+        wrong_T = np.isnan(values_T) | (values_T < -1e-3)
+        if wrong_T.any():
+            row = int(wrong_T.argmax())
+            raise Violation(name, row, f"{column} is {values_T[row]}")

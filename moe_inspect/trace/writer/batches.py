@@ -36,9 +36,9 @@ class RoutedBatch:
     order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`: float16 [T, K_r], the bits of
     bfloat16 as uint16, float32 that one of the two holds exactly, or None (a trace without weights
     is still ordered by them), `logits[r]`: float16 [T, E_r], `norms[r]` and `peaks[r]` like
-    `weights[r]`. `domains[d]` is the label of domain code d. Of an encoder-decoder the first
-    `encoded` tokens were fed to the encoder, the others to the decoder, and a router has rows only
-    of those it sees."""
+    `weights[r]`. `domains[d]` is the label of domain code d. `loss` and `entropy`: float32 [T], NaN
+    where there is none. Of an encoder-decoder the first `encoded` tokens were fed to the encoder,
+    the others to the decoder, and a router has rows only of those it sees."""
 
     batch: int
     token_id: np.ndarray
@@ -58,6 +58,8 @@ class RoutedBatch:
     batches: np.ndarray | None = None
     norms: list[np.ndarray] | None = None
     peaks: list[np.ndarray] | None = None
+    loss: np.ndarray | None = None
+    entropy: np.ndarray | None = None
 
     @property
     def first_batch(self) -> int:
@@ -81,7 +83,11 @@ class RoutedBatch:
                 batch=self.batch if number == last else number,
                 batches=None,
                 documents=[d for d in self.documents if number_of.get(d.document, last) == number],
-                **{name: getattr(self, name)[rows] for name in OF_TOKENS},
+                **{
+                    name: getattr(self, name)[rows]
+                    for name in (*OF_TOKENS, "loss", "entropy")
+                    if getattr(self, name) is not None
+                },
                 **{
                     name: [a[rows] for a in getattr(self, name)]
                     for name in OF_ROUTERS

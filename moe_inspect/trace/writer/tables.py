@@ -21,12 +21,14 @@ from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBat
 @dataclass(frozen=True)
 class Recorded:
     """What the shards of a trace hold: decisions of these routers, with `values` of each slot (of
-    `schema.SLOT_VALUES`), with router logits; or counts, with `energy`."""
+    `schema.SLOT_VALUES`), with router logits, of tokens with their `loss`; or counts, with
+    `energy`."""
 
     routers: list[Router]
     values: list[str]
     logits: bool
     energy: bool = False
+    loss: bool = False
 
     @property
     def weights(self) -> bool:
@@ -37,6 +39,7 @@ class Recorded:
         """What the manifest's section `capture` says of it; of weights in any case."""
         others = {f"{value}s": True for value in self.values if value != "weight"}
         others |= {"energy": True} if self.energy else {}
+        others |= {"token_loss": True} if self.loss else {}
         return {"weights": self.weights, **others}
 
     @property
@@ -44,6 +47,7 @@ class Recorded:
         """What the manifest says of the columns."""
         more = [f"{value}_j" for value in self.values if value != "weight"]
         more += ["energy"] if self.energy else []
+        more += [column for column, _ in schema.LOSS] if self.loss else []
         return schema.GLOSSARY | {column: schema.OPTIONAL_GLOSSARY[column] for column in more}
 
     @property
@@ -57,6 +61,7 @@ class Recorded:
 def tokens_table(batches: list[RoutedBatch], token: pa.Array, recorded: Recorded) -> pa.Table:
     domains = list(max((b.domains for b in batches), key=len))
     phases = schema.PHASES if any(r.stack for r in recorded.routers) else schema.PHASES[:2]
+    loss = {"loss_nats": "loss", "entropy_nats": "entropy"} if recorded.loss else {}
     return pa.table(
         {
             "token": token,
@@ -67,8 +72,9 @@ def tokens_table(batches: list[RoutedBatch], token: pa.Array, recorded: Recorded
             "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
             "phase": _labels(np.concatenate([_phases(b) for b in batches]), list(phases)),
             "batch": pa.array(np.concatenate([_numbers(b) for b in batches])),
+            **{column: _or_null(batches, name) for column, name in loss.items()},
         },
-        schema=schema.TOKENS,
+        schema=schema.tokens_schema(recorded.loss),
     )
 
 
@@ -237,6 +243,16 @@ def _phases(batch: RoutedBatch) -> np.ndarray:
 def _int32(batches: list[RoutedBatch], name: str) -> pa.Array:
     values_T = np.concatenate([getattr(b, name) for b in batches])
     return pa.array(values_T.astype(np.int32, copy=False))
+
+
+def _or_null(batches: list[RoutedBatch], name: str) -> pa.Array:
+    """float32 [T], null where a value is NaN, or a batch has none."""
+    parts = [
+        np.full(len(b.token_id), np.nan, np.float32) if (v := getattr(b, name)) is None else v
+        for b in batches
+    ]
+    values_T = np.concatenate(parts).astype(np.float32, copy=False)
+    return pa.array(values_T, mask=np.isnan(values_T))
 
 
 def _labels(codes: np.ndarray, labels: list[str]) -> pa.Array:

@@ -56,6 +56,7 @@ class TraceWriter:
         norms: bool = False,
         peaks: bool = False,
         energy: bool = False,
+        token_loss: bool = False,
         counts_only: bool = False,
         vocabulary: pa.Table | None = None,
         rank: int = 0,
@@ -74,7 +75,7 @@ class TraceWriter:
         ]
         held = zip(schema.SLOT_VALUES, (weights, norms, peaks), strict=True)
         values = [value for value, on in held if on]
-        self._recorded = tables.Recorded(self.routers, values, logits, energy)
+        self._recorded = tables.Recorded(self.routers, values, logits, energy, token_loss)
         self.next_shard = start.shards
         self.next_token = start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions

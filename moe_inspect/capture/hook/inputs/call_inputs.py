@@ -107,9 +107,9 @@ class RowReader:
         if position is not None and position.dim() == 3:
             position = position[0]
         mask = _mask(mask, B, S, past)
-        token_BS = _host_copy(ids) if ids is not None else None
-        mask_BS = _host_copy(mask) if mask is not None else None
-        position = _host_copy(position) if position is not None else None
+        token_BS = host_copy(ids) if ids is not None else None
+        mask_BS = host_copy(mask) if mask is not None else None
+        position = host_copy(position) if position is not None else None
         copied = None
         if fed.is_cuda:
             copied = torch.cuda.Event()
@@ -320,7 +320,7 @@ def _length(cache: Any, cached: CachedRows | None, S: int) -> int:
     )
 
 
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the host, made without waiting: complete once the work launched so far has run."""
     if not tensor.is_cuda:
         return tensor.detach().clone() if tensor.requires_grad else tensor.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,10 +15,18 @@ from moe_inspect.capture.hook.inputs.row_order import RowOrder
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
 
 
+class Follower(Protocol):
+    """Is told of each forward pass: its begin, what each stack is fed, the model's output."""
+
+    def begin(self) -> None: ...
+    def feed(self, fed: Rows | CallInputs) -> None: ...
+    def returned(self, output: Any) -> None: ...
+
+
 class PassInputs:
     """`modules`: stack → its module. `documents`, `domains`: labels of each batch row, unless
     `label` sets others. `inputs`: reads the arguments of a call in place of their names.
-    `row_order`: see `RowOrder`."""
+    `row_order`: see `RowOrder`. `follower`: is told of each pass."""
 
     def __init__(
         self,
@@ -27,7 +35,9 @@ class PassInputs:
         domains: Sequence[str] | None,
         inputs: InputsOf | None = None,
         row_order: RowOrder | None = None,
+        follower: Follower | None = None,
     ):
+        self._follower = follower
         names = {
             stack: list(inspect.signature(module.forward).parameters)
             for stack, module in modules.items()
@@ -57,6 +67,8 @@ class PassInputs:
         """Begins a forward pass. Returns its number if it was planned."""
         self._reader.discard()  # of the previous forward pass, if it failed
         self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
+        if self._follower is not None:
+            self._follower.begin()
         for rows in self._plan.values():
             if rows.number is not None:
                 return rows.number
@@ -67,10 +79,13 @@ class PassInputs:
     ) -> Rows | CallInputs:
         """The inputs of the next call of a stack."""
         if stack in self._plan:
-            return self._plan[stack]
-        encoder = self._calls.get("encoder") if stack == "decoder" else None
-        call = self._calls[stack] = self._reader.read_call(args, kwargs, stack, encoder)
-        return call
+            fed: Rows | CallInputs = self._plan[stack]
+        else:
+            encoder = self._calls.get("encoder") if stack == "decoder" else None
+            fed = self._calls[stack] = self._reader.read_call(args, kwargs, stack, encoder)
+        if self._follower is not None:
+            self._follower.feed(fed)
+        return fed
 
     def rows(self, fed: Rows | CallInputs) -> Rows:
         return fed if isinstance(fed, Rows) else self._reader.rows(fed)
@@ -90,8 +105,11 @@ class PassInputs:
         return found
 
     def returned(self, stack: str, output: Any) -> None:
+        """A stack's output, or ("") the whole model's."""
         if stack in self._calls:
             self._outputs.append((self._calls[stack], output))
+        if self._follower is not None and not stack:
+            self._follower.returned(output)
 
     def accept(self) -> None:
         """Commits the document and sequence numbers of the rows read, which have been recorded."""

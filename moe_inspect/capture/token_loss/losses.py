@@ -1,0 +1,215 @@
+"""The loss of predicting each token's successor, and the entropy of that prediction, computed in
+the forward passes that are recorded.
+
+B batch rows, S positions, T = B·S rows of a pass, N rows that a token follows, C of them at a time,
+H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_inspect.capture.hook.inputs.call_inputs import cache_among, host_copy
+from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
+from moe_inspect.capture.token_loss.head import head_of, logits_in
+from moe_inspect.capture.token_loss.next_tokens import first_tokens, next_tokens
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.routers import Site, is_of_transformers
+from moe_inspect.model.wrapped import is_compiled
+
+CHUNK_LOGITS = 2**25  # float32 values that are held at a time: 128 MiB
+# their logits are not of the token that follows
+OTHER_TASKS = ("ForTokenClassification", "ForBlockDiffusion")
+
+
+class PassLosses:
+    """Those of one forward pass of T rows, on their way to the host. `complete`: no later pass adds
+    any."""
+
+    def __init__(self, T: int):
+        self.T, self.complete = T, False
+        self._parts: list[tuple[np.ndarray, Tensor, Any]] = []
+
+    def add(self, rows_N: np.ndarray, values_2N: Tensor) -> None:
+        """Losses and entropies of these rows."""
+        values, copied = host_copy(values_2N), None
+        if values_2N.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(values_2N.device))
+        self._parts.append((rows_N, values, copied))
+
+    def values(self) -> np.ndarray:
+        """Losses and entropies in nats, float32 [2, T], NaN where no token follows."""
+        values_2T = np.full((2, self.T), np.nan, np.float32)
+        for rows_N, values, copied in self._parts:
+            if copied is not None:
+                copied.synchronize()
+            values_2T[:, rows_N] = values.numpy()
+        return values_2T
+
+
+class Held(NamedTuple):
+    """What the next forward pass may continue: the logits [B, V] of each row's last position."""
+
+    fed: Rows | CallInputs
+    logits_BV: Tensor
+    losses: PassLosses
+
+
+class TokenLosses:
+    """Follows the forward passes of a recording. A model that returns the logits of all positions
+    holds them anyway: these are used. Of one that returns fewer, its own head makes them from the
+    last hidden states, a chunk of tokens at a time.
+
+    Where a pass has a key-value cache, what follows its last position is the first token of the
+    next pass that has the same cache: `pass_losses` of it are complete by then."""
+
+    def __init__(self, outer: Any, model: Any):
+        """`outer`: the model as it is called; `model`: the one with the routers in it."""
+        self._model = model
+        self.head = None if is_compiled(outer) else head_of(model)
+        self._fed: Rows | CallInputs | None = None
+        self._current: PassLosses | None = None
+        self._held: Held | None = None
+
+    def begin(self) -> None:
+        """A forward pass begins; the one before it may have failed."""
+        self._fed = self._current = None
+        if self.head is not None:
+            self.head.watch()
+
+    def feed(self, fed: Rows | CallInputs) -> None:
+        """The model, or one stack of an encoder-decoder, is fed this."""
+        self._close(fed)
+        if fed.stack != "encoder":
+            self._fed = fed
+
+    def close(self) -> None:
+        """No pass follows."""
+        self._close(None)
+        if self.head is not None:
+            self.head.release()
+
+    def take(self) -> PassLosses | None:
+        """Those of the forward pass that ends; None where it fed the encoder alone."""
+        losses, self._current = self._current, None
+        return losses
+
+    @torch.no_grad()
+    def returned(self, output: Any) -> None:
+        """The model's output in the forward pass that began."""
+        fed, self._fed = self._fed, None
+        if fed is None:
+            return
+        logits = logits_in(output)
+        if logits is None:
+            raise MoeInspectError(
+                f"{type(self._model).__name__} returned no logits [rows, positions, vocabulary]: "
+                "record it without token losses"
+            )
+        logits = logits.detach()
+        losses = self._current = PassLosses(fed.T)
+        if fed.T:
+            self._within(fed, logits, losses)
+        if fed.T and _may_continue(fed, output):
+            last_BV = logits[:, -1]
+            # (not a view of the logits of all positions)
+            self._held = Held(fed, last_BV if logits.shape[1] == 1 else last_BV.clone(), losses)
+        else:
+            losses.complete = True
+        if self.head is not None:
+            self.head.release()
+
+    def _within(self, fed: Rows | CallInputs, logits: Tensor, losses: PassLosses) -> None:
+        """Of the rows that are followed by another of the same pass."""
+        next_T = next_tokens(fed)
+        rows_N = np.flatnonzero(next_T >= 0)
+        if not len(rows_N):
+            return
+        B, S, V = logits.shape
+        if B * S == fed.T:
+            all_TV = logits.reshape(-1, V)
+            logits_of_rows = all_TV.__getitem__
+        else:
+            logits_of_rows = self._by_head(fed, logits)
+        next_N = torch.from_numpy(next_T[rows_N]).to(logits.device)
+        at_N = torch.from_numpy(rows_N).to(logits.device)
+        C = max(1, CHUNK_LOGITS // V)
+        chunks = [
+            nats(logits_of_rows(at_C), next_C)
+            for at_C, next_C in zip(at_N.split(C), next_N.split(C), strict=True)
+        ]
+        losses.add(rows_N, torch.cat(chunks, 1))
+
+    def _by_head(self, fed: Rows | CallInputs, logits: Tensor) -> Callable[[Tensor], Tensor]:
+        """Logits [C, V] of these rows, for a model that returned fewer."""
+        head = self.head
+        hidden = head.hidden if head is not None else None
+        B, S, _ = logits.shape
+        if head is None or hidden is None or hidden.shape[0] * hidden.shape[1] != fed.T:
+            raise MoeInspectError(
+                f"{type(self._model).__name__} returned logits of {B * S} positions in a forward "
+                f"pass of {fed.T}: call it without logits_to_keep, or record without token losses"
+            )
+        if not head.checked and not head.agrees(logits[:, -1]):
+            raise MoeInspectError(
+                f"the logits of {type(self._model).__name__} are not those of its last hidden "
+                "states alone: call it without logits_to_keep, or record without token losses"
+            )
+        head.checked = True
+        hidden_TH = hidden.flatten(0, 1)
+        return lambda at_C: head.logits(hidden_TH[at_C.to(hidden_TH.device)])
+
+    def _close(self, fed: Rows | CallInputs | None) -> None:
+        """Completes the pass that was held. `fed`: what comes next."""
+        held, self._held = self._held, None
+        if held is None:
+            return
+        B = len(held.logits_BV)
+        next_B = first_tokens(held.fed, fed, B) if fed is not None else np.full(B, -1)
+        rows_N = np.flatnonzero(next_B >= 0)
+        if len(rows_N):
+            with torch.no_grad():
+                device, S = held.logits_BV.device, held.losses.T // B
+                at_N = torch.from_numpy(rows_N).to(device)
+                next_N = torch.from_numpy(next_B[rows_N]).to(device)
+                values_2N = nats(held.logits_BV[at_N], next_N)
+            held.losses.add(rows_N * S + S - 1, values_2N)
+        held.losses.complete = True
+
+
+def nats(logits_CV: Tensor, next_C: Tensor) -> Tensor:
+    """float32 [2, C]: the negative log-probability of the token that follows, and the entropy of
+    the prediction, at temperature 1."""
+    logits_CV = logits_CV.float()
+    log_sum_C = logits_CV.logsumexp(1)
+    loss_C = log_sum_C - logits_CV.gather(1, next_C.to(logits_CV.device)[:, None])[:, 0]
+    entropy_C = torch.special.entr((logits_CV - log_sum_C[:, None]).exp_()).sum(1)
+    return torch.stack([loss_C, entropy_C])
+
+
+def _may_continue(fed: Rows | CallInputs, output: Any) -> bool:
+    """Whether another pass may feed what follows."""
+    if isinstance(fed, Rows):
+        return fed.group is not None
+    values = output.values() if isinstance(output, Mapping) else output
+    return not isinstance(values, Tensor) and cache_among(values) is not None
+
+
+def token_losses_of(outer: Any, model: Any, sites: Sequence[Site]) -> TokenLosses:
+    """MoeInspectError where a model's logits are not of the token that follows, or cannot be told
+    apart by token."""
+    name = type(model).__name__
+    if is_of_transformers(model) and name.endswith(OTHER_TASKS):
+        raise MoeInspectError(f"{name} does not predict the next token: it has no token losses")
+    if any(site.order != "bs" or site.rows is not None for site in sites):
+        raise MoeInspectError(
+            f"the routers of {name} see their rows in another order than its logits have: record "
+            "it without token losses"
+        )
+    return TokenLosses(outer, model)

@@ -1,0 +1,343 @@
+"""The loss of each token's successor (`--token-loss`): it is the cross-entropy of the model's own
+logits, in prefill and in decoding, padded, packed and in chunks, however the model is run; and
+where there is none, that is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+
+import moe_inspect
+from moe_inspect.capture.token_loss import losses
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.load import load_config, load_model
+from moe_inspect.model.own import load_object
+from tests import own
+from tests.conftest import Cli
+from tests.families import FAMILIES, build
+from tests.zoo import VOCABULARY, token_batch
+from tests.zoo import build as build_any
+
+STATE: Any = {"rtol": 1e-4, "atol": 1e-4}  # of float32 logits that are computed in other shapes
+STEPS = 3
+COLUMNS = ["loss_nats", "entropy_nats"]
+
+
+def expected(logits_SV: torch.Tensor, ids_S: torch.Tensor) -> np.ndarray:
+    """[S, 2] of a sequence, by torch's own functions in float64; NaN at its end."""
+    logits_SV = logits_SV[:-1].double()
+    loss_S = F.cross_entropy(logits_SV, ids_S[1:], reduction="none")
+    entropy_S = torch.distributions.Categorical(logits=logits_SV).entropy()
+    values = torch.stack([loss_S, entropy_S], 1)
+    return torch.cat([values, torch.full((1, 2), torch.nan)]).numpy()
+
+
+def by_sequence(path: Path) -> list[np.ndarray]:
+    tokens = moe_inspect.open_trace(path).tokens()
+    return [
+        of[COLUMNS].to_numpy(float) for _, of in tokens.sort_values("position").groupby("sequence")
+    ]
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four tokens: a row is longer than one."""
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * VOCABULARY)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_it_is_the_cross_entropy_of_the_models_own_logits(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill of padded rows, with the logits of all positions and of the last; then of whole rows
+    and decode steps."""
+    small_chunks(monkeypatch)
+    model, lengths = build(family), [9, 5]
+    padded = token_batch(lengths)
+    ids = torch.arange(2 * (11 + STEPS)).reshape(2, -1) * 7 % 290 + 5
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
+        model(**padded)
+        short = model(**padded, logits_to_keep=1).logits
+        output = model(ids[:, :11], logits_to_keep=1)
+        for step in range(11, 11 + STEPS):
+            output = model(ids[:, step : step + 1], past_key_values=output.past_key_values)
+    assert short.shape[1] == 1
+    found = by_sequence(tmp_path / "t")
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert list(tokens["phase"]).count("decode") == 2 * STEPS
+    logits = model(**padded).logits
+    want = [expected(logits[b, :n], padded["input_ids"][b, :n]) for b, n in enumerate(lengths)] * 2
+    want += [expected(model(row[None]).logits[0], row) for row in ids]
+    for got, wanted in zip(found, want, strict=True):
+        np.testing.assert_allclose(got, wanted, **STATE)
+    # and no other token's
+    assert np.abs(found[0][1:-1] - want[0][:-2]).max() > 0.1
+
+
+@torch.no_grad()
+def test_its_mean_is_the_loss_that_the_model_states(tmp_path: Path) -> None:
+    model, batch = build("olmoe"), token_batch([12, 7, 3])
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
+        stated = model(**batch, labels=labels, output_router_logits=False).loss
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert tokens["loss_nats"].mean() == pytest.approx(float(stated), rel=1e-5)
+    assert tokens["loss_nats"].count() == 12 + 7 + 3 - 3
+
+
+@torch.no_grad()
+def test_no_more_logits_than_a_chunk_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch)
+    model, sizes = build("mixtral"), list[int]()
+    model.lm_head.register_forward_hook(lambda m, a, out: sizes.append(out.numel()))
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
+        model(**token_batch([40, 40]), logits_to_keep=1)
+    assert sum(sizes) == (2 + 2 + 2 * 39) * VOCABULARY  # own, to compare, and of each token
+    assert max(sizes) <= losses.CHUNK_LOGITS < 80 * VOCABULARY
+
+
+@torch.no_grad()
+def losses_of_demo(trace: moe_inspect.Trace) -> np.ndarray:
+    """[T, 2]: of each sequence of a trace of the bundled model, fed to it alone, with the trace's
+    own choices (a tie may be decided otherwise in a batch)."""
+    model = load_model("demo", load_config("demo"), dtype="float32")
+    tokens = trace.tokens()
+    found = np.full((len(tokens), 2), np.nan)
+    with moe_inspect.intervene(model, replay=trace):
+        for _, rows in tokens.reset_index(drop=True).groupby("sequence"):
+            ids = torch.tensor(rows.sort_values("position")["token_id"].to_numpy(np.int64))
+            found[rows.index] = expected(model(ids[None]).logits[0], ids)
+    return found
+
+
+@pytest.mark.parametrize("generate", [0, 4])
+def test_of_a_traced_corpus(generate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of several sequences, batches of several rows, generated tokens; interrupted and
+    resumed it is the same to the digit; the model's choices are as without."""
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 100 * 2048)
+    options: dict[str, Any] = {"max_tokens": 1500, "max_length": 120, "batch_tokens": 300}
+    options |= {"generate": generate, "dtype": "float32"}
+    trace = moe_inspect.trace_model("demo", tmp_path / "t", token_loss=True, **options)
+    tokens: Any = trace.tokens()
+    np.testing.assert_allclose(tokens[COLUMNS].to_numpy(), losses_of_demo(trace), **STATE)
+    assert tokens["loss_nats"].isna().sum() == tokens["sequence"].nunique() > 10
+    assert ("decode" in set(tokens["phase"])) == bool(generate)
+    assert moe_inspect.verify(tmp_path / "t").ok
+
+    calls = []
+
+    def stop(done: int, total: int | None) -> None:
+        calls.append(done)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    again: dict[str, Any] = {**options, "token_loss": True}
+    with pytest.raises(KeyboardInterrupt):
+        moe_inspect.trace_model("demo", tmp_path / "u", progress=stop, **again)
+    part = moe_inspect.open_trace(tmp_path / "u")
+    assert 0 < part.n_tokens < trace.n_tokens
+    assert part.tokens()["loss_nats"].isna().sum() == part.tokens()["sequence"].nunique()
+    resumed = moe_inspect.trace_model("demo", tmp_path / "u", resume=True, **again)
+    pd.testing.assert_frame_equal(resumed.tokens(), tokens)
+
+    bare = moe_inspect.trace_model("demo", tmp_path / "bare", **options)
+    pd.testing.assert_frame_equal(bare.tokens(), tokens.drop(columns=COLUMNS))
+    pd.testing.assert_frame_equal(bare.routing(), trace.routing())
+    assert "token_loss" not in bare.manifest["capture"]
+    assert "loss_nats" not in bare.manifest["columns"]
+
+
+@torch.no_grad()
+def test_what_follows_may_come_with_the_next_pass(tmp_path: Path) -> None:
+    """A prompt in three parts; packed sequences; a pass of other text in between, a pass that is
+    not recorded, or one without its cache, ends what was before."""
+    model, ids = build("qwen3_moe"), torch.arange(20)[None] * 11 % 290 + 5
+    wanted = expected(model(ids).logits[0], ids[0])
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True) as recorder:
+        cache = model(ids[:, :8]).past_key_values
+        cache = model(ids[:, 8:9], past_key_values=cache).past_key_values
+        model(ids[:, 9:], past_key_values=cache)
+        # packed
+        position = torch.tensor([[*range(12), *range(8)]])
+        model(ids, position_ids=position)
+        cache = model(ids[:, :8]).past_key_values
+        model(ids[:, :3])
+        cache = model(ids[:, 8:12], past_key_values=cache).past_key_values
+        with recorder.paused():
+            cache = model(ids[:, 12:14], past_key_values=cache).past_key_values
+        model(ids[:, 14:], past_key_values=cache)
+    found = by_sequence(tmp_path / "t")
+    np.testing.assert_allclose(found[0], wanted, **STATE)
+    np.testing.assert_array_equal(np.isnan(found[1][:, 0]), [*[False] * 11, True])
+    np.testing.assert_array_equal(np.isnan(found[2][:, 0]), [*[False] * 7, True])
+    ended = found[3]
+    assert np.isnan(ended[[7, 11, -1]]).all()
+    np.testing.assert_allclose(ended[:7], wanted[:7], **STATE)
+    np.testing.assert_allclose(ended[8:11], wanted[8:11], **STATE)
+    np.testing.assert_allclose(ended[12:-1], wanted[14:-1], **STATE)
+
+
+@torch.no_grad()
+def test_generated_by_transformers(tmp_path: Path) -> None:
+    """Left-padded prompts; the model is the same to the bit."""
+    model = build("mixtral")
+    ids, mask = torch.arange(12).reshape(2, 6) + 9, torch.ones(2, 6, dtype=torch.long)
+    mask[1, :2] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "eos_token_id": None}
+    bare = model.generate(ids, **options)
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
+        done = model.generate(ids, **options)
+    assert torch.equal(bare, done)
+    for row, got, start in zip(done[:, :-1], by_sequence(tmp_path / "t"), (0, 2), strict=True):
+        logits = model(row[None, start:]).logits[0]
+        np.testing.assert_allclose(got, expected(logits, row[start:]), **STATE)
+
+
+def test_in_training(tmp_path: Path) -> None:
+    """With a gradient, and with a backward pass that runs layers again."""
+    model, batch = build("olmoe"), token_batch([9, 5])
+    model.train()
+    model.gradient_checkpointing_enable()
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
+        for _ in range(2):
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            assert model.lm_head.weight.grad.abs().sum() > 0
+    found = by_sequence(tmp_path / "t")
+    logits = model(**batch).logits.detach()
+    np.testing.assert_allclose(found[2], expected(logits[0], batch["input_ids"][0]), **STATE)
+
+
+@torch.no_grad()
+def test_compiled(tmp_path: Path) -> None:
+    model, batch = build("olmoe"), token_batch([9, 5])
+    for name, called in (("eager", model), ("compiled", torch.compile(model, backend="eager"))):
+        with moe_inspect.record(called, tmp_path / name, token_loss=True):
+            called(**batch)
+            called(**batch)
+    for a, b in zip(
+        by_sequence(tmp_path / "eager"), by_sequence(tmp_path / "compiled"), strict=True
+    ):
+        np.testing.assert_allclose(a, b, **STATE)
+    called = torch.compile(build("mixtral"), backend="eager")
+    with (
+        pytest.raises(MoeInspectError, match="call it without logits_to_keep"),
+        moe_inspect.record(called, tmp_path / "few", token_loss=True),
+    ):
+        called(**batch, logits_to_keep=1)
+
+
+@torch.no_grad()
+def test_of_an_encoder_decoder_the_decoders_tokens(tmp_path: Path) -> None:
+    model = build_any("switch_transformers")
+    read, said = torch.arange(7)[None] + 20, torch.arange(6)[None] * 3 + 40
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
+        encoded = model.get_encoder()(read)
+        output = model(encoder_outputs=encoded, decoder_input_ids=said[:, :4])
+        cache = output.past_key_values
+        model(encoder_outputs=encoded, decoder_input_ids=said[:, 4:], past_key_values=cache)
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    encoded = tokens["phase"] == "encode"
+    assert encoded.sum() == 7
+    assert tokens.loc[encoded, COLUMNS].isna().all(axis=None)
+    logits = model(input_ids=read, decoder_input_ids=said).logits[0]
+    got = tokens.loc[~encoded, COLUMNS].to_numpy(float)
+    np.testing.assert_allclose(got, expected(logits, said[0]), **STATE)
+
+
+@torch.no_grad()
+def test_of_a_model_of_ones_own(tmp_path: Path) -> None:
+    """It returns the logits of all positions; each decoded token's pass reads all before it."""
+    text = tmp_path / "text.txt"
+    text.write_text("a model of one's own reads this, and goes on")
+    model = own.gpt()
+    torch.save(model.state_dict(), tmp_path / "gpt.pt")
+    loader = load_object(f"{own.EXAMPLE}:load")
+    options: dict[str, Any] = {"loader": loader, "data": [str(text)], "generate": 3}
+    trace = moe_inspect.trace_model(
+        str(tmp_path / "gpt.pt"), tmp_path / "t", token_loss=True, **options
+    )
+    tokens = trace.tokens()
+    assert set(tokens["phase"]) == {"prefill", "decode"}
+    ids = torch.tensor(tokens["token_id"].to_numpy(np.int64))
+    logits = model(ids[None])[0]
+    np.testing.assert_allclose(tokens[COLUMNS].to_numpy(), expected(logits, ids), **STATE)
+
+
+def test_where_there_is_none_that_is_said(tmp_path: Path) -> None:
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("openai_privacy_filter", {}, "does not predict the next token"),
+        ("diffusion_gemma", {}, "does not predict the next token"),
+        ("mixtral", {"counts_only": True}, "counts_only keeps no token losses"),
+    ]
+    for family, options, said in refused:
+        with pytest.raises(MoeInspectError, match=said) as error:
+            moe_inspect.record(build_any(family), tmp_path / "t", token_loss=True, **options)
+        assert "\n" not in str(error.value)
+    body = build("mixtral").model
+    with (
+        torch.no_grad(),
+        pytest.raises(MoeInspectError, match="returned no logits"),
+        moe_inspect.record(body, tmp_path / "t", token_loss=True),
+    ):
+        body(**token_batch([5]))
+    model = build("mixtral")
+    with torch.no_grad(), moe_inspect.record(model, tmp_path / "u", token_loss=True) as recorder:
+        model(**token_batch([5]))
+        with pytest.raises(MoeInspectError, match="without token losses"):
+            recorder.step(5)
+
+
+def test_a_head_that_does_not_give_the_models_logits_is_not_used(tmp_path: Path) -> None:
+    """What a model does outside its head is seen in the last position, where it makes both."""
+    model = build("mixtral")
+    stock = type(model).forward
+
+    class Altered(type(model)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = stock(self, *args, **kwargs)
+            if kwargs.get("attention_mask") is not None:
+                output.logits = output.logits.flip(-1)
+            return output
+
+    Altered.__module__, model.__class__ = type(model).__module__, Altered
+    with (
+        torch.no_grad(),
+        pytest.raises(MoeInspectError, match="not those of its last hidden states"),
+        moe_inspect.record(model, tmp_path / "t", token_loss=True),
+    ):
+        model(**token_batch([5, 3]), logits_to_keep=1)
+
+
+def test_they_are_verified_exported_and_resumed(cli_here: Cli, tmp_path: Path) -> None:
+    cli_here("trace", "demo", "--max-tokens", 300, "--token-loss", "-o", "t")
+    assert (
+        "losses and entropies not negative, null in both or neither"
+        in cli_here("verify", "t").stdout
+    )
+    cli_here("export", "t", "--format", "long-parquet", "-o", "long.parquet")
+    rows = pd.read_parquet(tmp_path / "long.parquet").drop_duplicates("token")
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert rows["loss_nats"].sum() == pytest.approx(tokens["loss_nats"].sum())
+    again = cli_here("trace", "demo", "--max-tokens", 300, "--resume", "-o", "t", check=1)
+    assert "was made with token loss True, not None" in again.stderr
+    told = cli_here(
+        "trace",
+        "http://localhost:1",
+        "--engine",
+        "vllm",
+        "--model-config",
+        "demo",
+        "--token-loss",
+        "-o",
+        "u",
+        check=2,
+    )
+    assert "--token-loss means nothing to an engine" in told.stderr
