@@ -10,16 +10,22 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_inspect import progress, simulate_cache, simulate_placement, verify
-from moe_inspect.cli import progress as bars
+from moe_inspect.cli.progress import bar as bars
+from moe_inspect.cli.report.build import build, phases_of
+from moe_inspect.cli.report.options import ReportOptions, Simulated
+from moe_inspect.cli.report.request import requested
+from moe_inspect.cli.report.write import write_files
 from moe_inspect.comparison.compare import compare
 from moe_inspect.reporting.charts.spec import draw_charts
 from moe_inspect.reporting.report import report
+from moe_inspect.trace.reader import open_trace
 from tests.conftest import ROOT
 from tests.synthetic import uniform_ids, write_trace
 
@@ -32,9 +38,24 @@ PHASES: dict[Callable[[str], object], dict[str, int]] = {
     },
     verify: {"checksums": T, "checking rows": T},
     lambda path: compare(path, path).verdict(): {"comparing": T},
-    simulate_cache: {"simulating": T},
+    lambda path: report(path).page(): {
+        "reading tokens": T,
+        "counting": T * L,
+        "drawing": 0,
+        "reading text": 0,
+        "writing page": 0,
+    },
+    simulate_cache: {"simulating cache": T},
     lambda path: simulate_placement(path, policies=["contiguous"]): {
         "counting loads": T,
+        "placing": L,
+        "counting ranks": T,
+    },
+    lambda path: simulate_placement(path, gpus=4, minimize="ranks"): {
+        "counting loads": T,
+        "placing": L,
+        "sampling": T,
+        "exchanging": L,
         "counting ranks": T,
     },
 }
@@ -47,7 +68,9 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
     domains = ["law"] * 10 + ["code"] * 10
     token_id = rng.integers(0, 30, T)
     document = np.arange(T) // 20
-    write_trace(path, ids, 8, document=document, domain_of_document=domains, token_id=token_id)
+    write_trace(
+        path, ids, 8, document=document, domain_of_document=domains, token_id=token_id, words=30
+    )
     return str(path)
 
 
@@ -103,7 +126,7 @@ def test_a_long_command_shows_its_phases_on_stderr_and_removes_them(
 ) -> None:
     for after_s, expected in ((0.0, True), (60.0, False)):  # the second is done before that
         monkeypatch.setattr(bars, "AFTER_S", after_s)
-        with terminal(monkeypatch) as sent, bars.shown("first", "second") as bar:
+        with terminal(monkeypatch) as sent, bars.shown(("first", 3), ("second", 1)) as bar:
             assert bar is not None
             bar.started.wait(5 if expected else 0)
             for name in ("first", "second"):
@@ -119,14 +142,76 @@ def test_a_long_command_shows_its_phases_on_stderr_and_removes_them(
     assert capsys.readouterr().out == ""
 
 
+def test_the_time_left_is_that_of_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
+    bar = bars.Bar([("a", 1), ("skipped", 5), ("b", 4), ("b", 3), ("c", 2)])
+    task = bar.rich.tasks[0]
+    advance = bar.phase("a", 100, "tokens")
+    assert bar.left_s() is None  # nothing is known yet
+    now[0] += 2
+    advance(50)
+    # half of a took 2 s, so that what costs 1 takes 4
+    assert bar.left_s() == pytest.approx(2 + (5 + 4 + 3 + 2) * 4)
+    now[0] += 1
+    assert bar.left_s() == pytest.approx(1 + (5 + 4 + 3 + 2) * 4)
+    advance(50)
+    assert task.completed == 1
+    advance = bar.phase("b", 10, "tokens")
+    assert task.completed == 6  # one that is left out counts as done
+    assert bar.left_s() == pytest.approx((4 + 3 + 2) * 3)
+    now[0] += 4
+    advance(5)  # its own speed, then the mean of both: 7 s for 1 + 2
+    assert bar.left_s() == pytest.approx(4 + (3 + 2) * 7 / 3)
+    advance = bar.phase("unplanned", 10, "tokens")  # 7 s for 1 + 4 before
+    assert bar.left_s() == pytest.approx((3 + 2) * 7 / 5)
+    now[0] += 1
+    advance(5)
+    assert bar.left_s() == pytest.approx(1 + (3 + 2) * 7 / 5)
+    assert task.completed == 10
+    for name, at in (("b", 13), ("c", 15)):
+        assert bar.estimated
+        now[0] += 1
+        bar.phase(name, 1, "tokens")(1)
+        assert task.completed == at
+    assert not bar.estimated
+    assert task.total == 15
+    bar.close()
+
+
+def test_the_phases_of_a_report_are_those_it_goes_through(trace: str, tmp_path: Path) -> None:
+    asked = ReportOptions(
+        trace,
+        html=tmp_path / "p.html",
+        simulate=[Simulated.capacity, Simulated.placement],
+    )
+    request, opened = requested(asked), open_trace(trace)
+    begun = list[str]()
+
+    def listener(name: str, total: int, unit: str) -> progress.Advance:
+        begun.append(name)
+        return lambda done: None
+
+    with progress.listening(listener):
+        write_files(build(opened, request)[0], request)
+    planned = phases_of(opened, request)
+    assert begun == [name for name, _ in planned]
+    assert all(cost > 0 for _, cost in planned)
+    drawn = phases_of(opened, replace(request, plots=tmp_path))
+    assert [name for name, _ in drawn][3:6] == ["drawing", "writing pictures", "drawing"]
+
+
 def test_nothing_is_shown_on_a_pipe(trace: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with bars.shown("first") as bar:  # stderr is no terminal
+    with bars.shown(("first", 1)) as bar:  # stderr is no terminal
         assert bar is None
     monkeypatch.setattr(bars, "_piped", lambda: True)
-    with terminal(monkeypatch) as sent, bars.shown("first") as bar:  # stdout is a pipe: to `less`
+    with (
+        terminal(monkeypatch) as sent,
+        bars.shown(("first", 1)) as bar,
+    ):  # stdout is a pipe: to `less`
         assert bar is None
     assert not sent
-    code = "from moe_inspect.cli.progress import _piped; import sys; sys.exit(_piped())"
+    code = "from moe_inspect.cli.progress.bar import _piped; import sys; sys.exit(_piped())"
     for stdout, piped in ((subprocess.PIPE, 1), (subprocess.DEVNULL, 0)):
         made = subprocess.run([sys.executable, "-c", code], cwd=Path(ROOT), stdout=stdout)
         assert made.returncode == piped

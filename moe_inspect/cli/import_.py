@@ -124,7 +124,7 @@ def import_(
     def warn(line: str) -> None:
         print_stderr(line if line.startswith("taken for") else f"warning: {line}")
 
-    with shown("importing") as bar:
+    with shown(("importing", 1)) as bar:
         trace = import_trace(
             format,
             sources,

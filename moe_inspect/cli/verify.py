@@ -11,6 +11,7 @@ import typer
 from moe_inspect.cli.emit import to_stdout
 from moe_inspect.cli.help.complete import traces
 from moe_inspect.cli.progress import shown
+from moe_inspect.cli.progress.phases import VERIFYING
 from moe_inspect.text import print_stderr
 
 
@@ -33,7 +34,7 @@ def verify(
     Names the first violation by file and row, and exits with 1."""
     from moe_inspect.trace.verify import verify as check
 
-    with shown("checksums", "checking rows"):
+    with shown(*VERIFYING):
         found = check(trace)
     with to_stdout():
         if as_json:

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from moe_inspect.cli.compare.options import CompareOptions, TraceA, TraceB, Traces
-from moe_inspect.cli.compare.write import requested, write
+from moe_inspect.cli.compare.write import requested, write, write_files
 from moe_inspect.cli.options import TableCommand, with_options
-from moe_inspect.cli.progress import shown
+from moe_inspect.cli.progress import phases, shown
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from moe_inspect.comparison.aligning.models import DifferentModelsError
     from moe_inspect.comparison.loads.compare import LoadComparison
+    from moe_inspect.trace.reader import Trace
 
 OF_PAIRS = (
     "noise",
@@ -67,8 +68,9 @@ def _pair(a: str, b: str, options: CompareOptions) -> None:
         _loads(made, options)
         return
     request = requested(options, TABLES, "agreement")  # after it is known which tables there are
-    with shown("comparing"):
+    with shown(*phases.comparing(made.a), *_written(made.a, options)):
         made.verdict()  # which counts
+        write_files(made, options)
     write(made, request, TABLES)
 
 
@@ -82,8 +84,9 @@ def _loads(made: LoadComparison, options: CompareOptions) -> None:
         for one in text.split(","):
             made.refuse("metric", one.partition("=")[0].strip())
     request = requested(options, LOAD_TABLES, "load_shift")
-    with shown("counting"):
+    with shown(*phases.counting(made.a), *phases.counting(made.b), *_written(made.a, options)):
         made.verdict()
+        write_files(made, options)
     write(made, request, LOAD_TABLES)
 
 
@@ -91,6 +94,7 @@ def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError
     """Two different models, side by side: what was asked for must be there for these."""
     from moe_inspect.comparison.models.compare import compare_models
     from moe_inspect.comparison.models.data import MODEL_TABLES
+    from moe_inspect.trace.reader import open_trace
 
     given = {
         f"the table {options.table!r}": options.table and options.table not in MODEL_TABLES,
@@ -106,14 +110,18 @@ def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError
         )
     request = requested(options, MODEL_TABLES, "verdict")
     selection = {name: value for name, value in _selection(options).items() if name != "layers"}
-    with shown("counting"):
-        made = compare_models(a, b, **selection, top=options.top, reasons=error.reasons)
+    opened = [open_trace(a), open_trace(b)]
+    counted = [cost for trace in opened for cost in phases.counting(trace)]
+    with shown(*counted, *_written(opened[0], options)):
+        made = compare_models(*opened, **selection, top=options.top, reasons=error.reasons)
         made.verdict()
+        write_files(made, options)
     write(made, request, MODEL_TABLES)
 
 
 def _checkpoints(traces: list[str], options: CompareOptions) -> None:
     from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES, compare_checkpoints
+    from moe_inspect.trace.reader import open_trace
 
     given = [name for name in OF_PAIRS if getattr(options, name)]
     if given:
@@ -121,10 +129,20 @@ def _checkpoints(traces: list[str], options: CompareOptions) -> None:
             f"--{given[0].replace('_', '-')} is for two traces, and there are {len(traces)}"
         )
     request = requested(options, CHECKPOINT_TABLES, "saturation")
-    with shown("comparing"):
-        made = compare_checkpoints(traces, **_selection(options))
+    opened = [open_trace(path) for path in traces]
+    costs = [cost for trace in opened[1:] for cost in phases.comparing(trace)]
+    costs += [cost for trace in opened for cost in phases.counting(trace)]
+    with shown(*costs, *_written(opened[0], options)):
+        made = compare_checkpoints(opened, **_selection(options))
         made.verdict()
+        write_files(made, options)
     write(made, request, CHECKPOINT_TABLES)
+
+
+def _written(trace: Trace, options: CompareOptions) -> phases.Costs:
+    """The phases in which pictures and the page are made."""
+    pictures = phases.pictures(5) if options.plots else []
+    return [*pictures, *(phases.page(trace) if options.html else [])]
 
 
 def _selection(options: CompareOptions) -> dict[str, Any]:

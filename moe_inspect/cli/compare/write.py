@@ -64,16 +64,20 @@ def _gates(texts: list[str] | None, above: bool, tables: Mapping[str, Table]) ->
         raise typer.BadParameter(f"{option}: {error}") from None
 
 
-def write(made: Made, request: Request, tables: Mapping[str, Table]) -> None:
-    """Writes what was asked for; exits with 3 where a gate failed."""
-    from moe_inspect.reporting.verdict.gate import breaches
-
-    options, breached = request.options, breaches(made, request.gates, tables)
+def write_files(made: Made, options: CompareOptions) -> None:
+    """The pictures and the page."""
     if options.plots is not None:
         for path in made.save_plots(options.plots):
             print_stderr(f"wrote {path}")
     if options.html is not None:
         print_stderr(f"wrote {made.to_html(options.html)}")
+
+
+def write(made: Made, request: Request, tables: Mapping[str, Table]) -> None:
+    """Writes the text or the table; exits with 3 where a gate failed."""
+    from moe_inspect.reporting.verdict.gate import breaches
+
+    options, breached = request.options, breaches(made, request.gates, tables)
     if request.table is None:
         with text_to(options.output) as file:
             made.write_text(file)

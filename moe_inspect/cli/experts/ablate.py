@@ -109,7 +109,7 @@ def ablate(
     from moe_inspect.model.own import load_object
     from moe_inspect.trace.schema import parse_ranges
 
-    with shown("ablating") as bar:
+    with shown(("ablating", 1)) as bar:
         try:
             done = run(
                 model or "",

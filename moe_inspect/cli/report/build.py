@@ -4,21 +4,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moe_inspect.cli.progress import phases
 from moe_inspect.cli.report.request import Request
 from moe_inspect.progress import phase
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.report import Report
+    from moe_inspect.trace.reader import Trace
 
 
-def build(request: Request) -> tuple[Report, list[str]]:
+def phases_of(trace: Trace, request: Request) -> phases.Costs:
+    """What the command goes through."""
+    from moe_inspect.analysis.counting.select import select
+
+    routers = select(trace, request.selection["layers"]).routers
+    drawn = phases.drawing(trace, routers)
+    found = phases.counting(trace, routers)
+    if request.plots:
+        found += [*drawn, *phases.pictures()]
+    if request.html:
+        # made before, if there are pictures
+        found += [(name, cost / 4) for name, cost in drawn] if request.plots else drawn
+        for simulated in dict.fromkeys(request.simulate):
+            found += phases.simulating(trace, simulated.value)
+        found += phases.page(trace, routers)
+    return found
+
+
+def build(trace: Trace, request: Request) -> tuple[Report, list[str]]:
     """The report with everything counted that was asked for, and a line per gate that failed and
     alarm that its rules raise."""
     from moe_inspect.alarms.of_trace import alarms_of
     from moe_inspect.reporting.report import report as make
     from moe_inspect.reporting.verdict.gate import breaches, gated
 
-    made = make(request.trace, **request.selection)
+    made = make(trace, **request.selection)
     tables = [request.table] if request.table else _tables_of_text(made)
     made.prepare(
         [

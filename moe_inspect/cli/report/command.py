@@ -9,7 +9,7 @@ import typer
 from moe_inspect.cli.emit import Format, format_of
 from moe_inspect.cli.options import TableCommand, with_options
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.report.build import build
+from moe_inspect.cli.report.build import build, phases_of
 from moe_inspect.cli.report.metrics import list_metrics
 from moe_inspect.cli.report.options import ReportOptions
 from moe_inspect.cli.report.request import requested
@@ -30,9 +30,11 @@ def report(options: ReportOptions) -> None:
     # before numpy is imported: with small matrices, threads of a BLAS mostly wait for each other
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     request = requested(options)
-    drawn = ("drawing",) if request.plots or request.html else ()
-    with shown("reading tokens", "counting", "computing", *drawn):
-        made, failed = build(request)
+    from moe_inspect.trace.reader import open_trace
+
+    trace = open_trace(request.trace)
+    with shown(*phases_of(trace, request)):
+        made, failed = build(trace, request)
         write_files(made, request)
     write(made, request)
     for line in failed:

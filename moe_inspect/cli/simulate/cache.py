@@ -68,7 +68,7 @@ def cache(
     one after the other."""
     from moe_inspect.simulate.cache.cache import POLICIES, simulate_cache
 
-    with shown("simulating"):
+    with shown(("simulating cache", 1)):
         simulation = simulate_cache(
             trace,
             slots=numbers(slots, "--slots", int) if slots else None,

@@ -72,7 +72,7 @@ def capacity(
         )
     from moe_inspect.simulate.capacity.capacity import simulate_capacity
 
-    with shown("simulating"):
+    with shown(("simulating capacity", 1)):
         simulation = simulate_capacity(
             trace,
             capacity_factors=numbers(

@@ -54,7 +54,7 @@ def decode(
     documents."""
     from moe_inspect.simulate.decode.decode import simulate_decode
 
-    with shown("simulating"):
+    with shown(("simulating decode", 1)):
         simulation = simulate_decode(
             trace,
             batches=numbers(batch or ["1,8,32,128"], "--batch", int),

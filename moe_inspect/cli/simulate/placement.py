@@ -11,6 +11,7 @@ import typer
 
 from moe_inspect.cli.options import Domains, Layers, OfPhase, with_options
 from moe_inspect.cli.progress import shown
+from moe_inspect.cli.progress.phases import simulating
 from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
@@ -155,10 +156,12 @@ def placement(
     and here the lower number goes first."""
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import ENDINGS, write_plan
+    from moe_inspect.trace.reader import open_trace
 
-    with shown("counting loads", "counting ranks"):
+    opened = open_trace(trace)
+    with shown(*simulating(opened, "placement", minimize is not None)):
         simulation = simulate_placement(
-            trace,
+            opened,
             gpus=gpus,
             nodes=nodes,
             physical_experts=physical_experts,

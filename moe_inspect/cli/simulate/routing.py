@@ -68,7 +68,7 @@ def routing(
     own choices, whether a token's routing depends on later tokens, and when to use each."""
     from moe_inspect.simulate.routing.routing import simulate_routing
 
-    with shown("simulating"):
+    with shown(("simulating routing", 1)):
         simulation = simulate_routing(
             trace,
             algorithms=split(algorithm) or None,

@@ -12,7 +12,7 @@ import typer
 
 from moe_inspect.cli.needs import need_torch, quiet
 from moe_inspect.cli.options import CommitEvery, Dequantize, Loader, RandomInit, Routers
-from moe_inspect.cli.token_progress import TokenProgress
+from moe_inspect.cli.progress.tokens import TokenProgress
 from moe_inspect.cli.trace.arguments import layers_of, routers_of
 from moe_inspect.cli.trace.beside import COMMIT_EVERY_S, Beside
 from moe_inspect.cli.trace.checks import check_engine_options, refuse_early

@@ -23,6 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from moe_inspect.errors import writing
+from moe_inspect.progress import phase
 from moe_inspect.reporting.charts.spec import PALETTE, Chart
 from moe_inspect.reporting.render.payload import packed, panel_json, rows_of, table_json
 from moe_inspect.reporting.verdict.findings import Finding
@@ -128,18 +129,20 @@ def page_html(page: Page) -> str:
     placed = [section for group in groups for section in group.sections]
     lead = _placed(page.lead, set()) if page.lead else None
     in_order = [*([lead] if lead else []), *placed]
-    charts = [one.chart for one in in_order if one.chart is not None]
-    tables = {one.name: table_json(one.table) for one in in_order if one.table is not None}
-    downloads = {
-        one.name: table_json(one.download, len(one.download))
-        for one in in_order
-        if one.download is not None
-    }
-    panels = [panel_json(p) for chart in charts if not chart.interactive for p in chart.panels]
+    advance = phase("writing page", len(in_order) + 1, "sections")
+    tables, downloads, panels = dict[str, Any](), dict[str, Any](), list[Any]()
+    for one in in_order:
+        if one.table is not None:
+            tables[one.name] = table_json(one.table)
+        if one.download is not None:
+            downloads[one.name] = table_json(one.download, len(one.download))
+        if one.chart is not None and not one.chart.interactive:
+            panels += map(panel_json, one.chart.panels)
+        advance(1)
     script, said = "".join(map(asset, SCRIPTS)), _said(page)
     # beside a lead there is room for few; without one they all stand in columns
     gravest, others = (said[:GRAVEST], said[GRAVEST:]) if page.lead else (said, [])
-    return template("page.html").render(
+    written = template("page.html").render(
         page=page,
         lead=lead,
         groups=groups,
@@ -155,6 +158,8 @@ def page_html(page: Page) -> str:
         script=Markup(script),
         payload=packed({"panels": panels, "map": page.map_data, "tables": tables | downloads}),
     )
+    advance(1)
+    return written
 
 
 class Group(NamedTuple):

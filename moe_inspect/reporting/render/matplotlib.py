@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from moe_inspect.errors import writing
+from moe_inspect.progress import phase
 from moe_inspect.reporting.charts.spec import Chart, Panel, Scale, draw_charts
 from moe_inspect.reporting.render.marks import (
     SMALL,
@@ -67,11 +68,12 @@ def write_pictures(data: ReportData, directory: str | Path) -> list[Path]:
     return write_charts(draw_charts(data)[0], directory)
 
 
-def write_charts(charts: Iterable[Chart], directory: str | Path) -> list[Path]:
+def write_charts(charts: Sequence[Chart], directory: str | Path) -> list[Path]:
     """Draws charts as NAME.png and NAME.svg. Returns the files."""
     directory, written = Path(directory), list[Path]()
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
+    advance = phase("writing pictures", len(charts), "pictures")
     for chart in charts:
         with letters():
             figure = draw(chart)
@@ -79,6 +81,7 @@ def write_charts(charts: Iterable[Chart], directory: str | Path) -> list[Path]:
                 with writing(path):
                     path.write_bytes(picture(figure, path.suffix[1:], chart.description))
                 written.append(path)
+        advance(1)
     return written
 
 

@@ -24,7 +24,7 @@ def report_page(data: ReportData, more: Iterable[Section | str] = (), text: Amou
     why one is missing. `text`: documents of each domain on the page, "all", 0 for none; by default
     as many as a megabyte holds."""
     charts, left_out = draw_charts(data)
-    of_text, added = text_section(data, text), list(more)
+    added, of_text = list(more), text_section(data, text)
     lead = next((chart for chart in charts if chart.interactive == "map"), None)
     sections = [
         *([of_text] if isinstance(of_text, Section) else []),

@@ -137,7 +137,7 @@ def _replay(
     sizes, names, tokens = settings.sizes, settings.policies, 0
     kind = Cache if is_small(trace, chosen, 4 * len(names) * len(sizes)) else CompiledCache
     caches = {r: kind(trace.routers[r].experts, sizes, names) for r in chosen}
-    for shard in shards_of(trace, "simulating"):
+    for shard in shards_of(trace, "simulating cache"):
         order_of: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
         tokens += shard.files.tokens
         for r in chosen:

@@ -225,7 +225,7 @@ def _count(trace: Trace, chosen: Sequence[int], settings: Settings) -> Counted:
     F, small = len(settings.factors), is_small(trace, chosen)
     of = {r: RouterDrops(trace.routers[r], settings.factors) for r in chosen}
     counted = Counted(of, [], 0, np.zeros(F, np.int64), np.zeros(F, np.int64))
-    for shard in shards_of(trace, "simulating"):
+    for shard in shards_of(trace, "simulating capacity"):
         table = shard.tokens(["document", "sequence", "batch", "domain"])
         domain_T = _domains(table, counted.domains)
         hit_T, lost_T = np.zeros(len(domain_T), np.uint8), np.zeros(len(domain_T), np.uint8)

@@ -114,7 +114,7 @@ def simulate_decode(
     chosen, decoded = _with_phase(trace, selection)
     steps = {r: Steps(trace.routers[r].experts, sizes) for r in chosen.routers}
     small, first_of = is_small(trace, chosen.routers, len(sizes)), dict[tuple[str, int, int], int]()
-    for shard in shards_of(trace, "simulating"):
+    for shard in shards_of(trace, "simulating decode"):
         of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for r in chosen.routers:
             if (stack := trace.routers[r].stack) not in of_stack:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.sizes import text_config
+from moe_inspect.progress import phase as begun
 from moe_inspect.simulate.placement.layouts import Hardware, Plans, layouts_of
 from moe_inspect.simulate.placement.policies.policies import FORMER_NAMES, POLICIES
 from moe_inspect.simulate.placement.ranks_reached import ranks_reached, reach_fewer
@@ -97,11 +100,11 @@ def simulate_placement(
     else:
         windows = fit_windows_of(trace, selection, fit_share, window)
         loads = loads_of(trace, selection, windows, small)
-    of = {
-        (r, name): POLICIES[name](loads[r][: windows.fit], layouts[r])
-        for r in selection.routers
-        for name in settings.policies
-    }
+    of, advance = dict[tuple[int, str], np.ndarray](), begun("placing", len(layouts), "routers")
+    for r in selection.routers:
+        for name in settings.policies:
+            of[r, name] = POLICIES[name](loads[r][: windows.fit], layouts[r])
+        advance(1)
     plans = Plans(trace, selection, windows, layouts, loads, of)
     if settings.fewer_ranks:
         reach_fewer(plans, "local-search", slack)

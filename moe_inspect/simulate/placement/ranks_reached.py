@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moe_inspect.progress import phase
 from moe_inspect.simulate.placement import kernels_numpy
 from moe_inspect.simulate.placement.layouts import Plans
 from moe_inspect.simulate.placement.policies.layout import shares
@@ -91,6 +92,7 @@ def reach_fewer(plans: Plans, policy: str, slack: float) -> None:
     samples: dict[int, list[np.ndarray]] = {r: [] for r in plans.selection.routers}
     for r, ids_KT, window_T in decisions(plans.trace, plans.selection, windows, "sampling"):
         samples[r].append(ids_KT[:, window_T < windows.fit][:, ::step])
+    advance = phase("exchanging", len(samples), "routers")
     for r, parts in samples.items():
         ids_KM = np.ascontiguousarray(np.concatenate(parts, axis=1))
         layout, load_E = plans.layouts[r], plans.loads[r][: windows.fit].sum(0)
@@ -101,6 +103,7 @@ def reach_fewer(plans: Plans, policy: str, slack: float) -> None:
         plans.of[r, policy] = fewer_reached(
             plans.of[r, policy], layout.gpus, load_E, ids_KM, best * (1 + slack)
         )
+        advance(1)
 
 
 def fewer_reached(

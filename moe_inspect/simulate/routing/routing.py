@@ -69,7 +69,7 @@ def simulate_routing(
     half_of = halves(trace)
     # algorithms that learn are fitted on one half of the documents and evaluated on the other
     held_out = half_of.nunique() == 2
-    advance, runs_of = phase("simulating", len(chosen), "routers"), dict[int, list[Run]]()
+    advance, runs_of = phase("simulating routing", len(chosen), "routers"), dict[int, list[Run]]()
     for r in chosen:
         runs_of[r] = _run(trace, r, settings, half_of, held_out)
         advance(1)

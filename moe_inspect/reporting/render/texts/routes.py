@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.progress import phase
 from moe_inspect.reporting.render.texts.documents import selected_rows
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
@@ -86,10 +87,13 @@ def read_routes(
     shard."""
     T = len(tokens.row_T)
     found = [empty_routes(trace.routers[r], T, trace.has_weights) for r in routers]
-    for s in np.unique(tokens.shard_T).tolist():
+    numbers = np.unique(tokens.shard_T).tolist()
+    advance = phase("reading text", len(numbers), "shards")
+    for s in numbers:
         at = np.flatnonzero(tokens.shard_T == s)
         for routes, r in zip(found, routers, strict=True):
             fill_routes(routes, shards[s], r, tokens.row_T[at], at)
+        advance(1)
     return found
 
 
