@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
-    from moe_inspect.api import ablate, intervene, record, trace_engine, trace_model
+    from moe_inspect.api import (
+        ablate,
+        describe_weights,
+        intervene,
+        record,
+        trace_engine,
+        trace_model,
+    )
     from moe_inspect.capture.hook.probe import probe
     from moe_inspect.capture.options import EngineOptions, TraceOptions
     from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
@@ -63,6 +70,7 @@ __all__ = [
     "compare_checkpoints",
     "compare_models",
     "describe",
+    "describe_weights",
     "export_trace",
     "import_trace",
     "intervene",
@@ -103,6 +111,7 @@ _HOMES = {
     "compare_checkpoints": "moe_inspect.comparison.checkpoints",
     "compare_models": "moe_inspect.comparison.models.compare",
     "describe": "moe_inspect.model.describe",
+    "describe_weights": "moe_inspect.api",
     "export_trace": "moe_inspect.exporters.run",
     "import_trace": "moe_inspect.importers.run",
     "intervene": "moe_inspect.api",

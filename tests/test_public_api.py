@@ -25,6 +25,7 @@ TYPES = {
     "moe_inspect.record(model, counts_only=True).balance()": "DataFrame",
     "moe_inspect.record": "every: int",
     "moe_inspect.describe(path)": "Description",
+    "moe_inspect.describe_weights(path)": "dict[str, DataFrame]",
     "moe_inspect.verify(path)": "Verification",
     "moe_inspect.trace_model(path, path, batch_tokens=500)": "Trace",
     "moe_inspect.simulate_cache(trace)": "Simulation",

@@ -1,4 +1,5 @@
-"""`moe-inspect describe`: parameters, memory and FLOPs of a model, without its weights."""
+"""`moe-inspect describe`: parameters, memory and FLOPs of a model, without its weights; or what its
+weights say of its routers and experts."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.cli.needs import need_torch, quiet
+from moe_inspect.cli.progress import shown
 
 
 class Gpu(StrEnum):
@@ -17,6 +19,11 @@ class Gpu(StrEnum):
     h100 = "h100"
     h200 = "h200"
     b200 = "b200"
+
+
+class WeightTable(StrEnum):
+    routers = "routers"
+    experts = "experts"
 
 
 def describe(
@@ -28,6 +35,19 @@ def describe(
             show_default=False,
         ),
     ],
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights",
+            help="Instead: what the weights (safetensors) say of each router and expert.",
+        ),
+    ] = False,
+    table: Annotated[
+        WeightTable,
+        typer.Option(
+            help="With --weights: the geometry of routers, or AIMER and norms of experts."
+        ),
+    ] = WeightTable.routers,
     context: Annotated[
         int | None,
         typer.Option(
@@ -101,7 +121,8 @@ def describe(
     """Show the parameters, memory and FLOPs of a model.
 
     Reads no weights: a config is enough. Active parameters are those that a token is computed with:
-    of each router's experts, its top k."""
+    of each router's experts, its top k. With --weights it reads them, needs no torch, and shows how
+    alike the rows of each router are, or AIMER of each expert."""
     if (mfu or gpu_hours) and train_tokens is None:
         raise typer.BadParameter("--mfu and --gpu-hours are about training: add --train-tokens")
     form = format or format_of(output)
@@ -109,6 +130,17 @@ def describe(
         raise typer.BadParameter(
             f"-o {output}: no format has this ending, add --format {', '.join(Format)}"
         )
+    if weights:
+        if context or train_tokens:
+            raise typer.BadParameter(
+                "--weights counts no FLOPs: leave out --context, --train-tokens"
+            )
+        from moe_inspect.api import describe_weights
+
+        with shown("reading weights"):
+            found = describe_weights(model, revision=revision)[table.value]
+        emit(found, form, output, safe_csv)
+        return
     need_torch()
     quiet()
     from moe_inspect.model.describe import describe as make
@@ -124,5 +156,5 @@ def describe(
             for n, (_, _, text) in enumerate(training):
                 print(f"{'' if n else 'train':<8}{text}", file=file)
         return
-    table = describe_table(made, training)
-    emit(table.drop(columns="value") if form is Format.table else table, form, output, safe_csv)
+    facts = describe_table(made, training)
+    emit(facts.drop(columns="value") if form is Format.table else facts, form, output, safe_csv)

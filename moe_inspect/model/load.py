@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 from moe_inspect.model.config import read_config
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
@@ -52,6 +52,27 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
             f"cannot load model {name!r}: there is no such directory, it is not in the cache, "
             f"and HF_HUB_OFFLINE is set: {HOW_TO_NAME}"
         )
+
+
+def checkpoint_dir(name: str, revision: str | None = None) -> Path:
+    """Where the safetensors files of a model are; those of the hub are downloaded into its cache.
+    MoeInspectError where they cannot be had."""
+    directory = Path(model_location(name))
+    if directory.is_dir():
+        return directory
+    if find_spec("huggingface_hub") is None:
+        raise MoeInspectError(f"no directory {name}; for models of the hub: {INSTALL_TRACE}")
+    refuse_unless_found(name, revision)
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = snapshot_download(name, revision=revision, allow_patterns=["*.safetensors"])
+    # the hub's client raises anything, which is the user's: a wrong name, no network, no access
+    except Exception as error:
+        raise MoeInspectError(
+            f"cannot load the weights of {name!r}: {first_line(error).rstrip('.')}: {HOW_TO_NAME}"
+        ) from error
+    return Path(files)
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

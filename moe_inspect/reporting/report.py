@@ -36,6 +36,7 @@ def report(
     phase: str | None = None,
     top: int = 20,
     window: int | None = None,
+    weights: str | Path | None = None,
     thresholds: Mapping[str, float] | None = None,
     scheduler: object = None,
     progress: Callable[[int], None] | None = None,
@@ -44,7 +45,8 @@ def report(
     "decode" or "encode".
 
     `top`: token ids per expert in `vocabulary`, and partners per expert in tables of pairs; 0 for
-    all. `window`: tokens per window, by default a 64th of the trace. `thresholds`: of the verdict,
+    all. `window`: tokens per window, by default a 64th of the trace. `weights`: the
+    directory of the model's safetensors, for AIMER in `worth`. `thresholds`: of the verdict,
     {"uneven": 0.3}. `scheduler`: address of a dask.distributed cluster. `progress` is called with
     the number of decisions read. Raises MoeInspectError where there is no such trace, layer, domain
     or threshold."""
@@ -54,6 +56,7 @@ def report(
         select(trace, layers, domains, phase),
         top=top,
         window=window,
+        weights=weights,
         thresholds=thresholds,
         scheduler=scheduler,
         progress=progress,

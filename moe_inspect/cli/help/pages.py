@@ -147,12 +147,14 @@ PAGES = {
     "describe": Page(
         {
             "Training": ("train_tokens", "gpu", "mfu", "gpu_hours"),
+            "Weights": ("weights", "table"),
             "Output": _OUTPUT,
             "Model": ("revision", "trust_remote_code"),
         },
         (
             "describe allenai/OLMoE-1B-7B-0924",
             "describe config.json --train-tokens 2e12 --mfu 0.4",
+            "describe demo --weights --table experts",
         ),
     ),
     "import": Page(

@@ -103,6 +103,14 @@ class ReportOptions:
             show_default=False,
         ),
     ] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --table worth: read AIMER from these weights, a directory or a hub id.",
+            show_default=False,
+        ),
+    ] = None
     threshold: Annotated[
         list[str] | None,
         typer.Option(

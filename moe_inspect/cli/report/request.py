@@ -47,6 +47,8 @@ def requested(options: ReportOptions) -> Request:
             "--simulate takes all tokens and adds to a page: give it with --html, without --domain "
             "and --phase"
         )
+    if options.weights and options.table != "worth":
+        raise typer.BadParameter("--weights adds a column to one table: add --table worth")
     return Request(
         trace=options.trace,
         full=options.full,
@@ -64,6 +66,7 @@ def requested(options: ReportOptions) -> Request:
             "phase": options.phase and options.phase.value,
             "top": options.top,
             "window": options.window,
+            "weights": options.weights and _checkpoint(options.weights),
             "thresholds": dict(_threshold(text) for text in options.threshold or []),
             "scheduler": options.scheduler,
         },
@@ -93,6 +96,12 @@ def _format(table: str | None, form: Format | None, output: Path | None) -> Form
         asked = f"--format {form}" if form else f"-o {output}"
         raise typer.BadParameter(f"{asked} needs one table: add --table {', '.join(TABLES)}")
     return chosen
+
+
+def _checkpoint(model: str) -> Path:
+    from moe_inspect.model.load import checkpoint_dir
+
+    return checkpoint_dir(model)
 
 
 def _threshold(text: str) -> tuple[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +43,7 @@ class ReportData:
         *,
         top: int = 20,
         window: int | None = None,
+        weights: str | Path | None = None,
         thresholds: Mapping[str, float] | None = None,
         scheduler: object = None,
         progress: Callable[[int], None] | None = None,
@@ -53,7 +55,7 @@ class ReportData:
         if window is not None and window < 1:
             raise MoeInspectError(f"window is {window}: give the tokens per window, 1 or more")
         self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
-        self.window, self.scheduler = window, scheduler
+        self.window, self.scheduler, self.weights = window, scheduler, weights
         self.thresholds: Thresholds = thresholds_with(thresholds)
         self.tables: Mapping[str, pd.DataFrame] = LazyTables(self)
         self.made: dict[object, Any] = {}  # function → its result, see `once`

@@ -14,6 +14,7 @@ from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import worth as of_outputs
 from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.weights.measure import aimer_of
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import table
 
@@ -22,7 +23,8 @@ from moe_inspect.reporting.tables.registry import table
 def worth(data: ReportData) -> pd.DataFrame:
     """One row per expert: its assignments and gate weights, and by the norms of its outputs REAP,
     EAN, mean norm and share, with 95 % intervals over documents; whether it is a super expert, by
-    the peaks; and on how many domains it was judged. NaN where the trace lacks what it takes."""
+    the peaks; on how many domains it was judged; and AIMER, by the model's weights. NaN where the
+    trace lacks what it takes, or no weights are given."""
     counts = data.decisions("worth")
     weights_RU = unc.resample_weights(counts.domain_of_unit_U)
     parts = [_of_router(counts, r, weights_RU) for r in counts.indices]
@@ -34,6 +36,10 @@ def worth(data: ReportData) -> pd.DataFrame:
         layers = np.array([counts.routers[r].layer for r in counts.indices])
         is_super = of_outputs.super_experts(known, layers, data.trace.blocks)
         found["super_expert"] = pd.array(np.concatenate(is_super), dtype="boolean")
+    found["aimer"] = np.nan
+    if data.weights is not None:
+        aimer = aimer_of(data.weights, counts.routers, counts.indices)
+        found["aimer"] = np.concatenate([aimer[r] for r in counts.indices])
     return found
 
 

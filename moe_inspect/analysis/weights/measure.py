@@ -1,0 +1,199 @@
+"""What the weights of a model say of its routers and experts, without running it: tables `routers`
+(the geometry of each router's rows) and `experts`.
+
+L routers, E experts, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.metrics.uncertainty import SEED
+from moe_inspect.analysis.weights.routed import RoutedPlace, routed_places
+from moe_inspect.analysis.weights.stored import Stored, tensors_in
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.progress import phase
+from moe_inspect.trace.schema import Router
+
+DRAWS = 5  # of random rows
+GEOMETRY = (
+    "cosine_mean",
+    "cosine_max",
+    "cosine_max_random",
+    "effective_rank",
+    "effective_rank_random",
+    "row_norm_mean",
+    "row_norm_min",
+    "row_norm_max",
+)
+
+
+def places_in(directory: str | Path) -> list[RoutedPlace]:
+    """Every router of a checkpoint with its experts. MoeInspectError where none is found."""
+    found = routed_places(tensors_in(directory))
+    if not found:
+        raise MoeInspectError(
+            f"no experts among the tensors in {directory}: it is a dense model, or its names are "
+            "not known here"
+        )
+    return found
+
+
+def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables `routers` and `experts` of the safetensors checkpoint in a directory.
+
+    routers: a row per router: the cosines of pairs of its rows (mean and largest), their effective
+    rank and norms; beside random rows of the same shape. experts: a row per expert: the number of
+    its weights, AIMER, the norm of its weights, the norm of its row of the router, and the expert
+    whose row is nearest. NaN where weights are quantised, or a router has no row per expert."""
+    places = places_in(directory)
+    advance = phase("reading weights", len(places), "routers")
+    routers, experts = list[dict[str, Any]](), list[pd.DataFrame]()
+    for r, place in enumerate(places):
+        shape: dict[str, Any] = {"layer": place.layer, "router": r}
+        rows_EH = rows_of(place)
+        geometry: dict[str, Any] = {"hidden": None, **dict.fromkeys(GEOMETRY, float("nan"))}
+        if rows_EH is not None:
+            geometry = {"hidden": rows_EH.shape[1], **geometry_of(rows_EH)}
+        routers.append({**shape, "experts": place.experts, **geometry})
+        aimer_E, norm_E = aimer_and_norm(place)
+        of_experts: dict[str, Any] = {
+            "expert": np.arange(place.experts),
+            "weights": [sum(n for _, _, n in of) for of in place.of_expert],
+            "aimer": aimer_E,
+            "weight_norm": norm_E,
+            **_rows_by_expert(rows_EH, place.experts),
+        }
+        experts.append(pd.DataFrame({**shape, **of_experts}))
+        advance(1)
+    return {
+        "routers": pd.DataFrame(routers).astype({"hidden": "Int64"}),
+        "experts": pd.concat(experts, ignore_index=True).astype({"nearest": "Int64"}),
+    }
+
+
+def aimer_of(
+    directory: str | Path, routers: Sequence[Router], indices: Iterable[int]
+) -> dict[int, np.ndarray]:
+    """AIMER of the experts of these routers of a trace, float64 [E] each, by the checkpoint of its
+    model; NaN where that has no such experts, or they are quantised. Routers are those of the same
+    layer, in its order. MoeInspectError where none is the same."""
+    stacks = any(router.stack for router in routers)
+    places = dict[tuple[str, int], list[RoutedPlace]]()
+    for place in places_in(directory):
+        places.setdefault((place.stack if stacks else "", place.layer), []).append(place)
+    chosen, same = list(indices), dict[int, RoutedPlace]()
+    for r in chosen:
+        at = routers[r].stack, routers[r].layer
+        there = [i for i, other in enumerate(routers) if (other.stack, other.layer) == at]
+        mine = places.get(at, [])
+        if len(mine) == len(there) and mine[there.index(r)].experts == routers[r].experts:
+            same[r] = mine[there.index(r)]
+    if not same:
+        raise MoeInspectError(
+            f"the weights in {directory} are not of this trace's model: no router of the same "
+            "layer has as many experts"
+        )
+    advance = phase("reading weights", len(same), "routers")
+    found = {r: np.full(routers[r].experts, np.nan) for r in chosen}
+    for r, place in same.items():
+        found[r], _ = aimer_and_norm(place)
+        advance(1)
+    return found
+
+
+def aimer_and_norm(place: RoutedPlace) -> tuple[np.ndarray, np.ndarray]:
+    """AIMER = mean |w| ÷ root mean square of w over all the weights of an expert (biases left
+    out), and √Σw². float64 [E], twice; NaN where they are quantised or all 0. AIMER is in (0, 1]: 1
+    where all are equally large, √(2/π) = 0.798 where they are Gaussian, less where few stand out.
+    arXiv:2603.18492."""
+    sums_E2 = np.full((place.experts, 2), np.nan)
+    count_E = np.array([sum(n for _, _, n in of) for of in place.of_expert])
+    for e, parts in enumerate(place.of_expert):
+        if all(tensor.readable for tensor, _, _ in parts):
+            sums_E2[e] = np.sum([_sums(*part) for part in parts], axis=0)
+    absolute_E, square_E = sums_E2.T
+    square_E = np.where(square_E > 0, square_E, np.nan)
+    return absolute_E / np.sqrt(count_E * square_E), np.sqrt(square_E)
+
+
+def _sums(tensor: Stored, first: int, count: int) -> tuple[float, float]:
+    """Σ|w| and Σw²."""
+    absolute = square = 0.0
+    for piece in tensor.pieces(first, count):
+        absolute += float(np.abs(piece).sum(dtype=np.float64))
+        square += float(np.square(piece, dtype=np.float64).sum())
+    return absolute, square
+
+
+def rows_of(place: RoutedPlace) -> np.ndarray | None:
+    """The router's rows, float64 [E, H]; rows beyond its experts (of experts that do nothing) are
+    left out. None where it has none, or they are quantised."""
+    if place.rows is None or not place.rows.readable:
+        return None
+    return place.rows.whole()[: place.experts]
+
+
+def geometry_of(rows_EH: np.ndarray) -> dict[str, float]:
+    """The columns GEOMETRY of a router. After arXiv:2605.12476."""
+    cosine_max, rank = random_geometry(*rows_EH.shape)
+    norm_E = np.sqrt((rows_EH**2).sum(1))
+    cosine_P = cosines(rows_EH)[np.triu_indices(len(rows_EH), 1)]
+    known = bool(np.isfinite(cosine_P).any())
+    return {
+        "cosine_mean": float(np.nanmean(cosine_P)) if known else float("nan"),
+        "cosine_max": float(np.nanmax(cosine_P)) if known else float("nan"),
+        "cosine_max_random": cosine_max,
+        "effective_rank": effective_rank(rows_EH),
+        "effective_rank_random": rank,
+        "row_norm_mean": float(norm_E.mean()),
+        "row_norm_min": float(norm_E.min()),
+        "row_norm_max": float(norm_E.max()),
+    }
+
+
+def cosines(rows_EH: np.ndarray) -> np.ndarray:
+    """Of each pair of rows, [E, E]; NaN with a row of zeros."""
+    norm_E1 = np.sqrt((rows_EH**2).sum(1, keepdims=True))
+    unit_EH = rows_EH / np.where(norm_E1 > 0, norm_E1, np.nan)
+    return unit_EH @ unit_EH.T
+
+
+def effective_rank(rows_EH: np.ndarray) -> float:
+    """exp of the entropy of the singular values' shares: in [1, min(E, H)], how many directions the
+    rows make use of (Roy and Vetterli 2007). NaN where all are 0."""
+    value_N = np.linalg.svd(rows_EH, compute_uv=False)
+    if not value_N.sum() > 0:
+        return float("nan")
+    share_N = value_N / value_N.sum()
+    return float(np.exp(-(share_N * np.log(np.where(share_N > 0, share_N, 1))).sum()))
+
+
+@lru_cache(maxsize=32)
+def random_geometry(E: int, H: int) -> tuple[float, float]:
+    """cosine_max and effective_rank of independent Gaussian rows, their means over DRAWS."""
+    rng = np.random.default_rng([SEED, E, H])
+    draws = [rng.standard_normal((E, H)) for _ in range(DRAWS)]
+    upper = np.triu_indices(E, 1)
+    most = np.mean([cosines(rows_EH)[upper].max() for rows_EH in draws])
+    return float(most), float(np.mean([effective_rank(rows_EH) for rows_EH in draws]))
+
+
+def _rows_by_expert(rows_EH: np.ndarray | None, E: int) -> dict[str, Any]:
+    if rows_EH is None:
+        return {"row_norm": np.full(E, np.nan), "nearest": pd.NA, "nearest_cosine": np.nan}
+    cosine_EE = np.nan_to_num(cosines(rows_EH), nan=-2)
+    np.fill_diagonal(cosine_EE, -3)
+    nearest_E = cosine_EE.argmax(1)
+    most_E = cosine_EE.max(1)
+    return {
+        "row_norm": np.sqrt((rows_EH**2).sum(1)),
+        "nearest": pd.array(nearest_E, "Int64"),
+        "nearest_cosine": np.where(most_E >= -1.5, most_E, np.nan),
+    }

@@ -1,0 +1,208 @@
+"""What the weights say: found in the checkpoints of every family as transformers writes them, equal
+to what torch makes of the model's own parameters, without torch and in pieces."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import moe_inspect
+from moe_inspect.analysis.weights import stored
+from moe_inspect.analysis.weights.measure import (
+    aimer_and_norm,
+    effective_rank,
+    geometry_of,
+    places_in,
+    random_geometry,
+    rows_of,
+)
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.find import find_routers
+from tests import zoo
+from tests.conftest import Cli
+from tests.families import FAMILIES, build
+from tests.synthetic import uniform_ids, write_trace
+
+# in all of these transformers packs, splits, renames or transposes what is stored
+OTHERS = ("dbrx", "jetmoe", "step3p7", "gemma4", "switch_transformers", "zaya", "aria")
+SPLIT = ("gate_up_proj", "down_proj")
+
+
+def saved(model: Any, path: Path) -> Path:
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_found_and_measured(family: str, tmp_path: Path):
+    """By torch, of the parameters of the model in memory."""
+    model = build(family)
+    places, sites = places_in(saved(model, tmp_path)), find_routers(model)
+    assert [(p.layer, p.experts) for p in places] == [(s.layer, s.experts) for s in sites]
+    for place, site in zip(places, sites, strict=True):
+        rows_EH = rows_of(place)
+        assert rows_EH is not None
+        assert site.logits_module is not None
+        weights = [p for n, p in site.logits_module.named_parameters() if p.dim() == 2]
+        assert any(torch.equal(w.double(), torch.from_numpy(rows_EH)) for w in weights)
+        experts = model.get_submodule(f"{site.path.rpartition('.')[0]}.experts")
+        matrices = [p.detach().double() for p in experts.parameters() if p.dim() == 3]
+        assert matrices
+        aimer_E, norm_E = aimer_and_norm(place)
+        for e in range(site.experts):
+            w = torch.cat([m[e].flatten() for m in matrices])
+            assert norm_E[e] == pytest.approx(w.norm().item(), rel=1e-9)
+            assert aimer_E[e] == pytest.approx((w.abs().mean() / w.square().mean().sqrt()).item())
+        assert len(set(np.round(aimer_E, 9))) == site.experts  # no expert for another
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_experts_that_are_stored_otherwise(family: str, tmp_path: Path):
+    model = zoo.build(family)
+    places, sites = places_in(saved(model, tmp_path)), find_routers(model)
+    assert [(p.layer, p.experts) for p in places] == [(s.layer, s.experts) for s in sites]
+    assert all((rows_of(p) is None) == (family == "zaya") for p in places)
+    assert all(np.isfinite(aimer_and_norm(p)[0]).all() for p in places)
+    # every weight of the experts is in one of them
+    weights = sum(n for p in places for of in p.of_expert for _, _, n in of)
+    assert weights == sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if ("experts" in n or "_linear" in n)
+        and "shared" not in n
+        and "router" not in n
+        and not n.endswith("bias")
+        and p.dim() > 1
+    )
+
+
+def test_bf16_fp16_and_several_files_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = build("olmoe", torch.bfloat16)
+    whole = moe_inspect.describe_weights(str(saved(model, tmp_path / "a")))
+    want = model.model.layers[1].mlp.experts.down_proj.detach().double()
+    monkeypatch.setattr(stored, "PIECE", 100)
+    model.save_pretrained(tmp_path / "b", max_shard_size="20KB")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
+    pieces = moe_inspect.describe_weights(str(tmp_path / "b"))
+    for name in ("routers", "experts"):
+        pd.testing.assert_frame_equal(whole[name], pieces[name])
+    place = places_in(tmp_path / "b")[1]
+    down = [t for t, _, _ in place.of_expert[3] if t.shape == tuple(want[3].shape)]
+    assert any(np.array_equal(t.whole(), want[3].numpy()) for t in down)
+    model.half().save_pretrained(tmp_path / "c")
+    half = moe_inspect.describe_weights(str(tmp_path / "c"))["experts"]
+    assert half["aimer"].tolist() == pytest.approx(whole["experts"]["aimer"].tolist(), rel=1e-4)
+
+
+def test_the_bundled_model():
+    tables = moe_inspect.describe_weights("demo")
+    assert tables["routers"][["layer", "router", "experts"]].to_numpy().tolist() == [
+        [r, r, 8] for r in range(4)
+    ]
+    assert len(tables["experts"]) == 32
+    assert tables["experts"]["aimer"].between(0.75, 0.8).all()  # nearly Gaussian: 0.798
+    assert (tables["experts"]["nearest"] != tables["experts"]["expert"]).all()
+
+
+def test_geometry_by_hand():
+    found = geometry_of(np.array([[3.0, 0, 0, 0], [0, 4, 0, 0], [1, 1, 0, 0]]))
+    assert found["cosine_max"] == pytest.approx(2**-0.5)
+    assert found["cosine_mean"] == pytest.approx(2 * 2**-0.5 / 3)
+    assert (found["row_norm_min"], found["row_norm_max"]) == (pytest.approx(2**0.5), 4)
+    assert effective_rank(np.eye(5, 9)) == pytest.approx(5)
+    assert effective_rank(np.ones((5, 9))) == pytest.approx(1)
+    assert np.isnan(effective_rank(np.zeros((2, 3))))
+    assert np.isnan(geometry_of(np.zeros((3, 4)))["cosine_max"])
+
+
+def test_random_rows_are_what_chance_gives():
+    rng = np.random.default_rng(9)
+    most, rank = random_geometry(16, 64)
+    drawn = [geometry_of(rng.standard_normal((16, 64)) * 0.02) for _ in range(40)]
+    assert most == pytest.approx(np.mean([d["cosine_max"] for d in drawn]), rel=0.1)
+    assert rank == pytest.approx(np.mean([d["effective_rank"] for d in drawn]), rel=0.02)
+    assert np.mean([d["cosine_mean"] for d in drawn]) == pytest.approx(0, abs=0.01)
+
+
+def test_quantised_experts_are_nan_and_their_router_is_read(tmp_path: Path):
+    tensors = {"model.layers.0.mlp.gate.weight": torch.randn(4, 16)}
+    for e in range(4):
+        tensors[f"model.layers.0.mlp.experts.{e}.down_proj.weight"] = torch.zeros(
+            16, 8, dtype=torch.float8_e4m3fn
+        )
+    save_file(tensors, tmp_path / "model.safetensors")
+    tables = moe_inspect.describe_weights(str(tmp_path))
+    assert tables["experts"]["aimer"].isna().all()
+    assert tables["experts"]["row_norm"].notna().all()
+    assert tables["routers"]["effective_rank"].notna().all()
+
+
+def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MoeInspectError, match=r"no weights in .*empty: it needs \*.safetensors"):
+        moe_inspect.describe_weights(str(tmp_path / "empty"))
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}, tmp_path / "a.safetensors")
+    with pytest.raises(MoeInspectError, match="no experts among the tensors"):
+        moe_inspect.describe_weights(str(tmp_path))
+    for n, content in enumerate((b"", b"\x05\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]", b"x" * 99)):
+        path = tmp_path / f"broken{n}"
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(content)
+        with pytest.raises(MoeInspectError, match="is no safetensors file"):
+            moe_inspect.describe_weights(str(path))
+    saved(build("mixtral"), tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50_000])
+    with pytest.raises(MoeInspectError, match="ends before its tensors"):
+        moe_inspect.describe_weights(str(tmp_path / "cut"))
+
+
+def test_it_needs_no_torch():
+    program = (
+        "import sys, moe_inspect; moe_inspect.describe_weights('demo'); "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# --- the commands
+
+
+def test_describe_weights_as_tables(cli_here: Cli):
+    routers = cli_here("describe", "demo", "--weights", "--format", "json")
+    rows = [json.loads(line) for line in routers.stdout.splitlines()]
+    assert [row["router"] for row in rows] == [0, 1, 2, 3]
+    assert 0 < rows[0]["effective_rank"] <= 8
+    experts = cli_here("describe", "demo", "--weights", "--table", "experts", "--format", "csv")
+    assert len(experts.stdout.splitlines()) == 33
+    wrong = cli_here("describe", "demo", "--weights", "--context", "9", check=2)
+    assert "leave out --context" in wrong.stderr
+
+
+def test_worth_takes_aimer_from_the_weights(cli_here: Cli):
+    sample = Path("sample_traces/balanced").absolute()
+    want = moe_inspect.describe_weights("demo")["experts"]["aimer"].tolist()
+    out = cli_here("report", sample, "--table", "worth", "--weights", "demo", "--format", "json")
+    rows = [json.loads(line) for line in out.stdout.splitlines()]
+    assert [row["aimer"] for row in rows] == want
+    assert moe_inspect.report(sample).tables["worth"]["aimer"].isna().all()
+    wrong = cli_here("report", sample, "--weights", "demo", check=2)
+    assert "add --table worth" in wrong.stderr
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path):
+    ids = [uniform_ids(np.random.default_rng(1), 100, 12, 2)] * 2
+    trace = write_trace(tmp_path / "t", ids, 12)
+    made = moe_inspect.report(trace, weights=saved(build("mixtral"), tmp_path / "m"))
+    with pytest.raises(MoeInspectError, match="are not of this trace's model"):
+        made.tables["worth"]
