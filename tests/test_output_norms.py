@@ -224,3 +224,48 @@ def test_super_experts_are_early_among_all_blocks_of_the_model(tmp_path: Path) -
     longer = moe_inspect.open_trace(tmp_path / "t")
     worth: Any = moe_inspect.report(longer).tables["worth"]
     assert worth.loc[worth["peak"].idxmax(), "super_expert"]
+
+
+def test_the_worth_of_experts_is_compared_over_the_tokens_of_both(tmp_path: Path) -> None:
+    """Two dtypes, and of one trace a part of the text: each figure from the rows of both."""
+    options: dict[str, Any] = {"output_norms": True, "batch_tokens": 512}
+    a = moe_inspect.trace_model("demo", tmp_path / "a", max_tokens=3000, **options)
+    b = moe_inspect.trace_model(
+        "demo", tmp_path / "b", max_tokens=2000, dtype="float32", random_init=0, **options
+    )
+    made: Any = moe_inspect.compare(a, b)
+    table = made.tables["worth"]
+    assert len(table) == 4 * 8
+    tokens = [t.tokens()[["token", "document", "position"]] for t in (a, b)]
+    both = tokens[0].merge(tokens[1], on=["document", "position"], suffixes=("_a", "_b"))
+    assert len(both) < a.n_tokens, "control: not all are compared"
+    sides = [t.routing().set_index(["router", "token"]) for t in (a, b)]
+    for _, row in table.iterrows():
+        e, found = int(row["expert"]), {}
+        for side, name in zip(sides, "ab", strict=True):
+            of = side.loc[row["router"]].loc[both[f"token_{name}"]]
+            ids, gate, norm = (
+                of[[f"{value}_{j}" for j in range(2)]].to_numpy(float)
+                for value in ("expert", "weight", "norm")
+            )
+            found[name] = ids, norm
+            assert row[f"assignments_{name}"] == (ids == e).sum()
+            assert row[f"reap_{name}"] == pytest.approx((gate * norm)[ids == e].mean(), rel=1e-5)
+            assert row[f"mean_norm_{name}"] == pytest.approx(norm[ids == e].mean(), rel=1e-5)
+            share = (gate * norm)[ids == e].sum() / (gate * norm).sum()
+            assert row[f"share_{name}"] == pytest.approx(share, rel=1e-5)
+        change = row["mean_norm_b"] / row["mean_norm_a"] - 1
+        assert row["norm_change"] == pytest.approx(change)
+        assert row["norm_change_low"] < change < row["norm_change_high"]
+        ids_a, ids_b = (ids for ids, _ in found.values())
+        chosen = (ids_a == e).any(1) & (ids_b == e).any(1)
+        in_a, in_b = (np.where(i == e, n, 0).sum(1)[chosen] for i, n in found.values())
+        assert row["both"] == chosen.sum()
+        difference = np.abs(in_a - in_b).sum() / in_a.sum()
+        assert row["norm_difference"] == pytest.approx(difference, rel=1e-4)
+    same: Any = moe_inspect.compare(a, a)
+    assert (same.tables["worth"][["reap_change", "norm_change", "norm_difference"]] == 0).all(None)
+    bare = moe_inspect.trace_model("demo", tmp_path / "bare", max_tokens=300, batch_tokens=512)
+    without: Any = moe_inspect.compare(a, bare)
+    assert list(without.tables["worth"]) == list(table)
+    assert len(without.tables["worth"]) == 0

@@ -21,6 +21,7 @@ from moe_inspect.comparison.aligning.rows import all_alike
 from moe_inspect.comparison.counting.confidence import Margins, margins
 from moe_inspect.comparison.counting.count import Job, count_pair
 from moe_inspect.comparison.counting.counts import PairCounts, RouterCounts
+from moe_inspect.comparison.counting.outputs import OutputSums, output_sums
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import LazyTables, Table
 from moe_inspect.trace.manifest import refuse_while_written
@@ -103,8 +104,8 @@ class PairData:
         return misalignments((self.a, self.b), self.alignment, self.pairs, self.selection.routers)
 
     @cached_property
-    def counts(self) -> PairCounts:
-        job = Job(
+    def _job(self) -> Job:
+        return Job(
             self.a,
             self.b,
             self.alignment,
@@ -114,7 +115,15 @@ class PairData:
             load=not self.alike,
             drop_zero_filled=self.options.drop_zero_filled,
         )
-        counts = count_pair(job, self.options.threads, self._progress)
+
+    @cached_property
+    def outputs(self) -> dict[int, OutputSums]:
+        """By router of A, of two traces with the norms of outputs."""
+        return output_sums(self._job)
+
+    @cached_property
+    def counts(self) -> PairCounts:
+        counts = count_pair(self._job, self.options.threads, self._progress)
         if not counts.tokens:
             raise MoeInspectError(
                 f"{self.a.path} and {self.b.path} have no token in common that is selected: "

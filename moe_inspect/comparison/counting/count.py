@@ -107,7 +107,7 @@ def _count_shard(job: Job, number: int, total: ct.PairCounts) -> int:
         routers = [pair for pair in job.routers if job.a.routers[pair[0]].stack == stack]
         rows = rows_of_shard((job.a, job.b), job.alignment, number, stack, job.selection)
         if job.drop_zero_filled and not rows.alike:
-            rows = rows.take(~_zero_filled(job, rows, routers))
+            rows = rows.take(~zero_filled(job, rows, routers))
         if not len(rows):
             continue
         decisions += len(rows) * len(routers)
@@ -119,7 +119,7 @@ def _count_shard(job: Job, number: int, total: ct.PairCounts) -> int:
     return decisions
 
 
-def _zero_filled(job: Job, rows: Rows, routers: list[tuple[int, int]]) -> np.ndarray:
+def zero_filled(job: Job, rows: Rows, routers: list[tuple[int, int]]) -> np.ndarray:
     """bool [T]: every slot of every router is expert 0, in A or in B."""
     zero_a_T, zero_b_T = np.ones((2, len(rows)), bool)
     for r, other in routers:

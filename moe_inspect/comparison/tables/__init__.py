@@ -6,3 +6,4 @@ from moe_inspect.comparison.tables import summary
 from moe_inspect.comparison.tables import agreement
 from moe_inspect.comparison.tables import tokens
 from moe_inspect.comparison.tables import experts
+from moe_inspect.comparison.tables import worth

@@ -1,0 +1,94 @@
+"""The sizes of what experts return in two aligned traces (`trace --output-norms`), in a pass of its
+own: few ask for it.
+
+T tokens of a shard that are compared, K slots, E experts, U units (clusters of documents).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_inspect.analysis.counting.counts import CLUSTERS
+from moe_inspect.comparison.aligning.rows import Rows, rows_of_shard
+from moe_inspect.comparison.counting.count import Job, zero_filled
+from moe_inspect.comparison.counting.kernels_numpy import Slots
+
+
+@dataclass
+class OutputSums:
+    """Of one router. load, norm, gated: of A and of B, float64 [2, U, E]: assignments, Σ of the
+    norms of outputs, Σ of gate weight × norm (NaN where a trace has no weights). Of the
+    assignments that both made, float64 [E]: both_E, how many; norm_E, Σ of A's norms; change_E, Σ
+    of |B's norm − A's|."""
+
+    load: np.ndarray
+    norm: np.ndarray
+    gated: np.ndarray
+    both_E: np.ndarray
+    norm_E: np.ndarray
+    change_E: np.ndarray
+
+    @classmethod
+    def zero(cls, U: int, E: int) -> OutputSums:
+        return cls(*(np.zeros((2, U, E)) for _ in range(3)), *(np.zeros(E) for _ in range(3)))
+
+
+def output_sums(job: Job) -> dict[int, OutputSums]:
+    """By router of A. Both traces hold norms."""
+    U = len(job.alignment.a.domains) * CLUSTERS
+    found = {r: OutputSums.zero(U, job.a.routers[r].experts) for r, _ in job.routers}
+    for rows, routers in _rows(job):
+        for r, other in routers:
+            K = job.a.routers[r].top_k
+            _add(job, rows, r, other, K, found[r])
+    return found
+
+
+def _rows(job: Job) -> Iterator[tuple[Rows, list[tuple[int, int]]]]:
+    for number in np.unique(job.alignment.segments.shard_a).tolist():
+        for stack in sorted({job.a.routers[r].stack for r, _ in job.routers}):
+            routers = [pair for pair in job.routers if job.a.routers[pair[0]].stack == stack]
+            rows = rows_of_shard((job.a, job.b), job.alignment, number, stack, job.selection)
+            if job.drop_zero_filled and not rows.alike:
+                rows = rows.take(~zero_filled(job, rows, routers))
+            if len(rows):
+                yield rows, routers
+
+
+def _add(job: Job, rows: Rows, r: int, other: int, K: int, sums: OutputSums) -> None:
+    _, U, E = sums.load.shape
+
+    def by_unit(slot_T: np.ndarray, values_T: np.ndarray | None) -> np.ndarray:
+        cell_T = rows.unit_T * (E + 1) + slot_T
+        return np.bincount(cell_T, values_T, U * (E + 1)).reshape(U, E + 1)[:, :E]
+
+    ids_a, ids_b = (
+        rows.of_a(lambda shard: shard.slots(r)[:K], r),
+        rows.of_b(lambda shard: shard.slots(other)[:K], other),
+    )
+    norms_a, norms_b = (
+        rows.of_a(lambda shard: shard.slot_values(r, "norm")[:K], r),
+        rows.of_b(lambda shard: shard.slot_values(other, "norm")[:K], other),
+    )
+    weights: list[Slots | None] = [None, None]
+    if job.a.has_weights:
+        weights[0] = rows.of_a(lambda shard: shard.slot_weights(r)[:K], r)
+    if job.b.has_weights:
+        weights[1] = rows.of_b(lambda shard: shard.slot_weights(other)[:K], other)
+    for side, (ids, norms) in enumerate(((ids_a, norms_a), (ids_b, norms_b))):
+        of_side = weights[side]
+        for slot, (id_T, norm_T) in enumerate(zip(ids, norms, strict=True)):
+            sums.load[side] += by_unit(id_T, None)
+            sums.norm[side] += by_unit(id_T, norm_T)
+            gate_T = np.float64(np.nan) if of_side is None else of_side[slot].astype(np.float64)
+            sums.gated[side] += by_unit(id_T, np.broadcast_to(gate_T * norm_T, norm_T.shape))
+    for id_a_T, norm_a_T in zip(ids_a, norms_a, strict=True):
+        for id_b_T, norm_b_T in zip(ids_b, norms_b, strict=True):
+            at = np.flatnonzero((id_a_T == id_b_T) & (id_a_T != E))
+            expert, before, now = id_a_T[at], norm_a_T[at], norm_b_T[at]
+            sums.both_E += np.bincount(expert, minlength=E)
+            sums.norm_E += np.bincount(expert, before, E)
+            sums.change_E += np.bincount(expert, np.abs(now - before), E)
