@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from moe_inspect import progress, simulate_cache, simulate_placement, verify
 from moe_inspect.cli.progress import bar as bars
@@ -176,6 +178,21 @@ def test_the_time_left_is_that_of_the_whole_command(monkeypatch: pytest.MonkeyPa
         assert task.completed == at
     assert not bar.estimated
     assert task.total == 15
+    bar.close()
+
+
+def test_the_bar_is_one_line_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
+    bar = bars.Bar([("counting loads", 3), ("counting ranks", 2)])
+    advance = bar.phase("counting loads", 125_042_688, "tokens")
+    now[0] += 800
+    advance(62_521_344)
+    file = io.StringIO()
+    Console(file=file, width=80).print(bar.rich.get_renderable())
+    (line,) = file.getvalue().splitlines()
+    assert line.startswith("counting loads 1/2 ")
+    assert line.endswith(" 62,521,344 of 125,042,688 tokens 13:20, about 31:06 left")
     bar.close()
 
 

@@ -154,6 +154,7 @@ class Bar:
 
 def _clock_column(bar: Bar) -> Any:
     from rich.progress import ProgressColumn
+    from rich.table import Column
     from rich.text import Text
 
     class Clock(ProgressColumn):
@@ -165,7 +166,7 @@ def _clock_column(bar: Bar) -> Any:
                 said += f", {'about ' * bar.estimated}{_clock(left)} left"
             return Text(said)
 
-    return Clock()
+    return Clock(Column(no_wrap=True))
 
 
 def _clock(seconds: float) -> str:
