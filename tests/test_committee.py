@@ -264,6 +264,19 @@ def test_a_sample_of_tokens_is_the_same_in_any_shards(tmp_path: Path):
     assert 70 < len(of_law.document_S) < 130
 
 
+# --- on the page
+
+
+def test_the_page_shows_what_the_trace_has(tmp_path: Path):
+    page = report(led(tmp_path / "t", slot_order="unknown")).page(text=0)
+    one = report(open_trace(tmp_path / "t"), domains="law").page(text=0)
+    for title in ("Experts that lead in every domain", "Does routing tell the domain?"):
+        assert title in page
+        assert title not in one
+    assert "Paths through the layers" in page
+    assert "Paths through the layers" in one
+
+
 # --- traces that hardly hold anything
 
 

@@ -21,8 +21,8 @@ from moe_inspect.trace.shard import Shard
 
 DOCUMENTS = 2_048
 LOADS = 2**26  # of documents × experts of all routers, 4 bytes each
-TOKENS = 2**18
-CHOICES = 2**24  # of tokens × routers, 12 bytes each
+TOKENS = 2**17
+CHOICES = 2**23  # of tokens × routers, 12 bytes each
 
 
 # --- documents

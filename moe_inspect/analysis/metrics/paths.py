@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.registry import metric
@@ -61,13 +62,9 @@ def entropies(choice_LS: Sequence[np.ndarray | None], group_S: np.ndarray) -> li
         hash_S = mixed(choice_S)
         path_S = mixed(path_S ^ hash_S)
         shuffled_S = mixed(shuffled_S ^ rng.permutation(hash_S))
-        alone_P = np.unique(hash_S, return_counts=True)[1]
-        independent += path_entropy_bits(alone_P)
-        if r == 0:
-            shuffled = independent
-        else:
-            shuffled = path_entropy_bits(np.unique(shuffled_S, return_counts=True)[1])
-        _, of_S, tokens_P = np.unique(path_S, return_inverse=True, return_counts=True)
+        independent += path_entropy_bits(_distinct(hash_S)[1])
+        shuffled = path_entropy_bits(_distinct(shuffled_S)[1]) if r else independent
+        of_S, tokens_P = _distinct(path_S)
         value = path_entropy_bits(tokens_P)
         half = half_width(tokens_P, of_S, group_S)
         low, high = np.clip([value - half, value + half], 0, np.log2(len(group_S))).tolist()
@@ -103,14 +100,22 @@ def half_width(tokens_P: np.ndarray, path_of_S: np.ndarray, group_S: np.ndarray)
     G = int(group_S.max(initial=-1)) + 1
     if G < 2:
         return float("nan")
-    cell, within = np.unique(path_of_S.reshape(-1) * G + group_S, return_counts=True)
-    whole, group = tokens_P[cell // G], cell % G
+    within = np.bincount(path_of_S * G + group_S, minlength=len(tokens_P) * G)
+    cell = np.flatnonzero(within)
+    whole, group, within = tokens_P[cell // G], cell % G, within[cell]
     # Σ n log₂ n without the group differs only in the paths that the group takes
     less_G = np.bincount(group, _n_log2_n(whole) - _n_log2_n(whole - within), G)
     left_G = len(group_S) - np.bincount(group_S, minlength=G)
     value_G = np.log2(left_G) - (_n_log2_n(tokens_P).sum() - less_G) / left_G
     error = np.sqrt((G - 1) / G * ((value_G - value_G.mean()) ** 2).sum())
     return float(stdtrit(G - 1, 0.975) * error)
+
+
+def _distinct(values_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the distinct values each is, and how often each of those occurs. By hashing, which
+    is faster than to sort."""
+    of_S, _ = pd.factorize(values_S)
+    return of_S, np.bincount(of_S)
 
 
 def _n_log2_n(n: np.ndarray) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import TABLES_OF, Chart, draw_charts
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.map_data import map_data
@@ -29,6 +31,7 @@ def report_page(data: ReportData, more: Iterable[Section | str] = (), text: Amou
     sections = [
         *([of_text] if isinstance(of_text, Section) else []),
         *(_section(data, chart) for chart in charts if chart is not lead),
+        *_tables(data),
         *(made for made in added if isinstance(made, Section)),
         Section(
             "About this trace",
@@ -57,6 +60,44 @@ def report_page(data: ReportData, more: Iterable[Section | str] = (), text: Amou
             link_of=lambda finding: _link(data, finding),
         )
     )
+
+
+# table → a column that it has values in where it says anything, its title, how to read it
+TABLES_SHOWN = {
+    "committee": (
+        "committee_experts",
+        "Experts that lead in every domain",
+        "How many experts are among the k with the largest load in every domain, and the share of "
+        "the assignments that they carry. committee_null: how many, with the domains of the "
+        "documents shuffled.",
+    ),
+    "signature": (
+        "signature_accuracy",
+        "Does routing tell the domain?",
+        "How often the document with the most similar shares of assignments is of the same domain, "
+        "by all routers together (first row) and by each; signature_null: with the domains of the "
+        "documents shuffled.",
+    ),
+    "paths": (
+        "set_path_entropy_bits",
+        "Paths through the layers",
+        "Distinct paths of tokens through the routers up to each one, by first choices (path) and "
+        "by sets of experts (set_path), and their entropy; shuffled: with every router's choices "
+        "shuffled among the tokens. Near most_bits almost every token has a path of its own.",
+    ),
+}
+
+
+def _tables(data: ReportData) -> Iterator[Section]:
+    """Those that this trace has values for."""
+    for name, (column, title, text) in TABLES_SHOWN.items():
+        try:
+            table: Any = data.tables[name]
+        except MoeInspectError:  # of counts only: the summary says what that leaves out
+            continue
+        if table[column].notna().any():
+            code = python_of_report(data, name)
+            yield Section(title, text, table=table, group="Specialization", name=name, python=code)
 
 
 def _section(data: ReportData, chart: Chart) -> Section:

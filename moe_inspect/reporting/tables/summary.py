@@ -133,7 +133,7 @@ def _one_domain(data: ReportData) -> str | None:
     if len(data.counts.domains) > 1:
         return None
     way_out = "" if data.selection.domains else "; label sources as DOMAIN=SRC when tracing"
-    return f"one domain: domain_mi_*, jsd_bits need two{way_out}"
+    return f"one domain: domain_mi_*, jsd_bits, committee and signature need two{way_out}"
 
 
 def _no_weights(data: ReportData) -> str | None:
