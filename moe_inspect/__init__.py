@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ablate,
         describe_weights,
         intervene,
+        prune,
         record,
         trace_engine,
         trace_model,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
     from moe_inspect.interventions.ablation.run import Ablation
+    from moe_inspect.interventions.pruning.run import Pruning
     from moe_inspect.model.custom.spec import RouterSpec, register_router
     from moe_inspect.model.describe import describe
     from moe_inspect.model.description import Description
@@ -59,6 +61,7 @@ __all__ = [
     "LoadComparison",
     "ModelComparison",
     "MoeInspectError",
+    "Pruning",
     "Report",
     "RouterSpec",
     "Simulation",
@@ -77,6 +80,7 @@ __all__ = [
     "mismatch",
     "open_trace",
     "probe",
+    "prune",
     "record",
     "register_router",
     "report",
@@ -100,6 +104,7 @@ _HOMES = {
     "EngineOptions": "moe_inspect.capture.options",
     "LoadComparison": "moe_inspect.comparison.loads.compare",
     "ModelComparison": "moe_inspect.comparison.models.compare",
+    "Pruning": "moe_inspect.interventions.pruning.run",
     "RouterSpec": "moe_inspect.model.custom.spec",
     "Report": "moe_inspect.reporting.report",
     "Simulation": "moe_inspect.simulate.result",
@@ -118,6 +123,7 @@ _HOMES = {
     "mismatch": "moe_inspect.comparison.mismatch",
     "open_trace": "moe_inspect.trace.reader",
     "probe": "moe_inspect.capture.hook.probe",
+    "prune": "moe_inspect.api",
     "register_router": "moe_inspect.model.custom.spec",
     "record": "moe_inspect.api",
     "report": "moe_inspect.reporting.report",

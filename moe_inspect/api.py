@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_inspect.capture.recorder import Recorder
     from moe_inspect.interventions.ablation.run import Ablation
     from moe_inspect.interventions.intervene import Intervention
+    from moe_inspect.interventions.pruning.run import Pruning
     from moe_inspect.model.custom.spec import RouterSpec
     from moe_inspect.trace.reader import Trace
 
@@ -245,6 +246,62 @@ def describe_weights(model: str, *, revision: str | None = None) -> dict[str, pd
     from moe_inspect.model.load import checkpoint_dir
 
     return weight_tables(checkpoint_dir(model, revision))
+
+
+def prune(
+    model: str,
+    options: TraceOptions | None = None,
+    *,
+    trace: Trace | str | Path,
+    keep: float = 0.75,
+    by: str = "reap",
+    output: str | Path | None = None,
+    draws: int = 5,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    # as in `ablate`
+    **changes: Unpack[TraceKeywords],  # pyright: ignore[reportGeneralTypeIssues]
+) -> Pruning:
+    """Drops the experts of each layer that are worth least by a trace of the model on a calibration
+    text, and measures on held-out text what the model loses, beside as many experts chosen by
+    frequency and at random. With `output` it writes the checkpoint without them.
+
+    model        a hub id, a directory, or "demo" (bundled, offline)
+    options      settings of the held-out text and of the model; each field of `TraceOptions` may
+                 also be given as a keyword, as in `ablate`
+    trace        of this model on the calibration text: of all layers, for "reap", "ean" and
+                 "mean-norm" recorded with `output_norms`
+    keep         the least share of the experts of each layer (of each group, where routers choose
+                 groups first) that stays
+    by           "reap": mean of gate weight × norm of the expert's output; "gate": sum of the gate
+                 weights; "frequency": assignments; "ean": sum of the norms; "mean-norm": their
+                 mean; "ablation": what the model loses on the calibration text without this expert
+                 alone; "random"
+    output       a directory that does not exist yet: a checkpoint that transformers loads, with
+                 what was measured in its pruning.json. None: no model is written
+    draws        choices at random to compare with
+    seed         of the first of them
+    resume       of "ablation": a directory where every loss is kept, and from which a later call
+                 goes on
+    progress     called with (forward passes done, in all) after each
+
+    Raises MoeInspectError for what the caller can mend."""
+    from moe_inspect.interventions.pruning.run import Choice
+    from moe_inspect.interventions.pruning.run import prune as run
+    from moe_inspect.trace.reader import Trace, open_trace
+
+    choice = Choice(
+        by=by, keep=keep, draws=draws, seed=seed, resume=Path(resume) if resume else None
+    )
+    return run(
+        model,
+        replace(options or TraceOptions(batch_tokens=2048), **changes),
+        trace if isinstance(trace, Trace) else open_trace(trace),
+        choice,
+        Path(output) if output is not None else None,
+        progress,
+    )
 
 
 def trace_model(

@@ -112,6 +112,26 @@ PAGES = {
             "ablate ./model --data held_out/ --table domains --most-passes 900",
         ),
     ),
+    "prune": Page(
+        {
+            "Experts": ("trace", "by", "keep", "draws", "seed", "resume"),
+            "Text": (
+                "data",
+                "text_field",
+                "domain_field",
+                "max_tokens",
+                "max_length",
+                "batch_tokens",
+            ),
+            "Model": ("device", "device_map", "dtype", "revision", "trust_remote_code"),
+            "Output": ("output", "dry_run", "table", "format", "safe_csv"),
+        },
+        (
+            "prune demo --trace runs/demo --dry-run",
+            "prune ./model --trace runs/a --data held_out/ --keep 0.5 -o pruned",
+            "prune demo --trace runs/demo --dry-run --table scores --format csv",
+        ),
+    ),
     "text": Page(
         {
             "A document": ("document",),

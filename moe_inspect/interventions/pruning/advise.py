@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.analysis.metrics.worth import JUDGED, super_experts
 from moe_inspect.interventions.held_out import HeldOut
 from moe_inspect.interventions.pruning.calibration import RANDOM, sequences_of
@@ -21,7 +22,7 @@ NAMED = 6  # experts or domains listed in a sentence
 
 @dataclass(frozen=True)
 class Finding:
-    """`kind`: coverage, overlap, few tokens, super experts, random or frequency."""
+    """`kind`: coverage, few tokens, overlap, super experts, few documents, random or frequency."""
 
     kind: str
     text: str
@@ -63,8 +64,8 @@ def of_overlap(trace: Trace, held_out: HeldOut) -> Iterator[Finding]:
         documents = plural(len({row.document for row in rows}), "held-out document")
         yield Finding(
             "overlap",
-            f"{len(again)} of {documents} are in the calibration trace: the loss there is not one "
-            "of text that was held out",
+            f"{len(again)} of {documents} are in the calibration trace: their loss says nothing of "
+            "text that was not calibrated on",
         )
 
 
@@ -97,38 +98,40 @@ def of_super_experts(
 
 def of_losses(losses: Losses, by: str) -> Iterator[Finding]:
     """Where choosing at random, or by frequency, is as good."""
+    if (documents := len(losses.tokens_U)) < FEWEST_DOCUMENTS:
+        yield Finding(
+            "few documents",
+            f"{plural(documents, 'held-out document')}: too few to tell what is chance",
+        )
     if by != RANDOM and RANDOM in losses.nats:
         yield from _beside_random(losses, by)
     if by not in (RANDOM, FREQUENCY) and FREQUENCY in losses.nats:
         value, low, high = losses.change(by, FREQUENCY)
-        if value >= 0 or high >= 0:
-            than = "more" if low > 0 else "no less"
+        numbers = f"{_two(losses, by, FREQUENCY)} ({_interval(value, low, high)})"
+        if low > 0:
+            yield Finding("frequency", f"frequency is better than {by}: a loss of {numbers}")
+        elif value >= 0 or high >= 0:
             yield Finding(
-                "frequency",
-                f"chosen by {by} the model loses {than} than by mere frequency: "
-                f"{_two(losses, by, FREQUENCY)} ({_interval(value, low, high)})",
+                "frequency", f"{by} is not surely better than frequency: a loss of {numbers}"
             )
 
 
 def _beside_random(losses: Losses, by: str) -> Iterator[Finding]:
     value, low, high = losses.change(by, RANDOM)
     draws = losses.loss(RANDOM)
-    if value >= 0 or high >= 0:
-        is_so = (
-            f"random is better: chosen by {by} the model loses more"
-            if low > 0
-            else f"random is as good: chosen by {by} the model loses more, as far as can be told"
-            if value >= 0
-            else f"random may be as good: chosen by {by} the model does not surely lose less"
-        )
-        yield Finding(
-            "random",
-            f"{is_so}: {_two(losses, by, RANDOM)}, the mean of {plural(len(draws), 'draw')} "
-            f"from {min(draws):.3f} to {max(draws):.3f} ({_interval(value, low, high)})",
-        )
+    numbers = (
+        f"{_two(losses, by, RANDOM)}, the mean of {plural(len(draws), 'draw')} from "
+        f"{min(draws):.3f} to {max(draws):.3f} ({_interval(value, low, high)})"
+    )
+    if low > 0:
+        yield Finding("random", f"random is better than {by}: a loss of {numbers}")
+    elif value >= 0:
+        yield Finding("random", f"random is as good as {by}: a loss of {numbers}")
+    elif high >= 0:
+        yield Finding("random", f"{by} is not surely better than random: a loss of {numbers}")
     worse = [d for d in losses.domains if losses.change(by, RANDOM, d)[0] >= 0]
     if worse and len(losses.domains) > 1:
-        yield Finding("random", f"random is as good or better in {_list(worse)}")
+        yield Finding("random", f"random is as good as {by} or better in {_list(worse)}")
 
 
 def _two(losses: Losses, one: str, other: str) -> str:

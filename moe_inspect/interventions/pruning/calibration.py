@@ -34,12 +34,13 @@ def check_trace(trace: Trace, held_out: HeldOut) -> list[int]:
     another model."""
     plan = (trace.manifest.get("corpus") or {}).get("plan") or {}
     model, name = trace.manifest.get("model") or {}, held_out.record["model"]
-    if plan.get("adapter") is not None or plan.get("random_init") is not None:
-        has = "an adapter" if plan.get("adapter") is not None else "random weights"
-        raise MoeInspectError(f"{trace.path} is of {has}, not of {name} as it is stored")
+    for key, has in (("adapter", "an adapter"), ("random_init", "random weights")):
+        if plan and plan.get(key) != held_out.record[key]:
+            not_it = "" if plan.get(key) is None else f", of {has}"
+            raise MoeInspectError(f"{trace.path} is of another model than {name}{not_it}")
     if "intervention" in str(model.get("note", "")):
         raise MoeInspectError(f"{trace.path} was recorded during an {model['note']}")
-    then, now = model.get("config"), comparable(held_out.network.config)
+    then, now = model.get("config"), comparable(getattr(held_out.network, "config", None))
     if isinstance(then, dict):
         for key in sorted(set(then) & set(now) - OF_A_RUN):
             if then[key] != now[key] and not key.startswith("_"):

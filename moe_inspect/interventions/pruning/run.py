@@ -6,20 +6,23 @@ E experts.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.scores import SCORES, counted, lowest, random_scores, score_E
+from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions.ablation.measure import Progress
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
-from moe_inspect.interventions.pruning import advise
+from moe_inspect.interventions.pruning import advise, checkpoint
 from moe_inspect.interventions.pruning.calibration import (
     ABLATION,
     BY,
@@ -28,17 +31,21 @@ from moe_inspect.interventions.pruning.calibration import (
     check_trace,
 )
 from moe_inspect.interventions.pruning.choose import check, groups_of
-from moe_inspect.interventions.pruning.measure import Drop, Losses, measure
-from moe_inspect.text import no_such
+from moe_inspect.interventions.pruning.measure import EVERYTHING, WHOLE, Drop, Losses, measure
+from moe_inspect.text import first_line, no_such
 from moe_inspect.trace.reader import Trace
 
 FREQUENCY = advise.FREQUENCY
+# of the loss: a router's scores may be summed in another order, and two that are close then change
+# places
+ROUNDING_NATS = 0.01
 
 
 @dataclass(frozen=True)
 class Pruning:
     """Which experts go, and what the model loses on held-out text without them.
 
+    by         the score asked for
     losses     a row per plan (the whole model, the score asked for, frequency, random), and per
                plan and domain: documents, tokens, draws, loss (nats per token, of the mean of the
                draws), least_loss, greatest_loss, difference (to the whole model), difference_low,
@@ -47,6 +54,7 @@ class Pruning:
     findings   what speaks against it: kind, text
     """
 
+    by: str
     losses: pd.DataFrame
     scores: pd.DataFrame
     findings: pd.DataFrame
@@ -61,6 +69,12 @@ class Pruning:
         gone = self.scores[self.scores.dropped]
         layers: list[int] = sorted(set(gone.layer.tolist()))
         return {layer: gone.expert[gone.layer == layer].tolist() for layer in layers}
+
+    @property
+    def loss(self) -> float:
+        """Nats per token without these experts, on all of the text."""
+        of = self.losses[(self.losses.plan == self.by) & (self.losses.domain == EVERYTHING)]
+        return float(of.loss.iloc[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +108,9 @@ class Plans:
 def prune(
     model: str,
     options: TraceOptions,
-    choice: Choice,
     trace: Trace,
+    choice: Choice,
+    output: Path | None = None,
     progress: Progress | None = None,
 ) -> Pruning:
     """See `moe_inspect.prune`."""
@@ -103,21 +118,93 @@ def prune(
         raise MoeInspectError(no_such("score", choice.by, BY))
     if options.layers is not None:
         raise MoeInspectError("all layers are pruned alike: leave out layers")
+    source = None
+    if output is not None:
+        checkpoint.refuse_to_replace(output)
+        for name in ("loader", "routers", "random_init", "dequantize"):
+            if getattr(options, name) not in (None, False):
+                raise MoeInspectError(
+                    f"a checkpoint is made of one that transformers loads as it is: leave out "
+                    f"{name}, or only measure (--dry-run)"
+                )
+        source = checkpoint.directory_of(model, options.revision)
     held_out = open_held_out(model, options)
-    return prune_held_out(held_out, trace, choice, progress)
+    plans = planned(held_out, trace, choice, progress)
+    done = judged(held_out, trace, plans, progress)
+    if output is None or source is None:
+        return done
+    pruned = checkpoint.Pruned(done.dropped, held_out.sites[0].experts)
+    # of one model at a time there is room in memory
+    held_out = replace(held_out, network=None)
+
+    def loads(draft: Path) -> dict[str, Any]:
+        check_loss(draft, held_out, options, done.loss)
+        return record(done, model, trace, choice, pruned)
+
+    checkpoint.write(source, output, pruned, loads)
+    return done
 
 
 def prune_held_out(
     held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
 ) -> Pruning:
-    plans = planned(held_out, trace, choice, progress)
+    """What `prune` finds, of a model that is loaded."""
+    return judged(held_out, trace, planned(held_out, trace, choice, progress), progress)
+
+
+def judged(
+    held_out: HeldOut, trace: Trace, plans: Plans, progress: Progress | None = None
+) -> Pruning:
     losses = measure(held_out, plans.drops, progress)
     found = [vars(finding) for finding in findings(held_out, plans, trace, losses)]
     return Pruning(
+        plans.by,
         losses.table(),
         score_table(held_out, plans),
         pd.DataFrame(found, columns=["kind", "text"]),
     )
+
+
+def check_loss(draft: Path, held_out: HeldOut, options: TraceOptions, expected: float) -> None:
+    """Loads a checkpoint and measures its loss. MoeInspectError where it is not the one that was
+    measured by dropping the experts."""
+    gc.collect()
+    options = replace(options, revision=None)
+    try:
+        network = unloaded(str(draft), options).load()
+    except MoeInspectError as error:
+        raise MoeInspectError(
+            f"the tensors of {held_out.record['model']} are not known by name: the checkpoint "
+            f"without its experts does not load, and was not kept ({first_line(error)})"
+        ) from error
+    written = replace(held_out, network=network)
+    found = measure(written, {}).loss(WHOLE)[0]
+    if abs(found - expected) > ROUNDING_NATS:
+        raise MoeInspectError(
+            f"the checkpoint has a loss of {found:.4f} nats per token, and {expected:.4f} was "
+            "measured by dropping its experts: nothing was kept"
+        )
+
+
+def record(
+    done: Pruning, model: str, trace: Trace, choice: Choice, pruned: checkpoint.Pruned
+) -> dict[str, Any]:
+    """What the checkpoint's pruning.json says; docs/prune.md describes it."""
+    return {
+        "format": 1,
+        "model": model,
+        "trace": str(trace.path),
+        "by": choice.by,
+        "keep": choice.keep,
+        "experts": pruned.experts,
+        "experts_kept": pruned.left,
+        "dropped": {str(layer): experts for layer, experts in done.dropped.items()},
+        "losses": [
+            {k: None if v != v else v for k, v in row.items()}
+            for row in done.losses.to_dict("records")
+        ],
+        "findings": done.findings.to_dict("records"),
+    }
 
 
 def planned(

@@ -1,0 +1,147 @@
+"""`moe-inspect prune`: a model without the experts that are worth least."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_inspect.cli.emit import Format, SafeCsv, emit
+from moe_inspect.cli.experts import options as of
+from moe_inspect.cli.help.complete import traces
+from moe_inspect.cli.needs import need_torch, quiet
+from moe_inspect.cli.progress import shown
+from moe_inspect.text import plural, print_stderr
+
+
+class By(StrEnum):
+    reap = "reap"
+    gate = "gate"
+    frequency = "frequency"
+    ean = "ean"
+    mean_norm = "mean-norm"
+    ablation = "ablation"
+    random = "random"
+
+
+class Table(StrEnum):
+    losses = "losses"
+    scores = "scores"
+    findings = "findings"
+
+
+def prune(
+    model: of.Model,
+    trace: Annotated[
+        Path,
+        typer.Option(
+            metavar="TRACE",
+            help="A trace of this model on the calibration text, with --output-norms.",
+            show_default=False,
+            autocompletion=traces,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Write the pruned checkpoint as this new directory.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only score and measure: no checkpoint.")
+    ] = False,
+    by: Annotated[
+        By,
+        typer.Option(
+            help=(
+                "Experts with the least go first. reap: mean of gate weight × norm of the output. "
+                "gate: sum of gate weights. frequency: assignments. ean: sum of the norms. "
+                "mean-norm: their mean. ablation: loss on the calibration text without the expert."
+            )
+        ),
+    ] = By.reap,
+    keep: Annotated[
+        float, typer.Option(help="Share of the experts of each layer (or group) to keep at least.")
+    ] = 0.75,
+    draws: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Compare with N choices at random.")
+    ] = 5,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="Of the choices at random.")] = 0,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Of --by ablation: keep every loss in this directory, and go on from those there.",
+            show_default=False,
+        ),
+    ] = None,
+    data: of.Data = None,
+    table: Annotated[
+        Table,
+        typer.Option(
+            help="losses: by plan and domain. scores: a row per expert. findings: the warnings."
+        ),
+    ] = Table.losses,
+    format: Annotated[Format, typer.Option(help="json: one object per line.")] = Format.table,
+    safe_csv: SafeCsv = False,
+    text_field: of.TextField = "text",
+    domain_field: of.DomainField = None,
+    max_tokens: of.MaxTokens = None,
+    max_length: of.MaxLength = None,
+    batch_tokens: of.BatchTokens = 2048,
+    device: of.Device = "auto",
+    device_map: of.DeviceMap = None,
+    dtype: of.OfDtype = of.Dtype.auto,
+    revision: of.Revision = None,
+    trust_remote_code: of.TrustRemoteCode = False,
+) -> None:
+    """Drop the experts that are worth least, and measure the loss.
+
+    The loss on held-out text is measured without them, by domain, beside as many experts chosen by
+    frequency and at random; what speaks against the choice is said. The same number goes in each
+    layer, and the checkpoint is one that transformers loads. Nothing but the loss is claimed."""
+    if (output is None) != dry_run:
+        raise typer.BadParameter("give -o DIR for the checkpoint, or --dry-run for none")
+    need_torch()
+    quiet()
+    from moe_inspect.api import prune as run
+
+    with shown("measuring") as bar:
+        done = run(
+            model,
+            trace=trace,
+            keep=keep,
+            by=str(by),
+            output=output,
+            draws=draws,
+            seed=seed,
+            resume=resume,
+            progress=bar.counted("measuring", "passes") if bar else None,
+            data=data or (),
+            text_field=text_field,
+            domain_field=domain_field,
+            max_tokens=max_tokens,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            device=device,
+            device_map=device_map,
+            dtype=str(dtype),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    emit(done.tables[str(table)], format, None, safe_csv)
+    for text in done.findings.text:
+        print_stderr(f"warning: {text}")
+    whole = done.losses.iloc[0]
+    print_stderr(
+        f"without {plural(int(done.scores.dropped.sum()), 'expert')} of {len(done.scores):,} the "
+        f"loss is {done.loss:.3f} nats per token, {whole.loss:.3f} with all"
+    )
+    if output is not None:
+        print_stderr(f"wrote {output}, which was loaded again and has this loss")

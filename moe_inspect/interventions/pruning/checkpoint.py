@@ -1,0 +1,254 @@
+"""A checkpoint without some of its experts, made on disk: tensors are copied by name, and what is
+kept of them stays the same to the bit. Memory holds one file of the new checkpoint at a time.
+
+E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.model.families import EXPERTS, LANGUAGE_MODEL, LAYER, TOWER
+from moe_inspect.model.load import model_location, refuse_unless_found
+from moe_inspect.model.peft_adapter import find_adapter
+from moe_inspect.model.routers import SELECTION_BIAS
+from moe_inspect.trace.files.atomic import sync_directory
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILE_BYTES = 4 * 2**30
+# files of weights in any format: not copied
+OF_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)$|\.index\.json$", re.IGNORECASE
+)
+EXPERT = re.compile(r"(?<![a-z_])experts\.(?:expert_)?(\d+)\.")
+SHARED = re.compile(r"shared?_")
+ROUTER = re.compile(
+    rf"\.(?:gate|router|moe_statics)\.|\.(?:router_bias|{'|'.join(SELECTION_BIAS)})$"
+)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What goes. `drop`: block → its experts that go, as many in each; `experts`: E before."""
+
+    drop: Mapping[int, Sequence[int]]
+    experts: int
+
+    @property
+    def left(self) -> int:
+        return self.experts - len(next(iter(self.drop.values())))
+
+
+def directory_of(model: str, revision: str | None) -> Path:
+    """Where the files of a model are. MoeInspectError where its weights are
+    not in safetensors, or quantised."""
+    from transformers.utils.hub import cached_file
+
+    if find_adapter(model, revision) is not None:
+        raise MoeInspectError(
+            f"{model} is an adapter: merge it with its base model, and prune that"
+        )
+    refuse_unless_found(model, revision)
+    found = cached_file(model_location(model), "config.json", revision=revision)
+    source = Path(str(found)).parent
+    if not Path(model_location(model)).is_dir():
+        cached_file(model, WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False)
+        cached_file(model, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if not ((source / WEIGHTS).exists() or (source / INDEX).exists()):
+        raise MoeInspectError(f"the weights of {model} are not in safetensors: not pruned")
+    if _read_json(source / "config.json").get("quantization_config"):
+        raise MoeInspectError(
+            f"the weights of {model} are quantised: prune the model that they were made of"
+        )
+    return source
+
+
+def refuse_to_replace(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise MoeInspectError(f"there is something at {output}: give a new directory")
+
+
+def write(
+    source: Path, output: Path, pruned: Pruned, check: Callable[[Path], Mapping[str, Any]]
+) -> None:
+    """Writes the checkpoint at `source` without these experts as `output`, a directory that does
+    not exist: in a directory beside it, which is renamed once `check` of it has passed. What that
+    returns is written into its pruning.json. On an exception nothing is left."""
+    refuse_to_replace(output)
+    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    with writing(output):
+        draft.mkdir(parents=True)
+    try:
+        with writing(output):
+            config = with_experts(_read_json(source / "config.json"), pruned)
+            _write_json(draft / "config.json", config)
+            _write_weights(source, draft, pruned)
+            for file in sorted(source.iterdir()):
+                copied = file.is_file() and not OF_WEIGHTS.search(file.name)
+                if copied and file.name[0] != "." and file.name != "config.json":
+                    shutil.copyfile(file, draft / file.name)
+        record = check(draft)
+        with writing(output):
+            _write_json(draft / "pruning.json", record)
+            sync_directory(draft)
+            refuse_to_replace(output)
+            os.rename(draft, output)
+            sync_directory(output.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def with_experts(config: Mapping[str, Any], pruned: Pruned) -> dict[str, Any]:
+    """The config.json of the model without them: the language model's number of experts, under
+    whatever name. MoeInspectError where it is not stated."""
+    made, found = _with_experts(config, pruned)
+    if not found:
+        raise MoeInspectError(
+            f"config.json does not state the number of experts ({pruned.experts}) as any of "
+            f"{', '.join(EXPERTS)}: not pruned"
+        )
+    return made
+
+
+def _with_experts(config: Mapping[str, Any], pruned: Pruned) -> tuple[dict[str, Any], bool]:
+    made, found = dict(config), False
+    for name in EXPERTS:
+        if made.get(name) == pruned.experts:
+            made[name], found = pruned.left, True
+    for name in LANGUAGE_MODEL:
+        if isinstance(made.get(name), dict):
+            made[name], inside = _with_experts(made[name], pruned)
+            found |= inside
+    # blocks that predict further tokens have experts of their own, which no trace shows
+    if "num_nextn_predict_layers" in made:
+        made["num_nextn_predict_layers"] = 0
+    return made, found
+
+
+def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
+    """Files of at most FILE_BYTES (or of one tensor), with an index where they are several."""
+    from safetensors.torch import save_file
+
+    held: dict[str, Any] = {}
+    files: list[list[str]] = []
+    held_bytes = total = 0
+
+    def flush() -> None:
+        nonlocal held, held_bytes
+        path = draft / f"{len(files)}.part"
+        save_file(held, path, metadata={"format": "pt"})
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files.append(list(held))
+        held, held_bytes = {}, 0
+
+    for name, tensor in _kept(source, pruned):
+        size = tensor.numel() * tensor.element_size()
+        if held and held_bytes + size > FILE_BYTES:
+            flush()
+        held[name] = tensor
+        held_bytes, total = held_bytes + size, total + size
+    flush()
+    n = len(files)
+    names = (
+        [WEIGHTS] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    )
+    for i, name in enumerate(names):
+        os.rename(draft / f"{i}.part", draft / name)
+        shutil.copymode(draft / "config.json", draft / name)  # safetensors lets only its user read
+    if n > 1:
+        of = {
+            tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors
+        }
+        _write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": of})
+
+
+def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
+    """The tensors of the new checkpoint, by name."""
+    import torch
+    from safetensors import safe_open
+
+    files = [source / WEIGHTS]
+    if (source / INDEX).exists():
+        listed = _read_json(source / INDEX)["weight_map"]
+        files = [source / name for name in sorted(set(listed.values()))]
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            shapes |= {name: opened.get_slice(name).get_shape() for name in names}
+    places = {name: place(name, shape, pruned.experts) for name, shape in shapes.items()}
+    beyond = {
+        _block(name)
+        for name, at in places.items()
+        if at is not None and _layer(name) not in pruned.drop
+    }
+    seen = {_layer(name) for name, at in places.items() if at is not None}
+    if missing := sorted(set(pruned.drop) - seen):
+        raise MoeInspectError(
+            f"no tensors of experts are known by name in layer {missing[0]} of {source}: not pruned"
+        )
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            for name in names:
+                at = places[name]
+                if _block(name) in beyond:
+                    continue
+                if at is None:
+                    yield name, opened.get_tensor(name)
+                    continue
+                gone = set(pruned.drop[_layer(name)])
+                kept = [e for e in range(pruned.experts) if e not in gone]
+                if isinstance(at, int):
+                    index = torch.tensor(kept)
+                    yield name, opened.get_tensor(name).index_select(at, index)
+                elif (e := int(at.group(1))) in kept:
+                    start, end = at.span(1)
+                    yield f"{name[:start]}{kept.index(e)}{name[end:]}", opened.get_tensor(name)
+
+
+def place(name: str, shape: Sequence[int], E: int) -> re.Match[str] | int | None:
+    """Where the experts are in a tensor of a checkpoint: the match of the number in its name, if
+    it is of one expert; the axis along which they are; None where it is of none."""
+    if LAYER.search(name) is None or TOWER.search(name):
+        return None
+    if found := EXPERT.search(name):
+        return found
+    if SHARED.search(name):
+        return None
+    if shape[0] == E and (len(shape) == 3 or ".experts." in name):
+        return 0
+    if ROUTER.search(name) and E in shape:
+        return list(shape).index(E)
+    return None
+
+
+def _layer(name: str) -> int:
+    found = LAYER.search(name)
+    return int(found.group(1)) if found is not None else -1
+
+
+def _block(name: str) -> str:
+    """The path of the block that a tensor is in; "" for one in none."""
+    found = LAYER.search(name)
+    return name[: found.end(1)] if found is not None else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

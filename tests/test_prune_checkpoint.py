@@ -1,0 +1,185 @@
+"""The pruned checkpoint: it loads, and gives what dropping its experts gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import moe_inspect
+from moe_inspect import MoeInspectError, intervene
+from moe_inspect.analysis.scores import lowest, random_scores
+from moe_inspect.interventions.pruning import checkpoint
+from moe_inspect.interventions.pruning.checkpoint import Pruned
+from moe_inspect.interventions.pruning.choose import groups_of
+from moe_inspect.model.find import find_routers
+from tests import zoo
+from tests.conftest import Cli
+
+# sixteen experts, so that twelve are left in DeepSeek's four groups
+WIDE = dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), 16)
+# the difference of a router's softmax over fewer experts
+ROUNDING = 2e-5
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+found = {}
+for path in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        found[path] = model(torch.arange(2, 32).reshape(2, 15)).logits
+torch.save(found, sys.argv[1])
+"""
+
+
+def saved(family: str, path: Path) -> Any:
+    """A tiny model, and its checkpoint: one tensor per expert, or (the last two) all in one."""
+    model = zoo.build(family, **WIDE)
+    model.save_pretrained(path)
+    return model
+
+
+def dropped(model: Any) -> dict[int, list[int]]:
+    sites = find_routers(model)
+    gone = lowest(random_scores([s.experts for s in sites], 0), 0.75, groups_of(model))
+    return {site.layer: experts for site, experts in zip(sites, gone, strict=True)}
+
+
+def test_checkpoints_load_in_a_fresh_process_and_give_what_dropping_gives(tmp_path: Path) -> None:
+    families = ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "granitemoe"]
+    expected, whole = {}, {}
+    ids = torch.arange(2, 32).reshape(2, 15)
+    for family in families:
+        model = saved(family, tmp_path / family)
+        drop = dropped(model)
+        path = tmp_path / f"{family}-pruned"
+        checkpoint.write(tmp_path / family, path, Pruned(drop, 16), lambda draft: {})
+        with torch.no_grad():
+            whole[family] = model(ids).logits
+            with intervene(model, drop=drop):
+                expected[family] = model(ids).logits
+    paths = [str(tmp_path / f"{family}-pruned") for family in families]
+    subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path / "logits", *paths],
+        check=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    found = torch.load(tmp_path / "logits")
+    for family, path in zip(families, paths, strict=True):
+        assert (found[path] - expected[family]).abs().max() <= ROUNDING, family
+        assert (found[path] - whole[family]).abs().max() > 0.1, "control: the model is another"
+    assert torch.equal(found[paths[2]], expected["deepseek_v3"]), "no softmax: equal to the bit"
+
+
+def test_a_command_writes_it_and_measures_what_it_loses(tmp_path: Path, cli_here: Cli) -> None:
+    from moe_inspect.demo import MODEL_DIR
+
+    cli_here("trace", "demo", "-o", "t", "--output-norms", "--max-tokens", 1500)
+    arguments = ["prune", "demo", "--trace", "t", "--max-tokens", 1500, "--draws", 1]
+    done = cli_here(*arguments, "-o", "pruned", "--format", "json")
+    assert "wrote pruned, which was loaded again and has this loss" in done.stderr
+    assert "warning: " in done.stderr
+    assert "without 8 experts of 32 the loss is" in done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    record = json.loads((tmp_path / "pruned/pruning.json").read_text())
+    assert record["losses"] == rows
+    assert (record["experts"], record["experts_kept"], record["by"]) == (8, 6, "reap")
+    assert json.loads((tmp_path / "pruned/config.json").read_text())["num_local_experts"] == 6
+    assert {f.name for f in MODEL_DIR.iterdir()} == {
+        f.name for f in (tmp_path / "pruned").iterdir() if f.name != "pruning.json"
+    }
+    # what is kept is the same to the bit, in bf16
+    before, after = (load_file(p / "model.safetensors") for p in (MODEL_DIR, tmp_path / "pruned"))
+    for layer in range(4):
+        block = f"model.layers.{layer}.block_sparse_moe"
+        kept = [e for e in range(8) if e not in record["dropped"][str(layer)]]
+        gate = before[f"{block}.gate.weight"]
+        assert torch.equal(after[f"{block}.gate.weight"], gate[kept])
+        assert gate.dtype == torch.bfloat16
+        for new, old in enumerate(kept):
+            for name in ("w1", "w2", "w3"):
+                one, other = (f"{block}.experts.{e}.{name}.weight" for e in (new, old))
+                assert torch.equal(after[one], before[other])
+        assert f"{block}.experts.6.w1.weight" not in after
+    others = [name for name in before if "block_sparse_moe" not in name]
+    assert all(torch.equal(before[name], after[name]) for name in others)
+
+    # the same, measured on the checkpoint alone
+    again = moe_inspect.ablate(str(tmp_path / "pruned"), layers=[0], experts=[0], max_tokens=1500)
+    loss = {(row["plan"], row["domain"]): row["loss"] for row in rows}
+    assert again.experts.loss[0] == pytest.approx(loss["reap", "(all)"], abs=0.01)
+
+    there = cli_here(*arguments, "-o", "pruned", check=1)
+    assert "error: there is something at pruned: give a new directory" in there.stderr
+    assert "give -o DIR" in cli_here(*arguments, check=2).stderr
+    dry = cli_here(*arguments, "--dry-run", "--table", "scores", "--format", "csv")
+    assert dry.stdout.splitlines()[0] == "layer,router,expert,score,assignments,dropped"
+
+
+def test_a_file_at_a_time_and_blocks_beyond_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved("qwen3_moe", tmp_path / "a")
+    weights = load_file(tmp_path / "a/model.safetensors")
+    extra = {n.replace("layers.3.", "layers.4."): t for n, t in weights.items() if "layers.3." in n}
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    (tmp_path / "a/config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    copied = {name: tensor.clone() for name, tensor in extra.items()}
+    save_file({**weights, **copied}, tmp_path / "a/model.safetensors")
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100_000)
+    drop = {layer: [0, 5] for layer in (1, 3)}
+    checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), lambda draft: {})
+    index = json.loads((tmp_path / "b/model.safetensors.index.json").read_text())
+    files = sorted(f.name for f in (tmp_path / "b").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files == sorted(set(index["weight_map"].values()))
+    size = 0
+    for file in files:
+        with safe_open(tmp_path / "b" / file, framework="pt") as opened:
+            names = list(opened.keys())
+            assert all(index["weight_map"][name] == file for name in names)
+            size += sum(opened.get_tensor(n).numel() * 4 for n in names)
+    assert index["metadata"]["total_size"] == size
+    assert not any("layers.4." in name for name in index["weight_map"])
+    made = json.loads((tmp_path / "b/config.json").read_text())
+    assert made["num_nextn_predict_layers"] == 0
+    # and from there, once more
+    again = Pruned({layer: [1] for layer in (1, 3)}, 14)
+    checkpoint.write(tmp_path / "b", tmp_path / "c", again, lambda draft: {})
+    model = type(zoo.build("qwen3_moe", **WIDE)).from_pretrained(tmp_path / "c")
+    assert {site.experts for site in find_routers(model)} == {13}
+
+
+def test_nothing_is_left_where_it_fails(tmp_path: Path) -> None:
+    model = saved("mixtral", tmp_path / "a")
+    drop = dropped(model)
+
+    def fails(draft: Path) -> dict[str, Any]:
+        assert (draft / "model.safetensors").exists()
+        raise MoeInspectError("another loss")
+
+    with pytest.raises(MoeInspectError, match="another loss"):
+        checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), fails)
+    with pytest.raises(MoeInspectError, match=r"does not state the number of experts \(12\)"):
+        checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 12), lambda draft: {})
+    with pytest.raises(MoeInspectError, match="are known by name in layer 7"):
+        checkpoint.write(
+            tmp_path / "a", tmp_path / "b", Pruned({**drop, 7: [0, 1, 2, 3]}, 16), lambda draft: {}
+        )
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    with pytest.raises(MoeInspectError, match="quantised: prune the model that they were made of"):
+        checkpoint.directory_of(str(tmp_path / "a"), None)
+    (tmp_path / "a/model.safetensors").rename(tmp_path / "a/pytorch_model.bin")
+    with pytest.raises(MoeInspectError, match="not in safetensors"):
+        checkpoint.directory_of(str(tmp_path / "a"), None)
