@@ -157,12 +157,19 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path):
         path = tmp_path / f"broken{n}"
         path.mkdir()
         (path / "model.safetensors").write_bytes(content)
-        with pytest.raises(MoeInspectError, match="is no safetensors file"):
+        with pytest.raises(MoeInspectError, match="is damaged or no safetensors file"):
             moe_inspect.describe_weights(str(path))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 2, 2], "data_offsets": [0, 4]}})
+    (tmp_path / "lies").mkdir()
+    (tmp_path / "lies" / "a.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header.encode() + b"abcd"
+    )
+    with pytest.raises(MoeInspectError, match=r"a of shape \[1000000000, 2, 2\] has 4 bytes"):
+        moe_inspect.describe_weights(str(tmp_path / "lies"))
     saved(build("mixtral"), tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-50_000])
-    with pytest.raises(MoeInspectError, match="ends before its tensors"):
+    with pytest.raises(MoeInspectError, match=r"it ends before model\.layers\.1"):
         moe_inspect.describe_weights(str(tmp_path / "cut"))
 
 

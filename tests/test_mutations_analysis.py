@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.analysis.counting import count_shard, kernels_numpy, router_counts
-from moe_inspect.analysis.metrics import balance, pairs, uncertainty
+from moe_inspect.analysis.counting import count_shard, kernels_numpy, router_counts, samples
+from moe_inspect.analysis.metrics import balance, committee, pairs, paths, uncertainty
+from moe_inspect.analysis.weights import measure, stored
+from moe_inspect.analysis.weights import routed as routed_weights
 from moe_inspect.capture.corpus import plan as capture_plan
 from moe_inspect.importers import batches, esft, responses, routed
 from moe_inspect.importers.megatron import importer as megatron
@@ -39,8 +41,10 @@ from moe_inspect.trace.writer import early, part_file, pending, resume, tables, 
 from tests import (
     test_aggregate,
     test_balance,
+    test_committee,
     test_counting,
     test_damage,
+    test_describe_weights,
     test_evidence,
     test_generate,
     test_import,
@@ -108,6 +112,15 @@ MUTATIONS = {
     "specialised: a narrower margin": (verdict_routing, "> MARGIN * margin]", "> 1.0 * margin]", by(test_verdict_thresholds.test_domains, "within the margin")),
     # chance
     "whole passes are of one size": (balance, "2 * tokens_S >= tokens_S.max", "tokens_S == tokens_S.max", by(test_balance.test_by_hand_on_two_routers_of_four_experts)),
+    "committee: ties for the last place are in": (committee, "(assignments_DE > after_D1)", "(assignments_DE >= after_D1)", by(test_committee.test_experts_that_share_the_last_place_are_left_out)),
+    "committee: leads in one domain": (committee, "return leads_DE.all(-2)", "return leads_DE.any(-2)", by(test_committee.test_experts_that_share_the_last_place_are_left_out)),
+    "committee: mass of all tokens together": (committee, "share_RD[known_R], axis=1", "0.98 * share_RD[known_R], axis=1", by(test_committee.test_an_expert_that_leads_everywhere_is_the_committee)),
+    "paths: a group is left out by halves": (paths, "np.sqrt((G - 1) / G *", "np.sqrt(1 / G *", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
+    "paths: groups split documents": (paths, "of_S.reshape(-1) % min(GROUPS, N)", "np.arange(len(document_S)) % min(GROUPS, N)", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
+    "samples: drawn by the place in a shard": (samples, "_drawn(shard.files.first_token + seen.number_T,", "_drawn(seen.number_T,", by(test_committee.test_a_sample_of_tokens_is_the_same_in_any_shards)),
+    "weights: experts in reverse": (routed_weights, "(t, e * (t.size // E)", "(t, (E - 1 - e) * (t.size // E)", by(test_describe_weights.test_every_family_is_found_and_measured, "gpt_oss")),
+    "weights: the mean square, not its root": (measure, "/ np.sqrt(count_E * square_E), np", "/ (count_E * square_E), np", by(test_describe_weights.test_every_family_is_found_and_measured, "olmoe")),
+    "weights: bf16 by half": (stored, "<< 16", "<< 15", by(test_describe_weights.test_bf16_fp16_and_several_files_in_pieces)),
     "design effect without n/(n − 1)": (uncertainty, ".sum()) * n / (n - 1)", ".sum())", by(test_uncertainty.test_the_design_effect_by_hand)),
     "Gaussian floor without E/(E − 1)": (uncertainty, "/ mean_load * E / (E - 1))", "/ mean_load)", by(test_uncertainty.test_the_gaussian_floor_by_hand)),
     "floor of independent picks": (uncertainty, "picks_J / experts_left", "k / E + 0 * picks_J", by(test_uncertainty.test_noise_floor_is_what_drawing_gives, 20, 16, 4)),

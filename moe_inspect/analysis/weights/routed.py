@@ -91,7 +91,7 @@ def _of_numbers(experts: Mapping[int, list[Stored]]) -> list[list[tuple[Stored, 
     """None where a number is missing."""
     if sorted(experts) != list(range(len(experts))):
         return []
-    return [[(t, 0, _size(t)) for t in experts[e]] for e in range(len(experts))]
+    return [[(t, 0, t.size) for t in experts[e]] for e in range(len(experts))]
 
 
 def _of_fused(tensors: list[Stored], rows: int) -> list[list[tuple[Stored, int, int]]]:
@@ -102,7 +102,7 @@ def _of_fused(tensors: list[Stored], rows: int) -> list[list[tuple[Stored, int, 
     mine = mine or [t for t in tensors if E and t.shape[0] > E and t.shape[0] % E == 0]
     if not mine or any(t.shape[0] % E for t in mine):
         return []
-    return [[(t, e * (_size(t) // E), _size(t) // E) for t in mine] for e in range(E)]
+    return [[(t, e * (t.size // E), t.size // E) for t in mine] for e in range(E)]
 
 
 def _beside(tensors: Mapping[str, Stored], place: str, E: int) -> list[Stored]:
@@ -113,10 +113,3 @@ def _beside(tensors: Mapping[str, Stored], place: str, E: int) -> list[Stored]:
         for name, t in tensors.items()
         if len(t.shape) == 3 and t.shape[0] == E and inside.fullmatch(name)
     ]
-
-
-def _size(tensor: Stored) -> int:
-    size = 1
-    for n in tensor.shape:
-        size *= n
-    return size

@@ -8,6 +8,7 @@ shape, where its bytes are behind the header), the bytes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ class Stored:
     begin: int
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def readable(self) -> bool:
         """Whether its values are its weights: not quantised."""
         return self.dtype in DTYPES
@@ -46,7 +51,7 @@ class Stored:
             while count:
                 values = np.fromfile(file, kind, min(count, PIECE))
                 if not len(values):
-                    raise MoeInspectError(f"{self.file} is damaged: it ends before its tensors do")
+                    raise MoeInspectError(f"{self.file} was cut off while it was read")
                 count -= len(values)
                 if self.dtype == "BF16":  # the upper half of a float32
                     values = (values.astype(np.uint32) << 16).view(np.float32)
@@ -54,8 +59,7 @@ class Stored:
 
     def whole(self) -> np.ndarray:
         """All of it, float64, in its shape."""
-        size = int(np.prod(self.shape, dtype=np.int64))
-        parts = [piece.astype(float) for piece in self.pieces(0, size)]
+        parts = [piece.astype(float) for piece in self.pieces(0, self.size)]
         return np.concatenate([np.zeros(0), *parts]).reshape(self.shape)
 
 
@@ -73,6 +77,17 @@ def tensors_in(directory: str | Path) -> dict[str, Stored]:
     return found
 
 
+def _stored(file: Path, name: str, about: Any, start: int) -> Stored:
+    """A tensor by its entry in the header, which ends at byte `start`."""
+    begin, end = (start + int(at) for at in about["data_offsets"])
+    found = Stored(file, str(about["dtype"]), tuple(int(n) for n in about["shape"]), begin)
+    if end > file.stat().st_size:
+        raise ValueError(f"it ends before {name} does")
+    if found.readable and found.size * np.dtype(DTYPES[found.dtype]).itemsize != end - begin:
+        raise ValueError(f"{name} of shape {list(found.shape)} has {end - begin:,} bytes")
+    return found
+
+
 def _header(file: Path) -> dict[str, Stored]:
     size = file.stat().st_size
     try:
@@ -82,14 +97,8 @@ def _header(file: Path) -> dict[str, Stored]:
                 raise ValueError(f"its header has {length:,} bytes, the file {size:,}")
             listed = cast(dict[str, Any], json.loads(opened.read(length)))
         listed.pop("__metadata__", None)
-        return {
-            name: Stored(
-                file,
-                str(about["dtype"]),
-                tuple(int(n) for n in about["shape"]),
-                8 + length + int(about["data_offsets"][0]),
-            )
-            for name, about in listed.items()
-        }
+        return {name: _stored(file, name, about, 8 + length) for name, about in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise MoeInspectError(f"{file} is no safetensors file: {first_line(error)}") from error
+        raise MoeInspectError(
+            f"{file} is damaged or no safetensors file: {first_line(error)}"
+        ) from error
