@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -141,12 +141,21 @@ def describe(
             found = describe_weights(model, revision=revision)[table.value]
         emit(found, form, output, safe_csv)
         return
-    need_torch()
-    quiet()
-    from moe_inspect.model.describe import describe as make
     from moe_inspect.model.description import describe_table
+    from moe_inspect.model.shapes.ask import describe_without_torch
 
-    made = make(model, context=context, revision=revision, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {
+        "context": context,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    made = describe_without_torch(model, **options)
+    if made is None:
+        need_torch()
+        quiet()
+        from moe_inspect.model.describe import describe as make
+
+        made = make(model, **options)
     training = (
         made.training(train_tokens, gpu.value, mfu, gpu_hours) if train_tokens is not None else []
     )

@@ -1,5 +1,5 @@
 """Parameters, memory and FLOPs of a model, compared with dense models of the same size. The model
-is built on the meta device: no weights are read.
+is built without data: no weights are read.
 
 E experts, k chosen per token.
 """
@@ -17,6 +17,7 @@ from moe_inspect.model.families import CONNECTOR, TOWER
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import auto_class, load_config, of_the_text_model
 from moe_inspect.model.routers import Site, top_k_of
+from moe_inspect.model.shapes.ask import describe_without_torch
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 
@@ -34,6 +35,22 @@ def describe(
 ) -> Description:
     """`model`: a hub id, a directory, a config.json, a trace (by its manifest), or "demo".
     `context`: context length in tokens; default: the model's, at most 4096."""
+    made = describe_without_torch(
+        model, context=context, revision=revision, trust_remote_code=trust_remote_code
+    )
+    return made or describe_built(
+        model, context=context, revision=revision, trust_remote_code=trust_remote_code
+    )
+
+
+def describe_built(
+    model: str,
+    *,
+    context: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Description:
+    """As `describe`, of the model that this process builds on the meta device."""
     import torch
 
     config = _config_of(model, revision, trust_remote_code)
@@ -50,7 +67,6 @@ def describe(
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or CONTEXT
     made = Description(
-        config,
         type(built).__name__,
         getattr(text, "num_hidden_layers", 0),
         context or min(CONTEXT, longest),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_inspect.text import plural, ranges
 
@@ -37,7 +37,6 @@ class Description:
     """Parameters by part, in total and active per token; FLOPs of a forward pass per token.
     `routers`: (layer, E, k)."""
 
-    config: Any
     kind: str
     layers: int
     context: int

@@ -1,0 +1,50 @@
+"""Has a model described without torch, in a process of its own."""
+
+# pyright: strict
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from moe_inspect.model.description import Description
+
+
+def describe_without_torch(
+    model: str,
+    *,
+    context: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Description | None:
+    """As `describe`. None where that takes torch: the model's code is not transformers', or does
+    what is not known without torch. Also where torch is loaded already: it is then quicker."""
+    if "torch" in sys.modules or trust_remote_code or not sys.executable:
+        return None
+    answers = ask([{"model": model, "context": context, "revision": revision}])
+    return answers[0] if answers else None
+
+
+def ask(questions: Iterable[dict[str, object]]) -> list[Description | None]:
+    """What a new process answers to each; fewer answers where it failed."""
+    # -P: modules in the current directory are not ours
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "moe_inspect.model.shapes"],
+        input="".join(json.dumps(question) + "\n" for question in questions),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    return [_description(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def _description(answer: Any) -> Description | None:
+    if answer is None:
+        return None
+    answer["routers"] = [tuple(router) for router in answer["routers"]]
+    return Description(**answer)
