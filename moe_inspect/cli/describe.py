@@ -137,7 +137,7 @@ def describe(
             )
         from moe_inspect.api import describe_weights
 
-        with shown("reading weights"):
+        with shown(("reading weights", 1)):
             found = describe_weights(model, revision=revision)[table.value]
         emit(found, form, output, safe_csv)
         return
