@@ -276,8 +276,8 @@ def prune(
                  groups first) that stays
     by           "reap": mean of gate weight × norm of the expert's output; "gate": sum of the gate
                  weights; "frequency": assignments; "ean": sum of the norms; "mean-norm": their
-                 mean; "ablation": what the model loses on the calibration text without this expert
-                 alone; "random"
+                 mean; "aimer": minus mean |weight| ÷ root mean square of its weights; "ablation":
+                 what the model loses on the calibration text without this expert alone; "random"
     output       a directory that does not exist yet: a checkpoint that transformers loads, with
                  what was measured in its pruning.json. None: no model is written
     draws        choices at random to compare with

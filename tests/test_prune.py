@@ -130,6 +130,14 @@ def test_experts_that_were_hardly_seen_and_super_experts_are_named(
     assert "record it with --output-peaks" in said(done, "super experts")
 
 
+def test_by_weights_alone(held_out: HeldOut, three: Trace) -> None:
+    few = replace(held_out, batches=held_out.batches[:1])
+    done = prune_held_out(few, three, Choice(by="aimer", keep=0.75, draws=1))
+    table = moe_inspect.describe_weights("demo")["experts"]
+    assert np.allclose(-done.scores.score, table.aimer)
+    assert done.dropped[0] == sorted(table[table.layer == 0].aimer.nlargest(2).index)
+
+
 def test_what_is_worth_most_alone_stays(held_out: HeldOut, tmp_path: Path) -> None:
     few = replace(held_out, batches=held_out.batches[:1])
     short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300)

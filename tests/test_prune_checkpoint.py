@@ -19,8 +19,8 @@ from moe_inspect import MoeInspectError, intervene
 from moe_inspect.analysis.scores import lowest, random_scores
 from moe_inspect.interventions.pruning import checkpoint
 from moe_inspect.interventions.pruning.checkpoint import Pruned
-from moe_inspect.interventions.pruning.choose import groups_of
 from moe_inspect.model.find import find_routers
+from moe_inspect.model.sizes import groups_of
 from tests import zoo
 from tests.conftest import Cli
 
@@ -49,7 +49,8 @@ def saved(family: str, path: Path) -> Any:
 
 def dropped(model: Any) -> dict[int, list[int]]:
     sites = find_routers(model)
-    gone = lowest(random_scores([s.experts for s in sites], 0), 0.75, groups_of(model))
+    groups, _, _ = groups_of(model.config.to_dict())
+    gone = lowest(random_scores([s.experts for s in sites], 0), 0.75, groups)
     return {site.layer: experts for site, experts in zip(sites, gone, strict=True)}
 
 

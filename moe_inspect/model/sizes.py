@@ -1,13 +1,18 @@
-"""Sizes in bytes of a hidden state and of an expert, by the config in the manifest."""
+"""What a config says of sizes: bytes of a hidden state and of an expert, groups of experts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moe_inspect.model.families import EXPERT_WIDTH, HIDDEN, family_of, language_config
 from moe_inspect.trace.reader import Trace
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+GROUPS = ("n_group", "num_expert_group")
+GROUPS_CHOSEN = ("topk_group", "num_limited_groups")
+# of DeepSeek-V2: without groups, and with groups compared by their best expert alone
+UNGROUPED, BY_BEST = "greedy", "group_limited_greedy"
 
 
 def text_config(trace: Trace) -> dict[str, Any]:
@@ -37,6 +42,17 @@ def expert_bytes(trace: Trace, router: int) -> float | None:
 def weight_bytes(trace: Trace) -> int:
     """Bytes of a weight in the dtype the model ran in; 2 where the manifest does not say."""
     return _element_bytes(trace) or 2
+
+
+def groups_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Of a model's config.json: the number of groups (1: none), how many of them a token goes to,
+    and by how many of their best experts they are compared."""
+    of = language_config(dict(config))
+    groups = _number(of, *GROUPS)
+    if groups is None or of.get("topk_method") == UNGROUPED:
+        return 1, 1, 0
+    best = 1 if of.get("topk_method") == BY_BEST else 2
+    return groups, _number(of, *GROUPS_CHOSEN) or groups, best if groups > 1 else 0
 
 
 def _element_bytes(trace: Trace) -> int | None:

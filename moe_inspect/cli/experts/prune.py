@@ -22,6 +22,7 @@ class By(StrEnum):
     frequency = "frequency"
     ean = "ean"
     mean_norm = "mean-norm"
+    aimer = "aimer"
     ablation = "ablation"
     random = "random"
 
@@ -62,7 +63,8 @@ def prune(
             help=(
                 "Experts with the least go first. reap: mean of gate weight × norm of the output. "
                 "gate: sum of gate weights. frequency: assignments. ean: sum of the norms. "
-                "mean-norm: their mean. ablation: loss on the calibration text without the expert."
+                "mean-norm: their mean. aimer: by the weights alone. ablation: loss on the "
+                "calibration text without the expert."
             )
         ),
     ] = By.reap,
@@ -112,7 +114,7 @@ def prune(
     quiet()
     from moe_inspect.api import prune as run
 
-    with shown("measuring") as bar:
+    with shown(("measuring", 1)) as bar:
         done = run(
             model,
             trace=trace,

@@ -6,24 +6,26 @@ E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from moe_inspect.analysis.scores import SCORES
+from moe_inspect.analysis.weights.measure import aimer_of
 from moe_inspect.capture.corpus.plan import TokenSequence, batches
 from moe_inspect.capture.resume import comparable
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions.ablation.measure import Progress
 from moe_inspect.interventions.ablation.run import ablate_held_out, pairs
 from moe_inspect.interventions.held_out import HeldOut
+from moe_inspect.model.load import checkpoint_dir
 from moe_inspect.model.routers import Site
 from moe_inspect.trace.reader import Trace
 
-ABLATION, RANDOM = "ablation", "random"
-BY = (*SCORES, ABLATION, RANDOM)
+ABLATION, AIMER, RANDOM = "ablation", "aimer", "random"
+BY = (*SCORES, AIMER, ABLATION, RANDOM)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # config entries that say how weights are stored or run, not what the model is
 OF_A_RUN = {"dtype", "torch_dtype", "use_cache", "output_router_logits"}
@@ -95,6 +97,17 @@ def ablation_scores(
     table = ablate_held_out(calibration, asked, resume=resume, progress=progress).experts
     by_router = table.sort_values(["router", "expert"]).groupby("router").difference
     return [of.to_numpy(np.float64) for _, of in by_router]
+
+
+def aimer_scores(held_out: HeldOut, trace: Trace, routers: Sequence[int]) -> list[np.ndarray]:
+    """Minus AIMER of each expert, by its weights alone: those go first whose weights are most alike
+    in size (arXiv:2603.18492). float64 [E] of each router. MoeInspectError where weights cannot be
+    read."""
+    name, revision = held_out.record["model"], held_out.record["revision"]
+    found = aimer_of(checkpoint_dir(name, revision), trace.routers, routers)
+    if any(np.isnan(aimer_E).any() for aimer_E in found.values()):
+        raise MoeInspectError(f"the weights of {name} are quantised, which {AIMER} does not read")
+    return [-found[r] for r in routers]
 
 
 def sequences_of(trace: Trace) -> Iterator[TokenSequence]:

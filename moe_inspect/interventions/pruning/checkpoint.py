@@ -17,7 +17,7 @@ from typing import Any
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.families import EXPERTS, LANGUAGE_MODEL, LAYER, TOWER
-from moe_inspect.model.load import model_location, refuse_unless_found
+from moe_inspect.model.load import checkpoint_dir, model_location
 from moe_inspect.model.peft_adapter import find_adapter
 from moe_inspect.model.routers import SELECTION_BIAS
 from moe_inspect.trace.files.atomic import sync_directory
@@ -56,13 +56,9 @@ def directory_of(model: str, revision: str | None) -> Path:
         raise MoeInspectError(
             f"{model} is an adapter: merge it with its base model, and prune that"
         )
-    refuse_unless_found(model, revision)
-    found = cached_file(model_location(model), "config.json", revision=revision)
-    source = Path(str(found)).parent
-    if not Path(model_location(model)).is_dir():
-        cached_file(model, WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False)
-        cached_file(model, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if not ((source / WEIGHTS).exists() or (source / INDEX).exists()):
+    cached_file(model_location(model), "config.json", revision=revision)
+    source = checkpoint_dir(model, revision)
+    if not any(source.glob("*.safetensors")):
         raise MoeInspectError(f"the weights of {model} are not in safetensors: not pruned")
     if _read_json(source / "config.json").get("quantization_config"):
         raise MoeInspectError(

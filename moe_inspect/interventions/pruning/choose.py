@@ -11,18 +11,10 @@ from typing import Any
 from moe_inspect.analysis.scores import experts_kept
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions.among import SHARED_OUT, how_dropped
-from moe_inspect.model.routers import Site, text_config, top_k_of
+from moe_inspect.model.load import config_record
+from moe_inspect.model.routers import Site, top_k_of
+from moe_inspect.model.sizes import groups_of
 from moe_inspect.text import plural
-
-GROUPS, GROUPS_CHOSEN = ("n_group", "num_expert_group"), ("topk_group", "num_limited_groups")
-
-
-def groups_of(network: Any) -> int:
-    """In how many groups of consecutive experts the routers choose; 1 where they do not."""
-    config = text_config(network)
-    if getattr(config, "topk_method", "") == "greedy":  # DeepSeek-V2 without groups
-        return 1
-    return _number(config, GROUPS) or 1
 
 
 def check(network: Any, sites: Sequence[Site], keep: float) -> None:
@@ -44,31 +36,25 @@ def check(network: Any, sites: Sequence[Site], keep: float) -> None:
                 f"the router of layer {site.layer} {why}: it cannot choose among fewer experts, "
                 "so the model is not pruned"
             )
-    E, groups, K = sizes[0], groups_of(network), max(top_k_of(s, network) for s in sites)
+    E, K = sizes[0], max(top_k_of(s, network) for s in sites)
+    groups, chosen, best = groups_of(config_of(network))
     kept = experts_kept(E, keep, groups)
     if kept == E:
         raise MoeInspectError(f"--keep {keep:g} drops none of {E} experts: give less")
-    if groups == 1:
-        if kept < K:
-            raise MoeInspectError(
-                f"--keep {keep:g} leaves {kept} of {E} experts, and every token goes to {K}"
-            )
-        return
-    config = text_config(network)
-    chosen = _number(config, GROUPS_CHOSEN) or groups
-    # most families compare groups by their two best experts
-    least = 1 if getattr(config, "topk_method", "") == "group_limited_greedy" else 2
-    if kept // groups < least or kept // groups * chosen < K:
+    if groups > 1 and (kept // groups < best or kept // groups * chosen < K):
         raise MoeInspectError(
             f"--keep {keep:g} leaves {plural(kept // groups, 'expert')} in each of {groups} "
             f"groups, and every token goes to {K} experts in {chosen} groups"
         )
+    if kept < K:
+        raise MoeInspectError(
+            f"--keep {keep:g} leaves {kept} of {E} experts, and every token goes to {K}"
+        )
 
 
-def _number(config: Any, names: Sequence[str]) -> int | None:
-    return next(
-        (v for name in names if type(v := getattr(config, name, None)) is int and v > 0), None
-    )
+def config_of(network: Any) -> dict[str, Any]:
+    """The config of a model as config.json has it; empty where it has none."""
+    return config_record(getattr(network, "config", None))
 
 
 def _tensors_beside(network: Any, site: Site) -> Iterator[tuple[str, Any]]:

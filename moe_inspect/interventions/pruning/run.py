@@ -25,13 +25,16 @@ from moe_inspect.interventions.held_out import HeldOut, open_held_out
 from moe_inspect.interventions.pruning import advise, checkpoint
 from moe_inspect.interventions.pruning.calibration import (
     ABLATION,
+    AIMER,
     BY,
     RANDOM,
     ablation_scores,
+    aimer_scores,
     check_trace,
 )
-from moe_inspect.interventions.pruning.choose import check, groups_of
+from moe_inspect.interventions.pruning.choose import check, config_of
 from moe_inspect.interventions.pruning.measure import EVERYTHING, WHOLE, Drop, Losses, measure
+from moe_inspect.model.sizes import groups_of
 from moe_inspect.text import first_line, no_such
 from moe_inspect.trace.reader import Trace
 
@@ -212,7 +215,8 @@ def planned(
 ) -> Plans:
     """What goes by the score asked for, by frequency, and at random."""
     check(held_out.network, held_out.sites, choice.keep)
-    routers, groups = check_trace(trace, held_out), groups_of(held_out.network)
+    routers = check_trace(trace, held_out)
+    groups, _, _ = groups_of(config_of(held_out.network))
     counts = counted(trace, choice.by if choice.by in SCORES else FREQUENCY)
 
     def gone(score_LE: list[np.ndarray]) -> Drop:
@@ -225,6 +229,8 @@ def planned(
         score_LE = at_random(0)
     elif choice.by == ABLATION:
         score_LE = ablation_scores(held_out, trace, choice.resume, progress)
+    elif choice.by == AIMER:
+        score_LE = aimer_scores(held_out, trace, routers)
     else:
         score_LE = [score_E(counts, r, choice.by) for r in routers]
     drops = {choice.by: [gone(score_LE)]}
