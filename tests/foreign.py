@@ -425,21 +425,25 @@ def counts(root: Path) -> Made:
     return Made(root / "c.csv", load=load)
 
 
+Field = int | float | str | list[str]
+Tensor = tuple[int, tuple[int, ...], bytes]
+
+
 def gguf_file(
-    path: Path,
-    fields: dict[str, int | str | list[str]],
-    tensors: dict[str, np.ndarray | tuple[int, tuple[int, ...], bytes]],
+    path: Path, fields: dict[str, Field], tensors: dict[str, np.ndarray | Tensor]
 ) -> None:
-    """Writes GGUF version 3, to the letter of ggml's docs/gguf.md: metadata of u32, strings and
-    lists of strings; tensors of float32, or (ggml's type, shape with the fastest dimension first,
-    bytes)."""
+    """Writes GGUF version 3, to the letter of ggml's docs/gguf.md: metadata of u32, f32, strings
+    and lists of strings; tensors of float32, or (ggml's type, shape with the fastest dimension
+    first, bytes)."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value.encode())) + value.encode()
 
-    def typed(value: int | str | list[str]) -> bytes:
-        if isinstance(value, int):
-            return struct.pack("<II", 4, value)
+    def typed(value: Field) -> bytes:
+        if isinstance(value, int | float):
+            return struct.pack(
+                "<II" if isinstance(value, int) else "<If", 4 + 2 * isinstance(value, float), value
+            )
         if isinstance(value, str):
             return struct.pack("<I", 8) + text(value)
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
@@ -477,7 +481,7 @@ def write_imatrix(
         dense = f"blk.{layer}.attn_q.weight"
         tensors[f"{dense}.in_sum2"] = np.ones((1, 4))
         tensors[f"{dense}.counts"] = np.full((1, 1), tokens)
-    fields: dict[str, int | str | list[str]] = {
+    fields: dict[str, Field] = {
         "general.type": "imatrix",
         "imatrix.datasets": ["calibration.txt"],
         "imatrix.chunk_count": tokens // chunk,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import duckdb
@@ -194,7 +195,8 @@ def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
         with pytest.raises(MoeInspectError, match="holds counts only, no decisions"):
             export_trace(trace, format, tmp_path / "o")
         return
-    assert export_trace(trace, format, tmp_path / "o.json").stat().st_size
+    options = {"gpu_layers": 1} if format == "llama-cpp" else {}
+    assert export_trace(trace, format, tmp_path / "o.json", **options).stat().st_size
     assert not list(tmp_path.glob(".*"))
 
 
@@ -225,3 +227,25 @@ def test_the_help_lists_every_format(cli_here: Cli) -> None:
         assert f"{name} {exporter.writes}" in said
     assert exporters()["esft"].options == ["top_p", "score"]
     assert exporters()["sglang"].options == []
+
+
+def test_llama_cpp_keeps_layers_whose_load_is_spread_on_the_gpu(cli_here: Cli, tmp_path: Path):
+    """Of three layers the first has one busy expert, the second two, the third four."""
+    loads = [[8, 0, 0, 0], [4, 4, 0, 0], [2, 2, 2, 2]]
+    write_counts(tmp_path / "t", [np.array([load]) for load in loads], 1)
+    for layers, on_cpu in ((0, "(0|1|2)"), (1, "(0|1)"), (2, "(0)")):
+        cli_here("export", "t", "--format", "llama-cpp", "--gpu-layers", layers, "-o", "ot")
+        line = (tmp_path / "ot").read_text()
+        assert line == rf"-ot blk\.{on_cpu}\.ffn_(gate_up|gate|up|down)_exps=CPU" + "\n"
+    pattern = re.compile(line.split()[1].removesuffix("=CPU"))
+    assert pattern.search("blk.0.ffn_gate_exps.weight")
+    assert not pattern.search("blk.10.ffn_gate_exps.weight")
+    assert not pattern.search("blk.0.ffn_gate_shexp.weight")
+    export_trace(tmp_path / "t", "llama-cpp", tmp_path / "ot", gpu_layers=3)
+    assert (tmp_path / "ot").read_text() == "\n"
+    with pytest.raises(MoeInspectError, match="--gpu-layers 4: 3 layers have experts"):
+        export_trace(tmp_path / "t", "llama-cpp", tmp_path / "ot", gpu_layers=4)
+    with pytest.raises(MoeInspectError, match="needs --gpu-layers"):
+        export_trace(tmp_path / "t", "llama-cpp", tmp_path / "ot")
+    with pytest.raises(MoeInspectError, match="option of the format llama-cpp, not of counts"):
+        export_trace(tmp_path / "t", "counts", tmp_path / "c.csv", gpu_layers=1)

@@ -17,6 +17,7 @@ from moe_inspect.model.load import (
     load_config,
     load_model,
     load_tokenizer,
+    stored_quantization,
     weights_fingerprint,
 )
 from moe_inspect.model.own import OwnModel, load_own, state_fingerprint
@@ -65,6 +66,10 @@ class Unloaded:
         if self.options.random_init is not None:
             return None
         return weights_fingerprint(*self._base)
+
+    @property
+    def stored_quantization(self) -> dict[str, Any]:
+        return {} if self.own is not None else stored_quantization(self._base[0], self.config)
 
     @property
     def _base(self) -> tuple[str, str | None]:

@@ -109,7 +109,7 @@ def _record(
         corpus = ", ".join(run.options.data) or "the bundled corpus"
         raise MoeInspectError(f"the corpus is empty: no text in {corpus}")
     # (loading changes the config)
-    stored = quantization_of(run.model.config) if run.model.own is None else {}
+    stored = run.model.stored_quantization
     network = _load(run)
     with torch.inference_mode():
         recorder = _recorder(run, network, stored, start, lock)

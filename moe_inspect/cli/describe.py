@@ -31,7 +31,7 @@ def describe(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A hub id, a directory, a config.json, a trace, or demo.",
+            help="A hub id, a directory, a config.json, a GGUF file, a trace, or demo.",
             show_default=False,
         ),
     ],

@@ -76,12 +76,26 @@ def export(
             show_default=False,
         ),
     ] = None,
+    gpu_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="llama-cpp: how many layers' experts fit on the GPU.",
+            show_default=False,
+        ),
+    ] = None,
     safe_csv: SafeCsv = False,
 ) -> None:
     """Convert a trace to the format of another tool."""
     from moe_inspect.exporters.run import export_trace
 
     made = export_trace(
-        trace, format.value, output, top_p=top_p, score=score and score.value, safe_csv=safe_csv
+        trace,
+        format.value,
+        output,
+        top_p=top_p,
+        score=score and score.value,
+        gpu_layers=gpu_layers,
+        safe_csv=safe_csv,
     )
     print_stderr(f"wrote {made}")

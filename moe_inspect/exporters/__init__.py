@@ -3,6 +3,7 @@
 # name → module of this package, whose function is registered by `@exporter`
 MODULES = {
     "sglang": "sglang",
+    "llama-cpp": "llama_cpp",
     "esft": "esft",
     "counts": "counts",
     "long-parquet": "long_parquet",

@@ -17,20 +17,23 @@ def export_trace(
     *,
     top_p: float | None = None,
     score: str | None = None,
+    gpu_layers: int | None = None,
     safe_csv: bool = False,
 ) -> Path:
     """Writes a trace in the format of another tool, and returns `output`.
 
     Args:
         trace: a trace or its directory.
-        format: "sglang" (`logical_count` for --init-expert-location, .pt or .json), "esft" (a
-            folder per domain), "counts" (.csv, .json or .parquet), "long-parquet" (one row per
-            assignment) or "routed-experts" (.jsonl, a line per sequence, as vLLM returns them).
+        format: "sglang" (`logical_count` for --init-expert-location, .pt or .json), "llama-cpp"
+            (its option -ot), "esft" (a folder per domain), "counts" (.csv, .json or .parquet),
+            "long-parquet" (one row per assignment) or "routed-experts" (.jsonl, a line per
+            sequence, as vLLM returns them).
         output: the file, for "esft" the folder, to write.
         top_p: esft: train the fewest experts of each layer whose scores sum to this share of the
             layer's, 0.2 by default.
         score: esft: "token", the share of the assignments (the default), or "gate", the share of
             the gate weight.
+        gpu_layers: llama-cpp: how many layers' experts stay on the GPU.
         safe_csv: counts as .csv: put an apostrophe before a domain that a spreadsheet would take
             for a formula.
 
@@ -40,7 +43,12 @@ def export_trace(
     known = exporters()
     if format not in known:
         raise MoeInspectError(no_such("format", format, known))
-    given = (("top_p", top_p), ("score", score), ("safe_csv", safe_csv or None))
+    given = (
+        ("top_p", top_p),
+        ("score", score),
+        ("gpu_layers", gpu_layers),
+        ("safe_csv", safe_csv or None),
+    )
     options = {name: value for name, value in given if value is not None}
     if wrong := [name for name in options if name not in known[format].options]:
         takers = ", ".join(name for name, other in known.items() if wrong[0] in other.options)

@@ -15,6 +15,7 @@ from moe_inspect.model.config import read_config
 from moe_inspect.model.description import PARTS, Description
 from moe_inspect.model.families import CONNECTOR, TOWER
 from moe_inspect.model.find import find_routers
+from moe_inspect.model.gguf.load import is_gguf
 from moe_inspect.model.load import auto_class, load_config, of_the_text_model
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.model.shapes.ask import describe_without_torch
@@ -90,7 +91,7 @@ def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any
 
     path = Path(model)
     manifest = path / schema.MANIFEST
-    if not (path.is_file() or manifest.is_file()):
+    if is_gguf(model) or not (path.is_file() or manifest.is_file()):
         return load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     known = read_config(manifest if manifest.is_file() else path)
     kind = known.pop("model_type", None)

@@ -14,6 +14,13 @@ from typing import Any
 
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 from moe_inspect.model.config import read_config
+from moe_inspect.model.gguf.load import (
+    dequantized,
+    is_gguf,
+    quantization,
+    refuse_unless_loadable,
+)
+from moe_inspect.model.gguf.load import load_config as load_gguf_config
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 
@@ -34,6 +41,9 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
     """MoeInspectError where there is no such model, as far as that shows without torch,
     transformers and the network."""
     location = model_location(name)
+    if is_gguf(location):
+        refuse_unless_loadable(Path(location))
+        return
     if Path(location).is_dir():
         return
     if location.startswith((".", "~", os.sep)):
@@ -83,6 +93,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     refuse_unless_found(name, revision)
     location = model_location(name)
     try:
+        if is_gguf(location):
+            return load_gguf_config(Path(location))
         # before transformers builds anything from it
         read_config(Path(cached_file(location, "config.json", revision=revision) or ""))
         return of_the_text_model(
@@ -99,7 +111,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
                 f"model {name!r} needs to run code from its own repository: review it, then "
                 "give --trust-remote-code"
             ) from None
-        way_out = "" if Path(location).is_dir() else f": {HOW_TO_NAME}"
+        way_out = "" if Path(location).exists() else f": {HOW_TO_NAME}"
         raise MoeInspectError(
             f"cannot load model {name!r}: {first_line(error).rstrip('.')}{way_out}"
         ) from error
@@ -114,8 +126,16 @@ def of_the_text_model(config: Any) -> Any:
 def commit_of(name: str, revision: str | None) -> str | None:
     """The commit that was loaded from the hub; for a local directory the revision as given."""
     location = model_location(name)
-    cached = None if Path(location).is_dir() else _cached_config(location, revision)
+    cached = None if Path(location).exists() else _cached_config(location, revision)
     return cached.parent.name if cached is not None else revision
+
+
+def _pretrained(name: str) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained of transformers takes for a model."""
+    location = Path(model_location(name))
+    if is_gguf(location.name):
+        return str(location.parent), {"gguf_file": location.name}
+    return model_location(name), {}
 
 
 def _cached_config(location: str, revision: str | None) -> Path | None:
@@ -134,9 +154,10 @@ def load_tokenizer(
 ) -> Any:
     from transformers import AutoTokenizer
 
+    location, of_gguf = _pretrained(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            model_location(name), revision=revision, trust_remote_code=trust_remote_code
+            location, revision=revision, trust_remote_code=trust_remote_code, **of_gguf
         )
     except Exception as error:  # as above
         raise MoeInspectError(
@@ -228,16 +249,21 @@ def load_model(
             )
             missing: set[str] = set()
         else:
+            location, of_gguf = _pretrained(name)
+            of_gguf |= dequantized() if of_gguf else {}
             both: Any = auto_class(config, trust_remote_code).from_pretrained(
-                model_location(name),
+                location,
                 config=config,
                 revision=revision,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 **({"device_map": device_map} if device_map is not None else {}),
+                **of_gguf,
             )
             model, loaded = both
+            if of_gguf and hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config  # its weights are not quantised any more
             missing = set(loaded["missing_keys"])
     except Exception as error:  # as above: the weights are the user's
         raise MoeInspectError(f"cannot load model {name!r}: {first_line(error)}") from error
@@ -253,6 +279,13 @@ def quantization_of(config: Any) -> dict[str, Any]:
     """The quantization_config that a model's config states; empty where it states none."""
     stated = getattr(config, "quantization_config", None) or {}
     return stated if isinstance(stated, dict) else stated.to_dict()
+
+
+def stored_quantization(name: str, config: Any) -> dict[str, Any]:
+    """How a model's weights are quantised where they are stored; empty where they are not."""
+    if is_gguf(name):
+        return quantization(Path(name))
+    return quantization_of(config)
 
 
 def dequantizing(name: str, config: Any) -> Any:
@@ -284,12 +317,13 @@ def _without_quantization(config: Any) -> Any:
 
 def weights_fingerprint(name: str, revision: str | None) -> str | None:
     """Identifies a set of weights without reading all of them: the commit on the hub, or
-    size, beginning and end of each file of a directory."""
-    directory = Path(model_location(name))
-    if not directory.is_dir():
+    size, beginning and end of a file, or of each of a directory's."""
+    place = Path(model_location(name))
+    if not place.exists():
         return commit_of(name, revision)
+    files = [place] if place.is_file() else [*place.iterdir()]
     parts = []
-    for file in sorted(f for f in directory.iterdir() if f.suffix in (".safetensors", ".bin")):
+    for file in sorted(f for f in files if f.suffix in (".safetensors", ".bin", ".gguf")):
         size = file.stat().st_size
         with open(file, "rb") as data:
             head = data.read(2**20)

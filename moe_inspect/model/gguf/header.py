@@ -10,7 +10,7 @@ import math
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,16 +22,32 @@ SCALARS = {  # type of a metadata value → struct's letter
 }
 STRING, ARRAY = 8, 9
 MOST_DEPTH, MOST_DIMENSIONS = 4, 4
-# ggml's type of a tensor → (elements, bytes) of a block
-BLOCKS = {
-    **{0: (1, 4), 1: (1, 2), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8)},
-    **{30: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40)},
-    **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210)},
-    **{15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18)},
-    **{21: (256, 110), 22: (256, 82), 23: (256, 136), 29: (256, 56), 34: (256, 54)},
-    **{35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18)},
+# ggml's types of tensors: name, elements and bytes of a block
+_LISTED = {
+    **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20)},
+    **{6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40)},
+    **{10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144)},
+    **{13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292)},
+    **{16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98)},
+    **{19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110)},
+    **{22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2)},
+    **{26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56)},
+    **{30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66)},
+    **{39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18)},
 }
+PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")  # not quantised
 F32 = 0
+
+
+class TensorType(NamedTuple):
+    """ggml's type of a tensor, which is stored in blocks of so many elements and bytes."""
+
+    name: str
+    elements: int
+    nbytes: int
+
+
+TYPES = {kind: TensorType(*listed) for kind, listed in _LISTED.items()}
 
 
 @dataclass(frozen=True)
@@ -47,10 +63,10 @@ class GgufTensor:
     @property
     def nbytes(self) -> int:
         """Its size in bytes. MoeInspectError where its type is unknown."""
-        if self.kind not in BLOCKS:
+        if self.kind not in TYPES:
             raise MoeInspectError(f"tensor {self.name} is of type {self.kind}, which is unknown")
-        elements, size = BLOCKS[self.kind]
-        return math.prod(self.shape) // elements * size
+        kind = TYPES[self.kind]
+        return math.prod(self.shape) // kind.elements * kind.nbytes
 
 
 @dataclass

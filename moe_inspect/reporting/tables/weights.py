@@ -36,6 +36,8 @@ def adapter(manifest: Mapping[str, Any]) -> str:
 
 def _named(config: Mapping[str, Any]) -> str:
     method = str(config.get("quant_method") or config.get("quant_algo") or "").lower()
+    if method == "gguf":
+        return " ".join([method, *(kind.lower() for kind in _mapping(config.get("tensors")))])
     if config.get("load_in_4bit") is True or config.get("_load_in_4bit") is True:
         return f"{method or 'bitsandbytes'} 4 bit"
     if config.get("load_in_8bit") is True or config.get("_load_in_8bit") is True:

@@ -1,0 +1,47 @@
+"""Which layers' experts llama.cpp keeps on the GPU: its option -ot (--override-tensor).
+
+llama.cpp has the experts of a layer in one tensor a projection, so that they move by layer. Memory
+and caches serve a layer best whose load is on few experts: layers whose load is spread over the
+most experts stay on the GPU. E experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.exporters.registry import exporter
+from moe_inspect.exporters.sums import sums_by_domain
+from moe_inspect.trace.files.atomic import draft_of
+from moe_inspect.trace.reader import Trace
+
+
+@exporter("llama-cpp", writes="-ot of llama.cpp: which layers' experts stay on the CPU (a line)")
+def llama_cpp(trace: Trace, output: Path, gpu_layers: int | None = None) -> None:
+    """A line of options: the experts of all layers but `gpu_layers` on the CPU, the layers with the
+    fewest experts in effective use (e to the entropy of their load) first."""
+    if gpu_layers is None:
+        raise MoeInspectError("--format llama-cpp needs --gpu-layers: how many layers' experts fit")
+    used: dict[int, float] = {}
+    for router, of_domain in zip(trace.routers, sums_by_domain(trace), strict=True):
+        if router.stack:
+            raise MoeInspectError("llama.cpp has no encoder-decoders with experts")
+        load_E = np.array([sums["count"] for sums in of_domain.values()]).sum(0)
+        used[router.layer] = used.get(router.layer, 0.0) + effective_experts(load_E)
+    if gpu_layers > len(used):
+        raise MoeInspectError(f"--gpu-layers {gpu_layers}: {len(used)} layers have experts")
+    spread_first = sorted(used, key=lambda layer: (-used[layer], layer))
+    on_cpu = sorted(spread_first[gpu_layers:])
+    blocks = "|".join(map(str, on_cpu))
+    line = rf"-ot blk\.({blocks})\.ffn_(gate_up|gate|up|down)_exps=CPU" if on_cpu else ""
+    with draft_of(output) as draft:
+        draft.write_text(line + "\n")
+
+
+def effective_experts(load_E: np.ndarray) -> float:
+    """e to the entropy of the load: E where all experts have the same, 1 where one has all; 0
+    without load."""
+    share_E = load_E[load_E > 0] / max(load_E.sum(), 1)
+    return float(np.exp(-(share_E * np.log(share_E)).sum())) if len(share_E) else 0.0
