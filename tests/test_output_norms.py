@@ -4,6 +4,7 @@ seen, that is said."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_inspect.model.find import find_routers
 from tests.conftest import Cli
 from tests.damage import edit_manifest
 from tests.families import FAMILIES, NO_INTERFACE, build
+from tests.test_verify import put, rewrite
 from tests.zoo import token_batch
 
 ROUNDING = 2**-9  # of what is stored
@@ -177,6 +179,19 @@ def test_they_are_verified_exported_and_resumed(cli_here: Cli, tmp_path: Path) -
     assert rows["norm"].sum() == pytest.approx(routing[norms].to_numpy().sum())
     again = cli_here("trace", "demo", "--max-tokens", 300, "--resume", "-o", "t", check=1)
     assert "was made with output norms True, not None" in again.stderr
+
+
+@pytest.mark.parametrize("value", ["norm", "peak"])
+def test_values_that_no_output_has_are_found(value: str, tmp_path: Path) -> None:
+    moe_inspect.trace_model(
+        "demo", tmp_path / "t", max_tokens=300, output_norms=True, output_peaks=True
+    )
+    for wrong, said in ((-0.5, "is -0.5"), (float("inf"), "is inf"), (None, "is null, expert_1")):
+        shutil.copytree(tmp_path / "t", tmp_path / "wrong", dirs_exist_ok=True)
+        rewrite(tmp_path / "wrong", "routing", 0, put(f"{value}_1", 17, wrong))
+        found = moe_inspect.verify(tmp_path / "wrong")
+        assert not found.ok
+        assert f"{value}_1 {said}" in str(found.violation)
 
 
 def test_the_worth_of_experts_is_that_of_their_assignments(tmp_path: Path) -> None:
