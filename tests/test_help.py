@@ -16,7 +16,10 @@ import typer
 from moe_inspect.cli import app
 from moe_inspect.cli.help.complete import metrics, tables, traces
 from moe_inspect.cli.help.pages import COMMANDS, PAGES
+from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES
 from moe_inspect.comparison.compare import TABLES as COMPARE_TABLES
+from moe_inspect.comparison.loads.compare import LOAD_TABLES
+from moe_inspect.comparison.models.compare import MODEL_TABLES
 from moe_inspect.reporting.report import TABLES as REPORT_TABLES
 from moe_inspect.text import did_you_mean, no_such
 from tests.conftest import ROOT, Cli
@@ -102,6 +105,18 @@ def test_tables_are_completed_without_pandas() -> None:
     assert done.stdout == "set()\n", done.stderr
     assert complete("moe-inspect", "report", "--table", "bal") == ["balance"]
     assert complete("moe-inspect", "compare", "--table", "fli") == ["flips"]
+
+
+def test_help_names_every_table_without_pandas(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "pandas.py").write_text("raise ImportError('pandas is imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "COLUMNS": "300"}
+    for command, registries in (
+        ("report", [REPORT_TABLES]),
+        ("compare", [COMPARE_TABLES, CHECKPOINT_TABLES, LOAD_TABLES, MODEL_TABLES]),
+    ):
+        said = " ".join(cli(command, "--help", env=environment).stdout.replace("│", " ").split())
+        for names in registries:
+            assert ", ".join(sorted(names)) in said
 
 
 def test_tables_metrics_and_traces_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:

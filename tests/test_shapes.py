@@ -50,6 +50,9 @@ def test_every_family_is_described_as_with_torch(tmp_path: Path) -> None:
     assert len(answers) == len(expected)
     without = dict(zip(expected, answers, strict=True))
     assert {name: made for name, made in without.items() if made != expected[name]} == {}
+    for made in expected.values():
+        lines = str(made).splitlines()
+        assert (len(lines) <= 20, max(map(len, lines)) <= 80) == (True, True), f"{made}"
     tied = [made.total["output head"] == 0 for made in expected.values()]
     assert any(tied)
     assert not all(tied)

@@ -168,7 +168,7 @@ def with_options(of: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
 
 
 class TableCommand(GroupedCommand, ABC):
-    """Names the tables in the help of --table, which takes pandas: only when it is asked for."""
+    """Names the tables in the help of --table: looks for them only when it is asked for."""
 
     @abstractmethod
     def tables_help(self) -> str:

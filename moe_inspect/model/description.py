@@ -5,6 +5,7 @@ E experts, k chosen per token.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
@@ -90,10 +91,13 @@ class Description:
             shared = (
                 f", {plural(self.shared_experts, 'shared expert')}" if self.shared_experts else ""
             )
-            yield (
-                f"{plural(len(self.routers), 'router')} in layers {ranges(layers)}: "
+            yield from textwrap.wrap(
+                f"{plural(len(self.routers), 'router')} in layers "
+                f"{ranges(layers).replace(',', ', ')}: "
                 f"{' or '.join(f'{k} of {e}' for k, e in shapes)} experts per token{shared}, "
-                f"{self.scoring}"
+                f"{self.scoring}",
+                80,
+                subsequent_indent="  ",
             )
         else:
             yield "no routers: a dense model"

@@ -8,6 +8,7 @@ import typer
 
 from moe_inspect.cli.compare.options import CompareOptions, TraceA, TraceB, Traces
 from moe_inspect.cli.compare.write import requested, write, write_files
+from moe_inspect.cli.help.complete import FOLDERS, tables_in
 from moe_inspect.cli.options import TableCommand, with_options
 from moe_inspect.cli.progress import phases, shown
 from moe_inspect.errors import MoeInspectError
@@ -155,13 +156,12 @@ def _selection(options: CompareOptions) -> dict[str, Any]:
 
 class CompareCommand(TableCommand):
     def tables_help(self) -> str:
-        from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES
-        from moe_inspect.comparison.compare import TABLES
-        from moe_inspect.comparison.loads.compare import LOAD_TABLES
-        from moe_inspect.comparison.models.compare import MODEL_TABLES
+        def those(of: str, *folders: str) -> str:
+            return ", ".join(sorted(tables_in(*folders, of=of)))
 
         return (
-            f"One table instead of the text: {', '.join(TABLES)}; of more than two traces "
-            f"{', '.join(CHECKPOINT_TABLES)}; of traces of counts "
-            f"{', '.join(LOAD_TABLES)}; of two different models {', '.join(MODEL_TABLES)}."
+            f"One table instead of the text: {those('TABLES', *FOLDERS['compare'])}; of more than "
+            f"two traces {those('CHECKPOINT_TABLES', 'comparison')}; of traces of counts "
+            f"{those('LOAD_TABLES', 'comparison/loads')}; of two different models "
+            f"{those('MODEL_TABLES', 'comparison/models')}."
         )

@@ -53,25 +53,25 @@ def tables(ctx: Any, incomplete: str) -> list[str]:
     return [name for name in tables_in(*FOLDERS[ctx.info_name]) if name.startswith(incomplete)]
 
 
-def tables_in(*folders: str) -> list[str]:
-    """The functions with the decorator @table in these folders of the package. Their files are
-    read, not imported: that would take pandas, and a second."""
+def tables_in(*folders: str, of: str = "TABLES") -> list[str]:
+    """The functions with the decorator @table in these folders of the package, that register with
+    this dict. Their files are read, not imported: that would take pandas, and a second."""
     found = list[str]()
     for folder in folders:
         for file in sorted((PACKAGE / folder).glob("*.py")):
             functions = [
                 f for f in ast.parse(file.read_bytes()).body if isinstance(f, ast.FunctionDef)
             ]
-            found += [f.name for f in functions if any(map(_is_table, f.decorator_list))]
+            found += [f.name for f in functions if any(_is_table(d, of) for d in f.decorator_list)]
     return found
 
 
-def _is_table(decorator: ast.expr) -> bool:
-    """Whether it is @table(…), and of two traces where it is of a comparison."""
+def _is_table(decorator: ast.expr, registry: str) -> bool:
+    """Whether it is @table(…), by default with TABLES."""
     if not isinstance(decorator, ast.Call) or ast.unparse(decorator.func) != "table":
         return False
-    of = [ast.unparse(given.value) for given in decorator.keywords if given.arg == "tables"]
-    return of in ([], ["TABLES"])
+    given = [ast.unparse(word.value) for word in decorator.keywords if word.arg == "tables"]
+    return (given or ["TABLES"]) == [registry]
 
 
 def metrics(ctx: Any, incomplete: str) -> list[str]:

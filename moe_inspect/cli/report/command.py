@@ -7,6 +7,7 @@ import os
 import typer
 
 from moe_inspect.cli.emit import Format, format_of
+from moe_inspect.cli.help.complete import FOLDERS, tables_in
 from moe_inspect.cli.options import TableCommand, with_options
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.report.build import build, phases_of
@@ -45,6 +46,6 @@ def report(options: ReportOptions) -> None:
 
 class ReportCommand(TableCommand):
     def tables_help(self) -> str:
-        from moe_inspect.reporting.report import TABLES
-
-        return f"One table instead of the report: {', '.join(TABLES)}."
+        return (
+            f"One table instead of the report: {', '.join(sorted(tables_in(*FOLDERS['report'])))}."
+        )
