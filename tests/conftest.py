@@ -45,6 +45,7 @@ LONG_FILES = (
     "test_ptx",
     "test_mutations_analysis",
     "test_page",
+    "test_page_sizes",
     "test_training_ranks",
 )
 

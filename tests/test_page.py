@@ -73,9 +73,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """61 × 256 × 8, four domains. k distinct experts by steps from a first one, which sorting lots
+    """58 × 256 × 8, four domains. k distinct experts by steps from a first one, which sorting lots
     would take too long for."""
-    L, E, k, T, rng = 61, 256, 8, 2_000, np.random.default_rng(0)
+    L, E, k, T, rng = 58, 256, 8, 2_000, np.random.default_rng(0)
     token_id = np.minimum(rng.zipf(1.2, T), 499)
     ids = [
         ((rng.integers(0, E, (T, 1)) + np.arange(k) * rng.integers(1, 31, (T, 1))) % E).astype(
@@ -450,11 +450,11 @@ def test_a_large_model_fits(opened_large: Opened):
     assert (
         Path(page.address.removeprefix("file://")).stat().st_size <= 3_000_000
     )  # a megabyte of text
-    assert len(page.map(60)) == 256
-    assert page.map(61) == []
+    assert len(page.map(57)) == 256
+    assert page.map(58) == []
     with page.view.expect_download() as download:  # all of it, more than a table shows
         sheet(page, "load").get_by_role("button", name="Download csv").click()
-    assert len(download.value.path().read_text().splitlines()) == 1 + 61 * 256
+    assert len(download.value.path().read_text().splitlines()) == 1 + 58 * 256
     ticks = page.view.evaluate(
         """[...document.querySelectorAll('[data-widget=map] .ytick')]
           .map((t) => t.getBoundingClientRect()).map((r) => [r.top, r.bottom])"""
@@ -462,11 +462,11 @@ def test_a_large_model_fits(opened_large: Opened):
     ticks.sort()
     assert len(ticks) > 20
     assert all(above[1] <= below[0] + 2 for above, below in pairwise(ticks))
-    assert page.drawn("Drift")[0][0]["rows"] == 61
+    assert page.drawn("Drift")[0][0]["rows"] == 58
     by_layer = page.drawn("Drift")[1:] + page.drawn("Locality")
-    assert [len(marks[0]["x"]) for marks in by_layer] == [61] * 6
+    assert [len(marks[0]["x"]) for marks in by_layer] == [58] * 6
     heatmap = page.drawn("Experts of a domain")[0][0]
-    assert (heatmap["rows"], heatmap["columns"]) == (4, 61)
+    assert (heatmap["rows"], heatmap["columns"]) == (4, 58)
     entries = (
         "[...document.querySelectorAll('.plot')].map((plot) => "
         "plot.querySelectorAll('.legend button').length)"

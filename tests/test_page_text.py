@@ -16,9 +16,8 @@ import pytest
 import moe_inspect
 from moe_inspect.comparison.page import comparison_page
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.render.html import packed
 from moe_inspect.reporting.render.page import report_page
-from moe_inspect.reporting.render.texts.section import TEXT_BYTES, text_section
+from moe_inspect.reporting.render.texts.section import text_section
 from moe_inspect.reporting.report import Report, report
 from tests.conftest import ROOT
 from tests.damage import edit_manifest
@@ -224,34 +223,6 @@ def test_characters_that_tokens_cut_are_whole(
     page.until("document.querySelectorAll('#card .context').length > 0")
     marked = page.view.locator("#card .context mark").all_text_contents()
     assert set(marked) <= {text for text in JOINED if text} | {"␣"}
-    assert page.complaints == []
-    page.view.close()
-
-
-def test_a_large_model_has_a_megabyte_of_text_and_every_expert_its_contexts(
-    browser: Any,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    L, E, k, T, rng = 58, 256, 8, 1_500, np.random.default_rng(0)
-    ids = [
-        (rng.integers(0, E, (T, 1)) + np.arange(k) * rng.integers(1, 31, (T, 1))) % E
-        for _ in range(L)
-    ]
-    weights = [-np.sort(-rng.random((T, k), np.float32), axis=1) for _ in range(L)]
-    settings: dict[str, Any] = {"domain_of_document": ("a", "b"), "words": 500}
-    settings |= {"document": np.arange(T) // 300, "token_id": rng.integers(0, 500, T)}
-    ids = [x.astype(np.uint16) for x in ids]
-    trace = write_trace(tmp_path / "t", ids, E, weights=weights, **settings)
-    made: Any = text_section(report(trace))
-    one = packed({**made.data, "contexts": None})
-    assert TEXT_BYTES / 3 < len(one) <= TEXT_BYTES
-    assert re.search(r"Here are \d of 5 documents: of each domain the most telling", made.text)
-    page = Opened(browser, tmp_path / "p.html", report_page(report(trace)))
-    page.view.locator(".routed .body span").nth(3).click()
-    assert [len(row) for row in route(page)] == [k] * L
-    assert page.view.locator(".routed .ids i").count() > 20
-    page.view.evaluate("location.hash = '#L57E255'")
-    page.until("document.querySelectorAll('#card .context').length === 4")
     assert page.complaints == []
     page.view.close()
 

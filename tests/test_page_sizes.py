@@ -1,0 +1,263 @@
+"""What the page of a report promises, on the demo (4 × 8) and on a model of 58 × 256, in a browser:
+its first screen, menu, search, links and tables, the text with its routes, contexts on cards."""
+
+from __future__ import annotations
+
+import csv
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from moe_inspect.reporting.render.html import GROUPS, packed
+from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.render.texts.section import TEXT_BYTES, text_section
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.text import number
+from tests.conftest import ROOT
+from tests.synthetic import write_trace
+from tests.test_page import (  # noqa: F401 (a fixture, a mark)
+    Opened,
+    asked,
+    browser,
+    csv_cell,
+    pytestmark,
+    sheet,
+)
+from tests.test_page_text import COLOUR, route, spans
+
+PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+
+
+class Shown(NamedTuple):
+    page: Opened
+    of: Report
+    document: int  # the first in its text
+    size: int
+    cpu_s: float
+
+
+def wide(root: Path) -> Report:
+    """58 × 256 × 8; layer 3 sends every second token to experts 0 to 7."""
+    L, E, k, T, rng = 58, 256, 8, 1_500, np.random.default_rng(0)
+    ids = [
+        ((rng.integers(0, E, (T, 1)) + np.arange(k) * rng.integers(1, 31, (T, 1))) % E)
+        for _ in range(L)
+    ]
+    ids[3][::2] = np.arange(k)
+    weights = [-np.sort(-rng.random((T, k), np.float32), axis=1) for _ in range(L)]
+    settings: dict[str, Any] = {"domain_of_document": ("a", "b"), "words": 500}
+    settings |= {"document": np.arange(T) // 300, "token_id": rng.integers(0, 500, T)}
+    return report(
+        write_trace(root, [x.astype(np.uint16) for x in ids], E, weights=weights, **settings)
+    )
+
+
+@pytest.fixture(scope="module", params=["demo", "58 × 256"])
+def shown(
+    request: pytest.FixtureRequest,
+    browser: Any,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Shown]:
+    place = tmp_path_factory.mktemp("page")
+    demo = request.param == "demo"
+    of = report(ROOT / "sample_traces" / "balanced") if demo else wide(place / "t")
+    began = time.process_time()
+    text = report_page(of)
+    cpu_s = time.process_time() - began
+    page = Opened(browser, place / "page.html", text)
+    said = page.view.locator("#text-document option").first.text_content()
+    document = re.search(r"document (\d+)", said)
+    assert document
+    yield Shown(page, of, int(document[1]), len(text.encode()), cpu_s)
+    assert page.complaints == []
+    assert page.foreign() == []
+    page.view.close()
+
+
+def names(of: Report, expert: int) -> tuple[str, str]:
+    """Of an expert of the last layer: its address, and the title of its card."""
+    layer = of.trace.routers[-1].layer
+    return f"L{layer}E{expert}", f"Layer {layer} · expert {expert}"
+
+
+def busiest(of: Report) -> int:
+    """The expert of the last layer with most assignments."""
+    return int(of.counts.load_E(len(of.trace.routers) - 1).argmax())
+
+
+def test_it_is_small_made_quickly_and_painted_at_once(shown: Shown) -> None:
+    assert shown.size <= 6_000_000
+    assert shown.cpu_s <= 12  # 6 s of a machine with nothing else to do
+    painted = list[float]()
+    for _ in range(3):  # the machine may be busy
+        shown.page.view.reload()
+        shown.page.view.wait_for_selector("html[data-ready]", state="attached", timeout=30_000)
+        shown.page.until(f"{PAINTED} !== undefined")
+        painted.append(shown.page.view.evaluate(PAINTED))
+    assert 0 < min(painted) <= 1_000
+
+
+def test_the_first_screen_has_figures_map_and_the_gravest_findings(shown: Shown) -> None:
+    view, found = shown.page.view, shown.of.verdict()
+    view.set_viewport_size({"width": 1440, "height": 900})
+    bottom = "(q) => [...document.querySelectorAll(q)].map((e) => e.getBoundingClientRect().bottom)"
+    for query in (".facts > div", "#findings li", "[data-widget=map] .canvas"):
+        assert 0 < max(view.evaluate(bottom, query)) <= 900, query
+    said = view.locator("#findings li").all_inner_texts()
+    others = view.locator("#more-findings li").all_inner_texts()
+    assert len(said) == min(3, len(found))
+    for text, one in zip(said, found, strict=False):
+        assert text.lower().startswith(one.severity)
+        assert one.text in text
+    assert len(others) == len(found) - len(said)
+    titles = view.locator(".group > h2").all_inner_texts()
+    assert titles == [name for name in GROUPS if name in titles]
+    assert {"Balance", "Specialization", "Serving"} <= {*titles}
+    view.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_the_header_stays_and_its_menu_works_on_a_phone(shown: Shown) -> None:
+    view = shown.page.view
+    view.set_viewport_size({"width": 390, "height": 844})
+    shown.page.until("document.documentElement.scrollWidth <= 390")
+    view.get_by_role("button", name="Sections").click()
+    menu = view.locator("#menu")
+    box = menu.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    menu.get_by_role("link", name="Chosen together").click()
+    assert not menu.is_visible()
+    top = "document.getElementById('coactivation').getBoundingClientRect().top"
+    shown.page.until(f"{top} >= 0 && {top} < 300")
+    assert view.locator(".bar").bounding_box()["y"] == 0
+    view.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_search_and_links_lead_to_experts_tokens_domains_and_sections(shown: Shown) -> None:
+    page, of = shown.page, shown.of
+    expert = busiest(of)
+    address, title = names(of, expert)
+    assert asked(page, address) == [f"{title.replace(' ·', ',')}\nexpert"]
+    page.view.keyboard.press("Enter")
+    assert page.title() == title
+    assert page.view.evaluate("location.hash") == f"#{address}"
+    page.view.mouse.click(20, 450)  # outside
+    assert page.title() is None
+    page.view.evaluate(f"location.hash = '#{address}'")
+    page.until("!document.getElementById('card').hidden")
+    assert page.title() == title
+    page.view.keyboard.press("Escape")
+    word = next(text for text in of.tables["vocabulary"]["token"] if re.fullmatch("[▁ ]\\w+", text))
+    assert any(text.endswith("token") for text in asked(page, word[1:]))
+    page.view.keyboard.press("Escape")
+    domain = of.counts.domains[0]
+    assert f"{domain}\ndomain" in asked(page, domain)
+    page.view.keyboard.press("Escape")
+    assert "Locality\nsection" in asked(page, "local")
+    page.view.keyboard.press("Enter")
+    assert page.view.evaluate("location.hash") == "#locality"
+    page.view.locator("#find").fill("")
+
+
+def test_tables_sort_download_and_give_their_python(shown: Shown, tmp_path: Path) -> None:
+    of, place = shown.of, sheet(shown.page, "balance")
+    column: Any = list(of.tables["balance"].columns).index("max_over_mean")
+    place.get_by_role("button", name="max_over_mean", exact=True).click()
+    values = of.tables["balance"]["max_over_mean"].sort_values(ascending=False, kind="stable")
+    cells = place.locator(f"tbody td:nth-child({column + 1})").all_inner_texts()
+    assert cells == [number(value) for value in values][: len(cells)]
+    load = sheet(shown.page, "load")
+    with shown.page.view.expect_download() as download:
+        load.get_by_role("button", name="Download csv").click()
+    download.value.save_as(tmp_path / "load.csv")
+    with open(tmp_path / "load.csv", newline="", encoding="utf-8") as file:
+        columns, *got = csv.reader(file)
+    table = of.tables["load"]
+    assert columns == list(table.columns)
+    rows = table.itertuples(index=False, name=None)
+    assert [tuple(map(csv_cell, row)) for row in got] == [tuple(map(csv_cell, row)) for row in rows]
+    *lines, last = place.get_attribute("data-python").splitlines()
+    made: dict[str, Any] = {}
+    exec("\n".join([*lines, f"table = {last}"]), made)
+    assert made["table"].equals(of.tables["balance"])
+
+
+def test_tokens_have_the_colours_and_routes_of_the_trace(shown: Shown) -> None:
+    page, trace = shown.page, shown.of.trace
+    rows = trace.document(shown.document)
+    texts = spans(page)
+    first = rows[rows["router"] == 0].iloc[: len(texts)]
+    assert texts == [text.replace("\n", "↵\n") for text in first["text"]]
+    last = len(trace.routers) - 1
+    mine = rows[rows["router"] == last].iloc[: len(texts)]
+    page.view.locator("#text-layer").fill(str(last))
+    colours: dict[str, list[str]] = {}
+    for mode in ("first", "weight", "margin"):
+        page.view.locator("#text-mode").select_option(mode)
+        colours[mode] = [page.view.evaluate(COLOUR, n) for n in range(len(texts))]
+    by_expert = dict(zip(mine["expert_0"], colours["first"], strict=True))
+    assert colours["first"] == [by_expert[expert] for expert in mine["expert_0"]]
+    assert len(set(colours["first"])) > 4
+    margin = np.log(mine[f"weight_{trace.routers[last].top_k - 2}"]) - np.log(
+        mine[f"weight_{trace.routers[last].top_k - 1}"]
+    )
+    for mode, values in (("weight", mine["weight_0"]), ("margin", margin)):
+        light = [sum(map(float, re.findall(r"[\d.]+", c)[:3])) for c in colours[mode]]
+        assert np.corrcoef(light, np.minimum(values, np.quantile(values, 0.95)))[0, 1] < -0.8, mode
+    expert = int(mine["expert_1"].iloc[2])
+    page.view.locator("#text-mode").select_option("expert")
+    page.view.locator("#text-expert").fill(str(expert))
+    reached = (mine.filter(regex="^expert_") == expert).any(axis=1)
+    assert page.view.locator(".routed .body .reached").count() == reached.sum() > 0
+    page.view.locator("#text-mode").select_option("first")
+    page.view.locator(".routed .body span").nth(9).click()  # pinned
+    page.view.locator(".routed .body span").nth(2).hover()
+    found, token = route(page), first["token"].iloc[9]
+    for chips, row in zip(found, rows[rows["token"] == token].itertuples(), strict=True):
+        for slot, chip in enumerate(chips):
+            shown_id, weight = chip.split()
+            assert int(shown_id) == getattr(row, f"expert_{slot}")
+            assert abs(float(weight) - getattr(row, f"weight_{slot}")) < 0.03
+    page.view.locator(".routed").focus()
+    page.view.keyboard.press("Escape")
+
+
+def test_a_card_has_contexts_from_all_domains_and_leads_to_the_text(shown: Shown) -> None:
+    page, of = shown.page, shown.of
+    layer, domains = of.trace.routers[-1].layer, set[str]()
+    expert = busiest(of)
+    for one in (expert ^ 1, expert):
+        address, title = names(of, one)
+        page.view.evaluate(f"location.hash = '#{address}'")
+        page.until(f"document.querySelector('#card h2')?.textContent === '{title}'")
+        found, mine = page.view.locator("#card .context"), of.trace.tokens_of(layer, one)
+        texts = {text.replace("\n", "↵") for text in mine["text"]}
+        assert found.count() > 1
+        for at in range(found.count()):
+            weight, domain = found.nth(at).locator("small").text_content().split(" · ")
+            assert found.nth(at).locator("mark").text_content() in texts
+            assert np.abs(mine["weight"] - float(weight)).min() < 0.02
+            domains.add(domain)
+    assert len(domains) > 1
+    page.view.get_by_text("Show its tokens in the text").click()
+    assert page.view.locator("#text-expert").input_value() == str(expert)
+    assert page.view.locator("#text-layer").input_value() == str(len(of.trace.routers) - 1)
+    page.view.locator("#text-mode").select_option("first")
+
+
+def test_a_large_model_has_a_megabyte_of_text_and_every_expert_its_contexts(shown: Shown) -> None:
+    if len(shown.of.trace.routers) < 58:
+        pytest.skip("the demo is small")
+    made: Any = text_section(shown.of)
+    one = packed({**made.data, "contexts": None})
+    assert TEXT_BYTES / 3 < len(one) <= TEXT_BYTES
+    assert re.search(r"Here are \d of 5 documents: of each domain the most telling", made.text)
+    assert shown.page.view.locator(".routed .ids i").count() > 20
+    shown.page.view.evaluate("location.hash = '#L57E255'")
+    shown.page.until("document.querySelectorAll('#card .context').length === 4")
+    shown.page.view.keyboard.press("Escape")
