@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_inspect.analysis.counting import count_shard, kernels_numpy, router_counts, samples
-from moe_inspect.analysis.metrics import balance, committee, pairs, paths, uncertainty
+from moe_inspect.analysis.metrics import balance, committee, pairs, paths, signature, uncertainty
 from moe_inspect.analysis.weights import measure, stored
 from moe_inspect.analysis.weights import routed as routed_weights
 from moe_inspect.capture.corpus import plan as capture_plan
@@ -115,6 +115,7 @@ MUTATIONS = {
     "committee: ties for the last place are in": (committee, "(assignments_DE > after_D1)", "(assignments_DE >= after_D1)", by(test_committee.test_experts_that_share_the_last_place_are_left_out)),
     "committee: leads in one domain": (committee, "return leads_DE.all(-2)", "return leads_DE.any(-2)", by(test_committee.test_experts_that_share_the_last_place_are_left_out)),
     "committee: mass of all tokens together": (committee, "share_RD[known_R], axis=1", "0.98 * share_RD[known_R], axis=1", by(test_committee.test_an_expert_that_leads_everywhere_is_the_committee)),
+    "signature: pairs are two cases": (signature, "S / (1 + mutual)", "S", by(test_committee.test_the_interval_of_the_accuracy_holds_what_other_documents_give)),
     "paths: a group is left out by halves": (paths, "np.sqrt((G - 1) / G *", "np.sqrt(1 / G *", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
     "paths: groups split documents": (paths, "of_S.reshape(-1) % min(GROUPS, N)", "np.arange(len(document_S)) % min(GROUPS, N)", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
     "samples: drawn by the place in a shard": (samples, "_drawn(shard.files.first_token + seen.number_T,", "_drawn(seen.number_T,", by(test_committee.test_a_sample_of_tokens_is_the_same_in_any_shards)),

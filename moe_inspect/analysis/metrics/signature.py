@@ -77,14 +77,15 @@ class Nearness:
         nearest_S = self.nearest_S()
         hit_S = domain_S[nearest_S] == domain_S
         value = signature_accuracy(np.bincount(domain_S[hit_S], minlength=D), np.bincount(domain_S))
+        # two documents that are nearest to each other are hit or missed together: one case, not two
+        mutual = float((nearest_S[nearest_S] == np.arange(S)).mean())
+        low, high = wilson(value, S / (1 + mutual))
         shuffled_RS = permuted_labels(domain_S, PERMUTATIONS)
         null_R = (shuffled_RS[:, nearest_S] == shuffled_RS).mean(1)
-        return Accuracy(
-            value, *wilson(value, S), float(null_R.mean()), float(np.quantile(null_R, 0.99))
-        )
+        return Accuracy(value, low, high, float(null_R.mean()), float(np.quantile(null_R, 0.99)))
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
+def wilson(share: float, n: float) -> tuple[float, float]:
     """95 % interval of a share of n independent cases, also where it is 0 or 1 (Wilson 1927)."""
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
