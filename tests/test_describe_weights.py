@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import moe_inspect
-from moe_inspect.analysis.weights import stored
+from moe_inspect.analysis.weights import scaled, stored
 from moe_inspect.analysis.weights.measure import (
     aimer_and_norm,
     effective_rank,
@@ -133,6 +133,58 @@ def test_random_rows_are_what_chance_gives():
     assert np.mean([d["cosine_mean"] for d in drawn]) == pytest.approx(0, abs=0.01)
 
 
+@pytest.mark.parametrize("scales", ["block", "row", "one"])
+def test_fp8_with_its_scales(scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scaled, "PIECE", 1_000)
+    torch.manual_seed(0)
+    tensors, want = {"model.layers.0.mlp.gate.weight": torch.randn(4, 16)}, []
+    for e in range(4):
+        w = torch.randn(200, 300).to(torch.float8_e4m3fn)
+        shape = {"block": (2, 3), "row": (200, 1), "one": (1,)}[scales]
+        scale = torch.rand(shape) + 0.1
+        name = f"model.layers.0.mlp.experts.{e}.down_proj.weight"
+        tensors[name] = w
+        tensors[name + ("_scale_inv" if scales == "block" else "_scale")] = scale
+        if scales == "block":
+            scale = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+        real = (w.float() * scale).double()
+        want.append((real.abs().mean() / real.square().mean().sqrt()).item())
+    save_file(tensors, tmp_path / "model.safetensors")
+    experts = moe_inspect.describe_weights(str(tmp_path))["experts"]
+    assert experts["aimer"].tolist() == pytest.approx(want, rel=1e-6)
+    assert experts["weights"].tolist() == [200 * 300] * 4
+
+
+def test_every_byte_of_fp8_is_what_torch_reads():
+    codes = torch.arange(256, dtype=torch.uint8)
+    want = codes.view(torch.float8_e4m3fn).double().numpy()
+    np.testing.assert_array_equal(scaled._fp8_values(), want)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_mxfp4_is_what_transformers_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    monkeypatch.setattr(scaled, "PIECE", 320)
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (4, 24, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(118, 126, (4, 24, 2), dtype=torch.uint8)
+    place = "model.layers.0.mlp"
+    tensors = {
+        f"{place}.router.weight": torch.randn(4, 16),
+        f"{place}.router.bias": torch.randn(4),
+        f"{place}.experts.down_proj_blocks": blocks,
+        f"{place}.experts.down_proj_scales": scales,
+        f"{place}.experts.down_proj_bias": torch.randn(4, 24),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    real = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).double()
+    want = [(w.abs().mean() / w.square().mean().sqrt()).item() for w in real]
+    experts = moe_inspect.describe_weights(str(tmp_path))["experts"]
+    assert experts["aimer"].tolist() == pytest.approx(want, rel=1e-6)
+    assert experts["weight_norm"].tolist() == pytest.approx([w.norm().item() for w in real])
+    assert experts["weights"].tolist() == [24 * 64] * 4
+
+
 def test_quantised_experts_are_nan_and_their_router_is_read(tmp_path: Path):
     tensors = {"model.layers.0.mlp.gate.weight": torch.randn(4, 16)}
     for e in range(4):
@@ -141,7 +193,7 @@ def test_quantised_experts_are_nan_and_their_router_is_read(tmp_path: Path):
         )
     save_file(tensors, tmp_path / "model.safetensors")
     tables = moe_inspect.describe_weights(str(tmp_path))
-    assert tables["experts"]["aimer"].isna().all()
+    assert tables["experts"][["aimer", "weights"]].isna().all(axis=None)
     assert tables["experts"]["row_norm"].notna().all()
     assert tables["routers"]["effective_rank"].notna().all()
 

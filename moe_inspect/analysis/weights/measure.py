@@ -16,6 +16,7 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.analysis.weights.routed import RoutedPlace, routed_places
+from moe_inspect.analysis.weights.scaled import with_scales
 from moe_inspect.analysis.weights.stored import Stored, tensors_in
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
@@ -36,7 +37,7 @@ GEOMETRY = (
 
 def places_in(directory: str | Path) -> list[RoutedPlace]:
     """Every router of a checkpoint with its experts. MoeInspectError where none is found."""
-    found = routed_places(tensors_in(directory))
+    found = routed_places(with_scales(tensors_in(directory)))
     if not found:
         raise MoeInspectError(
             f"no experts among the tensors in {directory}: it is a dense model, or its names are "
@@ -65,7 +66,7 @@ def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
         aimer_E, norm_E = aimer_and_norm(place)
         of_experts: dict[str, Any] = {
             "expert": np.arange(place.experts),
-            "weights": [sum(n for _, _, n in of) for of in place.of_expert],
+            "weights": np.where(np.isnan(aimer_E), np.nan, counts_of(place)),
             "aimer": aimer_E,
             "weight_norm": norm_E,
             **_rows_by_expert(rows_EH, place.experts),
@@ -74,7 +75,9 @@ def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
         advance(1)
     return {
         "routers": pd.DataFrame(routers).astype({"hidden": "Int64"}),
-        "experts": pd.concat(experts, ignore_index=True).astype({"nearest": "Int64"}),
+        "experts": pd.concat(experts, ignore_index=True).astype(
+            {"weights": "Int64", "nearest": "Int64"}
+        ),
     }
 
 
@@ -110,17 +113,22 @@ def aimer_of(
 
 def aimer_and_norm(place: RoutedPlace) -> tuple[np.ndarray, np.ndarray]:
     """AIMER = mean |w| ÷ root mean square of w over all the weights of an expert (biases left
-    out), and √Σw². float64 [E], twice; NaN where they are quantised or all 0. AIMER is in (0, 1]: 1
-    where all are equally large, √(2/π) = 0.798 where they are Gaussian, less where few stand out.
-    arXiv:2603.18492."""
+    out), and √Σw². float64 [E], twice; NaN where they are all 0, or quantised in a way that is not
+    known here. AIMER is in (0, 1]: 1 where all are equally large, √(2/π) = 0.798 where they are
+    Gaussian, less where few stand out. arXiv:2603.18492."""
     sums_E2 = np.full((place.experts, 2), np.nan)
-    count_E = np.array([sum(n for _, _, n in of) for of in place.of_expert])
+    count_E = counts_of(place)
     for e, parts in enumerate(place.of_expert):
         if all(tensor.readable for tensor, _, _ in parts):
             sums_E2[e] = np.sum([_sums(*part) for part in parts], axis=0)
     absolute_E, square_E = sums_E2.T
     square_E = np.where(square_E > 0, square_E, np.nan)
     return absolute_E / np.sqrt(count_E * square_E), np.sqrt(square_E)
+
+
+def counts_of(place: RoutedPlace) -> np.ndarray:
+    """The weights of each expert. int64 [E]"""
+    return np.array([sum(n for _, _, n in of) for of in place.of_expert], np.int64)
 
 
 def _sums(tensor: Stored, first: int, count: int) -> tuple[float, float]:

@@ -43,19 +43,22 @@ class Stored:
         return self.dtype in DTYPES
 
     def pieces(self, first: int, count: int) -> Iterator[np.ndarray]:
-        """The values from number `first` on, `count` of them, at most PIECE at a time: float32, or
-        float64 as stored. MoeInspectError where the file ends before."""
+        """The values from number `first` on, `count` of them, at most PIECE at a time: float32 or
+        float64. MoeInspectError where the file ends before."""
         kind = np.dtype(DTYPES[self.dtype])
-        with self.file.open("rb") as file:
-            file.seek(self.begin + first * kind.itemsize)
-            while count:
-                values = np.fromfile(file, kind, min(count, PIECE))
-                if not len(values):
-                    raise MoeInspectError(f"{self.file} was cut off while it was read")
-                count -= len(values)
-                if self.dtype == "BF16":  # the upper half of a float32
-                    values = (values.astype(np.uint32) << 16).view(np.float32)
-                yield values if kind.itemsize == 8 else values.astype(np.float32, copy=False)
+        for start in range(first, first + count, PIECE):
+            values = self.read(start, min(PIECE, first + count - start), kind)
+            if self.dtype == "BF16":  # the upper half of a float32
+                values = (values.astype(np.uint32) << 16).view(np.float32)
+            yield values if kind.itemsize == 8 else values.astype(np.float32, copy=False)
+
+    def read(self, first: int, count: int, kind: np.dtype[Any]) -> np.ndarray:
+        """`count` numbers of this kind, from number `first` of the tensor's bytes on."""
+        offset = self.begin + first * kind.itemsize
+        values = np.fromfile(self.file, kind, count, offset=offset)
+        if len(values) < count:
+            raise MoeInspectError(f"{self.file} was cut off while it was read")
+        return values
 
     def whole(self) -> np.ndarray:
         """All of it, float64, in its shape."""
