@@ -1,28 +1,32 @@
 """What recording costs where calls are small, on a CPU: decode steps, short passes, and a large
 prefill for comparison. Part of `make bench`; writes benchmarks/results/calls-<machine>.json.
 
-Every way of recording has a copy of the model of its own and stays attached; they take turns,
-beside a forward hook that does nothing, one that clones what it sees, and the usual recipe
-(`output_router_logits`, then top-k). A turn is --in-a-row passes, as `generate` makes them, of
-which the median counts. With --in-a-row 1 no pass follows one of the same model: everything the
-recorder touches then comes from memory, not from the processor's caches. Figures are process CPU
-time, the writer's thread included: the median over the rounds of what a pass takes beyond the
-untraced one next to it, since what else runs on the machine changes from one second to the next;
-and the least turn of each.
+Ways of recording take turns on one model, beside a forward hook that does nothing, one that clones
+what it sees, and the usual recipe (`output_router_logits`, then top-k). A turn attaches, makes
+--in-a-row passes, as `generate` makes them, and detaches; its figure is the median of all passes
+but the first ones. (A model for each way would not do: where its weights and modules lie in memory
+makes one copy 1 % slower than another.) Figures are process CPU time, the writer's thread included:
+the median over the rounds of what a pass takes beyond the untraced one of the same round, with its
+quartiles, since what else runs on the machine changes from one second to the next; and the least
+turn of each.
 
-    python -m benchmarks.calls [--rounds 30] [--in-a-row 20] [--case NAME ...] [-o FILE]
+    python -m benchmarks.calls [--rounds 30] [--in-a-row 20] [--case NAME ...] [--way NAME ...]
+        [-o FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,13 @@ NARROW = {
     "num_experts_per_tok": 8,
     "vocab_size": 256,
 }
+# rounds, and passes of a turn, that are not counted: a recorder learns its shapes in the first pass
+WARM_UP = 3
+# What glibc's allocator keeps at hand decides how fast torch gets small tensors, and changes with
+# whatever else a process has done (importing pandas is enough): a decode step is up to 3 % slower
+# in one such state than in another. With longer lists there is one state
+ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=100"}
+RECIPE = "output_router_logits"
 Way = Callable[[Any, Path], AbstractContextManager[Any]]
 # (model, whether to ask for router logits) → what runs its next forward pass
 Passes = Callable[[Any, bool], Callable[[], Any]]
@@ -82,31 +93,39 @@ def cloning(model: Any, path: Path) -> AbstractContextManager[None]:
     return hooked(model, lambda module, args: kept.append([a.clone() for a in args[1:3]]))
 
 
-def probed(model: Any) -> Any:
-    """The model with a probe in the forward of its experts."""
-    kind = type(experts_of(model)[0])
+@contextmanager
+def probed(model: Any, path: Path) -> Iterator[None]:
+    """Recorded by a probe in the forward of each layer's experts."""
+    modules = experts_of(model)
+    kind = type(modules[0])
 
     class Probed(kind):
         def forward(self, hidden: Any, ids: Any, weights: Any) -> Any:
             moe_inspect.probe(ids, weights, layer=self.layer, experts=self.num_experts)
             return super().forward(hidden, ids, weights)
 
-    for n, module in enumerate(experts_of(model)):
+    for n, module in enumerate(modules):
         module.__class__, module.layer = Probed, n
-    return model
+    try:
+        with moe_inspect.record(model, path, routers=[]):
+            yield
+    finally:
+        for module in modules:
+            module.__class__ = kind
+            del module.layer
 
 
 WAYS: dict[str, Way] = {
     "untraced": lambda model, path: nullcontext(),
     "hook that does nothing": lambda model, path: hooked(model, lambda module, args: None),
     "hook that clones": cloning,
-    "output_router_logits": lambda model, path: nullcontext(),
+    RECIPE: lambda model, path: nullcontext(),
     "tap": lambda model, path: moe_inspect.record(model, path, capture="tap"),
     "dispatch": lambda model, path: moe_inspect.record(model, path, capture="dispatch"),
     "counts_only": lambda model, path: moe_inspect.record(
         model, None, counts_only=True, capture="tap"
     ),
-    "probe": lambda model, path: moe_inspect.record(probed(model), path, routers=[]),
+    "probe": probed,
 }
 
 
@@ -163,29 +182,37 @@ CASES: dict[str, tuple[Callable[[], Any], Passes, int]] = {
 }
 
 
-def measured(case: str, rounds: int, in_a_row: int) -> dict[str, dict[str, float]]:
+def measured(
+    case: str, ways: Sequence[str], rounds: int, in_a_row: int
+) -> dict[str, dict[str, float]]:
     make, passes_of, layers = CASES[case]
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch, ExitStack() as attached:
-        run: dict[str, Callable[[], Any]] = {}
-        for way, enter in WAYS.items():
-            model = make()
-            attached.enter_context(enter(model, Path(scratch) / way))
-            run[way] = passes_of(model, way == "output_router_logits")
-        for n in range(-3, rounds):  # the first rounds warm up
-            turn, ways = n % len(run), list(run)
-            for way in ways[turn:] + ways[:turn]:
-                spent = statistics.median(pass_seconds(run[way]) for _ in range(in_a_row))
+    model = make()
+    # transformers leaves hooks on a model that was asked for its router logits
+    recipe = make() if RECIPE in ways else None
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
+        for n in range(-WARM_UP, rounds):
+            turn = n % len(ways)
+            for way in [*ways[turn:], *ways[:turn]]:
+                path = Path(scratch) / f"{way} {n}"
+                of = recipe if way == RECIPE else model
+                with WAYS[way](of, path):
+                    run = passes_of(of, way == RECIPE)
+                    spent = [pass_seconds(run) for _ in range(WARM_UP + in_a_row)][WARM_UP:]
+                shutil.rmtree(path, ignore_errors=True)
                 if n >= 0:
-                    seconds[way].append(spent)
+                    seconds[way].append(statistics.median(spent))
     plain = seconds["untraced"]
+    usual = statistics.median(plain)
     found = {}
     for way, values in seconds.items():
-        beyond = statistics.median(a - b for a, b in zip(values, plain, strict=True))
-        usual = statistics.median(plain)
+        beyond = [a - b for a, b in zip(values, plain, strict=True)]
+        low, middle, high = statistics.quantiles(beyond, n=4)
         found[way] = {
-            "us_per_layer": beyond / layers * 1e6,
-            "this_over_untraced": (usual + beyond) / usual,
+            "us_per_layer": middle / layers * 1e6,
+            "lower_quartile": low / layers * 1e6,
+            "upper_quartile": high / layers * 1e6,
+            "this_over_untraced": (usual + middle) / usual,
             "least_ms": min(values) * 1e3,
             "least_us_per_layer": (min(values) - min(plain)) / layers * 1e6,
         }
@@ -217,21 +244,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--in-a-row", type=int, default=20)
     parser.add_argument("--case", action="append", choices=list(CASES))
+    parser.add_argument("--way", action="append", choices=list(WAYS), help="besides untraced")
     parser.add_argument("-o", "--output", type=Path)
     asked = parser.parse_args()
+    if "GLIBC_TUNABLES" not in os.environ:  # read when a process starts
+        again = [sys.executable, "-m", "benchmarks.calls", *sys.argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, **ALLOCATOR})
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
     idle_ns = idle_probe_ns()
     found: dict[str, Any] = {"probe, no recorder open": {"ns_per_call": idle_ns}}
     print(f"probe, no recorder open: {idle_ns:.0f} ns per call (at most 150)")
+    ways = ["untraced", *(way for way in asked.way or WAYS if way != "untraced")]
     for case in asked.case or CASES:
-        found[case] = measured(case, asked.rounds, asked.in_a_row)
-        heads = "us per layer", "/ untraced", "least ms", "us per layer"
-        print(f"\n{case}\n{'':24s}" + "".join(f"{head:>14s}" for head in heads))
+        found[case] = measured(case, ways, asked.rounds, asked.in_a_row)
+        heads = "us per layer", "quartiles", "/ untraced", "least ms", "us per layer"
+        print(f"\n{case}\n{'':24s}" + "".join(f"{head:>16s}" for head in heads))
         for way, row in found[case].items():
-            beyond, ratio, least, least_beyond = row.values()
+            beyond, low, high, ratio, least, least_beyond = row.values()
             print(
-                f"{way:24s}{beyond:+14.1f}{ratio:14.3f}{least:14.3f}{least_beyond:+14.1f}",
+                f"{way:24s}{beyond:+16.1f}{f'{low:+.1f} to {high:+.1f}':>16s}{ratio:16.3f}"
+                f"{least:16.3f}{least_beyond:+16.1f}",
                 flush=True,
             )
     facts = {
