@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters import MODULES
 from moe_inspect.exporters.registry import exporters
@@ -18,6 +20,7 @@ from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
+from tests.damage import edit_manifest
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
 T, E, K = 240, 8, 2
@@ -124,7 +127,10 @@ def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(
     [
         ("esft", {"top_p": 0}, "--top-p is 0, not over 0 and at most 1"),
         ("esft", {"top_p": float("nan")}, "--top-p is nan"),
-        ("esft", {"score": "x"}, "no score 'x': there are token, gate"),
+        ("esft", {"score": "x"}, "no score 'x': there are token, gate, reap"),
+        ("pruning", {"score": "x"}, "no score 'x' of a trace: there are reap, gate"),
+        ("pruning", {"score": "gate", "keep": 0.1}, "leaves fewer experts than the 2"),
+        ("pruning", {"top_p": 0.5}, "--top-p is an option of the format esft, not of pruning"),
         ("counts", {"top_p": 0.5}, "--top-p is an option of the format esft, not of counts"),
     ],
 )
@@ -134,6 +140,50 @@ def test_options_of_esft_are_checked(
     with pytest.raises(MoeInspectError, match=said):
         export_trace(trace, format, tmp_path / "o", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("score", ["gate", "frequency"])
+def test_the_experts_with_the_least_scores_go(score: str, trace: Trace, tmp_path: Path):
+    export_trace(trace, "pruning", tmp_path / "p.json", score=score, keep=0.6)
+    plan = json.loads((tmp_path / "p.json").read_text())
+    assert (plan["format"], plan["by"], plan["keep"]) == (1, score, 0.6)
+    assert plan["experts"] == {"1": E, "3": E}
+    for layer in (1, 3):
+        mine = truth(trace).query("layer == @layer").groupby("expert")["weight"]
+        worth = mine.sum() if score == "gate" else mine.size()
+        assert plan["scores"][str(layer)] == pytest.approx(worth.tolist())
+        gone = plan["dropped"][str(layer)]
+        assert len(gone) == 3
+        assert worth[gone].max() <= worth.drop(gone).min()
+
+
+def test_as_many_experts_go_of_each_group(trace: Trace, tmp_path: Path):
+    path = tmp_path / "t"
+    shutil.copytree(trace.path, path)
+    model = {**trace.manifest["model"], "config": {"n_group": 4, "topk_group": 2}}
+    edit_manifest(path, model=model)
+    export_trace(path, "pruning", tmp_path / "p.json", score="gate", keep=0.5)
+    plan = json.loads((tmp_path / "p.json").read_text())
+    assert [e // 2 for e in plan["dropped"]["1"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("score", ["reap", "ean", "mean-norm"])
+def test_esft_trains_by_the_sizes_of_outputs_too(score: str, tmp_path: Path):
+    norms = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, output_norms=True)
+    export_trace(norms, "esft", tmp_path / "e", top_p=0.5, score=score)
+    export_trace(norms, "pruning", tmp_path / "p.json", score=score)
+    plan = json.loads((tmp_path / "p.json").read_text())
+    column = {"reap": "reap", "ean": "ean_sum", "mean-norm": "mean_norm"}[score]
+    whole = moe_inspect.report(norms).tables["worth"].set_index("layer")
+    assert plan["scores"]["2"] == pytest.approx(whole[column][2].fillna(0).tolist())
+    table = moe_inspect.report(norms, domains="c").tables["worth"]
+    of_layer = table[table.layer == 2].set_index("expert")[column].fillna(0)
+    summary = json.loads((tmp_path / "e/c/summary.json").read_text())
+    assert list(summary[f"{score}_scores"]["2"].values()) == pytest.approx(of_layer.tolist())
+    chosen = json.loads((tmp_path / "e/c/expert_cfg.json").read_text())["experts"]["2"]
+    share = (of_layer / of_layer.sum()).sort_values(ascending=False)
+    assert share[chosen].sum() >= 0.5 - 1e-6
+    assert share[chosen[:-1]].sum() < 0.5
 
 
 def test_sglang_gets_a_pt_as_its_recorder_writes_it(trace: Trace, tmp_path: Path):
@@ -194,6 +244,13 @@ def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
     if format in ("esft", "long-parquet", "routed-experts"):
         with pytest.raises(MoeInspectError, match="holds counts only, no decisions"):
             export_trace(trace, format, tmp_path / "o")
+        return
+    if format == "pruning":
+        with pytest.raises(MoeInspectError, match="does not hold how large the experts' outputs"):
+            export_trace(trace, format, tmp_path / "o.json")
+        export_trace(trace, format, tmp_path / "o.json", score="frequency")
+        plan = json.loads((tmp_path / "o.json").read_text())
+        assert plan["dropped"] == {"0": [0, 1], "1": [0, 1]}
         return
     options = {"gpu_layers": 1} if format == "llama-cpp" else {}
     assert export_trace(trace, format, tmp_path / "o.json", **options).stat().st_size

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"text"},
     "demo": {"errors", "text"},
     "trace": {"errors", "progress", "text"},
-    "exporters": {"trace", "errors", "text"},
+    "exporters": {"analysis", "model", "trace", "errors", "text"},
     "model": {"demo", "trace", "errors", "text"},
     "importers": {"model", "trace", "errors", "text"},
     "capture": {"demo", "importers", "model", "trace", "errors", "text"},

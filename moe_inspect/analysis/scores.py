@@ -25,7 +25,7 @@ SCORES = {
     "ean": "sum of the norms of its outputs",
     "mean-norm": "mean of the norms of its outputs",
 }
-OF_NORMS = {"reap", "ean", "mean-norm"}
+OF_NORMS = ("reap", "ean", "mean-norm")
 MEANS = {"reap", "mean-norm"}  # per assignment
 
 

@@ -18,6 +18,10 @@ from moe_inspect.text import print_stderr
 class Score(StrEnum):
     token = "token"
     gate = "gate"
+    reap = "reap"
+    ean = "ean"
+    mean_norm = "mean-norm"
+    frequency = "frequency"
 
 
 if TYPE_CHECKING:
@@ -70,8 +74,9 @@ def export(
         Score | None,
         typer.Option(
             help=(
-                "esft: score experts by their share of the assignments (token) or of the gate "
-                "weight (gate). Default: token."
+                "esft: score experts by their share of the assignments (token), of the gate weight "
+                "(gate), or by the sizes of their outputs (reap, ean, mean-norm). Default: token. "
+                "pruning: reap (the default), ean, mean-norm, gate or frequency."
             ),
             show_default=False,
         ),
@@ -81,6 +86,13 @@ def export(
         typer.Option(
             min=0,
             help="llama-cpp: how many layers' experts fit on the GPU.",
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="pruning: keep at least this share of the experts of each layer. Default: 0.75.",
             show_default=False,
         ),
     ] = None,
@@ -96,6 +108,7 @@ def export(
         top_p=top_p,
         score=score and score.value,
         gpu_layers=gpu_layers,
+        keep=keep,
         safe_csv=safe_csv,
     )
     print_stderr(f"wrote {made}")

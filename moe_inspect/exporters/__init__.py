@@ -5,6 +5,7 @@ MODULES = {
     "sglang": "sglang",
     "llama-cpp": "llama_cpp",
     "esft": "esft",
+    "pruning": "pruning",
     "counts": "counts",
     "long-parquet": "long_parquet",
     "routed-experts": "routed_experts",

@@ -18,13 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.scores import OF_NORMS, counted, score_DE
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.registry import exporter, need_decisions
 from moe_inspect.exporters.sums import Sums, sums_by_domain
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
-SCORES = ("token", "gate")  # of ESFT
+SCORES = ("token", "gate", *OF_NORMS)  # the first two are ESFT's
 
 
 @exporter(
@@ -51,15 +53,18 @@ def esft(trace: Trace, output: Path, top_p: float = 0.2, score: str = "token") -
         )
     if output.exists():
         raise MoeInspectError(f"there is something at {output}: give a new folder")
+    by_norms = counted(trace, score) if score in OF_NORMS else None
     draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     draft.mkdir(parents=True)
     try:
         folders: dict[str, Path] = {}
         for shard in trace.shards:
             _esft_shard(shard, draft, folders)
-        counted = sums_by_domain(trace)
+        summed = sums_by_domain(trace)
         for domain, folder in folders.items():
-            scores = _scores(trace, counted, domain)
+            scores = _scores(trace, summed, domain)
+            if by_norms is not None:
+                scores[f"{score}_scores"] = _by_norms(trace, by_norms, domain, score)
             (folder / "summary.json").write_text(json.dumps(scores))
             (folder / "expert_cfg.json").write_text(
                 json.dumps(_config(scores[f"{score}_scores"], top_p))
@@ -126,10 +131,20 @@ def _config(scores: dict[str, dict[str, float]], top_p: float) -> dict[str, Any]
     return {"experts": experts, "shared_experts": False, "non_expert_modules": False}
 
 
-def _scores(trace: Trace, counted: list[Sums], domain: str) -> dict[str, Any]:
+def _by_norms(trace: Trace, counts: Counts, domain: str, score: str) -> dict[str, Any]:
+    d = counts.domains.index(domain)
+    return {
+        str(router.layer): {
+            str(e): value for e, value in enumerate(score_DE(counts, r, score)[d].tolist())
+        }
+        for r, router in enumerate(trace.routers)
+    }
+
+
+def _scores(trace: Trace, summed: list[Sums], domain: str) -> dict[str, Any]:
     """token_scores: share of the assignments; gate_scores: gate weight ÷ tokens."""
     scores: dict[str, Any] = {"token_scores": {}, "gate_scores": {}}
-    for router, of_domain in zip(trace.routers, counted, strict=True):
+    for router, of_domain in zip(trace.routers, summed, strict=True):
         load_E, weight_E = of_domain[domain]["count"], of_domain[domain]["weight_sum"]
         tokens = load_E.sum() / router.top_k
         for name, values_E in (

@@ -18,6 +18,7 @@ def export_trace(
     top_p: float | None = None,
     score: str | None = None,
     gpu_layers: int | None = None,
+    keep: float | None = None,
     safe_csv: bool = False,
 ) -> Path:
     """Writes a trace in the format of another tool, and returns `output`.
@@ -25,14 +26,16 @@ def export_trace(
     Args:
         trace: a trace or its directory.
         format: "sglang" (`logical_count` for --init-expert-location, .pt or .json), "llama-cpp"
-            (its option -ot), "esft" (a folder per domain), "counts" (.csv, .json or .parquet),
-            "long-parquet" (one row per assignment) or "routed-experts" (.jsonl, a line per
-            sequence, as vLLM returns them).
+            (its option -ot), "esft" (a folder per domain), "pruning" (.json: scores, and the
+            experts that go), "counts" (.csv, .json or .parquet), "long-parquet" (one row per
+            assignment) or "routed-experts" (.jsonl, a line per sequence, as vLLM returns them).
         output: the file, for "esft" the folder, to write.
         top_p: esft: train the fewest experts of each layer whose scores sum to this share of the
             layer's, 0.2 by default.
         score: esft: "token", the share of the assignments (the default), or "gate", the share of
-            the gate weight.
+            the gate weight; both also "reap", "ean" and "mean-norm", by the sizes of the experts'
+            outputs. pruning: "reap" by default, or "gate" or "frequency".
+        keep: pruning: the least share of the experts of each layer that stays, 0.75 by default.
         gpu_layers: llama-cpp: how many layers' experts stay on the GPU.
         safe_csv: counts as .csv: put an apostrophe before a domain that a spreadsheet would take
             for a formula.
@@ -46,6 +49,7 @@ def export_trace(
     given = (
         ("top_p", top_p),
         ("score", score),
+        ("keep", keep),
         ("gpu_layers", gpu_layers),
         ("safe_csv", safe_csv or None),
     )

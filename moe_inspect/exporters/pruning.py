@@ -1,0 +1,47 @@
+"""Scores of all experts, and those that go by them: for programs that prune, quantise or merge
+experts by themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.analysis.scores import counted, experts_kept, lowest, score_E
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.exporters.registry import exporter
+from moe_inspect.model.sizes import groups_of, text_config
+from moe_inspect.trace.files.atomic import draft_of
+from moe_inspect.trace.reader import Trace
+
+
+@exporter("pruning", writes="scores of the experts, and those that go by them (.json)")
+def pruning(trace: Trace, output: Path, keep: float = 0.75, score: str = "reap") -> None:
+    """One JSON object, described in docs/prune.md. As many go in each layer, and in each group
+    where routers choose groups first."""
+    counts = counted(trace, score)
+    groups, _, _ = groups_of(text_config(trace))
+    several = len({router.layer for router in trace.routers}) < len(trace.routers)
+    made: dict[str, Any] = {
+        "format": 1,
+        "model": (trace.manifest.get("model") or {}).get("id"),
+        "trace": str(trace.path),
+        "by": score,
+        "keep": keep,
+        "experts": {},
+        "dropped": {},
+        "scores": {},
+    }
+    for r, router in enumerate(trace.routers):
+        if experts_kept(router.experts, keep, groups) < router.top_k:
+            raise MoeInspectError(
+                f"--keep {keep:g} leaves fewer experts than the {router.top_k} that every token "
+                f"goes to in layer {router.layer}"
+            )
+        name = router.path if several else str(router.layer)
+        of = score_E(counts, r, score)
+        made["experts"][name] = router.experts
+        made["dropped"][name] = lowest([of], keep, groups)[0]
+        made["scores"][name] = of.tolist()
+    with draft_of(output) as draft:
+        draft.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
