@@ -42,23 +42,12 @@ LONE = "half \ud800"
 LATIN = os.fsdecode(b"caf\xe9")  # a name that is no UTF-8
 BALANCED = Path(__file__).parent.parent / "sample_traces" / "balanced"  # of the bundled model
 # command → what it is usually called with, beside a trace "t" with logits and a file "loads.csv"
-USUAL = {
+USUAL: dict[str, list[Any]] = {
     "trace": ["demo", "-o", "new", "--max-tokens", 50],
     "report": ["t"],
     "compare": ["t", "t"],
     "ablate": ["demo", "--layers", 1, "--experts", 0, "--max-tokens", 200],
-    "prune": [
-        "demo",
-        "--trace",
-        "d",
-        "--dry-run",
-        "--by",
-        "gate",
-        "--max-tokens",
-        60,
-        "--draws",
-        1,
-    ],
+    "prune": ["demo", "--trace", BALANCED, "--dry-run", "--by", "gate", "--max-tokens", 60],
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "verify": ["t"],

@@ -141,9 +141,17 @@ def test_by_weights_alone(held_out: HeldOut, three: Trace) -> None:
 def test_what_is_worth_most_alone_stays(held_out: HeldOut, tmp_path: Path) -> None:
     few = replace(held_out, batches=held_out.batches[:1])
     short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300)
-    done = prune_held_out(few, short, Choice(by="ablation", keep=0.75, draws=1))
+    choice = Choice(by="ablation", keep=0.75, draws=1, resume=tmp_path / "kept")
+    passes: list[int] = []
+    done = prune_held_out(few, short, choice, lambda n, total: passes.append(total))
     alone = moe_inspect.ablate("demo", max_tokens=300).experts
     assert np.allclose(done.scores.score, alone.difference, atol=0.02)
+    again = list[int]()
+    same = prune_held_out(few, short, choice, lambda n, total: again.append(total))
+    assert same.scores.equals(done.scores)
+    assert max(passes) > 32 > max(again), "what was kept is not measured again"
+    with pytest.raises(MoeInspectError, match="draws is 0"):
+        prune_held_out(few, short, replace(choice, draws=0))
     with pytest.raises(MoeInspectError, match="which reap needs: record it with"):
         prune_held_out(few, short, Choice(by="reap", keep=0.75))
 
@@ -169,11 +177,15 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
     other = moe_inspect.trace_model("demo", tmp_path / "u", max_tokens=50, random_init=0)
     with pytest.raises(MoeInspectError, match="of another model than demo, of random weights"):
         check_trace(other, held_out)
+    half = moe_inspect.trace_model("demo", tmp_path / "h", max_tokens=50, dtype="float32")
+    assert check_trace(half, held_out) == [0, 1, 2, 3], "the same model, run otherwise"
     part = moe_inspect.trace_model("demo", tmp_path / "p", max_tokens=50, layers=[0, 1])
     with pytest.raises(MoeInspectError, match="has no routers in layer 2"):
         check_trace(part, held_out)
     model = part.manifest["model"]
     model["config"]["hidden_size"] = 64
     edit_manifest(tmp_path / "p", model=model)
-    with pytest.raises(MoeInspectError, match="its config has hidden_size 64, not 128"):
+    with pytest.raises(
+        MoeInspectError, match=r"its config has another hidden_size \(64, not 128\)"
+    ):
         check_trace(moe_inspect.open_trace(tmp_path / "p"), held_out)

@@ -6,9 +6,10 @@ E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,13 +44,10 @@ def check_trace(trace: Trace, held_out: HeldOut) -> list[int]:
     if "intervention" in str(model.get("note", "")):
         raise MoeInspectError(f"{trace.path} was recorded during an {model['note']}")
     then, now = model.get("config"), comparable(getattr(held_out.network, "config", None))
-    if isinstance(then, dict):
-        for key in sorted(set(then) & set(now) - OF_A_RUN):
-            if then[key] != now[key] and not key.startswith("_"):
-                raise MoeInspectError(
-                    f"{trace.path} is of another model than {name}: its config has {key} "
-                    f"{then[key]!r}, not {now[key]!r}"
-                )
+    if isinstance(then, dict) and (key := _difference(then, now)):
+        raise MoeInspectError(
+            f"{trace.path} is of another model than {name}: its config has another {key}"
+        )
     before, weights = plan.get("weights_hash"), held_out.record["weights_hash"]
     if before and weights and before != weights and _is_commit(before) == _is_commit(weights):
         raise MoeInspectError(
@@ -57,6 +55,20 @@ def check_trace(trace: Trace, held_out: HeldOut) -> list[int]:
             "again"
         )
     return [_router(trace, site, name) for site in held_out.sites]
+
+
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first entry that two configs state differently, with its value in each; "" for none. What
+    only one of them states is as it is by default."""
+    for key in sorted(set(then) & set(now) - OF_A_RUN):
+        before, after = then[key], now[key]
+        if before == after or key.startswith("_"):
+            continue
+        if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+            return f"{key} ({before!r}, not {after!r})"
+        if inner := _difference(before, after):
+            return inner
+    return ""
 
 
 def _is_commit(value: str) -> bool:

@@ -214,6 +214,8 @@ def planned(
     held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
 ) -> Plans:
     """What goes by the score asked for, by frequency, and at random."""
+    if choice.draws < 1:
+        raise MoeInspectError(f"draws is {choice.draws}: compare with 1 or more")
     check(held_out.network, held_out.sites, choice.keep)
     routers = check_trace(trace, held_out)
     groups, _, _ = groups_of(config_of(held_out.network))
