@@ -307,3 +307,11 @@ def test_with_kernels_it_is_traced_as_it_runs(
     pd.testing.assert_frame_equal(ours.routing(), theirs.routing(), rtol=1e-3)
     assert "weights: mxfp4." in " ".join(cli_here("report", "ours").stdout.split())
     assert "weights:" not in cli_here("report", "theirs").stdout
+
+
+def test_its_kernels_take_no_other_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = model_with_kernels(monkeypatch)
+    ways: list[dict[str, Any]] = [{"drop": {0: 1}}, {"shuffle": 1}]
+    for way in ways:
+        with pytest.raises(MoeInspectError, match=r"layers\.0.*take no other choice .*: load the"):
+            moe_inspect.intervene(model, **way)
