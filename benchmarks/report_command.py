@@ -26,6 +26,9 @@ CASES = {  # label → trace, arguments, rounds
     "report, 1e8 assignments": ("1e8", (), 1),
     "report --html, 1e8 assignments": ("1e8", PAGE, 1),
     "report --table balance, 1e8 assignments": ("1e8", ("--table", "balance"), 1),
+    "report --table committee, 1e8 assignments": ("1e8", ("--table", "committee"), 1),
+    "report --table signature, 1e8 assignments": ("1e8", ("--table", "signature"), 1),
+    "report --table paths, 1e8 assignments": ("1e8", ("--table", "paths"), 1),
     "report --html --table verdict, 61 x 256, 2,000 tokens": (
         "2000",
         (*PAGE, "--table", "verdict"),
