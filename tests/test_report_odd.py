@@ -25,6 +25,7 @@ NEED_DECISIONS = {
     "locality",
     "worth",
     "signature",
+    "loss",
     "paths",
 }
 RNG = np.random.default_rng(9)

@@ -1,14 +1,20 @@
 """What is too large to count of a whole trace, of a random sample of it: the load of single
-documents, and the routes of single tokens. One pass over the tokens says what is in the sample, one
-over the decisions what it did; the sample is the same however the trace is cut into shards.
+documents, the routes of single tokens, and their losses. One pass over the tokens says what is in
+the sample, one over the decisions what it did; the sample is the same however the trace is cut into
+shards.
 
 L routers, E experts, K slots, T tokens of a shard, S documents or tokens of the sample.
 """
+
+# pyarrow has no types
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -17,12 +23,13 @@ from moe_inspect.analysis.counting.count_shard import SelectedTokens, selected_t
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.paths import mixed
 from moe_inspect.trace.reader import Trace, shards_of
-from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.shard import Shard, codes
 
 DOCUMENTS = 2_048
 LOADS = 2**26  # of documents × experts of all routers, 4 bytes each
 TOKENS = 2**17
 CHOICES = 2**23  # of tokens × routers, 12 bytes each
+SLOTS = 2**26  # of tokens × slots of all routers, 2 bytes each
 
 
 # --- documents
@@ -125,6 +132,86 @@ def sampled_routes(trace: Trace, selection: Selection, most: int = TOKENS) -> li
         for stack, found in places.items()
         if found
     ]
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """The sample's tokens whose loss is known, of those that the routers of one stack see.
+    loss_S, entropy_S: nats, float64. phase_S, domain_S: indices into `phases` and `domains`. slots:
+    the experts of each token, by router: uint16 [S] each slot, E where it routed nowhere."""
+
+    routers: tuple[int, ...]
+    loss_S: np.ndarray
+    entropy_S: np.ndarray
+    token_id_S: np.ndarray
+    document_S: np.ndarray
+    domain_S: np.ndarray
+    phase_S: np.ndarray
+    domains: list[str]
+    phases: list[str]
+    slots: dict[int, tuple[np.ndarray, ...]]
+
+
+def sampled_losses(trace: Trace, selection: Selection, most: int = TOKENS) -> list[TokenLosses]:
+    """Of each stack, for a trace that has losses (`TraceHeader.has_loss`). `most`: tokens of the
+    sample, about; fewer where the model has very many slots."""
+    stack_of = {r: trace.routers[r].stack for r in selection.routers}
+    slots_of_all = sum(trace.routers[r].top_k for r in selection.routers)
+    share_of = _shares(trace, selection, min(most, SLOTS // slots_of_all))
+    domains, phases = dict[str, int](), dict[str, int]()
+    columns = {stack: [list[np.ndarray]() for _ in range(6)] for stack in share_of}
+    slots = {r: list[kernels_numpy.Slots]() for r in stack_of}
+    for shard, seen, routers in _shards(trace, selection, "reading losses"):
+        stack = stack_of[routers[0]]
+        table = shard.tokens(["phase", "loss_nats", "entropy_nats"])
+        loss_T, entropy_T = (
+            cast("np.ndarray", table[name].to_numpy())[seen.number_T].astype(np.float64)
+            for name in ("loss_nats", "entropy_nats")
+        )
+        phase_T, names = codes(table["phase"])
+        phase = np.array([phases.setdefault(name, len(phases)) for name in names])
+        domain = np.array([domains.setdefault(name, len(domains)) for name in seen.domains])
+        in_T = _drawn(shard.files.first_token + seen.number_T, share_of[stack])
+        in_T &= np.isfinite(loss_T)
+        of_tokens = (
+            loss_T,
+            entropy_T,
+            seen.token_id_T,
+            seen.document_T,
+            domain[seen.domain_T],
+            phase[phase_T[seen.number_T]],
+        )
+        for column, values_T in zip(columns[stack], of_tokens, strict=True):
+            column.append(values_T[in_T])
+        for r in routers:
+            chosen = _of(in_T, seen.of(shard.slots(r), r))
+            slots[r].append(tuple(slot_S.astype(np.uint16) for slot_S in chosen))
+    made: list[TokenLosses] = []
+    for stack, parts in columns.items():
+        routers = tuple(r for r in stack_of if stack_of[r] == stack)
+        if not parts[0]:
+            continue
+        loss_S, entropy_S, *others = (np.concatenate(column) for column in parts)
+        token_id_S, document_S, domain_S, phase_S = others
+        of = {
+            r: tuple(np.concatenate(column) for column in zip(*slots[r], strict=True))
+            for r in routers
+        }
+        made.append(
+            TokenLosses(
+                routers,
+                loss_S,
+                entropy_S,
+                token_id_S,
+                document_S,
+                domain_S,
+                phase_S,
+                list(domains),
+                list(phases),
+                of,
+            )
+        )
+    return made
 
 
 def _shares(trace: Trace, selection: Selection, most: int) -> dict[str, float]:

@@ -39,6 +39,7 @@ CHECKS: tuple[Check, ...] = (
     specialization.domain_specialization,
     specialization.domain_beyond_token,
     specialization.token_specialization,
+    specialization.hard_tokens,
     specialization.router_ties,
     data_checks.few_tokens,
     data_checks.few_documents_per_domain,

@@ -23,7 +23,12 @@ KINDS = {
         "overloading_domain",
         "unused_in_domain",
     ),
-    "Specialization": ("domain_specialization", "domain_beyond_token", "token_specialization"),
+    "Specialization": (
+        "domain_specialization",
+        "domain_beyond_token",
+        "token_specialization",
+        "hard_tokens",
+    ),
     "Serving": ("idle_gpus", "uneven_batches"),
     "Router": ("router_ties",),
 }

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from moe_inspect.analysis.losses import P99, most_of
 from moe_inspect.analysis.metrics.specialization import relabellings
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import name_of
@@ -196,6 +197,37 @@ def token_specialization(data: ReportData) -> Finding | None:
         f"{_most_exclusive_token(data, row)}.",
         row,
         **values,
+    )
+
+
+def hard_tokens(data: ReportData) -> Finding | None:
+    """The expert whose tokens are most harder, or easier, to continue than others of the same
+    domain, phase and token id; none where that is not beyond chance in any."""
+    if not data.trace.has_loss:
+        return None
+    table: Any = data.tables["loss"]
+    table = table[table["domain"].isna() & table["phase"].isna()]
+    difference, chance = table["difference_nats"], table["difference_null_p99"]
+    # of many experts some exceed their 99th percentile by luck: all of them together rarely do
+    chance = chance * most_of(len(table)) / P99
+    certain = (table["difference_low"] > 0) | (table["difference_high"] < 0)
+    beyond = table[(difference.abs() > chance) & certain]
+    if beyond.empty:
+        return None
+    row = beyond.loc[beyond["difference_nats"].abs().idxmax()]
+    nats, low, high = (row[f"difference_{name}"] for name in ("nats", "low", "high"))
+    return finding(
+        "hard_tokens",
+        "note",
+        f"Expert {row['expert']} of {name_of(data, row)} serves tokens that are {abs(nats):.2f} "
+        f"nats {'harder' if nats > 0 else 'easier'} to continue than others of the same domain, "
+        f"phase and token id (95 % interval over documents {low:.2f} to {high:.2f}; with the "
+        f"losses of such tokens shuffled within ±{row['difference_null_p99']:.2f}); so do "
+        f"{plural(len(beyond), 'expert')} of {len(table)}, one way or the other.",
+        row,
+        expert=row["expert"],
+        difference_nats=nats,
+        experts=len(beyond),
     )
 
 
