@@ -4,11 +4,11 @@ prefill for comparison. Part of `make bench`; writes benchmarks/results/calls-<m
 Ways of recording take turns on one model, beside a forward hook that does nothing, one that clones
 what it sees, and the usual recipe (`output_router_logits`, then top-k). A turn attaches, makes
 --in-a-row passes, as `generate` makes them, and detaches; its figure is the median of all passes
-but the first ones. (A model for each way would not do: where its weights and modules lie in memory
-makes one copy 1 % slower than another.) Figures are process CPU time, the writer's thread included:
-the median over the rounds of what a pass takes beyond the untraced one of the same round, with its
-quartiles, since what else runs on the machine changes from one second to the next; and the least
-turn of each.
+but the first ones. (Were there a copy of the model for each way, what tells the copies apart would
+count as cost, as where they lie in memory.) Figures are process CPU time, the writer's thread
+included: the median over the rounds of what a pass takes beyond the untraced one of the same round,
+with its quartiles, since what else runs on the machine changes from one second to the next; and the
+least turn of each.
 
     python -m benchmarks.calls [--rounds 30] [--in-a-row 20] [--case NAME ...] [--way NAME ...]
         [-o FILE]
@@ -48,8 +48,8 @@ NARROW = {
 # rounds, and passes of a turn, that are not counted: a recorder learns its shapes in the first pass
 WARM_UP = 3
 # What glibc's allocator keeps at hand decides how fast torch gets small tensors, and changes with
-# whatever else a process has done (importing pandas is enough): a decode step is up to 3 % slower
-# in one such state than in another. With longer lists there is one state
+# whatever else a process has done (importing pandas is enough): a decode step executes some 3 %
+# more instructions in one such state than in another. With longer lists there is one state
 ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=100"}
 RECIPE = "output_router_logits"
 Way = Callable[[Any, Path], AbstractContextManager[Any]]

@@ -109,7 +109,12 @@ def main() -> None:
                 f"{level_1 / layers:+18.0f}{level_2 / layers:+10.0f}",
                 flush=True,
             )
-    facts = {**machine(), "command": "python -m benchmarks.instructions"}
+    facts = {
+        **machine(),
+        "command": "python -m benchmarks.instructions",
+        "passes": asked.passes,
+        "allocator": ALLOCATOR,
+    }
     if asked.output is None:
         print(f"\nwritten to {write_results('instructions', facts, found)}")
         return
