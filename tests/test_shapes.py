@@ -65,6 +65,9 @@ def test_it_needs_no_torch(cli: Cli, tmp_path: Path) -> None:
         said = cli("describe", config, "--context", "1000", env=environment).stdout
         assert said == f"{moe_inspect.describe(str(config), context=1000)}\n"
         assert "1,000 tokens" in said
+    # nor to say that there is no model
+    for model, says in (("./none", "no model at ./none"), ("torch.py", "is not a model's config")):
+        assert says in cli("describe", model, env=environment, check=1).stderr
 
 
 def test_real_configs_and_traces() -> None:

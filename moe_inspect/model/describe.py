@@ -7,20 +7,21 @@ E experts, k chosen per token.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.config import read_config
 from moe_inspect.model.description import PARTS, Description
 from moe_inspect.model.families import CONNECTOR, TOWER
 from moe_inspect.model.find import find_routers
-from moe_inspect.model.gguf.load import is_gguf
-from moe_inspect.model.load import auto_class, load_config, of_the_text_model
+from moe_inspect.model.load import (
+    auto_class,
+    load_config,
+    of_the_text_model,
+    stated_config,
+)
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.model.shapes.ask import describe_without_torch
 from moe_inspect.text import first_line
-from moe_inspect.trace import schema
 
 # modules of a multimodal model that text tokens do not pass through
 NOT_TEXT = re.compile(f"{TOWER.pattern}|{CONNECTOR.pattern}")
@@ -89,11 +90,9 @@ def describe_built(
 def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    path = Path(model)
-    manifest = path / schema.MANIFEST
-    if is_gguf(model) or not (path.is_file() or manifest.is_file()):
+    known = stated_config(model, revision)
+    if known is None:
         return load_config(model, revision=revision, trust_remote_code=trust_remote_code)
-    known = read_config(manifest if manifest.is_file() else path)
     kind = known.pop("model_type", None)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise MoeInspectError(f"{model}: transformers does not know the model_type {kind!r}")

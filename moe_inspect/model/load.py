@@ -85,6 +85,17 @@ def checkpoint_dir(name: str, revision: str | None = None) -> Path:
     return Path(files)
 
 
+def stated_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The config in a file or a trace, as it is written there; None where `name` is a model, for
+    transformers to load. MoeInspectError where it is neither, as far as that shows without torch,
+    transformers and the network."""
+    path, manifest = Path(name), Path(name) / schema.MANIFEST
+    if not is_gguf(name) and (path.is_file() or manifest.is_file()):
+        return read_config(manifest if manifest.is_file() else path)
+    refuse_unless_found(name, revision)
+    return None
+
+
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's config; MoeInspectError where there is no such model."""
     from transformers import AutoConfig

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from moe_inspect.model.description import Description
+from moe_inspect.model.gguf.load import is_gguf
+from moe_inspect.model.load import stated_config
 
 
 def describe_without_torch(
@@ -20,9 +22,11 @@ def describe_without_torch(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Description | None:
-    """As `describe`. None where that takes torch: the model's code is not transformers', or does
-    what is not known without torch. Also where torch is loaded already: it is then quicker."""
-    if "torch" in sys.modules or trust_remote_code or not sys.executable:
+    """As `describe`. None where that takes torch: the model is a GGUF, its code is not
+    transformers', or it does what is not known without torch. Also where torch is loaded already:
+    it is then quicker. MoeInspectError where there is no such model."""
+    stated_config(model, revision)
+    if "torch" in sys.modules or trust_remote_code or is_gguf(model) or not sys.executable:
         return None
     answers = ask([{"model": model, "context": context, "revision": revision}])
     return answers[0] if answers else None
