@@ -186,13 +186,16 @@ class Scale:
         else:
             values = np.array(round_numbers(self.low, self.high, 4))
         names = {0.25: "≤ ¼", 0.5: "½"} if self.kind == "ratio" else {}
+        number = f"{self.high:.3g}"
+        end = f"{self.end} = {number}" if self.end else "≥ " * self.beyond + number
+        labels = [names.get(value, f"{value:g}") for value in values.tolist()]
         ticks = [
-            (at, names.get(value, f"{value:g}"))
-            for at, value in zip(self.place(values).tolist(), values.tolist(), strict=True)
-            if at < 0.87  # beside the label of the end
+            (at, label)
+            for at, label in zip(self.place(values).tolist(), labels, strict=True)
+            # those that fit beside the label of the end: a bar has room for six characters per tick
+            if (1 - at) * 6 * (len(labels) + 1) > (len(label) + len(end)) / 2
         ]
-        end = f"{self.high:.3g}"
-        return [*ticks, (1.0, f"{self.end} = {end}" if self.end else "≥ " * self.beyond + end)]
+        return [*ticks, (1.0, end)]
 
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:

@@ -122,7 +122,7 @@ moe.map = (data) => {
     domainPlot,
     () => ({
       x: axis("expert"),
-      y: axis("", data.domains.map((name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name))),
+      y: axis("domain", data.domains.map((name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name))),
       marks: [heatmap(data.domains.length, data.layers[layer()].experts, (d, e) => lift(d, layer(), e), data.lift_scale)],
     }),
     {
