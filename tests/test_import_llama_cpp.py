@@ -84,6 +84,12 @@ def test_what_an_imatrix_cannot_say_is_refused_in_a_line(tmp_path: Path):
     assert "converted from the old .dat form" in refused(file, tmp_path)
     write_imatrix(file, {0: np.array([1.5, 2.5])}, 2)
     assert refused(file, tmp_path).endswith("gate_exps.weight.counts holds 1.5, not a count")
+    gguf_file(file, {"general.type": "imatrix"}, {"a\nb": np.zeros((1, 1, 1, 1, 1))})
+    assert refused(file, tmp_path).endswith("'a\\nb' has 5 dimensions")
+    name = "blk.0.ffn_up_exps.weight.counts"
+    chunks = {"imatrix.chunk_count": 1, "imatrix.chunk_size": 1}
+    gguf_file(file, {"general.type": "imatrix"} | chunks, {name: (0, (2**63, 0), b"")})
+    assert refused(file, tmp_path).endswith(f"{name} holds nothing, not a count")
     write_imatrix(file, {}, 8)
     assert "has no counts of experts" in refused(file, tmp_path)
     gguf_file(file, {"general.type": "model"}, {})
@@ -166,6 +172,12 @@ def test_what_mbolts_passes_lack_is_told(tmp_path: Path):
     assert {r.top_k for r in trace.routers} == {2}
     said = [line.split("route.bin: ")[1] for line in said]
     assert said[0] == "1 pass with all experts (warm-up) left out"
+    # within the next record's first words nothing more is lost
+    write_mbolt(tmp_path / "cut.bin", [{0: ids[:1], 1: ids[1:2]}], tail=bytes(6))
+    assert import_trace("mbolt", [tmp_path / "cut.bin"], tmp_path / "cut").n_tokens == 1
+    write_mbolt(tmp_path / "cut.bin", [], tail=bytes(6))
+    with pytest.raises(MoeInspectError, match=r"cut\.bin holds no decisions"):
+        import_trace("mbolt", [tmp_path / "cut.bin"], tmp_path / "none")
     assert said[1] == "1 pass without all layers left out"
     assert said[2].startswith("2 decisions of layer 1 left out: only tokens whose output")
     write_mbolt(tmp_path / "route.bin", [{0: ids[:1], 1: ids[:4], 2: ids[:1]}])

@@ -123,3 +123,11 @@ def test_a_trace_without_softmax_does_not_say_how_many_experts_there_are(tmp_pat
     pq.write_table(ragged, source)
     with pytest.raises(MoeInspectError, match="selected_experts has lists of different lengths"):
         import_trace("moe-policylang", [source], tmp_path / "v", experts=8)
+
+
+def test_a_header_that_is_no_text_is_one_line(tmp_path: Path):
+    write_route_trace(tmp_path / "route.csv", [row(0, 1, j, j) for j in range(2)])
+    data = (tmp_path / "route.csv").read_bytes()
+    (tmp_path / "route.csv").write_bytes(data.replace(b"residency", b"resid\xffncy"))
+    with pytest.raises(MoeInspectError, match="can't decode byte 0xff"):
+        import_trace("bigmoeonedge", [tmp_path / "route.csv"], tmp_path / "t")

@@ -129,7 +129,8 @@ def _load(made: Gguf, names: list[str]) -> np.ndarray:
                 f"{where} is one count for all experts: the file was converted from the old .dat "
                 "form, which has no counts of experts"
             )
-        wrong_E = ~((count_E >= 0) & (count_E < 2**53) & (count_E == np.floor(count_E)))
+        with np.errstate(invalid="ignore"):
+            wrong_E = ~((count_E >= 0) & (count_E < 2**53) & (count_E == np.floor(count_E)))
         if not len(count_E) or wrong_E.any():
             value = count_E[wrong_E.argmax()] if len(count_E) else "nothing"
             raise MoeInspectError(f"{where} holds {value}, not a count")
@@ -147,7 +148,8 @@ def _energy(made: Gguf, layer: int, experts: int) -> np.ndarray | None:
     sum2_EC = made.floats(name)
     if sum2_EC.ndim != 2 or len(sum2_EC) != experts:
         raise MoeInspectError(f"{made.path}: {name} is not of {experts} experts")
-    energy_E = sum2_EC.sum(1, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        energy_E = sum2_EC.sum(1, dtype=np.float64)
     if (wrong_E := ~((energy_E >= 0) & (energy_E < np.inf))).any():
         raise MoeInspectError(f"{made.path}: {name} sums to {energy_E[wrong_E.argmax()]}")
     return energy_E

@@ -98,7 +98,7 @@ def _read(path: Path, source: ImportSource) -> _File:
             passes.append([])
         passes[-1].append(_Call(layer, k, tokens, at + RECORD))
         at, before = at + RECORD + k * tokens, layer
-    if at != len(words):  # killed while it wrote
+    if at > len(words):  # killed while it wrote
         passes[-1].pop()
     if not any(passes):
         raise MoeInspectError(f"{path} holds no decisions")

@@ -79,10 +79,10 @@ def _read(context: ImportContext, path: Path) -> tuple[Choices, int, list[str]]:
                 },
             ),
         )
+        names = table.column_names
     except (pa.ArrowException, UnicodeError) as error:
         raise MoeInspectError(f"{path}: {first_line(error)}") from None
     context.read(path.stat().st_size)
-    names = table.column_names
     for name in (*INTEGERS, "weight"):
         if names.count(name) != 1 or table[name].null_count:
             raise MoeInspectError(f"{path} has no column {name}, or no value in some of its rows")

@@ -64,7 +64,7 @@ class GgufTensor:
     def nbytes(self) -> int:
         """Its size in bytes. MoeInspectError where its type is unknown."""
         if self.kind not in TYPES:
-            raise MoeInspectError(f"tensor {self.name} is of type {self.kind}, which is unknown")
+            raise MoeInspectError(f"tensor {self.name[:60]!r} is of unknown type {self.kind}")
         kind = TYPES[self.kind]
         return math.prod(self.shape) // kind.elements * kind.nbytes
 
@@ -95,6 +95,8 @@ class Gguf:
                 f"{self.path} ends within {name}: it has {self.size:,} bytes, and "
                 f"{tensor.start + tensor.nbytes:,} were written"
             )
+        if not tensor.nbytes:  # whose other extents may be beyond any array's
+            return np.zeros((0,) * len(tensor.shape), np.float32)
         with open(self.path, "rb") as file:
             file.seek(tensor.start)
             data = file.read(tensor.nbytes)
@@ -158,7 +160,7 @@ def read_gguf(path: Path) -> Gguf:
         for _ in range(tensors):
             name, dimensions = reader.text(), reader.scalar("I")
             if dimensions > MOST_DIMENSIONS:
-                raise MoeInspectError(f"{path}: {name[:60]} has {dimensions} dimensions")
+                raise MoeInspectError(f"{path}: {name[:60]!r} has {dimensions} dimensions")
             shape = tuple(reader.scalar("Q") for _ in range(dimensions))
             placed.append((name, shape, reader.scalar("I"), reader.scalar("Q")))
         alignment = made.fields.get("general.alignment", 32)
