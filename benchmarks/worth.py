@@ -1,11 +1,18 @@
-"""What the size of the experts' outputs costs: `output_norms` beside dispatch alone, in prefill on
-a CPU, and its bytes on disk. Writes benchmarks/results/worth-<machine>.json.
+"""Two things about what experts are worth.
 
-Recorders run in turn, one forward pass each. Figures are process CPU time, the writer's thread
-included: the median over the rounds of what a pass takes beyond the one next to it with dispatch
-alone, and the least pass of each.
+cost      what the size of the experts' outputs costs: `output_norms` beside dispatch alone, in
+          prefill on a CPU, and its bytes on disk. Recorders run in turn, one forward pass each.
+          Figures are process CPU time, the writer's thread included: the median over the rounds of
+          what a pass takes beyond the one next to it with dispatch alone, and the least pass of
+          each. Writes benchmarks/results/worth-<machine>.json.
+pruning   whether the scores are worth anything: the loss of the bundled model on held-out text
+          without 1, 2 and 3 of the 8 experts of each layer, by each score, calibrated on every
+          other text of each domain and judged on the rest, and the other way round; and by REAP
+          calibrated on three domains and judged on the other three, for all 20 ways to choose them.
+          Writes benchmarks/results/pruning-<machine>.json.
 
-    python -m benchmarks.worth [--rounds 15] [-o FILE]
+    python -m benchmarks.worth cost [--rounds 15] [-o FILE]
+    python -m benchmarks.worth pruning [-o FILE]
 """
 
 from __future__ import annotations
@@ -15,14 +22,26 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import moe_inspect
 from benchmarks.calls import qwen
 from benchmarks.measuring import machine, write_results
+from moe_inspect.analysis.scores import SCORES, counted, lowest, random_scores, score_DE, score_E
+from moe_inspect.analysis.weights.measure import weight_tables
+from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
+from moe_inspect.interventions.held_out import HeldOut, open_held_out
+from moe_inspect.interventions.pruning.calibration import ablation_scores
+from moe_inspect.interventions.pruning.measure import Drop, measure
+from moe_inspect.trace.reader import Trace
+
+# --- cost
 
 # narrower than models in use, whose experts' products take longer in proportion
 SHAPES: dict[str, dict[str, int]] = {
@@ -74,23 +93,184 @@ def measured(name: str, tokens: int, rounds: int, place: Path) -> dict[str, Any]
     return found
 
 
+def cost(rounds: int, tokens: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as place:
+        return [
+            measured(name, tokens, rounds, Path(place) / str(n)) for n, name in enumerate(SHAPES)
+        ]
+
+
+def cost_lines(found: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for shape in found:
+        lines.append(f"{shape['shape']}, {shape['tokens']} tokens a pass:")
+        alone = shape["dispatch"]["bytes per assignment"]
+        for way in WAYS:
+            of = shape[way]
+            beyond, added = of["beyond dispatch, median"], of["bytes per assignment"] - alone
+            lines.append(
+                f"  {way:14} least {of['least s']:.3f} s, median {beyond:+.2%} beyond dispatch, "
+                f"{added:+.2f} bytes per assignment"
+            )
+    return [*lines, "bounds: +2 % of prefill, +1.50 bytes per assignment (norms)"]
+
+
+# --- pruning
+
+REMOVED = (1, 2, 3)  # of 8 experts
+DRAWS = 20
+# loss as an independent script found them once, on a split of its own
+SEEN = {
+    "whole": 4.278,
+    "random": (4.592, 4.950, 5.334),
+    "frequency": (4.410, 4.621, 4.893),
+    "gate": (4.412, 4.474, 4.772),
+    "reap": (4.431, 4.655, 4.712),
+    "ean": (4.376, 4.563, 4.863),
+    "mean-norm": (4.837, 5.312, 5.411),
+    "aimer": (4.424, 4.540, 4.911),
+    "ablation": (4.330, 4.537, 4.752),
+}
+SEEN_SCORES = [by for by in SEEN if by != "whole"]
+SEEN_OTHER_DOMAINS = {"reap": 5.216, "random": 5.041}  # two experts removed
+
+
+def halves(place: Path) -> list[Path]:
+    """The bundled texts in two folders with a folder per domain: every other one."""
+    found = [place / "even", place / "odd"]
+    for domain in sorted(d for d in CORPUS_DIR.iterdir() if d.is_dir()):
+        for n, text in enumerate(sorted(domain.glob("*.txt"))):
+            into = found[n % 2] / domain.name
+            into.mkdir(parents=True, exist_ok=True)
+            (into / text.name).write_bytes(text.read_bytes())
+    return found
+
+
+def scores_of(trace: Trace, held_out: HeldOut) -> dict[str, list[np.ndarray]]:
+    """Of each router, float64 [E]; the least goes first."""
+    found = {by: [score_E(counted(trace, by), r, by) for r in range(4)] for by in SCORES}
+    aimer = weight_tables(MODEL_DIR)["experts"]
+    # the more alike its weights are in size, the less an expert has learned
+    found["aimer"] = [-of.to_numpy() for _, of in aimer.groupby("router").aimer]
+    found["ablation"] = ablation_scores(held_out, trace, None, None)
+    return found
+
+
+def at_random(removed: int) -> list[Drop]:
+    return [lowest(random_scores([8] * 4, seed), 1 - removed / 8) for seed in range(DRAWS)]
+
+
+def by_score(trace: Trace, held_out: HeldOut) -> dict[str, Any]:
+    """Loss of the whole model, and by score without 1, 2 and 3 experts of each layer: nats per
+    token; "random": the mean of the draws."""
+    scores, plans = scores_of(trace, held_out), dict[str, list[Drop]]()
+    for n in REMOVED:
+        plans |= {f"{by} {n}": [lowest(score_LE, 1 - n / 8)] for by, score_LE in scores.items()}
+        plans[f"random {n}"] = at_random(n)
+    losses = measure(held_out, plans)
+    made = {
+        by: [float(np.mean(losses.loss(f"{by} {n}"))) for n in REMOVED]
+        for by in ("random", *scores)
+    }
+    return {"whole": losses.loss("whole")[0], "experts removed": list(REMOVED), **made}
+
+
+def by_other_domains(trace: Trace, held_out: HeldOut) -> list[dict[str, Any]]:
+    """Two experts of each layer removed by REAP of three domains, and at random: the loss on the
+    other three."""
+    counts = counted(trace, "reap")
+    triples = list(combinations(range(len(counts.domains)), 3))
+
+    def reap_E(r: int, of: Sequence[int]) -> np.ndarray:
+        load_DE = counts.assignments_DE(r)[list(of)]
+        gated_DE = score_DE(counts, r, "reap")[list(of)] * load_DE
+        return gated_DE.sum(0) / np.maximum(load_DE.sum(0), 1)
+
+    plans: dict[str, list[Drop]] = {
+        str(of): [lowest([reap_E(r, of) for r in range(4)], 0.75)] for of in triples
+    }
+    losses = measure(held_out, {**plans, "random": at_random(2)})
+    rows = []
+    for of in triples:
+        others = [name for d, name in enumerate(counts.domains) if d not in of]
+        judged = np.isin(losses.domain_U, [losses.domains.index(name) for name in others])
+
+        def loss(plan: str, judged: np.ndarray = judged) -> float:
+            nats = np.mean([nats_U[judged].sum() for nats_U in losses.nats[plan]])
+            return float(nats / losses.tokens_U[judged].sum())
+
+        rows.append(
+            {
+                "calibrated on": [counts.domains[d] for d in of],
+                **{name: loss(name) for name in ("whole", "random")},
+                "reap": loss(str(of)),
+            }
+        )
+    return rows
+
+
+def pruning() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {"batch_tokens": 2048, "dtype": "float32"}
+    with tempfile.TemporaryDirectory() as folder:
+        texts = halves(Path(folder) / "texts")
+        traces = [
+            moe_inspect.trace_model(
+                "demo", Path(folder) / half.name, data=[str(half)], output_norms=True, **options
+            )
+            for half in texts
+        ]
+        judged = [
+            open_held_out("demo", moe_inspect.TraceOptions(data=[str(half)], **options))
+            for half in texts
+        ]
+        for shown, on in ((0, 1), (1, 0)):
+            name = f"calibrated on {texts[shown].name} texts, judged on {texts[on].name} ones"
+            found[name] = by_score(traces[shown], judged[on])
+        found["three domains"] = by_other_domains(traces[0], judged[1])
+    found["seen"] = {**SEEN, "three domains": SEEN_OTHER_DOMAINS}
+    return found
+
+
+def pruning_lines(found: dict[str, Any]) -> list[str]:
+    lines = ["loss without 1, 2, 3 of 8 experts per layer, nats per token"]
+    *halves, three, _ = found
+    for name in (*halves, "seen"):
+        case = found[name]
+        lines.append(f"{name}: whole {case['whole']:.3f}")
+        lines += [f"  {by:10}" + "".join(f"{x:8.3f}" for x in case[by]) for by in SEEN_SCORES]
+    lines.append("by REAP of three domains, on the others, 2 removed (whole, random, REAP)")
+    for row in found[three]:
+        values = "".join(f"{row[name]:8.3f}" for name in ("whole", "random", "reap"))
+        lines.append(f"  {', '.join(row['calibrated on']):28}{values}")
+    worse = sum(row["reap"] > row["random"] for row in found[three])
+    lines.append(f"REAP is worse than random in {worse} of {len(found[three])}")
+    lines.append(f"seen: REAP {SEEN_OTHER_DOMAINS['reap']}, random {SEEN_OTHER_DOMAINS['random']}")
+    return lines
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["cost", "pruning"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        found = [
-            measured(name, given.tokens, given.rounds, Path(place) / str(n))
-            for n, name in enumerate(SHAPES)
-        ]
-    facts = {**machine(), "command": "python -m benchmarks.worth"}
+    facts = {**machine(), "command": f"python -m benchmarks.worth {given.what}"}
+    if given.what == "cost":
+        found: Any = cost(given.rounds, given.tokens)
+        facts["command"] += f" --rounds {given.rounds} --tokens {given.tokens}"
+        lines = cost_lines(found)
+    else:
+        found = pruning()
+        lines = pruning_lines(found)
     if given.output is None:
-        print(write_results("worth", facts, found))
+        print(write_results("worth" if given.what == "cost" else "pruning", facts, found))
     else:
         given.output.write_text(json.dumps({"machine": facts, "measured": found}, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
