@@ -40,7 +40,10 @@ def check(network: Any, sites: Sequence[Site], keep: float) -> None:
     groups, chosen, best = groups_of(config_of(network))
     kept = experts_kept(E, keep, groups)
     if kept == E:
-        raise MoeInspectError(f"--keep {keep:g} drops none of {E} experts: give less")
+        within = f" in each of {groups} groups" if groups > 1 else ""
+        raise MoeInspectError(
+            f"--keep {keep:g} drops none of {E // groups} experts{within}: give less"
+        )
     if groups > 1 and (kept // groups < best or kept // groups * chosen < K):
         raise MoeInspectError(
             f"--keep {keep:g} leaves {plural(kept // groups, 'expert')} in each of {groups} "
