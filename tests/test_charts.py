@@ -272,11 +272,3 @@ def test_the_values_of_a_heatmap_survive_their_codes():
     back = np.where(codes == payload.LAST_CODE, np.nan, coded["low"] + codes * step)
     assert back.reshape(7, 9) == pytest.approx(values, abs=3e-5, nan_ok=True)
     assert back.reshape(7, 9)[2, 3] == 0  # no load at all has a colour of its own
-
-
-@pytest.mark.parametrize("end", ["domains", "E/k"])
-def test_labels_of_a_scale_do_not_overlap(end: str) -> None:
-    for high in (4, 5, 6, 8.5, 12, 15, 20, 31, 40):
-        scale = Scale("ratio", "load", high=high, end=end)
-        panel = Panel((Heatmap(np.ones((2, 3)), scale),), Axis("expert"), Axis("layer"))
-        assert overlapping(draw(Chart("t", "c", (panel,)))) == [], high

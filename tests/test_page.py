@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, Scale
+from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.text import number, readable
@@ -805,4 +807,21 @@ def test_on_paper_it_is_light_and_without_controls(browser: Any, opened: Opened,
         assert not page.view.locator(query).first.is_visible(), query
     page.view.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.view.evaluate("document.documentElement.dataset.theme") is None
+    page.view.close()
+
+
+def test_labels_of_a_scale_do_not_overlap(browser: Any, tmp_path: Path):
+    sections = list[Section]()
+    for end, high in product(("domains", "E/k"), (4, 5, 6, 8.5, 12, 15, 20, 31, 40)):
+        scale = Scale("ratio", "load", high=high, end=end)
+        panel = Panel((Heatmap(np.ones((2, 3)), scale),), Axis("expert"), Axis("layer"))
+        sections.append(chart_section(Chart(f"{end} {high}", "c", (panel,))))
+    page = Opened(browser, tmp_path / "p.html", page_html(Page("scales", sections=sections)))
+    overlapping = """[...document.querySelectorAll('.scale')].filter((scale) => {
+      const ends = [...scale.querySelectorAll('.ends b')].map((t) => t.getBoundingClientRect());
+      ends.sort((a, b) => a.left - b.left);
+      return ends.some((end, i) => i && end.left < ends[i - 1].right);
+    }).length"""
+    assert page.view.locator(".scale").count() == len(sections)
+    assert page.view.evaluate(overlapping) == 0
     page.view.close()
