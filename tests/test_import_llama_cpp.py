@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from moe_inspect.errors import MoeInspectError
@@ -15,6 +16,7 @@ from moe_inspect.model.gguf.header import TYPES, read_gguf
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.foreign import gguf_file, write_imatrix, write_mbolt
+from tests.test_damage import put, replace_part
 from tests.test_real_data import REAL
 
 TRUE_IMATRIX = REAL / "llama_cpp"
@@ -59,6 +61,10 @@ def test_the_energy_of_down_projections_is_kept_and_comes_back_from_an_export(tm
     again = import_trace("counts", [tmp_path / "c.csv"], tmp_path / "again")
     assert loads(again, "energy").tolist() == loads(trace, "energy").tolist()
     assert loads(again).tolist() == loads(trace).tolist()
+    for value in (-1.0, np.nan):
+        replace_part(tmp_path / "t", "counts", put("energy", pa.array([value, *[0.0] * 7])))
+        found = verify(tmp_path / "t")
+        assert (found.row, found.violation) == (0, f"energy is {value}")
 
 
 def test_matrices_of_several_texts_are_domains(tmp_path: Path):
