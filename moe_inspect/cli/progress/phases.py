@@ -40,9 +40,19 @@ def pictures(charts: int = CHARTS) -> Costs:
     return [("writing pictures", 0.8 * charts)]
 
 
-def page(trace: Trace, routers: Sequence[int] | None = None) -> Costs:
+def page(trace: Trace, routers: Sequence[int] | None = None, samples: bool = False) -> Costs:
+    """samples: whether documents and routes are sampled, for tables of the page of a report."""
     A, S = amounts(trace, routers)
-    return [("reading text", 0.1 + 1e-9 * A), ("writing page", 0.3 + 1.6e-4 * S)]
+    sampled = [
+        ("reading documents", 3e-7 * trace.n_tokens),
+        ("counting documents", 7e-9 * A),
+        ("reading routes", 0.2 + 2.5e-8 * A),
+    ]
+    return [
+        ("reading text", 0.1 + 1e-9 * A),
+        *(sampled if samples else []),
+        ("writing page", 0.3 + 1.6e-4 * S),
+    ]
 
 
 def comparing(trace: Trace) -> Costs:

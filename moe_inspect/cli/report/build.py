@@ -27,7 +27,7 @@ def phases_of(trace: Trace, request: Request) -> phases.Costs:
         found += [(name, cost / 4) for name, cost in drawn] if request.plots else drawn
         for simulated in dict.fromkeys(request.simulate):
             found += phases.simulating(trace, simulated.value)
-        found += phases.page(trace, routers)
+        found += phases.page(trace, routers, samples=True)
     return found
 
 
