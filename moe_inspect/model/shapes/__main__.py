@@ -28,8 +28,7 @@ def main() -> None:
         try:
             answer = asdict(describe_built(**json.loads(line)))
         # whatever is missing here, the model can still be built with torch
-        except Exception as error:
-            print(repr(error), repr(error.__cause__), file=sys.stderr)
+        except Exception:
             answer = None
         print(json.dumps(answer), file=answers, flush=True)
 
