@@ -34,7 +34,7 @@ SIZES = {
     "num_key_value_heads": 4,
     "head_dim": 128,
 }
-LAYERS = 8
+LAYERS, EXPERTS = 8, 16
 # way → (options of the recording, of the model's call)
 LAST: dict[str, Any] = {"logits_to_keep": 1}
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -46,7 +46,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def measured(tokens: int, rounds: int, place: Path) -> dict[str, Any]:
-    model = qwen(LAYERS, 64, **SIZES)
+    model = qwen(LAYERS, EXPERTS, **SIZES)
     token_BS = torch.randint(0, VOCABULARY, (4, tokens // 4))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for n in range(rounds + 1):  # the first warms up
@@ -72,11 +72,13 @@ def measured(tokens: int, rounds: int, place: Path) -> dict[str, Any]:
     added = sum(f.stat().st_size for f in (place / f"all logits, losses {rounds}/tokens").iterdir())
     added -= sum(f.stat().st_size for f in (place / f"all logits {rounds}/tokens").iterdir())
     return {
-        "shape": f"{LAYERS} layers of 64 experts, hidden {SIZES['hidden_size']}, "
+        "shape": f"{LAYERS} layers of {EXPERTS} experts, hidden {SIZES['hidden_size']}, "
         f"vocabulary {VOCABULARY}",
         "tokens": tokens,
         "s": median,
         "one product [tokens, vocabulary], s": statistics.median(product_s),
+        "losses, in such products": (median["last logits, losses"] - median["last logits"])
+        / statistics.median(product_s),
         "losses beyond last logits": median["last logits, losses"] / median["last logits"] - 1,
         "losses beyond all logits": median["all logits, losses"] / median["all logits"] - 1,
         "bytes per token": added / (2 * tokens),

@@ -23,6 +23,7 @@ from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import is_compiled
 
 CHUNK_LOGITS = 2**25  # float32 values that are held at a time: 128 MiB
+NO_CHANCE = -1e4  # of which the exponential is 0
 # their logits are not of the token that follows
 OTHER_TASKS = ("ForTokenClassification", "ForBlockDiffusion")
 
@@ -186,11 +187,15 @@ class TokenLosses:
 def nats(logits_CV: Tensor, next_C: Tensor) -> Tensor:
     """float32 [2, C]: the negative log-probability of the token that follows, and the entropy of
     the prediction, at temperature 1."""
-    logits_CV = logits_CV.float()
-    log_sum_C = logits_CV.logsumexp(1)
-    loss_C = log_sum_C - logits_CV.gather(1, next_C.to(logits_CV.device)[:, None])[:, 0]
-    entropy_C = torch.special.entr((logits_CV - log_sum_C[:, None]).exp_()).sum(1)
-    return torch.stack([loss_C, entropy_C])
+    most_C1 = logits_CV.amax(1, keepdim=True).float()
+    below_CV = logits_CV.float() - most_C1
+    loss_C = -below_CV.gather(1, next_C.to(logits_CV.device)[:, None])[:, 0]
+    # (−∞ times a probability of 0 would be no number)
+    below_CV.clamp_(min=NO_CHANCE)
+    share_CV = below_CV.exp()
+    sum_C = share_CV.sum(1)
+    mean_C = torch.linalg.vecdot(share_CV, below_CV) / sum_C
+    return torch.stack([loss_C + sum_C.log(), sum_C.log() - mean_C])
 
 
 def _may_continue(fed: Rows | CallInputs, output: Any) -> bool:
