@@ -1,6 +1,6 @@
 """What `token_loss` costs: beside a recording without it, in prefill on a CPU, where the model is
-asked for the logits of the last position only, and where it returns all of them; and its bytes on
-disk. Writes benchmarks/results/token-loss-<machine>.json.
+asked for the logits of the last position only, and where it returns all of them. Writes
+benchmarks/results/token-loss-<machine>.json.
 
 Ways run in turn, one forward pass each. Figures are process CPU time, the writer's thread included:
 the median over the rounds.
@@ -69,8 +69,6 @@ def measured(tokens: int, rounds: int, place: Path) -> dict[str, Any]:
             model.lm_head(hidden_TH)
         product_s.append(time.process_time() - began)
     median = {way: statistics.median(of_way) for way, of_way in seconds.items()}
-    added = sum(f.stat().st_size for f in (place / f"all logits, losses {rounds}/tokens").iterdir())
-    added -= sum(f.stat().st_size for f in (place / f"all logits {rounds}/tokens").iterdir())
     return {
         "shape": f"{LAYERS} layers of {EXPERTS} experts, hidden {SIZES['hidden_size']}, "
         f"vocabulary {VOCABULARY}",
@@ -81,7 +79,6 @@ def measured(tokens: int, rounds: int, place: Path) -> dict[str, Any]:
         / statistics.median(product_s),
         "losses beyond last logits": median["last logits, losses"] / median["last logits"] - 1,
         "losses beyond all logits": median["all logits, losses"] / median["all logits"] - 1,
-        "bytes per token": added / (2 * tokens),
     }
 
 
