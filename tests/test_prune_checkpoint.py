@@ -159,6 +159,55 @@ def test_a_file_at_a_time_and_blocks_beyond_the_last(
     assert {site.experts for site in find_routers(model)} == {13}
 
 
+def test_only_the_model_that_was_traced_is_pruned(tmp_path: Path) -> None:
+    """Blocks beside it that predict further tokens are left out, whatever their numbers; a talker
+    with as many experts stays as it is; of two that may be meant none is pruned."""
+    saved("qwen3_moe", tmp_path / "a")
+    file, config = tmp_path / "a/model.safetensors", tmp_path / "a/config.json"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    block = {name: tensor for name, tensor in weights.items() if ".layers.1." in name}
+    talker = {f"talker.{name}": tensor.clone() for name, tensor in block.items()}
+    mtp = {name.replace("model.", "mtp."): tensor.clone() for name, tensor in block.items()}
+    mtp["mtp.fc.weight"] = torch.ones(2, 2)
+    save_file(weights | talker | mtp, file, metadata={"format": "pt"})
+    stated = {"mtp_num_hidden_layers": 1, "num_mtp_layers": 1}
+    config.write_text(json.dumps(json.loads(config.read_text()) | stated))
+    drop = {layer: [0, 5] for layer in (1, 3)}
+    checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), lambda draft: {})
+    found = load_file(tmp_path / "b/model.safetensors")
+    assert not [name for name in found if "mtp" in name]
+    assert {name for name in found if "talker" in name} == set(talker)
+    assert all(torch.equal(found[name], tensor) for name, tensor in talker.items())
+    assert len(found["model.layers.1.mlp.gate.weight"]) == 14
+    made = json.loads((tmp_path / "b/config.json").read_text())
+    assert {name: made[name] for name in stated} == dict.fromkeys(stated, 0)
+
+    two = {f"talker.{name}": tensor.clone() for name, tensor in weights.items()}
+    save_file(weights | two, file, metadata={"format": "pt"})
+    with pytest.raises(MoeInspectError, match=r"model\.layers and talker\.model\.layers of"):
+        checkpoint.write(tmp_path / "a", tmp_path / "c", Pruned(drop, 16), lambda draft: {})
+
+
+def test_the_weights_that_transformers_loads(tmp_path: Path) -> None:
+    """Beside an index that is no longer of them; with the other chat templates of a tokenizer."""
+    model = saved("mixtral", tmp_path / "a")
+    model.save_pretrained(tmp_path / "a", max_shard_size="100KB")
+    assert (tmp_path / "a" / checkpoint.INDEX).exists()
+    weights = {name: tensor.detach().clone() + 1 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights)
+    model.save_pretrained(tmp_path / "new")
+    (tmp_path / "new/model.safetensors").rename(tmp_path / "a/model.safetensors")
+    (tmp_path / "a" / checkpoint.TEMPLATES).mkdir()
+    (tmp_path / "a" / checkpoint.TEMPLATES / "tools.jinja").write_text("{{ tools }}")
+    loaded = type(model).from_pretrained(tmp_path / "a")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight), "control: the new ones"
+    pruned = Pruned(dropped(model), 16)
+    checkpoint.write(tmp_path / "a", tmp_path / "b", pruned, lambda draft: {})
+    made = type(model).from_pretrained(tmp_path / "b")
+    assert torch.equal(made.lm_head.weight, model.lm_head.weight)
+    assert (tmp_path / "b" / checkpoint.TEMPLATES / "tools.jinja").read_text() == "{{ tools }}"
+
+
 def test_nothing_is_left_where_it_fails(tmp_path: Path) -> None:
     model = saved("mixtral", tmp_path / "a")
     drop = dropped(model)

@@ -30,6 +30,10 @@ OF_WEIGHTS = re.compile(
 )
 EXPERT = re.compile(r"(?<![a-z_])experts\.(?:expert_)?(\d+)\.")
 SHARED = re.compile(r"shared?_")
+# blocks that predict further tokens: they have experts of their own, which no trace shows
+MTP = re.compile(r"(?:^|[._])mtp(?:[._]|$)")
+MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+TEMPLATES = "additional_chat_templates"  # of the tokenizer, the one directory of transformers'
 ROUTER = re.compile(
     rf"\.(?:gate|router|moe_statics)\.|\.(?:router_bias|{'|'.join(SELECTION_BIAS)})$"
 )
@@ -91,6 +95,8 @@ def write(
                 copied = file.is_file() and not OF_WEIGHTS.search(file.name)
                 if copied and file.name[0] != "." and file.name != "config.json":
                     shutil.copyfile(file, draft / file.name)
+            if (source / TEMPLATES).is_dir():
+                shutil.copytree(source / TEMPLATES, draft / TEMPLATES)
         record = check(draft)
         with writing(output):
             _write_json(draft / "pruning.json", record)
@@ -123,9 +129,7 @@ def _with_experts(config: Mapping[str, Any], pruned: Pruned) -> tuple[dict[str, 
         if isinstance(made.get(name), dict):
             made[name], inside = _with_experts(made[name], pruned)
             found |= inside
-    # blocks that predict further tokens have experts of their own, which no trace shows
-    if "num_nextn_predict_layers" in made:
-        made["num_nextn_predict_layers"] = 0
+    made |= dict.fromkeys((name for name in MTP_LAYERS if name in made), 0)
     return made, found
 
 
@@ -173,7 +177,7 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
     from safetensors import safe_open
 
     files = [source / WEIGHTS]
-    if (source / INDEX).exists():
+    if not files[0].exists():  # transformers, too, reads an index only then
         listed = _read_json(source / INDEX)["weight_map"]
         files = [source / name for name in sorted(set(listed.values()))]
     shapes: dict[str, list[int]] = {}
@@ -181,25 +185,26 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
             shapes |= {name: opened.get_slice(name).get_shape() for name in names}
-    places = {name: place(name, shape, pruned.experts) for name, shape in shapes.items()}
+    places = {
+        name: place(name, shape, pruned.experts)
+        for name, shape in shapes.items()
+        if not MTP.search(name)
+    }
+    of_experts = [name for name, at in places.items() if at is not None]
+    stack = _pruned_stack(of_experts, pruned, source)
     beyond = {
         _block(name)
-        for name, at in places.items()
-        if at is not None and _layer(name) not in pruned.drop
+        for name in of_experts
+        if _stack(name) == stack and _layer(name) not in pruned.drop
     }
-    seen = {_layer(name) for name, at in places.items() if at is not None}
-    if missing := sorted(set(pruned.drop) - seen):
-        raise MoeInspectError(
-            f"no tensors of experts are known by name in layer {missing[0]} of {source}: not pruned"
-        )
     for file in files:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
             for name in names:
-                at = places[name]
-                if _block(name) in beyond:
+                if name not in places or _block(name) in beyond:
                     continue
-                if at is None:
+                at = places[name]
+                if at is None or _stack(name) != stack:
                     yield name, opened.get_tensor(name)
                     continue
                 gone = set(pruned.drop[_layer(name)])
@@ -210,6 +215,27 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
                 elif (e := int(at.group(1))) in kept:
                     start, end = at.span(1)
                     yield f"{name[:start]}{kept.index(e)}{name[end:]}", opened.get_tensor(name)
+
+
+def _pruned_stack(of_experts: Sequence[str], pruned: Pruned, source: Path) -> str:
+    """The stack of blocks that has experts in all layers where some go. Others, as of a talker
+    beside the model that reads, stay as they are."""
+    layers: dict[str, set[int]] = {}
+    for name in of_experts:
+        layers.setdefault(_stack(name), set()).add(_layer(name))
+    able = [stack for stack, of in layers.items() if of >= set(pruned.drop)]
+    if not able:
+        best = max(layers.values(), key=lambda of: len(of & set(pruned.drop)), default=set[int]())
+        raise MoeInspectError(
+            f"no tensors of experts are known by name in layer {min(set(pruned.drop) - best)} of "
+            f"{source}: not pruned"
+        )
+    if len(able) > 1:
+        raise MoeInspectError(
+            f"{' and '.join(sorted(able))} of {source} both have experts in these layers: not "
+            "pruned"
+        )
+    return able[0]
 
 
 def place(name: str, shape: Sequence[int], E: int) -> re.Match[str] | int | None:
@@ -231,6 +257,12 @@ def place(name: str, shape: Sequence[int], E: int) -> re.Match[str] | int | None
 def _layer(name: str) -> int:
     found = LAYER.search(name)
     return int(found.group(1)) if found is not None else -1
+
+
+def _stack(name: str) -> str:
+    """The path of the blocks that a tensor is in one of; "" for one in none."""
+    found = LAYER.search(name)
+    return name[: found.start(1) - 1] if found is not None else ""
 
 
 def _block(name: str) -> str:
