@@ -129,7 +129,7 @@ def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(
         ("esft", {"top_p": float("nan")}, "--top-p is nan"),
         ("esft", {"score": "x"}, "no score 'x': there are token, gate, reap"),
         ("pruning", {"score": "x"}, "no score 'x' of a trace: there are reap, gate"),
-        ("pruning", {"score": "gate", "keep": 0.1}, "leaves fewer experts than the 2"),
+        ("pruning", {"score": "gate", "keep": 0.1}, "of 8 experts, and every token goes to 2"),
         ("pruning", {"top_p": 0.5}, "--top-p is an option of the format esft, not of pruning"),
         ("counts", {"top_p": 0.5}, "--top-p is an option of the format esft, not of counts"),
     ],
@@ -160,11 +160,17 @@ def test_the_experts_with_the_least_scores_go(score: str, trace: Trace, tmp_path
 def test_as_many_experts_go_of_each_group(trace: Trace, tmp_path: Path):
     path = tmp_path / "t"
     shutil.copytree(trace.path, path)
-    model = {**trace.manifest["model"], "config": {"n_group": 4, "topk_group": 2}}
-    edit_manifest(path, model=model)
+    by_best = {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
+    edit_manifest(path, model={**trace.manifest["model"], "config": by_best})
     export_trace(path, "pruning", tmp_path / "p.json", score="gate", keep=0.5)
     plan = json.loads((tmp_path / "p.json").read_text())
     assert [e // 2 for e in plan["dropped"]["1"]] == [0, 1, 2, 3]
+    # too few in each for a router that compares groups by their best two, or goes to one of them
+    for config in (by_best | {"topk_method": "noaux_tc"}, by_best | {"topk_group": 1}):
+        edit_manifest(path, model={**trace.manifest["model"], "config": config})
+        with pytest.raises(MoeInspectError, match="leaves 1 expert in each of 4 groups"):
+            export_trace(path, "pruning", tmp_path / "q.json", score="gate", keep=0.5)
+    assert not (tmp_path / "q.json").exists()
 
 
 @pytest.mark.parametrize("score", ["reap", "ean", "mean-norm"])

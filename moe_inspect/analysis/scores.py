@@ -15,6 +15,7 @@ from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace
 
 # of a trace; the least is the first to go
@@ -83,6 +84,22 @@ def experts_kept(E: int, keep: float, groups: int = 1) -> int:
     if not 0 < keep < 1:
         raise MoeInspectError(f"--keep is {keep:g}: give the share of experts to keep, as 0.75")
     return int(np.ceil(keep * (E // groups) - 1e-9)) * groups
+
+
+def refuse_too_few(E: int, K: int, keep: float, of_groups: tuple[int, int, int]) -> None:
+    """MoeInspectError where a token cannot go to K experts of those that stay. `of_groups`: the
+    groups, how many of them a token goes to, and by how many of their best they are compared."""
+    groups, chosen, best = of_groups
+    kept = experts_kept(E, keep, groups)
+    if groups > 1 and (kept // groups < best or kept // groups * chosen < K):
+        raise MoeInspectError(
+            f"--keep {keep:g} leaves {plural(kept // groups, 'expert')} in each of {groups} "
+            f"groups, and every token goes to {K} experts in {chosen} groups"
+        )
+    if kept < K:
+        raise MoeInspectError(
+            f"--keep {keep:g} leaves {kept} of {E} experts, and every token goes to {K}"
+        )
 
 
 def lowest(score_LE: Sequence[np.ndarray], keep: float, groups: int = 1) -> list[list[int]]:

@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.analysis.scores import counted, experts_kept, lowest, score_E
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.analysis.scores import counted, lowest, refuse_too_few, score_E
 from moe_inspect.exporters.registry import exporter
 from moe_inspect.model.sizes import groups_of, text_config
 from moe_inspect.trace.files.atomic import draft_of
@@ -20,7 +19,7 @@ def pruning(trace: Trace, output: Path, keep: float = 0.75, score: str = "reap")
     """One JSON object, described in docs/prune.md. As many go in each layer, and in each group
     where routers choose groups first."""
     counts = counted(trace, score)
-    groups, _, _ = groups_of(text_config(trace))
+    groups, _, _ = of_groups = groups_of(text_config(trace))
     several = len({router.layer for router in trace.routers}) < len(trace.routers)
     made: dict[str, Any] = {
         "format": 1,
@@ -33,11 +32,7 @@ def pruning(trace: Trace, output: Path, keep: float = 0.75, score: str = "reap")
         "scores": {},
     }
     for r, router in enumerate(trace.routers):
-        if experts_kept(router.experts, keep, groups) < router.top_k:
-            raise MoeInspectError(
-                f"--keep {keep:g} leaves fewer experts than the {router.top_k} that every token "
-                f"goes to in layer {router.layer}"
-            )
+        refuse_too_few(router.experts, router.top_k, keep, of_groups)
         name = router.path if several else str(router.layer)
         of = score_E(counts, r, score)
         made["experts"][name] = router.experts

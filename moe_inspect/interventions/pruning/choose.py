@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moe_inspect.analysis.scores import experts_kept
+from moe_inspect.analysis.scores import experts_kept, refuse_too_few
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions.among import SHARED_OUT, how_dropped
 from moe_inspect.model.load import config_record
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.model.sizes import groups_of
-from moe_inspect.text import plural
 
 
 def check(network: Any, sites: Sequence[Site], keep: float) -> None:
@@ -37,22 +36,13 @@ def check(network: Any, sites: Sequence[Site], keep: float) -> None:
                 "so the model is not pruned"
             )
     E, K = sizes[0], max(top_k_of(s, network) for s in sites)
-    groups, chosen, best = groups_of(config_of(network))
-    kept = experts_kept(E, keep, groups)
-    if kept == E:
+    groups, _, _ = of_groups = groups_of(config_of(network))
+    if experts_kept(E, keep, groups) == E:
         within = f" in each of {groups} groups" if groups > 1 else ""
         raise MoeInspectError(
             f"--keep {keep:g} drops none of {E // groups} experts{within}: give less"
         )
-    if groups > 1 and (kept // groups < best or kept // groups * chosen < K):
-        raise MoeInspectError(
-            f"--keep {keep:g} leaves {plural(kept // groups, 'expert')} in each of {groups} "
-            f"groups, and every token goes to {K} experts in {chosen} groups"
-        )
-    if kept < K:
-        raise MoeInspectError(
-            f"--keep {keep:g} leaves {kept} of {E} experts, and every token goes to {K}"
-        )
+    refuse_too_few(E, K, keep, of_groups)
 
 
 def config_of(network: Any) -> dict[str, Any]:
