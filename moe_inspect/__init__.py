@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from moe_inspect.model.custom.spec import RouterSpec, register_router
     from moe_inspect.model.describe import describe
     from moe_inspect.model.description import Description
+    from moe_inspect.query import sql
     from moe_inspect.reporting.report import Report, report
     from moe_inspect.simulate.cache.cache import simulate_cache
     from moe_inspect.simulate.capacity.capacity import simulate_capacity
@@ -89,6 +90,7 @@ __all__ = [
     "simulate_decode",
     "simulate_placement",
     "simulate_routing",
+    "sql",
     "trace_engine",
     "trace_model",
     "verify",
@@ -132,6 +134,7 @@ _HOMES = {
     "simulate_decode": "moe_inspect.simulate.decode.decode",
     "simulate_placement": "moe_inspect.simulate.placement.placement",
     "simulate_routing": "moe_inspect.simulate.routing.routing",
+    "sql": "moe_inspect.query",
     "trace_engine": "moe_inspect.api",
     "trace_model": "moe_inspect.api",
     "verify": "moe_inspect.trace.verify",

@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reporting": {"analysis", "trace", "errors", "progress", "text"},
     "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
     "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},
+    "query": {"exporters", "reporting", "trace", "errors", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "progress", "text"},
 }
 # an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
@@ -50,6 +51,7 @@ LIGHT = {
     "alarms",
     "reporting",
     "comparison",
+    "query",
     "simulate",
     "watch",
 }

@@ -52,6 +52,7 @@ USUAL: dict[str, list[Any]] = {
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "verify": ["t"],
     "text": ["t", "--layer", 0, "--expert", 1],
+    "sql": ["t", "select * from routing"],
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
     "export": ["t", "--format", "counts", "-o", "new.csv"],

@@ -16,6 +16,7 @@ from moe_inspect.cli import (
     import_,
     report,
     simulate,
+    sql,
     text,
     trace,
     verify,
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command("trace", cls=GroupedCommand)(trace.trace)
 app.command("report", cls=report.ReportCommand)(report.report)
 app.command("text", cls=GroupedCommand)(text.text)
+app.command("sql", cls=GroupedCommand)(sql.sql)
 app.command("compare", cls=compare.CompareCommand)(compare.compare)
 app.command("ablate", cls=GroupedCommand)(experts.ablate)
 app.command("prune", cls=GroupedCommand)(experts.prune)

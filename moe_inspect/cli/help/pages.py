@@ -18,7 +18,7 @@ class Page:
 # title → commands
 COMMANDS = {
     "Record": ("trace", "import", "watch", "doctor"),
-    "Look": ("report", "text", "compare", "describe"),
+    "Look": ("report", "text", "sql", "compare", "describe"),
     "Try": ("simulate", "ablate", "prune"),
     "Files": ("verify", "export"),
 }
@@ -142,6 +142,12 @@ PAGES = {
             "text runs/a --document 0 --layer 3",
             "text runs/a --layer 2 --expert 5",
             "text runs/a --layer 2 --expert 5 --sort random --format csv",
+        ),
+    ),
+    "sql": Page(
+        examples=(
+            'sql runs/a "select * from routing limit 20"',
+            'sql runs/a "select * from load where layer = 3" -o load.csv',
         ),
     ),
     "compare": Page(

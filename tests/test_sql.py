@@ -1,0 +1,263 @@
+"""`moe-inspect sql`: the rows are those of the trace, read as they are needed, and nothing else is
+read or changed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+import moe_inspect
+from moe_inspect import query
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import Shard
+from tests.conftest import Cli
+from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
+
+duckdb = pytest.importorskip("duckdb")
+
+T, E, K = 240, 8, 2
+NOWHERE = np.iinfo(np.uint16).max
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """Two routers in three shards, some slots of which routed nowhere; labels in an order of their
+    own in each shard."""
+    rng = np.random.default_rng(1)
+    ids = [uniform_ids(rng, T, E, K) for _ in range(2)]
+    ids[1][::7, 1] = NOWHERE
+    return write_trace(
+        tmp_path_factory.mktemp("sql") / "t",
+        ids,
+        E,
+        document=np.repeat(np.arange(24), 10),
+        domain_of_document=("a", "b", "c"),
+        token_id=rng.integers(0, 5, T),
+        weights=[(rng.integers(1, 200, (T, K)) / 256).astype(np.float32) for _ in range(2)],
+        batch_tokens=10,
+        shard_tokens=100,
+        layers=[1, 3],
+        words=5,
+    )
+
+
+def long(trace: Trace) -> pd.DataFrame:
+    """A row per assignment, through pandas alone."""
+    rows = trace.routing().merge(trace.tokens(), on="token")
+    parts = [
+        rows.assign(slot=j, expert=rows[f"expert_{j}"], weight=rows[f"weight_{j}"])
+        for j in range(K)
+    ]
+    found = pd.concat(parts).dropna(subset="expert")
+    return found.sort_values(["router", "token", "slot"]).reset_index(drop=True)
+
+
+def test_routing_is_a_row_per_assignment(trace: Trace) -> None:
+    found = moe_inspect.sql(trace, "select * from routing order by router, token, slot")
+    expected = long(trace)
+    assert len(found) == 2 * T * K - len(range(0, T, 7))
+    assert len([*trace.shards]) == 3
+    for name in found:
+        assert found[name].astype(str).tolist() == (
+            expected[name].astype(found[name].dtype).astype(str).tolist()
+        ), name
+
+
+@pytest.mark.parametrize("view", ["tokens", "documents", "vocabulary", "load"])
+def test_the_other_views_are_the_tables(view: str, trace: Trace) -> None:
+    expected = {
+        "tokens": trace.tokens,
+        "documents": trace.documents,
+        "vocabulary": trace.vocabulary,
+        "load": lambda: moe_inspect.report(trace).tables["load"],
+    }[view]()
+    found = moe_inspect.sql(trace.path, f"from {view.upper()}").sort_values([*expected.columns[:3]])
+    assert len(found) == len(expected) > 0
+    for name in expected:
+        assert found[name].tolist() == expected[name].tolist(), name
+
+
+def test_a_view_is_read_as_often_as_it_is_named(trace: Trace) -> None:
+    pairs = moe_inspect.sql(
+        trace,
+        "select count(*) n from routing a join routing b using (router, token) "
+        "where a.slot = 0 and b.slot = 1",
+    )
+    assert pairs["n"].tolist() == [2 * T - len(range(0, T, 7))]
+
+
+def test_only_the_routers_asked_for_are_read(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    ids = Shard.ids
+    monkeypatch.setattr(Shard, "ids", lambda shard, r: read.append(r) or ids(shard, r))
+    found = moe_inspect.sql(trace, "select distinct layer from routing where layer = 3")
+    assert (found["layer"].tolist(), {*read}) == ([3], {1})
+    moe_inspect.sql(trace, "select count(*) from tokens")
+    assert len(read) == 3, "and none before it is asked for"
+    moe_inspect.sql(trace, "select count(*) from routing")
+    assert {*read} == {0, 1}, "control"
+
+
+def test_each_stack_has_its_own_tokens(tmp_path: Path) -> None:
+    found = moe_inspect.sql(
+        encoder_decoder(tmp_path / "t"),
+        "select router, phase = 'encode' as encode, count(*) n from routing group by all",
+    )
+    assert found.groupby("router")["encode"].nunique().tolist() == [1] * found["router"].nunique()
+    assert found["encode"].nunique() == 2
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "copy (select 1) to '{file}.new'",
+        "attach '{file}.new'",
+        "install httpfs",
+        "load httpfs",
+        "set threads = 1",
+        "set enable_external_access = true",
+        "create table mine as select 1",
+        "drop view routing",
+        "export database '{file}.new'",
+        "select 1; select 2",
+        "select 1; copy (select 1) to '{file}.new'",
+        "",
+        "/* nothing */",
+        "select * from read_csv('{file}')",
+        "select * from read_text('{file}')",
+        "select * from glob('{folder}/*')",
+        "select * from '{file}'",
+        "select * from '{folder}/*.csv'",
+        "select * from query('from read_text(''{file}'')')",
+        "select * from frame",
+        "select * from nothing",
+        "select nothing from routing",
+        "select",
+        "select 1 / 'a'",
+    ],
+)
+def test_a_query_reads_the_trace_alone(
+    asked: str, trace: Trace, tmp_path: Path, cli_here: Cli
+) -> None:
+    frame = pd.DataFrame({"a": [1]})  # a variable that DuckDB would find otherwise
+    secret = tmp_path / "secret.csv"
+    secret.write_text("a,b\n1,2\n")
+    asked = asked.format(file=secret, folder=tmp_path)
+    with pytest.raises(MoeInspectError, match=r"^(the query fails: |give one select statement)"):
+        moe_inspect.sql(trace, asked)
+    done = cli_here("sql", trace.path, asked, check=1)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["secret.csv"]
+    assert len(frame) == 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "copy (select 1) to '{folder}/new'",
+        "attach '{folder}/new'",
+        "select * from read_text('{folder}/secret')",
+        "install httpfs",
+        "load httpfs",
+        "set enable_external_access = true",
+        "set temp_directory = '{folder}'",
+    ],
+)
+def test_the_lock_holds_by_itself(statement: str, tmp_path: Path) -> None:
+    """Whatever the check of the statement let through."""
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "spill").mkdir()
+    with duckdb.connect() as connection:
+        query._lock(connection, str(tmp_path / "spill"))
+        with pytest.raises(duckdb.Error, match=r"disabled|locked"):
+            connection.execute(statement.format(folder=tmp_path))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_does_not_fit_in_memory_goes_to_the_directory_given(tmp_path: Path) -> None:
+    spill = tmp_path / "it's"
+    spill.mkdir()
+    with duckdb.connect(config={"memory_limit": "60MB", "threads": 1}) as connection:
+        query._lock(connection, str(spill))
+        connection.execute("select hash(i) h, i from range(4_000_000) t(i) order by h")
+        assert len(connection.fetchmany(10)) == 10
+        assert any(spill.iterdir())
+
+
+def test_values_keep_their_types(trace: Trace) -> None:
+    found = moe_inspect.sql(
+        trace,
+        "select sum(slot) s, count(*) n, 1.5 d, null x, true b, 'ü' t, any_value(domain) g, "
+        "2::hugeint ** 100 h from routing",
+    )
+    assert found.dtypes.astype(str).tolist()[:3] == ["int64", "int64", "float64"]
+    assert found["s"].tolist() == [int(long(trace)["slot"].sum())]
+    assert found["b"].tolist() == [True]
+    assert found["t"].tolist() == ["ü"]
+    assert found["h"].tolist() == [2.0**100]
+    assert moe_inspect.sql(trace, "select layer from routing where false")["layer"].tolist() == []
+    with pytest.raises(MoeInspectError, match=r"column x is of type list.*cast it to varchar"):
+        moe_inspect.sql(trace, "select list(token) x from tokens")
+    with pytest.raises(MoeInspectError, match="two columns are called a: rename one"):
+        moe_inspect.sql(trace, "select * from (select 1 a) cross join (select 2 a)")
+
+
+def test_damage_is_told_as_elsewhere(trace: Trace, tmp_path: Path, cli_here: Cli) -> None:
+    import shutil
+
+    shutil.copytree(trace.path, tmp_path / "t")
+    part = sorted((tmp_path / "t" / "routing").iterdir())[1]
+    part.write_bytes(part.read_bytes()[:-1])
+    done = cli_here("sql", tmp_path / "t", "select count(*) from routing", check=1)
+    assert done.stderr.startswith("error: ")
+    assert part.name in done.stderr.splitlines()[0]
+    assert "Traceback" not in done.stderr
+    assert len(moe_inspect.sql(tmp_path / "t", "from tokens")) == T
+
+
+def test_a_trace_of_counts_has_the_views_that_it_can(tmp_path: Path) -> None:
+    trace = write_counts(tmp_path / "t", [np.arange(8)[None] + 10] * 2, 2)
+    assert moe_inspect.sql(trace, "select sum(assignments) n from load")["n"].tolist() == [216]
+    for view in ("routing", "tokens"):
+        with pytest.raises(MoeInspectError, match=f"Table with name {view} .* holds counts only: "):
+            moe_inspect.sql(trace, f"select * from {view}")
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet", "txt"])
+def test_the_command_writes_what_it_finds(
+    ending: str, trace: Trace, tmp_path: Path, cli_here: Cli
+) -> None:
+    asked = "select layer, count(*) n from routing group by all order by layer"
+    cli_here("sql", trace.path, asked, "-o", tmp_path / f"o.{ending}")
+    rows = [(1, 2 * T), (3, 2 * T - len(range(0, T, 7)))]
+    if ending == "parquet":
+        found = [tuple(r.values()) for r in pq.read_table(tmp_path / "o.parquet").to_pylist()]
+    else:
+        lines = (tmp_path / f"o.{ending}").read_text().splitlines()
+        found = {
+            "csv": lambda: [tuple(map(int, line.split(","))) for line in lines[1:]],
+            "json": lambda: [tuple(json.loads(line).values()) for line in lines],
+            "txt": lambda: [tuple(map(int, line.split())) for line in lines[2:]],
+        }[ending]()
+    assert found == rows
+    assert (
+        "end it in" in cli_here("sql", trace.path, asked, "-o", tmp_path / "o.xls", check=2).stderr
+    )
+
+
+def test_without_duckdb_it_says_what_to_install(trace: Trace) -> None:
+    program = (
+        "import sys; sys.modules['duckdb'] = None; import moe_inspect; "
+        f"moe_inspect.sql({str(trace.path)!r}, 'select 1')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "MoeInspectError: sql needs duckdb: pip install 'moe-inspect[sql]'" in done.stderr
