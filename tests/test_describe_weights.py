@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import moe_inspect
 from moe_inspect.analysis.weights import scaled, stored
 from moe_inspect.analysis.weights.measure import (
     aimer_and_norm,
+    aimer_of,
     effective_rank,
     geometry_of,
     places_in,
@@ -27,6 +28,7 @@ from moe_inspect.analysis.weights.measure import (
 )
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
+from moe_inspect.trace.schema import Router
 from tests import zoo
 from tests.conftest import Cli
 from tests.families import FAMILIES, build
@@ -246,6 +248,28 @@ def test_describe_weights_as_tables(cli_here: Cli):
     assert len(experts.stdout.splitlines()) == 33
     wrong = cli_here("describe", "demo", "--weights", "--context", "9", check=2)
     assert "leave out --context" in wrong.stderr
+
+
+@pytest.mark.parametrize("beside", ["mtp", "talker.model"])
+def test_aimer_is_not_that_of_blocks_beside_the_model(beside: str, tmp_path: Path):
+    """They have numbers of their own, from 0."""
+    model = zoo.build("qwen3_moe")
+    routers = [Router(s.layer, "", s.path, s.experts, 2) for s in find_routers(model)]
+    model.save_pretrained(tmp_path)
+    indices = range(len(routers))
+    want = aimer_of(tmp_path, routers, indices)
+    assert all(np.isfinite(aimer_E).all() for aimer_E in want.values())
+    weights = load_file(tmp_path / "model.safetensors")
+    at = f"model.layers.{routers[0].layer}."
+    more = {
+        name.replace("model", beside, 1): tensor * torch.arange(tensor.shape[-1])
+        for name, tensor in weights.items()
+        if name.startswith(at)
+    }
+    save_file(weights | more, tmp_path / "model.safetensors")
+    assert len(places_in(tmp_path)) == len(routers) + 1, "control: they are experts"
+    got = aimer_of(tmp_path, routers, indices)
+    assert {r: got[r].tolist() for r in indices} == {r: want[r].tolist() for r in indices}
 
 
 def test_worth_takes_aimer_from_the_weights(cli_here: Cli):

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics.uncertainty import SEED
-from moe_inspect.analysis.weights.routed import RoutedPlace, routed_places
+from moe_inspect.analysis.weights.routed import MTP, RoutedPlace, routed_places
 from moe_inspect.analysis.weights.scaled import with_scales
 from moe_inspect.analysis.weights.stored import Stored, tensors_in
 from moe_inspect.errors import MoeInspectError
@@ -89,7 +89,8 @@ def aimer_of(
     layer, in its order. MoeInspectError where none is the same."""
     stacks = any(router.stack for router in routers)
     places = dict[tuple[str, int], list[RoutedPlace]]()
-    for place in places_in(directory):
+    layers = set[int]() if stacks else {router.layer for router in routers}
+    for place in _of_the_model(places_in(directory), layers):
         places.setdefault((place.stack if stacks else "", place.layer), []).append(place)
     chosen, same = list(indices), dict[int, RoutedPlace]()
     for r in chosen:
@@ -109,6 +110,17 @@ def aimer_of(
         found[r], _ = aimer_and_norm(place)
         advance(1)
     return found
+
+
+def _of_the_model(places: Sequence[RoutedPlace], layers: set[int]) -> list[RoutedPlace]:
+    """Without those of blocks beside the model, which have numbers of their own: they predict
+    further tokens, or do not have all of these layers where others do."""
+    held = dict[str, set[int]]()
+    for place in places:
+        if not MTP.search(place.place):
+            held.setdefault(place.blocks, set()).add(place.layer)
+    whole = {blocks for blocks, of in held.items() if of >= layers} or held.keys()
+    return [place for place in places if place.blocks in whole]
 
 
 def aimer_and_norm(place: RoutedPlace) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,8 @@ TOWER = re.compile(r"(?:^|\.)(?:vision|visual|audio)")
 ROUTER = re.compile(r"^(?P<place>.*?)\.?(?<![\w])(?:gate|router)\.(?:\w+\.)*weight$")
 NUMBERED = re.compile(r"^(?P<place>.*?)\.?(?<![\w])experts?\.(?:expert_)?(?P<e>\d+)\.")
 FUSED = re.compile(r"^(?P<place>.*?)\.?(?<![\w])experts\.(?!\d|expert_|router|gate\.)")
+# blocks that predict further tokens: they have experts of their own, which no trace shows
+MTP = re.compile(r"(?:^|[._])mtp(?:[._]|$)")
 ATTENTION = re.compile(r"att(?:n|ention)")
 
 
@@ -37,6 +39,12 @@ class RoutedPlace:
     @property
     def experts(self) -> int:
         return len(self.of_expert)
+
+    @property
+    def blocks(self) -> str:
+        """The path of the blocks that it is in one of."""
+        found = LAYER.search(f"{self.place}.")
+        return self.place[: found.start(1) - 1] if found else ""
 
     @property
     def stack(self) -> str:

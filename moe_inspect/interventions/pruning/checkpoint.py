@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_inspect.analysis.weights.routed import MTP
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.families import EXPERTS, LANGUAGE_MODEL, LAYER, TOWER
 from moe_inspect.model.load import checkpoint_dir, model_location
@@ -30,8 +31,6 @@ OF_WEIGHTS = re.compile(
 )
 EXPERT = re.compile(r"(?<![a-z_])experts\.(?:expert_)?(\d+)\.")
 SHARED = re.compile(r"shared?_")
-# blocks that predict further tokens: they have experts of their own, which no trace shows
-MTP = re.compile(r"(?:^|[._])mtp(?:[._]|$)")
 MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 TEMPLATES = "additional_chat_templates"  # of the tokenizer, the one directory of transformers'
 ROUTER = re.compile(
