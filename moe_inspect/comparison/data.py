@@ -21,6 +21,7 @@ from moe_inspect.comparison.aligning.rows import all_alike
 from moe_inspect.comparison.counting.confidence import Margins, margins
 from moe_inspect.comparison.counting.count import Job, count_pair
 from moe_inspect.comparison.counting.counts import PairCounts, RouterCounts
+from moe_inspect.comparison.counting.losses import loss_sums
 from moe_inspect.comparison.counting.outputs import OutputSums, output_sums
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import LazyTables, Table
@@ -29,6 +30,11 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
 TABLES: dict[str, Table] = {}
+# table → what both traces must hold for it, as a trace has it and in words
+NEEDS: dict[str, tuple[Callable[[Trace], bool], str]] = {
+    "worth": (lambda trace: trace.has_norms, "no norms of outputs (trace --output-norms)"),
+    "loss": (lambda trace: trace.has_loss, "no losses of tokens (trace --token-loss)"),
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,27 @@ class PairData:
     def outputs(self) -> dict[int, OutputSums]:
         """By router of A, of two traces with the norms of outputs."""
         return output_sums(self._job)
+
+    @cached_property
+    def losses(self) -> dict[str, np.ndarray]:
+        """As `loss_sums`, of two traces with the losses of tokens."""
+        return loss_sums(self._job)
+
+    def why_not(self, table: str) -> str | None:
+        """Why these two traces cannot have a table; None where they can."""
+        if table not in NEEDS:
+            return None
+        there, what = NEEDS[table]
+        sides = {"A": self.a, "B": self.b}
+        without = [f"{side} ({t.path})" for side, t in sides.items() if not there(t)]
+        if without:
+            verb = "has" if len(without) == 1 else "have"
+            return f"there is no table {table!r}: {' and '.join(without)} {verb} {what}"
+        if table == "loss" and self.options.shift_routes:
+            return (
+                "there is no table 'loss' with --shift-routes: it would pair other tokens' losses"
+            )
+        return None
 
     @cached_property
     def counts(self) -> PairCounts:

@@ -69,6 +69,8 @@ def _pair(a: str, b: str, options: CompareOptions) -> None:
         _loads(made, options)
         return
     request = requested(options, TABLES, "agreement")  # after it is known which tables there are
+    if options.table and (why := made.why_not(options.table)):
+        raise MoeInspectError(why)
     with shown(*phases.comparing(made.a), *_written(made.a, options)):
         made.verdict()  # which counts
         write_files(made, options)

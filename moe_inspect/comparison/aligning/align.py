@@ -42,6 +42,12 @@ class Segments:
     def tokens(self) -> int:
         return int(self.length.sum())
 
+    @property
+    def broken(self) -> Segments:
+        """Those after whose last token the sequence does not go on with one that both have."""
+        start_S = self.pair * LINE + self.position + MARGIN
+        return self.take(np.flatnonzero(~np.isin(start_S + self.length, start_S)))
+
     def in_shard(self, shard_a: int) -> Segments:
         first, last = np.searchsorted(self.shard_a, [shard_a, shard_a + 1])
         return self.take(np.arange(first, last))

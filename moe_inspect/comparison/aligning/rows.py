@@ -83,10 +83,12 @@ class Rows:
         tokens = self.unit_T, self.cell_T, self.document_T, self.last_T
         return Rows(part_a, parts, *(values[keep_T] for values in tokens), alike=self.alike)
 
-    def of_a(self, read: Callable[[Shard], Columns], router: int) -> Columns:
+    def of_a(self, read: Callable[[Shard], Columns], router: int | None) -> Columns:
+        """What `read` returns of a shard, of these tokens. router: whose decisions they are; None
+        for a column of the tokens."""
         return _taken(self.a, read, router)
 
-    def of_b(self, read: Callable[[Shard], Columns], router: int) -> Columns:
+    def of_b(self, read: Callable[[Shard], Columns], router: int | None) -> Columns:
         if len(self.b) == 1 and self.b[0].at is None:
             return _taken(self.b[0], read, router)
         parts = [_taken(part, read, router) for part in self.b]
@@ -100,8 +102,8 @@ class Rows:
         return tuple(columns)
 
 
-def _taken(part: Part, read: Callable[[Shard], Columns], router: int) -> Columns:
-    columns, seen = read(part.shard), part.shard.seen(router)
+def _taken(part: Part, read: Callable[[Shard], Columns], router: int | None) -> Columns:
+    columns, seen = read(part.shard), None if router is None else part.shard.seen(router)
     if seen is not None:
         part = Part(part.shard, (np.cumsum(seen) - 1)[part.rows])
     if part.highest >= len(columns[0]):

@@ -55,6 +55,11 @@ class Job:
         slots = sum(self.a.routers[r].top_k for r, _ in self.routers)
         return self.alignment.segments.tokens * slots >= LONG
 
+    @cached_property
+    def shards(self) -> list[int]:
+        """The shards of A that have a token in common with B."""
+        return np.unique(self.alignment.segments.shard_a).tolist()
+
     @property
     def weights(self) -> bool:
         return self.a.has_weights and self.b.has_weights
@@ -74,7 +79,7 @@ def count_pair(
         {r: listed[r].experts for r, _ in job.routers},
         {listed[r].stack for r, _ in job.routers},
     )
-    numbers = np.unique(job.alignment.segments.shard_a).tolist()
+    numbers = job.shards
     advance = phase("comparing", job.alignment.segments.tokens, "tokens")
     for number, decisions in zip(numbers, _on_threads(job, numbers, total, threads), strict=True):
         advance(job.alignment.segments.in_shard(number).tokens)
@@ -103,13 +108,7 @@ def _on_threads(
 def _count_shard(job: Job, number: int, total: ct.PairCounts) -> int:
     """Adds the counts of a shard of A to `total`. The decisions compared."""
     decisions = 0
-    for stack in sorted(total.decisions_UX):
-        routers = [pair for pair in job.routers if job.a.routers[pair[0]].stack == stack]
-        rows = rows_of_shard((job.a, job.b), job.alignment, number, stack, job.selection)
-        if job.drop_zero_filled and not rows.alike:
-            rows = rows.take(~zero_filled(job, rows, routers))
-        if not len(rows):
-            continue
+    for stack, rows, routers in rows_by_stack(job, number):
         decisions += len(rows) * len(routers)
         tokens = TokenSums.zero(len(rows), job.logits)
         for pair in routers:
@@ -119,7 +118,19 @@ def _count_shard(job: Job, number: int, total: ct.PairCounts) -> int:
     return decisions
 
 
-def zero_filled(job: Job, rows: Rows, routers: list[tuple[int, int]]) -> np.ndarray:
+def rows_by_stack(job: Job, number: int) -> Iterator[tuple[str, Rows, list[tuple[int, int]]]]:
+    """The tokens of a shard of A that are compared, and the routers they reach; once per stack that
+    has any."""
+    for stack in sorted({job.a.routers[r].stack for r, _ in job.routers}):
+        routers = [pair for pair in job.routers if job.a.routers[pair[0]].stack == stack]
+        rows = rows_of_shard((job.a, job.b), job.alignment, number, stack, job.selection)
+        if job.drop_zero_filled and not rows.alike:
+            rows = rows.take(~_zero_filled(job, rows, routers))
+        if len(rows):
+            yield stack, rows, routers
+
+
+def _zero_filled(job: Job, rows: Rows, routers: list[tuple[int, int]]) -> np.ndarray:
     """bool [T]: every slot of every router is expert 0, in A or in B."""
     zero_a_T, zero_b_T = np.ones((2, len(rows)), bool)
     for r, other in routers:

@@ -6,14 +6,13 @@ T tokens of a shard that are compared, K slots, E experts, U units (clusters of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
-from moe_inspect.comparison.aligning.rows import Rows, rows_of_shard
-from moe_inspect.comparison.counting.count import Job, zero_filled
+from moe_inspect.comparison.aligning.rows import Rows
+from moe_inspect.comparison.counting.count import Job, rows_by_stack
 from moe_inspect.comparison.counting.kernels_numpy import Slots
 
 
@@ -40,22 +39,12 @@ def output_sums(job: Job) -> dict[int, OutputSums]:
     """By router of A. Both traces hold norms."""
     U = len(job.alignment.a.domains) * CLUSTERS
     found = {r: OutputSums.zero(U, job.a.routers[r].experts) for r, _ in job.routers}
-    for rows, routers in _rows(job):
-        for r, other in routers:
-            K = job.a.routers[r].top_k
-            _add(job, rows, r, other, K, found[r])
+    for number in job.shards:
+        for _, rows, routers in rows_by_stack(job, number):
+            for r, other in routers:
+                K = job.a.routers[r].top_k
+                _add(job, rows, r, other, K, found[r])
     return found
-
-
-def _rows(job: Job) -> Iterator[tuple[Rows, list[tuple[int, int]]]]:
-    for number in np.unique(job.alignment.segments.shard_a).tolist():
-        for stack in sorted({job.a.routers[r].stack for r, _ in job.routers}):
-            routers = [pair for pair in job.routers if job.a.routers[pair[0]].stack == stack]
-            rows = rows_of_shard((job.a, job.b), job.alignment, number, stack, job.selection)
-            if job.drop_zero_filled and not rows.alike:
-                rows = rows.take(~zero_filled(job, rows, routers))
-            if len(rows):
-                yield rows, routers
 
 
 def _add(job: Job, rows: Rows, r: int, other: int, K: int, sums: OutputSums) -> None:

@@ -7,3 +7,4 @@ from moe_inspect.comparison.tables import agreement
 from moe_inspect.comparison.tables import tokens
 from moe_inspect.comparison.tables import experts
 from moe_inspect.comparison.tables import worth
+from moe_inspect.comparison.tables import loss

@@ -28,7 +28,7 @@ def worth(data: PairData) -> pd.DataFrame:
     tokens compared: REAP, mean norm and share (of the layer's gate weight × norm) in each, how
     REAP and mean norm change from A to B (relative, with 95 % intervals over documents), and of
     the assignments that both made, the mean |difference| of their norms, relative to A's."""
-    if not (data.a.has_norms and data.b.has_norms):
+    if data.why_not("worth"):
         return pd.DataFrame(columns=list(COLUMNS))
     parts = [
         _of_router(data, sums).assign(layer=data.router(r).layer, router=r)

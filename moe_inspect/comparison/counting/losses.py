@@ -1,0 +1,62 @@
+"""The losses of the tokens of two aligned traces (`trace --token-loss`), in a pass of its own:
+few ask for it.
+
+T tokens of a shard that are compared, K slots, E experts, N decisions, U units (clusters of
+documents).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+
+from moe_inspect.analysis.counting.counts import CLUSTERS
+from moe_inspect.comparison.aligning.rows import Columns, Rows
+from moe_inspect.comparison.counting.count import Job, rows_by_stack
+from moe_inspect.comparison.counting.router_sums import sets, unequal
+from moe_inspect.trace.shard import Shard
+
+SUMS = ("tokens", "a", "b", "apart")
+
+
+def loss_sums(job: Job) -> dict[str, np.ndarray]:
+    """Of the tokens whose loss both traces know, and whose next token both have: of SUMS their
+    number, Σ of their loss in A and in B, and Σ |B's loss − A's|. float64 [2, U] each: the tokens
+    that choose the same experts at every router compared, and the others. Nats."""
+    U = len(job.alignment.a.domains) * CLUSTERS
+    total = {name: np.zeros((2, U)) for name in SUMS}
+    broken = job.alignment.segments.broken
+    for number in job.shards:
+        last = broken.in_shard(number)
+        for _, rows, routers in rows_by_stack(job, number):
+            loss_a_T, loss_b_T = (of(_losses, None)[0] for of in (rows.of_a, rows.of_b))
+            at = np.flatnonzero(
+                np.isfinite(loss_a_T)
+                & np.isfinite(loss_b_T)
+                & ~np.isin(rows.a.rows, last.row_a + last.length - 1)
+            )
+            cell_T = (_differ(job, rows, routers) * U + rows.unit_T)[at]
+            a_T, b_T = loss_a_T[at], loss_b_T[at]
+            for name, values_T in zip(SUMS, (None, a_T, b_T, np.abs(b_T - a_T)), strict=True):
+                total[name] += np.bincount(cell_T, values_T, 2 * U).reshape(2, U)
+    return total
+
+
+def _losses(shard: Shard) -> Columns:
+    column = shard.tokens(["loss_nats"])["loss_nats"]
+    return (cast("np.ndarray", column.to_numpy()).astype(np.float64),)
+
+
+def _differ(job: Job, rows: Rows, routers: list[tuple[int, int]]) -> np.ndarray:
+    """bool [T]: another set of experts at any of the routers."""
+    differ_T = np.zeros(len(rows), bool)
+    for r, other in () if rows.alike else routers:
+        E, K = job.a.routers[r].experts, job.a.routers[r].top_k
+        slots_a = rows.of_a(lambda shard, r=r, K=K: shard.slots(r)[:K], r)
+        slots_b = rows.of_b(lambda shard, r=other, K=K: shard.slots(r)[:K], other)
+        at_N = unequal(slots_a, slots_b)
+        a_KN, b_KN = (np.stack([slot_T[at_N] for slot_T in side]) for side in (slots_a, slots_b))
+        _, _, missing_N = sets(a_KN, b_KN, E)
+        differ_T[at_N[missing_N > 0]] = True
+    return differ_T

@@ -1,0 +1,122 @@
+"""The losses of two traces of the same tokens: against pandas, also where their texts part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import moe_inspect
+from tests.conftest import Cli
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[moe_inspect.Trace, ...]:
+    """Two dtypes; the second of less text, so that it goes on with tokens of its own."""
+    out = tmp_path_factory.mktemp("compare_loss")
+    options: dict[str, Any] = {"token_loss": True, "batch_tokens": 256, "generate": 4}
+    a = moe_inspect.trace_model("demo", out / "a", max_tokens=3000, **options)
+    b = moe_inspect.trace_model("demo", out / "b", max_tokens=2000, dtype="float32", **options)
+    return a, b
+
+
+def joined(a: moe_inspect.Trace, b: moe_inspect.Trace) -> Any:
+    """The tokens of both up to the first that differs: `goes_on` where both have the same next one,
+    `routes` where they chose the same experts at every router."""
+    keys = ["document", "position"]
+    columns = [*keys, "token", "token_id", "domain", "loss_nats"]
+    both: Any = a.tokens()[columns].merge(b.tokens()[columns], on=keys, suffixes=("_a", "_b"))
+    assert not both.duplicated(keys).any()
+    both = both.sort_values(keys)
+    same = both["token_id_a"] == both["token_id_b"]
+    both = both[same.groupby(both["document"]).cummin()]
+    after = both.groupby("document")["position"].shift(-1)
+    both["goes_on"] = after == both["position"] + 1
+    sets = []
+    for trace in (a, b):
+        ids = np.sort(trace.routing()[["expert_0", "expert_1"]].to_numpy(int), axis=1)
+        keyed = pd.DataFrame(ids).assign(**trace.routing()[["token", "router"]])
+        sets.append(keyed.set_index(["router", "token"]))
+    same_T = np.ones(len(both), bool)
+    for router in range(4):
+        of = [
+            x.loc[router].loc[both[f"token_{s}"]].to_numpy()
+            for x, s in zip(sets, "ab", strict=True)
+        ]
+        same_T &= (of[0] == of[1]).all(1)
+    return both.assign(routes=np.where(same_T, "same", "different"))
+
+
+def test_it_is_what_pandas_computes(traced: tuple[moe_inspect.Trace, ...]) -> None:
+    table: Any = moe_inspect.compare(*traced).tables["loss"]
+    both = joined(*traced)
+    known = both.dropna(subset=["loss_nats_a", "loss_nats_b"])
+    used = known[known["goes_on"]]
+    assert len(known) > len(used), (
+        "control: some texts part, and their last losses are not compared"
+    )
+    assert set(table["domain"]) == {"", *used["domain_a"]}
+    found = 0
+    for _, row in table.iterrows():
+        of = used[used["domain_a"] == row["domain"]] if row["domain"] else used
+        of = of[of["routes"] == row["routes"]] if row["routes"] else of
+        loss_a, loss_b = of["loss_nats_a"].astype(float), of["loss_nats_b"].astype(float)
+        assert row["tokens"] == len(of) > 0
+        assert row["mean_loss_nats_a"] == pytest.approx(loss_a.mean())
+        assert row["mean_loss_nats_b"] == pytest.approx(loss_b.mean())
+        assert row["difference_nats"] == pytest.approx((loss_b - loss_a).mean(), abs=1e-9)
+        absolute = (loss_b - loss_a).abs().mean()
+        assert row["absolute_difference_nats"] == pytest.approx(absolute)
+        if not np.isnan(row["difference_nats_low"]):
+            found += 1
+            assert row["difference_nats_low"] < row["difference_nats"] < row["difference_nats_high"]
+    assert found >= 2
+    whole = table[table["domain"] == ""].set_index("routes")["tokens"]
+    assert whole[""] == whole["same"] + whole["different"]
+
+
+def test_the_interval_is_that_of_documents(traced: tuple[moe_inspect.Trace, ...]) -> None:
+    """As wide as the spread of documents' sums makes it."""
+    row: Any = moe_inspect.compare(*traced).tables["loss"].iloc[0]
+    both = joined(*traced)
+    used = both[both["goes_on"]].dropna(subset=["loss_nats_a", "loss_nats_b"])
+    apart = (used["loss_nats_b"] - used["loss_nats_a"]).astype(float) - row["difference_nats"]
+    documents = apart.groupby(used["document"]).sum()
+    error = np.sqrt((documents**2).sum()) / len(used)
+    width = row["difference_nats_high"] - row["difference_nats_low"]
+    assert width == pytest.approx(2 * 1.96 * error, rel=0.3)
+
+
+def test_the_same_trace_has_the_same_losses(traced: tuple[moe_inspect.Trace, ...]) -> None:
+    a = traced[0]
+    table: Any = moe_inspect.compare(a, a, domains="c").tables["loss"]
+    tokens = a.tokens()
+    expected = tokens.loc[tokens["domain"] == "c", "loss_nats"].count()
+    assert table["tokens"].tolist()[:2] == [expected] * 2
+    assert set(table["routes"]) == {"", "same"}
+    assert (table[["difference_nats", "absolute_difference_nats"]] == 0).all(axis=None)
+
+
+def test_without_losses_it_is_empty_and_said_to_be(
+    traced: tuple[moe_inspect.Trace, ...], tmp_path: Path, cli: Cli
+) -> None:
+    a, _ = traced
+    bare = moe_inspect.trace_model("demo", tmp_path / "bare", max_tokens=300)
+    without: Any = moe_inspect.compare(a, bare).tables["loss"]
+    assert without.empty
+    assert without.dtypes.equals(moe_inspect.compare(a, a).tables["loss"].dtypes)
+    for name, there in (("loss", "trace --token-loss"), ("worth", "trace --output-norms")):
+        refused = cli("compare", a.path, bare.path, "--table", name, check=None)
+        assert refused.returncode == 1
+        line = refused.stderr.strip()
+        assert len(line.splitlines()) == 1
+        assert f"no table '{name}'" in line
+        assert there in line
+    shifted: Any = moe_inspect.compare(a, a, shift_routes=1)
+    assert shifted.tables["loss"].empty
+    assert "--shift-routes" in shifted.why_not("loss")
+    shown = cli("compare", a.path, a.path, "--table", "loss", "--format", "csv").stdout
+    assert shown.startswith("domain,routes,tokens,mean_loss_nats_a,")
