@@ -38,8 +38,8 @@ def joined(a: moe_inspect.Trace, b: moe_inspect.Trace) -> Any:
     sets = []
     for trace in (a, b):
         ids = np.sort(trace.routing()[["expert_0", "expert_1"]].to_numpy(int), axis=1)
-        keyed = pd.DataFrame(ids).assign(**trace.routing()[["token", "router"]])
-        sets.append(keyed.set_index(["router", "token"]))
+        index = pd.MultiIndex.from_frame(trace.routing()[["router", "token"]])
+        sets.append(pd.DataFrame(ids, index=index))
     same_T = np.ones(len(both), bool)
     for router in range(4):
         of = [
